@@ -1,0 +1,48 @@
+# Everything runs inside .venv, which the first target that needs it builds.
+# `make demo` and `make test` are therefore all that a fresh machine needs.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.stamp
+PIP    := $(BIN)/pip --disable-pip-version-check install -q -c constraints.txt
+
+.PHONY: demo test check bench zoo format clean
+
+demo: $(STAMP)
+	$(BIN)/unbatch demo
+
+# One thread per worker: two workers with a thread pool each would fight over the cores.
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy src
+	$(BIN)/pytest tests/test_layout.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/capture.py
+
+zoo: $(STAMP)
+	$(BIN)/python benchmarks/zoo_table.py
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# Leaves .venv alone; remove it by hand to start from nothing.
+clean:
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find src tests docs -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch comes first, so that nothing else gets to choose its build; pytorchcv comes last and
+# without its requirements, because they include torchvision.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0
+	$(PIP) -e '.[dev]'
+	$(PIP) --no-deps pytorchcv
+	touch $@

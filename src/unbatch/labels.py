@@ -1,0 +1,663 @@
+"""What is known about a value: for every element, which sample it belongs to and which function of that sample it is.
+
+Here lives the vocabulary (``Marks`` and the five labels read off it) and its algebra: how marks pass through
+pointwise ops, reductions, contractions and movements. No op names of any framework, no tensor values.
+
+An element with owner ``n`` and key ``k`` is ``phi_k(x_n, shared values, statistics)``. Two elements with equal keys
+are the *same* function, of their own samples. Keys are structural hashes, so equal keys are a proof up to hash
+collisions (64 bit), and different keys prove nothing.
+
+Arrays are stored compressed. A dimension of size one in the array, where the value has more, is *plain*: there the
+owner does not vary, and the element's index takes part in the key implicitly. So a batch ``[N, C, H, W]`` has marks
+of shape ``[N, 1, 1, 1]``, and everything below costs as much as there are samples, not as there are pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+SHARED, MIXED = -1, -2  # owners beside the samples 0..N-1
+FIRST_GROUP = -3  # FIRST_GROUP - g: a statistic of the g-th set of samples
+
+Array = np.ndarray
+Dims = Sequence[int]
+
+
+# --- the five labels, as a reader sees them ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The same for every sample; does not depend on the batch."""
+
+
+@dataclass(frozen=True)
+class Each:
+    """Has a sample axis ``dim`` (None: samples are interleaved); slice n depends on sample n and on ``given``."""
+
+    dim: int | None
+    given: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Total:
+    """A sum over samples of something each sample has, up to shared factors and terms."""
+
+    given: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """No sample axis; depends on the whole batch (or on a group of it) the same way for every sample in it."""
+
+    given: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Anything else; ``where`` lists the steps at which samples met."""
+
+    where: frozenset[int] = frozenset()
+
+
+Label = Shared | Each | Total | Statistic | Mixed
+
+
+# --- keys ----------------------------------------------------------------------------------------------------------
+
+
+def code(*things: object) -> Array:
+    """A 64-bit hash of the printed form of ``things``."""
+    digest = hashlib.blake2b(repr(things).encode(), digest_size=8).digest()
+    return np.frombuffer(digest, dtype=np.uint64).reshape(())
+
+
+def mix(a: Array, b: Array) -> Array:
+    """Hash pairs, elementwise and in order."""
+    with np.errstate(over="ignore"):
+        x = a * np.uint64(0x9E3779B97F4A7C15) + (b ^ (b >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(32))) * np.uint64(0x94D049BB133111EB)
+        return np.asarray(x ^ (x >> np.uint64(29)))
+
+
+def total(keys: Array, axis: int | tuple[int, ...], keepdims: bool = False) -> Array:
+    """Hash a multiset of keys along ``axis``, in no order."""
+    with np.errstate(over="ignore"):
+        return np.asarray(mix(keys, code("element")).sum(axis=axis, dtype=np.uint64, keepdims=keepdims))
+
+
+def _index(size: int, dim: int, ndim: int) -> Array:
+    return np.arange(size, dtype=np.uint64).reshape([size if d == dim else 1 for d in range(ndim)])
+
+
+# --- marks ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Marks:
+    """Owners and keys of the elements of one value, and what the value as a whole comes from.
+
+    ``given``: statistics it uses; ``sources``: subset of ``{"inputs", "targets", "parameters", "noise",
+    "predictions"}``; ``mixers``: steps at which samples met in no symmetric way; ``atoms``: the scalars per sample
+    through which predictions enter it; ``additive``: it is a sum over samples of such scalars; ``weighted``: its
+    elements carry factors that differ from sample to sample and are not part of their keys.
+    """
+
+    shape: tuple[int, ...]
+    owner: Array
+    key: Array
+    given: frozenset[int] = frozenset()
+    sources: frozenset[str] = frozenset()
+    mixers: frozenset[int] = frozenset()
+    atoms: frozenset[int] = frozenset()
+    additive: bool = False
+    weighted: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.owner.shape == self.key.shape and self.owner.ndim == len(self.shape), (self.shape, self.owner.shape)
+
+    @property
+    def owned(self) -> bool:
+        """Some element belongs to a single sample."""
+        return bool((self.owner >= 0).any())
+
+    @property
+    def mixed(self) -> bool:
+        return bool((self.owner == MIXED).any())
+
+    @property
+    def depends_on_batch(self) -> bool:
+        return self.owned or self.mixed or bool(self.given)
+
+    def plain(self, dim: int) -> bool:
+        """The elements along ``dim`` belong together and differ by their index only."""
+        return self.shape[dim] > 1 and self.key.shape[dim] == 1
+
+    def varies(self, dim: int) -> bool:
+        """The owner, or the key by more than the index, changes along ``dim``."""
+        return self.key.shape[dim] > 1 and (_varies(self.owner, dim) or _varies(self.key, dim))
+
+    def owner_varies(self, dim: int) -> bool:
+        return self.owner.shape[dim] > 1 and _varies(self.owner, dim)
+
+    @property
+    def size(self) -> int:
+        """How many different elements it has (an expanded value counts once)."""
+        implicit = math.prod(s for s, k in zip(self.shape, self.key.shape, strict=True) if k == 1)
+        return implicit * len(np.unique(self.key)) if self.key.size > 1 else implicit
+
+    def with_key(self, name: object) -> Marks:
+        """The same owners, another function."""
+        return replace(self, key=mix(self.key, code(name)))
+
+    def label(self) -> Label:
+        if self.mixed:
+            return Mixed(self.mixers)
+        if self.owned:
+            return Each(self.sample_dim(), self.given)
+        if self.given:
+            return Total(self.given) if self.additive else Statistic(self.given)
+        return Shared()
+
+    def sample_dim(self) -> int | None:
+        """The axis along which slice n belongs to sample n, if there is one."""
+        dims = [d for d in range(len(self.shape)) if self.owner_varies(d)]
+        if not dims:
+            singles = [d for d, s in enumerate(self.shape) if s == 1]
+            return singles[0] if singles and self.owned and int(self.owner.max()) == 0 else None
+        if len(dims) > 1:
+            return None
+        owners = np.moveaxis(self.owner, dims[0], -1).reshape(-1, self.owner.shape[dims[0]])[0]
+        return dims[0] if np.array_equal(owners, np.arange(len(owners))) else None
+
+
+def _varies(array: Array, dim: int) -> bool:
+    if array.shape[dim] == 1 or array.strides[dim] == 0:
+        return False
+    first = array.take([0], axis=dim)
+    return bool((array != first).any())
+
+
+def shared(shape: Dims, name: object, sources: Iterable[str] = (), constant_along: Iterable[int] = ()) -> Marks:
+    """Marks of a value that no sample owns; along ``constant_along`` its elements are equal."""
+    stored = [shape[d] if d in set(constant_along) else 1 for d in range(len(shape))]
+    ones = [1] * len(shape)
+    owner = np.broadcast_to(np.full(ones, SHARED, dtype=np.int32), stored)
+    key = np.broadcast_to(code("shared", name).reshape(ones), stored)
+    return Marks(tuple(shape), owner, key, sources=frozenset(sources))
+
+
+def batched(shape: Dims, dim: int, name: object, sources: Iterable[str] = ()) -> Marks:
+    """Marks of a value whose slice n along ``dim`` belongs to sample n."""
+    view = [shape[dim] if d == dim else 1 for d in range(len(shape))]
+    owner = np.arange(shape[dim], dtype=np.int32).reshape(view)
+    key = np.broadcast_to(code("batched", name).reshape([1] * len(shape)), view)
+    return Marks(tuple(shape), owner, key, sources=frozenset(sources))
+
+
+# --- the algebra -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Root:
+    """A statistic, where it is made: of how many numbers, each listening to how many samples.
+
+    ``long``: it has entries for every sample (sorted values, say), so its size grows with the batch. ``groups``: codes
+    of the sets of samples it was taken over, where that is not the whole batch.
+    """
+
+    step: int
+    kind: str
+    size: int
+    samples: int
+    sources: frozenset[str]
+    long: bool = False
+    groups: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Use:
+    """A statistic (made from ``roots``) where values of samples listen to it: ``size`` different numbers."""
+
+    roots: frozenset[int]
+    size: int
+    long: bool
+
+
+@dataclass
+class Algebra:
+    """How marks pass through operations, for a batch of ``samples`` samples.
+
+    ``step`` is the operation at work, ``roots`` the statistics made so far, ``uses`` those that samples listen to.
+    Sets of samples other than the whole batch are interned in ``groups`` (rows: membership). ``births`` tells how
+    samples were mixed at a step, ``bent`` lists steps that are not polynomial in
+    values already mixed, ``uneven`` those whose function depends on the sample's index.
+    """
+
+    samples: int
+    step: int = -1
+    roots: list[Root] = field(default_factory=list)
+    uses: dict[frozenset[int], Use] = field(default_factory=dict)
+    births: dict[int, str] = field(default_factory=dict)
+    bent: set[int] = field(default_factory=set)
+    uneven: set[int] = field(default_factory=set)
+    groups: Array = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.groups = np.zeros((0, self.samples), dtype=bool)
+
+    # -- sets of samples --
+
+    def group_code(self, members: Array) -> int:
+        if members.all():
+            return SHARED
+        hits = np.flatnonzero((self.groups == members).all(axis=1))
+        if not len(hits):
+            self.groups = np.vstack([self.groups, members])
+            return FIRST_GROUP - (len(self.groups) - 1)
+        return FIRST_GROUP - int(hits[0])
+
+    def members(self, owner: int) -> Array:
+        return self.groups[FIRST_GROUP - owner] if owner <= FIRST_GROUP else np.arange(self.samples) == owner
+
+    def join(self, a: Array, b: Array) -> Array:
+        """Owner of something made from elements of owners ``a`` and ``b``."""
+        out = np.where(a == SHARED, b, np.where((b == SHARED) | (a == b), a, MIXED)).astype(np.int32)
+        for single_, group in ((a, b), (b, a)) if len(self.groups) else ():
+            met = (single_ >= 0) & (group <= FIRST_GROUP)
+            inside = self.groups[np.where(met, FIRST_GROUP - group, 0), np.where(met, single_, 0)]
+            out = np.where(met & inside, single_, out)
+        return out
+
+    # -- bookkeeping shared by all operations --
+
+    def result(self, shape: Dims, owner: Array, key: Array, operands: Sequence[Marks], how: str, root: int | None = None) -> Marks:
+        mixers = _union(x.mixers for x in operands)
+        if bool((owner == MIXED).any()) and not any(x.mixed for x in operands):
+            mixers |= {self.step}
+            self.births[self.step] = how
+        given = _union(x.given for x in operands)
+        if root is not None:
+            partial = {r for r in given if how == "pairwise" and self.roots[r].kind == "sum" and self.roots[r].groups}
+            given = (given - partial) | {root}
+        out = Marks(tuple(shape), owner, key, given, _union(x.sources for x in operands), mixers, _union(x.atoms for x in operands))
+        if out.owned:
+            for x in operands:
+                if x.given and not x.owned and not x.mixed:
+                    self._use(x)
+        if out.owned and _uneven(out) and not any(x.owned and _uneven(x) for x in operands):
+            self.uneven.add(self.step)
+        if "predictions" in out.sources and single(out) and not out.mixed and not self.given_predictions(out):
+            keys = np.unique(out.key)
+            out = replace(out, atoms=frozenset([int(keys[0])])) if len(keys) == 1 else out
+        return out
+
+    def _use(self, x: Marks) -> None:
+        roots = [self.roots[r] for r in x.given]
+        long = any(r.long and x.size > r.size // self.samples for r in roots)
+        before = self.uses.get(x.given, Use(x.given, 0, False))
+        self.uses[x.given] = Use(x.given, max(before.size, x.size), long or before.long)
+
+    def given_predictions(self, x: Marks) -> bool:
+        return any("predictions" in self.roots[r].sources for r in x.given)
+
+    # -- elementwise --
+
+    def pointwise(self, name: object, *operands: Marks, kind: str = "") -> Marks:
+        """Each output element is one function of the elements at its place (with broadcasting).
+
+        ``kind``: "add" and "sub" for sums and differences, "scale" for a product with factors, where linearity matters.
+        """
+        factor = self._weight(operands) if kind == "scale" else None
+        operands = tuple(x if kind or not x.weighted else _absorb(x) for x in operands)
+        if not kind and any(x.mixed for x in operands):
+            self.bent.add(self.step)
+        shape = np.broadcast_shapes(*(x.shape for x in operands))
+        aligned = [_align(x, len(shape)) for x in operands]
+        explicit = _explicit_dims(aligned, shape)
+        owner: Array | None = None
+        key = np.broadcast_to(code("pointwise", name), [1] * len(shape))
+        for x in aligned:
+            x_owner, x_key = _unfold(x, explicit)
+            owner = x_owner if owner is None else self.join(owner, x_owner)
+            key = mix(key, x_key if factor is None or x is not aligned[factor] else code("weight"))
+        assert owner is not None
+        owner, key = np.broadcast_arrays(owner, key)
+        root = None
+        if kind == "add" and bool((owner == MIXED).any()) and len(operands) == 2 and not any(x.mixed for x in operands):
+            owner, key = self._fold(owner, key, *(_unfold(x, explicit) for x in aligned))
+            root = self.statistic("sum", np.where(owner <= FIRST_GROUP, owner, MIXED), math.prod(shape), _union(x.sources for x in operands))
+            whole = owner == SHARED
+            root = self.statistic("sum", owner, math.prod(shape), _union(x.sources for x in operands)) if whole.any() else root
+        out = self.result(shape, owner, key, operands, "pairwise", root)
+        return self._linear(out, operands, kind, factor is not None) if kind else out
+
+    def _fold(self, owner: Array, key: Array, a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
+        """Adding the same function of another sample to a sum over samples makes a sum over one more."""
+        owner, key = owner.copy(), key.copy()
+        sides = [np.broadcast_arrays(o, k, owner)[:2] for o, k in (a, b)]
+        summed = [np.where(o >= 0, mix(k, code("sum over samples")), k) for o, k in sides]
+        for at in zip(*np.nonzero((owner == MIXED) & (summed[0] == summed[1])), strict=True):
+            members = [self.members(int(o[at])) for o, _ in sides]
+            if not (members[0] & members[1]).any():
+                owner[at], key[at] = self.group_code(members[0] | members[1]), summed[0][at]
+        return owner, key
+
+    def _weight(self, operands: Sequence[Marks]) -> int | None:
+        """Which of two operands is a constant factor per sample that differs from sample to sample."""
+        for w, x in ((0, 1), (1, 0)) if len(operands) == 2 else ():
+            weight, value = operands[w], operands[x]
+            if "predictions" in weight.sources or "predictions" not in value.sources or not value.owned:
+                continue
+            dim = value.sample_dim()
+            w_dim = None if dim is None else dim - len(value.shape) + len(weight.shape)
+            if w_dim is None or w_dim < 0 or weight.owned or weight.mixed or not weight.shape[w_dim] == self.samples:
+                continue
+            if math.prod(weight.shape) == self.samples and weight.plain(w_dim):
+                return w
+        return None
+
+    def _linear(self, out: Marks, operands: Sequence[Marks], kind: str, weighted: bool) -> Marks:
+        entering = [x for x in operands if "predictions" in x.sources]
+        if not entering or (kind == "scale" and len(entering) > 1):
+            return replace(out, weighted=False)
+        additive = not out.owned and all(x.additive for x in entering)
+        weighted = weighted or any(x.weighted for x in entering)
+        if kind in ("add", "sub") and len(operands) > 1 and weighted and not additive:
+            return _absorb(replace(out, weighted=True))
+        atoms = out.atoms
+        if additive and len(entering) > 1 and not weighted and all(len(x.atoms) == 1 for x in entering):
+            atoms = frozenset([int(code(kind, *(sorted(x.atoms) for x in entering)))])
+        return replace(out, additive=additive, weighted=weighted, atoms=atoms)
+
+    # -- reductions --
+
+    def reduce(
+        self, name: object, x: Marks, dims: Iterable[int] | None = None, keepdim: bool = False, monoid: bool = False, long: bool = False
+    ) -> Marks:
+        """A function of all elements along ``dims`` that does not depend on their order.
+
+        ``monoid``: it can be taken per sample first and then over the samples (sum, max, logsumexp, but not the
+        variance); "sum" and "mean" are linear besides.
+        """
+        linear = name in ("sum", "mean")
+        if x.mixed and not linear:
+            self.bent.add(self.step)
+        x = x if linear or not x.weighted else _absorb(x)
+        ndim = len(x.shape)
+        axes = sorted({d % ndim for d in dims}) if dims is not None else list(range(ndim))
+        kept = [d for d in range(ndim) if d not in axes]
+        order = [*kept, *axes]
+        rows = [x.key.shape[d] for d in kept]
+        owner = x.owner.transpose(order).reshape(*rows, -1)
+        key = x.key.transpose(order).reshape(*rows, -1)
+        key = mix(key, code("reduce", name, [x.shape[d] for d in axes if x.plain(d)]))
+        out_owner, out_key, met = self.meet(owner, key)
+        stored = [1 if d in axes else x.key.shape[d] for d in range(ndim)]
+        shape = [1 if d in axes else s for d, s in enumerate(x.shape)]
+        out_owner = out_owner.reshape(stored)
+        out_key = mix(out_key.reshape(stored), code("reduced", name, [x.shape[d] for d in axes if x.key.shape[d] > 1]))
+        entries = math.prod(s for d, s in enumerate(x.shape) if long or d not in axes)
+        root = self.statistic(name, out_owner, entries, x.sources, long) if met else None
+        out = self.result(shape, out_owner, out_key, [x], "unsymmetric", root)
+        if "predictions" in x.sources:
+            out = self._entries(out, x, met, linear, monoid or linear)
+        return out if keepdim else squeeze(out, axes)
+
+    def statistic(self, name: object, owner: Array, size: int, sources: frozenset[str], long: bool = False) -> int | None:
+        """Note where samples met: every value made symmetrically from several samples rests on such a root."""
+        groups = frozenset(int(o) for o in np.unique(owner) if o <= FIRST_GROUP)
+        if not groups and not (owner == SHARED).any():
+            return None
+        members = [self.members(g).sum() for g in groups]
+        self.roots.append(Root(self.step, str(name), size, int(min(members, default=self.samples)), sources, long, groups))
+        return len(self.roots) - 1
+
+    def overlapping(self) -> bool:
+        """Some of the groups whose statistics are used share samples without being equal."""
+        used = frozenset().union(*(u.roots for u in self.uses.values()))
+        rows = [self.members(g) for g in sorted(frozenset().union(*(self.roots[r].groups for r in used)))]
+        return bool(len(rows)) and bool((np.sum(rows, axis=0) > 1).any())
+
+    def meet(self, owner: Array, key: Array) -> tuple[Array, Array, bool]:
+        """Owner and key of what is made from the elements along the last axis; whether samples met there."""
+        out_owner, out_key = _lone(owner, -1), total(key, axis=-1)
+        several = _several(owner, -1)
+        if not several.any():
+            return out_owner, out_key, False
+        rows = [self._meet_row(o, k) for o, k in zip(owner[several], key[several], strict=True)]
+        out_owner[several] = [o for o, _ in rows]
+        out_key[several] = [k for _, k in rows]
+        return out_owner, out_key, True
+
+    def _meet_row(self, owner: Array, key: Array) -> tuple[int, int]:
+        """The same for one set of elements of several owners: symmetric in the samples that take part, or mixed."""
+        names, inverse = np.unique(owner, return_inverse=True)
+        sums = np.zeros(len(names), dtype=np.uint64)
+        with np.errstate(over="ignore"):
+            np.add.at(sums, inverse, mix(key, code("element")))
+        own = names != SHARED
+        members = [self.members(int(n)) for n in names[own] if n != MIXED]
+        if MIXED in names or len(np.unique(sums[own])) > 1 or np.sum(members, axis=0).max() > 1:
+            return MIXED, 0
+        rest = sums[~own][0] if (~own).any() else np.uint64(0)
+        return self.group_code(np.any(members, axis=0)), int(mix(np.asarray(sums[own][0]), np.asarray(rest)))
+
+    def _entries(self, out: Marks, x: Marks, met: bool, linear: bool, monoid: bool) -> Marks:
+        """How predictions enter a reduction: through one scalar per sample, and additively?"""
+        separate = met and not x.mixed and not self.given_predictions(x)
+        atoms = out.atoms
+        if separate and monoid and not out.mixed and math.prod(out.shape) == 1 and not (single(x) and len(x.atoms) == 1):
+            atoms = frozenset([int(out.key.reshape(-1)[0])])
+        return replace(out, atoms=atoms, additive=linear and (x.additive or separate), weighted=x.weighted and linear)
+
+    # -- along an axis, with order --
+
+    def scan(self, name: object, x: Marks, dims: Iterable[int], how: str = "ordered", shape: Dims | None = None) -> Marks:
+        """Output elements along ``dims`` each depend, by their index, on all input elements along ``dims``."""
+        x = _absorb(x) if x.weighted else x
+        ndim = len(x.shape)
+        axes = sorted({d % ndim for d in dims})
+        owner, key = x.owner, x.key
+        for d in axes:
+            if key.shape[d] > 1:
+                key = total(mix(key, _index(key.shape[d], d, ndim)), axis=d, keepdims=True)
+                owner = np.where(_several(owner, d, True), MIXED, _lone(owner, d, True)).astype(np.int32)
+        return self.result(x.shape if shape is None else shape, owner, mix(key, code("scan", name, axes)), [x], how)
+
+    # -- contractions --
+
+    def contract(self, name: object, operands: Sequence[Marks], indices: Sequence[str], out: str) -> Marks:
+        """A sum of products, in einsum's letters."""
+        letters = "".join(dict.fromkeys("".join(indices)))
+        spread = [_spread(x, i, letters) for x, i in zip(operands, indices, strict=True)]
+        product = self.pointwise(name, *spread, kind="scale")
+        gone = [letters.index(i) for i in letters if i not in out]
+        product = self.reduce("sum", product, gone) if gone else product
+        kept = [i for i in letters if i in out]
+        return permute(product, [kept.index(i) for i in out], record=False)
+
+
+def _uneven(x: Marks) -> bool:
+    dim = x.sample_dim()
+    return dim is not None and _varies(x.key, dim)
+
+
+def _union(sets: Iterable[frozenset]) -> frozenset:
+    return frozenset().union(*sets)
+
+
+def _lone(owner: Array, dim: int, keepdims: bool = False) -> Array:
+    """The one owner along ``dim``, beside shared elements (meaningful where there are not several)."""
+    low = np.where(owner == SHARED, np.iinfo(np.int32).max, owner).min(axis=dim, keepdims=keepdims)
+    return np.where(low == np.iinfo(np.int32).max, SHARED, low).astype(np.int32)
+
+
+def _several(owner: Array, dim: int, keepdims: bool = False) -> Array:
+    """Whether more than one owner stands along ``dim``, shared elements aside."""
+    first = _lone(owner, dim, True)
+    return np.asarray(((owner != first) & (owner != SHARED)).any(axis=dim, keepdims=keepdims))
+
+
+def single(x: Marks) -> bool:
+    """One element for each sample that occurs."""
+    return x.owned and math.prod(x.shape) == x.owner.size == len(np.unique(x.owner))
+
+
+def _absorb(x: Marks) -> Marks:
+    """Let the factors that differ between samples be part of the function after all."""
+    key = mix(x.key, mix(x.owner.astype(np.uint64), code("weight")))
+    return replace(x, key=key, weighted=False)
+
+
+def _explicit_dims(xs: Sequence[Marks], shape: Dims) -> set[int]:
+    explicit = set()
+    for d in range(len(shape)):
+        stored = [x for x in xs if x.key.shape[d] > 1]
+        if stored and (not any(x.plain(d) for x in xs) or any(x.varies(d) for x in stored)):
+            explicit.add(d)
+    return explicit
+
+
+def _align(x: Marks, ndim: int) -> Marks:
+    pad = ndim - len(x.shape)
+    if not pad:
+        return x
+    view = (1,) * pad + x.key.shape
+    return replace(x, shape=(1,) * pad + x.shape, owner=x.owner.reshape(view), key=x.key.reshape(view))
+
+
+def _unfold(x: Marks, explicit: Iterable[int]) -> tuple[Array, Array]:
+    """Arrays with ``explicit`` dims spelled out, and dims that are constant beside plain ones dropped."""
+    owner, key = x.owner, x.key
+    wanted = set(explicit)
+    for d in range(len(x.shape)):
+        if d in wanted and x.plain(d):
+            key = mix(key, _index(x.shape[d], d, len(x.shape)))
+        elif d not in wanted and key.shape[d] > 1:
+            owner, key = owner.take([0], axis=d), key.take([0], axis=d)
+    owner = np.broadcast_to(owner, np.broadcast_shapes(owner.shape, key.shape))
+    return owner, key
+
+
+def _spread(x: Marks, index: str, letters: str) -> Marks:
+    """Permute and pad with size-one dims so that the dims follow ``letters``."""
+    present = [index.index(i) for i in letters if i in index]
+    x = permute(x, present, record=False)
+    for at, letter in enumerate(letters):
+        if letter not in index:
+            x = unsqueeze(x, at)
+    return x
+
+
+# --- movements: nothing is computed, elements change place -----------------------------------------------------------
+
+
+def permute(x: Marks, order: Sequence[int], record: bool = True) -> Marks:
+    """``record``: the order of plain dims is part of what an element's index means."""
+    moved = [d for d in order if x.plain(d)]
+    key = mix(x.key, code("permute", tuple(np.argsort(moved)))) if record and moved != sorted(moved) else x.key
+    shape = tuple(x.shape[d] for d in order)
+    return replace(x, shape=shape, owner=x.owner.transpose(order), key=key.transpose(order))
+
+
+def unsqueeze(x: Marks, dim: int) -> Marks:
+    shape = (*x.shape[:dim], 1, *x.shape[dim:])
+    return replace(x, shape=shape, owner=np.expand_dims(x.owner, dim), key=np.expand_dims(x.key, dim))
+
+
+def squeeze(x: Marks, dims: Iterable[int]) -> Marks:
+    gone = tuple(d for d in dims)
+    shape = tuple(s for d, s in enumerate(x.shape) if d not in gone)
+    return replace(x, shape=shape, owner=x.owner.squeeze(gone), key=x.key.squeeze(gone))
+
+
+def expand(x: Marks, shape: Dims) -> Marks:
+    x = _align(x, len(shape))
+    stored = [s if s != x.shape[d] else x.key.shape[d] for d, s in enumerate(shape)]
+    return replace(x, shape=tuple(shape), owner=np.broadcast_to(x.owner, stored), key=np.broadcast_to(x.key, stored))
+
+
+def spell_out(x: Marks, dims: Iterable[int] | None = None) -> Marks:
+    """Make ``dims`` (all by default) explicit."""
+    dims = range(len(x.shape)) if dims is None else dims
+    owner, key = _unfold(x, {d for d in range(len(x.shape)) if d in set(dims) or x.key.shape[d] > 1})
+    return replace(x, owner=owner, key=key)
+
+
+def compress(x: Marks, dims: Iterable[int] | None = None) -> Marks:
+    """Make dims plain again where the owner is constant and the keys differ by index in the same way everywhere."""
+    owner, key = x.owner, x.key
+    for d in sorted(range(len(x.shape)) if dims is None else dims, reverse=True):
+        if key.shape[d] == 1 or _varies(owner, d):
+            continue
+        if not _varies(key, d):
+            view = key.shape
+            owner = np.broadcast_to(owner.take([0], axis=d), view)
+            key = np.broadcast_to(key.take([0], axis=d), view)
+            continue
+        ordered = np.sort(key, axis=d)
+        if (np.diff(ordered, axis=d) == 0).any():
+            continue
+        key = total(mix(key, _index(key.shape[d], d, key.ndim)), axis=d, keepdims=True)
+        owner = owner.take([0], axis=d)
+    return replace(x, owner=owner, key=key)
+
+
+def reshape(x: Marks, shape: Dims) -> Marks:
+    """The same elements in row-major order in another shape."""
+    shape = tuple(shape)
+    if shape == x.shape:
+        return x
+    if math.prod(shape) == 0:
+        return shared(shape, "empty", x.sources)
+    owner_shape: list[int] = []
+    touched: list[int] = []
+    pieces = list(_factor(x.shape, shape))
+    spelled = [d for old, new in pieces for d in old if len(old) + len(new) > 2 and any(x.key.shape[o] > 1 for o in old)]
+    x = spell_out(x, spelled) if spelled else x
+    renamed = []
+    for old, new in pieces:
+        sizes = [shape[d] for d in new]
+        if any(x.key.shape[d] > 1 for d in old):
+            owner_shape += sizes
+            touched += new if len(old) + len(new) > 2 else []
+        else:
+            owner_shape += [1] * len(new)
+            if [x.shape[d] for d in old if x.shape[d] > 1] != [s for s in sizes if s > 1]:
+                renamed.append(([x.shape[d] for d in old], sizes))
+    key = mix(x.key, code("reshape", renamed)) if renamed else x.key
+    out = replace(x, shape=shape, owner=x.owner.reshape(owner_shape), key=key.reshape(owner_shape))
+    return compress(out, touched) if touched else out
+
+
+def _factor(old: Dims, new: Dims) -> Iterable[tuple[list[int], list[int]]]:
+    """Split two shapes of equal size into the smallest runs of dims with equal products."""
+    i = j = 0
+    while i < len(old) or j < len(new):
+        left: list[int] = []
+        right: list[int] = []
+        a = b = 1
+        while not (left or right) or a != b:
+            if i < len(old) and (a <= b or j == len(new)):
+                a, i = a * old[i], i + 1
+                left.append(i - 1)
+            else:
+                b, j = b * new[j], j + 1
+                right.append(j - 1)
+        yield left, right
+
+
+def moved(x: Marks, run: Callable[[Array], Array], shape: Dims) -> Marks:
+    """Any movement: ``run`` acts on an integer array of the value's shape; -1 where an element is new."""
+    full = spell_out(x)
+    place = run(np.arange(full.key.size, dtype=np.int64).reshape(x.shape)).reshape(tuple(shape))
+    flat_owner = np.append(np.broadcast_to(full.owner, x.shape).reshape(-1), np.int32(SHARED))
+    flat_key = np.append(np.broadcast_to(full.key, x.shape).reshape(-1), code("padding").reshape(1))
+    out = replace(x, shape=tuple(shape), owner=flat_owner[place].astype(np.int32), key=flat_key[place])
+    return compress(out)

@@ -1,0 +1,293 @@
+"""One walk over the recorded computation: graph x rules to marks.
+
+Here lives what a walk starts from (inputs, predictions), the order of steps, ops that are taken apart, and memory:
+writes in place that are seen through other views. What the marks mean for the loss is read off in ``structure.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+
+from unbatch import rules
+from unbatch.capture import Graph, Recorder, Ref, Step
+from unbatch.families import running_statistics
+from unbatch.labels import Algebra, Marks, batched, compress, shared, spell_out
+from unbatch import moves as _moves  # noqa: F401  registers its rules
+
+# --- the walk ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Walk:
+    """Marks of every value of a graph, and the algebra that made them."""
+
+    graph: Graph
+    algebra: Algebra
+    marks: dict[int, Marks]
+    unknown: dict[int, str] = field(default_factory=dict)  # step -> op without a rule
+    assumed: set[str] = field(default_factory=set)
+    custom: set[str] = field(default_factory=set)
+
+    def __getitem__(self, ref: Ref) -> Marks:
+        return self.marks[ref.index]
+
+    def ancestors(self, refs: Iterable[Ref]) -> set[int]:
+        """Steps that the values in ``refs`` depend on, through data and through memory."""
+        wanted = {r.index for r in refs}
+        steps: set[int] = set()
+        storages = {self.graph.values[w].storage for w in wanted}
+        for step in reversed(self.graph.steps):
+            made = {r.index for r in step.outs if r} | {new.index for _, new in step.writes}
+            written = {self.graph.values[new.index].storage for _, new in step.writes}
+            if made & wanted or written & storages:
+                steps.add(step.index)
+                read = [r.index for r in step.refs()]
+                wanted.update(read)
+                storages.update(self.graph.values[r].storage for r in read if self.graph.values[r].kind == "step")
+        return steps
+
+
+def walk(graph: Graph, samples: int, given: Mapping[int, Marks], start: int, stop: int, assumed: Sequence[str] = ()) -> Walk:
+    """Propagate marks through steps ``start`` to ``stop``; ``given`` are the marks of what they start from."""
+    out = Walk(graph, Algebra(samples), dict(given))
+    last = _last_uses(graph)
+    for step in graph.steps[start:stop]:
+        out.algebra.step = step.index
+        _step(out, step, last)
+        for call in graph.calls:
+            if call.stop == step.index + 1 and call.module in assumed:
+                _assume(out, call)
+    return out
+
+
+def _assume(out: Walk, call: Any) -> None:
+    out.assumed.add(call.module)
+    inputs = [out.marks[r.index] for r in call.inputs if r.index in out.marks]
+    for ref in call.outputs:
+        shape = out.graph.values[ref.index].shape
+        out.marks[ref.index] = rules.assumed(out.algebra, inputs, shape, ("assumed", call.module))
+
+
+def _last_uses(graph: Graph) -> dict[int, int]:
+    last = {r.index: step.index for step in graph.steps for r in step.refs()}
+    outputs = [*graph.predictions, *([graph.loss] if graph.loss else [])]
+    return last | {r.index: len(graph.steps) for r in outputs}
+
+
+def _step(out: Walk, step: Step, last: Mapping[int, int]) -> None:
+    graph = out.graph
+    call = _call(out, step)
+    results = _apply(out, call, step)
+    new = {n.index: o for o, n in step.writes}
+    for ref, marks in zip(step.outs, results, strict=False):
+        if ref is not None and marks is not None:
+            shape = graph.values[ref.index].shape
+            if marks.shape != shape:
+                marks = rules.mixed(call, shape, rules.NO_RULE)
+                out.unknown.setdefault(step.index, f"{step.name} (its rule gave another shape)")
+            out.marks[ref.index] = marks
+    hidden = running_statistics(call) if step.writes and not any(r and r.index in new for r in step.outs) and call["running_mean"] is not None else {}
+    for old, fresh in step.writes:
+        if fresh.index not in out.marks:
+            matching = [m for m in hidden.values() if m.shape == graph.values[fresh.index].shape]
+            out.marks[fresh.index] = matching[0] if matching else rules.mixed(call, graph.values[fresh.index].shape, rules.NO_RULE)
+        _through_views(out, old, fresh, step.index, last)
+
+
+def _call(out: Walk, step: Step) -> rules.Call:
+    names = [a.name for a in step.op._schema.arguments]
+    defaults = {a.name: a.default_value for a in step.op._schema.arguments if a.has_default_value()}
+    given = {**dict(zip(names, step.args, strict=False)), **step.kwargs}
+    arguments = {n: given.get(n, defaults.get(n)) for n in names}
+    is_ref = {"is_leaf": lambda a: isinstance(a, Ref)}
+    values = {n: tree_map(lambda a: _concrete(out.graph, a), a, **is_ref) for n, a in arguments.items() if _has_ref(a)}
+    marked = {n: tree_map(lambda a: out.marks[a.index] if isinstance(a, Ref) else a, a, **is_ref) for n, a in arguments.items()}
+    shapes = [out.graph.values[r.index].shape for r in step.outs if r]
+    return rules.Call(out.algebra, step.op, marked, shapes, values)
+
+
+def _has_ref(a: Any) -> bool:
+    return any(isinstance(leaf, Ref) for leaf in tree_leaves(a, is_leaf=lambda x: isinstance(x, Ref)))
+
+
+def _concrete(graph: Graph, a: Any) -> Any:
+    if not isinstance(a, Ref):
+        return None
+    value = graph.values[a.index].concrete
+    exact = value is not None and not value.is_floating_point() and not value.is_complex()
+    return value.detach().cpu().numpy() if exact and value is not None else None
+
+
+def _apply(out: Walk, call: rules.Call, step: Step) -> list[Marks | None]:
+    if call.op in rules.CUSTOM:
+        out.custom.add(str(call.op))
+    if call.op in rules.ASSUMED:
+        out.assumed.add(str(call.op))
+    function = rules.lookup(call.op)
+    if function is None:
+        taken_apart = _decompose(out, call, step)
+        if taken_apart is not None:
+            return taken_apart
+        if step.outs and any(m.depends_on_batch for m in call.marks):
+            out.unknown[step.index] = step.name
+        function = rules.unknown
+    result = function(call)
+    results = list(result) if isinstance(result, list | tuple) else [result]
+    placed = iter(results)
+    return [next(placed, None) if ref is not None else None for ref in step.outs]
+
+
+def _decompose(out: Walk, call: rules.Call, step: Step) -> list[Marks | None] | None:
+    """Run PyTorch's own definition of the op on tensors without contents and walk over what it does."""
+    body = rules.decomposition(call.op)
+    if body is None:
+        return None
+    recorder = Recorder({})
+    stand_ins = {r.index: rules.stand_in(out.graph.values[r.index]) for r in step.refs()}
+    swap = lambda a: stand_ins[a.index] if isinstance(a, Ref) else a  # noqa: E731
+    args, kwargs = tree_map(swap, (step.args, step.kwargs), is_leaf=lambda a: isinstance(a, Ref))
+    try:
+        with recorder:
+            refs = {i: recorder.declare(t, "inputs", str(i)) for i, t in stand_ins.items()}
+            result = body(*args, **kwargs)
+        if any(s.op is step.op for s in recorder.graph.steps):
+            return None
+        outputs = [recorder.ref(t) if isinstance(t, torch.Tensor) else None for t in (result if isinstance(result, tuple | list) else [result])]
+    except Exception:
+        return None
+    for i, ref in refs.items():
+        recorder.graph.values[ref.index].concrete = out.graph.values[i].concrete
+    inner = Walk(recorder.graph, out.algebra, {ref.index: out.marks[i] for i, ref in refs.items()})
+    for value, v in enumerate(recorder.graph.values):
+        if v.kind == "constants":
+            inner.marks[value] = shared(v.shape, ("constant", step.index, value))
+    last = _last_uses(recorder.graph)
+    for s in recorder.graph.steps:
+        _step(inner, s, last)
+    if inner.unknown:
+        return None
+    return [inner.marks[r.index] if r else None for r in outputs]
+
+
+# --- memory: a write through one view is seen through the others ---------------------------------------------------------------
+
+
+def _through_views(out: Walk, old: Ref, fresh: Ref, step: int, last: Mapping[int, int]) -> None:
+    graph = out.graph
+    storage = graph.values[fresh.index].storage
+    others = [
+        i for i, v in enumerate(graph.values)
+        if v.storage == storage and i in out.marks and i not in (old.index, fresh.index) and last.get(i, -1) > step and i < fresh.index
+    ]  # fmt: skip
+    if not others:
+        return
+    spots = _positions(graph.values[fresh.index])
+    new = spell_out(out.marks[fresh.index])
+    slot = np.full(max(_extent(graph.values[i]) for i in [fresh.index, *others]), -1, dtype=np.int64)
+    slot[spots.reshape(-1)] = np.arange(spots.size)
+    new_owner, new_key = (np.broadcast_to(a, new.shape).reshape(-1) for a in (new.owner, new.key))
+    for i in others:
+        hit = slot[_positions(graph.values[i])]
+        if (hit < 0).all():
+            continue
+        was = out.marks[i]
+        if was.shape == new.shape and np.array_equal(hit.reshape(-1), np.arange(hit.size)):
+            out.marks[i] = out.marks[fresh.index]
+            continue
+        full = spell_out(was)
+        owner = np.where(hit >= 0, new_owner[hit], np.broadcast_to(full.owner, was.shape)).astype(np.int32)
+        key = np.where(hit >= 0, new_key[hit], np.broadcast_to(full.key, was.shape))
+        out.marks[i] = compress(out.algebra.result(was.shape, owner, key, [was, new], "written through a view"))
+
+
+def _positions(value: Any) -> np.ndarray:
+    out = np.full(value.shape, value.offset, dtype=np.int64)
+    for d, (size, stride) in enumerate(zip(value.shape, value.stride, strict=True)):
+        out += (np.arange(size) * stride).reshape([-1 if e == d else 1 for e in range(len(value.shape))])
+    return out
+
+
+def _extent(value: Any) -> int:
+    return value.offset + sum((s - 1) * st for s, st in zip(value.shape, value.stride, strict=True)) + 1 if math.prod(value.shape) else 1
+
+
+# --- what the walk starts from -----------------------------------------------------------------------------------------------------
+
+
+def forward_marks(graph: Graph, dims: Sequence[int | None]) -> dict[int, Marks]:
+    """Inputs belong to their samples; everything else that exists before the model runs is shared."""
+    marks = _outside(graph)
+    for i, (ref, dim) in enumerate(zip(graph.inputs, dims, strict=True)):
+        if ref is not None:
+            marks[ref.index] = _leaf(graph, ref, dim, i, "inputs")
+    return marks
+
+
+def loss_marks(
+    graph: Graph, forward: Walk, targets: Sequence[int | None], samples: int, leading: bool = True
+) -> dict[int, Marks]:
+    """Predictions are fresh and belong to their samples; targets too, as constants; model internals are shared."""
+    marks = _outside(graph)
+    for i, (ref, dim) in enumerate(zip(graph.targets, targets, strict=True)):
+        if ref is not None:
+            marks[ref.index] = _leaf(graph, ref, dim, i, "targets")
+    for i, known in forward.marks.items():
+        if graph.values[i].kind == "step":
+            marks[i] = shared(known.shape, ("internal", i), ["internals"])
+        elif graph.values[i].kind == "inputs":
+            marks[i] = replace(known, sources=frozenset(["inputs"]))
+    for i, ref in enumerate(graph.predictions):
+        marks[ref.index] = fresh_prediction(forward[ref], i, samples, leading)
+    return marks
+
+
+def fresh_prediction(known: Marks, leaf: int, samples: int, leading: bool = True) -> Marks:
+    """A prediction as the loss sees it: slice n belongs to sample n and depends on nothing else."""
+    dim = prediction_dim(known, samples, leading)
+    if dim is None:
+        if known.owned and not known.mixed:
+            marks = Marks(known.shape, known.owner, known.key)
+        else:
+            return shared(known.shape, ("prediction", leaf), ["predictions"])
+    else:
+        marks = batched(known.shape, dim, ("prediction", leaf))
+    keys = np.unique(marks.key)
+    alone = marks.owner.size == math.prod(marks.shape) == samples and len(keys) == 1
+    atom = int(keys[0]) if alone else int(rules.code("prediction", leaf))
+    return replace(marks, sources=frozenset(["predictions"]), atoms=frozenset([atom]))
+
+
+def prediction_dim(marks: Marks, samples: int, leading: bool = True) -> int | None:
+    """The sample axis of a prediction: the first, unless the inputs carry samples elsewhere (not ``leading``)."""
+    dim = marks.sample_dim()
+    if (not leading or marks.shape[:1] != (samples,)) and dim is not None and marks.shape[dim] == samples:
+        return dim
+    if marks.owned and not marks.mixed and samples not in marks.shape:
+        return None
+    return next((d for d, s in enumerate(marks.shape) if s == samples), None)
+
+
+def _outside(graph: Graph) -> dict[int, Marks]:
+    return {i: _constant(v, i) for i, v in enumerate(graph.values) if v.kind in ("parameters", "buffers", "constants", "inputs", "targets")}
+
+
+def _constant(value: Any, index: int) -> Marks:
+    if value.kind == "parameters":
+        return shared(value.shape, ("parameter", value.name), ["parameters"])
+    content = value.concrete
+    constant_along = []
+    if content is not None and content.numel() and content.device.type != "meta":
+        constant_along = [d for d in range(content.ndim) if content.shape[d] > 1 and bool((content == content.narrow(d, 0, 1)).all())]
+    return shared(value.shape, (value.kind, value.name or index), (), constant_along)
+
+
+def _leaf(graph: Graph, ref: Ref, dim: int | None, i: int, kind: str) -> Marks:
+    shape = graph.values[ref.index].shape
+    return shared(shape, (kind, i), [kind]) if dim is None else batched(shape, dim % max(len(shape), 1), (kind, i), [kind])

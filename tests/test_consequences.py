@@ -1,0 +1,251 @@
+"""The table of consequences: complete, free of hidden cases, honest about what is unknown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from unbatch.consequences import (
+    FACTS,
+    INDEPENDENT,
+    LOSS,
+    OWN_WEIGHTS,
+    SIMD,
+    SITUATIONS,
+    SPLIT,
+    STATISTICS,
+    STRUCTURES,
+    SUM,
+    TABLE,
+    Case,
+    Consequence,
+    Quantity,
+    check,
+    consequence,
+    follows,
+    render_markdown,
+    situation,
+)
+
+PAGE = Path(__file__).parents[1] / "docs" / "consequences.md"
+
+HOLDS = "everything holds"
+NORM = "batch norm in train mode"
+MIXED = "samples mixed arbitrarily"
+NO_SUM = "reduction is not a sum"
+NO_LOSS = "loss not SIMD"
+WEIGHTS = "weights set by other samples"
+NO_SPLIT = "parameters in the loss"
+
+BACKPACK = (
+    *("BatchGrad", "BatchL2Grad", "SumGradSquared", "Variance"),
+    *("DiagGGNExact", "DiagGGNMC", "BatchDiagGGNExact", "BatchDiagGGNMC", "SqrtGGNExact", "SqrtGGNMC"),
+    *("DiagHessian", "BatchDiagHessian", "KFAC", "KFLR", "KFRA", "GGNMP", "HMP", "PCHMP"),
+)
+VIVIT = (
+    "EigvalshComputation",
+    "EighComputation",
+    "DirectionalDerivativesComputation (slopes)",
+    "DirectionalDerivativesComputation (curvatures)",
+    "DirectionalDampedNewtonComputation",
+)
+
+Statuses = tuple[str, ...]
+
+
+def replaced(statuses: Statuses, at: int, status: str) -> Statuses:
+    return (*statuses[:at], status, *statuses[at + 1 :])
+
+
+def consistent(statuses: Statuses) -> bool:
+    """A SIMD forward is independent, and SIMD given statistics (none)."""
+    s = dict(zip(STRUCTURES, statuses, strict=True))
+    return s[SIMD] != "holds" or "fails" not in (s[INDEPENDENT], s[STATISTICS])
+
+
+@cache
+def every_answer() -> Mapping[Statuses, tuple[Consequence, ...]]:
+    return {
+        statuses: follows(dict(zip(STRUCTURES, statuses, strict=True)))
+        for statuses in product(("holds", "fails", "unknown"), repeat=len(STRUCTURES))
+        if consistent(statuses)
+    }
+
+
+def test_the_table_passes_its_checker() -> None:
+    check(TABLE)
+
+
+@pytest.mark.parametrize("peer", [f"BackPACK {q}" for q in BACKPACK] + [f"ViViT {q}" for q in VIVIT])
+def test_every_quantity_of_the_peers_has_one_row(peer: str) -> None:
+    assert [peer in quantity.peers for quantity in TABLE].count(True) == 1
+
+
+def test_when_everything_holds_nothing_is_lost_or_renamed() -> None:
+    assert {c.outcome for c in follows(situation(HOLDS))} == {"exact", "estimate"}
+    assert all(c.name == c.quantity for c in follows(situation(HOLDS)))
+
+
+@pytest.mark.parametrize(
+    ("quantity", "where", "outcome", "name"),
+    [
+        ("gradient", NO_LOSS, "exact", "gradient"),
+        ("per-sample gradients", NORM, "renamed", "gradients per component"),
+        ("per-sample gradients", NO_SUM, "renamed", "gradients per sample, up to a batch-dependent factor"),
+        ("per-sample gradients", WEIGHTS, "renamed", "gradients per sample, up to a batch-dependent factor"),
+        ("component rows", MIXED, "exact", "component rows"),
+        ("component rows", NO_SPLIT, "renamed", "component rows, of the part through the predictions"),
+        ("frozen rows", NORM, "exact", "frozen rows"),
+        ("frozen rows", MIXED, "none", ""),
+        ("gradient variance", NORM, "renamed", "variance over components"),
+        ("gradient variance", WEIGHTS, "renamed", "variance over components"),
+        ("GGN eigenvalues", MIXED, "exact", "GGN eigenvalues"),
+        ("GGN eigenvalues", NO_LOSS, "exact", "GGN eigenvalues"),
+        ("GGN product", NO_SPLIT, "renamed", "GGN product, of the part through the predictions"),
+        ("per-sample GGN", NORM, "renamed", "GGN per component"),
+        ("per-sample GGN", NO_LOSS, "none", ""),
+        ("per-sample GGN", NO_SUM, "none", ""),
+        ("GGN rank bound", NORM, "exact", "GGN rank bound"),
+        ("GGN rank bound", NO_SUM, "renamed", "rank bound N·C"),
+        ("sampled GGN factor", NORM, "estimate", "sampled GGN factor per component"),
+        ("sampled GGN factor", NO_LOSS, "none", ""),
+        ("sampled GGN diagonal", NO_LOSS, "estimate", "GGN diagonal by random signs"),
+        ("KFLR", HOLDS, "exact", "KFLR"),
+        ("KFAC", HOLDS, "estimate", "KFAC"),
+        ("KFRA", NORM, "none", ""),
+        ("Hessian diagonal", MIXED, "exact", "Hessian diagonal"),
+        ("Hessian product", NO_SPLIT, "exact", "Hessian product"),
+        ("per-sample Hessian diagonals", NORM, "renamed", "Hessian diagonals per component"),
+        ("block-diagonal GGN product", MIXED, "exact", "block-diagonal GGN product"),
+        ("crosstalk", MIXED, "exact", "crosstalk"),
+        ("losses", NORM, "renamed", "losses per component"),
+        ("losses", NO_LOSS, "none", ""),
+    ],
+)
+def test_key_facts(quantity: str, where: str, outcome: str, name: str) -> None:
+    found = consequence(quantity, situation(where))
+    assert (found.outcome, found.name) == (outcome, name)
+    assert found.reason
+
+
+def test_exactly_crosstalk_and_losses_are_available() -> None:
+    assert {c.quantity for c in follows(situation(HOLDS)) if c.available} == {"crosstalk", "losses"}
+
+
+def test_one_consequence_is_the_same_as_among_all() -> None:
+    statuses = dict.fromkeys(STRUCTURES, "unknown")
+    assert tuple(consequence(quantity.name, statuses) for quantity in TABLE) == follows(statuses)
+
+
+def test_resolving_an_unknown_never_contradicts_a_definite_answer() -> None:
+    answers = every_answer()
+    steps = [
+        (before, after)
+        for statuses, before in answers.items()
+        for at, status in enumerate(statuses)
+        for resolved in ("holds", "fails")
+        if status == "unknown" and (after := answers.get(replaced(statuses, at, resolved)))
+    ]
+    assert steps
+    for before, after in steps:
+        for old, new in zip(before, after, strict=True):
+            assert old.outcome == "unknown" or (old.outcome, old.name) == (new.outcome, new.name)
+
+
+def test_unknown_is_said_only_where_completions_differ_and_is_settled_by_what_it_depends_on() -> None:
+    answers = every_answer()
+    for statuses, found in answers.items():
+        for i, one in enumerate(found):
+            assert (one.outcome == "unknown") == bool(one.depends_on)
+            seen = set()
+            for choice in product(("holds", "fails"), repeat=len(one.depends_on)):
+                resolved = statuses
+                for fact, status in zip(one.depends_on, choice, strict=True):
+                    resolved = replaced(resolved, STRUCTURES.index(fact), status)
+                if consistent(resolved):
+                    settled = answers[resolved][i]
+                    assert settled.outcome != "unknown"
+                    seen.add((settled.outcome, settled.name))
+            assert (len(seen) > 1) == (one.outcome == "unknown")
+
+
+def test_unknown_depends_only_on_what_matters() -> None:
+    statuses = {**situation(HOLDS), INDEPENDENT: "unknown", SIMD: "unknown", SUM: "unknown"}
+    assert consequence("per-sample gradients", statuses).depends_on == (INDEPENDENT, SUM)
+    assert consequence("GGN trace", statuses).outcome == "exact"
+    assert consequence("KFRA", {**statuses, SUM: "fails"}).outcome == "none"
+
+
+def test_own_weights_count_as_holding_unless_told() -> None:
+    six = dict.fromkeys(STRUCTURES, "holds")
+    assert consequence("gradient variance", six).outcome == "exact"
+    unsure = consequence("gradient variance", {**six, OWN_WEIGHTS: "unknown"})
+    assert (unsure.outcome, unsure.depends_on) == ("unknown", (OWN_WEIGHTS,))
+
+
+def test_an_unknown_name_is_refused_with_the_likely_ones() -> None:
+    with pytest.raises(KeyError, match=r"'GGN diagnal'.*GGN diagonal"):
+        consequence("GGN diagnal", situation(HOLDS))
+
+
+@pytest.mark.parametrize(
+    "statuses",
+    [
+        {SPLIT: "holds"},
+        dict.fromkeys(FACTS, "maybe"),
+        {**dict.fromkeys(FACTS, "holds"), "linear": "holds"},
+        {**dict.fromkeys(FACTS, "holds"), INDEPENDENT: "fails"},
+        {**dict.fromkeys(FACTS, "unknown"), SIMD: "holds", STATISTICS: "fails"},
+    ],
+)
+@pytest.mark.parametrize("ask", [follows, lambda statuses: consequence("gradient", statuses)])
+def test_missing_strange_and_contradictory_statuses_are_refused(
+    ask: Callable[[Mapping[str, str]], object], statuses: Mapping[str, str]
+) -> None:
+    with pytest.raises(ValueError, match="got"):
+        ask(statuses)
+
+
+ALWAYS = Case("exact", "always")
+
+
+@pytest.mark.parametrize(
+    ("bug", "flaw"),
+    [
+        ((ALWAYS, Case("none", "hidden", fails=(INDEPENDENT,))), "case 1 is never reached"),
+        ((Case("none", "never", holds=(SIMD,), fails=(INDEPENDENT,)), ALWAYS), "case 0 is never reached"),
+        ((Case("exact", "some", holds=(LOSS,)),), "no case for"),
+        ((Case("renamed", "to what?"),), "is 'renamed' and named ''"),
+        ((Case("exact", "as itself", "something else"),), "is 'exact' and named 'something else'"),
+        ((Case("unknown", "not for a table to say"),), "has outcome 'unknown'"),
+        ((Case("none", "typo", fails=("independent",)), ALWAYS), r"speaks of \['independent'\]"),
+    ],
+)
+def test_the_checker_catches_planted_bugs(bug: tuple[Case, ...], flaw: str) -> None:
+    with pytest.raises(ValueError, match=f"planted: .*{flaw}"):
+        check([*TABLE, Quantity("planted", bug)])
+
+
+def test_the_checker_catches_a_planted_bug_in_the_real_table() -> None:
+    victim = next(q for q in TABLE if q.name == "KFLR")
+    hiding = Quantity("KFLR", tuple(reversed(victim.cases)), victim.peers)
+    with pytest.raises(ValueError, match="KFLR: case 3 is never reached"):
+        check([hiding])
+
+
+def test_the_checker_catches_a_name_given_twice() -> None:
+    with pytest.raises(ValueError, match="gradient: named twice"):
+        check([*TABLE, Quantity("gradient", (ALWAYS,))])
+
+
+def test_situations_differ_and_are_consistent() -> None:
+    columns = [tuple((c.outcome, c.name) for c in follows(situation(name))) for name in SITUATIONS]
+    assert len(set(columns)) == len(columns)
+
+
+def test_the_page_is_the_rendered_table() -> None:
+    assert PAGE.read_text(encoding="utf-8") == render_markdown()

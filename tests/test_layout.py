@@ -1,0 +1,187 @@
+"""The house rules that can be read off the source: who may import whom, and who may touch what.
+
+The checks take sources as data, `{module name: source text}`, so that a planted bug can be fed to
+them. They read imports anywhere in a file: inside functions and under `TYPE_CHECKING` as well.
+"""
+
+import ast
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = "unbatch"
+
+# A module imports from its own level or from below. `__init__` stands where the facade stands:
+# what shows the package to a user may import it whole, what the package is made of may not.
+LEVELS = {
+    "errors": 0,
+    "labels": 0,
+    "tree": 1,
+    "capture": 2,
+    "rules": 2,
+    "structure": 3,
+    "consequences": 3,
+    "verify": 4,
+    "problem": 5,
+    "report": 6,
+    "plot": 6,
+    "__init__": 6,
+    "demo": 7,
+    "cli": 7,
+    "__main__": 7,
+}
+EXEMPT = {"__init__", "__main__"}  # may import from any level, but not in a circle
+
+# Whatever starts with the key is known to one module only.
+OWNERS = {
+    "torch.utils._python_dispatch": "capture",
+    "torch.overrides": "capture",
+    "torch.fx": "capture",
+    "torch.export": "capture",
+    "matplotlib": "plot",
+}
+
+Sources = Mapping[str, str]
+
+
+def sources() -> Sources:
+    folder = Path(__file__).parent.parent / "src" / PACKAGE
+    return {path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.py"))}
+
+
+def dotted(node: ast.expr) -> str | None:
+    """`a.b.c` of an attribute chain that starts at a plain name."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute):
+        prefix = dotted(node.value)
+        return prefix and f"{prefix}.{node.attr}"
+    return None
+
+
+def imports(source: str) -> Iterator[str]:
+    """Absolute dotted names of what is imported; `from a import b` is `a.b`."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parts = [PACKAGE] * bool(node.level) + [node.module] * bool(node.module)
+            yield from (".".join([*parts, alias.name]) for alias in node.names)
+
+
+def mentions(source: str) -> Iterator[str]:
+    """What is imported, and what is reached through attributes: `torch.fx.Graph` needs no import."""
+    yield from imports(source)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and (name := dotted(node)):
+            yield name
+
+
+def is_inside(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
+
+
+def import_graph(files: Sources) -> dict[str, set[str]]:
+    """For each module the modules of the package that it imports. A name that is no module of its
+    own, as in `from unbatch import Problem`, is an import of `__init__`."""
+    graph: dict[str, set[str]] = {}
+    for module, source in files.items():
+        paths = (name.split(".")[1:] for name in imports(source) if is_inside(name, PACKAGE))
+        graph[module] = {path[0] if path and path[0] in files else "__init__" for path in paths}
+    return graph
+
+
+def unlisted(files: Sources) -> list[str]:
+    return [
+        f"{module}.py has no level: add it to LEVELS in tests/test_layout.py"
+        for module in files
+        if module not in LEVELS
+    ]
+
+
+def upward_imports(files: Sources) -> list[str]:
+    return [
+        f"{importer}.py (level {LEVELS[importer]}) imports {imported}.py (level {LEVELS[imported]})"
+        for importer, targets in import_graph(files).items()
+        for imported in sorted(targets)
+        if importer in LEVELS and importer not in EXEMPT and imported in LEVELS
+        if LEVELS[imported] > LEVELS[importer]
+    ]
+
+
+def cycles(files: Sources) -> list[str]:
+    try:
+        TopologicalSorter(import_graph(files)).prepare()
+    except CycleError as error:
+        # graphlib lists each module before the one that imports it
+        return ["circular import: " + " -> ".join(reversed(error.args[1]))]
+    return []
+
+
+def trespasses(files: Sources) -> list[str]:
+    return [
+        f"{module}.py uses {prefix}, which only {owner}.py may know"
+        for module, source in files.items()
+        for prefix, owner in OWNERS.items()
+        if module != owner and any(is_inside(name, prefix) for name in mentions(source))
+    ]
+
+
+def without_docstring(files: Sources) -> list[str]:
+    return [
+        f"{module}.py does not begin with a docstring that says what lives there"
+        for module, source in files.items()
+        if ast.get_docstring(ast.parse(source)) is None
+    ]
+
+
+CHECKS = [unlisted, upward_imports, cycles, trespasses, without_docstring]
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_the_package_obeys(check):
+    files = sources()
+    assert "__init__" in files, "the package was not found, so nothing would be checked"
+    assert not (complaints := check(files)), "\n".join(complaints)
+
+
+PLANTED = {
+    "module without a level": (unlisted, {"helpers": ""}),
+    "import from above": (upward_imports, {"labels": "from unbatch.rules import RULES", "rules": ""}),
+    "import from above, relative": (upward_imports, {"labels": "from . import rules", "rules": ""}),
+    "import from above, late": (upward_imports, {"tree": "def f():\n    import unbatch.cli", "cli": ""}),
+    "import of the whole package": (upward_imports, {"rules": "import unbatch as ub", "__init__": ""}),
+    "circle within a level": (
+        cycles,
+        {"capture": "from .rules import RULES", "rules": "from .capture import Graph"},
+    ),
+    "circle through the package": (
+        cycles,
+        {"report": "from unbatch import Problem", "__init__": "from .report import text"},
+    ),
+    "dispatch mode": (trespasses, {"rules": "from torch.utils._python_dispatch import TorchDispatchMode"}),
+    "dispatch mode, by its parent": (trespasses, {"rules": "from torch.utils import _python_dispatch"}),
+    "graph without an import": (trespasses, {"structure": "import torch\ng = torch.fx.Graph()"}),
+    "late plot": (trespasses, {"report": "def f():\n    import matplotlib.pyplot as plt"}),
+    "no docstring": (without_docstring, {"labels": "# labels\nx = 1"}),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_bug_is_caught(name):
+    check, files = PLANTED[name]
+    assert len(check(files)) == 1
+
+
+def test_an_honest_package_passes():
+    files = {
+        "errors": '"""Errors."""',
+        "labels": '"""Labels."""\nfrom .errors import Refusal',
+        "capture": '"""Graphs."""\nimport torch\nimport torch.fx\nfrom unbatch.errors import Refusal',
+        "plot": '"""Pictures."""\ndef draw():\n    import matplotlib.pyplot as plt',
+        "__init__": '"""The package."""\nfrom unbatch.plot import draw',
+        "demo": '"""The tour."""\nimport unbatch as ub',
+    }
+    assert [complaint for check in CHECKS for complaint in check(files)] == []
