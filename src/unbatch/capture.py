@@ -10,14 +10,14 @@ the end, also after an exception; so are module attributes, gradients, flags and
 
 from __future__ import annotations
 
-import math
+import linecache
 import operator
 import os
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -92,6 +92,8 @@ class Escape:
     step: int
     module: str
     where: str
+    order: int = -1  # the how-manieth branch on a boolean it was, if it was one
+    in_loss: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,8 +119,41 @@ class Graph:
     targets: list[Ref | None] = field(default_factory=list)
     predictions: list[Ref] = field(default_factory=list)
     loss: Ref | None = None
-    model_steps: int = 0  # steps before this index belong to the model, the others to the loss
+    after_cut: frozenset[int] = frozenset()  # the steps that belong to the loss; all others belong to the model
+    model_steps: int = 0  # how many steps were recorded when the model returned
     rng: tuple[Any, ...] = ()
+
+    @property
+    def forward_steps(self) -> list[Step]:
+        return [s for s in self.steps if s.index not in self.after_cut]
+
+    @property
+    def loss_steps(self) -> list[Step]:
+        return [s for s in self.steps if s.index in self.after_cut]
+
+    def rebased(self, inputs: Sequence[Any], targets: Sequence[Any]) -> Graph:
+        """The same computation on other data, with the integers it computes from them."""
+        values = [replace(v) for v in self.values]
+        other = replace(self, values=values)
+        for refs, leaves in ((self.inputs, inputs), (self.targets, targets)):
+            for ref, leaf in zip(refs, leaves, strict=True):
+                if ref is not None:
+                    values[ref.index].concrete = leaf.detach()
+
+        def keep(i: int, tensor: Tensor) -> None:
+            if values[i].concrete is not None and not tensor.is_floating_point():
+                values[i].concrete = tensor.detach().clone()
+
+        with torch.no_grad():
+            wanted = [self.loss] if self.loss else self.predictions
+            other.run({}, [w.index for w in wanted], visit=keep)
+        return other
+
+    def signature(self) -> tuple[Any, ...]:
+        """What is computed, without the data: equal for two runs that do the same."""
+        steps = tuple((str(s.op), repr(s.args), repr(s.kwargs)) for s in self.steps)
+        outside = tuple((v.kind, v.name) for v in self.values if v.kind != "step")
+        return steps, outside, tuple(self.predictions), self.loss, self.model_steps
 
     def run(
         self,
@@ -127,13 +162,33 @@ class Graph:
         keep: Mapping[int, Tensor] | None = None,
         visit: Callable[[int, Tensor], None] | None = None,
         instead: Mapping[int, Callable[..., Any]] | None = None,
+        steps: Sequence[Step] | None = None,
     ) -> list[Tensor]:
-        """Replay with the values in ``feed`` replaced.
+        """Replay (``steps``, by default the model or, where a loss is wanted, everything) with the values in ``feed`` replaced.
 
         ``keep``: values pinned to given tensors (frozen statistics); ``instead``: other functions for some steps;
-        ``visit`` sees every value. Noise is what it was at capture.
+        ``visit`` sees every value. Noise is drawn from the random state of the capture, so it is what it was then.
         """
-        keep, instead = keep or {}, instead or {}
+        before = _random_state()
+        try:
+            if self.rng:
+                _set_random_state(self.rng)
+            if steps is None:
+                inside = all(self.values[w].step not in self.after_cut for w in wanted)
+                steps = self.forward_steps if inside else self.steps
+            return self._run(feed, wanted, keep or {}, visit, instead or {}, steps)
+        finally:
+            _set_random_state(before)
+
+    def _run(
+        self,
+        feed: Mapping[int, Tensor],
+        wanted: Sequence[int],
+        keep: Mapping[int, Tensor],
+        visit: Callable[[int, Tensor], None] | None,
+        instead: Mapping[int, Callable[..., Any]],
+        steps: Sequence[Step],
+    ) -> list[Tensor]:
         env: dict[int, Tensor] = {}
         last = self._last_uses(wanted)
         written = {old.index for s in self.steps for old, _ in s.writes}
@@ -147,25 +202,19 @@ class Graph:
                 env[ref.index] = value.clone() if ref.index in written else value
             return env[ref.index]
 
-        stop = max((self.values[w].step for w in wanted), default=-1)
-        for step in self.steps[: stop + 1]:
+        for step in steps:
             args, kwargs = tree_map(get, (step.args, step.kwargs), is_leaf=_is_ref)
             with torch.set_grad_enabled(step.grad and torch.is_grad_enabled()):
-                if step.noise:
-                    outs = [self.values[r.index].concrete if r else None for r in step.outs]
-                    if step.writes:
-                        old, new = step.writes[0]
-                        env[new.index] = get(old).copy_(self.values[new.index].concrete)
-                        continue
-                else:
-                    outs = _flat(instead.get(step.index, step.op)(*args, **kwargs))
+                outs = _flat(instead.get(step.index, step.op)(*args, **kwargs))
             for ref, out in zip(step.outs, outs, strict=False):
                 if ref is not None and isinstance(out, Tensor):
                     env[ref.index] = keep.get(ref.index, out)
                     if visit:
                         visit(ref.index, env[ref.index])
             for old, new in step.writes:
-                env.setdefault(new.index, env[old.index])
+                if new.index in keep:
+                    env[old.index].copy_(keep[new.index])
+                env[new.index] = env[old.index]
             for dead in last.get(step.index, ()):
                 env.pop(dead, None)
         return [get(Ref(w)) for w in wanted]
@@ -318,8 +367,7 @@ class Number:
     def bare(self, how: str) -> Any:
         with self.recorder.paused():
             value = self.tensor.item()
-        self.recorder.escape(self.tensor, how)
-        return value
+        return self.recorder.branch(self.tensor, how, value)
 
     def _map(self, function: Callable[..., Any], *others: Any) -> Any:
         raw = [o.tensor if isinstance(o, Number) else o for o in others]
@@ -438,9 +486,11 @@ def _is_number(x: Any) -> bool:
 class Recorder(TorchDispatchMode):
     """Writes every op into a ``Graph``. Use inside ``untouched``."""
 
-    def __init__(self, names: Mapping[int, str]) -> None:
+    def __init__(self, names: Mapping[int, str], flip: int = -1) -> None:
         super().__init__()
         self.graph = Graph()
+        self.flip, self.branches = flip, 0
+        self.in_loss = False
         self.names = names  # id(module) -> qualified name
         self.modules: list[str] = []
         self.known: dict[int, Ref] = {}
@@ -486,7 +536,7 @@ class Recorder(TorchDispatchMode):
 
     def _step(self, op: Any, args: Any, kwargs: Any, out: Any, writes: Sequence[Tensor] = (), olds: Sequence[Ref] = ()) -> Any:
         index = len(self.graph.steps)
-        noise = torch.Tag.nondeterministic_seeded in op.tags
+        noise = torch.Tag.nondeterministic_seeded in op.tags and not _sure(op, args, kwargs)
         where = self._where()
         step = Step(index, op, args, kwargs, (), (), torch.is_grad_enabled(), self.modules[-1] if self.modules else "", where, noise)
         self.graph.steps.append(step)
@@ -525,8 +575,7 @@ class Recorder(TorchDispatchMode):
         if self.off:
             return func(*args, **kwargs)
         if func is aten._local_scalar_dense.default:
-            self.escape(args[0], "read by Python (bool(), int(), float() or if)")
-            return func(*args, **kwargs)
+            return self.branch(args[0], "read by Python (bool(), int(), float() or if)", func(*args, **kwargs))
         with torch._C.DisableTorchFunction():
             return self._observe(func, args, kwargs)
 
@@ -538,10 +587,21 @@ class Recorder(TorchDispatchMode):
         self._step(func, *recorded, out, writes, olds)
         return out
 
-    def escape(self, tensor: Tensor, how: str) -> None:
+    def escape(self, tensor: Tensor, how: str, order: int = -1) -> None:
         if not self.off and not self.checks:
             module = self.modules[-1] if self.modules else ""
-            self.graph.escapes.append(Escape(self.ref(tensor), how, len(self.graph.steps), module, self._where()))
+            self.graph.escapes.append(Escape(self.ref(tensor), how, len(self.graph.steps), module, self._where(), order, self.in_loss))
+
+    def branch(self, tensor: Tensor, how: str, value: Any) -> Any:
+        """A value read by Python; a boolean may be answered the other way, to see what the other branch does."""
+        if self.off or self.checks:
+            return value
+        if tensor.dtype != torch.bool:
+            self.escape(tensor, how)
+            return value
+        self.branches += 1
+        self.escape(tensor, how, self.branches - 1)
+        return not value if self.flip == self.branches - 1 else value
 
     def shape_read(self, tensor: Any) -> None:
         ref = self.known.get(id(tensor))
@@ -580,6 +640,13 @@ class Recorder(TorchDispatchMode):
         finally:
             before.remove()
             after.remove()
+
+
+def _sure(op: Any, args: Any, kwargs: Any) -> bool:
+    """A random op whose probability of dropping is zero."""
+    names = [a.name for a in op._schema.arguments]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    return "dropout_p" in names and not given.get("dropout_p")
 
 
 def _sizes_itself(op: Any, args: Any, graph: Graph) -> bool:
@@ -634,9 +701,33 @@ def record(program: Program, inputs: Any, targets: Any) -> tuple[Graph, Any]:
         return _record(program, inputs, targets, follow=False)
 
 
-def _record(program: Program, inputs: Any, targets: Any, follow: bool) -> tuple[Graph, Any]:
+def harmless(program: Program, inputs: Any, targets: Any, graph: Graph, escape: Escape) -> bool:
+    """Whether a branch on a boolean changes nothing: the other way raises (an assertion) or computes the same."""
+    if escape.order < 0:
+        return False
+    try:
+        other, _ = _record(program, inputs, targets, True, escape.order)
+    except Exception as error:
+        return _raised_by_program(error)
+    return other.signature() == graph.signature()
+
+
+def _raised_by_program(error: Exception) -> bool:
+    """The program itself raised, by a ``raise`` or ``assert`` of its own."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and not trace.tb_frame.f_code.co_filename.startswith(LIBRARY[1]) and _is_raise(trace)
+
+
+def _is_raise(trace: Any) -> bool:
+    line = linecache.getline(trace.tb_frame.f_code.co_filename, trace.tb_lineno).strip()
+    return line.startswith(("raise ", "assert ", "raise(", "assert("))
+
+
+def _record(program: Program, inputs: Any, targets: Any, follow: bool, flip: int = -1) -> tuple[Graph, Any]:
     names = {id(m): name or type(m).__name__ for module in program.modules for name, m in module.named_modules()}
-    recorder = Recorder(names)
+    recorder = Recorder(names, flip)
     graph = recorder.graph
     with untouched(program.modules) as state, torch.enable_grad(), recorder.tracked():
         graph.rng = state
@@ -651,7 +742,7 @@ def _record(program: Program, inputs: Any, targets: Any, follow: bool) -> tuple[
                 declare(b, "buffers", name)
         with recorder, _Functions(recorder, follow):
             output = program.predict(inputs)
-            graph.model_steps = len(graph.steps)
+            graph.model_steps, recorder.in_loss = len(graph.steps), True
             with recorder.paused():
                 scalar = None
                 leaves = [t for t in tree_leaves(output) if _is_tensor(t)]
@@ -660,6 +751,7 @@ def _record(program: Program, inputs: Any, targets: Any, follow: bool) -> tuple[
         if program.loss is not None:
             graph.predictions = [recorder.ref(t) for t in leaves]
             graph.loss = recorder.ref(scalar) if isinstance(scalar, Tensor) else None
+            graph.after_cut = frozenset(range(graph.model_steps, len(graph.steps)))
         else:
             own = own_loss(output)
             graph.predictions = [recorder.ref(t) for t in leaves if t is not own]
@@ -684,7 +776,3 @@ def _alias(x: Any) -> Any:
 
 def _is_tensor(x: Any) -> bool:
     return isinstance(x, Tensor)
-
-
-def size_of(shape: Sequence[int]) -> int:
-    return math.prod(shape)

@@ -158,7 +158,7 @@ def ordering(call: Call) -> Any:
     if not x.shape:
         return [x] * len(call.shapes)
     dim = call.dims()[0] if call["dim"] is not None else len(x.shape) - 1
-    places = call.algebra.scan((call.name, repr(call["descending"])), x, [dim], "order", shape=call.shapes[-1])
+    places = call.algebra.scan((call.name, repr(call["descending"])), x, [dim], "order" if call["k"] is None else "position", shape=call.shapes[-1])
     if not x.owner_varies(dim):
         return [call.algebra.scan(call.title, x, [dim], shape=s) for s in call.shapes]
     whole = call.algebra.reduce((call.name, repr(call["descending"] or call["largest"])), x, [dim], True, long=call["k"] is None)
@@ -167,7 +167,7 @@ def ordering(call: Call) -> Any:
     return [values, places][-len(call.shapes) :]
 
 
-@rule("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "_fft_r2c", "_fft_c2r", "_fft_c2c", "cumsum_backward", "diff", "_pdist_forward")
+@rule("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "_fft_r2c", "_fft_c2r", "_fft_c2c", "cumsum_backward", "diff")
 def ordered(call: Call) -> Any:
     dims = call.dims() if call["dim"] is not None else [0]
     return [call.algebra.scan(call.title, call["self"], dims, shape=s) for s in call.shapes]
@@ -351,11 +351,43 @@ def _state_shape(out: Marks, shape: tuple[int, ...]) -> Marks:
     return expand_plain(squeeze(out, [0]), shape) if len(shape) == 2 else shared(shape, "workspace")
 
 
+@rule("_pdist_forward")
+def pair_distances(call: Call) -> Marks:
+    x = call["self"]
+    seen = _flat_dims(call.algebra.scan("pairs", x, [0, 1], "pairwise"), [0, 1], False)
+    return expand_plain(unsqueeze(seen, 0), call.shape)
+
+
+@rule("eq", "ne")
+def comparison(call: Call) -> Marks:
+    """Targets compared with the ignored label of PyTorch's losses, where it does not occur, are all alike."""
+    x = call.marks[0]
+    if call["other"] == -100 and not isinstance(call["other"], Marks) and not _occurs(call.values.get("self"), -100):
+        return shared(call.shape, "nothing ignored", (), range(len(call.shape)))
+    return call.algebra.pointwise(call.title, x, *call.marks[1:])
+
+
+@rule("_embedding_bag", "_embedding_bag_forward_only")
+def embedding_bag(call: Call) -> Any:
+    """Rows of a table, summed over the runs of a flat index that fixed offsets mark."""
+    a, index, offsets = call.algebra, call["indices"], call.values.get("offsets")
+    if offsets is None or call["offsets"].depends_on_batch or call["offsets"].sources & {"inputs", "targets"}:
+        return [mixed(call, s, "no rule") if call.marks[1].depends_on_batch else shared(s, call.title) for s in call.shapes]
+    table = _flat_dims(a.scan("rows", call["weight"], [0]), [0], False)
+    ends = [*offsets[1:].tolist(), index.shape[0]]
+    flat = spell_out(index)
+    bags = [a.reduce("bag", replace(flat, shape=(e - s,), owner=flat.owner[s:e], key=flat.key[s:e])) for s, e in zip(offsets, ends, strict=False)]
+    owner, key = np.stack([b.owner for b in bags]), np.stack([b.key for b in bags])
+    rows = a.result((len(bags),), owner, key, bags, "joined")
+    out = a.pointwise(call.title, unsqueeze(rows, 1), table)
+    return [out, *(shared(s, "unused") for s in call.shapes[1:])]
+
+
 @rule("_cdist_forward", "_euclidean_dist", "cdist")
 def distances(call: Call) -> Marks:
     x, y = call.marks
     lead = "abef"[: len(call.shape) - 2]
-    return call.algebra.contract(call.title, [x, y], (f"{lead}ni", f"{lead}mi"), f"{lead}nm").with_key("distance")
+    return call.algebra.pointwise("distance", call.algebra.contract(call.title, [x, y], (f"{lead}ni", f"{lead}mi"), f"{lead}nm"))
 
 
 @rule("_trilinear")

@@ -236,7 +236,9 @@ class Algebra:
     ``step`` is the operation at work, ``roots`` the statistics made so far, ``uses`` those that samples listen to.
     Sets of samples other than the whole batch are interned in ``groups`` (rows: membership). ``births`` tells how
     samples were mixed at a step, ``bent`` lists steps that are not polynomial in
-    values already mixed, ``uneven`` those whose function depends on the sample's index.
+    values already mixed, ``uneven`` those whose function depends on the sample's index;
+    ``factors`` are statistics by which something of the predictions was multiplied. Values that come from the sources
+    in ``constant`` only count as known: for the loss, targets are what they are.
     """
 
     samples: int
@@ -246,6 +248,8 @@ class Algebra:
     births: dict[int, str] = field(default_factory=dict)
     bent: set[int] = field(default_factory=set)
     uneven: set[int] = field(default_factory=set)
+    factors: set[int] = field(default_factory=set)
+    constant: frozenset[str] = frozenset()
     groups: Array = field(init=False)
 
     def __post_init__(self) -> None:
@@ -288,8 +292,7 @@ class Algebra:
         out = Marks(tuple(shape), owner, key, given, _union(x.sources for x in operands), mixers, _union(x.atoms for x in operands))
         if out.owned:
             for x in operands:
-                if x.given and not x.owned and not x.mixed:
-                    self._use(x)
+                self.consume_alone(x)
         if out.owned and _uneven(out) and not any(x.owned and _uneven(x) for x in operands):
             self.uneven.add(self.step)
         if "predictions" in out.sources and single(out) and not out.mixed and not self.given_predictions(out):
@@ -297,7 +300,10 @@ class Algebra:
             out = replace(out, atoms=frozenset([int(keys[0])])) if len(keys) == 1 else out
         return out
 
-    def _use(self, x: Marks) -> None:
+    def consume_alone(self, x: Marks) -> None:
+        """A statistic on its own is met by samples (or is itself a prediction of theirs)."""
+        if not x.given or x.owned or x.mixed:
+            return
         roots = [self.roots[r] for r in x.given]
         long = any(r.long and x.size > r.size // self.samples for r in roots)
         before = self.uses.get(x.given, Use(x.given, 0, False))
@@ -315,8 +321,6 @@ class Algebra:
         """
         factor = self._weight(operands) if kind == "scale" else None
         operands = tuple(x if kind or not x.weighted else _absorb(x) for x in operands)
-        if not kind and any(x.mixed for x in operands):
-            self.bent.add(self.step)
         shape = np.broadcast_shapes(*(x.shape for x in operands))
         aligned = [_align(x, len(shape)) for x in operands]
         explicit = _explicit_dims(aligned, shape)
@@ -335,6 +339,8 @@ class Algebra:
             whole = owner == SHARED
             root = self.statistic("sum", owner, math.prod(shape), _union(x.sources for x in operands)) if whole.any() else root
         out = self.result(shape, owner, key, operands, "pairwise", root)
+        if not kind and out.mixed:
+            self.bent.add(self.step)
         return self._linear(out, operands, kind, factor is not None) if kind else out
 
     def _fold(self, owner: Array, key: Array, a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -342,7 +348,8 @@ class Algebra:
         owner, key = owner.copy(), key.copy()
         sides = [np.broadcast_arrays(o, k, owner)[:2] for o, k in (a, b)]
         summed = [np.where(o >= 0, mix(k, code("sum over samples")), k) for o, k in sides]
-        for at in zip(*np.nonzero((owner == MIXED) & (summed[0] == summed[1])), strict=True):
+        for spot in np.argwhere((owner == MIXED) & (summed[0] == summed[1])):
+            at = tuple(spot)
             members = [self.members(int(o[at])) for o, _ in sides]
             if not (members[0] & members[1]).any():
                 owner[at], key[at] = self.group_code(members[0] | members[1]), summed[0][at]
@@ -366,7 +373,10 @@ class Algebra:
         entering = [x for x in operands if "predictions" in x.sources]
         if not entering or (kind == "scale" and len(entering) > 1):
             return replace(out, weighted=False)
-        additive = not out.owned and all(x.additive for x in entering)
+        if kind == "scale":
+            self.factors |= _union(x.given for x in operands if "predictions" not in x.sources)
+        apart = all(x.additive or (kind != "scale" and not x.mixed and not self.given_predictions(x)) for x in entering)
+        additive = not out.owned and apart
         weighted = weighted or any(x.weighted for x in entering)
         if kind in ("add", "sub") and len(operands) > 1 and weighted and not additive:
             return _absorb(replace(out, weighted=True))
@@ -461,6 +471,8 @@ class Algebra:
     def scan(self, name: object, x: Marks, dims: Iterable[int], how: str = "ordered", shape: Dims | None = None) -> Marks:
         """Output elements along ``dims`` each depend, by their index, on all input elements along ``dims``."""
         x = _absorb(x) if x.weighted else x
+        if x.mixed:
+            self.bent.add(self.step)
         ndim = len(x.shape)
         axes = sorted({d % ndim for d in dims})
         owner, key = x.owner, x.key

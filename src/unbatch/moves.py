@@ -251,8 +251,12 @@ def written(call: Call, base: Marks, src: Marks, window: Any) -> Marks:
 
 
 def exact(call: Call, index: Marks, values: Any) -> bool:
-    """The index is the same for every batch, and its numbers are known."""
-    return values is not None and not index.depends_on_batch and not index.sources & {"inputs", "targets", "predictions"}
+    """The index is the same for every batch (or counts as constant), and its numbers are known."""
+    loose = {"inputs", "targets", "predictions", "internals"}
+    if values is None:
+        return False
+    constant = index.sources and index.sources <= call.algebra.constant and "predictions" in call["self"].sources
+    return bool(constant) or (not index.depends_on_batch and not index.sources & loose)
 
 
 @rule("index", "_unsafe_index", "index_select", "gather", "take_along_dim", "take")
@@ -286,6 +290,7 @@ def indexed(call: Call, x: Marks, indices: list[Any], values: list[Any]) -> Mark
             value = np.zeros(index.shape, dtype=np.int64)
         if exact(call, index, value):
             parts = list(np.nonzero(value)) if value.dtype == bool else [value]
+            x = _selected(call, x, index)
             for part in parts:
                 cut.append(np.asarray(part) % max(x.shape[dim], 1))
                 named.append((dim, code(cut[-1].tobytes()).item()))
@@ -298,6 +303,16 @@ def indexed(call: Call, x: Marks, indices: list[Any], values: list[Any]) -> Mark
             loose.append(index)
             dim += 1
     return _pick(call, x, cut, loose, named)
+
+
+def _selected(call: Call, x: Marks, index: Marks) -> Marks:
+    """What is left after a selection by constants of the batch depends on these constants, as weights do."""
+    if not index.depends_on_batch:
+        return x
+    root = call.algebra.statistic("selected", np.full(1, SHARED), 1, index.sources)
+    assert root is not None
+    call.algebra.factors.add(root)
+    return replace(x, given=x.given | {root})
 
 
 def _pick(call: Call, x: Marks, cut: list[Any], loose: list[Marks], named: list[Any]) -> Marks:
@@ -477,7 +492,16 @@ def _put_anywhere(call: Call, x: Marks, indices: list[Any], values: list[Any]) -
 # --- shapes that depend on data ---------------------------------------------------------------------------------------------------
 
 
-@rule("nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount", "histc", "repeat_interleave", "where_index")
+@rule("bincount", "histc")
+def counts(call: Call) -> Marks:
+    """How often each value occurs does not depend on the order."""
+    a, x = call.algebra, call["self"]
+    operands = [m for m in call.marks if m.shape == x.shape]
+    whole = a.reduce(call.title, a.pointwise("weigh", *operands) if len(operands) > 1 else x)
+    return replace(whole, shape=call.shape, owner=whole.owner.reshape(1), key=whole.key.reshape(1))
+
+
+@rule("nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "repeat_interleave", "where_index")
 def data_dependent(call: Call) -> Any:
     if call.name == "repeat_interleave" and call.marks and not call.marks[0].depends_on_batch:
         return [shared(s, (call.title, int(total(call.marks[0].key.reshape(-1), 0)))) for s in call.shapes]

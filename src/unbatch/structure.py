@@ -1,162 +1,21 @@
-"""What the marks say about the loss: six verdicts, their culprits, and the statistics samples listen to.
+"""What the marks prove about the loss.
 
-``judge`` says *holds* where the marks prove it and leaves the rest open ("unknown"), with the reasons why. Whether an
-open one *fails* takes a witness, see ``verify.py``.
+``judge`` says *holds* where the marks of predictions and loss prove it, and leaves the rest open ("unknown") with the
+culprits. Whether an open one *fails* takes a witness, see ``verify.py``.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from unbatch import consequences
-from unbatch.capture import Escape, Graph, Step
-from unbatch.labels import MIXED, SHARED, Algebra, Marks
-from unbatch.rules import NO_RULE
+from unbatch.capture import Escape, Graph, Ref, Step
+from unbatch.labels import MIXED, SHARED, Algebra, Marks, Use
+from unbatch.split import split
+from unbatch.verdicts import REMEDY, WHY, BatchStatistic, Culprit, Structure, Verdict, culprit, escape_culprit
 from unbatch.walk import Walk, forward_marks, loss_marks, prediction_dim, walk
-
-NAMES = consequences.STRUCTURES
-
-
-@dataclass(frozen=True)
-class Culprit:
-    """One place in the user's program that stands in the way of a structure, and what to do about it."""
-
-    module: str
-    op: str
-    where: str
-    why: str
-    remedy: str
-
-    @property
-    def short(self) -> str:
-        """File and line without the folders in front."""
-        file, _, line = self.where.rpartition(":")
-        return f"{os.path.basename(file)}:{line}" if file else ""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """``status`` is "holds", "fails" or "unknown"; ``basis`` "proved", "witness" or "assumed" ("" where unknown).
-
-    True in a boolean context only when it holds.
-    """
-
-    name: str
-    status: str
-    basis: str = ""
-    culprits: tuple[Culprit, ...] = ()
-    note: str = ""
-    weights_depend_on: frozenset[str] = frozenset()
-
-    def __bool__(self) -> bool:
-        return self.status == "holds"
-
-
-@dataclass(frozen=True)
-class BatchStatistic:
-    """Numbers through which samples listen to each other: ``size`` of them, each over ``samples`` samples."""
-
-    module: str
-    op: str
-    where: str
-    size: int
-    samples: int
-    grouped: bool
-
-
-@dataclass(frozen=True)
-class Structure:
-    """Everything known about the structure of one loss on one batch."""
-
-    canonical_split: Verdict
-    independent_forward: Verdict
-    simd_forward: Verdict
-    simd_given_statistics: Verdict
-    reduction: Verdict
-    simd_loss: Verdict
-    samples: int
-    predictions: tuple[tuple[int, ...], ...]
-    statistics: tuple[BatchStatistic, ...] = ()
-    assumptions: tuple[str, ...] = ()
-    custom_rules: tuple[str, ...] = ()
-    unknown_ops: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-
-    @property
-    def verdicts(self) -> tuple[Verdict, ...]:
-        return tuple(getattr(self, name) for name in NAMES)
-
-    @property
-    def statistics_size(self) -> int:
-        """R: how many batch statistics there are in all."""
-        return sum(s.size for s in self.statistics)
-
-    @property
-    def statuses(self) -> dict[str, str]:
-        """The verdicts as the table of consequences takes them."""
-        out = {v.name: v.status for v in self.verdicts}
-        weights = self.reduction.weights_depend_on
-        return out | {"own_weights": "fails" if weights else "holds"}
-
-    def follows(self) -> tuple[consequences.Consequence, ...]:
-        """Which quantities exist, under which name, exact or not."""
-        return consequences.follows(self.statuses)
-
-    def with_verdicts(self, *verdicts: Verdict) -> Structure:
-        return replace(self, **{v.name: v for v in verdicts})
-
-
-# --- why, and what to do ----------------------------------------------------------------------------------------------------
-
-WHY = {
-    "statistic": "a statistic over all samples ({size} numbers) flows back into every sample",
-    "group": "statistics over groups of {samples} samples ({size} numbers) flow back into the samples of the group",
-    "long": "a statistic with as many entries as there are samples flows back into every sample",
-    "pairwise": "values of different samples are combined with each other",
-    "unsymmetric": "values of different samples are combined with weights that depend on their position in the batch",
-    "ordered": "a computation runs along the axis that carries the samples",
-    "looked up": "an index that depends on data picks values from other samples",
-    "position": "the position of an extreme value in the batch is used",
-    "order": "the order of the samples by their values is used",
-    "scattered": "values of different samples are written to the same place",
-    "written through a view": "values of different samples meet in memory that is written in place",
-    "joined": "values of different samples are joined",
-    "data-dependent shape": "how many values there are depends on the data",
-    "resized": "memory is reinterpreted in another size",
-    "assumed": "the output of something declared independent has no sample axis",
-    NO_RULE: "the op has no rule and no known decomposition, so nothing is known about what it does to samples",
-    "uneven": "what is done to a sample depends on its index in the batch",
-    "place": "slice n of the prediction belongs to another sample than n",
-    "escape": "Python reads a value that depends on the batch ({how}); what follows may depend on it",
-    "unfaithful": "on another batch the recorded computation gives other values than the model, so something steers it that was not seen",
-}
-REMEDY = {
-    "statistic": "Evaluate with fixed statistics (`.eval()`), or normalise within a sample (GroupNorm, LayerNorm); "
-    "sums and the GGN stay exact as they are.",
-    "group": "Same as for batch norm: `.eval()` or a norm within the sample; within a group sums stay exact.",
-    "escape": "Keep it a tensor (`torch.where` in place of `if`), or declare it harmless: `unbatch.assume_independent(...)`.",
-    NO_RULE: "Register a rule (`unbatch.register_rule(op, rule)`) or declare it: `unbatch.assume_independent(op)`.",
-    "uneven": "Draw what differs between samples from the inputs, not from the index.",
-    "place": "Return predictions in the order of the inputs, samples on axis 0.",
-    "unfaithful": "Look for Python state, numpy or a branch in the forward pass and keep it in tensors.",
-    "ordered": "Check which axis carries the samples (batch_first, dim=).",
-    "data-dependent shape": "Use a mask of fixed shape in place of a selection, or `unbatch.assume_independent(...)`.",
-}
-DEFAULT_REMEDY = "Check the axes and the order of `view` and `reshape`; if it is meant, ask for per-component quantities."
-
-
-def culprit(step: Step, kind: str, **facts: object) -> Culprit:
-    why = WHY.get(kind, kind).format(**facts)
-    return Culprit(step.module, step.name, step.where, why, REMEDY.get(kind, DEFAULT_REMEDY))
-
-
-def escape_culprit(escape: Escape) -> Culprit:
-    return Culprit(escape.module, "escape", escape.where, WHY["escape"].format(how=escape.how), REMEDY["escape"])
-
 
 # --- reading marks -------------------------------------------------------------------------------------------------------------
 
@@ -198,10 +57,6 @@ def sees(marks: Marks) -> bool:
     return marks.depends_on_batch or bool(marks.sources & {"inputs", "targets", "predictions", "internals"})
 
 
-def sample_sizes(structures: Iterable[BatchStatistic]) -> int:
-    return sum(s.size for s in structures)
-
-
 # --- judging ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -221,18 +76,23 @@ def judge(
     graph: Graph, samples: int, dims: Sequence[int | None], target_dims: Sequence[int | None], assumed: Sequence[str] = (),
     harmless: Callable[[Escape], bool] = lambda e: False,
 ) -> tuple[Structure, Findings]:  # fmt: skip
-    """Walk over model and loss and say what is proved."""
+    """Walk over model and loss and say what is proved. Where the model computes its own loss, find the cut first."""
+    own = graph.loss is not None and not graph.after_cut
     leading = all(d in (0, None) for d in dims)
-    forward = walk(graph, samples, forward_marks(graph, dims), 0, graph.model_steps, assumed)
+    forward = walk(graph, samples, forward_marks(graph, dims), graph.steps if own else graph.forward_steps, assumed)
+    entering = split(graph, forward) if own else []
     found = Findings(forward, None, leading)
     seen = lambda e, w: e.ref.index not in w.marks or sees(w[e.ref])  # noqa: E731
-    found.escapes = [e for e in graph.escapes if e.step <= graph.model_steps and seen(e, forward) and not harmless(e)]
+    in_loss = lambda e: graph.values[e.ref.index].step in graph.after_cut if own else e.in_loss  # noqa: E731
+    found.escapes = [e for e in graph.escapes if not in_loss(e) and seen(e, forward) and not harmless(e)]
     structure = _judge_forward(graph, forward, found, samples)
     if graph.loss is not None:
         start = loss_marks(graph, forward, target_dims, samples, leading)
-        found.loss = walk(graph, samples, start, graph.model_steps, len(graph.steps), assumed)
-        found.loss_escapes = [e for e in graph.escapes if e.step > graph.model_steps and seen(e, found.loss) and not harmless(e)]
+        found.loss = walk(graph, samples, start, graph.loss_steps, assumed, ("targets", "inputs"))
+        found.loss_escapes = [e for e in graph.escapes if in_loss(e) and seen(e, found.loss) and not harmless(e)]
         structure = _judge_loss(graph, found.loss, found, structure)
+        if entering:
+            structure = structure.with_verdicts(_entering(graph, entering))
     walks = [forward] + ([found.loss] if found.loss else [])
     return replace(
         structure,
@@ -247,32 +107,144 @@ def _judge_forward(graph: Graph, forward: Walk, found: Findings, samples: int) -
     used = used_predictions(graph)
     marks = [forward[r] for r in used]
     steps = forward.ancestors(used)
-    statistics = _statistics(graph, algebra, steps)
-    blame = _blame(graph, forward, steps, marks, found)
-    found.bent = bool(algebra.bent & steps) or any(algebra.births.get(s) in ("order", "position") for s in steps)
+    for m in marks:
+        algebra.consume_alone(m)
+    uses = [u for u in algebra.uses.values() if any(algebra.roots[r].step in steps for r in u.roots)]
+    found.bent = bool(algebra.bent & steps)
     in_place = all(holds_its_place(m, samples, leading) for m in marks) and not found.escapes
     alike = all(uniform(m, samples, leading) for m in marks)
+    bounded = not any(u.long for u in uses) and not algebra.overlapping()
     independent = in_place and not any(m.given for m in marks)
-    simd = independent and alike
-    long = any(u.long and _reaches(u.roots, algebra, steps) for u in algebra.uses.values())
-    given = in_place and alike and not long and not algebra.overlapping()
     basis = "assumed" if forward.assumed else "proved"
-    none = Verdict("", "unknown")
+    statistics = tuple(_statistic(graph, algebra, u) for u in uses)
+    listening = tuple(_statistic_culprit(graph, algebra, u) for u in uses)
+    others = _other_culprits(graph, forward, steps, marks, found)
+    size = sum(s.size for s in statistics)
+    note = f"R = {size} batch statistics" + (", of groups: s_g(n)" if any(s.grouped for s in statistics) else "") if size else ""
 
     def verdict(name: str, holds: bool, culprits: tuple[Culprit, ...], note: str = "") -> Verdict:
         if samples == 1:
-            return Verdict(name, "unknown", note="A batch of one sample cannot show whether samples listen to each other.")
+            return Verdict(name, "unknown", note="one sample cannot show whether samples listen to each other")
         return Verdict(name, "holds", basis, note=note) if holds else Verdict(name, "unknown", culprits=culprits)
 
-    size = sum(s.size for s in statistics)
-    note = f"R = {size} batch statistics" if size else "no statistics are needed"
-    if any(s.grouped for s in statistics):
-        note += ", of groups of samples: s_{g(n)}"
+    open_ = Verdict("", "unknown", note="there is no loss to judge")
     return Structure(
-        canonical_split=none, reduction=none, simd_loss=none,
-        independent_forward=verdict("independent_forward", independent, blame),
-        simd_forward=verdict("simd_forward", simd, blame),
-        simd_given_statistics=verdict("simd_given_statistics", given, tuple(c for c in blame if c.why not in _harmless_given(statistics, long))),
-        note_given=note,
-        samples=samples, predictions=tuple(graph.values[r.index].shape for r in used), statistics=statistics,
-    )  # fmt: skip
+        canonical_split=replace(open_, name="canonical_split"),
+        independent_forward=verdict("independent_forward", independent, tuple(c for c in listening + others if c.why != WHY["uneven"])),
+        simd_forward=verdict("simd_forward", independent and alike, listening + others),
+        simd_given_statistics=verdict("simd_given_statistics", in_place and alike and bounded, others + (() if bounded else listening), note),
+        reduction=replace(open_, name="reduction"),
+        simd_loss=replace(open_, name="simd_loss"),
+        samples=samples,
+        predictions=tuple(graph.values[r.index].shape for r in used),
+        statistics=statistics,
+    )
+
+
+def used_predictions(graph: Graph) -> list[Ref]:
+    """The predictions that the loss reads; all of them where there is no loss to tell."""
+    if graph.loss is None:
+        return graph.predictions
+    read = {r.index for step in graph.loss_steps for r in step.refs()} | {graph.loss.index}
+    return [p for p in graph.predictions if p.index in read] or graph.predictions
+
+
+def _statistic(graph: Graph, algebra: Algebra, use: Use) -> BatchStatistic:
+    roots = [algebra.roots[r] for r in sorted(use.roots)]
+    step = graph.steps[roots[-1].step]
+    return BatchStatistic(step.module, step.name, step.where, use.size, min(r.samples for r in roots), any(r.groups for r in roots))
+
+
+def _statistic_culprit(graph: Graph, algebra: Algebra, use: Use) -> Culprit:
+    statistic = _statistic(graph, algebra, use)
+    kind = "long" if use.long else "group" if statistic.grouped else "statistic"
+    return culprit(graph.steps[algebra.roots[max(use.roots)].step], kind, size=statistic.size, samples=statistic.samples)
+
+
+def _other_culprits(graph: Graph, forward: Walk, steps: set[int], marks: Sequence[Marks], found: Findings) -> tuple[Culprit, ...]:
+    algebra = forward.algebra
+    mixing = [culprit(graph.steps[s], algebra.births[s]) for s in sorted(frozenset().union(*(m.mixers for m in marks)) & steps) if s in algebra.births]
+    uneven = [culprit(graph.steps[s], "uneven") for s in sorted(algebra.uneven & steps)]
+    escaped = [escape_culprit(e) for e in found.escapes]
+    moved = [] if mixing or escaped or all(holds_its_place(m, marks[0].shape[0] if m.shape else 1, True) for m in marks) else [_last(graph, "place")]
+    return tuple(mixing + escaped + uneven + (moved if not uneven else []))
+
+
+def _last(graph: Graph, kind: str) -> Culprit:
+    steps = graph.forward_steps
+    return culprit(steps[-1], kind) if steps else Culprit("", "", "", WHY[kind], REMEDY[kind])
+
+
+# --- the loss -------------------------------------------------------------------------------------------------------------------------
+
+
+def _judge_loss(graph: Graph, loss: Walk, found: Findings, structure: Structure) -> Structure:
+    assert graph.loss is not None
+    marks, algebra = loss[graph.loss], loss.algebra
+    steps = loss.ancestors([graph.loss])
+    split = _judge_split(graph, loss, steps, found)
+    clean = not found.loss_escapes
+    separate = "predictions" in marks.sources or not marks.depends_on_batch
+    additive = clean and (marks.additive or (structure.samples == 1 and not marks.mixed)) and separate
+    symmetric = not marks.mixed and (marks.additive or not (marks.owner < MIXED).any())
+    one_scalar = clean and symmetric and len(marks.atoms) <= 1 and (not algebra.given_predictions(marks) or len(marks.atoms) == 1)
+    basis = "assumed" if loss.assumed else "proved"
+    blame = _loss_culprits(graph, loss, steps, marks, found)
+    depends = _weights(algebra, marks)
+    note = f"weights depend on {' and '.join(sorted(depends))}" if depends else ""
+    return structure.with_verdicts(
+        split,
+        Verdict("reduction", "holds", basis, note=note, weights_depend_on=depends)
+        if additive
+        else Verdict("reduction", "unknown", culprits=blame, weights_depend_on=depends),
+        Verdict("simd_loss", "holds", basis) if one_scalar else Verdict("simd_loss", "unknown", culprits=blame),
+    )
+
+
+def _weights(algebra: Algebra, marks: Marks) -> frozenset[str]:
+    """Which constants of the whole batch, beside predictions, enter the loss."""
+    roots = [algebra.roots[r] for r in marks.given & algebra.factors]
+    sources = [r.sources for r in roots if "predictions" not in r.sources]
+    return frozenset().union(*sources) & {"targets", "inputs"}
+
+
+def _judge_split(graph: Graph, loss: Walk, steps: set[int], found: Findings) -> Verdict:
+    """No parameter, and nothing of the model but its predictions, may enter after the cut."""
+    predicted = {p.index for p in graph.predictions}
+    culprits = []
+    for step in (graph.steps[s] for s in sorted(steps & graph.after_cut)):
+        for ref in step.refs():
+            value = graph.values[ref.index]
+            if value.kind == "parameters":
+                culprits.append(_split_culprit(step, f"the parameter {value.name!r}"))
+            elif value.kind == "step" and value.step not in graph.after_cut and ref.index not in predicted:
+                if found.forward.marks[ref.index].sources & {"parameters"}:
+                    culprits.append(_split_culprit(step, "an inner value of the model"))
+    if culprits:
+        return Verdict("canonical_split", "fails", "proved", tuple(dict.fromkeys(culprits)), "that part of the gradient is carried as `rest`")
+    return Verdict("canonical_split", "holds", "proved")
+
+
+def _entering(graph: Graph, steps: Sequence[int]) -> Verdict:
+    culprits = tuple(_split_culprit(graph.steps[s], "a parameter") for s in steps)
+    return Verdict("canonical_split", "fails", "proved", culprits, "that part of the gradient is carried as `rest`")
+
+
+def _split_culprit(step: Step, what: str) -> Culprit:
+    why = f"{what} enters the loss beside the predictions"
+    return Culprit(step.module, step.name, step.where, why, "Move it into the model, or keep it: its part of the gradient is reported as `rest`.")
+
+
+def _loss_culprits(graph: Graph, loss: Walk, steps: set[int], marks: Marks, found: Findings) -> tuple[Culprit, ...]:
+    algebra = loss.algebra
+    mixing = [culprit(graph.steps[s], algebra.births[s]) for s in sorted(marks.mixers & steps) if s in algebra.births]
+    escaped = [escape_culprit(e) for e in found.loss_escapes]
+    uses = [_statistic_culprit(graph, algebra, u) for u in algebra.uses.values() if any("predictions" in algebra.roots[r].sources for r in u.roots)]
+    totals = [] if mixing or uses else [_total_culprit(graph, algebra, r) for r in sorted(marks.given) if "predictions" in algebra.roots[r].sources]
+    return tuple(mixing + escaped + uses + totals)
+
+
+def _total_culprit(graph: Graph, algebra: Algebra, root: int) -> Culprit:
+    step = graph.steps[algebra.roots[root].step]
+    why = "a total over the samples enters the loss in more than a linear way"
+    return Culprit(step.module, step.name, step.where, why, "Reduce the losses of the samples by a (weighted) sum or mean.")

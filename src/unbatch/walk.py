@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from unbatch import rules
 from unbatch.capture import Graph, Recorder, Ref, Step
 from unbatch.families import running_statistics
-from unbatch.labels import Algebra, Marks, batched, compress, shared, spell_out
+from unbatch.labels import Algebra, Marks, batched, code, compress, shared, spell_out
 from unbatch import moves as _moves  # noqa: F401  registers its rules
 
 # --- the walk ---------------------------------------------------------------------------------------------------------------
@@ -54,11 +54,13 @@ class Walk:
         return steps
 
 
-def walk(graph: Graph, samples: int, given: Mapping[int, Marks], start: int, stop: int, assumed: Sequence[str] = ()) -> Walk:
-    """Propagate marks through steps ``start`` to ``stop``; ``given`` are the marks of what they start from."""
-    out = Walk(graph, Algebra(samples), dict(given))
+def walk(
+    graph: Graph, samples: int, given: Mapping[int, Marks], steps: Sequence[Step], assumed: Sequence[str] = (), constant: Iterable[str] = ()
+) -> Walk:
+    """Propagate marks through ``steps``; ``given`` are the marks of what they start from."""
+    out = Walk(graph, Algebra(samples, constant=frozenset(constant)), dict(given))
     last = _last_uses(graph)
-    for step in graph.steps[start:stop]:
+    for step in steps:
         out.algebra.step = step.index
         _step(out, step, last)
         for call in graph.calls:
@@ -240,9 +242,10 @@ def loss_marks(
             marks[ref.index] = _leaf(graph, ref, dim, i, "targets")
     for i, known in forward.marks.items():
         if graph.values[i].kind == "step":
-            marks[i] = shared(known.shape, ("internal", i), ["internals"])
+            inner = "parameters" in known.sources
+            marks[i] = shared(known.shape, ("internal", i), ["internals"]) if inner else replace(known, given=frozenset())
         elif graph.values[i].kind == "inputs":
-            marks[i] = replace(known, sources=frozenset(["inputs"]))
+            marks[i] = known
     for i, ref in enumerate(graph.predictions):
         marks[ref.index] = fresh_prediction(forward[ref], i, samples, leading)
     return marks
@@ -260,8 +263,8 @@ def fresh_prediction(known: Marks, leaf: int, samples: int, leading: bool = True
         marks = batched(known.shape, dim, ("prediction", leaf))
     keys = np.unique(marks.key)
     alone = marks.owner.size == math.prod(marks.shape) == samples and len(keys) == 1
-    atom = int(keys[0]) if alone else int(rules.code("prediction", leaf))
-    return replace(marks, sources=frozenset(["predictions"]), atoms=frozenset([atom]))
+    atoms = [int(keys[0])] if alone else [int(code("prediction", leaf, part)) for part in (0, 1)]
+    return replace(marks, sources=frozenset(["predictions"]), atoms=frozenset(atoms))
 
 
 def prediction_dim(marks: Marks, samples: int, leading: bool = True) -> int | None:

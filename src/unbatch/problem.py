@@ -1,0 +1,302 @@
+"""The facade: one model, one loss, one mini-batch, and the questions one can ask about them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+
+from unbatch import capture, errors, rules
+from unbatch.capture import Graph, Program
+from unbatch.crosstalk import Crosstalk, crosstalk
+from unbatch.errors import CaptureError, InputError
+from unbatch.structure import judge
+from unbatch.verdicts import Structure
+from unbatch.verify import Oracle, Verification, settle, unfaithful, verify
+
+_ASSUMED_MODULES: dict[int, nn.Module] = {}
+
+
+def assume_independent(what: Any) -> None:
+    """Declare that a module, or an op, acts on each sample alone.
+
+    ``what``: an ``nn.Module`` inside a model, or an op such as ``torch.ops.my.op.default``. Verdicts that rest on the
+    declaration say so: their ``basis`` is "assumed", and ``structure.assumptions`` lists it. Raises ``InputError`` for
+    anything else.
+    """
+    if isinstance(what, nn.Module):
+        _ASSUMED_MODULES[id(what)] = what
+    elif isinstance(what, torch._ops.OpOverload):
+        rules.ASSUMED[what] = str(what)
+    else:
+        raise InputError(f"assume_independent takes an nn.Module or an op such as torch.ops.my.op.default; got {what!r}.")
+
+
+@dataclass
+class _Kept:
+    """What is kept between questions, and for what state of the program it is valid."""
+
+    guard: tuple[Any, ...]
+    graph: Graph
+    output: Any
+    structure: Structure | None = None
+    oracle: Oracle | None = None
+
+
+class Problem:
+    """A model, a loss and a mini-batch.
+
+    ``model``: an ``nn.Module`` (called as ``model(X)``, ``model(*X)`` for a tuple, ``model(**X)`` for a dict), or a
+    function ``f(params, X)`` together with ``parameters={name: tensor}``. ``loss`` is called as
+    ``loss(predictions, y)`` and returns a scalar. ``data`` is ``(X, y)``, each a pytree of tensors; a model that returns
+    its own loss takes ``batch=inputs`` in place of loss and data. ``in_dims`` says where the samples lie, as in
+    ``torch.func.vmap``: an int, None (not per-sample), or a pair for X and y whose parts may be pytrees of them.
+
+    Constructing computes nothing; questions do, with the parameters of that moment. No question changes anything:
+    parameters, buffers, gradients, flags and random states are afterwards as they were.
+
+    Raises ``InputError`` where shapes, devices or the call do not fit together.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        loss: Callable[..., Any] | None = None,
+        data: tuple[Any, Any] | None = None,
+        *,
+        batch: Any = None,
+        parameters: Mapping[str, Tensor] | None = None,
+        in_dims: Any = 0,
+    ) -> None:
+        if (data is None) == (batch is None):
+            raise InputError("Pass either data=(X, y) together with a loss, or batch=inputs for a model that returns its own loss.")
+        if loss is None and data is not None and not (isinstance(data, tuple) and len(data) == 2):
+            raise InputError(f"data is a pair (X, y); got {type(data).__name__}. For a model with its own loss use batch=inputs.")
+        self.inputs, self.targets = data if data is not None else (batch, None)
+        self.program = Program(model, loss, _parameters(model, loss, parameters), parameters is not None)
+        x_dims, y_dims = in_dims if isinstance(in_dims, tuple) and data is not None and len(in_dims) == 2 else (in_dims, in_dims)
+        self._dims = _flat_dims("X", self.inputs, x_dims)
+        self._target_dims = _flat_dims("y", self.targets, y_dims)
+        self.samples = _check_sizes(self.inputs, self._dims, self.targets, self._target_dims)
+        _check_devices(self.program, self.inputs, self.targets)
+        self._kept: _Kept | None = None
+
+    # -- questions --
+
+    @property
+    def structure(self) -> Structure:
+        """The six verdicts, with culprits, statistics and what follows. Cost: a few forward passes."""
+        kept = self._capture()
+        if kept.structure is None:
+            self._judge(kept)
+        assert kept.structure is not None
+        return kept.structure
+
+    def verify(self) -> Verification:
+        """Put every verdict to a numerical test, the proved ones too. Cost: some dozens of forward passes."""
+        kept = self._capture()
+        return verify(self.structure, self._oracle(kept), kept.output)
+
+    def crosstalk(self, probes: int | None = None) -> Crosstalk:
+        """How strongly prediction n listens to sample m: ``[N, N]`` of ``‖∂F_n/∂x_m‖`` (Frobenius norm).
+
+        For integer inputs the change of ``F_n`` when sample m is replaced. Exact by one backward pass per entry of the
+        predictions of a sample; with ``probes`` random directions an unbiased estimate of the squares.
+        """
+        kept = self._capture()
+        _ = self.structure
+        return crosstalk(self._oracle(kept), probes)
+
+    def predictions(self) -> Any:
+        """``F``: what the model predicts on the batch, with the noise of the recorded run."""
+        kept = self._capture()
+        return tree_map(lambda t: t.detach().clone() if isinstance(t, Tensor) else t, kept.output)
+
+    def gradient(self) -> dict[str, Tensor]:
+        """``∇L`` by every parameter that requires a gradient, as it enters the loss; ``.grad`` is not touched.
+
+        Raises ``InputError`` when no parameter requires a gradient.
+        """
+        wanted = {n: p for n, p in self.program.parameters.items() if p.requires_grad}
+        if not wanted:
+            raise InputError(errors.MSG_NO_PARAMETERS)
+        kept = self._capture()
+        with capture.untouched(self.program.modules, kept.graph.rng), torch.enable_grad():
+            value = self._loss_of(self.program.predict(self.inputs))
+            grads = torch.autograd.grad(value, list(wanted.values()), allow_unused=True)
+        return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(wanted.items(), grads, strict=True)}
+
+    def with_batch(self, inputs: Any, targets: Any = None) -> Problem:
+        """The same problem on other data of the same shapes, without recording it again.
+
+        Where shapes differ, or the program takes decisions on values, the new problem records afresh when asked.
+        """
+        other = object.__new__(Problem)
+        other.__dict__.update(self.__dict__)
+        other.inputs, other.targets = inputs, targets
+        _check_dims("X", inputs, self._dims)
+        _check_dims("y", targets, self._target_dims)
+        other.samples = _check_sizes(inputs, self._dims, targets, self._target_dims)
+        _check_devices(self.program, inputs, targets)
+        other._kept = self._moved(other) if self._kept is not None else None
+        return other
+
+    # -- what questions share --
+
+    def _guard(self) -> tuple[Any, ...]:
+        modules = [m for module in self.program.modules for m in module.modules()]
+        plain = (int, float, bool, str, type(None))
+        state = tuple((id(m), tuple((k, v) for k, v in m.__dict__.items() if isinstance(v, plain))) for m in modules)
+        hooks = tuple(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
+        tensors = [*self.program.parameters.values(), *(b for m in self.program.modules for b in m.buffers())]
+        versions = tuple((id(t), t._version, t.requires_grad, t.dtype, t.device) for t in tensors)
+        return state, hooks, versions, tuple(sorted(_ASSUMED_MODULES)), len(rules.CUSTOM), len(rules.ASSUMED)
+
+    def _signature(self) -> tuple[Any, ...]:
+        return tuple((tuple(t.shape), t.dtype) for t in tree_leaves((self.inputs, self.targets)) if isinstance(t, Tensor))
+
+    def _capture(self) -> _Kept:
+        guard = (self._guard(), self._signature(), _identity(self.inputs), _identity(self.targets))
+        if self._kept is not None and self._kept.guard == guard:
+            return self._kept
+        _check_values(self.inputs, self._dims)
+        try:
+            graph, (output, scalar) = capture.record(self.program, self.inputs, self.targets)
+        except Exception as error:
+            message = errors.MSG_MODEL_FAILED.format(kind=type(error).__name__, value=error, call=self._call_text())
+            raise CaptureError(message) from error
+        self._check_scalar(graph, output, scalar)
+        self._kept = _Kept(guard, graph, output)
+        return self._kept
+
+    def _check_scalar(self, graph: Graph, output: Any, scalar: Any) -> None:
+        if self.program.loss is None:
+            if graph.loss is None:
+                raise InputError(errors.MSG_NO_LOSS.format(value=type(output).__name__))
+        elif not isinstance(scalar, Tensor) or scalar.numel() != 1:
+            value = f"a tensor of shape {tuple(scalar.shape)}" if isinstance(scalar, Tensor) else repr(scalar)
+            raise InputError(errors.MSG_NOT_SCALAR.format(value=value))
+
+    def _judge(self, kept: _Kept) -> None:
+        names = {id(m): name or type(m).__name__ for module in self.program.modules for name, m in module.named_modules()}
+        assumed = [names[i] for i in _ASSUMED_MODULES if i in names]
+        harmless = lambda e: capture.harmless(self.program, self.inputs, self.targets, kept.graph, e)  # noqa: E731
+        structure, findings = judge(kept.graph, self.samples, self._dims, self._target_dims, assumed, harmless)
+        kept.oracle = Oracle(self.program, kept.graph, self.inputs, self.targets, self._dims, self.samples, findings)
+        values, gradients = unfaithful(kept.oracle)
+        structure = settle(structure, kept.oracle, kept.output, values)
+        notes = structure.notes
+        if gradients:
+            notes += (f"the recorded computation has other derivatives than the model ({gradients}): derivatives are taken by running the model",)
+        kept.structure = replace(structure, notes=notes)
+
+    def _oracle(self, kept: _Kept) -> Oracle:
+        if kept.oracle is None:
+            self._judge(kept)
+        assert kept.oracle is not None
+        return kept.oracle
+
+    def _moved(self, other: Problem) -> _Kept | None:
+        """The recording with the new data in it, if it is valid for them."""
+        kept = self._capture()
+        if other._signature() != self._signature() or kept.graph.escapes:
+            return None
+        graph, output = kept.graph.rebased(tree_leaves(other.inputs), tree_leaves(other.targets)), kept.output
+        guard = (other._guard(), other._signature(), _identity(other.inputs), _identity(other.targets))
+        with capture.untouched(self.program.modules, graph.rng), torch.enable_grad():
+            output = self.program.predict(other.inputs)
+        return _Kept(guard, graph, output)
+
+    def _loss_of(self, output: Any) -> Tensor:
+        if self.program.loss is None:
+            value = capture.own_loss(output)
+            assert value is not None
+            return value
+        value = self.program.loss(output, self.targets) if self.targets is not None else self.program.loss(output)
+        assert isinstance(value, Tensor)
+        return value
+
+    def _call_text(self) -> str:
+        shapes = tree_map(lambda t: tuple(t.shape) if isinstance(t, Tensor) else t, self.inputs)
+        return f"{type(self.program.model).__name__} on inputs of shape {shapes}"
+
+
+# --- checks of the call -------------------------------------------------------------------------------------------------------
+
+
+def _parameters(model: Any, loss: Any, given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    out = dict(given) if given is not None else dict(model.named_parameters()) if isinstance(model, nn.Module) else {}
+    if isinstance(loss, nn.Module):
+        out |= {f"loss.{n}": p for n, p in loss.named_parameters() if not any(p is q for q in out.values())}
+    for name, p in out.items():
+        if p.device.type == "meta":
+            raise InputError(errors.MSG_META.format(name=name))
+    return out
+
+
+def _flat_dims(what: str, tree: Any, dims: Any) -> list[int | None]:
+    """One entry per leaf: the axis of the samples, or None where there is none (not a tensor, not per-sample)."""
+    leaves, spec = tree_flatten(tree)
+    if isinstance(dims, int) or dims is None:
+        flat: list[Any] = [dims] * len(leaves)
+    else:
+        broadcast = torch.utils._pytree._broadcast_to_and_flatten(dims, spec, is_leaf=lambda d: d is None)
+        if broadcast is None:
+            raise InputError(f"in_dims for {what} is {dims!r}, which does not fit its structure {spec}. Use an int, None, or the same nesting.")
+        flat = list(broadcast)
+    flat = [d if isinstance(t, Tensor) else None for t, d in zip(leaves, flat, strict=True)]
+    _check_dims(what, tree, flat)
+    return [d if d is None else d % leaf.ndim for d, leaf in zip(flat, leaves, strict=True)]
+
+
+def _check_dims(what: str, tree: Any, dims: list[int | None]) -> None:
+    leaves = tree_leaves(tree)
+    if what == "X" and not any(isinstance(t, Tensor) for t in leaves):
+        raise InputError(errors.MSG_NOT_TENSOR.format(what=what, value=type(tree).__name__))
+    if len(leaves) != len(dims):
+        raise InputError(f"{what} has {len(leaves)} entries where there were {len(dims)}; with_batch takes data of the same structure.")
+    for leaf, d in zip(leaves, dims, strict=True):
+        if d is not None and isinstance(leaf, Tensor) and not -leaf.ndim <= d < leaf.ndim:
+            raise InputError(errors.MSG_NO_AXIS.format(what=what, shape=tuple(leaf.shape), axis=d))
+
+
+def _check_sizes(inputs: Any, dims: list[int | None], targets: Any, target_dims: list[int | None]) -> int:
+    sized = [(f"{what}[{i}]", leaf, d) for what, tree, ds in (("X", inputs, dims), ("y", targets, target_dims))
+             for i, (leaf, d) in enumerate(zip(tree_leaves(tree), ds, strict=True)) if d is not None]  # fmt: skip
+    if not any(name.startswith("X") for name, _, _ in sized):
+        raise InputError(errors.MSG_NO_BATCH)
+    first, leaf, axis = sized[0]
+    n = leaf.shape[axis]
+    for name, other, d in sized[1:]:
+        if other.shape[d] != n:
+            raise InputError(errors.MSG_SIZES.format(first=first, n=n, axis=axis, other=name, m=other.shape[d], other_axis=d))
+    if n == 0:
+        raise InputError(errors.MSG_EMPTY.format(what=first, shape=tuple(leaf.shape)))
+    return n
+
+
+def _check_devices(program: Program, inputs: Any, targets: Any) -> None:
+    devices = {p.device for p in program.parameters.values()}
+    if len(devices) != 1:
+        return
+    (device,) = devices
+    for what, tree in (("X", inputs), ("y", targets)):
+        for leaf in tree_leaves(tree):
+            if isinstance(leaf, Tensor) and leaf.device != device and leaf.ndim:
+                raise InputError(errors.MSG_DEVICE.format(what=what, device=leaf.device, model=str(device)))
+
+
+def _check_values(inputs: Any, dims: list[int | None]) -> None:
+    for i, (leaf, d) in enumerate(zip(tree_leaves(inputs), dims, strict=True)):
+        if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex()) and bool(torch.isnan(leaf).any()):
+            bad = torch.isnan(leaf)
+            sample = int(torch.nonzero(bad)[0, d]) if d is not None else -1
+            raise InputError(errors.MSG_NAN.format(what=f"X[{i}]", count=int(bad.sum()), sample=sample))
+
+
+def _identity(tree: Any) -> tuple[Any, ...]:
+    return tuple((id(t), t._version) if isinstance(t, Tensor) else t for t in tree_leaves(tree) if isinstance(t, Tensor | int | float | str))
