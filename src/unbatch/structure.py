@@ -14,7 +14,7 @@ import numpy as np
 from unbatch.capture import Escape, Graph, Ref, Step
 from unbatch.labels import MIXED, SHARED, Algebra, Marks, Use
 from unbatch.split import split
-from unbatch.verdicts import REMEDY, WHY, BatchStatistic, Culprit, Structure, Verdict, culprit, escape_culprit
+from unbatch.verdicts import DEFAULT_REMEDY, REMEDY, WHY, BatchStatistic, Culprit, Structure, Verdict, culprit, escape_culprit
 from unbatch.walk import Walk, forward_marks, loss_marks, prediction_dim, walk
 
 # --- reading marks -------------------------------------------------------------------------------------------------------------
@@ -116,8 +116,8 @@ def _judge_forward(graph: Graph, forward: Walk, found: Findings, samples: int) -
     bounded = not any(u.long for u in uses) and not algebra.overlapping()
     independent = in_place and not any(m.given for m in marks)
     basis = "assumed" if forward.assumed else "proved"
-    statistics = tuple(_statistic(graph, algebra, u) for u in uses)
-    listening = tuple(_statistic_culprit(graph, algebra, u) for u in uses)
+    statistics = _statistics(graph, algebra, uses)
+    listening = tuple(_statistic_culprit(s, long) for s, long in statistics.items())
     others = _other_culprits(graph, forward, steps, marks, found)
     size = sum(s.size for s in statistics)
     note = f"R = {size} batch statistics" + (", of groups: s_g(n)" if any(s.grouped for s in statistics) else "") if size else ""
@@ -137,7 +137,7 @@ def _judge_forward(graph: Graph, forward: Walk, found: Findings, samples: int) -
         simd_loss=replace(open_, name="simd_loss"),
         samples=samples,
         predictions=tuple(graph.values[r.index].shape for r in used),
-        statistics=statistics,
+        statistics=tuple(statistics),
     )
 
 
@@ -149,16 +149,23 @@ def used_predictions(graph: Graph) -> list[Ref]:
     return [p for p in graph.predictions if p.index in read] or graph.predictions
 
 
-def _statistic(graph: Graph, algebra: Algebra, use: Use) -> BatchStatistic:
-    roots = [algebra.roots[r] for r in sorted(use.roots)]
-    step = graph.steps[roots[-1].step]
-    return BatchStatistic(step.module, step.name, step.where, use.size, min(r.samples for r in roots), any(r.groups for r in roots))
+def _statistics(graph: Graph, algebra: Algebra, uses: Sequence[Use]) -> dict[BatchStatistic, bool]:
+    """One entry per place in the program where statistics are made; whether they are as long as the batch."""
+    places: dict[int, list[Use]] = {}
+    for use in uses:
+        places.setdefault(algebra.roots[max(use.roots)].step, []).append(use)
+    out = {}
+    for at, there in places.items():
+        step, roots = graph.steps[at], [algebra.roots[r] for u in there for r in u.roots]
+        size, least = sum(u.size for u in there), min(r.samples for r in roots)
+        out[BatchStatistic(step.module, step.name, step.where, size, least, any(r.groups for r in roots))] = any(u.long for u in there)
+    return out
 
 
-def _statistic_culprit(graph: Graph, algebra: Algebra, use: Use) -> Culprit:
-    statistic = _statistic(graph, algebra, use)
-    kind = "long" if use.long else "group" if statistic.grouped else "statistic"
-    return culprit(graph.steps[algebra.roots[max(use.roots)].step], kind, size=statistic.size, samples=statistic.samples)
+def _statistic_culprit(s: BatchStatistic, long: bool) -> Culprit:
+    kind = "long" if long else "group" if s.grouped else "statistic"
+    why = WHY[kind].format(size=s.size, samples=s.samples)
+    return Culprit(s.module, s.op, s.where, why, REMEDY.get(kind, DEFAULT_REMEDY))
 
 
 def _other_culprits(graph: Graph, forward: Walk, steps: set[int], marks: Sequence[Marks], found: Findings) -> tuple[Culprit, ...]:
@@ -239,7 +246,8 @@ def _loss_culprits(graph: Graph, loss: Walk, steps: set[int], marks: Marks, foun
     algebra = loss.algebra
     mixing = [culprit(graph.steps[s], algebra.births[s]) for s in sorted(marks.mixers & steps) if s in algebra.births]
     escaped = [escape_culprit(e) for e in found.loss_escapes]
-    uses = [_statistic_culprit(graph, algebra, u) for u in algebra.uses.values() if any("predictions" in algebra.roots[r].sources for r in u.roots)]
+    among = [u for u in algebra.uses.values() if any("predictions" in algebra.roots[r].sources for r in u.roots)]
+    uses = [_statistic_culprit(s, long) for s, long in _statistics(graph, algebra, among).items()]
     totals = [] if mixing or uses else [_total_culprit(graph, algebra, r) for r in sorted(marks.given) if "predictions" in algebra.roots[r].sources]
     return tuple(mixing + escaped + uses + totals)
 

@@ -7,6 +7,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from typing import Any
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
 
 from unbatch import consequences
 from unbatch.capture import Escape, Step
@@ -101,7 +106,113 @@ class Structure:
         return consequences.follows(self.statuses)
 
     def with_verdicts(self, *verdicts: Verdict) -> Structure:
-        return replace(self, **{v.name: v for v in verdicts})
+        changes: dict[str, Any] = {v.name: v for v in verdicts}
+        return replace(self, **changes)
+
+    def __rich__(self) -> Group:
+        return Group(*render(self))
+
+    def __str__(self) -> str:
+        return as_text(self.__rich__())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain data, for JSON."""
+        return {
+            "samples": self.samples,
+            "predictions": [list(p) for p in self.predictions],
+            "verdicts": {v.name: _verdict_dict(v) for v in self.verdicts},
+            "statistics": [vars(s) for s in self.statistics],
+            "statistics_size": self.statistics_size,
+            "assumptions": list(self.assumptions),
+            "custom_rules": list(self.custom_rules),
+            "unknown_ops": list(self.unknown_ops),
+            "notes": list(self.notes),
+            "follows": [
+                {"quantity": c.quantity, "outcome": c.outcome, "name": c.name, "reason": c.reason, "peers": list(c.peers),
+                 "available": c.available, "depends_on": list(c.depends_on)}
+                for c in self.follows()
+            ],
+        }  # fmt: skip
+
+
+def _verdict_dict(v: Verdict) -> dict[str, Any]:
+    return {
+        "status": v.status,
+        "basis": v.basis,
+        "note": v.note,
+        "culprits": [vars(c) for c in v.culprits],
+        "weights_depend_on": sorted(v.weights_depend_on),
+    }
+
+
+# --- as text ----------------------------------------------------------------------------------------------------------------
+
+STYLES = {"holds": "green", "fails": "red", "unknown": "yellow", "exact": "green", "renamed": "cyan", "estimate": "yellow", "none": "red"}
+MARKS = {"holds": "✓", "fails": "✗", "unknown": "?"}
+TITLES = {
+    "canonical_split": "canonical split",
+    "independent_forward": "independent forward",
+    "simd_forward": "SIMD forward",
+    "simd_given_statistics": "SIMD given statistics",
+    "reduction": "reduction",
+    "simd_loss": "SIMD loss",
+}
+
+
+def as_text(renderable: Any, width: int = 110) -> str:
+    console = Console(width=width, color_system=None, force_terminal=False, highlight=False)
+    with console.capture() as captured:
+        console.print(renderable)
+    return "\n".join(line.rstrip() for line in captured.get().rstrip("\n").split("\n"))
+
+
+def render(structure: Structure) -> list[Any]:
+    """The parts of the printed report: verdicts, culprits, statistics, what follows."""
+    shapes = ", ".join(str(list(p)) for p in structure.predictions)
+    parts: list[Any] = [Text(f"Structure of the loss on a batch of {structure.samples}; predictions {shapes}"), _verdict_table(structure)]
+    culprits = _culprit_table(structure)
+    parts += [culprits] if culprits is not None else []
+    for title, entries in (("assumed", structure.assumptions), ("rules of your own", structure.custom_rules), ("ops without a rule", structure.unknown_ops)):
+        parts += [Text(f"{title}: {', '.join(entries)}")] if entries else []
+    parts += [Text(f"note: {note}") for note in structure.notes]
+    return [*parts, _follows_table(structure)]
+
+
+def _verdict_table(structure: Structure) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in ("structure", "verdict", "basis", "note"):
+        table.add_column(column, overflow="fold")
+    for v in structure.verdicts:
+        table.add_row(TITLES[v.name], Text(f"{MARKS[v.status]} {v.status}", STYLES[v.status]), v.basis, v.note)
+    return table
+
+
+def _culprit_table(structure: Structure) -> Table | None:
+    """Each culprit once, with the structures it stands in the way of."""
+    seen: dict[Culprit, list[str]] = {}
+    for v in structure.verdicts:
+        for c in v.culprits:
+            seen.setdefault(c, []).append(TITLES[v.name])
+    if not seen:
+        return None
+    table = Table(box=None, pad_edge=False, title="culprits", title_justify="left")
+    for column in ("module", "op", "where", "why, and what to do", "against"):
+        table.add_column(column, overflow="fold")
+    for c, against in list(seen.items())[:12]:
+        table.add_row(c.module or "-", c.op, c.short or "-", f"{c.why}. {c.remedy}", ", ".join(dict.fromkeys(against)))
+    if len(seen) > 12:
+        table.add_row("…", "", "", f"and {len(seen) - 12} more, see the verdicts' `.culprits`", "")
+    return table
+
+
+def _follows_table(structure: Structure) -> Table:
+    table = Table(box=None, pad_edge=False, title="what follows", title_justify="left")
+    for column in ("quantity", "exists", "as"):
+        table.add_column(column, overflow="fold")
+    for c in structure.follows():
+        words = consequences.OUTCOMES[c.outcome]
+        table.add_row(c.quantity, Text(words, STYLES.get(c.outcome, "yellow")), c.name if c.outcome == "renamed" else "")
+    return table
 
 
 # --- why, and what to do ----------------------------------------------------------------------------------------------------

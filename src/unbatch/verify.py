@@ -602,11 +602,8 @@ def verify(structure: Structure, oracle: Oracle, output: Any) -> Verification:
     checks: list[Check] = []
     if structure.samples > 1:
         witness = listening(oracle)
-        bent = uneven(oracle) if not structure.simd_forward or structure.independent_forward else None
         checks.append(_check(structure.independent_forward, "replace all other samples", witness))
-        mixed_or_bent = witness or (None if noise else uneven(oracle))
-        checks.append(_check(structure.simd_forward, "replace and permute samples", mixed_or_bent, noise))
-        del bent
+        checks.append(_check(structure.simd_forward, "replace and permute samples", witness or uneven(oracle)))
         checks.append(_check_given(structure, oracle))
     if oracle.graph.loss is not None and oracle.graph.after_cut:
         loss = LossOracle(oracle, output)
