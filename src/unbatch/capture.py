@@ -153,7 +153,7 @@ class Graph:
         """What is computed, without the data: equal for two runs that do the same."""
         steps = tuple((str(s.op), repr(s.args), repr(s.kwargs)) for s in self.steps)
         outside = tuple((v.kind, v.name) for v in self.values if v.kind != "step")
-        return steps, outside, tuple(self.predictions), self.loss, self.model_steps
+        return steps, outside, self.loss or tuple(self.predictions), self.model_steps
 
     def run(
         self,
@@ -250,7 +250,7 @@ def untouched(modules: Sequence[nn.Module], seed: tuple[Any, ...] | None = None)
     """
     before = _random_state()
     every = list({id(m): m for module in modules for m in module.modules()}.values())
-    dicts = [(m, dict(m.__dict__), [(d, _copy(d)) for d in m.__dict__.values() if type(d) in (dict, list, set)]) for m in every]
+    dicts = [(m, dict(m.__dict__), [(d, _copy(d)) for d in m.__dict__.values() if isinstance(d, dict | list | set)]) for m in every]
     flags = [(p, p.requires_grad, p.grad) for m in every for p in m._parameters.values() if p is not None]
     writes = _Writes()
     try:
@@ -654,7 +654,7 @@ def _sizes_itself(op: Any, args: Any, graph: Graph) -> bool:
     if torch.Tag.dynamic_output_shape in op.tags:
         if op._schema.name not in ("aten::index", "aten::repeat_interleave"):
             return True
-        return any(graph.values[r.index].dtype in (torch.bool, torch.uint8) for r in tree_leaves(args, is_leaf=_is_ref) if isinstance(r, Ref))
+        return any(graph.values[r.index].dtype in (torch.bool, torch.uint8) for r in tree_leaves(args[1:], is_leaf=_is_ref) if isinstance(r, Ref))
     return False
 
 

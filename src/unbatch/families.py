@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from unbatch.labels import Marks, compress, expand, permute, reshape, shared, spell_out, squeeze, unsqueeze
-from unbatch.rules import Call, mixed, pointwise, rule
+from unbatch.rules import Call, mixed, numbered, pointwise, rule
 
 # --- values from nowhere ------------------------------------------------------------------------------------------------
 
@@ -32,17 +32,27 @@ def sequence(call: Call) -> Marks:
     return shared(call.shape, call.title)
 
 
-@rule("rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "uniform", "normal", "bernoulli", "exponential", "random",
-      "randperm", "log_normal", "cauchy", "geometric", "poisson", "binomial", "multinomial", "normal_functional", "_sample_dirichlet",
-      "_standard_gamma")  # fmt: skip
+@rule("rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "uniform", "exponential", "random", "randperm", "log_normal",
+      "cauchy", "geometric", "normal_functional")  # fmt: skip
 def noise(call: Call) -> Marks:
     """Fresh and identically distributed; whatever sample consumes an element, it becomes part of that sample."""
-    fresh = shared(call.shape, "noise", ["noise"], range(len(call.shape)))
-    shaping = [m for m in call.marks if m.depends_on_batch and m.shape == call.shape]
-    in_place = call.name in ("uniform", "normal", "exponential", "random", "log_normal", "cauchy", "geometric") or call["p"] is not None
-    if not shaping or in_place or call.name.endswith("_like"):
-        return fresh
-    return call.algebra.pointwise(call.title, fresh, *shaping)
+    return shared(call.shape, "noise", ["noise"], range(len(call.shape)))
+
+
+@rule("bernoulli", "normal", "poisson", "binomial", "_standard_gamma", "_sample_dirichlet", "multinomial")
+def shaped_noise(call: Call) -> Marks:
+    """Noise whose distribution may depend on values; filled in place, what was there before does not matter."""
+    a = call.algebra
+    shaping = [call[k] for k in ("p", "mean", "std", "count", "prob") if isinstance(call[k], Marks)]
+    if not call.op._schema.is_mutable and isinstance(call["self"], Marks) and not isinstance(call["p"], float):
+        shaping.append(call["self"])
+    if call.name in ("multinomial", "_sample_dirichlet"):
+        last = [len(call["self"].shape) - 1]
+        shaping = [_flat_dims(a.scan(call.title, m, last), last, True) for m in shaping]
+        if shaping and shaping[0].shape[:-1] == call.shape[:-1]:
+            shaping = [expand(m, call.shape) for m in shaping]
+    fresh = noise(call)
+    return a.pointwise(call.title, fresh, *shaping) if shaping else fresh
 
 
 # --- elementwise --------------------------------------------------------------------------------------------------------
@@ -60,13 +70,22 @@ def addition(call: Call) -> Marks:
       "view_as_real_copy", "to", "contiguous", "lift", "_lazy_clone")  # fmt: skip
 def scaling(call: Call) -> Marks:
     marks = call.marks
+    if not marks:
+        return shared(call.shape, call.title)
     if call.name == "div" and len(marks) == 2 and "predictions" in marks[1].sources:
         return call.algebra.pointwise(call.title, *marks)
     if call["rounding_mode"] is not None:
         return call.algebra.pointwise(call.title, *marks)
     if len(marks) == 1 and call.name not in ("mul", "div", "neg"):
-        return marks[0]
+        return marks[0] if call["dtype"] is None and call.name != "_conj" else cast(call, marks[0])
     return call.algebra.pointwise(call.title, *marks, kind="scale")
+
+
+def cast(call: Call, x: Marks) -> Marks:
+    """To another floating-point type it is still the same number; to others it is not."""
+    dtype = call["dtype"]
+    floating = dtype is not None and dtype.is_floating_point
+    return call.algebra.pointwise((call.name, repr(dtype)), x, kind="scale" if floating else "")
 
 
 @rule("copy")
@@ -77,11 +96,27 @@ def overwrite(call: Call) -> Marks:
 @rule("dropout", "native_dropout", "_fused_dropout", "rrelu_with_noise", "rrelu_with_noise_functional", "complex", "polar", "view_as_complex_copy",
       "log_sigmoid_forward", "prelu", "_prelu_kernel", "softplus_backward", "elu_backward", "leaky_relu_backward", "hardtanh_backward",
       "hardswish", "hardswish_backward", "log_sigmoid_backward", "hardsigmoid_backward", "mish_backward", "quantize_per_tensor", "dequantize",
-      "fake_quantize_per_tensor_affine_cachemask", "celu", "softshrink", "softshrink_backward", "isclose", "bucketize", "searchsorted_scalar",
-      "real", "imag", "threshold", "glu_jvp", "special_erf", "nan_to_num", "isin_scalar", "frexp", "erfinv", "soft_margin",
+      "fake_quantize_per_tensor_affine_cachemask", "celu", "softshrink", "softshrink_backward", "isclose",
+      "real", "imag", "threshold", "glu_jvp", "special_erf", "nan_to_num", "frexp", "erfinv", "soft_margin",
       "logit", "lgamma", "where", "masked_fill", "clamp", "xlogy", "special_log_softmax")  # fmt: skip
 def elementwise(call: Call) -> Any:
     return pointwise(call)
+
+
+@rule("bucketize", "searchsorted", "isin")
+def among(call: Call) -> Marks:
+    """Each value is compared with all of a sorted list (or of a set)."""
+    a = call.algebra
+    x, table = (call["elements"], call["test_elements"]) if call.name == "isin" else (call["self"], call["boundaries"])
+    if call.name == "searchsorted":
+        x, table = call["self"], call["sorted_sequence"]
+        if isinstance(table, Marks) and len(table.shape) > 1 and isinstance(x, Marks):
+            last = [len(table.shape) - 1]
+            rows = _flat_dims(a.scan("row", table, last), last, True)
+            return a.pointwise(call.title, x, rows)
+    tables = [_flat_dims(a.scan("table", t, range(len(t.shape))), list(range(len(t.shape))), False) for t in [table] if isinstance(t, Marks)]
+    values = [m for m in [x] if isinstance(m, Marks)]
+    return a.pointwise(call.title, *values, *tables)
 
 
 @rule("glu")
@@ -112,7 +147,9 @@ def several(call: Call) -> Marks:
 def monoid(call: Call) -> Marks:
     """Reductions that can be taken sample by sample first."""
     x = call["self"]
-    name: Any = call.name if call.name in ("sum", "mean") else (call.name, repr(call["ord"] or call["p"]))
+    if call["dtype"] is not None:
+        x = cast(call, x)
+    name: Any = call.name if call.name in ("sum", "mean") else (call.name, repr(call["ord"] if call["ord"] is not None else call["p"]))
     if not x.shape:
         return x.with_key(name)
     return call.algebra.reduce(name, x, call.dims(), bool(call["keepdim"]), monoid=True)
@@ -121,7 +158,7 @@ def monoid(call: Call) -> Marks:
 @rule("var", "std", "var_mean", "std_mean")
 def moments(call: Call) -> Any:
     x, dims, keepdim = call["self"], call.dims(), bool(call["keepdim"])
-    first = call.algebra.reduce((call.name, repr(call["correction"])), x, dims, keepdim)
+    first = call.algebra.reduce((call.name, repr(call["correction"]), repr(call["unbiased"])), x, dims, keepdim)
     return [first, call.algebra.reduce("mean", x, dims, keepdim)] if call.name.endswith("_mean") else first
 
 
@@ -141,7 +178,7 @@ def selection(call: Call) -> Any:
     if len(call.shapes) == 1 and not call.name.startswith("arg"):
         return values
     places = _flat_dims(call.algebra.scan(title, x, dims, "position"), dims, keepdim)
-    return places if call.name.startswith("arg") else [values, places]
+    return places if call.name.startswith("arg") else numbered([values, places])
 
 
 def _flat_dims(x: Marks, dims: list[int], keepdim: bool) -> Marks:
@@ -160,17 +197,17 @@ def ordering(call: Call) -> Any:
     dim = call.dims()[0] if call["dim"] is not None else len(x.shape) - 1
     places = call.algebra.scan((call.name, repr(call["descending"])), x, [dim], "order" if call["k"] is None else "position", shape=call.shapes[-1])
     if not x.owner_varies(dim):
-        return [call.algebra.scan(call.title, x, [dim], shape=s) for s in call.shapes]
+        return numbered([call.algebra.scan(call.title, x, [dim], shape=s) for s in call.shapes])
     whole = call.algebra.reduce((call.name, repr(call["descending"] or call["largest"])), x, [dim], True, long=call["k"] is None)
     stored = list(whole.key.shape)
     values = replace(whole, shape=call.shape, owner=whole.owner.reshape(stored), key=whole.key.reshape(stored))
-    return [values, places][-len(call.shapes) :]
+    return numbered([values, places])[-len(call.shapes) :]
 
 
 @rule("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "_fft_r2c", "_fft_c2r", "_fft_c2c", "cumsum_backward", "diff")
 def ordered(call: Call) -> Any:
     dims = call.dims() if call["dim"] is not None else [0]
-    return [call.algebra.scan(call.title, call["self"], dims, shape=s) for s in call.shapes]
+    return numbered([call.algebra.scan(call.title, call["self"], dims, shape=s) for s in call.shapes])
 
 
 @rule("_softmax", "_log_softmax", "_safe_softmax", "softmax", "log_softmax")
@@ -203,7 +240,7 @@ def layer_norm(call: Call) -> Any:
     dims = range(len(x.shape) - len(call["normalized_shape"]), len(x.shape))
     spread = a.reduce((call.name, call["eps"]), x, dims, True)
     affine = [p for p in (call["weight"], call["bias"]) if p is not None]
-    return [a.pointwise(call.name, x, spread, *affine), *[spread] * (len(call.shapes) - 1)]
+    return numbered([a.pointwise(call.name, x, spread, *affine), *[spread] * (len(call.shapes) - 1)])
 
 
 @rule("native_group_norm", "group_norm")
@@ -214,7 +251,7 @@ def group_norm(call: Call) -> Any:
     spread = a.reduce((call.name, call["eps"]), parts, [2], True)
     y = reshape(a.pointwise(call.name, parts, spread), x.shape)
     y = _channelwise(call, "affine", y, call["weight"], call["bias"])
-    return [y, *[squeeze(spread, [2])] * (len(call.shapes) - 1)]
+    return numbered([y, *[squeeze(spread, [2])] * (len(call.shapes) - 1)])
 
 
 @rule("native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm", "miopen_batch_norm", "_batch_norm_with_update",
@@ -320,13 +357,32 @@ def _moves(call: Call, x: Marks, space: list[int]) -> bool:
     return any(taps[d] > 1 or call.shape[d] != x.shape[d] for d in explicit)
 
 
+@rule("convolution_backward")
+def convolution_backward(call: Call) -> Any:
+    """By the input: a convolution again. By the weight and the bias: sums over the leading dim."""
+    a, g, x, w = call.algebra, call["grad_output"], call["input"], call["weight"]
+    if call["groups"] != 1 or any(m.key.shape[d] > 1 for m in (g, x) for d in range(2, len(m.shape))):
+        return [mixed(call, s, "no rule") if s else None for s in call.shapes]
+    space = list(range(2, len(g.shape)))
+    g, x, w = (_flat_dims(a.scan("window", m, space), space, False) for m in (g, x, w))
+    transposed = bool(call["transposed"])
+    by_input = a.contract((call.title, 0), [g, w], ("no", "io" if transposed else "oi"), "ni")
+    by_weight = a.contract((call.title, 1), [g, x], ("no", "ni"), "io" if transposed else "oi")
+    by_bias = a.reduce("sum", g, [0])
+    wanted = iter(call.shapes)
+    out: list[Any] = []
+    for m, use in zip((by_input, by_weight, by_bias), call["output_mask"], strict=True):
+        out.append(_matrix_result(m, next(wanted), len(m.shape), 0) if use else None)
+    return [m for m in out if m is not None]
+
+
 @rule("_thnn_fused_lstm_cell", "_thnn_fused_gru_cell")
 def fused_cell(call: Call) -> Any:
     a = call.algebra
     gates = [_flat_dims(a.scan("gates", m, [1]), [1], True) for m in call.marks if len(m.shape) == 2]
     biases = [_flat_dims(a.scan("gates", m, [0]), [0], True) for m in call.marks if len(m.shape) == 1]
     out = a.pointwise(call.title, *gates, *biases)
-    return [expand_plain(out, s) for s in call.shapes]
+    return numbered([expand_plain(out, s) for s in call.shapes])
 
 
 def expand_plain(x: Marks, shape: tuple[int, ...]) -> Marks:
@@ -342,7 +398,7 @@ def recurrent_layer(call: Call) -> Any:
     states = [_flat_dims(a.scan("state", unsqueeze(h, 0) if len(h.shape) == 2 else h, [0, 2]), [0, 2], True) for h in (call["hx_"], call["cx_"])]
     weights = [_flat_dims(a.scan("weight", w, range(len(w.shape))), list(range(len(w.shape))), False) for w in call.marks if len(w.shape) < 3 and not w.owned and w.shape[0] != x.shape[1]]
     out = a.pointwise(call.title, seen, *states, *weights)
-    return [_state_shape(out, s) for s in call.shapes]
+    return numbered([_state_shape(out, s) for s in call.shapes])
 
 
 def _state_shape(out: Marks, shape: tuple[int, ...]) -> Marks:
@@ -430,7 +486,15 @@ def solve(call: Call) -> Any:
     seen = _flat_dims(a.scan("solve", rhs, along), along, True)
     whole = [_flat_dims(a.scan("matrix", m, range(max(len(m.shape) - 2, 0), len(m.shape))), both[-len(m.shape) :], True) for m in matrix]
     out = a.pointwise(call.title, seen, *whole)
-    return [expand_plain(out, s) if len(s) == len(rhs.shape) else shared(s, "factors") for s in call.shapes]
+    same = [expand_plain(out, s) if s == rhs.shape else _lu_result(call, matrix, s) for s in call.shapes]
+    return numbered(same)
+
+
+def _lu_result(call: Call, matrix: list[Marks], shape: tuple[int, ...]) -> Marks:
+    """What a solver returns beside the solution comes from the matrix alone."""
+    m = matrix[0]
+    dims = [len(m.shape) - 2, len(m.shape) - 1]
+    return _matrix_result(_flat_dims(call.algebra.scan("factors", m, dims), dims, False), shape, len(m.shape) - 2, 0)
 
 
 def _matrix_result(out: Marks, shape: tuple[int, ...], lead: int, i: int) -> Marks:

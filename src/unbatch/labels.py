@@ -329,6 +329,7 @@ class Algebra:
         for x in aligned:
             x_owner, x_key = _unfold(x, explicit)
             owner = x_owner if owner is None else self.join(owner, x_owner)
+            key = mix(key, code([d for d in range(len(shape)) if x.plain(d) and d not in explicit]))
             key = mix(key, x_key if factor is None or x is not aligned[factor] else code("weight"))
         assert owner is not None
         owner, key = np.broadcast_arrays(owner, key)
@@ -406,7 +407,7 @@ class Algebra:
         rows = [x.key.shape[d] for d in kept]
         owner = x.owner.transpose(order).reshape(*rows, -1)
         key = x.key.transpose(order).reshape(*rows, -1)
-        key = mix(key, code("reduce", name, [x.shape[d] for d in axes if x.plain(d)]))
+        key = mix(key, code("reduce", name, [(x.shape[d], d in axes) for d in range(ndim) if x.plain(d)]))
         out_owner, out_key, met = self.meet(owner, key)
         stored = [1 if d in axes else x.key.shape[d] for d in range(ndim)]
         shape = [1 if d in axes else s for d, s in enumerate(x.shape)]
@@ -488,7 +489,7 @@ class Algebra:
         """A sum of products, in einsum's letters."""
         letters = "".join(dict.fromkeys("".join(indices)))
         spread = [_spread(x, i, letters) for x, i in zip(operands, indices, strict=True)]
-        product = self.pointwise(name, *spread, kind="scale")
+        product = self.pointwise((name, tuple(indices), out), *spread, kind="scale")
         gone = [letters.index(i) for i in letters if i not in out]
         product = self.reduce("sum", product, gone) if gone else product
         kept = [i for i in letters if i in out]

@@ -21,6 +21,8 @@ from unbatch.rules import Call, mixed, rule
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "unflatten", "_reshape_copy", "view_copy", "resize")
 def view(call: Call) -> Marks:
     x = call["self"]
+    if call["dtype"] is not None:
+        return call.algebra.pointwise(call.title, x) if x.shape == call.shape else mixed(call, call.shape, "resized")
     if math.prod(x.shape) != math.prod(call.shape):
         return mixed(call, call.shape, "resized")
     return reshape(x, call.shape)
@@ -86,8 +88,8 @@ def shuffle(call: Call) -> Marks:
     return replace(x.with_key(call.title), shape=tuple(call.shape))
 
 
-@rule("slice", "flip", "roll", "unfold", "repeat", "tril", "triu", "constant_pad_nd", "rot90", "as_strided", "diagonal", "narrow", "slice_copy",
-      "tile", "diag", "diag_embed", "fliplr", "flipud", "trace_copy", "as_strided_copy", "unfold_copy", "diagonal_copy")  # fmt: skip
+@rule("slice", "flip", "roll", "unfold", "repeat", "tril", "triu", "constant_pad_nd", "rot90", "diagonal", "narrow", "slice_copy",
+      "tile", "diag", "diag_embed", "fliplr", "flipud", "trace_copy", "unfold_copy", "diagonal_copy")  # fmt: skip
 def movement(call: Call) -> Marks:
     x = call["self"]
     name = call.name.removesuffix("_copy")
@@ -102,8 +104,8 @@ def movement(call: Call) -> Marks:
     if name in ("tril", "triu"):
         dims = [len(x.shape) - 2, len(x.shape) - 1]
         return x.with_key(call.title) if not any(x.key.shape[d] > 1 for d in dims) else _masked(call, x)
-    if name == "repeat" and len(call["repeats"]) == len(x.shape):
-        return _repeat(call, x)
+    if name == "repeat":
+        return _repeat(call, reshape(x, (*[1] * (len(call["repeats"]) - len(x.shape)), *x.shape)))
     if not any(k > 1 for k in x.key.shape) and (x.size != 1 or not x.shape):
         return shared(call.shape, (call.title, int(x.key.reshape(-1)[0])), x.sources) if not x.depends_on_batch else _spread_out(call, x)
     return moved(x, lambda place: _run(call, place), call.shape)
@@ -122,7 +124,7 @@ def _slice(call: Call, x: Marks) -> Marks:
         return x
     start, stop, step = slice(call["start"], call["end"], call["step"]).indices(x.shape[dim])
     if x.key.shape[dim] == 1:
-        return replace(x.with_key((start, step)) if x.plain(dim) else x, shape=tuple(call.shape))
+        return replace(x.with_key((dim, start, step)) if x.plain(dim) else x, shape=tuple(call.shape))
     cut = tuple(slice(start, stop, step) if d == dim else slice(None) for d in range(len(x.shape)))
     return replace(x, shape=tuple(call.shape), owner=x.owner[cut], key=x.key[cut])
 
@@ -164,7 +166,7 @@ def _take(x: Marks, dim: int, index: int) -> Marks:
         owner, key = x.owner.take(index, axis=dim), x.key.take(index, axis=dim)
     else:
         owner, key = x.owner.take(0, axis=dim), x.key.take(0, axis=dim)
-        key = mix(key, code("index", index)) if x.plain(dim) else key
+        key = mix(key, code("index", dim, index)) if x.plain(dim) else key
     return replace(x, shape=tuple(s for d, s in enumerate(x.shape) if d != dim), owner=owner, key=key)
 
 
@@ -180,7 +182,7 @@ def pieces(call: Call) -> list[Marks]:
         if x.key.shape[dim] > 1:
             out.append(replace(x, shape=shape, owner=x.owner[cut], key=x.key[cut]))
         else:
-            out.append(replace(x.with_key((start, 1)) if x.plain(dim) else x, shape=shape))
+            out.append(replace(x.with_key((dim, start, 1)) if x.plain(dim) else x, shape=shape))
         start += shape[dim]
     return out
 
@@ -221,7 +223,7 @@ def _side_by_side(call: Call, parts: list[Marks], dim: int) -> Marks | None:
         owner = agreed
     if all(not m.owned for m in parts) and any(m.given for m in parts) and not all(m.given for m in parts):
         return None
-    out = call.algebra.pointwise((call.name, [m.shape[dim] for m in parts]), *ones)
+    out = call.algebra.pointwise((call.name, dim, [m.shape[dim] for m in parts]), *ones)
     return replace(out, shape=tuple(call.shape))
 
 
@@ -285,6 +287,7 @@ def indexed(call: Call, x: Marks, indices: list[Any], values: list[Any]) -> Mark
             cut.append(slice(None))
             dim += 1
             continue
+        value = value.astype(bool) if value is not None and value.dtype == np.uint8 else value
         spans = len(index.shape) if value is not None and value.dtype == bool else 1
         if value is None and index.depends_on_batch and not exact(call, index, value):
             value = np.zeros(index.shape, dtype=np.int64)
@@ -332,12 +335,24 @@ def _pick(call: Call, x: Marks, cut: list[Any], loose: list[Marks], named: list[
     out = replace(x, shape=shape, owner=owner, key=key)
     if spell:
         out = compress(out, range(before, before + rank))
+    elif fixed:
+        out = _alike(out, np.broadcast_arrays(*(cut[d] for d in fixed)), before + rank)
     out = _bounded(call, out, x)
     if not loose:
         return out
     tail = len(shape) - before - rank
     marks = [reshape(i, (*[1] * (rank - len(i.shape)), *i.shape, *[1] * tail)) for i in loose]
     return call.algebra.pointwise("lookup", out, *marks)
+
+
+def _alike(out: Marks, picked: Sequence[np.ndarray], end: int) -> Marks:
+    """Dims of an index along which it repeats itself: the elements there are equal."""
+    owner, key = out.owner, out.key
+    for d in range(-picked[0].ndim, 0):
+        if picked[0].shape[d] > 1 and all((p == p.take([0], axis=d)).all() for p in picked):
+            stored = [s if e != end + d else out.shape[e] for e, s in enumerate(key.shape)]
+            owner, key = np.broadcast_to(owner, stored), np.broadcast_to(key, stored)
+    return replace(out, owner=owner, key=key)
 
 
 def _bounded(call: Call, out: Marks, x: Marks) -> Marks:
@@ -414,6 +429,7 @@ def scatter(call: Call) -> Marks:
     dim, index, values = call.dims()[0], call["index"], call.values.get("index")
     src = next((call[k] for k in ("src", "source", "value") if isinstance(call[k], Marks)), None)
     whole = call.name.startswith("index_")
+    src = src.with_key((call.name, repr(call["alpha"]), repr(call["reduce"]))) if src is not None else None
     if src is None:
         shape = index.shape if not whole else ()
         src = shared(shape, ("value", repr(call["value"])), (), range(len(shape)))

@@ -25,6 +25,7 @@ CUSTOM: dict[Any, Rule] = {}  # by op overload, registered from outside
 ASSUMED: dict[Any, str] = {}  # ops declared to act on each sample alone
 
 NO_RULE = "no rule"
+STRICT = False  # let errors inside rules through instead of treating the op as unknown (for tests)
 
 
 @dataclass
@@ -125,7 +126,12 @@ def lookup(op: Any) -> Rule | None:
 
 def pointwise(call: Call) -> Any:
     out = call.algebra.pointwise(call.title, *call.marks) if call.marks else shared(call.shape, call.title, (), range(len(call.shape)))
-    return [out] * len(call.shapes)
+    return numbered([out] * len(call.shapes))
+
+
+def numbered(outputs: Sequence[Marks]) -> list[Marks]:
+    """The outputs of one op are different functions, also where they have the same owners."""
+    return [m.with_key(("output", i)) if i else m for i, m in enumerate(outputs)]
 
 
 def unknown(call: Call) -> list[Marks]:

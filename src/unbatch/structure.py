@@ -82,7 +82,8 @@ def judge(
     forward = walk(graph, samples, forward_marks(graph, dims), graph.steps if own else graph.forward_steps, assumed)
     entering = split(graph, forward) if own else []
     found = Findings(forward, None, leading)
-    seen = lambda e, w: e.ref.index not in w.marks or sees(w[e.ref])  # noqa: E731
+    excused = lambda e: any(e.module == m or e.module.startswith(m + ".") for m in assumed)  # noqa: E731
+    seen = lambda e, w: (e.ref.index not in w.marks or sees(w[e.ref])) and not excused(e)  # noqa: E731
     in_loss = lambda e: graph.values[e.ref.index].step in graph.after_cut if own else e.in_loss  # noqa: E731
     found.escapes = [e for e in graph.escapes if not in_loss(e) and seen(e, forward) and not harmless(e)]
     structure = _judge_forward(graph, forward, found, samples)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_unflatten
@@ -24,6 +25,10 @@ from unbatch.walk import prediction_dim
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 VARIANTS = ("rolled", "noisy", "large", "tiny", "zero", "huge")
 GAIN = {"large": 1e2, "huge": 1e4}
+
+
+class Untestable(Exception):
+    """A test that does not apply."""
 
 
 @dataclass(frozen=True)
@@ -115,11 +120,17 @@ class Oracle:
         noisy = [s for s in self.graph.forward_steps if s.noise]
         if not noisy:
             return self.predict(inputs)
+        owners = noise_owners(self.graph, self.findings.forward)
+        if owners is None:
+            raise Untestable("noise is used in a way in which it cannot be permuted with its samples")
         keep = {}
-        for ref, dim in noise_dims(self.graph, self.findings.forward, self.samples).items():
+        for ref, owner in owners.items():
             value = self.graph.values[ref].concrete
             assert value is not None
-            keep[ref] = value.index_select(dim, order)
+            moved = permute_owned(value, owner, order)
+            if moved is None:
+                raise Untestable("samples use different amounts of noise")
+            keep[ref] = moved
         return self.replay(inputs, keep=keep)
 
     def rows(self, predictions: Sequence[Tensor]) -> Tensor:
@@ -265,31 +276,56 @@ def uneven(oracle: Oracle) -> Witness | None:
     return None
 
 
-def noise_dims(graph: Graph, forward: Any, samples: int) -> dict[int, int]:
-    """For noise that samples consume elementwise: which of its dims lies along the samples."""
+def noise_owners(graph: Graph, forward: Any) -> dict[int, Any] | None:
+    """For noise that samples consume elementwise, the owner of each element; None where some noise is used otherwise."""
     out = {}
-    for step in graph.forward_steps:
-        for ref in {r.index for r in [*step.outs, *(new for _, new in step.writes)] if r is not None} if step.noise else ():
-            dim = _claimed(graph, forward, ref, samples)
-            if dim is not None and graph.values[ref].concrete is not None:
-                out[ref] = dim
+    for step in (s for s in graph.forward_steps if s.noise):
+        for ref in {r.index for r in [*step.outs, *(new for _, new in step.writes)] if r is not None}:
+            owner = _claimed(graph, forward, ref)
+            if isinstance(owner, str) or graph.values[ref].concrete is None:
+                return None
+            if owner is not None:
+                out[ref] = owner
     return out
 
 
-def _claimed(graph: Graph, forward: Any, ref: int, samples: int) -> int | None:
+def _claimed(graph: Graph, forward: Any, ref: int) -> Any:
+    """Owners of the elements of a noise value; None if it stays shared, a string if it is used in another shape."""
     carrying = {ref}
     shape = graph.values[ref].shape
+    if not graph.values[ref].dtype.is_floating_point:
+        return None  # a drawn order or label: the same for the whole batch
     for step in (s for s in graph.forward_steps if s.index > graph.values[ref].step):
         if not carrying & {r.index for r in step.refs()}:
             continue
         for out in [*(r for r in step.outs if r), *(new for _, new in step.writes)]:
             marks = forward.marks[out.index]
-            if not marks.owned:
+            if not marks.depends_on_batch:
                 carrying.add(out.index)
-            elif (dim := marks.sample_dim()) is not None:
-                at = dim - len(marks.shape) + len(shape)
-                return at if at >= 0 and shape[at] == samples else None
+            elif marks.mixed or marks.shape != shape or out.index not in {r.index for r in step.outs if r}:
+                return _shared_by_samples(marks, shape)
+            else:
+                return np.broadcast_to(marks.owner, shape)
     return None
+
+
+def _shared_by_samples(marks: Any, shape: tuple[int, ...]) -> Any:
+    """Noise broadcast along the samples is the same for all of them."""
+    dim = marks.sample_dim()
+    at = None if dim is None else dim - len(marks.shape) + len(shape)
+    return None if at is not None and (at < 0 or shape[at] == 1) else "otherwise"
+
+
+def permute_owned(value: Tensor, owner: Any, order: Tensor) -> Tensor | None:
+    """Give sample n the elements of sample ``order[n]``, in the order in which they lie."""
+    flat, owners = value.reshape(-1), owner.reshape(-1)
+    places = [torch.from_numpy(np.flatnonzero(owners == n)) for n in range(len(order))]
+    out = flat.clone()
+    for n, m in enumerate(order.tolist()):
+        if len(places[n]) != len(places[m]):
+            return None
+        out[places[n]] = flat[places[m]]
+    return out.reshape(value.shape)
 
 
 # --- the loss ----------------------------------------------------------------------------------------------------------------------------
@@ -355,7 +391,7 @@ class LossOracle:
         """The predictions with the rows of some samples taken from other samples."""
         out = []
         for i, dim in zip(self.at, self.oracle.out_dims, strict=True):
-            t = self._cast(self.leaves[i]).detach().clone()
+            t = self._cast(self.leaves[i]).detach().clone(memory_format=torch.contiguous_format)
             if dim is not None:
                 source = t.clone()
                 for n, m in rows.items():
@@ -537,7 +573,7 @@ def _settle_loss(structure: Structure, loss: LossOracle, oracle: Oracle) -> Stru
             reduction = _fails(reduction, not_a_sum(loss))
         if not simd_loss:
             simd_loss = _fails(simd_loss, entangled(loss))
-            if not simd_loss and simd_loss.status == "unknown":
+            if simd_loss.status == "unknown" and oracle.program.loss is not None:
                 simd_loss = _fails(simd_loss, index_matters(loss))
     except Exception as error:
         note = f"the loss could not be tested: {type(error).__name__}: {error}"

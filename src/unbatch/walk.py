@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from unbatch import rules
 from unbatch.capture import Graph, Recorder, Ref, Step
 from unbatch.families import running_statistics
-from unbatch.labels import Algebra, Marks, batched, code, compress, shared, spell_out
+from unbatch.labels import Algebra, Marks, batched, code, compress, moved, shared, spell_out
 from unbatch import moves as _moves  # noqa: F401  registers its rules
 
 # --- the walk ---------------------------------------------------------------------------------------------------------------
@@ -123,11 +123,13 @@ def _concrete(graph: Graph, a: Any) -> Any:
     if not isinstance(a, Ref):
         return None
     value = graph.values[a.index].concrete
-    exact = value is not None and not value.is_floating_point() and not value.is_complex()
+    exact = value is not None and not value.is_floating_point() and not value.is_complex() and value.device.type != "meta"
     return value.detach().cpu().numpy() if exact and value is not None else None
 
 
 def _apply(out: Walk, call: rules.Call, step: Step) -> list[Marks | None]:
+    if call.name == "as_strided":
+        return [_restrided(out, call, step)]
     if call.op in rules.CUSTOM:
         out.custom.add(str(call.op))
     if call.op in rules.ASSUMED:
@@ -137,10 +139,16 @@ def _apply(out: Walk, call: rules.Call, step: Step) -> list[Marks | None]:
         taken_apart = _decompose(out, call, step)
         if taken_apart is not None:
             return taken_apart
-        if step.outs and any(m.depends_on_batch for m in call.marks):
+        if any(r is not None for r in step.outs) and any(m.depends_on_batch for m in call.marks):
             out.unknown[step.index] = step.name
         function = rules.unknown
-    result = function(call)
+    try:
+        result = function(call)
+    except Exception as error:
+        if rules.STRICT:
+            raise
+        out.unknown[step.index] = f"{step.name} (its rule raised {type(error).__name__})"
+        result = rules.unknown(call)
     results = list(result) if isinstance(result, list | tuple) else [result]
     placed = iter(results)
     return [next(placed, None) if ref is not None else None for ref in step.outs]
@@ -173,8 +181,8 @@ def _decompose(out: Walk, call: rules.Call, step: Step) -> list[Marks | None] | 
     last = _last_uses(recorder.graph)
     for s in recorder.graph.steps:
         _step(inner, s, last)
-    if inner.unknown:
-        return None
+        if inner.unknown:
+            return None
     return [inner.marks[r.index] if r else None for r in outputs]
 
 
@@ -207,6 +215,18 @@ def _through_views(out: Walk, old: Ref, fresh: Ref, step: int, last: Mapping[int
         owner = np.where(hit >= 0, new_owner[hit], np.broadcast_to(full.owner, was.shape)).astype(np.int32)
         key = np.where(hit >= 0, new_key[hit], np.broadcast_to(full.key, was.shape))
         out.marks[i] = compress(out.algebra.result(was.shape, owner, key, [was, new], "written through a view"))
+
+
+def _restrided(out: Walk, call: rules.Call, step: Step) -> Marks:
+    """A window on the memory of a value, element by element."""
+    source, target = out.graph.values[step.refs()[0].index], out.graph.values[step.outs[0].index if step.outs[0] else 0]
+    spots, wanted = _positions(source), _positions(target)
+    slot = np.full(max(_extent(source), _extent(target)), -1, dtype=np.int64)
+    slot[spots.reshape(-1)] = np.arange(spots.size)
+    place = slot[wanted]
+    if (place < 0).any():
+        return rules.mixed(call, target.shape, "resized")
+    return moved(call["self"], lambda _: place, target.shape)
 
 
 def _positions(value: Any) -> np.ndarray:

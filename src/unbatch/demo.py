@@ -1,0 +1,220 @@
+"""The tour: a small net with batch normalization on real data, asked for its structure in both modes.
+
+It uses the package as a user would, and nothing that a user could not.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import unbatch as ub
+from unbatch import report
+from unbatch.verdicts import TITLES, render
+
+MSG_NO_SKLEARN = (
+    "The demo trains on the handwritten digits that come with scikit-learn, which is not installed. "
+    "Install it with `pip install 'unbatch[demo]'`."
+)
+
+BATCH = 32  # samples whose structure is asked for
+FEW = 8  # samples whose crosstalk is drawn
+
+TRAINING = "A small convolutional net with two batch norms learns to read handwritten digits (8 x 8 pixels)."
+ASKED = (
+    f"Question: is the loss of this net, on a mini-batch of {BATCH}, made of one part per sample? The "
+    "answer is six verdicts, each proved from the recorded computation or refuted by a witness, with what "
+    "is to blame. In short: batch norm lets every digit look at all others of its batch, but only through "
+    "R numbers, its statistics; the loss itself is still a sum over samples."
+)
+FOLLOWS = (
+    "What the verdicts are good for: they decide which of the usual per-sample and curvature quantities "
+    "exist for this loss, and what a quantity has to be called where it does not mean what its usual name "
+    "says. This release says so; the quantities themselves come with the next."
+)
+CROSSTALK = (
+    "Who listens to whom? Row n, column m of the picture: how strongly prediction n reacts to sample m, "
+    f"for {FEW} digits (darker is stronger, on a log scale over four decades). Without crosstalk only the "
+    "diagonal would be dark."
+)
+VERIFIED = (
+    "Should one believe the verdicts? Each is put to an experiment: replace the other samples, freeze the "
+    "batch statistics, permute the batch, vary the loss. One that contradicted its verdict would say so "
+    "here."
+)
+EVAL = (
+    "The same question after model.eval(), where batch norm uses its running statistics in place of those "
+    "of the batch: no prediction listens to another sample any more, and every verdict holds."
+)
+MEANINGS = {
+    "canonical_split": "after the predictions no parameter enters the loss",
+    "independent_forward": "no prediction listens to another sample",
+    "simd_forward": "... and every sample is treated by the same function",
+    "simd_given_statistics": "... once a few numbers about the batch (its statistics) are given",
+    "reduction": "the loss is a weighted sum of one term per sample",
+    "simd_loss": "each prediction enters the loss through one number, the same function for all",
+}
+NEXT = """\
+What to try next
+
+  unbatch inspect path/to/file.py:make_model --input 8,3,32,32 --loss cross_entropy
+      the same for a model of yours; `unbatch inspect --help` lists the rest
+
+  import unbatch as ub
+  problem = ub.Problem(model, loss, (X, y))
+  print(problem.structure)      # the verdicts, on your own batch
+  problem.verify().checks       # what was tried against them
+  print(problem.crosstalk())    # who listens to whom
+  problem.structure.follows()   # what may be computed, and why"""
+
+
+class Digits(NamedTuple):
+    """Images ``[N, 1, 8, 8]`` and labels ``[N]``, to learn from and held out."""
+
+    X: Tensor
+    y: Tensor
+    X_held_out: Tensor
+    y_held_out: Tensor
+
+
+class Net(nn.Module):
+    """Twice convolution, batch norm and ReLU, then a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.conv2, self.norm2 = nn.Conv2d(8, 16, 3, padding=1, stride=2), nn.BatchNorm2d(16)
+        self.linear = nn.Linear(16 * 4 * 4, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm1(self.conv1(x)))
+        x = F.relu(self.norm2(self.conv2(x)))
+        return self.linear(x.flatten(1))
+
+
+def main(quick: bool = False, console: Console | None = None) -> None:
+    """Run the tour and print it; a few seconds on one core, fewer when ``quick``.
+
+    The random state and the number of threads are afterwards as they were. Raises ``ImportError`` where
+    scikit-learn is missing.
+    """
+    out = console or report.console()
+    digits = load()
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        torch.set_num_threads(1)
+        try:
+            _tour(out, digits, epochs=1 if quick else 6)
+        finally:
+            torch.set_num_threads(threads)
+
+
+def load() -> Digits:
+    """The digits, a fifth of them held out. Raises ``ImportError`` where scikit-learn is missing."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError(MSG_NO_SKLEARN) from error
+    data = load_digits()
+    X = torch.as_tensor(data.images, dtype=torch.get_default_dtype()).unsqueeze(1) / 16
+    y = torch.as_tensor(data.target)
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    held_out, kept = order[: len(y) // 5], order[len(y) // 5 :]
+    return Digits(X[kept], y[kept], X[held_out], y[held_out])
+
+
+def train(model: Net, digits: Digits, epochs: int, out: Console) -> float:
+    """Train with Adam under a progress bar; the accuracy on held-out digits."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[accuracy]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=out) as progress:
+        task = progress.add_task("training", total=epochs * (len(digits.y) // BATCH), accuracy="")
+        for _ in range(epochs):
+            for batch in torch.randperm(len(digits.y)).split(BATCH):
+                if len(batch) == BATCH:
+                    _step(model, optimizer, digits.X[batch], digits.y[batch])
+                    progress.advance(task)
+            progress.update(task, accuracy=f"{accuracy(model, digits):.1%} of held-out digits read correctly")
+    return accuracy(model, digits)
+
+
+def accuracy(model: Net, digits: Digits) -> float:
+    """The share of held-out digits that the model, in eval mode, reads correctly."""
+    model.eval()
+    with torch.no_grad():
+        right = model(digits.X_held_out).argmax(1) == digits.y_held_out
+    model.train()
+    return float(right.double().mean())
+
+
+def _step(model: Net, optimizer: torch.optim.Optimizer, X: Tensor, y: Tensor) -> None:
+    optimizer.zero_grad()
+    F.cross_entropy(model(X), y).backward()
+    optimizer.step()
+
+
+def _tour(out: Console, digits: Digits, epochs: int) -> None:
+    model = Net()
+    _train(out, model, digits, epochs)
+    problem = ub.Problem(model, F.cross_entropy, (digits.X[:BATCH], digits.y[:BATCH]))
+    few = ub.Problem(model, F.cross_entropy, (digits.X[:FEW], digits.y[:FEW]))
+    before = problem.structure
+    *verdicts, follows = render(before)
+    _part(out, "2. Structure in train mode", ASKED, _meanings(), *verdicts)
+    _part(out, "3. What follows", FOLLOWS, follows)
+    _part(out, "4. Crosstalk", CROSSTALK, Text(str(few.crosstalk())))
+    _part(out, "5. Verification", VERIFIED, report.verification_table(before, problem.verify()))
+    model.eval()
+    after = problem.structure
+    heading, table, *_ = render(after)
+    checked = report.verification_table(after, problem.verify())
+    share = Text(f"Crosstalk: off-diagonal share {few.crosstalk().strength:.1%} of the squares.")
+    _part(out, "6. Structure in eval mode", EVAL, heading, table, _gained(before, after), share, checked)
+    out.print()
+    out.rule(style="dim")
+    out.print(NEXT, markup=False)
+
+
+def _train(out: Console, model: Net, digits: Digits, epochs: int) -> None:
+    _part(out, "1. A trained net", TRAINING)
+    out.print()
+    reached = train(model, digits, epochs, out)
+    sizes = f"{len(digits.y)} digits to learn from, {len(digits.y_held_out)} held out"
+    out.print(f"{sizes}, of which the net now reads {reached:.1%} correctly.")
+
+
+def _meanings() -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for name, meaning in MEANINGS.items():
+        table.add_row(TITLES[name], Text(meaning, "dim"))
+    return table
+
+
+def _gained(before: ub.Structure, after: ub.Structure) -> Text:
+    """In words: how many quantities have become what their names say."""
+    was, now = ([c.quantity for c in s.follows() if c.outcome == "exact"] for s in (before, after))
+    new = [q for q in now if q not in was and "sample" in q]
+    some = f", {' and '.join(new[:2])} among them" if new else ""
+    return Text(f"Exact under their own names are now {len(now)} quantities in place of {len(was)}{some}.")
+
+
+def _part(out: Console, title: str, sentence: str, *shown: Any) -> None:
+    out.print()
+    out.rule(f"[bold]{title}", align="left", style="dim")
+    out.print(sentence, markup=False)
+    for part in shown:
+        out.print()
+        out.print(part)

@@ -1,0 +1,87 @@
+"""The tour, in its quick form: right verdicts before and after `.eval()`, and nothing left behind."""
+
+import io
+import re
+
+import pytest
+import torch
+from rich.console import Console
+
+from unbatch import demo
+
+NEWLY = ("independent forward", "SIMD forward")
+ALWAYS = ("canonical split", "SIMD given statistics", "reduction", "SIMD loss")
+
+
+def run() -> str:
+    out = Console(file=io.StringIO(), width=110, highlight=False)
+    demo.main(quick=True, console=out)
+    return out.file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def text() -> str:
+    return run()
+
+
+def parts(text: str) -> dict[str, str]:
+    """The text of the parts, by the first digit of their titles."""
+    pieces = re.split(r"^(\d)\. ", text, flags=re.M)
+    return dict(zip(pieces[1::2], pieces[2::2], strict=True))
+
+
+def verdict(part: str, name: str) -> str:
+    """What the first table of verdicts in a part says about a structure."""
+    found = re.search(rf"^{name} +[✓✗?] (\w+)", part, flags=re.M)
+    assert found, f"no verdict on {name} in\n{part}"
+    return found[1]
+
+
+def test_train_mode(text):
+    part = parts(text)["2"]
+    assert {name: verdict(part, name) for name in NEWLY} == dict.fromkeys(NEWLY, "fails")
+    assert {name: verdict(part, name) for name in ALWAYS} == dict.fromkeys(ALWAYS, "holds")
+    assert "R = 48 batch statistics" in part
+    assert "norm1" in part
+    assert "norm2" in part
+
+
+def test_eval_mode(text):
+    part = parts(text)["6"]
+    assert {name: verdict(part, name) for name in (*NEWLY, *ALWAYS)} == dict.fromkeys(
+        (*NEWLY, *ALWAYS), "holds"
+    )
+    assert "off-diagonal share 0.0%" in part
+    assert "what follows" not in part
+
+
+def test_every_experiment_agrees(text):
+    for number in "56":
+        assert parts(text)[number].count("✓ passed") == 5
+    assert "CONTRADICTED" not in text
+
+
+def test_what_follows_is_shown_once(text):
+    assert text.count("what follows\n") + len(re.findall(r"what follows +\n", text)) == 1
+    assert "per-sample gradients" in parts(text)["3"]
+
+
+def test_crosstalk_is_drawn(text):
+    assert len(re.findall(r"^ +\d +(?:[░▒▓█]{2} ?){8}", parts(text)["4"], flags=re.M)) == demo.FEW
+
+
+def test_the_net_learns(text):
+    (reached,) = re.findall(r"now reads ([\d.]+)% correctly", text)
+    assert float(reached) > 70
+
+
+def test_no_part_is_longer_than_two_screens(text):
+    assert max(part.count("\n") for part in parts(text).values()) < 60
+
+
+def test_twice_the_same_and_nothing_left_behind(text):
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    clock = r"\d:\d\d:\d\d"
+    assert re.sub(clock, "", run()) == re.sub(clock, "", text)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == threads

@@ -1,0 +1,270 @@
+"""Random programs: what the analyser says about them against plain numerical definitions.
+
+The oracle below knows only how to run a program on another batch. A "holds" that it can refute is a failure, and so
+is a "fails" that it cannot confirm. "unknown" is honest; its share is printed and kept small.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, event, given, note, settings
+from hypothesis import strategies as st
+from programs import N, Program, forward_program, loss_program, noise
+from torch import Tensor, nn
+
+import unbatch as ub
+from unbatch import Structure
+
+FORWARD = ("independent_forward", "simd_forward", "simd_given_statistics")
+LOSS = ("reduction", "simd_loss")
+MOVED = 1e-6  # relative change that is no rounding
+ORDERS = [torch.tensor(o) for o in ([1, 2, 3, 0], [3, 2, 1, 0], [1, 0, 2, 3], [2, 0, 3, 1], [0, 2, 1, 3])]
+
+Run = Callable[[Tensor], Tensor]
+
+
+# ---------------------------------------------------------------- the forward pass
+
+
+def rows(run: Run, x: Tensor) -> Tensor:
+    """Predictions of a batch as `[N, entries]`."""
+    with torch.no_grad():
+        return run(x.clone()).reshape(N, -1)
+
+
+def batches(x: Tensor) -> Iterator[Tensor]:
+    """The batch itself, others of its kind, and some that are far out."""
+    yield x
+    yield 100 * x
+    yield noise(*x.shape, seed=1)
+    yield noise(*x.shape, seed=2) * noise(N, *[1] * (x.ndim - 1), seed=3).exp() ** 2
+
+
+def replacements(x: Tensor, n: int) -> Iterator[Tensor]:
+    """The batch with samples other than n replaced: all of them or one, by draws of many sizes and by special values."""
+    scales = [1.0, 1.0, 0.3, 10.0, 1e3, -1e3, 1e-3, 0.0]
+    for seed, scale in enumerate(scales):
+        new = scale * noise(*x.shape, seed=10 + seed) + (0.1 * scale if seed % 2 else 0)
+        new[n] = x[n]
+        yield new
+    for m in range(N):
+        if m != n:
+            for scale in (-1.0, 100.0):
+                one = x.clone()
+                one[m] = scale * noise(*x.shape[1:], seed=30 + m)
+                yield one
+    yield x[[n] * N]
+    yield torch.where(torch.arange(N).reshape(-1, *[1] * (x.ndim - 1)) == n, x, -x)
+
+
+def apart(a: Tensor, b: Tensor, size: Tensor) -> float:
+    """The largest difference relative to `size`; infinite where one of two is not a number."""
+    if bool((torch.isfinite(a) != torch.isfinite(b)).any()):
+        return float("inf")
+    change = torch.where(torch.isfinite(a), (a - b).abs(), torch.zeros(()))
+    return float(change.max() / (size + 1e-30)) if a.numel() else 0.0
+
+
+def largest_move(run: Run, x: Tensor) -> float:
+    """How much a prediction moves, relative to its size, when other samples are replaced."""
+    worst = 0.0
+    for base in batches(x):
+        mine = rows(run, base)
+        if not torch.isfinite(mine).all():
+            continue
+        for n in range(N):
+            size = mine[n].abs().max() + 1e-9 * mine.abs().max()
+            worst = max([worst, *(apart(rows(run, new)[n], mine[n], size) for new in replacements(base, n))])
+    return worst
+
+
+def largest_unevenness(run: Run, x: Tensor) -> float:
+    """How far predictions of the permuted batch are from permuted predictions; the second largest over the batches, so
+    that a tie or a cancellation in one of them proves nothing."""
+    found = []
+    for base in batches(x):
+        mine = rows(run, base)
+        if torch.isfinite(mine).all():
+            found.append(max(apart(rows(run, base[order]), mine[order], mine.abs().max()) for order in ORDERS))
+    return sorted(found)[-2] if len(found) > 1 else 0.0
+
+
+def rank_between_samples(run: Run, x: Tensor) -> int:
+    """The rank of what half of the samples tell the other half, to first order: statistics of size R carry at most R."""
+    jacobian = torch.autograd.functional.jacobian(lambda z: run(z).reshape(N, -1), x).reshape(N, -1, N, x[0].numel())
+    blocks = [jacobian[list(s)][:, :, [m for m in range(N) if m not in s]] for s in ((0, 1), (0, 2), (0, 3))]
+    flat = [b.reshape(b.shape[0] * b.shape[1], -1) for b in blocks]
+    return max(int(torch.linalg.matrix_rank(b, rtol=1e-8)) if torch.isfinite(b).all() and b.numel() else 0 for b in flat)
+
+
+def check_forward(structure: Structure, run: Run, x: Tensor) -> None:
+    """Raise where a verdict contradicts the oracle."""
+    independent, simd, given_ = (getattr(structure, name) for name in FORWARD)
+    moved, uneven = largest_move(run, x), largest_unevenness(run, x)
+    if independent:
+        assert moved < MOVED, f"independent_forward holds, and a prediction moved by {moved:.2g}"
+    if independent.status == "fails":
+        assert moved > 1e-10, "independent_forward fails, and no prediction moved"
+    if simd:
+        assert uneven < MOVED, f"simd_forward holds, and permuting is off by {uneven:.2g}"
+    if simd.status == "fails":
+        assert max(moved, uneven) > 1e-10, "simd_forward fails, and nothing shows it"
+    if given_ and "of groups" not in given_.note:
+        assert uneven < MOVED, f"simd_given_statistics holds, and permuting is off by {uneven:.2g}"
+    if given_:
+        rank = rank_between_samples(run, x)
+        assert rank <= structure.statistics_size, f"rank {rank} between samples, with R = {structure.statistics_size}"
+
+
+# ---------------------------------------------------------------- the loss
+
+
+def values_of(x: Tensor) -> Iterator[Tensor]:
+    yield x
+    yield 30 * noise(*x.shape, seed=1)
+    yield noise(*x.shape, seed=2).abs() + 1
+    yield -1e3 * x
+    yield x.roll(1, 0)
+
+
+def second_difference(run: Run, p: Tensor) -> float:
+    """How far the loss is from a sum over samples: changing two samples at once, against one after the other."""
+    worst = 0.0
+    for base in values_of(p):
+        for new in values_of(p.roll(1, 0)):
+            for a in range(N):
+                for b in range(a):
+                    at = [run(_with(base, new, who)) for who in ((), (a,), (b,), (a, b))]
+                    size = max(float(t.abs()) for t in at)
+                    if all(torch.isfinite(t) for t in at) and size:
+                        worst = max(worst, float((at[0] - at[1] - at[2] + at[3]).abs()) / size)
+    return worst
+
+
+def _with(base: Tensor, new: Tensor, who: tuple[int, ...]) -> Tensor:
+    out = base.clone()
+    out[list(who)] = new[list(who)]
+    return out
+
+
+def gradient(run: Run, p: Tensor) -> Tensor:
+    p = p.clone().requires_grad_()
+    value = run(p)
+    return torch.autograd.grad(value, p)[0] if value.requires_grad else torch.zeros_like(p)
+
+
+def angle(a: Tensor, b: Tensor) -> float:
+    """The sine between two gradients, 0 where one of them vanishes."""
+    norms = float(a.norm() * b.norm())
+    if not norms > 1e-12 or norms == float("inf"):
+        return 0.0
+    a, b = a / a.norm(), b / b.norm()
+    return float((a - (a @ b) * b).norm())
+
+
+def largest_turn(run: Run, p: Tensor) -> float:
+    """How much the direction of the gradient by one prediction turns when the others change."""
+    worst = 0.0
+    for base in values_of(p):
+        mine = gradient(run, base)
+        for n in range(N):
+            for new in values_of(noise(*p.shape, seed=8)):
+                other = new.clone()
+                other[n] = base[n]
+                worst = max(worst, angle(mine[n], gradient(run, other)[n]))
+    return worst
+
+
+def largest_difference_by_index(loss: Program, p: Tensor, y: Tensor) -> float:
+    """With equal targets and equal predictions: how far gradient rows are from being parallel."""
+    worst = 0.0
+    for base in values_of(p):
+        for k in range(N):
+            mine = gradient(lambda q, k=k: loss(q, y[[k] * N]), base[[k] * N])
+            worst = max([worst, *(angle(mine[0], mine[n]) for n in range(1, N))])
+    return worst
+
+
+def check_loss(structure: Structure, loss: Program, p: Tensor, y: Tensor) -> None:
+    """Raise where a verdict contradicts the oracle."""
+    run = lambda q: loss(q, y)  # noqa: E731
+    second, turn = second_difference(run, p), largest_turn(run, p)
+    if structure.reduction:
+        assert second < MOVED, f"reduction holds, and a second difference is {second:.2g}"
+    if structure.reduction.status == "fails":
+        assert second > 1e-11, "reduction fails, and all second differences vanish"
+    if structure.simd_loss:
+        assert turn < MOVED, f"simd_loss holds, and a gradient row turned by {turn:.2g}"
+        uneven = largest_difference_by_index(loss, p, y)
+        assert uneven < MOVED, f"simd_loss holds, and rows of equal samples are {uneven:.2g} apart"
+    if structure.reduction and not structure.reduction.weights_depend_on:
+        check_weights_are_own(loss, p, y)
+
+
+def check_weights_are_own(loss: Program, p: Tensor, y: Tensor) -> None:
+    """Raise where the gradient by one prediction listens to the targets of others."""
+    mine = gradient(lambda q: loss(q, y), p)
+    for n in range(N):
+        other = -noise(*y.shape, seed=9)
+        other[n] = y[n]
+        off = apart(gradient(lambda q, t=other: loss(q, t), p)[n], mine[n], mine.abs().max())
+        assert off < MOVED, f"no weight depends on targets, and row {n} moved by {off:.2g} with the others' targets"
+
+
+# ---------------------------------------------------------------- the tests
+
+TALLY: dict[str, Counter[str]] = {name: Counter() for name in (*FORWARD, *LOSS)}
+QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
+
+
+class Same(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 1 * x
+
+
+def count(structure: Structure, names: tuple[str, ...]) -> None:
+    for name in names:
+        status = getattr(structure, name).status
+        TALLY[name][status] += 1
+        event(f"{name} {status}")
+
+
+def structure_of_program(program: Program, x: Tensor) -> Structure:
+    return ub.Problem(program, lambda p: p.sum(), (x, None)).structure
+
+
+def structure_of_loss(loss: Program, p: Tensor, y: Tensor) -> Structure:
+    return ub.Problem(Same(), lambda q, t: loss(q, t), (p, y)).structure
+
+
+@settings(max_examples=200, suppress_health_check=QUIET)
+@given(st.data())
+def test_forward_programs(data):
+    program, x = forward_program(lambda options: data.draw(st.sampled_from(list(options))))
+    note(f"x: {list(x.shape)}{program}")
+    structure = structure_of_program(program, x)
+    check_forward(structure, program, x)
+    count(structure, FORWARD)
+
+
+@settings(max_examples=150, suppress_health_check=QUIET)
+@given(st.data())
+def test_loss_programs(data):
+    loss = loss_program(lambda options: data.draw(st.sampled_from(list(options))))
+    note(repr(loss))
+    p, y = noise(N, 3, seed=5), noise(N, 3, seed=6)
+    structure = structure_of_loss(loss, p, y)
+    check_loss(structure, loss, p, y)
+    count(structure, LOSS)
+
+
+@pytest.mark.parametrize("name", TALLY)
+def test_few_are_unknown(name):
+    """Runs after the two above, in the same process."""
+    seen = TALLY[name]
+    if not seen:
+        pytest.skip("the random programs did not run before this")
+    share = seen["unknown"] / seen.total()
+    assert share < 0.4, f"{share:.0%} of the random programs leave {name} unknown: {dict(seen)}"
