@@ -141,9 +141,14 @@ def _dtype(name: str, text: str, option: str) -> torch.dtype:
 # --- models and losses by name ---
 
 
-def make_model(target: str) -> nn.Module:
-    """The model that TARGET names, or that what it names returns. Raises ``InputError``."""
+def make_model(target: str, seed: int) -> nn.Module:
+    """The model that TARGET names, or that what it names returns. Raises ``InputError``.
+
+    Seeded for the import, which may make models, and again for the call, which may follow an earlier import.
+    """
+    torch.manual_seed(seed)
     found = _named(target, "TARGET")
+    torch.manual_seed(seed)
     if isinstance(found, nn.Module):
         return found
     if not callable(found):

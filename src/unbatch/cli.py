@@ -166,8 +166,7 @@ def _problem(
     named = [Shape.parse(text, "--input") for text in inputs]
     wanted = Shape.parse(targets, "--targets") if targets else None
     chosen = None if own_loss else find_loss(loss)
-    torch.manual_seed(seed)
-    model = make_model(target)
+    model = make_model(target, seed)
     model = model.eval() if eval_mode else model
     generator = torch.Generator().manual_seed(seed)
     X = as_inputs(named, generator)

@@ -614,15 +614,11 @@ def margin_loss(call: Call) -> Any:
 
 @rule("_ctc_loss")
 def ctc_loss(call: Call) -> Any:
-    """log-probabilities are [time, n, class]; targets are [n, length] or concatenated."""
-    a, p, y = call.algebra, call["log_probs"], call["targets"]
-    if len(y.shape) != 2:
-        return [mixed(call, s, "no rule") for s in call.shapes]
+    """Log-probabilities are [time, n, class]; the op itself gives every sample its labels and its lengths."""
+    a, p = call.algebra, call["log_probs"]
     seen = _flat_dims(a.scan("path", p, [0, 2]), [0, 2], False)
-    wanted = _flat_dims(a.scan("labels", y, [1]), [1], False)
-    lengths = [m for m in (call["input_lengths"], call["target_lengths"]) if isinstance(m, Marks)]
-    loss = a.pointwise(call.name, seen, wanted, *lengths)
-    if not lengths and len({*call["input_lengths"]}) * len({*call["target_lengths"]}) > 1:
-        index = spell_out(shared(loss.shape, "lengths"))
-        loss = a.pointwise("lengths", loss, compress(index))
-    return [loss, *(_window_result(replace(loss, shape=loss.shape), s, 1) for s in call.shapes[1:])]
+    if any("predictions" in m.sources or (m.depends_on_batch and m.sample_dim() != 0 and not m.sources <= a.constant) for m in call.marks[1:]):
+        return [mixed(call, s, "no rule") for s in call.shapes]
+    own = shared(seen.shape, "labels", (), [0])
+    loss = a.pointwise((call.name, call["blank"], call["zero_infinity"]), seen, own)
+    return [loss, *(_window_result(loss, s, 1) for s in call.shapes[1:])]

@@ -165,15 +165,14 @@ class Marks:
         return Shared()
 
     def sample_dim(self) -> int | None:
-        """The axis along which slice n belongs to sample n, if there is one."""
-        dims = [d for d in range(len(self.shape)) if self.owner_varies(d)]
-        if not dims:
-            singles = [d for d, s in enumerate(self.shape) if s == 1]
-            return singles[0] if singles and self.owned and int(self.owner.max()) == 0 else None
-        if len(dims) > 1:
-            return None
-        owners = np.moveaxis(self.owner, dims[0], -1).reshape(-1, self.owner.shape[dims[0]])[0]
-        return dims[0] if np.array_equal(owners, np.arange(len(owners))) else None
+        """The axis along which slice n belongs to sample n (or to none), if there is one."""
+        for d in range(len(self.shape)):
+            if self.owner_varies(d):
+                place = _index(self.shape[d], d, len(self.shape)).astype(np.int32)
+                if ((self.owner == place) | (self.owner == SHARED)).all():
+                    return d
+        single = self.owned and int(self.owner.max()) == 0 and not self.mixed
+        return next((d for d, s in enumerate(self.shape) if s == 1), None) if single else None
 
 
 def _varies(array: Array, dim: int) -> bool:

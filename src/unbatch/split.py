@@ -27,7 +27,7 @@ def split(graph: Graph, forward: Walk) -> list[int]:
         seen.add(ref.index)
         if _takes_parameters(step, forward):
             if forward[ref].owned or forward[ref].mixed:
-                cut.append(ref)
+                cut.append(_reshaped(ref, graph))
                 continue
             entering.append(step.index)
         queue += [r for r in step.refs() if forward[r].depends_on_batch]
@@ -42,6 +42,14 @@ def _takes_parameters(step: Step, forward: Walk) -> bool:
     marks = [forward[r] for r in step.refs()]
     shared = any("parameters" in m.sources and not m.depends_on_batch for m in marks)
     return shared and any(m.depends_on_batch for m in marks)
+
+
+def _reshaped(ref: Ref, graph: Graph) -> Ref:
+    """A linear layer flattens its input and unflattens its output: the value it means is the unflattened one."""
+    users = [s for s in graph.steps if any(r.index == ref.index for r in s.refs())]
+    if len(users) == 1 and users[0].name in ("view", "_unsafe_view") and users[0].outs[0] is not None:
+        return users[0].outs[0]
+    return ref
 
 
 def _downstream(graph: Graph, cut: list[Ref]) -> frozenset[int]:

@@ -30,10 +30,10 @@ def holds_its_place(marks: Marks, samples: int, leading: bool) -> bool:
     if dim is not None:
         want = np.arange(samples).reshape([-1 if d == dim else 1 for d in range(len(marks.shape))])
         return bool(((marks.owner == want) | (marks.owner == SHARED)).all())
-    return _blocks(marks, samples) is not None
+    return contiguous_blocks(marks, samples) is not None
 
 
-def _blocks(marks: Marks, samples: int) -> np.ndarray | None:
+def contiguous_blocks(marks: Marks, samples: int) -> np.ndarray | None:
     """Keys as ``[samples, ..]`` if samples lie in contiguous, equal blocks along the leading dim."""
     if not marks.shape or marks.shape[0] % samples or marks.key.shape[0] == 1:
         return None
@@ -48,7 +48,7 @@ def uniform(marks: Marks, samples: int, leading: bool) -> bool:
     if dim is not None:
         key = np.moveaxis(marks.key, dim, 0)
         return not marks.plain(dim) and bool((key == key[:1]).all())
-    blocks = _blocks(marks, samples)
+    blocks = contiguous_blocks(marks, samples)
     return blocks is not None and bool((blocks == blocks[:1]).all())
 
 
@@ -245,7 +245,8 @@ def _split_culprit(step: Step, what: str) -> Culprit:
 
 def _loss_culprits(graph: Graph, loss: Walk, steps: set[int], marks: Marks, found: Findings) -> tuple[Culprit, ...]:
     algebra = loss.algebra
-    mixing = [culprit(graph.steps[s], algebra.births[s]) for s in sorted(marks.mixers & steps) if s in algebra.births]
+    births = found.forward.algebra.births | algebra.births
+    mixing = [culprit(graph.steps[s], births[s]) for s in sorted(marks.mixers) if s in births]
     escaped = [escape_culprit(e) for e in found.loss_escapes]
     among = [u for u in algebra.uses.values() if any("predictions" in algebra.roots[r].sources for r in u.roots)]
     uses = [_statistic_culprit(s, long) for s, long in _statistics(graph, algebra, among).items()]

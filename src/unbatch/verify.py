@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_unflatten
 
 from unbatch.capture import Graph, Program, own_loss, untouched
-from unbatch.structure import Findings, used_predictions
+from unbatch.structure import Findings, contiguous_blocks, used_predictions
 from unbatch.verdicts import REMEDY, WHY, Culprit, Structure, Verdict
 from unbatch.walk import prediction_dim
 
@@ -81,6 +81,7 @@ class Oracle:
     findings: Findings
     base: list[Tensor] = field(default_factory=list)
     out_dims: list[int | None] = field(default_factory=list)
+    blocks: list[bool] = field(default_factory=list)
     places: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -88,6 +89,7 @@ class Oracle:
         self.places = [i for i, r in enumerate(self.graph.predictions) if r.index in used]
         marks = [self.findings.forward[self.graph.predictions[i]] for i in self.places]
         self.out_dims = [prediction_dim(m, self.samples, self.findings.leading) for m in marks]
+        self.blocks = [d is None and contiguous_blocks(m, self.samples) is not None for m, d in zip(marks, self.out_dims, strict=True)]
         self.base = self.predict(self.inputs)
 
     # -- running --
@@ -136,10 +138,10 @@ class Oracle:
     def rows(self, predictions: Sequence[Tensor]) -> Tensor:
         """``[N, entries]`` in float64; leaves without a sample axis are split in blocks or left out."""
         out = []
-        for t, dim in zip(predictions, self.out_dims, strict=True):
+        for t, dim, blocks in zip(predictions, self.out_dims, self.blocks, strict=True):
             if dim is not None:
                 out.append(t.movedim(dim, 0).reshape(self.samples, -1))
-            elif t.ndim and t.shape[0] % self.samples == 0:
+            elif blocks:
                 out.append(t.reshape(self.samples, -1))
         wide = [o.to(torch.complex128 if o.is_complex() else torch.float64) for o in out]
         return torch.cat(wide, 1) if wide else torch.zeros(self.samples, 0, dtype=torch.float64)
@@ -304,6 +306,8 @@ def _claimed(graph: Graph, forward: Any, ref: int) -> Any:
                 carrying.add(out.index)
             elif marks.mixed or marks.shape != shape or out.index not in {r.index for r in step.outs if r}:
                 return _shared_by_samples(marks, shape)
+            elif (dim := marks.sample_dim()) is not None:
+                return np.broadcast_to(np.arange(shape[dim]).reshape([-1 if d == dim else 1 for d in range(len(shape))]), shape)
             else:
                 return np.broadcast_to(marks.owner, shape)
     return None

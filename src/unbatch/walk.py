@@ -16,6 +16,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from unbatch import rules
+from unbatch.arranged import Arranged, follow
 from unbatch.capture import Graph, Recorder, Ref, Step
 from unbatch.families import running_statistics
 from unbatch.labels import Algebra, Marks, batched, code, compress, moved, shared, spell_out
@@ -34,6 +35,7 @@ class Walk:
     unknown: dict[int, str] = field(default_factory=dict)  # step -> op without a rule
     assumed: set[str] = field(default_factory=set)
     custom: set[str] = field(default_factory=set)
+    arranged: dict[int, Arranged] = field(default_factory=dict)
 
     def __getitem__(self, ref: Ref) -> Marks:
         return self.marks[ref.index]
@@ -95,12 +97,33 @@ def _step(out: Walk, step: Step, last: Mapping[int, int]) -> None:
                 marks = rules.mixed(call, shape, rules.NO_RULE)
                 out.unknown.setdefault(step.index, f"{step.name} (its rule gave another shape)")
             out.marks[ref.index] = marks
+    _follow_order(out, call, step)
     hidden = running_statistics(call) if step.writes and not any(r and r.index in new for r in step.outs) and call["running_mean"] is not None else {}
     for old, fresh in step.writes:
         if fresh.index not in out.marks:
             matching = [m for m in hidden.values() if m.shape == graph.values[fresh.index].shape]
             out.marks[fresh.index] = matching[0] if matching else rules.mixed(call, graph.values[fresh.index].shape, rules.NO_RULE)
         _through_views(out, old, fresh, step.index, last)
+
+
+def _follow_order(out: Walk, call: rules.Call, step: Step) -> None:
+    """Keep track of rows that the batch has put into an order of its own, and of their return."""
+    names = [a.name for a in step.op._schema.arguments]
+    given = {**dict(zip(names, step.args, strict=False)), **step.kwargs}
+    known = {n: out.arranged[r.index] for n, a in given.items() if (r := _only_ref(a)) is not None and r.index in out.arranged}
+    for outcome in follow(call, step.index, known, rules.lookup(call.op)):
+        refs = [r for r in step.outs if r is not None]
+        if outcome.slot < len(refs):
+            ref = refs[outcome.slot]
+            if outcome.arranged is not None and outcome.arranged.under.shape == out.graph.values[ref.index].shape:
+                out.arranged[ref.index] = outcome.arranged
+            if outcome.marks is not None and outcome.marks.shape == out.graph.values[ref.index].shape:
+                out.marks[ref.index] = outcome.marks
+
+
+def _only_ref(a: Any) -> Ref | None:
+    refs = [r for r in (a if isinstance(a, list | tuple) else [a]) if r is not None]
+    return refs[0] if len(refs) == 1 and isinstance(refs[0], Ref) and (not isinstance(a, list | tuple) or a[0] is refs[0]) else None
 
 
 def _call(out: Walk, step: Step) -> rules.Call:
@@ -289,12 +312,12 @@ def fresh_prediction(known: Marks, leaf: int, samples: int, leading: bool = True
 
 def prediction_dim(marks: Marks, samples: int, leading: bool = True) -> int | None:
     """The sample axis of a prediction: the first, unless the inputs carry samples elsewhere (not ``leading``)."""
+    if leading and marks.shape[:1] == (samples,):
+        return 0
     dim = marks.sample_dim()
-    if (not leading or marks.shape[:1] != (samples,)) and dim is not None and marks.shape[dim] == samples:
+    if dim is not None and marks.shape[dim] == samples:
         return dim
-    if marks.owned and not marks.mixed and samples not in marks.shape:
-        return None
-    return next((d for d, s in enumerate(marks.shape) if s == samples), None)
+    return None if leading or marks.owned else next((d for d, s in enumerate(marks.shape) if s == samples), None)
 
 
 def _outside(graph: Graph) -> dict[int, Marks]:

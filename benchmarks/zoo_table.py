@@ -1,0 +1,285 @@
+"""Asks the structure of every zoo entry, in train and in eval mode, and writes the table of `docs/zoo.md`.
+
+    python benchmarks/zoo_table.py                  every entry, into docs/zoo.md and results/zoo.json
+    python benchmarks/zoo_table.py bert cv-resnet   these entries, printed
+    python benchmarks/zoo_table.py --quick          every eighth entry, printed
+
+Entries come from `tests/zoo.py`; what is expected of them lives in `tests/test_zoo.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import platform
+import re
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+import unbatch as ub  # noqa: E402
+from unbatch.verdicts import MARKS, NAMES, TITLES  # noqa: E402
+from zoo import ENTRIES, N, ZooEntry, entry  # noqa: E402
+
+DOCS = ROOT / "docs" / "zoo.md"
+RESULTS = ROOT / "benchmarks" / "results" / "zoo.json"
+MODES = ("train", "eval")
+PACKAGES = ("torch", "transformers", "pytorchcv")
+QUICK = 8  # every so many entries
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a verdict does not hold: the op, the line of the model, and the words of the culprit."""
+
+    structure: str
+    op: str
+    where: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One entry in one mode. `failure` is set, and the rest is empty, where a question raised an error."""
+
+    entry: str
+    mode: str
+    statuses: dict[str, str] = field(default_factory=dict)
+    bases: dict[str, str] = field(default_factory=dict)
+    statistics_size: int = 0
+    reasons: tuple[Reason, ...] = ()
+    notes: tuple[str, ...] = ()
+    milliseconds: float = 0.0
+    checked: int = 0
+    contradictions: tuple[str, ...] = ()
+    failure: str = ""
+
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        return tuple(name for name, status in self.statuses.items() if status == "unknown")
+
+
+# --- asking -----------------------------------------------------------------------------------------
+
+
+def problem_of(item: ZooEntry, mode: str) -> ub.Problem:
+    """The entry as a user would write it; a model that computes its own loss takes the batch alone."""
+    model, inputs, targets, loss = item.build()
+    model.train(mode == "train")
+    return ub.Problem(model, batch=inputs) if loss is None else ub.Problem(model, loss, (inputs, targets))
+
+
+def ask(item: ZooEntry, mode: str, verify: bool = True) -> Row:
+    """Structure and verification of one entry. The milliseconds, process CPU time, are the structure's."""
+    torch.manual_seed(0)
+    problem = problem_of(item, mode)
+    start = time.process_time()
+    try:
+        structure = problem.structure
+        milliseconds = 1e3 * (time.process_time() - start)
+        checks = problem.verify().checks if verify else ()
+    except Exception as error:
+        return Row(item.name, mode, failure=_without_paths(f"{type(error).__name__}: {error}"))
+    return Row(
+        item.name,
+        mode,
+        {v.name: v.status for v in structure.verdicts},
+        {v.name: v.basis for v in structure.verdicts},
+        structure.statistics_size,
+        tuple(_reasons(structure)),
+        tuple(_without_paths(note) for note in structure.notes),
+        round(milliseconds, 1),
+        sum(c.passed is not None for c in checks),
+        tuple(f"{TITLES[c.name]} {c.status}, but {c.test}: {c.detail}" for c in checks if c.passed is False),
+    )
+
+
+def _reasons(structure: ub.Structure) -> Iterator[Reason]:
+    for verdict in structure.verdicts:
+        for c in dict.fromkeys((c.op, c.short, c.why) for c in verdict.culprits):
+            yield Reason(verdict.name, *c[:2], _without_paths(c[2]))
+        if verdict.status == "unknown" and not verdict.culprits:
+            yield Reason(verdict.name, "", "", verdict.note or "no reason is given")
+
+
+def _without_paths(text: str) -> str:
+    """Folders of this machine out of a text: only the last part of a path stays."""
+    return re.sub(r"(?<![\w.])/[\w.@+-]+(?:/[\w.@+-]+)*/", "", text).splitlines()[0] if text else ""
+
+
+def rows(items: Iterable[ZooEntry], modes: Sequence[str] = MODES, verify: bool = True) -> Iterator[Row]:
+    """The rows of the entries, as they come."""
+    for item in items:
+        for mode in modes:
+            yield ask(item, mode, verify)
+
+
+# --- the page -----------------------------------------------------------------------------------------
+
+HEADER = """\
+# Zoo
+
+<!-- Written by benchmarks/zoo_table.py; change that, not this. -->
+
+Each row is one published architecture, built from the code of `transformers` {transformers} or
+`pytorchcv` {pytorchcv} with a tiny random configuration ({samples} samples, a few channels, nothing
+downloaded), and asked with torch {torch} on a CPU, in train mode and in eval mode. So the table says
+what the *code* of these models does to a mini-batch; it says nothing about trained weights, and
+little about sizes or branches that these configurations do not reach. A model that computes its own
+loss is asked with it; the entries called `-outer-loss` bring one from outside. Every verdict is then
+put to a numerical test (other samples replaced, samples permuted, statistics frozen, second
+differences of the loss): the last column counts the tests that apply and those that contradict a
+verdict. A test can refute a verdict, it cannot confirm one.
+
+The columns are the six structures ({legend}), the number R of batch statistics, the first culprit of a
+verdict that does not hold (`benchmarks/results/zoo.json` has all of them), and the time for capture,
+analysis and witnesses in milliseconds: process CPU time on one thread, one cold run each, so an order
+of magnitude and no more. To make this page again run `python benchmarks/zoo_table.py`, which takes a few
+minutes; with names of entries, or with `--quick`, it prints a part of it instead.
+
+{summary}
+"""
+
+COLUMNS = ("split", "independent", "SIMD", "SIMD given s", "reduction", "SIMD loss")
+
+
+def page(table: Sequence[Row]) -> str:
+    """`docs/zoo.md`: how it was made, the table, and what stayed unknown and why."""
+    versions = {name: version(name).partition("+")[0] for name in PACKAGES}
+    legend = ", ".join(f"{mark} {status}" for status, mark in MARKS.items())
+    head = HEADER.format(**versions, samples=N, legend=legend, summary=summary(table))
+    parts = [_table(table), _failures(table), _contradictions(table), _unknowns(table)]
+    return "\n".join([head, *(line for part in parts for line in part)]).rstrip() + "\n"
+
+
+def summary(table: Sequence[Row]) -> str:
+    """How many verdicts hold, fail and are open, in words."""
+    counts = Counter(status for row in table for status in row.statuses.values())
+    contradicted = sum(bool(row.contradictions) for row in table)
+    failed = sum(bool(row.failure) for row in table)
+    return (
+        f"In the {len(table)} rows below, of {len({row.entry for row in table})} entries, "
+        f"{counts['holds']} verdicts hold, {counts['fails']} fail and {counts['unknown']} are unknown.\n"
+        f"Rows where a test contradicts a verdict: {contradicted}. Rows that ended in an error: {failed}."
+    )
+
+
+def _table(table: Sequence[Row]) -> Iterator[str]:
+    columns = ("entry", "mode", *COLUMNS, "R", "first culprit", "ms", "tests")
+    yield _line(columns)
+    yield _line(["---"] * len(columns))
+    for row in table:
+        marks = [MARKS[row.statuses[name]] for name in NAMES] if row.statuses else ["–"] * len(NAMES)
+        size = str(row.statistics_size) if row.statistics_size else ""
+        time_ = "" if row.failure else f"{row.milliseconds:.0f}"
+        yield _line([row.entry, row.mode, *marks, size, _first_culprit(row), time_, _tests(row)])
+    yield ""
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _first_culprit(row: Row) -> str:
+    reasons = dict.fromkeys((r.op, r.where) for r in row.reasons if r.where)
+    if not reasons:
+        return ""
+    (op, where), *others = reasons
+    return f"`{op}` {where}" + (f", {len(others)} more" if others else "")
+
+
+def _tests(row: Row) -> str:
+    if row.failure:
+        return "error"
+    against = len(row.contradictions)
+    return f"**{against} of {row.checked} contradict**" if against else f"{row.checked} agree"
+
+
+def _failures(table: Sequence[Row]) -> Iterator[str]:
+    failed = [r for r in table if r.failure]
+    if failed:
+        yield from ["## Errors", "", *(f"- {r.entry}, {r.mode}: {r.failure}" for r in failed), ""]
+
+
+def _contradictions(table: Sequence[Row]) -> Iterator[str]:
+    found = [(r, c) for r in table for c in r.contradictions]
+    if found:
+        yield from ["## Contradicted", "", *(f"- {r.entry}, {r.mode}: {c}" for r, c in found), ""]
+
+
+def _unknowns(table: Sequence[Row]) -> Iterator[str]:
+    """One paragraph per reason: what was not established, in which entries, and where in their code."""
+    entries: dict[str, dict[str, None]] = {}
+    places: dict[str, Counter[str]] = {}
+    for row in table:
+        for r in (r for r in row.reasons if r.structure in row.unknown):
+            why = re.sub(r"\d+ numbers", "some numbers", r.why)
+            entries.setdefault(why, {})[row.entry] = None
+            places.setdefault(why, Counter())[f"`{r.op}` {r.where}" if r.where else r.op] += 1
+    yield from ["## What stayed unknown", ""]
+    if not entries:
+        yield "Nothing."
+    for why in sorted(entries, key=lambda w: (-len(entries[w]), w)):
+        where = [place for place, _ in places[why].most_common(6) if place]
+        more = len(places[why]) - len(where)
+        count = f"{len(entries[why])} entries" if len(entries[why]) > 1 else "One entry"
+        yield f"**{why[:1].upper()}{why[1:]}.** {count}: {', '.join(entries[why])}."
+        if where:
+            yield f"Where: {', '.join(where)}" + (f", and {more} more." if more > 0 else ".")
+        yield ""
+
+
+# --- the command --------------------------------------------------------------------------------------
+
+
+def as_json(table: Sequence[Row]) -> str:
+    """Rows and versions as JSON; nothing in it names this machine."""
+    facts: dict[str, Any] = {"python": platform.python_version()}
+    facts |= {name: version(name) for name in PACKAGES}
+    facts["rows"] = [asdict(row) for row in table]
+    return json.dumps(facts, indent=1, ensure_ascii=False) + "\n"
+
+
+def save(table: Sequence[Row], docs: Path = DOCS, results: Path = RESULTS) -> None:
+    """Write the page and the data behind it."""
+    results.parent.mkdir(parents=True, exist_ok=True)
+    docs.write_text(page(table))
+    results.write_text(as_json(table))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("names", nargs="*", help="entries to ask; all of them by default")
+    parser.add_argument("--quick", action="store_true", help=f"every {QUICK}th entry only")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    items = [entry(name) for name in options.names] or ENTRIES[:: QUICK if options.quick else 1]
+    table = []
+    for row in rows(items):
+        table.append(row)
+        marks = "".join(MARKS[s] for s in row.statuses.values()) or "error"
+        line = f"{row.entry:24} {row.mode:5} {marks:6} {row.milliseconds:7.0f} ms  {_tests(row)}"
+        print(line, file=sys.stderr, flush=True)
+    if len(items) == len(ENTRIES):
+        save(table)
+    else:
+        print(page(table))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""Values whose rows stand in an order that depends on the batch, as in mixture-of-experts routing.
+
+Sorting tokens by expert permutes them in a way in which every token takes part, and undoing the permutation makes each
+row belong to its sample again. A value ``v = u[p]`` with a permutation ``p`` of the batch's making is remembered as the
+marks of ``u`` together with the name of ``p``. Ops that act on each row alone act on ``u``; a lookup by the inverse
+permutation (or a scatter to ``p``) gives back ``u``; everything else sees a mixed value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from unbatch.labels import Marks, shared
+from unbatch.rules import Call, Rule
+
+
+@dataclass(frozen=True)
+class Arranged:
+    """``v = under[p]`` (or by the inverse of p). ``values``: the numbers of ``under``, where they are known."""
+
+    under: Marks
+    permutation: int
+    inverse: bool
+    values: Any = None
+
+    @property
+    def order(self) -> tuple[int, bool]:
+        return self.permutation, self.inverse
+
+    @property
+    def is_permutation(self) -> bool:
+        n = self.under.shape[0]
+        return self.values is not None and self.values.shape == (n,) and np.array_equal(self.values, np.arange(n))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step made: an arranged value, or plain marks again (``marks``), for its ``slot``-th output."""
+
+    slot: int
+    arranged: Arranged | None = None
+    marks: Marks | None = None
+
+
+def follow(call: Call, step: int, known: Mapping[str, Arranged], rule: Rule | None) -> list[Outcome]:
+    """What is known about the outputs of a step, given which of its arguments are arranged (by argument name)."""
+    if call.name in ("sort", "argsort"):
+        return _sorted(call, step, known)
+    if not known or rule is None:
+        return []
+    if call.name in ("index", "index_select"):
+        return _looked_up(call, known, rule)
+    if call.name in ("index_put", "index_copy", "index_add", "scatter", "_index_put_impl"):
+        return _written(call, known, rule)
+    if len({a.order for a in known.values()}) > 1:
+        return []
+    first = next(iter(known.values()))
+    if _row_by_row(call, known, first.under.shape[0]):
+        results = _under(call, known, rule)
+        return [Outcome(i, Arranged(m, *first.order, _numbers(call, known))) for i, m in enumerate(results)]
+    if call.name in ("sum", "mean") and list(known) == ["self"] and len(call.shapes) == 1:
+        return [Outcome(0, marks=_under(call, known, rule)[0])]
+    return []
+
+
+def _permutation(n: int, name: int, inverse: bool) -> Arranged:
+    return Arranged(shared((n,), "arange"), name, inverse, np.arange(n))
+
+
+def _sorted(call: Call, step: int, known: Mapping[str, Arranged]) -> list[Outcome]:
+    x, slot = call["self"], len(call.shapes) - 1
+    if len(x.shape) != 1:
+        return []
+    if "self" in known:
+        was = known["self"]
+        return [Outcome(slot, _permutation(x.shape[0], was.permutation, not was.inverse))] if was.is_permutation else []
+    if x.mixed:
+        return []
+    values = [Outcome(0, Arranged(x, step, False))] if slot else []
+    return [*values, Outcome(slot, _permutation(x.shape[0], step, False))]
+
+
+def _under(call: Call, known: Mapping[str, Arranged], rule: Rule) -> list[Marks]:
+    """The rule of the op, applied to the values before they were permuted."""
+    marks = {k: known[k].under if k in known else a for k, a in call.arguments.items()}
+    values = {k: known[k].values if k in known else v for k, v in call.values.items()}
+    result = rule(replace(call, arguments=marks, values=values))
+    return list(result) if isinstance(result, list | tuple) else [result]
+
+
+def _numbers(call: Call, known: Mapping[str, Arranged]) -> Any:
+    """The op on the known numbers before they were permuted, for integer arithmetic on indices."""
+    tensors = [k for k, a in call.arguments.items() if isinstance(a, Marks)]
+    if len(call.shapes) != 1 or any(k not in known or known[k].values is None for k in tensors):
+        return None
+    arguments = {k: torch.from_numpy(known[k].values) if k in known else a for k, a in call.arguments.items()}
+    out = call.op(**arguments)
+    return out.numpy() if not out.is_floating_point() else None
+
+
+# --- which ops act on each row alone ---------------------------------------------------------------------------------------
+
+
+def _other_dims(call: Call) -> bool:
+    x = call["self"] if call["self"] is not None else call["input"]
+    dim = call["dim"]
+    dims = dim if isinstance(dim, list | tuple) else [dim]
+    return dim is not None and all(d % len(x.shape) != 0 for d in dims)
+
+
+def _left_only(call: Call, known: Mapping[str, Arranged]) -> bool:
+    return set(known) <= {"self", "mat1", "input"} and not (call.name == "addmm" and "self" in known)
+
+
+ROWS: dict[str, Callable[[Call, Mapping[str, Arranged]], bool]] = {
+    **dict.fromkeys(["mm", "addmm", "linear"], _left_only),
+    **dict.fromkeys(["bmm", "baddbmm"], lambda c, k: len(k) == len(c.marks)),
+    **dict.fromkeys(["_softmax", "_log_softmax", "sum", "mean", "amax", "amin", "logsumexp", "select", "slice"], lambda c, k: _other_dims(c)),
+    **dict.fromkeys(["split", "chunk", "split_with_sizes", "unbind"], lambda c, k: _other_dims(c)),
+    **dict.fromkeys(["view", "_unsafe_view", "clone", "detach", "_to_copy", "expand", "alias"], lambda c, k: True),
+    "unsqueeze": lambda c, k: c["dim"] % (len(c["self"].shape) + 1) != 0,
+    "squeeze": lambda c, k: _other_dims(c),
+    "permute": lambda c, k: c["dims"][0] == 0,
+    "transpose": lambda c, k: 0 not in (c["dim0"] % len(c["self"].shape), c["dim1"] % len(c["self"].shape)),
+    "native_layer_norm": lambda c, k: len(c["normalized_shape"]) < len(c["input"].shape),
+}
+
+
+def _row_by_row(call: Call, known: Mapping[str, Arranged], rows: int) -> bool:
+    if any(not s or s[0] != rows for s in call.shapes):
+        return False
+    if call.name in ROWS:
+        return ROWS[call.name](call, known)
+    if torch.Tag.pointwise not in call.op.tags:
+        return False
+    ndim = len(call.shape)
+    others = [m for k, m in call.arguments.items() if isinstance(m, Marks) and k not in known]
+    return all(len(a.under.shape) == ndim for a in known.values()) and all(len(m.shape) < ndim or m.shape[0] == 1 for m in others)
+
+
+# --- lookups and writes -----------------------------------------------------------------------------------------------------
+
+
+def _index_of(call: Call, known: Mapping[str, Arranged]) -> Arranged | None:
+    """The one index along dim 0, if it is arranged."""
+    return known.get("index") if call["dim"] in (0, None) and call.name != "index" else known.get("indices")
+
+
+def _looked_up(call: Call, known: Mapping[str, Arranged], rule: Rule) -> list[Outcome]:
+    index = _index_of(call, known)
+    if index is None:
+        return []
+    if "self" not in known:
+        return [Outcome(0, Arranged(_with_index(call, {k: a for k, a in known.items() if k != "self"}, rule), *index.order))]
+    x = known["self"]
+    if index.is_permutation and x.permutation == index.permutation and x.inverse != index.inverse:
+        return [Outcome(0, marks=x.under)]
+    return []
+
+
+def _with_index(call: Call, known: Mapping[str, Arranged], rule: Rule) -> Marks:
+    """The rule with a list of one index replaced by what it was before it was permuted."""
+    arguments, values = dict(call.arguments), dict(call.values)
+    for k, a in known.items():
+        as_list = isinstance(arguments[k], list | tuple)
+        arguments[k] = [a.under] if as_list else a.under
+        values[k] = [a.values] if as_list else a.values
+    result = rule(replace(call, arguments=arguments, values=values))
+    return result[0] if isinstance(result, list | tuple) else result
+
+
+def _written(call: Call, known: Mapping[str, Arranged], rule: Rule) -> list[Outcome]:
+    """Rows written to (or added at) the places they came from: the order no longer matters."""
+    index = known.get("indices") if call["indices"] is not None else known.get("index")
+    source = next((k for k in ("values", "source", "src") if isinstance(call[k], Marks)), None)
+    if index is None or source is None or "self" in known or call["dim"] not in (0, None):
+        return []
+    rows = known.get(source)
+    adding = call.name == "index_add" or bool(call["accumulate"])
+    if rows is None:
+        counting = call[source].shape == index.under.shape and call.values.get(source) is not None
+        if counting and index.is_permutation and np.array_equal(call.values[source], np.arange(index.under.shape[0])):
+            return [Outcome(0, _permutation(index.under.shape[0], index.permutation, not index.inverse))]
+        return []
+    if rows.order != index.order or (index.values is None) or not (adding or index.is_permutation):
+        return []
+    return [Outcome(0, marks=_with_index(call, {k: a for k, a in known.items() if k != "self"}, rule))]
