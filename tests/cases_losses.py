@@ -28,7 +28,7 @@ class LossCase:
 
 SUM = ("holds", "holds")  # a weighted sum of one loss per sample
 SEPARATE = ("fails", "holds")  # another function of one loss per sample
-INDEXED = ("holds", "fails")  # a sum of losses that differ from sample to sample
+INDEXED = ("fails", "fails")  # a sum, but of losses that differ from sample to sample: no one function to sum
 TANGLED = ("fails", "fails")
 
 LOSSES: list[LossCase] = []

@@ -33,7 +33,6 @@ aten = torch.ops.aten
 HIDDEN_WRITES = {"native_batch_norm": (3, 4, 5), "cudnn_batch_norm": (3, 4, 5), "miopen_batch_norm": (3, 4, 5)}
 LIBRARY = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.path.abspath(__file__)) + os.sep)
 CONSTRUCTORS = {"tensor", "as_tensor", "asarray", "new_tensor"}
-SHAPE_READS = {torch.Tensor.shape.__get__}  # type: ignore[attr-defined]
 ESCAPES = {"numpy", "__array__", "__dlpack__", "data_ptr", "storage", "untyped_storage", "_typed_storage", "cpu_numpy"}
 
 
@@ -330,6 +329,8 @@ class _Writes(TorchDispatchMode):
         kwargs = kwargs or {}
         if func._schema.is_mutable or func._schema.name.removeprefix("aten::") in HIDDEN_WRITES:
             for tensor in _mutated(func, args, kwargs):
+                if tensor.layout != torch.strided or tensor.is_nested:
+                    continue
                 storage = tensor.untyped_storage()
                 if storage._cdata not in self.own and storage._cdata not in self.saved:
                     whole = tensor.detach().as_strided((storage.nbytes() // tensor.element_size(),), (1,), 0)
@@ -337,9 +338,9 @@ class _Writes(TorchDispatchMode):
         out = func(*args, **kwargs)
         if not func._schema.is_mutable:
             given = {id(a) for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)}
-            shared = {a.untyped_storage()._cdata for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)}
+            shared = {_storage(a) for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)}
             for o in _flat(out):
-                if isinstance(o, Tensor) and id(o) not in given and o.untyped_storage()._cdata not in shared:
+                if isinstance(o, Tensor) and id(o) not in given and _storage(o) not in shared and o.layout == torch.strided and not o.is_nested:
                     self.own[o.untyped_storage()._cdata] = o.untyped_storage()
         return out
 
@@ -437,16 +438,32 @@ class _Functions(TorchFunctionMode):
             return self._unpack(tensor.reshape(()) if name == "item" else tensor)
         if name in ESCAPES and args and isinstance(args[0], Tensor):
             self.recorder.escape(args[0], f".{name}()")
-        if name == "__get__" and func in SHAPE_READS or name in ("size", "numel", "__len__", "dim_order"):
-            self.recorder.shape_read(args[0])
+        if name in ("__repr__", "__str__", "__format__") or (name == "tolist" and not self.follow):
+            self.recorder.escape(args[0], f"{name.strip('_')}()")
+            with self.recorder.paused():
+                return func(*args, **kwargs)
+        if self.recorder.dynamic:
+            return self._watched(func, name, args, kwargs)
+        return self._called(func, name, args, kwargs)
+
+    def _watched(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        """Some values have a size that depends on data: Python must not learn it unseen."""
+        out = self._called(func, name, args, kwargs)
+        if not isinstance(out, Tensor) and name != "__set__" and out is not None:
+            for tensor in tree_leaves((args, kwargs)):
+                self.recorder.shape_read(tensor)
+        return out
+
+    def _called(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         if name == "one_hot" and len(args) + len(kwargs) > 1:
             self.recorder.checks += 1
             try:
                 return func(*args, **kwargs)
             finally:
                 self.recorder.checks -= 1
-        if name in CONSTRUCTORS and not isinstance(args[-1], Tensor | int | float):
-            followed = self._assemble(args[-1], kwargs)
+        data = kwargs.get("data", args[-1] if args else None)
+        if name in CONSTRUCTORS and not isinstance(data, Tensor | int | float):
+            followed = self._assemble(data, kwargs)
             if followed is not None:
                 return followed
         numbers = [a for a in tree_leaves((args, kwargs), is_leaf=_is_number) if _is_number(a)]
@@ -499,6 +516,7 @@ class Recorder(TorchDispatchMode):
         self.latest: dict[int, list[tuple[Tensor, Ref]]] = {}
         self.off = 0
         self.checks = 0  # inside a function that reads values only to validate them
+        self.foreign: list[int] = []  # tensors met in the middle of the run
         self.dynamic: set[int] = set()  # values whose shape depends on what is in other values
 
     # -- values --
@@ -507,9 +525,9 @@ class Recorder(TorchDispatchMode):
         return self._add(tensor, kind=kind, name=name, concrete=tensor.detach())
 
     def _add(self, tensor: Tensor, **extra: Any) -> Ref:
-        storage = tensor.untyped_storage()._cdata if tensor.layout == torch.strided else id(tensor)
+        storage = _storage(tensor)
         number = self.storages.setdefault(storage, len(self.storages))
-        strided = tensor.layout == torch.strided
+        strided = tensor.layout == torch.strided and not tensor.is_nested
         value = Value(
             tuple(tensor.shape), tensor.dtype, number, tuple(tensor.stride()) if strided else (),
             int(tensor.storage_offset()) if strided else 0, requires_grad=tensor.requires_grad, **extra,
@@ -522,17 +540,25 @@ class Recorder(TorchDispatchMode):
         return ref
 
     def ref(self, tensor: Tensor) -> Ref:
-        if id(tensor) in self.known:
+        if id(tensor) in self.known and self._unmoved(tensor, self.graph.values[self.known[id(tensor)].index]):
             return self.known[id(tensor)]
-        if tensor.layout == torch.strided and tensor.untyped_storage()._cdata in self.storages:
-            number = self.storages[tensor.untyped_storage()._cdata]
+        if tensor.layout == torch.strided and _storage(tensor) in self.storages:
+            number = self.storages[_storage(tensor)]
             base, base_ref = self.latest[number][-1]
             if _geometry(base) == _geometry(tensor):
                 return self._step(aten.detach.default, (base_ref,), {}, tensor)
             args = (base_ref, list(tensor.shape), list(tensor.stride()), tensor.storage_offset())
             if base.dtype == tensor.dtype:
                 return self._step(aten.as_strided.default, args, {}, tensor)
+        self.foreign.append(len(self.graph.values))
         return self.declare(tensor, "constants", "")
+
+    def _unmoved(self, tensor: Tensor, value: Value) -> bool:
+        """The tensor still is what it was (``x.data = y`` gives it another memory)."""
+        if tensor.layout != torch.strided:
+            return True
+        here = (self.storages.get(_storage(tensor)), tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset())
+        return here == (value.storage, value.shape, value.stride, value.offset)
 
     def _step(self, op: Any, args: Any, kwargs: Any, out: Any, writes: Sequence[Tensor] = (), olds: Sequence[Ref] = ()) -> Any:
         index = len(self.graph.steps)
@@ -583,9 +609,20 @@ class Recorder(TorchDispatchMode):
         recorded = tree_map(lambda a: self.ref(a) if isinstance(a, Tensor) else a, (args, kwargs))
         writes = list({id(t): t for t in _mutated(func, args, kwargs)}.values())
         olds = [self.ref(t) for t in writes]
-        out = func(*args, **kwargs)
+        try:
+            out = func(*args, **kwargs)
+        except Exception:
+            self._read(args, kwargs, "whether an op raises")
+            raise
+        if any(not isinstance(o, Tensor) and o is not None for o in _flat(out)):
+            self._read(args, kwargs, f"the result of {func._schema.name.removeprefix('aten::')}")
         self._step(func, *recorded, out, writes, olds)
         return out
+
+    def _read(self, args: Any, kwargs: Any, how: str) -> None:
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor):
+                self.escape(tensor, how)
 
     def escape(self, tensor: Tensor, how: str, order: int = -1) -> None:
         if not self.off and not self.checks:
@@ -656,6 +693,11 @@ def _sizes_itself(op: Any, args: Any, graph: Graph) -> bool:
             return True
         return any(graph.values[r.index].dtype in (torch.bool, torch.uint8) for r in tree_leaves(args[1:], is_leaf=_is_ref) if isinstance(r, Ref))
     return False
+
+
+def _storage(tensor: Tensor) -> int:
+    strided = tensor.layout == torch.strided and not tensor.is_nested
+    return tensor.untyped_storage()._cdata if strided else -id(tensor)
 
 
 def _geometry(t: Tensor) -> tuple[Any, ...]:

@@ -22,8 +22,10 @@ from unbatch.rules import Call, mixed, numbered, pointwise, rule
       "new_full", "new_empty", "empty_strided", "new_empty_strided", "zero", "fill", "empty_permuted")  # fmt: skip
 def constant(call: Call) -> Marks:
     """All elements equal. A tensor may be filled with the value of another."""
-    fills = [m for m in (call["value"], call["fill_value"]) if isinstance(m, Marks)]
-    base = shared(call.shape, (call.name if not fills else "fill", repr(call["fill_value"] or call["value"])), (), range(len(call.shape)))
+    arguments = ("value", "fill_value", "s")
+    fills = [call[k] for k in arguments if isinstance(call[k], Marks)]
+    written = [repr(call[k]) for k in arguments if call[k] is not None and not isinstance(call[k], Marks)]
+    base = shared(call.shape, (call.name.removeprefix("new_").removesuffix("_like"), written), (), range(len(call.shape)))
     return call.algebra.pointwise("fill", base, *fills) if fills else base
 
 
@@ -62,7 +64,7 @@ def shaped_noise(call: Call) -> Marks:
 def addition(call: Call) -> Marks:
     if call.name != "rsub" and not isinstance(call["other"], Marks) and call["other"] == 0 and len(call.marks) == 1:
         return call.marks[0]
-    plain = call.name == "add" and call["alpha"] in (None, 1)
+    plain = call.name == "add" and call["alpha"] in (None, 1) and isinstance(call["other"], Marks)
     return call.algebra.pointwise("add" if plain else call.title, *call.marks, kind="add" if plain else "sub")
 
 
@@ -260,7 +262,7 @@ def batch_norm(call: Call) -> Any:
     """Statistics over all dims but the second; whether they mix samples is for the marks to say."""
     a, x = call.algebra, call["input"]
     if call["training"] is False or call.name in ("_native_batch_norm_legit_no_training", "_batch_norm_no_update"):
-        y = _channelwise(call, "batch_norm", x, call["running_mean"], call["running_var"], call["weight"], call["bias"])
+        y = _channelwise(call, ("batch_norm in eval", call["eps"]), x, call["running_mean"], call["running_var"], call["weight"], call["bias"])
         return [y, *(shared(s, "unused") for s in call.shapes[1:])]
     dims = [d for d in range(len(x.shape)) if d != 1]
     moments_ = [a.reduce("mean", x, dims), a.reduce("var", x, dims)]
@@ -288,7 +290,8 @@ def matmul(call: Call) -> Marks:
     marks = call.marks
     left, right, out = CONTRACTIONS[call.name]
     product = call.algebra.contract("mul", marks[-2:], (left, right), out)
-    return call.algebra.pointwise(call.name, marks[0], product, kind="add") if len(marks) == 3 else product
+    kind = "" if call.name == "_addmm_activation" else "sub"
+    return call.algebra.pointwise(call.title, marks[0], product, kind=kind) if len(marks) == 3 else product
 
 
 @rule("linear")
@@ -309,7 +312,8 @@ def attention(call: Call) -> Any:
     scores = a.contract("mul", [q, k], (f"{lead}td", f"{lead}sd"), f"{lead}ts")
     mask = call["attn_mask"] if call["attn_mask"] is not None else call["attn_bias"]
     scores = a.pointwise("mask", scores, mask) if mask is not None else scores
-    weights = a.pointwise(("softmax", call["is_causal"]), scores, a.reduce("logsumexp", scores, [-1], True))
+    scores = a.pointwise("causal", scores, shared(scores.shape[-2:], "causal")) if call["is_causal"] else scores
+    weights = a.pointwise("softmax", scores, a.reduce("logsumexp", scores, [-1], True))
     if call["dropout_p"]:
         weights = a.pointwise("dropout", weights, shared((), "noise", ["noise"]))
     out = a.contract("mul", [weights, v], (f"{lead}ts", f"{lead}sd"), f"{lead}td")
@@ -345,16 +349,16 @@ def convolution(call: Call) -> Marks:
     w = a.scan("taps", w, [d + 1 for d in taps])
     w = _flat_dims(w, [d + 1 for d in taps], False)
     letters = "xyz"[: len(space)]
-    y = a.contract((call.name, repr([call[k] for k in ("stride", "padding", "dilation")])), [x, w], (f"ngi{letters}", "goi"), f"ngo{letters}")
+    y = a.contract((call.name, repr([call[k] for k in ("stride", "padding", "dilation", "transposed", "output_padding", "groups")])), [x, w], (f"ngi{letters}", "goi"), f"ngo{letters}")
     y = reshape(y, call.shape)
     return _channelwise(call, "bias", y, call["bias"])
 
 
 def _moves(call: Call, x: Marks, space: list[int]) -> bool:
     """Some window reaches beyond its own position along a dim where samples lie."""
-    explicit = [d for d in space if x.key.shape[d] > 1]
-    taps = {d: call["weight"].shape[d] for d in space}
-    return any(taps[d] > 1 or call.shape[d] != x.shape[d] for d in explicit)
+    plain = {"stride": 1, "padding": 0, "output_padding": 0}
+    shifted = any(v != plain[k] for k in plain for v in call[k])
+    return any(shifted or call["weight"].shape[d] > 1 or call.shape[d] != x.shape[d] for d in space if x.key.shape[d] > 1)
 
 
 @rule("convolution_backward")
@@ -430,6 +434,8 @@ def embedding_bag(call: Call) -> Any:
     if offsets is None or call["offsets"].depends_on_batch or call["offsets"].sources & {"inputs", "targets"}:
         return [mixed(call, s, "no rule") if call.marks[1].depends_on_batch else shared(s, call.title) for s in call.shapes]
     table = _flat_dims(a.scan("rows", call["weight"], [0]), [0], False)
+    weights = call["per_sample_weights"]
+    index = a.pointwise("weigh", index, weights) if weights is not None else index
     ends = [*offsets[1:].tolist(), index.shape[0]]
     flat = spell_out(index)
     bags = [a.reduce("bag", replace(flat, shape=(e - s,), owner=flat.owner[s:e], key=flat.key[s:e])) for s, e in zip(offsets, ends, strict=False)]

@@ -279,7 +279,11 @@ class Algebra:
 
     # -- bookkeeping shared by all operations --
 
-    def result(self, shape: Dims, owner: Array, key: Array, operands: Sequence[Marks], how: str, root: int | None = None) -> Marks:
+    def result(
+        self, shape: Dims, owner: Array, key: Array, operands: Sequence[Marks], how: str, root: int | None = None, linear: bool = False
+    ) -> Marks:
+        if not linear and any(x.weighted for x in operands):
+            key = mix(key, mix(np.broadcast_to(owner, key.shape).astype(np.uint64), code("weight")))
         mixers = _union(x.mixers for x in operands)
         if bool((owner == MIXED).any()) and not any(x.mixed for x in operands):
             mixers |= {self.step}
@@ -338,7 +342,7 @@ class Algebra:
             root = self.statistic("sum", np.where(owner <= FIRST_GROUP, owner, MIXED), math.prod(shape), _union(x.sources for x in operands))
             whole = owner == SHARED
             root = self.statistic("sum", owner, math.prod(shape), _union(x.sources for x in operands)) if whole.any() else root
-        out = self.result(shape, owner, key, operands, "pairwise", root)
+        out = self.result(shape, owner, key, operands, "pairwise", root, bool(kind))
         if not kind and out.mixed:
             self.bent.add(self.step)
         return self._linear(out, operands, kind, factor is not None) if kind else out
@@ -414,7 +418,7 @@ class Algebra:
         out_key = mix(out_key.reshape(stored), code("reduced", name, [x.shape[d] for d in axes if x.key.shape[d] > 1]))
         entries = math.prod(s for d, s in enumerate(x.shape) if long or d not in axes)
         root = self.statistic(name, out_owner, entries, x.sources, long) if met else None
-        out = self.result(shape, out_owner, out_key, [x], "unsymmetric", root)
+        out = self.result(shape, out_owner, out_key, [x], "unsymmetric", root, linear)
         if "predictions" in x.sources:
             out = self._entries(out, x, met, linear, monoid or linear)
         return out if keepdim else squeeze(out, axes)
@@ -605,6 +609,8 @@ def spell_out(x: Marks, dims: Iterable[int] | None = None) -> Marks:
 def compress(x: Marks, dims: Iterable[int] | None = None) -> Marks:
     """Make dims plain again where the owner is constant and the keys differ by index in the same way everywhere."""
     owner, key = x.owner, x.key
+    if not key.size:
+        return shared(x.shape, "empty", x.sources)
     for d in sorted(range(len(x.shape)) if dims is None else dims, reverse=True):
         if key.shape[d] == 1 or _varies(owner, d):
             continue

@@ -296,7 +296,7 @@ def indexed(call: Call, x: Marks, indices: list[Any], values: list[Any]) -> Mark
             x = _selected(call, x, index)
             for part in parts:
                 cut.append(np.asarray(part) % max(x.shape[dim], 1))
-                named.append((dim, code(cut[-1].tobytes()).item()))
+                named.append((dim, code(cut[-1].shape, cut[-1].tobytes()).item()))
                 dim += 1
         elif spans > 1 or value.dtype == bool:
             return mixed(call, call.shape, "data-dependent shape") if x.depends_on_batch or index.depends_on_batch else shared(call.shape, call.title)
@@ -319,7 +319,7 @@ def _selected(call: Call, x: Marks, index: Marks) -> Marks:
 
 
 def _pick(call: Call, x: Marks, cut: list[Any], loose: list[Marks], named: list[Any]) -> Marks:
-    fixed = [d for d, c in enumerate(cut) if not isinstance(c, slice) and c.size and c.max(initial=0) >= 0 and (d, code(c.tobytes()).item()) in named]
+    fixed = [d for d, c in enumerate(cut) if not isinstance(c, slice) and c.size and c.max(initial=0) >= 0 and (d, code(c.shape, c.tobytes()).item()) in named]
     arrays = [c for c in cut if not isinstance(c, slice)]
     rank = max((c.ndim for c in arrays), default=0)
     spell = any(x.key.shape[d] > 1 for d in fixed)
@@ -455,8 +455,8 @@ def _scatter_anywhere(call: Call, x: Marks, dim: int, index: Marks, src: Marks, 
         src = _head(src, index.shape)
     pairs = a.pointwise("place", index, src)
     landed = a.scan("landing", pairs, [dim], "scattered")
-    landed = replace(landed, shape=tuple(1 if d == dim else s for d, s in enumerate(landed.shape)))
-    sizes = [x.shape[d] if d != dim else 1 for d in range(len(x.shape))]
+    landed = replace(landed, shape=tuple(x.shape[dim] if d == dim else s for d, s in enumerate(landed.shape)))
+    sizes = list(x.shape)
     if list(landed.shape) != sizes:
         landed = _pad_to(landed, sizes)
     return a.pointwise(call.title, x, landed)
@@ -502,6 +502,7 @@ def _put_anywhere(call: Call, x: Marks, indices: list[Any], values: list[Any]) -
     base = shared((x.shape[dim],), "nothing")
     into = scattered(a, base, rows, landing, True)
     into = reshape(into, [x.shape[d] if d == dim else 1 for d in range(len(x.shape))])
+    into = replace(into, shape=tuple(x.shape[d] if d in lone or d == dim else 1 for d in range(len(x.shape))))
     return a.pointwise(call.title, x, into)
 
 

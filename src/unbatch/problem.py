@@ -154,7 +154,7 @@ class Problem:
         hooks = tuple(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
         tensors = [*self.program.parameters.values(), *(b for m in self.program.modules for b in m.buffers())]
         versions = tuple((id(t), t._version, t.requires_grad, t.dtype, t.device) for t in tensors)
-        return state, hooks, versions, tuple(sorted(_ASSUMED_MODULES)), len(rules.CUSTOM), len(rules.ASSUMED)
+        return state, hooks, versions, tuple(sorted(_ASSUMED_MODULES)), tuple((k, id(v)) for k, v in rules.CUSTOM.items()), tuple(rules.ASSUMED)
 
     def _signature(self) -> tuple[Any, ...]:
         return tuple((tuple(t.shape), t.dtype) for t in tree_leaves((self.inputs, self.targets)) if isinstance(t, Tensor))
@@ -188,7 +188,7 @@ class Problem:
         structure, findings = judge(kept.graph, self.samples, self._dims, self._target_dims, assumed, harmless)
         kept.oracle = Oracle(self.program, kept.graph, self.inputs, self.targets, self._dims, self.samples, findings)
         values, gradients = unfaithful(kept.oracle)
-        structure = settle(structure, kept.oracle, kept.output, values)
+        structure = settle(structure, kept.oracle, kept.output, "" if structure.assumptions else values)
         notes = structure.notes
         if gradients:
             notes += (f"the recorded computation has other derivatives than the model ({gradients}): derivatives are taken by running the model",)

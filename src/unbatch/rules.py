@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from unbatch import errors
-from unbatch.labels import MIXED, Algebra, Marks, code, shared
+from unbatch.labels import MIXED, Algebra, Marks, code, shared, total
 
 Rule = Callable[["Call"], Any]
 
@@ -138,7 +138,7 @@ def unknown(call: Call) -> list[Marks]:
     """No rule: shared where all it reads is shared, and otherwise samples may have met in any way."""
     if not any(m.depends_on_batch for m in call.marks):
         sources = frozenset().union(*(m.sources for m in call.marks))
-        return [shared(s, (call.title, [int(m.key.reshape(-1)[0]) for m in call.marks], i), sources) for i, s in enumerate(call.shapes)]
+        return [shared(s, (call.title, [int(total(m.key.reshape(-1), 0)) for m in call.marks], i), sources) for i, s in enumerate(call.shapes)]
     return [mixed(call, s, NO_RULE) for s in call.shapes]
 
 

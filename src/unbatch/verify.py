@@ -43,7 +43,7 @@ class Witness:
     def __str__(self) -> str:
         if self.moved < 0:
             return f"{self.test}: off by {self.amount:.2g} relative"
-        return f"{self.test}: replacing sample {self.moved_by} moved prediction {self.moved} by {self.amount:.2g} relative"
+        return f"replacing sample {self.moved_by} moved prediction {self.moved} by {self.amount:.2g} of its size"
 
 
 @dataclass(frozen=True)
@@ -480,14 +480,11 @@ def entangled(loss: LossOracle) -> Witness | None:
     if base.shape[1] < 2 or n < 2:
         return _entangled_scalars(loss) if base.shape[1] == 1 else None
     worst, which = 0.0, 0
+    floor = 1e-9 * float(base.norm(dim=1).max()) + 1e-300
     for shift in (1, 2):
         for keep in range(n):
             other = loss.gradient(loss.swapped({m: (m + shift) % n for m in range(n) if m != keep}))[keep]
-            mine = base[keep]
-            norms = float(mine.norm() * other.norm())
-            if norms > 1e-20 and torch.isfinite(other).all():
-                sine = float((mine / mine.norm() - other / other.norm() * torch.sign((mine * other).sum())).norm())
-                worst, which = max((worst, which), (sine, keep))
+            worst, which = max((worst, which), (_sine(base[keep], other, floor), keep))
     tolerance = 1e-6 if loss.wide else 1e-2
     if worst <= tolerance and loss.wide:
         worst, which, tolerance = *_entangled_values(loss), 1e-4
@@ -499,9 +496,7 @@ def _entangled_values(loss: LossOracle) -> tuple[float, int]:
     worst = 0.0
     for shift in (1, 2):
         here, there = (loss.slope(loss.swapped(rows), 0) for rows in ({}, {m: (m + shift) % n for m in range(1, n)}))
-        norms = float(here.norm() * there.norm())
-        if norms > 1e-12:
-            worst = max(worst, float((here / here.norm() - there / there.norm() * torch.sign((here * there).sum())).norm()))
+        worst = max(worst, _sine(here, there, 1e-6))
     return worst, 0
 
 
@@ -578,48 +573,67 @@ def _settle_loss(structure: Structure, loss: LossOracle, oracle: Oracle) -> Stru
         if not simd_loss:
             simd_loss = _fails(simd_loss, entangled(loss))
             if simd_loss.status == "unknown" and oracle.program.loss is not None:
-                simd_loss = _fails(simd_loss, index_matters(loss))
+                simd_loss = _fails(simd_loss, index_matters(loss) or foreign_targets(loss))
     except Exception as error:
         note = f"the loss could not be tested: {type(error).__name__}: {error}"
         reduction, simd_loss = (v if v.status != "unknown" else replace(v, note=note) for v in (reduction, simd_loss))
+    if simd_loss.status == "fails" and reduction.status != "fails":
+        note = "a sum over samples, but not of one function of each sample's own prediction and target" if reduction else str(simd_loss.note)
+        reduction = replace(reduction, status="fails", basis=simd_loss.basis, note=note, culprits=reduction.culprits or simd_loss.culprits)
     return structure.with_verdicts(reduction, simd_loss)
 
 
 def index_matters(loss: LossOracle) -> Witness | None:
     """With equal predictions and targets for all samples, the gradient rows still differ by more than a factor."""
-    n = loss.oracle.samples
+    oracle, n = loss.oracle, loss.oracle.samples
     if n < 2:
         return None
-    rows = loss.gradient(loss.swapped({m: 0 for m in range(n)}))
-    targets = loss.oracle.targets
-    same = all(not isinstance(t, Tensor) or t.ndim == 0 for t in tree_leaves(targets)) if targets is not None else True
-    if not same:
-        return _with_equal_targets(loss)
-    return _differ(rows)
-
-
-def _with_equal_targets(loss: LossOracle) -> Witness | None:
-    oracle, n = loss.oracle, loss.oracle.samples
     kept = oracle.targets
+    floor = 1e-9 * float(loss.gradient(loss.swapped({})).norm(dim=1).max()) + 1e-300
 
     def equal(t: Any) -> Any:
         return t[:1].expand(n, *t.shape[1:]).contiguous() if isinstance(t, Tensor) and t.ndim and t.shape[0] == n else t
 
     try:
         oracle.targets = tree_map(equal, kept)
-        found = [_differ(loss.gradient(loss.swapped({m: k for m in range(n)})), scalar=False) for k in range(min(n, 3))]
-        ratios = [loss.gradient(loss.swapped({m: k for m in range(n)})) for k in range(min(n, 3))]
-        scalar = _ratios_differ(ratios)
-        return next((f for f in [*found, scalar] if f is not None), None)
+        rows = [loss.gradient(loss.swapped({m: k for m in range(n)})) for k in range(min(n, 3))]
+        return next((w for w in [*(_differ(r, floor) for r in rows), _ratios_differ(rows, floor)] if w is not None), None)
     finally:
         oracle.targets = kept
 
 
-def _differ(rows: Tensor, scalar: bool = True) -> Witness | None:
+def foreign_targets(loss: LossOracle) -> Witness | None:
+    """The direction in which a prediction enters the loss depends on the targets of other samples."""
+    oracle, n = loss.oracle, loss.oracle.samples
+    base = loss.gradient(loss.swapped({}))
+    if base.shape[1] < 2 or n < 3:
+        return None
+    kept, worst, which = oracle.targets, 0.0, -1
+    for keep in range(n):
+        order = [m if m == keep else [k for k in range(n) if k != keep][([k for k in range(n) if k != keep].index(m) + 1) % (n - 1)] for m in range(n)]
+        try:
+            oracle.targets = tree_map(lambda t: t[order] if isinstance(t, Tensor) and t.ndim and t.shape[0] == n else t, kept)  # noqa: B023
+            other = loss.gradient(loss.swapped({}))[keep]
+        finally:
+            oracle.targets = kept
+        sine = _sine(base[keep], other, 1e-9 * float(base.norm(dim=1).max()) + 1e-300)
+        worst, which = max((worst, which), (sine, keep))
+    return Witness("direction of the gradient by one prediction when targets of others change", worst, -1, which) if worst > 1e-6 else None
+
+
+def _sine(a: Tensor, b: Tensor, floor: float) -> float:
+    """How far two gradients are from being multiples of each other; 0 where one of them vanishes."""
+    if float(min(a.norm(), b.norm())) < floor or not torch.isfinite(b).all():
+        return 0.0
+    a, b = a / a.norm(), b / b.norm()
+    return float((a - b * torch.sign((a * b).sum())).norm())
+
+
+def _differ(rows: Tensor, floor: float) -> Witness | None:
     if rows.shape[1] < 2:
         return None
     norms = rows.norm(dim=1)
-    if float(norms.min()) < 1e-20:
+    if float(norms.min()) < floor:
         return None
     unit = rows / norms[:, None]
     unit = unit * torch.sign((unit * unit[:1]).sum(1, keepdim=True))
@@ -627,10 +641,10 @@ def _differ(rows: Tensor, scalar: bool = True) -> Witness | None:
     return Witness("gradient rows of equal samples", worst) if worst > 1e-6 else None
 
 
-def _ratios_differ(rows: list[Tensor]) -> Witness | None:
+def _ratios_differ(rows: list[Tensor], floor: float) -> Witness | None:
     """Weights are constants: the ratio of two samples' rows must not depend on the (equal) predictions."""
     norms = [r.norm(dim=1) for r in rows]
-    usable = [v / v[0] for v in norms if float(v.min()) > 1e-20]
+    usable = [v / v[0] for v in norms if float(v.min()) > floor]
     if len(usable) < 2:
         return None
     worst = max(float((u - usable[0]).abs().max() / usable[0].abs().max()) for u in usable[1:])

@@ -19,7 +19,7 @@ from unbatch import rules
 from unbatch.arranged import Arranged, follow
 from unbatch.capture import Graph, Recorder, Ref, Step
 from unbatch.families import running_statistics
-from unbatch.labels import Algebra, Marks, batched, code, compress, moved, shared, spell_out
+from unbatch.labels import MIXED, Algebra, Marks, batched, code, compress, moved, shared, spell_out
 from unbatch import moves as _moves  # noqa: F401  registers its rules
 
 # --- the walk ---------------------------------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def _apply(out: Walk, call: rules.Call, step: Step) -> list[Marks | None]:
         return [_restrided(out, call, step)]
     if call.op in rules.CUSTOM:
         out.custom.add(str(call.op))
-    if call.op in rules.ASSUMED:
+    if call.op in rules.ASSUMED and call.op not in rules.CUSTOM:
         out.assumed.add(str(call.op))
     function = rules.lookup(call.op)
     if function is None:
@@ -227,6 +227,11 @@ def _through_views(out: Walk, old: Ref, fresh: Ref, step: int, last: Mapping[int
     slot[spots.reshape(-1)] = np.arange(spots.size)
     new_owner, new_key = (np.broadcast_to(a, new.shape).reshape(-1) for a in (new.owner, new.key))
     for i in others:
+        if graph.values[i].dtype.itemsize != graph.values[fresh.index].dtype.itemsize:
+            view = [1] * len(graph.values[i].shape)
+            owner, key = np.full(view, MIXED, dtype=np.int32), np.broadcast_to(code("bytes"), view)
+            out.marks[i] = out.algebra.result(graph.values[i].shape, owner, key, [out.marks[i], new], "written through a view")
+            continue
         hit = slot[_positions(graph.values[i])]
         if (hit < 0).all():
             continue
@@ -247,7 +252,7 @@ def _restrided(out: Walk, call: rules.Call, step: Step) -> Marks:
     slot = np.full(max(_extent(source), _extent(target)), -1, dtype=np.int64)
     slot[spots.reshape(-1)] = np.arange(spots.size)
     place = slot[wanted]
-    if (place < 0).any():
+    if (place < 0).any() or source.dtype.itemsize != target.dtype.itemsize:
         return rules.mixed(call, target.shape, "resized")
     return moved(call["self"], lambda _: place, target.shape)
 
