@@ -32,7 +32,7 @@ class Program(nn.Module):
         self.lines, self.arguments = list(lines), arguments
         body = "\n    ".join([*lines, "return h"])
         space: dict[str, Any] = {"torch": torch, "F": F}
-        exec(compile(f"def run(net, {arguments}):\n    {body}", f"<program {id(self)}>", "exec"), space)
+        exec(compile(f"def run(net, {arguments}):\n    {body}", f"program-{id(self)}.py", "exec"), space)
         self.run = space["run"]
 
     def forward(self, *inputs: Tensor) -> Tensor:

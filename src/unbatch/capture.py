@@ -93,6 +93,7 @@ class Escape:
     where: str
     order: int = -1  # the how-manieth branch on a boolean it was, if it was one
     in_loss: bool = False
+    blind: bool = False  # what it tells is not known: it may tell anything
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,8 @@ class Graph:
     after_cut: frozenset[int] = frozenset()  # the steps that belong to the loss; all others belong to the model
     model_steps: int = 0  # how many steps were recorded when the model returned
     rng: tuple[Any, ...] = ()
+    dynamic: frozenset[int] = frozenset()  # values whose shape depends on what is in other values
+    foreign: tuple[int, ...] = ()  # constants met in the middle of the run
 
     @property
     def forward_steps(self) -> list[Step]:
@@ -346,8 +349,9 @@ class _Writes(TorchDispatchMode):
 
     def undo(self) -> None:
         with torch.no_grad():
-            for whole, content, _ in self.saved.values():
+            for whole, content, version in self.saved.values():
                 whole.copy_(content)
+                torch._C._autograd._unsafe_set_version_counter((whole,), (version,))
         self.saved.clear()
         self.own.clear()
 
@@ -432,6 +436,7 @@ class _Functions(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name in ("item", "tolist") and self.follow and isinstance(args[0], Tensor):
+            self.recorder.shape_read(args[0])
             tensor = args[0].detach()
             wide = torch.float64 if tensor.is_floating_point() else torch.int64
             tensor = tensor.to(wide) if tensor.dtype != torch.bool and not tensor.is_complex() else tensor
@@ -736,11 +741,35 @@ class Program:
 
 
 def record(program: Program, inputs: Any, targets: Any) -> tuple[Graph, Any]:
-    """Run the program once, recording it. Returns the graph and the model's output."""
+    """Run the program once, recording it. Returns the graph, and the model's output together with the loss."""
+    follow = True
     try:
-        return _record(program, inputs, targets, follow=True)
+        graph, output = _record(program, inputs, targets, follow)
     except Exception:
-        return _record(program, inputs, targets, follow=False)
+        follow = False
+        graph, output = _record(program, inputs, targets, follow)
+    if graph.foreign:
+        graph.escapes += _newborn(graph, _record(program, inputs, targets, follow)[0])
+    return graph, output
+
+
+def _newborn(graph: Graph, again: Graph) -> list[Escape]:
+    """Constants that another run meets in another memory: they were made during the run, out of sight."""
+    out = []
+    for i, j in zip(graph.foreign, again.foreign, strict=False):
+        first, second = graph.values[i].concrete, again.values[j].concrete
+        if first is not None and second is not None and _storage(first) != _storage(second):
+            user = next((s for s in graph.steps if any(r.index == i for r in s.refs())), None)
+            module, where = (user.module, user.where) if user else ("", "")
+            in_loss = user is not None and user.index in graph.after_cut
+            out.append(Escape(Ref(i), "a tensor made where it cannot be seen", user.index if user else 0, module, where, -1, in_loss, True))
+    return out
+
+
+def _made_from_numbers(graph: Graph, value: int) -> bool:
+    """``torch.tensor(2.0)``: what Python knew, it knew without looking at tensors, or there is an escape."""
+    users = [s for s in graph.steps if any(r.index == value for r in s.refs())]
+    return bool(users) and users[0].name in ("lift_fresh", "lift")
 
 
 def harmless(program: Program, inputs: Any, targets: Any, graph: Graph, escape: Escape) -> bool:
@@ -798,6 +827,8 @@ def _record(program: Program, inputs: Any, targets: Any, follow: bool, flip: int
             own = own_loss(output)
             graph.predictions = [recorder.ref(t) for t in leaves if t is not own]
             graph.loss = recorder.ref(own) if own is not None else None
+        graph.dynamic = frozenset(recorder.dynamic)
+        graph.foreign = tuple(v for v in recorder.foreign if not _made_from_numbers(graph, v))
         output = (output, scalar)
     return graph, output
 

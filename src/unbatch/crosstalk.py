@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from unbatch.verify import Oracle
+from unbatch.oracle import Oracle
 
 SHADES = " ░▒▓█"
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from unbatch.labels import Marks, compress, expand, permute, reshape, shared, spell_out, squeeze, unsqueeze
+from unbatch.labels import Marks, expand, permute, reshape, shared, spell_out, squeeze, unsqueeze
 from unbatch.rules import Call, mixed, numbered, pointwise, rule
 
 # --- values from nowhere ------------------------------------------------------------------------------------------------

@@ -14,7 +14,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from unbatch.labels import MIXED, SHARED, Algebra, Marks, code, compress, expand, mix, moved, permute, reshape, shared, spell_out, squeeze, total, unsqueeze
+from unbatch.labels import (
+    MIXED,
+    SHARED,
+    Algebra,
+    Marks,
+    code,
+    compress,
+    expand,
+    mix,
+    moved,
+    permute,
+    reshape,
+    shared,
+    spell_out,
+    squeeze,
+    total,
+    unsqueeze,
+)
 from unbatch.rules import Call, mixed, rule
 
 

@@ -14,9 +14,11 @@ from unbatch import capture, errors, rules
 from unbatch.capture import Graph, Program
 from unbatch.crosstalk import Crosstalk, crosstalk
 from unbatch.errors import CaptureError, InputError
+from unbatch.oracle import Oracle
 from unbatch.structure import judge
 from unbatch.verdicts import Structure
-from unbatch.verify import Oracle, Verification, settle, unfaithful, verify
+from unbatch.verify import Verification, settle, verify
+from unbatch.witness import unfaithful
 
 _ASSUMED_MODULES: dict[int, nn.Module] = {}
 
@@ -45,6 +47,7 @@ class _Kept:
     output: Any
     structure: Structure | None = None
     oracle: Oracle | None = None
+    before: Structure | None = None  # the structure on other data of the same shapes
 
 
 class Problem:
@@ -108,7 +111,6 @@ class Problem:
         predictions of a sample; with ``probes`` random directions an unbiased estimate of the squares.
         """
         kept = self._capture()
-        _ = self.structure
         return crosstalk(self._oracle(kept), probes)
 
     def predictions(self) -> Any:
@@ -187,6 +189,9 @@ class Problem:
         harmless = lambda e: capture.harmless(self.program, self.inputs, self.targets, kept.graph, e)  # noqa: E731
         structure, findings = judge(kept.graph, self.samples, self._dims, self._target_dims, assumed, harmless)
         kept.oracle = Oracle(self.program, kept.graph, self.inputs, self.targets, self._dims, self.samples, findings)
+        if kept.before is not None:
+            kept.structure = replace(settle(structure, kept.oracle, kept.output, before=kept.before), notes=kept.before.notes)
+            return
         values, gradients = unfaithful(kept.oracle)
         structure = settle(structure, kept.oracle, kept.output, "" if structure.assumptions else values)
         notes = structure.notes
@@ -209,7 +214,7 @@ class Problem:
         guard = (other._guard(), other._signature(), _identity(other.inputs), _identity(other.targets))
         with capture.untouched(self.program.modules, graph.rng), torch.enable_grad():
             output = self.program.predict(other.inputs)
-        return _Kept(guard, graph, output)
+        return _Kept(guard, graph, output, before=kept.structure)
 
     def _loss_of(self, output: Any) -> Tensor:
         if self.program.loss is None:

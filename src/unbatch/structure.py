@@ -14,7 +14,17 @@ import numpy as np
 from unbatch.capture import Escape, Graph, Ref, Step
 from unbatch.labels import MIXED, SHARED, Algebra, Marks, Use
 from unbatch.split import split
-from unbatch.verdicts import DEFAULT_REMEDY, REMEDY, WHY, BatchStatistic, Culprit, Structure, Verdict, culprit, escape_culprit
+from unbatch.verdicts import (
+    DEFAULT_REMEDY,
+    REMEDY,
+    WHY,
+    BatchStatistic,
+    Culprit,
+    Structure,
+    Verdict,
+    culprit,
+    escape_culprit,
+)
 from unbatch.walk import Walk, forward_marks, loss_marks, prediction_dim, walk
 
 # --- reading marks -------------------------------------------------------------------------------------------------------------
@@ -68,6 +78,7 @@ class Findings:
     loss: Walk | None
     leading: bool
     bent: bool = False
+    ranks: bool = False
     escapes: list[Escape] = field(default_factory=list)
     loss_escapes: list[Escape] = field(default_factory=list)
 
@@ -83,7 +94,7 @@ def judge(
     entering = split(graph, forward) if own else []
     found = Findings(forward, None, leading)
     excused = lambda e: any(e.module == m or e.module.startswith(m + ".") for m in assumed)  # noqa: E731
-    seen = lambda e, w: (e.ref.index not in w.marks or sees(w[e.ref])) and not excused(e)  # noqa: E731
+    seen = lambda e, w: (e.blind or e.ref.index not in w.marks or sees(w[e.ref])) and not excused(e)  # noqa: E731
     in_loss = lambda e: graph.values[e.ref.index].step in graph.after_cut if own else e.in_loss  # noqa: E731
     found.escapes = [e for e in graph.escapes if not in_loss(e) and seen(e, forward) and not harmless(e)]
     structure = _judge_forward(graph, forward, found, samples)
@@ -111,7 +122,9 @@ def _judge_forward(graph: Graph, forward: Walk, found: Findings, samples: int) -
     for m in marks:
         algebra.consume_alone(m)
     uses = [u for u in algebra.uses.values() if any(algebra.roots[r].step in steps for r in u.roots)]
-    found.bent = bool(algebra.bent & steps)
+    bent = algebra.bent & steps
+    found.bent = bool(bent)
+    found.ranks = bool(bent) and all(_compares(graph.steps[s], algebra.births.get(s)) for s in bent)
     in_place = all(holds_its_place(m, samples, leading) for m in marks) and not found.escapes
     alike = all(uniform(m, samples, leading) for m in marks)
     bounded = not any(u.long for u in uses) and not algebra.overlapping()
@@ -140,6 +153,11 @@ def _judge_forward(graph: Graph, forward: Walk, found: Findings, samples: int) -
         predictions=tuple(graph.values[r.index].shape for r in used),
         statistics=tuple(statistics),
     )
+
+
+def _compares(step: Step, birth: str | None) -> bool:
+    """Each sample is compared with every other, or ordered twice: what follows is linear in ranks."""
+    return (step.name in ("gt", "ge", "lt", "le") and birth == "pairwise") or step.name in ("sort", "argsort")
 
 
 def used_predictions(graph: Graph) -> list[Ref]:
@@ -190,7 +208,7 @@ def _judge_loss(graph: Graph, loss: Walk, found: Findings, structure: Structure)
     assert graph.loss is not None
     marks, algebra = loss[graph.loss], loss.algebra
     steps = loss.ancestors([graph.loss])
-    split = _judge_split(graph, loss, steps, found)
+    split_ = _judge_split(graph, loss, steps, found)
     clean = not found.loss_escapes
     separate = "predictions" in marks.sources or not marks.depends_on_batch
     additive = clean and (marks.additive or (structure.samples == 1 and not marks.mixed)) and separate
@@ -201,7 +219,7 @@ def _judge_loss(graph: Graph, loss: Walk, found: Findings, structure: Structure)
     depends = _weights(algebra, marks)
     note = f"weights depend on {' and '.join(sorted(depends))}" if depends else ""
     return structure.with_verdicts(
-        split,
+        split_,
         Verdict("reduction", "holds", basis, note=note, weights_depend_on=depends)
         if additive
         else Verdict("reduction", "unknown", culprits=blame, weights_depend_on=depends),
@@ -223,6 +241,8 @@ def _judge_split(graph: Graph, loss: Walk, steps: set[int], found: Findings) -> 
     for step in (graph.steps[s] for s in sorted(steps & graph.after_cut)):
         for ref in step.refs():
             value = graph.values[ref.index]
+            if step.name.endswith("_like") or step.name.startswith("new_"):
+                continue
             if value.kind == "parameters":
                 culprits.append(_split_culprit(step, f"the parameter {value.name!r}"))
             elif value.kind == "step" and value.step not in graph.after_cut and ref.index not in predicted:
@@ -230,7 +250,18 @@ def _judge_split(graph: Graph, loss: Walk, steps: set[int], found: Findings) -> 
                     culprits.append(_split_culprit(step, "an inner value of the model"))
     if culprits:
         return Verdict("canonical_split", "fails", "proved", tuple(dict.fromkeys(culprits)), "that part of the gradient is carried as `rest`")
+    told = [e for e in graph.escapes if e.in_loss and _tells_parameters(graph, loss, found, e)]
+    if told:
+        return Verdict("canonical_split", "unknown", culprits=tuple(escape_culprit(e) for e in told))
     return Verdict("canonical_split", "holds", "proved")
+
+
+def _tells_parameters(graph: Graph, loss: Walk, found: Findings, escape: Escape) -> bool:
+    """Python learns a parameter, or something made from one, and may use it in the loss."""
+    if escape.blind or graph.values[escape.ref.index].kind == "parameters":
+        return True
+    marks = loss.marks.get(escape.ref.index) or found.forward.marks.get(escape.ref.index)
+    return marks is None or bool(marks.sources & {"parameters", "internals"})
 
 
 def _entering(graph: Graph, steps: Sequence[int]) -> Verdict:

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
+from unbatch import moves as _moves  # noqa: F401  registers its rules
 from unbatch import rules
 from unbatch.arranged import Arranged, follow
 from unbatch.capture import Graph, Recorder, Ref, Step
 from unbatch.families import running_statistics
 from unbatch.labels import MIXED, Algebra, Marks, batched, code, compress, moved, shared, spell_out
-from unbatch import moves as _moves  # noqa: F401  registers its rules
 
 # --- the walk ---------------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,306 @@
+"""The program on other batches: what the witnesses watch.
+
+Replaces, permutes or redraws samples and runs the model itself (or, where its loss lies inside, the recording of it)
+from the random state of the capture, so noise is the same wherever the batch size is. Knows nothing about verdicts.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+from unbatch.capture import Graph, Program, own_loss, untouched
+from unbatch.structure import Findings, contiguous_blocks, used_predictions
+from unbatch.walk import prediction_dim
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+VARIANTS = ("rolled", "noisy", "large", "tiny", "zero", "huge")
+GAIN = {"large": 1e2, "huge": 1e4}
+
+
+class Untestable(Exception):
+    """A test that does not apply."""
+
+
+@dataclass
+class Oracle:
+    """The program and its batch, and how to run them on another one."""
+
+    program: Program
+    graph: Graph
+    inputs: Any
+    targets: Any
+    dims: Sequence[int | None]
+    samples: int
+    findings: Findings
+    base: list[Tensor] = field(default_factory=list)
+    out_dims: list[int | None] = field(default_factory=list)
+    blocks: list[bool] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        used = {r.index for r in used_predictions(self.graph)}
+        self.places = [i for i, r in enumerate(self.graph.predictions) if r.index in used]
+        marks = [self.findings.forward[self.graph.predictions[i]] for i in self.places]
+        self.out_dims = [prediction_dim(m, self.samples, self.findings.leading) for m in marks]
+        self.blocks = [d is None and contiguous_blocks(m, self.samples) is not None for m, d in zip(marks, self.out_dims, strict=True)]
+        self.base = self.predict(self.inputs)
+
+    # -- running --
+
+    def predict(self, inputs: Any) -> list[Tensor]:
+        """The predictions the model makes on other inputs; replayed where they lie inside the model."""
+        return [t.detach().clone() for t in self.forward(inputs)]
+
+    def forward(self, inputs: Any) -> list[Tensor]:
+        """The predictions, connected to ``inputs`` and to the parameters."""
+        return self.replay(inputs) if self.program.loss is None and self.graph.after_cut else self.eager(inputs)
+
+    def eager(self, inputs: Any) -> list[Tensor]:
+        """What the model itself returns: its predictions, or its loss where it computes one."""
+        with untouched(self.program.modules, self.graph.rng), torch.enable_grad():
+            output = self.program.predict(tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, inputs))
+            leaves = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
+            own = own_loss(output) if self.program.loss is None else None
+            if self.program.loss is None and self.graph.after_cut:
+                return [own] if own is not None else []
+            return [leaves[i] for i in self.places if i < len(leaves)]
+
+    def feed(self, inputs: Any) -> dict[int, Tensor]:
+        """Other inputs by the values of the recording that they stand for."""
+        return {r.index: x for r, x in zip(self.graph.inputs, tree_leaves(inputs), strict=True) if r is not None}
+
+    def replay(self, inputs: Any, parameters: Mapping[int, Tensor] | None = None, keep: Mapping[int, Tensor] | None = None) -> list[Tensor]:
+        feed = self.feed(inputs) | dict(parameters or {})
+        return self.graph.run(feed, [self.graph.predictions[i].index for i in self.places], keep=keep)
+
+    def predict_permuted(self, order: Tensor) -> list[Tensor]:
+        """Predictions for the permuted batch, with the noise of every sample permuted along."""
+        inputs = self.permuted(order)
+        noisy = [s for s in self.graph.forward_steps if s.noise]
+        if not noisy:
+            return self.predict(inputs)
+        owners = noise_owners(self.graph, self.findings.forward)
+        if owners is None:
+            raise Untestable("noise is used in a way in which it cannot be permuted with its samples")
+        keep = {}
+        for ref, owner in owners.items():
+            value = self.graph.values[ref].concrete
+            assert value is not None
+            moved = permute_owned(value, owner, order)
+            if moved is None:
+                raise Untestable("samples use different amounts of noise")
+            keep[ref] = moved
+        return self.replay(inputs, keep=keep)
+
+    def rows(self, predictions: Sequence[Tensor]) -> Tensor:
+        """``[N, entries]`` in float64; leaves without a sample axis are split in blocks or left out."""
+        out = []
+        for t, dim, blocks in zip(predictions, self.out_dims, self.blocks, strict=True):
+            if dim is not None:
+                out.append(t.movedim(dim, 0).reshape(self.samples, -1))
+            elif blocks:
+                out.append(t.reshape(self.samples, -1))
+        wide = [o.to(torch.complex128 if o.is_complex() else torch.float64) for o in out]
+        return torch.cat(wide, 1) if wide else torch.zeros(self.samples, 0, dtype=torch.float64)
+
+    # -- changed batches --
+
+    def changed(self, keep: Tensor, variant: str, seed: int = 0) -> Any:
+        """The batch with every sample outside ``keep`` replaced by something else of the same kind."""
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.arange(self.samples).roll(1 + seed % max(self.samples - 1, 1))
+
+        def replaced(x: Tensor, dim: int | None) -> Tensor:
+            if dim is None:
+                return x
+            rows = x.detach().movedim(dim, 0)
+            new = _variant(rows, rows[order.to(x.device)], variant, generator)
+            keep_ = keep.to(x.device).reshape(-1, *[1] * (rows.ndim - 1))
+            return torch.where(keep_, rows, new).movedim(0, dim).contiguous()
+
+        return self._map(replaced)
+
+    def stretched(self, factor: float) -> Oracle:
+        """The same program on inputs multiplied by ``factor``; itself where that cannot be run."""
+        inputs = self._map(lambda x, dim: x.detach() * factor if dim is not None and x.is_floating_point() else x)
+        try:
+            other = replace(self, inputs=inputs)
+        except Exception:
+            return self
+        other.__dict__["tolerance"] = max(self.tolerance, other.tolerance)
+        return other
+
+    def permuted(self, order: Tensor) -> Any:
+        return self._map(lambda x, dim: x.detach() if dim is None else x.detach().index_select(dim, order.to(x.device)))
+
+    def _map(self, function: Callable[[Tensor, int | None], Tensor]) -> Any:
+        leaves, spec = tree_flatten(self.inputs)
+        return tree_unflatten([function(x, d) if isinstance(x, Tensor) else x for x, d in zip(leaves, self.dims, strict=True)], spec)
+
+    # -- how much is rounding --
+
+    @cached_property
+    def tolerance(self) -> float:
+        """By the coarsest floating-point type on the way, and never below what one rounding of the inputs does."""
+        kinds = {self.graph.values[r.index].dtype for s in self.graph.forward_steps for r in s.outs if r is not None}
+        coarse = max((TOLERANCE[k] for k in kinds if k in TOLERANCE), default=1e-9)
+        return max(coarse, 30 * self._rounding())
+
+    def _rounding(self) -> float:
+        generator = torch.Generator().manual_seed(0)
+
+        def nudged(x: Tensor, dim: int | None) -> Tensor:
+            if not x.is_floating_point():
+                return x
+            sign = torch.rand(x.shape, generator=generator).to(x) - 0.5
+            return x.detach() * (1 + 2 * torch.finfo(x.dtype).eps * sign)
+
+        try:
+            new = self.rows(self.predict(self._map(nudged)))
+        except Exception:
+            return 0.0
+        base = self.rows(self.base)
+        return float(relative_change(base, new).max()) if base.shape == new.shape and base.shape[1] else 0.0
+
+    @cached_property
+    def repeatable(self) -> bool:
+        """The same batch gives the same predictions: without that, a change proves nothing."""
+        hidden_size = any(r is not None and r.index in self.graph.dynamic for s in self.graph.forward_steps if s.noise for r in s.outs)
+        try:
+            again = self.predict(self.inputs)
+        except Exception:
+            return False
+        same = all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(self.base, again, strict=True) if a.shape == b.shape)
+        return same and not hidden_size
+
+    def in_double(self) -> Oracle | None:
+        """The same in float64, where the model can be run so."""
+        if self.program.loss is None and self.graph.after_cut:
+            return None
+        wide = self._map(lambda x, _: x.detach().double() if x.is_floating_point() else x)
+        model = self.program.model
+        try:
+            program = replace(self.program, model=copy.deepcopy(model).double() if isinstance(model, nn.Module) else model)
+            other = replace(self, program=program, inputs=wide)
+        except Exception:
+            return None
+        other.__dict__["tolerance"] = 1e-9
+        return other if all(t.dtype == torch.float64 for t in other.base if t.is_floating_point()) else None
+
+    # -- another number of samples --
+
+    def resized(self, samples: int) -> tuple[Tensor, list[Tensor]]:
+        """Predictions (``[samples, entries]``, float64) of redrawn samples, and the floating-point inputs they come from."""
+        if self.program.loss is None and self.graph.after_cut:
+            raise Untestable("the predictions lie inside the model")
+        generator = torch.Generator().manual_seed(1)
+        moving: list[Tensor] = []
+
+        def redrawn(x: Tensor, dim: int | None) -> Tensor:
+            if dim is None:
+                return x.double() if x.is_floating_point() else x
+            pick = torch.randint(self.samples, (samples,), generator=generator)
+            x = x.detach().cpu().index_select(dim, pick)
+            if not x.is_floating_point():
+                return x
+            x = x.double()
+            moving.append((x + x.abs().mean() * torch.randn(x.shape, generator=generator, dtype=torch.float64)).requires_grad_())
+            return moving[-1]
+
+        inputs = self._map(redrawn)
+        program = self.program
+        if isinstance(program.model, nn.Module):
+            program = replace(program, model=copy.deepcopy(program.model).double())
+        with untouched(program.modules, self.graph.rng), torch.enable_grad():
+            leaves = [t for t in tree_leaves(program.predict(inputs)) if isinstance(t, Tensor)]
+        rows = [leaves[i].movedim(d, 0).reshape(samples, -1) for i, d in zip(self.places, self.out_dims, strict=True) if d is not None]
+        return torch.cat([r for r in rows if r.is_floating_point()], 1), moving
+
+
+def relative_change(base: Tensor, new: Tensor) -> Tensor:
+    """By how much each row changed, relative to its size; entries that are not finite any more do not count."""
+    if not base.shape[1]:
+        return torch.zeros(len(base), dtype=torch.float64)
+    finite = torch.isfinite(new.abs())
+    change = torch.where(finite, (new - base).abs(), 0.0)
+    size = base.abs().nan_to_num(0, 0, 0)
+    return change.amax(1) / (size.amax(1) + 1e-6 * size.amax() + 1e-37)
+
+
+def _variant(rows: Tensor, others: Tensor, variant: str, generator: torch.Generator) -> Tensor:
+    if not rows.is_floating_point():
+        return others if variant in ("rolled", "noisy") or rows.dtype == torch.bool else torch.where(others == others, others.roll(1, 0), others)
+    if variant == "rolled":
+        return others
+    noise = torch.randn(rows.shape, generator=generator, dtype=torch.float64).to(rows)
+    spread = rows.abs().mean() + 1e-3
+    return {
+        "noisy": others + 0.5 * spread * noise,
+        "large": 30 * others + 30 * spread * noise,
+        "tiny": 1e-3 * others,
+        "zero": torch.zeros_like(others),
+        "huge": -1e4 * others + 1e4 * spread * noise,
+    }[variant]
+
+
+def noise_owners(graph: Graph, forward: Any) -> dict[int, Any] | None:
+    """For noise that samples consume elementwise, the owner of each element; None where some noise is used otherwise."""
+    out = {}
+    for step in (s for s in graph.forward_steps if s.noise):
+        for ref in {r.index for r in [*step.outs, *(new for _, new in step.writes)] if r is not None}:
+            owner = _claimed(graph, forward, ref)
+            if isinstance(owner, str) or graph.values[ref].concrete is None:
+                return None
+            if owner is not None:
+                out[ref] = owner
+    return out
+
+
+def _claimed(graph: Graph, forward: Any, ref: int) -> Any:
+    """Owners of the elements of a noise value; None if it stays shared, a string if it is used in another shape."""
+    carrying = {ref}
+    shape = graph.values[ref].shape
+    if not graph.values[ref].dtype.is_floating_point:
+        return None  # a drawn order or label: the same for the whole batch
+    for step in (s for s in graph.forward_steps if s.index > graph.values[ref].step):
+        if not carrying & {r.index for r in step.refs()}:
+            continue
+        for out in [*(r for r in step.outs if r), *(new for _, new in step.writes)]:
+            marks = forward.marks[out.index]
+            if not marks.depends_on_batch:
+                carrying.add(out.index)
+            elif marks.mixed or marks.shape != shape or out.index not in {r.index for r in step.outs if r}:
+                return _shared_by_samples(marks, shape)
+            elif (dim := marks.sample_dim()) is not None:
+                return np.broadcast_to(np.arange(shape[dim]).reshape([-1 if d == dim else 1 for d in range(len(shape))]), shape)
+            else:
+                return np.broadcast_to(marks.owner, shape)
+    return None
+
+
+def _shared_by_samples(marks: Any, shape: tuple[int, ...]) -> Any:
+    """Noise broadcast along the samples is the same for all of them."""
+    dim = marks.sample_dim()
+    at = None if dim is None else dim - len(marks.shape) + len(shape)
+    return None if at is not None and (at < 0 or shape[at] == 1) else "otherwise"
+
+
+def permute_owned(value: Tensor, owner: Any, order: Tensor) -> Tensor | None:
+    """Give sample n the elements of sample ``order[n]``, in the order in which they lie."""
+    flat, owners = value.reshape(-1), owner.reshape(-1)
+    places = [torch.from_numpy(np.flatnonzero(owners == n)) for n in range(len(order))]
+    out = flat.clone()
+    for n, m in enumerate(order.tolist()):
+        if len(places[n]) != len(places[m]):
+            return None
+        out[places[n]] = flat[places[m]]
+    return out.reshape(value.shape)

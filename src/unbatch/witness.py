@@ -1,0 +1,279 @@
+"""Numerical witnesses about the forward pass.
+
+A witness can prove that a structure *fails* (sample m moved prediction n), never that it holds. Here too: replays with
+frozen statistics, and the comparison of the recording with the model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from unbatch.oracle import GAIN, VARIANTS, Oracle, relative_change
+
+
+@dataclass(frozen=True)
+class Witness:
+    """Sample ``moved_by`` was changed and prediction ``moved`` changed by ``amount`` (relative to its size)."""
+
+    test: str
+    amount: float
+    moved: int = -1
+    moved_by: int = -1
+
+    def __str__(self) -> str:
+        if self.moved < 0 and self.test.startswith("rank"):
+            return self.test
+        if self.moved < 0:
+            return f"{self.test}: off by {self.amount:.2g} relative"
+        return f"replacing sample {self.moved_by} moved prediction {self.moved} by {self.amount:.2g} of its size"
+
+
+# --- independence --------------------------------------------------------------------------------------------------------
+
+
+def partitions(samples: int) -> Iterator[Tensor]:
+    """Few sets of samples such that every ordered pair is told apart by one of them."""
+    index = torch.arange(samples)
+    for bit in range(max(1, math.ceil(math.log2(max(samples, 2))))):
+        for side in (0, 1):
+            keep = (index >> bit) & 1 == side
+            if keep.any() and not keep.all():
+                yield keep
+
+
+def listening(oracle: Oracle) -> Witness | None:
+    """A sample whose prediction moves when others are replaced; also on a batch that is far out itself."""
+    if not oracle.repeatable:
+        return None
+    return _listening(oracle) or _listening(oracle.stretched(100.0))
+
+
+def _listening(oracle: Oracle) -> Witness | None:
+    for variant in VARIANTS:
+        sets = list(partitions(oracle.samples))
+        for seed, keep in enumerate(sets if variant in ("rolled", "noisy") else sets[:2]):
+            found = _moved(oracle, variant, seed, keep, keep)
+            if found is not None and _confirmed(oracle, variant, seed, keep, found[1]):
+                return _narrow(oracle, variant, seed, keep, *found)
+    return None
+
+
+def _moved(oracle: Oracle, variant: str, seed: int, keep: Tensor, watch: Tensor) -> tuple[int, float] | None:
+    """Which of the watched predictions moved most when all samples but ``keep`` were replaced."""
+    try:
+        new = oracle.rows(oracle.predict(oracle.changed(keep, variant, seed)))
+    except Exception:
+        return None
+    base = oracle.rows(oracle.base)
+    if new.shape != base.shape:
+        return None
+    amount = torch.where(watch, relative_change(base, new), 0.0)
+    worst = int(amount.argmax())
+    return (worst, float(amount[worst])) if amount[worst] > oracle.tolerance * GAIN.get(variant, 1.0) else None
+
+
+def _confirmed(oracle: Oracle, variant: str, seed: int, keep: Tensor, amount: float) -> bool:
+    """In float64 the change is still there; where that cannot be run, it must stand out by far."""
+    wide = oracle.in_double()
+    if wide is None:
+        return amount > 100 * oracle.tolerance or oracle.tolerance <= 1e-9
+    found = _moved(wide, variant, seed, keep, keep)
+    return found is not None and found[1] > 1e-2 * amount
+
+
+def _narrow(oracle: Oracle, variant: str, seed: int, keep: Tensor, moved: int, amount: float) -> Witness:
+    """Find one sample whose replacement alone moves the prediction."""
+    index = torch.arange(oracle.samples)
+    for m in [int(i) for i in torch.nonzero(~keep)][:16]:
+        found = _moved(oracle, variant, seed, index != m, index == moved)
+        if found is not None:
+            return Witness("replacing other samples", found[1], moved, m)
+    return Witness("replacing other samples", amount, moved, int(torch.nonzero(~keep)[0]))
+
+
+# --- uniformity -------------------------------------------------------------------------------------------------------------
+
+
+def uneven(oracle: Oracle) -> Witness | None:
+    """Permuting the samples does not just permute the predictions."""
+    if not oracle.repeatable:
+        return None
+    base, n = oracle.rows(oracle.base), oracle.samples
+    index = torch.arange(n)
+    for order in (index.roll(1), index.flip(0), torch.randperm(n, generator=torch.Generator().manual_seed(0))):
+        try:
+            new = oracle.rows(oracle.predict_permuted(order))
+        except Exception:  # noqa: S112  the model does not take this order, or its noise cannot follow
+            continue
+        if new.shape == base.shape and new.shape[1]:
+            size = base.abs().nan_to_num(0, 0, 0).amax() + 1e-37
+            off = float((new - base[order]).abs().nan_to_num(0, 0, 0).amax() / size)
+            if off > 10 * oracle.tolerance and (off > 1e-2 or _still_uneven(oracle, order, off)):
+                return Witness("permuting the samples", off)
+    return None
+
+
+def _still_uneven(oracle: Oracle, order: Tensor, off: float) -> bool:
+    wide = oracle.in_double()
+    if wide is None:
+        return off > 100 * oracle.tolerance
+    base, new = wide.rows(wide.base), wide.rows(wide.predict_permuted(order))
+    return float((new - base[order]).abs().nan_to_num(0, 0, 0).amax()) > 1e-2 * off * float(base.abs().nan_to_num(0, 0, 0).amax())
+
+
+def unbounded(oracle: Oracle, samples: int = 128) -> Witness | None:
+    """How predictions listen to other samples has a rank that grows with their number.
+
+    With ``F_n = f(x_n, s)`` the derivatives of half of the predictions by the other half of the samples have rank at
+    most the size of ``s``. Here the rank of that matrix grows as the batch does.
+    """
+    try:
+        few, many = (_cross_rank(oracle, size) for size in (samples // 4, samples))
+    except Exception:
+        return None
+    if few == 0 or many < 3 * few:
+        return None
+    return Witness(f"rank of the cross-derivatives grows with the batch, from {few} ({samples // 4} samples) to {many} ({samples})", many / few)
+
+
+def _cross_rank(oracle: Oracle, samples: int) -> int:
+    rows, moving = oracle.resized(samples)
+    generator = torch.Generator().manual_seed(2)
+    u = torch.randn(rows.shape[1], generator=generator, dtype=torch.float64)
+    half = samples // 2
+    cross = torch.zeros(half, half, dtype=torch.float64)
+    dims = [d for d, x in zip(oracle.dims, tree_leaves(oracle.inputs), strict=True) if d is not None and x.is_floating_point()]
+    probes = [torch.randn(x.movedim(d, 0)[0].shape, generator=generator, dtype=torch.float64) for x, d in zip(moving, dims, strict=True)]
+    for a in range(half):
+        grads = torch.autograd.grad(rows[a] @ u, moving, retain_graph=True, allow_unused=True)
+        for g, d, v in zip(grads, dims, probes, strict=True):
+            if g is not None:
+                cross[a] += (g.movedim(d, 0)[half:] * v).reshape(samples - half, -1).sum(1)
+    values = torch.linalg.svdvals(cross)
+    return int((values > 1e-9 * values[0]).sum()) if float(values[0]) > 0 else 0
+
+
+# --- frozen statistics ------------------------------------------------------------------------------------------------------
+
+
+def frozen_change(oracle: Oracle) -> float | str:
+    """How much predictions move when other samples are replaced and every batch statistic keeps its value."""
+    graph, forward = oracle.graph, oracle.findings.forward
+    if forward.algebra.overlapping() or graph.escapes:
+        return "statistics leave the tensor world and cannot be frozen"
+    pinned = {i for i, m in forward.marks.items() if graph.values[i].kind == "step" and m.given and not m.owned and not m.mixed}
+    wanted = [graph.predictions[i].index for i in oracle.places]
+    fused = {s.index for s in graph.forward_steps if s.name in FUSED and _trains(s)}
+    if any(_hides(forward, s) for s in graph.forward_steps if s.index not in fused):
+        return "an op keeps its statistic to itself and cannot be frozen"
+    kept: dict[int, Tensor] = {}
+
+    def note(i: int, t: Tensor) -> None:
+        if i in pinned:
+            kept[i] = t.clone()
+
+    graph.run({}, wanted, visit=note)
+    instead = {i: frozen_batch_norm(kept, graph.steps[i]) for i in fused}
+    base = oracle.rows(graph.run({}, wanted, keep=kept, instead=instead))
+    worst = 0.0
+    for seed, keep in enumerate(partitions(oracle.samples)):
+        feed = oracle.feed(oracle.changed(keep, "noisy", seed))
+        new = oracle.rows(graph.run(feed, wanted, keep=kept, instead=instead))
+        if base.shape[1]:
+            worst = max(worst, float((new - base).abs()[keep].nan_to_num(0, 0, 0).amax()))
+    return worst
+
+
+FUSED = ("native_batch_norm", "_native_batch_norm_legit")
+
+
+def _trains(step: Any) -> bool:
+    return bool(step.args[5] if len(step.args) > 5 else step.kwargs.get("training"))
+
+
+def _hides(forward: Any, step: Any) -> bool:
+    roots = [r for r in forward.algebra.roots if r.step == step.index]
+    outs = [forward.marks[r.index] for r in step.outs if r is not None]
+    return bool(roots) and any(m.owned for m in outs) and not any(m.given and not m.owned for m in outs)
+
+
+def frozen_batch_norm(kept: dict[int, Tensor], step: Any) -> Callable[..., Any]:
+    """Batch norm with the mean and inverse deviation of the original batch."""
+    mean, invstd = (kept.get(r.index) if r else None for r in step.outs[1:3])
+
+    def run(x: Tensor, weight: Any, bias: Any, *_: Any, **__: Any) -> Any:
+        view = [1, -1, *[1] * (x.ndim - 2)]
+        assert mean is not None and invstd is not None
+        y = (x - mean.view(view)) * invstd.view(view)
+        y = y * weight.view(view) if weight is not None else y
+        return (y + bias.view(view) if bias is not None else y), mean, invstd
+
+    return run
+
+
+# --- the recording against the model --------------------------------------------------------------------------------
+
+
+def unfaithful(oracle: Oracle) -> tuple[str, str]:
+    """Why the recorded computation cannot stand for the model on another batch: in values, in gradients (or "")."""
+    inputs = oracle.changed(torch.zeros(oracle.samples, dtype=torch.bool), "noisy")
+    graph, program = oracle.graph, oracle.program
+    named = {v.name: i for i, v in enumerate(graph.values) if v.kind == "parameters"}
+    fresh = {i: program.parameters[n].detach().clone().requires_grad_() for n, i in named.items() if program.parameters[n].requires_grad}
+    wanted = [program.parameters[graph.values[i].name] for i in fresh]
+    try:
+        eager = oracle.eager(inputs)
+    except Exception:
+        return "", ""
+    try:
+        if program.loss is None and graph.after_cut:
+            assert graph.loss is not None
+            replayed = graph.run(oracle.feed(inputs) | fresh, [graph.loss.index])
+        else:
+            replayed = oracle.replay(inputs, fresh)
+    except Exception as error:
+        return f"replay raised {type(error).__name__}: {error}"[:120], ""
+    values = next((d for a, b in zip(eager, replayed, strict=True) if (d := _apart(a, b, oracle.tolerance))), "")
+    return values, "" if values else _gradients_apart(eager, replayed, wanted, list(fresh.values()), oracle.tolerance)
+
+
+def _apart(a: Tensor, b: Tensor, tolerance: float, size: float = 0.0) -> str:
+    """How far two tensors are from each other, relative to the larger of their own size and 1e-3 of ``size``."""
+    if a.shape != b.shape:
+        return f"shape {tuple(b.shape)} in place of {tuple(a.shape)}"
+    if not a.numel() or not (a.is_floating_point() or a.is_complex()):
+        return "" if torch.equal(a, b) else "other integers"
+    a, b = a.detach(), b.detach()
+    largest, off = float(a.abs().max()), float((a - b).abs().max())
+    if not (math.isfinite(largest) and math.isfinite(off)):
+        largest, off = (float(t.abs().nan_to_num(0, 0, 0).max()) for t in (a, a - b))
+    relative = off / (max(largest, 1e-3 * size) + 1e-37)
+    return f"off by {relative:.2g} relative" if relative > 10 * tolerance else ""
+
+
+def _gradients_apart(eager: list[Tensor], replayed: list[Tensor], wanted: list[Tensor], fresh: list[Tensor], tolerance: float) -> str:
+    """Compare gradients by the parameters, for one random cotangent."""
+    pairs = [(a, b) for a, b in zip(eager, replayed, strict=True) if a.requires_grad and a.is_floating_point()]
+    if not pairs or not wanted:
+        return ""
+    generator = torch.Generator().manual_seed(0)
+    cotangents = [torch.randn(a.shape, generator=generator, dtype=torch.float64).to(a) for a, _ in pairs]
+    if not all(b.requires_grad for _, b in pairs):
+        return "no gradient flows through the replay"
+    try:
+        true = torch.autograd.grad([a for a, _ in pairs], wanted, cotangents, allow_unused=True)
+        mine = torch.autograd.grad([b for _, b in pairs], fresh, cotangents, allow_unused=True)
+    except Exception as error:
+        return f"backward raised {type(error).__name__}"
+    for a, b, p in zip(true, mine, wanted, strict=True):
+        a, b = (torch.zeros_like(p) if g is None else g for g in (a, b))
+        if why := _apart(a, b, tolerance, float(max((g.abs().max() for g in true if g is not None and g.numel()), default=0.0))):
+            return why
+    return ""

@@ -1,0 +1,475 @@
+"""What the facade refuses, what it accepts, and when it looks again.
+
+Every refusal is one clear error of the package's own, with the offending value and the remedy, and changes nothing.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from test_capture import assert_unchanged, state
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import unbatch as ub
+from unbatch import capture, problem, rules
+
+N, D, C = 5, 4, 3
+
+# ---------------------------------------------------------------- refused
+
+
+def model() -> nn.Module:
+    return nn.Sequential(nn.Linear(D, C), nn.BatchNorm1d(C))
+
+
+def x() -> Tensor:
+    return torch.randn(N, D)
+
+
+def y() -> Tensor:
+    return torch.arange(N) % C
+
+
+def loss(p: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(p, y)
+
+
+def frozen() -> nn.Module:
+    return model().requires_grad_(False)
+
+
+def broken(call: Callable | None = None) -> nn.Module:
+    class Broken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(D, C)
+
+        def forward(self, x):
+            raise ZeroDivisionError("seven times nothing")
+
+    return Broken()
+
+
+def with_nan() -> Tensor:
+    out = x()
+    out[3, 1] = float("nan")
+    return out
+
+
+def structure(p: ub.Problem) -> Any:
+    return p.structure
+
+
+def gradient(p: ub.Problem) -> Any:
+    return p.gradient()
+
+
+@dataclass(frozen=True)
+class Bad:
+    """`build()` or the question raises `error`, whose text has all of `says`: the value, and what to do."""
+
+    name: str
+    build: Callable[[], ub.Problem]
+    says: tuple[str, ...]
+    error: type[ub.UnbatchError] = ub.InputError
+    ask: Callable[[ub.Problem], Any] = structure
+
+
+BAD = [
+    Bad("loss without reduction", lambda: ub.Problem(model(), nn.CrossEntropyLoss(reduction="none"), (x(), y())), ("scalar", "(5,)", "reduction='mean'")),
+    Bad("loss that is a float", lambda: ub.Problem(model(), lambda p, y: 3.5, (x(), y())), ("scalar tensor", "3.5", "Reduce")),
+    Bad("loss that is nothing", lambda: ub.Problem(model(), lambda p, y: None, (x(), y())), ("scalar tensor", "None")),
+    Bad("loss that is a tuple", lambda: ub.Problem(model(), lambda p, y: (p.sum(), y), (x(), y())), ("scalar tensor", "tensor")),
+    Bad("targets of another size", lambda: ub.Problem(model(), loss, (x(), y()[:3])), ("5", "3", "in_dims=(0, None)")),
+    Bad("inputs of different sizes", lambda: ub.Problem(model(), loss, ((x(), x()[:2]), y())), ("X[0]", "X[1]", "5", "2", "in_dims")),
+    Bad("input without a batch axis", lambda: ub.Problem(model(), loss, (torch.tensor(1.0), y())), ("X", "()", "no axis 0", "in_dims")),
+    Bad("target without a batch axis", lambda: ub.Problem(model(), loss, (x(), torch.tensor(1))), ("y", "()", "no axis 0", "in_dims")),
+    Bad("axis that is not there", lambda: ub.Problem(model(), loss, (x(), y()), in_dims=(2, 0)), ("(5, 4)", "axis 2")),
+    Bad("negative axis that is not there", lambda: ub.Problem(model(), loss, (x(), y()), in_dims=(-3, 0)), ("(5, 4)", "axis -3")),
+    Bad("empty batch", lambda: ub.Problem(model(), loss, (x()[:0], y()[:0])), ("no samples", "(0, 4)", "at least one")),
+    Bad("no input per sample", lambda: ub.Problem(model(), loss, (x(), y()), in_dims=(None, 0)), ("None", "At least one input")),
+    Bad("inputs that are no tensors", lambda: ub.Problem(model(), loss, ("text", y())), ("str", "torch.as_tensor")),
+    Bad("inputs that are lists of numbers", lambda: ub.Problem(model(), loss, ([1.0, 2.0], y())), ("torch.as_tensor",)),
+    Bad("in_dims of another structure", lambda: ub.Problem(model(), loss, ((x(), x()), y()), in_dims=({"a": 0}, 0)), ("in_dims", "{'a': 0}", "same nesting")),
+    Bad("in_dims that are too many", lambda: ub.Problem(model(), loss, (x(), y()), in_dims=(0, 0, 0)), ("in_dims", "(0, 0, 0)")),
+    Bad("in_dims that are words", lambda: ub.Problem(model(), loss, (x(), y()), in_dims=("first", 0)), ("in_dims", "first")),
+    Bad("nothing trainable", lambda: ub.Problem(frozen(), loss, (x(), y())), ("requires a gradient", "requires_grad_(True)"), ask=gradient),
+    Bad("not a number", lambda: ub.Problem(model(), loss, (with_nan(), y())), ("NaN", "X[0]", "1 value", "sample 3", "impute")),
+    Bad("parameters without values", lambda: ub.Problem(model().to("meta"), loss, (x(), y())), ("'0.weight'", "meta", "to_empty")),
+    Bad("data on another device", lambda: ub.Problem(model(), loss, (x().to("meta"), y())), ("meta", "cpu", "Move", ".to(")),
+    Bad("targets on another device", lambda: ub.Problem(model(), loss, (x(), y().to("meta"))), ("y is on meta", "cpu", ".to(")),
+    Bad("model that raises", lambda: ub.Problem(broken(), loss, (x(), y())), ("ZeroDivisionError", "seven times nothing", "Broken", "(5, 4)"), ub.CaptureError),
+    Bad("loss that raises", lambda: ub.Problem(model(), loss, (x(), torch.randn(N, 2))), ("RuntimeError", "Sequential", "(5, 4)"), ub.CaptureError),
+    Bad("model of other inputs", lambda: ub.Problem(model(), loss, ((x(), x()), y())), ("TypeError", "positional", "Sequential"), ub.CaptureError),
+    Bad("model without a loss", lambda: ub.Problem(model(), batch=x()), ("loss", "Tensor", "Problem(model, loss, (X, y))")),
+    Bad("data that are no pair", lambda: ub.Problem(model(), loss, x()), ("pair (X, y)", "Tensor")),
+    Bad("data that are three", lambda: ub.Problem(model(), loss, (x(), y(), y())), ("pair (X, y)",)),
+    Bad("neither data nor batch", lambda: ub.Problem(model(), loss), ("data=(X, y)", "batch=inputs")),
+    Bad("data and batch", lambda: ub.Problem(model(), loss, (x(), y()), batch=x()), ("data=(X, y)", "batch=inputs")),
+    Bad("data without a loss", lambda: ub.Problem(model(), None, (x(), y())), ("loss",)),
+    Bad("a model that cannot be called", lambda: ub.Problem("model", loss, (x(), y())), ("not callable", "str"), ub.CaptureError),
+    Bad("a function without parameters", lambda: ub.Problem(lambda p, x: x, loss, (x(), y())), ("TypeError", "missing 1 required"), ub.CaptureError),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", [pytest.param(b, id=b.name) for b in BAD])
+def test_refused(bad):
+    with pytest.raises(bad.error) as caught:
+        bad.ask(bad.build())
+    text = str(caught.value)
+    missing = [word for word in bad.says if word not in text]
+    assert not missing, f"{missing} is not in: {text}"
+    assert len(text) < 600, text
+
+
+@pytest.mark.parametrize("bad", [pytest.param(b, id=b.name) for b in BAD])
+def test_refusals_change_nothing(bad, monkeypatch):
+    made: list[ub.Problem] = []
+    before: list[dict[str, Any]] = []
+    init = ub.Problem.__init__
+
+    def watched(self, model, loss=None, data=None, **options):
+        inputs, targets = data if isinstance(data, tuple) and len(data) == 2 else (data, options.get("batch"))
+        modules = [m for m in (model, loss) if isinstance(m, nn.Module)]
+        made.append(type("Stub", (), {"program": type("Stub", (), {"modules": modules}), "inputs": inputs, "targets": targets}))
+        before.append(state(made[0]))
+        init(self, model, loss, data, **options)
+
+    monkeypatch.setattr(ub.Problem, "__init__", watched)
+    with pytest.raises(bad.error):
+        bad.ask(bad.build())
+    assert_unchanged(before[0], state(made[0]))
+
+
+def test_constructing_computes_nothing():
+    ub.Problem(broken(), loss, (x(), y()))
+
+
+# ---------------------------------------------------------------- accepted
+
+
+class Pair(nn.Module):
+    """Two inputs by name, and one that is shared by the samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(D, C)
+
+    def forward(self, left, right=None, table=None):
+        out = self.linear(left if right is None else left - right)
+        return out if table is None else out + table.mean(0)
+
+
+def samples_last(net, z):
+    return net(z.t())
+
+
+ACCEPTED: dict[str, Callable[[], ub.Problem]] = {
+    "a tensor": lambda: ub.Problem(Pair(), loss, (x(), y())),
+    "a tuple": lambda: ub.Problem(Pair(), loss, ((x(), x()), y())),
+    "a dict": lambda: ub.Problem(Pair(), loss, ({"right": x(), "left": x()}, y())),
+    "an input that is not per sample": lambda: ub.Problem(Pair(), loss, ((x(), x(), torch.randn(7, C)), y()), in_dims=((0, 0, None), 0)),
+    "a dict with in_dims": lambda: ub.Problem(
+        Pair(), loss, ({"left": x(), "table": torch.randn(7, C)}, y()), in_dims=({"left": 0, "table": None}, 0)
+    ),
+    "targets that are not per sample": lambda: ub.Problem(Pair(), lambda p, y: ((p - y.mean(0)) ** 2).sum(), (x(), torch.randn(9, C)), in_dims=(0, None)),
+    "targets of mixed kinds": lambda: ub.Problem(
+        Pair(), lambda p, y: F.cross_entropy(p, y["labels"], y["weights"]), (x(), {"labels": y(), "weights": torch.rand(C)}),
+        in_dims=(0, {"labels": 0, "weights": None}),
+    ),
+    "targets that hold a number": lambda: ub.Problem(Pair(), lambda p, y: F.cross_entropy(p / y[1], y[0]), (x(), (y(), 2.0))),
+    "no targets": lambda: ub.Problem(Pair(), lambda p: p.square().sum(), (x(), None)),
+    "a function": lambda: ub.Problem(lambda q, z: z @ q["w"], loss, (x(), y()), parameters={"w": torch.randn(D, C, requires_grad=True)}),
+    "a loss with one entry": lambda: ub.Problem(Pair(), lambda p, y: loss(p, y).reshape(1, 1), (x(), y())),
+    "a negative axis": lambda: ub.Problem(Pair(), loss, (x(), y()), in_dims=(-2, -1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("build", ACCEPTED.values(), ids=ACCEPTED)
+def test_accepted(build):
+    asked = build()
+    found = asked.structure
+    assert found.simd_forward, found.simd_forward
+    assert found.simd_loss, found.simd_loss
+    assert found.samples == N
+    assert asked.verify(), asked.verify()
+    assert all(torch.isfinite(g).all() for g in asked.gradient().values())
+    assert asked.crosstalk().strength == pytest.approx(0, abs=1e-12)
+
+
+def test_samples_on_another_axis():
+    class Last(nn.Module):
+        def forward(self, z):
+            return z.t() * 2
+
+    found = ub.Problem(Last(), loss, (torch.randn(C, N), y()), in_dims=(1, 0)).structure
+    assert found.simd_forward
+    assert found.samples == N
+
+
+def test_model_with_its_own_loss():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(D, C)
+
+        def forward(self, z, labels=None):
+            logits = self.linear(z)
+            return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+    found = ub.Problem(Own(), batch={"z": x(), "labels": y()}).structure
+    assert found.simd_forward
+    assert found.reduction
+    assert found.predictions == ((N, C),)
+    with pytest.raises(ub.InputError, match="labels"):
+        _ = ub.Problem(Own(), batch={"z": x()}).structure
+
+
+def test_one_sample_leaves_the_forward_open():
+    found = ub.Problem(nn.Linear(D, C), loss, (x()[:1], y()[:1])).structure
+    for verdict in (found.independent_forward, found.simd_forward, found.simd_given_statistics):
+        assert verdict.status == "unknown"
+        assert "one sample" in verdict.note
+    problem_of_one = ub.Problem(nn.Linear(D, C), loss, (x()[:1], y()[:1]))
+    assert problem_of_one.verify()
+    assert problem_of_one.gradient()["weight"].shape == (C, D)
+
+
+# ---------------------------------------------------------------- when it looks again
+
+
+@pytest.fixture
+def records(monkeypatch) -> Iterator[list[str]]:
+    """One entry for every recording."""
+    seen: list[str] = []
+    record = capture.record
+
+    def counted(*args: Any) -> Any:
+        seen.append("record")
+        return record(*args)
+
+    monkeypatch.setattr(capture, "record", counted)
+    return seen
+
+
+def asked(**changes: Any) -> ub.Problem:
+    out = ub.Problem(model(), loss, (x(), y()))
+    _ = out.structure
+    return out
+
+
+def test_questions_share_a_recording(records):
+    same = asked()
+    found = same.structure
+    same.verify()
+    same.predictions()
+    same.gradient()
+    same.crosstalk()
+    assert same.structure is found
+    assert len(records) == 1
+
+
+CHANGES: dict[str, Callable[[ub.Problem], Any]] = {
+    "a parameter in place": lambda p: p.program.model[0].weight.data.mul_(2),
+    "a parameter by an optimizer": lambda p: torch.optim.SGD(p.program.model.parameters(), 0.1).step(_with_gradients(p)),
+    "a parameter replaced": lambda p: setattr(p.program.model[0], "weight", nn.Parameter(torch.randn(C, D))),
+    "a parameter's data replaced": lambda p: setattr(p.program.model[0].weight, "data", torch.randn(C, D)),
+    "parameters loaded": lambda p: p.program.model.load_state_dict(model().state_dict()),
+    "a buffer": lambda p: p.program.model[1].running_mean.add_(1),
+    "train and eval": lambda p: p.program.model.eval(),
+    "one module to eval": lambda p: p.program.model[1].eval(),
+    "an attribute": lambda p: setattr(p.program.model[1], "eps", 0.1),
+    "a hook": lambda p: p.program.model[0].register_forward_hook(lambda m, i, o: o - o.mean(0)),
+    "requires_grad": lambda p: p.program.model[0].weight.requires_grad_(False),
+    "a module replaced": lambda p: p.program.model.__setitem__(1, nn.Tanh()),
+    "the data": lambda p: p.inputs.mul_(2),
+    "the targets": lambda p: p.targets.zero_(),
+}
+
+
+def _with_gradients(p: ub.Problem) -> None:
+    for q in p.program.model.parameters():
+        q.grad = torch.ones_like(q)
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_changes_are_seen(change, records):
+    same = asked()
+    change(same)
+    found = same.structure
+    assert len(records) == 2, "answered from an old recording"
+    fresh = ub.Problem(same.program.model, loss, (same.inputs, same.targets)).structure
+    assert [v.status for v in found.verdicts] == [v.status for v in fresh.verdicts]
+    rng = torch.get_rng_state()
+    with capture.untouched(same.program.modules):
+        torch.testing.assert_close(same.predictions(), same.program.model(same.inputs))
+    assert torch.equal(rng, torch.get_rng_state())
+
+
+def test_eval_changes_the_answer(records):
+    same = asked()
+    assert not same.structure.simd_forward
+    same.program.model.eval()
+    assert same.structure.simd_forward
+    same.program.model.train()
+    assert not same.structure.simd_forward
+
+
+def test_another_batch_needs_no_recording(records):
+    first = asked()
+    for _ in range(3):
+        other = first.with_batch(x(), y())
+        assert other.structure.simd_given_statistics
+        with capture.untouched(other.program.modules):
+            torch.testing.assert_close(other.predictions(), other.program.model(other.inputs))
+            true = torch.autograd.grad(loss(other.program.model(other.inputs), other.targets), list(other.program.model.parameters()))
+        torch.testing.assert_close(list(other.gradient().values()), list(true))
+    assert len(records) == 1
+    assert first.structure.samples == N
+    assert len(records) == 1
+
+
+def test_another_shape_needs_one(records):
+    first = asked()
+    other = first.with_batch(torch.randn(8, D), torch.arange(8) % C)
+    assert other.structure.samples == 8
+    assert other.predictions().shape == (8, C)
+    assert len(records) == 2
+
+
+def test_a_program_that_decides_on_values_is_recorded_again(records):
+    class Branching(nn.Module):
+        def forward(self, z):
+            return z - z.mean(0) if z.sum() > 0 else z
+
+    first = ub.Problem(Branching(), lambda p: p.sum(), (torch.ones(N, D) + x() / 9, None))
+    assert first.structure.independent_forward.status == "fails"
+    other = first.with_batch(-first.inputs)
+    assert torch.equal(other.predictions(), other.inputs)
+    assert len(records) == 2
+
+
+def test_another_batch_is_checked():
+    first = asked()
+    with pytest.raises(ub.InputError, match=r"5.*3"):
+        first.with_batch(x(), y()[:3])
+    with pytest.raises(ub.InputError, match="same structure"):
+        first.with_batch((x(), x()), y())
+    with pytest.raises(ub.InputError, match="NaN"):
+        _ = first.with_batch(with_nan(), y()).structure
+
+
+# ---------------------------------------------------------------- declared by the user
+
+
+class Opaque(nn.Module):
+    """Acts on each sample alone, in a way that cannot be seen."""
+
+    def forward(self, z):
+        return z * torch.from_numpy(z.detach().abs().amax(1, keepdim=True).numpy())
+
+
+@pytest.fixture
+def declarations(monkeypatch) -> None:
+    """What a test declares is forgotten after it."""
+    monkeypatch.setattr(rules, "CUSTOM", dict(rules.CUSTOM))
+    monkeypatch.setattr(rules, "ASSUMED", dict(rules.ASSUMED))
+    monkeypatch.setattr(problem, "_ASSUMED_MODULES", dict(problem._ASSUMED_MODULES))
+
+
+@pytest.mark.usefixtures("declarations")
+def test_assumed_module():
+    net = nn.Sequential(nn.Linear(D, D), Opaque(), nn.Linear(D, C))
+    same = ub.Problem(net, loss, (x(), y()))
+    assert same.structure.independent_forward.status == "unknown"
+    ub.assume_independent(net[1])
+    found = same.structure
+    assert (found.independent_forward.status, found.independent_forward.basis) == ("holds", "assumed")
+    assert found.assumptions == ("1",)
+    assert ub.Problem(nn.Linear(D, C), loss, (x(), y())).structure.assumptions == ()
+    assert same.verify()
+
+
+@pytest.mark.usefixtures("declarations")
+def test_a_wrong_assumption_is_found():
+    net = nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D))
+    ub.assume_independent(net[1])
+    same = ub.Problem(net, loss, (x(), y()))
+    assert same.structure.independent_forward.basis == "assumed"
+    assert not same.verify()
+
+
+@pytest.mark.parametrize("nonsense", ["conv", 3, None, nn.Linear, torch.relu, torch.ops.aten.relu])
+def test_nonsense_cannot_be_assumed(nonsense):
+    with pytest.raises(ub.InputError, match="assume_independent takes") as caught:
+        ub.assume_independent(nonsense)
+    assert repr(nonsense) in str(caught.value)
+
+
+@torch.library.custom_op("unbatch_tests::centre", mutates_args=())
+def centre(z: Tensor) -> Tensor:
+    return z - z.mean(0)
+
+
+centre.register_fake(torch.empty_like)
+OP = torch.ops.unbatch_tests.centre.default
+
+
+class Custom(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(D, C)
+
+    def forward(self, z):
+        return self.linear(centre(z))
+
+
+def centring(call: rules.Call) -> Any:
+    z = call.marks[0]
+    return call.algebra.pointwise("centre", z, call.algebra.reduce("mean", z, [0], keepdim=True), kind="sub")
+
+
+@pytest.mark.usefixtures("declarations")
+def test_a_rule_for_an_op_of_ones_own():
+    same = ub.Problem(Custom(), loss, (x(), y()))
+    before = same.structure
+    assert before.simd_given_statistics.status == "unknown"
+    assert before.unknown_ops
+    assert before.custom_rules == ()
+    assert any("register_rule" in c.remedy for c in before.simd_given_statistics.culprits)
+    ub.register_rule(OP, centring)
+    after = same.structure
+    assert (after.simd_given_statistics.status, after.simd_given_statistics.basis) == ("holds", "proved")
+    assert after.custom_rules == (str(OP),)
+    assert after.unknown_ops == ()
+    assert after.statistics_size == D
+
+
+@pytest.mark.usefixtures("declarations")
+def test_an_op_can_be_assumed():
+    same = ub.Problem(Custom(), loss, (x(), y()))
+    ub.assume_independent(OP)
+    assert same.structure.independent_forward.basis == "assumed"
+    assert str(OP) in same.structure.assumptions
+    assert not same.verify()
+
+
+@pytest.mark.usefixtures("declarations")
+def test_a_second_rule_is_refused():
+    ub.register_rule(OP, centring)
+    with pytest.raises(ub.InputError, match="replace=True") as caught:
+        ub.register_rule(OP, centring)
+    assert str(OP) in str(caught.value)
+    ub.register_rule(OP, rules.pointwise, replace=True)
+    assert ub.Problem(Custom(), loss, (x(), y())).structure.independent_forward.basis == "proved"
+
+
+@pytest.mark.usefixtures("declarations")
+def test_built_in_rules_are_kept():
+    with pytest.raises(ub.InputError, match="already has a rule"):
+        ub.register_rule(torch.ops.aten.mean.dim, rules.pointwise)
+    with pytest.raises(ub.InputError, match=r"OpOverload|\.default"):
+        ub.register_rule("my::op", rules.pointwise)
