@@ -125,7 +125,11 @@ class Draft:
     def program(self, arguments: str) -> Program:
         """The lines, without names and weights that nobody reads."""
         words = re.findall(r"\w+", "\n".join(self.lines))
-        lines = [line for line in self.lines if not re.fullmatch(r"v\d+ = h", line) or words.count(line.split()[0]) > 1]
+        lines = [
+            line
+            for line in self.lines
+            if not re.fullmatch(r"v\d+ = h", line) or words.count(line.split()[0]) > 1
+        ]
         weights = {f"w{i}": w for i, w in enumerate(self.weights) if f"w{i}" in words}
         return Program(lines, weights, arguments)
 
@@ -135,14 +139,28 @@ class Draft:
 
 def pointwise(d: Draft) -> str:
     return "h = " + d.choose(
-        ["h.tanh()", "h * h", "h.abs()", "h.sigmoid()", "2 * h - 1", "h.clamp(-2, 2).exp()", "1 / (1 + h * h)", "-h"]
+        [
+            "h.tanh()",
+            "h * h",
+            "h.abs()",
+            "h.sigmoid()",
+            "2 * h - 1",
+            "h.clamp(-2, 2).exp()",
+            "1 / (1 + h * h)",
+            "-h",
+        ]
     )
 
 
 def branch(d: Draft) -> str:
     v = d.alike()
     return "h = " + d.choose(
-        [f"torch.where({v} > 0, h, 0.1 * h)", f"h.masked_fill({v} < -0.5, 0.0)", f"torch.maximum(h, {v})", f"h * ({v} > 3)"]
+        [
+            f"torch.where({v} > 0, h, 0.1 * h)",
+            f"h.masked_fill({v} < -0.5, 0.0)",
+            f"torch.maximum(h, {v})",
+            f"h * ({v} > 3)",
+        ]
     )
 
 
@@ -162,14 +180,26 @@ def reduction_of_one_dim(d: Draft) -> str:
 
 def selection(d: Draft) -> str:
     dim, keep = d.dim(), d.choose([True, False])
-    kind = d.choose(["median({}, {}).values", "max({}, {}).values", "argmax({}, {}).to(h)", "min({}, {}).indices.to(h)"])
+    # PyTorch's own median is wrong on values that share memory, such as expanded ones.
+    kind = d.choose(
+        [
+            "contiguous().median({}, {}).values",
+            "max({}, {}).values",
+            "argmax({}, {}).to(h)",
+            "min({}, {}).indices.to(h)",
+        ]
+    )
     return "h = h." + kind.format(dim, keep)
 
 
 def centring(d: Draft) -> str:
     dims = d.dims()
     return "h = " + d.choose(
-        [f"h - h.mean({dims}, keepdim=True)", f"h / (1 + h.abs().sum({dims}, keepdim=True))", f"h - h.amax({dims}, keepdim=True)"]
+        [
+            f"h - h.mean({dims}, keepdim=True)",
+            f"h / (1 + h.abs().sum({dims}, keepdim=True))",
+            f"h - h.amax({dims}, keepdim=True)",
+        ]
     )
 
 
@@ -210,15 +240,19 @@ def reshaping(d: Draft) -> str:
 
 def transposition(d: Draft) -> str:
     order = sorted(range(d.ndim), key=lambda i: d.choose(range(5)))
-    return "h = " + d.choose([f"h.transpose({d.dim()}, {d.dim()})", f"h.permute({order})", f"h.movedim({d.dim()}, {d.dim()})"])
+    return "h = " + d.choose(
+        [f"h.transpose({d.dim()}, {d.dim()})", f"h.permute({order})", f"h.movedim({d.dim()}, {d.dim()})"]
+    )
 
 
 def movement(d: Draft) -> str:
     dim = d.dim()
     kinds = [
-        f"h.flip({dim})", f"h.roll({d.choose([1, -1, 2])}, {dim})", f"h.index_select({dim}, torch.tensor({d.places(dim)}))",
-        f"h.narrow({dim}, {d.choose([0, 1])}, {max(1, d.size(dim) - 1)})", f"h.split({d.choose([1, 2, 3])}, {dim})[0]",
-        f"h.chunk(2, {dim})[-1]", f"h.select({dim}, {d.choose([0, -1])})", f"h.repeat_interleave(2, {dim})", f"h.unsqueeze({dim})",
+        f"h.flip({dim})", f"h.roll({d.choose([1, -1, 2])}, {dim})",
+        f"h.index_select({dim}, torch.tensor({d.places(dim)}))",
+        f"h.narrow({dim}, {d.choose([0, 1])}, {max(1, d.size(dim) - 1)})",
+        f"h.split({d.choose([1, 2, 3])}, {dim})[0]", f"h.chunk(2, {dim})[-1]",
+        f"h.select({dim}, {d.choose([0, -1])})", f"h.repeat_interleave(2, {dim})", f"h.unsqueeze({dim})",
         f"h.unfold({dim}, 2, 1)", f"F.pad(h.movedim({dim}, -1), (1, 0)).movedim(-1, {dim})",
         f"h.squeeze({dim})", "h.tril()", "h.diagonal()", f"h.diff(dim={dim})",
     ]  # fmt: skip
@@ -270,8 +304,11 @@ def contraction(d: Draft) -> str:
 def product_of_values(d: Draft) -> str:
     letters = "abcd"[: d.ndim]
     out = [i for i in letters if d.choose([True, True, False])]
-    kinds = ["h @ h.mT", f"h @ {d.alike()}", f"torch.einsum('{letters},{letters}->{''.join(out)}', h, {d.alike()})",
-             "F.scaled_dot_product_attention(h, h, h)", f"h.unsqueeze({d.dim()}) - h.unsqueeze({d.dim()})"]  # fmt: skip
+    kinds = [
+        "h @ h.mT", f"h @ {d.alike()}",
+        f"torch.einsum('{letters},{letters}->{''.join(out)}', h, {d.alike()})",
+        "F.scaled_dot_product_attention(h, h, h)", f"h.unsqueeze({d.dim()}) - h.unsqueeze({d.dim()})",
+    ]  # fmt: skip
     return "h = " + d.choose(kinds)
 
 
@@ -284,8 +321,10 @@ def convolution(d: Draft) -> str:
 
 def scan(d: Draft) -> str:
     dim = d.dim()
-    kinds = [f"h.cumsum({dim})", f"h.tanh().cumprod({dim})", f"h.cummax({dim}).values", f"h.sort({dim}).values",
-             f"h.sort({dim}).indices.to(h)", f"h.topk({min(2, d.size(dim))}, {dim}).values"]  # fmt: skip
+    kinds = [
+        f"h.cumsum({dim})", f"h.tanh().cumprod({dim})", f"h.cummax({dim}).values", f"h.sort({dim}).values",
+        f"h.sort({dim}).indices.to(h)", f"h.topk({min(2, d.size(dim))}, {dim}).values",
+    ]  # fmt: skip
     return "h = " + d.choose(kinds)
 
 
@@ -294,10 +333,11 @@ def writing(d: Draft) -> str:
     dim = d.dim()
     i, j = d.choose([0, 1]), d.choose([0, -1])
     kinds = [
-        f"h.select({dim}, {i}).mul_(2)", f"h.select({dim}, {i}).add_(h.select({dim}, {j}).clone())", f"h.narrow({dim}, 0, 1).zero_()",
-        f"h.transpose(0, {dim})[{i}] += 1", f"h.transpose(0, {dim})[1:] += h.transpose(0, {dim})[:-1].clone()",
-        f"h.view(-1)[::{d.choose([2, 3])}] = 0", f"h.sub_(h.mean({dim}, keepdim=True))", f"h.copy_(h.flip({dim}))",
-        "h[h > 1] = 0", f"h.add_({d.past()})",
+        f"h.select({dim}, {i}).mul_(2)", f"h.select({dim}, {i}).add_(h.select({dim}, {j}).clone())",
+        f"h.narrow({dim}, 0, 1).zero_()", f"h.transpose(0, {dim})[{i}] += 1",
+        f"h.transpose(0, {dim})[1:] += h.transpose(0, {dim})[:-1].clone()",
+        f"h.view(-1)[::{d.choose([2, 3])}] = 0", f"h.sub_(h.mean({dim}, keepdim=True))",
+        f"h.copy_(h.flip({dim}))", "h[h > 1] = 0", f"h.add_({d.past()})",
     ]  # fmt: skip
     return f"h = h.clone()\n{d.choose(kinds)}"
 
@@ -310,14 +350,27 @@ def counting(d: Draft) -> str:
 
 def loop(d: Draft) -> str:
     a, b = d.dim(), d.dim()
-    bodies = ["r.tanh()", "r / (1 + r.abs().sum())", "r.cumsum(-1)", "(i + 1) * r", "r - h.select({a}, i - 1)", "r @ r", "r.flip(0)"]
+    bodies = [
+        "r.tanh()",
+        "r / (1 + r.abs().sum())",
+        "r.cumsum(-1)",
+        "(i + 1) * r",
+        "r - h.select({a}, i - 1)",
+        "r @ r",
+        "r.flip(0)",
+    ]
     body = d.choose(bodies).format(a=a)
-    return "h = " + d.choose([f"torch.stack([{body} for i, r in enumerate(h.unbind({a}))], {b})", f"sum(h.unbind({a}))"])
+    return "h = " + d.choose(
+        [f"torch.stack([{body} for i, r in enumerate(h.unbind({a}))], {b})", f"sum(h.unbind({a}))"]
+    )
 
 
-LINES = [pointwise, branch, binary, binary, reduction, reduction, reduction_of_one_dim, selection, centring, softmax, normalisation,
-         normalisation_with_weights, reshaping, reshaping, transposition, transposition, movement, movement, joining, enlarging,
-         gathering, scattering, contraction, contraction, product_of_values, convolution, scan, writing, writing, counting, loop]  # fmt: skip
+LINES = [
+    pointwise, branch, binary, binary, reduction, reduction, reduction_of_one_dim, selection, centring,
+    softmax, normalisation, normalisation_with_weights, reshaping, reshaping, transposition, transposition,
+    movement, movement, joining, enlarging, gathering, scattering, contraction, contraction,
+    product_of_values, convolution, scan, writing, writing, counting, loop,
+]  # fmt: skip
 
 
 def forward_program(choose: Choose, longest: int = 7) -> tuple[Program, Tensor]:
@@ -347,29 +400,49 @@ def _ending(d: Draft) -> str:
 
 def row_loss(d: Draft) -> str:
     """A number for each sample from its own row."""
-    kinds = ["((p - y) ** 2).sum(1)", "(p * y).sum(1)", "(p - y).abs().mean(1)", "F.cross_entropy(p, y.argmax(1), reduction='none')",
-             "p.logsumexp(1)", "(p.tanh() * y).amax(1)", "p[:, 0] * y[:, 1]", "p.square().mean(1)", "torch.stack([(r * r).sum() for r in p])",
-             "F.cosine_similarity(p, y)", "p.gather(1, y.argmax(1, keepdim=True))[:, 0]"]  # fmt: skip
+    kinds = [
+        "((p - y) ** 2).sum(1)", "(p * y).sum(1)", "(p - y).abs().mean(1)",
+        "F.cross_entropy(p, y.argmax(1), reduction='none')", "p.logsumexp(1)", "(p.tanh() * y).amax(1)",
+        "p[:, 0] * y[:, 1]", "p.square().mean(1)", "torch.stack([(r * r).sum() for r in p])",
+        "F.cosine_similarity(p, y)", "p.gather(1, y.argmax(1, keepdim=True))[:, 0]",
+    ]  # fmt: skip
     return "h = " + d.choose(kinds)
 
 
 def tangle(d: Draft) -> str:
     """Numbers in which samples meet."""
-    kinds = ["(p * p.roll(1, 0)).sum(1)", "(p - p.mean(0)).square().sum(1)", "p.softmax(0).sum(1)", "p.cumsum(0).square().sum(1)",
-             "(p @ p.t()).logsumexp(1)", "p.std(0)", "p.mean(0).square()", "p.sum(0).tanh()", "(p / p.norm()).sum(1)",
-             "(p @ y.t()).logsumexp(1)", "p.amax(0)", "p.sort(0).values[0]", "p.flip(0).square().sum(1)"]  # fmt: skip
+    kinds = [
+        "(p * p.roll(1, 0)).sum(1)", "(p - p.mean(0)).square().sum(1)", "p.softmax(0).sum(1)",
+        "p.cumsum(0).square().sum(1)", "(p @ p.t()).logsumexp(1)", "p.std(0)", "p.mean(0).square()",
+        "p.sum(0).tanh()", "(p / p.norm()).sum(1)", "(p @ y.t()).logsumexp(1)", "p.amax(0)",
+        "p.sort(0).values[0]", "p.flip(0).square().sum(1)",
+    ]  # fmt: skip
     return "h = " + d.choose(kinds)
 
 
 def weighting(d: Draft) -> str:
-    kinds = ["h * torch.arange(1.0, 5.0)", "h * y[:, 0]", "h * y.sum(1).softmax(0)", "h * (h > 0.5)", "h * p.sum(1)", "h * p.detach().sum(1).softmax(0)",
-             "h / y.square().sum()", "h * (h > h.mean())", "h * torch.tensor([1.0, 0.0, 1.0, 1.0])", "h[y[:, 0] > 0]", "h[:2]", "h.flip(0)",
-             "h - h.mean()", "h * h.detach()", "h / (1 + h.abs().sum())", "torch.arange(1.0, 5.0) + h"]  # fmt: skip
+    kinds = [
+        "h * torch.arange(1.0, 5.0)", "h * y[:, 0]", "h * y.sum(1).softmax(0)", "h * (h > 0.5)",
+        "h * p.sum(1)", "h * p.detach().sum(1).softmax(0)", "h / y.square().sum()", "h * (h > h.mean())",
+        "h * torch.tensor([1.0, 0.0, 1.0, 1.0])", "h[y[:, 0] > 0]", "h[:2]", "h.flip(0)", "h - h.mean()",
+        "h * h.detach()", "h / (1 + h.abs().sum())", "torch.arange(1.0, 5.0) + h",
+    ]  # fmt: skip
     return "h = " + d.choose(kinds)
 
 
 def bend(d: Draft) -> str:
-    return "h = " + d.choose(["h.tanh()", "h * h", "h.abs()", "h.clamp(-2, 2).exp()", "(1 + h * h).sqrt()", "2 * h + 1", "h.relu()", "-h"])
+    return "h = " + d.choose(
+        [
+            "h.tanh()",
+            "h * h",
+            "h.abs()",
+            "h.clamp(-2, 2).exp()",
+            "(1 + h * h).sqrt()",
+            "2 * h + 1",
+            "h.relu()",
+            "-h",
+        ]
+    )
 
 
 def merge(d: Draft) -> str:
@@ -377,7 +450,19 @@ def merge(d: Draft) -> str:
 
 
 def total(d: Draft) -> str:
-    kinds = ["sum()", "mean()", "sum()", "mean()", "max()", "logsumexp(0)", "prod()", "norm()", "std()", "median()", "square().sum()"]
+    kinds = [
+        "sum()",
+        "mean()",
+        "sum()",
+        "mean()",
+        "max()",
+        "logsumexp(0)",
+        "prod()",
+        "norm()",
+        "std()",
+        "median()",
+        "square().sum()",
+    ]
     return "h = h." + d.choose(kinds)
 
 

@@ -1,6 +1,7 @@
 """What the facade refuses, what it accepts, and when it looks again.
 
-Every refusal is one clear error of the package's own, with the offending value and the remedy, and changes nothing.
+Every refusal is one clear error of the package's own, with the offending value and the remedy, and
+changes nothing.
 """
 
 from collections.abc import Callable, Iterator
@@ -9,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_capture import assert_unchanged, state
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import unbatch as ub
+from test_purity import assert_unchanged, state
 from unbatch import capture, problem, rules
 
 N, D, C = 5, 4, 3
@@ -78,41 +79,141 @@ class Bad:
     ask: Callable[[ub.Problem], Any] = structure
 
 
+P = ub.Problem
+
 BAD = [
-    Bad("loss without reduction", lambda: ub.Problem(model(), nn.CrossEntropyLoss(reduction="none"), (x(), y())), ("scalar", "(5,)", "reduction='mean'")),
-    Bad("loss that is a float", lambda: ub.Problem(model(), lambda p, y: 3.5, (x(), y())), ("scalar tensor", "3.5", "Reduce")),
-    Bad("loss that is nothing", lambda: ub.Problem(model(), lambda p, y: None, (x(), y())), ("scalar tensor", "None")),
-    Bad("loss that is a tuple", lambda: ub.Problem(model(), lambda p, y: (p.sum(), y), (x(), y())), ("scalar tensor", "tensor")),
-    Bad("targets of another size", lambda: ub.Problem(model(), loss, (x(), y()[:3])), ("5", "3", "in_dims=(0, None)")),
-    Bad("inputs of different sizes", lambda: ub.Problem(model(), loss, ((x(), x()[:2]), y())), ("X[0]", "X[1]", "5", "2", "in_dims")),
-    Bad("input without a batch axis", lambda: ub.Problem(model(), loss, (torch.tensor(1.0), y())), ("X", "()", "no axis 0", "in_dims")),
-    Bad("target without a batch axis", lambda: ub.Problem(model(), loss, (x(), torch.tensor(1))), ("y", "()", "no axis 0", "in_dims")),
-    Bad("axis that is not there", lambda: ub.Problem(model(), loss, (x(), y()), in_dims=(2, 0)), ("(5, 4)", "axis 2")),
-    Bad("negative axis that is not there", lambda: ub.Problem(model(), loss, (x(), y()), in_dims=(-3, 0)), ("(5, 4)", "axis -3")),
-    Bad("empty batch", lambda: ub.Problem(model(), loss, (x()[:0], y()[:0])), ("no samples", "(0, 4)", "at least one")),
-    Bad("no input per sample", lambda: ub.Problem(model(), loss, (x(), y()), in_dims=(None, 0)), ("None", "At least one input")),
-    Bad("inputs that are no tensors", lambda: ub.Problem(model(), loss, ("text", y())), ("str", "torch.as_tensor")),
-    Bad("inputs that are lists of numbers", lambda: ub.Problem(model(), loss, ([1.0, 2.0], y())), ("torch.as_tensor",)),
-    Bad("in_dims of another structure", lambda: ub.Problem(model(), loss, ((x(), x()), y()), in_dims=({"a": 0}, 0)), ("in_dims", "{'a': 0}", "same nesting")),
-    Bad("in_dims that are too many", lambda: ub.Problem(model(), loss, (x(), y()), in_dims=(0, 0, 0)), ("in_dims", "(0, 0, 0)")),
-    Bad("in_dims that are words", lambda: ub.Problem(model(), loss, (x(), y()), in_dims=("first", 0)), ("in_dims", "first")),
-    Bad("nothing trainable", lambda: ub.Problem(frozen(), loss, (x(), y())), ("requires a gradient", "requires_grad_(True)"), ask=gradient),
-    Bad("not a number", lambda: ub.Problem(model(), loss, (with_nan(), y())), ("NaN", "X[0]", "1 value", "sample 3", "impute")),
-    Bad("parameters without values", lambda: ub.Problem(model().to("meta"), loss, (x(), y())), ("'0.weight'", "meta", "to_empty")),
-    Bad("data on another device", lambda: ub.Problem(model(), loss, (x().to("meta"), y())), ("meta", "cpu", "Move", ".to(")),
-    Bad("targets on another device", lambda: ub.Problem(model(), loss, (x(), y().to("meta"))), ("y is on meta", "cpu", ".to(")),
-    Bad("model that raises", lambda: ub.Problem(broken(), loss, (x(), y())), ("ZeroDivisionError", "seven times nothing", "Broken", "(5, 4)"), ub.CaptureError),
-    Bad("loss that raises", lambda: ub.Problem(model(), loss, (x(), torch.randn(N, 2))), ("RuntimeError", "Sequential", "(5, 4)"), ub.CaptureError),
-    Bad("model of other inputs", lambda: ub.Problem(model(), loss, ((x(), x()), y())), ("TypeError", "positional", "Sequential"), ub.CaptureError),
-    Bad("model without a loss", lambda: ub.Problem(model(), batch=x()), ("loss", "Tensor", "Problem(model, loss, (X, y))")),
-    Bad("data that are no pair", lambda: ub.Problem(model(), loss, x()), ("pair (X, y)", "Tensor")),
-    Bad("data that are three", lambda: ub.Problem(model(), loss, (x(), y(), y())), ("pair (X, y)",)),
-    Bad("neither data nor batch", lambda: ub.Problem(model(), loss), ("data=(X, y)", "batch=inputs")),
-    Bad("data and batch", lambda: ub.Problem(model(), loss, (x(), y()), batch=x()), ("data=(X, y)", "batch=inputs")),
-    Bad("data without a loss", lambda: ub.Problem(model(), None, (x(), y())), ("loss",)),
-    Bad("a model that cannot be called", lambda: ub.Problem("model", loss, (x(), y())), ("not callable", "str"), ub.CaptureError),
-    Bad("a function without parameters", lambda: ub.Problem(lambda p, x: x, loss, (x(), y())), ("TypeError", "missing 1 required"), ub.CaptureError),
-]  # fmt: skip
+    Bad(
+        "loss without reduction",
+        lambda: P(model(), nn.CrossEntropyLoss(reduction="none"), (x(), y())),
+        ("scalar", "(5,)", "reduction='mean'"),
+    ),
+    Bad(
+        "loss that is a float",
+        lambda: P(model(), lambda p, y: 3.5, (x(), y())),
+        ("scalar tensor", "3.5", "Reduce"),
+    ),
+    Bad("loss that is nothing", lambda: P(model(), lambda p, y: None, (x(), y())), ("scalar tensor", "None")),
+    Bad(
+        "loss that is a tuple",
+        lambda: P(model(), lambda p, y: (p.sum(), y), (x(), y())),
+        ("scalar tensor", "tensor"),
+    ),
+    Bad("targets of another size", lambda: P(model(), loss, (x(), y()[:3])), ("5", "3", "in_dims=(0, None)")),
+    Bad(
+        "inputs of different sizes",
+        lambda: P(model(), loss, ((x(), x()[:2]), y())),
+        ("X[0]", "X[1]", "5", "2", "in_dims"),
+    ),
+    Bad(
+        "input without a batch axis",
+        lambda: P(model(), loss, (torch.tensor(1.0), y())),
+        ("X", "()", "no axis 0", "in_dims"),
+    ),
+    Bad(
+        "target without a batch axis",
+        lambda: P(model(), loss, (x(), torch.tensor(1))),
+        ("y", "()", "no axis 0", "in_dims"),
+    ),
+    Bad("axis that is not there", lambda: P(model(), loss, (x(), y()), in_dims=(2, 0)), ("(5, 4)", "axis 2")),
+    Bad(
+        "negative axis that is not there",
+        lambda: P(model(), loss, (x(), y()), in_dims=(-3, 0)),
+        ("(5, 4)", "axis -3"),
+    ),
+    Bad(
+        "empty batch", lambda: P(model(), loss, (x()[:0], y()[:0])), ("no samples", "(0, 4)", "at least one")
+    ),
+    Bad(
+        "no input per sample",
+        lambda: P(model(), loss, (x(), y()), in_dims=(None, 0)),
+        ("None", "At least one input"),
+    ),
+    Bad("inputs that are no tensors", lambda: P(model(), loss, ("text", y())), ("str", "torch.as_tensor")),
+    Bad(
+        "inputs that are lists of numbers", lambda: P(model(), loss, ([1.0, 2.0], y())), ("torch.as_tensor",)
+    ),
+    Bad(
+        "in_dims of another structure",
+        lambda: P(model(), loss, ((x(), x()), y()), in_dims=({"a": 0}, 0)),
+        ("in_dims", "{'a': 0}", "same nesting"),
+    ),
+    Bad(
+        "in_dims that are too many",
+        lambda: P(model(), loss, (x(), y()), in_dims=(0, 0, 0)),
+        ("in_dims", "(0, 0, 0)"),
+    ),
+    Bad(
+        "in_dims that are words",
+        lambda: P(model(), loss, (x(), y()), in_dims=("first", 0)),
+        ("in_dims", "first"),
+    ),
+    Bad(
+        "nothing trainable",
+        lambda: P(frozen(), loss, (x(), y())),
+        ("requires a gradient", "requires_grad_(True)"),
+        ask=gradient,
+    ),
+    Bad(
+        "not a number",
+        lambda: P(model(), loss, (with_nan(), y())),
+        ("NaN", "X[0]", "1 value", "sample 3", "impute"),
+    ),
+    Bad(
+        "parameters without values",
+        lambda: P(model().to("meta"), loss, (x(), y())),
+        ("'0.weight'", "meta", "to_empty"),
+    ),
+    Bad(
+        "data on another device",
+        lambda: P(model(), loss, (x().to("meta"), y())),
+        ("meta", "cpu", "Move", ".to("),
+    ),
+    Bad(
+        "targets on another device",
+        lambda: P(model(), loss, (x(), y().to("meta"))),
+        ("y is on meta", "cpu", ".to("),
+    ),
+    Bad(
+        "model that raises",
+        lambda: P(broken(), loss, (x(), y())),
+        ("ZeroDivisionError", "seven times nothing", "Broken", "(5, 4)"),
+        ub.CaptureError,
+    ),
+    Bad(
+        "loss that raises",
+        lambda: P(model(), loss, (x(), torch.randn(N, 2))),
+        ("RuntimeError", "Sequential", "(5, 4)"),
+        ub.CaptureError,
+    ),
+    Bad(
+        "model of other inputs",
+        lambda: P(model(), loss, ((x(), x()), y())),
+        ("TypeError", "positional", "Sequential"),
+        ub.CaptureError,
+    ),
+    Bad(
+        "model without a loss",
+        lambda: P(model(), batch=x()),
+        ("loss", "Tensor", "Problem(model, loss, (X, y))"),
+    ),
+    Bad("data that are no pair", lambda: P(model(), loss, x()), ("pair (X, y)", "Tensor")),
+    Bad("data that are three", lambda: P(model(), loss, (x(), y(), y())), ("pair (X, y)",)),
+    Bad("neither data nor batch", lambda: P(model(), loss), ("data=(X, y)", "batch=inputs")),
+    Bad("data and batch", lambda: P(model(), loss, (x(), y()), batch=x()), ("data=(X, y)", "batch=inputs")),
+    Bad("data without a loss", lambda: P(model(), None, (x(), y())), ("loss",)),
+    Bad(
+        "a model that cannot be called",
+        lambda: P("model", loss, (x(), y())),
+        ("not callable", "str"),
+        ub.CaptureError,
+    ),
+    Bad(
+        "a function without parameters",
+        lambda: P(lambda p, x: x, loss, (x(), y())),
+        ("TypeError", "missing 1 required"),
+        ub.CaptureError,
+    ),
+]
 
 
 @pytest.mark.parametrize("bad", [pytest.param(b, id=b.name) for b in BAD])
@@ -134,7 +235,13 @@ def test_refusals_change_nothing(bad, monkeypatch):
     def watched(self, model, loss=None, data=None, **options):
         inputs, targets = data if isinstance(data, tuple) and len(data) == 2 else (data, options.get("batch"))
         modules = [m for m in (model, loss) if isinstance(m, nn.Module)]
-        made.append(type("Stub", (), {"program": type("Stub", (), {"modules": modules}), "inputs": inputs, "targets": targets}))
+        made.append(
+            type(
+                "Stub",
+                (),
+                {"program": type("Stub", (), {"modules": modules}), "inputs": inputs, "targets": targets},
+            )
+        )
         before.append(state(made[0]))
         init(self, model, loss, data, **options)
 
@@ -168,24 +275,37 @@ def samples_last(net, z):
 
 
 ACCEPTED: dict[str, Callable[[], ub.Problem]] = {
-    "a tensor": lambda: ub.Problem(Pair(), loss, (x(), y())),
-    "a tuple": lambda: ub.Problem(Pair(), loss, ((x(), x()), y())),
-    "a dict": lambda: ub.Problem(Pair(), loss, ({"right": x(), "left": x()}, y())),
-    "an input that is not per sample": lambda: ub.Problem(Pair(), loss, ((x(), x(), torch.randn(7, C)), y()), in_dims=((0, 0, None), 0)),
-    "a dict with in_dims": lambda: ub.Problem(
-        Pair(), loss, ({"left": x(), "table": torch.randn(7, C)}, y()), in_dims=({"left": 0, "table": None}, 0)
+    "a tensor": lambda: P(Pair(), loss, (x(), y())),
+    "a tuple": lambda: P(Pair(), loss, ((x(), x()), y())),
+    "a dict": lambda: P(Pair(), loss, ({"right": x(), "left": x()}, y())),
+    "an input that is not per sample": lambda: P(
+        Pair(), loss, ((x(), x(), torch.randn(7, C)), y()), in_dims=((0, 0, None), 0)
     ),
-    "targets that are not per sample": lambda: ub.Problem(Pair(), lambda p, y: ((p - y.mean(0)) ** 2).sum(), (x(), torch.randn(9, C)), in_dims=(0, None)),
-    "targets of mixed kinds": lambda: ub.Problem(
-        Pair(), lambda p, y: F.cross_entropy(p, y["labels"], y["weights"]), (x(), {"labels": y(), "weights": torch.rand(C)}),
+    "a dict with in_dims": lambda: P(
+        Pair(),
+        loss,
+        ({"left": x(), "table": torch.randn(7, C)}, y()),
+        in_dims=({"left": 0, "table": None}, 0),
+    ),
+    "targets that are not per sample": lambda: P(
+        Pair(), lambda p, y: ((p - y.mean(0)) ** 2).sum(), (x(), torch.randn(9, C)), in_dims=(0, None)
+    ),
+    "targets of mixed kinds": lambda: P(
+        Pair(),
+        lambda p, y: F.cross_entropy(p, y["labels"], y["weights"]),
+        (x(), {"labels": y(), "weights": torch.rand(C)}),
         in_dims=(0, {"labels": 0, "weights": None}),
     ),
-    "targets that hold a number": lambda: ub.Problem(Pair(), lambda p, y: F.cross_entropy(p / y[1], y[0]), (x(), (y(), 2.0))),
-    "no targets": lambda: ub.Problem(Pair(), lambda p: p.square().sum(), (x(), None)),
-    "a function": lambda: ub.Problem(lambda q, z: z @ q["w"], loss, (x(), y()), parameters={"w": torch.randn(D, C, requires_grad=True)}),
-    "a loss with one entry": lambda: ub.Problem(Pair(), lambda p, y: loss(p, y).reshape(1, 1), (x(), y())),
-    "a negative axis": lambda: ub.Problem(Pair(), loss, (x(), y()), in_dims=(-2, -1)),
-}  # fmt: skip
+    "targets that hold a number": lambda: P(
+        Pair(), lambda p, y: F.cross_entropy(p / y[1], y[0]), (x(), (y(), 2.0))
+    ),
+    "no targets": lambda: P(Pair(), lambda p: p.square().sum(), (x(), None)),
+    "a function": lambda: P(
+        lambda q, z: z @ q["w"], loss, (x(), y()), parameters={"w": torch.randn(D, C, requires_grad=True)}
+    ),
+    "a loss with one entry": lambda: P(Pair(), lambda p, y: loss(p, y).reshape(1, 1), (x(), y())),
+    "a negative axis": lambda: P(Pair(), loss, (x(), y()), in_dims=(-2, -1)),
+}
 
 
 @pytest.mark.parametrize("build", ACCEPTED.values(), ids=ACCEPTED)
@@ -218,7 +338,11 @@ def test_model_with_its_own_loss():
 
         def forward(self, z, labels=None):
             logits = self.linear(z)
-            return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
+            return (
+                {"logits": logits}
+                if labels is None
+                else {"loss": F.cross_entropy(logits, labels), "logits": logits}
+            )
 
     found = ub.Problem(Own(), batch={"z": x(), "labels": y()}).structure
     assert found.simd_forward
@@ -273,8 +397,10 @@ def test_questions_share_a_recording(records):
 
 
 CHANGES: dict[str, Callable[[ub.Problem], Any]] = {
-    "a parameter in place": lambda p: p.program.model[0].weight.data.mul_(2),
-    "a parameter by an optimizer": lambda p: torch.optim.SGD(p.program.model.parameters(), 0.1).step(_with_gradients(p)),
+    "a parameter in place": lambda p: p.program.model[0].weight.detach().mul_(2),
+    "a parameter by an optimizer": lambda p: torch.optim.SGD(p.program.model.parameters(), 0.1).step(
+        _with_gradients(p)
+    ),
     "a parameter replaced": lambda p: setattr(p.program.model[0], "weight", nn.Parameter(torch.randn(C, D))),
     "a parameter's data replaced": lambda p: setattr(p.program.model[0].weight, "data", torch.randn(C, D)),
     "parameters loaded": lambda p: p.program.model.load_state_dict(model().state_dict()),
@@ -325,7 +451,9 @@ def test_another_batch_needs_no_recording(records):
         assert other.structure.simd_given_statistics
         with capture.untouched(other.program.modules):
             torch.testing.assert_close(other.predictions(), other.program.model(other.inputs))
-            true = torch.autograd.grad(loss(other.program.model(other.inputs), other.targets), list(other.program.model.parameters()))
+            true = torch.autograd.grad(
+                loss(other.program.model(other.inputs), other.targets), list(other.program.model.parameters())
+            )
         torch.testing.assert_close(list(other.gradient().values()), list(true))
     assert len(records) == 1
     assert first.structure.samples == N

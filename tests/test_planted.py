@@ -1,6 +1,7 @@
 """Planted bugs: each makes the analyser wrong about a small program, and the checkers have to say so.
 
-Three checkers are held to it: `Problem.verify()`, the checker of the case tables, and the oracle of the property tests.
+Three checkers are held to it: `Problem.verify()`, the checker of the case tables, and the oracle of the
+property tests.
 """
 
 from collections.abc import Callable
@@ -9,12 +10,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-from test_cases import check
-from test_properties import check_forward, check_loss
 from torch import nn
 from torch.nn import functional as F
 
 import unbatch as ub
+from test_cases import check
+from test_properties import check_forward, check_loss
 from unbatch import rules, walk
 from unbatch.labels import SHARED, Algebra, shared
 from unbatch.rules import Call, pointwise
@@ -31,6 +32,10 @@ class Net(nn.Module):
         return self.run(self, x)
 
 
+def linear_loss(p, y):
+    return (p * y).sum()
+
+
 @dataclass(frozen=True)
 class Planted:
     """`plant(monkeypatch)` makes `verdict` on a program wrong: it is `status`, and in truth it is not."""
@@ -39,7 +44,7 @@ class Planted:
     plant: Callable[[pytest.MonkeyPatch], None]
     run: Callable
     verdict: str = "independent_forward"
-    loss: Callable = staticmethod(lambda p, y: (p * y).sum())
+    loss: Callable = linear_loss
 
     def problem(self) -> ub.Problem:
         torch.manual_seed(0)
@@ -60,7 +65,12 @@ def sum_that_forgets_an_axis(call: Call):
     first, *others = call.dims()
     out = call.algebra.reduce("sum", call["self"], others, keepdim=True)
     owner, key = (np.full_like(a.take([0], first), fill) for a, fill in ((out.owner, SHARED), (out.key, 7)))
-    kept = replace(out, shape=tuple(1 if d in (first, *others) else s for d, s in enumerate(out.shape)), owner=owner, key=key)
+    kept = replace(
+        out,
+        shape=tuple(1 if d in (first, *others) else s for d, s in enumerate(out.shape)),
+        owner=owner,
+        key=key,
+    )
     return kept if call["keepdim"] else shared(call.shape, "sum")
 
 
@@ -95,11 +105,19 @@ def blind_to_views(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def every_meeting_is_symmetric(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Algebra, "_meet_row", lambda self, owner, key: (SHARED, int(key.sum(dtype=np.uint64))))
+    monkeypatch.setattr(
+        Algebra, "_meet_row", lambda self, owner, key: (SHARED, int(key.sum(dtype=np.uint64)))
+    )
 
 
 def join_that_keeps_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Algebra, "join", lambda self, a, b: np.where(a == SHARED, b, np.broadcast_to(a, np.broadcast_shapes(a.shape, b.shape))))
+    monkeypatch.setattr(
+        Algebra,
+        "join",
+        lambda self, a, b: np.where(
+            a == SHARED, b, np.broadcast_to(a, np.broadcast_shapes(a.shape, b.shape))
+        ),
+    )
 
 
 def deaf_to_branches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,11 +186,24 @@ PLANTED = [
     Planted("a sum forgets an axis", as_rule(sum_that_forgets_an_axis, "sum"), centred_by_one_number),
     Planted("a mean is pointwise", as_rule(pointwise_mean, "mean"), means_of_features),
     Planted("a softmax is pointwise whatever its dim", as_rule(pointwise, "_softmax"), softmax_over_samples),
-    Planted("a transpose keeps the owners", as_rule(transpose_that_keeps_owners, "t", "transpose", "permute"), transposed),
+    Planted(
+        "a transpose keeps the owners",
+        as_rule(transpose_that_keeps_owners, "t", "transpose", "permute"),
+        transposed,
+    ),
     Planted("a write is not seen through views", blind_to_views, written_through_a_view),
-    Planted("batch norm has no statistics", as_rule(batch_norm_without_statistics, "native_batch_norm"), normalised),
+    Planted(
+        "batch norm has no statistics",
+        as_rule(batch_norm_without_statistics, "native_batch_norm"),
+        normalised,
+    ),
     Planted("arange is constant", as_rule(constant_arange, "arange"), scaled_by_index, "simd_forward"),
-    Planted("every meeting is symmetric", every_meeting_is_symmetric, weighted_by_position, "simd_given_statistics"),
+    Planted(
+        "every meeting is symmetric",
+        every_meeting_is_symmetric,
+        weighted_by_position,
+        "simd_given_statistics",
+    ),
     Planted("a pair belongs to its first sample", join_that_keeps_the_first, blended),
     Planted("branches go unseen", deaf_to_branches, steered_by_the_batch),
     Planted("a root is linear", as_rule(linear_root, "sqrt"), plain, "reduction", root_mean_square),

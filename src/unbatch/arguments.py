@@ -34,9 +34,7 @@ MSG_NO_MODULE = (
     "There is no module {name!r} to import. The current directory ({folder}) and the installed packages were "
     "searched; for a file, write its path: path/to/file.py:name."
 )
-MSG_IMPORT = (
-    "Importing {name!r} raised {error}. Run `python -c 'import ...'` on it to see the whole traceback."
-)
+MSG_IMPORT = "Importing {name!r} raised {error}. Run `python -c 'import ...'` on it to see the whole traceback."
 MSG_NO_NAME = "{module!r} has no {name!r}. {hint}"
 MSG_NOT_MODEL = (
     "{value!r} must be a torch.nn.Module, a class of them, or a function without arguments that returns one; "
@@ -48,9 +46,7 @@ MSG_SHAPE = (
     "not float32: 8,3,32,32 or 8,128:int64 or, for integers from 0 to 49, '8,128:int64<50'."
 )
 MSG_DTYPE = "{option} {value!r} asks for the dtype {dtype!r}, which torch does not have. {hint}"
-MSG_BOUND = (
-    "{option} {value!r} bounds values of dtype {dtype}; only integers take a bound, e.g. '8,128:int64<50'."
-)
+MSG_BOUND = "{option} {value!r} bounds values of dtype {dtype}; only integers take a bound, e.g. '8,128:int64<50'."
 MSG_NAMES = "--input {values} mixes named inputs with unnamed ones. Name all of them (name=SHAPE) or none."
 MSG_TWICE = "--input names {name!r} twice. Every named input is given once."
 MSG_LOSS = (
@@ -59,8 +55,7 @@ MSG_LOSS = (
 )
 MSG_NOT_LOSS = "The loss {value!r} must be callable as loss(predictions, targets); it is {kind}."
 MSG_DRAW = (
-    "No targets can be drawn for {loss} and predictions {shape}: {why}. "
-    "Say what they look like: --targets SHAPE:DTYPE."
+    "No targets can be drawn for {loss} and predictions {shape}: {why}. Say what they look like: --targets SHAPE:DTYPE."
 )
 
 
@@ -90,19 +85,13 @@ class Shape:
     name: str = ""
     text: str = ""
 
-    FORM = re.compile(
-        r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<sizes>\d+(?:,\d+)*),?(?::(?P<dtype>\w+)(?:<(?P<bound>\d+))?)?"
-    )
+    FORM = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<sizes>\d+(?:,\d+)*),?(?::(?P<dtype>\w+)(?:<(?P<bound>\d+))?)?")
 
     @classmethod
     def parse(cls, text: str, option: str) -> Shape:
         """Read "8,128:int64<50". Raises ``InputError``."""
         match = cls.FORM.fullmatch(text.replace(" ", ""))
-        if (
-            match is None
-            or 0 in (sizes := tuple(map(int, match["sizes"].split(","))))
-            or match["bound"] == "0"
-        ):
+        if match is None or 0 in (sizes := tuple(map(int, match["sizes"].split(",")))) or match["bound"] == "0":
             raise InputError(MSG_SHAPE.format(option=option, value=text))
         dtype = _dtype(match["dtype"], text, option) if match["dtype"] else None
         if match["bound"] and not _integral(dtype):
@@ -131,14 +120,12 @@ def _dtype(name: str, text: str, option: str) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         known = [n for n in dir(torch) if isinstance(getattr(torch, n), torch.dtype)]
         raise InputError(
-            MSG_DTYPE.format(
-                option=option, value=text, dtype=name, hint=_hint(name, known, "Try float64 or int64.")
-            )
+            MSG_DTYPE.format(option=option, value=text, dtype=name, hint=_hint(name, known, "Try float64 or int64."))
         )
     return dtype
 
 
-# --- models and losses by name ---
+# --- models and losses by name --------------------------------------------------------------------
 
 
 def make_model(target: str, seed: int) -> nn.Module:
@@ -244,9 +231,7 @@ ALIASES = {
     "bce_with_logits": "binary_cross_entropy_with_logits",
     "ce": "cross_entropy",
 }
-DEFAULTS = {
-    "kl_div": {"reduction": "batchmean"}
-}  # its own default divides by classes too, and warns about that
+DEFAULTS = {"kl_div": {"reduction": "batchmean"}}  # its own default divides by classes too, and warns about that
 
 
 def find_loss(value: str) -> Loss:
@@ -270,7 +255,7 @@ def find_loss(value: str) -> Loss:
     return Loss(function, f"torch.nn.functional.{name}{words}", KINDS[name])
 
 
-# --- targets ---
+# --- targets --------------------------------------------------------------------------------------
 
 
 def draw_targets(
@@ -354,7 +339,7 @@ def _takes_one(function: Callable[..., Any]) -> bool:
     return False
 
 
-# --- words ---
+# --- words ----------------------------------------------------------------------------------------
 
 
 def _hint(word: str, known: Sequence[str], otherwise: str) -> str:

@@ -103,7 +103,7 @@ def _numbers(call: Call, known: Mapping[str, Arranged]) -> Any:
     return out.numpy() if not out.is_floating_point() else None
 
 
-# --- which ops act on each row alone ---------------------------------------------------------------------------------------
+# --- which ops act on each row alone --------------------------------------------------------------
 
 
 def _other_dims(call: Call) -> bool:
@@ -120,7 +120,10 @@ def _left_only(call: Call, known: Mapping[str, Arranged]) -> bool:
 ROWS: dict[str, Callable[[Call, Mapping[str, Arranged]], bool]] = {
     **dict.fromkeys(["mm", "addmm", "linear"], _left_only),
     **dict.fromkeys(["bmm", "baddbmm"], lambda c, k: len(k) == len(c.marks)),
-    **dict.fromkeys(["_softmax", "_log_softmax", "sum", "mean", "amax", "amin", "logsumexp", "select", "slice"], lambda c, k: _other_dims(c)),
+    **dict.fromkeys(
+        ["_softmax", "_log_softmax", "sum", "mean", "amax", "amin", "logsumexp", "select", "slice"],
+        lambda c, k: _other_dims(c),
+    ),
     **dict.fromkeys(["split", "chunk", "split_with_sizes", "unbind"], lambda c, k: _other_dims(c)),
     **dict.fromkeys(["view", "_unsafe_view", "clone", "detach", "_to_copy", "expand", "alias"], lambda c, k: True),
     "unsqueeze": lambda c, k: c["dim"] % (len(c["self"].shape) + 1) != 0,
@@ -140,10 +143,12 @@ def _row_by_row(call: Call, known: Mapping[str, Arranged], rows: int) -> bool:
         return False
     ndim = len(call.shape)
     others = [m for k, m in call.arguments.items() if isinstance(m, Marks) and k not in known]
-    return all(len(a.under.shape) == ndim for a in known.values()) and all(len(m.shape) < ndim or m.shape[0] == 1 for m in others)
+    return all(len(a.under.shape) == ndim for a in known.values()) and all(
+        len(m.shape) < ndim or m.shape[0] == 1 for m in others
+    )
 
 
-# --- lookups and writes -----------------------------------------------------------------------------------------------------
+# --- lookups and writes ---------------------------------------------------------------------------
 
 
 def _index_of(call: Call, known: Mapping[str, Arranged]) -> Arranged | None:
@@ -156,7 +161,12 @@ def _looked_up(call: Call, known: Mapping[str, Arranged], rule: Rule) -> list[Ou
     if index is None:
         return []
     if "self" not in known:
-        return [Outcome(0, Arranged(_with_index(call, {k: a for k, a in known.items() if k != "self"}, rule), *index.order))]
+        return [
+            Outcome(
+                0,
+                Arranged(_with_index(call, {k: a for k, a in known.items() if k != "self"}, rule), *index.order),
+            )
+        ]
     x = known["self"]
     if index.is_permutation and x.permutation == index.permutation and x.inverse != index.inverse:
         return [Outcome(0, marks=x.under)]

@@ -24,12 +24,8 @@ from unbatch.verify import Verification
 
 HOLDS, FAILS, WRONG_CALL, UNKNOWN = 0, 1, 2, 3
 
-MSG_ONE_LOSS = (
-    "Say where the loss comes from: either --loss NAME, or --own-loss for a model that returns its own{got}."
-)
-MSG_OWN_TARGETS = (
-    "--targets goes with --loss; a model that returns its own loss takes its targets as an --input."
-)
+MSG_ONE_LOSS = "Say where the loss comes from: either --loss NAME, or --own-loss for a model that returns its own{got}."
+MSG_OWN_TARGETS = "--targets goes with --loss; a model that returns its own loss takes its targets as an --input."
 app = typer.Typer(
     help="Proves which structure a loss has, and says what may be computed because of it.",
     no_args_is_help=True,
@@ -38,7 +34,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-# --- commands ---
+# --- commands -------------------------------------------------------------------------------------
 
 
 def main() -> None:
@@ -96,9 +92,7 @@ Verify = Annotated[bool, typer.Option(help="Put the verdicts to a numerical test
 Seed = Annotated[int, typer.Option(help="For the parameters, the inputs and the targets.")]
 
 
-@app.command(
-    epilog="Exit status: 0 all structures hold, 1 one fails, 2 wrong call, 3 none fails but one is unknown."
-)
+@app.command(epilog="Exit status: 0 all structures hold, 1 one fails, 2 wrong call, 3 none fails but one is unknown.")
 def inspect(
     target: Target,
     inputs: Inputs,

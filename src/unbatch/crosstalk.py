@@ -16,9 +16,9 @@ SHADES = " ░▒▓█"
 
 @dataclass(frozen=True)
 class Crosstalk:
-    """``matrix[n, m]``: ``‖∂F_n/∂x_m‖`` (Frobenius), or the change of ``F_n`` when x_m is replaced (``by="replacement"``).
+    """``matrix[n, m]``: ``‖∂F_n/∂x_m‖`` (Frobenius).
 
-    ``exact`` is False for an estimate from random probes (unbiased in the squares).
+    For ``by="replacement"`` the change of ``F_n`` when x_m is replaced. ``exact`` is False for an estimate from random probes (unbiased in the squares).
     """
 
     matrix: Tensor
@@ -35,7 +35,11 @@ class Crosstalk:
         """A picture: row n is a prediction, column m a sample, darker is stronger (on a log scale of 4 decades)."""
         top = float(self.matrix.max()) or 1.0
         level = ((self.matrix / top).clamp_min(1e-30).log10() / 4 + 1).clamp(0, 1)
-        shade = torch.where(self.matrix > 0, 1 + (level * (len(SHADES) - 1.001)).floor(), torch.zeros(())).clamp_max(len(SHADES) - 1).long()
+        shade = (
+            torch.where(self.matrix > 0, 1 + (level * (len(SHADES) - 1.001)).floor(), torch.zeros(()))
+            .clamp_max(len(SHADES) - 1)
+            .long()
+        )
         lines = ["  ".join(["F\\x", " ".join(f"{m % 100:2d}" for m in range(len(self.matrix)))])]
         lines += [f"{n:3d}  " + " ".join(SHADES[int(s)] * 2 for s in row) for n, row in enumerate(shade)]
         kind = "" if self.exact else ", estimated"
@@ -45,7 +49,11 @@ class Crosstalk:
 def crosstalk(oracle: Oracle, probes: int | None = None) -> Crosstalk:
     """The ``[N, N]`` matrix; see ``Problem.crosstalk``."""
     leaves, spec = tree_flatten(oracle.inputs)
-    smooth = [i for i, (t, d) in enumerate(zip(leaves, oracle.dims, strict=True)) if d is not None and isinstance(t, Tensor) and t.is_floating_point()]
+    smooth = [
+        i
+        for i, (t, d) in enumerate(zip(leaves, oracle.dims, strict=True))
+        if d is not None and isinstance(t, Tensor) and t.is_floating_point()
+    ]
     if not smooth:
         return Crosstalk(_by_replacement(oracle), "replacement", True)
     moving = {i: leaves[i].detach().clone().requires_grad_() for i in smooth}
@@ -54,7 +62,9 @@ def crosstalk(oracle: Oracle, probes: int | None = None) -> Crosstalk:
     squares = torch.zeros(oracle.samples, oracle.samples, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     entries = predictions.shape[1]
-    directions = torch.eye(entries) if probes is None else torch.randn(probes, entries, generator=generator) / probes**0.5
+    directions = (
+        torch.eye(entries) if probes is None else torch.randn(probes, entries, generator=generator) / probes**0.5
+    )
     if not predictions.requires_grad:
         return Crosstalk(squares, "derivative", True)
     for n in range(oracle.samples):
@@ -62,7 +72,9 @@ def crosstalk(oracle: Oracle, probes: int | None = None) -> Crosstalk:
             grads = torch.autograd.grad(predictions[n] @ u, list(moving.values()), retain_graph=True, allow_unused=True)
             for i, g in zip(moving, grads, strict=True):
                 if g is not None:
-                    squares[n] += g.movedim(oracle.dims[i] or 0, 0).reshape(oracle.samples, -1).double().pow(2).sum(1).cpu()
+                    squares[n] += (
+                        g.movedim(oracle.dims[i] or 0, 0).reshape(oracle.samples, -1).double().pow(2).sum(1).cpu()
+                    )
     return Crosstalk(squares.sqrt(), "derivative", probes is None)
 
 
@@ -83,4 +95,3 @@ def _by_replacement(oracle: Oracle) -> Tensor:
         new = oracle.rows(oracle.predict(oracle.changed(keep, "rolled", m)))
         out[:, m] = (new - base).norm(dim=1)
     return out
-

@@ -52,10 +52,14 @@ MSG_NO_PARAMETERS = (
     "No parameter requires a gradient, so there is nothing to take the gradient by. "
     "Set `p.requires_grad_(True)` for the parameters you mean. Structure questions still work."
 )
-MSG_MODEL_FAILED = "The model or the loss raised {kind} on this batch: {value}. Nothing was changed. The call was {call}."
+MSG_MODEL_FAILED = (
+    "The model or the loss raised {kind} on this batch: {value}. Nothing was changed. The call was {call}."
+)
 MSG_META = (
     "Parameter {name!r} is on the meta device and has no values. Materialise the model first, e.g. "
     "`model.to_empty(device='cpu')` followed by loading or initialising the weights."
 )
-MSG_UNKNOWN_RULE = "There is no op named {value!r} to register a rule for; pass an OpOverload such as torch.ops.my.op.default."
+MSG_UNKNOWN_RULE = (
+    "There is no op named {value!r} to register a rule for; pass an OpOverload such as torch.ops.my.op.default."
+)
 MSG_RULE_TAKEN = "{value} already has a rule; pass replace=True to override it."

@@ -6,7 +6,7 @@ whether it does so through one scalar of its own. In float64 where the loss take
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from unbatch.capture import untouched
 from unbatch.oracle import Oracle
+from unbatch.purity import untouched
 from unbatch.witness import Witness
 
 COARSE = (torch.float32, torch.float16, torch.bfloat16)
@@ -46,7 +46,11 @@ class LossOracle:
         graph = self.oracle.graph
         read = {r.index for s in graph.loss_steps for r in s.refs()}
         assert graph.loss is not None
-        graph.run({}, [graph.loss.index], visit=lambda i, t: self.boundary.__setitem__(i, t.detach().clone()) if i in read else None)
+        graph.run(
+            {},
+            [graph.loss.index],
+            visit=lambda i, t: self.boundary.__setitem__(i, t.detach().clone()) if i in read else None,
+        )
         self.leaves = [self.boundary[graph.predictions[i].index] for i in self.oracle.places]
         self.at = list(range(len(self.leaves)))
         self.wide = all(t.dtype == torch.float64 for t in self.leaves)
@@ -79,7 +83,7 @@ class LossOracle:
         with untouched(modules, self.oracle.graph.rng), torch.enable_grad():
             return loss(output, targets) if targets is not None else loss(output)
 
-    def swapped(self, rows: dict[int, int | Tensor]) -> list[Tensor]:
+    def swapped(self, rows: Mapping[int, int]) -> list[Tensor]:
         """The predictions with the rows of some samples taken from other samples."""
         out = []
         for i, dim in zip(self.at, self.oracle.out_dims, strict=True):
@@ -87,7 +91,7 @@ class LossOracle:
             if dim is not None:
                 source = t.clone()
                 for n, m in rows.items():
-                    t.select(dim, n).copy_(source.select(dim, m) if isinstance(m, int) else 0.5 * (source.select(dim, n) + source.select(dim, int(m))))
+                    t.select(dim, n).copy_(source.select(dim, m))
             out.append(t)
         return out
 
@@ -95,8 +99,9 @@ class LossOracle:
         """The predictions with some rows multiplied by ``factor``."""
         out = self.swapped({})
         for t, dim in zip(out, self.oracle.out_dims, strict=True):
-            for n in rows if dim is not None and t.is_floating_point() else ():
-                t.select(dim, n).mul_(factor)
+            if dim is not None and t.is_floating_point():
+                for n in rows:
+                    t.select(dim, n).mul_(factor)
         return out
 
     def slope(self, predictions: Sequence[Tensor], n: int, entries: int = 6) -> Tensor:
@@ -122,9 +127,10 @@ class LossOracle:
         grads = torch.autograd.grad(value, wanted, allow_unused=True) if value.requires_grad else [None] * len(wanted)
         filled = [torch.zeros_like(p) if g is None else g for p, g in zip(wanted, grads, strict=True)]
         dims = [d for p, d in zip(leaves, self.oracle.out_dims, strict=True) if p.requires_grad]
-        rows = [g.movedim(d, 0).reshape(self.oracle.samples, -1) for g, d in zip(filled, dims, strict=True) if d is not None]
+        rows = [
+            g.movedim(d, 0).reshape(self.oracle.samples, -1) for g, d in zip(filled, dims, strict=True) if d is not None
+        ]
         return torch.cat(rows, 1) if rows else torch.zeros(self.oracle.samples, 0)
-
 
     @cached_property
     def rounding(self) -> float:
@@ -133,7 +139,12 @@ class LossOracle:
         base = self.swapped({})
         worst, here = 0.0, self.value(base).detach()
         for _ in range(3):
-            nudged = [p * (1 + torch.finfo(p.dtype).eps * (torch.rand(p.shape, generator=generator).to(p) - 0.5)) if p.is_floating_point() else p for p in base]
+            nudged = [
+                p * (1 + torch.finfo(p.dtype).eps * (torch.rand(p.shape, generator=generator).to(p) - 0.5))
+                if p.is_floating_point()
+                else p
+                for p in base
+            ]
             worst = max(worst, float((self.value(nudged).detach() - here).abs()) / (float(here.abs()) + 1e-300))
         return worst
 
@@ -144,8 +155,12 @@ class LossOracle:
         return self.wide and not any(d in COARSE for d in casts) and self.value(self.swapped({})).dtype == torch.float64
 
     def floor(self, gradient: Tensor) -> float:
-        """Norms below this are rounding."""
-        return (1e-9 if self.fine else 1e-4) * float(gradient.norm(dim=1).max()) + 1e-300
+        """Norms below this are rounding: by the other rows, and by the size of the loss and of the predictions."""
+        fraction, rounding = (1e-9, 1e-12) if self.fine else (1e-4, 1e-5)
+        here = self.swapped({})
+        size = max((float(p.abs().max()) for p in here if p.is_floating_point() and p.numel()), default=1.0) + 1e-300
+        slope = float(self.value(here).detach().abs()) / size
+        return max(fraction * float(gradient.norm(dim=1).max()), rounding * slope) + 1e-300
 
     @contextmanager
     def targets(self, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
@@ -153,13 +168,15 @@ class LossOracle:
         oracle, kept = self.oracle, self.oracle.targets
         n = oracle.samples
         try:
-            oracle.targets = tree_map(lambda t: change(t) if isinstance(t, Tensor) and t.ndim and t.shape[0] == n else t, kept)
+            oracle.targets = tree_map(
+                lambda t: change(t) if isinstance(t, Tensor) and t.ndim and t.shape[0] == n else t, kept
+            )
             yield
         finally:
             oracle.targets = kept
 
 
-# --- is it a sum? -------------------------------------------------------------------------------------------------------------
+# --- is it a sum? ---------------------------------------------------------------------------------
 
 
 def not_a_sum(loss: LossOracle) -> Witness | None:
@@ -200,13 +217,16 @@ def _stretched(loss: LossOracle) -> float:
     worst = 0.0
     for factor in (30.0, -1e3):
         try:
-            worst = max(worst, abs(_second_difference(loss, [loss.scaled(rows, factor) for rows in ((), (0,), (1,), (0, 1))])))
+            worst = max(
+                worst,
+                abs(_second_difference(loss, [loss.scaled(rows, factor) for rows in ((), (0,), (1,), (0, 1))])),
+            )
         except Exception:
             return worst
     return worst
 
 
-# --- through one scalar of its own? ----------------------------------------------------------------------------------------------
+# --- through one scalar of its own? ---------------------------------------------------------------
 
 
 def entangled(loss: LossOracle) -> Witness | None:
@@ -223,7 +243,11 @@ def entangled(loss: LossOracle) -> Witness | None:
     tolerance = 1e-6 if loss.fine else 1e-2
     if worst <= tolerance and loss.fine:
         worst, which, tolerance = _entangled_values(loss), 0, 1e-2
-    return Witness("direction of the gradient by one prediction when the others change", worst, -1, which) if worst > tolerance else None
+    return (
+        Witness("direction of the gradient by one prediction when the others change", worst, -1, which)
+        if worst > tolerance
+        else None
+    )
 
 
 def _entangled_values(loss: LossOracle) -> float:
@@ -251,7 +275,9 @@ def _entangled_scalars(loss: LossOracle) -> Witness | None:
         return None
     H = torch.stack([torch.autograd.grad(g[i], leaves, retain_graph=True)[0].reshape(-1) for i in range(n)])
     quadruples = [(0, 1, 2, 3), (0, 2, 1, 3), (0, 1, 3, 2), (n - 1, 0, n - 2, 1)]
-    worst = max(float((H[a, b] * H[c, d] - H[a, d] * H[c, b]).abs()) for a, b, c, d in quadruples) / (float(H.abs().max()) ** 2 + 1e-300)
+    worst = max(float((H[a, b] * H[c, d] - H[a, d] * H[c, b]).abs()) for a, b, c, d in quadruples) / (
+        float(H.abs().max()) ** 2 + 1e-300
+    )
     return Witness("mixed second derivatives of the loss", worst) if worst > 1e-8 else None
 
 
@@ -263,7 +289,7 @@ def index_matters(loss: LossOracle) -> Witness | None:
     floor = loss.floor(loss.gradient(loss.swapped({})))
     with loss.targets(lambda t: t[:1].expand(n, *t.shape[1:]).contiguous()):
         for k in range(min(n, 3)):
-            rows = loss.gradient(loss.swapped({m: k for m in range(n)}))
+            rows = loss.gradient(loss.swapped(dict.fromkeys(range(n), k)))
             worst = max(_sine(rows[0], row, floor) for row in rows) if rows.shape[1] > 1 else 0.0
             if worst > (1e-6 if loss.fine else 1e-2):
                 return Witness("gradient rows of equal samples", worst)
@@ -293,18 +319,27 @@ def foreign_targets(loss: LossOracle) -> Witness | None:
         with loss.targets(lambda t, order=order: t[order.to(t.device)]):  # type: ignore[misc]
             worst, which = max((worst, which), (_sine(base[keep], loss.gradient(loss.swapped({}))[keep], floor), keep))
     tolerance = 1e-6 if loss.fine else 1e-2
-    return Witness("direction of the gradient by one prediction when targets of others change", worst, -1, which) if worst > tolerance else None
+    return (
+        Witness("direction of the gradient by one prediction when targets of others change", worst, -1, which)
+        if worst > tolerance
+        else None
+    )
 
 
 def _sine(a: Tensor, b: Tensor, floor: float) -> float:
     """How far two gradients are from being multiples of each other; 0 where one of them vanishes."""
-    if not len(a) or float(min(a.norm(), b.norm())) < floor or not torch.isfinite(b).all() or not torch.isfinite(a).all():
+    if (
+        not len(a)
+        or float(min(a.norm(), b.norm())) < floor
+        or not torch.isfinite(b).all()
+        or not torch.isfinite(a).all()
+    ):
         return 0.0
     a, b = a / a.norm(), b / b.norm()
     return float((a - b * torch.sign((a * b).sum())).norm())
 
 
-# --- do parameters enter? ---------------------------------------------------------------------------------------------------------
+# --- do parameters enter? -------------------------------------------------------------------------
 
 
 def parameters_matter(loss: LossOracle) -> Witness | None:

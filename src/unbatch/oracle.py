@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from unbatch.capture import Graph, Program, own_loss, untouched
+from unbatch.capture import Program, own_loss
+from unbatch.graph import Graph
+from unbatch.purity import untouched
 from unbatch.structure import Findings, contiguous_blocks, used_predictions
 from unbatch.walk import prediction_dim
 
@@ -51,7 +53,10 @@ class Oracle:
         self.places = [i for i, r in enumerate(self.graph.predictions) if r.index in used]
         marks = [self.findings.forward[self.graph.predictions[i]] for i in self.places]
         self.out_dims = [prediction_dim(m, self.samples, self.findings.leading) for m in marks]
-        self.blocks = [d is None and contiguous_blocks(m, self.samples) is not None for m, d in zip(marks, self.out_dims, strict=True)]
+        self.blocks = [
+            d is None and contiguous_blocks(m, self.samples) is not None
+            for m, d in zip(marks, self.out_dims, strict=True)
+        ]
         self.base = self.predict(self.inputs)
 
     # -- running --
@@ -78,7 +83,12 @@ class Oracle:
         """Other inputs by the values of the recording that they stand for."""
         return {r.index: x for r, x in zip(self.graph.inputs, tree_leaves(inputs), strict=True) if r is not None}
 
-    def replay(self, inputs: Any, parameters: Mapping[int, Tensor] | None = None, keep: Mapping[int, Tensor] | None = None) -> list[Tensor]:
+    def replay(
+        self,
+        inputs: Any,
+        parameters: Mapping[int, Tensor] | None = None,
+        keep: Mapping[int, Tensor] | None = None,
+    ) -> list[Tensor]:
         feed = self.feed(inputs) | dict(parameters or {})
         return self.graph.run(feed, [self.graph.predictions[i].index for i in self.places], keep=keep)
 
@@ -144,7 +154,10 @@ class Oracle:
 
     def _map(self, function: Callable[[Tensor, int | None], Tensor]) -> Any:
         leaves, spec = tree_flatten(self.inputs)
-        return tree_unflatten([function(x, d) if isinstance(x, Tensor) else x for x, d in zip(leaves, self.dims, strict=True)], spec)
+        return tree_unflatten(
+            [function(x, d) if isinstance(x, Tensor) else x for x, d in zip(leaves, self.dims, strict=True)],
+            spec,
+        )
 
     # -- how much is rounding --
 
@@ -174,12 +187,18 @@ class Oracle:
     @cached_property
     def repeatable(self) -> bool:
         """The same batch gives the same predictions: without that, a change proves nothing."""
-        hidden_size = any(r is not None and r.index in self.graph.dynamic for s in self.graph.forward_steps if s.noise for r in s.outs)
+        hidden_size = any(
+            r is not None and r.index in self.graph.dynamic for s in self.graph.forward_steps if s.noise for r in s.outs
+        )
         try:
             again = self.predict(self.inputs)
         except Exception:
             return False
-        same = all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(self.base, again, strict=True) if a.shape == b.shape)
+        same = all(
+            torch.equal(a.nan_to_num(), b.nan_to_num())
+            for a, b in zip(self.base, again, strict=True)
+            if a.shape == b.shape
+        )
         return same and not hidden_size
 
     def in_double(self) -> Oracle | None:
@@ -189,7 +208,9 @@ class Oracle:
         wide = self._map(lambda x, _: x.detach().double() if x.is_floating_point() else x)
         model = self.program.model
         try:
-            program = replace(self.program, model=copy.deepcopy(model).double() if isinstance(model, nn.Module) else model)
+            program = replace(
+                self.program, model=copy.deepcopy(model).double() if isinstance(model, nn.Module) else model
+            )
             other = replace(self, program=program, inputs=wide)
         except Exception:
             return None
@@ -198,11 +219,11 @@ class Oracle:
 
     # -- another number of samples --
 
-    def resized(self, samples: int) -> tuple[Tensor, list[Tensor]]:
-        """Predictions (``[samples, entries]``, float64) of redrawn samples, and the floating-point inputs they come from."""
+    def resized(self, samples: int, seed: int = 1) -> tuple[Tensor, list[Tensor]]:
+        """Predictions (``[samples, entries]``, float64) of redrawn samples, and the inputs they come from."""
         if self.program.loss is None and self.graph.after_cut:
             raise Untestable("the predictions lie inside the model")
-        generator = torch.Generator().manual_seed(1)
+        generator = torch.Generator().manual_seed(seed)
         moving: list[Tensor] = []
 
         def redrawn(x: Tensor, dim: int | None) -> Tensor:
@@ -213,7 +234,9 @@ class Oracle:
             if not x.is_floating_point():
                 return x
             x = x.double()
-            moving.append((x + x.abs().mean() * torch.randn(x.shape, generator=generator, dtype=torch.float64)).requires_grad_())
+            moving.append(
+                (x + x.abs().mean() * torch.randn(x.shape, generator=generator, dtype=torch.float64)).requires_grad_()
+            )
             return moving[-1]
 
         inputs = self._map(redrawn)
@@ -222,7 +245,11 @@ class Oracle:
             program = replace(program, model=copy.deepcopy(program.model).double())
         with untouched(program.modules, self.graph.rng), torch.enable_grad():
             leaves = [t for t in tree_leaves(program.predict(inputs)) if isinstance(t, Tensor)]
-        rows = [leaves[i].movedim(d, 0).reshape(samples, -1) for i, d in zip(self.places, self.out_dims, strict=True) if d is not None]
+        rows = [
+            leaves[i].movedim(d, 0).reshape(samples, -1)
+            for i, d in zip(self.places, self.out_dims, strict=True)
+            if d is not None
+        ]
         return torch.cat([r for r in rows if r.is_floating_point()], 1), moving
 
 
@@ -238,7 +265,11 @@ def relative_change(base: Tensor, new: Tensor) -> Tensor:
 
 def _variant(rows: Tensor, others: Tensor, variant: str, generator: torch.Generator) -> Tensor:
     if not rows.is_floating_point():
-        return others if variant in ("rolled", "noisy") or rows.dtype == torch.bool else torch.where(others == others, others.roll(1, 0), others)
+        return (
+            others
+            if variant in ("rolled", "noisy") or rows.dtype == torch.bool
+            else torch.where(others == others, others.roll(1, 0), others)
+        )
     if variant == "rolled":
         return others
     noise = torch.randn(rows.shape, generator=generator, dtype=torch.float64).to(rows)
@@ -253,7 +284,7 @@ def _variant(rows: Tensor, others: Tensor, variant: str, generator: torch.Genera
 
 
 def noise_owners(graph: Graph, forward: Any) -> dict[int, Any] | None:
-    """For noise that samples consume elementwise, the owner of each element; None where some noise is used otherwise."""
+    """For noise that samples consume elementwise, the owner of each element; None if some is used otherwise."""
     out = {}
     for step in (s for s in graph.forward_steps if s.noise):
         for ref in {r.index for r in [*step.outs, *(new for _, new in step.writes)] if r is not None}:
@@ -281,7 +312,9 @@ def _claimed(graph: Graph, forward: Any, ref: int) -> Any:
             elif marks.mixed or marks.shape != shape or out.index not in {r.index for r in step.outs if r}:
                 return _shared_by_samples(marks, shape)
             elif (dim := marks.sample_dim()) is not None:
-                return np.broadcast_to(np.arange(shape[dim]).reshape([-1 if d == dim else 1 for d in range(len(shape))]), shape)
+                return np.broadcast_to(
+                    np.arange(shape[dim]).reshape([-1 if d == dim else 1 for d in range(len(shape))]), shape
+                )
             else:
                 return np.broadcast_to(marks.owner, shape)
     return None

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from unbatch import capture, errors, rules
-from unbatch.capture import Graph, Program
+from unbatch.capture import Program
 from unbatch.crosstalk import Crosstalk, crosstalk
 from unbatch.errors import CaptureError, InputError
+from unbatch.graph import Graph
 from unbatch.oracle import Oracle
+from unbatch.purity import untouched
 from unbatch.structure import judge
 from unbatch.verdicts import Structure
 from unbatch.verify import Verification, settle, verify
@@ -35,7 +37,9 @@ def assume_independent(what: Any) -> None:
     elif isinstance(what, torch._ops.OpOverload):
         rules.ASSUMED[what] = str(what)
     else:
-        raise InputError(f"assume_independent takes an nn.Module or an op such as torch.ops.my.op.default; got {what!r}.")
+        raise InputError(
+            f"assume_independent takes an nn.Module or an op such as torch.ops.my.op.default; got {what!r}."
+        )
 
 
 @dataclass
@@ -55,7 +59,7 @@ class Problem:
 
     ``model``: an ``nn.Module`` (called as ``model(X)``, ``model(*X)`` for a tuple, ``model(**X)`` for a dict), or a
     function ``f(params, X)`` together with ``parameters={name: tensor}``. ``loss`` is called as
-    ``loss(predictions, y)`` and returns a scalar. ``data`` is ``(X, y)``, each a pytree of tensors; a model that returns
+    ``loss(predictions, y)`` and returns a scalar. ``data`` is ``(X, y)``, each a pytree of tensors; a model that has
     its own loss takes ``batch=inputs`` in place of loss and data. ``in_dims`` says where the samples lie, as in
     ``torch.func.vmap``: an int, None (not per-sample), or a pair for X and y whose parts may be pytrees of them.
 
@@ -76,12 +80,20 @@ class Problem:
         in_dims: Any = 0,
     ) -> None:
         if (data is None) == (batch is None):
-            raise InputError("Pass either data=(X, y) together with a loss, or batch=inputs for a model that returns its own loss.")
-        if loss is None and data is not None and not (isinstance(data, tuple) and len(data) == 2):
-            raise InputError(f"data is a pair (X, y); got {type(data).__name__}. For a model with its own loss use batch=inputs.")
+            raise InputError(
+                "Pass either data=(X, y) together with a loss, or batch=inputs for a model that returns its own loss."
+            )
+        if data is not None and not (isinstance(data, tuple | list) and len(data) == 2):
+            raise InputError(
+                f"data is a pair (X, y); got {type(data).__name__}. For a model with its own loss use batch=inputs."
+            )
+        self.inputs: Any
+        self.targets: Any
         self.inputs, self.targets = data if data is not None else (batch, None)
         self.program = Program(model, loss, _parameters(model, loss, parameters), parameters is not None)
-        x_dims, y_dims = in_dims if isinstance(in_dims, tuple) and data is not None and len(in_dims) == 2 else (in_dims, in_dims)
+        x_dims, y_dims = (
+            in_dims if isinstance(in_dims, tuple) and data is not None and len(in_dims) == 2 else (in_dims, in_dims)
+        )
         self._dims = _flat_dims("X", self.inputs, x_dims)
         self._target_dims = _flat_dims("y", self.targets, y_dims)
         self.samples = _check_sizes(self.inputs, self._dims, self.targets, self._target_dims)
@@ -127,7 +139,7 @@ class Problem:
         if not wanted:
             raise InputError(errors.MSG_NO_PARAMETERS)
         kept = self._capture()
-        with capture.untouched(self.program.modules, kept.graph.rng), torch.enable_grad():
+        with untouched(self.program.modules, kept.graph.rng), torch.enable_grad():
             value = self._loss_of(self.program.predict(self.inputs))
             grads = torch.autograd.grad(value, list(wanted.values()), allow_unused=True)
         return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(wanted.items(), grads, strict=True)}
@@ -144,6 +156,7 @@ class Problem:
         _check_dims("y", targets, self._target_dims)
         other.samples = _check_sizes(inputs, self._dims, targets, self._target_dims)
         _check_devices(self.program, inputs, targets)
+        _check_values(inputs, self._dims)
         other._kept = self._moved(other) if self._kept is not None else None
         return other
 
@@ -155,13 +168,26 @@ class Problem:
         state = tuple((id(m), tuple((k, v) for k, v in m.__dict__.items() if isinstance(v, plain))) for m in modules)
         hooks = tuple(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
         tensors = [*self.program.parameters.values(), *(b for m in self.program.modules for b in m.buffers())]
-        versions = tuple((id(t), t._version, t.requires_grad, t.dtype, t.device) for t in tensors)
-        return state, hooks, versions, tuple(sorted(_ASSUMED_MODULES)), tuple((k, id(v)) for k, v in rules.CUSTOM.items()), tuple(rules.ASSUMED)
+        versions = tuple(
+            (id(t), t._version, t.requires_grad, t.dtype, t.device, t.data_ptr(), _fingerprint(t)) for t in tensors
+        )
+        return (
+            state,
+            hooks,
+            versions,
+            tuple(sorted(_ASSUMED_MODULES)),
+            tuple((k, id(v)) for k, v in rules.CUSTOM.items()),
+            tuple(rules.ASSUMED),
+        )
 
     def _signature(self) -> tuple[Any, ...]:
-        return tuple((tuple(t.shape), t.dtype) for t in tree_leaves((self.inputs, self.targets)) if isinstance(t, Tensor))
+        return tuple(
+            (tuple(t.shape), t.dtype) for t in tree_leaves((self.inputs, self.targets)) if isinstance(t, Tensor)
+        )
 
     def _capture(self) -> _Kept:
+        if not self.program.functional:
+            self.program = replace(self.program, parameters=_parameters(self.program.model, self.program.loss, None))
         guard = (self._guard(), self._signature(), _identity(self.inputs), _identity(self.targets))
         if self._kept is not None and self._kept.guard == guard:
             return self._kept
@@ -184,19 +210,26 @@ class Problem:
             raise InputError(errors.MSG_NOT_SCALAR.format(value=value))
 
     def _judge(self, kept: _Kept) -> None:
-        names = {id(m): name or type(m).__name__ for module in self.program.modules for name, m in module.named_modules()}
+        names = {
+            id(m): name or type(m).__name__ for module in self.program.modules for name, m in module.named_modules()
+        }
         assumed = [names[i] for i in _ASSUMED_MODULES if i in names]
         harmless = lambda e: capture.harmless(self.program, self.inputs, self.targets, kept.graph, e)  # noqa: E731
         structure, findings = judge(kept.graph, self.samples, self._dims, self._target_dims, assumed, harmless)
         kept.oracle = Oracle(self.program, kept.graph, self.inputs, self.targets, self._dims, self.samples, findings)
         if kept.before is not None:
-            kept.structure = replace(settle(structure, kept.oracle, kept.output, before=kept.before), notes=kept.before.notes)
+            kept.structure = replace(
+                settle(structure, kept.oracle, kept.output, before=kept.before), notes=kept.before.notes
+            )
             return
         values, gradients = unfaithful(kept.oracle)
         structure = settle(structure, kept.oracle, kept.output, "" if structure.assumptions else values)
         notes = structure.notes
         if gradients:
-            notes += (f"the recorded computation has other derivatives than the model ({gradients}): derivatives are taken by running the model",)
+            notes += (
+                f"the recorded computation has other derivatives than the model ({gradients}): "
+                "derivatives are taken by running the model",
+            )
         kept.structure = replace(structure, notes=notes)
 
     def _oracle(self, kept: _Kept) -> Oracle:
@@ -212,7 +245,7 @@ class Problem:
             return None
         graph, output = kept.graph.rebased(tree_leaves(other.inputs), tree_leaves(other.targets)), kept.output
         guard = (other._guard(), other._signature(), _identity(other.inputs), _identity(other.targets))
-        with capture.untouched(self.program.modules, graph.rng), torch.enable_grad():
+        with untouched(self.program.modules, graph.rng), torch.enable_grad():
             output = self.program.predict(other.inputs)
         return _Kept(guard, graph, output, before=kept.structure)
 
@@ -230,11 +263,13 @@ class Problem:
         return f"{type(self.program.model).__name__} on inputs of shape {shapes}"
 
 
-# --- checks of the call -------------------------------------------------------------------------------------------------------
+# --- checks of the call ---------------------------------------------------------------------------
 
 
 def _parameters(model: Any, loss: Any, given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    out = dict(given) if given is not None else dict(model.named_parameters()) if isinstance(model, nn.Module) else {}
+    out: dict[str, Tensor] = dict(given or {})
+    if given is None and isinstance(model, nn.Module):
+        out |= dict(model.named_parameters())
     if isinstance(loss, nn.Module):
         out |= {f"loss.{n}": p for n, p in loss.named_parameters() if not any(p is q for q in out.values())}
     for name, p in out.items():
@@ -246,12 +281,19 @@ def _parameters(model: Any, loss: Any, given: Mapping[str, Tensor] | None) -> di
 def _flat_dims(what: str, tree: Any, dims: Any) -> list[int | None]:
     """One entry per leaf: the axis of the samples, or None where there is none (not a tensor, not per-sample)."""
     leaves, spec = tree_flatten(tree)
+    if any(not isinstance(d, int) and d is not None for d in tree_leaves(dims, is_leaf=lambda d: d is None)):
+        raise InputError(
+            f"in_dims for {what} is {dims!r}; it takes an int, None, or a nesting of them like that of {what}, {spec}."
+        )
     if isinstance(dims, int) or dims is None:
         flat: list[Any] = [dims] * len(leaves)
     else:
         broadcast = torch.utils._pytree._broadcast_to_and_flatten(dims, spec, is_leaf=lambda d: d is None)
         if broadcast is None:
-            raise InputError(f"in_dims for {what} is {dims!r}, which does not fit its structure {spec}. Use an int, None, or the same nesting.")
+            raise InputError(
+                f"in_dims for {what} is {dims!r}, which does not fit its structure {spec}. "
+                "Use an int, None, or the same nesting."
+            )
         flat = list(broadcast)
     flat = [d if isinstance(t, Tensor) else None for t, d in zip(leaves, flat, strict=True)]
     _check_dims(what, tree, flat)
@@ -263,7 +305,10 @@ def _check_dims(what: str, tree: Any, dims: list[int | None]) -> None:
     if what == "X" and not any(isinstance(t, Tensor) for t in leaves):
         raise InputError(errors.MSG_NOT_TENSOR.format(what=what, value=type(tree).__name__))
     if len(leaves) != len(dims):
-        raise InputError(f"{what} has {len(leaves)} entries where there were {len(dims)}; with_batch takes data of the same structure.")
+        raise InputError(
+            f"{what} has {len(leaves)} entries where there were {len(dims)}; "
+            "with_batch takes data of the same structure."
+        )
     for leaf, d in zip(leaves, dims, strict=True):
         if d is not None and isinstance(leaf, Tensor) and not -leaf.ndim <= d < leaf.ndim:
             raise InputError(errors.MSG_NO_AXIS.format(what=what, shape=tuple(leaf.shape), axis=d))
@@ -278,7 +323,9 @@ def _check_sizes(inputs: Any, dims: list[int | None], targets: Any, target_dims:
     n = leaf.shape[axis]
     for name, other, d in sized[1:]:
         if other.shape[d] != n:
-            raise InputError(errors.MSG_SIZES.format(first=first, n=n, axis=axis, other=name, m=other.shape[d], other_axis=d))
+            raise InputError(
+                errors.MSG_SIZES.format(first=first, n=n, axis=axis, other=name, m=other.shape[d], other_axis=d)
+            )
     if n == 0:
         raise InputError(errors.MSG_EMPTY.format(what=first, shape=tuple(leaf.shape)))
     return n
@@ -297,11 +344,27 @@ def _check_devices(program: Program, inputs: Any, targets: Any) -> None:
 
 def _check_values(inputs: Any, dims: list[int | None]) -> None:
     for i, (leaf, d) in enumerate(zip(tree_leaves(inputs), dims, strict=True)):
-        if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex()) and bool(torch.isnan(leaf).any()):
+        if (
+            isinstance(leaf, Tensor)
+            and (leaf.is_floating_point() or leaf.is_complex())
+            and bool(torch.isnan(leaf).any())
+        ):
             bad = torch.isnan(leaf)
             sample = int(torch.nonzero(bad)[0, d]) if d is not None else -1
             raise InputError(errors.MSG_NAN.format(what=f"X[{i}]", count=int(bad.sum()), sample=sample))
 
 
+def _fingerprint(t: Tensor) -> float:
+    """A few entries, to notice changes that leave no trace in the version (``.data.mul_(2)``)."""
+    flat = t.detach().reshape(-1) if t.is_contiguous() else t.detach().flatten()
+    return (
+        float(flat[:: max(1, flat.numel() // 8)].abs().double().sum()) if flat.numel() and not t.is_complex() else 0.0
+    )
+
+
 def _identity(tree: Any) -> tuple[Any, ...]:
-    return tuple((id(t), t._version) if isinstance(t, Tensor) else t for t in tree_leaves(tree) if isinstance(t, Tensor | int | float | str))
+    return tuple(
+        (id(t), t._version) if isinstance(t, Tensor) else t
+        for t in tree_leaves(tree)
+        if isinstance(t, Tensor | int | float | str)
+    )

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from unbatch import errors
-from unbatch.labels import MIXED, Algebra, Marks, code, shared, total
+from unbatch.algebra import Algebra
+from unbatch.labels import MIXED, Marks, code, shared, total
 
 Rule = Callable[["Call"], Any]
 
@@ -55,7 +56,12 @@ class Call:
     @property
     def marks(self) -> list[Marks]:
         """All tensor arguments, in order."""
-        return [m for a in self.arguments.values() for m in (a if isinstance(a, list | tuple) else [a]) if isinstance(m, Marks)]
+        return [
+            m
+            for a in self.arguments.values()
+            for m in (a if isinstance(a, list | tuple) else [a])
+            if isinstance(m, Marks)
+        ]
 
     @property
     def constants(self) -> tuple[Any, ...]:
@@ -87,10 +93,10 @@ def plain_name(op: Any) -> str:
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a rule for ATen ops; a second rule for the same name is refused."""
+    """Register a rule for ATen ops, named in words; a second rule for the same name is refused."""
 
     def register(function: Rule) -> Rule:
-        for name in names:
+        for name in " ".join(names).split():
             assert name not in RULES, f"two rules for {name}"
             RULES[name] = function
         return function
@@ -125,7 +131,11 @@ def lookup(op: Any) -> Rule | None:
 
 
 def pointwise(call: Call) -> Any:
-    out = call.algebra.pointwise(call.title, *call.marks) if call.marks else shared(call.shape, call.title, (), range(len(call.shape)))
+    out = (
+        call.algebra.pointwise(call.title, *call.marks)
+        if call.marks
+        else shared(call.shape, call.title, (), range(len(call.shape)))
+    )
     return numbered([out] * len(call.shapes))
 
 
@@ -138,7 +148,10 @@ def unknown(call: Call) -> list[Marks]:
     """No rule: shared where all it reads is shared, and otherwise samples may have met in any way."""
     if not any(m.depends_on_batch for m in call.marks):
         sources = frozenset().union(*(m.sources for m in call.marks))
-        return [shared(s, (call.title, [int(total(m.key.reshape(-1), 0)) for m in call.marks], i), sources) for i, s in enumerate(call.shapes)]
+        return [
+            shared(s, (call.title, [int(total(m.key.reshape(-1), 0)) for m in call.marks], i), sources)
+            for i, s in enumerate(call.shapes)
+        ]
     return [mixed(call, s, NO_RULE) for s in call.shapes]
 
 
@@ -161,13 +174,15 @@ def assumed(algebra: Algebra, inputs: Sequence[Marks], shape: Sequence[int], tit
     joint = [m for m in inputs if not m.mixed]
     view = [1] * len(shape)
     if dim is None:
-        return algebra.result(shape, np.full(view, MIXED, dtype=np.int32), np.broadcast_to(code(title), view), inputs, "assumed")
+        return algebra.result(
+            shape, np.full(view, MIXED, dtype=np.int32), np.broadcast_to(code(title), view), inputs, "assumed"
+        )
     view[dim] = algebra.samples
     owner = np.arange(algebra.samples, dtype=np.int32).reshape(view)
     return algebra.result(shape, owner, np.broadcast_to(code("assumed", title), view), joint, "assumed")
 
 
-# --- ops without a rule are taken apart --------------------------------------------------------------------------------
+# --- ops without a rule are taken apart -----------------------------------------------------------
 
 
 def decomposition(op: Any) -> Callable[..., Any] | None:

@@ -7,7 +7,7 @@ and still takes a parameter (weight decay, say) is no prediction: there the spli
 
 from __future__ import annotations
 
-from unbatch.capture import Graph, Ref, Step
+from unbatch.graph import Graph, Ref, Step
 from unbatch.walk import Walk
 
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from unbatch.capture import Escape, Graph, Ref, Step
-from unbatch.labels import MIXED, SHARED, Algebra, Marks, Use
+from unbatch.algebra import Algebra, Use
+from unbatch.graph import Escape, Graph, Ref, Step
+from unbatch.labels import MIXED, SHARED, Marks
 from unbatch.split import split
 from unbatch.verdicts import (
     DEFAULT_REMEDY,
@@ -27,7 +28,7 @@ from unbatch.verdicts import (
 )
 from unbatch.walk import Walk, forward_marks, loss_marks, prediction_dim, walk
 
-# --- reading marks -------------------------------------------------------------------------------------------------------------
+# --- reading marks --------------------------------------------------------------------------------
 
 
 def holds_its_place(marks: Marks, samples: int, leading: bool) -> bool:
@@ -67,7 +68,7 @@ def sees(marks: Marks) -> bool:
     return marks.depends_on_batch or bool(marks.sources & {"inputs", "targets", "predictions", "internals"})
 
 
-# --- judging ------------------------------------------------------------------------------------------------------------------------
+# --- judging --------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -84,9 +85,13 @@ class Findings:
 
 
 def judge(
-    graph: Graph, samples: int, dims: Sequence[int | None], target_dims: Sequence[int | None], assumed: Sequence[str] = (),
+    graph: Graph,
+    samples: int,
+    dims: Sequence[int | None],
+    target_dims: Sequence[int | None],
+    assumed: Sequence[str] = (),
     harmless: Callable[[Escape], bool] = lambda e: False,
-) -> tuple[Structure, Findings]:  # fmt: skip
+) -> tuple[Structure, Findings]:
     """Walk over model and loss and say what is proved. Where the model computes its own loss, find the cut first."""
     own = graph.loss is not None and not graph.after_cut
     leading = all(d in (0, None) for d in dims)
@@ -134,7 +139,11 @@ def _judge_forward(graph: Graph, forward: Walk, found: Findings, samples: int) -
     listening = tuple(_statistic_culprit(s, long) for s, long in statistics.items())
     others = _other_culprits(graph, forward, steps, marks, found)
     size = sum(s.size for s in statistics)
-    note = f"R = {size} batch statistics" + (", of groups: s_g(n)" if any(s.grouped for s in statistics) else "") if size else ""
+    note = (
+        f"R = {size} batch statistics" + (", of groups: s_g(n)" if any(s.grouped for s in statistics) else "")
+        if size
+        else ""
+    )
 
     def verdict(name: str, holds: bool, culprits: tuple[Culprit, ...], note: str = "") -> Verdict:
         if samples == 1:
@@ -144,9 +153,16 @@ def _judge_forward(graph: Graph, forward: Walk, found: Findings, samples: int) -
     open_ = Verdict("", "unknown", note="there is no loss to judge")
     return Structure(
         canonical_split=replace(open_, name="canonical_split"),
-        independent_forward=verdict("independent_forward", independent, tuple(c for c in listening + others if c.why != WHY["uneven"])),
+        independent_forward=verdict(
+            "independent_forward", independent, tuple(c for c in listening + others if c.why != WHY["uneven"])
+        ),
         simd_forward=verdict("simd_forward", independent and alike, listening + others),
-        simd_given_statistics=verdict("simd_given_statistics", in_place and alike and bounded, others + (() if bounded else listening), note),
+        simd_given_statistics=verdict(
+            "simd_given_statistics",
+            in_place and alike and bounded,
+            others + (() if bounded else listening),
+            note,
+        ),
         reduction=replace(open_, name="reduction"),
         simd_loss=replace(open_, name="simd_loss"),
         samples=samples,
@@ -170,14 +186,15 @@ def used_predictions(graph: Graph) -> list[Ref]:
 
 def _statistics(graph: Graph, algebra: Algebra, uses: Sequence[Use]) -> dict[BatchStatistic, bool]:
     """One entry per place in the program where statistics are made; whether they are as long as the batch."""
-    places: dict[int, list[Use]] = {}
+    places: dict[tuple[str, str, str], list[Use]] = {}
     for use in uses:
-        places.setdefault(algebra.roots[max(use.roots)].step, []).append(use)
+        step = graph.steps[algebra.roots[max(use.roots)].step]
+        places.setdefault((step.module, step.name, step.where), []).append(use)
     out = {}
-    for at, there in places.items():
-        step, roots = graph.steps[at], [algebra.roots[r] for u in there for r in u.roots]
+    for (module, op, where), there in places.items():
+        roots = [algebra.roots[r] for u in there for r in u.roots]
         size, least = sum(u.size for u in there), min(r.samples for r in roots)
-        out[BatchStatistic(step.module, step.name, step.where, size, least, any(r.groups for r in roots))] = any(u.long for u in there)
+        out[BatchStatistic(module, op, where, size, least, any(r.groups for r in roots))] = any(u.long for u in there)
     return out
 
 
@@ -187,12 +204,22 @@ def _statistic_culprit(s: BatchStatistic, long: bool) -> Culprit:
     return Culprit(s.module, s.op, s.where, why, REMEDY.get(kind, DEFAULT_REMEDY))
 
 
-def _other_culprits(graph: Graph, forward: Walk, steps: set[int], marks: Sequence[Marks], found: Findings) -> tuple[Culprit, ...]:
+def _other_culprits(
+    graph: Graph, forward: Walk, steps: set[int], marks: Sequence[Marks], found: Findings
+) -> tuple[Culprit, ...]:
     algebra = forward.algebra
-    mixing = [culprit(graph.steps[s], algebra.births[s]) for s in sorted(frozenset().union(*(m.mixers for m in marks)) & steps) if s in algebra.births]
+    mixing = [
+        culprit(graph.steps[s], algebra.births[s])
+        for s in sorted(frozenset().union(*(m.mixers for m in marks)) & steps)
+        if s in algebra.births
+    ]
     uneven = [culprit(graph.steps[s], "uneven") for s in sorted(algebra.uneven & steps)]
     escaped = [escape_culprit(e) for e in found.escapes]
-    moved = [] if mixing or escaped or all(holds_its_place(m, marks[0].shape[0] if m.shape else 1, True) for m in marks) else [_last(graph, "place")]
+    moved = (
+        []
+        if mixing or escaped or all(holds_its_place(m, marks[0].shape[0] if m.shape else 1, True) for m in marks)
+        else [_last(graph, "place")]
+    )
     return tuple(mixing + escaped + uneven + (moved if not uneven else []))
 
 
@@ -201,7 +228,7 @@ def _last(graph: Graph, kind: str) -> Culprit:
     return culprit(steps[-1], kind) if steps else Culprit("", "", "", WHY[kind], REMEDY[kind])
 
 
-# --- the loss -------------------------------------------------------------------------------------------------------------------------
+# --- the loss -------------------------------------------------------------------------------------
 
 
 def _judge_loss(graph: Graph, loss: Walk, found: Findings, structure: Structure) -> Structure:
@@ -213,7 +240,12 @@ def _judge_loss(graph: Graph, loss: Walk, found: Findings, structure: Structure)
     separate = "predictions" in marks.sources or not marks.depends_on_batch
     additive = clean and (marks.additive or (structure.samples == 1 and not marks.mixed)) and separate
     symmetric = not marks.mixed and (marks.additive or not (marks.owner < MIXED).any())
-    one_scalar = clean and symmetric and len(marks.atoms) <= 1 and (not algebra.given_predictions(marks) or len(marks.atoms) == 1)
+    one_scalar = (
+        clean
+        and symmetric
+        and len(marks.atoms) <= 1
+        and (not algebra.given_predictions(marks) or len(marks.atoms) == 1)
+    )
     basis = "assumed" if loss.assumed else "proved"
     blame = _loss_culprits(graph, loss, steps, marks, found)
     depends = _weights(algebra, marks)
@@ -245,11 +277,17 @@ def _judge_split(graph: Graph, loss: Walk, steps: set[int], found: Findings) -> 
                 continue
             if value.kind == "parameters":
                 culprits.append(_split_culprit(step, f"the parameter {value.name!r}"))
-            elif value.kind == "step" and value.step not in graph.after_cut and ref.index not in predicted:
-                if found.forward.marks[ref.index].sources & {"parameters"}:
-                    culprits.append(_split_culprit(step, "an inner value of the model"))
+            inner = value.kind == "step" and value.step not in graph.after_cut and ref.index not in predicted
+            if inner and found.forward.marks[ref.index].sources & {"parameters"}:
+                culprits.append(_split_culprit(step, "an inner value of the model"))
     if culprits:
-        return Verdict("canonical_split", "fails", "proved", tuple(dict.fromkeys(culprits)), "that part of the gradient is carried as `rest`")
+        return Verdict(
+            "canonical_split",
+            "fails",
+            "proved",
+            tuple(dict.fromkeys(culprits)),
+            "that part of the gradient is carried as `rest`",
+        )
     told = [e for e in graph.escapes if e.in_loss and _tells_parameters(graph, loss, found, e)]
     if told:
         return Verdict("canonical_split", "unknown", culprits=tuple(escape_culprit(e) for e in told))
@@ -271,7 +309,13 @@ def _entering(graph: Graph, steps: Sequence[int]) -> Verdict:
 
 def _split_culprit(step: Step, what: str) -> Culprit:
     why = f"{what} enters the loss beside the predictions"
-    return Culprit(step.module, step.name, step.where, why, "Move it into the model, or keep it: its part of the gradient is reported as `rest`.")
+    return Culprit(
+        step.module,
+        step.name,
+        step.where,
+        why,
+        "Move it into the model, or keep it: its part of the gradient is reported as `rest`.",
+    )
 
 
 def _loss_culprits(graph: Graph, loss: Walk, steps: set[int], marks: Marks, found: Findings) -> tuple[Culprit, ...]:
@@ -281,11 +325,23 @@ def _loss_culprits(graph: Graph, loss: Walk, steps: set[int], marks: Marks, foun
     escaped = [escape_culprit(e) for e in found.loss_escapes]
     among = [u for u in algebra.uses.values() if any("predictions" in algebra.roots[r].sources for r in u.roots)]
     uses = [_statistic_culprit(s, long) for s, long in _statistics(graph, algebra, among).items()]
-    totals = [] if mixing or uses else [_total_culprit(graph, algebra, r) for r in sorted(marks.given) if "predictions" in algebra.roots[r].sources]
+    totals = (
+        []
+        if mixing or uses
+        else [
+            _total_culprit(graph, algebra, r) for r in sorted(marks.given) if "predictions" in algebra.roots[r].sources
+        ]
+    )
     return tuple(mixing + escaped + uses + totals)
 
 
 def _total_culprit(graph: Graph, algebra: Algebra, root: int) -> Culprit:
     step = graph.steps[algebra.roots[root].step]
     why = "a total over the samples enters the loss in more than a linear way"
-    return Culprit(step.module, step.name, step.where, why, "Reduce the losses of the samples by a (weighted) sum or mean.")
+    return Culprit(
+        step.module,
+        step.name,
+        step.where,
+        why,
+        "Reduce the losses of the samples by a (weighted) sum or mean.",
+    )

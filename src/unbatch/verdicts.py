@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from unbatch import consequences
-from unbatch.capture import Escape, Step
+from unbatch.graph import Escape, Step
 from unbatch.rules import NO_RULE
 
 NAMES = consequences.STRUCTURES
@@ -128,11 +128,18 @@ class Structure:
             "unknown_ops": list(self.unknown_ops),
             "notes": list(self.notes),
             "follows": [
-                {"quantity": c.quantity, "outcome": c.outcome, "name": c.name, "reason": c.reason, "peers": list(c.peers),
-                 "available": c.available, "depends_on": list(c.depends_on)}
+                {
+                    "quantity": c.quantity,
+                    "outcome": c.outcome,
+                    "name": c.name,
+                    "reason": c.reason,
+                    "peers": list(c.peers),
+                    "available": c.available,
+                    "depends_on": list(c.depends_on),
+                }
                 for c in self.follows()
             ],
-        }  # fmt: skip
+        }
 
 
 def _verdict_dict(v: Verdict) -> dict[str, Any]:
@@ -145,9 +152,17 @@ def _verdict_dict(v: Verdict) -> dict[str, Any]:
     }
 
 
-# --- as text ----------------------------------------------------------------------------------------------------------------
+# --- as text --------------------------------------------------------------------------------------
 
-STYLES = {"holds": "green", "fails": "red", "unknown": "yellow", "exact": "green", "renamed": "cyan", "estimate": "yellow", "none": "red"}
+STYLES = {
+    "holds": "green",
+    "fails": "red",
+    "unknown": "yellow",
+    "exact": "green",
+    "renamed": "cyan",
+    "estimate": "yellow",
+    "none": "red",
+}
 MARKS = {"holds": "✓", "fails": "✗", "unknown": "?"}
 TITLES = {
     "canonical_split": "canonical split",
@@ -169,10 +184,17 @@ def as_text(renderable: Any, width: int = 110) -> str:
 def render(structure: Structure) -> list[Any]:
     """The parts of the printed report: verdicts, culprits, statistics, what follows."""
     shapes = ", ".join(str(list(p)) for p in structure.predictions)
-    parts: list[Any] = [Text(f"Structure of the loss on a batch of {structure.samples}; predictions {shapes}"), _verdict_table(structure)]
+    parts: list[Any] = [
+        Text(f"Structure of the loss on a batch of {structure.samples}; predictions {shapes}"),
+        _verdict_table(structure),
+    ]
     culprits = _culprit_table(structure)
     parts += [culprits] if culprits is not None else []
-    for title, entries in (("assumed", structure.assumptions), ("rules of your own", structure.custom_rules), ("ops without a rule", structure.unknown_ops)):
+    for title, entries in (
+        ("assumed", structure.assumptions),
+        ("rules of your own", structure.custom_rules),
+        ("ops without a rule", structure.unknown_ops),
+    ):
         parts += [Text(f"{title}: {', '.join(entries)}")] if entries else []
     parts += [Text(f"note: {note}") for note in structure.notes]
     return [*parts, _follows_table(structure)]
@@ -211,11 +233,13 @@ def _follows_table(structure: Structure) -> Table:
         table.add_column(column, overflow="fold")
     for c in structure.follows():
         words = consequences.OUTCOMES[c.outcome]
-        table.add_row(c.quantity, Text(words, STYLES.get(c.outcome, "yellow")), c.name if c.outcome == "renamed" else "")
+        table.add_row(
+            c.quantity, Text(words, STYLES.get(c.outcome, "yellow")), c.name if c.outcome == "renamed" else ""
+        )
     return table
 
 
-# --- why, and what to do ----------------------------------------------------------------------------------------------------
+# --- why, and what to do --------------------------------------------------------------------------
 
 WHY = {
     "statistic": "a statistic over all samples ({size} numbers) flows back into every sample",
@@ -237,13 +261,15 @@ WHY = {
     "uneven": "what is done to a sample depends on its index in the batch",
     "place": "slice n of the prediction belongs to another sample than n",
     "escape": "Python reads a value that depends on the batch ({how}); what follows may depend on it",
-    "unfaithful": "on another batch the recorded computation gives other values than the model, so something steers it that was not seen",
+    "unfaithful": "on another batch the recorded computation gives other values than the model: "
+    "something steers it that was not seen",
 }
 REMEDY = {
     "statistic": "Evaluate with fixed statistics (`.eval()`), or normalise within a sample (GroupNorm, LayerNorm); "
     "sums and the GGN stay exact as they are.",
     "group": "Same as for batch norm: `.eval()` or a norm within the sample; within a group sums stay exact.",
-    "escape": "Keep it a tensor (`torch.where` in place of `if`), or declare it harmless: `unbatch.assume_independent(...)`.",
+    "escape": "Keep it a tensor (`torch.where` in place of `if`), "
+    "or declare it harmless: `unbatch.assume_independent(...)`.",
     NO_RULE: "Register a rule (`unbatch.register_rule(op, rule)`) or declare it: `unbatch.assume_independent(op)`.",
     "uneven": "Draw what differs between samples from the inputs, not from the index.",
     "place": "Return predictions in the order of the inputs, samples on axis 0.",
@@ -251,7 +277,9 @@ REMEDY = {
     "ordered": "Check which axis carries the samples (batch_first, dim=).",
     "data-dependent shape": "Use a mask of fixed shape in place of a selection, or `unbatch.assume_independent(...)`.",
 }
-DEFAULT_REMEDY = "Check the axes and the order of `view` and `reshape`; if it is meant, ask for per-component quantities."
+DEFAULT_REMEDY = (
+    "Check the axes and the order of `view` and `reshape`; if it is meant, ask for per-component quantities."
+)
 
 
 def culprit(step: Step, kind: str, **facts: object) -> Culprit:

@@ -40,10 +40,12 @@ class Verification:
         return all(c.passed is not False for c in self.checks)
 
 
-# --- settling and verifying -------------------------------------------------------------------------------------------------------------
+# --- settling and verifying -----------------------------------------------------------------------
 
 
-def settle(structure: Structure, oracle: Oracle, output: Any, faithful: str = "", before: Structure | None = None) -> Structure:
+def settle(
+    structure: Structure, oracle: Oracle, output: Any, faithful: str = "", before: Structure | None = None
+) -> Structure:
     """Open verdicts become "fails" where a witness is found; a replay that strays takes back what was proved.
 
     ``before``: the settled structure of the same program on other data; what failed there fails here.
@@ -51,7 +53,9 @@ def settle(structure: Structure, oracle: Oracle, output: Any, faithful: str = ""
     if faithful:
         structure = _distrust(structure, faithful)
     if before is not None:
-        return structure.with_verdicts(*(old for old, new in zip(before.verdicts, structure.verdicts, strict=True) if new.status == "unknown"))
+        return structure.with_verdicts(
+            *(old for old, new in zip(before.verdicts, structure.verdicts, strict=True) if new.status == "unknown")
+        )
     if structure.samples > 1:
         structure = _settle_forward(structure, oracle)
     if oracle.graph.loss is not None and oracle.graph.after_cut:
@@ -62,7 +66,9 @@ def settle(structure: Structure, oracle: Oracle, output: Any, faithful: str = ""
 def _distrust(structure: Structure, why: str) -> Structure:
     blame = Culprit("", "replay", "", WHY["unfaithful"] + f" ({why})", REMEDY["unfaithful"])
     names = ("independent_forward", "simd_forward", "simd_given_statistics")
-    return structure.with_verdicts(*(Verdict(n, "unknown", culprits=(*getattr(structure, n).culprits, blame)) for n in names))
+    return structure.with_verdicts(
+        *(Verdict(n, "unknown", culprits=(*getattr(structure, n).culprits, blame)) for n in names)
+    )
 
 
 def _fails(verdict: Verdict, witness: Witness | None) -> Verdict:
@@ -72,7 +78,11 @@ def _fails(verdict: Verdict, witness: Witness | None) -> Verdict:
 
 
 def _settle_forward(structure: Structure, oracle: Oracle) -> Structure:
-    independent, simd, given = structure.independent_forward, structure.simd_forward, structure.simd_given_statistics
+    independent, simd, given = (
+        structure.independent_forward,
+        structure.simd_forward,
+        structure.simd_given_statistics,
+    )
     witness = None if independent else listening(oracle)
     independent, simd = _fails(independent, witness), _fails(simd, witness)
     if given and (simd or simd.status == "fails"):
@@ -87,7 +97,12 @@ def _settle_forward(structure: Structure, oracle: Oracle) -> Structure:
 def _unbounded(given: Verdict, oracle: Oracle) -> Verdict:
     """Samples meet in pairs: no number of statistics that does not grow with the batch can carry that."""
     if oracle.findings.ranks:
-        return replace(given, status="fails", basis="proved", note="each sample is compared with every other: a rank needs the whole batch")
+        return replace(
+            given,
+            status="fails",
+            basis="proved",
+            note="each sample is compared with every other: a rank needs the whole batch",
+        )
     return _fails(given, unbounded(oracle)) if oracle.findings.bent else given
 
 
@@ -110,8 +125,18 @@ def _settle_loss(structure: Structure, loss: LossOracle, oracle: Oracle) -> Stru
         note = f"the loss could not be tested: {type(error).__name__}: {error}"
         reduction, simd_loss = (v if v.status != "unknown" else replace(v, note=note) for v in (reduction, simd_loss))
     if simd_loss.status == "fails" and reduction.status != "fails":
-        note = "a sum over samples, but not of one function of each sample's own prediction and target" if reduction else str(simd_loss.note)
-        reduction = replace(reduction, status="fails", basis=simd_loss.basis, note=note, culprits=reduction.culprits or simd_loss.culprits)
+        note = (
+            "a sum over samples, but not of one function of each sample's own prediction and target"
+            if reduction
+            else str(simd_loss.note)
+        )
+        reduction = replace(
+            reduction,
+            status="fails",
+            basis=simd_loss.basis,
+            note=note,
+            culprits=reduction.culprits or simd_loss.culprits,
+        )
     return structure.with_verdicts(split, reduction, simd_loss)
 
 
@@ -138,9 +163,23 @@ def verify(structure: Structure, oracle: Oracle, output: Any) -> Verification:
 
 def _check(verdict: Verdict, test: str, witness: Witness | None) -> Check:
     if verdict.status == "unknown":
-        return Check(verdict.name, verdict.status, test, None, str(witness) if witness else "no witness against it", witness)
+        return Check(
+            verdict.name,
+            verdict.status,
+            test,
+            None,
+            str(witness) if witness else "no witness against it",
+            witness,
+        )
     if verdict.status == "holds":
-        return Check(verdict.name, verdict.status, test, witness is None, str(witness or "no change beyond rounding"), witness)
+        return Check(
+            verdict.name,
+            verdict.status,
+            test,
+            witness is None,
+            str(witness or "no change beyond rounding"),
+            witness,
+        )
     if witness is None:
         return Check(verdict.name, verdict.status, test, None, verdict.note or "no witness in this test")
     return Check(verdict.name, verdict.status, test, True, str(witness), witness)
@@ -151,9 +190,18 @@ def _check_given(structure: Structure, oracle: Oracle) -> Check:
     test = "replace all other samples, statistics frozen"
     if verdict.status != "holds":
         return _check(verdict, "permute samples", uneven(oracle))
+    bent = None if any(s.grouped for s in structure.statistics) else uneven(oracle)
+    if bent is not None:
+        return _check(verdict, "permute samples", bent)
     if structure.simd_forward:
         return Check(verdict.name, verdict.status, test, True, "no statistics are needed")
     off = frozen_change(oracle)
     if isinstance(off, str):
         return Check(verdict.name, verdict.status, test, None, off)
-    return Check(verdict.name, verdict.status, test, off == 0.0, "bitwise equal" if off == 0.0 else f"moved by {off:.2g}")
+    return Check(
+        verdict.name,
+        verdict.status,
+        test,
+        off == 0.0,
+        "bitwise equal" if off == 0.0 else f"moved by {off:.2g}",
+    )

@@ -15,14 +15,15 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-from unbatch import moves as _moves  # noqa: F401  registers its rules
-from unbatch import rules
+from unbatch import indexing, layers, loss_rules, moves, rules  # noqa: F401  their rules are registered by importing them
+from unbatch.algebra import Algebra
 from unbatch.arranged import Arranged, follow
-from unbatch.capture import Graph, Recorder, Ref, Step
+from unbatch.capture import Recorder
 from unbatch.families import running_statistics
-from unbatch.labels import MIXED, Algebra, Marks, batched, code, compress, moved, shared, spell_out
+from unbatch.graph import Graph, Ref, Step
+from unbatch.labels import MIXED, Marks, batched, code, compress, moved, shared, spell_out
 
-# --- the walk ---------------------------------------------------------------------------------------------------------------
+# --- the walk -------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -57,7 +58,12 @@ class Walk:
 
 
 def walk(
-    graph: Graph, samples: int, given: Mapping[int, Marks], steps: Sequence[Step], assumed: Sequence[str] = (), constant: Iterable[str] = ()
+    graph: Graph,
+    samples: int,
+    given: Mapping[int, Marks],
+    steps: Sequence[Step],
+    assumed: Sequence[str] = (),
+    constant: Iterable[str] = (),
 ) -> Walk:
     """Propagate marks through ``steps``; ``given`` are the marks of what they start from."""
     out = Walk(graph, Algebra(samples, constant=frozenset(constant)), dict(given))
@@ -98,11 +104,17 @@ def _step(out: Walk, step: Step, last: Mapping[int, int]) -> None:
                 out.unknown.setdefault(step.index, f"{step.name} (its rule gave another shape)")
             out.marks[ref.index] = marks
     _follow_order(out, call, step)
-    hidden = running_statistics(call) if step.writes and not any(r and r.index in new for r in step.outs) and call["running_mean"] is not None else {}
+    hidden = (
+        running_statistics(call)
+        if step.writes and not any(r and r.index in new for r in step.outs) and call["running_mean"] is not None
+        else {}
+    )
     for old, fresh in step.writes:
         if fresh.index not in out.marks:
             matching = [m for m in hidden.values() if m.shape == graph.values[fresh.index].shape]
-            out.marks[fresh.index] = matching[0] if matching else rules.mixed(call, graph.values[fresh.index].shape, rules.NO_RULE)
+            out.marks[fresh.index] = (
+                matching[0] if matching else rules.mixed(call, graph.values[fresh.index].shape, rules.NO_RULE)
+            )
         _through_views(out, old, fresh, step.index, last)
 
 
@@ -110,7 +122,11 @@ def _follow_order(out: Walk, call: rules.Call, step: Step) -> None:
     """Keep track of rows that the batch has put into an order of its own, and of their return."""
     names = [a.name for a in step.op._schema.arguments]
     given = {**dict(zip(names, step.args, strict=False)), **step.kwargs}
-    known = {n: out.arranged[r.index] for n, a in given.items() if (r := _only_ref(a)) is not None and r.index in out.arranged}
+    known = {
+        n: out.arranged[r.index]
+        for n, a in given.items()
+        if (r := _only_ref(a)) is not None and r.index in out.arranged
+    }
     for outcome in follow(call, step.index, known, rules.lookup(call.op)):
         refs = [r for r in step.outs if r is not None]
         if outcome.slot < len(refs):
@@ -123,7 +139,11 @@ def _follow_order(out: Walk, call: rules.Call, step: Step) -> None:
 
 def _only_ref(a: Any) -> Ref | None:
     refs = [r for r in (a if isinstance(a, list | tuple) else [a]) if r is not None]
-    return refs[0] if len(refs) == 1 and isinstance(refs[0], Ref) and (not isinstance(a, list | tuple) or a[0] is refs[0]) else None
+    return (
+        refs[0]
+        if len(refs) == 1 and isinstance(refs[0], Ref) and (not isinstance(a, list | tuple) or a[0] is refs[0])
+        else None
+    )
 
 
 def _call(out: Walk, step: Step) -> rules.Call:
@@ -133,7 +153,10 @@ def _call(out: Walk, step: Step) -> rules.Call:
     arguments = {n: given.get(n, defaults.get(n)) for n in names}
     is_ref = {"is_leaf": lambda a: isinstance(a, Ref)}
     values = {n: tree_map(lambda a: _concrete(out.graph, a), a, **is_ref) for n, a in arguments.items() if _has_ref(a)}
-    marked = {n: tree_map(lambda a: out.marks[a.index] if isinstance(a, Ref) else a, a, **is_ref) for n, a in arguments.items()}
+    marked = {
+        n: tree_map(lambda a: out.marks[a.index] if isinstance(a, Ref) else a, a, **is_ref)
+        for n, a in arguments.items()
+    }
     shapes = [out.graph.values[r.index].shape for r in step.outs if r]
     return rules.Call(out.algebra, step.op, marked, shapes, values)
 
@@ -146,7 +169,9 @@ def _concrete(graph: Graph, a: Any) -> Any:
     if not isinstance(a, Ref):
         return None
     value = graph.values[a.index].concrete
-    exact = value is not None and not value.is_floating_point() and not value.is_complex() and value.device.type != "meta"
+    exact = (
+        value is not None and not value.is_floating_point() and not value.is_complex() and value.device.type != "meta"
+    )
     return value.detach().cpu().numpy() if exact and value is not None else None
 
 
@@ -192,7 +217,10 @@ def _decompose(out: Walk, call: rules.Call, step: Step) -> list[Marks | None] | 
             result = body(*args, **kwargs)
         if any(s.op is step.op for s in recorder.graph.steps):
             return None
-        outputs = [recorder.ref(t) if isinstance(t, torch.Tensor) else None for t in (result if isinstance(result, tuple | list) else [result])]
+        outputs = [
+            recorder.ref(t) if isinstance(t, torch.Tensor) else None
+            for t in (result if isinstance(result, tuple | list) else [result])
+        ]
     except Exception:
         return None
     for i, ref in refs.items():
@@ -209,16 +237,17 @@ def _decompose(out: Walk, call: rules.Call, step: Step) -> list[Marks | None] | 
     return [inner.marks[r.index] if r else None for r in outputs]
 
 
-# --- memory: a write through one view is seen through the others ---------------------------------------------------------------
+# --- memory: a write through one view is seen through the others ----------------------------------
 
 
 def _through_views(out: Walk, old: Ref, fresh: Ref, step: int, last: Mapping[int, int]) -> None:
     graph = out.graph
     storage = graph.values[fresh.index].storage
     others = [
-        i for i, v in enumerate(graph.values)
-        if v.storage == storage and i in out.marks and i not in (old.index, fresh.index) and last.get(i, -1) > step and i < fresh.index
-    ]  # fmt: skip
+        i
+        for i, v in enumerate(graph.values[: fresh.index])
+        if v.storage == storage and i in out.marks and i != old.index and last.get(i, -1) > step
+    ]
     if not others:
         return
     spots = _positions(graph.values[fresh.index])
@@ -230,7 +259,9 @@ def _through_views(out: Walk, old: Ref, fresh: Ref, step: int, last: Mapping[int
         if graph.values[i].dtype.itemsize != graph.values[fresh.index].dtype.itemsize:
             view = [1] * len(graph.values[i].shape)
             owner, key = np.full(view, MIXED, dtype=np.int32), np.broadcast_to(code("bytes"), view)
-            out.marks[i] = out.algebra.result(graph.values[i].shape, owner, key, [out.marks[i], new], "written through a view")
+            out.marks[i] = out.algebra.result(
+                graph.values[i].shape, owner, key, [out.marks[i], new], "written through a view"
+            )
             continue
         hit = slot[_positions(graph.values[i])]
         if (hit < 0).all():
@@ -247,7 +278,10 @@ def _through_views(out: Walk, old: Ref, fresh: Ref, step: int, last: Mapping[int
 
 def _restrided(out: Walk, call: rules.Call, step: Step) -> Marks:
     """A window on the memory of a value, element by element."""
-    source, target = out.graph.values[step.refs()[0].index], out.graph.values[step.outs[0].index if step.outs[0] else 0]
+    source, target = (
+        out.graph.values[step.refs()[0].index],
+        out.graph.values[step.outs[0].index if step.outs[0] else 0],
+    )
     spots, wanted = _positions(source), _positions(target)
     slot = np.full(max(_extent(source), _extent(target)), -1, dtype=np.int64)
     slot[spots.reshape(-1)] = np.arange(spots.size)
@@ -265,10 +299,14 @@ def _positions(value: Any) -> np.ndarray:
 
 
 def _extent(value: Any) -> int:
-    return value.offset + sum((s - 1) * st for s, st in zip(value.shape, value.stride, strict=True)) + 1 if math.prod(value.shape) else 1
+    return (
+        value.offset + sum((s - 1) * st for s, st in zip(value.shape, value.stride, strict=True)) + 1
+        if math.prod(value.shape)
+        else 1
+    )
 
 
-# --- what the walk starts from -----------------------------------------------------------------------------------------------------
+# --- what the walk starts from --------------------------------------------------------------------
 
 
 def forward_marks(graph: Graph, dims: Sequence[int | None]) -> dict[int, Marks]:
@@ -291,7 +329,9 @@ def loss_marks(
     for i, known in forward.marks.items():
         if graph.values[i].kind == "step":
             inner = "parameters" in known.sources
-            marks[i] = shared(known.shape, ("internal", i), ["internals"]) if inner else replace(known, given=frozenset())
+            marks[i] = (
+                shared(known.shape, ("internal", i), ["internals"]) if inner else replace(known, given=frozenset())
+            )
         elif graph.values[i].kind == "inputs":
             marks[i] = known
     for i, ref in enumerate(graph.predictions):
@@ -326,7 +366,11 @@ def prediction_dim(marks: Marks, samples: int, leading: bool = True) -> int | No
 
 
 def _outside(graph: Graph) -> dict[int, Marks]:
-    return {i: _constant(v, i) for i, v in enumerate(graph.values) if v.kind in ("parameters", "buffers", "constants", "inputs", "targets")}
+    return {
+        i: _constant(v, i)
+        for i, v in enumerate(graph.values)
+        if v.kind in ("parameters", "buffers", "constants", "inputs", "targets")
+    }
 
 
 def _constant(value: Any, index: int) -> Marks:
@@ -335,10 +379,14 @@ def _constant(value: Any, index: int) -> Marks:
     content = value.concrete
     constant_along = []
     if content is not None and content.numel() and content.device.type != "meta":
-        constant_along = [d for d in range(content.ndim) if content.shape[d] > 1 and bool((content == content.narrow(d, 0, 1)).all())]
+        constant_along = [
+            d for d in range(content.ndim) if content.shape[d] > 1 and bool((content == content.narrow(d, 0, 1)).all())
+        ]
     return shared(value.shape, (value.kind, value.name or index), (), constant_along)
 
 
 def _leaf(graph: Graph, ref: Ref, dim: int | None, i: int, kind: str) -> Marks:
     shape = graph.values[ref.index].shape
-    return shared(shape, (kind, i), [kind]) if dim is None else batched(shape, dim % max(len(shape), 1), (kind, i), [kind])
+    return (
+        shared(shape, (kind, i), [kind]) if dim is None else batched(shape, dim % max(len(shape), 1), (kind, i), [kind])
+    )

@@ -1,0 +1,222 @@
+"""A recorded computation as data, and its replay.
+
+Values, steps in order, what Python learned on the way, and the parts that have a meaning. Nothing here knows how a
+recording is made, or about samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from unbatch.purity import random_state, set_random_state
+
+
+@dataclass(frozen=True)
+class Ref:
+    """The ``index``-th value of a graph."""
+
+    index: int
+
+
+@dataclass
+class Value:
+    """One version of a tensor. ``storage``, ``stride``, ``offset`` say which memory it is a window on."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    storage: int
+    stride: tuple[int, ...]
+    offset: int
+    kind: str = "step"  # or "inputs", "targets", "parameters", "buffers", "constants"
+    name: str = ""
+    step: int = -1
+    requires_grad: bool = False
+    concrete: Tensor | None = None  # integers and booleans, constants and noise: the values seen at capture
+
+
+@dataclass
+class Step:
+    """One op of the computation. ``args`` hold ``Ref``s in place of tensors."""
+
+    index: int
+    op: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outs: tuple[Ref | None, ...]
+    writes: tuple[tuple[Ref, Ref], ...]
+    grad: bool
+    module: str
+    where: str
+    noise: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.op._schema.name.removeprefix("aten::")
+
+    def refs(self) -> list[Ref]:
+        return [a for a in tree_leaves((self.args, self.kwargs), is_leaf=is_ref) if isinstance(a, Ref)]
+
+
+@dataclass(frozen=True)
+class Escape:
+    """A tensor whose value was read by Python in a way that cannot be followed, before step ``step``."""
+
+    ref: Ref
+    how: str
+    step: int
+    module: str
+    where: str
+    order: int = -1  # the how-manieth branch on a boolean it was, if it was one
+    in_loss: bool = False
+    blind: bool = False  # what it tells is not known: it may tell anything
+
+
+@dataclass(frozen=True)
+class ModuleCall:
+    """One run of a module: steps ``start`` to ``stop``, what went in and what came out."""
+
+    module: str
+    start: int
+    stop: int
+    inputs: tuple[Ref, ...]
+    outputs: tuple[Ref, ...]
+
+
+@dataclass
+class Graph:
+    """A recorded computation: values, steps in order, escapes, and the parts of it that have a meaning."""
+
+    values: list[Value] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    escapes: list[Escape] = field(default_factory=list)
+    calls: list[ModuleCall] = field(default_factory=list)
+    inputs: list[Ref | None] = field(default_factory=list)
+    targets: list[Ref | None] = field(default_factory=list)
+    predictions: list[Ref] = field(default_factory=list)
+    loss: Ref | None = None
+    after_cut: frozenset[int] = frozenset()  # the steps that belong to the loss; all others belong to the model
+    model_steps: int = 0  # how many steps were recorded when the model returned
+    rng: tuple[Any, ...] = ()
+    dynamic: frozenset[int] = frozenset()  # values whose shape depends on what is in other values
+    foreign: tuple[int, ...] = ()  # constants met in the middle of the run
+
+    @property
+    def forward_steps(self) -> list[Step]:
+        return [s for s in self.steps if s.index not in self.after_cut]
+
+    @property
+    def loss_steps(self) -> list[Step]:
+        return [s for s in self.steps if s.index in self.after_cut]
+
+    def rebased(self, inputs: Sequence[Any], targets: Sequence[Any]) -> Graph:
+        """The same computation on other data, with the integers it computes from them."""
+        values = [replace(v) for v in self.values]
+        other = replace(self, values=values)
+        for refs, leaves in ((self.inputs, inputs), (self.targets, targets)):
+            for ref, leaf in zip(refs, leaves, strict=True):
+                if ref is not None:
+                    values[ref.index].concrete = leaf.detach()
+
+        def keep(i: int, tensor: Tensor) -> None:
+            if values[i].concrete is not None and not tensor.is_floating_point():
+                values[i].concrete = tensor.detach().clone()
+
+        with torch.no_grad():
+            wanted = [self.loss] if self.loss else self.predictions
+            other.run({}, [w.index for w in wanted], visit=keep)
+        return other
+
+    def signature(self) -> tuple[Any, ...]:
+        """What is computed, without the data: equal for two runs that do the same."""
+        steps = tuple((str(s.op), repr(s.args), repr(s.kwargs)) for s in self.steps)
+        outside = tuple((v.kind, v.name) for v in self.values if v.kind != "step")
+        return steps, outside, self.loss or tuple(self.predictions), self.model_steps
+
+    def run(
+        self,
+        feed: Mapping[int, Tensor],
+        wanted: Sequence[int],
+        keep: Mapping[int, Tensor] | None = None,
+        visit: Callable[[int, Tensor], None] | None = None,
+        instead: Mapping[int, Callable[..., Any]] | None = None,
+        steps: Sequence[Step] | None = None,
+    ) -> list[Tensor]:
+        """Replay (``steps``, by default the model or, where a loss is wanted, everything) on other values, ``feed``.
+
+        ``keep``: values pinned to given tensors (frozen statistics); ``instead``: other functions for some steps;
+        ``visit`` sees every value. Noise is drawn from the random state of the capture, so it is what it was then.
+        """
+        before = random_state()
+        try:
+            if self.rng:
+                set_random_state(self.rng)
+            if steps is None:
+                inside = all(self.values[w].step not in self.after_cut for w in wanted)
+                steps = self.forward_steps if inside else self.steps
+            return self._run(feed, wanted, keep or {}, visit, instead or {}, steps)
+        finally:
+            set_random_state(before)
+
+    def _run(
+        self,
+        feed: Mapping[int, Tensor],
+        wanted: Sequence[int],
+        keep: Mapping[int, Tensor],
+        visit: Callable[[int, Tensor], None] | None,
+        instead: Mapping[int, Callable[..., Any]],
+        steps: Sequence[Step],
+    ) -> list[Tensor]:
+        env: dict[int, Tensor] = {}
+        last = self._last_uses(wanted)
+        written = {self.values[old.index].storage for s in self.steps for old, _ in s.writes}
+
+        def get(ref: Any) -> Any:
+            if not isinstance(ref, Ref):
+                return ref
+            if ref.index not in env:
+                value = feed.get(ref.index, self.values[ref.index].concrete)
+                assert value is not None, f"value {ref.index} ({self.values[ref.index]}) was not computed"
+                env[ref.index] = value.clone() if self.values[ref.index].storage in written else value
+            return env[ref.index]
+
+        for step in steps:
+            args, kwargs = tree_map(get, (step.args, step.kwargs), is_leaf=is_ref)
+            with torch.set_grad_enabled(step.grad and torch.is_grad_enabled()):
+                outs = flat(instead.get(step.index, step.op)(*args, **kwargs))
+            for ref, out in zip(step.outs, outs, strict=False):
+                if ref is not None and isinstance(out, Tensor):
+                    env[ref.index] = keep.get(ref.index, out)
+                    if visit:
+                        visit(ref.index, env[ref.index])
+            for old, new in step.writes:
+                if new.index in keep:
+                    env[old.index].copy_(keep[new.index])
+                env[new.index] = env[old.index]
+            for dead in last.get(step.index, ()):
+                env.pop(dead, None)
+        return [get(Ref(w)) for w in wanted]
+
+    def _last_uses(self, wanted: Sequence[int]) -> dict[int, list[int]]:
+        last: dict[int, int] = {}
+        for step in self.steps:
+            for ref in [*step.refs(), *(r for r in step.outs if r)]:
+                last[ref.index] = step.index
+        out: dict[int, list[int]] = {}
+        for value, step_index in last.items():
+            if value not in wanted and self.values[value].kind == "step":
+                out.setdefault(step_index, []).append(value)
+        return out
+
+
+def is_ref(x: Any) -> bool:
+    return isinstance(x, Ref)
+
+
+def flat(out: Any) -> list[Any]:
+    return [x for o in out for x in flat(o)] if isinstance(out, tuple | list) else [out]
