@@ -77,9 +77,7 @@ def built(name, truth, **options):
 
 def layers(name, truth, shape, *makers, train=True):
     """A case from layers in a row."""
-    built(name, truth)(
-        lambda: (nn.Sequential(*(make() for make in makers)).train(train), (torch.randn(shape),))
-    )
+    built(name, truth)(lambda: (nn.Sequential(*(make() for make in makers)).train(train), (torch.randn(shape),)))
 
 
 def forward(name, truth, *inputs, train=True, accept_unknown=False, in_dims=0, out_dim=0, **parts):
@@ -124,9 +122,7 @@ def standardise(h, dim=0):
 
 # ---------------------------------------------------------------- batch norm, by layer
 
-layers(
-    "batch norm 2d", STATISTICS, IMAGE, conv(), lambda: nn.BatchNorm2d(4), nn.ReLU, nn.Flatten, linear(64, 3)
-)
+layers("batch norm 2d", STATISTICS, IMAGE, conv(), lambda: nn.BatchNorm2d(4), nn.ReLU, nn.Flatten, linear(64, 3))
 layers("batch norm 2d in eval", SIMD, IMAGE, conv(), lambda: nn.BatchNorm2d(4), nn.ReLU, train=False)
 layers("batch norm 1d", STATISTICS, FLAT, linear(), norm(), nn.Tanh, linear())
 layers("batch norm 1d, batch of five", STATISTICS, ODD, linear(8, 8), norm(8), nn.Tanh, linear(8, 3))
@@ -197,9 +193,7 @@ class RunningCentre(nn.Module):
 layers("batch norm frozen while the model trains", SIMD, FLAT, linear(), lambda: FrozenNorm(D))
 layers("subclass of batch norm under another name", STATISTICS, FLAT, linear(), lambda: LayerNormByName(D))
 layers("layer norm under the name of batch norm", SIMD, FLAT, linear(), lambda: BatchNormByName(D))
-layers(
-    "running mean updated in place, then used", STATISTICS, FLAT, linear(), lambda: RunningCentre(True, True)
-)
+layers("running mean updated in place, then used", STATISTICS, FLAT, linear(), lambda: RunningCentre(True, True))
 layers("running mean reassigned, then used", STATISTICS, FLAT, linear(), lambda: RunningCentre(True, False))
 layers("running mean used, then updated in place", SIMD, FLAT, linear(), lambda: RunningCentre(False, True))
 layers("running mean used, then reassigned", SIMD, FLAT, linear(), lambda: RunningCentre(False, False))
@@ -290,9 +284,7 @@ layers(
     IMAGE,
     lambda: nn.InstanceNorm2d(C, track_running_stats=True),
 )
-layers(
-    "instance norm in eval", SIMD, IMAGE, lambda: nn.InstanceNorm2d(C, track_running_stats=True), train=False
-)
+layers("instance norm in eval", SIMD, IMAGE, lambda: nn.InstanceNorm2d(C, track_running_stats=True), train=False)
 layers(
     "instance norm of an unbatched signal, samples as channels",
     SIMD,
@@ -325,9 +317,7 @@ layers("orthogonal weight", SIMD, FLAT, lambda: parametrizations.orthogonal(nn.L
 @forward("weight standardisation through functional batch norm", SIMD, IMAGE, conv=conv())
 def _(net, x):
     w = net.conv.weight
-    return F.conv2d(
-        x, F.batch_norm(w.view(1, len(w), -1), None, None, training=True).view_as(w), net.conv.bias
-    )
+    return F.conv2d(x, F.batch_norm(w.view(1, len(w), -1), None, None, training=True).view_as(w), net.conv.bias)
 
 
 @forward("layer norm of the transposed batch, a batch norm", STATISTICS)
@@ -658,9 +648,7 @@ def _(net, x):
     return h * torch.histc(h.detach(), 6, -3, 3)
 
 
-@forward(
-    "one k-means step on a codebook, then assignment", STATISTICS, codebook=weight(3, D), accept_unknown=True
-)
+@forward("one k-means step on a codebook, then assignment", STATISTICS, codebook=weight(3, D), accept_unknown=True)
 def _(net, x):
     member = F.one_hot(torch.cdist(x, net.codebook).argmin(1), 3).to(x)
     codebook = 0.5 * net.codebook + 0.5 * member.t() @ x
@@ -1016,10 +1004,7 @@ def _(net, x):
 @forward("beams by repeat, split as beams first", SIMD)
 def _(net, x):
     return (
-        (net.linear(x.repeat(2, 1)) + torch.tensor([[0.0], [1.0]]).repeat_interleave(N, 0))
-        .tanh()
-        .view(2, N, D)
-        .sum(0)
+        (net.linear(x.repeat(2, 1)) + torch.tensor([[0.0], [1.0]]).repeat_interleave(N, 0)).tanh().view(2, N, D).sum(0)
     )
 
 
@@ -1171,9 +1156,7 @@ for cell in (nn.LSTM, nn.GRU):
     def _(net, x):
         return net.rnn(x)[0]
 
-    @forward(
-        f"{kind} that takes samples for time steps, cube", MIXED, CUBE, rnn=functools.partial(cell, D, D)
-    )
+    @forward(f"{kind} that takes samples for time steps, cube", MIXED, CUBE, rnn=functools.partial(cell, D, D))
     def _(net, x):
         return net.rnn(x)[0].mean(1)
 
@@ -1212,9 +1195,7 @@ def _(net, x):
     return net.rnn(x)[1].transpose(0, 1).reshape(len(x), -1)
 
 
-@forward(
-    "bidirectional LSTM", SIMD, SEQUENCE, rnn=lambda: nn.LSTM(D, 3, bidirectional=True, batch_first=True)
-)
+@forward("bidirectional LSTM", SIMD, SEQUENCE, rnn=lambda: nn.LSTM(D, 3, bidirectional=True, batch_first=True))
 def _(net, x):
     return net.rnn(x)[0].amax(1)
 
@@ -1303,9 +1284,7 @@ def _(net, x):
     return net.attend(x, x, x)[0]
 
 
-@forward(
-    "multi-head attention with a padding mask", SIMD, SEQUENCE, attend=lambda: attention(batch_first=True)
-)
+@forward("multi-head attention with a padding mask", SIMD, SEQUENCE, attend=lambda: attention(batch_first=True))
 def _(net, x):
     padded = (x[..., 0] < 0) & (torch.arange(T) > 0)
     return net.attend(x, x, x, key_padding_mask=padded)[0]
@@ -2021,9 +2000,7 @@ def _(net, x):
     return net.conv(x)
 
 
-@forward(
-    "samples as channels of an unbatched depthwise convolution", INDEXED, (N, 5, 5), conv=conv(N, N, groups=N)
-)
+@forward("samples as channels of an unbatched depthwise convolution", INDEXED, (N, 5, 5), conv=conv(N, N, groups=N))
 def _(net, x):
     return net.conv(x)
 
@@ -2100,9 +2077,7 @@ layers(
     linear(4, 4),
     lambda: nn.Fold((6, 6), 3, stride=3),
 )
-layers(
-    "patch embedding", SIMD, IMAGE, lambda: nn.Conv2d(C, D, 3, stride=3), lambda: nn.Flatten(2), linear(4, 4)
-)
+layers("patch embedding", SIMD, IMAGE, lambda: nn.Conv2d(C, D, 3, stride=3), lambda: nn.Flatten(2), linear(4, 4))
 
 
 @forward("pooling over an image made of samples and features", MIXED)

@@ -125,11 +125,7 @@ class Draft:
     def program(self, arguments: str) -> Program:
         """The lines, without names and weights that nobody reads."""
         words = re.findall(r"\w+", "\n".join(self.lines))
-        lines = [
-            line
-            for line in self.lines
-            if not re.fullmatch(r"v\d+ = h", line) or words.count(line.split()[0]) > 1
-        ]
+        lines = [line for line in self.lines if not re.fullmatch(r"v\d+ = h", line) or words.count(line.split()[0]) > 1]
         weights = {f"w{i}": w for i, w in enumerate(self.weights) if f"w{i}" in words}
         return Program(lines, weights, arguments)
 

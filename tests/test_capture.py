@@ -56,16 +56,12 @@ def flat() -> Tensor:
     return torch.randn(N, D)
 
 
-def case(
-    name: str, *inputs: Callable[[], Any], gradients: bool = True, **parts: Callable[[], Any]
-) -> Callable:
+def case(name: str, *inputs: Callable[[], Any], gradients: bool = True, **parts: Callable[[], Any]) -> Callable:
     """A case from a forward function."""
 
     def register(run: Callable) -> Callable:
         def build() -> tuple[nn.Module, tuple]:
-            return Net(run, **{k: make() for k, make in parts.items()}), tuple(
-                make() for make in inputs or (flat,)
-            )
+            return Net(run, **{k: make() for k, make in parts.items()}), tuple(make() for make in inputs or (flat,))
 
         CASES.append(Case(name, build, gradients))
         return run
@@ -73,9 +69,7 @@ def case(
     return register
 
 
-def module(
-    name: str, make: Callable[[], nn.Module], inputs: Callable[[], Any] = flat, gradients: bool = True
-) -> None:
+def module(name: str, make: Callable[[], nn.Module], inputs: Callable[[], Any] = flat, gradients: bool = True) -> None:
     CASES.append(Case(name, lambda: (make(), (inputs(),)), gradients))
 
 
@@ -210,9 +204,7 @@ def _(net, x):
     return h / (1 + h.abs().max().item()) + torch.tensor(h.mean(0).tolist(), dtype=h.dtype)
 
 
-@case(
-    "two inputs and a dict of outputs", flat, lambda: torch.randint(D, (N,)), table=lambda: nn.Embedding(D, D)
-)
+@case("two inputs and a dict of outputs", flat, lambda: torch.randint(D, (N,)), table=lambda: nn.Embedding(D, D))
 def _(net, x, i):
     return {"sum": net.linear(x) + net.table(i), "first": (x[:, :1],)}
 
@@ -264,9 +256,7 @@ module("batch norm", lambda: nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D), n
 module("weight norm", lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(D, D)), nn.Tanh()))
 module("spectral norm", lambda: parametrizations.spectral_norm(nn.Linear(D, D)))
 module("recurrent", lambda: nn.LSTM(D, D, batch_first=True), lambda: torch.randn(N, T, D))
-module(
-    "transformer", lambda: nn.TransformerEncoderLayer(D, 1, 7, batch_first=True), lambda: torch.randn(N, T, D)
-)
+module("transformer", lambda: nn.TransformerEncoderLayer(D, 1, 7, batch_first=True), lambda: torch.randn(N, T, D))
 module(
     "convolution",
     lambda: nn.Sequential(nn.Conv2d(2, 3, 2), nn.MaxPool2d(2), nn.Flatten()),
@@ -319,9 +309,7 @@ def gradients_agree(program: capture.Program, graph: capture.Graph, inputs: Any)
     """Raise where the parameters' gradients of one random combination of the outputs differ."""
     places = {v.name: i for i, v in enumerate(graph.values) if v.kind == "parameters"}
     fresh = {i: program.parameters[name].detach().clone().requires_grad_() for name, i in places.items()}
-    cotangents = [
-        torch.randn(v.shape, dtype=v.dtype) for v in (graph.values[p.index] for p in graph.predictions)
-    ]
+    cotangents = [torch.randn(v.shape, dtype=v.dtype) for v in (graph.values[p.index] for p in graph.predictions)]
     combine = lambda outs: sum((c * o).sum() for c, o in zip(cotangents, outs, strict=True))  # noqa: E731
     true = torch.autograd.grad(
         combine(eager(program, graph, inputs)), [program.parameters[n] for n in places], allow_unused=True
@@ -456,9 +444,7 @@ def test_every_step_of_user_code_has_a_line():
         problem = problem_of(case)
         graph, _ = capture.record(problem.program, problem.inputs, None)
         if isinstance(problem.program.model, Net):
-            lost = [
-                (case.name, s.name, s.where) for s in graph.steps if s.where.rpartition(":")[0] != __file__
-            ]
+            lost = [(case.name, s.name, s.where) for s in graph.steps if s.where.rpartition(":")[0] != __file__]
             assert not lost, lost
             assert all(s.module for s in graph.forward_steps), case.name
 

@@ -14,6 +14,7 @@ from unbatch import Structure
 
 # Honest "unknown"s that the tables do not ask for: what it would take to decide them.
 KNOWN_UNKNOWN = {
+    "mean of the three nearest neighbours": "its batch size is written into it, so no larger batch can be tried",
     "take from the flat batch with own offsets": "bounds on the values of an index",
     "negative log of a product": "log of a gathered column seen as the sample's own scalar",
     "mean over chunks of unequal size": "sums over sets of samples whose weights differ",

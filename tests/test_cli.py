@@ -350,9 +350,7 @@ def test_version():
 
 
 def test_python_m():
-    result = subprocess.run(
-        [sys.executable, "-m", "unbatch", "--version"], capture_output=True, text=True, check=True
-    )
+    result = subprocess.run([sys.executable, "-m", "unbatch", "--version"], capture_output=True, text=True, check=True)
     assert result.stdout == f"unbatch {unbatch.__version__}\n"
 
 

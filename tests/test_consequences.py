@@ -132,8 +132,8 @@ def test_key_facts(quantity: str, where: str, outcome: str, name: str) -> None:
     assert found.reason
 
 
-def test_exactly_crosstalk_and_losses_are_available() -> None:
-    assert {c.quantity for c in follows(situation(HOLDS)) if c.available} == {"crosstalk", "losses"}
+def test_exactly_crosstalk_and_gradient_are_available() -> None:
+    assert {c.quantity for c in follows(situation(HOLDS)) if c.available} == {"crosstalk", "gradient"}
 
 
 def test_one_consequence_is_the_same_as_among_all() -> None:

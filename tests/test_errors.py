@@ -120,18 +120,14 @@ BAD = [
         lambda: P(model(), loss, (x(), y()), in_dims=(-3, 0)),
         ("(5, 4)", "axis -3"),
     ),
-    Bad(
-        "empty batch", lambda: P(model(), loss, (x()[:0], y()[:0])), ("no samples", "(0, 4)", "at least one")
-    ),
+    Bad("empty batch", lambda: P(model(), loss, (x()[:0], y()[:0])), ("no samples", "(0, 4)", "at least one")),
     Bad(
         "no input per sample",
         lambda: P(model(), loss, (x(), y()), in_dims=(None, 0)),
         ("None", "At least one input"),
     ),
     Bad("inputs that are no tensors", lambda: P(model(), loss, ("text", y())), ("str", "torch.as_tensor")),
-    Bad(
-        "inputs that are lists of numbers", lambda: P(model(), loss, ([1.0, 2.0], y())), ("torch.as_tensor",)
-    ),
+    Bad("inputs that are lists of numbers", lambda: P(model(), loss, ([1.0, 2.0], y())), ("torch.as_tensor",)),
     Bad(
         "in_dims of another structure",
         lambda: P(model(), loss, ((x(), x()), y()), in_dims=({"a": 0}, 0)),
@@ -296,9 +292,7 @@ ACCEPTED: dict[str, Callable[[], ub.Problem]] = {
         (x(), {"labels": y(), "weights": torch.rand(C)}),
         in_dims=(0, {"labels": 0, "weights": None}),
     ),
-    "targets that hold a number": lambda: P(
-        Pair(), lambda p, y: F.cross_entropy(p / y[1], y[0]), (x(), (y(), 2.0))
-    ),
+    "targets that hold a number": lambda: P(Pair(), lambda p, y: F.cross_entropy(p / y[1], y[0]), (x(), (y(), 2.0))),
     "no targets": lambda: P(Pair(), lambda p: p.square().sum(), (x(), None)),
     "a function": lambda: P(
         lambda q, z: z @ q["w"], loss, (x(), y()), parameters={"w": torch.randn(D, C, requires_grad=True)}
@@ -338,11 +332,7 @@ def test_model_with_its_own_loss():
 
         def forward(self, z, labels=None):
             logits = self.linear(z)
-            return (
-                {"logits": logits}
-                if labels is None
-                else {"loss": F.cross_entropy(logits, labels), "logits": logits}
-            )
+            return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
     found = ub.Problem(Own(), batch={"z": x(), "labels": y()}).structure
     assert found.simd_forward

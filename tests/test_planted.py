@@ -17,7 +17,8 @@ import unbatch as ub
 from test_cases import check
 from test_properties import check_forward, check_loss
 from unbatch import rules, walk
-from unbatch.labels import SHARED, Algebra, shared
+from unbatch.algebra import Algebra
+from unbatch.labels import SHARED, shared
 from unbatch.rules import Call, pointwise
 
 N = D = 4  # a square batch: nothing can be told by size alone
@@ -105,18 +106,14 @@ def blind_to_views(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def every_meeting_is_symmetric(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        Algebra, "_meet_row", lambda self, owner, key: (SHARED, int(key.sum(dtype=np.uint64)))
-    )
+    monkeypatch.setattr(Algebra, "_meet_row", lambda self, owner, key: (SHARED, int(key.sum(dtype=np.uint64))))
 
 
 def join_that_keeps_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         Algebra,
         "join",
-        lambda self, a, b: np.where(
-            a == SHARED, b, np.broadcast_to(a, np.broadcast_shapes(a.shape, b.shape))
-        ),
+        lambda self, a, b: np.where(a == SHARED, b, np.broadcast_to(a, np.broadcast_shapes(a.shape, b.shape))),
     )
 
 

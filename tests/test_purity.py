@@ -59,9 +59,7 @@ def state(problem: ub.Problem) -> dict[str, Any]:
                 f"{name} hooks": len(t._backward_hooks or ()),
             }
     leaves = tree_leaves((problem.inputs, problem.targets))
-    return out | {
-        f"data {i}": (content(t), content(t.grad)) for i, t in enumerate(leaves) if isinstance(t, Tensor)
-    }
+    return out | {f"data {i}": (content(t), content(t.grad)) for i, t in enumerate(leaves) if isinstance(t, Tensor)}
 
 
 def assert_unchanged(before: dict[str, Any], after: dict[str, Any]) -> None:

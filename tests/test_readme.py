@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 FILE = re.compile(r"# ((?:\w+/)*\w+\.py)\n")
-WITNESS = re.compile(r"replacing sample \d+ moved prediction \d+ by \S+ relative")
+WITNESS = re.compile(r"replacing sample \d+ moved prediction \d+ by \S+ of its size")
 
 
 def blocks(page: str) -> list[tuple[str, str]]:
@@ -51,7 +51,7 @@ def assert_quoted(code: str, source: str) -> None:
 
 def run_python(code: str, namespace: dict) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        exec(compile(code, "<page>", "exec"), namespace)
+        exec(compile(code, "example.py", "exec"), namespace)
     return out.getvalue()
 
 

@@ -33,9 +33,7 @@ def test_model(name, build, truth):
     check(structure, verdicts, truth["accept_unknown"])
 
 
-@pytest.mark.parametrize(
-    ("name", "loss", "make", "truth"), CASES.LOSSES, ids=[case[0] for case in CASES.LOSSES]
-)
+@pytest.mark.parametrize(("name", "loss", "make", "truth"), CASES.LOSSES, ids=[case[0] for case in CASES.LOSSES])
 def test_loss(name, loss, make, truth):
     structure = structure_of_loss(loss, tuple(m() for m in make))
     check(structure, {k: truth[k] for k in LOSS}, accept_unknown=False)

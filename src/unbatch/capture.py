@@ -141,15 +141,7 @@ class Recorder(TorchDispatchMode):
         return outs[0] if outs else None
 
     def _where(self) -> str:
-        frame: FrameType | None = sys._getframe(2)
-        while frame is not None:
-            file = frame.f_code.co_filename
-            if (not file.startswith(LIBRARY) and not file.startswith("<")) or file == USER:
-                return f"{file}:{frame.f_lineno}"
-            if frame.f_code is record.__code__:
-                return ""
-            frame = frame.f_back
-        return ""
+        return users_line()
 
     # -- what happens while the model runs --
 
@@ -236,6 +228,19 @@ class Recorder(TorchDispatchMode):
         finally:
             before.remove()
             after.remove()
+
+
+def users_line() -> str:
+    """File and line of the innermost frame that belongs to neither PyTorch nor this package, inside a recording."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if (not file.startswith(LIBRARY) and not file.startswith("<frozen")) or file == USER:
+            return f"{file}:{frame.f_lineno}"
+        if frame.f_code is record.__code__:
+            return ""
+        frame = frame.f_back
+    return ""
 
 
 def _sure(op: Any, args: Any, kwargs: Any) -> bool:

@@ -211,13 +211,15 @@ def _kronecker(kept: Outcome, how: str) -> tuple[Case, ...]:
 # The table --------------------------------------------------------------------------------------------
 
 TABLE: tuple[Quantity, ...] = (
-    Quantity("gradient", (Case("exact", "Backpropagation needs no structure."),), through_predictions=False),
+    Quantity("gradient", (
+        Case("exact", "Backpropagation needs no structure."),
+    ), through_predictions=False, available=True),
     Quantity("losses", (
         Case("exact", "ℓ(F_n, y_n) depends on sample n only.", holds=(INDEPENDENT, LOSS)),
         Case("renamed", "ℓ(F_n, y_n) exists, but F_n listens to the whole batch.", "losses per component",
              holds=(LOSS,)),
         Case("none", COUPLED),
-    ), available=True),
+    )),
     Quantity("crosstalk", (
         Case("exact", "F_n listens to x_n only: zero off the diagonal.", holds=(INDEPENDENT,)),
         Case("exact", "Entry (n, m) says how strongly F_n listens to x_m."),

@@ -18,7 +18,8 @@ SHADES = " ░▒▓█"
 class Crosstalk:
     """``matrix[n, m]``: ``‖∂F_n/∂x_m‖`` (Frobenius).
 
-    For ``by="replacement"`` the change of ``F_n`` when x_m is replaced. ``exact`` is False for an estimate from random probes (unbiased in the squares).
+    For ``by="replacement"`` the change of ``F_n`` when x_m is replaced. ``exact`` is False for an estimate from random
+    probes (unbiased in the squares).
     """
 
     matrix: Tensor

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import unbatch as ub
 from unbatch import report
-from unbatch.verdicts import TITLES, render
+from unbatch.verdicts import TITLES, culprit_part, follows_part, heading, remarks, verdict_table
 
 MSG_NO_SKLEARN = (
     "The demo trains on the handwritten digits that come with scikit-learn, which is not installed. "
@@ -172,17 +172,25 @@ def _tour(out: Console, digits: Digits, epochs: int) -> None:
     problem = ub.Problem(model, F.cross_entropy, (digits.X[:BATCH], digits.y[:BATCH]))
     few = ub.Problem(model, F.cross_entropy, (digits.X[:FEW], digits.y[:FEW]))
     before = problem.structure
-    *verdicts, follows = render(before)
-    _part(out, "2. Structure in train mode", ASKED, _meanings(), *verdicts)
-    _part(out, "3. What follows", FOLLOWS, follows)
+    found = [heading(before), verdict_table(before), *culprit_part(before), *remarks(before)]
+    _part(out, "2. Structure in train mode", ASKED, _meanings(), *found)
+    _part(out, "3. What follows", FOLLOWS, follows_part(before))
     _part(out, "4. Crosstalk", CROSSTALK, Text(str(few.crosstalk())))
     _part(out, "5. Verification", VERIFIED, report.verification_table(before, problem.verify()))
     model.eval()
     after = problem.structure
-    heading, table, *_ = render(after)
     checked = report.verification_table(after, problem.verify())
     share = Text(f"Crosstalk: off-diagonal share {few.crosstalk().strength:.1%} of the squares.")
-    _part(out, "6. Structure in eval mode", EVAL, heading, table, _gained(before, after), share, checked)
+    _part(
+        out,
+        "6. Structure in eval mode",
+        EVAL,
+        heading(after),
+        verdict_table(after),
+        _gained(before, after),
+        share,
+        checked,
+    )
     out.print()
     out.rule(style="dim")
     out.print(NEXT, markup=False)

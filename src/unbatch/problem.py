@@ -99,6 +99,7 @@ class Problem:
         self.samples = _check_sizes(self.inputs, self._dims, self.targets, self._target_dims)
         _check_devices(self.program, self.inputs, self.targets)
         self._kept: _Kept | None = None
+        self._where = capture.users_line()
 
     # -- questions --
 
@@ -230,7 +231,7 @@ class Problem:
                 f"the recorded computation has other derivatives than the model ({gradients}): "
                 "derivatives are taken by running the model",
             )
-        kept.structure = replace(structure, notes=notes)
+        kept.structure = replace(structure, notes=notes).located(self._where)
 
     def _oracle(self, kept: _Kept) -> Oracle:
         if kept.oracle is None:

@@ -142,7 +142,7 @@ def _judge_forward(graph: Graph, forward: Walk, found: Findings, samples: int) -
     note = (
         f"R = {size} batch statistics" + (", of groups: s_g(n)" if any(s.grouped for s in statistics) else "")
         if size
-        else ""
+        else "no statistics are needed"
     )
 
     def verdict(name: str, holds: bool, culprits: tuple[Culprit, ...], note: str = "") -> Verdict:

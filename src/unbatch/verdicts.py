@@ -6,6 +6,7 @@ Frozen data only, and the texts that explain a culprit. Nothing is computed here
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -109,6 +110,14 @@ class Structure:
         changes: dict[str, Any] = {v.name: v for v in verdicts}
         return replace(self, **changes)
 
+    def located(self, where: str) -> Structure:
+        """Culprits without a line of the user's code (a model made of library modules only) point to ``where``."""
+        found = (
+            replace(v, culprits=tuple(c if c.where else replace(c, where=where) for c in v.culprits))
+            for v in self.verdicts
+        )
+        return self.with_verdicts(*found)
+
     def __rich__(self) -> Group:
         return Group(*render(self))
 
@@ -182,25 +191,22 @@ def as_text(renderable: Any, width: int = 110) -> str:
 
 
 def render(structure: Structure) -> list[Any]:
-    """The parts of the printed report: verdicts, culprits, statistics, what follows."""
-    shapes = ", ".join(str(list(p)) for p in structure.predictions)
-    parts: list[Any] = [
-        Text(f"Structure of the loss on a batch of {structure.samples}; predictions {shapes}"),
-        _verdict_table(structure),
+    """The parts of the printed report: heading, verdicts, culprits, assumptions and notes, what follows."""
+    return [
+        heading(structure),
+        verdict_table(structure),
+        *culprit_part(structure),
+        *remarks(structure),
+        follows_part(structure),
     ]
-    culprits = _culprit_table(structure)
-    parts += [culprits] if culprits is not None else []
-    for title, entries in (
-        ("assumed", structure.assumptions),
-        ("rules of your own", structure.custom_rules),
-        ("ops without a rule", structure.unknown_ops),
-    ):
-        parts += [Text(f"{title}: {', '.join(entries)}")] if entries else []
-    parts += [Text(f"note: {note}") for note in structure.notes]
-    return [*parts, _follows_table(structure)]
 
 
-def _verdict_table(structure: Structure) -> Table:
+def heading(structure: Structure) -> Text:
+    shapes = ", ".join(str(list(p)) for p in structure.predictions)
+    return Text(f"Structure of the loss on a batch of {structure.samples}; predictions {shapes}")
+
+
+def verdict_table(structure: Structure) -> Table:
     table = Table(box=None, pad_edge=False)
     for column in ("structure", "verdict", "basis", "note"):
         table.add_column(column, overflow="fold")
@@ -209,33 +215,48 @@ def _verdict_table(structure: Structure) -> Table:
     return table
 
 
-def _culprit_table(structure: Structure) -> Table | None:
-    """Each culprit once, with the structures it stands in the way of."""
-    seen: dict[Culprit, list[str]] = {}
+def culprit_part(structure: Structure, most: int = 12) -> list[Any]:
+    """Each kind of culprit once, with the places where it stands and the structures it stands in the way of."""
+    kinds: dict[tuple[str, str, str], tuple[list[Culprit], list[str]]] = {}
     for v in structure.verdicts:
         for c in v.culprits:
-            seen.setdefault(c, []).append(TITLES[v.name])
-    if not seen:
-        return None
+            found, against = kinds.setdefault((c.op, re.sub(r"\d+", "", c.why), c.remedy), ([], []))
+            found.append(c) if c not in found else None
+            against.append(TITLES[v.name]) if TITLES[v.name] not in against else None
+    if not kinds:
+        return []
     table = Table(box=None, pad_edge=False, title="culprits", title_justify="left")
     for column in ("module", "op", "where", "why, and what to do", "against"):
         table.add_column(column, overflow="fold")
-    for c, against in list(seen.items())[:12]:
-        table.add_row(c.module or "-", c.op, c.short or "-", f"{c.why}. {c.remedy}", ", ".join(dict.fromkeys(against)))
-    if len(seen) > 12:
-        table.add_row("…", "", "", f"and {len(seen) - 12} more, see the verdicts' `.culprits`", "")
-    return table
+    for found, against in list(kinds.values())[:most]:
+        first, more = found[0], len(found) - 1
+        module = (first.module or "-") + (f"\n+{more} more" if more else "")
+        table.add_row(module, first.op, first.short or "-", f"{first.why}. {first.remedy}", ", ".join(against))
+    if len(kinds) > most:
+        table.add_row("…", "", "", f"and {len(kinds) - most} more kinds, see the verdicts' `.culprits`", "")
+    return [table]
 
 
-def _follows_table(structure: Structure) -> Table:
-    table = Table(box=None, pad_edge=False, title="what follows", title_justify="left")
-    for column in ("quantity", "exists", "as"):
-        table.add_column(column, overflow="fold")
-    for c in structure.follows():
-        words = consequences.OUTCOMES[c.outcome]
-        table.add_row(
-            c.quantity, Text(words, STYLES.get(c.outcome, "yellow")), c.name if c.outcome == "renamed" else ""
-        )
+def remarks(structure: Structure) -> list[Text]:
+    entries = {
+        "assumed": structure.assumptions,
+        "rules of your own": structure.custom_rules,
+        "ops without a rule": structure.unknown_ops,
+    }
+    listed = [Text(f"{title}: {', '.join(found)}") for title, found in entries.items() if found]
+    return listed + [Text(f"note: {note}") for note in structure.notes]
+
+
+def follows_part(structure: Structure) -> Table:
+    """Quantities by what becomes of them; the star marks what this release computes."""
+    table = Table(box=None, pad_edge=False, title="what follows (* computed by this release)", title_justify="left")
+    table.add_column("", overflow="fold", min_width=24)
+    table.add_column("", overflow="fold")
+    for outcome, words in consequences.OUTCOMES.items():
+        found = [c for c in structure.follows() if c.outcome == outcome]
+        names = [c.quantity + "*" * c.available + (f" (as {c.name})" if outcome == "renamed" else "") for c in found]
+        if found:
+            table.add_row(Text(words, STYLES.get(outcome, "yellow")), ", ".join(names))
     return table
 
 

@@ -39,6 +39,10 @@ class Verification:
     def __bool__(self) -> bool:
         return all(c.passed is not False for c in self.checks)
 
+    def __str__(self) -> str:
+        words = {True: "passed", None: "not tested", False: "CONTRADICTED"}
+        return "\n".join(f"{c.name} {c.status}: {words[c.passed]} ({c.test}: {c.detail})" for c in self.checks)
+
 
 # --- settling and verifying -----------------------------------------------------------------------
 
@@ -151,6 +155,7 @@ def verify(structure: Structure, oracle: Oracle, output: Any) -> Verification:
     if oracle.graph.loss is not None and oracle.graph.after_cut:
         loss = LossOracle(oracle, output)
         for verdict, test, run in (
+            (structure.canonical_split, "change parameters, predictions held fixed", parameters_matter),
             (structure.reduction, "second difference over two samples", not_a_sum),
             (structure.simd_loss, "direction of one row when the others change", entangled),
         ):
