@@ -155,12 +155,14 @@ class LossOracle:
         return self.wide and not any(d in COARSE for d in casts) and self.value(self.swapped({})).dtype == torch.float64
 
     def floor(self, gradient: Tensor) -> float:
-        """Norms below this are rounding: by the other rows, and by the size of the loss and of the predictions."""
+        """Norms below this are rounding: by the other rows, the size of the loss and of the predictions, and a trial."""
         fraction, rounding = (1e-9, 1e-12) if self.fine else (1e-4, 1e-5)
         here = self.swapped({})
         size = max((float(p.abs().max()) for p in here if p.is_floating_point() and p.numel()), default=1.0) + 1e-300
         slope = float(self.value(here).detach().abs()) / size
-        return max(fraction * float(gradient.norm(dim=1).max()), rounding * slope) + 1e-300
+        nudged = self.gradient([p * (1 + 1e-7) if p.is_floating_point() else p for p in here])
+        noise = 10 * float((nudged - self.gradient(here)).norm(dim=1).max())
+        return max(fraction * float(gradient.norm(dim=1).max()), rounding * slope, noise) + 1e-300
 
     @contextmanager
     def targets(self, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
@@ -191,8 +193,8 @@ def not_a_sum(loss: LossOracle) -> Witness | None:
         found = abs(_second_difference(loss, rows))
         if found > tolerance and _steady(loss, rows):
             return Witness("second difference over two samples", found)
-    far = _stretched(loss)
-    return Witness("second difference over two samples, stretched", far) if far > max(tolerance, 1e-6) else None
+    far = _stretched(loss, max(tolerance, 1e-6))
+    return Witness("second difference over two samples, stretched", far) if far else None
 
 
 def _second_difference(loss: LossOracle, rows: list[list[Tensor]]) -> float:
@@ -212,18 +214,17 @@ def _steady(loss: LossOracle, rows: list[list[Tensor]]) -> bool:
     return True
 
 
-def _stretched(loss: LossOracle) -> float:
+def _stretched(loss: LossOracle, tolerance: float) -> float:
     """The same with rows far from where they are, for branches that rarely fire."""
-    worst = 0.0
     for factor in (30.0, -1e3):
         try:
-            worst = max(
-                worst,
-                abs(_second_difference(loss, [loss.scaled(rows, factor) for rows in ((), (0,), (1,), (0, 1))])),
-            )
+            rows = [loss.scaled(r, factor) for r in ((), (0,), (1,), (0, 1))]
+            found = abs(_second_difference(loss, rows))
+            if found > tolerance and _steady(loss, rows):
+                return found
         except Exception:
-            return worst
-    return worst
+            return 0.0
+    return 0.0
 
 
 # --- through one scalar of its own? ---------------------------------------------------------------
