@@ -227,17 +227,19 @@ def largest_difference_by_index(loss: Program, p: Tensor, y: Tensor) -> float:
 
 def check_loss(structure: Structure, loss: Program, p: Tensor, y: Tensor) -> None:
     """Raise where a verdict contradicts the oracle."""
-    run = lambda q: loss(q, y)  # noqa: E731
-    second, turn = second_difference(run, p), largest_turn(run, p)
+    second, turn = second_difference(lambda q: loss(q, y), p), largest_turn(lambda q: loss(q, y), p)
+    uneven = largest_difference_by_index(loss, p, y) if "y[:, 0] > 0" not in repr(loss) else 0.0
+    foreign = largest_turn_by_targets(loss, p, y)
     if structure.reduction:
         assert second < MOVED, f"reduction holds, and a second difference is {second:.2g}"
+        assert structure.simd_loss, "a weighted sum of one loss per sample, and yet no SIMD loss"
     if structure.reduction.status == "fails":
-        shown = max(second, largest_turn_by_targets(loss, p, y))
-        assert shown > 1e-11, "reduction fails, and all second differences vanish"
+        assert max(second, turn, uneven, foreign) > 1e-11, "reduction fails, and nothing shows it"
     if structure.simd_loss:
         assert turn < MOVED, f"simd_loss holds, and a gradient row turned by {turn:.2g}"
-        uneven = largest_difference_by_index(loss, p, y) if "y[:, 0] > 0" not in repr(loss) else 0.0
         assert uneven < MOVED, f"simd_loss holds, and rows of equal samples are {uneven:.2g} apart"
+    if structure.simd_loss.status == "fails":
+        assert max(turn, uneven, foreign) > 1e-8, "simd_loss fails, and no gradient row turned"
     if structure.reduction and not structure.reduction.weights_depend_on:
         check_weights_are_own(loss, p, y)
 

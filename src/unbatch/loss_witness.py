@@ -155,7 +155,7 @@ class LossOracle:
         return self.wide and not any(d in COARSE for d in casts) and self.value(self.swapped({})).dtype == torch.float64
 
     def floor(self, gradient: Tensor) -> float:
-        """Norms below this are rounding: by the other rows, the size of the loss and of the predictions, and a trial."""
+        """Norms below this are rounding: by the other rows, the size of loss and predictions, and a trial."""
         fraction, rounding = (1e-9, 1e-12) if self.fine else (1e-4, 1e-5)
         here = self.swapped({})
         size = max((float(p.abs().max()) for p in here if p.is_floating_point() and p.numel()), default=1.0) + 1e-300

@@ -80,10 +80,12 @@ def _moved(oracle: Oracle, variant: str, seed: int, keep: Tensor, watch: Tensor)
 
 
 def _confirmed(oracle: Oracle, variant: str, seed: int, keep: Tensor, amount: float) -> bool:
-    """In float64 the change is still there; where that cannot be run, it must stand out by far."""
+    """It stands out by far, or in float64 the change is still there."""
+    if amount > max(100 * oracle.tolerance, 1e-2):
+        return True
     wide = oracle.in_double()
     if wide is None:
-        return amount > 100 * oracle.tolerance or oracle.tolerance <= 1e-9
+        return oracle.tolerance <= 1e-9
     found = _moved(wide, variant, seed, keep, keep)
     return found is not None and found[1] > 1e-2 * amount
 
@@ -315,13 +317,9 @@ def _gradients_apart(
         mine = torch.autograd.grad([b for _, b in pairs], fresh, cotangents, allow_unused=True)
     except Exception as error:
         return f"backward raised {type(error).__name__}"
+    largest = max((float(g.abs().max()) for g in true if g is not None and g.numel()), default=0.0)
     for a, b, p in zip(true, mine, wanted, strict=True):
         a, b = (torch.zeros_like(p) if g is None else g for g in (a, b))
-        if why := _apart(
-            a,
-            b,
-            tolerance,
-            float(max((g.abs().max() for g in true if g is not None and g.numel()), default=0.0)),
-        ):
+        if why := _apart(a, b, tolerance, largest):
             return why
     return ""
