@@ -78,9 +78,9 @@ def as_complex(call: Call) -> Marks:
 # --- moves along some dims ------------------------------------------------------------------------
 
 
-def shifted(call: Call, x: Marks, dims: Iterable[int], kept: Sequence[int | None] | None = None) -> Marks:
+def shifted(call: Call, x: Marks, dims: Iterable[int]) -> Marks:
     """``x`` after an op that moves elements along ``dims`` only."""
-    if not any(x.key.shape[d] > 1 for d in dims) and kept is None:
+    if not any(x.key.shape[d] > 1 for d in dims):
         return replace(x.with_key((call.title, tuple(dims))), shape=tuple(call.shape))
     return moved(x, lambda place: _run(call, place), call.shape)
 

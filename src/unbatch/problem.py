@@ -215,7 +215,13 @@ class Problem:
             id(m): name or type(m).__name__ for module in self.program.modules for name, m in module.named_modules()
         }
         assumed = [names[i] for i in _ASSUMED_MODULES if i in names]
-        harmless = lambda e: capture.harmless(self.program, self.inputs, self.targets, kept.graph, e)  # noqa: E731
+        steering: list[Any] = []  # one branch that matters settles it: the others need not be tried
+
+        def harmless(escape: Any) -> bool:
+            if steering or not capture.harmless(self.program, self.inputs, self.targets, kept.graph, escape):
+                steering.append(escape)
+            return not steering
+
         structure, findings = judge(kept.graph, self.samples, self._dims, self._target_dims, assumed, harmless)
         kept.oracle = Oracle(self.program, kept.graph, self.inputs, self.targets, self._dims, self.samples, findings)
         if kept.before is not None:

@@ -215,12 +215,9 @@ def _other_culprits(
     ]
     uneven = [culprit(graph.steps[s], "uneven") for s in sorted(algebra.uneven & steps)]
     escaped = [escape_culprit(e) for e in found.escapes]
-    moved = (
-        []
-        if mixing or escaped or all(holds_its_place(m, marks[0].shape[0] if m.shape else 1, True) for m in marks)
-        else [_last(graph, "place")]
-    )
-    return tuple(mixing + escaped + uneven + (moved if not uneven else []))
+    if not mixing + escaped + uneven and not all(holds_its_place(m, algebra.samples, found.leading) for m in marks):
+        return (_last(graph, "place"),)
+    return tuple(mixing + escaped + uneven)
 
 
 def _last(graph: Graph, kind: str) -> Culprit:
