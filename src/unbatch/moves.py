@@ -7,7 +7,7 @@ Where they do, the op itself is run on an integer tensor of positions, and owner
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
