@@ -170,7 +170,8 @@ class Algebra:
         ``kind``: "add" and "sub" for sums and differences, "scale" for a product with factors, where linearity matters.
         """
         factor = self._weight(operands) if kind == "scale" else None
-        operands = tuple(x if kind or not x.weighted else _absorb(x) for x in operands)
+        product = kind == "scale" and sum("predictions" in x.sources for x in operands) > 1
+        operands = tuple(_absorb(x) if x.weighted and (product or not kind) else x for x in operands)
         shape = np.broadcast_shapes(*(x.shape for x in operands))
         aligned = [align(x, len(shape)) for x in operands]
         explicit = _explicit_dims(aligned, shape)

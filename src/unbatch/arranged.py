@@ -78,7 +78,11 @@ def _sorted(call: Call, step: int, known: Mapping[str, Arranged]) -> list[Outcom
         return []
     if "self" in known:
         was = known["self"]
-        return [Outcome(slot, _permutation(x.shape[0], was.permutation, not was.inverse))] if was.is_permutation else []
+        return (
+            [Outcome(slot, _permutation(x.shape[0], was.permutation, not was.inverse))]
+            if was.is_permutation and not call["descending"]
+            else []
+        )
     if x.mixed:
         return []
     values = [Outcome(0, Arranged(x, step, False))] if slot else []
@@ -96,9 +100,10 @@ def _under(call: Call, known: Mapping[str, Arranged], rule: Rule) -> list[Marks]
 def _numbers(call: Call, known: Mapping[str, Arranged]) -> Any:
     """The op on the known numbers before they were permuted, for integer arithmetic on indices."""
     tensors = [k for k, a in call.arguments.items() if isinstance(a, Marks)]
-    if len(call.shapes) != 1 or any(k not in known or known[k].values is None for k in tensors):
+    numbers = {k: known[k].values if k in known else call.values.get(k) for k in tensors}
+    if len(call.shapes) != 1 or any(v is None for v in numbers.values()):
         return None
-    arguments = {k: torch.from_numpy(known[k].values) if k in known else a for k, a in call.arguments.items()}
+    arguments = {k: torch.as_tensor(numbers[k]) if k in numbers else a for k, a in call.arguments.items()}
     out = call.op(**arguments)
     return out.numpy() if not out.is_floating_point() else None
 
@@ -114,7 +119,9 @@ def _other_dims(call: Call) -> bool:
 
 
 def _left_only(call: Call, known: Mapping[str, Arranged]) -> bool:
-    return set(known) <= {"self", "mat1", "input"} and not (call.name == "addmm" and "self" in known)
+    left = {"mm": "self", "addmm": "mat1", "linear": "input"}[call.name]
+    bias: tuple[int, ...] = call["self"].shape if call.name == "addmm" else ()
+    return set(known) == {left} and len(call[left].shape) > 1 and (len(bias) < 2 or bias[0] == 1)
 
 
 ROWS: dict[str, Callable[[Call, Mapping[str, Arranged]], bool]] = {
@@ -125,12 +132,13 @@ ROWS: dict[str, Callable[[Call, Mapping[str, Arranged]], bool]] = {
         lambda c, k: _other_dims(c),
     ),
     **dict.fromkeys(["split", "chunk", "split_with_sizes", "unbind"], lambda c, k: _other_dims(c)),
-    **dict.fromkeys(["view", "_unsafe_view", "clone", "detach", "_to_copy", "expand", "alias"], lambda c, k: True),
+    **dict.fromkeys(["view", "_unsafe_view", "clone", "detach", "_to_copy", "alias"], lambda c, k: True),
+    "expand": lambda c, k: len(c["self"].shape) == len(c.shape),
     "unsqueeze": lambda c, k: c["dim"] % (len(c["self"].shape) + 1) != 0,
     "squeeze": lambda c, k: _other_dims(c),
     "permute": lambda c, k: c["dims"][0] == 0,
     "transpose": lambda c, k: 0 not in (c["dim0"] % len(c["self"].shape), c["dim1"] % len(c["self"].shape)),
-    "native_layer_norm": lambda c, k: len(c["normalized_shape"]) < len(c["input"].shape),
+    "native_layer_norm": lambda c, k: set(k) == {"input"} and len(c["normalized_shape"]) < len(c["input"].shape),
 }
 
 
@@ -139,7 +147,7 @@ def _row_by_row(call: Call, known: Mapping[str, Arranged], rows: int) -> bool:
         return False
     if call.name in ROWS:
         return ROWS[call.name](call, known)
-    if torch.Tag.pointwise not in call.op.tags:
+    if torch.Tag.pointwise not in call.op.tags and call.name != "floor_divide":  # which lacks the tag
         return False
     ndim = len(call.shape)
     others = [m for k, m in call.arguments.items() if isinstance(m, Marks) and k not in known]
@@ -158,7 +166,7 @@ def _index_of(call: Call, known: Mapping[str, Arranged]) -> Arranged | None:
 
 def _looked_up(call: Call, known: Mapping[str, Arranged], rule: Rule) -> list[Outcome]:
     index = _index_of(call, known)
-    if index is None:
+    if index is None or _is_mask(index):
         return []
     if "self" not in known:
         return [
@@ -171,6 +179,10 @@ def _looked_up(call: Call, known: Mapping[str, Arranged], rule: Rule) -> list[Ou
     if index.is_permutation and x.permutation == index.permutation and x.inverse != index.inverse:
         return [Outcome(0, marks=x.under)]
     return []
+
+
+def _is_mask(index: Arranged) -> bool:
+    return index.values is not None and index.values.dtype == bool
 
 
 def _with_index(call: Call, known: Mapping[str, Arranged], rule: Rule) -> Marks:
@@ -188,12 +200,19 @@ def _written(call: Call, known: Mapping[str, Arranged], rule: Rule) -> list[Outc
     """Rows written to (or added at) the places they came from: the order no longer matters."""
     index = known.get("indices") if call["indices"] is not None else known.get("index")
     source = next((k for k in ("values", "source", "src") if isinstance(call[k], Marks)), None)
-    if index is None or source is None or "self" in known or call["dim"] not in (0, None):
+    if index is None or source is None or "self" in known or call["dim"] not in (0, None) or _is_mask(index):
+        return []
+    if len(index.under.shape) != 1 or call[source].shape != (*index.under.shape, *call["self"].shape[1:]):
         return []
     rows = known.get(source)
     adding = call.name == "index_add" or bool(call["accumulate"])
     if rows is None:
-        counting = call[source].shape == index.under.shape and call.values.get(source) is not None
+        counting = (
+            not adding
+            and not call["reduce"]
+            and call[source].shape == index.under.shape
+            and call.values.get(source) is not None
+        )
         if counting and index.is_permutation and np.array_equal(call.values[source], np.arange(index.under.shape[0])):
             return [Outcome(0, _permutation(index.under.shape[0], index.permutation, not index.inverse))]
         return []

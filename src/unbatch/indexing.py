@@ -71,7 +71,7 @@ def indexed(call: Call, x: Marks, indices: list[Any], values: list[Any]) -> Mark
             continue
         value = value.astype(bool) if value is not None and value.dtype == np.uint8 else value
         spans = len(index.shape) if value is not None and value.dtype == bool else 1
-        if value is None and index.depends_on_batch and not exact(call, index, value):
+        if value is None:
             value = np.zeros(index.shape, dtype=np.int64)
         if exact(call, index, value):
             parts = list(np.nonzero(value)) if value.dtype == bool else [value]

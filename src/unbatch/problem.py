@@ -365,7 +365,7 @@ def _fingerprint(t: Tensor) -> float:
     """A few entries, to notice changes that leave no trace in the version (``.data.mul_(2)``)."""
     flat = t.detach().reshape(-1) if t.is_contiguous() else t.detach().flatten()
     return (
-        float(flat[:: max(1, flat.numel() // 8)].abs().double().sum()) if flat.numel() and not t.is_complex() else 0.0
+        float(flat[:: max(1, flat.numel() // 8)].double().abs().sum()) if flat.numel() and not t.is_complex() else 0.0
     )
 
 

@@ -250,7 +250,7 @@ def _judge_loss(graph: Graph, loss: Walk, found: Findings, structure: Structure)
     return structure.with_verdicts(
         split_,
         Verdict("reduction", "holds", basis, note=note, weights_depend_on=depends)
-        if additive
+        if additive and one_scalar
         else Verdict("reduction", "unknown", culprits=blame, weights_depend_on=depends),
         Verdict("simd_loss", "holds", basis) if one_scalar else Verdict("simd_loss", "unknown", culprits=blame),
     )

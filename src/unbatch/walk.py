@@ -127,7 +127,13 @@ def _follow_order(out: Walk, call: rules.Call, step: Step) -> None:
         for n, a in given.items()
         if (r := _only_ref(a)) is not None and r.index in out.arranged
     }
-    for outcome in follow(call, step.index, known, rules.lookup(call.op)):
+    try:
+        outcomes = follow(call, step.index, known, rules.lookup(call.op))
+    except Exception:
+        if rules.STRICT:
+            raise
+        return
+    for outcome in outcomes:
         refs = [r for r in step.outs if r is not None]
         if outcome.slot < len(refs):
             ref = refs[outcome.slot]
@@ -257,6 +263,7 @@ def _through_views(out: Walk, old: Ref, fresh: Ref, step: int, last: Mapping[int
     new_owner, new_key = (np.broadcast_to(a, new.shape).reshape(-1) for a in (new.owner, new.key))
     for i in others:
         if graph.values[i].dtype.itemsize != graph.values[fresh.index].dtype.itemsize:
+            out.arranged.pop(i, None)
             view = [1] * len(graph.values[i].shape)
             owner, key = np.full(view, MIXED, dtype=np.int32), np.broadcast_to(code("bytes"), view)
             out.marks[i] = out.algebra.result(
@@ -266,6 +273,7 @@ def _through_views(out: Walk, old: Ref, fresh: Ref, step: int, last: Mapping[int
         hit = slot[_positions(graph.values[i])]
         if (hit < 0).all():
             continue
+        out.arranged.pop(i, None)
         was = out.marks[i]
         if was.shape == new.shape and np.array_equal(hit.reshape(-1), np.arange(hit.size)):
             out.marks[i] = out.marks[fresh.index]
