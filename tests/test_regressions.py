@@ -1,0 +1,178 @@
+"""Programs that were once judged wrongly: no verdict may contradict the truth again ("unknown" is allowed).
+
+Truths are three letters for the forward pass (independent, SIMD, SIMD given statistics), two for the loss (reduction,
+SIMD loss): h holds, f fails, a dot where nothing is demanded.
+"""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import unbatch as ub
+
+N, D = 6, 4
+FORWARD = ("independent_forward", "simd_forward", "simd_given_statistics")
+LOSS = ("reduction", "simd_loss")
+WORDS = {"h": "holds", "f": "fails"}
+
+
+class Forward(nn.Module):
+    def __init__(self, f):
+        super().__init__()
+        self.f = f
+
+    def forward(self, x):
+        return self.f(x)
+
+
+def x():
+    return torch.randn(N, D, generator=torch.Generator().manual_seed(0))
+
+
+def halves(a, b):
+    return torch.cat([a[:3], b[3:]])
+
+
+def order(h):
+    return h[:, 0].argsort()
+
+
+def bytes_of_others(h):
+    y = h.clone()
+    v = y.view(torch.uint8)
+    v[3:] = v[:3].clone()
+    return y * 1
+
+
+def overwritten_while_sorted(h):
+    y = h[order(h)].clone()
+    y[0] = 0
+    return y[order(h).argsort()]
+
+
+def queries(h):
+    q, kv = torch.ones(1, 1, N, D), h[None, None]
+    return h + F.scaled_dot_product_attention(q, kv, kv, is_causal=True)[0, 0, 0]
+
+
+def bag(h):
+    return F.embedding_bag(h.long().abs(), torch.ones(9, 3), mode="sum", per_sample_weights=h.flip(0))
+
+
+MODELS = {
+    "weights of an embedding bag from another sample": (bag, "fff"),
+    "padding and stride over the samples, kernel one": (
+        lambda h: F.conv1d(h.T[None], torch.ones(D, D, 1), stride=2, padding=3)[0].T,
+        "fff",
+    ),
+    "memory written through a view of bytes": (bytes_of_others, "fff"),
+    "causal attention over the samples by fixed queries": (queries, "fff"),
+    "two constants added": (lambda h: halves(h + 1, h + 2), "hff"),
+    "two factors of a product added": (
+        lambda h: halves(
+            torch.addmm(torch.ones(D), h, torch.eye(D)), torch.addmm(torch.ones(D), h, torch.eye(D), alpha=2)
+        ),
+        "hff",
+    ),
+    "two epsilons": (
+        lambda h: halves(
+            F.batch_norm(h, torch.zeros(D), torch.ones(D)), F.batch_norm(h, torch.zeros(D), torch.ones(D), eps=1.0)
+        ),
+        "hff",
+    ),
+    "two quantiles": (lambda h: halves(h.quantile(0.25, dim=1), h.quantile(0.75, dim=1))[:, None], "hff"),
+    "one-hot read at another place for each sample": (
+        lambda h: F.one_hot((h[:, 0] > 0).long(), 4).float().gather(1, torch.arange(N)[:, None] % 4),
+        "hff",
+    ),
+    "no sample axis on a leaf": (lambda h: h.sum(), "..."),
+    "half precision inside": (lambda h: ((h.half() + h.half().mean(0)) - h.half().mean(0)).float(), "hhh"),
+    "sum and difference in double at the end": (lambda h: ((h + h.mean(0)) - h.mean(0)).double(), "hhh"),
+    "distances squared again": (lambda h: torch.cdist(h, h).pow(2).sum(1, keepdim=True), "ffh"),
+    "additive attention": (lambda h: torch.softmax(h[:, :1] + h[:, 1:2].T, 1) @ h, "ffh"),
+    "a row overwritten while sorted": (overwritten_while_sorted, "fff"),
+    "unsorted in descending order": (lambda h: (2 * h[order(h)])[order(h).argsort(descending=True)], "fff"),
+    "an inverse permutation off by one": (
+        lambda h: (2 * h[order(h)])[torch.full((N,), -1).index_add(0, order(h), torch.arange(N))],
+        "fff",
+    ),
+    "an unsorted bias beside sorted rows": (
+        lambda h: torch.addmm(h, h[order(h)], torch.ones(D, D))[order(h).argsort()],
+        "fff",
+    ),
+    "sorted and unsorted": (lambda h: (2 * h[order(h)])[order(h).argsort()], "hhh"),
+    "all close, in Python": (lambda h: h if torch.equal(h.clamp(-50, 50), h) else h * 2, "ff."),
+    "length of a list of what is large": (lambda h: h * (1 + len(h[h[:, 0] > 50].unbind(0))), "ff."),
+    "length of a nested list": (lambda h: h * (1 + len((h[:, 0] > 50).nonzero().tolist())), "ff."),
+    "all of a list, in Python": (lambda h: h if all(v < 50 for v in h[:, 0].tolist()) else h * 2, "ff."),
+    "text of a tensor": (lambda h: h * 2 if "e+" in str(h * 0.001 + 0.001) else h, "ff."),
+}
+
+W = torch.arange(1.0, N + 1)
+
+
+def per_sample(p):
+    return p.pow(2).sum(1)
+
+
+LOSSES = {
+    "two constants in a product": (lambda p: (p + 1).pow(2).sum() * (p + 2).pow(2).sum(), "ff"),
+    "weights joined, then bent": (lambda p: torch.cat([W * per_sample(p)] * 2).sin().sum(), "ff"),
+    "weights scattered, then bent": (
+        lambda p: torch.zeros(N).index_add(0, torch.arange(N), W * per_sample(p)).exp().sum(),
+        "ff",
+    ),
+    "weights squared": (lambda p: ((1 + (W * per_sample(p)) ** 2).sqrt() * p.sum(1)).sum(), "ff"),
+    "activation inside a product": (
+        lambda p: torch._addmm_activation(torch.zeros(D), torch.ones(1, N), p).sum(),
+        "f.",
+    ),
+    "root mean squared error per output": (lambda p: p.pow(2).mean(0).sqrt().sum(), "ff"),
+    "norm of a total": (lambda p: p.sum().norm(), "fh"),
+    "vanishing identically": (lambda p: (per_sample(p).mean() - per_sample(p)).sum(), "hh"),
+    "a large constant cancelled": (lambda p: (per_sample(p) + 1e8).cumsum(0)[-1] - N * 1e8, "hh"),
+    "float32 inside": (lambda p: per_sample(p.float()).cumsum(0)[-1], "hh"),
+}
+
+
+def check(structure, names, truth):
+    for name, letter in zip(names, truth, strict=True):
+        status = getattr(structure, name).status
+        assert letter == "." or status in (WORDS[letter], "unknown"), f"{name} {status}, in truth {WORDS[letter]}"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models(name):
+    f, truth = MODELS[name]
+    structure = ub.Problem(Forward(f), lambda p: 0 * p.sum(), (x(), None)).structure
+    check(structure, FORWARD, truth)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses(name):
+    f, truth = LOSSES[name]
+    structure = ub.Problem(Forward(lambda h: h * 1), f, (x(), None)).structure
+    check(structure, LOSS, truth)
+
+
+def test_a_gradient_free_reading_of_a_parameter_breaks_the_split():
+    model = nn.Linear(D, D)
+    for loss in (
+        lambda p, y: F.mse_loss(p, y) + float(model.weight.norm()),
+        lambda p, y: F.mse_loss(p, y) * (2 if model.weight.sum() > 0 else 1),
+    ):
+        assert not ub.Problem(model, loss, (x(), x())).structure.canonical_split
+    shape_only = ub.Problem(model, lambda p, y: F.mse_loss(p, y) + torch.zeros_like(model.weight).sum(), (x(), x()))
+    assert shape_only.structure.canonical_split
+
+
+def test_state_that_changes_from_run_to_run_is_no_dependence():
+    calls = []
+
+    def counted(h):
+        calls.append(1)
+        return h * len(calls)
+
+    structure = ub.Problem(Forward(counted), lambda p: 0 * p.sum(), (x(), None)).structure
+    assert structure.independent_forward.status != "fails"
