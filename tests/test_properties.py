@@ -4,6 +4,7 @@ The oracle below knows only how to run a program on another batch. A "holds" tha
 and so is a "fails" that it cannot confirm. "unknown" is honest; its share is counted and kept small.
 """
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -293,6 +294,7 @@ def check_shares(tally: Counter[tuple[str, str]], names: tuple[str, ...]) -> Non
     for name in names:
         seen = {status: tally[name, status] for status in ("holds", "fails", "unknown")}
         share = seen["unknown"] / sum(seen.values())
+        sys.stdout.write(f"{name}: {seen}, {share:.0%} unknown\n")  # shown by pytest -s
         assert share < UNKNOWN, f"{share:.0%} of the random programs leave {name} unknown: {seen}"
 
 

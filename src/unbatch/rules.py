@@ -1,8 +1,9 @@
 """Which rule an op follows: the registry, what a rule gets to see, and how ops without one are treated.
 
-A rule is a function from a ``Call`` to the marks of its outputs; it speaks in the algebra of ``labels.py``. The rules
-themselves live in ``families.py`` (values are computed) and ``moves.py`` (values change place). An op that has no
-rule is decomposed; one that cannot be decomposed is *unknown*, never assumed harmless.
+A rule is a function from a ``Call`` to the marks of its outputs; it speaks in the operations of ``algebra.py``. The
+rules themselves live in ``families.py``, ``layers.py`` and ``loss_rules.py`` (values are computed), ``moves.py`` and
+``indexing.py`` (values change place). An op that has no rule is decomposed; one that cannot be decomposed is
+*unknown*, never assumed harmless.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ culprits. Whether an open one *fails* takes a witness, see ``verify.py``.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -110,6 +111,8 @@ def judge(
         structure = _judge_loss(graph, found.loss, found, structure)
         if entering:
             structure = structure.with_verdicts(_entering(graph, entering))
+        if own:
+            structure = replace(structure, notes=structure.notes + _cut(graph))
     walks = [forward] + ([found.loss] if found.loss else [])
     return replace(
         structure,
@@ -297,6 +300,17 @@ def _tells_parameters(graph: Graph, loss: Walk, found: Findings, escape: Escape)
         return True
     marks = loss.marks.get(escape.ref.index) or found.forward.marks.get(escape.ref.index)
     return marks is None or bool(marks.sources & {"parameters", "internals"})
+
+
+def _cut(graph: Graph) -> tuple[str, ...]:
+    """Where a model that computes its own loss was cut, in words."""
+    out = []
+    for ref in used_predictions(graph):
+        value = graph.values[ref.index]
+        step = graph.steps[value.step]
+        place = f"{step.module or 'the model'}, {os.path.basename(step.where) or step.name}"
+        out.append(f"cut into model and loss at a value of shape {list(value.shape)} ({place})")
+    return tuple(out)
 
 
 def _entering(graph: Graph, steps: Sequence[int]) -> Verdict:
