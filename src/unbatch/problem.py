@@ -87,6 +87,9 @@ class Problem:
             raise InputError(
                 f"data is a pair (X, y); got {type(data).__name__}. For a model with its own loss use batch=inputs."
             )
+        for what, function in (("model", model), ("loss", loss)):
+            if not callable(function) and not (what == "loss" and loss is None):
+                raise InputError(f"The {what} must be callable, a module or a function; got {type(function).__name__}.")
         self.inputs: Any
         self.targets: Any
         self.inputs, self.targets = data if data is not None else (batch, None)
@@ -142,7 +145,9 @@ class Problem:
         kept = self._capture()
         with untouched(self.program.modules, kept.graph.rng), torch.enable_grad():
             value = self._loss_of(self.program.predict(self.inputs))
-            grads = torch.autograd.grad(value, list(wanted.values()), allow_unused=True)
+            grads: Any = [None] * len(wanted)
+            if value.requires_grad:
+                grads = torch.autograd.grad(value, list(wanted.values()), allow_unused=True)
         return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(wanted.items(), grads, strict=True)}
 
     def with_batch(self, inputs: Any, targets: Any = None) -> Problem:
