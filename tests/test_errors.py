@@ -201,7 +201,6 @@ BAD = [
         "a model that cannot be called",
         lambda: P("model", loss, (x(), y())),
         ("not callable", "str"),
-        ub.CaptureError,
     ),
     Bad(
         "a function without parameters",

@@ -89,7 +89,9 @@ class Problem:
             )
         for what, function in (("model", model), ("loss", loss)):
             if not callable(function) and not (what == "loss" and loss is None):
-                raise InputError(f"The {what} must be callable, a module or a function; got {type(function).__name__}.")
+                raise InputError(
+                    f"The {what} is not callable: got {type(function).__name__}. Pass a module or a function."
+                )
         self.inputs: Any
         self.targets: Any
         self.inputs, self.targets = data if data is not None else (batch, None)
