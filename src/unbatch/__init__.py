@@ -1,7 +1,7 @@
 """unbatch: proves which structure a loss has, and computes what that structure allows."""
 
 from unbatch.crosstalk import Crosstalk
-from unbatch.errors import CaptureError, InputError, StructureError, UnbatchError, UnbatchWarning
+from unbatch.errors import CaptureError, InputError, UnbatchError
 from unbatch.problem import Problem, assume_independent
 from unbatch.rules import register_rule
 from unbatch.verdicts import Culprit, Structure, Verdict
@@ -16,9 +16,7 @@ __all__ = [
     "InputError",
     "Problem",
     "Structure",
-    "StructureError",
     "UnbatchError",
-    "UnbatchWarning",
     "Verdict",
     "Verification",
     "assume_independent",

@@ -1,4 +1,4 @@
-"""Errors and warnings of the package, and the long messages that teach.
+"""Errors of the package, and the long messages that teach.
 
 A message states the rule, the offending value, and the remedy. Nothing is raised from here.
 """
@@ -14,14 +14,6 @@ class InputError(UnbatchError, ValueError):
 
 class CaptureError(UnbatchError, RuntimeError):
     """The computation could not be recorded."""
-
-
-class StructureError(UnbatchError, RuntimeError):
-    """A question needs a structure that the loss does not have."""
-
-
-class UnbatchWarning(UserWarning):
-    """Base class of the package's warnings."""
 
 
 MSG_NOT_SCALAR = (
