@@ -10,6 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import unbatch as ub
+from unbatch.algebra import Algebra
+from unbatch.labels import batched, shared
+from unbatch.rules import RULES, Call
 
 N, D = 6, 4
 FORWARD = ("independent_forward", "simd_forward", "simd_given_statistics")
@@ -176,3 +179,11 @@ def test_state_that_changes_from_run_to_run_is_no_dependence():
 
     structure = ub.Problem(Forward(counted), lambda p: 0 * p.sum(), (x(), None)).structure
     assert structure.independent_forward.status != "fails"
+
+
+def test_an_index_whose_numbers_are_not_known_may_hit_any_sample():
+    x_, index = batched((N, D), 0, "x"), shared((N,), "index")
+    call = Call(
+        Algebra(N), torch.ops.aten.index.Tensor, {"self": x_, "indices": [index]}, [(N, D)], {"indices": [None]}
+    )
+    assert RULES["index"](call).mixed

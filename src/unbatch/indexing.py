@@ -71,8 +71,6 @@ def indexed(call: Call, x: Marks, indices: list[Any], values: list[Any]) -> Mark
             continue
         value = value.astype(bool) if value is not None and value.dtype == np.uint8 else value
         spans = len(index.shape) if value is not None and value.dtype == bool else 1
-        if value is None:
-            value = np.zeros(index.shape, dtype=np.int64)
         if exact(call, index, value):
             parts = list(np.nonzero(value)) if value.dtype == bool else [value]
             x = _selected(call, x, index)
@@ -80,7 +78,7 @@ def indexed(call: Call, x: Marks, indices: list[Any], values: list[Any]) -> Mark
                 cut.append(np.asarray(part) % max(x.shape[dim], 1))
                 named.append((dim, code(cut[-1].shape, cut[-1].tobytes()).item()))
                 dim += 1
-        elif spans > 1 or value.dtype == bool:
+        elif spans > 1 or (value is not None and value.dtype == bool):
             return (
                 mixed(call, call.shape, "data-dependent shape")
                 if x.depends_on_batch or index.depends_on_batch
@@ -113,14 +111,7 @@ def _selected(call: Call, x: Marks, index: Marks) -> Marks:
 
 
 def _pick(call: Call, x: Marks, cut: list[Any], loose: list[Marks], named: list[Any]) -> Marks:
-    fixed = [
-        d
-        for d, c in enumerate(cut)
-        if not isinstance(c, slice)
-        and c.size
-        and c.max(initial=0) >= 0
-        and (d, code(c.shape, c.tobytes()).item()) in named
-    ]
+    fixed = [d for d, _ in named if cut[d].size]
     arrays = [c for c in cut if not isinstance(c, slice)]
     rank = max((c.ndim for c in arrays), default=0)
     spell = any(x.key.shape[d] > 1 for d in fixed)
@@ -332,7 +323,7 @@ def counts(call: Call) -> Marks:
     return replace(whole, shape=call.shape, owner=whole.owner.reshape(1), key=whole.key.reshape(1))
 
 
-@rule("nonzero masked_select _unique2 unique_dim unique_consecutive repeat_interleave where_index")
+@rule("nonzero masked_select _unique2 unique_dim unique_consecutive repeat_interleave")
 def data_dependent(call: Call) -> Any:
     if call.name == "repeat_interleave" and call.marks and not call.marks[0].depends_on_batch:
         return [shared(s, (call.title, int(total(call.marks[0].key.reshape(-1), 0)))) for s in call.shapes]
