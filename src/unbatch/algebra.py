@@ -186,19 +186,9 @@ class Algebra:
         owner, key = np.broadcast_arrays(owner, key)
         root = None
         if kind == "add" and bool((owner == MIXED).any()) and len(operands) == 2 and not any(x.mixed for x in operands):
+            met = owner == MIXED
             owner, key = self._fold(owner, key, *(unfold(x, explicit) for x in aligned))
-            root = self.statistic(
-                "sum",
-                np.where(owner <= FIRST_GROUP, owner, MIXED),
-                math.prod(shape),
-                _union(x.sources for x in operands),
-            )
-            whole = owner == SHARED
-            root = (
-                self.statistic("sum", owner, math.prod(shape), _union(x.sources for x in operands))
-                if whole.any()
-                else root
-            )
+            root = self.statistic("sum", owner[met], math.prod(shape), _union(x.sources for x in operands))
         out = self.result(shape, owner, key, operands, "pairwise", root, bool(kind))
         if not kind and out.mixed:
             self.bent.add(self.step)

@@ -35,7 +35,7 @@ def constant(call: Call) -> Marks:
     return call.algebra.pointwise("fill", base, *fills) if fills else base
 
 
-@rule("arange linspace logspace eye tril_indices triu_indices hann_window hamming_window randperm_constant")
+@rule("arange linspace logspace eye tril_indices triu_indices hann_window hamming_window")
 def sequence(call: Call) -> Marks:
     return shared(call.shape, call.title)
 
@@ -111,7 +111,7 @@ def overwrite(call: Call) -> Marks:
     "leaky_relu_backward hardtanh_backward hardswish hardswish_backward log_sigmoid_backward "
     "hardsigmoid_backward mish_backward quantize_per_tensor dequantize "
     "fake_quantize_per_tensor_affine_cachemask celu softshrink softshrink_backward isclose real imag "
-    "threshold glu_jvp special_erf nan_to_num frexp erfinv soft_margin logit lgamma where masked_fill "
+    "threshold glu_jvp special_erf nan_to_num frexp erfinv logit lgamma where masked_fill "
     "clamp xlogy special_log_softmax"
 )
 def elementwise(call: Call) -> Any:
@@ -152,11 +152,6 @@ def power(call: Call) -> Marks:
     out = call.algebra.pointwise(call.title, *call.marks)
     call.algebra.bent = bent if whole else call.algebra.bent
     return out
-
-
-@rule("lerp", "addcmul", "addcdiv")
-def several(call: Call) -> Marks:
-    return call.algebra.pointwise(call.title, *call.marks)
 
 
 # --- reductions -----------------------------------------------------------------------------------
@@ -228,7 +223,7 @@ def ordering(call: Call) -> Any:
     return numbered([values, places])[-len(call.shapes) :]
 
 
-@rule("cumsum cumprod cummax cummin logcumsumexp _fft_r2c _fft_c2r _fft_c2c cumsum_backward diff")
+@rule("cumsum cumprod cummax cummin logcumsumexp _fft_r2c _fft_c2r _fft_c2c diff")
 def ordered(call: Call) -> Any:
     dims = call.dims() if call["dim"] is not None else [0]
     return numbered([call.algebra.scan(call.title, call["self"], dims, shape=s) for s in call.shapes])

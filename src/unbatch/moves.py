@@ -103,7 +103,7 @@ def shuffle(call: Call) -> Marks:
 
 @rule(
     "slice flip roll unfold repeat tril triu constant_pad_nd rot90 diagonal narrow slice_copy tile diag "
-    "diag_embed fliplr flipud trace_copy unfold_copy diagonal_copy"
+    "diag_embed fliplr flipud unfold_copy diagonal_copy"
 )
 def movement(call: Call) -> Marks:
     x = call["self"]
