@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.stamp
 PIP    := $(BIN)/pip --disable-pip-version-check install -q -c constraints.txt
 
-.PHONY: demo test check bench zoo format clean
+.PHONY: demo test check bench bench-gradients zoo format clean
 
 demo: $(STAMP)
 	$(BIN)/unbatch demo
@@ -25,6 +25,11 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/capture.py
+
+# The other tools come without their requirements: BackPACK's include torchvision.
+bench-gradients: $(STAMP)
+	$(PIP) --no-deps backpack-for-pytorch unfoldNd opacus einops opt_einsum
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gradients.py --memory --write
 
 zoo: $(STAMP)
 	$(BIN)/python benchmarks/zoo_table.py

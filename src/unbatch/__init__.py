@@ -1,8 +1,25 @@
 """unbatch: proves which structure a loss has, and computes what that structure allows."""
 
 from unbatch.crosstalk import Crosstalk
-from unbatch.errors import CaptureError, InputError, UnbatchError
+from unbatch.errors import CaptureError, InputError, MixedSamplesWarning, StructureError, UnbatchError
 from unbatch.problem import Problem, assume_independent
+from unbatch.quantities import (
+    ClippedSum,
+    Dots,
+    EarlyStopping,
+    Gradients,
+    Histogram,
+    InnerProductTest,
+    NoiseScale,
+    Norms,
+    NormTest,
+    OrthogonalityTest,
+    SecondMoment,
+    SignalToNoise,
+    SumOfSquares,
+    Variance,
+)
+from unbatch.results import Rows
 from unbatch.rules import register_rule
 from unbatch.verdicts import Culprit, Structure, Verdict
 from unbatch.verify import Verification
@@ -11,12 +28,29 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CaptureError",
+    "ClippedSum",
     "Crosstalk",
     "Culprit",
+    "Dots",
+    "EarlyStopping",
+    "Gradients",
+    "Histogram",
+    "InnerProductTest",
     "InputError",
+    "MixedSamplesWarning",
+    "NoiseScale",
+    "NormTest",
+    "Norms",
+    "OrthogonalityTest",
     "Problem",
+    "Rows",
+    "SecondMoment",
+    "SignalToNoise",
     "Structure",
+    "StructureError",
+    "SumOfSquares",
     "UnbatchError",
+    "Variance",
     "Verdict",
     "Verification",
     "assume_independent",

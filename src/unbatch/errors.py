@@ -12,8 +12,19 @@ class InputError(UnbatchError, ValueError):
     """The call itself is wrong: shapes, dtypes, devices, names."""
 
 
+class StructureError(UnbatchError, RuntimeError):
+    """What is asked for does not exist, because the loss lacks the structure that it rests on."""
+
+
 class CaptureError(UnbatchError, RuntimeError):
     """The computation could not be recorded."""
+
+
+class MixedSamplesWarning(UserWarning):
+    """A number is exact, but it is no statistic over samples, because samples mix or the loss is no sum over them.
+
+    To make it an error: ``warnings.simplefilter("error", unbatch.MixedSamplesWarning)``.
+    """
 
 
 MSG_NOT_SCALAR = (
@@ -55,3 +66,40 @@ MSG_UNKNOWN_RULE = (
     "There is no op named {value!r} to register a rule for; pass an OpOverload such as torch.ops.my.op.default."
 )
 MSG_RULE_TAKEN = "{value} already has a rule; pass replace=True to override it."
+MSG_NOT_COPY = (
+    "There are no rows by copy here: at {place} samples meet in a way that gives each of them no use of the parameters "
+    "of its own. Ask for by='component', which exists for every loss with a sample axis on its predictions."
+)
+MSG_NOT_FROZEN = (
+    "There are no rows with frozen statistics here: at {place} samples listen to each other by more than statistics, "
+    "so holding those constant does not separate them. Ask for by='component'."
+)
+MSG_NO_SUCH_PARAMETER = (
+    "{value} matches no parameter of this problem. parameters= takes names, globs such as 'layers.*.weight', or the "
+    "tensors themselves; there are {names}."
+)
+MSG_FIXED_PARAMETER = (
+    "Parameter {name!r} does not require a gradient. Set `requires_grad_(True)` on it, or leave it out of parameters=."
+)
+MSG_BY = "by is 'component', 'copy' or 'frozen'; got {value!r}."
+MSG_NO_ROWS = (
+    "No prediction has a sample axis, so there is nothing to take rows of: the predictions have shapes {shapes} for {n} "
+    "samples. Return one prediction per sample; `problem.gradient()` gives the sum."
+)
+MSG_NOT_REPLAYED = (
+    "Rows by {by!r} need the recorded computation, and its derivatives differ from those of the model ({why}); "
+    "with mixing samples they cannot be had by running the model. Ask for by='component'."
+)
+MSG_OUT = (
+    "out= does not fit: {what}. It takes an earlier result of the same question, or a mapping from parameter name to a "
+    "tensor of shape [N, *param] of the parameter's dtype and device."
+)
+MSG_MEMORY = "memory= is a number of bytes greater than zero; got {value!r}."
+MSG_QUANTITY = (
+    "compute takes quantities such as unbatch.Norms() or unbatch.Variance(), at least one; got {value!r}. "
+    "For the rows themselves call gradients()."
+)
+MSG_MIXED_MOMENT = (
+    "{what}: taken over the {n} {kind} rows of this batch, exactly, but not a statistic over samples: {lost} does not "
+    "hold (see problem.structure). The rows are parts of one sum, not draws that would come out alike in another batch."
+)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,11 +14,15 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from unbatch import capture, errors, rules
 from unbatch.capture import Program
 from unbatch.crosstalk import Crosstalk, crosstalk
-from unbatch.errors import CaptureError, InputError
+from unbatch.errors import CaptureError, InputError, MixedSamplesWarning, StructureError
+from unbatch.gradients import Label, Ran, Recorded, Setting, Source, answer, available_memory
 from unbatch.graph import Graph
 from unbatch.oracle import Oracle
 from unbatch.purity import untouched
+from unbatch.quantities import Gradients, Quantity
+from unbatch.results import Rows
 from unbatch.structure import judge
+from unbatch.tree import Selection, select
 from unbatch.verdicts import Structure
 from unbatch.verify import Verification, settle, verify
 from unbatch.witness import unfaithful
@@ -52,6 +57,8 @@ class _Kept:
     structure: Structure | None = None
     oracle: Oracle | None = None
     before: Structure | None = None  # the structure on other data of the same shapes
+    replays: str = ""  # why the recording cannot stand for the model's derivatives, if it cannot
+    setting: Setting | None = None
 
 
 class Problem:
@@ -152,6 +159,47 @@ class Problem:
                 grads = torch.autograd.grad(value, list(wanted.values()), allow_unused=True)
         return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(wanted.items(), grads, strict=True)}
 
+    def gradients(
+        self,
+        by: str = "component",
+        parameters: Selection = None,
+        *,
+        memory: int | None = None,
+        out: Mapping[str, Tensor] | None = None,
+    ) -> Rows:
+        """The gradient taken apart: ``[N, *param]`` for each parameter, in the scale in which it enters the loss.
+
+        ``by``: "component" (``(J_θ F_n)ᵀ ∂L/∂F_n``), "copy" (what sample n's own use of the parameters contributes) or
+        "frozen" (components with batch statistics held constant). Without mixing they are the same, called per-sample;
+        ``.kind`` says what they are. Component and copy rows sum to ``∇L``, with ``.rest`` where parameters reach the
+        loss beside the predictions. ``parameters``: names, globs or tensors. ``memory``: bytes for temporaries, by
+        default a quarter of what is free. ``out``: tensors ``[N, *param]`` by name (an earlier result, say) to write to.
+
+        Raises ``InputError`` for what does not fit, ``StructureError`` where the rows do not exist.
+        """
+        (rows,) = self._answer([Gradients()], by, parameters, memory, out)
+        assert isinstance(rows, Rows)
+        return rows
+
+    def compute(
+        self,
+        *quantities: Quantity,
+        by: str = "component",
+        parameters: Selection = None,
+        memory: int | None = None,
+    ) -> Any:
+        """Several quantities from one sweep: the one result, or a tuple in the order asked.
+
+        Arguments as for ``gradients``. Statistics over samples (variance, noise scale, ..) are taken over the rows of
+        ``by``; where samples mix, or the loss is no sum over them, those are no samples of anything, and a
+        ``MixedSamplesWarning`` says so. Raises as ``gradients`` does.
+        """
+        if not quantities or not all(isinstance(q, Quantity) for q in quantities):
+            wrong = next((q for q in quantities if not isinstance(q, Quantity)), None)
+            raise InputError(errors.MSG_QUANTITY.format(value=wrong))
+        results = self._answer(quantities, by, parameters, memory, None)
+        return results[0] if len(results) == 1 else tuple(results)
+
     def with_batch(self, inputs: Any, targets: Any = None) -> Problem:
         """The same problem on other data of the same shapes, without recording it again.
 
@@ -188,14 +236,19 @@ class Problem:
             tuple(rules.ASSUMED),
         )
 
+    def _refreshed(self) -> Program:
+        """The program with the parameters that the model has at this moment."""
+        if not self.program.functional:
+            self.program = replace(self.program, parameters=_parameters(self.program.model, self.program.loss, None))
+        return self.program
+
     def _signature(self) -> tuple[Any, ...]:
         return tuple(
             (tuple(t.shape), t.dtype) for t in tree_leaves((self.inputs, self.targets)) if isinstance(t, Tensor)
         )
 
     def _capture(self) -> _Kept:
-        if not self.program.functional:
-            self.program = replace(self.program, parameters=_parameters(self.program.model, self.program.loss, None))
+        self._refreshed()
         guard = (self._guard(), self._signature(), _identity(self.inputs), _identity(self.targets))
         if self._kept is not None and self._kept.guard == guard:
             return self._kept
@@ -239,6 +292,7 @@ class Problem:
         values, gradients = unfaithful(kept.oracle)
         structure = settle(structure, kept.oracle, kept.output, "" if structure.assumptions else values)
         notes = structure.notes
+        kept.replays = gradients or values
         if gradients:
             notes += (
                 f"the recorded computation has other derivatives than the model ({gradients}): "
@@ -251,6 +305,64 @@ class Problem:
             self._judge(kept)
         assert kept.oracle is not None
         return kept.oracle
+
+    def _answer(
+        self,
+        quantities: Sequence[Quantity],
+        by: str,
+        parameters: Selection,
+        memory: int | None,
+        out: Mapping[str, Tensor] | None,
+    ) -> list[Any]:
+        chosen = select(self._refreshed().parameters, parameters)
+        source = self._source(by, chosen)
+        label = self._label(by)
+        self._warn(quantities, label)
+        budget = _check_memory(memory)
+        with torch.no_grad():
+            return answer(source, quantities, chosen, self.samples, label, budget, _check_out(out, chosen, self.samples))
+
+    def _source(self, by: str, chosen: Mapping[str, Tensor]) -> Source:
+        if by not in ("component", "copy", "frozen"):
+            raise InputError(errors.MSG_BY.format(value=by))
+        kept = self._capture()
+        structure, setting = self.structure, self._setting(kept)
+        if not setting.axes:
+            raise StructureError(errors.MSG_NO_ROWS.format(shapes=list(structure.predictions), n=self.samples))
+        if self.samples > 1 and setting.faithful:
+            return Recorded(setting, chosen, by)
+        alike = self.samples == 1 or bool(structure.independent_forward)
+        if setting.own_loss and not setting.faithful or not (alike or by == "component"):
+            raise StructureError(errors.MSG_NOT_REPLAYED.format(by=by, why=kept.replays))
+        return Recorded(setting, chosen, "component") if setting.own_loss else Ran(setting, chosen)
+
+    def _setting(self, kept: _Kept) -> Setting:
+        if kept.setting is None:
+            findings = self._oracle(kept).findings
+            kept.setting = Setting(
+                self.program, kept.graph, findings.forward, self.samples, findings.leading, self.inputs, self.targets,
+                kept.output, not kept.replays, bool(self.structure.canonical_split),
+            )  # fmt: skip
+        return kept.setting
+
+    def _label(self, by: str) -> Label:
+        s = self.structure
+        apart = bool(s.independent_forward) and bool(s.simd_loss)
+        kind = "per-sample" if apart else {"component": "per-component", "copy": "per-copy"}.get(by, by)
+        factor = apart and not (s.reduction and not s.reduction.weights_depend_on)
+        return Label(by, kind, "up to a factor that depends on the batch" if factor else "", None)
+
+    def _warn(self, quantities: Sequence[Quantity], label: Label) -> None:
+        s = self.structure
+        asked = [type(q).__name__ for q in quantities if q.moment]
+        lost = [v.name for v in (s.simd_forward, s.reduction, s.simd_loss) if not v]
+        if s.reduction and s.reduction.weights_depend_on:
+            lost.append("weights that depend on no other sample")
+        if asked and lost:
+            text = errors.MSG_MIXED_MOMENT.format(
+                what=", ".join(asked), kind=label.kind, lost=", ".join(lost), n=self.samples
+            )
+            warnings.warn(text, MixedSamplesWarning, stacklevel=4)
 
     def _moved(self, other: Problem) -> _Kept | None:
         """The recording with the new data in it, if it is valid for them."""
@@ -326,6 +438,28 @@ def _check_dims(what: str, tree: Any, dims: list[int | None]) -> None:
     for leaf, d in zip(leaves, dims, strict=True):
         if d is not None and isinstance(leaf, Tensor) and not -leaf.ndim <= d < leaf.ndim:
             raise InputError(errors.MSG_NO_AXIS.format(what=what, shape=tuple(leaf.shape), axis=d))
+
+
+def _check_memory(memory: int | None) -> int:
+    if memory is None:
+        return available_memory()
+    if isinstance(memory, bool) or not isinstance(memory, int | float) or memory <= 0:
+        raise InputError(errors.MSG_MEMORY.format(value=memory))
+    return int(memory)
+
+
+def _check_out(out: Mapping[str, Tensor] | None, chosen: Mapping[str, Tensor], samples: int) -> dict[str, Tensor]:
+    if out is None:
+        return {}
+    for name, p in chosen.items():
+        given = out.get(name)
+        if given is None:
+            raise InputError(errors.MSG_OUT.format(what=f"there is nothing for {name!r}"))
+        want = (samples, *p.shape)
+        if tuple(given.shape) != want or given.dtype != p.dtype or given.device != p.device:
+            what = f"{name!r} is {tuple(given.shape)} {given.dtype} on {given.device} where {want} {p.dtype} is needed"
+            raise InputError(errors.MSG_OUT.format(what=what))
+    return {n: out[n] for n in chosen}
 
 
 def _check_sizes(inputs: Any, dims: list[int | None], targets: Any, target_dims: list[int | None]) -> int:

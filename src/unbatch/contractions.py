@@ -1,0 +1,594 @@
+"""How the cotangent at the output of an op meets the op's other inputs: derivatives by one operand, sample by sample.
+
+One class per kind of site, found by the name of the op and of the operand. A new kind is one class here and one entry
+in ``KINDS``. Nothing here knows about models, parameters or mixing: a *meeting* has an operand ``u`` that all samples
+share, and rows ``∂(g·y)/∂u`` over the samples that its layout tells apart.
+
+Legend: ``n`` sample, ``t`` position inside a sample, ``o``/``i`` output and input feature; ``G`` the cotangent
+``[n, t, o]``, ``X`` the other input ``[n, t, i]``.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from unbatch.layout import Scattered
+
+aten = torch.ops.aten
+
+
+@dataclass
+class Call:
+    """An op as it ran: its arguments by name, its outputs, and which argument is the shared operand."""
+
+    op: Any
+    arguments: dict[str, Any]
+    outputs: tuple[Tensor, ...]
+    operand: Tensor
+    name: str  # the argument that is the operand
+    layouts: tuple[Any, ...]  # of every output
+
+    @property
+    def layout(self) -> Any:
+        return self.layouts[0]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.arguments.get(name)
+
+
+class Meeting(ABC):
+    """Derivatives by a shared operand, for every sample, from a cotangent and what the forward pass kept.
+
+    ``receive`` hands over the cotangents; afterwards every method takes a slice of samples. Only ``rows`` has to be
+    written; the others are there to be replaced where a contraction does without rows.
+    """
+
+    lean: frozenset[str] = frozenset()  # what this kind gives without forming rows
+
+    def __init__(self, call: Call) -> None:
+        self.layout, self.operand = call.layout, call.operand
+        self.samples = call.layout.samples
+
+    @abstractmethod
+    def receive(self, cotangents: Sequence[Tensor | None]) -> None:
+        """Take the cotangents of the outputs of the op, as it ran."""
+
+    @abstractmethod
+    def rows(self, where: slice, out: Tensor | None = None) -> Tensor:
+        """``[n, *operand]``; written into ``out`` where that is given."""
+
+    def squared_norms(self, where: slice) -> Tensor:
+        """``[n]``."""
+        return squares(self.rows(where))
+
+    def sum_of_squares(self, where: slice) -> Tensor:
+        """``[*operand]``: ``Σ_n row_n²``, entry by entry."""
+        return wide(self.rows(where)).square_().sum(0)
+
+    def scatter(self, where: slice) -> Tensor:
+        """``[*operand]``: ``Σ_n (row_n − their mean)²``, entry by entry."""
+        rows = wide(self.rows(where))
+        return (rows - rows.mean(0)).square_().sum(0)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """``[*operand]``: ``Σ_n c_n row_n``, over all samples."""
+        return torch.einsum("n,n...->...", weights.to(self.operand.dtype), self.rows(slice(0, self.samples)))
+
+    def dots(self) -> Tensor:
+        """``[n, n]``: ``⟨row_n, row_m⟩``."""
+        flat = wide(self.rows(slice(0, self.samples)).flatten(1))
+        return flat @ flat.T
+
+
+def wide(t: Tensor) -> Tensor:
+    """Sums are accumulated in float32 at least; a tensor of its own either way."""
+    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+
+
+def squares(rows: Tensor) -> Tensor:
+    flat = wide(rows).flatten(1)
+    return torch.linalg.vecdot(flat, flat).real if flat.shape[1] else flat.new_zeros(len(flat))
+
+
+def fill(result: Tensor, out: Tensor | None) -> Tensor:
+    return result if out is None else out.copy_(result)
+
+
+def reduce_to(t: Tensor, shape: Sequence[int], out: Tensor | None = None) -> Tensor:
+    """Sum ``[n, *dims]`` over the dims along which an operand of ``shape`` was broadcast: ``[n, *shape]``."""
+    padded = [1] * (t.ndim - 1 - len(shape)) + list(shape)
+    dims = [d + 1 for d, s in enumerate(padded) if s == 1 and t.shape[d + 1] != 1]
+    summed = t.sum(dims) if dims else t
+    return fill(summed.reshape(len(t), *shape), out)
+
+
+# --- kinds ----------------------------------------------------------------------------------------
+
+
+class Linear(Meeting):
+    """``y = x uᵀ`` and its relatives: ``row_n = Σ_t G_nt ⊗ X_nt``.
+
+    Rows are formed in the order in which the operand lies in memory, so that a transposed weight needs no copy.
+    """
+
+    def __init__(self, call: Call, x: Tensor, features_first: bool) -> None:
+        """``x``: ``[places, i]``. ``features_first``: the op is ``u xᵀ`` with ``u`` ``[o, i]``; else ``x u``."""
+        super().__init__(call)
+        self.x, self.features_first = x, features_first
+        self.batched = call.outputs[0].ndim == 3
+        self.factor = call["alpha"] if call["alpha"] is not None else 1
+        self.g: Tensor
+
+    def receive(self, cotangents: Sequence[Tensor | None]) -> None:
+        (g,) = cotangents[:1]
+        assert g is not None
+        g = g[0] if self.batched else g
+        along = replace(self.layout, dim=0)
+        self.g, self.x = along.split(g.T if self.features_first else g), along.split(self.x)
+        if self.factor != 1:
+            self.g = self.g * self.factor
+
+    @property
+    def sides(self) -> tuple[Tensor, Tensor]:
+        return (self.g, self.x) if self.features_first else (self.x, self.g)
+
+    @property
+    def lean(self) -> frozenset[str]:  # type: ignore[override]
+        _, t, o = self.g.shape
+        i = self.x.shape[2]
+        pairs = {"squared_norms"} if t * (o + i) < o * i else set()
+        alone = {"sum_of_squares", "squared_norms", "dots"} if t == 1 else set()
+        wide_enough = {"scatter"} if t == 1 and self.g.dtype != torch.float64 else set()
+        return frozenset({"weighted_sum"} | pairs | alone | wide_enough)
+
+    def rows(self, where: slice, out: Tensor | None = None) -> Tensor:
+        a, b = (side[where] for side in self.sides)
+        n, first, second = len(a), a.shape[2], b.shape[2]
+        transposed = self.operand.stride(-2) < self.operand.stride(-1)
+        if out is None:
+            shape = (n, second, first) if transposed else (n, first, second)
+            out = a.new_empty(shape).mT if transposed else a.new_empty(shape)
+        flat = out.reshape(n, first, second) if not self.batched else out[:, 0]
+        if flat.stride(1) < flat.stride(2):
+            outer(b, a, flat.mT)
+        else:
+            outer(a, b, flat)
+        return out.reshape(n, *self.operand.shape) if out.ndim <= self.operand.ndim else out
+
+    def squared_norms(self, where: slice) -> Tensor:
+        if "squared_norms" not in self.lean:
+            return super().squared_norms(where)
+        a, b = (wide(side[where]) for side in self.sides)
+        if a.shape[1] == 1:
+            return squares(a) * squares(b)
+        return (torch.bmm(a, a.mT) * torch.bmm(b, b.mT)).sum((1, 2))
+
+    def sum_of_squares(self, where: slice) -> Tensor:
+        if "sum_of_squares" not in self.lean:
+            return super().sum_of_squares(where)
+        a, b = (wide(side[where])[:, 0].square() for side in self.sides)
+        return (a.T @ b).reshape(self.operand.shape)
+
+    def scatter(self, where: slice) -> Tensor:
+        """In float64, products of float32 numbers are exact: the difference of the two moments loses nothing."""
+        if "scatter" not in self.lean:
+            return super().scatter(where)
+        a, b = (side[where, 0].double() for side in self.sides)
+        apart = (a.square().T @ b.square()).sub_((a.T @ b).square_().div_(len(a))).clamp_min_(0)
+        return apart.to(wide(self.g).dtype).reshape(self.operand.shape)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        a, b = self.sides
+        scaled = (a * weights.to(a.dtype)[:, None, None]).flatten(0, 1)
+        return (scaled.T @ b.flatten(0, 1)).reshape(self.operand.shape)
+
+    def dots(self) -> Tensor:
+        if "dots" not in self.lean:
+            return super().dots()
+        a, b = (wide(side)[:, 0] for side in self.sides)
+        return (a @ a.T) * (b @ b.T)
+
+
+def outer(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """``Σ_t a_nt ⊗ b_nt`` into ``out``."""
+    if a.shape[1] == 1:
+        return torch.mul(a[:, 0, :, None], b[:, 0, None, :], out=out)
+    return torch.bmm(a.mT, b, out=out) if out.dtype == a.dtype == b.dtype else fill(torch.bmm(a.mT, b.to(a.dtype)), out)
+
+
+class Shift(Meeting):
+    """``y = .. + factor·u``, broadcast, or placed along ``axis``: rows are sums of the cotangent."""
+
+    def __init__(self, call: Call, factor: Any = 1, axis: int | None = None) -> None:
+        super().__init__(call)
+        self.factor, self.axis = factor, axis
+        self.g: Tensor
+
+    def receive(self, cotangents: Sequence[Tensor | None]) -> None:
+        (g,) = cotangents[:1]
+        assert g is not None
+        self.g = self.layout.split(self._felt(g))
+
+    def _felt(self, g: Tensor) -> Tensor:
+        """The derivative by the operand as if it had not been broadcast."""
+        return g
+
+    def rows(self, where: slice, out: Tensor | None = None) -> Tensor:
+        g, shape = self.g[where], list(self.operand.shape)
+        if self.axis is not None:
+            shape += [1] * (g.ndim - 2 - self.axis)
+        result = reduce_to(g, shape).reshape(len(g), *self.operand.shape)
+        return fill(result if self.factor == 1 else result * self.factor, out)
+
+
+class Scale(Shift):
+    """``y = u·x̂ + ..``, broadcast, or placed along ``axis``."""
+
+    def __init__(self, call: Call, x: Tensor, axis: int | None = None) -> None:
+        super().__init__(call, axis=axis)
+        self.x = x
+
+    def _felt(self, g: Tensor) -> Tensor:
+        return g * self.x
+
+
+class Pointwise(Shift):
+    """Any elementwise op: its derivative by the operand at every place, then as for a shift."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__(call)
+        self.call = call
+
+    def _felt(self, g: Tensor) -> Tensor:
+        call = self.call
+        u = self.operand.detach().expand(g.shape).requires_grad_()
+        with torch.enable_grad():
+            y = call.op(**{**_detached(call.arguments), call.name: u})
+            (felt,) = torch.autograd.grad(y, u, g)
+        return felt
+
+
+class Embedding(Meeting):
+    """A table looked up: the cotangents of equal indices of a sample are summed, and rows are sparse."""
+
+    lean = frozenset({"squared_norms", "sum_of_squares", "weighted_sum"})
+
+    def __init__(self, call: Call) -> None:
+        super().__init__(call)
+        self.indices: Tensor = call["indices"]
+        padding = call["padding_idx"]
+        self.padding = padding if padding is not None and padding >= 0 else None
+        self.by_count = bool(call["scale_grad_by_freq"])
+        self.g: Tensor
+        self.place: Tensor
+        self.owner: Tensor
+
+    def receive(self, cotangents: Sequence[Tensor | None]) -> None:
+        (g,) = cotangents[:1]
+        assert g is not None
+        size = len(self.operand)
+        index = self.layout.split(self.indices).flatten(1)
+        g = self.layout.split(g).reshape(*index.shape, -1)
+        if self.by_count:
+            g = g / index.flatten().bincount(minlength=size)[index].unsqueeze(-1)
+        keep = torch.ones_like(index, dtype=torch.bool) if self.padding is None else index != self.padding
+        owner = torch.arange(self.samples, device=index.device)[:, None].expand_as(index)
+        spots, inverse = torch.unique((owner * size + index)[keep], return_inverse=True)
+        self.g = wide(g).new_zeros(len(spots), g.shape[-1]).index_add_(0, inverse, wide(g[keep]))
+        self.owner, self.place = spots // size, spots % size
+
+    def rows(self, where: slice, out: Tensor | None = None) -> Tensor:
+        first, last, _ = where.indices(self.samples)
+        if out is None:
+            out = self.operand.new_empty(last - first, *self.operand.shape)
+        mine = (self.owner >= first) & (self.owner < last)
+        out.zero_()[self.owner[mine] - first, self.place[mine]] = self.g[mine].to(out.dtype)
+        return out
+
+    def squared_norms(self, where: slice) -> Tensor:
+        return self.g.new_zeros(self.samples).index_add_(0, self.owner, squares(self.g))[where]
+
+    def sum_of_squares(self, where: slice) -> Tensor:
+        first, last, _ = where.indices(self.samples)
+        mine = (self.owner >= first) & (self.owner < last)
+        total = self.g.new_zeros(self.operand.shape)
+        return total.index_add_(0, self.place[mine], self.g[mine].square())
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        total = self.g.new_zeros(self.operand.shape)
+        return total.index_add_(0, self.place, self.g * weights.to(self.g.dtype)[self.owner, None])
+
+
+class Convolution(Meeting):
+    """The weight of a convolution. Which of three ways is fastest depends on the shapes and is measured once."""
+
+    lean = frozenset({"weighted_sum"})
+    fastest: dict[tuple[Any, ...], str] = {}  # noqa: RUF012  what has been measured, for all convolutions of a shape
+
+    def __init__(self, call: Call) -> None:
+        super().__init__(call)
+        self.x: Tensor = call["input"]
+        names = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
+        self.geometry = [call[n] for n in names]
+        self.g: Tensor
+
+    def receive(self, cotangents: Sequence[Tensor | None]) -> None:
+        (g,) = cotangents[:1]
+        assert g is not None
+        self.g, self.x = self.layout.split(g), self.layout.split(self.x)
+
+    def rows(self, where: slice, out: Tensor | None = None) -> Tensor:
+        g, x = self.g[where], self.x[where]
+        return fill(getattr(self, self._way(g, x))(g, x), out)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        scaled = self.g * weights.to(self.g.dtype).reshape(-1, *[1] * (self.g.ndim - 1))
+        return self._backward(scaled.flatten(0, 1), self.x.flatten(0, 1))
+
+    def _way(self, g: Tensor, x: Tensor) -> str:
+        plain = not self.geometry[3] and self.geometry[5] == 1 and x.ndim == 5
+        ways = ["vmapped", "one_by_one", *(["windows"] if plain else [])]
+        if len(g) * g[0].numel() < 2**12:
+            return "vmapped"
+        key = (tuple(g.shape[1:]), min(len(g), 16), tuple(x.shape[1:]), str(self.geometry), g.dtype, g.device)
+        if key not in self.fastest:
+            self.fastest[key] = min(ways, key=lambda w: _seconds(lambda: getattr(self, w)(g, x)))
+        return self.fastest[key]
+
+    def _backward(self, g: Tensor, x: Tensor) -> Tensor:
+        wanted = (False, True, False)
+        gradient: Tensor = aten.convolution_backward(g, x, self.operand, None, *self.geometry, wanted)[1]
+        return gradient
+
+    def vmapped(self, g: Tensor, x: Tensor) -> Tensor:
+        out: Tensor = torch.func.vmap(self._backward)(g, x)
+        return out
+
+    def one_by_one(self, g: Tensor, x: Tensor) -> Tensor:
+        return torch.stack([self._backward(a, b) for a, b in zip(g, x, strict=True)])
+
+    def windows(self, g: Tensor, x: Tensor) -> Tensor:
+        """Every place that the kernel saw, as a matrix (two dimensions, one group)."""
+        (sy, sx), (py, px), (dy, dx) = (_pair(v) for v in self.geometry[:3])
+        o, i, ky, kx = self.operand.shape
+        n, t, _, height, width = g.shape
+        x = F.pad(x, (px, px, py, py)) if px or py else x
+        x = x.contiguous()
+        s = x.stride()
+        shape = (n, i, ky, kx, t, height, width)
+        seen = x.as_strided(shape, (s[0], s[2], s[3] * dy, s[4] * dx, s[1], s[3] * sy, s[4] * sx))
+        columns = seen.reshape(n, i * ky * kx, t * height * width)
+        return torch.bmm(g.transpose(1, 2).reshape(n, o, -1), columns.mT).view(n, o, i, ky, kx)
+
+
+def _pair(v: Sequence[int]) -> tuple[int, int]:
+    return (v[0], v[0]) if len(v) == 1 else (v[0], v[1])
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    best = float("inf")
+    for _ in range(2):
+        start = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+class Generic(Meeting):
+    """Any op: run again, and pulled back once for every sample with the cotangents of the others set to zero."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__(call)
+        self.call = call
+        self.cotangents: list[Tensor | None] = []
+
+    def receive(self, cotangents: Sequence[Tensor | None]) -> None:
+        self.cotangents = list(cotangents)
+
+    def rows(self, where: slice, out: Tensor | None = None) -> Tensor:
+        first, last, _ = where.indices(self.samples)
+        u = self.operand.detach().requires_grad_()
+        call = self.call
+        arguments = _detached(call.arguments, self.operand, call.op._schema.is_mutable)
+        swapped = {k: _swap(v, self.operand, u) for k, v in arguments.items()}
+        with torch.enable_grad():
+            result = call.op(**swapped)
+        outputs = [o for o in (result if isinstance(result, tuple | list) else [result]) if isinstance(o, Tensor)]
+        told = zip(outputs, self.cotangents, call.layouts, strict=False)
+        pairs = [(o, g, layout) for o, g, layout in told if g is not None and o.requires_grad]
+        if not pairs:
+            return fill(self.operand.new_zeros(last - first, *self.operand.shape), out)
+        seen = [o for o, _, _ in pairs]
+        alone = [[layout.only(g, n, n + 1)[0] for _, g, layout in pairs] for n in range(first, last)]
+        rows = [torch.autograd.grad(seen, u, gs, retain_graph=True)[0] for gs in alone]
+        return fill(torch.stack(rows), out)
+
+
+def _detached(arguments: Mapping[str, Any], but: Tensor | None = None, fresh: bool = False) -> dict[str, Any]:
+    one = lambda a: a.detach().clone() if fresh else a.detach()  # noqa: E731
+    out = tree_map(lambda a: one(a) if isinstance(a, Tensor) and a is not but else a, dict(arguments))
+    assert isinstance(out, dict)
+    return out
+
+
+def _swap(tree: Any, old: Tensor, new: Tensor) -> Any:
+    return tree_map(lambda a: new if a is old else a, tree)
+
+
+class Projected(Meeting):
+    """The weight right below a batch norm whose output is still separate: the batch norm's closed form.
+
+    With ``L = γg/σ`` the cotangent as if the statistics were fixed and ``Π = I − 11ᵀ/M − x̂x̂ᵀ/M`` per channel,
+    ``row_n = L_nᵀ (ΠX)_n = local_n − s_n·D₁ − t_n·D₂``: ``s_n = Σ L``, ``t_n = Σ L x̂`` over the places of sample n, and
+    ``D₁``, ``D₂`` the meeting's sums for the cotangents ``1/M`` and ``x̂/M``.
+    """
+
+    def __init__(self, inner: Callable[[], Meeting], channel: int, gain: Tensor, normalised: Tensor) -> None:
+        """``inner`` makes the meeting; ``channel``: the operand's axis of channels; ``gain`` is ``γ/σ``, ``[c]``."""
+        self.inner, self.make, self.channel = inner(), inner, channel
+        self.layout, self.operand, self.samples = self.inner.layout, self.inner.operand, self.inner.samples
+        self.gain, self.normalised = gain, normalised
+        self.parts: list[tuple[Tensor, Tensor]] = []
+
+    def receive(self, cotangents: Sequence[Tensor | None]) -> None:
+        (g,) = cotangents[:1]
+        assert g is not None
+        x = self.normalised
+        per_channel = [1, -1, *[1] * (x.ndim - 2)]
+        local = g * self.gain.reshape(per_channel)
+        count = x.numel() // x.shape[1]
+        ones = torch.ones(self.samples, dtype=x.dtype, device=x.device)
+        self.inner.receive([local])
+        rest = [d for d in range(1, x.ndim + 1) if d != 2]
+        for direction in (torch.ones_like(x), x):
+            total = self.make()
+            total.receive([direction / count])
+            coefficients = self.layout.split(local * direction).sum(rest)
+            self.parts.append((coefficients, total.weighted_sum(ones)))
+
+    def rows(self, where: slice, out: Tensor | None = None) -> Tensor:
+        rows = self.inner.rows(where, out)
+        view = [-1, *(-1 if d == self.channel else 1 for d in range(self.operand.ndim))]
+        for coefficients, total in self.parts:
+            a = coefficients[where]
+            rows.sub_(a.reshape([len(a), *(a.shape[1] if v == -1 else 1 for v in view[1:])]) * total)
+        return rows
+
+
+# --- which kind an op is --------------------------------------------------------------------------
+
+
+def _matmul(call: Call) -> Meeting | None:
+    left, right = ("mat1", "mat2") if call["mat1"] is not None else ("self", "mat2")
+    a, b = call[left], call[right]
+    if a.ndim == 3:
+        if a.shape[0] != 1 or call.layout.dim == 0:
+            return None
+        a, b = a[0], b[0]
+    if call.name == right and call.layout.dim == call.outputs[0].ndim - 2:
+        return Linear(call, a, features_first=False)
+    if call.name == left and call.layout.dim == call.outputs[0].ndim - 1:
+        return Linear(call, b.T, features_first=True)
+    return None
+
+
+def _addmm(call: Call) -> Meeting | None:
+    if call.name == "self":
+        return Shift(call, call["beta"] if call["beta"] is not None else 1)
+    return _matmul(call)
+
+
+def _convolution(call: Call) -> Meeting | None:
+    if call.layout.dim != 0 or call.name not in ("weight", "bias"):
+        return None
+    return Convolution(call) if call.name == "weight" else Shift(call, axis=1)
+
+
+def _add(call: Call) -> Meeting | None:
+    if isinstance(call["self"], Tensor) and isinstance(call["other"], Tensor):
+        return Shift(call, (call["alpha"] if call["alpha"] is not None else 1) if call.name == "other" else 1)
+    return None
+
+
+def _sub(call: Call) -> Meeting | None:
+    return Shift(call, -(call["alpha"] if call["alpha"] is not None else 1) if call.name == "other" else 1)
+
+
+def _mul(call: Call) -> Meeting | None:
+    other = call["other" if call.name == "self" else "self"]
+    return Scale(call, other) if isinstance(other, Tensor) else None
+
+
+def _expand(call: Call) -> Meeting | None:
+    return Shift(call)
+
+
+def _embedding(call: Call) -> Meeting | None:
+    indexed = call["indices"].ndim > call.layout.dim
+    return Embedding(call) if call.name == "weight" and indexed else None
+
+
+def _layer_norm(call: Call) -> Meeting | None:
+    if call.layout.dim >= call.outputs[0].ndim - len(call["normalized_shape"]):
+        return None
+    _, mean, rstd = call.outputs
+    return Shift(call) if call.name == "bias" else Scale(call, (call["input"] - mean) * rstd)
+
+
+def _group_norm(call: Call) -> Meeting | None:
+    if call.layout.dim != 0:
+        return None
+    if call.name == "bias":
+        return Shift(call, axis=1)
+    x, groups = call["input"], call["group"]
+    mean, rstd = (o.reshape(len(x), groups, *[1] * (x.ndim - 1)) for o in call.outputs[1:])
+    grouped = x.reshape(len(x), groups, -1, *x.shape[2:])
+    return Scale(call, ((grouped - mean) * rstd).reshape(x.shape), axis=1)
+
+
+def normalised(call: Call) -> tuple[Tensor, Tensor]:
+    """``x̂`` of a batch norm and ``1/σ``, by the statistics that it used."""
+    x = call["input"]
+    if call["training"] or call["running_mean"] is None:
+        mean, scale = call.outputs[1], call.outputs[2]
+    else:
+        mean, scale = call["running_mean"], (call["running_var"] + call["eps"]).rsqrt()
+    view = [1, -1, *[1] * (x.ndim - 2)]
+    return (x - mean.reshape(view)) * scale.reshape(view), scale
+
+
+def _batch_norm(call: Call) -> Meeting | None:
+    if call.layout.dim == 1:
+        return None
+    return Shift(call, axis=1) if call.name == "bias" else Scale(call, normalised(call)[0], axis=1)
+
+
+KINDS: dict[str, Callable[[Call], Meeting | None]] = {
+    "mm": _matmul,
+    "bmm": _matmul,
+    "addmm": _addmm,
+    "convolution": _convolution,
+    "add": _add,
+    "sub": _sub,
+    "mul": _mul,
+    "expand": _expand,
+    "embedding": _embedding,
+    "native_layer_norm": _layer_norm,
+    "native_group_norm": _group_norm,
+    "native_batch_norm": _batch_norm,
+}
+
+
+def meeting(call: Call) -> Meeting:
+    """The kind that fits, or the generic one."""
+    if isinstance(call.layout, Scattered) or (call["self"] is not None and _spans_samples(call)):
+        return Generic(call)
+    name = call.op._schema.name.removeprefix("aten::").removesuffix("_")
+    wide_call = call["self"] is not None and call.op._overloadpacket is not None
+    kind = KINDS.get(name)
+    found = kind(call) if kind is not None else None
+    if found is None and wide_call and torch.Tag.pointwise in call.op.tags and _once(call):
+        found = Pointwise(call)
+    return found or Generic(call)
+
+
+def _spans_samples(call: Call) -> bool:
+    """The operand of an elementwise op is not broadcast along the samples."""
+    dim = call.layout.dim - call.outputs[0].ndim + call.operand.ndim
+    elementwise = torch.Tag.pointwise in call.op.tags
+    return elementwise and dim >= 0 and call.operand.shape[dim] != 1
+
+
+def _once(call: Call) -> bool:
+    """The operand is one argument, broadcast against the others, and the op does not write in place."""
+    same = sum(a is call.operand for a in call.arguments.values())
+    return same == 1 and not call.op._schema.is_mutable and isinstance(call.arguments.get(call.name), Tensor)

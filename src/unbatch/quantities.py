@@ -1,0 +1,427 @@
+"""What can be asked about the rows of a gradient: small classes fed with parts, one parameter and slice at a time.
+
+A quantity is a frozen description; ``start`` gives the collector that is fed. A *basic* one takes parts, a *derived*
+one is a few lines over the results of others. To add one, write such a class; nothing else needs to know.
+
+Legend: ``r_n`` row of sample n as it enters the loss, ``ḡ = Σ_n r_n`` the gradient (without the part that does not
+pass through predictions), ``g_n = N·r_n``, so that ``ḡ`` is the mean of the ``g_n``; ``p`` parameter entry.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unbatch.contractions import wide
+from unbatch.results import ByParameter, Histograms, Rows, SquaredNorms
+from unbatch.sweep import Part
+
+
+@dataclass(frozen=True)
+class About:
+    """What a quantity may know of the question it is part of.
+
+    ``weighted_sum(c)`` gives ``Σ_n c_n r_n`` by parameter, for the price of a gradient; ``gradient()`` the same for
+    ``c = 1``. ``out``: buffers for rows that the caller gave.
+    """
+
+    samples: int
+    shapes: Mapping[str, tuple[int, ...]]
+    by: str
+    kind: str
+    note: str
+    weights: Tensor | None
+    like: Tensor
+    gradient: Callable[[], Mapping[str, Tensor]]
+    weighted_sum: Callable[[Tensor], Mapping[str, Tensor]]
+    rest: Callable[[], Mapping[str, Tensor]]
+    out: Mapping[str, Tensor]
+
+    def result(self, tensors: Mapping[str, Tensor], cls: type[ByParameter] = ByParameter) -> Any:
+        """The same tensors in the order of the parameters, labelled with what they were made of."""
+        return cls({n: tensors[n] for n in self.shapes}, self.by, self.kind, self.note)
+
+
+class Quantity(ABC):
+    """Something to ask about rows. ``moment``: it is a statistic over samples, and warns where samples mix."""
+
+    moment = False
+
+
+class Basic(Quantity):
+    """Fed with parts. ``needs``: which method of a part it calls, so that rows are formed only if they must be."""
+
+    needs = "rows"
+    pairs = False  # needs all rows of a parameter beside each other
+
+    @abstractmethod
+    def start(self, about: About) -> Collector:
+        """A fresh collector."""
+
+
+class Collector(ABC):
+    """Takes the parts of every parameter, in any order, and gives the result."""
+
+    def __init__(self, about: About) -> None:
+        self.about = about
+
+    @abstractmethod
+    def take(self, name: str, part: Part) -> None:
+        """Rows of one parameter for the samples ``part.where``."""
+
+    @abstractmethod
+    def finish(self) -> Any:
+        """The result."""
+
+
+class Derived(Quantity):
+    """A function of other quantities."""
+
+    @abstractmethod
+    def bases(self) -> Sequence[Quantity]:
+        """What it is made from."""
+
+    @abstractmethod
+    def combine(self, about: About, *results: Any) -> Any:
+        """The result, from those of the bases in their order."""
+
+
+# --- basic ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Gradients(Basic):
+    """The rows themselves: a ``Rows``, ``[N, *param]`` for each parameter; with ``rest`` they sum to ``∇L``."""
+
+    def start(self, about: About) -> Collector:
+        return _Rows(about)
+
+
+class _Rows(Collector):
+    def __init__(self, about: About) -> None:
+        super().__init__(about)
+        self.rows: dict[str, Tensor] = dict(about.out)
+
+    def take(self, name: str, part: Part) -> None:
+        rows = part.rows()
+        first, last, _ = part.where.indices(self.about.samples)
+        if name not in self.rows and last - first == self.about.samples:
+            self.rows[name] = rows
+            return
+        if name not in self.rows:
+            self.rows[name] = rows.new_empty(self.about.samples, *self.about.shapes[name])
+        target = self.rows[name][part.where]
+        if target.data_ptr() != rows.data_ptr() or target.stride() != rows.stride():
+            target.copy_(rows)
+
+    def finish(self) -> Rows:
+        about = self.about
+        ordered = {n: self.rows[n] for n in about.shapes}
+        return Rows(ordered, about.by, about.kind, about.note, about.weights, about.rest())
+
+
+@dataclass(frozen=True)
+class Norms(Basic):
+    """Squared norms ``‖r_n‖²``: ``[N]`` for each parameter, and ``.total`` over all."""
+
+    needs = "squared_norms"
+
+    def start(self, about: About) -> Collector:
+        return _PerSample(about, lambda name, part: part.squared_norms())
+
+
+class _PerSample(Collector):
+    """One number for every sample and parameter."""
+
+    def __init__(self, about: About, number: Callable[[str, Part], Tensor]) -> None:
+        super().__init__(about)
+        self.number = number
+        self.found: dict[str, Tensor] = {}
+
+    def take(self, name: str, part: Part) -> None:
+        numbers = self.number(name, part)
+        if name not in self.found:
+            self.found[name] = numbers.new_zeros(self.about.samples)
+        self.found[name][part.where] = numbers
+
+    def finish(self) -> SquaredNorms:
+        result: SquaredNorms = self.about.result(self.found, SquaredNorms)
+        return result
+
+
+@dataclass(frozen=True)
+class Projections(Basic):
+    """``⟨r_n, ḡ⟩``: ``[N]`` for each parameter, and ``.total`` over all."""
+
+    def start(self, about: About) -> Collector:
+        gradient = about.gradient()
+        return _PerSample(about, lambda n, part: wide(part.rows()).flatten(1) @ wide(gradient[n]).flatten())
+
+
+@dataclass(frozen=True)
+class SumOfSquares(Basic):
+    """``Σ_n r_n²``, entry by entry: ``[*param]``."""
+
+    needs = "sum_of_squares"
+
+    def start(self, about: About) -> Collector:
+        return _PerEntry(about, lambda name, part: part.sum_of_squares())
+
+
+class _PerEntry(Collector):
+    """A sum over samples of something that each has for every entry of a parameter."""
+
+    def __init__(self, about: About, share: Callable[[str, Part], Tensor], factor: float = 1) -> None:
+        super().__init__(about)
+        self.share, self.factor = share, factor
+        self.found: dict[str, Tensor] = {}
+
+    def take(self, name: str, part: Part) -> None:
+        share = self.share(name, part)
+        self.found[name] = self.found[name].add_(share) if name in self.found else share
+
+    def finish(self) -> ByParameter:
+        found = {n: t * self.factor if self.factor != 1 else t for n, t in self.found.items()}
+        result: ByParameter = self.about.result(found)
+        return result
+
+
+@dataclass(frozen=True)
+class SecondMoment(Basic):
+    """``(1/N) Σ_n r_n²``, entry by entry: ``[*param]``."""
+
+    moment = True
+    needs = "sum_of_squares"
+
+    def start(self, about: About) -> Collector:
+        return _PerEntry(about, lambda name, part: part.sum_of_squares(), 1 / about.samples)
+
+
+@dataclass(frozen=True)
+class Variance(Basic):
+    """``(1/N) Σ_n (r_n − ḡ/N)²``, entry by entry: ``[*param]``; taken around the mean, so never negative.
+
+    That is BackPACK's ``variance`` (biased), in the squared scale of the loss.
+    """
+
+    moment = True
+    needs = "scatter"
+
+    def start(self, about: About) -> Collector:
+        def share(name: str, part: Part) -> Tensor:
+            whole = part.where.indices(about.samples)[:2] == (0, about.samples)
+            return part.scatter(None if whole else wide(about.gradient()[name]) / about.samples)
+
+        return _PerEntry(about, share, 1 / about.samples)
+
+
+@dataclass(frozen=True)
+class Dots(Basic):
+    """``⟨r_n, r_m⟩``, ``[N, N]``, over all parameters."""
+
+    needs = "dots"
+    pairs = True
+
+    def start(self, about: About) -> Collector:
+        return _Dots(about)
+
+
+class _Dots(Collector):
+    def __init__(self, about: About) -> None:
+        super().__init__(about)
+        self.total = wide(about.like.new_zeros(about.samples, about.samples)).clone()
+        self.waiting: dict[str, list[tuple[slice, Tensor]]] = {}
+
+    def take(self, name: str, part: Part) -> None:
+        n = self.about.samples
+        here = part.where
+        self.total[here, here] += part.dots()
+        if here.indices(n)[:2] == (0, n):
+            return
+        rows = wide(part.rows()).flatten(1)
+        for there, other in self.waiting.setdefault(name, []):
+            cross = rows @ other.T
+            self.total[here, there] += cross
+            self.total[there, here] += cross.T
+        self.waiting[name].append((here, rows))
+        if sum(len(r) for _, r in self.waiting[name]) == n:
+            del self.waiting[name]
+
+    def finish(self) -> Tensor:
+        return self.total
+
+
+@dataclass(frozen=True)
+class Histogram(Basic):
+    """How the entries of all ``g_n = N·r_n`` are distributed: counts for each parameter, ``[bins]``.
+
+    ``N·r_n`` is what Cockpit's 1d gradient histogram counts for a mean loss (Schneider et al. 2021, section 2.3). Bins
+    are even between ``low`` and ``high``; what lies beyond is in ``.outside``.
+    """
+
+    bins: int = 100
+    low: float = -1.0
+    high: float = 1.0
+
+    def start(self, about: About) -> Collector:
+        return _Histogram(about, self)
+
+
+class _Histogram(Collector):
+    def __init__(self, about: About, asked: Histogram) -> None:
+        super().__init__(about)
+        self.asked = asked
+        self.counts: dict[str, Tensor] = {}
+        self.outside: dict[str, int] = {}
+
+    def take(self, name: str, part: Part) -> None:
+        asked = self.asked
+        entries = wide(part.rows()).flatten() * self.about.samples
+        inside = torch.histc(entries, asked.bins, asked.low, asked.high).long()
+        before = self.counts.get(name)
+        self.counts[name] = inside if before is None else before + inside
+        self.outside[name] = self.outside.get(name, 0) + entries.numel() - int(inside.sum())
+
+    def finish(self) -> Histograms:
+        asked = self.asked
+        result: Histograms = self.about.result(self.counts, Histograms)
+        result.edges = torch.linspace(asked.low, asked.high, asked.bins + 1)
+        result.outside = self.outside
+        return result
+
+
+# --- derived --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ClippedSum(Derived):
+    """``Σ_n r_n · min(1, max_norm/‖r_n‖)`` with the norm over all parameters: ``[*param]``.
+
+    The sum that differentially private SGD adds noise to (Abadi et al. 2016, algorithm 1), ``max_norm`` in the scale of
+    the rows. No rows are kept: norms first, then one weighted gradient.
+    """
+
+    max_norm: float
+
+    def bases(self) -> Sequence[Quantity]:
+        return (Norms(),)
+
+    def combine(self, about: About, *results: Any) -> ByParameter:
+        (norms,) = results
+        factors = (self.max_norm / norms.total.sqrt().clamp_min(torch.finfo(norms.total.dtype).tiny)).clamp_max(1)
+        result: ByParameter = about.result(about.weighted_sum(factors))
+        return result
+
+
+@dataclass(frozen=True)
+class SignalToNoise(Derived):
+    """``mean² / variance`` of the rows, entry by entry: ``[*param]`` (Liu et al. 2020, GSNR); infinite without noise."""
+
+    moment = True
+
+    def bases(self) -> Sequence[Quantity]:
+        return (Variance(),)
+
+    def combine(self, about: About, *results: Any) -> ByParameter:
+        (variance,) = results
+        gradient = about.gradient()
+        ratio = {n: (wide(gradient[n]) / about.samples).square() / variance[n] for n in about.shapes}
+        result: ByParameter = about.result({n: r.nan_to_num(nan=0.0, posinf=float("inf")) for n, r in ratio.items()})
+        return result
+
+
+def _squared(tensors: Mapping[str, Tensor]) -> Tensor:
+    return torch.stack([wide(t).square().sum() for t in tensors.values()]).sum()
+
+
+@dataclass(frozen=True)
+class NoiseScale(Derived):
+    """``tr(Σ) / ‖G‖²``, a number: how many samples it takes for a gradient to be half noise.
+
+    The simple noise scale of McCandlish et al. 2018 (appendix A.1), with their unbiased estimates of numerator and
+    denominator from the batch sizes 1 and N; it may come out negative where the gradient drowns in noise.
+    """
+
+    moment = True
+
+    def bases(self) -> Sequence[Quantity]:
+        return (Norms(),)
+
+    def combine(self, about: About, *results: Any) -> Tensor:
+        n, (norms,) = about.samples, results
+        single, whole = n**2 * norms.total.mean(), _squared(about.gradient())
+        return n * (single - whole) / (n * whole - single)
+
+
+def _ratios(about: About, norms: SquaredNorms, projections: SquaredNorms) -> tuple[Tensor, Tensor]:
+    """``Σ‖g_n‖²/‖ḡ‖²`` and ``Σ⟨g_n, ḡ⟩²/‖ḡ‖⁴``."""
+    n, whole = about.samples, _squared(about.gradient())
+    return n**2 * norms.total.sum() / whole, n**2 * projections.total.square().sum() / whole**2
+
+
+@dataclass(frozen=True)
+class NormTest(Derived):
+    """``(Σ‖g_n‖²/‖ḡ‖² − N) / (N(N − 1))``, a number (Byrd et al. 2012; as in Cockpit, Schneider et al. 2021, C.3)."""
+
+    moment = True
+
+    def bases(self) -> Sequence[Quantity]:
+        return (Norms(),)
+
+    def combine(self, about: About, *results: Any) -> Tensor:
+        n, (norms,) = about.samples, results
+        return (n**2 * norms.total.sum() / _squared(about.gradient()) - n) / (n * (n - 1))
+
+
+@dataclass(frozen=True)
+class InnerProductTest(Derived):
+    """``(Σ⟨g_n, ḡ⟩²/‖ḡ‖⁴ − N) / (N(N − 1))``, a number (Bollapragada et al. 2018; Cockpit, C.3)."""
+
+    moment = True
+
+    def bases(self) -> Sequence[Quantity]:
+        return (Norms(), Projections())
+
+    def combine(self, about: About, *results: Any) -> Tensor:
+        n, (_, shadows) = about.samples, _ratios(about, *results)
+        return (shadows - n) / (n * (n - 1))
+
+
+@dataclass(frozen=True)
+class OrthogonalityTest(Derived):
+    """``Σ(‖g_n‖²/‖ḡ‖² − ⟨g_n, ḡ⟩²/‖ḡ‖⁴) / (N(N − 1))``, a number (Bollapragada et al. 2018; Cockpit, C.3)."""
+
+    moment = True
+
+    def bases(self) -> Sequence[Quantity]:
+        return (Norms(), Projections())
+
+    def combine(self, about: About, *results: Any) -> Tensor:
+        n, (lengths, shadows) = about.samples, _ratios(about, *results)
+        return (lengths - shadows) / (n * (n - 1))
+
+
+@dataclass(frozen=True)
+class EarlyStopping(Derived):
+    """``1 − (N/D) Σ_p ḡ_p²/s_p²``, ``s²`` the unbiased variance of the ``g_n``: a number; stop when it is positive.
+
+    The evidence-based criterion of Mahsereci et al. 2017 (equation 9); entries without noise are left out.
+    """
+
+    moment = True
+
+    def bases(self) -> Sequence[Quantity]:
+        return (Variance(),)
+
+    def combine(self, about: About, *results: Any) -> Tensor:
+        n, (variance,) = about.samples, results
+        gradient = about.gradient()
+        mean = torch.cat([wide(gradient[k]).flatten() for k in about.shapes])
+        spread = variance.flat() * n**3 / (n - 1)
+        noisy = spread > 0
+        return 1 - n / noisy.sum().clamp_min(1) * (mean[noisy].square() / spread[noisy]).sum()

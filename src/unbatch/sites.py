@@ -1,0 +1,353 @@
+"""Where parameters meet samples, and what has to be pulled back how: the plan of a sweep, read off labels alone.
+
+A *site* is a step at which a value made from parameters only (its *operand*) meets values of samples. A value is
+*separate* while, on every way from it to the predictions, no sample listens to another: one sweep serves all samples
+there, and a site is contracted locally. Below, each sample is a column of its own, pulled back from the *seeds*: the
+lowest values that are still separate. No tensor is touched here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._pytree import tree_leaves
+
+from unbatch.errors import MSG_NOT_COPY, MSG_NOT_FROZEN, StructureError
+from unbatch.graph import Graph, Ref, Step, is_ref
+from unbatch.labels import SHARED, Marks
+from unbatch.layout import Layout, Scattered, layout_of
+from unbatch.purity import HIDDEN_WRITES
+from unbatch.structure import holds_its_place, used_predictions
+from unbatch.walk import Walk, prediction_dim
+
+BATCH_NORMS = ("native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm", "miopen_batch_norm")
+CUTS = ("detach", "alias_copy_detach")
+
+
+@dataclass(frozen=True)
+class Site:
+    """Step ``step`` uses the value ``operand`` as argument ``name``. ``way``: "local", "projected" or "columns"."""
+
+    step: int
+    operand: int
+    name: str
+    way: str
+
+
+@dataclass
+class Flow:
+    """What a sweep has to do at which step. Values and steps by their number in the graph."""
+
+    by: str
+    samples: int
+    parameters: dict[int, str]
+    predictions: dict[int, int]  # prediction -> its sample axis
+    sites: list[Site] = field(default_factory=list)
+    chain: dict[int, bool] = field(default_factory=dict)  # steps without samples -> whether statistics move there
+    seeds: list[int] = field(default_factory=list)  # values from which columns start
+    unsplit: list[int] = field(default_factory=list)  # predictions that are not separate: columns start there, too
+    gates: dict[int, list[int]] = field(default_factory=dict)  # step -> inputs through which columns must not pass
+    frozen: set[int] = field(default_factory=set)  # values held constant
+    frozen_norms: set[int] = field(default_factory=set)  # steps that are batch norms with constant statistics
+    projections: dict[int, int] = field(default_factory=dict)  # step of a weight -> step of the batch norm above
+    spread: dict[int, Layout] = field(default_factory=dict)  # shared values with an entry for every sample
+    layouts: dict[int, Layout | Scattered] = field(default_factory=dict)  # where the samples lie, at sites and seeds
+    theta: set[int] = field(default_factory=set)
+    separate: dict[Any, bool] = field(default_factory=dict)
+
+    @property
+    def local(self) -> list[Site]:
+        return [s for s in self.sites if s.way != "columns"]
+
+    @property
+    def columns(self) -> list[Site]:
+        return [s for s in self.sites if s.way == "columns"]
+
+
+def flow(graph: Graph, walk: Walk, samples: int, leading: bool, wanted: Iterable[str], by: str) -> Flow:
+    """Plan the sweep for the parameters ``wanted``, by ``by``.
+
+    Raises ``StructureError`` where copy or frozen rows do not exist, naming the step that stands in the way.
+    """
+    names = set(wanted)
+    parameters = {i: v.name for i, v in enumerate(graph.values) if v.kind == "parameters" and v.name in names}
+    predictions = {
+        r.index: d for r in used_predictions(graph) if (d := prediction_dim(walk[r], samples, leading)) is not None
+    }
+    plan = Flow(by, samples, parameters, predictions)
+    return _Planner(graph, walk, plan, leading).run()
+
+
+@dataclass
+class _Planner:
+    graph: Graph
+    walk: Walk
+    plan: Flow
+    leading: bool
+    written: set[int] = field(default_factory=set)
+
+    def run(self) -> Flow:
+        graph, plan = self.graph, self.plan
+        self.written = {graph.values[new.index].storage for s in graph.forward_steps for _, new in s.writes}
+        if plan.by == "frozen":
+            self._freeze()
+        plan.theta = self._reach()
+        self._pull()
+        plan.unsplit = [p for p in plan.predictions if by_columns(plan, self.node(p))]
+        consumers = self._consumers()
+        for step in graph.forward_steps:
+            if self._on_path(step):
+                self._place(step)
+        self._spread(consumers)
+        for step in {s.step for s in plan.sites}:
+            self._keep_layouts(self._outs(graph.steps[step]))
+        self._keep_layouts(plan.seeds)
+        return plan
+
+    def _keep_layouts(self, values: Iterable[int]) -> None:
+        self.plan.layouts |= {i: found for i in values if (found := self.layout(i)) is not None}
+
+    # -- reading --
+
+    def marks(self, i: int) -> Marks:
+        return self.walk.marks[i]
+
+    def node(self, i: int) -> Any:
+        """Values that share memory which is written to are one: what is written to one is seen in the other."""
+        storage = self.graph.values[i].storage
+        return ("memory", storage) if storage in self.written else i
+
+    def layout(self, i: int) -> Layout | Scattered | None:
+        if i in self.plan.spread:
+            return self.plan.spread[i]
+        marks = self.marks(i)
+        found = layout_of(marks, self.plan.samples)
+        if found is None and marks.owned and not (marks.owner < SHARED).any():
+            owner = np.broadcast_to(marks.owner, marks.shape).astype(np.int64)
+            return Scattered(torch.from_numpy(owner.copy()), self.plan.samples)
+        return found
+
+    def _outs(self, step: Step) -> list[int]:
+        hidden = step.name in HIDDEN_WRITES
+        refs = [*(r for r in step.outs if r is not None), *(new for _, new in step.writes if not hidden)]
+        return [i for i in dict.fromkeys(r.index for r in refs) if self._real(i)]
+
+    def _ins(self, step: Step) -> list[int]:
+        return [i for i in dict.fromkeys(r.index for r in step.refs()) if self._real(i) and i in self.plan.theta]
+
+    def _real(self, i: int) -> bool:
+        dtype = self.graph.values[i].dtype
+        return (dtype.is_floating_point or dtype.is_complex) and i in self.walk.marks
+
+    def _loose(self, i: int) -> bool:
+        """It belongs to no sample: made from parameters and statistics."""
+        return not self.marks(i).owned and not self.marks(i).mixed
+
+    def _passes(self, step: Step) -> bool:
+        return step.grad and step.name not in CUTS
+
+    def _on_path(self, step: Step) -> bool:
+        return self._passes(step) and any(self.node(o) in self.plan.separate for o in self._outs(step))
+
+    # -- what depends on the parameters --
+
+    def _reach(self) -> set[int]:
+        reached = set(self.plan.parameters)
+        nodes = {self.node(i) for i in reached}
+        for step in self.graph.forward_steps:
+            if self._passes(step) and any(self.node(r.index) in nodes for r in step.refs() if self._real(r.index)):
+                fresh = [o for o in self._outs(step) if o not in self.plan.frozen]
+                reached.update(fresh)
+                nodes.update(self.node(o) for o in fresh)
+        return reached | {i for i in self.walk.marks if self.node(i) in nodes and self._real(i)} - self.plan.frozen
+
+    # -- statistics held constant --
+
+    def _freeze(self) -> None:
+        """What cross-sample reductions give is held constant, what batch norms take inside as well."""
+        for step in self.graph.forward_steps:
+            read = [self.marks(r.index) for r in step.refs()]
+            given: frozenset[int] = frozenset().union(*(m.given for m in read))
+            for o in self._outs(step):
+                marks = self.marks(o)
+                if step.name in BATCH_NORMS and marks.owned and marks.given - given:
+                    self.plan.frozen_norms.add(step.index)
+                elif self._loose(o) and marks.depends_on_batch and any(m.owned for m in read):
+                    self.plan.frozen.add(o)
+
+    def _refused(self, step: Step, message: str) -> StructureError:
+        place = f"{step.module or 'the model'}, {step.name}" + (f", {step.where}" if step.where else "")
+        return StructureError(message.format(place=place))
+
+    # -- what is separate --
+
+    def _pull(self) -> None:
+        """From the predictions down: which values still belong to one sample each."""
+        plan = self.plan
+        for p in plan.predictions:
+            alone = holds_its_place(self.marks(p), plan.samples, self.leading)
+            self._feed(p, alone)
+        for step in reversed(self.graph.forward_steps):
+            if not self._on_path(step):
+                continue
+            outs = [o for o in self._outs(step) if self.node(o) in plan.separate and o in plan.theta]
+            apart = all(plan.separate[self.node(o)] for o in outs)
+            local = apart and self._keeps_apart(step, outs)
+            statistic = all(self._loose(o) for o in outs)
+            for i in self._ins(step):
+                self._feed(i, apart if statistic and self._loose(i) else local)
+
+    def _feed(self, i: int, separate: bool) -> None:
+        node = self.node(i)
+        self.plan.separate[node] = self.plan.separate.get(node, True) and separate
+
+    def _keeps_apart(self, step: Step, outs: Sequence[int]) -> bool:
+        """Entries of sample n come from sample n, shared values, and statistics that come in from outside."""
+        if any(not self.marks(o).owned or (self.marks(o).owner < SHARED).any() for o in outs):
+            return False
+        if step.index in self.plan.frozen_norms:
+            return True
+        moving = [self.marks(i) for i in self._ins(step) if self.marks(i).depends_on_batch]
+        given: frozenset[int] = frozenset().union(*(self.marks(r.index).given for r in step.refs()))
+        fresh = any(self.marks(o).given - given for o in outs)
+        return not moving or not (fresh or any(m.mixed for m in moving))
+
+    def _consumers(self) -> dict[Any, list[Step]]:
+        out: dict[Any, list[Step]] = {}
+        for step in self.graph.forward_steps:
+            if self._on_path(step):
+                for i in self._ins(step):
+                    out.setdefault(self.node(i), []).append(step)
+        return out
+
+    # -- what to do at a step --
+
+    def _place(self, step: Step) -> None:
+        outs = [o for o in self._outs(step) if self.node(o) in self.plan.separate]
+        ins = self._ins(step)
+        loose = [i for i in ins if self._loose(i)]
+        apart = all(self.plan.separate[self.node(o)] for o in outs)
+        if not ins:
+            return
+        if not all(self._loose(o) for o in outs):
+            for i in loose:
+                self._site(step, i, outs, apart)
+            if apart and self.plan.by == "component":
+                self._seed(step, outs, ins)
+        elif loose:
+            self._made_of_statistics(step, outs, ins, loose, apart)
+
+    def _made_of_statistics(
+        self, step: Step, outs: Sequence[int], ins: Sequence[int], loose: Sequence[int], apart: bool
+    ) -> None:
+        """A parameter meets parameters or statistics: samples meet it where they meet the result."""
+        plan = self.plan
+        onto_samples = len(loose) < len(ins)
+        moving = any(self.marks(o).depends_on_batch for o in outs)
+        if plan.by != "component" and onto_samples:
+            raise self._refused(step, MSG_NOT_COPY if plan.by == "copy" else MSG_NOT_FROZEN)
+        if not moving or plan.by != "component" or (apart and not onto_samples):
+            plan.chain[step.index] = moving and plan.by != "frozen"
+        else:
+            for i in loose:
+                self._columns(step, i, "columns")
+
+    def _site(self, step: Step, operand: int, outs: Sequence[int], apart: bool) -> None:
+        component = self.plan.by == "component"
+        if (apart or self.plan.by == "copy") and self.layout(outs[0]) is not None:
+            self.plan.sites += [Site(step.index, operand, n, "local") for n in _argument_names(step, operand)]
+        elif component:
+            self._columns(step, operand, "projected" if self._below_norm(step, outs) else "columns")
+        else:
+            raise self._refused(step, MSG_NOT_COPY if self.plan.by == "copy" else MSG_NOT_FROZEN)
+
+    def _columns(self, step: Step, operand: int, way: str) -> None:
+        """Columns reach the parameters in a statistic through the statistic itself."""
+        if not self.marks(operand).depends_on_batch:
+            self.plan.sites += [Site(step.index, operand, n, way) for n in _argument_names(step, operand)]
+
+    def _below_norm(self, step: Step, outs: Sequence[int]) -> bool:
+        """The result goes into a batch norm, and nowhere else, that is the topmost place of mixing."""
+        users = [s for s in self.graph.forward_steps if any(r.index in outs for r in s.refs())]
+        if step.name not in ("addmm", "mm", "convolution") or len(users) != 1 or len(outs) != 1:
+            return False
+        (norm,) = users
+        above = self._outs(norm)
+        layout = self.layout(outs[0])
+        first = norm.refs()[0].index == outs[0]
+        if norm.name not in BATCH_NORMS or not first or not isinstance(layout, Layout) or self.node(outs[0]) != outs[0]:
+            return False
+        fits = layout.dim == 0 and layout.block == 1 and bool(norm.args[5])
+        sep = bool(above) and self.plan.separate.get(self.node(above[0]), False)
+        if fits and sep and layout_of(self.marks(above[0]), self.plan.samples) == layout:
+            self.plan.projections[step.index] = norm.index
+            return True
+        return False
+
+    def _seed(self, step: Step, outs: Sequence[int], ins: Sequence[int]) -> None:
+        plan = self.plan
+        moving = [i for i in ins if self.marks(i).depends_on_batch]
+        below = [i for i in moving if not self.marks(i).owned or not plan.separate[self.node(i)]]
+        if below:
+            plan.seeds += [o for o in outs if o in plan.theta and o not in plan.seeds]
+            above = [i for i in moving if i not in below]
+            if above:
+                plan.gates[step.index] = above
+
+    # -- parameters spread over the samples --
+
+    def _spread(self, consumers: dict[Any, list[Step]]) -> None:
+        """A shared value with an entry for every sample, each used by that sample only, is met where it is made."""
+        makers = {o: s for s in self.graph.forward_steps for o in self._outs(s)}
+        queue = [s for s in self.plan.sites if s.way == "local"]
+        done: set[int] = set()
+        for site in queue:
+            i = site.operand
+            dim = None if i in done or i not in makers else self._axis_of_samples(i, consumers.get(self.node(i), []))
+            if dim is None:
+                continue
+            done.add(i)
+            maker = makers[i]
+            self.plan.sites = [s for s in self.plan.sites if s.operand != i]
+            self.plan.chain.pop(maker.index, None)
+            self.plan.spread[i] = Layout(dim, self.plan.samples)
+            for operand in self._ins(maker):
+                fresh = [Site(maker.index, operand, n, "local") for n in _argument_names(maker, operand)]
+                self.plan.sites += fresh
+                queue += fresh
+
+    def _axis_of_samples(self, i: int, users: Sequence[Step]) -> int | None:
+        """The axis of a shared value along which each entry is used by one sample only."""
+        local = {s.step for s in self.plan.sites if s.operand == i and s.way == "local"}
+        if self.marks(i).depends_on_batch or self.plan.samples == 1 or self.node(i) != i:
+            return None
+        dims = {self._axis_in(i, u) if u.index in local else None for u in users}
+        return dims.pop() if len(dims) == 1 else None
+
+    def _axis_in(self, i: int, user: Step) -> int | None:
+        shape, out = self.graph.values[i].shape, self._outs(user)[0]
+        layout, whole = self.layout(out), self.graph.values[out].shape
+        if not isinstance(layout, Layout) or layout.block != 1:
+            return None
+        dim = layout.dim - len(whole) + len(shape)
+        joined = user.name == "cat" and (user.args[1] if len(user.args) > 1 else 0) % len(whole) != layout.dim
+        alike = torch.Tag.pointwise in user.op.tags or joined
+        return dim if alike and dim >= 0 and shape[dim] == self.plan.samples else None
+
+
+def by_columns(plan: Flow, node: Any) -> bool:
+    return plan.by == "component" and not plan.separate[node]
+
+
+def _argument_names(step: Step, operand: int) -> list[str]:
+    """The argument that holds the operand; one entry even if it stands in several places (see ``Generic``)."""
+    names = [a.name for a in step.op._schema.arguments]
+    given = {**dict(zip(names, step.args, strict=False)), **step.kwargs}
+    holding = [
+        n for n, a in given.items() if any(isinstance(r, Ref) and r.index == operand for r in tree_leaves(a, is_ref))
+    ]
+    return holding[:1]

@@ -1,0 +1,530 @@
+"""One replay of the recorded forward pass, and cotangents pulled back from the predictions to the sites.
+
+Where samples are separate, one backward pass gives the cotangents of all of them; below, every sample is a column,
+pulled back in chunks from the seeds. What is to be done where is said by a ``Flow``; what comes out are *parts*: rows
+of one parameter for a slice of samples, or contractions that do without rows.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils._pytree import tree_leaves, tree_map
+
+from unbatch.contractions import Call, Meeting, Projected, meeting, normalised, squares, wide
+from unbatch.graph import Graph, Ref, Step, flat, is_ref
+from unbatch.layout import Layout
+from unbatch.sites import Flow, Site
+
+MOVES = ("t", "transpose", "permute", "view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "alias")
+
+
+# --- autograd's edges -----------------------------------------------------------------------------
+
+
+class _Attach(torch.autograd.Function):
+    """Lets a value that depends on no leaf have a gradient: it is the first that samples and parameters make."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, anchor: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.mark_dirty(value)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[None, None]:  # type: ignore[override]
+        return None, None
+
+
+class _Gate(torch.autograd.Function):
+    """The identity, through which the columns of another seed do not pass."""
+
+    closed = False
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:  # type: ignore[override]
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor | None:  # type: ignore[override]
+        return torch.zeros_like(g) if _Gate.closed else g
+
+
+# --- parts ----------------------------------------------------------------------------------------
+
+
+class Part:
+    """The rows of one parameter for a slice of samples: ``[k, *param]``."""
+
+    lean: frozenset[str] = frozenset()
+
+    def __init__(self, where: slice, rows: Tensor) -> None:
+        self.where, self._rows = where, rows
+
+    def rows(self) -> Tensor:
+        return self._rows
+
+    def squared_norms(self) -> Tensor:
+        """``[k]``."""
+        return squares(self.rows())
+
+    def sum_of_squares(self) -> Tensor:
+        """``[*param]``."""
+        rows = wide(self.rows())
+        return torch.einsum("n...,n...->...", rows, rows)
+
+    def scatter(self, mean: Tensor | None = None) -> Tensor:
+        """``[*param]``: ``Σ_n (row_n − mean)²``, around the mean of these rows by default."""
+        rows = wide(self.rows())
+        apart = rows - (rows.mean(0) if mean is None else mean)
+        return torch.einsum("n...,n...->...", apart, apart)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """``[*param]``, by weights ``[k]``."""
+        rows = self.rows()
+        return torch.einsum("n,n...->...", weights.to(rows.dtype), rows)
+
+    def dots(self) -> Tensor:
+        """``[k, k]``."""
+        rows = wide(self.rows()).flatten(1)
+        return rows @ rows.T
+
+
+class _Direct(Part):
+    """A parameter with one site, of which the operand is a view of it: what the site can, the part can."""
+
+    def __init__(self, where: slice, site: Meeting, view: Callable[[Tensor], Tensor], out: Tensor | None, like: Tensor):
+        self.where, self.site, self.view, self.out, self.like = where, site, view, out, like
+        self.lean = site.lean
+        self._formed: Tensor | None = None
+
+    def rows(self) -> Tensor:
+        if self._formed is None:
+            first, last, _ = self.where.indices(self.site.samples)
+            out = self.like.new_empty(last - first, *self.like.shape) if self.out is None else self.out
+            self.site.rows(self.where, torch.func.vmap(self.view)(out))
+            self._formed = out
+        return self._formed
+
+    def _moved(self, result: Tensor) -> Tensor:
+        out = result.new_empty(self.like.shape)
+        self.view(out).copy_(result)
+        return out
+
+    def squared_norms(self) -> Tensor:
+        known = self._formed is None and "squared_norms" in self.lean
+        return self.site.squared_norms(self.where) if known else super().squared_norms()
+
+    def sum_of_squares(self) -> Tensor:
+        known = self._formed is None and "sum_of_squares" in self.lean
+        return self._moved(self.site.sum_of_squares(self.where)) if known else super().sum_of_squares()
+
+    def scatter(self, mean: Tensor | None = None) -> Tensor:
+        known = self._formed is None and "scatter" in self.lean and mean is None
+        return self._moved(self.site.scatter(self.where)) if known else super().scatter(mean)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        if "weighted_sum" not in self.lean or self._formed is not None:
+            return super().weighted_sum(weights)
+        whole = weights.new_zeros(self.site.samples)
+        whole[self.where] = weights
+        return self._moved(self.site.weighted_sum(whole))
+
+    def dots(self) -> Tensor:
+        whole = self.where.indices(self.site.samples)[:2] == (0, self.site.samples)
+        return self.site.dots() if whole and self._formed is None and "dots" in self.lean else super().dots()
+
+
+# --- the sweep ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Group:
+    """Parameters that are contracted together, because their sites share an operand."""
+
+    names: list[str]
+    operands: list[int]
+    meetings: dict[int, list[Meeting]]
+    view: Callable[[Tensor], Tensor] | None = None
+
+
+@dataclass
+class Sweep:
+    """The forward pass of one question, with everything its sites keep."""
+
+    graph: Graph
+    flow: Flow
+    parameters: Mapping[str, Tensor]
+    feed: Mapping[int, Tensor]
+    leaves: dict[str, Tensor] = field(default_factory=dict)
+    live: dict[int, Tensor] = field(default_factory=dict)
+    edges: dict[int, GradientEdge] = field(default_factory=dict)
+    calls: dict[tuple[int, str], Call] = field(default_factory=dict)
+    norms: dict[int, Call] = field(default_factory=dict)
+    meetings: list[tuple[Site, Meeting]] = field(default_factory=list)
+    predictions: dict[int, Tensor] = field(default_factory=dict)
+    inner: dict[int, Tensor] = field(default_factory=dict)  # values beside the predictions that the loss reads
+    seeds: list[tuple[Any, Any, Tensor]] = field(default_factory=list)  # edge, layout, cotangent
+
+    @cached_property
+    def _writes(self) -> dict[int, int]:
+        """The last step that writes to a memory."""
+        return {self.graph.values[old.index].storage: s.index for s in self.graph.steps for old, _ in s.writes}
+
+    # -- forward --
+
+    def forward(self) -> dict[int, Tensor]:
+        """Run the model; the predictions, detached, by their number in the graph."""
+        self.leaves = {n: p.detach().requires_grad_() for n, p in self.parameters.items()}
+        self.live = {i: self.leaves[name] for i, name in self.flow.parameters.items()}
+        dead = {i: self.leaves[name].detach() for i, name in self.flow.parameters.items()}
+        self._anchor = torch.zeros((), requires_grad=True)
+        made = {r.index for s in self.graph.forward_steps for r in [*s.outs, *(new for _, new in s.writes)] if r}
+        used = {r.index for s in self.graph.loss_steps for r in s.refs()} & made - set(self.flow.predictions)
+        wanted = [*self.flow.predictions, *used]
+        with torch.enable_grad():
+            outs = self.graph.run(
+                {**self.feed, **dead}, wanted, visit=self._visit, instead=self._instead(), steps=self.graph.forward_steps
+            )
+        found = dict(zip(wanted, outs, strict=True))
+        self.predictions = {i: found[i] for i in self.flow.predictions}
+        self.inner = {i: found[i].detach() for i in used}
+        return {i: t.detach() for i, t in self.predictions.items()}
+
+    def _visit(self, i: int, value: Tensor) -> None:
+        if i in self._kept_edges and value.requires_grad:
+            self.edges[i] = get_gradient_edge(value)
+
+    def _instead(self) -> dict[int, Callable[..., Any]]:
+        flow, steps = self.flow, {s.index: s for s in self.graph.steps}
+        sites: dict[int, list[Site]] = {}
+        for site in flow.sites:
+            sites.setdefault(site.step, []).append(site)
+        self._kept_edges = set(flow.seeds)
+        special = set(sites) | flow.frozen_norms | set(flow.gates) | set(flow.projections.values())
+        self._kept_edges |= {r.index for i in sites for r in steps[i].outs if r is not None}
+        out: dict[int, Callable[..., Any]] = {}
+        for i in special:
+            out[i] = self._site_step(steps[i], sites.get(i, []))
+        for i in flow.chain:
+            out[i] = self._chain_step(steps[i])
+        for step in self.graph.forward_steps:
+            if any(r is not None and r.index in flow.frozen for r in step.outs) and step.index not in out:
+                out[step.index] = _held(step.op)
+        return out
+
+    def _chain_step(self, step: Step) -> Callable[..., Any]:
+        moving = self.flow.chain[step.index]
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            alive = self._with_live(step, args, kwargs, None)
+            result = step.op(*alive[0], **alive[1])
+            for ref, value in zip(step.outs, flat(result), strict=False):
+                if ref is not None and isinstance(value, Tensor):
+                    self.live[ref.index] = value
+            if moving:
+                return step.op(*args, **kwargs)
+            return tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, result)
+
+        return run
+
+    def _with_live(self, step: Step, args: Any, kwargs: Any, only: set[int] | None) -> tuple[Any, Any]:
+        """The arguments with values made from parameters connected to them (``only`` those), the others cut off."""
+
+        def choose(ref: Any, value: Any) -> Any:
+            if not isinstance(ref, Ref):
+                return value
+            if only is None:
+                return self.live.get(ref.index, value.detach())
+            return self.live[ref.index] if ref.index in only else value
+
+        return tuple(_zip_map(choose, r, v) for r, v in ((step.args, args), (step.kwargs, kwargs)))  # type: ignore[return-value]
+
+    def _site_step(self, step: Step, sites: Sequence[Site]) -> Callable[..., Any]:
+        columns = {s.operand for s in sites if s.way == "columns"}
+        local = [s for s in sites if s.way != "columns"]
+        gated = set(self.flow.gates.get(step.index, ()))
+        norm = step.index in self.flow.frozen_norms
+        names = [a.name for a in step.op._schema.arguments]
+        norms = step.index in self.flow.projections.values()
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = self._with_live(step, args, kwargs, columns)
+            if gated:
+                args = _zip_map(lambda r, v: _Gate.apply(v) if isinstance(r, Ref) and r.index in gated else v, step.args, args)
+            kept = self._keep(step, dict(zip(names, args, strict=False)) | kwargs) if local or norms else {}
+            result = _frozen_norm(step.op, names, args, kwargs) if norm else step.op(*args, **kwargs)
+            outs = flat(result)
+            if local and not outs[0].requires_grad:
+                outs[0] = _Attach.apply(outs[0], self._anchor)
+                result = (outs[0], *outs[1:]) if isinstance(result, tuple | list) else outs[0]
+            if local or norms:
+                seen = tuple(o.detach() for o in outs if isinstance(o, Tensor))
+                for site in local:
+                    self.calls[step.index, site.name] = self._call(step, site, kept, seen)
+                if norms:
+                    self.norms[step.index] = Call(step.op, kept, seen, seen[0], "", (Layout(0, self.flow.samples),))
+            return result
+
+        return run
+
+    def _keep(self, step: Step, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments, detached; those whose memory is written to from here on are copied."""
+        names = [a.name for a in step.op._schema.arguments]
+        refs = dict(zip(names, step.args, strict=False)) | step.kwargs
+
+        def one(ref: Any, value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            spoiled = isinstance(ref, Ref) and self._writes.get(self.graph.values[ref.index].storage, -1) >= step.index
+            return value.detach().clone() if spoiled else value.detach()
+
+        return {n: _zip_map(one, refs.get(n), a) for n, a in arguments.items()}
+
+    def _call(self, step: Step, site: Site, kept: dict[str, Any], outs: tuple[Tensor, ...]) -> Call:
+        layouts = tuple(self.flow.layouts.get(r.index) for r in step.outs if r is not None)
+        names = [a.name for a in step.op._schema.arguments]
+        ref = (dict(zip(names, step.args, strict=False)) | step.kwargs)[site.name]
+        at = [r.index if isinstance(r, Ref) else None for r in tree_leaves(ref, is_leaf=is_ref)].index(site.operand)
+        return Call(step.op, kept, outs, tree_leaves(kept[site.name])[at], site.name, layouts)
+
+    # -- backward --
+
+    def pull(self, cotangents: Mapping[int, Tensor]) -> None:
+        """One backward pass from the predictions to all sites above the last mixing, and to the seeds."""
+        flow = self.flow
+        wanted = {r: self.edges[r] for r in self.edges}
+        outputs = [(self.predictions[i], g) for i, g in cotangents.items() if self.predictions[i].requires_grad]
+        grads: Sequence[Tensor | None] = [None] * len(wanted)
+        if outputs and wanted:
+            tensors, gs = [list(x) for x in zip(*outputs, strict=True)]
+            edges: Any = list(wanted.values())
+            grads = torch.autograd.grad(tensors, edges, gs, retain_graph=bool(flow.columns), allow_unused=True)
+        found = dict(zip(wanted, grads, strict=True))
+        steps = {s.index: s for s in self.graph.steps}
+        for site in flow.local:
+            step = flow.projections[site.step] if site.way == "projected" else site.step
+            outs = [r.index for r in steps[step].outs if r is not None]
+            gs_ = [found.get(o) for o in outs]
+            met = self._meeting(site)
+            if any(g is not None for g in gs_):
+                met.receive([g.detach() if g is not None else None for g in gs_])
+                self.meetings.append((site, met))
+        self.seeds = [
+            (self.edges[i], flow.layouts[i], g.detach()) for i in flow.seeds if (g := found.get(i)) is not None
+        ]
+        for i, g in cotangents.items():
+            if i in flow.unsplit and self.predictions[i].requires_grad:
+                self.seeds.append((self.predictions[i], Layout(flow.predictions[i], flow.samples), g))
+
+    def _meeting(self, site: Site) -> Meeting:
+        call = self.calls[site.step, site.name]
+        if site.way != "projected":
+            return meeting(call)
+        norm = self.norms[self.flow.projections[site.step]]
+        x, scale = normalised(norm)
+        gain = scale if norm["weight"] is None else scale * norm["weight"]
+        channel = 0 if call.name in ("weight", "bias", "self", "mat1") else call.operand.ndim - 1
+        return Projected(lambda: meeting(call), channel, gain, x)
+
+    @cached_property
+    def convolves(self) -> bool:
+        return any(s.name == "convolution" and s.index >= self._lowest for s in self.graph.forward_steps)
+
+    @property
+    def _lowest(self) -> int:
+        return min((s.step for s in self.flow.columns), default=0)
+
+    @cached_property
+    def column_bytes(self) -> int:
+        """What one column takes on its way down: about twice the largest values it passes."""
+        values = [self.graph.values[i] for i in self.flow.theta if self.graph.values[i].step >= self._lowest]
+        return 4 * max((math.prod(v.shape) * v.dtype.itemsize for v in values), default=0)
+
+    @cached_property
+    def below(self) -> list[str]:
+        """The parameters that columns reach."""
+        reached = {n for site in self.flow.columns for n in self._made_from(site.operand)}
+        return [n for n in self.leaves if n in reached]
+
+    def columns(self, first: int, last: int) -> dict[str, Tensor]:
+        """Rows ``[k, *param]`` of samples ``first`` to ``last``, as far as they come from below the last mixing."""
+        return self._from_seeds([layout.only(g, first, last) for _, layout, g in self.seeds], last - first)
+
+    def _from_seeds(self, gs: Sequence[Tensor], count: int) -> dict[str, Tensor]:
+        _Gate.closed = True
+        try:
+            rows = _batched_grad([e for e, _, _ in self.seeds], [self.leaves[n] for n in self.below], gs, count)
+        finally:
+            _Gate.closed = False
+        return {n: r for n, r in zip(self.below, rows, strict=True) if r is not None}
+
+    def weighted_sum(self, weights: Tensor) -> dict[str, Tensor]:
+        """``Σ_n c_n row_n`` of every parameter, at about the price of its gradient."""
+        sums: dict[int, Tensor] = {}
+        for site, met in self.meetings:
+            one = met.weighted_sum(weights)
+            sums[site.operand] = sums[site.operand] + one if site.operand in sums else one
+        out = {n: torch.zeros_like(leaf) for n, leaf in self.leaves.items()}
+        for i in [i for i in sums if i in self.flow.parameters]:
+            out[self.flow.parameters[i]] += sums.pop(i)
+        chained = _batched_grad([self.live[i] for i in sums], list(self.leaves.values()), [g[None] for g in sums.values()], 1)
+        scaled = [layout.join(_scaled(layout.split(g), weights))[None] for _, layout, g in self.seeds]
+        for n, r in [*zip(out, chained, strict=True), *self._from_seeds(scaled, 1).items()]:
+            if r is not None:
+                out[n] += r[0]
+        return out
+
+    # -- from operands to parameters --
+
+    def groups(self) -> list[Group]:
+        """Which parameters have to be contracted together."""
+        operands: dict[int, list[Meeting]] = {}
+        for site, met in self.meetings:
+            operands.setdefault(site.operand, []).append(met)
+        sets = [({i}, set(self._made_from(i))) for i in operands]
+        merged: list[tuple[set[int], set[str]]] = []
+        for values, names in sets:
+            hit = [m for m in merged if m[1] & names]
+            for m in hit:
+                values, names = values | m[0], names | m[1]
+                merged.remove(m)
+            merged.append((values, names))
+        order = list(self.leaves)
+        return [
+            Group(
+                sorted(names, key=order.index), sorted(values), {i: operands[i] for i in values},
+                self._view(values, names, operands),
+            )
+            for values, names in merged
+        ]  # fmt: skip
+
+    def _made_from(self, i: int) -> list[str]:
+        seen: set[int] = set()
+        queue, out = [i], []
+        while queue:
+            v = queue.pop()
+            if v in seen:
+                continue
+            seen.add(v)
+            if v in self.flow.parameters:
+                out.append(self.flow.parameters[v])
+            elif v in self._makers:
+                queue += [r.index for r in self._makers[v].refs() if r.index in self.live]
+        return out
+
+    @cached_property
+    def _makers(self) -> dict[int, Step]:
+        steps = self.graph.forward_steps
+        return {r.index: s for s in steps for r in [*(o for o in s.outs if o), *(new for _, new in s.writes)]}
+
+    def _view(self, values: set[int], names: set[str], operands: Mapping[int, list[Meeting]]) -> Any:
+        """How the only operand is seen in the only parameter, if it is a view of it, met once."""
+        if len(values) != 1 or len(names) != 1:
+            return None
+        (i,) = values
+        if len(operands[i]) != 1:
+            return None
+        path: list[Step] = []
+        while i not in self.flow.parameters:
+            step = self._makers[i]
+            if step.name not in MOVES or step.writes:
+                return None
+            path.append(step)
+            i = step.refs()[0].index
+        return lambda t: _replayed(reversed(path), t)
+
+    def rows(self, group: Group, where: slice) -> dict[str, Tensor]:
+        """Rows of the parameters of a group, summed over their sites."""
+        first, last, _ = where.indices(self.flow.samples)
+        sums = {i: _sum([m.rows(where) for m in group.meetings[i]]) for i in group.operands}
+        out: dict[str, Tensor] = {}
+        for i in [i for i in group.operands if i in self.flow.parameters]:
+            out[self.flow.parameters[i]] = sums.pop(i)
+        if sums:
+            leaves = [self.leaves[n] for n in group.names]
+            made = _batched_grad([self.live[i] for i in sums], leaves, list(sums.values()), last - first)
+            for n, r in zip(group.names, made, strict=True):
+                if r is not None:
+                    out[n] = out[n] + r if n in out else r
+        return out
+
+    def parts(self, group: Group, where: slice, outs: Mapping[str, Tensor]) -> Iterator[tuple[str, Part]]:
+        """The parts of a group's parameters, for a slice of samples; formed in ``outs`` where that is given."""
+        if group.view is not None:
+            (name,), (i,) = group.names, group.operands
+            out = outs[name][where] if name in outs else None
+            yield name, _Direct(where, group.meetings[i][0], group.view, out, self.leaves[name].detach())
+            return
+        for name, rows in self.rows(group, where).items():
+            yield name, Part(where, rows)
+
+
+def _sum(tensors: Sequence[Tensor]) -> Tensor:
+    total = tensors[0]
+    for t in tensors[1:]:
+        total = total + t
+    return total
+
+
+def _scaled(rows: Tensor, weights: Tensor) -> Tensor:
+    return rows * weights.to(rows.dtype).reshape(-1, *[1] * (rows.ndim - 1))
+
+
+def _zip_map(function: Callable[[Any, Any], Any], refs: Any, values: Any) -> Any:
+    """Map over arguments beside the references that they came from."""
+    if isinstance(refs, tuple | list):
+        return type(refs)(_zip_map(function, r, v) for r, v in zip(refs, values, strict=True))
+    if isinstance(refs, dict):
+        return {k: _zip_map(function, r, values[k]) for k, r in refs.items()}
+    return function(refs, values)
+
+
+def _held(op: Any) -> Callable[..., Any]:
+    return lambda *args, **kwargs: tree_map(
+        lambda t: t.detach() if isinstance(t, Tensor) else t, op(*args, **kwargs)
+    )
+
+
+def _frozen_norm(op: Any, names: Sequence[str], args: Any, kwargs: Any) -> Any:
+    """A batch norm as it ran, with its statistics held constant."""
+    arguments = dict(zip(names, args, strict=False)) | kwargs
+    with torch.no_grad():
+        outs = op(*args, **kwargs)
+    x, weight, bias = arguments["input"], arguments["weight"], arguments["bias"]
+    view = [1, -1, *[1] * (x.ndim - 2)]
+    y = (x - outs[1].reshape(view)) * outs[2].reshape(view)
+    y = y if weight is None else y * weight.reshape(view)
+    return (y if bias is None else y + bias.reshape(view), *outs[1:])
+
+
+def _replayed(path: Any, t: Tensor) -> Tensor:
+    for step in path:
+        args, kwargs = tree_map(lambda a: t if is_ref(a) else a, (step.args, step.kwargs), is_leaf=is_ref)  # noqa: B023
+        t = step.op(*args, **kwargs)
+    return t
+
+
+def _batched_grad(outputs: Sequence[Any], inputs: Sequence[Tensor], gs: Sequence[Tensor], count: int) -> list[Any]:
+    """Gradients for ``count`` stacked cotangents; one after the other where they cannot be batched."""
+    connected = [(o, g) for o, g in zip(outputs, gs, strict=True) if isinstance(o, GradientEdge) or o.requires_grad]
+    if not connected or not inputs:
+        return [None] * len(inputs)
+    outputs, gs = [list(x) for x in zip(*connected, strict=True)]
+    grad = torch.autograd.grad
+    if count > 1:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return list(grad(outputs, inputs, gs, retain_graph=True, allow_unused=True, is_grads_batched=True))
+        except RuntimeError:
+            pass
+    each = [grad(outputs, inputs, [g[k] for g in gs], retain_graph=True, allow_unused=True) for k in range(count)]
+    return [None if rows[0] is None else torch.stack(rows) for rows in zip(*each, strict=True)]

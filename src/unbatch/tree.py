@@ -1,0 +1,54 @@
+"""Named parameters: which of them are meant, and several of them as one vector.
+
+No networks; names and tensors only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+from torch import Tensor
+
+from unbatch import errors
+from unbatch.errors import InputError
+
+Selection = str | Tensor | Iterable[str | Tensor] | None
+
+
+def select(parameters: Mapping[str, Tensor], wanted: Selection) -> dict[str, Tensor]:
+    """The parameters meant by names, globs (``"layers.*.weight"``) or tensors; all that require gradients by default.
+
+    In the order of ``parameters``. Raises ``InputError`` for what is no parameter or does not require a gradient.
+    """
+    trained = {n: p for n, p in parameters.items() if p.requires_grad}
+    if not trained:
+        raise InputError(errors.MSG_NO_PARAMETERS)
+    if wanted is None:
+        return trained
+    asked: Sequence[str | Tensor] = [wanted] if isinstance(wanted, str | Tensor) else list(wanted)
+    chosen = {n for w in asked for n in _meant(w, parameters)}
+    fixed = [n for n in parameters if n in chosen and n not in trained]
+    if fixed:
+        raise InputError(errors.MSG_FIXED_PARAMETER.format(name=fixed[0]))
+    return {n: p for n, p in trained.items() if n in chosen}
+
+
+def _meant(wanted: str | Tensor, parameters: Mapping[str, Tensor]) -> list[str]:
+    if isinstance(wanted, Tensor):
+        found = [n for n, p in parameters.items() if p is wanted]
+        what = f"a tensor of shape {tuple(wanted.shape)}"
+    else:
+        found = [n for n in parameters if n == wanted or fnmatchcase(n, wanted)]
+        what = repr(wanted)
+    if not found:
+        close = get_close_matches(str(wanted), parameters, 3) if isinstance(wanted, str) else []
+        hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+        raise InputError(errors.MSG_NO_SUCH_PARAMETER.format(value=what, names=_some(parameters)) + hint)
+    return found
+
+
+def _some(parameters: Mapping[str, Tensor], most: int = 6) -> str:
+    names = [repr(n) for n in parameters]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
