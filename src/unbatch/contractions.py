@@ -153,16 +153,17 @@ class Linear(Meeting):
     def rows(self, where: slice, out: Tensor | None = None) -> Tensor:
         a, b = (side[where] for side in self.sides)
         n, first, second = len(a), a.shape[2], b.shape[2]
-        transposed = self.operand.stride(-2) < self.operand.stride(-1)
-        if out is None:
-            shape = (n, second, first) if transposed else (n, first, second)
-            out = a.new_empty(shape).mT if transposed else a.new_empty(shape)
-        flat = out.reshape(n, first, second) if not self.batched else out[:, 0]
+        if out is not None:
+            flat = out[:, 0] if self.batched else out
+        elif self.operand.stride(-2) < self.operand.stride(-1):
+            flat = a.new_empty(n, second, first).mT
+        else:
+            flat = a.new_empty(n, first, second)
         if flat.stride(1) < flat.stride(2):
             outer(b, a, flat.mT)
         else:
             outer(a, b, flat)
-        return out.reshape(n, *self.operand.shape) if out.ndim <= self.operand.ndim else out
+        return flat[:, None] if self.batched else flat
 
     def squared_norms(self, where: slice) -> Tensor:
         if "squared_norms" not in self.lean:

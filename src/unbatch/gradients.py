@@ -19,15 +19,20 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from unbatch.capture import Program
 from unbatch.graph import Graph
+from unbatch.labels import SHARED, Marks
 from unbatch.layout import Layout
 from unbatch.purity import untouched
 from unbatch.quantities import About, Basic, Collector, Derived, Quantity
-from unbatch.sites import Flow, flow
+from unbatch.sites import Flow, flow, spread
 from unbatch.structure import used_predictions
 from unbatch.sweep import Group, Part, Sweep
-from unbatch.walk import Walk, prediction_dim
+from unbatch.walk import Walk, prediction_dim, walk
 
 CHUNK = 32 * 2**20  # bytes of rows that are formed at a time where none are kept: what a cache holds is reused fastest
+
+
+def _mixed(walk_: Walk) -> set[int]:
+    return {i for i, m in walk_.marks.items() if m.mixed or (m.owner < SHARED).any()}
 
 
 @dataclass
@@ -37,6 +42,7 @@ class Setting:
     program: Program
     graph: Graph
     walk: Walk
+    given: Mapping[int, Marks]
     samples: int
     leading: bool
     inputs: Any
@@ -50,8 +56,27 @@ class Setting:
         """The plan of a sweep, kept for the next question."""
         key = (tuple(names), by)
         if key not in self.flows:
-            self.flows[key] = flow(self.graph, self.walk, self.samples, self.leading, names, by)
+            plan = flow(self.graph, self.walk, self.samples, self.leading, names, by)
+            if plan.spanning:
+                plan = flow(self.graph, self._spread(plan), self.samples, self.leading, names, by)
+            self.flows[key] = plan
         return self.flows[key]
+
+    def _spread(self, plan: Flow) -> Walk:
+        """The walk with shared values that have an entry for every sample counted to the samples, where that fits.
+
+        What such a value holds for sample n is used by sample n only if no new place of mixing comes up.
+        """
+        chosen: dict[int, int] = {}
+        best = self.walk
+        for value, axes in spread(self.graph, self.walk, plan):
+            for axis in axes:
+                trial = walk(self.graph, self.samples, self.given, self.graph.forward_steps, belong=chosen | {value: axis})
+                if _mixed(trial) <= _mixed(self.walk):
+                    chosen[value] = axis
+                    best = trial
+                    break
+        return best
 
     @cached_property
     def axes(self) -> dict[int, int]:

@@ -25,6 +25,7 @@ from unbatch.structure import judge
 from unbatch.tree import Selection, select
 from unbatch.verdicts import Structure
 from unbatch.verify import Verification, settle, verify
+from unbatch.walk import forward_marks
 from unbatch.witness import unfaithful
 
 _ASSUMED_MODULES: dict[int, nn.Module] = {}
@@ -340,7 +341,7 @@ class Problem:
         if kept.setting is None:
             findings = self._oracle(kept).findings
             kept.setting = Setting(
-                self.program, kept.graph, findings.forward, self.samples, findings.leading, self.inputs, self.targets,
+                self.program, kept.graph, findings.forward, forward_marks(kept.graph, self._dims), self.samples, findings.leading, self.inputs, self.targets,
                 kept.output, not kept.replays, bool(self.structure.canonical_split),
             )  # fmt: skip
         return kept.setting

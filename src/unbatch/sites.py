@@ -54,7 +54,7 @@ class Flow:
     frozen: set[int] = field(default_factory=set)  # values held constant
     frozen_norms: set[int] = field(default_factory=set)  # steps that are batch norms with constant statistics
     projections: dict[int, int] = field(default_factory=dict)  # step of a weight -> step of the batch norm above
-    spread: dict[int, Layout] = field(default_factory=dict)  # shared values with an entry for every sample
+    spanning: set[int] = field(default_factory=set)  # shared operands with an entry for every sample
     layouts: dict[int, Layout | Scattered] = field(default_factory=dict)  # where the samples lie, at sites and seeds
     theta: set[int] = field(default_factory=set)
     separate: dict[Any, bool] = field(default_factory=dict)
@@ -89,6 +89,7 @@ class _Planner:
     plan: Flow
     leading: bool
     written: set[int] = field(default_factory=set)
+    direct: set[int] = field(default_factory=set)  # made from parameters without samples on the way
 
     def run(self) -> Flow:
         graph, plan = self.graph, self.plan
@@ -98,11 +99,10 @@ class _Planner:
         plan.theta = self._reach()
         self._pull()
         plan.unsplit = [p for p in plan.predictions if by_columns(plan, self.node(p))]
-        consumers = self._consumers()
+        self.direct = set(plan.parameters)
         for step in graph.forward_steps:
             if self._on_path(step):
                 self._place(step)
-        self._spread(consumers)
         for step in {s.step for s in plan.sites}:
             self._keep_layouts(self._outs(graph.steps[step]))
         self._keep_layouts(plan.seeds)
@@ -122,8 +122,6 @@ class _Planner:
         return ("memory", storage) if storage in self.written else i
 
     def layout(self, i: int) -> Layout | Scattered | None:
-        if i in self.plan.spread:
-            return self.plan.spread[i]
         marks = self.marks(i)
         found = layout_of(marks, self.plan.samples)
         if found is None and marks.owned and not (marks.owner < SHARED).any():
@@ -216,20 +214,12 @@ class _Planner:
         fresh = any(self.marks(o).given - given for o in outs)
         return not moving or not (fresh or any(m.mixed for m in moving))
 
-    def _consumers(self) -> dict[Any, list[Step]]:
-        out: dict[Any, list[Step]] = {}
-        for step in self.graph.forward_steps:
-            if self._on_path(step):
-                for i in self._ins(step):
-                    out.setdefault(self.node(i), []).append(step)
-        return out
-
     # -- what to do at a step --
 
     def _place(self, step: Step) -> None:
         outs = [o for o in self._outs(step) if self.node(o) in self.plan.separate]
         ins = self._ins(step)
-        loose = [i for i in ins if self._loose(i)]
+        loose = [i for i in ins if self._loose(i) and i in self.direct]
         apart = all(self.plan.separate[self.node(o)] for o in outs)
         if not ins:
             return
@@ -246,12 +236,13 @@ class _Planner:
     ) -> None:
         """A parameter meets parameters or statistics: samples meet it where they meet the result."""
         plan = self.plan
-        onto_samples = len(loose) < len(ins)
+        onto_samples = any(not self._loose(i) for i in ins)
         moving = any(self.marks(o).depends_on_batch for o in outs)
         if plan.by != "component" and onto_samples:
             raise self._refused(step, MSG_NOT_COPY if plan.by == "copy" else MSG_NOT_FROZEN)
         if not moving or plan.by != "component" or (apart and not onto_samples):
             plan.chain[step.index] = moving and plan.by != "frozen"
+            self.direct.update(self._outs(step))
         else:
             for i in loose:
                 self._columns(step, i, "columns")
@@ -260,6 +251,7 @@ class _Planner:
         component = self.plan.by == "component"
         if (apart or self.plan.by == "copy") and self.layout(outs[0]) is not None:
             self.plan.sites += [Site(step.index, operand, n, "local") for n in _argument_names(step, operand)]
+            self._note_spanning(step, operand, outs[0])
         elif component:
             self._columns(step, operand, "projected" if self._below_norm(step, outs) else "columns")
         else:
@@ -298,49 +290,42 @@ class _Planner:
             if above:
                 plan.gates[step.index] = above
 
-    # -- parameters spread over the samples --
+    # -- shared values that have an entry for every sample --
 
-    def _spread(self, consumers: dict[Any, list[Step]]) -> None:
-        """A shared value with an entry for every sample, each used by that sample only, is met where it is made."""
-        makers = {o: s for s in self.graph.forward_steps for o in self._outs(s)}
-        queue = [s for s in self.plan.sites if s.way == "local"]
-        done: set[int] = set()
-        for site in queue:
-            i = site.operand
-            dim = None if i in done or i not in makers else self._axis_of_samples(i, consumers.get(self.node(i), []))
-            if dim is None:
-                continue
-            done.add(i)
-            maker = makers[i]
-            self.plan.sites = [s for s in self.plan.sites if s.operand != i]
-            self.plan.chain.pop(maker.index, None)
-            self.plan.spread[i] = Layout(dim, self.plan.samples)
-            for operand in self._ins(maker):
-                fresh = [Site(maker.index, operand, n, "local") for n in _argument_names(maker, operand)]
-                self.plan.sites += fresh
-                queue += fresh
-
-    def _axis_of_samples(self, i: int, users: Sequence[Step]) -> int | None:
-        """The axis of a shared value along which each entry is used by one sample only."""
-        local = {s.step for s in self.plan.sites if s.operand == i and s.way == "local"}
-        if self.marks(i).depends_on_batch or self.plan.samples == 1 or self.node(i) != i:
-            return None
-        dims = {self._axis_in(i, u) if u.index in local else None for u in users}
-        return dims.pop() if len(dims) == 1 else None
-
-    def _axis_in(self, i: int, user: Step) -> int | None:
-        shape, out = self.graph.values[i].shape, self._outs(user)[0]
-        layout, whole = self.layout(out), self.graph.values[out].shape
-        if not isinstance(layout, Layout) or layout.block != 1:
-            return None
-        dim = layout.dim - len(whole) + len(shape)
-        joined = user.name == "cat" and (user.args[1] if len(user.args) > 1 else 0) % len(whole) != layout.dim
-        alike = torch.Tag.pointwise in user.op.tags or joined
-        return dim if alike and dim >= 0 and shape[dim] == self.plan.samples else None
+    def _note_spanning(self, step: Step, operand: int, out: int) -> None:
+        """An operand that is not broadcast along the samples was spread over them further up."""
+        layout, shape = self.layout(out), self.graph.values[operand].shape
+        whole = self.graph.values[out].shape
+        if isinstance(layout, Layout):
+            dim = layout.dim - len(whole) + len(shape)
+            if 0 <= dim < len(shape) and shape[dim] == whole[layout.dim] > 1 and operand not in self.plan.parameters:
+                self.plan.spanning.add(operand)
 
 
 def by_columns(plan: Flow, node: Any) -> bool:
     return plan.by == "component" and not plan.separate[node]
+
+
+SPREADING = ("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "expand", "repeat", "zeros_like")
+
+
+def spread(graph: Graph, walk: Walk, plan: Flow) -> list[tuple[int, list[int]]]:
+    """Where shared operands with an entry for every sample got it: values, and the axes that may hold the samples."""
+    makers = {r.index: s for s in graph.forward_steps for r in [*(o for o in s.outs if o), *(n for _, n in s.writes)]}
+    queue, seen, out = list(plan.spanning), set(plan.spanning), []
+    while queue:
+        i = queue.pop()
+        step = makers.get(i)
+        if step is None:
+            continue
+        axes = [d for d, s in enumerate(graph.values[i].shape) if s == plan.samples]
+        if step.name in SPREADING and axes:
+            out.append((i, axes))
+            continue
+        fresh = [r.index for r in step.refs() if r.index not in seen and not walk[r].depends_on_batch]
+        seen.update(fresh)
+        queue += fresh
+    return sorted(out)
 
 
 def _argument_names(step: Step, operand: int) -> list[str]:

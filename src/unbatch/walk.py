@@ -37,6 +37,7 @@ class Walk:
     assumed: set[str] = field(default_factory=set)
     custom: set[str] = field(default_factory=set)
     arranged: dict[int, Arranged] = field(default_factory=dict)
+    belong: Mapping[int, int] = field(default_factory=dict)
 
     def __getitem__(self, ref: Ref) -> Marks:
         return self.marks[ref.index]
@@ -64,9 +65,13 @@ def walk(
     steps: Sequence[Step],
     assumed: Sequence[str] = (),
     constant: Iterable[str] = (),
+    belong: Mapping[int, int] | None = None,
 ) -> Walk:
-    """Propagate marks through ``steps``; ``given`` are the marks of what they start from."""
-    out = Walk(graph, Algebra(samples, constant=frozenset(constant)), dict(given))
+    """Propagate marks through ``steps``; ``given`` are the marks of what they start from.
+
+    ``belong``: shared values, and the axis along which their entries are to count as those of the samples.
+    """
+    out = Walk(graph, Algebra(samples, constant=frozenset(constant)), dict(given), belong=belong or {})
     last = _last_uses(graph)
     for step in steps:
         out.algebra.step = step.index
@@ -102,6 +107,8 @@ def _step(out: Walk, step: Step, last: Mapping[int, int]) -> None:
             if marks.shape != shape:
                 marks = rules.mixed(call, shape, rules.NO_RULE)
                 out.unknown.setdefault(step.index, f"{step.name} (its rule gave another shape)")
+            if ref.index in out.belong and not marks.depends_on_batch:
+                marks = batched(shape, out.belong[ref.index], ("spread", ref.index), marks.sources)
             out.marks[ref.index] = marks
     _follow_order(out, call, step)
     hidden = (
