@@ -103,12 +103,10 @@ def fill(result: Tensor, out: Tensor | None) -> Tensor:
     return result if out is None else out.copy_(result)
 
 
-def reduce_to(t: Tensor, shape: Sequence[int], out: Tensor | None = None) -> Tensor:
-    """Sum ``[n, *dims]`` over the dims along which an operand of ``shape`` was broadcast: ``[n, *shape]``."""
-    padded = [1] * (t.ndim - 1 - len(shape)) + list(shape)
-    dims = [d + 1 for d, s in enumerate(padded) if s == 1 and t.shape[d + 1] != 1]
-    summed = t.sum(dims) if dims else t
-    return fill(summed.reshape(len(t), *shape), out)
+def reduce_to(t: Tensor, shape: Sequence[int]) -> Tensor:
+    """Sum ``[n, *dims]`` over the dims along which ``shape`` was broadcast: ``[n, *shape]``."""
+    dims = [d + 1 for d, s in enumerate(shape) if s == 1 and t.shape[d + 1] != 1]
+    return t.sum(dims, keepdim=True) if dims else t
 
 
 # --- kinds ----------------------------------------------------------------------------------------
@@ -211,23 +209,29 @@ class Shift(Meeting):
 
     def __init__(self, call: Call, factor: Any = 1, axis: int | None = None) -> None:
         super().__init__(call)
-        self.factor, self.axis = factor, axis
+        self.factor, ndim = factor, call.outputs[0].ndim
+        shape = list(self.operand.shape)
+        after = ndim - len(shape) if axis is None else axis
+        self.shape = [1] * after + shape + [1] * (ndim - after - len(shape))  # the operand, as it is broadcast
+        self.spans = self.shape[self.layout.dim] != 1  # it has entries of its own for every sample
         self.g: Tensor
 
     def receive(self, cotangents: Sequence[Tensor | None]) -> None:
         (g,) = cotangents[:1]
         assert g is not None
-        self.g = self.layout.split(self._felt(g))
+        felt = self._felt(g)
+        self.g = felt.sum_to_size(self.shape) if self.spans else self.layout.split(felt)
 
     def _felt(self, g: Tensor) -> Tensor:
         """The derivative by the operand as if it had not been broadcast."""
         return g
 
     def rows(self, where: slice, out: Tensor | None = None) -> Tensor:
-        g, shape = self.g[where], list(self.operand.shape)
-        if self.axis is not None:
-            shape += [1] * (g.ndim - 2 - self.axis)
-        result = reduce_to(g, shape).reshape(len(g), *self.operand.shape)
+        if self.spans:
+            result = self.layout.only(self.g, *where.indices(self.samples)[:2])
+        else:
+            result = reduce_to(self.g[where], self.shape)
+        result = result.reshape(len(result), *self.operand.shape)
         return fill(result if self.factor == 1 else result * self.factor, out)
 
 
@@ -548,8 +552,6 @@ def normalised(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def _batch_norm(call: Call) -> Meeting | None:
-    if call.layout.dim == 1:
-        return None
     return Shift(call, axis=1) if call.name == "bias" else Scale(call, normalised(call)[0], axis=1)
 
 
@@ -571,22 +573,16 @@ KINDS: dict[str, Callable[[Call], Meeting | None]] = {
 
 def meeting(call: Call) -> Meeting:
     """The kind that fits, or the generic one."""
-    if isinstance(call.layout, Scattered) or (call["self"] is not None and _spans_samples(call)):
+    if isinstance(call.layout, Scattered):
         return Generic(call)
     name = call.op._schema.name.removeprefix("aten::").removesuffix("_")
     wide_call = call["self"] is not None and call.op._overloadpacket is not None
     kind = KINDS.get(name)
     found = kind(call) if kind is not None else None
-    if found is None and wide_call and torch.Tag.pointwise in call.op.tags and _once(call):
+    elementwise = torch.Tag.pointwise in call.op.tags or name == "_prelu_kernel"
+    if found is None and wide_call and elementwise and _once(call):
         found = Pointwise(call)
     return found or Generic(call)
-
-
-def _spans_samples(call: Call) -> bool:
-    """The operand of an elementwise op is not broadcast along the samples."""
-    dim = call.layout.dim - call.outputs[0].ndim + call.operand.ndim
-    elementwise = torch.Tag.pointwise in call.op.tags
-    return elementwise and dim >= 0 and call.operand.shape[dim] != 1
 
 
 def _once(call: Call) -> bool:

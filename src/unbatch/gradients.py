@@ -56,23 +56,27 @@ class Setting:
         """The plan of a sweep, kept for the next question."""
         key = (tuple(names), by)
         if key not in self.flows:
-            plan = flow(self.graph, self.walk, self.samples, self.leading, names, by)
+            seen = self.walk
+            if by == "copy" and _mixed(seen):
+                seen = walk(self.graph, self.samples, self.given, self.graph.forward_steps, by_place=True)
+            plan = flow(self.graph, seen, self.samples, self.leading, names, by)
             if plan.spanning:
-                plan = flow(self.graph, self._spread(plan), self.samples, self.leading, names, by)
+                plan = flow(self.graph, self._spread(plan, seen), self.samples, self.leading, names, by)
             self.flows[key] = plan
         return self.flows[key]
 
-    def _spread(self, plan: Flow) -> Walk:
+    def _spread(self, plan: Flow, seen: Walk) -> Walk:
         """The walk with shared values that have an entry for every sample counted to the samples, where that fits.
 
         What such a value holds for sample n is used by sample n only if no new place of mixing comes up.
         """
         chosen: dict[int, int] = {}
-        best = self.walk
-        for value, axes in spread(self.graph, self.walk, plan):
+        best = seen
+        for value, axes in spread(self.graph, seen, plan):
             for axis in axes:
-                trial = walk(self.graph, self.samples, self.given, self.graph.forward_steps, belong=chosen | {value: axis})
-                if _mixed(trial) <= _mixed(self.walk):
+                belong, steps = chosen | {value: axis}, self.graph.forward_steps
+                trial = walk(self.graph, self.samples, self.given, steps, belong=belong, by_place=seen.by_place)
+                if _mixed(trial) <= _mixed(seen):
                     chosen[value] = axis
                     best = trial
                     break

@@ -61,7 +61,7 @@ class Rows(ByParameter):
 
     def flat(self) -> Tensor:
         """``[N, D]``: every row as one vector."""
-        return torch.cat([t.flatten(1) for t in self.values()], 1)
+        return torch.cat([t.reshape(len(t), t[0].numel()) for t in self.values()], 1)
 
 
 class SquaredNorms(ByParameter):

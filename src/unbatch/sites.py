@@ -25,7 +25,7 @@ from unbatch.structure import holds_its_place, used_predictions
 from unbatch.walk import Walk, prediction_dim
 
 BATCH_NORMS = ("native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm", "miopen_batch_norm")
-CUTS = ("detach", "alias_copy_detach")
+CUTS = ("detach", "bernoulli_", "zero_", "sign", "round", "floor", "ceil")
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,9 @@ class _Planner:
         return not self.marks(i).owned and not self.marks(i).mixed
 
     def _passes(self, step: Step) -> bool:
-        return step.grad and step.name not in CUTS
+        """Derivatives go through it."""
+        only_shape = step.name.endswith("_like") or step.name.startswith("new_")
+        return step.grad and step.name not in CUTS and not only_shape
 
     def _on_path(self, step: Step) -> bool:
         return self._passes(step) and any(self.node(o) in self.plan.separate for o in self._outs(step))
@@ -196,7 +198,8 @@ class _Planner:
             apart = all(plan.separate[self.node(o)] for o in outs)
             local = apart and self._keeps_apart(step, outs)
             statistic = all(self._loose(o) for o in outs)
-            for i in self._ins(step):
+            same = set() if step.writes else {self.node(o) for o in outs}
+            for i in [i for i in self._ins(step) if self.node(i) not in same]:
                 self._feed(i, apart if statistic and self._loose(i) else local)
 
     def _feed(self, i: int, separate: bool) -> None:

@@ -38,6 +38,7 @@ class Walk:
     custom: set[str] = field(default_factory=set)
     arranged: dict[int, Arranged] = field(default_factory=dict)
     belong: Mapping[int, int] = field(default_factory=dict)
+    by_place: bool = False
 
     def __getitem__(self, ref: Ref) -> Marks:
         return self.marks[ref.index]
@@ -66,12 +67,14 @@ def walk(
     assumed: Sequence[str] = (),
     constant: Iterable[str] = (),
     belong: Mapping[int, int] | None = None,
+    by_place: bool = False,
 ) -> Walk:
     """Propagate marks through ``steps``; ``given`` are the marks of what they start from.
 
     ``belong``: shared values, and the axis along which their entries are to count as those of the samples.
+    ``by_place``: where samples meet in no symmetric way, slice n of the result counts as sample n's all the same.
     """
-    out = Walk(graph, Algebra(samples, constant=frozenset(constant)), dict(given), belong=belong or {})
+    out = Walk(graph, Algebra(samples, constant=frozenset(constant)), dict(given), belong=belong or {}, by_place=by_place)
     last = _last_uses(graph)
     for step in steps:
         out.algebra.step = step.index
@@ -109,6 +112,8 @@ def _step(out: Walk, step: Step, last: Mapping[int, int]) -> None:
                 out.unknown.setdefault(step.index, f"{step.name} (its rule gave another shape)")
             if ref.index in out.belong and not marks.depends_on_batch:
                 marks = batched(shape, out.belong[ref.index], ("spread", ref.index), marks.sources)
+            if out.by_place and marks.mixed:
+                marks = _by_place(call, marks, ref)
             out.marks[ref.index] = marks
     _follow_order(out, call, step)
     hidden = (
@@ -123,6 +128,17 @@ def _step(out: Walk, step: Step, last: Mapping[int, int]) -> None:
                 matching[0] if matching else rules.mixed(call, graph.values[fresh.index].shape, rules.NO_RULE)
             )
         _through_views(out, old, fresh, step.index, last)
+
+
+def _by_place(call: rules.Call, marks: Marks, ref: Ref) -> Marks:
+    """Each sample's slice of a result is its own, along the axis of the first operand's samples or the first that fits.
+
+    As if every rank gathered the other operands: what it computes from them is its own use of the parameters.
+    """
+    n = call.algebra.samples
+    axes = [x.sample_dim() for x in call.marks if x.owned]
+    fitting = [d for d in [*axes[:1], *range(len(marks.shape))] if d is not None and marks.shape[d : d + 1] == (n,)]
+    return batched(marks.shape, fitting[0], ("place", ref.index), marks.sources) if fitting else marks
 
 
 def _follow_order(out: Walk, call: rules.Call, step: Step) -> None:
