@@ -121,7 +121,7 @@ class TestIndependent:
         assert bench.distance(found, theirs) <= TOLERANCE[dtype]
 
 
-@engine
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("make", INDEPENDENT, ids=lambda make: make.__name__)
 def test_backpacks_variance_is_ours(make, dtype):
@@ -137,7 +137,7 @@ def test_vmap_agrees_with_autograd_on_a_transformer(dtype):
     assert_same(answer("vmap(grad)", *case), bench.autograd_rows(*case), dtype)
 
 
-@engine
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_vmap_agrees_with_us_on_a_transformer(dtype):
     case = setting(transformer, dtype)
@@ -156,7 +156,7 @@ def test_backpacks_rows_under_batch_norm_are_copy_rows():
     assert bench.distance(rows, bench.autograd_rows(*case)) > 0.1
 
 
-@engine
+
 def test_backpacks_rows_under_batch_norm_are_ours_by_copy_and_not_by_component():
     pytest.importorskip("backpack")
     case = setting(batch_normed, torch.float64)
@@ -191,7 +191,7 @@ def test_opacus_takes_functional_batch_norm_and_returns_copy_rows():
     assert bench.distance(rows, bench.autograd_rows(model, X, y)) > 0.1
 
 
-@engine
+
 def test_opacus_rows_through_functional_batch_norm_are_ours_by_copy():
     pytest.importorskip("opacus")
     model, X, y = FunctionallyNormed().double(), torch.randn(N, 7).double(), torch.randint(10, (N,))

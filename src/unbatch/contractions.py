@@ -14,6 +14,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch.utils._pytree import tree_map
 from unbatch.layout import Scattered
 
 aten = torch.ops.aten
+CANCELS = 0.9  # of two sums of squares that are subtracted, the share from which on rounding is felt
 
 
 @dataclass
@@ -72,12 +74,12 @@ class Meeting(ABC):
 
     def sum_of_squares(self, where: slice) -> Tensor:
         """``[*operand]``: ``Σ_n row_n²``, entry by entry."""
-        return wide(self.rows(where)).square_().sum(0)
+        return total_of_squares(self.rows(where))
 
     def scatter(self, where: slice) -> Tensor:
         """``[*operand]``: ``Σ_n (row_n − their mean)²``, entry by entry."""
-        rows = wide(self.rows(where))
-        return (rows - rows.mean(0)).square_().sum(0)
+        rows = self.rows(where)
+        return total_of_squares(rows, wide(rows).mean(0))
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """``[*operand]``: ``Σ_n c_n row_n``, over all samples."""
@@ -95,8 +97,26 @@ def wide(t: Tensor) -> Tensor:
 
 
 def squares(rows: Tensor) -> Tensor:
+    """Squared norm of each row."""
     flat = wide(rows).flatten(1)
-    return torch.linalg.vecdot(flat, flat).real if flat.shape[1] else flat.new_zeros(len(flat))
+    return torch.linalg.vector_norm(flat, dim=1).square_() if flat.shape[1] else _real(flat.new_zeros(len(flat)))
+
+
+def total_of_squares(rows: Tensor, mean: Tensor | None = None) -> Tensor:
+    """``Σ_n |row_n − mean|²``, entry by entry; large rows one by one, so that nothing of their size is made anew."""
+    rows = wide(rows)
+    if rows.is_complex() or rows[0].numel() < 2**12:
+        apart = rows if mean is None else rows - mean
+        return apart.abs().square_().sum(0)
+    total, apart = torch.zeros_like(rows[0]), torch.empty_like(rows[0])
+    for row in rows:
+        moved = row if mean is None else torch.sub(row, mean, out=apart)
+        total.addcmul_(moved, moved)
+    return total
+
+
+def _real(t: Tensor) -> Tensor:
+    return t.real if t.is_complex() else t
 
 
 def fill(result: Tensor, out: Tensor | None) -> Tensor:
@@ -174,27 +194,54 @@ class Linear(Meeting):
     def sum_of_squares(self, where: slice) -> Tensor:
         if "sum_of_squares" not in self.lean:
             return super().sum_of_squares(where)
-        a, b = (wide(side[where])[:, 0].square() for side in self.sides)
-        return (a.T @ b).reshape(self.operand.shape)
+        return self._product(*(wide(side)[where, 0].square() for side in self.sides))
 
     def scatter(self, where: slice) -> Tensor:
-        """In float64, products of float32 numbers are exact: the difference of the two moments loses nothing."""
+        """``Σ r² − (Σ r)²/N``, in blocks that stay in the cache; where that cancels, around the mean and in float64."""
         if "scatter" not in self.lean:
             return super().scatter(where)
-        a, b = (side[where, 0].double() for side in self.sides)
-        apart = (a.square().T @ b.square()).sub_((a.T @ b).square_().div_(len(a))).clamp_min_(0)
-        return apart.to(wide(self.g).dtype).reshape(self.operand.shape)
+        a, b = (wide(side)[where, 0] for side in self.sides)
+        transposed = self.operand.stride(-2) < self.operand.stride(-1)
+        a, b = (b, a) if transposed else (a, b)
+        total = a.new_empty(a.shape[1], b.shape[1])
+        step = max(1, 2**16 // b.shape[1])
+        a2, b2, sums = a.square(), b.square(), a.new_empty(min(step, a.shape[1]), b.shape[1])
+        for block in (slice(i, i + step) for i in range(0, a.shape[1], step)):
+            here, sum_ = total[block], sums[: len(total[block])]
+            torch.mm(a2[:, block].T, b2, out=here)
+            here.sub_(torch.mm(a[:, block].T, b, out=sum_).square_().div_(len(a)))
+            doubtful = here < sum_.mul_(1 / CANCELS - 1)
+            if doubtful.any():
+                _again(here, doubtful, a[:, block], b)
+        return (total.T if transposed else total).reshape(self.operand.shape)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        a, b = self.sides
-        scaled = (a * weights.to(a.dtype)[:, None, None]).flatten(0, 1)
-        return (scaled.T @ b.flatten(0, 1)).reshape(self.operand.shape)
+        a, b = (side.flatten(0, 1) for side in self.sides)
+        scale = weights.to(a.dtype).repeat_interleave(self.g.shape[1])[:, None]
+        return self._product(a * scale, b) if a.shape[1] <= b.shape[1] else self._product(a, b * scale)
+
+    def _product(self, a: Tensor, b: Tensor) -> Tensor:
+        """``aᵀ b`` in the shape of the operand, and in its order in memory."""
+        transposed = self.operand.stride(-2) < self.operand.stride(-1)
+        return ((b.T @ a).T if transposed else a.T @ b).reshape(self.operand.shape)
 
     def dots(self) -> Tensor:
         if "dots" not in self.lean:
             return super().dots()
         a, b = (wide(side)[:, 0] for side in self.sides)
         return (a @ a.T) * (b @ b.T)
+
+
+def _again(total: Tensor, doubtful: Tensor, a: Tensor, b: Tensor) -> None:
+    """``Σ_n (a_n b_n − mean)²`` in float64 for some entries, in place."""
+    a, b = a.double(), b.double()
+    if int(doubtful.count_nonzero()) > total.numel() // 50:
+        exact = (a.square().T @ b.square()).sub_((a.T @ b).square_().div_(len(a))).clamp_min_(0)
+        total.copy_(torch.where(doubtful, exact.to(total.dtype), total))
+        return
+    i, j = doubtful.nonzero(as_tuple=True)
+    rows = a[:, i] * b[:, j]
+    total[doubtful] = (rows - rows.mean(0)).square_().sum(0).to(total.dtype)
 
 
 def outer(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
@@ -375,6 +422,17 @@ class Convolution(Meeting):
         return torch.bmm(g.transpose(1, 2).reshape(n, o, -1), columns.mT).view(n, o, i, ky, kx)
 
 
+def projected(call: Call, norm: Call) -> Meeting:
+    """The meeting of a weight, or bias, with the input of a topmost batch norm."""
+    xhat, scale = normalised(norm)
+    gain = scale if norm["weight"] is None else scale * norm["weight"]
+    plain = meeting(call)
+    if isinstance(plain, Linear) and call.name == "mat2" and plain.x.ndim == 2 and xhat.ndim == 2:
+        return ProjectedRows(plain, gain, xhat)
+    channel = 0 if call.name in ("weight", "bias", "self", "mat1") else call.operand.ndim - 1
+    return Projected(lambda: meeting(call), channel, gain, xhat)
+
+
 def _pair(v: Sequence[int]) -> tuple[int, int]:
     return (v[0], v[0]) if len(v) == 1 else (v[0], v[1])
 
@@ -386,6 +444,113 @@ def _seconds(run: Callable[[], object]) -> float:
         run()
         best = min(best, time.perf_counter() - start)
     return best
+
+
+class ProjectedRows(Meeting):
+    """The same for a matrix product with one place per sample, where it factorizes: nothing of the size of rows is lost.
+
+    ``row_n = L_n ⊗ (c_n − x̂_n ∘ B)``: ``c`` the centred input ``[n, i]``, ``B = x̂ᵀc/N`` its regression on each channel,
+    ``[o, i]``.
+    """
+
+    lean = frozenset({"squared_norms", "sum_of_squares", "dots", "weighted_sum"})
+
+    def __init__(self, inner: Linear, gain: Tensor, normalised: Tensor) -> None:
+        self.layout, self.operand, self.samples = inner.layout, inner.operand, inner.samples
+        self.gain, self.xhat = gain, normalised
+        self.centred = inner.x - inner.x.mean(0)
+        self.slope = normalised.T @ self.centred / self.samples
+        self.factor = inner.factor
+        self.l: Tensor
+
+    def receive(self, cotangents: Sequence[Tensor | None]) -> None:
+        (g,) = cotangents[:1]
+        assert g is not None
+        self.l = g * (self.gain * self.factor)
+
+    def rows(self, where: slice, out: Tensor | None = None) -> Tensor:
+        x, c = self.xhat[where, :, None], self.centred[where, None, :]
+        target = c.new_empty(len(c), *self.slope.shape) if out is None else out.mT
+        torch.addcmul(c, x, self.slope, value=-1, out=target)
+        return target.mul_(self.l[where, :, None]).mT
+
+    def squared_norms(self, where: slice) -> Tensor:
+        x, c, l2 = self.xhat[where], self.centred[where], self.l[where].square()
+        left = c.square().sum(1, keepdim=True) - 2 * x * (c @ self.slope.T) + x.square() * self.slope.square().sum(1)
+        return (l2 * left.clamp_min_(0)).sum(1)
+
+    def sum_of_squares(self, where: slice) -> Tensor:
+        x, c, l2 = self.xhat[where], self.centred[where], self.l[where].square()
+        twice = (l2 * x).T @ c * self.slope * 2
+        whole = l2.T @ c.square() - twice + (l2 * x.square()).sum(0)[:, None] * self.slope.square()
+        return whole.clamp_min_(0).T
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        scaled = self.l * weights.to(self.l.dtype)[:, None]
+        return (scaled.T @ self.centred - (scaled * self.xhat).sum(0)[:, None] * self.slope).T
+
+    def dots(self) -> Tensor:
+        c, scaled = self.centred, self.l * self.xhat
+        crossed = (self.l * (c @ self.slope.T)) @ scaled.T
+        bent = (scaled * self.slope.square().sum(1)) @ scaled.T
+        return (self.l @ self.l.T) * (c @ c.T) - crossed - crossed.T + bent
+
+
+class Pooled(Meeting):
+    """A matrix product below the last place of mixing: the row of column ``k`` sums over the places of all samples.
+
+    ``row_k = Σ_m G_km ⊗ X_m`` with the same ``X`` for all columns. Where there are fewer places than features, the rows
+    lie in a space of that dimension: ``X = L Qᵀ`` gives coordinates ``G_kᵀ L`` with the same inner products.
+    """
+
+    lean = frozenset({"squared_norms", "coordinates"})
+
+    def __init__(self, call: Call) -> None:
+        self.operand, self.features_first = call.operand, call.name != "mat2"
+        left = "mat1" if call["mat1"] is not None else "self"
+        self.x: Tensor = call["mat2"].T if self.features_first else call[left]
+        self.factor = call["alpha"] if call["alpha"] is not None else 1
+        self.g: Tensor
+        self.first = 0
+
+    def receive(self, cotangents: Sequence[Tensor | None]) -> None:
+        """``[k, *output]`` of some columns; the slices asked for afterwards count from ``first``."""
+        (g,) = cotangents
+        assert g is not None
+        g = g.mT if self.features_first else g
+        self.g = g if self.factor == 1 else g * self.factor
+        self.samples = len(g)
+
+    def _mine(self, where: slice) -> Tensor:
+        return self.g[where.start - self.first : where.stop - self.first]
+
+    def rows(self, where: slice, out: Tensor | None = None) -> Tensor:
+        g = self._mine(where)
+        x = self.x.expand(len(g), *self.x.shape)
+        a, b = (g, x) if self.features_first else (x, g)
+        if out is None:
+            transposed = self.operand.stride(0) < self.operand.stride(1)
+            shape = (len(g), b.shape[2], a.shape[2]) if transposed else (len(g), a.shape[2], b.shape[2])
+            out = g.new_empty(shape).mT if transposed else g.new_empty(shape)
+        if out.stride(1) < out.stride(2):
+            torch.bmm(b.mT, a, out=out.mT)
+        else:
+            torch.bmm(a.mT, b, out=out)
+        return out
+
+    @cached_property
+    def _small(self) -> Tensor:
+        """``L``, ``[m, r]``: the places in coordinates."""
+        x = wide(self.x)
+        return torch.linalg.qr(x.T, mode="r")[1].T if x.shape[0] < x.shape[1] else x
+
+    def coordinates(self, where: slice) -> Tensor:
+        """``[k, q]``: rows up to a rotation."""
+        g = wide(self._mine(where))
+        return torch.matmul(g.mT, self._small).flatten(1)
+
+    def squared_norms(self, where: slice) -> Tensor:
+        return squares(self.coordinates(where))
 
 
 class Generic(Meeting):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -151,24 +152,22 @@ class Recorded(Source):
             lean = group.meetings[group.operands[0]][0].lean if group.view else frozenset()
             for where in plan.of(n, self._bytes(group.names) * (1 if group.view else 2), lean):
                 yield from sweep.parts(group, where, outs)
-        if sweep.seeds and sweep.below:
-            yield from self._columns(plan, tied)
+        if sweep.seeds and sweep.flow.columns:
+            yield from self._columns(plan, tied, outs)
         else:
             for group in tied:
                 for where in plan.of(n, 2 * self._bytes(group.names)):
                     yield from sweep.parts(group, where, outs)
 
-    def _columns(self, plan: Chunks, tied: Sequence[Group]) -> Iterator[tuple[str, Part]]:
+    def _columns(self, plan: Chunks, tied: Sequence[Group], outs: Mapping[str, Tensor]) -> Iterator[tuple[str, Part]]:
         sweep, n = self.sweep, self.setting.samples
         size = self.columns_at_once(plan)
         for first in range(0, n, size):
             where = slice(first, min(first + size, n))
-            rows = sweep.columns(where.start, where.stop)
-            for group in tied:
-                for name, local in sweep.rows(group, where).items():
-                    rows[name] = rows[name] + local if name in rows else local
-            for name in list(rows):
-                yield name, Part(where, rows.pop(name))
+            local = {name: rows for group in tied for name, rows in sweep.rows(group, where).items()}
+            for name, part in sweep.columns(where.start, where.stop, outs):
+                yield name, Part(where, part.rows() + local.pop(name)) if name in local else part
+            yield from ((name, Part(where, rows)) for name, rows in local.items())
 
     def columns_at_once(self, plan: Chunks) -> int:
         """One where convolutions are pulled through (nothing is gained by more), else as many as memory allows."""
@@ -293,7 +292,8 @@ def _loss(setting: Setting, output: Any) -> Tensor:
     loss, targets = setting.program.loss, setting.targets
     assert loss is not None
     modules = [m for m in (loss,) if isinstance(m, torch.nn.Module)]
-    with untouched(modules), torch.enable_grad():
+    harmless = not modules and not any(s.noise or s.writes for s in setting.graph.loss_steps)
+    with nullcontext() if harmless else untouched(modules), torch.enable_grad():
         value = loss(output, targets) if targets is not None else loss(output)
     assert isinstance(value, Tensor)
     return value

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from unbatch.purity import random_state, set_random_state
 
@@ -60,7 +60,13 @@ class Step:
         return self.op._schema.name.removeprefix("aten::")
 
     def refs(self) -> list[Ref]:
-        return [a for a in tree_leaves((self.args, self.kwargs), is_leaf=is_ref) if isinstance(a, Ref)]
+        return list(self._refs)
+
+    @cached_property
+    def _refs(self) -> tuple[Ref, ...]:
+        found: list[Ref] = []
+        filled((self.args, self.kwargs), found.append)
+        return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -152,16 +158,18 @@ class Graph:
         ``keep``: values pinned to given tensors (frozen statistics); ``instead``: other functions for some steps;
         ``visit`` sees every value. Noise is drawn from the random state of the capture, so it is what it was then.
         """
-        before = random_state()
+        if steps is None:
+            inside = all(self.values[w].step not in self.after_cut for w in wanted)
+            steps = self.forward_steps if inside else self.steps
+        draws = bool(self.rng) and any(s.noise for s in steps)
+        before = random_state() if draws else ()
         try:
-            if self.rng:
+            if draws:
                 set_random_state(self.rng)
-            if steps is None:
-                inside = all(self.values[w].step not in self.after_cut for w in wanted)
-                steps = self.forward_steps if inside else self.steps
             return self._run(feed, wanted, keep or {}, visit, instead or {}, steps)
         finally:
-            set_random_state(before)
+            if draws:
+                set_random_state(before)
 
     def _run(
         self,
@@ -173,12 +181,10 @@ class Graph:
         steps: Sequence[Step],
     ) -> list[Tensor]:
         env: dict[int, Tensor] = {}
-        last = self._last_uses(wanted)
-        written = {self.values[old.index].storage for s in self.steps for old, _ in s.writes}
+        last, written = self._last_uses, self._written
+        alive = set(wanted)
 
-        def get(ref: Any) -> Any:
-            if not isinstance(ref, Ref):
-                return ref
+        def get(ref: Ref) -> Tensor:
             if ref.index not in env:
                 value = feed.get(ref.index, self.values[ref.index].concrete)
                 assert value is not None, f"value {ref.index} ({self.values[ref.index]}) was not computed"
@@ -186,9 +192,13 @@ class Graph:
             return env[ref.index]
 
         for step in steps:
-            args, kwargs = tree_map(get, (step.args, step.kwargs), is_leaf=is_ref)
-            with torch.set_grad_enabled(step.grad and torch.is_grad_enabled()):
-                outs = flat(instead.get(step.index, step.op)(*args, **kwargs))
+            args, kwargs = filled(step.args, get), filled(step.kwargs, get)
+            op = instead.get(step.index, step.op)
+            if step.grad or not torch.is_grad_enabled():
+                outs = flat(op(*args, **kwargs))
+            else:
+                with torch.no_grad():
+                    outs = flat(op(*args, **kwargs))
             for ref, out in zip(step.outs, outs, strict=False):
                 if ref is not None and isinstance(out, Tensor):
                     env[ref.index] = keep.get(ref.index, out)
@@ -199,19 +209,36 @@ class Graph:
                     env[old.index].copy_(keep[new.index])
                 env[new.index] = env[old.index]
             for dead in last.get(step.index, ()):
-                env.pop(dead, None)
+                if dead not in alive:
+                    env.pop(dead, None)
         return [get(Ref(w)) for w in wanted]
 
-    def _last_uses(self, wanted: Sequence[int]) -> dict[int, list[int]]:
+    @cached_property
+    def _written(self) -> frozenset[int]:
+        """Memories that are written to."""
+        return frozenset(self.values[old.index].storage for s in self.steps for old, _ in s.writes)
+
+    @cached_property
+    def _last_uses(self) -> dict[int, list[int]]:
+        """Step -> the values that no later one needs."""
         last: dict[int, int] = {}
         for step in self.steps:
             for ref in [*step.refs(), *(r for r in step.outs if r)]:
                 last[ref.index] = step.index
         out: dict[int, list[int]] = {}
         for value, step_index in last.items():
-            if value not in wanted and self.values[value].kind == "step":
+            if self.values[value].kind == "step":
                 out.setdefault(step_index, []).append(value)
         return out
+
+
+def filled(tree: Any, get: Callable[[Ref], Any]) -> Any:
+    """Arguments with values in place of references."""
+    if isinstance(tree, Ref):
+        return get(tree)
+    if isinstance(tree, list | tuple):
+        return type(tree)(filled(t, get) for t in tree)
+    return {k: filled(v, get) for k, v in tree.items()} if isinstance(tree, dict) else tree
 
 
 def is_ref(x: Any) -> bool:

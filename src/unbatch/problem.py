@@ -119,11 +119,7 @@ class Problem:
     @property
     def structure(self) -> Structure:
         """The six verdicts, with culprits, statistics and what follows. Cost: a few forward passes."""
-        kept = self._capture()
-        if kept.structure is None:
-            self._judge(kept)
-        assert kept.structure is not None
-        return kept.structure
+        return self._judged(self._capture())
 
     def verify(self) -> Verification:
         """Put every verdict to a numerical test, the proved ones too. Cost: some dozens of forward passes."""
@@ -271,6 +267,12 @@ class Problem:
             value = f"a tensor of shape {tuple(scalar.shape)}" if isinstance(scalar, Tensor) else repr(scalar)
             raise InputError(errors.MSG_NOT_SCALAR.format(value=value))
 
+    def _judged(self, kept: _Kept) -> Structure:
+        if kept.structure is None:
+            self._judge(kept)
+        assert kept.structure is not None
+        return kept.structure
+
     def _judge(self, kept: _Kept) -> None:
         names = {
             id(m): name or type(m).__name__ for module in self.program.modules for name, m in module.named_modules()
@@ -315,19 +317,20 @@ class Problem:
         memory: int | None,
         out: Mapping[str, Tensor] | None,
     ) -> list[Any]:
-        chosen = select(self._refreshed().parameters, parameters)
-        source = self._source(by, chosen)
-        label = self._label(by)
-        self._warn(quantities, label)
-        budget = _check_memory(memory)
-        with torch.no_grad():
-            return answer(source, quantities, chosen, self.samples, label, budget, _check_out(out, chosen, self.samples))
-
-    def _source(self, by: str, chosen: Mapping[str, Tensor]) -> Source:
         if by not in ("component", "copy", "frozen"):
             raise InputError(errors.MSG_BY.format(value=by))
+        chosen = select(self._refreshed().parameters, parameters)
+        budget, buffers = _check_memory(memory), _check_out(out, chosen, self.samples)
         kept = self._capture()
-        structure, setting = self.structure, self._setting(kept)
+        structure = self._judged(kept)
+        label = _label(structure, by)
+        _warn(structure, quantities, label)
+        source = self._source(kept, structure, by, chosen)
+        with torch.no_grad():
+            return answer(source, quantities, chosen, self.samples, label, budget, buffers)
+
+    def _source(self, kept: _Kept, structure: Structure, by: str, chosen: Mapping[str, Tensor]) -> Source:
+        setting = self._setting(kept)
         if not setting.axes:
             raise StructureError(errors.MSG_NO_ROWS.format(shapes=list(structure.predictions), n=self.samples))
         if self.samples > 1 and setting.faithful:
@@ -342,28 +345,9 @@ class Problem:
             findings = self._oracle(kept).findings
             kept.setting = Setting(
                 self.program, kept.graph, findings.forward, forward_marks(kept.graph, self._dims), self.samples, findings.leading, self.inputs, self.targets,
-                kept.output, not kept.replays, bool(self.structure.canonical_split),
+                kept.output, not kept.replays, bool(self._judged(kept).canonical_split),
             )  # fmt: skip
         return kept.setting
-
-    def _label(self, by: str) -> Label:
-        s = self.structure
-        apart = bool(s.independent_forward) and bool(s.simd_loss)
-        kind = "per-sample" if apart else {"component": "per-component", "copy": "per-copy"}.get(by, by)
-        factor = apart and not (s.reduction and not s.reduction.weights_depend_on)
-        return Label(by, kind, "up to a factor that depends on the batch" if factor else "", None)
-
-    def _warn(self, quantities: Sequence[Quantity], label: Label) -> None:
-        s = self.structure
-        asked = [type(q).__name__ for q in quantities if q.moment]
-        lost = [v.name for v in (s.simd_forward, s.reduction, s.simd_loss) if not v]
-        if s.reduction and s.reduction.weights_depend_on:
-            lost.append("weights that depend on no other sample")
-        if asked and lost:
-            text = errors.MSG_MIXED_MOMENT.format(
-                what=", ".join(asked), kind=label.kind, lost=", ".join(lost), n=self.samples
-            )
-            warnings.warn(text, MixedSamplesWarning, stacklevel=4)
 
     def _moved(self, other: Problem) -> _Kept | None:
         """The recording with the new data in it, if it is valid for them."""
@@ -388,6 +372,28 @@ class Problem:
     def _call_text(self) -> str:
         shapes = tree_map(lambda t: tuple(t.shape) if isinstance(t, Tensor) else t, self.inputs)
         return f"{type(self.program.model).__name__} on inputs of shape {shapes}"
+
+
+# --- what rows are called -----------------------------------------------------------------------
+
+
+def _label(s: Structure, by: str) -> Label:
+    apart = bool(s.independent_forward) and bool(s.simd_loss)
+    kind = "per-sample" if apart else {"component": "per-component", "copy": "per-copy"}.get(by, by)
+    factor = apart and not (s.reduction and not s.reduction.weights_depend_on)
+    return Label(by, kind, "up to a factor that depends on the batch" if factor else "", None)
+
+
+def _warn(s: Structure, quantities: Sequence[Quantity], label: Label) -> None:
+    asked = [type(q).__name__ for q in quantities if q.moment]
+    lost = [v.name for v in (s.simd_forward, s.reduction, s.simd_loss) if not v]
+    if s.reduction and s.reduction.weights_depend_on:
+        lost.append("weights that depend on no other sample")
+    if asked and lost:
+        text = errors.MSG_MIXED_MOMENT.format(
+            what=", ".join(asked), kind=label.kind, lost=", ".join(lost), n=s.samples
+        )
+        warnings.warn(text, MixedSamplesWarning, stacklevel=4)
 
 
 # --- checks of the call ---------------------------------------------------------------------------

@@ -186,8 +186,9 @@ class _PerEntry(Collector):
         self.found[name] = self.found[name].add_(share) if name in self.found else share
 
     def finish(self) -> ByParameter:
-        found = {n: t * self.factor if self.factor != 1 else t for n, t in self.found.items()}
-        result: ByParameter = self.about.result(found)
+        for t in self.found.values() if self.factor != 1 else ():
+            t.mul_(self.factor)
+        result: ByParameter = self.about.result(self.found)
         return result
 
 
@@ -240,10 +241,11 @@ class _Dots(Collector):
     def take(self, name: str, part: Part) -> None:
         n = self.about.samples
         here = part.where
-        self.total[here, here] += part.dots()
         if here.indices(n)[:2] == (0, n):
+            self.total += part.dots()
             return
-        rows = wide(part.rows()).flatten(1)
+        rows = part.coordinates()
+        self.total[here, here] += rows @ rows.T
         for there, other in self.waiting.setdefault(name, []):
             cross = rows @ other.T
             self.total[here, there] += cross

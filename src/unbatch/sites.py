@@ -56,6 +56,7 @@ class Flow:
     projections: dict[int, int] = field(default_factory=dict)  # step of a weight -> step of the batch norm above
     spanning: set[int] = field(default_factory=set)  # shared operands with an entry for every sample
     layouts: dict[int, Layout | Scattered] = field(default_factory=dict)  # where the samples lie, at sites and seeds
+    direct: set[int] = field(default_factory=set)  # made from parameters without samples on the way
     theta: set[int] = field(default_factory=set)
     separate: dict[Any, bool] = field(default_factory=dict)
 
@@ -89,7 +90,6 @@ class _Planner:
     plan: Flow
     leading: bool
     written: set[int] = field(default_factory=set)
-    direct: set[int] = field(default_factory=set)  # made from parameters without samples on the way
 
     def run(self) -> Flow:
         graph, plan = self.graph, self.plan
@@ -99,7 +99,7 @@ class _Planner:
         plan.theta = self._reach()
         self._pull()
         plan.unsplit = [p for p in plan.predictions if by_columns(plan, self.node(p))]
-        self.direct = set(plan.parameters)
+        plan.direct = set(plan.parameters)
         for step in graph.forward_steps:
             if self._on_path(step):
                 self._place(step)
@@ -222,7 +222,7 @@ class _Planner:
     def _place(self, step: Step) -> None:
         outs = [o for o in self._outs(step) if self.node(o) in self.plan.separate]
         ins = self._ins(step)
-        loose = [i for i in ins if self._loose(i) and i in self.direct]
+        loose = [i for i in ins if self._loose(i) and i in self.plan.direct]
         apart = all(self.plan.separate[self.node(o)] for o in outs)
         if not ins:
             return
@@ -245,7 +245,7 @@ class _Planner:
             raise self._refused(step, MSG_NOT_COPY if plan.by == "copy" else MSG_NOT_FROZEN)
         if not moving or plan.by != "component" or (apart and not onto_samples):
             plan.chain[step.index] = moving and plan.by != "frozen"
-            self.direct.update(self._outs(step))
+            plan.direct.update(self._outs(step))
         else:
             for i in loose:
                 self._columns(step, i, "columns")

@@ -11,7 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves, tree_map
 
-from unbatch.contractions import Call, Meeting, Projected, meeting, normalised, squares, wide
+from unbatch.contractions import Call, Meeting, Pooled, meeting, projected, squares, total_of_squares, wide
 from unbatch.graph import Graph, Ref, Step, flat, is_ref
 from unbatch.layout import Layout
 from unbatch.sites import Flow, Site
@@ -77,24 +77,26 @@ class Part:
 
     def sum_of_squares(self) -> Tensor:
         """``[*param]``."""
-        rows = wide(self.rows())
-        return torch.einsum("n...,n...->...", rows, rows)
+        return total_of_squares(self.rows())
 
     def scatter(self, mean: Tensor | None = None) -> Tensor:
         """``[*param]``: ``Σ_n (row_n − mean)²``, around the mean of these rows by default."""
-        rows = wide(self.rows())
-        apart = rows - (rows.mean(0) if mean is None else mean)
-        return torch.einsum("n...,n...->...", apart, apart)
+        rows = self.rows()
+        return total_of_squares(rows, wide(rows).mean(0) if mean is None else mean)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """``[*param]``, by weights ``[k]``."""
         rows = self.rows()
         return torch.einsum("n,n...->...", weights.to(rows.dtype), rows)
 
+    def coordinates(self) -> Tensor:
+        """``[k, q]``: the rows, up to one rotation for all samples."""
+        return wide(self.rows()).flatten(1)
+
     def dots(self) -> Tensor:
         """``[k, k]``."""
-        rows = wide(self.rows()).flatten(1)
-        return rows @ rows.T
+        flat = self.coordinates()
+        return flat @ flat.T
 
 
 class _Direct(Part):
@@ -107,15 +109,19 @@ class _Direct(Part):
 
     def rows(self) -> Tensor:
         if self._formed is None:
-            first, last, _ = self.where.indices(self.site.samples)
-            out = self.like.new_empty(last - first, *self.like.shape) if self.out is None else self.out
+            count = self.where.stop - self.where.start
+            out = self.like.new_empty(count, *self.like.shape) if self.out is None else self.out
             self.site.rows(self.where, torch.func.vmap(self.view)(out))
             self._formed = out
         return self._formed
 
     def _moved(self, result: Tensor) -> Tensor:
-        out = result.new_empty(self.like.shape)
-        self.view(out).copy_(result)
+        """From the operand's shape to the parameter's; for free where the operand's order in memory was kept."""
+        out = torch.empty(self.like.shape, dtype=result.dtype, device=result.device)
+        seen = self.view(out)
+        if seen.stride() == result.stride():
+            return result.as_strided(out.shape, out.stride())
+        seen.copy_(result)
         return out
 
     def squared_norms(self) -> Tensor:
@@ -137,12 +143,26 @@ class _Direct(Part):
         whole[self.where] = weights
         return self._moved(self.site.weighted_sum(whole))
 
+    def coordinates(self) -> Tensor:
+        known = self._formed is None and "coordinates" in self.lean and isinstance(self.site, Pooled)
+        return self.site.coordinates(self.where) if known else super().coordinates()  # type: ignore[attr-defined]
+
     def dots(self) -> Tensor:
-        whole = self.where.indices(self.site.samples)[:2] == (0, self.site.samples)
+        whole = (self.where.start, self.where.stop) == (0, self.site.samples)
         return self.site.dots() if whole and self._formed is None and "dots" in self.lean else super().dots()
 
 
 # --- the sweep ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pool:
+    """A matrix product below the last place of mixing whose operand is a view of a parameter, met nowhere else."""
+
+    site: Site
+    name: str
+    view: Callable[[Tensor], Tensor]
+    out: int
 
 
 @dataclass
@@ -248,8 +268,8 @@ class Sweep:
         return tuple(_zip_map(choose, r, v) for r, v in ((step.args, args), (step.kwargs, kwargs)))  # type: ignore[return-value]
 
     def _site_step(self, step: Step, sites: Sequence[Site]) -> Callable[..., Any]:
-        columns = {s.operand for s in sites if s.way == "columns"}
-        local = [s for s in sites if s.way != "columns"]
+        columns = {s.operand for s in sites if s.way == "columns" and s not in self.pools}
+        local = [s for s in sites if s.way != "columns" or s in self.pools]
         gated = set(self.flow.gates.get(step.index, ()))
         norm = step.index in self.flow.frozen_norms
         names = [a.name for a in step.op._schema.arguments]
@@ -328,11 +348,7 @@ class Sweep:
         call = self.calls[site.step, site.name]
         if site.way != "projected":
             return meeting(call)
-        norm = self.norms[self.flow.projections[site.step]]
-        x, scale = normalised(norm)
-        gain = scale if norm["weight"] is None else scale * norm["weight"]
-        channel = 0 if call.name in ("weight", "bias", "self", "mat1") else call.operand.ndim - 1
-        return Projected(lambda: meeting(call), channel, gain, x)
+        return projected(call, self.norms[self.flow.projections[site.step]])
 
     @cached_property
     def convolves(self) -> bool:
@@ -350,21 +366,58 @@ class Sweep:
 
     @cached_property
     def below(self) -> list[str]:
-        """The parameters that columns reach."""
-        reached = {n for site in self.flow.columns for n in self._made_from(site.operand)}
+        """The parameters that columns reach by way of autograd."""
+        reached = {n for site in self.flow.columns if site not in self.pools for n in self._made_from(site.operand)}
         return [n for n in self.leaves if n in reached]
 
-    def columns(self, first: int, last: int) -> dict[str, Tensor]:
-        """Rows ``[k, *param]`` of samples ``first`` to ``last``, as far as they come from below the last mixing."""
-        return self._from_seeds([layout.only(g, first, last) for _, layout, g in self.seeds], last - first)
+    @cached_property
+    def pools(self) -> dict[Site, Pool]:
+        met: dict[str, int] = {}
+        steps = {s.index: s for s in self.graph.forward_steps}
+        for site in self.flow.sites:
+            for n in self._made_from(site.operand):
+                met[n] = met.get(n, 0) + 1
+        out = {}
+        for site in self.flow.columns:
+            step, path = steps[site.step], self._path(site.operand)
+            plain = step.name in ("mm", "addmm") and site.name in ("self", "mat1", "mat2")[step.name == "addmm" :]
+            if plain and path is not None and not step.writes and step.outs[0] is not None:
+                (name,) = self._made_from(site.operand)
+                if met[name] == 1:
+                    out[site] = Pool(site, name, partial(_replayed, path), step.outs[0].index)
+        return out
 
-    def _from_seeds(self, gs: Sequence[Tensor], count: int) -> dict[str, Tensor]:
+    def columns(self, first: int, last: int, outs: Mapping[str, Tensor]) -> Iterator[tuple[str, Part]]:
+        """Parts of samples ``first`` to ``last``, as far as they come from below the last mixing."""
+        where = slice(first, last)
+        rows, cots = self._from_seeds([layout.only(g, first, last) for _, layout, g in self.seeds], last - first)
+        for name in list(rows):
+            yield name, Part(where, rows.pop(name))
+        for site, g in cots.items():
+            pool, met = self.pools[site], self._pooled[site]
+            met.receive([g])
+            met.first = first
+            out = outs[pool.name][where] if pool.name in outs else None
+            yield pool.name, _Direct(where, met, pool.view, out, self.leaves[pool.name].detach())
+
+    @cached_property
+    def _pooled(self) -> dict[Site, Pooled]:
+        return {site: Pooled(self.calls[site.step, site.name]) for site in self.pools}
+
+    def _from_seeds(self, gs: Sequence[Tensor], count: int) -> tuple[dict[str, Tensor], dict[Site, Tensor]]:
+        """Rows by parameter, and for pooled sites the cotangents of their outputs."""
+        pools = [p for p in self.pools.values() if p.out in self.edges]
+        wanted = [*(self.leaves[n] for n in self.below), *(self.edges[p.out] for p in pools)]
         _Gate.closed = True
         try:
-            rows = _batched_grad([e for e, _, _ in self.seeds], [self.leaves[n] for n in self.below], gs, count)
+            rows = _batched_grad([e for e, _, _ in self.seeds], wanted, gs, count)
         finally:
             _Gate.closed = False
-        return {n: r for n, r in zip(self.below, rows, strict=True) if r is not None}
+        leaves, edges = rows[: len(self.below)], rows[len(self.below) :]
+        return (
+            {n: r for n, r in zip(self.below, leaves, strict=True) if r is not None},
+            {p.site: g for p, g in zip(pools, edges, strict=True) if g is not None},
+        )
 
     def weighted_sum(self, weights: Tensor) -> dict[str, Tensor]:
         """``Σ_n c_n row_n`` of every parameter, at about the price of its gradient."""
@@ -377,9 +430,15 @@ class Sweep:
             out[self.flow.parameters[i]] += sums.pop(i)
         chained = _batched_grad([self.live[i] for i in sums], list(self.leaves.values()), [g[None] for g in sums.values()], 1)
         scaled = [layout.join(_scaled(layout.split(g), weights))[None] for _, layout, g in self.seeds]
-        for n, r in [*zip(out, chained, strict=True), *self._from_seeds(scaled, 1).items()]:
+        rows, cots = self._from_seeds(scaled, 1)
+        for n, r in [*zip(out, chained, strict=True), *rows.items()]:
             if r is not None:
                 out[n] += r[0]
+        for site, g in cots.items():
+            pool, met = self.pools[site], self._pooled[site]
+            met.receive([g])
+            met.first = 0
+            out[pool.name] += _Direct(slice(0, 1), met, pool.view, None, out[pool.name]).rows()[0]
         return out
 
     # -- from operands to parameters --
@@ -416,8 +475,8 @@ class Sweep:
             seen.add(v)
             if v in self.flow.parameters:
                 out.append(self.flow.parameters[v])
-            elif v in self._makers:
-                queue += [r.index for r in self._makers[v].refs() if r.index in self.live]
+            elif v in self.flow.direct:
+                queue += [r.index for r in self._makers[v].refs()]
         return out
 
     @cached_property
@@ -430,16 +489,19 @@ class Sweep:
         if len(values) != 1 or len(names) != 1:
             return None
         (i,) = values
-        if len(operands[i]) != 1:
-            return None
+        path = self._path(i) if len(operands[i]) == 1 else None
+        return None if path is None else partial(_replayed, path)
+
+    def _path(self, i: int) -> list[Step] | None:
+        """The steps by which a value is a view of a parameter."""
         path: list[Step] = []
         while i not in self.flow.parameters:
-            step = self._makers[i]
-            if step.name not in MOVES or step.writes:
+            step = self._makers.get(i)
+            if step is None or step.name not in MOVES or step.writes:
                 return None
-            path.append(step)
+            path.insert(0, step)
             i = step.refs()[0].index
-        return lambda t: _replayed(reversed(path), t)
+        return path
 
     def rows(self, group: Group, where: slice) -> dict[str, Tensor]:
         """Rows of the parameters of a group, summed over their sites."""
@@ -505,7 +567,7 @@ def _frozen_norm(op: Any, names: Sequence[str], args: Any, kwargs: Any) -> Any:
     return (y if bias is None else y + bias.reshape(view), *outs[1:])
 
 
-def _replayed(path: Any, t: Tensor) -> Tensor:
+def _replayed(path: Sequence[Step], t: Tensor) -> Tensor:
     for step in path:
         args, kwargs = tree_map(lambda a: t if is_ref(a) else a, (step.args, step.kwargs), is_leaf=is_ref)  # noqa: B023
         t = step.op(*args, **kwargs)
