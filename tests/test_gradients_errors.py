@@ -199,36 +199,68 @@ REFUSALS = [
     Refusal("a class as a quantity", quantity(ub.Variance), ("Variance", "unbatch.Variance()")),
     Refusal("a list of quantities", quantity([ub.Norms()]), ("[Norms()]", "takes quantities")),
     Refusal("one of several that is none", quantity(ub.Norms(), 3), ("3", "takes quantities")),
-    Refusal("predictions without samples", rows(), ("sample axis", "(3,)", "5 samples", "problem.gradient()"), no_axis,
-            ub.StructureError),  # fmt: skip
+    Refusal(
+        "predictions without samples",
+        rows(),
+        ("sample axis", "(3,)", "5 samples", "problem.gradient()"),
+        no_axis,
+        ub.StructureError,
+    ),
     Refusal("a prediction that is a number", rows(), ("sample axis", "()", "5 samples"), a_number, ub.StructureError),
     Refusal("quantities of such", quantity(ub.Norms()), ("sample axis", "(3,)"), no_axis, ub.StructureError),
-    Refusal("frozen attention between samples", rows("frozen"),
-            ("frozen", "more than statistics", "by='component'", "test_gradients_errors.py"), attending,
-            ub.StructureError),  # fmt: skip
-    Refusal("frozen quantities of it", quantity(ub.Norms(), by="frozen"), ("by='component'",), attending,
-            ub.StructureError),  # fmt: skip
-    Refusal("frozen neighbours", rows("frozen"), ("more than statistics", "by='component'"), rolling,
-            ub.StructureError),  # fmt: skip
+    Refusal(
+        "frozen attention between samples",
+        rows("frozen"),
+        ("frozen", "more than statistics", "by='component'", "test_gradients_errors.py"),
+        attending,
+        ub.StructureError,
+    ),
+    Refusal(
+        "frozen quantities of it", quantity(ub.Norms(), by="frozen"), ("by='component'",), attending, ub.StructureError
+    ),
+    Refusal(
+        "frozen neighbours", rows("frozen"), ("more than statistics", "by='component'"), rolling, ub.StructureError
+    ),
     *(
-        Refusal(f"{by} rows of a derivative of one's own", rows(by),
-                (repr(by), "recorded computation", "derivatives", "by='component'"), own_derivative,
-                ub.StructureError)  # fmt: skip
+        Refusal(
+            f"{by} rows of a derivative of one's own",
+            rows(by),
+            (repr(by), "recorded computation", "derivatives", "by='component'"),
+            own_derivative,
+            ub.StructureError,
+        )
         for by in ("copy", "frozen")
     ),
-    Refusal("rows of a derivative and a loss of one's own", rows(), ("recorded computation", "derivatives"),
-            own_derivative_and_loss, ub.StructureError),  # fmt: skip
-    Refusal("a buffer is missing", buffers(lambda b: {k: t for k, t in b.items() if k != "2.bias"}),
-            ("out=", "'2.bias'", "[N, *param]")),  # fmt: skip
-    Refusal("a buffer of another shape", buffers(lambda b: b | {"2.bias": torch.zeros(C)}),
-            ("out=", "'2.bias'", "(3,)", "(5, 3)")),  # fmt: skip
-    Refusal("a buffer of another dtype", buffers(lambda b: b | {"2.bias": torch.zeros(N, C, dtype=torch.float64)}),
-            ("out=", "'2.bias'", "float64", "float32")),  # fmt: skip
-    Refusal("a buffer on another device", buffers(lambda b: b | {"2.bias": torch.zeros(N, C, device="meta")}),
-            ("out=", "'2.bias'", "meta", "cpu")),  # fmt: skip
+    Refusal(
+        "rows of a derivative and a loss of one's own",
+        rows(),
+        ("recorded computation", "derivatives"),
+        own_derivative_and_loss,
+        ub.StructureError,
+    ),
+    Refusal(
+        "a buffer is missing",
+        buffers(lambda b: {k: t for k, t in b.items() if k != "2.bias"}),
+        ("out=", "'2.bias'", "[N, *param]"),
+    ),
+    Refusal(
+        "a buffer of another shape",
+        buffers(lambda b: b | {"2.bias": torch.zeros(C)}),
+        ("out=", "'2.bias'", "(3,)", "(5, 3)"),
+    ),
+    Refusal(
+        "a buffer of another dtype",
+        buffers(lambda b: b | {"2.bias": torch.zeros(N, C, dtype=torch.float64)}),
+        ("out=", "'2.bias'", "float64", "float32"),
+    ),
+    Refusal(
+        "a buffer on another device",
+        buffers(lambda b: b | {"2.bias": torch.zeros(N, C, device="meta")}),
+        ("out=", "'2.bias'", "meta", "on cpu"),
+    ),
     Refusal("a buffer that is no tensor", buffers(lambda b: b | {"2.bias": [0.0] * N}), ("out=", "'2.bias'", "list")),
     Refusal("buffers without names", buffers(lambda b: list(b.values())), ("out=", "list")),
-]  # fmt: skip
+]
 EVERY = pytest.mark.parametrize("refusal", [pytest.param(r, id=r.name) for r in REFUSALS])
 
 

@@ -99,7 +99,7 @@ def hooked() -> nn.Module:
 
 
 class Last(nn.Module):
-    def __init__(self, bidirectional: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.rnn = nn.LSTM(1, D, batch_first=True, num_layers=2, dropout=0.3)
         self.norm = nn.BatchNorm1d(D)
@@ -290,7 +290,7 @@ PLACES = {
     "after the rows of a linear layer": Place(contractions.Linear, "rows", late=True),
     "rows of a shift": Place(contractions.Shift, "rows"),
     "a weighted sum": Place(contractions.Linear, "weighted_sum"),
-    "an op": Place(torch, "bmm"),
+    "an op": Place(torch, "mul"),
     "another op": Place(torch, "einsum"),
     "a backward pass": Place(torch.autograd, "grad"),
     "after a backward pass": Place(torch.autograd, "grad", late=True),
@@ -319,9 +319,9 @@ def test_interrupts_of_the_engine_are_not_swallowed(place, monkeypatch):
     _ = problem.structure
     countdown = Countdown(1, KeyboardInterrupt)
     monkeypatch.setattr(place.owner, place.name, stopping(getattr(place.owner, place.name), countdown, place.late))
-    with suppress(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt):
         ask(problem, "component")
-        assert countdown.runs == 0, "an interrupt was swallowed"
+    assert countdown.runs == 1
 
 
 @ERRORS

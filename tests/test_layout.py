@@ -22,8 +22,11 @@ LEVELS = {
     "purity": 0,
     "scalars": 0,
     "consequences": 0,
+    "reference": 0,
     "algebra": 1,
     "graph": 1,
+    "layout": 1,
+    "tree": 1,
     # what an op does, and what the program did
     "rules": 2,
     "families": 2,
@@ -33,11 +36,23 @@ LEVELS = {
     "indexing": 2,
     "arranged": 2,
     "capture": 2,
+    "contractions": 2,
+    "convolutions": 2,
+    "mixing": 2,
+    "kinds": 2,
     # what follows from both
     "walk": 3,
     "split": 3,
     "verdicts": 3,
     "structure": 4,
+    # gradients taken apart
+    "weights": 2,
+    "plan": 4,
+    "results": 1,
+    "sites": 5,
+    "sweep": 5,
+    "quantities": 6,
+    "gradients": 6,
     # numerical witnesses
     "oracle": 5,
     "witness": 5,
@@ -59,7 +74,7 @@ EXEMPT = {"__init__", "__main__"}  # may import from any level, but not in a cir
 # Whatever starts with the key is known to these modules only.
 OWNERS = {
     "torch.utils._python_dispatch": ("capture", "purity"),
-    "torch.overrides": ("scalars",),
+    "torch.overrides": ("scalars", "reference"),
     "torch.fx": ("capture",),
     "torch.export": ("capture",),
     "matplotlib": ("plot",),

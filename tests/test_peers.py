@@ -121,7 +121,6 @@ class TestIndependent:
         assert bench.distance(found, theirs) <= TOLERANCE[dtype]
 
 
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("make", INDEPENDENT, ids=lambda make: make.__name__)
 def test_backpacks_variance_is_ours(make, dtype):
@@ -135,7 +134,6 @@ def test_backpacks_variance_is_ours(make, dtype):
 def test_vmap_agrees_with_autograd_on_a_transformer(dtype):
     case = setting(transformer, dtype)
     assert_same(answer("vmap(grad)", *case), bench.autograd_rows(*case), dtype)
-
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -154,7 +152,6 @@ def test_backpacks_rows_under_batch_norm_are_copy_rows():
     rows = answer("BackPACK", *case)
     assert_same(rows, bench.copied_rows(*case), torch.float64)
     assert bench.distance(rows, bench.autograd_rows(*case)) > 0.1
-
 
 
 def test_backpacks_rows_under_batch_norm_are_ours_by_copy_and_not_by_component():
@@ -189,7 +186,6 @@ def test_opacus_takes_functional_batch_norm_and_returns_copy_rows():
     rows = answer("Opacus", model, X, y)
     assert_same(rows, bench.copied_rows(model, X, y), torch.float64)
     assert bench.distance(rows, bench.autograd_rows(model, X, y)) > 0.1
-
 
 
 def test_opacus_rows_through_functional_batch_norm_are_ours_by_copy():

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -39,12 +40,12 @@ def projections(rows: Plain) -> Plain:
 
 
 def signal_to_noise(rows: Plain) -> Plain:
-    """Liu et al. 2020, equation 2: squared mean over variance; biased, as Cockpit's, and without its 1e-5."""
+    """Liu et al. 2020 (GSNR): squared mean over variance; biased, as Cockpit's, and without its 1e-5."""
     return {k: r.mean(0).square() / (r - r.mean(0)).square().mean(0) for k, r in rows.items()}
 
 
 def noise_scale(rows: Plain) -> Tensor:
-    """McCandlish et al. 2018, equations 29 and A.2, for the batch sizes 1 and N."""
+    """McCandlish et al. 2018, section 2.2 and appendix A.1, for the batch sizes 1 and N."""
     g = per_loss(rows)
     n = len(g)
     small, big = g.square().sum(1).mean(), g.mean(0).square().sum()
@@ -94,7 +95,7 @@ def histogram(rows: Plain) -> Plain:
     n = len(next(iter(rows.values())))
     counted = {}
     for k, r in rows.items():
-        bins = [((n * r >= low) & (n * r < high)).sum() for low, high in zip(EDGES, EDGES[1:], strict=False)]
+        bins = [((n * r >= low) & (n * r < high)).sum() for low, high in pairwise(EDGES)]
         counted[k] = torch.stack(bins)
     return counted
 
@@ -351,7 +352,7 @@ def test_variance_from_moments_is_caught():
     _, rows = nearly_equal(torch.float32, 1e-3)
     narrow = {k: r.float() for k, r in rows.items()}
     moments = {k: r.square().mean(0) - r.mean(0).square() for k, r in narrow.items()}
-    with pytest.raises(AssertionError, match="negative|off by"):
+    with pytest.raises(AssertionError, match=r"negative|off by"):
         check_variance(moments, rows, 1.2e-7)
 
 
@@ -427,10 +428,61 @@ def test_narrow_precisions_agree_with_float64(dtype, autocast, rtol, memory):
     check_precision(*in_precision(dtype, autocast), rtol, memory)
 
 
+NETS: dict[str, tuple[Callable[[], list[nn.Module]], tuple[int, ...]]] = {
+    "linear": (lambda: [nn.Linear(6, 3)], (8, 6)),
+    "mlp": (lambda: [nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)], (8, 6)),
+    "layer norm": (lambda: [nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 3)], (8, 6)),
+    "batch norm": (lambda: [nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)], (8, 6)),
+    "conv": (lambda: [nn.Conv2d(2, 3, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten()], (8, 2, 6, 6)),
+    "batch norm of a conv": (
+        lambda: [nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten()],
+        (8, 2, 6, 6),
+    ),
+}
+
+
+class Narrowed(nn.Sequential):
+    """Its layers, under autocast or not."""
+
+    narrow = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.narrow):
+            return super().forward(x)
+
+
+@MEMORY
+@pytest.mark.parametrize("by", ["component", "copy", "frozen"])
+@pytest.mark.parametrize("net", NETS)
+def test_autocast_inside_the_model_agrees_with_float32(net, by, memory):
+    layers, shape = NETS[net]
+    model, x, y = Narrowed(*layers()), torch.randn(shape), torch.arange(8) % 3
+    answers = []
+    for narrow in (True, False):
+        model.narrow = narrow
+        question = ub.Problem(model, lambda p, y: F.cross_entropy(p.float(), y), (x, y))
+        answers.append(compute(question, *(a.quantity for a in ASKED[:7]), ub.ClippedSum(CLIP), by=by, memory=memory))
+    for found, expected in zip(*answers, strict=True):
+        scale = largest(expected)
+        check(found, expected, 0.06 * scale, 0)
+
+
 def test_autocast_around_the_question():
     narrow, exact = in_precision(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         check_precision(narrow, exact, 0.06, None)
+
+
+@MEMORY
+@pytest.mark.parametrize("asked", [a for a in ASKED if a.name in ("Norms", "Projections", "Dots", "Variance")],
+                         ids=lambda a: a.name)  # fmt: skip
+def test_autocast_around_the_question_does_not_reach_the_sums(asked, memory):
+    """Against the rows as they came out, so that only accumulation is measured."""
+    question, _ = in_precision(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        rows = {k: r.double() for k, r in question.gradients().items()}
+        found = compute(question, asked.quantity, memory=memory)
+    check(found, asked.definition(rows), 1e-5 * largest(rows) ** 2, 1e-5)
 
 
 def test_another_problem_is_caught_by_the_comparison_of_precisions():
@@ -564,6 +616,42 @@ def test_a_quantity_of_ones_own_stands_beside_the_others(name, memory):
 def test_a_quantity_of_ones_own_warns_as_the_others_do():
     (warning,) = warnings_of(problem("batch norm, ce"), Spikiness())
     assert "Spikiness" in str(warning.message)
+
+
+class PlainLargest(Basic):
+    """Neither frozen nor comparable: every instance is another quantity."""
+
+    def start(self, about: About) -> Collector:
+        return _Largest(about)
+
+
+class OfPlain(Derived):
+    def bases(self) -> Sequence[Quantity]:
+        return (PlainLargest(),)
+
+    def combine(self, about: About, *results: Any) -> Any:
+        return results[0]
+
+
+def test_a_quantity_of_ones_own_may_be_a_plain_class():
+    found = problem("mlp, ce").compute(OfPlain())
+    check(found, dict(problem("mlp, ce").compute(Largest())), 0)
+
+
+class Spread(Derived):
+    """Says of itself that it is no statistic, and rests on one."""
+
+    def bases(self) -> Sequence[Quantity]:
+        return (ub.Variance(),)
+
+    def combine(self, about: About, *results: Any) -> Any:
+        return results[0].flat().sum()
+
+
+def test_what_is_made_from_a_statistic_warns_as_the_statistic_does():
+    (warning,) = warnings_of(problem("batch norm, ce"), Spread())
+    assert warning.category is ub.MixedSamplesWarning
+    assert not warnings_of(problem("mlp, ce"), Spread())
 
 
 # ---------------------------------------------------------------- buffers of the caller

@@ -390,16 +390,16 @@ def _record(program: Program, inputs: Any, targets: Any, follow: bool, flip: int
             with recorder.paused():
                 scalar = None
                 leaves = [t for t in tree_leaves(output) if _is_tensor(t)]
+                graph.predictions = [recorder.ref(t) for t in leaves] if program.loss is not None else []
             if program.loss is not None:
                 scalar = program.loss(output, targets) if targets is not None else program.loss(output)
         if program.loss is not None:
-            graph.predictions = [recorder.ref(t) for t in leaves]
             graph.loss = recorder.ref(scalar) if isinstance(scalar, Tensor) else None
             graph.after_cut = frozenset(range(graph.model_steps, len(graph.steps)))
         else:
             own = own_loss(output)
             graph.predictions = [recorder.ref(t) for t in leaves if t is not own]
-            graph.loss = recorder.ref(own) if own is not None else None
+            graph.loss, graph.own_loss = recorder.ref(own) if own is not None else None, own is not None
         graph.dynamic = frozenset(recorder.dynamic)
         graph.foreign = tuple(v for v in recorder.foreign if not _made_from_numbers(graph, v))
         output = (output, scalar)

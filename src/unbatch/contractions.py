@@ -1,8 +1,8 @@
 """How the cotangent at the output of an op meets the op's other inputs: derivatives by one operand, sample by sample.
 
-One class per kind of site, found by the name of the op and of the operand. A new kind is one class here and one entry
-in ``KINDS``. Nothing here knows about models, parameters or mixing: a *meeting* has an operand ``u`` that all samples
-share, and rows ``∂(g·y)/∂u`` over the samples that its layout tells apart.
+A *meeting* has an operand ``u`` that all samples share, and rows ``∂(g·y)/∂u`` over the samples that its layout tells
+apart. Here live what every kind can do, and the common kinds; convolutions and what batch norms need have rooms of
+their own, and ``kinds.py`` says which op is of which kind. Nothing here knows about models, parameters or plans.
 
 Legend: ``n`` sample, ``t`` position inside a sample, ``o``/``i`` output and input feature; ``G`` the cotangent
 ``[n, t, o]``, ``X`` the other input ``[n, t, i]``.
@@ -10,21 +10,15 @@ Legend: ``n`` sample, ``t`` position inside a sample, ``o``/``i`` output and inp
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from unbatch.layout import Scattered
-
-aten = torch.ops.aten
 CANCELS = 0.9  # of two sums of squares that are subtracted, the share from which on rounding is felt
 
 
@@ -56,6 +50,11 @@ class Meeting(ABC):
 
     lean: frozenset[str] = frozenset()  # what this kind gives without forming rows
 
+    @property
+    def kind(self) -> str:
+        """What it is called in a plan."""
+        return type(self).__name__.lower()
+
     def __init__(self, call: Call) -> None:
         self.layout, self.operand = call.layout, call.operand
         self.samples = call.layout.samples
@@ -83,12 +82,16 @@ class Meeting(ABC):
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """``[*operand]``: ``Σ_n c_n row_n``, over all samples."""
-        return torch.einsum("n,n...->...", weights.to(self.operand.dtype), self.rows(slice(0, self.samples)))
+        rows = self.rows(slice(0, self.samples))
+        return torch.einsum("n,n...->...", weights.to(rows.dtype), rows)
 
     def dots(self) -> Tensor:
         """``[n, n]``: ``⟨row_n, row_m⟩``."""
-        flat = wide(self.rows(slice(0, self.samples)).flatten(1))
+        flat = vectors(self.rows(slice(0, self.samples)))
         return flat @ flat.T
+
+
+# --- sums that are accurate and make no large temporaries -----------------------------------------
 
 
 def wide(t: Tensor) -> Tensor:
@@ -96,10 +99,24 @@ def wide(t: Tensor) -> Tensor:
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
 
+def same_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """In the widest of their types: what one of them lost is lost, the other need not lose it."""
+    dtype = tensors[0].dtype
+    for t in tensors[1:]:
+        dtype = torch.promote_types(dtype, t.dtype)
+    return tuple(t.to(dtype) for t in tensors)
+
+
+def vectors(rows: Tensor) -> Tensor:
+    """``[n, p]``, real, in float32 at least."""
+    flat = wide(rows).reshape(len(rows), rows[0].numel())
+    return torch.view_as_real(flat.resolve_conj()).flatten(1) if flat.is_complex() else flat
+
+
 def squares(rows: Tensor) -> Tensor:
     """Squared norm of each row."""
-    flat = wide(rows).flatten(1)
-    return torch.linalg.vector_norm(flat, dim=1).square_() if flat.shape[1] else _real(flat.new_zeros(len(flat)))
+    flat = vectors(rows)
+    return torch.linalg.vector_norm(flat, dim=1).square_() if flat.shape[1] else flat.new_zeros(len(flat))
 
 
 def total_of_squares(rows: Tensor, mean: Tensor | None = None) -> Tensor:
@@ -113,10 +130,6 @@ def total_of_squares(rows: Tensor, mean: Tensor | None = None) -> Tensor:
         moved = row if mean is None else torch.sub(row, mean, out=apart)
         total.addcmul_(moved, moved)
     return total
-
-
-def _real(t: Tensor) -> Tensor:
-    return t.real if t.is_complex() else t
 
 
 def fill(result: Tensor, out: Tensor | None) -> Tensor:
@@ -151,7 +164,8 @@ class Linear(Meeting):
         assert g is not None
         g = g[0] if self.batched else g
         along = replace(self.layout, dim=0)
-        self.g, self.x = along.split(g.T if self.features_first else g), along.split(self.x)
+        g, x = same_dtype(g, self.x)
+        self.g, self.x = along.split(g.T if self.features_first else g), along.split(x)
         if self.factor != 1:
             self.g = self.g * self.factor
 
@@ -360,199 +374,6 @@ class Embedding(Meeting):
         return total.index_add_(0, self.place, self.g * weights.to(self.g.dtype)[self.owner, None])
 
 
-class Convolution(Meeting):
-    """The weight of a convolution. Which of three ways is fastest depends on the shapes and is measured once."""
-
-    lean = frozenset({"weighted_sum"})
-    fastest: dict[tuple[Any, ...], str] = {}  # noqa: RUF012  what has been measured, for all convolutions of a shape
-
-    def __init__(self, call: Call) -> None:
-        super().__init__(call)
-        self.x: Tensor = call["input"]
-        names = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
-        self.geometry = [call[n] for n in names]
-        self.g: Tensor
-
-    def receive(self, cotangents: Sequence[Tensor | None]) -> None:
-        (g,) = cotangents[:1]
-        assert g is not None
-        self.g, self.x = self.layout.split(g), self.layout.split(self.x)
-
-    def rows(self, where: slice, out: Tensor | None = None) -> Tensor:
-        g, x = self.g[where], self.x[where]
-        return fill(getattr(self, self._way(g, x))(g, x), out)
-
-    def weighted_sum(self, weights: Tensor) -> Tensor:
-        scaled = self.g * weights.to(self.g.dtype).reshape(-1, *[1] * (self.g.ndim - 1))
-        return self._backward(scaled.flatten(0, 1), self.x.flatten(0, 1))
-
-    def _way(self, g: Tensor, x: Tensor) -> str:
-        plain = not self.geometry[3] and self.geometry[5] == 1 and x.ndim == 5
-        ways = ["vmapped", "one_by_one", *(["windows"] if plain else [])]
-        if len(g) * g[0].numel() < 2**12:
-            return "vmapped"
-        key = (tuple(g.shape[1:]), min(len(g), 16), tuple(x.shape[1:]), str(self.geometry), g.dtype, g.device)
-        if key not in self.fastest:
-            self.fastest[key] = min(ways, key=lambda w: _seconds(lambda: getattr(self, w)(g, x)))
-        return self.fastest[key]
-
-    def _backward(self, g: Tensor, x: Tensor) -> Tensor:
-        wanted = (False, True, False)
-        gradient: Tensor = aten.convolution_backward(g, x, self.operand, None, *self.geometry, wanted)[1]
-        return gradient
-
-    def vmapped(self, g: Tensor, x: Tensor) -> Tensor:
-        out: Tensor = torch.func.vmap(self._backward)(g, x)
-        return out
-
-    def one_by_one(self, g: Tensor, x: Tensor) -> Tensor:
-        return torch.stack([self._backward(a, b) for a, b in zip(g, x, strict=True)])
-
-    def windows(self, g: Tensor, x: Tensor) -> Tensor:
-        """Every place that the kernel saw, as a matrix (two dimensions, one group)."""
-        (sy, sx), (py, px), (dy, dx) = (_pair(v) for v in self.geometry[:3])
-        o, i, ky, kx = self.operand.shape
-        n, t, _, height, width = g.shape
-        x = F.pad(x, (px, px, py, py)) if px or py else x
-        x = x.contiguous()
-        s = x.stride()
-        shape = (n, i, ky, kx, t, height, width)
-        seen = x.as_strided(shape, (s[0], s[2], s[3] * dy, s[4] * dx, s[1], s[3] * sy, s[4] * sx))
-        columns = seen.reshape(n, i * ky * kx, t * height * width)
-        return torch.bmm(g.transpose(1, 2).reshape(n, o, -1), columns.mT).view(n, o, i, ky, kx)
-
-
-def projected(call: Call, norm: Call) -> Meeting:
-    """The meeting of a weight, or bias, with the input of a topmost batch norm."""
-    xhat, scale = normalised(norm)
-    gain = scale if norm["weight"] is None else scale * norm["weight"]
-    plain = meeting(call)
-    if isinstance(plain, Linear) and call.name == "mat2" and plain.x.ndim == 2 and xhat.ndim == 2:
-        return ProjectedRows(plain, gain, xhat)
-    channel = 0 if call.name in ("weight", "bias", "self", "mat1") else call.operand.ndim - 1
-    return Projected(lambda: meeting(call), channel, gain, xhat)
-
-
-def _pair(v: Sequence[int]) -> tuple[int, int]:
-    return (v[0], v[0]) if len(v) == 1 else (v[0], v[1])
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    best = float("inf")
-    for _ in range(2):
-        start = time.perf_counter()
-        run()
-        best = min(best, time.perf_counter() - start)
-    return best
-
-
-class ProjectedRows(Meeting):
-    """The same for a matrix product with one place per sample, where it factorizes: nothing of the size of rows is lost.
-
-    ``row_n = L_n ⊗ (c_n − x̂_n ∘ B)``: ``c`` the centred input ``[n, i]``, ``B = x̂ᵀc/N`` its regression on each channel,
-    ``[o, i]``.
-    """
-
-    lean = frozenset({"squared_norms", "sum_of_squares", "dots", "weighted_sum"})
-
-    def __init__(self, inner: Linear, gain: Tensor, normalised: Tensor) -> None:
-        self.layout, self.operand, self.samples = inner.layout, inner.operand, inner.samples
-        self.gain, self.xhat = gain, normalised
-        self.centred = inner.x - inner.x.mean(0)
-        self.slope = normalised.T @ self.centred / self.samples
-        self.factor = inner.factor
-        self.l: Tensor
-
-    def receive(self, cotangents: Sequence[Tensor | None]) -> None:
-        (g,) = cotangents[:1]
-        assert g is not None
-        self.l = g * (self.gain * self.factor)
-
-    def rows(self, where: slice, out: Tensor | None = None) -> Tensor:
-        x, c = self.xhat[where, :, None], self.centred[where, None, :]
-        target = c.new_empty(len(c), *self.slope.shape) if out is None else out.mT
-        torch.addcmul(c, x, self.slope, value=-1, out=target)
-        return target.mul_(self.l[where, :, None]).mT
-
-    def squared_norms(self, where: slice) -> Tensor:
-        x, c, l2 = self.xhat[where], self.centred[where], self.l[where].square()
-        left = c.square().sum(1, keepdim=True) - 2 * x * (c @ self.slope.T) + x.square() * self.slope.square().sum(1)
-        return (l2 * left.clamp_min_(0)).sum(1)
-
-    def sum_of_squares(self, where: slice) -> Tensor:
-        x, c, l2 = self.xhat[where], self.centred[where], self.l[where].square()
-        twice = (l2 * x).T @ c * self.slope * 2
-        whole = l2.T @ c.square() - twice + (l2 * x.square()).sum(0)[:, None] * self.slope.square()
-        return whole.clamp_min_(0).T
-
-    def weighted_sum(self, weights: Tensor) -> Tensor:
-        scaled = self.l * weights.to(self.l.dtype)[:, None]
-        return (scaled.T @ self.centred - (scaled * self.xhat).sum(0)[:, None] * self.slope).T
-
-    def dots(self) -> Tensor:
-        c, scaled = self.centred, self.l * self.xhat
-        crossed = (self.l * (c @ self.slope.T)) @ scaled.T
-        bent = (scaled * self.slope.square().sum(1)) @ scaled.T
-        return (self.l @ self.l.T) * (c @ c.T) - crossed - crossed.T + bent
-
-
-class Pooled(Meeting):
-    """A matrix product below the last place of mixing: the row of column ``k`` sums over the places of all samples.
-
-    ``row_k = Σ_m G_km ⊗ X_m`` with the same ``X`` for all columns. Where there are fewer places than features, the rows
-    lie in a space of that dimension: ``X = L Qᵀ`` gives coordinates ``G_kᵀ L`` with the same inner products.
-    """
-
-    lean = frozenset({"squared_norms", "coordinates"})
-
-    def __init__(self, call: Call) -> None:
-        self.operand, self.features_first = call.operand, call.name != "mat2"
-        left = "mat1" if call["mat1"] is not None else "self"
-        self.x: Tensor = call["mat2"].T if self.features_first else call[left]
-        self.factor = call["alpha"] if call["alpha"] is not None else 1
-        self.g: Tensor
-        self.first = 0
-
-    def receive(self, cotangents: Sequence[Tensor | None]) -> None:
-        """``[k, *output]`` of some columns; the slices asked for afterwards count from ``first``."""
-        (g,) = cotangents
-        assert g is not None
-        g = g.mT if self.features_first else g
-        self.g = g if self.factor == 1 else g * self.factor
-        self.samples = len(g)
-
-    def _mine(self, where: slice) -> Tensor:
-        return self.g[where.start - self.first : where.stop - self.first]
-
-    def rows(self, where: slice, out: Tensor | None = None) -> Tensor:
-        g = self._mine(where)
-        x = self.x.expand(len(g), *self.x.shape)
-        a, b = (g, x) if self.features_first else (x, g)
-        if out is None:
-            transposed = self.operand.stride(0) < self.operand.stride(1)
-            shape = (len(g), b.shape[2], a.shape[2]) if transposed else (len(g), a.shape[2], b.shape[2])
-            out = g.new_empty(shape).mT if transposed else g.new_empty(shape)
-        if out.stride(1) < out.stride(2):
-            torch.bmm(b.mT, a, out=out.mT)
-        else:
-            torch.bmm(a.mT, b, out=out)
-        return out
-
-    @cached_property
-    def _small(self) -> Tensor:
-        """``L``, ``[m, r]``: the places in coordinates."""
-        x = wide(self.x)
-        return torch.linalg.qr(x.T, mode="r")[1].T if x.shape[0] < x.shape[1] else x
-
-    def coordinates(self, where: slice) -> Tensor:
-        """``[k, q]``: rows up to a rotation."""
-        g = wide(self._mine(where))
-        return torch.matmul(g.mT, self._small).flatten(1)
-
-    def squared_norms(self, where: slice) -> Tensor:
-        return squares(self.coordinates(where))
-
-
 class Generic(Meeting):
     """Any op: run again, and pulled back once for every sample with the cotangents of the others set to zero."""
 
@@ -592,165 +413,3 @@ def _detached(arguments: Mapping[str, Any], but: Tensor | None = None, fresh: bo
 
 def _swap(tree: Any, old: Tensor, new: Tensor) -> Any:
     return tree_map(lambda a: new if a is old else a, tree)
-
-
-class Projected(Meeting):
-    """The weight right below a batch norm whose output is still separate: the batch norm's closed form.
-
-    With ``L = γg/σ`` the cotangent as if the statistics were fixed and ``Π = I − 11ᵀ/M − x̂x̂ᵀ/M`` per channel,
-    ``row_n = L_nᵀ (ΠX)_n = local_n − s_n·D₁ − t_n·D₂``: ``s_n = Σ L``, ``t_n = Σ L x̂`` over the places of sample n, and
-    ``D₁``, ``D₂`` the meeting's sums for the cotangents ``1/M`` and ``x̂/M``.
-    """
-
-    def __init__(self, inner: Callable[[], Meeting], channel: int, gain: Tensor, normalised: Tensor) -> None:
-        """``inner`` makes the meeting; ``channel``: the operand's axis of channels; ``gain`` is ``γ/σ``, ``[c]``."""
-        self.inner, self.make, self.channel = inner(), inner, channel
-        self.layout, self.operand, self.samples = self.inner.layout, self.inner.operand, self.inner.samples
-        self.gain, self.normalised = gain, normalised
-        self.parts: list[tuple[Tensor, Tensor]] = []
-
-    def receive(self, cotangents: Sequence[Tensor | None]) -> None:
-        (g,) = cotangents[:1]
-        assert g is not None
-        x = self.normalised
-        per_channel = [1, -1, *[1] * (x.ndim - 2)]
-        local = g * self.gain.reshape(per_channel)
-        count = x.numel() // x.shape[1]
-        ones = torch.ones(self.samples, dtype=x.dtype, device=x.device)
-        self.inner.receive([local])
-        rest = [d for d in range(1, x.ndim + 1) if d != 2]
-        for direction in (torch.ones_like(x), x):
-            total = self.make()
-            total.receive([direction / count])
-            coefficients = self.layout.split(local * direction).sum(rest)
-            self.parts.append((coefficients, total.weighted_sum(ones)))
-
-    def rows(self, where: slice, out: Tensor | None = None) -> Tensor:
-        rows = self.inner.rows(where, out)
-        view = [-1, *(-1 if d == self.channel else 1 for d in range(self.operand.ndim))]
-        for coefficients, total in self.parts:
-            a = coefficients[where]
-            rows.sub_(a.reshape([len(a), *(a.shape[1] if v == -1 else 1 for v in view[1:])]) * total)
-        return rows
-
-
-# --- which kind an op is --------------------------------------------------------------------------
-
-
-def _matmul(call: Call) -> Meeting | None:
-    left, right = ("mat1", "mat2") if call["mat1"] is not None else ("self", "mat2")
-    a, b = call[left], call[right]
-    if a.ndim == 3:
-        if a.shape[0] != 1 or call.layout.dim == 0:
-            return None
-        a, b = a[0], b[0]
-    if call.name == right and call.layout.dim == call.outputs[0].ndim - 2:
-        return Linear(call, a, features_first=False)
-    if call.name == left and call.layout.dim == call.outputs[0].ndim - 1:
-        return Linear(call, b.T, features_first=True)
-    return None
-
-
-def _addmm(call: Call) -> Meeting | None:
-    if call.name == "self":
-        return Shift(call, call["beta"] if call["beta"] is not None else 1)
-    return _matmul(call)
-
-
-def _convolution(call: Call) -> Meeting | None:
-    if call.layout.dim != 0 or call.name not in ("weight", "bias"):
-        return None
-    return Convolution(call) if call.name == "weight" else Shift(call, axis=1)
-
-
-def _add(call: Call) -> Meeting | None:
-    if isinstance(call["self"], Tensor) and isinstance(call["other"], Tensor):
-        return Shift(call, (call["alpha"] if call["alpha"] is not None else 1) if call.name == "other" else 1)
-    return None
-
-
-def _sub(call: Call) -> Meeting | None:
-    return Shift(call, -(call["alpha"] if call["alpha"] is not None else 1) if call.name == "other" else 1)
-
-
-def _mul(call: Call) -> Meeting | None:
-    other = call["other" if call.name == "self" else "self"]
-    return Scale(call, other) if isinstance(other, Tensor) else None
-
-
-def _expand(call: Call) -> Meeting | None:
-    return Shift(call)
-
-
-def _embedding(call: Call) -> Meeting | None:
-    indexed = call["indices"].ndim > call.layout.dim
-    return Embedding(call) if call.name == "weight" and indexed else None
-
-
-def _layer_norm(call: Call) -> Meeting | None:
-    if call.layout.dim >= call.outputs[0].ndim - len(call["normalized_shape"]):
-        return None
-    _, mean, rstd = call.outputs
-    return Shift(call) if call.name == "bias" else Scale(call, (call["input"] - mean) * rstd)
-
-
-def _group_norm(call: Call) -> Meeting | None:
-    if call.layout.dim != 0:
-        return None
-    if call.name == "bias":
-        return Shift(call, axis=1)
-    x, groups = call["input"], call["group"]
-    mean, rstd = (o.reshape(len(x), groups, *[1] * (x.ndim - 1)) for o in call.outputs[1:])
-    grouped = x.reshape(len(x), groups, -1, *x.shape[2:])
-    return Scale(call, ((grouped - mean) * rstd).reshape(x.shape), axis=1)
-
-
-def normalised(call: Call) -> tuple[Tensor, Tensor]:
-    """``x̂`` of a batch norm and ``1/σ``, by the statistics that it used."""
-    x = call["input"]
-    if call["training"] or call["running_mean"] is None:
-        mean, scale = call.outputs[1], call.outputs[2]
-    else:
-        mean, scale = call["running_mean"], (call["running_var"] + call["eps"]).rsqrt()
-    view = [1, -1, *[1] * (x.ndim - 2)]
-    return (x - mean.reshape(view)) * scale.reshape(view), scale
-
-
-def _batch_norm(call: Call) -> Meeting | None:
-    return Shift(call, axis=1) if call.name == "bias" else Scale(call, normalised(call)[0], axis=1)
-
-
-KINDS: dict[str, Callable[[Call], Meeting | None]] = {
-    "mm": _matmul,
-    "bmm": _matmul,
-    "addmm": _addmm,
-    "convolution": _convolution,
-    "add": _add,
-    "sub": _sub,
-    "mul": _mul,
-    "expand": _expand,
-    "embedding": _embedding,
-    "native_layer_norm": _layer_norm,
-    "native_group_norm": _group_norm,
-    "native_batch_norm": _batch_norm,
-}
-
-
-def meeting(call: Call) -> Meeting:
-    """The kind that fits, or the generic one."""
-    if isinstance(call.layout, Scattered):
-        return Generic(call)
-    name = call.op._schema.name.removeprefix("aten::").removesuffix("_")
-    wide_call = call["self"] is not None and call.op._overloadpacket is not None
-    kind = KINDS.get(name)
-    found = kind(call) if kind is not None else None
-    elementwise = torch.Tag.pointwise in call.op.tags or name == "_prelu_kernel"
-    if found is None and wide_call and elementwise and _once(call):
-        found = Pointwise(call)
-    return found or Generic(call)
-
-
-def _once(call: Call) -> bool:
-    """The operand is one argument, broadcast against the others, and the op does not write in place."""
-    same = sum(a is call.operand for a in call.arguments.values())
-    return same == 1 and not call.op._schema.is_mutable and isinstance(call.arguments.get(call.name), Tensor)

@@ -83,12 +83,16 @@ MSG_FIXED_PARAMETER = (
 )
 MSG_BY = "by is 'component', 'copy' or 'frozen'; got {value!r}."
 MSG_NO_ROWS = (
-    "No prediction has a sample axis, so there is nothing to take rows of: the predictions have shapes {shapes} for {n} "
-    "samples. Return one prediction per sample; `problem.gradient()` gives the sum."
+    "No prediction has a sample axis, so there is nothing to take rows of: the predictions have shapes {shapes} for "
+    "{n} samples. Return one prediction per sample; `problem.gradient()` gives the sum."
 )
 MSG_NOT_REPLAYED = (
-    "Rows by {by!r} need the recorded computation, and its derivatives differ from those of the model ({why}); "
-    "with mixing samples they cannot be had by running the model. Ask for by='component'."
+    "Rows by {by!r} need the derivatives of the recorded computation, which cannot stand for the model ({why}); where samples mix they "
+    "cannot be had by running the model. Ask for by='component'."
+)
+MSG_INNER_LOSS = (
+    "The model computes its own loss, so its predictions are known from the recording only, and the derivatives of that "
+    "cannot stand for the model ({why}). Return the predictions and pass the loss: Problem(model, loss, (X, y))."
 )
 MSG_OUT = (
     "out= does not fit: {what}. It takes an earlier result of the same question, or a mapping from parameter name to a "
@@ -102,4 +106,10 @@ MSG_QUANTITY = (
 MSG_MIXED_MOMENT = (
     "{what}: taken over the {n} {kind} rows of this batch, exactly, but not a statistic over samples: {lost} does not "
     "hold (see problem.structure). The rows are parts of one sum, not draws that would come out alike in another batch."
+)
+MSG_HISTOGRAM = "A histogram takes at least one bin and low < high; got bins={bins}, low={low}, high={high}."
+MSG_MAX_NORM = "max_norm is a number greater than zero, in the scale of the rows; got {value!r}."
+MSG_NO_SELECTION = (
+    "parameters= names nothing; got {value!r}. It takes names, globs such as 'layers.*.weight', or the tensors "
+    "themselves; there are {names}. Leave it out for all that require a gradient."
 )

@@ -6,6 +6,7 @@ model, the model itself with one column for every sample. Quantities are fed wit
 
 from __future__ import annotations
 
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,8 +23,9 @@ from unbatch.capture import Program
 from unbatch.graph import Graph
 from unbatch.labels import SHARED, Marks
 from unbatch.layout import Layout
+from unbatch.plan import Plan, SitePlan
 from unbatch.purity import untouched
-from unbatch.quantities import About, Basic, Collector, Derived, Quantity
+from unbatch.quantities import About, Basic, Collector, Derived, Gradients, Quantity
 from unbatch.sites import Flow, flow, spread
 from unbatch.structure import used_predictions
 from unbatch.sweep import Group, Part, Sweep
@@ -52,6 +54,8 @@ class Setting:
     faithful: bool
     split: bool
     flows: dict[Any, Flow] = field(default_factory=dict)
+    trust: dict[Any, bool] = field(default_factory=dict)
+    buffer: Tensor | None = None
 
     def flow(self, names: Sequence[str], by: str) -> Flow:
         """The plan of a sweep, kept for the next question."""
@@ -86,8 +90,17 @@ class Setting:
     @cached_property
     def axes(self) -> dict[int, int]:
         """Prediction -> the axis along which its samples lie."""
-        found = {r.index: prediction_dim(self.walk[r], self.samples, self.leading) for r in used_predictions(self.graph)}
+        found = {
+            r.index: prediction_dim(self.walk[r], self.samples, self.leading) for r in used_predictions(self.graph)
+        }
         return {i: d for i, d in found.items() if d is not None}
+
+    def scratch(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Memory for rows that nobody keeps, the same at every question: fresh memory costs more than what fills it."""
+        size = math.prod(shape) * like.element_size()
+        if self.buffer is None or self.buffer.numel() < size or self.buffer.device != like.device:
+            self.buffer = torch.empty(size, dtype=torch.uint8, device=like.device)
+        return self.buffer[:size].view(like.dtype).view(*shape)
 
     @property
     def own_loss(self) -> bool:
@@ -107,6 +120,14 @@ class Source(ABC):
     @abstractmethod
     def weighted_sum(self, weights: Tensor) -> dict[str, Tensor]:
         """``Σ_n c_n row_n`` by parameter."""
+
+    @abstractmethod
+    def sites(self) -> list[SitePlan]:
+        """What is contracted how, for the plan."""
+
+    @abstractmethod
+    def pullbacks(self, plan: Chunks) -> tuple[int, int]:
+        """Backward passes in all, and how many columns share one call."""
 
     @abstractmethod
     def rest(self) -> dict[str, Tensor]:
@@ -139,7 +160,8 @@ class Recorded(Source):
         feed = {r.index: x for r, x in zip(setting.graph.inputs, tree_leaves(setting.inputs), strict=True) if r}
         self.sweep = Sweep(setting.graph, self.flow, parameters, feed)
         predictions = self.sweep.forward()
-        self.sweep.pull(_cotangents(setting, predictions, self.sweep.inner))
+        self.cotangents = _cotangents(setting, predictions, self.sweep.inner)
+        self.sweep.pull(self.cotangents)
 
     def parts(self, plan: Chunks, outs: Mapping[str, Tensor]) -> Iterator[tuple[str, Part]]:
         sweep, n = self.sweep, self.setting.samples
@@ -151,13 +173,22 @@ class Recorded(Source):
                 continue
             lean = group.meetings[group.operands[0]][0].lean if group.view else frozenset()
             for where in plan.of(n, self._bytes(group.names) * (1 if group.view else 2), lean):
-                yield from sweep.parts(group, where, outs)
+                out = self._room(plan, group.names[0], where, outs) if group.view and not plan.needs <= lean else None
+                yield from sweep.parts(group, where, out)
         if sweep.seeds and sweep.flow.columns:
             yield from self._columns(plan, tied, outs)
         else:
             for group in tied:
                 for where in plan.of(n, 2 * self._bytes(group.names)):
-                    yield from sweep.parts(group, where, outs)
+                    yield from sweep.parts(group, where, None)
+
+    def _room(self, plan: Chunks, name: str, where: slice, outs: Mapping[str, Tensor]) -> Tensor | None:
+        """Where the rows of a parameter are to be formed: where the caller wants them, or in scratch memory."""
+        if name in outs:
+            return outs[name][where]
+        like = self.parameters[name].detach()
+        kept = plan.keep or plan.pairs
+        return None if kept else self.setting.scratch((where.stop - where.start, *like.shape), like)
 
     def _columns(self, plan: Chunks, tied: Sequence[Group], outs: Mapping[str, Tensor]) -> Iterator[tuple[str, Part]]:
         sweep, n = self.sweep, self.setting.samples
@@ -165,7 +196,8 @@ class Recorded(Source):
         for first in range(0, n, size):
             where = slice(first, min(first + size, n))
             local = {name: rows for group in tied for name, rows in sweep.rows(group, where).items()}
-            for name, part in sweep.columns(where.start, where.stop, outs):
+            here = {name: out[where] for name, out in outs.items()}
+            for name, part in sweep.columns(where.start, where.stop, here):
                 yield name, Part(where, part.rows() + local.pop(name)) if name in local else part
             yield from ((name, Part(where, rows)) for name, rows in local.items())
 
@@ -182,37 +214,68 @@ class Recorded(Source):
     def weighted_sum(self, weights: Tensor) -> dict[str, Tensor]:
         return self.sweep.weighted_sum(weights)
 
+    def sites(self) -> list[SitePlan]:
+        steps = {s.index: s for s in self.setting.graph.steps}
+        sweep, out = self.sweep, []
+        kinds = {site: met.kind for site, met in sweep.meetings}
+        for site in self.flow.sites:
+            step, pooled = steps[site.step], site in sweep.pools
+            kind = "linear" if pooled else kinds.get(site, "by autograd" if site.way == "columns" else "no cotangent")
+            way = "pooled" if pooled else site.way
+            out.append(SitePlan(tuple(sweep.made_from(site.operand)), step.module, step.name, kind, way))
+        return out
+
+    def pullbacks(self, plan: Chunks) -> tuple[int, int]:
+        columns = self.setting.samples if self.sweep.seeds and self.flow.columns else 0
+        return 1 + columns, min(self.columns_at_once(plan), max(columns, 1))
+
     def rest(self) -> dict[str, Tensor]:
-        setting = self.setting
-        graph = setting.graph
+        """The loss alone, with the predictions held constant: parameters in it, and what else it reads of the model."""
+        setting, graph = self.setting, self.setting.graph
         if setting.split and all(r.index in self.flow.predictions for r in used_predictions(graph)):
             return {}
-        named = {v.name: i for i, v in enumerate(graph.values) if v.kind == "parameters"}
         leaves = {n: p.detach().requires_grad_() for n, p in self.parameters.items()}
-        keep = {i: t.detach() for i, t in self.sweep.predictions.items()}
+        live = {i: leaves[name] for i, name in self.flow.parameters.items()}
+        fixed = {i: t.detach() for i, t in self.sweep.predictions.items()}
+        pinned = {i: t for i, t in fixed.items() if not graph.written(i)}
+        inner = list(self.sweep.inner)
         assert graph.loss is not None
-        feed = {**_data(setting), **{named[n]: leaf for n, leaf in leaves.items()}}
         with torch.enable_grad():
-            (value,) = graph.run(feed, [graph.loss.index], keep=keep, steps=graph.steps)
-        if not value.requires_grad:
-            return {}
-        grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
-        return {n: g for n, g in zip(leaves, grads, strict=True) if g is not None and bool((g != 0).any())}
+            read = graph.run(_data(setting) | live, inner, keep=pinned, steps=graph.forward_steps) if inner else []
+            feed = _data(setting) | live | dict(zip(inner, read, strict=True)) | fixed
+            (value,) = graph.run(feed, [graph.loss.index], keep=_noise(graph), steps=graph.loss_steps)
+        return _nonzero_gradients(value, leaves)
 
 
 class Ran(Source):
-    """The model itself, run once; every sample is a column of its own."""
+    """The model itself (or its recording, ``replayed``), run once; every sample is a column of its own."""
 
-    def __init__(self, setting: Setting, parameters: Mapping[str, Tensor]) -> None:
-        self.setting, self.parameters = setting, parameters
-        program = setting.program
-        with untouched(program.modules, setting.graph.rng), torch.enable_grad():
-            output = program.predict(setting.inputs)
-        leaves = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
-        at = {r.index: t for r, t in zip(setting.graph.predictions, leaves, strict=True)}
+    def __init__(self, setting: Setting, parameters: Mapping[str, Tensor], replayed: bool = False) -> None:
+        self.setting, self.parameters, self.replayed = setting, parameters, replayed
+        self.inner: dict[int, Tensor] = {}
+        at = self._replay() if replayed else self._run()
         self.predictions = {i: at[i] for i in setting.axes if at[i].requires_grad}
-        self.output = output
-        self.cotangents = _cotangents(setting, {i: t.detach() for i, t in self.predictions.items()}, {})
+        self.cotangents = _cotangents(setting, {i: t.detach() for i, t in self.predictions.items()}, self.inner)
+
+    def _run(self) -> dict[int, Tensor]:
+        setting, program = self.setting, self.setting.program
+        with untouched(program.modules, setting.graph.rng), torch.enable_grad():
+            self.output = program.predict(setting.inputs)
+        leaves = [t for t in tree_leaves(self.output) if isinstance(t, Tensor)]
+        return {r.index: t for r, t in zip(setting.graph.predictions, leaves, strict=True)}
+
+    def _replay(self) -> dict[int, Tensor]:
+        graph = self.setting.graph
+        self.leaves = {n: p.detach().requires_grad_() for n, p in self.parameters.items()}
+        self.parameters = self.leaves
+        live = {i: self.leaves[v.name] for i, v in enumerate(graph.values)
+                if v.kind == "parameters" and v.name in self.leaves}  # fmt: skip
+        wanted = [*self.setting.axes, *graph.read_by_loss(self.setting.axes)]
+        with torch.enable_grad():
+            outs = graph.run(_data(self.setting) | live, wanted, steps=graph.forward_steps)
+        found = dict(zip(wanted, outs, strict=True))
+        self.inner = {i: t for i, t in found.items() if i not in self.setting.axes}
+        return found
 
     def parts(self, plan: Chunks, outs: Mapping[str, Tensor]) -> Iterator[tuple[str, Part]]:
         for n in range(self.setting.samples):
@@ -230,27 +293,45 @@ class Ran(Source):
             return {}
         gs = list(cotangents.values())
         grads = torch.autograd.grad(outputs, wanted, gs, retain_graph=True, allow_unused=True)
-        return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(self.parameters.items(), grads, strict=True)}
+        return {
+            n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(self.parameters.items(), grads, strict=True)
+        }
 
     def weighted_sum(self, weights: Tensor) -> dict[str, Tensor]:
         def scaled(i: int, g: Tensor) -> Tensor:
-            rows = self._axis(i).split(g)
-            return self._axis(i).join(rows * weights.to(rows.dtype).reshape(-1, *[1] * (rows.ndim - 1)))
+            return self._axis(i).scaled(g, weights)
 
         zero = {n: torch.zeros_like(p) for n, p in self.parameters.items()}
         return zero | self._pull({i: scaled(i, g) for i, g in self.cotangents.items()})
 
+    def sites(self) -> list[SitePlan]:
+        return [SitePlan((n,), "", "", "by autograd", "model") for n in self.parameters]
+
+    def pullbacks(self, plan: Chunks) -> tuple[int, int]:
+        return self.setting.samples, 1
+
     def rest(self) -> dict[str, Tensor]:
         if self.setting.split:
             return {}
+        if self.replayed:
+            return Recorded(self.setting, self.parameters, "component").rest()
         leaves, spec = tree_flatten(self.output)
         at = iter([r.index for r in self.setting.graph.predictions])
         cut = [t.detach() if isinstance(t, Tensor) and next(at) in self.setting.axes else t for t in leaves]
-        value = _loss(self.setting, tree_unflatten(cut, spec))
-        if not value.requires_grad:
-            return {}
-        grads = torch.autograd.grad(value, list(self.parameters.values()), allow_unused=True)
-        return {n: g for n, g in zip(self.parameters, grads, strict=True) if g is not None and bool((g != 0).any())}
+        return _nonzero_gradients(_loss(self.setting, tree_unflatten(cut, spec)), self.parameters)
+
+
+def _nonzero_gradients(value: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if not value.requires_grad:
+        return {}
+    grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+    return {n: g for n, g in zip(leaves, grads, strict=True) if g is not None and bool((g != 0).any())}
+
+
+def _noise(graph: Graph) -> dict[int, Tensor]:
+    """What was drawn in the loss when it was recorded."""
+    refs = [r for s in graph.loss_steps if s.noise for r in s.outs if r is not None]
+    return {r.index: v for r in refs if (v := graph.values[r.index].concrete) is not None}
 
 
 def _data(setting: Setting) -> dict[int, Tensor]:
@@ -264,16 +345,16 @@ def _cotangents(setting: Setting, predictions: Mapping[int, Tensor], inner: Mapp
     leaves = {i: t.detach().requires_grad_() for i, t in predictions.items() if t.is_floating_point() or t.is_complex()}
     graph = setting.graph
     with torch.enable_grad():
-        if setting.own_loss or any(s.noise for s in graph.loss_steps):
-            noise = {r.index: v for s in graph.loss_steps if s.noise for r in s.outs
-                     if r is not None and (v := graph.values[r.index].concrete) is not None}  # fmt: skip
+        if setting.own_loss or inner or any(s.noise for s in graph.loss_steps):
             assert graph.loss is not None
             outside = {i: setting.program.parameters[v.name].detach() for i, v in enumerate(graph.values)
                        if v.kind == "parameters"}  # fmt: skip
-            feed = {**outside, **_data(setting), **inner, **predictions, **leaves}
-            (value,) = graph.run(feed, [graph.loss.index], keep=noise, steps=graph.loss_steps)
+            constant = {i: t.detach() for i, t in inner.items()}
+            feed = {**outside, **_data(setting), **constant, **predictions, **leaves}
+            (value,) = graph.run(feed, [graph.loss.index], keep=_noise(graph), steps=graph.loss_steps)
         else:
-            value = _loss(setting, _filled(setting, leaves))
+            copied = any(s.writes for s in graph.loss_steps)
+            value = _loss(setting, _filled(setting, {i: t.clone() if copied else t for i, t in leaves.items()}))
     if not value.requires_grad or not leaves:
         return {}
     grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
@@ -297,6 +378,41 @@ def _loss(setting: Setting, output: Any) -> Tensor:
         value = loss(output, targets) if targets is not None else loss(output)
     assert isinstance(value, Tensor)
     return value
+
+
+# --- trust ----------------------------------------------------------------------------------------
+
+ROUNDING = {torch.float64: 1e-8, torch.complex128: 1e-8, torch.float32: 2e-3, torch.complex64: 2e-3}
+
+
+def trusted(source: Recorded) -> bool:
+    """Whether the planned sweep gives what a plain backward pass gives, for random weights of the samples.
+
+    Rows by component are linear in the cotangents of the samples: sums with random weights that agree, agree for all
+    weights but a set of measure zero. Frozen rows are held against a replay with frozen statistics, copy rows by their
+    sum. Cost: about two backward passes; the answer is kept with the plan.
+    """
+    setting, flow_ = source.setting, source.flow
+    key = (tuple(source.parameters), flow_.by)
+    if key not in setting.trust:
+        generator = torch.Generator().manual_seed(0)
+        weights = torch.rand(setting.samples, generator=generator, dtype=torch.float64) + 0.5
+        weights = torch.ones_like(weights) if flow_.by == "copy" else weights
+        dtype = next(iter(source.parameters.values())).dtype
+        weights = weights.to(next(iter(source.parameters.values())).device, _real(dtype))
+        setting.trust[key] = _agree(source.weighted_sum(weights), source.sweep.plainly(source.cotangents, weights))
+    return setting.trust[key]
+
+
+def _agree(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
+    largest = max((float(g.abs().max()) for g in expected.values() if g.numel()), default=0.0)
+    for name, g in expected.items():
+        if g.numel():
+            error = float((found[name] - g).abs().max())
+            bound = ROUNDING.get(g.dtype, 0.1)
+            if not error <= bound * max(float(g.abs().max()), 0.1 * bound * largest, 1e-300) and largest < float("inf"):
+                return False
+    return True
 
 
 # --- answering ------------------------------------------------------------------------------------
@@ -329,44 +445,60 @@ def answer(
         samples, {n: tuple(p.shape) for n, p in parameters.items()}, label.by, label.kind, label.note, label.weights,
         like, gradient, source.weighted_sum, source.rest, out,
     )  # fmt: skip
-    basic = _basics(quantities)
+    asked = [_Asked.of(q) for q in quantities]
+    basic = _basics(asked)
     collectors: dict[Basic, Collector] = {q: q.start(about) for q in basic}
     if basic:
         _feed(source, collectors, parameters, samples, memory, out)
     found: dict[Quantity, Any] = {q: c.finish() for q, c in collectors.items()}
-    return [_value(q, found, about) for q in quantities]
+    return [a.value(found, about) for a in asked]
 
 
 def _real(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16, torch.float32, torch.complex64) else torch.float64
 
 
-def _basics(quantities: Sequence[Quantity]) -> list[Basic]:
+def is_moment(quantity: Quantity) -> bool:
+    """It, or something it is made from, is a statistic over samples."""
+    below = quantity.bases() if isinstance(quantity, Derived) else ()
+    return quantity.moment or any(is_moment(b) for b in below)
+
+
+@dataclass
+class _Asked:
+    """A quantity, and those it is made from, as they were at the start of the question."""
+
+    quantity: Quantity
+    bases: list[_Asked]
+
+    @staticmethod
+    def of(quantity: Quantity) -> _Asked:
+        below = quantity.bases() if isinstance(quantity, Derived) else ()
+        return _Asked(quantity, [_Asked.of(b) for b in below])
+
+    def basics(self) -> list[Basic]:
+        if isinstance(self.quantity, Basic):
+            return [self.quantity]
+        return [b for asked in self.bases for b in asked.basics()]
+
+    def value(self, found: dict[Quantity, Any], about: About) -> Any:
+        if self.quantity not in found:
+            assert isinstance(self.quantity, Derived)
+            found[self.quantity] = self.quantity.combine(about, *(b.value(found, about) for b in self.bases))
+        return found[self.quantity]
+
+
+def _basics(asked: Sequence[_Asked]) -> list[Basic]:
     """The basic quantities behind all that is asked, each once; rows first, so that others find them formed."""
-    out: list[Basic] = []
-    for q in quantities:
-        for b in _basics(q.bases()) if isinstance(q, Derived) else [q]:
-            assert isinstance(b, Basic)
-            if b not in out:
-                out.append(b)
-    return sorted(out, key=lambda b: b.needs != "rows")
-
-
-def _value(quantity: Quantity, found: dict[Quantity, Any], about: About) -> Any:
-    if quantity not in found:
-        assert isinstance(quantity, Derived)
-        found[quantity] = quantity.combine(about, *(_value(b, found, about) for b in quantity.bases()))
-    return found[quantity]
+    found = dict.fromkeys(b for a in asked for b in a.basics())
+    return sorted(found, key=lambda b: b.needs != "rows")
 
 
 def _feed(
     source: Source, collectors: Mapping[Basic, Collector], parameters: Mapping[str, Tensor], samples: int, memory: int,
     out: Mapping[str, Tensor],
 ) -> None:  # fmt: skip
-    from unbatch.quantities import Gradients
-
-    needs = frozenset(q.needs for q in collectors)
-    chunks = Chunks(needs, memory, Gradients() in collectors, any(q.pairs for q in collectors))
+    chunks = _chunks(list(collectors), memory)
     seen = set()
     for name, part in source.parts(chunks, out):
         seen.add(name)
@@ -374,9 +506,36 @@ def _feed(
             collector.take(name, part)
     for name in [n for n in parameters if n not in seen]:
         zero = parameters[name].detach().new_zeros(1, *parameters[name].shape).expand(samples, *parameters[name].shape)
-        part = Part(slice(0, samples), zero.clone() if Gradients() in collectors else zero)
+        part = Part(slice(0, samples), zero.clone() if chunks.keep else zero)
         for collector in collectors.values():
             collector.take(name, part)
+
+
+def planned(
+    source: Source, quantities: Sequence[Quantity], parameters: Mapping[str, Tensor], samples: int, by: str, memory: int
+) -> Plan:
+    """What ``answer`` would do, in numbers and words."""
+    chunks = _chunks(_basics([_Asked.of(q) for q in quantities]), memory)
+    passes, at_once = source.pullbacks(chunks)
+    sites = source.sites()
+    row = sum(p.numel() * p.element_size() for p in parameters.values())
+    largest = max(p.numel() * p.element_size() for p in parameters.values())
+    results = samples * row if chunks.keep else row
+    temporary = at_once * row if passes > 1 else 0 if chunks.keep else min(samples * largest, min(memory, CHUNK))
+    ways = {s.way for s in sites}
+    reasons = {
+        "model": "Tensor hooks or custom derivatives make the recording differ from the model.",
+        "columns": "Samples listen to each other, so each is a column of its own below the last place where they do.",
+        "projected": "Samples meet in one place only, of which the closed form is known.",
+    }
+    ways |= {"columns"} if "pooled" in ways else set()
+    reason = next((text for way, text in reasons.items() if way in ways), "One sweep serves all samples.")
+    return Plan(by, samples, tuple(sites), passes, at_once, results, temporary, memory, reason)
+
+
+def _chunks(basics: Sequence[Basic], memory: int) -> Chunks:
+    keep = any(isinstance(q, Gradients) for q in basics)
+    return Chunks(frozenset(q.needs for q in basics), memory, keep, any(q.pairs for q in basics))
 
 
 def available_memory() -> int:

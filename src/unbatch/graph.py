@@ -6,7 +6,7 @@ recording is made, or about samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -107,6 +107,7 @@ class Graph:
     predictions: list[Ref] = field(default_factory=list)
     loss: Ref | None = None
     after_cut: frozenset[int] = frozenset()  # the steps that belong to the loss; all others belong to the model
+    own_loss: bool = False  # the model computes the loss itself
     model_steps: int = 0  # how many steps were recorded when the model returned
     rng: tuple[Any, ...] = ()
     dynamic: frozenset[int] = frozenset()  # values whose shape depends on what is in other values
@@ -207,11 +208,23 @@ class Graph:
             for old, new in step.writes:
                 if new.index in keep:
                     env[old.index].copy_(keep[new.index])
-                env[new.index] = env[old.index]
+                if new.index in env:  # what the op returned, which may not be what it was given
+                    env[old.index] = env[new.index]
+                else:
+                    env[new.index] = env[old.index]
             for dead in last.get(step.index, ()):
                 if dead not in alive:
                     env.pop(dead, None)
         return [get(Ref(w)) for w in wanted]
+
+    def written(self, value: int) -> bool:
+        """Its memory is written to."""
+        return self.values[value].storage in self._written
+
+    def read_by_loss(self, but: Collection[int]) -> list[int]:
+        """Values that the model makes and the loss reads, beside ``but``."""
+        made = {r.index for s in self.forward_steps for r in [*s.outs, *(new for _, new in s.writes)] if r}
+        return sorted({r.index for s in self.loss_steps for r in s.refs()} & made - set(but))
 
     @cached_property
     def _written(self) -> frozenset[int]:

@@ -45,6 +45,11 @@ class Layout:
             out = out.index_select(self.dim, back)
         return out
 
+    def scaled(self, t: Tensor, weights: Tensor) -> Tensor:
+        """The entries of sample n times ``weights[n]``."""
+        rows = self.split(t)
+        return self.join(rows * weights.to(rows.dtype).reshape(-1, *[1] * (rows.ndim - 1)))
+
     def only(self, t: Tensor, first: int, last: int) -> Tensor:
         """``[k, *t.shape]``: copy k keeps the entries of sample ``first + k`` and is zero elsewhere."""
         count = last - first
@@ -61,6 +66,9 @@ class Scattered:
     owner: Tensor
     samples: int
     dim: int = -1
+
+    def scaled(self, t: Tensor, weights: Tensor) -> Tensor:
+        return t * weights.to(t)[self.owner.to(t.device)]
 
     def only(self, t: Tensor, first: int, last: int) -> Tensor:
         """As for a layout: copy k keeps the entries of sample ``first + k``."""

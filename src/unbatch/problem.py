@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,9 +17,20 @@ from unbatch import capture, errors, rules
 from unbatch.capture import Program
 from unbatch.crosstalk import Crosstalk, crosstalk
 from unbatch.errors import CaptureError, InputError, MixedSamplesWarning, StructureError
-from unbatch.gradients import Label, Ran, Recorded, Setting, Source, answer, available_memory
+from unbatch.gradients import (
+    Label,
+    Ran,
+    Recorded,
+    Setting,
+    Source,
+    answer,
+    available_memory,
+    is_moment,
+    planned,
+)
 from unbatch.graph import Graph
 from unbatch.oracle import Oracle
+from unbatch.plan import Plan
 from unbatch.purity import untouched
 from unbatch.quantities import Gradients, Quantity
 from unbatch.results import Rows
@@ -26,6 +39,7 @@ from unbatch.tree import Selection, select
 from unbatch.verdicts import Structure
 from unbatch.verify import Verification, settle, verify
 from unbatch.walk import forward_marks
+from unbatch.weights import weights
 from unbatch.witness import unfaithful
 
 _ASSUMED_MODULES: dict[int, nn.Module] = {}
@@ -170,7 +184,7 @@ class Problem:
         "frozen" (components with batch statistics held constant). Without mixing they are the same, called per-sample;
         ``.kind`` says what they are. Component and copy rows sum to ``∇L``, with ``.rest`` where parameters reach the
         loss beside the predictions. ``parameters``: names, globs or tensors. ``memory``: bytes for temporaries, by
-        default a quarter of what is free. ``out``: tensors ``[N, *param]`` by name (an earlier result, say) to write to.
+        default a quarter of what is free. ``out``: tensors ``[N, *param]`` to write to, by name.
 
         Raises ``InputError`` for what does not fit, ``StructureError`` where the rows do not exist.
         """
@@ -196,6 +210,21 @@ class Problem:
             raise InputError(errors.MSG_QUANTITY.format(value=wrong))
         results = self._answer(quantities, by, parameters, memory, None)
         return results[0] if len(results) == 1 else tuple(results)
+
+    def plan(
+        self,
+        *quantities: Quantity,
+        by: str = "component",
+        parameters: Selection = None,
+        memory: int | None = None,
+    ) -> Plan:
+        """What ``compute`` of the same arguments (by default ``gradients``) would do, and why; printable.
+
+        Cost: one forward and one backward pass.
+        """
+        kept, chosen, budget = self._asked(by, parameters, memory)
+        source = self._source(kept, self._judged(kept), by, chosen)
+        return planned(source, quantities or [Gradients()], chosen, self.samples, by, budget)
 
     def with_batch(self, inputs: Any, targets: Any = None) -> Problem:
         """The same problem on other data of the same shapes, without recording it again.
@@ -317,17 +346,23 @@ class Problem:
         memory: int | None,
         out: Mapping[str, Tensor] | None,
     ) -> list[Any]:
-        if by not in ("component", "copy", "frozen"):
-            raise InputError(errors.MSG_BY.format(value=by))
-        chosen = select(self._refreshed().parameters, parameters)
-        budget, buffers = _check_memory(memory), _check_out(out, chosen, self.samples)
-        kept = self._capture()
+        kept, chosen, budget = self._asked(by, parameters, memory)
+        buffers = _check_out(out, chosen, self.samples)
         structure = self._judged(kept)
-        label = _label(structure, by)
+        label = _label(structure, by, weights(kept.graph, self.samples) if structure.reduction else None)
         _warn(structure, quantities, label)
         source = self._source(kept, structure, by, chosen)
-        with torch.no_grad():
+        with torch.no_grad(), _precision_of_recording():
             return answer(source, quantities, chosen, self.samples, label, budget, buffers)
+
+    def _asked(
+        self, by: str, parameters: Selection, memory: int | None
+    ) -> tuple[_Kept, dict[str, Tensor], int]:  # fmt: skip
+        """The recording, the parameters and the budget of a question, once its arguments are seen to be sound."""
+        if by not in ("component", "copy", "frozen"):
+            raise InputError(errors.MSG_BY.format(value=by))
+        chosen, budget = select(self._refreshed().parameters, parameters), _check_memory(memory)
+        return self._capture(), chosen, budget
 
     def _source(self, kept: _Kept, structure: Structure, by: str, chosen: Mapping[str, Tensor]) -> Source:
         setting = self._setting(kept)
@@ -336,7 +371,7 @@ class Problem:
         if self.samples > 1 and setting.faithful:
             return Recorded(setting, chosen, by)
         alike = self.samples == 1 or bool(structure.independent_forward)
-        if setting.own_loss and not setting.faithful or not (alike or by == "component"):
+        if (setting.own_loss and not setting.faithful) or not (alike or by == "component"):
             raise StructureError(errors.MSG_NOT_REPLAYED.format(by=by, why=kept.replays))
         return Recorded(setting, chosen, "component") if setting.own_loss else Ran(setting, chosen)
 
@@ -344,8 +379,9 @@ class Problem:
         if kept.setting is None:
             findings = self._oracle(kept).findings
             kept.setting = Setting(
-                self.program, kept.graph, findings.forward, forward_marks(kept.graph, self._dims), self.samples, findings.leading, self.inputs, self.targets,
-                kept.output, not kept.replays, bool(self._judged(kept).canonical_split),
+                self.program, kept.graph, findings.forward, forward_marks(kept.graph, self._dims), self.samples,
+                findings.leading, self.inputs, self.targets, kept.output, not kept.replays,
+                bool(self._judged(kept).canonical_split),
             )  # fmt: skip
         return kept.setting
 
@@ -377,22 +413,20 @@ class Problem:
 # --- what rows are called -----------------------------------------------------------------------
 
 
-def _label(s: Structure, by: str) -> Label:
+def _label(s: Structure, by: str, weights_: Tensor | None) -> Label:
     apart = bool(s.independent_forward) and bool(s.simd_loss)
     kind = "per-sample" if apart else {"component": "per-component", "copy": "per-copy"}.get(by, by)
     factor = apart and not (s.reduction and not s.reduction.weights_depend_on)
-    return Label(by, kind, "up to a factor that depends on the batch" if factor else "", None)
+    return Label(by, kind, "up to a factor that depends on the batch" if factor else "", weights_)
 
 
 def _warn(s: Structure, quantities: Sequence[Quantity], label: Label) -> None:
-    asked = [type(q).__name__ for q in quantities if q.moment]
+    asked = [type(q).__name__ for q in quantities if is_moment(q)]
     lost = [v.name for v in (s.simd_forward, s.reduction, s.simd_loss) if not v]
     if s.reduction and s.reduction.weights_depend_on:
         lost.append("weights that depend on no other sample")
     if asked and lost:
-        text = errors.MSG_MIXED_MOMENT.format(
-            what=", ".join(asked), kind=label.kind, lost=", ".join(lost), n=s.samples
-        )
+        text = errors.MSG_MIXED_MOMENT.format(what=", ".join(asked), kind=label.kind, lost=", ".join(lost), n=s.samples)
         warnings.warn(text, MixedSamplesWarning, stacklevel=4)
 
 
@@ -447,24 +481,36 @@ def _check_dims(what: str, tree: Any, dims: list[int | None]) -> None:
             raise InputError(errors.MSG_NO_AXIS.format(what=what, shape=tuple(leaf.shape), axis=d))
 
 
+@contextmanager
+def _precision_of_recording() -> Iterator[None]:
+    """Casts were recorded where they happened; an autocast around the question has done its work."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
+
+
 def _check_memory(memory: int | None) -> int:
     if memory is None:
         return available_memory()
-    if isinstance(memory, bool) or not isinstance(memory, int | float) or memory <= 0:
+    if isinstance(memory, bool) or not isinstance(memory, int | float) or not memory > 0:
         raise InputError(errors.MSG_MEMORY.format(value=memory))
-    return int(memory)
+    return int(min(memory, sys.maxsize))
 
 
 def _check_out(out: Mapping[str, Tensor] | None, chosen: Mapping[str, Tensor], samples: int) -> dict[str, Tensor]:
     if out is None:
         return {}
+    if not isinstance(out, Mapping):
+        raise InputError(errors.MSG_OUT.format(what=f"it is a {type(out).__name__}"))
     for name, p in chosen.items():
         given = out.get(name)
         if given is None:
             raise InputError(errors.MSG_OUT.format(what=f"there is nothing for {name!r}"))
+        if not isinstance(given, Tensor):
+            raise InputError(errors.MSG_OUT.format(what=f"{name!r} is a {type(given).__name__}"))
         want = (samples, *p.shape)
         if tuple(given.shape) != want or given.dtype != p.dtype or given.device != p.device:
-            what = f"{name!r} is {tuple(given.shape)} {given.dtype} on {given.device} where {want} {p.dtype} is needed"
+            found = f"{name!r} is {tuple(given.shape)} {given.dtype} on {given.device}"
+            what = f"{found} where {want} {p.dtype} on {p.device} is needed"
             raise InputError(errors.MSG_OUT.format(what=what))
     return {n: out[n] for n in chosen}
 

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unbatch.contractions import wide
+from unbatch.contractions import vectors, wide
+from unbatch.errors import MSG_HISTOGRAM, MSG_MAX_NORM, InputError
 from unbatch.results import ByParameter, Histograms, Rows, SquaredNorms
 from unbatch.sweep import Part
 
@@ -47,13 +48,13 @@ class About:
         return cls({n: tensors[n] for n in self.shapes}, self.by, self.kind, self.note)
 
 
-class Quantity(ABC):
+class Quantity:
     """Something to ask about rows. ``moment``: it is a statistic over samples, and warns where samples mix."""
 
     moment = False
 
 
-class Basic(Quantity):
+class Basic(Quantity, ABC):
     """Fed with parts. ``needs``: which method of a part it calls, so that rows are formed only if they must be."""
 
     needs = "rows"
@@ -72,14 +73,14 @@ class Collector(ABC):
 
     @abstractmethod
     def take(self, name: str, part: Part) -> None:
-        """Rows of one parameter for the samples ``part.where``."""
+        """Rows of one parameter for the samples ``part.where``; overwritten afterwards, so copy what you keep."""
 
     @abstractmethod
     def finish(self) -> Any:
         """The result."""
 
 
-class Derived(Quantity):
+class Derived(Quantity, ABC):
     """A function of other quantities."""
 
     @abstractmethod
@@ -160,7 +161,7 @@ class Projections(Basic):
 
     def start(self, about: About) -> Collector:
         gradient = about.gradient()
-        return _PerSample(about, lambda n, part: wide(part.rows()).flatten(1) @ wide(gradient[n]).flatten())
+        return _PerSample(about, lambda n, part: vectors(part.rows()) @ vectors(gradient[n][None])[0])
 
 
 @dataclass(frozen=True)
@@ -270,6 +271,10 @@ class Histogram(Basic):
     low: float = -1.0
     high: float = 1.0
 
+    def __post_init__(self) -> None:
+        if self.bins < 1 or not self.low < self.high:
+            raise InputError(MSG_HISTOGRAM.format(bins=self.bins, low=self.low, high=self.high))
+
     def start(self, about: About) -> Collector:
         return _Histogram(about, self)
 
@@ -283,7 +288,7 @@ class _Histogram(Collector):
 
     def take(self, name: str, part: Part) -> None:
         asked = self.asked
-        entries = wide(part.rows()).flatten() * self.about.samples
+        entries = vectors(part.rows()).flatten() * self.about.samples
         inside = torch.histc(entries, asked.bins, asked.low, asked.high).long()
         before = self.counts.get(name)
         self.counts[name] = inside if before is None else before + inside
@@ -310,6 +315,10 @@ class ClippedSum(Derived):
 
     max_norm: float
 
+    def __post_init__(self) -> None:
+        if not self.max_norm > 0:
+            raise InputError(MSG_MAX_NORM.format(value=self.max_norm))
+
     def bases(self) -> Sequence[Quantity]:
         return (Norms(),)
 
@@ -322,7 +331,7 @@ class ClippedSum(Derived):
 
 @dataclass(frozen=True)
 class SignalToNoise(Derived):
-    """``mean² / variance`` of the rows, entry by entry: ``[*param]`` (Liu et al. 2020, GSNR); infinite without noise."""
+    """``mean² / variance`` of the rows, entry by entry: ``[*param]``; infinite without noise (Liu et al. 2020)."""
 
     moment = True
 
@@ -332,9 +341,20 @@ class SignalToNoise(Derived):
     def combine(self, about: About, *results: Any) -> ByParameter:
         (variance,) = results
         gradient = about.gradient()
-        ratio = {n: (wide(gradient[n]) / about.samples).square() / variance[n] for n in about.shapes}
-        result: ByParameter = about.result({n: r.nan_to_num(nan=0.0, posinf=float("inf")) for n, r in ratio.items()})
+        means = {n: (wide(gradient[n]) / about.samples).abs().square() for n in about.shapes}
+        felt = _felt({n: means[n] + variance[n] for n in about.shapes})
+        ratio = {n: torch.where(felt[n], means[n] / variance[n], 0.0) for n in about.shapes}
+        result: ByParameter = about.result(ratio)
         return result
+
+
+def _felt(moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Entries whose second moment is more than the square of rounding in the largest.
+
+    A bias right below a batch norm, say, has rows that are zero but for rounding: its signal and its noise are nothing.
+    """
+    largest = max((float(m.max()) for m in moments.values() if m.numel()), default=0.0)
+    return {n: m > (64 * torch.finfo(m.dtype).eps) ** 2 * largest for n, m in moments.items()}
 
 
 def _squared(tensors: Mapping[str, Tensor]) -> Tensor:
@@ -368,7 +388,9 @@ def _ratios(about: About, norms: SquaredNorms, projections: SquaredNorms) -> tup
 
 @dataclass(frozen=True)
 class NormTest(Derived):
-    """``(Σ‖g_n‖²/‖ḡ‖² − N) / (N(N − 1))``, a number (Byrd et al. 2012; as in Cockpit, Schneider et al. 2021, C.3)."""
+    """``(Σ‖g_n‖²/‖ḡ‖² − N) / (N(N − 1))``, a number: the square of the least radius that passes
+    (Byrd et al. 2012, equation 3.9; Cockpit, Schneider et al. 2021, reports its root).
+    """
 
     moment = True
 
@@ -382,7 +404,9 @@ class NormTest(Derived):
 
 @dataclass(frozen=True)
 class InnerProductTest(Derived):
-    """``(Σ⟨g_n, ḡ⟩²/‖ḡ‖⁴ − N) / (N(N − 1))``, a number (Bollapragada et al. 2018; Cockpit, C.3)."""
+    """``(Σ⟨g_n, ḡ⟩²/‖ḡ‖⁴ − N) / (N(N − 1))``, a number: the square of the least
+    radius that passes (Bollapragada et al. 2018; Cockpit reports its root).
+    """
 
     moment = True
 
@@ -396,7 +420,9 @@ class InnerProductTest(Derived):
 
 @dataclass(frozen=True)
 class OrthogonalityTest(Derived):
-    """``Σ(‖g_n‖²/‖ḡ‖² − ⟨g_n, ḡ⟩²/‖ḡ‖⁴) / (N(N − 1))``, a number (Bollapragada et al. 2018; Cockpit, C.3)."""
+    """``Σ(‖g_n‖²/‖ḡ‖² − ⟨g_n, ḡ⟩²/‖ḡ‖⁴) / (N(N − 1))``, a number: the square of the least
+    radius that passes (Bollapragada et al. 2018; Cockpit reports its root).
+    """
 
     moment = True
 
@@ -412,7 +438,8 @@ class OrthogonalityTest(Derived):
 class EarlyStopping(Derived):
     """``1 − (N/D) Σ_p ḡ_p²/s_p²``, ``s²`` the unbiased variance of the ``g_n``: a number; stop when it is positive.
 
-    The evidence-based criterion of Mahsereci et al. 2017 (equation 9); entries without noise are left out.
+    The evidence-based criterion of Mahsereci et al. 2017, "Early stopping without a validation set". The sum, and its
+    ``D``, are over the entries that have noise at all; Cockpit adds 1e-5 to the variance of the others.
     """
 
     moment = True
@@ -423,7 +450,7 @@ class EarlyStopping(Derived):
     def combine(self, about: About, *results: Any) -> Tensor:
         n, (variance,) = about.samples, results
         gradient = about.gradient()
-        mean = torch.cat([wide(gradient[k]).flatten() for k in about.shapes])
-        spread = variance.flat() * n**3 / (n - 1)
-        noisy = spread > 0
-        return 1 - n / noisy.sum().clamp_min(1) * (mean[noisy].square() / spread[noisy]).sum()
+        noisy = torch.cat([f.flatten() for f in _felt(variance).values()])
+        mean = torch.cat([wide(gradient[k]).flatten() for k in about.shapes])[noisy]
+        spread = variance.flat()[noisy] * n**3 / (n - 1)
+        return 1 - n * (mean.abs().square() / spread).mean() if len(spread) else spread.new_ones(())

@@ -103,8 +103,8 @@ class _Planner:
         for step in graph.forward_steps:
             if self._on_path(step):
                 self._place(step)
-        for step in {s.step for s in plan.sites}:
-            self._keep_layouts(self._outs(graph.steps[step]))
+        for number in {s.step for s in plan.sites}:
+            self._keep_layouts(self._outs(graph.steps[number]))
         self._keep_layouts(plan.seeds)
         return plan
 
@@ -124,7 +124,7 @@ class _Planner:
     def layout(self, i: int) -> Layout | Scattered | None:
         marks = self.marks(i)
         found = layout_of(marks, self.plan.samples)
-        if found is None and marks.owned and not (marks.owner < SHARED).any():
+        if found is None and marks.owned and (marks.owner >= 0).all():
             owner = np.broadcast_to(marks.owner, marks.shape).astype(np.int64)
             return Scattered(torch.from_numpy(owner.copy()), self.plan.samples)
         return found
@@ -256,7 +256,7 @@ class _Planner:
             self.plan.sites += [Site(step.index, operand, n, "local") for n in _argument_names(step, operand)]
             self._note_spanning(step, operand, outs[0])
         elif component:
-            self._columns(step, operand, "projected" if self._below_norm(step, outs) else "columns")
+            self._columns(step, operand, "projected" if self._below_norm(step, operand, outs) else "columns")
         else:
             raise self._refused(step, MSG_NOT_COPY if self.plan.by == "copy" else MSG_NOT_FROZEN)
 
@@ -265,9 +265,14 @@ class _Planner:
         if not self.marks(operand).depends_on_batch:
             self.plan.sites += [Site(step.index, operand, n, way) for n in _argument_names(step, operand)]
 
-    def _below_norm(self, step: Step, outs: Sequence[int]) -> bool:
+    def _below_norm(self, step: Step, operand: int, outs: Sequence[int]) -> bool:
         """The result goes into a batch norm, and nowhere else, that is the topmost place of mixing."""
-        users = [s for s in self.graph.forward_steps if any(r.index in outs for r in s.refs())]
+        users = [s for s in self.graph.steps if any(r.index in outs for r in s.refs())]
+        transposed = step.name == "convolution" and step.args[6]
+        bias = self.graph.values[operand].shape[-1:] if _argument_names(step, operand) == ["self"] else None
+        odd = bias is not None and bias != self.graph.values[outs[0]].shape[-1:] and step.name == "addmm"
+        if transposed or odd or outs[0] in self.plan.predictions:
+            return False
         if step.name not in ("addmm", "mm", "convolution") or len(users) != 1 or len(outs) != 1:
             return False
         (norm,) = users

@@ -94,7 +94,7 @@ def judge(
     harmless: Callable[[Escape], bool] = lambda e: False,
 ) -> tuple[Structure, Findings]:
     """Walk over model and loss and say what is proved. Where the model computes its own loss, find the cut first."""
-    own = graph.loss is not None and not graph.after_cut
+    own = graph.own_loss and not graph.after_cut
     leading = all(d in (0, None) for d in dims)
     forward = walk(graph, samples, forward_marks(graph, dims), graph.steps if own else graph.forward_steps, assumed)
     entering = split(graph, forward) if own else []

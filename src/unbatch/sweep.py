@@ -19,9 +19,11 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves, tree_map
 
-from unbatch.contractions import Call, Meeting, Pooled, meeting, projected, squares, total_of_squares, wide
+from unbatch.contractions import Call, Meeting, squares, total_of_squares, vectors, wide
 from unbatch.graph import Graph, Ref, Step, flat, is_ref
+from unbatch.kinds import meeting, projected
 from unbatch.layout import Layout
+from unbatch.mixing import Pooled
 from unbatch.sites import Flow, Site
 
 MOVES = ("t", "transpose", "permute", "view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "alias")
@@ -34,12 +36,12 @@ class _Attach(torch.autograd.Function):
     """Lets a value that depends on no leaf have a gradient: it is the first that samples and parameters make."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, anchor: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, value: Tensor, anchor: Tensor) -> Tensor:
         ctx.mark_dirty(value)
         return value
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[None, None]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[None, None]:
         return None, None
 
 
@@ -49,11 +51,11 @@ class _Gate(torch.autograd.Function):
     closed = False
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, value: Tensor) -> Tensor:
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor | None:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> Tensor | None:
         return torch.zeros_like(g) if _Gate.closed else g
 
 
@@ -91,7 +93,7 @@ class Part:
 
     def coordinates(self) -> Tensor:
         """``[k, q]``: the rows, up to one rotation for all samples."""
-        return wide(self.rows()).flatten(1)
+        return vectors(self.rows())
 
     def dots(self) -> Tensor:
         """``[k, k]``."""
@@ -190,6 +192,7 @@ class Sweep:
     norms: dict[int, Call] = field(default_factory=dict)
     meetings: list[tuple[Site, Meeting]] = field(default_factory=list)
     predictions: dict[int, Tensor] = field(default_factory=dict)
+    _pools_made: dict[Site, Pooled] = field(default_factory=dict)
     inner: dict[int, Tensor] = field(default_factory=dict)  # values beside the predictions that the loss reads
     seeds: list[tuple[Any, Any, Tensor]] = field(default_factory=list)  # edge, layout, cotangent
 
@@ -206,12 +209,15 @@ class Sweep:
         self.live = {i: self.leaves[name] for i, name in self.flow.parameters.items()}
         dead = {i: self.leaves[name].detach() for i, name in self.flow.parameters.items()}
         self._anchor = torch.zeros((), requires_grad=True)
-        made = {r.index for s in self.graph.forward_steps for r in [*s.outs, *(new for _, new in s.writes)] if r}
-        used = {r.index for s in self.graph.loss_steps for r in s.refs()} & made - set(self.flow.predictions)
+        used = self.graph.read_by_loss(self.flow.predictions)
         wanted = [*self.flow.predictions, *used]
         with torch.enable_grad():
             outs = self.graph.run(
-                {**self.feed, **dead}, wanted, visit=self._visit, instead=self._instead(), steps=self.graph.forward_steps
+                {**self.feed, **dead},
+                wanted,
+                visit=self._visit,
+                instead=self._instead(),
+                steps=self.graph.forward_steps,
             )
         found = dict(zip(wanted, outs, strict=True))
         self.predictions = {i: found[i] for i in self.flow.predictions}
@@ -219,7 +225,7 @@ class Sweep:
         return {i: t.detach() for i, t in self.predictions.items()}
 
     def _visit(self, i: int, value: Tensor) -> None:
-        if i in self._kept_edges and value.requires_grad:
+        if i in self._kept_edges and i not in self.edges and value.requires_grad:
             self.edges[i] = get_gradient_edge(value)
 
     def _instead(self) -> dict[int, Callable[..., Any]]:
@@ -228,7 +234,10 @@ class Sweep:
         for site in flow.sites:
             sites.setdefault(site.step, []).append(site)
         self._kept_edges = set(flow.seeds)
-        special = set(sites) | flow.frozen_norms | set(flow.gates) | set(flow.projections.values())
+        written = {
+            s.index for s in self.graph.forward_steps if s.writes and any(r and r.index in flow.seeds for r in s.outs)
+        }
+        special = set(sites) | written | flow.frozen_norms | set(flow.gates) | set(flow.projections.values())
         self._kept_edges |= {r.index for i in sites for r in steps[i].outs if r is not None}
         out: dict[int, Callable[..., Any]] = {}
         for i in special:
@@ -265,7 +274,7 @@ class Sweep:
                 return self.live.get(ref.index, value.detach())
             return self.live[ref.index] if ref.index in only else value
 
-        return tuple(_zip_map(choose, r, v) for r, v in ((step.args, args), (step.kwargs, kwargs)))  # type: ignore[return-value]
+        return tuple(_zip_map(choose, r, v) for r, v in ((step.args, args), (step.kwargs, kwargs)))
 
     def _site_step(self, step: Step, sites: Sequence[Site]) -> Callable[..., Any]:
         columns = {s.operand for s in sites if s.way == "columns" and s not in self.pools}
@@ -275,15 +284,21 @@ class Sweep:
         names = [a.name for a in step.op._schema.arguments]
         norms = step.index in self.flow.projections.values()
 
+        mutable = bool(step.writes) and step.op._schema.is_mutable and step.outs[0] is not None
+
         def run(*args: Any, **kwargs: Any) -> Any:
+            home = args[0] if mutable else None
             args, kwargs = self._with_live(step, args, kwargs, columns)
             if gated:
-                args = _zip_map(lambda r, v: _Gate.apply(v) if isinstance(r, Ref) and r.index in gated else v, step.args, args)
+                gate = lambda r, v: _Gate.apply(v) if isinstance(r, Ref) and r.index in gated else v  # noqa: E731
+                args = _zip_map(gate, step.args, args)
             kept = self._keep(step, dict(zip(names, args, strict=False)) | kwargs) if local or norms else {}
+            if home is not None:
+                args = (args[0].clone(), *args[1:])
             result = _frozen_norm(step.op, names, args, kwargs) if norm else step.op(*args, **kwargs)
             outs = flat(result)
             if local and not outs[0].requires_grad:
-                outs[0] = _Attach.apply(outs[0], self._anchor)
+                outs[0] = _attached(outs[0], self._anchor)
                 result = (outs[0], *outs[1:]) if isinstance(result, tuple | list) else outs[0]
             if local or norms:
                 seen = tuple(o.detach() for o in outs if isinstance(o, Tensor))
@@ -291,7 +306,11 @@ class Sweep:
                     self.calls[step.index, site.name] = self._call(step, site, kept, seen)
                 if norms:
                     self.norms[step.index] = Call(step.op, kept, seen, seen[0], "", (Layout(0, self.flow.samples),))
-            return result
+            if home is None:
+                return result
+            assert step.outs[0] is not None
+            self._visit(step.outs[0].index, outs[0])
+            return home.copy_(outs[0])
 
         return run
 
@@ -300,11 +319,18 @@ class Sweep:
         names = [a.name for a in step.op._schema.arguments]
         refs = dict(zip(names, step.args, strict=False)) | step.kwargs
 
+        known: dict[int, Tensor] = {}
+
         def one(ref: Any, value: Any) -> Any:
             if not isinstance(value, Tensor):
                 return value
+            if isinstance(ref, Ref) and ref.index in known:
+                return known[ref.index]
             spoiled = isinstance(ref, Ref) and self._writes.get(self.graph.values[ref.index].storage, -1) >= step.index
-            return value.detach().clone() if spoiled else value.detach()
+            kept = value.detach().clone() if spoiled else value.detach()
+            if isinstance(ref, Ref):
+                known[ref.index] = kept
+            return kept
 
         return {n: _zip_map(one, refs.get(n), a) for n, a in arguments.items()}
 
@@ -367,7 +393,7 @@ class Sweep:
     @cached_property
     def below(self) -> list[str]:
         """The parameters that columns reach by way of autograd."""
-        reached = {n for site in self.flow.columns if site not in self.pools for n in self._made_from(site.operand)}
+        reached = {n for site in self.flow.columns if site not in self.pools for n in self.made_from(site.operand)}
         return [n for n in self.leaves if n in reached]
 
     @cached_property
@@ -375,14 +401,14 @@ class Sweep:
         met: dict[str, int] = {}
         steps = {s.index: s for s in self.graph.forward_steps}
         for site in self.flow.sites:
-            for n in self._made_from(site.operand):
+            for n in self.made_from(site.operand):
                 met[n] = met.get(n, 0) + 1
         out = {}
         for site in self.flow.columns:
             step, path = steps[site.step], self._path(site.operand)
             plain = step.name in ("mm", "addmm") and site.name in ("self", "mat1", "mat2")[step.name == "addmm" :]
             if plain and path is not None and not step.writes and step.outs[0] is not None:
-                (name,) = self._made_from(site.operand)
+                (name,) = self.made_from(site.operand)
                 if met[name] == 1:
                     out[site] = Pool(site, name, partial(_replayed, path), step.outs[0].index)
         return out
@@ -394,15 +420,13 @@ class Sweep:
         for name in list(rows):
             yield name, Part(where, rows.pop(name))
         for site, g in cots.items():
-            pool, met = self.pools[site], self._pooled[site]
-            met.receive([g])
-            met.first = first
-            out = outs[pool.name][where] if pool.name in outs else None
-            yield pool.name, _Direct(where, met, pool.view, out, self.leaves[pool.name].detach())
+            pool, met = self.pools[site], self._pooled(site, g, first)
+            yield pool.name, _Direct(where, met, pool.view, outs.get(pool.name), self.leaves[pool.name].detach())
 
-    @cached_property
-    def _pooled(self) -> dict[Site, Pooled]:
-        return {site: Pooled(self.calls[site.step, site.name]) for site in self.pools}
+    def _pooled(self, site: Site, g: Tensor, first: int) -> Pooled:
+        if site not in self._pools_made:
+            self._pools_made[site] = Pooled(self.calls[site.step, site.name])
+        return self._pools_made[site].of(g, first)
 
     def _from_seeds(self, gs: Sequence[Tensor], count: int) -> tuple[dict[str, Tensor], dict[Site, Tensor]]:
         """Rows by parameter, and for pooled sites the cotangents of their outputs."""
@@ -428,18 +452,43 @@ class Sweep:
         out = {n: torch.zeros_like(leaf) for n, leaf in self.leaves.items()}
         for i in [i for i in sums if i in self.flow.parameters]:
             out[self.flow.parameters[i]] += sums.pop(i)
-        chained = _batched_grad([self.live[i] for i in sums], list(self.leaves.values()), [g[None] for g in sums.values()], 1)
-        scaled = [layout.join(_scaled(layout.split(g), weights))[None] for _, layout, g in self.seeds]
+        chained = _batched_grad(
+            [self.live[i] for i in sums], list(self.leaves.values()), [g[None] for g in sums.values()], 1
+        )
+        scaled = [layout.scaled(g, weights)[None] for _, layout, g in self.seeds]
         rows, cots = self._from_seeds(scaled, 1)
         for n, r in [*zip(out, chained, strict=True), *rows.items()]:
             if r is not None:
                 out[n] += r[0]
         for site, g in cots.items():
-            pool, met = self.pools[site], self._pooled[site]
-            met.receive([g])
-            met.first = 0
+            pool, met = self.pools[site], self._pooled(site, g, 0)
             out[pool.name] += _Direct(slice(0, 1), met, pool.view, None, out[pool.name]).rows()[0]
         return out
+
+    def plainly(self, cotangents: Mapping[int, Tensor], weights: Tensor) -> dict[str, Tensor]:
+        """``Σ_n c_n row_n`` by one plain backward pass of a plain replay: what the sweep has to agree with."""
+        flow, steps = self.flow, {s.index: s for s in self.graph.steps}
+        leaves = {n: p.detach().requires_grad_() for n, p in self.parameters.items()}
+        live = {i: leaves[name] for i, name in flow.parameters.items()}
+        instead: dict[int, Callable[..., Any]] = {i: _norm_held(steps[i]) for i in flow.frozen_norms}
+        for step in self.graph.forward_steps:
+            if any(r is not None and r.index in flow.frozen for r in step.outs):
+                instead[step.index] = _held(step.op)
+        with torch.enable_grad():
+            outs = self.graph.run(
+                {**self.feed, **live}, list(flow.predictions), instead=instead, steps=self.graph.forward_steps
+            )
+        axes = {i: Layout(d, flow.samples) for i, d in flow.predictions.items()}
+        pairs = [
+            (t, axes[i].scaled(cotangents[i], weights))
+            for i, t in zip(flow.predictions, outs, strict=True)
+            if i in cotangents and t.requires_grad
+        ]
+        grads: Sequence[Tensor | None] = [None] * len(leaves)
+        if pairs:
+            tensors, gs = [list(x) for x in zip(*pairs, strict=True)]
+            grads = torch.autograd.grad(tensors, list(leaves.values()), gs, allow_unused=True)
+        return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(leaves.items(), grads, strict=True)}
 
     # -- from operands to parameters --
 
@@ -448,7 +497,7 @@ class Sweep:
         operands: dict[int, list[Meeting]] = {}
         for site, met in self.meetings:
             operands.setdefault(site.operand, []).append(met)
-        sets = [({i}, set(self._made_from(i))) for i in operands]
+        sets = [({i}, set(self.made_from(i))) for i in operands]
         merged: list[tuple[set[int], set[str]]] = []
         for values, names in sets:
             hit = [m for m in merged if m[1] & names]
@@ -465,7 +514,7 @@ class Sweep:
             for values, names in merged
         ]  # fmt: skip
 
-    def _made_from(self, i: int) -> list[str]:
+    def made_from(self, i: int) -> list[str]:
         seen: set[int] = set()
         queue, out = [i], []
         while queue:
@@ -490,7 +539,13 @@ class Sweep:
             return None
         (i,) = values
         path = self._path(i) if len(operands[i]) == 1 else None
-        return None if path is None else partial(_replayed, path)
+        if path is None:
+            return None
+        try:  # a view of the parameter as it lies in memory need not be one of rows that lie in order
+            _replayed(path, torch.empty(self.leaves[next(iter(names))].shape, device="meta"))
+        except RuntimeError:
+            return None
+        return partial(_replayed, path)
 
     def _path(self, i: int) -> list[Step] | None:
         """The steps by which a value is a view of a parameter."""
@@ -515,18 +570,23 @@ class Sweep:
             made = _batched_grad([self.live[i] for i in sums], leaves, list(sums.values()), last - first)
             for n, r in zip(group.names, made, strict=True):
                 if r is not None:
-                    out[n] = out[n] + r if n in out else r
+                    taken = any(r.data_ptr() == other.data_ptr() for other in out.values())
+                    out[n] = out[n] + r if n in out else r.clone() if taken else r
         return out
 
-    def parts(self, group: Group, where: slice, outs: Mapping[str, Tensor]) -> Iterator[tuple[str, Part]]:
-        """The parts of a group's parameters, for a slice of samples; formed in ``outs`` where that is given."""
+    def parts(self, group: Group, where: slice, out: Tensor | None) -> Iterator[tuple[str, Part]]:
+        """The parts of a group's parameters, for a slice of samples; a single one is formed in ``out`` if given."""
         if group.view is not None:
             (name,), (i,) = group.names, group.operands
-            out = outs[name][where] if name in outs else None
             yield name, _Direct(where, group.meetings[i][0], group.view, out, self.leaves[name].detach())
             return
         for name, rows in self.rows(group, where).items():
             yield name, Part(where, rows)
+
+
+def _attached(value: Tensor, anchor: Tensor) -> Tensor:
+    attached: Tensor = _Attach.apply(value.clone() if value._is_view() else value, anchor)
+    return attached
 
 
 def _sum(tensors: Sequence[Tensor]) -> Tensor:
@@ -534,10 +594,6 @@ def _sum(tensors: Sequence[Tensor]) -> Tensor:
     for t in tensors[1:]:
         total = total + t
     return total
-
-
-def _scaled(rows: Tensor, weights: Tensor) -> Tensor:
-    return rows * weights.to(rows.dtype).reshape(-1, *[1] * (rows.ndim - 1))
 
 
 def _zip_map(function: Callable[[Any, Any], Any], refs: Any, values: Any) -> Any:
@@ -550,9 +606,12 @@ def _zip_map(function: Callable[[Any, Any], Any], refs: Any, values: Any) -> Any
 
 
 def _held(op: Any) -> Callable[..., Any]:
-    return lambda *args, **kwargs: tree_map(
-        lambda t: t.detach() if isinstance(t, Tensor) else t, op(*args, **kwargs)
-    )
+    return lambda *args, **kwargs: tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, op(*args, **kwargs))
+
+
+def _norm_held(step: Step) -> Callable[..., Any]:
+    names = [a.name for a in step.op._schema.arguments]
+    return lambda *args, **kwargs: _frozen_norm(step.op, names, args, kwargs)
 
 
 def _frozen_norm(op: Any, names: Sequence[str], args: Any, kwargs: Any) -> Any:
@@ -564,7 +623,8 @@ def _frozen_norm(op: Any, names: Sequence[str], args: Any, kwargs: Any) -> Any:
     view = [1, -1, *[1] * (x.ndim - 2)]
     y = (x - outs[1].reshape(view)) * outs[2].reshape(view)
     y = y if weight is None else y * weight.reshape(view)
-    return (y if bias is None else y + bias.reshape(view), *outs[1:])
+    y = y if bias is None else y + bias.reshape(view)
+    return (y.to(outs[0].dtype), *outs[1:])
 
 
 def _replayed(path: Sequence[Step], t: Tensor) -> Tensor:

@@ -27,12 +27,19 @@ def select(parameters: Mapping[str, Tensor], wanted: Selection) -> dict[str, Ten
         raise InputError(errors.MSG_NO_PARAMETERS)
     if wanted is None:
         return trained
-    asked: Sequence[str | Tensor] = [wanted] if isinstance(wanted, str | Tensor) else list(wanted)
+    asked: Sequence[str | Tensor] = [wanted] if isinstance(wanted, str | Tensor) else _listed(wanted, parameters)
     chosen = {n for w in asked for n in _meant(w, parameters)}
     fixed = [n for n in parameters if n in chosen and n not in trained]
     if fixed:
         raise InputError(errors.MSG_FIXED_PARAMETER.format(name=fixed[0]))
     return {n: p for n, p in trained.items() if n in chosen}
+
+
+def _listed(wanted: Iterable[str | Tensor], parameters: Mapping[str, Tensor]) -> list[str | Tensor]:
+    asked = list(wanted) if isinstance(wanted, Iterable) else []
+    if not asked or not all(isinstance(w, str | Tensor) for w in asked):
+        raise InputError(errors.MSG_NO_SELECTION.format(value=wanted, names=_some(parameters)))
+    return asked
 
 
 def _meant(wanted: str | Tensor, parameters: Mapping[str, Tensor]) -> list[str]:

@@ -74,7 +74,9 @@ def walk(
     ``belong``: shared values, and the axis along which their entries are to count as those of the samples.
     ``by_place``: where samples meet in no symmetric way, slice n of the result counts as sample n's all the same.
     """
-    out = Walk(graph, Algebra(samples, constant=frozenset(constant)), dict(given), belong=belong or {}, by_place=by_place)
+    out = Walk(
+        graph, Algebra(samples, constant=frozenset(constant)), dict(given), belong=belong or {}, by_place=by_place
+    )
     last = _last_uses(graph)
     for step in steps:
         out.algebra.step = step.index

@@ -1,0 +1,158 @@
+"""Which kind of contraction an op is, by its name and the argument that is the shared operand.
+
+A new kind of site is a ``Meeting`` and one entry here: a function, marked with ``kind``, from the op as it ran to the
+meeting, or to None where the arguments do not fit; the generic one then serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from unbatch.contractions import Call, Embedding, Generic, Linear, Meeting, Pointwise, Scale, Shift
+from unbatch.convolutions import Convolution
+from unbatch.layout import Scattered
+from unbatch.mixing import Projected, ProjectedRows
+
+KINDS: dict[str, Callable[[Call], Meeting | None]] = {}
+
+
+def kind(names: str) -> Callable[[Callable[[Call], Meeting | None]], Callable[[Call], Meeting | None]]:
+    """Register a function for ops, by the names that they have without ``aten::`` (space-separated)."""
+
+    def register(function: Callable[[Call], Meeting | None]) -> Callable[[Call], Meeting | None]:
+        KINDS.update(dict.fromkeys(names.split(), function))
+        return function
+
+    return register
+
+
+def meeting(call: Call) -> Meeting:
+    """The kind that fits, or the generic one."""
+    holders = sum(a is call.operand for a in tree_leaves(call.arguments))
+    if holders > 1 or isinstance(call.layout, Scattered) or call.outputs[0].is_complex() or call.operand.is_complex():
+        return Generic(call)
+    name = call.op._schema.name.removeprefix("aten::").removesuffix("_")
+    wide_call = call["self"] is not None and call.op._overloadpacket is not None
+    make = KINDS.get(name)
+    found = make(call) if make is not None else None
+    elementwise = torch.Tag.pointwise in call.op.tags or name == "_prelu_kernel"
+    if found is None and wide_call and elementwise and _once(call):
+        found = Pointwise(call)
+    return found or Generic(call)
+
+
+def _once(call: Call) -> bool:
+    """The operand is an argument, broadcast against the others, and the op does not write in place."""
+    return not call.op._schema.is_mutable and isinstance(call.arguments.get(call.name), Tensor)
+
+
+def projected(call: Call, norm: Call) -> Meeting:
+    """The meeting of a weight, or bias, with the input of a topmost batch norm."""
+    xhat, scale = normalised(norm)
+    gain = scale if norm["weight"] is None else scale * norm["weight"]
+    plain = meeting(call)
+    if isinstance(plain, Linear) and call.name == "mat2" and plain.x.ndim == 2 and xhat.ndim == 2:
+        return ProjectedRows(plain, gain, xhat)
+    channel = 0 if call.name in ("weight", "bias", "mat1") else call.operand.ndim - 1
+    return Projected(lambda: meeting(call), channel, gain, xhat)
+
+
+# --- the kinds ------------------------------------------------------------------------------------
+
+
+@kind("mm bmm")
+def _matmul(call: Call) -> Meeting | None:
+    left, right = ("mat1", "mat2") if call["mat1"] is not None else ("self", "mat2")
+    a, b = call[left], call[right]
+    if a.ndim == 3:
+        if a.shape[0] != 1 or call.layout.dim == 0:
+            return None
+        a, b = a[0], b[0]
+    if call.name == right and call.layout.dim == call.outputs[0].ndim - 2:
+        return Linear(call, a, features_first=False)
+    if call.name == left and call.layout.dim == call.outputs[0].ndim - 1:
+        return Linear(call, b.T, features_first=True)
+    return None
+
+
+@kind("addmm")
+def _addmm(call: Call) -> Meeting | None:
+    if call.name == "self":
+        return Shift(call, call["beta"] if call["beta"] is not None else 1)
+    return _matmul(call)
+
+
+@kind("convolution")
+def _convolution(call: Call) -> Meeting | None:
+    if call.layout.dim != 0 or call.name not in ("weight", "bias"):
+        return None
+    return Convolution(call) if call.name == "weight" else Shift(call, axis=1)
+
+
+@kind("add")
+def _add(call: Call) -> Meeting | None:
+    if isinstance(call["self"], Tensor) and isinstance(call["other"], Tensor):
+        return Shift(call, (call["alpha"] if call["alpha"] is not None else 1) if call.name == "other" else 1)
+    return None
+
+
+@kind("sub")
+def _sub(call: Call) -> Meeting | None:
+    return Shift(call, -(call["alpha"] if call["alpha"] is not None else 1) if call.name == "other" else 1)
+
+
+@kind("mul")
+def _mul(call: Call) -> Meeting | None:
+    other = call["other" if call.name == "self" else "self"]
+    return Scale(call, other) if isinstance(other, Tensor) else None
+
+
+@kind("expand")
+def _expand(call: Call) -> Meeting | None:
+    return Shift(call)
+
+
+@kind("embedding")
+def _embedding(call: Call) -> Meeting | None:
+    indexed = call["indices"].ndim > call.layout.dim
+    return Embedding(call) if call.name == "weight" and indexed else None
+
+
+@kind("native_layer_norm")
+def _layer_norm(call: Call) -> Meeting | None:
+    if call.layout.dim >= call.outputs[0].ndim - len(call["normalized_shape"]):
+        return None
+    _, mean, rstd = call.outputs
+    return Shift(call) if call.name == "bias" else Scale(call, (call["input"] - mean) * rstd)
+
+
+@kind("native_group_norm")
+def _group_norm(call: Call) -> Meeting | None:
+    if call.layout.dim != 0:
+        return None
+    if call.name == "bias":
+        return Shift(call, axis=1)
+    x, groups = call["input"], call["group"]
+    mean, rstd = (o.reshape(len(x), groups, *[1] * (x.ndim - 1)) for o in call.outputs[1:])
+    grouped = x.reshape(len(x), groups, -1, *x.shape[2:])
+    return Scale(call, ((grouped - mean) * rstd).reshape(x.shape), axis=1)
+
+
+def normalised(call: Call) -> tuple[Tensor, Tensor]:
+    """``x̂`` of a batch norm and ``1/σ``, by the statistics that it used."""
+    x = call["input"]
+    if call["training"] or call["running_mean"] is None:
+        mean, scale = call.outputs[1], call.outputs[2]
+    else:
+        mean, scale = call["running_mean"], (call["running_var"] + call["eps"]).rsqrt()
+    view = [1, -1, *[1] * (x.ndim - 2)]
+    return (x - mean.reshape(view)) * scale.reshape(view), scale
+
+
+@kind("native_batch_norm")
+def _batch_norm(call: Call) -> Meeting | None:
+    return Shift(call, axis=1) if call.name == "bias" else Scale(call, normalised(call)[0], axis=1)

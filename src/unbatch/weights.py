@@ -1,0 +1,86 @@
+"""The weights ``w_n`` of ``L = Σ w_n ℓ_n``, read off the last steps of the loss.
+
+The convention: ``ℓ_n`` sums over the entries of a sample, so the mean of N·C squared errors has ``w = 1/(N·C)``. What
+cannot be read off is None, never a guess.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unbatch.graph import Graph, Ref, Step
+
+PASSING = ("view", "_unsafe_view", "reshape", "squeeze", "unsqueeze", "clone", "alias", "neg", "_to_copy", "detach")
+LOSSES = [
+    "mse_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits",
+    "soft_margin_loss",
+]  # fmt: skip
+MEAN, SUM = 1, 2
+
+
+def weights(graph: Graph, samples: int) -> Tensor | None:
+    """``[N]``, or None. Only for losses of which it is known that they are a sum over the samples."""
+    makers = {r.index: s for s in graph.steps for r in s.outs if r is not None}
+    factor, ref = 1.0, graph.loss
+    while ref is not None and ref.index in makers:
+        step = makers[ref.index]
+        share = _share(step, graph)
+        if share is not None:
+            return torch.full((samples,), factor * share, dtype=torch.float64)
+        scale = _scale(step)
+        if scale is None:
+            return None
+        factor *= scale
+        ref = step.refs()[0]
+    return None
+
+
+def _arguments(step: Step) -> dict[str, Any]:
+    names = [a.name for a in step.op._schema.arguments]
+    defaults = {a.name: a.default_value for a in step.op._schema.arguments if a.has_default_value()}
+    return defaults | dict(zip(names, step.args, strict=False)) | step.kwargs
+
+
+def _scale(step: Step) -> float | None:
+    """A step from scalar to scalar that multiplies by a number; what is a matter of sign belongs to the loss."""
+    arguments = _arguments(step)
+    other = arguments.get("other")
+    if step.name in PASSING:
+        return 1.0
+    if not isinstance(other, int | float) or not other:
+        return None
+    return {"mul": abs(other), "mul_": abs(other), "div": 1 / abs(other), "div_": 1 / abs(other)}.get(step.name)
+
+
+def _share(step: Step, graph: Graph) -> float | None:
+    """What each entry is multiplied by in the step that sums over the samples."""
+    arguments = _arguments(step)
+    refs = step.refs()
+    entries = math.prod(graph.values[refs[0].index].shape) if refs else 0
+    whole = step.outs[0] is not None and math.prod(graph.values[step.outs[0].index].shape) == 1
+    if step.name in ("sum", "mean") and whole and entries > 1:
+        return 1.0 if step.name == "sum" else 1 / entries
+    if step.name in LOSSES and arguments["reduction"] in (MEAN, SUM):
+        return 1.0 if arguments["reduction"] == SUM else 1 / entries
+    if step.name in ("nll_loss_forward", "nll_loss2d_forward"):
+        return _of_likelihood(arguments, graph)
+    return None
+
+
+def _of_likelihood(arguments: dict[str, Any], graph: Graph) -> float | None:
+    if arguments["reduction"] == SUM:
+        return 1.0
+    target, classes = arguments["target"], arguments["weight"]
+    labels = graph.values[target.index].concrete if isinstance(target, Ref) else None
+    if arguments["reduction"] != MEAN or labels is None:
+        return None
+    kept = labels[labels != arguments["ignore_index"]]
+    if classes is None:
+        return 1 / kept.numel() if kept.numel() else None
+    table = graph.values[classes.index].concrete if isinstance(classes, Ref) else None
+    total = None if table is None else float(table.double()[kept].sum())
+    return 1 / total if total else None
