@@ -87,12 +87,13 @@ MSG_NO_ROWS = (
     "{n} samples. Return one prediction per sample; `problem.gradient()` gives the sum."
 )
 MSG_NOT_REPLAYED = (
-    "Rows by {by!r} need the derivatives of the recorded computation, which cannot stand for the model ({why}); where samples mix they "
-    "cannot be had by running the model. Ask for by='component'."
+    "Rows by {by!r} need the derivatives of the recorded computation, which cannot stand for the model ({why}); where "
+    "samples mix they cannot be had by running the model. Ask for by='component'."
 )
 MSG_INNER_LOSS = (
-    "The model computes its own loss, so its predictions are known from the recording only, and the derivatives of that "
-    "cannot stand for the model ({why}). Return the predictions and pass the loss: Problem(model, loss, (X, y))."
+    "The model computes its own loss, so its predictions are known from the recorded computation only, and the "
+    "derivatives of that cannot stand for the model ({why}). Return the predictions and pass the loss: "
+    "Problem(model, loss, (X, y))."
 )
 MSG_OUT = (
     "out= does not fit: {what}. It takes an earlier result of the same question, or a mapping from parameter name to a "

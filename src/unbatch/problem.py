@@ -27,6 +27,7 @@ from unbatch.gradients import (
     available_memory,
     is_moment,
     planned,
+    trusted,
 )
 from unbatch.graph import Graph
 from unbatch.oracle import Oracle
@@ -163,7 +164,7 @@ class Problem:
         if not wanted:
             raise InputError(errors.MSG_NO_PARAMETERS)
         kept = self._capture()
-        with untouched(self.program.modules, kept.graph.rng), torch.enable_grad():
+        with torch.inference_mode(False), untouched(self.program.modules, kept.graph.rng), torch.enable_grad():
             value = self._loss_of(self.program.predict(self.inputs))
             grads: Any = [None] * len(wanted)
             if value.requires_grad:
@@ -188,7 +189,8 @@ class Problem:
 
         Raises ``InputError`` for what does not fit, ``StructureError`` where the rows do not exist.
         """
-        (rows,) = self._answer([Gradients()], by, parameters, memory, out)
+        with torch.inference_mode(False):
+            (rows,) = self._answer([Gradients()], by, parameters, memory, out)
         assert isinstance(rows, Rows)
         return rows
 
@@ -208,7 +210,8 @@ class Problem:
         if not quantities or not all(isinstance(q, Quantity) for q in quantities):
             wrong = next((q for q in quantities if not isinstance(q, Quantity)), None)
             raise InputError(errors.MSG_QUANTITY.format(value=wrong))
-        results = self._answer(quantities, by, parameters, memory, None)
+        with torch.inference_mode(False):
+            results = self._answer(quantities, by, parameters, memory, None)
         return results[0] if len(results) == 1 else tuple(results)
 
     def plan(
@@ -368,12 +371,19 @@ class Problem:
         setting = self._setting(kept)
         if not setting.axes:
             raise StructureError(errors.MSG_NO_ROWS.format(shapes=list(structure.predictions), n=self.samples))
+        why = kept.replays
         if self.samples > 1 and setting.faithful:
-            return Recorded(setting, chosen, by)
+            with _precision_of_recording():
+                source = Recorded(setting, chosen, by)
+                if trusted(source):
+                    return source
+            why = "the sweep that was planned for it does not reproduce its gradient"
         alike = self.samples == 1 or bool(structure.independent_forward)
-        if (setting.own_loss and not setting.faithful) or not (alike or by == "component"):
-            raise StructureError(errors.MSG_NOT_REPLAYED.format(by=by, why=kept.replays))
-        return Recorded(setting, chosen, "component") if setting.own_loss else Ran(setting, chosen)
+        if setting.own_loss and not setting.faithful:
+            raise StructureError(errors.MSG_INNER_LOSS.format(why=why))
+        if not (alike or by == "component"):
+            raise StructureError(errors.MSG_NOT_REPLAYED.format(by=by, why=why))
+        return Ran(setting, chosen, setting.faithful)
 
     def _setting(self, kept: _Kept) -> Setting:
         if kept.setting is None:
@@ -394,7 +404,7 @@ class Problem:
         guard = (other._guard(), other._signature(), _identity(other.inputs), _identity(other.targets))
         with untouched(self.program.modules, graph.rng), torch.enable_grad():
             output = self.program.predict(other.inputs)
-        return _Kept(guard, graph, output, before=kept.structure)
+        return _Kept(guard, graph, output, before=kept.structure, replays=kept.replays)
 
     def _loss_of(self, output: Any) -> Tensor:
         if self.program.loss is None:

@@ -431,7 +431,7 @@ class Sweep:
     def _from_seeds(self, gs: Sequence[Tensor], count: int) -> tuple[dict[str, Tensor], dict[Site, Tensor]]:
         """Rows by parameter, and for pooled sites the cotangents of their outputs."""
         pools = [p for p in self.pools.values() if p.out in self.edges]
-        wanted = [*(self.leaves[n] for n in self.below), *(self.edges[p.out] for p in pools)]
+        wanted: list[Any] = [*(self.leaves[n] for n in self.below), *(self.edges[p.out] for p in pools)]
         _Gate.closed = True
         try:
             rows = _batched_grad([e for e, _, _ in self.seeds], wanted, gs, count)
@@ -472,7 +472,7 @@ class Sweep:
         live = {i: leaves[name] for i, name in flow.parameters.items()}
         instead: dict[int, Callable[..., Any]] = {i: _norm_held(steps[i]) for i in flow.frozen_norms}
         for step in self.graph.forward_steps:
-            if any(r is not None and r.index in flow.frozen for r in step.outs):
+            if any(r is not None and r.index in flow.frozen for r in step.outs) and step.index not in instead:
                 instead[step.index] = _held(step.op)
         with torch.enable_grad():
             outs = self.graph.run(
@@ -634,7 +634,7 @@ def _replayed(path: Sequence[Step], t: Tensor) -> Tensor:
     return t
 
 
-def _batched_grad(outputs: Sequence[Any], inputs: Sequence[Tensor], gs: Sequence[Tensor], count: int) -> list[Any]:
+def _batched_grad(outputs: Sequence[Any], inputs: Sequence[Any], gs: Sequence[Tensor], count: int) -> list[Any]:
     """Gradients for ``count`` stacked cotangents; one after the other where they cannot be batched."""
     connected = [(o, g) for o, g in zip(outputs, gs, strict=True) if isinstance(o, GradientEdge) or o.requires_grad]
     if not connected or not inputs:
