@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from functools import cache
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+import unbatch as ub
 from unbatch.consequences import (
     FACTS,
     INDEPENDENT,
@@ -103,6 +109,8 @@ def test_when_everything_holds_nothing_is_lost_or_renamed() -> None:
         ("frozen rows", MIXED, "none", ""),
         ("gradient variance", NORM, "renamed", "variance over components"),
         ("gradient variance", WEIGHTS, "renamed", "variance over components"),
+        ("sum of squared gradients", NORM, "renamed", "sum of squares of gradients per component"),
+        ("early stopping criterion", NO_LOSS, "renamed", "early stopping criterion over components"),
         ("GGN eigenvalues", MIXED, "exact", "GGN eigenvalues"),
         ("GGN eigenvalues", NO_LOSS, "exact", "GGN eigenvalues"),
         ("GGN product", NO_SPLIT, "renamed", "GGN product, of the part through the predictions"),
@@ -130,10 +138,6 @@ def test_key_facts(quantity: str, where: str, outcome: str, name: str) -> None:
     found = consequence(quantity, situation(where))
     assert (found.outcome, found.name) == (outcome, name)
     assert found.reason
-
-
-def test_exactly_crosstalk_and_gradient_are_available() -> None:
-    assert {c.quantity for c in follows(situation(HOLDS)) if c.available} == {"crosstalk", "gradient"}
 
 
 def test_one_consequence_is_the_same_as_among_all() -> None:
@@ -249,3 +253,147 @@ def test_situations_differ_and_are_consistent() -> None:
 
 def test_the_page_is_the_rendered_table() -> None:
     assert PAGE.read_text(encoding="utf-8") == render_markdown()
+
+
+# ---------------------------------------------------------------- the table against what is computed
+
+ROWS: Mapping[str, str] = {
+    "per-sample gradients": "component",
+    "component rows": "component",
+    "copy rows": "copy",
+    "frozen rows": "frozen",
+}
+COMPUTED: Mapping[str, tuple[Any, ...]] = {
+    "squared gradient norms": (ub.Norms(),),
+    "Gram matrix of gradients": (ub.Dots(),),
+    "sum of squared gradients": (ub.SumOfSquares(),),
+    "gradient histogram": (ub.Histogram(),),
+    "clipped sum": (ub.ClippedSum(1.0),),
+    "second moment of gradients": (ub.SecondMoment(),),
+    "gradient variance": (ub.Variance(),),
+    "signal-to-noise": (ub.SignalToNoise(),),
+    "gradient noise scale": (ub.NoiseScale(),),
+    "norm, inner product and orthogonality tests": (ub.NormTest(), ub.InnerProductTest(), ub.OrthogonalityTest()),
+    "early stopping criterion": (ub.EarlyStopping(),),
+}
+FACTOR = "up to a factor that depends on the batch"
+
+
+class Between(nn.Linear):
+    """Attention between samples."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = super().forward(x)
+        return (h @ h.mT).softmax(-1) @ h
+
+
+class Placed(nn.Linear):
+    """Every sample is treated by its place in the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * torch.arange(1.0, 1 + len(x), dtype=x.dtype)[:, None])
+
+
+class Tempered(nn.Module):
+    """A loss with a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, p: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(p * self.temperature, y)
+
+
+def contrastive(p: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(p @ p.T, torch.arange(len(p)))
+
+
+Asked = tuple[Callable[[], nn.Module], Callable[[], Any]]
+PROGRAMS: Mapping[str, Asked] = {
+    HOLDS: (lambda: nn.Linear(4, 3), nn.CrossEntropyLoss),
+    NORM: (lambda: nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)), nn.CrossEntropyLoss),
+    MIXED: (lambda: Between(4, 3), nn.CrossEntropyLoss),
+    NO_SUM: (lambda: nn.Linear(4, 3), lambda: lambda p, y: F.mse_loss(p, F.one_hot(y, 3).to(p.dtype)).sqrt()),
+    NO_LOSS: (lambda: nn.Linear(4, 3), lambda: contrastive),
+    WEIGHTS: (lambda: nn.Linear(4, 3), lambda: nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 3.0]))),
+    NO_SPLIT: (lambda: nn.Linear(4, 3), Tempered),
+    "by place": (lambda: Placed(4, 3), nn.CrossEntropyLoss),
+    "all at once": (lambda: nn.Sequential(nn.BatchNorm1d(4), Between(4, 3)), lambda: contrastive),
+}
+EVERYWHERE = pytest.mark.parametrize("where", PROGRAMS)
+
+
+@cache
+def asked(where: str) -> tuple[ub.Problem, Mapping[str, Consequence]]:
+    torch.manual_seed(0)
+    model, loss = (make() for make in PROGRAMS[where])
+    loss = loss.double() if isinstance(loss, nn.Module) else loss
+    problem = ub.Problem(model.double(), loss, (torch.randn(8, 4).double(), torch.randint(3, (8,))))
+    return problem, {c.quantity: c for c in problem.structure.follows()}
+
+
+def named(what: str, rows: Mapping[str, Any], rest: Mapping[str, Tensor]) -> str:
+    """What the table would have to call something made of these rows."""
+    kind, note = rows.kind, rows.note  # type: ignore[attr-defined]
+    part = ", of the part through the predictions" if rest else ""
+    if kind != "per-sample":
+        return f"{what} per component{part}"
+    assert note in ("", FACTOR)
+    return (f"{what} per sample, up to a batch-dependent factor" if note else what) + part
+
+
+def test_what_is_marked_as_available_is_what_is_computed() -> None:
+    available = {c.quantity for c in follows(situation(HOLDS)) if c.available}
+    assert available == {"gradient", "crosstalk", *ROWS, *COMPUTED}
+
+
+@pytest.mark.parametrize("where", [w for w in PROGRAMS if w in SITUATIONS])
+def test_the_programs_are_in_the_situation_that_they_stand_for(where: str) -> None:
+    _, found = asked(where)
+    assert found == {c.quantity: c for c in follows(situation(where))}
+
+
+@EVERYWHERE
+def test_rows_are_called_what_the_table_calls_them(where: str) -> None:
+    problem, found = asked(where)
+    rows = problem.gradients()
+    said = found["per-sample gradients"]
+    assert (said.outcome == "exact") == (rows.kind == "per-sample" and not rows.note and not rows.rest)
+    assert said.name.removeprefix("per-sample ") == named("gradients", rows, rows.rest)
+    assert said.name == said.quantity or said.outcome == "renamed"
+
+
+@EVERYWHERE
+@pytest.mark.parametrize("quantity", ["component rows", "copy rows", "frozen rows"])
+def test_decompositions_exist_where_the_table_says_so(where: str, quantity: str) -> None:
+    problem, found = asked(where)
+    by, said = ROWS[quantity], found[quantity]
+    if said.outcome == "none":
+        with pytest.raises(ub.StructureError, match="by='component'"):
+            problem.gradients(by=by)
+        return
+    rows, gradient = problem.gradients(by=by), problem.gradient()
+    assert (said.outcome == "renamed") == bool(rows.rest)
+    off = max(float((r.sum(0) + rows.rest.get(k, 0) - gradient[k]).abs().max()) for k, r in rows.items())
+    assert (off < 1e-12) == ("do not sum" not in said.reason)
+    if "equal the component rows" in said.reason:
+        torch.testing.assert_close(rows.flat(), problem.gradients().flat(), rtol=1e-10, atol=1e-12)
+
+
+@EVERYWHERE
+@pytest.mark.parametrize("quantity", COMPUTED)
+def test_quantities_warn_and_are_labelled_as_the_table_says(where: str, quantity: str) -> None:
+    problem, found = asked(where)
+    said, rows = found[quantity], problem.gradients()
+    for one in COMPUTED[quantity]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            result = problem.compute(one)
+        assert [w.category for w in caught] == [ub.MixedSamplesWarning] * ("with a warning" in said.reason)
+        if "over components" in said.name:
+            assert caught
+        if hasattr(result, "kind"):
+            assert (result.kind, result.note) == (rows.kind, rows.note)
+        if not caught and said.outcome == "renamed" and "per component" in said.name:
+            assert rows.kind == "per-component"

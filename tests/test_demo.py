@@ -47,14 +47,14 @@ def test_train_mode(text):
 
 
 def test_eval_mode(text):
-    part = parts(text)["6"]
+    part = parts(text)["7"]
     assert {name: verdict(part, name) for name in (*NEWLY, *ALWAYS)} == dict.fromkeys((*NEWLY, *ALWAYS), "holds")
     assert "off-diagonal share 0.0%" in part
     assert "what follows" not in part
 
 
 def test_every_experiment_agrees(text):
-    for number in "56":
+    for number in "57":
         assert parts(text)[number].count("✓ passed") == 6
     assert "CONTRADICTED" not in text
 
@@ -62,6 +62,36 @@ def test_every_experiment_agrees(text):
 def test_what_follows_is_shown_once(text):
     assert len(re.findall(r"what follows \(", text)) == 1
     assert "per-sample gradients" in parts(text)["3"]
+
+
+def sum_of_rows(part: str, by: str, kind: str) -> str:
+    """What the table says about the sum of the rows of a decomposition."""
+    found = re.search(rf"^{by} +{kind} +(?:[\d.e-]+ +){{3}}(.+?) *$", part, flags=re.M)
+    assert found, f"no {by} rows called {kind} in\n{part}"
+    return found[1]
+
+
+def test_the_gradient_is_taken_apart(text):
+    part = parts(text)["6"]
+    for by in ("component", "copy"):
+        (off,) = re.findall(r"equal, (\S+) off", sum_of_rows(part, by, f"per-{by}"))
+        assert float(off) < 1e-4
+    assert re.fullmatch(r"\d\d+% off", sum_of_rows(part, "frozen", "frozen"))
+    apart = {pair: int(percent) for pair, percent in re.findall(r"^(\w+ and \w+) +(\d+)% apart", part, flags=re.M)}
+    assert set(apart) == {"component and copy", "component and frozen", "copy and frozen"}
+    assert min(apart.values()) > 1
+
+
+def test_the_decompositions_are_one_in_eval_mode(text):
+    (apart,) = re.findall(r"are one, per-sample: at most (\S+) apart\.", " ".join(parts(text)["7"].split()))
+    assert float(apart) < 1e-4
+
+
+def test_the_noise_scale_warns_where_samples_mix(text):
+    for number, warned in (("6", True), ("7", False)):
+        assert re.search(r"Gradient noise scale: \S+ samples\.", parts(text)[number])
+        assert ("MixedSamplesWarning" in parts(text)[number]) == warned
+    assert "are no independent draws" in " ".join(parts(text)["6"].split())
 
 
 def test_crosstalk_is_drawn(text):

@@ -40,6 +40,8 @@ LEVELS = {
     "convolutions": 2,
     "mixing": 2,
     "kinds": 2,
+    "parts": 2,
+    "derivatives": 2,
     # what follows from both
     "walk": 3,
     "split": 3,
@@ -50,6 +52,7 @@ LEVELS = {
     "plan": 4,
     "results": 1,
     "sites": 5,
+    "operands": 5,
     "sweep": 5,
     "quantities": 6,
     "gradients": 6,

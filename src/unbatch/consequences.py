@@ -12,7 +12,8 @@ Legend: `F_n` prediction and `ℓ_n` loss of sample n, `L` the loss, `w_n` its w
 
 Sources: Dangel, "Structural implications of batch normalization" (2021), for the structures and what rests
 on them; Dangel, Kunstner, Hennig, "BackPACK" (2020), and Dangel, Tatzel, Hennig, "ViViT" (2021), for the
-quantities of these packages; Chen et al., "BDA-PCH" (2018), for the positive-curvature Hessian.
+quantities of these packages; Schneider, Dangel, Hennig, "Cockpit" (2021), for the statistics of gradients;
+Chen et al., "BDA-PCH" (2018), for the positive-curvature Hessian.
 """
 
 from __future__ import annotations
@@ -229,42 +230,54 @@ TABLE: tuple[Quantity, ...] = (
 
     Quantity("per-sample gradients",
              _rows("gradients", "Row n is w_n ∇ℓ_n; it depends on sample n only, and the rows sum to ∇L."),
-             ("BackPACK BatchGrad", "Opacus grad_sample", "ASDL batch gradients")),
+             ("BackPACK BatchGrad", "Opacus grad_sample", "ASDL batch gradients"), available=True),
     Quantity("component rows", (
         Case("exact", "Row n is `J_nᵀ ∂L/∂F_n`, the gradient w_n ∇ℓ_n of the n-th loss term; the sum is ∇L.",
              holds=(SUM, LOSS)),
         Case("exact", "Row n is `J_nᵀ ∂L/∂F_n`, the part of ∇L through F_n; the sum is ∇L, but it is no "
              "gradient of a term of L."),
-    )),
+    ), available=True),
     Quantity("copy rows", (
         Case("exact", "Without mixing they equal the component rows.", holds=(INDEPENDENT,)),
         Case("exact", "Row m is what sample m's own use of the parameters contributes; the sum is ∇L, but "
              "they depend on how the program is written, not on F alone. BackPACK and ASDL return them under "
-             "batch norm."),
-    )),
+             "batch norm. Refused where one operation meets a parameter and sums over the samples at once."),
+    ), available=True),
     Quantity("frozen rows", (
         Case("exact", "There is nothing to freeze: they equal the component rows.", holds=(INDEPENDENT,)),
         Case("exact", "Component rows with the batch statistics held constant; they do not sum to ∇L.",
              holds=(STATISTICS,)),
         Case("none", "Samples meet in more than batch statistics of bounded size: nothing to hold."),
-    )),
+    ), available=True),
     Quantity("squared gradient norms",
              _rows("squared norms of gradients", "Entry n is the squared norm of w_n ∇ℓ_n."),
-             ("BackPACK BatchL2Grad",)),
+             ("BackPACK BatchL2Grad",), available=True),
     Quantity("Gram matrix of gradients",
-             _rows("inner products of gradients", "Entry (n, m) is that of w_n ∇ℓ_n and w_m ∇ℓ_m.")),
+             _rows("inner products of gradients", "Entry (n, m) is that of w_n ∇ℓ_n and w_m ∇ℓ_m."), available=True),
+    Quantity("sum of squared gradients",
+             _rows("sum of squares of gradients", "The squares of all rows, summed entry by entry."),
+             ("BackPACK SumGradSquared",), available=True),
+    Quantity("gradient histogram",
+             _rows("histogram of gradients", "The entries of all rows, counted."), ("Cockpit GradHist1d",),
+             available=True),
     Quantity("clipped sum",
              _rows("clipped sum of gradients", "Clipping bounds what one sample contributes.",
                    " Clipping does not bound the influence of a sample: no differential privacy."),
-             ("Opacus DPOptimizer",)),
+             ("Opacus DPOptimizer",), available=True),
     Quantity("directional slopes", _rows("slopes", "The n-th gradient along an eigenvector of G."),
              ("ViViT DirectionalDerivativesComputation (slopes)",)),
 
-    Quantity("sum of squared gradients", _moments("sum of squares", "The second moment of the rows, summed."),
-             ("BackPACK SumGradSquared",)),
+    Quantity("second moment of gradients", _moments("second moment", "The rows are made alike and apart."),
+             available=True),
     Quantity("gradient variance", _moments("variance", "The rows are made alike and apart."),
-             ("BackPACK Variance",)),
-    Quantity("signal-to-noise", _moments("signal-to-noise", "The rows are made alike and apart.")),
+             ("BackPACK Variance",), available=True),
+    Quantity("signal-to-noise", _moments("signal-to-noise", "The rows are made alike and apart."), available=True),
+    Quantity("gradient noise scale", _moments("noise scale", "The rows are made alike and apart."), available=True),
+    Quantity("norm, inner product and orthogonality tests",
+             _moments("ratios of the tests", "The rows are made alike and apart."),
+             ("Cockpit NormTest", "Cockpit InnerTest", "Cockpit OrthoTest"), available=True),
+    Quantity("early stopping criterion", _moments("early stopping criterion", "The rows are made alike and apart."),
+             ("Cockpit EarlyStopping",), available=True),
     Quantity("empirical Fisher",
              _moments("outer products of gradients", "Σ_n g_n g_nᵀ; the name asks for a negative "
                       "log-likelihood."),

@@ -10,6 +10,7 @@ Legend: ``n`` sample, ``t`` position inside a sample, ``o``/``i`` output and inp
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -84,6 +85,10 @@ class Meeting(ABC):
         """``[*operand]``: ``Σ_n c_n row_n``, over all samples."""
         rows = self.rows(slice(0, self.samples))
         return torch.einsum("n,n...->...", weights.to(rows.dtype), rows)
+
+    def coordinates(self, where: slice) -> Tensor:
+        """``[n, q]``: the rows, up to one rotation for all samples; no longer than they are."""
+        return vectors(self.rows(where))
 
     def dots(self) -> Tensor:
         """``[n, n]``: ``⟨row_n, row_m⟩``."""
@@ -168,6 +173,14 @@ class Linear(Meeting):
         self.g, self.x = along.split(g.T if self.features_first else g), along.split(x)
         if self.factor != 1:
             self.g = self.g * self.factor
+
+    @classmethod
+    def joined(cls, meetings: Sequence[Linear]) -> Linear:
+        """Several uses of one operand as one, with the places of all: a recurrent weight has one for every step."""
+        whole = copy.copy(meetings[0])
+        whole.g = torch.cat([m.g for m in meetings], 1)
+        whole.x = torch.cat([m.x for m in meetings], 1)
+        return whole
 
     @property
     def sides(self) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,13 @@
-"""The tour: a small net with batch normalization on real data, asked for its structure in both modes.
+"""The tour: a small net with batch normalization on real data, asked for its structure and its gradients.
 
 It uses the package as a user would, and nothing that a user could not.
 """
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +40,7 @@ ASKED = (
 FOLLOWS = (
     "What the verdicts are good for: they decide which of the usual per-sample and curvature quantities "
     "exist for this loss, and what a quantity has to be called where it does not mean what its usual name "
-    "says. This release says so; the quantities themselves come with the next."
+    "says. Those with a star are computed by this release; part 6 shows some."
 )
 CROSSTALK = (
     "Who listens to whom? Row n, column m of the picture: how strongly prediction n reacts to sample m, "
@@ -49,10 +52,24 @@ VERIFIED = (
     "batch statistics, permute the batch, vary the loss. One that contradicted its verdict would say so "
     "here."
 )
+GRADIENTS = (
+    "What does one digit contribute to the gradient? Under batch norm that has three answers. By component: "
+    "what goes through its own prediction. By copy: what its own use of the parameters contributes, "
+    "whichever prediction listens. Frozen: by component, but with the batch statistics held constant."
+)
+SUMS = (
+    "Component and copy rows sum to the gradient, up to rounding; frozen rows do not, because what flows "
+    "through the statistics is missing. Each is exact as what it is called, and none is the others:"
+)
+NOISE = (
+    "The warning, in short: the number is right, but digits that see each other are no independent draws, so "
+    "it does not say which batch size is needed."
+)
 EVAL = (
     "The same question after model.eval(), where batch norm uses its running statistics in place of those "
     "of the batch: no prediction listens to another sample any more, and every verdict holds."
 )
+DECOMPOSITIONS = ("component", "copy", "frozen")
 MEANINGS = {
     "canonical_split": "after the predictions no parameter enters the loss",
     "independent_forward": "no prediction listens to another sample",
@@ -70,6 +87,8 @@ What to try next
   import unbatch as ub
   problem = ub.Problem(model, loss, (X, y))
   print(problem.structure)      # the verdicts, on your own batch
+  problem.gradients(by="copy")  # the gradient, one row per sample
+  problem.compute(ub.Norms())   # squared norms of the rows, without forming them
   problem.verify().checks       # what was tried against them
   print(problem.crosstalk())    # who listens to whom
   problem.structure.follows()   # what may be computed, and why"""
@@ -177,23 +196,25 @@ def _tour(out: Console, digits: Digits, epochs: int) -> None:
     _part(out, "3. What follows", FOLLOWS, follows_part(before))
     _part(out, "4. Crosstalk", CROSSTALK, Text(str(few.crosstalk())))
     _part(out, "5. Verification", VERIFIED, report.verification_table(before, problem.verify()))
+    rows = {by: problem.gradients(by=by) for by in DECOMPOSITIONS}
+    shown = [_sizes(rows, problem.gradient()), Text(SUMS), _distances(rows), *_noise_scale(problem), Text(NOISE)]
+    _part(out, "6. The gradient in three ways", GRADIENTS, *shown)
     model.eval()
-    after = problem.structure
-    checked = report.verification_table(after, problem.verify())
-    share = Text(f"Crosstalk: off-diagonal share {few.crosstalk().strength:.1%} of the squares.")
-    _part(
-        out,
-        "6. Structure in eval mode",
-        EVAL,
-        heading(after),
-        verdict_table(after),
-        _gained(before, after),
-        share,
-        checked,
-    )
+    _eval(out, before, problem, few)
     out.print()
     out.rule(style="dim")
     out.print(NEXT, markup=False)
+
+
+def _eval(out: Console, before: ub.Structure, problem: ub.Problem, few: ub.Problem) -> None:
+    after = problem.structure
+    checked = report.verification_table(after, problem.verify())
+    share = Text(f"Crosstalk: off-diagonal share {few.crosstalk().strength:.1%} of the squares.")
+    rows = {by: problem.gradients(by=by) for by in DECOMPOSITIONS}
+    apart = max(_distance(a, b) for a, b in combinations(rows.values(), 2))
+    same = f"The three decompositions of the gradient are one, {rows['component'].kind}: at most {apart:.0e} apart."
+    shown = [heading(after), verdict_table(after), _gained(before, after), share, Text(same)]
+    _part(out, "7. Structure in eval mode", EVAL, *shown, *_noise_scale(problem), checked)
 
 
 def _train(out: Console, model: Net, digits: Digits, epochs: int) -> None:
@@ -217,6 +238,41 @@ def _gained(before: ub.Structure, after: ub.Structure) -> Text:
     new = [q for q in now if q not in was and "sample" in q]
     some = f", {' and '.join(new[:2])} among them" if new else ""
     return Text(f"Exact under their own names are now {len(now)} quantities in place of {len(was)}{some}.")
+
+
+def _distance(a: ub.Rows, b: ub.Rows) -> float:
+    """Relative Frobenius distance."""
+    return float((a.flat() - b.flat()).norm() / a.flat().norm())
+
+
+def _sizes(rows: Mapping[str, ub.Rows], gradient: Mapping[str, Tensor]) -> Table:
+    """Norms of the rows, and how far their sum is from the gradient."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("rows by", "called", "mean norm", "smallest", "largest", "sum against gradient"):
+        table.add_column(column)
+    whole = torch.cat([g.flatten() for g in gradient.values()])
+    for by, r in rows.items():
+        norms = r.flat().norm(dim=1)
+        off = float((r.flat().sum(0) - whole).norm() / whole.norm())
+        error = f"{off:.0%} off" if off > 1e-3 else f"equal, {off:.0e} off"
+        table.add_row(by, r.kind, *(f"{x:.2g}" for x in (norms.mean(), norms.min(), norms.max())), error)
+    return table
+
+
+def _distances(rows: Mapping[str, ub.Rows]) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for a, b in combinations(rows, 2):
+        table.add_row(f"{a} and {b}", f"{_distance(rows[a], rows[b]):.0%} apart")
+    return table
+
+
+def _noise_scale(problem: ub.Problem) -> list[Text]:
+    """How many samples it takes for a gradient to be half noise, and what the package has to say about that."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ub.MixedSamplesWarning)
+        scale = problem.compute(ub.NoiseScale())
+    said = [Text(f"{w.category.__name__}: {w.message}", "yellow") for w in caught]
+    return [Text(f"Gradient noise scale: {float(scale):.3g} samples."), *said]
 
 
 def _part(out: Console, title: str, sentence: str, *shown: Any) -> None:

@@ -23,12 +23,14 @@ from unbatch.capture import Program
 from unbatch.graph import Graph
 from unbatch.labels import SHARED, Marks
 from unbatch.layout import Layout
+from unbatch.operands import Operands
+from unbatch.parts import Part
 from unbatch.plan import Plan, SitePlan
 from unbatch.purity import untouched
 from unbatch.quantities import About, Basic, Collector, Derived, Gradients, Quantity
 from unbatch.sites import Flow, flow, spread
 from unbatch.structure import used_predictions
-from unbatch.sweep import Group, Part, Sweep
+from unbatch.sweep import Group, Sweep
 from unbatch.walk import Walk, prediction_dim, walk
 
 CHUNK = 32 * 2**20  # bytes of rows that are formed at a time where none are kept: what a cache holds is reused fastest
@@ -53,12 +55,13 @@ class Setting:
     output: Any
     faithful: bool
     split: bool
-    flows: dict[Any, Flow] = field(default_factory=dict)
+    flows: dict[Any, tuple[Flow, Operands]] = field(default_factory=dict)
     trust: dict[Any, bool] = field(default_factory=dict)
     buffer: Tensor | None = None
 
-    def flow(self, names: Sequence[str], by: str) -> Flow:
+    def flow(self, parameters: Mapping[str, Tensor], by: str) -> tuple[Flow, Operands]:
         """The plan of a sweep, kept for the next question."""
+        names = list(parameters)
         key = (tuple(names), by)
         if key not in self.flows:
             seen = self.walk
@@ -67,7 +70,7 @@ class Setting:
             plan = flow(self.graph, seen, self.samples, self.leading, names, by)
             if plan.spanning:
                 plan = flow(self.graph, self._spread(plan, seen), self.samples, self.leading, names, by)
-            self.flows[key] = plan
+            self.flows[key] = plan, Operands(self.graph, plan, {n: tuple(p.shape) for n, p in parameters.items()})
         return self.flows[key]
 
     def _spread(self, plan: Flow, seen: Walk) -> Walk:
@@ -162,9 +165,9 @@ class Recorded(Source):
 
     def __init__(self, setting: Setting, parameters: Mapping[str, Tensor], by: str) -> None:
         self.setting, self.parameters = setting, parameters
-        self.flow = setting.flow(list(parameters), by)
+        self.flow, operands = setting.flow(parameters, by)
         feed = {r.index: x for r, x in zip(setting.graph.inputs, tree_leaves(setting.inputs), strict=True) if r}
-        self.sweep = Sweep(setting.graph, self.flow, parameters, feed)
+        self.sweep = Sweep(setting.graph, self.flow, operands, parameters, feed)
         predictions = self.sweep.forward()
         self.cotangents = _cotangents(setting, predictions, self.sweep.inner)
         self.sweep.pull(self.cotangents)
@@ -228,7 +231,7 @@ class Recorded(Source):
             step, pooled = steps[site.step], site in sweep.pools
             kind = "linear" if pooled else kinds.get(site, "by autograd" if site.way == "columns" else "no cotangent")
             way = "pooled" if pooled else site.way
-            out.append(SitePlan(tuple(sweep.made_from(site.operand)), step.module, step.name, kind, way))
+            out.append(SitePlan(tuple(sweep.operands.made_from(site.operand)), step.module, step.name, kind, way))
         return out
 
     def pullbacks(self, plan: Chunks) -> tuple[int, int]:

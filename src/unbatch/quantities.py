@@ -19,8 +19,8 @@ from torch import Tensor
 
 from unbatch.contractions import vectors, wide
 from unbatch.errors import MSG_HISTOGRAM, MSG_MAX_NORM, InputError
+from unbatch.parts import Part
 from unbatch.results import ByParameter, Histograms, Rows, SquaredNorms
-from unbatch.sweep import Part
 
 
 @dataclass(frozen=True)

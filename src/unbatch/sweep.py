@@ -8,10 +8,9 @@ of one parameter for a slice of samples, or contractions that do without rows.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,142 +18,15 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves, tree_map
 
-from unbatch.contractions import Call, Meeting, squares, total_of_squares, vectors, wide
+from unbatch.contractions import Call, Linear, Meeting
+from unbatch.derivatives import Gate, attached, batched_grad, frozen_norm, held, norm_held
 from unbatch.graph import Graph, Ref, Step, flat, is_ref
 from unbatch.kinds import meeting, projected
 from unbatch.layout import Layout
 from unbatch.mixing import Pooled
+from unbatch.operands import Operands
+from unbatch.parts import FromSite, Part
 from unbatch.sites import Flow, Site
-
-MOVES = ("t", "transpose", "permute", "view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "alias")
-
-
-# --- autograd's edges -----------------------------------------------------------------------------
-
-
-class _Attach(torch.autograd.Function):
-    """Lets a value that depends on no leaf have a gradient: it is the first that samples and parameters make."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, anchor: Tensor) -> Tensor:
-        ctx.mark_dirty(value)
-        return value
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[None, None]:
-        return None, None
-
-
-class _Gate(torch.autograd.Function):
-    """The identity, through which the columns of another seed do not pass."""
-
-    closed = False
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor | None:
-        return torch.zeros_like(g) if _Gate.closed else g
-
-
-# --- parts ----------------------------------------------------------------------------------------
-
-
-class Part:
-    """The rows of one parameter for a slice of samples: ``[k, *param]``."""
-
-    lean: frozenset[str] = frozenset()
-
-    def __init__(self, where: slice, rows: Tensor) -> None:
-        self.where, self._rows = where, rows
-
-    def rows(self) -> Tensor:
-        return self._rows
-
-    def squared_norms(self) -> Tensor:
-        """``[k]``."""
-        return squares(self.rows())
-
-    def sum_of_squares(self) -> Tensor:
-        """``[*param]``."""
-        return total_of_squares(self.rows())
-
-    def scatter(self, mean: Tensor | None = None) -> Tensor:
-        """``[*param]``: ``Σ_n (row_n − mean)²``, around the mean of these rows by default."""
-        rows = self.rows()
-        return total_of_squares(rows, wide(rows).mean(0) if mean is None else mean)
-
-    def weighted_sum(self, weights: Tensor) -> Tensor:
-        """``[*param]``, by weights ``[k]``."""
-        rows = self.rows()
-        return torch.einsum("n,n...->...", weights.to(rows.dtype), rows)
-
-    def coordinates(self) -> Tensor:
-        """``[k, q]``: the rows, up to one rotation for all samples."""
-        return vectors(self.rows())
-
-    def dots(self) -> Tensor:
-        """``[k, k]``."""
-        flat = self.coordinates()
-        return flat @ flat.T
-
-
-class _Direct(Part):
-    """A parameter with one site, of which the operand is a view of it: what the site can, the part can."""
-
-    def __init__(self, where: slice, site: Meeting, view: Callable[[Tensor], Tensor], out: Tensor | None, like: Tensor):
-        self.where, self.site, self.view, self.out, self.like = where, site, view, out, like
-        self.lean = site.lean
-        self._formed: Tensor | None = None
-
-    def rows(self) -> Tensor:
-        if self._formed is None:
-            count = self.where.stop - self.where.start
-            out = self.like.new_empty(count, *self.like.shape) if self.out is None else self.out
-            self.site.rows(self.where, torch.func.vmap(self.view)(out))
-            self._formed = out
-        return self._formed
-
-    def _moved(self, result: Tensor) -> Tensor:
-        """From the operand's shape to the parameter's; for free where the operand's order in memory was kept."""
-        out = torch.empty(self.like.shape, dtype=result.dtype, device=result.device)
-        seen = self.view(out)
-        if seen.stride() == result.stride():
-            return result.as_strided(out.shape, out.stride())
-        seen.copy_(result)
-        return out
-
-    def squared_norms(self) -> Tensor:
-        known = self._formed is None and "squared_norms" in self.lean
-        return self.site.squared_norms(self.where) if known else super().squared_norms()
-
-    def sum_of_squares(self) -> Tensor:
-        known = self._formed is None and "sum_of_squares" in self.lean
-        return self._moved(self.site.sum_of_squares(self.where)) if known else super().sum_of_squares()
-
-    def scatter(self, mean: Tensor | None = None) -> Tensor:
-        known = self._formed is None and "scatter" in self.lean and mean is None
-        return self._moved(self.site.scatter(self.where)) if known else super().scatter(mean)
-
-    def weighted_sum(self, weights: Tensor) -> Tensor:
-        if "weighted_sum" not in self.lean or self._formed is not None:
-            return super().weighted_sum(weights)
-        whole = weights.new_zeros(self.site.samples)
-        whole[self.where] = weights
-        return self._moved(self.site.weighted_sum(whole))
-
-    def coordinates(self) -> Tensor:
-        known = self._formed is None and "coordinates" in self.lean and isinstance(self.site, Pooled)
-        return self.site.coordinates(self.where) if known else super().coordinates()  # type: ignore[attr-defined]
-
-    def dots(self) -> Tensor:
-        whole = (self.where.start, self.where.stop) == (0, self.site.samples)
-        return self.site.dots() if whole and self._formed is None and "dots" in self.lean else super().dots()
-
-
-# --- the sweep ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -183,6 +55,7 @@ class Sweep:
 
     graph: Graph
     flow: Flow
+    operands: Operands
     parameters: Mapping[str, Tensor]
     feed: Mapping[int, Tensor]
     leaves: dict[str, Tensor] = field(default_factory=dict)
@@ -246,7 +119,7 @@ class Sweep:
             out[i] = self._chain_step(steps[i])
         for step in self.graph.forward_steps:
             if any(r is not None and r.index in flow.frozen for r in step.outs) and step.index not in out:
-                out[step.index] = _held(step.op)
+                out[step.index] = held(step.op)
         return out
 
     def _chain_step(self, step: Step) -> Callable[..., Any]:
@@ -290,15 +163,15 @@ class Sweep:
             home = args[0] if mutable else None
             args, kwargs = self._with_live(step, args, kwargs, columns)
             if gated:
-                gate = lambda r, v: _Gate.apply(v) if isinstance(r, Ref) and r.index in gated else v  # noqa: E731
+                gate = lambda r, v: Gate.apply(v) if isinstance(r, Ref) and r.index in gated else v  # noqa: E731
                 args = _zip_map(gate, step.args, args)
             kept = self._keep(step, dict(zip(names, args, strict=False)) | kwargs) if local or norms else {}
             if home is not None:
                 args = (args[0].clone(), *args[1:])
-            result = _frozen_norm(step.op, names, args, kwargs) if norm else step.op(*args, **kwargs)
+            result = frozen_norm(step.op, names, args, kwargs) if norm else step.op(*args, **kwargs)
             outs = flat(result)
             if local and not outs[0].requires_grad:
-                outs[0] = _attached(outs[0], self._anchor)
+                outs[0] = attached(outs[0], self._anchor)
                 result = (outs[0], *outs[1:]) if isinstance(result, tuple | list) else outs[0]
             if local or norms:
                 seen = tuple(o.detach() for o in outs if isinstance(o, Tensor))
@@ -393,7 +266,9 @@ class Sweep:
     @cached_property
     def below(self) -> list[str]:
         """The parameters that columns reach by way of autograd."""
-        reached = {n for site in self.flow.columns if site not in self.pools for n in self.made_from(site.operand)}
+        reached = {
+            n for site in self.flow.columns if site not in self.pools for n in self.operands.made_from(site.operand)
+        }
         return [n for n in self.leaves if n in reached]
 
     @cached_property
@@ -401,16 +276,16 @@ class Sweep:
         met: dict[str, int] = {}
         steps = {s.index: s for s in self.graph.forward_steps}
         for site in self.flow.sites:
-            for n in self.made_from(site.operand):
+            for n in self.operands.made_from(site.operand):
                 met[n] = met.get(n, 0) + 1
         out = {}
         for site in self.flow.columns:
-            step, path = steps[site.step], self._path(site.operand)
+            step, view = steps[site.step], self.operands.view(site.operand)
             plain = step.name in ("mm", "addmm") and site.name in ("self", "mat1", "mat2")[step.name == "addmm" :]
-            if plain and path is not None and not step.writes and step.outs[0] is not None:
-                (name,) = self.made_from(site.operand)
+            if plain and view is not None and not step.writes and step.outs[0] is not None:
+                (name,) = self.operands.made_from(site.operand)
                 if met[name] == 1:
-                    out[site] = Pool(site, name, partial(_replayed, path), step.outs[0].index)
+                    out[site] = Pool(site, name, view, step.outs[0].index)
         return out
 
     def columns(self, first: int, last: int, outs: Mapping[str, Tensor]) -> Iterator[tuple[str, Part]]:
@@ -421,7 +296,7 @@ class Sweep:
             yield name, Part(where, rows.pop(name))
         for site, g in cots.items():
             pool, met = self.pools[site], self._pooled(site, g, first)
-            yield pool.name, _Direct(where, met, pool.view, outs.get(pool.name), self.leaves[pool.name].detach())
+            yield pool.name, FromSite(where, met, pool.view, outs.get(pool.name), self.leaves[pool.name].detach())
 
     def _pooled(self, site: Site, g: Tensor, first: int) -> Pooled:
         if site not in self._pools_made:
@@ -432,11 +307,8 @@ class Sweep:
         """Rows by parameter, and for pooled sites the cotangents of their outputs."""
         pools = [p for p in self.pools.values() if p.out in self.edges]
         wanted: list[Any] = [*(self.leaves[n] for n in self.below), *(self.edges[p.out] for p in pools)]
-        _Gate.closed = True
-        try:
-            rows = _batched_grad([e for e, _, _ in self.seeds], wanted, gs, count)
-        finally:
-            _Gate.closed = False
+        with Gate.shut():
+            rows = batched_grad([e for e, _, _ in self.seeds], wanted, gs, count)
         leaves, edges = rows[: len(self.below)], rows[len(self.below) :]
         return (
             {n: r for n, r in zip(self.below, leaves, strict=True) if r is not None},
@@ -452,7 +324,7 @@ class Sweep:
         out = {n: torch.zeros_like(leaf) for n, leaf in self.leaves.items()}
         for i in [i for i in sums if i in self.flow.parameters]:
             out[self.flow.parameters[i]] += sums.pop(i)
-        chained = _batched_grad(
+        chained = batched_grad(
             [self.live[i] for i in sums], list(self.leaves.values()), [g[None] for g in sums.values()], 1
         )
         scaled = [layout.scaled(g, weights)[None] for _, layout, g in self.seeds]
@@ -462,7 +334,7 @@ class Sweep:
                 out[n] += r[0]
         for site, g in cots.items():
             pool, met = self.pools[site], self._pooled(site, g, 0)
-            out[pool.name] += _Direct(slice(0, 1), met, pool.view, None, out[pool.name]).rows()[0]
+            out[pool.name] += FromSite(slice(0, 1), met, pool.view, None, out[pool.name]).rows()[0]
         return out
 
     def plainly(self, cotangents: Mapping[int, Tensor], weights: Tensor) -> dict[str, Tensor]:
@@ -470,10 +342,10 @@ class Sweep:
         flow, steps = self.flow, {s.index: s for s in self.graph.steps}
         leaves = {n: p.detach().requires_grad_() for n, p in self.parameters.items()}
         live = {i: leaves[name] for i, name in flow.parameters.items()}
-        instead: dict[int, Callable[..., Any]] = {i: _norm_held(steps[i]) for i in flow.frozen_norms}
+        instead: dict[int, Callable[..., Any]] = {i: norm_held(steps[i]) for i in flow.frozen_norms}
         for step in self.graph.forward_steps:
             if any(r is not None and r.index in flow.frozen for r in step.outs) and step.index not in instead:
-                instead[step.index] = _held(step.op)
+                instead[step.index] = held(step.op)
         with torch.enable_grad():
             outs = self.graph.run(
                 {**self.feed, **live}, list(flow.predictions), instead=instead, steps=self.graph.forward_steps
@@ -494,69 +366,16 @@ class Sweep:
 
     def groups(self) -> list[Group]:
         """Which parameters have to be contracted together."""
-        operands: dict[int, list[Meeting]] = {}
-        for site, met in self.meetings:
-            operands.setdefault(site.operand, []).append(met)
-        sets = [({i}, set(self.made_from(i))) for i in operands]
-        merged: list[tuple[set[int], set[str]]] = []
-        for values, names in sets:
-            hit = [m for m in merged if m[1] & names]
-            for m in hit:
-                values, names = values | m[0], names | m[1]
-                merged.remove(m)
-            merged.append((values, names))
-        order = list(self.leaves)
-        return [
-            Group(
-                sorted(names, key=order.index), sorted(values), {i: operands[i] for i in values},
-                self._view(values, names, operands),
-            )
-            for values, names in merged
-        ]  # fmt: skip
-
-    def made_from(self, i: int) -> list[str]:
-        seen: set[int] = set()
-        queue, out = [i], []
-        while queue:
-            v = queue.pop()
-            if v in seen:
-                continue
-            seen.add(v)
-            if v in self.flow.parameters:
-                out.append(self.flow.parameters[v])
-            elif v in self.flow.direct:
-                queue += [r.index for r in self._makers[v].refs()]
+        met: dict[int, list[Meeting]] = {}
+        for site, meeting_ in self.meetings:
+            met.setdefault(site.operand, []).append(meeting_)
+        met = {i: _joined(meetings) for i, meetings in met.items()}
+        out = []
+        for values, names in self.operands.together(met):
+            alone = len(values) == len(names) == len(met[values[0]]) == 1
+            view = self.operands.view(values[0]) if alone else None
+            out.append(Group(names, values, {i: met[i] for i in values}, view))
         return out
-
-    @cached_property
-    def _makers(self) -> dict[int, Step]:
-        steps = self.graph.forward_steps
-        return {r.index: s for s in steps for r in [*(o for o in s.outs if o), *(new for _, new in s.writes)]}
-
-    def _view(self, values: set[int], names: set[str], operands: Mapping[int, list[Meeting]]) -> Any:
-        """How the only operand is seen in the only parameter, if it is a view of it, met once."""
-        if len(values) != 1 or len(names) != 1:
-            return None
-        (i,) = values
-        path = self._path(i) if len(operands[i]) == 1 else None
-        if path is None:
-            return None
-        try:  # a view of the parameter as it lies in memory need not be one of rows that lie in order
-            _replayed(path, torch.empty(self.leaves[next(iter(names))].shape, device="meta"))
-        except RuntimeError:
-            return None
-        return partial(_replayed, path)
-
-    def _path(self, i: int) -> list[Step] | None:
-        """The steps by which a value is a view of a parameter."""
-        path: list[Step] = []
-        while i not in self.flow.parameters:
-            step = self._makers.get(i)
-            if step is None or step.name not in MOVES or step.writes:
-                return None
-            path.insert(0, step)
-            i = step.refs()[0].index
-        return path
 
     def rows(self, group: Group, where: slice) -> dict[str, Tensor]:
         """Rows of the parameters of a group, summed over their sites."""
@@ -567,7 +386,7 @@ class Sweep:
             out[self.flow.parameters[i]] = sums.pop(i)
         if sums:
             leaves = [self.leaves[n] for n in group.names]
-            made = _batched_grad([self.live[i] for i in sums], leaves, list(sums.values()), last - first)
+            made = batched_grad([self.live[i] for i in sums], leaves, list(sums.values()), last - first)
             for n, r in zip(group.names, made, strict=True):
                 if r is not None:
                     taken = any(r.data_ptr() == other.data_ptr() for other in out.values())
@@ -578,15 +397,17 @@ class Sweep:
         """The parts of a group's parameters, for a slice of samples; a single one is formed in ``out`` if given."""
         if group.view is not None:
             (name,), (i,) = group.names, group.operands
-            yield name, _Direct(where, group.meetings[i][0], group.view, out, self.leaves[name].detach())
+            yield name, FromSite(where, group.meetings[i][0], group.view, out, self.leaves[name].detach())
             return
         for name, rows in self.rows(group, where).items():
             yield name, Part(where, rows)
 
 
-def _attached(value: Tensor, anchor: Tensor) -> Tensor:
-    attached: Tensor = _Attach.apply(value.clone() if value._is_view() else value, anchor)
-    return attached
+def _joined(meetings: list[Meeting]) -> list[Meeting]:
+    """Uses of one operand that are matrix products are one product."""
+    products = [m for m in meetings if type(m) is Linear and not m.batched]
+    alike = len({m.features_first for m in products}) == 1 and len(products) > 1
+    return [Linear.joined(products), *(m for m in meetings if m not in products)] if alike else meetings
 
 
 def _sum(tensors: Sequence[Tensor]) -> Tensor:
@@ -603,50 +424,3 @@ def _zip_map(function: Callable[[Any, Any], Any], refs: Any, values: Any) -> Any
     if isinstance(refs, dict):
         return {k: _zip_map(function, r, values[k]) for k, r in refs.items()}
     return function(refs, values)
-
-
-def _held(op: Any) -> Callable[..., Any]:
-    return lambda *args, **kwargs: tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, op(*args, **kwargs))
-
-
-def _norm_held(step: Step) -> Callable[..., Any]:
-    names = [a.name for a in step.op._schema.arguments]
-    return lambda *args, **kwargs: _frozen_norm(step.op, names, args, kwargs)
-
-
-def _frozen_norm(op: Any, names: Sequence[str], args: Any, kwargs: Any) -> Any:
-    """A batch norm as it ran, with its statistics held constant."""
-    arguments = dict(zip(names, args, strict=False)) | kwargs
-    with torch.no_grad():
-        outs = op(*args, **kwargs)
-    x, weight, bias = arguments["input"], arguments["weight"], arguments["bias"]
-    view = [1, -1, *[1] * (x.ndim - 2)]
-    y = (x - outs[1].reshape(view)) * outs[2].reshape(view)
-    y = y if weight is None else y * weight.reshape(view)
-    y = y if bias is None else y + bias.reshape(view)
-    return (y.to(outs[0].dtype), *outs[1:])
-
-
-def _replayed(path: Sequence[Step], t: Tensor) -> Tensor:
-    for step in path:
-        args, kwargs = tree_map(lambda a: t if is_ref(a) else a, (step.args, step.kwargs), is_leaf=is_ref)  # noqa: B023
-        t = step.op(*args, **kwargs)
-    return t
-
-
-def _batched_grad(outputs: Sequence[Any], inputs: Sequence[Any], gs: Sequence[Tensor], count: int) -> list[Any]:
-    """Gradients for ``count`` stacked cotangents; one after the other where they cannot be batched."""
-    connected = [(o, g) for o, g in zip(outputs, gs, strict=True) if isinstance(o, GradientEdge) or o.requires_grad]
-    if not connected or not inputs:
-        return [None] * len(inputs)
-    outputs, gs = [list(x) for x in zip(*connected, strict=True)]
-    grad = torch.autograd.grad
-    if count > 1:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                return list(grad(outputs, inputs, gs, retain_graph=True, allow_unused=True, is_grads_batched=True))
-        except RuntimeError:
-            pass
-    each = [grad(outputs, inputs, [g[k] for g in gs], retain_graph=True, allow_unused=True) for k in range(count)]
-    return [None if rows[0] is None else torch.stack(rows) for rows in zip(*each, strict=True)]

@@ -1,0 +1,102 @@
+"""Rows of one parameter for some samples, or contractions that do without rows: what quantities are fed with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from unbatch.contractions import Meeting, squares, total_of_squares, vectors, wide
+
+
+class Part:
+    """The rows of one parameter for a slice of samples: ``[k, *param]``."""
+
+    lean: frozenset[str] = frozenset()
+
+    def __init__(self, where: slice, rows: Tensor) -> None:
+        self.where, self._rows = where, rows
+
+    def rows(self) -> Tensor:
+        return self._rows
+
+    def squared_norms(self) -> Tensor:
+        """``[k]``."""
+        return squares(self.rows())
+
+    def sum_of_squares(self) -> Tensor:
+        """``[*param]``."""
+        return total_of_squares(self.rows())
+
+    def scatter(self, mean: Tensor | None = None) -> Tensor:
+        """``[*param]``: ``Σ_n (row_n − mean)²``, around the mean of these rows by default."""
+        rows = self.rows()
+        return total_of_squares(rows, wide(rows).mean(0) if mean is None else mean)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """``[*param]``, by weights ``[k]``."""
+        rows = self.rows()
+        return torch.einsum("n,n...->...", weights.to(rows.dtype), rows)
+
+    def coordinates(self) -> Tensor:
+        """``[k, q]``: the rows, up to one rotation for all samples."""
+        return vectors(self.rows())
+
+    def dots(self) -> Tensor:
+        """``[k, k]``."""
+        flat = self.coordinates()
+        return flat @ flat.T
+
+
+class FromSite(Part):
+    """A parameter with one site, of which the operand is a view of it: what the site can, the part can."""
+
+    def __init__(self, where: slice, site: Meeting, view: Callable[[Tensor], Tensor], out: Tensor | None, like: Tensor):
+        self.where, self.site, self.view, self.out, self.like = where, site, view, out, like
+        self.lean = site.lean
+        self._formed: Tensor | None = None
+
+    def rows(self) -> Tensor:
+        if self._formed is None:
+            count = self.where.stop - self.where.start
+            out = self.like.new_empty(count, *self.like.shape) if self.out is None else self.out
+            self.site.rows(self.where, torch.func.vmap(self.view)(out))
+            self._formed = out
+        return self._formed
+
+    def _moved(self, result: Tensor) -> Tensor:
+        """From the operand's shape to the parameter's; for free where the operand's order in memory was kept."""
+        out = torch.empty(self.like.shape, dtype=result.dtype, device=result.device)
+        seen = self.view(out)
+        if seen.stride() == result.stride():
+            return result.as_strided(out.shape, out.stride())
+        seen.copy_(result)
+        return out
+
+    def squared_norms(self) -> Tensor:
+        known = self._formed is None and "squared_norms" in self.lean
+        return self.site.squared_norms(self.where) if known else super().squared_norms()
+
+    def sum_of_squares(self) -> Tensor:
+        known = self._formed is None and "sum_of_squares" in self.lean
+        return self._moved(self.site.sum_of_squares(self.where)) if known else super().sum_of_squares()
+
+    def scatter(self, mean: Tensor | None = None) -> Tensor:
+        known = self._formed is None and "scatter" in self.lean and mean is None
+        return self._moved(self.site.scatter(self.where)) if known else super().scatter(mean)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        if "weighted_sum" not in self.lean or self._formed is not None:
+            return super().weighted_sum(weights)
+        whole = weights.new_zeros(self.site.samples)
+        whole[self.where] = weights
+        return self._moved(self.site.weighted_sum(whole))
+
+    def coordinates(self) -> Tensor:
+        known = self._formed is None and "coordinates" in self.lean
+        return self.site.coordinates(self.where) if known else super().coordinates()
+
+    def dots(self) -> Tensor:
+        whole = (self.where.start, self.where.stop) == (0, self.site.samples)
+        return self.site.dots() if whole and self._formed is None and "dots" in self.lean else super().dots()
