@@ -54,6 +54,7 @@ LEVELS = {
     "sites": 5,
     "operands": 5,
     "sweep": 5,
+    "sources": 6,
     "quantities": 6,
     "gradients": 6,
     # numerical witnesses

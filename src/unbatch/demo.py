@@ -212,7 +212,7 @@ def _eval(out: Console, before: ub.Structure, problem: ub.Problem, few: ub.Probl
     share = Text(f"Crosstalk: off-diagonal share {few.crosstalk().strength:.1%} of the squares.")
     rows = {by: problem.gradients(by=by) for by in DECOMPOSITIONS}
     apart = max(_distance(a, b) for a, b in combinations(rows.values(), 2))
-    same = f"The three decompositions of the gradient are one, {rows['component'].kind}: at most {apart:.0e} apart."
+    same = f"The three decompositions of the gradient are one, {rows['component'].kind}: at most {apart:.0g} apart."
     shown = [heading(after), verdict_table(after), _gained(before, after), share, Text(same)]
     _part(out, "7. Structure in eval mode", EVAL, *shown, *_noise_scale(problem), checked)
 

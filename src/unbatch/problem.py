@@ -17,24 +17,14 @@ from unbatch import capture, errors, rules
 from unbatch.capture import Program
 from unbatch.crosstalk import Crosstalk, crosstalk
 from unbatch.errors import CaptureError, InputError, MixedSamplesWarning, StructureError
-from unbatch.gradients import (
-    Label,
-    Ran,
-    Recorded,
-    Setting,
-    Source,
-    answer,
-    available_memory,
-    is_moment,
-    planned,
-    trusted,
-)
+from unbatch.gradients import Label, answer, available_memory, is_moment, planned
 from unbatch.graph import Graph
 from unbatch.oracle import Oracle
 from unbatch.plan import Plan
 from unbatch.purity import untouched
 from unbatch.quantities import Gradients, Quantity
 from unbatch.results import Rows
+from unbatch.sources import Ran, Recorded, Setting, Source, trusted
 from unbatch.structure import judge
 from unbatch.tree import Selection, select
 from unbatch.verdicts import Structure
