@@ -64,6 +64,7 @@ LEVELS = {
     "crosstalk": 5,
     "verify": 6,
     # what a user touches
+    "checks": 6,
     "problem": 7,
     "report": 8,
     "arguments": 8,

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from unbatch import cli, rules
+from unbatch import cli, kinds, rules
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -100,6 +100,7 @@ def _alone(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(rules, "CUSTOM", dict(rules.CUSTOM))
     monkeypatch.setattr(rules, "ASSUMED", dict(rules.ASSUMED))
+    monkeypatch.setattr(kinds, "KINDS", dict(kinds.KINDS))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

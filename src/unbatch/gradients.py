@@ -5,7 +5,6 @@ Quantities are fed with the parts of a source and never see networks.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -135,10 +134,3 @@ def planned(
 def _chunks(basics: Sequence[Basic], memory: int) -> Chunks:
     keep = any(isinstance(q, Gradients) for q in basics)
     return Chunks(frozenset(q.needs for q in basics), memory, keep, any(q.pairs for q in basics))
-
-
-def available_memory() -> int:
-    """A quarter of the memory that is free, in bytes."""
-    if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4)
-    return 2**30

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,13 +10,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from unbatch import capture, errors, rules
 from unbatch.capture import Program
+from unbatch.checks import (
+    check_devices,
+    check_dims,
+    check_memory,
+    check_out,
+    check_sizes,
+    check_values,
+    flat_dims,
+    parameters_of,
+)
 from unbatch.crosstalk import Crosstalk, crosstalk
 from unbatch.errors import CaptureError, InputError, MixedSamplesWarning, StructureError
-from unbatch.gradients import Label, answer, available_memory, is_moment, planned
+from unbatch.gradients import Label, answer, is_moment, planned
 from unbatch.graph import Graph
 from unbatch.oracle import Oracle
 from unbatch.plan import Plan
@@ -108,14 +117,14 @@ class Problem:
         self.inputs: Any
         self.targets: Any
         self.inputs, self.targets = data if data is not None else (batch, None)
-        self.program = Program(model, loss, _parameters(model, loss, parameters), parameters is not None)
+        self.program = Program(model, loss, parameters_of(model, loss, parameters), parameters is not None)
         x_dims, y_dims = (
             in_dims if isinstance(in_dims, tuple) and data is not None and len(in_dims) == 2 else (in_dims, in_dims)
         )
-        self._dims = _flat_dims("X", self.inputs, x_dims)
-        self._target_dims = _flat_dims("y", self.targets, y_dims)
-        self.samples = _check_sizes(self.inputs, self._dims, self.targets, self._target_dims)
-        _check_devices(self.program, self.inputs, self.targets)
+        self._dims = flat_dims("X", self.inputs, x_dims)
+        self._target_dims = flat_dims("y", self.targets, y_dims)
+        self.samples = check_sizes(self.inputs, self._dims, self.targets, self._target_dims)
+        check_devices(self.program, self.inputs, self.targets)
         self._kept: _Kept | None = None
         self._where = capture.users_line()
 
@@ -227,11 +236,11 @@ class Problem:
         other = object.__new__(Problem)
         other.__dict__.update(self.__dict__)
         other.inputs, other.targets = inputs, targets
-        _check_dims("X", inputs, self._dims)
-        _check_dims("y", targets, self._target_dims)
-        other.samples = _check_sizes(inputs, self._dims, targets, self._target_dims)
-        _check_devices(self.program, inputs, targets)
-        _check_values(inputs, self._dims)
+        check_dims("X", inputs, self._dims)
+        check_dims("y", targets, self._target_dims)
+        other.samples = check_sizes(inputs, self._dims, targets, self._target_dims)
+        check_devices(self.program, inputs, targets)
+        check_values(inputs, self._dims)
         other._kept = self._moved(other) if self._kept is not None else None
         return other
 
@@ -258,7 +267,7 @@ class Problem:
     def _refreshed(self) -> Program:
         """The program with the parameters that the model has at this moment."""
         if not self.program.functional:
-            self.program = replace(self.program, parameters=_parameters(self.program.model, self.program.loss, None))
+            self.program = replace(self.program, parameters=parameters_of(self.program.model, self.program.loss, None))
         return self.program
 
     def _signature(self) -> tuple[Any, ...]:
@@ -271,7 +280,7 @@ class Problem:
         guard = (self._guard(), self._signature(), _identity(self.inputs), _identity(self.targets))
         if self._kept is not None and self._kept.guard == guard:
             return self._kept
-        _check_values(self.inputs, self._dims)
+        check_values(self.inputs, self._dims)
         try:
             graph, (output, scalar) = capture.record(self.program, self.inputs, self.targets)
         except Exception as error:
@@ -340,7 +349,7 @@ class Problem:
         out: Mapping[str, Tensor] | None,
     ) -> list[Any]:
         kept, chosen, budget = self._asked(by, parameters, memory)
-        buffers = _check_out(out, chosen, self.samples)
+        buffers = check_out(out, chosen, self.samples)
         structure = self._judged(kept)
         label = _label(structure, by, weights(kept.graph, self.samples) if structure.reduction else None)
         _warn(structure, quantities, label)
@@ -354,7 +363,8 @@ class Problem:
         """The recording, the parameters and the budget of a question, once its arguments are seen to be sound."""
         if by not in ("component", "copy", "frozen"):
             raise InputError(errors.MSG_BY.format(value=by))
-        chosen, budget = select(self._refreshed().parameters, parameters), _check_memory(memory)
+        chosen = select(self._refreshed().parameters, parameters)
+        budget = check_memory(memory, next(iter(chosen.values())).device)
         return self._capture(), chosen, budget
 
     def _source(self, kept: _Kept, structure: Structure, by: str, chosen: Mapping[str, Tensor]) -> Source:
@@ -430,129 +440,11 @@ def _warn(s: Structure, quantities: Sequence[Quantity], label: Label) -> None:
         warnings.warn(text, MixedSamplesWarning, stacklevel=4)
 
 
-# --- checks of the call ---------------------------------------------------------------------------
-
-
-def _parameters(model: Any, loss: Any, given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    out: dict[str, Tensor] = dict(given or {})
-    if given is None and isinstance(model, nn.Module):
-        out |= dict(model.named_parameters())
-    if isinstance(loss, nn.Module):
-        out |= {f"loss.{n}": p for n, p in loss.named_parameters() if not any(p is q for q in out.values())}
-    for name, p in out.items():
-        if p.device.type == "meta":
-            raise InputError(errors.MSG_META.format(name=name))
-    return out
-
-
-def _flat_dims(what: str, tree: Any, dims: Any) -> list[int | None]:
-    """One entry per leaf: the axis of the samples, or None where there is none (not a tensor, not per-sample)."""
-    leaves, spec = tree_flatten(tree)
-    if any(not isinstance(d, int) and d is not None for d in tree_leaves(dims, is_leaf=lambda d: d is None)):
-        raise InputError(
-            f"in_dims for {what} is {dims!r}; it takes an int, None, or a nesting of them like that of {what}, {spec}."
-        )
-    if isinstance(dims, int) or dims is None:
-        flat: list[Any] = [dims] * len(leaves)
-    else:
-        broadcast = torch.utils._pytree._broadcast_to_and_flatten(dims, spec, is_leaf=lambda d: d is None)
-        if broadcast is None:
-            raise InputError(
-                f"in_dims for {what} is {dims!r}, which does not fit its structure {spec}. "
-                "Use an int, None, or the same nesting."
-            )
-        flat = list(broadcast)
-    flat = [d if isinstance(t, Tensor) else None for t, d in zip(leaves, flat, strict=True)]
-    _check_dims(what, tree, flat)
-    return [d if d is None else d % leaf.ndim for d, leaf in zip(flat, leaves, strict=True)]
-
-
-def _check_dims(what: str, tree: Any, dims: list[int | None]) -> None:
-    leaves = tree_leaves(tree)
-    if what == "X" and not any(isinstance(t, Tensor) for t in leaves):
-        raise InputError(errors.MSG_NOT_TENSOR.format(what=what, value=type(tree).__name__))
-    if len(leaves) != len(dims):
-        raise InputError(
-            f"{what} has {len(leaves)} entries where there were {len(dims)}; "
-            "with_batch takes data of the same structure."
-        )
-    for leaf, d in zip(leaves, dims, strict=True):
-        if d is not None and isinstance(leaf, Tensor) and not -leaf.ndim <= d < leaf.ndim:
-            raise InputError(errors.MSG_NO_AXIS.format(what=what, shape=tuple(leaf.shape), axis=d))
-
-
 @contextmanager
 def _precision_of_recording() -> Iterator[None]:
     """Casts were recorded where they happened; an autocast around the question has done its work."""
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         yield
-
-
-def _check_memory(memory: int | None) -> int:
-    if memory is None:
-        return available_memory()
-    if isinstance(memory, bool) or not isinstance(memory, int | float) or not memory > 0:
-        raise InputError(errors.MSG_MEMORY.format(value=memory))
-    return int(min(memory, sys.maxsize))
-
-
-def _check_out(out: Mapping[str, Tensor] | None, chosen: Mapping[str, Tensor], samples: int) -> dict[str, Tensor]:
-    if out is None:
-        return {}
-    if not isinstance(out, Mapping):
-        raise InputError(errors.MSG_OUT.format(what=f"it is a {type(out).__name__}"))
-    for name, p in chosen.items():
-        given = out.get(name)
-        if given is None:
-            raise InputError(errors.MSG_OUT.format(what=f"there is nothing for {name!r}"))
-        if not isinstance(given, Tensor):
-            raise InputError(errors.MSG_OUT.format(what=f"{name!r} is a {type(given).__name__}"))
-        want = (samples, *p.shape)
-        if tuple(given.shape) != want or given.dtype != p.dtype or given.device != p.device:
-            found = f"{name!r} is {tuple(given.shape)} {given.dtype} on {given.device}"
-            what = f"{found} where {want} {p.dtype} on {p.device} is needed"
-            raise InputError(errors.MSG_OUT.format(what=what))
-    return {n: out[n] for n in chosen}
-
-
-def _check_sizes(inputs: Any, dims: list[int | None], targets: Any, target_dims: list[int | None]) -> int:
-    sized = [(f"{what}[{i}]", leaf, d) for what, tree, ds in (("X", inputs, dims), ("y", targets, target_dims))
-             for i, (leaf, d) in enumerate(zip(tree_leaves(tree), ds, strict=True)) if d is not None]  # fmt: skip
-    if not any(name.startswith("X") for name, _, _ in sized):
-        raise InputError(errors.MSG_NO_BATCH)
-    first, leaf, axis = sized[0]
-    n = leaf.shape[axis]
-    for name, other, d in sized[1:]:
-        if other.shape[d] != n:
-            raise InputError(
-                errors.MSG_SIZES.format(first=first, n=n, axis=axis, other=name, m=other.shape[d], other_axis=d)
-            )
-    if n == 0:
-        raise InputError(errors.MSG_EMPTY.format(what=first, shape=tuple(leaf.shape)))
-    return n
-
-
-def _check_devices(program: Program, inputs: Any, targets: Any) -> None:
-    devices = {p.device for p in program.parameters.values()}
-    if len(devices) != 1:
-        return
-    (device,) = devices
-    for what, tree in (("X", inputs), ("y", targets)):
-        for leaf in tree_leaves(tree):
-            if isinstance(leaf, Tensor) and leaf.device != device and leaf.ndim:
-                raise InputError(errors.MSG_DEVICE.format(what=what, device=leaf.device, model=str(device)))
-
-
-def _check_values(inputs: Any, dims: list[int | None]) -> None:
-    for i, (leaf, d) in enumerate(zip(tree_leaves(inputs), dims, strict=True)):
-        if (
-            isinstance(leaf, Tensor)
-            and (leaf.is_floating_point() or leaf.is_complex())
-            and bool(torch.isnan(leaf).any())
-        ):
-            bad = torch.isnan(leaf)
-            sample = int(torch.nonzero(bad)[0, d]) if d is not None else -1
-            raise InputError(errors.MSG_NAN.format(what=f"X[{i}]", count=int(bad.sum()), sample=sample))
 
 
 def _fingerprint(t: Tensor) -> float:

@@ -1,0 +1,140 @@
+"""Whether the arguments of a call fit together; every refusal shows the value and the remedy. Nothing is computed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves
+
+from unbatch import errors
+from unbatch.capture import Program
+from unbatch.errors import InputError
+
+
+def parameters_of(model: Any, loss: Any, given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    out: dict[str, Tensor] = dict(given or {})
+    if given is None and isinstance(model, nn.Module):
+        out |= dict(model.named_parameters())
+    if isinstance(loss, nn.Module):
+        out |= {f"loss.{n}": p for n, p in loss.named_parameters() if not any(p is q for q in out.values())}
+    for name, p in out.items():
+        if p.device.type == "meta":
+            raise InputError(errors.MSG_META.format(name=name))
+    return out
+
+
+def flat_dims(what: str, tree: Any, dims: Any) -> list[int | None]:
+    """One entry per leaf: the axis of the samples, or None where there is none (not a tensor, not per-sample)."""
+    leaves, spec = tree_flatten(tree)
+    if any(not isinstance(d, int) and d is not None for d in tree_leaves(dims, is_leaf=lambda d: d is None)):
+        raise InputError(
+            f"in_dims for {what} is {dims!r}; it takes an int, None, or a nesting of them like that of {what}, {spec}."
+        )
+    if isinstance(dims, int) or dims is None:
+        flat: list[Any] = [dims] * len(leaves)
+    else:
+        broadcast = torch.utils._pytree._broadcast_to_and_flatten(dims, spec, is_leaf=lambda d: d is None)
+        if broadcast is None:
+            raise InputError(
+                f"in_dims for {what} is {dims!r}, which does not fit its structure {spec}. "
+                "Use an int, None, or the same nesting."
+            )
+        flat = list(broadcast)
+    flat = [d if isinstance(t, Tensor) else None for t, d in zip(leaves, flat, strict=True)]
+    check_dims(what, tree, flat)
+    return [d if d is None else d % leaf.ndim for d, leaf in zip(flat, leaves, strict=True)]
+
+
+def check_dims(what: str, tree: Any, dims: list[int | None]) -> None:
+    leaves = tree_leaves(tree)
+    if what == "X" and not any(isinstance(t, Tensor) for t in leaves):
+        raise InputError(errors.MSG_NOT_TENSOR.format(what=what, value=type(tree).__name__))
+    if len(leaves) != len(dims):
+        raise InputError(
+            f"{what} has {len(leaves)} entries where there were {len(dims)}; "
+            "with_batch takes data of the same structure."
+        )
+    for leaf, d in zip(leaves, dims, strict=True):
+        if d is not None and isinstance(leaf, Tensor) and not -leaf.ndim <= d < leaf.ndim:
+            raise InputError(errors.MSG_NO_AXIS.format(what=what, shape=tuple(leaf.shape), axis=d))
+
+
+def check_memory(memory: int | None, device: torch.device) -> int:
+    if memory is None:
+        return available_memory(device)
+    if isinstance(memory, bool) or not isinstance(memory, int | float) or not memory > 0:
+        raise InputError(errors.MSG_MEMORY.format(value=memory))
+    return int(min(memory, sys.maxsize))
+
+
+def check_out(out: Mapping[str, Tensor] | None, chosen: Mapping[str, Tensor], samples: int) -> dict[str, Tensor]:
+    if out is None:
+        return {}
+    if not isinstance(out, Mapping):
+        raise InputError(errors.MSG_OUT.format(what=f"it is a {type(out).__name__}"))
+    for name, p in chosen.items():
+        given = out.get(name)
+        if given is None:
+            raise InputError(errors.MSG_OUT.format(what=f"there is nothing for {name!r}"))
+        if not isinstance(given, Tensor):
+            raise InputError(errors.MSG_OUT.format(what=f"{name!r} is a {type(given).__name__}"))
+        want = (samples, *p.shape)
+        if tuple(given.shape) != want or given.dtype != p.dtype or given.device != p.device:
+            found = f"{name!r} is {tuple(given.shape)} {given.dtype} on {given.device}"
+            what = f"{found} where {want} {p.dtype} on {p.device} is needed"
+            raise InputError(errors.MSG_OUT.format(what=what))
+    return {n: out[n] for n in chosen}
+
+
+def check_sizes(inputs: Any, dims: list[int | None], targets: Any, target_dims: list[int | None]) -> int:
+    sized = [(f"{what}[{i}]", leaf, d) for what, tree, ds in (("X", inputs, dims), ("y", targets, target_dims))
+             for i, (leaf, d) in enumerate(zip(tree_leaves(tree), ds, strict=True)) if d is not None]  # fmt: skip
+    if not any(name.startswith("X") for name, _, _ in sized):
+        raise InputError(errors.MSG_NO_BATCH)
+    first, leaf, axis = sized[0]
+    n = leaf.shape[axis]
+    for name, other, d in sized[1:]:
+        if other.shape[d] != n:
+            raise InputError(
+                errors.MSG_SIZES.format(first=first, n=n, axis=axis, other=name, m=other.shape[d], other_axis=d)
+            )
+    if n == 0:
+        raise InputError(errors.MSG_EMPTY.format(what=first, shape=tuple(leaf.shape)))
+    return n
+
+
+def check_devices(program: Program, inputs: Any, targets: Any) -> None:
+    devices = {p.device for p in program.parameters.values()}
+    if len(devices) != 1:
+        return
+    (device,) = devices
+    for what, tree in (("X", inputs), ("y", targets)):
+        for leaf in tree_leaves(tree):
+            if isinstance(leaf, Tensor) and leaf.device != device and leaf.ndim:
+                raise InputError(errors.MSG_DEVICE.format(what=what, device=leaf.device, model=str(device)))
+
+
+def check_values(inputs: Any, dims: list[int | None]) -> None:
+    for i, (leaf, d) in enumerate(zip(tree_leaves(inputs), dims, strict=True)):
+        if (
+            isinstance(leaf, Tensor)
+            and (leaf.is_floating_point() or leaf.is_complex())
+            and bool(torch.isnan(leaf).any())
+        ):
+            bad = torch.isnan(leaf)
+            sample = int(torch.nonzero(bad)[0, d]) if d is not None else -1
+            raise InputError(errors.MSG_NAN.format(what=f"X[{i}]", count=int(bad.sum()), sample=sample))
+
+
+def available_memory(device: torch.device) -> int:
+    """A quarter of the memory that is free, in bytes."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] // 4)
+    if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4)
+    return 2**30
