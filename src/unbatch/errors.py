@@ -105,8 +105,8 @@ MSG_QUANTITY = (
     "For the rows themselves call gradients()."
 )
 MSG_MIXED_MOMENT = (
-    "{what}: taken over the {n} {kind} rows of this batch, exactly, but not a statistic over samples: {lost} does not "
-    "hold (see problem.structure). The rows are parts of one sum, not draws that would come out alike in another batch."
+    "{what}: exact for the {kind} rows of this batch ({n}), but no statistic over samples. For that the loss would "
+    "need: {lost}; see problem.structure. The rows are parts of one sum, not draws that would come out alike elsewhere."
 )
 MSG_HISTOGRAM = "A histogram takes at least one bin and low < high; got bins={bins}, low={low}, high={high}."
 MSG_MAX_NORM = "max_norm is a number greater than zero, in the scale of the rows; got {value!r}."

@@ -43,8 +43,9 @@ def answer(
             sums["one"] = source.weighted_sum(like.new_ones(samples, dtype=torch.float64).to(real(like.dtype)))
         return sums["one"]
 
+    note = "; ".join(filter(None, (label.note, source.note)))
     about = About(
-        samples, {n: tuple(p.shape) for n, p in parameters.items()}, label.by, label.kind, label.note, label.weights,
+        samples, {n: tuple(p.shape) for n, p in parameters.items()}, label.by, label.kind, note, label.weights,
         like, gradient, source.weighted_sum, source.rest, out,
     )  # fmt: skip
     asked = [_Asked.of(q) for q in quantities]
@@ -118,17 +119,12 @@ def planned(
     sites = source.sites()
     row = sum(p.numel() * p.element_size() for p in parameters.values())
     largest = max(p.numel() * p.element_size() for p in parameters.values())
-    results = samples * row if chunks.keep else row
-    temporary = at_once * row if passes > 1 else 0 if chunks.keep else min(samples * largest, min(memory, CHUNK))
-    ways = {s.way for s in sites}
-    reasons = {
-        "model": "Tensor hooks or custom derivatives make the recording differ from the model.",
-        "columns": "Samples listen to each other, so each is a column of its own below the last place where they do.",
-        "projected": "Samples meet in one place only, of which the closed form is known.",
-    }
-    ways |= {"columns"} if "pooled" in ways else set()
-    reason = next((text for way, text in reasons.items() if way in ways), "One sweep serves all samples.")
-    return Plan(by, samples, tuple(sites), passes, at_once, results, temporary, memory, reason)
+    sizes = {"rows": samples * row, "squared_norms": samples * len(parameters) * 4, "dots": samples**2 * 4}
+    basics = _basics([_Asked.of(q) for q in quantities])
+    results = sum(sizes["rows"] if isinstance(q, Gradients) else sizes.get(q.needs, row) for q in basics)
+    formed = samples * row if chunks.pairs else at_once * row if passes > 1 else min(samples * largest, memory, CHUNK)
+    temporary = 0 if chunks.keep and passes == 1 else formed
+    return Plan(by, samples, tuple(sites), passes, at_once, results, temporary, memory, source.reason)
 
 
 def _chunks(basics: Sequence[Basic], memory: int) -> Chunks:

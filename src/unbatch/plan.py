@@ -18,7 +18,7 @@ WAYS = {
     "projected": "right below the topmost batch norm: its closed form",
     "pooled": "below the last mixing: one column a sample, contracted without autograd",
     "columns": "below the last mixing: one column a sample, pulled back by autograd",
-    "model": "the recording cannot stand for the model: it is run itself, one column a sample",
+    "model": "one column a sample, pulled back through the whole model by autograd",
 }
 
 
@@ -61,9 +61,11 @@ class Plan:
         for site in self.sites:
             table.add_row(", ".join(site.parameters), site.module or "-", site.op, site.kind, site.way)
         legend = [Text(f"{way}: {WAYS[way]}") for way in WAYS if any(s.way == way for s in self.sites)]
+        plural = "s" if self.pullbacks > 1 else ""
         together = f", {self.at_once} at a time" if self.pullbacks > 1 else ""
+        count = f"{self.pullbacks} pullback{plural}{together}"
         return Group(
-            Text(f"Rows by {self.by} of {self.samples} samples: {self.pullbacks} pullbacks{together}. {self.reason}"),
+            Text(f"Rows by {self.by} of {self.samples} samples: {count}. {self.reason}"),
             table,
             *legend,
             Text(

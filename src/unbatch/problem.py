@@ -36,7 +36,7 @@ from unbatch.results import Rows
 from unbatch.sources import Ran, Recorded, Setting, Source, trusted
 from unbatch.structure import judge
 from unbatch.tree import Selection, select
-from unbatch.verdicts import Structure
+from unbatch.verdicts import TITLES, Structure
 from unbatch.verify import Verification, settle, verify
 from unbatch.walk import forward_marks
 from unbatch.weights import weights
@@ -208,7 +208,8 @@ class Problem:
         """
         if not quantities or not all(isinstance(q, Quantity) for q in quantities):
             wrong = next((q for q in quantities if not isinstance(q, Quantity)), None)
-            raise InputError(errors.MSG_QUANTITY.format(value=wrong))
+            hint = f" Did you mean {wrong.__name__}()?" if isinstance(wrong, type) else ""
+            raise InputError(errors.MSG_QUANTITY.format(value=wrong) + hint)
         with torch.inference_mode(False):
             results = self._answer(quantities, by, parameters, memory, None)
         return results[0] if len(results) == 1 else tuple(results)
@@ -383,7 +384,7 @@ class Problem:
             raise StructureError(errors.MSG_INNER_LOSS.format(why=why))
         if not (alike or by == "component"):
             raise StructureError(errors.MSG_NOT_REPLAYED.format(by=by, why=why))
-        return Ran(setting, chosen, setting.faithful)
+        return Ran(setting, chosen, setting.faithful, why)
 
     def _setting(self, kept: _Kept) -> Setting:
         if kept.setting is None:
@@ -424,17 +425,20 @@ class Problem:
 
 
 def _label(s: Structure, by: str, weights_: Tensor | None) -> Label:
+    """What the rows are: without mixing the three decompositions are one, and per-sample if the loss is, too."""
     apart = bool(s.independent_forward) and bool(s.simd_loss)
-    kind = "per-sample" if apart else {"component": "per-component", "copy": "per-copy"}.get(by, by)
+    kinds = {"component": "per-component", "copy": "per-copy", "frozen": "frozen"}
+    kind = "per-sample" if apart else kinds[by]
     factor = apart and not (s.reduction and not s.reduction.weights_depend_on)
     return Label(by, kind, "up to a factor that depends on the batch" if factor else "", weights_)
 
 
 def _warn(s: Structure, quantities: Sequence[Quantity], label: Label) -> None:
     asked = [type(q).__name__ for q in quantities if is_moment(q)]
-    lost = [v.name for v in (s.simd_forward, s.reduction, s.simd_loss) if not v]
+    needed = (s.simd_forward, s.reduction, s.simd_loss)
+    lost = [f"{TITLES[v.name]} ({'it fails' if v.status == 'fails' else 'it is unknown'})" for v in needed if not v]
     if s.reduction and s.reduction.weights_depend_on:
-        lost.append("weights that depend on no other sample")
+        lost.append("weights that depend on no other sample (they do)")
     if asked and lost:
         text = errors.MSG_MIXED_MOMENT.format(what=", ".join(asked), kind=label.kind, lost=", ".join(lost), n=s.samples)
         warnings.warn(text, MixedSamplesWarning, stacklevel=4)

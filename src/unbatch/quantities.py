@@ -357,6 +357,11 @@ def _felt(moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {n: m > (64 * torch.finfo(m.dtype).eps) ** 2 * largest for n, m in moments.items()}
 
 
+def _per_pair(about: About, value: Tensor) -> Tensor:
+    """Of one sample alone nothing is known about how samples differ: not a number."""
+    return value if about.samples > 1 else torch.full_like(value, float("nan"))
+
+
 def _squared(tensors: Mapping[str, Tensor]) -> Tensor:
     return torch.stack([wide(t).square().sum() for t in tensors.values()]).sum()
 
@@ -377,7 +382,7 @@ class NoiseScale(Derived):
     def combine(self, about: About, *results: Any) -> Tensor:
         n, (norms,) = about.samples, results
         single, whole = n**2 * norms.total.mean(), _squared(about.gradient())
-        return n * (single - whole) / (n * whole - single)
+        return _per_pair(about, n * (single - whole) / (n * whole - single))
 
 
 def _ratios(about: About, norms: SquaredNorms, projections: SquaredNorms) -> tuple[Tensor, Tensor]:
@@ -399,7 +404,8 @@ class NormTest(Derived):
 
     def combine(self, about: About, *results: Any) -> Tensor:
         n, (norms,) = about.samples, results
-        return (n**2 * norms.total.sum() / _squared(about.gradient()) - n) / (n * (n - 1))
+        excess = n**2 * norms.total.sum() / _squared(about.gradient()) - n
+        return _per_pair(about, excess / max(n * (n - 1), 1))
 
 
 @dataclass(frozen=True)
@@ -415,7 +421,7 @@ class InnerProductTest(Derived):
 
     def combine(self, about: About, *results: Any) -> Tensor:
         n, (_, shadows) = about.samples, _ratios(about, *results)
-        return (shadows - n) / (n * (n - 1))
+        return _per_pair(about, (shadows - n) / max(n * (n - 1), 1))
 
 
 @dataclass(frozen=True)
@@ -431,7 +437,7 @@ class OrthogonalityTest(Derived):
 
     def combine(self, about: About, *results: Any) -> Tensor:
         n, (lengths, shadows) = about.samples, _ratios(about, *results)
-        return (lengths - shadows) / (n * (n - 1))
+        return _per_pair(about, (lengths - shadows) / max(n * (n - 1), 1))
 
 
 @dataclass(frozen=True)
@@ -452,5 +458,6 @@ class EarlyStopping(Derived):
         gradient = about.gradient()
         noisy = torch.cat([f.flatten() for f in _felt(variance).values()])
         mean = torch.cat([wide(gradient[k]).flatten() for k in about.shapes])[noisy]
-        spread = variance.flat()[noisy] * n**3 / (n - 1)
-        return 1 - n * (mean.abs().square() / spread).mean() if len(spread) else spread.new_ones(())
+        spread = variance.flat()[noisy] * n**3 / max(n - 1, 1)
+        evidence = n * (mean.abs().square() / spread).mean() if len(spread) else spread.new_zeros(())
+        return _per_pair(about, 1 - evidence)

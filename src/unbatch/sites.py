@@ -56,6 +56,7 @@ class Flow:
     projections: dict[int, int] = field(default_factory=dict)  # step of a weight -> step of the batch norm above
     spanning: set[int] = field(default_factory=set)  # shared operands with an entry for every sample
     layouts: dict[int, Layout | Scattered] = field(default_factory=dict)  # where the samples lie, at sites and seeds
+    by_place: bool = False  # slices were given to samples where they meet in no symmetric way
     direct: set[int] = field(default_factory=set)  # made from parameters without samples on the way
     theta: set[int] = field(default_factory=set)
     separate: dict[Any, bool] = field(default_factory=dict)

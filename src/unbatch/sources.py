@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from unbatch.capture import Program
+from unbatch.contractions import squares
 from unbatch.graph import Graph
 from unbatch.labels import SHARED, Marks
 from unbatch.layout import Layout
@@ -30,6 +31,7 @@ from unbatch.structure import used_predictions
 from unbatch.sweep import Group, Sweep
 from unbatch.walk import Walk, prediction_dim, walk
 
+BY_PLACE = "where samples meet in no symmetric way, slice n of the result counts as sample n's own"
 CHUNK = 32 * 2**20  # bytes of rows that are formed at a time where none are kept: what a cache holds is reused fastest
 
 
@@ -67,6 +69,7 @@ class Setting:
             plan = flow(self.graph, seen, self.samples, self.leading, names, by)
             if plan.spanning:
                 plan = flow(self.graph, self._spread(plan, seen), self.samples, self.leading, names, by)
+            plan.by_place = seen.by_place
             self.flows[key] = plan, Operands(self.graph, plan, {n: tuple(p.shape) for n, p in parameters.items()})
         return self.flows[key]
 
@@ -117,7 +120,10 @@ class Setting:
 
 
 class Source(ABC):
-    """Where the rows of the parameters come from."""
+    """Where rows come from. ``note``: what to keep in mind about them; ``reason``: of the plan, in words."""
+
+    note = ""
+    reason = "One sweep serves all samples."
 
     @abstractmethod
     def parts(self, plan: Chunks, outs: Mapping[str, Tensor]) -> Iterator[tuple[str, Part]]:
@@ -168,10 +174,15 @@ class Recorded(Source):
         predictions = self.sweep.forward()
         self.cotangents = _cotangents(setting, predictions, self.sweep.inner)
         self.sweep.pull(self.cotangents)
+        self.note = BY_PLACE if self.flow.by_place else ""
+        if self.flow.columns:
+            self.reason = "Below the last place where samples listen to each other, each is a column of its own."
+        elif self.flow.projections:
+            self.reason = "Samples meet in one place only, of which the closed form is known."
 
     def parts(self, plan: Chunks, outs: Mapping[str, Tensor]) -> Iterator[tuple[str, Part]]:
         sweep, n = self.sweep, self.setting.samples
-        below = set(sweep.below)
+        below = set(sweep.reached)
         tied = []
         for group in sweep.groups():
             if below & set(group.names):
@@ -195,6 +206,20 @@ class Recorded(Source):
         like = self.parameters[name].detach()
         kept = plan.keep or plan.pairs
         return None if kept else self.setting.scratch((where.stop - where.start, *like.shape), like)
+
+    def of_samples(self, first: int, last: int) -> Iterator[tuple[str, Part]]:
+        """The parts of a few samples."""
+        where, below = slice(first, last), set(self.sweep.reached)
+        local: dict[str, Tensor] = {}
+        for group in self.sweep.groups():
+            if below & set(group.names):
+                local |= self.sweep.rows(group, where)
+            else:
+                yield from self.sweep.parts(group, where, None)
+        columns = self.sweep.columns(first, last, {}) if self.sweep.seeds and self.flow.columns else ()
+        for name, part in columns:
+            yield name, Part(where, part.rows() + local.pop(name)) if name in local else part
+        yield from ((name, Part(where, rows)) for name, rows in local.items())
 
     def _columns(self, plan: Chunks, tied: Sequence[Group], outs: Mapping[str, Tensor]) -> Iterator[tuple[str, Part]]:
         sweep, n = self.sweep, self.setting.samples
@@ -256,8 +281,11 @@ class Recorded(Source):
 class Ran(Source):
     """The model itself (or its recording, ``replayed``), run once; every sample is a column of its own."""
 
-    def __init__(self, setting: Setting, parameters: Mapping[str, Tensor], replayed: bool = False) -> None:
+    def __init__(
+        self, setting: Setting, parameters: Mapping[str, Tensor], replayed: bool = False, why: str = ""
+    ) -> None:
         self.setting, self.parameters, self.replayed = setting, parameters, replayed
+        self.reason = f"Every sample is pulled back through the whole model: {why or 'there is only one'}."
         self.inner: dict[int, Tensor] = {}
         at = self._replay() if replayed else self._run()
         self.predictions = {i: at[i] for i in setting.axes if at[i].requires_grad}
@@ -407,8 +435,24 @@ def trusted(source: Recorded) -> bool:
         like = next(iter(source.parameters.values()))
         weights = weights.to(like.device, real(like.dtype))
         found, expected = source.weighted_sum(weights), source.sweep.plainly(source.cotangents, weights)
-        setting.trust[key] = _agree(found, expected, setting.rounding)
+        setting.trust[key] = _agree(found, expected, setting.rounding) and _consistent(source)
     return setting.trust[key]
+
+
+def _consistent(source: Recorded) -> bool:
+    """The row of one sample, and its norm, are those of a sum in which all other weights are zero."""
+    n = source.setting.samples // 2
+    alone = torch.zeros(source.setting.samples, dtype=torch.float64)
+    alone[n] = 1
+    like = next(iter(source.parameters.values()))
+    expected = source.weighted_sum(alone.to(like.device, real(like.dtype)))
+    found = {name: torch.zeros_like(g) for name, g in expected.items()}
+    norms = {name: found[name].new_zeros(1) for name in expected}
+    for name, part in source.of_samples(n, n + 1):
+        norms[name] = part.squared_norms().sqrt()
+        found[name] = part.rows()[0]
+    lengths = {name: squares(g[None]).sqrt() for name, g in expected.items()}
+    return _agree(found, expected, source.setting.rounding) and _agree(norms, lengths, source.setting.rounding)
 
 
 def _agree(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], bound: float) -> bool:

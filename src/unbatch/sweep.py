@@ -272,6 +272,12 @@ class Sweep:
         return [n for n in self.leaves if n in reached]
 
     @cached_property
+    def reached(self) -> list[str]:
+        """The parameters that columns reach, in whatever way."""
+        pooled = {pool.name for pool in self.pools.values()}
+        return [n for n in self.leaves if n in pooled or n in self.below]
+
+    @cached_property
     def pools(self) -> dict[Site, Pool]:
         met: dict[str, int] = {}
         steps = {s.index: s for s in self.graph.forward_steps}
