@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
 
@@ -287,6 +287,22 @@ class Program:
     @property
     def modules(self) -> list[nn.Module]:
         return [m for m in (self.model, self.loss) if isinstance(m, nn.Module)]
+
+    def on_copies(self) -> Program:
+        """The same program on copies of its parameters (connected to them) and buffers.
+
+        What the model writes to them then stays as it is until derivatives have been taken.
+        """
+        copies = {n: p.clone() for n, p in self.parameters.items()}
+        model = self.model
+        if self.functional or not isinstance(model, nn.Module):
+            return replace(self, parameters=copies)
+        own = {n: p.clone() for n, p in model.named_parameters()} | {n: b.clone() for n, b in model.named_buffers()}
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return torch.func.functional_call(model, own, args, kwargs)
+
+        return replace(self, model=run)
 
     def predict(self, inputs: Any, parameters: Mapping[str, Tensor] | None = None) -> Any:
         if self.functional:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Mapping
@@ -88,7 +89,21 @@ def check_out(out: Mapping[str, Tensor] | None, chosen: Mapping[str, Tensor], sa
             found = f"{name!r} is {tuple(given.shape)} {given.dtype} on {given.device}"
             what = f"{found} where {want} {p.dtype} on {p.device} is needed"
             raise InputError(errors.MSG_OUT.format(what=what))
+    given_ = [out[n] for n in chosen if out[n].numel()]
+    if any(size > 1 and step == 0 for t in given_ for size, step in zip(t.shape, t.stride(), strict=True)):
+        raise InputError(errors.MSG_OUT.format(what="a buffer is expanded, so its rows share memory"))
+    spans = sorted((t.data_ptr(), t.data_ptr() + _extent(t)) for t in given_)
+    if any(end > start for (_, end), (start, _) in itertools.pairwise(spans)) and _all_dense(given_):
+        raise InputError(errors.MSG_OUT.format(what="buffers overlap in memory"))
     return {n: out[n] for n in chosen}
+
+
+def _extent(t: Tensor) -> int:
+    return (sum((s - 1) * d for s, d in zip(t.shape, t.stride(), strict=True)) + 1) * t.element_size()
+
+
+def _all_dense(tensors: list[Tensor]) -> bool:
+    return all(_extent(t) == t.numel() * t.element_size() for t in tensors)
 
 
 def check_sizes(inputs: Any, dims: list[int | None], targets: Any, target_dims: list[int | None]) -> int:

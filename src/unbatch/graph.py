@@ -139,6 +139,16 @@ class Graph:
             other.run({}, [w.index for w in wanted], visit=keep)
         return other
 
+    def widened(self) -> Graph:
+        """The same computation in float64, from the numbers at its beginning on."""
+        wide = lambda x: torch.float64 if x in NARROW else x  # noqa: E731
+        values = [
+            replace(v, dtype=wide(v.dtype), concrete=v.concrete if v.concrete is None else widest(v.concrete))
+            for v in self.values
+        ]
+        steps = [replace(s, args=mapped(s.args, wide), kwargs=mapped(s.kwargs, wide)) for s in self.steps]
+        return replace(self, values=values, steps=steps)
+
     def signature(self) -> tuple[Any, ...]:
         """What is computed, without the data: equal for two runs that do the same."""
         steps = tuple((str(s.op), repr(s.args), repr(s.kwargs)) for s in self.steps)
@@ -243,6 +253,23 @@ class Graph:
             if self.values[value].kind == "step":
                 out.setdefault(step_index, []).append(value)
         return out
+
+
+NARROW = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def widest(t: Tensor) -> Tensor:
+    """In float64, if it is a narrower floating-point tensor."""
+    return t.double() if t.dtype in NARROW else t
+
+
+def mapped(tree: Any, function: Callable[[Any], Any]) -> Any:
+    """Arguments with a function applied to the types among them."""
+    if isinstance(tree, list | tuple):
+        return type(tree)(mapped(t, function) for t in tree)
+    if isinstance(tree, dict):
+        return {k: mapped(v, function) for k, v in tree.items()}
+    return function(tree) if isinstance(tree, torch.dtype) else tree
 
 
 def filled(tree: Any, get: Callable[[Ref], Any]) -> Any:

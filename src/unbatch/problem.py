@@ -327,7 +327,9 @@ class Problem:
         values, gradients = unfaithful(kept.oracle)
         structure = settle(structure, kept.oracle, kept.output, "" if structure.assumptions else values)
         notes = structure.notes
-        kept.replays = gradients or values
+        kept.replays = gradients
+        if values:  # something steers it: the recording may still be what ran on this batch
+            kept.replays = next(filter(None, unfaithful(kept.oracle, here=True)), "")
         if gradients:
             notes += (
                 f"the recorded computation has other derivatives than the model ({gradients}): "

@@ -230,8 +230,8 @@ class _Planner:
         if not all(self._loose(o) for o in outs):
             for i in loose:
                 self._site(step, i, outs, apart)
-            if apart and self.plan.by == "component":
-                self._seed(step, outs, ins)
+            if self.plan.by == "component":
+                self._seed(step, outs if not step.writes else outs if apart else [], ins)
         elif loose:
             self._made_of_statistics(step, outs, ins, loose, apart)
 
@@ -282,7 +282,7 @@ class _Planner:
         first = norm.refs()[0].index == outs[0]
         if norm.name not in BATCH_NORMS or not first or not isinstance(layout, Layout) or self.node(outs[0]) != outs[0]:
             return False
-        fits = layout.dim == 0 and layout.block == 1 and bool(norm.args[5])
+        fits = layout == Layout(0, self.plan.samples) and bool(norm.args[5])
         sep = bool(above) and self.plan.separate.get(self.node(above[0]), False)
         if fits and sep and layout_of(self.marks(above[0]), self.plan.samples) == layout:
             self.plan.projections[step.index] = norm.index
@@ -293,8 +293,10 @@ class _Planner:
         plan = self.plan
         moving = [i for i in ins if self.marks(i).depends_on_batch]
         below = [i for i in moving if not self.marks(i).owned or not plan.separate[self.node(i)]]
-        if below:
-            plan.seeds += [o for o in outs if o in plan.theta and o not in plan.seeds]
+        alone = [o for o in outs if plan.separate[self.node(o)] and o in plan.theta and o not in plan.seeds]
+        parted = len(alone) < len([o for o in outs if o in plan.theta])  # another output is heard by other samples
+        if alone and (below or parted):
+            plan.seeds += alone
             above = [i for i in moving if i not in below]
             if above:
                 plan.gates[step.index] = above

@@ -260,9 +260,13 @@ def frozen_batch_norm(kept: dict[int, Tensor], step: Any) -> Callable[..., Any]:
 # --- the recording against the model --------------------------------------------------------------
 
 
-def unfaithful(oracle: Oracle) -> tuple[str, str]:
-    """Why the recorded computation cannot stand for the model on another batch: in values, in gradients (or "")."""
-    inputs = oracle.changed(torch.zeros(oracle.samples, dtype=torch.bool), "noisy")
+def unfaithful(oracle: Oracle, here: bool = False) -> tuple[str, str]:
+    """Why the recorded computation cannot stand for the model: in values, in gradients (or "").
+
+    On another batch, where what steers the computation shows; or, ``here``, on the one that was recorded.
+    """
+    other = torch.full((oracle.samples,), here, dtype=torch.bool)
+    inputs = oracle.inputs if here else oracle.changed(other, "noisy")
     graph, program = oracle.graph, oracle.program
     named = {v.name: i for i, v in enumerate(graph.values) if v.kind == "parameters"}
     fresh = {
