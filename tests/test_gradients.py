@@ -99,6 +99,17 @@ def test_rows_agree_where_samples_are_apart(case, mode):
     check_rows(problem.gradients(by="frozen"), rows, scale)
 
 
+@EVERY
+@EACH
+def test_one_sweep_serves_all_samples_that_are_apart(case, mode):
+    """Rows that are right may still have cost one backward pass for every sample."""
+    if case.mixes_in(mode):
+        pytest.skip("samples meet")
+    plan = made(case, mode)[1].plan()
+    assert plan.pullbacks == 1, str(plan)
+    assert {site.way for site in plan.sites} <= {"local"}
+
+
 @EACH
 def test_rows_lie_flat_in_the_order_of_the_parameters(case):
     _, problem = made(case, "train")
