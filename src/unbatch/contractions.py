@@ -281,7 +281,7 @@ def outer(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 class Shift(Meeting):
     """``y = .. + factor·u``, broadcast, or placed along ``axis``: rows are sums of the cotangent."""
 
-    def __init__(self, call: Call, factor: Any = 1, axis: int | None = None) -> None:
+    def __init__(self, call: Call, factor: Any = None, axis: int | None = None) -> None:
         super().__init__(call)
         self.factor, ndim = factor, call.outputs[0].ndim
         shape = list(self.operand.shape)
@@ -294,30 +294,37 @@ class Shift(Meeting):
         (g,) = cotangents[:1]
         assert g is not None
         felt = self._felt(g)
-        self.g = felt.sum_to_size(self.shape) if self.spans else self.layout.split(felt)
+        sums = felt.sum_to_size(self.shape) if self.spans else reduce_to(self.layout.split(felt), self.shape)
+        self.g = sums if self.factor is None else sums * self.factor
 
     def _felt(self, g: Tensor) -> Tensor:
         """The derivative by the operand as if it had not been broadcast."""
         return g
 
     def rows(self, where: slice, out: Tensor | None = None) -> Tensor:
-        if self.spans:
-            result = self.layout.only(self.g, *where.indices(self.samples)[:2])
-        else:
-            result = reduce_to(self.g[where], self.shape)
-        result = result.reshape(len(result), *self.operand.shape)
-        return fill(result if self.factor == 1 else result * self.factor, out)
+        rows = self.layout.only(self.g, *where.indices(self.samples)[:2]) if self.spans else self.g[where]
+        return fill(rows.reshape(len(rows), *self.operand.shape), out)
 
 
 class Scale(Shift):
-    """``y = u·x̂ + ..``, broadcast, or placed along ``axis``."""
+    """``y = u·x̂ + ..``, broadcast, or placed along ``axis``; ``x̂ = scale·(x − mean)``, where those are given.
 
-    def __init__(self, call: Call, x: Tensor, axis: int | None = None) -> None:
-        super().__init__(call, axis=axis)
-        self.x = x
+    ``factor``: a scale that is the same all along the dims that are summed over.
+    """
+
+    def __init__(
+        self, call: Call, x: Tensor, mean: Tensor | None = None, scale: Tensor | None = None,
+        axis: int | None = None, factor: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(call, factor, axis)
+        self.x, self.mean, self.scale = x, mean, scale
 
     def _felt(self, g: Tensor) -> Tensor:
-        return g * self.x
+        if self.mean is None:
+            return g * self.x
+        felt = self.x - self.mean
+        felt = felt if self.scale is None else felt.mul_(self.scale)
+        return felt.mul_(g) if felt.dtype == torch.promote_types(felt.dtype, g.dtype) else felt * g
 
 
 class Pointwise(Shift):

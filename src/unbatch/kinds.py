@@ -79,10 +79,14 @@ def _matmul(call: Call) -> Meeting | None:
     return None
 
 
+def _factor(number: float | None) -> float | None:
+    return None if number in (None, 1) else number
+
+
 @kind("addmm")
 def _addmm(call: Call) -> Meeting | None:
     if call.name == "self":
-        return Shift(call, call["beta"] if call["beta"] is not None else 1)
+        return Shift(call, _factor(call["beta"]))
     return _matmul(call)
 
 
@@ -96,13 +100,13 @@ def _convolution(call: Call) -> Meeting | None:
 @kind("add")
 def _add(call: Call) -> Meeting | None:
     if isinstance(call["self"], Tensor) and isinstance(call["other"], Tensor):
-        return Shift(call, (call["alpha"] if call["alpha"] is not None else 1) if call.name == "other" else 1)
+        return Shift(call, _factor(call["alpha"]) if call.name == "other" else None)
     return None
 
 
 @kind("sub")
 def _sub(call: Call) -> Meeting | None:
-    return Shift(call, -(call["alpha"] if call["alpha"] is not None else 1) if call.name == "other" else 1)
+    return Shift(call, -(_factor(call["alpha"]) or 1) if call.name == "other" else None)
 
 
 @kind("mul")
@@ -127,7 +131,7 @@ def _layer_norm(call: Call) -> Meeting | None:
     if call.layout.dim >= call.outputs[0].ndim - len(call["normalized_shape"]):
         return None
     _, mean, rstd = call.outputs
-    return Shift(call) if call.name == "bias" else Scale(call, (call["input"] - mean) * rstd)
+    return Shift(call) if call.name == "bias" else Scale(call, call["input"], mean, rstd)
 
 
 @kind("native_group_norm")
@@ -137,22 +141,29 @@ def _group_norm(call: Call) -> Meeting | None:
     if call.name == "bias":
         return Shift(call, axis=1)
     x, groups = call["input"], call["group"]
-    mean, rstd = (o.reshape(len(x), groups, *[1] * (x.ndim - 1)) for o in call.outputs[1:])
-    grouped = x.reshape(len(x), groups, -1, *x.shape[2:])
-    return Scale(call, ((grouped - mean) * rstd).reshape(x.shape), axis=1)
+    each = x.shape[1] // groups
+    view = (len(x), x.shape[1], *[1] * (x.ndim - 2))
+    mean, rstd = (o.reshape(len(x), groups, 1).expand(-1, -1, each).reshape(view) for o in call.outputs[1:])
+    return Scale(call, x, mean, rstd, axis=1)
+
+
+def moments(call: Call) -> tuple[Tensor, Tensor]:
+    """Mean and ``1/σ`` that a batch norm used, by channel."""
+    if call["training"] or call["running_mean"] is None:
+        return call.outputs[1], call.outputs[2]
+    return call["running_mean"], (call["running_var"] + call["eps"]).rsqrt()
 
 
 def normalised(call: Call) -> tuple[Tensor, Tensor]:
-    """``x̂`` of a batch norm and ``1/σ``, by the statistics that it used."""
-    x = call["input"]
-    if call["training"] or call["running_mean"] is None:
-        mean, scale = call.outputs[1], call.outputs[2]
-    else:
-        mean, scale = call["running_mean"], (call["running_var"] + call["eps"]).rsqrt()
+    """``x̂`` of a batch norm, and ``1/σ``."""
+    x, (mean, scale) = call["input"], moments(call)
     view = [1, -1, *[1] * (x.ndim - 2)]
     return (x - mean.reshape(view)) * scale.reshape(view), scale
 
 
 @kind("native_batch_norm")
 def _batch_norm(call: Call) -> Meeting | None:
-    return Shift(call, axis=1) if call.name == "bias" else Scale(call, normalised(call)[0], axis=1)
+    if call.name == "bias":
+        return Shift(call, axis=1)
+    mean, scale = (t.reshape(1, -1, *[1] * (call["input"].ndim - 2)) for t in moments(call))
+    return Scale(call, call["input"], mean, axis=1, factor=scale)
