@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from unbatch.contractions import Call, Embedding, Generic, Linear, Meeting, Pointwise, Scale, Shift
 from unbatch.convolutions import Convolution
@@ -32,8 +31,13 @@ def kind(names: str) -> Callable[[Callable[[Call], Meeting | None]], Callable[[C
 
 def meeting(call: Call) -> Meeting:
     """The kind that fits, or the generic one."""
-    holders = sum(a is call.operand for a in tree_leaves(call.arguments))
-    if holders > 1 or isinstance(call.layout, Scattered) or call.outputs[0].is_complex() or call.operand.is_complex():
+    listed = (b for a in call.arguments.values() for b in (a if isinstance(a, list | tuple) else (a,)))
+    if (
+        sum(a is call.operand for a in listed) > 1
+        or isinstance(call.layout, Scattered)
+        or call.outputs[0].is_complex()
+        or call.operand.is_complex()
+    ):
         return Generic(call)
     name = call.op._schema.name.removeprefix("aten::").removesuffix("_")
     wide_call = call["self"] is not None and call.op._overloadpacket is not None

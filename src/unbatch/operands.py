@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 import torch
-from torch import Tensor
 
 from unbatch.derivatives import replayed
 from unbatch.graph import Graph, Step
+from unbatch.parts import View
 from unbatch.sites import Flow
 
 MOVES = ("t", "transpose", "permute", "view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "alias")
@@ -23,7 +23,7 @@ class Operands:
     graph: Graph
     flow: Flow
     shapes: Mapping[str, tuple[int, ...]]
-    views: dict[int, Callable[[Tensor], Tensor] | None] = field(default_factory=dict)
+    views: dict[int, View | None] = field(default_factory=dict)
 
     def made_from(self, i: int) -> list[str]:
         """The parameters an operand is made from."""
@@ -45,13 +45,13 @@ class Operands:
         steps = self.graph.forward_steps
         return {r.index: s for s in steps for r in [*(o for o in s.outs if o), *(new for _, new in s.writes)]}
 
-    def view(self, i: int) -> Callable[[Tensor], Tensor] | None:
+    def view(self, i: int) -> View | None:
         """How an operand is seen in its only parameter, if it is a view of it."""
         if i not in self.views:
             self.views[i] = self._view(i)
         return self.views[i]
 
-    def _view(self, i: int) -> Callable[[Tensor], Tensor] | None:
+    def _view(self, i: int) -> View | None:
         path, names = self._path(i), self.made_from(i)
         if path is None or len(names) != 1:
             return None
@@ -59,7 +59,8 @@ class Operands:
             replayed(path, torch.empty(self.shapes[names[0]], device="meta"))
         except RuntimeError:
             return None
-        return partial(replayed, path)
+        plain = {(): False, ("t",): True}
+        return View(partial(replayed, path), plain.get(tuple(step.name for step in path)))
 
     def _path(self, i: int) -> list[Step] | None:
         """The steps by which a value is a view of a parameter."""

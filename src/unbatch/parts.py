@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -49,10 +50,24 @@ class Part:
         return flat @ flat.T
 
 
+@dataclass(frozen=True)
+class View:
+    """How an operand is seen in a parameter: ``one`` takes the parameter, ``rows`` a stack of them."""
+
+    one: Callable[[Tensor], Tensor]
+    transposed: bool | None = None  # whether it is just that, or the parameter itself; None: anything else
+
+    def rows(self, stack: Tensor) -> Tensor:
+        if self.transposed is None:
+            out: Tensor = torch.func.vmap(self.one)(stack)
+            return out
+        return stack.mT if self.transposed else stack
+
+
 class FromSite(Part):
     """A parameter with one site, of which the operand is a view of it: what the site can, the part can."""
 
-    def __init__(self, where: slice, site: Meeting, view: Callable[[Tensor], Tensor], out: Tensor | None, like: Tensor):
+    def __init__(self, where: slice, site: Meeting, view: View, out: Tensor | None, like: Tensor):
         self.where, self.site, self.view, self.out, self.like = where, site, view, out, like
         self.lean = site.lean
         self._formed: Tensor | None = None
@@ -61,14 +76,14 @@ class FromSite(Part):
         if self._formed is None:
             count = self.where.stop - self.where.start
             out = self.like.new_empty(count, *self.like.shape) if self.out is None else self.out
-            self.site.rows(self.where, torch.func.vmap(self.view)(out))
+            self.site.rows(self.where, self.view.rows(out))
             self._formed = out
         return self._formed
 
     def _moved(self, result: Tensor) -> Tensor:
         """From the operand's shape to the parameter's; for free where the operand's order in memory was kept."""
         out = torch.empty(self.like.shape, dtype=result.dtype, device=result.device)
-        seen = self.view(out)
+        seen = self.view.one(out)
         if seen.stride() == result.stride():
             return result.as_strided(out.shape, out.stride())
         seen.copy_(result)

@@ -25,7 +25,7 @@ from unbatch.kinds import meeting, projected
 from unbatch.layout import Layout
 from unbatch.mixing import Pooled
 from unbatch.operands import Operands
-from unbatch.parts import FromSite, Part
+from unbatch.parts import FromSite, Part, View
 from unbatch.sites import Flow, Site
 
 
@@ -35,7 +35,7 @@ class Pool:
 
     site: Site
     name: str
-    view: Callable[[Tensor], Tensor]
+    view: View
     out: int
 
 
@@ -46,7 +46,7 @@ class Group:
     names: list[str]
     operands: list[int]
     meetings: dict[int, list[Meeting]]
-    view: Callable[[Tensor], Tensor] | None = None
+    view: View | None = None
 
 
 @dataclass
