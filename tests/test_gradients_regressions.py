@@ -143,6 +143,12 @@ def _(net, x):
     return z[: len(x)].tanh() @ z[len(x) :].tanh().T
 
 
+@program("two tokens joined to the batch at once", one=table(1, 1, D), two=table(1, 2, D))
+def _(net, x):
+    tokens = [t.expand(len(x), -1, -1) for t in (net.one, net.two)]
+    return net.head(torch.cat([*tokens, x[:, None]], 1).tanh().mean(1))
+
+
 @program("complex numbers", w=lambda: torch.randn(D, dtype=torch.complex128))
 def _(net, x):
     return net.head((torch.fft.fft(x.to(torch.float64)) * net.w).abs())

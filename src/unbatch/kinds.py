@@ -165,7 +165,7 @@ def normalised(call: Call) -> tuple[Tensor, Tensor]:
     return (x - mean.reshape(view)) * scale.reshape(view), scale
 
 
-@kind("native_batch_norm")
+@kind("native_batch_norm _native_batch_norm_legit cudnn_batch_norm miopen_batch_norm")
 def _batch_norm(call: Call) -> Meeting | None:
     if call.name == "bias":
         return Shift(call, axis=1)

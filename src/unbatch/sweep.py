@@ -61,7 +61,7 @@ class Sweep:
     leaves: dict[str, Tensor] = field(default_factory=dict)
     live: dict[int, Tensor] = field(default_factory=dict)
     edges: dict[int, GradientEdge] = field(default_factory=dict)
-    calls: dict[tuple[int, str], Call] = field(default_factory=dict)
+    calls: dict[Site, Call] = field(default_factory=dict)
     norms: dict[int, Call] = field(default_factory=dict)
     meetings: list[tuple[Site, Meeting]] = field(default_factory=list)
     predictions: dict[int, Tensor] = field(default_factory=dict)
@@ -176,7 +176,7 @@ class Sweep:
             if local or norms:
                 seen = tuple(o.detach() for o in outs if isinstance(o, Tensor))
                 for site in local:
-                    self.calls[step.index, site.name] = self._call(step, site, kept, seen)
+                    self.calls[site] = self._call(step, site, kept, seen)
                 if norms:
                     self.norms[step.index] = Call(step.op, kept, seen, seen[0], "", (Layout(0, self.flow.samples),))
             if home is None:
@@ -244,7 +244,7 @@ class Sweep:
                 self.seeds.append((self.predictions[i], Layout(flow.predictions[i], flow.samples), g))
 
     def _meeting(self, site: Site) -> Meeting:
-        call = self.calls[site.step, site.name]
+        call = self.calls[site]
         if site.way != "projected":
             return meeting(call)
         return projected(call, self.norms[self.flow.projections[site.step]])
@@ -306,7 +306,7 @@ class Sweep:
 
     def _pooled(self, site: Site, g: Tensor, first: int) -> Pooled:
         if site not in self._pools_made:
-            self._pools_made[site] = Pooled(self.calls[site.step, site.name])
+            self._pools_made[site] = Pooled(self.calls[site])
         return self._pools_made[site].of(g, first)
 
     def _from_seeds(self, gs: Sequence[Tensor], count: int) -> tuple[dict[str, Tensor], dict[Site, Tensor]]:
