@@ -377,9 +377,8 @@ class Problem:
         why = kept.replays
         if self.samples > 1 and setting.faithful:
             with _precision_of_recording():
-                source = Recorded(setting, chosen, by)
-                if trusted(source):
-                    return source
+                if trusted(setting, chosen, by):
+                    return Recorded(setting, chosen, by)
             why = "the sweep that was planned for it does not reproduce its gradient"
         alike = self.samples == 1 or bool(structure.independent_forward)
         if setting.own_loss and not setting.faithful:

@@ -28,7 +28,7 @@ from unbatch.plan import SitePlan
 from unbatch.purity import untouched
 from unbatch.sites import Flow, flow, spread
 from unbatch.structure import used_predictions
-from unbatch.sweep import Group, Sweep
+from unbatch.sweep import Group, Sweep, plainly
 from unbatch.walk import Walk, prediction_dim, walk
 
 BY_PLACE = "where samples meet in no symmetric way, slice n of the result counts as sample n's own"
@@ -105,6 +105,13 @@ class Setting:
             self.buffer = torch.empty(size, dtype=torch.uint8, device=like.device)
         return self.buffer[:size].view(like.dtype).view(*shape)
 
+    def widened(self) -> Setting:
+        """The same plans on the same numbers in float64."""
+        graph, inputs = self.graph.widened(), tree_map(_widest, self.inputs)
+        other = replace(self, graph=graph, inputs=inputs, flows=dict(self.flows), trust={}, buffer=None)
+        other.__dict__["axes"] = self.axes
+        return other
+
     @cached_property
     def rounding(self) -> float:
         """By the coarsest floating-point type on the way."""
@@ -164,16 +171,23 @@ class Chunks:
 
 
 class Recorded(Source):
-    """The planned sweep over the recorded computation; with ``random`` cotangents, to be tried out."""
+    """The planned sweep over the recorded computation; with other ``cotangents`` than the loss has, to be tried out."""
 
-    def __init__(self, setting: Setting, parameters: Mapping[str, Tensor], by: str, random: bool = False) -> None:
+    def __init__(
+        self,
+        setting: Setting,
+        parameters: Mapping[str, Tensor],
+        by: str,
+        cotangents: dict[int, Tensor] | None = None,
+    ) -> None:
         self.setting, self.parameters = setting, parameters
         self.flow, operands = setting.flow(parameters, by)
         feed = {r.index: x for r, x in zip(setting.graph.inputs, tree_leaves(setting.inputs), strict=True) if r}
         self.sweep = Sweep(setting.graph, self.flow, operands, parameters, feed)
         predictions = self.sweep.forward()
-        self.cotangents = _random(predictions) if random else _cotangents(setting, predictions, self.sweep.inner)
-        self.sweep.pull(self.cotangents)
+        if cotangents is None:
+            cotangents = _cotangents(setting, predictions, self.sweep.inner)
+        self.sweep.pull(cotangents)
         self.note = BY_PLACE if self.flow.by_place else ""
         if self.flow.columns:
             self.reason = "Below the last place where samples listen to each other, each is a column of its own."
@@ -206,16 +220,6 @@ class Recorded(Source):
         like = self.parameters[name].detach()
         kept = plan.keep or plan.pairs
         return None if kept else self.setting.scratch((where.stop - where.start, *like.shape), like)
-
-    def widened(self) -> Recorded:
-        """The same plan on the same numbers in float64, with random cotangents."""
-        setting = self.setting
-        other = replace(
-            setting, graph=setting.graph.widened(), inputs=tree_map(_widest, setting.inputs),
-            flows=dict(setting.flows), trust={}, buffer=None,
-        )  # fmt: skip
-        other.__dict__["axes"] = setting.axes
-        return Recorded(other, {n: widest(p.detach()) for n, p in self.parameters.items()}, self.flow.by, random=True)
 
     def of_samples(self, first: int, last: int) -> Iterator[tuple[str, Part]]:
         """The parts of a few samples."""
@@ -382,15 +386,6 @@ def _widest(x: Any) -> Any:
     return widest(x) if isinstance(x, Tensor) else x
 
 
-def _random(predictions: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return {
-        i: torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t)
-        for i, t in predictions.items()
-        if t.is_floating_point() or t.is_complex()
-    }
-
-
 def _data(setting: Setting) -> dict[int, Tensor]:
     graph = setting.graph
     pairs = [(graph.inputs, setting.inputs), (graph.targets, setting.targets)]
@@ -442,7 +437,7 @@ def _loss(setting: Setting, output: Any) -> Tensor:
 ROUNDING = {torch.float64: 1e-8, torch.complex128: 1e-8, torch.float32: 2e-3, torch.complex64: 2e-3}
 
 
-def trusted(source: Recorded) -> bool:
+def trusted(setting: Setting, parameters: Mapping[str, Tensor], by: str) -> bool:
     """Whether the planned sweep gives what a plain backward pass gives, for random cotangents and weights of samples.
 
     Rows by component are linear in the cotangents of the samples: sums with random weights that agree, agree for all
@@ -450,24 +445,27 @@ def trusted(source: Recorded) -> bool:
     sum; the row of one sample against a sum in which all others weigh nothing. In float64 where the computation can be
     run in it, so that small gradients count as much as large ones. The answer is kept with the plan.
     """
-    key = (tuple(source.parameters), source.flow.by)
-    if key not in source.setting.trust:
+    key = (tuple(parameters), by)
+    if key not in setting.trust:
+        setting.flow(parameters, by)
         try:
-            agree = _agrees(source.widened(), 1e-8)
+            agree = _agrees(setting.widened(), {n: widest(p.detach()) for n, p in parameters.items()}, by, 1e-8)
         except (RuntimeError, TypeError, NotImplementedError, IndexError):  # some op does not take float64
-            agree = _agrees(source, source.setting.rounding)
-        source.setting.trust[key] = agree
-    return source.setting.trust[key]
+            agree = _agrees(setting, parameters, by, setting.rounding)
+        setting.trust[key] = agree
+    return setting.trust[key]
 
 
-def _agrees(source: Recorded, bound: float) -> bool:
+def _agrees(setting: Setting, parameters: Mapping[str, Tensor], by: str, bound: float) -> bool:
     generator = torch.Generator().manual_seed(0)
-    like, samples = next(iter(source.parameters.values())), source.setting.samples
-    weights = torch.rand(samples, generator=generator, dtype=torch.float64) + 0.5
-    weights = torch.ones_like(weights) if source.flow.by == "copy" else weights
+    like = next(iter(parameters.values()))
+    weights = torch.rand(setting.samples, generator=generator, dtype=torch.float64) + 0.5
+    weights = torch.ones_like(weights) if by == "copy" else weights
     weights = weights.to(like.device, real(like.dtype))
-    scale = max((float(g.abs().max()) for g in source.cotangents.values() if g.numel()), default=0.0)
-    expected = source.sweep.plainly(source.cotangents, weights)
+    flow_, _ = setting.flow(parameters, by)
+    cotangents, expected = plainly(setting.graph, flow_, parameters, _data(setting), weights)
+    scale = max((float(g.abs().max()) for g in cotangents.values() if g.numel()), default=0.0)
+    source = Recorded(setting, parameters, by, cotangents)
     return _agree(source.weighted_sum(weights), expected, bound, scale) and _consistent(source, bound, scale)
 
 

@@ -343,31 +343,6 @@ class Sweep:
             out[pool.name] += FromSite(slice(0, 1), met, pool.view, None, out[pool.name]).rows()[0]
         return out
 
-    def plainly(self, cotangents: Mapping[int, Tensor], weights: Tensor) -> dict[str, Tensor]:
-        """``Σ_n c_n row_n`` by one plain backward pass of a plain replay: what the sweep has to agree with."""
-        flow, steps = self.flow, {s.index: s for s in self.graph.steps}
-        leaves = {n: p.detach().requires_grad_() for n, p in self.parameters.items()}
-        live = {i: leaves[name] for i, name in flow.parameters.items()}
-        instead: dict[int, Callable[..., Any]] = {i: norm_held(steps[i]) for i in flow.frozen_norms}
-        for step in self.graph.forward_steps:
-            if any(r is not None and r.index in flow.frozen for r in step.outs) and step.index not in instead:
-                instead[step.index] = held(step.op)
-        with torch.enable_grad():
-            outs = self.graph.run(
-                {**self.feed, **live}, list(flow.predictions), instead=instead, steps=self.graph.forward_steps
-            )
-        axes = {i: Layout(d, flow.samples) for i, d in flow.predictions.items()}
-        pairs = [
-            (t, axes[i].scaled(cotangents[i], weights))
-            for i, t in zip(flow.predictions, outs, strict=True)
-            if i in cotangents and t.requires_grad
-        ]
-        grads: Sequence[Tensor | None] = [None] * len(leaves)
-        if pairs:
-            tensors, gs = [list(x) for x in zip(*pairs, strict=True)]
-            grads = torch.autograd.grad(tensors, list(leaves.values()), gs, allow_unused=True)
-        return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(leaves.items(), grads, strict=True)}
-
     # -- from operands to parameters --
 
     def groups(self) -> list[Group]:
@@ -407,6 +382,37 @@ class Sweep:
             return
         for name, rows in self.rows(group, where).items():
             yield name, Part(where, rows)
+
+
+def plainly(
+    graph: Graph, flow: Flow, parameters: Mapping[str, Tensor], feed: Mapping[int, Tensor], weights: Tensor
+) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
+    """Random cotangents ``g``, and ``Σ_n c_n row_n`` for them by one backward pass of a plain replay.
+
+    What a sweep has to agree with.
+    """
+    steps = {s.index: s for s in graph.steps}
+    leaves = {n: p.detach().requires_grad_() for n, p in parameters.items()}
+    live = {i: leaves[name] for i, name in flow.parameters.items()}
+    instead: dict[int, Callable[..., Any]] = {i: norm_held(steps[i]) for i in flow.frozen_norms}
+    for step in graph.forward_steps:
+        if any(r is not None and r.index in flow.frozen for r in step.outs) and step.index not in instead:
+            instead[step.index] = held(step.op)
+    with torch.enable_grad():
+        outs = graph.run({**feed, **live}, list(flow.predictions), instead=instead, steps=graph.forward_steps)
+    generator = torch.Generator().manual_seed(1)
+    cotangents = {
+        i: torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t)
+        for i, t in zip(flow.predictions, outs, strict=True)
+        if t.requires_grad
+    }
+    seen = [t for t in outs if t.requires_grad]
+    gs = [Layout(flow.predictions[i], flow.samples).scaled(g, weights) for i, g in cotangents.items()]
+    grads: Sequence[Tensor | None] = [None] * len(leaves)
+    if seen:
+        grads = torch.autograd.grad(seen, list(leaves.values()), gs, allow_unused=True)
+    total = {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(leaves.items(), grads, strict=True)}
+    return cotangents, {n: t.detach() for n, t in total.items()}
 
 
 def _joined(meetings: list[Meeting]) -> list[Meeting]:
