@@ -5,7 +5,7 @@ Read off the owners of a value's elements (``labels.py``); knows nothing about o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -56,7 +56,7 @@ class Layout:
         out = t.new_zeros(count, self.samples, *self.split(t).shape[1:])
         here = torch.arange(count, device=t.device)
         out[here, here + first] = self.split(t)[first:last]
-        return torch.stack([self.join(o) for o in out.unbind()]) if count > 1 else self.join(out[0])[None]
+        return replace(self, dim=self.dim + 1).join(out.movedim(1, 0))
 
 
 @dataclass(frozen=True)
