@@ -18,6 +18,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize
 
+from cases_models import Net
+
 N, D, T, C = 5, 6, 4, 3
 WEIGHTS = torch.tensor([0.5, 2.0, 1.25], dtype=torch.float64)
 
@@ -38,17 +40,16 @@ class GradientCase:
 CASES: list[GradientCase] = []
 
 
-class Net(nn.Module):
-    """Parts under their names, and a plain function `forward(net, *inputs)`."""
+class Twice(torch.autograd.Function):
+    """Has another derivative than its recording, so that the model is run itself."""
 
-    def __init__(self, forward, parts):
-        super().__init__()
-        for name, make in parts.items():
-            setattr(self, name, make())
-        self._forward = forward
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
 
-    def forward(self, *args, **kwargs):
-        return self._forward(self, *args, **kwargs)
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g
 
 
 # ---------------------------------------------------------------- losses: `make(model, predictions) -> loss, targets`

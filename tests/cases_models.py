@@ -61,8 +61,8 @@ class Net(nn.Module):
             setattr(self, name, make())
         self._forward = forward
 
-    def forward(self, *inputs):
-        return self._forward(self, *inputs)
+    def forward(self, *args, **kwargs):
+        return self._forward(self, *args, **kwargs)
 
 
 def built(name, truth, **options):

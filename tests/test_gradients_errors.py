@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import unbatch as ub
+from cases_gradients import Twice
 from test_gradients_purity import state
 from test_purity import assert_unchanged
 
@@ -74,18 +75,6 @@ def rolling() -> ub.Problem:
         return net.head(h + h.roll(1, 0))
 
     return with_forward(run)
-
-
-class Twice(torch.autograd.Function):
-    """Another derivative than that of its recording."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, g):
-        return 2 * g
 
 
 def own_derivative() -> ub.Problem:

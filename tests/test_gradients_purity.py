@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import unbatch as ub
+from cases_gradients import Twice
 from test_capture import D, N, Net
 from test_purity import STATEFUL, Countdown, assert_unchanged, stateful_problem
 from test_purity import state as books
@@ -68,18 +69,6 @@ QUESTIONS: dict[str, Callable[[ub.Problem], Any]] = {
 
 
 # ---------------------------------------------------------------- messy models
-
-
-class Twice(torch.autograd.Function):
-    """Has another derivative than its recording, so that the model is run itself."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, g):
-        return 2 * g
 
 
 def counting(net: Net, x: Tensor) -> Tensor:

@@ -197,17 +197,7 @@ class Linear(Meeting):
 
     def rows(self, where: slice, out: Tensor | None = None) -> Tensor:
         a, b = (side[where] for side in self.sides)
-        n, first, second = len(a), a.shape[2], b.shape[2]
-        if out is not None:
-            flat = out[:, 0] if self.batched else out
-        elif self.operand.stride(-2) < self.operand.stride(-1):
-            flat = a.new_empty(n, second, first).mT
-        else:
-            flat = a.new_empty(n, first, second)
-        if flat.stride(1) < flat.stride(2):
-            outer(b, a, flat.mT)
-        else:
-            outer(a, b, flat)
+        flat = outer_as(self.operand, a, b, out[:, 0] if out is not None and self.batched else out)
         return flat[:, None] if self.batched else flat
 
     def squared_norms(self, where: slice) -> Tensor:
@@ -269,6 +259,19 @@ def _again(total: Tensor, doubtful: Tensor, a: Tensor, b: Tensor) -> None:
     i, j = doubtful.nonzero(as_tuple=True)
     rows = a[:, i] * b[:, j]
     total[doubtful] = (rows - rows.mean(0)).square_().sum(0).to(total.dtype)
+
+
+def outer_as(operand: Tensor, a: Tensor, b: Tensor, out: Tensor | None) -> Tensor:
+    """``Σ_t a_nt ⊗ b_nt``; new rows lie in memory as the operand does."""
+    if out is None:
+        n, first, second = len(a), a.shape[2], b.shape[2]
+        transposed = operand.stride(-2) < operand.stride(-1)
+        out = a.new_empty(n, second, first).mT if transposed else a.new_empty(n, first, second)
+    if out.stride(1) < out.stride(2):
+        outer(b, a, out.mT)
+    else:
+        outer(a, b, out)
+    return out
 
 
 def outer(a: Tensor, b: Tensor, out: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Knows ops and tensors, and nothing about samples or plans.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -77,12 +77,29 @@ def frozen_norm(op: Any, names: Sequence[str], args: Any, kwargs: Any) -> Any:
     arguments = dict(zip(names, args, strict=False)) | kwargs
     with torch.no_grad():
         outs = op(*args, **kwargs)
-    x, weight, bias = arguments["input"], arguments["weight"], arguments["bias"]
-    view = [1, -1, *[1] * (x.ndim - 2)]
-    y = (x - outs[1].reshape(view)) * outs[2].reshape(view)
-    y = y if weight is None else y * weight.reshape(view)
-    y = y if bias is None else y + bias.reshape(view)
+    y = standardised(arguments["input"], outs[1], outs[2], arguments["weight"], arguments["bias"])
     return (y.to(outs[0].dtype), *outs[1:])
+
+
+def gradients(
+    outputs: Sequence[Tensor], leaves: Mapping[str, Tensor], gs: Sequence[Tensor] | None = None, retain: bool = False
+) -> dict[str, Tensor]:
+    """By name; zero for what the outputs do not depend on."""
+    live = [k for k, t in enumerate(outputs) if t.requires_grad]
+    grads: Sequence[Tensor | None] = [None] * len(leaves)
+    if live:
+        chosen = None if gs is None else [gs[k] for k in live]
+        tensors = [outputs[k] for k in live]
+        grads = torch.autograd.grad(tensors, list(leaves.values()), chosen, retain_graph=retain, allow_unused=True)
+    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(leaves.items(), grads, strict=True)}
+
+
+def standardised(x: Tensor, mean: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """What a batch norm makes of ``x`` with given moments, by channel."""
+    view = [1, -1, *[1] * (x.ndim - 2)]
+    y = (x - mean.reshape(view)) * scale.reshape(view)
+    y = y if weight is None else y * weight.reshape(view)
+    return y if bias is None else y + bias.reshape(view)
 
 
 def replayed(path: Sequence[Step], t: Tensor) -> Tensor:

@@ -227,6 +227,12 @@ class Graph:
                     env.pop(dead, None)
         return [get(Ref(w)) for w in wanted]
 
+    @cached_property
+    def makers(self) -> dict[int, Step]:
+        """Value -> the step that makes it."""
+        made = [(r, s) for s in self.steps for r in [*s.outs, *(new for _, new in s.writes)]]
+        return {r.index: s for r, s in made if r is not None}
+
     def written(self, value: int) -> bool:
         """Its memory is written to."""
         return self.values[value].storage in self._written

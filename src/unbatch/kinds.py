@@ -40,11 +40,10 @@ def meeting(call: Call) -> Meeting:
     ):
         return Generic(call)
     name = call.op._schema.name.removeprefix("aten::").removesuffix("_")
-    wide_call = call["self"] is not None and call.op._overloadpacket is not None
     make = KINDS.get(name)
     found = make(call) if make is not None else None
     elementwise = torch.Tag.pointwise in call.op.tags or name == "_prelu_kernel"
-    if found is None and wide_call and elementwise and _once(call):
+    if found is None and call["self"] is not None and elementwise and _once(call):
         found = Pointwise(call)
     return found or Generic(call)
 

@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from unbatch.contractions import Call, Linear, Meeting, fill, outer, same_dtype, squares, wide
+from unbatch.contractions import Call, Linear, Meeting, fill, outer_as, same_dtype, squares, wide
 
 
 class Projected(Meeting):
@@ -155,15 +155,7 @@ class Pooled(Meeting):
         g = self._mine(where)
         x = self.x.expand(len(g), *self.x.shape)
         a, b = (g, x) if self.features_first else (x, g)
-        if out is None:
-            transposed = self.operand.stride(0) < self.operand.stride(1)
-            shape = (len(g), b.shape[2], a.shape[2]) if transposed else (len(g), a.shape[2], b.shape[2])
-            out = g.new_empty(shape).mT if transposed else g.new_empty(shape)
-        if out.stride(1) < out.stride(2):
-            outer(b, a, out.mT)
-        else:
-            outer(a, b, out)
-        return out
+        return outer_as(self.operand, a, b, out)
 
     @cached_property
     def small(self) -> Tensor:

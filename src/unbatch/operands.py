@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 
 import torch
 
@@ -37,13 +37,8 @@ class Operands:
             if v in self.flow.parameters:
                 out.append(self.flow.parameters[v])
             elif v in self.flow.direct:
-                queue += [r.index for r in self._makers[v].refs()]
+                queue += [r.index for r in self.graph.makers[v].refs()]
         return out
-
-    @cached_property
-    def _makers(self) -> dict[int, Step]:
-        steps = self.graph.forward_steps
-        return {r.index: s for s in steps for r in [*(o for o in s.outs if o), *(new for _, new in s.writes)]}
 
     def view(self, i: int) -> View | None:
         """How an operand is seen in its only parameter, if it is a view of it."""
@@ -66,7 +61,7 @@ class Operands:
         """The steps by which a value is a view of a parameter."""
         path: list[Step] = []
         while i not in self.flow.parameters:
-            step = self._makers.get(i)
+            step = self.graph.makers.get(i)
             if step is None or step.name not in MOVES or step.writes:
                 return None
             path.insert(0, step)

@@ -25,6 +25,7 @@ from unbatch.checks import (
     parameters_of,
 )
 from unbatch.crosstalk import Crosstalk, crosstalk
+from unbatch.derivatives import gradients
 from unbatch.errors import CaptureError, InputError, MixedSamplesWarning, StructureError
 from unbatch.gradients import Label, answer, is_moment, planned
 from unbatch.graph import Graph
@@ -159,16 +160,10 @@ class Problem:
 
         Raises ``InputError`` when no parameter requires a gradient.
         """
-        wanted = {n: p for n, p in self.program.parameters.items() if p.requires_grad}
-        if not wanted:
-            raise InputError(errors.MSG_NO_PARAMETERS)
+        wanted = select(self.program.parameters, None)
         kept = self._capture()
         with torch.inference_mode(False), untouched(self.program.modules, kept.graph.rng), torch.enable_grad():
-            value = self._loss_of(self.program.predict(self.inputs))
-            grads: Any = [None] * len(wanted)
-            if value.requires_grad:
-                grads = torch.autograd.grad(value, list(wanted.values()), allow_unused=True)
-        return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(wanted.items(), grads, strict=True)}
+            return gradients([self._loss_of(self.program.predict(self.inputs))], wanted)
 
     def gradients(
         self,

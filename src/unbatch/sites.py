@@ -322,11 +322,10 @@ SPREADING = ("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_ful
 
 def spread(graph: Graph, walk: Walk, plan: Flow) -> list[tuple[int, list[int]]]:
     """Where shared operands with an entry for every sample got it: values, and the axes that may hold the samples."""
-    makers = {r.index: s for s in graph.forward_steps for r in [*(o for o in s.outs if o), *(n for _, n in s.writes)]}
     queue, seen, out = list(plan.spanning), set(plan.spanning), []
     while queue:
         i = queue.pop()
-        step = makers.get(i)
+        step = graph.makers.get(i)
         if step is None:
             continue
         axes = [d for d, s in enumerate(graph.values[i].shape) if s == plan.samples]

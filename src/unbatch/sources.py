@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from unbatch.capture import Program
 from unbatch.contractions import squares
+from unbatch.derivatives import gradients
 from unbatch.graph import Graph, widest
 from unbatch.labels import SHARED, Marks
 from unbatch.layout import Layout
@@ -182,8 +183,7 @@ class Recorded(Source):
     ) -> None:
         self.setting, self.parameters = setting, parameters
         self.flow, operands = setting.flow(parameters, by)
-        feed = {r.index: x for r, x in zip(setting.graph.inputs, tree_leaves(setting.inputs), strict=True) if r}
-        self.sweep = Sweep(setting.graph, self.flow, operands, parameters, feed)
+        self.sweep = Sweep(setting.graph, self.flow, operands, parameters, _data(setting))
         predictions = self.sweep.forward()
         if cotangents is None:
             cotangents = _cotangents(setting, predictions, self.sweep.inner)
@@ -230,9 +230,15 @@ class Recorded(Source):
                 local |= self.sweep.rows(group, where)
             else:
                 yield from self.sweep.parts(group, where, None)
-        columns = self.sweep.columns(first, last, {}) if self.sweep.seeds and self.flow.columns else ()
-        for name, part in columns:
-            yield name, Part(where, part.rows() + local.pop(name)) if name in local else part
+        yield from self._with_columns(where, local, {})
+
+    def _with_columns(
+        self, where: slice, local: dict[str, Tensor], outs: Mapping[str, Tensor]
+    ) -> Iterator[tuple[str, Part]]:
+        """The columns of some samples, together with what their parameters get above the last mixing."""
+        if self.sweep.seeds and self.flow.columns:
+            for name, part in self.sweep.columns(where.start, where.stop, outs):
+                yield name, Part(where, part.rows() + local.pop(name)) if name in local else part
         yield from ((name, Part(where, rows)) for name, rows in local.items())
 
     def _columns(self, plan: Chunks, tied: Sequence[Group], outs: Mapping[str, Tensor]) -> Iterator[tuple[str, Part]]:
@@ -241,10 +247,7 @@ class Recorded(Source):
         for first in range(0, n, size):
             where = slice(first, min(first + size, n))
             local = {name: rows for group in tied for name, rows in sweep.rows(group, where).items()}
-            here = {name: out[where] for name, out in outs.items()}
-            for name, part in sweep.columns(where.start, where.stop, here):
-                yield name, Part(where, part.rows() + local.pop(name)) if name in local else part
-            yield from ((name, Part(where, rows)) for name, rows in local.items())
+            yield from self._with_columns(where, local, {name: out[where] for name, out in outs.items()})
 
     def columns_at_once(self, plan: Chunks) -> int:
         """One where convolutions are pulled through (nothing is gained by more), else as many as memory allows."""
@@ -260,8 +263,7 @@ class Recorded(Source):
         return self.sweep.weighted_sum(weights)
 
     def sites(self) -> list[SitePlan]:
-        steps = {s.index: s for s in self.setting.graph.steps}
-        sweep, out = self.sweep, []
+        steps, sweep, out = self.setting.graph.steps, self.sweep, []
         kinds = {site: met.kind for site, met in sweep.meetings}
         for site in self.flow.sites:
             step, pooled = steps[site.step], site in sweep.pools
@@ -335,22 +337,11 @@ class Ran(Source):
         return Layout(self.setting.axes[i], self.setting.samples)
 
     def _pull(self, cotangents: Mapping[int, Tensor]) -> dict[str, Tensor]:
-        wanted = list(self.parameters.values())
         outputs = [self.predictions[i] for i in cotangents]
-        if not outputs:
-            return {}
-        gs = list(cotangents.values())
-        grads = torch.autograd.grad(outputs, wanted, gs, retain_graph=True, allow_unused=True)
-        return {
-            n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(self.parameters.items(), grads, strict=True)
-        }
+        return gradients(outputs, self.parameters, list(cotangents.values()), retain=True)
 
     def weighted_sum(self, weights: Tensor) -> dict[str, Tensor]:
-        def scaled(i: int, g: Tensor) -> Tensor:
-            return self._axis(i).scaled(g, weights)
-
-        zero = {n: torch.zeros_like(p) for n, p in self.parameters.items()}
-        return zero | self._pull({i: scaled(i, g) for i, g in self.cotangents.items()})
+        return self._pull({i: self._axis(i).scaled(g, weights) for i, g in self.cotangents.items()})
 
     def sites(self) -> list[SitePlan]:
         return [SitePlan((n,), "", "", "by autograd", "model") for n in self.parameters]

@@ -14,7 +14,7 @@ from unbatch.walk import Walk
 def split(graph: Graph, forward: Walk) -> list[int]:
     """Set the predictions and the loss steps of ``graph``; return the steps where parameters enter the loss."""
     assert graph.loss is not None
-    makers = {r.index: s for s in graph.steps for r in [*(o for o in s.outs if o), *(new for _, new in s.writes)]}
+    makers = graph.makers
     cut: list[Ref] = []
     entering: list[int] = []
     seen: set[int] = set()

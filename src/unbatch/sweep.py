@@ -19,7 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves, tree_map
 
 from unbatch.contractions import Call, Linear, Meeting
-from unbatch.derivatives import Gate, attached, batched_grad, frozen_norm, held, norm_held
+from unbatch.derivatives import Gate, attached, batched_grad, frozen_norm, gradients, held, norm_held
 from unbatch.graph import Graph, Ref, Step, flat, is_ref
 from unbatch.kinds import meeting, projected
 from unbatch.layout import Layout
@@ -102,7 +102,7 @@ class Sweep:
             self.edges[i] = get_gradient_edge(value)
 
     def _instead(self) -> dict[int, Callable[..., Any]]:
-        flow, steps = self.flow, {s.index: s for s in self.graph.steps}
+        flow, steps = self.flow, self.graph.steps
         sites: dict[int, list[Site]] = {}
         for site in flow.sites:
             sites.setdefault(site.step, []).append(site)
@@ -227,7 +227,7 @@ class Sweep:
             edges: Any = list(wanted.values())
             grads = torch.autograd.grad(tensors, edges, gs, retain_graph=bool(flow.columns), allow_unused=True)
         found = dict(zip(wanted, grads, strict=True))
-        steps = {s.index: s for s in self.graph.steps}
+        steps = self.graph.steps
         for site in flow.local:
             step = flow.projections[site.step] if site.way == "projected" else site.step
             outs = [r.index for r in steps[step].outs if r is not None]
@@ -280,7 +280,7 @@ class Sweep:
     @cached_property
     def pools(self) -> dict[Site, Pool]:
         met: dict[str, int] = {}
-        steps = {s.index: s for s in self.graph.forward_steps}
+        steps = self.graph.steps
         for site in self.flow.sites:
             for n in self.operands.made_from(site.operand):
                 met[n] = met.get(n, 0) + 1
@@ -391,7 +391,7 @@ def plainly(
 
     What a sweep has to agree with.
     """
-    steps = {s.index: s for s in graph.steps}
+    steps = graph.steps
     leaves = {n: p.detach().requires_grad_() for n, p in parameters.items()}
     live = {i: leaves[name] for i, name in flow.parameters.items()}
     instead: dict[int, Callable[..., Any]] = {i: norm_held(steps[i]) for i in flow.frozen_norms}
@@ -408,10 +408,7 @@ def plainly(
     }
     seen = [t for t in outs if t.requires_grad]
     gs = [Layout(flow.predictions[i], flow.samples).scaled(g, weights) for i, g in cotangents.items()]
-    grads: Sequence[Tensor | None] = [None] * len(leaves)
-    if seen:
-        grads = torch.autograd.grad(seen, list(leaves.values()), gs, allow_unused=True)
-    total = {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(leaves.items(), grads, strict=True)}
+    total = gradients(seen, leaves, gs)
     return cotangents, {n: t.detach() for n, t in total.items()}
 
 

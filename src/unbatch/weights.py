@@ -24,10 +24,9 @@ MEAN, SUM = 1, 2
 
 def weights(graph: Graph, samples: int) -> Tensor | None:
     """``[N]``, or None. Only for losses of which it is known that they are a sum over the samples."""
-    makers = {r.index: s for s in graph.steps for r in s.outs if r is not None}
     factor, ref = 1.0, graph.loss
-    while ref is not None and ref.index in makers:
-        step = makers[ref.index]
+    while ref is not None and ref.index in graph.makers:
+        step = graph.makers[ref.index]
         share = _share(step, graph)
         if share is not None:
             return torch.full((samples,), factor * share, dtype=torch.float64)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from unbatch.derivatives import standardised
 from unbatch.oracle import GAIN, VARIANTS, Oracle, relative_change
 
 
@@ -247,12 +248,9 @@ def frozen_batch_norm(kept: dict[int, Tensor], step: Any) -> Callable[..., Any]:
     mean, invstd = (kept.get(r.index) if r else None for r in step.outs[1:3])
 
     def run(x: Tensor, weight: Any, bias: Any, *_: Any, **__: Any) -> Any:
-        view = [1, -1, *[1] * (x.ndim - 2)]
         assert mean is not None
         assert invstd is not None
-        y = (x - mean.view(view)) * invstd.view(view)
-        y = y * weight.view(view) if weight is not None else y
-        return (y + bias.view(view) if bias is not None else y), mean, invstd
+        return standardised(x, mean, invstd, weight, bias), mean, invstd
 
     return run
 
