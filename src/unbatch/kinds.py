@@ -61,7 +61,7 @@ def projected(call: Call, norm: Call) -> Meeting:
     if isinstance(plain, Linear) and call.name == "mat2" and plain.x.ndim == 2 and xhat.ndim == 2:
         return ProjectedRows(plain, gain, xhat)
     channel = 0 if call.name in ("weight", "bias", "mat1") else call.operand.ndim - 1
-    return Projected(lambda: meeting(call), channel, gain, xhat)
+    return Projected(plain, channel, gain, xhat)
 
 
 # --- the kinds ------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ and a column pools the places of all samples.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -24,9 +24,9 @@ class Projected(Meeting):
     ``D₁``, ``D₂`` the meeting's sums for the cotangents ``1/M`` and ``x̂/M``.
     """
 
-    def __init__(self, inner: Callable[[], Meeting], channel: int, gain: Tensor, normalised: Tensor) -> None:
-        """``inner`` makes the meeting; ``channel``: the operand's axis of channels; ``gain`` is ``γ/σ``, ``[c]``."""
-        self.inner, self.make, self.channel = inner(), inner, channel
+    def __init__(self, inner: Meeting, channel: int, gain: Tensor, normalised: Tensor) -> None:
+        """``inner``: the meeting, fresh; ``channel``: the operand's axis of channels; ``gain`` is ``γ/σ``, ``[c]``."""
+        self.inner, self.channel = inner, channel
         self.layout, self.operand, self.samples = self.inner.layout, self.inner.operand, self.inner.samples
         self.gain, self.normalised = gain, normalised
         self.parts: list[tuple[Tensor, Tensor]] = []
@@ -43,10 +43,10 @@ class Projected(Meeting):
         local = g * self.gain.reshape(per_channel)
         count = x.numel() // x.shape[1]
         ones = torch.ones(self.samples, dtype=x.dtype, device=x.device)
+        sums = [copy.copy(self.inner) for _ in range(2)]
         self.inner.receive([local])
         rest = [d for d in range(1, x.ndim + 1) if d != 2]
-        for direction in (torch.ones_like(x), x):
-            total = self.make()
+        for total, direction in zip(sums, (torch.ones_like(x), x), strict=True):
             total.receive([(direction / count).to(local.dtype)])
             coefficients = self.layout.split(local * direction).sum(rest)
             self.parts.append((coefficients, total.weighted_sum(ones)))

@@ -61,11 +61,10 @@ class Sweep:
     leaves: dict[str, Tensor] = field(default_factory=dict)
     live: dict[int, Tensor] = field(default_factory=dict)
     edges: dict[int, GradientEdge] = field(default_factory=dict)
-    calls: dict[Site, Call] = field(default_factory=dict)
-    norms: dict[int, Call] = field(default_factory=dict)
-    meetings: list[tuple[Site, Meeting]] = field(default_factory=list)
+    made: dict[Site, Meeting] = field(default_factory=dict)  # what each site keeps of the forward pass
+    _waiting: dict[Site, Call] = field(default_factory=dict)  # for the batch norm above them
+    meetings: list[tuple[Site, Meeting]] = field(default_factory=list)  # those that a cotangent has reached
     predictions: dict[int, Tensor] = field(default_factory=dict)
-    _pools_made: dict[Site, Pooled] = field(default_factory=dict)
     inner: dict[int, Tensor] = field(default_factory=dict)  # values beside the predictions that the loss reads
     seeds: list[tuple[Any, Any, Tensor]] = field(default_factory=list)  # edge, layout, cotangent
 
@@ -155,7 +154,7 @@ class Sweep:
         gated = set(self.flow.gates.get(step.index, ()))
         norm = step.index in self.flow.frozen_norms
         names = [a.name for a in step.op._schema.arguments]
-        norms = step.index in self.flow.projections.values()
+        below = [i for i, norm_ in self.flow.projections.items() if norm_ == step.index]
 
         mutable = bool(step.writes) and step.op._schema.is_mutable and step.outs[0] is not None
 
@@ -165,7 +164,7 @@ class Sweep:
             if gated:
                 gate = lambda r, v: Gate.apply(v) if isinstance(r, Ref) and r.index in gated else v  # noqa: E731
                 args = _zip_map(gate, step.args, args)
-            kept = self._keep(step, dict(zip(names, args, strict=False)) | kwargs) if local or norms else {}
+            kept = self._keep(step, dict(zip(names, args, strict=False)) | kwargs) if local or below else {}
             if home is not None:
                 args = (args[0].clone(), *args[1:])
             result = frozen_norm(step.op, names, args, kwargs) if norm else step.op(*args, **kwargs)
@@ -173,12 +172,13 @@ class Sweep:
             if local and not outs[0].requires_grad:
                 outs[0] = attached(outs[0], self._anchor)
                 result = (outs[0], *outs[1:]) if isinstance(result, tuple | list) else outs[0]
-            if local or norms:
+            if local or below:
                 seen = tuple(o.detach() for o in outs if isinstance(o, Tensor))
                 for site in local:
-                    self.calls[site] = self._call(step, site, kept, seen)
-                if norms:
-                    self.norms[step.index] = Call(step.op, kept, seen, seen[0], "", (Layout(0, self.flow.samples),))
+                    self._meet(site, self._call(step, site, kept, seen))
+                if below:
+                    norm_call = Call(step.op, kept, seen, seen[0], "", (Layout(0, self.flow.samples),))
+                    self._project(below, norm_call)
             if home is None:
                 return result
             assert step.outs[0] is not None
@@ -186,6 +186,20 @@ class Sweep:
             return home.copy_(outs[0])
 
         return run
+
+    def _meet(self, site: Site, call: Call) -> None:
+        """Keep what the site's contraction needs of the step that just ran, and no more."""
+        if site.way == "projected":
+            self._waiting[site] = call
+            return
+        self.made[site] = Pooled(call) if site in self.pools else meeting(call)
+        call.outputs = ()
+
+    def _project(self, below: Sequence[int], norm: Call) -> None:
+        for site in [s for s in self._waiting if s.step in below]:
+            call = self._waiting.pop(site)
+            self.made[site] = projected(call, norm)
+            call.outputs = ()
 
     def _keep(self, step: Step, arguments: dict[str, Any]) -> dict[str, Any]:
         """The arguments, detached; those whose memory is written to from here on are copied."""
@@ -232,7 +246,7 @@ class Sweep:
             step = flow.projections[site.step] if site.way == "projected" else site.step
             outs = [r.index for r in steps[step].outs if r is not None]
             gs_ = [found.get(o) for o in outs]
-            met = self._meeting(site)
+            met = self.made[site]
             if any(g is not None for g in gs_):
                 met.receive([g.detach() if g is not None else None for g in gs_])
                 self.meetings.append((site, met))
@@ -242,12 +256,6 @@ class Sweep:
         for i, g in cotangents.items():
             if i in flow.unsplit and self.predictions[i].requires_grad:
                 self.seeds.append((self.predictions[i], Layout(flow.predictions[i], flow.samples), g))
-
-    def _meeting(self, site: Site) -> Meeting:
-        call = self.calls[site]
-        if site.way != "projected":
-            return meeting(call)
-        return projected(call, self.norms[self.flow.projections[site.step]])
 
     @cached_property
     def convolves(self) -> bool:
@@ -301,13 +309,13 @@ class Sweep:
         for name in list(rows):
             yield name, Part(where, rows.pop(name))
         for site, g in cots.items():
-            pool, met = self.pools[site], self._pooled(site, g, first)
+            pool, met = self.pools[site], self._pooled(site).of(g, first)
             yield pool.name, FromSite(where, met, pool.view, outs.get(pool.name), self.leaves[pool.name].detach())
 
-    def _pooled(self, site: Site, g: Tensor, first: int) -> Pooled:
-        if site not in self._pools_made:
-            self._pools_made[site] = Pooled(self.calls[site])
-        return self._pools_made[site].of(g, first)
+    def _pooled(self, site: Site) -> Pooled:
+        made = self.made[site]
+        assert isinstance(made, Pooled)
+        return made
 
     def _from_seeds(self, gs: Sequence[Tensor], count: int) -> tuple[dict[str, Tensor], dict[Site, Tensor]]:
         """Rows by parameter, and for pooled sites the cotangents of their outputs."""
@@ -339,7 +347,7 @@ class Sweep:
             if r is not None:
                 out[n] += r[0]
         for site, g in cots.items():
-            pool, met = self.pools[site], self._pooled(site, g, 0)
+            pool, met = self.pools[site], self._pooled(site).of(g, 0)
             out[pool.name] += FromSite(slice(0, 1), met, pool.view, None, out[pool.name]).rows()[0]
         return out
 
