@@ -16,9 +16,9 @@ from cases_gradients import Twice
 from test_capture import D, N, Net
 from test_purity import STATEFUL, Countdown, assert_unchanged, stateful_problem
 from test_purity import state as books
-from unbatch import contractions
+from unbatch import contractions, sources
+from unbatch.parts import Part
 from unbatch.quantities import About, Basic, Collector
-from unbatch.sweep import Part
 
 # ---------------------------------------------------------------- what must not change
 
@@ -407,13 +407,13 @@ def test_a_planted_change_is_caught(name):
 
 def test_an_engine_that_writes_to_parameters_is_caught(monkeypatch):
     problem = stateful_problem(normed)
-    rows = contractions.Linear.rows
+    rest = sources.Recorded.rest
 
-    def writing(self: contractions.Linear, where: slice, out: Tensor | None = None) -> Tensor:
-        self.operand.detach().mul_(1)
-        return rows(self, where, out)
+    def writing(self: sources.Recorded) -> dict[str, Tensor]:
+        next(iter(self.parameters.values())).detach().mul_(1)
+        return rest(self)
 
-    monkeypatch.setattr(contractions.Linear, "rows", writing)
+    monkeypatch.setattr(sources.Recorded, "rest", writing)
     before = state(problem)
     problem.gradients()
     with pytest.raises(AssertionError, match=r"changed.*version"):

@@ -53,8 +53,12 @@ LEVELS = {
     "results": 1,
     "sites": 5,
     "operands": 5,
+    "route": 5,
     "sweep": 5,
+    "setting": 5,
+    "cotangents": 6,
     "sources": 6,
+    "trust": 6,
     "quantities": 6,
     "gradients": 6,
     # numerical witnesses

@@ -104,6 +104,11 @@ def wide(t: Tensor) -> Tensor:
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
 
+def real(dtype: torch.dtype) -> torch.dtype:
+    """The type in which weights of samples are given."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16, torch.float32, torch.complex64) else torch.float64
+
+
 def same_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     """In the widest of their types: what one of them lost is lost, the other need not lose it."""
     dtype = tensors[0].dtype

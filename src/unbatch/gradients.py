@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unbatch.contractions import real
 from unbatch.parts import Part
 from unbatch.plan import Plan
 from unbatch.quantities import About, Basic, Collector, Derived, Gradients, Quantity
-from unbatch.sources import CHUNK, Chunks, Source, real
+from unbatch.sources import CHUNK, Chunks, Source
 
 # --- answering ------------------------------------------------------------------------------------
 
@@ -52,7 +53,7 @@ def answer(
     basic = _basics(asked)
     collectors: dict[Basic, Collector] = {q: q.start(about) for q in basic}
     if basic:
-        _feed(source, collectors, parameters, samples, memory, out)
+        _feed(source, collectors, _chunks(asked, memory), parameters, samples, out)
     found: dict[Quantity, Any] = {q: c.finish() for q, c in collectors.items()}
     return [a.value(found, about) for a in asked]
 
@@ -75,6 +76,10 @@ class _Asked:
         below = quantity.bases() if isinstance(quantity, Derived) else ()
         return _Asked(quantity, [_Asked.of(b) for b in below])
 
+    @property
+    def is_late(self) -> bool:
+        return self.quantity.late or any(b.is_late for b in self.bases)
+
     def basics(self) -> list[Basic]:
         if isinstance(self.quantity, Basic):
             return [self.quantity]
@@ -94,39 +99,41 @@ def _basics(asked: Sequence[_Asked]) -> list[Basic]:
 
 
 def _feed(
-    source: Source, collectors: Mapping[Basic, Collector], parameters: Mapping[str, Tensor], samples: int, memory: int,
-    out: Mapping[str, Tensor],
+    source: Source, collectors: Mapping[Basic, Collector], chunks: Chunks, parameters: Mapping[str, Tensor],
+    samples: int, out: Mapping[str, Tensor],
 ) -> None:  # fmt: skip
-    chunks = _chunks(list(collectors), memory)
     seen = set()
-    for name, part in source.parts(chunks, out):
+
+    def take(name: str, part: Part) -> None:
         seen.add(name)
         for collector in collectors.values():
             collector.take(name, part)
+
+    source.feed(chunks, take, out)
     for name in [n for n in parameters if n not in seen]:
         zero = parameters[name].detach().new_zeros(1, *parameters[name].shape).expand(samples, *parameters[name].shape)
-        part = Part(slice(0, samples), zero.clone() if chunks.keep else zero)
-        for collector in collectors.values():
-            collector.take(name, part)
+        take(name, Part(slice(0, samples), zero.clone() if chunks.keep else zero))
 
 
 def planned(
     source: Source, quantities: Sequence[Quantity], parameters: Mapping[str, Tensor], samples: int, by: str, memory: int
 ) -> Plan:
     """What ``answer`` would do, in numbers and words."""
-    chunks = _chunks(_basics([_Asked.of(q) for q in quantities]), memory)
+    asked = [_Asked.of(q) for q in quantities]
+    chunks, basics = _chunks(asked, memory), _basics(asked)
     passes, at_once = source.pullbacks(chunks)
     sites = source.sites()
     row = sum(p.numel() * p.element_size() for p in parameters.values())
     largest = max(p.numel() * p.element_size() for p in parameters.values())
     sizes = {"rows": samples * row, "squared_norms": samples * len(parameters) * 4, "dots": samples**2 * 4}
-    basics = _basics([_Asked.of(q) for q in quantities])
     results = sum(sizes["rows"] if isinstance(q, Gradients) else sizes.get(q.needs, row) for q in basics)
     formed = samples * row if chunks.pairs else at_once * row if passes > 1 else min(samples * largest, memory, CHUNK)
     temporary = 0 if chunks.keep and passes == 1 else formed
     return Plan(by, samples, tuple(sites), passes, at_once, results, temporary, memory, source.reason)
 
 
-def _chunks(basics: Sequence[Basic], memory: int) -> Chunks:
+def _chunks(asked: Sequence[_Asked], memory: int) -> Chunks:
+    basics = _basics(asked)
     keep = any(isinstance(q, Gradients) for q in basics)
-    return Chunks(frozenset(q.needs for q in basics), memory, keep, any(q.pairs for q in basics))
+    late = any(a.is_late for a in asked)
+    return Chunks(frozenset(q.needs for q in basics), memory, keep, any(q.pairs for q in basics), late)

@@ -63,6 +63,21 @@ class Step:
         return list(self._refs)
 
     @cached_property
+    def parameters(self) -> tuple[str, ...]:
+        """The names of the op's arguments, in order."""
+        return tuple(a.name for a in self.op._schema.arguments)
+
+    @cached_property
+    def named(self) -> dict[str, Any]:
+        """The arguments that were given, by name."""
+        return dict(zip(self.parameters, self.args, strict=False)) | self.kwargs
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """What the op takes where nothing is given, by name."""
+        return {a.name: a.default_value for a in self.op._schema.arguments if a.has_default_value()}
+
+    @cached_property
     def _refs(self) -> tuple[Ref, ...]:
         found: list[Ref] = []
         filled((self.args, self.kwargs), found.append)

@@ -15,6 +15,7 @@ class Part:
     """The rows of one parameter for a slice of samples: ``[k, *param]``."""
 
     lean: frozenset[str] = frozenset()
+    beyond: Callable[[], Tensor] | None = None  # the sum of all rows of the parameter, where these are not all
 
     def __init__(self, where: slice, rows: Tensor) -> None:
         self.where, self._rows = where, rows
@@ -39,6 +40,13 @@ class Part:
         """``[*param]``, by weights ``[k]``."""
         rows = self.rows()
         return torch.einsum("n,n...->...", weights.to(rows.dtype), rows)
+
+    def total(self) -> Tensor:
+        """``[*param]``: the sum of the rows of all samples, also of those beyond this slice."""
+        if self.beyond is not None:
+            return self.beyond()
+        count, like = self.where.stop - self.where.start, self.rows() if self.lean == frozenset() else None
+        return self.weighted_sum(torch.ones(count) if like is None else like.new_ones(count))
 
     def coordinates(self) -> Tensor:
         """``[k, q]``: the rows, up to one rotation for all samples."""

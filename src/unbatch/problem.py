@@ -34,9 +34,11 @@ from unbatch.plan import Plan
 from unbatch.purity import untouched
 from unbatch.quantities import Gradients, Quantity
 from unbatch.results import Rows
-from unbatch.sources import Ran, Recorded, Setting, Source, trusted
+from unbatch.setting import Setting
+from unbatch.sources import Ran, Recorded, Source
 from unbatch.structure import judge
 from unbatch.tree import Selection, select
+from unbatch.trust import trusted
 from unbatch.verdicts import TITLES, Structure
 from unbatch.verify import Verification, settle, verify
 from unbatch.walk import forward_marks

@@ -27,8 +27,8 @@ from unbatch.results import ByParameter, Histograms, Rows, SquaredNorms
 class About:
     """What a quantity may know of the question it is part of.
 
-    ``weighted_sum(c)`` gives ``Σ_n c_n r_n`` by parameter, for the price of a gradient; ``gradient()`` the same for
-    ``c = 1``. ``out``: buffers for rows that the caller gave.
+    ``weighted_sum(c)`` gives ``Σ_n c_n r_n`` by parameter, for the price of a gradient beside a quantity that is
+    ``late``; ``gradient()`` the same for ``c = 1``. ``out``: buffers for rows that the caller gave.
     """
 
     samples: int
@@ -49,9 +49,13 @@ class About:
 
 
 class Quantity:
-    """Something to ask about rows. ``moment``: it is a statistic over samples, and warns where samples mix."""
+    """Something to ask about rows. ``moment``: it is a statistic over samples, and warns where samples mix.
+
+    ``late``: it asks for weighted sums when all parts are in, and what they take is kept for it.
+    """
 
     moment = False
+    late = False
 
 
 class Basic(Quantity, ABC):
@@ -160,8 +164,31 @@ class Projections(Basic):
     """``⟨r_n, ḡ⟩``: ``[N]`` for each parameter, and ``.total`` over all."""
 
     def start(self, about: About) -> Collector:
-        gradient = about.gradient()
-        return _PerSample(about, lambda n, part: vectors(part.rows()) @ vectors(gradient[n][None])[0])
+        return _PerSample(about, lambda _, part: vectors(part.rows()) @ vectors(part.total()[None])[0])
+
+
+@dataclass(frozen=True)
+class Total(Basic):
+    """``ḡ = Σ_n r_n``: ``[*param]``; with the part that does not pass through predictions it is the gradient."""
+
+    needs = "total"
+
+    def start(self, about: About) -> Collector:
+        return _Total(about)
+
+
+class _Total(Collector):
+    def __init__(self, about: About) -> None:
+        super().__init__(about)
+        self.found: dict[str, Tensor] = {}
+
+    def take(self, name: str, part: Part) -> None:
+        if name not in self.found:
+            self.found[name] = part.total()
+
+    def finish(self) -> ByParameter:
+        result: ByParameter = self.about.result(self.found)
+        return result
 
 
 @dataclass(frozen=True)
@@ -217,7 +244,7 @@ class Variance(Basic):
     def start(self, about: About) -> Collector:
         def share(name: str, part: Part) -> Tensor:
             whole = part.where.indices(about.samples)[:2] == (0, about.samples)
-            return part.scatter(None if whole else wide(about.gradient()[name]) / about.samples)
+            return part.scatter(None if whole else wide(part.total()) / about.samples)
 
         return _PerEntry(about, share, 1 / about.samples)
 
@@ -314,6 +341,7 @@ class ClippedSum(Derived):
     """
 
     max_norm: float
+    late = True
 
     def __post_init__(self) -> None:
         if not self.max_norm > 0:
@@ -336,11 +364,10 @@ class SignalToNoise(Derived):
     moment = True
 
     def bases(self) -> Sequence[Quantity]:
-        return (Variance(),)
+        return (Variance(), Total())
 
     def combine(self, about: About, *results: Any) -> ByParameter:
-        (variance,) = results
-        gradient = about.gradient()
+        variance, gradient = results
         means = {n: (wide(gradient[n]) / about.samples).abs().square() for n in about.shapes}
         felt = _felt({n: means[n] + variance[n] for n in about.shapes})
         ratio = {n: torch.where(felt[n], means[n] / variance[n], 0.0) for n in about.shapes}
@@ -377,17 +404,17 @@ class NoiseScale(Derived):
     moment = True
 
     def bases(self) -> Sequence[Quantity]:
-        return (Norms(),)
+        return (Norms(), Total())
 
     def combine(self, about: About, *results: Any) -> Tensor:
-        n, (norms,) = about.samples, results
-        single, whole = n**2 * norms.total.mean(), _squared(about.gradient())
+        n, (norms, gradient) = about.samples, results
+        single, whole = n**2 * norms.total.mean(), _squared(gradient)
         return _per_pair(about, n * (single - whole) / (n * whole - single))
 
 
-def _ratios(about: About, norms: SquaredNorms, projections: SquaredNorms) -> tuple[Tensor, Tensor]:
+def _ratios(n: int, norms: SquaredNorms, projections: SquaredNorms, gradient: ByParameter) -> tuple[Tensor, Tensor]:
     """``Σ‖g_n‖²/‖ḡ‖²`` and ``Σ⟨g_n, ḡ⟩²/‖ḡ‖⁴``."""
-    n, whole = about.samples, _squared(about.gradient())
+    whole = _squared(gradient)
     return n**2 * norms.total.sum() / whole, n**2 * projections.total.square().sum() / whole**2
 
 
@@ -400,11 +427,11 @@ class NormTest(Derived):
     moment = True
 
     def bases(self) -> Sequence[Quantity]:
-        return (Norms(),)
+        return (Norms(), Total())
 
     def combine(self, about: About, *results: Any) -> Tensor:
-        n, (norms,) = about.samples, results
-        excess = n**2 * norms.total.sum() / _squared(about.gradient()) - n
+        n, (norms, gradient) = about.samples, results
+        excess = n**2 * norms.total.sum() / _squared(gradient) - n
         return _per_pair(about, excess / max(n * (n - 1), 1))
 
 
@@ -417,10 +444,10 @@ class InnerProductTest(Derived):
     moment = True
 
     def bases(self) -> Sequence[Quantity]:
-        return (Norms(), Projections())
+        return (Norms(), Projections(), Total())
 
     def combine(self, about: About, *results: Any) -> Tensor:
-        n, (_, shadows) = about.samples, _ratios(about, *results)
+        n, (_, shadows) = about.samples, _ratios(about.samples, *results)
         return _per_pair(about, (shadows - n) / max(n * (n - 1), 1))
 
 
@@ -433,10 +460,10 @@ class OrthogonalityTest(Derived):
     moment = True
 
     def bases(self) -> Sequence[Quantity]:
-        return (Norms(), Projections())
+        return (Norms(), Projections(), Total())
 
     def combine(self, about: About, *results: Any) -> Tensor:
-        n, (lengths, shadows) = about.samples, _ratios(about, *results)
+        n, (lengths, shadows) = about.samples, _ratios(about.samples, *results)
         return _per_pair(about, (lengths - shadows) / max(n * (n - 1), 1))
 
 
@@ -451,11 +478,10 @@ class EarlyStopping(Derived):
     moment = True
 
     def bases(self) -> Sequence[Quantity]:
-        return (Variance(),)
+        return (Variance(), Total())
 
     def combine(self, about: About, *results: Any) -> Tensor:
-        n, (variance,) = about.samples, results
-        gradient = about.gradient()
+        n, (variance, gradient) = about.samples, results
         noisy = torch.cat([f.flatten() for f in _felt(variance).values()])
         mean = torch.cat([wide(gradient[k]).flatten() for k in about.shapes])[noisy]
         spread = variance.flat()[noisy] * n**3 / max(n - 1, 1)

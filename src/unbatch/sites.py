@@ -340,9 +340,5 @@ def spread(graph: Graph, walk: Walk, plan: Flow) -> list[tuple[int, list[int]]]:
 
 def _argument_names(step: Step, operand: int) -> list[str]:
     """The argument that holds the operand; one entry even if it stands in several places (see ``Generic``)."""
-    names = [a.name for a in step.op._schema.arguments]
-    given = {**dict(zip(names, step.args, strict=False)), **step.kwargs}
-    holding = [
-        n for n, a in given.items() if any(isinstance(r, Ref) and r.index == operand for r in tree_leaves(a, is_ref))
-    ]
-    return holding[:1]
+    held = {n: tree_leaves(a, is_ref) for n, a in step.named.items()}
+    return [n for n, refs in held.items() if any(isinstance(r, Ref) and r.index == operand for r in refs)][:1]

@@ -145,11 +145,9 @@ def _by_place(call: rules.Call, marks: Marks, ref: Ref) -> Marks:
 
 def _follow_order(out: Walk, call: rules.Call, step: Step) -> None:
     """Keep track of rows that the batch has put into an order of its own, and of their return."""
-    names = [a.name for a in step.op._schema.arguments]
-    given = {**dict(zip(names, step.args, strict=False)), **step.kwargs}
     known = {
         n: out.arranged[r.index]
-        for n, a in given.items()
+        for n, a in step.named.items()
         if (r := _only_ref(a)) is not None and r.index in out.arranged
     }
     try:
@@ -178,10 +176,7 @@ def _only_ref(a: Any) -> Ref | None:
 
 
 def _call(out: Walk, step: Step) -> rules.Call:
-    names = [a.name for a in step.op._schema.arguments]
-    defaults = {a.name: a.default_value for a in step.op._schema.arguments if a.has_default_value()}
-    given = {**dict(zip(names, step.args, strict=False)), **step.kwargs}
-    arguments = {n: given.get(n, defaults.get(n)) for n in names}
+    arguments = dict.fromkeys(step.parameters) | step.defaults | step.named
     is_ref = {"is_leaf": lambda a: isinstance(a, Ref)}
     values = {n: tree_map(lambda a: _concrete(out.graph, a), a, **is_ref) for n, a in arguments.items() if _has_ref(a)}
     marked = {

@@ -38,15 +38,9 @@ def weights(graph: Graph, samples: int) -> Tensor | None:
     return None
 
 
-def _arguments(step: Step) -> dict[str, Any]:
-    names = [a.name for a in step.op._schema.arguments]
-    defaults = {a.name: a.default_value for a in step.op._schema.arguments if a.has_default_value()}
-    return defaults | dict(zip(names, step.args, strict=False)) | step.kwargs
-
-
 def _scale(step: Step) -> float | None:
     """A step from scalar to scalar that multiplies by a number; what is a matter of sign belongs to the loss."""
-    arguments = _arguments(step)
+    arguments = step.defaults | step.named
     other = arguments.get("other")
     if step.name in PASSING:
         return 1.0
@@ -57,7 +51,7 @@ def _scale(step: Step) -> float | None:
 
 def _share(step: Step, graph: Graph) -> float | None:
     """What each entry is multiplied by in the step that sums over the samples."""
-    arguments = _arguments(step)
+    arguments = step.defaults | step.named
     refs = step.refs()
     entries = math.prod(graph.values[refs[0].index].shape) if refs else 0
     whole = step.outs[0] is not None and math.prod(graph.values[step.outs[0].index].shape) == 1

@@ -1,0 +1,122 @@
+"""The problem as the engine sees it: what was recorded, what was found, the data, and the plans kept for them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from unbatch.capture import Program
+from unbatch.graph import Graph, widest
+from unbatch.labels import SHARED, Marks
+from unbatch.operands import Operands
+from unbatch.route import Route
+from unbatch.sites import Flow, flow, spread
+from unbatch.structure import used_predictions
+from unbatch.walk import Walk, prediction_dim, walk
+
+ROUNDING = {torch.float64: 1e-8, torch.complex128: 1e-8, torch.float32: 2e-3, torch.complex64: 2e-3}
+
+
+def _mixed(walk_: Walk) -> set[int]:
+    return {i for i, m in walk_.marks.items() if m.mixed or (m.owner < SHARED).any()}
+
+
+@dataclass
+class Setting:
+    """A recording with its walk and its data. ``faithful``: the recording has the derivatives of the model."""
+
+    program: Program
+    graph: Graph
+    walk: Walk
+    given: Mapping[int, Marks]
+    samples: int
+    leading: bool
+    inputs: Any
+    targets: Any
+    output: Any
+    faithful: bool
+    split: bool
+    routes: dict[Any, Route] = field(default_factory=dict)
+    trust: dict[Any, bool] = field(default_factory=dict)
+    buffer: Tensor | None = None
+
+    def route(self, parameters: Mapping[str, Tensor], by: str) -> Route:
+        """The plan of a sweep, kept for the next question."""
+        names = list(parameters)
+        key = (tuple(names), by)
+        if key not in self.routes:
+            seen = self.walk
+            if by == "copy" and _mixed(seen):
+                seen = walk(self.graph, self.samples, self.given, self.graph.forward_steps, by_place=True)
+            plan = flow(self.graph, seen, self.samples, self.leading, names, by)
+            if plan.spanning:
+                plan = flow(self.graph, self._spread(plan, seen), self.samples, self.leading, names, by)
+            plan.by_place = seen.by_place
+            operands = Operands(self.graph, plan, {n: tuple(p.shape) for n, p in parameters.items()})
+            self.routes[key] = Route(self.graph, plan, operands)
+        return self.routes[key]
+
+    def _spread(self, plan: Flow, seen: Walk) -> Walk:
+        """The walk with shared values that have an entry for every sample counted to the samples, where that fits.
+
+        What such a value holds for sample n is used by sample n only if no new place of mixing comes up.
+        """
+        chosen: dict[int, int] = {}
+        best = seen
+        for value, axes in spread(self.graph, seen, plan):
+            for axis in axes:
+                belong, steps = chosen | {value: axis}, self.graph.forward_steps
+                trial = walk(self.graph, self.samples, self.given, steps, belong=belong, by_place=seen.by_place)
+                if _mixed(trial) <= _mixed(seen):
+                    chosen[value] = axis
+                    best = trial
+                    break
+        return best
+
+    @cached_property
+    def axes(self) -> dict[int, int]:
+        """Prediction -> the axis along which its samples lie."""
+        found = {
+            r.index: prediction_dim(self.walk[r], self.samples, self.leading) for r in used_predictions(self.graph)
+        }
+        return {i: d for i, d in found.items() if d is not None}
+
+    def scratch(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Memory for rows that nobody keeps, the same at every question: fresh memory costs more than what fills it."""
+        size = math.prod(shape) * like.element_size()
+        if self.buffer is None or self.buffer.numel() < size or self.buffer.device != like.device:
+            self.buffer = torch.empty(size, dtype=torch.uint8, device=like.device)
+        return self.buffer[:size].view(like.dtype).view(*shape)
+
+    def widened(self) -> Setting:
+        """The same plans on the same numbers in float64."""
+        graph, inputs = self.graph.widened(), tree_map(lambda x: widest(x) if isinstance(x, Tensor) else x, self.inputs)
+        routes = {key: Route(graph, r.flow, r.operands) for key, r in self.routes.items()}
+        other = replace(self, graph=graph, inputs=inputs, routes=routes, trust={}, buffer=None)
+        other.__dict__["axes"] = self.axes
+        return other
+
+    @cached_property
+    def rounding(self) -> float:
+        """By the coarsest floating-point type on the way."""
+        kinds = {self.graph.values[r.index].dtype for s in self.graph.forward_steps for r in s.outs if r is not None}
+        return max((ROUNDING.get(k, 0.3) for k in kinds if k.is_floating_point or k.is_complex), default=1e-8)
+
+    @property
+    def own_loss(self) -> bool:
+        return self.program.loss is None
+
+    @property
+    def data(self) -> dict[int, Tensor]:
+        """Inputs and targets by their number in the graph."""
+        pairs = [(self.graph.inputs, self.inputs), (self.graph.targets, self.targets)]
+        return {
+            r.index: x for refs, tree in pairs for r, x in zip(refs, tree_leaves(tree), strict=True) if r is not None
+        }

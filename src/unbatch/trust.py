@@ -1,0 +1,103 @@
+"""Whether a planned sweep can be trusted: it is tried out against a plain backward pass before it is believed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unbatch.contractions import real, squares
+from unbatch.derivatives import gradients, held, norm_held
+from unbatch.graph import widest
+from unbatch.layout import Layout
+from unbatch.route import Route
+from unbatch.setting import Setting
+from unbatch.sources import Recorded
+
+
+def trusted(setting: Setting, parameters: Mapping[str, Tensor], by: str) -> bool:
+    """Whether the planned sweep gives what a plain backward pass gives, for random cotangents and weights of samples.
+
+    Rows by component are linear in the cotangents of the samples: sums with random weights that agree, agree for all
+    weights but a set of measure zero. Frozen rows are held against a replay with frozen statistics, copy rows by their
+    sum; the row of one sample against a sum in which all others weigh nothing. In float64 where the computation can be
+    run in it, so that small gradients count as much as large ones. The answer is kept with the plan.
+    """
+    key = (tuple(parameters), by)
+    if key not in setting.trust:
+        setting.route(parameters, by)
+        try:
+            agree = _agrees(setting.widened(), {n: widest(p.detach()) for n, p in parameters.items()}, by, 1e-8)
+        except (RuntimeError, TypeError, NotImplementedError, IndexError):  # some op does not take float64
+            agree = _agrees(setting, parameters, by, setting.rounding)
+        setting.trust[key] = agree
+    return setting.trust[key]
+
+
+def _agrees(setting: Setting, parameters: Mapping[str, Tensor], by: str, bound: float) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    like = next(iter(parameters.values()))
+    weights = torch.rand(setting.samples, generator=generator, dtype=torch.float64) + 0.5
+    weights = torch.ones_like(weights) if by == "copy" else weights
+    weights = weights.to(like.device, real(like.dtype))
+    cotangents, expected = _plainly(setting.route(parameters, by), parameters, setting.data, weights)
+    scale = max((float(g.abs().max()) for g in cotangents.values() if g.numel()), default=0.0)
+    source = Recorded(setting, parameters, by, cotangents)
+    return _agree(source.weighted_sum(weights), expected, bound, scale) and _consistent(source, bound, scale)
+
+
+def _plainly(
+    route: Route, parameters: Mapping[str, Tensor], feed: Mapping[int, Tensor], weights: Tensor
+) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
+    """Random cotangents ``g``, and ``Σ_n c_n row_n`` for them by one backward pass of a plain replay.
+
+    What a sweep has to agree with.
+    """
+    graph, flow = route.graph, route.flow
+    leaves = {n: p.detach().requires_grad_() for n, p in parameters.items()}
+    live = {i: leaves[name] for i, name in flow.parameters.items()}
+    instead: dict[int, Callable[..., Any]] = {i: norm_held(graph.steps[i]) for i in flow.frozen_norms}
+    instead = {s.index: held(s.op) for s in route.cut_off} | instead
+    with torch.enable_grad():
+        outs = graph.run({**feed, **live}, list(flow.predictions), instead=instead, steps=graph.forward_steps)
+    generator = torch.Generator().manual_seed(1)
+    cotangents = {
+        i: torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t)
+        for i, t in zip(flow.predictions, outs, strict=True)
+        if t.requires_grad
+    }
+    seen = [t for t in outs if t.requires_grad]
+    gs = [Layout(flow.predictions[i], flow.samples).scaled(g, weights) for i, g in cotangents.items()]
+    total = gradients(seen, leaves, gs)
+    return cotangents, {n: t.detach() for n, t in total.items()}
+
+
+def _consistent(source: Recorded, bound: float, scale: float) -> bool:
+    """The row of one sample, and its norm, are those of a sum in which all other weights are zero."""
+    n = source.setting.samples // 2
+    alone = torch.zeros(source.setting.samples, dtype=torch.float64)
+    alone[n] = 1
+    like = next(iter(source.parameters.values()))
+    expected = source.weighted_sum(alone.to(like.device, real(like.dtype)))
+    found = {name: torch.zeros_like(g) for name, g in expected.items()}
+    norms = {name: squares(g[None]) for name, g in found.items()}
+    for name, part in source.of_samples(n, n + 1):
+        norms[name] = part.squared_norms().sqrt()
+        found[name] = part.rows()[0]
+    lengths = {name: squares(g[None]).sqrt() for name, g in expected.items()}
+    return _agree(found, expected, bound, scale) and _agree(norms, lengths, bound, scale)
+
+
+def _agree(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], bound: float, scale: float) -> bool:
+    """Up to rounding, of which there is more where what is large cancels (biases right below batch norms)."""
+    largest = max([scale, *(float(g.abs().max()) for g in expected.values() if g.numel())])
+    if not math.isfinite(largest):
+        return True  # nothing can be told, and a plain backward pass would be no better
+    for name, g in expected.items():
+        allowed = bound * (float(g.abs().max()) + 1e-3 * largest) if g.numel() else 0.0
+        if g.numel() and not float((found[name] - g).abs().max()) <= allowed:
+            return False
+    return True
