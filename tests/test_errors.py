@@ -1,10 +1,10 @@
-"""What the facade refuses, what it accepts, and when it looks again.
+"""What the facade refuses, and what it accepts.
 
 Every refusal is one clear error of the package's own, with the offending value and the remedy, and
 changes nothing.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import unbatch as ub
 from test_purity import assert_unchanged, state
-from unbatch import capture, problem, rules
+from unbatch import recording, rules
 
 N, D, C = 5, 4, 3
 
@@ -351,134 +351,6 @@ def test_one_sample_leaves_the_forward_open():
     assert problem_of_one.gradient()["weight"].shape == (C, D)
 
 
-# ---------------------------------------------------------------- when it looks again
-
-
-@pytest.fixture
-def records(monkeypatch) -> Iterator[list[str]]:
-    """One entry for every recording."""
-    seen: list[str] = []
-    record = capture.record
-
-    def counted(*args: Any) -> Any:
-        seen.append("record")
-        return record(*args)
-
-    monkeypatch.setattr(capture, "record", counted)
-    return seen
-
-
-def asked(**changes: Any) -> ub.Problem:
-    out = ub.Problem(model(), loss, (x(), y()))
-    _ = out.structure
-    return out
-
-
-def test_questions_share_a_recording(records):
-    same = asked()
-    found = same.structure
-    same.verify()
-    same.predictions()
-    same.gradient()
-    same.crosstalk()
-    assert same.structure is found
-    assert len(records) == 1
-
-
-CHANGES: dict[str, Callable[[ub.Problem], Any]] = {
-    "a parameter in place": lambda p: p.program.model[0].weight.detach().mul_(2),
-    "a parameter by an optimizer": lambda p: torch.optim.SGD(p.program.model.parameters(), 0.1).step(
-        _with_gradients(p)
-    ),
-    "a parameter replaced": lambda p: setattr(p.program.model[0], "weight", nn.Parameter(torch.randn(C, D))),
-    "a parameter's data replaced": lambda p: setattr(p.program.model[0].weight, "data", torch.randn(C, D)),
-    "parameters loaded": lambda p: p.program.model.load_state_dict(model().state_dict()),
-    "a buffer": lambda p: p.program.model[1].running_mean.add_(1),
-    "train and eval": lambda p: p.program.model.eval(),
-    "one module to eval": lambda p: p.program.model[1].eval(),
-    "an attribute": lambda p: setattr(p.program.model[1], "eps", 0.1),
-    "a hook": lambda p: p.program.model[0].register_forward_hook(lambda m, i, o: o - o.mean(0)),
-    "requires_grad": lambda p: p.program.model[0].weight.requires_grad_(False),
-    "a module replaced": lambda p: p.program.model.__setitem__(1, nn.Tanh()),
-    "the data": lambda p: p.inputs.mul_(2),
-    "the targets": lambda p: p.targets.zero_(),
-}
-
-
-def _with_gradients(p: ub.Problem) -> None:
-    for q in p.program.model.parameters():
-        q.grad = torch.ones_like(q)
-
-
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_changes_are_seen(change, records):
-    same = asked()
-    change(same)
-    found = same.structure
-    assert len(records) == 2, "answered from an old recording"
-    fresh = ub.Problem(same.program.model, loss, (same.inputs, same.targets)).structure
-    assert [v.status for v in found.verdicts] == [v.status for v in fresh.verdicts]
-    rng = torch.get_rng_state()
-    with capture.untouched(same.program.modules):
-        torch.testing.assert_close(same.predictions(), same.program.model(same.inputs))
-    assert torch.equal(rng, torch.get_rng_state())
-
-
-def test_eval_changes_the_answer(records):
-    same = asked()
-    assert not same.structure.simd_forward
-    same.program.model.eval()
-    assert same.structure.simd_forward
-    same.program.model.train()
-    assert not same.structure.simd_forward
-
-
-def test_another_batch_needs_no_recording(records):
-    first = asked()
-    for _ in range(3):
-        other = first.with_batch(x(), y())
-        assert other.structure.simd_given_statistics
-        with capture.untouched(other.program.modules):
-            torch.testing.assert_close(other.predictions(), other.program.model(other.inputs))
-            true = torch.autograd.grad(
-                loss(other.program.model(other.inputs), other.targets), list(other.program.model.parameters())
-            )
-        torch.testing.assert_close(list(other.gradient().values()), list(true))
-    assert len(records) == 1
-    assert first.structure.samples == N
-    assert len(records) == 1
-
-
-def test_another_shape_needs_one(records):
-    first = asked()
-    other = first.with_batch(torch.randn(8, D), torch.arange(8) % C)
-    assert other.structure.samples == 8
-    assert other.predictions().shape == (8, C)
-    assert len(records) == 2
-
-
-def test_a_program_that_decides_on_values_is_recorded_again(records):
-    class Branching(nn.Module):
-        def forward(self, z):
-            return z - z.mean(0) if z.sum() > 0 else z
-
-    first = ub.Problem(Branching(), lambda p: p.sum(), (torch.ones(N, D) + x() / 9, None))
-    assert first.structure.independent_forward.status == "fails"
-    other = first.with_batch(-first.inputs)
-    assert torch.equal(other.predictions(), other.inputs)
-    assert len(records) == 2
-
-
-def test_another_batch_is_checked():
-    first = asked()
-    with pytest.raises(ub.InputError, match=r"5.*3"):
-        first.with_batch(x(), y()[:3])
-    with pytest.raises(ub.InputError, match="same structure"):
-        first.with_batch((x(), x()), y())
-    with pytest.raises(ub.InputError, match="NaN"):
-        _ = first.with_batch(with_nan(), y()).structure
-
-
 # ---------------------------------------------------------------- declared by the user
 
 
@@ -494,7 +366,7 @@ def declarations(monkeypatch) -> None:
     """What a test declares is forgotten after it."""
     monkeypatch.setattr(rules, "CUSTOM", dict(rules.CUSTOM))
     monkeypatch.setattr(rules, "ASSUMED", dict(rules.ASSUMED))
-    monkeypatch.setattr(problem, "_ASSUMED_MODULES", dict(problem._ASSUMED_MODULES))
+    monkeypatch.setattr(recording, "ASSUMED_MODULES", dict(recording.ASSUMED_MODULES))
 
 
 @pytest.mark.usefixtures("declarations")

@@ -56,6 +56,7 @@ LEVELS = {
     "route": 5,
     "sweep": 5,
     "setting": 5,
+    "guard": 3,
     "cotangents": 6,
     "sources": 6,
     "trust": 6,
@@ -68,6 +69,7 @@ LEVELS = {
     "crosstalk": 5,
     "verify": 6,
     # what a user touches
+    "recording": 6,
     "checks": 6,
     "problem": 7,
     "report": 8,

@@ -2,7 +2,7 @@
 
 from unbatch.crosstalk import Crosstalk
 from unbatch.errors import CaptureError, InputError, MixedSamplesWarning, StructureError, UnbatchError
-from unbatch.problem import Problem, assume_independent
+from unbatch.problem import Problem
 from unbatch.quantities import (
     ClippedSum,
     Dots,
@@ -19,6 +19,7 @@ from unbatch.quantities import (
     SumOfSquares,
     Variance,
 )
+from unbatch.recording import assume_independent
 from unbatch.results import Rows
 from unbatch.rules import register_rule
 from unbatch.verdicts import Culprit, Structure, Verdict

@@ -314,6 +314,18 @@ class Program:
         return self.model(inputs)
 
 
+def outside(program: Program) -> Iterator[tuple[str, str, Tensor]]:
+    """What a recording starts from beside the data, in its order: kind, name and tensor."""
+    yield from (("parameters", name, p) for name, p in program.parameters.items())
+    yield from (("buffers", name, b) for module in program.modules for name, b in module.named_buffers())
+
+
+def moved(graph: Graph, program: Program, inputs: Any, targets: Any, rng: tuple[Any, ...]) -> Graph:
+    """The recording on other data, and on the parameters and buffers of this moment."""
+    data = [x.detach() for x in tree_leaves((inputs, targets)) if _is_tensor(x)]
+    return graph.moved(dict(enumerate([*data, *(t for _, _, t in outside(program))])), rng)
+
+
 def record(program: Program, inputs: Any, targets: Any) -> tuple[Graph, Any]:
     """Run the program once, recording it. Returns the graph, and the model's output together with the loss."""
     follow = True
@@ -395,11 +407,8 @@ def _record(program: Program, inputs: Any, targets: Any, follow: bool, flip: int
         graph.targets = [
             declare(y, "targets", str(i)) if _is_tensor(y) else None for i, y in enumerate(tree_leaves(targets))
         ]
-        for name, p in program.parameters.items():
-            declare(p, "parameters", name)
-        for module in program.modules:
-            for name, b in module.named_buffers():
-                declare(b, "buffers", name)
+        for kind, name, tensor in outside(program):
+            declare(tensor, kind, name)
         with recorder, Functions(recorder, follow):
             output = program.predict(inputs)
             graph.model_steps, recorder.in_loss = len(graph.steps), True

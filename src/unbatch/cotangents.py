@@ -8,15 +8,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_map
 
-from unbatch.graph import Graph
+from unbatch.graph import Graph, Ref, is_ref
 from unbatch.purity import untouched
 from unbatch.setting import Setting
 
 
-def cotangents(setting: Setting, predictions: Mapping[int, Tensor], inner: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    """``∂L/∂F`` for every prediction that has samples."""
+def cotangents(
+    setting: Setting, predictions: Mapping[int, Tensor], inner: Mapping[int, Tensor], outputs: Mapping[int, Tensor]
+) -> dict[int, Tensor]:
+    """``∂L/∂F`` for every prediction that has samples.
+
+    ``inner``: what else of the model the loss reads; ``outputs``: all that the model returned.
+    """
     leaves = {i: t.detach().requires_grad_() for i, t in predictions.items() if t.is_floating_point() or t.is_complex()}
     graph = setting.graph
     with torch.enable_grad():
@@ -29,19 +34,17 @@ def cotangents(setting: Setting, predictions: Mapping[int, Tensor], inner: Mappi
             (value,) = graph.run(feed, [graph.loss.index], keep=noise(graph), steps=graph.loss_steps)
         else:
             copied = any(s.writes for s in graph.loss_steps)
-            value = loss_of(setting, _filled(setting, {i: t.clone() if copied else t for i, t in leaves.items()}))
+            filled = {**outputs, **{i: t.clone() if copied else t for i, t in leaves.items()}}
+            value = loss_of(setting, output_of(setting, filled))
     if not value.requires_grad or not leaves:
         return {}
     grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
     return {i: g for i, g in zip(leaves, grads, strict=True) if g is not None}
 
 
-def _filled(setting: Setting, leaves: Mapping[int, Tensor]) -> Any:
-    """The output of the model with other tensors in it."""
-    old, spec = tree_flatten(setting.output)
-    refs = iter(setting.graph.predictions)
-    new = [leaves.get(next(refs).index, t.detach()) if isinstance(t, Tensor) else t for t in old]
-    return tree_unflatten(new, spec)
+def output_of(setting: Setting, values: Mapping[int, Tensor]) -> Any:
+    """The output of the model with these tensors in it."""
+    return tree_map(lambda r: values[r.index] if isinstance(r, Ref) else r, setting.skeleton, is_leaf=is_ref)
 
 
 def loss_of(setting: Setting, output: Any) -> Tensor:
@@ -58,7 +61,7 @@ def loss_of(setting: Setting, output: Any) -> Tensor:
 def noise(graph: Graph) -> dict[int, Tensor]:
     """What was drawn in the loss when it was recorded."""
     refs = [r for s in graph.loss_steps if s.noise for r in s.outs if r is not None]
-    return {r.index: v for r in refs if (v := graph.values[r.index].concrete) is not None}
+    return {r.index: v for r in refs if (v := graph.known(r.index)) is not None}
 
 
 def nonzero_gradients(value: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -316,7 +316,7 @@ def running_statistics(call: Call) -> dict[str, Marks]:
 def comparison(call: Call) -> Marks:
     """Targets compared with the ignored label of PyTorch's losses, where it does not occur, are all alike."""
     x = call.marks[0]
-    if call["other"] == -100 and not isinstance(call["other"], Marks) and not occurs(call.values.get("self"), -100):
+    if call["other"] == -100 and not isinstance(call["other"], Marks) and not call.occurs("self", -100):
         return shared(call.shape, "nothing ignored", (), range(len(call.shape)))
     return call.algebra.pointwise(call.title, x, *call.marks[1:])
 

@@ -127,6 +127,7 @@ class Graph:
     rng: tuple[Any, ...] = ()
     dynamic: frozenset[int] = frozenset()  # values whose shape depends on what is in other values
     foreign: tuple[int, ...] = ()  # constants met in the middle of the run
+    stale: bool = False  # what is known of values that are computed is of other numbers
 
     @property
     def forward_steps(self) -> list[Step]:
@@ -136,23 +137,33 @@ class Graph:
     def loss_steps(self) -> list[Step]:
         return [s for s in self.steps if s.index in self.after_cut]
 
-    def rebased(self, inputs: Sequence[Any], targets: Sequence[Any]) -> Graph:
-        """The same computation on other data, with the integers it computes from them."""
+    def moved(self, numbers: Mapping[int, Tensor], rng: tuple[Any, ...]) -> Graph:
+        """The same computation on other ``numbers`` at its beginning, and with other noise.
+
+        The integers it computes, and noise, are worked out only if somebody asks (``known``).
+        """
         values = [replace(v) for v in self.values]
-        other = replace(self, values=values)
-        for refs, leaves in ((self.inputs, inputs), (self.targets, targets)):
-            for ref, leaf in zip(refs, leaves, strict=True):
-                if ref is not None:
-                    values[ref.index].concrete = leaf.detach()
+        for i, tensor in numbers.items():
+            values[i].concrete = tensor.detach()
+        return replace(self, values=values, rng=rng, stale=True)
+
+    def known(self, i: int) -> Tensor | None:
+        """The integers, booleans, constants or noise that a value holds, where they are known."""
+        value = self.values[i]
+        if self.stale and value.kind == "step" and value.concrete is not None:
+            self._work_out()
+        return value.concrete
+
+    def _work_out(self) -> None:
+        self.stale = False
 
         def keep(i: int, tensor: Tensor) -> None:
-            if values[i].concrete is not None and not tensor.is_floating_point():
-                values[i].concrete = tensor.detach().clone()
+            if self.values[i].concrete is not None:
+                self.values[i].concrete = tensor.detach().clone()
 
         with torch.no_grad():
             wanted = [self.loss] if self.loss else self.predictions
-            other.run({}, [w.index for w in wanted], visit=keep)
-        return other
+            self.run({}, [w.index for w in wanted], visit=keep)
 
     def widened(self) -> Graph:
         """The same computation in float64, from the numbers at its beginning on."""
@@ -227,7 +238,7 @@ class Graph:
                     outs = flat(op(*args, **kwargs))
             for ref, out in zip(step.outs, outs, strict=False):
                 if ref is not None and isinstance(out, Tensor):
-                    env[ref.index] = keep.get(ref.index, out)
+                    env[ref.index] = self._pinned(ref.index, keep) if ref.index in keep else out
                     if visit:
                         visit(ref.index, env[ref.index])
             for old, new in step.writes:
@@ -241,6 +252,10 @@ class Graph:
                 if dead not in alive:
                     env.pop(dead, None)
         return [get(Ref(w)) for w in wanted]
+
+    def _pinned(self, i: int, keep: Mapping[int, Tensor]) -> Tensor:
+        """The given value, or a copy of it where the program will write to it."""
+        return keep[i].clone() if self.written(i) else keep[i]
 
     @cached_property
     def makers(self) -> dict[int, Step]:

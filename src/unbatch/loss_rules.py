@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from unbatch.families import occurs
 from unbatch.labels import Marks, collapse, shared
 from unbatch.layers import window_result
 from unbatch.rules import Call, mixed, rule
@@ -41,7 +40,7 @@ def nll_loss(call: Call) -> Any:
     ignored = call["ignore_index"]
     loss = a.pointwise(("nll", ignored), picked, y, *weigh)
     counts = a.pointwise(("weight", ignored), y, *weigh)
-    depends = weight is not None or ignored >= 0 or occurs(call.values.get("target"), ignored)
+    depends = weight is not None or ignored >= 0 or call.occurs("target", ignored)
     amount = a.reduce("sum", counts) if depends and counts.shape else shared((), "count")
     if call["reduction"] == NONE or not loss.shape:
         return [loss, amount]

@@ -103,7 +103,7 @@ class Oracle:
             raise Untestable("noise is used in a way in which it cannot be permuted with its samples")
         keep = {}
         for ref, owner in owners.items():
-            value = self.graph.values[ref].concrete
+            value = self.graph.known(ref)
             assert value is not None
             moved = permute_owned(value, owner, order)
             if moved is None:
@@ -289,7 +289,7 @@ def noise_owners(graph: Graph, forward: Any) -> dict[int, Any] | None:
     for step in (s for s in graph.forward_steps if s.noise):
         for ref in {r.index for r in [*step.outs, *(new for _, new in step.writes)] if r is not None}:
             owner = _claimed(graph, forward, ref)
-            if isinstance(owner, str) or graph.values[ref].concrete is None:
+            if isinstance(owner, str) or graph.known(ref) is None:
                 return None
             if owner is not None:
                 out[ref] = owner

@@ -5,14 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from unbatch import capture, errors, rules
+from unbatch import capture, errors
 from unbatch.capture import Program
 from unbatch.checks import (
     check_devices,
@@ -26,57 +26,19 @@ from unbatch.checks import (
 )
 from unbatch.crosstalk import Crosstalk, crosstalk
 from unbatch.derivatives import gradients
-from unbatch.errors import CaptureError, InputError, MixedSamplesWarning, StructureError
+from unbatch.errors import InputError, MixedSamplesWarning, StructureError
 from unbatch.gradients import Label, answer, is_moment, planned
-from unbatch.graph import Graph
-from unbatch.oracle import Oracle
 from unbatch.plan import Plan
 from unbatch.purity import untouched
 from unbatch.quantities import Gradients, Quantity
+from unbatch.recording import Batch, Recording
 from unbatch.results import Rows
-from unbatch.setting import Setting
 from unbatch.sources import Ran, Recorded, Source
-from unbatch.structure import judge
 from unbatch.tree import Selection, select
 from unbatch.trust import trusted
 from unbatch.verdicts import TITLES, Structure
-from unbatch.verify import Verification, settle, verify
-from unbatch.walk import forward_marks
+from unbatch.verify import Verification, verify
 from unbatch.weights import weights
-from unbatch.witness import unfaithful
-
-_ASSUMED_MODULES: dict[int, nn.Module] = {}
-
-
-def assume_independent(what: Any) -> None:
-    """Declare that a module, or an op, acts on each sample alone.
-
-    ``what``: an ``nn.Module`` inside a model, or an op such as ``torch.ops.my.op.default``. Verdicts that rest on the
-    declaration say so: their ``basis`` is "assumed", and ``structure.assumptions`` lists it. Raises ``InputError`` for
-    anything else.
-    """
-    if isinstance(what, nn.Module):
-        _ASSUMED_MODULES[id(what)] = what
-    elif isinstance(what, torch._ops.OpOverload):
-        rules.ASSUMED[what] = str(what)
-    else:
-        raise InputError(
-            f"assume_independent takes an nn.Module or an op such as torch.ops.my.op.default; got {what!r}."
-        )
-
-
-@dataclass
-class _Kept:
-    """What is kept between questions, and for what state of the program it is valid."""
-
-    guard: tuple[Any, ...]
-    graph: Graph
-    output: Any
-    structure: Structure | None = None
-    oracle: Oracle | None = None
-    before: Structure | None = None  # the structure on other data of the same shapes
-    replays: str = ""  # why the recording cannot stand for the model's derivatives, if it cannot
-    setting: Setting | None = None
 
 
 class Problem:
@@ -128,7 +90,7 @@ class Problem:
         self._target_dims = flat_dims("y", self.targets, y_dims)
         self.samples = check_sizes(self.inputs, self._dims, self.targets, self._target_dims)
         check_devices(self.program, self.inputs, self.targets)
-        self._kept: _Kept | None = None
+        self._kept: Recording | None = None
         self._where = capture.users_line()
 
     # -- questions --
@@ -136,12 +98,12 @@ class Problem:
     @property
     def structure(self) -> Structure:
         """The six verdicts, with culprits, statistics and what follows. Cost: a few forward passes."""
-        return self._judged(self._capture())
+        return self._recorded().structure
 
     def verify(self) -> Verification:
         """Put every verdict to a numerical test, the proved ones too. Cost: some dozens of forward passes."""
-        kept = self._capture()
-        return verify(self.structure, self._oracle(kept), kept.output)
+        kept = self._recorded()
+        return verify(kept.structure, kept.oracle, kept.predictions)
 
     def crosstalk(self, probes: int | None = None) -> Crosstalk:
         """How strongly prediction n listens to sample m: ``[N, N]`` of ``‖∂F_n/∂x_m‖`` (Frobenius norm).
@@ -149,13 +111,13 @@ class Problem:
         For integer inputs the change of ``F_n`` when sample m is replaced. Exact by one backward pass per entry of the
         predictions of a sample; with ``probes`` random directions an unbiased estimate of the squares.
         """
-        kept = self._capture()
-        return crosstalk(self._oracle(kept), probes)
+        kept = self._recorded()
+        return crosstalk(kept.oracle, probes)
 
     def predictions(self) -> Any:
         """``F``: what the model predicts on the batch, with the noise of the recorded run."""
-        kept = self._capture()
-        return tree_map(lambda t: t.detach().clone() if isinstance(t, Tensor) else t, kept.output)
+        kept = self._recorded()
+        return tree_map(lambda t: t.detach().clone() if isinstance(t, Tensor) else t, kept.predictions)
 
     def gradient(self) -> dict[str, Tensor]:
         """``∇L`` by every parameter that requires a gradient, as it enters the loss; ``.grad`` is not touched.
@@ -163,7 +125,7 @@ class Problem:
         Raises ``InputError`` when no parameter requires a gradient.
         """
         wanted = select(self.program.parameters, None)
-        kept = self._capture()
+        kept = self._recorded()
         with torch.inference_mode(False), untouched(self.program.modules, kept.graph.rng), torch.enable_grad():
             return gradients([self._loss_of(self.program.predict(self.inputs))], wanted)
 
@@ -223,7 +185,7 @@ class Problem:
         Cost: one forward and one backward pass.
         """
         kept, chosen, budget = self._asked(by, parameters, memory)
-        source = self._source(kept, self._judged(kept), by, chosen)
+        source = self._source(kept, kept.structure, by, chosen)
         return planned(source, quantities or [Gradients()], chosen, self.samples, by, budget)
 
     def with_batch(self, inputs: Any, targets: Any = None) -> Problem:
@@ -239,28 +201,11 @@ class Problem:
         other.samples = check_sizes(inputs, self._dims, targets, self._target_dims)
         check_devices(self.program, inputs, targets)
         check_values(inputs, self._dims)
-        other._kept = self._moved(other) if self._kept is not None else None
+        if self._kept is not None:
+            other._kept = self._recorded().at(other.program, other._batch)
         return other
 
     # -- what questions share --
-
-    def _guard(self) -> tuple[Any, ...]:
-        modules = [m for module in self.program.modules for m in module.modules()]
-        plain = (int, float, bool, str, type(None))
-        state = tuple((id(m), tuple((k, v) for k, v in m.__dict__.items() if isinstance(v, plain))) for m in modules)
-        hooks = tuple(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
-        tensors = [*self.program.parameters.values(), *(b for m in self.program.modules for b in m.buffers())]
-        versions = tuple(
-            (id(t), t._version, t.requires_grad, t.dtype, t.device, t.data_ptr(), _fingerprint(t)) for t in tensors
-        )
-        return (
-            state,
-            hooks,
-            versions,
-            tuple(sorted(_ASSUMED_MODULES)),
-            tuple((k, id(v)) for k, v in rules.CUSTOM.items()),
-            tuple(rules.ASSUMED),
-        )
 
     def _refreshed(self) -> Program:
         """The program with the parameters that the model has at this moment."""
@@ -268,77 +213,20 @@ class Problem:
             self.program = replace(self.program, parameters=parameters_of(self.program.model, self.program.loss, None))
         return self.program
 
-    def _signature(self) -> tuple[Any, ...]:
-        return tuple(
-            (tuple(t.shape), t.dtype) for t in tree_leaves((self.inputs, self.targets)) if isinstance(t, Tensor)
-        )
+    def _recorded(self) -> Recording:
+        """The recording, moved to the numbers of this moment if it can be."""
+        program, batch = self._refreshed(), self._batch
+        kept = self._kept.at(program, batch) if self._kept is not None else None
+        if kept is not self._kept or kept is None:
+            check_values(self.inputs, self._dims)
+        if kept is None:
+            kept = Recording.of(program, batch, self._where, self._call_text())
+        self._kept = kept
+        return kept
 
-    def _capture(self) -> _Kept:
-        self._refreshed()
-        guard = (self._guard(), self._signature(), _identity(self.inputs), _identity(self.targets))
-        if self._kept is not None and self._kept.guard == guard:
-            return self._kept
-        check_values(self.inputs, self._dims)
-        try:
-            graph, (output, scalar) = capture.record(self.program, self.inputs, self.targets)
-        except Exception as error:
-            message = errors.MSG_MODEL_FAILED.format(kind=type(error).__name__, value=error, call=self._call_text())
-            raise CaptureError(message) from error
-        self._check_scalar(graph, output, scalar)
-        self._kept = _Kept(guard, graph, output)
-        return self._kept
-
-    def _check_scalar(self, graph: Graph, output: Any, scalar: Any) -> None:
-        if self.program.loss is None:
-            if graph.loss is None:
-                raise InputError(errors.MSG_NO_LOSS.format(value=type(output).__name__))
-        elif not isinstance(scalar, Tensor) or scalar.numel() != 1:
-            value = f"a tensor of shape {tuple(scalar.shape)}" if isinstance(scalar, Tensor) else repr(scalar)
-            raise InputError(errors.MSG_NOT_SCALAR.format(value=value))
-
-    def _judged(self, kept: _Kept) -> Structure:
-        if kept.structure is None:
-            self._judge(kept)
-        assert kept.structure is not None
-        return kept.structure
-
-    def _judge(self, kept: _Kept) -> None:
-        names = {
-            id(m): name or type(m).__name__ for module in self.program.modules for name, m in module.named_modules()
-        }
-        assumed = [names[i] for i in _ASSUMED_MODULES if i in names]
-        steering: list[Any] = []  # one branch that matters settles it: the others need not be tried
-
-        def harmless(escape: Any) -> bool:
-            if steering or not capture.harmless(self.program, self.inputs, self.targets, kept.graph, escape):
-                steering.append(escape)
-            return not steering
-
-        structure, findings = judge(kept.graph, self.samples, self._dims, self._target_dims, assumed, harmless)
-        kept.oracle = Oracle(self.program, kept.graph, self.inputs, self.targets, self._dims, self.samples, findings)
-        if kept.before is not None:
-            kept.structure = replace(
-                settle(structure, kept.oracle, kept.output, before=kept.before), notes=kept.before.notes
-            )
-            return
-        values, gradients = unfaithful(kept.oracle)
-        structure = settle(structure, kept.oracle, kept.output, "" if structure.assumptions else values)
-        notes = structure.notes
-        kept.replays = gradients
-        if values:  # something steers it: the recording may still be what ran on this batch
-            kept.replays = next(filter(None, unfaithful(kept.oracle, here=True)), "")
-        if gradients:
-            notes += (
-                f"the recorded computation has other derivatives than the model ({gradients}): "
-                "derivatives are taken by running the model",
-            )
-        kept.structure = replace(structure, notes=notes).located(self._where)
-
-    def _oracle(self, kept: _Kept) -> Oracle:
-        if kept.oracle is None:
-            self._judge(kept)
-        assert kept.oracle is not None
-        return kept.oracle
+    @property
+    def _batch(self) -> Batch:
+        return Batch(self.inputs, self.targets, self._dims, self._target_dims, self.samples)
 
     def _answer(
         self,
@@ -350,7 +238,7 @@ class Problem:
     ) -> list[Any]:
         kept, chosen, budget = self._asked(by, parameters, memory)
         buffers = check_out(out, chosen, self.samples)
-        structure = self._judged(kept)
+        structure = kept.structure
         label = _label(structure, by, weights(kept.graph, self.samples) if structure.reduction else None)
         _warn(structure, quantities, label)
         source = self._source(kept, structure, by, chosen)
@@ -359,16 +247,16 @@ class Problem:
 
     def _asked(
         self, by: str, parameters: Selection, memory: int | None
-    ) -> tuple[_Kept, dict[str, Tensor], int]:  # fmt: skip
+    ) -> tuple[Recording, dict[str, Tensor], int]:  # fmt: skip
         """The recording, the parameters and the budget of a question, once its arguments are seen to be sound."""
         if by not in ("component", "copy", "frozen"):
             raise InputError(errors.MSG_BY.format(value=by))
         chosen = select(self._refreshed().parameters, parameters)
         budget = check_memory(memory, next(iter(chosen.values())).device)
-        return self._capture(), chosen, budget
+        return self._recorded(), chosen, budget
 
-    def _source(self, kept: _Kept, structure: Structure, by: str, chosen: Mapping[str, Tensor]) -> Source:
-        setting = self._setting(kept)
+    def _source(self, kept: Recording, structure: Structure, by: str, chosen: Mapping[str, Tensor]) -> Source:
+        setting = kept.setting
         if not setting.axes:
             raise StructureError(errors.MSG_NO_ROWS.format(shapes=list(structure.predictions), n=self.samples))
         why = kept.replays
@@ -383,27 +271,6 @@ class Problem:
         if not (alike or by == "component"):
             raise StructureError(errors.MSG_NOT_REPLAYED.format(by=by, why=why))
         return Ran(setting, chosen, setting.faithful, why)
-
-    def _setting(self, kept: _Kept) -> Setting:
-        if kept.setting is None:
-            findings = self._oracle(kept).findings
-            kept.setting = Setting(
-                self.program, kept.graph, findings.forward, forward_marks(kept.graph, self._dims), self.samples,
-                findings.leading, self.inputs, self.targets, kept.output, not kept.replays,
-                bool(self._judged(kept).canonical_split),
-            )  # fmt: skip
-        return kept.setting
-
-    def _moved(self, other: Problem) -> _Kept | None:
-        """The recording with the new data in it, if it is valid for them."""
-        kept = self._capture()
-        if other._signature() != self._signature() or kept.graph.escapes:
-            return None
-        graph, output = kept.graph.rebased(tree_leaves(other.inputs), tree_leaves(other.targets)), kept.output
-        guard = (other._guard(), other._signature(), _identity(other.inputs), _identity(other.targets))
-        with untouched(self.program.modules, graph.rng), torch.enable_grad():
-            output = self.program.predict(other.inputs)
-        return _Kept(guard, graph, output, before=kept.structure, replays=kept.replays)
 
     def _loss_of(self, output: Any) -> Tensor:
         if self.program.loss is None:

@@ -8,7 +8,7 @@ rules themselves live in ``families.py``, ``layers.py`` and ``loss_rules.py`` (v
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,17 +34,27 @@ STRICT = False  # let errors inside rules through instead of treating the op as 
 class Call:
     """One op at work: its arguments by schema name (marks in place of tensors) and the shapes it returned.
 
-    ``values[name]`` holds the concrete integers and booleans of an argument, where the recorder kept them.
+    ``values[name]`` holds the concrete integers and booleans of an argument, where the recorder kept them. A rule that
+    looks at them makes the result depend on them; ``occurs`` looks at less.
     """
 
     algebra: Algebra
     op: Any
     arguments: dict[str, Any]
     shapes: list[tuple[int, ...]]
-    values: dict[str, Any] = field(default_factory=dict)
+    values: Mapping[str, Any] = field(default_factory=dict)
+    look: Callable[[str, Callable[[Any], Any]], Any] | None = None  # at a function of some values, and no more of them
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments.get(name)
+
+    def occurs(self, name: str, number: int) -> bool:
+        """Whether a number is among the values of an argument; True where they are not known."""
+
+        def found(values: Any) -> bool:
+            return values is None or bool((np.asarray(values) == number).any())
+
+        return bool(self.look(name, found) if self.look is not None else found(self.values.get(name)))
 
     @property
     def shape(self) -> tuple[int, ...]:

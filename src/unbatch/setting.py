@@ -19,7 +19,7 @@ from unbatch.operands import Operands
 from unbatch.route import Route
 from unbatch.sites import Flow, flow, spread
 from unbatch.structure import used_predictions
-from unbatch.walk import Walk, prediction_dim, walk
+from unbatch.walk import Fact, Walk, prediction_dim, walk
 
 ROUNDING = {torch.float64: 1e-8, torch.complex128: 1e-8, torch.float32: 2e-3, torch.complex64: 2e-3}
 
@@ -40,11 +40,12 @@ class Setting:
     leading: bool
     inputs: Any
     targets: Any
-    output: Any
+    skeleton: Any  # what the model returned, with references in place of tensors
     faithful: bool
     split: bool
     routes: dict[Any, Route] = field(default_factory=dict)
     trust: dict[Any, bool] = field(default_factory=dict)
+    facts: list[Fact] = field(default_factory=list)  # on which plans rely, beside those of the walk
     buffer: Tensor | None = None
 
     def route(self, parameters: Mapping[str, Tensor], by: str) -> Route:
@@ -55,6 +56,7 @@ class Setting:
             seen = self.walk
             if by == "copy" and _mixed(seen):
                 seen = walk(self.graph, self.samples, self.given, self.graph.forward_steps, by_place=True)
+                self.facts += seen.facts
             plan = flow(self.graph, seen, self.samples, self.leading, names, by)
             if plan.spanning:
                 plan = flow(self.graph, self._spread(plan, seen), self.samples, self.leading, names, by)
@@ -76,6 +78,7 @@ class Setting:
                 trial = walk(self.graph, self.samples, self.given, steps, belong=belong, by_place=seen.by_place)
                 if _mixed(trial) <= _mixed(seen):
                     chosen[value] = axis
+                    self.facts += trial.facts
                     best = trial
                     break
         return best

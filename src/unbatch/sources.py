@@ -101,10 +101,11 @@ class Recorded(Source):
     @cached_property
     def sweep(self) -> Sweep:
         """After the forward pass, before any other."""
-        sweep = Sweep(self.route, self.parameters, self.setting.data)
-        found = sweep.forward()
+        sweep = Sweep(self.route, self.setting.graph, self.parameters, self.setting.data)
+        sweep.forward()
         if self.given is None:
-            self.given = cotangents(self.setting, found, sweep.inner)
+            alone = {i: t.detach() for i, t in sweep.predictions.items()}
+            self.given = cotangents(self.setting, alone, sweep.inner, sweep.outputs)
         return sweep
 
     @cached_property
@@ -260,7 +261,8 @@ class Ran(Source):
         self._totals: dict[str, Tensor] = {}
         at = self._replay() if replayed else self._run()
         self.predictions = {i: at[i] for i in setting.axes if at[i].requires_grad}
-        self.cotangents = cotangents(setting, {i: t.detach() for i, t in self.predictions.items()}, self.inner)
+        alone, outputs = ({i: t.detach() for i, t in found.items()} for found in (self.predictions, at))
+        self.cotangents = cotangents(setting, alone, self.inner, outputs)
 
     def _run(self) -> dict[int, Tensor]:
         setting, program = self.setting, self.setting.program
@@ -275,11 +277,12 @@ class Ran(Source):
         self.parameters = self.leaves
         live = {i: self.leaves[v.name] for i, v in enumerate(graph.values)
                 if v.kind == "parameters" and v.name in self.leaves}  # fmt: skip
-        wanted = [*self.setting.axes, *graph.read_by_loss(self.setting.axes)]
+        read = graph.read_by_loss(self.setting.axes)
+        wanted = list(dict.fromkeys([*self.setting.axes, *read, *(r.index for r in graph.predictions)]))
         with torch.enable_grad():
             outs = graph.run(self.setting.data | live, wanted, steps=graph.forward_steps)
         found = dict(zip(wanted, outs, strict=True))
-        self.inner = {i: t for i, t in found.items() if i not in self.setting.axes}
+        self.inner = {i: found[i] for i in read}
         return found
 
     def feed(self, plan: Chunks, take: Take, outs: Mapping[str, Tensor]) -> None:

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from unbatch.contractions import Call, Linear, Meeting
 from unbatch.derivatives import Gate, attached, batched_grad, frozen_norm, held
-from unbatch.graph import Ref, Step, flat
+from unbatch.graph import Graph, Ref, Step, flat
 from unbatch.kinds import meeting, projected
 from unbatch.layout import Layout
 from unbatch.mixing import Pooled
@@ -57,6 +57,7 @@ class Sweep:
     """The forward pass of one question, with what its sites keep of it, and its backward passes."""
 
     route: Route
+    graph: Graph
     parameters: Mapping[str, Tensor]
     feed: Mapping[int, Tensor]
     leaves: dict[str, Tensor] = field(default_factory=dict)
@@ -64,6 +65,7 @@ class Sweep:
     edges: dict[int, GradientEdge] = field(default_factory=dict)
     made: dict[Site, Meeting] = field(default_factory=dict)  # what each site keeps of the forward pass
     predictions: dict[int, Tensor] = field(default_factory=dict)
+    outputs: dict[int, Tensor] = field(default_factory=dict)  # all that the model returns, detached
     inner: dict[int, Tensor] = field(default_factory=dict)  # values beside the predictions that the loss reads
     seeds: list[tuple[Any, Any, Tensor]] = field(default_factory=list)  # edge, layout, cotangent
     groups: list[Group] = field(default_factory=list)  # what the last backward pass has left to be contracted
@@ -81,15 +83,15 @@ class Sweep:
 
     # -- forward --
 
-    def forward(self) -> dict[int, Tensor]:
-        """Run the model; the predictions, detached, by their number in the graph."""
-        graph, flow = self.route.graph, self.flow
+    def forward(self) -> None:
+        """Run the model."""
+        graph, flow = self.graph, self.flow
         self.leaves = {n: p.detach().requires_grad_() for n, p in self.parameters.items()}
         self.live = {i: self.leaves[name] for i, name in flow.parameters.items()}
         dead = {i: self.leaves[name].detach() for i, name in flow.parameters.items()}
         self._anchor = torch.zeros((), requires_grad=True)
         used = graph.read_by_loss(flow.predictions)
-        wanted = [*flow.predictions, *used]
+        wanted = list(dict.fromkeys([*flow.predictions, *used, *(r.index for r in graph.predictions)]))
         with torch.enable_grad():
             outs = graph.run(
                 {**self.feed, **dead}, wanted, visit=self._visit, instead=self._instead(), steps=graph.forward_steps
@@ -97,7 +99,7 @@ class Sweep:
         found = dict(zip(wanted, outs, strict=True))
         self.predictions = {i: found[i] for i in flow.predictions}
         self.inner = {i: found[i].detach() for i in used}
-        return {i: t.detach() for i, t in self.predictions.items()}
+        self.outputs = {r.index: found[r.index].detach() for r in graph.predictions}
 
     def _visit(self, i: int, value: Tensor) -> None:
         if i in self.route.watched and i not in self.edges and value.requires_grad:
@@ -106,7 +108,7 @@ class Sweep:
     def _instead(self) -> dict[int, Callable[..., Any]]:
         out: dict[int, Callable[..., Any]] = {s.index: held(s.op) for s in self.route.cut_off}
         out |= {i: partial(self._stop, stop) for i, stop in self.route.stops.items()}
-        out |= {i: partial(self._chain, self.route.graph.steps[i], moving) for i, moving in self.flow.chain.items()}
+        out |= {i: partial(self._chain, self.graph.steps[i], moving) for i, moving in self.flow.chain.items()}
         return out
 
     def _chain(self, step: Step, moving: bool, *args: Any, **kwargs: Any) -> Any:

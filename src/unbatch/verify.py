@@ -47,19 +47,10 @@ class Verification:
 # --- settling and verifying -----------------------------------------------------------------------
 
 
-def settle(
-    structure: Structure, oracle: Oracle, output: Any, faithful: str = "", before: Structure | None = None
-) -> Structure:
-    """Open verdicts become "fails" where a witness is found; a replay that strays takes back what was proved.
-
-    ``before``: the settled structure of the same program on other data; what failed there fails here.
-    """
+def settle(structure: Structure, oracle: Oracle, output: Any, faithful: str = "") -> Structure:
+    """Open verdicts become "fails" where a witness is found; a replay that strays takes back what was proved."""
     if faithful:
         structure = _distrust(structure, faithful)
-    if before is not None:
-        return structure.with_verdicts(
-            *(old for old, new in zip(before.verdicts, structure.verdicts, strict=True) if new.status == "unknown")
-        )
     if structure.samples > 1:
         structure = _settle_forward(structure, oracle)
     if oracle.graph.loss is not None and oracle.graph.after_cut:

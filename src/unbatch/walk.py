@@ -7,12 +7,13 @@ writes in place that are seen through other views. What the marks mean for the l
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from unbatch import indexing, layers, loss_rules, moves, rules  # noqa: F401  their rules are registered by importing them
@@ -24,6 +25,39 @@ from unbatch.graph import Graph, Ref, Step
 from unbatch.labels import MIXED, Marks, batched, code, compress, moved, shared, spell_out
 
 # --- the walk -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What a walk has seen in the numbers of a value, and relies on."""
+
+    value: int
+    look: Callable[[Tensor | None], Any]
+    seen: Any
+
+    def holds(self, graph: Graph) -> bool:
+        return _equal(self.look(graph.known(self.value)), self.seen)
+
+
+class Numbers(Mapping[str, Any]):
+    """The integers and booleans of the arguments of a step, where they are known; to look at one is to rely on it."""
+
+    def __init__(self, walk: Walk, arguments: Mapping[str, Any]) -> None:
+        self.walk, self.arguments = walk, {n: a for n, a in arguments.items() if _has_ref(a)}
+
+    def __getitem__(self, name: str) -> Any:
+        return self.look(name, lambda numbers: numbers)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.arguments)
+
+    def __len__(self) -> int:
+        return len(self.arguments)
+
+    def look(self, name: str, function: Callable[[Any], Any]) -> Any:
+        """At a function of an argument's numbers."""
+        one = lambda a: self.walk.rely(a.index, function) if isinstance(a, Ref) else None  # noqa: E731
+        return tree_map(one, self.arguments.get(name), is_leaf=lambda a: isinstance(a, Ref))
 
 
 @dataclass
@@ -39,6 +73,18 @@ class Walk:
     arranged: dict[int, Arranged] = field(default_factory=dict)
     belong: Mapping[int, int] = field(default_factory=dict)
     by_place: bool = False
+    facts: list[Fact] = field(default_factory=list)
+    above: tuple[Walk, Mapping[int, int]] | None = None  # the walk that this is part of, and its names of values
+
+    def rely(self, i: int, function: Callable[[Any], Any]) -> Any:
+        """A function of the integers or booleans that a value holds (of None if they are not known)."""
+        if self.above is not None and i in self.above[1]:
+            return self.above[0].rely(self.above[1][i], function)
+        look = lambda t: function(_exact(t))  # noqa: E731
+        seen = look(self.graph.known(i))
+        if self.above is None:  # copied: the memory may be written to later
+            self.facts.append(Fact(i, look, seen.copy() if isinstance(seen, np.ndarray) else seen))
+        return seen
 
     def __getitem__(self, ref: Ref) -> Marks:
         return self.marks[ref.index]
@@ -77,6 +123,8 @@ def walk(
     out = Walk(
         graph, Algebra(samples, constant=frozenset(constant)), dict(given), belong=belong or {}, by_place=by_place
     )
+    outside = [i for i in given if graph.values[i].kind in ("buffers", "constants")]
+    out.facts += [Fact(i, alike, seen) for i in outside if (seen := alike(graph.values[i].concrete))]
     last = _last_uses(graph)
     for step in steps:
         out.algebra.step = step.index
@@ -178,27 +226,36 @@ def _only_ref(a: Any) -> Ref | None:
 def _call(out: Walk, step: Step) -> rules.Call:
     arguments = dict.fromkeys(step.parameters) | step.defaults | step.named
     is_ref = {"is_leaf": lambda a: isinstance(a, Ref)}
-    values = {n: tree_map(lambda a: _concrete(out.graph, a), a, **is_ref) for n, a in arguments.items() if _has_ref(a)}
+    numbers = Numbers(out, arguments)
     marked = {
         n: tree_map(lambda a: out.marks[a.index] if isinstance(a, Ref) else a, a, **is_ref)
         for n, a in arguments.items()
     }
     shapes = [out.graph.values[r.index].shape for r in step.outs if r]
-    return rules.Call(out.algebra, step.op, marked, shapes, values)
+    return rules.Call(out.algebra, step.op, marked, shapes, numbers, numbers.look)
 
 
 def _has_ref(a: Any) -> bool:
     return any(isinstance(leaf, Ref) for leaf in tree_leaves(a, is_leaf=lambda x: isinstance(x, Ref)))
 
 
-def _concrete(graph: Graph, a: Any) -> Any:
-    if not isinstance(a, Ref):
+def _exact(t: Tensor | None) -> Any:
+    """Integers and booleans as an array."""
+    if t is None or t.is_floating_point() or t.is_complex() or t.device.type == "meta":
         return None
-    value = graph.values[a.index].concrete
-    exact = (
-        value is not None and not value.is_floating_point() and not value.is_complex() and value.device.type != "meta"
-    )
-    return value.detach().cpu().numpy() if exact and value is not None else None
+    return t.detach().cpu().numpy()
+
+
+def _equal(a: Any, b: Any) -> bool:
+    arrays = isinstance(a, np.ndarray) and isinstance(b, np.ndarray)
+    return bool(np.array_equal(a, b)) if arrays else type(a) is type(b) and bool(a == b)
+
+
+def alike(t: Tensor | None) -> tuple[int, ...]:
+    """The dims along which all entries are equal."""
+    if t is None or not t.numel() or t.device.type == "meta":
+        return ()
+    return tuple(d for d in range(t.ndim) if t.shape[d] > 1 and bool((t == t.narrow(d, 0, 1)).all()))
 
 
 def _apply(out: Walk, call: rules.Call, step: Step) -> list[Marks | None]:
@@ -249,9 +306,8 @@ def _decompose(out: Walk, call: rules.Call, step: Step) -> list[Marks | None] | 
         ]
     except Exception:
         return None
-    for i, ref in refs.items():
-        recorder.graph.values[ref.index].concrete = out.graph.values[i].concrete
-    inner = Walk(recorder.graph, out.algebra, {ref.index: out.marks[i] for i, ref in refs.items()})
+    names = {ref.index: i for i, ref in refs.items()}
+    inner = Walk(recorder.graph, out.algebra, {ref.index: out.marks[i] for i, ref in refs.items()}, above=(out, names))
     for value, v in enumerate(recorder.graph.values):
         if v.kind == "constants":
             inner.marks[value] = shared(v.shape, ("constant", step.index, value))
@@ -404,13 +460,7 @@ def _outside(graph: Graph) -> dict[int, Marks]:
 def _constant(value: Any, index: int) -> Marks:
     if value.kind == "parameters":
         return shared(value.shape, ("parameter", value.name), ["parameters"])
-    content = value.concrete
-    constant_along = []
-    if content is not None and content.numel() and content.device.type != "meta":
-        constant_along = [
-            d for d in range(content.ndim) if content.shape[d] > 1 and bool((content == content.narrow(d, 0, 1)).all())
-        ]
-    return shared(value.shape, (value.kind, value.name or index), (), constant_along)
+    return shared(value.shape, (value.kind, value.name or index), (), alike(value.concrete))
 
 
 def _leaf(graph: Graph, ref: Ref, dim: int | None, i: int, kind: str) -> Marks:

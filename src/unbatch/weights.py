@@ -68,12 +68,12 @@ def _of_likelihood(arguments: dict[str, Any], graph: Graph) -> float | None:
     if arguments["reduction"] == SUM:
         return 1.0
     target, classes = arguments["target"], arguments["weight"]
-    labels = graph.values[target.index].concrete if isinstance(target, Ref) else None
+    labels = graph.known(target.index) if isinstance(target, Ref) else None
     if arguments["reduction"] != MEAN or labels is None:
         return None
     kept = labels[labels != arguments["ignore_index"]]
     if classes is None:
         return 1 / kept.numel() if kept.numel() else None
-    table = graph.values[classes.index].concrete if isinstance(classes, Ref) else None
+    table = graph.known(classes.index) if isinstance(classes, Ref) else None
     total = None if table is None else float(table.double()[kept].sum())
     return 1 / total if total else None

@@ -1,0 +1,224 @@
+"""A program recorded on a batch, what was found out about it, and for how long that is valid.
+
+Other numbers in parameters, buffers and data leave a recording valid where nothing that Python or a rule has looked at
+is among them; it is then moved to the new numbers, with its structure and its plans, and nothing is recorded again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from unbatch import capture, errors, rules
+from unbatch.capture import Program
+from unbatch.errors import CaptureError, InputError
+from unbatch.graph import Graph
+from unbatch.guard import Guard, identity, signature
+from unbatch.oracle import Oracle
+from unbatch.purity import random_state, untouched
+from unbatch.setting import Setting
+from unbatch.structure import Findings, judge
+from unbatch.verdicts import Structure
+from unbatch.verify import settle
+from unbatch.walk import forward_marks
+from unbatch.witness import unfaithful
+
+ASSUMED_MODULES: dict[int, nn.Module] = {}
+
+
+def assume_independent(what: Any) -> None:
+    """Declare that a module, or an op, acts on each sample alone.
+
+    ``what``: an ``nn.Module`` inside a model, or an op such as ``torch.ops.my.op.default``. Verdicts that rest on the
+    declaration say so: their ``basis`` is "assumed", and ``structure.assumptions`` lists it. Raises ``InputError`` for
+    anything else.
+    """
+    if isinstance(what, nn.Module):
+        ASSUMED_MODULES[id(what)] = what
+    elif isinstance(what, torch._ops.OpOverload):
+        rules.ASSUMED[what] = str(what)
+    else:
+        raise InputError(
+            f"assume_independent takes an nn.Module or an op such as torch.ops.my.op.default; got {what!r}."
+        )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs and targets with the axes of their samples, one for every leaf."""
+
+    inputs: Any
+    targets: Any
+    dims: Sequence[int | None]
+    target_dims: Sequence[int | None]
+    samples: int
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        return signature(self.inputs, self.targets)
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        return identity(self.inputs, self.targets)
+
+
+@dataclass
+class Recording:
+    """What is kept between questions. ``skeleton``: what the model returned, with references in place of tensors."""
+
+    program: Program
+    batch: Batch
+    guard: Guard
+    state: tuple[Any, ...]
+    numbers: tuple[Any, ...]
+    graph: Graph
+    skeleton: Any
+    where: str  # the line of the user to whom verdicts belong
+    output: Any = None  # what the model returned
+    _structure: Structure | None = None
+    _findings: Findings | None = None
+    _oracle: Oracle | None = None
+    _replays: str = ""
+    _setting: Setting | None = None
+
+    # -- whether it is valid --
+
+    @staticmethod
+    def of(program: Program, batch: Batch, where: str, call: str) -> Recording:
+        """Run the program once. ``call``: how it is called, for the error message."""
+        guard = Guard.of(program)
+        try:
+            graph, (output, scalar) = capture.record(program, batch.inputs, batch.targets)
+        except Exception as error:
+            message = errors.MSG_MODEL_FAILED.format(kind=type(error).__name__, value=error, call=call)
+            raise CaptureError(message) from error
+        _check_scalar(program, graph, output, scalar)
+        guard.watch(graph)
+        refs = iter(graph.predictions)
+        own = capture.own_loss(output) if program.loss is None else None
+        named = lambda t: next(refs) if isinstance(t, Tensor) and t is not own else t  # noqa: E731
+        skeleton = tree_map(named, output)
+        state = _state(guard, batch)
+        return Recording(program, batch, guard, state, _numbers(guard, batch), graph, skeleton, where, output)
+
+    def at(self, program: Program, batch: Batch) -> Recording | None:
+        """This recording, or the same moved to other numbers; None where the program has to be recorded again."""
+        self.guard.program = program
+        if _state(self.guard, batch) != self.state:
+            return None
+        numbers = _numbers(self.guard, batch)
+        return self if numbers == self.numbers else self._moved(program, batch, numbers)
+
+    def _moved(self, program: Program, batch: Batch, numbers: tuple[Any, ...]) -> Recording | None:
+        if self.graph.escapes or self.graph.dynamic:
+            return None
+        graph = capture.moved(self.graph, program, batch.inputs, batch.targets, random_state())
+        other = replace(self, program=program, batch=batch, numbers=numbers, graph=graph, output=None, _oracle=None)
+        if self._findings is None or self._structure is None:
+            return other
+        walks = [self._findings.forward, *([self._findings.loss] if self._findings.loss else [])]
+        facts = [f for w in walks for f in w.facts] + (self._setting.facts if self._setting else [])
+        if not all(f.holds(graph) for f in facts):
+            return replace(other, _structure=None, _findings=None, _setting=None)
+        if self._setting is not None:
+            data = {"inputs": batch.inputs, "targets": batch.targets}
+            other._setting = replace(self._setting, program=program, graph=graph, **data)
+        return other
+
+    # -- what is known about it --
+
+    @property
+    def structure(self) -> Structure:
+        if self._structure is None:
+            self._judge()
+        assert self._structure is not None
+        return self._structure
+
+    @property
+    def replays(self) -> str:
+        """Why the recording cannot stand for the model's derivatives, if it cannot."""
+        return self._replays if self.structure else ""
+
+    @property
+    def oracle(self) -> Oracle:
+        if self._oracle is None:
+            if self._findings is None:
+                self._judge()
+            else:
+                self._oracle = self._asked(self._findings)
+        assert self._oracle is not None
+        return self._oracle
+
+    def _asked(self, findings: Findings) -> Oracle:
+        batch = self.batch
+        return Oracle(self.program, self.graph, batch.inputs, batch.targets, batch.dims, batch.samples, findings)
+
+    def _judge(self) -> None:
+        program, batch, graph = self.program, self.batch, self.graph
+        names = {id(m): name or type(m).__name__ for module in program.modules for name, m in module.named_modules()}
+        assumed = [names[i] for i in ASSUMED_MODULES if i in names]
+        steering: list[Any] = []  # one branch that matters settles it: the others need not be tried
+
+        def harmless(escape: Any) -> bool:
+            if steering or not capture.harmless(program, batch.inputs, batch.targets, graph, escape):
+                steering.append(escape)
+            return not steering
+
+        structure, findings = judge(graph, batch.samples, batch.dims, batch.target_dims, assumed, harmless)
+        self._findings, self._oracle = findings, self._asked(findings)
+        values, gradients = unfaithful(self._oracle)
+        structure = settle(structure, self._oracle, self.predictions, "" if structure.assumptions else values)
+        notes = structure.notes
+        self._replays = gradients
+        if values:  # something steers it: the recording may still be what ran on this batch
+            self._replays = next(filter(None, unfaithful(self._oracle, here=True)), "")
+        if gradients:
+            notes += (
+                f"the recorded computation has other derivatives than the model ({gradients}): "
+                "derivatives are taken by running the model",
+            )
+        self._structure = replace(structure, notes=notes).located(self.where)
+
+    @property
+    def predictions(self) -> Any:
+        """What the model returns, with the noise of the recording."""
+        if self.output is None:
+            with untouched(self.program.modules, self.graph.rng), torch.enable_grad():
+                self.output = self.program.predict(self.batch.inputs)
+        return self.output
+
+    @property
+    def setting(self) -> Setting:
+        if self._setting is None:
+            structure, findings, batch = self.structure, self._findings, self.batch
+            assert findings is not None
+            self._setting = Setting(
+                self.program, self.graph, findings.forward, forward_marks(self.graph, batch.dims), batch.samples,
+                findings.leading, batch.inputs, batch.targets, self.skeleton, not self._replays,
+                bool(structure.canonical_split),
+            )  # fmt: skip
+        return self._setting
+
+
+def _state(guard: Guard, batch: Batch) -> tuple[Any, ...]:
+    """What decides which computation it is."""
+    declared = tuple(sorted(ASSUMED_MODULES)), tuple((k, id(v)) for k, v in rules.CUSTOM.items()), tuple(rules.ASSUMED)
+    return guard.state(), batch.signature, declared
+
+
+def _numbers(guard: Guard, batch: Batch) -> tuple[Any, ...]:
+    return guard.numbers(), batch.identity
+
+
+def _check_scalar(program: Program, graph: Graph, output: Any, scalar: Any) -> None:
+    if program.loss is None:
+        if graph.loss is None:
+            raise InputError(errors.MSG_NO_LOSS.format(value=type(output).__name__))
+    elif not isinstance(scalar, Tensor) or scalar.numel() != 1:
+        value = f"a tensor of shape {tuple(scalar.shape)}" if isinstance(scalar, Tensor) else repr(scalar)
+        raise InputError(errors.MSG_NOT_SCALAR.format(value=value))
