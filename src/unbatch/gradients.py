@@ -5,7 +5,7 @@ Quantities are fed with the parts of a source and never see networks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ class Label:
     by: str
     kind: str
     note: str
-    weights: Tensor | None
+    weights: Callable[[], Tensor | None]
 
 
 def answer(

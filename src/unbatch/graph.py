@@ -72,6 +72,14 @@ class Step:
         """The arguments that were given, by name."""
         return dict(zip(self.parameters, self.args, strict=False)) | self.kwargs
 
+    @cached_property
+    def plain(self) -> bool:
+        """Tensors are arguments of their own, none of them in a list or named."""
+        nested = [*(a for a in self.args if isinstance(a, list | tuple | dict)), self.kwargs]
+        found: list[Ref] = []
+        filled(nested, found.append)
+        return not found
+
     @property
     def defaults(self) -> dict[str, Any]:
         """What the op takes where nothing is given, by name."""
@@ -222,14 +230,19 @@ class Graph:
         alive = set(wanted)
 
         def get(ref: Ref) -> Tensor:
-            if ref.index not in env:
+            found = env.get(ref.index)
+            if found is None:
                 value = feed.get(ref.index, self.values[ref.index].concrete)
                 assert value is not None, f"value {ref.index} ({self.values[ref.index]}) was not computed"
-                env[ref.index] = value.clone() if self.values[ref.index].storage in written else value
-            return env[ref.index]
+                found = env[ref.index] = value.clone() if self.values[ref.index].storage in written else value
+            return found
 
         for step in steps:
-            args, kwargs = filled(step.args, get), filled(step.kwargs, get)
+            if step.plain:
+                args: Any = [get(a) if type(a) is Ref else a for a in step.args]
+                kwargs = step.kwargs
+            else:
+                args, kwargs = filled(step.args, get), filled(step.kwargs, get)
             op = instead.get(step.index, step.op)
             if step.grad or not torch.is_grad_enabled():
                 outs = flat(op(*args, **kwargs))

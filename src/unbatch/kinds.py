@@ -7,6 +7,8 @@ meeting, or to None where the arguments do not fit; the generic one then serves.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,21 +33,32 @@ def kind(names: str) -> Callable[[Callable[[Call], Meeting | None]], Callable[[C
 
 def meeting(call: Call) -> Meeting:
     """The kind that fits, or the generic one."""
-    listed = (b for a in call.arguments.values() for b in (a if isinstance(a, list | tuple) else (a,)))
-    if (
-        sum(a is call.operand for a in listed) > 1
-        or isinstance(call.layout, Scattered)
-        or call.outputs[0].is_complex()
-        or call.operand.is_complex()
-    ):
+    if isinstance(call.layout, Scattered) or call.outputs[0].is_complex() or call.operand.is_complex() or _twice(call):
         return Generic(call)
-    name = call.op._schema.name.removeprefix("aten::").removesuffix("_")
+    name = _plain_name(call.op)
     make = KINDS.get(name)
     found = make(call) if make is not None else None
-    elementwise = torch.Tag.pointwise in call.op.tags or name == "_prelu_kernel"
-    if found is None and call["self"] is not None and elementwise and _once(call):
+    if found is None and call["self"] is not None and _once(call) and _elementwise(call.op, name):
         found = Pointwise(call)
     return found or Generic(call)
+
+
+def _twice(call: Call) -> bool:
+    """The operand stands in more than one place."""
+    operand, places = call.operand, 0
+    for a in call.arguments.values():
+        places += a is operand if not isinstance(a, list | tuple) else sum(b is operand for b in a)
+    return places > 1
+
+
+@cache
+def _plain_name(op: Any) -> str:
+    name: str = op._schema.name
+    return name.removeprefix("aten::").removesuffix("_")
+
+
+def _elementwise(op: Any, name: str) -> bool:
+    return torch.Tag.pointwise in op.tags or name == "_prelu_kernel"
 
 
 def _once(call: Call) -> bool:

@@ -29,6 +29,12 @@ class Layout:
 
     def split(self, t: Tensor) -> Tensor:
         """``[n, *shape]``, where ``dim`` of ``shape`` has been left with the entries of one sample."""
+        if self.dim == 0 and self.order == "nt":
+            return (
+                t.view(self.samples, self.block, *t.shape[1:])
+                if t.is_contiguous()
+                else t.unflatten(0, (-1, self.block))
+            )
         if self.order == "tn":
             return t.unflatten(self.dim, (self.block, self.samples)).movedim(self.dim + 1, 0)
         if isinstance(self.order, tuple):

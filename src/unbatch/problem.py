@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -213,9 +214,9 @@ class Problem:
             self.program = replace(self.program, parameters=parameters_of(self.program.model, self.program.loss, None))
         return self.program
 
-    def _recorded(self) -> Recording:
+    def _recorded(self, program: Program | None = None) -> Recording:
         """The recording, moved to the numbers of this moment if it can be."""
-        program, batch = self._refreshed(), self._batch
+        program, batch = program or self._refreshed(), self._batch
         kept = self._kept.at(program, batch) if self._kept is not None else None
         if kept is not self._kept or kept is None:
             check_values(self.inputs, self._dims)
@@ -239,7 +240,8 @@ class Problem:
         kept, chosen, budget = self._asked(by, parameters, memory)
         buffers = check_out(out, chosen, self.samples)
         structure = kept.structure
-        label = _label(structure, by, weights(kept.graph, self.samples) if structure.reduction else None)
+        known = partial(weights, kept.graph, self.samples) if structure.reduction else lambda: None
+        label = _label(structure, by, known)
         _warn(structure, quantities, label)
         source = self._source(kept, structure, by, chosen)
         with torch.no_grad(), _precision_of_recording():
@@ -251,9 +253,10 @@ class Problem:
         """The recording, the parameters and the budget of a question, once its arguments are seen to be sound."""
         if by not in ("component", "copy", "frozen"):
             raise InputError(errors.MSG_BY.format(value=by))
-        chosen = select(self._refreshed().parameters, parameters)
+        program = self._refreshed()
+        chosen = select(program.parameters, parameters)
         budget = check_memory(memory, next(iter(chosen.values())).device)
-        return self._recorded(), chosen, budget
+        return self._recorded(program), chosen, budget
 
     def _source(self, kept: Recording, structure: Structure, by: str, chosen: Mapping[str, Tensor]) -> Source:
         setting = kept.setting
@@ -289,13 +292,13 @@ class Problem:
 # --- what rows are called -----------------------------------------------------------------------
 
 
-def _label(s: Structure, by: str, weights_: Tensor | None) -> Label:
+def _label(s: Structure, by: str, known: Callable[[], Tensor | None]) -> Label:
     """What the rows are: without mixing the three decompositions are one, and per-sample if the loss is, too."""
     apart = bool(s.independent_forward) and bool(s.simd_loss)
     kinds = {"component": "per-component", "copy": "per-copy", "frozen": "frozen"}
     kind = "per-sample" if apart else kinds[by]
     factor = apart and not (s.reduction and not s.reduction.weights_depend_on)
-    return Label(by, kind, "up to a factor that depends on the batch" if factor else "", weights_)
+    return Label(by, kind, "up to a factor that depends on the batch" if factor else "", known)
 
 
 def _warn(s: Structure, quantities: Sequence[Quantity], label: Label) -> None:

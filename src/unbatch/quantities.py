@@ -36,7 +36,7 @@ class About:
     by: str
     kind: str
     note: str
-    weights: Tensor | None
+    weights: Callable[[], Tensor | None]
     like: Tensor
     gradient: Callable[[], Mapping[str, Tensor]]
     weighted_sum: Callable[[Tensor], Mapping[str, Tensor]]
@@ -127,7 +127,7 @@ class _Rows(Collector):
     def finish(self) -> Rows:
         about = self.about
         ordered = {n: self.rows[n] for n in about.shapes}
-        return Rows(ordered, about.by, about.kind, about.note, about.weights, about.rest())
+        return Rows(ordered, about.by, about.kind, about.note, about.weights(), about.rest())
 
 
 @dataclass(frozen=True)

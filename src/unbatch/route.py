@@ -124,6 +124,19 @@ class Route:
         """Values whose place in the backward pass is kept: seeds, and what columns are contracted at."""
         return frozenset([*self.flow.seeds, *(p.out for p in self.pools.values())])
 
+    @cached_property
+    def chain(self) -> dict[int, bool]:
+        """Steps without samples whose results are differentiated, and whether statistics move there."""
+        single = {g.operands[0] for g in self.groups if g.view is not None and len(g.sites) == 1 and not g.tied}
+        wanted = {s.operand for s in self.flow.sites if s.way == "columns" or s.operand not in single}
+        out: dict[int, bool] = {}
+        for i, moving in sorted(self.flow.chain.items(), reverse=True):
+            step = self.graph.steps[i]
+            if moving or any(r is not None and r.index in wanted for r in step.outs):
+                out[i] = moving
+                wanted.update(r.index for r in step.refs())
+        return out
+
     # -- which parameters go together --
 
     @cached_property

@@ -12,7 +12,7 @@ import copy
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -38,13 +38,18 @@ class Group:
     together: Together
     meetings: dict[int, list[Meeting]] = field(default_factory=dict)  # by operand
     waiting: int = 0  # for how many sites
+    only: tuple[Meeting, View] | None = None  # the one meeting and how its operand is seen in the one parameter, if so
 
-    @property
-    def only(self) -> tuple[Meeting, View] | None:
-        """The one meeting, and how its operand is seen in the one parameter, if that is all there is."""
-        meetings = [m for each in self.meetings.values() for m in each]
-        view = self.together.view
-        return None if view is None or len(meetings) != 1 else (meetings[0], view)
+    def complete(self) -> None:
+        """No more cotangents will come."""
+        self.waiting = 0
+        self.meetings = {i: _joined(meetings) for i, meetings in self.meetings.items()}
+        alone = [m for each in self.meetings.values() for m in each]
+        if self.together.view is not None and len(alone) == 1:
+            self.only = alone[0], self.together.view
+
+    def let_go(self) -> None:
+        self.meetings, self.only = {}, None
 
     @property
     def lean(self) -> frozenset[str]:
@@ -60,8 +65,6 @@ class Sweep:
     graph: Graph
     parameters: Mapping[str, Tensor]
     feed: Mapping[int, Tensor]
-    leaves: dict[str, Tensor] = field(default_factory=dict)
-    live: dict[int, Tensor] = field(default_factory=dict)
     edges: dict[int, GradientEdge] = field(default_factory=dict)
     made: dict[Site, Meeting] = field(default_factory=dict)  # what each site keeps of the forward pass
     predictions: dict[int, Tensor] = field(default_factory=dict)
@@ -81,14 +84,22 @@ class Sweep:
     def flow(self) -> Flow:
         return self.route.flow
 
+    @cached_property
+    def leaves(self) -> dict[str, Tensor]:
+        """The parameters as they are differentiated by."""
+        return {n: p.detach().requires_grad_() for n, p in self.parameters.items()}
+
+    @cached_property
+    def live(self) -> dict[int, Tensor]:
+        """What is made of parameters without samples, connected to them."""
+        return {i: self.leaves[name] for i, name in self.flow.parameters.items()}
+
     # -- forward --
 
     def forward(self) -> None:
         """Run the model."""
         graph, flow = self.graph, self.flow
-        self.leaves = {n: p.detach().requires_grad_() for n, p in self.parameters.items()}
-        self.live = {i: self.leaves[name] for i, name in flow.parameters.items()}
-        dead = {i: self.leaves[name].detach() for i, name in flow.parameters.items()}
+        dead = {i: self.parameters[name].detach() for i, name in flow.parameters.items()}
         self._anchor = torch.zeros((), requires_grad=True)
         used = graph.read_by_loss(flow.predictions)
         wanted = list(dict.fromkeys([*flow.predictions, *used, *(r.index for r in graph.predictions)]))
@@ -108,7 +119,7 @@ class Sweep:
     def _instead(self) -> dict[int, Callable[..., Any]]:
         out: dict[int, Callable[..., Any]] = {s.index: held(s.op) for s in self.route.cut_off}
         out |= {i: partial(self._stop, stop) for i, stop in self.route.stops.items()}
-        out |= {i: partial(self._chain, self.graph.steps[i], moving) for i, moving in self.flow.chain.items()}
+        out |= {i: partial(self._chain, self.graph.steps[i], moving) for i, moving in self.route.chain.items()}
         return out
 
     def _chain(self, step: Step, moving: bool, *args: Any, **kwargs: Any) -> Any:
@@ -157,6 +168,9 @@ class Sweep:
 
     def _keep(self, stop: Stop, args: Any, kwargs: Any) -> dict[str, Any]:
         """The arguments by name, detached; those whose memory is written to from here on are copied."""
+        named = dict(zip(stop.step.parameters, args, strict=False)) | kwargs
+        if stop.step.plain and not stop.spoiled:
+            return {n: a.detach() if isinstance(a, Tensor) and a.requires_grad else a for n, a in named.items()}
         known: dict[int, Tensor] = {}
 
         def one(ref: Any, value: Any) -> Any:
@@ -168,15 +182,15 @@ class Sweep:
                 known[ref.index] = value.detach().clone() if ref.index in stop.spoiled else value.detach()
             return known[ref.index]
 
-        given = dict(zip(stop.step.parameters, args, strict=False)) | kwargs
         refs = stop.step.named
-        return {n: _zip_map(one, refs.get(n), a) for n, a in given.items()}
+        return {n: _zip_map(one, refs.get(n), a) for n, a in named.items()}
 
     def _meet(self, stop: Stop, kept: dict[str, Any], outs: list[Any]) -> None:
         """Keep what the contractions need of the step that just ran, and no more; ask for its cotangent."""
         seen = tuple(o.detach() for o in outs if isinstance(o, Tensor))
         for use in stop.uses:
-            operand = tree_leaves(kept[use.site.name])[use.at]
+            held_ = kept[use.site.name]
+            operand = held_ if isinstance(held_, Tensor) else tree_leaves(held_)[use.at]
             call = Call(stop.step.op, kept, seen, operand, use.site.name, use.layouts)
             if use.site.way == "projected":
                 self._for_norm[use.site] = call
@@ -263,11 +277,10 @@ class Sweep:
                 self._complete(group)
 
     def _complete(self, group: Group) -> None:
-        group.waiting = 0
-        group.meetings = {i: _joined(meetings) for i, meetings in group.meetings.items()}
+        group.complete()
         if self._take is not None and not group.together.tied:
             self._take(group)
-            group.meetings = {}
+            group.let_go()
 
     # -- below the last mixing --
 
@@ -279,7 +292,7 @@ class Sweep:
             yield name, Part(where, rows.pop(name))
         for site, g in cots.items():
             pool, met = self.route.pools[site], self._pooled(site).of(g, first)
-            yield pool.name, FromSite(where, met, pool.view, outs.get(pool.name), self.leaves[pool.name].detach())
+            yield pool.name, FromSite(where, met, pool.view, outs.get(pool.name), self.parameters[pool.name].detach())
 
     def _pooled(self, site: Site) -> Pooled:
         made = self.made[site]
@@ -306,14 +319,14 @@ class Sweep:
         out = {n: r[0] for n, r in rows.items()}
         for site, g in cots.items():
             pool, met = self.route.pools[site], self._pooled(site).of(g, 0)
-            out[pool.name] = FromSite(slice(0, 1), met, pool.view, None, self.leaves[pool.name].detach()).rows()[0]
+            out[pool.name] = FromSite(slice(0, 1), met, pool.view, None, self.parameters[pool.name].detach()).rows()[0]
         return out
 
     # -- from operands to parameters --
 
     def weighted_sum(self, weights: Tensor) -> dict[str, Tensor]:
         """``Σ_n c_n row_n`` of every parameter, at about the price of its gradient; all groups must be there still."""
-        out = {n: torch.zeros_like(leaf) for n, leaf in self.leaves.items()}
+        out = {n: torch.zeros_like(p) for n, p in self.parameters.items()}
         made = [self.group_sum(group, weights) for group in self.groups if group.meetings]
         for sums in [*made, self.sum_of_columns(weights)]:
             for name, one in sums.items():
@@ -322,6 +335,9 @@ class Sweep:
 
     def group_sum(self, group: Group, weights: Tensor) -> dict[str, Tensor]:
         """``Σ_n c_n row_n`` of the parameters of a group, without the columns below."""
+        if group.only is not None:
+            where = slice(0, self.flow.samples)
+            return {name: part.weighted_sum(weights) for name, part in self.parts(group, where, None)}
         sums = {i: _sum([m.weighted_sum(weights) for m in meetings]) for i, meetings in group.meetings.items()}
         return {n: r[0] for n, r in self._to_parameters(group, {i: g[None] for i, g in sums.items()}, 1).items()}
 
@@ -349,7 +365,7 @@ class Sweep:
         """The parts of a group's parameters, for a slice of samples; a single one is formed in ``out`` if given."""
         if group.only is not None:
             (name,) = group.together.names
-            yield name, FromSite(where, *group.only, out, self.leaves[name].detach())
+            yield name, FromSite(where, *group.only, out, self.parameters[name].detach())
             return
         for name, rows in self.rows(group, where).items():
             yield name, Part(where, rows)
