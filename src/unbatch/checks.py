@@ -80,17 +80,11 @@ def check_out(out: Mapping[str, Tensor] | None, chosen: Mapping[str, Tensor], sa
         raise InputError(errors.MSG_OUT.format(what=f"it is a {type(out).__name__}"))
     for name, p in chosen.items():
         given = out.get(name)
-        if given is None:
-            raise InputError(errors.MSG_OUT.format(what=f"there is nothing for {name!r}"))
-        if not isinstance(given, Tensor):
-            raise InputError(errors.MSG_OUT.format(what=f"{name!r} is a {type(given).__name__}"))
-        want = (samples, *p.shape)
-        if tuple(given.shape) != want or given.dtype != p.dtype or given.device != p.device:
-            found = f"{name!r} is {tuple(given.shape)} {given.dtype} on {given.device}"
-            what = f"{found} where {want} {p.dtype} on {p.device} is needed"
-            raise InputError(errors.MSG_OUT.format(what=what))
+        want = ((samples, *p.shape), p.dtype, p.device)
+        if not isinstance(given, Tensor) or (tuple(given.shape), given.dtype, given.device) != want:
+            raise InputError(errors.MSG_OUT.format(what=_misfit(name, given, want[0], p)))
     given_ = [out[n] for n in chosen if out[n].numel()]
-    if any(size > 1 and step == 0 for t in given_ for size, step in zip(t.shape, t.stride(), strict=True)):
+    if any(not t.is_contiguous() and 0 in t.stride() and _expanded(t) for t in given_):
         raise InputError(errors.MSG_OUT.format(what="a buffer is expanded, so its rows share memory"))
     spans = sorted((t.data_ptr(), t.data_ptr() + _extent(t)) for t in given_)
     if any(end > start for (_, end), (start, _) in itertools.pairwise(spans)) and _all_dense(given_):
@@ -98,7 +92,22 @@ def check_out(out: Mapping[str, Tensor] | None, chosen: Mapping[str, Tensor], sa
     return {n: out[n] for n in chosen}
 
 
+def _misfit(name: str, given: Any, want: tuple[int, ...], p: Tensor) -> str:
+    if given is None:
+        return f"there is nothing for {name!r}"
+    if not isinstance(given, Tensor):
+        return f"{name!r} is a {type(given).__name__}"
+    found = f"{name!r} is {tuple(given.shape)} {given.dtype} on {given.device}"
+    return f"{found} where {want} {p.dtype} on {p.device} is needed"
+
+
+def _expanded(t: Tensor) -> bool:
+    return any(size > 1 and step == 0 for size, step in zip(t.shape, t.stride(), strict=True))
+
+
 def _extent(t: Tensor) -> int:
+    if t.is_contiguous():
+        return t.numel() * t.element_size()
     return (sum((s - 1) * d for s, d in zip(t.shape, t.stride(), strict=True)) + 1) * t.element_size()
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+BLOCK = 64  # features, the least that a matrix product is efficient for
 CANCELS = 0.9  # of two sums of squares that are subtracted, the share from which on rounding is felt
 
 
@@ -50,6 +51,7 @@ class Meeting(ABC):
     """
 
     lean: frozenset[str] = frozenset()  # what this kind gives without forming rows
+    portion: int = 2 * 2**20  # bytes of rows that are best formed at a time: about what a cache holds
 
     @property
     def kind(self) -> str:
@@ -196,9 +198,8 @@ class Linear(Meeting):
         _, t, o = self.g.shape
         i = self.x.shape[2]
         pairs = {"squared_norms"} if t * (o + i) < o * i else set()
-        alone = {"sum_of_squares", "squared_norms", "dots"} if t == 1 else set()
-        wide_enough = {"scatter"} if t == 1 and self.g.dtype != torch.float64 else set()
-        return frozenset({"weighted_sum"} | pairs | alone | wide_enough)
+        alone = {"squared_norms", "dots"} if t == 1 else set()
+        return frozenset({"weighted_sum", "sum_of_squares", "scatter"} | pairs | alone)
 
     def rows(self, where: slice, out: Tensor | None = None) -> Tensor:
         a, b = (side[where] for side in self.sides)
@@ -214,14 +215,33 @@ class Linear(Meeting):
         return (torch.bmm(a, a.mT) * torch.bmm(b, b.mT)).sum((1, 2))
 
     def sum_of_squares(self, where: slice) -> Tensor:
-        if "sum_of_squares" not in self.lean:
-            return super().sum_of_squares(where)
-        return self._product(*(wide(side)[where, 0].square() for side in self.sides))
+        if self.g.shape[1] == 1:
+            return self._product(*(wide(side)[where, 0].square() for side in self.sides))
+        return self._by_blocks(where, lambda rows: rows.square_().sum(0))
 
     def scatter(self, where: slice) -> Tensor:
+        if self.g.shape[1] == 1 and self.g.dtype != torch.float64:
+            return self._scatter(where)
+        return self._by_blocks(where, lambda rows: rows.sub_(rows.mean(0)).square_().sum(0))
+
+    def _by_blocks(self, where: slice, sum_up: Callable[[Tensor], Tensor]) -> Tensor:
+        """``[*operand]`` from the rows of all samples, a block of the operand at a time."""
+        a, b = (wide(side)[where] for side in self.sides)
+        transposed = self.operand.stride(-2) < self.operand.stride(-1)
+        a, b = (b, a) if transposed else (a, b)
+        (n, _, first), second = a.shape, b.shape[2]
+        tall = max(1, min(first, max(BLOCK, self.portion // (n * second * a.element_size()))))
+        broad = max(1, min(second, max(BLOCK, self.portion // (n * tall * a.element_size()))))
+        total, space = a.new_empty(first, second), a.new_empty(n * tall * broad)
+        for i in range(0, first, tall):
+            for j in range(0, second, broad):
+                here = total[i : i + tall, j : j + broad]
+                rows = space[: n * here.numel()].view(n, *here.shape)
+                here.copy_(sum_up(torch.bmm(a[:, :, i : i + tall].mT, b[:, :, j : j + broad], out=rows)))
+        return (total.T if transposed else total).reshape(self.operand.shape)
+
+    def _scatter(self, where: slice) -> Tensor:
         """``Σ r² − (Σ r)²/N``, in blocks that stay in the cache; where that cancels, around the mean and in float64."""
-        if "scatter" not in self.lean:
-            return super().scatter(where)
         a, b = (wide(side)[where, 0] for side in self.sides)
         transposed = self.operand.stride(-2) < self.operand.stride(-1)
         a, b = (b, a) if transposed else (a, b)

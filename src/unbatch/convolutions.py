@@ -13,6 +13,8 @@ from torch import Tensor
 from unbatch.contractions import Call, Meeting, fill, same_dtype
 
 aten = torch.ops.aten
+SAMPLE = 16  # samples on which ways are compared
+WHOLE = 32 * 2**20  # bytes of rows formed at a time where one call forms them
 
 
 class Convolution(Meeting):
@@ -37,8 +39,15 @@ class Convolution(Meeting):
 
     def rows(self, where: slice, out: Tensor | None = None) -> Tensor:
         g, x = self.g[where], self.x[where]
-        self.taken = self._way(g, x)
-        return fill(getattr(self, self.taken)(g, x), out)
+        self.taken = self._way(g, x, out)
+        rows: Tensor = getattr(self, self.taken)(g, x, out)
+        return rows
+
+    @property
+    def portion(self) -> int:  # type: ignore[override]
+        """Many samples at a time where one call serves them all."""
+        few = slice(0, SAMPLE)
+        return WHOLE if self._way(self.g[few], self.x[few], None) == "vmapped" else Meeting.portion
 
     @property
     def kind(self) -> str:
@@ -48,14 +57,16 @@ class Convolution(Meeting):
         scaled = self.g * weights.to(self.g.dtype).reshape(-1, *[1] * (self.g.ndim - 1))
         return self._backward(scaled.flatten(0, 1), self.x.flatten(0, 1))
 
-    def _way(self, g: Tensor, x: Tensor) -> str:
+    def _way(self, g: Tensor, x: Tensor, out: Tensor | None) -> str:
         plain = not self.geometry[3] and self.geometry[5] == 1 and x.ndim == 5
-        ways = ["vmapped", "one_by_one", *(["windows"] if plain else [])]
+        ways = ["vmapped", "one_by_one", *(["windows", "channels_last"] if plain else [])]
         if len(g) * g[0].numel() < 2**12:
             return "vmapped"
-        key = (tuple(g.shape[1:]), min(len(g), 16), tuple(x.shape[1:]), str(self.geometry), g.dtype, g.device)
+        g, x = g[:SAMPLE], x[:SAMPLE]
+        key = (tuple(g.shape), tuple(x.shape[1:]), str(self.geometry), g.dtype, g.device)
         if key not in self.fastest:
-            self.fastest[key] = min(ways, key=lambda w: _seconds(lambda: getattr(self, w)(g, x)))
+            room = out[:SAMPLE] if out is not None else g.new_empty(len(g), *self.operand.shape)
+            self.fastest[key] = min(ways, key=lambda w: _seconds(lambda: getattr(self, w)(g, x, room)))
         return self.fastest[key]
 
     def _backward(self, g: Tensor, x: Tensor) -> Tensor:
@@ -63,25 +74,45 @@ class Convolution(Meeting):
         gradient: Tensor = aten.convolution_backward(g, x, self.operand.to(x.dtype), None, *self.geometry, wanted)[1]
         return gradient
 
-    def vmapped(self, g: Tensor, x: Tensor) -> Tensor:
-        out: Tensor = torch.func.vmap(self._backward)(g, x)
-        return out
+    def _room(self, g: Tensor, out: Tensor | None) -> Tensor:
+        fits = out is not None and out.dtype == g.dtype and out.is_contiguous()
+        return out if fits and out is not None else g.new_empty(len(g), *self.operand.shape)
 
-    def one_by_one(self, g: Tensor, x: Tensor) -> Tensor:
-        return torch.stack([self._backward(a, b) for a, b in zip(g, x, strict=True)])
+    def vmapped(self, g: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return fill(torch.func.vmap(self._backward)(g, x), out)
 
-    def windows(self, g: Tensor, x: Tensor) -> Tensor:
+    def one_by_one(self, g: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
+        rows = self._room(g, out)
+        for row, a, b in zip(rows, g, x, strict=True):
+            row.copy_(self._backward(a, b))
+        return rows if rows is out else fill(rows, out)
+
+    def windows(self, g: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Every place that the kernel saw, as a matrix (two dimensions, one group)."""
-        (sy, sx), (py, px), (dy, dx) = (_pair(v) for v in self.geometry[:3])
-        o, i, ky, kx = self.operand.shape
-        n, t, _, height, width = g.shape
-        x = F.pad(x, (px, px, py, py)) if px or py else x
-        x = x.contiguous()
-        s = x.stride()
-        shape = (n, i, ky, kx, t, height, width)
-        seen = x.as_strided(shape, (s[0], s[2], s[3] * dy, s[4] * dx, s[1], s[3] * sy, s[4] * sx))
-        columns = seen.reshape(n, i * ky * kx, t * height * width)
-        return torch.bmm(g.transpose(1, 2).reshape(n, o, -1), columns.mT).view(n, o, i, ky, kx)
+        rows, (n, o) = self._room(g, out), (len(g), self.operand.shape[0])
+        columns = self._places(self._padded(x).contiguous(), g).reshape(n, self.operand[0].numel(), -1)
+        torch.bmm(g.transpose(1, 2).reshape(n, o, -1), columns.mT, out=rows.view(n, o, -1))
+        return rows if rows is out else fill(rows, out)
+
+    def channels_last(self, g: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """The same with channels innermost, which is faster to lay out; but the product has to be turned."""
+        n, (o, i, ky, kx) = len(g), self.operand.shape
+        x = self._padded(x).movedim(2, -1).contiguous().movedim(-1, 2)
+        columns = self._places(x, g).permute(0, 4, 5, 6, 2, 3, 1).reshape(n, -1, ky * kx * i)
+        turned = torch.bmm(g.transpose(1, 2).reshape(n, o, -1), columns)
+        rows = turned.view(n, o, ky, kx, i).movedim(-1, 2)
+        return rows.contiguous() if out is None else out.copy_(rows)
+
+    def _padded(self, x: Tensor) -> Tensor:
+        py, px = _pair(self.geometry[1])
+        return F.pad(x, (px, px, py, py)) if px or py else x
+
+    def _places(self, x: Tensor, g: Tensor) -> Tensor:
+        """``[n, i, ky, kx, t, height, width]``, a view of the padded input."""
+        (sy, sx), (dy, dx) = _pair(self.geometry[0]), _pair(self.geometry[2])
+        (n, t, _, height, width), (_, i, ky, kx), s = g.shape, self.operand.shape, x.stride()
+        strides = (s[0], s[2], s[3] * dy, s[4] * dx, s[1], s[3] * sy, s[4] * sx)
+        return x.as_strided((n, i, ky, kx, t, height, width), strides)
 
 
 def _pair(v: Sequence[int]) -> tuple[int, int]:

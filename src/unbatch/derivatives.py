@@ -68,17 +68,46 @@ def held(op: Any) -> Callable[..., Any]:
 
 def norm_held(step: Step) -> Callable[..., Any]:
     """The batch norm of a step with its statistics held constant."""
-    names = [a.name for a in step.op._schema.arguments]
-    return lambda *args, **kwargs: frozen_norm(step.op, names, args, kwargs)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(step.parameters, args, strict=False)) | kwargs
+        with torch.no_grad():
+            outs = step.op(*args, **kwargs)
+        y = standardised(given["input"], outs[1], outs[2], given["weight"], given["bias"])
+        return (y.to(outs[0].dtype), *outs[1:])
+
+    return run
 
 
-def frozen_norm(op: Any, names: Sequence[str], args: Any, kwargs: Any) -> Any:
-    """A batch norm as it ran, with its statistics held constant."""
-    arguments = dict(zip(names, args, strict=False)) | kwargs
-    with torch.no_grad():
-        outs = op(*args, **kwargs)
-    y = standardised(arguments["input"], outs[1], outs[2], arguments["weight"], arguments["bias"])
-    return (y.to(outs[0].dtype), *outs[1:])
+class _Scaled(torch.autograd.Function):
+    """``y``, whose derivative by ``x`` is a factor for each channel."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, gain: Tensor) -> Tensor:
+        ctx.save_for_backward(gain)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        (gain,) = ctx.saved_tensors
+        return g * gain, None, None
+
+
+def norm_evaluated(step: Step) -> Callable[..., Any]:
+    """The batch norm of a step that normalises with constants: its own derivative is slower, and keeps its input."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        given = step.defaults | dict(zip(step.parameters, args, strict=False)) | kwargs
+        x, weight, bias = given["input"], given["weight"], given["bias"]
+        if not x.requires_grad or any(t is not None and t.requires_grad for t in (weight, bias)):
+            return step.op(*args, **kwargs)
+        with torch.no_grad():
+            y, *others = step.op(*args, **kwargs)
+            gain = (given["running_var"] + given["eps"]).rsqrt()
+            gain = (gain if weight is None else gain * weight).to(x.dtype).reshape(1, -1, *[1] * (x.ndim - 2))
+        return (_Scaled.apply(x, y, gain), *others)
+
+    return run
 
 
 def gradients(
@@ -97,9 +126,9 @@ def gradients(
 def standardised(x: Tensor, mean: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """What a batch norm makes of ``x`` with given moments, by channel."""
     view = [1, -1, *[1] * (x.ndim - 2)]
-    y = (x - mean.reshape(view)) * scale.reshape(view)
-    y = y if weight is None else y * weight.reshape(view)
-    return y if bias is None else y + bias.reshape(view)
+    gain = scale if weight is None else scale * weight
+    shift = -mean * gain if bias is None else bias - mean * gain
+    return torch.addcmul(shift.reshape(view), x.to(gain.dtype), gain.reshape(view))
 
 
 def replayed(path: Sequence[Step], t: Tensor) -> Tensor:

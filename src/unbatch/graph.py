@@ -150,9 +150,9 @@ class Graph:
 
         The integers it computes, and noise, are worked out only if somebody asks (``known``).
         """
-        values = [replace(v) for v in self.values]
+        values = list(self.values)
         for i, tensor in numbers.items():
-            values[i].concrete = tensor.detach()
+            values[i] = replace(values[i], concrete=tensor.detach())
         return replace(self, values=values, rng=rng, stale=True)
 
     def known(self, i: int) -> Tensor | None:
@@ -167,7 +167,7 @@ class Graph:
 
         def keep(i: int, tensor: Tensor) -> None:
             if self.values[i].concrete is not None:
-                self.values[i].concrete = tensor.detach().clone()
+                self.values[i] = replace(self.values[i], concrete=tensor.detach().clone())
 
         with torch.no_grad():
             wanted = [self.loss] if self.loss else self.predictions

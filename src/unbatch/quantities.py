@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unbatch.contractions import vectors, wide
+from unbatch.contractions import total_of_squares, vectors, wide
 from unbatch.errors import MSG_HISTOGRAM, MSG_MAX_NORM, InputError
 from unbatch.parts import Part
 from unbatch.results import ByParameter, Histograms, Rows, SquaredNorms
@@ -242,11 +242,39 @@ class Variance(Basic):
     needs = "scatter"
 
     def start(self, about: About) -> Collector:
-        def share(name: str, part: Part) -> Tensor:
-            whole = part.where.indices(about.samples)[:2] == (0, about.samples)
-            return part.scatter(None if whole else wide(part.total()) / about.samples)
+        return _Scatter(about)
 
-        return _PerEntry(about, share, 1 / about.samples)
+
+class _Scatter(Collector):
+    """``Σ_n (r_n − mean)²``, put together from slices, each around a mean of its own (Chan, Golub, LeVeque 1979)."""
+
+    def __init__(self, about: About) -> None:
+        super().__init__(about)
+        self.found: dict[str, Tensor] = {}
+        self.so_far: dict[str, tuple[int, Tensor, Tensor]] = {}  # how many are in; their mean is the sum of two tensors
+
+    def take(self, name: str, part: Part) -> None:
+        first, last, _ = part.where.indices(self.about.samples)
+        count = last - first
+        if count == self.about.samples:
+            self.found[name] = part.scatter()
+            return
+        rows = wide(part.rows())
+        mean = rows.mean(0)
+        share = total_of_squares(rows, mean)
+        if name not in self.so_far:
+            self.found[name], self.so_far[name] = share, (count, mean, torch.zeros_like(mean))
+            return
+        before, anchor, offset = self.so_far[name]  # kept apart, so that the mean is not rounded again and again
+        apart = mean.sub_(anchor).sub_(offset)
+        self.found[name].add_(share).add_(apart.abs().square_(), alpha=before * count / (before + count))
+        self.so_far[name] = before + count, anchor, offset.add_(apart, alpha=count / (before + count))
+
+    def finish(self) -> ByParameter:
+        for t in self.found.values():
+            t.div_(self.about.samples)
+        result: ByParameter = self.about.result(self.found)
+        return result
 
 
 @dataclass(frozen=True)

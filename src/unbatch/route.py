@@ -36,7 +36,7 @@ class Stop:
     uses: tuple[Use, ...]  # the operands whose sites are contracted from the step's cotangent
     columns: frozenset[int]  # the operands that columns reach by autograd
     gated: frozenset[int]  # the inputs through which columns must not pass
-    held: bool  # a batch norm with constant statistics
+    norm: str  # "held": a batch norm with its statistics held constant; "constant": one that has constants only
     below: frozenset[int]  # the steps of weights that use this batch norm's closed form
     spoiled: frozenset[int]  # the inputs whose memory is written to from here on
     at_home: bool  # writes in place
@@ -76,11 +76,19 @@ class Route:
     operands: Operands
 
     @cached_property
+    def steps(self) -> list[Step]:
+        """Those of the forward pass."""
+        return self.graph.forward_steps
+
+    @cached_property
+    def inner(self) -> list[int]:
+        """Values beside the predictions that the loss reads."""
+        return self.graph.read_by_loss(self.flow.predictions)
+
+    @cached_property
     def stops(self) -> dict[int, Stop]:
         flow, steps = self.flow, self.graph.steps
-        written = {
-            s.index for s in self.graph.forward_steps if s.writes and any(r and r.index in flow.seeds for r in s.outs)
-        }
+        written = {s.index for s in self.steps if s.writes and any(r and r.index in flow.seeds for r in s.outs)}
         special = {s.step for s in flow.sites} | set(flow.gates) | set(flow.projections.values())
         return {i: self._stop(steps[i]) for i in sorted(special | written | flow.frozen_norms)}
 
@@ -92,11 +100,16 @@ class Route:
             tuple(self._use(step, s) for s in sites if s.way != "columns" or s in self.pools),
             frozenset(s.operand for s in sites if s.way == "columns" and s not in self.pools),
             frozenset(flow.gates.get(step.index, ())),
-            step.index in flow.frozen_norms,
+            self._norm(step),
             frozenset(i for i, norm in flow.projections.items() if norm == step.index),
             frozenset(r.index for r in step.refs() if self._spoiled(step, r.index)),
             bool(step.writes) and step.op._schema.is_mutable and step.outs[0] is not None,
         )
+
+    def _norm(self, step: Step) -> str:
+        if step.index in self.flow.frozen_norms:
+            return "held"
+        return "constant" if step.name == "native_batch_norm" and step.named["training"] is False else ""
 
     def _use(self, step: Step, site: Site) -> Use:
         refs = tree_leaves(step.named[site.name], is_leaf=is_ref)
@@ -117,7 +130,7 @@ class Route:
     def cut_off(self) -> list[Step]:
         """Steps whose results are held constant."""
         frozen = self.flow.frozen
-        return [s for s in self.graph.forward_steps if any(r is not None and r.index in frozen for r in s.outs)]
+        return [s for s in self.steps if any(r is not None and r.index in frozen for r in s.outs)]
 
     @cached_property
     def watched(self) -> frozenset[int]:
@@ -183,7 +196,7 @@ class Route:
 
     @cached_property
     def convolves(self) -> bool:
-        return any(s.name == "convolution" and s.index >= self._lowest for s in self.graph.forward_steps)
+        return any(s.name == "convolution" and s.index >= self._lowest for s in self.steps)
 
     @property
     def _lowest(self) -> int:

@@ -41,11 +41,11 @@ class Chunks:
     pairs: bool
     late: bool = False  # weighted sums will be asked for when all parts are in
 
-    def of(self, count: int, row: int, lean: frozenset[str] = frozenset()) -> list[slice]:
-        """Slices of ``count`` samples whose rows take ``row`` bytes each."""
+    def of(self, count: int, row: int, lean: frozenset[str] = frozenset(), portion: int = CHUNK) -> list[slice]:
+        """Slices of ``count`` samples whose rows take ``row`` bytes each, about ``portion`` at a time."""
         if self.needs <= lean or self.keep:
             return [slice(0, count)]
-        size = max(1, min(count, min(self.memory, CHUNK) // max(row, 1)))
+        size = max(1, min(count, min(self.memory, portion) // max(row, 1)))
         return [slice(i, min(i + size, count)) for i in range(0, count, size)]
 
 
@@ -152,8 +152,9 @@ class Recorded(Source):
                 sums.update(self.sweep.group_sum(group, self._all()))
             return sums[name]
 
-        for where in plan.of(n, size, group.lean):
-            bare = plan.needs <= group.lean
+        bare = plan.needs <= group.lean
+        portion = group.only[0].portion if group.only is not None and not bare else CHUNK
+        for where in plan.of(n, size, group.lean, portion):
             out = self._room(plan, group.together.names[0], where, outs) if group.only and not bare else None
             for name, part in self.sweep.parts(group, where, out):
                 part.beyond = partial(total, name)

@@ -21,7 +21,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves, tree_map
 
 from unbatch.contractions import Call, Linear, Meeting
-from unbatch.derivatives import Gate, attached, batched_grad, frozen_norm, held
+from unbatch.derivatives import Gate, attached, batched_grad, held, norm_evaluated, norm_held
 from unbatch.graph import Graph, Ref, Step, flat
 from unbatch.kinds import meeting, projected
 from unbatch.layout import Layout
@@ -94,6 +94,10 @@ class Sweep:
         """What is made of parameters without samples, connected to them."""
         return {i: self.leaves[name] for i, name in self.flow.parameters.items()}
 
+    @property
+    def _steps(self) -> Sequence[Step]:
+        return self.route.steps if self.graph.steps is self.route.graph.steps else self.graph.forward_steps
+
     # -- forward --
 
     def forward(self) -> None:
@@ -101,11 +105,11 @@ class Sweep:
         graph, flow = self.graph, self.flow
         dead = {i: self.parameters[name].detach() for i, name in flow.parameters.items()}
         self._anchor = torch.zeros((), requires_grad=True)
-        used = graph.read_by_loss(flow.predictions)
+        used = self.route.inner
         wanted = list(dict.fromkeys([*flow.predictions, *used, *(r.index for r in graph.predictions)]))
         with torch.enable_grad():
             outs = graph.run(
-                {**self.feed, **dead}, wanted, visit=self._visit, instead=self._instead(), steps=graph.forward_steps
+                {**self.feed, **dead}, wanted, visit=self._visit, instead=self._instead(), steps=self._steps
             )
         found = dict(zip(wanted, outs, strict=True))
         self.predictions = {i: found[i] for i in flow.predictions}
@@ -146,7 +150,8 @@ class Sweep:
         kept = self._keep(stop, args, kwargs) if stop.keeps else {}
         if home is not None:
             args = (args[0].clone(), *args[1:])
-        result = frozen_norm(step.op, step.parameters, args, kwargs) if stop.held else step.op(*args, **kwargs)
+        norm = {"held": norm_held, "constant": norm_evaluated}.get(stop.norm)
+        result = step.op(*args, **kwargs) if norm is None else norm(step)(*args, **kwargs)
         outs = flat(result)
         if stop.uses and not outs[0].requires_grad:
             outs[0] = attached(outs[0], self._anchor)
