@@ -9,6 +9,7 @@ from __future__ import annotations
 import linecache
 import os
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,11 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from unbatch.graph import Escape, Graph, ModuleCall, Ref, Step, Value, flat, is_ref
-from unbatch.purity import mutated, storage_of, untouched
+from unbatch.purity import SKIPS_COMPILER, mutated, storage_of, untouched
 from unbatch.scalars import Functions
 
 aten = torch.ops.aten
@@ -36,6 +38,10 @@ USER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "demo.py")  # re
 class Recorder(TorchDispatchMode):
     """Writes every op into a ``Graph``. Use inside ``untouched``."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return SKIPS_COMPILER
+
     def __init__(self, names: Mapping[int, str], flip: int = -1) -> None:
         super().__init__()
         self.graph = Graph()
@@ -43,10 +49,10 @@ class Recorder(TorchDispatchMode):
         self.in_loss = False
         self.names = names  # id(module) -> qualified name
         self.modules: list[str] = []
-        self.known: dict[int, Ref] = {}
-        self.alive: list[Any] = []  # keeps ids valid
+        self.known: dict[int, tuple[weakref.ref[Tensor], Ref]] = {}  # by id, which another tensor may come to have
         self.storages: dict[int, int] = {}
-        self.latest: dict[int, list[tuple[Tensor, Ref]]] = {}
+        self.kept: list[Any] = []  # keeps the names of storages from being given again, and not what is in them
+        self.latest: dict[int, tuple[tuple[Any, ...], Ref]] = {}  # the newest value in a memory: its geometry
         self.off = 0
         self.checks = 0  # inside a function that reads values only to validate them
         self.foreign: list[int] = []  # tensors met in the middle of the run
@@ -67,21 +73,27 @@ class Recorder(TorchDispatchMode):
         )  # fmt: skip
         ref = Ref(len(self.graph.values))
         self.graph.values.append(value)
-        self.known[id(tensor)] = ref
-        self.alive.append((tensor, tensor.untyped_storage() if strided else None))
-        self.latest.setdefault(number, []).append((tensor, ref))
+        self.known[id(tensor)] = weakref.ref(tensor), ref
+        self.kept.append(StorageWeakRef(tensor.untyped_storage()) if strided else tensor)
+        self.latest[number] = _geometry(tensor) if strided else (), ref
         return ref
 
+    def find(self, tensor: Any) -> Ref | None:
+        """The value that this very tensor stands for."""
+        same, ref = self.known.get(id(tensor), (None, None))
+        return ref if same is not None and same() is tensor else None
+
     def ref(self, tensor: Tensor) -> Ref:
-        if id(tensor) in self.known and self._unmoved(tensor, self.graph.values[self.known[id(tensor)].index]):
-            return self.known[id(tensor)]
+        found = self.find(tensor)
+        if found is not None and self._unmoved(tensor, self.graph.values[found.index]):
+            return found
         if tensor.layout == torch.strided and storage_of(tensor) in self.storages:
             number = self.storages[storage_of(tensor)]
-            base, base_ref = self.latest[number][-1]
-            if _geometry(base) == _geometry(tensor):
+            geometry, base_ref = self.latest[number]
+            if geometry == _geometry(tensor):
                 return self._step(aten.detach.default, (base_ref,), {}, tensor)
             args = (base_ref, list(tensor.shape), list(tensor.stride()), tensor.storage_offset())
-            if base.dtype == tensor.dtype:
+            if self.graph.values[base_ref.index].dtype == tensor.dtype:
                 return self._step(aten.as_strided.default, args, {}, tensor)
         self.foreign.append(len(self.graph.values))
         return self.declare(tensor, "constants", "")
@@ -192,7 +204,7 @@ class Recorder(TorchDispatchMode):
         return not value if self.flip == self.branches - 1 else value
 
     def shape_read(self, tensor: Any) -> None:
-        ref = self.known.get(id(tensor))
+        ref = self.find(tensor)
         if ref is not None and ref.index in self.dynamic:
             self.escape(tensor, "its size read by Python, which depends on data")
 
@@ -216,7 +228,7 @@ class Recorder(TorchDispatchMode):
 
         def leave(module: nn.Module, inputs: Any, output: Any) -> None:
             refs = [
-                tuple(self.known[id(t)] for t in tree_leaves(x) if isinstance(t, Tensor) and id(t) in self.known)
+                tuple(r for t in tree_leaves(x) if isinstance(t, Tensor) and (r := self.find(t)) is not None)
                 for x in (inputs, output)
             ]
             self.graph.calls.append(ModuleCall(self.modules.pop(), starts.pop(), len(self.graph.steps), *refs))

@@ -186,7 +186,7 @@ class Problem:
         Cost: one forward and one backward pass.
         """
         kept, chosen, budget = self._asked(by, parameters, memory)
-        source = self._source(kept, kept.structure, by, chosen)
+        source = self._source(kept, by, chosen, budget)
         return planned(source, quantities or [Gradients()], chosen, self.samples, by, budget)
 
     def with_batch(self, inputs: Any, targets: Any = None) -> Problem:
@@ -243,7 +243,7 @@ class Problem:
         known = partial(weights, kept.graph, self.samples) if structure.reduction else lambda: None
         label = _label(structure, by, known)
         _warn(structure, quantities, label)
-        source = self._source(kept, structure, by, chosen)
+        source = self._source(kept, by, chosen, budget)
         with torch.no_grad(), _precision_of_recording():
             return answer(source, quantities, chosen, self.samples, label, budget, buffers)
 
@@ -258,14 +258,14 @@ class Problem:
         budget = check_memory(memory, next(iter(chosen.values())).device)
         return self._recorded(program), chosen, budget
 
-    def _source(self, kept: Recording, structure: Structure, by: str, chosen: Mapping[str, Tensor]) -> Source:
-        setting = kept.setting
+    def _source(self, kept: Recording, by: str, chosen: Mapping[str, Tensor], memory: int) -> Source:
+        setting, structure = kept.setting, kept.structure
         if not setting.axes:
             raise StructureError(errors.MSG_NO_ROWS.format(shapes=list(structure.predictions), n=self.samples))
         why = kept.replays
         if self.samples > 1 and setting.faithful:
             with _precision_of_recording():
-                if trusted(setting, chosen, by):
+                if trusted(setting, chosen, by, memory):
                     return Recorded(setting, chosen, by)
             why = "the sweep that was planned for it does not reproduce its gradient"
         alike = self.samples == 1 or bool(structure.independent_forward)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -23,6 +24,10 @@ HIDDEN_WRITES = {
     "cudnn_batch_norm": (3, 4, 5),
     "miopen_batch_norm": (3, 4, 5),
 }
+
+# PyTorch wraps what a dispatch mode does to keep the compiler out of it, and loads the compiler for that, which takes a
+# second and 70 MiB. Nobody compiles what runs in a mode of ours.
+SKIPS_COMPILER = False
 
 
 @contextmanager
@@ -129,10 +134,14 @@ def mutated(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Ten
 class _Writes(TorchDispatchMode):
     """Copies a tensor from outside before the first write to it."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return SKIPS_COMPILER
+
     def __init__(self) -> None:
         super().__init__()
         self.saved: dict[int, tuple[Tensor, Tensor, Tensor, int]] = {}
-        self.own: dict[int, Any] = {}
+        self.own: dict[int, StorageWeakRef] = {}  # keeps the names of storages from being given again
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -156,7 +165,7 @@ class _Writes(TorchDispatchMode):
                     and o.layout == torch.strided
                     and not o.is_nested
                 ):
-                    self.own[o.untyped_storage()._cdata] = o.untyped_storage()
+                    self.own[o.untyped_storage()._cdata] = StorageWeakRef(o.untyped_storage())
         return out
 
     def undo(self) -> None:

@@ -104,7 +104,7 @@ class Recording:
         named = lambda t: next(refs) if isinstance(t, Tensor) and t is not own else t  # noqa: E731
         skeleton = tree_map(named, output)
         state = _state(guard, batch)
-        return Recording(program, batch, guard, state, _numbers(guard, batch), graph, skeleton, where, output)
+        return Recording(program, batch, guard, state, _numbers(guard, batch), graph, skeleton, where, _cut(output))
 
     def at(self, program: Program, batch: Batch) -> Recording | None:
         """This recording, or the same moved to other numbers; None where the program has to be recorded again."""
@@ -189,7 +189,7 @@ class Recording:
         """What the model returns, with the noise of the recording."""
         if self.output is None:
             with untouched(self.program.modules, self.graph.rng), torch.enable_grad():
-                self.output = self.program.predict(self.batch.inputs)
+                self.output = _cut(self.program.predict(self.batch.inputs))
         return self.output
 
     @property
@@ -203,6 +203,11 @@ class Recording:
                 bool(structure.canonical_split),
             )  # fmt: skip
         return self._setting
+
+
+def _cut(output: Any) -> Any:
+    """Without the graph that it hangs on, which is as large as the activations."""
+    return tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, output)
 
 
 def _state(guard: Guard, batch: Batch) -> tuple[Any, ...]:

@@ -21,7 +21,8 @@ from unbatch.sites import Flow, flow, spread
 from unbatch.structure import used_predictions
 from unbatch.walk import Fact, Walk, prediction_dim, walk
 
-ROUNDING = {torch.float64: 1e-8, torch.complex128: 1e-8, torch.float32: 2e-3, torch.complex64: 2e-3}
+WIDE = 1e-8  # what may be lost in float64
+ROUNDING = {torch.float64: WIDE, torch.complex128: WIDE, torch.float32: 2e-3, torch.complex64: 2e-3}
 
 
 def _mixed(walk_: Walk) -> set[int]:
@@ -110,7 +111,13 @@ class Setting:
     def rounding(self) -> float:
         """By the coarsest floating-point type on the way."""
         kinds = {self.graph.values[r.index].dtype for s in self.graph.forward_steps for r in s.outs if r is not None}
-        return max((ROUNDING.get(k, 0.3) for k in kinds if k.is_floating_point or k.is_complex), default=1e-8)
+        return max((ROUNDING.get(k, 0.3) for k in kinds if k.is_floating_point or k.is_complex), default=WIDE)
+
+    @property
+    def values_in_double(self) -> int:
+        """Bytes of all that the forward pass computes, in float64."""
+        made = [self.graph.values[r.index] for s in self.graph.forward_steps for r in s.outs if r is not None]
+        return sum(8 * math.prod(v.shape) for v in made if v.dtype.is_floating_point)
 
     @property
     def own_loss(self) -> bool:

@@ -76,6 +76,25 @@ class Source(ABC):
         """The gradient by ways that do not pass through predictions of samples."""
 
 
+class Tried:
+    """What trying out a sweep gives: all by parameter, from a weighted sum and from the row of one sample."""
+
+    def __init__(self, zeros: Mapping[str, Tensor]) -> None:
+        self.weighted, self.alone = ({n: t.clone() for n, t in zeros.items()} for _ in range(2))
+        self.row, self.squares = dict(zeros), dict(zeros)
+        self.norm = {n: t.new_zeros(1) for n, t in zeros.items()}
+
+    def add(self, weighted: Mapping[str, Tensor], alone: Mapping[str, Tensor]) -> None:
+        for into, shares in ((self.weighted, weighted), (self.alone, alone)):
+            for name, t in shares.items():
+                into[name] += t
+
+    def see(self, name: str, part: Part) -> None:
+        """The norm and the squares first, by ways that do without the row."""
+        self.norm[name], self.squares[name] = part.squared_norms().sqrt(), part.sum_of_squares()
+        self.row[name] = part.rows()[0].clone()
+
+
 class Recorded(Source):
     """The planned sweep over the recorded computation; with other ``given`` cotangents than the loss has, if any."""
 
@@ -168,16 +187,29 @@ class Recorded(Source):
         kept = plan.keep or plan.pairs
         return None if kept else self.setting.scratch((where.stop - where.start, *like.shape), like)
 
-    def of_samples(self, first: int, last: int) -> Iterator[tuple[str, Part]]:
-        """The parts of a few samples."""
-        where, sweep = slice(first, last), self.whole
-        local: dict[str, Tensor] = {}
-        for group in [g for g in sweep.groups if g.meetings]:
-            if group.together.tied:
-                local |= sweep.rows(group, where)
-            else:
-                yield from sweep.parts(group, where, None)
-        yield from self._with_columns(where, local, {})
+    def tried(self, weights: Tensor, n: int) -> Tried:
+        """A weighted sum, and in several ways the row of sample ``n``, for little more than a backward pass."""
+        sweep, where = self.sweep, slice(n, n + 1)
+        found = Tried({name: torch.zeros_like(p) for name, p in self.parameters.items()})
+        alone = torch.zeros_like(weights)
+        alone[n] = 1
+
+        def take(group: Group) -> None:
+            found.add(sweep.group_sum(group, weights), sweep.group_sum(group, alone))
+            if not group.together.tied:
+                for name, part in sweep.parts(group, where, None):
+                    found.see(name, part)
+
+        self._pulled(take)
+        tied = [g for g in sweep.groups if g.meetings]
+        local = {name: rows for group in tied for name, rows in sweep.rows(group, where).items()}
+        for group in tied:
+            take(group)
+        if sweep.seeds and self.flow.columns:
+            found.add(sweep.sum_of_columns(weights), sweep.sum_of_columns(alone))
+        for name, part in self._with_columns(where, local, {}):
+            found.see(name, part)
+        return found
 
     def _with_columns(
         self, where: slice, local: dict[str, Tensor], outs: Mapping[str, Tensor]

@@ -254,7 +254,7 @@ class Sweep:
             self._arrived(stop, [next(more) if e is not None else None for e in edges])
         for group in [g for g in self.groups if g.meetings and g.waiting]:
             self._complete(group)
-        self._listening = False
+        self._listening, self._take = False, None  # who takes may hold this sweep
         self._seed(cotangents, dict(zip([i for i in flow.seeds if i in self.edges], found, strict=False)))
 
     def _seed(self, cotangents: Mapping[int, Tensor], found: Mapping[int, Tensor | None]) -> None:

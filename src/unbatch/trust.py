@@ -14,27 +14,36 @@ from unbatch.derivatives import gradients, held, norm_held
 from unbatch.graph import widest
 from unbatch.layout import Layout
 from unbatch.route import Route
-from unbatch.setting import Setting
+from unbatch.setting import WIDE, Setting
 from unbatch.sources import Recorded
 
+ALWAYS = 2**26  # bytes that a trial in float64 may take in any case
 
-def trusted(setting: Setting, parameters: Mapping[str, Tensor], by: str) -> bool:
+
+def trusted(setting: Setting, parameters: Mapping[str, Tensor], by: str, memory: int) -> bool:
     """Whether the planned sweep gives what a plain backward pass gives, for random cotangents and weights of samples.
 
     Rows by component are linear in the cotangents of the samples: sums with random weights that agree, agree for all
     weights but a set of measure zero. Frozen rows are held against a replay with frozen statistics, copy rows by their
-    sum; the row of one sample against a sum in which all others weigh nothing. In float64 where the computation can be
-    run in it, so that small gradients count as much as large ones. The answer is kept with the plan.
+    sum; the row of one sample, its norm and its squares against a sum in which all others weigh nothing. In float64
+    where the computation can be run in it and ``memory`` allows, so that small gradients count as much as large ones.
+    The answer is kept with the plan.
     """
     key = (tuple(parameters), by)
     if key not in setting.trust:
         setting.route(parameters, by)
-        try:
-            agree = _agrees(setting.widened(), {n: widest(p.detach()) for n, p in parameters.items()}, by, 1e-8)
-        except (RuntimeError, TypeError, NotImplementedError, IndexError):  # some op does not take float64
-            agree = _agrees(setting, parameters, by, setting.rounding)
-        setting.trust[key] = agree
+        setting.trust[key] = _tried(setting, parameters, by, memory)
     return setting.trust[key]
+
+
+def _tried(setting: Setting, parameters: Mapping[str, Tensor], by: str, memory: int) -> bool:
+    fits = 3 * setting.values_in_double <= max(memory, ALWAYS)  # forward and backward, as measured
+    if not fits and _agrees(setting, parameters, by, setting.rounding):
+        return True
+    try:
+        return _agrees(setting.widened(), {n: widest(p.detach()) for n, p in parameters.items()}, by, WIDE)
+    except (RuntimeError, TypeError, NotImplementedError, IndexError):  # some op does not take float64
+        return fits and _agrees(setting, parameters, by, setting.rounding)
 
 
 def _agrees(setting: Setting, parameters: Mapping[str, Tensor], by: str, bound: float) -> bool:
@@ -45,8 +54,15 @@ def _agrees(setting: Setting, parameters: Mapping[str, Tensor], by: str, bound: 
     weights = weights.to(like.device, real(like.dtype))
     cotangents, expected = _plainly(setting.route(parameters, by), parameters, setting.data, weights)
     scale = max((float(g.abs().max()) for g in cotangents.values() if g.numel()), default=0.0)
-    source = Recorded(setting, parameters, by, cotangents)
-    return _agree(source.weighted_sum(weights), expected, bound, scale) and _consistent(source, bound, scale)
+    tried = Recorded(setting, parameters, by, cotangents).tried(weights, setting.samples // 2)
+    row = {n: t.abs() for n, t in tried.alone.items()}
+    pairs = [
+        (tried.weighted, expected),
+        (tried.row, tried.alone),
+        (tried.norm, {n: squares(t[None]).sqrt() for n, t in tried.alone.items()}),
+        ({n: t.sqrt() for n, t in tried.squares.items()}, row),
+    ]
+    return all(_agree(found, wanted, bound, scale) for found, wanted in pairs)
 
 
 def _plainly(
@@ -73,22 +89,6 @@ def _plainly(
     gs = [Layout(flow.predictions[i], flow.samples).scaled(g, weights) for i, g in cotangents.items()]
     total = gradients(seen, leaves, gs)
     return cotangents, {n: t.detach() for n, t in total.items()}
-
-
-def _consistent(source: Recorded, bound: float, scale: float) -> bool:
-    """The row of one sample, and its norm, are those of a sum in which all other weights are zero."""
-    n = source.setting.samples // 2
-    alone = torch.zeros(source.setting.samples, dtype=torch.float64)
-    alone[n] = 1
-    like = next(iter(source.parameters.values()))
-    expected = source.weighted_sum(alone.to(like.device, real(like.dtype)))
-    found = {name: torch.zeros_like(g) for name, g in expected.items()}
-    norms = {name: squares(g[None]) for name, g in found.items()}
-    for name, part in source.of_samples(n, n + 1):
-        norms[name] = part.squared_norms().sqrt()
-        found[name] = part.rows()[0]
-    lengths = {name: squares(g[None]).sqrt() for name, g in expected.items()}
-    return _agree(found, expected, bound, scale) and _agree(norms, lengths, bound, scale)
 
 
 def _agree(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], bound: float, scale: float) -> bool:

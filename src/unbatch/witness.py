@@ -274,19 +274,47 @@ def unfaithful(oracle: Oracle, here: bool = False) -> tuple[str, str]:
     }
     wanted = [program.parameters[graph.values[i].name] for i in fresh]
     try:
-        eager = oracle.eager(inputs)
+        eager = _Seen.of(oracle.eager(inputs), wanted)
     except Exception:
         return "", ""
-    try:
+    try:  # after the other is gone: both keep what their backward pass needs
         if program.loss is None and graph.after_cut:
             assert graph.loss is not None
-            replayed = graph.run(oracle.feed(inputs) | fresh, [graph.loss.index])
+            outputs = graph.run(oracle.feed(inputs) | fresh, [graph.loss.index])
         else:
-            replayed = oracle.replay(inputs, fresh)
+            outputs = oracle.replay(inputs, fresh)
+        replayed = _Seen.of(outputs, list(fresh.values()), eager.moving)
     except Exception as error:
         return f"replay raised {type(error).__name__}: {error}"[:120], ""
-    values = next((d for a, b in zip(eager, replayed, strict=True) if (d := _apart(a, b, oracle.tolerance))), "")
-    return values, "" if values else _gradients_apart(eager, replayed, wanted, list(fresh.values()), oracle.tolerance)
+    tensors = zip(eager.values, replayed.values, strict=True)
+    values = next((d for a, b in tensors if (d := _apart(a, b, oracle.tolerance))), "")
+    return values, "" if values else _gradients_apart(eager, replayed, wanted, oracle.tolerance)
+
+
+@dataclass
+class _Seen:
+    """Values, detached, and their gradients for one random cotangent; ``moving`` are those that have any."""
+
+    values: list[Tensor]
+    moving: list[bool]
+    gradients: list[Tensor | None]
+    error: str = ""
+
+    @staticmethod
+    def of(outputs: list[Tensor], leaves: list[Tensor], asked: list[bool] | None = None) -> _Seen:
+        """``asked``: the outputs that count for the gradients; by default all that have any."""
+        moving = [t.requires_grad and t.is_floating_point() for t in outputs]
+        counts = moving if asked is None else [a and b for a, b in zip(asked, moving, strict=True)]
+        live = [t for t, moves in zip(outputs, counts, strict=True) if moves]
+        seen = _Seen([t.detach() for t in outputs], moving, [None] * len(leaves))
+        generator = torch.Generator().manual_seed(0)
+        cotangents = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in live]
+        try:
+            if live and leaves:
+                seen.gradients = list(torch.autograd.grad(live, leaves, cotangents, allow_unused=True))
+        except Exception as error:
+            seen.error = f"backward raised {type(error).__name__}"
+        return seen
 
 
 def _apart(a: Tensor, b: Tensor, tolerance: float, size: float = 0.0) -> str:
@@ -303,24 +331,16 @@ def _apart(a: Tensor, b: Tensor, tolerance: float, size: float = 0.0) -> str:
     return f"off by {relative:.2g} relative" if relative > 10 * tolerance else ""
 
 
-def _gradients_apart(
-    eager: list[Tensor], replayed: list[Tensor], wanted: list[Tensor], fresh: list[Tensor], tolerance: float
-) -> str:
+def _gradients_apart(eager: _Seen, replayed: _Seen, wanted: list[Tensor], tolerance: float) -> str:
     """Compare gradients by the parameters, for one random cotangent."""
-    pairs = [(a, b) for a, b in zip(eager, replayed, strict=True) if a.requires_grad and a.is_floating_point()]
-    if not pairs or not wanted:
+    if not any(eager.moving) or not wanted:
         return ""
-    generator = torch.Generator().manual_seed(0)
-    cotangents = [torch.randn(a.shape, generator=generator, dtype=torch.float64).to(a) for a, _ in pairs]
-    if not all(b.requires_grad for _, b in pairs):
+    if not all(b for a, b in zip(eager.moving, replayed.moving, strict=True) if a):
         return "no gradient flows through the replay"
-    try:
-        true = torch.autograd.grad([a for a, _ in pairs], wanted, cotangents, allow_unused=True)
-        mine = torch.autograd.grad([b for _, b in pairs], fresh, cotangents, allow_unused=True)
-    except Exception as error:
-        return f"backward raised {type(error).__name__}"
-    largest = max((float(g.abs().max()) for g in true if g is not None and g.numel()), default=0.0)
-    for a, b, p in zip(true, mine, wanted, strict=True):
+    if eager.error or replayed.error:
+        return eager.error or replayed.error
+    largest = max((float(g.abs().max()) for g in eager.gradients if g is not None and g.numel()), default=0.0)
+    for a, b, p in zip(eager.gradients, replayed.gradients, wanted, strict=True):
         a, b = (torch.zeros_like(p) if g is None else g for g in (a, b))
         if why := _apart(a, b, tolerance, largest):
             return why
