@@ -639,9 +639,9 @@ the tool does not offer it or was not asked. `make bench-gradients` repeats all 
 MEMORY_HEADER = """\
 ## Memory
 
-Peak resident memory above that of a plain step, in MiB, of the first question, each in a process of its own. The rows of unbatch on W5 go to
-memory that is there before, with `memory=` {budget} MiB for everything else; those of the others are part of their
-figure.
+Peak resident memory above that of a plain step, in MiB, of the first question, each in a process of its own. The rows
+of unbatch on W5 go to memory that is there before, with `memory=` {budget} MiB for everything else; those of the others
+are part of their figure.
 """
 
 

@@ -479,6 +479,57 @@ def _(net, x):
     return net.head((net.key(x) @ x.mT).softmax(-1)[:, 0].unsqueeze(1).bmm(net.value(x)).squeeze(1))
 
 
+def shifted_right(x):
+    """As decoders prepare their inputs: all moved on by one place, and the first place filled."""
+    out = x.new_zeros(x.shape)
+    out[:, 1:] = x[:, :-1].clone()
+    out[:, 0] = 2
+    return out
+
+
+@forward("tokens shifted right", integers(7, N, T), embed=lambda: nn.Embedding(7, D), hidden=linear())
+def _(net, i):
+    return net.head(net.hidden(net.embed(shifted_right(i))).tanh().mean(1))
+
+
+@forward(
+    "tokens shifted right, tied output",
+    integers(7, N, T),
+    embed=lambda: nn.Embedding(7, D),
+    hidden=linear(),
+    loss="tokens",
+)
+def _(net, i):
+    return net.hidden(net.embed(shifted_right(i))).tanh() @ net.embed.weight.t()
+
+
+@forward("inputs shifted right", SEQUENCE, hidden=linear())
+def _(net, x):
+    return net.head(net.hidden(shifted_right(x)).tanh().mean(1))
+
+
+@forward("class token written in place", SEQUENCE, token=weight(D), hidden=linear(), query=linear())
+def _(net, x):
+    h = torch.zeros(x.shape[0], T + 1, D, dtype=x.dtype)
+    h[:, 0], h[:, 1:] = net.token, net.hidden(x)
+    return net.head((net.query(h) @ h.mT).softmax(-1).bmm(h).mean(1))
+
+
+@forward("tokens shifted right, batch norm", SEQUENCE, hidden=linear(), norm=norm(), deep=linear(), flags=MIXES)
+def _(net, x):
+    h = net.norm(net.hidden(shifted_right(x)).flatten(0, 1)).unflatten(0, x.shape[:2])
+    return net.head(net.deep(h.tanh()).mean(1))
+
+
+@forward(
+    "class token written in place, batch norm", SEQUENCE, token=weight(D), hidden=linear(), norm=norm(), flags=MIXES
+)
+def _(net, x):
+    h = torch.zeros(x.shape[0], T + 1, D, dtype=x.dtype)
+    h[:, 0], h[:, 1:] = net.token, net.hidden(x)
+    return net.head(net.norm(h.mT).mT.tanh().mean(1))
+
+
 @forward("parameter of every token, stacked", SEQUENCE, weights=weight(T, D, D))
 def _(net, x):
     return net.head(torch.stack([x[:, t] @ net.weights[t] for t in range(T)], 1).tanh().mean(1))
@@ -889,6 +940,21 @@ def _(net, x):
     h = net.conv(x)
     mean, var = h.mean((0, 2, 3), keepdim=True), h.var((0, 2, 3), keepdim=True)
     return net.head(((h - mean) / var.sqrt() * net.gain[:, None, None]).tanh().mean((2, 3)))
+
+
+@forward(
+    "batch norms with activations in place",
+    (N, 2, 6, 6),
+    loss="ce",
+    first=conv(),
+    norm=lambda: nn.BatchNorm2d(4),
+    second=conv(4, D),
+    deep=lambda: nn.BatchNorm2d(D, affine=False),
+    flags=MIXES,
+)
+def _(net, x):
+    h = F.relu(net.norm(net.first(x)), inplace=True)
+    return net.head(F.leaky_relu_(net.deep(net.second(h)).add_(1), 0.1).mean((2, 3)))
 
 
 @forward("divided by the largest", hidden=linear(), flags=ALWAYS_MIXES)

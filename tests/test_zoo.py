@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import unbatch as ub
 import zoo
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -136,3 +137,35 @@ def test_the_command_prints_the_rows_it_is_asked_for(capsys, monkeypatch):
     monkeypatch.setattr(zoo_table.logging, "disable", lambda level: None)
     zoo_table.main(["vit"])
     assert "| vit | train |" in capsys.readouterr().out
+
+
+# --- gradients --------------------------------------------------------------------------------------------
+
+# What is not ordinary about them: shared entries in decoder inputs, batch norms with activations in place, experts
+# that sort tokens, attention in pieces, several losses. Entry: backward passes in train and in eval mode.
+ROWS = {
+    "bert": (1, 1),
+    "gpt2": (1, 1),
+    "t5": (1, 1),
+    "vit": (1, 1),
+    "whisper": (1, 1),
+    "mixtral-batched": (1, 1),
+    "cv-resnet": (5, 1),
+    "cv-densenet": (5, 1),
+    "regnet": (5, 1),
+    "clip": (5, 5),
+}
+
+
+@pytest.mark.parametrize("mode", zoo_table.MODES)
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_sum_to_the_gradient_and_cost_what_they_should(name, mode):
+    model, inputs, targets, loss = zoo.entry(name).build()
+    model.train(mode == "train")
+    problem = ub.Problem(model, batch=inputs) if loss is None else ub.Problem(model, loss, (inputs, targets))
+    rows, gradient = problem.gradients(), problem.gradient()
+    size = max(g.abs().max() for g in gradient.values() if g.numel())
+    for key, g in gradient.items():
+        total = rows[key].sum(0) + rows.rest.get(key, 0)
+        assert (total - g).abs().max() <= 2e-5 * size, key
+    assert problem.plan().pullbacks == ROWS[name][zoo_table.MODES.index(mode)]

@@ -85,6 +85,7 @@ class _Scaled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, gain: Tensor) -> Tensor:
         ctx.save_for_backward(gain)
+        ctx.mark_dirty(y)  # so that it is no view of ``y``, and may be written to
         return y
 
     @staticmethod

@@ -61,6 +61,8 @@ class Setting:
             plan = flow(self.graph, seen, self.samples, self.leading, names, by)
             if plan.spanning:
                 plan = flow(self.graph, self._spread(plan, seen), self.samples, self.leading, names, by)
+            if plan.refused is not None:
+                raise plan.refused
             plan.by_place = seen.by_place
             operands = Operands(self.graph, plan, {n: tuple(p.shape) for n, p in parameters.items()})
             self.routes[key] = Route(self.graph, plan, operands)

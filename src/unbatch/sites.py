@@ -54,7 +54,8 @@ class Flow:
     frozen: set[int] = field(default_factory=set)  # values held constant
     frozen_norms: set[int] = field(default_factory=set)  # steps that are batch norms with constant statistics
     projections: dict[int, int] = field(default_factory=dict)  # step of a weight -> step of the batch norm above
-    spanning: set[int] = field(default_factory=set)  # shared operands with an entry for every sample
+    spanning: set[int] = field(default_factory=set)  # shared values, in part or whole, with an entry for every sample
+    refused: StructureError | None = None  # why rows do not exist, unless such values are counted to the samples
     layouts: dict[int, Layout | Scattered] = field(default_factory=dict)  # where the samples lie, at sites and seeds
     by_place: bool = False  # slices were given to samples where they meet in no symmetric way
     direct: set[int] = field(default_factory=set)  # made from parameters without samples on the way
@@ -73,7 +74,8 @@ class Flow:
 def flow(graph: Graph, walk: Walk, samples: int, leading: bool, wanted: Iterable[str], by: str) -> Flow:
     """Plan the sweep for the parameters ``wanted``, by ``by``.
 
-    Raises ``StructureError`` where copy or frozen rows do not exist, naming the step that stands in the way.
+    Raises ``StructureError`` where copy or frozen rows do not exist, naming the step that stands in the way (or leaves
+    it in ``refused``).
     """
     names = set(wanted)
     parameters = {i: v.name for i, v in enumerate(graph.values) if v.kind == "parameters" and v.name in names}
@@ -233,6 +235,7 @@ class _Planner:
             if self.plan.by == "component":
                 self._seed(step, outs if not step.writes else outs if apart else [], ins)
         elif loose:
+            self.plan.spanning |= {new.index for _, new in step.writes if self._among_samples(new.index)}
             self._made_of_statistics(step, outs, ins, loose, apart)
 
     def _made_of_statistics(
@@ -253,13 +256,18 @@ class _Planner:
 
     def _site(self, step: Step, operand: int, outs: Sequence[int], apart: bool) -> None:
         component = self.plan.by == "component"
+        if self.layout(outs[0]) is None and partly(self.marks(outs[0])):
+            self.plan.spanning.add(outs[0])
         if (apart or self.plan.by == "copy") and self.layout(outs[0]) is not None:
             self.plan.sites += [Site(step.index, operand, n, "local") for n in _argument_names(step, operand)]
             self._note_spanning(step, operand, outs[0])
         elif component:
             self._columns(step, operand, "projected" if self._below_norm(step, operand, outs) else "columns")
         else:
-            raise self._refused(step, MSG_NOT_COPY if self.plan.by == "copy" else MSG_NOT_FROZEN)
+            error = self._refused(step, MSG_NOT_COPY if self.plan.by == "copy" else MSG_NOT_FROZEN)
+            if not self.plan.spanning:
+                raise error
+            self.plan.refused = error
 
     def _columns(self, step: Step, operand: int, way: str) -> None:
         """Columns reach the parameters in a statistic through the statistic itself."""
@@ -303,6 +311,11 @@ class _Planner:
 
     # -- shared values that have an entry for every sample --
 
+    def _among_samples(self, i: int) -> bool:
+        """It is written into a memory that holds values of samples, too."""
+        storage = self.graph.values[i].storage
+        return any(m.owned for j, m in self.walk.marks.items() if self.graph.values[j].storage == storage)
+
     def _note_spanning(self, step: Step, operand: int, out: int) -> None:
         """An operand that is not broadcast along the samples was spread over them further up."""
         layout, shape = self.layout(out), self.graph.values[operand].shape
@@ -320,8 +333,16 @@ def by_columns(plan: Flow, node: Any) -> bool:
 SPREADING = ("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "expand", "repeat", "zeros_like")
 
 
+def partly(marks: Marks) -> bool:
+    """Some entries belong to samples, and others to none."""
+    return marks.owned and not marks.mixed and bool((marks.owner == SHARED).any())
+
+
 def spread(graph: Graph, walk: Walk, plan: Flow) -> list[tuple[int, list[int]]]:
-    """Where shared operands with an entry for every sample got it: values, and the axes that may hold the samples."""
+    """Where shared values with an entry for every sample got it: values, and the axes that may hold the samples."""
+    in_memory: dict[int, list[int]] = {}
+    for i, value in enumerate(graph.values):
+        in_memory.setdefault(value.storage, []).append(i)
     queue, seen, out = list(plan.spanning), set(plan.spanning), []
     while queue:
         i = queue.pop()
@@ -332,10 +353,16 @@ def spread(graph: Graph, walk: Walk, plan: Flow) -> list[tuple[int, list[int]]]:
         if step.name in SPREADING and axes:
             out.append((i, axes))
             continue
-        fresh = [r.index for r in step.refs() if r.index not in seen and not walk[r].depends_on_batch]
+        shares = in_memory[graph.values[i].storage] if graph.written(i) else []
+        near = [*(r.index for r in step.refs()), *shares]
+        fresh = [r for r in near if r not in seen and r in walk.marks and _loosely(walk.marks[r])]
         seen.update(fresh)
         queue += fresh
     return sorted(out)
+
+
+def _loosely(marks: Marks) -> bool:
+    return partly(marks) or not marks.depends_on_batch
 
 
 def _argument_names(step: Step, operand: int) -> list[str]:

@@ -22,7 +22,7 @@ from unbatch.arranged import Arranged, follow
 from unbatch.capture import Recorder
 from unbatch.families import running_statistics
 from unbatch.graph import Graph, Ref, Step
-from unbatch.labels import MIXED, Marks, batched, code, compress, moved, shared, spell_out
+from unbatch.labels import MIXED, Marks, batched, code, compress, mix, moved, shared, spell_out
 
 # --- the walk -------------------------------------------------------------------------------------
 
@@ -160,8 +160,8 @@ def _step(out: Walk, step: Step, last: Mapping[int, int]) -> None:
             if marks.shape != shape:
                 marks = rules.mixed(call, shape, rules.NO_RULE)
                 out.unknown.setdefault(step.index, f"{step.name} (its rule gave another shape)")
-            if ref.index in out.belong and not marks.depends_on_batch:
-                marks = batched(shape, out.belong[ref.index], ("spread", ref.index), marks.sources)
+            if out.belong and not marks.depends_on_batch:
+                marks = _counted(out, ref, marks, step)
             if out.by_place and marks.mixed:
                 marks = _by_place(call, marks, ref)
             out.marks[ref.index] = marks
@@ -178,6 +178,22 @@ def _step(out: Walk, step: Step, last: Mapping[int, int]) -> None:
                 matching[0] if matching else rules.mixed(call, graph.values[fresh.index].shape, rules.NO_RULE)
             )
         _through_views(out, old, fresh, step.index, last)
+
+
+def _counted(out: Walk, ref: Ref, marks: Marks, step: Step) -> Marks:
+    """A shared value that is to count as the samples', or is written into one that does."""
+    if ref.index in out.belong:
+        return batched(marks.shape, out.belong[ref.index], ("spread", ref.index), marks.sources)
+    old = next((o for o, n in step.writes if n.index == ref.index), None)
+    if old is None or not out.marks[old.index].owned or not _belongs(out, ref):
+        return marks
+    there = out.marks[old.index]
+    return replace(there, key=mix(there.key, code("written", ref.index)), sources=there.sources | marks.sources)
+
+
+def _belongs(out: Walk, ref: Ref) -> bool:
+    storage = out.graph.values[ref.index].storage
+    return any(out.graph.values[i].storage == storage for i in out.belong)
 
 
 def _by_place(call: rules.Call, marks: Marks, ref: Ref) -> Marks:
