@@ -19,6 +19,7 @@ import copy
 import ctypes
 import datetime
 import importlib
+import itertools
 import json
 import os
 import platform
@@ -280,10 +281,6 @@ def distance(found: Any, truth: Any) -> float:
 # Each takes model, inputs and labels, and says how it answers which quantity.
 
 
-class Missing(Exception):
-    """The installed version of this library does not have it yet."""
-
-
 class Incomplete(Exception):
     """The tool has no answer for some of the parameters, and said so in a warning at most."""
 
@@ -409,29 +406,32 @@ def batched(model: nn.Module, X: Tensor, y: Tensor) -> dict[str, Ask]:
 
 
 def ours(model: nn.Module, X: Tensor, y: Tensor) -> dict[str, Ask]:
-    """This library: the recording is kept between the turns, and rows are written where they were before."""
-    problem: Any = ub.Problem(model, F.cross_entropy, (X, y))
+    """This library, asked as in training: about another batch each time, after the parameters have been written to.
+
+    The recording survives that; rows are written where they were before.
+    """
+    known: Any = [ub.Problem(model, F.cross_entropy, (X, y))]
+    batches = itertools.cycle([(X, y), (X.clone(), y.clone())])
     buffers: dict[str, Tensor] = {}
 
+    def problem() -> Any:
+        for p in model.parameters():
+            p.detach().view(-1)[:1].add_(0)
+        known[0] = known[0].with_batch(*next(batches))
+        return known[0]
+
     def rows(by: str) -> Rows:
-        if not hasattr(problem, "gradients"):
-            raise Missing
         if not buffers:
             buffers.update({name: p.new_empty(len(X), *p.shape) for name, p in model.named_parameters()})
-        return problem.gradients(by=by, out=buffers)
-
-    def compute(name: str) -> Any:
-        if not (hasattr(problem, "compute") and hasattr(ub, name)):
-            raise Missing
-        return problem.compute(getattr(ub, name)())
+        return problem().gradients(by=by, out=buffers)
 
     return {
         "rows": partial(rows, "component"),
         "copy": partial(rows, "copy"),
-        "norms": lambda: compute("Norms").total,
-        "squares": lambda: compute("SumOfSquares"),
-        "variance": lambda: compute("Variance"),
-        "gram": lambda: compute("Dots"),
+        "norms": lambda: problem().compute(ub.Norms()).total,
+        "squares": lambda: problem().compute(ub.SumOfSquares()),
+        "variance": lambda: problem().compute(ub.Variance()),
+        "gram": lambda: problem().compute(ub.Dots()),
     }
 
 
@@ -485,7 +485,6 @@ def turn(ask: Ask) -> float:
 
 
 EXCUSES: dict[type[Exception], str] = {
-    Missing: "missing",
     Incomplete: "leaves out parameters",
     ModuleNotFoundError: "not installed",
     NotImplementedError: "refuses",
@@ -565,9 +564,7 @@ def peak() -> int:
 def rows_within(budget: int, model: nn.Module, X: Tensor, y: Tensor) -> Ask:
     """Component rows into memory that is there already, with so many bytes for everything else."""
     buffers = {name: p.new_zeros(len(X), *p.shape) for name, p in model.named_parameters()}
-    problem: Any = ub.Problem(model, F.cross_entropy, (X, y))
-    if not hasattr(problem, "gradients"):
-        raise Missing
+    problem = ub.Problem(model, F.cross_entropy, (X, y))
     return lambda: problem.gradients(by="component", out=buffers, memory=budget)
 
 
@@ -629,8 +626,9 @@ products of the rows. *Floor* counts what the result cannot do without: for rows
 pass. For W5 it is what N backward passes took in an earlier measurement.
 
 Measured on {date}, {device}, torch {torch}, {tools}; float32, cross entropy (mean), one thread, process CPU time, all
-contestants interleaved, medians of {rounds} rounds after one to warm up. Freed memory stays with the process, and
-unbatch writes rows into the caller's memory (`out=`). Tools that offer rows only get the other quantities from them.
+contestants interleaved, medians of {rounds} rounds after one to warm up. Freed memory stays with the process.
+unbatch is asked as in training, about another batch each time and after the parameters were written to, and writes rows
+into the caller's memory (`out=`). Tools that offer rows only get the other quantities from them.
 Each answer was first held against a loop of autograd in float64: **wrong** is one that is off by more than
 {tolerance:g} relative, and it is timed nevertheless. *Refuses* is a deliberate no, *raises* any other; a dash says that
 the tool does not offer it or was not asked. `make bench-gradients` repeats all of it.

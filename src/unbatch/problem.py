@@ -201,9 +201,6 @@ class Problem:
         check_dims("y", targets, self._target_dims)
         other.samples = check_sizes(inputs, self._dims, targets, self._target_dims)
         check_devices(self.program, inputs, targets)
-        check_values(inputs, self._dims)
-        if self._kept is not None:
-            other._kept = self._recorded().at(other.program, other._batch)
         return other
 
     # -- what questions share --

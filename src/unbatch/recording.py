@@ -117,7 +117,8 @@ class Recording:
     def _moved(self, program: Program, batch: Batch, numbers: tuple[Any, ...]) -> Recording | None:
         if self.graph.escapes or self.graph.dynamic:
             return None
-        graph = capture.moved(self.graph, program, batch.inputs, batch.targets, random_state())
+        rng = random_state() if any(s.noise for s in self.graph.steps) else self.graph.rng
+        graph = capture.moved(self.graph, program, batch.inputs, batch.targets, rng)
         other = replace(self, program=program, batch=batch, numbers=numbers, graph=graph, output=None, _oracle=None)
         if self._findings is None or self._structure is None:
             return other
