@@ -27,6 +27,7 @@ LEVELS = {
     "graph": 1,
     "layout": 1,
     "tree": 1,
+    "operator": 2,
     # what an op does, and what the program did
     "rules": 2,
     "families": 2,
@@ -58,6 +59,7 @@ LEVELS = {
     "setting": 5,
     "guard": 3,
     "cotangents": 6,
+    "loss": 6,
     "sources": 6,
     "trust": 6,
     "quantities": 6,

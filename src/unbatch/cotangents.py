@@ -22,6 +22,17 @@ def cotangents(
 
     ``inner``: what else of the model the loss reads; ``outputs``: all that the model returned.
     """
+    value, leaves = loss_value(setting, predictions, inner, outputs)
+    if not value.requires_grad or not leaves:
+        return {}
+    grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+    return {i: g for i, g in zip(leaves, grads, strict=True) if g is not None}
+
+
+def loss_value(
+    setting: Setting, predictions: Mapping[int, Tensor], inner: Mapping[int, Tensor], outputs: Mapping[int, Tensor]
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """The loss at these predictions, connected to leaves in their place."""
     leaves = {i: t.detach().requires_grad_() for i, t in predictions.items() if t.is_floating_point() or t.is_complex()}
     graph = setting.graph
     with torch.enable_grad():
@@ -36,10 +47,7 @@ def cotangents(
             copied = any(s.writes for s in graph.loss_steps)
             filled = {**outputs, **{i: t.clone() if copied else t for i, t in leaves.items()}}
             value = loss_of(setting, output_of(setting, filled))
-    if not value.requires_grad or not leaves:
-        return {}
-    grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
-    return {i: g for i, g in zip(leaves, grads, strict=True) if g is not None}
+    return value, leaves
 
 
 def output_of(setting: Setting, values: Mapping[int, Tensor]) -> Any:

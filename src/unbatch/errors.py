@@ -114,3 +114,22 @@ MSG_NO_SELECTION = (
     "parameters= names nothing; got {value!r}. It takes names, globs such as 'layers.*.weight', or the tensors "
     "themselves; there are {names}. Leave it out for all that require a gradient."
 )
+
+MSG_VECTOR = (
+    "A vector of parameters by name needs {name!r} in shape {shape}; got {got}. Pass one tensor for each parameter."
+)
+
+MSG_OPERATOR_VECTOR = (
+    "This operator takes a vector of length {size}, or a matrix with so many rows; got {got}, and {what}."
+)
+
+MSG_OPERATOR_SHAPES = "Operators of the shapes {shapes} cannot be used together: to {what} them they have to fit."
+
+MSG_OPERATOR_INDEX = (
+    "Rows and columns are chosen by a slice, by integers below {size}, or by names out of {names}; got {got!r}."
+)
+
+MSG_NO_SECOND_DERIVATIVE = (
+    "The loss has no second derivative by the predictions in PyTorch ({error}), so there is no Gauss-Newton matrix to "
+    "be had from it. Use a loss that can be differentiated twice, or one written in terms of such functions."
+)
