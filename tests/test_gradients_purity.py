@@ -16,7 +16,7 @@ from cases_gradients import Twice
 from test_capture import D, N, Net
 from test_purity import STATEFUL, Countdown, assert_unchanged, stateful_problem
 from test_purity import state as books
-from unbatch import contractions, sources
+from unbatch import broadcasts, products, sources
 from unbatch.parts import Part
 from unbatch.quantities import About, Basic, Collector
 
@@ -275,10 +275,10 @@ class Place:
 
 
 PLACES = {
-    "rows of a linear layer": Place(contractions.Linear, "rows"),
-    "after the rows of a linear layer": Place(contractions.Linear, "rows", late=True),
-    "rows of a shift": Place(contractions.Shift, "rows"),
-    "a weighted sum": Place(contractions.Linear, "weighted_sum"),
+    "rows of a linear layer": Place(products.Linear, "rows"),
+    "after the rows of a linear layer": Place(products.Linear, "rows", late=True),
+    "rows of a shift": Place(broadcasts.Shift, "rows"),
+    "a weighted sum": Place(products.Linear, "weighted_sum"),
     "an op": Place(torch, "mul"),
     "another op": Place(torch, "einsum"),
     "a backward pass": Place(torch.autograd, "grad"),

@@ -7,8 +7,8 @@ from torch import nn
 
 import unbatch as ub
 from unbatch import reference
-from unbatch.contractions import Linear
 from unbatch.mixing import Pooled
+from unbatch.products import Linear
 
 N, D, C, T = 5, 6, 3, 4
 PROGRAMS = {}

@@ -13,10 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unbatch.contractions import Call, Embedding, Generic, Linear, Meeting, Pointwise, Scale, Shift
+from unbatch.broadcasts import Pointwise, Scale, Shift
+from unbatch.contractions import Call, Generic, Meeting
 from unbatch.convolutions import Convolution
 from unbatch.layout import Scattered
+from unbatch.lookups import Embedding
 from unbatch.mixing import Projected, ProjectedRows
+from unbatch.products import Linear
 
 KINDS: dict[str, Callable[[Call], Meeting | None]] = {}
 

@@ -13,7 +13,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from unbatch.contractions import Call, Linear, Meeting, fill, outer_as, same_dtype, squares, wide
+from unbatch.contractions import Call, Meeting, fill, same_dtype, squares, wide
+from unbatch.products import Linear, outer_as
 
 
 class Projected(Meeting):

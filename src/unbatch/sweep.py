@@ -20,13 +20,14 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves, tree_map
 
-from unbatch.contractions import Call, Linear, Meeting
+from unbatch.contractions import Call, Meeting
 from unbatch.derivatives import Gate, attached, batched_grad, held, norm_evaluated, norm_held
 from unbatch.graph import Graph, Ref, Step, flat
 from unbatch.kinds import meeting, projected
 from unbatch.layout import Layout
 from unbatch.mixing import Pooled
 from unbatch.parts import FromSite, Part, View
+from unbatch.products import Linear
 from unbatch.route import Route, Stop, Together
 from unbatch.sites import Flow, Site
 
