@@ -22,6 +22,7 @@ LEVELS = {
     "purity": 0,
     "scalars": 0,
     "consequences": 0,
+    "lockstep": 0,
     "reference": 0,
     "algebra": 1,
     "graph": 1,
@@ -90,7 +91,7 @@ EXEMPT = {"__init__", "__main__"}  # may import from any level, but not in a cir
 # Whatever starts with the key is known to these modules only.
 OWNERS = {
     "torch.utils._python_dispatch": ("capture", "purity"),
-    "torch.overrides": ("scalars", "reference"),
+    "torch.overrides": ("scalars", "lockstep"),
     "torch.fx": ("capture",),
     "torch.export": ("capture",),
     "matplotlib": ("plot",),

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from cases_gradients import CASES, N, Net, by_groups
-from unbatch import reference
+from unbatch import lockstep, reference
 
 MODES = ("train", "eval")
 BY_NAME = {case.name: case for case in CASES}
@@ -123,7 +123,7 @@ class Detached(TorchFunctionMode):
         if func is F.batch_norm:
             return normalised(func, *args, **kwargs)
         out = func(*args, **kwargs)
-        if func not in (*reference.REDUCTIONS, *reference.NORMS):
+        if func not in (*lockstep.REDUCTIONS, *lockstep.NORMS):
             return out
         over = next((a for a in args[1:] if isinstance(a, int | tuple)), 0)
         if 0 not in (over if isinstance(over, tuple) else (over,)):
