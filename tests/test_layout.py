@@ -64,6 +64,8 @@ LEVELS = {
     "guard": 3,
     "cotangents": 6,
     "loss": 6,
+    "tangents": 2,
+    "linearised": 6,
     "sources": 6,
     "trust": 6,
     "quantities": 6,

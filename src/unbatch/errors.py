@@ -133,3 +133,8 @@ MSG_NO_SECOND_DERIVATIVE = (
     "The loss has no second derivative by the predictions in PyTorch ({error}), so there is no Gauss-Newton matrix to "
     "be had from it. Use a loss that can be differentiated twice, or one written in terms of such functions."
 )
+
+MSG_NO_TANGENT = (
+    "Tangents cannot be pushed through {place}: PyTorch has no forward mode and no second derivative for it ({error}). "
+    "Products with the Gauss-Newton matrix need one of them; factors, diagonals and Gram matrices do not."
+)

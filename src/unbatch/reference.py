@@ -173,6 +173,74 @@ def _stacked(parameters: dict[str, Tensor], rows: list[list[Tensor]]) -> Rows:
     return {name: torch.stack([row[i] for row in rows]) for i, name in enumerate(parameters)}
 
 
+# --- the Gauss-Newton matrix ----------------------------------------------------------------------
+#
+# D entries of all parameters, M = N·C entries of all predictions: sample by sample, and for each sample leaf by leaf.
+
+
+def jacobian(model: nn.Module, loss: Loss, inputs: Any, targets: Any) -> Tensor:
+    """``J = ∂F/∂θ``, ``[M, D]``: a backward pass for every entry of the predictions."""
+    parameters = _parameters(model, loss)
+    with _untouched(model, loss):
+        run = run_batch(model, inputs)
+        return _rows_of([run.leaves[i] for i in run.own], run.samples, list(parameters.values()))
+
+
+def frozen_jacobian(model: nn.Module, loss: Loss, inputs: Any, targets: Any) -> Tensor:
+    """The same with everything that crosses samples held constant, as for frozen rows; raises as these do."""
+    parameters, rows = _parameters(model, loss), []
+    with _untouched(model, loss):
+        run, calls = recorded(model, inputs)
+    for n in range(run.samples):
+        with _untouched(model, loss):
+            own = alone(model, run, inputs, Replay(n, run.samples, calls, constant(calls)))
+            check_same(run, own, "frozen", n)
+            rows.append(_rows_of(own, 1, list(parameters.values())))
+    return torch.cat(rows)
+
+
+def _rows_of(outputs: list[Tensor], samples: int, by: list[Tensor]) -> Tensor:
+    rows = []
+    for n in range(samples):
+        for leaf, entries in [(k, t[n].numel()) for k, t in enumerate(outputs)]:
+            for entry in range(entries):
+                cotangents = [torch.zeros_like(t) for t in outputs]
+                cotangents[leaf][n].view(-1)[entry] = 1
+                rows.append(torch.cat([g.reshape(-1) for g in _grad(outputs, by, cotangents, keep=True)]))
+    return torch.stack(rows)
+
+
+def output_hessian(model: nn.Module, loss: Loss, inputs: Any, targets: Any) -> Tensor:
+    """``H = ∇²_F L`` at the predictions, ``[M, M]``: double backward, row by row."""
+    with _untouched(model, loss):
+        run = run_batch(model, inputs)
+        fresh = [run.leaves[i].detach().clone().requires_grad_() for i in run.own]
+        value = evaluate(loss, run.with_own(fresh, detach=True), targets)
+        slopes = torch.autograd.grad(value, fresh, create_graph=True, allow_unused=True)
+        rows = []
+        for n in range(run.samples):
+            for slope, leaf in zip(slopes, fresh, strict=True):
+                for entry in range(leaf[n].numel()):
+                    of = [] if slope is None else [slope[n].reshape(-1)[entry]]
+                    rows.append([g.reshape(run.samples, -1) for g in _grad(of, fresh, keep=True)])
+        return torch.stack([torch.cat(row, 1).reshape(-1) for row in rows])
+
+
+def ggn(model: nn.Module, loss: Loss, inputs: Any, targets: Any, frozen: bool = False) -> Tensor:
+    """``G = Jᵀ H J``, ``[D, D]`` (Schraudolph 2002); with ``frozen``, J holds what crosses samples constant."""
+    J = (frozen_jacobian if frozen else jacobian)(model, loss, inputs, targets)
+    return J.T @ output_hessian(model, loss, inputs, targets) @ J
+
+
+def ggn_diagonals(model: nn.Module, loss: Loss, inputs: Any, targets: Any) -> Tensor:
+    """``[N, D]``: the diagonal of ``J_nᵀ H_nn J_n`` for every component; where H is block diagonal they sum to G's."""
+    J, H = jacobian(model, loss, inputs, targets), output_hessian(model, loss, inputs, targets)
+    with _untouched(model, loss):
+        samples = run_batch(model, inputs).samples
+    blocks = zip(J.chunk(samples), [h.chunk(samples, 1)[n] for n, h in enumerate(H.chunk(samples))], strict=True)
+    return torch.stack([(Jn * (Hn @ Jn)).sum(0) for Jn, Hn in blocks])
+
+
 # --- quantities of rows ---------------------------------------------------------------------------
 
 

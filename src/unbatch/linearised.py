@@ -1,0 +1,159 @@
+"""The predictions as a linear map of the parameters: one forward pass, kept; tangents pushed forward, cotangents pulled
+back through it as often as one likes.
+
+A tangent goes through the recorded steps with what each op had as its arguments: through an op that is linear in one of
+them by the op itself, through any other by forward mode of that op alone. So no value is computed twice but those of
+elementwise ops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_map
+
+from unbatch.derivatives import gradients, held, norm_held
+from unbatch.errors import MSG_NO_TANGENT, StructureError
+from unbatch.graph import Step, flat, is_ref
+from unbatch.purity import HIDDEN_WRITES
+from unbatch.route import Route
+from unbatch.setting import Setting
+from unbatch.tangents import RULES, Ran, Tangents, through_op
+
+NEEDS_OUTPUTS = ("tanh", "sigmoid", "_softmax", "native_layer_norm", "native_batch_norm")
+
+
+@dataclass
+class Linearised:
+    """``J`` at the parameters of this moment. ``predictions``: their values, by number in the graph."""
+
+    setting: Setting
+    parameters: Mapping[str, Tensor]
+    frozen: bool = False
+    leaves: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[int, Tensor] = field(default_factory=dict)
+    inner: dict[int, Tensor] = field(default_factory=dict)
+    steps: list[Ran] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        setting, graph = self.setting, self.setting.graph
+        self.route: Route = setting.route(self.parameters, "frozen" if self.frozen else "component")
+        self.flow = self.route.flow
+        self.leaves = {n: p.detach().requires_grad_() for n, p in self.parameters.items()}
+        live = {i: self.leaves[name] for i, name in self.flow.parameters.items()}
+        read = graph.read_by_loss(self.flow.predictions)
+        wanted = list(dict.fromkeys([*self.flow.predictions, *read, *(r.index for r in graph.predictions)]))
+        with torch.enable_grad():
+            found = graph.run(setting.data | live, wanted, instead=self._instead(), steps=graph.forward_steps)
+        at = dict(zip(wanted, found, strict=True))
+        self.outputs = {i: t for i, t in at.items() if i in self.flow.predictions}
+        self.inner = {i: at[i].detach() for i in read}
+        self.all_outputs = {r.index: at[r.index].detach() for r in graph.predictions}
+
+    @property
+    def predictions(self) -> dict[int, Tensor]:
+        return {i: t.detach() for i, t in self.outputs.items()}
+
+    def _instead(self) -> dict[int, Callable[..., Any]]:
+        """Every step through which derivatives go keeps its arguments."""
+        graph = self.setting.graph
+        cut = {s.index for s in self.route.cut_off}
+        out: dict[int, Callable[..., Any]] = {}
+        for step in graph.forward_steps:
+            frozen_norm = step.index in self.flow.frozen_norms
+            if step.index in cut and not frozen_norm:
+                out[step.index] = held(step.op)
+            elif step.grad and self._moves(step):
+                out[step.index] = partial(self._kept, step, norm_held(step) if frozen_norm else step.op)
+        return out
+
+    def _moves(self, step: Step) -> bool:
+        made = [r.index for r in [*step.outs, *(new for _, new in step.writes)] if r is not None]
+        return any(i in self.flow.theta for i in made) and any(r.index in self.flow.theta for r in step.refs())
+
+    def _kept(self, step: Step, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        spoiled = {r.index for r in step.refs() if self.setting.graph.written(r.index)}
+
+        def one(a: Any) -> Any:
+            return (a.detach().clone() if spoiled else a.detach()) if isinstance(a, Tensor) else a
+
+        kept_args, kept_kwargs = tree_map(one, (args, kwargs))
+        result = op(*args, **kwargs)
+        outs = tuple(o.detach() if isinstance(o, Tensor) else o for o in flat(result))
+        self.steps.append(Ran(step, kept_args, kept_kwargs, outs if step.name in NEEDS_OUTPUTS else ()))
+        return result
+
+    # -- Jᵀ u --
+
+    def pull(self, cotangents: Mapping[int, Tensor]) -> dict[str, Tensor]:
+        """``Jᵀ u``, by parameter."""
+        ends = [self.outputs[i] for i in cotangents]
+        return gradients(ends, self.leaves, list(cotangents.values()), retain=True)
+
+    # -- J v --
+
+    def push(self, tangents: Mapping[str, Tensor]) -> dict[int, Tensor]:
+        """``J v``, by prediction.
+
+        Raises ``StructureError`` where an op has neither a forward mode nor a second derivative.
+        """
+        if self._writes_are_seen_elsewhere:
+            return self._push_at_once(tangents)
+        at: dict[int, Tensor] = {i: tangents[name] for i, name in self.flow.parameters.items()}
+        with torch.no_grad():
+            for ran in self.steps:
+                step = ran.step
+                here = {r.index: at[r.index] for r in step.refs() if r.index in at}
+                if here:
+                    outs = self._through(ran, here)
+                    at |= {r.index: t for r, t in zip(step.outs, outs, strict=False) if r is not None and t is not None}
+                    if step.name not in HIDDEN_WRITES:
+                        at |= {new.index: outs[0] for _, new in step.writes if outs[0] is not None}
+        return {i: at[i] if i in at else torch.zeros_like(t.detach()) for i, t in self.outputs.items()}
+
+    def _through(self, ran: Ran, here: Mapping[int, Tensor]) -> Tangents:
+        step, held_ = ran.step, ran.step.index in self.flow.frozen_norms
+        if step.name in RULES and not held_:
+            moving = {n: tree_map(lambda r: here.get(r.index) if is_ref(r) else None, a, is_leaf=is_ref)
+                      for n, a in step.named.items()}  # fmt: skip
+            outs = RULES[step.name](ran, moving)
+            if outs is not None:
+                return outs
+        return through_op(ran, norm_held(step) if held_ else step.op, here)
+
+    @cached_property
+    def _writes_are_seen_elsewhere(self) -> bool:
+        """Something is written in place, and read through another window on the same memory later on."""
+        graph = self.setting.graph
+        last = {r.index: s.index for s in graph.forward_steps for r in s.refs()}
+        for step in [ran.step for ran in self.steps]:
+            for old, new in step.writes if step.name not in HIDDEN_WRITES else ():
+                storage = graph.values[new.index].storage
+                others = [
+                    i for i, v in enumerate(graph.values) if v.storage == storage and i not in (old.index, new.index)
+                ]
+                if any(last.get(i, -1) > step.index or i in self.outputs for i in others):
+                    return True
+        return False
+
+    def _push_at_once(self, tangents: Mapping[str, Tensor]) -> dict[int, Tensor]:
+        """Forward mode of the whole computation, which knows about memory."""
+        setting, graph = self.setting, self.setting.graph
+        instead: dict[int, Callable[..., Any]] = {s.index: held(s.op) for s in self.route.cut_off}
+        instead |= {i: norm_held(graph.steps[i]) for i in self.flow.frozen_norms}
+        with torch.no_grad(), forward_ad.dual_level():
+            live = {i: forward_ad.make_dual(self.parameters[n].detach(), tangents[n].contiguous())
+                    for i, n in self.flow.parameters.items()}  # fmt: skip
+            try:
+                found = graph.run(setting.data | live, list(self.outputs), instead=instead, steps=graph.forward_steps)
+            except (NotImplementedError, RuntimeError) as error:
+                raise StructureError(MSG_NO_TANGENT.format(place="the model", error=error)) from error
+            pushed = [forward_ad.unpack_dual(t).tangent for t in found]
+        pairs = zip(self.outputs.items(), pushed, strict=True)
+        return {i: torch.zeros_like(t.detach()) if v is None else v for (i, t), v in pairs}
