@@ -11,90 +11,17 @@ column of the factor.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
-from unbatch.cotangents import loss_value
-from unbatch.errors import MSG_NO_SECOND_DERIVATIVE, StructureError
-from unbatch.graph import widest
-from unbatch.setting import Setting
+from unbatch.cotangents import LossAt, Named
 
 LARGEST_BLOCK = 1024  # entries of a block that is decomposed
 EXACT, COARSE = 1e-8, 2e-3  # relative errors that rounding explains, in float64 and in float32
-
-Named = Mapping[int, Tensor]  # by prediction
-
-
-# --- products -------------------------------------------------------------------------------------
-
-
-@dataclass
-class LossAt:
-    """The loss as a function of the predictions, at a point; in float64 where it can be computed so."""
-
-    setting: Setting
-    predictions: Named
-    inner: Named
-    outputs: Named
-
-    @cached_property
-    def _graph(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        """The gradient, connected to the leaves in place of the predictions."""
-        try:
-            value, leaves = loss_value(self.setting, self.predictions, self.inner, self.outputs)
-            return self._gradient(value, leaves), leaves
-        except NotImplementedError as error:
-            raise StructureError(MSG_NO_SECOND_DERIVATIVE.format(error=error)) from error
-
-    @staticmethod
-    def _gradient(value: Tensor, leaves: Named) -> dict[int, Tensor]:
-        if not value.requires_grad:
-            return {}
-        with torch.enable_grad():
-            grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, create_graph=True)
-        return {i: g for i, g in zip(leaves, grads, strict=True) if g is not None}
-
-    @property
-    def gradient(self) -> dict[int, Tensor]:
-        """``∂L/∂F``, for every prediction that the loss depends on."""
-        return {i: g.detach() for i, g in self._graph[0].items()}
-
-    def times(self, v: Named) -> dict[int, Tensor]:
-        """``H v``, by double backward."""
-        gradient, leaves = self._graph
-        curved = [i for i, g in gradient.items() if g.requires_grad and i in v]
-        found: Sequence[Tensor | None] = [None] * len(leaves)
-        if curved:
-            try:
-                found = torch.autograd.grad(
-                    [gradient[i] for i in curved], list(leaves.values()), [v[i] for i in curved],
-                    retain_graph=True, allow_unused=True,
-                )  # fmt: skip
-            except (NotImplementedError, RuntimeError) as error:
-                raise StructureError(MSG_NO_SECOND_DERIVATIVE.format(error=error)) from error
-        return {
-            i: torch.zeros_like(leaf) if g is None else g.detach()
-            for (i, leaf), g in zip(leaves.items(), found, strict=True)
-        }
-
-    def in_double(self) -> LossAt | None:
-        """The same in float64; None where the loss does not take it."""
-        if all(t.dtype == torch.float64 for t in self.predictions.values()):
-            return self
-        wide = [{i: widest(t) for i, t in named.items()} for named in (self.predictions, self.inner, self.outputs)]
-        targets = tree_map(lambda t: widest(t) if isinstance(t, Tensor) else t, self.setting.targets)
-        graph = self.setting.graph.widened() if self.setting.own_loss else self.setting.graph
-        other = LossAt(replace(self.setting, targets=targets, graph=graph), *wide)
-        try:
-            return other if all(g.dtype == torch.float64 for g in other.gradient.values()) else None
-        except (RuntimeError, TypeError):
-            return None
-
 
 # --- forms ----------------------------------------------------------------------------------------
 
@@ -234,7 +161,7 @@ class _Search:
         like = next(iter(loss.predictions.values()))
         self.rounding = EXACT if like.dtype == torch.float64 else COARSE
         vectors = [{i: self._random(loss.predictions[i]) for i in dims} for _ in range(2)]
-        self.tests = [(v, loss.times(v)) for v in vectors]
+        self.tests = [(v, loss.hessian_times(v)) for v in vectors]
 
     def run(self) -> Factor | None:
         found = self._zero() or self._of_entries()
@@ -268,7 +195,7 @@ class _Search:
 
     def _zero(self) -> Factor | None:
         largest = max((float(h.abs().max()) for _, product in self.tests for h in product.values()), default=0.0)
-        slope = max((float(g.abs().max()) for g in self.loss.gradient.values()), default=0.0)
+        slope = max((float(g.abs().max()) for g in self.loss.slope.values()), default=0.0)
         if largest > 1e-12 * slope:
             return None
         grid = self._grid(-1)
@@ -278,7 +205,7 @@ class _Search:
     def _of_entries(self) -> Factor | None:
         grid = self._grid(-1)
         ones = {i: torch.ones_like(self.loss.predictions[i]) for i in self.shapes}
-        h = grid.split(self.loss.times(ones))
+        h = grid.split(self.loss.hessian_times(ones))
         return self._holds(Factor(grid, h.abs().sqrt()[..., None], _sign(h), "of single entries"))
 
     def _softmax(self, axis: int) -> Factor | None:
@@ -314,7 +241,7 @@ class _Search:
         for j in range(c):
             unit = block.new_zeros(n, t, c)
             unit[..., j] = 1
-            block[..., j] = grid.split(self.loss.times(grid.join(unit)))
+            block[..., j] = grid.split(self.loss.hessian_times(grid.join(unit)))
         values, vectors = torch.linalg.eigh((block + block.mT) / 2)
         order = values.abs().argsort(-1, descending=True)
         values, vectors = values.gather(-1, order), vectors.gather(-1, order[..., None, :].expand_as(vectors))

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from unbatch.contractions import real
-from unbatch.cotangents import cotangents, loss_of, noise, nonzero_gradients
+from unbatch.cotangents import LossAt, loss_of, noise, nonzero_gradients
 from unbatch.derivatives import gradients
 from unbatch.layout import Layout
 from unbatch.parts import Part
@@ -56,8 +56,19 @@ class Source(ABC):
     reason = "One sweep serves all samples."
 
     @abstractmethod
-    def feed(self, plan: Chunks, take: Take, outs: Mapping[str, Tensor]) -> None:
-        """Hand out parts of all parameters that have any; together they cover every sample of each once."""
+    def feed(
+        self, plan: Chunks, take: Take, outs: Mapping[str, Tensor], given: Mapping[int, Tensor] | None = None,
+        last: bool = True,
+    ) -> None:  # fmt: skip
+        """Hand out parts of all parameters that have any; together they cover every sample of each once.
+
+        ``given``: other cotangents of the predictions than those of the loss; ``last``: nothing else will be asked.
+        """
+
+    @property
+    @abstractmethod
+    def loss(self) -> LossAt:
+        """The loss at the predictions."""
 
     @abstractmethod
     def weighted_sum(self, weights: Tensor) -> dict[str, Tensor]:
@@ -122,9 +133,6 @@ class Recorded(Source):
         """After the forward pass, before any other."""
         sweep = Sweep(self.route, self.setting.graph, self.parameters, self.setting.data)
         sweep.forward()
-        if self.given is None:
-            alone = {i: t.detach() for i, t in sweep.predictions.items()}
-            self.given = cotangents(self.setting, alone, sweep.inner, sweep.outputs)
         return sweep
 
     @cached_property
@@ -132,13 +140,24 @@ class Recorded(Source):
         """After a backward pass that has kept everything."""
         return self._pulled(None)
 
-    def _pulled(self, emit: Callable[[Group], None] | None) -> Sweep:
+    def _pulled(
+        self, emit: Callable[[Group], None] | None, given: Mapping[int, Tensor] | None = None, last: bool = True
+    ) -> Sweep:
         if self.sweep.spent:
             del self.sweep
         sweep = self.sweep
-        assert self.given is not None
-        sweep.pull(self.given, emit)
+        sweep.pull(self.cotangents if given is None else given, emit, last)
         return sweep
+
+    @cached_property
+    def cotangents(self) -> Mapping[int, Tensor]:
+        """``∂L/∂F``."""
+        return self.loss.slope if self.given is None else self.given
+
+    @property
+    def loss(self) -> LossAt:
+        sweep = self.sweep
+        return LossAt(self.setting, {i: t.detach() for i, t in sweep.predictions.items()}, sweep.inner, sweep.outputs)
 
     def _all(self, weight: float = 1) -> Tensor:
         like = next(iter(self.parameters.values()))
@@ -146,14 +165,17 @@ class Recorded(Source):
 
     # -- parts --
 
-    def feed(self, plan: Chunks, take: Take, outs: Mapping[str, Tensor]) -> None:
+    def feed(
+        self, plan: Chunks, take: Take, outs: Mapping[str, Tensor], given: Mapping[int, Tensor] | None = None,
+        last: bool = True,
+    ) -> None:  # fmt: skip
         emit = partial(self._emit, plan, take, outs)
-        if plan.late:
+        if plan.late and given is None:
             for group in self.whole.groups:
                 if group.meetings and not group.together.tied:
                     emit(group)
         else:
-            self._pulled(emit)
+            self._pulled(emit, given, last)
         tied = [g for g in self.sweep.groups if g.meetings and g.together.tied]
         if self.sweep.seeds and self.flow.columns:
             self._columns(plan, take, tied, outs)
@@ -295,7 +317,12 @@ class Ran(Source):
         at = self._replay() if replayed else self._run()
         self.predictions = {i: at[i] for i in setting.axes if at[i].requires_grad}
         alone, outputs = ({i: t.detach() for i, t in found.items()} for found in (self.predictions, at))
-        self.cotangents = cotangents(setting, alone, self.inner, outputs)
+        self.at = LossAt(setting, alone, self.inner, outputs)
+        self.cotangents = self.at.slope
+
+    @property
+    def loss(self) -> LossAt:
+        return self.at
 
     def _run(self) -> dict[int, Tensor]:
         setting, program = self.setting, self.setting.program
@@ -318,9 +345,13 @@ class Ran(Source):
         self.inner = {i: found[i] for i in read}
         return found
 
-    def feed(self, plan: Chunks, take: Take, outs: Mapping[str, Tensor]) -> None:
+    def feed(
+        self, plan: Chunks, take: Take, outs: Mapping[str, Tensor], given: Mapping[int, Tensor] | None = None,
+        last: bool = True,
+    ) -> None:  # fmt: skip
+        given = self.cotangents if given is None else {i: g for i, g in given.items() if i in self.predictions}
         for n in range(self.setting.samples):
-            alone = {i: self._axis(i).only(g, n, n + 1)[0] for i, g in self.cotangents.items()}
+            alone = {i: self._axis(i).only(g, n, n + 1)[0] for i, g in given.items()}
             for name, g in self._pull(alone).items():
                 part = Part(slice(n, n + 1), g[None])
                 part.beyond = partial(self._total, name)
