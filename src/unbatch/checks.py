@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 from unbatch import errors
 from unbatch.capture import Program
 from unbatch.errors import InputError
+from unbatch.tree import select
 
 
 def parameters_of(model: Any, loss: Any, given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
@@ -71,6 +72,44 @@ def check_memory(memory: int | None, device: torch.device) -> int:
     if isinstance(memory, bool) or not isinstance(memory, int | float) or not memory > 0:
         raise InputError(errors.MSG_MEMORY.format(value=memory))
     return int(min(memory, sys.maxsize))
+
+
+def check_draws(mc_samples: int | None, seed: int) -> tuple[int, int] | None:
+    """How many columns are drawn for each sample, and the seed; None for none."""
+    for what, value, least in (("mc_samples", mc_samples, 1), ("seed", seed, 0)):
+        fits = isinstance(value, int) and not isinstance(value, bool) and value >= least
+        if not fits and not (what == "mc_samples" and value is None):
+            raise InputError(errors.MSG_DRAWS.format(what=what, least=least, value=value))
+    return None if mc_samples is None else (mc_samples, seed)
+
+
+def check_samples(chosen: Any, samples: int) -> Tensor | None:
+    if chosen is None:
+        return None
+    index = torch.as_tensor(chosen)
+    bad = index.ndim != 1 or not len(index) or index.is_floating_point() or index.dtype == torch.bool
+    if bad or int(index.min()) < 0 or int(index.max()) >= samples or len(index.unique()) < len(index):
+        raise InputError(errors.MSG_SAMPLES.format(last=samples - 1, value=chosen))
+    return index.long()
+
+
+def check_blocks(blocks: Any, chosen: Mapping[str, Tensor]) -> list[list[str]] | None:
+    """The names of the parameters of every block."""
+    if blocks is None:
+        return None
+    if blocks == "parameter":
+        return [[n] for n in chosen]
+    if blocks == "module":
+        modules: dict[str, list[str]] = {}
+        for n in chosen:
+            modules.setdefault(n.rpartition(".")[0], []).append(n)
+        return list(modules.values())
+    if isinstance(blocks, str) or not isinstance(blocks, Iterable):
+        raise InputError(errors.MSG_BLOCKS.format(value=blocks))
+    groups = [list(select(chosen, group)) for group in blocks]
+    if sorted(n for group in groups for n in group) != sorted(chosen):
+        raise InputError(errors.MSG_BLOCKS.format(value=blocks))
+    return groups
 
 
 def check_out(out: Mapping[str, Tensor] | None, chosen: Mapping[str, Tensor], samples: int) -> dict[str, Tensor]:

@@ -50,6 +50,11 @@ class Meeting(ABC):
     portion: int = 2 * 2**20  # bytes of rows that are best formed at a time: about what a cache holds
 
     @property
+    def compact(self) -> bool:
+        """The cotangent takes less memory than the rows."""
+        return False
+
+    @property
     def kind(self) -> str:
         """What it is called in a plan."""
         return type(self).__name__.lower()

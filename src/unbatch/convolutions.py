@@ -44,6 +44,10 @@ class Convolution(Meeting):
         return rows
 
     @property
+    def compact(self) -> bool:
+        return self.g[0].numel() < self.operand.numel()
+
+    @property
     def portion(self) -> int:  # type: ignore[override]
         """Many samples at a time where one call serves them all."""
         few = slice(0, SAMPLE)

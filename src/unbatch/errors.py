@@ -20,6 +20,14 @@ class CaptureError(UnbatchError, RuntimeError):
     """The computation could not be recorded."""
 
 
+class StaleError(UnbatchError, RuntimeError):
+    """Parameters or data have changed under something that was made from them."""
+
+
+class ConvergenceError(UnbatchError, RuntimeError):
+    """An iteration did not reach the accuracy that was asked for."""
+
+
 class MixedSamplesWarning(UserWarning):
     """A number is exact, but it is no statistic over samples, because samples mix or the loss is no sum over them.
 
@@ -138,3 +146,44 @@ MSG_NO_TANGENT = (
     "Tangents cannot be pushed through {place}: PyTorch has no forward mode and no second derivative for it ({error}). "
     "Products with the Gauss-Newton matrix need one of them; factors, diagonals and Gram matrices do not."
 )
+
+MSG_NO_BLOCKS = (
+    "The second derivative of the loss by predictions of the shapes {shapes} is too large to be taken apart, so its "
+    "columns are not to be had. Products (G @ v) and what is made of them are; or draw columns: mc_samples=, draws=."
+)
+
+MSG_NO_COMPONENTS = (
+    "{what} needs a loss that is a sum over the samples (reduction: {why}, see problem.structure): the second "
+    "derivative of this one does not fall into parts that belong to samples. What belongs to the whole batch exists."
+)
+
+MSG_NOT_POSITIVE = (
+    "{what} need a second derivative of the loss that is positive semi-definite; its lowest eigenvalue here is "
+    "{lowest:.3g}. Ask for the exact quantity, which has signs."
+)
+
+MSG_GGN_STALE = (
+    "Parameters, buffers or data have changed since this matrix was made from them, and products would mix the two. "
+    "Ask for it again: `problem.ggn()`."
+)
+
+MSG_DAMPING = (
+    "The damping has to make every eigenvalue that is used positive: one number, or one for each of the {count} "
+    "directions, greater than {lowest:.3g} below zero; got {value}."
+)
+
+MSG_NOT_DEFINITE = "Conjugate gradients need a positive definite matrix; with damping={value} this is none."
+
+MSG_NOT_CONVERGED = (
+    "The linear system was not solved: after {iterations} iterations of {method} the relative residual is "
+    "{residual:.2e} where rtol={rtol:.2e} was asked for. Raise max_iterations, rtol or the damping, or pass info=True "
+    "to take the result as it is, with its residual."
+)
+
+MSG_BLOCKS = (
+    "blocks is 'parameter', 'module', or a list of groups of parameters, each of them in one group; got {value!r}."
+)
+
+MSG_SAMPLES = "samples= takes numbers of samples from 0 to {last}, at least one; got {value!r}."
+
+MSG_DRAWS = "{what} is a whole number of at least {least}; got {value!r}."

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from unbatch.contractions import real
+from unbatch.curvature import Curvature, OfColumns, feed_columns
 from unbatch.parts import Part
 from unbatch.plan import Plan
 from unbatch.quantities import About, Basic, Collector, Derived, Gradients, Quantity
@@ -33,7 +34,7 @@ class Label:
 
 def answer(
     source: Source, quantities: Sequence[Quantity], parameters: Mapping[str, Tensor], samples: int, label: Label,
-    memory: int, out: Mapping[str, Tensor],
+    memory: int, out: Mapping[str, Tensor], curvature: Callable[[], Curvature],
 ) -> list[Any]:  # fmt: skip
     """Feed all quantities from one source; the results in their order."""
     sums: dict[str, Mapping[str, Tensor]] = {}
@@ -47,13 +48,22 @@ def answer(
     note = "; ".join(filter(None, (label.note, source.note)))
     about = About(
         samples, {n: tuple(p.shape) for n, p in parameters.items()}, label.by, label.kind, note, label.weights,
-        like, gradient, source.weighted_sum, source.rest, out,
+        like, gradient, source.weighted_sum, source.rest, out, memory,
     )  # fmt: skip
     asked = [_Asked.of(q) for q in quantities]
     basic = _basics(asked)
+    curved = [q for q in basic if isinstance(q, OfColumns)]
+    for q in curved:
+        q.check(curvature())
     collectors: dict[Basic, Collector] = {q: q.start(about) for q in basic}
-    if basic:
-        _feed(source, collectors, _chunks(asked, memory), parameters, samples, out)
+    rows = {q: c for q, c in collectors.items() if not isinstance(q, OfColumns)}
+    if rows:
+        _feed(source, rows, _chunks(asked, memory), parameters, samples, out, last=not curved)
+    roots = {q: q.root_in(curvature()) for q in curved}
+    for root in dict.fromkeys(roots.values()):
+        of = {q: collectors[q] for q in curved if roots[q] is root}
+        chunks = Chunks(frozenset(q.needs for q in of), memory, keep=False, pairs=any(q.pairs for q in of))
+        feed_columns(source, curvature(), root, list(of.values()), chunks, parameters)
     found: dict[Quantity, Any] = {q: c.finish() for q, c in collectors.items()}
     return [a.value(found, about) for a in asked]
 
@@ -100,7 +110,7 @@ def _basics(asked: Sequence[_Asked]) -> list[Basic]:
 
 def _feed(
     source: Source, collectors: Mapping[Basic, Collector], chunks: Chunks, parameters: Mapping[str, Tensor],
-    samples: int, out: Mapping[str, Tensor],
+    samples: int, out: Mapping[str, Tensor], last: bool,
 ) -> None:  # fmt: skip
     seen = set()
 
@@ -109,7 +119,7 @@ def _feed(
         for collector in collectors.values():
             collector.take(name, part)
 
-    source.feed(chunks, take, out)
+    source.feed(chunks, take, out, last=last)
     for name in [n for n in parameters if n not in seen]:
         zero = parameters[name].detach().new_zeros(1, *parameters[name].shape).expand(samples, *parameters[name].shape)
         take(name, Part(slice(0, samples), zero.clone() if chunks.keep else zero))
@@ -133,7 +143,7 @@ def planned(
 
 
 def _chunks(asked: Sequence[_Asked], memory: int) -> Chunks:
-    basics = _basics(asked)
+    basics = [b for b in _basics(asked) if not isinstance(b, OfColumns)]
     keep = any(isinstance(q, Gradients) for q in basics)
     late = any(a.is_late for a in asked)
     return Chunks(frozenset(q.needs for q in basics), memory, keep, any(q.pairs for q in basics), late)

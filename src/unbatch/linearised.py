@@ -8,7 +8,7 @@ elementwise ops.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from unbatch.derivatives import gradients, held, norm_held
 from unbatch.errors import MSG_NO_TANGENT, StructureError
 from unbatch.graph import Step, flat, is_ref
-from unbatch.purity import HIDDEN_WRITES
+from unbatch.purity import HIDDEN_WRITES, untouched
 from unbatch.route import Route
 from unbatch.setting import Setting
 from unbatch.tangents import RULES, Ran, Tangents, through_op
@@ -40,6 +40,8 @@ class Linearised:
     outputs: dict[int, Tensor] = field(default_factory=dict)
     inner: dict[int, Tensor] = field(default_factory=dict)
     steps: list[Ran] = field(default_factory=list)
+    _tried: bool = False
+    _at_once: bool = False
 
     def __post_init__(self) -> None:
         setting, graph = self.setting, self.setting.graph
@@ -91,10 +93,11 @@ class Linearised:
 
     # -- Jᵀ u --
 
-    def pull(self, cotangents: Mapping[int, Tensor]) -> dict[str, Tensor]:
-        """``Jᵀ u``, by parameter."""
+    def pull(self, cotangents: Mapping[int, Tensor], names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """``Jᵀ u``, by parameter (some of them, by name)."""
         ends = [self.outputs[i] for i in cotangents]
-        return gradients(ends, self.leaves, list(cotangents.values()), retain=True)
+        leaves = self.leaves if names is None else {n: self.leaves[n] for n in names}
+        return gradients(ends, leaves, list(cotangents.values()), retain=True)
 
     # -- J v --
 
@@ -103,9 +106,30 @@ class Linearised:
 
         Raises ``StructureError`` where an op has neither a forward mode nor a second derivative.
         """
-        if self._writes_are_seen_elsewhere:
-            return self._push_at_once(tangents)
-        at: dict[int, Tensor] = {i: tangents[name] for i, name in self.flow.parameters.items()}
+        if not self._tried:
+            self._try()
+        return self._push_at_once(tangents) if self._at_once else self._push_by_steps(tangents)
+
+    def _try(self) -> None:
+        """``⟨u, J v⟩ = ⟨Jᵀu, v⟩`` for random u and v, or the rules for single ops are not believed."""
+        generator = torch.Generator().manual_seed(0)
+        random = lambda t: torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t)  # noqa: E731
+        v = {n: random(p) for n, p in self.parameters.items()}
+        u = {i: random(t) for i, t in self.outputs.items() if t.requires_grad}
+        pulled, self._tried = self.pull(u), True
+        expected = sum(float((pulled[n] * v[n]).sum()) for n in v)
+        for at_once in (self._writes_are_seen_elsewhere, True):
+            pushed = self._push_at_once(v) if at_once else self._push_by_steps(v)
+            size = sum(float(u[i].norm() * pushed[i].norm()) for i in u)
+            found = sum(float((u[i] * pushed[i]).sum()) for i in u)
+            if abs(found - expected) <= self.setting.rounding * size:
+                self._at_once = at_once
+                return
+        self._tried = False
+        raise StructureError(MSG_NO_TANGENT.format(place="the model", error="its rules contradict its backward pass"))
+
+    def _push_by_steps(self, tangents: Mapping[str, Tensor]) -> dict[int, Tensor]:
+        at = {i: tangents[name] for i, name in self.flow.parameters.items() if name in tangents}
         with torch.no_grad():
             for ran in self.steps:
                 step = ran.step
@@ -148,8 +172,10 @@ class Linearised:
         instead: dict[int, Callable[..., Any]] = {s.index: held(s.op) for s in self.route.cut_off}
         instead |= {i: norm_held(graph.steps[i]) for i in self.flow.frozen_norms}
         with torch.no_grad(), forward_ad.dual_level():
-            live = {i: forward_ad.make_dual(self.parameters[n].detach(), tangents[n].contiguous())
-                    for i, n in self.flow.parameters.items()}  # fmt: skip
+            values = {i: self.parameters[n].detach() for i, n in self.flow.parameters.items()}
+            names = self.flow.parameters
+            live = {i: forward_ad.make_dual(p, tangents[names[i]].contiguous()) if names[i] in tangents else p
+                    for i, p in values.items()}  # fmt: skip
             try:
                 found = graph.run(setting.data | live, list(self.outputs), instead=instead, steps=graph.forward_steps)
             except (NotImplementedError, RuntimeError) as error:
@@ -157,3 +183,43 @@ class Linearised:
             pushed = [forward_ad.unpack_dual(t).tangent for t in found]
         pairs = zip(self.outputs.items(), pushed, strict=True)
         return {i: torch.zeros_like(t.detach()) if v is None else v for (i, t), v in pairs}
+
+
+class LinearisedModel(Linearised):
+    """The same for the model itself, where its recording has other derivatives: double backward pushes tangents."""
+
+    def __post_init__(self) -> None:
+        setting = self.setting
+        with untouched(setting.program.modules, setting.graph.rng), torch.enable_grad():
+            output = setting.program.on_copies().predict(setting.inputs)
+        leaves = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
+        at = {r.index: t for r, t in zip(setting.graph.predictions, leaves, strict=True)}
+        self.leaves = dict(self.parameters)
+        self.outputs = {i: at[i] for i in setting.axes if at[i].requires_grad}
+        self.all_outputs = {i: t.detach() for i, t in at.items()}
+
+    @cached_property
+    def _backward(self) -> tuple[list[Tensor], list[Tensor]]:
+        """``Jᵀ w`` as a function of ``w``, at zero."""
+        ws = [torch.zeros_like(t, requires_grad=True) for t in self.outputs.values()]
+        with torch.enable_grad():
+            ends, by = list(self.outputs.values()), list(self.leaves.values())
+            found = torch.autograd.grad(ends, by, ws, create_graph=True, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for g, p in zip(found, by, strict=True)], ws
+
+    def push(self, tangents: Mapping[str, Tensor]) -> dict[int, Tensor]:
+        try:
+            back, ws = self._backward
+            pairs = [
+                (g, tangents[n]) for g, n in zip(back, self.leaves, strict=True) if g.requires_grad and n in tangents
+            ]
+            ends, vs = [g for g, _ in pairs], [v for _, v in pairs]
+            found = (
+                torch.autograd.grad(ends, ws, vs, retain_graph=True, allow_unused=True) if pairs else [None] * len(ws)
+            )
+        except (NotImplementedError, RuntimeError) as error:
+            raise StructureError(MSG_NO_TANGENT.format(place="the model", error=error)) from error
+        return {
+            i: torch.zeros_like(t.detach()) if v is None else v
+            for (i, t), v in zip(self.outputs.items(), found, strict=True)
+        }

@@ -1,146 +1,56 @@
-"""The second derivative of the loss by the predictions: its products, its form, and factors of it.
+"""The second derivative of the loss by the predictions: which form it has, and a root of it.
 
 ``H = ∇²_F L`` is block diagonal by samples for a sum of losses of single predictions; often it is sparser still. Which
 form it has is not read off the code of the loss: forms are guessed, from the sparsest on, and each guess is put to the
-test by products with random vectors, which tell two matrices apart with probability one. A factor ``S`` with signs
-``Σ`` has ``H = S Σ Sᵀ``; its columns are what the Gauss-Newton matrix is made of.
+test by products with random vectors, which tell two matrices apart with probability one.
 
-Legend: ``n`` sample, ``t`` position (entries at different positions do not meet in H), ``c`` entry at a position, ``k``
-column of the factor.
+Legend as in ``roots.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from unbatch.cotangents import LossAt, Named
+from unbatch.cotangents import LossAt
+from unbatch.roots import Factor, Grid, Joint
 
+SOFTMAX = "of a softmax"
 LARGEST_BLOCK = 1024  # entries of a block that is decomposed
+LARGEST_JOINT = 4096  # entries of all predictions whose Hessian is formed
 EXACT, COARSE = 1e-8, 2e-3  # relative errors that rounding explains, in float64 and in float32
 
-# --- forms ----------------------------------------------------------------------------------------
+
+def joint(loss: LossAt, dims: Mapping[int, int]) -> Joint | None:
+    """From the whole Hessian, ``[M, M]`` with M entries of all predictions; None where that is too large."""
+    at = loss.in_double() or loss
+    shapes = {i: at.predictions[i].shape for i in dims}
+    total = sum(math.prod(s) for s in shapes.values())
+    if total > LARGEST_JOINT:
+        return None
+    like = next(iter(at.predictions.values()))
+    rows = []
+    for unit in torch.eye(total, dtype=like.dtype, device=like.device):
+        found = at.hessian_times(_cut(unit, shapes))
+        rows.append(torch.cat([found[i].reshape(-1) for i in shapes]))
+    whole = torch.stack(rows)
+    values, vectors = torch.linalg.eigh((whole + whole.mT) / 2)
+    felt = values.abs() > total * torch.finfo(values.dtype).eps * values.abs().max()
+    columns = (vectors[:, felt] * values[felt].abs().sqrt()).T
+    dtype = next(iter(loss.predictions.values())).dtype
+    stacked = [_cut(c.to(dtype), shapes) for c in columns]
+    empty = {i: like.new_zeros(0, *s, dtype=dtype) for i, s in shapes.items()}
+    named = {i: torch.stack([c[i] for c in stacked]) for i in shapes} if stacked else empty
+    return Joint(named, _sign(values[felt]).to(dtype))
 
 
-@dataclass(frozen=True)
-class Grid:
-    """How the entries of the predictions are laid out as ``[n, t, c]``.
-
-    ``axis``: of the only prediction, along which entries meet; -1: an entry meets none but itself; None: all entries
-    of a sample, over all predictions, may meet.
-    """
-
-    shapes: Mapping[int, tuple[int, ...]]
-    dims: Mapping[int, int]  # the axes of the samples
-    axis: int | None
-
-    def split(self, v: Named) -> Tensor:
-        """``[n, t, c]``."""
-        rows = {i: v[i].movedim(self.dims[i], 0) for i in self.shapes}
-        if self.axis is not None and self.axis >= 0:
-            (only,) = rows.values()
-            return only.movedim(self.axis, -1).flatten(1, -2) if only.ndim > 2 else only[:, None, :]
-        flat = torch.cat([r.reshape(len(r), -1) for r in rows.values()], 1)
-        return flat[:, :, None] if self.axis == -1 else flat[:, None, :]
-
-    def join(self, t: Tensor) -> dict[int, Tensor]:
-        """The inverse of ``split``."""
-        if self.axis is not None and self.axis >= 0:
-            ((i, shape),) = self.shapes.items()
-            moved = list(torch.empty(shape, device="meta").movedim(self.dims[i], 0).movedim(self.axis, -1).shape)
-            return {i: t.reshape(moved).movedim(-1, self.axis).movedim(0, self.dims[i])}
-        flat, out, start = t.reshape(len(t), -1), {}, 0
-        for i, shape in self.shapes.items():
-            front = list(torch.empty(shape, device="meta").movedim(self.dims[i], 0).shape)
-            size = torch.Size(front[1:]).numel()
-            out[i] = flat[:, start : start + size].reshape(front).movedim(0, self.dims[i])
-            start += size
-        return out
-
-
-@dataclass(frozen=True)
-class Factor:
-    """``H = S Σ Sᵀ``, sample by sample: ``root`` is S, ``[n, t, c, k]``, ``signs`` the diagonal of Σ, ``[n, t, k]``.
-
-    ``whole``: ``[n, t, c, k]`` with ``S wholeᵀ`` the symmetric choice of S that has as many columns as entries, where
-    that is another one. ``form`` names what H was found to be; ``sampled`` that S was drawn, with the seed.
-    """
-
-    grid: Grid
-    root: Tensor
-    signs: Tensor
-    form: str
-    whole: Tensor | None = None
-    sampled: str = ""
-
-    @property
-    def columns(self) -> int:
-        """How many columns a sample has: ``t·k``."""
-        return self.root.shape[1] * self.root.shape[3]
-
-    @property
-    def entries(self) -> int:
-        """``C``: entries of the prediction of one sample."""
-        return self.root.shape[1] * self.root.shape[2]
-
-    @property
-    def ranks(self) -> Tensor:
-        """``[n]``: how many columns of each sample are not zero."""
-        return (self.root.abs().amax(2) > 0).sum((1, 2))
-
-    @cached_property
-    def lowest(self) -> float:
-        """The lowest eigenvalue of a block; not below zero where H is positive semi-definite."""
-        squares = self.root.square().sum(2) * self.signs
-        return min(float(squares.min()), 0.0) if squares.numel() else 0.0
-
-    def column(self, j: int) -> dict[int, Tensor]:
-        """The ``j``-th column of all samples: cotangents of the predictions."""
-        t, k = divmod(j, self.root.shape[3])
-        out = self.root.new_zeros(self.root.shape[:3])
-        out[:, t] = self.root[:, t, :, k]
-        return self.grid.join(out)
-
-    def sign(self, j: int) -> Tensor:
-        """``[n]``: the signs of the ``j``-th column."""
-        t, k = divmod(j, self.root.shape[3])
-        return self.signs[:, t, k]
-
-    def each(self) -> Iterator[tuple[int, float, dict[int, Tensor]]]:
-        """Number, sign and cotangents of every column that is not zero; a column of both signs comes in two parts."""
-        for j in range(self.columns):
-            column, sign = self.column(j), self.sign(j)
-            for value in (1.0, -1.0):
-                here = sign == value
-                if here.any() and any(g.any() for g in column.values()):
-                    part = column if here.all() else self._only(column, here)
-                    if here.all() or any(g.any() for g in part.values()):
-                        yield j, value, part
-
-    def _only(self, column: Named, here: Tensor) -> dict[int, Tensor]:
-        split = self.grid.split(column)
-        return self.grid.join(split * here.to(split.dtype)[:, None, None])
-
-    def transposed_times(self, v: Named) -> Tensor:
-        """``Sᵀ v``, ``[n, t·k]``."""
-        return torch.einsum("ntck,ntc->ntk", self.root, self.grid.split(v)).flatten(1)
-
-    def times(self, coefficients: Tensor) -> dict[int, Tensor]:
-        """``S a`` for ``a`` ``[n, t·k]``."""
-        a = coefficients.unflatten(1, (self.root.shape[1], self.root.shape[3]))
-        return self.grid.join(torch.einsum("ntck,ntk->ntc", self.root, a))
-
-    def hessian_times(self, v: Named) -> dict[int, Tensor]:
-        """``H v``."""
-        return self.times(self.transposed_times(v) * self.signs.flatten(1))
-
-    def to(self, dtype: torch.dtype) -> Factor:
-        whole = self.whole if self.whole is None else self.whole.to(dtype)
-        return replace(self, root=self.root.to(dtype), signs=self.signs.to(dtype), whole=whole)
+def _cut(flat: Tensor, shapes: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
+    pieces = flat.split([math.prod(s) for s in shapes.values()])
+    return {i: piece.view(*shape) for (i, shape), piece in zip(shapes.items(), pieces, strict=True)}
 
 
 def factor(loss: LossAt, dims: Mapping[int, int]) -> Factor | None:
@@ -229,7 +139,7 @@ class _Search:
         )
         root = amount.abs().sqrt()[..., None, None] * u[..., None] * basis
         signs = _sign(amount)[..., None].expand(*root.shape[:2], root.shape[3])
-        return self._holds(Factor(grid, root, signs, "of a softmax", whole=basis))
+        return self._holds(Factor(grid, root, signs, SOFTMAX, whole=basis))
 
     def _blocks(self, axis: int | None) -> Factor | None:
         """Any symmetric block at each position, by its eigenvectors."""
@@ -257,6 +167,13 @@ def _sign(t: Tensor) -> Tensor:
 
 
 # --- factors that are drawn -----------------------------------------------------------------------
+
+
+def likelihood(exact: Factor, loss: LossAt) -> Tensor | None:
+    """``p``, ``[n, t, c]``, of which H is ``Q (diag p − ppᵀ)``: labels can be drawn. None for any other form."""
+    if exact.form != SOFTMAX:
+        return None
+    return exact.grid.split(loss.predictions).double().softmax(-1).to(exact.root)
 
 
 def sampled(exact: Factor, probabilities: Tensor | None, count: int, seed: int) -> Factor:

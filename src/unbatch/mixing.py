@@ -44,7 +44,7 @@ class Projected(Meeting):
         local = g * self.gain.reshape(per_channel)
         count = x.numel() // x.shape[1]
         ones = torch.ones(self.samples, dtype=x.dtype, device=x.device)
-        sums = [copy.copy(self.inner) for _ in range(2)]
+        self.inner, self.parts, *sums = copy.copy(self.inner), [], *(copy.copy(self.inner) for _ in range(2))
         self.inner.receive([local])
         rest = [d for d in range(1, x.ndim + 1) if d != 2]
         for total, direction in zip(sums, (torch.ones_like(x), x), strict=True):

@@ -15,6 +15,7 @@ class Part:
     """The rows of one parameter for a slice of samples: ``[k, *param]``."""
 
     lean: frozenset[str] = frozenset()
+    column, sign = 0, 1.0  # of a factor of a matrix, where the rows are not those of a gradient
     beyond: Callable[[], Tensor] | None = None  # the sum of all rows of the parameter, where these are not all
 
     def __init__(self, where: slice, rows: Tensor) -> None:
@@ -56,6 +57,10 @@ class Part:
         """``[k, k]``."""
         flat = self.coordinates()
         return flat @ flat.T
+
+    def kept(self) -> Tensor | Meeting:
+        """What rows can be had from later, in memory of its own: ``[k, q]``, or a site, where that is less."""
+        return self.coordinates().clone()
 
 
 @dataclass(frozen=True)
@@ -123,3 +128,9 @@ class FromSite(Part):
     def dots(self) -> Tensor:
         whole = (self.where.start, self.where.stop) == (0, self.site.samples)
         return self.site.dots() if whole and self._formed is None and "dots" in self.lean else super().dots()
+
+    def kept(self) -> Tensor | Meeting:
+        whole = (self.where.start, self.where.stop) == (0, self.site.samples)
+        if whole and self.site.compact:
+            return self.site
+        return self.coordinates() if "coordinates" in self.lean and self._formed is None else super().kept()

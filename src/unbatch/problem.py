@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -16,19 +16,26 @@ from torch.utils._pytree import tree_leaves, tree_map
 from unbatch import capture, errors
 from unbatch.capture import Program
 from unbatch.checks import (
+    check_blocks,
     check_devices,
     check_dims,
+    check_draws,
     check_memory,
     check_out,
+    check_samples,
     check_sizes,
     check_values,
     flat_dims,
     parameters_of,
 )
+from unbatch.cotangents import LossAt
 from unbatch.crosstalk import Crosstalk, crosstalk
+from unbatch.curvature import Curvature
 from unbatch.derivatives import gradients
 from unbatch.errors import InputError, MixedSamplesWarning, StructureError
+from unbatch.ggn import GGN, BlockGGN, Point, made_of
 from unbatch.gradients import Label, answer, is_moment, planned
+from unbatch.linearised import Linearised, LinearisedModel
 from unbatch.plan import Plan
 from unbatch.purity import untouched
 from unbatch.quantities import Gradients, Quantity
@@ -189,6 +196,43 @@ class Problem:
         source = self._source(kept, by, chosen, budget)
         return planned(source, quantities or [Gradients()], chosen, self.samples, by, budget)
 
+    def ggn(
+        self,
+        parameters: Selection = None,
+        blocks: str | Sequence[Selection] | None = None,
+        *,
+        mc_samples: int | None = None,
+        seed: int = 0,
+        samples: Sequence[int] | Tensor | None = None,
+        memory: int | None = None,
+    ) -> GGN | BlockGGN:
+        """The generalized Gauss-Newton matrix ``G = Jᵀ (∇²_F L) J`` on this batch, as an operator ``[D, D]``.
+
+        ``J`` goes through everything that samples share, batch statistics included; the split of the loss at the
+        predictions is that of the structure. ``blocks``: "parameter", "module", or groups of parameters, for the block
+        diagonal. ``mc_samples``: with so many columns for each sample, drawn from the likelihood with ``seed``, instead
+        of the second derivative. ``samples``: the components of these samples only, times N over their number.
+
+        Raises ``InputError`` for what does not fit, ``StructureError`` where the loss has no second derivative.
+        """
+        kept, chosen, budget = self._asked("component", parameters, memory)
+        draws = check_draws(mc_samples, seed)
+        picked = check_samples(samples, self.samples)
+        kept.structure  # noqa: B018  settled before anything is kept
+        with torch.inference_mode(False), _precision_of_recording():
+            return made_of(self._point(kept, chosen, budget), check_blocks(blocks, chosen), draws, picked)
+
+    def _point(self, kept: Recording, chosen: Mapping[str, Tensor], memory: int) -> Point:
+        curvature = cache(lambda: self._curvature(kept, chosen))
+
+        def ask(quantities: Sequence[Quantity], parameters: Mapping[str, Tensor]) -> list[Any]:
+            with torch.inference_mode(False), torch.no_grad(), _precision_of_recording():
+                source = self._source(kept, "component", parameters, memory)
+                label = _label(kept.structure, "component", lambda: None)
+                return answer(source, quantities, parameters, kept.batch.samples, label, memory, {}, curvature)
+
+        return Point(chosen, kept.batch.samples, curvature, ask, kept.is_stale)
+
     def with_batch(self, inputs: Any, targets: Any = None) -> Problem:
         """The same problem on other data of the same shapes, without recording it again.
 
@@ -242,7 +286,18 @@ class Problem:
         _warn(structure, quantities, label)
         source = self._source(kept, by, chosen, budget)
         with torch.no_grad(), _precision_of_recording():
-            return answer(source, quantities, chosen, self.samples, label, budget, buffers)
+            curvature = cache(lambda: self._curvature(kept, chosen, source.loss))
+            return answer(source, quantities, chosen, self.samples, label, budget, buffers, curvature)
+
+    def _curvature(self, kept: Recording, chosen: Mapping[str, Tensor], loss: LossAt | None = None) -> Curvature:
+        setting = kept.setting
+        linearise = cache(lambda: (Linearised if setting.faithful else LinearisedModel)(setting, chosen))
+        if loss is None:
+            lin = linearise()
+            loss = LossAt(setting, lin.predictions, lin.inner, lin.all_outputs)
+        return Curvature(
+            loss, {i: d for i, d in setting.axes.items() if i in loss.predictions}, kept.structure, linearise
+        )
 
     def _asked(
         self, by: str, parameters: Selection, memory: int | None

@@ -52,6 +52,10 @@ class Linear(Meeting):
         return whole
 
     @property
+    def compact(self) -> bool:
+        return self.g.shape[1] < self.x.shape[2]
+
+    @property
     def sides(self) -> tuple[Tensor, Tensor]:
         return (self.g, self.x) if self.features_first else (self.x, self.g)
 
@@ -134,6 +138,20 @@ class Linear(Meeting):
             return super().dots()
         a, b = (wide(side)[:, 0] for side in self.sides)
         return (a @ a.T) * (b @ b.T)
+
+
+def dots_of_one_input(meetings: Sequence[object]) -> Tensor | None:
+    """``[k, l, n, m]``: ``⟨row_kn, row_lm⟩`` for several cotangents at one site with one place for each sample.
+
+    None for anything else.
+    """
+    products = [m for m in meetings if isinstance(m, Linear) and m.g.shape[1] == 1]
+    if len(products) < len(meetings) or not products:
+        return None
+    first = products[0]
+    g = torch.stack([wide(m.g[:, 0]) for m in products])
+    x = wide(first.x[:, 0])
+    return torch.einsum("kno,lmo->klnm", g, g) * (x @ x.T)
 
 
 def _again(total: Tensor, doubtful: Tensor, a: Tensor, b: Tensor) -> None:

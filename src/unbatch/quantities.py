@@ -28,7 +28,8 @@ class About:
     """What a quantity may know of the question it is part of.
 
     ``weighted_sum(c)`` gives ``Σ_n c_n r_n`` by parameter, for the price of a gradient beside a quantity that is
-    ``late``; ``gradient()`` the same for ``c = 1``. ``out``: buffers for rows that the caller gave.
+    ``late``; ``gradient()`` the same for ``c = 1``. ``out``: buffers for rows that the caller gave. ``memory``: bytes
+    that temporaries may take.
     """
 
     samples: int
@@ -42,6 +43,7 @@ class About:
     weighted_sum: Callable[[Tensor], Mapping[str, Tensor]]
     rest: Callable[[], Mapping[str, Tensor]]
     out: Mapping[str, Tensor]
+    memory: int
 
     def result(self, tensors: Mapping[str, Tensor], cls: type[ByParameter] = ByParameter) -> Any:
         """The same tensors in the order of the parameters, labelled with what they were made of."""

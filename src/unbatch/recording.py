@@ -114,6 +114,10 @@ class Recording:
         numbers = _numbers(self.guard, batch)
         return self if numbers == self.numbers else self._moved(program, batch, numbers)
 
+    def is_stale(self) -> bool:
+        """The program, its numbers or the data are not what they were."""
+        return _state(self.guard, self.batch) != self.state or _numbers(self.guard, self.batch) != self.numbers
+
     def _moved(self, program: Program, batch: Batch, numbers: tuple[Any, ...]) -> Recording | None:
         if self.graph.escapes or self.graph.dynamic:
             return None

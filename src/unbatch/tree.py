@@ -99,4 +99,4 @@ class Space:
     def named(self, vector: Tensor) -> dict[str, Tensor]:
         """``[*shape]`` for every name from ``[D]``, or ``[*shape, K]`` from ``[D, K]``; views."""
         rest = vector.shape[1:]
-        return {n: vector[s].reshape(*self.shapes[n], *rest) for n, s in self.slices.items()}
+        return {n: vector[s].reshape(self.shapes[n] + tuple(rest)) for n, s in self.slices.items()}

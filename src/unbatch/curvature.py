@@ -1,0 +1,295 @@
+"""Quantities of the columns of the Gauss-Newton factor ``V = Jᵀ S``, and what feeds them.
+
+A column is fed like the rows of a gradient: ``S`` gives other cotangents of the predictions than the loss has. So what
+holds for rows (sites, contractions, columns below the last mixing) holds here.
+
+Legend: ``v_nj`` column j of sample n, ``σ_nj`` its sign; ``G = Σ σ_nj v_nj v_njᵀ``; ``p`` parameter entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor
+
+from unbatch.contractions import Meeting, vectors, wide
+from unbatch.cotangents import LossAt
+from unbatch.errors import MSG_NO_BLOCKS, MSG_NO_COMPONENTS, MSG_NOT_POSITIVE, StructureError
+from unbatch.linearised import Linearised
+from unbatch.loss import factor, joint, likelihood, sampled
+from unbatch.parts import Part
+from unbatch.products import dots_of_one_input
+from unbatch.quantities import About, Basic, Collector
+from unbatch.results import ByParameter
+from unbatch.roots import Factor, Root
+from unbatch.sources import Chunks, Source
+from unbatch.verdicts import Structure
+
+Draws = tuple[int, int] | None  # how many columns are drawn for each sample, and the seed; None: H itself
+
+
+@dataclass
+class Curvature:
+    """The second derivative of the loss at the predictions, and roots of it.
+
+    ``apart``: it is known to be block diagonal by samples. ``linearise`` gives the predictions as a linear map.
+    """
+
+    loss: LossAt
+    dims: Mapping[int, int]
+    structure: Structure
+    linearise: Callable[[], Linearised]
+    roots: dict[Draws, Root] = field(default_factory=dict)
+
+    @property
+    def apart(self) -> bool:
+        return bool(self.structure.reduction)
+
+    @cached_property
+    def linearised(self) -> Linearised:
+        return self.linearise()
+
+    def root(self, draws: Draws = None) -> Root:
+        """A root of H, or one that is drawn so that it is one on average.
+
+        Raises ``StructureError`` where H is too large to be taken apart, or has negative eigenvalues and draws are
+        asked for.
+        """
+        if draws not in self.roots:
+            self.roots[draws] = self._exact() if draws is None else self._drawn(*draws)
+        return self.roots[draws]
+
+    def _exact(self) -> Root:
+        found = factor(self.loss, self.dims) if self.apart else joint(self.loss, self.dims)
+        if found is None:
+            sizes = {i: tuple(t.shape) for i, t in self.loss.predictions.items()}
+            raise StructureError(MSG_NO_BLOCKS.format(shapes=list(sizes.values())))
+        return found
+
+    def _drawn(self, count: int, seed: int) -> Root:
+        exact = self.components("columns drawn for each sample")
+        if exact.lowest < 0:
+            raise StructureError(MSG_NOT_POSITIVE.format(what="Columns drawn at random", lowest=exact.lowest))
+        return sampled(exact, likelihood(exact, self.loss), count, seed)
+
+    def components(self, what: str) -> Factor:
+        """The root of a sum over samples; raises ``StructureError`` where the loss is none."""
+        root = self.root()
+        if not isinstance(root, Factor):
+            reduction = self.structure.reduction
+            why = "it fails" if reduction.status == "fails" else "it is unknown"
+            raise StructureError(MSG_NO_COMPONENTS.format(what=what, why=why))
+        return root
+
+
+# --- feeding --------------------------------------------------------------------------------------
+
+
+def feed_columns(
+    source: Source, curvature: Curvature, root: Root, collectors: Sequence[Collector], chunks: Chunks,
+    parameters: Mapping[str, Tensor],
+) -> None:  # fmt: skip
+    """Feed collectors with all columns: parts carry the number and the sign of theirs."""
+    seen: set[str] = set()
+
+    def take(j: int, sign: float, name: str, part: Part) -> None:
+        part.column, part.sign = j, sign
+        seen.add(name)
+        for collector in collectors:
+            collector.take(name, part)
+
+    columns = list(root.each())
+    for at, (j, sign, cotangents) in enumerate(columns):
+        if root.separate:
+            source.feed(chunks, partial(take, j, sign), {}, cotangents, last=at == len(columns) - 1)
+        else:
+            for name, v in curvature.linearised.pull(cotangents).items():
+                take(j, sign, name, Part(slice(0, 1), v[None]))
+    count = len(next(iter(curvature.loss.predictions.values()))) if root.separate else 1
+    for name in [n for n in parameters if n not in seen]:
+        zero = parameters[name].detach().new_zeros(1, *parameters[name].shape)
+        take(0, 1.0, name, Part(slice(0, count), zero.expand(count, *zero.shape[1:])))
+
+
+class OfColumns(Basic):
+    """A quantity that is fed with columns of V instead of rows of the gradient."""
+
+    def root_in(self, curvature: Curvature) -> Root:
+        """Of which root the columns are."""
+        return curvature.root()
+
+    def check(self, curvature: Curvature) -> None:
+        """Raise where it does not exist."""
+
+
+# --- quantities -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DiagGGN(OfColumns):
+    """``Σ σ_nj v_nj²``, the diagonal of G: ``[*param]`` for each parameter, in the scale of the loss.
+
+    ``per_component``: ``[N, *param]``, one for every sample, which sum to the diagonal; needs a loss that is a sum over
+    samples. ``mc_samples``: from so many columns for each sample, drawn with ``seed`` (BackPACK's ``DiagGGNMC``);
+    unbiased.
+    """
+
+    per_component: bool = False
+    mc_samples: int | None = None
+    seed: int = 0
+    root: Root | None = None
+
+    needs = "sum_of_squares"
+
+    def __post_init__(self) -> None:
+        if self.per_component:
+            object.__setattr__(self, "needs", "rows")
+
+    def root_in(self, curvature: Curvature) -> Root:
+        drawn = None if self.mc_samples is None else (self.mc_samples, self.seed)
+        return curvature.root(drawn) if self.root is None else self.root
+
+    def check(self, curvature: Curvature) -> None:
+        if self.per_component:
+            curvature.components("A GGN diagonal for every component")
+
+    def start(self, about: About) -> Collector:
+        return _Diagonals(about) if self.per_component else _Diagonal(about)
+
+
+class _Diagonal(Collector):
+    def __init__(self, about: About) -> None:
+        super().__init__(about)
+        self.found: dict[str, Tensor] = {}
+
+    def take(self, name: str, part: Part) -> None:
+        share = part.sum_of_squares()
+        if name not in self.found:
+            self.found[name] = torch.zeros_like(share)
+        self.found[name].add_(share, alpha=part.sign)
+
+    def finish(self) -> ByParameter:
+        result: ByParameter = self.about.result(self.found)
+        return result
+
+
+class _Diagonals(Collector):
+    def __init__(self, about: About) -> None:
+        super().__init__(about)
+        self.found: dict[str, Tensor] = {}
+
+    def take(self, name: str, part: Part) -> None:
+        rows = wide(part.rows())
+        if name not in self.found:
+            self.found[name] = rows.new_zeros(self.about.samples, *rows.shape[1:])
+        self.found[name][part.where].addcmul_(rows, rows, value=part.sign)
+
+    def finish(self) -> ByParameter:
+        result: ByParameter = self.about.result(self.found)
+        return result
+
+
+@dataclass(frozen=True)
+class ColumnNorms(OfColumns):
+    """``Σ_p v²`` of every column, ``[size]``: the diagonal of the Gram matrix; with signs they sum to tr G."""
+
+    root: Root
+    needs = "squared_norms"
+
+    def root_in(self, curvature: Curvature) -> Root:
+        return self.root
+
+    def start(self, about: About) -> Collector:
+        return _ColumnNorms(about, self.root)
+
+
+class _ColumnNorms(Collector):
+    def __init__(self, about: About, root: Root) -> None:
+        super().__init__(about)
+        self.found = wide(about.like.new_zeros(*root.table))
+
+    def take(self, name: str, part: Part) -> None:
+        self.found[part.where, part.column] += part.squared_norms()
+
+    def finish(self) -> Tensor:
+        return self.found.flatten()
+
+
+@dataclass(frozen=True)
+class Gram(OfColumns):
+    """``VᵀV``, ``[size, size]``: inner products of the columns, over all parameters."""
+
+    root: Root
+    needs = "dots"
+    pairs = True
+
+    def root_in(self, curvature: Curvature) -> Root:
+        return self.root
+
+    def start(self, about: About) -> Collector:
+        return _Gram(about, self.root)
+
+
+class _Gram(Collector):
+    """Of every column and parameter the shorter is kept: its rows (in coordinates, where there are some), or what they
+    are made of. They are multiplied when all are there, parameter by parameter."""
+
+    def __init__(self, about: About, root: Root) -> None:
+        super().__init__(about)
+        self.root = root
+        self.kept: dict[str, list[tuple[Tensor, Tensor | Meeting]]] = {}  # numbers of columns, and what has them
+
+    def take(self, name: str, part: Part) -> None:
+        samples, columns = self.root.table
+        numbers = torch.arange(samples)[part.where] * columns + part.column
+        self.kept.setdefault(name, []).append((numbers, part.kept()))
+
+    def finish(self) -> Tensor:
+        total = wide(self.about.like.new_zeros(self.root.size, self.root.size))
+        for name in list(self.kept):
+            kept = self.kept.pop(name)
+            together = dots_of_one_input([what for _, what in kept])
+            if together is not None:
+                at = torch.stack([numbers for numbers, _ in kept])
+                total.index_put_((at[:, None, :, None], at[None, :, None, :]), together, accumulate=True)
+            else:
+                self._add(total, list(self._groups(kept)))
+        return total
+
+    def _add(self, total: Tensor, groups: list[list[tuple[Tensor, Tensor | Meeting]]]) -> None:
+        for k, group in enumerate(groups):
+            here, rows = self._formed(group)
+            for other in groups[k:]:
+                there, others = (here, rows) if other is group else self._formed(other)
+                block = rows @ others.T
+                total.index_put_((here[:, None], there), block, accumulate=True)  # a number may come twice
+                if other is not group:
+                    total.index_put_((there[:, None], here), block.T, accumulate=True)
+
+    @staticmethod
+    def _formed(group: list[tuple[Tensor, Tensor | Meeting]]) -> tuple[Tensor, Tensor]:
+        return torch.cat([numbers for numbers, _ in group]), torch.cat([rows_of(what) for _, what in group])
+
+    def _groups(self, kept: list[tuple[Tensor, Tensor | Meeting]]) -> Iterator[list[tuple[Tensor, Tensor | Meeting]]]:
+        """As many at a time as memory holds the rows of."""
+        group: list[tuple[Tensor, Tensor | Meeting]] = []
+        size = 0
+        for one in kept:
+            size += 2 * rows_bytes(one[1])
+            if group and size > self.about.memory:
+                yield group
+                group, size = [], 2 * rows_bytes(one[1])
+            group.append(one)
+        yield group
+
+
+def rows_of(what: Tensor | Meeting) -> Tensor:
+    return what if isinstance(what, Tensor) else vectors(what.rows(slice(0, what.samples)))
+
+
+def rows_bytes(what: Tensor | Meeting) -> int:
+    size = what.numel() if isinstance(what, Tensor) else what.samples * what.operand.numel()
+    return 4 * size

@@ -1,0 +1,399 @@
+"""The generalized Gauss-Newton matrix ``G = Jᵀ H J`` as an operator: products, and what follows from its low rank.
+
+``J = ∂F/∂θ`` and ``H = ∇²_F L = S Σ Sᵀ``, so ``G = V Σ Vᵀ`` with ``V = Jᵀ S``: as many columns as predictions have
+entries, N·C, and often fewer than there are parameters, D. Products need J and H only; the spectrum, log-determinants
+and solves follow from the Gram matrix ``VᵀV`` (Dangel, Tatzel, Hennig 2021, "ViViT").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from unbatch.curvature import ColumnNorms, Curvature, DiagGGN, Draws, Gram, OfColumns
+from unbatch.errors import MSG_DAMPING, MSG_GGN_STALE, MSG_NOT_DEFINITE, InputError, StaleError
+from unbatch.linearised import Linearised
+from unbatch.operator import Operator
+from unbatch.roots import Factor, Root
+from unbatch.solvers import Solved, conjugate_gradients
+from unbatch.tree import Space
+from unbatch.verdicts import Verdict
+
+LARGEST_GRAM = 4096  # columns of V up to which a solve goes by way of their Gram matrix
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where the matrix is taken: what is known there, how columns are asked about, and whether all that still holds."""
+
+    parameters: Mapping[str, Tensor]
+    samples: int
+    curve: Callable[[], Curvature]
+    ask: Callable[[Sequence[OfColumns], Mapping[str, Tensor]], list[Any]]
+    stale: Callable[[], bool]
+
+    @property
+    def curvature(self) -> Curvature:
+        return self.curve()
+
+    def restricted(self, names: Sequence[str]) -> Point:
+        """The same for some of the parameters."""
+        return replace(self, parameters={n: p for n, p in self.parameters.items() if n in names})
+
+
+class Eigenpairs(NamedTuple):
+    """``values`` ``[k]`` ascending, ``vectors`` ``[D, k]``, orthonormal columns in the same order."""
+
+    values: Tensor
+    vectors: Tensor
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Eigenvectors of G, and what each component has along them.
+
+    ``values`` ``[k]``, ascending; ``vectors`` ``[D, k]``; ``slopes`` ``γ``, ``[N, k]``, sum over n to the slope of the
+    loss along each direction; ``curvatures`` ``λ``, ``[N, k]``, sum to ``values``. All in the scale of the loss, where
+    those of ViViT are N times as large and average to slope and curvature.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    slopes: Tensor
+    curvatures: Tensor
+    space: Space
+
+    def named(self) -> dict[str, Tensor]:
+        """The eigenvectors by parameter, ``[*param, k]``."""
+        return self.space.named(self.vectors)
+
+
+class GGN(Operator):
+    """G at the parameters and the batch of the moment it was made; a symmetric operator on flat vectors and dicts.
+
+    ``G @ v`` costs a push-forward and a pullback through one forward pass that is kept. Raises ``StaleError`` when used
+    after parameters or data have changed.
+    """
+
+    symmetric = True
+
+    def __init__(self, point: Point, draws: Draws = None, samples: Tensor | None = None) -> None:
+        self.point, self.draws, self.chosen = point, draws, samples
+        self.space = Space({n: tuple(p.shape) for n, p in point.parameters.items()})
+        like = next(iter(point.parameters.values()))
+        self.shape, self.dtype, self.device = (self.space.size, self.space.size), like.dtype, like.device
+
+    # -- what it is made of --
+
+    @property
+    def linearised(self) -> Linearised:
+        self._fresh()
+        return self.point.curvature.linearised
+
+    @cached_property
+    def root(self) -> Root:
+        """``S``: a root of the second derivative of the loss, or of the part that was asked for."""
+        self._fresh()
+        root = self.point.curvature.root(self.draws)
+        if self.chosen is None:
+            return root
+        parts = root if self.draws is not None else self.point.curvature.components("A choice of samples")
+        assert isinstance(parts, Factor)
+        return parts.restricted(self.chosen, self.point.samples / max(len(self.chosen), 1))
+
+    @property
+    def rank_bound(self) -> int:
+        """``min(D, Σ_n rank H_n)``."""
+        return min(self.shape[0], self.root.rank)
+
+    @property
+    def positive_semidefinite(self) -> Verdict:
+        """Whether H is, and so G: with the lowest eigenvalue of H in the note where it is not."""
+        lowest = self.root.lowest
+        holds = lowest >= 0
+        note = "" if holds else f"the second derivative of the loss has the eigenvalue {lowest:.3g}"
+        return Verdict("positive_semidefinite", "holds" if holds else "fails", "proved", note=note)
+
+    @property
+    def note(self) -> str:
+        """What to keep in mind: of which form H was found to be, and whether it was drawn."""
+        vanishing = "; it vanishes: the loss is linear in these predictions" if self.root.form == "zero" else ""
+        return "; ".join(
+            filter(None, (f"second derivative of the loss {self.root.form}{vanishing}", self.root.sampled))
+        )
+
+    def _fresh(self) -> None:
+        if self.point.stale():
+            raise StaleError(MSG_GGN_STALE)
+
+    # -- products --
+
+    def _apply(self, v: Tensor) -> Tensor:
+        lin = self.linearised
+        assert self.space is not None
+        out = []
+        for column in v.T:
+            curved = self._hessian(lin.push(self.space.named(column)))
+            out.append(self._flat(curved))
+        return torch.stack(out, 1) if out else torch.zeros_like(v)
+
+    def _hessian(self, v: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        if self.draws is None and self.chosen is None and "root" not in self.__dict__:
+            return self.point.curvature.loss.hessian_times(v)
+        return self.root.hessian_times(v)
+
+    def _from_columns(self, a: Tensor) -> Tensor:
+        """``V a``, ``[D]``."""
+        return self._flat(self.root.times(a.to(self.dtype)))
+
+    def _flat(self, cotangents: Mapping[int, Tensor]) -> Tensor:
+        """``Jᵀ u``, ``[D]``."""
+        assert self.space is not None
+        return self.space.flat(self.linearised.pull(cotangents, self.space.shapes))
+
+    def _to_columns(self, v: Tensor) -> Tensor:
+        """``Vᵀ v``, ``[size]``."""
+        assert self.space is not None
+        return self.root.transposed_times(self.linearised.push(self.space.named(v.to(self.dtype))))
+
+    # -- what is asked of columns --
+
+    def _ask(self, quantity: OfColumns) -> Any:
+        self._fresh()
+        return self.point.ask([quantity], self.point.parameters)[0]
+
+    def diag(self, per_component: bool = False) -> Tensor:
+        """The diagonal, ``[D]``; ``per_component``: ``[N, D]``, one for every sample, which sum to it."""
+        found = self._ask(DiagGGN(per_component, root=self.root))
+        if not per_component:
+            flat: Tensor = found.flat()
+            return flat
+        return torch.cat([t.reshape(len(t), -1) for t in found.values()], 1)
+
+    def trace(self) -> Tensor:
+        """``tr G``, a number."""
+        norms = self._ask(ColumnNorms(self.root))
+        return (norms * self.root.sigma.to(norms.dtype)).sum()
+
+    @cached_property
+    def _columns_gram(self) -> Tensor:
+        """``VᵀV`` of the columns of ``root``, in float64."""
+        gram: Tensor = self._ask(Gram(self.root))
+        return gram.double()
+
+    def gram(self) -> Tensor:
+        """``VᵀV``, ``[NC, NC]``, for V with a column for every entry of the predictions, sample by sample.
+
+        With the symmetric root of H for a cross-entropy, ``√p`` in BackPACK's terms; in all cases a root of H.
+        """
+        gram, root = self._columns_gram, self.root
+        if isinstance(root, Factor) and not root.sampled:
+            n, t, c, k = root.root.shape
+            whole = torch.eye(c, k).expand(n, t, c, k) if root.whole is None else root.whole
+            whole = whole.to(gram)
+            gram = torch.einsum("ntck,ntkx->ntcx", whole, gram.view(n, t, k, -1)).reshape(n * t * c, -1)
+            gram = torch.einsum("ntck,xntk->xntc", whole, gram.view(-1, n, t, k)).reshape(n * t * c, n * t * c)
+        elif not root.separate:
+            entries = sum(p.numel() for p in self.point.curvature.loss.predictions.values())
+            gram = torch.nn.functional.pad(gram, (0, entries - root.size, 0, entries - root.size))
+        return gram.to(self.dtype)
+
+    def factor(self) -> dict[str, Tensor]:
+        """``V`` on request: ``[size, *param]`` for each parameter; column ``n·columns + j`` is the j-th of sample n."""
+        rows = torch.eye(self.root.size, dtype=self.dtype, device=self.device)
+        assert self.space is not None
+        stacked = (
+            torch.stack([self._from_columns(e) for e in rows], 1) if len(rows) else rows.new_zeros(self.shape[0], 0)
+        )
+        return {n: t.movedim(-1, 0) for n, t in self.space.named(stacked).items()}
+
+    # -- spectrum --
+
+    @cached_property
+    def _spectrum(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues that are not zero, ascending, and coefficients ``A`` of eigenvectors ``V A``; in float64."""
+        gram, sigma = self._columns_gram, self.root.sigma.double()
+        values, vectors = torch.linalg.eigh(gram)
+        felt = values > len(values) * torch.finfo(self.dtype).eps * values.max() if len(values) else values > 0
+        values, vectors = values[felt], vectors[:, felt]
+        if (sigma > 0).all():
+            return values, vectors / values.sqrt()
+        half = vectors * values.sqrt()
+        values_, turned = torch.linalg.eigh(half.T @ (sigma[:, None] * half))
+        return values_, (vectors / values.sqrt()) @ turned
+
+    def eigvalsh(self) -> Tensor:
+        """Eigenvalues, ascending: ``min(D, NC)`` of them; all others are zero."""
+        values, _ = self._spectrum
+        entries = sum(p.numel() for p in self.point.curvature.loss.predictions.values())
+        count = min(self.shape[0], max(entries, len(values)))
+        kept = values[values.abs().argsort(descending=True)][:count]
+        zeros = values.new_zeros(count - len(kept))
+        return torch.cat([kept, zeros]).sort().values.to(self.dtype)
+
+    def eigh(self, k: int | None = None) -> Eigenpairs:
+        """The ``k`` eigenpairs with the largest eigenvalues (by default all that are not zero), values ascending.
+
+        The cost does not grow with k but by one pullback for each.
+        """
+        values, coefficients = self._spectrum
+        start = 0 if k is None else max(0, len(values) - k)
+        columns = [self._from_columns(a) for a in coefficients[:, start:].T]
+        vectors = torch.stack(columns, 1) if columns else torch.zeros(self.shape[0], 0, dtype=self.dtype)
+        return Eigenpairs(values[start:].to(self.dtype), torch.nn.functional.normalize(vectors, dim=0))
+
+    def directions(self, k: int) -> Directions:
+        """The top k eigenvectors with slope and curvature of every component along them; needs a sum over samples."""
+        self.point.curvature.components("Slopes and curvatures of components")
+        values, vectors = self.eigh(k)
+        assert self.space is not None
+        loss, dims = self.point.curvature.loss, self.point.curvature.dims
+        slopes, curvatures = [], []
+        for e in vectors.T:
+            pushed = self.linearised.push(self.space.named(e))
+            curved = self.root.hessian_times(pushed)
+            slopes.append(_per_sample(loss.slope, pushed, dims))
+            curvatures.append(_per_sample(curved, pushed, dims))
+        return Directions(values, vectors, torch.stack(slopes, 1), torch.stack(curvatures, 1), self.space)
+
+    def newton_step(self, damping: float | Tensor, k: int | None = None) -> dict[str, Tensor]:
+        """``−Σ_i γ_i / (λ_i + δ_i) e_i`` over the top k eigenvectors, by parameter; ``damping``: a number, or ``[k]``.
+
+        ViViT's damped Newton step. Along what is not among them the step is zero; ``solve`` has it everywhere.
+        """
+        values, vectors = self.eigh(k)
+        damping = torch.as_tensor(damping, dtype=self.dtype, device=self.device)
+        if (damping.ndim and damping.shape != values.shape) or not (values + damping > 0).all():
+            raise InputError(MSG_DAMPING.format(value=damping.tolist(), count=len(values), lowest=float(values.min())))
+        assert self.space is not None
+        gradient = self._flat(self.point.curvature.loss.slope)
+        return self.space.named(-vectors @ ((vectors.T @ gradient) / (values + damping)))
+
+    # -- determinants and solves --
+
+    def slogdet(self, damping: float) -> tuple[Tensor, Tensor]:
+        """Sign and logarithm of ``|det(G + δI)|``."""
+        values, _ = self._spectrum
+        shifted, rest = values + damping, self.shape[0] - len(values)
+        if rest and damping == 0:
+            return shifted.new_zeros(()).to(self.dtype), shifted.new_full((), -torch.inf).to(self.dtype)
+        base = torch.as_tensor(damping, dtype=torch.float64)
+        sign = shifted.sign().prod() * (base.sign() ** rest if rest else 1)
+        log = shifted.abs().log().sum() + (rest * base.abs().log() if rest else 0)
+        return sign.to(self.dtype), log.to(self.dtype)
+
+    def logdet(self, damping: float) -> Tensor:
+        """``log det(G + δI)``; not a number where the determinant is negative."""
+        sign, log = self.slogdet(damping)
+        return torch.where(sign < 0, torch.nan, log)
+
+    def solve(
+        self, b: Any, damping: float, *, method: str | None = None, info: bool = False, rtol: float | None = None,
+        max_iterations: int = 1000,
+    ) -> Any:  # fmt: skip
+        """``(G + δI)⁻¹ b`` for ``[D]`` or a dict; with ``info`` also a ``Solved`` that says how well.
+
+        ``method``: "woodbury" (through the Gram matrix; the default where that is small), or "cg" (products only; needs
+        a positive definite matrix). ``rtol``: of the residual, by default 1e-8 in float64 and 1e-3 in float32. Raises
+        ``ConvergenceError`` where that is not reached and ``info`` is not asked for.
+        """
+        rtol = rtol or (1e-8 if self.dtype == torch.float64 else 1e-3)
+        named = isinstance(b, Mapping)
+        assert self.space is not None
+        flat = self._fitting(self.space.flat(b) if named else b)
+        by_gram = method == "woodbury" or (method is None and damping != 0 and self.root.size <= LARGEST_GRAM)
+        if by_gram:
+            x, solved = self._woodbury(flat, damping, rtol)
+        elif damping < 0:
+            raise InputError(MSG_NOT_DEFINITE.format(value=damping))
+        else:
+            x, solved = conjugate_gradients(lambda v: self @ v + damping * v, flat, rtol, max_iterations)
+        if not info:
+            solved.check()
+        found = self.space.named(x) if named else x
+        return (found, solved) if info else found
+
+    def _woodbury(self, b: Tensor, damping: float, rtol: float) -> tuple[Tensor, Solved]:
+        """``(b − V (δΣ + VᵀV)⁻¹ Vᵀ b) / δ``, and the same once more for the residual, which takes the rounding away."""
+        if damping == 0:
+            raise InputError(MSG_DAMPING.format(value=damping, count=1, lowest=0.0))
+        inner = self._columns_gram + damping * torch.diag(self.root.sigma.double())
+        x, residual = torch.zeros_like(b), b
+        for _ in range(2):
+            a = torch.linalg.solve(inner, self._to_columns(residual).double())
+            x = x + (residual - self._from_columns(a)) / damping
+            residual = b - (self @ x + damping * x)
+        size = b.norm().clamp_min(torch.finfo(b.dtype).tiny)
+        return x, Solved("woodbury", 2, float(residual.norm() / size), rtol)
+
+
+class BlockGGN(Operator):
+    """The block diagonal of G: ``blocks`` are the matrices of the groups of parameters, in the order of the groups."""
+
+    symmetric = True
+
+    def __init__(self, blocks: Sequence[GGN], space: Space) -> None:
+        self.blocks, self.space = list(blocks), space
+        self.shape = (space.size, space.size)
+        self.dtype, self.device = blocks[0].dtype, blocks[0].device
+
+    def _each(self, v: Tensor, apply: Callable[[GGN, Tensor], Tensor]) -> Tensor:
+        """``[D, ..]`` to the same, block by block."""
+        assert self.space is not None
+        out = torch.zeros_like(v)
+        for block in self.blocks:
+            assert block.space is not None
+            index = torch.cat(
+                [torch.arange(s.start, s.stop) for s in (self.space.slices[n] for n in block.space.shapes)]
+            )
+            out[index] = apply(block, v[index])
+        return out
+
+    def _apply(self, v: Tensor) -> Tensor:
+        return self._each(v, lambda block, part: block._apply(part))
+
+    def diag(self) -> Tensor:
+        """The diagonal, which is that of G: ``[D]``."""
+        return self._each(torch.zeros(self.shape[0], dtype=self.dtype), lambda block, _: block.diag())
+
+    def trace(self) -> Tensor:
+        return torch.stack([b.trace() for b in self.blocks]).sum()
+
+    def eigvalsh(self) -> Tensor:
+        """Those of all blocks, ascending."""
+        return torch.cat([b.eigvalsh() for b in self.blocks]).sort().values
+
+    def logdet(self, damping: float) -> Tensor:
+        return torch.stack([b.logdet(damping) for b in self.blocks]).sum()
+
+    def solve(self, b: Any, damping: float, **options: Any) -> Any:
+        """As for ``GGN``, block by block; without ``info``."""
+        assert self.space is not None
+        flat = self._fitting(self.space.flat(b) if isinstance(b, Mapping) else b)
+        x = self._each(flat, lambda block, part: block.solve(part, damping, **options))
+        return self.space.named(x) if isinstance(b, Mapping) else x
+
+
+def made_of(
+    point: Point, groups: Sequence[Sequence[str]] | None, draws: Draws, samples: Tensor | None
+) -> GGN | BlockGGN:
+    """The matrix, or its block diagonal by groups of parameters."""
+    whole = GGN(point, draws, samples)
+    if groups is None:
+        return whole
+    assert whole.space is not None
+    return BlockGGN([GGN(point.restricted(names), draws, samples) for names in groups], whole.space)
+
+
+def _per_sample(a: Mapping[int, Tensor], b: Mapping[int, Tensor], dims: Mapping[int, int]) -> Tensor:
+    """``[N]``: inner products of the predictions of each sample."""
+    parts = [(a[i] * b[i]).movedim(dims[i], 0).flatten(1).sum(1) if a[i].ndim > 1 else a[i] * b[i] for i in a if i in b]
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
