@@ -92,6 +92,10 @@ def squares(p, y):
     return (p - y).square().sum(1)
 
 
+def focal(logs):
+    return -((1 - logs.exp()) ** 2 * logs).mean()
+
+
 def surprise(p, y):
     return F.cross_entropy(p, y, reduction="none")
 
@@ -257,6 +261,8 @@ def _(p, y):
     return squares(p, y).sum() / (y - y.mean(0)).square().sum()
 
 
+case("focal, labels looked up", SUM, CLASSES, lambda p, y: focal(p.log_softmax(1)[torch.arange(N), y]))
+case("focal, labels gathered", SUM, CLASSES, lambda p, y: focal(p.log_softmax(1).gather(1, y[:, None])[:, 0]))
 case("negative log of a product", SUM, CLASSES, lambda p, y: -p.softmax(1).gather(1, y[:, None]).log().sum())
 
 

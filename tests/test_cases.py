@@ -16,7 +16,6 @@ from unbatch import Structure
 KNOWN_UNKNOWN = {
     "mean of the three nearest neighbours": "its batch size is written into it, so no larger batch can be tried",
     "take from the flat batch with own offsets": "bounds on the values of an index",
-    "negative log of a product": "log of a gathered column seen as the sample's own scalar",
     "mean over chunks of unequal size": "sums over sets of samples whose weights differ",
     "weights by index, in a loop": "sums of terms with a number of their own",
     "a statistic that a rare where lets through": "a witness where the rare branch is taken",

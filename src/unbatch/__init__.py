@@ -1,7 +1,17 @@
 """unbatch: proves which structure a loss has, and computes what that structure allows."""
 
 from unbatch.crosstalk import Crosstalk
-from unbatch.errors import CaptureError, InputError, MixedSamplesWarning, StructureError, UnbatchError
+from unbatch.curvature import DiagGGN
+from unbatch.errors import (
+    CaptureError,
+    ConvergenceError,
+    InputError,
+    MixedSamplesWarning,
+    StaleError,
+    StructureError,
+    UnbatchError,
+)
+from unbatch.ggn import GGN
 from unbatch.problem import Problem
 from unbatch.quantities import (
     ClippedSum,
@@ -30,10 +40,13 @@ __version__ = "0.1.0"
 __all__ = [
     "CaptureError",
     "ClippedSum",
+    "ConvergenceError",
     "Crosstalk",
     "Culprit",
+    "DiagGGN",
     "Dots",
     "EarlyStopping",
+    "GGN",
     "Gradients",
     "Histogram",
     "InnerProductTest",
@@ -47,6 +60,7 @@ __all__ = [
     "Rows",
     "SecondMoment",
     "SignalToNoise",
+    "StaleError",
     "Structure",
     "StructureError",
     "SumOfSquares",

@@ -212,7 +212,8 @@ class _ColumnNorms(Collector):
         self.found = wide(about.like.new_zeros(*root.table))
 
     def take(self, name: str, part: Part) -> None:
-        self.found[part.where, part.column] += part.squared_norms()
+        if self.found.shape[1]:
+            self.found[part.where, part.column] += part.squared_norms()
 
     def finish(self) -> Tensor:
         return self.found.flatten()
@@ -244,6 +245,8 @@ class _Gram(Collector):
 
     def take(self, name: str, part: Part) -> None:
         samples, columns = self.root.table
+        if not columns:
+            return
         numbers = torch.arange(samples)[part.where] * columns + part.column
         self.kept.setdefault(name, []).append((numbers, part.kept()))
 

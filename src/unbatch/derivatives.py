@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_map
 
@@ -157,3 +158,13 @@ def batched_grad(outputs: Sequence[Any], inputs: Sequence[Any], gs: Sequence[Ten
             pass
     each = [grad(outputs, inputs, [g[k] for g in gs], retain_graph=True, allow_unused=True) for k in range(count)]
     return [None if rows[0] is None else torch.stack(rows) for rows in zip(*each, strict=True)]
+
+
+@contextmanager
+def forward_mode() -> Iterator[None]:
+    """A level of forward mode, whose first use loads scripts that torch itself warns about."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*torch.jit.script.*", DeprecationWarning)
+        forward_ad._maybe_load_decompositions()
+    with forward_ad.dual_level():
+        yield

@@ -195,9 +195,9 @@ class GGN(Operator):
         if isinstance(root, Factor) and not root.sampled:
             n, t, c, k = root.root.shape
             whole = torch.eye(c, k).expand(n, t, c, k) if root.whole is None else root.whole
-            whole = whole.to(gram)
-            gram = torch.einsum("ntck,ntkx->ntcx", whole, gram.view(n, t, k, -1)).reshape(n * t * c, -1)
-            gram = torch.einsum("ntck,xntk->xntc", whole, gram.view(-1, n, t, k)).reshape(n * t * c, n * t * c)
+            whole, size = whole.to(gram), n * t * c
+            gram = torch.einsum("ntck,ntkx->ntcx", whole, gram.view(n, t, k, self.root.size)).reshape(size, -1)
+            gram = torch.einsum("ntck,xntk->xntc", whole, gram.view(size, n, t, k)).reshape(size, size)
         elif not root.separate:
             entries = sum(p.numel() for p in self.point.curvature.loss.predictions.values())
             gram = torch.nn.functional.pad(gram, (0, entries - root.size, 0, entries - root.size))

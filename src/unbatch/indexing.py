@@ -43,6 +43,11 @@ def exact(call: Call, index: Marks, values: Any) -> bool:
     return bool(constant) or (not index.depends_on_batch and not index.sources & loose)
 
 
+def own_choice(x: Marks, dim: int, index: Marks) -> bool:
+    """Samples choose among what is theirs, as a label does among classes: whatever they choose, it is theirs."""
+    return index.owned and not index.mixed and x.owner.shape[dim] == 1 and bool((x.owner >= 0).all())
+
+
 @rule("index _unsafe_index index_select gather take_along_dim take")
 def lookup(call: Call) -> Marks:
     if call.name == "gather":
@@ -71,7 +76,7 @@ def indexed(call: Call, x: Marks, indices: list[Any], values: list[Any]) -> Mark
             continue
         value = value.astype(bool) if value is not None and value.dtype == np.uint8 else value
         spans = len(index.shape) if value is not None and value.dtype == bool else 1
-        if exact(call, index, value):
+        if exact(call, index, value) and not own_choice(x, dim, index):
             parts = list(np.nonzero(value)) if value.dtype == bool else [value]
             x = _selected(call, x, index)
             for part in parts:
@@ -159,7 +164,7 @@ def _position(cut: list[Any], rank: int) -> int:
 
 def _gather(call: Call) -> Marks:
     x, index, dim = call["self"], call["index"], call.dims()[0]
-    values: Any = call.values.get("index")
+    values: Any = call.values.get("index") if not own_choice(x, dim, index) else None
     if exact(call, index, values) and any(k > 1 for k in x.key.shape):
         return moved(x, lambda place: np.take_along_axis(_crop(place, index.shape, dim), values, dim), call.shape)
     x = x if exact(call, index, values) else listened(call.algebra, x, index)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map
 
-from unbatch.derivatives import gradients, held, norm_held
+from unbatch.derivatives import forward_mode, gradients, held, norm_held
 from unbatch.errors import MSG_NO_TANGENT, StructureError
 from unbatch.graph import Step, flat, is_ref
 from unbatch.purity import HIDDEN_WRITES, untouched
@@ -171,7 +171,7 @@ class Linearised:
         setting, graph = self.setting, self.setting.graph
         instead: dict[int, Callable[..., Any]] = {s.index: held(s.op) for s in self.route.cut_off}
         instead |= {i: norm_held(graph.steps[i]) for i in self.flow.frozen_norms}
-        with torch.no_grad(), forward_ad.dual_level():
+        with torch.no_grad(), forward_mode():
             values = {i: self.parameters[n].detach() for i, n in self.flow.parameters.items()}
             names = self.flow.parameters
             live = {i: forward_ad.make_dual(p, tangents[names[i]].contiguous()) if names[i] in tangents else p

@@ -204,7 +204,7 @@ def _rows_of(outputs: list[Tensor], samples: int, by: list[Tensor]) -> Tensor:
     for n in range(samples):
         for leaf, entries in [(k, t[n].numel()) for k, t in enumerate(outputs)]:
             for entry in range(entries):
-                cotangents = [torch.zeros_like(t) for t in outputs]
+                cotangents = [t.new_zeros(t.shape) for t in outputs]
                 cotangents[leaf][n].view(-1)[entry] = 1
                 rows.append(torch.cat([g.reshape(-1) for g in _grad(outputs, by, cotangents, keep=True)]))
     return torch.stack(rows)

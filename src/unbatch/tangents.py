@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
+from unbatch.derivatives import forward_mode
 from unbatch.errors import MSG_NO_TANGENT, StructureError
 from unbatch.graph import Ref, Step, flat
 
@@ -257,7 +258,7 @@ def _placed(ran: Ran, here: Mapping[int, Tensor], make: Callable[[Tensor, Tensor
 
 
 def _forward_mode(ran: Ran, op: Any, here: Mapping[int, Tensor]) -> Tangents:
-    with forward_ad.dual_level():
+    with forward_mode():
         dual = lambda x, dx: forward_ad.make_dual(x, dx.to(x.dtype))  # noqa: E731
         args, kwargs = _placed(ran, here, dual)
         outs = flat(op(*args, **kwargs))
