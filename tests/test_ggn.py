@@ -499,7 +499,7 @@ def test_a_wrong_tangent_is_caught(monkeypatch):
 def test_a_guess_that_does_not_hold_is_caught(monkeypatch):
     from unbatch import loss as forms
 
-    monkeypatch.setattr(forms._Search, "_of_entries", lambda self: self._holds(wrong(self)))
+    monkeypatch.setattr(forms._Search, "_of_entries", lambda self, _: self._holds(wrong(self)))
 
     def wrong(search):
         grid = search._grid(-1)

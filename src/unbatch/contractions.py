@@ -39,6 +39,18 @@ class Call:
         return self.arguments.get(name)
 
 
+class Gathering(ABC):
+    """``Σ_k σ_k Σ_n row_kn²`` over cotangents ``k`` that come one after the other to the same site."""
+
+    @abstractmethod
+    def add(self, meeting: Any, where: slice, sign: float) -> None:
+        """Take the rows of a slice that the meeting has for one cotangent."""
+
+    @abstractmethod
+    def total(self) -> Tensor:
+        """``[*operand]``."""
+
+
 class Meeting(ABC):
     """Derivatives by a shared operand, for every sample, from a cotangent and what the forward pass kept.
 
@@ -78,6 +90,10 @@ class Meeting(ABC):
     def sum_of_squares(self, where: slice) -> Tensor:
         """``[*operand]``: ``Σ_n row_n²``, entry by entry."""
         return total_of_squares(self.rows(where))
+
+    def gathering(self, memory: int) -> Gathering | None:
+        """Where sums of squares for many cotangents are best taken together, what does in so many bytes."""
+        return None
 
     def scatter(self, where: slice) -> Tensor:
         """``[*operand]``: ``Σ_n (row_n − their mean)²``, entry by entry."""

@@ -15,7 +15,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from unbatch.contractions import Meeting, vectors, wide
+from unbatch.contractions import Gathering, Meeting, vectors, wide
 from unbatch.cotangents import LossAt
 from unbatch.errors import MSG_NO_BLOCKS, MSG_NO_COMPONENTS, MSG_NOT_POSITIVE, StructureError
 from unbatch.linearised import Linearised
@@ -161,17 +161,30 @@ class DiagGGN(OfColumns):
 
 
 class _Diagonal(Collector):
+    """Columns of one site are gathered where that is cheaper than adding up what each of them gives."""
+
     def __init__(self, about: About) -> None:
         super().__init__(about)
         self.found: dict[str, Tensor] = {}
+        self.gathering: dict[str, Gathering] = {}
+        self.first: dict[str, Part] = {}
 
     def take(self, name: str, part: Part) -> None:
-        share = part.sum_of_squares()
+        if name not in self.gathering and (fresh := part.gathering(self.about.memory)) is not None:
+            self.gathering[name], self.first[name] = fresh, part
+        if name in self.gathering:
+            part.gather(self.gathering[name])
+        else:
+            self._add(name, part.sum_of_squares(), part.sign)
+
+    def _add(self, name: str, share: Tensor, sign: float) -> None:
         if name not in self.found:
             self.found[name] = torch.zeros_like(share)
-        self.found[name].add_(share, alpha=part.sign)
+        self.found[name].add_(share, alpha=sign)
 
     def finish(self) -> ByParameter:
+        for name in list(self.gathering):
+            self._add(name, self.first[name].gathered(self.gathering.pop(name)), 1.0)
         result: ByParameter = self.about.result(self.found)
         return result
 

@@ -56,9 +56,12 @@ def _cut(flat: Tensor, shapes: Mapping[int, Sequence[int]]) -> dict[int, Tensor]
 def factor(loss: LossAt, dims: Mapping[int, int]) -> Factor | None:
     """The sparsest form that stands the test; None where blocks are too large to be decomposed.
 
-    ``dims``: the sample axis of each prediction. That H is block diagonal by samples is for the structure to say.
+    ``dims``: the sample axis of each prediction. That H is block diagonal by samples is for the structure to say. What
+    was found is kept with the loss's setting, and is what is tried first on the next batch.
     """
-    found = _Search(loss.in_double() or loss, dims).run()
+    search = _Search(loss.in_double() or loss, dims)
+    found = search.run(loss.setting.forms.get("last"))
+    loss.setting.forms["last"] = search.found
     dtype = next(iter(loss.predictions.values())).dtype
     return found.to(dtype) if found is not None else None
 
@@ -70,14 +73,22 @@ class _Search:
         self.generator = torch.Generator().manual_seed(0)
         like = next(iter(loss.predictions.values()))
         self.rounding = EXACT if like.dtype == torch.float64 else COARSE
-        vectors = [{i: self._random(loss.predictions[i]) for i in dims} for _ in range(2)]
-        self.tests = [(v, loss.hessian_times(v)) for v in vectors]
+        self.found: tuple[str, int | None] | None = None
+        self.tests = [self._test()]
 
-    def run(self) -> Factor | None:
-        found = self._zero() or self._of_entries()
-        for axis in self._axes():
-            found = found or self._softmax(axis) or self._blocks(axis)
-        return found or self._blocks(None)
+    def _test(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        v = {i: self._random(self.loss.predictions[i]) for i in self.dims}
+        return v, self.loss.hessian_times(v)
+
+    def run(self, known: tuple[str, int | None] | None) -> Factor | None:
+        guesses = [("_zero", None), *([known] if known is not None else []), ("_of_entries", None)]
+        guesses += [(kind, axis) for axis in self._axes() for kind in ("_softmax", "_blocks")]
+        for kind, axis in dict.fromkeys([*guesses, ("_blocks", None)]):
+            factor_ = getattr(self, kind)(axis)
+            if factor_ is not None:
+                self.found = (kind, axis)
+                return factor_
+        return None
 
     def _random(self, like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=self.generator, dtype=torch.float64).to(like)
@@ -93,8 +104,9 @@ class _Search:
         return Grid(self.shapes, self.dims, axis)
 
     def _holds(self, guess: Factor) -> Factor | None:
-        """A guess that gives what the loss gives, for random vectors."""
-        for v, product in self.tests:
+        """A guess that gives what the loss gives, for random vectors that it was not made from."""
+        self.tests += [self._test()] if len(self.tests) == 1 else []
+        for v, product in self.tests[1:]:
             found = guess.hessian_times(v)
             size = max(float(h.abs().max()) for h in product.values())
             if not all(float((found[i] - product[i]).abs().max()) <= self.rounding * size for i in found):
@@ -103,7 +115,7 @@ class _Search:
 
     # -- the guesses, from the sparsest on --
 
-    def _zero(self) -> Factor | None:
+    def _zero(self, _: int | None) -> Factor | None:
         largest = max((float(h.abs().max()) for _, product in self.tests for h in product.values()), default=0.0)
         slope = max((float(g.abs().max()) for g in self.loss.slope.values()), default=0.0)
         if largest > 1e-12 * slope:
@@ -112,13 +124,13 @@ class _Search:
         empty = grid.split(self.tests[0][0]).new_zeros(*grid.split(self.tests[0][0]).shape, 0)
         return Factor(grid, empty, empty.sum(2), "zero")
 
-    def _of_entries(self) -> Factor | None:
+    def _of_entries(self, _: int | None) -> Factor | None:
         grid = self._grid(-1)
         ones = {i: torch.ones_like(self.loss.predictions[i]) for i in self.shapes}
         h = grid.split(self.loss.hessian_times(ones))
         return self._holds(Factor(grid, h.abs().sqrt()[..., None], _sign(h), "of single entries"))
 
-    def _softmax(self, axis: int) -> Factor | None:
+    def _softmax(self, axis: int | None) -> Factor | None:
         """``Q (diag p − ppᵀ)`` at each position, with ``p`` the softmax of the predictions: any cross-entropy.
 
         With ``u = √p`` the projector ``I − uuᵀ`` is ``BBᵀ``, B the columns of the reflection that takes the last unit

@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from unbatch.contractions import Call, Meeting, fill, same_dtype, squares, wide
+from unbatch.contractions import Call, Gathering, Meeting, fill, same_dtype, squares, wide
 from unbatch.products import Linear, outer_as
 
 
@@ -99,10 +99,17 @@ class ProjectedRows(Meeting):
         return (l2 * left.clamp_min_(0)).sum(1)
 
     def sum_of_squares(self, where: slice) -> Tensor:
-        x, c, l2 = self.xhat[where], self.centred[where], self.l[where].square()
+        return self.by_squares(self.l[where].square(), where).clamp_min_(0)
+
+    def gathering(self, memory: int) -> Gathering:
+        return _Regressed(self)
+
+    def by_squares(self, l2: Tensor, where: slice) -> Tensor:
+        """Sums of squares are linear in those of ``L``."""
+        x, c = self.xhat[where], self.centred[where]
         twice = (l2 * x).T @ c * self.slope * 2
         whole = l2.T @ c.square() - twice + (l2 * x.square()).sum(0)[:, None] * self.slope.square()
-        return whole.clamp_min_(0).T
+        return whole.T
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         scaled = self.l * weights.to(self.l.dtype)[:, None]
@@ -113,6 +120,17 @@ class ProjectedRows(Meeting):
         crossed = (self.l * (c @ self.slope.T)) @ scaled.T
         bent = (scaled * self.slope.square().sum(1)) @ scaled.T
         return (self.l @ self.l.T) * (c @ c.T) - crossed - crossed.T + bent
+
+
+class _Regressed(Gathering):
+    def __init__(self, first: ProjectedRows) -> None:
+        self.squares, self.like = torch.zeros_like(first.l), first
+
+    def add(self, meeting: ProjectedRows, where: slice, sign: float) -> None:
+        self.squares[where].addcmul_(meeting.l[where], meeting.l[where], value=sign)
+
+    def total(self) -> Tensor:
+        return self.like.by_squares(self.squares, slice(0, self.like.samples))
 
 
 class Pooled(Meeting):
@@ -171,3 +189,30 @@ class Pooled(Meeting):
 
     def squared_norms(self, where: slice) -> Tensor:
         return squares(self.coordinates(where))
+
+    def gathering(self, memory: int) -> Gathering | None:
+        places, features = self.x.shape
+        size = self.g.shape[2] * places**2 * wide(self.x).element_size()
+        return _SecondMoments(self) if places < features and size <= memory else None
+
+
+class _SecondMoments(Gathering):
+    """``Σ_k σ_k (Σ_m G_kmo X_mi)² = x_iᵀ M_o x_i`` with ``M_o = Σ_k σ_k g_ko g_koᵀ``, ``[o, m, m]``.
+
+    Fewer places than input features: then this takes less than forming the rows.
+    """
+
+    def __init__(self, first: Pooled) -> None:
+        g = wide(first.g)
+        self.moments, self.like = g.new_zeros(g.shape[2], g.shape[1], g.shape[1]), first
+
+    def add(self, meeting: Pooled, where: slice, sign: float) -> None:
+        g = wide(meeting._mine(where))
+        columns, places, features = g.shape
+        turned = g.reshape(-1, features).T.contiguous().view(features, columns, places)
+        self.moments.baddbmm_(turned.mT, turned, alpha=sign)
+
+    def total(self) -> Tensor:
+        x, like = wide(self.like.x), self.like
+        squares = torch.stack([(m @ x).mul_(x).sum(0) for m in self.moments])
+        return squares if like.features_first else squares.T

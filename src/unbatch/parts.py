@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unbatch.contractions import Meeting, squares, total_of_squares, vectors, wide
+from unbatch.contractions import Gathering, Meeting, squares, total_of_squares, vectors, wide
 
 
 class Part:
@@ -31,6 +31,17 @@ class Part:
     def sum_of_squares(self) -> Tensor:
         """``[*param]``."""
         return total_of_squares(self.rows())
+
+    def gathering(self, memory: int) -> Gathering | None:
+        """What takes sums of squares of many columns, where they are best taken together."""
+        return None
+
+    def gather(self, into: Gathering) -> None:
+        raise NotImplementedError
+
+    def gathered(self, from_: Gathering) -> Tensor:
+        """``[*param]``."""
+        raise NotImplementedError
 
     def scatter(self, mean: Tensor | None = None) -> Tensor:
         """``[*param]``: ``Σ_n (row_n − mean)²``, around the mean of these rows by default."""
@@ -109,6 +120,15 @@ class FromSite(Part):
     def sum_of_squares(self) -> Tensor:
         known = self._formed is None and "sum_of_squares" in self.lean
         return self._moved(self.site.sum_of_squares(self.where)) if known else super().sum_of_squares()
+
+    def gathering(self, memory: int) -> Gathering | None:
+        return self.site.gathering(memory) if self._formed is None else None
+
+    def gather(self, into: Gathering) -> None:
+        into.add(self.site, self.where, self.sign)
+
+    def gathered(self, from_: Gathering) -> Tensor:
+        return self._moved(from_.total())
 
     def scatter(self, mean: Tensor | None = None) -> Tensor:
         known = self._formed is None and "scatter" in self.lean and mean is None

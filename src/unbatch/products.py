@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from unbatch.contractions import Call, Meeting, fill, same_dtype, squares, wide
+from unbatch.contractions import Call, Gathering, Meeting, fill, same_dtype, squares, wide
 
 BLOCK = 64  # features, the least that a matrix product is efficient for
 CANCELS = 0.9  # of two sums of squares that are subtracted, the share from which on rounding is felt
@@ -85,6 +85,9 @@ class Linear(Meeting):
             return self._product(*(wide(side)[where, 0].square() for side in self.sides))
         return self._by_blocks(where, lambda rows: rows.square_().sum(0))
 
+    def gathering(self, memory: int) -> Gathering | None:
+        return _OnePlace(self) if self.g.shape[1] == 1 else None
+
     def scatter(self, where: slice) -> Tensor:
         if self.g.shape[1] == 1 and self.g.dtype != torch.float64:
             return self._scatter(where)
@@ -138,6 +141,21 @@ class Linear(Meeting):
             return super().dots()
         a, b = (wide(side)[:, 0] for side in self.sides)
         return (a @ a.T) * (b @ b.T)
+
+
+class _OnePlace(Gathering):
+    """``(Σ_k σ_k g_k²)ᵀ x²``: one product for all cotangents where a sample has one place."""
+
+    def __init__(self, first: Linear) -> None:
+        self.squares, self.like = torch.zeros_like(wide(first.g[:, 0])), first
+
+    def add(self, meeting: Linear, where: slice, sign: float) -> None:
+        g = wide(meeting.g[where, 0])
+        self.squares[where].addcmul_(g, g, value=sign)
+
+    def total(self) -> Tensor:
+        x2 = wide(self.like.x[:, 0]).square()
+        return self.like._product(*((self.squares, x2) if self.like.features_first else (x2, self.squares)))
 
 
 def dots_of_one_input(meetings: Sequence[object]) -> Tensor | None:

@@ -46,6 +46,7 @@ class Setting:
     split: bool
     routes: dict[Any, Route] = field(default_factory=dict)
     trust: dict[Any, bool] = field(default_factory=dict)
+    forms: dict[str, Any] = field(default_factory=dict)  # of the second derivative of the loss, as last found
     facts: list[Fact] = field(default_factory=list)  # on which plans rely, beside those of the walk
     buffer: Tensor | None = None
 
