@@ -91,6 +91,13 @@ class Meeting(ABC):
         """``[*operand]``: ``Σ_n row_n²``, entry by entry."""
         return total_of_squares(self.rows(where))
 
+    def dots_of(self, meetings: Sequence[Any]) -> Tensor | None:
+        """``⟨row_kn, row_lm⟩``, ``[kn, lm]``, for meetings ``k`` of this site with several cotangents.
+
+        None where there is no better way than to multiply rows.
+        """
+        return None
+
     def gathering(self, memory: int) -> Gathering | None:
         """Where sums of squares for many cotangents are best taken together, what does in so many bytes."""
         return None

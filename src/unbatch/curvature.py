@@ -21,7 +21,6 @@ from unbatch.errors import MSG_NO_BLOCKS, MSG_NO_COMPONENTS, MSG_NOT_POSITIVE, S
 from unbatch.linearised import Linearised
 from unbatch.loss import factor, joint, likelihood, sampled
 from unbatch.parts import Part
-from unbatch.products import dots_of_one_input
 from unbatch.quantities import About, Basic, Collector
 from unbatch.results import ByParameter
 from unbatch.roots import Factor, Root
@@ -267,23 +266,38 @@ class _Gram(Collector):
         total = wide(self.about.like.new_zeros(self.root.size, self.root.size))
         for name in list(self.kept):
             kept = self.kept.pop(name)
-            together = dots_of_one_input([what for _, what in kept])
+            together = self._without_rows([what for _, what in kept])
             if together is not None:
-                at = torch.stack([numbers for numbers, _ in kept])
-                total.index_put_((at[:, None, :, None], at[None, :, None, :]), together, accumulate=True)
+                self._put(total, torch.cat([numbers for numbers, _ in kept]), together)
             else:
                 self._add(total, list(self._groups(kept)))
         return total
+
+    @staticmethod
+    def _without_rows(kept: Sequence[Tensor | Meeting]) -> Tensor | None:
+        sites = [what for what in kept if isinstance(what, Meeting)]
+        return sites[0].dots_of(sites) if sites and len(sites) == len(kept) else None
 
     def _add(self, total: Tensor, groups: list[list[tuple[Tensor, Tensor | Meeting]]]) -> None:
         for k, group in enumerate(groups):
             here, rows = self._formed(group)
             for other in groups[k:]:
                 there, others = (here, rows) if other is group else self._formed(other)
-                block = rows @ others.T
-                total.index_put_((here[:, None], there), block, accumulate=True)  # a number may come twice
-                if other is not group:
+                if other is group:
+                    self._put(total, here, symmetric_product(rows))
+                else:
+                    block = rows @ others.T
+                    total.index_put_((here[:, None], there), block, accumulate=True)
                     total.index_put_((there[:, None], here), block.T, accumulate=True)
+
+    @staticmethod
+    def _put(total: Tensor, numbers: Tensor, block: Tensor) -> None:
+        """Add what is in the order of ``numbers``, in which one may come twice."""
+        ordered, order = numbers.sort()
+        if len(numbers) == len(total) and torch.equal(ordered, torch.arange(len(total))):
+            total.add_(block[order].index_select(1, order))
+        else:
+            total.index_put_((numbers[:, None], numbers), block, accumulate=True)
 
     @staticmethod
     def _formed(group: list[tuple[Tensor, Tensor | Meeting]]) -> tuple[Tensor, Tensor]:
@@ -300,6 +314,16 @@ class _Gram(Collector):
                 group, size = [], 2 * rows_bytes(one[1])
             group.append(one)
         yield group
+
+
+def symmetric_product(a: Tensor) -> Tensor:
+    """``a aᵀ``, of which the half below the diagonal is copied from the other."""
+    out, block = a.new_empty(len(a), len(a)), max(64, -(-len(a) // 6))
+    for i in range(0, len(a), block):
+        here = slice(i, i + block)
+        torch.mm(a[here], a[i:].T, out=out[here, i:])
+        out[i + block :, here] = out[here, i + block :].T
+    return out
 
 
 def rows_of(what: Tensor | Meeting) -> Tensor:

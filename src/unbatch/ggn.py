@@ -219,7 +219,7 @@ class GGN(Operator):
         """Eigenvalues that are not zero, ascending, and coefficients ``A`` of eigenvectors ``V A``; in float64."""
         gram, sigma = self._columns_gram, self.root.sigma.double()
         values, vectors = torch.linalg.eigh(gram)
-        felt = values > len(values) * torch.finfo(self.dtype).eps * values.max() if len(values) else values > 0
+        felt = self._felt(values)
         values, vectors = values[felt], vectors[:, felt]
         if (sigma > 0).all():
             return values, vectors / values.sqrt()
@@ -227,9 +227,20 @@ class GGN(Operator):
         values_, turned = torch.linalg.eigh(half.T @ (sigma[:, None] * half))
         return values_, (vectors / values.sqrt()) @ turned
 
+    def _felt(self, values: Tensor) -> Tensor:
+        """Which of the eigenvalues of the Gram matrix, ascending, are more than rounding."""
+        return values > len(values) * torch.finfo(self.dtype).eps * values[-1:]
+
+    def _values(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Eigenvalues that are not zero, for which no eigenvectors are needed where all signs are positive."""
+        if "_spectrum" in self.__dict__ or (self.root.sigma < 0).any():
+            return self._spectrum[0]
+        values = torch.linalg.eigvalsh(self._columns_gram.to(dtype))
+        return values[self._felt(values)]
+
     def eigvalsh(self) -> Tensor:
         """Eigenvalues, ascending: ``min(D, NC)`` of them; all others are zero."""
-        values, _ = self._spectrum
+        values = self._values(self.dtype)
         entries = sum(p.numel() for p in self.point.curvature.loss.predictions.values())
         count = min(self.shape[0], max(entries, len(values)))
         kept = values[values.abs().argsort(descending=True)][:count]
@@ -278,7 +289,7 @@ class GGN(Operator):
 
     def slogdet(self, damping: float) -> tuple[Tensor, Tensor]:
         """Sign and logarithm of ``|det(G + δI)|``."""
-        values, _ = self._spectrum
+        values = self._values()
         shifted, rest = values + damping, self.shape[0] - len(values)
         if rest and damping == 0:
             return shifted.new_zeros(()).to(self.dtype), shifted.new_full((), -torch.inf).to(self.dtype)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from unbatch.contractions import Call, Gathering, Meeting, fill, same_dtype, squares, wide
-from unbatch.products import Linear, outer_as
+from unbatch.products import Linear, outer_as, stacked_dots
 
 
 class Projected(Meeting):
@@ -71,6 +71,7 @@ class ProjectedRows(Meeting):
 
     lean = frozenset({"squared_norms", "sum_of_squares", "dots", "weighted_sum"})
     kind = "linear, projected"
+    compact = True  # type: ignore[assignment]
 
     def __init__(self, inner: Linear, gain: Tensor, normalised: Tensor) -> None:
         self.layout, self.operand, self.samples = inner.layout, inner.operand, inner.samples
@@ -116,10 +117,15 @@ class ProjectedRows(Meeting):
         return (scaled.T @ self.centred - (scaled * self.xhat).sum(0)[:, None] * self.slope).T
 
     def dots(self) -> Tensor:
-        c, scaled = self.centred, self.l * self.xhat
-        crossed = (self.l * (c @ self.slope.T)) @ scaled.T
+        return self.dots_of([self])
+
+    def dots_of(self, meetings: Sequence[ProjectedRows]) -> Tensor:
+        c, count = self.centred, len(meetings)
+        ls = torch.cat([m.l for m in meetings])
+        scaled = ls * self.xhat.repeat(count, 1)
+        crossed = (ls * (c @ self.slope.T).repeat(count, 1)) @ scaled.T
         bent = (scaled * self.slope.square().sum(1)) @ scaled.T
-        return (self.l @ self.l.T) * (c @ c.T) - crossed - crossed.T + bent
+        return stacked_dots([m.l for m in meetings], c @ c.T) - crossed - crossed.T + bent
 
 
 class _Regressed(Gathering):

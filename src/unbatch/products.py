@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,6 +86,12 @@ class Linear(Meeting):
             return self._product(*(wide(side)[where, 0].square() for side in self.sides))
         return self._by_blocks(where, lambda rows: rows.square_().sum(0))
 
+    def dots_of(self, meetings: Sequence[Any]) -> Tensor | None:
+        if self.g.shape[1] > 1:
+            return None
+        x = wide(self.x[:, 0])
+        return stacked_dots([wide(m.g[:, 0]) for m in meetings], x @ x.T)
+
     def gathering(self, memory: int) -> Gathering | None:
         return _OnePlace(self) if self.g.shape[1] == 1 else None
 
@@ -143,6 +150,12 @@ class Linear(Meeting):
         return (a @ a.T) * (b @ b.T)
 
 
+def stacked_dots(gs: Sequence[Tensor], between: Tensor) -> Tensor:
+    """``⟨g_kn, g_lm⟩·between_nm``, ``[kn, lm]``, for ``g_k`` ``[n, o]`` and ``between`` ``[n, m]``."""
+    g = torch.cat(list(gs))
+    return (g @ g.T).mul_(between.repeat(len(gs), len(gs)))
+
+
 class _OnePlace(Gathering):
     """``(Σ_k σ_k g_k²)ᵀ x²``: one product for all cotangents where a sample has one place."""
 
@@ -156,20 +169,6 @@ class _OnePlace(Gathering):
     def total(self) -> Tensor:
         x2 = wide(self.like.x[:, 0]).square()
         return self.like._product(*((self.squares, x2) if self.like.features_first else (x2, self.squares)))
-
-
-def dots_of_one_input(meetings: Sequence[object]) -> Tensor | None:
-    """``[k, l, n, m]``: ``⟨row_kn, row_lm⟩`` for several cotangents at one site with one place for each sample.
-
-    None for anything else.
-    """
-    products = [m for m in meetings if isinstance(m, Linear) and m.g.shape[1] == 1]
-    if len(products) < len(meetings) or not products:
-        return None
-    first = products[0]
-    g = torch.stack([wide(m.g[:, 0]) for m in products])
-    x = wide(first.x[:, 0])
-    return torch.einsum("kno,lmo->klnm", g, g) * (x @ x.T)
 
 
 def _again(total: Tensor, doubtful: Tensor, a: Tensor, b: Tensor) -> None:
