@@ -70,6 +70,8 @@ LEVELS = {
     "sources": 6,
     "trust": 6,
     "quantities": 6,
+    "statistics": 6,
+    "compression": 6,
     "curvature": 6,
     "gradients": 6,
     "solvers": 2,

@@ -9,12 +9,14 @@ Legend: ``v_nj`` column j of sample n, ``σ_nj`` its sign; ``G = Σ σ_nj v_nj v
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from unbatch.compression import Basis, Completed, OfDiagonal, OfGram, Spread, compressed, everything, pays
 from unbatch.contractions import Gathering, Meeting, vectors, wide
 from unbatch.cotangents import LossAt
 from unbatch.errors import MSG_NO_BLOCKS, MSG_NO_COMPONENTS, MSG_NOT_POSITIVE, StructureError
@@ -25,27 +27,89 @@ from unbatch.quantities import About, Basic, Collector
 from unbatch.results import ByParameter
 from unbatch.roots import Factor, Root
 from unbatch.sources import Chunks, Source
+from unbatch.statistics import Statistics
+from unbatch.tree import Space
 from unbatch.verdicts import Structure
 
 Draws = tuple[int, int] | None  # how many columns are drawn for each sample, and the seed; None: H itself
+
+
+DRAWS = 6  # vectors of random signs on which an error is estimated
+
+
+@dataclass(frozen=True)
+class Rtol:
+    """A tolerance for the diagonal, or for the Gram matrix: of the relative error in the Frobenius norm."""
+
+    value: float
+    gram: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Through:
+    """What it takes to go by way of batch statistics: ``source`` gives frozen rows of some parameters."""
+
+    statistics: Statistics
+    source: Callable[[Mapping[str, Tensor]], Source]
+    space: Space
 
 
 @dataclass
 class Curvature:
     """The second derivative of the loss at the predictions, and roots of it.
 
-    ``apart``: it is known to be block diagonal by samples. ``linearise`` gives the predictions as a linear map.
+    ``apart``: it is known to be block diagonal by samples. ``linearise`` gives the predictions as a linear map,
+    ``through`` what is needed to go by way of batch statistics, where columns would have to be pulled back one by one
+    and that is the only way in which samples listen to each other.
     """
 
     loss: LossAt
     dims: Mapping[int, int]
     structure: Structure
     linearise: Callable[[], Linearised]
+    through: Callable[[], Through | None]
+    memory: int
     roots: dict[Draws, Root] = field(default_factory=dict)
+    bases: dict[tuple[Any, ...], Basis | None] = field(default_factory=dict)
 
     @property
     def apart(self) -> bool:
         return bool(self.structure.reduction)
+
+    @property
+    def _through(self) -> Through | None:
+        if "_known" not in self.__dict__:
+            self.__dict__["_known"] = self.through()
+        known: Through | None = self.__dict__["_known"]
+        return known
+
+    def basis(self, root: Root, rtol: Rtol | None = None) -> Basis | None:
+        """How columns go by way of statistics; None: each is pulled back on its own.
+
+        Without ``rtol``, all statistics, where that is counted to take less.
+        """
+        if (root, rtol) not in self.bases:
+            self.bases[root, rtol] = self._basis(root, rtol)
+        return self.bases[root, rtol]
+
+    def _basis(self, root: Root, rtol: Rtol | None) -> Basis | None:
+        if not isinstance(root, Factor) or not root.size or self._through is None:
+            return None
+        statistics, space = self._through.statistics, self._through.space
+        if rtol is None or root.lowest < 0:
+            worth = pays(statistics, root.size, space.size, self.memory)
+            return everything(statistics, space) if worth else None
+        spread = Spread(statistics, root, space)
+        missing: OfDiagonal | OfGram = (OfGram if rtol.gram else OfDiagonal)(spread, DRAWS, rtol.seed)
+        return replace(compressed(spread, missing, rtol.value, rtol.seed), remainder=missing.remainder)
+
+    def columns_of(self, source: Source, basis: Basis | None, parameters: Mapping[str, Tensor]) -> Source | Completed:
+        """What feeds columns of these parameters."""
+        through = self._through if basis is not None else None
+        if basis is None or through is None:
+            return source
+        return Completed(through.source(parameters), through.statistics, basis, through.space, list(parameters))
 
     @cached_property
     def linearised(self) -> Linearised:
@@ -88,7 +152,7 @@ class Curvature:
 
 
 def feed_columns(
-    source: Source, curvature: Curvature, root: Root, collectors: Sequence[Collector], chunks: Chunks,
+    source: Source | Completed, curvature: Curvature, root: Root, collectors: Sequence[Collector], chunks: Chunks,
     parameters: Mapping[str, Tensor],
 ) -> None:  # fmt: skip
     """Feed collectors with all columns: parts carry the number and the sign of theirs."""
@@ -120,6 +184,15 @@ class OfColumns(Basic):
         """Of which root the columns are."""
         return curvature.root()
 
+    def basis_in(self, curvature: Curvature) -> Basis | None:
+        """Whether they go by way of batch statistics, and by how many."""
+        return curvature.basis(self.root_in(curvature), self.tolerance)
+
+    @property
+    def tolerance(self) -> Rtol | None:
+        """How much may be missing."""
+        return None
+
     def check(self, curvature: Curvature) -> None:
         """Raise where it does not exist."""
 
@@ -133,12 +206,14 @@ class DiagGGN(OfColumns):
 
     ``per_component``: ``[N, *param]``, one for every sample, which sum to the diagonal; needs a loss that is a sum over
     samples. ``mc_samples``: from so many columns for each sample, drawn with ``seed`` (BackPACK's ``DiagGGNMC``);
-    unbiased.
+    unbiased. ``rtol``: where columns go through batch statistics, by as few directions of these as leave out no more of
+    the diagonal than that, relative and by an estimate (Frobenius norm); ``GGN.diag(info=True)`` says how many.
     """
 
     per_component: bool = False
     mc_samples: int | None = None
     seed: int = 0
+    rtol: float | None = None
     root: Root | None = None
 
     needs = "sum_of_squares"
@@ -150,6 +225,10 @@ class DiagGGN(OfColumns):
     def root_in(self, curvature: Curvature) -> Root:
         drawn = None if self.mc_samples is None else (self.mc_samples, self.seed)
         return curvature.root(drawn) if self.root is None else self.root
+
+    @property
+    def tolerance(self) -> Rtol | None:
+        return None if self.rtol is None else Rtol(self.rtol, seed=self.seed)
 
     def check(self, curvature: Curvature) -> None:
         if self.per_component:
@@ -236,8 +315,14 @@ class Gram(OfColumns):
     """``VᵀV``, ``[size, size]``: inner products of the columns, over all parameters."""
 
     root: Root
+    rtol: float | None = None
+    seed: int = 0
     needs = "dots"
     pairs = True
+
+    @property
+    def tolerance(self) -> Rtol | None:
+        return None if self.rtol is None else Rtol(self.rtol, True, self.seed)
 
     def root_in(self, curvature: Curvature) -> Root:
         return self.root

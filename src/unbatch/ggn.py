@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from unbatch.compression import Basis, Compression
 from unbatch.curvature import ColumnNorms, Curvature, DiagGGN, Draws, Gram, OfColumns
 from unbatch.errors import MSG_DAMPING, MSG_GGN_STALE, MSG_NOT_DEFINITE, InputError, StaleError
 from unbatch.linearised import Linearised
-from unbatch.operator import Operator
+from unbatch.operator import Operator, sum_of
 from unbatch.roots import Factor, Root
 from unbatch.solvers import Solved, conjugate_gradients
 from unbatch.tree import Space
@@ -36,6 +37,7 @@ class Point:
     curve: Callable[[], Curvature]
     ask: Callable[[Sequence[OfColumns], Mapping[str, Tensor]], list[Any]]
     stale: Callable[[], bool]
+    memory: int
 
     @property
     def curvature(self) -> Curvature:
@@ -167,13 +169,35 @@ class GGN(Operator):
         self._fresh()
         return self.point.ask([quantity], self.point.parameters)[0]
 
-    def diag(self, per_component: bool = False) -> Tensor:
-        """The diagonal, ``[D]``; ``per_component``: ``[N, D]``, one for every sample, which sum to it."""
-        found = self._ask(DiagGGN(per_component, root=self.root))
-        if not per_component:
-            flat: Tensor = found.flat()
-            return flat
-        return torch.cat([t.reshape(len(t), -1) for t in found.values()], 1)
+    def diag(
+        self, per_component: bool = False, *, rtol: float | None = None, unbiased: bool = False, seed: int = 0,
+        info: bool = False,
+    ) -> Any:  # fmt: skip
+        """The diagonal, ``[D]``; ``per_component``: ``[N, D]``, one for every sample, which sum to it.
+
+        ``rtol``: under several batch norms in train mode, by as few directions of their statistics as leave out no more
+        than that (relative, Frobenius norm), by an estimate from random signs; ``unbiased`` adds what they say is
+        missing, so that the result is right on average and may be negative in an entry. ``info``: also a
+        ``Compression`` that says what was spent and what is missing.
+        """
+        wanted = DiagGGN(per_component, rtol=rtol, seed=seed, root=self.root)
+        found = self._ask(wanted)
+        flat = torch.cat([t.reshape(len(t), -1) for t in found.values()], 1) if per_component else found.flat()
+        basis = wanted.basis_in(self.point.curvature)
+        missing = basis.remainder if basis is not None and not basis.exact else None
+        whole = flat.sum(0) if per_component else flat
+        told = self._told(basis, None if missing is None else float(missing.norm() / whole.double().norm()))
+        if unbiased and missing is not None and not per_component:
+            flat = flat + missing.to(flat)
+        return (flat, told) if info else flat
+
+    def _told(self, basis: Basis | None, estimate: float | None = None) -> Compression:
+        if basis is None:
+            columns = self.root.size if self.root.separate else self.root.rank
+            return Compression(0, 0, True, 0.0, columns, 0, 0)
+        missing = basis.estimate if estimate is None else estimate
+        size = len(basis.turn)
+        return Compression(basis.rank, size, basis.exact, missing, basis.pullbacks, basis.pushes, basis.seed)
 
     def trace(self) -> Tensor:
         """``tr G``, a number."""
@@ -183,15 +207,41 @@ class GGN(Operator):
     @cached_property
     def _columns_gram(self) -> Tensor:
         """``VᵀV`` of the columns of ``root``, in float64."""
-        gram: Tensor = self._ask(Gram(self.root))
-        return gram.double()
+        return self._gram_of(Gram(self.root))
 
-    def gram(self) -> Tensor:
+    def _gram_of(self, wanted: Gram) -> Tensor:
+        """Parameters a few at a time where memory does not hold the columns of all."""
+        gram, group, size = [], dict[str, Tensor](), 0
+        bytes_ = {n: 4 * self.root.size * p.numel() for n, p in self.point.parameters.items()}
+        for name, p in self.point.parameters.items():
+            if group and size + bytes_[name] > self.point.memory:
+                gram.append(self.point.ask([wanted], group)[0])
+                group, size = {}, 0
+            group[name], size = p, size + bytes_[name]
+        self._fresh()
+        gram.append(self.point.ask([wanted], group)[0])
+        total: Tensor = sum_of(gram).double()
+        return total
+
+    def gram(self, *, rtol: float | None = None, seed: int = 0, info: bool = False) -> Any:
         """``VᵀV``, ``[NC, NC]``, for V with a column for every entry of the predictions, sample by sample.
 
         With the symmetric root of H for a cross-entropy, ``√p`` in BackPACK's terms; in all cases a root of H.
+        ``rtol``, ``info``: as for ``diag``, with the relative error of this matrix.
         """
-        gram, root = self._columns_gram, self.root
+        if rtol is None:
+            found = self._entrywise(self._columns_gram)
+            return (found, self._told(self.point.curvature.basis(self.root))) if info else found
+        gram, told = self._compressed_gram(rtol, seed)
+        return (self._entrywise(gram), told) if info else self._entrywise(gram)
+
+    def _compressed_gram(self, rtol: float, seed: int) -> tuple[Tensor, Compression]:
+        wanted = Gram(self.root, rtol, seed)
+        return self._gram_of(wanted), self._told(wanted.basis_in(self.point.curvature))
+
+    def _entrywise(self, gram: Tensor) -> Tensor:
+        """From the columns of the root to one column for every entry of the predictions."""
+        root = self.root
         if isinstance(root, Factor) and not root.sampled:
             n, t, c, k = root.root.shape
             whole = torch.eye(c, k).expand(n, t, c, k) if root.whole is None else root.whole
@@ -238,14 +288,24 @@ class GGN(Operator):
         values = torch.linalg.eigvalsh(self._columns_gram.to(dtype))
         return values[self._felt(values)]
 
-    def eigvalsh(self) -> Tensor:
-        """Eigenvalues, ascending: ``min(D, NC)`` of them; all others are zero."""
-        values = self._values(self.dtype)
+    def eigvalsh(self, *, rtol: float | None = None, seed: int = 0, info: bool = False) -> Any:
+        """Eigenvalues, ascending: ``min(D, NC)`` of them; all others are zero.
+
+        ``rtol``, ``info``: as for ``gram``, whose error bounds that of each eigenvalue beside the norm of them all.
+        """
+        if rtol is None or self.root.lowest < 0:
+            values, told = self._values(self.dtype), None
+        else:
+            gram, told = self._compressed_gram(rtol, seed)
+            values = torch.linalg.eigvalsh(gram.to(self.dtype))
         entries = sum(p.numel() for p in self.point.curvature.loss.predictions.values())
         count = min(self.shape[0], max(entries, len(values)))
         kept = values[values.abs().argsort(descending=True)][:count]
         zeros = values.new_zeros(count - len(kept))
-        return torch.cat([kept, zeros]).sort().values.to(self.dtype)
+        found = torch.cat([kept, zeros]).sort().values.to(self.dtype)
+        if not info:
+            return found
+        return found, told if told is not None else self._told(self.point.curvature.basis(self.root))
 
     def eigh(self, k: int | None = None) -> Eigenpairs:
         """The ``k`` eigenpairs with the largest eigenvalues (by default all that are not zero), values ascending.

@@ -59,11 +59,12 @@ def answer(
     rows = {q: c for q, c in collectors.items() if not isinstance(q, OfColumns)}
     if rows:
         _feed(source, rows, _chunks(asked, memory), parameters, samples, out, last=not curved)
-    roots = {q: q.root_in(curvature()) for q in curved}
-    for root in dict.fromkeys(roots.values()):
-        of = {q: collectors[q] for q in curved if roots[q] is root}
+    ways = {q: (q.root_in(curvature()), q.basis_in(curvature())) for q in curved}
+    for root, basis in dict.fromkeys(ways.values()):
+        of = {q: collectors[q] for q in curved if ways[q] == (root, basis)}
         chunks = Chunks(frozenset(q.needs for q in of), memory, keep=False, pairs=any(q.pairs for q in of))
-        feed_columns(source, curvature(), root, list(of.values()), chunks, parameters)
+        columns = curvature().columns_of(source, basis, parameters)
+        feed_columns(columns, curvature(), root, list(of.values()), chunks, parameters)
     found: dict[Quantity, Any] = {q: c.finish() for q, c in collectors.items()}
     return [a.value(found, about) for a in asked]
 

@@ -8,7 +8,7 @@ elementwise ops.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves, tree_map
 
 from unbatch.derivatives import forward_mode, gradients, held, norm_held
@@ -31,11 +32,16 @@ NEEDS_OUTPUTS = ("tanh", "sigmoid", "_softmax", "native_layer_norm", "native_bat
 
 @dataclass
 class Linearised:
-    """``J`` at the parameters of this moment. ``predictions``: their values, by number in the graph."""
+    """``J`` at the parameters of this moment. ``predictions``: their values, by number in the graph.
+
+    ``watched``: values in the middle, whose places in the graph of derivatives are kept in ``edges``.
+    """
 
     setting: Setting
     parameters: Mapping[str, Tensor]
     frozen: bool = False
+    watched: Sequence[int] = ()
+    edges: dict[int, GradientEdge] = field(default_factory=dict)
     leaves: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[int, Tensor] = field(default_factory=dict)
     inner: dict[int, Tensor] = field(default_factory=dict)
@@ -52,11 +58,17 @@ class Linearised:
         read = graph.read_by_loss(self.flow.predictions)
         wanted = list(dict.fromkeys([*self.flow.predictions, *read, *(r.index for r in graph.predictions)]))
         with torch.enable_grad():
-            found = graph.run(setting.data | live, wanted, instead=self._instead(), steps=graph.forward_steps)
+            found = graph.run(
+                setting.data | live, wanted, visit=self._visit, instead=self._instead(), steps=graph.forward_steps
+            )
         at = dict(zip(wanted, found, strict=True))
         self.outputs = {i: t for i, t in at.items() if i in self.flow.predictions}
         self.inner = {i: at[i].detach() for i in read}
         self.all_outputs = {r.index: at[r.index].detach() for r in graph.predictions}
+
+    def _visit(self, i: int, value: Tensor) -> None:
+        if i in self.watched and i not in self.edges and value.requires_grad:
+            self.edges[i] = get_gradient_edge(value)
 
     @property
     def predictions(self) -> dict[int, Tensor]:
@@ -101,14 +113,14 @@ class Linearised:
 
     # -- J v --
 
-    def push(self, tangents: Mapping[str, Tensor]) -> dict[int, Tensor]:
-        """``J v``, by prediction.
+    def push(self, tangents: Mapping[str, Tensor], at: Sequence[int] = ()) -> dict[int, Tensor]:
+        """``J v``, by prediction; or the tangents of the values ``at``, all of them watched.
 
         Raises ``StructureError`` where an op has neither a forward mode nor a second derivative.
         """
         if not self._tried:
             self._try()
-        return self._push_at_once(tangents) if self._at_once else self._push_by_steps(tangents)
+        return (self._push_at_once if self._at_once else self._push_by_steps)(tangents, at)
 
     def _try(self) -> None:
         """``⟨u, J v⟩ = ⟨Jᵀu, v⟩`` for random u and v, or the rules for single ops are not believed."""
@@ -128,7 +140,7 @@ class Linearised:
         self._tried = False
         raise StructureError(MSG_NO_TANGENT.format(place="the model", error="its rules contradict its backward pass"))
 
-    def _push_by_steps(self, tangents: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    def _push_by_steps(self, tangents: Mapping[str, Tensor], wanted: Sequence[int] = ()) -> dict[int, Tensor]:
         at = {i: tangents[name] for i, name in self.flow.parameters.items() if name in tangents}
         with torch.no_grad():
             for ran in self.steps:
@@ -139,7 +151,15 @@ class Linearised:
                     at |= {r.index: t for r, t in zip(step.outs, outs, strict=False) if r is not None and t is not None}
                     if step.name not in HIDDEN_WRITES:
                         at |= {new.index: outs[0] for _, new in step.writes if outs[0] is not None}
-        return {i: at[i] if i in at else torch.zeros_like(t.detach()) for i, t in self.outputs.items()}
+        return {i: at[i] if i in at else self._zero(i) for i in wanted or self.outputs}
+
+    def _zero(self, i: int) -> Tensor:
+        shape = self.setting.graph.values[i].shape
+        return (
+            torch.zeros(shape, dtype=self.setting.graph.values[i].dtype)
+            if i not in self.outputs
+            else torch.zeros_like(self.outputs[i].detach())
+        )
 
     def _through(self, ran: Ran, here: Mapping[int, Tensor]) -> Tangents:
         step, held_ = ran.step, ran.step.index in self.flow.frozen_norms
@@ -166,7 +186,7 @@ class Linearised:
                     return True
         return False
 
-    def _push_at_once(self, tangents: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    def _push_at_once(self, tangents: Mapping[str, Tensor], wanted: Sequence[int] = ()) -> dict[int, Tensor]:
         """Forward mode of the whole computation, which knows about memory."""
         setting, graph = self.setting, self.setting.graph
         instead: dict[int, Callable[..., Any]] = {s.index: held(s.op) for s in self.route.cut_off}
@@ -177,12 +197,12 @@ class Linearised:
             live = {i: forward_ad.make_dual(p, tangents[names[i]].contiguous()) if names[i] in tangents else p
                     for i, p in values.items()}  # fmt: skip
             try:
-                found = graph.run(setting.data | live, list(self.outputs), instead=instead, steps=graph.forward_steps)
+                feed, which = setting.data | live, list(wanted or self.outputs)
+                found = graph.run(feed, which, instead=instead, steps=graph.forward_steps)
             except (NotImplementedError, RuntimeError) as error:
                 raise StructureError(MSG_NO_TANGENT.format(place="the model", error=error)) from error
             pushed = [forward_ad.unpack_dual(t).tangent for t in found]
-        pairs = zip(self.outputs.items(), pushed, strict=True)
-        return {i: torch.zeros_like(t.detach()) if v is None else v for (i, t), v in pairs}
+        return {i: torch.zeros_like(t) if v is None else v for i, t, v in zip(which, found, pushed, strict=True)}
 
 
 class LinearisedModel(Linearised):
@@ -207,7 +227,8 @@ class LinearisedModel(Linearised):
             found = torch.autograd.grad(ends, by, ws, create_graph=True, allow_unused=True)
         return [torch.zeros_like(p) if g is None else g for g, p in zip(found, by, strict=True)], ws
 
-    def push(self, tangents: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    def push(self, tangents: Mapping[str, Tensor], at: Sequence[int] = ()) -> dict[int, Tensor]:
+        assert not at, "the model itself is not watched"
         try:
             back, ws = self._backward
             pairs = [

@@ -71,7 +71,7 @@ class ProjectedRows(Meeting):
 
     lean = frozenset({"squared_norms", "sum_of_squares", "dots", "weighted_sum"})
     kind = "linear, projected"
-    compact = True  # type: ignore[assignment]
+    compact = True
 
     def __init__(self, inner: Linear, gain: Tensor, normalised: Tensor) -> None:
         self.layout, self.operand, self.samples = inner.layout, inner.operand, inner.samples

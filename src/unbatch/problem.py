@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from unbatch import capture, errors
 from unbatch.capture import Program
@@ -30,7 +30,7 @@ from unbatch.checks import (
 )
 from unbatch.cotangents import LossAt
 from unbatch.crosstalk import Crosstalk, crosstalk
-from unbatch.curvature import Curvature
+from unbatch.curvature import Curvature, Through
 from unbatch.derivatives import gradients
 from unbatch.errors import InputError, MixedSamplesWarning, StructureError
 from unbatch.ggn import GGN, BlockGGN, Point, made_of
@@ -42,7 +42,8 @@ from unbatch.quantities import Gradients, Quantity
 from unbatch.recording import Batch, Recording
 from unbatch.results import Rows
 from unbatch.sources import Ran, Recorded, Source
-from unbatch.tree import Selection, select
+from unbatch.statistics import Statistics
+from unbatch.tree import Selection, Space, select
 from unbatch.trust import trusted
 from unbatch.verdicts import TITLES, Structure
 from unbatch.verify import Verification, verify
@@ -223,7 +224,7 @@ class Problem:
             return made_of(self._point(kept, chosen, budget), check_blocks(blocks, chosen), draws, picked)
 
     def _point(self, kept: Recording, chosen: Mapping[str, Tensor], memory: int) -> Point:
-        curvature = cache(lambda: self._curvature(kept, chosen))
+        curvature = cache(lambda: self._curvature(kept, chosen, memory))
 
         def ask(quantities: Sequence[Quantity], parameters: Mapping[str, Tensor]) -> list[Any]:
             with torch.inference_mode(False), torch.no_grad(), _precision_of_recording():
@@ -231,7 +232,7 @@ class Problem:
                 label = _label(kept.structure, "component", lambda: None)
                 return answer(source, quantities, parameters, kept.batch.samples, label, memory, {}, curvature)
 
-        return Point(chosen, kept.batch.samples, curvature, ask, kept.is_stale)
+        return Point(chosen, kept.batch.samples, curvature, ask, kept.is_stale, memory)
 
     def with_batch(self, inputs: Any, targets: Any = None) -> Problem:
         """The same problem on other data of the same shapes, without recording it again.
@@ -286,17 +287,33 @@ class Problem:
         _warn(structure, quantities, label)
         source = self._source(kept, by, chosen, budget)
         with torch.no_grad(), _precision_of_recording():
-            curvature = cache(lambda: self._curvature(kept, chosen, source.loss))
+            curvature = cache(lambda: self._curvature(kept, chosen, budget, source.loss))
             return answer(source, quantities, chosen, self.samples, label, budget, buffers, curvature)
 
-    def _curvature(self, kept: Recording, chosen: Mapping[str, Tensor], loss: LossAt | None = None) -> Curvature:
+    def _curvature(
+        self, kept: Recording, chosen: Mapping[str, Tensor], memory: int, loss: LossAt | None = None
+    ) -> Curvature:
         setting = kept.setting
         linearise = cache(lambda: (Linearised if setting.faithful else LinearisedModel)(setting, chosen))
         if loss is None:
             lin = linearise()
             loss = LossAt(setting, lin.predictions, lin.inner, lin.all_outputs)
-        return Curvature(
-            loss, {i: d for i, d in setting.axes.items() if i in loss.predictions}, kept.structure, linearise
+        dims = {i: d for i, d in setting.axes.items() if i in loss.predictions}
+        through = partial(self._through, kept, chosen, memory)
+        return Curvature(loss, dims, kept.structure, linearise, through, memory)
+
+    def _through(self, kept: Recording, chosen: Mapping[str, Tensor], memory: int) -> Through | None:
+        """Where samples listen to each other by batch norms alone, and in more than one place."""
+        source = self._source(kept, "component", chosen, memory)
+        if not isinstance(source, Recorded) or not source.flow.columns:
+            return None
+        statistics = Statistics.of(kept.setting, chosen)
+        if statistics is None:
+            return None
+        return Through(
+            statistics,
+            lambda some: self._source(kept, "frozen", some, memory),
+            Space({n: tuple(p.shape) for n, p in chosen.items()}),
         )
 
     def _asked(
@@ -369,19 +386,3 @@ def _precision_of_recording() -> Iterator[None]:
     """Casts were recorded where they happened; an autocast around the question has done its work."""
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         yield
-
-
-def _fingerprint(t: Tensor) -> float:
-    """A few entries, to notice changes that leave no trace in the version (``.data.mul_(2)``)."""
-    flat = t.detach().reshape(-1) if t.is_contiguous() else t.detach().flatten()
-    return (
-        float(flat[:: max(1, flat.numel() // 8)].double().abs().sum()) if flat.numel() and not t.is_complex() else 0.0
-    )
-
-
-def _identity(tree: Any) -> tuple[Any, ...]:
-    return tuple(
-        (id(t), t._version) if isinstance(t, Tensor) else t
-        for t in tree_leaves(tree)
-        if isinstance(t, Tensor | int | float | str)
-    )

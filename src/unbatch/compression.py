@@ -1,0 +1,269 @@
+"""Columns of the Gauss-Newton factor by way of batch statistics: all of them, or as many directions as are felt.
+
+``V = P + Bᵀ A`` (``statistics.py``). A costs one pullback for every column of a *sample*, whatever N is, so it is
+known before anything is spent on B; ``A = U diag(σ) Wᵀ``. With all of B, ``R`` pullbacks, V is exact. With ``r``
+pullbacks ``Bᵀ u_j`` of the leading left singular vectors it is ``P + Bᵀ U_r U_rᵀ A``, and what is missing from the
+diagonal of G is ``Σ_{j>r} 2 (Bᵀ u_j) ∘ (P Aᵀ u_j) + σ_j² (Bᵀ u_j)²``: since ``U_rᵀ A Aᵀ u_j = 0`` no other term
+is left. Random signs over the tail estimate it without bias, for two pullbacks a draw.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from unbatch.contractions import wide
+from unbatch.linearised import Linearised
+from unbatch.parts import Part
+from unbatch.roots import Factor
+from unbatch.sources import Chunks, Source, Take
+from unbatch.statistics import Statistics
+from unbatch.tree import Space
+
+START = 8  # directions that are tried first
+
+
+@dataclass(frozen=True, eq=False)
+class Basis:
+    """``B̃ = turnᵀ B``: ``rows`` ``[r, D]``, and ``turn`` ``[R, r]``, so that ``V ≈ P + rowsᵀ (turnᵀ A)``.
+
+    ``exact``: nothing is missing. ``estimate``: of the relative error (Frobenius norm) of what was asked for; ``cost``:
+    pullbacks and push-forwards that were spent on it, of one backward or forward pass each, or less.
+    """
+
+    turn: Tensor
+    rows: Tensor
+    exact: bool
+    estimate: float
+    pullbacks: int
+    pushes: int = 0
+    seed: int = 0
+    remainder: Tensor | None = None  # ``[D]``: of the diagonal, an unbiased estimate of what is missing
+
+    @property
+    def rank(self) -> int:
+        return self.turn.shape[1]
+
+
+@dataclass(frozen=True)
+class Compression:
+    """How much of what runs through batch statistics is in a result.
+
+    ``rank`` directions of all ``statistics`` were followed (none where columns were pulled back one by one); ``exact``:
+    nothing is missing. ``estimate``: of the relative error (Frobenius norm), from random signs drawn with ``seed``.
+    ``pullbacks`` and ``pushes``: backward and forward passes spent on what runs through the statistics.
+    """
+
+    rank: int
+    statistics: int
+    exact: bool
+    estimate: float
+    pullbacks: int
+    pushes: int
+    seed: int
+
+
+@dataclass
+class Spread:
+    """``A``, taken apart: ``u`` ``[R, q]``, ``values`` descending, ``w`` ``[size, q]``."""
+
+    statistics: Statistics
+    root: Factor
+    space: Space
+    pulled: list[Tensor] = field(default_factory=list)  # ``Bᵀ u_j``, in float64
+    pullbacks: int = 0
+    pushes: int = 0
+
+    @cached_property
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        a = self.coefficients().double()
+        u, values, wh = torch.linalg.svd(a, full_matrices=False)
+        felt = values > max(a.shape) * torch.finfo(self.root.root.dtype).eps * values[:1]
+        return u[:, felt], values[felt], wh[felt].T
+
+    @property
+    def u(self) -> Tensor:
+        return self._parts[0]
+
+    @property
+    def values(self) -> Tensor:
+        return self._parts[1]
+
+    @property
+    def w(self) -> Tensor:
+        return self._parts[2]
+
+    def coefficients(self) -> Tensor:
+        """``A``, ``[R, size]``: columns in the order of the root."""
+        samples, columns = self.root.table
+        a = self.root.root.new_zeros(self.statistics.size, samples, columns)
+        for j in range(columns):
+            a[:, :, j] = self.statistics.coefficients(self.root.column(j)).T
+            self.pullbacks += 1
+        return a.flatten(1)
+
+    def upto(self, r: int) -> Tensor:
+        """``Bᵀ u_j`` for the first r: ``[r, D]``."""
+        while len(self.pulled) < r:
+            self.pulled.append(self.pull(self.u[:, len(self.pulled)]))
+        return torch.stack(self.pulled[:r]) if r else self.u.new_zeros(0, self.space.size)
+
+    def pull(self, u: Tensor) -> Tensor:
+        self.pullbacks += 1
+        return self.space.flat(self.statistics.pull(u.to(self.root.root.dtype))).double()
+
+    def frozen(self, a: Tensor) -> Tensor:
+        """``P a`` for ``a`` ``[size]``."""
+        self.pullbacks += 1
+        frozen = self.statistics.frozen
+        return self.space.flat(frozen.pull(self.root.times(a.to(self.root.root.dtype)))).double()
+
+    def column(self, a: Tensor) -> Tensor:
+        """``V a``."""
+        self.pullbacks += 1
+        return self.space.flat(self.statistics.free.pull(self.root.times(a.to(self.root.root.dtype)))).double()
+
+    def transposed(self, v: Tensor) -> Tensor:
+        """``Vᵀ v``, ``[size]``."""
+        return self._pushed(self.statistics.free, v)
+
+    def transposed_frozen(self, v: Tensor) -> Tensor:
+        """``Pᵀ v``."""
+        return self._pushed(self.statistics.frozen, v)
+
+    def _pushed(self, linearised: Linearised, v: Tensor) -> Tensor:
+        self.pushes += 1
+        pushed = linearised.push(self.space.named(v.to(self.root.root.dtype)))
+        return self.root.transposed_times(pushed).double()
+
+    def tail(self, r: int, z: Tensor) -> Tensor:
+        """One draw of what is missing from the diagonal, for signs ``z`` ``[q - r]``: ``[D]``."""
+        through = self.pull(self.u[:, r:] @ (self.values[r:] * z))
+        return 2 * through * self.frozen(self.w[:, r:] @ z) + through.square()
+
+    def basis(self, r: int, estimate: float, seed: int) -> Basis:
+        dtype, exact = self.root.root.dtype, r == len(self.values)
+        rows = self.upto(r).to(dtype)
+        return Basis(self.u[:, :r].to(dtype), rows, exact, estimate, self.pullbacks, self.pushes, seed)
+
+
+def everything(statistics: Statistics, space: Space) -> Basis:
+    """All statistics, each pulled back on its own, only from where it is taken."""
+    like = statistics.norms[0].moments[0]
+    turn = torch.eye(statistics.size, dtype=like.dtype, device=like.device)
+    rows = torch.stack([space.flat(statistics.pull(unit)) for unit in turn])
+    return Basis(turn, rows, True, 0.0, statistics.size)
+
+
+def pays(statistics: Statistics, columns: int, entries: int, memory: int) -> bool:
+    """Whether pulling back all statistics takes less than pulling back ``columns``, each below the last mixing.
+
+    Counted in multiplications, where a pullback takes two for each of the forward pass; combining takes one for every
+    statistic, column and parameter entry. ``B`` has to fit into half of ``memory``.
+    """
+    by_columns = 2 * columns * statistics.shares[-1] * statistics.work
+    pulling = sum(2 * n.channels * s for n, s in zip(statistics.norms, statistics.shares, strict=True))
+    combining = statistics.size * columns * entries
+    fits = 2 * statistics.size * entries * statistics.norms[0].moments[0].element_size() <= memory
+    return fits and 2 * pulling * statistics.work + combining < by_columns
+
+
+# --- as many directions as are felt ---------------------------------------------------------------
+
+Missing = Callable[[int], float]  # of rank r: an estimate of the relative error
+
+
+def compressed(spread: Spread, missing: Missing, rtol: float, seed: int) -> Basis:
+    """As few directions as meet ``rtol`` by the estimate, or all.
+
+    The next rank to try is read off the singular values: the error is taken to fall as what is left of ``Σ σ²``.
+    """
+    r, most = min(START, len(spread.values)), len(spread.values)
+    left = spread.values.square().flip(0).cumsum(0).flip(0)  # what is left from rank r on
+    while r < most:
+        estimate = missing(r)
+        if estimate <= rtol:
+            return spread.basis(r, estimate, seed)
+        goal = left[r] * (0.7 * rtol / estimate)
+        r = min(most, max(r + START // 2, int((left > goal).sum())))
+    return spread.basis(most, 0.0, seed)
+
+
+class OfDiagonal:
+    """What is missing from the diagonal of G, from ``draws`` vectors of random signs for every rank that is tried."""
+
+    def __init__(self, spread: Spread, draws: int, seed: int) -> None:
+        self.spread, self.draws = spread, draws
+        self.generator = torch.Generator().manual_seed(seed)
+        signs = [self._signs(len(spread.w)) for _ in range(draws)]
+        whole = torch.stack([spread.column(z).square() for z in signs])
+        together = whole.sum(0).square().sum() - whole.square().sum()  # of different draws, which are independent
+        self.size = float((together / (draws * (draws - 1))).clamp_min(whole.mean(0).square().sum() / draws).sqrt())
+        self.remainder: Tensor | None = None
+
+    def _signs(self, count: int) -> Tensor:
+        signs = torch.randint(2, (count,), generator=self.generator).double() * 2 - 1
+        return signs.to(self.spread.w.device)
+
+    def __call__(self, r: int) -> float:
+        drawn = [self.spread.tail(r, self._signs(len(self.spread.values) - r)) for _ in range(self.draws)]
+        self.remainder = torch.stack(drawn).mean(0)
+        return float(self.remainder.norm()) / max(self.size, torch.finfo(torch.float64).tiny)
+
+
+class OfGram:
+    """What is missing from ``VᵀV``: products with ``draws`` vectors of random signs, true and at rank r."""
+
+    def __init__(self, spread: Spread, draws: int, seed: int) -> None:
+        self.spread = spread
+        generator = torch.Generator().manual_seed(seed)
+        self.signs = [torch.randint(2, (len(spread.w),), generator=generator).double() * 2 - 1 for _ in range(draws)]
+        self.true = [spread.transposed(spread.column(z)) for z in self.signs]
+        self.held = [spread.frozen(z) for z in self.signs]
+        self.remainder = None
+
+    def __call__(self, r: int) -> float:
+        spread, rows = self.spread, self.spread.upto(r)
+        w = spread.w[:, :r] * spread.values[:r]
+        off = 0.0
+        for z, true, held in zip(self.signs, self.true, self.held, strict=True):
+            v = held + rows.T @ (w.T @ z)
+            off += float((true - spread.transposed_frozen(v) - w @ (rows @ v)).square().sum())
+        return math.sqrt(off / max(sum(float(t.square().sum()) for t in self.true), torch.finfo(torch.float64).tiny))
+
+
+# --- what feeds collectors ------------------------------------------------------------------------
+
+
+class Completed:
+    """Frozen columns, completed by what runs through the statistics."""
+
+    def __init__(
+        self, frozen: Source, statistics: Statistics, basis: Basis, space: Space, names: Sequence[str]
+    ) -> None:
+        self.inner, self.statistics, self.basis = frozen, statistics, basis
+        self.shapes = {name: space.shapes[name] for name in names}
+        self.rows = {name: basis.rows[:, space.slices[name]] for name in names}
+
+    def feed(
+        self, plan: Chunks, take: Take, outs: Mapping[str, Tensor], given: Mapping[int, Tensor] | None = None,
+        last: bool = True,
+    ) -> None:  # fmt: skip
+        assert given is not None
+        a = self.statistics.coefficients(given) @ self.basis.turn
+        seen: set[str] = set()
+
+        def completed(name: str, part: Part) -> None:
+            seen.add(name)
+            rows = wide(part.rows())
+            whole = torch.addmm(rows.flatten(1) if rows.ndim > 1 else rows[:, None], a[part.where], self.rows[name])
+            take(name, Part(part.where, whole.view(len(rows), *self.shapes[name])))
+
+        self.inner.feed(replace(plan, needs=frozenset({"rows"})), completed, {}, given, last)
+        for name in [n for n in self.shapes if n not in seen]:
+            take(name, Part(slice(0, len(a)), (a @ self.rows[name]).view(len(a), *self.shapes[name])))

@@ -1,0 +1,143 @@
+"""Columns by way of batch statistics: exactly the same matrix; and with fewer directions, as far off as is said."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import unbatch as ub
+from cases_gradients import CASES
+from test_ggn import _quiet, made, near  # noqa: F401
+from unbatch import curvature, reference
+from unbatch.statistics import Statistics
+
+NORMED = [case for case in CASES if "norm" in case.name or "resid" in case.name]
+
+
+@pytest.fixture
+def always(monkeypatch):
+    """Go by way of statistics, whatever it takes."""
+    monkeypatch.setattr(curvature, "pays", lambda *_: True)
+
+
+def net(samples=16):
+    torch.manual_seed(0)
+    first = [nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True)]
+    second = [nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Flatten()]
+    top = [nn.Linear(80, 6), nn.BatchNorm1d(6, affine=False), nn.Tanh(), nn.Linear(6, 4)]
+    model = nn.Sequential(*first, *second, *top).double()
+    X, y = torch.randn(samples, 2, 6, 6).double(), torch.randint(4, (samples,))
+    return (model, F.cross_entropy, X, y), ub.Problem(model, F.cross_entropy, (X, y))
+
+
+@pytest.mark.parametrize("case", NORMED, ids=lambda case: case.name)
+def test_by_way_of_statistics_it_is_the_same_matrix(case, always):
+    args, problem = made(case, "train")
+    expected = reference.ggn(*args)
+    floor = 1e-14 * float(reference.output_hessian(*args).abs().max())
+    G = problem.ggn()
+    near(G.diag(), expected.diagonal(), "diagonal", floor)
+    near(G.trace(), expected.trace(), "trace", floor)
+    values = torch.linalg.eigvalsh(expected)
+    count = min(len(values), len(G.eigvalsh()))
+    order = values.abs().argsort(descending=True)[:count]
+    near(G.eigvalsh()[-count:], values[order].sort().values, "eigenvalues", floor)
+    if problem.structure.reduction:
+        near(G.diag(per_component=True), reference.ggn_diagonals(*args), "of components", floor)
+
+
+def test_some_of_the_cases_do_go_that_way(always):
+    ways = [made(case, "train")[1].ggn().diag(info=True)[1] for case in NORMED]
+    assert sum(told.statistics > 0 for told in ways) >= 10
+
+
+def test_products_with_the_derivative_of_the_statistics():
+    _, problem = net()
+    G = problem.ggn()
+    statistics = Statistics.of(problem._kept.setting, G.point.parameters)
+    assert statistics.size == 2 * (4 + 5 + 6)
+    generator = torch.Generator().manual_seed(0)
+    u = torch.randn(statistics.size, generator=generator, dtype=torch.float64)
+    v = torch.randn(G.shape[0], generator=generator, dtype=torch.float64)
+    pulled = G.space.flat(statistics.pull(u))
+    assert abs(float(pulled @ v - statistics.push(G.space.named(v)) @ u)) < 1e-10
+
+
+def test_the_cheaper_way_is_taken(monkeypatch):
+    """Many columns above few statistics; and the other way round."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()]
+    layers += [nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 64, 40)]
+    model, X, y = nn.Sequential(*layers).double(), torch.randn(8, 3, 8, 8).double(), torch.randint(40, (8,))
+    found, told = ub.Problem(model, F.cross_entropy, (X, y)).ggn().diag(info=True)
+    assert (told.rank, told.pullbacks) == (16, 16)
+    _, told = net(4)[1].ggn().diag(info=True)
+    assert (told.statistics, told.pullbacks) == (0, 4 * 3)
+    monkeypatch.setattr(curvature, "pays", lambda *_: False)
+    by_columns, told = ub.Problem(model, F.cross_entropy, (X, y)).ggn().diag(info=True)
+    assert told.pullbacks == 8 * 39
+    near(found, by_columns, "diagonal")
+
+
+@pytest.mark.parametrize("rtol", [0.3, 0.1, 0.03])
+def test_a_tolerance_is_met(rtol):
+    args, problem = net()
+    G, expected = problem.ggn(), reference.ggn(*args)
+    found, told = G.diag(rtol=rtol, info=True)
+    off = float((found - expected.diagonal()).norm() / expected.diagonal().norm())
+    assert off <= 2 * told.estimate <= 2 * rtol
+    assert told.rank < told.statistics == 30
+    gram, told = G.gram(rtol=rtol, info=True)
+    off = float((gram - G.gram()).norm() / G.gram().norm())
+    assert off <= 2 * told.estimate <= 2 * rtol
+    values, exact = G.eigvalsh(rtol=rtol), torch.linalg.eigvalsh(expected)
+    assert (values[-5:] - exact[-5:]).abs().max() <= 2 * rtol * exact.norm()
+
+
+def test_with_a_strict_tolerance_all_directions_are_followed():
+    args, problem = net()
+    found, told = problem.ggn().diag(rtol=1e-12, info=True)
+    assert told.exact
+    near(found, reference.ggn(*args).diagonal(), "diagonal")
+
+
+def test_estimates_are_honest():
+    """True errors below twice the estimate in 95 of 100 draws, and completed by the draws right on average."""
+    args, problem = net()
+    exact, G = reference.ggn(*args).diagonal(), problem.ggn()
+    honest, completed = 0, []
+    for seed in range(100):
+        found, told = G.diag(rtol=0.15, seed=seed, info=True)
+        honest += float((found - exact).norm() / exact.norm()) <= 2 * told.estimate
+        completed.append(G.diag(rtol=0.15, seed=seed, unbiased=True))
+    assert honest >= 95
+    stack = torch.stack(completed)
+    standard = stack.std(0) / 10
+    assert ((stack.mean(0) - exact).abs() < 5 * standard + 1e-12).all()
+
+
+def test_a_tolerance_costs_nothing_where_samples_do_not_mix():
+    torch.manual_seed(0)
+    model, X, y = nn.Linear(4, 3).double(), torch.randn(5, 4).double(), torch.randint(3, (5,))
+    _, told = ub.Problem(model, F.cross_entropy, (X, y)).ggn().diag(rtol=0.1, info=True)
+    assert told.exact
+    assert told.pullbacks == 2 * 5
+
+
+def test_a_matrix_by_few_parameters_at_a_time_is_the_same():
+    _, problem = net()
+    whole, pieces = problem.ggn().gram(), problem.ggn(memory=40_000).gram()
+    near(pieces, whole, "Gram matrix")
+
+
+def test_a_wrong_derivative_of_the_statistics_is_caught(monkeypatch):
+    """Total coefficients in place of partial ones, say: the split is not believed, and columns are pulled back."""
+    from unbatch.statistics import Norm
+
+    right = Norm.partial
+    monkeypatch.setattr(Norm, "partial", lambda self, g: 1.1 * right(self, g))
+    monkeypatch.setattr(curvature, "pays", lambda *_: True)
+    args, problem = net()
+    found, told = problem.ggn().diag(info=True)
+    assert told.statistics == 0
+    near(found, reference.ggn(*args).diagonal(), "diagonal")
