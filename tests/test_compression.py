@@ -141,3 +141,53 @@ def test_a_wrong_derivative_of_the_statistics_is_caught(monkeypatch):
     found, told = problem.ggn().diag(info=True)
     assert told.statistics == 0
     near(found, reference.ggn(*args).diagonal(), "diagonal")
+
+
+# ---------------------------------------------------------------- random signs, and the frozen matrix
+
+
+def test_the_matrix_with_frozen_statistics():
+    args, problem = net(6)
+    expected, G = reference.ggn(*args, frozen=True), problem.ggn(by="frozen")
+    near(G.to_dense(), expected, "products")
+    near(G.diag(), expected.diagonal(), "diagonal")
+    near(problem.compute(ub.DiagGGN(), by="frozen").flat(), expected.diagonal(), "asked with others")
+    near(G.eigvalsh()[-4:], torch.linalg.eigvalsh(expected)[-4:], "eigenvalues")
+    near(G.diag(rtol=0.1), expected.diagonal(), "nothing to be compressed")
+    with pytest.raises(ub.InputError, match="by='copy'"):
+        problem.ggn(by="copy")
+    with pytest.raises(ub.InputError, match="by='copy'"):
+        problem.compute(ub.DiagGGN(), by="copy")
+
+
+@pytest.mark.parametrize("controlled", [False, True])
+def test_random_signs_are_right_on_average(controlled):
+    args, problem = net()
+    exact, G = reference.ggn(*args).diagonal(), problem.ggn()
+    control = problem.ggn(by="frozen") if controlled else None
+    found = G.estimate_diag(600, control=control)
+    inside = ((found.values - exact).abs() <= 2 * found.standard_errors + 1e-12).double().mean()
+    assert inside > 0.9
+    assert ((found.values - exact).abs() <= 6 * found.standard_errors + 1e-12).all()
+    again = G.estimate_diag(600, control=control)
+    assert torch.equal(again.values, found.values)
+    if controlled:
+        assert found.gain > 0.9
+        assert found.pullbacks == 2 * (600 + 8) + 3
+        assert set(found.coefficients) == set(G.space.shapes)
+
+
+def test_a_control_variate_that_is_the_matrix_itself_takes_all_variance_away():
+    args, problem = net(6)
+    found = problem.ggn().estimate_diag(4, control=problem.ggn())
+    near(found.values, reference.ggn(*args).diagonal(), "diagonal", 1e-12)
+    assert found.gain > 1e6
+
+
+def test_random_signs_need_definiteness_and_draws():
+    args, problem = net(6)
+    with pytest.raises(ub.InputError, match="at least 2"):
+        problem.ggn().estimate_diag(1)
+    concave = ub.Problem(args[0], lambda p, y: -F.mse_loss(p, p.detach() + 1), args[2:])
+    with pytest.raises(ub.StructureError, match="positive semi-definite"):
+        concave.ggn().estimate_diag(4)

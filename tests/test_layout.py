@@ -75,6 +75,7 @@ LEVELS = {
     "curvature": 6,
     "gradients": 6,
     "solvers": 2,
+    "estimates": 2,
     "ggn": 6,
     # numerical witnesses
     "oracle": 5,

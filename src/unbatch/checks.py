@@ -74,6 +74,12 @@ def check_memory(memory: int | None, device: torch.device) -> int:
     return int(min(memory, sys.maxsize))
 
 
+def check_by_of_columns(by: str) -> None:
+    """The Gauss-Newton matrix is made of derivatives of the predictions, which no copy has for itself."""
+    if by not in ("component", "frozen"):
+        raise InputError(errors.MSG_BY_OF_COLUMNS.format(value=by))
+
+
 def check_draws(mc_samples: int | None, seed: int) -> tuple[int, int] | None:
     """How many columns are drawn for each sample, and the seed; None for none."""
     for what, value, least in (("mc_samples", mc_samples, 1), ("seed", seed, 0)):

@@ -156,7 +156,9 @@ def everything(statistics: Statistics, space: Space) -> Basis:
     """All statistics, each pulled back on its own, only from where it is taken."""
     like = statistics.norms[0].moments[0]
     turn = torch.eye(statistics.size, dtype=like.dtype, device=like.device)
-    rows = torch.stack([space.flat(statistics.pull(unit)) for unit in turn])
+    rows = turn.new_empty(statistics.size, space.size)
+    for row, unit in zip(rows, turn, strict=True):
+        row.copy_(space.flat(statistics.pull(unit)))
     return Basis(turn, rows, True, 0.0, statistics.size)
 
 

@@ -149,7 +149,7 @@ MSG_NO_TANGENT = (
 
 MSG_NO_BLOCKS = (
     "The second derivative of the loss by predictions of the shapes {shapes} is too large to be taken apart, so its "
-    "columns are not to be had. Products (G @ v) and what is made of them are; or draw columns: mc_samples=, draws=."
+    "columns are not to be had. Products (G @ v) and what is made of them are: see unbatch.spectra."
 )
 
 MSG_NO_COMPONENTS = (
@@ -186,4 +186,8 @@ MSG_BLOCKS = (
 
 MSG_SAMPLES = "samples= takes numbers of samples from 0 to {last}, at least one; got {value!r}."
 
+MSG_BY_OF_COLUMNS = (
+    "A Gauss-Newton matrix is made of derivatives of predictions: by={value!r} has none. Ask for by='component', or "
+    "for by='frozen', with batch statistics held constant, which is another matrix."
+)
 MSG_DRAWS = "{what} is a whole number of at least {least}; got {value!r}."

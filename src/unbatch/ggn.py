@@ -17,7 +17,17 @@ from torch import Tensor
 
 from unbatch.compression import Basis, Compression
 from unbatch.curvature import ColumnNorms, Curvature, DiagGGN, Draws, Gram, OfColumns
-from unbatch.errors import MSG_DAMPING, MSG_GGN_STALE, MSG_NOT_DEFINITE, InputError, StaleError
+from unbatch.errors import (
+    MSG_DAMPING,
+    MSG_DRAWS,
+    MSG_GGN_STALE,
+    MSG_NOT_DEFINITE,
+    MSG_NOT_POSITIVE,
+    InputError,
+    StaleError,
+    StructureError,
+)
+from unbatch.estimates import Control, DiagonalEstimate, from_signs
 from unbatch.linearised import Linearised
 from unbatch.operator import Operator, sum_of
 from unbatch.roots import Factor, Root
@@ -190,6 +200,24 @@ class GGN(Operator):
         if unbiased and missing is not None and not per_component:
             flat = flat + missing.to(flat)
         return (flat, told) if info else flat
+
+    def estimate_diag(self, draws: int, *, seed: int = 0, control: GGN | None = None) -> DiagonalEstimate:
+        """The diagonal from ``draws`` vectors of random signs, one pullback each: unbiased, with standard errors.
+
+        ``control``: another matrix on the same batch, as ``problem.ggn(by="frozen")``, whose exact diagonal is used as
+        a control variate; the result says how much was gained, which may be nothing. Raises ``StructureError`` where G
+        is not positive semi-definite.
+        """
+        if not isinstance(draws, int) or draws < 2:
+            raise InputError(MSG_DRAWS.format(what="draws", least=2, value=draws))
+        if self.root.lowest < 0:
+            raise StructureError(MSG_NOT_POSITIVE.format(what="Random signs", lowest=self.root.lowest))
+        other = None
+        if control is not None:
+            columns = self.root.table[1]
+            other = Control(lambda z: control._flat(self.root.times(z.to(self.dtype))), control.diag(), columns)
+        assert self.space is not None
+        return from_signs(self._from_columns, self.root.size, draws, seed, self.space.slices, other)
 
     def _told(self, basis: Basis | None, estimate: float | None = None) -> Compression:
         if basis is None:

@@ -17,6 +17,7 @@ from unbatch import capture, errors
 from unbatch.capture import Program
 from unbatch.checks import (
     check_blocks,
+    check_by_of_columns,
     check_devices,
     check_dims,
     check_draws,
@@ -30,7 +31,7 @@ from unbatch.checks import (
 )
 from unbatch.cotangents import LossAt
 from unbatch.crosstalk import Crosstalk, crosstalk
-from unbatch.curvature import Curvature, Through
+from unbatch.curvature import Curvature, OfColumns, Through
 from unbatch.derivatives import gradients
 from unbatch.errors import InputError, MixedSamplesWarning, StructureError
 from unbatch.ggn import GGN, BlockGGN, Point, made_of
@@ -202,6 +203,7 @@ class Problem:
         parameters: Selection = None,
         blocks: str | Sequence[Selection] | None = None,
         *,
+        by: str = "component",
         mc_samples: int | None = None,
         seed: int = 0,
         samples: Sequence[int] | Tensor | None = None,
@@ -209,27 +211,29 @@ class Problem:
     ) -> GGN | BlockGGN:
         """The generalized Gauss-Newton matrix ``G = Jᵀ (∇²_F L) J`` on this batch, as an operator ``[D, D]``.
 
-        ``J`` goes through everything that samples share, batch statistics included; the split of the loss at the
-        predictions is that of the structure. ``blocks``: "parameter", "module", or groups of parameters, for the block
-        diagonal. ``mc_samples``: with so many columns for each sample, drawn from the likelihood with ``seed``, instead
-        of the second derivative. ``samples``: the components of these samples only, times N over their number.
+        ``J`` goes through everything that samples share, batch statistics included (``by="frozen"``: with these held
+        constant, which is another matrix); the split of the loss at the predictions is that of the structure.
+        ``blocks``: "parameter", "module", or groups of parameters, for the block diagonal. ``mc_samples``: with so many
+        columns for each sample, drawn from the likelihood with ``seed``, instead of the second derivative. ``samples``:
+        the components of these samples only, times N over their number.
 
         Raises ``InputError`` for what does not fit, ``StructureError`` where the loss has no second derivative.
         """
-        kept, chosen, budget = self._asked("component", parameters, memory)
+        check_by_of_columns(by)
+        kept, chosen, budget = self._asked(by, parameters, memory)
         draws = check_draws(mc_samples, seed)
         picked = check_samples(samples, self.samples)
         kept.structure  # noqa: B018  settled before anything is kept
         with torch.inference_mode(False), _precision_of_recording():
-            return made_of(self._point(kept, chosen, budget), check_blocks(blocks, chosen), draws, picked)
+            return made_of(self._point(kept, chosen, budget, by), check_blocks(blocks, chosen), draws, picked)
 
-    def _point(self, kept: Recording, chosen: Mapping[str, Tensor], memory: int) -> Point:
-        curvature = cache(lambda: self._curvature(kept, chosen, memory))
+    def _point(self, kept: Recording, chosen: Mapping[str, Tensor], memory: int, by: str) -> Point:
+        curvature = cache(lambda: self._curvature(kept, chosen, memory, by))
 
         def ask(quantities: Sequence[Quantity], parameters: Mapping[str, Tensor]) -> list[Any]:
             with torch.inference_mode(False), torch.no_grad(), _precision_of_recording():
-                source = self._source(kept, "component", parameters, memory)
-                label = _label(kept.structure, "component", lambda: None)
+                source = self._source(kept, by, parameters, memory)
+                label = _label(kept.structure, by, lambda: None)
                 return answer(source, quantities, parameters, kept.batch.samples, label, memory, {}, curvature)
 
         return Point(chosen, kept.batch.samples, curvature, ask, kept.is_stale, memory)
@@ -279,6 +283,8 @@ class Problem:
         memory: int | None,
         out: Mapping[str, Tensor] | None,
     ) -> list[Any]:
+        if any(isinstance(q, OfColumns) for q in quantities):
+            check_by_of_columns(by)
         kept, chosen, budget = self._asked(by, parameters, memory)
         buffers = check_out(out, chosen, self.samples)
         structure = kept.structure
@@ -287,19 +293,27 @@ class Problem:
         _warn(structure, quantities, label)
         source = self._source(kept, by, chosen, budget)
         with torch.no_grad(), _precision_of_recording():
-            curvature = cache(lambda: self._curvature(kept, chosen, budget, source.loss))
+            curvature = cache(lambda: self._curvature(kept, chosen, budget, by, source.loss))
             return answer(source, quantities, chosen, self.samples, label, budget, buffers, curvature)
 
     def _curvature(
-        self, kept: Recording, chosen: Mapping[str, Tensor], memory: int, loss: LossAt | None = None
+        self, kept: Recording, chosen: Mapping[str, Tensor], memory: int, by: str, loss: LossAt | None = None
     ) -> Curvature:
         setting = kept.setting
-        linearise = cache(lambda: (Linearised if setting.faithful else LinearisedModel)(setting, chosen))
+
+        def linearise() -> Linearised:
+            if setting.faithful:
+                return Linearised(setting, chosen, by == "frozen")
+            if by == "frozen" and not kept.structure.independent_forward:
+                raise StructureError(errors.MSG_NOT_REPLAYED.format(by=by, why=kept.replays))
+            return LinearisedModel(setting, chosen)
+
+        linearise = cache(linearise)
         if loss is None:
             lin = linearise()
             loss = LossAt(setting, lin.predictions, lin.inner, lin.all_outputs)
         dims = {i: d for i, d in setting.axes.items() if i in loss.predictions}
-        through = partial(self._through, kept, chosen, memory)
+        through = partial(self._through, kept, chosen, memory) if by == "component" else lambda: None
         return Curvature(loss, dims, kept.structure, linearise, through, memory)
 
     def _through(self, kept: Recording, chosen: Mapping[str, Tensor], memory: int) -> Through | None:
