@@ -79,6 +79,16 @@ def test_the_cheaper_way_is_taken(monkeypatch):
     near(found, by_columns, "diagonal")
 
 
+def test_a_plan_says_which_way_columns_go_and_why():
+    plan = net()[1].plan(ub.DiagGGN())
+    assert plan.pullbacks == 30 + 2 * 3
+    assert "all 30 batch statistics" in plan.reason
+    assert "48 columns" in plan.reason
+    assert str(plan).startswith("Columns of the Gauss-Newton factor by component")
+    alone = ub.Problem(nn.Linear(4, 3), F.cross_entropy, (torch.randn(5, 4), torch.zeros(5).long()))
+    assert alone.plan(ub.DiagGGN()).pullbacks == 2
+
+
 @pytest.mark.parametrize("rtol", [0.3, 0.1, 0.03])
 def test_a_tolerance_is_met(rtol):
     args, problem = net()

@@ -335,6 +335,24 @@ def test_predictions_cut_elsewhere_have_another_matrix():
     assert "vanishes" in logs.note
 
 
+class Own(nn.Module):
+    """Returns its own loss, linear in the last values that a parameter made."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return {"loss": self.body(x).sum(1).mean()}
+
+
+def test_a_cut_at_which_the_curvature_vanishes_is_warned_about():
+    torch.manual_seed(0)
+    problem = ub.Problem(Own().double(), batch=torch.randn(5, 4).double())
+    with pytest.warns(ub.VanishingCurvatureWarning, match="linear"):
+        assert problem.ggn().trace() == 0
+
+
 # ---------------------------------------------------------------- blocks, draws, choices
 
 

@@ -73,6 +73,7 @@ LEVELS = {
     "statistics": 6,
     "compression": 6,
     "curvature": 6,
+    "columns": 6,
     "gradients": 6,
     "solvers": 2,
     "estimates": 2,

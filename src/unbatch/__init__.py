@@ -1,7 +1,8 @@
 """unbatch: proves which structure a loss has, and computes what that structure allows."""
 
+from unbatch.columns import DiagGGN
+from unbatch.compression import Compression
 from unbatch.crosstalk import Crosstalk
-from unbatch.curvature import DiagGGN
 from unbatch.errors import (
     CaptureError,
     ConvergenceError,
@@ -10,6 +11,7 @@ from unbatch.errors import (
     StaleError,
     StructureError,
     UnbatchError,
+    VanishingCurvatureWarning,
 )
 from unbatch.ggn import GGN
 from unbatch.problem import Problem
@@ -40,6 +42,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CaptureError",
     "ClippedSum",
+    "Compression",
     "ConvergenceError",
     "Crosstalk",
     "Culprit",
@@ -65,6 +68,7 @@ __all__ = [
     "StructureError",
     "SumOfSquares",
     "UnbatchError",
+    "VanishingCurvatureWarning",
     "Variance",
     "Verdict",
     "Verification",

@@ -162,17 +162,41 @@ def everything(statistics: Statistics, space: Space) -> Basis:
     return Basis(turn, rows, True, 0.0, statistics.size)
 
 
-def pays(statistics: Statistics, columns: int, entries: int, memory: int) -> bool:
-    """Whether pulling back all statistics takes less than pulling back ``columns``, each below the last mixing.
+@dataclass(frozen=True)
+class Counted:
+    """What both ways take, in multiplications; true where all statistics are to be pulled back, and not all columns."""
 
-    Counted in multiplications, where a pullback takes two for each of the forward pass; combining takes one for every
-    statistic, column and parameter entry. ``B`` has to fit into half of ``memory``.
+    columns: int
+    statistics: int
+    passes: float  # pullbacks of all statistics, as parts of a whole one: each ends below where its batch norm is
+    by_columns: float
+    by_statistics: float
+    fits: bool
+
+    def __bool__(self) -> bool:
+        return self.fits and self.by_statistics < self.by_columns
+
+    @property
+    def reason(self) -> str:
+        both = (
+            f"Pulling back all {self.statistics} batch statistics ({self.passes:.0f} whole passes) and combining them is "
+            f"counted at {self.by_statistics / self.by_columns:.2g} times what {self.columns} columns below the last "
+            "mixing take."
+        )
+        return both if self.fits else f"{both} It would not fit into the memory budget."
+
+
+def pays(statistics: Statistics, columns: int, entries: int, memory: int) -> Counted:
+    """Count what it takes to pull back all statistics, and ``columns``, each below the last mixing.
+
+    A pullback takes two multiplications for each of the forward pass; combining takes one for every statistic, column
+    and parameter entry. ``B`` has to fit into half of ``memory``.
     """
+    passes = sum(2 * n.channels * s for n, s in zip(statistics.norms, statistics.shares, strict=True))
     by_columns = 2 * columns * statistics.shares[-1] * statistics.work
-    pulling = sum(2 * n.channels * s for n, s in zip(statistics.norms, statistics.shares, strict=True))
-    combining = statistics.size * columns * entries
+    by_statistics = 2 * passes * statistics.work + statistics.size * columns * entries
     fits = 2 * statistics.size * entries * statistics.norms[0].moments[0].element_size() <= memory
-    return fits and 2 * pulling * statistics.work + combining < by_columns
+    return Counted(columns, statistics.size, passes, by_columns, by_statistics, fits)
 
 
 # --- as many directions as are felt ---------------------------------------------------------------

@@ -79,7 +79,8 @@ class LossAt:
             return self
         wide = [{i: widest(t) for i, t in named.items()} for named in (self.predictions, self.inner, self.outputs)]
         targets = tree_map(lambda t: widest(t) if isinstance(t, Tensor) else t, self.setting.targets)
-        other = LossAt(replace(self.setting.widened(), targets=targets), *wide)
+        setting = self.setting.widened() if by_graph(self.setting, self.inner) else self.setting
+        other = LossAt(replace(setting, targets=targets), *wide)
         try:
             return other if all(g.dtype == torch.float64 for g in other.slope.values()) else None
         except (RuntimeError, TypeError):
@@ -93,7 +94,7 @@ def loss_value(
     leaves = {i: t.detach().requires_grad_() for i, t in predictions.items() if t.is_floating_point() or t.is_complex()}
     graph = setting.graph
     with torch.enable_grad():
-        if setting.own_loss or inner or any(s.noise for s in graph.loss_steps):
+        if by_graph(setting, inner):
             assert graph.loss is not None
             outside = {i: setting.program.parameters[v.name].detach() for i, v in enumerate(graph.values)
                        if v.kind == "parameters"}  # fmt: skip
@@ -105,6 +106,11 @@ def loss_value(
             filled = {**outputs, **{i: t.clone() if copied else t for i, t in leaves.items()}}
             value = loss_of(setting, output_of(setting, filled))
     return value, leaves
+
+
+def by_graph(setting: Setting, inner: Mapping[int, Tensor]) -> bool:
+    """The loss has to be replayed, because it cannot be called with predictions alone, or draws noise."""
+    return setting.own_loss or bool(inner) or any(s.noise for s in setting.graph.loss_steps)
 
 
 def output_of(setting: Setting, values: Mapping[int, Tensor]) -> Any:

@@ -35,6 +35,10 @@ class MixedSamplesWarning(UserWarning):
     """
 
 
+class VanishingCurvatureWarning(UserWarning):
+    """The Gauss-Newton matrix is zero, because the loss is linear in what was taken for its predictions."""
+
+
 MSG_NOT_SCALAR = (
     "The loss must be a scalar tensor, because its gradient is what gets split over samples; it returned {value}. "
     "Reduce it, e.g. `lambda p, y: loss(p, y).mean()`, or pass reduction='mean' to the loss."
@@ -145,6 +149,12 @@ MSG_NO_SECOND_DERIVATIVE = (
 MSG_NO_TANGENT = (
     "Tangents cannot be pushed through {place}: PyTorch has no forward mode and no second derivative for it ({error}). "
     "Products with the Gauss-Newton matrix need one of them; factors, diagonals and Gram matrices do not."
+)
+
+MSG_VANISHING = (
+    "The loss is linear in the values that were taken for its predictions, the last ones that parameters made "
+    "({shapes}), so the Gauss-Newton matrix is zero. To cut the model elsewhere, let it return its logits and pass the "
+    "loss beside it: Problem(model, loss, (X, y))."
 )
 
 MSG_NO_BLOCKS = (

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from unbatch.columns import ColumnNorms, DiagGGN, Gram, OfColumns
 from unbatch.compression import Basis, Compression
-from unbatch.curvature import ColumnNorms, Curvature, DiagGGN, Draws, Gram, OfColumns
+from unbatch.curvature import Curvature, Draws
 from unbatch.errors import (
     MSG_DAMPING,
     MSG_DRAWS,

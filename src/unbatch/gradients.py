@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unbatch.columns import OfColumns, feed_columns
 from unbatch.contractions import real
-from unbatch.curvature import Curvature, OfColumns, feed_columns
+from unbatch.curvature import Curvature
 from unbatch.parts import Part
 from unbatch.plan import Plan
 from unbatch.quantities import About, Basic, Collector, Derived, Gradients, Quantity
@@ -127,20 +128,27 @@ def _feed(
 
 
 def planned(
-    source: Source, quantities: Sequence[Quantity], parameters: Mapping[str, Tensor], samples: int, by: str, memory: int
-) -> Plan:
+    source: Source, quantities: Sequence[Quantity], parameters: Mapping[str, Tensor], samples: int, by: str,
+    memory: int, curvature: Callable[[], Curvature],
+) -> Plan:  # fmt: skip
     """What ``answer`` would do, in numbers and words."""
     asked = [_Asked.of(q) for q in quantities]
     chunks, basics = _chunks(asked, memory), _basics(asked)
-    passes, at_once = source.pullbacks(chunks)
-    sites = source.sites()
+    curved = [q for q in basics if isinstance(q, OfColumns)]
+    passes, at_once = source.pullbacks(chunks) if len(curved) < len(basics) else (0, 1)
+    reasons = [source.reason] if passes else []
+    for root in dict.fromkeys(q.root_in(curvature()) for q in curved):
+        more, why = curvature().plan(root, source, chunks)
+        passes, reasons = passes + more, [*reasons, why]
     row = sum(p.numel() * p.element_size() for p in parameters.values())
     largest = max(p.numel() * p.element_size() for p in parameters.values())
     sizes = {"rows": samples * row, "squared_norms": samples * len(parameters) * 4, "dots": samples**2 * 4}
     results = sum(sizes["rows"] if isinstance(q, Gradients) else sizes.get(q.needs, row) for q in basics)
     formed = samples * row if chunks.pairs else at_once * row if passes > 1 else min(samples * largest, memory, CHUNK)
     temporary = 0 if chunks.keep and passes == 1 else formed
-    return Plan(by, samples, tuple(sites), passes, at_once, results, temporary, memory, source.reason)
+    what = "Rows" if len(curved) < len(basics) else "Columns of the Gauss-Newton factor"
+    sites = tuple(source.sites())
+    return Plan(by, samples, sites, passes, at_once, results, temporary, memory, " ".join(reasons), what)
 
 
 def _chunks(asked: Sequence[_Asked], memory: int) -> Chunks:

@@ -49,6 +49,7 @@ class Plan:
     temporary: int
     budget: int
     reason: str
+    what: str = "Rows"
 
     @property
     def memory(self) -> int:
@@ -65,7 +66,7 @@ class Plan:
         together = f", {self.at_once} at a time" if self.pullbacks > 1 else ""
         count = f"{self.pullbacks} pullback{plural}{together}"
         return Group(
-            Text(f"Rows by {self.by} of {self.samples} samples: {count}. {self.reason}"),
+            Text(f"{self.what} by {self.by} of {self.samples} samples: {count}. {self.reason}"),
             table,
             *legend,
             Text(

@@ -29,9 +29,10 @@ from unbatch.checks import (
     flat_dims,
     parameters_of,
 )
+from unbatch.columns import OfColumns
 from unbatch.cotangents import LossAt
 from unbatch.crosstalk import Crosstalk, crosstalk
-from unbatch.curvature import Curvature, OfColumns, Through
+from unbatch.curvature import Curvature, Through
 from unbatch.derivatives import gradients
 from unbatch.errors import InputError, MixedSamplesWarning, StructureError
 from unbatch.ggn import GGN, BlockGGN, Point, made_of
@@ -196,7 +197,8 @@ class Problem:
         """
         kept, chosen, budget = self._asked(by, parameters, memory)
         source = self._source(kept, by, chosen, budget)
-        return planned(source, quantities or [Gradients()], chosen, self.samples, by, budget)
+        curvature = cache(lambda: self._curvature(kept, chosen, budget, by, source.loss))
+        return planned(source, quantities or [Gradients()], chosen, self.samples, by, budget, curvature)
 
     def ggn(
         self,
