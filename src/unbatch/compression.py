@@ -10,8 +10,9 @@ is left. Random signs over the tail estimate it without bias, for two pullbacks 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -68,16 +69,12 @@ class Compression:
     seed: int
 
 
-@dataclass
 class Spread:
-    """``A``, taken apart: ``u`` ``[R, q]``, ``values`` descending, ``w`` ``[size, q]``."""
+    """``A``, taken apart: ``u`` ``[R, q]``, ``values`` descending, ``w`` ``[size, q]``; kept for further questions."""
 
-    statistics: Statistics
-    root: Factor
-    space: Space
-    pulled: list[Tensor] = field(default_factory=list)  # ``Bᵀ u_j``, in float64
-    pullbacks: int = 0
-    pushes: int = 0
+    def __init__(self, statistics: Statistics, root: Factor, space: Space) -> None:
+        self.statistics, self.root, self.space = statistics, root, space
+        self.known, self.rows = 0, root.root.new_empty(0, space.size)  # ``Bᵀ u_j`` of the first directions
 
     @cached_property
     def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,28 +101,30 @@ class Spread:
         a = self.root.root.new_zeros(self.statistics.size, samples, columns)
         for j in range(columns):
             a[:, :, j] = self.statistics.coefficients(self.root.column(j)).T
-            self.pullbacks += 1
         return a.flatten(1)
 
     def upto(self, r: int) -> Tensor:
         """``Bᵀ u_j`` for the first r: ``[r, D]``."""
-        while len(self.pulled) < r:
-            self.pulled.append(self.pull(self.u[:, len(self.pulled)]))
-        return torch.stack(self.pulled[:r]) if r else self.u.new_zeros(0, self.space.size)
+        if r > len(self.rows):
+            more = self.rows.new_empty(r, self.space.size)
+            more[: self.known] = self.rows[: self.known]
+            self.rows = more
+        for j in range(self.known, r):
+            self.rows[j] = self.pull(self.u[:, j])
+        self.known = max(self.known, r)
+        return self.rows[:r]
 
     def pull(self, u: Tensor) -> Tensor:
-        self.pullbacks += 1
-        return self.space.flat(self.statistics.pull(u.to(self.root.root.dtype))).double()
+        """``Bᵀ u``."""
+        return self.space.flat(self.statistics.pull(u.to(self.root.root.dtype)))
 
     def frozen(self, a: Tensor) -> Tensor:
         """``P a`` for ``a`` ``[size]``."""
-        self.pullbacks += 1
         frozen = self.statistics.frozen
         return self.space.flat(frozen.pull(self.root.times(a.to(self.root.root.dtype)))).double()
 
     def column(self, a: Tensor) -> Tensor:
         """``V a``."""
-        self.pullbacks += 1
         return self.space.flat(self.statistics.free.pull(self.root.times(a.to(self.root.root.dtype)))).double()
 
     def transposed(self, v: Tensor) -> Tensor:
@@ -137,19 +136,19 @@ class Spread:
         return self._pushed(self.statistics.frozen, v)
 
     def _pushed(self, linearised: Linearised, v: Tensor) -> Tensor:
-        self.pushes += 1
         pushed = linearised.push(self.space.named(v.to(self.root.root.dtype)))
         return self.root.transposed_times(pushed).double()
 
     def tail(self, r: int, z: Tensor) -> Tensor:
         """One draw of what is missing from the diagonal, for signs ``z`` ``[q - r]``: ``[D]``."""
-        through = self.pull(self.u[:, r:] @ (self.values[r:] * z))
+        through = self.pull(self.u[:, r:] @ (self.values[r:] * z)).double()
         return 2 * through * self.frozen(self.w[:, r:] @ z) + through.square()
 
-    def basis(self, r: int, estimate: float, seed: int) -> Basis:
-        dtype, exact = self.root.root.dtype, r == len(self.values)
-        rows = self.upto(r).to(dtype)
-        return Basis(self.u[:, :r].to(dtype), rows, exact, estimate, self.pullbacks, self.pushes, seed)
+    def basis(self, r: int, estimate: float, missing: Missing, seed: int) -> Basis:
+        turn, exact = self.u[:, :r].to(self.root.root.dtype), r == len(self.values)
+        pullbacks = self.root.table[1] + r + missing.pullbacks
+        remainder = None if exact else missing.remainder
+        return Basis(turn, self.upto(r), exact, estimate, pullbacks, missing.pushes, seed, remainder)
 
 
 def everything(statistics: Statistics, space: Space) -> Basis:
@@ -179,9 +178,9 @@ class Counted:
     @property
     def reason(self) -> str:
         both = (
-            f"Pulling back all {self.statistics} batch statistics ({self.passes:.0f} whole passes) and combining them is "
-            f"counted at {self.by_statistics / self.by_columns:.2g} times what {self.columns} columns below the last "
-            "mixing take."
+            f"Pulling back all {self.statistics} batch statistics ({self.passes:.0f} whole passes) and combining them "
+            f"is counted at {self.by_statistics / self.by_columns:.2g} times what {self.columns} columns below the "
+            "last mixing take."
         )
         return both if self.fits else f"{both} It would not fit into the memory budget."
 
@@ -201,26 +200,35 @@ def pays(statistics: Statistics, columns: int, entries: int, memory: int) -> Cou
 
 # --- as many directions as are felt ---------------------------------------------------------------
 
-Missing = Callable[[int], float]  # of rank r: an estimate of the relative error
+
+class Missing(ABC):
+    """Estimates what is missing at a rank, relative to what was asked for. ``pullbacks``, ``pushes``: spent on that."""
+
+    pullbacks, pushes = 0, 0
+    remainder: Tensor | None = None
+
+    @abstractmethod
+    def __call__(self, r: int) -> float: ...
 
 
-def compressed(spread: Spread, missing: Missing, rtol: float, seed: int) -> Basis:
-    """As few directions as meet ``rtol`` by the estimate, or all.
+def compressed(spread: Spread, missing: Missing, rtol: float, seed: int, most_rows: int) -> Basis | None:
+    """As few directions as meet ``rtol`` by the estimate, or all; None where they would be more than ``most_rows``.
 
     The next rank to try is read off the singular values: the error is taken to fall as what is left of ``Σ σ²``.
     """
     r, most = min(START, len(spread.values)), len(spread.values)
     left = spread.values.square().flip(0).cumsum(0).flip(0)  # what is left from rank r on
-    while r < most:
+    estimate = 0.0
+    while r < most and r <= most_rows:
         estimate = missing(r)
         if estimate <= rtol:
-            return spread.basis(r, estimate, seed)
-        goal = left[r] * (0.7 * rtol / estimate)
+            break
+        goal, estimate = left[r] * (0.7 * rtol / estimate), 0.0
         r = min(most, max(r + START // 2, int((left > goal).sum())))
-    return spread.basis(most, 0.0, seed)
+    return spread.basis(r, estimate, missing, seed) if r <= most_rows else None
 
 
-class OfDiagonal:
+class OfDiagonal(Missing):
     """What is missing from the diagonal of G, from ``draws`` vectors of random signs for every rank that is tried."""
 
     def __init__(self, spread: Spread, draws: int, seed: int) -> None:
@@ -230,7 +238,7 @@ class OfDiagonal:
         whole = torch.stack([spread.column(z).square() for z in signs])
         together = whole.sum(0).square().sum() - whole.square().sum()  # of different draws, which are independent
         self.size = float((together / (draws * (draws - 1))).clamp_min(whole.mean(0).square().sum() / draws).sqrt())
-        self.remainder: Tensor | None = None
+        self.pullbacks += draws
 
     def _signs(self, count: int) -> Tensor:
         signs = torch.randint(2, (count,), generator=self.generator).double() * 2 - 1
@@ -239,10 +247,11 @@ class OfDiagonal:
     def __call__(self, r: int) -> float:
         drawn = [self.spread.tail(r, self._signs(len(self.spread.values) - r)) for _ in range(self.draws)]
         self.remainder = torch.stack(drawn).mean(0)
+        self.pullbacks += 2 * self.draws
         return float(self.remainder.norm()) / max(self.size, torch.finfo(torch.float64).tiny)
 
 
-class OfGram:
+class OfGram(Missing):
     """What is missing from ``VᵀV``: products with ``draws`` vectors of random signs, true and at rank r."""
 
     def __init__(self, spread: Spread, draws: int, seed: int) -> None:
@@ -251,11 +260,12 @@ class OfGram:
         self.signs = [torch.randint(2, (len(spread.w),), generator=generator).double() * 2 - 1 for _ in range(draws)]
         self.true = [spread.transposed(spread.column(z)) for z in self.signs]
         self.held = [spread.frozen(z) for z in self.signs]
-        self.remainder = None
+        self.pullbacks, self.pushes = 2 * draws, draws
 
     def __call__(self, r: int) -> float:
         spread, rows = self.spread, self.spread.upto(r)
-        w = spread.w[:, :r] * spread.values[:r]
+        w, rows = spread.w[:, :r] * spread.values[:r], rows.double()
+        self.pushes += len(self.signs)
         off = 0.0
         for z, true, held in zip(self.signs, self.true, self.held, strict=True):
             v = held + rows.T @ (w.T @ z)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -73,6 +73,7 @@ class Curvature:
     memory: int
     roots: dict[Draws, Root] = field(default_factory=dict)
     bases: dict[tuple[Any, ...], Basis | None] = field(default_factory=dict)
+    spreads: dict[Root, Spread] = field(default_factory=dict)
 
     @property
     def apart(self) -> bool:
@@ -101,9 +102,10 @@ class Curvature:
         if rtol is None or root.lowest < 0:
             worth = pays(statistics, root.size, space.size, self.memory)
             return everything(statistics, space) if worth else None
-        spread = Spread(statistics, root, space)
-        missing: OfDiagonal | OfGram = (OfGram if rtol.gram else OfDiagonal)(spread, DRAWS, rtol.seed)
-        return replace(compressed(spread, missing, rtol.value, rtol.seed), remainder=missing.remainder)
+        spread = self.spreads.setdefault(root, Spread(statistics, root, space))
+        missing = (OfGram if rtol.gram else OfDiagonal)(spread, DRAWS, rtol.seed)
+        row = space.size * root.root.element_size()
+        return compressed(spread, missing, rtol.value, rtol.seed, self.memory // (2 * row))
 
     def plan(self, root: Root, source: Source, chunks: Chunks) -> tuple[int, str]:
         """Backward passes in all, and why they are those."""
