@@ -78,6 +78,7 @@ LEVELS = {
     "solvers": 2,
     "estimates": 2,
     "ggn": 6,
+    "blocks": 6,
     # numerical witnesses
     "oracle": 5,
     "witness": 5,

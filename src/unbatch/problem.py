@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from unbatch import capture, errors
+from unbatch.blocks import BlockGGN, made_of
 from unbatch.capture import Program
 from unbatch.checks import (
     check_blocks,
@@ -35,7 +36,7 @@ from unbatch.crosstalk import Crosstalk, crosstalk
 from unbatch.curvature import Curvature, Through
 from unbatch.derivatives import gradients
 from unbatch.errors import InputError, MixedSamplesWarning, StructureError
-from unbatch.ggn import GGN, BlockGGN, Point, made_of
+from unbatch.ggn import GGN, Point
 from unbatch.gradients import Label, answer, is_moment, planned
 from unbatch.linearised import Linearised, LinearisedModel
 from unbatch.plan import Plan
