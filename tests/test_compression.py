@@ -153,6 +153,22 @@ def test_a_wrong_derivative_of_the_statistics_is_caught(monkeypatch):
     near(found, reference.ggn(*args).diagonal(), "diagonal")
 
 
+@pytest.mark.parametrize(("dtype", "statistics"), [(torch.float32, 30), (torch.bfloat16, 0)])
+def test_in_lower_precision(dtype, statistics):
+    args, problem = net()
+    exact = problem.ggn().diag()
+    model, loss, X, y = args
+    found, told = ub.Problem(model.to(dtype), loss, (X.to(dtype), y)).ggn().diag(rtol=0.05, info=True)
+    assert told.statistics == statistics
+    assert (found.double() - exact).norm() < (0.1 if statistics else 0.3) * exact.norm()
+
+
+def test_several_questions_at_once():
+    _, problem = net()
+    diagonal, parts, _ = problem.compute(ub.DiagGGN(), ub.DiagGGN(per_component=True), ub.Gradients())
+    near(torch.cat([t.flatten(1) if t.ndim > 1 else t for t in parts.values()], 1).sum(0), diagonal.flat(), "sum")
+
+
 # ---------------------------------------------------------------- random signs, and the frozen matrix
 
 

@@ -41,7 +41,8 @@ class BlockGGN(Operator):
 
     def diag(self) -> Tensor:
         """The diagonal, which is that of G: ``[D]``."""
-        return self._each(torch.zeros(self.shape[0], dtype=self.dtype), lambda block, _: block.diag())
+        nothing = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
+        return self._each(nothing, lambda block, _: block.diag())
 
     def trace(self) -> Tensor:
         return torch.stack([b.trace() for b in self.blocks]).sum()

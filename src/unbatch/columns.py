@@ -256,7 +256,7 @@ class _Gram(Collector):
         """Add what is in the order of ``numbers``, in which one may come twice."""
         ordered, order = numbers.sort()
         if len(numbers) == len(total) and torch.equal(ordered, torch.arange(len(total))):
-            total.add_(block[order].index_select(1, order))
+            total.add_(block[order][:, order])
         else:
             total.index_put_((numbers[:, None], numbers), block, accumulate=True)
 

@@ -116,16 +116,16 @@ class Spread:
 
     def pull(self, u: Tensor) -> Tensor:
         """``Bᵀ u``."""
-        return self.space.flat(self.statistics.pull(u.to(self.root.root.dtype)))
+        return self.space.flat(self.statistics.pull(u.to(self.root.root)))
 
     def frozen(self, a: Tensor) -> Tensor:
         """``P a`` for ``a`` ``[size]``."""
         frozen = self.statistics.frozen
-        return self.space.flat(frozen.pull(self.root.times(a.to(self.root.root.dtype)))).double()
+        return self.space.flat(frozen.pull(self.root.times(a.to(self.root.root)))).double()
 
     def column(self, a: Tensor) -> Tensor:
         """``V a``."""
-        return self.space.flat(self.statistics.free.pull(self.root.times(a.to(self.root.root.dtype)))).double()
+        return self.space.flat(self.statistics.free.pull(self.root.times(a.to(self.root.root)))).double()
 
     def transposed(self, v: Tensor) -> Tensor:
         """``Vᵀ v``, ``[size]``."""
@@ -136,7 +136,7 @@ class Spread:
         return self._pushed(self.statistics.frozen, v)
 
     def _pushed(self, linearised: Linearised, v: Tensor) -> Tensor:
-        pushed = linearised.push(self.space.named(v.to(self.root.root.dtype)))
+        pushed = linearised.push(self.space.named(v.to(self.root.root)))
         return self.root.transposed_times(pushed).double()
 
     def tail(self, r: int, z: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ class Spread:
         return 2 * through * self.frozen(self.w[:, r:] @ z) + through.square()
 
     def basis(self, r: int, estimate: float, missing: Missing, seed: int) -> Basis:
-        turn, exact = self.u[:, :r].to(self.root.root.dtype), r == len(self.values)
+        turn, exact = self.u[:, :r].to(self.root.root), r == len(self.values)
         pullbacks = self.root.table[1] + r + missing.pullbacks
         remainder = None if exact else missing.remainder
         return Basis(turn, self.upto(r), exact, estimate, pullbacks, missing.pushes, seed, remainder)
@@ -268,6 +268,7 @@ class OfGram(Missing):
         self.pushes += len(self.signs)
         off = 0.0
         for z, true, held in zip(self.signs, self.true, self.held, strict=True):
+            z = z.to(w)
             v = held + rows.T @ (w.T @ z)
             off += float((true - spread.transposed_frozen(v) - w @ (rows @ v)).square().sum())
         return math.sqrt(off / max(sum(float(t.square().sum()) for t in self.true), torch.finfo(torch.float64).tiny))

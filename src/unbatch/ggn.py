@@ -162,7 +162,7 @@ class GGN(Operator):
 
     def _from_columns(self, a: Tensor) -> Tensor:
         """``V a``, ``[D]``."""
-        return self._flat(self.root.times(a.to(self.dtype)))
+        return self._flat(self.root.times(a.to(self.device, self.dtype)))
 
     def _flat(self, cotangents: Mapping[int, Tensor]) -> Tensor:
         """``Jᵀ u``, ``[D]``."""
@@ -172,7 +172,7 @@ class GGN(Operator):
     def _to_columns(self, v: Tensor) -> Tensor:
         """``Vᵀ v``, ``[size]``."""
         assert self.space is not None
-        return self.root.transposed_times(self.linearised.push(self.space.named(v.to(self.dtype))))
+        return self.root.transposed_times(self.linearised.push(self.space.named(v.to(self.device, self.dtype))))
 
     # -- what is asked of columns --
 
@@ -216,7 +216,8 @@ class GGN(Operator):
         other = None
         if control is not None:
             columns = self.root.table[1]
-            other = Control(lambda z: control._flat(self.root.times(z.to(self.dtype))), control.diag(), columns)
+            like = self.root.sigma
+            other = Control(lambda z: control._flat(self.root.times(z.to(like))), control.diag(), columns)
         assert self.space is not None
         return from_signs(self._from_columns, self.root.size, draws, seed, self.space.slices, other)
 
@@ -344,7 +345,7 @@ class GGN(Operator):
         values, coefficients = self._spectrum
         start = 0 if k is None else max(0, len(values) - k)
         columns = [self._from_columns(a) for a in coefficients[:, start:].T]
-        vectors = torch.stack(columns, 1) if columns else torch.zeros(self.shape[0], 0, dtype=self.dtype)
+        vectors = torch.stack(columns, 1) if columns else coefficients.new_zeros(self.shape[0], 0, dtype=self.dtype)
         return Eigenpairs(values[start:].to(self.dtype), torch.nn.functional.normalize(vectors, dim=0))
 
     def directions(self, k: int) -> Directions:

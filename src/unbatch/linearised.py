@@ -154,12 +154,8 @@ class Linearised:
         return {i: at[i] if i in at else self._zero(i) for i in wanted or self.outputs}
 
     def _zero(self, i: int) -> Tensor:
-        shape = self.setting.graph.values[i].shape
-        return (
-            torch.zeros(shape, dtype=self.setting.graph.values[i].dtype)
-            if i not in self.outputs
-            else torch.zeros_like(self.outputs[i].detach())
-        )
+        value, like = self.setting.graph.values[i], next(iter(self.outputs.values())).detach()
+        return like.new_zeros(value.shape, dtype=value.dtype)
 
     def _through(self, ran: Ran, here: Mapping[int, Tensor]) -> Tangents:
         step, held_ = ran.step, ran.step.index in self.flow.frozen_norms

@@ -87,7 +87,7 @@ class Statistics:
 
     @staticmethod
     def of(setting: Setting, parameters: Mapping[str, Tensor]) -> Statistics | None:
-        """None where samples listen to each other in other ways, too."""
+        """None where samples listen to each other in other ways, too, or in half precision."""
         found = _norms(setting, parameters)
         if not found:
             return None
@@ -100,7 +100,9 @@ class Statistics:
             if index in ran and source in free.edges and result in frozen.edges:
                 at = sum(2 * n.channels for n in norms)
                 norms.append(Norm(ran[index], source, result, layout, at))
-        made = Statistics(free, frozen, norms) if norms else None
+        types = {p.dtype for p in parameters.values()} | {n.moments[0].dtype for n in norms}
+        fits = len(types) == 1 and types <= {torch.float32, torch.float64}
+        made = Statistics(free, frozen, norms) if norms and fits else None
         return made if made is not None and made.holds() else None
 
     def holds(self) -> bool:
