@@ -77,6 +77,7 @@ LEVELS = {
     "gradients": 6,
     "solvers": 2,
     "estimates": 2,
+    "spectra": 2,
     "ggn": 6,
     "blocks": 6,
     # numerical witnesses

@@ -190,6 +190,17 @@ MSG_NOT_CONVERGED = (
     "to take the result as it is, with its residual."
 )
 
+MSG_NOT_CONVERGED_PAIRS = (
+    "{k} eigenpairs were not found: after {products} products the largest residual is {residual:.2e} of the largest "
+    "eigenvalue where rtol={rtol:.2e} was asked for. Raise max_products or rtol, or pass info=True to take them as "
+    "they are, with their residuals."
+)
+
+MSG_WHICH = (
+    "{value!r} is none of the ways: eigenpairs come by 'largest' or 'magnitude', traces by 'xtrace', 'hutch++' or "
+    "'hutchinson'."
+)
+
 MSG_BLOCKS = (
     "blocks is 'parameter', 'module', or a list of groups of parameters, each of them in one group; got {value!r}."
 )
