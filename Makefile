@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.stamp
 PIP    := $(BIN)/pip --disable-pip-version-check install -q -c constraints.txt
 
-.PHONY: demo test check bench bench-gradients zoo format clean
+.PHONY: demo test check bench bench-gradients bench-ggn zoo format clean
 
 demo: $(STAMP)
 	$(BIN)/unbatch demo
@@ -30,6 +30,12 @@ bench: $(STAMP)
 bench-gradients: $(STAMP)
 	$(PIP) --no-deps backpack-for-pytorch unfoldNd opacus einops opt_einsum
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gradients.py --memory --write
+
+# ViViT stands on BackPACK; einconv and linear_operator are what curvlinops imports.
+bench-ggn: $(STAMP)
+	$(PIP) --no-deps backpack-for-pytorch unfoldNd vivit-for-pytorch curvlinops-for-pytorch \
+		einconv einops linear_operator opt_einsum
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/ggn.py --write
 
 zoo: $(STAMP)
 	$(BIN)/python benchmarks/zoo_table.py

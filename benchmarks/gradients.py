@@ -16,23 +16,16 @@ from __future__ import annotations
 
 import argparse
 import copy
-import ctypes
-import datetime
 import importlib
-import itertools
 import json
 import os
-import platform
 import resource
-import statistics
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -43,131 +36,43 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 
 import unbatch as ub
+from interleaved import (
+    Ask,
+    asked_anew,
+    cell,
+    complaining,
+    excuse,
+    facts,
+    harvest,
+    header,
+    judged,
+    keep_memory,
+    medians,
+    parsed,
+    parser,
+    plain,
+    save,
+    single,
+    table,
+    turn,
+)
+from workloads import WORKLOADS, Workload
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs" / "gradients_benchmark.md"
 RESULTS = ROOT / "benchmarks" / "results" / "gradients.json"
-ROUNDS = 5
-SPENT, AT_MOST = 0.1, 5  # a turn repeats what is short: until so many seconds are spent, at most so often
-TOLERANCE = 1e-3  # relative, in float32 against float64
 BUDGET = 256 * 2**20  # bytes for the temporaries of component rows, in the memory benchmark
 
 Rows = Mapping[str, Tensor]
-Ask = Callable[[], Any]
 
 
-# --- the workloads ------------------------------------------------------------------------------------
+# --- what is asked ------------------------------------------------------------------------------------
 
 
-class Residual(nn.Module):
-    """A block of ResNet-20. The shortcut has no parameters (option A): every second pixel, padded with zeros."""
-
-    def __init__(self, narrow: int, wide: int) -> None:
-        super().__init__()
-        self.stride = wide // narrow
-        self.conv1 = nn.Conv2d(narrow, wide, 3, self.stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(wide)
-        self.conv2 = nn.Conv2d(wide, wide, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(wide)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        pad = (y.shape[1] - x.shape[1]) // 2
-        return F.relu(y + F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, pad, pad)))
-
-
-class Encoder(nn.Module):
-    """A post-norm transformer encoder layer written with linear layers only: no fused kernel, no packed projection."""
-
-    def __init__(self, width: int, heads: int, hidden: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.query, self.key, self.value))
-        attention = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
-        x = self.norm1(x + self.out((attention @ v).transpose(1, 2).flatten(2)))
-        return self.norm2(x + self.down(F.relu(self.up(x))))
-
-
-class MeanOverPositions(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x.mean(1)
-
-
-def mlp(norm: bool = False) -> nn.Module:
-    """784-512-256-10, with batch norm before the activations if asked."""
-    layers: list[nn.Module] = []
-    for narrow, wide in ((784, 512), (512, 256)):
-        layers += [nn.Linear(narrow, wide), *([nn.BatchNorm1d(wide)] if norm else []), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(256, 10))
-
-
-def lenet() -> nn.Module:
-    """Two 5 x 5 convolutions and two linear layers: LeNet as it came with Caffe."""
-    convolutions = [nn.Conv2d(1, 20, 5), nn.MaxPool2d(2), nn.Conv2d(20, 50, 5), nn.MaxPool2d(2)]
-    return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(800, 500), nn.ReLU(), nn.Linear(500, 10))
-
-
-def net3c3d() -> nn.Module:
-    """3c3d as in DeepOBS; rounding up the pooled sizes stands for TensorFlow's padding "same"."""
-    layers: list[nn.Module] = []
-    for convolution in (nn.Conv2d(3, 64, 5), nn.Conv2d(64, 96, 3), nn.Conv2d(96, 128, 3, padding=1)):
-        layers += [convolution, nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True)]
-    dense = [nn.Linear(1152, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 10)]
-    return nn.Sequential(*layers, nn.Flatten(), *dense)
-
-
-def resnet20(frozen: bool) -> nn.Module:
-    """In train mode; `frozen` puts the batch norms alone in eval mode."""
-    stem = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
-    blocks = [Residual(a, b) for a, b in ((16, 16),) * 3 + ((16, 32), (32, 32), (32, 32), (32, 64), (64, 64), (64, 64))]
-    model = nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.train(not frozen)
-    return model
-
-
-def encoder(builtin: bool = False) -> nn.Module:
-    """Two layers of width 128 with 4 heads, a linear head on the mean over positions; no dropout."""
-    layer = partial(nn.TransformerEncoderLayer, dropout=0.0, batch_first=True) if builtin else Encoder
-    return nn.Sequential(layer(128, 4, 512), layer(128, 4, 512), MeanOverPositions(), nn.Linear(128, 10))
-
-
-@dataclass(frozen=True)
-class Workload:
-    title: str
-    make: Callable[[], nn.Module]
-    shape: tuple[int, ...]
-    samples: int
-    mixes: bool = False
-    quantities: tuple[str, ...] = ("rows", "norms", "squares", "variance")
-
-    def build(self, samples: int | None = None) -> tuple[nn.Module, Tensor, Tensor]:
-        """Model, inputs and labels, the same at every call."""
-        torch.manual_seed(0)
-        N = samples or self.samples
-        return self.make(), torch.randn(N, *self.shape), torch.randint(10, (N,))
-
-
+INDEPENDENT = ("rows", "norms", "squares", "variance")
 MIXED = ("rows", "copy", "norms", "squares", "variance")
-IMAGE = (3, 32, 32)
-WORKLOADS = {
-    "W1": Workload("MLP 784-512-256-10", mlp, (784,), 128),
-    "W2": Workload("two 5x5 convolutions and two linear layers (LeNet), 28x28", lenet, (1, 28, 28), 128),
-    "W3": Workload("3c3d, CIFAR-10", net3c3d, IMAGE, 64),
-    "W4": Workload("ResNet-20, batch norm in eval mode", partial(resnet20, frozen=True), IMAGE, 64),
-    "W5": Workload("ResNet-20, batch norm in train mode", partial(resnet20, frozen=False), IMAGE, 64, True, MIXED),
-    "W6": Workload(
-        "MLP 784-512-256-10, batch norm in train mode", partial(mlp, norm=True), (784,), 128, True, (*MIXED, "gram")
-    ),
-    "W7": Workload("transformer encoder, linear layers and softmax spelled out", encoder, (64, 128), 32),
-    "W7b": Workload("transformer encoder, nn.TransformerEncoderLayer", partial(encoder, True), (64, 128), 32),
-}
+ASKED = dict.fromkeys(WORKLOADS, INDEPENDENT) | {"W5": MIXED, "W6": (*MIXED, "gram")}
+QUANTITIES = tuple(dict.fromkeys(q for asked in ASKED.values() for q in asked))
 
 # Counted: what writing the result and one backward pass take at least. W5: N backward passes, measured, so it can be
 # missed by the noise. Where nothing stands nobody has counted.
@@ -244,14 +149,19 @@ def _batch_norm(layer: nn.BatchNorm1d | nn.BatchNorm2d, W: Tensor, b: Tensor, x:
 COPIED = {nn.Linear: _linear, nn.Conv2d: _convolution, nn.BatchNorm1d: _batch_norm, nn.BatchNorm2d: _batch_norm}
 
 
-def copied_rows(model: nn.Module, X: Tensor, y: Tensor) -> Rows:
-    """Copy rows by definition: every sample gets parameters of its own, and one backward pass serves them all."""
+def copied_rows(model: nn.Module, X: Tensor, y: Tensor, cotangent: Tensor | None = None) -> Rows:
+    """Copy rows by definition: every sample gets parameters of its own, and one backward pass serves them all.
+
+    With a ``cotangent`` of the predictions instead of the slope of the loss, if there is one.
+    """
     model = copy.deepcopy(model)
     copies = {n: p.detach().repeat(len(X), *[1] * p.ndim).requires_grad_() for n, p in model.named_parameters()}
     for path, module in model.named_modules():
         if forward := COPIED.get(type(module)):
             module.forward = partial(forward, module, *(copies.get(f"{path}.{name}") for name in ("weight", "bias")))
-    grads = torch.autograd.grad(F.cross_entropy(model(X), y), list(copies.values()))
+    predictions = model(X)
+    top = F.cross_entropy(predictions, y) if cotangent is None else predictions
+    grads = torch.autograd.grad(top, list(copies.values()), cotangent)
     return dict(zip(copies, grads, strict=True))
 
 
@@ -265,29 +175,8 @@ def references(workload: Workload, quantities: Iterable[str]) -> dict[str, Any]:
     return {q: single(copied_rows(model, X, y) if q == "copy" else FROM_ROWS[q](own[q])) for q in quantities}
 
 
-def single(found: Any) -> Any:
-    return found.float() if isinstance(found, Tensor) else {name: t.float() for name, t in found.items()}
-
-
-def distance(found: Any, truth: Any) -> float:
-    """Relative, over all parameters together."""
-    if isinstance(truth, Tensor):
-        found, truth = {"": found}, {"": truth}
-    off = sum(float((found[name] - t).norm()) ** 2 for name, t in truth.items())
-    return (off / sum(float(t.norm()) ** 2 for t in truth.values())) ** 0.5
-
-
 # --- the contestants ----------------------------------------------------------------------------------
 # Each takes model, inputs and labels, and says how it answers which quantity.
-
-
-class Incomplete(Exception):
-    """The tool has no answer for some of the parameters, and said so in a warning at most."""
-
-
-def plain(model: nn.Module, X: Tensor, y: Tensor) -> Ask:
-    parameters = list(model.parameters())
-    return lambda: torch.autograd.grad(F.cross_entropy(model(X), y), parameters)
 
 
 def vmap_grad(model: nn.Module, X: Tensor, y: Tensor) -> dict[str, Ask]:
@@ -296,17 +185,6 @@ def vmap_grad(model: nn.Module, X: Tensor, y: Tensor) -> dict[str, Ask]:
 
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     return from_rows(lambda: vmap(grad(loss), (None, 0, 0))(parameters, X, y))
-
-
-def harvest(model: nn.Module, attribute: str) -> Rows:
-    """Take away what a tool left at the parameters."""
-    found = {name: getattr(p, attribute, None) for name, p in model.named_parameters()}
-    for p in model.parameters():
-        setattr(p, attribute, None)
-        p.grad = None
-    if left_out := [name for name, value in found.items() if value is None]:
-        raise Incomplete(f"nothing for {', '.join(left_out)}")
-    return found
 
 
 def backpack(model: nn.Module, X: Tensor, y: Tensor) -> dict[str, Ask]:
@@ -406,19 +284,9 @@ def batched(model: nn.Module, X: Tensor, y: Tensor) -> dict[str, Ask]:
 
 
 def ours(model: nn.Module, X: Tensor, y: Tensor) -> dict[str, Ask]:
-    """This library, asked as in training: about another batch each time, after the parameters have been written to.
-
-    The recording survives that; rows are written where they were before.
-    """
-    known: Any = [ub.Problem(model, F.cross_entropy, (X, y))]
-    batches = itertools.cycle([(X, y), (X.clone(), y.clone())])
+    """This library; rows are written where they were before."""
+    problem = asked_anew(model, X, y)
     buffers: dict[str, Tensor] = {}
-
-    def problem() -> Any:
-        for p in model.parameters():
-            p.detach().view(-1)[:1].add_(0)
-        known[0] = known[0].with_batch(*next(batches))
-        return known[0]
 
     def rows(by: str) -> Rows:
         if not buffers:
@@ -451,54 +319,6 @@ PACKAGES = {"BackPACK": "backpack-for-pytorch", "Opacus": "opacus"}
 # --- measuring ----------------------------------------------------------------------------------------
 
 
-@dataclass
-class Entry:
-    """What one contestant did about one quantity. `status` is "ok", "wrong", or says why there is no figure."""
-
-    status: str
-    ratio: float | None = None  # to the plain step, median over rounds
-    first: float | None = None  # the same of the very first call, all preparation included
-    error: float | None = None  # relative, against float64
-
-
-def keep_memory() -> None:
-    """Ask the C library to keep what is freed, instead of returning it and paying for fresh pages each time."""
-    if platform.libc_ver()[0] == "glibc":
-        trim_threshold, mmap_max = -1, -4
-        library = ctypes.CDLL(None)
-        library.mallopt(trim_threshold, -1)
-        library.mallopt(mmap_max, 0)
-
-
-def seconds(ask: Ask) -> float:
-    start = time.process_time()
-    ask()
-    return time.process_time() - start
-
-
-def turn(ask: Ask) -> float:
-    """Seconds of one call; of the median call if the calls are short."""
-    spent = [seconds(ask)]
-    while sum(spent) < SPENT and len(spent) < AT_MOST:
-        spent.append(seconds(ask))
-    return statistics.median(spent)
-
-
-EXCUSES: dict[type[Exception], str] = {
-    Incomplete: "leaves out parameters",
-    ModuleNotFoundError: "not installed",
-    NotImplementedError: "refuses",
-    ub.UnbatchError: "refuses",
-}
-
-
-def excuse(error: Exception) -> str:
-    for kind, word in EXCUSES.items():
-        if isinstance(error, kind):
-            return word
-    return f"raises {type(error).__name__}"
-
-
 def offers(contestant: str, workload: Workload, samples: int | None = None) -> dict[str, Ask]:
     """How it answers which quantity. Where it cannot even be set up, every answer is that complaint."""
     if contestant in WHERE_MIXED and not workload.mixes:
@@ -506,30 +326,12 @@ def offers(contestant: str, workload: Workload, samples: int | None = None) -> d
     try:
         return CONTESTANTS[contestant](*workload.build(samples))
     except Exception as error:
-        return dict.fromkeys(workload.quantities, partial(_complain, error))
+        return dict.fromkeys(QUANTITIES, complaining(error))
 
 
-def _complain(error: Exception) -> None:
-    raise error
-
-
-def judged(ask: Ask | None, truth: Any, unit: float) -> Entry:
-    """The first call, held against the truth."""
-    if ask is None:
-        return Entry("not offered")
-    start = time.process_time()
-    try:
-        found = ask()
-    except Exception as error:
-        return Entry(excuse(error))
-    first = (time.process_time() - start) / unit
-    error = distance(found, truth)
-    return Entry("ok" if error <= TOLERANCE else "wrong", first=first, error=error)
-
-
-def measure(workload: Workload, quantities: Sequence[str], rounds: int) -> dict[str, Any]:
+def measure(name: str, quantities: Sequence[str], rounds: int) -> dict[str, Any]:
     """All contestants on all quantities of one workload, interleaved."""
-    quantities = [q for q in workload.quantities if q in quantities]
+    workload, quantities = WORKLOADS[name], [q for q in ASKED[name] if q in quantities]
     step = plain(*workload.build())
     step()
     unit, truths = turn(step), references(workload, quantities)
@@ -537,17 +339,11 @@ def measure(workload: Workload, quantities: Sequence[str], rounds: int) -> dict[
     asks = {(q, c): offered[c].get(q) for q in quantities for c in CONTESTANTS}
     entries = {(q, c): judged(ask, truths[q], unit) for (q, c), ask in asks.items()}
     del truths
-    running = [key for key, entry in entries.items() if entry.first is not None]
-    found = [one_round(step, {key: asks[key] for key in running}) for _ in range(rounds)]
-    for key in running:
-        entries[key].ratio = statistics.median(ratios[key] for ratios in found)
-    table = {q: {c: asdict(entries[q, c]) for c in CONTESTANTS} for q in quantities}
-    return {"title": workload.title, "samples": workload.samples, "plain_ms": 1e3 * unit, "quantities": table}
-
-
-def one_round(step: Ask, asks: Mapping[Any, Ask]) -> dict[Any, float]:
-    unit = turn(step)
-    return {key: turn(ask) / unit for key, ask in asks.items()}
+    running = {key: asks[key] for key, entry in entries.items() if entry.first is not None}
+    for key, ratio in medians(step, running, rounds).items():
+        entries[key].ratio = ratio
+    found = {q: {c: asdict(entries[q, c]) for c in CONTESTANTS} for q in quantities}
+    return {"title": workload.title, "samples": workload.samples, "plain_ms": 1e3 * unit, "quantities": found}
 
 
 # --- memory -------------------------------------------------------------------------------------------
@@ -643,18 +439,6 @@ are part of their figure.
 """
 
 
-def table(lines: Sequence[Sequence[object]]) -> str:
-    head, *body = lines
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in (head, ["---"] * len(head), *body)) + "\n"
-
-
-def cell(entry: Mapping[str, Any]) -> str:
-    if entry["ratio"] is None:
-        return "–" if entry["status"] == "not offered" else entry["status"]
-    figure = f"{entry['ratio']:.3g}"
-    return figure if entry["status"] == "ok" else f"**wrong** by {100 * entry['error']:.0f} % ({figure})"
-
-
 def speeds(results: Mapping[str, Any]) -> str:
     lines: list[Sequence[object]] = [("workload", "quantity", "floor", *CONTESTANTS)]
     for name, result in results.items():
@@ -679,60 +463,19 @@ def memory_table(found: Iterable[Mapping[str, Any]]) -> str:
     return table([("workload", "quantity", "N", *names), *body])
 
 
-def tools() -> dict[str, str]:
-    """The versions of the other tools that are installed."""
-    found = {}
-    for tool, package in PACKAGES.items():
-        try:
-            found[tool] = version(package)
-        except PackageNotFoundError:
-            found[tool] = "not installed"
-    return found
-
-
-def device() -> str:
-    return f"{platform.machine()} CPU with {torch.backends.cpu.get_cpu_capability()}"
-
-
 def page(data: Mapping[str, Any]) -> str:
     """`docs/gradients_benchmark.md`."""
-    named = ", ".join(f"{tool} {number}" for tool, number in data["tools"].items())
-    facts = {key: data[key] for key in ("date", "device", "torch", "rounds")}
-    text = HEADER.format(**facts, tools=named, tolerance=TOLERANCE)
-    text += "\n" + workloads(data["results"]) + "\n" + speeds(data["results"])
+    text = header(HEADER, data) + "\n" + workloads(data["results"]) + "\n" + speeds(data["results"])
     if data.get("memory"):
         text += "\n" + MEMORY_HEADER.format(budget=BUDGET // 2**20) + "\n" + memory_table(data["memory"])
     return text
 
 
-def save(data: Mapping[str, Any], docs: Path = DOCS, results: Path = RESULTS) -> None:
-    results.parent.mkdir(parents=True, exist_ok=True)
-    docs.write_text(page(data))
-    results.write_text(json.dumps(data, indent=1) + "\n")
-
-
-def facts(rounds: int) -> dict[str, Any]:
-    known = {"date": datetime.date.today().isoformat(), "device": device(), "python": platform.python_version()}
-    return known | {"torch": version("torch").partition("+")[0], "tools": tools(), "rounds": rounds}
-
-
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    every = dict.fromkeys(q for w in WORKLOADS.values() for q in w.quantities)
-    parser.add_argument("--workloads", default=",".join(WORKLOADS), help="comma-separated")
-    parser.add_argument("--quantities", default=",".join(every), help="comma-separated")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--memory", action="store_true", help="peak memory instead of time; with --write, both")
-    parser.add_argument("--write", action="store_true", help="write the page and the figures behind it")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    for name, known in (("workloads", WORKLOADS), ("quantities", every)):
-        chosen = getattr(options, name).split(",")
-        if unknown := [c for c in chosen if c not in known]:
-            parser.error(f"--{name} knows {', '.join(known)}; got {', '.join(unknown)}")
-        setattr(options, name, chosen)
-    return options
+    made = parser(__doc__, WORKLOADS, QUANTITIES)
+    made.add_argument("--memory", action="store_true", help="peak memory instead of time; with --write, both")
+    made.add_argument("--child", help=argparse.SUPPRESS)
+    return parsed(made, arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -742,17 +485,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.child:
         print(json.dumps(growth(*json.loads(options.child))))
         return
-    data = facts(options.rounds) | {"results": {}}
+    data = facts(options.rounds, PACKAGES) | {"results": {}}
     if options.memory:
         data["memory"] = measure_memory(options.workloads)
         print(memory_table(data["memory"]))
     if options.write or not options.memory:
         keep_memory()
         for name in options.workloads:
-            data["results"][name] = measure(WORKLOADS[name], options.quantities, options.rounds)
+            data["results"][name] = measure(name, options.quantities, options.rounds)
             print(speeds({name: data["results"][name]}), flush=True)
     if options.write:
-        save(data)
+        save(page(data), data, DOCS, RESULTS)
 
 
 if __name__ == "__main__":

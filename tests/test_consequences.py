@@ -276,6 +276,35 @@ COMPUTED: Mapping[str, tuple[Any, ...]] = {
     "norm, inner product and orthogonality tests": (ub.NormTest(), ub.InnerProductTest(), ub.OrthogonalityTest()),
     "early stopping criterion": (ub.EarlyStopping(),),
 }
+
+
+def ones(problem: ub.Problem) -> Tensor:
+    return torch.ones(problem.ggn().shape[0], dtype=torch.float64)
+
+
+SIGNED = "GGN diagonal by random signs"  # a name that another quantity gets, no row of its own
+CURVED: Mapping[str, Callable[[ub.Problem], Any]] = {
+    "GGN product": lambda p: p.ggn() @ ones(p),
+    "block-diagonal GGN product": lambda p: p.ggn(blocks="parameter") @ ones(p),
+    "GGN diagonal": lambda p: p.ggn().diag(),
+    "GGN trace": lambda p: p.ggn().trace(),
+    "GGN log-determinant": lambda p: p.ggn().slogdet(1.0)[1],
+    "GGN solve": lambda p: p.ggn().solve(ones(p), 1.0),
+    "GGN eigenvalues": lambda p: p.ggn().eigvalsh(),
+    "GGN eigenpairs": lambda p: p.ggn().eigh(2).vectors,
+    "damped Newton step": lambda p: p.ggn().space.flat(p.ggn().newton_step(10.0)),
+    "GGN rank bound": lambda p: torch.tensor(p.ggn().rank_bound),
+    "GGN factor": lambda p: torch.cat([t.flatten() for t in p.ggn().factor().values()]),
+    "GGN Gram matrix": lambda p: p.ggn().gram(),
+    "per-sample GGN": lambda p: (p.ggn(samples=[0]) / p.samples) @ ones(p),
+    "per-sample GGN diagonals": lambda p: p.ggn().diag(per_component=True),
+    "directional slopes": lambda p: p.gradients().flat() @ p.ggn().eigh(2).vectors,
+    "directional curvatures": lambda p: p.ggn().directions(2).curvatures,
+    "sampled GGN factor": lambda p: next(iter(p.ggn(mc_samples=1).factor().values())),
+    "sampled per-sample GGN diagonals": lambda p: p.compute(ub.DiagGGN(per_component=True, mc_samples=2)).flat(),
+    "sampled GGN diagonal": lambda p: p.compute(ub.DiagGGN(mc_samples=2)).flat(),
+    SIGNED: lambda p: p.ggn().estimate_diag(2).values,
+}
 FACTOR = "up to a factor that depends on the batch"
 
 
@@ -345,7 +374,7 @@ def named(what: str, rows: Mapping[str, Any], rest: Mapping[str, Tensor]) -> str
 
 def test_what_is_marked_as_available_is_what_is_computed() -> None:
     available = {c.quantity for c in follows(situation(HOLDS)) if c.available}
-    assert available == {"gradient", "crosstalk", *ROWS, *COMPUTED}
+    assert available == {"gradient", "crosstalk", *ROWS, *COMPUTED, *CURVED} - {SIGNED}
 
 
 @pytest.mark.parametrize("where", [w for w in PROGRAMS if w in SITUATIONS])
@@ -397,3 +426,17 @@ def test_quantities_warn_and_are_labelled_as_the_table_says(where: str, quantity
             assert (result.kind, result.note) == (rows.kind, rows.note)
         if not caught and said.outcome == "renamed" and "per component" in said.name:
             assert rows.kind == "per-component"
+
+
+@EVERYWHERE
+@pytest.mark.parametrize("quantity", [q for q in CURVED if q != SIGNED])
+def test_curvature_exists_where_the_table_says_so(where: str, quantity: str) -> None:
+    problem, found = asked(where)
+    said = found[quantity]
+    ask = CURVED[SIGNED if said.name.startswith(SIGNED) else quantity]
+    signs = said.name.startswith(SIGNED) and not problem.ggn().positive_semidefinite
+    if said.outcome == "none" or signs:
+        with pytest.raises(ub.StructureError, match="positive semi-definite" if signs else "sum over the samples"):
+            ask(problem)
+    else:
+        assert ask(problem).isfinite().all()

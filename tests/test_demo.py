@@ -47,14 +47,14 @@ def test_train_mode(text):
 
 
 def test_eval_mode(text):
-    part = parts(text)["7"]
+    part = parts(text)["8"]
     assert {name: verdict(part, name) for name in (*NEWLY, *ALWAYS)} == dict.fromkeys((*NEWLY, *ALWAYS), "holds")
     assert "off-diagonal share 0.0%" in part
     assert "what follows" not in part
 
 
 def test_every_experiment_agrees(text):
-    for number in "57":
+    for number in "58":
         assert parts(text)[number].count("✓ passed") == 6
     assert "CONTRADICTED" not in text
 
@@ -83,15 +83,44 @@ def test_the_gradient_is_taken_apart(text):
 
 
 def test_the_decompositions_are_one_in_eval_mode(text):
-    (apart,) = re.findall(r"are one, per-sample: at most (\S+) apart\.", " ".join(parts(text)["7"].split()))
+    (apart,) = re.findall(r"are one, per-sample: at most (\S+) apart\.", " ".join(parts(text)["8"].split()))
     assert float(apart) < 1e-4
 
 
 def test_the_noise_scale_warns_where_samples_mix(text):
-    for number, warned in (("6", True), ("7", False)):
+    for number, warned in (("6", True), ("8", False)):
         assert re.search(r"Gradient noise scale: \S+ samples\.", parts(text)[number])
         assert ("MixedSamplesWarning" in parts(text)[number]) == warned
     assert "are no independent draws" in " ".join(parts(text)["6"].split())
+
+
+def test_the_spectrum_fits_the_bound_on_the_rank(text):
+    part = parts(text)["7"]
+    (bound,) = re.findall(r"rank at most, N\(C-1\) +32 x 9 = (\d+)", part)
+    (count,) = re.findall(r"eigenvalues not zero +(\d+)", part)
+    assert int(bound) == demo.BATCH * (demo.CLASSES - 1) >= int(count)
+    counted = re.findall(r"^1e[+-]\d+ +█+ +(\d+)", part, flags=re.M)
+    assert sum(map(int, counted)) == int(count)
+    held = [int(x) for x in re.findall(r"(\d+)%", re.findall(r"1, 10, 50 hold(.*)", part)[0])]
+    assert 0 < held[0] < held[1] < held[2] <= 100
+
+
+def test_shares_of_digits_sum_to_slope_and_curvature(text):
+    said = " ".join(parts(text)["7"].split())
+    off = re.findall(r"is the eigenvalue \((\S+) off\), Σ γ_n the slope of the loss \((\S+) off\)", said)[0]
+    assert max(map(float, off)) < 1e-10
+    rows = re.findall(r"^(\S+) +(\S+) +(\S+) +(\S+) +(\d+)% ", parts(text)["7"], flags=re.M)
+    assert len(rows) == demo.SHOWN
+    for eigenvalue, smallest, mean, largest, _ in rows:
+        assert 0 <= float(smallest) < float(mean) < float(largest) < float(eigenvalue)
+        assert abs(demo.BATCH * float(mean) / float(eigenvalue) - 1) < 0.1
+
+
+def test_a_newton_step_lowers_the_loss_more_than_a_gradient_step(text):
+    part = parts(text)["7"]
+    titles = ("loss on the batch", "after a gradient step", "after a damped Newton step")
+    before, gradient, newton = (float(re.findall(rf"^{t} +(\S+)", part, flags=re.M)[0]) for t in titles)
+    assert newton < gradient < before
 
 
 def test_crosstalk_is_drawn(text):

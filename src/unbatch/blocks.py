@@ -11,6 +11,7 @@ from torch import Tensor
 from unbatch.curvature import Draws
 from unbatch.ggn import GGN, Point
 from unbatch.operator import Operator
+from unbatch.solvers import Solved
 from unbatch.tree import Space
 
 
@@ -54,12 +55,25 @@ class BlockGGN(Operator):
     def logdet(self, damping: float) -> Tensor:
         return torch.stack([b.logdet(damping) for b in self.blocks]).sum()
 
-    def solve(self, b: Any, damping: float, **options: Any) -> Any:
-        """As for ``GGN``, block by block; without ``info``."""
+    def solve(self, b: Any, damping: float, *, info: bool = False, **options: Any) -> Any:
+        """As for ``GGN``, block by block; with ``info`` also how well each block was solved, in their order."""
         assert self.space is not None
-        flat = self._fitting(self.space.flat(b) if isinstance(b, Mapping) else b)
-        x = self._each(flat, lambda block, part: block.solve(part, damping, **options))
-        return self.space.named(x) if isinstance(b, Mapping) else x
+        told: list[Solved] = []
+
+        def one(block: GGN, part: Tensor) -> Tensor:
+            x, solved = block.solve(part, damping, info=True, **options)
+            told.append(solved)
+            if not info:
+                solved.check()
+            found: Tensor = x
+            return found
+
+        x = self._each(self._fitting(self.space.flat(b) if isinstance(b, Mapping) else b), one)
+        found = self.space.named(x) if isinstance(b, Mapping) else x
+        return (found, told) if info else found
+
+    def __repr__(self) -> str:
+        return f"<block diagonal of a Gauss-Newton matrix {tuple(self.shape)}, {len(self.blocks)} blocks>"
 
 
 def made_of(

@@ -151,7 +151,7 @@ class Curvature:
         return found
 
     def _drawn(self, count: int, seed: int) -> Root:
-        exact = self.components("columns drawn for each sample")
+        exact = self.components("Columns drawn for each sample")
         if exact.lowest < 0:
             raise StructureError(MSG_NOT_POSITIVE.format(what="Columns drawn at random", lowest=exact.lowest))
         return sampled(exact, likelihood(exact, self.loss), count, seed)

@@ -1,10 +1,11 @@
-"""The tour: a small net with batch normalization on real data, asked for its structure and its gradients.
+"""The tour: a small net with batch norm on real data, asked for its structure, its gradients and its curvature.
 
 It uses the package as a user would, and nothing that a user could not.
 """
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping
 from itertools import combinations
@@ -29,6 +30,11 @@ MSG_NO_SKLEARN = (
 
 BATCH = 32  # samples whose structure is asked for
 FEW = 8  # samples whose crosstalk is drawn
+CLASSES = 10
+SHOWN = 4  # eigenvectors along which slopes and curvatures are shown
+BAR = 40  # characters of the longest bar of a histogram
+DAMPING = 0.01  # of the Newton step
+STEP_SIZES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # of the gradient steps beside it
 
 TRAINING = "A small convolutional net with two batch norms learns to read handwritten digits (8 x 8 pixels)."
 ASKED = (
@@ -40,7 +46,7 @@ ASKED = (
 FOLLOWS = (
     "What the verdicts are good for: they decide which of the usual per-sample and curvature quantities "
     "exist for this loss, and what a quantity has to be called where it does not mean what its usual name "
-    "says. Those with a star are computed by this release; part 6 shows some."
+    "says. Those with a star are computed by this release; parts 6 and 7 show some."
 )
 CROSSTALK = (
     "Who listens to whom? Row n, column m of the picture: how strongly prediction n reacts to sample m, "
@@ -64,6 +70,22 @@ SUMS = (
 NOISE = (
     "The warning, in short: the number is right, but digits that see each other are no independent draws, so "
     "it does not say which batch size is needed."
+)
+CURVATURE = (
+    "How is the loss curved? The Gauss-Newton matrix G = JᵀHJ puts together how the predictions move with the "
+    "parameters (J, through the batch statistics as well) and how the loss bends with the predictions (H). It has "
+    "a row for every parameter, but it is a sum of one part per digit, each of which bends in at most as many "
+    "directions as there are classes, less one. So a much smaller matrix knows its whole spectrum:"
+)
+SPECTRUM = "The eigenvalues that are not zero, counted by powers of ten (each is at least what its line says):"
+DIRECTIONS = (
+    "The eigenvectors with the largest eigenvalues are the directions in which the loss curves most. Along each "
+    "the loss has one slope and one curvature, and every digit n has a share in them, its slope γ_n and its "
+    "curvature λ_n. These sum to the whole, and are often spread unevenly: a few digits hold most of it."
+)
+NEWTON = (
+    "Slope over curvature says how far to go. A damped Newton step does that along every eigenvector at once, here "
+    f"with {DAMPING:g} added to each curvature. A gradient step costs less, and has one step size for all:"
 )
 EVAL = (
     "The same question after model.eval(), where batch norm uses its running statistics in place of those "
@@ -91,6 +113,7 @@ What to try next
   problem.compute(ub.Norms())   # squared norms of the rows, without forming them
   problem.verify().checks       # what was tried against them
   print(problem.crosstalk())    # who listens to whom
+  problem.ggn().eigvalsh()      # the spectrum of the Gauss-Newton matrix
   problem.structure.follows()   # what may be computed, and why"""
 
 
@@ -110,7 +133,7 @@ class Net(nn.Module):
         super().__init__()
         self.conv1, self.norm1 = nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8)
         self.conv2, self.norm2 = nn.Conv2d(8, 16, 3, padding=1, stride=2), nn.BatchNorm2d(16)
-        self.linear = nn.Linear(16 * 4 * 4, 10)
+        self.linear = nn.Linear(16 * 4 * 4, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.norm1(self.conv1(x)))
@@ -199,6 +222,7 @@ def _tour(out: Console, digits: Digits, epochs: int) -> None:
     rows = {by: problem.gradients(by=by) for by in DECOMPOSITIONS}
     shown = [_sizes(rows, problem.gradient()), Text(SUMS), _distances(rows), *_noise_scale(problem), Text(NOISE)]
     _part(out, "6. The gradient in three ways", GRADIENTS, *shown)
+    _curvature(out, copy.deepcopy(model).double(), digits)
     model.eval()
     _eval(out, before, problem, few)
     out.print()
@@ -214,7 +238,7 @@ def _eval(out: Console, before: ub.Structure, problem: ub.Problem, few: ub.Probl
     apart = max(_distance(a, b) for a, b in combinations(rows.values(), 2))
     same = f"The three decompositions of the gradient are one, {rows['component'].kind}: at most {apart:.0g} apart."
     shown = [heading(after), verdict_table(after), _gained(before, after), share, Text(same)]
-    _part(out, "7. Structure in eval mode", EVAL, *shown, *_noise_scale(problem), checked)
+    _part(out, "8. Structure in eval mode", EVAL, *shown, *_noise_scale(problem), checked)
 
 
 def _train(out: Console, model: Net, digits: Digits, epochs: int) -> None:
@@ -273,6 +297,86 @@ def _noise_scale(problem: ub.Problem) -> list[Text]:
         scale = problem.compute(ub.NoiseScale())
     said = [Text(f"{w.category.__name__}: {w.message}", "yellow") for w in caught]
     return [Text(f"Gradient noise scale: {float(scale):.3g} samples."), *said]
+
+
+def _curvature(out: Console, model: Net, digits: Digits) -> None:
+    """In float64, for the sake of the small eigenvalues."""
+    batch = digits.X[:BATCH].double(), digits.y[:BATCH]
+    problem = ub.Problem(model, F.cross_entropy, batch)
+    G: Any = problem.ggn()
+    values, directions = G.eigvalsh(), G.directions(SHOWN)
+    nonzero = values[values > 0]
+    before = [_spectrum(problem, G, nonzero), Text(SPECTRUM), _histogram(nonzero)]
+    steps = [Text(NEWTON), _steps(model, problem, G)]
+    _part(out, "7. The curvature", CURVATURE, *before, Text(DIRECTIONS), *_shares(problem, directions), *steps)
+
+
+def _spectrum(problem: ub.Problem, G: Any, values: Tensor) -> Table:
+    """Sizes, and where the trace is; ``values``: eigenvalues that are not zero, ascending."""
+    frozen = float(problem.ggn(by="frozen").trace())
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_row("parameters, D", str(G.shape[0]))
+    table.add_row("rank at most, N(C-1)", f"{problem.samples} x {CLASSES - 1} = {G.rank_bound}")
+    table.add_row("eigenvalues not zero", f"{len(values)}, the largest {values[-1]:.3g}")
+    table.add_row("trace, their sum", f"{G.trace():.3g}, of which the largest 1, 10, 50 hold {_held(values)}")
+    times = f"{frozen / float(G.trace()):.2g} times as large"
+    table.add_row("trace, statistics frozen", f"{frozen:.3g}, {times}: that is another matrix")
+    return table
+
+
+def _held(values: Tensor) -> str:
+    return ", ".join(f"{values[-k:].sum() / values.sum():.0%}" for k in (1, 10, 50))
+
+
+def _histogram(values: Tensor) -> Table:
+    """A line for every power of ten, the largest first."""
+    powers, counts = values.log10().floor().int().unique(return_counts=True)
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for power, count in zip(powers.tolist()[::-1], counts.tolist()[::-1], strict=True):
+        table.add_row(f"1e{power:+d}", Text("█" * max(1, round(BAR * count / int(counts.max())))), str(count))
+    return table
+
+
+def _shares(problem: ub.Problem, found: Any) -> list[Any]:
+    """What digits have of slope and curvature along eigenvectors, the most curved first; and what that sums to."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("eigenvalue", "λ_n smallest", "mean", "largest", "top 3 hold", "slope", "γ_n smallest", "largest"):
+        table.add_column(column)
+    for i in reversed(range(len(found.values))):
+        curved, slopes = found.curvatures[:, i], found.slopes[:, i]
+        sizes = (found.values[i], curved.min(), curved.mean(), curved.max())
+        held = f"{curved.topk(3).values.sum() / curved.sum():.0%}"
+        table.add_row(*(f"{x:.2g}" for x in sizes), held, *(f"{x:.2g}" for x in _range(slopes)))
+    gradient = torch.cat([g.flatten() for g in problem.gradient().values()])
+    off = (found.curvatures.sum(0) / found.values - 1).abs().max()
+    along = (found.slopes.sum(0) - found.vectors.T @ gradient).norm() / gradient.norm()
+    return [table, Text(f"Σ λ_n is the eigenvalue ({off:.0e} off), Σ γ_n the slope of the loss ({along:.0e} off).")]
+
+
+def _range(slopes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return slopes.sum(), slopes.min(), slopes.max()
+
+
+def _steps(model: Net, problem: ub.Problem, G: Any) -> Table:
+    """The loss on the batch, before and after a step."""
+    gradient = problem.gradient()
+    losses = {a: _after(model, problem, {n: -a * g for n, g in gradient.items()}) for a in STEP_SIZES}
+    best = min(losses, key=losses.__getitem__)
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_row("loss on the batch", f"{_after(model, problem, {}):.2g}")
+    sizes = f"step size {best:g}, the best of {', '.join(f'{a:g}' for a in STEP_SIZES)}"
+    table.add_row("after a gradient step", f"{losses[best]:.2g}", sizes)
+    table.add_row("after a damped Newton step", f"{_after(model, problem, G.newton_step(DAMPING)):.2g}")
+    return table
+
+
+def _after(model: Net, problem: ub.Problem, step: Mapping[str, Tensor]) -> float:
+    """The loss after a step, by a copy of the model: its running statistics are not to move."""
+    moved = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, p in moved.named_parameters():
+            p.add_(step.get(name, 0))
+        return float(F.cross_entropy(moved(problem.inputs), problem.targets))
 
 
 def _part(out: Console, title: str, sentence: str, *shown: Any) -> None:

@@ -163,7 +163,7 @@ MSG_NO_BLOCKS = (
 )
 
 MSG_NO_COMPONENTS = (
-    "{what} needs a loss that is a sum over the samples (reduction: {why}, see problem.structure): the second "
+    "{what} would need a loss that is a sum over the samples (reduction: {why}, see problem.structure): the second "
     "derivative of this one does not fall into parts that belong to samples. What belongs to the whole batch exists."
 )
 
@@ -181,6 +181,12 @@ MSG_DAMPING = (
     "The damping has to make every eigenvalue that is used positive: one number, or one for each of the {count} "
     "directions, greater than {lowest:.3g} below zero; got {value}."
 )
+
+MSG_NO_DAMPING = (
+    "By the Gram matrix a system is solved with damping only: (G + δI) has no inverse at δ = 0 unless G has full rank. "
+    "Pass damping= other than zero, or method='cg'."
+)
+MSG_METHOD = "method is 'woodbury' or 'cg', or left out; got {value!r}."
 
 MSG_NOT_DEFINITE = "Conjugate gradients need a positive definite matrix; with damping={value} this is none."
 
@@ -212,3 +218,23 @@ MSG_BY_OF_COLUMNS = (
     "for by='frozen', with batch statistics held constant, which is another matrix."
 )
 MSG_DRAWS = "{what} is a whole number of at least {least}; got {value!r}."
+
+MSG_SQUARE = (
+    "Spectra are those of a symmetric operator of shape [D, D] with D > 0 and real floating-point entries; this one has "
+    "shape {shape} and dtype {dtype}. For a factor V of other shape pass the operator V @ V.T."
+)
+MSG_NOT_SYMMETRIC = (
+    "This operator is not symmetric: two products disagree by {gap:.1e} of its norm. Pass a symmetric one, such as "
+    "0.5 * (A + A.T)."
+)
+MSG_NOT_FINITE = (
+    "A product with this operator has entries that are not finite. Look for NaN or infinite values in parameters and "
+    "data, or for an overflow: products in float64 have more room."
+)
+MSG_POSITIVE = "{what} is a finite number greater than zero; got {value!r}."
+MSG_CHOICE = "{what} is one of {choices}; got {value!r}."
+MSG_EIGENPAIRS = (
+    "The eigenpairs were not found: after {products} products {near} of {k} have a residual within rtol={rtol:.2e} of "
+    "the norm (the largest is {worst:.2e}), and the search for overlooked ones {found}. Raise max_products, basis or "
+    "rtol, or pass info=True to take the result as it is, with its residuals."
+)

@@ -22,6 +22,8 @@ from unbatch.errors import (
     MSG_DAMPING,
     MSG_DRAWS,
     MSG_GGN_STALE,
+    MSG_METHOD,
+    MSG_NO_DAMPING,
     MSG_NOT_DEFINITE,
     MSG_NOT_POSITIVE,
     InputError,
@@ -101,6 +103,9 @@ class GGN(Operator):
         like = next(iter(point.parameters.values()))
         self.shape, self.dtype, self.device = (self.space.size, self.space.size), like.dtype, like.device
 
+    def __repr__(self) -> str:
+        return f"<Gauss-Newton matrix {tuple(self.shape)}, {self.note}>"
+
     # -- what it is made of --
 
     @property
@@ -153,6 +158,8 @@ class GGN(Operator):
         for column in v.T:
             curved = self._hessian(lin.push(self.space.named(column)))
             out.append(self._flat(curved))
+        if len(out) == 1:
+            return out[0][:, None]
         return torch.stack(out, 1) if out else torch.zeros_like(v)
 
     def _hessian(self, v: Mapping[int, Tensor]) -> dict[int, Tensor]:
@@ -342,6 +349,8 @@ class GGN(Operator):
 
         The cost does not grow with k but by one pullback for each.
         """
+        if k is not None and (not isinstance(k, int) or k < 1):
+            raise InputError(MSG_DRAWS.format(what="k", least=1, value=k))
         values, coefficients = self._spectrum
         start = 0 if k is None else max(0, len(values) - k)
         columns = [self._from_columns(a) for a in coefficients[:, start:].T]
@@ -368,7 +377,10 @@ class GGN(Operator):
         ViViT's damped Newton step. Along what is not among them the step is zero; ``solve`` has it everywhere.
         """
         values, vectors = self.eigh(k)
-        damping = torch.as_tensor(damping, dtype=self.dtype, device=self.device)
+        try:
+            damping = torch.as_tensor(damping, dtype=self.dtype, device=self.device)
+        except (TypeError, ValueError):
+            raise InputError(MSG_DAMPING.format(value=repr(damping), count=len(values), lowest=0.0)) from None
         if (damping.ndim and damping.shape != values.shape) or not (values + damping > 0).all():
             raise InputError(MSG_DAMPING.format(value=damping.tolist(), count=len(values), lowest=float(values.min())))
         assert self.space is not None
@@ -403,6 +415,8 @@ class GGN(Operator):
         a positive definite matrix). ``rtol``: of the residual, by default 1e-8 in float64 and 1e-3 in float32. Raises
         ``ConvergenceError`` where that is not reached and ``info`` is not asked for.
         """
+        if method not in (None, "woodbury", "cg"):
+            raise InputError(MSG_METHOD.format(value=method))
         rtol = rtol or (1e-8 if self.dtype == torch.float64 else 1e-3)
         named = isinstance(b, Mapping)
         assert self.space is not None
@@ -422,7 +436,7 @@ class GGN(Operator):
     def _woodbury(self, b: Tensor, damping: float, rtol: float) -> tuple[Tensor, Solved]:
         """``(b − V (δΣ + VᵀV)⁻¹ Vᵀ b) / δ``, and the same once more for the residual, which takes the rounding away."""
         if damping == 0:
-            raise InputError(MSG_DAMPING.format(value=damping, count=1, lowest=0.0))
+            raise InputError(MSG_NO_DAMPING)
         inner = self._columns_gram + damping * torch.diag(self.root.sigma.double())
         x, residual = torch.zeros_like(b), b
         for _ in range(2):

@@ -46,7 +46,6 @@ class Linearised:
     outputs: dict[int, Tensor] = field(default_factory=dict)
     inner: dict[int, Tensor] = field(default_factory=dict)
     steps: list[Ran] = field(default_factory=list)
-    _tried: bool = False
     _at_once: bool = False
 
     def __post_init__(self) -> None:
@@ -118,8 +117,11 @@ class Linearised:
 
         Raises ``StructureError`` where an op has neither a forward mode nor a second derivative.
         """
-        if not self._tried:
+        key = ("tangents", tuple(self.parameters), self.frozen)
+        if key not in self.setting.trust:
             self._try()
+            self.setting.trust[key] = self._at_once
+        self._at_once = self.setting.trust[key]
         return (self._push_at_once if self._at_once else self._push_by_steps)(tangents, at)
 
     def _try(self) -> None:
@@ -128,7 +130,7 @@ class Linearised:
         random = lambda t: torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t)  # noqa: E731
         v = {n: random(p) for n, p in self.parameters.items()}
         u = {i: random(t) for i, t in self.outputs.items() if t.requires_grad}
-        pulled, self._tried = self.pull(u), True
+        pulled = self.pull(u)
         expected = sum(float((pulled[n] * v[n]).sum()) for n in v)
         for at_once in (self._writes_are_seen_elsewhere, True):
             pushed = self._push_at_once(v) if at_once else self._push_by_steps(v)
@@ -137,7 +139,6 @@ class Linearised:
             if abs(found - expected) <= self.setting.rounding * size:
                 self._at_once = at_once
                 return
-        self._tried = False
         raise StructureError(MSG_NO_TANGENT.format(place="the model", error="its rules contradict its backward pass"))
 
     def _push_by_steps(self, tangents: Mapping[str, Tensor], wanted: Sequence[int] = ()) -> dict[int, Tensor]:

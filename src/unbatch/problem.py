@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -200,6 +200,32 @@ class Problem:
         source = self._source(kept, by, chosen, budget)
         curvature = cache(lambda: self._curvature(kept, chosen, budget, by, source.loss))
         return planned(source, quantities or [Gradients()], chosen, self.samples, by, budget, curvature)
+
+    @overload
+    def ggn(
+        self,
+        parameters: Selection = None,
+        blocks: None = None,
+        *,
+        by: str = "component",
+        mc_samples: int | None = None,
+        seed: int = 0,
+        samples: Sequence[int] | Tensor | None = None,
+        memory: int | None = None,
+    ) -> GGN: ...
+
+    @overload
+    def ggn(
+        self,
+        parameters: Selection = None,
+        blocks: str | Sequence[Selection] = ...,
+        *,
+        by: str = "component",
+        mc_samples: int | None = None,
+        seed: int = 0,
+        samples: Sequence[int] | Tensor | None = None,
+        memory: int | None = None,
+    ) -> BlockGGN: ...
 
     def ggn(
         self,
