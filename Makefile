@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.stamp
 PIP    := $(BIN)/pip --disable-pip-version-check install -q -c constraints.txt
 
-.PHONY: demo test check bench bench-gradients bench-ggn zoo format clean
+.PHONY: demo test check bench bench-gradients bench-ggn bench-accuracy zoo format clean
 
 demo: $(STAMP)
 	$(BIN)/unbatch demo
@@ -36,6 +36,9 @@ bench-ggn: $(STAMP)
 	$(PIP) --no-deps backpack-for-pytorch unfoldNd vivit-for-pytorch curvlinops-for-pytorch \
 		einconv einops linear_operator opt_einsum
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/ggn.py --write
+
+bench-accuracy: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/accuracy.py --write
 
 zoo: $(STAMP)
 	$(BIN)/python benchmarks/zoo_table.py
