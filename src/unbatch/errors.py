@@ -196,12 +196,6 @@ MSG_NOT_CONVERGED = (
     "to take the result as it is, with its residual."
 )
 
-MSG_NOT_CONVERGED_PAIRS = (
-    "{k} eigenpairs were not found: after {products} products the largest residual is {residual:.2e} of the largest "
-    "eigenvalue where rtol={rtol:.2e} was asked for. Raise max_products or rtol, or pass info=True to take them as "
-    "they are, with their residuals."
-)
-
 MSG_WHICH = (
     "{value!r} is none of the ways: eigenpairs come by 'largest' or 'magnitude', traces by 'xtrace', 'hutch++' or "
     "'hutchinson'."
@@ -220,8 +214,8 @@ MSG_BY_OF_COLUMNS = (
 MSG_DRAWS = "{what} is a whole number of at least {least}; got {value!r}."
 
 MSG_SQUARE = (
-    "Spectra are those of a symmetric operator of shape [D, D] with D > 0 and real floating-point entries; this one has "
-    "shape {shape} and dtype {dtype}. For a factor V of other shape pass the operator V @ V.T."
+    "Spectra are those of a symmetric operator of shape [D, D] with D > 0 and real floating-point entries; this one "
+    "has shape {shape} and dtype {dtype}. For a factor V of other shape pass the operator V @ V.T."
 )
 MSG_NOT_SYMMETRIC = (
     "This operator is not symmetric: two products disagree by {gap:.1e} of its norm. Pass a symmetric one, such as "
@@ -232,7 +226,6 @@ MSG_NOT_FINITE = (
     "data, or for an overflow: products in float64 have more room."
 )
 MSG_POSITIVE = "{what} is a finite number greater than zero; got {value!r}."
-MSG_CHOICE = "{what} is one of {choices}; got {value!r}."
 MSG_EIGENPAIRS = (
     "The eigenpairs were not found: after {products} products {near} of {k} have a residual within rtol={rtol:.2e} of "
     "the norm (the largest is {worst:.2e}), and the search for overlooked ones {found}. Raise max_products, basis or "

@@ -1,31 +1,23 @@
 """Eigenpairs, trace, diagonal and spectral density of a symmetric operator that is known by its products only.
 
-No networks here: ``A`` is anything with ``shape`` ``[D, D]``, ``dtype``, ``device``, and ``@`` on ``[D]`` and ``[D, K]``.
-Vectors of length D stay in its dtype (half precision: in float32); what is small, as projections on a basis, is taken
-to float64 on the CPU. Random numbers come from a generator of one's own on the CPU, the same ones for every device.
+No networks here: ``A`` is anything with ``shape`` ``[D, D]``, ``dtype``, ``device``, and ``@`` on ``[D]``, ``[D, K]``.
+What is as long as D stays in its dtype (half precision: in float32) and on its device; what is small, as a projection
+on a basis or a quadrature rule, is in float64 on the CPU. Random numbers come from generators of their own, on the CPU
+and so the same for every device.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from unbatch.errors import (
-    MSG_CHOICE,
-    MSG_DRAWS,
-    MSG_EIGENPAIRS,
-    MSG_NOT_FINITE,
-    MSG_NOT_SYMMETRIC,
-    MSG_POSITIVE,
-    MSG_SQUARE,
-    ConvergenceError,
-    InputError,
-)
+from unbatch import errors
+from unbatch.errors import ConvergenceError, InputError
 
 CHANCE = 1e-6  # at which a search for overlooked eigenvalues may miss one
 FEWEST = 5  # steps of such a search
@@ -33,18 +25,6 @@ WIDE = 1 << 16  # entries of the vectors of a basis that are turned at a time
 
 Key = Callable[[Tensor], Tensor]
 WHICH: dict[str, Key] = {"largest": lambda values: values, "magnitude": torch.abs}
-
-
-class Symmetric(Protocol):
-    """What is asked of an operator; a symmetric tensor ``[D, D]`` will do."""
-
-    @property
-    def shape(self) -> Sequence[int]: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
-    @property
-    def device(self) -> torch.device: ...
-    def __matmul__(self, other: Any, /) -> Any: ...
 
 
 class Eigenpairs(NamedTuple):
@@ -80,7 +60,7 @@ class Search:
             near = int((self.residuals <= self.rtol * self.norm).sum())
             found = "was finished" if self.complete else "was not finished"
             text = {"products": self.products, "near": near, "k": len(self.residuals), "rtol": self.rtol}
-            raise ConvergenceError(MSG_EIGENPAIRS.format(found=found, worst=float(self.residuals.max()), **text))
+            raise ConvergenceError(errors.MSG_EIGENPAIRS.format(found=found, worst=float(self.residuals.max()), **text))
 
 
 @dataclass(frozen=True)
@@ -102,7 +82,8 @@ class Density:
     """Quadrature rules for the spectrum: ``nodes`` and ``weights``, ``[probes, steps]``, weights of a probe sum to 1.
 
     Averaged over probes, ``D Σ_s weights f(nodes)`` is the trace of ``f(A)``, without bias for polynomials ``f`` of a
-    degree below ``2 · steps``. ``size`` is D, ``width`` the standard deviation with which the density is smoothed.
+    degree below ``2 · steps``; standard errors tell the spread over probes, not what a function is off from such
+    polynomials. ``size`` is D, ``width`` the standard deviation with which the density is smoothed.
     """
 
     nodes: Tensor
@@ -128,7 +109,7 @@ class Density:
 
 
 def eigh(
-    A: Symmetric, k: int, *, which: Literal["largest", "magnitude"] = "largest", rtol: float | None = None,
+    A: Any, k: int, *, which: Literal["largest", "magnitude"] = "largest", rtol: float | None = None,
     max_products: int | None = None, basis: int | None = None, seed: int = 0, info: bool = False,
 ) -> Any:  # fmt: skip
     """The ``k`` eigenpairs (all, if D is less) with the largest eigenvalues, or largest in magnitude; values ascending.
@@ -140,19 +121,19 @@ def eigh(
     default the root of the precision of its dtype. Raises ``ConvergenceError`` where ``max_products`` (by default
     ``50 · basis``) do not get there, unless ``info``, which adds a ``Search``.
     """
-    D, key = _size(A), _choice("which", which, WHICH)
+    D, key = _size(A), _choice(which, WHICH)
     _at_least("k", k, 1)
     k = min(k, D)
     rtol = torch.finfo(A.dtype).eps ** 0.5 if rtol is None else _positive("rtol", rtol)
     most = min(D, _at_least("basis", 2 * k + 20 if basis is None else basis, min(k + 2, D)))
-    allowed = _at_least("max_products", 50 * most + 2 * k if max_products is None else max_products, 2 * k)
+    allowed = _at_least("max_products", 50 * most if max_products is None else max_products, 2 * k)
     space = _Basis(A, most, _generator(seed))
     ritz, complete = _search(space, k, key, rtol, allowed - k)
     space.turn(ritz, k)
     values, order = ritz.values[:k].sort()
     vectors = space.rows[:k][order.to(space.rows.device)].T
     residuals = [float((space.times(v) - x * v).norm()) for x, v in zip(values.tolist(), vectors.T, strict=True)]
-    search = Search(torch.tensor(residuals), ritz.norm, rtol, complete, space.products, most, seed)
+    search = Search(torch.tensor(residuals, dtype=torch.float64), ritz.norm, rtol, complete, space.products, most, seed)
     if not info:
         search.check()
     pairs = Eigenpairs(values.to(A.device, space.rows.dtype), vectors)
@@ -160,34 +141,33 @@ def eigh(
 
 
 class _Ritz(NamedTuple):
-    """Eigenpairs of the projection on a basis, in the order in which they are wanted; ``residuals``: as estimated."""
+    """Eigenpairs of the projection on a basis, in the order in which they are wanted; ``residuals``: as estimated.
+
+    ``norm``: the largest ``|λ|`` that any basis has shown.
+    """
 
     values: Tensor
     vectors: Tensor
     residuals: Tensor
-
-    @property
-    def norm(self) -> float:
-        return float(self.values.abs().max())
+    norm: float
 
 
 class _Basis:
     """Orthonormal ``rows`` ``[most, D]``, of which ``size`` are taken, and the projection of A on them."""
 
-    def __init__(self, A: Symmetric, most: int, generator: torch.Generator) -> None:
-        dtype = torch.promote_types(A.dtype, torch.float32)
-        self.A, self.generator, self.size, self.products = A, generator, 0, 0
-        self.rows = torch.empty(most, A.shape[0], dtype=dtype, device=A.device)
+    def __init__(self, A: Any, most: int, generator: torch.Generator) -> None:
+        self.A, self.generator, self.size, self.products, self.norm = A, generator, 0, 0, 0.0
+        self.rows = torch.empty(most, A.shape[0], dtype=_wide(A), device=A.device)
         self.projected = torch.zeros(most, most, dtype=torch.float64)
         self.link: float | None = None  # of the last row and the next, where that is known
 
     def times(self, v: Tensor) -> Tensor:
         self.products += 1
-        return (self.A @ v.to(self.A.dtype)).to(self.rows.dtype)
+        return _times(self.A, v)
 
     def draw(self) -> Tensor:
         """A random direction orthogonal to the rows."""
-        v = _gaussian(self.generator, self.rows.shape[1], 1).to(self.rows)[:, 0]
+        v = _gaussian(self.generator, self.A, 1)[:, 0]
         v = _apart(self.rows[: self.size], v / v.norm())[1]
         return v / v.norm()
 
@@ -203,10 +183,11 @@ class _Basis:
         self.projected[self.size - 1, : self.size] = self.projected[: self.size, self.size - 1] = h
         length, eps = float(rest.norm()), torch.finfo(self.rows.dtype).eps
         if not math.isfinite(length):
-            raise InputError(MSG_NOT_FINITE)
+            raise InputError(errors.MSG_NOT_FINITE)
         scale = max(float(self.projected[: self.size, : self.size].abs().max()), length)
-        if self.link is not None and abs(float(h[-2]) - self.link) > eps**0.5 * scale:
-            raise InputError(MSG_NOT_SYMMETRIC.format(gap=abs(float(h[-2]) - self.link) / scale))
+        gap = 0.0 if self.link is None else abs(float(h[-2]) - self.link)
+        if gap > 10 * torch.finfo(self.A.dtype).eps ** 0.5 * scale:
+            raise InputError(errors.MSG_NOT_SYMMETRIC.format(gap=gap / scale))
         self.link = length
         if length > 10 * eps * scale:
             return rest / length, length
@@ -216,8 +197,8 @@ class _Basis:
         """``A rows = rows projected + length · next``: the last entries of an eigenvector tell its residual."""
         values, vectors = torch.linalg.eigh(self.projected[: self.size, : self.size])
         order = key(values).argsort(descending=True)
-        values, vectors = values[order], vectors[:, order]
-        return _Ritz(values, vectors, length * vectors[-1].abs())
+        self.norm = max(self.norm, float(values.abs().max()))
+        return _Ritz(values[order], vectors[:, order], length * vectors[-1, order].abs(), self.norm)
 
     def turn(self, ritz: _Ritz, keep: int) -> None:
         """Only the first ``keep`` Ritz vectors stay, in place of the rows."""
@@ -255,13 +236,13 @@ def _search(basis: _Basis, k: int, key: Key, rtol: float, allowed: int) -> tuple
                 basis.turn(ritz, k)
                 locked, steps, v = total, 0, basis.draw()
                 continue
-            if steps >= FEWEST and (near[k] or _nothing_beyond(key(ritz.values), k, min(steps, most - k), D)):
+            if steps >= FEWEST and (near[k] or _nothing_beyond(ritz.values, k, key, min(steps, most - k), D)):
                 return ritz, True
         if basis.size == most:
             basis.turn(ritz, k + (most - k) // 2)
 
 
-def _nothing_beyond(values: Tensor, k: int, steps: int, D: int) -> bool:
+def _nothing_beyond(values: Tensor, k: int, key: Key, steps: int, D: int) -> bool:
     """After ``steps`` from a random vector, whether a value above the first k would have shown but for ``CHANCE``.
 
     The largest Ritz value is short of the largest eigenvalue by more than ``ε`` of the spread with a probability of at
@@ -270,22 +251,23 @@ def _nothing_beyond(values: Tensor, k: int, steps: int, D: int) -> bool:
     short = (math.log(1.648 * math.sqrt(D) / CHANCE) / (2 * steps - 1)) ** 2
     if short >= 0.5:
         return False
-    spread = float(values[k] - values[k:].min())
-    return float(values[k]) + spread * short / (1 - 2 * short) <= float(values[k - 1])
+    spread, gap = values[k:].max() - values[k:].min(), key(values[k - 1]) - key(values[k])
+    return bool(spread * short / (1 - 2 * short) <= gap)
 
 
 # -- trace and diagonal --
 
 
 def trace(
-    A: Symmetric, samples: int, *, method: Literal["xtrace", "hutch++", "hutchinson"] = "xtrace", seed: int = 0
+    A: Any, samples: int, *, method: Literal["xtrace", "hutch++", "hutchinson"] = "xtrace", seed: int = 0
 ) -> Estimate:
     """``tr A`` from at most ``samples`` products, without bias; exact where these are D or more.
 
     "xtrace" (Epperly, Tropp, Webber 2024) and "hutch++" (Meyer, Musco, Musco, Woodruff 2021) are exact on the range
-    they have sketched, and good where the spectrum decays; "hutchinson" (1989) takes random signs, one by one.
+    they have sketched, and good where the spectrum decays; "hutchinson" (1989) takes random signs, one by one. The
+    terms of XTrace share products, so its standard error is a little low, more so if ``samples`` come near the rank.
     """
-    D, (estimate, least) = _size(A), _choice("method", method, METHODS)
+    D, (estimate, least) = _size(A), _choice(method, METHODS)
     _at_least("samples", samples, least)
     generator = _generator(seed)
     if samples >= D:
@@ -295,7 +277,7 @@ def trace(
     return _mean(terms, method, products, seed)
 
 
-def diagonal(A: Symmetric, samples: int, *, seed: int = 0) -> Estimate:
+def diagonal(A: Any, samples: int, *, seed: int = 0) -> Estimate:
     """The diagonal, ``[D]``, from products with ``samples`` vectors of random signs (Bekas, Kokiopoulou, Saad 2007).
 
     Without bias, with a standard error for each entry; exact where ``samples`` are D or more.
@@ -314,11 +296,11 @@ def diagonal(A: Symmetric, samples: int, *, seed: int = 0) -> Estimate:
     return Estimate(mean, (squares / (samples * (samples - 1))).sqrt(), "random signs", samples, seed)
 
 
-def _exact(A: Symmetric) -> Tensor:
+def _exact(A: Any) -> Tensor:
     return _times(A, torch.eye(A.shape[0], dtype=_wide(A), device=A.device)).diagonal().clone()
 
 
-def _hutchinson(A: Symmetric, samples: int, generator: torch.Generator) -> tuple[Tensor, int]:
+def _hutchinson(A: Any, samples: int, generator: torch.Generator) -> tuple[Tensor, int]:
     terms = []
     for _ in range(samples):
         z = _signs(generator, A, 1)[:, 0]
@@ -326,7 +308,7 @@ def _hutchinson(A: Symmetric, samples: int, generator: torch.Generator) -> tuple
     return torch.stack(terms), samples
 
 
-def _hutchpp(A: Symmetric, samples: int, generator: torch.Generator) -> tuple[Tensor, int]:
+def _hutchpp(A: Any, samples: int, generator: torch.Generator) -> tuple[Tensor, int]:
     """``tr QᵀAQ + gᵀ (I − QQᵀ) A (I − QQᵀ) g``, with Q an orthonormal basis of ``A S``, for every g."""
     sketch = samples // 3
     Q = torch.linalg.qr(_times(A, _signs(generator, A, sketch)))[0]
@@ -335,7 +317,7 @@ def _hutchpp(A: Symmetric, samples: int, generator: torch.Generator) -> tuple[Te
     return (Q * _times(A, Q)).sum() + (g * _times(A, g)).sum(0), samples
 
 
-def _xtrace(A: Symmetric, samples: int, generator: torch.Generator) -> tuple[Tensor, int]:
+def _xtrace(A: Any, samples: int, generator: torch.Generator) -> tuple[Tensor, int]:
     # Each of K vectors ω takes the part of g in Hutch++, with the sketch Q₍ᵢ₎ of the K − 1 others:
     #   tᵢ = tr Q₍ᵢ₎ᵀ A Q₍ᵢ₎ + xᵢᵀ A xᵢ · (D − K + 1) / ‖xᵢ‖²,   xᵢ = (I − Q₍ᵢ₎Q₍ᵢ₎ᵀ) ωᵢ,
     # where the last factor is one on average, as ωᵢ has a random direction in D − K + 1 dimensions. With A Ω = Q R,
@@ -344,10 +326,11 @@ def _xtrace(A: Symmetric, samples: int, generator: torch.Generator) -> tuple[Ten
     # and with H = Qᵀ A Q, Qᵀ A ωᵢ = rᵢ (A is symmetric), ωᵢᵀ A ωᵢ = wᵢᵀ rᵢ, everything is small:
     #   tr Q₍ᵢ₎ᵀ A Q₍ᵢ₎ = tr H − sᵢᵀ H sᵢ,   xᵢᵀ A xᵢ = wᵢᵀ rᵢ − 2 uᵢᵀ rᵢ + uᵢᵀ H uᵢ,   ‖xᵢ‖² = ‖ωᵢ‖² − ‖uᵢ‖².
     D, K = A.shape[0], samples // 2
-    omega = _gaussian(generator, D, K).to(A.device, _wide(A))
+    omega = _gaussian(generator, A, K)
     Q, R_ = torch.linalg.qr(_times(A, omega))
     H, R, w = _small(Q.T @ _times(A, Q)), _small(R_), _small(Q.T @ omega)
-    s = torch.nn.functional.normalize(torch.linalg.solve_triangular(_regular(R, A.dtype).T, torch.eye(K).to(R), upper=False), dim=0)
+    s = torch.linalg.solve_triangular(_regular(R, A.dtype).T, torch.eye(K).to(R), upper=False)
+    s = s / s.norm(dim=0)
     u = w - s * (s * w).sum(0)
     inside = H.trace() - (s * (H @ s)).sum(0)
     outside = ((w - 2 * u) * R + u * (H @ u)).sum(0)
@@ -372,7 +355,7 @@ METHODS: dict[str, tuple[Callable[..., tuple[Tensor, int]], int]] = {
 # -- density --
 
 
-def density(A: Symmetric, *, probes: int, steps: int, seed: int = 0, width: float | None = None) -> Density:
+def density(A: Any, *, probes: int, steps: int, seed: int = 0, width: float | None = None) -> Density:
     """Stochastic Lanczos quadrature (Ubaru, Chen, Saad 2017; Lin, Saad, Yang 2016), orthogonalised in full.
 
     ``probes · steps`` products at most, ``steps`` vectors in memory; ``width``: of the Gaussian in ``Density.on``, by
@@ -384,7 +367,7 @@ def density(A: Symmetric, *, probes: int, steps: int, seed: int = 0, width: floa
     basis = _Basis(A, steps, _generator(seed))
     rules = [_rule(basis, steps) for _ in range(probes)]
     nodes, weights = torch.stack([n for n, _ in rules]), torch.stack([w for _, w in rules])
-    spread = float(nodes.max() - nodes.min()) or float(nodes.abs().max()) or 1.0
+    spread = max(float(nodes.max() - nodes.min()), 1e-3 * float(nodes.abs().max())) or 1.0
     width = spread / steps if width is None else _positive("width", width)
     return Density(nodes, weights, D, width, basis.products, seed)
 
@@ -408,51 +391,51 @@ def _mean(terms: Tensor, method: str, products: int, seed: int) -> Estimate:
     return Estimate(terms.mean(0), terms.std(0) / math.sqrt(len(terms)), method, products, seed)
 
 
-def _wide(A: Symmetric) -> torch.dtype:
+def _wide(A: Any) -> torch.dtype:
     return torch.promote_types(A.dtype, torch.float32)
 
 
-def _times(A: Symmetric, v: Tensor) -> Tensor:
+def _times(A: Any, v: Tensor) -> Tensor:
     found: Tensor = A @ v.to(A.dtype)
     return found.to(v.dtype)
 
 
 def _small(x: Tensor) -> Tensor:
-    return x.to("cpu", torch.float64)
+    return x.cpu().double()
 
 
 def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(_at_least("seed", seed, 0))
 
 
-def _gaussian(generator: torch.Generator, D: int, K: int) -> Tensor:
-    return torch.randn(K, D, generator=generator, dtype=torch.float64).T
+def _gaussian(generator: torch.Generator, A: Any, K: int) -> Tensor:
+    return torch.randn(K, A.shape[0], generator=generator, dtype=_wide(A)).T.to(A.device)
 
 
-def _signs(generator: torch.Generator, A: Symmetric, K: int) -> Tensor:
+def _signs(generator: torch.Generator, A: Any, K: int) -> Tensor:
     return (torch.randint(2, (K, A.shape[0]), generator=generator) * 2 - 1).T.to(A.device, _wide(A))
 
 
-def _size(A: Symmetric) -> int:
+def _size(A: Any) -> int:
     shape = tuple(A.shape)
     if len(shape) != 2 or shape[0] != shape[1] or not shape[0] or not A.dtype.is_floating_point:
-        raise InputError(MSG_SQUARE.format(shape=shape, dtype=A.dtype))
+        raise InputError(errors.MSG_SQUARE.format(shape=shape, dtype=A.dtype))
     return shape[0]
 
 
 def _at_least(what: str, value: int, least: int) -> int:
-    if not isinstance(value, int) or value < least:
-        raise InputError(MSG_DRAWS.format(what=what, least=least, value=value))
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InputError(errors.MSG_DRAWS.format(what=what, least=least, value=value))
     return value
 
 
 def _positive(what: str, value: float) -> float:
     if not 0 < value < math.inf:
-        raise InputError(MSG_POSITIVE.format(what=what, value=value))
+        raise InputError(errors.MSG_POSITIVE.format(what=what, value=value))
     return float(value)
 
 
-def _choice(what: str, value: str, table: dict[str, Any]) -> Any:
+def _choice(value: str, table: dict[str, Any]) -> Any:
     if value not in table:
-        raise InputError(MSG_CHOICE.format(what=what, choices=", ".join(map(repr, table)), value=value))
+        raise InputError(errors.MSG_WHICH.format(value=value))
     return table[value]
