@@ -214,6 +214,7 @@ class _Gram(Collector):
     def __init__(self, about: About, root: Root) -> None:
         super().__init__(about)
         self.root = root
+        self.put: dict[tuple[int, ...], Tensor] = {}
         self.kept: dict[str, list[tuple[Tensor, Tensor | Meeting]]] = {}  # numbers of columns, and what has them
 
     def take(self, name: str, part: Part) -> None:
@@ -229,9 +230,12 @@ class _Gram(Collector):
             kept = self.kept.pop(name)
             together = self._without_rows([what for _, what in kept])
             if together is not None:
-                self._put(total, torch.cat([numbers for numbers, _ in kept]), together)
+                self._put(torch.cat([numbers for numbers, _ in kept]), together)
             else:
                 self._add(total, list(self._groups(kept)))
+        for key, block in self.put.items():
+            numbers = torch.tensor(key)
+            total.index_put_((numbers[:, None], numbers), block, accumulate=True)  # a number may come twice
         return total
 
     @staticmethod
@@ -245,20 +249,19 @@ class _Gram(Collector):
             for other in groups[k:]:
                 there, others = (here, rows) if other is group else self._formed(other)
                 if other is group:
-                    self._put(total, here, symmetric_product(rows))
+                    self._put(here, symmetric_product(rows))
                 else:
                     block = rows @ others.T
                     total.index_put_((here[:, None], there), block, accumulate=True)
                     total.index_put_((there[:, None], here), block.T, accumulate=True)
 
-    @staticmethod
-    def _put(total: Tensor, numbers: Tensor, block: Tensor) -> None:
-        """Add what is in the order of ``numbers``, in which one may come twice."""
-        ordered, order = numbers.sort()
-        if len(numbers) == len(total) and torch.equal(ordered, torch.arange(len(total))):
-            total.add_(block[order][:, order])
+    def _put(self, numbers: Tensor, block: Tensor) -> None:
+        """Add what is in the order of ``numbers``; blocks of the same order are brought into place together."""
+        key = tuple(numbers.tolist())
+        if key in self.put:
+            self.put[key].add_(block)
         else:
-            total.index_put_((numbers[:, None], numbers), block, accumulate=True)
+            self.put[key] = block
 
     @staticmethod
     def _formed(group: list[tuple[Tensor, Tensor | Meeting]]) -> tuple[Tensor, Tensor]:

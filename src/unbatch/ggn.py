@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ from unbatch.linearised import Linearised
 from unbatch.operator import Operator, sum_of
 from unbatch.roots import Factor, Root
 from unbatch.solvers import Solved, conjugate_gradients
+from unbatch.spectra import Eigenpairs
 from unbatch.tree import Space
 from unbatch.verdicts import Verdict
 
@@ -59,13 +60,6 @@ class Point:
     def restricted(self, names: Sequence[str]) -> Point:
         """The same for some of the parameters."""
         return replace(self, parameters={n: p for n, p in self.parameters.items() if n in names})
-
-
-class Eigenpairs(NamedTuple):
-    """``values`` ``[k]`` ascending, ``vectors`` ``[D, k]``, orthonormal columns in the same order."""
-
-    values: Tensor
-    vectors: Tensor
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ class Linear(Meeting):
         """``x``: ``[places, i]``. ``features_first``: the op is ``u xᵀ`` with ``u`` ``[o, i]``; else ``x u``."""
         super().__init__(call)
         self.x, self.features_first = x, features_first
+        self.along = replace(self.layout, dim=0)
         self.batched = call.outputs[0].ndim == 3
         self.factor = call["alpha"] if call["alpha"] is not None else 1
         self.g: Tensor
@@ -38,9 +39,8 @@ class Linear(Meeting):
         (g,) = cotangents[:1]
         assert g is not None
         g = g[0] if self.batched else g
-        along = replace(self.layout, dim=0)
         g, x = same_dtype(g, self.x)
-        self.g, self.x = along.split(g.T if self.features_first else g), along.split(x)
+        self.g, self.x = self.along.split(g.T if self.features_first else g), self.along.split(x)
         if self.factor != 1:
             self.g = self.g * self.factor
 
@@ -152,8 +152,10 @@ class Linear(Meeting):
 
 def stacked_dots(gs: Sequence[Tensor], between: Tensor) -> Tensor:
     """``⟨g_kn, g_lm⟩·between_nm``, ``[kn, lm]``, for ``g_k`` ``[n, o]`` and ``between`` ``[n, m]``."""
-    g = torch.cat(list(gs))
-    return (g @ g.T).mul_(between.repeat(len(gs), len(gs)))
+    g, k, n = torch.cat(list(gs)), len(gs), len(between)
+    dots = g @ g.T
+    dots.view(k, n, k, n).mul_(between[None, :, None, :])
+    return dots
 
 
 class _OnePlace(Gathering):
