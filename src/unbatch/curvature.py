@@ -33,8 +33,6 @@ from unbatch.tree import Space
 from unbatch.verdicts import Structure
 
 Draws = tuple[int, int] | None  # how many columns are drawn for each sample, and the seed; None: H itself
-
-
 DRAWS = 6  # vectors of random signs on which an error is estimated
 
 
@@ -79,12 +77,9 @@ class Curvature:
     def apart(self) -> bool:
         return bool(self.structure.reduction)
 
-    @property
+    @cached_property
     def _through(self) -> Through | None:
-        if "_known" not in self.__dict__:
-            self.__dict__["_known"] = self.through()
-        known: Through | None = self.__dict__["_known"]
-        return known
+        return self.through()
 
     def basis(self, root: Root, rtol: Rtol | None = None) -> Basis | None:
         """How columns go by way of statistics; None: each is pulled back on its own.

@@ -242,6 +242,7 @@ class GGN(Operator):
 
     def _gram_of(self, wanted: Gram) -> Tensor:
         """Parameters a few at a time where memory does not hold the columns of all."""
+        self._fresh()
         gram, group, size = [], dict[str, Tensor](), 0
         bytes_ = {n: 4 * self.root.size * p.numel() for n, p in self.point.parameters.items()}
         for name, p in self.point.parameters.items():
@@ -249,7 +250,6 @@ class GGN(Operator):
                 gram.append(self.point.ask([wanted], group)[0])
                 group, size = {}, 0
             group[name], size = p, size + bytes_[name]
-        self._fresh()
         gram.append(self.point.ask([wanted], group)[0])
         total: Tensor = sum_of(gram).double()
         return total
