@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unbatch.contractions import Call, Meeting, detached, fill
+from unbatch.contractions import Call, Gathering, Meeting, detached, fill, wide
 
 
 class Shift(Meeting):
     """``y = .. + factor·u``, broadcast, or placed along ``axis``: rows are sums of the cotangent."""
+
+    lean = frozenset({"squared_norms", "sum_of_squares", "scatter", "weighted_sum", "dots"})  # rows are there already
 
     def __init__(self, call: Call, factor: Any = None, axis: int | None = None) -> None:
         super().__init__(call)
@@ -37,6 +39,23 @@ class Shift(Meeting):
     def rows(self, where: slice, out: Tensor | None = None) -> Tensor:
         rows = self.layout.only(self.g, *where.indices(self.samples)[:2]) if self.spans else self.g[where]
         return fill(rows.reshape(len(rows), *self.operand.shape), out)
+
+    def gathering(self, memory: int) -> Gathering | None:
+        return None if self.spans else _Squares(self)
+
+
+class _Squares(Gathering):
+    """``Σ_n (Σ_k σ_k row_kn²)``: the rows are there, and are summed over samples once."""
+
+    def __init__(self, first: Shift) -> None:
+        self.squares, self.shape = torch.zeros_like(wide(first.g)), first.operand.shape
+
+    def add(self, meeting: Shift, where: slice, sign: float) -> None:
+        g = wide(meeting.g[where])
+        self.squares[where].addcmul_(g, g, value=sign)
+
+    def total(self) -> Tensor:
+        return self.squares.sum(0).reshape(self.shape)
 
 
 class Scale(Shift):

@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -74,6 +74,12 @@ class Meeting(ABC):
     def __init__(self, call: Call) -> None:
         self.layout, self.operand = call.layout, call.operand
         self.samples = call.layout.samples
+
+    def again(self) -> Self:
+        """The same site, for another cotangent; ``copy.copy`` would take as long as a contraction."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
 
     @abstractmethod
     def receive(self, cotangents: Sequence[Tensor | None]) -> None:
@@ -160,7 +166,7 @@ def total_of_squares(rows: Tensor, mean: Tensor | None = None) -> Tensor:
     rows = wide(rows)
     if rows.is_complex() or rows[0].numel() < 2**12:
         apart = rows if mean is None else rows - mean
-        return apart.abs().square_().sum(0)
+        return (apart.abs() if apart.is_complex() else apart).square().sum(0)
     total, apart = torch.zeros_like(rows[0]), torch.empty_like(rows[0])
     for row in rows:
         moved = row if mean is None else torch.sub(row, mean, out=apart)

@@ -165,14 +165,13 @@ class Factor(Root):
 
     def each(self) -> Iterator[tuple[int, float, dict[int, Tensor]]]:
         """Number, sign and cotangents of every column that is not zero; a column of both signs comes in two parts."""
-        for j in range(self.columns):
-            column, sign = self.column(j), self.sign(j)
-            for value in (1.0, -1.0):
-                here = sign == value
-                if here.any() and any(g.any() for g in column.values()):
-                    part = column if here.all() else self._only(column, here)
-                    if here.all() or any(g.any() for g in part.values()):
-                        yield j, value, part
+        felt = self.root.ne(0).any(2)
+        for value in (1.0, -1.0):
+            here = self.signs == value
+            some, alone = ((felt & here).any(0).flatten().tolist(), here.all(0).flatten().tolist())
+            for j in (j for j in range(self.columns) if some[j]):
+                column = self.column(j)
+                yield j, value, column if alone[j] else self._only(column, self.sign(j) == value)
 
     def _only(self, column: Named, here: Tensor) -> dict[int, Tensor]:
         split = self.grid.split(column)

@@ -193,9 +193,10 @@ class Recorded(Source):
                 sums.update(self.sweep.group_sum(group, self._all()))
             return sums[name]
 
-        bare = plan.needs <= group.lean
+        lean = group.lean
+        bare = plan.needs <= lean
         portion = group.only[0].portion if group.only is not None and not bare else CHUNK
-        for where in plan.of(n, size, group.lean, portion):
+        for where in plan.of(n, size, lean, portion):
             out = self._room(plan, group.together.names[0], where, outs) if group.only and not bare else None
             for name, part in self.sweep.parts(group, where, out):
                 part.beyond = partial(total, name)

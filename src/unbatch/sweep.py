@@ -8,7 +8,6 @@ do without rows.
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -273,7 +272,7 @@ class Sweep:
         local = [(u.site, u.group) for u in stop.uses if u.site.way == "local"]
         under = [(u.site, u.group) for i in stop.below for u in self.route.stops[i].uses if u.site.way == "projected"]
         for site, number in [*local, *under]:
-            met = self.made.pop(site) if self._last else copy.copy(self.made[site])
+            met = self.made.pop(site) if self._last else self.made[site].again()
             met.receive(gs)
             self.kinds[site] = met.kind
             group = self.groups[number]
