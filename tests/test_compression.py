@@ -217,3 +217,9 @@ def test_random_signs_need_definiteness_and_draws():
     concave = ub.Problem(args[0], lambda p, y: -F.mse_loss(p, p.detach() + 1), args[2:])
     with pytest.raises(ub.StructureError, match="positive semi-definite"):
         concave.ggn().estimate_diag(4)
+
+
+def test_components_cannot_be_completed():
+    problem = ub.Problem(torch.nn.Linear(3, 2), torch.nn.functional.mse_loss, (torch.randn(4, 3), torch.randn(4, 2)))
+    with pytest.raises(ub.InputError, match="per_component=True and unbiased=True"):
+        problem.ggn().diag(per_component=True, unbiased=True)

@@ -211,6 +211,10 @@ MSG_BY_OF_COLUMNS = (
     "A Gauss-Newton matrix is made of derivatives of predictions: by={value!r} has none. Ask for by='component', or "
     "for by='frozen', with batch statistics held constant, which is another matrix."
 )
+MSG_UNBIASED = (
+    "What random signs say is missing is known for the whole diagonal, not for every component. Ask for one of "
+    "per_component=True and unbiased=True."
+)
 MSG_DRAWS = "{what} is a whole number of at least {least}; got {value!r}."
 
 MSG_SQUARE = (

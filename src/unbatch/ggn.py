@@ -26,6 +26,7 @@ from unbatch.errors import (
     MSG_NO_DAMPING,
     MSG_NOT_DEFINITE,
     MSG_NOT_POSITIVE,
+    MSG_UNBIASED,
     InputError,
     StaleError,
     StructureError,
@@ -190,8 +191,10 @@ class GGN(Operator):
         ``rtol``: under several batch norms in train mode, by as few directions of their statistics as leave out no more
         than that (relative, Frobenius norm), by an estimate from random signs; ``unbiased`` adds what they say is
         missing, so that the result is right on average and may be negative in an entry. ``info``: also a
-        ``Compression`` that says what was spent and what is missing.
+        ``Compression`` that says what was spent and what is missing. Raises ``InputError`` for ``unbiased`` components.
         """
+        if unbiased and per_component:
+            raise InputError(MSG_UNBIASED)
         wanted = DiagGGN(per_component, rtol=rtol, seed=seed, root=self.root)
         found = self._ask(wanted)
         flat = torch.cat([t.reshape(len(t), -1) for t in found.values()], 1) if per_component else found.flat()
@@ -199,7 +202,7 @@ class GGN(Operator):
         missing = basis.remainder if basis is not None and not basis.exact else None
         whole = flat.sum(0) if per_component else flat
         told = self._told(basis, None if missing is None else float(missing.norm() / whole.double().norm()))
-        if unbiased and missing is not None and not per_component:
+        if unbiased and missing is not None:
             flat = flat + missing.to(flat)
         return (flat, told) if info else flat
 
