@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from unbatch.errors import MSG_NO_SECOND_DERIVATIVE, StructureError
-from unbatch.graph import Graph, Ref, is_ref, widest
+from unbatch.graph import NARROW, Graph, Ref, is_ref, widest
 from unbatch.purity import untouched
 from unbatch.setting import Setting
 
@@ -73,13 +73,21 @@ class LossAt:
         pairs = zip(leaves.items(), found, strict=True)
         return {i: torch.zeros_like(leaf) if h is None else h.detach() for (i, leaf), h in pairs}
 
+    @property
+    def _narrowed(self) -> bool:
+        """The loss casts what it is given."""
+        graph = self.setting.graph
+        made = [r.index for s in graph.loss_steps for r in s.outs if r is not None]
+        return any(graph.values[i].dtype in NARROW for i in made)
+
     def in_double(self) -> LossAt | None:
         """The same in float64; None where the loss does not take it."""
-        if all(t.dtype == torch.float64 for t in self.predictions.values()):
+        replayed = by_graph(self.setting, self.inner)
+        if all(t.dtype == torch.float64 for t in self.predictions.values()) and not (replayed and self._narrowed):
             return self
         wide = [{i: widest(t) for i, t in named.items()} for named in (self.predictions, self.inner, self.outputs)]
         targets = tree_map(lambda t: widest(t) if isinstance(t, Tensor) else t, self.setting.targets)
-        setting = self.setting.widened() if by_graph(self.setting, self.inner) else self.setting
+        setting = self.setting.widened() if replayed else self.setting
         other = LossAt(replace(setting, targets=targets), *wide)
         try:
             return other if all(g.dtype == torch.float64 for g in other.slope.values()) else None

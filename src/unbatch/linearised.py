@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,13 +21,51 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from unbatch.derivatives import forward_mode, gradients, held, norm_held
 from unbatch.errors import MSG_NO_TANGENT, StructureError
-from unbatch.graph import Step, flat, is_ref
+from unbatch.graph import Graph, Ref, Step, flat, is_ref
 from unbatch.purity import HIDDEN_WRITES, untouched
 from unbatch.route import Route
 from unbatch.setting import Setting
 from unbatch.tangents import RULES, Ran, Tangents, through_op
 
 NEEDS_OUTPUTS = ("tanh", "sigmoid", "_softmax", "native_layer_norm", "native_batch_norm")
+
+
+class Window(NamedTuple):
+    """Where a value lies in its memory, of which ``whole`` is the number of entries."""
+
+    whole: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+
+@dataclass
+class _Tangents:
+    """By value; those that share a memory which is written to share that of their tangents as well."""
+
+    graph: Graph
+    windows: Mapping[int, Window]
+    values: dict[int, Tensor] = field(default_factory=dict)
+    memories: dict[int, Tensor] = field(default_factory=dict)
+
+    def get(self, i: int) -> Tensor | None:
+        if i not in self.windows:
+            return self.values.get(i)
+        memory = self.memories.get(self.graph.values[i].storage)
+        return None if memory is None else memory.as_strided(*self.windows[i][1:]).clone()
+
+    def put(self, new: Ref | None, old: Ref | None, t: Tensor | None) -> None:
+        """``old``: what lies where ``new`` does, if that was written to."""
+        if new is None or old is None:
+            return
+        window, storage = self.windows.get(new.index, self.windows.get(old.index)), self.graph.values[new.index].storage
+        if window is not None and storage in self.memories:
+            self.memories[storage].as_strided(*window[1:]).copy_(t if t is not None else torch.zeros(()))
+        elif window is not None and t is not None:
+            self.memories[storage] = t.new_zeros(window.whole)
+            self.memories[storage].as_strided(*window[1:]).copy_(t)
+        elif t is not None:
+            self.values[new.index] = t
 
 
 @dataclass
@@ -46,6 +84,7 @@ class Linearised:
     outputs: dict[int, Tensor] = field(default_factory=dict)
     inner: dict[int, Tensor] = field(default_factory=dict)
     steps: list[Ran] = field(default_factory=list)
+    windows: dict[int, Window] = field(default_factory=dict)  # of values whose memory is written through others
     _at_once: bool = False
 
     def __post_init__(self) -> None:
@@ -66,6 +105,9 @@ class Linearised:
         self.all_outputs = {r.index: at[r.index].detach() for r in graph.predictions}
 
     def _visit(self, i: int, value: Tensor) -> None:
+        if self.setting.graph.values[i].storage in self._shared:
+            whole = value.untyped_storage().nbytes() // value.element_size()
+            self.windows[i] = Window(whole, tuple(value.shape), value.stride(), int(value.storage_offset()))
         if i in self.watched and i not in self.edges and value.requires_grad:
             self.edges[i] = get_gradient_edge(value)
 
@@ -132,7 +174,7 @@ class Linearised:
         u = {i: random(t) for i, t in self.outputs.items() if t.requires_grad}
         pulled = self.pull(u)
         expected = sum(float((pulled[n] * v[n]).sum()) for n in v)
-        for at_once in (self._writes_are_seen_elsewhere, True):
+        for at_once in (False, True):
             pushed = self._push_at_once(v) if at_once else self._push_by_steps(v)
             size = sum(float(u[i].norm() * pushed[i].norm()) for i in u)
             found = sum(float((u[i] * pushed[i]).sum()) for i in u)
@@ -142,17 +184,19 @@ class Linearised:
         raise StructureError(MSG_NO_TANGENT.format(place="the model", error="its rules contradict its backward pass"))
 
     def _push_by_steps(self, tangents: Mapping[str, Tensor], wanted: Sequence[int] = ()) -> dict[int, Tensor]:
-        at = {i: tangents[name] for i, name in self.flow.parameters.items() if name in tangents}
+        at = _Tangents(self.setting.graph, self.windows)
+        at.values |= {i: tangents[name] for i, name in self.flow.parameters.items() if name in tangents}
         with torch.no_grad():
             for ran in self.steps:
                 step = ran.step
-                here = {r.index: at[r.index] for r in step.refs() if r.index in at}
+                here = {r.index: t for r in step.refs() if (t := at.get(r.index)) is not None}
                 if here:
                     outs = self._through(ran, here)
-                    at |= {r.index: t for r, t in zip(step.outs, outs, strict=False) if r is not None and t is not None}
-                    if step.name not in HIDDEN_WRITES:
-                        at |= {new.index: outs[0] for _, new in step.writes if outs[0] is not None}
-        return {i: at[i] if i in at else self._zero(i) for i in wanted or self.outputs}
+                    for ref, t in zip(step.outs, outs, strict=False):
+                        at.put(ref, ref, t)
+                    for old, new in step.writes if step.name not in HIDDEN_WRITES else ():
+                        at.put(new, old, outs[0])
+        return {i: self._zero(i) if (t := at.get(i)) is None else t for i in wanted or self.outputs}
 
     def _zero(self, i: int) -> Tensor:
         value, like = self.setting.graph.values[i], next(iter(self.outputs.values())).detach()
@@ -169,19 +213,24 @@ class Linearised:
         return through_op(ran, norm_held(step) if held_ else step.op, here)
 
     @cached_property
-    def _writes_are_seen_elsewhere(self) -> bool:
-        """Something is written in place, and read through another window on the same memory later on."""
-        graph = self.setting.graph
+    def _shared(self) -> frozenset[int]:
+        """Memories that are written to, and read through a window that was there before."""
+        graph, shared = self.setting.graph, set()
         last = {r.index: s.index for s in graph.forward_steps for r in s.refs()}
-        for step in [ran.step for ran in self.steps]:
+        windows: dict[int, list[int]] = {}
+        for i, v in enumerate(graph.values):
+            windows.setdefault(v.storage, []).append(i)
+        for step in graph.forward_steps:
             for old, new in step.writes if step.name not in HIDDEN_WRITES else ():
                 storage = graph.values[new.index].storage
-                others = [
-                    i for i, v in enumerate(graph.values) if v.storage == storage and i not in (old.index, new.index)
-                ]
-                if any(last.get(i, -1) > step.index or i in self.outputs for i in others):
-                    return True
-        return False
+                others = [i for i in windows[storage] if i not in (old.index, new.index) and self._before(i, step)]
+                if any(last.get(i, -1) > step.index or i in self.flow.predictions for i in others):
+                    shared.add(storage)
+        return frozenset(shared)
+
+    def _before(self, i: int, step: Step) -> bool:
+        made = self.setting.graph.values[i].step
+        return made is None or made < step.index
 
     def _push_at_once(self, tangents: Mapping[str, Tensor], wanted: Sequence[int] = ()) -> dict[int, Tensor]:
         """Forward mode of the whole computation, which knows about memory."""
