@@ -221,13 +221,6 @@ REFUSALS = [
         for by in ("copy", "frozen")
     ),
     Refusal(
-        "rows of a derivative and a loss of one's own",
-        rows(),
-        ("recorded computation", "derivatives"),
-        own_derivative_and_loss,
-        ub.StructureError,
-    ),
-    Refusal(
         "a buffer is missing",
         buffers(lambda b: {k: t for k, t in b.items() if k != "2.bias"}),
         ("out=", "'2.bias'", "[N, *param]"),
@@ -333,8 +326,9 @@ def test_accepted(name):
     assert all(torch.isfinite(t).all() and len(t) == N for t in found.values())
 
 
-def test_a_loss_of_its_own_has_rows_where_it_has_samples():
-    problem = own_loss_only()
+@pytest.mark.parametrize("build", [own_loss_only, own_derivative_and_loss])
+def test_a_loss_of_its_own_has_rows_where_it_has_samples(build):
+    problem = build()
     gradient = problem.gradient()
     for name, row in problem.gradients().items():
         torch.testing.assert_close(row.sum(0), gradient[name], rtol=1e-4, atol=1e-6)

@@ -66,6 +66,7 @@ LEVELS = {
     "roots": 3,
     "loss": 6,
     "tangents": 2,
+    "live": 6,
     "linearised": 6,
     "sources": 6,
     "trust": 6,
@@ -103,7 +104,7 @@ EXEMPT = {"__init__", "__main__"}  # may import from any level, but not in a cir
 # Whatever starts with the key is known to these modules only.
 OWNERS = {
     "torch.utils._python_dispatch": ("capture", "purity"),
-    "torch.overrides": ("scalars", "lockstep"),
+    "torch.overrides": ("scalars", "lockstep", "live"),
     "torch.fx": ("capture",),
     "torch.export": ("capture",),
     "matplotlib": ("plot",),

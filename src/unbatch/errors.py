@@ -103,8 +103,8 @@ MSG_NOT_REPLAYED = (
     "samples mix they cannot be had by running the model. Ask for by='component'."
 )
 MSG_INNER_LOSS = (
-    "The model computes its own loss, so its predictions are known from the recorded computation only, and the "
-    "derivatives of that cannot stand for the model ({why}). Return the predictions and pass the loss: "
+    "The model computes its own loss, and the derivatives of the recorded computation cannot stand for it; where the "
+    "model itself ran, its predictions could not be told ({why}). Return the predictions and pass the loss: "
     "Problem(model, loss, (X, y))."
 )
 MSG_OUT = (

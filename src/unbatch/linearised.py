@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
+from unbatch import live
 from unbatch.derivatives import forward_mode, gradients, held, norm_held
 from unbatch.errors import MSG_NO_TANGENT, StructureError
 from unbatch.graph import Graph, Ref, Step, flat, is_ref
-from unbatch.purity import HIDDEN_WRITES, untouched
+from unbatch.purity import HIDDEN_WRITES
 from unbatch.route import Route
 from unbatch.setting import Setting
 from unbatch.tangents import RULES, Ran, Tangents, through_op
@@ -255,14 +256,9 @@ class LinearisedModel(Linearised):
     """The same for the model itself, where its recording has other derivatives: double backward pushes tangents."""
 
     def __post_init__(self) -> None:
-        setting = self.setting
-        with untouched(setting.program.modules, setting.graph.rng), torch.enable_grad():
-            output = setting.program.on_copies().predict(setting.inputs)
-        leaves = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
-        at = {r.index: t for r, t in zip(setting.graph.predictions, leaves, strict=True)}
-        self.leaves = dict(self.parameters)
-        self.outputs = {i: at[i] for i in setting.axes if at[i].requires_grad}
-        self.all_outputs = {i: t.detach() for i, t in at.items()}
+        ran = live.run(self.setting, self.parameters, twice=True)
+        self.leaves, self.outputs, self.inner = dict(self.parameters), ran.predictions, ran.inner
+        self.all_outputs = {i: t.detach() for i, t in ran.values.items()}
 
     @cached_property
     def _backward(self) -> tuple[list[Tensor], list[Tensor]]:

@@ -381,8 +381,6 @@ class Problem:
                     return Recorded(setting, chosen, by)
             why = "the sweep that was planned for it does not reproduce its gradient"
         alike = self.samples == 1 or bool(structure.independent_forward)
-        if setting.own_loss and not setting.faithful:
-            raise StructureError(errors.MSG_INNER_LOSS.format(why=why))
         if not (alike or by == "component"):
             raise StructureError(errors.MSG_NOT_REPLAYED.format(by=by, why=why))
         return Ran(setting, chosen, setting.faithful, why)

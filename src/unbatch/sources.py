@@ -12,15 +12,15 @@ from functools import cached_property, partial
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from unbatch import live
 from unbatch.contractions import real
 from unbatch.cotangents import LossAt, loss_of, noise, nonzero_gradients
 from unbatch.derivatives import gradients
 from unbatch.layout import Layout
 from unbatch.parts import Part
 from unbatch.plan import SitePlan
-from unbatch.purity import untouched
 from unbatch.setting import Setting
 from unbatch.structure import used_predictions
 from unbatch.sweep import Group, Sweep
@@ -313,26 +313,19 @@ class Ran(Source):
     ) -> None:
         self.setting, self.parameters, self.replayed = setting, parameters, replayed
         self.reason = f"Every sample is pulled back through the whole model: {why or 'there is only one'}."
-        self.inner: dict[int, Tensor] = {}
         self._totals: dict[str, Tensor] = {}
-        at = self._replay() if replayed else self._run()
-        self.predictions = {i: at[i] for i in setting.axes if at[i].requires_grad}
-        alone, outputs = ({i: t.detach() for i, t in found.items()} for found in (self.predictions, at))
-        self.at = LossAt(setting, alone, self.inner, outputs)
+        if replayed:
+            self._replay()
+        else:
+            ran = live.run(setting, parameters)
+            self.output, self.predictions, self.at = ran.output, ran.predictions, ran.loss
         self.cotangents = self.at.slope
 
     @property
     def loss(self) -> LossAt:
         return self.at
 
-    def _run(self) -> dict[int, Tensor]:
-        setting, program = self.setting, self.setting.program
-        with untouched(program.modules, setting.graph.rng), torch.enable_grad():
-            self.output = program.on_copies().predict(setting.inputs)
-        leaves = [t for t in tree_leaves(self.output) if isinstance(t, Tensor)]
-        return {r.index: t for r, t in zip(setting.graph.predictions, leaves, strict=True)}
-
-    def _replay(self) -> dict[int, Tensor]:
+    def _replay(self) -> None:
         graph = self.setting.graph
         self.leaves = {n: p.detach().requires_grad_() for n, p in self.parameters.items()}
         self.parameters = self.leaves
@@ -342,9 +335,10 @@ class Ran(Source):
         wanted = list(dict.fromkeys([*self.setting.axes, *read, *(r.index for r in graph.predictions)]))
         with torch.enable_grad():
             outs = graph.run(self.setting.data | live, wanted, steps=graph.forward_steps)
-        found = dict(zip(wanted, outs, strict=True))
-        self.inner = {i: found[i] for i in read}
-        return found
+        at = dict(zip(wanted, outs, strict=True))
+        self.predictions = {i: at[i] for i in self.setting.axes if at[i].requires_grad}
+        alone, outputs = ({i: t.detach() for i, t in found.items()} for found in (self.predictions, at))
+        self.at = LossAt(self.setting, alone, {i: at[i] for i in read}, outputs)
 
     def feed(
         self, plan: Chunks, take: Take, outs: Mapping[str, Tensor], given: Mapping[int, Tensor] | None = None,
