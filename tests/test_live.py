@@ -116,3 +116,12 @@ def test_a_value_in_the_wrong_place_is_caught(monkeypatch):
     problem, _ = problems()
     with pytest.raises(ub.StructureError, match="does not pass through"):
         problem.gradients()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_predictions_are_what_the_loss_is_cut_at(name):
+    problem, (net, _, x, _) = problems(**CASES[name])
+    torch.manual_seed(1)
+    found = problem.predictions()
+    torch.manual_seed(1)
+    near(found, net(x).detach(), 1e-12)

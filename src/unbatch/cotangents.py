@@ -104,10 +104,8 @@ def loss_value(
     with torch.enable_grad():
         if by_graph(setting, inner):
             assert graph.loss is not None
-            outside = {i: setting.program.parameters[v.name].detach() for i, v in enumerate(graph.values)
-                       if v.kind == "parameters"}  # fmt: skip
             constant = {i: t.detach() for i, t in inner.items()}
-            feed = {**outside, **setting.data, **constant, **predictions, **leaves}
+            feed = {**setting.constants, **setting.data, **constant, **predictions, **leaves}
             (value,) = graph.run(feed, [graph.loss.index], keep=noise(graph), steps=graph.loss_steps)
         else:
             copied = any(s.writes for s in graph.loss_steps)

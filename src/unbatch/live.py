@@ -70,12 +70,7 @@ def _cut(setting: Setting, parameters: Mapping[str, Tensor]) -> Live:
     if not setting.split:
         raise StructureError(MSG_INNER_LOSS.format(why="parameters reach the loss beside them as well"))
     read = graph.read_by_loss(setting.axes)
-    wanted = [*setting.axes, *read]
-    with torch.no_grad():
-        fixed = {i: parameters[v.name].detach() for i, v in enumerate(graph.values) if v.name in parameters}
-        others = {i: setting.program.parameters[v.name].detach() for i, v in enumerate(graph.values)
-                  if v.kind == "parameters" and i not in fixed}  # fmt: skip
-        found = dict(zip(wanted, graph.run({**setting.data, **others, **fixed}, wanted), strict=True))
+    found = setting.numbers([*setting.axes, *read])
     meet = _Met({i: found[i] for i in setting.axes})
     with meet:
         output = _predict(setting)
@@ -83,7 +78,11 @@ def _cut(setting: Setting, parameters: Mapping[str, Tensor]) -> Live:
     if len(meet.met) < len(setting.axes):
         raise StructureError(MSG_INNER_LOSS.format(why="no value that was met has their numbers"))
     if not _carries_the_gradient(live, own_loss(output), parameters):
-        raise StructureError(MSG_INNER_LOSS.format(why="the gradient of the loss does not pass through what has their numbers, or not alone"))
+        raise StructureError(
+            MSG_INNER_LOSS.format(
+                why="the gradient of the loss does not pass through what has their numbers, or not alone"
+            )
+        )
     return live
 
 

@@ -127,9 +127,13 @@ class Problem:
         return crosstalk(kept.oracle, probes)
 
     def predictions(self) -> Any:
-        """``F``: what the model predicts on the batch, with the noise of the recorded run."""
+        """``F``: what the model predicts on the batch, with the noise of the recorded run.
+
+        Of a model that computes its own loss, what the loss is cut at, as the structure says: a tensor, or a tuple.
+        """
         kept = self._recorded()
-        return tree_map(lambda t: t.detach().clone() if isinstance(t, Tensor) else t, kept.predictions)
+        found = kept.predictions if self.program.loss is not None else kept.at_the_cut
+        return tree_map(lambda t: t.detach().clone() if isinstance(t, Tensor) else t, found)
 
     def gradient(self) -> dict[str, Tensor]:
         """``∇L`` by every parameter that requires a gradient, as it enters the loss; ``.grad`` is not touched.

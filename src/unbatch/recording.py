@@ -198,6 +198,12 @@ class Recording:
         return self.output
 
     @property
+    def at_the_cut(self) -> Any:
+        """What the loss of a model that brings its own is cut at."""
+        found = list(self.setting.numbers(list(self.setting.axes)).values())
+        return found[0] if len(found) == 1 else tuple(found)
+
+    @property
     def setting(self) -> Setting:
         if self._setting is None:
             structure, findings, batch = self.structure, self._findings, self.batch

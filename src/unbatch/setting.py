@@ -123,6 +123,18 @@ class Setting:
         return sum(8 * math.prod(v.shape) for v in made if v.dtype.is_floating_point)
 
     @property
+    def constants(self) -> dict[int, Tensor]:
+        """Parameters by their number in the graph, connected to nothing."""
+        named = [(i, v.name) for i, v in enumerate(self.graph.values) if v.kind == "parameters"]
+        return {i: self.program.parameters[name].detach() for i, name in named}
+
+    def numbers(self, wanted: Sequence[int]) -> dict[int, Tensor]:
+        """Values of the forward pass, by their number in the graph."""
+        with torch.no_grad():
+            found = self.graph.run(self.data | self.constants, wanted, steps=self.graph.forward_steps)
+        return dict(zip(wanted, found, strict=True))
+
+    @property
     def own_loss(self) -> bool:
         return self.program.loss is None
 
