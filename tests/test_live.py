@@ -125,3 +125,34 @@ def test_predictions_are_what_the_loss_is_cut_at(name):
     found = problem.predictions()
     torch.manual_seed(1)
     near(found, net(x).detach(), 1e-12)
+
+
+class Shaken(torch.autograd.Function):
+    """As in shake-shake nets: a factor that the backward pass draws anew."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * torch.rand(g.shape[1], dtype=g.dtype)
+
+
+def test_numbers_drawn_in_the_backward_pass_are_the_same_in_every_one():
+    torch.manual_seed(0)
+
+    class Shaking(nn.Sequential):
+        def forward(self, x):
+            return self[1](Shaken.apply(self[0](x)))
+
+    net, x, y = Shaking(nn.Linear(D, 6), nn.Linear(6, C)).double(), torch.randn(N, D).double(), torch.randint(C, (N,))
+    before = torch.get_rng_state()
+    problem = ub.Problem(net, F.cross_entropy, (x, y))
+    rows, gradient, G = problem.gradients(), problem.gradient(), problem.ggn()
+    for name, g in gradient.items():
+        near(rows[name].sum(0), g, 1e-9)
+    dense = G.to_dense()
+    near(dense, dense.T, 1e-9)
+    near(G.diag(), dense.diagonal(), 1e-9)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -451,11 +451,13 @@ def _pytorchcv(name: str, family: str, model: str, size: int, **arguments: Any) 
         net = getattr(module, model)(in_size=(size, size), **arguments).train()
         if family == "vgg":
             _narrow_classifier(net.output)
-        return net, torch.randn(N, 3, size, size), torch.randint(net.num_classes, (N,)), _cross_entropy
+        pixels = (size, size) if family in SEGMENTERS else ()
+        return net, torch.randn(N, 3, size, size), torch.randint(net.num_classes, (N, *pixels)), _cross_entropy
 
     return ZooEntry(name, "pytorchcv", _seeded(build))
 
 
+SEGMENTERS = ("lednet", "cgnet", "espcnet", "fpenet", "edanet", "contextnet")
 BASIC: dict[str, Any] = {
     "channels": [[16, 16], [32, 32]], "init_block_channels": 16, "num_classes": CLASSES,
     "bottleneck": False, "conv1_stride": True,
@@ -497,6 +499,32 @@ IMAGES = [
                init_block_channels=8, final_block_channels=64, kernel_sizes=[[3], [3, 3], [5, 5], [3, 3]],
                strides_per_stage=[1, 2, 2, 2], expansion_factors=[[1], [4, 4], [4, 4], [4, 4]],
                num_classes=CLASSES),
+    _pytorchcv("cv-dia-resnet20", "diaresnet_cifar", "diaresnet20_cifar10", 32),
+    _pytorchcv("cv-dia-preresnet20", "diapreresnet_cifar", "diapreresnet20_cifar10", 32),
+    _pytorchcv("cv-se-preresnet20", "sepreresnet_cifar", "sepreresnet20_cifar10", 32),
+    _pytorchcv("cv-nin", "nin_cifar", "nin_cifar10", 32),
+    _pytorchcv("cv-ror", "ror_cifar", "ror3_56_cifar10", 32),
+    _pytorchcv("cv-shake-shake", "shakeshakeresnet_cifar", "shakeshakeresnet20_2x16d_cifar10", 32),
+    _pytorchcv("cv-shake-drop", "shakedropresnet_cifar", "shakedropresnet20_cifar10", 32),
+    _pytorchcv("cv-resdrop", "resdropresnet_cifar", "resdropresnet20_cifar10", 32),
+    _pytorchcv("cv-fdmobilenet", "fdmobilenet", "fdmobilenet_wd4", 224, num_classes=CLASSES),
+    _pytorchcv("cv-shufflenet-v2b", "shufflenetv2b", "shufflenetv2b_wd2", 224, num_classes=CLASSES),
+    _pytorchcv("cv-mnasnet", "mnasnet", "mnasnet_small", 224, num_classes=CLASSES),
+    _pytorchcv("cv-menet", "menet", "menet108_8x1_g3", 224, num_classes=CLASSES),
+    _pytorchcv("cv-squeezenext", "squeezenext", "sqnxt23_w1", 224, num_classes=CLASSES),
+    _pytorchcv("cv-darknet", "darknet", "darknet_tiny", 224, num_classes=CLASSES),
+    _pytorchcv("cv-dicenet", "dicenet", "dicenet_wd5", 224, num_classes=CLASSES),
+    _pytorchcv("cv-igcv3", "igcv3", "igcv3_wd4", 224, num_classes=CLASSES),
+    _pytorchcv("cv-peleenet", "peleenet", "peleenet", 224, num_classes=CLASSES),
+    _pytorchcv("cv-hardnet", "hardnet", "hardnet39ds", 224, num_classes=CLASSES),
+    _pytorchcv("cv-resnet-a", "resneta", "resneta10", 64, num_classes=CLASSES),
+    _pytorchcv("cv-tresnet", "tresnet", "tresnet_m", 64, num_classes=CLASSES),
+    _pytorchcv("cv-lednet", "lednet", "lednet_cityscapes", 64, num_classes=CLASSES),
+    _pytorchcv("cv-cgnet", "cgnet", "cgnet_cityscapes", 64, num_classes=CLASSES),
+    _pytorchcv("cv-espcnet", "espcnet", "espcnet_cityscapes", 64, num_classes=CLASSES),
+    _pytorchcv("cv-fpenet", "fpenet", "fpenet_cityscapes", 64, num_classes=CLASSES),
+    _pytorchcv("cv-edanet", "edanet", "edanet_cityscapes", 64, num_classes=CLASSES),
+    _pytorchcv("cv-contextnet", "contextnet", "ctxnet_cityscapes", 64, num_classes=CLASSES),
 ]  # fmt: skip
 
 ENTRIES = [*LANGUAGE, *VISION, *SOUND, *IMAGES]

@@ -23,7 +23,7 @@ from unbatch import live
 from unbatch.derivatives import forward_mode, gradients, held, norm_held
 from unbatch.errors import MSG_NO_TANGENT, StructureError
 from unbatch.graph import Graph, Ref, Step, flat, is_ref
-from unbatch.purity import HIDDEN_WRITES
+from unbatch.purity import HIDDEN_WRITES, drawing_from
 from unbatch.route import Route
 from unbatch.setting import Setting
 from unbatch.tangents import RULES, Ran, Tangents, through_op
@@ -258,13 +258,17 @@ class LinearisedModel(Linearised):
     def __post_init__(self) -> None:
         ran = live.run(self.setting, self.parameters, twice=True)
         self.leaves, self.outputs, self.inner = dict(self.parameters), ran.predictions, ran.inner
-        self.all_outputs = {i: t.detach() for i, t in ran.values.items()}
+        self.all_outputs, self._draws = {i: t.detach() for i, t in ran.values.items()}, ran.state
+
+    def pull(self, cotangents: Mapping[int, Tensor], names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        with drawing_from(self._draws):
+            return super().pull(cotangents, names)
 
     @cached_property
     def _backward(self) -> tuple[list[Tensor], list[Tensor]]:
         """``Jᵀ w`` as a function of ``w``, at zero."""
         ws = [torch.zeros_like(t, requires_grad=True) for t in self.outputs.values()]
-        with torch.enable_grad():
+        with torch.enable_grad(), drawing_from(self._draws):
             ends, by = list(self.outputs.values()), list(self.leaves.values())
             found = torch.autograd.grad(ends, by, ws, create_graph=True, allow_unused=True)
         return [torch.zeros_like(p) if g is None else g for g, p in zip(found, by, strict=True)], ws

@@ -21,7 +21,7 @@ from unbatch.capture import own_loss
 from unbatch.cotangents import LossAt
 from unbatch.derivatives import gradients
 from unbatch.errors import MSG_INNER_LOSS, StructureError
-from unbatch.purity import untouched
+from unbatch.purity import drawing_from, random_state, untouched
 from unbatch.setting import Setting
 
 
@@ -33,6 +33,7 @@ class Live:
     output: Any
     values: dict[int, Tensor]
     inner: dict[int, Tensor]
+    state: tuple[Any, ...]  # from which a backward pass would draw, if it does: always the same, or there is no J
 
     @property
     def predictions(self) -> dict[int, Tensor]:
@@ -55,14 +56,16 @@ def run(setting: Setting, parameters: Mapping[str, Tensor], twice: bool = False)
 
 
 def _called(setting: Setting) -> Live:
-    output = _predict(setting)
+    output, state = _predict(setting)
     leaves = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
-    return Live(setting, output, {r.index: t for r, t in zip(setting.graph.predictions, leaves, strict=True)}, {})
+    return Live(
+        setting, output, {r.index: t for r, t in zip(setting.graph.predictions, leaves, strict=True)}, {}, state
+    )
 
 
-def _predict(setting: Setting) -> Any:
+def _predict(setting: Setting) -> tuple[Any, tuple[Any, ...]]:
     with untouched(setting.program.modules, setting.graph.rng), torch.enable_grad():
-        return setting.program.on_copies().predict(setting.inputs)
+        return setting.program.on_copies().predict(setting.inputs), random_state()
 
 
 def _cut(setting: Setting, parameters: Mapping[str, Tensor]) -> Live:
@@ -73,8 +76,8 @@ def _cut(setting: Setting, parameters: Mapping[str, Tensor]) -> Live:
     found = setting.numbers([*setting.axes, *read])
     meet = _Met({i: found[i] for i in setting.axes})
     with meet:
-        output = _predict(setting)
-    live = Live(setting, output, meet.met, {i: found[i] for i in read})
+        output, state = _predict(setting)
+    live = Live(setting, output, meet.met, {i: found[i] for i in read}, state)
     if len(meet.met) < len(setting.axes):
         raise StructureError(MSG_INNER_LOSS.format(why="no value that was met has their numbers"))
     if not _carries_the_gradient(live, own_loss(output), parameters):
@@ -90,8 +93,10 @@ def _carries_the_gradient(live: Live, loss: Tensor | None, parameters: Mapping[s
     """``Jᵀ ∂L/∂F`` is the gradient of the loss that the model returns."""
     assert loss is not None
     slope = {i: g for i, g in live.loss.slope.items() if i in live.predictions}
-    ours = gradients([live.predictions[i] for i in slope], parameters, list(slope.values()), retain=True)
-    true = gradients([loss], parameters, retain=True)
+    with drawing_from(live.state):
+        ours = gradients([live.predictions[i] for i in slope], parameters, list(slope.values()), retain=True)
+    with drawing_from(live.state):
+        true = gradients([loss], parameters, retain=True)
     size = max((float(g.abs().max()) for g in true.values() if g.numel()), default=0.0)
     rounding = live.setting.rounding
     return all(float((ours[n] - g).abs().max()) <= rounding * size for n, g in true.items() if g.numel())

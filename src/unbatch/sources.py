@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from unbatch.derivatives import gradients
 from unbatch.layout import Layout
 from unbatch.parts import Part
 from unbatch.plan import SitePlan
+from unbatch.purity import drawing_from
 from unbatch.setting import Setting
 from unbatch.structure import used_predictions
 from unbatch.sweep import Group, Sweep
@@ -314,11 +317,12 @@ class Ran(Source):
         self.setting, self.parameters, self.replayed = setting, parameters, replayed
         self.reason = f"Every sample is pulled back through the whole model: {why or 'there is only one'}."
         self._totals: dict[str, Tensor] = {}
+        self._draws: tuple[Any, ...] | None = None  # from which backward passes draw random numbers
         if replayed:
             self._replay()
         else:
             ran = live.run(setting, parameters)
-            self.output, self.predictions, self.at = ran.output, ran.predictions, ran.loss
+            self.output, self.predictions, self.at, self._draws = ran.output, ran.predictions, ran.loss, ran.state
         self.cotangents = self.at.slope
 
     @property
@@ -363,7 +367,8 @@ class Ran(Source):
 
     def _pull(self, cotangents: Mapping[int, Tensor]) -> dict[str, Tensor]:
         outputs = [self.predictions[i] for i in cotangents]
-        return gradients(outputs, self.parameters, list(cotangents.values()), retain=True)
+        with nullcontext() if self._draws is None else drawing_from(self._draws):
+            return gradients(outputs, self.parameters, list(cotangents.values()), retain=True)
 
     def weighted_sum(self, weights: Tensor) -> dict[str, Tensor]:
         return self._pull({i: self._axis(i).scaled(g, weights) for i, g in self.cotangents.items()})
