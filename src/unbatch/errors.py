@@ -158,8 +158,8 @@ MSG_VANISHING = (
 )
 
 MSG_NO_BLOCKS = (
-    "The second derivative of the loss by predictions of the shapes {shapes} is too large to be taken apart, so its "
-    "columns are not to be had. Products (G @ v) and what is made of them are: see unbatch.spectra."
+    "The second derivative of the loss by predictions of the shapes {shapes} is too large to be taken apart, or the loss "
+    "rounds it too coarsely (bfloat16) for its form to be seen; its columns are not to be had. Products (G @ v) and what is made of them are: see unbatch.spectra."
 )
 
 MSG_NO_COMPONENTS = (

@@ -215,11 +215,15 @@ class LinearisedModel(Linearised):
         self.outputs = {i: at[i] for i in setting.axes if at[i].requires_grad}
         self.all_outputs = {i: t.detach() for i, t in at.items()}
 
+    def pull(self, cotangents: Mapping[int, Tensor], names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        with untouched(self.setting.program.modules):  # hooks in the model may do anything
+            return super().pull(cotangents, names)
+
     @cached_property
     def _backward(self) -> tuple[list[Tensor], list[Tensor]]:
         """``Jᵀ w`` as a function of ``w``, at zero."""
         ws = [torch.zeros_like(t, requires_grad=True) for t in self.outputs.values()]
-        with torch.enable_grad():
+        with untouched(self.setting.program.modules), torch.enable_grad():
             ends, by = list(self.outputs.values()), list(self.leaves.values())
             found = torch.autograd.grad(ends, by, ws, create_graph=True, allow_unused=True)
         return [torch.zeros_like(p) if g is None else g for g, p in zip(found, by, strict=True)], ws
@@ -232,9 +236,12 @@ class LinearisedModel(Linearised):
                 (g, tangents[n]) for g, n in zip(back, self.leaves, strict=True) if g.requires_grad and n in tangents
             ]
             ends, vs = [g for g, _ in pairs], [v for _, v in pairs]
-            found = (
-                torch.autograd.grad(ends, ws, vs, retain_graph=True, allow_unused=True) if pairs else [None] * len(ws)
-            )
+            with untouched(self.setting.program.modules):
+                found = (
+                    torch.autograd.grad(ends, ws, vs, retain_graph=True, allow_unused=True)
+                    if pairs
+                    else [None] * len(ws)
+                )
         except (NotImplementedError, RuntimeError) as error:
             raise StructureError(MSG_NO_TANGENT.format(place="the model", error=error)) from error
         return {

@@ -392,7 +392,7 @@ class Problem:
             value = capture.own_loss(output)
             assert value is not None
             return value
-        value = self.program.loss(output, self.targets) if self.targets is not None else self.program.loss(output)
+        value = self.program.evaluate(output, self.targets)
         assert isinstance(value, Tensor)
         return value
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -369,7 +370,8 @@ class Ran(Source):
 
     def _pull(self, cotangents: Mapping[int, Tensor]) -> dict[str, Tensor]:
         outputs = [self.predictions[i] for i in cotangents]
-        return gradients(outputs, self.parameters, list(cotangents.values()), retain=True)
+        with nullcontext() if self.replayed else untouched(self.setting.program.modules):  # hooks may do anything
+            return gradients(outputs, self.parameters, list(cotangents.values()), retain=True)
 
     def weighted_sum(self, weights: Tensor) -> dict[str, Tensor]:
         return self._pull({i: self._axis(i).scaled(g, weights) for i, g in self.cotangents.items()})
@@ -388,4 +390,5 @@ class Ran(Source):
         leaves, spec = tree_flatten(self.output)
         at = iter([r.index for r in self.setting.graph.predictions])
         cut = [t.detach() if isinstance(t, Tensor) and next(at) in self.setting.axes else t for t in leaves]
-        return nonzero_gradients(loss_of(self.setting, tree_unflatten(cut, spec)), self.parameters)
+        with untouched(self.setting.program.modules):
+            return nonzero_gradients(loss_of(self.setting, tree_unflatten(cut, spec)), self.parameters)
