@@ -71,7 +71,7 @@ MSG_MODEL_FAILED = (
     "The model or the loss raised {kind} on this batch: {value}. Nothing was changed. The call was {call}."
 )
 MSG_META = (
-    "Parameter {name!r} is on the meta device and has no values. Materialise the model first, e.g. "
+    "{what} {name!r} is on the meta device and has no values. Materialise the model first, e.g. "
     "`model.to_empty(device='cpu')` followed by loading or initialising the weights."
 )
 MSG_UNKNOWN_RULE = (
@@ -158,8 +158,9 @@ MSG_VANISHING = (
 )
 
 MSG_NO_BLOCKS = (
-    "The second derivative of the loss by predictions of the shapes {shapes} is too large to be taken apart, or the loss "
-    "rounds it too coarsely (bfloat16) for its form to be seen; its columns are not to be had. Products (G @ v) and what is made of them are: see unbatch.spectra."
+    "The second derivative of the loss by predictions of the shapes {shapes} is too large to be taken apart, or the "
+    "loss rounds it too coarsely (bfloat16) for its form to be seen, so its columns are not to be had. Products "
+    "(G @ v) and what is made of them are: see unbatch.spectra."
 )
 
 MSG_NO_COMPONENTS = (
