@@ -625,6 +625,16 @@ def test_labels_that_are_masked_leave_no_row():
     assert rows[[0, 2]].abs().sum(1).min() > 0
 
 
+def test_what_a_tokenizer_returns_is_taken_as_it_is():
+    from transformers import BatchEncoding
+
+    model, batch = language_model(), text()
+    problem = ub.Problem(model, batch=BatchEncoding(batch))
+    rows = problem.gradients().flat()
+    near(rows, ub.Problem(model, batch=batch).gradients().flat(), "rows")
+    near(problem.with_batch(BatchEncoding(batch)).gradients().flat(), rows, "rows of another batch")
+
+
 # ---------------------------------------------------------------- without values
 
 

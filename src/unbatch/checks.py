@@ -32,6 +32,11 @@ def parameters_of(model: Any, loss: Any, given: Mapping[str, Tensor] | None) -> 
     return out
 
 
+def opened(tree: Any) -> Any:
+    """A mapping into which pytrees do not look, such as what tokenizers return, as a dict."""
+    return dict(tree) if isinstance(tree, Mapping) and any(leaf is tree for leaf in tree_leaves(tree)) else tree
+
+
 def flat_dims(what: str, tree: Any, dims: Any) -> list[int | None]:
     """One entry per leaf: the axis of the samples, or None where there is none (not a tensor, not per-sample)."""
     leaves, spec = tree_flatten(tree)
