@@ -4,8 +4,8 @@ The three lines marked `unbatch` are all that was added. They show
 
 - that the predictions for a batch are not independent of each other, and which layers couple them: the batch norms,
   through `R` numbers in all. The loss itself is still a mean over the samples;
-- what every sample contributes to the gradient, as a squared norm. They are called *per-component*, not per-sample: each
-  is the gradient of one term of the loss, but all samples of the batch take part in it, by way of the batch norms;
+- the gradient of each term of the loss, as a squared norm. There is one term for each sample, but all samples of the
+  batch take part in it, by way of the batch norms; so these are called *per component*, not per sample;
 - the largest eigenvalues of the Gauss-Newton matrix, batch norms included. A step of gradient descent is stable along
   the steepest of these directions while the learning rate stays below two over the largest.
 """
@@ -85,7 +85,7 @@ def main():
     model = ResNet()
     criterion = nn.CrossEntropyLoss()
     optimizer = optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
-    for epoch in range(3):
+    for epoch in range(2):
         train(model, trainloader, criterion, optimizer, epoch)
     test(model, DataLoader(testset, batch_size=100))
 

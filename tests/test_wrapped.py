@@ -616,6 +616,16 @@ def test_language_models_with_padding_and_masked_labels(name):
     near_in_single(diagonal, matrix.diagonal(), "diagonal")
 
 
+def test_padding_is_proved_harmless_where_the_mask_is_always_applied():
+    """By default a mask without padding is left out, which takes a look at the mask in Python: unknown."""
+    model = language_model()
+    assert ub.Problem(model, batch=text()).structure.independent_forward.status == "unknown"
+    model.set_attn_implementation("eager")
+    structure = ub.Problem(model, batch=text()).structure
+    assert structure.simd_forward
+    assert structure.simd_forward.basis == "proved"
+
+
 def test_labels_that_are_masked_leave_no_row():
     """A sample of which nothing is to be learned has no gradient; the others share the mean."""
     batch = text()
@@ -623,6 +633,46 @@ def test_labels_that_are_masked_leave_no_row():
     rows = ub.Problem(language_model(), batch=batch).gradients().flat()
     assert not rows[1].any()
     assert rows[[0, 2]].abs().sum(1).min() > 0
+
+
+def weighing(logits: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten())
+
+
+def test_weights_depend_on_labels_only_where_they_are_masked_unevenly():
+    """The last word of a sentence predicts nothing, in every sentence: that leaves the weights alone."""
+    words = torch.randint(3, WORDS, (3, T))
+    whole = {"input_ids": words, "labels": words.clone()}
+    problem = ub.Problem(language_model(), batch=whole)
+    assert problem.structure.reduction.weights_depend_on == frozenset()
+    problem.compute(ub.Variance())  # and is not warned about
+    assert problem.gradients().weights.unique().numel() == 1
+
+    whole["labels"] = whole["labels"].index_fill(1, torch.tensor([1]), -100)
+    assert problem.with_batch(whole).structure.reduction.weights_depend_on == frozenset()
+    whole["labels"] = whole["labels"].masked_fill(torch.eye(3, T).bool(), -100)
+    assert problem.with_batch(whole).structure.reduction.weights_depend_on == {"inputs"}
+
+
+@pytest.mark.parametrize(
+    ("masked", "depends"),
+    [
+        ([], frozenset()),
+        ([(0, 1), (1, 0), (2, 3)], frozenset()),
+        ([(0, 1), (1, 0)], {"targets"}),
+        ([(0, 1), (0, 2), (1, 0)], {"targets"}),
+    ],
+)
+def test_labels_masked_at_other_places(masked, depends):
+    y = torch.randint(C, (3, 4))
+    for place in masked:
+        y[place] = -100
+    problem = ub.Problem(nn.Linear(D, C), weighing, (torch.randn(3, 4, D), y))
+    assert problem.structure.reduction.weights_depend_on == depends
+    terms = torch.stack([F.cross_entropy(problem.predictions()[n], y[n], reduction="sum") for n in range(3)])
+    weights = problem.gradients().weights
+    assert problem.verify()
+    torch.testing.assert_close((weights.float() * terms).sum(), weighing(problem.predictions(), y))
 
 
 def test_what_a_tokenizer_returns_is_taken_as_it_is():
