@@ -46,7 +46,8 @@ MSG_NOT_SCALAR = (
 MSG_NOT_TENSOR = "{what} must be a tensor or a pytree of tensors; got {value}. Convert it with torch.as_tensor first."
 MSG_SIZES = (
     "Every per-sample input and target needs the same number of samples; {first} has {n} along axis {axis}, "
-    "{other} has {m} along axis {other_axis}. If one of them is not per-sample, say so: in_dims=(0, None)."
+    "{other} has {m} along axis {other_axis}. If one of them is not per-sample, say so by None in its place: "
+    "in_dims=(0, None) where it is y, in_dims=((0, None), 0) where it is the second of two inputs."
 )
 MSG_NO_AXIS = (
     "{what} has shape {shape} and no axis {axis} to hold samples. Give it a batch axis, or pass an `in_dims` pytree "
