@@ -194,3 +194,19 @@ def test_an_index_whose_numbers_are_not_known_may_hit_any_sample():
         Algebra(N), torch.ops.aten.index.Tensor, {"self": x_, "indices": [index]}, [(N, D)], {"indices": [None]}
     )
     assert RULES["index"](call).mixed
+
+
+@pytest.mark.parametrize(
+    ("loss", "blamed"),
+    [
+        (lambda p, y: F.cross_entropy(p, y) + p.pow(2).mean().sqrt(), ["mean"]),
+        (lambda p, y: F.cross_entropy(p, y).add_(p.pow(2).mean().sqrt()), ["mean"]),
+        (lambda p, y: torch.stack([F.cross_entropy(p, y), p.pow(2).mean().exp()]).sum(), ["mean"]),
+        (lambda p, y: F.cross_entropy(p, y) * p.pow(2).mean(), ["mean", "nll_loss_forward"]),
+        (lambda p, y: (F.cross_entropy(p, y) + p.abs().mean()).log(), ["mean", "nll_loss_forward"]),
+    ],
+)
+def test_a_total_that_is_only_added_is_no_culprit(loss, blamed):
+    structure = ub.Problem(nn.Linear(D, D), loss, (x(), torch.arange(N) % D)).structure
+    assert structure.reduction.status == "fails"
+    assert sorted(c.op for c in structure.reduction.culprits) == blamed
