@@ -298,6 +298,17 @@ def test_forms_of_the_second_derivative(name):
         assert values.min() < 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_loss_that_casts_its_predictions_keeps_its_form(dtype):
+    """As mixed precision and language models do; what is left is the rounding of the cast."""
+    model, X = net()
+    expected = reference.ggn(model, F.cross_entropy, X, LABELS).diagonal()
+    problem = ub.Problem(model.to(dtype), lambda p, y: F.cross_entropy(p.float(), y), (X.to(dtype), LABELS))
+    assert "softmax" in problem.ggn().note
+    off = float((problem.ggn().diag() - expected).norm() / expected.norm())
+    assert off < 1e-6, off
+
+
 @pytest.mark.parametrize("classes_last", [False, True])
 def test_dense_predictions_are_taken_apart_by_position(classes_last):
     torch.manual_seed(0)

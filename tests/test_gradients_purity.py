@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 
 import unbatch as ub
 from cases_gradients import Twice
@@ -87,6 +88,26 @@ def hooked() -> nn.Module:
     return net
 
 
+def counting_backward() -> nn.Module:
+    """A hook that changes the gradient, and counts in a buffer and an attribute how often it ran."""
+    net = normed()
+    net.register_buffer("passes", torch.zeros(()))
+    net.seen = []
+
+    def hook(module: nn.Module, grad_input: Any, grad_output: Any) -> Any:
+        net.passes.add_(1)
+        net.seen.append(1)
+        return (2 * grad_input[0],)
+
+    net[2].register_full_backward_hook(hook)
+    return net
+
+
+def checkpointed(net: Net, x: Tensor) -> Tensor:
+    """Its backward pass runs the batch norm again, and so moves the running statistics again."""
+    return Twice.apply(checkpoint(lambda h: net.norm(net.linear(h)), x, use_reentrant=False))
+
+
 class Last(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -115,6 +136,8 @@ MESSY: dict[str, Callable[[], nn.Module]] = {
     "own derivative under batch norm": lambda: Net(
         lambda net, x: net.norm(Twice.apply(net.linear(x))), norm=nn.BatchNorm1d(D)
     ),
+    "hooks that count backward passes": counting_backward,
+    "own derivative under checkpointing": lambda: Net(checkpointed, norm=nn.BatchNorm1d(D)),
     "lstm": Last,
     "counter": lambda: Net(counting, count=nn.Buffer(torch.tensor(0)), sums=nn.Buffer(torch.zeros(D))),
     "eval": lambda: normed().eval(),
@@ -139,7 +162,8 @@ def test_asking_for_rows_changes_nothing(make, question):
 ANSWERED = [
     "batch norm and dropout", "spectral norm", "batch norm, cumulative average", "two batch norms", "dropout", "hooks",
     "own derivative", "own derivative under batch norm", "lstm", "counter", "eval", "partly frozen",
-    "spectral norm of old", "spectral norm below batch norm",
+    "spectral norm of old", "spectral norm below batch norm", "hooks that count backward passes",
+    "own derivative under checkpointing",
 ]  # fmt: skip
 
 

@@ -37,6 +37,7 @@ LEVELS = {
     "moves": 2,
     "indexing": 2,
     "arranged": 2,
+    "unwrapped": 1,
     "capture": 2,
     "contractions": 2,
     "products": 2,

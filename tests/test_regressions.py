@@ -63,7 +63,14 @@ def bag(h):
     return F.embedding_bag(h.long().abs(), torch.ones(9, 3), mode="sum", per_sample_weights=h.flip(0))
 
 
+def bags(h):
+    """Where sample n begins is where sample n - 1 ends."""
+    starts = 4 * torch.arange(N) + ((h[:, 0] > 0) & (torch.arange(N) > 0))
+    return F.embedding_bag(torch.arange(4 * N + 2) % 9, torch.arange(27.0).view(9, 3), starts)
+
+
 MODELS = {
+    "an embedding bag that ends where the next sample begins": (bags, "fff"),
     "weights of an embedding bag from another sample": (bag, "fff"),
     "padding and stride over the samples, kernel one": (
         lambda h: F.conv1d(h.T[None], torch.ones(D, D, 1), stride=2, padding=3)[0].T,
@@ -187,3 +194,19 @@ def test_an_index_whose_numbers_are_not_known_may_hit_any_sample():
         Algebra(N), torch.ops.aten.index.Tensor, {"self": x_, "indices": [index]}, [(N, D)], {"indices": [None]}
     )
     assert RULES["index"](call).mixed
+
+
+@pytest.mark.parametrize(
+    ("loss", "blamed"),
+    [
+        (lambda p, y: F.cross_entropy(p, y) + p.pow(2).mean().sqrt(), ["mean"]),
+        (lambda p, y: F.cross_entropy(p, y).add_(p.pow(2).mean().sqrt()), ["mean"]),
+        (lambda p, y: torch.stack([F.cross_entropy(p, y), p.pow(2).mean().exp()]).sum(), ["mean"]),
+        (lambda p, y: F.cross_entropy(p, y) * p.pow(2).mean(), ["mean", "nll_loss_forward"]),
+        (lambda p, y: (F.cross_entropy(p, y) + p.abs().mean()).log(), ["mean", "nll_loss_forward"]),
+    ],
+)
+def test_a_total_that_is_only_added_is_no_culprit(loss, blamed):
+    structure = ub.Problem(nn.Linear(D, D), loss, (x(), torch.arange(N) % D)).structure
+    assert structure.reduction.status == "fails"
+    assert sorted(c.op for c in structure.reduction.culprits) == blamed

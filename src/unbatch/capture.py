@@ -9,6 +9,7 @@ from __future__ import annotations
 import linecache
 import os
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from unbatch.graph import Escape, Graph, ModuleCall, Ref, Step, Value, flat, is_ref
 from unbatch.purity import SKIPS_COMPILER, mutated, storage_of, untouched
 from unbatch.scalars import Functions
+from unbatch.unwrapped import inside, plainly
 
 aten = torch.ops.aten
 
@@ -236,7 +238,9 @@ class Recorder(TorchDispatchMode):
         before = nn.modules.module.register_module_forward_pre_hook(enter)
         after = nn.modules.module.register_module_forward_hook(leave, always_call=True)
         try:
-            yield
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".*when there are global hooks on modules")  # of compiled ones
+                yield
         finally:
             before.remove()
             after.remove()
@@ -298,7 +302,12 @@ class Program:
 
     @property
     def modules(self) -> list[nn.Module]:
-        return [m for m in (self.model, self.loss) if isinstance(m, nn.Module)]
+        return [m for m in (self.inside, self.loss) if isinstance(m, nn.Module)]
+
+    @property
+    def inside(self) -> Callable[..., Any]:
+        """The model without what is wrapped around it for training."""
+        return inside(self.model)
 
     def on_copies(self) -> Program:
         """The same program on copies of its parameters (connected to them) and buffers.
@@ -306,7 +315,7 @@ class Program:
         What the model writes to them then stays as it is until derivatives have been taken.
         """
         copies = {n: p.clone() for n, p in self.parameters.items()}
-        model = self.model
+        model = self.inside
         if self.functional or not isinstance(model, nn.Module):
             return replace(self, parameters=copies)
         own = {n: p.clone() for n, p in model.named_parameters()} | {n: b.clone() for n, b in model.named_buffers()}
@@ -316,14 +325,21 @@ class Program:
 
         return replace(self, model=run)
 
-    def predict(self, inputs: Any, parameters: Mapping[str, Tensor] | None = None) -> Any:
-        if self.functional:
-            return self.model(dict(parameters or self.parameters), inputs)
-        if isinstance(inputs, tuple):
-            return self.model(*inputs)
-        if isinstance(inputs, Mapping):
-            return self.model(**inputs)
-        return self.model(inputs)
+    def predict(self, inputs: Any) -> Any:
+        with plainly():
+            if self.functional:
+                return self.model(dict(self.parameters), inputs)
+            if isinstance(inputs, tuple):
+                return self.inside(*inputs)
+            if isinstance(inputs, Mapping):
+                return self.inside(**inputs)
+            return self.inside(inputs)
+
+    def evaluate(self, output: Any, targets: Any) -> Any:
+        """The loss at what the model returned."""
+        assert self.loss is not None
+        with plainly():
+            return self.loss(output, targets) if targets is not None else self.loss(output)
 
 
 def outside(program: Program) -> Iterator[tuple[str, str, Tensor]]:
@@ -429,7 +445,7 @@ def _record(program: Program, inputs: Any, targets: Any, follow: bool, flip: int
                 leaves = [t for t in tree_leaves(output) if _is_tensor(t)]
                 graph.predictions = [recorder.ref(t) for t in leaves] if program.loss is not None else []
             if program.loss is not None:
-                scalar = program.loss(output, targets) if targets is not None else program.loss(output)
+                scalar = program.evaluate(output, targets)
         if program.loss is not None:
             graph.loss = recorder.ref(scalar) if isinstance(scalar, Tensor) else None
             graph.after_cut = frozenset(range(graph.model_steps, len(graph.steps)))

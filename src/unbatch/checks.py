@@ -24,10 +24,17 @@ def parameters_of(model: Any, loss: Any, given: Mapping[str, Tensor] | None) -> 
         out |= dict(model.named_parameters())
     if isinstance(loss, nn.Module):
         out |= {f"loss.{n}": p for n, p in loss.named_parameters() if not any(p is q for q in out.values())}
-    for name, p in out.items():
-        if p.device.type == "meta":
-            raise InputError(errors.MSG_META.format(name=name))
+    buffers = [named for m in (model, loss) if isinstance(m, nn.Module) for named in m.named_buffers()]
+    for what, named in (("Parameter", out.items()), ("Buffer", buffers)):
+        for name, t in named:
+            if t.device.type == "meta":
+                raise InputError(errors.MSG_META.format(what=what, name=name))
     return out
+
+
+def opened(tree: Any) -> Any:
+    """A mapping into which pytrees do not look, such as what tokenizers return, as a dict."""
+    return dict(tree) if isinstance(tree, Mapping) and any(leaf is tree for leaf in tree_leaves(tree)) else tree
 
 
 def flat_dims(what: str, tree: Any, dims: Any) -> list[int | None]:

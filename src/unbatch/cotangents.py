@@ -125,12 +125,11 @@ def output_of(setting: Setting, values: Mapping[int, Tensor]) -> Any:
 
 
 def loss_of(setting: Setting, output: Any) -> Tensor:
-    loss, targets = setting.program.loss, setting.targets
-    assert loss is not None
+    loss = setting.program.loss
     modules = [m for m in (loss,) if isinstance(m, torch.nn.Module)]
     harmless = not modules and not any(s.noise or s.writes for s in setting.graph.loss_steps)
     with nullcontext() if harmless else untouched(modules), torch.enable_grad():
-        value = loss(output, targets) if targets is not None else loss(output)
+        value = setting.program.evaluate(output, setting.targets)
     assert isinstance(value, Tensor)
     return value
 

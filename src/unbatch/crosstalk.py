@@ -70,7 +70,9 @@ def crosstalk(oracle: Oracle, probes: int | None = None) -> Crosstalk:
         return Crosstalk(squares, "derivative", True)
     for n in range(oracle.samples):
         for u in directions.to(predictions):
-            grads = torch.autograd.grad(predictions[n] @ u, list(moving.values()), retain_graph=True, allow_unused=True)
+            with oracle.backward():
+                value, xs = predictions[n] @ u, list(moving.values())
+                grads = torch.autograd.grad(value, xs, retain_graph=True, allow_unused=True)
             for i, g in zip(moving, grads, strict=True):
                 if g is not None:
                     squares[n] += (

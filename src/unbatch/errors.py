@@ -46,7 +46,8 @@ MSG_NOT_SCALAR = (
 MSG_NOT_TENSOR = "{what} must be a tensor or a pytree of tensors; got {value}. Convert it with torch.as_tensor first."
 MSG_SIZES = (
     "Every per-sample input and target needs the same number of samples; {first} has {n} along axis {axis}, "
-    "{other} has {m} along axis {other_axis}. If one of them is not per-sample, say so: in_dims=(0, None)."
+    "{other} has {m} along axis {other_axis}. If one of them is not per-sample, say so by None in its place: "
+    "in_dims=(0, None) where it is y, in_dims=((0, None), 0) where it is the second of two inputs."
 )
 MSG_NO_AXIS = (
     "{what} has shape {shape} and no axis {axis} to hold samples. Give it a batch axis, or pass an `in_dims` pytree "
@@ -71,7 +72,7 @@ MSG_MODEL_FAILED = (
     "The model or the loss raised {kind} on this batch: {value}. Nothing was changed. The call was {call}."
 )
 MSG_META = (
-    "Parameter {name!r} is on the meta device and has no values. Materialise the model first, e.g. "
+    "{what} {name!r} is on the meta device and has no values. Materialise the model first, e.g. "
     "`model.to_empty(device='cpu')` followed by loading or initialising the weights."
 )
 MSG_UNKNOWN_RULE = (
@@ -158,8 +159,9 @@ MSG_VANISHING = (
 )
 
 MSG_NO_BLOCKS = (
-    "The second derivative of the loss by predictions of the shapes {shapes} is too large to be taken apart, so its "
-    "columns are not to be had. Products (G @ v) and what is made of them are: see unbatch.spectra."
+    "The second derivative of the loss by predictions of the shapes {shapes} is too large to be taken apart, or the "
+    "loss rounds it too coarsely (bfloat16) for its form to be seen, so its columns are not to be had. Products "
+    "(G @ v) and what is made of them are: see unbatch.spectra."
 )
 
 MSG_NO_COMPONENTS = (

@@ -191,9 +191,8 @@ def embedding_bag(call: Call) -> Any:
     """Rows of a table, summed over the runs of a flat index that fixed offsets mark."""
     a, index, offsets = call.algebra, call["indices"], call.values.get("offsets")
     if offsets is None or call["offsets"].depends_on_batch or call["offsets"].sources & {"inputs", "targets"}:
-        return [
-            mixed(call, s, "no rule") if call.marks[1].depends_on_batch else shared(s, call.title) for s in call.shapes
-        ]
+        blind = any(m.depends_on_batch for m in call.marks)
+        return [mixed(call, s, "no rule") if blind else shared(s, call.title) for s in call.shapes]
     table = collapse(a.scan("rows", call["weight"], [0]), [0], False)
     weights = call["per_sample_weights"]
     index = a.pointwise("weigh", index, weights) if weights is not None else index

@@ -21,7 +21,7 @@ from unbatch.capture import own_loss
 from unbatch.cotangents import LossAt
 from unbatch.derivatives import gradients
 from unbatch.errors import MSG_INNER_LOSS, StructureError
-from unbatch.purity import drawing_from, random_state, untouched
+from unbatch.purity import random_state, untouched
 from unbatch.setting import Setting
 
 
@@ -93,9 +93,9 @@ def _carries_the_gradient(live: Live, loss: Tensor | None, parameters: Mapping[s
     """``Jᵀ ∂L/∂F`` is the gradient of the loss that the model returns."""
     assert loss is not None
     slope = {i: g for i, g in live.loss.slope.items() if i in live.predictions}
-    with drawing_from(live.state):
+    with untouched(live.setting.program.modules, live.state):
         ours = gradients([live.predictions[i] for i in slope], parameters, list(slope.values()), retain=True)
-    with drawing_from(live.state):
+    with untouched(live.setting.program.modules, live.state):
         true = gradients([loss], parameters, retain=True)
     size = max((float(g.abs().max()) for g in true.values() if g.numel()), default=0.0)
     rounding = live.setting.rounding

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from unbatch.labels import Marks, collapse, shared
 from unbatch.layers import window_result
 from unbatch.rules import Call, mixed, rule
@@ -40,12 +42,25 @@ def nll_loss(call: Call) -> Any:
     ignored = call["ignore_index"]
     loss = a.pointwise(("nll", ignored), picked, y, *weigh)
     counts = a.pointwise(("weight", ignored), y, *weigh)
-    depends = weight is not None or ignored >= 0 or call.occurs("target", ignored)
+    depends = weight is not None or ignored >= 0 or _ignored_unevenly(call, ignored)
     amount = a.reduce("sum", counts) if depends and counts.shape else shared((), "count")
     if call["reduction"] == NONE or not loss.shape:
         return [loss, amount]
     out = a.reduce("sum", loss)
     return [a.pointwise("div", out, amount, kind="scale") if call["reduction"] == MEAN else out, amount]
+
+
+def _ignored_unevenly(call: Call, number: int) -> bool:
+    """Whether more labels are ignored in one sample than in another. A language model ignores the last of each."""
+    y, samples = call["target"], call.algebra.samples
+
+    def uneven(values: Any) -> bool:
+        hits = np.asarray(values) == number
+        owners = np.broadcast_to(y.owner, y.shape)[hits]
+        known = ((owners >= 0) & (owners < samples)).all()  # to belong to one sample each
+        return not known or bool(np.ptp(np.bincount(owners, minlength=samples)))
+
+    return call.sees("target", lambda values: values is None or uneven(values))
 
 
 @rule("multi_margin_loss", "multilabel_margin_loss_forward", "multilabel_margin_loss")

@@ -77,11 +77,10 @@ class LossOracle:
             leaves[i] = p.to(torch.float64) if self.wide and p.is_floating_point() else p
         output = tree_unflatten(leaves, self.spec)
         targets = tree_map(self._cast, self.oracle.targets)
-        loss = self.oracle.program.loss
-        assert loss is not None
-        modules = self.oracle.program.modules
-        with untouched(modules, self.oracle.graph.rng), torch.enable_grad():
-            return loss(output, targets) if targets is not None else loss(output)
+        program = self.oracle.program
+        with untouched(program.modules, self.oracle.graph.rng), torch.enable_grad():
+            value: Tensor = program.evaluate(output, targets)
+        return value
 
     def swapped(self, rows: Mapping[int, int]) -> list[Tensor]:
         """The predictions with the rows of some samples taken from other samples."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -159,6 +160,10 @@ class Oracle:
             spec,
         )
 
+    def backward(self) -> AbstractContextManager[Any]:
+        """For backward passes through the model itself: hooks in it may do anything."""
+        return untouched(self.program.modules)
+
     # -- how much is rounding --
 
     @cached_property
@@ -206,7 +211,7 @@ class Oracle:
         if self.program.loss is None and self.graph.after_cut:
             return None
         wide = self._map(lambda x, _: x.detach().double() if x.is_floating_point() else x)
-        model = self.program.model
+        model = self.program.inside
         try:
             program = replace(
                 self.program, model=copy.deepcopy(model).double() if isinstance(model, nn.Module) else model
@@ -241,8 +246,8 @@ class Oracle:
 
         inputs = self._map(redrawn)
         program = self.program
-        if isinstance(program.model, nn.Module):
-            program = replace(program, model=copy.deepcopy(program.model).double())
+        if isinstance(program.inside, nn.Module):
+            program = replace(program, model=copy.deepcopy(program.inside).double())
         with untouched(program.modules, self.graph.rng), torch.enable_grad():
             leaves = [t for t in tree_leaves(program.predict(inputs)) if isinstance(t, Tensor)]
         rows = [

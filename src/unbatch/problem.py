@@ -28,6 +28,7 @@ from unbatch.checks import (
     check_sizes,
     check_values,
     flat_dims,
+    opened,
     parameters_of,
 )
 from unbatch.columns import OfColumns
@@ -93,7 +94,7 @@ class Problem:
                 )
         self.inputs: Any
         self.targets: Any
-        self.inputs, self.targets = data if data is not None else (batch, None)
+        self.inputs, self.targets = map(opened, data if data is not None else (batch, None))
         self.program = Program(model, loss, parameters_of(model, loss, parameters), parameters is not None)
         x_dims, y_dims = (
             in_dims if isinstance(in_dims, tuple) and data is not None and len(in_dims) == 2 else (in_dims, in_dims)
@@ -278,7 +279,7 @@ class Problem:
         """
         other = object.__new__(Problem)
         other.__dict__.update(self.__dict__)
-        other.inputs, other.targets = inputs, targets
+        other.inputs, other.targets = inputs, targets = opened(inputs), opened(targets)
         check_dims("X", inputs, self._dims)
         check_dims("y", targets, self._target_dims)
         other.samples = check_sizes(inputs, self._dims, targets, self._target_dims)
@@ -394,7 +395,7 @@ class Problem:
             value = capture.own_loss(output)
             assert value is not None
             return value
-        value = self.program.loss(output, self.targets) if self.targets is not None else self.program.loss(output)
+        value = self.program.evaluate(output, self.targets)
         assert isinstance(value, Tensor)
         return value
 

@@ -116,17 +116,6 @@ def set_random_state(state: tuple[Any, ...]) -> None:
     random.setstate(state[3])
 
 
-@contextmanager
-def drawing_from(state: tuple[Any, ...]) -> Iterator[None]:
-    """Random numbers start from this state, so that they are the same each time; afterwards all is as before."""
-    before = random_state()
-    set_random_state(state)
-    try:
-        yield
-    finally:
-        set_random_state(before)
-
-
 def mutated(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
     schema = op._schema
     out = [

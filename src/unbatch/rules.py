@@ -51,10 +51,11 @@ class Call:
     def occurs(self, name: str, number: int) -> bool:
         """Whether a number is among the values of an argument; True where they are not known."""
 
-        def found(values: Any) -> bool:
-            return values is None or bool((np.asarray(values) == number).any())
+        return self.sees(name, lambda values: values is None or bool((np.asarray(values) == number).any()))
 
-        return bool(self.look(name, found) if self.look is not None else found(self.values.get(name)))
+    def sees(self, name: str, what: Callable[[Any], bool]) -> bool:
+        """What a function finds in the values of an argument; it gets None where they are not known."""
+        return bool(self.look(name, what) if self.look is not None else what(self.values.get(name)))
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ from unbatch.derivatives import gradients
 from unbatch.layout import Layout
 from unbatch.parts import Part
 from unbatch.plan import SitePlan
-from unbatch.purity import drawing_from
+from unbatch.purity import untouched
 from unbatch.setting import Setting
 from unbatch.structure import used_predictions
 from unbatch.sweep import Group, Sweep
@@ -367,7 +367,7 @@ class Ran(Source):
 
     def _pull(self, cotangents: Mapping[int, Tensor]) -> dict[str, Tensor]:
         outputs = [self.predictions[i] for i in cotangents]
-        with nullcontext() if self._draws is None else drawing_from(self._draws):
+        with nullcontext() if self._draws is None else untouched(self.setting.program.modules, self._draws):
             return gradients(outputs, self.parameters, list(cotangents.values()), retain=True)
 
     def weighted_sum(self, weights: Tensor) -> dict[str, Tensor]:
@@ -387,4 +387,5 @@ class Ran(Source):
         leaves, spec = tree_flatten(self.output)
         at = iter([r.index for r in self.setting.graph.predictions])
         cut = [t.detach() if isinstance(t, Tensor) and next(at) in self.setting.axes else t for t in leaves]
-        return nonzero_gradients(loss_of(self.setting, tree_unflatten(cut, spec)), self.parameters)
+        with untouched(self.setting.program.modules):
+            return nonzero_gradients(loss_of(self.setting, tree_unflatten(cut, spec)), self.parameters)

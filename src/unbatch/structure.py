@@ -336,14 +336,26 @@ def _loss_culprits(graph: Graph, loss: Walk, steps: set[int], marks: Marks, foun
     escaped = [escape_culprit(e) for e in found.loss_escapes]
     among = [u for u in algebra.uses.values() if any("predictions" in algebra.roots[r].sources for r in u.roots)]
     uses = [_statistic_culprit(s, long) for s, long in _statistics(graph, algebra, among).items()]
-    totals = (
-        []
-        if mixing or uses
-        else [
-            _total_culprit(graph, algebra, r) for r in sorted(marks.given) if "predictions" in algebra.roots[r].sources
-        ]
-    )
+    given = {r for r in marks.given if "predictions" in algebra.roots[r].sources}
+    bent = given & _bent_totals(graph, loss, steps) or given
+    totals = [] if mixing or uses else [_total_culprit(graph, algebra, r) for r in sorted(bent)]
     return tuple(mixing + escaped + uses + totals)
+
+
+def _bent_totals(graph: Graph, loss: Walk, steps: set[int]) -> frozenset[int]:
+    """The totals over samples from which something is made that is no sum over samples any more.
+
+    A total that is only added to such a thing, as a cross-entropy to a dice loss, is none of them.
+    """
+    bent: set[int] = set()
+    for step in (graph.steps[s] for s in steps & graph.after_cut):
+        made = [loss.marks[r.index] for r in step.outs if r is not None and r.index in loss.marks]
+        if any(m.given and not m.additive for m in made):
+            totals = [m for r in step.refs() if (m := loss.marks.get(r.index)) is not None and m.given]
+            adds = step.name.rstrip("_") in ("add", "sub", "rsub", "cat", "stack", "sum", "mean")
+            if not adds or all(m.additive for m in totals):
+                bent.update(*(m.given for m in totals if m.additive))
+    return frozenset(bent)
 
 
 def _total_culprit(graph: Graph, algebra: Algebra, root: int) -> Culprit:

@@ -187,7 +187,8 @@ def _cross_rank(oracle: Oracle, samples: int, seed: int = 1) -> int:
         for x, d in zip(moving, dims, strict=True)
     ]
     for a in range(half):
-        grads = torch.autograd.grad(rows[a] @ u, moving, retain_graph=True, allow_unused=True)
+        with oracle.backward():
+            grads = torch.autograd.grad(rows[a] @ u, moving, retain_graph=True, allow_unused=True)
         for g, d, v in zip(grads, dims, probes, strict=True):
             if g is not None:
                 cross[a] += (g.movedim(d, 0)[half:] * v).reshape(samples - half, -1).sum(1)
@@ -274,7 +275,8 @@ def unfaithful(oracle: Oracle, here: bool = False) -> tuple[str, str]:
     }
     wanted = [program.parameters[graph.values[i].name] for i in fresh]
     try:
-        eager = _Seen.of(oracle.eager(inputs), wanted)
+        with oracle.backward():
+            eager = _Seen.of(oracle.eager(inputs), wanted)
     except Exception:
         return "", ""
     try:  # after the other is gone: both keep what their backward pass needs
