@@ -70,6 +70,11 @@ class Flow:
     def columns(self) -> list[Site]:
         return [s for s in self.sites if s.way == "columns"]
 
+    @property
+    def divisible(self) -> bool:
+        """It is known of every seed where the samples lie in it."""
+        return all(i in self.layouts for i in self.seeds)
+
 
 def flow(graph: Graph, walk: Walk, samples: int, leading: bool, wanted: Iterable[str], by: str) -> Flow:
     """Plan the sweep for the parameters ``wanted``, by ``by``.
@@ -305,6 +310,7 @@ class _Planner:
         parted = len(alone) < len([o for o in outs if o in plan.theta])  # another output is heard by other samples
         if alone and (below or parted):
             plan.seeds += alone
+            plan.spanning |= {o for o in alone if self.layout(o) is None and partly(self.marks(o))}
             above = [i for i in moving if i not in below]
             if above:
                 plan.gates[step.index] = above
