@@ -132,9 +132,10 @@ class Linearised:
         u = {i: random(t) for i, t in self.outputs.items() if t.requires_grad}
         pulled = self.pull(u)
         expected = sum(float((pulled[n] * v[n]).sum()) for n in v)
+        least = 1e-3 * sum(float(t.norm()) for t in u.values())  # where J vanishes, rounding is all there is
         for at_once in (self._writes_are_seen_elsewhere, True):
             pushed = self._push_at_once(v) if at_once else self._push_by_steps(v)
-            size = sum(float(u[i].norm() * pushed[i].norm()) for i in u)
+            size = sum(float(u[i].norm() * pushed[i].norm()) for i in u) + least
             found = sum(float((u[i] * pushed[i]).sum()) for i in u)
             if abs(found - expected) <= self.setting.rounding * size:
                 self._at_once = at_once

@@ -178,13 +178,12 @@ class _Planner:
     def _freeze(self) -> None:
         """What cross-sample reductions give is held constant, what batch norms take inside as well."""
         for step in self.graph.forward_steps:
-            read = [self.marks(r.index) for r in step.refs()]
-            given: frozenset[int] = frozenset().union(*(m.given for m in read))
             for o in self._outs(step):
-                marks = self.marks(o)
-                if step.name in BATCH_NORMS and marks.owned and marks.given - given:
+                if not self.walk.made_at(step, o):
+                    continue
+                if step.name in BATCH_NORMS and self.marks(o).owned:
                     self.plan.frozen_norms.add(step.index)
-                elif self._loose(o) and marks.depends_on_batch and any(m.owned for m in read):
+                elif self._loose(o):
                     self.plan.frozen.add(o)
 
     def _refused(self, step: Step, message: str) -> StructureError:

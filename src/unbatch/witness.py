@@ -204,11 +204,7 @@ def frozen_change(oracle: Oracle) -> float | str:
     graph, forward = oracle.graph, oracle.findings.forward
     if forward.algebra.overlapping() or graph.escapes:
         return "statistics leave the tensor world and cannot be frozen"
-    pinned = {
-        i
-        for i, m in forward.marks.items()
-        if graph.values[i].kind == "step" and m.given and not m.owned and not m.mixed
-    }
+    pinned = {i for s in graph.forward_steps for i in _statistics(forward, s)}
     wanted = [graph.predictions[i].index for i in oracle.places]
     fused = {s.index for s in graph.forward_steps if s.name in FUSED and _trains(s) and _meets(s, pinned)}
     if any(_hides(forward, s) for s in graph.forward_steps if s.index not in fused):
@@ -236,6 +232,12 @@ FUSED = ("native_batch_norm", "_native_batch_norm_legit")
 
 def _trains(step: Any) -> bool:
     return bool(step.args[5] if len(step.args) > 5 else step.kwargs.get("training"))
+
+
+def _statistics(forward: Any, step: Any) -> list[int]:
+    """The values of a step that are statistics and were none before."""
+    made = [r.index for r in [*step.outs, *(new for _, new in step.writes)] if r is not None and r.index in forward.marks]
+    return [i for i in made if not (m := forward.marks[i]).owned and not m.mixed and forward.made_at(step, i)]
 
 
 def _meets(step: Any, pinned: set[int]) -> bool:
