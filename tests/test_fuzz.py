@@ -8,7 +8,8 @@ import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch.utils._pytree import tree_map
 import unbatch as ub
 from nets import Net, Source, net_source
 from unbatch import reference
+from unbatch.products import Linear
 
 EXACT = 1e-9  # of the largest entry of a parameter, or of 1e-3 of that of all
 FLOOR = 1e-13  # what is rounding where everything else is of size one
@@ -67,11 +69,11 @@ class Fuzzed:
         """Raise where a tensor is not as defined, by more than its own rounding."""
         self.all_near({what: found}, lambda *args: {what: define(*args)}, what)
 
-    def all_near(self, found: Named, define: Callable[..., Named], what: str) -> None:
-        """The same for one tensor by parameter."""
+    def all_near(self, found: Named, define: Callable[..., Named], what: str, summands: Named | None = None) -> None:
+        """The same for one tensor by parameter; what is a sum is known as well as its ``summands`` are."""
         expected = define(*self.args)
         assert list(found) == list(expected), f"{what}: {list(found)} where {list(expected)} are expected"
-        scale = max(map(largest, expected.values()), default=0.0)
+        scale = max(map(largest, (summands or expected).values()), default=0.0)
         for name, wanted in expected.items():
             shapes = tuple(found[name].shape), tuple(wanted.shape)
             assert shapes[0] == shapes[1], f"{what} of {name}: {shapes[0]} where {shapes[1]} is expected"
@@ -145,8 +147,9 @@ def largest_unevenness(source: Source) -> float:
 def check_verdicts(source: Source, structure: ub.Structure) -> None:
     """Raise where an experiment contradicts what is claimed of the forward pass."""
     moved = largest_move(source)
-    if structure.independent_forward:
-        assert moved < MOVED, f"independent_forward holds, and a prediction moved by {moved:.1e}"
+    for verdict in (structure.independent_forward, structure.simd_forward):
+        if verdict:
+            assert moved < MOVED, f"{verdict.name} holds, and a prediction moved by {moved:.1e}"
     if structure.independent_forward.status == "fails":
         assert moved > 1e-12, "independent_forward fails, and no prediction moved"
     noisy = source.train and "ropout" in source.setup + source.forward
@@ -179,7 +182,7 @@ def check_rows(f: Fuzzed, by: str, memory: int | None) -> bool:
     gradient = reference.gradient(*f.args)
     if by != "frozen" or rows.kind == "per-sample":
         total = {n: rows[n].sum(0) + rows.rest.get(n, torch.zeros(())) for n in rows}
-        f.all_near(total, reference.gradient, f"sum of rows by {by}")
+        f.all_near(total, reference.gradient, f"sum of rows by {by}", rows)
     if by == "component":
         f.all_near({n: rows.rest.get(n, torch.zeros_like(g)) for n, g in gradient.items()}, reference.rest, "rest")
     if rows.kind == "per-sample":
@@ -249,7 +252,8 @@ def check_frozen_matrix(f: Fuzzed) -> None:
 
 
 def check(source: Source, memory: int | None = None) -> Counter[str]:
-    """Raise where anything is wrong; otherwise what was compared."""
+    """Raise where anything is wrong; otherwise say what was compared."""
+    torch.manual_seed(0)
     f, seen = Fuzzed.of(source), Counter[str]()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ub.MixedSamplesWarning)
@@ -267,3 +271,162 @@ def check(source: Source, memory: int | None = None) -> Counter[str]:
     for verdict in f.problem.structure.verdicts:
         seen[f"{verdict.name} {verdict.status}"] += 1
     return seen
+
+
+EXAMPLES = int(os.environ.get("UNBATCH_FUZZ", "60"))
+QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example, HealthCheck.filter_too_much]
+
+
+def test_random_nets():
+    tally: Counter[str] = Counter()
+
+    @settings(max_examples=EXAMPLES, derandomize="UNBATCH_FUZZ" not in os.environ, suppress_health_check=QUIET)
+    @given(st.data())
+    def run(data):
+        choose = lambda options: data.draw(st.sampled_from(list(options)))  # noqa: E731
+        source, memory = net_source(choose), choose([None, None, 1])
+        note(f"{source}, memory={memory}")
+        tally.update(check(source, memory))
+        tally["nets"] += 1
+
+    run()
+    sys.stdout.write(f"{dict(tally)}\n")  # shown by pytest -s
+    for by in ROWS:
+        assert tally[f"rows by {by}"] > 0.5 * tally["nets"], f"few nets have rows by {by} to compare with: {tally}"
+
+
+# Nets that were once answered wrongly or crashed.
+FOUND = {
+    "columns of a loss that joins samples, few parameters at a time": Source(
+        "x = normals(4, 3)\nnet.a = nn.Linear(3, 3)\nnet.b = nn.Linear(3, 2)\ny = torch.randn((4, 2))",
+        "h = net.b(net.a(h).tanh())",
+        "(p - y).square().flatten(1).sum(1).logsumexp(0)",
+    ),
+    "a seed in memory that a parameter was written to": Source(
+        "x = normals(2, 1, 2, 3)\nnet.a = nn.GroupNorm(1, 1)\nnet.c = nn.Parameter(normals(1))\n"
+        "net.f = nn.Linear(14, 4)",
+        "h = net.a(h.unsqueeze(1))\nh = torch.cat([h, h], -1)\nz = h.new_zeros(*h.shape[:-1], 7)\nz[..., 1:] = h\n"
+        "z[..., 0] = net.c\nh = z.clone()\nh -= h.mean(0)\nh = h - h.detach().mean(0)\nh = net.f(h.flatten(1))",
+        "(p - p.mean(0)).square().sum() + p.sum().tanh()",
+    ),
+    "samples as the time of an lstm": Source(
+        "x = normals(2, 4)\nnet.d = nn.Parameter(normals(4))\nnet.f = nn.LSTM(4, 2, batch_first=True)\n"
+        "y = torch.randn((2, 2))",
+        "h = net.f(h + net.d)[0]",
+        "F.mse_loss(p, y)",
+    ),
+    "half of what batch norm gives, written into a buffer": Source(
+        "x = normals(3, 3)\nnet.a = nn.Linear(3, 3)\nnet.c = nn.BatchNorm1d(3)\ny = torch.randn((3, 3))",
+        "h = net.c(net.a(h))\nz = torch.zeros_like(h)\nz[:, 0] = h[:, -1]\nz[:, 1:] = h[:, 1:]\nh = z",
+        "F.mse_loss(p, y, reduction='sum')",
+    ),
+    "circular padding after batch norm": Source(
+        "x = normals(3, 2, 3, 2)\nnet.a = nn.Conv2d(2, 1, 3, padding=1, padding_mode='circular')\n"
+        "y = torch.randn((3, 1, 3, 2))",
+        "h = net.a(h - h.mean(0))",
+        "F.mse_loss(p, y)",
+    ),
+    "instance norm after batch norm": Source(
+        "x = normals(3, 3, 3, 3)\nnet.b = nn.BatchNorm2d(3)\nnet.c = nn.InstanceNorm2d(3, affine=True)\n"
+        "y = torch.randn((3, 3, 3, 3))",
+        "h = net.c(net.b(h @ torch.einsum('n...i,n...j->ij', h, h).tanh()))",
+        "F.mse_loss(p, y)",
+    ),
+    "batch norm of what lies in memory in another order": Source(
+        "x = normals(2, 3, 3)\nnet.a = nn.Linear(3, 4)\nnet.b = nn.BatchNorm1d(3)\nnet.c = nn.Linear(4, 2)\n"
+        "y = torch.randn((2, 6))",
+        "h = net.a(h.transpose(0, 1)).transpose(0, 1)\nh = net.c(net.b(h)).flatten(1)",
+        "F.mse_loss(p, y)",
+    ),
+    "attention and an lstm": Source(
+        "x = normals(2, 3, 2)\nnet.g = nn.MultiheadAttention(2, 1, batch_first=True)\n"
+        "net.h = nn.LSTM(2, 2, batch_first=True)\ny = torch.randn((2, 3, 2))",
+        "h = net.g(h, h, h, need_weights=False)[0]\nh = net.h(h)[0]",
+        "F.mse_loss(p, y)",
+    ),
+    "weight norm and a buffer": Source(
+        "x = normals(5, 3)\nnet.d = nn.Linear(3, 3)\nnet.f = parametrizations.weight_norm(nn.Linear(3, 1))\n"
+        "y = torch.randn((5, 1))",
+        "z = torch.zeros_like(h)\nz[:, 0] = h[:, -1]\nz[:, 1:] = net.d(h)[:, 1:]\nh = net.f(z)",
+        "F.mse_loss(p, y)",
+    ),
+    "spectral norm and a buffer": Source(
+        "x = normals(4, 3)\nnet.c = nn.Linear(3, 3)\nnet.f = parametrizations.spectral_norm(nn.Linear(3, 4))\n"
+        "y = torch.randn((4, 4))",
+        "z = torch.zeros_like(h)\nz[:, 0] = h[:, -1]\nz[:, 1:] = net.c(h)[:, 1:]\nh = net.f(z)",
+        "F.mse_loss(p, y)",
+    ),
+    "predictions that do not move": Source(
+        "x = normals(5, 3)\nnet.a = nn.Linear(3, 3)\nnet.d = nn.BatchNorm1d(3, affine=False)\ny = torch.randn((5, 3))",
+        "h = net.d(h + net.a(h.mean(0)).tanh())",
+        "(p - y).tanh().square().mean()",
+    ),
+    "a softmax that is sure and wrong": Source(
+        "x = normals(1, 2)\nnet.b = nn.Linear(2, 3)\ny = torch.tensor([2])",
+        "h = 0.01 * net.b(h) + torch.tensor([1.27, -0.19, 0.03])",
+        "F.cross_entropy(25 * p, y)",
+    ),
+}
+
+
+@pytest.mark.parametrize("memory", [None, 1])
+@pytest.mark.parametrize("name", FOUND)
+def test_nets_found(name, memory):
+    check(FOUND[name], memory)
+
+
+# ---------------------------------------------------------------- planted
+
+PLAIN = FOUND["columns of a loss that joins samples, few parameters at a time"]
+NORMED = FOUND["half of what batch norm gives, written into a buffer"]
+
+
+def test_rows_in_another_order_are_caught(monkeypatch):
+    right = reference.component
+    monkeypatch.setitem(ROWS, "component", lambda *args: {n: r.flip(0) for n, r in right(*args).items()})
+    with pytest.raises(AssertionError, match="rows by component"):
+        check_rows(Fuzzed.of(NORMED), "component", None)
+
+
+def test_a_wrong_contraction_is_caught(monkeypatch):
+    monkeypatch.setattr("unbatch.trust._agree", lambda *_: True)  # the plan is believed as it is
+    right = Linear.rows
+    monkeypatch.setattr(Linear, "rows", lambda self, *args: right(self, *args).mul_(1.001))
+    with pytest.raises(AssertionError, match="off by"):
+        check(NORMED)
+
+
+def test_frozen_statistics_that_move_are_caught():
+    f = Fuzzed.of(NORMED)
+    with pytest.raises(AssertionError, match="off by"):
+        f.all_near(f.problem.gradients(), reference.frozen, "rows")
+
+
+@pytest.mark.parametrize("verdict", ["independent_forward", "simd_forward"])
+def test_a_wrong_verdict_is_caught(verdict):
+    structure = Fuzzed.of(NORMED).problem.structure
+    wrong = replace(getattr(structure, verdict), status="holds")
+    with pytest.raises(AssertionError, match=verdict):
+        check_verdicts(NORMED, structure.with_verdicts(wrong))
+
+
+def test_a_failure_that_is_none_is_caught():
+    structure = Fuzzed.of(PLAIN).problem.structure
+    wrong = replace(structure.independent_forward, status="fails")
+    with pytest.raises(AssertionError, match="no prediction moved"):
+        check_verdicts(PLAIN, structure.with_verdicts(wrong))
+
+
+def test_a_matrix_of_another_loss_is_caught():
+    f = Fuzzed.of(PLAIN)
+    model, _, x, y = f.args
+    f.problem = ub.Problem(model, torch.nn.functional.mse_loss, (x, y))
+    with pytest.raises(AssertionError, match="off by"):
+        check_matrix(f, "component", None)
+
+
+def test_quantities_of_other_rows_are_caught(monkeypatch):
+    monkeypatch.setattr(reference, "variance", lambda rows: {n: r.var(0) for n, r in rows.items()})
+    with warnings.catch_warnings(), pytest.raises(AssertionError, match="variance"):
+        warnings.simplefilter("ignore", ub.MixedSamplesWarning)
+        check_quantities(Fuzzed.of(PLAIN), "component", None)
