@@ -45,7 +45,7 @@ def feed_columns(
         if root.separate:
             source.feed(chunks, partial(take, j, sign), {}, cotangents, last=at == len(columns) - 1)
         else:
-            for name, v in curvature.linearised.pull(cotangents).items():
+            for name, v in curvature.linearised.pull(cotangents, parameters).items():
                 take(j, sign, name, Part(slice(0, 1), v[None]))
     count = len(next(iter(curvature.loss.predictions.values()))) if root.separate else 1
     for name in [n for n in parameters if n not in seen]:

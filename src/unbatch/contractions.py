@@ -196,10 +196,11 @@ class Generic(Meeting):
         first, last, _ = where.indices(self.samples)
         u = self.operand.detach().requires_grad_()
         call = self.call
-        arguments = detached(call.arguments, self.operand, call.op._schema.is_mutable)
-        swapped = {k: _swap(v, self.operand, u) for k, v in arguments.items()}
+        writes = call.op._schema.is_mutable
+        arguments = detached(call.arguments, self.operand, writes)
         with torch.enable_grad():
-            result = call.op(**swapped)
+            moving = u.clone() if writes else u  # what is differentiated by cannot be written to
+            result = call.op(**{k: _swap(v, self.operand, moving) for k, v in arguments.items()})
         outputs = [o for o in (result if isinstance(result, tuple | list) else [result]) if isinstance(o, Tensor)]
         told = zip(outputs, self.cotangents, call.layouts, strict=False)
         pairs = [(o, g, layout) for o, g, layout in told if g is not None and o.requires_grad]

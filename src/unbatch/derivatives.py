@@ -67,6 +67,30 @@ def held(op: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, op(*args, **kwargs))
 
 
+def unmoved(op: Any) -> Callable[..., Any]:
+    """In forward mode, which a ``no_grad`` does not end: the op on values alone. What it writes to keeps its tangent."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        given: dict[int, Tensor] = {}
+
+        def value(t: Any) -> Any:
+            if not isinstance(t, Tensor):
+                return t
+            primal = forward_ad.unpack_dual(t).primal
+            given[id(primal)] = t
+            return primal
+
+        args, kwargs = tree_map(value, (args, kwargs))
+        return tree_map(lambda t: given.get(id(t), t), op(*args, **kwargs))
+
+    return run
+
+
+def laid_out(t: Tensor, strides: Sequence[int]) -> Tensor:
+    """The same values in another order in memory, which what comes later may rely on."""
+    return t if t.stride() == tuple(strides) else t.new_empty_strided(t.shape, strides).copy_(t)
+
+
 def norm_held(step: Step) -> Callable[..., Any]:
     """The batch norm of a step with its statistics held constant."""
 
@@ -75,7 +99,7 @@ def norm_held(step: Step) -> Callable[..., Any]:
         with torch.no_grad():
             outs = step.op(*args, **kwargs)
         y = standardised(given["input"], outs[1], outs[2], given["weight"], given["bias"])
-        return (y.to(outs[0].dtype), *outs[1:])
+        return (laid_out(y.to(outs[0].dtype), outs[0].stride()), *outs[1:])
 
     return run
 

@@ -20,13 +20,13 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_map
 
 from unbatch import live
-from unbatch.derivatives import forward_mode, gradients, held, norm_held
+from unbatch.derivatives import forward_mode, gradients, held, laid_out, norm_held, unmoved
 from unbatch.errors import MSG_NO_TANGENT, StructureError
 from unbatch.graph import Graph, Ref, Step, flat, is_ref
 from unbatch.purity import HIDDEN_WRITES, untouched
 from unbatch.route import Route
 from unbatch.setting import Setting
-from unbatch.tangents import RULES, Ran, Tangents, through_op
+from unbatch.tangents import RULES, SPELLED_OUT, Ran, Tangents, through_op
 
 NEEDS_OUTPUTS = ("tanh", "sigmoid", "_softmax", "native_layer_norm", "native_batch_norm")
 
@@ -239,7 +239,9 @@ class Linearised:
     def _push_at_once(self, tangents: Mapping[str, Tensor], wanted: Sequence[int] = ()) -> dict[int, Tensor]:
         """Forward mode of the whole computation, which knows about memory."""
         setting, graph = self.setting, self.setting.graph
-        instead: dict[int, Callable[..., Any]] = {s.index: held(s.op) for s in self.route.cut_off}
+        instead: dict[int, Callable[..., Any]] = {s.index: unmoved(s.op) for s in graph.forward_steps if not s.grad}
+        instead |= {s.index: self._spelled_out(s) for s in graph.forward_steps if s.name in SPELLED_OUT}
+        instead |= {s.index: held(s.op) for s in self.route.cut_off}
         instead |= {i: norm_held(graph.steps[i]) for i in self.flow.frozen_norms}
         with torch.no_grad(), forward_mode():
             values = {i: self.parameters[n].detach() for i, n in self.flow.parameters.items()}
@@ -253,6 +255,17 @@ class Linearised:
                 raise StructureError(MSG_NO_TANGENT.format(place="the model", error=error)) from error
             pushed = [forward_ad.unpack_dual(t).tangent for t in found]
         return {i: torch.zeros_like(t) if v is None else v for i, t, v in zip(which, found, pushed, strict=True)}
+
+    def _spelled_out(self, step: Step) -> Callable[..., Any]:
+        """An op without forward mode by ops that have one; its result lies in memory as before."""
+        (out, *_), values = step.outs, self.setting.graph.values
+        assert out is not None
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            first, *others = flat(SPELLED_OUT[step.name](*args, **kwargs))
+            return laid_out(first, values[out.index].stride), *others
+
+        return run
 
 
 class LinearisedModel(Linearised):

@@ -70,6 +70,11 @@ class Flow:
     def columns(self) -> list[Site]:
         return [s for s in self.sites if s.way == "columns"]
 
+    @property
+    def divisible(self) -> bool:
+        """It is known of every seed where the samples lie in it."""
+        return all(i in self.layouts for i in self.seeds)
+
 
 def flow(graph: Graph, walk: Walk, samples: int, leading: bool, wanted: Iterable[str], by: str) -> Flow:
     """Plan the sweep for the parameters ``wanted``, by ``by``.
@@ -173,13 +178,12 @@ class _Planner:
     def _freeze(self) -> None:
         """What cross-sample reductions give is held constant, what batch norms take inside as well."""
         for step in self.graph.forward_steps:
-            read = [self.marks(r.index) for r in step.refs()]
-            given: frozenset[int] = frozenset().union(*(m.given for m in read))
             for o in self._outs(step):
-                marks = self.marks(o)
-                if step.name in BATCH_NORMS and marks.owned and marks.given - given:
+                if not self.walk.made_at(step, o):
+                    continue
+                if step.name in BATCH_NORMS and self.marks(o).owned:
                     self.plan.frozen_norms.add(step.index)
-                elif self._loose(o) and marks.depends_on_batch and any(m.owned for m in read):
+                elif self._loose(o):
                     self.plan.frozen.add(o)
 
     def _refused(self, step: Step, message: str) -> StructureError:
@@ -305,6 +309,7 @@ class _Planner:
         parted = len(alone) < len([o for o in outs if o in plan.theta])  # another output is heard by other samples
         if alone and (below or parted):
             plan.seeds += alone
+            plan.spanning |= {o for o in alone if self.layout(o) is None and partly(self.marks(o))}
             above = [i for i in moving if i not in below]
             if above:
                 plan.gates[step.index] = above

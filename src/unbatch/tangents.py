@@ -311,7 +311,13 @@ def _bags(
     return out if mode == 0 else out / bag.bincount(minlength=len(offsets)).clamp_min(1)[:, None]
 
 
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Any:
+    norms = torch.norm_except_dim(v, 2, dim)
+    return v * (g / norms), norms
+
+
 SPELLED_OUT: dict[str, Callable[..., Any]] = {
+    "_weight_norm_interface": _weight_norm,
     "_scaled_dot_product_flash_attention_for_cpu": _attention,
     "_embedding_bag": _bags,
     "_embedding_bag_forward_only": _bags,

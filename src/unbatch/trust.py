@@ -31,8 +31,8 @@ def trusted(setting: Setting, parameters: Mapping[str, Tensor], by: str, memory:
     """
     key = (tuple(parameters), by)
     if key not in setting.trust:
-        setting.route(parameters, by)
-        setting.trust[key] = _tried(setting, parameters, by, memory)
+        planned = setting.route(parameters, by).flow
+        setting.trust[key] = planned.divisible and _tried(setting, parameters, by, memory)
     return setting.trust[key]
 
 

@@ -89,6 +89,14 @@ class Walk:
     def __getitem__(self, ref: Ref) -> Marks:
         return self.marks[ref.index]
 
+    def made_at(self, step: Step, value: int) -> frozenset[int]:
+        """The statistics that a step makes, as far as one of its results rests on them; what it read had none of them.
+
+        A window on memory that samples were written to makes none, even if it shows what belongs to nobody.
+        """
+        read: frozenset[int] = frozenset().union(*(self[r].given for r in step.refs()))
+        return self.marks[value].given - read
+
     def ancestors(self, refs: Iterable[Ref]) -> set[int]:
         """Steps that the values in ``refs`` depend on, through data and through memory."""
         wanted = {r.index for r in refs}

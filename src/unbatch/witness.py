@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from unbatch.derivatives import standardised
+from unbatch.derivatives import laid_out, standardised
+from unbatch.graph import Graph
 from unbatch.oracle import GAIN, VARIANTS, Oracle, relative_change
 
 
@@ -204,13 +205,9 @@ def frozen_change(oracle: Oracle) -> float | str:
     graph, forward = oracle.graph, oracle.findings.forward
     if forward.algebra.overlapping() or graph.escapes:
         return "statistics leave the tensor world and cannot be frozen"
-    pinned = {
-        i
-        for i, m in forward.marks.items()
-        if graph.values[i].kind == "step" and m.given and not m.owned and not m.mixed
-    }
+    pinned = {i for s in graph.forward_steps for i in _statistics(forward, s)}
     wanted = [graph.predictions[i].index for i in oracle.places]
-    fused = {s.index for s in graph.forward_steps if s.name in FUSED and _trains(s)}
+    fused = {s.index for s in graph.forward_steps if s.name in FUSED and _trains(s) and _meets(s, pinned)}
     if any(_hides(forward, s) for s in graph.forward_steps if s.index not in fused):
         return "an op keeps its statistic to itself and cannot be frozen"
     kept: dict[int, Tensor] = {}
@@ -220,7 +217,7 @@ def frozen_change(oracle: Oracle) -> float | str:
             kept[i] = t.clone()
 
     graph.run({}, wanted, visit=note)
-    instead = {i: frozen_batch_norm(kept, graph.steps[i]) for i in fused}
+    instead = {i: frozen_batch_norm(kept, graph, i) for i in fused}
     base = oracle.rows(graph.run({}, wanted, keep=kept, instead=instead))
     worst = 0.0
     for seed, keep in enumerate(partitions(oracle.samples)):
@@ -238,20 +235,34 @@ def _trains(step: Any) -> bool:
     return bool(step.args[5] if len(step.args) > 5 else step.kwargs.get("training"))
 
 
+def _statistics(forward: Any, step: Any) -> list[int]:
+    """The values of a step that are statistics and were none before."""
+    made = [
+        r.index for r in [*step.outs, *(new for _, new in step.writes)] if r is not None and r.index in forward.marks
+    ]
+    return [i for i in made if not (m := forward.marks[i]).owned and not m.mixed and forward.made_at(step, i)]
+
+
+def _meets(step: Any, pinned: set[int]) -> bool:
+    """Its moments are statistics of the batch: instance norm is a batch norm by its name, and has its own."""
+    return any(r is not None and r.index in pinned for r in step.outs[1:3])
+
+
 def _hides(forward: Any, step: Any) -> bool:
     roots = [r for r in forward.algebra.roots if r.step == step.index]
     outs = [forward.marks[r.index] for r in step.outs if r is not None]
     return bool(roots) and any(m.owned for m in outs) and not any(m.given and not m.owned for m in outs)
 
 
-def frozen_batch_norm(kept: dict[int, Tensor], step: Any) -> Callable[..., Any]:
+def frozen_batch_norm(kept: dict[int, Tensor], graph: Graph, index: int) -> Callable[..., Any]:
     """Batch norm with the mean and inverse deviation of the original batch."""
-    mean, invstd = (kept.get(r.index) if r else None for r in step.outs[1:3])
+    y, *moments = graph.steps[index].outs
+    mean, invstd = (kept[r.index] for r in moments[:2] if r is not None)
+    assert y is not None
 
     def run(x: Tensor, weight: Any, bias: Any, *_: Any, **__: Any) -> Any:
-        assert mean is not None
-        assert invstd is not None
-        return standardised(x, mean, invstd, weight, bias), mean, invstd
+        normal = standardised(x, mean, invstd, weight, bias)
+        return laid_out(normal, graph.values[y.index].stride), mean, invstd
 
     return run
 
