@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
 import cases_losses
@@ -24,6 +25,7 @@ import unbatch as ub
 from cases_losses import (
     CLASSES,
     LOSSES,
+    PAIRS,
     VALUES,
     D,
     LossCase,
@@ -484,3 +486,158 @@ def test_weights_of_another_sample_are_caught(monkeypatch):
     monkeypatch.setattr("unbatch.weights._treats_alike", lambda *_: True)
     with pytest.raises(AssertionError, match="rows over their weights: off by"):
         check_weights_of_rows(rows_of_samples_alike(BY_NAME["the first three samples"]))
+
+
+# ---------------------------------------------------------------- losses with parameters of their own
+
+
+class Adaptive(nn.Module):
+    """Of a module that returns more than its loss, the loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.AdaptiveLogSoftmaxWithLoss(16, 8, [2, 5])
+
+    def forward(self, p, y):
+        return self.head(p, y).loss
+
+
+class Contrast(nn.Module):
+    """CLIP with a temperature that is learned."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.1))
+
+    def forward(self, p, y):
+        return BY_NAME["CLIP"].loss([part * 1.0 for part in p], y) * self.scale.exp() + self.scale.square()
+
+
+class Centred(nn.Module):
+    """Center loss: distances to centres of classes that are learned."""
+
+    def __init__(self):
+        super().__init__()
+        self.centres = nn.Parameter(torch.randn(D, D))
+
+    def forward(self, p, y):
+        return F.cross_entropy(p, y) + 0.1 * (p - self.centres[y]).square().sum(1).mean()
+
+
+def head(reduction="mean", **options):
+    return nn.LinearCrossEntropyLoss(8, 4, bias=True, reduction=reduction, **options)
+
+
+CHUNKED = {"options": nn.LinearCrossEntropyOptions()}
+LABELS_OF_8 = lambda: (torch.randn(N, 16), torch.tensor([0, 3, 6, 1, 4, 7]))  # noqa: E731
+OWN = {  # what makes the loss, its inputs, and whether reduction and SIMD loss hold; None: nobody can tell
+    "LinearCrossEntropyLoss, mean": (head, classes(N, 8), True),
+    "LinearCrossEntropyLoss, sum": (lambda: head("sum"), classes(N, 8), True),
+    "LinearCrossEntropyLoss in chunks, mean": (lambda: head(**CHUNKED), classes(N, 8), None),
+    "LinearCrossEntropyLoss in chunks, sum": (lambda: head("sum", **CHUNKED), classes(N, 8), None),
+    "AdaptiveLogSoftmaxWithLoss": (Adaptive, LABELS_OF_8, None),
+    "CLIP, temperature learned": (Contrast, PAIRS, False),
+    "centres learned": (Centred, CLASSES, True),
+}
+
+
+@BOTH
+@pytest.mark.parametrize("name", OWN)
+def test_losses_with_parameters(name, norm):
+    make, inputs, holds = OWN[name]
+    predictions, targets = inputs()
+    case = LossCase(name, make(), lambda: (predictions, targets % 4 if "Linear" in name else targets), "", "")
+    args, problem = put(case, norm)
+    expected = Expected(*args)
+    assert problem.structure.canonical_split.status == "fails"
+    status = {True: "holds", False: "fails", None: "unknown"}[holds]
+    check(problem.structure, dict.fromkeys(LOSS, status), accept_unknown=holds is None)
+    check_gradients(expected, problem)
+    assert any(t.any() for t in problem.gradients().rest.values())
+    if "chunks" in name:
+        with pytest.raises(ub.StructureError, match=r"chunked.*backward pass of its own"):
+            problem.ggn().diag()
+    else:
+        check_matrix(expected, problem)
+
+
+def test_a_loss_in_chunks_has_no_second_derivative_in_pytorch():
+    """PyTorch takes it for zero without a word; the same loss at once says what it is."""
+    torch.manual_seed(1)
+    case = LossCase("", head(), lambda: (torch.randn(N, 8), torch.arange(N) % 4), "", "")
+    (model, loss, X, y), problem = put(case, norm=False)
+    chunked = head(**CHUNKED)
+    chunked.load_state_dict(loss.state_dict())
+    assert reference.ggn(model, chunked, X, y).count_nonzero() == 0
+    assert problem.ggn().trace() > 0.01
+
+
+# ---------------------------------------------------------------- backward passes written by hand
+
+
+class Exponential(torch.autograd.Function):
+    """With a derivative that can be differentiated again."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = x.exp()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.saved_tensors[0]
+
+
+class Prepared(torch.autograd.Function):
+    """Its gradient is made on the way forward, where nothing is recorded."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.gradient = x.exp()
+        return x.exp()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.gradient
+
+
+class Once(Exponential):
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return g * ctx.saved_tensors[0]
+
+
+def by_hand(function, dtype=torch.float64):
+    def loss(p, y):
+        return function.apply(p - y).sum(1).mean() + F.mse_loss(p, y)
+
+    args, _ = put(LossCase("", loss, VALUES, "holds", "holds"), norm=True)
+    model, loss, X, y = (part.to(dtype) if hasattr(part, "to") else part for part in args)
+    return (model, loss, X, y), ub.Problem(model, loss, (X, y))
+
+
+def test_a_backward_pass_by_hand_is_differentiated_where_it_can_be():
+    args, problem = by_hand(Exponential)
+    check_matrix(Expected(*args), problem)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("function", [Prepared, Once])
+def test_a_backward_pass_without_a_graph_is_refused(function, dtype):
+    _, problem = by_hand(function, dtype)
+    v = torch.ones(problem.ggn().shape[0], dtype=dtype)
+    for ask in (problem.ggn().trace, problem.ggn().eigvalsh, lambda: problem.ggn() @ v):
+        with pytest.raises(ub.StructureError, match=rf"{function.__name__} comes with a backward pass of its own"):
+            ask()
+    assert "comes with a backward pass of its own" in repr(problem.ggn())  # which does not raise
+
+
+def test_without_the_differences_it_would_be_wrong(monkeypatch):
+    monkeypatch.setattr("unbatch.cotangents.own_derivatives", lambda _: [])
+    _, wrong = by_hand(Prepared)
+    torch.manual_seed(0)
+    args, _ = by_hand(Exponential)
+    with pytest.raises(AssertionError, match="off by"):
+        check_matrix(Expected(*args), wrong)
