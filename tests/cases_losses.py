@@ -237,6 +237,8 @@ def _(p, y):
     return F.ctc_loss(p.log_softmax(2).transpose(0, 1), y, torch.full((N,), 8), torch.full((N,), 3))
 
 
+OF_TORCH = list(LOSSES)
+
 # ---------------------------------------------------------------- sums of separate losses
 
 case("half a squared error", SUM, VALUES, lambda p, y: 0.5 * F.mse_loss(p, y))
@@ -762,3 +764,392 @@ def _(p, y):
 @case("connected by a loop over pairs", TANGLED, VALUES)
 def _(p, y):
     return sum((p[i] - p[j]).norm() * (y[i] - y[j]).norm() for i in range(N) for j in range(i))
+
+
+# ---------------------------------------------------------------- from the wild: sums
+
+BLANK, LOW = 0, -1e4  # the blank symbol; a log-probability of about nothing
+
+
+def outputs(targets, *shapes):
+    """Predictions in several parts, with targets of any form."""
+    return lambda: (tuple(torch.randn(N, *shape) for shape in shapes), targets())
+
+
+def chosen(logs, labels):
+    return logs.gather(-1, labels[..., None])[..., 0]
+
+
+@case("triplet of three outputs", SUM, outputs(lambda: torch.zeros(N), (D,), (D,), (D,)))
+def _(p, y):
+    return F.triplet_margin_loss(*p, margin=5.0, swap=True)
+
+
+@case("triplet of three outputs by cosines", SUM, outputs(lambda: torch.zeros(N), (D,), (D,), (D,)))
+def _(p, y):
+    def distance(a, b):
+        return 1 - F.cosine_similarity(a, b)
+
+    return F.triplet_margin_with_distance_loss(*p, distance_function=distance, reduction="sum")
+
+
+@case("additive angular margin (ArcFace)", SUM, CLASSES)
+def _(p, y):
+    cosines = (0.9 * p.tanh()).clamp(-0.99, 0.99)
+    wider = (cosines.acos() + 0.3 * F.one_hot(y, D)).cos()
+    return F.cross_entropy(4 * wider, y)
+
+
+@case("large margin cosine, with a penalty on the log-partition", SUM, CLASSES)
+def _(p, y):
+    return F.cross_entropy(p - 0.4 * F.one_hot(y, D), y) + 1e-2 * p.logsumexp(1).square().mean()
+
+
+@case("several quantiles at once", SUM, values(N, 3))
+def _(p, y):
+    levels, short = torch.tensor([0.1, 0.5, 0.9]).to(p), y[:, :1] - p
+    return torch.maximum(levels * short, (levels - 1) * short).sum(1).mean()
+
+
+@case("continuous ranked probability score of a Gaussian", SUM, lambda: (torch.randn(N, 2), torch.randn(N)))
+def _(p, y):
+    scale = F.softplus(p[:, 1])
+    z = (y - p[:, 0]) / scale
+    density = (-z.square() / 2).exp() / (2 * torch.pi) ** 0.5
+    return (scale * (z * torch.erf(z / 2**0.5) + 2 * density - torch.pi**-0.5)).mean()
+
+
+@case("mixture density", SUM, lambda: (torch.randn(N, 9), torch.randn(N)))
+def _(p, y):
+    mixture, mean, log_scale = p.split(3, 1)
+    logs = torch.distributions.Normal(mean, log_scale.exp()).log_prob(y[:, None])
+    return -(mixture.log_softmax(1) + logs).logsumexp(1).mean()
+
+
+@case("evidential regression", SUM, lambda: (torch.randn(N, 4), torch.randn(N)))
+def _(p, y):
+    mean, (nu, alpha, beta) = p[:, 0], F.softplus(p[:, 1:]).unbind(1)
+    alpha = alpha + 1
+    omega = 2 * beta * (1 + nu)
+    surprise = 0.5 * (torch.pi / nu).log() - alpha * omega.log() + torch.lgamma(alpha) - torch.lgamma(alpha + 0.5)
+    surprise = surprise + (alpha + 0.5) * ((y - mean) ** 2 * nu + omega).log()
+    return (surprise + 0.1 * (y - mean).abs() * (2 * nu + alpha)).mean()
+
+
+@case("evidential classification", SUM, CLASSES)
+def _(p, y):
+    alpha, hot = F.softplus(p) + 1, F.one_hot(y, D)
+    total = alpha.sum(1, keepdim=True)
+    risk = ((hot - alpha / total).square() + alpha * (total - alpha) / (total**2 * (total + 1))).sum(1)
+    other = hot + (1 - hot) * alpha
+    excess = (other - 1) * (other.digamma() - other.sum(1, keepdim=True).digamma())
+    return (risk + 0.1 * (other.sum(1).lgamma() - other.lgamma().sum(1) + excess.sum(1))).mean()
+
+
+@case("evidence lower bound", SUM, outputs(lambda: bits(N, D), (D,), (3,), (3,)))
+def _(p, y):
+    decoded, mean, log_variance = p
+    divergence = -0.5 * (1 + log_variance - mean.square() - log_variance.exp()).sum()
+    return (F.binary_cross_entropy_with_logits(decoded, y, reduction="sum") + divergence) / len(y)
+
+
+@case("likelihood of a normalising flow", SUM, outputs(lambda: torch.zeros(N), (D,), ()))
+def _(p, y):
+    latent, log_determinant = p
+    return -(torch.distributions.Normal(0.0, 1.0).log_prob(latent).sum(1) + log_determinant).mean()
+
+
+@case("distillation", SUM, with_targets(lambda n, d: (torch.randint(d, (n,)), torch.randn(n, d)), N, D))
+def _(p, y):
+    labels, teacher = y
+    soft = F.kl_div((p / 2).log_softmax(1), (teacher / 2).softmax(1), reduction="batchmean")
+    return 0.3 * F.cross_entropy(p, labels) + 0.7 * 4 * soft
+
+
+@case("direct preference", SUM, outputs(lambda: (torch.randn(N), torch.randn(N)), (), ()))
+def _(p, y):
+    return -F.logsigmoid(0.1 * ((p[0] - y[0]) - (p[1] - y[1]))).mean()
+
+
+@case("direct preference of token sequences", SUM, outputs(lambda: torch.randint(D, (N, 2, T)), (T, D), (T, D)))
+def _(p, y):
+    better, worse = (chosen(logits.log_softmax(2), y[:, i]).sum(1) for i, logits in enumerate(p))
+    return -F.logsigmoid(0.5 * (better - worse)).mean()
+
+
+def rollout():
+    return torch.randint(D, (N,)), torch.rand(N) - 2, torch.randn(N), torch.randn(N)
+
+
+@case(
+    "proximal policy, advantages normalised over the batch",
+    SUM,
+    outputs(rollout, (D,), ()),
+    weights_depend_on_targets=None,
+)
+def _(p, y):
+    actions, old, advantages, returns = y
+    advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    return proximal(*p, actions, old, advantages, returns)
+
+
+@case("proximal policy", SUM, outputs(rollout, (D,), ()))
+def _(p, y):
+    return proximal(*p, *y)
+
+
+def proximal(logits, value, actions, old, advantages, returns):
+    logs = logits.log_softmax(1)
+    ratio = (chosen(logs, actions) - old).exp()
+    policy = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).mean()
+    return -policy + 0.5 * F.mse_loss(value, returns) + 0.01 * (logs.exp() * logs).sum(1).mean()
+
+
+@case(
+    "temporal difference, by a target network",
+    SUM,
+    with_targets(lambda n, d: (torch.randint(d, (n,)), *torch.randn(2, n)), N, D),
+)
+def _(p, y):
+    actions, rewards, following = y
+    return F.smooth_l1_loss(chosen(p, actions), rewards + 0.9 * following)
+
+
+@case("non-saturating adversary", SUM, outputs(lambda: torch.zeros(N), (1,), (1,)))
+def _(p, y):
+    return F.softplus(-p[0]).mean() + F.softplus(p[1]).mean()
+
+
+@case(
+    "noise predicted, weighted by its level",
+    SUM,
+    with_targets(lambda n, d: (torch.randn(n, d), torch.rand(n)), N, D),
+    weights_depend_on_targets=None,
+)
+def _(p, y):
+    noise, level = y
+    return (((1 - level) / level).clamp(max=5) * squares(p, noise)).mean()
+
+
+@case("overlap of boxes (GIoU)", SUM, with_targets(lambda n, d: torch.rand(n, 4), N, 4))
+def _(p, y):
+    (a, b), (c, d) = (corners(t) for t in (p, y))
+    area = ((torch.minimum(b, d) - torch.maximum(a, c)).clamp(min=0)).prod(1)
+    union = (b - a).prod(1) + (d - c).prod(1) - area
+    hull = (torch.maximum(b, d) - torch.minimum(a, c)).prod(1)
+    return (1 - area / union + (hull - union) / hull).mean()
+
+
+def corners(box):
+    low = box[:, :2].sigmoid()
+    return low, low + 0.2 + box[:, 2:].sigmoid()
+
+
+@case("structural similarity of images", SUM, values(N, 1, 5, 5))
+def _(p, y):
+    (mp, my), (pp, yy, py) = ((F.avg_pool2d(t, 3, 1) for t in ts) for ts in ((p, y), (p * p, y * y, p * y)))
+    likeness = (2 * mp * my + 0.1) * (2 * (py - mp * my) + 0.9)
+    return 1 - (likeness / ((mp**2 + my**2 + 0.1) * (pp - mp**2 + yy - my**2 + 0.9))).mean()
+
+
+@case("distance between sets of points (Chamfer)", SUM, values(N, T, 2))
+def _(p, y):
+    apart = (p[:, :, None] - y[:, None]).square().sum(3)
+    return (apart.amin(1) + apart.amin(2)).sum(1).mean()
+
+
+@case("likelihood of an order (ListMLE)", SUM, VALUES)
+def _(p, y):
+    ranked = p.gather(1, y.argsort(1, descending=True))
+    return (ranked.flip(1).logcumsumexp(1).flip(1) - ranked).sum(1).mean()
+
+
+@case("optimal transport within the sample", SUM, VALUES)
+def _(p, y):
+    cost, potential = (p.sigmoid()[:, :, None] - y.sigmoid()[:, None]).square(), torch.zeros_like(p)
+    for _ in range(4):
+        other = -((potential[:, :, None] - cost) / 0.3).logsumexp(1) * 0.3
+        potential = -((other[:, None] - cost) / 0.3).logsumexp(2) * 0.3
+    return (((potential[:, :, None] + other[:, None] - cost) / 0.3).exp() * cost).sum((1, 2)).mean()
+
+
+def lovasz_slopes(hits):
+    """Of the Lovász extension of the Jaccard loss, for labels in the order of falling errors (Berman et al. 2018)."""
+    total = hits.sum(-1, keepdim=True)
+    jaccard = 1 - (total - hits.cumsum(-1)) / (total + (1 - hits).cumsum(-1))
+    return torch.cat([jaccard[..., :1], jaccard.diff(dim=-1)], -1)
+
+
+def lovasz_hinge(p, y):
+    errors, order = (1 - p * (2 * y - 1)).sort(-1, descending=True)
+    return (errors.relu() * lovasz_slopes(y.gather(-1, order))).sum(-1)
+
+
+HITS = lambda: (torch.randn(N, D), torch.tensor([1.0, 0, 1, 0, 0, 1]).repeat(N, 1))  # noqa: E731
+
+case("Lovász hinge per sample", SUM, HITS, lambda p, y: lovasz_hinge(p, y).mean())
+
+
+@case("temporal classification by hand", SUM, lambda: (torch.randn(N, 5, 4), torch.randint(1, 4, (N, 2))))
+def _(p, y):
+    """The forward recursion of CTC over labels with blanks between them."""
+    logs, (n, length) = p.log_softmax(2), y.shape
+    states = F.pad(y[:, :, None], (1, 0), value=BLANK).flatten(1)
+    states = F.pad(states, (0, 1), value=BLANK)
+    skips = F.pad((states[:, 2:] != BLANK) & (states[:, 2:] != states[:, :-2]), (2, 0), value=False)
+    emitted = logs.gather(2, states[:, None].expand(n, p.shape[1], 2 * length + 1))
+    alpha = emitted[:, 0].masked_fill(torch.arange(2 * length + 1) > 1, LOW)
+    for t in range(1, p.shape[1]):
+        one, two = (F.pad(alpha, (k, 0), value=LOW)[:, :-k] for k in (1, 2))
+        alpha = emitted[:, t] + torch.stack([alpha, one, two.masked_fill(~skips, LOW)]).logsumexp(0)
+    return -alpha[:, -2:].logsumexp(1).mean()
+
+
+@case("transducer (RNN-T) over a lattice", SUM, lambda: (torch.randn(N, 3, 3, 4), torch.randint(1, 4, (N, 2))))
+def _(p, y):
+    logs = p.log_softmax(3)
+    blank = logs[..., BLANK]
+    label = chosen(logs[:, :, :-1], y[:, None].expand(-1, p.shape[1], -1))
+    alpha: dict = {}
+    for t in range(p.shape[1]):
+        for u in range(p.shape[2]):
+            ways = [alpha[t - 1, u] + blank[:, t - 1, u]] if t else []
+            ways += [alpha[t, u - 1] + label[:, t, u - 1]] if u else []
+            alpha[t, u] = torch.stack(ways).logsumexp(0) if ways else torch.zeros_like(blank[:, 0, 0])
+    return -(alpha[t, u] + blank[:, -1, -1]).mean()
+
+
+@case("linear-chain random field", SUM, with_targets(lambda n, t, d: torch.randint(d, (n, t)), N, T, 3))
+def _(p, y):
+    steps = torch.tensor([[0.5, -0.2, 0.1], [0.0, 0.3, -0.4], [0.2, 0.1, 0.0]]).to(p)
+    alpha, score = p[:, 0], chosen(p, y).sum(1) + steps[y[:, :-1], y[:, 1:]].sum(1)
+    for t in range(1, p.shape[1]):
+        alpha = (alpha[:, :, None] + steps).logsumexp(1) + p[:, t]
+    return (alpha.logsumexp(1) - score).mean()
+
+
+@case("residual of a differential equation", SUM, outputs(lambda: torch.randn(N), (), (), ()))
+def _(p, y):
+    value, by_time, twice_by_space = p
+    return (by_time + value * value - 0.1 * twice_by_space).square().mean() + 0.5 * F.mse_loss(value, y)
+
+
+@case(
+    "policy gradient, advantages normalised over the batch",
+    SUM,
+    with_targets(lambda n, d: (torch.randint(d, (n,)), torch.randn(n)), N, D),
+    weights_depend_on_targets=True,
+)
+def _(p, y):
+    actions, advantages = y
+    advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    return -(advantages * chosen(p.log_softmax(1), actions)).mean()
+
+
+# ---------------------------------------------------------------- from the wild: not sums
+
+
+@case("group-wise worst case, smoothed (DRO)", SEPARATE, CLASSES)
+def _(p, y):
+    return 0.5 * (surprise(p, y) / 0.5).logsumexp(0)
+
+
+@case("tail of the losses (CVaR)", SEPARATE, CLASSES)
+def _(p, y):
+    losses = surprise(p, y)
+    return 1.5 + (losses - 1.5).relu().mean().square()
+
+
+@case("CLIP", TANGLED, PAIRS)
+def _(p, y):
+    image, text = (F.normalize(v, dim=1) for v in p)
+    scores, own = 3 * image @ text.t(), torch.arange(N)
+    return (F.cross_entropy(scores, own) + F.cross_entropy(scores.t(), own)) / 2
+
+
+@case("sigmoid of pairs (SigLIP)", TANGLED, PAIRS)
+def _(p, y):
+    image, text = (F.normalize(v, dim=1) for v in p)
+    return -F.logsigmoid((2 * torch.eye(N) - 1).to(image) * (3 * image @ text.t() - 1)).sum() / N
+
+
+@case("VICReg", TANGLED, PAIRS)
+def _(p, y):
+    spread = sum((1 - (v.var(0) + 1e-4).sqrt()).relu().mean() for v in p)
+    covariances = [torch.cov(v.t()) for v in p]
+    apart = sum((c - c.diagonal().diag()).square().sum() / D for c in covariances)
+    return 25 * F.mse_loss(*p) + 25 * spread + apart
+
+
+@case("supervised contrast of two views", TANGLED, pairs(lambda: torch.tensor([0, 0, 1, 1, 0, 1]), N, D))
+def _(p, y):
+    z, labels, other = F.normalize(torch.cat(p), dim=1), y.repeat(2), ~torch.eye(2 * N, dtype=torch.bool)
+    logs = (z @ z.t() / 0.5).masked_fill(~other, -1e9).log_softmax(1)
+    same = (labels[:, None] == labels) & other
+    return -((logs * same).sum(1) / same.sum(1)).mean()
+
+
+def lifetimes():
+    return torch.randn(N, 1), (torch.rand(N), torch.tensor([1.0, 1, 0, 1, 0, 1]))
+
+
+@case("Cox partial likelihood with censoring", TANGLED, lifetimes, accept_unknown=True)
+def _(p, y):
+    times, seen = y
+    at_risk = times[None] >= times[:, None]
+    hazard = p[:, 0][None].masked_fill(~at_risk, -1e9).logsumexp(1)
+    return -((p[:, 0] - hazard) * seen).sum() / seen.sum()
+
+
+@case("Lovász hinge over the batch", TANGLED, HITS)
+def _(p, y):
+    return lovasz_hinge(p.flatten(), y.flatten())
+
+
+@case("Lovász softmax over the batch", TANGLED, fixed([0, 1, 2, 2, 1, 0], 3))
+def _(p, y):
+    def of_class(c):
+        hits = (y == c).to(p)
+        errors, order = (hits - p.softmax(1)[:, c]).abs().sort(descending=True)
+        return errors @ lovasz_slopes(hits[order])
+
+    return torch.stack([of_class(c) for c in range(3)]).mean()
+
+
+@case("focal Tversky over the batch", TANGLED, BITS)
+def _(p, y):
+    s = p.sigmoid()
+    hit, missed, wrong = (s * y).sum(), ((1 - s) * y).sum(), (s * (1 - y)).sum()
+    return (1 - hit / (hit + 0.7 * missed + 0.3 * wrong)) ** 0.75
+
+
+@case("balanced load of experts", TANGLED, VALUES)
+def _(p, y):
+    share = F.one_hot(p.argmax(1), D).to(p).mean(0)
+    return F.mse_loss(p, y) + D * (share * p.softmax(1).mean(0)).sum()
+
+
+@case("kernel alignment", TANGLED, VALUES)
+def _(p, y):
+    a, b = (v - v.mean(0) for v in (p, y))
+    return 1 - (a.t() @ b).square().sum() / ((a.t() @ a).norm() * (b.t() @ b).norm())
+
+
+@case("independence of the two outputs (HSIC)", TANGLED, PAIRS)
+def _(p, y):
+    a, b = ((-(v[:, None] - v[None]).square().sum(2) / D).exp() for v in p)
+    centre = (torch.eye(N) - 1 / N).to(a)
+    return (a @ centre @ b @ centre).trace() / (N - 1) ** 2
+
+
+@case("proximal policy, advantages relative to its own values", TANGLED, outputs(rollout, (D,), ()))
+def _(p, y):
+    actions, old, _, returns = y
+    advantages = returns - p[1].detach()
+    advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    return proximal(*p, actions, old, advantages, returns)
+
+
+@case("labels mixed with those of other samples", TANGLED, CLASSES)
+def _(p, y):
+    return 0.7 * F.cross_entropy(p, y) + 0.3 * F.cross_entropy(p, y.flip(0))

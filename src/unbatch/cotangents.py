@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from unbatch.errors import MSG_NO_SECOND_DERIVATIVE, StructureError
+from unbatch.errors import MSG_NO_GRAPH, MSG_NO_SECOND_DERIVATIVE, StructureError
 from unbatch.graph import NARROW, Graph, Ref, is_ref, widest
 from unbatch.purity import untouched
 from unbatch.setting import Setting
 
 Named = Mapping[int, Tensor]  # tensors by the number of a value in the graph
+IN_DOUBLE, IN_SINGLE = (1e-6, 1e-3, 1e-13), (1e-2, 5e-2, 1e-4)  # of differences: step, relative error, rounding
 
 
 @dataclass
@@ -53,25 +54,41 @@ class LossAt:
     def _curved(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """The gradient, connected to the leaves in place of the predictions, and these."""
         value, leaves = self._value
-        return self._gradient(value, leaves, create_graph=True), leaves
+        slope = self._gradient(value, leaves, create_graph=True)
+        if names := own_derivatives(value):
+            self._check_against_differences(slope, leaves, " and ".join(sorted(set(names))))
+        return slope, leaves
+
+    def _check_against_differences(self, slope: Named, leaves: Named, names: str) -> None:
+        """A derivative that somebody wrote may carry no graph, and PyTorch then takes what it leaves out for zero."""
+        double = all(t.dtype == torch.float64 for t in leaves.values())
+        step, rtol, rounding = IN_DOUBLE if double else IN_SINGLE
+        step *= max(1.0, _largest(leaves.values()))
+        generator = torch.Generator().manual_seed(0)
+        v = {i: torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for i, t in leaves.items()}
+        told = _times(slope, leaves, v)
+        ahead, behind = (self._slope_at({i: t.detach() + s * v[i] for i, t in leaves.items()}) for s in (step, -step))
+        seen = {i: (ahead[i] - behind[i]) / (2 * step) for i in leaves}
+        allowed = rtol * _largest([*told.values(), *seen.values()]) + rounding / step * _largest(slope.values())
+        if _largest(told[i] - seen[i] for i in leaves) > allowed:
+            raise StructureError(MSG_NO_SECOND_DERIVATIVE.format(error=MSG_NO_GRAPH.format(names=names)))
+
+    def _slope_at(self, moved: Named) -> dict[int, Tensor]:
+        slope = replace(self, predictions={**self.predictions, **moved}).slope
+        return {i: slope[i] if i in slope else torch.zeros_like(t) for i, t in moved.items()}
 
     def hessian_times(self, v: Named) -> dict[int, Tensor]:
         """``H v`` with ``H = ∇²_F L``, by double backward. Raises ``StructureError`` where that does not exist."""
         try:
-            slope, leaves = self._curved
-            live = [i for i, g in slope.items() if g.requires_grad and i in v]
-            found: Sequence[Tensor | None] = [None] * len(leaves)
-            if live:
-                ends, vectors = [slope[i] for i in live], [v[i] for i in live]
-                found = torch.autograd.grad(ends, list(leaves.values()), vectors, retain_graph=True, allow_unused=True)
+            return _times(*self._curved, v)
+        except StructureError:
+            raise
         except NotImplementedError as error:
             raise StructureError(MSG_NO_SECOND_DERIVATIVE.format(error=error)) from error
         except RuntimeError as error:
             if "not implemented" not in str(error) and "twice" not in str(error):
                 raise
             raise StructureError(MSG_NO_SECOND_DERIVATIVE.format(error=error)) from error
-        pairs = zip(leaves.items(), found, strict=True)
-        return {i: torch.zeros_like(leaf) if h is None else h.detach() for (i, leaf), h in pairs}
 
     @property
     def _narrowed(self) -> bool:
@@ -93,6 +110,35 @@ class LossAt:
             return other if all(g.dtype == torch.float64 for g in other.slope.values()) else None
         except (RuntimeError, TypeError):
             return None
+
+
+def _times(slope: Named, leaves: Named, v: Named) -> dict[int, Tensor]:
+    """The derivative of ``⟨slope, v⟩`` by the leaves, zero where nothing flows."""
+    live = [i for i, g in slope.items() if g.requires_grad and i in v]
+    found: Sequence[Tensor | None] = [None] * len(leaves)
+    if live:
+        ends, vectors = [slope[i] for i in live], [v[i] for i in live]
+        found = torch.autograd.grad(ends, list(leaves.values()), vectors, retain_graph=True, allow_unused=True)
+    pairs = zip(leaves.items(), found, strict=True)
+    return {i: torch.zeros_like(leaf) if h is None else h.detach() for (i, leaf), h in pairs}
+
+
+def _largest(tensors: Iterable[Tensor]) -> float:
+    return max((float(t.detach().abs().max()) for t in tensors if t.numel()), default=0.0)
+
+
+def own_derivatives(value: Tensor) -> list[str]:
+    """The functions on the way to a value whose derivative is written in Python, and so may have none itself."""
+    seen, waiting, names = set[Any](), [value.grad_fn], list[str]()
+    while waiting:
+        node: Any = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        waiting += [before for before, _ in node.next_functions]
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            names.append(type(node).__name__.removeprefix("GeneratedBackwardFor_").removesuffix("Backward"))
+    return names
 
 
 def loss_value(
@@ -138,6 +184,13 @@ def noise(graph: Graph) -> dict[int, Tensor]:
     """What was drawn in the loss when it was recorded."""
     refs = [r for s in graph.loss_steps if s.noise for r in s.outs if r is not None]
     return {r.index: v for r in refs if (v := graph.known(r.index)) is not None}
+
+
+def rest_of_loss(setting: Setting, outputs: Named, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The gradient of the loss with all outputs of the model held constant, by the parameters that it reads itself."""
+    copied = any(s.writes for s in setting.graph.loss_steps)
+    fixed = {i: t.detach().clone() if copied else t.detach() for i, t in outputs.items()}
+    return nonzero_gradients(loss_of(setting, output_of(setting, fixed)), parameters)
 
 
 def nonzero_gradients(value: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:

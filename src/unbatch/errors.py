@@ -147,6 +147,11 @@ MSG_NO_SECOND_DERIVATIVE = (
     "be had from it. Use a loss that can be differentiated twice, or one written in terms of such functions."
 )
 
+MSG_NO_GRAPH = (
+    "{names} comes with a backward pass of its own, whose derivative in PyTorch is not how the gradient changes with "
+    "the predictions"
+)
+
 MSG_NO_TANGENT = (
     "Tangents cannot be pushed through {place}: PyTorch has no forward mode and no second derivative for it ({error}). "
     "Products with the Gauss-Newton matrix need one of them; factors, diagonals and Gram matrices do not."

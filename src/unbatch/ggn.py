@@ -30,6 +30,7 @@ from unbatch.errors import (
     InputError,
     StaleError,
     StructureError,
+    UnbatchError,
 )
 from unbatch.estimates import Control, DiagonalEstimate, from_signs
 from unbatch.linearised import Linearised
@@ -99,7 +100,11 @@ class GGN(Operator):
         self.shape, self.dtype, self.device = (self.space.size, self.space.size), like.dtype, like.device
 
     def __repr__(self) -> str:
-        return f"<Gauss-Newton matrix {tuple(self.shape)}, {self.note}>"
+        try:
+            note = self.note
+        except UnbatchError as error:  # to be shown is no reason to fail
+            note = str(error)
+        return f"<Gauss-Newton matrix {tuple(self.shape)}, {note}>"
 
     # -- what it is made of --
 

@@ -322,7 +322,7 @@ class Problem:
         kept, chosen, budget = self._asked(by, parameters, memory)
         buffers = check_out(out, chosen, self.samples)
         structure = kept.structure
-        known = partial(weights, kept.graph, self.samples) if structure.reduction else lambda: None
+        known = partial(weights, kept.graph, kept.marks_in_loss, self.samples) if structure.reduction else lambda: None
         label = _label(structure, by, known)
         _warn(structure, quantities, label)
         source = self._source(kept, by, chosen, budget)

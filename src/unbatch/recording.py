@@ -6,7 +6,7 @@ is among them; it is then moved to the new numbers, with its structure and its p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from unbatch.capture import Program
 from unbatch.errors import CaptureError, InputError
 from unbatch.graph import Graph
 from unbatch.guard import Guard, identity, signature
+from unbatch.labels import Marks
 from unbatch.oracle import Oracle
 from unbatch.purity import random_state, untouched
 from unbatch.setting import Setting
@@ -148,6 +149,13 @@ class Recording:
     def replays(self) -> str:
         """Why the recording cannot stand for the model's derivatives, if it cannot."""
         return self._replays if self.structure else ""
+
+    @property
+    def marks_in_loss(self) -> Mapping[int, Marks]:
+        """What is known about the values in the loss, where there is one to judge."""
+        assert self.structure.reduction
+        assert self._findings is not None
+        return self._findings.loss.marks if self._findings.loss is not None else {}
 
     @property
     def oracle(self) -> Oracle:

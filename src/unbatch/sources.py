@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from unbatch import live
 from unbatch.contractions import real
-from unbatch.cotangents import LossAt, loss_of, noise, nonzero_gradients
+from unbatch.cotangents import LossAt, by_graph, loss_of, noise, nonzero_gradients, rest_of_loss
 from unbatch.derivatives import gradients
 from unbatch.layout import Layout
 from unbatch.parts import Part
@@ -295,6 +295,8 @@ class Recorded(Source):
         setting, graph = self.setting, self.setting.graph
         if setting.split and all(r.index in self.flow.predictions for r in used_predictions(graph)):
             return {}
+        if not by_graph(setting, self.sweep.inner):
+            return rest_of_loss(setting, self.sweep.outputs, self.parameters)
         leaves = {n: p.detach().requires_grad_() for n, p in self.parameters.items()}
         live = {i: leaves[name] for i, name in self.flow.parameters.items()}
         fixed = {i: t.detach() for i, t in self.sweep.predictions.items()}

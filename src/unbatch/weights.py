@@ -7,12 +7,15 @@ cannot be read off is None, never a guess.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from unbatch.graph import Graph, Ref, Step
+from unbatch.labels import Marks
 
 PASSING = ("view", "_unsafe_view", "reshape", "squeeze", "unsqueeze", "clone", "alias", "neg", "_to_copy", "detach")
 LOSSES = [
@@ -22,12 +25,14 @@ LOSSES = [
 MEAN, SUM = 1, 2
 
 
-def weights(graph: Graph, samples: int) -> Tensor | None:
-    """``[N]``, or None. Only for losses of which it is known that they are a sum over the samples."""
+def weights(graph: Graph, marks: Mapping[int, Marks], samples: int) -> Tensor | None:
+    """``[N]``, or None. ``marks``: of the values in a loss of which it is known that it is a sum over the samples."""
     factor, ref = 1.0, graph.loss
     while ref is not None and ref.index in graph.makers:
         step = graph.makers[ref.index]
         share = _share(step, graph)
+        if share is not None and not _treats_alike(step, marks, samples):
+            return None
         if share is not None:
             return torch.full((samples,), factor * share, dtype=torch.float64)
         scale = _scale(step)
@@ -36,6 +41,23 @@ def weights(graph: Graph, samples: int) -> Tensor | None:
         factor *= scale
         ref = step.refs()[0]
     return None
+
+
+def _treats_alike(step: Step, marks: Mapping[int, Marks], samples: int) -> bool:
+    """Every sample has the same part in what a step sums up: none left out, counted twice, or scaled by its place."""
+    seen = [marks[r.index] for r in step.refs()]
+    owned = [m for m in seen if m.owned]
+    others = [m for m in seen if not m.owned] if step.name in LOSSES else []  # of likelihoods, one entry for each class
+    places = [d - len(m.shape) for m in owned for d in range(len(m.shape)) if m.owner_varies(d)]
+    by_place = any(len(m.shape) >= -d and m.shape[d] > 1 for m in others for d in places)
+    return bool(owned) and not by_place and all(_even(m, samples) for m in owned)
+
+
+def _even(marks: Marks, samples: int) -> bool:
+    """Every sample owns as many elements, of the same functions, with no factor that only some of them have."""
+    owner = np.broadcast_to(marks.owner, marks.key.shape)
+    of_first, *others = (np.sort(marks.key[owner == n]) for n in range(samples))
+    return not (marks.weighted or marks.given) and all(np.array_equal(of_first, keys) for keys in others)
 
 
 def _scale(step: Step) -> float | None:
