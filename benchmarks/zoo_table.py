@@ -1,4 +1,4 @@
-"""Asks the structure of every zoo entry, in train and in eval mode, and writes the table of `docs/zoo.md`.
+"""Asks every zoo entry about its structure and some numbers, in train and in eval mode; writes `docs/zoo.md`.
 
     python benchmarks/zoo_table.py                  every entry, into docs/zoo.md and results/zoo.json
     python benchmarks/zoo_table.py bert cv-resnet   these entries, printed
@@ -19,7 +19,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 import unbatch as ub  # noqa: E402
+import exam  # noqa: E402
+from exam import QUESTIONS, Answer, Exam  # noqa: E402
 from unbatch.verdicts import MARKS, NAMES, TITLES  # noqa: E402
 from zoo import ENTRIES, N, ZooEntry, entry  # noqa: E402
 
@@ -65,6 +67,15 @@ class Row:
     checked: int = 0
     contradictions: tuple[str, ...] = ()
     failure: str = ""
+    exam: Exam | None = None
+
+    @property
+    def wrong(self) -> bool:
+        return bool(self.failure or self.contradictions) or (self.exam is not None and not self.exam.right)
+
+    @property
+    def refused(self) -> bool:
+        return self.exam is not None and any(a.refusal for a in self.exam.answers.values())
 
     @property
     def unknown(self) -> tuple[str, ...]:
@@ -81,8 +92,8 @@ def problem_of(item: ZooEntry, mode: str) -> ub.Problem:
     return ub.Problem(model, batch=inputs) if loss is None else ub.Problem(model, loss, (inputs, targets))
 
 
-def ask(item: ZooEntry, mode: str, verify: bool = True) -> Row:
-    """Structure and verification of one entry. The milliseconds, process CPU time, are the structure's."""
+def ask(item: ZooEntry, mode: str, verify: bool = True, numbers: bool = False) -> Row:
+    """Structure and verification of one entry, and its ``numbers``. The milliseconds (CPU) are the structure's."""
     torch.manual_seed(0)
     problem = problem_of(item, mode)
     start = time.process_time()
@@ -90,6 +101,7 @@ def ask(item: ZooEntry, mode: str, verify: bool = True) -> Row:
         structure = problem.structure
         milliseconds = 1e3 * (time.process_time() - start)
         checks = problem.verify().checks if verify else ()
+        examined = _examined(item, mode) if numbers else None
     except Exception as error:
         return Row(item.name, mode, failure=_without_paths(f"{type(error).__name__}: {error}"))
     return Row(
@@ -103,7 +115,15 @@ def ask(item: ZooEntry, mode: str, verify: bool = True) -> Row:
         round(milliseconds, 1),
         sum(c.passed is not None for c in checks),
         tuple(f"{TITLES[c.name]} {c.status}, but {c.test}: {c.detail}" for c in checks if c.passed is False),
+        exam=examined,
     )
+
+
+def _examined(item: ZooEntry, mode: str) -> Exam:
+    model, *rest = item.build()
+    found = exam.examine((model.train(mode == "train"), *rest))
+    answers = {q: replace(a, refusal=_without_paths(a.refusal)) for q, a in found.answers.items()}
+    return replace(found, answers=answers)
 
 
 def _reasons(structure: ub.Structure) -> Iterator[Reason]:
@@ -119,11 +139,13 @@ def _without_paths(text: str) -> str:
     return re.sub(r"(?<![\w.])/[\w.@+-]+(?:/[\w.@+-]+)*/", "", text).splitlines()[0] if text else ""
 
 
-def rows(items: Iterable[ZooEntry], modes: Sequence[str] = MODES, verify: bool = True) -> Iterator[Row]:
+def rows(
+    items: Iterable[ZooEntry], modes: Sequence[str] = MODES, verify: bool = True, numbers: bool = False
+) -> Iterator[Row]:
     """The rows of the entries, as they come."""
     for item in items:
         for mode in modes:
-            yield ask(item, mode, verify)
+            yield ask(item, mode, verify, numbers)
 
 
 # --- the page -----------------------------------------------------------------------------------------
@@ -146,8 +168,8 @@ verdict. A test can refute a verdict, it cannot confirm one.
 The columns are the six structures ({legend}), the number R of batch statistics, the first culprit of a
 verdict that does not hold (`benchmarks/results/zoo.json` has all of them), and the time for capture,
 analysis and witnesses in milliseconds: process CPU time on one thread, one cold run each, so an order
-of magnitude and no more. To make this page again run `python benchmarks/zoo_table.py`, which takes a few
-minutes; with names of entries, or with `--quick`, it prints a part of it instead.
+of magnitude and no more. To make this page again run `make zoo`, which takes about half an hour;
+`python benchmarks/zoo_table.py` with names of entries, or with `--quick`, prints a part of it instead.
 
 {summary}
 """
@@ -160,7 +182,7 @@ def page(table: Sequence[Row]) -> str:
     versions = {name: version(name).partition("+")[0] for name in PACKAGES}
     legend = ", ".join(f"{mark} {status}" for status, mark in MARKS.items())
     head = HEADER.format(**versions, samples=N, legend=legend, summary=summary(table))
-    parts = [_table(table), _failures(table), _contradictions(table), _unknowns(table)]
+    parts = [_table(table), _numbers(table), _failures(table), _contradictions(table), _unknowns(table)]
     return "\n".join([head, *(line for part in parts for line in part)]).rstrip() + "\n"
 
 
@@ -169,10 +191,13 @@ def summary(table: Sequence[Row]) -> str:
     counts = Counter(status for row in table for status in row.statuses.values())
     contradicted = sum(bool(row.contradictions) for row in table)
     failed = sum(bool(row.failure) for row in table)
+    wrong, refused = ({row.entry for row in table if getattr(row, what)} for what in ("wrong", "refused"))
     return (
         f"In the {len(table)} rows below, of {len({row.entry for row in table})} entries, "
         f"{counts['holds']} verdicts hold, {counts['fails']} fail and {counts['unknown']} are unknown.\n"
-        f"Rows where a test contradicts a verdict: {contradicted}. Rows that ended in an error: {failed}."
+        f"Rows where a test contradicts a verdict: {contradicted}. Rows that ended in an error: {failed}.\n"
+        f"Entries of which something is wrong: {len(wrong)}. Entries of which a number is refused, with the reason: "
+        f"{len(refused - wrong)}."
     )
 
 
@@ -186,6 +211,44 @@ def _table(table: Sequence[Row]) -> Iterator[str]:
         time_ = "" if row.failure else f"{row.milliseconds:.0f}"
         yield _line([row.entry, row.mode, *marks, size, _first_culprit(row), time_, _tests(row)])
     yield ""
+
+
+NUMBERS = """\
+## Numbers
+
+Component rows of the gradient, a product with the Gauss-Newton matrix and its diagonal were asked about four of the
+parameters of each entry (of up to {largest} entries each), and held against plain autograd on the model as it is: every
+row by a backward pass of its own, products by double backward, and some entries of the diagonal by products with unit
+vectors. In float64, or in float32 where the model has an op that takes no other; ✓ is a relative error below {fine} or
+{coarse}. Times are multiples of one forward and backward pass of the whole model, cold: recording, analysis and trials
+included, of which a second question is free. MiB is by how much resident memory grew at its peak. *Refused* is followed
+by the reason; a dash stands where a prediction has so many entries ({columns}) that the diagonal would need as many
+backward passes.
+"""
+
+
+def _numbers(table: Sequence[Row]) -> Iterator[str]:
+    found = [(row, row.exam) for row in table if row.exam is not None]
+    if not found:
+        return
+    bounds = {"fine": exam.RIGHT[torch.float64], "coarse": exam.RIGHT[torch.float32]}
+    yield NUMBERS.format(largest=exam.LARGEST, columns=f"over {exam.COLUMNS}", **bounds)
+    columns = ("entry", "mode", "type", "step, ms", *(c for q in QUESTIONS for c in (q, "steps", "MiB")))
+    yield _line(columns)
+    yield _line(["---"] * len(columns))
+    for row, sat in found:
+        cells = [c for q in QUESTIONS for c in _cells(sat, sat.answers[q])]
+        yield _line([row.entry, row.mode, sat.dtype, f"{1e3 * sat.step:.0f}", *cells])
+    yield ""
+
+
+def _cells(sat: Exam, answer: Answer) -> list[str]:
+    if answer.refusal:
+        return [f"refused: {answer.refusal.partition('. ')[0]}", "", ""]
+    if answer.error is None:
+        return ["–", "", ""]
+    mark = "✓" if sat.holds(answer) else f"**off by {answer.error:.1g}**"
+    return [mark, f"{answer.seconds / sat.step:.0f}", f"{answer.mebibytes:.0f}"]
 
 
 def _line(cells: Iterable[str]) -> str:
@@ -270,10 +333,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.disable(logging.WARNING)
     items = [entry(name) for name in options.names] or ENTRIES[:: QUICK if options.quick else 1]
     table = []
-    for row in rows(items):
+    for row in rows(items, numbers=True):
         table.append(row)
         marks = "".join(MARKS[s] for s in row.statuses.values()) or "error"
-        line = f"{row.entry:24} {row.mode:5} {marks:6} {row.milliseconds:7.0f} ms  {_tests(row)}"
+        line = f"{row.entry:24} {row.mode:5} {marks:6} {row.milliseconds:7.0f} ms  {_tests(row)}{'  WRONG' * row.wrong}"
         print(line, file=sys.stderr, flush=True)
     if len(items) == len(ENTRIES):
         save(table)

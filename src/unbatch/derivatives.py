@@ -68,7 +68,7 @@ def held(op: Any) -> Callable[..., Any]:
 
 
 def unmoved(op: Any) -> Callable[..., Any]:
-    """In forward mode, which a ``no_grad`` does not end: the op on values alone. What it writes to keeps its tangent."""
+    """In forward mode, which no ``no_grad`` ends: the op on values alone. What it writes to keeps its tangent."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         given: dict[int, Tensor] = {}
