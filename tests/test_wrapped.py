@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
+from torch.utils import checkpoint as checkpoint_module
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import unbatch as ub
@@ -149,6 +150,18 @@ def test_afterwards_it_is_compiled_as_before():
     str(ub.Problem(model, F.cross_entropy, (inputs(), labels())).structure)
     with pytest.raises(Exception, match="run while"):
         model(inputs())
+
+
+def test_threads_that_take_turns_leave_the_switches_as_they_were():
+    """The one that came first leaves first; and one leaves by an exception."""
+    before = checkpoint_module.CheckpointFunction
+    first, second = unwrapped.plainly(), unwrapped.plainly()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert checkpoint_module.CheckpointFunction is unwrapped._Kept
+    assert not second.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert checkpoint_module.CheckpointFunction is before
 
 
 def test_a_compiled_loss():

@@ -59,9 +59,10 @@ class Problem:
 
     ``model``: an ``nn.Module`` (called as ``model(X)``, ``model(*X)`` for a tuple, ``model(**X)`` for a dict), or a
     function ``f(params, X)`` together with ``parameters={name: tensor}``. ``loss`` is called as
-    ``loss(predictions, y)`` and returns a scalar. ``data`` is ``(X, y)``, each a pytree of tensors; a model that has
-    its own loss takes ``batch=inputs`` in place of loss and data. ``in_dims`` says where the samples lie, as in
-    ``torch.func.vmap``: an int, None (not per-sample), or a pair for X and y whose parts may be pytrees of them.
+    ``loss(predictions, y)``, or ``loss(predictions)`` where y is None, and returns a scalar. ``data`` is ``(X, y)``,
+    each a pytree of tensors; a model that has its own loss takes ``batch=inputs`` in place of loss and data.
+    ``in_dims`` says where the samples lie, as in ``torch.func.vmap``: an int, None (not per-sample), or a pair for X
+    and y whose parts may be pytrees of them.
 
     Constructing computes nothing; questions do, with the parameters of that moment. No question changes anything:
     parameters, buffers, gradients, flags and random states are afterwards as they were.
