@@ -203,6 +203,12 @@ BAD = [
         ("not callable", "str"),
     ),
     Bad(
+        "a loss that does not know what to do with an output",
+        lambda: P(lambda q, z: {"logits": z}, F.cross_entropy, (x(), y()), parameters={"w": torch.ones(1)}),
+        ("TypeError", "must be Tensor", "It was the loss", "predictions of type dict"),
+        ub.CaptureError,
+    ),
+    Bad(
         "a class in place of a model",
         lambda: P(nn.Identity, loss, (x(), y())),
         ("The model is the class Identity", "Identity(..)"),
