@@ -458,7 +458,12 @@ class Own(nn.Module):
     def forward(self, x: Tensor, labels: Tensor) -> Any:
         logits = self.net(x)
         loss = F.cross_entropy(logits, labels)
-        return {"dict": {"logits": logits, "loss": loss}, "tuple": (loss, logits), "number": loss}[self.shape]
+        return {
+            "dict": {"logits": logits, "loss": loss},
+            "tuple": (loss, logits),
+            "tuple, loss last": (logits, loss),
+            "number": loss,
+        }[self.shape]
 
 
 class Inside(nn.Module):
@@ -473,7 +478,7 @@ class Inside(nn.Module):
 
 
 @pytest.mark.parametrize("net", [plain, lambda: checkpointed("reentrant"), lambda: checkpointed("not reentrant")])
-@pytest.mark.parametrize("shape", ["dict", "tuple", "number"])
+@pytest.mark.parametrize("shape", ["dict", "tuple", "tuple, loss last", "number"])
 def test_the_split_that_is_found(shape, net):
     problem = ub.Problem(Own(net(), shape), batch={"x": inputs(), "labels": labels()})
     check(problem, Inside(plain()), F.cross_entropy, inputs(), labels())
