@@ -203,6 +203,22 @@ BAD = [
         ("not callable", "str"),
     ),
     Bad(
+        "a loss that does not know what to do with an output",
+        lambda: P(lambda q, z: {"logits": z}, F.cross_entropy, (x(), y()), parameters={"w": torch.ones(1)}),
+        ("TypeError", "must be Tensor", "It was the loss", "predictions of type dict"),
+        ub.CaptureError,
+    ),
+    Bad(
+        "a class in place of a model",
+        lambda: P(nn.Identity, loss, (x(), y())),
+        ("The model is the class Identity", "Identity(..)"),
+    ),
+    Bad(
+        "a class in place of a loss",
+        lambda: P(model(), nn.CrossEntropyLoss, (x(), y())),
+        ("The loss is the class CrossEntropyLoss", "CrossEntropyLoss(..)"),
+    ),
+    Bad(
         "a function without parameters",
         lambda: P(lambda p, x: x, loss, (x(), y())),
         ("TypeError", "missing 1 required"),
@@ -339,6 +355,18 @@ def test_model_with_its_own_loss():
     assert found.predictions == ((N, C),)
     with pytest.raises(ub.InputError, match="labels"):
         _ = ub.Problem(Own(), batch={"z": x()}).structure
+
+
+def test_what_is_printed_is_short():
+    problem = ub.Problem(nn.Sequential(nn.Linear(D, C), nn.BatchNorm1d(C)), F.cross_entropy, (x(), y()))
+    assert repr(problem) == f"Problem(Sequential, cross_entropy, {N} samples)"
+    assert repr(ub.Problem(model(), batch=x())) == f"Problem({type(model()).__name__}, its own loss, {N} samples)"
+    structure = problem.structure
+    assert str(structure.reduction) == "reduction: holds (proved)"
+    assert (
+        str(structure.simd_given_statistics) == f"SIMD given statistics: holds (proved), R = {2 * C} batch statistics"
+    )
+    assert str(structure.independent_forward).startswith("independent forward: fails (witness), replacing sample")
 
 
 def test_one_sample_leaves_the_forward_open():

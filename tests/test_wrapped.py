@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
+from torch.utils import checkpoint as checkpoint_module
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import unbatch as ub
@@ -149,6 +150,18 @@ def test_afterwards_it_is_compiled_as_before():
     str(ub.Problem(model, F.cross_entropy, (inputs(), labels())).structure)
     with pytest.raises(Exception, match="run while"):
         model(inputs())
+
+
+def test_threads_that_take_turns_leave_the_switches_as_they_were():
+    """The one that came first leaves first; and one leaves by an exception."""
+    before = checkpoint_module.CheckpointFunction
+    first, second = unwrapped.plainly(), unwrapped.plainly()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert checkpoint_module.CheckpointFunction is unwrapped._Kept
+    assert not second.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert checkpoint_module.CheckpointFunction is before
 
 
 def test_a_compiled_loss():
@@ -445,7 +458,12 @@ class Own(nn.Module):
     def forward(self, x: Tensor, labels: Tensor) -> Any:
         logits = self.net(x)
         loss = F.cross_entropy(logits, labels)
-        return {"dict": {"logits": logits, "loss": loss}, "tuple": (loss, logits), "number": loss}[self.shape]
+        return {
+            "dict": {"logits": logits, "loss": loss},
+            "tuple": (loss, logits),
+            "tuple, loss last": (logits, loss),
+            "number": loss,
+        }[self.shape]
 
 
 class Inside(nn.Module):
@@ -460,7 +478,7 @@ class Inside(nn.Module):
 
 
 @pytest.mark.parametrize("net", [plain, lambda: checkpointed("reentrant"), lambda: checkpointed("not reentrant")])
-@pytest.mark.parametrize("shape", ["dict", "tuple", "number"])
+@pytest.mark.parametrize("shape", ["dict", "tuple", "tuple, loss last", "number"])
 def test_the_split_that_is_found(shape, net):
     problem = ub.Problem(Own(net(), shape), batch={"x": inputs(), "labels": labels()})
     check(problem, Inside(plain()), F.cross_entropy, inputs(), labels())

@@ -339,7 +339,11 @@ class Program:
         """The loss at what the model returned."""
         assert self.loss is not None
         with plainly():
-            return self.loss(output, targets) if targets is not None else self.loss(output)
+            try:
+                return self.loss(output, targets) if targets is not None else self.loss(output)
+            except Exception as error:
+                error.add_note(f"It was the loss, called with predictions of type {type(output).__name__}.")
+                raise
 
 
 def outside(program: Program) -> Iterator[tuple[str, str, Tensor]]:
@@ -460,12 +464,13 @@ def _record(program: Program, inputs: Any, targets: Any, follow: bool, flip: int
 
 
 def own_loss(output: Any) -> Tensor | None:
-    """The loss in the output of a model that computes its own."""
+    """The loss in the output of a model that computes its own: what is called so, the first or the only number."""
     if isinstance(output, Tensor):
         return output if output.numel() == 1 else None
     candidate = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if candidate is None and isinstance(output, tuple | list) and output:
-        candidate = output[0]
+        numbers = [t for t in output if _is_tensor(t) and t.numel() == 1]
+        candidate = numbers[0] if len(numbers) == 1 else output[0]
     return candidate if isinstance(candidate, Tensor) and candidate.numel() == 1 else None
 
 

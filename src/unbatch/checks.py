@@ -32,6 +32,14 @@ def parameters_of(model: Any, loss: Any, given: Mapping[str, Tensor] | None) -> 
     return out
 
 
+def check_callable(what: str, function: Any) -> None:
+    if not callable(function):
+        raise InputError(f"The {what} is not callable: got {type(function).__name__}. Pass a module or a function.")
+    if isinstance(function, type) and issubclass(function, nn.Module):
+        name = function.__name__
+        raise InputError(f"The {what} is the class {name}; pass a module made from it, {name}(..).")
+
+
 def opened(tree: Any) -> Any:
     """A mapping into which pytrees do not look, such as what tokenizers return, as a dict."""
     return dict(tree) if isinstance(tree, Mapping) and any(leaf is tree for leaf in tree_leaves(tree)) else tree

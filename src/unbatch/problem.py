@@ -19,6 +19,7 @@ from unbatch.capture import Program
 from unbatch.checks import (
     check_blocks,
     check_by_of_columns,
+    check_callable,
     check_devices,
     check_dims,
     check_draws,
@@ -59,9 +60,10 @@ class Problem:
 
     ``model``: an ``nn.Module`` (called as ``model(X)``, ``model(*X)`` for a tuple, ``model(**X)`` for a dict), or a
     function ``f(params, X)`` together with ``parameters={name: tensor}``. ``loss`` is called as
-    ``loss(predictions, y)`` and returns a scalar. ``data`` is ``(X, y)``, each a pytree of tensors; a model that has
-    its own loss takes ``batch=inputs`` in place of loss and data. ``in_dims`` says where the samples lie, as in
-    ``torch.func.vmap``: an int, None (not per-sample), or a pair for X and y whose parts may be pytrees of them.
+    ``loss(predictions, y)``, or ``loss(predictions)`` where y is None, and returns a scalar. ``data`` is ``(X, y)``,
+    each a pytree of tensors; a model that has its own loss takes ``batch=inputs`` in place of loss and data.
+    ``in_dims`` says where the samples lie, as in ``torch.func.vmap``: an int, None (not per-sample), or a pair for X
+    and y whose parts may be pytrees of them.
 
     Constructing computes nothing; questions do, with the parameters of that moment. No question changes anything:
     parameters, buffers, gradients, flags and random states are afterwards as they were.
@@ -87,11 +89,9 @@ class Problem:
             raise InputError(
                 f"data is a pair (X, y); got {type(data).__name__}. For a model with its own loss use batch=inputs."
             )
-        for what, function in (("model", model), ("loss", loss)):
-            if not callable(function) and not (what == "loss" and loss is None):
-                raise InputError(
-                    f"The {what} is not callable: got {type(function).__name__}. Pass a module or a function."
-                )
+        check_callable("model", model)
+        if loss is not None:
+            check_callable("loss", loss)
         self.inputs: Any
         self.targets: Any
         self.inputs, self.targets = map(opened, data if data is not None else (batch, None))
@@ -105,6 +105,11 @@ class Problem:
         check_devices(self.program, self.inputs, self.targets)
         self._kept: Recording | None = None
         self._where = capture.users_line()
+
+    def __repr__(self) -> str:
+        model, loss = self.program.model, self.program.loss
+        own = "its own loss" if loss is None else getattr(loss, "__name__", type(loss).__name__)
+        return f"Problem({getattr(model, '__name__', type(model).__name__)}, {own}, {self.samples} samples)"
 
     # -- questions --
 

@@ -97,7 +97,7 @@ class Recording:
             graph, (output, scalar) = capture.record(program, batch.inputs, batch.targets)
         except Exception as error:
             message = errors.MSG_MODEL_FAILED.format(kind=type(error).__name__, value=error, call=call)
-            raise CaptureError(message) from error
+            raise CaptureError(" ".join([message, *getattr(error, "__notes__", ())])) from error
         _check_scalar(program, graph, output, scalar)
         guard.watch(graph)
         refs = iter(graph.predictions)

@@ -6,8 +6,9 @@ They say how a computation is run, and a question runs it plainly. Nothing here 
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -17,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils import checkpoint
 
 COMPILER = "torch._dynamo.eval_frame"  # not loaded before somebody compiles something, and not by us
+WITHOUT_REENTRANCE = "_checkpoint_without_reentrant_generator"
 
 
 def inside(model: Callable[..., Any]) -> Callable[..., Any]:
@@ -40,16 +42,36 @@ def _passes_on_to(model: nn.Module) -> nn.Module | None:
 @contextmanager
 def plainly() -> Iterator[None]:
     """Inside, what is compiled runs as it was written, and checkpointed parts are kept, not computed again."""
-    with (
-        mock.patch.object(checkpoint, "CheckpointFunction", _Kept),
-        mock.patch.object(checkpoint, "_checkpoint_without_reentrant_generator", _kept),
-        _uncompiled(),
-    ):
+    _PLAIN.enter()
+    try:
         yield
+    finally:
+        _PLAIN.leave()
 
 
-def _uncompiled() -> AbstractContextManager[Any]:
-    return torch.compiler.set_stance("force_eager") if COMPILER in sys.modules else nullcontext()
+class _Plain:
+    """PyTorch's own switches, which all threads share: the first to enter turns them, the last to leave turns back."""
+
+    def __init__(self) -> None:
+        self.lock, self.entered, self.turned = threading.Lock(), 0, ExitStack()
+
+    def enter(self) -> None:
+        with self.lock:
+            if not self.entered:
+                self.turned.enter_context(mock.patch.object(checkpoint, "CheckpointFunction", _Kept))
+                self.turned.enter_context(mock.patch.object(checkpoint, WITHOUT_REENTRANCE, _kept))
+                if COMPILER in sys.modules:
+                    self.turned.enter_context(torch.compiler.set_stance("force_eager"))
+            self.entered += 1
+
+    def leave(self) -> None:
+        with self.lock:
+            self.entered -= 1
+            if not self.entered:
+                self.turned.close()
+
+
+_PLAIN = _Plain()
 
 
 class _Kept:

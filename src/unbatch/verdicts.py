@@ -55,6 +55,10 @@ class Verdict:
     def __bool__(self) -> bool:
         return self.status == "holds"
 
+    def __str__(self) -> str:
+        said = f"{TITLES.get(self.name, self.name.replace('_', ' '))}: {self.status}"
+        return said + (f" ({self.basis})" if self.basis else "") + (f", {self.note}" if self.note else "")
+
 
 @dataclass(frozen=True)
 class BatchStatistic:
