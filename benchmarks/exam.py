@@ -150,7 +150,7 @@ class Plain:
     @classmethod
     def of(cls, model: nn.Module, rest: tuple[Any, Any, Any], cut: Sequence[Tensor], chosen: Sequence[str]) -> Plain:
         inputs, targets, loss = rest
-        parameters = dict(model.named_parameters())
+        parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         torch.manual_seed(0)
         start = time.process_time()
         with sdpa_kernel(SDPBackend.MATH), _put_out(model) as seen:

@@ -29,8 +29,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-import unbatch as ub  # noqa: E402
 import exam  # noqa: E402
+import unbatch as ub  # noqa: E402
 from exam import QUESTIONS, Answer, Exam  # noqa: E402
 from unbatch.verdicts import MARKS, NAMES, TITLES  # noqa: E402
 from zoo import ENTRIES, N, ZooEntry, entry  # noqa: E402
