@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from unbatch.errors import MSG_NO_GRAPH, MSG_NO_SECOND_DERIVATIVE, StructureError
+from unbatch.errors import MSG_BACKWARD_INSIDE, MSG_NO_GRAPH, MSG_NO_SECOND_DERIVATIVE, StructureError
 from unbatch.graph import Graph, Ref, is_ref, widest
 from unbatch.purity import untouched
 from unbatch.setting import Setting
@@ -155,8 +155,17 @@ def loss_value(
 
 
 def by_graph(setting: Setting, inner: Mapping[int, Tensor]) -> bool:
-    """The loss has to be replayed, because it cannot be called with predictions alone, or draws noise."""
-    return setting.own_loss or bool(inner) or any(s.noise for s in setting.graph.loss_steps)
+    """The loss has to be replayed, because it cannot be called with predictions alone, or draws noise.
+
+    Raises ``StructureError`` where that would not give its derivatives: a backward pass, once recorded, takes for
+    constants what it was handed by the forward pass. (Of a model with its own loss, the whole recording is tested.)
+    """
+    steps = setting.graph.loss_steps
+    replayed = setting.own_loss or bool(inner) or any(s.noise for s in steps)
+    inside = next((s for s in steps if "_backward" in s.name), None)
+    if replayed and inside is not None and not setting.own_loss:
+        raise StructureError(MSG_BACKWARD_INSIDE.format(op=inside.name, where=inside.where))
+    return replayed
 
 
 def output_of(setting: Setting, values: Mapping[int, Tensor]) -> Any:

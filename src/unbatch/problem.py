@@ -333,6 +333,8 @@ class Problem:
         def linearise() -> Linearised:
             if setting.faithful:
                 return Linearised(setting, chosen, by == "frozen")
+            if setting.own_loss:
+                raise StructureError(errors.MSG_INNER_LOSS.format(why=kept.replays))
             if by == "frozen" and not kept.structure.independent_forward:
                 raise StructureError(errors.MSG_NOT_REPLAYED.format(by=by, why=kept.replays))
             return LinearisedModel(setting, chosen)
