@@ -409,8 +409,18 @@ def check_quantities(case: LossCase, norm: bool) -> ub.Problem:
     return problem
 
 
-@BOTH
-@pytest.mark.parametrize("case", named(TORCH))
+def losses_and_nets() -> list:
+    """Sums differ from means by a factor, and so are put under one net only."""
+    nets = {False: "plain", True: "batch norm"}
+    return [
+        pytest.param(case, norm, id=f"{case.name}-{nets[norm]}")
+        for case in TORCH
+        for norm in nets
+        if not (norm and ", sum" in case.name)
+    ]
+
+
+@pytest.mark.parametrize(("case", "norm"), losses_and_nets())
 def test_losses_of_torch(case, norm):
     problem = check_quantities(case, norm)
     check(problem.structure, truth_of(case) | {"canonical_split": "holds"}, accept_unknown=False)
@@ -460,7 +470,7 @@ def rows_of_samples_alike(case: LossCase) -> ub.Rows:
     return problem.with_batch(X, y).gradients()
 
 
-@pytest.mark.parametrize("case", named([c for c in LOSSES if c.reduction == "holds"]))
+@pytest.mark.parametrize("case", named([c for c in [*cases_losses.OF_TORCH, *OTHERS] if c.reduction == "holds"]))
 def test_weights_are_right_or_unknown(case):
     rows = rows_of_samples_alike(case)
     check_weights_of_rows(rows)
@@ -641,3 +651,163 @@ def test_without_the_differences_it_would_be_wrong(monkeypatch):
     args, _ = by_hand(Exponential)
     with pytest.raises(AssertionError, match="off by"):
         check_matrix(Expected(*args), wrong)
+
+
+# ---------------------------------------------------------------- derivatives inside, noise inside
+
+
+def body(norm: bool) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(2, 4), *([nn.BatchNorm1d(4)] if norm else []), nn.Tanh(), nn.Linear(4, 1))
+
+
+def solution(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`u`, its derivative by time, and the second one by space, which parameters can be differentiated by."""
+    x = x.detach().requires_grad_()
+    u = net(x)
+    (first,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first[:, 1].sum(), x, create_graph=True)
+    return u[:, 0], first[:, 0], second[:, 1]
+
+
+class Solver(nn.Module):
+    """Predicts a function and its derivatives; with `own`, the residual of a differential equation."""
+
+    def __init__(self, norm: bool, own: bool = False):
+        super().__init__()
+        self.body, self.own = body(norm), own
+
+    def forward(self, x):
+        found = solution(self.body, x)
+        return residual(found, torch.zeros(len(x))) if self.own else found
+
+
+residual = BY_NAME["residual of a differential equation"].loss
+
+
+@BOTH
+def test_residuals_with_derivatives_inside_the_model(norm):
+    case = replace(BY_NAME["residual of a differential equation"], weights_depend_on_targets=False)
+    args = (Solver(norm), residual, torch.randn(N, 2), torch.randn(N))
+    problem = ub.Problem(args[0], residual, args[2:])
+    expected = Expected(*args)
+    forward = "fails" if norm else "holds"
+    check(problem.structure, truth_of(case) | {"independent_forward": forward}, accept_unknown=False)
+    check_gradients(expected, problem)
+    check_moments(case, expected, problem, norm)
+    check_matrix(expected, problem)
+
+
+class Residual(nn.Module):
+    """Of a net at points of their own, beside a squared error."""
+
+    def __init__(self, net: nn.Module, points: Tensor):
+        super().__init__()
+        self.net, self.points = net, points
+
+    def forward(self, p, y):
+        return F.mse_loss(p[:, 0], y) + residual(solution(self.net, self.points), torch.zeros(len(self.points)))
+
+
+def with_residual(norm: bool) -> tuple:
+    net = body(norm)
+    return net, Residual(net, torch.randn(4, 2)), torch.randn(N, 2), torch.randn(N)
+
+
+def test_residuals_with_derivatives_inside_the_loss():
+    """No sample has a part in them: they are the rest."""
+    args = with_residual(norm=False)
+    problem = ub.Problem(args[0], args[1], args[2:])
+    expected = Expected(*args)
+    assert problem.structure.canonical_split.status == "fails"
+    check_gradients(expected, problem)
+    assert problem.gradients().rest["0.weight"].any()
+    check_matrix(expected, problem)
+
+
+def check_refusal_of_backward_inside(problem: ub.Problem) -> None:
+    for ask in (problem.gradients, lambda: problem.compute(ub.Norms()), lambda: problem.ggn().diag()):
+        with pytest.raises(ub.StructureError, match=r"The loss takes derivatives \(tanh_backward"):
+            ask()
+
+
+def test_derivatives_inside_a_loss_that_is_replayed_are_refused():
+    """The net in the loss reads running statistics that the forward pass has moved on."""
+    args = with_residual(norm=True)
+    check_refusal_of_backward_inside(ub.Problem(args[0], args[1], args[2:]))
+
+
+def test_replayed_derivatives_would_be_wrong(monkeypatch):
+    args = with_residual(norm=True)
+    problem = ub.Problem(args[0], args[1], args[2:])
+    monkeypatch.setattr("unbatch.sources.by_graph", lambda *_: True)
+    monkeypatch.setattr("unbatch.cotangents.by_graph", lambda *_: True)
+    with pytest.raises(AssertionError, match=r"rest of .*: off by"):
+        check_gradients(Expected(*args), problem)
+
+
+@BOTH
+def test_residuals_as_the_loss_of_the_model_itself(norm):
+    """Their derivatives cannot be replayed: the model runs, and is cut where the function and its derivatives are."""
+    model, X = Solver(norm, own=True), torch.randn(N, 2)
+    problem = ub.Problem(model, batch=X)
+    outside = copy.deepcopy(model)
+    outside.own = False
+    expected = Expected(outside, residual, X, torch.zeros(N))
+    check_gradients(expected, problem)
+    G = problem.ggn()
+    near(G.to_dense(), expected.G, "matrix")
+    near(G.diag(), expected.G.diagonal(), "diagonal")
+
+
+@BOTH
+def test_noise_inside_the_loss_is_drawn_once(norm):
+    """A bound with a code drawn from its distribution: the noise of the recording is that of every quantity."""
+    decoder = torch.randn(3, D)
+
+    def bound(p, y):
+        mean, log_variance = p
+        code = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
+        divergence = -0.5 * (1 + log_variance - mean.square() - log_variance.exp()).sum(1)
+        return (F.mse_loss(code.tanh() @ decoder, y, reduction="none").sum(1) + divergence).mean()
+
+    case = LossCase("", bound, outputs(lambda: torch.randn(N, D), (3,), (3,)), "holds", "holds")
+    args, problem = put(case, norm)
+    state = torch.get_rng_state()
+    check(problem.structure, truth_of(case), accept_unknown=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    expected = Expected(*args)
+    check_gradients(expected, problem)
+    check_moments(case, expected, problem, norm)
+    check_matrix(expected, problem)
+
+
+# ---------------------------------------------------------------- losses in single precision
+
+
+def weighted_with_a_penalty(dtype: torch.dtype) -> Callable:
+    weight = of_classes(4).to(dtype)
+    return lambda p, y: F.cross_entropy(p, y, weight) + 5e-5 * p.square().mean()
+
+
+def in_both_precisions() -> tuple[ub.GGN, ub.GGN]:
+    """A loss that holds numbers in single precision, and the same in double."""
+    (model, _, X, y), _ = put(LossCase("", F.cross_entropy, classes(N, 4), "", ""), norm=False)
+    exact = ub.Problem(copy.deepcopy(model), weighted_with_a_penalty(torch.float64), (X, y)).ggn()
+    return ub.Problem(model.float(), weighted_with_a_penalty(torch.float32), (X.float(), y)).ggn(), exact
+
+
+def check_agreement(rough: ub.GGN, exact: ub.GGN) -> None:
+    assert rough.rank_bound == exact.rank_bound, "another rank"
+    error = (rough.diag() - exact.diag()).abs().max() / exact.diag().max()
+    assert error < 1e-5, f"off by {error:.1e}"
+
+
+def test_numbers_in_a_loss_do_not_make_its_second_derivative_rough():
+    """A small penalty is not lost beside the softmax because class weights came in single precision."""
+    check_agreement(*in_both_precisions())
+
+
+def test_a_second_derivative_tested_in_single_precision_is_caught(monkeypatch):
+    monkeypatch.setattr("unbatch.cotangents.LossAt.in_double", lambda _: None)
+    with pytest.raises(AssertionError, match="another rank"):
+        check_agreement(*in_both_precisions())

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from unbatch.errors import MSG_NO_GRAPH, MSG_NO_SECOND_DERIVATIVE, StructureError
-from unbatch.graph import NARROW, Graph, Ref, is_ref, widest
+from unbatch.errors import MSG_BACKWARD_INSIDE, MSG_NO_GRAPH, MSG_NO_SECOND_DERIVATIVE, StructureError
+from unbatch.graph import NARROW, Graph, Ref, Step, is_ref, widest
 from unbatch.purity import untouched
 from unbatch.setting import Setting
 
@@ -25,13 +25,15 @@ IN_DOUBLE, IN_SINGLE = (1e-6, 1e-3, 1e-13), (1e-2, 5e-2, 1e-4)  # of differences
 class LossAt:
     """The loss as a function of the predictions, at a point.
 
-    ``inner``: what else of the model the loss reads; ``outputs``: all that the model returned.
+    ``inner``: what else of the model the loss reads; ``outputs``: all that the model returned. ``replayed``: from the
+    recording, although the loss could be called.
     """
 
     setting: Setting
     predictions: Named
     inner: Named
     outputs: Named
+    replayed: bool = False
 
     @cached_property
     def slope(self) -> dict[int, Tensor]:
@@ -40,7 +42,7 @@ class LossAt:
 
     @property
     def _value(self) -> tuple[Tensor, dict[int, Tensor]]:
-        return loss_value(self.setting, self.predictions, self.inner, self.outputs)
+        return loss_value(self.setting, self.predictions, self.inner, self.outputs, self.replayed)
 
     @staticmethod
     def _gradient(value: Tensor, leaves: Named, create_graph: bool) -> dict[int, Tensor]:
@@ -102,14 +104,31 @@ class LossAt:
         replayed = by_graph(self.setting, self.inner)
         if all(t.dtype == torch.float64 for t in self.predictions.values()) and not (replayed and self._narrowed):
             return self
-        wide = [{i: widest(t) for i, t in named.items()} for named in (self.predictions, self.inner, self.outputs)]
+        if replayed:
+            return self._widened(replayed=True)
+        called = self._widened(replayed=False)
+        if called is not None or own_derivatives(self._value[0]) or _backward_inside(self.setting):
+            return called
+        other = self._widened(replayed=True)  # the loss has numbers of its own, in its own precision
+        return other if other is not None and self._agrees(other.slope) else None
+
+    def _widened(self, replayed: bool) -> LossAt | None:
+        predictions, inner, outputs = (
+            {i: widest(t) for i, t in named.items()} for named in (self.predictions, self.inner, self.outputs)
+        )
         targets = tree_map(lambda t: widest(t) if isinstance(t, Tensor) else t, self.setting.targets)
         setting = self.setting.widened() if replayed else self.setting
-        other = LossAt(replace(setting, targets=targets), *wide)
+        other = LossAt(replace(setting, targets=targets), predictions, inner, outputs, replayed)
         try:
             return other if all(g.dtype == torch.float64 for g in other.slope.values()) else None
         except (RuntimeError, TypeError):
             return None
+
+    def _agrees(self, slope: Named) -> bool:
+        allowed = self.setting.rounding * _largest(self.slope.values())
+        return slope.keys() == self.slope.keys() and all(
+            _largest([slope[i] - g]) <= allowed for i, g in self.slope.items()
+        )
 
 
 def _times(slope: Named, leaves: Named, v: Named) -> dict[int, Tensor]:
@@ -142,13 +161,13 @@ def own_derivatives(value: Tensor) -> list[str]:
 
 
 def loss_value(
-    setting: Setting, predictions: Mapping[int, Tensor], inner: Mapping[int, Tensor], outputs: Mapping[int, Tensor]
+    setting: Setting, predictions: Named, inner: Named, outputs: Named, replayed: bool = False
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """The loss at these predictions, connected to leaves in their place."""
     leaves = {i: t.detach().requires_grad_() for i, t in predictions.items() if t.is_floating_point() or t.is_complex()}
     graph = setting.graph
     with torch.enable_grad():
-        if by_graph(setting, inner):
+        if replayed or by_graph(setting, inner):
             assert graph.loss is not None
             constant = {i: t.detach() for i, t in inner.items()}
             feed = {**setting.constants, **setting.data, **constant, **predictions, **leaves}
@@ -161,8 +180,21 @@ def loss_value(
 
 
 def by_graph(setting: Setting, inner: Mapping[int, Tensor]) -> bool:
-    """The loss has to be replayed, because it cannot be called with predictions alone, or draws noise."""
-    return setting.own_loss or bool(inner) or any(s.noise for s in setting.graph.loss_steps)
+    """The loss has to be replayed, because it cannot be called with predictions alone, or draws noise.
+
+    Raises ``StructureError`` where that would not give its derivatives: a backward pass, once recorded, takes for
+    constants what it was handed by the forward pass. (Of a model with its own loss, the whole recording is tested.)
+    """
+    steps = setting.graph.loss_steps
+    replayed = setting.own_loss or bool(inner) or any(s.noise for s in steps)
+    inside = _backward_inside(setting)
+    if replayed and inside is not None and not setting.own_loss:
+        raise StructureError(MSG_BACKWARD_INSIDE.format(op=inside.name, where=inside.where))
+    return replayed
+
+
+def _backward_inside(setting: Setting) -> Step | None:
+    return next((s for s in setting.graph.loss_steps if "_backward" in s.name), None)
 
 
 def output_of(setting: Setting, values: Mapping[int, Tensor]) -> Any:

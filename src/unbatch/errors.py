@@ -147,6 +147,12 @@ MSG_NO_SECOND_DERIVATIVE = (
     "be had from it. Use a loss that can be differentiated twice, or one written in terms of such functions."
 )
 
+MSG_BACKWARD_INSIDE = (
+    "The loss takes derivatives ({op}, {where}), and it draws noise or reads more of the model than its predictions. "
+    "So it would have to be replayed, but a recorded backward pass does not have the derivatives of the one that ran. "
+    "Take the derivatives in the model and return them beside the predictions, or hand over the noise with the data."
+)
+
 MSG_NO_GRAPH = (
     "{names} comes with a backward pass of its own, whose derivative in PyTorch is not how the gradient changes with "
     "the predictions"
