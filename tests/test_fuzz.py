@@ -29,6 +29,7 @@ EXACT = 1e-9  # of the largest entry of a parameter, or of 1e-3 of that of all
 FLOOR = 1e-13  # what is rounding where everything else is of size one
 SHAKE = 1e-14  # a relative change of all inputs and parameters: what it does to a quantity is rounding
 MOVED = 1e-9  # a relative change of predictions that is no rounding
+NOISE = 3  # the seed of dropout in experiments
 ROWS = {"component": reference.component, "copy": reference.copies, "frozen": reference.frozen}
 
 Named = Mapping[str, Tensor]
@@ -102,7 +103,7 @@ def largest(t: Tensor) -> float:
 def predictions(model: Net, x: Any) -> Tensor:
     """``[N, entries]``, with the noise of one seed."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
+        torch.manual_seed(NOISE)
         p = reference.predict(model, x)
     return p.detach().flatten(1) if p.ndim > 1 else p.detach()[:, None]
 
@@ -217,7 +218,12 @@ def check_matrix(f: Fuzzed, by: str, memory: int | None) -> None:
     define = partial(reference.ggn, frozen=by == "frozen")
     G = f.problem.ggn(by=by, memory=memory)
     v = torch.linspace(-1, 1, G.shape[0], dtype=torch.float64)
-    f.near(G @ v, lambda *args: define(*args) @ v, "G @ v")
+    try:
+        f.near(G @ v, lambda *args: define(*args) @ v, "G @ v")
+    except ub.StructureError as error:
+        assert "contradict its backward pass" in str(error)
+        assert torch_is_wrong(f, v), "products are refused, and derivatives by torch are right"
+        return
     f.near(G.diag(), lambda *args: define(*args).diagonal(), "diagonal")
     f.near(G.trace(), lambda *args: define(*args).trace(), "trace")
     values = G.eigvalsh()
@@ -227,6 +233,21 @@ def check_matrix(f: Fuzzed, by: str, memory: int | None) -> None:
         return wanted[wanted.abs().argsort(descending=True)][: len(values)].sort().values
 
     f.near(values, spectrum, "eigenvalues")
+
+
+def torch_is_wrong(f: Fuzzed, v: Tensor) -> bool:
+    """``J v`` by backward passes is not what predictions do when parameters move along v."""
+    moved = []
+    for step in (1e-6, -1e-6):
+        model, _, _, _ = f.source.build()
+        model.load_state_dict(f.args[0].state_dict())
+        at = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+        torch.nn.utils.vector_to_parameters(at + step * v, model.parameters())
+        moved.append(predictions(model, f.args[2]).flatten())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(NOISE)
+        claimed, found = reference.jacobian(*f.args) @ v, (moved[0] - moved[1]) / 2e-6
+    return largest(claimed - found) > 1e-3 * largest(found)
 
 
 def check_components_of_matrix(f: Fuzzed) -> None:
@@ -273,7 +294,7 @@ def check(source: Source, memory: int | None = None) -> Counter[str]:
     return seen
 
 
-EXAMPLES = int(os.environ.get("UNBATCH_FUZZ", "60"))
+EXAMPLES = int(os.environ.get("UNBATCH_FUZZ", "40"))
 QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example, HealthCheck.filter_too_much]
 
 
@@ -356,6 +377,19 @@ FOUND = {
         "z = torch.zeros_like(h)\nz[:, 0] = h[:, -1]\nz[:, 1:] = net.c(h)[:, 1:]\nh = net.f(z)",
         "F.mse_loss(p, y)",
     ),
+    "zeros without memory, pulled through a group norm": Source(
+        "x = normals(4, 5)\nnet.b = nn.Linear(5, 4, bias=False)\nnet.c = nn.GroupNorm(4, 4)\ny = torch.randn((4, 4))",
+        "h = net.c(net.b(h))",
+        "(p - y).abs().mean()",
+    ),
+    # PyTorch 2.13 gives a batch norm the wrong derivative there (on the CPU, a cotangent in another order of memory):
+    # what it says itself by backward and by forward mode differs, and products with the matrix are refused.
+    "batch norm of channels that were moved from the last axis": Source(
+        "x = normals(5, 1, 4, 3)\nnet.b = nn.Parameter(normals(3))\nnet.c = nn.BatchNorm2d(3)\n"
+        "y = torch.randn((5, 3, 4, 1))",
+        "h = net.c((h**2 * net.b.exp()).transpose(1, -1))",
+        "F.mse_loss(p, y)",
+    ),
     "predictions that do not move": Source(
         "x = normals(5, 3)\nnet.a = nn.Linear(3, 3)\nnet.d = nn.BatchNorm1d(3, affine=False)\ny = torch.randn((5, 3))",
         "h = net.d(h + net.a(h.mean(0)).tanh())",
@@ -425,8 +459,8 @@ def test_a_matrix_of_another_loss_is_caught():
         check_matrix(f, "component", None)
 
 
+@pytest.mark.filterwarnings("ignore::unbatch.MixedSamplesWarning")
 def test_quantities_of_other_rows_are_caught(monkeypatch):
     monkeypatch.setattr(reference, "variance", lambda rows: {n: r.var(0) for n, r in rows.items()})
-    with warnings.catch_warnings(), pytest.raises(AssertionError, match="variance"):
-        warnings.simplefilter("ignore", ub.MixedSamplesWarning)
+    with pytest.raises(AssertionError, match="variance"):
         check_quantities(Fuzzed.of(PLAIN), "component", None)

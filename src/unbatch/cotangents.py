@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from unbatch.derivatives import solid
 from unbatch.errors import MSG_NO_SECOND_DERIVATIVE, StructureError
 from unbatch.graph import Graph, Ref, is_ref, widest
 from unbatch.purity import untouched
@@ -47,7 +48,7 @@ class LossAt:
             return {}
         with torch.enable_grad():
             grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, create_graph=create_graph)
-        return {i: g for i, g in zip(leaves, grads, strict=True) if g is not None}
+        return {i: solid(g) for i, g in zip(leaves, grads, strict=True) if g is not None}
 
     @cached_property
     def _curved(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
@@ -71,7 +72,7 @@ class LossAt:
                 raise
             raise StructureError(MSG_NO_SECOND_DERIVATIVE.format(error=error)) from error
         pairs = zip(leaves.items(), found, strict=True)
-        return {i: torch.zeros_like(leaf) if h is None else h.detach() for (i, leaf), h in pairs}
+        return {i: torch.zeros_like(leaf) if h is None else solid(h.detach()) for (i, leaf), h in pairs}
 
     def in_double(self) -> LossAt | None:
         """The same in float64; None where the loss does not take it."""

@@ -236,7 +236,9 @@ def _trains(step: Any) -> bool:
 
 def _statistics(forward: Any, step: Any) -> list[int]:
     """The values of a step that are statistics and were none before."""
-    made = [r.index for r in [*step.outs, *(new for _, new in step.writes)] if r is not None and r.index in forward.marks]
+    made = [
+        r.index for r in [*step.outs, *(new for _, new in step.writes)] if r is not None and r.index in forward.marks
+    ]
     return [i for i in made if not (m := forward.marks[i]).owned and not m.mixed and forward.made_at(step, i)]
 
 
