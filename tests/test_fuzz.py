@@ -67,11 +67,27 @@ class Fuzzed:
             return model, loss, tree_map(shaken, self.args[2]), self.args[3]
 
     def near(self, found: Tensor, define: Callable[..., Tensor], what: str) -> None:
-        """Raise where a tensor is not as defined, by more than its own rounding."""
-        self.all_near({what: found}, lambda *args: {what: define(*args)}, what)
+        """Raise where a tensor made from ``Jᵀ H J`` is not as defined, by more than rounding.
 
-    def all_near(self, found: Named, define: Callable[..., Named], what: str, summands: Named | None = None) -> None:
-        """The same for one tensor by parameter; what is a sum is known as well as its ``summands`` are."""
+        Entries of H are differences of numbers of size one, where a softmax is sure of itself.
+        """
+        floor = FLOOR + 1e-15 * self.steepness**2
+        self.all_near({what: found}, lambda *args: {what: define(*args)}, what, floor=floor)
+
+    @cached_property
+    def steepness(self) -> float:
+        """The largest entry of J."""
+        return largest(reference.jacobian(*self.args))
+
+    def all_near(
+        self,
+        found: Named,
+        define: Callable[..., Named],
+        what: str,
+        summands: Named | None = None,
+        floor: float = FLOOR,
+    ) -> None:
+        """Raise where tensors by parameter are not as defined; a sum is known as well as its ``summands`` are."""
         expected = define(*self.args)
         assert list(found) == list(expected), f"{what}: {list(found)} where {list(expected)} are expected"
         scale = max(map(largest, (summands or expected).values()), default=0.0)
@@ -79,7 +95,7 @@ class Fuzzed:
             shapes = tuple(found[name].shape), tuple(wanted.shape)
             assert shapes[0] == shapes[1], f"{what} of {name}: {shapes[0]} where {shapes[1]} is expected"
             error, bound = largest(found[name] - wanted), EXACT * max(largest(wanted), 1e-3 * scale)
-            if error > bound + FLOOR:
+            if error > bound + floor:
                 rounding = max(largest(t - expected[n]) for n, t in define(*self.shaken).items())
                 assert error <= 100 * rounding, f"{what} of {name}: off by {error:.1e}, allowed {bound:.1e}"
 
@@ -207,7 +223,7 @@ def check_quantities(f: Fuzzed, by: str, memory: int | None) -> None:
     f.all_near(norms, of_rows(lambda r: reference.squared_norms(r)[0]), "norms")
     f.all_near(squares, of_rows(reference.sum_of_squares), "sums of squares")
     f.all_near(variance, of_rows(reference.variance), "variance")
-    f.near(dots, of_rows(reference.dots), "inner products")
+    f.all_near({"all": dots}, of_rows(lambda r: {"all": reference.dots(r)}), "inner products")
 
 
 # ---------------------------------------------------------------- the Gauss-Newton matrix
@@ -221,9 +237,9 @@ def check_matrix(f: Fuzzed, by: str, memory: int | None) -> None:
     try:
         f.near(G @ v, lambda *args: define(*args) @ v, "G @ v")
     except ub.StructureError as error:
-        assert "contradict its backward pass" in str(error)
-        assert torch_is_wrong(f, v), "products are refused, and derivatives by torch are right"
-        return
+        if "contradict its backward pass" in str(error) and torch_is_wrong(f, v):
+            return
+        raise
     f.near(G.diag(), lambda *args: define(*args).diagonal(), "diagonal")
     f.near(G.trace(), lambda *args: define(*args).trace(), "trace")
     values = G.eigvalsh()
@@ -294,7 +310,7 @@ def check(source: Source, memory: int | None = None) -> Counter[str]:
     return seen
 
 
-EXAMPLES = int(os.environ.get("UNBATCH_FUZZ", "40"))
+EXAMPLES = int(os.environ.get("UNBATCH_FUZZ", "25"))
 QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example, HealthCheck.filter_too_much]
 
 
@@ -403,10 +419,12 @@ FOUND = {
 }
 
 
-@pytest.mark.parametrize("memory", [None, 1])
+FEW_AT_A_TIME = [n for n in FOUND if "few parameters" in n or "a seed" in n]
+
+
 @pytest.mark.parametrize("name", FOUND)
-def test_nets_found(name, memory):
-    check(FOUND[name], memory)
+def test_nets_found(name):
+    check(FOUND[name], memory=1 if name in FEW_AT_A_TIME else None)
 
 
 # ---------------------------------------------------------------- planted
