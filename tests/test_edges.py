@@ -285,7 +285,8 @@ def near(found, expected, what, floor=1e-13, rtol=EXACT):
         assert error <= allowed, f"{what} of {name}: off by {error:.1e}, allowed {allowed:.1e}"
 
 
-MEMORIES = {n: (None, 1, 700, 2000) if n == "seven samples" else (None, 1) for n in CASES}
+UNEVEN = {2000: 2, 4000: 4}  # bytes, and how many of seven samples are a chunk then
+MEMORIES = {n: (None, 1, *UNEVEN) if n == "seven samples" else (None, 1) for n in CASES}
 EACH = pytest.mark.parametrize("name", CASES)
 BY = pytest.mark.parametrize("by", ROWS)
 
@@ -304,6 +305,12 @@ def test_rows(name, by):
     near(rows, ROWS[by](*args), f"rows by {by}")
     for memory in {1, *MEMORIES[name]} - {None}:
         near(problem.gradients(by=by, memory=memory), dict(rows), f"rows by {by} in {memory} bytes")
+
+
+@pytest.mark.parametrize("memory", UNEVEN)
+def test_chunks_do_not_divide_the_samples(memory):
+    _, problem = made("seven samples")
+    assert problem.plan(memory=memory).at_once == UNEVEN[memory]
 
 
 @EACH
