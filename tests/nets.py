@@ -32,7 +32,16 @@ def integers(high: int, *shape: int) -> Tensor:
     return torch.randint(high, shape)
 
 
-FAILURES = (RuntimeError, AssertionError, LookupError, ValueError, TypeError, AttributeError, ZeroDivisionError, Warning)
+FAILURES = (
+    RuntimeError,
+    AssertionError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    ZeroDivisionError,
+    Warning,
+)
 SPACE: dict[str, Any] = {
     "torch": torch, "nn": nn, "F": F, "normals": normals, "integers": integers, "parametrizations": parametrizations,
 }  # fmt: skip
@@ -175,7 +184,8 @@ class Draft:
         for _ in range(tries):
             before = len(self.setup), len(self.names)
             try:
-                return self.add(self.choose(makers)(self))
+                self.add(self.choose(makers)(self))
+                break
             except FAILURES:
                 del self.setup[before[0] :], self.names[before[1] :]
 
@@ -383,7 +393,9 @@ def statistic_in_place(d: Draft) -> str:
 def meeting(d: Draft) -> str:
     """Samples meet by more than shared numbers."""
     q = d.linear(d.width, 2)
-    return f"h = {d.choose(['h + h.roll(1, 0)', f'({q}(h) @ {q}(h).T).softmax(-1) @ h', 'h.cumsum(0)', 'h - h.flip(0)'])}"
+    return (
+        f"h = {d.choose(['h + h.roll(1, 0)', f'({q}(h) @ {q}(h).T).softmax(-1) @ h', 'h.cumsum(0)', 'h - h.flip(0)'])}"
+    )
 
 
 def parameter(d: Draft) -> str:
@@ -393,7 +405,8 @@ def parameter(d: Draft) -> str:
         f"h = h * {w}", f"h = h + {w}", f"h = h * {w} + {w}", f"h = torch.addcmul(h, h, {w}.tanh())",
         f"h = {b} * h", f"h = F.layer_norm(h, ({d.width},), {w}, {w})", f"h = torch.where(h > {w}, h, {w} * h)",
         f"h = torch.cat([{w}.expand(h.shape[0], 1, -1), h], 1)", f"h = h ** 2 * {b}.exp() - {w}",
-        f"{last}h *= {w}", f"{last}h[..., 0] += {b}", f"h = h + {w}.expand_as(h).tanh()", f"h = h.addcdiv({w}, 1 + h * h)",
+        f"{last}h *= {w}", f"{last}h[..., 0] += {b}", f"h = h + {w}.expand_as(h).tanh()",
+        f"h = h.addcdiv({w}, 1 + h * h)",
     ]  # fmt: skip
     return d.choose(kinds)
 
@@ -465,7 +478,7 @@ LOSSES = [
     ("1 - 2 * (p.sigmoid() * y).sum() / (p.sigmoid().sum() + y.sum() + 1)", BITS),
     ("F.gaussian_nll_loss(p[:, 0], y[:, 0], p[:, -1].exp())", REAL),
     ("F.poisson_nll_loss(p.clamp(max=3), y)", BITS),
-    ("((1 - p.softmax(1).gather(1, y[:, None])) ** 2 * F.cross_entropy(p, y, reduction='none')[:, None]).mean()", LABELS),
+    ("((1 - p.softmax(1).gather(1, y[:, None])[:, 0]) ** 2 * F.cross_entropy(p, y, reduction='none')).mean()", LABELS),
     ("(p - y).square().mean() * 0 + (p * p * p).sum()", REAL),
 ]  # fmt: skip
 
@@ -506,8 +519,7 @@ def _with_loss(d: Draft) -> Source:
     shape = str(tuple(d.h.shape))
     for loss, targets in [*(d.choose(LOSSES) for _ in range(4)), LOSSES[0]]:
         learned = ["net.temperature = nn.Parameter(normals())"] if "temperature" in loss else []
-        sizes = {"p.shape": shape, "randn_like(p)": f"randn({shape})"}
-        drawn = "y = " + re.sub("|".join(map(re.escape, sizes)), lambda m: sizes[m[0]], targets)
+        drawn = "y = " + targets.replace("p.shape", shape).replace("randn_like(p)", f"randn({shape})")
         source = Source("\n".join([*d.setup, *learned, drawn]), d.forward(), loss, d.train)
         if _runs(source):
             return source
@@ -515,12 +527,13 @@ def _with_loss(d: Draft) -> Source:
 
 
 def _runs(source: Source) -> bool:
-    """The loss is a finite number with a gradient."""
+    """The loss is a number with a gradient, neither of them huge."""
     try:
         net, loss, x, y = source.build()
         with quietly():
             value = loss(net(*x) if isinstance(x, tuple) else net(x), y)
-            torch.autograd.grad(value, list(net.parameters()), allow_unused=True)
+            grads = torch.autograd.grad(value, list(net.parameters()), allow_unused=True)
     except FAILURES:
         return False
-    return bool(value.isfinite()) and value.ndim == 0
+    moderate = [value.abs(), *(g.abs().max() for g in grads if g is not None and g.numel())]
+    return value.ndim == 0 and all(t < LARGE**2 for t in moderate)

@@ -28,7 +28,9 @@ from unbatch.products import Linear
 EXACT = 1e-9  # of the largest entry of a parameter, or of 1e-3 of that of all
 FLOOR = 1e-13  # what is rounding where everything else is of size one
 SHAKE = 1e-14  # a relative change of all inputs and parameters: what it does to a quantity is rounding
+FAR = (-3.0, 100.0, -0.1)  # on which predictions may move that are constant on the batch (all of them zero, say)
 MOVED = 1e-9  # a relative change of predictions that is no rounding
+NOISE = 3  # the seed of dropout in experiments
 ROWS = {"component": reference.component, "copy": reference.copies, "frozen": reference.frozen}
 
 Named = Mapping[str, Tensor]
@@ -66,11 +68,27 @@ class Fuzzed:
             return model, loss, tree_map(shaken, self.args[2]), self.args[3]
 
     def near(self, found: Tensor, define: Callable[..., Tensor], what: str) -> None:
-        """Raise where a tensor is not as defined, by more than its own rounding."""
-        self.all_near({what: found}, lambda *args: {what: define(*args)}, what)
+        """Raise where a tensor made from ``Jᵀ H J`` is not as defined, by more than rounding.
 
-    def all_near(self, found: Named, define: Callable[..., Named], what: str, summands: Named | None = None) -> None:
-        """The same for one tensor by parameter; what is a sum is known as well as its ``summands`` are."""
+        Entries of H are differences of numbers of size one, where a softmax is sure of itself.
+        """
+        floor = FLOOR + 1e-15 * self.steepness**2
+        self.all_near({what: found}, lambda *args: {what: define(*args)}, what, floor=floor)
+
+    @cached_property
+    def steepness(self) -> float:
+        """The largest entry of J."""
+        return largest(reference.jacobian(*self.args))
+
+    def all_near(
+        self,
+        found: Named,
+        define: Callable[..., Named],
+        what: str,
+        summands: Named | None = None,
+        floor: float = FLOOR,
+    ) -> None:
+        """Raise where tensors by parameter are not as defined; a sum is known as well as its ``summands`` are."""
         expected = define(*self.args)
         assert list(found) == list(expected), f"{what}: {list(found)} where {list(expected)} are expected"
         scale = max(map(largest, (summands or expected).values()), default=0.0)
@@ -78,7 +96,7 @@ class Fuzzed:
             shapes = tuple(found[name].shape), tuple(wanted.shape)
             assert shapes[0] == shapes[1], f"{what} of {name}: {shapes[0]} where {shapes[1]} is expected"
             error, bound = largest(found[name] - wanted), EXACT * max(largest(wanted), 1e-3 * scale)
-            if error > bound + FLOOR:
+            if error > bound + floor:
                 rounding = max(largest(t - expected[n]) for n, t in define(*self.shaken).items())
                 assert error <= 100 * rounding, f"{what} of {name}: off by {error:.1e}, allowed {bound:.1e}"
 
@@ -102,7 +120,7 @@ def largest(t: Tensor) -> float:
 def predictions(model: Net, x: Any) -> Tensor:
     """``[N, entries]``, with the noise of one seed."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
+        torch.manual_seed(NOISE)
         p = reference.predict(model, x)
     return p.detach().flatten(1) if p.ndim > 1 else p.detach()[:, None]
 
@@ -122,10 +140,11 @@ def replaced(x: Any, n: int, seed: int, scale: float) -> Any:
     return tree_map(of, x)
 
 
-def largest_move(source: Source) -> float:
-    """How far a prediction moves, relative to its size, when others are replaced."""
+def largest_move(source: Source, scale_of_all: float = 1.0) -> float:
+    """How far a prediction moves, relative to its size, when others are replaced; on the batch, or one far out."""
     worst = 0.0
     _, _, x, _ = source.build()
+    x = tree_map(lambda t: scale_of_all * t if t.is_floating_point() else t, x)
     mine = predictions(source.build()[0], x)
     for n in range(len(mine)):
         for seed, scale in enumerate((1.0, 3.0, -0.1, 30.0)):
@@ -151,6 +170,7 @@ def check_verdicts(source: Source, structure: ub.Structure) -> None:
         if verdict:
             assert moved < MOVED, f"{verdict.name} holds, and a prediction moved by {moved:.1e}"
     if structure.independent_forward.status == "fails":
+        moved = max(moved, *(largest_move(source, scale) for scale in FAR)) if moved <= 1e-12 else moved
         assert moved > 1e-12, "independent_forward fails, and no prediction moved"
     noisy = source.train and "ropout" in source.setup + source.forward
     if noisy:
@@ -206,7 +226,7 @@ def check_quantities(f: Fuzzed, by: str, memory: int | None) -> None:
     f.all_near(norms, of_rows(lambda r: reference.squared_norms(r)[0]), "norms")
     f.all_near(squares, of_rows(reference.sum_of_squares), "sums of squares")
     f.all_near(variance, of_rows(reference.variance), "variance")
-    f.near(dots, of_rows(reference.dots), "inner products")
+    f.all_near({"all": dots}, of_rows(lambda r: {"all": reference.dots(r)}), "inner products")
 
 
 # ---------------------------------------------------------------- the Gauss-Newton matrix
@@ -217,7 +237,12 @@ def check_matrix(f: Fuzzed, by: str, memory: int | None) -> None:
     define = partial(reference.ggn, frozen=by == "frozen")
     G = f.problem.ggn(by=by, memory=memory)
     v = torch.linspace(-1, 1, G.shape[0], dtype=torch.float64)
-    f.near(G @ v, lambda *args: define(*args) @ v, "G @ v")
+    try:
+        f.near(G @ v, lambda *args: define(*args) @ v, "G @ v")
+    except ub.StructureError as error:
+        if "contradict its backward pass" in str(error) and torch_is_wrong(f, v):
+            return
+        raise
     f.near(G.diag(), lambda *args: define(*args).diagonal(), "diagonal")
     f.near(G.trace(), lambda *args: define(*args).trace(), "trace")
     values = G.eigvalsh()
@@ -227,6 +252,21 @@ def check_matrix(f: Fuzzed, by: str, memory: int | None) -> None:
         return wanted[wanted.abs().argsort(descending=True)][: len(values)].sort().values
 
     f.near(values, spectrum, "eigenvalues")
+
+
+def torch_is_wrong(f: Fuzzed, v: Tensor) -> bool:
+    """``J v`` by backward passes is not what predictions do when parameters move along v."""
+    moved = []
+    for step in (1e-6, -1e-6):
+        model, _, _, _ = f.source.build()
+        model.load_state_dict(f.args[0].state_dict())
+        at = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+        torch.nn.utils.vector_to_parameters(at + step * v, model.parameters())
+        moved.append(predictions(model, f.args[2]).flatten())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(NOISE)
+        claimed, found = reference.jacobian(*f.args) @ v, (moved[0] - moved[1]) / 2e-6
+    return largest(claimed - found) > 1e-3 * largest(found)
 
 
 def check_components_of_matrix(f: Fuzzed) -> None:
@@ -273,7 +313,7 @@ def check(source: Source, memory: int | None = None) -> Counter[str]:
     return seen
 
 
-EXAMPLES = int(os.environ.get("UNBATCH_FUZZ", "60"))
+EXAMPLES = int(os.environ.get("UNBATCH_FUZZ", "25"))
 QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example, HealthCheck.filter_too_much]
 
 
@@ -356,6 +396,19 @@ FOUND = {
         "z = torch.zeros_like(h)\nz[:, 0] = h[:, -1]\nz[:, 1:] = net.c(h)[:, 1:]\nh = net.f(z)",
         "F.mse_loss(p, y)",
     ),
+    "zeros without memory, pulled through a group norm": Source(
+        "x = normals(4, 5)\nnet.b = nn.Linear(5, 4, bias=False)\nnet.c = nn.GroupNorm(4, 4)\ny = torch.randn((4, 4))",
+        "h = net.c(net.b(h))",
+        "(p - y).abs().mean()",
+    ),
+    # PyTorch 2.13 gives a batch norm the wrong derivative there (on the CPU, a cotangent in another order of memory):
+    # what it says itself by backward and by forward mode differs, and products with the matrix are refused.
+    "batch norm of channels that were moved from the last axis": Source(
+        "x = normals(5, 1, 4, 3)\nnet.b = nn.Parameter(normals(3))\nnet.c = nn.BatchNorm2d(3)\n"
+        "y = torch.randn((5, 3, 4, 1))",
+        "h = net.c((h**2 * net.b.exp()).transpose(1, -1))",
+        "F.mse_loss(p, y)",
+    ),
     "predictions that do not move": Source(
         "x = normals(5, 3)\nnet.a = nn.Linear(3, 3)\nnet.d = nn.BatchNorm1d(3, affine=False)\ny = torch.randn((5, 3))",
         "h = net.d(h + net.a(h.mean(0)).tanh())",
@@ -369,10 +422,12 @@ FOUND = {
 }
 
 
-@pytest.mark.parametrize("memory", [None, 1])
+FEW_AT_A_TIME = [n for n in FOUND if "few parameters" in n or "a seed" in n]
+
+
 @pytest.mark.parametrize("name", FOUND)
-def test_nets_found(name, memory):
-    check(FOUND[name], memory)
+def test_nets_found(name):
+    check(FOUND[name], memory=1 if name in FEW_AT_A_TIME else None)
 
 
 # ---------------------------------------------------------------- planted
@@ -425,8 +480,8 @@ def test_a_matrix_of_another_loss_is_caught():
         check_matrix(f, "component", None)
 
 
+@pytest.mark.filterwarnings("ignore::unbatch.MixedSamplesWarning")
 def test_quantities_of_other_rows_are_caught(monkeypatch):
     monkeypatch.setattr(reference, "variance", lambda rows: {n: r.var(0) for n, r in rows.items()})
-    with warnings.catch_warnings(), pytest.raises(AssertionError, match="variance"):
-        warnings.simplefilter("ignore", ub.MixedSamplesWarning)
+    with pytest.raises(AssertionError, match="variance"):
         check_quantities(Fuzzed.of(PLAIN), "component", None)

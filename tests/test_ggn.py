@@ -390,6 +390,28 @@ def test_blocks():
         near(x, torch.linalg.solve(expected * mask + 0.1 * torch.eye(len(expected)).double(), b), "solve")
 
 
+def test_blocks_of_a_loss_that_joins_samples():
+    """Its columns run through all samples, and those of a block through the parameters of that block alone."""
+    (model, _, X, _), _ = two_batch_norms()
+    root = lambda p, y: F.mse_loss(p, y).sqrt()  # noqa: E731
+    args = (model, root, X, torch.linspace(-1, 1, 21, dtype=torch.float64).view(7, 3))
+    expected, G = reference.ggn(*args), ub.Problem(*args[:2], args[2:]).ggn(blocks="parameter")
+    blocks = [expected[s, s] for s in G.space.slices.values()]
+    near(G.trace(), expected.trace(), "trace")
+    near(G.diag(), expected.diagonal(), "diagonal")
+    for block, wanted in zip(G.blocks, blocks, strict=True):
+        values = torch.linalg.eigvalsh(wanted)[-len(block.eigvalsh()) :]
+        near(block.eigvalsh(), values, "eigenvalues", 1e-9 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("memory", [1, 2000])
+def test_a_loss_that_joins_samples_with_parameters_a_few_at_a_time(memory):
+    (model, _, X, _), _ = two_batch_norms()
+    args = (model, lambda p, y: F.mse_loss(p, y).sqrt(), X, torch.ones(7, 3, dtype=torch.float64))
+    expected, G = reference.ggn(*args), ub.Problem(*args[:2], args[2:]).ggn(memory=memory)
+    near(G.eigvalsh(), torch.linalg.eigvalsh(expected)[-21:], "eigenvalues")
+
+
 @pytest.mark.parametrize("name", ["cross-entropy", "mse", "binary cross-entropy", "poisson"])
 def test_drawn_columns_are_right_on_average(name):
     loss, targets, _, _ = FORMS[name]

@@ -95,6 +95,13 @@ def check_by_of_columns(by: str) -> None:
         raise InputError(errors.MSG_BY_OF_COLUMNS.format(value=by))
 
 
+def check_real(parameters: Mapping[str, Tensor]) -> None:
+    """The Gauss-Newton matrix is that of real numbers."""
+    for name, p in parameters.items():
+        if p.is_complex():
+            raise InputError(errors.MSG_COMPLEX.format(name=name, dtype=p.dtype))
+
+
 def check_draws(mc_samples: int | None, seed: int) -> tuple[int, int] | None:
     """How many columns are drawn for each sample, and the seed; None for none."""
     for what, value, least in (("mc_samples", mc_samples, 1), ("seed", seed, 0)):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from unbatch.derivatives import solid
 from unbatch.errors import MSG_BACKWARD_INSIDE, MSG_NO_GRAPH, MSG_NO_SECOND_DERIVATIVE, StructureError
 from unbatch.graph import NARROW, Graph, Ref, Step, is_ref, widest
 from unbatch.purity import untouched
@@ -50,7 +51,7 @@ class LossAt:
             return {}
         with torch.enable_grad():
             grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, create_graph=create_graph)
-        return {i: g for i, g in zip(leaves, grads, strict=True) if g is not None}
+        return {i: solid(g) for i, g in zip(leaves, grads, strict=True) if g is not None}
 
     @cached_property
     def _curved(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
@@ -139,7 +140,7 @@ def _times(slope: Named, leaves: Named, v: Named) -> dict[int, Tensor]:
         ends, vectors = [slope[i] for i in live], [v[i] for i in live]
         found = torch.autograd.grad(ends, list(leaves.values()), vectors, retain_graph=True, allow_unused=True)
     pairs = zip(leaves.items(), found, strict=True)
-    return {i: torch.zeros_like(leaf) if h is None else h.detach() for (i, leaf), h in pairs}
+    return {i: torch.zeros_like(leaf) if h is None else solid(h.detach()) for (i, leaf), h in pairs}
 
 
 def _largest(tensors: Iterable[Tensor]) -> float:

@@ -62,13 +62,18 @@ def attached(value: Tensor, anchor: Tensor) -> Tensor:
     return attached
 
 
+def solid(t: Tensor) -> Tensor:
+    """Zeros that torch keeps without memory, as plain ones: some kernels read the memory that is not there."""
+    return torch.zeros(t.shape, dtype=t.dtype, device=t.device) if t._is_zerotensor() else t
+
+
 def held(op: Any) -> Callable[..., Any]:
     """The op with its results cut off from what they were made of."""
     return lambda *args, **kwargs: tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, op(*args, **kwargs))
 
 
 def unmoved(op: Any) -> Callable[..., Any]:
-    """In forward mode, which no ``no_grad`` ends: the op on values alone. What it writes to keeps its tangent."""
+    """In forward mode, which ``no_grad`` does not end: the op on values alone. What it writes to keeps its tangent."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         given: dict[int, Tensor] = {}
@@ -146,7 +151,7 @@ def gradients(
         chosen = None if gs is None else [gs[k] for k in live]
         tensors = [outputs[k] for k in live]
         grads = torch.autograd.grad(tensors, list(leaves.values()), chosen, retain_graph=retain, allow_unused=True)
-    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(leaves.items(), grads, strict=True)}
+    return {n: torch.zeros_like(p) if g is None else solid(g) for (n, p), g in zip(leaves.items(), grads, strict=True)}
 
 
 def standardised(x: Tensor, mean: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

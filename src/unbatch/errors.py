@@ -224,6 +224,11 @@ MSG_BY_OF_COLUMNS = (
     "A Gauss-Newton matrix is made of derivatives of predictions: by={value!r} has none. Ask for by='component', or "
     "for by='frozen', with batch statistics held constant, which is another matrix."
 )
+MSG_COMPLEX = (
+    "Parameter {name!r} is complex ({dtype}), and the Gauss-Newton matrix is that of real parameters. Leave it out "
+    "with parameters=, or make its real and imaginary parts (torch.view_as_real) the parameter; gradients take it as "
+    "it is."
+)
 MSG_UNBIASED = (
     "What random signs say is missing is known for the whole diagonal, not for every component. Ask for one of "
     "per_component=True and unbiased=True."

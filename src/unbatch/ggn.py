@@ -332,11 +332,12 @@ class GGN(Operator):
 
         ``rtol``, ``info``: as for ``gram``, whose error bounds that of each eigenvalue beside the norm of them all.
         """
+        wide = torch.promote_types(self.dtype, torch.float32)
         if rtol is None or self.root.lowest < 0:
-            values, told = self._values(self.dtype), None
+            values, told = self._values(wide), None
         else:
             gram, told = self._compressed_gram(rtol, seed)
-            values = torch.linalg.eigvalsh(gram.to(self.dtype))
+            values = torch.linalg.eigvalsh(gram.to(wide))
         entries = sum(p.numel() for p in self.point.curvature.loss.predictions.values())
         count = min(self.shape[0], max(entries, len(values)))
         kept = values[values.abs().argsort(descending=True)][:count]

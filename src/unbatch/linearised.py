@@ -20,7 +20,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_map
 
 from unbatch import live
-from unbatch.derivatives import forward_mode, gradients, held, laid_out, norm_held, unmoved
+from unbatch.derivatives import forward_mode, gradients, held, laid_out, norm_held, solid, unmoved
 from unbatch.errors import MSG_NO_TANGENT, StructureError
 from unbatch.graph import Graph, Ref, Step, flat, is_ref
 from unbatch.purity import HIDDEN_WRITES, untouched
@@ -254,7 +254,7 @@ class Linearised:
             except (NotImplementedError, RuntimeError) as error:
                 raise StructureError(MSG_NO_TANGENT.format(place="the model", error=error)) from error
             pushed = [forward_ad.unpack_dual(t).tangent for t in found]
-        return {i: torch.zeros_like(t) if v is None else v for i, t, v in zip(which, found, pushed, strict=True)}
+        return {i: torch.zeros_like(t) if v is None else solid(v) for i, t, v in zip(which, found, pushed, strict=True)}
 
     def _spelled_out(self, step: Step) -> Callable[..., Any]:
         """An op without forward mode by ops that have one; its result lies in memory as before."""

@@ -25,6 +25,7 @@ from unbatch.checks import (
     check_draws,
     check_memory,
     check_out,
+    check_real,
     check_samples,
     check_sizes,
     check_values,
@@ -260,6 +261,7 @@ class Problem:
         """
         check_by_of_columns(by)
         kept, chosen, budget = self._asked(by, parameters, memory)
+        check_real(chosen)
         draws = check_draws(mc_samples, seed)
         picked = check_samples(samples, self.samples)
         kept.structure  # noqa: B018  settled before anything is kept
@@ -322,9 +324,12 @@ class Problem:
         memory: int | None,
         out: Mapping[str, Tensor] | None,
     ) -> list[Any]:
-        if any(isinstance(q, OfColumns) for q in quantities):
+        of_columns = any(isinstance(q, OfColumns) for q in quantities)
+        if of_columns:
             check_by_of_columns(by)
         kept, chosen, budget = self._asked(by, parameters, memory)
+        if of_columns:
+            check_real(chosen)
         buffers = check_out(out, chosen, self.samples)
         structure = kept.structure
         known = partial(weights, kept.graph, kept.marks_in_loss, self.samples) if structure.reduction else lambda: None

@@ -20,7 +20,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves, tree_map
 
 from unbatch.contractions import Call, Meeting
-from unbatch.derivatives import Gate, attached, batched_grad, held, norm_evaluated, norm_held
+from unbatch.derivatives import Gate, attached, batched_grad, held, norm_evaluated, norm_held, solid
 from unbatch.graph import Graph, Ref, Step, flat
 from unbatch.kinds import meeting, projected
 from unbatch.layout import Layout
@@ -268,7 +268,7 @@ class Sweep:
         """The cotangents of a step's outputs are there."""
         if not self._listening or all(g is None for g in gs):
             return
-        gs = [g.detach() if g is not None else None for g in gs]
+        gs = [solid(g.detach()) if g is not None else None for g in gs]
         local = [(u.site, u.group) for u in stop.uses if u.site.way == "local"]
         under = [(u.site, u.group) for i in stop.below for u in self.route.stops[i].uses if u.site.way == "projected"]
         for site, number in [*local, *under]:

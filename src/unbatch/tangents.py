@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
-from unbatch.derivatives import forward_mode
+from unbatch.derivatives import forward_mode, solid
 from unbatch.errors import MSG_NO_TANGENT, StructureError
 from unbatch.graph import Ref, Step, flat
 
@@ -185,15 +185,16 @@ def softmax(ran: Ran, moving: Mapping[str, Any]) -> Tangents:
 
 @rule("native_layer_norm")
 def layer_norm(ran: Ran, moving: Mapping[str, Any]) -> Tangents:
-    given, (_, mean, rstd) = ran.given, ran.outs
-    x, shape, dx = given["input"], given["normalized_shape"], moving["input"]
+    given, (y, mean, rstd) = ran.given, ran.outs
+    x, shape, dx = given["input"].to(mean.dtype), given["normalized_shape"], moving["input"]
     by_input = None
     if dx is not None:
-        only = (True, False, False)
-        by_input = aten.native_layer_norm_backward(dx.contiguous(), x, shape, mean, rstd, None, None, only)[0]
+        dx, only = dx.to(mean.dtype).contiguous(), (True, False, False)
+        by_input = aten.native_layer_norm_backward(dx, x, shape, mean, rstd, None, None, only)[0]
         by_input = by_input if given["weight"] is None else by_input * given["weight"]
-    by_scale = None if moving["weight"] is None else ((x - mean) * rstd).to(x.dtype) * moving["weight"]
-    return [_shifted(_sum(by_input, by_scale), moving["bias"], x.shape), None, None]
+    by_scale = None if moving["weight"] is None else (x - mean) * rstd * moving["weight"]
+    total = _shifted(_sum(by_input, by_scale), moving["bias"], x.shape)
+    return [None if total is None else total.to(y.dtype), None, None]
 
 
 @rule("native_batch_norm")
@@ -262,7 +263,8 @@ def _forward_mode(ran: Ran, op: Any, here: Mapping[int, Tensor]) -> Tangents:
         dual = lambda x, dx: forward_ad.make_dual(x, dx.to(x.dtype))  # noqa: E731
         args, kwargs = _placed(ran, here, dual)
         outs = flat(op(*args, **kwargs))
-        return [forward_ad.unpack_dual(o).tangent if isinstance(o, Tensor) else None for o in outs]
+        tangents = [forward_ad.unpack_dual(o).tangent if isinstance(o, Tensor) else None for o in outs]
+        return [None if t is None else solid(t) for t in tangents]
 
 
 def _twice_backward(ran: Ran, op: Any, here: Mapping[int, Tensor]) -> Tangents:
