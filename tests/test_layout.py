@@ -38,6 +38,7 @@ LEVELS = {
     "indexing": 2,
     "arranged": 2,
     "unwrapped": 1,
+    "folds": 1,
     "capture": 2,
     "contractions": 2,
     "products": 2,

@@ -23,6 +23,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from unbatch.folds import Fold
 from unbatch.graph import Escape, Graph, ModuleCall, Ref, Step, Value, flat, is_ref
 from unbatch.purity import SKIPS_COMPILER, mutated, storage_of, untouched
 from unbatch.scalars import Functions
@@ -299,6 +300,7 @@ class Program:
     loss: Callable[..., Any] | None
     parameters: Mapping[str, Tensor]
     functional: bool = False  # the model is called as model(parameters, inputs)
+    fold: Fold | None = None  # where samples lie along several axes
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -326,6 +328,11 @@ class Program:
         return replace(self, model=run)
 
     def predict(self, inputs: Any) -> Any:
+        if self.fold is None:
+            return self._called(inputs)
+        return self.fold.returned(self._called(self.fold.unfolded(inputs, self.fold.inputs)))
+
+    def _called(self, inputs: Any) -> Any:
         with plainly():
             if self.functional:
                 return self.model(dict(self.parameters), inputs)
@@ -338,12 +345,11 @@ class Program:
     def evaluate(self, output: Any, targets: Any) -> Any:
         """The loss at what the model returned."""
         assert self.loss is not None
+        if self.fold is not None:
+            output = self.fold.unfolded(output, self.fold.outputs)
+            targets = self.fold.unfolded(targets, self.fold.targets)
         with plainly():
-            try:
-                return self.loss(output, targets) if targets is not None else self.loss(output)
-            except Exception as error:
-                error.add_note(f"It was the loss, called with predictions of type {type(output).__name__}.")
-                raise
+            return self.loss(output, targets) if targets is not None else self.loss(output)
 
 
 def outside(program: Program) -> Iterator[tuple[str, str, Tensor]]:

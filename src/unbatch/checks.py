@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 from unbatch import errors
 from unbatch.capture import Program
 from unbatch.errors import InputError
+from unbatch.folds import Fold
 from unbatch.tree import select
 
 
@@ -43,6 +44,17 @@ def check_callable(what: str, function: Any) -> None:
 def opened(tree: Any) -> Any:
     """A mapping into which pytrees do not look, such as what tokenizers return, as a dict."""
     return dict(tree) if isinstance(tree, Mapping) and any(leaf is tree for leaf in tree_leaves(tree)) else tree
+
+
+def check_fold(dims: Any, loss: Any, in_dims: Any, inputs: Any, targets: Any) -> Fold | None:
+    """Several axes of samples, if there are."""
+    if dims is None:
+        return None
+    if loss is None:
+        raise InputError(errors.MSG_FOLD_OWN.format(dims=dims))
+    if in_dims != 0:
+        raise InputError(errors.MSG_FOLD_BOTH.format(dims=dims, in_dims=in_dims))
+    return Fold.of(dims, inputs, targets)
 
 
 def flat_dims(what: str, tree: Any, dims: Any) -> list[int | None]:

@@ -53,6 +53,23 @@ MSG_NO_AXIS = (
     "{what} has shape {shape} and no axis {axis} to hold samples. Give it a batch axis, or pass an `in_dims` pytree "
     "with None for tensors that are not per-sample."
 )
+MSG_FOLD = (
+    "sample_dims takes two or more different axes that together tell samples apart, such as (0, 1) for the tokens of "
+    "sentences; got {value!r}. For samples along one axis there is in_dims."
+)
+MSG_FOLD_SHAPE = (
+    "sample_dims={dims} with sizes {sizes} says where samples lie in every tensor of X and y (in front, where one has "
+    "fewer axes), but {what} has a tensor of shape {shape}."
+)
+MSG_FOLD_OUTPUT = (
+    "The model returns tensors of shapes {shapes}, of which none has the samples that sample_dims={dims} tells apart, "
+    "of sizes {sizes}. Predictions need an entry for every sample."
+)
+MSG_FOLD_OWN = (
+    "sample_dims needs the predictions and the loss apart. Let the model return the predictions and pass the loss: "
+    "Problem(model, loss, (X, y), sample_dims={dims})."
+)
+MSG_FOLD_BOTH = "sample_dims={dims} says where all samples lie; leave out in_dims={in_dims!r}."
 MSG_NO_BATCH = "No input is per-sample: every entry of in_dims is None. At least one input must carry the sample axis."
 MSG_EMPTY = "{what} holds no samples (shape {shape}). Statements about samples need at least one."
 MSG_NAN = (

@@ -23,6 +23,7 @@ from unbatch.checks import (
     check_devices,
     check_dims,
     check_draws,
+    check_fold,
     check_memory,
     check_out,
     check_real,
@@ -39,6 +40,7 @@ from unbatch.crosstalk import Crosstalk, crosstalk
 from unbatch.curvature import Curvature, Through
 from unbatch.derivatives import gradients
 from unbatch.errors import InputError, MixedSamplesWarning, StructureError
+from unbatch.folds import Fold
 from unbatch.ggn import GGN, Point
 from unbatch.gradients import Label, answer, is_moment, planned
 from unbatch.linearised import Linearised, LinearisedModel
@@ -64,7 +66,9 @@ class Problem:
     ``loss(predictions, y)``, or ``loss(predictions)`` where y is None, and returns a scalar. ``data`` is ``(X, y)``,
     each a pytree of tensors; a model that has its own loss takes ``batch=inputs`` in place of loss and data.
     ``in_dims`` says where the samples lie, as in ``torch.func.vmap``: an int, None (not per-sample), or a pair for X
-    and y whose parts may be pytrees of them.
+    and y whose parts may be pytrees of them. ``sample_dims``: several axes that together tell samples apart, of X, y
+    and the predictions, such as ``(0, 1)`` for the tokens of sentences or ``(0, 2, 3)`` for the pixels of images;
+    samples are then counted in this order, ``N = B·T``.
 
     Constructing computes nothing; questions do, with the parameters of that moment. No question changes anything:
     parameters, buffers, gradients, flags and random states are afterwards as they were.
@@ -81,6 +85,7 @@ class Problem:
         batch: Any = None,
         parameters: Mapping[str, Tensor] | None = None,
         in_dims: Any = 0,
+        sample_dims: Sequence[int] | None = None,
     ) -> None:
         if (data is None) == (batch is None):
             raise InputError(
@@ -96,7 +101,10 @@ class Problem:
         self.inputs: Any
         self.targets: Any
         self.inputs, self.targets = map(opened, data if data is not None else (batch, None))
-        self.program = Program(model, loss, parameters_of(model, loss, parameters), parameters is not None)
+        fold = check_fold(sample_dims, loss, in_dims, self.inputs, self.targets)
+        if fold is not None:
+            self.inputs, self.targets = fold.folded(self.inputs, fold.inputs), fold.folded(self.targets, fold.targets)
+        self.program = Program(model, loss, parameters_of(model, loss, parameters), parameters is not None, fold)
         x_dims, y_dims = (
             in_dims if isinstance(in_dims, tuple) and data is not None and len(in_dims) == 2 else (in_dims, in_dims)
         )
@@ -286,7 +294,12 @@ class Problem:
         """
         other = object.__new__(Problem)
         other.__dict__.update(self.__dict__)
-        other.inputs, other.targets = inputs, targets = opened(inputs), opened(targets)
+        inputs, targets = opened(inputs), opened(targets)
+        if (fold := self.program.fold) is not None:
+            fold = Fold.of(fold.dims, inputs, targets)
+            inputs, targets = fold.folded(inputs, fold.inputs), fold.folded(targets, fold.targets)
+            other.program = replace(self.program, fold=fold)
+        other.inputs, other.targets = inputs, targets
         check_dims("X", inputs, self._dims)
         check_dims("y", targets, self._target_dims)
         other.samples = check_sizes(inputs, self._dims, targets, self._target_dims)
