@@ -440,3 +440,16 @@ def test_curvature_exists_where_the_table_says_so(where: str, quantity: str) -> 
             ask(problem)
     else:
         assert ask(problem).isfinite().all()
+
+
+def test_what_is_restricted_says_so_once_for_each_outcome():
+    weight = torch.randn(2, 3, requires_grad=True)
+
+    def decayed(p: Tensor, y: Tensor) -> Tensor:
+        return (p - y).square().mean() + weight.square().sum()
+
+    data = torch.randn(4, 3), torch.randn(4, 2)
+    problem = ub.Problem(lambda w, x: x @ w["w"].T, decayed, data, parameters={"w": weight})
+    text = " ".join(str(problem.structure).split())
+    assert text.count("of the part through the predictions") == 2, text
+    assert "estimate only, of the part through the predictions sampled GGN factor" in text

@@ -258,10 +258,19 @@ def follows_part(structure: Structure) -> Table:
     table.add_column("", overflow="fold")
     for outcome, words in consequences.OUTCOMES.items():
         found = [c for c in structure.follows() if c.outcome == outcome]
-        names = [c.quantity + "*" * c.available + (f" (as {c.name})" if outcome == "renamed" else "") for c in found]
-        if found:
-            table.add_row(Text(words, STYLES.get(outcome, "yellow")), ", ".join(names))
+        parts = [c for c in found if c.name == c.quantity + consequences.PART]
+        names = [_named(c) + (f" (as {c.name})" if outcome == "renamed" else "") for c in found if c not in parts]
+        style = STYLES.get(outcome, "yellow")
+        if names:
+            table.add_row(Text(words, style), ", ".join(names))
+        if parts:
+            words = "exact" if outcome == "renamed" else words
+            table.add_row(Text(words + consequences.PART, style), ", ".join(map(_named, parts)))
     return table
+
+
+def _named(c: consequences.Consequence) -> str:
+    return c.quantity + "*" * c.available
 
 
 # --- why, and what to do --------------------------------------------------------------------------
