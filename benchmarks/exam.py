@@ -201,7 +201,7 @@ class Plain:
         return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-300))
 
     def off_diagonal(self, found: Tensor) -> float:
-        """Some entries, and the largest."""
+        """Some entries, the largest, and one that ought to be large."""
         generator = torch.Generator().manual_seed(2)
         entries = {
             *torch.randint(len(found), (ENTRIES_ASKED,), generator=generator).tolist(),

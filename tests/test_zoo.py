@@ -18,7 +18,9 @@ import zoo
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import exam  # noqa: E402
 import zoo_table  # noqa: E402
+from unbatch.ggn import GGN  # noqa: E402
 
 HOLDS = dict.fromkeys(zoo_table.NAMES, "holds")
 NORMALIZED = HOLDS | {"independent_forward": "fails", "simd_forward": "fails"}  # given statistics it holds
@@ -169,3 +171,34 @@ def test_rows_sum_to_the_gradient_and_cost_what_they_should(name, mode):
         total = rows[key].sum(0) + rows.rest.get(key, 0)
         assert (total - g).abs().max() <= 2e-5 * size, key
     assert problem.plan().pullbacks == ROWS[name][zoo_table.MODES.index(mode)]
+
+
+# --- numbers ------------------------------------------------------------------------------------------------
+
+# What is not ordinary about them: samples compared with each other, labels shifted and logits bent, experts in groups,
+# a loss without second derivative, batch norms.
+EXAMINED = ["bert", "clip", "gemma2", "mixtral", "wav2vec2-ctc", "cv-resnet"]
+
+
+@pytest.mark.parametrize("mode", zoo_table.MODES)
+@pytest.mark.parametrize("name", EXAMINED)
+def test_numbers_are_those_of_plain_autograd(name, mode):
+    row = zoo_table.ask(zoo.entry(name), mode, verify=False, numbers=True)
+    assert not row.wrong, row
+    refused = {question for question, answer in row.exam.answers.items() if answer.refusal}
+    assert refused == ({"product", "diagonal"} if name == "wav2vec2-ctc" else set()), row.exam
+
+
+@pytest.mark.parametrize("question", ["rows", "product", "diagonal"])
+def test_a_wrong_number_is_caught(monkeypatch, question):
+    scaled = {
+        "rows": (ub.Problem, "gradients", lambda found: {n: 1.01 * row for n, row in found.items()}),
+        "product": (GGN, "__matmul__", lambda found: 1.01 * found),
+        "diagonal": (GGN, "diag", lambda found: 1.01 * found),
+    }
+    owner, name, change = scaled[question]
+    right = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args, **kwargs: change(right(*args, **kwargs)))
+    sat = exam.examine(zoo.entry("bert").build())
+    assert [q for q, answer in sat.answers.items() if not sat.holds(answer)] == [question]
+    assert not sat.right

@@ -72,17 +72,18 @@ class _Search:
         self.loss, self.dims = loss, dims
         self.shapes = {i: tuple(loss.predictions[i].shape) for i in dims}
         self.generator = torch.Generator().manual_seed(0)
-        like = next(iter(loss.predictions.values()))
         self.found: tuple[str, int | None] | None = None
         self.tests = [self._test()]
-        self.rounding = self._rounding() if like.dtype == torch.float64 else COARSE
 
     def _test(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         v = {i: self._random(self.loss.predictions[i]) for i in self.dims}
         return v, self.loss.hessian_times(v)
 
-    def _rounding(self) -> float:
+    @cached_property
+    def rounding(self) -> float:
         """By how far H is from linear: a loss that casts its predictions rounds more coarsely than these do."""
+        if next(iter(self.loss.predictions.values())).dtype != torch.float64:
+            return COARSE
         v, product = self.tests[0]
         third = self.loss.hessian_times({i: x / 3 for i, x in v.items()})
         size = max(float(h.abs().max()) for h in product.values())
@@ -117,8 +118,9 @@ class _Search:
         self.tests += [self._test()] if len(self.tests) == 1 else []
         for v, product in self.tests[1:]:
             found = guess.hessian_times(v)
-            off, bound = _largest({i: found[i] - product[i] for i in found}), self.rounding * _largest(product)
-            if not (off <= bound or off <= bound + 10 * self._noise):
+            off, size = _largest({i: found[i] - product[i] for i in found}), _largest(product)
+            explained = off <= EXACT * size or off <= self.rounding * size  # each costs more than the one before
+            if not explained and not off <= self.rounding * size + 10 * self._noise:
                 return None
         return guess
 
