@@ -349,7 +349,11 @@ class Program:
             output = self.fold.unfolded(output, self.fold.outputs)
             targets = self.fold.unfolded(targets, self.fold.targets)
         with plainly():
-            return self.loss(output, targets) if targets is not None else self.loss(output)
+            try:
+                return self.loss(output, targets) if targets is not None else self.loss(output)
+            except Exception as error:
+                error.add_note(f"It was the loss, called with predictions of type {type(output).__name__}.")
+                raise
 
 
 def outside(program: Program) -> Iterator[tuple[str, str, Tensor]]:
