@@ -210,3 +210,23 @@ def test_a_total_that_is_only_added_is_no_culprit(loss, blamed):
     structure = ub.Problem(nn.Linear(D, D), loss, (x(), torch.arange(N) % D)).structure
     assert structure.reduction.status == "fails"
     assert sorted(c.op for c in structure.reduction.culprits) == blamed
+
+
+class ScaledByNoise(nn.Module):
+    """One number drawn for each sample, brought to the shape of images; or one for each channel."""
+
+    def __init__(self, of_samples):
+        super().__init__()
+        self.norm, self.of_samples = nn.BatchNorm2d(2), of_samples
+
+    def forward(self, x):
+        drawn = torch.rand(len(x)).view(-1, 1, 1, 1) if self.of_samples else torch.rand(2).view(-1, 1, 1)
+        return (self.norm(x) * drawn).flatten(1)
+
+
+@pytest.mark.parametrize("of_samples", [True, False])
+def test_noise_in_another_shape_is_permuted_with_its_samples(of_samples):
+    problem = ub.Problem(ScaledByNoise(of_samples), lambda p: p.square().mean(), (torch.randn(4, 2, 3, 3), None))
+    assert problem.structure.simd_given_statistics.status == "holds"
+    (check,) = [c for c in problem.verify().checks if c.name == "simd_given_statistics"]
+    assert check.passed, check

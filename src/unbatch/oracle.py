@@ -301,35 +301,44 @@ def noise_owners(graph: Graph, forward: Any) -> dict[int, Any] | None:
     return out
 
 
+ORDERLY = ("view", "_unsafe_view", "reshape", "_reshape_alias", "unsqueeze", "squeeze", "alias", "detach")
+
+
 def _claimed(graph: Graph, forward: Any, ref: int) -> Any:
-    """Owners of the elements of a noise value; None if it stays shared, a string if it is used in another shape."""
-    carrying = {ref}
+    """Owners of the elements of a noise value; None if it stays shared, a string if it cannot be said."""
+    carrying, turned = {ref}, False
     shape = graph.values[ref].shape
     if not graph.values[ref].dtype.is_floating_point:
         return None  # a drawn order or label: the same for the whole batch
     for step in (s for s in graph.forward_steps if s.index > graph.values[ref].step):
-        if not carrying & {r.index for r in step.refs()}:
+        used = carrying & {r.index for r in step.refs()}
+        if not used:
             continue
         for out in [*(r for r in step.outs if r), *(new for _, new in step.writes)]:
             marks = forward.marks[out.index]
             if not marks.depends_on_batch:
                 carrying.add(out.index)
-            elif marks.mixed or marks.shape != shape or out.index not in {r.index for r in step.outs if r}:
-                return _shared_by_samples(marks, shape)
-            elif (dim := marks.sample_dim()) is not None:
-                return np.broadcast_to(
-                    np.arange(shape[dim]).reshape([-1 if d == dim else 1 for d in range(len(shape))]), shape
-                )
-            else:
-                return np.broadcast_to(marks.owner, shape)
+                turned = turned or (step.name not in ORDERLY and graph.values[out.index].shape != shape)
+                continue
+            held = graph.values[next(iter(used))].shape
+            owner = _owner_of(marks, held) if out.index in {r.index for r in step.outs if r} else "otherwise"
+            if isinstance(owner, np.ndarray) and held != shape:
+                return "otherwise" if turned else owner.reshape(shape)
+            return owner
     return None
 
 
-def _shared_by_samples(marks: Any, shape: tuple[int, ...]) -> Any:
-    """Noise broadcast along the samples is the same for all of them."""
-    dim = marks.sample_dim()
-    at = None if dim is None else dim - len(marks.shape) + len(shape)
-    return None if at is not None and (at < 0 or shape[at] == 1) else "otherwise"
+def _owner_of(marks: Any, held: tuple[int, ...]) -> Any:
+    """Whose the elements of noise of shape ``held`` are where it meets samples."""
+    dim = None if marks.mixed else marks.sample_dim()
+    if dim is None:
+        return np.broadcast_to(marks.owner, held) if not marks.mixed and marks.shape == held else "otherwise"
+    at = dim - len(marks.shape) + len(held)
+    if at < 0 or held[at] == 1:
+        return None  # broadcast along the samples: the same for all of them
+    if held[at] != marks.shape[dim]:
+        return "otherwise"
+    return np.broadcast_to(np.arange(held[at]).reshape([-1 if d == at else 1 for d in range(len(held))]), held)
 
 
 def permute_owned(value: Tensor, owner: Any, order: Tensor) -> Tensor | None:
