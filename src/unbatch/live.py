@@ -33,7 +33,7 @@ class Live:
     output: Any
     values: dict[int, Tensor]
     inner: dict[int, Tensor]
-    state: tuple[Any, ...]  # from which a backward pass would draw, if it does: always the same, or there is no J
+    state: tuple[Any, ...] | None  # from which backward passes draw, the same each time; None: they do not
 
     @property
     def predictions(self) -> dict[int, Tensor]:

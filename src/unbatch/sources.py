@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -319,32 +318,26 @@ class Ran(Source):
         self.setting, self.parameters, self.replayed = setting, parameters, replayed
         self.reason = f"Every sample is pulled back through the whole model: {why or 'there is only one'}."
         self._totals: dict[str, Tensor] = {}
-        self._draws: tuple[Any, ...] | None = None  # from which backward passes draw random numbers
-        if replayed:
-            self._replay()
-        else:
-            ran = live.run(setting, parameters)
-            self.output, self.predictions, self.at, self._draws = ran.output, ran.predictions, ran.loss, ran.state
+        ran = self._replay() if replayed else live.run(setting, parameters)
+        self.output, self.predictions, self.at, self._draws = ran.output, ran.predictions, ran.loss, ran.state
         self.cotangents = self.at.slope
 
     @property
     def loss(self) -> LossAt:
         return self.at
 
-    def _replay(self) -> None:
+    def _replay(self) -> live.Live:
         graph = self.setting.graph
         self.leaves = {n: p.detach().requires_grad_() for n, p in self.parameters.items()}
         self.parameters = self.leaves
-        live = {i: self.leaves[v.name] for i, v in enumerate(graph.values)
+        alive = {i: self.leaves[v.name] for i, v in enumerate(graph.values)
                 if v.kind == "parameters" and v.name in self.leaves}  # fmt: skip
         read = graph.read_by_loss(self.setting.axes)
         wanted = list(dict.fromkeys([*self.setting.axes, *read, *(r.index for r in graph.predictions)]))
         with torch.enable_grad():
-            outs = graph.run(self.setting.data | live, wanted, steps=graph.forward_steps)
+            outs = graph.run(self.setting.data | alive, wanted, steps=graph.forward_steps)
         at = dict(zip(wanted, outs, strict=True))
-        self.predictions = {i: at[i] for i in self.setting.axes if at[i].requires_grad}
-        alone, outputs = ({i: t.detach() for i, t in found.items()} for found in (self.predictions, at))
-        self.at = LossAt(self.setting, alone, {i: at[i] for i in read}, outputs)
+        return live.Live(self.setting, None, at, {i: at[i] for i in read}, None)
 
     def feed(
         self, plan: Chunks, take: Take, outs: Mapping[str, Tensor], given: Mapping[int, Tensor] | None = None,
