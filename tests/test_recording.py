@@ -128,6 +128,26 @@ def test_a_training_loop_needs_one_recording(records):
     assert len(records) == 1
 
 
+def test_data_put_into_the_same_dict_are_other_data():
+    """Also where a tensor gets the number and the memory of one that is gone."""
+
+    class Named(nn.Linear):
+        def forward(self, x):
+            return super().forward(x)
+
+    batch = {"x": x()}
+    problem = ub.Problem(Named(D, C), loss, (batch, y()))
+    again = 0
+    for i in range(20):
+        _ = problem.gradient()
+        before = id(batch.pop("x"))  # gone, and its place is free
+        batch["x"] = torch.full((N, D), float(i))
+        again += id(batch["x"]) == before
+        torch.testing.assert_close(problem.predictions(), problem.program.model(**batch))
+        agrees_with_a_fresh_one(problem)
+    assert again
+
+
 def test_another_shape_needs_one(records):
     first = asked()
     other = first.with_batch(torch.randn(8, D), torch.arange(8) % C)

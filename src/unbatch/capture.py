@@ -6,7 +6,6 @@ from, together with what leaves the tensor world. Nothing here knows about sampl
 
 from __future__ import annotations
 
-import linecache
 import os
 import sys
 import warnings
@@ -45,10 +44,10 @@ class Recorder(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return SKIPS_COMPILER
 
-    def __init__(self, names: Mapping[int, str], flip: int = -1) -> None:
+    def __init__(self, names: Mapping[int, str], answers: Sequence[bool] = ()) -> None:
         super().__init__()
         self.graph = Graph()
-        self.flip, self.branches = flip, 0
+        self.answers, self.asked = answers, 0
         self.in_loss = False
         self.names = names  # id(module) -> qualified name
         self.modules: list[str] = []
@@ -188,23 +187,24 @@ class Recorder(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self.escape(tensor, how)
 
-    def escape(self, tensor: Tensor, how: str, order: int = -1) -> None:
+    def escape(self, tensor: Tensor, how: str, answer: bool | None = None) -> None:
         if not self.off and not self.checks:
             module = self.modules[-1] if self.modules else ""
             self.graph.escapes.append(
-                Escape(self.ref(tensor), how, len(self.graph.steps), module, self._where(), order, self.in_loss)
+                Escape(self.ref(tensor), how, len(self.graph.steps), module, self._where(), answer, self.in_loss)
             )
 
     def branch(self, tensor: Tensor, how: str, value: Any) -> Any:
-        """A value read by Python; a boolean may be answered the other way, to see what the other branch does."""
+        """A value read by Python; to booleans other answers may be given, to see what the other branch does."""
         if self.off or self.checks:
             return value
         if tensor.dtype != torch.bool:
             self.escape(tensor, how)
             return value
-        self.branches += 1
-        self.escape(tensor, how, self.branches - 1)
-        return not value if self.flip == self.branches - 1 else value
+        answer = self.answers[self.asked] if self.asked < len(self.answers) else bool(value)
+        self.asked += 1
+        self.escape(tensor, how, answer)
+        return answer
 
     def shape_read(self, tensor: Any) -> None:
         ref = self.find(tensor)
@@ -397,7 +397,7 @@ def _newborn(graph: Graph, again: Graph) -> list[Escape]:
                     user.index if user else 0,
                     module,
                     where,
-                    -1,
+                    None,
                     in_loss,
                     True,
                 )
@@ -411,33 +411,16 @@ def _made_from_numbers(graph: Graph, value: int) -> bool:
     return bool(users) and users[0].name in ("lift_fresh", "lift")
 
 
-def harmless(program: Program, inputs: Any, targets: Any, graph: Graph, escape: Escape) -> bool:
-    """Whether a branch on a boolean changes nothing: the other way raises (an assertion) or computes the same."""
-    if escape.order < 0:
-        return False
-    try:
-        other, _ = _record(program, inputs, targets, True, escape.order)
-    except Exception as error:
-        return _raised_by_program(error)
-    return other.signature() == graph.signature()
+def record_answered(program: Program, inputs: Any, targets: Any, answers: Sequence[bool]) -> Graph:
+    """A recording on which the first booleans that Python asks for are answered as given."""
+    return _record(program, inputs, targets, True, answers)[0]
 
 
-def _raised_by_program(error: Exception) -> bool:
-    """The program itself raised, by a ``raise`` or ``assert`` of its own."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and not trace.tb_frame.f_code.co_filename.startswith(LIBRARY[1]) and _is_raise(trace)
-
-
-def _is_raise(trace: Any) -> bool:
-    line = linecache.getline(trace.tb_frame.f_code.co_filename, trace.tb_lineno).strip()
-    return line.startswith(("raise ", "assert ", "raise(", "assert("))
-
-
-def _record(program: Program, inputs: Any, targets: Any, follow: bool, flip: int = -1) -> tuple[Graph, Any]:
+def _record(
+    program: Program, inputs: Any, targets: Any, follow: bool, answers: Sequence[bool] = ()
+) -> tuple[Graph, Any]:
     names = {id(m): name or type(m).__name__ for module in program.modules for name, m in module.named_modules()}
-    recorder = Recorder(names, flip)
+    recorder = Recorder(names, answers)
     graph = recorder.graph
     with untouched(program.modules) as state, torch.enable_grad(), recorder.tracked():
         graph.rng = state

@@ -101,7 +101,7 @@ class Escape:
     step: int
     module: str
     where: str
-    order: int = -1  # the how-manieth branch on a boolean it was, if it was one
+    answer: bool | None = None  # what Python was told, if it was a boolean
     in_loss: bool = False
     blind: bool = False  # what it tells is not known: it may tell anything
 
@@ -182,12 +182,6 @@ class Graph:
         ]
         steps = [replace(s, args=mapped(s.args, wide), kwargs=mapped(s.kwargs, wide)) for s in self.steps]
         return replace(self, values=values, steps=steps)
-
-    def signature(self) -> tuple[Any, ...]:
-        """What is computed, without the data: equal for two runs that do the same."""
-        steps = tuple((str(s.op), repr(s.args), repr(s.kwargs)) for s in self.steps)
-        outside = tuple((v.kind, v.name) for v in self.values if v.kind != "step")
-        return steps, outside, self.loss or tuple(self.predictions), self.model_steps
 
     def run(
         self,

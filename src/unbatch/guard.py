@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import sysconfig
 import types
+import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -119,13 +120,25 @@ class Guard:
         return tuple(_bits(torch.cat(views)) for views in by_kind.values())
 
 
+class Seen:
+    """A tensor at a moment: equal to another as long as both are of the same tensor, and nothing was written to it.
+
+    The tensor may be gone, and its number and memory be another's by then: that is another tensor.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.mark = weakref.ref(tensor), (tensor._version, storage_of(tensor))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Seen) and self.mark == other.mark and self.tensor() is other.tensor() is not None
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 def identity(*trees: Any) -> tuple[Any, ...]:
     """Of data: equal as long as it is the same tensors, and nothing was written to them."""
-    return tuple(
-        (id(t), t._version) if isinstance(t, Tensor) else t
-        for t in tree_leaves(trees)
-        if isinstance(t, Tensor | int | float | str)
-    )
+    leaves = [t for t in tree_leaves(trees) if isinstance(t, Tensor | int | float | str)]
+    return tuple(Seen(t) if isinstance(t, Tensor) else t for t in leaves)
 
 
 def signature(*trees: Any) -> tuple[Any, ...]:

@@ -6,6 +6,7 @@ is among them; it is then moved to the new numbers, with its structure and its p
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from unbatch import capture, errors, rules
+from unbatch import branches, capture, errors, rules
 from unbatch.capture import Program
 from unbatch.errors import CaptureError, InputError
-from unbatch.graph import Graph
+from unbatch.graph import Escape, Graph
 from unbatch.guard import Guard, identity, signature
 from unbatch.labels import Marks
 from unbatch.oracle import Oracle
@@ -175,14 +176,18 @@ class Recording:
         program, batch, graph = self.program, self.batch, self.graph
         names = {id(m): name or type(m).__name__ for module in program.modules for name, m in module.named_modules()}
         assumed = [names[i] for i in ASSUMED_MODULES if i in names]
-        steering: list[Any] = []  # one branch that matters settles it: the others need not be tried
+        general = functools.cache(lambda: branches.stands_for_all(program, batch.inputs, batch.targets, graph))
 
-        def harmless(escape: Any) -> bool:
-            if steering or not capture.harmless(program, batch.inputs, batch.targets, graph, escape):
-                steering.append(escape)
-            return not steering
+        def harmless(escape: Escape) -> bool:
+            return escape.answer is not None and general() is not None
 
-        structure, findings = judge(graph, batch.samples, batch.dims, batch.target_dims, assumed, harmless)
+        def judged(graph: Graph) -> tuple[Structure, Findings]:
+            return judge(graph, batch.samples, batch.dims, batch.target_dims, assumed, harmless)
+
+        structure, findings = judged(graph)
+        other = general() if general.cache_info().currsize else None  # where it mattered
+        if other is not None and other is not graph:
+            structure = structure.no_more_than(judged(other)[0])
         self._findings, self._oracle = findings, self._asked(findings)
         values, gradients = unfaithful(self._oracle)
         structure = settle(structure, self._oracle, self.predictions, "" if structure.assumptions else values)

@@ -114,6 +114,11 @@ class Structure:
         changes: dict[str, Any] = {v.name: v for v in verdicts}
         return replace(self, **changes)
 
+    def no_more_than(self, other: Structure) -> Structure:
+        """Where ``other``, of a recording that stands for this one too, shows less, so much and no more."""
+        theirs = {v.name: v for v in other.verdicts}
+        return self.with_verdicts(*(theirs[v.name] for v in self.verdicts if v and not theirs[v.name]))
+
     def located(self, where: str) -> Structure:
         """Culprits without a line of the user's code (a model made of library modules only) point to ``where``."""
         found = (
