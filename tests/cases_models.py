@@ -1910,6 +1910,51 @@ def _(net, x):
     return torch.einsum("td,tdo->to", tokens[order], net.w[expert])[order.argsort()].view_as(x)
 
 
+GROUPED = {"router": linear(D, 3), "other": linear(D, 3), "w": weight(3, 8, 8)}  # the kernel wants multiples of four
+
+
+def _grouped(net, tokens, order, numbers):
+    """Rows in an order, each times the matrix of the group that its place falls into; in that order."""
+    ends = torch.histc(numbers.float(), bins=3, min=0, max=2).cumsum(0, dtype=torch.int32)
+    return F.grouped_mm(F.pad(tokens[order], (0, 8 - D)), net.w, offs=ends)[:, :D]
+
+
+@forward("mixture of experts by a grouped product, unsorted", SIMD, SEQUENCE, **GROUPED)
+def _(net, x):
+    tokens = x.flatten(0, 1)
+    numbers, order = net.router(tokens).argmax(1).sort()
+    return _grouped(net, tokens, order, numbers)[order.argsort()].view_as(x)
+
+
+@forward("mixture of experts by a grouped product, left sorted", MIXED, SEQUENCE, accept_unknown=True, **GROUPED)
+def _(net, x):
+    tokens = x.flatten(0, 1)
+    numbers, order = net.router(tokens).argmax(1).sort()
+    return _grouped(net, tokens, order, numbers).view_as(x)
+
+
+@forward("grouped by the numbers of another router", MIXED, SEQUENCE, accept_unknown=True, **GROUPED)
+def _(net, x):
+    tokens = x.flatten(0, 1)
+    order = net.router(tokens).argmax(1).sort().indices
+    numbers = net.other(tokens).argmax(1).sort().values
+    return _grouped(net, tokens, order, numbers)[order.argsort()].view_as(x)
+
+
+@forward("grouped upwards, sorted downwards", MIXED, SEQUENCE, accept_unknown=True, **GROUPED)
+def _(net, x):
+    tokens = x.flatten(0, 1)
+    numbers, order = net.router(tokens).argmax(1).sort(descending=True)
+    return _grouped(net, tokens, order, numbers)[order.argsort()].view_as(x)
+
+
+@forward("grouped by counts that leave one out", MIXED, SEQUENCE, accept_unknown=True, **GROUPED)
+def _(net, x):
+    tokens = x.flatten(0, 1)
+    numbers, order = (net.router(tokens).argmax(1) - 1).sort()
+    return _grouped(net, tokens, order, numbers)[order.argsort()].view_as(x)
+
+
 @forward("mixture of experts by masks and index_add", SIMD, accept_unknown=True, **EXPERTS)
 def _(net, x):
     chosen, out = net.router(x).argmax(1), torch.zeros_like(x)

@@ -3,7 +3,9 @@
 Sorting tokens by expert permutes them in a way in which every token takes part, and undoing the permutation makes each
 row belong to its sample again. A value ``v = u[p]`` with a permutation ``p`` of the batch's making is remembered as the
 marks of ``u`` together with the name of ``p``. Ops that act on each row alone act on ``u``; a lookup by the inverse
-permutation (or a scatter to ``p``) gives back ``u``; everything else sees a mixed value.
+permutation (or a scatter to ``p``) gives back ``u``; everything else sees a mixed value. How many rows each expert got,
+and where its rows end, is remembered as ``Ends``: a product with the matrices of all experts, in which the ends say
+whose turn it is, takes for each row the matrix of its own number.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from unbatch.labels import Marks, shared
+from unbatch.labels import Marks, shared, unsqueeze
 from unbatch.rules import Call, Rule
 
 
@@ -27,6 +29,7 @@ class Arranged:
     permutation: int
     inverse: bool
     values: Any = None
+    numbered: bool = False  # non-negative integers in ascending order: rows are sorted by them
 
     @property
     def order(self) -> tuple[int, bool]:
@@ -39,18 +42,30 @@ class Arranged:
 
 
 @dataclass(frozen=True)
+class Ends:
+    """How often each of the ``numbers`` occurs by which rows are sorted; summed up, where its rows end."""
+
+    numbers: Arranged
+    summed: bool = False
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What a step made: an arranged value, or plain marks again (``marks``), for its ``slot``-th output."""
 
     slot: int
-    arranged: Arranged | None = None
+    arranged: Arranged | Ends | None = None
     marks: Marks | None = None
 
 
-def follow(call: Call, step: int, known: Mapping[str, Arranged], rule: Rule | None) -> list[Outcome]:
+def follow(call: Call, step: int, all_known: Mapping[str, Arranged | Ends], rule: Rule | None) -> list[Outcome]:
     """What is known about the outputs of a step, given which of its arguments are arranged (by argument name)."""
+    ends = {k: a for k, a in all_known.items() if isinstance(a, Ends)}
+    known = {k: a for k, a in all_known.items() if isinstance(a, Arranged)}
     if call.name in ("sort", "argsort"):
         return _sorted(call, step, known)
+    if ends or call.name in ("histc", "bincount"):
+        return _by_groups(call, known, ends)
     if not known or rule is None:
         return []
     if call.name in ("index", "index_select"):
@@ -62,7 +77,8 @@ def follow(call: Call, step: int, known: Mapping[str, Arranged], rule: Rule | No
     first = next(iter(known.values()))
     if _row_by_row(call, known, first.under.shape[0]):
         results = _under(call, known, rule)
-        return [Outcome(i, Arranged(m, *first.order, _numbers(call, known))) for i, m in enumerate(results)]
+        same = first.numbered and call.name in ("_to_copy", "clone", "detach", "alias")
+        return [Outcome(i, Arranged(m, *first.order, _numbers(call, known), same)) for i, m in enumerate(results)]
     if call.name in ("sum", "mean") and list(known) == ["self"] and len(call.shapes) == 1:
         return [Outcome(0, marks=_under(call, known, rule)[0])]
     return []
@@ -85,7 +101,8 @@ def _sorted(call: Call, step: int, known: Mapping[str, Arranged]) -> list[Outcom
         )
     if x.mixed:
         return []
-    values = [Outcome(0, Arranged(x, step, False))] if slot else []
+    numbered = not call["descending"] and call.sees("self", lambda v: v is not None and v.min(initial=0) >= 0)
+    values = [Outcome(0, Arranged(x, step, False, numbered=numbered))] if slot else []
     return [*values, Outcome(slot, _permutation(x.shape[0], step, False))]
 
 
@@ -106,6 +123,31 @@ def _numbers(call: Call, known: Mapping[str, Arranged]) -> Any:
     arguments = {k: torch.as_tensor(numbers[k]) if k in numbers else a for k, a in call.arguments.items()}
     out = call.op(**arguments)
     return out.numpy() if not out.is_floating_point() else None
+
+
+# --- matrices that rows choose by number ----------------------------------------------------------
+
+
+def _by_groups(call: Call, known: Mapping[str, Arranged], ends: Mapping[str, Ends]) -> list[Outcome]:
+    """Counts of numbers, their sums, and products with the matrix of each row's number."""
+    if call.name in ("histc", "bincount"):
+        numbers, counts = known.get("self"), call.shape[0]
+        every = call.name == "bincount" or (call["bins"], call["min"], call["max"]) == (counts, 0, counts - 1)
+        ok = set(known) == {"self"} and numbers is not None and numbers.numbered and every
+        return [Outcome(0, Ends(numbers))] if ok and numbers is not None else []
+    if call.name == "cumsum" and not ends["self"].summed:
+        return [Outcome(0, replace(ends["self"], summed=True))]
+    if call.name in ("_to_copy", "clone", "detach", "alias"):
+        return [Outcome(0, ends["self"])]
+    if call.name != "_grouped_mm" or set(known) != {"self"} or "offs" not in ends or call["bias"] is not None:
+        return []
+    x, matrices, groups = known["self"], call["mat2"], ends["offs"]
+    if not groups.summed or groups.numbers.order != x.order or matrices.depends_on_batch or len(matrices.shape) != 3:
+        return []
+    a = call.algebra
+    product = a.contract(call.name, [x.under, a.reduce("sum", matrices, [0])], ["no", "oi"], "ni")
+    chosen = a.pointwise("matrix by number", product, unsqueeze(groups.numbers.under, 1))
+    return [Outcome(0, Arranged(chosen, *x.order))]
 
 
 # --- which ops act on each row alone --------------------------------------------------------------
@@ -138,6 +180,7 @@ ROWS: dict[str, Callable[[Call, Mapping[str, Arranged]], bool]] = {
     "squeeze": lambda c, k: _other_dims(c),
     "permute": lambda c, k: c["dims"][0] == 0,
     "transpose": lambda c, k: 0 not in (c["dim0"] % len(c["self"].shape), c["dim1"] % len(c["self"].shape)),
+    "constant_pad_nd": lambda c, k: len(c["pad"]) < 2 * len(c["self"].shape),
     "native_layer_norm": lambda c, k: set(k) == {"input"} and len(c["normalized_shape"]) < len(c["input"].shape),
 }
 
@@ -147,7 +190,7 @@ def _row_by_row(call: Call, known: Mapping[str, Arranged], rows: int) -> bool:
         return False
     if call.name in ROWS:
         return ROWS[call.name](call, known)
-    if torch.Tag.pointwise not in call.op.tags and call.name != "floor_divide":  # which lacks the tag
+    if torch.Tag.pointwise not in call.op.tags and call.name != "floor_divide":
         return False
     ndim = len(call.shape)
     others = [m for k, m in call.arguments.items() if isinstance(m, Marks) and k not in known]

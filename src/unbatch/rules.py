@@ -142,6 +142,7 @@ def lookup(op: Any) -> Rule | None:
     return pointwise if torch.Tag.pointwise in op.tags else None
 
 
+@rule("floor_divide")  # which lacks the tag
 def pointwise(call: Call) -> Any:
     out = (
         call.algebra.pointwise(call.title, *call.marks)

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from unbatch import indexing, layers, loss_rules, moves, rules  # noqa: F401  their rules are registered by importing them
 from unbatch.algebra import Algebra
-from unbatch.arranged import Arranged, follow
+from unbatch.arranged import Arranged, Ends, follow
 from unbatch.capture import Recorder
 from unbatch.families import running_statistics
 from unbatch.graph import Graph, Ref, Step
@@ -70,7 +70,7 @@ class Walk:
     unknown: dict[int, str] = field(default_factory=dict)  # step -> op without a rule
     assumed: set[str] = field(default_factory=set)
     custom: set[str] = field(default_factory=set)
-    arranged: dict[int, Arranged] = field(default_factory=dict)
+    arranged: dict[int, Arranged | Ends] = field(default_factory=dict)
     belong: Mapping[int, int] = field(default_factory=dict)
     by_place: bool = False
     facts: list[Fact] = field(default_factory=list)
@@ -228,12 +228,15 @@ def _follow_order(out: Walk, call: rules.Call, step: Step) -> None:
         if rules.STRICT:
             raise
         return
+    if outcomes:
+        out.unknown.pop(step.index, None)
     for outcome in outcomes:
         refs = [r for r in step.outs if r is not None]
         if outcome.slot < len(refs):
             ref = refs[outcome.slot]
-            if outcome.arranged is not None and outcome.arranged.under.shape == out.graph.values[ref.index].shape:
-                out.arranged[ref.index] = outcome.arranged
+            made, shape = outcome.arranged, out.graph.values[ref.index].shape
+            if made is not None and (isinstance(made, Ends) or made.under.shape == shape):
+                out.arranged[ref.index] = made
             if outcome.marks is not None and outcome.marks.shape == out.graph.values[ref.index].shape:
                 out.marks[ref.index] = outcome.marks
 
