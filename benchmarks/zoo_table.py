@@ -78,6 +78,11 @@ class Row:
         return self.exam is not None and any(a.refusal for a in self.exam.answers.values())
 
     @property
+    def settled(self) -> bool:
+        """Every verdict is decided, and every number is right."""
+        return not (self.wrong or self.refused or self.unknown)
+
+    @property
     def unknown(self) -> tuple[str, ...]:
         return tuple(name for name, status in self.statuses.items() if status == "unknown")
 
@@ -192,12 +197,16 @@ def summary(table: Sequence[Row]) -> str:
     contradicted = sum(bool(row.contradictions) for row in table)
     failed = sum(bool(row.failure) for row in table)
     wrong, refused = ({row.entry for row in table if getattr(row, what)} for what in ("wrong", "refused"))
+    entries = {row.entry for row in table}
+    open_ = {row.entry for row in table if not row.settled}
     return (
-        f"In the {len(table)} rows below, of {len({row.entry for row in table})} entries, "
+        f"In the {len(table)} rows below, of {len(entries)} entries, "
         f"{counts['holds']} verdicts hold, {counts['fails']} fail and {counts['unknown']} are unknown.\n"
         f"Rows where a test contradicts a verdict: {contradicted}. Rows that ended in an error: {failed}.\n"
         f"Entries of which something is wrong: {len(wrong)}. Entries of which a number is refused, with the reason: "
-        f"{len(refused - wrong)}."
+        f"{len(refused - wrong)}.\n"
+        f"Entries of which every verdict is decided and every number right, in both modes: "
+        f"{len(entries - open_)} of {len(entries)}."
     )
 
 
@@ -338,9 +347,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         marks = "".join(MARKS[s] for s in row.statuses.values()) or "error"
         line = f"{row.entry:24} {row.mode:5} {marks:6} {row.milliseconds:7.0f} ms  {_tests(row)}{'  WRONG' * row.wrong}"
         print(line, file=sys.stderr, flush=True)
-    if len(items) == len(ENTRIES):
-        save(table)
-    else:
+        if len(items) == len(ENTRIES):
+            save(table)  # what is there so far, should it end early
+    if len(items) < len(ENTRIES):
         print(page(table))
 
 
