@@ -97,8 +97,11 @@ LEVELS = {
     "problem": 7,
     "report": 8,
     "arguments": 8,
+    "diagram": 8,
     "plot": 8,
+    "monitor": 8,
     "__init__": 8,
+    "integrations": 9,  # and all files in there
     "demo": 9,
     "cli": 9,
     "__main__": 9,
@@ -112,6 +115,13 @@ OWNERS = {
     "torch.fx": ("capture",),
     "torch.export": ("capture",),
     "matplotlib": ("plot",),
+    "scipy": ("operator",),
+    "curvlinops": ("integrations.curvlinops",),
+    "laplace": ("integrations.laplace",),
+    "opacus": ("integrations.opacus",),
+    "lightning": ("integrations.lightning",),
+    "transformers": ("integrations.transformers",),
+    "tensorboard": ("monitor",),
 }
 
 Sources = Mapping[str, str]
@@ -119,7 +129,13 @@ Sources = Mapping[str, str]
 
 def sources() -> Sources:
     folder = Path(__file__).parent.parent / "src" / PACKAGE
-    return {path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.py"))}
+    paths = {path.relative_to(folder).with_suffix(""): path for path in sorted(folder.rglob("*.py"))}
+    names = {".".join(short.parts).removesuffix(".__init__"): path for short, path in paths.items()}
+    return {name: path.read_text(encoding="utf-8") for name, path in names.items()}
+
+
+def level(module: str) -> int | None:
+    return LEVELS.get(module.partition(".")[0])
 
 
 def dotted(node: ast.expr) -> str | None:
@@ -159,26 +175,33 @@ def import_graph(files: Sources) -> dict[str, set[str]]:
     own, as in `from unbatch import Problem`, is an import of `__init__`."""
     graph: dict[str, set[str]] = {}
     for module, source in files.items():
-        paths = (name.split(".")[1:] for name in imports(source) if is_inside(name, PACKAGE))
-        graph[module] = {path[0] if path and path[0] in files else "__init__" for path in paths}
+        names = (name.removeprefix(PACKAGE).removeprefix(".") for name in imports(source) if is_inside(name, PACKAGE))
+        graph[module] = {_module(name, files) for name in names}
     return graph
+
+
+def _module(name: str, files: Sources) -> str:
+    """The file that `a.b.c` comes from: as much of the name as is one."""
+    while name and name not in files:
+        name = name.rpartition(".")[0]
+    return name or "__init__"
 
 
 def unlisted(files: Sources) -> list[str]:
     return [
         f"{module}.py has no level: add it to LEVELS in tests/test_layout.py"
         for module in files
-        if module not in LEVELS
+        if level(module) is None
     ]
 
 
 def upward_imports(files: Sources) -> list[str]:
     return [
-        f"{importer}.py (level {LEVELS[importer]}) imports {imported}.py (level {LEVELS[imported]})"
+        f"{importer}.py (level {own}) imports {imported}.py (level {its})"
         for importer, targets in import_graph(files).items()
         for imported in sorted(targets)
-        if importer in LEVELS and importer not in EXEMPT and imported in LEVELS
-        if LEVELS[imported] > LEVELS[importer]
+        if importer not in EXEMPT
+        if (own := level(importer)) is not None and (its := level(imported)) is not None and its > own
     ]
 
 
@@ -223,6 +246,10 @@ PLANTED = {
     "import from above": (upward_imports, {"labels": "from unbatch.rules import RULES", "rules": ""}),
     "import from above, relative": (upward_imports, {"labels": "from . import rules", "rules": ""}),
     "import from above, late": (upward_imports, {"labels": "def f():\n    import unbatch.cli", "cli": ""}),
+    "import of an integration": (
+        upward_imports,
+        {"ggn": "import unbatch.integrations.laplace", "integrations.laplace": ""},
+    ),
     "import of the whole package": (upward_imports, {"rules": "import unbatch as ub", "__init__": ""}),
     "circle within a level": (
         cycles,
@@ -235,6 +262,7 @@ PLANTED = {
     "dispatch mode": (trespasses, {"rules": "from torch.utils._python_dispatch import TorchDispatchMode"}),
     "dispatch mode, by its parent": (trespasses, {"rules": "from torch.utils import _python_dispatch"}),
     "graph without an import": (trespasses, {"structure": "import torch\ng = torch.fx.Graph()"}),
+    "another's tool": (trespasses, {"ggn": "def f():\n    import laplace"}),
     "late plot": (trespasses, {"report": "def f():\n    import matplotlib.pyplot as plt"}),
     "no docstring": (without_docstring, {"labels": "# labels\nx = 1"}),
 }
