@@ -4,6 +4,8 @@ Truths are three letters for the forward pass (independent, SIMD, SIMD given sta
 SIMD loss): h holds, f fails, a dot where nothing is demanded.
 """
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -230,3 +232,28 @@ def test_noise_in_another_shape_is_permuted_with_its_samples(of_samples):
     assert problem.structure.simd_given_statistics.status == "holds"
     (check,) = [c for c in problem.verify().checks if c.name == "simd_given_statistics"]
     assert check.passed, check
+
+
+@pytest.mark.parametrize(
+    ("loss", "listens"),
+    [
+        (lambda p, y: F.mse_loss(p, (y - y.mean(0)) / y.std(0)), {"targets"}),
+        (lambda p, y: (p - y + y.mean()).square().sum(), {"targets"}),
+        (lambda p, y: (p - y / y.norm(dim=1, keepdim=True)).square().sum(), set()),
+        (F.mse_loss, set()),
+    ],
+    ids=["standardised", "centred", "normalised one by one", "plain"],
+)
+def test_targets_that_are_standardised_over_the_batch_are_said_to_be(loss, listens):
+    """The loss is SIMD with targets as constants; its rows are no independent draws, and say so."""
+    problem = ub.Problem(nn.Linear(4, 3), loss, (torch.randn(6, 4), torch.randn(6, 3)))
+    assert problem.structure.simd_loss
+    assert problem.structure.simd_loss.weights_depend_on == listens
+    norms = problem.compute(ub.Norms())
+    assert ("statistics of the targets" in norms.note) == bool(listens)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        problem.compute(ub.Variance())
+    said = [str(w.message) for w in caught if w.category is ub.MixedSamplesWarning]
+    assert bool(said) == bool(listens)
+    assert all("losses that listen to no other sample" in text for text in said)

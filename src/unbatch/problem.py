@@ -436,7 +436,10 @@ def _label(s: Structure, by: str, known: Callable[[], Tensor | None]) -> Label:
     kinds = {"component": "per-component", "copy": "per-copy", "frozen": "frozen"}
     kind = "per-sample" if apart else kinds[by]
     factor = apart and not (s.reduction and not s.reduction.weights_depend_on)
-    return Label(by, kind, "up to a factor that depends on the batch" if factor else "", known)
+    others = apart and s.simd_loss.weights_depend_on
+    notes = ["up to a factor that depends on the batch"] * factor
+    notes += [f"of losses {s.simd_loss.note}"] * bool(others)
+    return Label(by, kind, ", ".join(notes), known)
 
 
 def _warn(s: Structure, quantities: Sequence[Quantity], label: Label) -> None:
@@ -445,6 +448,8 @@ def _warn(s: Structure, quantities: Sequence[Quantity], label: Label) -> None:
     lost = [f"{TITLES[v.name]} ({'it fails' if v.status == 'fails' else 'it is unknown'})" for v in needed if not v]
     if s.reduction and s.reduction.weights_depend_on:
         lost.append("weights that depend on no other sample (they do)")
+    if s.simd_loss.weights_depend_on:
+        lost.append(f"losses that listen to no other sample (they are {s.simd_loss.note})")
     if asked and lost:
         text = errors.MSG_MIXED_MOMENT.format(what=", ".join(asked), kind=label.kind, lost=", ".join(lost), n=s.samples)
         warnings.warn(text, MixedSamplesWarning, stacklevel=4)

@@ -248,20 +248,23 @@ def _judge_loss(graph: Graph, loss: Walk, found: Findings, structure: Structure)
     )
     basis = "assumed" if loss.assumed else "proved"
     blame = _loss_culprits(graph, loss, steps, marks, found)
-    depends = _weights(algebra, marks)
+    depends, listens = _constants(algebra, marks, True), _constants(algebra, marks, False)
     note = f"weights depend on {' and '.join(sorted(depends))}" if depends else ""
+    given = f"given statistics of the {' and '.join(sorted(listens))} of all samples" if listens else ""
     return structure.with_verdicts(
         split_,
         Verdict("reduction", "holds", basis, note=note, weights_depend_on=depends)
         if additive and one_scalar
         else Verdict("reduction", "unknown", culprits=blame, weights_depend_on=depends),
-        Verdict("simd_loss", "holds", basis) if one_scalar else Verdict("simd_loss", "unknown", culprits=blame),
+        Verdict("simd_loss", "holds", basis, note=given, weights_depend_on=listens)
+        if one_scalar
+        else Verdict("simd_loss", "unknown", culprits=blame),
     )
 
 
-def _weights(algebra: Algebra, marks: Marks) -> frozenset[str]:
-    """Which constants of the whole batch, beside predictions, enter the loss."""
-    roots = [algebra.roots[r] for r in marks.given & algebra.factors]
+def _constants(algebra: Algebra, marks: Marks, factors: bool) -> frozenset[str]:
+    """Which constants of the whole batch enter the loss beside predictions: as factors of terms, or inside of them."""
+    roots = [algebra.roots[r] for r in marks.given if (r in algebra.factors) == factors]
     sources = [r.sources for r in roots if "predictions" not in r.sources]
     return frozenset().union(*sources) & {"targets", "inputs"}
 

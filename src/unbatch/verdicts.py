@@ -42,7 +42,8 @@ class Culprit:
 class Verdict:
     """``status`` is "holds", "fails" or "unknown"; ``basis`` "proved", "witness" or "assumed" ("" where unknown).
 
-    True in a boolean context only when it holds.
+    ``weights_depend_on``: what of other samples ("targets", "inputs") enters the weights of a reduction; in SIMD loss,
+    the terms. True in a boolean context only when it holds.
     """
 
     name: str
@@ -103,8 +104,8 @@ class Structure:
     def statuses(self) -> dict[str, str]:
         """The verdicts as the table of consequences takes them."""
         out = {v.name: v.status for v in self.verdicts}
-        weights = self.reduction.weights_depend_on
-        return out | {"own_weights": "fails" if weights else "holds"}
+        others = self.reduction.weights_depend_on | self.simd_loss.weights_depend_on
+        return out | {"own_weights": "fails" if others else "holds"}
 
     def follows(self) -> tuple[consequences.Consequence, ...]:
         """Which quantities exist, under which name, exact or not."""
