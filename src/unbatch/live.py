@@ -73,12 +73,15 @@ def _cut(setting: Setting, parameters: Mapping[str, Tensor]) -> Live:
     if not setting.split:
         raise StructureError(MSG_INNER_LOSS.format(why="parameters reach the loss beside them as well"))
     read = graph.read_by_loss(setting.axes)
-    found = setting.numbers([*setting.axes, *read])
-    meet = _Met({i: found[i] for i in setting.axes})
+    seen = {i: graph.folded.get(i, i) for i in setting.axes}  # prediction -> what the model knows of it
+    found = setting.numbers([*seen.values(), *read])
+    meet = _Met({i: found[i] for i in seen.values()})
     with meet:
         output, state = _predict(setting)
-    live = Live(setting, output, meet.met, {i: found[i] for i in read}, state)
-    if len(meet.met) < len(setting.axes):
+    fold = setting.program.fold
+    met = {i: fold.refolded(meet.met[k]) if fold and i != k else meet.met[k] for i, k in seen.items() if k in meet.met}
+    live = Live(setting, output, met, {i: found[i] for i in read}, state)
+    if len(met) < len(setting.axes):
         raise StructureError(MSG_INNER_LOSS.format(why="no value that was met has their numbers"))
     if not _carries_the_gradient(live, own_loss(output), parameters):
         raise StructureError(

@@ -101,7 +101,7 @@ class Problem:
         self.inputs: Any
         self.targets: Any
         self.inputs, self.targets = map(opened, data if data is not None else (batch, None))
-        fold = check_fold(sample_dims, loss, in_dims, self.inputs, self.targets)
+        fold = check_fold(sample_dims, in_dims, self.inputs, self.targets)
         if fold is not None:
             self.inputs, self.targets = fold.folded(self.inputs, fold.inputs), fold.folded(self.targets, fold.targets)
         self.program = Program(model, loss, parameters_of(model, loss, parameters), parameters is not None, fold)
