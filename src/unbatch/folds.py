@@ -62,10 +62,6 @@ class Fold:
         """As the model knows it."""
         return _mapped(tree, axes, lambda t, at: t.unflatten(0, self.sizes).movedim(tuple(range(len(at))), at))
 
-    def refolded(self, t: Tensor) -> Tensor:
-        """With one axis of samples in front, as for what a model returns."""
-        return self.folded(t, [self.axes(t)])
-
     def returned(self, output: Any) -> Any:
         """What the model returned, folded; its leaves without samples stay as they are."""
         self.outputs[:] = [self.axes(leaf) for leaf in tree_leaves(output)]

@@ -78,8 +78,7 @@ def _cut(setting: Setting, parameters: Mapping[str, Tensor]) -> Live:
     meet = _Met({i: found[i] for i in seen.values()})
     with meet:
         output, state = _predict(setting)
-    fold = setting.program.fold
-    met = {i: fold.refolded(meet.met[k]) if fold and i != k else meet.met[k] for i, k in seen.items() if k in meet.met}
+    met = {i: _as_predicted(setting, i, meet.met[k]) for i, k in seen.items() if k in meet.met}
     live = Live(setting, output, met, {i: found[i] for i in read}, state)
     if len(met) < len(setting.axes):
         raise StructureError(MSG_INNER_LOSS.format(why="no value that was met has their numbers"))
@@ -90,6 +89,16 @@ def _cut(setting: Setting, parameters: Mapping[str, Tensor]) -> Live:
             )
         )
     return live
+
+
+def _as_predicted(setting: Setting, i: int, t: Tensor) -> Tensor:
+    """Prediction ``i``, from what the model has in its place."""
+    fold = setting.program.fold
+    if fold is None or i not in setting.graph.folded:
+        return t
+    with torch.enable_grad():
+        rows: Tensor = fold.folded(t, [fold.axes(t)])
+    return rows
 
 
 def _carries_the_gradient(live: Live, loss: Tensor | None, parameters: Mapping[str, Tensor]) -> bool:

@@ -7,6 +7,7 @@ and still takes a parameter (weight decay, say) is no prediction: there the spli
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -38,7 +39,7 @@ def split(graph: Graph, forward: Walk) -> tuple[Graph, list[Step]]:
             continue
         seen.add(ref.index)
         if _takes_parameters(step, forward):
-            if forward[ref].owned or forward[ref].mixed:
+            if forward[ref].owned or (forward[ref].mixed and _has_room(graph, ref, forward)):
                 cut.append(_reshaped(ref, graph))
                 continue
             entering.append(step)
@@ -100,14 +101,20 @@ def placed(graph: Graph, start: Mapping[int, Marks], walked: Walk) -> dict[int, 
     """
     out = dict[int, Marks]()
     for step in graph.loss_steps:
-        apart = torch.Tag.pointwise in step.op.tags or step.name.startswith("nll_loss")
-        beside = [walked[r] for r in step.refs() if "predictions" in walked[r].sources] if apart else []
-        for ref in step.refs():
+        beside = [walked[r] for r in step.refs() if "predictions" in walked[r].sources]
+        for ref in step.refs() if len(beside) == 1 and _one_by_one(step, beside[0]) else ():
             label = start.get(ref.index)
-            if label is not None and len(beside) == 1 and (owner := _beside(label, beside[0])) is not None:
+            if label is not None and (owner := _beside(label, beside[0])) is not None:
                 key = np.broadcast_to(code("label", ref.index), owner.shape)
                 out[ref.index] = replace(label, owner=owner, key=key)
     return out
+
+
+def _one_by_one(step: Step, prediction: Marks) -> bool:
+    """Each label is set beside the entries of one prediction."""
+    if step.name == "gather":
+        return not prediction.owner_varies(step.named["dim"] % len(prediction.shape))
+    return torch.Tag.pointwise in step.op.tags or step.name.startswith("nll_loss")
 
 
 def _beside(label: Marks, prediction: Marks) -> Array | None:
@@ -135,12 +142,18 @@ def _takes_parameters(step: Step, forward: Walk) -> bool:
     return shared and any(m.depends_on_batch for m in marks)
 
 
+def _has_room(graph: Graph, ref: Ref, forward: Walk) -> bool:
+    """One number for several samples is no prediction: where they have met, it is the loss itself."""
+    return forward.algebra.samples == 1 or math.prod(graph.values[ref.index].shape) > 1
+
+
 def _reshaped(ref: Ref, graph: Graph) -> Ref:
     """A linear layer flattens its input and unflattens its output: the value it means is the unflattened one."""
     users = [s for s in graph.steps if any(r.index == ref.index for r in s.refs())]
-    if len(users) == 1 and users[0].name in ("view", "_unsafe_view") and users[0].outs[0] is not None:
-        return users[0].outs[0]
-    return ref
+    if len(users) != 1 or users[0].name not in ("view", "_unsafe_view") or users[0].outs[0] is None:
+        return ref
+    seen = users[0].outs[0]
+    return seen if len(graph.values[seen.index].shape) > len(graph.values[ref.index].shape) else ref
 
 
 def _downstream(graph: Graph, cut: list[Ref]) -> frozenset[int]:
