@@ -330,7 +330,8 @@ class Program:
     def predict(self, inputs: Any) -> Any:
         if self.fold is None:
             return self._called(inputs)
-        return self.fold.returned(self._called(self.fold.unfolded(inputs, self.fold.inputs)))
+        output = self._called(self.fold.unfolded(inputs, self.fold.inputs))
+        return output if self.loss is None else self.fold.returned(output)  # a loss of its own is cut further up
 
     def _called(self, inputs: Any) -> Any:
         with plainly():

@@ -46,12 +46,10 @@ def opened(tree: Any) -> Any:
     return dict(tree) if isinstance(tree, Mapping) and any(leaf is tree for leaf in tree_leaves(tree)) else tree
 
 
-def check_fold(dims: Any, loss: Any, in_dims: Any, inputs: Any, targets: Any) -> Fold | None:
+def check_fold(dims: Any, in_dims: Any, inputs: Any, targets: Any) -> Fold | None:
     """Several axes of samples, if there are."""
     if dims is None:
         return None
-    if loss is None:
-        raise InputError(errors.MSG_FOLD_OWN.format(dims=dims))
     if in_dims != 0:
         raise InputError(errors.MSG_FOLD_BOTH.format(dims=dims, in_dims=in_dims))
     return Fold.of(dims, inputs, targets)

@@ -65,9 +65,10 @@ MSG_FOLD_OUTPUT = (
     "The model returns tensors of shapes {shapes}, of which none has the samples that sample_dims={dims} tells apart, "
     "of sizes {sizes}. Predictions need an entry for every sample."
 )
-MSG_FOLD_OWN = (
-    "sample_dims needs the predictions and the loss apart. Let the model return the predictions and pass the loss: "
-    "Problem(model, loss, (X, y), sample_dims={dims})."
+MSG_FOLD_CUT = (
+    "The model computes its own loss, which is cut at values of shapes {shapes}; they do not have the samples that "
+    "sample_dims={dims} tells apart, of sizes {sizes}, or not in a known order. Let the model return its predictions "
+    "and pass the loss: Problem(model, loss, (X, y), sample_dims={dims})."
 )
 MSG_FOLD_BOTH = "sample_dims={dims} says where all samples lie; leave out in_dims={in_dims!r}."
 MSG_NO_BATCH = "No input is per-sample: every entry of in_dims is None. At least one input must carry the sample axis."

@@ -136,6 +136,7 @@ class Graph:
     dynamic: frozenset[int] = frozenset()  # values whose shape depends on what is in other values
     foreign: tuple[int, ...] = ()  # constants met in the middle of the run
     stale: bool = False  # what is known of values that are computed is of other numbers
+    folded: dict[int, int] = field(default_factory=dict)  # prediction -> what it is in the model, where that differs
 
     @property
     def forward_steps(self) -> list[Step]:
@@ -172,6 +173,46 @@ class Graph:
         with torch.no_grad():
             wanted = [self.loss] if self.loss else self.predictions
             self.run({}, [w.index for w in wanted], visit=keep)
+
+    def inserted(self, part: Graph, at: Ref, out: Ref, cut: int) -> tuple[Graph, list[Ref]]:
+        """With the steps of ``part``, whose first value stands for ``at``, right behind the step that makes that.
+
+        From step ``cut`` of it on they belong to the loss, which reads its value ``out`` in place of ``at``. Returns
+        the refs of all its values as well.
+        """
+        place, count = self.values[at.index].step + 1, len(part.steps)
+        maker, first = self.steps[place - 1], len(self.values)
+        names = [at, *(Ref(first + i) for i in range(len(part.values) - 1))]
+        fresh = max(v.storage for v in self.values) + 1
+        mine = part.values[0].storage
+        later = lambda i: i + count if i >= place else i  # noqa: E731
+        named = lambda tree: filled(tree, lambda r: names[r.index])  # noqa: E731
+        read = lambda tree: filled(tree, lambda r: names[out.index] if r == at else r)  # noqa: E731
+        new = [
+            replace(
+                s, index=place + i, args=named(s.args), kwargs=named(s.kwargs), outs=named(s.outs), grad=maker.grad,
+                module=maker.module, where=maker.where,
+            )
+            for i, s in enumerate(part.steps)
+        ]  # fmt: skip
+        steps = []
+        for s in self.steps:
+            seen = read if s.index in self.after_cut else lambda tree: tree
+            changed = {"args": seen(s.args), "kwargs": seen(s.kwargs), "writes": seen(s.writes)}
+            steps.append(replace(s, index=later(s.index), **changed))
+        values = [replace(v, step=later(v.step)) for v in self.values]
+        for v in part.values[1:]:
+            memory = self.values[at.index].storage if v.storage == mine else fresh + v.storage
+            values.append(replace(v, step=place + v.step, storage=memory))
+        return replace(
+            self,
+            values=values,
+            steps=[*steps[:place], *new, *steps[place:]],
+            escapes=[replace(e, step=later(e.step)) for e in self.escapes],
+            calls=[replace(c, start=later(c.start), stop=later(c.stop - 1) + 1) for c in self.calls],
+            model_steps=later(self.model_steps),
+            after_cut=frozenset([*map(later, self.after_cut), *range(place + cut, place + count)]),
+        ), names
 
     def widened(self) -> Graph:
         """The same computation in float64, from the numbers at its beginning on."""

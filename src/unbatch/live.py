@@ -73,12 +73,14 @@ def _cut(setting: Setting, parameters: Mapping[str, Tensor]) -> Live:
     if not setting.split:
         raise StructureError(MSG_INNER_LOSS.format(why="parameters reach the loss beside them as well"))
     read = graph.read_by_loss(setting.axes)
-    found = setting.numbers([*setting.axes, *read])
-    meet = _Met({i: found[i] for i in setting.axes})
+    seen = {i: graph.folded.get(i, i) for i in setting.axes}  # prediction -> what the model knows of it
+    found = setting.numbers([*seen.values(), *read])
+    meet = _Met({i: found[i] for i in seen.values()})
     with meet:
         output, state = _predict(setting)
-    live = Live(setting, output, meet.met, {i: found[i] for i in read}, state)
-    if len(meet.met) < len(setting.axes):
+    met = {i: _as_predicted(setting, i, meet.met[k]) for i, k in seen.items() if k in meet.met}
+    live = Live(setting, output, met, {i: found[i] for i in read}, state)
+    if len(met) < len(setting.axes):
         raise StructureError(MSG_INNER_LOSS.format(why="no value that was met has their numbers"))
     if not _carries_the_gradient(live, own_loss(output), parameters):
         raise StructureError(
@@ -87,6 +89,16 @@ def _cut(setting: Setting, parameters: Mapping[str, Tensor]) -> Live:
             )
         )
     return live
+
+
+def _as_predicted(setting: Setting, i: int, t: Tensor) -> Tensor:
+    """Prediction ``i``, from what the model has in its place."""
+    fold = setting.program.fold
+    if fold is None or i not in setting.graph.folded:
+        return t
+    with torch.enable_grad():
+        rows: Tensor = fold.folded(t, [fold.axes(t)])
+    return rows
 
 
 def _carries_the_gradient(live: Live, loss: Tensor | None, parameters: Mapping[str, Tensor]) -> bool:

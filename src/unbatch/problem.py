@@ -68,7 +68,8 @@ class Problem:
     ``in_dims`` says where the samples lie, as in ``torch.func.vmap``: an int, None (not per-sample), or a pair for X
     and y whose parts may be pytrees of them. ``sample_dims``: several axes that together tell samples apart, of X, y
     and the predictions, such as ``(0, 1)`` for the tokens of sentences or ``(0, 2, 3)`` for the pixels of images;
-    samples are then counted in this order, ``N = B·T``.
+    samples are then counted in this order, ``N = B·T``. Of a model that has its own loss these are axes of what the
+    loss is cut at, and the labels in it are constants: ``y_n`` is what the loss sets beside prediction n.
 
     Constructing computes nothing; questions do, with the parameters of that moment. No question changes anything:
     parameters, buffers, gradients, flags and random states are afterwards as they were.
@@ -101,7 +102,7 @@ class Problem:
         self.inputs: Any
         self.targets: Any
         self.inputs, self.targets = map(opened, data if data is not None else (batch, None))
-        fold = check_fold(sample_dims, loss, in_dims, self.inputs, self.targets)
+        fold = check_fold(sample_dims, in_dims, self.inputs, self.targets)
         if fold is not None:
             self.inputs, self.targets = fold.folded(self.inputs, fold.inputs), fold.folded(self.targets, fold.targets)
         self.program = Program(model, loss, parameters_of(model, loss, parameters), parameters is not None, fold)

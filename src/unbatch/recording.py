@@ -182,13 +182,14 @@ class Recording:
             return escape.answer is not None and general() is not None
 
         def judged(graph: Graph) -> tuple[Structure, Findings]:
-            return judge(graph, batch.samples, batch.dims, batch.target_dims, assumed, harmless)
+            return judge(graph, batch.samples, batch.dims, batch.target_dims, assumed, harmless, program.fold)
 
         structure, findings = judged(graph)
         other = general() if general.cache_info().currsize else None  # where it mattered
         if other is not None and other is not graph:
             structure = structure.no_more_than(judged(other)[0])
-        self._findings, self._oracle = findings, self._asked(findings)
+        self.graph, self._findings = findings.forward.graph, findings
+        self._oracle = self._asked(findings)
         values, gradients = unfaithful(self._oracle)
         structure = settle(structure, self._oracle, self.predictions, "" if structure.assumptions else values)
         notes = structure.notes

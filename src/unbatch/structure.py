@@ -13,9 +13,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from unbatch.algebra import Algebra, Use
+from unbatch.folds import Fold
 from unbatch.graph import Escape, Graph, Ref, Step
 from unbatch.labels import MIXED, SHARED, Marks
-from unbatch.split import split
+from unbatch.split import folded, placed, split
 from unbatch.verdicts import (
     DEFAULT_REMEDY,
     REMEDY,
@@ -92,12 +93,22 @@ def judge(
     target_dims: Sequence[int | None],
     assumed: Sequence[str] = (),
     harmless: Callable[[Escape], bool] = lambda e: False,
+    fold: Fold | None = None,
 ) -> tuple[Structure, Findings]:
-    """Walk over model and loss and say what is proved. Where the model computes its own loss, find the cut first."""
+    """Walk over model and loss and say what is proved. Where the model computes its own loss, find the cut first.
+
+    The graph of the findings is the one that the verdicts are about: cut, and with its predictions folded.
+    """
     own = graph.own_loss and not graph.after_cut
     leading = all(d in (0, None) for d in dims)
     forward = walk(graph, samples, forward_marks(graph, dims), graph.steps if own else graph.forward_steps, assumed)
-    entering = split(graph, forward) if own else []
+    entering: list[Step] = []
+    if own:
+        graph, entering = split(graph, forward)
+        forward = replace(forward, graph=graph)
+    if own and fold is not None:
+        graph = folded(graph, forward, fold)
+        forward = walk(graph, samples, forward_marks(graph, dims), graph.forward_steps, assumed)
     found = Findings(forward, None, leading)
     excused = lambda e: any(e.module == m or e.module.startswith(m + ".") for m in assumed)  # noqa: E731
     seen = lambda e, w: (e.blind or e.ref.index not in w.marks or sees(w[e.ref])) and not excused(e)  # noqa: E731
@@ -106,11 +117,11 @@ def judge(
     structure = _judge_forward(graph, forward, found, samples)
     if graph.loss is not None:
         start = loss_marks(graph, forward, target_dims, samples, leading)
-        found.loss = walk(graph, samples, start, graph.loss_steps, assumed, ("targets", "inputs"))
+        found.loss = _walk_loss(graph, samples, start, assumed)
         found.loss_escapes = [e for e in graph.escapes if in_loss(e) and seen(e, found.loss) and not harmless(e)]
         structure = _judge_loss(graph, found.loss, found, structure)
         if entering:
-            structure = structure.with_verdicts(_entering(graph, entering))
+            structure = structure.with_verdicts(_entering(entering))
         if own:
             structure = replace(structure, notes=structure.notes + _cut(graph))
     walks = [forward] + ([found.loss] if found.loss else [])
@@ -120,6 +131,15 @@ def judge(
         custom_rules=tuple(sorted(set().union(*(w.custom for w in walks)))),
         unknown_ops=tuple(sorted({op for w in walks for op in w.unknown.values()})),
     ), found
+
+
+def _walk_loss(graph: Graph, samples: int, start: dict[int, Marks], assumed: Sequence[str]) -> Walk:
+    loss = walk(graph, samples, start, graph.loss_steps, assumed, ("targets", "inputs"))
+    moved: dict[int, Marks] = {}
+    while graph.folded and (more := {i: m for i, m in placed(graph, start, loss).items() if i not in moved}):
+        moved |= more
+        loss = walk(graph, samples, start | moved, graph.loss_steps, assumed, ("targets", "inputs"))
+    return loss
 
 
 def _judge_forward(graph: Graph, forward: Walk, found: Findings, samples: int) -> Structure:
@@ -316,8 +336,8 @@ def _cut(graph: Graph) -> tuple[str, ...]:
     return tuple(out)
 
 
-def _entering(graph: Graph, steps: Sequence[int]) -> Verdict:
-    culprits = tuple(_split_culprit(graph.steps[s], "a parameter") for s in steps)
+def _entering(steps: Sequence[Step]) -> Verdict:
+    culprits = tuple(_split_culprit(s, "a parameter") for s in steps)
     return Verdict("canonical_split", "fails", "proved", culprits, "that part of the gradient is carried as `rest`")
 
 
