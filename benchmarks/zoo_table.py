@@ -1,6 +1,7 @@
 """Asks every zoo entry about its structure and some numbers, in train and in eval mode; writes `docs/zoo.md`.
 
     python benchmarks/zoo_table.py                  every entry, into docs/zoo.md and results/zoo.json
+    python benchmarks/zoo_table.py --resume         ... but for those that are in results/zoo.json
     python benchmarks/zoo_table.py bert cv-resnet   these entries, printed
     python benchmarks/zoo_table.py --quick          every eighth entry, printed
 
@@ -324,6 +325,18 @@ def as_json(table: Sequence[Row]) -> str:
     return json.dumps(facts, indent=1, ensure_ascii=False) + "\n"
 
 
+def loaded(results: Path = RESULTS) -> list[Row]:
+    """The rows that were written before, of entries that were asked in every mode."""
+    found = json.loads(results.read_text())["rows"] if results.exists() else []
+    asked = Counter(row["entry"] for row in found)
+    return [_row(row) for row in found if asked[row["entry"]] == len(MODES)]
+
+
+def _row(row: dict[str, Any]) -> Row:
+    sat = row["exam"] and Exam(**row["exam"] | {"answers": {q: Answer(**a) for q, a in row["exam"]["answers"].items()}})
+    return Row(**row | {"reasons": tuple(Reason(**r) for r in row["reasons"]), "exam": sat})
+
+
 def save(table: Sequence[Row], docs: Path = DOCS, results: Path = RESULTS) -> None:
     """Write the page and the data behind it."""
     results.parent.mkdir(parents=True, exist_ok=True)
@@ -336,20 +349,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("names", nargs="*", help="entries to ask; all of them by default")
     parser.add_argument("--quick", action="store_true", help=f"every {QUICK}th entry only")
+    parser.add_argument("--resume", action="store_true", help="leave out entries that have been asked")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     items = [entry(name) for name in options.names] or ENTRIES[:: QUICK if options.quick else 1]
-    table = []
-    for row in rows(items, numbers=True):
+    whole = len(items) == len(ENTRIES)
+    table = loaded() if options.resume else []
+    done = {row.entry for row in table}
+    for row in rows([item for item in items if item.name not in done], numbers=True):
         table.append(row)
         marks = "".join(MARKS[s] for s in row.statuses.values()) or "error"
         line = f"{row.entry:24} {row.mode:5} {marks:6} {row.milliseconds:7.0f} ms  {_tests(row)}{'  WRONG' * row.wrong}"
         print(line, file=sys.stderr, flush=True)
-        if len(items) == len(ENTRIES):
+        if whole:
             save(table)  # what is there so far, should it end early
-    if len(items) < len(ENTRIES):
+    if not whole:
         print(page(table))
 
 

@@ -257,3 +257,26 @@ def test_targets_that_are_standardised_over_the_batch_are_said_to_be(loss, liste
     said = [str(w.message) for w in caught if w.category is ub.MixedSamplesWarning]
     assert bool(said) == bool(listens)
     assert all("losses that listen to no other sample" in text for text in said)
+
+
+OWN_LOSSES = {
+    "mean under a mask": (lambda p, x, m: (p.square().sum(1) * m).sum() / m.sum(), {"inputs"}, set()),
+    "weights normalised first": (lambda p, x, m: (p.square().sum(1) * (m / m.sum())).sum(), {"inputs"}, set()),
+    "advantages centred": (lambda p, x, m: (p.square().sum(1) * (m - m.mean())).sum(), {"inputs"}, set()),
+    "targets centred": (lambda p, x, m: (p - x[:, :3] + x[:, :3].mean(0)).square().sum(), set(), {"inputs"}),
+    "sum under a mask": (lambda p, x, m: (p.square().sum(1) * m).sum(), set(), set()),
+}
+
+
+@pytest.mark.parametrize("name", OWN_LOSSES)
+def test_statistics_of_inputs_in_a_loss_of_the_models_own_are_seen(name):
+    loss, weights, terms = OWN_LOSSES[name]
+
+    class Own(nn.Linear):
+        def forward(self, x, mask):
+            return {"loss": loss(super().forward(x), x, mask)}
+
+    structure = ub.Problem(Own(4, 3), batch={"x": torch.randn(6, 4), "mask": torch.rand(6)}).structure
+    assert structure.reduction
+    assert structure.reduction.weights_depend_on == weights
+    assert structure.simd_loss.weights_depend_on == terms

@@ -117,7 +117,7 @@ def judge(
     structure = _judge_forward(graph, forward, found, samples)
     if graph.loss is not None:
         start = loss_marks(graph, forward, target_dims, samples, leading)
-        found.loss = _walk_loss(graph, samples, start, assumed)
+        found.loss = _walk_loss(graph, samples, start, assumed, statistics_of_data(graph, forward) if own else [])
         found.loss_escapes = [e for e in graph.escapes if in_loss(e) and seen(e, found.loss) and not harmless(e)]
         structure = _judge_loss(graph, found.loss, found, structure)
         if entering:
@@ -133,13 +133,25 @@ def judge(
     ), found
 
 
-def _walk_loss(graph: Graph, samples: int, start: dict[int, Marks], assumed: Sequence[str]) -> Walk:
-    loss = walk(graph, samples, start, graph.loss_steps, assumed, ("targets", "inputs"))
+def _walk_loss(
+    graph: Graph, samples: int, start: dict[int, Marks], assumed: Sequence[str], before: Sequence[Step]
+) -> Walk:
+    steps = [*before, *graph.loss_steps]
+    loss = walk(graph, samples, start, steps, assumed, ("targets", "inputs"))
     moved: dict[int, Marks] = {}
     while graph.folded and (more := {i: m for i, m in placed(graph, start, loss).items() if i not in moved}):
         moved |= more
-        loss = walk(graph, samples, start | moved, graph.loss_steps, assumed, ("targets", "inputs"))
+        loss = walk(graph, samples, start | moved, steps, assumed, ("targets", "inputs"))
     return loss
+
+
+def statistics_of_data(graph: Graph, forward: Walk) -> list[Step]:
+    """Where a model makes statistics of its inputs alone (how many words a mask leaves), which its loss may use."""
+
+    def is_one(ref: Ref | None) -> bool:
+        return ref is not None and bool(forward[ref].given) and "parameters" not in forward[ref].sources
+
+    return [s for s in graph.forward_steps if any(map(is_one, [*s.outs, *(new for _, new in s.writes)]))]
 
 
 def _judge_forward(graph: Graph, forward: Walk, found: Findings, samples: int) -> Structure:
