@@ -57,7 +57,7 @@ def _section(title: str, link: str, run: dict[str, Any], measured: list[dict[str
         ["workload", "model", "N", "plain step"],
         [[r["workload"], r["title"], r["samples"], f"{r['plain_ms']:.1f} ms"] for r in measured],
     )
-    columns = ["workload", "N", "quantity", OURS, "best other", "", "another number", "no answer"]
+    columns = ["workload", "N", "quantity", OURS, "best other", "another number", "no answer"]
     return "\n".join([head, workloads, _table(columns, [row for r in measured for row in _rows(r)])])
 
 
@@ -69,8 +69,9 @@ def _rows(measured: dict[str, Any]) -> Iterator[list[Any]]:
         wrong = [f"{n} (off by {a['error']:.0%})" for n, a in others.items() if a["status"] == "wrong"]
         silent = sum(a["status"] == "refuses" or a["status"].startswith("raises") for a in others.values())
         first = min([OURS, best], key=lambda name: answers[name]["ratio"]) if best else OURS
-        figures = [_figure(answers[name], name == first) if name else "–" for name in (OURS, best)]
-        yield [measured["workload"], measured["samples"], quantity, *figures, best, ", ".join(wrong), silent or ""]
+        other = f"{_figure(answers[best], best == first)} {best}" if best else "–"
+        figures = [_figure(answers[OURS], first == OURS), other]
+        yield [measured["workload"], measured["samples"], quantity, *figures, ", ".join(wrong), silent or ""]
 
 
 def _figure(answer: dict[str, Any], first: bool) -> str:
