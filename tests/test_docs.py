@@ -17,6 +17,7 @@ import unbatch
 ROOT = Path(__file__).parent.parent
 PAGES = {p.relative_to(ROOT).as_posix(): p for p in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]}
 NAMED = re.compile(r"`(tests/\w+\.py)(?:::(\w+))?`")
+LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)")
 LISTED = re.compile(r"^::: unbatch\.(\S+)$", re.M)
 
 
@@ -47,18 +48,53 @@ def test_tests_that_are_named_exist(name):
     check_named_tests(PAGES[name].read_text(encoding="utf-8"))
 
 
+def statements(page: str) -> list[str]:
+    """Paragraphs from one bold sentence to the next."""
+    return re.findall(r"^\*\*[A-Z][^*]+\.\*\*.*?(?=^\*\*[A-Z][^*]+\.\*\*|^## |\Z)", page, flags=re.M | re.S)
+
+
+def check_statements(page: str) -> None:
+    """Raises ``AssertionError`` where a statement names no test."""
+    for statement in statements(page):
+        assert any(test for _, test in NAMED.findall(statement)), f"no test is named:\n{statement}"
+
+
 def test_every_statement_of_the_theory_names_its_test():
     page = (ROOT / "docs/theory.md").read_text(encoding="utf-8")
-    statements = re.findall(r"^\*\*[A-Z][^*]+\.\*\*.*?(?=^\*\*[A-Z][^*]+\.\*\*|^## |\Z)", page, flags=re.M | re.S)
-    assert len(statements) >= 20
-    for statement in statements:
-        assert any(test for _, test in NAMED.findall(statement)), f"no test is named:\n{statement}"
+    assert len(statements(page)) >= 30
+    check_statements(page)
+
+
+def test_a_statement_without_a_test_is_found():
+    page = "**One holds.** See `tests/test_ggn.py::test_blocks`.\n\n**Another holds.** Trust me.\n\n## Next\n"
+    with pytest.raises(AssertionError, match="Another holds"):
+        check_statements(page)
 
 
 @pytest.mark.parametrize("lie", ["`tests/test_ggn.py::test_of_nothing`", "`tests/test_nothing.py`"])
 def test_a_test_that_is_not_there_is_found(lie):
     with pytest.raises(AssertionError, match="there is no"):
         check_named_tests(f"As {lie} shows.")
+
+
+# ---------------------------------------------------------------- links of pages that are not built
+
+
+def check_links(page: str) -> None:
+    """Raises ``AssertionError`` where a link within the repository leads nowhere."""
+    for target in LINK.findall(page):
+        assert (ROOT / target).exists(), f"there is no {target}"
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_lead_somewhere(name):
+    check_links((ROOT / name).read_text(encoding="utf-8"))
+
+
+def test_a_link_that_leads_nowhere_is_found():
+    check_links("[far](https://example.org/none) and [near](docs/tour.md#errors)")
+    with pytest.raises(AssertionError, match=r"there is no docs/turn\.md"):
+        check_links("[near](docs/turn.md#errors)")
 
 
 # ---------------------------------------------------------------- public names
