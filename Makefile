@@ -25,23 +25,28 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/capture.py
+	$(BIN)/python benchmarks/overview.py
 
 # The other tools come without their requirements: BackPACK's include torchvision.
 bench-gradients: $(STAMP)
 	$(PIP) --no-deps backpack-for-pytorch unfoldNd opacus einops opt_einsum
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gradients.py --memory --write
+	$(BIN)/python benchmarks/overview.py
 
 # ViViT stands on BackPACK; einconv and linear_operator are what curvlinops imports.
 bench-ggn: $(STAMP)
 	$(PIP) --no-deps backpack-for-pytorch unfoldNd vivit-for-pytorch curvlinops-for-pytorch \
 		einconv einops linear_operator opt_einsum
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/ggn.py --write
+	$(BIN)/python benchmarks/overview.py
 
 bench-accuracy: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/accuracy.py --write
+	$(BIN)/python benchmarks/overview.py
 
 zoo: $(STAMP)
 	$(BIN)/python benchmarks/zoo_table.py
+	$(BIN)/python benchmarks/overview.py
 
 format: $(STAMP)
 	$(BIN)/ruff format .

@@ -29,7 +29,6 @@ MSG_OWN_TARGETS = "--targets goes with --loss; a model that returns its own loss
 app = typer.Typer(
     help="Proves which structure a loss has, and says what may be computed because of it.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )

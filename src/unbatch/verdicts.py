@@ -93,6 +93,7 @@ class Structure:
 
     @property
     def verdicts(self) -> tuple[Verdict, ...]:
+        """All six, in the order of the report."""
         return tuple(getattr(self, name) for name in NAMES)
 
     @property
