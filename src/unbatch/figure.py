@@ -49,9 +49,11 @@ def blank(ax: Axes | None, width: float = 5.0, height: float = 3.6) -> Axes:
 def save(ax: Axes, path: str | Path, description: str = "") -> None:
     """Write the figure of ``ax`` to an SVG, PNG or PDF file: the same bytes for the same picture.
 
-    ``description`` tells the picture to who cannot see it; it becomes the label of an SVG.
+    ``description`` tells the picture to who cannot see it; it becomes the label of an SVG. By default that of a
+    structure in words, or what is drawn against what.
     """
     figure = whole(ax)
+    description = description or str(ax.get_label()) or f"{ax.get_ylabel()} against {ax.get_xlabel()}"
     if Path(path).suffix == ".svg":
         Path(path).write_text(as_svg(figure, description), encoding="utf-8")
     else:

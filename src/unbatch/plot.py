@@ -36,7 +36,7 @@ __all__ = [
 COLOURS = (BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY)
 LINES = ("-", "--", ":", "-.")
 MARKERS = "os^Dv*PX"
-HATCHES = {"component": "", "copy": "////", "frozen": "...."}
+HATCHES = {"component": "", "copy": "////", "frozen": "\\\\\\\\"}
 MSG_DENSITY = (
     "plot.density takes a Density, as `unbatch.spectra.density(G, probes=8, steps=32)` returns it; got {value}."
 )
@@ -50,7 +50,9 @@ def structure(given: Problem | Diagram, ax: Axes | None = None) -> Axes:
     not established. Raises ``ImportError`` without matplotlib, as all functions here do.
     """
     diagram = given.diagram() if isinstance(given, Problem) else given
-    return figure.draw(diagram.stages, diagram.samples, ax)
+    ax = figure.draw(diagram.stages, diagram.samples, ax)
+    ax.set_label(diagram.description)
+    return ax
 
 
 def crosstalk(given: Problem | Crosstalk, ax: Axes | None = None) -> Axes:
@@ -82,8 +84,11 @@ def gradient_norms(problem: Problem, ax: Axes | None = None, bins: int = 12) -> 
     ax = blank(ax)
     norms, missing = _norms(problem)
     edges = _edges(torch.cat(list(norms.values())), bins)
+    labels = {name: f"{name}{_zeros(found, edges[0])}" for name, found in norms.items()}
     side_by_side = [n.numpy() for n in norms.values()]
-    _, _, drawn = ax.hist(side_by_side, edges, color=COLOURS[: len(norms)], label=list(norms), edgecolor=INK, lw=0.7)
+    _, _, drawn = ax.hist(
+        side_by_side, edges, color=COLOURS[: len(norms)], label=list(labels.values()), edgecolor=INK, lw=0.7
+    )
     groups: list[Any] = [drawn] if len(norms) == 1 else list(drawn)  # type: ignore[arg-type]
     for name, bars in zip(norms, groups, strict=True):
         for bar in bars:
@@ -117,11 +122,16 @@ def _edges(values: Tensor, bins: int) -> list[float]:
     """Of bins that are equally wide, in logarithms where norms differ by more than a factor of 20."""
     low, high = float(values[values > 0].min()) if (values > 0).any() else 0.0, float(values.max())
     if low > 0 and high / low > 20:
-        if (values <= 0).any():
-            low /= 2
         inner = torch.logspace(math.log10(low), math.log10(high), bins + 1, dtype=torch.float64).tolist()
         return [min(low, inner[0]), *inner[1:-1], max(high, inner[-1])]
-    return torch.linspace(min(low, float(values.min())), high if high > low else low + 1, bins + 1).double().tolist()
+    low = min(low, float(values.min()))
+    return torch.linspace(low, high if high > low else low + 1, bins + 1, dtype=torch.float64).tolist()
+
+
+def _zeros(norms: Tensor, lowest: float) -> str:
+    """Norms of zero have no place on a log scale."""
+    zeros = int((norms < lowest).sum())
+    return f", and {zeros} of zero" if zeros else ""
 
 
 def spectrum(given: Problem | GGN | BlockGGN, ax: Axes | None = None) -> Axes:

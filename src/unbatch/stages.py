@@ -7,7 +7,7 @@ stays on one page. How stages look is decided in ``diagram.py`` (text) and ``fig
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TypeGuard
@@ -192,7 +192,8 @@ def _few(parts: Sequence[_Part], classes: Mapping[str, str], most: int) -> list[
     """As deep into the modules as fits on a page; where nothing fits, separate stages in a row become one."""
     deepest = max((len(p.path) for p in parts), default=0)
     depths = range(max(deepest, 1), 0, -1)
-    cuts = [_alike(_cut(parts, classes, depth, opened)) for depth in depths for opened in (True, False)]
+    leaves = {".".join(path) for path in _leaves(classes)}
+    cuts = [_alike(_cut(parts, classes, depth, opened), leaves) for depth in depths for opened in (True, False)]
     told = [*cuts, *map(_together, cuts), _cut(parts, classes, 0, False)]
     return next((found for found in told if len(found) <= most), told[-1])
 
@@ -235,12 +236,12 @@ def _ops(run: Sequence[_Part]) -> str:
     return ", ".join(doing[:3]) + (", …" if len(doing) > 3 else "")
 
 
-def _alike(found: Sequence[Stage]) -> list[Stage]:
-    """Blocks of a numbered series that follow on each other and look alike, as one."""
+def _alike(found: Sequence[Stage], leaves: Container[str]) -> list[Stage]:
+    """Blocks of a numbered series that follow on each other and look alike, as one; ``leaves`` are no blocks."""
     out: list[Stage] = []
     first: list[str] = []  # the number with which the series of each began
     for stage in found:
-        if out and _follows(out[-1], stage):
+        if out and stage.name.partition(" ")[0] not in leaves and _follows(out[-1], stage):
             series, number, class_ = _split(stage.name)
             begun = first[-1] if out[-1].repeats > 1 else _split(out[-1].name)[1]
             first[-1] = begun
