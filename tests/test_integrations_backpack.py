@@ -193,11 +193,16 @@ def test_moments_under_batch_norm_come_with_a_warning():
 
 
 def test_a_scaled_loss_scales_the_curvature():
-    """With BackPACK the factor is lost: its Hessian of the loss is that of the module, whatever comes after."""
+    """With BackPACK the factor is lost, after a warning: its Hessian of the loss is that of the module."""
     model, criterion, data = setting(mlp)
     plain = ours("DiagGGNExact", model, criterion, data)
     half = ours("DiagGGNExact", model, lambda f, y: 0.5 * criterion(f, y), data)
     assert_same(half, {n: 0.5 * t for n, t in plain.items()})
+    tool, extensions = pytest.importorskip("backpack"), importlib.import_module("backpack.extensions")
+    extended, loss = tool.extend(copy.deepcopy(model)), tool.extend(copy.deepcopy(criterion))
+    with tool.backpack(extensions.DiagGGNExact()), pytest.warns(UserWarning, match="seems to have been modified"):
+        (0.5 * loss(extended(data[0]), data[1])).backward()
+    assert_same({n: p.diag_ggn_exact for n, p in extended.named_parameters()}, plain)
 
 
 # --- refused -------------------------------------------------------------------------------------------

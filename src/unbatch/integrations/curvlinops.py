@@ -32,8 +32,8 @@ def to_curvlinops(operator: Operator) -> Any:
     """A ``curvlinops`` ``PyTorchLinearOperator`` of the same matrix, for its estimators, inverses and compositions.
 
     It takes flat tensors, and lists of tensors in the order of the parameters where the operator has names. For linear
-    systems note that by its defaults ``CGInverseLinearOperator`` stops far from the solution without saying so;
-    ``GGN.solve`` raises. Raises ``ImportError`` where curvlinops is missing.
+    systems note that by its defaults ``CGInverseLinearOperator`` stops early without saying so; ``GGN.solve`` raises.
+    Raises ``ImportError`` where curvlinops is missing.
     """
     return _foreign()(operator)
 
