@@ -2,3 +2,16 @@
 
 Nothing is computed here that ``Problem`` does not compute; names, shapes and scales are those of the other tool.
 """
+
+from importlib import import_module
+from typing import Any
+
+MSG_MISSING = "This needs {tool}, which is not installed: {error}. Install it with `pip install {package}`."
+
+
+def needed(module: str, tool: str, package: str) -> Any:
+    """A module of another tool. Raises ``ImportError`` with the command that installs it where it is missing."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ImportError(MSG_MISSING.format(tool=tool, error=error, package=package)) from error
