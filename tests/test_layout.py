@@ -100,6 +100,7 @@ LEVELS = {
     "diagram": 8,
     "plot": 8,
     "monitor": 8,
+    "page": 8,
     "__init__": 8,
     "integrations": 9,  # and all files in there
     "demo": 9,
@@ -115,6 +116,7 @@ OWNERS = {
     "torch.fx": ("capture",),
     "torch.export": ("capture",),
     "matplotlib": ("plot",),
+    "jinja2": ("page",),
     "scipy": ("operator",),
     "curvlinops": ("integrations.curvlinops",),
     "laplace": ("integrations.laplace",),
