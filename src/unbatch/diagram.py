@@ -19,6 +19,12 @@ from unbatch.verdicts import MARKS, STYLES, TITLES, Structure, as_text
 STEP = 5  # characters from one column to the next
 LOOKS = {"statistics": "cyan", "mixed": "red", "unknown": "yellow", "whole": "red", "uneven": "magenta"}
 
+ENDS = {
+    "sum": "The loss is a weighted sum of those of the samples.",
+    "whole": "The loss is no sum over samples.",
+    "unknown": "Whether the loss is a sum over samples is not established.",
+}
+
 
 @dataclass(frozen=True)
 class Diagram:
@@ -43,11 +49,10 @@ class Diagram:
     @property
     def description(self) -> str:
         """The picture in words, for who cannot see it."""
-        found = [
-            ": ".join(filter(None, (s.name, s.remark))) for s in self.stages if s in self.bands or s.role == "loss"
-        ]
-        apart = "" if self.bands else " The samples stay separate up to their losses."
-        return f"The way of {self.samples} samples from inputs to loss.{apart} {'; '.join(found)}."
+        met = [f"{s.name}: {s.remark}." for s in self.bands]
+        ends = [ENDS[s.kind] for s in self.stages if s.role == "loss"]
+        apart = [] if met else ["The samples stay separate up to their losses."]
+        return " ".join([f"The way of {self.samples} samples from inputs to loss.", *apart, *met, *ends])
 
     def __rich__(self) -> Group:
         table = Table(box=None, pad_edge=False, show_header=False)

@@ -74,7 +74,7 @@ def crosstalk(given: Problem | Crosstalk, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def gradient_norms(problem: Problem, ax: Axes | None = None, bins: int = 20) -> Axes:
+def gradient_norms(problem: Problem, ax: Axes | None = None, bins: int = 12) -> Axes:
     """Histograms of the norms of the rows of the gradient, by component, copy and frozen; one where all are the same.
 
     In the scale in which each row enters the loss. A decomposition that does not exist here is named as such.
@@ -82,11 +82,12 @@ def gradient_norms(problem: Problem, ax: Axes | None = None, bins: int = 20) -> 
     ax = blank(ax)
     norms, missing = _norms(problem)
     edges = _edges(torch.cat(list(norms.values())), bins)
-    for (name, found), colour, line in zip(norms.items(), COLOURS, LINES, strict=False):
-        hatch = HATCHES[name.rpartition("-")[2]] if name != "per-sample" else ""
-        look: dict[str, Any] = {"histtype": "stepfilled", "hatch": hatch, "linestyle": line, "linewidth": 1.6}
-        faint = (*_rgb(colour), 0.22)
-        ax.hist(found.numpy(), edges, label=name, edgecolor=colour, facecolor=faint, **look)
+    side_by_side = [n.numpy() for n in norms.values()]
+    _, _, drawn = ax.hist(side_by_side, edges, color=COLOURS[: len(norms)], label=list(norms), edgecolor=INK, lw=0.7)
+    groups: list[Any] = [drawn] if len(norms) == 1 else list(drawn)  # type: ignore[arg-type]
+    for name, bars in zip(norms, groups, strict=True):
+        for bar in bars:
+            bar.set_hatch(HATCHES.get(name.removeprefix("per-"), ""))
     for by in missing:
         ax.plot([], [], " ", label=f"{by}: does not exist here")
     if len(edges) > 2 and edges[-1] / max(edges[0], 1e-300) > 20:
@@ -137,15 +138,12 @@ def spectrum(given: Problem | GGN | BlockGGN, ax: Axes | None = None) -> Axes:
         colour, line, marker = COLOURS[i % len(COLOURS)], LINES[i % len(LINES)], MARKERS[i % len(MARKERS)]
         at = torch.arange(1, len(values) + 1).numpy()
         filled = [colour if v > 0 else "white" for v in values.tolist()]
-        name = "eigenvalues" if len(blocks) == 1 else _block_name(block)
+        name = "eigenvalues" if len(blocks) == 1 else f"{_block_name(block)} (rank ≤ {block.rank_bound})"
         ax.plot(at, values.abs().numpy(), line, color=colour, lw=1.2, marker=marker, ms=4, label=name)
         if (values < 0).any():
             ax.scatter(at, values.abs().numpy(), s=18, marker=marker, c=filled, edgecolors=colour, zorder=3)
-        ax.axvline(block.rank_bound, color=colour, ls=line, lw=0.9, alpha=0.8)
-        ax.text(
-            block.rank_bound, 0.02 + 0.09 * (i % 6), f" rank ≤ {block.rank_bound}", color=INK, fontsize=7,
-            transform=ax.get_xaxis_transform(), ha="right", rotation=0,
-        )  # fmt: skip
+        bound = block.rank_bound
+        ax.axvline(bound, color=colour, ls=line, lw=1.0, label=f"rank ≤ {bound}" if len(blocks) == 1 else "_bound")
     ax.set_yscale("log")
     ax.set(xlabel="eigenvalue, largest first", ylabel="value")
     return _finished(ax)
@@ -171,8 +169,8 @@ def directions(given: Problem | GGN | Directions, k: int = 4, ax: Axes | None = 
     """Slope against curvature of every component along the top ``k`` eigenvectors of the Gauss-Newton matrix.
 
     Both times N, so that small markers are spread around their mean, slope and curvature of the whole loss, which is
-    the large marker; bars: one standard deviation over components. Needs a sum over samples, as
-    ``GGN.directions`` does, which raises ``StructureError`` otherwise.
+    the large marker; bars hold 80 % of the components. Curvatures on a log scale where none is negative. Needs a loss
+    that is a sum over samples, as ``GGN.directions`` does, which raises ``StructureError`` otherwise.
     """
     if isinstance(given, Problem):
         given = given.ggn()
@@ -186,14 +184,25 @@ def directions(given: Problem | GGN | Directions, k: int = 4, ax: Axes | None = 
         colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
         ax.scatter(x.numpy(), y.numpy(), s=16, marker=marker, c=colour, alpha=0.45, linewidths=0)
         ax.errorbar(
-            float(x.mean()), float(y.mean()), float(y.std(correction=0)), float(x.std(correction=0)), fmt=marker,
-            ms=9, color=colour, mec=INK, ecolor=INK, elinewidth=0.9, zorder=3,
+            float(x.mean()), float(y.mean()), _reach(y), _reach(x), fmt=marker, ms=9, color=colour, mec=INK,
+            ecolor=INK, elinewidth=0.9, zorder=3,
             label=f"direction {i + 1}, eigenvalue {float(found.values[-1 - i]):.3g}",
         )  # fmt: skip
+    shown = curvatures[:, -count:]
+    if (shown > 0).any() and not (shown < -1e-6 * shown.max()).any():
+        ax.set(yscale="log", ylim=(max(float(shown.quantile(0.02)), 1e-5 * float(shown.max())), 3 * float(shown.max())))
+    else:
+        ax.axhline(0, color=GREY, lw=0.6)
     ax.axvline(0, color=GREY, lw=0.6)
-    ax.axhline(0, color=GREY, lw=0.6)
     ax.set(xlabel=r"slope $N\gamma_n$", ylabel=r"curvature $N\lambda_n$")
     return _finished(ax)
+
+
+def _reach(values: Tensor) -> list[list[float]]:
+    """How far the middle 80 % lie below and above the mean."""
+    mean = values.mean()
+    low, high = values.quantile(0.1), values.quantile(0.9)
+    return [[max(float(mean - low), 0.0)], [max(float(high - mean), 0.0)]]
 
 
 def density(found: Density, ax: Axes | None = None, points: int = 400) -> Axes:
@@ -222,7 +231,8 @@ def density(found: Density, ax: Axes | None = None, points: int = 400) -> Axes:
 def plan(given: Plan | Mapping[str, Plan], ax: Axes | None = None) -> Axes:
     """The counted costs of plans, a bar each: memory of results and of temporaries, the budget, and the pullbacks.
 
-    ``given``: a plan of ``problem.plan``, or several with their names.
+    ``given``: a plan of ``problem.plan``, or several with their names. The budget, a thick upright stroke, is drawn
+    where it is no more than twice what is used.
     """
     plans = {f"{given.what} by {given.by}": given} if isinstance(given, Plan) else given
     if not plans or not all(isinstance(p, Plan) for p in plans.values()):
@@ -243,10 +253,6 @@ def plan(given: Plan | Mapping[str, Plan], ax: Axes | None = None) -> Axes:
     ax.invert_yaxis()
     ax.set(xlabel="MiB", xlim=(0, 1.45 * most or 1.0))
     return _finished(ax)
-
-
-def _rgb(colour: str) -> tuple[float, ...]:
-    return tuple(int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
 
 
 def _finished(ax: Axes) -> Axes:
