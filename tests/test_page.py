@@ -30,7 +30,7 @@ def problem(norm: bool = True, loss=F.cross_entropy) -> ub.Problem:
 class Page(HTMLParser):
     """What a page consists of, and which elements were left open."""
 
-    VOID = {"meta", "link", "br", "img", "hr", "input"}
+    VOID = ("meta", "link", "br", "img", "hr", "input")
 
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -59,13 +59,18 @@ def _options(
 
 
 @app.command()
-def demo(quick: Annotated[bool, typer.Option("--quick", help="Train for fewer steps.")] = False) -> None:
+def demo(
+    quick: Annotated[bool, typer.Option("--quick", help="Train for fewer steps.")] = False,
+    output: Annotated[Path, typer.Option(metavar="FILE", help="Where the report is written.")] = Path(
+        "demo-out/report.html"
+    ),
+) -> None:
     """A tour on real data: a small net with batch normalization, in train mode and after .eval()."""
     from unbatch import demo as tour
 
     try:
-        tour.main(quick)
-    except ImportError as error:
+        tour.main(quick, report_to=output)
+    except (ImportError, OSError) as error:
         _complain(str(error))
 
 

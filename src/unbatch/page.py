@@ -24,7 +24,7 @@ from unbatch.errors import UnbatchError
 from unbatch.problem import Problem
 from unbatch.report import outcome, seen, untested
 from unbatch.results import Rows
-from unbatch.verdicts import MARKS, NAMES, TITLES, Culprit, Structure, by_kind
+from unbatch.verdicts import MARKS, NAMES, TITLES, Culprit, by_kind
 
 DECOMPOSITIONS = ("component", "copy", "frozen")
 WHOLE_SPECTRUM = 1024  # columns of the factor at most, for all eigenvalues
@@ -176,7 +176,7 @@ def _tests(problem: Problem) -> Iterator[Block]:
 
 def _crosstalk(problem: Problem) -> Iterator[Block]:
     if problem.samples > CROSSTALK:
-        yield f"Not asked for: a matrix of {problem.samples} by {problem.samples} is large. `problem.crosstalk()` gives it."
+        yield f"Not asked for: {problem.samples} x {problem.samples} is a large matrix. `problem.crosstalk()` gives it."
         return
     found = problem.crosstalk()
     said = f"{found.strength:.1%} of the squares stand off the diagonal."
@@ -190,7 +190,7 @@ def _gradients(problem: Problem) -> Iterator[Block]:
     rows: dict[str, Rows] = {}
     for by in DECOMPOSITIONS:
         try:
-            rows[by] = problem.gradients(by=by)  # type: ignore[call-overload]
+            rows[by] = problem.gradients(by=by)
         except UnbatchError as error:
             yield f"Rows by {by} are not shown: {error}"
     cells = [_sizes(by, r, gradient) for by, r in rows.items()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ from unbatch.cotangents import LossAt
 from unbatch.crosstalk import Crosstalk, crosstalk
 from unbatch.curvature import Curvature, Through
 from unbatch.derivatives import gradients
+from unbatch.diagram import Diagram
 from unbatch.errors import InputError, MixedSamplesWarning, StructureError
 from unbatch.folds import Fold
 from unbatch.ggn import GGN, Point
@@ -50,6 +52,7 @@ from unbatch.quantities import Gradients, Quantity
 from unbatch.recording import Batch, Recording
 from unbatch.results import Rows
 from unbatch.sources import Ran, Recorded, Source
+from unbatch.stages import stages
 from unbatch.statistics import Statistics
 from unbatch.tree import Selection, Space, select
 from unbatch.trust import trusted
@@ -120,12 +123,30 @@ class Problem:
         own = "its own loss" if loss is None else getattr(loss, "__name__", type(loss).__name__)
         return f"Problem({getattr(model, '__name__', type(model).__name__)}, {own}, {self.samples} samples)"
 
+    def _repr_html_(self) -> str:
+        """The picture of its structure, in a notebook; to be shown is no reason to fail."""
+        try:
+            return self.diagram()._repr_html_()
+        except Exception as error:
+            return f"<pre>{html.escape(f'{self!r}: {error}')}</pre>"
+
     # -- questions --
 
     @property
     def structure(self) -> Structure:
         """The six verdicts, with culprits, statistics and what follows. Cost: a few forward passes."""
         return self._recorded().structure
+
+    def diagram(self) -> Diagram:
+        """The structure as a picture: samples are columns, stages from inputs to loss are rows, mixing is a band.
+
+        Text when printed, a drawing in a notebook (with ``pip install 'unbatch[plot]'``), see ``unbatch.plot``. Cost:
+        as for ``structure``, which is also where all that it shows is from.
+        """
+        kept, loss = self._recorded(), self.program.loss
+        named = [(name, type(m).__name__) for top in self.program.modules for name, m in top.named_modules()]
+        called = "its own loss" if loss is None else getattr(loss, "__name__", type(loss).__name__)
+        return Diagram.of(kept.structure, stages(kept.graph, kept.findings, kept.structure, dict(named), called))
 
     def verify(self) -> Verification:
         """Put every verdict to a numerical test, the proved ones too. Cost: some dozens of forward passes."""

@@ -147,6 +147,13 @@ class Recording:
         return self._structure
 
     @property
+    def findings(self) -> Findings:
+        """The walks behind the structure."""
+        assert self.structure.samples
+        assert self._findings is not None
+        return self._findings
+
+    @property
     def replays(self) -> str:
         """Why the recording cannot stand for the model's derivatives, if it cannot."""
         return self._replays if self.structure else ""

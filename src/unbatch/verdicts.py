@@ -5,6 +5,8 @@ Frozen data only, and the texts that explain a culprit. Nothing is computed here
 
 from __future__ import annotations
 
+import html
+import io
 import os
 import re
 from dataclasses import dataclass, replace
@@ -134,6 +136,11 @@ class Structure:
     def __str__(self) -> str:
         return as_text(self.__rich__())
 
+    def _repr_html_(self) -> str:
+        """The printed report, in a notebook."""
+        said = html.escape("; ".join(map(str, self.verdicts)), quote=True)
+        return as_html(self.__rich__(), f"Structure of the loss: {said}")
+
     def to_dict(self) -> dict[str, Any]:
         """The same as plain data, for JSON."""
         return {
@@ -198,6 +205,15 @@ def as_text(renderable: Any, width: int = 110) -> str:
     with console.capture() as captured:
         console.print(renderable)
     return "\n".join(line.rstrip() for line in captured.get().rstrip("\n").split("\n"))
+
+
+def as_html(renderable: Any, label: str, width: int = 110) -> str:
+    """Coloured text; ``label`` is what a screen reader says in its place."""
+    console = Console(width=width, record=True, file=io.StringIO(), highlight=False)
+    console.print(renderable)
+    opening = f'<pre role="img" aria-label="{label}" style="line-height: 1.25; overflow-x: auto">'
+    code = console.export_html(inline_styles=True, code_format="{code}")
+    return f"{opening}{code}</pre>"
 
 
 def render(structure: Structure) -> list[Any]:
