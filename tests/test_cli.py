@@ -358,6 +358,24 @@ def test_help_lists_the_exit_status():
     assert "3 none fails" in " ".join(call("inspect", "--help").stdout.split())
 
 
+def test_report(tmp_path):
+    path = tmp_path / "deep" / "r.html"
+    result = call("report", "nets.py:Net", "--input", "4,3,6,6", "--loss", "cross_entropy", "--output", str(path))
+    assert result.exit_code == 0, result.stderr
+    assert str(path) in result.stdout.replace("\n", "")
+    text = path.read_text()
+    assert "Net, in train mode" in text
+    assert "4,3,6,6, drawn at random" in text
+
+
+def test_report_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    asked = ("--input", "4,3,6,6", "--loss", "cross_entropy", "--output", str(tmp_path / "file" / "r.html"))
+    result = call("report", "nets.py:Net", *asked)
+    assert result.exit_code == cli.WRONG_CALL
+    assert "file" in result.stderr
+
+
 def test_demo_without_scikit_learn(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     result = call("demo")

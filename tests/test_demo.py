@@ -2,6 +2,7 @@
 
 import io
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +14,9 @@ NEWLY = ("independent forward", "SIMD forward")
 ALWAYS = ("canonical split", "SIMD given statistics", "reduction", "SIMD loss")
 
 
-def run() -> str:
+def run(report_to: Path | None = None) -> str:
     out = Console(file=io.StringIO(), width=110, highlight=False)
-    demo.main(quick=True, console=out)
+    demo.main(quick=True, console=out, report_to=report_to)
     return out.file.getvalue()
 
 
@@ -142,3 +143,12 @@ def test_twice_the_same_and_nothing_left_behind(text):
     assert re.sub(clock, "", run()) == re.sub(clock, "", text)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_num_threads() == threads
+
+
+def test_a_page_is_written(tmp_path):
+    """The same net, as a page: the trace of its Gauss-Newton matrix is the one that is told."""
+    said = run(tmp_path / "report.html")
+    assert str(tmp_path / "report.html") in said
+    page = (tmp_path / "report.html").read_text()
+    assert "R = 48 numbers" in page
+    assert page.count("<svg") == 5

@@ -102,6 +102,7 @@ LEVELS = {
     "arguments": 8,
     "plot": 8,
     "monitor": 8,
+    "page": 8,
     "__init__": 8,
     "integrations": 9,  # and all files in there
     "demo": 9,
@@ -117,6 +118,7 @@ OWNERS = {
     "torch.fx": ("capture",),
     "torch.export": ("capture",),
     "matplotlib": ("figure", "plot"),
+    "jinja2": ("page",),
     "scipy": ("operator",),
     "curvlinops": ("integrations.curvlinops",),
     "laplace": ("integrations.laplace",),

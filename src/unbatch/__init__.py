@@ -14,6 +14,7 @@ from unbatch.errors import (
     VanishingCurvatureWarning,
 )
 from unbatch.ggn import GGN
+from unbatch.page import write_report
 from unbatch.problem import Problem
 from unbatch.quantities import (
     ClippedSum,
@@ -74,4 +75,5 @@ __all__ = [
     "Verification",
     "assume_independent",
     "register_rule",
+    "write_report",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import torch
@@ -57,13 +58,18 @@ def _options(
 
 
 @app.command()
-def demo(quick: Annotated[bool, typer.Option("--quick", help="Train for fewer steps.")] = False) -> None:
+def demo(
+    quick: Annotated[bool, typer.Option("--quick", help="Train for fewer steps.")] = False,
+    output: Annotated[Path, typer.Option(metavar="FILE", help="Where the report is written.")] = Path(
+        "demo-out/report.html"
+    ),
+) -> None:
     """A tour on real data: a small net with batch normalization, in train mode and after .eval()."""
     from unbatch import demo as tour
 
     try:
-        tour.main(quick)
-    except ImportError as error:
+        tour.main(quick, report_to=output)
+    except (ImportError, OSError) as error:
         _complain(str(error))
 
 
@@ -88,6 +94,7 @@ OwnLoss = Annotated[bool, typer.Option("--own-loss", help="The model returns its
 EvalMode = Annotated[bool, typer.Option("--eval", help="Call model.eval() first.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 Verify = Annotated[bool, typer.Option(help="Put the verdicts to a numerical test.")]
+Output = Annotated[Path, typer.Option(metavar="FILE", help="Where the report is written.")]
 Seed = Annotated[int, typer.Option(help="For the parameters, the inputs and the targets.")]
 
 
@@ -117,6 +124,27 @@ def inspect(
     else:
         _print(said, structure, verification)
     raise typer.Exit(exit_status(structure, verification))
+
+
+@app.command(name="report")
+def write_report(
+    target: Target,
+    inputs: Inputs,
+    output: Output = Path("unbatch-report.html"),
+    loss: LossName = "",
+    targets: Targets = "",
+    own_loss: OwnLoss = False,
+    eval_mode: EvalMode = False,
+    seed: Seed = 0,
+) -> None:
+    """Write all that is to be known about a model's loss on a random batch to one HTML file."""
+    try:
+        with _working("asking everything"):
+            problem, said = _problem(target, inputs, loss, targets, own_loss, eval_mode, seed)
+            written = unbatch.write_report(problem, output, said=said)
+    except (InputError, CaptureError, ImportError, OSError) as error:
+        _complain(str(error))
+    typer.echo(f"The report is {written.resolve()}")
 
 
 def exit_status(structure: Structure, verification: Verification | None) -> int:

@@ -9,6 +9,7 @@ import copy
 import warnings
 from collections.abc import Mapping
 from itertools import combinations
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -105,6 +106,8 @@ What to try next
 
   unbatch inspect path/to/file.py:make_model --input 8,3,32,32 --loss cross_entropy
       the same for a model of yours; `unbatch inspect --help` lists the rest
+  unbatch report path/to/file.py:make_model --input 8,3,32,32 --loss cross_entropy
+      ... as a page with pictures
 
   import unbatch as ub
   problem = ub.Problem(model, loss, (X, y))
@@ -141,8 +144,8 @@ class Net(nn.Module):
         return self.linear(x.flatten(1))
 
 
-def main(quick: bool = False, console: Console | None = None) -> None:
-    """Run the tour and print it; a few seconds on one core, fewer when ``quick``.
+def main(quick: bool = False, console: Console | None = None, report_to: Path | None = None) -> None:
+    """Run the tour and print it; a few seconds on one core, fewer when ``quick``. ``report_to``: a page to write.
 
     The random state and the number of threads are afterwards as they were. Raises ``ImportError`` where
     scikit-learn is missing.
@@ -154,7 +157,8 @@ def main(quick: bool = False, console: Console | None = None) -> None:
         torch.manual_seed(0)
         torch.set_num_threads(1)
         try:
-            _tour(out, digits, epochs=1 if quick else 6)
+            problem = _tour(out, digits, epochs=1 if quick else 6)
+            _report(out, problem, report_to)
         finally:
             torch.set_num_threads(threads)
 
@@ -208,7 +212,14 @@ def _step(model: Net, optimizer: torch.optim.Optimizer, X: Tensor, y: Tensor) ->
     optimizer.step()
 
 
-def _tour(out: Console, digits: Digits, epochs: int) -> None:
+def _report(out: Console, problem: ub.Problem, path: Path | None) -> None:
+    if path is not None:
+        written = ub.write_report(problem, path, "Digits", {"data": "handwritten digits of scikit-learn"})
+        out.print(f"\nAll of this on one page, with pictures: {written.resolve()}", markup=False, soft_wrap=True)
+
+
+def _tour(out: Console, digits: Digits, epochs: int) -> ub.Problem:
+    """Tell everything; the problem in train mode, at the end."""
     model = Net()
     _train(out, model, digits, epochs)
     problem = ub.Problem(model, F.cross_entropy, (digits.X[:BATCH], digits.y[:BATCH]))
@@ -228,6 +239,8 @@ def _tour(out: Console, digits: Digits, epochs: int) -> None:
     out.print()
     out.rule(style="dim")
     out.print(NEXT, markup=False)
+    model.train()
+    return problem
 
 
 def _eval(out: Console, before: ub.Structure, problem: ub.Problem, few: ub.Problem) -> None:

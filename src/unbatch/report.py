@@ -43,13 +43,18 @@ def verification_table(structure: Structure, verification: Verification) -> Tabl
     for name in NAMES:
         check = checks.get(name) or untested(structure, name)
         verdict = Text(f"{MARKS[check.status]} {check.status}", STYLES[check.status])
-        table.add_row(TITLES[name], verdict, OUTCOMES[check.passed], _seen(check))
+        table.add_row(TITLES[name], verdict, OUTCOMES[check.passed], seen(check))
     return table
 
 
-def _seen(check: Check) -> str:
+def seen(check: Check) -> str:
     """A witness says itself what was done."""
     return check.detail if check.witness is not None or not check.test else f"{check.test}: {check.detail}"
+
+
+def outcome(check: Check) -> str:
+    """Passed, not tested, or contradicted, in words."""
+    return OUTCOMES[check.passed].plain.partition(" ")[2]
 
 
 def untested(structure: Structure, name: str) -> Check:

@@ -242,20 +242,26 @@ def verdict_table(structure: Structure) -> Table:
     return table
 
 
-def culprit_part(structure: Structure, most: int = 12) -> list[Any]:
-    """Each kind of culprit once, with the places where it stands and the structures it stands in the way of."""
+def by_kind(structure: Structure) -> list[tuple[list[Culprit], list[str]]]:
+    """Culprits that are alike but for where they stand, and the titles of the structures that they are against."""
     kinds: dict[tuple[str, str, str], tuple[list[Culprit], list[str]]] = {}
     for v in structure.verdicts:
         for c in v.culprits:
             found, against = kinds.setdefault((c.op, re.sub(r"\d+", "", c.why), c.remedy), ([], []))
             found.append(c) if c not in found else None
             against.append(TITLES[v.name]) if TITLES[v.name] not in against else None
+    return list(kinds.values())
+
+
+def culprit_part(structure: Structure, most: int = 12) -> list[Any]:
+    """Each kind of culprit once, with the places where it stands and the structures it stands in the way of."""
+    kinds = by_kind(structure)
     if not kinds:
         return []
     table = Table(box=None, pad_edge=False, title="culprits", title_justify="left")
     for column in ("module", "op", "where", "why, and what to do", "against"):
         table.add_column(column, overflow="fold")
-    for found, against in list(kinds.values())[:most]:
+    for found, against in kinds[:most]:
         first, more = found[0], len(found) - 1
         module = (first.module or "-") + (f"\n+{more} more" if more else "")
         table.add_row(module, first.op, first.short or "-", f"{first.why}. {first.remedy}", ", ".join(against))
