@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.stamp
 PIP    := $(BIN)/pip --disable-pip-version-check install -q -c constraints.txt
 
-.PHONY: demo test check bench bench-gradients bench-ggn bench-accuracy zoo format clean
+.PHONY: demo test check bench bench-gradients bench-ggn bench-accuracy zoo figures format clean
 
 demo: $(STAMP)
 	$(BIN)/unbatch demo
@@ -27,16 +27,11 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/capture.py
 	$(BIN)/python benchmarks/overview.py
 
-# The other tools come without their requirements: BackPACK's include torchvision.
 bench-gradients: $(STAMP)
-	$(PIP) --no-deps backpack-for-pytorch unfoldNd opacus einops opt_einsum
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gradients.py --memory --write
 	$(BIN)/python benchmarks/overview.py
 
-# ViViT stands on BackPACK; einconv and linear_operator are what curvlinops imports.
 bench-ggn: $(STAMP)
-	$(PIP) --no-deps backpack-for-pytorch unfoldNd vivit-for-pytorch curvlinops-for-pytorch \
-		einconv einops linear_operator opt_einsum
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/ggn.py --write
 	$(BIN)/python benchmarks/overview.py
 
@@ -48,6 +43,9 @@ zoo: $(STAMP)
 	$(BIN)/python benchmarks/zoo_table.py
 	$(BIN)/python benchmarks/overview.py
 
+figures: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/figures.py
+
 format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -57,11 +55,15 @@ clean:
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find src tests docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# torch comes first, so that nothing else gets to choose its build; pytorchcv comes last and
-# without its requirements, because they include torchvision.
+# The tools that tests and benchmarks compare with, and what these import. They come without their
+# requirements, which include torchvision.
+PEERS := backpack-for-pytorch unfoldNd vivit-for-pytorch curvlinops-for-pytorch einconv einops linear_operator \
+	opt_einsum opacus laplace-torch asdfghjkl torchmetrics lightning-utilities pytorch-lightning accelerate
+
+# torch comes first, so that nothing else gets to choose its build.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
 	$(PIP) -e '.[dev]'
-	$(PIP) --no-deps pytorchcv
+	$(PIP) --no-deps pytorchcv $(PEERS)
 	touch $@

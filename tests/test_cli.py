@@ -364,7 +364,7 @@ def test_report(tmp_path):
     assert result.exit_code == 0, result.stderr
     assert str(path) in result.stdout.replace("\n", "")
     text = path.read_text()
-    assert "Net, in train mode" in text
+    assert "nets.py:Net (Net, train mode)" in text
     assert "4,3,6,6, drawn at random" in text
 
 
