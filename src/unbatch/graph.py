@@ -356,13 +356,13 @@ def mapped(tree: Any, function: Callable[[Any], Any]) -> Any:
     return function(tree) if isinstance(tree, torch.dtype) else tree
 
 
-def filled(tree: Any, get: Callable[[Ref], Any]) -> Any:
-    """Arguments with values in place of references."""
-    if isinstance(tree, Ref):
+def filled(tree: Any, get: Callable[[Any], Any], kind: type = Ref) -> Any:
+    """Arguments with values in place of references (or of what else is of a ``kind``)."""
+    if isinstance(tree, kind):
         return get(tree)
     if isinstance(tree, list | tuple):
-        return type(tree)(filled(t, get) for t in tree)
-    return {k: filled(v, get) for k, v in tree.items()} if isinstance(tree, dict) else tree
+        return type(tree)(filled(t, get, kind) for t in tree)
+    return {k: filled(v, get, kind) for k, v in tree.items()} if isinstance(tree, dict) else tree
 
 
 def is_ref(x: Any) -> bool:

@@ -45,7 +45,7 @@ class Made:
 
     def operands(self) -> list[Term]:
         found: list[Term] = []
-        filled_terms(self.arguments, found.append)
+        filled(dict(self.arguments), found.append, Term)
         return found
 
 
@@ -136,14 +136,6 @@ class Terms:
             self.assume(term, False)
         elif term not in self.constants:
             self.assumed[term] = torch.full(self[term].shape, number, dtype=self[term].dtype)
-
-
-def filled_terms(tree: Any, get: Callable[[Term], Any]) -> Any:
-    if isinstance(tree, Term):
-        return get(tree)
-    if isinstance(tree, list | tuple):
-        return type(tree)(filled_terms(t, get) for t in tree)
-    return {k: filled_terms(v, get) for k, v in tree.items()} if isinstance(tree, Mapping) else tree
 
 
 def _frozen(x: Any) -> Any:
