@@ -99,6 +99,8 @@ LEVELS = {
     "arguments": 8,
     "diagram": 8,
     "plot": 8,
+    "answers": 8,
+    "journal": 8,
     "monitor": 8,
     "__init__": 8,
     "integrations": 9,  # and all files in there
@@ -121,7 +123,9 @@ OWNERS = {
     "opacus": ("integrations.opacus",),
     "lightning": ("integrations.lightning",),
     "transformers": ("integrations.transformers",),
+    "pytorch_lightning": ("integrations.lightning",),
     "tensorboard": ("monitor",),
+    "torch.utils.tensorboard": ("monitor",),
 }
 
 Sources = Mapping[str, str]

@@ -14,6 +14,7 @@ from unbatch.errors import (
     VanishingCurvatureWarning,
 )
 from unbatch.ggn import GGN
+from unbatch.monitor import Monitor
 from unbatch.problem import Problem
 from unbatch.quantities import (
     ClippedSum,
@@ -55,6 +56,7 @@ __all__ = [
     "InnerProductTest",
     "InputError",
     "MixedSamplesWarning",
+    "Monitor",
     "NoiseScale",
     "NormTest",
     "Norms",
