@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -221,7 +220,7 @@ class Monitor:
     def _ask(self, inputs: Any, targets: Any) -> dict[str, Any]:
         """All questions, whatever becomes of them: random states, warnings and errors stay inside."""
         before = random_state()
-        with warnings.catch_warnings(record=True) as caught, _own_casts():
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
                 line = self._answers(inputs, targets)
@@ -295,17 +294,6 @@ class Monitor:
         """Until what training has queued on an accelerator is done, so that its time is not taken for ours."""
         if self.account.clock is time.perf_counter and self.account.due() and torch.accelerator.is_available():
             torch.accelerator.synchronize()
-
-
-@contextmanager
-def _own_casts() -> Iterator[None]:
-    """Under autocast, casts of parameters made here are not handed to training: they lack the graph that it needs."""
-    before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(before)
 
 
 def _words(error: Exception) -> str:
