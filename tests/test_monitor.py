@@ -8,9 +8,11 @@ import copy
 import json
 import math
 import random
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -776,6 +778,19 @@ def test_the_trainer_of_transformers_trains_as_without(accumulate, tmp_path):
     assert all("value" in a for line in lines for a in line["quantities"].values())
     assert lines[0]["quantities"]["norms"]["kind"] == "per-sample"
     assert lines[0]["quantities"]["norms"]["samples"] == 4
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("tool", "needs"), [("lightning", "lightning.pytorch"), ("trainer", "accelerate")])
+def test_the_page_shows_runs_that_work(tool, needs, tmp_path, monkeypatch):
+    """Those that need a package; all others are run by tests/test_readme.py."""
+    pytest.importorskip(needs)
+    page = (Path(__file__).parent.parent / "docs" / "monitor.md").read_text(encoding="utf-8")
+    (code,) = re.findall(rf"^```python\n(# {tool}_run.py\n.*?)^```$", page, re.M | re.S)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, f"{tool}_run.py", "exec"), {"__name__": "page"})
+    (line,) = read(tmp_path / f"{tool}.jsonl")
+    assert [name for name, a in line["quantities"].items() if "value" in a] == list(answers.USUAL)
 
 
 @pytest.mark.parametrize("tool", ["lightning", "transformers"])
