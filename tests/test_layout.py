@@ -101,6 +101,8 @@ LEVELS = {
     "report": 8,
     "arguments": 8,
     "plot": 8,
+    "answers": 8,
+    "journal": 8,
     "monitor": 8,
     "page": 8,
     "__init__": 8,
@@ -125,7 +127,9 @@ OWNERS = {
     "opacus": ("integrations.opacus",),
     "lightning": ("integrations.lightning",),
     "transformers": ("integrations.transformers",),
+    "pytorch_lightning": ("integrations.lightning",),
     "tensorboard": ("monitor",),
+    "torch.utils.tensorboard": ("monitor",),
 }
 
 Sources = Mapping[str, str]

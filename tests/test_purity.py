@@ -229,6 +229,25 @@ def test_asking_changes_nothing(make, question):
     assert_unchanged(before, state(problem))
 
 
+NORMS = {
+    "batch norm": lambda: nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D)),
+    "instance norm": lambda: nn.Sequential(
+        nn.Unflatten(1, (1, D)), nn.InstanceNorm1d(1, track_running_stats=True), nn.Flatten(), nn.Linear(D, D)
+    ),
+}
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+@pytest.mark.parametrize("make", NORMS.values(), ids=NORMS)
+def test_asking_in_inference_mode_changes_nothing(make, question):
+    """There a norm reaches us whole, not as the op that it is made of."""
+    problem = stateful_problem(make)
+    before = state(problem)
+    with torch.inference_mode(), suppress(RuntimeError):
+        QUESTIONS[question](problem)
+    assert_unchanged(before, state(problem))
+
+
 def test_frozen_parameters_stay_frozen():
     problem = stateful_problem(usual)
     problem.program.model[0].weight.requires_grad_(False)

@@ -287,6 +287,29 @@ def test_a_tensor_kept_as_attribute_is_seen():
     agrees_with_a_fresh_one(same)
 
 
+class Activated(nn.Module):
+    """A layer with an activation that has no parameters: a module, or a function kept as an attribute."""
+
+    def __init__(self, act: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.linear, self.act = nn.Linear(D, C), act
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.act(self.linear(z))
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [(nn.ReLU(), nn.Tanh()), (nn.Sigmoid(), nn.Softmax(0)), (torch.relu, torch.tanh), (F.relu, lambda z: z.sigmoid())],
+    ids=["module", "module that mixes", "built-in function", "function"],
+)
+def test_an_activation_that_was_swapped_is_seen(first, then):
+    net = Activated(first)
+    same = asked(net)
+    net.act = then
+    agrees_with_a_fresh_one(same)
+
+
 def test_a_closure_is_seen():
     run, change = _in_closure()
     same = asked(run, parameters=dict(run.net.named_parameters()))

@@ -14,6 +14,7 @@ from unbatch.errors import (
     VanishingCurvatureWarning,
 )
 from unbatch.ggn import GGN
+from unbatch.monitor import Monitor
 from unbatch.page import write_report
 from unbatch.problem import Problem
 from unbatch.quantities import (
@@ -56,6 +57,7 @@ __all__ = [
     "InnerProductTest",
     "InputError",
     "MixedSamplesWarning",
+    "Monitor",
     "NoiseScale",
     "NormTest",
     "Norms",

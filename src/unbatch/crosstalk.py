@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ class Crosstalk:
     """``matrix[n, m]``: ``‖∂F_n/∂x_m‖`` (Frobenius).
 
     For ``by="replacement"`` the change of ``F_n`` when x_m is replaced. ``exact`` is False for an estimate from random
-    probes (unbiased in the squares).
+    probes (unbiased in the squares). Rows of predictions that were not asked for are zero, and no part of ``strength``.
     """
 
     matrix: Tensor
@@ -47,8 +48,9 @@ class Crosstalk:
         return "\n".join([*lines, f"off-diagonal share {self.strength:.1%} of the squares (by {self.by}{kind})"])
 
 
-def crosstalk(oracle: Oracle, probes: int | None = None) -> Crosstalk:
+def crosstalk(oracle: Oracle, probes: int | None = None, samples: Sequence[int] | None = None) -> Crosstalk:
     """The ``[N, N]`` matrix; see ``Problem.crosstalk``."""
+    asked = list(range(oracle.samples)) if samples is None else list(samples)
     leaves, spec = tree_flatten(oracle.inputs)
     smooth = [
         i
@@ -56,7 +58,7 @@ def crosstalk(oracle: Oracle, probes: int | None = None) -> Crosstalk:
         if d is not None and isinstance(t, Tensor) and t.is_floating_point()
     ]
     if not smooth:
-        return Crosstalk(_by_replacement(oracle), "replacement", True)
+        return Crosstalk(_by_replacement(oracle, asked), "replacement", True)
     moving = {i: leaves[i].detach().clone().requires_grad_() for i in smooth}
     inputs = tree_unflatten([moving.get(i, t) for i, t in enumerate(leaves)], spec)
     predictions = _rows(oracle, oracle.forward(inputs))
@@ -68,7 +70,7 @@ def crosstalk(oracle: Oracle, probes: int | None = None) -> Crosstalk:
     )
     if not predictions.requires_grad:
         return Crosstalk(squares, "derivative", True)
-    for n in range(oracle.samples):
+    for n in asked:
         for u in directions.to(predictions):
             with oracle.backward():
                 value, xs = predictions[n] @ u, list(moving.values())
@@ -90,11 +92,11 @@ def _rows(oracle: Oracle, predictions: list[Tensor]) -> Tensor:
     return torch.cat(rows, 1) if rows else torch.zeros(oracle.samples, 0)
 
 
-def _by_replacement(oracle: Oracle) -> Tensor:
+def _by_replacement(oracle: Oracle, asked: Sequence[int]) -> Tensor:
     base = oracle.rows(oracle.base)
     out = torch.zeros(oracle.samples, oracle.samples, dtype=torch.float64)
     for m in range(oracle.samples):
         keep = torch.arange(oracle.samples) != m
         new = oracle.rows(oracle.predict(oracle.changed(keep, "rolled", m)))
-        out[:, m] = (new - base).norm(dim=1)
+        out[asked, m] = (new - base)[asked].norm(dim=1).to(out)
     return out

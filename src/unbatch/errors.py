@@ -271,3 +271,16 @@ MSG_EIGENPAIRS = (
     "the norm (the largest is {worst:.2e}), and the search for overlooked ones {found}. Raise max_products, basis or "
     "rtol, or pass info=True to take the result as it is, with its residuals."
 )
+
+MSG_MONITOR_FILE = (
+    "The monitor cannot write to {path}: {reason}. Pass path= a file that can be written and that holds nothing, or "
+    "what a monitor wrote before; the folders above it are made where they are missing."
+)
+MSG_MONITOR_QUANTITY = (
+    "A monitor takes quantities such as unbatch.Norms(), each once, or their names, out of {names}; got {value!r}."
+)
+MSG_MONITOR_EVERY = (
+    "every= is 'auto', or how many calls there are from one question to the next, a whole number of at least 1; got "
+    "{value!r}."
+)
+MSG_EXTRA = "{what} needs {package}, which is not installed. Install it with `pip install 'unbatch[{extra}]'`."

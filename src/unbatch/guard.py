@@ -24,6 +24,7 @@ from unbatch.graph import Graph
 from unbatch.purity import storage_of
 
 PLAIN = (int, float, bool, str, bytes, type(None))
+FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial)
 INSTALLED = (sysconfig.get_paths()["purelib"], sysconfig.get_paths()["stdlib"], *LIBRARY)
 BOOKS = set(nn.Module().__dict__)  # what every module has
 FEW = 8  # entries of a tensor, or items of a container, that are looked at
@@ -93,7 +94,7 @@ class Guard:
     def state(self) -> tuple[Any, ...]:
         """Equal as long as the same is computed."""
         modules = self.modules
-        attributes = [tuple((k, v) for k, v in m.__dict__.items() if isinstance(v, PLAIN)) for m in modules]
+        attributes = [tuple(_decisive(m)) for m in modules]
         hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules]
         kinds = [(id(t), t.requires_grad, t.dtype, t.device, t.shape) for t in self._tensors()]
         reads = [_what(_look(place)) for place in self.reads]
@@ -177,6 +178,15 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _codes(constant)
+
+
+def _decisive(module: nn.Module) -> Iterator[Place]:
+    """Flags, functions that the module was given (``act=F.relu``), and the modules it is made of.
+
+    These are kept, not their numbers: another one could get the number of one that is gone.
+    """
+    yield from ((k, v) for k, v in module.__dict__.items() if isinstance(v, PLAIN + FUNCTIONS))
+    yield from module._modules.items()
 
 
 def _look(place: Place) -> Any:

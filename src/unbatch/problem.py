@@ -154,14 +154,18 @@ class Problem:
         kept = self._recorded()
         return verify(kept.structure, kept.oracle, kept.predictions)
 
-    def crosstalk(self, probes: int | None = None) -> Crosstalk:
+    def crosstalk(
+        self, probes: int | None = None, *, samples: Sequence[int] | Tensor | None = None
+    ) -> Crosstalk:  # fmt: skip
         """How strongly prediction n listens to sample m: ``[N, N]`` of ``‖∂F_n/∂x_m‖`` (Frobenius norm).
 
         For integer inputs the change of ``F_n`` when sample m is replaced. Exact by one backward pass per entry of the
-        predictions of a sample; with ``probes`` random directions an unbiased estimate of the squares.
+        predictions of a sample; with ``probes`` random directions an unbiased estimate of the squares. ``samples``: the
+        rows of these predictions only, on the same batch. Raises ``InputError`` for samples that are not there.
         """
+        picked = check_samples(samples, self.samples)
         kept = self._recorded()
-        return crosstalk(kept.oracle, probes)
+        return crosstalk(kept.oracle, probes, None if picked is None else picked.tolist())
 
     def predictions(self) -> Any:
         """``F``: what the model predicts on the batch, with the noise of the recorded run.
@@ -304,7 +308,7 @@ class Problem:
         def ask(quantities: Sequence[Quantity], parameters: Mapping[str, Tensor]) -> list[Any]:
             with torch.inference_mode(False), torch.no_grad(), _precision_of_recording():
                 source = self._source(kept, by, parameters, memory)
-                label = _label(kept.structure, by, lambda: None)
+                label = label_of(kept.structure, by, lambda: None)
                 return answer(source, quantities, parameters, kept.batch.samples, label, memory, {}, curvature)
 
         return Point(chosen, kept.batch.samples, curvature, ask, kept.is_stale, memory)
@@ -368,7 +372,7 @@ class Problem:
         buffers = check_out(out, chosen, self.samples)
         structure = kept.structure
         known = partial(weights, kept.graph, kept.marks_in_loss, self.samples) if structure.reduction else lambda: None
-        label = _label(structure, by, known)
+        label = label_of(structure, by, known)
         _warn(structure, quantities, label)
         source = self._source(kept, by, chosen, budget)
         with torch.no_grad(), _precision_of_recording():
@@ -452,7 +456,7 @@ class Problem:
 # --- what rows are called -----------------------------------------------------------------------
 
 
-def _label(s: Structure, by: str, known: Callable[[], Tensor | None]) -> Label:
+def label_of(s: Structure, by: str, known: Callable[[], Tensor | None]) -> Label:
     """What the rows are: without mixing the three decompositions are one, and per-sample if the loss is, too."""
     apart = bool(s.independent_forward) and bool(s.simd_loss)
     kinds = {"component": "per-component", "copy": "per-copy", "frozen": "frozen"}

@@ -21,6 +21,8 @@ from torch.utils._pytree import tree_leaves
 # Ops that write to arguments without saying so in their schema: positions, given that the flag argument is true.
 HIDDEN_WRITES = {
     "native_batch_norm": (3, 4, 5),
+    "batch_norm": (3, 4, 5),  # inference mode does not take it apart
+    "instance_norm": (3, 4, 5),
     "cudnn_batch_norm": (3, 4, 5),
     "miopen_batch_norm": (3, 4, 5),
 }

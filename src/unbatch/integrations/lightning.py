@@ -1,0 +1,49 @@
+"""Lightning: a callback that hands each training batch to a monitor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from unbatch.errors import MSG_EXTRA
+from unbatch.monitor import Monitor
+
+Split = Callable[[Any], tuple[Any, Any]]
+
+
+def monitor_callback(monitor: Monitor, split: Split | None = None) -> Any:
+    """A ``lightning.pytorch.Callback`` for ``Trainer(callbacks=[monitor_callback(monitor)])``.
+
+    The monitor is asked before each batch is trained on, in the precision of the trainer, and numbers its lines by
+    ``trainer.global_step``; with several processes the first one asks, about its own share. ``split``: from a batch to
+    ``(X, y)`` as the monitor takes them; by default the batch is such a pair, or, without a loss, all inputs.
+
+    Raises ``ImportError`` where Lightning is missing.
+    """
+    divided = split or ((lambda batch: (batch, None)) if monitor.loss is None else tuple)
+
+    class MonitorCallback(_callback_class()):  # type: ignore[misc]
+        """Asks at the start of a batch, when parameters are those that its gradient will be taken at."""
+
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.is_global_zero:
+                with trainer.precision_plugin.train_step_context():
+                    monitor.step(*divided(batch), step=trainer.global_step)
+
+        def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            if stage == "fit":
+                monitor.close()
+
+    return MonitorCallback()
+
+
+def _callback_class() -> Any:
+    """Under either of the names that the package goes by."""
+    for name in ("lightning.pytorch", "pytorch_lightning"):
+        try:
+            return import_module(name).Callback
+        except ImportError as error:
+            missing = error
+    message = MSG_EXTRA.format(what="A Lightning callback", package="lightning", extra="lightning")
+    raise ImportError(message) from missing

@@ -1,0 +1,65 @@
+"""Transformers: a callback of its ``Trainer`` that hands the inputs of each step to a monitor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from unbatch.errors import MSG_EXTRA
+from unbatch.monitor import Monitor
+
+NOT_OF_SAMPLES = ("num_items_in_batch",)  # what the trainer says about all batches of an optimizer step
+
+
+def monitor_callback(monitor: Monitor) -> Any:
+    """A ``transformers.TrainerCallback`` for ``Trainer(callbacks=[monitor_callback(monitor)])``.
+
+    The monitor watches a model that computes its own loss, and is asked before each optimizer step, about the last
+    inputs that the model was trained on, numbered by ``state.global_step``; with several processes the first one asks,
+    about its own share. The trainer tells a callback no inputs, so they are taken where the model is called; the loss
+    is that of these inputs alone, whatever else is accumulated.
+
+    Raises ``ImportError`` where Transformers is missing.
+    """
+    try:
+        from transformers import TrainerCallback
+    except ImportError as error:
+        message = MSG_EXTRA.format(what="A callback of the Trainer", package="transformers", extra="transformers")
+        raise ImportError(message) from error
+
+    class MonitorCallback(TrainerCallback):
+        """Asks before an optimizer step, when parameters still are those that the gradient was taken at."""
+
+        def __init__(self) -> None:
+            self.inputs: dict[str, Any] | None = None
+            self.hook: Any = None
+            self.asking = False
+
+        def seen(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if model.training and not self.asking:
+                self.inputs = {k: v for k, v in kwargs.items() if k not in NOT_OF_SAMPLES}
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.release()
+            self.hook = monitor.model.register_forward_pre_hook(self.seen, with_kwargs=True)  # type: ignore[attr-defined]
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if self.inputs is None or not state.is_world_process_zero:
+                return
+            self.asking = True
+            try:
+                monitor.step(self.inputs, step=state.global_step)
+            finally:
+                self.asking = False
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.release()
+            monitor.close()
+
+        def release(self) -> None:
+            if self.hook is not None:
+                self.hook.remove()
+            self.hook = self.inputs = None
+
+    return MonitorCallback()
