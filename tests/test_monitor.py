@@ -647,7 +647,7 @@ def test_a_missing_tensorboard_says_what_to_install(tmp_path, monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ImportError, match=r"unbatch\[monitor\]"):
+    with pytest.raises(ImportError, match=r"unbatch\[tensorboard\]"):
         ub.Monitor(normed(), F.cross_entropy, tensorboard=tmp_path)
 
 

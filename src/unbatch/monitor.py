@@ -307,6 +307,6 @@ def board(where: Any) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        message = MSG_EXTRA.format(what="Writing for TensorBoard", package="tensorboard", extra="monitor")
+        message = MSG_EXTRA.format(what="Writing for TensorBoard", package="tensorboard", extra="tensorboard")
         raise ImportError(message) from error
     return SummaryWriter(str(where))
