@@ -13,7 +13,6 @@ from unbatch.operator import Dense, Diagonal
 curvlinops = pytest.importorskip("curvlinops")
 
 # torch says it of itself when it first pushes a tangent forward.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 
 N = 6
 

@@ -24,7 +24,6 @@ from laplace import curvature
 from unbatch.integrations.laplace import UnbatchEF, UnbatchGGN
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning"),
 ]
 

@@ -15,7 +15,6 @@ TOOLS = {"BackPACK": "backpack", "ViViT": "", "curvlinops": "curvlinops", "Opacu
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning"),
 ]
 
 

@@ -208,18 +208,17 @@ class Oracle:
 
     def in_double(self) -> Oracle | None:
         """The same in float64, where the model can be run so."""
-        if self.program.loss is None and self.graph.after_cut:
-            return None
         wide = self._map(lambda x, _: x.detach().double() if x.is_floating_point() else x)
         model = self.program.inside
         try:
-            program = replace(
-                self.program, model=copy.deepcopy(model).double() if isinstance(model, nn.Module) else model
-            )
-            other = replace(self, program=program, inputs=wide)
+            if self.program.loss is None and self.graph.after_cut:  # predictions are replayed
+                other = replace(self, graph=self.graph.widened(), inputs=wide)
+            else:
+                double = copy.deepcopy(model).double() if isinstance(model, nn.Module) else model
+                other = replace(self, program=replace(self.program, model=double), inputs=wide)
         except Exception:
             return None
-        other.__dict__["tolerance"] = 1e-9
+        other.__dict__["tolerance"] = 1e-11
         return other if all(t.dtype == torch.float64 for t in other.base if t.is_floating_point()) else None
 
     # -- another number of samples --
