@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import unbatch as ub
+from unbatch import reference
 from unbatch.algebra import Algebra
 from unbatch.labels import batched, shared
 from unbatch.rules import RULES, Call
@@ -280,3 +281,76 @@ def test_statistics_of_inputs_in_a_loss_of_the_models_own_are_seen(name):
     assert structure.reduction
     assert structure.reduction.weights_depend_on == weights
     assert structure.simd_loss.weights_depend_on == terms
+
+
+class Picked(nn.Linear):
+    """Leaves out what has no label, by a size that Python reads (as DeBERTa's classifier does)."""
+
+    def forward(self, x, labels):
+        out = super().forward(x)
+        rows = (labels >= 0).nonzero()
+        if rows.size(0) == 0:
+            return {"loss": out.sum() * 0}
+        kept = out.gather(0, rows.expand(-1, out.shape[1]))
+        return {"loss": F.cross_entropy(kept, labels.gather(0, rows.view(-1)))}
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 2, 0, 1, 2], [0, -100, 2, -100, 1, 1], [-100, 1, 2, 0, 2, -100]])
+def test_labels_that_are_picked_by_number_are_constants_of_the_loss(labels):
+    """What Python reads of labels alone, after the predictions were made, steers neither them nor what a term is."""
+    torch.manual_seed(0)
+    model, X, y = Picked(4, 3).double(), torch.randn(6, 4).double(), torch.tensor(labels)
+    problem = ub.Problem(model, batch={"x": X, "labels": y})
+    structure = problem.structure
+    assert structure.simd_forward
+    assert structure.simd_loss
+    assert structure.reduction.weights_depend_on == {"inputs"}
+    rows = problem.gradients().flat()
+    expected = reference.flat(reference.component(_Plain(model), F.cross_entropy, X, y))
+    torch.testing.assert_close(rows, expected)
+
+
+class _Plain(nn.Module):
+    def __init__(self, model: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = model.weight, model.bias
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias)
+
+
+class RankedPairs(nn.Linear):
+    """Each prediction is multiplied with that of the sample that comes next by its label: no sum of losses."""
+
+    def forward(self, x, labels):
+        out = super().forward(x)
+        order = labels.argsort()
+        return {"loss": (out * out[order]).sum()}
+
+
+def test_numbers_that_pick_other_samples_predictions_do_not_make_a_sum():
+    y = torch.tensor([3, 1, 0, 2, 5, 4])
+    structure = ub.Problem(RankedPairs(4, 3), batch={"x": torch.randn(6, 4), "labels": y}).structure
+    assert structure.simd_loss.status != "holds"
+    assert structure.reduction.status != "holds"
+
+
+class Iterated(nn.Module):
+    """An inverse by Newton's iteration that starts from a statistic of the batch, which is forgotten but for 1e-10."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        a = self.linear(x).sigmoid() + 1
+        z = 0.5 / a.amax() * torch.ones_like(a)
+        for _ in range(5):
+            z = z * (2 - a * z)
+        return z
+
+
+def test_a_coupling_below_single_precision_has_a_witness():
+    torch.manual_seed(0)
+    structure = ub.Problem(Iterated(), lambda p: p.square().sum(), (torch.randn(6, 4), None)).structure
+    assert structure.independent_forward.status == "fails"

@@ -21,7 +21,7 @@ from unbatch.folds import Fold
 from unbatch.graph import Graph, Ref, Step
 from unbatch.labels import Array, Marks, code
 from unbatch.rules import stand_in
-from unbatch.walk import Walk
+from unbatch.walk import Walk, scrambled
 
 
 def split(graph: Graph, forward: Walk) -> tuple[Graph, list[Step]]:
@@ -92,7 +92,7 @@ def _laid_out(t: Tensor, like: Tensor) -> Tensor:
 # --- labels ---------------------------------------------------------------------------------------
 
 
-def placed(graph: Graph, start: Mapping[int, Marks], walked: Walk) -> dict[int, Marks]:
+def placed(graph: Graph, forward: Walk, start: Mapping[int, Marks], walked: Walk) -> dict[int, Marks]:
     """Labels among what the loss reads, as belonging to the samples with whose predictions the loss compares them.
 
     They are constants, and a language model compares the prediction at a word with the next word: ``y_n`` is what
@@ -100,11 +100,13 @@ def placed(graph: Graph, start: Mapping[int, Marks], walked: Walk) -> dict[int, 
     those that are not set beside predictions one by one; where they are others', the loss is then unknown.
     """
     out = dict[int, Marks]()
+    numbers = scrambled(graph, forward)
     for step in graph.loss_steps:
         beside = [walked[r] for r in step.refs() if "predictions" in walked[r].sources]
         for ref in step.refs() if len(beside) == 1 and _one_by_one(step, beside[0]) else ():
             label = start.get(ref.index)
-            if label is not None and (owner := _beside(label, beside[0])) is not None:
+            apart = graph.folded or ref.index in numbers
+            if label is not None and apart and (owner := _beside(label, beside[0])) is not None:
                 key = np.broadcast_to(code("label", ref.index), owner.shape)
                 out[ref.index] = replace(label, owner=owner, key=key)
     return out
@@ -119,13 +121,13 @@ def _one_by_one(step: Step, prediction: Marks) -> bool:
 
 def _beside(label: Marks, prediction: Marks) -> Array | None:
     """The samples of a prediction along the axes of labels, where these are of one kind and belong to others."""
-    kinds = np.unique(label.key[label.owner >= 0])
+    kinds = np.unique(label.key[label.owner >= 0] if label.owned else label.key)
     if label.sources != {"inputs"} or label.mixed or len(kinds) != 1 or prediction.mixed:
         return None
     for dim in reversed(range(prediction.owner.ndim)):  # classes: their entries belong together
         if not prediction.owner_varies(dim):
             prediction = replace(prediction, owner=prediction.owner.take([0], axis=dim))
-    owner, shape = prediction.owner, label.owner.shape
+    owner, shape = prediction.owner, label.owner.shape if label.owned else label.shape
     if [s for s in owner.shape if s > 1] != [s for s in shape if s > 1]:
         return None
     owner = owner.reshape(shape)

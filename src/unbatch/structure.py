@@ -28,7 +28,7 @@ from unbatch.verdicts import (
     culprit,
     escape_culprit,
 )
-from unbatch.walk import Walk, forward_marks, loss_marks, prediction_dim, walk
+from unbatch.walk import Walk, forward_marks, loss_marks, prediction_dim, scrambled, walk
 
 # --- reading marks --------------------------------------------------------------------------------
 
@@ -84,6 +84,7 @@ class Findings:
     ranks: bool = False
     escapes: list[Escape] = field(default_factory=list)
     loss_escapes: list[Escape] = field(default_factory=list)
+    told: frozenset[str] = frozenset()  # constants of which the loss looks at more than one sample's at a time
 
 
 def judge(
@@ -112,13 +113,19 @@ def judge(
     found = Findings(forward, None, leading)
     excused = lambda e: any(e.module == m or e.module.startswith(m + ".") for m in assumed)  # noqa: E731
     seen = lambda e, w: (e.blind or e.ref.index not in w.marks or sees(w[e.ref])) and not excused(e)  # noqa: E731
-    in_loss = lambda e: graph.values[e.ref.index].step in graph.after_cut if own else e.in_loss  # noqa: E731
+    last = max(forward.ancestors(used_predictions(graph)), default=-1) if own else -1
+    in_loss = lambda e: e.step > last if own else e.in_loss  # noqa: E731  what is read later does not lead to them
     found.escapes = [e for e in graph.escapes if not in_loss(e) and seen(e, forward) and not harmless(e)]
     structure = _judge_forward(graph, forward, found, samples)
     if graph.loss is not None:
         start = loss_marks(graph, forward, target_dims, samples, leading)
-        found.loss = _walk_loss(graph, samples, start, assumed, statistics_of_data(graph, forward) if own else [])
-        found.loss_escapes = [e for e in graph.escapes if in_loss(e) and seen(e, found.loss) and not harmless(e)]
+        found.loss = _walk_loss(graph, forward, start, assumed, statistics_of_data(graph, forward) if own else [])
+        read = [e for e in graph.escapes if in_loss(e) and seen(e, found.loss) and not harmless(e)]
+        found.loss_escapes = [e for e in read if e.blind or not constant(e.ref.index, found.loss)]
+        found.told = frozenset().union(
+            *(found.loss.marks[e.ref.index].sources for e in read if e not in found.loss_escapes),
+            *(found.loss.marks[i].sources for i in scrambled(graph, forward)),
+        )
         structure = _judge_loss(graph, found.loss, found, structure)
         if entering:
             structure = structure.with_verdicts(_entering(entering))
@@ -134,12 +141,12 @@ def judge(
 
 
 def _walk_loss(
-    graph: Graph, samples: int, start: dict[int, Marks], assumed: Sequence[str], before: Sequence[Step]
+    graph: Graph, forward: Walk, start: dict[int, Marks], assumed: Sequence[str], before: Sequence[Step]
 ) -> Walk:
-    steps = [*before, *graph.loss_steps]
+    steps, samples = [*before, *graph.loss_steps], forward.algebra.samples
     loss = walk(graph, samples, start, steps, assumed, ("targets", "inputs"))
     moved: dict[int, Marks] = {}
-    while graph.folded and (more := {i: m for i, m in placed(graph, start, loss).items() if i not in moved}):
+    while more := {i: m for i, m in placed(graph, forward, start, loss).items() if i not in moved}:
         moved |= more
         loss = walk(graph, samples, start | moved, steps, assumed, ("targets", "inputs"))
     return loss
@@ -152,6 +159,11 @@ def statistics_of_data(graph: Graph, forward: Walk) -> list[Step]:
         return ref is not None and bool(forward[ref].given) and "parameters" not in forward[ref].sources
 
     return [s for s in graph.forward_steps if any(map(is_one, [*s.outs, *(new for _, new in s.writes)]))]
+
+
+def constant(value: int, loss: Walk) -> bool:
+    """It is made of targets and inputs alone, which are constants in the loss."""
+    return value in loss.marks and loss.marks[value].sources <= {"targets", "inputs"}
 
 
 def _judge_forward(graph: Graph, forward: Walk, found: Findings, samples: int) -> Structure:
@@ -280,7 +292,7 @@ def _judge_loss(graph: Graph, loss: Walk, found: Findings, structure: Structure)
     )
     basis = "assumed" if loss.assumed else "proved"
     blame = _loss_culprits(graph, loss, steps, marks, found)
-    depends, listens = _constants(algebra, marks, True), _constants(algebra, marks, False)
+    depends, listens = _constants(algebra, marks, True) | found.told, _constants(algebra, marks, False)
     note = f"weights depend on {' and '.join(sorted(depends))}" if depends else ""
     given = f"given statistics of the {' and '.join(sorted(listens))} of all samples" if listens else ""
     return structure.with_verdicts(

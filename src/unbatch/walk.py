@@ -437,8 +437,11 @@ def loss_marks(
     for i, (ref, dim) in enumerate(zip(graph.targets, targets, strict=True)):
         if ref is not None:
             marks[ref.index] = _leaf(graph, ref, dim, i, "targets")
+    numbers = scrambled(graph, forward)
     for i, known in forward.marks.items():
-        if graph.values[i].kind == "step":
+        if i in numbers:
+            marks[i] = shared(known.shape, ("numbers", i), known.sources)
+        elif graph.values[i].kind == "step":
             inner = "parameters" in known.sources
             marks[i] = (
                 shared(known.shape, ("internal", i), ["internals"]) if inner else replace(known, given=frozenset())
@@ -448,6 +451,22 @@ def loss_marks(
     for i, ref in enumerate(graph.predictions):
         marks[ref.index] = fresh_prediction(forward[ref], i, samples, leading)
     return marks
+
+
+def scrambled(graph: Graph, forward: Walk) -> list[int]:
+    """Integers that a loss of the model's own reads, made of data alone, in no order of samples: which labels count.
+
+    In the loss they are constants whose numbers are known.
+    """
+    if not graph.own_loss:
+        return []
+    read = dict.fromkeys(r.index for s in graph.loss_steps for r in s.refs())
+    return [
+        i
+        for i in read
+        if i in forward.marks and graph.values[i].step not in graph.after_cut and graph.values[i].kind == "step"
+        and forward.marks[i].mixed and "parameters" not in forward.marks[i].sources and graph.known(i) is not None
+    ]  # fmt: skip
 
 
 def fresh_prediction(known: Marks, leaf: int, samples: int, leading: bool = True) -> Marks:
