@@ -5,11 +5,15 @@ them. They read imports anywhere in a file: inside functions and under `TYPE_CHE
 """
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+
+import unbatch
 
 PACKAGE = "unbatch"
 
@@ -292,3 +296,15 @@ def test_an_honest_package_passes():
         "demo": '"""The tour."""\nimport unbatch as ub',
     }
     assert [complaint for check in CHECKS for complaint in check(files)] == []
+
+
+def test_integrations_are_there_without_an_import_of_their_own():
+    """And what they need is imported when they are asked for, not with the package."""
+    asked = (
+        "import sys, unbatch as ub; early = 'unbatch.integrations.backpack' in sys.modules; ub.integrations.backpack"
+    )
+    heavy = "[m for m in ('matplotlib', 'laplace', 'transformers', 'lightning', 'sklearn') if m in sys.modules]"
+    run = [sys.executable, "-c", f"{asked}.attach; print(early, {heavy})"]
+    assert subprocess.run(run, capture_output=True, text=True, check=True).stdout == "False []\n"
+    with pytest.raises(AttributeError, match="there are backpack"):
+        unbatch.integrations.tensorflow  # noqa: B018

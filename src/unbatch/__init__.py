@@ -1,5 +1,8 @@
 """unbatch: proves which structure a loss has, and computes what that structure allows."""
 
+from unbatch import integrations as integrations
+from unbatch import plot as plot
+from unbatch import spectra as spectra
 from unbatch.columns import DiagGGN
 from unbatch.compression import Compression
 from unbatch.crosstalk import Crosstalk
