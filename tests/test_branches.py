@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import unbatch as ub
-from unbatch import branches, terms
+from unbatch import branches, reading, terms
 
 N, T, H, E = 4, 5, 2, 4
 
@@ -259,8 +259,8 @@ def values_of(function, *inputs: Tensor) -> list[terms.Term]:
     from unbatch.capture import Program, record_answered
 
     graph = record_answered(Program(function, lambda out: sum(o.sum() for o in out), {}), inputs, None, ())
-    reading = terms.Reading(graph, values_of.terms)
-    return [reading[r] for r in graph.predictions]
+    read = reading.Reading(graph, values_of.terms)
+    return [read[r] for r in graph.predictions]
 
 
 SAME = {

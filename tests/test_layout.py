@@ -44,6 +44,7 @@ LEVELS = {
     "unwrapped": 1,
     "folds": 1,
     "terms": 2,
+    "reading": 2,
     "capture": 2,
     "branches": 2,
     "contractions": 2,

@@ -11,9 +11,11 @@ import linecache
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from unbatch import rules
 from unbatch.capture import LIBRARY, Program, record_answered
 from unbatch.graph import Graph
-from unbatch.terms import Contradiction, Reading, Term, Terms
+from unbatch.reading import Reading
+from unbatch.terms import Contradiction, Term, Terms
 
 MOST_WAYS = 8
 
@@ -28,9 +30,13 @@ def stands_for_all(program: Program, inputs: Any, targets: Any, graph: Graph) ->
     """The recording that computes what the program does, whichever way it goes; None where none is found."""
     try:
         ways = list(_ways(graph, lambda answers: record_answered(program, inputs, targets, answers)))
+        return next((way for way in ways if all(_computes(way, other) for other in ways if other is not way)), None)
     except Undecided:
         return None
-    return next((way for way in ways if all(_computes(way, other) for other in ways if other is not way)), None)
+    except Exception:  # a value that no rule here was made for: nothing is proved
+        if rules.STRICT:
+            raise
+        return None
 
 
 def _ways(graph: Graph, record: Callable[[Answers], Graph]) -> Iterator[Graph]:

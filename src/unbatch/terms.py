@@ -1,9 +1,8 @@
 """The values of recordings as terms: two values with the same term are the same function of the data.
 
 A term is an op with the terms of its arguments, numbered the first time it is met, so that recordings that are read
-with one ``Terms`` can be compared. What does not depend on data is worked out, and ops that change nothing give their
-operand (``SIMPLER``). Both may rest on what is assumed of terms: the answers that Python was given when it asked.
-Nothing here knows about samples, or what made the recordings.
+with one ``Terms`` (``reading.py``) can be compared. Ops that change nothing give their operand (``SIMPLER``), which may
+rest on what is assumed of terms: the answers that Python was given when it asked. Nothing here knows about samples.
 """
 
 from __future__ import annotations
@@ -16,12 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unbatch.graph import Graph, Ref, Step, Value, filled, flat
+from unbatch.graph import Value, filled
 
-LARGEST = 1 << 22  # entries of a constant that is worked out
 RESHAPES = ("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "flatten")
 COPIES = ("detach", "alias", "lift_fresh", "clone", "contiguous", "positive")
-OVERWRITES = ("fill", "zero", "copy", "bernoulli", "normal", "uniform", "exponential", "random")  # in place
 
 
 class Contradiction(Exception):
@@ -323,161 +320,3 @@ SIMPLER: dict[str, Simpler] = {
         _attention,
     ),
 }
-
-
-# --- reading a recording --------------------------------------------------------------------------
-
-PLACES = ("device", "layout", "pin_memory", "memory_format", "non_blocking")  # do not matter for numbers
-
-
-class Reading:
-    """The terms of all values of a recording, under what ``terms`` has been told to assume."""
-
-    def __init__(self, graph: Graph, terms: Terms) -> None:
-        self.graph, self.terms = graph, terms
-        self.of: dict[int, Term] = {}
-        self.drawn = 0  # how often noise was
-        self.windows: dict[int, list[int]] = {}  # memory -> the values that show it
-        self.read_until = {r.index: s.index for s in graph.steps for r in s.refs()}
-        self.read_until |= {r.index: len(graph.steps) for r in [*graph.predictions, graph.loss] if r is not None}
-        for i, value in enumerate(graph.values):
-            if value.kind != "step":
-                self._keep(i, self._outside(i, value))
-        for step in graph.steps:
-            self._step(step)
-
-    def __getitem__(self, ref: Ref) -> Term:
-        return self.of[ref.index]
-
-    def _keep(self, i: int, term: Term) -> None:
-        self.of[i] = term
-        self.windows.setdefault(self.graph.values[i].storage, []).append(i)
-
-    def _outside(self, i: int, value: Value) -> Term:
-        if value.kind != "constants":
-            return self.terms.leaf(value.kind, value.name, value)
-        assert value.concrete is not None
-        if i in self.graph.foreign:  # the same where it is the same memory
-            return self.terms.leaf("constants", (value.concrete.data_ptr(), value.stride), value)
-        return self.terms.constant(value.concrete)
-
-    def _step(self, step: Step) -> None:
-        name = step.name if step.name.endswith("__") else step.name.removesuffix("_")
-        arguments = self._arguments(step, name)
-        self.drawn += step.noise
-        known = {} if step.noise else self._worked_out(step, name, arguments)
-        results: list[tuple[Any, Ref]] = [(i, r) for i, r in enumerate(step.outs) if r is not None]
-        results += [(f"written {i}", new) for i, (_, new) in enumerate(step.writes)]
-        for slot, ref in results:
-            if ref.index not in self.of:
-                value = self.graph.values[ref.index]
-                found = self.terms.constant(known[ref.index]) if ref.index in known else None
-                self._keep(ref.index, found or self._result(step, name, arguments, slot, value))
-        for _, new in step.writes:
-            self._seen_through_windows(new.index, step.index)
-
-    def _arguments(self, step: Step, name: str) -> dict[str, Any]:
-        given = {n: a for n, a in step.named.items() if n not in PLACES and not (step.writes and _drops(name, n))}
-        plain = {n: a for n, a in given.items() if n not in step.defaults or not _same(a, step.defaults[n])}
-        find = self._narrow if torch.Tag.pointwise in step.op.tags else self.__getitem__
-        return {n: filled(a, find) for n, a in plain.items()}
-
-    def _narrow(self, ref: Ref) -> Term:
-        """A constant as the smallest that is broadcast to it."""
-        term = self[ref]
-        if term not in self.terms.constants:
-            return term
-        small = self.terms.constants[term]
-        for d in range(small.ndim):
-            if small.shape[d] > 1 and bool((small == small.narrow(d, 0, 1)).all()):
-                small = small.narrow(d, 0, 1)
-        while small.ndim and small.shape[0] == 1:
-            small = small[0]
-        return self.terms.constant(small)
-
-    def _result(self, step: Step, name: str, arguments: Mapping[str, Any], slot: Any, value: Value) -> Term:
-        """``slot``: which result of the op it is."""
-        noise = self.drawn if step.noise else 0
-        if "empty" in name:
-            return self.terms.leaf("empty", (), value)
-        if name == "as_strided" and not self._inside(step, value):
-            return self.terms.leaf("opaque", len(self.terms.made), value)
-        if step.writes and name == "copy":
-            name, arguments = "_to_copy", {"self": arguments["src"]}
-            if self.terms[arguments["self"]].shape != value.shape:
-                name = "expand"
-        if slot not in (0, "written 0") or (slot == "written 0" and step.outs and step.outs[0] is not None):
-            name = f"{name}, {slot}"
-        return self.terms.op(name, arguments, value.shape, value.dtype, noise, step.noise)
-
-    def _inside(self, step: Step, value: Value) -> bool:
-        """A window on the memory of a value shows nothing but what is in the value."""
-        whole = self.graph.values[step.refs()[0].index]
-        last = value.offset + sum((n - 1) * s for n, s in zip(value.shape, value.stride, strict=True))
-        dense = whole.stride == torch.empty(whole.shape, device="meta").stride()
-        return dense and whole.offset <= value.offset and last < whole.offset + math.prod(whole.shape)
-
-    def _worked_out(self, step: Step, name: str, arguments: Mapping[str, Any]) -> dict[int, Tensor]:
-        """What the op makes, where that does not depend on data."""
-        terms, values = self.terms, self.graph.values
-        shapes_only = name.startswith("new_") or name.endswith("_like")
-        made = [r for r in [*step.outs, *(new for _, new in step.writes)] if r is not None]
-        entries = sum(math.prod(values[r.index].shape) for r in made)
-        if "empty" in name or name == "as_strided" or entries > LARGEST:
-            return {}
-        overwritten = step.refs()[:1] if step.writes and name in OVERWRITES else []
-
-        def number(ref: Ref) -> Tensor:
-            if shapes_only or ref in overwritten:
-                return torch.empty(values[ref.index].shape, dtype=values[ref.index].dtype)
-            return terms.constants[self[ref]].clone()
-
-        if not all(shapes_only or r in overwritten or self[r] in terms.constants for r in step.refs()):
-            return {}
-        inputs = {r.index: number(r) for r in step.refs()}
-        args, kwargs = filled((step.args, step.kwargs), lambda r: inputs[r.index])
-        kwargs = {n: torch.device("cpu") if n == "device" and a is not None else a for n, a in kwargs.items()}
-        try:
-            with torch.no_grad():
-                outs = flat(step.op(*args, **kwargs))
-        except Exception:
-            return {}
-        found = {new.index: inputs[old.index] for old, new in step.writes}
-        pairs = zip(step.outs, outs, strict=False)
-        return found | {r.index: o for r, o in pairs if r is not None and isinstance(o, Tensor)}
-
-    def _seen_through_windows(self, new: int, step: int) -> None:
-        """What was written is seen by all values that show the same memory."""
-        values, terms, here = self.graph.values, self.terms, _window(self.graph.values[new])
-        for i in self.windows[values[new].storage]:
-            if i == new or self.read_until.get(i, -1) <= step:
-                continue
-            there, known = _window(values[i]), [terms.constants.get(self.of[j]) for j in (i, new)]
-            if there == here:
-                self.of[i] = self.of[new]
-            elif known[0] is not None and known[1] is not None and known[0].dtype == known[1].dtype:
-                self.of[i] = terms.constant(_overwritten(known[0], there[:3], known[1], here[:3]))
-            else:
-                both = {"was": self.of[i], "written": self.of[new]}
-                self.of[i] = terms.op("through a window", both, values[i].shape, values[i].dtype, (there, here))
-
-
-def _drops(name: str, argument: str) -> bool:
-    return name in OVERWRITES and argument == "self"
-
-
-def _same(a: Any, default: Any) -> bool:
-    return not isinstance(a, Ref | Tensor) and type(a) is type(default) and a == default
-
-
-def _window(value: Value) -> tuple[Any, ...]:
-    return value.shape, value.stride, value.offset, value.dtype
-
-
-def _overwritten(was: Tensor, there: tuple[Any, ...], written: Tensor, here: tuple[Any, ...]) -> Tensor:
-    """What a window shows after something was written through another on the same memory."""
-    last = max(o + sum((n - 1) * s for n, s in zip(sh, st, strict=True)) for sh, st, o in (there, here))
-    memory = was.new_empty(last + 1)
-    memory.as_strided(*there).copy_(was)
-    memory.as_strided(*here).copy_(written)
-    return memory.as_strided(*there).clone()
