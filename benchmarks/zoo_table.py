@@ -339,8 +339,8 @@ def _row(row: dict[str, Any]) -> Row:
 
 def save(table: Sequence[Row], docs: Path = DOCS, results: Path = RESULTS) -> None:
     """Write the page and the data behind it, in the order of the zoo."""
-    order = [item.name for item in ENTRIES]
-    table = sorted(table, key=lambda row: (order.index(row.entry), MODES.index(row.mode)))
+    order = {item.name: i for i, item in enumerate(ENTRIES)}
+    table = sorted(table, key=lambda row: order.get(row.entry, len(order)))
     results.parent.mkdir(parents=True, exist_ok=True)
     docs.write_text(page(table))
     results.write_text(as_json(table))

@@ -48,6 +48,7 @@ class Oracle:
     out_dims: list[int | None] = field(default_factory=list)
     blocks: list[bool] = field(default_factory=list)
     places: list[int] = field(default_factory=list)
+    originals: list[nn.Module] = field(default_factory=list)  # of which it is a copy; hooks may reach them
 
     def __post_init__(self) -> None:
         used = {r.index for r in used_predictions(self.graph)}
@@ -72,7 +73,7 @@ class Oracle:
 
     def eager(self, inputs: Any) -> list[Tensor]:
         """What the model itself returns: its predictions, or its loss where it computes one."""
-        with untouched(self.program.modules, self.graph.rng), torch.enable_grad():
+        with untouched([*self.program.modules, *self.originals], self.graph.rng), torch.enable_grad():
             output = self.program.predict(tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, inputs))
             leaves = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
             own = own_loss(output) if self.program.loss is None else None
@@ -162,7 +163,7 @@ class Oracle:
 
     def backward(self) -> AbstractContextManager[Any]:
         """For backward passes through the model itself: hooks in it may do anything."""
-        return untouched(self.program.modules)
+        return untouched([*self.program.modules, *self.originals])
 
     # -- how much is rounding --
 
@@ -215,7 +216,8 @@ class Oracle:
                 other = replace(self, graph=self.graph.widened(), inputs=wide)
             else:
                 double = copy.deepcopy(model).double() if isinstance(model, nn.Module) else model
-                other = replace(self, program=replace(self.program, model=double), inputs=wide)
+                originals = [*self.originals, *self.program.modules]
+                other = replace(self, program=replace(self.program, model=double), inputs=wide, originals=originals)
         except Exception:
             return None
         other.__dict__["tolerance"] = 1e-11
@@ -247,7 +249,7 @@ class Oracle:
         program = self.program
         if isinstance(program.inside, nn.Module):
             program = replace(program, model=copy.deepcopy(program.inside).double())
-        with untouched(program.modules, self.graph.rng), torch.enable_grad():
+        with untouched([*program.modules, *self.program.modules, *self.originals], self.graph.rng), torch.enable_grad():
             leaves = [t for t in tree_leaves(program.predict(inputs)) if isinstance(t, Tensor)]
         rows = [
             leaves[i].movedim(d, 0).reshape(samples, -1)
