@@ -1955,6 +1955,16 @@ def _(net, x):
     return _grouped(net, tokens, order, numbers)[order.argsort()].view_as(x)
 
 
+@forward("grouped by counts that weigh", MIXED, SEQUENCE, accept_unknown=True, **GROUPED)
+def _(net, x):
+    tokens = x.flatten(0, 1)
+    numbers, order = net.router(tokens).argmax(1).sort()
+    weigh = torch.tensor([0.5, 1.5]).repeat(len(numbers) // 2)
+    ends = torch.bincount(numbers, weigh, 3).cumsum(0).int()
+    ends[-1] = len(numbers)
+    return F.grouped_mm(F.pad(tokens[order], (0, 8 - D)), net.w, offs=ends)[order.argsort(), :D].view_as(x)
+
+
 @forward("mixture of experts by masks and index_add", SIMD, accept_unknown=True, **EXPERTS)
 def _(net, x):
     chosen, out = net.router(x).argmax(1), torch.zeros_like(x)

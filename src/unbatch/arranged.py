@@ -20,6 +20,9 @@ import torch
 from unbatch.labels import Marks, shared, unsqueeze
 from unbatch.rules import Call, Rule
 
+SMALL = 1 << 24  # numbers below are exact in each of these types
+EXACT = (None, torch.int32, torch.int64, torch.float32, torch.float64)
+
 
 @dataclass(frozen=True)
 class Arranged:
@@ -77,7 +80,7 @@ def follow(call: Call, step: int, all_known: Mapping[str, Arranged | Ends], rule
     first = next(iter(known.values()))
     if _row_by_row(call, known, first.under.shape[0]):
         results = _under(call, known, rule)
-        same = first.numbered and call.name in ("_to_copy", "clone", "detach", "alias")
+        same = first.numbered and call.name in ("_to_copy", "clone", "detach", "alias") and call["dtype"] in EXACT
         return [Outcome(i, Arranged(m, *first.order, _numbers(call, known), same)) for i, m in enumerate(results)]
     if call.name in ("sum", "mean") and list(known) == ["self"] and len(call.shapes) == 1:
         return [Outcome(0, marks=_under(call, known, rule)[0])]
@@ -101,7 +104,8 @@ def _sorted(call: Call, step: int, known: Mapping[str, Arranged]) -> list[Outcom
         )
     if x.mixed:
         return []
-    numbered = not call["descending"] and call.sees("self", lambda v: v is not None and v.min(initial=0) >= 0)
+    small = lambda v: v is not None and v.min(initial=0) >= 0 and v.max(initial=0) < SMALL  # noqa: E731
+    numbered = not call["descending"] and call.sees("self", small)
     values = [Outcome(0, Arranged(x, step, False, numbered=numbered))] if slot else []
     return [*values, Outcome(slot, _permutation(x.shape[0], step, False))]
 
@@ -133,11 +137,12 @@ def _by_groups(call: Call, known: Mapping[str, Arranged], ends: Mapping[str, End
     if call.name in ("histc", "bincount"):
         numbers, counts = known.get("self"), call.shape[0]
         every = call.name == "bincount" or (call["bins"], call["min"], call["max"]) == (counts, 0, counts - 1)
+        every = every and call["weights"] is None
         ok = set(known) == {"self"} and numbers is not None and numbers.numbered and every
         return [Outcome(0, Ends(numbers))] if ok and numbers is not None else []
     if call.name == "cumsum" and not ends["self"].summed:
         return [Outcome(0, replace(ends["self"], summed=True))]
-    if call.name in ("_to_copy", "clone", "detach", "alias"):
+    if call.name in ("_to_copy", "clone", "detach", "alias") and call["dtype"] in EXACT:
         return [Outcome(0, ends["self"])]
     if call.name != "_grouped_mm" or set(known) != {"self"} or "offs" not in ends or call["bias"] is not None:
         return []

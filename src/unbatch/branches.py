@@ -18,6 +18,8 @@ from unbatch.reading import Reading
 from unbatch.terms import Contradiction, Term, Terms
 
 MOST_WAYS = 8
+PRINTED = ("repr()", "str()", "format()", "printing")  # in the message of an error
+MOST_TRIED = 64  # with those that end in an error of the program's own
 
 Answers = tuple[bool, ...]
 
@@ -42,20 +44,19 @@ def stands_for_all(program: Program, inputs: Any, targets: Any, graph: Graph) ->
 def _ways(graph: Graph, record: Callable[[Answers], Graph]) -> Iterator[Graph]:
     """One recording for every way that some data may take, ``graph`` the first."""
     todo: list[tuple[Graph, int]] = [(graph, 0)]  # a recording, and how many of its answers are not to be changed
-    for _ in range(MOST_WAYS):
+    left, tried = MOST_WAYS, 0
+    while todo:
         way, settled = todo.pop(0)
         others, goes = _forks(way, settled)
-        if goes:
+        tried += len(others)
+        if goes and way.stopped is not None and not _raised_by_program(way.stopped):
+            raise Undecided from way.stopped
+        if goes and way.stopped is None:
+            left -= 1
             yield way
-        for answers in others:
-            try:
-                todo.append((record(answers), len(answers)))
-            except Exception as error:
-                if not _raised_by_program(error):
-                    raise Undecided from error
-        if not todo:
-            return
-    raise Undecided
+        if left < 0 or tried > MOST_TRIED:
+            raise Undecided
+        todo += [(record(answers), len(answers)) for answers in others]
 
 
 def _forks(way: Graph, settled: int) -> tuple[list[Answers], bool]:
@@ -66,11 +67,11 @@ def _forks(way: Graph, settled: int) -> tuple[list[Answers], bool]:
     terms = Terms()
     given: list[bool] = []
     others: list[Answers] = []
-    for asked in way.escapes:
-        term = Reading(way, terms)[asked.ref]
+    for i, asked in enumerate(way.escapes):
+        term = Reading(way, terms).asked[i]
         moves = terms[term].moving
         if asked.answer is None:
-            if moves or asked.blind:
+            if (moves or asked.blind) and not (way.stopped is not None and asked.how in PRINTED):
                 raise Undecided
             continue
         try:
@@ -86,9 +87,9 @@ def _forks(way: Graph, settled: int) -> tuple[list[Answers], bool]:
 def _computes(one: Graph, other: Graph) -> bool:
     """``one`` gives what ``other`` does, for all data that take the other's way."""
     terms = Terms()
-    for asked in other.escapes:
+    for i, asked in enumerate(other.escapes):
         if asked.answer is not None:
-            terms.assume(Reading(other, terms)[asked.ref], asked.answer)
+            terms.assume(Reading(other, terms).asked[i], asked.answer)
     here, there = (_results(g, Reading(g, terms)) for g in (one, other))
     return here == there
 

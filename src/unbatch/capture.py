@@ -170,6 +170,8 @@ class Recorder(TorchDispatchMode):
 
     def _observe(self, func: Any, args: Any, kwargs: Any) -> Any:
         refs, named = tree_map(lambda a: self.ref(a) if isinstance(a, Tensor) else a, (args, kwargs))
+        if func is aten.lift_fresh.default and refs[0].index in self.foreign:  # numpy may write to this memory again
+            self.graph.values[refs[0].index].concrete = args[0].detach().clone()
         writes = list({id(t): t for t in mutated(func, args, kwargs)}.values())
         olds = [self.ref(t) for t in writes]
         try:
@@ -254,7 +256,7 @@ def users_line() -> str:
         file = frame.f_code.co_filename
         if (not file.startswith(LIBRARY) and not file.startswith("<frozen")) or file == USER:
             return f"{file}:{frame.f_lineno}"
-        if frame.f_code is record.__code__:
+        if frame.f_code in (record.__code__, record_answered.__code__):
             return ""
         frame = frame.f_back
     return ""
@@ -413,15 +415,24 @@ def _made_from_numbers(graph: Graph, value: int) -> bool:
 
 
 def record_answered(program: Program, inputs: Any, targets: Any, answers: Sequence[bool]) -> Graph:
-    """A recording on which the first booleans that Python asks for are answered as given."""
-    return _record(program, inputs, targets, True, answers)[0]
+    """A recording on which the first booleans that Python asks for are answered as given; as far as the program got."""
+    recorder = Recorder(_names(program), answers)
+    try:
+        return _run(recorder, program, inputs, targets, True)[0]
+    except Exception as error:
+        recorder.graph.stopped = error
+        return recorder.graph
 
 
-def _record(
-    program: Program, inputs: Any, targets: Any, follow: bool, answers: Sequence[bool] = ()
-) -> tuple[Graph, Any]:
-    names = {id(m): name or type(m).__name__ for module in program.modules for name, m in module.named_modules()}
-    recorder = Recorder(names, answers)
+def _names(program: Program) -> dict[int, str]:
+    return {id(m): name or type(m).__name__ for module in program.modules for name, m in module.named_modules()}
+
+
+def _record(program: Program, inputs: Any, targets: Any, follow: bool) -> tuple[Graph, Any]:
+    return _run(Recorder(_names(program)), program, inputs, targets, follow)
+
+
+def _run(recorder: Recorder, program: Program, inputs: Any, targets: Any, follow: bool) -> tuple[Graph, Any]:
     graph = recorder.graph
     with untouched(program.modules) as state, torch.enable_grad(), recorder.tracked():
         graph.rng = state

@@ -136,6 +136,7 @@ class Graph:
     dynamic: frozenset[int] = frozenset()  # values whose shape depends on what is in other values
     foreign: tuple[int, ...] = ()  # constants met in the middle of the run
     stale: bool = False  # what is known of values that are computed is of other numbers
+    stopped: Exception | None = None  # what ended the run before its end
     folded: dict[int, int] = field(default_factory=dict)  # prediction -> what it is in the model, where that differs
 
     @property

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unbatch.graph import Graph, Ref, Step, Value, filled, flat
+from unbatch.graph import Escape, Graph, Ref, Step, Value, filled, flat
+from unbatch.purity import storage_of
 from unbatch.terms import Term, Terms
 
 LARGEST = 1 << 22  # entries of a constant that is worked out
@@ -26,18 +27,27 @@ class Reading:
     def __init__(self, graph: Graph, terms: Terms) -> None:
         self.graph, self.terms = graph, terms
         self.of: dict[int, Term] = {}
-        self.drawn = 0  # how often noise was
+        self.drawn = 0  # the history of noise
+        self.asked: list[Term] = []  # what Python was told, at the moment when it asked
         self.windows: dict[int, list[int]] = {}  # memory -> the values that show it
         self.read_until = {r.index: s.index for s in graph.steps for r in s.refs()}
         self.read_until |= {r.index: len(graph.steps) for r in [*graph.predictions, graph.loss] if r is not None}
         for i, value in enumerate(graph.values):
             if value.kind != "step":
                 self._keep(i, self._outside(i, value))
+        waiting = list(graph.escapes)
         for step in graph.steps:
+            self._ask(waiting, step.index)
             self._step(step)
+        self._ask(waiting, len(graph.steps))
 
     def __getitem__(self, ref: Ref) -> Term:
         return self.of[ref.index]
+
+    def _ask(self, waiting: list[Escape], step: int) -> None:
+        """Before a step: its memory may be written to."""
+        while waiting and waiting[0].step <= step:
+            self.asked.append(self[waiting.pop(0).ref])
 
     def _keep(self, i: int, term: Term) -> None:
         self.of[i] = term
@@ -48,13 +58,15 @@ class Reading:
             return self.terms.leaf(value.kind, value.name, value)
         assert value.concrete is not None
         if i in self.graph.foreign:  # the same where it is the same memory
-            return self.terms.leaf("constants", (value.concrete.data_ptr(), value.stride), value)
+            return self.terms.leaf("constants", (storage_of(value.concrete), value.offset, value.stride), value)
         return self.terms.constant(value.concrete)
 
     def _step(self, step: Step) -> None:
         name = step.name if step.name.endswith("__") else step.name.removesuffix("_")
         arguments = self._arguments(step, name)
-        self.drawn += step.noise
+        if step.noise:
+            made = [self.graph.values[r.index] for r in step.outs if r is not None]
+            self.drawn = self.terms.drawn(self.drawn, name, arguments, [(v.shape, v.dtype) for v in made])
         known = {} if step.noise else self._worked_out(step, name, arguments)
         results: list[tuple[Any, Ref]] = [(i, r) for i, r in enumerate(step.outs) if r is not None]
         results += [(f"written {i}", new) for i, (_, new) in enumerate(step.writes)]
@@ -81,7 +93,7 @@ class Reading:
         for d in range(small.ndim):
             if small.shape[d] > 1 and bool((small == small.narrow(d, 0, 1)).all()):
                 small = small.narrow(d, 0, 1)
-        while small.ndim and small.shape[0] == 1:
+        while small.ndim > 1 and small.shape[0] == 1:  # one without dims would not count for the type of the result
             small = small[0]
         return self.terms.constant(small)
 
@@ -90,7 +102,11 @@ class Reading:
         noise = self.drawn if step.noise else 0
         if "empty" in name:
             return self.terms.leaf("empty", (), value)
-        if name == "as_strided" and not self._inside(step, value):
+        if name.startswith("as_strided"):
+            if not self._inside(step, value):
+                return self.terms.leaf("opaque", len(self.terms.made), value)
+            arguments = {**arguments, "of": _window(self.graph.values[step.refs()[0].index])}
+        if name in ("set", "resize", "resize_as"):
             return self.terms.leaf("opaque", len(self.terms.made), value)
         if step.writes and name == "copy":
             name, arguments = "_to_copy", {"self": arguments["src"]}
@@ -113,9 +129,10 @@ class Reading:
         shapes_only = name.startswith("new_") or name.endswith("_like")
         made = [r for r in [*step.outs, *(new for _, new in step.writes)] if r is not None]
         entries = sum(math.prod(values[r.index].shape) for r in made)
-        if "empty" in name or name == "as_strided" or entries > LARGEST:
+        if "empty" in name or name.startswith("as_strided") or entries > LARGEST:
             return {}
-        overwritten = step.refs()[:1] if step.writes and name in OVERWRITES else []
+        refs = step.refs()
+        overwritten = refs[:1] if step.writes and name in OVERWRITES and refs.count(refs[0]) == 1 else []
 
         def number(ref: Ref) -> Tensor:
             if shapes_only or ref in overwritten:

@@ -112,7 +112,7 @@ def judge(
         forward = walk(graph, samples, forward_marks(graph, dims), graph.forward_steps, assumed)
     found = Findings(forward, None, leading)
     excused = lambda e: any(e.module == m or e.module.startswith(m + ".") for m in assumed)  # noqa: E731
-    seen = lambda e, w: (e.blind or e.ref.index not in w.marks or sees(w[e.ref])) and not excused(e)  # noqa: E731
+    seen = lambda e, w: (e.blind or e not in w.asked or sees(w.asked[e])) and not excused(e)  # noqa: E731
     last = max(forward.ancestors(used_predictions(graph)), default=-1) if own else -1
     in_loss = lambda e: e.step > last if own else e.in_loss  # noqa: E731  what is read later does not lead to them
     found.escapes = [e for e in graph.escapes if not in_loss(e) and seen(e, forward) and not harmless(e)]
@@ -121,9 +121,9 @@ def judge(
         start = loss_marks(graph, forward, target_dims, samples, leading)
         found.loss = _walk_loss(graph, forward, start, assumed, statistics_of_data(graph, forward) if own else [])
         read = [e for e in graph.escapes if in_loss(e) and seen(e, found.loss) and not harmless(e)]
-        found.loss_escapes = [e for e in read if e.blind or not constant(e.ref.index, found.loss)]
+        found.loss_escapes = [e for e in read if e.blind or not constant(e, found.loss)]
         found.told = frozenset().union(
-            *(found.loss.marks[e.ref.index].sources for e in read if e not in found.loss_escapes),
+            *(found.loss.asked[e].sources for e in read if e not in found.loss_escapes),
             *(found.loss.marks[i].sources for i in scrambled(graph, forward)),
         )
         structure = _judge_loss(graph, found.loss, found, structure)
@@ -161,9 +161,9 @@ def statistics_of_data(graph: Graph, forward: Walk) -> list[Step]:
     return [s for s in graph.forward_steps if any(map(is_one, [*s.outs, *(new for _, new in s.writes)]))]
 
 
-def constant(value: int, loss: Walk) -> bool:
-    """It is made of targets and inputs alone, which are constants in the loss."""
-    return value in loss.marks and loss.marks[value].sources <= {"targets", "inputs"}
+def constant(escape: Escape, loss: Walk) -> bool:
+    """What is told is made of targets and inputs alone, which are constants in the loss."""
+    return escape in loss.asked and loss.asked[escape].sources <= {"targets", "inputs"}
 
 
 def _judge_forward(graph: Graph, forward: Walk, found: Findings, samples: int) -> Structure:

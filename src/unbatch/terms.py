@@ -56,6 +56,7 @@ class Terms:
         self.assumed: dict[Term, Tensor] = {}
         self.true: set[Term] = set()  # without a zero
         self.finite: set[Term] = set()  # without an infinite entry
+        self.histories: dict[Any, int] = {(): 0}  # of draws: what the state of the generator depends on
 
     def __getitem__(self, term: Term) -> Made:
         return self.made[term.number]
@@ -76,7 +77,8 @@ class Terms:
 
     def constant(self, tensor: Tensor) -> Term:
         tensor = tensor.detach().cpu()
-        content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+        flat = torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.reshape(-1))
+        content = flat.view(torch.uint8).numpy().tobytes()
         term = self.term(Made("constant", {}, tuple(tensor.shape), tensor.dtype, False), content)
         self.constants[term] = tensor
         return term
@@ -99,6 +101,10 @@ class Terms:
         made = Made(name, arguments, shape, dtype, False)
         moving = noise or any(self[x].moving for x in made.operands())
         return self.term(Made(name, arguments, shape, dtype, moving), extra)
+
+    def drawn(self, before: int, *draw: Any) -> int:
+        """A number for the history of one more draw."""
+        return self.histories.setdefault((before, _frozen(draw)), len(self.histories))
 
     def is_all(self, x: Any, number: float) -> bool:
         """Every entry is ``number``."""
@@ -166,7 +172,8 @@ def _follows(terms: Terms, made: Made, answer: bool) -> Iterator[tuple[Term, boo
             yield from [(x, True)] if other == 0 else []
         elif terms[x].op == "sum" and isinstance(summed := terms[x].arguments.get("self"), Term):
             entries = math.prod(terms[summed].shape)
-            if terms[summed].dtype == torch.bool and not terms[x].shape and other in (0, entries):
+            exact = terms[summed].dtype == torch.bool and terms[x].dtype == torch.int64  # nothing overflows
+            if exact and not terms[x].shape and other in (0, entries):
                 yield summed, other == entries
         else:
             terms.is_number(x, other)
@@ -259,11 +266,6 @@ def _clamped(terms: Terms, a: Mapping[str, Any], made: Made) -> Any:
     return a["self"] if wide and terms.same_type(a["self"], made) else None
 
 
-def _softmax(terms: Terms, a: Mapping[str, Any], made: Made) -> Any:
-    """The safe one differs where every entry is minus infinity."""
-    return "softmax", {"self": a["self"], "dim": a["dim"] % max(len(made.shape), 1)}
-
-
 def _attention(terms: Terms, a: Mapping[str, Any], made: Made) -> Any:
     """Whichever kernel; a mask that hides nothing is none, and one that hides what comes later is "causal"."""
     mask, causal = a.get("attn_mask", a.get("attn_bias")), bool(a.get("is_causal", False))
@@ -271,7 +273,7 @@ def _attention(terms: Terms, a: Mapping[str, Any], made: Made) -> Any:
         hides = terms.constants[mask] == (False if terms[mask].dtype == torch.bool else -math.inf)
         rest = terms.constants[mask][~hides]
         plain = terms[mask].dtype == torch.bool or bool((rest == 0).all())
-        later = torch.ones(hides.shape[-2:], dtype=torch.bool).triu(1)
+        later = torch.ones(terms[a["query"]].shape[-2], terms[a["key"]].shape[-2], dtype=torch.bool).triu(1)
         if plain and not hides.any():
             mask = None
         elif plain and not causal and bool((hides == later).all()):
@@ -308,8 +310,6 @@ SIMPLER: dict[str, Simpler] = {
     "eq": _compared(True),
     "ne": _compared(False),
     "clamp": _clamped,
-    "_softmax": _softmax,
-    "_safe_softmax": _softmax,
     **dict.fromkeys(
         (
             "_scaled_dot_product_flash_attention",

@@ -21,7 +21,7 @@ from unbatch.algebra import Algebra
 from unbatch.arranged import Arranged, Ends, follow
 from unbatch.capture import Recorder
 from unbatch.families import running_statistics
-from unbatch.graph import Graph, Ref, Step
+from unbatch.graph import Escape, Graph, Ref, Step
 from unbatch.labels import MIXED, Marks, batched, code, compress, mix, moved, shared, spell_out
 
 # --- the walk -------------------------------------------------------------------------------------
@@ -74,6 +74,7 @@ class Walk:
     belong: Mapping[int, int] = field(default_factory=dict)
     by_place: bool = False
     facts: list[Fact] = field(default_factory=list)
+    asked: dict[Escape, Marks] = field(default_factory=dict)  # what Python was told, at the moment when it asked
     above: tuple[Walk, Mapping[int, int]] | None = None  # the walk that this is part of, and its names of values
 
     def rely(self, i: int, function: Callable[[Any], Any]) -> Any:
@@ -133,14 +134,24 @@ def walk(
     )
     outside = [i for i in given if graph.values[i].kind in ("buffers", "constants")]
     out.facts += [Fact(i, alike, seen) for i in outside if (seen := alike(graph.values[i].concrete))]
-    last = _last_uses(graph)
+    last, waiting = _last_uses(graph), sorted(graph.escapes, key=lambda e: e.step)
     for step in steps:
+        _ask(out, waiting, step.index)
         out.algebra.step = step.index
         _step(out, step, last)
         for call in graph.calls:
             if call.stop == step.index + 1 and call.module in assumed:
                 _assume(out, call)
+    _ask(out, waiting, len(graph.steps))
     return out
+
+
+def _ask(out: Walk, waiting: list[Escape], step: int) -> None:
+    """Before a step: its memory may be written to."""
+    while waiting and waiting[0].step <= step:
+        escape = waiting.pop(0)
+        if escape.ref.index in out.marks:
+            out.asked[escape] = out.marks[escape.ref.index]
 
 
 def _assume(out: Walk, call: Any) -> None:
