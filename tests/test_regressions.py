@@ -354,3 +354,19 @@ def test_a_coupling_below_single_precision_has_a_witness():
     torch.manual_seed(0)
     structure = ub.Problem(Iterated(), lambda p: p.square().sum(), (torch.randn(6, 4), None)).structure
     assert structure.independent_forward.status == "fails"
+
+
+def test_many_right_sides_are_solved_and_those_that_do_not_fit_are_refused():
+    torch.manual_seed(0)
+    y = torch.tensor([0, 1, 2, 0, 1, 2])
+    G = ub.Problem(nn.Linear(4, 3).double(), F.cross_entropy, (torch.randn(6, 4).double(), y)).ggn()
+    b = torch.randn(15, 2).double()
+    dense = G.to_dense() + 0.1 * torch.eye(15).double()
+    for method in ("woodbury", "cg"):
+        found, solved = G.solve(b, 0.1, method=method, info=True)
+        torch.testing.assert_close(found, torch.linalg.solve(dense, b), rtol=1e-6, atol=1e-8)
+        assert solved.residual < 1e-8
+    assert G.solve(b[:, :0], 0.1).shape == (15, 0)
+    for wrong in (torch.randn(20), torch.randn(2, 15), torch.randn(15, 2, 2), [1.0] * 15):
+        with pytest.raises(ub.InputError, match="length 15"):
+            G.solve(wrong, 0.1)

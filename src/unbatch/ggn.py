@@ -412,29 +412,36 @@ class GGN(Operator):
         self, b: Any, damping: float, *, method: str | None = None, info: bool = False, rtol: float | None = None,
         max_iterations: int = 1000,
     ) -> Any:  # fmt: skip
-        """``(G + δI)⁻¹ b`` for ``[D]`` or a dict; with ``info`` also a ``Solved`` that says how well.
+        """``(G + δI)⁻¹ b`` for ``[D]``, a dict, or the columns of ``[D, K]``; with ``info`` also the worst ``Solved``.
 
         ``method``: "woodbury" (through the Gram matrix; the default where that is small), or "cg" (products only; needs
         a positive definite matrix). ``rtol``: of the residual, by default 1e-8 in float64 and 1e-3 in float32. Raises
-        ``ConvergenceError`` where that is not reached and ``info`` is not asked for.
+        ``ConvergenceError`` where that is not reached and ``info`` is not asked for, ``InputError`` for other shapes.
         """
         if method not in (None, "woodbury", "cg"):
             raise InputError(MSG_METHOD.format(value=method))
         rtol = rtol or (1e-8 if self.dtype == torch.float64 else 1e-3)
-        named = isinstance(b, Mapping)
-        assert self.space is not None
-        flat = self._fitting(self.space.flat(b) if named else b)
-        by_gram = method == "woodbury" or (method is None and damping != 0 and self.root.size <= LARGEST_GRAM)
-        if by_gram:
-            x, solved = self._woodbury(flat, damping, rtol)
-        elif damping < 0:
+        solved: list[Solved] = []
+
+        def columns(v: Tensor) -> Tensor:
+            found = [self._solved(column, damping, method, rtol, max_iterations) for column in v.unbind(1)]
+            solved.extend(how for _, how in found)
+            return torch.stack([x for x, _ in found], 1) if found else v
+
+        x = self._times(b, self.shape[1], columns)
+        worst = max(solved, key=lambda how: how.residual, default=Solved("nothing to solve", 0, 0.0, rtol))
+        for how in [] if info else solved:
+            how.check()
+        return (x, worst) if info else x
+
+    def _solved(
+        self, b: Tensor, damping: float, method: str | None, rtol: float, max_iterations: int
+    ) -> tuple[Tensor, Solved]:
+        if method == "woodbury" or (method is None and damping != 0 and self.root.size <= LARGEST_GRAM):
+            return self._woodbury(b, damping, rtol)
+        if damping < 0:
             raise InputError(MSG_NOT_DEFINITE.format(value=damping))
-        else:
-            x, solved = conjugate_gradients(lambda v: self @ v + damping * v, flat, rtol, max_iterations)
-        if not info:
-            solved.check()
-        found = self.space.named(x) if named else x
-        return (found, solved) if info else found
+        return conjugate_gradients(lambda v: self @ v + damping * v, b, rtol, max_iterations)
 
     def _woodbury(self, b: Tensor, damping: float, rtol: float) -> tuple[Tensor, Solved]:
         """``(b − V (δΣ + VᵀV)⁻¹ Vᵀ b) / δ``, and the same once more for the residual, which takes the rounding away."""
