@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import unbatch as ub
-from unbatch import branches, reading, terms
+from unbatch import branches, reading, rules, terms
 
 N, T, H, E = 4, 5, 2, 4
 
@@ -300,6 +300,59 @@ def test_an_answer_that_matters_leaves_it_open(maker, padded):
     found = structure(maker, padded).independent_forward
     assert found.status != "holds"
     assert any("Python reads a value" in c.why for c in found.culprits) or found.status == "fails"
+
+
+class Encoder(nn.Module):
+    """PyTorch's own encoder asks an op that answers with a boolean: is the padding on the right?"""
+
+    def __init__(self, frozen: bool) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 2).requires_grad_(not frozen), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        return self.head(self.encoder(x, src_key_padding_mask=padding).mean(1))
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_an_op_that_answers_with_a_boolean(mode, left):
+    torch.manual_seed(0)
+    padding = torch.arange(T) >= torch.tensor([5, 3, 5, 2])[:, None]
+    data = torch.randn(N, T, 8), padding.flip(1) if left else padding
+    structure = ub.Problem(getattr(Encoder(False), mode)(), F.cross_entropy, (data, torch.arange(N) % 3)).structure
+    assert [v.basis for v in structure.verdicts] == ["proved"] * 6
+    assert structure.unknown_ops == ()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_shortcut_with_other_values_leaves_it_open():
+    """Frozen and in eval mode the encoder packs its words, and what stands at padding becomes zero."""
+    padding = torch.arange(T) >= torch.tensor([5, 3, 5, 2])[:, None]
+    problem = ub.Problem(Encoder(True).eval(), F.cross_entropy, ((torch.randn(N, T, 8), padding), torch.arange(N) % 3))
+    assert problem.structure.independent_forward.status == "unknown"
+    with_shortcut = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        fresh = ub.Problem(problem.program.model, F.cross_entropy, (problem.inputs, problem.targets))
+        assert fresh.structure.independent_forward.basis == "proved"
+    finally:
+        torch.backends.mha.set_fastpath_enabled(with_shortcut)
+
+
+class Equal(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if torch.equal(x, x.abs()) else super().forward(x - x.mean(0))
+
+
+def test_what_an_op_answers_can_be_declared_harmless(monkeypatch):
+    monkeypatch.setattr(rules, "ASSUMED", dict(rules.ASSUMED))
+    problem = ub.Problem(Equal(8, 3), F.cross_entropy, (torch.rand(N, 8), torch.arange(N) % 3))
+    (culprit,) = problem.structure.independent_forward.culprits
+    assert "the result of equal" in culprit.why
+    ub.assume_independent(torch.ops.aten.equal.default)
+    assert problem.structure.independent_forward.basis == "assumed"
+    assert problem.structure.assumptions == ("aten.equal.default",)
 
 
 def test_a_recording_without_the_mask_is_judged_by_the_one_with_it():

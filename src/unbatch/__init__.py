@@ -14,6 +14,7 @@ from unbatch.errors import (
     StaleError,
     StructureError,
     UnbatchError,
+    UnregisteredParameterWarning,
     VanishingCurvatureWarning,
 )
 from unbatch.ggn import GGN
@@ -74,6 +75,7 @@ __all__ = [
     "StructureError",
     "SumOfSquares",
     "UnbatchError",
+    "UnregisteredParameterWarning",
     "VanishingCurvatureWarning",
     "Variance",
     "Verdict",

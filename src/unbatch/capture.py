@@ -179,8 +179,13 @@ class Recorder(TorchDispatchMode):
         except Exception:
             self._read(args, kwargs, "whether an op raises")
             raise
+        told = f"the result of {func._schema.name.removeprefix('aten::')}"
+        if isinstance(out, bool):  # an op that answers a question (torch.equal), which is a value like others
+            answer = torch.tensor(out)
+            self._step(func, refs, named, answer, writes, olds)
+            return self.branch(answer, told, out)
         if any(not isinstance(o, Tensor) and o is not None for o in flat(out)):
-            self._read(args, kwargs, f"the result of {func._schema.name.removeprefix('aten::')}")
+            self._read(args, kwargs, told)
         self._step(func, refs, named, out, writes, olds)
         return out
 
@@ -355,8 +360,19 @@ class Program:
             try:
                 return self.loss(output, targets) if targets is not None else self.loss(output)
             except Exception as error:
-                error.add_note(f"It was the loss, called with predictions of type {type(output).__name__}.")
+                error.add_note(f"It was the loss, called with predictions {shown(output)} and y {shown(targets)}.")
                 raise
+
+
+def shown(tree: Any) -> str:
+    """Tensors by type and shape: ``float32 [8, 3]``; anything else by its type."""
+    if isinstance(tree, Tensor):
+        return f"{str(tree.dtype).removeprefix('torch.')} {list(tree.shape)}"
+    if isinstance(tree, list | tuple):
+        return f"({', '.join(map(shown, tree))})"
+    if isinstance(tree, Mapping):
+        return f"{{{', '.join(f'{k}: {shown(v)}' for k, v in tree.items())}}}"
+    return "None" if tree is None else type(tree).__name__
 
 
 def outside(program: Program) -> Iterator[tuple[str, str, Tensor]]:

@@ -83,8 +83,8 @@ def check_dims(what: str, tree: Any, dims: list[int | None]) -> None:
         raise InputError(errors.MSG_NOT_TENSOR.format(what=what, value=type(tree).__name__))
     if len(leaves) != len(dims):
         raise InputError(
-            f"{what} has {len(leaves)} entries where there were {len(dims)}; "
-            "with_batch takes data of the same structure."
+            f"{what} has {len(leaves)} entries where there were {len(dims)}; with_batch takes data of the same "
+            "structure, X and y one after the other: with_batch(X, y)."
         )
     for leaf, d in zip(leaves, dims, strict=True):
         if d is not None and isinstance(leaf, Tensor) and not -leaf.ndim <= d < leaf.ndim:

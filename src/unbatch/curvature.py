@@ -6,7 +6,6 @@ or as many directions of these as a tolerance needs.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,7 +21,10 @@ from unbatch.errors import (
     MSG_NOT_POSITIVE,
     MSG_VANISHING,
     StructureError,
+    VANISHING,
+    VANISHING_INSIDE,
     VanishingCurvatureWarning,
+    warn,
 )
 from unbatch.linearised import Linearised
 from unbatch.loss import factor, joint, likelihood, sampled
@@ -140,9 +142,11 @@ class Curvature:
         if found is None:
             sizes = {i: tuple(t.shape) for i, t in self.loss.predictions.items()}
             raise StructureError(MSG_NO_BLOCKS.format(shapes=list(sizes.values())))
-        if not found.rank and self.loss.setting.own_loss:
+        if not found.rank:
             shapes = [tuple(t.shape) for t in self.loss.predictions.values()]
-            warnings.warn(MSG_VANISHING.format(shapes=shapes), VanishingCurvatureWarning, stacklevel=2)
+            cut, remedy = VANISHING_INSIDE if self.loss.setting.own_loss else VANISHING
+            text = MSG_VANISHING.format(cut=cut, shapes=shapes, remedy=remedy)
+            warn(text, VanishingCurvatureWarning)
         return found
 
     def _drawn(self, count: int, seed: int) -> Root:

@@ -3,6 +3,13 @@
 A message states the rule, the offending value, and the remedy. Nothing is raised from here.
 """
 
+import os
+import sys
+import warnings
+from types import FrameType
+
+HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+
 
 class UnbatchError(Exception):
     """Base class of everything this package raises on purpose."""
@@ -36,7 +43,20 @@ class MixedSamplesWarning(UserWarning):
 
 
 class VanishingCurvatureWarning(UserWarning):
-    """The Gauss-Newton matrix is zero, because the loss is linear in what was taken for its predictions."""
+    """The Gauss-Newton matrix is zero, because the loss is linear in its predictions, or in what was taken for them."""
+
+
+class UnregisteredParameterWarning(UserWarning):
+    """Tensors that require a gradient take part in the loss, but are no parameters of the problem."""
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Warn at the line from which the package was called."""
+    frame: FrameType | None = sys._getframe(1)
+    level = 2
+    while frame is not None and frame.f_code.co_filename.startswith(HERE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
 
 
 MSG_NOT_SCALAR = (
@@ -55,7 +75,7 @@ MSG_NO_AXIS = (
 )
 MSG_FOLD = (
     "sample_dims takes two or more different axes that together tell samples apart, such as (0, 1) for the tokens of "
-    "sentences; got {value!r}. For samples along one axis there is in_dims."
+    "sentences or (0, -2, -1) for pixels; got {value!r}. For samples along one axis there is in_dims."
 )
 MSG_FOLD_SHAPE = (
     "sample_dims={dims} with sizes {sizes} says where samples lie in every tensor of X and y (in front, where one has "
@@ -82,13 +102,26 @@ MSG_NO_LOSS = (
     "Neither a loss nor a model that returns one: the model's output {value} has no scalar `loss`. "
     "Pass Problem(model, loss, (X, y)), or inputs (such as labels) with which the model returns its own loss."
 )
+MSG_NO_PARAMETERS_KNOWN = (
+    "The model has no parameters that it knows of, so there is nothing to take the gradient by. A function as model "
+    "takes them as parameters={name: tensor} and is called as f(parameters, X); pass the module itself where there is "
+    "one. Modules in a plain list are not registered: use nn.ModuleList. Structure questions still work."
+)
+MSG_UNREGISTERED = (
+    "{count} that require a gradient take part without being parameters of this problem: {places}. What of the "
+    "gradient is theirs is in no row and no matrix. Register them with the model (nn.ModuleList in place of a list, an "
+    "nn.Module as loss), pass a function f(parameters, X) with parameters={{name: tensor}}, or `requires_grad_(False)`."
+)
+MSG_DETACHED = (
+    "The loss is connected to no parameter, so backward() would raise, and there is no gradient to take apart: its "
+    "predictions were cut off by detach(), .data, numpy or torch.no_grad(){place}. Keep the way to the loss attached."
+)
 MSG_NO_PARAMETERS = (
     "No parameter requires a gradient, so there is nothing to take the gradient by. "
     "Set `p.requires_grad_(True)` for the parameters you mean. Structure questions still work."
 )
-MSG_MODEL_FAILED = (
-    "The model or the loss raised {kind} on this batch: {value}. Nothing was changed. The call was {call}."
-)
+MSG_MODEL_FAILED = "The model or the loss raised {kind} on this batch: {value}. Nothing was changed. It was {call}."
+MSG_SWAPPED = "Are model and loss swapped? Problem takes the model first; here it is the loss that has parameters."
 MSG_META = (
     "{what} {name!r} is on the meta device and has no values. Materialise the model first, e.g. "
     "`model.to_empty(device='cpu')` followed by loading or initialising the weights."
@@ -136,8 +169,9 @@ MSG_QUANTITY = (
     "For the rows themselves call gradients()."
 )
 MSG_MIXED_MOMENT = (
-    "{what}: exact for the {kind} rows of this batch ({n}), but no statistic over samples. For that the loss would "
-    "need: {lost}; see problem.structure. The rows are parts of one sum, not draws that would come out alike elsewhere."
+    "{what}: the number is exact for the {kind} rows of this batch of {n}, but it is no statistic over samples. For "
+    "that the loss lacks {lost}; see problem.structure. The rows are parts of one sum: in another batch the same samples "
+    "would have others."
 )
 MSG_HISTOGRAM = "A histogram takes at least one bin and low < high; got bins={bins}, low={low}, high={high}."
 MSG_MAX_NORM = "max_norm is a number greater than zero, in the scale of the rows; got {value!r}."
@@ -182,9 +216,16 @@ MSG_NO_TANGENT = (
 )
 
 MSG_VANISHING = (
-    "The loss is linear in the values that were taken for its predictions, the last ones that parameters made "
-    "({shapes}), so the Gauss-Newton matrix is zero. To cut the model elsewhere, let it return its logits and pass the "
-    "loss beside it: Problem(model, loss, (X, y))."
+    "The loss is linear in {cut} ({shapes}), so the Gauss-Newton matrix is zero: it is J^T H J, and H, the second "
+    "derivative of the loss, vanishes there. {remedy}"
+)
+VANISHING_INSIDE = (
+    "the values that were taken for its predictions, the last ones that parameters made",
+    "To cut the model elsewhere, let it return its logits and pass the loss beside it: Problem(model, loss, (X, y)).",
+)
+VANISHING = (
+    "its predictions, as absolute and hinge losses are on both sides of their kink",
+    "Gradients and their norms tell what there is to tell; for curvature take a loss that bends, such as a Huber loss.",
 )
 
 MSG_NO_BLOCKS = (
@@ -216,6 +257,10 @@ MSG_DAMPING = (
 MSG_NO_DAMPING = (
     "By the Gram matrix a system is solved with damping only: (G + δI) has no inverse at δ = 0 unless G has full rank. "
     "Pass damping= other than zero, or method='cg'."
+)
+MSG_SINGULAR = (
+    " At damping=0 there is a solution only where b is in the range of G, whose rank is at most {rank} of {size}: pass "
+    "damping= greater than zero."
 )
 MSG_METHOD = "method is 'woodbury' or 'cg', or left out; got {value!r}."
 

@@ -34,10 +34,12 @@ class Fold:
     @staticmethod
     def of(dims: Any, inputs: Any, targets: Any) -> Fold:
         """Raises ``InputError`` where the axes are none, or a tensor does not have them."""
-        if not isinstance(dims, Sequence) or len(set(dims)) < 2 or not all(isinstance(d, int) and d >= 0 for d in dims):
+        if not isinstance(dims, Sequence) or not all(isinstance(d, int) for d in dims) or len(set(dims)) < 2:
             raise InputError(MSG_FOLD.format(value=dims))
         first = next((t for t in tree_leaves(inputs) if isinstance(t, Tensor)), None)
         axes = None if first is None else _axes(tuple(dims), first)
+        if axes is not None and len(set(axes)) < len(dims):
+            raise InputError(MSG_FOLD.format(value=dims))
         if first is None or axes is None:
             raise InputError(MSG_FOLD_SHAPE.format(what="X", shape=_shape(first), dims=tuple(dims), sizes="any"))
         fold = Fold(tuple(dims), tuple(first.shape[d] for d in axes))
@@ -72,8 +74,8 @@ class Fold:
 
 
 def _axes(dims: Axes, t: Tensor) -> Axes | None:
-    if t.ndim > max(dims):
-        return dims
+    if -t.ndim <= min(dims) and max(dims) < t.ndim:
+        return tuple(d % t.ndim for d in dims)
     return tuple(range(len(dims))) if t.ndim >= len(dims) else None
 
 

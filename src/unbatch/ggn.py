@@ -26,6 +26,7 @@ from unbatch.errors import (
     MSG_NO_DAMPING,
     MSG_NOT_DEFINITE,
     MSG_NOT_POSITIVE,
+    MSG_SINGULAR,
     MSG_UNBIASED,
     InputError,
     StaleError,
@@ -441,7 +442,10 @@ class GGN(Operator):
             return self._woodbury(b, damping, rtol)
         if damping < 0:
             raise InputError(MSG_NOT_DEFINITE.format(value=damping))
-        return conjugate_gradients(lambda v: self @ v + damping * v, b, rtol, max_iterations)
+        x, how = conjugate_gradients(lambda v: self @ v + damping * v, b, rtol, max_iterations)
+        if damping == 0 and not how.converged and self.rank_bound < self.shape[0]:
+            how = replace(how, remark=MSG_SINGULAR.format(rank=self.rank_bound, size=self.shape[0]))
+        return x, how
 
     def _woodbury(self, b: Tensor, damping: float, rtol: float) -> tuple[Tensor, Solved]:
         """``(b − V (δΣ + VᵀV)⁻¹ Vᵀ b) / δ``, and the same once more for the residual, which takes the rounding away."""

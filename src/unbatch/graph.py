@@ -143,6 +143,17 @@ class Graph:
     def forward_steps(self) -> list[Step]:
         return [s for s in self.steps if s.index not in self.after_cut]
 
+    @cached_property
+    def unregistered(self) -> list[tuple[Value, Step]]:
+        """Tensors that require a gradient and are no parameters of the program, with the step that first uses each."""
+        users: dict[int, Step] = {}
+        for step in self.steps:
+            for ref in step.refs() if step.grad else ():
+                value = self.values[ref.index]
+                if value.kind in ("constants", "buffers") and value.requires_grad:
+                    users.setdefault(ref.index, step)
+        return [(self.values[i], step) for i, step in users.items()]
+
     @property
     def loss_steps(self) -> list[Step]:
         return [s for s in self.steps if s.index in self.after_cut]

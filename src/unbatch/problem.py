@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -41,7 +40,7 @@ from unbatch.crosstalk import Crosstalk, crosstalk
 from unbatch.curvature import Curvature, Through
 from unbatch.derivatives import gradients
 from unbatch.diagram import Diagram
-from unbatch.errors import InputError, MixedSamplesWarning, StructureError
+from unbatch.errors import InputError, MixedSamplesWarning, StructureError, UnregisteredParameterWarning
 from unbatch.folds import Fold
 from unbatch.ggn import GGN, Point
 from unbatch.gradients import Label, answer, is_moment, planned
@@ -182,7 +181,7 @@ class Problem:
         Raises ``InputError`` when no parameter requires a gradient.
         """
         wanted = select(self.program.parameters, None)
-        kept = self._recorded()
+        kept = self._derivable()
         with torch.inference_mode(False), untouched(self.program.modules, kept.graph.rng), torch.enable_grad():
             return gradients([self._loss_of(self.program.predict(self.inputs))], wanted)
 
@@ -225,6 +224,7 @@ class Problem:
         if not quantities or not all(isinstance(q, Quantity) for q in quantities):
             wrong = next((q for q in quantities if not isinstance(q, Quantity)), None)
             hint = f" Did you mean {wrong.__name__}()?" if isinstance(wrong, type) else ""
+            hint = " Write them one after the other, without a list." if isinstance(wrong, list | tuple) else hint
             raise InputError(errors.MSG_QUANTITY.format(value=wrong) + hint)
         with torch.inference_mode(False):
             results = self._answer(quantities, by, parameters, memory, None)
@@ -340,6 +340,14 @@ class Problem:
             self.program = replace(self.program, parameters=parameters_of(self.program.model, self.program.loss, None))
         return self.program
 
+    def _derivable(self, program: Program | None = None) -> Recording:
+        """The recording, of a loss that has a gradient; warns where parts of that are left out."""
+        kept = self._recorded(program)
+        kept.check_connected()
+        if kept.unregistered and not self.program.functional:
+            errors.warn(kept.unregistered, UnregisteredParameterWarning)
+        return kept
+
     def _recorded(self, program: Program | None = None) -> Recording:
         """The recording, moved to the numbers of this moment if it can be."""
         program, batch = program or self._refreshed(), self._batch
@@ -422,7 +430,7 @@ class Problem:
         program = self._refreshed()
         chosen = select(program.parameters, parameters)
         budget = check_memory(memory, next(iter(chosen.values())).device)
-        return self._recorded(program), chosen, budget
+        return self._derivable(program), chosen, budget
 
     def _source(self, kept: Recording, by: str, chosen: Mapping[str, Tensor], memory: int) -> Source:
         setting, structure = kept.setting, kept.structure
@@ -449,8 +457,9 @@ class Problem:
         return value
 
     def _call_text(self) -> str:
-        shapes = tree_map(lambda t: tuple(t.shape) if isinstance(t, Tensor) else t, self.inputs)
-        return f"{type(self.program.model).__name__} on inputs of shape {shapes}"
+        model, fold = self.program.model, self.program.fold
+        inputs = self.inputs if fold is None else fold.unfolded(self.inputs, fold.inputs)
+        return f"{getattr(model, '__name__', type(model).__name__)} on inputs {capture.shown(inputs)}"
 
 
 # --- what rows are called -----------------------------------------------------------------------
@@ -478,7 +487,7 @@ def _warn(s: Structure, quantities: Sequence[Quantity], label: Label) -> None:
         lost.append(f"losses that listen to no other sample (they are {s.simd_loss.note})")
     if asked and lost:
         text = errors.MSG_MIXED_MOMENT.format(what=", ".join(asked), kind=label.kind, lost=", ".join(lost), n=s.samples)
-        warnings.warn(text, MixedSamplesWarning, stacklevel=4)
+        errors.warn(text, MixedSamplesWarning)
 
 
 @contextmanager

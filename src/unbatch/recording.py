@@ -7,6 +7,7 @@ is among them; it is then moved to the new numbers, with its structure and its p
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 from unbatch import branches, capture, errors, rules
 from unbatch.capture import Program
-from unbatch.errors import CaptureError, InputError
+from unbatch.errors import CaptureError, InputError, StructureError, UnbatchError
 from unbatch.graph import Escape, Graph
 from unbatch.guard import Guard, identity, signature
 from unbatch.labels import Marks
@@ -30,6 +31,7 @@ from unbatch.verify import settle
 from unbatch.walk import forward_marks
 from unbatch.witness import unfaithful
 
+MOST_NAMED = 4  # places in a message
 ASSUMED_MODULES: dict[int, nn.Module] = {}
 
 
@@ -81,6 +83,7 @@ class Recording:
     graph: Graph
     skeleton: Any
     where: str  # the line of the user to whom verdicts belong
+    connected: bool  # the loss, with what requires a gradient
     output: Any = None  # what the model returned
     _structure: Structure | None = None
     _findings: Findings | None = None
@@ -96,17 +99,23 @@ class Recording:
         guard = Guard.of(program)
         try:
             graph, (output, scalar) = capture.record(program, batch.inputs, batch.targets)
+        except UnbatchError:
+            raise
         except Exception as error:
-            message = errors.MSG_MODEL_FAILED.format(kind=type(error).__name__, value=error, call=call)
-            raise CaptureError(" ".join([message, *getattr(error, "__notes__", ())])) from error
+            said = str(error).rstrip().removesuffix(".")
+            message = errors.MSG_MODEL_FAILED.format(kind=type(error).__name__, value=said, call=call)
+            swapped = [errors.MSG_SWAPPED] if _looks_swapped(program) else []
+            raise CaptureError(" ".join([message, *getattr(error, "__notes__", ()), *swapped])) from error
         _check_scalar(program, graph, output, scalar)
         guard.watch(graph)
         refs = iter(graph.predictions)
         own = capture.own_loss(output) if program.loss is None else None
         named = lambda t: next(refs) if isinstance(t, Tensor) and t is not own else t  # noqa: E731
         skeleton = tree_map(named, output)
-        state = _state(guard, batch)
-        return Recording(program, batch, guard, state, _numbers(guard, batch), graph, skeleton, where, _cut(output))
+        state, loss = _state(guard, batch), scalar if own is None else own
+        return Recording(
+            program, batch, guard, state, _numbers(guard, batch), graph, skeleton, where, loss.requires_grad, _cut(output)
+        )
 
     def at(self, program: Program, batch: Batch) -> Recording | None:
         """This recording, or the same moved to other numbers; None where the program has to be recorded again."""
@@ -138,6 +147,22 @@ class Recording:
         return other
 
     # -- what is known about it --
+
+    @property
+    def unregistered(self) -> str:
+        """In words, the tensors whose gradients are overlooked; empty where there are none."""
+        found = self.graph.unregistered
+        places = dict.fromkeys(f"{list(v.shape)} ({_place(s.where or self.where)})" for v, s in found)
+        listed = ", ".join([*places][:MOST_NAMED]) + (", .." if len(places) > MOST_NAMED else "")
+        count = f"{len(found)} tensor{'s' * (len(found) != 1)}"
+        return errors.MSG_UNREGISTERED.format(count=count, places=listed) if found else ""
+
+    def check_connected(self) -> None:
+        """Raises ``StructureError`` where autograd does not reach from the loss to anything."""
+        if not self.connected:
+            cuts = [s for s in self.graph.steps if s.where and (s.name == "detach" or not s.grad)]
+            place = f", such as at {_place(cuts[-1].where)}" if cuts else ""
+            raise StructureError(errors.MSG_DETACHED.format(place=place))
 
     @property
     def structure(self) -> Structure:
@@ -203,6 +228,8 @@ class Recording:
         self._replays = gradients
         if values:  # something steers it: the recording may still be what ran on this batch
             self._replays = next(filter(None, unfaithful(self._oracle, here=True)), "")
+        if self.unregistered:
+            notes += (self.unregistered,)
         if gradients:
             notes += (
                 f"the recorded computation has other derivatives than the model ({gradients}): "
@@ -235,6 +262,16 @@ class Recording:
                 bool(structure.canonical_split),
             )  # fmt: skip
         return self._setting
+
+
+def _looks_swapped(program: Program) -> bool:
+    """The loss has parameters, and the model has none."""
+    has = [isinstance(m, nn.Module) and any(True for _ in m.parameters()) for m in (program.model, program.loss)]
+    return not program.functional and has == [False, True]
+
+
+def _place(where: str) -> str:
+    return os.path.basename(where)
 
 
 def _cut(output: Any) -> Any:

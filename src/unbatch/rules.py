@@ -139,7 +139,14 @@ def lookup(op: Any) -> Rule | None:
     name = plain_name(op)
     if name in RULES:
         return RULES[name]
-    return pointwise if torch.Tag.pointwise in op.tags else None
+    if torch.Tag.pointwise in op.tags:
+        return pointwise
+    return unknown if answers(op) else None
+
+
+def answers(op: Any) -> bool:
+    """The op tells Python a boolean about its operands (``torch.equal``), and that is all it does."""
+    return [str(r.type) for r in op._schema.returns] == ["bool"]
 
 
 @rule("floor_divide")  # which lacks the tag

@@ -19,6 +19,7 @@ class Solved:
     iterations: int
     residual: float
     rtol: float
+    remark: str = ""  # on why it did not converge, if it did not
 
     @property
     def converged(self) -> bool:
@@ -28,7 +29,7 @@ class Solved:
         """Raise ``ConvergenceError`` where it did not converge."""
         if not self.converged:
             text = {"method": self.method, "iterations": self.iterations, "residual": self.residual, "rtol": self.rtol}
-            raise ConvergenceError(MSG_NOT_CONVERGED.format(**text))
+            raise ConvergenceError(MSG_NOT_CONVERGED.format(**text) + self.remark)
 
 
 def conjugate_gradients(times: Callable[[Tensor], Tensor], b: Tensor, rtol: float, most: int) -> tuple[Tensor, Solved]:

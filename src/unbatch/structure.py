@@ -11,11 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import torch
 
 from unbatch.algebra import Algebra, Use
 from unbatch.folds import Fold
 from unbatch.graph import Escape, Graph, Ref, Step
 from unbatch.labels import MIXED, SHARED, Marks
+from unbatch.rules import ASSUMED
 from unbatch.split import folded, placed, split
 from unbatch.verdicts import (
     DEFAULT_REMEDY,
@@ -111,7 +113,7 @@ def judge(
         graph = folded(graph, forward, fold)
         forward = walk(graph, samples, forward_marks(graph, dims), graph.forward_steps, assumed)
     found = Findings(forward, None, leading)
-    excused = lambda e: any(e.module == m or e.module.startswith(m + ".") for m in assumed)  # noqa: E731
+    excused = lambda e: _declared(graph, e) or any(e.module == m or e.module.startswith(m + ".") for m in assumed)  # noqa: E731
     seen = lambda e, w: (e.blind or e not in w.asked or sees(w.asked[e])) and not excused(e)  # noqa: E731
     last = max(forward.ancestors(used_predictions(graph)), default=-1) if own else -1
     in_loss = lambda e: e.step > last if own else e.in_loss  # noqa: E731  what is read later does not lead to them
@@ -159,6 +161,12 @@ def statistics_of_data(graph: Graph, forward: Walk) -> list[Step]:
         return ref is not None and bool(forward[ref].given) and "parameters" not in forward[ref].sources
 
     return [s for s in graph.forward_steps if any(map(is_one, [*s.outs, *(new for _, new in s.writes)]))]
+
+
+def _declared(graph: Graph, escape: Escape) -> bool:
+    """What is told is the result of an op that the user has declared harmless."""
+    maker = graph.values[escape.ref.index].step
+    return maker >= 0 and graph.steps[maker].op in ASSUMED
 
 
 def constant(escape: Escape, loss: Walk) -> bool:
@@ -379,7 +387,7 @@ def _split_culprit(step: Step, what: str) -> Culprit:
 def _loss_culprits(graph: Graph, loss: Walk, steps: set[int], marks: Marks, found: Findings) -> tuple[Culprit, ...]:
     algebra = loss.algebra
     births = found.forward.algebra.births | algebra.births
-    mixing = [culprit(graph.steps[s], births[s]) for s in sorted(marks.mixers) if s in births]
+    mixing = [_meeting(graph, graph.steps[s], births[s]) for s in sorted(marks.mixers) if s in births]
     escaped = [escape_culprit(e) for e in found.loss_escapes]
     among = [u for u in algebra.uses.values() if any("predictions" in algebra.roots[r].sources for r in u.roots)]
     uses = [_statistic_culprit(s, long) for s, long in _statistics(graph, algebra, among).items()]
@@ -387,6 +395,19 @@ def _loss_culprits(graph: Graph, loss: Walk, steps: set[int], marks: Marks, foun
     bent = given & _bent_totals(graph, loss, steps) or given
     totals = [] if mixing or uses else [_total_culprit(graph, algebra, r) for r in sorted(bent)]
     return tuple(mixing + escaped + uses + totals)
+
+
+def _meeting(graph: Graph, step: Step, how: str) -> Culprit:
+    """Where samples meet; predictions ``[N, 1]`` beside targets ``[N]`` are what happens most often."""
+    shapes = list(dict.fromkeys(str(list(graph.values[_unspread(graph, r).index].shape)) for r in step.refs()))
+    spread = how == "pairwise" and len(shapes) > 1 and (torch.Tag.pointwise in step.op.tags or "_loss" in step.name)
+    return culprit(step, "broadcast", shapes=" and ".join(shapes)) if spread else culprit(step, how)
+
+
+def _unspread(graph: Graph, ref: Ref) -> Ref:
+    """What a loss has broadcast before it compares."""
+    maker = graph.makers.get(ref.index)
+    return maker.refs()[0] if maker is not None and maker.name == "expand" else ref
 
 
 def _bent_totals(graph: Graph, loss: Walk, steps: set[int]) -> frozenset[int]:

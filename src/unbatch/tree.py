@@ -28,7 +28,7 @@ def select(parameters: Mapping[str, Tensor], wanted: Selection) -> dict[str, Ten
     """
     trained = {n: p for n, p in parameters.items() if p.requires_grad}
     if not trained:
-        raise InputError(errors.MSG_NO_PARAMETERS)
+        raise InputError(errors.MSG_NO_PARAMETERS if parameters else errors.MSG_NO_PARAMETERS_KNOWN)
     if wanted is None:
         return trained
     asked: Sequence[str | Tensor] = [wanted] if isinstance(wanted, str | Tensor) else _listed(wanted, parameters)

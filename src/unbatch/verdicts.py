@@ -10,13 +10,14 @@ import io
 import os
 import re
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, overload
 
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
 from unbatch import consequences
+from unbatch.errors import InputError
 from unbatch.graph import Escape, Step
 from unbatch.rules import NO_RULE
 
@@ -75,7 +76,7 @@ class BatchStatistic:
     grouped: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Structure:
     """Everything known about the structure of one loss on one batch."""
 
@@ -110,9 +111,23 @@ class Structure:
         others = self.reduction.weights_depend_on | self.simd_loss.weights_depend_on
         return out | {"own_weights": "fails" if others else "holds"}
 
-    def follows(self) -> tuple[consequences.Consequence, ...]:
-        """Which quantities exist, under which name, exact or not."""
-        return consequences.follows(self.statuses)
+    @overload
+    def follows(self, quantity: None = None) -> tuple[consequences.Consequence, ...]: ...
+
+    @overload
+    def follows(self, quantity: str) -> consequences.Consequence: ...
+
+    def follows(self, quantity: str | None = None) -> Any:
+        """Which quantities exist, under which name, exact or not, and why; or that for the one called ``quantity``.
+
+        ``print(structure)`` has them as a table. Raises ``InputError`` where no quantity has this name.
+        """
+        if quantity is None:
+            return consequences.follows(self.statuses)
+        try:
+            return consequences.consequence(quantity, self.statuses)
+        except KeyError as error:
+            raise InputError(error.args[0]) from None
 
     def with_verdicts(self, *verdicts: Verdict) -> Structure:
         changes: dict[str, Any] = {v.name: v for v in verdicts}
@@ -133,6 +148,10 @@ class Structure:
 
     def __rich__(self) -> Group:
         return Group(*render(self))
+
+    def __repr__(self) -> str:
+        said = ", ".join(f"{TITLES[v.name]} {MARKS[v.status]}" for v in self.verdicts)
+        return f"Structure({self.samples} samples: {said}; print it for the report)"
 
     def __str__(self) -> str:
         return as_text(self.__rich__())
@@ -190,6 +209,7 @@ STYLES = {
     "estimate": "yellow",
     "none": "red",
 }
+NAMED = 4  # modules in a row of culprits
 MARKS = {"holds": "✓", "fails": "✗", "unknown": "?"}
 TITLES = {
     "canonical_split": "canonical split",
@@ -262,9 +282,10 @@ def culprit_part(structure: Structure, most: int = 12) -> list[Any]:
     for column in ("module", "op", "where", "why, and what to do", "against"):
         table.add_column(column, overflow="fold")
     for found, against in kinds[:most]:
-        first, more = found[0], len(found) - 1
-        module = (first.module or "-") + (f"\n+{more} more" if more else "")
-        table.add_row(module, first.op, first.short or "-", f"{first.why}. {first.remedy}", ", ".join(against))
+        first, modules = found[0], list(dict.fromkeys(c.module or "-" for c in found))
+        more = len(found) - len(modules[:NAMED])
+        named = modules[:NAMED] + ([f"+{more} more"] if more else [])
+        table.add_row("\n".join(named), first.op, first.short or "-", f"{first.why}. {first.remedy}", ", ".join(against))
     if len(kinds) > most:
         table.add_row("…", "", "", f"and {len(kinds) - most} more kinds, see the verdicts' `.culprits`", "")
     return [table]
@@ -311,6 +332,7 @@ WHY = {
     "pairwise": "values of different samples are combined with each other",
     "unsymmetric": "values of different samples are combined with weights that depend on their position in the batch",
     "ordered": "a computation runs along the axis that carries the samples",
+    "broadcast": "tensors of the shapes {shapes} are broadcast, which sets every sample beside every other",
     "looked up": "an index that depends on data picks values from other samples",
     "position": "the position of an extreme value in the batch is used",
     "order": "the order of the samples by their values is used",
@@ -332,12 +354,15 @@ REMEDY = {
     "sums and the GGN stay exact as they are.",
     "group": "Same as for batch norm: `.eval()` or a norm within the sample; within a group sums stay exact.",
     "escape": "Keep it a tensor (`torch.where` in place of `if`), "
-    "or declare it harmless: `unbatch.assume_independent(...)`.",
+    "or declare the module that asks harmless: `unbatch.assume_independent(module)`.",
     NO_RULE: "Register a rule (`unbatch.register_rule(op, rule)`) or declare it: `unbatch.assume_independent(op)`.",
     "uneven": "Draw what differs between samples from the inputs, not from the index.",
     "place": "Return predictions in the order of the inputs, samples on axis 0.",
     "unfaithful": "Look for Python state, numpy or a branch in the forward pass and keep it in tensors.",
-    "ordered": "Check which axis carries the samples (batch_first, dim=).",
+    "ordered": "Check which axis carries the samples (batch_first, dim=, sample_dims): what reads neighbours along it, "
+    "as convolutions, recurrences and attention do, makes the whole of them one sample.",
+    "broadcast": "If each prediction is meant for its own target, give both the same shape, for instance by "
+    "`y.unsqueeze(1)` or `predictions.squeeze(1)`.",
     "data-dependent shape": "Use a mask of fixed shape in place of a selection, or `unbatch.assume_independent(...)`.",
 }
 DEFAULT_REMEDY = (
