@@ -342,14 +342,13 @@ def test_a_shortcut_with_other_values_leaves_it_open():
 
 class Equal(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if torch.equal(x, x.abs()) else super().forward(x - x.mean(0))
+        return super().forward(x) if torch.equal(x, x.abs()) else super().forward(-x)
 
 
 def test_what_an_op_answers_can_be_declared_harmless(monkeypatch):
     monkeypatch.setattr(rules, "ASSUMED", dict(rules.ASSUMED))
     problem = ub.Problem(Equal(8, 3), F.cross_entropy, (torch.rand(N, 8), torch.arange(N) % 3))
-    (culprit,) = problem.structure.independent_forward.culprits
-    assert "the result of equal" in culprit.why
+    assert any("the result of equal" in c.why for c in problem.structure.independent_forward.culprits)
     ub.assume_independent(torch.ops.aten.equal.default)
     assert problem.structure.independent_forward.basis == "assumed"
     assert problem.structure.assumptions == ("aten.equal.default",)

@@ -54,6 +54,15 @@ def broken(call: Callable | None = None) -> nn.Module:
     return Broken()
 
 
+class Detached(nn.Linear):
+    def __init__(self):
+        super().__init__(D, C)
+
+    @torch.no_grad()
+    def forward(self, x):
+        return super().forward(x)
+
+
 def with_nan() -> Tensor:
     out = x()
     out[3, 1] = float("nan")
@@ -172,14 +181,64 @@ BAD = [
     Bad(
         "model that raises",
         lambda: P(broken(), loss, (x(), y())),
-        ("ZeroDivisionError", "seven times nothing", "Broken", "(5, 4)"),
+        ("ZeroDivisionError", "seven times nothing", "Broken", "float32 [5, 4]"),
         ub.CaptureError,
     ),
     Bad(
         "loss that raises",
         lambda: P(model(), loss, (x(), torch.randn(N, 2))),
-        ("RuntimeError", "Sequential", "(5, 4)"),
+        ("RuntimeError", "Sequential", "inputs float32 [5, 4]", "predictions float32 [5, 3] and y float32 [5, 2]"),
         ub.CaptureError,
+    ),
+    Bad(
+        "model and data of other types",
+        lambda: P(model(), loss, (x().double(), y())),
+        ("RuntimeError", "inputs float64 [5, 4]"),
+        ub.CaptureError,
+    ),
+    Bad(
+        "loss and model swapped",
+        lambda: P(F.cross_entropy, model(), (x(), y())),
+        ("TypeError", "missing", "Are model and loss swapped?"),
+        ub.CaptureError,
+    ),
+    Bad(
+        "predictions cut off",
+        lambda: P(model(), lambda p, y: F.cross_entropy(p.detach(), y), (x(), y())),
+        ("connected to no parameter", "detach()", "test_errors.py:"),
+        ub.StructureError,
+        gradient,
+    ),
+    Bad(
+        "a model that keeps no graph",
+        lambda: P(Detached(), loss, (x(), y())),
+        ("connected to no parameter", "no_grad", "test_errors.py:"),
+        ub.StructureError,
+        lambda p: p.ggn(),
+    ),
+    Bad(
+        "a function of which nobody knows the parameters",
+        lambda: P(lambda z: z[:, :C], loss, (x(), y())),
+        ("parameters={name: tensor}", "nn.ModuleList"),
+        ask=gradient,
+    ),
+    Bad(
+        "quantities in a list",
+        lambda: P(model(), loss, (x(), y())),
+        ("[Norms()]", "without a list"),
+        ask=lambda p: p.compute([ub.Norms()]),
+    ),
+    Bad(
+        "a pair for with_batch",
+        lambda: P(model(), loss, (x(), y())),
+        ("2 entries where there were 1", "with_batch(X, y)"),
+        ask=lambda p: p.with_batch((torch.zeros(N, D), y())),
+    ),
+    Bad(
+        "a quantity of another name",
+        lambda: P(model(), loss, (x(), y())),
+        ("'GGN diagonals'", "GGN diagonal"),
+        ask=lambda p: p.structure.follows("GGN diagonals"),
     ),
     Bad(
         "model of other inputs",
@@ -205,7 +264,7 @@ BAD = [
     Bad(
         "a loss that does not know what to do with an output",
         lambda: P(lambda q, z: {"logits": z}, F.cross_entropy, (x(), y()), parameters={"w": torch.ones(1)}),
-        ("TypeError", "must be Tensor", "It was the loss", "predictions of type dict"),
+        ("TypeError", "must be Tensor", "It was the loss", "predictions {logits: float32 [5, 4]} and y int64 [5]"),
         ub.CaptureError,
     ),
     Bad(
@@ -357,11 +416,87 @@ def test_model_with_its_own_loss():
         _ = ub.Problem(Own(), batch={"z": x()}).structure
 
 
+# ---------------------------------------------------------------- what would be overlooked in silence
+
+
+class InAList(nn.Module):
+    """A plain list registers nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers, self.head = [nn.Linear(D, D), nn.BatchNorm1d(D)], nn.Linear(D, C)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+HEAD = nn.Linear(C, C)
+OVERLOOKED = {
+    "modules in a list": (lambda: P(InAList(), loss, (x(), y())), "4 tensors", "[4, 4]"),
+    "a head inside the loss": (lambda: P(model(), lambda p, y: loss(HEAD(p), y), (x(), y())), "2 tensors", "[3, 3]"),
+    "a weight of all modules": (lambda: P(model(), lambda p, y: loss(p * HEAD.bias, y), (x(), y())), "1 tensor", "[3]"),
+}
+
+
+@pytest.mark.parametrize("name", OVERLOOKED)
+@pytest.mark.parametrize(
+    "ask", [gradient, ub.Problem.gradients, lambda p: p.compute(ub.Norms()), lambda p: p.ggn().trace()]
+)
+def test_parameters_that_nobody_registered(name, ask):
+    build, count, shape = OVERLOOKED[name]
+    problem = build()
+    (note,) = problem.structure.notes
+    assert note.startswith(f"{count} that require a gradient")
+    assert f"{shape} (test_errors.py:" in note
+    with pytest.warns(ub.UnregisteredParameterWarning, match="Register them") as caught:
+        ask(problem)
+    assert {str(w.message) for w in caught} == {note}
+    assert {w.filename for w in caught} == {__file__}
+
+
+def test_what_takes_part_on_purpose_is_not_warned_about():
+    teacher = nn.Linear(D, C)
+
+    def distilled(p, y):
+        with torch.no_grad():
+            soft = teacher(torch.ones(N, D)).softmax(1)
+        return F.cross_entropy(p, soft)
+
+    P(model(), distilled, (x(), y())).gradients()
+    net = model()
+    some = {n: p for n, p in net.named_parameters() if n.startswith("0")}
+    functional = P(lambda q, z: torch.func.functional_call(net, q, (z,)), loss, (x(), y()), parameters=some)
+    assert set(functional.gradients()) == {"0.weight", "0.bias"}
+    assert functional.structure.notes[0].startswith("2 tensors")
+
+
+def test_a_target_that_is_broadcast_is_named():
+    with pytest.warns(UserWarning, match="different to the input size"):
+        found = P(nn.Linear(D, 1), F.mse_loss, (x(), torch.randn(N))).structure
+    (culprit,) = found.reduction.culprits
+    assert "[5, 1] and [5]" in culprit.why
+    assert "unsqueeze" in culprit.remedy
+
+
+def test_modules_of_one_kind_are_named():
+    net = nn.Sequential(*(nn.BatchNorm1d(D) for _ in range(6)), nn.Linear(D, C))
+    printed = str(P(net, loss, (x(), y())).structure)
+    table = printed.partition("culprits")[2].partition("what follows")[0]
+    assert [line.split()[0] for line in table.splitlines()[2:6]] == ["0", "1", "2", "3"]
+    assert "+2 more" in table
+
+
 def test_what_is_printed_is_short():
     problem = ub.Problem(nn.Sequential(nn.Linear(D, C), nn.BatchNorm1d(C)), F.cross_entropy, (x(), y()))
     assert repr(problem) == f"Problem(Sequential, cross_entropy, {N} samples)"
     assert repr(ub.Problem(model(), batch=x())) == f"Problem({type(model()).__name__}, its own loss, {N} samples)"
     structure = problem.structure
+    assert repr(structure).startswith(
+        f"Structure({N} samples: canonical split ✓, independent forward ✗, SIMD forward ✗"
+    )
+    assert structure.follows("GGN diagonal").outcome == "exact"
     assert str(structure.reduction) == "reduction: holds (proved)"
     assert (
         str(structure.simd_given_statistics) == f"SIMD given statistics: holds (proved), R = {2 * C} batch statistics"

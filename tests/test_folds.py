@@ -146,6 +146,8 @@ def test_a_sentence_is_a_sample_without_them():
 REFUSED = {
     "one axis": ({"sample_dims": (0,)}, "two or more"),
     "an axis twice": ({"sample_dims": (0, 0)}, "two or more"),
+    "an axis twice, once from the end": ({"sample_dims": (0, 1, -2)}, "two or more"),
+    "an axis beyond": ({"sample_dims": (0, 7)}, "X has a tensor of shape"),
     "in_dims beside them": ({"sample_dims": (0, 1), "in_dims": 1}, "leave out in_dims=1"),
     "axes that targets have not": ({"sample_dims": (0, 2)}, "y has a tensor of shape"),
 }
@@ -163,8 +165,17 @@ def test_predictions_without_these_samples_are_refused():
     x, y = torch.randn(B, T, D), torch.randint(C, (B, T))
     problem = ub.Problem(lambda p, x: (x @ p["w"]).mean(1), lambda p, y: p.sum(), (x, y), sample_dims=(0, 1),
                          parameters={"w": torch.randn(D, C, requires_grad=True)})  # fmt: skip
-    with pytest.raises(ub.UnbatchError, match="of which none has the samples"):
+    with pytest.raises(ub.InputError, match="of which none has the samples"):
         problem.gradients()
+
+
+def test_axes_from_the_end():
+    x, y = pixels()
+    net = Pixels()
+    front, back = (ub.Problem(net, F.cross_entropy, (x, y), sample_dims=dims) for dims in ((0, 2, 3), (0, -2, -1)))
+    assert back.samples == front.samples
+    for name, rows in front.gradients().items():
+        assert torch.equal(back.gradients()[name], rows)
 
 
 def test_samples_in_another_order_are_caught():

@@ -364,6 +364,21 @@ def test_a_cut_at_which_the_curvature_vanishes_is_warned_about():
         assert problem.ggn().trace() == 0
 
 
+@pytest.mark.parametrize("loss", [nn.L1Loss(), nn.MultiMarginLoss()])
+def test_a_loss_without_curvature_is_warned_about(loss):
+    torch.manual_seed(0)
+    y = torch.randn(5, 3) if isinstance(loss, nn.L1Loss) else torch.arange(5) % 3
+    problem = ub.Problem(nn.Linear(4, 3), loss, (torch.randn(5, 4), y))
+    with pytest.warns(ub.VanishingCurvatureWarning, match="absolute and hinge losses"):
+        assert problem.ggn().trace() == 0
+
+
+def test_why_a_system_without_damping_is_not_solved():
+    G = two_batch_norms()[1].ggn()
+    with pytest.raises(ub.ConvergenceError, match=f"rank is at most {G.rank_bound} of {G.shape[0]}"):
+        G.solve(torch.ones(G.shape[0], dtype=G.dtype), damping=0)
+
+
 # ---------------------------------------------------------------- blocks, draws, choices
 
 

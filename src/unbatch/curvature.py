@@ -20,9 +20,9 @@ from unbatch.errors import (
     MSG_NO_COMPONENTS,
     MSG_NOT_POSITIVE,
     MSG_VANISHING,
-    StructureError,
     VANISHING,
     VANISHING_INSIDE,
+    StructureError,
     VanishingCurvatureWarning,
     warn,
 )

@@ -170,8 +170,8 @@ MSG_QUANTITY = (
 )
 MSG_MIXED_MOMENT = (
     "{what}: the number is exact for the {kind} rows of this batch of {n}, but it is no statistic over samples. For "
-    "that the loss lacks {lost}; see problem.structure. The rows are parts of one sum: in another batch the same samples "
-    "would have others."
+    "that the loss lacks {lost}; see problem.structure. The rows are parts of one sum: in another batch the same "
+    "samples would have others."
 )
 MSG_HISTOGRAM = "A histogram takes at least one bin and low < high; got bins={bins}, low={low}, high={high}."
 MSG_MAX_NORM = "max_norm is a number greater than zero, in the scale of the rows; got {value!r}."

@@ -40,7 +40,7 @@ class Fold:
         axes = None if first is None else _axes(tuple(dims), first)
         if axes is not None and len(set(axes)) < len(dims):
             raise InputError(MSG_FOLD.format(value=dims))
-        if first is None or axes is None:
+        if first is None or axes is None or not any(_has(tuple(dims), t) for t in tree_leaves(inputs)):
             raise InputError(MSG_FOLD_SHAPE.format(what="X", shape=_shape(first), dims=tuple(dims), sizes="any"))
         fold = Fold(tuple(dims), tuple(first.shape[d] for d in axes))
         for what, tree, found in (("X", inputs, fold.inputs), ("y", targets, fold.targets)):
@@ -74,9 +74,13 @@ class Fold:
 
 
 def _axes(dims: Axes, t: Tensor) -> Axes | None:
-    if -t.ndim <= min(dims) and max(dims) < t.ndim:
+    if _has(dims, t):
         return tuple(d % t.ndim for d in dims)
     return tuple(range(len(dims))) if t.ndim >= len(dims) else None
+
+
+def _has(dims: Axes, t: Any) -> bool:
+    return isinstance(t, Tensor) and -t.ndim <= min(dims) and max(dims) < t.ndim
 
 
 def _mapped(tree: Any, axes: Sequence[Axes | None], move: Any) -> Any:

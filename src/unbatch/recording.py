@@ -114,7 +114,16 @@ class Recording:
         skeleton = tree_map(named, output)
         state, loss = _state(guard, batch), scalar if own is None else own
         return Recording(
-            program, batch, guard, state, _numbers(guard, batch), graph, skeleton, where, loss.requires_grad, _cut(output)
+            program,
+            batch,
+            guard,
+            state,
+            _numbers(guard, batch),
+            graph,
+            skeleton,
+            where,
+            loss.requires_grad,
+            _cut(output),
         )
 
     def at(self, program: Program, batch: Batch) -> Recording | None:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+SHOWN = 6  # parameters, when a result is printed
+
 
 class ByParameter(Mapping[str, Tensor]):
     """One tensor for each parameter, in the order of the model.
@@ -30,7 +32,9 @@ class ByParameter(Mapping[str, Tensor]):
         return len(self.tensors)
 
     def __repr__(self) -> str:
-        inside = ", ".join(f"{n}: {list(t.shape)}" for n, t in self.items())
+        listed = [f"{n}: {list(t.shape)}" for n, t in self.items()]
+        more = [f"and {len(listed) - SHOWN} more"] if len(listed) > SHOWN else []
+        inside = ", ".join(listed[:SHOWN] + more)
         return f"{type(self).__name__}({self.kind or self.by}; {inside})"
 
     def flat(self) -> Tensor:

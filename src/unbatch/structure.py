@@ -113,16 +113,14 @@ def judge(
         graph = folded(graph, forward, fold)
         forward = walk(graph, samples, forward_marks(graph, dims), graph.forward_steps, assumed)
     found = Findings(forward, None, leading)
-    excused = lambda e: _declared(graph, e) or any(e.module == m or e.module.startswith(m + ".") for m in assumed)  # noqa: E731
-    seen = lambda e, w: (e.blind or e not in w.asked or sees(w.asked[e])) and not excused(e)  # noqa: E731
-    last = max(forward.ancestors(used_predictions(graph)), default=-1) if own else -1
-    in_loss = lambda e: e.step > last if own else e.in_loss  # noqa: E731  what is read later does not lead to them
-    found.escapes = [e for e in graph.escapes if not in_loss(e) and seen(e, forward) and not harmless(e)]
+    before, after = _asked(graph, forward, own)
+    matters = lambda e, w: _tells(e, w) and not _declared(graph, e, assumed) and not harmless(e)  # noqa: E731
+    found.escapes = [e for e in before if matters(e, forward)]
     structure = _judge_forward(graph, forward, found, samples)
     if graph.loss is not None:
         start = loss_marks(graph, forward, target_dims, samples, leading)
         found.loss = _walk_loss(graph, forward, start, assumed, statistics_of_data(graph, forward) if own else [])
-        read = [e for e in graph.escapes if in_loss(e) and seen(e, found.loss) and not harmless(e)]
+        read = [e for e in after if matters(e, found.loss)]
         found.loss_escapes = [e for e in read if e.blind or not constant(e, found.loss)]
         found.told = frozenset().union(
             *(found.loss.asked[e].sources for e in read if e not in found.loss_escapes),
@@ -163,10 +161,24 @@ def statistics_of_data(graph: Graph, forward: Walk) -> list[Step]:
     return [s for s in graph.forward_steps if any(map(is_one, [*s.outs, *(new for _, new in s.writes)]))]
 
 
-def _declared(graph: Graph, escape: Escape) -> bool:
-    """What is told is the result of an op that the user has declared harmless."""
+def _asked(graph: Graph, forward: Walk, own: bool) -> tuple[list[Escape], list[Escape]]:
+    """What Python reads on the way to the predictions, and what it reads later, which does not lead to them."""
+    last = max(forward.ancestors(used_predictions(graph)), default=-1) if own else -1
+    later = [e.step > last if own else e.in_loss for e in graph.escapes]
+    before = [e for e, late in zip(graph.escapes, later, strict=True) if not late]
+    return before, [e for e, late in zip(graph.escapes, later, strict=True) if late]
+
+
+def _tells(escape: Escape, walk_: Walk) -> bool:
+    """It may tell something about the batch."""
+    return escape.blind or escape not in walk_.asked or sees(walk_.asked[escape])
+
+
+def _declared(graph: Graph, escape: Escape, assumed: Sequence[str]) -> bool:
+    """The user has declared the module that asks harmless, or the op whose result is told."""
     maker = graph.values[escape.ref.index].step
-    return maker >= 0 and graph.steps[maker].op in ASSUMED
+    by_op = maker >= 0 and graph.steps[maker].op in ASSUMED
+    return by_op or any(escape.module == m or escape.module.startswith(m + ".") for m in assumed)
 
 
 def constant(escape: Escape, loss: Walk) -> bool:

@@ -285,7 +285,9 @@ def culprit_part(structure: Structure, most: int = 12) -> list[Any]:
         first, modules = found[0], list(dict.fromkeys(c.module or "-" for c in found))
         more = len(found) - len(modules[:NAMED])
         named = modules[:NAMED] + ([f"+{more} more"] if more else [])
-        table.add_row("\n".join(named), first.op, first.short or "-", f"{first.why}. {first.remedy}", ", ".join(against))
+        table.add_row(
+            "\n".join(named), first.op, first.short or "-", f"{first.why}. {first.remedy}", ", ".join(against)
+        )
     if len(kinds) > most:
         table.add_row("…", "", "", f"and {len(kinds) - most} more kinds, see the verdicts' `.culprits`", "")
     return [table]
