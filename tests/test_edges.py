@@ -15,6 +15,8 @@ from torch.nn import functional as F
 import unbatch as ub
 from unbatch import reference
 
+pytestmark = pytest.mark.filterwarnings("ignore::unbatch.VanishingCurvatureWarning")  # losses are linear here and there
+
 N, D, C = 5, 4, 3
 ROWS = {"component": reference.component, "copy": reference.copies, "frozen": reference.frozen}
 EXACT = 1e-10
@@ -372,7 +374,7 @@ def test_the_matrix_of_complex_parameters_is_refused():
 def test_no_parameters_at_all_are_refused():
     problem = ub.Problem(nn.Tanh(), F.mse_loss, (normals(N, C), normals(N, C)))
     for ask in (problem.gradients, problem.ggn, problem.gradient):
-        with pytest.raises(ub.InputError, match="No parameter requires a gradient"):
+        with pytest.raises(ub.InputError, match="no parameters that it knows of"):
             ask()
 
 

@@ -25,6 +25,8 @@ from nets import Net, Source, net_source
 from unbatch import reference
 from unbatch.products import Linear
 
+pytestmark = pytest.mark.filterwarnings("ignore::unbatch.VanishingCurvatureWarning")  # losses are linear here and there
+
 EXACT = 1e-9  # of the largest entry of a parameter, or of 1e-3 of that of all
 FLOOR = 1e-13  # what is rounding where everything else is of size one
 SHAKE = 1e-14  # a relative change of all inputs and parameters: what it does to a quantity is rounding

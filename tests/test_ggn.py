@@ -15,6 +15,8 @@ import unbatch as ub
 from cases_gradients import CASES
 from unbatch import reference
 
+pytestmark = pytest.mark.filterwarnings("ignore::unbatch.VanishingCurvatureWarning")  # losses are linear here and there
+
 EXACT = 1e-9
 
 EVERY = pytest.mark.parametrize("mode", ["train", "eval"])
@@ -369,7 +371,7 @@ def test_a_loss_without_curvature_is_warned_about(loss):
     torch.manual_seed(0)
     y = torch.randn(5, 3) if isinstance(loss, nn.L1Loss) else torch.arange(5) % 3
     problem = ub.Problem(nn.Linear(4, 3), loss, (torch.randn(5, 4), y))
-    with pytest.warns(ub.VanishingCurvatureWarning, match="absolute and hinge losses"):
+    with pytest.warns(ub.VanishingCurvatureWarning, match="absolute, hinge"):
         assert problem.ggn().trace() == 0
 
 

@@ -45,7 +45,10 @@ from unbatch import reference
 
 EXACT = 1e-9
 TORCHS = "reduction: 'mean' divides the total loss"  # what torch has to say of the mean of its KLDivLoss
-pytestmark = pytest.mark.filterwarnings(f"ignore:{TORCHS}".replace("reduction:", "reduction."))
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{TORCHS}".replace("reduction:", "reduction.")),
+    pytest.mark.filterwarnings("ignore::unbatch.VanishingCurvatureWarning"),  # many are linear
+]
 
 # ---------------------------------------------------------------- every loss of torch.nn
 

@@ -216,16 +216,16 @@ MSG_NO_TANGENT = (
 )
 
 MSG_VANISHING = (
-    "The loss is linear in {cut} ({shapes}), so the Gauss-Newton matrix is zero: it is J^T H J, and H, the second "
-    "derivative of the loss, vanishes there. {remedy}"
+    "On this batch the loss is linear in {cut} ({shapes}), so the Gauss-Newton matrix is zero: it is J^T H J, "
+    "and H, the second derivative of the loss, vanishes there. {remedy}"
 )
 VANISHING_INSIDE = (
     "the values that were taken for its predictions, the last ones that parameters made",
     "To cut the model elsewhere, let it return its logits and pass the loss beside it: Problem(model, loss, (X, y)).",
 )
 VANISHING = (
-    "its predictions, as absolute and hinge losses are on both sides of their kink",
-    "Gradients and their norms tell what there is to tell; for curvature take a loss that bends, such as a Huber loss.",
+    "its predictions, as absolute, hinge and, far out, Huber losses are",
+    "Gradients and their norms tell what there is to tell; for curvature take a loss that bends there.",
 )
 
 MSG_NO_BLOCKS = (
