@@ -58,7 +58,7 @@ def from_signs(
         return pull(z).double().square(), None if control is None else control.pull(z).double().square()
 
     fitted = {} if control is None else _fitted([draw() for _ in range(PILOTS)], slices)
-    plain, controlled = _Moments(), _Moments()
+    plain, controlled = Moments(), Moments()
     for _ in range(draws):
         square, other = draw()
         plain.add(square)
@@ -82,7 +82,7 @@ def _fitted(pilots: list[tuple[Tensor, Tensor | None]], slices: dict[str, slice]
     return {n: float(together[s].sum() / alone[s].sum().clamp_min(tiny)) for n, s in slices.items()}
 
 
-class _Moments:
+class Moments:
     """Mean and variance of draws that come one by one (Welford 1962)."""
 
     def __init__(self) -> None:

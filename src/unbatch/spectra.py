@@ -18,6 +18,7 @@ from torch import Tensor
 
 from unbatch import errors
 from unbatch.errors import ConvergenceError, InputError
+from unbatch.estimates import Moments
 
 CHANCE = 1e-6  # at which a search for overlooked eigenvalues may miss one
 FEWEST = 5  # steps of such a search
@@ -287,13 +288,11 @@ def diagonal(A: Any, samples: int, *, seed: int = 0) -> Estimate:
     if samples >= D:
         values = _exact(A)
         return Estimate(values, torch.zeros_like(values), "exact", D, seed)
-    mean = squares = torch.zeros(D, dtype=_wide(A), device=A.device)
-    for n in range(1, samples + 1):  # Welford 1962
+    found = Moments()
+    for _ in range(samples):
         z = _signs(generator, A, 1)[:, 0]
-        apart = z * _times(A, z) - mean
-        mean = mean + apart / n
-        squares = squares + apart.square() * (n - 1) / n
-    return Estimate(mean, (squares / (samples * (samples - 1))).sqrt(), "random signs", samples, seed)
+        found.add(z * _times(A, z))
+    return Estimate(found.mean, (found.variance / samples).sqrt(), "random signs", samples, seed)
 
 
 def _exact(A: Any) -> Tensor:
