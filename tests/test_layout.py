@@ -102,6 +102,7 @@ LEVELS = {
     "stages": 5,
     "figure": 5,
     "diagram": 6,
+    "question": 6,
     "problem": 7,
     "report": 8,
     "arguments": 8,

@@ -16,8 +16,9 @@ from unbatch import spectra
 from unbatch.checks import check_by_of_columns
 from unbatch.errors import MSG_MONITOR_QUANTITY, InputError
 from unbatch.ggn import GGN, LARGEST_GRAM
-from unbatch.problem import Problem, label_of
+from unbatch.problem import Problem
 from unbatch.quantities import Quantity
+from unbatch.question import label_of
 from unbatch.results import ByParameter, Histograms, SquaredNorms
 from unbatch.tree import Selection
 from unbatch.verdicts import Structure

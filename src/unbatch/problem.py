@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache, partial
 from typing import Any, overload
 
 import torch
@@ -14,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from unbatch import capture, errors
-from unbatch.blocks import BlockGGN, made_of
+from unbatch.blocks import BlockGGN
 from unbatch.capture import Program
 from unbatch.checks import (
     check_blocks,
@@ -35,29 +33,22 @@ from unbatch.checks import (
     parameters_of,
 )
 from unbatch.columns import OfColumns
-from unbatch.cotangents import LossAt
 from unbatch.crosstalk import Crosstalk, crosstalk
-from unbatch.curvature import Curvature, Through
 from unbatch.derivatives import gradients
 from unbatch.diagram import Diagram
-from unbatch.errors import InputError, MixedSamplesWarning, StructureError, UnregisteredParameterWarning
+from unbatch.errors import InputError, UnregisteredParameterWarning
 from unbatch.folds import Fold
-from unbatch.ggn import GGN, Point
-from unbatch.gradients import Label, answer, is_moment, planned
-from unbatch.linearised import Linearised, LinearisedModel
+from unbatch.ggn import GGN
 from unbatch.plan import Plan
 from unbatch.purity import untouched
 from unbatch.quantities import Gradients, Quantity
+from unbatch.question import Question
 from unbatch.recording import Batch, Recording
 from unbatch.results import Rows
-from unbatch.sources import Ran, Recorded, Source
 from unbatch.stages import stages
-from unbatch.statistics import Statistics
-from unbatch.tree import Selection, Space, select
-from unbatch.trust import trusted
-from unbatch.verdicts import TITLES, Structure
+from unbatch.tree import Selection, select
+from unbatch.verdicts import Structure
 from unbatch.verify import Verification, verify
-from unbatch.weights import weights
 
 
 class Problem:
@@ -204,7 +195,8 @@ class Problem:
         Raises ``InputError`` for what does not fit, ``StructureError`` where the rows do not exist.
         """
         with torch.inference_mode(False):
-            (rows,) = self._answer([Gradients()], by, parameters, memory, out)
+            question = self._question(by, parameters, memory)
+            (rows,) = question.answer([Gradients()], check_out(out, question.parameters, self.samples))
         assert isinstance(rows, Rows)
         return rows
 
@@ -226,8 +218,9 @@ class Problem:
             hint = f" Did you mean {wrong.__name__}()?" if isinstance(wrong, type) else ""
             hint = " Write them one after the other, without a list." if isinstance(wrong, list | tuple) else hint
             raise InputError(errors.MSG_QUANTITY.format(value=wrong) + hint)
+        of_columns = any(isinstance(q, OfColumns) for q in quantities)
         with torch.inference_mode(False):
-            results = self._answer(quantities, by, parameters, memory, None)
+            results = self._question(by, parameters, memory, of_columns).answer(quantities)
         return results[0] if len(results) == 1 else tuple(results)
 
     def plan(
@@ -241,10 +234,7 @@ class Problem:
 
         Cost: one forward and one backward pass.
         """
-        kept, chosen, budget = self._asked(by, parameters, memory)
-        source = self._source(kept, by, chosen, budget)
-        curvature = cache(lambda: self._curvature(kept, chosen, budget, by, source.loss))
-        return planned(source, quantities or [Gradients()], chosen, self.samples, by, budget, curvature)
+        return self._question(by, parameters, memory).plan(quantities or [Gradients()])
 
     @overload
     def ggn(
@@ -293,25 +283,9 @@ class Problem:
 
         Raises ``InputError`` for what does not fit, ``StructureError`` where the loss has no second derivative.
         """
-        check_by_of_columns(by)
-        kept, chosen, budget = self._asked(by, parameters, memory)
-        check_real(chosen)
+        question = self._question(by, parameters, memory, of_columns=True)
         draws = check_draws(mc_samples, seed)
-        picked = check_samples(samples, self.samples)
-        kept.structure  # noqa: B018  settled before anything is kept
-        with torch.inference_mode(False), _precision_of_recording():
-            return made_of(self._point(kept, chosen, budget, by), check_blocks(blocks, chosen), draws, picked)
-
-    def _point(self, kept: Recording, chosen: Mapping[str, Tensor], memory: int, by: str) -> Point:
-        curvature = cache(lambda: self._curvature(kept, chosen, memory, by))
-
-        def ask(quantities: Sequence[Quantity], parameters: Mapping[str, Tensor]) -> list[Any]:
-            with torch.inference_mode(False), torch.no_grad(), _precision_of_recording():
-                source = self._source(kept, by, parameters, memory)
-                label = label_of(kept.structure, by, lambda: None)
-                return answer(source, quantities, parameters, kept.batch.samples, label, memory, {}, curvature)
-
-        return Point(chosen, kept.batch.samples, curvature, ask, kept.is_stale, memory)
+        return question.ggn(check_blocks(blocks, question.parameters), draws, check_samples(samples, self.samples))
 
     def with_batch(self, inputs: Any, targets: Any = None) -> Problem:
         """The same problem on other data of the same shapes, without recording it again.
@@ -363,89 +337,18 @@ class Problem:
     def _batch(self) -> Batch:
         return Batch(self.inputs, self.targets, self._dims, self._target_dims, self.samples)
 
-    def _answer(
-        self,
-        quantities: Sequence[Quantity],
-        by: str,
-        parameters: Selection,
-        memory: int | None,
-        out: Mapping[str, Tensor] | None,
-    ) -> list[Any]:
-        of_columns = any(isinstance(q, OfColumns) for q in quantities)
+    def _question(self, by: str, parameters: Selection, memory: int | None, of_columns: bool = False) -> Question:
+        """A question whose arguments are seen to be sound. ``of_columns``: of the Gauss-Newton matrix."""
         if of_columns:
             check_by_of_columns(by)
-        kept, chosen, budget = self._asked(by, parameters, memory)
-        if of_columns:
-            check_real(chosen)
-        buffers = check_out(out, chosen, self.samples)
-        structure = kept.structure
-        known = partial(weights, kept.graph, kept.marks_in_loss, self.samples) if structure.reduction else lambda: None
-        label = label_of(structure, by, known)
-        _warn(structure, quantities, label)
-        source = self._source(kept, by, chosen, budget)
-        with torch.no_grad(), _precision_of_recording():
-            curvature = cache(lambda: self._curvature(kept, chosen, budget, by, source.loss))
-            return answer(source, quantities, chosen, self.samples, label, budget, buffers, curvature)
-
-    def _curvature(
-        self, kept: Recording, chosen: Mapping[str, Tensor], memory: int, by: str, loss: LossAt | None = None
-    ) -> Curvature:
-        setting = kept.setting
-
-        def linearise() -> Linearised:
-            if setting.faithful:
-                return Linearised(setting, chosen, by == "frozen")
-            if by == "frozen" and not kept.structure.independent_forward:
-                raise StructureError(errors.MSG_NOT_REPLAYED.format(by=by, why=kept.replays))
-            return LinearisedModel(setting, chosen)
-
-        linearise = cache(linearise)
-        if loss is None:
-            lin = linearise()
-            loss = LossAt(setting, lin.predictions, lin.inner, lin.all_outputs)
-        dims = {i: d for i, d in setting.axes.items() if i in loss.predictions}
-        through = partial(self._through, kept, chosen, memory) if by == "component" else lambda: None
-        return Curvature(loss, dims, kept.structure, linearise, through, memory)
-
-    def _through(self, kept: Recording, chosen: Mapping[str, Tensor], memory: int) -> Through | None:
-        """Where samples listen to each other by batch norms alone, and in more than one place."""
-        source = self._source(kept, "component", chosen, memory)
-        if not isinstance(source, Recorded) or not source.flow.columns:
-            return None
-        statistics = Statistics.of(kept.setting, chosen)
-        if statistics is None:
-            return None
-        return Through(
-            statistics,
-            lambda some: self._source(kept, "frozen", some, memory),
-            Space({n: tuple(p.shape) for n, p in chosen.items()}),
-        )
-
-    def _asked(
-        self, by: str, parameters: Selection, memory: int | None
-    ) -> tuple[Recording, dict[str, Tensor], int]:  # fmt: skip
-        """The recording, the parameters and the budget of a question, once its arguments are seen to be sound."""
         if by not in ("component", "copy", "frozen"):
             raise InputError(errors.MSG_BY.format(value=by))
         program = self._refreshed()
         chosen = select(program.parameters, parameters)
+        if of_columns:
+            check_real(chosen)
         budget = check_memory(memory, next(iter(chosen.values())).device)
-        return self._derivable(program), chosen, budget
-
-    def _source(self, kept: Recording, by: str, chosen: Mapping[str, Tensor], memory: int) -> Source:
-        setting, structure = kept.setting, kept.structure
-        if not setting.axes:
-            raise StructureError(errors.MSG_NO_ROWS.format(shapes=list(structure.predictions), n=self.samples))
-        why = kept.replays
-        if self.samples > 1 and setting.faithful:
-            with _precision_of_recording():
-                if trusted(setting, chosen, by, memory):
-                    return Recorded(setting, chosen, by)
-            why = "the sweep that was planned for it does not reproduce its gradient"
-        alike = self.samples == 1 or bool(structure.independent_forward)
-        if not (alike or by == "component"):
-            raise StructureError(errors.MSG_NOT_REPLAYED.format(by=by, why=why))
-        return Ran(setting, chosen, setting.faithful, why)
+        return Question(self._derivable(program), chosen, by, budget)
 
     def _loss_of(self, output: Any) -> Tensor:
         if self.program.loss is None:
@@ -460,38 +363,3 @@ class Problem:
         model, fold = self.program.model, self.program.fold
         inputs = self.inputs if fold is None else fold.unfolded(self.inputs, fold.inputs)
         return f"{getattr(model, '__name__', type(model).__name__)} on inputs {capture.shown(inputs)}"
-
-
-# --- what rows are called -----------------------------------------------------------------------
-
-
-def label_of(s: Structure, by: str, known: Callable[[], Tensor | None]) -> Label:
-    """What the rows are: without mixing the three decompositions are one, and per-sample if the loss is, too."""
-    apart = bool(s.independent_forward) and bool(s.simd_loss)
-    kinds = {"component": "per-component", "copy": "per-copy", "frozen": "frozen"}
-    kind = "per-sample" if apart else kinds[by]
-    factor = apart and not (s.reduction and not s.reduction.weights_depend_on)
-    others = apart and s.simd_loss.weights_depend_on
-    notes = ["up to a factor that depends on the batch"] * factor
-    notes += [f"of losses {s.simd_loss.note}"] * bool(others)
-    return Label(by, kind, ", ".join(notes), known)
-
-
-def _warn(s: Structure, quantities: Sequence[Quantity], label: Label) -> None:
-    asked = [type(q).__name__ for q in quantities if is_moment(q)]
-    needed = (s.simd_forward, s.reduction, s.simd_loss)
-    lost = [f"{TITLES[v.name]} ({'it fails' if v.status == 'fails' else 'it is unknown'})" for v in needed if not v]
-    if s.reduction and s.reduction.weights_depend_on:
-        lost.append("weights that depend on no other sample (they do)")
-    if s.simd_loss.weights_depend_on:
-        lost.append(f"losses that listen to no other sample (they are {s.simd_loss.note})")
-    if asked and lost:
-        text = errors.MSG_MIXED_MOMENT.format(what=", ".join(asked), kind=label.kind, lost=", ".join(lost), n=s.samples)
-        errors.warn(text, MixedSamplesWarning)
-
-
-@contextmanager
-def _precision_of_recording() -> Iterator[None]:
-    """Casts were recorded where they happened; an autocast around the question has done its work."""
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-        yield
