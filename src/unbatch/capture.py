@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from unbatch.folds import Fold
 from unbatch.graph import Escape, Graph, ModuleCall, Ref, Step, Value, flat, is_ref
+from unbatch.processes import check_alone
 from unbatch.purity import SKIPS_COMPILER, mutated, storage_of, untouched
 from unbatch.scalars import Functions
 from unbatch.unwrapped import inside, plainly
@@ -157,12 +158,17 @@ class Recorder(TorchDispatchMode):
     def _where(self) -> str:
         return users_line()
 
+    def _place(self) -> str:
+        module, where = self.modules[-1] if self.modules else "", self._where()
+        return "".join(f" {word} {name}" for word, name in (("in", module), ("at", where)) if name)
+
     # -- what happens while the model runs --
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self.off:
             return func(*args, **kwargs)
+        check_alone(func, types, self._place)
         if func is aten._local_scalar_dense.default:
             return self.branch(args[0], "read by Python (bool(), int(), float() or if)", func(*args, **kwargs))
         with torch._C.DisableTorchFunction():

@@ -329,3 +329,10 @@ MSG_MONITOR_EVERY = (
     "{value!r}."
 )
 MSG_EXTRA = "{what} needs {package}, which is not installed. Install it with `pip install 'unbatch[{extra}]'`."
+
+MSG_PROCESSES = (
+    "The model or the loss talks to other processes, of which there are {others} ({op}{place}). Nothing says that "
+    "they ask the same, and they would be waited for forever, so it was stopped there. SyncBatchNorm talks in train "
+    "mode and not after .eval(); losses over all processes and parameters spread over them always do. Ask in a process "
+    "of its own, or about a model that keeps to one: with BatchNorm in place of SyncBatchNorm, for instance."
+)

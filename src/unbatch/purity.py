@@ -1,7 +1,7 @@
 """Asking changes nothing.
 
 Tensors that existed before are copied when a program first writes to them and put back at the end, also after an
-exception; so are module attributes, gradients, hooks, flags and random states.
+exception; so are module attributes, gradients, hooks, flags and random states. Other processes are not kept waiting.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from unbatch.processes import check_alone
 
 # Ops that write to arguments without saying so in their schema: positions, given that the flag argument is true.
 HIDDEN_WRITES = {
@@ -147,6 +149,7 @@ class _Writes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        check_alone(func, types)
         if func._schema.is_mutable or func._schema.name.removeprefix("aten::") in HIDDEN_WRITES:
             for tensor in mutated(func, args, kwargs):
                 if tensor.layout != torch.strided or tensor.is_nested:
