@@ -14,6 +14,7 @@ from torch import Tensor
 from unbatch import quantities as known
 from unbatch import spectra
 from unbatch.checks import check_by_of_columns
+from unbatch.columns import OfColumns
 from unbatch.errors import MSG_MONITOR_QUANTITY, InputError
 from unbatch.ggn import GGN, LARGEST_GRAM
 from unbatch.problem import Problem
@@ -61,10 +62,14 @@ class Asked:
     def rows(self, wanted: Mapping[str, Quantity]) -> dict[str, Answer]:
         """Quantities of gradients taken apart, from one sweep over the whole batch."""
         found = self.problem.compute(*wanted.values(), by=self.by, parameters=self.parameters)
-        label = label_of(self.structure, self.by, lambda: None)
-        about = {"kind": label.kind, "samples": self.problem.samples} | ({"note": label.note} if label.note else {})
         results = found if len(wanted) > 1 else (found,)
-        return {name: {"value": summed_up(r)} | about for name, r in zip(wanted, results, strict=True)}
+        return {n: {"value": summed_up(r)} | self._about(q) for (n, q), r in zip(wanted.items(), results, strict=True)}
+
+    def _about(self, quantity: Quantity) -> Answer:
+        if isinstance(quantity, OfColumns):
+            return {"kind": MATRICES[self.by], "samples": self.problem.samples}
+        label = label_of(self.structure, self.by, lambda: None)
+        return {"kind": label.kind, "samples": self.problem.samples} | ({"note": label.note} if label.note else {})
 
     def trace(self) -> Answer:
         if self.columns <= LARGEST_GRAM:
@@ -91,8 +96,8 @@ class Asked:
 
 
 def spelled(cls: type) -> str:
-    """``NoiseScale`` is asked for as "noise_scale"."""
-    return re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
+    """``NoiseScale`` is asked for as "noise_scale"; ``Norms`` as what they are."""
+    return "squared_norms" if cls is known.Norms else re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.__name__).lower()
 
 
 OF_ROWS: dict[str, Quantity] = {
@@ -107,7 +112,8 @@ ALONE: dict[str, Callable[[Asked], Answer]] = {
     "top_eigenvalues": Asked.top_eigenvalues,
     "crosstalk": Asked.crosstalk,
 }
-USUAL = ("norms", "noise_scale", *ALONE)
+OF_GGN = ("trace", "top_eigenvalues")
+USUAL = ("squared_norms", "noise_scale", *ALONE)
 
 
 def chosen(wanted: Sequence[str | Quantity]) -> dict[str, Quantity | None]:
@@ -119,6 +125,11 @@ def chosen(wanted: Sequence[str | Quantity]) -> dict[str, Quantity | None]:
             raise InputError(MSG_MONITOR_QUANTITY.format(names=", ".join([*OF_ROWS, *ALONE]), value=w))
         out[name] = w if isinstance(w, Quantity) else OF_ROWS.get(w)
     return out
+
+
+def of_columns(name: str, quantity: Quantity | None) -> bool:
+    """Whether it is made of derivatives of predictions, which no copy has for itself."""
+    return isinstance(quantity, OfColumns) if quantity is not None else name in OF_GGN
 
 
 # --- answers as plain data ------------------------------------------------------------------------
@@ -153,7 +164,8 @@ def scalars(line: Mapping[str, Any], prefix: str = "unbatch") -> Iterator[tuple[
     """The numbers of a line, with a path for each."""
     for name, answer in line.get("quantities", {}).items():
         yield from _numbers(f"{prefix}/{name}", answer.get("value"))
-    yield f"{prefix}/overhead", line["overhead"]
+    if line["overhead"] is not None:
+        yield f"{prefix}/overhead", line["overhead"]
 
 
 def _numbers(path: str, value: Any) -> Iterator[tuple[str, float]]:

@@ -59,6 +59,13 @@ def warn(message: str, category: type[Warning]) -> None:
     warnings.warn(message, category, stacklevel=level)
 
 
+class MonitorWarning(UserWarning):
+    """A monitor could not answer a question, or could not write the answer down; the training goes on.
+
+    To stop there instead: ``warnings.simplefilter("error", unbatch.MonitorWarning)``.
+    """
+
+
 MSG_NOT_SCALAR = (
     "The loss must be a scalar tensor, because its gradient is what gets split over samples; it returned {value}. "
     "Reduce it, e.g. `lambda p, y: loss(p, y).mean()`, or pass reduction='mean' to the loss."
@@ -324,9 +331,41 @@ MSG_MONITOR_FILE = (
 MSG_MONITOR_QUANTITY = (
     "A monitor takes quantities such as unbatch.Norms(), each once, or their names, out of {names}; got {value!r}."
 )
+MSG_MONITOR_COPY = (
+    "{names} of a Gauss-Newton matrix, which is made of derivatives of predictions: by='copy' has none. Ask for "
+    "by='component', or without, quantities={rest!r}."
+)
 MSG_MONITOR_EVERY = (
     "every= is 'auto', or how many calls there are from one question to the next, a whole number of at least 1; got "
     "{value!r}."
+)
+MSG_MONITOR_STEP = "step= is a whole number, such as that of the optimizer step; got {value!r}."
+MSG_MONITOR_TARGETS = (
+    "The loss {loss} takes targets beside the predictions, and step was given {given} alone. Pass them apart, "
+    "monitor.step(X, y), of a pair monitor.step(*batch). A model that computes its own loss from all of it goes "
+    "without one: Monitor(model)."
+)
+MSG_MONITOR_NO_TARGETS = "The loss {loss} takes predictions alone, and step was given targets: {given}. Leave them out."
+MSG_MONITOR_OWN_LOSS = (
+    "A monitor without a loss takes what a model needs to compute its own, targets among it: monitor.step(inputs); got "
+    "targets apart: {given}. For a loss beside the model pass it, Monitor(model, loss)."
+)
+MSG_MONITOR_FAILED = (
+    "The monitor could not tell {what} at step {step} (training goes on; monitor.failed counts, this is said once): "
+    "{error}"
+)
+MSG_MONITOR_WRITE = "The monitor could not write down step {step} (training goes on): {error}"
+MSG_MONITOR_SPLIT = (
+    "With a loss a monitor takes a pair (X, y), and this batch is {given}. Say how to make one of it: "
+    "monitor_callback(monitor, split=lambda batch: (batch['x'], batch['y'])), for instance."
+)
+MSG_MONITOR_TRAINER = (
+    "With Transformers' Trainer a monitor watches a model that computes its own loss, and this one was made with "
+    "{loss}: leave it out, Monitor(model)."
+)
+MSG_MONITOR_UNSEEN = (
+    "Training goes on without the monitor's model being called, so there is nothing to ask about. Make the monitor "
+    "with the model that the Trainer is given: Monitor(model)."
 )
 MSG_EXTRA = "{what} needs {package}, which is not installed. Install it with `pip install 'unbatch[{extra}]'`."
 

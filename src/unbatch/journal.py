@@ -38,7 +38,7 @@ class Journal:
 
     def write(self, line: Mapping[str, Any]) -> None:
         text = json.dumps(standard(line), allow_nan=False, ensure_ascii=False)
-        with self.path.open("a", encoding="utf-8") as file:
+        with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:  # surrogates are not UTF-8
             file.write(text + "\n")
 
 
@@ -56,7 +56,7 @@ def standard(value: Any) -> Any:
     """JSON has no word for what is not finite; these are the ones of Protocol Buffers' JSON mapping."""
     if isinstance(value, dict):
         return {k: standard(v) for k, v in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [standard(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return NOT_FINITE.get(value, "NaN")

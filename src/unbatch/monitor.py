@@ -6,10 +6,14 @@ What it says is what ``Problem`` says; nothing is computed here, and nothing in 
 
 from __future__ import annotations
 
+import inspect
 import math
+import operator
+import os
+import re
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -17,17 +21,20 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from unbatch.answers import ALONE, USUAL, Answer, Asked, chosen, scalars
+from unbatch import errors
+from unbatch.answers import ALONE, USUAL, Answer, Asked, chosen, of_columns, scalars
 from unbatch.checks import check_callable
-from unbatch.errors import MSG_BY, MSG_DRAWS, MSG_EXTRA, MSG_MONITOR_EVERY, MSG_POSITIVE, InputError
+from unbatch.errors import InputError, MonitorWarning
 from unbatch.journal import Journal
 from unbatch.problem import Problem
 from unbatch.purity import random_state, set_random_state
 from unbatch.quantities import Quantity
-from unbatch.tree import Selection
+from unbatch.tree import Selection, select
 from unbatch.verdicts import TITLES
 
 SHARE = 0.08  # of the time that training takes, for every="auto"; what caches lose on top leaves it below a tenth
+HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+NUMBER = re.compile(r"\d+(\.\d+)?")
 
 
 # --- when, and what it costs ----------------------------------------------------------------------
@@ -38,7 +45,7 @@ def every_of(value: Any) -> int | None:
     if value == "auto":
         return None
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(MSG_MONITOR_EVERY.format(value=value))
+        raise InputError(errors.MSG_MONITOR_EVERY.format(value=value))
     return value
 
 
@@ -46,8 +53,8 @@ def every_of(value: Any) -> int | None:
 class Account:
     """Seconds of the process that went into questions, and into everything between the calls of the monitor.
 
-    ``every``: calls from one question to the next; None: as soon as another one like the last would leave the
-    ``share`` within its bound.
+    ``every``: calls from one question to the next; None: at the first call, and then as soon as another question like
+    the last would leave the ``share`` within its bound. What the first one costs is known only when it was asked.
     """
 
     every: int | None
@@ -69,7 +76,7 @@ class Account:
             return self.calls % self.every == 0
         return self.calls == 0 or self.asking + self.cost <= self.share * self.training
 
-    def so_far(self, arrived: float) -> dict[str, float]:
+    def so_far(self, arrived: float) -> dict[str, float | None]:
         seconds = self.clock() - arrived
         return {"seconds": seconds, "overhead": self._share_of(self.asking + seconds)}
 
@@ -79,11 +86,11 @@ class Account:
         self.asking, self.cost = self.asking + spent, spent if asked else self.cost
 
     @property
-    def overhead(self) -> float:
+    def overhead(self) -> float | None:
         return self._share_of(self.asking)
 
-    def _share_of(self, asking: float) -> float:
-        return asking / self.training if self.training else 0.0
+    def _share_of(self, asking: float) -> float | None:
+        return asking / self.training if self.training else None
 
 
 def clock_of(model: Any) -> Callable[[], float]:
@@ -92,14 +99,56 @@ def clock_of(model: Any) -> Callable[[], float]:
     return time.process_time if device is None or device.type == "cpu" else time.perf_counter
 
 
+# --- whether a call is right ----------------------------------------------------------------------
+
+
+def check_call(loss: Callable[..., Any] | None, inputs: Any, targets: Any) -> None:
+    """Whether there are targets just where the loss takes some. Raises ``InputError`` where not."""
+    if loss is None:
+        if targets is not None:
+            raise InputError(errors.MSG_MONITOR_OWN_LOSS.format(given=in_short(targets)))
+    elif targets is None and not _takes(loss, 1):
+        raise InputError(errors.MSG_MONITOR_TARGETS.format(loss=name_of(loss), given=in_short(inputs)))
+    elif targets is not None and not _takes(loss, 2):
+        raise InputError(errors.MSG_MONITOR_NO_TARGETS.format(loss=name_of(loss), given=in_short(targets)))
+
+
+def _takes(function: Callable[..., Any], count: int) -> bool:
+    """Whether it can be called with so many arguments, as far as can be seen without calling it."""
+    try:
+        signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
+    except (TypeError, ValueError):  # of what is not written in Python
+        return True
+    try:
+        signature.bind(*range(count))
+    except TypeError:
+        return False
+    return True
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def in_short(value: Any) -> str:
+    """What a batch is, in a few words."""
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {list(value.shape)}"
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} of {', '.join(map(repr, value))}"
+    if isinstance(value, tuple | list):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"a {type(value).__name__}"
+
+
 # --- the monitor ----------------------------------------------------------------------------------
 
 
 @dataclass
 class Told:
-    """What was said before, so that it is said once."""
+    """What was said before, so that it is said once, whatever the numbers in it."""
 
-    warnings: set[str] = field(default_factory=set)
+    said: set[str] = field(default_factory=set)
     verdicts: dict[str, str] = field(default_factory=dict)
 
     def changes(self, verdicts: dict[str, str]) -> list[str]:
@@ -108,11 +157,20 @@ class Told:
         differ = [name for name in verdicts if before.get(name, verdicts[name]) != verdicts[name]]
         return [f"{TITLES[name]}: {before[name]} → {verdicts[name]}" for name in differ]
 
-    def fresh(self, caught: Sequence[Any]) -> list[str]:
-        texts = dict.fromkeys(f"{w.category.__name__}: {w.message}" for w in caught)
-        new = [text for text in texts if text not in self.warnings]
-        self.warnings.update(new)
+    def is_new(self, text: str) -> bool:
+        key = NUMBER.sub("0", text)
+        new = key not in self.said
+        self.said.add(key)
         return new
+
+
+def failures(line: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Reasons why something in a line has no answer, and what."""
+    found: dict[str, list[str]] = {line["error"]: ["anything"]} if "error" in line else {}
+    for name, answer in line.get("quantities", {}).items():
+        if "error" in answer:
+            found.setdefault(answer["error"], []).append(name)
+    return found
 
 
 class Monitor:
@@ -128,8 +186,10 @@ class Monitor:
     all, and of 8 for crosstalk. ``path``: of a file that is appended to; ``tensorboard``: a folder, or a
     ``SummaryWriter``.
 
-    Training goes as it would without: parameters, buffers, gradients and random states are left as they were, and an
-    error in a question is written down. Raises ``InputError`` for what cannot be, a file that cannot be written too.
+    Training goes as it would without: parameters, buffers, gradients and random states are left as they were. What
+    cannot be is refused at once with an ``InputError``: here, a file that cannot be written too, and at the first
+    ``step``. From then on nothing stops training: what has no answer is written down with the reason, counted in
+    ``failed``, and told once by a ``MonitorWarning``.
     """
 
     def __init__(
@@ -153,13 +213,13 @@ class Monitor:
         if loss is not None:
             check_callable("loss", loss)
         if samples is not None and (not isinstance(samples, int) or samples < 1):
-            raise InputError(MSG_DRAWS.format(what="samples", least=1, value=samples))
+            raise InputError(errors.MSG_DRAWS.format(what="samples", least=1, value=samples))
         if not 0 < share < math.inf:
-            raise InputError(MSG_POSITIVE.format(what="share", value=share))
-        if by not in ("component", "copy", "frozen"):
-            raise InputError(MSG_BY.format(value=by))
+            raise InputError(errors.MSG_POSITIVE.format(what="share", value=share))
         self.model, self.loss, self.wanted = model, loss, chosen(quantities)
-        self.samples, self.by, self.parameters = samples, by, parameters
+        check_by(by, self.wanted)
+        self.samples, self.by = samples, by
+        self.parameters = list(parameters) if isinstance(parameters, Iterator) else parameters
         self.dims = {"in_dims": in_dims, "sample_dims": sample_dims}
         self.account = Account(every_of(every), share, clock or time.process_time)
         self.own_clock = clock is None
@@ -171,35 +231,42 @@ class Monitor:
         self.failed = 0
         self.last: dict[str, Any] = {}
         self._problem: Problem | None = None
+        self._begun = False
 
     def __repr__(self) -> str:
-        name = getattr(self.model, "__name__", type(self.model).__name__)
+        known = "not known" if self.overhead is None else f"{self.overhead:.1%}"
         failed = f", {self.failed} questions failed" if self.failed else ""
-        return f"Monitor({name}, {self.account.calls} steps, overhead {self.overhead:.1%}{failed})"
+        return f"Monitor({name_of(self.model)}, {self.account.calls} steps, overhead {known}{failed})"
 
     @property
-    def overhead(self) -> float:
-        """Time spent here, by the time spent on everything else from the first call on."""
+    def overhead(self) -> float | None:
+        """Time spent here, by the time spent on everything else from the first call on; None before there is any."""
         return self.account.overhead
 
     def step(self, inputs: Any, targets: Any = None, *, step: int | None = None) -> dict[str, Any] | None:
         """One step of training, on this batch; the line that was written, or None where nothing was asked.
 
         ``step``: its number, by default counted from 0, or from the last line of the file on.
+
+        The first call raises ``InputError`` where it is wrong as such: targets missing or not wanted, and what
+        ``Problem`` refuses. Later calls raise nothing of the kind, whatever the batch is like. Warnings that questions
+        give rise to are given once.
         """
-        if self.own_clock and not self.account.calls:  # by now the model is where it is trained
-            self.account.clock = clock_of(self.model)
+        number = self._number(step)
+        if not self._begun:
+            self._begin(inputs, targets)
         self._wait()
-        arrived, asked = self.account.arrive(), self.account.due()
-        line = None
+        arrived, asked = self.account.arrive(), self._due()
         try:
-            if asked:
-                number = self.start + self.account.calls if step is None else step
-                answers = self._ask(inputs, targets)
-                line = {"step": number} | self.account.so_far(arrived) | answers
-                self._write(line)
+            if not asked:
+                return None
+            answers, caught = self._ask(inputs, targets)
+            line = {"step": number} | self.account.so_far(arrived) | answers
+            self._begun = True
+            problems = self._write(line)
         finally:
             self.account.leave(arrived, asked)
+        self._tell(line, caught, problems)
         return line
 
     __call__ = step
@@ -215,22 +282,45 @@ class Monitor:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    # -- the call --
+
+    def _number(self, step: Any) -> int:
+        try:
+            return self.start + self.account.calls if step is None else operator.index(step)
+        except TypeError:
+            raise InputError(errors.MSG_MONITOR_STEP.format(value=step)) from None
+
+    def _begin(self, inputs: Any, targets: Any) -> None:
+        """What can be seen to be wrong without running anything. By now the model is where it is trained."""
+        check_call(self.loss, inputs, targets)
+        data = {"batch": inputs} if self.loss is None else {"data": (inputs, targets)}
+        self._problem = Problem(self.model, self.loss, **data, **self.dims)
+        if self.parameters is not None:
+            select(self._problem.program.parameters, self.parameters)
+        if self.own_clock:
+            self.account.clock = clock_of(self.model)
+
+    def _due(self) -> bool:
+        return not self._begun or self.account.due()
+
     # -- asking --
 
-    def _ask(self, inputs: Any, targets: Any) -> dict[str, Any]:
-        """All questions, whatever becomes of them: random states, warnings and errors stay inside."""
+    def _ask(self, inputs: Any, targets: Any) -> tuple[dict[str, Any], list[warnings.WarningMessage]]:
+        """All questions, whatever becomes of them: random states stay inside, and errors after the first call."""
         before = random_state()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
                 line = self._answers(inputs, targets)
             except Exception as error:
-                self.failed += 1
+                if isinstance(error, InputError) and not self._begun:
+                    raise
                 line = {"error": _words(error)}
             finally:
                 set_random_state(before)
-        new = self.told.fresh(caught)
-        return line | ({"warnings": new} if new else {})
+        self.failed += sum(map(len, failures(line).values()))
+        new = [w for w in caught if self.told.is_new(_said(w))]
+        return line | ({"warnings": list(map(_said, new))} if new else {}), new
 
     def _answers(self, inputs: Any, targets: Any) -> dict[str, Any]:
         asked = Asked(self._at(inputs, targets), self.by, self.samples, self.parameters)
@@ -243,11 +333,8 @@ class Monitor:
 
     def _at(self, inputs: Any, targets: Any) -> Problem:
         """The problem on this batch, with the recording of the last one."""
-        if self._problem is None:
-            data = {"batch": inputs} if self.loss is None else {"data": (inputs, targets)}
-            self._problem = Problem(self.model, self.loss, **data, **self.dims)
-        else:
-            self._problem = self._problem.with_batch(inputs, targets)
+        assert self._problem is not None
+        self._problem = self._problem.with_batch(inputs, targets)
         return self._problem
 
     def _rows(self, asked: Asked, wanted: Mapping[str, Quantity]) -> dict[str, Answer]:
@@ -258,46 +345,77 @@ class Monitor:
             return asked.rows(wanted)
         except Exception as error:
             if len(wanted) == 1:
-                return {name: self._failure(error) for name in wanted}
+                return {name: {"error": _words(error)} for name in wanted}
             return {n: a for name, q in wanted.items() for n, a in self._rows(asked, {name: q}).items()}
 
     def _one(self, asked: Asked, name: str) -> Answer:
         try:
             return ALONE[name](asked)
         except Exception as error:
-            return self._failure(error)
+            return {"error": _words(error)}
 
-    def _failure(self, error: Exception) -> Answer:
-        self.failed += 1
-        return {"error": _words(error)}
+    # -- what is told, and where --
 
-    # -- writing --
+    def _write(self, line: dict[str, Any]) -> list[str]:
+        """To file and board; what went wrong with that."""
+        self.last, problems = line, []
+        for way in (self._to_file, self._to_board):
+            try:
+                way(line)
+            except Exception as error:
+                problems.append(errors.MSG_MONITOR_WRITE.format(step=line["step"], error=_words(error)))
+        return problems
 
-    def _write(self, line: dict[str, Any]) -> None:
-        self.last = line
-        try:
-            if self.journal is not None:
-                self.journal.write(line)
-            if self.board is not None:
-                self._show(line)
-        except OSError as error:
-            warnings.warn(f"The monitor could not write step {line['step']}: {error}. Training goes on.", stacklevel=3)
+    def _to_file(self, line: dict[str, Any]) -> None:
+        if self.journal is not None:
+            self.journal.write(line)
 
-    def _show(self, line: dict[str, Any]) -> None:
+    def _to_board(self, line: dict[str, Any]) -> None:
+        if self.board is None:
+            return
         for path, value in scalars(line):
             self.board.add_scalar(path, value, line["step"])
         for kind in ("changes", "warnings"):
             for text in line.get(kind, ()):
                 self.board.add_text(f"unbatch/{kind}", text, line["step"])
 
+    def _tell(self, line: dict[str, Any], caught: Sequence[warnings.WarningMessage], problems: Sequence[str]) -> None:
+        """In the session, at the line that called ``step``; last, because a user may have made errors of warnings."""
+        failed = {error: ", ".join(names) for error, names in failures(line).items()}
+        texts = [
+            errors.MSG_MONITOR_FAILED.format(what=what, step=line["step"], error=error)
+            for error, what in failed.items()
+            if self.told.is_new(f"{what}: {error}")
+        ]
+        for text in [*texts, *filter(self.told.is_new, problems)]:
+            warnings.warn(text, MonitorWarning, stacklevel=3)
+        for w in caught:
+            if w.filename.startswith(HERE):
+                warnings.warn(w.message, stacklevel=3)
+            else:
+                warnings.warn_explicit(w.message, w.category, w.filename, w.lineno, source=w.source)
+
     def _wait(self) -> None:
         """Until what training has queued on an accelerator is done, so that its time is not taken for ours."""
-        if self.account.clock is time.perf_counter and self.account.due() and torch.accelerator.is_available():
+        if self.account.clock is time.perf_counter and self._due() and torch.accelerator.is_available():
             torch.accelerator.synchronize()
+
+
+def check_by(by: str, wanted: Mapping[str, Quantity | None]) -> None:
+    if by not in ("component", "copy", "frozen"):
+        raise InputError(errors.MSG_BY.format(value=by))
+    none = [name for name, quantity in wanted.items() if by == "copy" and of_columns(name, quantity)]
+    if none:
+        rest = [name for name in wanted if name not in none]
+        raise InputError(errors.MSG_MONITOR_COPY.format(names=", ".join(none), rest=rest))
 
 
 def _words(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
+
+
+def _said(warning: warnings.WarningMessage) -> str:
+    return f"{warning.category.__name__}: {warning.message}"
 
 
 def board(where: Any) -> Any:
@@ -307,6 +425,6 @@ def board(where: Any) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        message = MSG_EXTRA.format(what="Writing for TensorBoard", package="tensorboard", extra="tensorboard")
+        message = errors.MSG_EXTRA.format(what="Writing for TensorBoard", package="tensorboard", extra="tensorboard")
         raise ImportError(message) from error
     return SummaryWriter(str(where))

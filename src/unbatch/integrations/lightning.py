@@ -6,8 +6,8 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-from unbatch.errors import MSG_EXTRA
-from unbatch.monitor import Monitor
+from unbatch.errors import MSG_EXTRA, MSG_MONITOR_SPLIT, InputError
+from unbatch.monitor import Monitor, in_short
 
 Split = Callable[[Any], tuple[Any, Any]]
 
@@ -17,11 +17,12 @@ def monitor_callback(monitor: Monitor, split: Split | None = None) -> Any:
 
     The monitor is asked before each batch is trained on, in the precision of the trainer, and numbers its lines by
     ``trainer.global_step``; with several processes the first one asks, about its own share. ``split``: from a batch to
-    ``(X, y)`` as the monitor takes them; by default the batch is such a pair, or, without a loss, all inputs.
+    ``(X, y)`` as the monitor takes them; by default the batch is such a pair, or, without a loss, all inputs. A batch
+    that is neither, and what ``monitor.step`` refuses, stops the training with an ``InputError``.
 
     Raises ``ImportError`` where Lightning is missing.
     """
-    divided = split or ((lambda batch: (batch, None)) if monitor.loss is None else tuple)
+    divided = split or (_all_inputs if monitor.loss is None else _pair)
 
     class MonitorCallback(_callback_class()):  # type: ignore[misc]
         """Asks at the start of a batch, when parameters are those that its gradient will be taken at."""
@@ -36,6 +37,17 @@ def monitor_callback(monitor: Monitor, split: Split | None = None) -> Any:
                 monitor.close()
 
     return MonitorCallback()
+
+
+def _all_inputs(batch: Any) -> tuple[Any, Any]:
+    return batch, None
+
+
+def _pair(batch: Any) -> tuple[Any, Any]:
+    if not (isinstance(batch, tuple | list) and len(batch) == 2):
+        raise InputError(MSG_MONITOR_SPLIT.format(given=in_short(batch)))
+    X, y = batch
+    return X, y
 
 
 def _callback_class() -> Any:

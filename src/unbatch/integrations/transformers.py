@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from torch import nn
 
-from unbatch.errors import MSG_EXTRA
-from unbatch.monitor import Monitor
+from unbatch.errors import MSG_EXTRA, MSG_MONITOR_TRAINER, MSG_MONITOR_UNSEEN, InputError, MonitorWarning
+from unbatch.monitor import Monitor, name_of
 
 NOT_OF_SAMPLES = ("num_items_in_batch",)  # what the trainer says about all batches of an optimizer step
 
@@ -18,15 +19,18 @@ def monitor_callback(monitor: Monitor) -> Any:
     The monitor watches a model that computes its own loss, and is asked before each optimizer step, about the last
     inputs that the model was trained on, numbered by ``state.global_step``; with several processes the first one asks,
     about its own share. The trainer tells a callback no inputs, so they are taken where the model is called; the loss
-    is that of these inputs alone, whatever else is accumulated.
+    is that of these inputs alone, whatever else is accumulated. A ``MonitorWarning`` says so where the model is never
+    called, because another one is trained.
 
-    Raises ``ImportError`` where Transformers is missing.
+    Raises ``ImportError`` where Transformers is missing, ``InputError`` for a monitor with a loss.
     """
     try:
         from transformers import TrainerCallback
     except ImportError as error:
         message = MSG_EXTRA.format(what="A callback of the Trainer", package="transformers", extra="transformers")
         raise ImportError(message) from error
+    if monitor.loss is not None:
+        raise InputError(MSG_MONITOR_TRAINER.format(loss=name_of(monitor.loss)))
 
     class MonitorCallback(TrainerCallback):
         """Asks before an optimizer step, when parameters still are those that the gradient was taken at."""
@@ -34,7 +38,7 @@ def monitor_callback(monitor: Monitor) -> Any:
         def __init__(self) -> None:
             self.inputs: dict[str, Any] | None = None
             self.hook: Any = None
-            self.asking = False
+            self.asking = self.warned = False
 
         def seen(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if model.training and not self.asking:
@@ -45,13 +49,21 @@ def monitor_callback(monitor: Monitor) -> Any:
             self.hook = monitor.model.register_forward_pre_hook(self.seen, with_kwargs=True)  # type: ignore[attr-defined]
 
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if self.inputs is None or not state.is_world_process_zero:
+            if not state.is_world_process_zero:
+                return
+            if self.inputs is None:
+                self.unseen()
                 return
             self.asking = True
             try:
                 monitor.step(self.inputs, step=state.global_step)
             finally:
                 self.asking = False
+
+        def unseen(self) -> None:
+            if not self.warned:
+                warnings.warn(MSG_MONITOR_UNSEEN, MonitorWarning, stacklevel=2)
+            self.warned = True
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.release()
