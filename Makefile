@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.stamp
 PIP    := $(BIN)/pip --disable-pip-version-check install -q -c constraints.txt
 
-.PHONY: demo test check bench bench-gradients bench-ggn bench-accuracy zoo figures format clean
+.PHONY: demo test check bench bench-gradients bench-ggn bench-accuracy bench-monitor zoo figures format clean
 
 demo: $(STAMP)
 	$(BIN)/unbatch demo
@@ -37,6 +37,10 @@ bench-ggn: $(STAMP)
 
 bench-accuracy: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/accuracy.py --write
+	$(BIN)/python benchmarks/overview.py
+
+bench-monitor: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/monitor.py --write
 	$(BIN)/python benchmarks/overview.py
 
 zoo: $(STAMP)

@@ -45,6 +45,7 @@ def page(found: dict[str, Any]) -> str:
         _section("The Gauss-Newton matrix", "ggn_benchmark.md", ggn, ggn["results"]),
         _accuracy(found["accuracy"]),
         _structure(found["capture"], found["zoo"]["rows"]),
+        monitor(found["monitor"]),
     ]
     return "\n".join(parts)
 
@@ -106,6 +107,23 @@ def _structure(capture: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     )
     head = "## Structure\n\nWhat it costs to ask, in plain training steps. [All of it](benchmarks.md).\n"
     return "\n".join([head, _table(["model", "first question", "second question"], costs), told])
+
+
+def monitor(run: dict[str, Any]) -> str:
+    where = f"Measured on {run['date']}, {run['device']}, torch {run['torch']}."
+    what = "What `ub.Monitor` adds to the training of the demo's net, by CPU time."
+    head = f"## Monitoring\n\n{where} {what} [How that is bounded](monitor.md#what-it-costs).\n"
+    columns = ["setting", "steps", "training", "first question", "added", "by its own account", "lines"]
+    return "\n".join([head, _table(columns, [_monitored(case) for case in run["cases"]])])
+
+
+def _monitored(case: dict[str, Any]) -> list[Any]:
+    seconds = [f"{case[what]:.2g} s" for what in ("training", "first")]
+    return [case["setting"], case["steps"], *seconds, share(case["added"]), share(case["own"]), f"{case['lines']:g}"]
+
+
+def share(value: float) -> str:
+    return f"{value:.1%}" if value < 1 else f"{value:.0%}"
 
 
 def _ratio(value: float) -> str:
