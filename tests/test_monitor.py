@@ -431,7 +431,7 @@ def test_a_warning_is_written_and_shown_once(tmp_path):
             monitor.step(X, y)
     said = [line.get("warnings", []) for line in read(tmp_path / "run.jsonl")]
     assert [len(texts) for texts in said] == [1, 0, 0]
-    assert said[0][0].startswith("MixedSamplesWarning: NoiseScale: exact for the per-component rows")
+    assert said[0][0].startswith("MixedSamplesWarning: NoiseScale: the number is exact for the per-component rows")
     (warning,) = shown
     assert warning.category is ub.MixedSamplesWarning
     assert said[0] == [f"MixedSamplesWarning: {warning.message}"]

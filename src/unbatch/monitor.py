@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import math
 import operator
-import os
 import re
 import time
 import warnings
@@ -33,7 +32,6 @@ from unbatch.tree import Selection, select
 from unbatch.verdicts import TITLES
 
 SHARE = 0.08  # of the time that training takes, for every="auto"; what caches lose on top leaves it below a tenth
-HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 NUMBER = re.compile(r"\d+(\.\d+)?")
 
 
@@ -380,7 +378,7 @@ class Monitor:
                 self.board.add_text(f"unbatch/{kind}", text, line["step"])
 
     def _tell(self, line: dict[str, Any], caught: Sequence[warnings.WarningMessage], problems: Sequence[str]) -> None:
-        """In the session, at the line that called ``step``; last, because a user may have made errors of warnings."""
+        """In the session; last of all, because a user may have made errors of warnings."""
         failed = {error: ", ".join(names) for error, names in failures(line).items()}
         texts = [
             errors.MSG_MONITOR_FAILED.format(what=what, step=line["step"], error=error)
@@ -388,12 +386,9 @@ class Monitor:
             if self.told.is_new(f"{what}: {error}")
         ]
         for text in [*texts, *filter(self.told.is_new, problems)]:
-            warnings.warn(text, MonitorWarning, stacklevel=3)
+            errors.warn(text, MonitorWarning)
         for w in caught:
-            if w.filename.startswith(HERE):
-                warnings.warn(w.message, stacklevel=3)
-            else:
-                warnings.warn_explicit(w.message, w.category, w.filename, w.lineno, source=w.source)
+            warnings.warn_explicit(w.message, w.category, w.filename, w.lineno, source=w.source)
 
     def _wait(self) -> None:
         """Until what training has queued on an accelerator is done, so that its time is not taken for ours."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from torch import nn
 
-from unbatch.errors import MSG_EXTRA, MSG_MONITOR_TRAINER, MSG_MONITOR_UNSEEN, InputError, MonitorWarning
+from unbatch.errors import MSG_EXTRA, MSG_MONITOR_TRAINER, MSG_MONITOR_UNSEEN, InputError, MonitorWarning, warn
 from unbatch.monitor import Monitor, name_of
 
 NOT_OF_SAMPLES = ("num_items_in_batch",)  # what the trainer says about all batches of an optimizer step
@@ -62,7 +61,7 @@ def monitor_callback(monitor: Monitor) -> Any:
 
         def unseen(self) -> None:
             if not self.warned:
-                warnings.warn(MSG_MONITOR_UNSEEN, MonitorWarning, stacklevel=2)
+                warn(MSG_MONITOR_UNSEEN, MonitorWarning)
             self.warned = True
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
