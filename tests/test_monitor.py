@@ -341,6 +341,20 @@ def test_numbers_are_those_of_a_fresh_problem_and_of_the_definitions(make, tmp_p
         close(found["top_eigenvalues"]["value"], torch.linalg.eigvalsh(G)[-answers.TOP :])
 
 
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])
+def test_numbers_are_the_same_where_nothing_is_differentiated(around):
+    net, (X, y) = normed().double(), batches()[0]
+    X = X.double()
+    truth = ub.Monitor(net, F.cross_entropy).step(X, y)["quantities"]
+    with around():
+        found = ub.Monitor(net, F.cross_entropy).step(X, y)["quantities"]
+    for name in ("squared_norms", "trace", "top_eigenvalues", "crosstalk"):
+        values = [list(leaves(line[name]["value"])) for line in (found, truth)]
+        numbers = [[x for x in value if isinstance(x, float)] for value in values]
+        close(*numbers)
+        assert any(numbers[1])
+
+
 def test_a_few_samples_are_those_of_the_whole_batch():
     net, (X, y) = normed().double(), batches()[0]
     X = X.double()

@@ -306,7 +306,7 @@ class Monitor:
     def _ask(self, inputs: Any, targets: Any) -> tuple[dict[str, Any], list[warnings.WarningMessage]]:
         """All questions, whatever becomes of them: random states stay inside, and errors after the first call."""
         before = random_state()
-        with warnings.catch_warnings(record=True) as caught:
+        with warnings.catch_warnings(record=True) as caught, torch.inference_mode(False):
             warnings.simplefilter("always")
             try:
                 line = self._answers(inputs, targets)
