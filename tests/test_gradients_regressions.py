@@ -274,6 +274,39 @@ def test_inference_mode_around_a_question_changes_nothing():
         check(problem.gradients(), expected)
 
 
+ASKED = {
+    "gradient": lambda p, G: p.gradient()["1.weight"],
+    "rows": lambda p, G: p.gradients().flat(),
+    "crosstalk": lambda p, G: p.crosstalk().matrix,
+    "predictions": lambda p, G: p.predictions(),
+    "product": lambda p, G: G @ torch.ones(G.shape[0], dtype=G.dtype),
+    "diagonal": lambda p, G: G.diag(),
+    "eigenvalues": lambda p, G: G.eigvalsh(),
+    "solution": lambda p, G: G.solve(torch.ones(G.shape[0], dtype=G.dtype), damping=0.1),
+    "eigenpairs by products": lambda p, G: ub.spectra.eigenpairs(G, 2).values,
+}
+
+
+def mixing():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3), nn.BatchNorm1d(3)).double()
+    return ub.Problem(net, F.cross_entropy, (torch.randn(6, 4).double(), torch.arange(6) % 3))
+
+
+@pytest.mark.parametrize("name", ASKED)
+@pytest.mark.parametrize("made", ["inside", "outside"])
+def test_derivatives_in_inference_mode_are_those_outside(name, made):
+    problem, other = mixing(), mixing()
+    expected = ASKED[name](problem, problem.ggn())
+    G = other.ggn()
+    with torch.inference_mode():
+        found = ASKED[name](other, G if made == "outside" else other.ggn())
+        assert other.structure.statuses == problem.structure.statuses
+        assert other.verify()
+    torch.testing.assert_close(found.clone(), expected, rtol=1e-9, atol=1e-12)
+    assert expected.abs().max() > 1e-3
+
+
 def _problem(name):
     net, loss, x, y = built(name)
     return net, loss, (x, y)

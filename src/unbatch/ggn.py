@@ -36,6 +36,7 @@ from unbatch.errors import (
 from unbatch.estimates import Control, DiagonalEstimate, from_signs
 from unbatch.linearised import Linearised
 from unbatch.operator import Operator, sum_of
+from unbatch.purity import outside_inference_mode
 from unbatch.roots import Factor, Root
 from unbatch.solvers import Solved, conjugate_gradients
 from unbatch.spectra import Eigenpairs
@@ -110,11 +111,13 @@ class GGN(Operator):
     # -- what it is made of --
 
     @property
+    @outside_inference_mode
     def linearised(self) -> Linearised:
         self._fresh()
         return self.point.curvature.linearised
 
     @cached_property
+    @outside_inference_mode
     def root(self) -> Root:
         """``S``: a root of the second derivative of the loss, or of the part that was asked for."""
         self._fresh()
@@ -152,6 +155,7 @@ class GGN(Operator):
 
     # -- products --
 
+    @outside_inference_mode
     def _apply(self, v: Tensor) -> Tensor:
         lin = self.linearised
         assert self.space is not None
@@ -163,20 +167,24 @@ class GGN(Operator):
             return out[0][:, None]
         return torch.stack(out, 1) if out else torch.zeros_like(v)
 
+    @outside_inference_mode
     def _hessian(self, v: Mapping[int, Tensor]) -> dict[int, Tensor]:
         if self.draws is None and self.chosen is None and "root" not in self.__dict__:
             return self.point.curvature.loss.hessian_times(v)
         return self.root.hessian_times(v)
 
+    @outside_inference_mode
     def _from_columns(self, a: Tensor) -> Tensor:
         """``V a``, ``[D]``."""
         return self._flat(self.root.times(a.to(self.device, self.dtype)))
 
+    @outside_inference_mode
     def _flat(self, cotangents: Mapping[int, Tensor]) -> Tensor:
         """``Jᵀ u``, ``[D]``."""
         assert self.space is not None
         return self.space.flat(self.linearised.pull(cotangents, self.space.shapes))
 
+    @outside_inference_mode
     def _to_columns(self, v: Tensor) -> Tensor:
         """``Vᵀ v``, ``[size]``."""
         assert self.space is not None

@@ -40,7 +40,7 @@ from unbatch.errors import InputError, UnregisteredParameterWarning
 from unbatch.folds import Fold
 from unbatch.ggn import GGN
 from unbatch.plan import Plan
-from unbatch.purity import untouched
+from unbatch.purity import outside_inference_mode, untouched
 from unbatch.quantities import Gradients, Quantity
 from unbatch.question import Question
 from unbatch.recording import Batch, Recording
@@ -124,10 +124,12 @@ class Problem:
     # -- questions --
 
     @property
+    @outside_inference_mode
     def structure(self) -> Structure:
         """The six verdicts, with culprits, statistics and what follows. Cost: a few forward passes."""
         return self._recorded().structure
 
+    @outside_inference_mode
     def diagram(self) -> Diagram:
         """The structure as a picture: samples are columns, stages from inputs to loss are rows, mixing is a band.
 
@@ -139,11 +141,13 @@ class Problem:
         called = "its own loss" if loss is None else getattr(loss, "__name__", type(loss).__name__)
         return Diagram.of(kept.structure, stages(kept.graph, kept.findings, kept.structure, dict(named), called))
 
+    @outside_inference_mode
     def verify(self) -> Verification:
         """Put every verdict to a numerical test, the proved ones too. Cost: some dozens of forward passes."""
         kept = self._recorded()
         return verify(kept.structure, kept.oracle, kept.predictions)
 
+    @outside_inference_mode
     def crosstalk(
         self, probes: int | None = None, *, samples: Sequence[int] | Tensor | None = None
     ) -> Crosstalk:  # fmt: skip
@@ -157,6 +161,7 @@ class Problem:
         kept = self._recorded()
         return crosstalk(kept.oracle, probes, None if picked is None else picked.tolist())
 
+    @outside_inference_mode
     def predictions(self) -> Any:
         """``F``: what the model predicts on the batch, with the noise of the recorded run.
 
@@ -166,6 +171,7 @@ class Problem:
         found = kept.predictions if self.program.loss is not None else kept.at_the_cut
         return tree_map(lambda t: t.detach().clone() if isinstance(t, Tensor) else t, found)
 
+    @outside_inference_mode
     def gradient(self) -> dict[str, Tensor]:
         """``∇L`` by every parameter that requires a gradient, as it enters the loss; ``.grad`` is not touched.
 
@@ -173,9 +179,10 @@ class Problem:
         """
         wanted = select(self.program.parameters, None)
         kept = self._derivable()
-        with torch.inference_mode(False), untouched(self.program.modules, kept.graph.rng), torch.enable_grad():
+        with untouched(self.program.modules, kept.graph.rng), torch.enable_grad():
             return gradients([self._loss_of(self.program.predict(self.inputs))], wanted)
 
+    @outside_inference_mode
     def gradients(
         self,
         by: str = "component",
@@ -194,12 +201,12 @@ class Problem:
 
         Raises ``InputError`` for what does not fit, ``StructureError`` where the rows do not exist.
         """
-        with torch.inference_mode(False):
-            question = self._question(by, parameters, memory)
-            (rows,) = question.answer([Gradients()], check_out(out, question.parameters, self.samples))
+        question = self._question(by, parameters, memory)
+        (rows,) = question.answer([Gradients()], check_out(out, question.parameters, self.samples))
         assert isinstance(rows, Rows)
         return rows
 
+    @outside_inference_mode
     def compute(
         self,
         *quantities: Quantity,
@@ -219,10 +226,10 @@ class Problem:
             hint = " Write them one after the other, without a list." if isinstance(wrong, list | tuple) else hint
             raise InputError(errors.MSG_QUANTITY.format(value=wrong) + hint)
         of_columns = any(isinstance(q, OfColumns) for q in quantities)
-        with torch.inference_mode(False):
-            results = self._question(by, parameters, memory, of_columns).answer(quantities)
+        results = self._question(by, parameters, memory, of_columns).answer(quantities)
         return results[0] if len(results) == 1 else tuple(results)
 
+    @outside_inference_mode
     def plan(
         self,
         *quantities: Quantity,
@@ -262,6 +269,7 @@ class Problem:
         memory: int | None = None,
     ) -> BlockGGN: ...
 
+    @outside_inference_mode
     def ggn(
         self,
         parameters: Selection = None,

@@ -6,19 +6,23 @@ exception; so are module attributes, gradients, hooks, flags and random states. 
 
 from __future__ import annotations
 
+import functools
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from unbatch.processes import check_alone
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # Ops that write to arguments without saying so in their schema: positions, given that the flag argument is true.
 HIDDEN_WRITES = {
@@ -63,6 +67,24 @@ def untouched(modules: Sequence[nn.Module], seed: tuple[Any, ...] | None = None)
         for t, requires_grad, grad, data, hooks in flags:
             _restore(t, requires_grad, grad, data, hooks)
         set_random_state(before)
+
+
+def outside_inference_mode(function: Callable[P, R]) -> Callable[P, R]:
+    """A question leaves inference mode, where autograd keeps nothing and derivatives would come out as zero.
+
+    Tensors that were made there cannot take part in derivatives; those among the arguments are copied.
+    """
+
+    @functools.wraps(function)
+    def asked(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.inference_mode(False):
+            return function(*tree_map(_ordinary, args), **kwargs)
+
+    return asked
+
+
+def _ordinary(x: Any) -> Any:
+    return x.clone() if isinstance(x, Tensor) and x.is_inference() else x
 
 
 def _books(container: Any, depth: int = 6) -> list[tuple[Any, Any]]:

@@ -24,6 +24,7 @@ from unbatch.ggn import GGN, Point
 from unbatch.gradients import Label, answer, is_moment, planned
 from unbatch.linearised import Linearised, LinearisedModel
 from unbatch.plan import Plan
+from unbatch.purity import outside_inference_mode
 from unbatch.quantities import Quantity
 from unbatch.recording import Recording
 from unbatch.sources import Ran, Recorded, Source
@@ -72,15 +73,16 @@ class Question:
             label = label_of(kept.structure, self.by, lambda: None)
             return replace(self, parameters=parameters)._answered(quantities, label, {}, curvature)
 
-        with torch.inference_mode(False), _precision_of_recording():
+        with _precision_of_recording():
             at = Point(self.parameters, self.samples, curvature, ask, kept.is_stale, self.memory)
             return made_of(at, blocks, draws, picked)
 
+    @outside_inference_mode
     def _answered(
         self, quantities: Sequence[Quantity], label: Label, out: Mapping[str, Tensor],
         curvature: Callable[[], Curvature] | None = None,
     ) -> list[Any]:  # fmt: skip
-        with torch.inference_mode(False), torch.no_grad(), _precision_of_recording():
+        with torch.no_grad(), _precision_of_recording():
             source = self.source()
             curved = curvature or cache(lambda: self.curvature(source.loss))
             return answer(source, quantities, self.parameters, self.samples, label, self.memory, out, curved)
