@@ -66,6 +66,7 @@ PEERS := backpack-for-pytorch unfoldNd vivit-for-pytorch curvlinops-for-pytorch 
 
 # torch comes first, so that nothing else gets to choose its build.
 $(STAMP): pyproject.toml constraints.txt
+	@echo "Building $(VENV) with the versions of constraints.txt (a minute or two) ..."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
 	$(PIP) -e '.[dev]'

@@ -1,16 +1,19 @@
 """The command `unbatch`: what is typed, what is printed, and what it exits with."""
 
+import errno
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 import unbatch
-from unbatch import arguments, cli, report
+from unbatch import arguments, cli, demo, report
 from unbatch.arguments import Shape
 from unbatch.errors import InputError
 from unbatch.verify import Check, Verification
@@ -300,8 +303,8 @@ LINEAR = ("--input", "6,4", "--loss", "mse")
         ("nets.py:needs", ("missing 1 required", "Name a function that needs none")),
         ("nets.py:broken", ("ValueError: no weights",)),
         ("nets.py:returns_nothing", ("returned a NoneType",)),
-        ("nets.py:Failing", ("KeyError", "out of order", "Failing on inputs of shape (6, 4)")),
-        ("nets.py:embedding", ("embedding", "shape (6, 4)")),
+        ("nets.py:Failing", ("KeyError", "out of order", "Failing on inputs float32 [6, 4]")),
+        ("nets.py:embedding", ("embedding", "[6, 4]")),
     ],
 )
 def test_wrong_targets(target, parts):
@@ -358,9 +361,10 @@ def test_help_lists_the_exit_status():
     assert "3 none fails" in " ".join(call("inspect", "--help").stdout.split())
 
 
-def test_report(tmp_path):
+@pytest.mark.parametrize("name", ["--output", "-o"])
+def test_report(name, tmp_path):
     path = tmp_path / "deep" / "r.html"
-    result = call("report", "nets.py:Net", "--input", "4,3,6,6", "--loss", "cross_entropy", "--output", str(path))
+    result = call("report", "nets.py:Net", "--input", "4,3,6,6", "--loss", "cross_entropy", name, str(path))
     assert result.exit_code == 0, result.stderr
     assert str(path) in result.stdout.replace("\n", "")
     text = path.read_text()
@@ -368,12 +372,102 @@ def test_report(tmp_path):
     assert "4,3,6,6, drawn at random" in text
 
 
-def test_report_that_cannot_be_written(tmp_path):
+@pytest.mark.parametrize("where", ["file/r.html", "folder", "read-only.html"])
+@pytest.mark.parametrize("command", [("report", "nets.py:Failing", "--input", "4,3", "--loss", "mse"), ("demo",)])
+def test_a_page_that_cannot_be_written(command, where, tmp_path, monkeypatch):
+    """One message with the remedy, before anything is asked; the model would raise."""
     (tmp_path / "file").write_text("")
-    asked = ("--input", "4,3,6,6", "--loss", "cross_entropy", "--output", str(tmp_path / "file" / "r.html"))
-    result = call("report", "nets.py:Net", *asked)
+    (tmp_path / "folder").mkdir()
+    real = Path.open
+
+    def refusing(path, *arguments, **others):
+        if path.name == "read-only.html":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, *arguments, **others)
+
+    monkeypatch.setattr(Path, "open", refusing)
+    result = call(*command, "-o", where)
     assert result.exit_code == cli.WRONG_CALL
-    assert "file" in result.stderr
+    assert isinstance(result.exception, SystemExit)
+    assert result.stderr.startswith(f"unbatch: The report cannot be written to {where}: ")
+    assert result.stderr.count("\n") == 1
+    assert "Name a file that can be written" in result.stderr
+    assert "Errno" not in result.stderr
+    assert not result.stdout
+
+
+def test_a_report_that_is_refused_leaves_no_file(tmp_path):
+    result = call("report", "nets.py:Failing", "--input", "4,3", "--loss", "mse", "-o", "r.html")
+    assert result.exit_code == cli.WRONG_CALL
+    assert "out of order" in result.stderr
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_short_options():
+    words = ("inspect", "nets.py:linear", "-i", "6,4", "-l", "cross_entropy", "-t", "6:int64<3", "--no-verify")
+    result = call(*words)
+    assert result.exit_code == cli.HOLDS, result.output
+    assert "6:int64<3, drawn at random" in result.stdout
+    assert call("-h").stdout == call("--help").stdout
+    assert call("report", "-h").stdout == call("report", "--help").stdout
+
+
+LATE = """
+import sys
+from unbatch import cli
+try:
+    cli.main()
+finally:
+    assert "torch" not in sys.modules
+"""
+
+
+def typed(*words, **environment):
+    """What the installed command prints for these words, if it does so without torch."""
+    code = ["-c", LATE, *words]
+    run = subprocess.run([sys.executable, *code], capture_output=True, text=True, env=os.environ | environment)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+@pytest.mark.parametrize("words", [("--version",), ("--help",), ("report", "-h")])
+def test_help_comes_before_torch(words):
+    assert typed(*words)
+
+
+def completed(line):
+    """What bash offers for the last word of a line, as the script asks that completion installs."""
+    asked = {"_UNBATCH_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(line.split(" ")) - 1)}
+    return typed(**asked).split()
+
+
+def test_completion():
+    assert completed("unbatch ") == ["demo", "inspect", "report"]
+    assert completed("unbatch rep") == ["report"]
+    assert set(completed("unbatch report --o")) == {"--output", "--own-loss"}
+    assert "--quick" in completed("unbatch demo --")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_script_for_a_shell(shell):
+    script = typed("--show-completion", shell, _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
+    assert f"_UNBATCH_COMPLETE=complete_{shell}" in script
+
+
+@pytest.mark.parametrize(
+    ("words", "page"),
+    [
+        ((), "demo-out/report.html"),
+        (("--quick",), None),
+        (("-o", "r.html"), "r.html"),
+        (("--quick", "-o", "r.html"), "r.html"),
+    ],
+)
+def test_where_the_page_of_the_tour_goes(words, page, monkeypatch):
+    asked = []
+    monkeypatch.setattr(demo, "main", lambda quick, report_to: asked.append((quick, report_to)))
+    assert call("demo", *words).exit_code == 0
+    assert asked == [("--quick" in words, page and Path(page))]
 
 
 def test_demo_without_scikit_learn(monkeypatch):

@@ -112,6 +112,7 @@ LEVELS = {
     "journal": 8,
     "monitor": 8,
     "page": 8,
+    "public": 8,
     "__init__": 8,
     "integrations": 9,  # and all files in there
     "demo": 9,
@@ -300,6 +301,23 @@ def test_an_honest_package_passes():
         "demo": '"""The tour."""\nimport unbatch as ub',
     }
     assert [complaint for check in CHECKS for complaint in check(files)] == []
+
+
+def test_the_package_comes_without_torch():
+    """And every public name with it; what Python looks for in a module is no reason to fetch them."""
+    quiet = "import sys, unbatch; hasattr(unbatch, '__wrapped__'); early = 'torch' in sys.modules"
+    code = f"{quiet}; from unbatch import *; print(early, set(unbatch.__all__) <= {{*globals(), *dir(unbatch)}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False True\n"
+    assert all(hasattr(unbatch, name) for name in (*unbatch.__all__, "plot", "spectra", "errors"))
+    with pytest.raises(AttributeError, match="has no attribute 'Prblem'"):
+        unbatch.Prblem  # noqa: B018
+
+
+@pytest.mark.parametrize("module", ["page", "problem", "integrations.backpack", "cli"])
+def test_any_module_can_be_the_first(module):
+    """A name that is looked up while its module is on its way must not fetch all others."""
+    subprocess.run([sys.executable, "-c", f"import unbatch.{module}"], check=True)
 
 
 def test_integrations_are_there_without_an_import_of_their_own():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import unbatch as ub
+from unbatch import plot
 
 pytest.importorskip("matplotlib")
 N, D, C = 6, 5, 3
@@ -76,8 +78,8 @@ def test_everything_is_said(written):
     assert "A net <1>" in words
     assert "drawn & random" in words
     G = problem().ggn()
-    assert f"{float(G.trace()):.4g}" in words
-    assert f"{float(G.eigvalsh()[-1]):.4g}" in words
+    assert f"{float(G.trace()):.3g}" in words
+    assert f"largest {float(G.eigvalsh()[-1]):.3g}" in words
     assert "native_batch_norm" in words or "batch_norm" in words
     norms = problem().gradients(by="copy").flat().norm(dim=1)
     assert f"{float(norms.max()):.3g}" in words
@@ -148,11 +150,95 @@ def test_what_is_refused_leaves_the_rest(tmp_path):
     assert not page.open
 
 
+def test_code_looks_like_code(written):
+    """Backticks are for who writes; readers see code."""
+    page = Page(re.sub(r"<svg.*?</svg>", "", written.read_text(), flags=re.S))
+    assert "`" not in " ".join(page.words)
+    assert {"code"} <= {tag for tag, _ in page.tags}
+    assert "<code>.eval()</code>" in written.read_text()
+
+
+def test_all_culprits_of_a_kind_are_named(tmp_path):
+    layers = [layer for _ in range(6) for layer in (nn.Linear(D, D), nn.BatchNorm1d(D))]
+    data = problem().inputs, problem().targets
+    path = ub.write_report(ub.Problem(nn.Sequential(*layers).double(), F.cross_entropy, data), tmp_path / "r.html")
+    assert "1, 3, 5, 7, 2 more" in path.read_text()
+
+
+def test_names_are_no_markup(tmp_path):
+    """What is turned into code is escaped before, and all else as ever."""
+    said = {"note": "`<b>` and <i>"}
+    text = ub.write_report(problem(), tmp_path / "r.html", said=said).read_text()
+    assert "<code>&lt;b&gt;</code> and &lt;i&gt;" in text
+
+
+def test_every_picture_says_how_to_read_it(written):
+    captions = re.findall(r"<figcaption><strong>(.*?)\.</strong> (.*?)</figcaption>", written.read_text(), flags=re.S)
+    assert len(captions) == written.read_text().count("<figure>") == 5
+    assert len({caption for caption, _ in captions}) == 5
+    assert all(len(reading.split()) > 20 for _, reading in captions)
+
+
+def facts(path):
+    return dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", path.read_text()))
+
+
+def cell(path, name):
+    """The value beside a name in a table of two columns."""
+    (found,) = re.findall(rf'<th scope="row">{re.escape(name)}\s*</th><td>(.*?)\s*</td></tr>', path.read_text())
+    return found
+
+
+def test_loss_and_dtype_are_named(written, tmp_path):
+    assert facts(written).items() >= {"loss": "cross_entropy", "dtype": "float64"}.items()
+    other = ub.write_report(problem(loss=nn.CrossEntropyLoss(label_smoothing=0.1)), tmp_path / "r.html")
+    assert facts(other)["loss"] == "CrossEntropyLoss"
+    other = ub.write_report(problem(loss=functools.partial(F.cross_entropy, label_smoothing=0.1)), tmp_path / "r.html")
+    assert facts(other)["loss"] == "cross_entropy"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_eigenvalues_are_counted_as_far_as_the_dtype_tells_them(dtype, tmp_path):
+    given = problem(norm=False)
+    model = given.program.inside.to(dtype)
+    given = ub.Problem(model, F.cross_entropy, (given.inputs.to(dtype), given.targets))
+    path = ub.write_report(given, tmp_path / "r.html")
+    told = cell(path, f"eigenvalues above rounding ({str(dtype).removeprefix('torch.')})")
+    assert int(told) == int((given.ggn().eigvalsh() != 0).sum())
+    (curve, _) = plot.spectrum(given).lines
+    assert int(told) == len(curve.get_ydata())
+
+
+def test_negative_eigenvalues_are_told(written, tmp_path):
+    assert cell(written, "negative eigenvalues").startswith("none, because")
+    saddle = ub.write_report(problem(loss=lambda p, y: (p.pow(4) - p.pow(2)).sum()), tmp_path / "r.html")
+    assert re.match(r"possible, because .* eigenvalue -\d", cell(saddle, "negative eigenvalues"))
+
+
+def test_the_share_off_the_diagonal_is_said_once(written):
+    page = Page(written.read_text())
+    share = f"{problem().crosstalk().strength:.1%} of the squares"
+    assert share not in " ".join(page.words)  # who sees the picture reads it there
+    assert sum(share in (a.get("aria-label") or "") for _, a in page.tags) == 1
+
+
+def test_what_is_no_problem_is_refused(tmp_path):
+    with pytest.raises(ub.InputError, match=r"write_report takes a Problem; got Structure\. Pass the problem itself"):
+        ub.write_report(problem().structure)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_file_has_a_name_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert ub.write_report(problem(norm=False)).resolve() == tmp_path / "unbatch-report.html"
+
+
 def test_a_path_that_cannot_be_written_is_said_before_anything_is_asked(tmp_path, monkeypatch):
     monkeypatch.setattr(ub.Problem, "structure", property(lambda self: pytest.fail("was asked")))
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="file"):
-        ub.write_report(problem(), tmp_path / "file" / "r.html")
+    for path in (tmp_path / "file" / "r.html", tmp_path):
+        with pytest.raises(OSError, match=f"cannot be written to {path}: .*Name a file"):
+            ub.write_report(problem(), path)
 
 
 def test_a_bug_in_the_template_is_caught(written, monkeypatch, tmp_path):

@@ -1,6 +1,7 @@
 """Pictures of results: what can be read back from the axes is what the quantities are."""
 
 import builtins
+import re
 import sys
 from pathlib import Path
 
@@ -34,6 +35,13 @@ def apart():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)).double()
     return ub.Problem(net, F.cross_entropy, (torch.randn(N, 4).double(), torch.randint(3, (N,))))
+
+
+DATA = torch.arange(4.0 * N).view(N, 4).sin(), torch.arange(N) % 3
+
+
+def contrasting(z, y):
+    return F.cross_entropy(z @ z.T, torch.arange(N))
 
 
 PICTURES = {
@@ -119,22 +127,80 @@ def test_shapes_tell_the_kinds_apart_without_colour(mixing, apart):
     assert len(set(drawn.values())) == 4
 
 
-@pytest.mark.parametrize("samples", [1, 2, 5, 100])
-def test_nothing_overlaps(samples):
+def drawn(figure):
+    """A figure as it comes out on paper, and what measures it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return canvas.get_renderer()
+
+
+@pytest.mark.parametrize("samples", [1, 2, 5, 100])
+def test_nothing_overlaps(samples):
     net = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3))
     torch.manual_seed(0)
     data = torch.randn(max(samples, 2), 4), torch.randint(3, (max(samples, 2),))
     problem = ub.Problem(net if samples > 1 else net[:1], F.cross_entropy, tuple(t[:samples] for t in data))
     ax = plot.structure(problem)
-    canvas = FigureCanvasAgg(ax.figure)
-    canvas.draw()
-    boxes = [t.get_window_extent(canvas.get_renderer()) for t in ax.texts if t.get_text()]
+    renderer = drawn(ax.figure)
+    boxes = [t.get_window_extent(renderer) for t in ax.texts if t.get_text()]
     page = ax.figure.bbox
     for i, box in enumerate(boxes):
         assert page.x0 <= box.x0 <= box.x1 <= page.x1, ax.texts[i].get_text()
         assert not any(box.overlaps(other) for other in boxes[:i]), words(ax)[i]
+
+
+def spilling(ax, renderer):
+    """Words that are drawn outside their axes, or over each other."""
+    place = ax.get_window_extent(renderer)
+    texts = [t for t in ax.texts if t.get_text() and t.get_visible()]
+    boxes = [t.get_window_extent(renderer) for t in texts]
+    out = [t.get_text() for t, b in zip(texts, boxes, strict=True) if not (place.x0 <= b.x0 and b.x1 <= place.x1)]
+    out += [t.get_text() for t, b in zip(texts, boxes, strict=True) if not (place.y0 <= b.y0 and b.y1 <= place.y1)]
+    return out + [t.get_text() for i, t in enumerate(texts) if any(boxes[i].overlaps(other) for other in boxes[:i])]
+
+
+SIZES = {"large": (12, 10), "small": (3, 2), "flat": (9, 1.5), "narrow": (1.5, 6), "tiny": (0.8, 0.8)}
+
+
+@pytest.mark.parametrize("layout", ["constrained", None])
+@pytest.mark.parametrize("size", SIZES)
+def test_words_stay_in_axes_of_any_size(size, layout, mixing):
+    figure = Figure(figsize=SIZES[size], layout=layout)
+    left, right = figure.subplots(1, 2)
+    for ax, given in ((left, mixing), (right, ub.Problem(nn.Linear(4, 3), contrasting, DATA))):
+        plot.structure(given, ax=ax)
+    renderer = drawn(figure)
+    assert spilling(left, renderer) == spilling(right, renderer) == []
+    figure.set_size_inches(2, 2)  # afterwards, as a window does
+    renderer = drawn(figure)
+    assert spilling(left, renderer) == spilling(right, renderer) == []
+
+
+def test_words_are_left_out_only_where_nobody_could_read_them(mixing):
+    seen = {}
+    for size in ("small", "tiny"):
+        ax = plot.structure(mixing, ax=Figure(figsize=SIZES[size]).add_subplot())
+        drawn(ax.figure)
+        seen[size] = [t for t in ax.texts if t.get_text() and t.get_visible()]
+        every = [t for t in ax.texts if t.get_text()]
+    assert len(seen["small"]) == len(every)
+    assert not seen["tiny"]
+
+
+def test_words_that_keep_their_size_would_be_noticed(mixing):
+    """The planted bug: letters of the size that fits a figure of its own."""
+    ax = Figure(figsize=SIZES["small"]).add_subplot()
+    plot.structure(mixing, ax=ax)
+    ax.set_axes_locator(None)
+    assert len(spilling(ax, drawn(ax.figure))) > 5
+
+
+def test_words_are_as_large_as_intended_where_there_is_room(mixing):
+    ax = Figure(figsize=SIZES["large"]).add_subplot()
+    drawn(plot.structure(mixing, ax=ax).figure)
+    assert {t.get_fontsize() for t in ax.texts} >= {7, 8}
 
 
 def test_committed_figures_are_of_this_code():
@@ -183,6 +249,66 @@ def test_gradient_norms(mixing, apart):
     assert sum(only) == N
 
 
+def test_gradient_norms_of_results(mixing):
+    """Rows, and squared norms, which are the same to look at."""
+    rows = {by: mixing.gradients(by=by) for by in ("component", "copy", "frozen")}
+    named = plot.gradient_norms({by: mixing.compute(ub.Norms(), by=by) for by in rows}, bins=6)
+    assert named.get_legend_handles_labels()[1] == list(rows)
+    assert counts(named) == counts(plot.gradient_norms(rows, bins=6)) == counts(plot.gradient_norms(mixing, bins=6))
+    assert len({bars[0].get_hatch() for bars in named.containers}) == 3
+    (only,) = counts(plot.gradient_norms(rows["copy"], bins=6))
+    norms = norms_of(mixing, "copy")
+    assert abs(np.array(only) - np.histogram(norms, np.linspace(norms.min(), norms.max(), 7))[0]).sum() <= 2
+    assert plot.gradient_norms(rows["copy"]).get_legend_handles_labels()[1] == ["per-copy"]
+
+
+def covered(ax, renderer):
+    """Bars and words that a legend lies over."""
+    legend = ax.get_legend().get_window_extent(renderer)
+    bars = [bar for bars in ax.containers for bar in bars if bar.get_height() > 0 and bar.get_width() > 0]
+    return [a for a in (*bars, *ax.texts) if a.get_window_extent(renderer).overlaps(legend)]
+
+
+@pytest.mark.parametrize("layout", ["constrained", None])
+@pytest.mark.parametrize("size", ["large", "small", "flat"])
+def test_a_legend_lies_above_what_it_explains(size, layout, mixing):
+    figure = Figure(figsize=SIZES[size], layout=layout)
+    norms, plans = figure.subplots(1, 2)
+    plot.gradient_norms(mixing, ax=norms, bins=1)  # bars everywhere
+    plot.plan({by: mixing.plan(by=by) for by in ("component", "copy")}, ax=plans)
+    renderer = drawn(figure)
+    assert covered(norms, renderer) == covered(plans, renderer) == []
+    for ax in (norms, plans):
+        assert ax.get_legend().get_window_extent(renderer).y1 <= ax.get_window_extent(renderer).y1
+
+
+def test_a_legend_over_bars_would_be_noticed(mixing):
+    """The planted bug: no room is made."""
+    ax = plot.gradient_norms(mixing, bins=1)
+    ax.set_axes_locator(None)
+    assert covered(ax, drawn(ax.figure))
+
+
+def test_limits_of_ones_own_are_kept(mixing):
+    ax = plot.gradient_norms(mixing)
+    ax.set_ylim(0, 100)
+    drawn(ax.figure)
+    assert ax.get_ylim() == (0, 100)
+
+
+def whole(axis):
+    return all(float(x).is_integer() for x in axis.get_ticklocs())
+
+
+def test_what_is_counted_has_whole_ticks(mixing, apart):
+    ax = plot.gradient_norms(ub.Problem(nn.Linear(4, 3), F.cross_entropy, tuple(t[:2] for t in DATA)))
+    drawn(ax.figure)
+    assert whole(ax.yaxis)
+    crossed, values = plot.crosstalk(mixing), plot.spectrum(apart)
+    for axis in (crossed.xaxis, crossed.yaxis, values.xaxis):
+        assert whole(axis)
+
+
 def test_gradient_norms_that_differ_much_keep_all_samples():
     torch.manual_seed(0)
     X = torch.randn(N, 4) * torch.logspace(-3, 3, N)[:, None]
@@ -211,9 +337,42 @@ def test_spectrum(mixing):
     ax = plot.spectrum(mixing)
     curve, bound = ax.lines
     np.testing.assert_allclose(curve.get_ydata(), dense[: len(curve.get_ydata())], rtol=1e-6, atol=1e-9)
-    assert len(curve.get_ydata()) == int((dense > 1e-6 * dense[0]).sum())
+    assert len(curve.get_ydata()) == int((dense > 1e-13 * dense[0]).sum()) == 2 * N
     assert bound.get_xdata()[0] == mixing.ggn().rank_bound == 2 * N
     assert ax.get_yscale() == "log"
+
+
+def test_spectrum_of_eigenvalues(mixing):
+    G = mixing.ggn()
+    expected = plot.spectrum(G).lines[0].get_ydata()
+    for given in (G.eigvalsh(), G.eigh()):
+        (curve,) = plot.spectrum(given).lines
+        np.testing.assert_allclose(curve.get_ydata(), expected, rtol=1e-6)
+    indefinite = plot.spectrum(torch.tensor([-2.0, 0.0, 1e-9, 1.0]))
+    assert indefinite.lines[0].get_ydata().tolist() == [1, 2]
+    assert len(indefinite.collections) == 1
+
+
+WRONG = {
+    "structure": (plot.structure, lambda p: p.structure, "Structure", r"plot\.structure\(problem\)"),
+    "crosstalk": (plot.crosstalk, lambda p: p.structure, "Structure", r"problem\.crosstalk\(\)"),
+    "crosstalk of numbers": (plot.crosstalk, lambda p: p.crosstalk().matrix, r"shape \[8, 8\]", "Pass the problem"),
+    "norms": (plot.gradient_norms, lambda p: p.ggn(), "GGN", r"problem\.compute\(Norms\(\)\)"),
+    "norms of numbers": (plot.gradient_norms, lambda p: {"a": torch.ones(3)}, r"a tensor of shape \[3\]", "Rows"),
+    "norms of nothing": (plot.gradient_norms, lambda p: {}, "dict", "mapping from names"),
+    "spectrum": (plot.spectrum, lambda p: p.ggn().to_dense(), r"shape \[53, 53\] and dtype float64", "1-d"),
+    "spectrum of counts": (plot.spectrum, lambda p: torch.arange(3), "dtype int64", "real eigenvalues"),
+    "directions": (plot.directions, lambda p: p.ggn(blocks="module"), "BlockGGN", r"directions\(k\)"),
+    "directions of a class": (plot.directions, lambda p: ub.GGN, "the class GGN", "Pass the problem"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_cannot_be_drawn_is_refused(name, mixing):
+    draw, given, value, remedy = WRONG[name]
+    with pytest.raises(InputError, match=f"got .*{value}") as refusal:
+        draw(given(mixing))
+    assert re.search(remedy, str(refusal.value))
 
 
 def test_spectrum_of_blocks(mixing):

@@ -100,6 +100,6 @@ def test_completion(installed, tmp_path):
 
 def test_the_demo_runs(installed, tmp_path):
     pytest.importorskip("sklearn")
-    said = run(installed / "bin/unbatch", "demo", "--quick", cwd=tmp_path)
+    said = run(installed / "bin/unbatch", "demo", "--quick", "-o", "folder/page.html", cwd=tmp_path)
     assert "independent forward" in said
-    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()] == ["demo-out/report.html"]
+    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()] == ["folder/page.html"]

@@ -1,88 +1,35 @@
-"""unbatch: proves which structure a loss has, and computes what that structure allows."""
+"""unbatch: proves which structure a loss has, and computes what that structure allows.
 
-from unbatch import integrations as integrations
-from unbatch import plot as plot
-from unbatch import spectra as spectra
-from unbatch.columns import DiagGGN
-from unbatch.compression import Compression
-from unbatch.crosstalk import Crosstalk
-from unbatch.errors import (
-    CaptureError,
-    ConvergenceError,
-    InputError,
-    MixedSamplesWarning,
-    MonitorWarning,
-    StaleError,
-    StructureError,
-    UnbatchError,
-    UnregisteredParameterWarning,
-    VanishingCurvatureWarning,
-)
-from unbatch.ggn import GGN
-from unbatch.monitor import Monitor
-from unbatch.page import write_report
-from unbatch.problem import Problem
-from unbatch.quantities import (
-    ClippedSum,
-    Dots,
-    EarlyStopping,
-    Gradients,
-    Histogram,
-    InnerProductTest,
-    NoiseScale,
-    Norms,
-    NormTest,
-    OrthogonalityTest,
-    SecondMoment,
-    SignalToNoise,
-    SumOfSquares,
-    Variance,
-)
-from unbatch.recording import assume_independent
-from unbatch.results import Rows
-from unbatch.rules import register_rule
-from unbatch.verdicts import Culprit, Structure, Verdict
-from unbatch.verify import Verification
+The names are those of `public.py`, which is imported when the first of them is asked for: torch takes seconds to
+import, and `unbatch --help`, `--version` and completion in a shell have no need of it.
+"""
+
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "CaptureError",
-    "ClippedSum",
-    "Compression",
-    "ConvergenceError",
-    "Crosstalk",
-    "Culprit",
-    "DiagGGN",
-    "Dots",
-    "EarlyStopping",
-    "GGN",
-    "Gradients",
-    "Histogram",
-    "InnerProductTest",
-    "InputError",
-    "MixedSamplesWarning",
-    "Monitor",
-    "MonitorWarning",
-    "NoiseScale",
-    "NormTest",
-    "Norms",
-    "OrthogonalityTest",
-    "Problem",
-    "Rows",
-    "SecondMoment",
-    "SignalToNoise",
-    "StaleError",
-    "Structure",
-    "StructureError",
-    "SumOfSquares",
-    "UnbatchError",
-    "UnregisteredParameterWarning",
-    "VanishingCurvatureWarning",
-    "Variance",
-    "Verdict",
-    "Verification",
-    "assume_independent",
-    "register_rule",
-    "write_report",
-]
+if TYPE_CHECKING:
+    from unbatch import integrations as integrations
+    from unbatch import plot as plot
+    from unbatch import spectra as spectra
+    from unbatch.public import *  # noqa: F403
+    from unbatch.public import __all__ as __all__
+else:  # a type checker takes a module that has `__getattr__` to have every attribute
+
+    def __getattr__(name: str) -> Any:
+        if name.startswith("__") and name != "__all__":
+            raise AttributeError(name)  # what Python itself looks for is no reason to import torch
+        if find_spec(f"{__name__}.{name}"):
+            return import_module(f"{__name__}.{name}")
+        public = import_module(f"{__name__}.public")
+        if name not in ("__all__", *public.__all__):
+            here = sys.modules[__name__]
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=here)
+        globals()[name] = getattr(public, name)
+        return globals()[name]
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *import_module(f"{__name__}.public").__all__})

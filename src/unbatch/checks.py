@@ -232,6 +232,18 @@ def check_values(inputs: Any, dims: list[int | None]) -> None:
             raise InputError(errors.MSG_NAN.format(what=f"X[{i}]", count=int(bad.sum()), sample=sample))
 
 
+def check_given(fits: bool, given: Any, call: str, takes: str, arguments: str = "problem") -> None:
+    """Whether a picture or a report can be made of something; ``takes`` says of what."""
+    if not fits:
+        raise InputError(errors.MSG_GIVEN.format(call=call, takes=takes, value=_kind(given), arguments=arguments))
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {list(value.shape)} and dtype {str(value.dtype).removeprefix('torch.')}"
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+
+
 def available_memory(device: torch.device) -> int:
     """A quarter of the memory that is free, in bytes."""
     if device.type == "cuda":

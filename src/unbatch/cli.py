@@ -1,6 +1,7 @@
 """The command `unbatch`: what is typed becomes a question, and the structure an exit status.
 
-How words become models and tensors is in `arguments.py`; how results look, in `verdicts.py` and `report.py`.
+How words become models and tensors is in `arguments.py`; how results look, in `verdicts.py` and `report.py`. All that
+imports torch is imported by the command that needs it, so that help and completion come at once.
 """
 
 from __future__ import annotations
@@ -9,26 +10,26 @@ import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
-import torch
 import typer
-from rich.console import Console
 
 import unbatch
-from unbatch import report
-from unbatch.arguments import Shape, as_inputs, draw_targets, find_loss, make_model
 from unbatch.errors import CaptureError, InputError
-from unbatch.problem import Problem
-from unbatch.verdicts import Structure
-from unbatch.verify import Verification
+
+if TYPE_CHECKING:
+    from unbatch.problem import Problem
+    from unbatch.verdicts import Structure
+    from unbatch.verify import Verification
 
 HOLDS, FAILS, WRONG_CALL, UNKNOWN = 0, 1, 2, 3
 
 MSG_ONE_LOSS = "Say where the loss comes from: either --loss NAME, or --own-loss for a model that returns its own{got}."
 MSG_OWN_TARGETS = "--targets goes with --loss; a model that returns its own loss takes its targets as an --input."
+TOUR = Path("demo-out/report.html")  # where the page of the tour goes
 app = typer.Typer(
     help="Proves which structure a loss has, and says what may be computed because of it.",
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -59,18 +60,22 @@ def _options(
 
 @app.command()
 def demo(
-    quick: Annotated[bool, typer.Option("--quick", help="Train for fewer steps.")] = False,
-    output: Annotated[Path, typer.Option(metavar="FILE", help="Where the report is written.")] = Path(
-        "demo-out/report.html"
-    ),
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="Train for one epoch; leave out the curvature and, without --output, the page."),
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help=f"Where the page is written; without --quick, {TOUR}."),
+    ] = None,
 ) -> None:
     """A tour on real data: a small net with batch normalization, in train mode and after .eval()."""
     from unbatch import demo as tour
 
     try:
-        tour.main(quick, report_to=output)
+        tour.main(quick, report_to=output or (None if quick else TOUR))
     except (ImportError, OSError) as error:
-        _complain(str(error))
+        _complain(_said(error))
 
 
 Target = Annotated[
@@ -81,20 +86,25 @@ Inputs = Annotated[
     list[str],
     typer.Option(
         "--input",
+        "-i",
         metavar="[NAME=]SHAPE[:DTYPE]",
         help="A random input, for each argument of the model: 8,3,32,32 or '8,9:int64<50' or mask=8,9:bool.",
     ),
 ]
-LossName = Annotated[str, typer.Option(metavar="NAME", help="cross_entropy, mse, ..., or file.py:function.")]
+LossName = Annotated[
+    str, typer.Option("--loss", "-l", metavar="NAME", help="cross_entropy, mse, ..., or file.py:function.")
+]
 Targets = Annotated[
     str,
-    typer.Option(metavar="SHAPE[:DTYPE]", help="Random targets. Without it they are drawn to fit the loss."),
+    typer.Option(
+        "--targets", "-t", metavar="SHAPE[:DTYPE]", help="Random targets. Without it they are drawn to fit the loss."
+    ),
 ]
 OwnLoss = Annotated[bool, typer.Option("--own-loss", help="The model returns its own loss.")]
 EvalMode = Annotated[bool, typer.Option("--eval", help="Call model.eval() first.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 Verify = Annotated[bool, typer.Option(help="Put the verdicts to a numerical test.")]
-Output = Annotated[Path, typer.Option(metavar="FILE", help="Where the report is written.")]
+Output = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where the report is written.")]
 Seed = Annotated[int, typer.Option(help="For the parameters, the inputs and the targets.")]
 
 
@@ -120,6 +130,8 @@ def inspect(
     except (InputError, CaptureError) as error:
         _complain(str(error))
     if as_json:
+        from unbatch import report
+
         typer.echo(json.dumps(said | report.as_dict(structure, verification), indent=2))
     else:
         _print(said, structure, verification)
@@ -138,12 +150,15 @@ def write_report(
     seed: Seed = 0,
 ) -> None:
     """Write all that is to be known about a model's loss on a random batch to one HTML file."""
+    from unbatch.page import check_writable
+
     try:
         with _working("asking everything"):
+            check_writable(output)
             problem, said = _problem(target, inputs, loss, targets, own_loss, eval_mode, seed)
             written = unbatch.write_report(problem, output, said=said)
     except (InputError, CaptureError, ImportError, OSError) as error:
-        _complain(str(error))
+        _complain(_said(error))
     typer.echo(f"The report is {written.resolve()}")
 
 
@@ -160,12 +175,21 @@ def _complain(message: str) -> NoReturn:
     raise typer.Exit(WRONG_CALL)
 
 
+def _said(error: Exception) -> str:
+    """The message of an error, without the number that the operating system gives it."""
+    return getattr(error, "strerror", None) or str(error)
+
+
 def _working(what: str) -> AbstractContextManager[Any]:
     """A sign of life on a terminal; nothing elsewhere."""
+    from rich.console import Console
+
     return Console(stderr=True).status(f"{what} ...")
 
 
 def _print(said: dict[str, str], structure: Structure, verification: Verification | None) -> None:
+    from unbatch import report
+
     console = report.console()
     for title, text in said.items():
         console.print(f"{title}: {text}", markup=False)
@@ -184,6 +208,11 @@ def _problem(
         raise InputError(MSG_ONE_LOSS.format(got=", not both" if loss else ""))
     if own_loss and targets:
         raise InputError(MSG_OWN_TARGETS)
+    import torch
+
+    from unbatch.arguments import Shape, as_inputs, draw_targets, find_loss, make_model
+    from unbatch.problem import Problem
+
     named = [Shape.parse(text, "--input") for text in inputs]
     wanted = Shape.parse(targets, "--targets") if targets else None
     chosen = None if own_loss else find_loss(loss)

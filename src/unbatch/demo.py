@@ -1,13 +1,15 @@
 """The tour: a small net with batch norm on real data, asked for its structure, its gradients and its curvature.
 
-It uses the package as a user would, and nothing that a user could not.
+It uses the package as a user would, and nothing that a user could not. The page at its end is about the same problem,
+so its numbers are those that were printed.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import unbatch as ub
-from unbatch import report
+from unbatch import page, plot, report
 from unbatch.verdicts import TITLES, culprit_part, follows_part, heading, remarks, verdict_table
 
 MSG_NO_SKLEARN = (
@@ -29,8 +31,10 @@ MSG_NO_SKLEARN = (
     "Install it with `pip install 'unbatch[demo]'`."
 )
 
+EPOCHS = 3
+STEP = 0.2  # of the training
 BATCH = 32  # samples whose structure is asked for
-FEW = 8  # samples whose crosstalk is drawn
+FEW = 8  # samples whose crosstalk is printed
 CLASSES = 10
 SHOWN = 4  # eigenvectors along which slopes and curvatures are shown
 BAR = 40  # characters of the longest bar of a histogram
@@ -38,21 +42,22 @@ DAMPING = 0.01  # of the Newton step
 STEP_SIZES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # of the gradient steps beside it
 
 TRAINING = "A small convolutional net with two batch norms learns to read handwritten digits (8 x 8 pixels)."
+WIDENED = "It is trained in float32. From here on it is in float64, so that rounding hides nothing."
 ASKED = (
-    f"Question: is the loss of this net, on a mini-batch of {BATCH}, made of one part per sample? The "
-    "answer is six verdicts, each proved from the recorded computation or refuted by a witness, with what "
-    "is to blame. In short: batch norm lets every digit look at all others of its batch, but only through "
-    "R numbers, its statistics; the loss itself is still a sum over samples."
+    f"How far does the loss of this net, on a mini-batch of {BATCH}, come apart into samples? The answer is six "
+    "verdicts, each proved from the recorded computation or refuted by a witness, with what is to blame. In "
+    "short: batch norm lets every digit look at all others of its batch, but only through R numbers, its "
+    "statistics; the loss itself is still a sum over samples."
 )
 FOLLOWS = (
     "What the verdicts are good for: they decide which of the usual per-sample and curvature quantities "
     "exist for this loss, and what a quantity has to be called where it does not mean what its usual name "
-    "says. Those with a star are computed by this release; parts 6 and 7 show some."
+    "says. Those with a star are computed by this release; some are shown further down."
 )
 CROSSTALK = (
     "Who listens to whom? Row n, column m of the picture: how strongly prediction n reacts to sample m, "
-    f"for {FEW} digits (darker is stronger, on a log scale over four decades). Without crosstalk only the "
-    "diagonal would be dark."
+    f"for the first {FEW} of the {BATCH} digits (darker is stronger, on a log scale over four decades). Without "
+    "crosstalk only the diagonal would be dark."
 )
 VERIFIED = (
     "Should one believe the verdicts? Each is put to an experiment: replace the other samples, freeze the "
@@ -73,10 +78,10 @@ NOISE = (
     "it does not say which batch size is needed."
 )
 CURVATURE = (
-    "How is the loss curved? The Gauss-Newton matrix G = JᵀHJ puts together how the predictions move with the "
-    "parameters (J, through the batch statistics as well) and how the loss bends with the predictions (H). It has "
-    "a row for every parameter, but it is a sum of one part per digit, each of which bends in at most as many "
-    "directions as there are classes, less one. So a much smaller matrix knows its whole spectrum:"
+    "Back in train mode: how is the loss curved? The Gauss-Newton matrix G = JᵀHJ puts together how the predictions "
+    "move with the parameters (J, through the batch statistics as well) and how the loss bends with the predictions "
+    "(H). It has a row for every parameter, but it is a sum of one part per digit, each of which bends in at most "
+    "as many directions as there are classes, less one. So a much smaller matrix knows its whole spectrum:"
 )
 SPECTRUM = "The eigenvalues that are not zero, counted by powers of ten (each is at least what its line says):"
 DIRECTIONS = (
@@ -93,14 +98,8 @@ EVAL = (
     "of the batch: no prediction listens to another sample any more, and every verdict holds."
 )
 DECOMPOSITIONS = ("component", "copy", "frozen")
-MEANINGS = {
-    "canonical_split": "after the predictions no parameter enters the loss",
-    "independent_forward": "no prediction listens to another sample",
-    "simd_forward": "... and every sample is treated by the same function",
-    "simd_given_statistics": "... once a few numbers about the batch (its statistics) are given",
-    "reduction": "the loss is a weighted sum of one term per sample",
-    "simd_loss": "each prediction enters the loss through one number, the same function for all",
-}
+ON_A_PAGE = "The same net on the same batch, as a page with pictures and the same numbers"
+LEFT_OUT = "`unbatch demo` without --quick goes on to the curvature, and writes a page.\n\n"
 NEXT = """\
 What to try next
 
@@ -145,20 +144,26 @@ class Net(nn.Module):
 
 
 def main(quick: bool = False, console: Console | None = None, report_to: Path | None = None) -> None:
-    """Run the tour and print it; a few seconds on one core, fewer when ``quick``. ``report_to``: a page to write.
+    """Run the tour and print it; some ten seconds on one core, half of them for imports.
 
-    The random state and the number of threads are afterwards as they were. Raises ``ImportError`` where
-    scikit-learn is missing.
+    ``quick``: with one epoch of training, and without the curvature. ``report_to``: a page to write. The random state
+    and the number of threads are afterwards as they were. Raises ``ImportError`` where scikit-learn is missing, and
+    ``OSError`` where the page cannot be written, before anything is computed.
     """
     out = console or report.console()
+    if report_to is not None:
+        page.check_writable(report_to)
     digits = load()
     threads = torch.get_num_threads()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         torch.set_num_threads(1)
         try:
-            problem = _tour(out, digits, epochs=1 if quick else 6)
+            problem = _tour(out, digits, quick)
             _report(out, problem, report_to)
+            out.print()
+            out.rule(style="dim")
+            out.print(LEFT_OUT + NEXT if quick else NEXT, markup=False)
         finally:
             torch.set_num_threads(threads)
 
@@ -178,8 +183,7 @@ def load() -> Digits:
 
 
 def train(model: Net, digits: Digits, epochs: int, out: Console) -> float:
-    """Train with Adam under a progress bar; the accuracy on held-out digits."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    """Train under a progress bar; the accuracy on held-out digits."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -191,7 +195,7 @@ def train(model: Net, digits: Digits, epochs: int, out: Console) -> float:
         for _ in range(epochs):
             for batch in torch.randperm(len(digits.y)).split(BATCH):
                 if len(batch) == BATCH:
-                    _step(model, optimizer, digits.X[batch], digits.y[batch])
+                    _step(model, digits.X[batch], digits.y[batch])
                     progress.advance(task)
             progress.update(task, accuracy=f"{accuracy(model, digits):.1%} of held-out digits read correctly")
     return accuracy(model, digits)
@@ -206,52 +210,63 @@ def accuracy(model: Net, digits: Digits) -> float:
     return float(right.double().mean())
 
 
-def _step(model: Net, optimizer: torch.optim.Optimizer, X: Tensor, y: Tensor) -> None:
-    optimizer.zero_grad()
-    F.cross_entropy(model(X), y).backward()
-    optimizer.step()
+def _step(model: Net, X: Tensor, y: Tensor) -> None:
+    """Of plain gradient descent: the first optimizer of torch.optim takes seconds to import."""
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(F.cross_entropy(model(X), y), parameters)
+    with torch.no_grad():
+        for p, g in zip(parameters, gradients, strict=True):
+            p.add_(g, alpha=-STEP)
 
 
 def _report(out: Console, problem: ub.Problem, path: Path | None) -> None:
     if path is not None:
         written = ub.write_report(problem, path, "Digits", {"data": "handwritten digits of scikit-learn"})
-        out.print(f"\nAll of this on one page, with pictures: {written.resolve()}", markup=False, soft_wrap=True)
+        out.print(f"\n{ON_A_PAGE}: {written.resolve()}", markup=False, soft_wrap=True)
 
 
-def _tour(out: Console, digits: Digits, epochs: int) -> ub.Problem:
-    """Tell everything; the problem in train mode, at the end."""
+def _tour(out: Console, digits: Digits, quick: bool) -> ub.Problem:
+    """Tell everything; the problem, in train mode and float64."""
     model = Net()
-    _train(out, model, digits, epochs)
-    problem = ub.Problem(model, F.cross_entropy, (digits.X[:BATCH], digits.y[:BATCH]))
-    few = ub.Problem(model, F.cross_entropy, (digits.X[:FEW], digits.y[:FEW]))
+    _train(out, model, digits, epochs=1 if quick else EPOCHS)
+    problem = ub.Problem(model.double(), F.cross_entropy, (digits.X[:BATCH].double(), digits.y[:BATCH]))
     before = problem.structure
     found = [heading(before), verdict_table(before), *culprit_part(before), *remarks(before)]
     _part(out, "2. Structure in train mode", ASKED, _meanings(), *found)
     _part(out, "3. What follows", FOLLOWS, follows_part(before))
-    _part(out, "4. Crosstalk", CROSSTALK, Text(str(few.crosstalk())))
+    _part(out, "4. Crosstalk", CROSSTALK, *_crosstalk(problem, FEW if quick else BATCH))
     _part(out, "5. Verification", VERIFIED, report.verification_table(before, problem.verify()))
     rows = {by: problem.gradients(by=by) for by in DECOMPOSITIONS}
-    shown = [_sizes(rows, problem.gradient()), Text(SUMS), _distances(rows), *_noise_scale(problem), Text(NOISE)]
+    shown = [_norms(rows, problem.gradient()), Text(SUMS), _distances(rows), *_noise_scale(problem), Text(NOISE)]
     _part(out, "6. The gradient in three ways", GRADIENTS, *shown)
-    _curvature(out, copy.deepcopy(model).double(), digits)
     model.eval()
-    _eval(out, before, problem, few)
-    out.print()
-    out.rule(style="dim")
-    out.print(NEXT, markup=False)
+    _eval(out, before, problem)
     model.train()
+    if not quick:
+        _curvature(out, model, problem)
     return problem
 
 
-def _eval(out: Console, before: ub.Structure, problem: ub.Problem, few: ub.Problem) -> None:
+def _crosstalk(problem: ub.Problem, rows: int) -> list[Text]:
+    """A corner of the picture, and what there is in so many rows of it."""
+    found = problem.crosstalk(samples=range(rows))
+    corner, _, _ = str(replace(found, matrix=found.matrix[:FEW, :FEW])).rpartition("\n")
+    return [Text(corner), Text(_off_diagonal(found, rows))]
+
+
+def _off_diagonal(found: ub.Crosstalk, rows: int) -> str:
+    return f"In the rows of the first {rows} predictions {found.strength:.1%} of the squares stand off the diagonal."
+
+
+def _eval(out: Console, before: ub.Structure, problem: ub.Problem) -> None:
     after = problem.structure
     checked = report.verification_table(after, problem.verify())
-    share = Text(f"Crosstalk: off-diagonal share {few.crosstalk().strength:.1%} of the squares.")
+    strength = Text(_off_diagonal(problem.crosstalk(samples=range(FEW)), FEW))
     rows = {by: problem.gradients(by=by) for by in DECOMPOSITIONS}
-    apart = max(_distance(a, b) for a, b in combinations(rows.values(), 2))
-    same = f"The three decompositions of the gradient are one, {rows['component'].kind}: at most {apart:.0g} apart."
-    shown = [heading(after), verdict_table(after), _gained(before, after), share, Text(same)]
-    _part(out, "8. Structure in eval mode", EVAL, *shown, *_noise_scale(problem), checked)
+    apart = report.share(max(report.distance(a, b) for a, b in combinations(rows.values(), 2)))
+    same = f"The three decompositions of the gradient are one, {rows['component'].kind}: at most {apart} apart."
+    shown = [heading(after), verdict_table(after), _gained(before, after), strength, Text(same)]
+    _part(out, "7. Structure in eval mode", EVAL, *shown, *_noise_scale(problem), checked)
 
 
 def _train(out: Console, model: Net, digits: Digits, epochs: int) -> None:
@@ -259,12 +274,12 @@ def _train(out: Console, model: Net, digits: Digits, epochs: int) -> None:
     out.print()
     reached = train(model, digits, epochs, out)
     sizes = f"{len(digits.y)} digits to learn from, {len(digits.y_held_out)} held out"
-    out.print(f"{sizes}, of which the net now reads {reached:.1%} correctly.")
+    out.print(f"{sizes}, of which the net now reads {reached:.1%} correctly. {WIDENED}")
 
 
 def _meanings() -> Table:
     table = Table(box=None, pad_edge=False, show_header=False)
-    for name, meaning in MEANINGS.items():
+    for name, meaning in report.MEANINGS.items():
         table.add_row(TITLES[name], Text(meaning, "dim"))
     return table
 
@@ -277,29 +292,22 @@ def _gained(before: ub.Structure, after: ub.Structure) -> Text:
     return Text(f"Exact under their own names are now {len(now)} quantities in place of {len(was)}{some}.")
 
 
-def _distance(a: ub.Rows, b: ub.Rows) -> float:
-    """Relative Frobenius distance."""
-    return float((a.flat() - b.flat()).norm() / a.flat().norm())
-
-
-def _sizes(rows: Mapping[str, ub.Rows], gradient: Mapping[str, Tensor]) -> Table:
-    """Norms of the rows, and how far their sum is from the gradient."""
-    table = Table(box=None, pad_edge=False)
-    for column in ("rows by", "called", "mean norm", "smallest", "largest", "sum against gradient"):
-        table.add_column(column)
-    whole = torch.cat([g.flatten() for g in gradient.values()])
-    for by, r in rows.items():
-        norms = r.flat().norm(dim=1)
-        off = float((r.flat().sum(0) - whole).norm() / whole.norm())
-        error = f"{off:.0%} off" if off > 1e-3 else f"equal, {off:.0e} off"
-        table.add_row(by, r.kind, *(f"{x:.2g}" for x in (norms.mean(), norms.min(), norms.max())), error)
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    table = Table(*columns, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
     return table
+
+
+def _norms(rows: Mapping[str, ub.Rows], gradient: Mapping[str, Tensor]) -> Table:
+    whole = torch.cat([g.flatten() for g in gradient.values()])
+    return _table(report.NORMS, [report.norms(by, r, whole) for by, r in rows.items()])
 
 
 def _distances(rows: Mapping[str, ub.Rows]) -> Table:
     table = Table(box=None, pad_edge=False, show_header=False)
     for a, b in combinations(rows, 2):
-        table.add_row(f"{a} and {b}", f"{_distance(rows[a], rows[b]):.0%} apart")
+        table.add_row(f"{a} and {b}", f"{report.share(report.distance(rows[a], rows[b]))} apart")
     return table
 
 
@@ -309,36 +317,34 @@ def _noise_scale(problem: ub.Problem) -> list[Text]:
         warnings.simplefilter("always", ub.MixedSamplesWarning)
         scale = problem.compute(ub.NoiseScale())
     said = [Text(f"{w.category.__name__}: {w.message}", "yellow") for w in caught]
-    return [Text(f"Gradient noise scale: {float(scale):.3g} samples."), *said]
+    return [Text(f"Gradient noise scale: {report.number(scale)} samples."), *said]
 
 
-def _curvature(out: Console, model: Net, digits: Digits) -> None:
-    """In float64, for the sake of the small eigenvalues."""
-    batch = digits.X[:BATCH].double(), digits.y[:BATCH]
-    problem = ub.Problem(model, F.cross_entropy, batch)
+def _curvature(out: Console, model: Net, problem: ub.Problem) -> None:
     G: Any = problem.ggn()
-    values, directions = G.eigvalsh(), G.directions(SHOWN)
-    nonzero = values[values > 0]
-    before = [_spectrum(problem, G, nonzero), Text(SPECTRUM), _histogram(nonzero)]
+    values, directions = plot.told(G.eigvalsh()), G.directions(SHOWN)
+    before = [_spectrum(problem, G, values), Text(SPECTRUM), _histogram(values)]
     steps = [Text(NEWTON), _steps(model, problem, G)]
-    _part(out, "7. The curvature", CURVATURE, *before, Text(DIRECTIONS), *_shares(problem, directions), *steps)
+    _part(out, "8. The curvature", CURVATURE, *before, Text(DIRECTIONS), *_shares(problem, directions), *steps)
 
 
 def _spectrum(problem: ub.Problem, G: Any, values: Tensor) -> Table:
-    """Sizes, and where the trace is; ``values``: eigenvalues that are not zero, ascending."""
+    """Sizes, and where the trace is; ``values``: eigenvalues that are not zero, the largest first."""
     frozen = float(problem.ggn(by="frozen").trace())
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_row("parameters, D", str(G.shape[0]))
     table.add_row("rank at most, N(C-1)", f"{problem.samples} x {CLASSES - 1} = {G.rank_bound}")
-    table.add_row("eigenvalues not zero", f"{len(values)}, the largest {values[-1]:.3g}")
-    table.add_row("trace, their sum", f"{G.trace():.3g}, of which the largest 1, 10, 50 hold {_held(values)}")
+    table.add_row("eigenvalues above rounding", f"{len(values)}, the largest {report.number(values[0])}")
+    table.add_row(
+        "trace, their sum", f"{report.number(G.trace())}, of which the largest 1, 10, 50 hold {_held(values)}"
+    )
     times = f"{frozen / float(G.trace()):.2g} times as large"
-    table.add_row("trace, statistics frozen", f"{frozen:.3g}, {times}: that is another matrix")
+    table.add_row("trace, statistics frozen", f"{report.number(frozen)}, {times}: that is another matrix")
     return table
 
 
 def _held(values: Tensor) -> str:
-    return ", ".join(f"{values[-k:].sum() / values.sum():.0%}" for k in (1, 10, 50))
+    return ", ".join(f"{values[:k].sum() / values.sum():.0%}" for k in (1, 10, 50))
 
 
 def _histogram(values: Tensor) -> Table:
@@ -352,22 +358,11 @@ def _histogram(values: Tensor) -> Table:
 
 def _shares(problem: ub.Problem, found: Any) -> list[Any]:
     """What digits have of slope and curvature along eigenvectors, the most curved first; and what that sums to."""
-    table = Table(box=None, pad_edge=False)
-    for column in ("eigenvalue", "λ_n smallest", "mean", "largest", "top 3 hold", "slope", "γ_n smallest", "largest"):
-        table.add_column(column)
-    for i in reversed(range(len(found.values))):
-        curved, slopes = found.curvatures[:, i], found.slopes[:, i]
-        sizes = (found.values[i], curved.min(), curved.mean(), curved.max())
-        held = f"{curved.topk(3).values.sum() / curved.sum():.0%}"
-        table.add_row(*(f"{x:.2g}" for x in sizes), held, *(f"{x:.2g}" for x in _range(slopes)))
+    table = _table(report.SHARES, [report.shares(found, i) for i in reversed(range(len(found.values)))])
     gradient = torch.cat([g.flatten() for g in problem.gradient().values()])
-    off = (found.curvatures.sum(0) / found.values - 1).abs().max()
-    along = (found.slopes.sum(0) - found.vectors.T @ gradient).norm() / gradient.norm()
-    return [table, Text(f"Σ λ_n is the eigenvalue ({off:.0e} off), Σ γ_n the slope of the loss ({along:.0e} off).")]
-
-
-def _range(slopes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return slopes.sum(), slopes.min(), slopes.max()
+    curved = report.share((found.curvatures.sum(0) / found.values - 1).abs().max())
+    along = report.share((found.slopes.sum(0) - found.vectors.T @ gradient).norm() / gradient.norm())
+    return [table, Text(f"Σ λ_n is the eigenvalue ({curved} off), Σ γ_n the slope of the loss ({along} off).")]
 
 
 def _steps(model: Net, problem: ub.Problem, G: Any) -> Table:

@@ -324,6 +324,11 @@ MSG_EIGENPAIRS = (
     "rtol, or pass info=True to take the result as it is, with its residuals."
 )
 
+MSG_GIVEN = "{call} takes {takes}; got {value}. Pass the problem itself: {call}({arguments})."
+MSG_REPORT_FILE = (
+    "The report cannot be written to {path}: {reason}. Name a file that can be written (`--output FILE` in a shell); "
+    "folders above it are made where they are missing."
+)
 MSG_MONITOR_FILE = (
     "The monitor cannot write to {path}: {reason}. Pass path= a file that can be written and that holds nothing, or "
     "what a monitor wrote before; the folders above it are made where they are missing."

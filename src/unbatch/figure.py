@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import html
 import io
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +21,9 @@ from unbatch.stages import Stage, shown
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.legend import Legend
+    from matplotlib.text import Text
+    from matplotlib.transforms import Bbox
 
 MSG_NO_MATPLOTLIB = "Figures need matplotlib, which is not installed. Install it with `pip install 'unbatch[plot]'`."
 
@@ -30,7 +36,8 @@ INCH = 0.62  # of one unit of the picture
 HEIGHTS = {"statistics": 1.55, "mixed": 1.05, "unknown": 1.05}  # of stages; others have 0.8
 BOX = (0.7, 0.44)  # of a sample
 GAP = 0.14  # between a band and the next stage
-LETTER = 0.105  # width of a letter, in units, of text of 8 points
+SMALLEST = 2.0  # points of letters that are drawn
+SLACK = 1.05  # letters are a little wider in pixels than in outline
 
 # --- figures and files ----------------------------------------------------------------------------
 
@@ -39,11 +46,17 @@ def blank(ax: Axes | None, width: float = 5.0, height: float = 3.6) -> Axes:
     """The given axes, or those of a new figure of so many inches. Raises ``ImportError`` without matplotlib."""
     if ax is not None:
         return ax
+    _needed()
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained", facecolor="white").add_subplot()
+
+
+def _needed() -> None:
     try:
-        from matplotlib.figure import Figure
+        import matplotlib  # noqa: F401
     except ImportError as error:
         raise ImportError(MSG_NO_MATPLOTLIB) from error
-    return Figure(figsize=(width, height), layout="constrained", facecolor="white").add_subplot()
 
 
 def save(ax: Axes, path: str | Path, description: str = "") -> None:
@@ -69,6 +82,49 @@ def whole(ax: Axes) -> Figure:
     return figure
 
 
+@dataclass
+class Adjusted:
+    """Where axes lie, and ``adjust``, done when that is asked: before axes are drawn, nobody knows how large they are.
+
+    Done once for each size, because every change asks a window to draw again.
+    """
+
+    adjust: Callable[[Axes, Bbox, Any], None]
+    before: Callable[[Any, Any], Bbox] | None
+    seen: tuple[Any, ...] = ()
+
+    @classmethod
+    def whenever(cls, ax: Axes, adjust: Callable[[Axes, Bbox, Any], None]) -> None:
+        """Call ``adjust`` with the place of ``ax`` in pixels and a renderer before ``ax`` is drawn or measured."""
+        locator: Any = cls(adjust, ax.get_axes_locator())
+        ax.set_axes_locator(locator)
+
+    def __call__(self, ax: Axes, renderer: Any) -> Bbox:
+        place = self.before(ax, renderer) if self.before is not None else ax.get_position(original=True)
+        holder = ax.get_figure()
+        assert holder is not None
+        pixels = place.transformed(holder.transSubfigure)
+        now = (*pixels.bounds, *ax.get_xlim(), *ax.get_ylim())
+        if now != self.seen:
+            self.seen = now
+            self.adjust(ax, pixels, renderer)
+        return place
+
+
+def clear_of(ax: Axes, legend: Legend) -> None:
+    """Raise the upper limit of ``ax``, which is to be linear, so that a legend at its top lies above the data."""
+    Adjusted.whenever(ax, partial(_raise, legend, ax.get_ylim()))
+
+
+def _raise(legend: Legend, limits: tuple[float, float], ax: Axes, place: Bbox, renderer: Any) -> None:
+    if not ax.get_autoscaley_on():  # the user has set limits
+        return
+    low, high = limits
+    space = _points(legend.get_texts()[0]) * whole(ax).dpi / 72
+    share = min((legend.get_window_extent(renderer).height + space) / place.height, 0.9)
+    ax.set_ylim(low, low + (high - low) / (1 - share), auto=True)
+
+
 def as_svg(figure: Figure, description: str) -> str:
     """Without a date, and with names that do not change from run to run."""
     import matplotlib as mpl
@@ -86,21 +142,54 @@ def as_svg(figure: Figure, description: str) -> str:
 
 def draw(stages: Sequence[Stage], samples: int, ax: Axes | None = None) -> Axes:
     """Samples from left to right, stages from top to bottom; see ``unbatch.plot.structure``."""
+    _needed()
     last = len(shown(samples)) - 1
     margin = max(0.65, 1.0 - last / 2)
-    left = -margin - 0.1 - LETTER * max(len(s.name) for s in stages)
-    right = last + margin + 0.1 + LETTER * max(max(len(s.said), 0.9 * len(s.blamed)) for s in stages)
+    left = -margin - 0.1 - max(_width(s.name, 8) for s in stages)
+    right = last + margin + 0.1 + max(max(_width(s.said, 8), _width(s.blamed, 7)) for s in stages)
     height = sum(map(_height, stages)) + 0.3
     ax = blank(ax, (right - left) * INCH, height * INCH)
     ax.set(xlim=(left, right), ylim=(-height + 0.15, 0.15), aspect="equal")
     ax.set_axis_off()
-    top = 0.0
+    others, top = len(ax.texts), 0.0
     for before, stage in zip((None, *stages), stages, strict=False):
         middle = top - _height(stage) / 2 - (0.22 if stage.role == "loss" else 0)
         _stage(ax, stage, before, shown(samples), top, middle)
         _words(ax, stage, -margin, last + margin, middle)
         top -= _height(stage)
+    Adjusted.whenever(ax, partial(_scale, [(text, _points(text)) for text in ax.texts[others:]]))
     return ax
+
+
+def _scale(words: Sequence[tuple[Text, float]], ax: Axes, place: Bbox, renderer: Any) -> None:
+    """Letters as large as they should be to the rest of the picture, where that is smaller than intended.
+
+    Small letters are drawn wider than they should be, so they shrink until they have room, or cannot be read.
+    """
+    (left, right), (low, high) = ax.get_xlim(), ax.get_ylim()
+    unit = min(place.width / (right - left), place.height / (high - low))  # in pixels
+    for text, size in words:
+        x, side = text.get_position()[0], text.get_horizontalalignment()
+        room = unit * {"right": x - left, "left": right - x}.get(side, math.inf)
+        wanted = size * min(unit / whole(ax).dpi / INCH, 1.0)
+        text.set(fontsize=max(wanted, SMALLEST), visible=wanted >= SMALLEST)
+        while text.get_visible() and text.get_window_extent(renderer).width > room:
+            text.set(fontsize=0.9 * _points(text), visible=0.9 * _points(text) >= SMALLEST)
+
+
+def _points(text: Text) -> float:
+    return float(text.get_fontsize())
+
+
+def _width(text: str, points: float, weight: str = "normal") -> float:
+    """Of so large letters, in units of the picture."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import TextPath
+
+    if not text:
+        return 0.0
+    outline = TextPath((0, 0), text, size=points, prop=FontProperties(weight=weight))
+    return SLACK * float(outline.get_extents().width) / 72 / INCH
 
 
 def _words(ax: Axes, stage: Stage, left: float, right: float, y: float) -> None:
@@ -169,7 +258,7 @@ def _neck(ax: Axes, stage: Stage, top: float, bottom: float, last: int) -> None:
 
     middle, center = (top + bottom) / 2, last / 2
     wide, high, word = last / 2 + 0.45, top - 0.08, f"R = {stage.numbers}"
-    slim = max(0.4, LETTER * len(word) * 0.8)
+    slim = max(0.4, 0.6 * _width(word, 9, "bold"))
     rim, bend, lip = 0.13, slim + 0.3 * (wide - slim), 0.5
     # one quarter, from the rim to the neck; the others are its mirror images
     quarter = [(wide, high), (wide, high - rim), (bend, high - rim), (slim, middle + lip), (slim, middle)]

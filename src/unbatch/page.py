@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,20 +17,50 @@ from typing import Any
 
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 from torch import Tensor
 
-from unbatch import consequences, figure, plot
-from unbatch.errors import UnbatchError
+from unbatch import consequences, figure, plot, report
+from unbatch.checks import check_given
+from unbatch.errors import MSG_REPORT_FILE, UnbatchError
 from unbatch.problem import Problem
 from unbatch.report import outcome, seen, untested
 from unbatch.results import Rows
-from unbatch.verdicts import MARKS, NAMES, TITLES, Culprit, by_kind
+from unbatch.verdicts import MARKS, NAMED, NAMES, TITLES, Culprit, Verdict, by_kind
 
+FILE = Path("unbatch-report.html")
 DECOMPOSITIONS = ("component", "copy", "frozen")
 WHOLE_SPECTRUM = 1024  # columns of the factor at most, for all eigenvalues
 TOP = 4  # eigenvectors whose slopes and curvatures are shown
 CROSSTALK = 64  # samples at most
 
+
+# How to read a picture, by its caption.
+READINGS = {
+    "From samples to loss": (
+        "Samples are columns, and the computation runs from top to bottom. In an hourglass samples meet, but only "
+        "in as many numbers as its neck says; in a filled band they mix; a hatched band with a question mark is "
+        "where that is not established."
+    ),
+    "Crosstalk": (
+        "Row n, column m is how strongly prediction n reacts to sample m: brighter is stronger, on a log scale, and "
+        "what is zero is crossed out. Where no prediction listens to another sample, only the diagonal is left."
+    ),
+    "Norms of the rows": (
+        "How many samples have a row whose norm lies within each bin, with bars of its own for each decomposition. "
+        "Bins are equally wide, on a log scale where norms differ by much."
+    ),
+    "Spectrum": (
+        "Eigenvalues from the largest down, on a log scale; those that are zero but for rounding are left out. At "
+        "the upright line is the bound on the rank, beyond which all are zero. Hollow markers are negative "
+        "eigenvalues."
+    ),
+    "Slopes against curvatures": (
+        "Each small marker is a sample along one of the top eigenvectors, with its slope and its curvature, both "
+        "times N. The large marker is their mean, which is slope and curvature of the loss; its bars hold the "
+        "middle 80 % of the samples."
+    ),
+}
 
 # --- what a page is made of -------------------------------------------------------------------------
 
@@ -59,11 +89,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """``svg`` is the drawing, ``alt`` says in words what can be seen in it."""
+    """``svg`` is the drawing, ``alt`` says in words what can be seen in it, ``reading`` what that means."""
 
     svg: str
     alt: str
     caption: str
+    reading: str
 
 
 @dataclass(frozen=True)
@@ -80,19 +111,35 @@ class Part:
 Block = Table | Picture | str
 
 
-def write_report(problem: Problem, path: str | Path, title: str = "", said: Mapping[str, str] | None = None) -> Path:
+def write_report(
+    problem: Problem, path: str | Path = FILE, title: str = "", said: Mapping[str, str] | None = None
+) -> Path:
     """Everything about a problem on one HTML page that needs no network; returns where it was written.
 
     Structure and its figure, the numerical tests of the verdicts, crosstalk, gradients in three ways, the spectrum of
     the Gauss-Newton matrix with slopes and curvatures, and what follows. ``said``: further facts for its head, by name.
-    What is refused is replaced by the reason. Numbers are in the scale in which they enter the loss. Raises ``OSError``
-    where the file cannot be written, before anything is computed.
+    What is refused is replaced by the reason. Numbers are in the scale in which they enter the loss, and computed in
+    the dtype of the model. Raises ``OSError`` where the file cannot be written, before anything is computed, and
+    ``InputError`` for what is no problem.
     """
+    check_given(isinstance(problem, Problem), problem, "write_report", "a Problem", "problem, path")
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
+    check_writable(path)
     path.write_text(page(problem, title, said or {}), encoding="utf-8")
     return path
+
+
+def check_writable(path: Path) -> None:
+    """Make the folders above a file; leaves no file where there was none. Raises ``OSError`` with the remedy."""
+    new = not path.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab"):
+            pass
+    except OSError as error:
+        raise type(error)(error.errno, MSG_REPORT_FILE.format(path=path, reason=error.strerror)) from error
+    if new:
+        path.unlink()
 
 
 def page(problem: Problem, title: str, said: Mapping[str, str]) -> str:
@@ -104,10 +151,16 @@ def page(problem: Problem, title: str, said: Mapping[str, str]) -> str:
     templates.tests |= {
         kind.__name__.lower(): lambda x, kind=kind: isinstance(x, kind) for kind in (Table, Picture, Status)
     }
+    templates.filters["code"] = _with_code
     parts = [Part(title_, intro, tuple(_asked(ask, problem))) for title_, intro, ask in PARTS]
-    name = title or type(problem.program.inside).__name__
+    name = title or _named(problem.program.inside)
     facts = _facts(problem) | dict(said)
     return templates.get_template("page.html").render(title=name, facts=facts, parts=parts, version=version("unbatch"))
+
+
+def _with_code(text: str) -> Markup:
+    """What stands between backticks is code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _asked(ask: Callable[[Problem], Iterator[Block]], problem: Problem) -> Iterator[Block]:
@@ -122,16 +175,28 @@ def _asked(ask: Callable[[Problem], Iterator[Block]], problem: Problem) -> Itera
 
 
 def _facts(problem: Problem) -> dict[str, str]:
-    structure, model = problem.structure, problem.program.inside
+    structure, model, loss = problem.structure, problem.program.inside, problem.program.loss
     parameters = [p for p in problem.program.parameters.values() if p.requires_grad]
     training = getattr(model, "training", None)
     mode = "" if training is None else f", in {'train' if training else 'eval'} mode"
     return {
-        "model": f"{type(model).__name__}{mode}",
+        "model": f"{_named(model)}{mode}",
+        "loss": "the model's own" if loss is None else _named(loss),
         "samples": str(structure.samples),
         "predictions": ", ".join(str(list(shape)) for shape in structure.predictions),
         "parameters": f"{sum(p.numel() for p in parameters):,} entries in {len(parameters)} tensors",
+        "dtype": _dtype(parameters),
     }
+
+
+def _named(called: Any) -> str:
+    """A function by its name, a module by its class, and a partial by what it is of."""
+    function = getattr(called, "func", called)
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+def _dtype(tensors: Iterable[Tensor]) -> str:
+    return ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors}))
 
 
 def _picture(ax: Any, alt: str, caption: str) -> Picture:
@@ -139,7 +204,7 @@ def _picture(ax: Any, alt: str, caption: str) -> Picture:
     own = re.sub(r"\W+", "-", caption.lower())
     drawn = figure.as_svg(figure.whole(ax), "")
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{own}-", drawn)
-    return Picture(svg, alt, caption)
+    return Picture(svg, alt, caption, READINGS[caption])
 
 
 # --- the parts ------------------------------------------------------------------------------------
@@ -147,8 +212,8 @@ def _picture(ax: Any, alt: str, caption: str) -> Picture:
 
 def _structure(problem: Problem) -> Iterator[Block]:
     s = problem.structure
-    rows = [(TITLES[v.name], Status(v.status, v.status), v.basis, v.note) for v in s.verdicts]
-    yield Table("Verdicts", ("structure", "verdict", "basis", "note"), rows)
+    rows = [(TITLES[v.name], report.MEANINGS[v.name], _status(v), v.basis, v.note) for v in s.verdicts]
+    yield Table("Verdicts", ("structure", "which says", "verdict", "basis", "note"), rows)
     diagram = problem.diagram()
     yield _picture(plot.structure(diagram), diagram.description, "From samples to loss")
     if s.statistics:
@@ -161,9 +226,14 @@ def _structure(problem: Problem) -> Iterator[Block]:
     yield from s.notes
 
 
+def _status(verdict: Verdict) -> Status:
+    return Status(verdict.status, verdict.status)
+
+
 def _culprit(found: Sequence[Culprit], against: Sequence[str]) -> tuple[str, ...]:
-    first, more = found[0], f" and {len(found) - 1} more" if len(found) > 1 else ""
-    return (first.module or "–") + more, first.op, first.short, first.why, first.remedy, ", ".join(against)
+    first, modules = found[0], list(dict.fromkeys(c.module or "–" for c in found))
+    more = [f"{len(modules) - NAMED} more"] if len(modules) > NAMED else []
+    return ", ".join(modules[:NAMED] + more), first.op, first.short, first.why, first.remedy, ", ".join(against)
 
 
 def _tests(problem: Problem) -> Iterator[Block]:
@@ -179,10 +249,9 @@ def _crosstalk(problem: Problem) -> Iterator[Block]:
         yield f"Not asked for: {problem.samples} x {problem.samples} is a large matrix. `problem.crosstalk()` gives it."
         return
     found = problem.crosstalk()
-    said = f"{found.strength:.1%} of the squares stand off the diagonal."
-    alt = f"A matrix of shades, {problem.samples} by {problem.samples}, darker where listening is stronger. {said}"
+    size = f"{problem.samples} by {problem.samples}"
+    alt = f"A matrix of shades, {size}; {found.strength:.1%} of the squares stand off the diagonal."
     yield _picture(plot.crosstalk(found), alt, "Crosstalk")
-    yield said
 
 
 def _gradients(problem: Problem) -> Iterator[Block]:
@@ -193,53 +262,44 @@ def _gradients(problem: Problem) -> Iterator[Block]:
             rows[by] = problem.gradients(by=by)
         except UnbatchError as error:
             yield f"Rows by {by} are not shown: {error}"
-    cells = [_sizes(by, r, gradient) for by, r in rows.items()]
-    columns = ("rows by", "called", "mean norm", "smallest", "largest", "sum against the gradient")
-    yield Table("One row per sample", columns, cells)
+    yield Table("One row per sample", report.NORMS, [report.norms(by, r, gradient) for by, r in rows.items()])
     alt = "Histograms of the norms of the rows, whose smallest, mean and largest are in the table above."
-    yield _picture(plot.gradient_norms(problem), alt, "Norms of the rows")
-    apart = [(f"{a} and {b}", f"{_distance(rows[a], rows[b]):.2g}") for a in rows for b in rows if a < b]
+    yield _picture(plot.gradient_norms(_apart(rows)), alt, "Norms of the rows")
+    apart = [(f"{a} and {b}", report.share(report.distance(rows[a], rows[b]))) for a in rows for b in rows if a < b]
     yield Table("Relative distance of the decompositions", ("decompositions", "distance"), apart)
 
 
-def _sizes(by: str, rows: Rows, gradient: Tensor) -> tuple[str, ...]:
-    norms = rows.flat().norm(dim=1)
-    off = float((rows.flat().sum(0) - gradient).norm() / gradient.norm())
-    return by, rows.kind, *(f"{float(x):.3g}" for x in (norms.mean(), norms.min(), norms.max())), f"{off:.1g} off"
-
-
-def _distance(a: Rows, b: Rows) -> float:
-    return float((a.flat() - b.flat()).norm() / a.flat().norm())
+def _apart(rows: Mapping[str, Rows]) -> dict[str, Rows]:
+    """By what they are called, so that those that are the same are there once."""
+    return {r.kind: r for r in rows.values()}
 
 
 def _curvature(problem: Problem) -> Iterator[Block]:
     G: Any = problem.ggn()
     rank = G.rank_bound
     facts = [("parameters, D", f"{G.shape[0]:,}"), ("rank at most", f"{rank:,}")]
-    if rank is not None and rank <= WHOLE_SPECTRUM:
-        values = G.eigvalsh()
-        felt = values[values.abs() > values.abs().max() * 1e-10]
-        facts += [("eigenvalues not zero", str(len(felt))), ("largest", f"{float(values[-1]):.4g}")]
-        facts += [("smallest", f"{float(values[0]):.4g}")] if float(values[0]) < 0 else []
-    facts += [("trace, the sum of the eigenvalues", f"{float(G.trace()):.4g}")]
-    facts += [("semi-definite", str(G.positive_semidefinite))]
+    if rank <= WHOLE_SPECTRUM:
+        values = plot.told(G.eigvalsh())
+        facts += [(f"eigenvalues above rounding ({_dtype([G])})", str(len(values)))]
+        facts += [("largest", report.number(values[0]))] if len(values) else []
+        facts += [("smallest", report.number(values[-1]))] if (values < 0).any() else []
+    facts += [("trace, the sum of the eigenvalues", report.number(G.trace()))]
+    facts += [("negative eigenvalues", _negative(G.positive_semidefinite))]
     yield Table("Gauss-Newton matrix", ("what", "value"), facts)
-    if rank is not None and rank <= WHOLE_SPECTRUM:
+    if rank <= WHOLE_SPECTRUM:
         alt = f"Eigenvalues from the largest down, on a log scale, and the bound on their number, {rank}."
         yield _picture(plot.spectrum(G), alt, "Spectrum")
     found = G.directions(min(TOP, rank or TOP))
-    shown = [_direction(found, i) for i in reversed(range(len(found.values)))]
     alt = "Slope and curvature of every sample along each of the top eigenvectors, whose ranges are in the table below."
     yield _picture(plot.directions(found), alt, "Slopes against curvatures")
-    columns = ("eigenvalue", "slope", "γ_n from", "to", "λ_n from", "to", "three samples hold")
-    yield Table("Slopes γ and curvatures λ of the samples along the top eigenvectors", columns, shown)
+    shown = [report.shares(found, i) for i in reversed(range(len(found.values)))]
+    yield Table("Slopes γ and curvatures λ of the samples along the top eigenvectors", report.SHARES, shown)
 
 
-def _direction(found: Any, i: int) -> tuple[str, ...]:
-    slopes, curved = found.slopes[:, i], found.curvatures[:, i]
-    numbers = (found.values[i], slopes.sum(), slopes.min(), slopes.max(), curved.min(), curved.max())
-    held = curved.topk(min(3, len(curved))).values.sum() / curved.sum()
-    return *(f"{float(x):.3g}" for x in numbers), f"{float(held):.0%}"
+def _negative(semidefinite: Verdict) -> str:
+    if semidefinite:
+        return "none, because the second derivative of the loss by the predictions has none"
+    return f"possible, because {semidefinite.note}"
 
 
 def _follows(problem: Problem) -> Iterator[Block]:
@@ -254,14 +314,14 @@ def _follows(problem: Problem) -> Iterator[Block]:
 PARTS: tuple[tuple[str, str, Callable[[Problem], Iterator[Block]]], ...] = (
     (
         "Structure",
-        "Which parts does the loss have? Each verdict is proved from the recorded computation, refuted by a witness, "
-        "assumed because it was declared, or unknown.",
+        "How far does the loss come apart into samples? Six statements about the computation, each proved from its "
+        "record, refuted by an experiment (a witness), assumed because it was declared, or left unknown.",
         _structure,
     ),
     ("Verification", "Each verdict put to an experiment; one that is contradicted would say so here.", _tests),
     (
         "Crosstalk",
-        "Who listens to whom: row n, column m is how strongly prediction n reacts to sample m.",
+        "How strongly each prediction reacts to each sample of the batch, its own and the others.",
         _crosstalk,
     ),
     (

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from unbatch import figure
 from unbatch.blocks import BlockGGN
+from unbatch.checks import check_given
 from unbatch.crosstalk import Crosstalk
 from unbatch.diagram import Diagram
 from unbatch.errors import InputError, StructureError
@@ -24,7 +25,8 @@ from unbatch.ggn import GGN, Directions
 from unbatch.plan import Plan
 from unbatch.problem import Problem
 from unbatch.quantities import Norms
-from unbatch.spectra import Density
+from unbatch.results import Rows, SquaredNorms
+from unbatch.spectra import Density, Eigenpairs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,6 +39,7 @@ COLOURS = (BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY)
 LINES = ("-", "--", ":", "-.")
 MARKERS = "os^Dv*PX"
 HATCHES = {"component": "", "copy": "////", "frozen": "\\\\\\\\"}
+MORE_HATCHES = ("", "////", "\\\\\\\\", "xxxx", "....", "++++")  # of what else is set side by side
 MSG_DENSITY = (
     "plot.density takes a Density, as `unbatch.spectra.density(G, probes=8, steps=32)` returns it; got {value}."
 )
@@ -47,8 +50,11 @@ def structure(given: Problem | Diagram, ax: Axes | None = None) -> Axes:
     """How samples pass from inputs to loss: a column for each sample, a band wherever they meet.
 
     An hourglass with R in its neck: samples meet in R numbers only. A filled band: they mix. A hatched band with "?":
-    not established. Raises ``ImportError`` without matplotlib, as all functions here do.
+    not established. Letters shrink with the axes. Raises ``ImportError`` without matplotlib and ``InputError`` for what
+    cannot be drawn, as all functions here do.
     """
+    fits = isinstance(given, Problem | Diagram)
+    check_given(fits, given, "plot.structure", "a Problem, or what problem.diagram() returns")
     diagram = given.diagram() if isinstance(given, Problem) else given
     ax = figure.draw(diagram.stages, diagram.samples, ax)
     ax.set_label(diagram.description)
@@ -57,10 +63,13 @@ def structure(given: Problem | Diagram, ax: Axes | None = None) -> Axes:
 
 def crosstalk(given: Problem | Crosstalk, ax: Axes | None = None) -> Axes:
     """``‖∂F_n/∂x_m‖`` as a matrix of shades, on a log scale; zeros are left white and crossed out."""
+    fits = isinstance(given, Problem | Crosstalk)
+    check_given(fits, given, "plot.crosstalk", "a Problem, or what problem.crosstalk() returns")
     found = given.crosstalk() if isinstance(given, Problem) else given
     ax = blank(ax, 4.6, 3.8)
     from matplotlib.colors import LogNorm
 
+    _counted(ax.xaxis, ax.yaxis)
     matrix = found.matrix.numpy()
     some = matrix[matrix > 0]
     low, high = (float(some.min()), float(some.max())) if some.size else (1.0, 1.0)
@@ -76,29 +85,32 @@ def crosstalk(given: Problem | Crosstalk, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def gradient_norms(problem: Problem, ax: Axes | None = None, bins: int = 12) -> Axes:
+def gradient_norms(
+    given: Problem | Rows | SquaredNorms | Mapping[str, Rows | SquaredNorms], ax: Axes | None = None, bins: int = 12
+) -> Axes:
     """Histograms of the norms of the rows of the gradient, by component, copy and frozen; one where all are the same.
 
     In the scale in which each row enters the loss. A decomposition that does not exist here is named as such.
+    ``given`` may also be rows, or their squared norms (``problem.compute(Norms())``), or several of these by name.
     """
+    norms, missing = _norms(given) if isinstance(given, Problem) else (_norms_of(given), [])
     ax = blank(ax)
-    norms, missing = _norms(problem)
     edges = _edges(torch.cat(list(norms.values())), bins)
     labels = {name: f"{name}{_zeros(found, edges[0])}" for name, found in norms.items()}
     side_by_side = [n.numpy() for n in norms.values()]
-    _, _, drawn = ax.hist(
-        side_by_side, edges, color=COLOURS[: len(norms)], label=list(labels.values()), edgecolor=INK, lw=0.7
-    )
+    colours = [COLOURS[i % len(COLOURS)] for i in range(len(norms))]
+    _, _, drawn = ax.hist(side_by_side, edges, color=colours, label=list(labels.values()), edgecolor=INK, lw=0.7)
     groups: list[Any] = [drawn] if len(norms) == 1 else list(drawn)  # type: ignore[arg-type]
-    for name, bars in zip(norms, groups, strict=True):
+    for i, (name, bars) in enumerate(zip(norms, groups, strict=True)):
         for bar in bars:
-            bar.set_hatch(HATCHES.get(name.removeprefix("per-"), ""))
+            bar.set_hatch(HATCHES.get(name.removeprefix("per-"), MORE_HATCHES[i % len(MORE_HATCHES)]))
     for by in missing:
         ax.plot([], [], " ", label=f"{by}: does not exist here")
     if len(edges) > 2 and edges[-1] / max(edges[0], 1e-300) > 20:
         ax.set_xscale("log")
+    _counted(ax.yaxis)
     ax.set(xlabel="norm of a row of the gradient", ylabel="samples")
-    return _finished(ax)
+    return _finished(ax, above=True)
 
 
 def _norms(problem: Problem) -> tuple[dict[str, Tensor], list[str]]:
@@ -118,6 +130,21 @@ def _norms(problem: Problem) -> tuple[dict[str, Tensor], list[str]]:
     return norms, missing
 
 
+def _norms_of(given: Any) -> dict[str, Tensor]:
+    """Norms of results, by their names or by what they are called."""
+    one = isinstance(given, Rows | SquaredNorms)
+    named = {given.kind or given.by: given} if one else given if isinstance(given, Mapping) else {"": given}
+    takes = "a Problem, Rows, what problem.compute(Norms()) returns, or a mapping from names to the last two"
+    for found in named.values() or [given]:
+        check_given(isinstance(found, Rows | SquaredNorms), found, "plot.gradient_norms", takes)
+    squared = {n: found.total if isinstance(found, SquaredNorms) else _squared(found) for n, found in named.items()}
+    return {n: found.detach().sqrt().double().cpu() for n, found in squared.items()}
+
+
+def _squared(rows: Rows) -> Tensor:
+    return rows.flat().abs().square().sum(1)
+
+
 def _edges(values: Tensor, bins: int) -> list[float]:
     """Of bins that are equally wide, in logarithms where norms differ by more than a factor of 20."""
     low, high = float(values[values > 0].min()) if (values > 0).any() else 0.0, float(values.max())
@@ -134,36 +161,48 @@ def _zeros(norms: Tensor, lowest: float) -> str:
     return f", and {zeros} of zero" if zeros else ""
 
 
-def spectrum(given: Problem | GGN | BlockGGN, ax: Axes | None = None) -> Axes:
+def spectrum(given: Problem | GGN | BlockGGN | Eigenpairs | Tensor, ax: Axes | None = None) -> Axes:
     """Eigenvalues of the Gauss-Newton matrix, largest first, on a log scale; those that are zero are left out.
 
     A curve for each block where it is a block diagonal. Vertical lines: ``min(D, Σ_n rank H_n)``, beyond which every
-    eigenvalue is zero. Negative ones are shown by their magnitude, as hollow markers.
+    eigenvalue is zero. Negative ones are shown by their magnitude, as hollow markers. ``given`` may also be eigenvalues
+    ``[k]`` or eigenpairs of any symmetric matrix, without a vertical line then.
     """
-    matrix = given.ggn() if isinstance(given, Problem) else given
-    blocks = matrix.blocks if isinstance(matrix, BlockGGN) else [matrix]
     ax = blank(ax)
-    for i, block in enumerate(blocks):
-        values = _told(block.eigvalsh())
+    for i, (name, values, bound) in enumerate(curves := _spectra(given)):
+        values = told(values)
         colour, line, marker = COLOURS[i % len(COLOURS)], LINES[i % len(LINES)], MARKERS[i % len(MARKERS)]
         at = torch.arange(1, len(values) + 1).numpy()
-        filled = [colour if v > 0 else "white" for v in values.tolist()]
-        name = "eigenvalues" if len(blocks) == 1 else f"{_block_name(block)} (rank ≤ {block.rank_bound})"
         ax.plot(at, values.abs().numpy(), line, color=colour, lw=1.2, marker=marker, ms=4, label=name)
         if (values < 0).any():
+            filled = [colour if v > 0 else "white" for v in values.tolist()]
             ax.scatter(at, values.abs().numpy(), s=18, marker=marker, c=filled, edgecolors=colour, zorder=3)
-        bound = block.rank_bound
-        ax.axvline(bound, color=colour, ls=line, lw=1.0, label=f"rank ≤ {bound}" if len(blocks) == 1 else "_bound")
+        if bound is not None:
+            label = f"rank ≤ {bound}" if len(curves) == 1 else "_bound"
+            ax.axvline(bound, color=colour, ls=line, lw=1.0, label=label)
+    _counted(ax.xaxis)
     ax.set_yscale("log")
     ax.set(xlabel="eigenvalue, largest first", ylabel="value")
     return _finished(ax)
 
 
-def _told(values: Tensor) -> Tensor:
-    """From largest to smallest, without those that are zero but for rounding."""
-    values = values.detach().double().cpu().flip(0)
-    rounding = torch.finfo(torch.float32).eps * values.abs().max() if len(values) else 0.0
-    return values[values.abs() > rounding]
+def _spectra(given: Any) -> list[tuple[str, Tensor, int | None]]:
+    """Names, eigenvalues, and the bounds on the rank where one is known."""
+    matrix = given.ggn() if isinstance(given, Problem) else given.values if isinstance(given, Eigenpairs) else given
+    if isinstance(matrix, BlockGGN):
+        return [(f"{_block_name(b)} (rank ≤ {b.rank_bound})", b.eigvalsh(), b.rank_bound) for b in matrix.blocks]
+    fits = isinstance(matrix, GGN) or (isinstance(matrix, Tensor) and matrix.ndim == 1 and matrix.is_floating_point())
+    takes = "a Problem, what problem.ggn() returns, eigenpairs, or a 1-d tensor of real eigenvalues"
+    check_given(fits, given, "plot.spectrum", takes)
+    if isinstance(matrix, GGN):
+        return [("eigenvalues", matrix.eigvalsh(), matrix.rank_bound)]
+    return [("eigenvalues", matrix, None)]
+
+
+def told(values: Tensor) -> Tensor:
+    """Eigenvalues from the largest to the smallest, in float64, without those that are zero but for rounding."""
+    rounding = len(values) * torch.finfo(values.dtype).eps * values.abs().max() if len(values) else 0.0
+    return values[values.abs() > rounding].detach().double().cpu().sort(descending=True).values
 
 
 def _block_name(block: GGN) -> str:
@@ -182,8 +221,9 @@ def directions(given: Problem | GGN | Directions, k: int = 4, ax: Axes | None = 
     the large marker; bars hold 80 % of the components. Curvatures on a log scale where none is negative. Needs a loss
     that is a sum over samples, as ``GGN.directions`` does, which raises ``StructureError`` otherwise.
     """
-    if isinstance(given, Problem):
-        given = given.ggn()
+    given = given.ggn() if isinstance(given, Problem) else given
+    fits = isinstance(given, GGN | Directions)
+    check_given(fits, given, "plot.directions", "a Problem, what problem.ggn() returns, or its directions(k)")
     found = given if isinstance(given, Directions) else given.directions(k)
     ax = blank(ax)
     n = len(found.slopes)
@@ -262,12 +302,22 @@ def plan(given: Plan | Mapping[str, Plan], ax: Axes | None = None) -> Axes:
     ax.set_yticks(list(rows), list(plans))
     ax.invert_yaxis()
     ax.set(xlabel="MiB", xlim=(0, 1.45 * most or 1.0))
-    return _finished(ax)
+    return _finished(ax, above=True)
 
 
-def _finished(ax: Axes) -> Axes:
-    """With a legend where curves have names, and without the lines that say nothing."""
+def _counted(*axes: Any) -> None:
+    """Samples and eigenvalues come in whole numbers."""
+    from matplotlib.ticker import MaxNLocator
+
+    for axis in axes:
+        axis.set_major_locator(MaxNLocator("auto", integer=True))
+
+
+def _finished(ax: Axes, above: bool = False) -> Axes:
+    """With a legend where curves have names, ``above`` what is drawn, and without the lines that say nothing."""
     ax.spines[["top", "right"]].set_visible(False)
     if ax.get_legend_handles_labels()[1]:
-        ax.legend(frameon=False, fontsize=8)
+        legend = ax.legend(frameon=False, fontsize=8, loc="upper right" if above else "best")
+        if above:
+            figure.clear_of(ax, legend)
     return ax

@@ -1,6 +1,6 @@
-"""What the command line and the demo print and hand on: verifications as a table, everything as plain data.
+"""What the command line, the demo and the page say about results: as tables, as cells in the same words and digits.
 
-How a structure looks is decided in `verdicts.py`. Nothing is computed here.
+How a structure looks is decided in `verdicts.py`. Results come from the problem; here they are summed and compared.
 """
 
 from __future__ import annotations
@@ -10,12 +10,23 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
+from unbatch.ggn import Directions
+from unbatch.results import Rows
 from unbatch.verdicts import MARKS, NAMES, STYLES, TITLES, Structure
 from unbatch.verify import Check, Verification
 
 WIDTH = 110  # of what is written to a file or a pipe, where there is no terminal to ask
 
+MEANINGS = {
+    "canonical_split": "after the predictions no parameter enters the loss",
+    "independent_forward": "no prediction listens to another sample",
+    "simd_forward": "... and every sample is treated by the same function",
+    "simd_given_statistics": "... once a few numbers about the batch (its statistics) are given",
+    "reduction": "the loss is a weighted sum of one term per sample",
+    "simd_loss": "each prediction enters the loss through one number, the same function for all",
+}
 OUTCOMES = {
     True: Text("✓ passed", "green"),
     None: Text("– not tested", "yellow"),
@@ -72,3 +83,41 @@ def as_dict(structure: Structure, verification: Verification | None) -> dict[str
 
 def _check_dict(check: Check) -> dict[str, Any]:
     return vars(check) | {"witness": None if check.witness is None else dict(vars(check.witness))}
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+NORMS = ("rows by", "called", "mean norm", "smallest", "largest", "sum against the gradient")
+LARGEST = 3  # curvatures that are held against all
+SHARES = (
+    "eigenvalue", "slope", "γ_n smallest", "γ_n largest", "λ_n smallest", "λ_n mean", "λ_n largest",
+    f"largest {LARGEST} hold",
+)  # fmt: skip
+
+
+def number(x: Tensor | float) -> str:
+    return f"{float(x):.3g}"
+
+
+def share(x: Tensor | float) -> str:
+    """A relative difference: in per cent, or by its power of ten where that would be zero."""
+    return f"{float(x):.0%}" if float(x) >= 0.01 else f"{float(x):.0e}" if float(x) else "0"
+
+
+def norms(by: str, rows: Rows, gradient: Tensor) -> tuple[str, ...]:
+    """How large rows are, and how far their sum is from the gradient; under ``NORMS``."""
+    sizes, off = rows.flat().norm(dim=1), (rows.flat().sum(0) - gradient).norm() / gradient.norm()
+    return by, rows.kind, *map(number, (sizes.mean(), sizes.min(), sizes.max())), f"{share(off)} off"
+
+
+def distance(a: Rows, b: Rows) -> float:
+    """Relative, by the Frobenius norm."""
+    return float((a.flat() - b.flat()).norm() / a.flat().norm())
+
+
+def shares(found: Directions, i: int) -> tuple[str, ...]:
+    """What samples have of slope and curvature along the i-th eigenvector; under ``SHARES``."""
+    slopes, curved = found.slopes[:, i], found.curvatures[:, i]
+    held = curved.topk(min(LARGEST, len(curved))).values.sum() / curved.sum()
+    sizes = (found.values[i], slopes.sum(), slopes.min(), slopes.max(), curved.min(), curved.mean(), curved.max())
+    return *map(number, sizes), f"{float(held):.0%}"
