@@ -100,6 +100,7 @@ LEVELS = {
     # what a user touches
     "recording": 6,
     "checks": 6,
+    "meetings": 5,
     "stages": 5,
     "figure": 5,
     "diagram": 6,

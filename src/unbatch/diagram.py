@@ -17,7 +17,9 @@ from unbatch.stages import Stage, shown
 from unbatch.verdicts import MARKS, STYLES, TITLES, Structure, as_text
 
 STEP = 5  # characters from one column to the next
-LOOKS = {"statistics": "cyan", "mixed": "red", "unknown": "yellow", "whole": "red", "uneven": "magenta"}
+WIDTH, GAP = 110, 2  # characters of a line, and between its columns
+LOOKS = {"statistics": "cyan", "moved": "red", "mixed": "red", "unknown": "yellow", "whole": "red"}
+LOOKS |= {"uneven": "magenta"}
 
 ENDS = {
     "sum": "The loss is a weighted sum of those of the samples.",
@@ -52,7 +54,8 @@ class Diagram:
         met = [f"{s.name}: {s.remark}." for s in self.bands]
         ends = [ENDS[s.kind] for s in self.stages if s.role == "loss"]
         apart = [] if met else ["The samples stay separate up to their losses."]
-        return " ".join([f"The way of {self.samples} samples from inputs to loss.", *apart, *met, *ends])
+        samples = f"{self.samples} sample{'s' * (self.samples != 1)}"
+        return " ".join([f"The way of {samples} from inputs to loss.", *apart, *met, *ends])
 
     def __rich__(self) -> Group:
         table = Table(box=None, pad_edge=False, show_header=False)
@@ -60,14 +63,16 @@ class Diagram:
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")
         table.add_row("sample", columns(shown(self.samples)), "")
+        room = WIDTH - max(len(s.name) for s in self.stages) - STEP * len(shown(self.samples)) - 2 * GAP
         for stage in self.stages:
             style = LOOKS.get(stage.kind, "")
-            table.add_row(stage.name, Text(picture(stage, self.samples), style), Text(stage.remark, style))
+            remark = stage.remark if len(stage.remark) <= room else f"{stage.said}\n{stage.blamed}".strip()
+            table.add_row(stage.name, Text(picture(stage, self.samples), style), Text(remark, style))
         words = [Text(f"{MARKS[status]} {title}", STYLES[status]) for title, status in self.verdicts]
         return Group(table, Text("  ").join(words))
 
     def __str__(self) -> str:
-        return as_text(self.__rich__())
+        return as_text(self.__rich__(), WIDTH)
 
     def _repr_html_(self) -> str:
         """The drawing, where matplotlib is there, or else the text."""
@@ -86,11 +91,12 @@ def picture(stage: Stage, samples: int) -> str:
     width, reach = STEP * len(marks), STEP * len(marks) - STEP + 1
     if stage.role == "loss":
         sign = {"sum": " L = Σ wₙ ℓₙ ", "whole": " L ", "unknown": " L ? "}[stage.kind]
-        return f"└{sign.center(reach - 2, '─')}┘".center(width)
+        sign = sign if samples > 1 else sign.partition("=")[0]  # of one there is no sum
+        return (f"└{sign.center(reach - 2, '─')}┘" if samples > 1 else sign).center(width)
     if stage.apart:
         mark = {"inputs": "x", "predictions": "F", "losses": "ℓ"}.get(stage.role, "│")
         return columns([m if m == "⋯" else mark for m in marks])
     if stage.kind == "statistics":
         return f"├{f'>{stage.numbers}<'.center(reach - 2, '─')}┤".center(width)
-    fill, sign = ("░", " ? ") if stage.kind == "unknown" else ("█", "")
+    fill, sign = {"unknown": ("░", " ? "), "moved": ("╳", "")}.get(stage.kind, ("█", ""))
     return sign.center(reach, fill).center(width)

@@ -33,7 +33,7 @@ YELLOW, BLUE, VERMILLION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
 INK, PALE, GREY = "#222222", "#DCEBF5", "#6E6E6E"
 
 INCH = 0.62  # of one unit of the picture
-HEIGHTS = {"statistics": 1.55, "mixed": 1.05, "unknown": 1.05}  # of stages; others have 0.8
+HEIGHTS = {"statistics": 1.55, "moved": 1.05, "mixed": 1.05, "unknown": 1.05}  # of stages; others have 0.8
 BOX = (0.7, 0.44)  # of a sample
 GAP = 0.14  # between a band and the next stage
 SMALLEST = 2.0  # points of letters that are drawn
@@ -239,7 +239,7 @@ def _sample(ax: Axes, stage: Stage, x: float, y: float, label: str, last: int) -
     style: dict[str, Any] = {"boxstyle": "round,pad=0,rounding_size=0.09", "lw": 1.0}
     inner = stage.role == "module"
     face = PALE if inner else "white"
-    for shift in (0.07, 0.035, 0.0)[0 if stage.repeats > 1 else 2 :]:
+    for shift in (0.07, 0.035, 0.0)[0 if stage.repeats * stage.runs > 1 else 2 :]:
         corner = (x - width / 2 + shift, y - height / 2 + shift)
         ax.add_patch(FancyBboxPatch(corner, width, height, facecolor=face, edgecolor=BLUE, zorder=2, **style))
     number = "1" if last == 0 else label
@@ -276,18 +276,19 @@ def _neck(ax: Axes, stage: Stage, top: float, bottom: float, last: int) -> None:
 
 
 def _block(ax: Axes, stage: Stage, columns: Sequence[int], top: float, bottom: float, last: int) -> None:
-    """A band in which every sample may reach every other; hatched where that is not established."""
+    """A band in which every sample may reach every other, or another; hatched where that is not established."""
     from matplotlib.patches import Rectangle
 
-    known = stage.kind == "mixed"
+    known = stage.kind != "unknown"
     face, edge = ("#F7DDCC", VERMILLION) if known else ("white", GREY)
     corner, width = (-0.45, bottom), last + 0.9
     look: dict[str, Any] = {"hatch": None if known else "////", "lw": 1.4, "ls": "-" if known else "--"}
     ax.add_patch(Rectangle(corner, width, top - bottom, facecolor=face, edgecolor=edge, zorder=2, **look))
     if known:
-        for a in columns:
-            for b in columns:
-                ax.plot([a, b], [top, bottom], color=VERMILLION, lw=0.9, zorder=2.5)
+        every = [(a, b) for a in columns for b in columns]
+        another = list(zip(columns, [*columns[1:], *columns[:1]], strict=True))
+        for a, b in another if stage.kind == "moved" else every:
+            ax.plot([a, b], [top, bottom], color=VERMILLION, lw=0.9, zorder=2.5)
     else:
         card = {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "none"}
         middle = (top + bottom) / 2

@@ -73,6 +73,7 @@ class Walk:
     arranged: dict[int, Arranged | Ends] = field(default_factory=dict)
     belong: Mapping[int, int] = field(default_factory=dict)
     by_place: bool = False
+    afresh: bool = False
     facts: list[Fact] = field(default_factory=list)
     asked: dict[Escape, Marks] = field(default_factory=dict)  # what Python was told, at the moment when it asked
     above: tuple[Walk, Mapping[int, int]] | None = None  # the walk that this is part of, and its names of values
@@ -123,15 +124,16 @@ def walk(
     constant: Iterable[str] = (),
     belong: Mapping[int, int] | None = None,
     by_place: bool = False,
+    afresh: bool = False,
 ) -> Walk:
     """Propagate marks through ``steps``; ``given`` are the marks of what they start from.
 
     ``belong``: shared values, and the axis along which their entries are to count as those of the samples.
     ``by_place``: where samples meet in no symmetric way, slice n of the result counts as sample n's all the same.
+    ``afresh``: likewise, but only where it is beyond doubt which axis has such slices.
     """
-    out = Walk(
-        graph, Algebra(samples, constant=frozenset(constant)), dict(given), belong=belong or {}, by_place=by_place
-    )
+    algebra = Algebra(samples, constant=frozenset(constant))
+    out = Walk(graph, algebra, dict(given), belong=belong or {}, by_place=by_place, afresh=afresh)
     outside = [i for i in given if graph.values[i].kind in ("buffers", "constants")]
     out.facts += [Fact(i, alike, seen) for i in outside if (seen := alike(graph.values[i].concrete))]
     last, waiting = _last_uses(graph), sorted(graph.escapes, key=lambda e: e.step)
@@ -183,6 +185,8 @@ def _step(out: Walk, step: Step, last: Mapping[int, int]) -> None:
                 marks = _counted(out, ref, marks, step)
             if out.by_place and marks.mixed:
                 marks = _by_place(call, marks, ref)
+            if out.afresh and marks.mixed:
+                marks = _afresh(call, marks, ref)
             out.marks[ref.index] = marks
     _follow_order(out, call, step)
     hidden = (
@@ -224,6 +228,19 @@ def _by_place(call: rules.Call, marks: Marks, ref: Ref) -> Marks:
     axes = [x.sample_dim() for x in call.marks if x.owned]
     fitting = [d for d in [*axes[:1], *range(len(marks.shape))] if d is not None and marks.shape[d : d + 1] == (n,)]
     return batched(marks.shape, fitting[0], ("place", ref.index), marks.sources) if fitting else marks
+
+
+def _afresh(call: rules.Call, marks: Marks, ref: Ref) -> Marks:
+    """A result in which samples have met as one of new samples, along the axis that was that of the first operand's.
+
+    Not if that is its last axis, which most operations take for features; of a view of what is mixed, the first.
+    """
+    first = next((x for x in call.marks if x.owned), None)
+    views = any(r.alias_info is not None and not r.alias_info.is_write for r in call.op._schema.returns)
+    axis = first.sample_dim() if first is not None else 0 if views else None
+    last = len(marks.shape if first is None else first.shape) - 1
+    kept = axis is not None and axis < last and marks.shape[axis : axis + 1] == (call.algebra.samples,)
+    return batched(marks.shape, axis, ("afresh", ref.index), marks.sources) if axis is not None and kept else marks
 
 
 def _follow_order(out: Walk, call: rules.Call, step: Step) -> None:
