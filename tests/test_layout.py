@@ -59,6 +59,7 @@ LEVELS = {
     "derivatives": 2,
     # what follows from both
     "walk": 3,
+    "starts": 3,
     "split": 3,
     "verdicts": 3,
     "structure": 4,
@@ -81,6 +82,7 @@ LEVELS = {
     "sources": 6,
     "trust": 6,
     "quantities": 6,
+    "diagnostics": 6,
     "statistics": 6,
     "compression": 6,
     "curvature": 6,

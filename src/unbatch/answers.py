@@ -11,8 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from unbatch import quantities as known
-from unbatch import spectra
+from unbatch import diagnostics, quantities, spectra
 from unbatch.checks import check_by_of_columns
 from unbatch.columns import OfColumns
 from unbatch.errors import MSG_MONITOR_QUANTITY, InputError
@@ -97,14 +96,14 @@ class Asked:
 
 def spelled(cls: type) -> str:
     """``NoiseScale`` is asked for as "noise_scale"; ``Norms`` as what they are."""
-    return "squared_norms" if cls is known.Norms else re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.__name__).lower()
+    return "squared_norms" if cls is quantities.Norms else re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.__name__).lower()
 
 
 OF_ROWS: dict[str, Quantity] = {
     spelled(cls): cls()
     for cls in (
-        known.Norms, known.NoiseScale, known.NormTest, known.InnerProductTest, known.OrthogonalityTest,
-        known.EarlyStopping, known.Variance, known.SignalToNoise,
+        quantities.Norms, diagnostics.NoiseScale, diagnostics.NormTest, diagnostics.InnerProductTest,
+        diagnostics.OrthogonalityTest, diagnostics.EarlyStopping, quantities.Variance, diagnostics.SignalToNoise,
     )
 }  # fmt: skip
 ALONE: dict[str, Callable[[Asked], Answer]] = {

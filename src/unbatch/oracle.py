@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from unbatch.capture import Program, own_loss
 from unbatch.graph import Graph
 from unbatch.purity import untouched
+from unbatch.starts import prediction_dim
 from unbatch.structure import Findings, contiguous_blocks, used_predictions
-from unbatch.walk import prediction_dim
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 VARIANTS = ("rolled", "noisy", "large", "tiny", "zero", "huge")

@@ -6,6 +6,15 @@ It stands apart from `__init__.py` so that importing the package does not import
 from unbatch.columns import DiagGGN
 from unbatch.compression import Compression
 from unbatch.crosstalk import Crosstalk
+from unbatch.diagnostics import (
+    ClippedSum,
+    EarlyStopping,
+    InnerProductTest,
+    NoiseScale,
+    NormTest,
+    OrthogonalityTest,
+    SignalToNoise,
+)
 from unbatch.errors import (
     CaptureError,
     ConvergenceError,
@@ -22,22 +31,7 @@ from unbatch.ggn import GGN
 from unbatch.monitor import Monitor
 from unbatch.page import write_report
 from unbatch.problem import Problem
-from unbatch.quantities import (
-    ClippedSum,
-    Dots,
-    EarlyStopping,
-    Gradients,
-    Histogram,
-    InnerProductTest,
-    NoiseScale,
-    Norms,
-    NormTest,
-    OrthogonalityTest,
-    SecondMoment,
-    SignalToNoise,
-    SumOfSquares,
-    Variance,
-)
+from unbatch.quantities import Dots, Gradients, Histogram, Norms, SecondMoment, SumOfSquares, Variance
 from unbatch.recording import assume_independent
 from unbatch.results import Rows
 from unbatch.rules import register_rule

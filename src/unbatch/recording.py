@@ -25,10 +25,10 @@ from unbatch.labels import Marks
 from unbatch.oracle import Oracle
 from unbatch.purity import random_state, untouched
 from unbatch.setting import Setting
+from unbatch.starts import forward_marks
 from unbatch.structure import Findings, judge
 from unbatch.verdicts import Structure
 from unbatch.verify import settle
-from unbatch.walk import forward_marks
 from unbatch.witness import unfaithful
 
 MOST_NAMED = 4  # places in a message

@@ -18,8 +18,9 @@ from unbatch.labels import SHARED, Marks
 from unbatch.operands import Operands
 from unbatch.route import Route
 from unbatch.sites import Flow, flow, spread
+from unbatch.starts import prediction_dim
 from unbatch.structure import used_predictions
-from unbatch.walk import Fact, Walk, prediction_dim, walk
+from unbatch.walk import Fact, Walk, walk
 
 WIDE = 1e-8  # what may be lost in float64
 ROUNDING = {torch.float64: WIDE, torch.complex128: WIDE, torch.float32: 2e-3, torch.complex64: 2e-3}

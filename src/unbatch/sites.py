@@ -21,8 +21,9 @@ from unbatch.graph import Graph, Ref, Step, is_ref
 from unbatch.labels import SHARED, Marks
 from unbatch.layout import Layout, Scattered, layout_of
 from unbatch.purity import HIDDEN_WRITES
+from unbatch.starts import prediction_dim
 from unbatch.structure import holds_its_place, used_predictions
-from unbatch.walk import Walk, prediction_dim
+from unbatch.walk import Walk
 
 BATCH_NORMS = ("native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm", "miopen_batch_norm")
 CUTS = ("detach", "bernoulli_", "zero_", "sign", "round", "floor", "ceil")

@@ -21,7 +21,8 @@ from unbatch.folds import Fold
 from unbatch.graph import Graph, Ref, Step
 from unbatch.labels import Array, Marks, code
 from unbatch.rules import stand_in
-from unbatch.walk import Walk, scrambled
+from unbatch.starts import scrambled
+from unbatch.walk import Walk
 
 
 def split(graph: Graph, forward: Walk) -> tuple[Graph, list[Step]]:

@@ -19,6 +19,7 @@ from unbatch.graph import Escape, Graph, Ref, Step
 from unbatch.labels import MIXED, SHARED, Marks
 from unbatch.rules import ASSUMED
 from unbatch.split import folded, placed, split
+from unbatch.starts import forward_marks, loss_marks, prediction_dim, scrambled
 from unbatch.verdicts import (
     DEFAULT_REMEDY,
     REMEDY,
@@ -30,7 +31,7 @@ from unbatch.verdicts import (
     culprit,
     escape_culprit,
 )
-from unbatch.walk import Walk, forward_marks, loss_marks, prediction_dim, scrambled, walk
+from unbatch.walk import Walk, walk
 
 # --- reading marks --------------------------------------------------------------------------------
 
