@@ -231,8 +231,8 @@ VANISHING_INSIDE = (
     "To cut the model elsewhere, let it return its logits and pass the loss beside it: Problem(model, loss, (X, y)).",
 )
 VANISHING = (
-    "its predictions, as absolute, hinge and, far out, Huber losses are",
-    "Gradients and their norms tell what there is to tell; for curvature take a loss that bends there.",
+    "its predictions, as absolute, hinge and, far out, Huber losses are, and nll_loss in log-probabilities",
+    "For curvature take a loss that bends there, or cut elsewhere: cross_entropy in logits has what nll_loss has not.",
 )
 
 MSG_NO_BLOCKS = (
