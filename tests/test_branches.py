@@ -342,7 +342,7 @@ def test_a_shortcut_with_other_values_leaves_it_open():
 
 class Equal(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if torch.equal(x, x.abs()) else super().forward(-x)
+        return super().forward(x) if torch.equal(x, x.abs()) else super().forward(x + 0 * x.mean(0))
 
 
 def test_what_an_op_answers_can_be_declared_harmless(monkeypatch):
