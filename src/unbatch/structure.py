@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
+from unbatch import rules
 from unbatch.algebra import Algebra, Use
 from unbatch.folds import Fold
 from unbatch.graph import Escape, Graph, Ref, Step
 from unbatch.labels import MIXED, SHARED, Marks
-from unbatch.rules import ASSUMED
 from unbatch.split import folded, placed, split
 from unbatch.starts import forward_marks, loss_marks, prediction_dim, scrambled
 from unbatch.verdicts import (
@@ -178,7 +178,7 @@ def _tells(escape: Escape, walk_: Walk) -> bool:
 def _declared(graph: Graph, escape: Escape, assumed: Sequence[str]) -> bool:
     """The user has declared the module that asks harmless, or the op whose result is told."""
     maker = graph.values[escape.ref.index].step
-    by_op = maker >= 0 and graph.steps[maker].op in ASSUMED
+    by_op = maker >= 0 and graph.steps[maker].op in rules.ASSUMED
     return by_op or any(escape.module == m or escape.module.startswith(m + ".") for m in assumed)
 
 
