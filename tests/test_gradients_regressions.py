@@ -283,6 +283,9 @@ ASKED = {
     "diagonal": lambda p, G: G.diag(),
     "eigenvalues": lambda p, G: G.eigvalsh(),
     "solution": lambda p, G: G.solve(torch.ones(G.shape[0], dtype=G.dtype), damping=0.1),
+    "curvatures along eigenvectors": lambda p, G: G.directions(2).curvatures,
+    "Newton step": lambda p, G: G.newton_step(0.1, 2)["1.weight"],
+    "entries estimated": lambda p, G: G.estimate_diag(4, control=p.ggn(by="frozen")).values,
     "eigenpairs by products": lambda p, G: ub.spectra.eigh(G, 2).values,
 }
 

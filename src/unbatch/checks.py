@@ -99,6 +99,11 @@ def check_memory(memory: int | None, device: torch.device) -> int:
     return int(min(memory, sys.maxsize))
 
 
+def check_by(by: str) -> None:
+    if by not in ("component", "copy", "frozen"):
+        raise InputError(errors.MSG_BY.format(value=by))
+
+
 def check_by_of_columns(by: str) -> None:
     """The Gauss-Newton matrix is made of derivatives of the predictions, which no copy has for itself."""
     if by not in ("component", "frozen"):

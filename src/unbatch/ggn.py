@@ -86,6 +86,7 @@ class Directions:
         return self.space.named(self.vectors)
 
 
+@outside_inference_mode("_apply")
 class GGN(Operator):
     """G at the parameters and the batch of the moment it was made; a symmetric operator on flat vectors and dicts.
 
@@ -111,13 +112,11 @@ class GGN(Operator):
     # -- what it is made of --
 
     @property
-    @outside_inference_mode
     def linearised(self) -> Linearised:
         self._fresh()
         return self.point.curvature.linearised
 
     @cached_property
-    @outside_inference_mode
     def root(self) -> Root:
         """``S``: a root of the second derivative of the loss, or of the part that was asked for."""
         self._fresh()
@@ -155,7 +154,6 @@ class GGN(Operator):
 
     # -- products --
 
-    @outside_inference_mode
     def _apply(self, v: Tensor) -> Tensor:
         lin = self.linearised
         assert self.space is not None
@@ -167,24 +165,20 @@ class GGN(Operator):
             return out[0][:, None]
         return torch.stack(out, 1) if out else torch.zeros_like(v)
 
-    @outside_inference_mode
     def _hessian(self, v: Mapping[int, Tensor]) -> dict[int, Tensor]:
         if self.draws is None and self.chosen is None and "root" not in self.__dict__:
             return self.point.curvature.loss.hessian_times(v)
         return self.root.hessian_times(v)
 
-    @outside_inference_mode
     def _from_columns(self, a: Tensor) -> Tensor:
         """``V a``, ``[D]``."""
         return self._flat(self.root.times(a.to(self.device, self.dtype)))
 
-    @outside_inference_mode
     def _flat(self, cotangents: Mapping[int, Tensor]) -> Tensor:
         """``Jᵀ u``, ``[D]``."""
         assert self.space is not None
         return self.space.flat(self.linearised.pull(cotangents, self.space.shapes))
 
-    @outside_inference_mode
     def _to_columns(self, v: Tensor) -> Tensor:
         """``Vᵀ v``, ``[size]``."""
         assert self.space is not None

@@ -143,7 +143,7 @@ class Graph:
     def forward_steps(self) -> list[Step]:
         return [s for s in self.steps if s.index not in self.after_cut]
 
-    @cached_property
+    @property
     def unregistered(self) -> list[tuple[Value, Step]]:
         """Tensors that require a gradient and are no parameters of the program, with the step that first uses each."""
         users: dict[int, Step] = {}

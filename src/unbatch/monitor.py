@@ -22,7 +22,7 @@ from torch import nn
 
 from unbatch import errors
 from unbatch.answers import ALONE, USUAL, Answer, Asked, chosen, of_columns, scalars
-from unbatch.checks import check_callable
+from unbatch.checks import check_by, check_callable
 from unbatch.errors import InputError, MonitorWarning
 from unbatch.journal import Journal
 from unbatch.problem import Problem
@@ -215,7 +215,7 @@ class Monitor:
         if not 0 < share < math.inf:
             raise InputError(errors.MSG_POSITIVE.format(what="share", value=share))
         self.model, self.loss, self.wanted = model, loss, chosen(quantities)
-        check_by(by, self.wanted)
+        check_rows(by, self.wanted)
         self.samples, self.by = samples, by
         self.parameters = list(parameters) if isinstance(parameters, Iterator) else parameters
         self.dims = {"in_dims": in_dims, "sample_dims": sample_dims}
@@ -396,9 +396,8 @@ class Monitor:
             torch.accelerator.synchronize()
 
 
-def check_by(by: str, wanted: Mapping[str, Quantity | None]) -> None:
-    if by not in ("component", "copy", "frozen"):
-        raise InputError(errors.MSG_BY.format(value=by))
+def check_rows(by: str, wanted: Mapping[str, Quantity | None]) -> None:
+    check_by(by)
     none = [name for name, quantity in wanted.items() if by == "copy" and of_columns(name, quantity)]
     if none:
         rest = [name for name in wanted if name not in none]

@@ -16,6 +16,7 @@ from unbatch.blocks import BlockGGN
 from unbatch.capture import Program
 from unbatch.checks import (
     check_blocks,
+    check_by,
     check_by_of_columns,
     check_callable,
     check_devices,
@@ -51,6 +52,7 @@ from unbatch.verdicts import Structure
 from unbatch.verify import Verification, verify
 
 
+@outside_inference_mode()
 class Problem:
     """A model, a loss and a mini-batch.
 
@@ -124,12 +126,10 @@ class Problem:
     # -- questions --
 
     @property
-    @outside_inference_mode
     def structure(self) -> Structure:
         """The six verdicts, with culprits, statistics and what follows. Cost: a few forward passes."""
         return self._recorded().structure
 
-    @outside_inference_mode
     def diagram(self) -> Diagram:
         """The structure as a picture: samples are columns, stages from inputs to loss are rows, mixing is a band.
 
@@ -141,13 +141,11 @@ class Problem:
         called = "its own loss" if loss is None else getattr(loss, "__name__", type(loss).__name__)
         return Diagram.of(kept.structure, stages(kept.graph, kept.findings, kept.structure, dict(named), called))
 
-    @outside_inference_mode
     def verify(self) -> Verification:
         """Put every verdict to a numerical test, the proved ones too. Cost: some dozens of forward passes."""
         kept = self._recorded()
         return verify(kept.structure, kept.oracle, kept.predictions)
 
-    @outside_inference_mode
     def crosstalk(
         self, probes: int | None = None, *, samples: Sequence[int] | Tensor | None = None
     ) -> Crosstalk:  # fmt: skip
@@ -161,7 +159,6 @@ class Problem:
         kept = self._recorded()
         return crosstalk(kept.oracle, probes, None if picked is None else picked.tolist())
 
-    @outside_inference_mode
     def predictions(self) -> Any:
         """``F``: what the model predicts on the batch, with the noise of the recorded run.
 
@@ -171,7 +168,6 @@ class Problem:
         found = kept.predictions if self.program.loss is not None else kept.at_the_cut
         return tree_map(lambda t: t.detach().clone() if isinstance(t, Tensor) else t, found)
 
-    @outside_inference_mode
     def gradient(self) -> dict[str, Tensor]:
         """``∇L`` by every parameter that requires a gradient, as it enters the loss; ``.grad`` is not touched.
 
@@ -182,7 +178,6 @@ class Problem:
         with untouched(self.program.modules, kept.graph.rng), torch.enable_grad():
             return gradients([self._loss_of(self.program.predict(self.inputs))], wanted)
 
-    @outside_inference_mode
     def gradients(
         self,
         by: str = "component",
@@ -206,7 +201,6 @@ class Problem:
         assert isinstance(rows, Rows)
         return rows
 
-    @outside_inference_mode
     def compute(
         self,
         *quantities: Quantity,
@@ -229,7 +223,6 @@ class Problem:
         results = self._question(by, parameters, memory, of_columns).answer(quantities)
         return results[0] if len(results) == 1 else tuple(results)
 
-    @outside_inference_mode
     def plan(
         self,
         *quantities: Quantity,
@@ -269,7 +262,6 @@ class Problem:
         memory: int | None = None,
     ) -> BlockGGN: ...
 
-    @outside_inference_mode
     def ggn(
         self,
         parameters: Selection = None,
@@ -349,8 +341,7 @@ class Problem:
         """A question whose arguments are seen to be sound. ``of_columns``: of the Gauss-Newton matrix."""
         if of_columns:
             check_by_of_columns(by)
-        if by not in ("component", "copy", "frozen"):
-            raise InputError(errors.MSG_BY.format(value=by))
+        check_by(by)
         program = self._refreshed()
         chosen = select(program.parameters, parameters)
         if of_columns:

@@ -10,7 +10,8 @@ import functools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ParamSpec, TypeVar
+from types import FunctionType
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,8 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from unbatch.processes import check_alone
 
-P = ParamSpec("P")
-R = TypeVar("R")
+C = TypeVar("C")
 
 # Ops that write to arguments without saying so in their schema: positions, given that the flag argument is true.
 HIDDEN_WRITES = {
@@ -69,14 +69,31 @@ def untouched(modules: Sequence[nn.Module], seed: tuple[Any, ...] | None = None)
         set_random_state(before)
 
 
-def outside_inference_mode(function: Callable[P, R]) -> Callable[P, R]:
-    """A question leaves inference mode, where autograd keeps nothing and derivatives would come out as zero.
+def outside_inference_mode(*others: str) -> Callable[[type[C]], type[C]]:
+    """For a class of questions: its public methods and properties, and ``others`` by name, leave inference mode.
 
-    Tensors that were made there cannot take part in derivatives; those among the arguments are copied.
+    Autograd keeps nothing there, and derivatives would come out as zero. Tensors that were made there cannot take part
+    in derivatives; those among the arguments are copied.
     """
 
+    def decorate(cls: type[C]) -> type[C]:
+        for name, member in list(vars(cls).items()):
+            if name.startswith("_") and name not in others:
+                continue
+            if isinstance(member, FunctionType):
+                setattr(cls, name, _left(member))
+            elif isinstance(member, property) and member.fget is not None:
+                setattr(cls, name, property(_left(member.fget), member.fset, member.fdel))
+            elif isinstance(member, functools.cached_property):
+                member.func = _left(member.func)
+        return cls
+
+    return decorate
+
+
+def _left(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
-    def asked(*args: P.args, **kwargs: P.kwargs) -> R:
+    def asked(*args: Any, **kwargs: Any) -> Any:
         with torch.inference_mode(False):
             return function(*tree_map(_ordinary, args), **kwargs)
 

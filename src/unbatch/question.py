@@ -35,6 +35,7 @@ from unbatch.verdicts import TITLES, Structure
 from unbatch.weights import weights
 
 
+@outside_inference_mode("_answered")
 @dataclass(frozen=True)
 class Question:
     """``by``: the decomposition; ``memory``: bytes for temporaries."""
@@ -77,7 +78,6 @@ class Question:
             at = Point(self.parameters, self.samples, curvature, ask, kept.is_stale, self.memory)
             return made_of(at, blocks, draws, picked)
 
-    @outside_inference_mode
     def _answered(
         self, quantities: Sequence[Quantity], label: Label, out: Mapping[str, Tensor],
         curvature: Callable[[], Curvature] | None = None,

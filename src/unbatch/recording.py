@@ -84,6 +84,7 @@ class Recording:
     skeleton: Any
     where: str  # the line of the user to whom verdicts belong
     connected: bool  # the loss, with what requires a gradient
+    unregistered: str  # tensors whose gradients are overlooked, in words
     output: Any = None  # what the model returned
     _structure: Structure | None = None
     _findings: Findings | None = None
@@ -123,6 +124,7 @@ class Recording:
             skeleton,
             where,
             loss.requires_grad,
+            _unregistered(graph, where),
             _cut(output),
         )
 
@@ -157,20 +159,11 @@ class Recording:
 
     # -- what is known about it --
 
-    @property
-    def unregistered(self) -> str:
-        """In words, the tensors whose gradients are overlooked; empty where there are none."""
-        found = self.graph.unregistered
-        places = dict.fromkeys(f"{list(v.shape)} ({_place(s.where or self.where)})" for v, s in found)
-        listed = ", ".join([*places][:MOST_NAMED]) + (", .." if len(places) > MOST_NAMED else "")
-        count = f"{len(found)} tensor{'s' * (len(found) != 1)}"
-        return errors.MSG_UNREGISTERED.format(count=count, places=listed) if found else ""
-
     def check_connected(self) -> None:
         """Raises ``StructureError`` where autograd does not reach from the loss to anything."""
         if not self.connected:
             cuts = [s for s in self.graph.steps if s.where and (s.name == "detach" or not s.grad)]
-            place = f", such as at {_place(cuts[-1].where)}" if cuts else ""
+            place = f", such as at {os.path.basename(cuts[-1].where)}" if cuts else ""
             raise StructureError(errors.MSG_DETACHED.format(place=place))
 
     @property
@@ -273,14 +266,19 @@ class Recording:
         return self._setting
 
 
+def _unregistered(graph: Graph, where: str) -> str:
+    """In words, the tensors whose gradients are overlooked; empty where there are none."""
+    found = graph.unregistered
+    places = dict.fromkeys(f"{list(v.shape)} ({os.path.basename(s.where or where)})" for v, s in found)
+    listed = ", ".join([*places][:MOST_NAMED]) + (", .." if len(places) > MOST_NAMED else "")
+    count = f"{len(found)} tensor{'s' * (len(found) != 1)}"
+    return errors.MSG_UNREGISTERED.format(count=count, places=listed) if found else ""
+
+
 def _looks_swapped(program: Program) -> bool:
     """The loss has parameters, and the model has none."""
     has = [isinstance(m, nn.Module) and any(True for _ in m.parameters()) for m in (program.model, program.loss)]
     return not program.functional and has == [False, True]
-
-
-def _place(where: str) -> str:
-    return os.path.basename(where)
 
 
 def _cut(output: Any) -> Any:

@@ -165,9 +165,8 @@ def statistics_of_data(graph: Graph, forward: Walk) -> list[Step]:
 def _asked(graph: Graph, forward: Walk, own: bool) -> tuple[list[Escape], list[Escape]]:
     """What Python reads on the way to the predictions, and what it reads later, which does not lead to them."""
     last = max(forward.ancestors(used_predictions(graph)), default=-1) if own else -1
-    later = [e.step > last if own else e.in_loss for e in graph.escapes]
-    before = [e for e, late in zip(graph.escapes, later, strict=True) if not late]
-    return before, [e for e, late in zip(graph.escapes, later, strict=True) if late]
+    late = lambda e: e.step > last if own else e.in_loss  # noqa: E731
+    return [e for e in graph.escapes if not late(e)], [e for e in graph.escapes if late(e)]
 
 
 def _tells(escape: Escape, walk_: Walk) -> bool:
