@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from unbatch import rules
+from unbatch import errors
 
 torch.set_num_threads(1)
 
@@ -15,7 +15,7 @@ settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
-rules.STRICT = True  # an error inside a rule is a bug here, not an "unknown"
+errors.STRICT = True  # an error inside a rule is a bug here, not an "unknown"
 
 
 @pytest.fixture(autouse=True)

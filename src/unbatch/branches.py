@@ -11,7 +11,7 @@ import linecache
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from unbatch import rules
+from unbatch import errors
 from unbatch.capture import LIBRARY, Program, record_answered
 from unbatch.graph import Graph
 from unbatch.reading import Reading
@@ -36,7 +36,7 @@ def stands_for_all(program: Program, inputs: Any, targets: Any, graph: Graph) ->
     except Undecided:
         return None
     except Exception:  # a value that no rule here was made for: nothing is proved
-        if rules.STRICT:
+        if errors.STRICT:
             raise
         return None
 

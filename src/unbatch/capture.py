@@ -13,8 +13,8 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from types import FrameType
-from typing import Any
+from types import CodeType, FrameType
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from unbatch.errors import HERE
 from unbatch.folds import Fold
 from unbatch.graph import Escape, Graph, ModuleCall, Ref, Step, Value, flat, is_ref
 from unbatch.processes import check_alone
@@ -31,8 +32,11 @@ from unbatch.unwrapped import inside, plainly
 
 aten = torch.ops.aten
 
-LIBRARY = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.path.abspath(__file__)) + os.sep)
-USER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "demo.py")  # reads as a user's program does
+P = ParamSpec("P")
+T = TypeVar("T")
+LIBRARY = (os.path.dirname(torch.__file__) + os.sep, HERE)
+USER = os.path.join(HERE, "demo.py")  # reads as a user's program does
+ENTRIES: set[CodeType] = set()  # code of the functions that start a recording: no user's frame lies above them
 
 
 # --- the recorder ---------------------------------------------------------------------------------
@@ -267,10 +271,16 @@ def users_line() -> str:
         file = frame.f_code.co_filename
         if (not file.startswith(LIBRARY) and not file.startswith("<frozen")) or file == USER:
             return f"{file}:{frame.f_lineno}"
-        if frame.f_code in (record.__code__, record_answered.__code__):
+        if frame.f_code in ENTRIES:
             return ""
         frame = frame.f_back
     return ""
+
+
+def entry(function: Callable[P, T]) -> Callable[P, T]:
+    """Mark a function that starts a recording, where the search for the user's line ends."""
+    ENTRIES.add(function.__code__)
+    return function
 
 
 def _sure(op: Any, args: Any, kwargs: Any) -> bool:
@@ -393,6 +403,7 @@ def moved(graph: Graph, program: Program, inputs: Any, targets: Any, rng: tuple[
     return graph.moved(dict(enumerate([*data, *(t for _, _, t in outside(program))])), rng)
 
 
+@entry
 def record(program: Program, inputs: Any, targets: Any) -> tuple[Graph, Any]:
     """Run the program once, recording it. Returns the graph, and the model's output together with the loss."""
     follow = True
@@ -436,6 +447,7 @@ def _made_from_numbers(graph: Graph, value: int) -> bool:
     return bool(users) and users[0].name in ("lift_fresh", "lift")
 
 
+@entry
 def record_answered(program: Program, inputs: Any, targets: Any, answers: Sequence[bool]) -> Graph:
     """A recording on which the first booleans that Python asks for are answered as given; as far as the program got."""
     recorder = Recorder(_names(program), answers)

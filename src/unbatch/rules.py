@@ -27,7 +27,6 @@ CUSTOM: dict[Any, Rule] = {}  # by op overload, registered from outside
 ASSUMED: dict[Any, str] = {}  # ops declared to act on each sample alone
 
 NO_RULE = "no rule"
-STRICT = False  # let errors inside rules through instead of treating the op as unknown (for tests)
 
 
 @dataclass

@@ -42,7 +42,7 @@ def select(parameters: Mapping[str, Tensor], wanted: Selection) -> dict[str, Ten
 def _listed(wanted: Iterable[str | Tensor], parameters: Mapping[str, Tensor]) -> list[str | Tensor]:
     asked = list(wanted) if isinstance(wanted, Iterable) else []
     if not asked or not all(isinstance(w, str | Tensor) for w in asked):
-        raise InputError(errors.MSG_NO_SELECTION.format(value=wanted, names=_some(parameters)))
+        raise InputError(errors.MSG_NO_SELECTION.format(value=wanted, names=names_of(parameters)))
     return asked
 
 
@@ -56,11 +56,11 @@ def _meant(wanted: str | Tensor, parameters: Mapping[str, Tensor]) -> list[str]:
     if not found:
         close = get_close_matches(str(wanted), parameters, 3) if isinstance(wanted, str) else []
         hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
-        raise InputError(errors.MSG_NO_SUCH_PARAMETER.format(value=what, names=_some(parameters)) + hint)
+        raise InputError(errors.MSG_NO_SUCH_PARAMETER.format(value=what, names=names_of(parameters)) + hint)
     return found
 
 
-def _some(parameters: Mapping[str, object], most: int = 6) -> str:
+def names_of(parameters: Mapping[str, object], most: int = 6) -> str:
     names = [repr(n) for n in parameters]
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
@@ -92,7 +92,7 @@ class Space:
         unknown = [n for n in tensors if n not in self.shapes]
         if unknown:
             raise InputError(
-                errors.MSG_NO_SUCH_PARAMETER.format(value=repr(unknown[0]), names=_some(dict(self.shapes)))
+                errors.MSG_NO_SUCH_PARAMETER.format(value=repr(unknown[0]), names=names_of(dict(self.shapes)))
             )
         return torch.cat([tensors[n].reshape(-1) for n in self.shapes])
 

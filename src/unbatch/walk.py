@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from unbatch import indexing, layers, loss_rules, moves, rules  # noqa: F401  their rules are registered by importing them
+from unbatch import errors, indexing, layers, loss_rules, moves, rules  # noqa: F401  their rules are registered by importing them
 from unbatch.algebra import Algebra
 from unbatch.arranged import Arranged, Ends, follow
 from unbatch.capture import Recorder
@@ -253,7 +253,7 @@ def _follow_order(out: Walk, call: rules.Call, step: Step) -> None:
     try:
         outcomes = follow(call, step.index, known, rules.lookup(call.op))
     except Exception:
-        if rules.STRICT:
+        if errors.STRICT:
             raise
         return
     if outcomes:
@@ -331,7 +331,7 @@ def _apply(out: Walk, call: rules.Call, step: Step) -> list[Marks | None]:
     try:
         result = function(call)
     except Exception as error:
-        if rules.STRICT:
+        if errors.STRICT:
             raise
         out.unknown[step.index] = f"{step.name} (its rule raised {type(error).__name__})"
         result = rules.unknown(call)

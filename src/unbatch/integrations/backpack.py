@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from unbatch import Problem, quantities
+from unbatch import quantities
 from unbatch.columns import DiagGGN, OfColumns
 from unbatch.consequences import consequence
 from unbatch.contractions import wide
@@ -24,6 +24,7 @@ from unbatch.curvature import Curvature
 from unbatch.errors import MSG_NOT_POSITIVE, InputError, StructureError
 from unbatch.operator import Operator
 from unbatch.parts import Part
+from unbatch.problem import Problem
 from unbatch.quantities import About, Collector, Quantity
 from unbatch.results import ByParameter
 from unbatch.roots import Factor, Root

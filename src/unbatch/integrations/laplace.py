@@ -16,11 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from unbatch import GGN, DiagGGN, Problem, spectra
+from unbatch import spectra
+from unbatch.columns import DiagGGN
 from unbatch.consequences import consequence
 from unbatch.errors import StructureError
+from unbatch.ggn import GGN
 from unbatch.integrations import needed
 from unbatch.operator import Operator, sum_of
+from unbatch.problem import Problem
 from unbatch.purity import untouched
 
 MSG_KRON = (

@@ -13,9 +13,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from unbatch import ClippedSum, Norms, Problem, Structure, Verdict
+from unbatch.diagnostics import ClippedSum
 from unbatch.errors import InputError, StructureError
-from unbatch.verdicts import TITLES, Culprit
+from unbatch.problem import Problem
+from unbatch.quantities import Norms
+from unbatch.verdicts import TITLES, Culprit, Structure, Verdict
 
 MSG_REQUIRED = {
     "canonical_split": "the parameters also enter the loss beside the predictions, and what comes that way is no "
