@@ -1,6 +1,6 @@
 """One page of what was measured: each quantity beside the fastest other tool that got it right.
 
-Made of `benchmarks/results/*.json` alone: `python benchmarks/overview.py` writes `docs/benchmarks_overview.md`, and
+Made of `benchmarks/results/*.json` alone: `python benchmarks/overview.py` writes `docs/benchmarks/overview.md`, and
 tests/test_docs.py holds the page against the results.
 """
 
@@ -12,8 +12,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "benchmarks_overview.md"
+PAGE = ROOT / "docs" / "benchmarks" / "overview.md"
 OURS = "unbatch"
+SCRIPTS = {
+    "gradients": "`benchmarks/gradients_cost.py`",
+    "ggn": "`benchmarks/ggn_cost.py`",
+    "capture": "`benchmarks/structure_cost.py`",
+    "monitor": "`benchmarks/monitor_overhead.py`",
+}
 RIGHT = ("ok", "estimated")
 
 HEAD = """# Numbers at a glance
@@ -41,11 +47,12 @@ def page(found: dict[str, Any]) -> str:
     of_gradients = [{"workload": name, **r} for name, r in gradients["results"].items()]
     parts = [
         HEAD,
-        _section("Gradients", "gradients_benchmark.md", gradients, of_gradients),
-        _section("The Gauss-Newton matrix", "ggn_benchmark.md", ggn, ggn["results"]),
+        _section("Gradients", "gradients.md", gradients, of_gradients),
+        _section("The Gauss-Newton matrix", "ggn.md", ggn, ggn["results"]),
         _accuracy(found["accuracy"]),
         _structure(found["capture"], found["zoo"]["rows"]),
         monitor(found["monitor"]),
+        _controls({name: found[name] for name in ("gradients", "ggn", "capture", "monitor")}),
     ]
     return "\n".join(parts)
 
@@ -86,7 +93,7 @@ def _accuracy(found: dict[str, Any]) -> str:
         for p in found["points"]
         if p["way"] == "compressed"
     ]
-    what = "The Gauss-Newton diagonal under batch norm, to a tolerance. [All of it](ggn_accuracy.md)."
+    what = "The Gauss-Newton diagonal under batch norm, to a tolerance. [All of it](accuracy.md)."
     head = f"## Accuracy for cost\n\n{what}\n"
     return "\n".join([head, _table(["net", "", "pullbacks", "error", "stated"], rows)])
 
@@ -105,16 +112,30 @@ def _structure(capture: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         f"that fail: {counts['fails']}, unknown: {counts['unknown']}; rows that an experiment contradicts: "
         f"{contradicted}.\n"
     )
-    head = "## Structure\n\nWhat it costs to ask, in plain training steps. [All of it](benchmarks.md).\n"
+    head = "## Structure\n\nWhat it costs to ask, in plain training steps. [All of it](structure.md).\n"
     return "\n".join([head, _table(["model", "first question", "second question"], costs), told])
 
 
 def monitor(run: dict[str, Any]) -> str:
     where = f"Measured on {run['date']}, {run['device']}, torch {run['torch']}."
     what = "What `ub.Monitor` adds to the training of the demo's net, by CPU time."
-    head = f"## Monitoring\n\n{where} {what} [How that is bounded](monitor.md#what-it-costs).\n"
+    head = f"## Monitoring\n\n{where} {what} [How that is bounded](../guides/monitor_training.md#what-it-costs).\n"
     columns = ["setting", "steps", "training", "first question", "added", "by its own account", "lines"]
     return "\n".join([head, _table(columns, [_monitored(case) for case in run["cases"]])])
+
+
+def _controls(runs: dict[str, dict[str, Any]]) -> str:
+    what = (
+        "A fixed piece of plain PyTorch (three layers of width 512, 256 samples, forward and backward), timed in the "
+        "same run as the figures: it tells a slow machine from slow code. A dash stands where none was timed."
+    )
+    rows = []
+    for name, run in runs.items():
+        measured = run.get("control_ms")
+        milliseconds = "–" if measured is None else f"{measured:.3g} ms"
+        rows.append([SCRIPTS[name], run.get("date", "–"), run["torch"], milliseconds])
+    columns = ["measured by", "on", "torch", "control"]
+    return "\n".join([f"## Control\n\n{what}\n", _table(columns, rows)])
 
 
 def _monitored(case: dict[str, Any]) -> list[Any]:

@@ -1,6 +1,6 @@
-"""Asks every zoo entry about its structure and some numbers, in train and in eval mode; writes `docs/zoo.md`.
+"""The verdicts and some numbers of every zoo entry, in train and in eval mode; writes `docs/benchmarks/zoo.md`.
 
-    python benchmarks/zoo_table.py                  every entry, into docs/zoo.md and results/zoo.json
+    python benchmarks/zoo_table.py                  every entry, into docs/benchmarks/zoo.md and results/zoo.json
     python benchmarks/zoo_table.py --resume         ... but for those that are in results/zoo.json
     python benchmarks/zoo_table.py bert cv-resnet   these entries, printed
     python benchmarks/zoo_table.py --quick          every eighth entry, printed
@@ -30,13 +30,13 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-import exam  # noqa: E402
 import unbatch as ub  # noqa: E402
-from exam import QUESTIONS, Answer, Exam  # noqa: E402
+from lib import exam  # noqa: E402
+from lib.exam import QUESTIONS, Answer, Exam  # noqa: E402
 from unbatch.verdicts import MARKS, NAMES, TITLES  # noqa: E402
 from zoo import ENTRIES, N, ZooEntry, entry  # noqa: E402
 
-DOCS = ROOT / "docs" / "zoo.md"
+DOCS = ROOT / "docs" / "benchmarks" / "zoo.md"
 RESULTS = ROOT / "benchmarks" / "results" / "zoo.json"
 MODES = ("train", "eval")
 PACKAGES = ("torch", "transformers", "pytorchcv")
@@ -184,7 +184,7 @@ COLUMNS = ("split", "independent", "SIMD", "SIMD given s", "reduction", "SIMD lo
 
 
 def page(table: Sequence[Row]) -> str:
-    """`docs/zoo.md`: how it was made, the table, and what stayed unknown and why."""
+    """`docs/benchmarks/zoo.md`: how it was made, the table, and what stayed unknown and why."""
     versions = {name: version(name).partition("+")[0] for name in PACKAGES}
     legend = ", ".join(f"{mark} {status}" for status, mark in MARKS.items())
     head = HEADER.format(**versions, samples=N, legend=legend, summary=summary(table))

@@ -1,7 +1,7 @@
 """What a structure question costs, in plain training steps.
 
-    python benchmarks/capture.py              measures; writes docs/benchmarks.md and results/capture.json
-    python benchmarks/capture.py --profile    prints where the first question spends its time instead
+    python benchmarks/structure_cost.py              measures; writes the page and results/capture.json
+    python benchmarks/structure_cost.py --profile    prints where the first question spends its time instead
 
 Process CPU time on one thread, in one process, all measurements of a round one after the other, the
 median over rounds: what else the machine does weighs on all of them alike.
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import cProfile
 import json
-import platform
 import pstats
 import statistics
 import time
@@ -26,10 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import unbatch as ub
+from lib.interleaved import facts
 from unbatch.structure import judge
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCS = ROOT / "docs" / "benchmarks.md"
+DOCS = ROOT / "docs" / "benchmarks" / "structure.md"
 RESULTS = ROOT / "benchmarks" / "results" / "capture.json"
 ROUNDS = 7
 TARGET = 10  # plain steps that capture plus analysis may take
@@ -158,7 +158,7 @@ def profile(make: Callable[[], Setting], lines: int = 25) -> None:
 HEADER = """\
 # Benchmarks
 
-<!-- Written by benchmarks/capture.py; change that, not this. -->
+<!-- Written by benchmarks/structure_cost.py; change that, not this. -->
 
 What asking for the structure costs, as multiples of one plain training step (forward, backward, SGD) on
 the same batch. The first question is capture, static analysis and numerical witnesses together; capture
@@ -169,7 +169,7 @@ batches. Then the same question asked again, and asked for another batch of the 
 
 Process CPU time on one thread, all measurements in one process and interleaved, medians of {rounds} rounds
 after one to warm up; torch {torch}. Both models are in train mode and in float32. Nothing was measured on
-a GPU, where a step is short and Python is not. To measure again run `python benchmarks/capture.py`.
+a GPU, where a step is short and Python is not. To measure again run `python benchmarks/structure_cost.py`.
 """
 
 COLUMNS = {
@@ -182,7 +182,7 @@ COLUMNS = {
 
 
 def page(results: dict[str, dict[str, float]], rounds: int) -> str:
-    """`docs/benchmarks.md`."""
+    """`docs/benchmarks/structure.md`."""
     head = HEADER.format(target=TARGET, rounds=rounds, torch=version("torch").partition("+")[0])
     lines = [("model", "plain step", *COLUMNS.values()), ["---"] * (2 + len(COLUMNS))]
     for name, seconds in results.items():
@@ -196,8 +196,7 @@ def save(results: dict[str, dict[str, float]], rounds: int, docs: Path = DOCS, d
     """Write the page and the seconds behind it."""
     data.parent.mkdir(parents=True, exist_ok=True)
     docs.write_text(page(results, rounds))
-    facts = {"python": platform.python_version(), "torch": version("torch"), "rounds": rounds}
-    data.write_text(json.dumps({**facts, "seconds": results}, indent=1) + "\n")
+    data.write_text(json.dumps(facts(rounds, {}) | {"seconds": results}, indent=1) + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

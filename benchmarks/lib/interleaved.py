@@ -29,9 +29,11 @@ import unbatch as ub
 
 ROUNDS = 5
 SPENT, AT_MOST = 0.1, 5  # a turn repeats what is short: until so many seconds are spent, at most so often
+CONTROLS = 15  # repetitions of the control
 TOLERANCE = 1e-3  # relative, in float32 against float64
 
 Ask = Callable[[], Any]
+Offer = dict[str, Ask]  # what a contestant answers, by quantity
 Key = TypeVar("Key")
 
 
@@ -164,6 +166,26 @@ def turn(ask: Ask) -> float:
     return statistics.median(spent)
 
 
+def control() -> float:
+    """Return the milliseconds of a fixed piece of plain PyTorch: three layers, 256 samples, forward and backward.
+
+    It asks whether this machine is slow today. Nothing of this library takes part, so a figure that changes between two
+    runs while the control does not is a change of the code; where both change, it is the machine.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(256, 512, generator=generator)
+    weights = [torch.randn(512, 512, generator=generator).div_(512**0.5).requires_grad_() for _ in range(3)]
+
+    def step() -> None:
+        y = x
+        for weight in weights:
+            y = torch.relu(y @ weight)
+        torch.autograd.grad(y.sum(), weights)
+
+    step()
+    return 1e3 * statistics.median(seconds(step) for _ in range(CONTROLS))
+
+
 def one_round(step: Ask, asks: Mapping[Key, Ask]) -> dict[Key, float]:
     unit = turn(step)
     return {key: turn(ask) / unit for key, ask in asks.items()}
@@ -208,9 +230,16 @@ def device() -> str:
 
 
 def facts(rounds: int, packages: Mapping[str, str]) -> dict[str, Any]:
-    """What was measured with; goes into the page by name."""
-    known = {"date": datetime.date.today().isoformat(), "device": device(), "python": platform.python_version()}
-    return known | {"torch": version("torch").partition("+")[0], "tools": tools(packages), "rounds": rounds}
+    """Return what was measured with, which goes into the page by name, and the control of this run."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": device(),
+        "python": platform.python_version(),
+        "torch": version("torch").partition("+")[0],
+        "control_ms": control(),
+        "tools": tools(packages),
+        "rounds": rounds,
+    }
 
 
 def header(text: str, data: Mapping[str, Any]) -> str:

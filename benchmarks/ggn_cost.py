@@ -1,8 +1,8 @@
 """What the Gauss-Newton matrix costs here and with other tools, in plain backward passes: diagonal, products, spectrum.
 
-    python benchmarks/ggn.py                                       measures everything and prints the tables
-    python benchmarks/ggn.py --workloads W1,W6 --quantities diagonal,product --rounds 1
-    python benchmarks/ggn.py --write               writes docs/ggn_benchmark.md and results/ggn.json
+    python benchmarks/ggn_cost.py                                       measures everything and prints the tables
+    python benchmarks/ggn_cost.py --workloads W1,W6 --quantities diagonal,product --rounds 1
+    python benchmarks/ggn_cost.py --write               writes docs/benchmarks/ggn.md and results/ggn.json
 
 The unit is one forward and backward pass of the same batch. Process CPU time on one thread; in every round all
 contestants, the unit among them, have their turn one after the other, and the figure is the median over the rounds of
@@ -31,30 +31,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, linearize, vjp, vmap
 
 import unbatch as ub
-from interleaved import (
-    Ask,
-    Entry,
-    asked_anew,
-    cell,
-    complaining,
-    facts,
-    harvest,
-    header,
-    judged,
-    keep_memory,
-    medians,
-    parsed,
-    parser,
-    plain,
-    save,
-    single,
-    table,
-    turn,
-)
-from workloads import WORKLOADS, Workload
+from lib import interleaved
+from lib.interleaved import Ask, Entry, Offer
+from lib.workloads import WORKLOADS, Workload
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCS = ROOT / "docs" / "ggn_benchmark.md"
+DOCS = ROOT / "docs" / "benchmarks" / "ggn.md"
 RESULTS = ROOT / "benchmarks" / "results" / "ggn.json"
 PART = 64  # columns that stand for all in a loop that would take too long
 CHECKED = 6  # samples of the batch on which such a loop is held against the truth
@@ -62,7 +44,6 @@ CLASSES = 10
 LANCZOS = 1e-3  # relative tolerance of eigenvalues by products
 
 Named = Mapping[str, Tensor]
-Offer = dict[str, Ask]
 
 
 # --- what is asked ------------------------------------------------------------------------------------
@@ -204,7 +185,7 @@ def references(workload: Workload, samples: int, quantities: Iterable[str]) -> d
         found["gram"] = gram_of(every(), y.numel() * CLASSES, model)
         found["spectrum"] = values = torch.linalg.eigvalsh(found["gram"])
         found |= {name: values[-k:] for name, k in TOP.items()}
-    return {quantity: single(found[quantity]) for quantity in quantities}
+    return {quantity: interleaved.single(found[quantity]) for quantity in quantities}
 
 
 # --- the contestants ----------------------------------------------------------------------------------
@@ -213,7 +194,7 @@ def references(workload: Workload, samples: int, quantities: Iterable[str]) -> d
 
 def ours(model: nn.Module, X: Tensor, y: Tensor) -> Offer:
     """This library. What is kept between products is that of a model of its own, to which nobody writes."""
-    problem, v = asked_anew(model, X, y), vector(model)
+    problem, v = interleaved.asked_anew(model, X, y), vector(model)
     kept = cache(lambda: ub.Problem(copy.deepcopy(model), F.cross_entropy, (X, y)).ggn())
     return {
         "diagonal": lambda: problem().compute(ub.DiagGGN()),
@@ -235,7 +216,7 @@ def largest(operator: Callable[[], Any], k: int) -> Tensor:
 
 def products_and_scipy(model: nn.Module, X: Tensor, y: Tensor) -> Offer:
     """Eigenvalues from products of this library, one after the other."""
-    problem = asked_anew(model, X, y)
+    problem = interleaved.asked_anew(model, X, y)
     return {name: partial(largest, lambda: problem().ggn().to_scipy(), k) for name, k in TOP.items()}
 
 
@@ -292,7 +273,7 @@ def backpacks(model: nn.Module, X: Tensor, y: Tensor) -> Callable[..., Named]:
     def ask(extension: str, attribute: str, **options: Any) -> Named:
         with tool.backpack(getattr(extensions, extension)(**options)):
             loss(hooked(X), y).backward()
-        return harvest(model, attribute)
+        return interleaved.harvest(model, attribute)
 
     return ask
 
@@ -418,14 +399,14 @@ def offers(contestant: str, workload: Workload, samples: int) -> Offer:
     try:
         found = CONTESTANTS[contestant](*workload.build(samples))
     except Exception as error:
-        found = dict.fromkeys(OFFERED[contestant], complaining(error))
+        found = dict.fromkeys(OFFERED[contestant], interleaved.complaining(error))
     loops = () if workload.mixes else LOOPS
     return {quantity: ask for quantity, ask in found.items() if (contestant, quantity) not in loops}
 
 
 def entry_of(ask: Ask | None, truth: Any, unit: float) -> Entry:
     """The first call held against the truth; a part of a task has passed that on a batch of which it does all."""
-    return Entry("estimated") if isinstance(ask, Part) else judged(ask, truth, unit)
+    return Entry("estimated") if isinstance(ask, Part) else interleaved.judged(ask, truth, unit)
 
 
 def check_parts(workload: Workload) -> None:
@@ -433,16 +414,16 @@ def check_parts(workload: Workload) -> None:
     ask = autograd(*workload.build(CHECKED))["diagonal"]
     assert isinstance(ask, Part)
     assert ask.times == 1
-    found = judged(ask.ask, references(workload, CHECKED, ["diagonal"])["diagonal"], 1.0)
+    found = interleaved.judged(ask.ask, references(workload, CHECKED, ["diagonal"])["diagonal"], 1.0)
     assert found.status == "ok", found
 
 
 def measure(case: Case, quantities: Sequence[str], rounds: int) -> dict[str, Any]:
     """All contestants on all quantities of one case, interleaved."""
     workload, quantities = case.workload, [q for q in case.quantities if q in quantities]
-    step = plain(*workload.build(case.samples))
+    step = interleaved.plain(*workload.build(case.samples))
     step()
-    unit, truths = turn(step), references(workload, case.samples, quantities)
+    unit, truths = interleaved.turn(step), references(workload, case.samples, quantities)
     offered = {contestant: offers(contestant, workload, case.samples) for contestant in CONTESTANTS}
     asks = {(q, c): offered[c].get(q) for q in quantities for c in CONTESTANTS}
     entries = {(q, c): entry_of(ask, truths[q], unit) for (q, c), ask in asks.items()}
@@ -452,7 +433,7 @@ def measure(case: Case, quantities: Sequence[str], rounds: int) -> dict[str, Any
     running = {
         key: asks[key] for key, entry in entries.items() if entry.first is not None or entry.status == "estimated"
     }
-    for key, ratio in medians(step, running, rounds).items():
+    for key, ratio in interleaved.medians(step, running, rounds).items():
         ask = asks[key]
         entries[key].ratio = ratio * (ask.times if isinstance(ask, Part) else 1)
     found = {q: {c: asdict(entries[q, c]) for c in CONTESTANTS} for q in quantities}
@@ -465,7 +446,7 @@ def measure(case: Case, quantities: Sequence[str], rounds: int) -> dict[str, Any
 HEADER = """\
 # The Gauss-Newton matrix, measured
 
-<!-- Written by benchmarks/ggn.py; change that, not this. -->
+<!-- Written by benchmarks/ggn_cost.py; change that, not this. -->
 
 What the generalized Gauss-Newton matrix of a mean cross-entropy over ten classes costs, as multiples of one plain
 forward and backward pass on the same batch of N samples. *Diagonal* is the exact one. *Product* is `G @ v` with a G
@@ -507,34 +488,36 @@ def speeds(results: Iterable[Mapping[str, Any]]) -> str:
     for result in results:
         for quantity, entries in result["quantities"].items():
             verdict = met(result["workload"], quantity, entries["unbatch"])
-            cells = (cell(entries[c]) for c in CONTESTANTS)
+            cells = (interleaved.cell(entries[c]) for c in CONTESTANTS)
             lines.append((result["workload"], result["samples"], quantity, *verdict, *cells))
-    return table(lines)
+    return interleaved.table(lines)
 
 
 def workloads(results: Iterable[Mapping[str, Any]]) -> str:
     lines = [(r["workload"], r["title"], r["samples"], f"{r['plain_ms']:.1f} ms") for r in results]
-    return table([("workload", "model", "N", "plain step"), *lines])
+    return interleaved.table([("workload", "model", "N", "plain step"), *lines])
 
 
 def page(data: Mapping[str, Any]) -> str:
-    """`docs/ggn_benchmark.md`."""
-    text = header(HEADER, data | {"lanczos": LANCZOS, "part": PART, "checked": CHECKED})
+    """`docs/benchmarks/ggn.md`."""
+    text = interleaved.header(HEADER, data | {"lanczos": LANCZOS, "part": PART, "checked": CHECKED})
     return text + "\n" + workloads(data["results"]) + "\n" + speeds(data["results"])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parsed(parser(__doc__, dict.fromkeys(case.name for case in CASES), QUANTITIES), arguments)
+    options = interleaved.parsed(
+        interleaved.parser(__doc__, dict.fromkeys(case.name for case in CASES), QUANTITIES), arguments
+    )
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # the tools' own deprecations, and torch's remarks about them
-    keep_memory()
-    data = facts(options.rounds, PACKAGES) | {"results": []}
+    interleaved.keep_memory()
+    data = interleaved.facts(options.rounds, PACKAGES) | {"results": []}
     for case in CASES:
         if case.name in options.workloads and set(case.quantities) & set(options.quantities):
             data["results"].append(measure(case, options.quantities, options.rounds))
             print(speeds(data["results"][-1:]), flush=True)
     if options.write:
-        save(page(data), data, DOCS, RESULTS)
+        interleaved.save(page(data), data, DOCS, RESULTS)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What a monitor adds to training: the demo's net on its digits, with and without, a while of each in turn.
 
-    python benchmarks/monitor.py            measures and prints the table
-    python benchmarks/monitor.py --write    writes results/monitor.json as well, of which overview.py makes a table
+    python benchmarks/monitor_overhead.py            measures and prints the table
+    python benchmarks/monitor_overhead.py --write    writes results/monitor.json as well
 
 By CPU time of the process, on one thread. Beside the ratio of the two stands what the monitor itself says; both runs
 start from the same seed and have to end with the same weights, bit by bit. Short runs are repeated, and the median
@@ -27,7 +27,7 @@ from torch import Tensor
 
 import overview
 import unbatch as ub
-from interleaved import facts
+from lib.interleaved import facts
 from unbatch import demo
 
 RESULTS = Path(__file__).resolve().parent / "results" / "monitor.json"

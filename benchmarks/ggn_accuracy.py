@@ -1,7 +1,7 @@
 """How exact a Gauss-Newton diagonal is for what it costs, under batch norm in train mode.
 
-    python benchmarks/accuracy.py                    measures and prints the table
-    python benchmarks/accuracy.py --write            writes docs/ggn_accuracy.md, its picture and results/accuracy.json
+    python benchmarks/ggn_accuracy.py                    measures and prints the table
+    python benchmarks/ggn_accuracy.py --write            writes the page, its picture and results/accuracy.json
 
 Two nets on scikit-learn's handwritten digits, trained for a while: a small convolutional net, and ResNet-20 on the
 digits enlarged to 32 x 32. For each: the exact diagonal; compressed to several tolerances; random signs, with and
@@ -25,10 +25,10 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import unbatch as ub
-from workloads import resnet20
+from lib.workloads import resnet20
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCS, PICTURE = ROOT / "docs" / "ggn_accuracy.md", ROOT / "docs" / "ggn_accuracy.svg"
+DOCS, PICTURE = ROOT / "docs" / "benchmarks" / "accuracy.md", ROOT / "docs" / "benchmarks" / "accuracy.svg"
 RESULTS = ROOT / "benchmarks" / "results" / "accuracy.json"
 SAMPLES = 64
 SEEDS = 5
@@ -173,7 +173,7 @@ TEXT = """# Accuracy for cost of the Gauss-Newton diagonal
 
 Written by `make bench-accuracy`. {doc}
 
-![Error of the diagonal against passes of the batch](ggn_accuracy.svg)
+![Error of the diagonal against passes of the batch](accuracy.svg)
 
 {tables}
 

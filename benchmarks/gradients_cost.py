@@ -1,9 +1,9 @@
 """What per-sample and per-component gradients cost here and with other tools, in plain backward passes.
 
-    python benchmarks/gradients.py                                       measures everything and prints the table
-    python benchmarks/gradients.py --workloads W1,W6 --quantities rows,norms --rounds 3
-    python benchmarks/gradients.py --write        writes docs/gradients_benchmark.md and results/gradients.json
-    python benchmarks/gradients.py --memory       measures and prints peak memory instead of time
+    python benchmarks/gradients_cost.py                                       measures everything and prints the table
+    python benchmarks/gradients_cost.py --workloads W1,W6 --quantities rows,norms --rounds 3
+    python benchmarks/gradients_cost.py --write        writes docs/benchmarks/gradients.md and results/gradients.json
+    python benchmarks/gradients_cost.py --memory       measures and prints peak memory instead of time
 
 The unit is one forward and backward pass of the same batch. Process CPU time on one thread; in every round all
 contestants, the unit among them, have their turn one after the other, and the figure is the median over the rounds of
@@ -36,30 +36,12 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 
 import unbatch as ub
-from interleaved import (
-    Ask,
-    asked_anew,
-    cell,
-    complaining,
-    excuse,
-    facts,
-    harvest,
-    header,
-    judged,
-    keep_memory,
-    medians,
-    parsed,
-    parser,
-    plain,
-    save,
-    single,
-    table,
-    turn,
-)
-from workloads import WORKLOADS, Workload
+from lib import interleaved
+from lib.interleaved import Ask, Offer
+from lib.workloads import WORKLOADS, Workload
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCS = ROOT / "docs" / "gradients_benchmark.md"
+DOCS = ROOT / "docs" / "benchmarks" / "gradients.md"
 RESULTS = ROOT / "benchmarks" / "results" / "gradients.json"
 BUDGET = 256 * 2**20  # bytes for the temporaries of component rows, in the memory benchmark
 
@@ -115,7 +97,7 @@ FROM_ROWS: dict[str, Callable[[Rows], Any]] = {
 }
 
 
-def from_rows(rows: Callable[[], Rows]) -> dict[str, Ask]:
+def from_rows(rows: Callable[[], Rows]) -> Offer:
     """Every quantity the way one gets it from a tool that offers rows only."""
     return {quantity: lambda f=f: f(rows()) for quantity, f in FROM_ROWS.items()}
 
@@ -172,14 +154,16 @@ def references(workload: Workload, quantities: Iterable[str]) -> dict[str, Any]:
     rows = autograd_rows(model, X, y)
     # The quantities that use up the rows get their own; what is kept is kept in single precision.
     own = {q: {n: r.clone() for n, r in rows.items()} if q in ("squares", "variance") else rows for q in quantities}
-    return {q: single(copied_rows(model, X, y) if q == "copy" else FROM_ROWS[q](own[q])) for q in quantities}
+    return {
+        q: interleaved.single(copied_rows(model, X, y) if q == "copy" else FROM_ROWS[q](own[q])) for q in quantities
+    }
 
 
 # --- the contestants ----------------------------------------------------------------------------------
 # Each takes model, inputs and labels, and says how it answers which quantity.
 
 
-def vmap_grad(model: nn.Module, X: Tensor, y: Tensor) -> dict[str, Ask]:
+def vmap_grad(model: nn.Module, X: Tensor, y: Tensor) -> Offer:
     def loss(parameters: dict[str, Tensor], x: Tensor, label: Tensor) -> Tensor:
         return F.cross_entropy(functional_call(model, parameters, (x[None],)), label[None]) / len(X)
 
@@ -187,14 +171,14 @@ def vmap_grad(model: nn.Module, X: Tensor, y: Tensor) -> dict[str, Ask]:
     return from_rows(lambda: vmap(grad(loss), (None, 0, 0))(parameters, X, y))
 
 
-def backpack(model: nn.Module, X: Tensor, y: Tensor) -> dict[str, Ask]:
+def backpack(model: nn.Module, X: Tensor, y: Tensor) -> Offer:
     tool, extensions = importlib.import_module("backpack"), importlib.import_module("backpack.extensions")
     tool.extend(model)
 
     def ask(extension: str, attribute: str) -> Rows:
         with tool.backpack(getattr(extensions, extension)()):
             F.cross_entropy(model(X), y).backward()
-        return harvest(model, attribute)
+        return interleaved.harvest(model, attribute)
 
     rows = partial(ask, "BatchGrad", "grad_batch")
     return {
@@ -207,7 +191,7 @@ def backpack(model: nn.Module, X: Tensor, y: Tensor) -> dict[str, Ask]:
     }
 
 
-def opacus(model: nn.Module, X: Tensor, y: Tensor) -> dict[str, Ask]:
+def opacus(model: nn.Module, X: Tensor, y: Tensor) -> Offer:
     """Rows by hooks, norms by ghost clipping."""
     tool = importlib.import_module("opacus.grad_sample")
     ghost = importlib.import_module("opacus.grad_sample.grad_sample_module_fast_gradient_clipping")
@@ -217,26 +201,26 @@ def opacus(model: nn.Module, X: Tensor, y: Tensor) -> dict[str, Ask]:
 
     def rows() -> Rows:
         F.cross_entropy(hooked(X), y).backward()
-        return harvest(model, "grad_sample")
+        return interleaved.harvest(model, "grad_sample")
 
     def norms() -> Tensor:
         F.cross_entropy(clipped(X), y).backward()
         found = clipped.get_norm_sample().square()
-        harvest(other, "_norm_sample")
+        interleaved.harvest(other, "_norm_sample")
         return found
 
     return from_rows(rows) | {"copy": rows, "norms": norms}
 
 
-def expanded_weights(model: nn.Module, X: Tensor, y: Tensor) -> dict[str, Ask]:
+def expanded_weights(model: nn.Module, X: Tensor, y: Tensor) -> Offer:
     def rows() -> Rows:
         F.cross_entropy(call_for_per_sample_grads(model, loss_reduction="sum")(X), y).backward()
-        return harvest(model, "grad_sample")
+        return interleaved.harvest(model, "grad_sample")
 
     return from_rows(rows) | {"copy": rows}
 
 
-def loop(model: nn.Module, X: Tensor, y: Tensor) -> dict[str, Ask]:
+def loop(model: nn.Module, X: Tensor, y: Tensor) -> Offer:
     """N calls of autograd.grad on one graph; norms and moments row by row, in the memory of one row."""
     parameters = dict(model.named_parameters())
     buffers = {name: p.new_empty(len(X), *p.shape) for name, p in parameters.items()}
@@ -270,7 +254,7 @@ def loop(model: nn.Module, X: Tensor, y: Tensor) -> dict[str, Ask]:
     }
 
 
-def batched(model: nn.Module, X: Tensor, y: Tensor) -> dict[str, Ask]:
+def batched(model: nn.Module, X: Tensor, y: Tensor) -> Offer:
     """One call of autograd.grad with `is_grads_batched=True`."""
     parameters = dict(model.named_parameters())
 
@@ -283,9 +267,9 @@ def batched(model: nn.Module, X: Tensor, y: Tensor) -> dict[str, Ask]:
     return from_rows(rows)
 
 
-def ours(model: nn.Module, X: Tensor, y: Tensor) -> dict[str, Ask]:
+def ours(model: nn.Module, X: Tensor, y: Tensor) -> Offer:
     """This library; rows are written where they were before."""
-    problem = asked_anew(model, X, y)
+    problem = interleaved.asked_anew(model, X, y)
     buffers: dict[str, Tensor] = {}
 
     def rows(by: str) -> Rows:
@@ -303,7 +287,7 @@ def ours(model: nn.Module, X: Tensor, y: Tensor) -> dict[str, Ask]:
     }
 
 
-CONTESTANTS: dict[str, Callable[[nn.Module, Tensor, Tensor], dict[str, Ask]]] = {
+CONTESTANTS: dict[str, Callable[[nn.Module, Tensor, Tensor], Offer]] = {
     "unbatch": ours,
     "vmap(grad)": vmap_grad,
     "BackPACK": backpack,
@@ -319,28 +303,28 @@ PACKAGES = {"BackPACK": "backpack-for-pytorch", "Opacus": "opacus"}
 # --- measuring ----------------------------------------------------------------------------------------
 
 
-def offers(contestant: str, workload: Workload, samples: int | None = None) -> dict[str, Ask]:
+def offers(contestant: str, workload: Workload, samples: int | None = None) -> Offer:
     """How it answers which quantity. Where it cannot even be set up, every answer is that complaint."""
     if contestant in WHERE_MIXED and not workload.mixes:
         return {}
     try:
         return CONTESTANTS[contestant](*workload.build(samples))
     except Exception as error:
-        return dict.fromkeys(QUANTITIES, complaining(error))
+        return dict.fromkeys(QUANTITIES, interleaved.complaining(error))
 
 
 def measure(name: str, quantities: Sequence[str], rounds: int) -> dict[str, Any]:
     """All contestants on all quantities of one workload, interleaved."""
     workload, quantities = WORKLOADS[name], [q for q in ASKED[name] if q in quantities]
-    step = plain(*workload.build())
+    step = interleaved.plain(*workload.build())
     step()
-    unit, truths = turn(step), references(workload, quantities)
+    unit, truths = interleaved.turn(step), references(workload, quantities)
     offered = {contestant: offers(contestant, workload) for contestant in CONTESTANTS}
     asks = {(q, c): offered[c].get(q) for q in quantities for c in CONTESTANTS}
-    entries = {(q, c): judged(ask, truths[q], unit) for (q, c), ask in asks.items()}
+    entries = {(q, c): interleaved.judged(ask, truths[q], unit) for (q, c), ask in asks.items()}
     del truths
     running = {key: asks[key] for key, entry in entries.items() if entry.first is not None}
-    for key, ratio in medians(step, running, rounds).items():
+    for key, ratio in interleaved.medians(step, running, rounds).items():
         entries[key].ratio = ratio
     found = {q: {c: asdict(entries[q, c]) for c in CONTESTANTS} for q in quantities}
     return {"title": workload.title, "samples": workload.samples, "plain_ms": 1e3 * unit, "quantities": found}
@@ -371,11 +355,11 @@ def growth(name: str, contestant: str, quantity: str, samples: int, budget: int 
     try:
         ask = rows_within(budget, model, X, y) if budget else offers(contestant, workload, samples)[quantity]
         _load()
-        plain(model, X, y)()
+        interleaved.plain(model, X, y)()
         before = peak()
         ask()
     except Exception as error:
-        return excuse(error)
+        return interleaved.excuse(error)
     return peak() - before
 
 
@@ -413,7 +397,7 @@ def measure_memory(names: Iterable[str]) -> list[dict[str, Any]]:
 HEADER = """\
 # Gradients, measured
 
-<!-- Written by benchmarks/gradients.py; change that, not this. -->
+<!-- Written by benchmarks/gradients_cost.py; change that, not this. -->
 
 What rows, squared norms, sums of squares and variances of per-sample gradients cost, as multiples of one plain
 forward and backward pass on the same batch. Where samples mix (W5, W6: batch norm in train mode) "rows" and what is
@@ -444,13 +428,13 @@ def speeds(results: Mapping[str, Any]) -> str:
     for name, result in results.items():
         for quantity, entries in result["quantities"].items():
             floor = FLOORS.get(quantity, {}).get(name, "–")
-            lines.append((name, quantity, floor, *(cell(entries[c]) for c in CONTESTANTS)))
-    return table(lines)
+            lines.append((name, quantity, floor, *(interleaved.cell(entries[c]) for c in CONTESTANTS)))
+    return interleaved.table(lines)
 
 
 def workloads(results: Mapping[str, Any]) -> str:
     facts = [(name, r["title"], r["samples"], f"{r['plain_ms']:.1f} ms") for name, r in results.items()]
-    return table([("workload", "model", "N", "plain step"), *facts])
+    return interleaved.table([("workload", "model", "N", "plain step"), *facts])
 
 
 def memory_table(found: Iterable[Mapping[str, Any]]) -> str:
@@ -460,22 +444,22 @@ def memory_table(found: Iterable[Mapping[str, Any]]) -> str:
         lines.setdefault((f["workload"], f["quantity"], f["samples"]), {})[f["contestant"]] = figure
     names = [c for c in CONTESTANTS if any(c in line for line in lines.values())]
     body = [(*key, *(line.get(c, "–") for c in names)) for key, line in lines.items()]
-    return table([("workload", "quantity", "N", *names), *body])
+    return interleaved.table([("workload", "quantity", "N", *names), *body])
 
 
 def page(data: Mapping[str, Any]) -> str:
-    """`docs/gradients_benchmark.md`."""
-    text = header(HEADER, data) + "\n" + workloads(data["results"]) + "\n" + speeds(data["results"])
+    """`docs/benchmarks/gradients.md`."""
+    text = interleaved.header(HEADER, data) + "\n" + workloads(data["results"]) + "\n" + speeds(data["results"])
     if data.get("memory"):
         text += "\n" + MEMORY_HEADER.format(budget=BUDGET // 2**20) + "\n" + memory_table(data["memory"])
     return text
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    made = parser(__doc__, WORKLOADS, QUANTITIES)
+    made = interleaved.parser(__doc__, WORKLOADS, QUANTITIES)
     made.add_argument("--memory", action="store_true", help="peak memory instead of time; with --write, both")
     made.add_argument("--child", help=argparse.SUPPRESS)
-    return parsed(made, arguments)
+    return interleaved.parsed(made, arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -485,17 +469,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.child:
         print(json.dumps(growth(*json.loads(options.child))))
         return
-    data = facts(options.rounds, PACKAGES) | {"results": {}}
+    data = interleaved.facts(options.rounds, PACKAGES) | {"results": {}}
     if options.memory:
         data["memory"] = measure_memory(options.workloads)
         print(memory_table(data["memory"]))
     if options.write or not options.memory:
-        keep_memory()
+        interleaved.keep_memory()
         for name in options.workloads:
             data["results"][name] = measure(name, options.quantities, options.rounds)
             print(speeds({name: data["results"][name]}), flush=True)
     if options.write:
-        save(page(data), data, DOCS, RESULTS)
+        interleaved.save(page(data), data, DOCS, RESULTS)
 
 
 if __name__ == "__main__":
