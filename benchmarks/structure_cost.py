@@ -98,7 +98,7 @@ def training_step(model: nn.Module, loss: Callable[[], Tensor], optimizer: torch
 
 def static_analysis(problem: ub.Problem) -> None:
     """The walk over an existing recording: rules and labels alone, no witness, nothing is run."""
-    kept = problem._capture()
+    kept = problem._recorded()
     judge(kept.graph, problem.samples, problem._dims, problem._target_dims)
 
 
@@ -113,12 +113,12 @@ def one_round(setting: Setting, optimizer: torch.optim.Optimizer) -> dict[str, f
     model, problem_of, loss = setting
     fresh, captured, asked = problem_of(), problem_of(), problem_of()
     other = moved_by_one(fresh)
-    captured._capture()
+    captured._recorded()
     _ = asked.structure
     # The step comes last: it changes the parameters, and what is kept between questions is gone.
     measurements: dict[str, Callable[[], object]] = {
         "first question": lambda: fresh.structure,
-        "capture": lambda: problem_of()._capture(),
+        "capture": lambda: problem_of()._recorded(),
         "static analysis": lambda: static_analysis(captured),
         "second question": lambda: asked.structure,
         "question on another batch": lambda: asked.with_batch(*other).structure,
