@@ -3,10 +3,11 @@
     python benchmarks/ggn_accuracy.py                    measures and prints the table
     python benchmarks/ggn_accuracy.py --write            writes the page, its picture and results/accuracy.json
 
-Two nets on scikit-learn's handwritten digits, trained for a while: a small convolutional net, and ResNet-20 on the
-digits enlarged to 32 x 32. For each: the exact diagonal; compressed to several tolerances; random signs, with and
-without the frozen diagonal as a control variate; Monte Carlo columns. The error is relative, in the Frobenius norm, the
-median over seeds; costs are counted in forward passes, push-forwards and backward passes of the batch.
+Two nets on scikit-learn's handwritten digits, trained briefly: a small convolutional net, and
+ResNet-20 on the digits enlarged to 32 x 32. For each: the exact diagonal; compressed to several
+tolerances; random signs, with and without the frozen diagonal as a control variate; Monte Carlo
+columns. The error is relative, in the Frobenius norm, the median over seeds; costs are counted in
+forward passes, jvps (pushes) and vjps (pullbacks) of the batch.
 """
 
 from __future__ import annotations
@@ -136,7 +137,7 @@ def honest(problem: ub.Problem, runs: int = 100) -> int:
     return sum(float((d - exact).norm() / exact.norm()) <= 2 * told.estimate for d, told in found)
 
 
-# --- writing ------------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------
 
 
 def table(points: list[Point]) -> str:
@@ -177,9 +178,9 @@ Written by `make bench-accuracy`. {doc}
 
 {tables}
 
-The compressed diagonal follows r directions of the batch statistics (r pullbacks), beside C columns a sample with the
-statistics held constant; the stated error is estimated from random signs. On the small net the true error was below
-twice the stated one in {honest} of 100 runs at `rtol=0.1`.
+The compressed diagonal takes r directions of the batch statistics (r pullbacks), and C columns per
+sample with the statistics held constant; the stated error is estimated with random signs. On the
+small net the true error was below twice the stated one in {honest} of 100 runs at `rtol=0.1`.
 {ratios}
 """
 

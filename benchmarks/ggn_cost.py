@@ -1,15 +1,17 @@
-"""What the Gauss-Newton matrix costs here and with other tools, in plain backward passes: diagonal, products, spectrum.
+"""The cost of the Gauss-Newton matrix, here and with other tools: diagonal, products, spectrum.
 
     python benchmarks/ggn_cost.py                                       measures everything and prints the tables
     python benchmarks/ggn_cost.py --workloads W1,W6 --quantities diagonal,product --rounds 1
     python benchmarks/ggn_cost.py --write               writes docs/benchmarks/ggn.md and results/ggn.json
 
-The unit is one forward and backward pass of the same batch. Process CPU time on one thread; in every round all
-contestants, the unit among them, have their turn one after the other, and the figure is the median over the rounds of
-the ratio within a round. Memory that was freed stays with the process. Before a contestant is timed its answer is held
-against plain autograd in float64. `make bench-ggn` installs the other tools; without them the table says so.
+The unit is one forward and backward pass of the same batch. Process CPU time on one thread; in
+every round all contestants, the unit among them, have their turn one after the other, and the
+figure is the median over the rounds of the ratio within a round. Memory that was freed stays with
+the process. Before a contestant is timed its answer is held against plain autograd in float64.
+`make bench-ggn` installs the other tools; without them the table says so.
 
-Legend: ``S`` a root of the second derivative of the loss at the predictions, ``H = S Sᵀ``; ``V = Jᵀ S``, N·C columns.
+Legend: ``S`` a root of the second derivative of the loss at the predictions, ``H = S Sᵀ``; ``V = Jᵀ
+S``, N·C columns.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ LANCZOS = 1e-3  # relative tolerance of eigenvalues by products
 Named = Mapping[str, Tensor]
 
 
-# --- what is asked ------------------------------------------------------------------------------------
+# --- what is asked --------------------------------------------------------------------------------
 
 TOP = {"top 1": 1, "top 4": 4, "top 16": 16}
 AT_ONCE, SPECTRAL = ("diagonal", "product", "fresh product"), ("spectrum", *TOP)
@@ -81,7 +83,8 @@ CASES = [
     Case("W6", 32, ("gram", *SPECTRAL)),
 ]
 
-# In plain steps. Diagonals where samples do not mix: 1.2 times what counting says they take at least.
+# In plain steps. Diagonals where samples do not mix: 1.2 times what counting says they take at
+# least.
 FLOORS = {"W1": 2, "W2": 7, "W3": 7, "W4": 7, "W7": 7}
 AIMS = {
     **{(name, "diagonal"): 1.2 * floor for name, floor in FLOORS.items()},
@@ -91,7 +94,7 @@ AIMS = {
 }
 
 
-# --- what the numbers should be -----------------------------------------------------------------------
+# --- what the numbers should be -------------------------------------------------------------------
 
 
 def root(predictions: Tensor) -> Tensor:
@@ -103,7 +106,8 @@ def root(predictions: Tensor) -> Tensor:
 def columns(model: nn.Module, X: Tensor, y: Tensor, alone: bool = False) -> Iterator[Sequence[Tensor]]:
     """Columns of V by definition: one backward pass each, column k of sample n at ``n·C + k``.
 
-    ``alone``: samples do not mix, so the pass is one of the sample alone. H by autograd has to agree with its root.
+    ``alone``: samples do not mix, so the pass is one of the sample alone. H by autograd has to
+    agree with its root.
     """
     predictions = model(X).detach()
     S = root(predictions)
@@ -188,7 +192,7 @@ def references(workload: Workload, samples: int, quantities: Iterable[str]) -> d
     return {quantity: interleaved.single(found[quantity]) for quantity in quantities}
 
 
-# --- the contestants ----------------------------------------------------------------------------------
+# --- the contestants ------------------------------------------------------------------------------
 # Each takes model, inputs and labels, and says how it answers which quantity.
 
 
@@ -391,7 +395,7 @@ PACKAGES = {
 }
 
 
-# --- measuring ----------------------------------------------------------------------------------------
+# --- measuring ------------------------------------------------------------------------------------
 
 
 def offers(contestant: str, workload: Workload, samples: int) -> Offer:
@@ -441,36 +445,39 @@ def measure(case: Case, quantities: Sequence[str], rounds: int) -> dict[str, Any
     return about | {"quantities": found}
 
 
-# --- the page -----------------------------------------------------------------------------------------
+# --- the page -------------------------------------------------------------------------------------
 
 HEADER = """\
 # The Gauss-Newton matrix, measured
 
 <!-- Written by benchmarks/ggn_cost.py; change that, not this. -->
 
-What the generalized Gauss-Newton matrix of a mean cross-entropy over ten classes costs, as multiples of one plain
-forward and backward pass on the same batch of N samples. *Diagonal* is the exact one. *Product* is `G @ v` with a G
-that was made and used before; *fresh product* is asked about another batch each time. *Gram* is the matrix `VᵀV` of
-the 10·N columns, *spectrum* all eigenvalues of it, *top k* the k largest eigenpairs. Where samples mix (W5, W6: batch
-norm in train mode) all of them are those of the loss as it is, through the batch statistics.
+What the generalized Gauss-Newton matrix of a mean cross-entropy over ten classes costs, as
+multiples of one plain forward and backward pass on the same batch of N samples. *Diagonal* is the
+exact one. *Product* is `G @ v` with a G that was used before; *fresh product* is with another batch
+each time. *Gram* is the matrix `VᵀV` of the 10·N columns, *spectrum* all eigenvalues of it, *top k*
+the k largest eigenpairs. If samples interact (W5, W6: batch norm in train mode), all of them
+include the derivatives through the batch statistics.
 
-Measured on {date}, {device}, torch {torch}, {tools}; float32, one thread, process CPU time, all contestants
-interleaved, medians of {rounds} rounds after one to warm up. Freed memory stays with the process. unbatch is asked as
-in training: about another batch each time and after the parameters were written to, but for *product*. *torch.func*
-is what one writes by hand with `vjp`, `vmap`, `jvp` and `linearize`. *eigsh* is SciPy's Lanczos iteration on products
-of unbatch, and *top k* of curvlinops the same on its own, to a relative tolerance of {lanczos:g}. ViViT runs with a
-substitute for `Tensor.symeig`, which torch no longer has. *autograd* is double backward for products and one
-backward pass for every column for the rest; ≈ marks what was estimated from the first {part} columns.
+Measured on {date}, {device}, torch {torch}, {tools}; float32, one thread, process CPU time, all
+contestants interleaved, medians of {rounds} rounds after one to warm up. Freed memory stays with
+the process. unbatch is used as in training, with another batch each time and after a change of the
+parameters, except for *product*. *torch.func* is written by hand with `vjp`, `vmap`, `jvp` and
+`linearize`. *eigsh* is SciPy's Lanczos iteration on products of unbatch, and *top k* of curvlinops
+the same on its own, to a relative tolerance of {lanczos:g}. ViViT runs with a replacement for
+`Tensor.symeig`, which torch has removed. *autograd* is double backward for products and one
+backward pass for every column for the rest; ≈ marks times extrapolated from the first {part}
+columns.
 
-Each answer was first held against plain autograd in float64, one backward pass for every column, with double backward
-for products: **wrong** is one that is off by more than {tolerance:g} relative, and it is timed nevertheless. Of *top k*
-the eigenvalues are compared. What is estimated was held against the same on a batch of {checked}. *Refuses* is a
-deliberate no, *raises* any other; a dash says that the tool does not offer it or was not asked. `make bench-ggn`
-repeats all of it.
+Each result was first compared with plain autograd in float64, one backward pass for every column,
+with double backward for products: **wrong** means a relative error above {tolerance:g}; it is timed
+nevertheless. For *top k* the eigenvalues are compared. Extrapolated ones were checked on a batch of
+{checked}. *Refuses* is a deliberate error, *raises* any other; a dash means that the tool does not
+offer the quantity or was not run. `make bench-ggn` repeats all of it.
 
-*Aim* is what unbatch should take at most. For the diagonal where samples do not mix that is 1.2 times what counting
-says is the least (2 plain steps for W1, 7 for the others), for W6 what an earlier prototype took, as for the Gram
-matrix.
+*Aim* is the target for unbatch. For the diagonal without interaction of samples it is 1.2 times the
+lower bound by counting (2 plain steps for W1, 7 for the others); for W6, and for the Gram matrix,
+it is the time of an earlier prototype.
 """
 
 

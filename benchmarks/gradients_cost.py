@@ -1,15 +1,16 @@
-"""What per-sample and per-component gradients cost here and with other tools, in plain backward passes.
+"""The cost of per-sample and per-component gradients, here and with other tools, in plain backward passes.
 
     python benchmarks/gradients_cost.py                                       measures everything and prints the table
     python benchmarks/gradients_cost.py --workloads W1,W6 --quantities rows,norms --rounds 3
     python benchmarks/gradients_cost.py --write        writes docs/benchmarks/gradients.md and results/gradients.json
     python benchmarks/gradients_cost.py --memory       measures and prints peak memory instead of time
 
-The unit is one forward and backward pass of the same batch. Process CPU time on one thread; in every round all
-contestants, the unit among them, have their turn one after the other, and the figure is the median over the rounds of
-the ratio within a round. Memory that was freed stays with the process, so nobody pays for fresh pages. Before a
-contestant is timed its answer is held against a loop of plain autograd in float64. `make bench-gradients` installs
-the other tools; without them the table says so.
+The unit is one forward and backward pass of the same batch. Process CPU time on one thread; in
+every round all contestants, the unit among them, have their turn one after the other, and the
+figure is the median over the rounds of the ratio within a round. Memory that was freed stays with
+the process, so nobody pays for fresh pages. Before a contestant is timed its answer is held against
+a loop of plain autograd in float64. `make bench-gradients` installs the other tools; without them
+the table says so.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ BUDGET = 256 * 2**20  # bytes for the temporaries of component rows, in the memo
 Rows = Mapping[str, Tensor]
 
 
-# --- what is asked ------------------------------------------------------------------------------------
+# --- what is asked --------------------------------------------------------------------------------
 
 
 INDEPENDENT = ("rows", "norms", "squares", "variance")
@@ -56,15 +57,15 @@ MIXED = ("rows", "copy", "norms", "squares", "variance")
 ASKED = dict.fromkeys(WORKLOADS, INDEPENDENT) | {"W5": MIXED, "W6": (*MIXED, "gram")}
 QUANTITIES = tuple(dict.fromkeys(q for asked in ASKED.values() for q in asked))
 
-# Counted: what writing the result and one backward pass take at least. W5: N backward passes, measured, so it can be
-# missed by the noise. Where nothing stands nobody has counted.
+# Counted: what writing the result and one backward pass take at least. W5: N backward passes,
+# measured, so it can be missed by the noise. Where nothing stands nobody has counted.
 FLOORS = {
     "rows": {"W1": 3.9, "W2": 1.1, "W3": 1.1, "W4": 1.0, "W5": 39.6, "W7": 1.03, "W7b": 1.03},
     "norms": {"W1": 0.6, "W2": 1.0, "W3": 1.0, "W4": 1.0, "W7": 1.0, "W7b": 1.0},
 }
 
 
-# --- what the numbers should be -----------------------------------------------------------------------
+# --- what the numbers should be -------------------------------------------------------------------
 
 
 def squared_norms(rows: Rows) -> Tensor:
@@ -159,7 +160,7 @@ def references(workload: Workload, quantities: Iterable[str]) -> dict[str, Any]:
     }
 
 
-# --- the contestants ----------------------------------------------------------------------------------
+# --- the contestants ------------------------------------------------------------------------------
 # Each takes model, inputs and labels, and says how it answers which quantity.
 
 
@@ -300,7 +301,7 @@ WHERE_MIXED = ("autograd loop", "is_grads_batched")  # elsewhere nobody would
 PACKAGES = {"BackPACK": "backpack-for-pytorch", "Opacus": "opacus"}
 
 
-# --- measuring ----------------------------------------------------------------------------------------
+# --- measuring ------------------------------------------------------------------------------------
 
 
 def offers(contestant: str, workload: Workload, samples: int | None = None) -> Offer:
@@ -330,7 +331,7 @@ def measure(name: str, quantities: Sequence[str], rounds: int) -> dict[str, Any]
     return {"title": workload.title, "samples": workload.samples, "plain_ms": 1e3 * unit, "quantities": found}
 
 
-# --- memory -------------------------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------------------
 
 MEMORY = ("W1", "W3", "W4")
 RIVALS = ("unbatch", "vmap(grad)", "BackPACK", "Opacus")
@@ -392,34 +393,36 @@ def measure_memory(names: Iterable[str]) -> list[dict[str, Any]]:
     return [dict(zip(keys, job, strict=True)) | {"bytes": in_a_child(*job)} for job in jobs]
 
 
-# --- the page -----------------------------------------------------------------------------------------
+# --- the page -------------------------------------------------------------------------------------
 
 HEADER = """\
 # Gradients, measured
 
 <!-- Written by benchmarks/gradients_cost.py; change that, not this. -->
 
-What rows, squared norms, sums of squares and variances of per-sample gradients cost, as multiples of one plain
-forward and backward pass on the same batch. Where samples mix (W5, W6: batch norm in train mode) "rows" and what is
-derived from them are per component, and "copy" are rows per copy of the parameters; "gram" is the matrix of inner
-products of the rows. *Floor* counts what the result cannot do without: for rows the bytes to write beside one backward
-pass. For W5 it is what N backward passes took in an earlier measurement.
+What rows, squared norms, sums of squares and variances of per-sample gradients cost, as multiples
+of one plain forward and backward pass on the same batch. If samples interact (W5, W6: batch norm in
+train mode), "rows" and what is derived from them are per component, and "copy" are copy rows;
+"gram" is the matrix of inner products of the rows. *Floor* is a lower bound on the cost: for rows
+one backward pass and the bytes to write. For W5 it is the time of N backward passes in an earlier
+measurement.
 
-Measured on {date}, {device}, torch {torch}, {tools}; float32, cross entropy (mean), one thread, process CPU time, all
-contestants interleaved, medians of {rounds} rounds after one to warm up. Freed memory stays with the process.
-unbatch is asked as in training, about another batch each time and after the parameters were written to, and writes rows
-into the caller's memory (`out=`). Tools that offer rows only get the other quantities from them.
-Each answer was first held against a loop of autograd in float64: **wrong** is one that is off by more than
-{tolerance:g} relative, and it is timed nevertheless. *Refuses* is a deliberate no, *raises* any other; a dash says that
-the tool does not offer it or was not asked. `make bench-gradients` repeats all of it.
+Measured on {date}, {device}, torch {torch}, {tools}; float32, cross entropy (mean), one thread,
+process CPU time, all contestants interleaved, medians of {rounds} rounds after one to warm up.
+Freed memory stays with the process. unbatch is used as in training, with another batch each time
+and after a change of the parameters, and writes rows into the caller's memory (`out=`). For tools
+that only offer rows, the other quantities are computed from these. Each result was first compared
+with a loop of autograd in float64: **wrong** means a relative error above {tolerance:g}; it is
+timed nevertheless. *Refuses* is a deliberate error, *raises* any other; a dash means that the tool
+does not offer the quantity or was not run. `make bench-gradients` repeats all of it.
 """
 
 MEMORY_HEADER = """\
 ## Memory
 
-Peak resident memory above that of a plain step, in MiB, of the first question, each in a process of its own. The rows
-of unbatch on W5 go to memory that is there before, with `memory=` {budget} MiB for everything else; those of the others
-are part of their figure.
+Peak resident memory above that of a plain step, in MiB, of the first question, each in its own
+process. The rows of unbatch on W5 are written to preallocated memory, with `memory=` {budget} MiB
+for everything else; those of the others are included in their figure.
 """
 
 

@@ -3,9 +3,10 @@
     python benchmarks/monitor_overhead.py            measures and prints the table
     python benchmarks/monitor_overhead.py --write    writes results/monitor.json as well
 
-By CPU time of the process, on one thread. Beside the ratio of the two stands what the monitor itself says; both runs
-start from the same seed and have to end with the same weights, bit by bit. Short runs are repeated, and the median
-counts: a monitor asks at the first call, and what that costs does not depend on how long the training will be.
+By CPU time of the process, on one thread. Beside the ratio of the two stands what the monitor
+itself says; both runs start from the same seed and have to end with the same weights, bit by bit.
+Short runs are repeated, and the median counts: a monitor asks at the first call, and what that
+costs does not depend on how long the training will be.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ CASES: list[tuple[str, int, dict[str, Any]]] = [
 class Training:
     """One run; ``seconds``: of CPU time in its turns so far, which is the time that its monitor goes by.
 
-    Between two calls of the monitor there may be a turn of the other run, which is none of its training.
+    Between two calls of the monitor there may be a turn of the other run, which is none of its
+    training.
     """
 
     net: demo.Net

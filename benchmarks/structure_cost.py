@@ -1,10 +1,10 @@
-"""What a structure question costs, in plain training steps.
+"""The cost of a structure question, in plain training steps.
 
     python benchmarks/structure_cost.py              measures; writes the page and results/capture.json
     python benchmarks/structure_cost.py --profile    prints where the first question spends its time instead
 
 Process CPU time on one thread, in one process, all measurements of a round one after the other, the
-median over rounds: what else the machine does weighs on all of them alike.
+median over rounds: other load on the machine affects all of them alike.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ TARGET = 10  # plain steps that capture plus analysis may take
 Setting = tuple[nn.Module, Callable[[], ub.Problem], Callable[[], Tensor]]
 
 
-# --- the two models -----------------------------------------------------------------------------------
+# --- the two models -------------------------------------------------------------------------------
 
 
 class Block(nn.Module):
@@ -87,7 +87,7 @@ def sentences() -> Setting:
 SETTINGS = {"ResNet-18, 8 x 3 x 64 x 64": images, "BERT-base with 2 layers, 8 x 32": sentences}
 
 
-# --- measuring ----------------------------------------------------------------------------------------
+# --- measuring ------------------------------------------------------------------------------------
 
 
 def training_step(model: nn.Module, loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> None:
@@ -153,23 +153,24 @@ def profile(make: Callable[[], Setting], lines: int = 25) -> None:
     pstats.Stats(profiler).strip_dirs().sort_stats("cumulative").print_stats(lines)
 
 
-# --- the page -----------------------------------------------------------------------------------------
+# --- the page -------------------------------------------------------------------------------------
 
 HEADER = """\
-# Benchmarks
+# Structure, measured
 
 <!-- Written by benchmarks/structure_cost.py; change that, not this. -->
 
-What asking for the structure costs, as multiples of one plain training step (forward, backward, SGD) on
-the same batch. The first question is capture, static analysis and numerical witnesses together; capture
-and static analysis alone are measured beside it, and the rest is what the witnesses take: the recording
-held against the model on a second batch, in values and in one gradient, and runs of the model on changed
-batches. Then the same question asked again, and asked for another batch of the same shapes through
-`with_batch`. The aim is at most {target} plain steps for capture plus static analysis.
+The cost of the structure, as multiples of one plain training step (forward, backward, SGD) on the
+same batch. The first question consists of capture, static analysis and experiments; capture and
+static analysis are also measured alone, and the rest is the cost of the experiments: the recording
+is compared with the model on a second batch, in values and in one gradient, and the model is run on
+changed batches. Then the same question is asked again, and for another batch of the same shapes
+through `with_batch`. The target is at most {target} plain steps for capture plus static analysis.
 
-Process CPU time on one thread, all measurements in one process and interleaved, medians of {rounds} rounds
-after one to warm up; torch {torch}. Both models are in train mode and in float32. Nothing was measured on
-a GPU, where a step is short and Python is not. To measure again run `python benchmarks/structure_cost.py`.
+Process CPU time on one thread, all measurements in one process and interleaved, medians of {rounds}
+rounds after one to warm up; torch {torch}. Both models are in train mode and in float32. Nothing
+was measured on a GPU, where a step is shorter, but the time in Python is not. To measure again run
+`python benchmarks/structure_cost.py`.
 """
 
 COLUMNS = {

@@ -1,8 +1,9 @@
 """Numbers of a zoo entry, held against plain autograd on the model as it is.
 
-Rows, a product with the Gauss-Newton matrix, and its diagonal are asked about a few parameters, in float64 where the
-model takes it. What they are held against knows nothing of the library but the numbers of the predictions, by which
-these are found again among what the modules of a model put out: there the graph of autograd is cut.
+Rows, a product with the Gauss-Newton matrix, and its diagonal are asked about a few parameters, in
+float64 where the model takes it. What they are held against knows nothing of the library but the
+numbers of the predictions, by which these are found again among what the modules of a model put
+out: there the graph of autograd is cut.
 
 Legend: ``F`` the predictions, ``g = ∂L/∂F``, ``H`` the second derivative of the loss by F.
 """

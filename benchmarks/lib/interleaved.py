@@ -1,8 +1,9 @@
 """How the contestants of a benchmark are measured, and how the page about it is laid out.
 
-The unit is one forward and backward pass of the same batch. In every round all contestants, the unit among them, have
-their turn one after the other, by process CPU time, and a figure is the median over the rounds of the ratio within a
-round. Who takes part, and what the right answers are, is said elsewhere.
+The unit is one forward and backward pass of the same batch. In every round all contestants, the
+unit among them, have their turn one after the other, by process CPU time, and a figure is the
+median over the rounds of the ratio within a round. Who takes part, and what the right answers are,
+is said elsewhere.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ Offer = dict[str, Ask]  # what a contestant answers, by quantity
 Key = TypeVar("Key")
 
 
-# --- contestants ----------------------------------------------------------------------------------------
+# --- contestants ----------------------------------------------------------------------------------
 
 
 class Incomplete(Exception):
@@ -101,7 +102,7 @@ def complaining(error: Exception) -> Ask:
     return complain
 
 
-# --- answers ------------------------------------------------------------------------------------------
+# --- answers --------------------------------------------------------------------------------------
 
 
 def single(found: Any) -> Any:
@@ -140,7 +141,7 @@ def judged(ask: Ask | None, truth: Any, unit: float) -> Entry:
     return Entry("ok" if error <= TOLERANCE else "wrong", first=first, error=error)
 
 
-# --- time ---------------------------------------------------------------------------------------------
+# --- time -----------------------------------------------------------------------------------------
 
 
 def keep_memory() -> None:
@@ -169,8 +170,9 @@ def turn(ask: Ask) -> float:
 def control() -> float:
     """Return the milliseconds of a fixed piece of plain PyTorch: three layers, 256 samples, forward and backward.
 
-    It asks whether this machine is slow today. Nothing of this library takes part, so a figure that changes between two
-    runs while the control does not is a change of the code; where both change, it is the machine.
+    It asks whether this machine is slow today. Nothing of this library takes part, so a figure that
+    changes between two runs while the control does not is a change of the code; where both change,
+    it is the machine.
     """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(256, 512, generator=generator)
@@ -197,7 +199,7 @@ def medians(step: Ask, asks: Mapping[Key, Ask], rounds: int) -> dict[Key, float]
     return {key: statistics.median(ratios[key] for ratios in found) for key in asks}
 
 
-# --- the page -----------------------------------------------------------------------------------------
+# --- the page -------------------------------------------------------------------------------------
 
 
 def table(lines: Sequence[Sequence[object]]) -> str:
@@ -254,7 +256,7 @@ def save(page: str, data: Mapping[str, Any], docs: Path, results: Path) -> None:
     results.write_text(json.dumps(data, indent=1) + "\n")
 
 
-# --- the command line ---------------------------------------------------------------------------------
+# --- the command line -----------------------------------------------------------------------------
 
 
 def parser(about: str | None, workloads: Iterable[str], quantities: Iterable[str]) -> argparse.ArgumentParser:
