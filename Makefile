@@ -24,7 +24,7 @@ check: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/structure_cost.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/structure_cost.py --write
 	$(BIN)/python benchmarks/overview.py
 
 bench-gradients: $(STAMP)

@@ -1,7 +1,8 @@
 """The cost of a structure question, in plain training steps.
 
-    python benchmarks/structure_cost.py              measures; writes the page and results/capture.json
-    python benchmarks/structure_cost.py --profile    prints where the first question spends its time instead
+    python benchmarks/structure_cost.py              measures and prints the page
+    python benchmarks/structure_cost.py --write      writes the page and results/capture.json
+    python benchmarks/structure_cost.py --profile    prints where the first question spends its time
 
 Process CPU time on one thread, in one process, all measurements of a round one after the other, the
 median over rounds: other load on the machine affects all of them alike.
@@ -204,6 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--profile", action="store_true", help="print a profile of the first question")
+    parser.add_argument("--write", action="store_true", help="write the page and the seconds behind it")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -212,8 +214,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             profile(make)
         return
     results = {name: measure(make, options.rounds) for name, make in SETTINGS.items()}
-    save(results, options.rounds)
     print(page(results, options.rounds))
+    if options.write:
+        save(results, options.rounds)
 
 
 if __name__ == "__main__":
