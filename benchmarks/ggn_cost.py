@@ -57,7 +57,7 @@ QUANTITIES = (*AT_ONCE, "gram", *SPECTRAL)
 
 @dataclass(frozen=True)
 class Case:
-    """A workload at a batch size, and what is asked of it."""
+    """A workload at a batch size, and the quantities that are measured on it."""
 
     name: str
     samples: int
@@ -120,7 +120,7 @@ def columns(model: nn.Module, X: Tensor, y: Tensor, alone: bool = False) -> Iter
 
 
 def pulled(model: nn.Module, X: Tensor, S: Tensor | None, most: int) -> Iterator[Sequence[Tensor]]:
-    """The first columns of V; of a root that is not given that of the loss."""
+    """Yield the first columns of V; the default of ``S`` is the root for the loss."""
     parameters, predictions = list(model.parameters()), model(X)
     S = root(predictions.detach()) if S is None else S
     for n, k in list(np.ndindex(len(S), S.shape[-1]))[:most]:
@@ -136,7 +136,7 @@ def diagonal_of(columns: Iterable[Sequence[Tensor]], model: nn.Module) -> Named:
 
 
 def gram_of(columns: Iterable[Sequence[Tensor]], count: int, model: nn.Module) -> Tensor:
-    """The columns are kept in single precision, and multiplied in double."""
+    """Return the Gram matrix. Columns are stored in single precision, and multiplied in double."""
     kept = [torch.empty(count, p.numel()) for p in model.parameters()]
     for at, column in enumerate(columns):
         for rows, g in zip(kept, column, strict=True):
@@ -146,7 +146,7 @@ def gram_of(columns: Iterable[Sequence[Tensor]], count: int, model: nn.Module) -
 
 
 def double_backward(model: nn.Module, X: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
-    """``v ↦ Jᵀ H J v`` by plain autograd: the pullback of anything is linear in it, and its pullback is a push."""
+    """Return ``v ↦ Jᵀ H J v`` by double backward: a vjp is linear in its cotangent, and its vjp is a jvp."""
     parameters = list(model.parameters())
     predictions = model(X)
     cotangent = torch.zeros_like(predictions, requires_grad=True)
@@ -171,13 +171,13 @@ def joined(parts: Iterable[Tensor]) -> Tensor:
 
 
 def vector(model: nn.Module) -> Tensor:
-    """The vector that is multiplied, ``[D]``, the same for everybody."""
+    """Return the vector that is multiplied, ``[D]``, the same for all tools."""
     generator = torch.Generator().manual_seed(1)
     return torch.randn(sum(p.numel() for p in model.parameters()), generator=generator)
 
 
 def references(workload: Workload, samples: int, quantities: Iterable[str]) -> dict[str, Any]:
-    """The answers in float64, by plain autograd."""
+    """Return the reference results in float64, by plain autograd."""
     model, X, y = workload.build(samples)
     model, X, found = model.double(), X.double(), dict[str, Any]()
     every = partial(columns, model, X, y, not workload.mixes)
@@ -197,7 +197,7 @@ def references(workload: Workload, samples: int, quantities: Iterable[str]) -> d
 
 
 def ours(model: nn.Module, X: Tensor, y: Tensor) -> Offer:
-    """This library. What is kept between products is that of a model of its own, to which nobody writes."""
+    """This library. Repeated products use a copy of the model that is never modified."""
     problem, v = interleaved.asked_anew(model, X, y), vector(model)
     kept = cache(lambda: ub.Problem(copy.deepcopy(model), F.cross_entropy, (X, y)).ggn())
     return {
@@ -211,7 +211,7 @@ def ours(model: nn.Module, X: Tensor, y: Tensor) -> Offer:
 
 
 def largest(operator: Callable[[], Any], k: int) -> Tensor:
-    """By SciPy's Lanczos iteration, from products with a SciPy operator that is made now."""
+    """Return the largest eigenvalues by SciPy's Lanczos iteration, with a new SciPy operator."""
     eigsh, made = importlib.import_module("scipy.sparse.linalg").eigsh, operator()
     start = np.random.default_rng(0).standard_normal(made.shape[0]).astype(np.float32)
     values = eigsh(made, k, which="LA", tol=LANCZOS, v0=start, return_eigenvectors=True)[0]
@@ -219,13 +219,13 @@ def largest(operator: Callable[[], Any], k: int) -> Tensor:
 
 
 def products_and_scipy(model: nn.Module, X: Tensor, y: Tensor) -> Offer:
-    """Eigenvalues from products of this library, one after the other."""
+    """SciPy's eigenvalues from products of this library."""
     problem = interleaved.asked_anew(model, X, y)
     return {name: partial(largest, lambda: problem().ggn().to_scipy(), k) for name, k in TOP.items()}
 
 
 def torch_func(model: nn.Module, X: Tensor, y: Tensor) -> Offer:
-    """By hand: a pullback of each column of a sample, mapped over samples; a push and a pullback for products."""
+    """By hand: a vjp for each column, mapped over samples; a jvp and a vjp for products."""
     parameters, v = {name: p.detach() for name, p in model.named_parameters()}, vector(model)
     tangent = dict(zip(parameters, split(v, parameters.values()), strict=True))
 
@@ -263,14 +263,14 @@ def torch_func(model: nn.Module, X: Tensor, y: Tensor) -> Offer:
 
 
 def extended(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """Model and loss with BackPACK's hooks, by way of its converter where a module is not one of torch's."""
+    """Return model and loss with BackPACK's hooks, converted if a module is not one of torch's."""
     extend = importlib.import_module("backpack").extend
     standard = all(type(m).__module__.startswith("torch.nn.") for m in model.modules())
     return extend(model, use_converter=not standard), extend(nn.CrossEntropyLoss())
 
 
 def backpacks(model: nn.Module, X: Tensor, y: Tensor) -> Callable[..., Named]:
-    """What one of its extensions leaves at the parameters, by the names of both."""
+    """Return a function that runs an extension and returns what it stores at the parameters."""
     tool, extensions = importlib.import_module("backpack"), importlib.import_module("backpack.extensions")
     hooked, loss = extended(model)
 
@@ -294,13 +294,13 @@ def backpack(model: nn.Module, X: Tensor, y: Tensor) -> Offer:
 
 
 def symeig(self: Tensor, eigenvectors: bool = False, upper: bool = True) -> tuple[Tensor, Tensor | None]:
-    """What ViViT calls and torch no longer has."""
+    """Replace ``Tensor.symeig``, which ViViT calls and torch has removed."""
     triangle = "U" if upper else "L"
     return torch.linalg.eigh(self, triangle) if eigenvectors else (torch.linalg.eigvalsh(self, triangle), None)
 
 
 def vivits(model: nn.Module, X: Tensor, y: Tensor) -> Callable[..., Any]:
-    """What one of its computations finds in a backward pass, for the k largest eigenvalues."""
+    """Return a function that runs a computation of ViViT for the k largest eigenvalues."""
     backpack, (hooked, loss) = importlib.import_module("backpack").backpack, extended(model)
 
     def ask(computation: Any, k: int, **more: Any) -> Any:
@@ -326,7 +326,7 @@ def vivit(model: nn.Module, X: Tensor, y: Tensor) -> Offer:
 
 
 def curvlinops(model: nn.Module, X: Tensor, y: Tensor) -> Offer:
-    """An operator that keeps nothing between products: fresh or not is the same. Eigenvalues by SciPy."""
+    """An operator without a cache: fresh products cost the same. Eigenvalues by SciPy."""
     tool, v = importlib.import_module("curvlinops"), vector(model)
     operator = tool.GGNLinearOperator(model, nn.CrossEntropyLoss(), list(model.parameters()), [(X, y)])
 
@@ -339,7 +339,7 @@ def curvlinops(model: nn.Module, X: Tensor, y: Tensor) -> Offer:
 
 @dataclass(frozen=True)
 class Part:
-    """So much of a task that `times` as much is all of it."""
+    """A fraction of a task; all of it takes `times` as long."""
 
     ask: Ask
     times: float
@@ -399,7 +399,7 @@ PACKAGES = {
 
 
 def offers(contestant: str, workload: Workload, samples: int) -> Offer:
-    """How it answers which quantity. Where it cannot even be set up, every answer is that complaint."""
+    """Return the question for each quantity. If the setup of the tool fails, each raises that error."""
     try:
         found = CONTESTANTS[contestant](*workload.build(samples))
     except Exception as error:
@@ -409,12 +409,12 @@ def offers(contestant: str, workload: Workload, samples: int) -> Offer:
 
 
 def entry_of(ask: Ask | None, truth: Any, unit: float) -> Entry:
-    """The first call held against the truth; a part of a task has passed that on a batch of which it does all."""
+    """Check the first call against the reference. Fractions of a task are checked on a small batch."""
     return Entry("estimated") if isinstance(ask, Part) else interleaved.judged(ask, truth, unit)
 
 
 def check_parts(workload: Workload) -> None:
-    """Raise where a task of which only a part is timed is not done right."""
+    """Raise if a task that is timed only in part gives a wrong result."""
     ask = autograd(*workload.build(CHECKED))["diagonal"]
     assert isinstance(ask, Part)
     assert ask.times == 1
@@ -423,7 +423,7 @@ def check_parts(workload: Workload) -> None:
 
 
 def measure(case: Case, quantities: Sequence[str], rounds: int) -> dict[str, Any]:
-    """All contestants on all quantities of one case, interleaved."""
+    """Measure all tools on all quantities of one case, by turns."""
     workload, quantities = case.workload, [q for q in case.quantities if q in quantities]
     step = interleaved.plain(*workload.build(case.samples))
     step()
@@ -482,7 +482,7 @@ it is the time of an earlier prototype.
 
 
 def met(name: str, quantity: str, entry: Mapping[str, Any]) -> tuple[str, str]:
-    """The aim, and whether it is met."""
+    """Return the aim, and whether it is met."""
     aim = AIMS.get((name, quantity))
     if aim is None:
         return "–", ""

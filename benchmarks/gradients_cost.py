@@ -74,12 +74,12 @@ def squared_norms(rows: Rows) -> Tensor:
 
 
 def squares(rows: Rows) -> Rows:
-    """Sum over samples of the squared entries. The rows are used up: nobody needs fresh memory for the squares."""
+    """Return the sum over samples of the squared entries. Overwrites the rows, to need no fresh memory."""
     return {name: r.square_().sum(0) for name, r in rows.items()}
 
 
 def variances(rows: Rows) -> Rows:
-    """Biased, as mean of the squares less square of the mean. The rows are used up."""
+    """Return the biased variance: mean of the squares less square of the mean. Overwrites the rows."""
     means = {name: r.mean(0) for name, r in rows.items()}
     return {name: s / len(rows[name]) - means[name].square() for name, s in squares(rows).items()}
 
@@ -99,7 +99,7 @@ FROM_ROWS: dict[str, Callable[[Rows], Any]] = {
 
 
 def from_rows(rows: Callable[[], Rows]) -> Offer:
-    """Every quantity the way one gets it from a tool that offers rows only."""
+    """Compute every quantity from rows, for tools that offer nothing else."""
     return {quantity: lambda f=f: f(rows()) for quantity, f in FROM_ROWS.items()}
 
 
@@ -149,7 +149,7 @@ def copied_rows(model: nn.Module, X: Tensor, y: Tensor, cotangent: Tensor | None
 
 
 def references(workload: Workload, quantities: Iterable[str]) -> dict[str, Any]:
-    """Every quantity from rows in float64."""
+    """Return every quantity, from rows in float64."""
     model, X, y = workload.build()
     model, X = model.double(), X.double()
     rows = autograd_rows(model, X, y)
@@ -269,7 +269,7 @@ def batched(model: nn.Module, X: Tensor, y: Tensor) -> Offer:
 
 
 def ours(model: nn.Module, X: Tensor, y: Tensor) -> Offer:
-    """This library; rows are written where they were before."""
+    """This library; rows are written into the same memory again."""
     problem = interleaved.asked_anew(model, X, y)
     buffers: dict[str, Tensor] = {}
 
@@ -305,7 +305,7 @@ PACKAGES = {"BackPACK": "backpack-for-pytorch", "Opacus": "opacus"}
 
 
 def offers(contestant: str, workload: Workload, samples: int | None = None) -> Offer:
-    """How it answers which quantity. Where it cannot even be set up, every answer is that complaint."""
+    """Return the question for each quantity. If the setup of the tool fails, each raises that error."""
     if contestant in WHERE_MIXED and not workload.mixes:
         return {}
     try:
@@ -315,7 +315,7 @@ def offers(contestant: str, workload: Workload, samples: int | None = None) -> O
 
 
 def measure(name: str, quantities: Sequence[str], rounds: int) -> dict[str, Any]:
-    """All contestants on all quantities of one workload, interleaved."""
+    """Measure all tools on all quantities of one workload, by turns."""
     workload, quantities = WORKLOADS[name], [q for q in ASKED[name] if q in quantities]
     step = interleaved.plain(*workload.build())
     step()
@@ -338,19 +338,19 @@ RIVALS = ("unbatch", "vmap(grad)", "BackPACK", "Opacus")
 
 
 def peak() -> int:
-    """Bytes of the largest resident set so far."""
+    """Return the peak of resident memory so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def rows_within(budget: int, model: nn.Module, X: Tensor, y: Tensor) -> Ask:
-    """Component rows into memory that is there already, with so many bytes for everything else."""
+    """Compute component rows into preallocated memory, with a budget for everything else."""
     buffers = {name: p.new_zeros(len(X), *p.shape) for name, p in model.named_parameters()}
     problem = ub.Problem(model, F.cross_entropy, (X, y))
     return lambda: problem.gradients(by="component", out=buffers, memory=budget)
 
 
 def growth(name: str, contestant: str, quantity: str, samples: int, budget: int | None) -> int | str:
-    """How far the peak of this process rises above that of a plain step. Meant for a process of its own."""
+    """Return how far the peak of memory rises above that of a plain step, in a fresh process."""
     workload = WORKLOADS[name]
     model, X, y = workload.build(samples)
     try:
@@ -365,7 +365,7 @@ def growth(name: str, contestant: str, quantity: str, samples: int, budget: int 
 
 
 def _load() -> None:
-    """What PyTorch loads when a gradient is first taken with a cotangent (45 MiB): not what is measured here."""
+    """Load what PyTorch needs for the first vjp (45 MiB), so that it is not measured."""
     x = torch.ones(1, requires_grad=True)
     torch.autograd.grad(x * 1, x, torch.ones(1))
 
@@ -377,7 +377,7 @@ def in_a_child(*what: object) -> int | str:
 
 
 def measure_memory(names: Iterable[str]) -> list[dict[str, Any]]:
-    """Bytes above a plain step: norms and sums of squares at two batch sizes, component rows at three."""
+    """Return bytes above a plain step: norms and sums of squares at two batch sizes, rows at three."""
     jobs: list[tuple[str, str, str, int, int | None]] = [
         (name, contestant, quantity, times * WORKLOADS[name].samples, None)
         for name in names
