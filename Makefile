@@ -24,23 +24,23 @@ check: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/capture.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/structure_cost.py --write
 	$(BIN)/python benchmarks/overview.py
 
 bench-gradients: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gradients.py --memory --write
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gradients_cost.py --memory --write
 	$(BIN)/python benchmarks/overview.py
 
 bench-ggn: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/ggn.py --write
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/ggn_cost.py --write
 	$(BIN)/python benchmarks/overview.py
 
 bench-accuracy: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/accuracy.py --write
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/ggn_accuracy.py --write
 	$(BIN)/python benchmarks/overview.py
 
 bench-monitor: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/monitor.py --write
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/monitor_overhead.py --write
 	$(BIN)/python benchmarks/overview.py
 
 zoo: $(STAMP)

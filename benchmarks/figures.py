@@ -1,4 +1,4 @@
-"""Write the pictures of docs/figures.md, by running the code of that page in docs/figures.
+"""Write the pictures of docs/guides/draw_figures.md, by running the code of that page in docs/figures.
 
     python benchmarks/figures.py
 
@@ -9,7 +9,9 @@ import contextlib
 import re
 from pathlib import Path
 
-PAGE = Path(__file__).parent.parent / "docs" / "figures.md"
+DOCS = Path(__file__).parent.parent / "docs"
+PAGE = DOCS / "guides" / "draw_figures.md"
+PICTURES = DOCS / "figures"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
 
 
@@ -21,12 +23,11 @@ def run_page(page: str) -> None:
 
 
 def main() -> None:
-    folder = PAGE.with_suffix("")
-    folder.mkdir(exist_ok=True)
-    with contextlib.chdir(folder):
+    PICTURES.mkdir(exist_ok=True)
+    with contextlib.chdir(PICTURES):
         run_page(PAGE.read_text(encoding="utf-8"))
         Path("side_by_side.svg").unlink()  # the page does not show it
-    for picture in sorted(folder.iterdir()):
+    for picture in sorted(PICTURES.iterdir()):
         print(f"{picture.name:24}{picture.stat().st_size / 1024:6.0f} KiB")
 
 

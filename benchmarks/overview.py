@@ -1,7 +1,7 @@
 """One page of what was measured: each quantity beside the fastest other tool that got it right.
 
-Made of `benchmarks/results/*.json` alone: `python benchmarks/overview.py` writes `docs/benchmarks_overview.md`, and
-tests/test_docs.py holds the page against the results.
+Made of `benchmarks/results/*.json` alone: `python benchmarks/overview.py` writes
+`docs/benchmarks/overview.md`, and tests/test_docs.py holds the page against the results.
 """
 
 from __future__ import annotations
@@ -12,20 +12,27 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "benchmarks_overview.md"
+PAGE = ROOT / "docs" / "benchmarks" / "overview.md"
 OURS = "unbatch"
+SCRIPTS = {
+    "gradients": "`benchmarks/gradients_cost.py`",
+    "ggn": "`benchmarks/ggn_cost.py`",
+    "capture": "`benchmarks/structure_cost.py`",
+    "monitor": "`benchmarks/monitor_overhead.py`",
+}
 RIGHT = ("ok", "estimated")
 
-HEAD = """# Numbers at a glance
+HEAD = """# Benchmarks at a glance
 
 <!-- Written by benchmarks/overview.py from benchmarks/results; change these, not this. -->
 
-Everything here is read from the committed results; the pages of the sections have the conditions, all contestants
-and the commands that measure again. Times are multiples of one plain forward and backward pass of the same batch, by
-process CPU time, on one thread; ≈ marks estimates. *Best other* is the fastest of the others whose answer was right: a
-tool, or what one writes by hand in PyTorch (*eigsh* is SciPy on products of unbatch); a dash stands where there is
-none. The faster of the two is bold. *Another number* lists the tools that returned one (BackPACK's rows under batch
-norm are those by copy), *no answer* counts those that refuse or raise.
+All numbers are read from the committed results; the page of each section has the conditions, all
+tools and the commands to measure again. Times are multiples of one plain forward and backward pass
+of the same batch, by process CPU time, on one thread; ≈ marks estimates. *Best other* is the
+fastest of the others whose answer was right: a tool, or hand-written PyTorch (*eigsh* is SciPy on
+products of unbatch); a dash means that there is none. The faster of the two is bold. *Another
+number* lists the tools whose result was different (BackPACK's rows under batch norm are copy rows),
+*no answer* counts those that refuse or raise.
 """
 
 
@@ -41,11 +48,12 @@ def page(found: dict[str, Any]) -> str:
     of_gradients = [{"workload": name, **r} for name, r in gradients["results"].items()]
     parts = [
         HEAD,
-        _section("Gradients", "gradients_benchmark.md", gradients, of_gradients),
-        _section("The Gauss-Newton matrix", "ggn_benchmark.md", ggn, ggn["results"]),
+        _section("Gradients", "gradients.md", gradients, of_gradients),
+        _section("The Gauss-Newton matrix", "ggn.md", ggn, ggn["results"]),
         _accuracy(found["accuracy"]),
         _structure(found["capture"], found["zoo"]["rows"]),
         monitor(found["monitor"]),
+        _controls({name: found[name] for name in ("gradients", "ggn", "capture", "monitor")}),
     ]
     return "\n".join(parts)
 
@@ -53,7 +61,7 @@ def page(found: dict[str, Any]) -> str:
 def _section(title: str, link: str, run: dict[str, Any], measured: list[dict[str, Any]]) -> str:
     tools = ", ".join(f"{name} {version}" for name, version in run["tools"].items())
     where = f"Measured on {run['date']}, {run['device']}, torch {run['torch']}, {tools}."
-    head = f"## {title}\n\n{where} [All of it]({link}).\n"
+    head = f"## {title}\n\n{where} [Details]({link}).\n"
     workloads = _table(
         ["workload", "model", "N", "plain step"],
         [[r["workload"], r["title"], r["samples"], f"{r['plain_ms']:.1f} ms"] for r in measured],
@@ -86,7 +94,7 @@ def _accuracy(found: dict[str, Any]) -> str:
         for p in found["points"]
         if p["way"] == "compressed"
     ]
-    what = "The Gauss-Newton diagonal under batch norm, to a tolerance. [All of it](ggn_accuracy.md)."
+    what = "The Gauss-Newton diagonal under batch norm, to a tolerance. [Details](accuracy.md)."
     head = f"## Accuracy for cost\n\n{what}\n"
     return "\n".join([head, _table(["net", "", "pullbacks", "error", "stated"], rows)])
 
@@ -105,16 +113,30 @@ def _structure(capture: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         f"that fail: {counts['fails']}, unknown: {counts['unknown']}; rows that an experiment contradicts: "
         f"{contradicted}.\n"
     )
-    head = "## Structure\n\nWhat it costs to ask, in plain training steps. [All of it](benchmarks.md).\n"
+    head = "## Structure\n\nThe cost in plain training steps. [Details](structure.md).\n"
     return "\n".join([head, _table(["model", "first question", "second question"], costs), told])
 
 
 def monitor(run: dict[str, Any]) -> str:
     where = f"Measured on {run['date']}, {run['device']}, torch {run['torch']}."
     what = "What `ub.Monitor` adds to the training of the demo's net, by CPU time."
-    head = f"## Monitoring\n\n{where} {what} [How that is bounded](monitor.md#what-it-costs).\n"
+    head = f"## Monitoring\n\n{where} {what} [How it is bounded](../guides/monitor_training.md#what-it-costs).\n"
     columns = ["setting", "steps", "training", "first question", "added", "by its own account", "lines"]
     return "\n".join([head, _table(columns, [_monitored(case) for case in run["cases"]])])
+
+
+def _controls(runs: dict[str, dict[str, Any]]) -> str:
+    what = (
+        "A fixed piece of plain PyTorch (three layers of width 512, 256 samples, forward and backward), timed in the "
+        "same run as the figures: it tells a slow machine from slow code. A dash means that none was timed."
+    )
+    rows = []
+    for name, run in runs.items():
+        measured = run.get("control_ms")
+        milliseconds = "–" if measured is None else f"{measured:.3g} ms"
+        rows.append([SCRIPTS[name], run.get("date", "–"), run["torch"], milliseconds])
+    columns = ["measured by", "on", "torch", "control"]
+    return "\n".join([f"## Control\n\n{what}\n", _table(columns, rows)])
 
 
 def _monitored(case: dict[str, Any]) -> list[Any]:

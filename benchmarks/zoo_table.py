@@ -1,6 +1,6 @@
-"""Asks every zoo entry about its structure and some numbers, in train and in eval mode; writes `docs/zoo.md`.
+"""The verdicts and some numbers of every zoo entry, in train and in eval mode; writes `docs/benchmarks/zoo.md`.
 
-    python benchmarks/zoo_table.py                  every entry, into docs/zoo.md and results/zoo.json
+    python benchmarks/zoo_table.py                  every entry, into docs/benchmarks/zoo.md and results/zoo.json
     python benchmarks/zoo_table.py --resume         ... but for those that are in results/zoo.json
     python benchmarks/zoo_table.py bert cv-resnet   these entries, printed
     python benchmarks/zoo_table.py --quick          every eighth entry, printed
@@ -30,13 +30,13 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-import exam  # noqa: E402
 import unbatch as ub  # noqa: E402
-from exam import QUESTIONS, Answer, Exam  # noqa: E402
+from lib import exam  # noqa: E402
+from lib.exam import QUESTIONS, Answer, Exam  # noqa: E402
 from unbatch.verdicts import MARKS, NAMES, TITLES  # noqa: E402
 from zoo import ENTRIES, N, ZooEntry, entry  # noqa: E402
 
-DOCS = ROOT / "docs" / "zoo.md"
+DOCS = ROOT / "docs" / "benchmarks" / "zoo.md"
 RESULTS = ROOT / "benchmarks" / "results" / "zoo.json"
 MODES = ("train", "eval")
 PACKAGES = ("torch", "transformers", "pytorchcv")
@@ -88,7 +88,7 @@ class Row:
         return tuple(name for name, status in self.statuses.items() if status == "unknown")
 
 
-# --- asking -----------------------------------------------------------------------------------------
+# --- asking ---------------------------------------------------------------------------------------
 
 
 def problem_of(item: ZooEntry, mode: str) -> ub.Problem:
@@ -154,7 +154,7 @@ def rows(
             yield ask(item, mode, verify, numbers)
 
 
-# --- the page -----------------------------------------------------------------------------------------
+# --- the page -------------------------------------------------------------------------------------
 
 HEADER = """\
 # Zoo
@@ -163,19 +163,20 @@ HEADER = """\
 
 Each row is one published architecture, built from the code of `transformers` {transformers} or
 `pytorchcv` {pytorchcv} with a tiny random configuration ({samples} samples, a few channels, nothing
-downloaded), and asked with torch {torch} on a CPU, in train mode and in eval mode. So the table says
-what the *code* of these models does to a mini-batch; it says nothing about trained weights, and
-little about sizes or branches that these configurations do not reach. A model that computes its own
-loss is asked with it; the entries called `-outer-loss` bring one from outside. Every verdict is then
-put to a numerical test (other samples replaced, samples permuted, statistics frozen, second
+downloaded), and analysed with torch {torch} on a CPU, in train mode and in eval mode. So the table
+shows what the *code* of these models does to a mini-batch; it says nothing about trained weights,
+and little about sizes or branches that these configurations do not reach. A model that computes its
+own loss is used with it; the entries called `-outer-loss` use an external one. Every verdict is
+then put to a numerical test (other samples replaced, samples permuted, statistics frozen, second
 differences of the loss): the last column counts the tests that apply and those that contradict a
-verdict. A test can refute a verdict, it cannot confirm one.
+verdict. A test can refute a verdict, but not confirm one.
 
-The columns are the six structures ({legend}), the number R of batch statistics, the first culprit of a
-verdict that does not hold (`benchmarks/results/zoo.json` has all of them), and the time for capture,
-analysis and witnesses in milliseconds: process CPU time on one thread, one cold run each, so an order
-of magnitude and no more. To make this page again run `make zoo`, which takes about half an hour;
-`python benchmarks/zoo_table.py` with names of entries, or with `--quick`, prints a part of it instead.
+The columns are the six structures ({legend}), the number R of batch statistics, the first culprit
+of a verdict that does not hold (`benchmarks/results/zoo.json` has all of them), and the time for
+capture, analysis and witnesses in milliseconds: process CPU time on one thread, one cold run each,
+so only an order of magnitude. To regenerate this page run `make zoo`, which takes about half an
+hour; `python benchmarks/zoo_table.py` with names of entries, or with `--quick`, prints a part of
+it.
 
 {summary}
 """
@@ -184,7 +185,7 @@ COLUMNS = ("split", "independent", "SIMD", "SIMD given s", "reduction", "SIMD lo
 
 
 def page(table: Sequence[Row]) -> str:
-    """`docs/zoo.md`: how it was made, the table, and what stayed unknown and why."""
+    """`docs/benchmarks/zoo.md`: how it was made, the table, and what stayed unknown and why."""
     versions = {name: version(name).partition("+")[0] for name in PACKAGES}
     legend = ", ".join(f"{mark} {status}" for status, mark in MARKS.items())
     head = HEADER.format(**versions, samples=N, legend=legend, summary=summary(table))
@@ -204,9 +205,9 @@ def summary(table: Sequence[Row]) -> str:
         f"In the {len(table)} rows below, of {len(entries)} entries, "
         f"{counts['holds']} verdicts hold, {counts['fails']} fail and {counts['unknown']} are unknown.\n"
         f"Rows where a test contradicts a verdict: {contradicted}. Rows that ended in an error: {failed}.\n"
-        f"Entries of which something is wrong: {len(wrong)}. Entries of which a number is refused, with the reason: "
+        f"Entries with a wrong result: {len(wrong)}. Entries for which a number is refused, with the reason: "
         f"{len(refused - wrong)}.\n"
-        f"Entries of which every verdict is decided and every number right, in both modes: "
+        f"Entries for which every verdict is decided and every number is right, in both modes: "
         f"{len(entries - open_)} of {len(entries)}."
     )
 
@@ -226,14 +227,15 @@ def _table(table: Sequence[Row]) -> Iterator[str]:
 NUMBERS = """\
 ## Numbers
 
-Component rows of the gradient, a product with the Gauss-Newton matrix and its diagonal were asked about four of the
-parameters of each entry (of up to {largest} entries each), and held against plain autograd on the model as it is: every
-row by a backward pass of its own, products by double backward, and some entries of the diagonal by products with unit
-vectors. In float64, or in float32 where the model has an op that takes no other; ✓ is a relative error below {fine} or
-{coarse}. Times are multiples of one forward and backward pass of the whole model, cold: recording, analysis and trials
-included, of which a second question is free. MiB is by how much resident memory grew at its peak. *Refused* is followed
-by the reason; a dash stands where a prediction has so many entries ({columns}) that the diagonal would need as many
-backward passes.
+Component rows of the gradient, a product with the Gauss-Newton matrix and its diagonal were
+computed for four of the parameters of each entry (of up to {largest} entries each), and compared
+with plain autograd on the unmodified model: every row by its own backward pass, products by double
+backward, and some entries of the diagonal by products with unit vectors. In float64, or in float32
+if the model has an op that supports nothing else; ✓ is a relative error below {fine} or {coarse}.
+Times are multiples of one forward and backward pass of the whole model, cold: recording, analysis
+and self-check included, which a second question does not need. MiB is the peak growth of resident
+memory. *Refused* is followed by the reason; a dash means that a prediction has so many entries
+({columns}) that the diagonal would need as many backward passes.
 """
 
 
@@ -314,7 +316,7 @@ def _unknowns(table: Sequence[Row]) -> Iterator[str]:
         yield ""
 
 
-# --- the command --------------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------
 
 
 def as_json(table: Sequence[Row]) -> str:

@@ -1,12 +1,14 @@
-"""Fine-tuning a causal language model: a tiny Llama on blocks of text, with a loss of its own, as in the usual scripts.
+"""Fine-tuning a causal language model: a tiny Llama on blocks of text.
 
-The three lines marked `unbatch` are all that was added. They show
+The script is as usual, but for the three lines marked `unbatch`. They show
 
-- where the model, which only returns its loss, was cut into predictions and loss: at the logits, `[8, 32, words]`;
-- that every block of text is treated on its own, and alike: all structures hold, and what is asked about single samples
-  is about single samples;
-- the gradient noise scale, in blocks of text: with batches much smaller than that, a step mostly follows noise; with
-  much larger ones, it costs more than it gains. It is an estimate from one batch, and a rough one.
+- where the model, which computes its own loss, was split into predictions and loss: at the logits,
+  `[8, 32, words]`;
+- that all structures hold: each block of text is treated on its own, by the same function, so
+  statistics over samples mean what their names say;
+- the gradient noise scale, in blocks of text: with batches much smaller than that, a step mostly
+  follows noise; with much larger ones, the extra cost gains little. It is a rough estimate, from a
+  single batch.
 """
 
 import torch

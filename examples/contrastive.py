@@ -1,14 +1,16 @@
-"""Contrastive pre-training in the style of SimCLR: two views of each digit, to be told from all other digits.
+"""Contrastive pre-training in the style of SimCLR, with two views of each digit.
 
-The three lines marked `unbatch` are all that was added. They show
+The script is as usual, but for the three lines marked `unbatch`. They show
 
-- that two things couple the samples here. The batch norms couple the predictions: *independent forward* fails, as in
-  any net with batch norm. The loss compares each image with all others: *reduction* and *SIMD loss* fail as well, and
-  the report names the line. So there is no loss per sample and no per-sample gradient, with or without batch norm;
-- what still exists: the gradient falls into parts, one for the path through the embedding of each image, which sum to
-  the gradient of the batch. Their squared norms say which images the loss pulls at;
-- how strongly the embedding of one image listens to other images: the share of its squared derivatives that lead to
-  pixels of others, estimated. It would be 0 without batch norm. The loss has no part in it.
+- that two things couple the samples. The batch norms couple the predictions: *independent forward*
+  fails, as in any net with batch norm. The loss compares each image with all others: *reduction*
+  and *SIMD loss* fail as well, and the report names the line. So there is no loss per sample and no
+  per-sample gradient, with or without batch norm;
+- what still exists: the gradient is a sum with one part for each image, through the embedding of
+  that image. The squared norms of the parts say which images contribute most;
+- how strongly the embedding of one image depends on other images: the share of its squared
+  derivatives w.r.t. their pixels, as an estimate. Without batch norm it would be 0. It does not
+  involve the loss.
 """
 
 import torch

@@ -1,13 +1,15 @@
-"""Image classification: a small ResNet with batch norm on scikit-learn's digits, trained as in any tutorial.
+"""Image classification: a small ResNet with batch norm on scikit-learn's digits.
 
-The three lines marked `unbatch` are all that was added. They show
+The script is as usual, but for the three lines marked `unbatch`. They show
 
-- that the predictions for a batch are not independent of each other, and which layers couple them: the batch norms,
-  through `R` numbers in all. The loss itself is still a mean over the samples;
-- the gradient of each term of the loss, as a squared norm. There is one term for each sample, but all samples of the
-  batch take part in it, by way of the batch norms; so these are called *per component*, not per sample;
-- the largest eigenvalues of the Gauss-Newton matrix, batch norms included. A step of gradient descent is stable along
-  the steepest of these directions while the learning rate stays below two over the largest.
+- that the predictions for a batch depend on each other, and which layers couple them: the batch
+  norms, through `R` numbers in total. The loss itself is still a mean over the samples;
+- the gradient of each term of the loss, as a squared norm. There is one term for each sample, but
+  through the batch norms it depends on all samples of the batch; so these are called *per
+  component*, not per sample;
+- the largest eigenvalues of the Gauss-Newton matrix, through the batch norms. A step of gradient
+  descent is stable along the steepest of these directions while the learning rate stays below two
+  over the largest.
 """
 
 import torch

@@ -1,14 +1,14 @@
-"""Segmentation: a small U-Net with batch norm, trained on drawn shapes by cross-entropy plus dice, as is usual.
+"""Segmentation: a small U-Net with batch norm, trained by cross-entropy plus dice.
 
-The three lines marked `unbatch` are all that was added. They show
+The script is as usual, but for the three lines marked `unbatch`. They show
 
-- that besides the batch norms, which couple the predictions, the loss is no sum over images: the dice coefficient takes
-  its sums over the whole batch, so what is lost in one image depends on the others. *Reduction* and *SIMD loss* fail
-  with the line of the quotient as culprit. With one dice coefficient per image, averaged, both would hold;
-- the squared norms of the parts of the gradient that go through the prediction for each image. They sum to the
-  gradient, whatever the loss;
-- as a picture, how strongly the mask predicted for image n (row) listens to the pixels of image m (column). All that is
-  off the diagonal comes through batch statistics; in `.eval()` it is gone.
+- that not only the batch norms couple the samples: the loss is not a sum over images, because the
+  dice coefficient sums over the whole batch. *Reduction* and *SIMD loss* fail, with the line of the
+  quotient as culprit. With one dice coefficient per image, averaged, both would hold;
+- the squared norms of the parts of the gradient that go through the prediction for each image. The
+  parts sum to the gradient, whatever the loss;
+- as a picture, how strongly the mask predicted for image n (row) depends on the pixels of image m
+  (column). Everything off the diagonal comes through batch statistics; after `.eval()` it is zero.
 """
 
 import torch

@@ -1,11 +1,12 @@
-"""Text classification: a convolutional net over word vectors, which tells praise from complaint.
+"""Text classification: a convolutional net over word vectors, for praise and complaints.
 
-The three lines marked `unbatch` are all that was added. They show
+The script is as usual, but for the three lines marked `unbatch`. They show
 
-- that all structures hold: each sentence is classified on its own, and the loss is a mean over sentences, so that a
-  gradient *per sample* exists and is what it sounds like;
-- the four sentences of a batch with the largest squared gradients. Some labels of the training set are wrong on
-  purpose, and these pull hardest once the others are learned: mostly sentences with a wrong label come out on top.
+- that all structures hold: each sentence is classified on its own, and the loss is a mean over
+  sentences, so a *per-sample* gradient exists;
+- the four sentences of a batch with the largest squared gradients. Some labels of the training set
+  are wrong on purpose, and once the others are learned, sentences with a wrong label mostly have
+  the largest gradients.
 """
 
 import torch

@@ -37,7 +37,7 @@ from unbatch.consequences import (
     situation,
 )
 
-PAGE = Path(__file__).parents[1] / "docs" / "consequences.md"
+PAGE = Path(__file__).parents[1] / "docs" / "reference" / "consequences.md"
 
 HOLDS = "everything holds"
 NORM = "batch norm in train mode"

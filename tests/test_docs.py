@@ -149,7 +149,7 @@ def test_a_formula_that_has_no_mathml_is_refused(formula):
 
 def test_the_overview_is_made_of_the_results():
     overview = load("benchmarks/overview.py")
-    assert (ROOT / "docs/benchmarks_overview.md").read_text(encoding="utf-8") == overview.page(overview.results())
+    assert (ROOT / "docs/benchmarks/overview.md").read_text(encoding="utf-8") == overview.page(overview.results())
 
 
 def test_other_results_make_another_overview():

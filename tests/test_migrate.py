@@ -10,7 +10,7 @@ import torch
 
 from test_readme import blocks, granted, run_python
 
-PAGE = (Path(__file__).parent.parent / "docs" / "migrate.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parent.parent / "docs" / "guides" / "migrate.md").read_text(encoding="utf-8")
 TOOLS = {"BackPACK": "backpack", "ViViT": "", "curvlinops": "curvlinops", "Opacus": "opacus", "laplace": "laplace"}
 
 pytestmark = [

@@ -1025,7 +1025,7 @@ def test_the_page_shows_runs_that_work(tool, tmp_path, monkeypatch):
         package.pytorch = lightning()
         monkeypatch.setitem(sys.modules, "lightning", package)
         monkeypatch.setitem(sys.modules, "lightning.pytorch", package.pytorch)
-    page = (Path(__file__).parent.parent / "docs" / "monitor.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parent.parent / "docs" / "guides" / "monitor_training.md").read_text(encoding="utf-8")
     (code,) = re.findall(rf"^```python\n(# {tool}_run.py\n.*?)^```$", page, re.M | re.S)
     monkeypatch.chdir(tmp_path)
     exec(compile(code, f"{tool}_run.py", "exec"), {"__name__": "page"})
@@ -1077,7 +1077,9 @@ ROOT = Path(__file__).parent.parent
 def benchmark(monkeypatch):
     """The module; with what it imports beside it."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    specification = importlib.util.spec_from_file_location("benchmark_of_monitor", ROOT / "benchmarks" / "monitor.py")
+    specification = importlib.util.spec_from_file_location(
+        "benchmark_of_monitor", ROOT / "benchmarks" / "monitor_overhead.py"
+    )
     module = importlib.util.module_from_spec(specification)
     monkeypatch.setitem(sys.modules, specification.name, module)
     specification.loader.exec_module(module)
@@ -1103,5 +1105,5 @@ def test_the_page_quotes_what_was_measured(benchmark):
         f"steps, {added[1]} to one of {demo['steps']} (as many as `unbatch demo` trains) and {added[2]} to one of "
         f"{short['steps']}."
     )
-    assert text in " ".join((ROOT / "docs" / "monitor.md").read_text(encoding="utf-8").split())
+    assert text in " ".join((ROOT / "docs" / "guides" / "monitor_training.md").read_text(encoding="utf-8").split())
     assert long["added"] <= 0.1

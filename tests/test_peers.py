@@ -19,10 +19,9 @@ import unbatch as ub
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
-import ggn as curvature
-import gradients as bench
-import interleaved
-import workloads
+import ggn_cost as curvature
+import gradients_cost as bench
+from lib import interleaved, workloads
 
 # Full backward hooks on a first layer, which both tools use, and BackPACK's own word on batch norm in train mode.
 pytestmark = [

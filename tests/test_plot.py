@@ -205,7 +205,7 @@ def test_words_are_as_large_as_intended_where_there_is_room(mixing):
 
 def test_committed_figures_are_of_this_code():
     """Pixels may change with matplotlib; what the pictures say may not."""
-    page = (ROOT / "docs" / "figures.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "guides" / "draw_figures.md").read_text(encoding="utf-8")
     for name in ("without_batch_norm", "with_batch_norm", "contrastive_loss"):
         assert f"figures/{name}.svg" in page
         assert 'aria-label="The way of 16 samples' in (ROOT / "docs" / "figures" / f"{name}.svg").read_text()

@@ -18,8 +18,8 @@ import zoo
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import exam  # noqa: E402
 import zoo_table  # noqa: E402
+from lib import exam  # noqa: E402
 from unbatch.ggn import GGN  # noqa: E402
 
 HOLDS = dict.fromkeys(zoo_table.NAMES, "holds")

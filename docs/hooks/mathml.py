@@ -1,6 +1,7 @@
 """Formulas for the browser: what `pymdownx.arithmatex` marks in a page becomes MathML when the page is built.
 
-Browsers show MathML by themselves, so that a page asks nobody for a script or a font. mkdocs calls ``on_page_content``.
+Browsers show MathML by themselves, so that a page asks nobody for a script or a font. mkdocs calls
+``on_page_content``.
 """
 
 import html

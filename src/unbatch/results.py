@@ -45,7 +45,7 @@ class ByParameter(Mapping[str, Tensor]):
 class Rows(ByParameter):
     """The decomposition of a gradient: ``[N, *param]`` for each parameter; row n belongs to sample n.
 
-    ``kind`` is "per-sample", "per-component", "per-copy" or "frozen" (design of the three: ``docs/gradients.md``).
+    ``kind`` is "per-sample", "per-component", "per-copy" or "frozen" (defined in ``docs/guides/take_gradients.md``).
     ``weights``: ``w_n`` of ``L = Σ w_n ℓ_n`` where ``ℓ_n`` sums over the entries of a sample; None where the loss is no
     such sum or they could not be read off. ``rest``: the part of ``∇L`` by ways that do not pass through predictions
     of samples, by parameter; empty where there is none. ``note`` says what else to keep in mind.

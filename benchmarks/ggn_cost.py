@@ -1,15 +1,17 @@
-"""What the Gauss-Newton matrix costs here and with other tools, in plain backward passes: diagonal, products, spectrum.
+"""The cost of the Gauss-Newton matrix, here and with other tools: diagonal, products, spectrum.
 
-    python benchmarks/ggn.py                                       measures everything and prints the tables
-    python benchmarks/ggn.py --workloads W1,W6 --quantities diagonal,product --rounds 1
-    python benchmarks/ggn.py --write               writes docs/ggn_benchmark.md and results/ggn.json
+    python benchmarks/ggn_cost.py                                       measures everything and prints the tables
+    python benchmarks/ggn_cost.py --workloads W1,W6 --quantities diagonal,product --rounds 1
+    python benchmarks/ggn_cost.py --write               writes docs/benchmarks/ggn.md and results/ggn.json
 
-The unit is one forward and backward pass of the same batch. Process CPU time on one thread; in every round all
-contestants, the unit among them, have their turn one after the other, and the figure is the median over the rounds of
-the ratio within a round. Memory that was freed stays with the process. Before a contestant is timed its answer is held
-against plain autograd in float64. `make bench-ggn` installs the other tools; without them the table says so.
+The unit is one forward and backward pass of the same batch. Process CPU time on one thread; in
+every round all contestants, the unit among them, have their turn one after the other, and the
+figure is the median over the rounds of the ratio within a round. Memory that was freed stays with
+the process. Before a contestant is timed its answer is held against plain autograd in float64.
+`make bench-ggn` installs the other tools; without them the table says so.
 
-Legend: ``S`` a root of the second derivative of the loss at the predictions, ``H = S Sᵀ``; ``V = Jᵀ S``, N·C columns.
+Legend: ``S`` a root of the second derivative of the loss at the predictions, ``H = S Sᵀ``; ``V = Jᵀ
+S``, N·C columns.
 """
 
 from __future__ import annotations
@@ -31,30 +33,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, linearize, vjp, vmap
 
 import unbatch as ub
-from interleaved import (
-    Ask,
-    Entry,
-    asked_anew,
-    cell,
-    complaining,
-    facts,
-    harvest,
-    header,
-    judged,
-    keep_memory,
-    medians,
-    parsed,
-    parser,
-    plain,
-    save,
-    single,
-    table,
-    turn,
-)
-from workloads import WORKLOADS, Workload
+from lib import interleaved
+from lib.interleaved import Ask, Entry, Offer
+from lib.workloads import WORKLOADS, Workload
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCS = ROOT / "docs" / "ggn_benchmark.md"
+DOCS = ROOT / "docs" / "benchmarks" / "ggn.md"
 RESULTS = ROOT / "benchmarks" / "results" / "ggn.json"
 PART = 64  # columns that stand for all in a loop that would take too long
 CHECKED = 6  # samples of the batch on which such a loop is held against the truth
@@ -62,10 +46,9 @@ CLASSES = 10
 LANCZOS = 1e-3  # relative tolerance of eigenvalues by products
 
 Named = Mapping[str, Tensor]
-Offer = dict[str, Ask]
 
 
-# --- what is asked ------------------------------------------------------------------------------------
+# --- what is asked --------------------------------------------------------------------------------
 
 TOP = {"top 1": 1, "top 4": 4, "top 16": 16}
 AT_ONCE, SPECTRAL = ("diagonal", "product", "fresh product"), ("spectrum", *TOP)
@@ -74,7 +57,7 @@ QUANTITIES = (*AT_ONCE, "gram", *SPECTRAL)
 
 @dataclass(frozen=True)
 class Case:
-    """A workload at a batch size, and what is asked of it."""
+    """A workload at a batch size, and the quantities that are measured on it."""
 
     name: str
     samples: int
@@ -100,7 +83,8 @@ CASES = [
     Case("W6", 32, ("gram", *SPECTRAL)),
 ]
 
-# In plain steps. Diagonals where samples do not mix: 1.2 times what counting says they take at least.
+# In plain steps. Diagonals where samples do not mix: 1.2 times what counting says they take at
+# least.
 FLOORS = {"W1": 2, "W2": 7, "W3": 7, "W4": 7, "W7": 7}
 AIMS = {
     **{(name, "diagonal"): 1.2 * floor for name, floor in FLOORS.items()},
@@ -110,7 +94,7 @@ AIMS = {
 }
 
 
-# --- what the numbers should be -----------------------------------------------------------------------
+# --- what the numbers should be -------------------------------------------------------------------
 
 
 def root(predictions: Tensor) -> Tensor:
@@ -122,7 +106,8 @@ def root(predictions: Tensor) -> Tensor:
 def columns(model: nn.Module, X: Tensor, y: Tensor, alone: bool = False) -> Iterator[Sequence[Tensor]]:
     """Columns of V by definition: one backward pass each, column k of sample n at ``n·C + k``.
 
-    ``alone``: samples do not mix, so the pass is one of the sample alone. H by autograd has to agree with its root.
+    ``alone``: samples do not mix, so the pass is one of the sample alone. H by autograd has to
+    agree with its root.
     """
     predictions = model(X).detach()
     S = root(predictions)
@@ -135,7 +120,7 @@ def columns(model: nn.Module, X: Tensor, y: Tensor, alone: bool = False) -> Iter
 
 
 def pulled(model: nn.Module, X: Tensor, S: Tensor | None, most: int) -> Iterator[Sequence[Tensor]]:
-    """The first columns of V; of a root that is not given that of the loss."""
+    """Yield the first columns of V; the default of ``S`` is the root for the loss."""
     parameters, predictions = list(model.parameters()), model(X)
     S = root(predictions.detach()) if S is None else S
     for n, k in list(np.ndindex(len(S), S.shape[-1]))[:most]:
@@ -151,7 +136,7 @@ def diagonal_of(columns: Iterable[Sequence[Tensor]], model: nn.Module) -> Named:
 
 
 def gram_of(columns: Iterable[Sequence[Tensor]], count: int, model: nn.Module) -> Tensor:
-    """The columns are kept in single precision, and multiplied in double."""
+    """Return the Gram matrix. Columns are stored in single precision, and multiplied in double."""
     kept = [torch.empty(count, p.numel()) for p in model.parameters()]
     for at, column in enumerate(columns):
         for rows, g in zip(kept, column, strict=True):
@@ -161,7 +146,7 @@ def gram_of(columns: Iterable[Sequence[Tensor]], count: int, model: nn.Module) -
 
 
 def double_backward(model: nn.Module, X: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
-    """``v ↦ Jᵀ H J v`` by plain autograd: the pullback of anything is linear in it, and its pullback is a push."""
+    """Return ``v ↦ Jᵀ H J v`` by double backward: a vjp is linear in its cotangent, and its vjp is a jvp."""
     parameters = list(model.parameters())
     predictions = model(X)
     cotangent = torch.zeros_like(predictions, requires_grad=True)
@@ -186,13 +171,13 @@ def joined(parts: Iterable[Tensor]) -> Tensor:
 
 
 def vector(model: nn.Module) -> Tensor:
-    """The vector that is multiplied, ``[D]``, the same for everybody."""
+    """Return the vector that is multiplied, ``[D]``, the same for all tools."""
     generator = torch.Generator().manual_seed(1)
     return torch.randn(sum(p.numel() for p in model.parameters()), generator=generator)
 
 
 def references(workload: Workload, samples: int, quantities: Iterable[str]) -> dict[str, Any]:
-    """The answers in float64, by plain autograd."""
+    """Return the reference results in float64, by plain autograd."""
     model, X, y = workload.build(samples)
     model, X, found = model.double(), X.double(), dict[str, Any]()
     every = partial(columns, model, X, y, not workload.mixes)
@@ -204,16 +189,16 @@ def references(workload: Workload, samples: int, quantities: Iterable[str]) -> d
         found["gram"] = gram_of(every(), y.numel() * CLASSES, model)
         found["spectrum"] = values = torch.linalg.eigvalsh(found["gram"])
         found |= {name: values[-k:] for name, k in TOP.items()}
-    return {quantity: single(found[quantity]) for quantity in quantities}
+    return {quantity: interleaved.single(found[quantity]) for quantity in quantities}
 
 
-# --- the contestants ----------------------------------------------------------------------------------
+# --- the contestants ------------------------------------------------------------------------------
 # Each takes model, inputs and labels, and says how it answers which quantity.
 
 
 def ours(model: nn.Module, X: Tensor, y: Tensor) -> Offer:
-    """This library. What is kept between products is that of a model of its own, to which nobody writes."""
-    problem, v = asked_anew(model, X, y), vector(model)
+    """This library. Repeated products use a copy of the model that is never modified."""
+    problem, v = interleaved.asked_anew(model, X, y), vector(model)
     kept = cache(lambda: ub.Problem(copy.deepcopy(model), F.cross_entropy, (X, y)).ggn())
     return {
         "diagonal": lambda: problem().compute(ub.DiagGGN()),
@@ -226,7 +211,7 @@ def ours(model: nn.Module, X: Tensor, y: Tensor) -> Offer:
 
 
 def largest(operator: Callable[[], Any], k: int) -> Tensor:
-    """By SciPy's Lanczos iteration, from products with a SciPy operator that is made now."""
+    """Return the largest eigenvalues by SciPy's Lanczos iteration, with a new SciPy operator."""
     eigsh, made = importlib.import_module("scipy.sparse.linalg").eigsh, operator()
     start = np.random.default_rng(0).standard_normal(made.shape[0]).astype(np.float32)
     values = eigsh(made, k, which="LA", tol=LANCZOS, v0=start, return_eigenvectors=True)[0]
@@ -234,13 +219,13 @@ def largest(operator: Callable[[], Any], k: int) -> Tensor:
 
 
 def products_and_scipy(model: nn.Module, X: Tensor, y: Tensor) -> Offer:
-    """Eigenvalues from products of this library, one after the other."""
-    problem = asked_anew(model, X, y)
+    """SciPy's eigenvalues from products of this library."""
+    problem = interleaved.asked_anew(model, X, y)
     return {name: partial(largest, lambda: problem().ggn().to_scipy(), k) for name, k in TOP.items()}
 
 
 def torch_func(model: nn.Module, X: Tensor, y: Tensor) -> Offer:
-    """By hand: a pullback of each column of a sample, mapped over samples; a push and a pullback for products."""
+    """By hand: a vjp for each column, mapped over samples; a jvp and a vjp for products."""
     parameters, v = {name: p.detach() for name, p in model.named_parameters()}, vector(model)
     tangent = dict(zip(parameters, split(v, parameters.values()), strict=True))
 
@@ -278,21 +263,21 @@ def torch_func(model: nn.Module, X: Tensor, y: Tensor) -> Offer:
 
 
 def extended(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """Model and loss with BackPACK's hooks, by way of its converter where a module is not one of torch's."""
+    """Return model and loss with BackPACK's hooks, converted if a module is not one of torch's."""
     extend = importlib.import_module("backpack").extend
     standard = all(type(m).__module__.startswith("torch.nn.") for m in model.modules())
     return extend(model, use_converter=not standard), extend(nn.CrossEntropyLoss())
 
 
 def backpacks(model: nn.Module, X: Tensor, y: Tensor) -> Callable[..., Named]:
-    """What one of its extensions leaves at the parameters, by the names of both."""
+    """Return a function that runs an extension and returns what it stores at the parameters."""
     tool, extensions = importlib.import_module("backpack"), importlib.import_module("backpack.extensions")
     hooked, loss = extended(model)
 
     def ask(extension: str, attribute: str, **options: Any) -> Named:
         with tool.backpack(getattr(extensions, extension)(**options)):
             loss(hooked(X), y).backward()
-        return harvest(model, attribute)
+        return interleaved.harvest(model, attribute)
 
     return ask
 
@@ -309,13 +294,13 @@ def backpack(model: nn.Module, X: Tensor, y: Tensor) -> Offer:
 
 
 def symeig(self: Tensor, eigenvectors: bool = False, upper: bool = True) -> tuple[Tensor, Tensor | None]:
-    """What ViViT calls and torch no longer has."""
+    """Replace ``Tensor.symeig``, which ViViT calls and torch has removed."""
     triangle = "U" if upper else "L"
     return torch.linalg.eigh(self, triangle) if eigenvectors else (torch.linalg.eigvalsh(self, triangle), None)
 
 
 def vivits(model: nn.Module, X: Tensor, y: Tensor) -> Callable[..., Any]:
-    """What one of its computations finds in a backward pass, for the k largest eigenvalues."""
+    """Return a function that runs a computation of ViViT for the k largest eigenvalues."""
     backpack, (hooked, loss) = importlib.import_module("backpack").backpack, extended(model)
 
     def ask(computation: Any, k: int, **more: Any) -> Any:
@@ -341,7 +326,7 @@ def vivit(model: nn.Module, X: Tensor, y: Tensor) -> Offer:
 
 
 def curvlinops(model: nn.Module, X: Tensor, y: Tensor) -> Offer:
-    """An operator that keeps nothing between products: fresh or not is the same. Eigenvalues by SciPy."""
+    """An operator without a cache: fresh products cost the same. Eigenvalues by SciPy."""
     tool, v = importlib.import_module("curvlinops"), vector(model)
     operator = tool.GGNLinearOperator(model, nn.CrossEntropyLoss(), list(model.parameters()), [(X, y)])
 
@@ -354,7 +339,7 @@ def curvlinops(model: nn.Module, X: Tensor, y: Tensor) -> Offer:
 
 @dataclass(frozen=True)
 class Part:
-    """So much of a task that `times` as much is all of it."""
+    """A fraction of a task; all of it takes `times` as long."""
 
     ask: Ask
     times: float
@@ -410,39 +395,39 @@ PACKAGES = {
 }
 
 
-# --- measuring ----------------------------------------------------------------------------------------
+# --- measuring ------------------------------------------------------------------------------------
 
 
 def offers(contestant: str, workload: Workload, samples: int) -> Offer:
-    """How it answers which quantity. Where it cannot even be set up, every answer is that complaint."""
+    """Return the question for each quantity. If the setup of the tool fails, each raises that error."""
     try:
         found = CONTESTANTS[contestant](*workload.build(samples))
     except Exception as error:
-        found = dict.fromkeys(OFFERED[contestant], complaining(error))
+        found = dict.fromkeys(OFFERED[contestant], interleaved.complaining(error))
     loops = () if workload.mixes else LOOPS
     return {quantity: ask for quantity, ask in found.items() if (contestant, quantity) not in loops}
 
 
 def entry_of(ask: Ask | None, truth: Any, unit: float) -> Entry:
-    """The first call held against the truth; a part of a task has passed that on a batch of which it does all."""
-    return Entry("estimated") if isinstance(ask, Part) else judged(ask, truth, unit)
+    """Check the first call against the reference. Fractions of a task are checked on a small batch."""
+    return Entry("estimated") if isinstance(ask, Part) else interleaved.judged(ask, truth, unit)
 
 
 def check_parts(workload: Workload) -> None:
-    """Raise where a task of which only a part is timed is not done right."""
+    """Raise if a task that is timed only in part gives a wrong result."""
     ask = autograd(*workload.build(CHECKED))["diagonal"]
     assert isinstance(ask, Part)
     assert ask.times == 1
-    found = judged(ask.ask, references(workload, CHECKED, ["diagonal"])["diagonal"], 1.0)
+    found = interleaved.judged(ask.ask, references(workload, CHECKED, ["diagonal"])["diagonal"], 1.0)
     assert found.status == "ok", found
 
 
 def measure(case: Case, quantities: Sequence[str], rounds: int) -> dict[str, Any]:
-    """All contestants on all quantities of one case, interleaved."""
+    """Measure all tools on all quantities of one case, by turns."""
     workload, quantities = case.workload, [q for q in case.quantities if q in quantities]
-    step = plain(*workload.build(case.samples))
+    step = interleaved.plain(*workload.build(case.samples))
     step()
-    unit, truths = turn(step), references(workload, case.samples, quantities)
+    unit, truths = interleaved.turn(step), references(workload, case.samples, quantities)
     offered = {contestant: offers(contestant, workload, case.samples) for contestant in CONTESTANTS}
     asks = {(q, c): offered[c].get(q) for q in quantities for c in CONTESTANTS}
     entries = {(q, c): entry_of(ask, truths[q], unit) for (q, c), ask in asks.items()}
@@ -452,7 +437,7 @@ def measure(case: Case, quantities: Sequence[str], rounds: int) -> dict[str, Any
     running = {
         key: asks[key] for key, entry in entries.items() if entry.first is not None or entry.status == "estimated"
     }
-    for key, ratio in medians(step, running, rounds).items():
+    for key, ratio in interleaved.medians(step, running, rounds).items():
         ask = asks[key]
         entries[key].ratio = ratio * (ask.times if isinstance(ask, Part) else 1)
     found = {q: {c: asdict(entries[q, c]) for c in CONTESTANTS} for q in quantities}
@@ -460,41 +445,44 @@ def measure(case: Case, quantities: Sequence[str], rounds: int) -> dict[str, Any
     return about | {"quantities": found}
 
 
-# --- the page -----------------------------------------------------------------------------------------
+# --- the page -------------------------------------------------------------------------------------
 
 HEADER = """\
 # The Gauss-Newton matrix, measured
 
-<!-- Written by benchmarks/ggn.py; change that, not this. -->
+<!-- Written by benchmarks/ggn_cost.py; change that, not this. -->
 
-What the generalized Gauss-Newton matrix of a mean cross-entropy over ten classes costs, as multiples of one plain
-forward and backward pass on the same batch of N samples. *Diagonal* is the exact one. *Product* is `G @ v` with a G
-that was made and used before; *fresh product* is asked about another batch each time. *Gram* is the matrix `VᵀV` of
-the 10·N columns, *spectrum* all eigenvalues of it, *top k* the k largest eigenpairs. Where samples mix (W5, W6: batch
-norm in train mode) all of them are those of the loss as it is, through the batch statistics.
+What the generalized Gauss-Newton matrix of a mean cross-entropy over ten classes costs, as
+multiples of one plain forward and backward pass on the same batch of N samples. *Diagonal* is the
+exact one. *Product* is `G @ v` with a G that was used before; *fresh product* is with another batch
+each time. *Gram* is the matrix `VᵀV` of the 10·N columns, *spectrum* all eigenvalues of it, *top k*
+the k largest eigenpairs. If samples interact (W5, W6: batch norm in train mode), all of them
+include the derivatives through the batch statistics.
 
-Measured on {date}, {device}, torch {torch}, {tools}; float32, one thread, process CPU time, all contestants
-interleaved, medians of {rounds} rounds after one to warm up. Freed memory stays with the process. unbatch is asked as
-in training: about another batch each time and after the parameters were written to, but for *product*. *torch.func*
-is what one writes by hand with `vjp`, `vmap`, `jvp` and `linearize`. *eigsh* is SciPy's Lanczos iteration on products
-of unbatch, and *top k* of curvlinops the same on its own, to a relative tolerance of {lanczos:g}. ViViT runs with a
-substitute for `Tensor.symeig`, which torch no longer has. *autograd* is double backward for products and one
-backward pass for every column for the rest; ≈ marks what was estimated from the first {part} columns.
+Measured on {date}, {device}, torch {torch}, {tools}; float32, one thread, process CPU time, all
+contestants interleaved, medians of {rounds} rounds after one to warm up. Freed memory stays with
+the process. unbatch is used as in training, with another batch each time and after a change of the
+parameters, except for *product*. *torch.func* is written by hand with `vjp`, `vmap`, `jvp` and
+`linearize`. *eigsh* is SciPy's Lanczos iteration on products of unbatch, and *top k* of curvlinops
+the same on its own, to a relative tolerance of {lanczos:g}. ViViT runs with a replacement for
+`Tensor.symeig`, which torch has removed. *autograd* is double backward for products and one
+backward pass for every column for the rest; ≈ marks times extrapolated from the first {part}
+columns.
 
-Each answer was first held against plain autograd in float64, one backward pass for every column, with double backward
-for products: **wrong** is one that is off by more than {tolerance:g} relative, and it is timed nevertheless. Of *top k*
-the eigenvalues are compared. What is estimated was held against the same on a batch of {checked}. *Refuses* is a
-deliberate no, *raises* any other; a dash says that the tool does not offer it or was not asked. `make bench-ggn`
-repeats all of it.
+Each result was first compared with plain autograd in float64, one backward pass for every column,
+with double backward for products: **wrong** means a relative error above {tolerance:g}; it is timed
+nevertheless. For *top k* the eigenvalues are compared. Extrapolated ones were checked on a batch of
+{checked}. *Refuses* is a deliberate error, *raises* any other; a dash means that the tool does not
+offer the quantity or was not run. `make bench-ggn` repeats all of it.
 
-*Aim* is what unbatch should take at most. For the diagonal where samples do not mix that is 1.2 times what counting
-says is the least (2 plain steps for W1, 7 for the others), for W6 what an earlier prototype took, as for the Gram
-matrix.
+*Aim* is the target for unbatch. For the diagonal without interaction of samples it is 1.2 times the
+lower bound by counting (2 plain steps for W1, 7 for the others); for W6, and for the Gram matrix,
+it is the time of an earlier prototype.
 """
 
 
 def met(name: str, quantity: str, entry: Mapping[str, Any]) -> tuple[str, str]:
-    """The aim, and whether it is met."""
+    """Return the aim, and whether it is met."""
     aim = AIMS.get((name, quantity))
     if aim is None:
         return "–", ""
@@ -507,34 +495,36 @@ def speeds(results: Iterable[Mapping[str, Any]]) -> str:
     for result in results:
         for quantity, entries in result["quantities"].items():
             verdict = met(result["workload"], quantity, entries["unbatch"])
-            cells = (cell(entries[c]) for c in CONTESTANTS)
+            cells = (interleaved.cell(entries[c]) for c in CONTESTANTS)
             lines.append((result["workload"], result["samples"], quantity, *verdict, *cells))
-    return table(lines)
+    return interleaved.table(lines)
 
 
 def workloads(results: Iterable[Mapping[str, Any]]) -> str:
     lines = [(r["workload"], r["title"], r["samples"], f"{r['plain_ms']:.1f} ms") for r in results]
-    return table([("workload", "model", "N", "plain step"), *lines])
+    return interleaved.table([("workload", "model", "N", "plain step"), *lines])
 
 
 def page(data: Mapping[str, Any]) -> str:
-    """`docs/ggn_benchmark.md`."""
-    text = header(HEADER, data | {"lanczos": LANCZOS, "part": PART, "checked": CHECKED})
+    """`docs/benchmarks/ggn.md`."""
+    text = interleaved.header(HEADER, data | {"lanczos": LANCZOS, "part": PART, "checked": CHECKED})
     return text + "\n" + workloads(data["results"]) + "\n" + speeds(data["results"])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parsed(parser(__doc__, dict.fromkeys(case.name for case in CASES), QUANTITIES), arguments)
+    options = interleaved.parsed(
+        interleaved.parser(__doc__, dict.fromkeys(case.name for case in CASES), QUANTITIES), arguments
+    )
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # the tools' own deprecations, and torch's remarks about them
-    keep_memory()
-    data = facts(options.rounds, PACKAGES) | {"results": []}
+    interleaved.keep_memory()
+    data = interleaved.facts(options.rounds, PACKAGES) | {"results": []}
     for case in CASES:
         if case.name in options.workloads and set(case.quantities) & set(options.quantities):
             data["results"].append(measure(case, options.quantities, options.rounds))
             print(speeds(data["results"][-1:]), flush=True)
     if options.write:
-        save(page(data), data, DOCS, RESULTS)
+        interleaved.save(page(data), data, DOCS, RESULTS)
 
 
 if __name__ == "__main__":

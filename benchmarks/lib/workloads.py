@@ -1,4 +1,4 @@
-"""The nets and batches that are measured: W1 to W7. What is asked of them, and of whom, is said elsewhere."""
+"""The nets and batches that are measured: W1 to W7."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class MeanOverPositions(nn.Module):
 
 
 def mlp(norm: bool = False) -> nn.Module:
-    """784-512-256-10, with batch norm before the activations if asked."""
+    """784-512-256-10, optionally with batch norm before the activations."""
     layers: list[nn.Module] = []
     for narrow, wide in ((784, 512), (512, 256)):
         layers += [nn.Linear(narrow, wide), *([nn.BatchNorm1d(wide)] if norm else []), nn.ReLU()]
@@ -59,7 +59,7 @@ def mlp(norm: bool = False) -> nn.Module:
 
 
 def lenet() -> nn.Module:
-    """Two 5 x 5 convolutions and two linear layers: LeNet as it came with Caffe."""
+    """Two 5 x 5 convolutions and two linear layers: the LeNet of Caffe."""
     convolutions = [nn.Conv2d(1, 20, 5), nn.MaxPool2d(2), nn.Conv2d(20, 50, 5), nn.MaxPool2d(2)]
     return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(800, 500), nn.ReLU(), nn.Linear(500, 10))
 
@@ -99,7 +99,7 @@ class Workload:
     mixes: bool = False
 
     def build(self, samples: int | None = None) -> tuple[nn.Module, Tensor, Tensor]:
-        """Model, inputs and labels, the same at every call."""
+        """Return model, inputs and labels, the same at every call."""
         torch.manual_seed(0)
         N = samples or self.samples
         return self.make(), torch.randn(N, *self.shape), torch.randint(10, (N,))

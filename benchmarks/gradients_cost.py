@@ -1,15 +1,16 @@
-"""What per-sample and per-component gradients cost here and with other tools, in plain backward passes.
+"""The cost of per-sample and per-component gradients, here and with other tools, in plain backward passes.
 
-    python benchmarks/gradients.py                                       measures everything and prints the table
-    python benchmarks/gradients.py --workloads W1,W6 --quantities rows,norms --rounds 3
-    python benchmarks/gradients.py --write        writes docs/gradients_benchmark.md and results/gradients.json
-    python benchmarks/gradients.py --memory       measures and prints peak memory instead of time
+    python benchmarks/gradients_cost.py                                       measures everything and prints the table
+    python benchmarks/gradients_cost.py --workloads W1,W6 --quantities rows,norms --rounds 3
+    python benchmarks/gradients_cost.py --write        writes docs/benchmarks/gradients.md and results/gradients.json
+    python benchmarks/gradients_cost.py --memory       measures and prints peak memory instead of time
 
-The unit is one forward and backward pass of the same batch. Process CPU time on one thread; in every round all
-contestants, the unit among them, have their turn one after the other, and the figure is the median over the rounds of
-the ratio within a round. Memory that was freed stays with the process, so nobody pays for fresh pages. Before a
-contestant is timed its answer is held against a loop of plain autograd in float64. `make bench-gradients` installs
-the other tools; without them the table says so.
+The unit is one forward and backward pass of the same batch. Process CPU time on one thread; in
+every round all contestants, the unit among them, have their turn one after the other, and the
+figure is the median over the rounds of the ratio within a round. Memory that was freed stays with
+the process, so nobody pays for fresh pages. Before a contestant is timed its answer is held against
+a loop of plain autograd in float64. `make bench-gradients` installs the other tools; without them
+the table says so.
 """
 
 from __future__ import annotations
@@ -36,37 +37,19 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 
 import unbatch as ub
-from interleaved import (
-    Ask,
-    asked_anew,
-    cell,
-    complaining,
-    excuse,
-    facts,
-    harvest,
-    header,
-    judged,
-    keep_memory,
-    medians,
-    parsed,
-    parser,
-    plain,
-    save,
-    single,
-    table,
-    turn,
-)
-from workloads import WORKLOADS, Workload
+from lib import interleaved
+from lib.interleaved import Ask, Offer
+from lib.workloads import WORKLOADS, Workload
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCS = ROOT / "docs" / "gradients_benchmark.md"
+DOCS = ROOT / "docs" / "benchmarks" / "gradients.md"
 RESULTS = ROOT / "benchmarks" / "results" / "gradients.json"
 BUDGET = 256 * 2**20  # bytes for the temporaries of component rows, in the memory benchmark
 
 Rows = Mapping[str, Tensor]
 
 
-# --- what is asked ------------------------------------------------------------------------------------
+# --- what is asked --------------------------------------------------------------------------------
 
 
 INDEPENDENT = ("rows", "norms", "squares", "variance")
@@ -74,15 +57,15 @@ MIXED = ("rows", "copy", "norms", "squares", "variance")
 ASKED = dict.fromkeys(WORKLOADS, INDEPENDENT) | {"W5": MIXED, "W6": (*MIXED, "gram")}
 QUANTITIES = tuple(dict.fromkeys(q for asked in ASKED.values() for q in asked))
 
-# Counted: what writing the result and one backward pass take at least. W5: N backward passes, measured, so it can be
-# missed by the noise. Where nothing stands nobody has counted.
+# Counted: what writing the result and one backward pass take at least. W5: N backward passes,
+# measured, so it can be missed by the noise. Where nothing stands nobody has counted.
 FLOORS = {
     "rows": {"W1": 3.9, "W2": 1.1, "W3": 1.1, "W4": 1.0, "W5": 39.6, "W7": 1.03, "W7b": 1.03},
     "norms": {"W1": 0.6, "W2": 1.0, "W3": 1.0, "W4": 1.0, "W7": 1.0, "W7b": 1.0},
 }
 
 
-# --- what the numbers should be -----------------------------------------------------------------------
+# --- what the numbers should be -------------------------------------------------------------------
 
 
 def squared_norms(rows: Rows) -> Tensor:
@@ -91,12 +74,12 @@ def squared_norms(rows: Rows) -> Tensor:
 
 
 def squares(rows: Rows) -> Rows:
-    """Sum over samples of the squared entries. The rows are used up: nobody needs fresh memory for the squares."""
+    """Return the sum over samples of the squared entries. Overwrites the rows, to need no fresh memory."""
     return {name: r.square_().sum(0) for name, r in rows.items()}
 
 
 def variances(rows: Rows) -> Rows:
-    """Biased, as mean of the squares less square of the mean. The rows are used up."""
+    """Return the biased variance: mean of the squares less square of the mean. Overwrites the rows."""
     means = {name: r.mean(0) for name, r in rows.items()}
     return {name: s / len(rows[name]) - means[name].square() for name, s in squares(rows).items()}
 
@@ -115,8 +98,8 @@ FROM_ROWS: dict[str, Callable[[Rows], Any]] = {
 }
 
 
-def from_rows(rows: Callable[[], Rows]) -> dict[str, Ask]:
-    """Every quantity the way one gets it from a tool that offers rows only."""
+def from_rows(rows: Callable[[], Rows]) -> Offer:
+    """Compute every quantity from rows, for tools that offer nothing else."""
     return {quantity: lambda f=f: f(rows()) for quantity, f in FROM_ROWS.items()}
 
 
@@ -166,20 +149,22 @@ def copied_rows(model: nn.Module, X: Tensor, y: Tensor, cotangent: Tensor | None
 
 
 def references(workload: Workload, quantities: Iterable[str]) -> dict[str, Any]:
-    """Every quantity from rows in float64."""
+    """Return every quantity, from rows in float64."""
     model, X, y = workload.build()
     model, X = model.double(), X.double()
     rows = autograd_rows(model, X, y)
     # The quantities that use up the rows get their own; what is kept is kept in single precision.
     own = {q: {n: r.clone() for n, r in rows.items()} if q in ("squares", "variance") else rows for q in quantities}
-    return {q: single(copied_rows(model, X, y) if q == "copy" else FROM_ROWS[q](own[q])) for q in quantities}
+    return {
+        q: interleaved.single(copied_rows(model, X, y) if q == "copy" else FROM_ROWS[q](own[q])) for q in quantities
+    }
 
 
-# --- the contestants ----------------------------------------------------------------------------------
+# --- the contestants ------------------------------------------------------------------------------
 # Each takes model, inputs and labels, and says how it answers which quantity.
 
 
-def vmap_grad(model: nn.Module, X: Tensor, y: Tensor) -> dict[str, Ask]:
+def vmap_grad(model: nn.Module, X: Tensor, y: Tensor) -> Offer:
     def loss(parameters: dict[str, Tensor], x: Tensor, label: Tensor) -> Tensor:
         return F.cross_entropy(functional_call(model, parameters, (x[None],)), label[None]) / len(X)
 
@@ -187,14 +172,14 @@ def vmap_grad(model: nn.Module, X: Tensor, y: Tensor) -> dict[str, Ask]:
     return from_rows(lambda: vmap(grad(loss), (None, 0, 0))(parameters, X, y))
 
 
-def backpack(model: nn.Module, X: Tensor, y: Tensor) -> dict[str, Ask]:
+def backpack(model: nn.Module, X: Tensor, y: Tensor) -> Offer:
     tool, extensions = importlib.import_module("backpack"), importlib.import_module("backpack.extensions")
     tool.extend(model)
 
     def ask(extension: str, attribute: str) -> Rows:
         with tool.backpack(getattr(extensions, extension)()):
             F.cross_entropy(model(X), y).backward()
-        return harvest(model, attribute)
+        return interleaved.harvest(model, attribute)
 
     rows = partial(ask, "BatchGrad", "grad_batch")
     return {
@@ -207,7 +192,7 @@ def backpack(model: nn.Module, X: Tensor, y: Tensor) -> dict[str, Ask]:
     }
 
 
-def opacus(model: nn.Module, X: Tensor, y: Tensor) -> dict[str, Ask]:
+def opacus(model: nn.Module, X: Tensor, y: Tensor) -> Offer:
     """Rows by hooks, norms by ghost clipping."""
     tool = importlib.import_module("opacus.grad_sample")
     ghost = importlib.import_module("opacus.grad_sample.grad_sample_module_fast_gradient_clipping")
@@ -217,26 +202,26 @@ def opacus(model: nn.Module, X: Tensor, y: Tensor) -> dict[str, Ask]:
 
     def rows() -> Rows:
         F.cross_entropy(hooked(X), y).backward()
-        return harvest(model, "grad_sample")
+        return interleaved.harvest(model, "grad_sample")
 
     def norms() -> Tensor:
         F.cross_entropy(clipped(X), y).backward()
         found = clipped.get_norm_sample().square()
-        harvest(other, "_norm_sample")
+        interleaved.harvest(other, "_norm_sample")
         return found
 
     return from_rows(rows) | {"copy": rows, "norms": norms}
 
 
-def expanded_weights(model: nn.Module, X: Tensor, y: Tensor) -> dict[str, Ask]:
+def expanded_weights(model: nn.Module, X: Tensor, y: Tensor) -> Offer:
     def rows() -> Rows:
         F.cross_entropy(call_for_per_sample_grads(model, loss_reduction="sum")(X), y).backward()
-        return harvest(model, "grad_sample")
+        return interleaved.harvest(model, "grad_sample")
 
     return from_rows(rows) | {"copy": rows}
 
 
-def loop(model: nn.Module, X: Tensor, y: Tensor) -> dict[str, Ask]:
+def loop(model: nn.Module, X: Tensor, y: Tensor) -> Offer:
     """N calls of autograd.grad on one graph; norms and moments row by row, in the memory of one row."""
     parameters = dict(model.named_parameters())
     buffers = {name: p.new_empty(len(X), *p.shape) for name, p in parameters.items()}
@@ -270,7 +255,7 @@ def loop(model: nn.Module, X: Tensor, y: Tensor) -> dict[str, Ask]:
     }
 
 
-def batched(model: nn.Module, X: Tensor, y: Tensor) -> dict[str, Ask]:
+def batched(model: nn.Module, X: Tensor, y: Tensor) -> Offer:
     """One call of autograd.grad with `is_grads_batched=True`."""
     parameters = dict(model.named_parameters())
 
@@ -283,9 +268,9 @@ def batched(model: nn.Module, X: Tensor, y: Tensor) -> dict[str, Ask]:
     return from_rows(rows)
 
 
-def ours(model: nn.Module, X: Tensor, y: Tensor) -> dict[str, Ask]:
-    """This library; rows are written where they were before."""
-    problem = asked_anew(model, X, y)
+def ours(model: nn.Module, X: Tensor, y: Tensor) -> Offer:
+    """This library; rows are written into the same memory again."""
+    problem = interleaved.asked_anew(model, X, y)
     buffers: dict[str, Tensor] = {}
 
     def rows(by: str) -> Rows:
@@ -303,7 +288,7 @@ def ours(model: nn.Module, X: Tensor, y: Tensor) -> dict[str, Ask]:
     }
 
 
-CONTESTANTS: dict[str, Callable[[nn.Module, Tensor, Tensor], dict[str, Ask]]] = {
+CONTESTANTS: dict[str, Callable[[nn.Module, Tensor, Tensor], Offer]] = {
     "unbatch": ours,
     "vmap(grad)": vmap_grad,
     "BackPACK": backpack,
@@ -316,71 +301,71 @@ WHERE_MIXED = ("autograd loop", "is_grads_batched")  # elsewhere nobody would
 PACKAGES = {"BackPACK": "backpack-for-pytorch", "Opacus": "opacus"}
 
 
-# --- measuring ----------------------------------------------------------------------------------------
+# --- measuring ------------------------------------------------------------------------------------
 
 
-def offers(contestant: str, workload: Workload, samples: int | None = None) -> dict[str, Ask]:
-    """How it answers which quantity. Where it cannot even be set up, every answer is that complaint."""
+def offers(contestant: str, workload: Workload, samples: int | None = None) -> Offer:
+    """Return the question for each quantity. If the setup of the tool fails, each raises that error."""
     if contestant in WHERE_MIXED and not workload.mixes:
         return {}
     try:
         return CONTESTANTS[contestant](*workload.build(samples))
     except Exception as error:
-        return dict.fromkeys(QUANTITIES, complaining(error))
+        return dict.fromkeys(QUANTITIES, interleaved.complaining(error))
 
 
 def measure(name: str, quantities: Sequence[str], rounds: int) -> dict[str, Any]:
-    """All contestants on all quantities of one workload, interleaved."""
+    """Measure all tools on all quantities of one workload, by turns."""
     workload, quantities = WORKLOADS[name], [q for q in ASKED[name] if q in quantities]
-    step = plain(*workload.build())
+    step = interleaved.plain(*workload.build())
     step()
-    unit, truths = turn(step), references(workload, quantities)
+    unit, truths = interleaved.turn(step), references(workload, quantities)
     offered = {contestant: offers(contestant, workload) for contestant in CONTESTANTS}
     asks = {(q, c): offered[c].get(q) for q in quantities for c in CONTESTANTS}
-    entries = {(q, c): judged(ask, truths[q], unit) for (q, c), ask in asks.items()}
+    entries = {(q, c): interleaved.judged(ask, truths[q], unit) for (q, c), ask in asks.items()}
     del truths
     running = {key: asks[key] for key, entry in entries.items() if entry.first is not None}
-    for key, ratio in medians(step, running, rounds).items():
+    for key, ratio in interleaved.medians(step, running, rounds).items():
         entries[key].ratio = ratio
     found = {q: {c: asdict(entries[q, c]) for c in CONTESTANTS} for q in quantities}
     return {"title": workload.title, "samples": workload.samples, "plain_ms": 1e3 * unit, "quantities": found}
 
 
-# --- memory -------------------------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------------------
 
 MEMORY = ("W1", "W3", "W4")
 RIVALS = ("unbatch", "vmap(grad)", "BackPACK", "Opacus")
 
 
 def peak() -> int:
-    """Bytes of the largest resident set so far."""
+    """Return the peak of resident memory so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def rows_within(budget: int, model: nn.Module, X: Tensor, y: Tensor) -> Ask:
-    """Component rows into memory that is there already, with so many bytes for everything else."""
+    """Compute component rows into preallocated memory, with a budget for everything else."""
     buffers = {name: p.new_zeros(len(X), *p.shape) for name, p in model.named_parameters()}
     problem = ub.Problem(model, F.cross_entropy, (X, y))
     return lambda: problem.gradients(by="component", out=buffers, memory=budget)
 
 
 def growth(name: str, contestant: str, quantity: str, samples: int, budget: int | None) -> int | str:
-    """How far the peak of this process rises above that of a plain step. Meant for a process of its own."""
+    """Return how far the peak of memory rises above that of a plain step, in a fresh process."""
     workload = WORKLOADS[name]
     model, X, y = workload.build(samples)
     try:
         ask = rows_within(budget, model, X, y) if budget else offers(contestant, workload, samples)[quantity]
         _load()
-        plain(model, X, y)()
+        interleaved.plain(model, X, y)()
         before = peak()
         ask()
     except Exception as error:
-        return excuse(error)
+        return interleaved.excuse(error)
     return peak() - before
 
 
 def _load() -> None:
-    """What PyTorch loads when a gradient is first taken with a cotangent (45 MiB): not what is measured here."""
+    """Load what PyTorch needs for the first vjp (45 MiB), so that it is not measured."""
     x = torch.ones(1, requires_grad=True)
     torch.autograd.grad(x * 1, x, torch.ones(1))
 
@@ -392,7 +377,7 @@ def in_a_child(*what: object) -> int | str:
 
 
 def measure_memory(names: Iterable[str]) -> list[dict[str, Any]]:
-    """Bytes above a plain step: norms and sums of squares at two batch sizes, component rows at three."""
+    """Return bytes above a plain step: norms and sums of squares at two batch sizes, rows at three."""
     jobs: list[tuple[str, str, str, int, int | None]] = [
         (name, contestant, quantity, times * WORKLOADS[name].samples, None)
         for name in names
@@ -408,34 +393,36 @@ def measure_memory(names: Iterable[str]) -> list[dict[str, Any]]:
     return [dict(zip(keys, job, strict=True)) | {"bytes": in_a_child(*job)} for job in jobs]
 
 
-# --- the page -----------------------------------------------------------------------------------------
+# --- the page -------------------------------------------------------------------------------------
 
 HEADER = """\
 # Gradients, measured
 
-<!-- Written by benchmarks/gradients.py; change that, not this. -->
+<!-- Written by benchmarks/gradients_cost.py; change that, not this. -->
 
-What rows, squared norms, sums of squares and variances of per-sample gradients cost, as multiples of one plain
-forward and backward pass on the same batch. Where samples mix (W5, W6: batch norm in train mode) "rows" and what is
-derived from them are per component, and "copy" are rows per copy of the parameters; "gram" is the matrix of inner
-products of the rows. *Floor* counts what the result cannot do without: for rows the bytes to write beside one backward
-pass. For W5 it is what N backward passes took in an earlier measurement.
+What rows, squared norms, sums of squares and variances of per-sample gradients cost, as multiples
+of one plain forward and backward pass on the same batch. If samples interact (W5, W6: batch norm in
+train mode), "rows" and what is derived from them are per component, and "copy" are copy rows;
+"gram" is the matrix of inner products of the rows. *Floor* is a lower bound on the cost: for rows
+one backward pass and the bytes to write. For W5 it is the time of N backward passes in an earlier
+measurement.
 
-Measured on {date}, {device}, torch {torch}, {tools}; float32, cross entropy (mean), one thread, process CPU time, all
-contestants interleaved, medians of {rounds} rounds after one to warm up. Freed memory stays with the process.
-unbatch is asked as in training, about another batch each time and after the parameters were written to, and writes rows
-into the caller's memory (`out=`). Tools that offer rows only get the other quantities from them.
-Each answer was first held against a loop of autograd in float64: **wrong** is one that is off by more than
-{tolerance:g} relative, and it is timed nevertheless. *Refuses* is a deliberate no, *raises* any other; a dash says that
-the tool does not offer it or was not asked. `make bench-gradients` repeats all of it.
+Measured on {date}, {device}, torch {torch}, {tools}; float32, cross entropy (mean), one thread,
+process CPU time, all contestants interleaved, medians of {rounds} rounds after one to warm up.
+Freed memory stays with the process. unbatch is used as in training, with another batch each time
+and after a change of the parameters, and writes rows into the caller's memory (`out=`). For tools
+that only offer rows, the other quantities are computed from these. Each result was first compared
+with a loop of autograd in float64: **wrong** means a relative error above {tolerance:g}; it is
+timed nevertheless. *Refuses* is a deliberate error, *raises* any other; a dash means that the tool
+does not offer the quantity or was not run. `make bench-gradients` repeats all of it.
 """
 
 MEMORY_HEADER = """\
 ## Memory
 
-Peak resident memory above that of a plain step, in MiB, of the first question, each in a process of its own. The rows
-of unbatch on W5 go to memory that is there before, with `memory=` {budget} MiB for everything else; those of the others
-are part of their figure.
+Peak resident memory above that of a plain step, in MiB, of the first question, each in its own
+process. The rows of unbatch on W5 are written to preallocated memory, with `memory=` {budget} MiB
+for everything else; those of the others are included in their figure.
 """
 
 
@@ -444,13 +431,13 @@ def speeds(results: Mapping[str, Any]) -> str:
     for name, result in results.items():
         for quantity, entries in result["quantities"].items():
             floor = FLOORS.get(quantity, {}).get(name, "–")
-            lines.append((name, quantity, floor, *(cell(entries[c]) for c in CONTESTANTS)))
-    return table(lines)
+            lines.append((name, quantity, floor, *(interleaved.cell(entries[c]) for c in CONTESTANTS)))
+    return interleaved.table(lines)
 
 
 def workloads(results: Mapping[str, Any]) -> str:
     facts = [(name, r["title"], r["samples"], f"{r['plain_ms']:.1f} ms") for name, r in results.items()]
-    return table([("workload", "model", "N", "plain step"), *facts])
+    return interleaved.table([("workload", "model", "N", "plain step"), *facts])
 
 
 def memory_table(found: Iterable[Mapping[str, Any]]) -> str:
@@ -460,22 +447,22 @@ def memory_table(found: Iterable[Mapping[str, Any]]) -> str:
         lines.setdefault((f["workload"], f["quantity"], f["samples"]), {})[f["contestant"]] = figure
     names = [c for c in CONTESTANTS if any(c in line for line in lines.values())]
     body = [(*key, *(line.get(c, "–") for c in names)) for key, line in lines.items()]
-    return table([("workload", "quantity", "N", *names), *body])
+    return interleaved.table([("workload", "quantity", "N", *names), *body])
 
 
 def page(data: Mapping[str, Any]) -> str:
-    """`docs/gradients_benchmark.md`."""
-    text = header(HEADER, data) + "\n" + workloads(data["results"]) + "\n" + speeds(data["results"])
+    """`docs/benchmarks/gradients.md`."""
+    text = interleaved.header(HEADER, data) + "\n" + workloads(data["results"]) + "\n" + speeds(data["results"])
     if data.get("memory"):
         text += "\n" + MEMORY_HEADER.format(budget=BUDGET // 2**20) + "\n" + memory_table(data["memory"])
     return text
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    made = parser(__doc__, WORKLOADS, QUANTITIES)
+    made = interleaved.parser(__doc__, WORKLOADS, QUANTITIES)
     made.add_argument("--memory", action="store_true", help="peak memory instead of time; with --write, both")
     made.add_argument("--child", help=argparse.SUPPRESS)
-    return parsed(made, arguments)
+    return interleaved.parsed(made, arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -485,17 +472,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.child:
         print(json.dumps(growth(*json.loads(options.child))))
         return
-    data = facts(options.rounds, PACKAGES) | {"results": {}}
+    data = interleaved.facts(options.rounds, PACKAGES) | {"results": {}}
     if options.memory:
         data["memory"] = measure_memory(options.workloads)
         print(memory_table(data["memory"]))
     if options.write or not options.memory:
-        keep_memory()
+        interleaved.keep_memory()
         for name in options.workloads:
             data["results"][name] = measure(name, options.quantities, options.rounds)
             print(speeds({name: data["results"][name]}), flush=True)
     if options.write:
-        save(page(data), data, DOCS, RESULTS)
+        interleaved.save(page(data), data, DOCS, RESULTS)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""How the contestants of a benchmark are measured, and how the page about it is laid out.
+"""Interleaved timing of several tools, and the layout of the page about it.
 
-The unit is one forward and backward pass of the same batch. In every round all contestants, the unit among them, have
-their turn one after the other, by process CPU time, and a figure is the median over the rounds of the ratio within a
-round. Who takes part, and what the right answers are, is said elsewhere.
+The unit is one forward and backward pass of the same batch. In every round each tool and the unit
+run one after the other, in process CPU time, and a figure is the median over the rounds of the
+ratio within a round. The tools and the reference results are defined in the scripts.
 """
 
 from __future__ import annotations
@@ -29,17 +29,19 @@ import unbatch as ub
 
 ROUNDS = 5
 SPENT, AT_MOST = 0.1, 5  # a turn repeats what is short: until so many seconds are spent, at most so often
+CONTROLS = 15  # repetitions of the control
 TOLERANCE = 1e-3  # relative, in float32 against float64
 
 Ask = Callable[[], Any]
+Offer = dict[str, Ask]  # what a contestant answers, by quantity
 Key = TypeVar("Key")
 
 
-# --- contestants ----------------------------------------------------------------------------------------
+# --- contestants ----------------------------------------------------------------------------------
 
 
 class Incomplete(Exception):
-    """The tool has no answer for some of the parameters, and said so in a warning at most."""
+    """The tool has no result for some of the parameters, and raised no error."""
 
 
 def plain(model: nn.Module, X: Tensor, y: Tensor) -> Ask:
@@ -48,7 +50,7 @@ def plain(model: nn.Module, X: Tensor, y: Tensor) -> Ask:
 
 
 def asked_anew(model: nn.Module, X: Tensor, y: Tensor) -> Callable[[], ub.Problem]:
-    """This library, asked as in training: about another batch each time, after the parameters have been written to.
+    """Return a function that gives the problem as in training: on another batch, with changed parameters.
 
     The recording survives that.
     """
@@ -65,7 +67,7 @@ def asked_anew(model: nn.Module, X: Tensor, y: Tensor) -> Callable[[], ub.Proble
 
 
 def harvest(model: nn.Module, attribute: str) -> dict[str, Tensor]:
-    """Take away what a tool left at the parameters."""
+    """Remove and return the results that a tool stored in an attribute of the parameters."""
     found = {name: getattr(p, attribute, None) for name, p in model.named_parameters()}
     for p in model.parameters():
         setattr(p, attribute, None)
@@ -91,7 +93,7 @@ def excuse(error: Exception) -> str:
 
 
 def complaining(error: Exception) -> Ask:
-    """The answer of a tool that could not even be set up."""
+    """Return a question that raises ``error``, for a tool whose setup failed."""
 
     def complain() -> None:
         raise error
@@ -99,7 +101,7 @@ def complaining(error: Exception) -> Ask:
     return complain
 
 
-# --- answers ------------------------------------------------------------------------------------------
+# --- answers --------------------------------------------------------------------------------------
 
 
 def single(found: Any) -> Any:
@@ -107,7 +109,7 @@ def single(found: Any) -> Any:
 
 
 def distance(found: Any, truth: Any) -> float:
-    """Relative, over all parameters together."""
+    """Return the relative error over all parameters together."""
     if isinstance(truth, Tensor):
         found, truth = {"": found}, {"": truth}
     off = sum(float((found[name] - t).norm()) ** 2 for name, t in truth.items())
@@ -116,7 +118,7 @@ def distance(found: Any, truth: Any) -> float:
 
 @dataclass
 class Entry:
-    """What one contestant did about one quantity. `status` is "ok", "wrong", "estimated", or why there is no figure."""
+    """The result of one tool for one quantity. `status`: "ok", "wrong", "estimated", or the reason for none."""
 
     status: str
     ratio: float | None = None  # to the plain step, median over rounds
@@ -125,7 +127,7 @@ class Entry:
 
 
 def judged(ask: Ask | None, truth: Any, unit: float) -> Entry:
-    """The first call, held against the truth."""
+    """Time the first call, and compare its result with the reference."""
     if ask is None:
         return Entry("not offered")
     start = time.process_time()
@@ -138,11 +140,11 @@ def judged(ask: Ask | None, truth: Any, unit: float) -> Entry:
     return Entry("ok" if error <= TOLERANCE else "wrong", first=first, error=error)
 
 
-# --- time ---------------------------------------------------------------------------------------------
+# --- time -----------------------------------------------------------------------------------------
 
 
 def keep_memory() -> None:
-    """Ask the C library to keep what is freed, instead of returning it and paying for fresh pages each time."""
+    """Make the C library keep freed memory, so that no tool pays for fresh pages."""
     if platform.libc_ver()[0] == "glibc":
         trim_threshold, mmap_max = -1, -4
         library = ctypes.CDLL(None)
@@ -157,11 +159,32 @@ def seconds(ask: Ask) -> float:
 
 
 def turn(ask: Ask) -> float:
-    """Seconds of one call; of the median call if the calls are short."""
+    """Return the seconds of one call, or of the median call if calls are short."""
     spent = [seconds(ask)]
     while sum(spent) < SPENT and len(spent) < AT_MOST:
         spent.append(seconds(ask))
     return statistics.median(spent)
+
+
+def control() -> float:
+    """Return the milliseconds of a fixed piece of plain PyTorch: three layers, 256 samples, forward and backward.
+
+    It asks whether this machine is slow today. Nothing of this library takes part, so a figure that
+    changes between two runs while the control does not is a change of the code; where both change,
+    it is the machine.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(256, 512, generator=generator)
+    weights = [torch.randn(512, 512, generator=generator).div_(512**0.5).requires_grad_() for _ in range(3)]
+
+    def step() -> None:
+        y = x
+        for weight in weights:
+            y = torch.relu(y @ weight)
+        torch.autograd.grad(y.sum(), weights)
+
+    step()
+    return 1e3 * statistics.median(seconds(step) for _ in range(CONTROLS))
 
 
 def one_round(step: Ask, asks: Mapping[Key, Ask]) -> dict[Key, float]:
@@ -170,12 +193,12 @@ def one_round(step: Ask, asks: Mapping[Key, Ask]) -> dict[Key, float]:
 
 
 def medians(step: Ask, asks: Mapping[Key, Ask], rounds: int) -> dict[Key, float]:
-    """In plain steps, interleaved."""
+    """Return the median time of each question in plain steps, measured by turns."""
     found = [one_round(step, asks) for _ in range(rounds)]
     return {key: statistics.median(ratios[key] for ratios in found) for key in asks}
 
 
-# --- the page -----------------------------------------------------------------------------------------
+# --- the page -------------------------------------------------------------------------------------
 
 
 def table(lines: Sequence[Sequence[object]]) -> str:
@@ -193,7 +216,7 @@ def cell(entry: Mapping[str, Any]) -> str:
 
 
 def tools(packages: Mapping[str, str]) -> dict[str, str]:
-    """The versions of the other tools that are installed."""
+    """Return the installed versions of the other tools."""
     found = {}
     for tool, package in packages.items():
         try:
@@ -208,13 +231,20 @@ def device() -> str:
 
 
 def facts(rounds: int, packages: Mapping[str, str]) -> dict[str, Any]:
-    """What was measured with; goes into the page by name."""
-    known = {"date": datetime.date.today().isoformat(), "device": device(), "python": platform.python_version()}
-    return known | {"torch": version("torch").partition("+")[0], "tools": tools(packages), "rounds": rounds}
+    """Return the conditions of a run, which the page refers to by name, and its control."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": device(),
+        "python": platform.python_version(),
+        "torch": version("torch").partition("+")[0],
+        "control_ms": control(),
+        "tools": tools(packages),
+        "rounds": rounds,
+    }
 
 
 def header(text: str, data: Mapping[str, Any]) -> str:
-    """The text above the tables, with the facts filled in."""
+    """Return the text above the tables, with the conditions filled in."""
     named = ", ".join(f"{tool} {number}" for tool, number in data["tools"].items())
     return text.format(**(dict(data) | {"tools": named, "tolerance": TOLERANCE}))
 
@@ -225,7 +255,7 @@ def save(page: str, data: Mapping[str, Any], docs: Path, results: Path) -> None:
     results.write_text(json.dumps(data, indent=1) + "\n")
 
 
-# --- the command line ---------------------------------------------------------------------------------
+# --- the command line -----------------------------------------------------------------------------
 
 
 def parser(about: str | None, workloads: Iterable[str], quantities: Iterable[str]) -> argparse.ArgumentParser:
@@ -239,7 +269,7 @@ def parser(about: str | None, workloads: Iterable[str], quantities: Iterable[str
 
 
 def parsed(made: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The defaults of workloads and quantities are all there are."""
+    """Parse the options. The defaults of workloads and quantities are the only valid names."""
     options = made.parse_args(arguments)
     for name in ("workloads", "quantities"):
         known, chosen = made.get_default(name).split(","), getattr(options, name).split(",")

@@ -1,10 +1,11 @@
-"""What a structure question costs, in plain training steps.
+"""The cost of a structure question, in plain training steps.
 
-    python benchmarks/capture.py              measures; writes docs/benchmarks.md and results/capture.json
-    python benchmarks/capture.py --profile    prints where the first question spends its time instead
+    python benchmarks/structure_cost.py              measures and prints the page
+    python benchmarks/structure_cost.py --write      writes the page and results/capture.json
+    python benchmarks/structure_cost.py --profile    prints where the first question spends its time
 
 Process CPU time on one thread, in one process, all measurements of a round one after the other, the
-median over rounds: what else the machine does weighs on all of them alike.
+median over rounds: other load on the machine affects all of them alike.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import argparse
 import cProfile
 import json
-import platform
 import pstats
 import statistics
 import time
@@ -26,10 +26,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import unbatch as ub
+from lib.interleaved import facts
 from unbatch.structure import judge
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCS = ROOT / "docs" / "benchmarks.md"
+DOCS = ROOT / "docs" / "benchmarks" / "structure.md"
 RESULTS = ROOT / "benchmarks" / "results" / "capture.json"
 ROUNDS = 7
 TARGET = 10  # plain steps that capture plus analysis may take
@@ -37,7 +38,7 @@ TARGET = 10  # plain steps that capture plus analysis may take
 Setting = tuple[nn.Module, Callable[[], ub.Problem], Callable[[], Tensor]]
 
 
-# --- the two models -----------------------------------------------------------------------------------
+# --- the two models -------------------------------------------------------------------------------
 
 
 class Block(nn.Module):
@@ -87,7 +88,7 @@ def sentences() -> Setting:
 SETTINGS = {"ResNet-18, 8 x 3 x 64 x 64": images, "BERT-base with 2 layers, 8 x 32": sentences}
 
 
-# --- measuring ----------------------------------------------------------------------------------------
+# --- measuring ------------------------------------------------------------------------------------
 
 
 def training_step(model: nn.Module, loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> None:
@@ -98,7 +99,7 @@ def training_step(model: nn.Module, loss: Callable[[], Tensor], optimizer: torch
 
 def static_analysis(problem: ub.Problem) -> None:
     """The walk over an existing recording: rules and labels alone, no witness, nothing is run."""
-    kept = problem._capture()
+    kept = problem._recorded()
     judge(kept.graph, problem.samples, problem._dims, problem._target_dims)
 
 
@@ -113,12 +114,12 @@ def one_round(setting: Setting, optimizer: torch.optim.Optimizer) -> dict[str, f
     model, problem_of, loss = setting
     fresh, captured, asked = problem_of(), problem_of(), problem_of()
     other = moved_by_one(fresh)
-    captured._capture()
+    captured._recorded()
     _ = asked.structure
     # The step comes last: it changes the parameters, and what is kept between questions is gone.
     measurements: dict[str, Callable[[], object]] = {
         "first question": lambda: fresh.structure,
-        "capture": lambda: problem_of()._capture(),
+        "capture": lambda: problem_of()._recorded(),
         "static analysis": lambda: static_analysis(captured),
         "second question": lambda: asked.structure,
         "question on another batch": lambda: asked.with_batch(*other).structure,
@@ -153,23 +154,24 @@ def profile(make: Callable[[], Setting], lines: int = 25) -> None:
     pstats.Stats(profiler).strip_dirs().sort_stats("cumulative").print_stats(lines)
 
 
-# --- the page -----------------------------------------------------------------------------------------
+# --- the page -------------------------------------------------------------------------------------
 
 HEADER = """\
-# Benchmarks
+# Structure, measured
 
-<!-- Written by benchmarks/capture.py; change that, not this. -->
+<!-- Written by benchmarks/structure_cost.py; change that, not this. -->
 
-What asking for the structure costs, as multiples of one plain training step (forward, backward, SGD) on
-the same batch. The first question is capture, static analysis and numerical witnesses together; capture
-and static analysis alone are measured beside it, and the rest is what the witnesses take: the recording
-held against the model on a second batch, in values and in one gradient, and runs of the model on changed
-batches. Then the same question asked again, and asked for another batch of the same shapes through
-`with_batch`. The aim is at most {target} plain steps for capture plus static analysis.
+The cost of the structure, as multiples of one plain training step (forward, backward, SGD) on the
+same batch. The first question consists of capture, static analysis and experiments; capture and
+static analysis are also measured alone, and the rest is the cost of the experiments: the recording
+is compared with the model on a second batch, in values and in one gradient, and the model is run on
+changed batches. Then the same question is asked again, and for another batch of the same shapes
+through `with_batch`. The target is at most {target} plain steps for capture plus static analysis.
 
-Process CPU time on one thread, all measurements in one process and interleaved, medians of {rounds} rounds
-after one to warm up; torch {torch}. Both models are in train mode and in float32. Nothing was measured on
-a GPU, where a step is short and Python is not. To measure again run `python benchmarks/capture.py`.
+Process CPU time on one thread, all measurements in one process and interleaved, medians of {rounds}
+rounds after one to warm up; torch {torch}. Both models are in train mode and in float32. Nothing
+was measured on a GPU, where a step is shorter, but the time in Python is not. To measure again run
+`python benchmarks/structure_cost.py`.
 """
 
 COLUMNS = {
@@ -182,7 +184,7 @@ COLUMNS = {
 
 
 def page(results: dict[str, dict[str, float]], rounds: int) -> str:
-    """`docs/benchmarks.md`."""
+    """`docs/benchmarks/structure.md`."""
     head = HEADER.format(target=TARGET, rounds=rounds, torch=version("torch").partition("+")[0])
     lines = [("model", "plain step", *COLUMNS.values()), ["---"] * (2 + len(COLUMNS))]
     for name, seconds in results.items():
@@ -196,14 +198,14 @@ def save(results: dict[str, dict[str, float]], rounds: int, docs: Path = DOCS, d
     """Write the page and the seconds behind it."""
     data.parent.mkdir(parents=True, exist_ok=True)
     docs.write_text(page(results, rounds))
-    facts = {"python": platform.python_version(), "torch": version("torch"), "rounds": rounds}
-    data.write_text(json.dumps({**facts, "seconds": results}, indent=1) + "\n")
+    data.write_text(json.dumps(facts(rounds, {}) | {"seconds": results}, indent=1) + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--profile", action="store_true", help="print a profile of the first question")
+    parser.add_argument("--write", action="store_true", help="write the page and the seconds behind it")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -212,8 +214,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             profile(make)
         return
     results = {name: measure(make, options.rounds) for name, make in SETTINGS.items()}
-    save(results, options.rounds)
     print(page(results, options.rounds))
+    if options.write:
+        save(results, options.rounds)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Numbers of a zoo entry, held against plain autograd on the model as it is.
+"""Results for a zoo entry, compared with plain autograd on the unmodified model.
 
-Rows, a product with the Gauss-Newton matrix, and its diagonal are asked about a few parameters, in float64 where the
-model takes it. What they are held against knows nothing of the library but the numbers of the predictions, by which
-these are found again among what the modules of a model put out: there the graph of autograd is cut.
+Rows, a product with the Gauss-Newton matrix, and its diagonal are computed for a few parameters, in
+float64 if the model supports it. The reference uses nothing of the library but the values of the
+predictions: they identify the module output at which the graph of autograd is split.
 
 Legend: ``F`` the predictions, ``g = ∂L/∂F``, ``H`` the second derivative of the loss by F.
 """
@@ -32,7 +32,7 @@ ENTRIES_ASKED = 6  # entries of the diagonal that are held against products with
 
 @dataclass(frozen=True)
 class Answer:
-    """``error``: relative to the largest entry. One of ``error`` and ``refusal`` is set, unless it was not asked."""
+    """``error``: relative to the largest entry. Unless the question was skipped, it or ``refusal`` is set."""
 
     error: float | None = None
     refusal: str = ""
@@ -50,12 +50,12 @@ class Exam:
     answers: dict[str, Answer] = field(default_factory=dict)
 
     def holds(self, answer: Answer) -> bool:
-        """It is right, or was not given."""
+        """Return whether the result is right, or there is none."""
         return answer.error is None or answer.error <= RIGHT[getattr(torch, self.dtype)]
 
     @property
     def right(self) -> bool:
-        """Nothing that was answered is wrong."""
+        """Return whether no result is wrong."""
         return all(self.holds(a) for a in self.answers.values())
 
 
@@ -63,7 +63,7 @@ QUESTIONS = ("rows", "product", "diagonal")
 
 
 def examine(built: tuple[nn.Module, Any, Any, Any]) -> Exam:
-    """Ask about a model, its inputs, targets and loss (None: it has its own), and hold the answers against autograd."""
+    """Compare the results for a model, its inputs, targets and loss (None: its own) with autograd."""
     model, inputs, targets, loss = _widened(built)
     problem = ub.Problem(model, batch=inputs) if loss is None else ub.Problem(model, loss, (inputs, targets))
     chosen = _chosen(model)
@@ -83,7 +83,7 @@ def examine(built: tuple[nn.Module, Any, Any, Any]) -> Exam:
 
 
 def _widened(built: tuple[nn.Module, Any, Any, Any]) -> tuple[nn.Module, Any, Any, Any]:
-    """In float64, unless some op of the model has none."""
+    """Return a copy in float64, unless some op of the model does not support it."""
     model, inputs, targets, loss = built
     wide = lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t  # noqa: E731
     twin = copy.deepcopy(model).double()
@@ -97,7 +97,7 @@ def _widened(built: tuple[nn.Module, Any, Any, Any]) -> tuple[nn.Module, Any, An
 
 
 def _chosen(model: nn.Module) -> list[str]:
-    """The first, the last and two others of the parameters that are not too large."""
+    """Return the first, the last and two others of the parameters that are not too large."""
     small = [n for n, p in model.named_parameters() if p.requires_grad and 0 < p.numel() <= LARGEST]
     return [small[k] for k in sorted({0, len(small) // 3, len(small) // 2, len(small) - 1})]
 
@@ -119,13 +119,13 @@ def _asked(ask: Callable[[], Any], off: Callable[[Any], float]) -> Answer:
 
 
 def _forget_peak() -> None:
-    """Peak memory is counted from here on, where the system can do that."""
+    """Reset the peak of resident memory, if the system supports it."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def _peak() -> float:
-    """Largest resident memory since then, in KiB."""
+    """Return the peak of resident memory since then, in KiB."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -138,7 +138,7 @@ def _peak() -> float:
 
 @dataclass
 class Plain:
-    """The model run with autograd: F as the model makes them (``outputs``), and as the loss takes them (``leaves``)."""
+    """The model run with autograd. F: ``outputs`` of the model, and ``leaves`` of the loss."""
 
     parameters: Mapping[str, Tensor]
     outputs: Sequence[Tensor]
@@ -186,7 +186,7 @@ class Plain:
         return torch.randn(size, generator=generator, dtype=torch.float64).to(self._by[0])
 
     def off_rows(self, rows: Mapping[str, Tensor]) -> float:
-        """Rows are the slopes of one sample, pulled back alone."""
+        """Return the error of rows; the reference pulls back the cotangent of one sample alone."""
         off = size = 0.0
         for n in range(len(self.outputs[0])):
             alone = [torch.zeros_like(g).index_copy(0, torch.tensor([n]), g.detach()[n : n + 1]) for g in self.slope]
@@ -201,7 +201,7 @@ class Plain:
         return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-300))
 
     def off_diagonal(self, found: Tensor) -> float:
-        """Some entries, the largest, and one that ought to be large."""
+        """Return the error of the diagonal, at some random entries and the largest one."""
         generator = torch.Generator().manual_seed(2)
         entries = {
             *torch.randint(len(found), (ENTRIES_ASKED,), generator=generator).tolist(),
@@ -212,7 +212,7 @@ class Plain:
         return off / max(float(found.abs().max()), 1e-300)
 
     def times(self, v: Tensor) -> Tensor:
-        """``Jᵀ H J v``, by double backward."""
+        """Return ``Jᵀ H J v`` by double backward."""
         pieces = [t.view_as(p) for t, p in zip(v.split([p.numel() for p in self._by]), self._by, strict=True)]
         w = [torch.zeros_like(t).requires_grad_() for t in self.outputs]
         torch.set_rng_state(self.state)
@@ -232,7 +232,7 @@ def _grads(ends: Sequence[Tensor], by: Sequence[Tensor], cotangents: Sequence[Te
 
 
 class _put_out:
-    """All tensors that modules put out while it lasts."""
+    """Collect the outputs of all modules while it is entered."""
 
     def __init__(self, model: nn.Module) -> None:
         self.seen: list[Tensor] = []
@@ -260,7 +260,7 @@ def _found(value: Tensor, among: Sequence[Tensor]) -> Tensor:
 
 
 def _apart(output: Any, loss: Callable[[Any, Any], Tensor], targets: Any) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """What the loss uses of the output, fresh leaves in place of it, and the loss of these."""
+    """Return the used outputs, fresh leaves in their place, and the loss of these."""
     ends = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
     fresh = {id(t): t.detach().clone().requires_grad_() for t in ends}
     value = loss(tree_map(lambda t: fresh.get(id(t), t), output), targets)

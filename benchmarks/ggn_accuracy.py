@@ -1,12 +1,13 @@
 """How exact a Gauss-Newton diagonal is for what it costs, under batch norm in train mode.
 
-    python benchmarks/accuracy.py                    measures and prints the table
-    python benchmarks/accuracy.py --write            writes docs/ggn_accuracy.md, its picture and results/accuracy.json
+    python benchmarks/ggn_accuracy.py                    measures and prints the table
+    python benchmarks/ggn_accuracy.py --write            writes the page, its picture and results/accuracy.json
 
-Two nets on scikit-learn's handwritten digits, trained for a while: a small convolutional net, and ResNet-20 on the
-digits enlarged to 32 x 32. For each: the exact diagonal; compressed to several tolerances; random signs, with and
-without the frozen diagonal as a control variate; Monte Carlo columns. The error is relative, in the Frobenius norm, the
-median over seeds; costs are counted in forward passes, push-forwards and backward passes of the batch.
+Two nets on scikit-learn's handwritten digits, trained briefly: a small convolutional net, and
+ResNet-20 on the digits enlarged to 32 x 32. For each: the exact diagonal; compressed to several
+tolerances; random signs, with and without the frozen diagonal as a control variate; Monte Carlo
+columns. The error is relative, in the Frobenius norm, the median over seeds; costs are counted in
+forward passes, jvps (pushes) and vjps (pullbacks) of the batch.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import unbatch as ub
-from workloads import resnet20
+from lib.workloads import resnet20
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCS, PICTURE = ROOT / "docs" / "ggn_accuracy.md", ROOT / "docs" / "ggn_accuracy.svg"
+DOCS, PICTURE = ROOT / "docs" / "benchmarks" / "accuracy.md", ROOT / "docs" / "benchmarks" / "accuracy.svg"
 RESULTS = ROOT / "benchmarks" / "results" / "accuracy.json"
 SAMPLES = 64
 SEEDS = 5
@@ -136,7 +137,7 @@ def honest(problem: ub.Problem, runs: int = 100) -> int:
     return sum(float((d - exact).norm() / exact.norm()) <= 2 * told.estimate for d, told in found)
 
 
-# --- writing ------------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------
 
 
 def table(points: list[Point]) -> str:
@@ -173,13 +174,13 @@ TEXT = """# Accuracy for cost of the Gauss-Newton diagonal
 
 Written by `make bench-accuracy`. {doc}
 
-![Error of the diagonal against passes of the batch](ggn_accuracy.svg)
+![Error of the diagonal against passes of the batch](accuracy.svg)
 
 {tables}
 
-The compressed diagonal follows r directions of the batch statistics (r pullbacks), beside C columns a sample with the
-statistics held constant; the stated error is estimated from random signs. On the small net the true error was below
-twice the stated one in {honest} of 100 runs at `rtol=0.1`.
+The compressed diagonal takes r directions of the batch statistics (r pullbacks), and C columns per
+sample with the statistics held constant; the stated error is estimated with random signs. On the
+small net the true error was below twice the stated one in {honest} of 100 runs at `rtol=0.1`.
 {ratios}
 """
 

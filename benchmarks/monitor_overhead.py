@@ -1,11 +1,12 @@
-"""What a monitor adds to training: the demo's net on its digits, with and without, a while of each in turn.
+"""The overhead of a monitor in training: the demo's net on its digits, with and without, by turns.
 
-    python benchmarks/monitor.py            measures and prints the table
-    python benchmarks/monitor.py --write    writes results/monitor.json as well, of which overview.py makes a table
+    python benchmarks/monitor_overhead.py            measures and prints the table
+    python benchmarks/monitor_overhead.py --write    writes results/monitor.json as well
 
-By CPU time of the process, on one thread. Beside the ratio of the two stands what the monitor itself says; both runs
-start from the same seed and have to end with the same weights, bit by bit. Short runs are repeated, and the median
-counts: a monitor asks at the first call, and what that costs does not depend on how long the training will be.
+By CPU time of the process, on one thread. Beside the ratio of the two stands what the monitor
+itself says; both runs start from the same seed and have to end with the same weights, bit by bit.
+Short runs are repeated, and the median counts: a monitor asks at the first call, and what that
+costs does not depend on how long the training will be.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch import Tensor
 
 import overview
 import unbatch as ub
-from interleaved import facts
+from lib.interleaved import facts
 from unbatch import demo
 
 RESULTS = Path(__file__).resolve().parent / "results" / "monitor.json"
@@ -50,9 +51,10 @@ CASES: list[tuple[str, int, dict[str, Any]]] = [
 
 @dataclass
 class Training:
-    """One run; ``seconds``: of CPU time in its turns so far, which is the time that its monitor goes by.
+    """One run; ``seconds``: its CPU time so far, which is also the clock of its monitor.
 
-    Between two calls of the monitor there may be a turn of the other run, which is none of its training.
+    Between two calls of the monitor there may be a turn of the other run, which is none of its
+    training.
     """
 
     net: demo.Net
@@ -94,7 +96,7 @@ def batches(digits: demo.Digits) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def measured(options: dict[str, Any], digits: demo.Digits, steps: int) -> dict[str, float]:
-    """One pair of runs: seconds of training alone and of the first question, shares, and how often it was asked."""
+    """Run one pair: seconds of training and of the first question, shares, and number of lines."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.jsonl"
         without, within = Training.of(digits, None), Training.of(digits, {"path": path} | options)
