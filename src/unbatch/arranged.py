@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from unbatch import ops
 from unbatch.labels import Marks, shared, unsqueeze
+from unbatch.ops import Moves
 from unbatch.rules import Call, Rule
 
 SMALL = 1 << 24  # numbers below are exact in each of these types
@@ -171,6 +173,10 @@ def _left_only(call: Call, known: Mapping[str, Arranged]) -> bool:
     return set(known) == {left} and len(call[left].shape) > 1 and (len(bias) < 2 or bias[0] == 1)
 
 
+# All entries in their order, so that as many rows as before are the same rows. Those that add an axis, or drop one, are
+# asked which.
+IN_ORDER = ops.names(lambda row: row.moves in (Moves.SAME, Moves.RESHAPED))
+
 ROWS: dict[str, Callable[[Call, Mapping[str, Arranged]], bool]] = {
     **dict.fromkeys(["mm", "addmm", "linear"], _left_only),
     **dict.fromkeys(["bmm", "baddbmm"], lambda c, k: len(k) == len(c.marks)),
@@ -179,7 +185,7 @@ ROWS: dict[str, Callable[[Call, Mapping[str, Arranged]], bool]] = {
         lambda c, k: _other_dims(c),
     ),
     **dict.fromkeys(["split", "chunk", "split_with_sizes", "unbind"], lambda c, k: _other_dims(c)),
-    **dict.fromkeys(["view", "_unsafe_view", "clone", "detach", "_to_copy", "alias"], lambda c, k: True),
+    **dict.fromkeys(IN_ORDER, lambda c, k: True),
     "expand": lambda c, k: len(c["self"].shape) == len(c.shape),
     "unsqueeze": lambda c, k: c["dim"] % (len(c["self"].shape) + 1) != 0,
     "squeeze": lambda c, k: _other_dims(c),
@@ -195,7 +201,7 @@ def _row_by_row(call: Call, known: Mapping[str, Arranged], rows: int) -> bool:
         return False
     if call.name in ROWS:
         return ROWS[call.name](call, known)
-    if torch.Tag.pointwise not in call.op.tags and call.name != "floor_divide":
+    if not ops.is_pointwise(call.op):
         return False
     ndim = len(call.shape)
     others = [m for k, m in call.arguments.items() if isinstance(m, Marks) and k not in known]

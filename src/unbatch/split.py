@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unbatch import ops
 from unbatch.capture import Recorder
 from unbatch.errors import MSG_FOLD_CUT, InputError
 from unbatch.folds import Fold
@@ -153,7 +154,7 @@ def _has_room(graph: Graph, ref: Ref, forward: Walk) -> bool:
 def _reshaped(ref: Ref, graph: Graph) -> Ref:
     """A linear layer flattens its input and unflattens its output: the value it means is the unflattened one."""
     users = [s for s in graph.steps if any(r.index == ref.index for r in s.refs())]
-    if len(users) != 1 or users[0].name not in ("view", "_unsafe_view") or users[0].outs[0] is None:
+    if len(users) != 1 or not ops.takes_shape(users[0].op) or users[0].outs[0] is None:
         return ref
     seen = users[0].outs[0]
     return seen if len(graph.values[seen.index].shape) > len(graph.values[ref.index].shape) else ref

@@ -7,7 +7,7 @@ frozen statistics, and the comparison of the recording with the model.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from unbatch.derivatives import laid_out, standardised
-from unbatch.graph import Graph
+from unbatch import ops
 from unbatch.oracle import GAIN, VARIANTS, Oracle, relative_change
+from unbatch.substitutes import Moments, norm_held
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ def frozen_change(oracle: Oracle) -> float | str:
         return "statistics leave the tensor world and cannot be frozen"
     pinned = {i for s in graph.forward_steps for i in _statistics(forward, s)}
     wanted = [graph.predictions[i].index for i in oracle.places]
-    fused = {s.index for s in graph.forward_steps if s.name in FUSED and _trains(s) and _meets(s, pinned)}
+    fused = {s.index for s in graph.forward_steps if ops.is_training_batch_norm(s) and _meets(s, pinned)}
     if any(_hides(forward, s) for s in graph.forward_steps if s.index not in fused):
         return "an op keeps its statistic to itself and cannot be frozen"
     kept: dict[int, Tensor] = {}
@@ -221,7 +221,7 @@ def frozen_change(oracle: Oracle) -> float | str:
             kept[i] = t.clone()
 
     graph.run({}, wanted, visit=note)
-    instead = {i: frozen_batch_norm(kept, graph, i) for i in fused}
+    instead = {i: norm_held(graph.steps[i], _kept_moments(graph.steps[i], kept)) for i in fused}
     base = oracle.rows(graph.run({}, wanted, keep=kept, instead=instead))
     worst = 0.0
     for seed, keep in enumerate(partitions(oracle.samples)):
@@ -230,13 +230,6 @@ def frozen_change(oracle: Oracle) -> float | str:
         if base.shape[1]:
             worst = max(worst, float((new - base).abs()[keep].nan_to_num(0, 0, 0).amax()))
     return worst
-
-
-FUSED = ("native_batch_norm", "_native_batch_norm_legit")
-
-
-def _trains(step: Any) -> bool:
-    return bool(step.args[5] if len(step.args) > 5 else step.kwargs.get("training"))
 
 
 def _statistics(forward: Any, step: Any) -> list[int]:
@@ -249,7 +242,8 @@ def _statistics(forward: Any, step: Any) -> list[int]:
 
 def _meets(step: Any, pinned: set[int]) -> bool:
     """Its moments are statistics of the batch: instance norm is a batch norm by its name, and has its own."""
-    return any(r is not None and r.index in pinned for r in step.outs[1:3])
+    moments = ops.batch_moments(step.op, step.outs)
+    return moments is not None and any(r is not None and r.index in pinned for r in moments)
 
 
 def _hides(forward: Any, step: Any) -> bool:
@@ -258,17 +252,10 @@ def _hides(forward: Any, step: Any) -> bool:
     return bool(roots) and any(m.owned for m in outs) and not any(m.given and not m.owned for m in outs)
 
 
-def frozen_batch_norm(kept: dict[int, Tensor], graph: Graph, index: int) -> Callable[..., Any]:
-    """Batch norm with the mean and inverse deviation of the original batch."""
-    y, *moments = graph.steps[index].outs
-    mean, invstd = (kept[r.index] for r in moments[:2] if r is not None)
-    assert y is not None
-
-    def run(x: Tensor, weight: Any, bias: Any, *_: Any, **__: Any) -> Any:
-        normal = standardised(x, mean, invstd, weight, bias)
-        return laid_out(normal, graph.values[y.index].stride), mean, invstd
-
-    return run
+def _kept_moments(step: Any, kept: dict[int, Tensor]) -> Moments | None:
+    """The mean and inverse deviation of the original batch."""
+    refs = ops.batch_moments(step.op, step.outs)
+    return None if refs is None else (kept[refs[0].index], kept[refs[1].index])
 
 
 # --- the recording against the model --------------------------------------------------------------
