@@ -1,9 +1,11 @@
-"""What is true of an operation, whoever asks: one row for each, and what PyTorch's schemas and tags say of the others.
+"""What is true of an operation, whoever asks: a row for each, and what PyTorch says of the others.
 
-Here stands that an op moves entries, writes, reads only shapes, draws random numbers or is a batch norm, and under
-which names a GPU runs it. What follows from that for samples, derivatives or pictures stands where it is needed.
+Here stands that an op moves entries, writes, reads only shapes, draws random numbers or is a batch
+norm, and under which names a GPU runs it. What follows from that for samples, derivatives or
+pictures stands where it is needed.
 
-A row is looked up by the base name of an op: ``aten::add_`` and ``aten::add.Tensor`` are both "add".
+A row is looked up by the base name of an op: ``aten::add_`` and ``aten::add.Tensor`` are both
+"add". Where a schema or a tag says it, it is read from there, and there is no row.
 """
 
 from __future__ import annotations
@@ -32,7 +34,10 @@ class Moves(Enum):
 
 @dataclass(frozen=True)
 class HiddenWrites:
-    """Arguments that an op writes to although its schema does not say so, if the argument ``when`` is true."""
+    """Arguments that an op writes to although its schema does not say so.
+
+    Only if the argument ``when`` is true.
+    """
 
     arguments: tuple[str, ...]
     when: str = ""  # always
@@ -45,13 +50,13 @@ class HiddenWrites:
 class BatchNorm:
     """Where a batch norm has what, by the names of its arguments and the numbers of its outputs.
 
-    All forms call their tensors ``input``, ``weight``, ``bias``, ``running_mean`` and ``running_var``.
+    All forms call their tensors ``input``, ``weight``, ``bias``, ``running_mean``, ``running_var``.
     """
 
     training: bool | None = None  # None: its argument ``training`` says so
     eps: str = "eps"
     mean: int | None = 1  # of the batch, in training
-    invstd: int | None = 2  # the reciprocal of the standard deviation, of the batch, in training
+    invstd: int | None = 2  # ``1/σ`` of the batch, in training
     running: tuple[int, ...] = ()  # the running statistics afterwards, where they are returned
 
 
@@ -100,7 +105,8 @@ register("expand repeat", Traits(Moves.REPEATED, fills_shape=True))
 
 register("zeros ones full empty", Traits(fills_shape=True))
 register(
-    "new_zeros new_ones new_full new_empty new_empty_strided zeros_like ones_like full_like empty_like",
+    "new_zeros new_ones new_full new_empty new_empty_strided "
+    "zeros_like ones_like full_like empty_like",
     Traits(reads_shape_only=True, fills_shape=True),
 )
 register("rand_like randn_like randint_like", Traits(reads_shape_only=True))
@@ -115,7 +121,8 @@ register(
 register("zero bernoulli", Traits(overwrites=True, cuts=True))
 
 register(
-    "mse_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits soft_margin_loss",
+    "mse_loss smooth_l1_loss huber_loss soft_margin_loss binary_cross_entropy "
+    "binary_cross_entropy_with_logits",
     Traits(entrywise_loss=True),
 )
 
@@ -162,7 +169,7 @@ def full_name(op: Any) -> str:
 
 
 def stripped(name: str) -> str:
-    """Return the name of an op without the underscore of what works in place (not so ``__and__``)."""
+    """Return the name of an op without the underscore of in place (not so ``__and__``)."""
     if name.startswith("__"):
         return name
     return name.rstrip("_") or name
@@ -178,7 +185,7 @@ def base_name(op: Any) -> str:
 
 
 def names(has: Callable[[Traits], Any]) -> list[str]:
-    """Return the base names of the ops whose row has a trait, as ``names(lambda row: row.batch_norm)``."""
+    """Return the base names of the ops whose row ``has`` a trait."""
     return [name for name, row in TRAITS.items() if has(row)]
 
 
@@ -273,7 +280,7 @@ def written(op: Any, arguments: Mapping[str, Any]) -> tuple[str, ...]:
 
 @cache
 def writes_results(op: Any) -> bool:
-    """Whether what an op writes is a result that derivatives go through, and no running statistic."""
+    """Whether derivatives go through what an op writes: not so running statistics."""
     return bool(set(declared_writes(op)) - set(RUNNING))
 
 
@@ -285,7 +292,10 @@ def is_batch_norm(op: Any) -> bool:
 
 
 def normalises_by_batch(op: Any, arguments: Mapping[str, Any]) -> bool:
-    """Whether an op is a batch norm that takes the statistics of the batch itself, given its arguments by name."""
+    """Whether an op is a batch norm that takes the statistics of this batch.
+
+    ``arguments``: what it is given, by name.
+    """
     norm = traits(op).batch_norm
     if norm is None:
         return False
@@ -301,7 +311,7 @@ def is_training_batch_norm(step: Any) -> bool:
 
 @dataclass(frozen=True)
 class BatchNormArguments:
-    """The arguments of a batch norm under the same names for all forms, whatever they are: tensors or labels."""
+    """The arguments of a batch norm, under the same names for all forms: tensors or labels."""
 
     input: Any
     weight: Any
@@ -327,7 +337,10 @@ def batch_norm_arguments(op: Any, arguments: Mapping[str, Any]) -> BatchNormArgu
 
 
 def batch_moments(op: Any, outputs: Any) -> tuple[Any, Any] | None:
-    """Return the outputs of a training batch norm that are mean and ``1/σ`` of the batch, where it returns them."""
+    """Return mean and ``1/σ`` of the batch among the outputs of a training batch norm.
+
+    None where it does not return them.
+    """
     norm = _batch_norm(op)
     if norm.mean is None or norm.invstd is None:
         return None
@@ -337,7 +350,6 @@ def batch_moments(op: Any, outputs: Any) -> tuple[Any, Any] | None:
 def _batch_norm(op: Any) -> BatchNorm:
     norm = traits(op).batch_norm
     if norm is None:
-        raise ValueError(
-            f"{op} is no batch norm; the ops that are: {', '.join(names(lambda row: row.batch_norm))}"
-        )
+        known = ", ".join(names(lambda row: row.batch_norm))
+        raise ValueError(f"{op} is no batch norm in unbatch/ops.py; those are: {known}")
     return norm

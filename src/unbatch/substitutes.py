@@ -1,7 +1,8 @@
 """What runs in the place of a recorded step when a computation is replayed.
 
-The same values with other derivatives (none, or those of a batch norm whose statistics are constants), or the same op
-with what it took from the batch given. Knows ops and tensors, and nothing about samples or plans.
+The same values with other derivatives (none, or those of a batch norm whose statistics are
+constants), or the same op with given statistics. Knows ops and tensors, and nothing about samples
+or plans.
 """
 
 from __future__ import annotations
@@ -96,7 +97,10 @@ def standardised(
 
 
 def norm_held(step: Step, constants: Moments | None = None) -> Callable[..., Any]:
-    """Return the batch norm of a step with its statistics held constant: ``constants``, or those of its input."""
+    """Return the batch norm of a step with its statistics held constant.
+
+    At ``constants``; by default at those of its input.
+    """
 
     def run(*args: Any, **kwargs: Any) -> Any:
         arguments = dict(zip(step.parameters, args, strict=False)) | kwargs
