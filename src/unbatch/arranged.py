@@ -82,7 +82,7 @@ def follow(call: Call, step: int, all_known: Mapping[str, Arranged | Ends], rule
     first = next(iter(known.values()))
     if _row_by_row(call, known, first.under.shape[0]):
         results = _under(call, known, rule)
-        same = first.numbered and call.name in ("_to_copy", "clone", "detach", "alias") and call["dtype"] in EXACT
+        same = first.numbered and ops.moves(call.op) is Moves.SAME and call["dtype"] in EXACT
         return [Outcome(i, Arranged(m, *first.order, _numbers(call, known), same)) for i, m in enumerate(results)]
     if call.name in ("sum", "mean") and list(known) == ["self"] and len(call.shapes) == 1:
         return [Outcome(0, marks=_under(call, known, rule)[0])]
@@ -144,7 +144,7 @@ def _by_groups(call: Call, known: Mapping[str, Arranged], ends: Mapping[str, End
         return [Outcome(0, Ends(numbers))] if ok and numbers is not None else []
     if call.name == "cumsum" and not ends["self"].summed:
         return [Outcome(0, replace(ends["self"], summed=True))]
-    if call.name in ("_to_copy", "clone", "detach", "alias") and call["dtype"] in EXACT:
+    if ops.moves(call.op) is Moves.SAME and call["dtype"] in EXACT:
         return [Outcome(0, ends["self"])]
     if call.name != "_grouped_mm" or set(known) != {"self"} or "offs" not in ends or call["bias"] is not None:
         return []

@@ -282,7 +282,7 @@ def _by_name(op: Any, args: Any, kwargs: Any) -> dict[str, Any]:
 def _sizes_itself(op: Any, args: Any, graph: Graph) -> bool:
     """The shape of the result depends on values."""
     if torch.Tag.dynamic_output_shape in op.tags:
-        if op._schema.name not in ("aten::index", "aten::repeat_interleave"):
+        if ops.full_name(op) not in ("index", "repeat_interleave"):
             return True
         return any(
             graph.values[r.index].dtype in (torch.bool, torch.uint8)

@@ -71,9 +71,7 @@ class Traits:
     reads_shape_only: bool = False  # of a tensor; no number in it matters
     fills_shape: bool = False  # it makes its axes itself: all entries along them are alike
     overwrites: bool = False  # in place, whatever was there before
-    entrywise_loss: bool = (
-        False  # one number for each entry, added up as its argument ``reduction`` says
-    )
+    entrywise_loss: bool = False  # one number for each entry, added up as its argument ``reduction`` says
     hidden_writes: HiddenWrites | None = None
     batch_norm: BatchNorm | None = None
 
@@ -96,17 +94,14 @@ def register(names: str, traits: Traits) -> None:
 register("alias clone contiguous lift_fresh positive", Traits(Moves.SAME))
 register("detach", Traits(Moves.SAME, cuts=True))
 register("_to_copy", Traits(Moves.SAME, rounds=True))
-register(
-    "view _unsafe_view reshape _reshape_alias unsqueeze squeeze flatten", Traits(Moves.RESHAPED)
-)
+register("view _unsafe_view reshape _reshape_alias unsqueeze squeeze flatten", Traits(Moves.RESHAPED))
 register("t transpose permute movedim", Traits(Moves.PERMUTED))
 register("slice select narrow split split_with_sizes unbind chunk", Traits(Moves.PART))
 register("expand repeat", Traits(Moves.REPEATED, fills_shape=True))
 
 register("zeros ones full empty", Traits(fills_shape=True))
 register(
-    "new_zeros new_ones new_full new_empty new_empty_strided "
-    "zeros_like ones_like full_like empty_like",
+    "new_zeros new_ones new_full new_empty new_empty_strided zeros_like ones_like full_like empty_like",
     Traits(reads_shape_only=True, fills_shape=True),
 )
 register("rand_like randn_like randint_like", Traits(reads_shape_only=True))
@@ -121,8 +116,7 @@ register(
 register("zero bernoulli", Traits(overwrites=True, cuts=True))
 
 register(
-    "mse_loss smooth_l1_loss huber_loss soft_margin_loss binary_cross_entropy "
-    "binary_cross_entropy_with_logits",
+    "mse_loss smooth_l1_loss huber_loss soft_margin_loss binary_cross_entropy binary_cross_entropy_with_logits",
     Traits(entrywise_loss=True),
 )
 
@@ -132,9 +126,7 @@ IN_TRAINING = HiddenWrites(RUNNING, "training")
 # Batch norm. ``batch_norm`` itself is seen in inference mode only, which does not take it apart.
 register("native_batch_norm", Traits(batch_norm=BatchNorm(), hidden_writes=IN_TRAINING))
 register("_batch_norm_impl_index", Traits(batch_norm=BatchNorm(), hidden_writes=IN_TRAINING))
-register(
-    "batch_norm", Traits(batch_norm=BatchNorm(mean=None, invstd=None), hidden_writes=IN_TRAINING)
-)
+register("batch_norm", Traits(batch_norm=BatchNorm(mean=None, invstd=None), hidden_writes=IN_TRAINING))
 register(
     "cudnn_batch_norm miopen_batch_norm",
     Traits(batch_norm=BatchNorm(eps="epsilon"), hidden_writes=IN_TRAINING),
@@ -265,9 +257,7 @@ def writes_in_place(op: Any) -> bool:
 @cache
 def declared_writes(op: Any) -> tuple[str, ...]:
     """Return the arguments that an op writes to, as its schema says."""
-    return tuple(
-        a.name for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write
-    )
+    return tuple(a.name for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write)
 
 
 def written(op: Any, arguments: Mapping[str, Any]) -> tuple[str, ...]:

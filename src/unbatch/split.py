@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from unbatch import ops
@@ -118,7 +117,7 @@ def _one_by_one(step: Step, prediction: Marks) -> bool:
     """Each label is set beside the entries of one prediction."""
     if step.name == "gather":
         return not prediction.owner_varies(step.named["dim"] % len(prediction.shape))
-    return torch.Tag.pointwise in step.op.tags or step.name.startswith("nll_loss")
+    return ops.is_pointwise(step.op) or step.name.startswith("nll_loss")
 
 
 def _beside(label: Marks, prediction: Marks) -> Array | None:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import torch
 
 from unbatch import ops, rules
 from unbatch.algebra import Algebra, Use
@@ -412,7 +411,7 @@ def _loss_culprits(graph: Graph, loss: Walk, steps: set[int], marks: Marks, foun
 def _meeting(graph: Graph, step: Step, how: str) -> Culprit:
     """Where samples meet; predictions ``[N, 1]`` beside targets ``[N]`` are what happens most often."""
     shapes = list(dict.fromkeys(str(list(graph.values[_unspread(graph, r).index].shape)) for r in step.refs()))
-    spread = how == "pairwise" and len(shapes) > 1 and (torch.Tag.pointwise in step.op.tags or "_loss" in step.name)
+    spread = how == "pairwise" and len(shapes) > 1 and (ops.is_pointwise(step.op) or "_loss" in step.name)
     return culprit(step, "broadcast", shapes=" and ".join(shapes)) if spread else culprit(step, how)
 
 

@@ -86,9 +86,7 @@ def moments(op: Any, arguments: Mapping[str, Any], outputs: Sequence[Any]) -> Mo
     return mean, (variance + norm.eps).rsqrt()
 
 
-def standardised(
-    x: Tensor, mean: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None
-) -> Tensor:
+def standardised(x: Tensor, mean: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """Return what a batch norm makes of ``x`` with the given moments, by channel."""
     view = [1, -1, *[1] * (x.ndim - 2)]
     gain = scale if weight is None else scale * weight
@@ -106,9 +104,7 @@ def norm_held(step: Step, constants: Moments | None = None) -> Callable[..., Any
         arguments = dict(zip(step.parameters, args, strict=False)) | kwargs
         with torch.no_grad():
             first, *others = flat(step.op(*args, **kwargs))
-            mean, invstd = (
-                moments(step.op, arguments, [first, *others]) if constants is None else constants
-            )
+            mean, invstd = moments(step.op, arguments, [first, *others]) if constants is None else constants
         norm = ops.batch_norm_arguments(step.op, arguments)
         y = standardised(norm.input, mean, invstd, norm.weight, norm.bias)
         return laid_out(y.to(first.dtype), first.stride()), *others
