@@ -112,6 +112,18 @@ def what_moves(name):
     return Moves.SAME if y.shape == x.shape else Moves.RESHAPED
 
 
+def wrong_shapes(rows):
+    """Whether the shape of a result is an argument is said by the arguments."""
+    complaints = []
+    for name, row in rows.items():
+        moving = row.moves is Moves.RESHAPED
+        for op in overloads(name) if moving else ():
+            told = bool({"size", "shape"} & argument_names(op))
+            if told != row.takes_shape and op is not aten.view.dtype:
+                complaints.append(f"{op}: its shape is an argument, or not?")
+    return complaints
+
+
 # They return a tensor of its own, or a view, as it comes.
 MAY_COPY = {"clone", "_to_copy", "repeat", "_unsafe_view"}
 
@@ -222,6 +234,7 @@ CHECKS = [
     unknown_names,
     wrong_moves,
     untried_moves,
+    wrong_shapes,
     wrong_views,
     wrong_overwrites,
     wrong_hidden_writes,
@@ -243,6 +256,8 @@ PLANTED = {
     "another order": (wrong_moves, {"permute": Traits(Moves.RESHAPED)}),
     "only some": (wrong_moves, {"select": Traits(Moves.SAME)}),
     "another shape": (wrong_moves, {"unsqueeze": Traits(Moves.SAME)}),
+    "shape untold": (wrong_shapes, {"reshape": Traits(Moves.RESHAPED)}),
+    "no shape": (wrong_shapes, {"flatten": Traits(Moves.RESHAPED, takes_shape=True)}),
     "never tried": (untried_moves, {"diagonal": Traits(Moves.PART)}),
     "no view": (wrong_views, {"neg": Traits(Moves.SAME)}),
     "writes nothing": (

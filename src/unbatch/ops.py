@@ -65,6 +65,7 @@ class Traits:
     """What is true of an op beyond what its schema and its tags say."""
 
     moves: Moves | None = None
+    takes_shape: bool = False  # the shape of the result is an argument
     rounds: bool = False  # it moves entries to another type
     pointwise: bool = False
     cuts: bool = False  # its derivative is zero, or cut off
@@ -94,7 +95,8 @@ def register(names: str, traits: Traits) -> None:
 register("alias clone contiguous lift_fresh positive", Traits(Moves.SAME))
 register("detach", Traits(Moves.SAME, cuts=True))
 register("_to_copy", Traits(Moves.SAME, rounds=True))
-register("view _unsafe_view reshape _reshape_alias unsqueeze squeeze flatten", Traits(Moves.RESHAPED))
+register("view _unsafe_view reshape _reshape_alias", Traits(Moves.RESHAPED, takes_shape=True))
+register("unsqueeze squeeze flatten", Traits(Moves.RESHAPED))
 register("t transpose permute movedim", Traits(Moves.PERMUTED))
 register("slice select narrow split split_with_sizes unbind chunk", Traits(Moves.PART))
 register("expand repeat", Traits(Moves.REPEATED, fills_shape=True))
@@ -204,13 +206,6 @@ def moves(op: Any) -> Moves | None:
 def keeps_order(op: Any) -> bool:
     """Whether all entries of the operand come out, in the order in which they went in."""
     return traits(op).moves in (Moves.SAME, Moves.RESHAPED)
-
-
-@cache
-def takes_shape(op: Any) -> bool:
-    """Whether an op gives its operand a shape that is an argument."""
-    shapes = [a for a in op._schema.arguments if a.name in ("size", "shape")]
-    return traits(op).moves is Moves.RESHAPED and bool(shapes)
 
 
 @cache

@@ -153,7 +153,7 @@ def _has_room(graph: Graph, ref: Ref, forward: Walk) -> bool:
 def _reshaped(ref: Ref, graph: Graph) -> Ref:
     """A linear layer flattens its input and unflattens its output: the value it means is the unflattened one."""
     users = [s for s in graph.steps if any(r.index == ref.index for r in s.refs())]
-    if len(users) != 1 or not ops.takes_shape(users[0].op) or users[0].outs[0] is None:
+    if len(users) != 1 or not ops.traits(users[0].op).takes_shape or users[0].outs[0] is None:
         return ref
     seen = users[0].outs[0]
     return seen if len(graph.values[seen.index].shape) > len(graph.values[ref.index].shape) else ref

@@ -62,11 +62,7 @@ def rule(names: str, outputs: bool = False) -> Callable[[Rule], Rule]:
     return register
 
 
-RESHAPING = "view _unsafe_view reshape _reshape_alias"  # to a shape that is an argument
-MOVING = ops.names(lambda row: row.moves and not row.cuts)
-
-
-@rule(" ".join(name for name in MOVING if name not in RESHAPING.split()))
+@rule(" ".join(ops.names(lambda row: row.moves and not row.takes_shape and not row.cuts)))
 @rule(
     "sum mean neg constant_pad_nd index_select index gather roll flip diagonal cumsum avg_pool2d _adaptive_avg_pool2d "
     "avg_pool1d avg_pool3d upsample_nearest2d upsample_bilinear2d detach_copy squeeze_ unsqueeze_ as_strided unfold "
@@ -80,7 +76,7 @@ def linear(ran: Ran, moving: Mapping[str, Any]) -> Tangents | None:
     return flat(ran.with_({first: tangent}))
 
 
-@rule(RESHAPING)
+@rule(" ".join(ops.names(lambda row: row.takes_shape)))
 def reshaping(ran: Ran, moving: Mapping[str, Any]) -> Tangents:
     """A tangent need not lie in memory as its value does."""
     shape = next(v for n, v in ran.given.items() if n != "self")

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from unbatch import ops
+from unbatch.graph import Step
 from unbatch.oracle import GAIN, VARIANTS, Oracle, relative_change
-from unbatch.substitutes import Moments, norm_held
+from unbatch.substitutes import norm_held
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,11 @@ def frozen_change(oracle: Oracle) -> float | str:
         return "statistics leave the tensor world and cannot be frozen"
     pinned = {i for s in graph.forward_steps for i in _statistics(forward, s)}
     wanted = [graph.predictions[i].index for i in oracle.places]
-    fused = {s.index for s in graph.forward_steps if ops.is_training_batch_norm(s) and _meets(s, pinned)}
+    fused: dict[int, tuple[int, int]] = {}
+    for step in graph.forward_steps:
+        moments = _moments(step, pinned)
+        if moments is not None:
+            fused[step.index] = moments
     if any(_hides(forward, s) for s in graph.forward_steps if s.index not in fused):
         return "an op keeps its statistic to itself and cannot be frozen"
     kept: dict[int, Tensor] = {}
@@ -221,7 +226,9 @@ def frozen_change(oracle: Oracle) -> float | str:
             kept[i] = t.clone()
 
     graph.run({}, wanted, visit=note)
-    instead = {i: norm_held(graph.steps[i], _kept_moments(graph.steps[i], kept)) for i in fused}
+    instead = {}
+    for i, (mean, invstd) in fused.items():
+        instead[i] = norm_held(graph.steps[i], (kept[mean], kept[invstd]))
     base = oracle.rows(graph.run({}, wanted, keep=kept, instead=instead))
     worst = 0.0
     for seed, keep in enumerate(partitions(oracle.samples)):
@@ -240,22 +247,23 @@ def _statistics(forward: Any, step: Any) -> list[int]:
     return [i for i in made if not (m := forward.marks[i]).owned and not m.mixed and forward.made_at(step, i)]
 
 
-def _meets(step: Any, pinned: set[int]) -> bool:
-    """Its moments are statistics of the batch: instance norm is a batch norm by its name, and has its own."""
-    moments = ops.batch_moments(step.op, step.outs)
-    return moments is not None and any(r is not None and r.index in pinned for r in moments)
+def _moments(step: Step, pinned: set[int]) -> tuple[int, int] | None:
+    """Return the values that are mean and ``1/σ`` of a batch norm, where they are statistics of the batch.
+
+    Instance norm is a batch norm by its name, and has its own for every sample.
+    """
+    if not ops.is_training_batch_norm(step):
+        return None
+    refs = ops.batch_moments(step.op, step.outs)
+    if refs is None or not any(r.index in pinned for r in refs):
+        return None
+    return refs[0].index, refs[1].index
 
 
 def _hides(forward: Any, step: Any) -> bool:
     roots = [r for r in forward.algebra.roots if r.step == step.index]
     outs = [forward.marks[r.index] for r in step.outs if r is not None]
     return bool(roots) and any(m.owned for m in outs) and not any(m.given and not m.owned for m in outs)
-
-
-def _kept_moments(step: Any, kept: dict[int, Tensor]) -> Moments | None:
-    """The mean and inverse deviation of the original batch."""
-    refs = ops.batch_moments(step.op, step.outs)
-    return None if refs is None else (kept[refs[0].index], kept[refs[1].index])
 
 
 # --- the recording against the model --------------------------------------------------------------
