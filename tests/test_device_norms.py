@@ -7,7 +7,7 @@ spectrum, and the plan, whose reason says whether anything fell back to a slower
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import pytest
@@ -182,6 +182,11 @@ def structure(case):
     return verdicts, found.statistics_size, found.unknown_ops, found.notes
 
 
+def verification(case):
+    """Which verdicts were put to which test, and what came out: the numbers are rounding."""
+    return [(c.name, c.status, c.test, c.passed) for c in problem(case).verify().checks]
+
+
 def plan(quantity):
     def of(case):
         plan = problem(case).plan(quantity)
@@ -193,6 +198,7 @@ def plan(quantity):
 
 FACTS = {
     "structure": structure,
+    "verification": verification,
     "plan of the rows": plan(ub.Norms()),
     "plan of the diagonal": plan(ub.DiagGGN()),
 }
@@ -225,3 +231,28 @@ def test_every_form_is_met():
     """A form that no case allows would be tested by nothing."""
     met = {ops.base_name(case.op) for case in CASES}
     assert met | {"native_batch_norm"} == set(ops.names(lambda row: row.batch_norm))
+
+
+@pytest.fixture
+def swapped():
+    """The table says that the mean is where ``1/σ`` is."""
+
+    def forget():
+        for cached in (ops.traits, problem, ggn):
+            cached.cache_clear()
+
+    true = ops.TRAITS["cudnn_batch_norm"]
+    wrong = replace(true.batch_norm, mean=2, invstd=1)
+    ops.TRAITS["cudnn_batch_norm"] = replace(true, batch_norm=wrong)
+    forget()
+    yield Case(aten.cudnn_batch_norm.default, training=True)
+    ops.TRAITS["cudnn_batch_norm"] = true
+    forget()
+
+
+def test_a_wrong_row_is_caught(swapped):
+    """By the plan, which fails its own check and falls back: numbers are right even so."""
+    answer = FACTS["plan of the diagonal"]
+    assert answer(swapped) != answer(swapped.on(REFERENCE))
+    answer = NUMBERS["component rows"]
+    torch.testing.assert_close(answer(swapped), answer(swapped.on(REFERENCE)))
