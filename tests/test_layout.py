@@ -22,6 +22,7 @@ PACKAGE = "unbatch"
 LEVELS = {
     # vocabulary
     "errors": 0,
+    "ops": 0,
     "labels": 0,
     "purity": 0,
     "processes": 0,
@@ -57,6 +58,7 @@ LEVELS = {
     "kinds": 2,
     "parts": 2,
     "derivatives": 2,
+    "substitutes": 2,
     # what follows from both
     "walk": 3,
     "starts": 3,

@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from unbatch import ops
 from unbatch.labels import Marks, shared, unsqueeze
+from unbatch.ops import Moves
 from unbatch.rules import Call, Rule
 
 SMALL = 1 << 24  # numbers below are exact in each of these types
@@ -80,7 +82,7 @@ def follow(call: Call, step: int, all_known: Mapping[str, Arranged | Ends], rule
     first = next(iter(known.values()))
     if _row_by_row(call, known, first.under.shape[0]):
         results = _under(call, known, rule)
-        same = first.numbered and call.name in ("_to_copy", "clone", "detach", "alias") and call["dtype"] in EXACT
+        same = first.numbered and ops.moves(call.op) is Moves.SAME and call["dtype"] in EXACT
         return [Outcome(i, Arranged(m, *first.order, _numbers(call, known), same)) for i, m in enumerate(results)]
     if call.name in ("sum", "mean") and list(known) == ["self"] and len(call.shapes) == 1:
         return [Outcome(0, marks=_under(call, known, rule)[0])]
@@ -142,7 +144,7 @@ def _by_groups(call: Call, known: Mapping[str, Arranged], ends: Mapping[str, End
         return [Outcome(0, Ends(numbers))] if ok and numbers is not None else []
     if call.name == "cumsum" and not ends["self"].summed:
         return [Outcome(0, replace(ends["self"], summed=True))]
-    if call.name in ("_to_copy", "clone", "detach", "alias") and call["dtype"] in EXACT:
+    if ops.moves(call.op) is Moves.SAME and call["dtype"] in EXACT:
         return [Outcome(0, ends["self"])]
     if call.name != "_grouped_mm" or set(known) != {"self"} or "offs" not in ends or call["bias"] is not None:
         return []
@@ -171,6 +173,10 @@ def _left_only(call: Call, known: Mapping[str, Arranged]) -> bool:
     return set(known) == {left} and len(call[left].shape) > 1 and (len(bias) < 2 or bias[0] == 1)
 
 
+# All entries in their order, so that as many rows as before are the same rows. Those that add an axis, or drop one, are
+# asked which.
+IN_ORDER = ops.names(lambda row: row.moves in (Moves.SAME, Moves.RESHAPED))
+
 ROWS: dict[str, Callable[[Call, Mapping[str, Arranged]], bool]] = {
     **dict.fromkeys(["mm", "addmm", "linear"], _left_only),
     **dict.fromkeys(["bmm", "baddbmm"], lambda c, k: len(k) == len(c.marks)),
@@ -179,7 +185,7 @@ ROWS: dict[str, Callable[[Call, Mapping[str, Arranged]], bool]] = {
         lambda c, k: _other_dims(c),
     ),
     **dict.fromkeys(["split", "chunk", "split_with_sizes", "unbind"], lambda c, k: _other_dims(c)),
-    **dict.fromkeys(["view", "_unsafe_view", "clone", "detach", "_to_copy", "alias"], lambda c, k: True),
+    **dict.fromkeys(IN_ORDER, lambda c, k: True),
     "expand": lambda c, k: len(c["self"].shape) == len(c.shape),
     "unsqueeze": lambda c, k: c["dim"] % (len(c["self"].shape) + 1) != 0,
     "squeeze": lambda c, k: _other_dims(c),
@@ -195,7 +201,7 @@ def _row_by_row(call: Call, known: Mapping[str, Arranged], rows: int) -> bool:
         return False
     if call.name in ROWS:
         return ROWS[call.name](call, known)
-    if torch.Tag.pointwise not in call.op.tags and call.name != "floor_divide":
+    if not ops.is_pointwise(call.op):
         return False
     ndim = len(call.shape)
     others = [m for k, m in call.arguments.items() if isinstance(m, Marks) and k not in known]

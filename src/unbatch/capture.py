@@ -22,6 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from unbatch import ops
 from unbatch.errors import HERE
 from unbatch.folds import Fold
 from unbatch.graph import Escape, Graph, ModuleCall, Ref, Step, Value, flat, is_ref
@@ -127,7 +128,7 @@ class Recorder(TorchDispatchMode):
         olds: Sequence[Ref] = (),
     ) -> Any:
         index = len(self.graph.steps)
-        noise = torch.Tag.nondeterministic_seeded in op.tags and not _sure(op, args, kwargs)
+        noise = ops.draws(op, _by_name(op, args, kwargs))
         where = self._where()
         step = Step(
             index,
@@ -189,7 +190,7 @@ class Recorder(TorchDispatchMode):
         except Exception:
             self._read(args, kwargs, "whether an op raises")
             raise
-        told = f"the result of {func._schema.name.removeprefix('aten::')}"
+        told = f"the result of {ops.full_name(func)}"
         if isinstance(out, bool):  # an op that answers a question (torch.equal), which is a value like others
             answer = torch.tensor(out)
             self._step(func, refs, named, answer, writes, olds)
@@ -283,17 +284,15 @@ def entry(function: Callable[P, T]) -> Callable[P, T]:
     return function
 
 
-def _sure(op: Any, args: Any, kwargs: Any) -> bool:
-    """A random op whose probability of dropping is zero."""
+def _by_name(op: Any, args: Any, kwargs: Any) -> dict[str, Any]:
     names = [a.name for a in op._schema.arguments]
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    return "dropout_p" in names and not given.get("dropout_p")
+    return dict(zip(names, args, strict=False)) | kwargs
 
 
 def _sizes_itself(op: Any, args: Any, graph: Graph) -> bool:
     """The shape of the result depends on values."""
     if torch.Tag.dynamic_output_shape in op.tags:
-        if op._schema.name not in ("aten::index", "aten::repeat_interleave"):
+        if ops.full_name(op) not in ("index", "repeat_interleave"):
             return True
         return any(
             graph.values[r.index].dtype in (torch.bool, torch.uint8)

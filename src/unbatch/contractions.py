@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from unbatch import ops
+
 
 @dataclass
 class Call:
@@ -196,7 +198,7 @@ class Generic(Meeting):
         first, last, _ = where.indices(self.samples)
         u = self.operand.detach().requires_grad_()
         call = self.call
-        writes = call.op._schema.is_mutable
+        writes = ops.may_write(call.op)
         arguments = detached(call.arguments, self.operand, writes)
         with torch.enable_grad():
             moving = u.clone() if writes else u  # what is differentiated by cannot be written to

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from unbatch import ops
 from unbatch.labels import Marks, collapse, expand, reshape, shared, squeeze
 from unbatch.rules import Call, numbered, pointwise, rule
 
@@ -54,7 +55,7 @@ def shaped_noise(call: Call) -> Marks:
     """Noise whose distribution may depend on values; filled in place, what was there before does not matter."""
     a = call.algebra
     shaping = [call[k] for k in ("p", "mean", "std", "count", "prob") if isinstance(call[k], Marks)]
-    if not call.op._schema.is_mutable and isinstance(call["self"], Marks) and not isinstance(call["p"], float):
+    if not ops.writes_in_place(call.op) and isinstance(call["self"], Marks) and not isinstance(call["p"], float):
         shaping.append(call["self"])
     if call.name in ("multinomial", "_sample_dirichlet"):
         last = [len(call["self"].shape) - 1]
@@ -276,40 +277,37 @@ def group_norm(call: Call) -> Any:
     return numbered([y, *(squeeze(s, [2]) for s in spread[: len(call.shapes) - 1])])
 
 
-@rule(
-    "native_batch_norm _native_batch_norm_legit cudnn_batch_norm miopen_batch_norm "
-    "_batch_norm_with_update _native_batch_norm_legit_no_training _batch_norm_no_update "
-    "_native_batch_norm_legit_functional"
-)
+@rule(*ops.names(lambda row: row.batch_norm))
 def batch_norm(call: Call) -> Any:
     """Statistics over all dims but the second; whether they mix samples is for the marks to say."""
-    a, x = call.algebra, call["input"]
-    if call["training"] is False or call.name in (
-        "_native_batch_norm_legit_no_training",
-        "_batch_norm_no_update",
-    ):
-        y = channelwise(
-            call,
-            ("batch_norm in eval", call["eps"]),
-            x,
-            call["running_mean"],
-            call["running_var"],
-            call["weight"],
-            call["bias"],
-        )
-        return [y, *(shared(s, "unused") for s in call.shapes[1:])]
+    norm, outputs = ops.batch_norm_arguments(call.op, call.arguments), ops.traits(call.op).batch_norm
+    assert outputs is not None
+    out = [shared(shape, "unused") for shape in call.shapes]
+    moments_, title = [norm.running_mean, norm.running_var], "batch_norm in eval"
+    if norm.training:
+        moments_, title = _batch_moments(call), "batch_norm"
+    out[0] = channelwise(call, (title, norm.eps), norm.input, *moments_, norm.weight, norm.bias)
+    if norm.training and outputs.mean is not None and outputs.invstd is not None:
+        out[outputs.mean], out[outputs.invstd] = moments_
+    after = running_statistics(call) if norm.training else {}
+    for place, name in zip(outputs.running, ops.RUNNING, strict=False):
+        out[place] = after.get(name, call[name])
+    return out
+
+
+def _batch_moments(call: Call) -> list[Marks]:
+    x = call["input"]
     dims = [d for d in range(len(x.shape)) if d != 1]
-    moments_ = [a.reduce("mean", x, dims), a.reduce("var", x, dims)]
-    y = channelwise(call, ("batch_norm", call["eps"]), x, *moments_, call["weight"], call["bias"])
-    return [y, *moments_, *(shared(s, "reserve") for s in call.shapes[3:])]
+    return [call.algebra.reduce(name, x, dims) for name in ("mean", "var")]
 
 
 def running_statistics(call: Call) -> dict[str, Marks]:
-    """What a training batch norm leaves in its running statistics."""
-    a, x = call.algebra, call["input"]
-    dims = [d for d in range(len(x.shape)) if d != 1]
-    new = {"running_mean": a.reduce("mean", x, dims), "running_var": a.reduce("var", x, dims)}
-    return {k: a.pointwise("momentum", call[k], v) for k, v in new.items() if call[k] is not None}
+    """Return what a training batch norm leaves in its running statistics."""
+    out = {}
+    for name, moment in zip(ops.RUNNING, _batch_moments(call), strict=True):
+        if call[name] is not None:
+            out[name] = call.algebra.pointwise("momentum", call[name], moment)
+    return out
 
 
 @rule("eq", "ne")

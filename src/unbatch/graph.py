@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unbatch import ops
 from unbatch.purity import random_state, set_random_state
 
 
@@ -57,7 +58,12 @@ class Step:
 
     @property
     def name(self) -> str:
-        return self.op._schema.name.removeprefix("aten::")
+        return ops.full_name(self.op)
+
+    @property
+    def written_results(self) -> tuple[tuple[Ref, Ref], ...]:
+        """The writes through which derivatives go: none where the op only keeps running statistics."""
+        return self.writes if ops.writes_results(self.op) else ()
 
     def refs(self) -> list[Ref]:
         return list(self._refs)

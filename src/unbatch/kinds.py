@@ -7,12 +7,10 @@ meeting, or to None where the arguments do not fit; the generic one then serves.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
-from typing import Any
 
-import torch
 from torch import Tensor
 
+from unbatch import ops
 from unbatch.broadcasts import Pointwise, Scale, Shift
 from unbatch.contractions import Call, Generic, Meeting
 from unbatch.convolutions import Convolution
@@ -20,6 +18,7 @@ from unbatch.layout import Scattered
 from unbatch.lookups import Embedding
 from unbatch.mixing import Projected, ProjectedRows
 from unbatch.products import Linear
+from unbatch.substitutes import moments
 
 KINDS: dict[str, Callable[[Call], Meeting | None]] = {}
 
@@ -38,10 +37,9 @@ def meeting(call: Call) -> Meeting:
     """The kind that fits, or the generic one."""
     if isinstance(call.layout, Scattered) or call.outputs[0].is_complex() or call.operand.is_complex() or _twice(call):
         return Generic(call)
-    name = _plain_name(call.op)
-    make = KINDS.get(name)
+    make = KINDS.get(ops.base_name(call.op))
     found = make(call) if make is not None else None
-    if found is None and call["self"] is not None and _once(call) and _elementwise(call.op, name):
+    if found is None and call["self"] is not None and _once(call) and ops.is_pointwise(call.op):
         found = Pointwise(call)
     return found or Generic(call)
 
@@ -54,19 +52,9 @@ def _twice(call: Call) -> bool:
     return places > 1
 
 
-@cache
-def _plain_name(op: Any) -> str:
-    name: str = op._schema.name
-    return name.removeprefix("aten::").removesuffix("_")
-
-
-def _elementwise(op: Any, name: str) -> bool:
-    return torch.Tag.pointwise in op.tags or name == "_prelu_kernel"
-
-
 def _once(call: Call) -> bool:
     """The operand is an argument, broadcast against the others, and the op does not write in place."""
-    return not call.op._schema.is_mutable and isinstance(call.arguments.get(call.name), Tensor)
+    return not ops.may_write(call.op) and isinstance(call.arguments.get(call.name), Tensor)
 
 
 def projected(call: Call, norm: Call) -> Meeting:
@@ -166,23 +154,17 @@ def _group_norm(call: Call) -> Meeting | None:
     return Scale(call, x, mean, rstd, axis=1)
 
 
-def moments(call: Call) -> tuple[Tensor, Tensor]:
-    """Mean and ``1/σ`` that a batch norm used, by channel."""
-    if call["training"] or call["running_mean"] is None:
-        return call.outputs[1], call.outputs[2]
-    return call["running_mean"], (call["running_var"] + call["eps"]).rsqrt()
-
-
 def normalised(call: Call) -> tuple[Tensor, Tensor]:
-    """``x̂`` of a batch norm, and ``1/σ``."""
-    x, (mean, scale) = call["input"], moments(call)
+    """Return ``x̂`` of a batch norm, and ``1/σ``."""
+    x, (mean, scale) = call["input"], moments(call.op, call.arguments, call.outputs)
     view = [1, -1, *[1] * (x.ndim - 2)]
     return (x - mean.reshape(view)) * scale.reshape(view), scale
 
 
-@kind("native_batch_norm _native_batch_norm_legit cudnn_batch_norm miopen_batch_norm")
+@kind(" ".join(ops.names(lambda row: row.batch_norm)))
 def _batch_norm(call: Call) -> Meeting | None:
     if call.name == "bias":
         return Shift(call, axis=1)
-    mean, scale = (t.reshape(1, -1, *[1] * (call["input"].ndim - 2)) for t in moments(call))
-    return Scale(call, call["input"], mean, axis=1, factor=scale)
+    view = [1, -1, *[1] * (call["input"].ndim - 2)]
+    mean, scale = moments(call.op, call.arguments, call.outputs)
+    return Scale(call, call["input"], mean.reshape(view), axis=1, factor=scale.reshape(view))

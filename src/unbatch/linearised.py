@@ -20,15 +20,14 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_map
 
 from unbatch import live
-from unbatch.derivatives import forward_mode, gradients, held, laid_out, norm_held, solid, unmoved
+from unbatch.derivatives import forward_mode, gradients, solid
 from unbatch.errors import MSG_NO_TANGENT, StructureError
 from unbatch.graph import Graph, Ref, Step, flat, is_ref
-from unbatch.purity import HIDDEN_WRITES, untouched
+from unbatch.purity import untouched
 from unbatch.route import Route
 from unbatch.setting import Setting
-from unbatch.tangents import RULES, SPELLED_OUT, Ran, Tangents, through_op
-
-NEEDS_OUTPUTS = ("tanh", "sigmoid", "_softmax", "native_layer_norm", "native_batch_norm")
+from unbatch.substitutes import held, laid_out, norm_held, unmoved
+from unbatch.tangents import NEED_OUTPUTS, RULES, SPELLED_OUT, Ran, Tangents, through_op
 
 
 class Window(NamedTuple):
@@ -142,7 +141,7 @@ class Linearised:
         kept_args, kept_kwargs = tree_map(one, (args, kwargs))
         result = op(*args, **kwargs)
         outs = tuple(o.detach() if isinstance(o, Tensor) else o for o in flat(result))
-        self.steps.append(Ran(step, kept_args, kept_kwargs, outs if step.name in NEEDS_OUTPUTS else ()))
+        self.steps.append(Ran(step, kept_args, kept_kwargs, outs if step.name in NEED_OUTPUTS else ()))
         return result
 
     # -- Jᵀ u --
@@ -198,7 +197,7 @@ class Linearised:
                     outs = self._through(ran, here)
                     for ref, t in zip(step.outs, outs, strict=False):
                         at.put(ref, ref, t)
-                    for old, new in step.writes if step.name not in HIDDEN_WRITES else ():
+                    for old, new in step.written_results:
                         at.put(new, old, outs[0])
         return {i: self._zero(i) if (t := at.get(i)) is None else t for i in wanted or self.outputs}
 
@@ -225,7 +224,7 @@ class Linearised:
         for i, v in enumerate(graph.values):
             windows.setdefault(v.storage, []).append(i)
         for step in graph.forward_steps:
-            for old, new in step.writes if step.name not in HIDDEN_WRITES else ():
+            for old, new in step.written_results:
                 storage = graph.values[new.index].storage
                 others = [i for i in windows[storage] if i not in (old.index, new.index) and self._before(i, step)]
                 if any(last.get(i, -1) > step.index or i in self.flow.predictions for i in others):

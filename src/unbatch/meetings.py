@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from typing import TypeGuard
 
 import numpy as np
-import torch
 
+from unbatch import ops
 from unbatch.graph import Escape, Graph, Ref, Step
 from unbatch.labels import SHARED, Marks
 from unbatch.rules import NO_RULE
@@ -216,7 +216,7 @@ def _after_mixing(graph: Graph, forward: Walk, steps: set[int]) -> Meetings:
     given = {i: m for i, m in forward.marks.items() if graph.values[i].kind != "step"}
     again = walk(graph, forward.algebra.samples, given, graph.forward_steps, sorted(forward.assumed), afresh=True)
     # Elementwise ops only bring in what has mixed before.
-    mixing = {s for s in mixed & again.algebra.births.keys() if torch.Tag.pointwise not in graph.steps[s].op.tags}
+    mixing = {s for s in mixed & again.algebra.births.keys() if not ops.is_pointwise(graph.steps[s].op)}
     listening = {s: m for s, m in _listening(again, steps).items() if s in mixed and m.kind != "uneven"}
     return listening | dict.fromkeys(mixing - forward.unknown.keys(), _Meeting("mixed"))
 

@@ -8,12 +8,12 @@ from functools import partial
 
 import torch
 
-from unbatch.derivatives import replayed
+from unbatch import ops
 from unbatch.graph import Graph, Step
+from unbatch.ops import Moves
 from unbatch.parts import View
 from unbatch.sites import Flow
-
-MOVES = ("t", "transpose", "permute", "view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "alias")
+from unbatch.substitutes import replayed
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Operands:
         path: list[Step] = []
         while i not in self.flow.parameters:
             step = self.graph.makers.get(i)
-            if step is None or step.name not in MOVES or step.writes:
+            if step is None or not _rearranges(step):
                 return None
             path.insert(0, step)
             i = step.refs()[0].index
@@ -79,3 +79,9 @@ class Operands:
             merged.append((values, names))
         order = list(self.shapes)
         return [(sorted(values), sorted(names, key=order.index)) for values, names in merged]
+
+
+def _rearranges(step: Step) -> bool:
+    """The result shows every entry of its operand once, in the memory where that lies, and derivatives go through."""
+    whole = ops.moves(step.op) in (Moves.SAME, Moves.RESHAPED, Moves.PERMUTED)
+    return whole and ops.is_view(step.op) and not ops.traits(step.op).cuts

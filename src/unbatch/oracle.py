@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from unbatch import ops
 from unbatch.capture import Program, own_loss
 from unbatch.graph import Graph
 from unbatch.purity import untouched
@@ -302,9 +303,6 @@ def noise_owners(graph: Graph, forward: Any) -> dict[int, Any] | None:
     return out
 
 
-ORDERLY = ("view", "_unsafe_view", "reshape", "_reshape_alias", "unsqueeze", "squeeze", "alias", "detach")
-
-
 def _claimed(graph: Graph, forward: Any, ref: int) -> Any:
     """Owners of the elements of a noise value; None if it stays shared, a string if it cannot be said."""
     carrying, turned = {ref}, False
@@ -319,7 +317,7 @@ def _claimed(graph: Graph, forward: Any, ref: int) -> Any:
             marks = forward.marks[out.index]
             if not marks.depends_on_batch:
                 carrying.add(out.index)
-                turned = turned or (step.name not in ORDERLY and graph.values[out.index].shape != shape)
+                turned = turned or (not ops.keeps_order(step.op) and graph.values[out.index].shape != shape)
                 continue
             held = graph.values[next(iter(used))].shape
             owner = _owner_of(marks, held) if out.index in {r.index for r in step.outs if r} else "otherwise"

@@ -20,18 +20,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from unbatch import ops
 from unbatch.processes import check_alone
 
 C = TypeVar("C")
-
-# Ops that write to arguments without saying so in their schema: positions, given that the flag argument is true.
-HIDDEN_WRITES = {
-    "native_batch_norm": (3, 4, 5),
-    "batch_norm": (3, 4, 5),  # inference mode does not take it apart
-    "instance_norm": (3, 4, 5),
-    "cudnn_batch_norm": (3, 4, 5),
-    "miopen_batch_norm": (3, 4, 5),
-}
 
 # PyTorch wraps what a dispatch mode does to keep the compiler out of it, and loads the compiler for that, which takes a
 # second and 70 MiB. Nobody compiles what runs in a mode of ours.
@@ -160,18 +152,13 @@ def set_random_state(state: tuple[Any, ...]) -> None:
 
 
 def mutated(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    schema = op._schema
-    out = [
-        leaf
-        for i, a in enumerate(schema.arguments)
-        if a.alias_info is not None and a.alias_info.is_write
-        for leaf in tree_leaves(args[i] if i < len(args) else kwargs.get(a.name))
-        if isinstance(leaf, Tensor)
-    ]
-    hidden = HIDDEN_WRITES.get(schema.name.removeprefix("aten::"))
-    if hidden and len(args) > hidden[-1] and args[hidden[-1]]:
-        out += [args[i] for i in hidden[:-1] if isinstance(args[i], Tensor)]
-    return out
+    """Return the tensors that an op writes to."""
+    if not ops.may_write(op):
+        return []
+    names = [a.name for a in op._schema.arguments]
+    arguments = dict(zip(names, args, strict=False)) | dict(kwargs)
+    places = [arguments.get(name) for name in ops.written(op, arguments)]
+    return [t for t in tree_leaves(places) if isinstance(t, Tensor)]
 
 
 class _Writes(TorchDispatchMode):
@@ -189,14 +176,13 @@ class _Writes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         check_alone(func, types)
-        if func._schema.is_mutable or func._schema.name.removeprefix("aten::") in HIDDEN_WRITES:
-            for tensor in mutated(func, args, kwargs):
-                if tensor.layout != torch.strided or tensor.is_nested:
-                    continue
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self.own and storage._cdata not in self.saved:
-                    whole = tensor.detach().as_strided((storage.nbytes() // tensor.element_size(),), (1,), 0)
-                    self.saved[storage._cdata] = (tensor, whole, whole.clone(), tensor._version)
+        for tensor in mutated(func, args, kwargs):
+            if tensor.layout != torch.strided or tensor.is_nested:
+                continue
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.own and storage._cdata not in self.saved:
+                whole = tensor.detach().as_strided((storage.nbytes() // tensor.element_size(),), (1,), 0)
+                self.saved[storage._cdata] = (tensor, whole, whole.clone(), tensor._version)
         out = func(*args, **kwargs)
         if not func._schema.is_mutable:
             given = {id(a) for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)}

@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unbatch import ops
 from unbatch.graph import Escape, Graph, Ref, Step, Value, filled, flat
 from unbatch.purity import storage_of
 from unbatch.terms import Term, Terms
 
 LARGEST = 1 << 22  # entries of a constant that is worked out
-OVERWRITES = ("fill", "zero", "copy", "bernoulli", "normal", "uniform", "exponential", "random")  # in place
-PLACES = ("device", "layout", "pin_memory", "memory_format", "non_blocking")  # do not matter for numbers
 
 
 class Reading:
@@ -62,8 +61,8 @@ class Reading:
         return self.terms.constant(value.concrete)
 
     def _step(self, step: Step) -> None:
-        name = step.name if step.name.endswith("__") else step.name.removesuffix("_")
-        arguments = self._arguments(step, name)
+        name = ops.base_name(step.op)
+        arguments = self._arguments(step)
         if step.noise:
             made = [self.graph.values[r.index] for r in step.outs if r is not None]
             self.drawn = self.terms.drawn(self.drawn, name, arguments, [(v.shape, v.dtype) for v in made])
@@ -78,11 +77,15 @@ class Reading:
         for _, new in step.writes:
             self._seen_through_windows(new.index, step.index)
 
-    def _arguments(self, step: Step, name: str) -> dict[str, Any]:
-        given = {n: a for n, a in step.named.items() if n not in PLACES and not (step.writes and _drops(name, n))}
-        plain = {n: a for n, a in given.items() if n not in step.defaults or not _same(a, step.defaults[n])}
-        find = self._narrow if torch.Tag.pointwise in step.op.tags else self.__getitem__
-        return {n: filled(a, find) for n, a in plain.items()}
+    def _arguments(self, step: Step) -> dict[str, Any]:
+        find = self._narrow if ops.is_pointwise(step.op) else self.__getitem__
+        out = {}
+        for name, a in step.named.items():
+            overwritten = name == "self" and _overwrites(step)
+            by_default = name in step.defaults and _same(a, step.defaults[name])
+            if not (name in ops.PLACEMENT or overwritten or by_default):
+                out[name] = filled(a, find)
+        return out
 
     def _narrow(self, ref: Ref) -> Term:
         """A constant as the smallest that is broadcast to it."""
@@ -126,13 +129,13 @@ class Reading:
     def _worked_out(self, step: Step, name: str, arguments: Mapping[str, Any]) -> dict[int, Tensor]:
         """What the op makes, where that does not depend on data."""
         terms, values = self.terms, self.graph.values
-        shapes_only = name.startswith("new_") or name.endswith("_like")
+        shapes_only = ops.reads_shape_only(step.op)
         made = [r for r in [*step.outs, *(new for _, new in step.writes)] if r is not None]
         entries = sum(math.prod(values[r.index].shape) for r in made)
         if "empty" in name or name.startswith("as_strided") or entries > LARGEST:
             return {}
         refs = step.refs()
-        overwritten = refs[:1] if step.writes and name in OVERWRITES and refs.count(refs[0]) == 1 else []
+        overwritten = refs[:1] if _overwrites(step) and refs.count(refs[0]) == 1 else []
 
         def number(ref: Ref) -> Tensor:
             if shapes_only or ref in overwritten:
@@ -169,8 +172,9 @@ class Reading:
                 self.of[i] = terms.op("through a window", both, values[i].shape, values[i].dtype, (there, here))
 
 
-def _drops(name: str, argument: str) -> bool:
-    return name in OVERWRITES and argument == "self"
+def _overwrites(step: Step) -> bool:
+    """What was there before does not matter."""
+    return bool(step.writes) and ops.traits(step.op).overwrites
 
 
 def _same(a: Any, default: Any) -> bool:

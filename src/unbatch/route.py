@@ -12,6 +12,7 @@ from typing import Any
 
 from torch.utils._pytree import tree_leaves
 
+from unbatch import ops
 from unbatch.graph import Graph, Ref, Step, is_ref
 from unbatch.operands import Operands
 from unbatch.parts import View
@@ -103,13 +104,14 @@ class Route:
             self._norm(step),
             frozenset(i for i, norm in flow.projections.items() if norm == step.index),
             frozenset(r.index for r in step.refs() if self._spoiled(step, r.index)),
-            bool(step.writes) and step.op._schema.is_mutable and step.outs[0] is not None,
+            bool(step.writes) and ops.writes_in_place(step.op) and step.outs[0] is not None,
         )
 
     def _norm(self, step: Step) -> str:
         if step.index in self.flow.frozen_norms:
             return "held"
-        return "constant" if step.name == "native_batch_norm" and step.named["training"] is False else ""
+        constant = ops.is_batch_norm(step.op) and not ops.is_training_batch_norm(step)
+        return "constant" if constant else ""
 
     def _use(self, step: Step, site: Site) -> Use:
         refs = tree_leaves(step.named[site.name], is_leaf=is_ref)

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unbatch import errors
+from unbatch import errors, ops
 from unbatch.algebra import Algebra
 from unbatch.labels import MIXED, Marks, code, shared, total
+from unbatch.ops import base_name
 
 Rule = Callable[["Call"], Any]
 
@@ -62,7 +63,7 @@ class Call:
 
     @property
     def name(self) -> str:
-        return plain_name(self.op)
+        return base_name(self.op)
 
     @property
     def marks(self) -> list[Marks]:
@@ -96,13 +97,6 @@ def _has_marks(a: Any) -> bool:
     return isinstance(a, Marks) or (isinstance(a, list | tuple) and any(isinstance(m, Marks) for m in a))
 
 
-def plain_name(op: Any) -> str:
-    """``aten::add_`` and ``aten::add.Tensor`` are both "add"."""
-    space, _, name = op._schema.name.partition("::")
-    name = name if name.startswith("__") else name.rstrip("_") or name
-    return name if space == "aten" else f"{space}::{name}"
-
-
 def rule(*names: str) -> Callable[[Rule], Rule]:
     """Register a rule for ATen ops, named in words; a second rule for the same name is refused."""
 
@@ -125,7 +119,7 @@ def register_rule(op: Any, function: Rule, *, replace: bool = False) -> None:
     """
     if not isinstance(op, torch._ops.OpOverload):
         raise errors.InputError(errors.MSG_UNKNOWN_RULE.format(value=op))
-    if not replace and (op in CUSTOM or (op.namespace == "aten" and plain_name(op) in RULES)):
+    if not replace and (op in CUSTOM or (op.namespace == "aten" and base_name(op) in RULES)):
         raise errors.InputError(errors.MSG_RULE_TAKEN.format(value=op))
     CUSTOM[op] = function
 
@@ -135,10 +129,10 @@ def lookup(op: Any) -> Rule | None:
         return CUSTOM[op]
     if op in ASSUMED:
         return independent
-    name = plain_name(op)
+    name = base_name(op)
     if name in RULES:
         return RULES[name]
-    if torch.Tag.pointwise in op.tags:
+    if ops.is_pointwise(op):
         return pointwise
     return unknown if answers(op) else None
 

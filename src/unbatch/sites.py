@@ -16,17 +16,14 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves
 
+from unbatch import ops
 from unbatch.errors import MSG_NOT_COPY, MSG_NOT_FROZEN, StructureError
 from unbatch.graph import Graph, Ref, Step, is_ref
 from unbatch.labels import SHARED, Marks
 from unbatch.layout import Layout, Scattered, layout_of
-from unbatch.purity import HIDDEN_WRITES
 from unbatch.starts import prediction_dim
 from unbatch.structure import holds_its_place, used_predictions
 from unbatch.walk import Walk
-
-BATCH_NORMS = ("native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm", "miopen_batch_norm")
-CUTS = ("detach", "bernoulli_", "zero_", "sign", "round", "floor", "ceil")
 
 
 @dataclass(frozen=True)
@@ -139,8 +136,7 @@ class _Planner:
         return found
 
     def _outs(self, step: Step) -> list[int]:
-        hidden = step.name in HIDDEN_WRITES
-        refs = [*(r for r in step.outs if r is not None), *(new for _, new in step.writes if not hidden)]
+        refs = [*(r for r in step.outs if r is not None), *(new for _, new in step.written_results)]
         return [i for i in dict.fromkeys(r.index for r in refs) if self._real(i)]
 
     def _ins(self, step: Step) -> list[int]:
@@ -156,8 +152,8 @@ class _Planner:
 
     def _passes(self, step: Step) -> bool:
         """Derivatives go through it."""
-        only_shape = step.name.endswith("_like") or step.name.startswith("new_")
-        return step.grad and step.name not in CUTS and not only_shape
+        traits = ops.traits(step.op)
+        return step.grad and not traits.cuts and not traits.reads_shape_only
 
     def _on_path(self, step: Step) -> bool:
         return self._passes(step) and any(self.node(o) in self.plan.separate for o in self._outs(step))
@@ -182,7 +178,7 @@ class _Planner:
             for o in self._outs(step):
                 if not self.walk.made_at(step, o):
                     continue
-                if step.name in BATCH_NORMS and self.marks(o).owned:
+                if ops.is_batch_norm(step.op) and self.marks(o).owned:
                     self.plan.frozen_norms.add(step.index)
                 elif self._loose(o):
                     self.plan.frozen.add(o)
@@ -293,9 +289,9 @@ class _Planner:
         above = self._outs(norm)
         layout = self.layout(outs[0])
         first = norm.refs()[0].index == outs[0]
-        if norm.name not in BATCH_NORMS or not first or not isinstance(layout, Layout) or self.node(outs[0]) != outs[0]:
+        if not first or not isinstance(layout, Layout) or self.node(outs[0]) != outs[0]:
             return False
-        fits = layout == Layout(0, self.plan.samples) and bool(norm.args[5])
+        fits = layout == Layout(0, self.plan.samples) and ops.is_training_batch_norm(norm)
         sep = bool(above) and self.plan.separate.get(self.node(above[0]), False)
         if fits and sep and layout_of(self.marks(above[0]), self.plan.samples) == layout:
             self.plan.projections[step.index] = norm.index
@@ -336,9 +332,6 @@ def by_columns(plan: Flow, node: Any) -> bool:
     return plan.by == "component" and not plan.separate[node]
 
 
-SPREADING = ("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "expand", "repeat", "zeros_like")
-
-
 def partly(marks: Marks) -> bool:
     """Some entries belong to samples, and others to none."""
     return marks.owned and not marks.mixed and bool((marks.owner == SHARED).any())
@@ -356,7 +349,7 @@ def spread(graph: Graph, walk: Walk, plan: Flow) -> list[tuple[int, list[int]]]:
         if step is None:
             continue
         axes = [d for d, s in enumerate(graph.values[i].shape) if s == plan.samples]
-        if step.name in SPREADING and axes:
+        if ops.traits(step.op).fills_shape and axes:
             out.append((i, axes))
             continue
         shares = in_memory[graph.values[i].storage] if graph.written(i) else []

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from unbatch import ops
 from unbatch.capture import Recorder
 from unbatch.errors import MSG_FOLD_CUT, InputError
 from unbatch.folds import Fold
@@ -117,7 +117,7 @@ def _one_by_one(step: Step, prediction: Marks) -> bool:
     """Each label is set beside the entries of one prediction."""
     if step.name == "gather":
         return not prediction.owner_varies(step.named["dim"] % len(prediction.shape))
-    return torch.Tag.pointwise in step.op.tags or step.name.startswith("nll_loss")
+    return ops.is_pointwise(step.op) or step.name.startswith("nll_loss")
 
 
 def _beside(label: Marks, prediction: Marks) -> Array | None:
@@ -153,7 +153,7 @@ def _has_room(graph: Graph, ref: Ref, forward: Walk) -> bool:
 def _reshaped(ref: Ref, graph: Graph) -> Ref:
     """A linear layer flattens its input and unflattens its output: the value it means is the unflattened one."""
     users = [s for s in graph.steps if any(r.index == ref.index for r in s.refs())]
-    if len(users) != 1 or users[0].name not in ("view", "_unsafe_view") or users[0].outs[0] is None:
+    if len(users) != 1 or not ops.traits(users[0].op).takes_shape or users[0].outs[0] is None:
         return ref
     seen = users[0].outs[0]
     return seen if len(graph.values[seen.index].shape) > len(graph.values[ref.index].shape) else ref

@@ -13,6 +13,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
+from unbatch import ops
 from unbatch.graph import Graph
 from unbatch.meetings import APART, GRAVITY, HERE_OR_THERE, SOMEWHERE, Part, parts
 from unbatch.structure import Findings
@@ -22,10 +23,6 @@ MOST = 14  # stages between inputs and predictions that fit on a page
 NAMED = 3  # places that are named before the others are counted
 
 CONTAINERS = {"Sequential", "ModuleList", "ModuleDict"}
-# Ops that only move things, without the underscores around their names.
-MOVES = {"view", "t", "transpose", "permute", "expand", "clone", "unsqueeze", "squeeze", "slice", "select", "alias"}
-MOVES |= {"unsafe_view", "reshape_alias", "to_copy", "split", "split_with_sizes", "unbind", "reshape", "contiguous"}
-MOVES |= {"detach", "movedim", "narrow", "chunk", "lift_fresh"}
 WORDS = {"escape": "read by Python", "replay": "replayed on another batch"}  # culprits that are no ops
 
 
@@ -160,7 +157,11 @@ def _cut(found: Sequence[Part], classes: Mapping[str, str], depth: int, opened: 
 
 
 def _only_moves(run: Sequence[Part]) -> bool:
-    return all(p.op.strip("_") in MOVES for p in run)
+    return all(_moves(p) for p in run)
+
+
+def _moves(part: Part) -> bool:
+    return ops.by_name(part.op).moves is not None
 
 
 def _leaves(classes: Mapping[str, str]) -> set[tuple[str, ...]]:
@@ -194,8 +195,8 @@ def _summary(some: Sequence[Part] | Sequence[Stage], name: str, path: str = "") 
 
 def _ops(run: Sequence[Part]) -> str:
     """What is done, in the names of the ops; what only moves things is left out where more is done."""
-    names = _each(p.op.strip("_") for p in run)
-    doing = [n for n in names if n not in MOVES] or names
+    computing = [p for p in run if not _moves(p)] or run
+    doing = _each(p.op.strip("_") for p in computing)
     return ", ".join(doing[:3]) + (", …" if len(doing) > 3 else "")
 
 

@@ -24,6 +24,7 @@ from unbatch.graph import Graph, Step
 from unbatch.layout import Layout, layout_of
 from unbatch.linearised import Linearised
 from unbatch.setting import Setting
+from unbatch.substitutes import moments
 from unbatch.tangents import Ran
 
 Named = Mapping[int, Tensor]  # by prediction
@@ -42,8 +43,7 @@ class Norm:
     @cached_property
     def moments(self) -> tuple[Tensor, Tensor]:
         """Means and reciprocal standard deviations, ``[channels]``."""
-        _, mean, rstd = self.ran.outs
-        return mean, rstd
+        return moments(self.ran.step.op, self.ran.given, self.ran.outs)
 
     @property
     def channels(self) -> int:
@@ -174,8 +174,8 @@ def _norms(setting: Setting, parameters: Mapping[str, Tensor]) -> dict[int, tupl
     except StructureError:
         return {}
     steps = [setting.graph.steps[i] for i in sorted(frozen.frozen_norms)]
-    moments = {r.index for step in steps for r in step.outs[1:] if r is not None}
-    if (frozen.frozen - moments) & free.theta or frozen.by_place:
+    beside = {r.index for step in steps for r in step.outs[1:] if r is not None}
+    if (frozen.frozen - beside) & free.theta or frozen.by_place:
         return {}
     out: dict[int, tuple[int, int, Layout]] = {}
     for step in steps:

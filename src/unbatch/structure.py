@@ -11,9 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import torch
 
-from unbatch import rules
+from unbatch import ops, rules
 from unbatch.algebra import Algebra, Use
 from unbatch.folds import Fold
 from unbatch.graph import Escape, Graph, Ref, Step
@@ -340,7 +339,7 @@ def _judge_split(graph: Graph, loss: Walk, steps: set[int], found: Findings) -> 
     for step in (graph.steps[s] for s in sorted(steps & graph.after_cut)):
         for ref in step.refs():
             value = graph.values[ref.index]
-            if step.name.endswith("_like") or step.name.startswith("new_"):
+            if ops.reads_shape_only(step.op):
                 continue
             if value.kind == "parameters":
                 culprits.append(_split_culprit(step, f"the parameter {value.name!r}"))
@@ -412,7 +411,7 @@ def _loss_culprits(graph: Graph, loss: Walk, steps: set[int], marks: Marks, foun
 def _meeting(graph: Graph, step: Step, how: str) -> Culprit:
     """Where samples meet; predictions ``[N, 1]`` beside targets ``[N]`` are what happens most often."""
     shapes = list(dict.fromkeys(str(list(graph.values[_unspread(graph, r).index].shape)) for r in step.refs()))
-    spread = how == "pairwise" and len(shapes) > 1 and (torch.Tag.pointwise in step.op.tags or "_loss" in step.name)
+    spread = how == "pairwise" and len(shapes) > 1 and (ops.is_pointwise(step.op) or "_loss" in step.name)
     return culprit(step, "broadcast", shapes=" and ".join(shapes)) if spread else culprit(step, how)
 
 
@@ -432,7 +431,7 @@ def _bent_totals(graph: Graph, loss: Walk, steps: set[int]) -> frozenset[int]:
         made = [loss.marks[r.index] for r in step.outs if r is not None and r.index in loss.marks]
         if any(m.given and not m.additive for m in made):
             totals = [m for r in step.refs() if (m := loss.marks.get(r.index)) is not None and m.given]
-            adds = step.name.rstrip("_") in ("add", "sub", "rsub", "cat", "stack", "sum", "mean")
+            adds = ops.base_name(step.op) in ("add", "sub", "rsub", "cat", "stack", "sum", "mean")
             if not adds or all(m.additive for m in totals):
                 bent.update(*(m.given for m in totals if m.additive))
     return frozenset(bent)

@@ -20,7 +20,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves, tree_map
 
 from unbatch.contractions import Call, Meeting
-from unbatch.derivatives import Gate, attached, batched_grad, held, norm_evaluated, norm_held, solid
+from unbatch.derivatives import Gate, attached, batched_grad, solid
 from unbatch.graph import Graph, Ref, Step, flat
 from unbatch.kinds import meeting, projected
 from unbatch.layout import Layout
@@ -29,6 +29,7 @@ from unbatch.parts import FromSite, Part, View
 from unbatch.products import Linear
 from unbatch.route import Route, Stop, Together
 from unbatch.sites import Flow, Site
+from unbatch.substitutes import held, norm_evaluated, norm_held
 
 
 @dataclass

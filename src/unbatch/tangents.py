@@ -16,9 +16,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
+from unbatch import ops
 from unbatch.derivatives import forward_mode, solid
 from unbatch.errors import MSG_NO_TANGENT, StructureError
 from unbatch.graph import Ref, Step, flat
+from unbatch.substitutes import moments
 
 aten = torch.ops.aten
 
@@ -46,21 +48,25 @@ class Ran:
 Rule = Callable[[Ran, Mapping[str, Any]], Tangents | None]
 
 RULES: dict[str, Rule] = {}
+NEED_OUTPUTS: set[str] = set()  # the ops whose rule reads what the op returned
 
 
-def rule(names: str) -> Callable[[Rule], Rule]:
+def rule(names: str, outputs: bool = False) -> Callable[[Rule], Rule]:
+    """Register a rule for ops (space-separated); ``outputs``: it reads what the op returned."""
+
     def register(function: Rule) -> Rule:
         RULES.update(dict.fromkeys(names.split(), function))
+        NEED_OUTPUTS.update(names.split() if outputs else ())
         return function
 
     return register
 
 
+@rule(" ".join(ops.names(lambda row: row.moves and not row.takes_shape and not row.cuts)))
 @rule(
-    "t transpose permute expand slice select unsqueeze squeeze clone sum mean neg alias "
-    "constant_pad_nd _to_copy split split_with_sizes unbind index_select index gather roll flip diagonal cumsum "
-    "avg_pool2d _adaptive_avg_pool2d avg_pool1d avg_pool3d upsample_nearest2d upsample_bilinear2d narrow detach_copy "
-    "repeat movedim squeeze_ unsqueeze_ as_strided unfold im2col pixel_shuffle tril triu"
+    "sum mean neg constant_pad_nd index_select index gather roll flip diagonal cumsum avg_pool2d _adaptive_avg_pool2d "
+    "avg_pool1d avg_pool3d upsample_nearest2d upsample_bilinear2d detach_copy squeeze_ unsqueeze_ as_strided unfold "
+    "im2col pixel_shuffle tril triu"
 )
 def linear(ran: Ran, moving: Mapping[str, Any]) -> Tangents | None:
     """Linear in its first argument."""
@@ -70,7 +76,7 @@ def linear(ran: Ran, moving: Mapping[str, Any]) -> Tangents | None:
     return flat(ran.with_({first: tangent}))
 
 
-@rule("view _unsafe_view reshape")
+@rule(" ".join(ops.names(lambda row: row.takes_shape)))
 def reshaping(ran: Ran, moving: Mapping[str, Any]) -> Tangents:
     """A tangent need not lie in memory as its value does."""
     shape = next(v for n, v in ran.given.items() if n != "self")
@@ -157,12 +163,12 @@ def relu(ran: Ran, moving: Mapping[str, Any]) -> Tangents:
     return [aten.threshold_backward(moving["self"], ran.given["self"], 0)]
 
 
-@rule("tanh")
+@rule("tanh", outputs=True)
 def tanh(ran: Ran, moving: Mapping[str, Any]) -> Tangents:
     return [aten.tanh_backward(moving["self"], ran.outs[0])]
 
 
-@rule("sigmoid")
+@rule("sigmoid", outputs=True)
 def sigmoid(ran: Ran, moving: Mapping[str, Any]) -> Tangents:
     return [aten.sigmoid_backward(moving["self"], ran.outs[0])]
 
@@ -177,13 +183,13 @@ def silu(ran: Ran, moving: Mapping[str, Any]) -> Tangents:
     return [aten.silu_backward(moving["self"], ran.given["self"])]
 
 
-@rule("_softmax")
+@rule("_softmax", outputs=True)
 def softmax(ran: Ran, moving: Mapping[str, Any]) -> Tangents:
     y = ran.outs[0]
     return [aten._softmax_backward_data(moving["self"].to(y.dtype), y, ran.given["dim"], y.dtype)]
 
 
-@rule("native_layer_norm")
+@rule("native_layer_norm", outputs=True)
 def layer_norm(ran: Ran, moving: Mapping[str, Any]) -> Tangents:
     given, (y, mean, rstd) = ran.given, ran.outs
     x, shape, dx = given["input"].to(mean.dtype), given["normalized_shape"], moving["input"]
@@ -197,22 +203,26 @@ def layer_norm(ran: Ran, moving: Mapping[str, Any]) -> Tangents:
     return [None if total is None else total.to(y.dtype), None, None]
 
 
-@rule("native_batch_norm")
+@rule(" ".join(ops.names(lambda row: row.batch_norm)), outputs=True)
 def batch_norm(ran: Ran, moving: Mapping[str, Any]) -> Tangents | None:
-    given, (_, mean, rstd) = ran.given, ran.outs
-    x, dx = given["input"], moving["input"]
-    if not given["training"] or x.dtype != mean.dtype:
+    op, arguments = ran.step.op, ran.given
+    norm, (mean, rstd) = ops.batch_norm_arguments(op, arguments), moments(op, arguments, ran.outs)
+    x, dx = norm.input, moving["input"]
+    if not norm.training or x.dtype != mean.dtype:
         return None
     view = [1, -1, *[1] * (x.ndim - 2)]
     by_input = None
     if dx is not None:
-        kept = (None, None, None, mean, rstd, True, given["eps"])
+        kept = (None, None, None, mean, rstd, True, norm.eps)
         by_input = aten.native_batch_norm_backward(dx, x, *kept, (True, False, False))[0]
-        by_input = by_input if given["weight"] is None else by_input.mul_(given["weight"].view(view))
-    gain = None if moving["weight"] is None else moving["weight"] * rstd
-    by_scale = None if gain is None else torch.addcmul(-(gain * mean).view(view), x, gain.view(view))
+        by_input = by_input if norm.weight is None else by_input.mul_(norm.weight.view(view))
+    by_scale = None
+    if moving["weight"] is not None:
+        gain = moving["weight"] * rstd
+        by_scale = torch.addcmul(-(gain * mean).view(view), x, gain.view(view))
     shift = None if moving["bias"] is None else moving["bias"].view(view)
-    return [_shifted(_sum(by_input, by_scale), shift, x.shape), None, None]
+    total = _shifted(_sum(by_input, by_scale), shift, x.shape)
+    return [total, *[None] * (len(ran.outs) - 1)]
 
 
 def _shifted(total: Tensor | None, shift: Tensor | None, shape: torch.Size) -> Tensor | None:
@@ -253,7 +263,7 @@ def _placed(ran: Ran, here: Mapping[int, Tensor], make: Callable[[Tensor, Tensor
         return make(values, here[refs.index]) if isinstance(refs, Ref) and refs.index in here else values
 
     args = list(ran.args)
-    if ran.step.op._schema.is_mutable:
+    if ops.writes_in_place(ran.step.op):
         args[0] = args[0].clone()
     return both(ran.step.args, tuple(args)), {k: both(r, ran.kwargs[k]) for k, r in ran.step.kwargs.items()}
 

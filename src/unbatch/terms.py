@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unbatch import ops
 from unbatch.graph import Value, filled
-
-RESHAPES = ("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "flatten")
-COPIES = ("detach", "alias", "lift_fresh", "clone", "contiguous", "positive")
+from unbatch.ops import Moves
 
 
 class Contradiction(Exception):
@@ -296,8 +295,8 @@ def _repeated(terms: Terms, x: Term, heads: int) -> Term:
 
 
 SIMPLER: dict[str, Simpler] = {
-    **dict.fromkeys(COPIES, _copied),
-    **dict.fromkeys(RESHAPES, _reshaped),
+    **dict.fromkeys(ops.names(lambda row: row.moves is Moves.SAME and not row.rounds), _copied),
+    **dict.fromkeys(ops.names(lambda row: row.moves is Moves.RESHAPED), _reshaped),
     "_to_copy": _as_bool,
     "expand": _expanded,
     "slice": _sliced,

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from unbatch.contractions import real, squares
-from unbatch.derivatives import gradients, held, norm_held
+from unbatch.derivatives import gradients
 from unbatch.graph import widest
 from unbatch.layout import Layout
 from unbatch.route import Route
 from unbatch.setting import WIDE, Setting
 from unbatch.sources import Recorded
+from unbatch.substitutes import held, norm_held
 
 ALWAYS = 2**26  # bytes that a trial in float64 may take in any case
 

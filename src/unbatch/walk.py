@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from unbatch import errors, indexing, layers, loss_rules, moves, rules  # noqa: F401  their rules are registered by importing them
+from unbatch import errors, indexing, layers, loss_rules, moves, ops, rules  # noqa: F401  their rules are registered by importing them
 from unbatch.algebra import Algebra
 from unbatch.arranged import Arranged, Ends, follow
 from unbatch.capture import Recorder
@@ -236,7 +236,7 @@ def _afresh(call: rules.Call, marks: Marks, ref: Ref) -> Marks:
     Not if that is its last axis, which most operations take for features; of a view of what is mixed, the first.
     """
     first = next((x for x in call.marks if x.owned), None)
-    views = any(r.alias_info is not None and not r.alias_info.is_write for r in call.op._schema.returns)
+    views = ops.is_view(call.op)
     axis = first.sample_dim() if first is not None else 0 if views else None
     last = len(marks.shape if first is None else first.shape) - 1
     kept = axis is not None and axis < last and marks.shape[axis : axis + 1] == (call.algebra.samples,)

@@ -14,14 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unbatch import ops
 from unbatch.graph import Graph, Ref, Step
 from unbatch.labels import Marks
 
-PASSING = ("view", "_unsafe_view", "reshape", "squeeze", "unsqueeze", "clone", "alias", "neg", "_to_copy", "detach")
-LOSSES = [
-    "mse_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits",
-    "soft_margin_loss",
-]  # fmt: skip
 MEAN, SUM = 1, 2
 
 
@@ -47,7 +43,8 @@ def _treats_alike(step: Step, marks: Mapping[int, Marks], samples: int) -> bool:
     """Every sample has the same part in what a step sums up: none left out, counted twice, or scaled by its place."""
     seen = [marks[r.index] for r in step.refs()]
     owned = [m for m in seen if m.owned]
-    others = [m for m in seen if not m.owned] if step.name in LOSSES else []  # of likelihoods, one entry for each class
+    entrywise = ops.traits(step.op).entrywise_loss
+    others = [m for m in seen if not m.owned] if entrywise else []  # of likelihoods, one entry for each class
     places = [d - len(m.shape) for m in owned for d in range(len(m.shape)) if m.owner_varies(d)]
     by_place = any(len(m.shape) >= -d and m.shape[d] > 1 for m in others for d in places)
     return bool(owned) and not by_place and all(_even(m, samples) for m in owned)
@@ -64,11 +61,12 @@ def _scale(step: Step) -> float | None:
     """A step from scalar to scalar that multiplies by a number; what is a matter of sign belongs to the loss."""
     arguments = step.defaults | step.named
     other = arguments.get("other")
-    if step.name in PASSING:
+    name = ops.base_name(step.op)
+    if ops.keeps_order(step.op) or name == "neg":
         return 1.0
     if not isinstance(other, int | float) or not other:
         return None
-    return {"mul": abs(other), "mul_": abs(other), "div": 1 / abs(other), "div_": 1 / abs(other)}.get(step.name)
+    return {"mul": abs(other), "div": 1 / abs(other)}.get(name)
 
 
 def _share(step: Step, graph: Graph) -> float | None:
@@ -79,7 +77,7 @@ def _share(step: Step, graph: Graph) -> float | None:
     whole = step.outs[0] is not None and math.prod(graph.values[step.outs[0].index].shape) == 1
     if step.name in ("sum", "mean") and whole and entries > 1:
         return 1.0 if step.name == "sum" else 1 / entries
-    if step.name in LOSSES and arguments["reduction"] in (MEAN, SUM):
+    if ops.traits(step.op).entrywise_loss and arguments["reduction"] in (MEAN, SUM):
         return 1.0 if arguments["reduction"] == SUM else 1 / entries
     if step.name in ("nll_loss_forward", "nll_loss2d_forward"):
         return _of_likelihood(arguments, graph)

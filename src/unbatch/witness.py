@@ -7,7 +7,7 @@ frozen statistics, and the comparison of the recording with the model.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from unbatch.derivatives import laid_out, standardised
-from unbatch.graph import Graph
+from unbatch import ops
+from unbatch.graph import Step
 from unbatch.oracle import GAIN, VARIANTS, Oracle, relative_change
+from unbatch.substitutes import norm_held
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,11 @@ def frozen_change(oracle: Oracle) -> float | str:
         return "statistics leave the tensor world and cannot be frozen"
     pinned = {i for s in graph.forward_steps for i in _statistics(forward, s)}
     wanted = [graph.predictions[i].index for i in oracle.places]
-    fused = {s.index for s in graph.forward_steps if s.name in FUSED and _trains(s) and _meets(s, pinned)}
+    fused: dict[int, tuple[int, int]] = {}
+    for step in graph.forward_steps:
+        moments = _moments(step, pinned)
+        if moments is not None:
+            fused[step.index] = moments
     if any(_hides(forward, s) for s in graph.forward_steps if s.index not in fused):
         return "an op keeps its statistic to itself and cannot be frozen"
     kept: dict[int, Tensor] = {}
@@ -221,7 +226,9 @@ def frozen_change(oracle: Oracle) -> float | str:
             kept[i] = t.clone()
 
     graph.run({}, wanted, visit=note)
-    instead = {i: frozen_batch_norm(kept, graph, i) for i in fused}
+    instead = {}
+    for i, (mean, invstd) in fused.items():
+        instead[i] = norm_held(graph.steps[i], (kept[mean], kept[invstd]))
     base = oracle.rows(graph.run({}, wanted, keep=kept, instead=instead))
     worst = 0.0
     for seed, keep in enumerate(partitions(oracle.samples)):
@@ -232,13 +239,6 @@ def frozen_change(oracle: Oracle) -> float | str:
     return worst
 
 
-FUSED = ("native_batch_norm", "_native_batch_norm_legit")
-
-
-def _trains(step: Any) -> bool:
-    return bool(step.args[5] if len(step.args) > 5 else step.kwargs.get("training"))
-
-
 def _statistics(forward: Any, step: Any) -> list[int]:
     """The values of a step that are statistics and were none before."""
     made = [
@@ -247,28 +247,23 @@ def _statistics(forward: Any, step: Any) -> list[int]:
     return [i for i in made if not (m := forward.marks[i]).owned and not m.mixed and forward.made_at(step, i)]
 
 
-def _meets(step: Any, pinned: set[int]) -> bool:
-    """Its moments are statistics of the batch: instance norm is a batch norm by its name, and has its own."""
-    return any(r is not None and r.index in pinned for r in step.outs[1:3])
+def _moments(step: Step, pinned: set[int]) -> tuple[int, int] | None:
+    """Return the values that are mean and ``1/σ`` of a batch norm, where they are statistics of the batch.
+
+    Instance norm is a batch norm by its name, and has its own for every sample.
+    """
+    if not ops.is_training_batch_norm(step):
+        return None
+    refs = ops.batch_moments(step.op, step.outs)
+    if refs is None or not any(r.index in pinned for r in refs):
+        return None
+    return refs[0].index, refs[1].index
 
 
 def _hides(forward: Any, step: Any) -> bool:
     roots = [r for r in forward.algebra.roots if r.step == step.index]
     outs = [forward.marks[r.index] for r in step.outs if r is not None]
     return bool(roots) and any(m.owned for m in outs) and not any(m.given and not m.owned for m in outs)
-
-
-def frozen_batch_norm(kept: dict[int, Tensor], graph: Graph, index: int) -> Callable[..., Any]:
-    """Batch norm with the mean and inverse deviation of the original batch."""
-    y, *moments = graph.steps[index].outs
-    mean, invstd = (kept[r.index] for r in moments[:2] if r is not None)
-    assert y is not None
-
-    def run(x: Tensor, weight: Any, bias: Any, *_: Any, **__: Any) -> Any:
-        normal = standardised(x, mean, invstd, weight, bias)
-        return laid_out(normal, graph.values[y.index].stride), mean, invstd
-
-    return run
 
 
 # --- the recording against the model --------------------------------------------------------------
