@@ -289,7 +289,7 @@ def batch_norm(call: Call) -> Any:
     out[0] = channelwise(call, (title, norm.eps), norm.input, *moments_, norm.weight, norm.bias)
     if norm.training and outputs.mean is not None and outputs.invstd is not None:
         out[outputs.mean], out[outputs.invstd] = moments_
-    after = running_statistics(call) if norm.training else {}
+    after = running_statistics(call) if norm.training and outputs.running else {}
     for place, name in zip(outputs.running, ops.RUNNING, strict=False):
         out[place] = after.get(name, call[name])
     return out

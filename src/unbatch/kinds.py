@@ -156,7 +156,8 @@ def _group_norm(call: Call) -> Meeting | None:
 
 def normalised(call: Call) -> tuple[Tensor, Tensor]:
     """Return ``x̂`` of a batch norm, and ``1/σ``."""
-    x, (mean, scale) = call["input"], moments(call.op, call.arguments, call.outputs)
+    norm = ops.batch_norm_arguments(call.op, call.arguments)
+    x, (mean, scale) = norm.input, moments(call.op, norm, call.outputs)
     view = [1, -1, *[1] * (x.ndim - 2)]
     return (x - mean.reshape(view)) * scale.reshape(view), scale
 
@@ -165,6 +166,7 @@ def normalised(call: Call) -> tuple[Tensor, Tensor]:
 def _batch_norm(call: Call) -> Meeting | None:
     if call.name == "bias":
         return Shift(call, axis=1)
-    view = [1, -1, *[1] * (call["input"].ndim - 2)]
-    mean, scale = moments(call.op, call.arguments, call.outputs)
-    return Scale(call, call["input"], mean.reshape(view), axis=1, factor=scale.reshape(view))
+    norm = ops.batch_norm_arguments(call.op, call.arguments)
+    view = [1, -1, *[1] * (norm.input.ndim - 2)]
+    mean, scale = moments(call.op, norm, call.outputs)
+    return Scale(call, norm.input, mean.reshape(view), axis=1, factor=scale.reshape(view))

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -294,8 +294,7 @@ def is_training_batch_norm(step: Any) -> bool:
     return normalises_by_batch(step.op, step.named)
 
 
-@dataclass(frozen=True)
-class BatchNormArguments:
+class BatchNormArguments(NamedTuple):
     """The arguments of a batch norm, under the same names for all forms: tensors or labels."""
 
     input: Any

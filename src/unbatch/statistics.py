@@ -19,6 +19,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from unbatch import ops
 from unbatch.errors import StructureError
 from unbatch.graph import Graph, Step
 from unbatch.layout import Layout, layout_of
@@ -43,7 +44,8 @@ class Norm:
     @cached_property
     def moments(self) -> tuple[Tensor, Tensor]:
         """Means and reciprocal standard deviations, ``[channels]``."""
-        return moments(self.ran.step.op, self.ran.given, self.ran.outs)
+        op = self.ran.step.op
+        return moments(op, ops.batch_norm_arguments(op, self.ran.given), self.ran.outs)
 
     @property
     def channels(self) -> int:

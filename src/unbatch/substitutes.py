@@ -7,7 +7,7 @@ or plans.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 
 from unbatch import ops
 from unbatch.graph import Step, filled, flat
+from unbatch.ops import BatchNormArguments
 
 Moments = tuple[Tensor, Tensor]  # mean and ``1/σ``, by channel
 
@@ -73,9 +74,8 @@ def replayed(path: Sequence[Step], t: Tensor) -> Tensor:
 # --- batch norm -----------------------------------------------------------------------------------
 
 
-def moments(op: Any, arguments: Mapping[str, Any], outputs: Sequence[Any]) -> Moments:
+def moments(op: Any, norm: BatchNormArguments, outputs: Sequence[Any]) -> Moments:
     """Return the mean and ``1/σ`` that a batch norm used, by channel."""
-    norm = ops.batch_norm_arguments(op, arguments)
     if not norm.training:
         return norm.running_mean, (norm.running_var + norm.eps).rsqrt()
     returned = ops.batch_moments(op, outputs)
@@ -102,10 +102,10 @@ def norm_held(step: Step, constants: Moments | None = None) -> Callable[..., Any
 
     def run(*args: Any, **kwargs: Any) -> Any:
         arguments = dict(zip(step.parameters, args, strict=False)) | kwargs
+        norm = ops.batch_norm_arguments(step.op, arguments)
         with torch.no_grad():
             first, *others = flat(step.op(*args, **kwargs))
-            mean, invstd = moments(step.op, arguments, [first, *others]) if constants is None else constants
-        norm = ops.batch_norm_arguments(step.op, arguments)
+            mean, invstd = constants or moments(step.op, norm, [first, *others])
         y = standardised(norm.input, mean, invstd, norm.weight, norm.bias)
         return laid_out(y.to(first.dtype), first.stride()), *others
 
@@ -142,7 +142,7 @@ def norm_evaluated(step: Step) -> Callable[..., Any]:
             return step.op(*args, **kwargs)
         with torch.no_grad():
             y, *others = flat(step.op(*args, **kwargs))
-            _, gain = moments(step.op, arguments, ())
+            _, gain = moments(step.op, norm, ())
             if norm.weight is not None:
                 gain = gain * norm.weight
             gain = gain.to(x.dtype).reshape(1, -1, *[1] * (x.ndim - 2))

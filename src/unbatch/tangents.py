@@ -205,10 +205,12 @@ def layer_norm(ran: Ran, moving: Mapping[str, Any]) -> Tangents:
 
 @rule(" ".join(ops.names(lambda row: row.batch_norm)), outputs=True)
 def batch_norm(ran: Ran, moving: Mapping[str, Any]) -> Tangents | None:
-    op, arguments = ran.step.op, ran.given
-    norm, (mean, rstd) = ops.batch_norm_arguments(op, arguments), moments(op, arguments, ran.outs)
+    norm = ops.batch_norm_arguments(ran.step.op, ran.given)
+    if not norm.training:
+        return None
+    mean, rstd = moments(ran.step.op, norm, ran.outs)
     x, dx = norm.input, moving["input"]
-    if not norm.training or x.dtype != mean.dtype:
+    if x.dtype != mean.dtype:
         return None
     view = [1, -1, *[1] * (x.ndim - 2)]
     by_input = None
