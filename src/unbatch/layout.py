@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unbatch.labels import SHARED, Marks
+from unbatch.labels import SHARED, Marks, is_sample
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Scattered:
 
 def layout_of(marks: Marks, samples: int) -> Layout | None:
     """Where the samples lie in a value; None where they share an axis unevenly, or several axes, or met."""
-    if not marks.owned or (marks.owner < SHARED).any():
+    if not marks.owned or marks.coupled:
         return None
     dims = [d for d in range(len(marks.shape)) if marks.owner_varies(d)]
     if samples == 1:
@@ -97,7 +97,7 @@ def layout_of(marks: Marks, samples: int) -> Layout | None:
     if size == samples and ((line == np.arange(samples)[:, None]) | (line == SHARED)).all():
         return Layout(dim, samples)
     owner = line[:, 0]
-    if size % samples or (owner < 0).any() or (line != owner[:, None]).any():
+    if size % samples or not is_sample(owner).all() or (line != owner[:, None]).any():
         return None
     block = size // samples
     if (owner == np.repeat(np.arange(samples), block)).all():

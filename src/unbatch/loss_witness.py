@@ -39,7 +39,7 @@ class LossOracle:
         at = [i for i, t in enumerate(leaves) if isinstance(t, Tensor)]
         self.leaves = leaves
         self.at = [at[i] for i in self.oracle.places]
-        self.wide = self._works_in(torch.float64)
+        self.wide = self._takes_double()
 
     def _open_up(self) -> None:
         """The loss lies inside the model: run its steps alone, from the values they read."""
@@ -55,7 +55,8 @@ class LossOracle:
         self.at = list(range(len(self.leaves)))
         self.wide = all(t.dtype == torch.float64 for t in self.leaves)
 
-    def _works_in(self, dtype: torch.dtype) -> bool:
+    def _takes_double(self) -> bool:
+        """The loss can be evaluated in float64, and is finite there."""
         try:
             self.__dict__["wide"] = True
             return bool(torch.isfinite(self.value([self.leaves[i] for i in self.at])))

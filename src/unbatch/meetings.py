@@ -188,7 +188,7 @@ def _displacing(graph: Graph, forward: Walk, predictions: list[Ref], leading: bo
 
 def _one_each(marks: Marks) -> bool:
     """Every element belongs to a single sample, or to none."""
-    return marks.owned and not (marks.owner < SHARED).any()
+    return marks.owned and not marks.coupled
 
 
 def _in_order(marks: Marks, samples: int) -> bool:

@@ -67,7 +67,7 @@ class Reading:
         if step.noise:
             made = [self.graph.values[r.index] for r in step.outs if r is not None]
             self.drawn = self.terms.drawn(self.drawn, name, arguments, [(v.shape, v.dtype) for v in made])
-        known = {} if step.noise else self._worked_out(step, name, arguments)
+        known = {} if step.noise else self._worked_out(step, name)
         results: list[tuple[Any, Ref]] = [(i, r) for i, r in enumerate(step.outs) if r is not None]
         results += [(f"written {i}", new) for i, (_, new) in enumerate(step.writes)]
         for slot, ref in results:
@@ -123,7 +123,7 @@ class Reading:
         dense = whole.stride == torch.empty(whole.shape, device="meta").stride()
         return dense and whole.offset <= value.offset and last < whole.offset + math.prod(whole.shape)
 
-    def _worked_out(self, step: Step, name: str, arguments: Mapping[str, Any]) -> dict[int, Tensor]:
+    def _worked_out(self, step: Step, name: str) -> dict[int, Tensor]:
         """What the op makes, where that does not depend on data."""
         terms, values = self.terms, self.graph.values
         shapes_only = name.startswith("new_") or name.endswith("_like")

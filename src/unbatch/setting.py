@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from unbatch.capture import Program
 from unbatch.graph import Graph, widest
-from unbatch.labels import SHARED, Marks
+from unbatch.labels import Marks
 from unbatch.operands import Operands
 from unbatch.route import Route
 from unbatch.sites import Flow, flow, spread
@@ -27,7 +27,7 @@ ROUNDING = {torch.float64: WIDE, torch.complex128: WIDE, torch.float32: 2e-3, to
 
 
 def _mixed(walk_: Walk) -> set[int]:
-    return {i for i, m in walk_.marks.items() if m.mixed or (m.owner < SHARED).any()}
+    return {i for i, m in walk_.marks.items() if m.coupled}
 
 
 @dataclass

@@ -17,7 +17,7 @@ from unbatch import rules
 from unbatch.algebra import Algebra, Use
 from unbatch.folds import Fold
 from unbatch.graph import Escape, Graph, Ref, Step
-from unbatch.labels import MIXED, SHARED, Marks
+from unbatch.labels import SHARED, Marks
 from unbatch.split import folded, placed, split
 from unbatch.starts import forward_marks, loss_marks, prediction_dim, scrambled
 from unbatch.verdicts import (
@@ -38,7 +38,7 @@ from unbatch.walk import Walk, walk
 
 def holds_its_place(marks: Marks, samples: int, leading: bool) -> bool:
     """Slice n of a prediction belongs to sample n (or to none)."""
-    if marks.mixed or (marks.owner < MIXED).any():
+    if marks.coupled:
         return False
     if not marks.owned:
         return True
@@ -303,7 +303,7 @@ def _judge_loss(graph: Graph, loss: Walk, found: Findings, structure: Structure)
     clean = not found.loss_escapes
     separate = "predictions" in marks.sources or not marks.depends_on_batch
     additive = clean and (marks.additive or (structure.samples == 1 and not marks.mixed)) and separate
-    symmetric = not marks.mixed and (marks.additive or not (marks.owner < MIXED).any())
+    symmetric = not marks.mixed and (marks.additive or not marks.grouped)
     one_scalar = (
         clean
         and symmetric
