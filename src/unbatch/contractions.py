@@ -19,14 +19,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from unbatch.graph import ExecutedOp
+
 
 @dataclass
-class Call:
-    """An op as it ran: its arguments by name, its outputs, and which argument is the shared operand."""
+class OperandUse(ExecutedOp):
+    """An op as it ran, seen from one of its arguments: the operand that all samples share."""
 
-    op: Any
-    arguments: dict[str, Any]
-    outputs: tuple[Tensor, ...]
     operand: Tensor
     name: str  # the argument that is the operand
     layouts: tuple[Any, ...]  # of every output
@@ -34,9 +33,6 @@ class Call:
     @property
     def layout(self) -> Any:
         return self.layouts[0]
-
-    def __getitem__(self, name: str) -> Any:
-        return self.arguments.get(name)
 
 
 class Gathering(ABC):
@@ -71,7 +67,7 @@ class Meeting(ABC):
         """What it is called in a plan."""
         return type(self).__name__.lower()
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: OperandUse) -> None:
         self.layout, self.operand = call.layout, call.operand
         self.samples = call.layout.samples
 
@@ -184,7 +180,7 @@ def fill(result: Tensor, out: Tensor | None) -> Tensor:
 class Generic(Meeting):
     """Any op: run again, and pulled back once for every sample with the cotangents of the others set to zero."""
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: OperandUse) -> None:
         super().__init__(call)
         self.call = call
         self.cotangents: list[Tensor | None] = []

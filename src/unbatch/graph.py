@@ -92,6 +92,26 @@ class Step:
         return tuple(found)
 
 
+@dataclass
+class ExecutedOp:
+    """An op as it ran: the arguments that were given, by name, and of its outputs what is needed later."""
+
+    step: Step
+    arguments: dict[str, Any]
+    outputs: tuple[Any, ...]
+
+    @property
+    def op(self) -> Any:
+        return self.step.op
+
+    def __getitem__(self, name: str) -> Any:
+        return self.arguments.get(name)
+
+    def with_(self, changes: Mapping[str, Any]) -> Any:
+        """Return the result of the op with some other arguments."""
+        return self.op(**{**self.arguments, **changes})
+
+
 @dataclass(frozen=True)
 class Escape:
     """A tensor whose value was read by Python in a way that cannot be followed, before step ``step``."""
@@ -142,6 +162,17 @@ class Graph:
     @property
     def forward_steps(self) -> list[Step]:
         return [s for s in self.steps if s.index not in self.after_cut]
+
+    @property
+    def used_predictions(self) -> list[Ref]:
+        """The predictions that the loss reads; all of them where there is no loss, or it reads none."""
+        if self.loss is None:
+            return self.predictions
+        read = {self.loss.index}
+        for step in self.loss_steps:
+            read.update(r.index for r in step.refs())
+        used = [p for p in self.predictions if p.index in read]
+        return used or self.predictions
 
     @property
     def unregistered(self) -> list[tuple[Value, Step]]:

@@ -14,27 +14,27 @@ import torch
 from torch import Tensor
 
 from unbatch.broadcasts import Pointwise, Scale, Shift
-from unbatch.contractions import Call, Generic, Meeting
+from unbatch.contractions import Generic, Meeting, OperandUse
 from unbatch.convolutions import Convolution
 from unbatch.layout import Scattered
 from unbatch.lookups import Embedding
 from unbatch.mixing import Projected, ProjectedRows
 from unbatch.products import Linear
 
-KINDS: dict[str, Callable[[Call], Meeting | None]] = {}
+KINDS: dict[str, Callable[[OperandUse], Meeting | None]] = {}
 
 
-def kind(names: str) -> Callable[[Callable[[Call], Meeting | None]], Callable[[Call], Meeting | None]]:
+def kind(names: str) -> Callable[[Callable[[OperandUse], Meeting | None]], Callable[[OperandUse], Meeting | None]]:
     """Register a function for ops, by the names that they have without ``aten::`` (space-separated)."""
 
-    def register(function: Callable[[Call], Meeting | None]) -> Callable[[Call], Meeting | None]:
+    def register(function: Callable[[OperandUse], Meeting | None]) -> Callable[[OperandUse], Meeting | None]:
         KINDS.update(dict.fromkeys(names.split(), function))
         return function
 
     return register
 
 
-def meeting(call: Call) -> Meeting:
+def meeting(call: OperandUse) -> Meeting:
     """The kind that fits, or the generic one."""
     if isinstance(call.layout, Scattered) or call.outputs[0].is_complex() or call.operand.is_complex() or _twice(call):
         return Generic(call)
@@ -46,7 +46,7 @@ def meeting(call: Call) -> Meeting:
     return found or Generic(call)
 
 
-def _twice(call: Call) -> bool:
+def _twice(call: OperandUse) -> bool:
     """The operand stands in more than one place."""
     operand, places = call.operand, 0
     for a in call.arguments.values():
@@ -64,12 +64,12 @@ def _elementwise(op: Any, name: str) -> bool:
     return torch.Tag.pointwise in op.tags or name == "_prelu_kernel"
 
 
-def _once(call: Call) -> bool:
+def _once(call: OperandUse) -> bool:
     """The operand is an argument, broadcast against the others, and the op does not write in place."""
     return not call.op._schema.is_mutable and isinstance(call.arguments.get(call.name), Tensor)
 
 
-def projected(call: Call, norm: Call) -> Meeting:
+def projected(call: OperandUse, norm: OperandUse) -> Meeting:
     """The meeting of a weight, or bias, with the input of a topmost batch norm."""
     xhat, scale = normalised(norm)
     gain = scale if norm["weight"] is None else scale * norm["weight"]
@@ -84,7 +84,7 @@ def projected(call: Call, norm: Call) -> Meeting:
 
 
 @kind("mm bmm")
-def _matmul(call: Call) -> Meeting | None:
+def _matmul(call: OperandUse) -> Meeting | None:
     left, right = ("mat1", "mat2") if call["mat1"] is not None else ("self", "mat2")
     a, b = call[left], call[right]
     if a.ndim == 3:
@@ -103,50 +103,50 @@ def _factor(number: float | None) -> float | None:
 
 
 @kind("addmm")
-def _addmm(call: Call) -> Meeting | None:
+def _addmm(call: OperandUse) -> Meeting | None:
     if call.name == "self":
         return Shift(call, _factor(call["beta"]))
     return _matmul(call)
 
 
 @kind("convolution")
-def _convolution(call: Call) -> Meeting | None:
+def _convolution(call: OperandUse) -> Meeting | None:
     if call.layout.dim != 0 or call.name not in ("weight", "bias"):
         return None
     return Convolution(call) if call.name == "weight" else Shift(call, axis=1)
 
 
 @kind("add")
-def _add(call: Call) -> Meeting | None:
+def _add(call: OperandUse) -> Meeting | None:
     if isinstance(call["self"], Tensor) and isinstance(call["other"], Tensor):
         return Shift(call, _factor(call["alpha"]) if call.name == "other" else None)
     return None
 
 
 @kind("sub")
-def _sub(call: Call) -> Meeting | None:
+def _sub(call: OperandUse) -> Meeting | None:
     return Shift(call, -(_factor(call["alpha"]) or 1) if call.name == "other" else None)
 
 
 @kind("mul")
-def _mul(call: Call) -> Meeting | None:
+def _mul(call: OperandUse) -> Meeting | None:
     other = call["other" if call.name == "self" else "self"]
     return Scale(call, other) if isinstance(other, Tensor) else None
 
 
 @kind("expand")
-def _expand(call: Call) -> Meeting | None:
+def _expand(call: OperandUse) -> Meeting | None:
     return Shift(call)
 
 
 @kind("embedding")
-def _embedding(call: Call) -> Meeting | None:
+def _embedding(call: OperandUse) -> Meeting | None:
     indexed = call["indices"].ndim > call.layout.dim
     return Embedding(call) if call.name == "weight" and indexed else None
 
 
 @kind("native_layer_norm")
-def _layer_norm(call: Call) -> Meeting | None:
+def _layer_norm(call: OperandUse) -> Meeting | None:
     if call.layout.dim >= call.outputs[0].ndim - len(call["normalized_shape"]):
         return None
     _, mean, rstd = call.outputs
@@ -154,7 +154,7 @@ def _layer_norm(call: Call) -> Meeting | None:
 
 
 @kind("native_group_norm")
-def _group_norm(call: Call) -> Meeting | None:
+def _group_norm(call: OperandUse) -> Meeting | None:
     if call.layout.dim != 0:
         return None
     if call.name == "bias":
@@ -166,14 +166,14 @@ def _group_norm(call: Call) -> Meeting | None:
     return Scale(call, x, mean, rstd, axis=1)
 
 
-def moments(call: Call) -> tuple[Tensor, Tensor]:
+def moments(call: OperandUse) -> tuple[Tensor, Tensor]:
     """Mean and ``1/σ`` that a batch norm used, by channel."""
     if call["training"] or call["running_mean"] is None:
         return call.outputs[1], call.outputs[2]
     return call["running_mean"], (call["running_var"] + call["eps"]).rsqrt()
 
 
-def normalised(call: Call) -> tuple[Tensor, Tensor]:
+def normalised(call: OperandUse) -> tuple[Tensor, Tensor]:
     """``x̂`` of a batch norm, and ``1/σ``."""
     x, (mean, scale) = call["input"], moments(call)
     view = [1, -1, *[1] * (x.ndim - 2)]
@@ -181,7 +181,7 @@ def normalised(call: Call) -> tuple[Tensor, Tensor]:
 
 
 @kind("native_batch_norm _native_batch_norm_legit cudnn_batch_norm miopen_batch_norm")
-def _batch_norm(call: Call) -> Meeting | None:
+def _batch_norm(call: OperandUse) -> Meeting | None:
     if call.name == "bias":
         return Shift(call, axis=1)
     mean, scale = (t.reshape(1, -1, *[1] * (call["input"].ndim - 2)) for t in moments(call))

@@ -22,11 +22,11 @@ from torch.utils._pytree import tree_map
 from unbatch import live
 from unbatch.derivatives import forward_mode, gradients, held, laid_out, norm_held, solid, unmoved
 from unbatch.errors import MSG_NO_TANGENT, StructureError
-from unbatch.graph import Graph, Ref, Step, flat, is_ref
+from unbatch.graph import ExecutedOp, Graph, Ref, Step, flat, is_ref
 from unbatch.purity import HIDDEN_WRITES, untouched
 from unbatch.route import Route
 from unbatch.setting import Setting
-from unbatch.tangents import RULES, SPELLED_OUT, Ran, Tangents, through_op
+from unbatch.tangents import RULES, SPELLED_OUT, Tangents, through_op
 
 NEEDS_OUTPUTS = ("tanh", "sigmoid", "_softmax", "native_layer_norm", "native_batch_norm")
 
@@ -84,7 +84,7 @@ class Linearised:
     leaves: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[int, Tensor] = field(default_factory=dict)
     inner: dict[int, Tensor] = field(default_factory=dict)
-    steps: list[Ran] = field(default_factory=list)
+    steps: list[ExecutedOp] = field(default_factory=list)
     windows: dict[int, Window] = field(default_factory=dict)  # of values whose memory is written through others
     _at_once: bool = False
 
@@ -142,7 +142,8 @@ class Linearised:
         kept_args, kept_kwargs = tree_map(one, (args, kwargs))
         result = op(*args, **kwargs)
         outs = tuple(o.detach() if isinstance(o, Tensor) else o for o in flat(result))
-        self.steps.append(Ran(step, kept_args, kept_kwargs, outs if step.name in NEEDS_OUTPUTS else ()))
+        arguments = dict(zip(step.parameters, kept_args, strict=False)) | kept_kwargs
+        self.steps.append(ExecutedOp(step, arguments, outs if step.name in NEEDS_OUTPUTS else ()))
         return result
 
     # -- Jᵀ u --
@@ -191,11 +192,11 @@ class Linearised:
         at = _Tangents(self.setting.graph, self.windows)
         at.values |= {i: tangents[name] for i, name in self.flow.parameters.items() if name in tangents}
         with torch.no_grad():
-            for ran in self.steps:
-                step = ran.step
+            for call in self.steps:
+                step = call.step
                 here = {r.index: t for r in step.refs() if (t := at.get(r.index)) is not None}
                 if here:
-                    outs = self._through(ran, here)
+                    outs = self._through(call, here)
                     for ref, t in zip(step.outs, outs, strict=False):
                         at.put(ref, ref, t)
                     for old, new in step.writes if step.name not in HIDDEN_WRITES else ():
@@ -206,15 +207,15 @@ class Linearised:
         value, like = self.setting.graph.values[i], next(iter(self.outputs.values())).detach()
         return like.new_zeros(value.shape, dtype=value.dtype)
 
-    def _through(self, ran: Ran, here: Mapping[int, Tensor]) -> Tangents:
-        step, held_ = ran.step, ran.step.index in self.flow.frozen_norms
+    def _through(self, call: ExecutedOp, here: Mapping[int, Tensor]) -> Tangents:
+        step, held_ = call.step, call.step.index in self.flow.frozen_norms
         if step.name in RULES and not held_:
             moving = {n: tree_map(lambda r: here.get(r.index) if is_ref(r) else None, a, is_leaf=is_ref)
                       for n, a in step.named.items()}  # fmt: skip
-            outs = RULES[step.name](ran, moving)
+            outs = RULES[step.name](call, moving)
             if outs is not None:
                 return outs
-        return through_op(ran, norm_held(step) if held_ else step.op, here)
+        return through_op(call, norm_held(step) if held_ else step.op, here)
 
     @cached_property
     def _shared(self) -> frozenset[int]:

@@ -16,7 +16,7 @@ import torch
 from unbatch.graph import Escape, Graph, Ref, Step
 from unbatch.labels import SHARED, Marks
 from unbatch.rules import NO_RULE
-from unbatch.structure import Findings, holds_its_place, used_predictions
+from unbatch.structure import Findings, holds_its_place
 from unbatch.verdicts import Culprit, Structure, culprit
 from unbatch.walk import Walk, walk
 
@@ -87,7 +87,7 @@ Meetings = dict[int, _Meeting]  # by step
 
 def _found(graph: Graph, findings: Findings, structure: Structure, classes: Mapping[str, str]) -> list[Part]:
     forward = findings.forward
-    steps = forward.ancestors(used_predictions(graph)) - graph.after_cut
+    steps = forward.ancestors(graph.used_predictions) - graph.after_cut
     carrying = {s for s in steps if any(forward[r].depends_on_batch for r in graph.steps[s].outs if _known(r, forward))}
     met = _meetings(graph, findings, steps, carrying)
     verdicts = (structure.independent_forward, structure.simd_forward, structure.simd_given_statistics)
@@ -123,7 +123,7 @@ def _at(culprit: Culprit, step: Step, here: _Meeting) -> bool:
 
 def _meetings(graph: Graph, findings: Findings, steps: set[int], carrying: set[int]) -> Meetings:
     """The steps at which samples are not simply separate."""
-    forward, predictions = findings.forward, [r for r in used_predictions(graph) if _known(r, findings.forward)]
+    forward, predictions = findings.forward, [r for r in graph.used_predictions if _known(r, findings.forward)]
     found: Meetings = {}
     mixers = frozenset().union(*(forward[r].mixers for r in predictions)) & forward.algebra.births.keys()
     for more in (

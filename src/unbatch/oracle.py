@@ -22,7 +22,7 @@ from unbatch.capture import Program, own_loss
 from unbatch.graph import Graph
 from unbatch.purity import untouched
 from unbatch.starts import prediction_dim
-from unbatch.structure import Findings, contiguous_blocks, used_predictions
+from unbatch.structure import Findings, contiguous_blocks
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 VARIANTS = ("rolled", "noisy", "large", "tiny", "zero", "huge")
@@ -51,7 +51,7 @@ class Oracle:
     originals: list[nn.Module] = field(default_factory=list)  # of which it is a copy; hooks may reach them
 
     def __post_init__(self) -> None:
-        used = {r.index for r in used_predictions(self.graph)}
+        used = {r.index for r in self.graph.used_predictions}
         self.places = [i for i, r in enumerate(self.graph.predictions) if r.index in used]
         marks = [self.findings.forward[self.graph.predictions[i]] for i in self.places]
         self.out_dims = [prediction_dim(m, self.samples, self.findings.leading) for m in marks]

@@ -19,7 +19,6 @@ from unbatch.operands import Operands
 from unbatch.route import Route
 from unbatch.sites import Flow, flow, spread
 from unbatch.starts import prediction_dim
-from unbatch.structure import used_predictions
 from unbatch.walk import Fact, Walk, walk
 
 WIDE = 1e-8  # what may be lost in float64
@@ -91,9 +90,7 @@ class Setting:
     @cached_property
     def axes(self) -> dict[int, int]:
         """Prediction -> the axis along which its samples lie."""
-        found = {
-            r.index: prediction_dim(self.walk[r], self.samples, self.leading) for r in used_predictions(self.graph)
-        }
+        found = {r.index: prediction_dim(self.walk[r], self.samples, self.leading) for r in self.graph.used_predictions}
         return {i: d for i, d in found.items() if d is not None}
 
     def scratch(self, shape: Sequence[int], like: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from unbatch.labels import Marks
 from unbatch.layout import Layout, Scattered, layout_of
 from unbatch.purity import HIDDEN_WRITES
 from unbatch.starts import prediction_dim
-from unbatch.structure import holds_its_place, used_predictions
+from unbatch.structure import holds_its_place
 from unbatch.walk import Walk
 
 BATCH_NORMS = ("native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm", "miopen_batch_norm")
@@ -86,7 +86,7 @@ def flow(graph: Graph, walk: Walk, samples: int, leading: bool, wanted: Iterable
     names = set(wanted)
     parameters = {i: v.name for i, v in enumerate(graph.values) if v.kind == "parameters" and v.name in names}
     predictions = {
-        r.index: d for r in used_predictions(graph) if (d := prediction_dim(walk[r], samples, leading)) is not None
+        r.index: d for r in graph.used_predictions if (d := prediction_dim(walk[r], samples, leading)) is not None
     }
     plan = Flow(by, samples, parameters, predictions)
     return _Planner(graph, walk, plan, leading).run()

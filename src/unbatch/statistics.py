@@ -20,11 +20,10 @@ import torch
 from torch import Tensor
 
 from unbatch.errors import StructureError
-from unbatch.graph import Graph, Step
+from unbatch.graph import ExecutedOp, Graph, Step
 from unbatch.layout import Layout, layout_of
 from unbatch.linearised import Linearised
 from unbatch.setting import Setting
-from unbatch.tangents import Ran
 
 Named = Mapping[int, Tensor]  # by prediction
 
@@ -33,7 +32,7 @@ Named = Mapping[int, Tensor]  # by prediction
 class Norm:
     """A batch norm as it ran. ``source``, ``result``: its input and output in the graph; ``at``: where in ``s``."""
 
-    ran: Ran
+    call: ExecutedOp
     source: int
     result: int
     layout: Layout
@@ -42,7 +41,7 @@ class Norm:
     @cached_property
     def moments(self) -> tuple[Tensor, Tensor]:
         """Means and reciprocal standard deviations, ``[channels]``."""
-        _, mean, rstd = self.ran.outs
+        _, mean, rstd = self.call.outputs
         return mean, rstd
 
     @property
@@ -51,16 +50,16 @@ class Norm:
 
     @cached_property
     def normalised(self) -> Tensor:
-        x, (mean, rstd) = self.ran.given["input"], self.moments
+        x, (mean, rstd) = self.call["input"], self.moments
         return (x - self._wide(mean)) * self._wide(rstd)
 
     def _wide(self, t: Tensor) -> Tensor:
         """By channel, beside the input."""
-        return t.reshape(1, -1, *[1] * (self.ran.given["input"].ndim - 2))
+        return t.reshape(1, -1, *[1] * (self.call["input"].ndim - 2))
 
     def partial(self, g: Tensor) -> Tensor:
         """``[n, 2c]``: derivatives by both statistics of what has the cotangent ``g`` at the result."""
-        gain, rstd = self.ran.given["weight"], self.moments[1]
+        gain, rstd = self.call["weight"], self.moments[1]
         rest = [d for d in range(g.ndim + 1) if d not in (0, 2)]
         sums = [self.layout.split(t).sum(rest) for t in (g, g * self.normalised)]
         weight = torch.ones_like(rstd) if gain is None else gain
@@ -94,12 +93,12 @@ class Statistics:
         sources, results = [s for s, _, _ in found.values()], [r for _, r, _ in found.values()]
         free = Linearised(setting, parameters, watched=sources)
         frozen = Linearised(setting, parameters, frozen=True, watched=results)
-        ran = {r.step.index: r for r in free.steps}
+        calls = {c.step.index: c for c in free.steps}
         norms: list[Norm] = []
         for index, (source, result, layout) in found.items():
-            if index in ran and source in free.edges and result in frozen.edges:
+            if index in calls and source in free.edges and result in frozen.edges:
                 at = sum(2 * n.channels for n in norms)
-                norms.append(Norm(ran[index], source, result, layout, at))
+                norms.append(Norm(calls[index], source, result, layout, at))
         types = {p.dtype for p in parameters.values()} | {n.moments[0].dtype for n in norms}
         fits = len(types) == 1 and types <= {torch.float32, torch.float64}
         made = Statistics(free, frozen, norms) if norms and fits else None
@@ -119,7 +118,7 @@ class Statistics:
     @cached_property
     def shares(self) -> list[float]:
         """What part of a backward pass it takes to pull a statistic of each batch norm down from there."""
-        below = [sum(w for i, w in self._works.items() if i < n.ran.step.index) for n in self.norms]
+        below = [sum(w for i, w in self._works.items() if i < n.call.step.index) for n in self.norms]
         return [w / self.work for w in below]
 
     @cached_property
@@ -129,7 +128,7 @@ class Statistics:
 
     @cached_property
     def _works(self) -> dict[int, int]:
-        return {ran.step.index: _work(self.free.setting.graph, ran.step) for ran in self.free.steps}
+        return {c.step.index: _work(self.free.setting.graph, c.step) for c in self.free.steps}
 
     def coefficients(self, cotangents: Named) -> Tensor:
         """``a``, ``[n, R]``, for one column of every sample."""

@@ -164,7 +164,7 @@ def statistics_of_data(graph: Graph, forward: Walk) -> list[Step]:
 
 def _asked(graph: Graph, forward: Walk, own: bool) -> tuple[list[Escape], list[Escape]]:
     """What Python reads on the way to the predictions, and what it reads later, which does not lead to them."""
-    last = max(forward.ancestors(used_predictions(graph)), default=-1) if own else -1
+    last = max(forward.ancestors(graph.used_predictions), default=-1) if own else -1
     late = lambda e: e.step > last if own else e.in_loss  # noqa: E731
     return [e for e in graph.escapes if not late(e)], [e for e in graph.escapes if late(e)]
 
@@ -188,7 +188,7 @@ def constant(escape: Escape, loss: Walk) -> bool:
 
 def _judge_forward(graph: Graph, forward: Walk, found: Findings, samples: int) -> Structure:
     algebra, leading = forward.algebra, found.leading
-    used = used_predictions(graph)
+    used = graph.used_predictions
     marks = [forward[r] for r in used]
     steps = forward.ancestors(used)
     for m in marks:
@@ -241,14 +241,6 @@ def _judge_forward(graph: Graph, forward: Walk, found: Findings, samples: int) -
 def _compares(step: Step, birth: str | None) -> bool:
     """Each sample is compared with every other, or ordered twice: what follows is linear in ranks."""
     return (step.name in ("gt", "ge", "lt", "le") and birth == "pairwise") or step.name in ("sort", "argsort")
-
-
-def used_predictions(graph: Graph) -> list[Ref]:
-    """The predictions that the loss reads; all of them where there is no loss to tell."""
-    if graph.loss is None:
-        return graph.predictions
-    read = {r.index for step in graph.loss_steps for r in step.refs()} | {graph.loss.index}
-    return [p for p in graph.predictions if p.index in read] or graph.predictions
 
 
 def _statistics(graph: Graph, algebra: Algebra, uses: Sequence[Use]) -> dict[BatchStatistic, bool]:
@@ -372,7 +364,7 @@ def _tells_parameters(graph: Graph, loss: Walk, found: Findings, escape: Escape)
 def _cut(graph: Graph) -> tuple[str, ...]:
     """Where a model that computes its own loss was cut, in words."""
     out = []
-    for ref in used_predictions(graph):
+    for ref in graph.used_predictions:
         value = graph.values[ref.index]
         step = graph.steps[value.step]
         place = f"{step.module or 'the model'}, {os.path.basename(step.where) or step.name}"

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves, tree_map
 
-from unbatch.contractions import Call, Meeting
+from unbatch.contractions import Meeting, OperandUse
 from unbatch.derivatives import Gate, attached, batched_grad, held, norm_evaluated, norm_held, solid
 from unbatch.graph import Graph, Ref, Step, flat
 from unbatch.kinds import meeting, projected
@@ -74,7 +74,7 @@ class Sweep:
     groups: list[Group] = field(default_factory=list)  # what the last backward pass has left to be contracted
     kinds: dict[Site, str] = field(default_factory=dict)  # how each site was contracted
     spent: bool = False  # nothing is left for another backward pass
-    _for_norm: dict[Site, Call] = field(default_factory=dict)  # calls that wait for the batch norm above them
+    _for_norm: dict[Site, OperandUse] = field(default_factory=dict)  # calls that wait for the batch norm above them
     _several: list[tuple[Stop, list[GradientEdge | None]]] = field(default_factory=list)  # stops with several outputs
     _take: Callable[[Group], None] | None = None
     _last: bool = True  # nothing is kept for another backward pass
@@ -196,14 +196,14 @@ class Sweep:
         for use in stop.uses:
             held_ = kept[use.site.name]
             operand = held_ if isinstance(held_, Tensor) else tree_leaves(held_)[use.at]
-            call = Call(stop.step.op, kept, seen, operand, use.site.name, use.layouts)
+            call = OperandUse(stop.step, kept, seen, operand, use.site.name, use.layouts)
             if use.site.way == "projected":
                 self._for_norm[use.site] = call
             else:
                 self.made[use.site] = Pooled(call) if use.site in self.route.pools else meeting(call)
                 call.outputs = ()
         if stop.below:
-            norm = Call(stop.step.op, kept, seen, seen[0], "", (Layout(0, self.flow.samples),))
+            norm = OperandUse(stop.step, kept, seen, seen[0], "", (Layout(0, self.flow.samples),))
             for site in [s for s in self._for_norm if s.step in stop.below]:
                 call = self._for_norm.pop(site)
                 self.made[site] = projected(call, norm)
