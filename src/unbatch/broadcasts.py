@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unbatch.contractions import Gathering, Meeting, OperandUse, detached, fill, wide
+from unbatch.contractions import Gathering, Meeting, OperandUse, detached
+from unbatch.rows import fill, wide
 
 
 class Shift(Meeting):

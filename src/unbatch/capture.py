@@ -6,6 +6,7 @@ from, together with what leaves the tensor world. Nothing here knows about sampl
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 import warnings
@@ -323,6 +324,13 @@ class Program:
     def inside(self) -> Callable[..., Any]:
         """The model without what is wrapped around it for training."""
         return inside(self.model)
+
+    def in_double(self) -> Program:
+        """The same program with a copy of its model in float64; what is no module stays as it is."""
+        model = self.inside
+        if not isinstance(model, nn.Module):
+            return self
+        return replace(self, model=copy.deepcopy(model).double())
 
     def on_copies(self) -> Program:
         """The same program on copies of its parameters (connected to them) and buffers.

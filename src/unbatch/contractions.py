@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from unbatch.graph import ExecutedOp
+from unbatch.rows import fill, squares, total_of_squares, vectors, wide
 
 
 @dataclass
@@ -122,56 +123,6 @@ class Meeting(ABC):
         """``[n, n]``: ``⟨row_n, row_m⟩``."""
         flat = vectors(self.rows(slice(0, self.samples)))
         return flat @ flat.T
-
-
-# --- sums that are accurate and make no large temporaries -----------------------------------------
-
-
-def wide(t: Tensor) -> Tensor:
-    """Sums are accumulated in float32 at least; a tensor of its own either way."""
-    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
-
-
-def real(dtype: torch.dtype) -> torch.dtype:
-    """The type in which weights of samples are given."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16, torch.float32, torch.complex64) else torch.float64
-
-
-def same_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """In the widest of their types: what one of them lost is lost, the other need not lose it."""
-    dtype = tensors[0].dtype
-    for t in tensors[1:]:
-        dtype = torch.promote_types(dtype, t.dtype)
-    return tuple(t.to(dtype) for t in tensors)
-
-
-def vectors(rows: Tensor) -> Tensor:
-    """``[n, p]``, real, in float32 at least."""
-    flat = wide(rows).reshape(len(rows), rows[0].numel())
-    return torch.view_as_real(flat.resolve_conj()).flatten(1) if flat.is_complex() else flat
-
-
-def squares(rows: Tensor) -> Tensor:
-    """Squared norm of each row."""
-    flat = vectors(rows)
-    return torch.linalg.vector_norm(flat, dim=1).square_() if flat.shape[1] else flat.new_zeros(len(flat))
-
-
-def total_of_squares(rows: Tensor, mean: Tensor | None = None) -> Tensor:
-    """``Σ_n |row_n − mean|²``, entry by entry; large rows one by one, so that nothing of their size is made anew."""
-    rows = wide(rows)
-    if rows.is_complex() or rows[0].numel() < 2**12:
-        apart = rows if mean is None else rows - mean
-        return (apart.abs() if apart.is_complex() else apart).square().sum(0)
-    total, apart = torch.zeros_like(rows[0]), torch.empty_like(rows[0])
-    for row in rows:
-        moved = row if mean is None else torch.sub(row, mean, out=apart)
-        total.addcmul_(moved, moved)
-    return total
-
-
-def fill(result: Tensor, out: Tensor | None) -> Tensor:
-    return result if out is None else out.copy_(result)
 
 
 # --- any op ---------------------------------------------------------------------------------------

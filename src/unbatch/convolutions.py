@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unbatch.contractions import Meeting, OperandUse, fill, same_dtype
+from unbatch.contractions import Meeting, OperandUse
+from unbatch.rows import fill, same_dtype
 
 aten = torch.ops.aten
 SAMPLE = 16  # samples on which ways are compared

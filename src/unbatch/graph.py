@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unbatch.precision import double_dtype, in_double
 from unbatch.purity import random_state, set_random_state
 
 
@@ -257,14 +258,13 @@ class Graph:
             after_cut=frozenset([*map(later, self.after_cut), *range(place + cut, place + count)]),
         ), names
 
-    def widened(self) -> Graph:
+    def in_double(self) -> Graph:
         """The same computation in float64, from the numbers at its beginning on."""
-        wide = lambda x: torch.float64 if x in NARROW else x  # noqa: E731
-        values = [
-            replace(v, dtype=wide(v.dtype), concrete=v.concrete if v.concrete is None else widest(v.concrete))
-            for v in self.values
-        ]
-        steps = [replace(s, args=mapped(s.args, wide), kwargs=mapped(s.kwargs, wide)) for s in self.steps]
+        values = [replace(v, dtype=double_dtype(v.dtype), concrete=in_double(v.concrete)) for v in self.values]
+        steps = []
+        for s in self.steps:
+            args, kwargs = filled((s.args, s.kwargs), double_dtype, torch.dtype)
+            steps.append(replace(s, args=args, kwargs=kwargs))
         return replace(self, values=values, steps=steps)
 
     def run(
@@ -380,23 +380,6 @@ class Graph:
             if self.values[value].kind == "step":
                 out.setdefault(step_index, []).append(value)
         return out
-
-
-NARROW = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def widest(t: Tensor) -> Tensor:
-    """In float64, if it is a narrower floating-point tensor."""
-    return t.double() if t.dtype in NARROW else t
-
-
-def mapped(tree: Any, function: Callable[[Any], Any]) -> Any:
-    """Arguments with a function applied to the types among them."""
-    if isinstance(tree, list | tuple):
-        return type(tree)(mapped(t, function) for t in tree)
-    if isinstance(tree, dict):
-        return {k: mapped(v, function) for k, v in tree.items()}
-    return function(tree) if isinstance(tree, torch.dtype) else tree
 
 
 def filled(tree: Any, get: Callable[[Any], Any], kind: type = Ref) -> Any:

@@ -23,6 +23,7 @@ from unbatch import live
 from unbatch.derivatives import forward_mode, gradients, held, laid_out, norm_held, solid, unmoved
 from unbatch.errors import MSG_NO_TANGENT, StructureError
 from unbatch.graph import ExecutedOp, Graph, Ref, Step, flat, is_ref
+from unbatch.probes import gaussians_like, seeded
 from unbatch.purity import HIDDEN_WRITES, untouched
 from unbatch.route import Route
 from unbatch.setting import Setting
@@ -170,10 +171,9 @@ class Linearised:
 
     def _try(self) -> None:
         """``⟨u, J v⟩ = ⟨Jᵀu, v⟩`` for random u and v, or the rules for single ops are not believed."""
-        generator = torch.Generator().manual_seed(0)
-        random = lambda t: torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t)  # noqa: E731
-        v = {n: random(p) for n, p in self.parameters.items()}
-        u = {i: random(t) for i, t in self.outputs.items() if t.requires_grad}
+        generator = seeded(0)
+        v = gaussians_like(self.parameters, generator)
+        u = gaussians_like({i: t for i, t in self.outputs.items() if t.requires_grad}, generator)
         pulled = self.pull(u)
         expected = sum(float((pulled[n] * v[n]).sum()) for n in v)
         # Where J is zero (a bias below a batch norm), both are what is left of larger numbers.

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from unbatch.contractions import Meeting, OperandUse, squares, wide
+from unbatch.contractions import Meeting, OperandUse
+from unbatch.rows import squares, wide
 
 
 class Embedding(Meeting):

@@ -13,8 +13,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from unbatch.contractions import Gathering, Meeting, OperandUse, fill, same_dtype, squares, wide
+from unbatch.contractions import Gathering, Meeting, OperandUse
 from unbatch.products import Linear, outer_as, stacked_dots
+from unbatch.rows import fill, same_dtype, squares, wide
 
 
 class Projected(Meeting):

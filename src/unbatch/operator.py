@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from unbatch.errors import MSG_OPERATOR_SHAPES, MSG_OPERATOR_VECTOR, InputError
+from unbatch.rows import sum_of
 from unbatch.tree import Space
 
 
@@ -203,10 +204,3 @@ class Product(Operator):
         for factor in self.factors:
             v = factor._apply_transposed(v)
         return v
-
-
-def sum_of(tensors: Sequence[Tensor]) -> Tensor:
-    total = tensors[0]
-    for t in tensors[1:]:
-        total = total + t
-    return total

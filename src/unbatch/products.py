@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unbatch.contractions import Gathering, Meeting, OperandUse, fill, same_dtype, squares, wide
+from unbatch.contractions import Gathering, Meeting, OperandUse
+from unbatch.rows import fill, same_dtype, squares, wide
 
 BLOCK = 64  # features, the least that a matrix product is efficient for
 CANCELS = 0.9  # of two sums of squares that are subtracted, the share from which on rounding is felt

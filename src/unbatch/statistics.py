@@ -23,6 +23,7 @@ from unbatch.errors import StructureError
 from unbatch.graph import ExecutedOp, Graph, Step
 from unbatch.layout import Layout, layout_of
 from unbatch.linearised import Linearised
+from unbatch.probes import gaussians_like, seeded
 from unbatch.setting import Setting
 
 Named = Mapping[int, Tensor]  # by prediction
@@ -106,9 +107,7 @@ class Statistics:
 
     def holds(self) -> bool:
         """``Jᵀ u = (∂F/∂θ)ᵀ u + Bᵀ (∂F/∂s)ᵀ u`` for a random u, or it is not believed."""
-        generator = torch.Generator().manual_seed(0)
-        random = lambda t: torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t)  # noqa: E731
-        u = {i: random(t) for i, t in self.free.outputs.items() if t.requires_grad}
+        u = gaussians_like({i: t for i, t in self.free.outputs.items() if t.requires_grad}, seeded(0))
         through, held = self.pull(self.coefficients(u).sum(0)), self.frozen.pull(u)
         expected = self.free.pull(u)
         size = sum(float(g.norm()) for g in expected.values())

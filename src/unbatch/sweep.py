@@ -28,6 +28,7 @@ from unbatch.mixing import Pooled
 from unbatch.parts import FromSite, Part, View
 from unbatch.products import Linear
 from unbatch.route import Route, Stop, Together
+from unbatch.rows import sum_of
 from unbatch.sites import Flow, Site
 
 
@@ -343,13 +344,13 @@ class Sweep:
         if group.only is not None:
             where = slice(0, self.flow.samples)
             return {name: part.weighted_sum(weights) for name, part in self.parts(group, where, None)}
-        sums = {i: _sum([m.weighted_sum(weights) for m in meetings]) for i, meetings in group.meetings.items()}
+        sums = {i: sum_of([m.weighted_sum(weights) for m in meetings]) for i, meetings in group.meetings.items()}
         return {n: r[0] for n, r in self._to_parameters(group, {i: g[None] for i, g in sums.items()}, 1).items()}
 
     def rows(self, group: Group, where: slice) -> dict[str, Tensor]:
         """Rows of the parameters of a group, summed over their sites."""
         first, last, _ = where.indices(self.flow.samples)
-        sums = {i: _sum([m.rows(where) for m in meetings]) for i, meetings in group.meetings.items()}
+        sums = {i: sum_of([m.rows(where) for m in meetings]) for i, meetings in group.meetings.items()}
         return self._to_parameters(group, sums, last - first)
 
     def _to_parameters(self, group: Group, sums: dict[int, Tensor], count: int) -> dict[str, Tensor]:
@@ -381,13 +382,6 @@ def _joined(meetings: list[Meeting]) -> list[Meeting]:
     products = [m for m in meetings if type(m) is Linear and not m.batched]
     alike = len({m.features_first for m in products}) == 1 and len(products) > 1
     return [Linear.joined(products), *(m for m in meetings if m not in products)] if alike else meetings
-
-
-def _sum(tensors: Sequence[Tensor]) -> Tensor:
-    total = tensors[0]
-    for t in tensors[1:]:
-        total = total + t
-    return total
 
 
 def _zip_map(function: Callable[[Any, Any], Any], refs: Any, values: Any) -> Any:

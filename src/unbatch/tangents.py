@@ -287,7 +287,8 @@ def _attention(
 
 def _bags(
     weight: Tensor, indices: Tensor, offsets: Tensor, scale_grad_by_freq: bool = False, mode: int = 0,
-    sparse: bool = False, per_sample_weights: Tensor | None = None, include_last_offset: bool = False, padding_idx: int = -1,
+    sparse: bool = False, per_sample_weights: Tensor | None = None, include_last_offset: bool = False,
+    padding_idx: int = -1,
 ) -> Any:  # fmt: skip
     """Sums and means of rows of a table over the runs of a flat index."""
     if mode > 1 or scale_grad_by_freq or include_last_offset or padding_idx >= 0:
