@@ -34,7 +34,7 @@ LEVELS = {
     "reference": 0,
     "algebra": 1,
     "graph": 1,
-    "layout": 1,
+    "sample_layout": 1,
     "tree": 1,
     "operator": 2,
     # what an op does, and what the program did

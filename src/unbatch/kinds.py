@@ -16,10 +16,10 @@ from torch import Tensor
 from unbatch.broadcasts import Pointwise, Scale, Shift
 from unbatch.contractions import Generic, Meeting, OperandUse
 from unbatch.convolutions import Convolution
-from unbatch.layout import Scattered
 from unbatch.lookups import Embedding
 from unbatch.mixing import Projected, ProjectedRows
 from unbatch.products import Linear
+from unbatch.sample_layout import Scattered
 
 KINDS: dict[str, Callable[[OperandUse], Meeting | None]] = {}
 

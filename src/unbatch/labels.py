@@ -56,6 +56,13 @@ def is_sample(owner: Array) -> Array:
     return np.asarray(np.greater_equal(owner, 0))
 
 
+def follow_samples(owner: Array, dim: int, samples: int) -> bool:
+    """Tell whether slice n along ``dim`` belongs to sample n, or to none."""
+    view = [samples if d == dim else 1 for d in range(owner.ndim)]
+    sample = np.arange(samples, dtype=np.int32).reshape(view)
+    return bool(((owner == sample) | (owner == SHARED)).all())
+
+
 # --- keys -----------------------------------------------------------------------------------------
 
 
@@ -136,6 +143,11 @@ class Marks:
         return bool((self.owner < SHARED).any())
 
     @property
+    def separate(self) -> bool:
+        """Every element belongs to a single sample, or to none; and some do to one."""
+        return self.owned and not self.coupled
+
+    @property
     def partly_shared(self) -> bool:
         """Some elements belong to samples, and others to none."""
         return self.owned and not self.mixed and bool((self.owner == SHARED).any())
@@ -168,10 +180,8 @@ class Marks:
     def sample_dim(self) -> int | None:
         """The axis along which slice n belongs to sample n (or to none), if there is one."""
         for d in range(len(self.shape)):
-            if self.owner_varies(d):
-                place = index_along(self.shape[d], d, len(self.shape)).astype(np.int32)
-                if ((self.owner == place) | (self.owner == SHARED)).all():
-                    return d
+            if self.owner_varies(d) and follow_samples(self.owner, d, self.shape[d]):
+                return d
         single = self.owned and int(self.owner.max()) == 0 and not self.mixed
         return next((d for d, s in enumerate(self.shape) if s == 1), None) if single else None
 

@@ -21,8 +21,8 @@ from unbatch.capture import Program, own_loss
 from unbatch.graph import Graph
 from unbatch.precision import FORWARD, FORWARD_IN_DOUBLE, in_double, tolerance
 from unbatch.purity import untouched
-from unbatch.starts import prediction_dim
-from unbatch.structure import Findings, contiguous_blocks
+from unbatch.sample_layout import contiguous_blocks, prediction_dim
+from unbatch.structure import Findings
 
 VARIANTS = ("rolled", "noisy", "large", "tiny", "zero", "huge")
 GAIN = {"large": 1e2, "huge": 1e4}

@@ -18,8 +18,8 @@ from unbatch.labels import Marks
 from unbatch.operands import Operands
 from unbatch.precision import BACKWARD, in_double, tolerance
 from unbatch.route import Route
+from unbatch.sample_layout import prediction_dim
 from unbatch.sites import Flow, flow, spread
-from unbatch.starts import prediction_dim
 from unbatch.walk import Fact, Walk, walk
 
 

@@ -19,10 +19,8 @@ from torch.utils._pytree import tree_leaves
 from unbatch.errors import MSG_NOT_COPY, MSG_NOT_FROZEN, StructureError
 from unbatch.graph import Graph, Ref, Step, is_ref
 from unbatch.labels import Marks
-from unbatch.layout import Layout, Scattered, layout_of
 from unbatch.purity import HIDDEN_WRITES
-from unbatch.starts import prediction_dim
-from unbatch.structure import holds_its_place
+from unbatch.sample_layout import Layout, Scattered, holds_its_place, layout_of, prediction_dim
 from unbatch.walk import Walk
 
 BATCH_NORMS = ("native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm", "miopen_batch_norm")
@@ -216,7 +214,7 @@ class _Planner:
 
     def _keeps_apart(self, step: Step, outs: Sequence[int]) -> bool:
         """Entries of sample n come from sample n, shared values, and statistics that come in from outside."""
-        if any(not self.marks(o).owned or self.marks(o).coupled for o in outs):
+        if any(not self.marks(o).separate for o in outs):
             return False
         if step.index in self.plan.frozen_norms:
             return True

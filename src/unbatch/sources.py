@@ -18,11 +18,11 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from unbatch import live
 from unbatch.cotangents import LossAt, by_graph, loss_of, noise, nonzero_gradients, rest_of_loss
 from unbatch.derivatives import gradients
-from unbatch.layout import Layout
 from unbatch.parts import Part
 from unbatch.plan import SitePlan
 from unbatch.purity import untouched
 from unbatch.rows import real
+from unbatch.sample_layout import Layout
 from unbatch.setting import Setting
 from unbatch.sweep import Group, Sweep
 

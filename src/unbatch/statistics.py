@@ -21,9 +21,9 @@ from torch import Tensor
 
 from unbatch.errors import StructureError
 from unbatch.graph import ExecutedOp, Graph, Step
-from unbatch.layout import Layout, layout_of
 from unbatch.linearised import Linearised
 from unbatch.probes import gaussians_like, seeded
+from unbatch.sample_layout import Layout, layout_of
 from unbatch.setting import Setting
 
 Named = Mapping[int, Tensor]  # by prediction

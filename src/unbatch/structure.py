@@ -10,16 +10,16 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
 
 from unbatch import rules
 from unbatch.algebra import Algebra, Use
 from unbatch.folds import Fold
 from unbatch.graph import Escape, Graph, Ref, Step
-from unbatch.labels import SHARED, Marks
+from unbatch.labels import Marks
+from unbatch.sample_layout import holds_its_place, uniform
 from unbatch.split import folded, placed, split
-from unbatch.starts import forward_marks, loss_marks, prediction_dim, scrambled
+from unbatch.starts import forward_marks, loss_marks, scrambled
 from unbatch.verdicts import (
     DEFAULT_REMEDY,
     REMEDY,
@@ -32,40 +32,6 @@ from unbatch.verdicts import (
     escape_culprit,
 )
 from unbatch.walk import Walk, walk
-
-# --- reading marks --------------------------------------------------------------------------------
-
-
-def holds_its_place(marks: Marks, samples: int, leading: bool) -> bool:
-    """Slice n of a prediction belongs to sample n (or to none)."""
-    if marks.coupled:
-        return False
-    if not marks.owned:
-        return True
-    dim = prediction_dim(marks, samples, leading)
-    if dim is not None:
-        want = np.arange(samples).reshape([-1 if d == dim else 1 for d in range(len(marks.shape))])
-        return bool(((marks.owner == want) | (marks.owner == SHARED)).all())
-    return contiguous_blocks(marks, samples) is not None
-
-
-def contiguous_blocks(marks: Marks, samples: int) -> np.ndarray | None:
-    """Keys as ``[samples, ..]`` if samples lie in contiguous, equal blocks along the leading dim."""
-    if not marks.shape or marks.shape[0] % samples or marks.key.shape[0] == 1:
-        return None
-    owner = marks.owner.reshape(samples, -1)
-    right = (owner == np.arange(samples)[:, None]) | (owner == SHARED)
-    return marks.key.reshape(samples, -1) if right.all() else None
-
-
-def uniform(marks: Marks, samples: int, leading: bool) -> bool:
-    """Slice n is the same function for every n."""
-    dim = prediction_dim(marks, samples, leading)
-    if dim is not None:
-        key = np.moveaxis(marks.key, dim, 0)
-        return not marks.plain(dim) and bool((key == key[:1]).all())
-    blocks = contiguous_blocks(marks, samples)
-    return blocks is not None and bool((blocks == blocks[:1]).all())
 
 
 def sees(marks: Marks) -> bool:

@@ -23,12 +23,12 @@ from unbatch.contractions import Meeting, OperandUse
 from unbatch.derivatives import Gate, attached, batched_grad, held, norm_evaluated, norm_held, solid
 from unbatch.graph import Graph, Ref, Step, flat
 from unbatch.kinds import meeting, projected
-from unbatch.layout import Layout
 from unbatch.mixing import Pooled
 from unbatch.parts import FromSite, Part, View
 from unbatch.products import Linear
 from unbatch.route import Route, Stop, Together
 from unbatch.rows import sum_of
+from unbatch.sample_layout import Layout
 from unbatch.sites import Flow, Site
 
 

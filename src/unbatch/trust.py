@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from unbatch.derivatives import gradients, held, norm_held
-from unbatch.layout import Layout
 from unbatch.precision import DOUBLE, in_double
 from unbatch.probes import gaussians_like, seeded
 from unbatch.route import Route
 from unbatch.rows import real, squares
+from unbatch.sample_layout import Layout
 from unbatch.setting import Setting
 from unbatch.sources import Recorded
 
