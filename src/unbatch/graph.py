@@ -63,6 +63,12 @@ class Step:
     def refs(self) -> list[Ref]:
         return list(self._refs)
 
+    @property
+    def place(self) -> str:
+        """Where it stands, in words: its module, its op and, where that is known, file and line."""
+        parts = [self.module or "the model", self.name, self.where]
+        return ", ".join(part for part in parts if part)
+
     @cached_property
     def parameters(self) -> tuple[str, ...]:
         """The names of the op's arguments, in order."""

@@ -186,8 +186,7 @@ class _Planner:
                     self.plan.frozen.add(o)
 
     def _refused(self, step: Step, message: str) -> StructureError:
-        place = f"{step.module or 'the model'}, {step.name}" + (f", {step.where}" if step.where else "")
-        return StructureError(message.format(place=place))
+        return StructureError(message.format(place=step.place))
 
     # -- what is separate --
 

@@ -225,8 +225,7 @@ def through_op(call: ExecutedOp, op: Any, here: Mapping[int, Tensor]) -> Tangent
                 return _forward_mode(call, spelled, here)
             return _twice_backward(call, op, here)
         except (NotImplementedError, RuntimeError):
-            place = f"{step.module or 'the model'}, {step.name}" + (f", {step.where}" if step.where else "")
-            raise StructureError(MSG_NO_TANGENT.format(place=place, error=missing)) from missing
+            raise StructureError(MSG_NO_TANGENT.format(place=step.place, error=missing)) from missing
 
 
 def _placed(call: ExecutedOp, here: Mapping[int, Tensor], make: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Any]:
