@@ -34,6 +34,7 @@ LEVELS = {
     "reference": 0,
     "algebra": 1,
     "graph": 1,
+    "aliasing": 1,
     "sample_layout": 1,
     "tree": 1,
     "operator": 2,

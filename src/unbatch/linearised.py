@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_map
 
 from unbatch import live
+from unbatch.aliasing import Window, seen_through_older_windows
 from unbatch.derivatives import forward_mode, gradients, held, laid_out, norm_held, solid, unmoved
 from unbatch.errors import MSG_NO_TANGENT, StructureError
 from unbatch.graph import ExecutedOp, Graph, Ref, Step, flat, is_ref
@@ -32,21 +33,13 @@ from unbatch.tangents import RULES, SPELLED_OUT, Tangents, through_op
 NEEDS_OUTPUTS = ("tanh", "sigmoid", "_softmax", "native_layer_norm", "native_batch_norm")
 
 
-class Window(NamedTuple):
-    """Where a value lies in its memory, of which ``whole`` is the number of entries."""
-
-    whole: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-
-
 @dataclass
 class _Tangents:
     """By value; those that share a memory which is written to share that of their tangents as well."""
 
     graph: Graph
     windows: Mapping[int, Window]
+    sizes: Mapping[int, int]  # of the memories, in entries
     values: dict[int, Tensor] = field(default_factory=dict)
     memories: dict[int, Tensor] = field(default_factory=dict)
 
@@ -54,7 +47,7 @@ class _Tangents:
         if i not in self.windows:
             return self.values.get(i)
         memory = self.memories.get(self.graph.values[i].storage)
-        return None if memory is None else memory.as_strided(*self.windows[i][1:]).clone()
+        return None if memory is None else self.windows[i](memory).clone()
 
     def put(self, new: Ref | None, old: Ref | None, t: Tensor | None) -> None:
         """``old``: what lies where ``new`` does, if that was written to."""
@@ -62,10 +55,10 @@ class _Tangents:
             return
         window, storage = self.windows.get(new.index, self.windows.get(old.index)), self.graph.values[new.index].storage
         if window is not None and storage in self.memories:
-            self.memories[storage].as_strided(*window[1:]).copy_(t if t is not None else torch.zeros(()))
+            window(self.memories[storage]).copy_(t if t is not None else torch.zeros(()))
         elif window is not None and t is not None:
-            self.memories[storage] = t.new_zeros(window.whole)
-            self.memories[storage].as_strided(*window[1:]).copy_(t)
+            self.memories[storage] = t.new_zeros(self.sizes[storage])
+            window(self.memories[storage]).copy_(t)
         elif t is not None:
             self.values[new.index] = t
 
@@ -87,6 +80,7 @@ class Linearised:
     inner: dict[int, Tensor] = field(default_factory=dict)
     steps: list[ExecutedOp] = field(default_factory=list)
     windows: dict[int, Window] = field(default_factory=dict)  # of values whose memory is written through others
+    sizes: dict[int, int] = field(default_factory=dict)  # of these memories, in entries
     _at_once: bool = False
 
     def __post_init__(self) -> None:
@@ -107,9 +101,11 @@ class Linearised:
         self.all_outputs = {r.index: at[r.index].detach() for r in graph.predictions}
 
     def _visit(self, i: int, value: Tensor) -> None:
-        if self.setting.graph.values[i].storage in self._shared:
-            whole = value.untyped_storage().nbytes() // value.element_size()
-            self.windows[i] = Window(whole, tuple(value.shape), value.stride(), int(value.storage_offset()))
+        storage = self.setting.graph.values[i].storage
+        if storage in self._shared:
+            self.windows[i] = Window.of_tensor(value)
+            size = value.untyped_storage().nbytes() // value.element_size()
+            self.sizes[storage] = max(size, self.sizes.get(storage, 0))
         if i in self.watched and i not in self.edges and value.requires_grad:
             self.edges[i] = get_gradient_edge(value)
 
@@ -189,7 +185,7 @@ class Linearised:
         raise StructureError(MSG_NO_TANGENT.format(place="the model", error="its rules contradict its backward pass"))
 
     def _push_by_steps(self, tangents: Mapping[str, Tensor], wanted: Sequence[int] = ()) -> dict[int, Tensor]:
-        at = _Tangents(self.setting.graph, self.windows)
+        at = _Tangents(self.setting.graph, self.windows, self.sizes)
         at.values |= {i: tangents[name] for i, name in self.flow.parameters.items() if name in tangents}
         with torch.no_grad():
             for call in self.steps:
@@ -219,23 +215,7 @@ class Linearised:
 
     @cached_property
     def _shared(self) -> frozenset[int]:
-        """Memories that are written to, and read through a window that was there before."""
-        graph, shared = self.setting.graph, set()
-        last = {r.index: s.index for s in graph.forward_steps for r in s.refs()}
-        windows: dict[int, list[int]] = {}
-        for i, v in enumerate(graph.values):
-            windows.setdefault(v.storage, []).append(i)
-        for step in graph.forward_steps:
-            for old, new in step.writes if step.name not in HIDDEN_WRITES else ():
-                storage = graph.values[new.index].storage
-                others = [i for i in windows[storage] if i not in (old.index, new.index) and self._before(i, step)]
-                if any(last.get(i, -1) > step.index or i in self.flow.predictions for i in others):
-                    shared.add(storage)
-        return frozenset(shared)
-
-    def _before(self, i: int, step: Step) -> bool:
-        made = self.setting.graph.values[i].step
-        return made is None or made < step.index
+        return seen_through_older_windows(self.setting.graph, self.flow.predictions)
 
     def _push_at_once(self, tangents: Mapping[str, Tensor], wanted: Sequence[int] = ()) -> dict[int, Tensor]:
         """Forward mode of the whole computation, which knows about memory."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unbatch.aliasing import Window, overwritten
 from unbatch.graph import Escape, Graph, Ref, Step, Value, filled, flat
 from unbatch.purity import storage_of
 from unbatch.terms import Term, Terms
@@ -119,9 +120,7 @@ class Reading:
     def _inside(self, step: Step, value: Value) -> bool:
         """A window on the memory of a value shows nothing but what is in the value."""
         whole = self.graph.values[step.refs()[0].index]
-        last = value.offset + sum((n - 1) * s for n, s in zip(value.shape, value.stride, strict=True))
-        dense = whole.stride == torch.empty(whole.shape, device="meta").stride()
-        return dense and whole.offset <= value.offset and last < whole.offset + math.prod(whole.shape)
+        return Window.of(value).is_part_of(Window.of(whole))
 
     def _worked_out(self, step: Step, name: str) -> dict[int, Tensor]:
         """What the op makes, where that does not depend on data."""
@@ -163,7 +162,8 @@ class Reading:
             if there == here:
                 self.of[i] = self.of[new]
             elif known[0] is not None and known[1] is not None and known[0].dtype == known[1].dtype:
-                self.of[i] = terms.constant(_overwritten(known[0], there[:3], known[1], here[:3]))
+                shown, written = Window.of(values[i]), Window.of(values[new])
+                self.of[i] = terms.constant(overwritten(known[0], shown, known[1], written))
             else:
                 both = {"was": self.of[i], "written": self.of[new]}
                 self.of[i] = terms.op("through a window", both, values[i].shape, values[i].dtype, (there, here))
@@ -178,13 +178,4 @@ def _same(a: Any, default: Any) -> bool:
 
 
 def _window(value: Value) -> tuple[Any, ...]:
-    return value.shape, value.stride, value.offset, value.dtype
-
-
-def _overwritten(was: Tensor, there: tuple[Any, ...], written: Tensor, here: tuple[Any, ...]) -> Tensor:
-    """What a window shows after something was written through another on the same memory."""
-    last = max(o + sum((n - 1) * s for n, s in zip(sh, st, strict=True)) for sh, st, o in (there, here))
-    memory = was.new_empty(last + 1)
-    memory.as_strided(*there).copy_(was)
-    memory.as_strided(*here).copy_(written)
-    return memory.as_strided(*there).clone()
+    return (*Window.of(value), value.dtype)

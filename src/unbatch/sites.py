@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves
 
+from unbatch.aliasing import by_memory
 from unbatch.errors import MSG_NOT_COPY, MSG_NOT_FROZEN, StructureError
 from unbatch.graph import Graph, Ref, Step, is_ref
 from unbatch.labels import Marks
@@ -338,9 +339,7 @@ SPREADING = ("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_ful
 
 def spread(graph: Graph, walk: Walk, plan: Flow) -> list[tuple[int, list[int]]]:
     """Where shared values with an entry for every sample got it: values, and the axes that may hold the samples."""
-    in_memory: dict[int, list[int]] = {}
-    for i, value in enumerate(graph.values):
-        in_memory.setdefault(value.storage, []).append(i)
+    in_memory = by_memory(graph)
     queue, seen, out = list(plan.spanning), set(plan.spanning), []
     while queue:
         i = queue.pop()
