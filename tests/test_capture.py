@@ -3,9 +3,10 @@
 That it leaves no trace is shown in `test_purity.py`.
 """
 
+import functools
 import linecache
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 import unbatch as ub
 from unbatch import capture
+from unbatch.capture import Program
+from unbatch.graph import Step
 
 N, D, T = 5, 5, 3
 
@@ -549,3 +552,19 @@ def test_numbers_are_followed(run):
 
 def test_branch_on_parameters_is_no_escape_of_the_batch():
     assert ub.Problem(Net(same_both_ways), lambda p: p.sum(), (flat(), None)).structure.simd_forward
+
+
+def test_a_program_has_names_for_its_parts():
+    """A module is called by its class, a function by its name, and a partial by what it is of."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    smoothed = functools.partial(functools.partial(F.cross_entropy, label_smoothing=0.1), reduction="sum")
+    program = Program(model, smoothed, dict(model.named_parameters()))
+    assert program.names == ("Sequential", "cross_entropy")
+    assert Program(model, None, {}).names == ("Sequential", "its own loss")
+    assert program.module_names == {id(model): "Sequential", id(model[0]): "0", id(model[1]): "1"}
+
+
+def test_a_step_says_where_it_stands():
+    step = Step(0, torch.ops.aten.add.Tensor, (), {}, (), (), True, "layer.1", "net.py:3")
+    assert step.place == "layer.1, add, net.py:3"
+    assert replace(step, module="", where="").place == "the model, add"

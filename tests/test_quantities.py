@@ -20,8 +20,8 @@ from torch.nn import functional as F
 import unbatch as ub
 from cases_gradients import CASES
 from unbatch import reference
+from unbatch.parts import Part
 from unbatch.quantities import About, Basic, Collector, Derived, Projections, Quantity
-from unbatch.sweep import Part
 
 EXACT, FLOOR = 1e-9, 1e-12
 Plain = dict[str, Tensor]

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from unbatch.labels import (
-    FIRST_GROUP,
     MIXED,
     SHARED,
     Array,
@@ -21,7 +20,11 @@ from unbatch.labels import (
     Marks,
     align,
     code,
+    group_number,
+    group_owner,
     index_along,
+    is_group,
+    is_sample,
     mix,
     permute,
     squeeze,
@@ -94,18 +97,20 @@ class Algebra:
         hits = np.flatnonzero((self.groups == members).all(axis=1))
         if not len(hits):
             self.groups = np.vstack([self.groups, members])
-            return FIRST_GROUP - (len(self.groups) - 1)
-        return FIRST_GROUP - int(hits[0])
+            return group_owner(len(self.groups) - 1)
+        return group_owner(int(hits[0]))
 
     def members(self, owner: int) -> Array:
-        return self.groups[FIRST_GROUP - owner] if owner <= FIRST_GROUP else np.arange(self.samples) == owner
+        if is_group(owner):
+            return self.groups[group_number(owner)]
+        return np.arange(self.samples) == owner
 
     def join(self, a: Array, b: Array) -> Array:
         """Owner of something made from elements of owners ``a`` and ``b``."""
         out = np.where(a == SHARED, b, np.where((b == SHARED) | (a == b), a, MIXED)).astype(np.int32)
         for single_, group in ((a, b), (b, a)) if len(self.groups) else ():
-            met = (single_ >= 0) & (group <= FIRST_GROUP)
-            inside = self.groups[np.where(met, FIRST_GROUP - group, 0), np.where(met, single_, 0)]
+            met = is_sample(single_) & is_group(group)
+            inside = self.groups[group_number(group), np.where(met, single_, 0)]
             out = np.where(met & inside, single_, out)
         return out
 
@@ -280,7 +285,7 @@ class Algebra:
         self, name: object, owner: Array, size: int, sources: frozenset[str], long: bool = False
     ) -> int | None:
         """Note where samples met: every value made symmetrically from several samples rests on such a root."""
-        groups = frozenset(int(o) for o in np.unique(owner) if o <= FIRST_GROUP)
+        groups = frozenset(int(o) for o in np.unique(owner) if is_group(o))
         if not groups and not (owner == SHARED).any():
             return None
         members = [self.members(g).sum() for g in groups]

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unbatch.contractions import Call, Gathering, Meeting, detached, fill, wide
+from unbatch.contractions import Gathering, Meeting, OperandUse, detached
+from unbatch.rows import fill, wide
 
 
 class Shift(Meeting):
@@ -16,7 +17,7 @@ class Shift(Meeting):
 
     lean = frozenset({"squared_norms", "sum_of_squares", "scatter", "weighted_sum", "dots"})  # rows are there already
 
-    def __init__(self, call: Call, factor: Any = None, axis: int | None = None) -> None:
+    def __init__(self, call: OperandUse, factor: Any = None, axis: int | None = None) -> None:
         super().__init__(call)
         self.factor, ndim = factor, call.outputs[0].ndim
         shape = list(self.operand.shape)
@@ -65,7 +66,7 @@ class Scale(Shift):
     """
 
     def __init__(
-        self, call: Call, x: Tensor, mean: Tensor | None = None, scale: Tensor | None = None,
+        self, call: OperandUse, x: Tensor, mean: Tensor | None = None, scale: Tensor | None = None,
         axis: int | None = None, factor: Tensor | None = None,
     ) -> None:  # fmt: skip
         super().__init__(call, factor, axis)
@@ -82,7 +83,7 @@ class Scale(Shift):
 class Pointwise(Shift):
     """Any elementwise op: its derivative by the operand at every place, then as for a shift."""
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: OperandUse) -> None:
         super().__init__(call)
         self.call = call
 

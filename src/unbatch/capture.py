@@ -6,6 +6,8 @@ from, together with what leaves the tensor world. Nothing here knows about sampl
 
 from __future__ import annotations
 
+import copy
+import functools
 import os
 import sys
 import warnings
@@ -269,11 +271,11 @@ def users_line() -> str:
     """File and line of the innermost frame that belongs to neither PyTorch nor this package, inside a recording."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
+        if frame.f_code in (record.__code__, record_answered.__code__):  # also where they are wrapped
+            return ""
         file = frame.f_code.co_filename
         if (not file.startswith(LIBRARY) and not file.startswith("<frozen")) or file == USER:
             return f"{file}:{frame.f_lineno}"
-        if frame.f_code in ENTRIES:
-            return ""
         frame = frame.f_back
     return ""
 
@@ -333,6 +335,28 @@ class Program:
         """The model without what is wrapped around it for training."""
         return inside(self.model)
 
+    @property
+    def names(self) -> tuple[str, str]:
+        """What the model and the loss are called."""
+        loss = "its own loss" if self.loss is None else name_of(self.loss)
+        return name_of(self.model), loss
+
+    @property
+    def module_names(self) -> dict[int, str]:
+        """The modules of model and loss: ``id(module)`` -> its path, or its class at the top."""
+        names = {}
+        for top in self.modules:
+            for path, module in top.named_modules():
+                names[id(module)] = path or type(module).__name__
+        return names
+
+    def in_double(self) -> Program:
+        """The same program with a copy of its model in float64; what is no module stays as it is."""
+        model = self.inside
+        if not isinstance(model, nn.Module):
+            return self
+        return replace(self, model=copy.deepcopy(model).double())
+
     def on_copies(self) -> Program:
         """The same program on copies of its parameters (connected to them) and buffers.
 
@@ -377,6 +401,13 @@ class Program:
             except Exception as error:
                 error.add_note(f"It was the loss, called with predictions {shown(output)} and y {shown(targets)}.")
                 raise
+
+
+def name_of(called: Callable[..., Any]) -> str:
+    """A function by its name, a module by its class, and a partial by what it is of."""
+    if isinstance(called, functools.partial):
+        return name_of(called.func)
+    return str(getattr(called, "__name__", type(called).__name__))
 
 
 def shown(tree: Any) -> str:
@@ -449,7 +480,7 @@ def _made_from_numbers(graph: Graph, value: int) -> bool:
 @entry
 def record_answered(program: Program, inputs: Any, targets: Any, answers: Sequence[bool]) -> Graph:
     """A recording on which the first booleans that Python asks for are answered as given; as far as the program got."""
-    recorder = Recorder(_names(program), answers)
+    recorder = Recorder(program.module_names, answers)
     try:
         return _run(recorder, program, inputs, targets, True)[0]
     except Exception as error:
@@ -457,12 +488,8 @@ def record_answered(program: Program, inputs: Any, targets: Any, answers: Sequen
         return recorder.graph
 
 
-def _names(program: Program) -> dict[int, str]:
-    return {id(m): name or type(m).__name__ for module in program.modules for name, m in module.named_modules()}
-
-
 def _record(program: Program, inputs: Any, targets: Any, follow: bool) -> tuple[Graph, Any]:
-    return _run(Recorder(_names(program)), program, inputs, targets, follow)
+    return _run(Recorder(program.module_names), program, inputs, targets, follow)
 
 
 def _run(recorder: Recorder, program: Program, inputs: Any, targets: Any, follow: bool) -> tuple[Graph, Any]:

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from unbatch.compression import Basis, Completed
-from unbatch.contractions import Gathering, Meeting, vectors, wide
+from unbatch.contractions import Gathering, Meeting
 from unbatch.curvature import Curvature, Rtol
 from unbatch.parts import Part
 from unbatch.quantities import About, Basic, Collector
 from unbatch.results import ByParameter
 from unbatch.roots import Root
+from unbatch.rows import vectors, wide
 from unbatch.sources import Chunks, Source
 
 # --- feeding --------------------------------------------------------------------------------------

@@ -18,10 +18,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from unbatch.contractions import wide
 from unbatch.linearised import Linearised
 from unbatch.parts import Part
+from unbatch.probes import random_signs, seeded
 from unbatch.roots import Factor
+from unbatch.rows import wide
 from unbatch.sources import Chunks, Source, Take
 from unbatch.statistics import Statistics
 from unbatch.tree import Space
@@ -233,7 +234,7 @@ class OfDiagonal(Missing):
 
     def __init__(self, spread: Spread, draws: int, seed: int) -> None:
         self.spread, self.draws = spread, draws
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = seeded(seed)
         signs = [self._signs(len(spread.w)) for _ in range(draws)]
         whole = torch.stack([spread.column(z).square() for z in signs])
         together = whole.sum(0).square().sum() - whole.square().sum()  # of different draws, which are independent
@@ -241,8 +242,7 @@ class OfDiagonal(Missing):
         self.pullbacks += draws
 
     def _signs(self, count: int) -> Tensor:
-        signs = torch.randint(2, (count,), generator=self.generator).double() * 2 - 1
-        return signs.to(self.spread.w.device)
+        return random_signs(count, self.generator).double().to(self.spread.w.device)
 
     def __call__(self, r: int) -> float:
         drawn = [self.spread.tail(r, self._signs(len(self.spread.values) - r)) for _ in range(self.draws)]
@@ -256,8 +256,8 @@ class OfGram(Missing):
 
     def __init__(self, spread: Spread, draws: int, seed: int) -> None:
         self.spread = spread
-        generator = torch.Generator().manual_seed(seed)
-        self.signs = [torch.randint(2, (len(spread.w),), generator=generator).double() * 2 - 1 for _ in range(draws)]
+        generator = seeded(seed)
+        self.signs = [random_signs(len(spread.w), generator).double() for _ in range(draws)]
         self.true = [spread.transposed(spread.column(z)) for z in self.signs]
         self.held = [spread.frozen(z) for z in self.signs]
         self.pullbacks, self.pushes = 2 * draws, draws

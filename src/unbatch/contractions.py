@@ -20,15 +20,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from unbatch import ops
+from unbatch.graph import ExecutedOp
+from unbatch.rows import fill, squares, total_of_squares, vectors, wide
 
 
 @dataclass
-class Call:
-    """An op as it ran: its arguments by name, its outputs, and which argument is the shared operand."""
+class OperandUse(ExecutedOp):
+    """An op as it ran, seen from one of its arguments: the operand that all samples share."""
 
-    op: Any
-    arguments: dict[str, Any]
-    outputs: tuple[Tensor, ...]
     operand: Tensor
     name: str  # the argument that is the operand
     layouts: tuple[Any, ...]  # of every output
@@ -36,9 +35,6 @@ class Call:
     @property
     def layout(self) -> Any:
         return self.layouts[0]
-
-    def __getitem__(self, name: str) -> Any:
-        return self.arguments.get(name)
 
 
 class Gathering(ABC):
@@ -73,7 +69,7 @@ class Meeting(ABC):
         """What it is called in a plan."""
         return type(self).__name__.lower()
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: OperandUse) -> None:
         self.layout, self.operand = call.layout, call.operand
         self.samples = call.layout.samples
 
@@ -130,63 +126,13 @@ class Meeting(ABC):
         return flat @ flat.T
 
 
-# --- sums that are accurate and make no large temporaries -----------------------------------------
-
-
-def wide(t: Tensor) -> Tensor:
-    """Sums are accumulated in float32 at least; a tensor of its own either way."""
-    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
-
-
-def real(dtype: torch.dtype) -> torch.dtype:
-    """The type in which weights of samples are given."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16, torch.float32, torch.complex64) else torch.float64
-
-
-def same_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """In the widest of their types: what one of them lost is lost, the other need not lose it."""
-    dtype = tensors[0].dtype
-    for t in tensors[1:]:
-        dtype = torch.promote_types(dtype, t.dtype)
-    return tuple(t.to(dtype) for t in tensors)
-
-
-def vectors(rows: Tensor) -> Tensor:
-    """``[n, p]``, real, in float32 at least."""
-    flat = wide(rows).reshape(len(rows), rows[0].numel())
-    return torch.view_as_real(flat.resolve_conj()).flatten(1) if flat.is_complex() else flat
-
-
-def squares(rows: Tensor) -> Tensor:
-    """Squared norm of each row."""
-    flat = vectors(rows)
-    return torch.linalg.vector_norm(flat, dim=1).square_() if flat.shape[1] else flat.new_zeros(len(flat))
-
-
-def total_of_squares(rows: Tensor, mean: Tensor | None = None) -> Tensor:
-    """``Σ_n |row_n − mean|²``, entry by entry; large rows one by one, so that nothing of their size is made anew."""
-    rows = wide(rows)
-    if rows.is_complex() or rows[0].numel() < 2**12:
-        apart = rows if mean is None else rows - mean
-        return (apart.abs() if apart.is_complex() else apart).square().sum(0)
-    total, apart = torch.zeros_like(rows[0]), torch.empty_like(rows[0])
-    for row in rows:
-        moved = row if mean is None else torch.sub(row, mean, out=apart)
-        total.addcmul_(moved, moved)
-    return total
-
-
-def fill(result: Tensor, out: Tensor | None) -> Tensor:
-    return result if out is None else out.copy_(result)
-
-
 # --- any op ---------------------------------------------------------------------------------------
 
 
 class Generic(Meeting):
     """Any op: run again, and pulled back once for every sample with the cotangents of the others set to zero."""
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: OperandUse) -> None:
         super().__init__(call)
         self.call = call
         self.cotangents: list[Tensor | None] = []

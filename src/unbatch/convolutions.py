@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unbatch.contractions import Call, Meeting, fill, same_dtype
+from unbatch.contractions import Meeting, OperandUse
+from unbatch.rows import fill, same_dtype
 
 aten = torch.ops.aten
 SAMPLE = 16  # samples on which ways are compared
@@ -24,7 +25,7 @@ class Convolution(Meeting):
     taken = ""
     fastest: dict[tuple[Any, ...], str] = {}  # noqa: RUF012  what has been measured, for all convolutions of a shape
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: OperandUse) -> None:
         super().__init__(call)
         self.x: Tensor = call["input"]
         names = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")

@@ -14,12 +14,13 @@ from torch.utils._pytree import tree_map
 
 from unbatch.derivatives import solid
 from unbatch.errors import MSG_BACKWARD_INSIDE, MSG_NO_GRAPH, MSG_NO_SECOND_DERIVATIVE, StructureError
-from unbatch.graph import NARROW, Graph, Ref, Step, is_ref, widest
+from unbatch.graph import Graph, Ref, Step, is_ref
+from unbatch.precision import DIFFERENCES_IN_DOUBLE, DIFFERENCES_IN_SINGLE, NARROW, in_double
+from unbatch.probes import gaussians_like, seeded
 from unbatch.purity import untouched
 from unbatch.setting import Setting
 
 Named = Mapping[int, Tensor]  # tensors by the number of a value in the graph
-IN_DOUBLE, IN_SINGLE = (1e-6, 1e-3, 1e-13), (1e-2, 5e-2, 1e-4)  # of differences: step, relative error, rounding
 
 
 @dataclass
@@ -65,10 +66,9 @@ class LossAt:
     def _check_against_differences(self, slope: Named, leaves: Named, names: str) -> None:
         """A derivative that somebody wrote may carry no graph, and PyTorch then takes what it leaves out for zero."""
         double = all(t.dtype == torch.float64 for t in leaves.values())
-        step, rtol, rounding = IN_DOUBLE if double else IN_SINGLE
+        step, rtol, rounding = DIFFERENCES_IN_DOUBLE if double else DIFFERENCES_IN_SINGLE
         step *= max(1.0, _largest(leaves.values()))
-        generator = torch.Generator().manual_seed(0)
-        v = {i: torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for i, t in leaves.items()}
+        v = gaussians_like(leaves, seeded(0))
         told = _times(slope, leaves, v)
         ahead, behind = (self._slope_at({i: t.detach() + s * v[i] for i, t in leaves.items()}) for s in (step, -step))
         seen = {i: (ahead[i] - behind[i]) / (2 * step) for i in leaves}
@@ -106,20 +106,18 @@ class LossAt:
         if all(t.dtype == torch.float64 for t in self.predictions.values()) and not (replayed and self._narrowed):
             return self
         if replayed:
-            return self._widened(replayed=True)
-        called = self._widened(replayed=False)
+            return self._as_double(replayed=True)
+        called = self._as_double(replayed=False)
         if called is not None or own_derivatives(self._value[0]) or _backward_inside(self.setting):
             return called
-        other = self._widened(replayed=True)  # the loss has numbers of its own, in its own precision
+        other = self._as_double(replayed=True)  # the loss has numbers of its own, in its own precision
         return other if other is not None and self._agrees(other.slope) else None
 
-    def _widened(self, replayed: bool) -> LossAt | None:
-        predictions, inner, outputs = (
-            {i: widest(t) for i, t in named.items()} for named in (self.predictions, self.inner, self.outputs)
-        )
-        targets = tree_map(lambda t: widest(t) if isinstance(t, Tensor) else t, self.setting.targets)
-        setting = self.setting.widened() if replayed else self.setting
-        other = LossAt(replace(setting, targets=targets), predictions, inner, outputs, replayed)
+    def _as_double(self, replayed: bool) -> LossAt | None:
+        setting = self.setting.in_double() if replayed else self.setting
+        setting = replace(setting, targets=in_double(self.setting.targets))
+        predictions, inner, outputs = (in_double(dict(t)) for t in (self.predictions, self.inner, self.outputs))
+        other = LossAt(setting, predictions, inner, outputs, replayed)
         try:
             return other if all(g.dtype == torch.float64 for g in other.slope.values()) else None
         except (RuntimeError, TypeError):

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unbatch.contractions import wide
 from unbatch.errors import MSG_MAX_NORM, InputError
 from unbatch.quantities import About, Derived, Norms, Projections, Quantity, Total, Variance
 from unbatch.results import ByParameter, SquaredNorms
+from unbatch.rows import wide
 
 
 @dataclass(frozen=True)

@@ -198,10 +198,6 @@ MSG_OPERATOR_VECTOR = (
 
 MSG_OPERATOR_SHAPES = "Operators of the shapes {shapes} cannot be used together: to {what} them they have to fit."
 
-MSG_OPERATOR_INDEX = (
-    "Rows and columns are chosen by a slice, by integers below {size}, or by names out of {names}; got {got!r}."
-)
-
 MSG_NO_SECOND_DERIVATIVE = (
     "The loss has no second derivative by the predictions in PyTorch ({error}), so there is no Gauss-Newton matrix to "
     "be had from it. Use a loss that can be differentiated twice, or one written in terms of such functions."

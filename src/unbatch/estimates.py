@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from unbatch.probes import random_signs, seeded
+from unbatch.rows import Moments
+
 PILOTS = 8  # draws on which coefficients are fitted
 
 
@@ -51,22 +54,22 @@ def from_signs(
     control: Control | None,
 ) -> DiagonalEstimate:
     """``pull(z)`` is ``V z`` for ``z`` ``[size]``; ``slices``: where each parameter lies in it."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
 
     def draw() -> tuple[Tensor, Tensor | None]:
-        z = torch.randint(2, (size,), generator=generator) * 2.0 - 1
+        z = random_signs(size, generator).to(torch.get_default_dtype())
         return pull(z).double().square(), None if control is None else control.pull(z).double().square()
 
     fitted = {} if control is None else _fitted([draw() for _ in range(PILOTS)], slices)
     plain, controlled = Moments(), Moments()
     for _ in range(draws):
         square, other = draw()
-        plain.add(square)
+        plain.add(square[None])
         if control is not None and other is not None:
             apart = other - control.exact.double()
             for name, where in slices.items():
                 square[where] -= fitted[name] * apart[where]
-        controlled.add(square)
+        controlled.add(square[None])
     gain = float(plain.variance.sum() / controlled.variance.sum()) if control is not None else 1.0
     error = (controlled.variance / draws).sqrt()
     cost = draws if control is None else 2 * (draws + PILOTS) + control.pullbacks
@@ -80,20 +83,3 @@ def _fitted(pilots: list[tuple[Tensor, Tensor | None]], slices: dict[str, slice]
     first, second = first - first.mean(0), second - second.mean(0)
     together, alone, tiny = (first * second).sum(0), second.square().sum(0), torch.finfo(torch.float64).tiny
     return {n: float(together[s].sum() / alone[s].sum().clamp_min(tiny)) for n, s in slices.items()}
-
-
-class Moments:
-    """Mean and variance of draws that come one by one (Welford 1962)."""
-
-    def __init__(self) -> None:
-        self.count, self.mean, self.squares = 0, torch.zeros(()), torch.zeros(())
-
-    def add(self, x: Tensor) -> None:
-        self.count += 1
-        apart = x - self.mean
-        self.mean = self.mean + apart / self.count
-        self.squares = self.squares + apart * (x - self.mean)
-
-    @property
-    def variance(self) -> Tensor:
-        return self.squares / max(self.count - 1, 1)

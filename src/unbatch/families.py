@@ -9,8 +9,6 @@ import math
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from unbatch import ops
 from unbatch.labels import Marks, collapse, expand, reshape, shared, squeeze
 from unbatch.rules import Call, numbered, pointwise, rule
@@ -317,7 +315,3 @@ def comparison(call: Call) -> Marks:
     if call["other"] == -100 and not isinstance(call["other"], Marks) and not call.occurs("self", -100):
         return shared(call.shape, "nothing ignored", (), range(len(call.shape)))
     return call.algebra.pointwise(call.title, x, *call.marks[1:])
-
-
-def occurs(values: Any, what: int) -> bool:
-    return values is None or bool((np.asarray(values) == what).any())

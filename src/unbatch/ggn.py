@@ -35,9 +35,10 @@ from unbatch.errors import (
 )
 from unbatch.estimates import Control, DiagonalEstimate, from_signs
 from unbatch.linearised import Linearised
-from unbatch.operator import Operator, sum_of
+from unbatch.operator import Operator
 from unbatch.purity import outside_inference_mode
 from unbatch.roots import Factor, Root
+from unbatch.rows import sum_of
 from unbatch.solvers import Solved, conjugate_gradients
 from unbatch.spectra import Eigenpairs
 from unbatch.tree import Space
@@ -466,7 +467,4 @@ class GGN(Operator):
 def _per_sample(a: Mapping[int, Tensor], b: Mapping[int, Tensor], dims: Mapping[int, int]) -> Tensor:
     """``[N]``: inner products of the predictions of each sample."""
     parts = [(a[i] * b[i]).movedim(dims[i], 0).flatten(1).sum(1) if a[i].ndim > 1 else a[i] * b[i] for i in a if i in b]
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
+    return sum_of(parts)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from unbatch.columns import OfColumns, feed_columns
-from unbatch.contractions import real
 from unbatch.curvature import Curvature
 from unbatch.parts import Part
 from unbatch.plan import Plan
 from unbatch.quantities import About, Basic, Collector, Derived, Gradients, Quantity
+from unbatch.rows import real
 from unbatch.sources import CHUNK, Chunks, Source
 
 # --- answering ------------------------------------------------------------------------------------

@@ -4,6 +4,20 @@ Values, steps in order, what Python learned on the way, and the parts that have 
 recording is made, or about samples.
 """
 
+# The grammar of a recording; ``check_graph`` at the end of this file holds it.
+#
+#   graph   ::=  value*  step*  escape*  call*  inputs  targets  predictions  loss?  after_cut
+#   value   ::=  shape dtype window kind        kind "step" exactly where a step makes it, and then ``step`` says which
+#   step    ::=  op args kwargs -> outs writes  its index is its place; args refer to values that are made before it
+#   writes  ::=  (old, new)*                    the op writes to ``old``, one of its arguments, and ``new`` is the
+#                                               version of it from there on; one for every write in the op's schema
+#   outs    ::=  (ref | none)*                  what the op returns; where it returns what it wrote to, that is ``new``
+#   escape  ::=  ref step                       a value read by Python, which was there before that step
+#   call    ::=  start stop inputs outputs      the steps of one run of a module
+#
+# Every value is made once. The steps in ``after_cut`` belong to the loss: no other step reads what they make, and the
+# predictions are made outside of them.
+
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -15,6 +29,7 @@ import torch
 from torch import Tensor
 
 from unbatch import ops
+from unbatch.precision import double_dtype, in_double
 from unbatch.purity import random_state, set_random_state
 
 
@@ -68,6 +83,12 @@ class Step:
     def refs(self) -> list[Ref]:
         return list(self._refs)
 
+    @property
+    def place(self) -> str:
+        """Where it stands, in words: its module, its op and, where that is known, file and line."""
+        parts = [self.module or "the model", self.name, self.where]
+        return ", ".join(part for part in parts if part)
+
     @cached_property
     def parameters(self) -> tuple[str, ...]:
         """The names of the op's arguments, in order."""
@@ -96,6 +117,26 @@ class Step:
         found: list[Ref] = []
         filled((self.args, self.kwargs), found.append)
         return tuple(found)
+
+
+@dataclass
+class ExecutedOp:
+    """An op as it ran: the arguments that were given, by name, and of its outputs what is needed later."""
+
+    step: Step
+    arguments: dict[str, Any]
+    outputs: tuple[Any, ...]
+
+    @property
+    def op(self) -> Any:
+        return self.step.op
+
+    def __getitem__(self, name: str) -> Any:
+        return self.arguments.get(name)
+
+    def with_(self, changes: Mapping[str, Any]) -> Any:
+        """Return the result of the op with some other arguments."""
+        return self.op(**{**self.arguments, **changes})
 
 
 @dataclass(frozen=True)
@@ -148,6 +189,17 @@ class Graph:
     @property
     def forward_steps(self) -> list[Step]:
         return [s for s in self.steps if s.index not in self.after_cut]
+
+    @property
+    def used_predictions(self) -> list[Ref]:
+        """The predictions that the loss reads; all of them where there is no loss, or it reads none."""
+        if self.loss is None:
+            return self.predictions
+        read = {self.loss.index}
+        for step in self.loss_steps:
+            read.update(r.index for r in step.refs())
+        used = [p for p in self.predictions if p.index in read]
+        return used or self.predictions
 
     @property
     def unregistered(self) -> list[tuple[Value, Step]]:
@@ -232,14 +284,13 @@ class Graph:
             after_cut=frozenset([*map(later, self.after_cut), *range(place + cut, place + count)]),
         ), names
 
-    def widened(self) -> Graph:
+    def in_double(self) -> Graph:
         """The same computation in float64, from the numbers at its beginning on."""
-        wide = lambda x: torch.float64 if x in NARROW else x  # noqa: E731
-        values = [
-            replace(v, dtype=wide(v.dtype), concrete=v.concrete if v.concrete is None else widest(v.concrete))
-            for v in self.values
-        ]
-        steps = [replace(s, args=mapped(s.args, wide), kwargs=mapped(s.kwargs, wide)) for s in self.steps]
+        values = [replace(v, dtype=double_dtype(v.dtype), concrete=in_double(v.concrete)) for v in self.values]
+        steps = []
+        for s in self.steps:
+            args, kwargs = filled((s.args, s.kwargs), double_dtype, torch.dtype)
+            steps.append(replace(s, args=args, kwargs=kwargs))
         return replace(self, values=values, steps=steps)
 
     def run(
@@ -357,23 +408,6 @@ class Graph:
         return out
 
 
-NARROW = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def widest(t: Tensor) -> Tensor:
-    """In float64, if it is a narrower floating-point tensor."""
-    return t.double() if t.dtype in NARROW else t
-
-
-def mapped(tree: Any, function: Callable[[Any], Any]) -> Any:
-    """Arguments with a function applied to the types among them."""
-    if isinstance(tree, list | tuple):
-        return type(tree)(mapped(t, function) for t in tree)
-    if isinstance(tree, dict):
-        return {k: mapped(v, function) for k, v in tree.items()}
-    return function(tree) if isinstance(tree, torch.dtype) else tree
-
-
 def filled(tree: Any, get: Callable[[Any], Any], kind: type = Ref) -> Any:
     """Arguments with values in place of references (or of what else is of a ``kind``)."""
     if isinstance(tree, kind):
@@ -389,3 +423,99 @@ def is_ref(x: Any) -> bool:
 
 def flat(out: Any) -> list[Any]:
     return [x for o in out for x in flat(o)] if isinstance(out, tuple | list) else [out]
+
+
+# --- the checker ----------------------------------------------------------------------------------
+
+
+class GraphError(AssertionError):
+    """A recording that breaks the grammar: a fault of this package."""
+
+
+def check_graph(graph: Graph) -> None:
+    """Raise ``GraphError``, with the step and what is wrong, where a recording is not as the grammar says."""
+    made: dict[int, int] = {}  # value -> the step that makes it
+    for place, step in enumerate(graph.steps):
+        if step.index != place:
+            raise GraphError(f"Step {place} ({step.name}) says that it is step {step.index}.")
+        _check_reads(graph, step, made)
+        _check_writes(step)
+        for i in _made_by(step):
+            if i in made:
+                raise GraphError(f"Step {place} ({step.name}) makes value {i}, which step {made[i]} has made.")
+            made[i] = place
+    _check_values(graph, made)
+    _check_cut(graph, made)
+    _check_ends(graph, made)
+
+
+def _made_by(step: Step) -> list[int]:
+    """The values that a step makes; what it returns may be what it wrote to."""
+    refs = [*step.outs, *(new for _, new in step.writes)]
+    return list(dict.fromkeys(r.index for r in refs if r is not None))
+
+
+def _check_reads(graph: Graph, step: Step, made: Mapping[int, int]) -> None:
+    """What a step reads is there before it."""
+    for ref in [*step.refs(), *(old for old, _ in step.writes)]:
+        if not 0 <= ref.index < len(graph.values):
+            raise GraphError(f"Step {step.index} ({step.name}) reads value {ref.index} of {len(graph.values)}.")
+        if graph.values[ref.index].kind == "step" and ref.index not in made:
+            raise GraphError(f"Step {step.index} ({step.name}) reads value {ref.index} before it is made.")
+
+
+def _check_writes(step: Step) -> None:
+    """What the schema of an op says that it writes to has a new version, and what has one is an argument."""
+    olds = [old for old, _ in step.writes]
+    for old in olds:
+        if old not in step.refs():
+            raise GraphError(f"Step {step.index} ({step.name}) writes to value {old.index}, which it does not read.")
+    for argument in step.op._schema.arguments:
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        for ref in flat(step.named.get(argument.name)):
+            if isinstance(ref, Ref) and ref not in olds:
+                raise GraphError(f"Step {step.index} ({step.name}) writes to {argument.name!r}, which is not recorded.")
+
+
+def _check_values(graph: Graph, made: Mapping[int, int]) -> None:
+    """Values know the step that makes them, and have a window on a memory that fits their shape."""
+    for i, value in enumerate(graph.values):
+        maker = made.get(i, -1)
+        if value.step != maker:
+            raise GraphError(f"Value {i} says that step {value.step} makes it, and step {maker} does.")
+        if (value.kind == "step") != (maker >= 0):
+            raise GraphError(f"Value {i} is of the kind {value.kind!r}, and step {maker} makes it.")
+        if value.stride and len(value.stride) != len(value.shape):
+            raise GraphError(f"Value {i} of shape {value.shape} has the strides {value.stride}.")
+
+
+def _check_cut(graph: Graph, made: Mapping[int, int]) -> None:
+    """The model does without the loss: nothing that the loss makes is read by other steps, or is a prediction."""
+    outside = graph.after_cut - set(range(len(graph.steps)))
+    if outside:
+        raise GraphError(f"The steps {sorted(outside)} of the loss are none of the {len(graph.steps)} steps.")
+    of_loss = {i for i, step in made.items() if step in graph.after_cut}
+    for step in graph.forward_steps:
+        early = [r.index for r in step.refs() if r.index in of_loss]
+        if early:
+            raise GraphError(f"Step {step.index} ({step.name}) of the model reads {early}, which the loss makes.")
+    for ref in graph.predictions:
+        if ref.index in of_loss:
+            raise GraphError(f"The prediction {ref.index} is made by step {made[ref.index]}, of the loss.")
+
+
+def _check_ends(graph: Graph, made: Mapping[int, int]) -> None:
+    """Escapes, calls, inputs, predictions and the loss refer to steps and values that are there."""
+    count = len(graph.steps)
+    for escape in graph.escapes:
+        if not made.get(escape.ref.index, -1) < escape.step <= count:
+            raise GraphError(f"Value {escape.ref.index} was read by Python before step {escape.step} has made it.")
+    for call in graph.calls:
+        if not 0 <= call.start <= call.stop <= count:
+            raise GraphError(f"The module {call.module!r} ran from step {call.start} to {call.stop} of {count}.")
+    loss = [graph.loss] if graph.loss is not None else []
+    ends = [*graph.inputs, *graph.targets, *graph.predictions, *loss]
+    for ref in ends:
+        if ref is not None and not 0 <= ref.index < len(graph.values):
+            raise GraphError(f"Value {ref.index} of {len(graph.values)} is said to be an end of the computation.")

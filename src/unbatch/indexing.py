@@ -45,7 +45,7 @@ def exact(call: Call, index: Marks, values: Any) -> bool:
 
 def own_choice(x: Marks, dim: int, index: Marks) -> bool:
     """Samples choose among what is theirs, as a label does among classes: whatever they choose, it is theirs."""
-    return index.owned and not index.mixed and x.owner.shape[dim] == 1 and bool((x.owner >= 0).all())
+    return index.owned and not index.mixed and x.owner.shape[dim] == 1 and x.all_owned
 
 
 @rule("index _unsafe_index index_select gather take_along_dim take")
@@ -128,7 +128,7 @@ def _pick(call: Call, x: Marks, cut: list[Any], loose: list[Marks], named: list[
     )
     owner, key = x.owner[where], x.key[where]
     key = mix(key, code("index", named)) if named and not spell else key
-    before = _position(cut, rank)
+    before = _position(cut)
     picked = np.broadcast_shapes(*(c.shape for d, c in enumerate(cut) if d in fixed)) if fixed else ()
     picked = (1,) * (rank - len(picked)) + picked
     shape = (*call.shape[:before], *picked, *call.shape[before + rank :])
@@ -155,7 +155,7 @@ def _alike(out: Marks, picked: Sequence[np.ndarray], end: int) -> Marks:
     return replace(out, owner=owner, key=key)
 
 
-def _position(cut: list[Any], rank: int) -> int:
+def _position(cut: list[Any]) -> int:
     """Where numpy and PyTorch put the dims of an advanced index."""
     arrays = [d for d, c in enumerate(cut) if not isinstance(c, slice)]
     adjacent = not arrays or arrays == list(range(arrays[0], arrays[-1] + 1))

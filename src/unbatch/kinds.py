@@ -12,28 +12,28 @@ from torch import Tensor
 
 from unbatch import ops
 from unbatch.broadcasts import Pointwise, Scale, Shift
-from unbatch.contractions import Call, Generic, Meeting
+from unbatch.contractions import Generic, Meeting, OperandUse
 from unbatch.convolutions import Convolution
-from unbatch.layout import Scattered
 from unbatch.lookups import Embedding
 from unbatch.mixing import Projected, ProjectedRows
 from unbatch.products import Linear
+from unbatch.sample_layout import Scattered
 from unbatch.substitutes import moments
 
-KINDS: dict[str, Callable[[Call], Meeting | None]] = {}
+KINDS: dict[str, Callable[[OperandUse], Meeting | None]] = {}
 
 
-def kind(names: str) -> Callable[[Callable[[Call], Meeting | None]], Callable[[Call], Meeting | None]]:
+def kind(names: str) -> Callable[[Callable[[OperandUse], Meeting | None]], Callable[[OperandUse], Meeting | None]]:
     """Register a function for ops, by the names that they have without ``aten::`` (space-separated)."""
 
-    def register(function: Callable[[Call], Meeting | None]) -> Callable[[Call], Meeting | None]:
+    def register(function: Callable[[OperandUse], Meeting | None]) -> Callable[[OperandUse], Meeting | None]:
         KINDS.update(dict.fromkeys(names.split(), function))
         return function
 
     return register
 
 
-def meeting(call: Call) -> Meeting:
+def meeting(call: OperandUse) -> Meeting:
     """The kind that fits, or the generic one."""
     if isinstance(call.layout, Scattered) or call.outputs[0].is_complex() or call.operand.is_complex() or _twice(call):
         return Generic(call)
@@ -44,7 +44,7 @@ def meeting(call: Call) -> Meeting:
     return found or Generic(call)
 
 
-def _twice(call: Call) -> bool:
+def _twice(call: OperandUse) -> bool:
     """The operand stands in more than one place."""
     operand, places = call.operand, 0
     for a in call.arguments.values():
@@ -52,12 +52,12 @@ def _twice(call: Call) -> bool:
     return places > 1
 
 
-def _once(call: Call) -> bool:
+def _once(call: OperandUse) -> bool:
     """The operand is an argument, broadcast against the others, and the op does not write in place."""
     return not ops.may_write(call.op) and isinstance(call.arguments.get(call.name), Tensor)
 
 
-def projected(call: Call, norm: Call) -> Meeting:
+def projected(call: OperandUse, norm: OperandUse) -> Meeting:
     """The meeting of a weight, or bias, with the input of a topmost batch norm."""
     xhat, scale = normalised(norm)
     gain = scale if norm["weight"] is None else scale * norm["weight"]
@@ -72,7 +72,7 @@ def projected(call: Call, norm: Call) -> Meeting:
 
 
 @kind("mm bmm")
-def _matmul(call: Call) -> Meeting | None:
+def _matmul(call: OperandUse) -> Meeting | None:
     left, right = ("mat1", "mat2") if call["mat1"] is not None else ("self", "mat2")
     a, b = call[left], call[right]
     if a.ndim == 3:
@@ -91,50 +91,50 @@ def _factor(number: float | None) -> float | None:
 
 
 @kind("addmm")
-def _addmm(call: Call) -> Meeting | None:
+def _addmm(call: OperandUse) -> Meeting | None:
     if call.name == "self":
         return Shift(call, _factor(call["beta"]))
     return _matmul(call)
 
 
 @kind("convolution")
-def _convolution(call: Call) -> Meeting | None:
+def _convolution(call: OperandUse) -> Meeting | None:
     if call.layout.dim != 0 or call.name not in ("weight", "bias"):
         return None
     return Convolution(call) if call.name == "weight" else Shift(call, axis=1)
 
 
 @kind("add")
-def _add(call: Call) -> Meeting | None:
+def _add(call: OperandUse) -> Meeting | None:
     if isinstance(call["self"], Tensor) and isinstance(call["other"], Tensor):
         return Shift(call, _factor(call["alpha"]) if call.name == "other" else None)
     return None
 
 
 @kind("sub")
-def _sub(call: Call) -> Meeting | None:
+def _sub(call: OperandUse) -> Meeting | None:
     return Shift(call, -(_factor(call["alpha"]) or 1) if call.name == "other" else None)
 
 
 @kind("mul")
-def _mul(call: Call) -> Meeting | None:
+def _mul(call: OperandUse) -> Meeting | None:
     other = call["other" if call.name == "self" else "self"]
     return Scale(call, other) if isinstance(other, Tensor) else None
 
 
 @kind("expand")
-def _expand(call: Call) -> Meeting | None:
+def _expand(call: OperandUse) -> Meeting | None:
     return Shift(call)
 
 
 @kind("embedding")
-def _embedding(call: Call) -> Meeting | None:
+def _embedding(call: OperandUse) -> Meeting | None:
     indexed = call["indices"].ndim > call.layout.dim
     return Embedding(call) if call.name == "weight" and indexed else None
 
 
 @kind("native_layer_norm")
-def _layer_norm(call: Call) -> Meeting | None:
+def _layer_norm(call: OperandUse) -> Meeting | None:
     if call.layout.dim >= call.outputs[0].ndim - len(call["normalized_shape"]):
         return None
     _, mean, rstd = call.outputs
@@ -142,7 +142,7 @@ def _layer_norm(call: Call) -> Meeting | None:
 
 
 @kind("native_group_norm")
-def _group_norm(call: Call) -> Meeting | None:
+def _group_norm(call: OperandUse) -> Meeting | None:
     if call.layout.dim != 0:
         return None
     if call.name == "bias":
@@ -154,7 +154,7 @@ def _group_norm(call: Call) -> Meeting | None:
     return Scale(call, x, mean, rstd, axis=1)
 
 
-def normalised(call: Call) -> tuple[Tensor, Tensor]:
+def normalised(call: OperandUse) -> tuple[Tensor, Tensor]:
     """Return ``x̂`` of a batch norm, and ``1/σ``."""
     norm = ops.batch_norm_arguments(call.op, call.arguments)
     x, (mean, scale) = norm.input, moments(call.op, norm, call.outputs)
@@ -163,7 +163,7 @@ def normalised(call: Call) -> tuple[Tensor, Tensor]:
 
 
 @kind(" ".join(ops.names(lambda row: row.batch_norm)))
-def _batch_norm(call: Call) -> Meeting | None:
+def _batch_norm(call: OperandUse) -> Meeting | None:
     if call.name == "bias":
         return Shift(call, axis=1)
     norm = ops.batch_norm_arguments(call.op, call.arguments)

@@ -1,7 +1,12 @@
 """What is known about a value: for every element, which sample it belongs to and which function of that sample it is.
 
-Here lives the vocabulary (``Marks`` and the five labels read off it) and what moves elements without computing. How
-marks pass through computations is in ``algebra.py``. No op names of any framework, no tensor values.
+Here lives the vocabulary (``Marks``) and what moves elements without computing. How marks pass through computations
+is in ``algebra.py``. No op names of any framework, no tensor values.
+
+Whose an element is stands as one number, its owner: a sample ``0..N-1``, or ``SHARED`` (the same for every sample),
+``MIXED`` (of several samples, in no symmetric way), or the code of a group (a statistic of a set of samples, see
+``group_owner``). For people a value is *shared*, has *one slice per sample*, is a *total* or a *statistic* of the
+batch, or is *mixed*; these words are read off the owners and are no classes.
 
 An element with owner ``n`` and key ``k`` is ``phi_k(x_n, shared values, statistics)``. Two elements with equal keys
 are the *same* function, of their own samples. Keys are structural hashes, so equal keys are a proof up to hash
@@ -22,50 +27,40 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 SHARED, MIXED = -1, -2  # owners beside the samples 0..N-1
-FIRST_GROUP = -3  # FIRST_GROUP - g: a statistic of the g-th set of samples
+_FIRST_GROUP = -3  # and below: a statistic of a set of samples
 
 Array = np.ndarray
 Dims = Sequence[int]
 
 
-# --- the five labels, as a reader sees them -------------------------------------------------------
+# --- owners ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Shared:
-    """The same for every sample; does not depend on the batch."""
+def group_owner(number: int) -> int:
+    """Return the owner of what is a statistic of the set of samples with this number."""
+    return _FIRST_GROUP - number
 
 
-@dataclass(frozen=True)
-class Each:
-    """Has a sample axis ``dim`` (None: samples are interleaved); slice n depends on sample n and on ``given``."""
-
-    dim: int | None
-    given: frozenset[int] = frozenset()
+def group_number(owner: Array | int) -> Array:
+    """Return the numbers of the sets of samples; 0 where the owner is none, see ``is_group``."""
+    return np.where(is_group(owner), _FIRST_GROUP - owner, 0)
 
 
-@dataclass(frozen=True)
-class Total:
-    """A sum over samples of something each sample has, up to shared factors and terms."""
-
-    given: frozenset[int] = frozenset()
+def is_group(owner: Array | int) -> Array:
+    """Tell of every owner whether it is a set of samples, short of all of them."""
+    return np.asarray(np.less_equal(owner, _FIRST_GROUP))
 
 
-@dataclass(frozen=True)
-class Statistic:
-    """No sample axis; depends on the whole batch (or on a group of it) the same way for every sample in it."""
-
-    given: frozenset[int] = frozenset()
+def is_sample(owner: Array) -> Array:
+    """Tell of every owner whether it is a single sample."""
+    return np.asarray(np.greater_equal(owner, 0))
 
 
-@dataclass(frozen=True)
-class Mixed:
-    """Anything else; ``where`` lists the steps at which samples met."""
-
-    where: frozenset[int] = frozenset()
-
-
-Label = Shared | Each | Total | Statistic | Mixed
+def follow_samples(owner: Array, dim: int, samples: int) -> bool:
+    """Tell whether slice n along ``dim`` belongs to sample n, or to none."""
+    view = [samples if d == dim else 1 for d in range(owner.ndim)]
+    sample = np.arange(samples, dtype=np.int32).reshape(view)
+    return bool(((owner == sample) | (owner == SHARED)).all())
 
 
 # --- keys -----------------------------------------------------------------------------------------
@@ -125,11 +120,37 @@ class Marks:
     @property
     def owned(self) -> bool:
         """Some element belongs to a single sample."""
-        return bool((self.owner >= 0).any())
+        return bool(is_sample(self.owner).any())
+
+    @property
+    def all_owned(self) -> bool:
+        """Every element belongs to a single sample."""
+        return bool(is_sample(self.owner).all())
 
     @property
     def mixed(self) -> bool:
+        """Some element depends on several samples in no symmetric way."""
         return bool((self.owner == MIXED).any())
+
+    @property
+    def grouped(self) -> bool:
+        """Some element is a statistic of a set of samples."""
+        return bool(is_group(self.owner).any())
+
+    @property
+    def coupled(self) -> bool:
+        """Some element depends on several samples: it is mixed, or a statistic of a set of them."""
+        return bool((self.owner < SHARED).any())
+
+    @property
+    def separate(self) -> bool:
+        """Every element belongs to a single sample, or to none; and some do to one."""
+        return self.owned and not self.coupled
+
+    @property
+    def partly_shared(self) -> bool:
+        """Some elements belong to samples, and others to none."""
+        return self.owned and not self.mixed and bool((self.owner == SHARED).any())
 
     @property
     def depends_on_batch(self) -> bool:
@@ -156,22 +177,11 @@ class Marks:
         """The same owners, another function."""
         return replace(self, key=mix(self.key, code(name)))
 
-    def label(self) -> Label:
-        if self.mixed:
-            return Mixed(self.mixers)
-        if self.owned:
-            return Each(self.sample_dim(), self.given)
-        if self.given:
-            return Total(self.given) if self.additive else Statistic(self.given)
-        return Shared()
-
     def sample_dim(self) -> int | None:
         """The axis along which slice n belongs to sample n (or to none), if there is one."""
         for d in range(len(self.shape)):
-            if self.owner_varies(d):
-                place = index_along(self.shape[d], d, len(self.shape)).astype(np.int32)
-                if ((self.owner == place) | (self.owner == SHARED)).all():
-                    return d
+            if self.owner_varies(d) and follow_samples(self.owner, d, self.shape[d]):
+                return d
         single = self.owned and int(self.owner.max()) == 0 and not self.mixed
         return next((d for d, s in enumerate(self.shape) if s == 1), None) if single else None
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,23 +20,16 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_map
 
 from unbatch import live
+from unbatch.aliasing import Window, seen_through_older_windows
 from unbatch.derivatives import forward_mode, gradients, solid
 from unbatch.errors import MSG_NO_TANGENT, StructureError
-from unbatch.graph import Graph, Ref, Step, flat, is_ref
+from unbatch.graph import ExecutedOp, Graph, Ref, Step, flat, is_ref
+from unbatch.probes import gaussians_like, seeded
 from unbatch.purity import untouched
 from unbatch.route import Route
 from unbatch.setting import Setting
 from unbatch.substitutes import held, laid_out, norm_held, unmoved
-from unbatch.tangents import NEED_OUTPUTS, RULES, SPELLED_OUT, Ran, Tangents, through_op
-
-
-class Window(NamedTuple):
-    """Where a value lies in its memory, of which ``whole`` is the number of entries."""
-
-    whole: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
+from unbatch.tangents import NEED_OUTPUTS, RULES, SPELLED_OUT, Tangents, through_op
 
 
 @dataclass
@@ -45,6 +38,7 @@ class _Tangents:
 
     graph: Graph
     windows: Mapping[int, Window]
+    sizes: Mapping[int, int]  # of the memories, in entries
     values: dict[int, Tensor] = field(default_factory=dict)
     memories: dict[int, Tensor] = field(default_factory=dict)
 
@@ -52,7 +46,7 @@ class _Tangents:
         if i not in self.windows:
             return self.values.get(i)
         memory = self.memories.get(self.graph.values[i].storage)
-        return None if memory is None else memory.as_strided(*self.windows[i][1:]).clone()
+        return None if memory is None else self.windows[i](memory).clone()
 
     def put(self, new: Ref | None, old: Ref | None, t: Tensor | None) -> None:
         """``old``: what lies where ``new`` does, if that was written to."""
@@ -60,10 +54,10 @@ class _Tangents:
             return
         window, storage = self.windows.get(new.index, self.windows.get(old.index)), self.graph.values[new.index].storage
         if window is not None and storage in self.memories:
-            self.memories[storage].as_strided(*window[1:]).copy_(t if t is not None else torch.zeros(()))
+            window(self.memories[storage]).copy_(t if t is not None else torch.zeros(()))
         elif window is not None and t is not None:
-            self.memories[storage] = t.new_zeros(window.whole)
-            self.memories[storage].as_strided(*window[1:]).copy_(t)
+            self.memories[storage] = t.new_zeros(self.sizes[storage])
+            window(self.memories[storage]).copy_(t)
         elif t is not None:
             self.values[new.index] = t
 
@@ -83,8 +77,9 @@ class Linearised:
     leaves: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[int, Tensor] = field(default_factory=dict)
     inner: dict[int, Tensor] = field(default_factory=dict)
-    steps: list[Ran] = field(default_factory=list)
+    steps: list[ExecutedOp] = field(default_factory=list)
     windows: dict[int, Window] = field(default_factory=dict)  # of values whose memory is written through others
+    sizes: dict[int, int] = field(default_factory=dict)  # of these memories, in entries
     _at_once: bool = False
 
     def __post_init__(self) -> None:
@@ -105,9 +100,11 @@ class Linearised:
         self.all_outputs = {r.index: at[r.index].detach() for r in graph.predictions}
 
     def _visit(self, i: int, value: Tensor) -> None:
-        if self.setting.graph.values[i].storage in self._shared:
-            whole = value.untyped_storage().nbytes() // value.element_size()
-            self.windows[i] = Window(whole, tuple(value.shape), value.stride(), int(value.storage_offset()))
+        storage = self.setting.graph.values[i].storage
+        if storage in self._shared:
+            self.windows[i] = Window.of_tensor(value)
+            size = value.untyped_storage().nbytes() // value.element_size()
+            self.sizes[storage] = max(size, self.sizes.get(storage, 0))
         if i in self.watched and i not in self.edges and value.requires_grad:
             self.edges[i] = get_gradient_edge(value)
 
@@ -141,7 +138,8 @@ class Linearised:
         kept_args, kept_kwargs = tree_map(one, (args, kwargs))
         result = op(*args, **kwargs)
         outs = tuple(o.detach() if isinstance(o, Tensor) else o for o in flat(result))
-        self.steps.append(Ran(step, kept_args, kept_kwargs, outs if step.name in NEED_OUTPUTS else ()))
+        arguments = dict(zip(step.parameters, kept_args, strict=False)) | kept_kwargs
+        self.steps.append(ExecutedOp(step, arguments, outs if step.name in NEED_OUTPUTS else ()))
         return result
 
     # -- Jᵀ u --
@@ -168,10 +166,9 @@ class Linearised:
 
     def _try(self) -> None:
         """``⟨u, J v⟩ = ⟨Jᵀu, v⟩`` for random u and v, or the rules for single ops are not believed."""
-        generator = torch.Generator().manual_seed(0)
-        random = lambda t: torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t)  # noqa: E731
-        v = {n: random(p) for n, p in self.parameters.items()}
-        u = {i: random(t) for i, t in self.outputs.items() if t.requires_grad}
+        generator = seeded(0)
+        v = gaussians_like(self.parameters, generator)
+        u = gaussians_like({i: t for i, t in self.outputs.items() if t.requires_grad}, generator)
         pulled = self.pull(u)
         expected = sum(float((pulled[n] * v[n]).sum()) for n in v)
         # Where J is zero (a bias below a batch norm), both are what is left of larger numbers.
@@ -187,14 +184,14 @@ class Linearised:
         raise StructureError(MSG_NO_TANGENT.format(place="the model", error="its rules contradict its backward pass"))
 
     def _push_by_steps(self, tangents: Mapping[str, Tensor], wanted: Sequence[int] = ()) -> dict[int, Tensor]:
-        at = _Tangents(self.setting.graph, self.windows)
+        at = _Tangents(self.setting.graph, self.windows, self.sizes)
         at.values |= {i: tangents[name] for i, name in self.flow.parameters.items() if name in tangents}
         with torch.no_grad():
-            for ran in self.steps:
-                step = ran.step
+            for call in self.steps:
+                step = call.step
                 here = {r.index: t for r in step.refs() if (t := at.get(r.index)) is not None}
                 if here:
-                    outs = self._through(ran, here)
+                    outs = self._through(call, here)
                     for ref, t in zip(step.outs, outs, strict=False):
                         at.put(ref, ref, t)
                     for old, new in step.written_results:
@@ -205,35 +202,19 @@ class Linearised:
         value, like = self.setting.graph.values[i], next(iter(self.outputs.values())).detach()
         return like.new_zeros(value.shape, dtype=value.dtype)
 
-    def _through(self, ran: Ran, here: Mapping[int, Tensor]) -> Tangents:
-        step, held_ = ran.step, ran.step.index in self.flow.frozen_norms
+    def _through(self, call: ExecutedOp, here: Mapping[int, Tensor]) -> Tangents:
+        step, held_ = call.step, call.step.index in self.flow.frozen_norms
         if step.name in RULES and not held_:
             moving = {n: tree_map(lambda r: here.get(r.index) if is_ref(r) else None, a, is_leaf=is_ref)
                       for n, a in step.named.items()}  # fmt: skip
-            outs = RULES[step.name](ran, moving)
+            outs = RULES[step.name](call, moving)
             if outs is not None:
                 return outs
-        return through_op(ran, norm_held(step) if held_ else step.op, here)
+        return through_op(call, norm_held(step) if held_ else step.op, here)
 
     @cached_property
     def _shared(self) -> frozenset[int]:
-        """Memories that are written to, and read through a window that was there before."""
-        graph, shared = self.setting.graph, set()
-        last = {r.index: s.index for s in graph.forward_steps for r in s.refs()}
-        windows: dict[int, list[int]] = {}
-        for i, v in enumerate(graph.values):
-            windows.setdefault(v.storage, []).append(i)
-        for step in graph.forward_steps:
-            for old, new in step.written_results:
-                storage = graph.values[new.index].storage
-                others = [i for i in windows[storage] if i not in (old.index, new.index) and self._before(i, step)]
-                if any(last.get(i, -1) > step.index or i in self.flow.predictions for i in others):
-                    shared.add(storage)
-        return frozenset(shared)
-
-    def _before(self, i: int, step: Step) -> bool:
-        made = self.setting.graph.values[i].step
-        return made is None or made < step.index
+        return seen_through_older_windows(self.setting.graph, self.flow.predictions)
 
     def _push_at_once(self, tangents: Mapping[str, Tensor], wanted: Sequence[int] = ()) -> dict[int, Tensor]:
         """Forward mode of the whole computation, which knows about memory."""

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from unbatch.contractions import Call, Meeting, squares, wide
+from unbatch.contractions import Meeting, OperandUse
+from unbatch.rows import squares, wide
 
 
 class Embedding(Meeting):
@@ -15,7 +16,7 @@ class Embedding(Meeting):
 
     lean = frozenset({"squared_norms", "sum_of_squares", "weighted_sum"})
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: OperandUse) -> None:
         super().__init__(call)
         self.indices: Tensor = call["indices"]
         padding = call["padding_idx"]

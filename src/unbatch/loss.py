@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from unbatch.cotangents import LossAt
+from unbatch.precision import DOUBLE, SINGLE
+from unbatch.probes import gaussian_like, seeded
 from unbatch.roots import Factor, Grid, Joint
 
 SOFTMAX = "of a softmax"
 LARGEST_BLOCK = 1024  # entries of a block that is decomposed
 LARGEST_JOINT = 4096  # entries of all predictions whose Hessian is formed
-EXACT, COARSE = 1e-8, 2e-3  # relative errors that rounding explains, in float64 and in float32
 
 
 def joint(loss: LossAt, dims: Mapping[int, int]) -> Joint | None:
@@ -71,7 +72,7 @@ class _Search:
     def __init__(self, loss: LossAt, dims: Mapping[int, int]) -> None:
         self.loss, self.dims = loss, dims
         self.shapes = {i: tuple(loss.predictions[i].shape) for i in dims}
-        self.generator = torch.Generator().manual_seed(0)
+        self.generator = seeded(0)
         self.found: tuple[str, int | None] | None = None
         self.tests = [self._test()]
 
@@ -83,12 +84,12 @@ class _Search:
     def rounding(self) -> float:
         """By how far H is from linear: a loss that casts its predictions rounds more coarsely than these do."""
         if next(iter(self.loss.predictions.values())).dtype != torch.float64:
-            return COARSE
+            return SINGLE
         v, product = self.tests[0]
         third = self.loss.hessian_times({i: x / 3 for i, x in v.items()})
         size = max(float(h.abs().max()) for h in product.values())
         off = max(float((3 * third[i] - product[i]).abs().max()) for i in third)
-        return EXACT if off <= EXACT / 1e3 * size else min(COARSE, 1e3 * off / size)
+        return DOUBLE if off <= DOUBLE / 1e3 * size else min(SINGLE, 1e3 * off / size)
 
     def run(self, known: tuple[str, int | None] | None) -> Factor | None:
         guesses = [("_zero", None), *([known] if known is not None else []), ("_of_entries", None)]
@@ -101,7 +102,7 @@ class _Search:
         return None
 
     def _random(self, like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=self.generator, dtype=torch.float64).to(like)
+        return gaussian_like(like, self.generator)
 
     def _axes(self) -> list[int]:
         """Along which entries may meet: classes come second or last."""
@@ -119,7 +120,7 @@ class _Search:
         for v, product in self.tests[1:]:
             found = guess.hessian_times(v)
             off, size = _largest({i: found[i] - product[i] for i in found}), _largest(product)
-            explained = off <= EXACT * size or off <= self.rounding * size  # each costs more than the one before
+            explained = off <= DOUBLE * size or off <= self.rounding * size  # each costs more than the one before
             if not explained and not off <= self.rounding * size + 10 * self._noise:
                 return None
         return guess

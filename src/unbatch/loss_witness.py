@@ -17,10 +17,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from unbatch.oracle import Oracle
+from unbatch.precision import LOSS_IN_DOUBLE, LOSS_WITH_CASTS, NARROW, LossTolerances, in_double
 from unbatch.purity import untouched
 from unbatch.witness import Witness
-
-COARSE = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass
@@ -39,7 +38,7 @@ class LossOracle:
         at = [i for i, t in enumerate(leaves) if isinstance(t, Tensor)]
         self.leaves = leaves
         self.at = [at[i] for i in self.oracle.places]
-        self.wide = self._works_in(torch.float64)
+        self.double = self._takes_double()
 
     def _open_up(self) -> None:
         """The loss lies inside the model: run its steps alone, from the values they read."""
@@ -53,17 +52,18 @@ class LossOracle:
         )
         self.leaves = [self.boundary[graph.predictions[i].index] for i in self.oracle.places]
         self.at = list(range(len(self.leaves)))
-        self.wide = all(t.dtype == torch.float64 for t in self.leaves)
+        self.double = all(t.dtype == torch.float64 for t in self.leaves)
 
-    def _works_in(self, dtype: torch.dtype) -> bool:
+    def _takes_double(self) -> bool:
+        """The loss can be evaluated in float64, and is finite there."""
         try:
-            self.__dict__["wide"] = True
+            self.__dict__["double"] = True
             return bool(torch.isfinite(self.value([self.leaves[i] for i in self.at])))
         except Exception:
             return False
 
     def _cast(self, t: Any) -> Any:
-        return t.detach().to(torch.float64) if isinstance(t, Tensor) and t.is_floating_point() and self.wide else t
+        return in_double(t.detach()) if isinstance(t, Tensor) and self.double else t
 
     def value(self, predictions: Sequence[Tensor]) -> Tensor:
         graph = self.oracle.graph
@@ -74,7 +74,7 @@ class LossOracle:
             return graph.run(feed, [graph.loss.index], steps=graph.loss_steps)[0]
         leaves = [self._cast(t) for t in self.leaves]
         for i, p in zip(self.at, predictions, strict=True):
-            leaves[i] = p.to(torch.float64) if self.wide and p.is_floating_point() else p
+            leaves[i] = p.to(torch.float64) if self.double and p.is_floating_point() else p
         output = tree_unflatten(leaves, self.spec)
         targets = tree_map(self._cast, self.oracle.targets)
         program = self.oracle.program
@@ -151,17 +151,23 @@ class LossOracle:
     def fine(self) -> bool:
         """Values are good to float64: nothing on the way is cast to a coarser type."""
         casts = [s.kwargs.get("dtype") for s in self.oracle.graph.loss_steps if s.name == "_to_copy"]
-        return self.wide and not any(d in COARSE for d in casts) and self.value(self.swapped({})).dtype == torch.float64
+        return (
+            self.double and not any(d in NARROW for d in casts) and self.value(self.swapped({})).dtype == torch.float64
+        )
+
+    @property
+    def tolerances(self) -> LossTolerances:
+        return LOSS_IN_DOUBLE if self.fine else LOSS_WITH_CASTS
 
     def floor(self, gradient: Tensor) -> float:
         """Norms below this are rounding: by the other rows, the size of loss and predictions, and a trial."""
-        fraction, rounding = (1e-9, 1e-12) if self.fine else (1e-4, 1e-5)
+        allowed = self.tolerances
         here = self.swapped({})
         size = max((float(p.abs().max()) for p in here if p.is_floating_point() and p.numel()), default=1.0) + 1e-300
         slope = float(self.value(here).detach().abs()) / size
         nudged = self.gradient([p * (1 + 1e-7) if p.is_floating_point() else p for p in here])
         noise = 10 * float((nudged - self.gradient(here)).norm(dim=1).max())
-        return max(fraction * float(gradient.norm(dim=1).max()), rounding * slope, noise) + 1e-300
+        return max(allowed.norm * float(gradient.norm(dim=1).max()), allowed.size * slope, noise) + 1e-300
 
     @contextmanager
     def targets(self, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
@@ -186,7 +192,7 @@ def not_a_sum(loss: LossOracle) -> Witness | None:
     if n < 2:
         return None
     pairs = [(a, b) for a in range(n) for b in range(n) if a != b][:12]
-    tolerance = max(1e-10 if loss.fine else 1e-4, 100 * loss.rounding)
+    tolerance = max(loss.tolerances.second_difference, 100 * loss.rounding)
     for a, b in pairs:
         rows = [loss.swapped(r) for r in ({}, {a: (a + 1) % n}, {b: (b + 1) % n}, {a: (a + 1) % n, b: (b + 1) % n})]
         found = abs(_second_difference(loss, rows))
@@ -240,9 +246,9 @@ def entangled(loss: LossOracle) -> Witness | None:
         for keep in range(n):
             other = loss.gradient(loss.swapped({m: (m + shift) % n for m in range(n) if m != keep}))[keep]
             worst, which = max((worst, which), (_sine(base[keep], other, floor), keep))
-    tolerance = 1e-6 if loss.fine else 1e-2
+    tolerance = loss.tolerances.direction
     if worst <= tolerance and loss.fine:
-        worst, which, tolerance = _entangled_values(loss), 0, 1e-2
+        worst, which, tolerance = _entangled_values(loss), 0, LOSS_WITH_CASTS.direction
     return (
         Witness("direction of the gradient by one prediction when the others change", worst, -1, which)
         if worst > tolerance
@@ -291,7 +297,7 @@ def index_matters(loss: LossOracle) -> Witness | None:
         for k in range(min(n, 3)):
             rows = loss.gradient(loss.swapped(dict.fromkeys(range(n), k)))
             worst = max(_sine(rows[0], row, floor) for row in rows) if rows.shape[1] > 1 else 0.0
-            if worst > (1e-6 if loss.fine else 1e-2):
+            if worst > loss.tolerances.direction:
                 return Witness("gradient rows of equal samples", worst)
     return None
 
@@ -308,17 +314,17 @@ def foreign_targets(loss: LossOracle) -> Witness | None:
     floor, worst, which = loss.floor(base), 0.0, -1
     with loss.targets(lambda t: t.roll(1, 0)):
         rolled = loss.gradient(loss.swapped({}))
-    if max(_sine(a, b, floor) for a, b in zip(base, rolled, strict=True)) < 1e-2:
+    if max(_sine(a, b, floor) for a, b in zip(base, rolled, strict=True)) < LOSS_WITH_CASTS.direction:
         return None
     for keep in range(n):
         own = torch.tensor([(keep + 1) % n if m == keep else m for m in range(n)])
         with loss.targets(lambda t, own=own: t[own.to(t.device)]):  # type: ignore[misc]
-            if _sine(base[keep], loss.gradient(loss.swapped({}))[keep], floor) < 1e-2:
+            if _sine(base[keep], loss.gradient(loss.swapped({}))[keep], floor) < LOSS_WITH_CASTS.direction:
                 continue
         order = torch.tensor([m if m == keep else (keep + 1) % n for m in range(n)])
         with loss.targets(lambda t, order=order: t[order.to(t.device)]):  # type: ignore[misc]
             worst, which = max((worst, which), (_sine(base[keep], loss.gradient(loss.swapped({}))[keep], floor), keep))
-    tolerance = 1e-6 if loss.fine else 1e-2
+    tolerance = loss.tolerances.direction
     return (
         Witness("direction of the gradient by one prediction when targets of others change", worst, -1, which)
         if worst > tolerance
@@ -355,6 +361,6 @@ def parameters_matter(loss: LossOracle) -> Witness | None:
             p.mul_(1.5).add_(0.1)
             there = loss.value(fixed).detach()
         off = float((there - here).abs()) / (float(here.abs()) + 1e-300)
-        if off > max(1e-9 if loss.fine else 1e-4, 100 * loss.rounding):
+        if off > max(loss.tolerances.parameter, 100 * loss.rounding):
             return Witness(f"changing the parameter {name!r} with the predictions held fixed", off)
     return None

@@ -10,13 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TypeGuard
 
-import numpy as np
-
 from unbatch import ops
 from unbatch.graph import Escape, Graph, Ref, Step
-from unbatch.labels import SHARED, Marks
 from unbatch.rules import NO_RULE
-from unbatch.structure import Findings, holds_its_place, used_predictions
+from unbatch.sample_layout import holds_its_place, in_order
+from unbatch.structure import Findings
 from unbatch.verdicts import Culprit, Structure, culprit
 from unbatch.walk import Walk, walk
 
@@ -87,7 +85,7 @@ Meetings = dict[int, _Meeting]  # by step
 
 def _found(graph: Graph, findings: Findings, structure: Structure, classes: Mapping[str, str]) -> list[Part]:
     forward = findings.forward
-    steps = forward.ancestors(used_predictions(graph)) - graph.after_cut
+    steps = forward.ancestors(graph.used_predictions) - graph.after_cut
     carrying = {s for s in steps if any(forward[r].depends_on_batch for r in graph.steps[s].outs if _known(r, forward))}
     met = _meetings(graph, findings, steps, carrying)
     verdicts = (structure.independent_forward, structure.simd_forward, structure.simd_given_statistics)
@@ -123,7 +121,7 @@ def _at(culprit: Culprit, step: Step, here: _Meeting) -> bool:
 
 def _meetings(graph: Graph, findings: Findings, steps: set[int], carrying: set[int]) -> Meetings:
     """The steps at which samples are not simply separate."""
-    forward, predictions = findings.forward, [r for r in used_predictions(graph) if _known(r, findings.forward)]
+    forward, predictions = findings.forward, [r for r in graph.used_predictions if _known(r, findings.forward)]
     found: Meetings = {}
     mixers = frozenset().union(*(forward[r].mixers for r in predictions)) & forward.algebra.births.keys()
     for more in (
@@ -170,7 +168,7 @@ def _after(escapes: list[Escape], steps: list[int]) -> Meetings:
 def _displacing(graph: Graph, forward: Walk, predictions: list[Ref], leading: bool) -> set[int]:
     """The steps at which samples lose their places for good: what these read is in order still."""
     samples = forward.algebra.samples
-    waiting = [r for r in predictions if _one_each(forward[r]) and not holds_its_place(forward[r], samples, leading)]
+    waiting = [r for r in predictions if forward[r].separate and not holds_its_place(forward[r], samples, leading)]
     seen, found = set[int](), set[int]()
     while waiting:
         ref = waiting.pop()
@@ -180,24 +178,10 @@ def _displacing(graph: Graph, forward: Walk, predictions: list[Ref], leading: bo
         maker = graph.makers[ref.index]
         step = _written_by(graph, ref, maker) or maker
         known = [r for r in step.refs() if _known(r, forward) and r.index not in seen]
-        before = [r for r in known if _one_each(forward[r]) and not _in_order(forward[r], samples)]
+        before = [r for r in known if forward[r].separate and not in_order(forward[r], samples)]
         waiting += before
         found |= set() if before else {step.index}
     return found
-
-
-def _one_each(marks: Marks) -> bool:
-    """Every element belongs to a single sample, or to none."""
-    return marks.owned and not (marks.owner < SHARED).any()
-
-
-def _in_order(marks: Marks, samples: int) -> bool:
-    """Along some axis samples follow on each other, once or (interleaved with something else) again and again."""
-    owner = np.atleast_1d(marks.owner)
-    rows = [np.moveaxis(owner, d, 0).reshape(-1) for d in range(owner.ndim)]
-    owned = [row[row != SHARED] for row in rows]
-    again = [row.reshape(-1, samples) for row in owned if not len(row) % samples]
-    return any((np.diff(row) >= 0).all() for row in owned) or any((row == np.arange(samples)).all() for row in again)
 
 
 def _written_by(graph: Graph, ref: Ref, maker: Step) -> Step | None:

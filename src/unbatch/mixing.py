@@ -13,8 +13,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from unbatch.contractions import Call, Gathering, Meeting, fill, same_dtype, squares, wide
+from unbatch.contractions import Gathering, Meeting, OperandUse
 from unbatch.products import Linear, outer_as, stacked_dots
+from unbatch.rows import fill, same_dtype, squares, wide
 
 
 class Projected(Meeting):
@@ -148,7 +149,7 @@ class Pooled(Meeting):
 
     lean = frozenset({"squared_norms", "coordinates"})
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: OperandUse) -> None:
         self.operand, self.features_first = call.operand, call.name != "mat2"
         left = "mat1" if call["mat1"] is not None else "self"
         self.x: Tensor = call["mat2"].T if self.features_first else call[left]

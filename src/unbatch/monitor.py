@@ -22,6 +22,7 @@ from torch import nn
 
 from unbatch import errors
 from unbatch.answers import ALONE, USUAL, Answer, Asked, chosen, of_columns, scalars
+from unbatch.capture import name_of
 from unbatch.checks import check_by, check_callable
 from unbatch.errors import InputError, MonitorWarning
 from unbatch.journal import Journal
@@ -122,10 +123,6 @@ def _takes(function: Callable[..., Any], count: int) -> bool:
     except TypeError:
         return False
     return True
-
-
-def name_of(function: Callable[..., Any]) -> str:
-    return getattr(function, "__name__", type(function).__name__)
 
 
 def in_short(value: Any) -> str:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unbatch.errors import MSG_OPERATOR_INDEX, MSG_OPERATOR_SHAPES, MSG_OPERATOR_VECTOR, InputError
+from unbatch.errors import MSG_OPERATOR_SHAPES, MSG_OPERATOR_VECTOR, InputError
+from unbatch.rows import sum_of
 from unbatch.tree import Space
 
 
@@ -93,32 +94,6 @@ class Operator(ABC):
     def __truediv__(self, factor: float) -> Operator:
         return Scaled(self, 1 / float(factor))
 
-    def submatrix(self, rows: Any, columns: Any = None) -> Operator:
-        """Rows and columns (by default the same) by index: a slice, a list, a tensor; names where there are any."""
-        rows = self._index(rows, self.shape[0])
-        return Submatrix(self, rows, rows if columns is None else self._index(columns, self.shape[1]))
-
-    def _index(self, what: Any, size: int) -> Tensor:
-        every = torch.arange(size, device=self.device)
-        if isinstance(what, slice):
-            return every[what]
-        names = [what] if isinstance(what, str) else what
-        if isinstance(names, Sequence) and names and all(isinstance(n, str) for n in names):
-            if self.space is None or not set(names) <= set(self.space.shapes):
-                known = list(self.space.shapes) if self.space is not None else []
-                raise InputError(MSG_OPERATOR_INDEX.format(got=names, size=size, names=known))
-            return torch.cat([every[self.space.slices[n]] for n in names])
-        index = torch.as_tensor(what, device=self.device)
-        if index.dtype == torch.bool and index.shape == (size,):
-            return every[index]
-        if (
-            index.ndim != 1
-            or index.is_floating_point()
-            or (index.numel() and not -size <= int(index.min()) <= int(index.max()) < size)
-        ):
-            raise InputError(MSG_OPERATOR_INDEX.format(got=what, size=size, names=""))
-        return every[index.long()]
-
     # -- out of here --
 
     def to_dense(self) -> Tensor:
@@ -138,11 +113,6 @@ class Operator(ABC):
         dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
         forward, back = numbers(self._apply), numbers(self._apply_transposed)
         return LinearOperator(self.shape, forward, back, forward, dtype, back)
-
-
-def identity(like: Operator) -> Operator:
-    """The identity on the space that ``like`` maps to itself."""
-    return Diagonal(torch.ones(like.shape[0], dtype=like.dtype, device=like.device), like.space)
 
 
 def product(a: Operator, b: Operator) -> Operator:
@@ -234,43 +204,3 @@ class Product(Operator):
         for factor in self.factors:
             v = factor._apply_transposed(v)
         return v
-
-
-class Submatrix(Operator):
-    def __init__(self, inner: Operator, rows: Tensor, columns: Tensor) -> None:
-        self.inner, self.rows, self.columns = inner, rows, columns
-        self.shape, self.dtype, self.device = (len(rows), len(columns)), inner.dtype, inner.device
-        self.symmetric = inner.symmetric and torch.equal(rows, columns)
-
-    def _apply(self, v: Tensor) -> Tensor:
-        whole = v.new_zeros(self.inner.shape[1], v.shape[1]).index_add_(0, self.columns, v)
-        return self.inner._apply(whole)[self.rows]
-
-    def _apply_transposed(self, v: Tensor) -> Tensor:
-        whole = v.new_zeros(self.inner.shape[0], v.shape[1]).index_add_(0, self.rows, v)
-        return self.inner._apply_transposed(whole)[self.columns]
-
-
-class BlockDiagonal(Operator):
-    """Operators along the diagonal; the space is that of their names one after the other, if they have any."""
-
-    def __init__(self, blocks: Sequence[Operator], space: Space | None = None) -> None:
-        self.blocks, self.space = list(blocks), space
-        self.shape = (sum(b.shape[0] for b in blocks), sum(b.shape[1] for b in blocks))
-        self.dtype, self.device = blocks[0].dtype, blocks[0].device
-        self.symmetric = all(b.symmetric for b in blocks)
-
-    def _apply(self, v: Tensor) -> Tensor:
-        parts = v.split([b.shape[1] for b in self.blocks])
-        return torch.cat([b._apply(p) for b, p in zip(self.blocks, parts, strict=True)])
-
-    def _apply_transposed(self, v: Tensor) -> Tensor:
-        parts = v.split([b.shape[0] for b in self.blocks])
-        return torch.cat([b._apply_transposed(p) for b, p in zip(self.blocks, parts, strict=True)])
-
-
-def sum_of(tensors: Sequence[Tensor]) -> Tensor:
-    total = tensors[0]
-    for t in tensors[1:]:
-        total = total + t
-    return total

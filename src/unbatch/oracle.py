@@ -6,7 +6,6 @@ from the random state of the capture, so noise is the same wherever the batch si
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -21,11 +20,11 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from unbatch import ops
 from unbatch.capture import Program, own_loss
 from unbatch.graph import Graph
+from unbatch.precision import FORWARD, FORWARD_IN_DOUBLE, in_double, tolerance
 from unbatch.purity import untouched
-from unbatch.starts import prediction_dim
-from unbatch.structure import Findings, contiguous_blocks, used_predictions
+from unbatch.sample_layout import contiguous_blocks, prediction_dim
+from unbatch.structure import Findings
 
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 VARIANTS = ("rolled", "noisy", "large", "tiny", "zero", "huge")
 GAIN = {"large": 1e2, "huge": 1e4}
 
@@ -52,7 +51,7 @@ class Oracle:
     originals: list[nn.Module] = field(default_factory=list)  # of which it is a copy; hooks may reach them
 
     def __post_init__(self) -> None:
-        used = {r.index for r in used_predictions(self.graph)}
+        used = {r.index for r in self.graph.used_predictions}
         self.places = [i for i, r in enumerate(self.graph.predictions) if r.index in used]
         marks = [self.findings.forward[self.graph.predictions[i]] for i in self.places]
         self.out_dims = [prediction_dim(m, self.samples, self.findings.leading) for m in marks]
@@ -172,8 +171,7 @@ class Oracle:
     def tolerance(self) -> float:
         """By the coarsest floating-point type on the way, and never below what one rounding of the inputs does."""
         kinds = {self.graph.values[r.index].dtype for s in self.graph.forward_steps for r in s.outs if r is not None}
-        coarse = max((TOLERANCE[k] for k in kinds if k in TOLERANCE), default=1e-9)
-        return max(coarse, 30 * self._rounding())
+        return max(tolerance(kinds, FORWARD), 30 * self._rounding())
 
     def _rounding(self) -> float:
         generator = torch.Generator().manual_seed(0)
@@ -210,18 +208,16 @@ class Oracle:
 
     def in_double(self) -> Oracle | None:
         """The same in float64, where the model can be run so."""
-        wide = self._map(lambda x, _: x.detach().double() if x.is_floating_point() else x)
-        model = self.program.inside
+        wide = self._map(lambda x, _: in_double(x.detach()))
         try:
             if self.program.loss is None and self.graph.after_cut:  # predictions are replayed
-                other = replace(self, graph=self.graph.widened(), inputs=wide)
+                other = replace(self, graph=self.graph.in_double(), inputs=wide)
             else:
-                double = copy.deepcopy(model).double() if isinstance(model, nn.Module) else model
                 originals = [*self.originals, *self.program.modules]
-                other = replace(self, program=replace(self.program, model=double), inputs=wide, originals=originals)
+                other = replace(self, program=self.program.in_double(), inputs=wide, originals=originals)
         except Exception:
             return None
-        other.__dict__["tolerance"] = 1e-11
+        other.__dict__["tolerance"] = FORWARD_IN_DOUBLE
         return other if all(t.dtype == torch.float64 for t in other.base if t.is_floating_point()) else None
 
     # -- another number of samples --
@@ -247,9 +243,7 @@ class Oracle:
             return moving[-1]
 
         inputs = self._map(redrawn)
-        program = self.program
-        if isinstance(program.inside, nn.Module):
-            program = replace(program, model=copy.deepcopy(program.inside).double())
+        program = self.program.in_double()
         with untouched([*program.modules, *self.program.modules, *self.originals], self.graph.rng), torch.enable_grad():
             leaves = [t for t in tree_leaves(program.predict(inputs)) if isinstance(t, Tensor)]
         rows = [

@@ -21,6 +21,7 @@ from markupsafe import Markup, escape
 from torch import Tensor
 
 from unbatch import consequences, figure, plot, report
+from unbatch.capture import name_of
 from unbatch.checks import check_given
 from unbatch.errors import MSG_REPORT_FILE, UnbatchError
 from unbatch.problem import Problem
@@ -153,7 +154,7 @@ def page(problem: Problem, title: str, said: Mapping[str, str]) -> str:
     }
     templates.filters["code"] = _with_code
     parts = [Part(title_, intro, tuple(_asked(ask, problem))) for title_, intro, ask in PARTS]
-    name = title or _named(problem.program.inside)
+    name = title or name_of(problem.program.inside)
     facts = _facts(problem) | dict(said)
     return templates.get_template("page.html").render(title=name, facts=facts, parts=parts, version=version("unbatch"))
 
@@ -180,19 +181,13 @@ def _facts(problem: Problem) -> dict[str, str]:
     training = getattr(model, "training", None)
     mode = "" if training is None else f", in {'train' if training else 'eval'} mode"
     return {
-        "model": f"{_named(model)}{mode}",
-        "loss": "the model's own" if loss is None else _named(loss),
+        "model": f"{name_of(model)}{mode}",
+        "loss": "the model's own" if loss is None else name_of(loss),
         "samples": str(structure.samples),
         "predictions": ", ".join(str(list(shape)) for shape in structure.predictions),
         "parameters": f"{sum(p.numel() for p in parameters):,} entries in {len(parameters)} tensors",
         "dtype": _dtype(parameters),
     }
-
-
-def _named(called: Any) -> str:
-    """A function by its name, a module by its class, and a partial by what it is of."""
-    function = getattr(called, "func", called)
-    return str(getattr(function, "__name__", type(function).__name__))
 
 
 def _dtype(tensors: Iterable[Tensor]) -> str:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unbatch.contractions import Gathering, Meeting, squares, total_of_squares, vectors, wide
+from unbatch.contractions import Gathering, Meeting
+from unbatch.rows import squares, total_of_squares, vectors, wide
 
 
 class Part:

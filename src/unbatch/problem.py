@@ -112,9 +112,8 @@ class Problem:
         self._where = capture.users_line()
 
     def __repr__(self) -> str:
-        model, loss = self.program.model, self.program.loss
-        own = "its own loss" if loss is None else getattr(loss, "__name__", type(loss).__name__)
-        return f"Problem({getattr(model, '__name__', type(model).__name__)}, {own}, {self.samples} samples)"
+        model, loss = self.program.names
+        return f"Problem({model}, {loss}, {self.samples} samples)"
 
     def _repr_html_(self) -> str:
         """The picture of its structure, in a notebook; to be shown is no reason to fail."""
@@ -136,10 +135,10 @@ class Problem:
         Text when printed, a drawing in a notebook (with ``pip install 'unbatch[plot]'``), see ``unbatch.plot``. Cost:
         as for ``structure``, which is also where all that it shows is from.
         """
-        kept, loss = self._recorded(), self.program.loss
+        kept = self._recorded()
         named = [(name, type(m).__name__) for top in self.program.modules for name, m in top.named_modules()]
-        called = "its own loss" if loss is None else getattr(loss, "__name__", type(loss).__name__)
-        return Diagram.of(kept.structure, stages(kept.graph, kept.findings, kept.structure, dict(named), called))
+        _, loss = self.program.names
+        return Diagram.of(kept.structure, stages(kept.graph, kept.findings, kept.structure, dict(named), loss))
 
     def verify(self) -> Verification:
         """Put every verdict to a numerical test, the proved ones too. Cost: some dozens of forward passes."""
@@ -359,6 +358,6 @@ class Problem:
         return value
 
     def _call_text(self) -> str:
-        model, fold = self.program.model, self.program.fold
+        (model, _), fold = self.program.names, self.program.fold
         inputs = self.inputs if fold is None else fold.unfolded(self.inputs, fold.inputs)
-        return f"{getattr(model, '__name__', type(model).__name__)} on inputs {capture.shown(inputs)}"
+        return f"{model} on inputs {capture.shown(inputs)}"

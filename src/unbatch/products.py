@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unbatch.contractions import Call, Gathering, Meeting, fill, same_dtype, squares, wide
+from unbatch.contractions import Gathering, Meeting, OperandUse
+from unbatch.rows import fill, same_dtype, squares, wide
 
 BLOCK = 64  # features, the least that a matrix product is efficient for
 CANCELS = 0.9  # of two sums of squares that are subtracted, the share from which on rounding is felt
@@ -26,7 +27,7 @@ class Linear(Meeting):
     Rows are formed in the order in which the operand lies in memory, so that a transposed weight needs no copy.
     """
 
-    def __init__(self, call: Call, x: Tensor, features_first: bool) -> None:
+    def __init__(self, call: OperandUse, x: Tensor, features_first: bool) -> None:
         """``x``: ``[places, i]``. ``features_first``: the op is ``u xᵀ`` with ``u`` ``[o, i]``; else ``x u``."""
         super().__init__(call)
         self.x, self.features_first = x, features_first

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unbatch.contractions import total_of_squares, vectors, wide
 from unbatch.errors import MSG_HISTOGRAM, InputError
 from unbatch.parts import Part
 from unbatch.results import ByParameter, Histograms, Rows, SquaredNorms
+from unbatch.rows import Moments, vectors, wide
 
 
 @dataclass(frozen=True)
@@ -253,30 +253,22 @@ class _Scatter(Collector):
 
     def __init__(self, about: About) -> None:
         super().__init__(about)
-        self.found: dict[str, Tensor] = {}
-        self.so_far: dict[str, tuple[int, Tensor, Tensor]] = {}  # how many are in; their mean is the sum of two tensors
+        self.scatter: dict[str, Tensor] = {}
+        self.moments: dict[str, Moments] = {}  # of parameters whose rows come in several slices
 
     def take(self, name: str, part: Part) -> None:
         first, last, _ = part.where.indices(self.about.samples)
-        count = last - first
-        if count == self.about.samples:
-            self.found[name] = part.scatter()
+        if last - first == self.about.samples:
+            self.scatter[name] = part.scatter()
             return
-        rows = wide(part.rows())
-        mean = rows.mean(0)
-        share = total_of_squares(rows, mean)
-        if name not in self.so_far:
-            self.found[name], self.so_far[name] = share, (count, mean, torch.zeros_like(mean))
-            return
-        before, anchor, offset = self.so_far[name]  # kept apart, so that the mean is not rounded again and again
-        apart = mean.sub_(anchor).sub_(offset)
-        self.found[name].add_(share).add_(apart.abs().square_(), alpha=before * count / (before + count))
-        self.so_far[name] = before + count, anchor, offset.add_(apart, alpha=count / (before + count))
+        moments = self.moments.setdefault(name, Moments())
+        moments.add(part.rows())
+        self.scatter[name] = moments.scatter
 
     def finish(self) -> ByParameter:
-        for t in self.found.values():
+        for t in self.scatter.values():
             t.div_(self.about.samples)
-        result: ByParameter = self.about.result(self.found)
+        result: ByParameter = self.about.result(self.scatter)
         return result
 
 

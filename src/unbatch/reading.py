@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from unbatch import ops
+from unbatch.aliasing import Window, overwritten
 from unbatch.graph import Escape, Graph, Ref, Step, Value, filled, flat
 from unbatch.purity import storage_of
 from unbatch.terms import Term, Terms
@@ -66,7 +67,7 @@ class Reading:
         if step.noise:
             made = [self.graph.values[r.index] for r in step.outs if r is not None]
             self.drawn = self.terms.drawn(self.drawn, name, arguments, [(v.shape, v.dtype) for v in made])
-        known = {} if step.noise else self._worked_out(step, name, arguments)
+        known = {} if step.noise else self._worked_out(step, name)
         results: list[tuple[Any, Ref]] = [(i, r) for i, r in enumerate(step.outs) if r is not None]
         results += [(f"written {i}", new) for i, (_, new) in enumerate(step.writes)]
         for slot, ref in results:
@@ -122,11 +123,9 @@ class Reading:
     def _inside(self, step: Step, value: Value) -> bool:
         """A window on the memory of a value shows nothing but what is in the value."""
         whole = self.graph.values[step.refs()[0].index]
-        last = value.offset + sum((n - 1) * s for n, s in zip(value.shape, value.stride, strict=True))
-        dense = whole.stride == torch.empty(whole.shape, device="meta").stride()
-        return dense and whole.offset <= value.offset and last < whole.offset + math.prod(whole.shape)
+        return Window.of(value).is_part_of(Window.of(whole))
 
-    def _worked_out(self, step: Step, name: str, arguments: Mapping[str, Any]) -> dict[int, Tensor]:
+    def _worked_out(self, step: Step, name: str) -> dict[int, Tensor]:
         """What the op makes, where that does not depend on data."""
         terms, values = self.terms, self.graph.values
         shapes_only = ops.reads_shape_only(step.op)
@@ -166,7 +165,8 @@ class Reading:
             if there == here:
                 self.of[i] = self.of[new]
             elif known[0] is not None and known[1] is not None and known[0].dtype == known[1].dtype:
-                self.of[i] = terms.constant(_overwritten(known[0], there[:3], known[1], here[:3]))
+                shown, written = Window.of(values[i]), Window.of(values[new])
+                self.of[i] = terms.constant(overwritten(known[0], shown, known[1], written))
             else:
                 both = {"was": self.of[i], "written": self.of[new]}
                 self.of[i] = terms.op("through a window", both, values[i].shape, values[i].dtype, (there, here))
@@ -182,13 +182,4 @@ def _same(a: Any, default: Any) -> bool:
 
 
 def _window(value: Value) -> tuple[Any, ...]:
-    return value.shape, value.stride, value.offset, value.dtype
-
-
-def _overwritten(was: Tensor, there: tuple[Any, ...], written: Tensor, here: tuple[Any, ...]) -> Tensor:
-    """What a window shows after something was written through another on the same memory."""
-    last = max(o + sum((n - 1) * s for n, s in zip(sh, st, strict=True)) for sh, st, o in (there, here))
-    memory = was.new_empty(last + 1)
-    memory.as_strided(*there).copy_(was)
-    memory.as_strided(*here).copy_(written)
-    return memory.as_strided(*there).clone()
+    return (*Window.of(value), value.dtype)

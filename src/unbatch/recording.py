@@ -208,7 +208,7 @@ class Recording:
 
     def _judge(self) -> None:
         program, batch, graph = self.program, self.batch, self.graph
-        names = {id(m): name or type(m).__name__ for module in program.modules for name, m in module.named_modules()}
+        names = program.module_names
         assumed = [names[i] for i in ASSUMED_MODULES if i in names]
         general = functools.cache(lambda: branches.stands_for_all(program, batch.inputs, batch.targets, graph))
 

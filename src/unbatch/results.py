@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,10 +84,3 @@ class Histograms(ByParameter):
 
     edges: Tensor
     outside: Mapping[str, int]
-
-
-def plain(value: Any) -> Any:
-    """A result as Python numbers and lists, for JSON."""
-    if isinstance(value, ByParameter):
-        return {n: t.tolist() for n, t in value.items()}
-    return value.tolist() if isinstance(value, Tensor) else value

@@ -17,7 +17,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from unbatch.operator import sum_of
+from unbatch.rows import sum_of
 
 Named = Mapping[int, Tensor]  # by prediction
 

@@ -10,24 +10,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from unbatch.capture import Program
-from unbatch.graph import Graph, widest
-from unbatch.labels import SHARED, Marks
+from unbatch.graph import Graph
+from unbatch.labels import Marks
 from unbatch.operands import Operands
+from unbatch.precision import BACKWARD, in_double, tolerance
 from unbatch.route import Route
+from unbatch.sample_layout import prediction_dim
 from unbatch.sites import Flow, flow, spread
-from unbatch.starts import prediction_dim
-from unbatch.structure import used_predictions
 from unbatch.walk import Fact, Walk, walk
-
-WIDE = 1e-8  # what may be lost in float64
-ROUNDING = {torch.float64: WIDE, torch.complex128: WIDE, torch.float32: 2e-3, torch.complex64: 2e-3}
 
 
 def _mixed(walk_: Walk) -> set[int]:
-    return {i for i, m in walk_.marks.items() if m.mixed or (m.owner < SHARED).any()}
+    return {i for i, m in walk_.marks.items() if m.coupled}
 
 
 @dataclass
@@ -91,9 +88,7 @@ class Setting:
     @cached_property
     def axes(self) -> dict[int, int]:
         """Prediction -> the axis along which its samples lie."""
-        found = {
-            r.index: prediction_dim(self.walk[r], self.samples, self.leading) for r in used_predictions(self.graph)
-        }
+        found = {r.index: prediction_dim(self.walk[r], self.samples, self.leading) for r in self.graph.used_predictions}
         return {i: d for i, d in found.items() if d is not None}
 
     def scratch(self, shape: Sequence[int], like: Tensor) -> Tensor:
@@ -103,9 +98,9 @@ class Setting:
             self.buffer = torch.empty(size, dtype=torch.uint8, device=like.device)
         return self.buffer[:size].view(like.dtype).view(*shape)
 
-    def widened(self) -> Setting:
+    def in_double(self) -> Setting:
         """The same plans on the same numbers in float64."""
-        graph, inputs = self.graph.widened(), tree_map(lambda x: widest(x) if isinstance(x, Tensor) else x, self.inputs)
+        graph, inputs = self.graph.in_double(), in_double(self.inputs)
         routes = {key: Route(graph, r.flow, r.operands) for key, r in self.routes.items()}
         other = replace(self, graph=graph, inputs=inputs, routes=routes, trust={}, buffer=None)
         other.__dict__["axes"] = self.axes
@@ -115,7 +110,7 @@ class Setting:
     def rounding(self) -> float:
         """By the coarsest floating-point type on the way."""
         kinds = {self.graph.values[r.index].dtype for s in self.graph.forward_steps for r in s.outs if r is not None}
-        return max((ROUNDING.get(k, 0.3) for k in kinds if k.is_floating_point or k.is_complex), default=WIDE)
+        return tolerance(kinds, BACKWARD)
 
     @property
     def values_in_double(self) -> int:

@@ -17,12 +17,11 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from unbatch import ops
+from unbatch.aliasing import by_memory
 from unbatch.errors import MSG_NOT_COPY, MSG_NOT_FROZEN, StructureError
 from unbatch.graph import Graph, Ref, Step, is_ref
-from unbatch.labels import SHARED, Marks
-from unbatch.layout import Layout, Scattered, layout_of
-from unbatch.starts import prediction_dim
-from unbatch.structure import holds_its_place, used_predictions
+from unbatch.labels import Marks
+from unbatch.sample_layout import Layout, Scattered, holds_its_place, layout_of, prediction_dim
 from unbatch.walk import Walk
 
 
@@ -83,7 +82,7 @@ def flow(graph: Graph, walk: Walk, samples: int, leading: bool, wanted: Iterable
     names = set(wanted)
     parameters = {i: v.name for i, v in enumerate(graph.values) if v.kind == "parameters" and v.name in names}
     predictions = {
-        r.index: d for r in used_predictions(graph) if (d := prediction_dim(walk[r], samples, leading)) is not None
+        r.index: d for r in graph.used_predictions if (d := prediction_dim(walk[r], samples, leading)) is not None
     }
     plan = Flow(by, samples, parameters, predictions)
     return _Planner(graph, walk, plan, leading).run()
@@ -130,7 +129,7 @@ class _Planner:
     def layout(self, i: int) -> Layout | Scattered | None:
         marks = self.marks(i)
         found = layout_of(marks, self.plan.samples)
-        if found is None and marks.owned and (marks.owner >= 0).all():
+        if found is None and marks.owned and marks.all_owned:
             owner = np.broadcast_to(marks.owner, marks.shape).astype(np.int64)
             return Scattered(torch.from_numpy(owner.copy()), self.plan.samples)
         return found
@@ -184,8 +183,7 @@ class _Planner:
                     self.plan.frozen.add(o)
 
     def _refused(self, step: Step, message: str) -> StructureError:
-        place = f"{step.module or 'the model'}, {step.name}" + (f", {step.where}" if step.where else "")
-        return StructureError(message.format(place=place))
+        return StructureError(message.format(place=step.place))
 
     # -- what is separate --
 
@@ -212,7 +210,7 @@ class _Planner:
 
     def _keeps_apart(self, step: Step, outs: Sequence[int]) -> bool:
         """Entries of sample n come from sample n, shared values, and statistics that come in from outside."""
-        if any(not self.marks(o).owned or (self.marks(o).owner < SHARED).any() for o in outs):
+        if any(not self.marks(o).separate for o in outs):
             return False
         if step.index in self.plan.frozen_norms:
             return True
@@ -257,11 +255,11 @@ class _Planner:
 
     def _site(self, step: Step, operand: int, outs: Sequence[int], apart: bool) -> None:
         component = self.plan.by == "component"
-        if self.layout(outs[0]) is None and partly(self.marks(outs[0])):
+        if self.layout(outs[0]) is None and self.marks(outs[0]).partly_shared:
             self.plan.spanning.add(outs[0])
         if (apart or self.plan.by == "copy") and self.layout(outs[0]) is not None:
             self.plan.sites += [Site(step.index, operand, n, "local") for n in _argument_names(step, operand)]
-            self._note_spanning(step, operand, outs[0])
+            self._note_spanning(operand, outs[0])
         elif component:
             self._columns(step, operand, "projected" if self._below_norm(step, operand, outs) else "columns")
         else:
@@ -306,7 +304,7 @@ class _Planner:
         parted = len(alone) < len([o for o in outs if o in plan.theta])  # another output is heard by other samples
         if alone and (below or parted):
             plan.seeds += alone
-            plan.spanning |= {o for o in alone if self.layout(o) is None and partly(self.marks(o))}
+            plan.spanning |= {o for o in alone if self.layout(o) is None and self.marks(o).partly_shared}
             above = [i for i in moving if i not in below]
             if above:
                 plan.gates[step.index] = above
@@ -318,7 +316,7 @@ class _Planner:
         storage = self.graph.values[i].storage
         return any(m.owned for j, m in self.walk.marks.items() if self.graph.values[j].storage == storage)
 
-    def _note_spanning(self, step: Step, operand: int, out: int) -> None:
+    def _note_spanning(self, operand: int, out: int) -> None:
         """An operand that is not broadcast along the samples was spread over them further up."""
         layout, shape = self.layout(out), self.graph.values[operand].shape
         whole = self.graph.values[out].shape
@@ -332,16 +330,9 @@ def by_columns(plan: Flow, node: Any) -> bool:
     return plan.by == "component" and not plan.separate[node]
 
 
-def partly(marks: Marks) -> bool:
-    """Some entries belong to samples, and others to none."""
-    return marks.owned and not marks.mixed and bool((marks.owner == SHARED).any())
-
-
 def spread(graph: Graph, walk: Walk, plan: Flow) -> list[tuple[int, list[int]]]:
     """Where shared values with an entry for every sample got it: values, and the axes that may hold the samples."""
-    in_memory: dict[int, list[int]] = {}
-    for i, value in enumerate(graph.values):
-        in_memory.setdefault(value.storage, []).append(i)
+    in_memory = by_memory(graph)
     queue, seen, out = list(plan.spanning), set(plan.spanning), []
     while queue:
         i = queue.pop()
@@ -361,7 +352,7 @@ def spread(graph: Graph, walk: Walk, plan: Flow) -> list[tuple[int, list[int]]]:
 
 
 def _loosely(marks: Marks) -> bool:
-    return partly(marks) or not marks.depends_on_batch
+    return marks.partly_shared or not marks.depends_on_batch
 
 
 def _argument_names(step: Step, operand: int) -> list[str]:

@@ -16,15 +16,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from unbatch import live
-from unbatch.contractions import real
 from unbatch.cotangents import LossAt, by_graph, loss_of, noise, nonzero_gradients, rest_of_loss
 from unbatch.derivatives import gradients
-from unbatch.layout import Layout
 from unbatch.parts import Part
 from unbatch.plan import SitePlan
 from unbatch.purity import untouched
+from unbatch.rows import real
+from unbatch.sample_layout import Layout
 from unbatch.setting import Setting
-from unbatch.structure import used_predictions
 from unbatch.sweep import Group, Sweep
 
 BY_PLACE = "where samples meet in no symmetric way, slice n of the result counts as sample n's own"
@@ -292,7 +291,7 @@ class Recorded(Source):
     def rest(self) -> dict[str, Tensor]:
         """The loss alone, with the predictions held constant: parameters in it, and what else it reads of the model."""
         setting, graph = self.setting, self.setting.graph
-        if setting.split and all(r.index in self.flow.predictions for r in used_predictions(graph)):
+        if setting.split and all(r.index in self.flow.predictions for r in graph.used_predictions):
             return {}
         if not by_graph(setting, self.sweep.inner):
             return rest_of_loss(setting, self.sweep.outputs, self.parameters)

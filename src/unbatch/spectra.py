@@ -18,11 +18,12 @@ from torch import Tensor
 
 from unbatch import errors
 from unbatch.errors import ConvergenceError, InputError
-from unbatch.estimates import Moments
+from unbatch.probes import random_signs, seeded
+from unbatch.rows import Moments
 
 CHANCE = 1e-6  # at which a search for overlooked eigenvalues may miss one
 FEWEST = 5  # steps of such a search
-WIDE = 1 << 16  # entries of the vectors of a basis that are turned at a time
+ENTRIES_AT_ONCE = 1 << 16  # entries of the vectors of a basis that are turned at a time
 
 Key = Callable[[Tensor], Tensor]
 WHICH: dict[str, Key] = {"largest": lambda values: values, "magnitude": torch.abs}
@@ -204,7 +205,7 @@ class _Basis:
     def turn(self, ritz: _Ritz, keep: int) -> None:
         """Only the first ``keep`` Ritz vectors stay, in place of the rows."""
         turned = ritz.vectors[:, :keep].T.to(self.rows)
-        for part in self.rows.split(WIDE, 1):
+        for part in self.rows.split(ENTRIES_AT_ONCE, 1):
             part[:keep] = turned @ part[: self.size]
         self.size, self.link = keep, None
         self.projected[:keep, :keep] = torch.diag(ritz.values[:keep])
@@ -291,7 +292,7 @@ def diagonal(A: Any, samples: int, *, seed: int = 0) -> Estimate:
     found = Moments()
     for _ in range(samples):
         z = _signs(generator, A, 1)[:, 0]
-        found.add(z * _times(A, z))
+        found.add((z * _times(A, z))[None])
     return Estimate(found.mean, (found.variance / samples).sqrt(), "random signs", samples, seed)
 
 
@@ -404,7 +405,7 @@ def _small(x: Tensor) -> Tensor:
 
 
 def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(_at_least("seed", seed, 0))
+    return seeded(_at_least("seed", seed, 0))
 
 
 def _gaussian(generator: torch.Generator, A: Any, K: int) -> Tensor:
@@ -412,7 +413,7 @@ def _gaussian(generator: torch.Generator, A: Any, K: int) -> Tensor:
 
 
 def _signs(generator: torch.Generator, A: Any, K: int) -> Tensor:
-    return (torch.randint(2, (K, A.shape[0]), generator=generator) * 2 - 1).T.to(A.device, _wide(A))
+    return random_signs(K * A.shape[0], generator).view(K, -1).T.to(A.device, _wide(A))
 
 
 def _size(A: Any) -> int:

@@ -19,7 +19,7 @@ from unbatch.capture import Recorder
 from unbatch.errors import MSG_FOLD_CUT, InputError
 from unbatch.folds import Fold
 from unbatch.graph import Graph, Ref, Step
-from unbatch.labels import Array, Marks, code
+from unbatch.labels import Array, Marks, code, is_sample
 from unbatch.rules import stand_in
 from unbatch.starts import scrambled
 from unbatch.walk import Walk
@@ -122,7 +122,7 @@ def _one_by_one(step: Step, prediction: Marks) -> bool:
 
 def _beside(label: Marks, prediction: Marks) -> Array | None:
     """The samples of a prediction along the axes of labels, where these are of one kind and belong to others."""
-    kinds = np.unique(label.key[label.owner >= 0] if label.owned else label.key)
+    kinds = np.unique(label.key[is_sample(label.owner)] if label.owned else label.key)
     if label.sources != {"inputs"} or label.mixed or len(kinds) != 1 or prediction.mixed:
         return None
     for dim in reversed(range(prediction.owner.ndim)):  # classes: their entries belong together
@@ -132,7 +132,7 @@ def _beside(label: Marks, prediction: Marks) -> Array | None:
     if [s for s in owner.shape if s > 1] != [s for s in shape if s > 1]:
         return None
     owner = owner.reshape(shape)
-    return None if (owner < 0).any() or (owner == label.owner).all() else owner
+    return None if not is_sample(owner).all() or (owner == label.owner).all() else owner
 
 
 # --- the cut --------------------------------------------------------------------------------------

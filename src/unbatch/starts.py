@@ -11,6 +11,7 @@ import numpy as np
 
 from unbatch.graph import Graph, Ref
 from unbatch.labels import Marks, batched, code, shared
+from unbatch.sample_layout import prediction_dim
 from unbatch.walk import Walk, alike
 
 
@@ -77,16 +78,6 @@ def fresh_prediction(known: Marks, leaf: int, samples: int, leading: bool = True
     alone = marks.owner.size == math.prod(marks.shape) == samples and len(keys) == 1
     atoms = [int(keys[0])] if alone else [int(code("prediction", leaf, part)) for part in (0, 1)]
     return replace(marks, sources=frozenset(["predictions"]), atoms=frozenset(atoms))
-
-
-def prediction_dim(marks: Marks, samples: int, leading: bool = True) -> int | None:
-    """The sample axis of a prediction: the first, unless the inputs carry samples elsewhere (not ``leading``)."""
-    if leading and marks.shape[:1] == (samples,):
-        return 0
-    dim = marks.sample_dim()
-    if dim is not None and marks.shape[dim] == samples:
-        return dim
-    return None if leading or marks.owned else next((d for d, s in enumerate(marks.shape) if s == samples), None)
 
 
 def _outside(graph: Graph) -> dict[int, Marks]:

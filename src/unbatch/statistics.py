@@ -21,12 +21,12 @@ from torch import Tensor
 
 from unbatch import ops
 from unbatch.errors import StructureError
-from unbatch.graph import Graph, Step
-from unbatch.layout import Layout, layout_of
+from unbatch.graph import ExecutedOp, Graph, Step
 from unbatch.linearised import Linearised
+from unbatch.probes import gaussians_like, seeded
+from unbatch.sample_layout import Layout, layout_of
 from unbatch.setting import Setting
 from unbatch.substitutes import moments
-from unbatch.tangents import Ran
 
 Named = Mapping[int, Tensor]  # by prediction
 
@@ -35,7 +35,7 @@ Named = Mapping[int, Tensor]  # by prediction
 class Norm:
     """A batch norm as it ran. ``source``, ``result``: its input and output in the graph; ``at``: where in ``s``."""
 
-    ran: Ran
+    call: ExecutedOp
     source: int
     result: int
     layout: Layout
@@ -44,8 +44,8 @@ class Norm:
     @cached_property
     def moments(self) -> tuple[Tensor, Tensor]:
         """Means and reciprocal standard deviations, ``[channels]``."""
-        op = self.ran.step.op
-        return moments(op, ops.batch_norm_arguments(op, self.ran.given), self.ran.outs)
+        op = self.call.op
+        return moments(op, ops.batch_norm_arguments(op, self.call.arguments), self.call.outputs)
 
     @property
     def channels(self) -> int:
@@ -53,16 +53,16 @@ class Norm:
 
     @cached_property
     def normalised(self) -> Tensor:
-        x, (mean, rstd) = self.ran.given["input"], self.moments
+        x, (mean, rstd) = self.call["input"], self.moments
         return (x - self._wide(mean)) * self._wide(rstd)
 
     def _wide(self, t: Tensor) -> Tensor:
         """By channel, beside the input."""
-        return t.reshape(1, -1, *[1] * (self.ran.given["input"].ndim - 2))
+        return t.reshape(1, -1, *[1] * (self.call["input"].ndim - 2))
 
     def partial(self, g: Tensor) -> Tensor:
         """``[n, 2c]``: derivatives by both statistics of what has the cotangent ``g`` at the result."""
-        gain, rstd = self.ran.given["weight"], self.moments[1]
+        gain, rstd = self.call["weight"], self.moments[1]
         rest = [d for d in range(g.ndim + 1) if d not in (0, 2)]
         sums = [self.layout.split(t).sum(rest) for t in (g, g * self.normalised)]
         weight = torch.ones_like(rstd) if gain is None else gain
@@ -96,12 +96,12 @@ class Statistics:
         sources, results = [s for s, _, _ in found.values()], [r for _, r, _ in found.values()]
         free = Linearised(setting, parameters, watched=sources)
         frozen = Linearised(setting, parameters, frozen=True, watched=results)
-        ran = {r.step.index: r for r in free.steps}
+        calls = {c.step.index: c for c in free.steps}
         norms: list[Norm] = []
         for index, (source, result, layout) in found.items():
-            if index in ran and source in free.edges and result in frozen.edges:
+            if index in calls and source in free.edges and result in frozen.edges:
                 at = sum(2 * n.channels for n in norms)
-                norms.append(Norm(ran[index], source, result, layout, at))
+                norms.append(Norm(calls[index], source, result, layout, at))
         types = {p.dtype for p in parameters.values()} | {n.moments[0].dtype for n in norms}
         fits = len(types) == 1 and types <= {torch.float32, torch.float64}
         made = Statistics(free, frozen, norms) if norms and fits else None
@@ -109,9 +109,7 @@ class Statistics:
 
     def holds(self) -> bool:
         """``Jᵀ u = (∂F/∂θ)ᵀ u + Bᵀ (∂F/∂s)ᵀ u`` for a random u, or it is not believed."""
-        generator = torch.Generator().manual_seed(0)
-        random = lambda t: torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t)  # noqa: E731
-        u = {i: random(t) for i, t in self.free.outputs.items() if t.requires_grad}
+        u = gaussians_like({i: t for i, t in self.free.outputs.items() if t.requires_grad}, seeded(0))
         through, held = self.pull(self.coefficients(u).sum(0)), self.frozen.pull(u)
         expected = self.free.pull(u)
         size = sum(float(g.norm()) for g in expected.values())
@@ -121,7 +119,7 @@ class Statistics:
     @cached_property
     def shares(self) -> list[float]:
         """What part of a backward pass it takes to pull a statistic of each batch norm down from there."""
-        below = [sum(w for i, w in self._works.items() if i < n.ran.step.index) for n in self.norms]
+        below = [sum(w for i, w in self._works.items() if i < n.call.step.index) for n in self.norms]
         return [w / self.work for w in below]
 
     @cached_property
@@ -131,7 +129,7 @@ class Statistics:
 
     @cached_property
     def _works(self) -> dict[int, int]:
-        return {ran.step.index: _work(self.free.setting.graph, ran.step) for ran in self.free.steps}
+        return {c.step.index: _work(self.free.setting.graph, c.step) for c in self.free.steps}
 
     def coefficients(self, cotangents: Named) -> Tensor:
         """``a``, ``[n, R]``, for one column of every sample."""

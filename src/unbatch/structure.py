@@ -10,15 +10,14 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-
 from unbatch import ops, rules
 from unbatch.algebra import Algebra, Use
 from unbatch.folds import Fold
 from unbatch.graph import Escape, Graph, Ref, Step
-from unbatch.labels import MIXED, SHARED, Marks
+from unbatch.labels import Marks
+from unbatch.sample_layout import holds_its_place, uniform
 from unbatch.split import folded, placed, split
-from unbatch.starts import forward_marks, loss_marks, prediction_dim, scrambled
+from unbatch.starts import forward_marks, loss_marks, scrambled
 from unbatch.verdicts import (
     DEFAULT_REMEDY,
     REMEDY,
@@ -31,40 +30,6 @@ from unbatch.verdicts import (
     escape_culprit,
 )
 from unbatch.walk import Walk, walk
-
-# --- reading marks --------------------------------------------------------------------------------
-
-
-def holds_its_place(marks: Marks, samples: int, leading: bool) -> bool:
-    """Slice n of a prediction belongs to sample n (or to none)."""
-    if marks.mixed or (marks.owner < MIXED).any():
-        return False
-    if not marks.owned:
-        return True
-    dim = prediction_dim(marks, samples, leading)
-    if dim is not None:
-        want = np.arange(samples).reshape([-1 if d == dim else 1 for d in range(len(marks.shape))])
-        return bool(((marks.owner == want) | (marks.owner == SHARED)).all())
-    return contiguous_blocks(marks, samples) is not None
-
-
-def contiguous_blocks(marks: Marks, samples: int) -> np.ndarray | None:
-    """Keys as ``[samples, ..]`` if samples lie in contiguous, equal blocks along the leading dim."""
-    if not marks.shape or marks.shape[0] % samples or marks.key.shape[0] == 1:
-        return None
-    owner = marks.owner.reshape(samples, -1)
-    right = (owner == np.arange(samples)[:, None]) | (owner == SHARED)
-    return marks.key.reshape(samples, -1) if right.all() else None
-
-
-def uniform(marks: Marks, samples: int, leading: bool) -> bool:
-    """Slice n is the same function for every n."""
-    dim = prediction_dim(marks, samples, leading)
-    if dim is not None:
-        key = np.moveaxis(marks.key, dim, 0)
-        return not marks.plain(dim) and bool((key == key[:1]).all())
-    blocks = contiguous_blocks(marks, samples)
-    return blocks is not None and bool((blocks == blocks[:1]).all())
 
 
 def sees(marks: Marks) -> bool:
@@ -163,7 +128,7 @@ def statistics_of_data(graph: Graph, forward: Walk) -> list[Step]:
 
 def _asked(graph: Graph, forward: Walk, own: bool) -> tuple[list[Escape], list[Escape]]:
     """What Python reads on the way to the predictions, and what it reads later, which does not lead to them."""
-    last = max(forward.ancestors(used_predictions(graph)), default=-1) if own else -1
+    last = max(forward.ancestors(graph.used_predictions), default=-1) if own else -1
     late = lambda e: e.step > last if own else e.in_loss  # noqa: E731
     return [e for e in graph.escapes if not late(e)], [e for e in graph.escapes if late(e)]
 
@@ -187,7 +152,7 @@ def constant(escape: Escape, loss: Walk) -> bool:
 
 def _judge_forward(graph: Graph, forward: Walk, found: Findings, samples: int) -> Structure:
     algebra, leading = forward.algebra, found.leading
-    used = used_predictions(graph)
+    used = graph.used_predictions
     marks = [forward[r] for r in used]
     steps = forward.ancestors(used)
     for m in marks:
@@ -242,14 +207,6 @@ def _compares(step: Step, birth: str | None) -> bool:
     return (step.name in ("gt", "ge", "lt", "le") and birth == "pairwise") or step.name in ("sort", "argsort")
 
 
-def used_predictions(graph: Graph) -> list[Ref]:
-    """The predictions that the loss reads; all of them where there is no loss to tell."""
-    if graph.loss is None:
-        return graph.predictions
-    read = {r.index for step in graph.loss_steps for r in step.refs()} | {graph.loss.index}
-    return [p for p in graph.predictions if p.index in read] or graph.predictions
-
-
 def _statistics(graph: Graph, algebra: Algebra, uses: Sequence[Use]) -> dict[BatchStatistic, bool]:
     """One entry per place in the program where statistics are made; whether they are as long as the batch."""
     places: dict[tuple[str, str, str], list[Use]] = {}
@@ -302,7 +259,7 @@ def _judge_loss(graph: Graph, loss: Walk, found: Findings, structure: Structure)
     clean = not found.loss_escapes
     separate = "predictions" in marks.sources or not marks.depends_on_batch
     additive = clean and (marks.additive or (structure.samples == 1 and not marks.mixed)) and separate
-    symmetric = not marks.mixed and (marks.additive or not (marks.owner < MIXED).any())
+    symmetric = not marks.mixed and (marks.additive or not marks.grouped)
     one_scalar = (
         clean
         and symmetric
@@ -371,7 +328,7 @@ def _tells_parameters(graph: Graph, loss: Walk, found: Findings, escape: Escape)
 def _cut(graph: Graph) -> tuple[str, ...]:
     """Where a model that computes its own loss was cut, in words."""
     out = []
-    for ref in used_predictions(graph):
+    for ref in graph.used_predictions:
         value = graph.values[ref.index]
         step = graph.steps[value.step]
         place = f"{step.module or 'the model'}, {os.path.basename(step.where) or step.name}"

@@ -19,15 +19,16 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves, tree_map
 
-from unbatch.contractions import Call, Meeting
+from unbatch.contractions import Meeting, OperandUse
 from unbatch.derivatives import Gate, attached, batched_grad, solid
 from unbatch.graph import Graph, Ref, Step, flat
 from unbatch.kinds import meeting, projected
-from unbatch.layout import Layout
 from unbatch.mixing import Pooled
 from unbatch.parts import FromSite, Part, View
 from unbatch.products import Linear
 from unbatch.route import Route, Stop, Together
+from unbatch.rows import sum_of
+from unbatch.sample_layout import Layout
 from unbatch.sites import Flow, Site
 from unbatch.substitutes import held, norm_evaluated, norm_held
 
@@ -75,7 +76,7 @@ class Sweep:
     groups: list[Group] = field(default_factory=list)  # what the last backward pass has left to be contracted
     kinds: dict[Site, str] = field(default_factory=dict)  # how each site was contracted
     spent: bool = False  # nothing is left for another backward pass
-    _for_norm: dict[Site, Call] = field(default_factory=dict)  # calls that wait for the batch norm above them
+    _for_norm: dict[Site, OperandUse] = field(default_factory=dict)  # calls that wait for the batch norm above them
     _several: list[tuple[Stop, list[GradientEdge | None]]] = field(default_factory=list)  # stops with several outputs
     _take: Callable[[Group], None] | None = None
     _last: bool = True  # nothing is kept for another backward pass
@@ -197,14 +198,14 @@ class Sweep:
         for use in stop.uses:
             held_ = kept[use.site.name]
             operand = held_ if isinstance(held_, Tensor) else tree_leaves(held_)[use.at]
-            call = Call(stop.step.op, kept, seen, operand, use.site.name, use.layouts)
+            call = OperandUse(stop.step, kept, seen, operand, use.site.name, use.layouts)
             if use.site.way == "projected":
                 self._for_norm[use.site] = call
             else:
                 self.made[use.site] = Pooled(call) if use.site in self.route.pools else meeting(call)
                 call.outputs = ()
         if stop.below:
-            norm = Call(stop.step.op, kept, seen, seen[0], "", (Layout(0, self.flow.samples),))
+            norm = OperandUse(stop.step, kept, seen, seen[0], "", (Layout(0, self.flow.samples),))
             for site in [s for s in self._for_norm if s.step in stop.below]:
                 call = self._for_norm.pop(site)
                 self.made[site] = projected(call, norm)
@@ -344,13 +345,13 @@ class Sweep:
         if group.only is not None:
             where = slice(0, self.flow.samples)
             return {name: part.weighted_sum(weights) for name, part in self.parts(group, where, None)}
-        sums = {i: _sum([m.weighted_sum(weights) for m in meetings]) for i, meetings in group.meetings.items()}
+        sums = {i: sum_of([m.weighted_sum(weights) for m in meetings]) for i, meetings in group.meetings.items()}
         return {n: r[0] for n, r in self._to_parameters(group, {i: g[None] for i, g in sums.items()}, 1).items()}
 
     def rows(self, group: Group, where: slice) -> dict[str, Tensor]:
         """Rows of the parameters of a group, summed over their sites."""
         first, last, _ = where.indices(self.flow.samples)
-        sums = {i: _sum([m.rows(where) for m in meetings]) for i, meetings in group.meetings.items()}
+        sums = {i: sum_of([m.rows(where) for m in meetings]) for i, meetings in group.meetings.items()}
         return self._to_parameters(group, sums, last - first)
 
     def _to_parameters(self, group: Group, sums: dict[int, Tensor], count: int) -> dict[str, Tensor]:
@@ -382,13 +383,6 @@ def _joined(meetings: list[Meeting]) -> list[Meeting]:
     products = [m for m in meetings if type(m) is Linear and not m.batched]
     alike = len({m.features_first for m in products}) == 1 and len(products) > 1
     return [Linear.joined(products), *(m for m in meetings if m not in products)] if alike else meetings
-
-
-def _sum(tensors: Sequence[Tensor]) -> Tensor:
-    total = tensors[0]
-    for t in tensors[1:]:
-        total = total + t
-    return total
 
 
 def _zip_map(function: Callable[[Any, Any], Any], refs: Any, values: Any) -> Any:

@@ -8,7 +8,6 @@ Knows ops and tensors only.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from unbatch import ops
 from unbatch.derivatives import forward_mode, solid
 from unbatch.errors import MSG_NO_TANGENT, StructureError
-from unbatch.graph import Ref, Step, flat
+from unbatch.graph import ExecutedOp, Ref, flat
 from unbatch.substitutes import moments
 
 aten = torch.ops.aten
@@ -27,25 +26,7 @@ aten = torch.ops.aten
 Tangents = list[Tensor | None]
 
 
-@dataclass(frozen=True)
-class Ran:
-    """An op as it ran: its arguments as they were given, and by name; its outputs."""
-
-    step: Step
-    args: Any
-    kwargs: Any
-    outs: tuple[Any, ...]
-
-    @property
-    def given(self) -> dict[str, Any]:
-        return dict(zip(self.step.parameters, self.args, strict=False)) | self.kwargs
-
-    def with_(self, other: Mapping[str, Any]) -> Any:
-        """The op with some other arguments."""
-        return self.step.op(**{**self.given, **other})
-
-
-Rule = Callable[[Ran, Mapping[str, Any]], Tangents | None]
+Rule = Callable[[ExecutedOp, Mapping[str, Any]], Tangents | None]
 
 RULES: dict[str, Rule] = {}
 NEED_OUTPUTS: set[str] = set()  # the ops whose rule reads what the op returned
@@ -68,46 +49,46 @@ def rule(names: str, outputs: bool = False) -> Callable[[Rule], Rule]:
     "avg_pool1d avg_pool3d upsample_nearest2d upsample_bilinear2d detach_copy squeeze_ unsqueeze_ as_strided unfold "
     "im2col pixel_shuffle tril triu"
 )
-def linear(ran: Ran, moving: Mapping[str, Any]) -> Tangents | None:
+def linear(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents | None:
     """Linear in its first argument."""
     (first, tangent), *others = moving.items()
     if not isinstance(tangent, Tensor) or any(t is not None for _, rest in others for t in tree_leaves(rest)):
         return None
-    return flat(ran.with_({first: tangent}))
+    return flat(call.with_({first: tangent}))
 
 
 @rule(" ".join(ops.names(lambda row: row.takes_shape)))
-def reshaping(ran: Ran, moving: Mapping[str, Any]) -> Tangents:
+def reshaping(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
     """A tangent need not lie in memory as its value does."""
-    shape = next(v for n, v in ran.given.items() if n != "self")
+    shape = next(v for n, v in call.arguments.items() if n != "self")
     return [moving["self"].reshape(shape)]
 
 
 @rule("mm bmm dot mv")
-def product(ran: Ran, moving: Mapping[str, Any]) -> Tangents:
+def product(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
     """Linear in each of its two arguments."""
-    first, second = list(ran.given)[:2]
-    return [_sum(*(ran.with_({n: moving[n]}) if moving[n] is not None else None for n in (first, second)))]
+    first, second = list(call.arguments)[:2]
+    return [_sum(*(call.with_({n: moving[n]}) if moving[n] is not None else None for n in (first, second)))]
 
 
 @rule("mul")
-def scaling(ran: Ran, moving: Mapping[str, Any]) -> Tangents:
-    x, y = ran.given["self"], ran.given["other"]
+def scaling(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
+    x, y = call.arguments["self"], call.arguments["other"]
     dx, dy = moving["self"], moving.get("other")
     return [_sum(dx * y if dx is not None else None, x * dy if dy is not None else None)]
 
 
 @rule("div")
-def quotient(ran: Ran, moving: Mapping[str, Any]) -> Tangents | None:
-    if moving["self"] is None or moving.get("other") is not None or ran.given.get("rounding_mode") is not None:
+def quotient(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents | None:
+    if moving["self"] is None or moving.get("other") is not None or call.arguments.get("rounding_mode") is not None:
         return None
-    return [moving["self"] / ran.given["other"]]
+    return [moving["self"] / call.arguments["other"]]
 
 
 @rule("add sub")
-def addition(ran: Ran, moving: Mapping[str, Any]) -> Tangents:
-    dx, dy, given = moving["self"], moving.get("other"), ran.given
-    alpha = given.get("alpha", 1) * (-1 if ran.step.name == "sub" else 1)
+def addition(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
+    dx, dy, given = moving["self"], moving.get("other"), call.arguments
+    alpha = given.get("alpha", 1) * (-1 if call.step.name == "sub" else 1)
     shape = torch.broadcast_shapes(*(t.shape for t in (given["self"], given["other"]) if isinstance(t, Tensor)))
     dy = dy if dy is None or alpha == 1 else alpha * dy
     total = _sum(dx, dy)
@@ -115,8 +96,8 @@ def addition(ran: Ran, moving: Mapping[str, Any]) -> Tangents:
 
 
 @rule("addmm baddbmm")
-def affine(ran: Ran, moving: Mapping[str, Any]) -> Tangents:
-    given = ran.given
+def affine(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
+    given = call.arguments
     names = ("self", "mat1", "mat2") if "mat1" in given else ("self", "batch1", "batch2")
     (_, x, y), (db, dx, dy) = (given[n] for n in names), (moving[n] for n in names)
     multiply = torch.mm if "mat1" in given else torch.bmm
@@ -130,68 +111,72 @@ def affine(ran: Ran, moving: Mapping[str, Any]) -> Tangents:
 
 
 @rule("convolution")
-def convolution(ran: Ran, moving: Mapping[str, Any]) -> Tangents:
+def convolution(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
     dx, dw, db = moving["input"], moving["weight"], moving["bias"]
-    by_input = ran.with_({"input": dx, "bias": db}) if dx is not None else None
+    by_input = call.with_({"input": dx, "bias": db}) if dx is not None else None
     by_weight = None
     if dw is not None or (db is not None and dx is None):
-        dw = torch.zeros_like(ran.given["weight"]) if dw is None else dw
-        by_weight = ran.with_({"weight": dw, "bias": db if dx is None else None})
+        dw = torch.zeros_like(call.arguments["weight"]) if dw is None else dw
+        by_weight = call.with_({"weight": dw, "bias": db if dx is None else None})
     return [_sum(by_input, by_weight)]
 
 
 @rule("embedding")
-def lookup(ran: Ran, moving: Mapping[str, Any]) -> Tangents:
+def lookup(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
     """The row of the padding does not move."""
-    table, padding = moving["weight"], ran.given.get("padding_idx", -1)
+    table, padding = moving["weight"], call.arguments.get("padding_idx", -1)
     if padding >= 0:
         table = table.index_fill(0, torch.tensor([padding], device=table.device), 0)
-    return [ran.with_({"weight": table})]
+    return [call.with_({"weight": table})]
 
 
 @rule("cat stack")
-def joining(ran: Ran, moving: Mapping[str, Any]) -> Tangents:
-    pairs = zip(ran.given["tensors"], moving["tensors"], strict=True)
-    return [ran.with_({"tensors": [torch.zeros_like(x) if dx is None else dx for x, dx in pairs]})]
+def joining(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
+    pairs = zip(call.arguments["tensors"], moving["tensors"], strict=True)
+    return [call.with_({"tensors": [torch.zeros_like(x) if dx is None else dx for x, dx in pairs]})]
 
 
 # Elementwise ops, softmax and normalisations have symmetric Jacobians: pulled back is pushed forward.
 
 
 @rule("relu relu_")
-def relu(ran: Ran, moving: Mapping[str, Any]) -> Tangents:
-    return [aten.threshold_backward(moving["self"], ran.given["self"], 0)]
+def relu(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
+    return [aten.threshold_backward(moving["self"], call.arguments["self"], 0)]
 
 
 @rule("tanh", outputs=True)
-def tanh(ran: Ran, moving: Mapping[str, Any]) -> Tangents:
-    return [aten.tanh_backward(moving["self"], ran.outs[0])]
+def tanh(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
+    return [aten.tanh_backward(moving["self"], call.outputs[0])]
 
 
 @rule("sigmoid", outputs=True)
-def sigmoid(ran: Ran, moving: Mapping[str, Any]) -> Tangents:
-    return [aten.sigmoid_backward(moving["self"], ran.outs[0])]
+def sigmoid(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
+    return [aten.sigmoid_backward(moving["self"], call.outputs[0])]
 
 
 @rule("gelu")
-def gelu(ran: Ran, moving: Mapping[str, Any]) -> Tangents:
-    return [aten.gelu_backward(moving["self"], ran.given["self"], approximate=ran.given.get("approximate", "none"))]
+def gelu(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
+    return [
+        aten.gelu_backward(
+            moving["self"], call.arguments["self"], approximate=call.arguments.get("approximate", "none")
+        )
+    ]
 
 
 @rule("silu")
-def silu(ran: Ran, moving: Mapping[str, Any]) -> Tangents:
-    return [aten.silu_backward(moving["self"], ran.given["self"])]
+def silu(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
+    return [aten.silu_backward(moving["self"], call.arguments["self"])]
 
 
 @rule("_softmax", outputs=True)
-def softmax(ran: Ran, moving: Mapping[str, Any]) -> Tangents:
-    y = ran.outs[0]
-    return [aten._softmax_backward_data(moving["self"].to(y.dtype), y, ran.given["dim"], y.dtype)]
+def softmax(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
+    y = call.outputs[0]
+    return [aten._softmax_backward_data(moving["self"].to(y.dtype), y, call.arguments["dim"], y.dtype)]
 
 
 @rule("native_layer_norm", outputs=True)
-def layer_norm(ran: Ran, moving: Mapping[str, Any]) -> Tangents:
-    given, (y, mean, rstd) = ran.given, ran.outs
+def layer_norm(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
+    given, (y, mean, rstd) = call.arguments, call.outputs
     x, shape, dx = given["input"].to(mean.dtype), given["normalized_shape"], moving["input"]
     by_input = None
     if dx is not None:
@@ -204,11 +189,11 @@ def layer_norm(ran: Ran, moving: Mapping[str, Any]) -> Tangents:
 
 
 @rule(" ".join(ops.names(lambda row: row.batch_norm)), outputs=True)
-def batch_norm(ran: Ran, moving: Mapping[str, Any]) -> Tangents | None:
-    norm = ops.batch_norm_arguments(ran.step.op, ran.given)
+def batch_norm(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents | None:
+    norm = ops.batch_norm_arguments(call.op, call.arguments)
     if not norm.training:
         return None
-    mean, rstd = moments(ran.step.op, norm, ran.outs)
+    mean, rstd = moments(call.op, norm, call.outputs)
     x, dx = norm.input, moving["input"]
     if x.dtype != mean.dtype:
         return None
@@ -224,7 +209,7 @@ def batch_norm(ran: Ran, moving: Mapping[str, Any]) -> Tangents | None:
         by_scale = torch.addcmul(-(gain * mean).view(view), x, gain.view(view))
     shift = None if moving["bias"] is None else moving["bias"].view(view)
     total = _shifted(_sum(by_input, by_scale), shift, x.shape)
-    return [total, *[None] * (len(ran.outs) - 1)]
+    return [total, *[None] * (len(call.outputs) - 1)]
 
 
 def _shifted(total: Tensor | None, shift: Tensor | None, shape: torch.Size) -> Tensor | None:
@@ -240,23 +225,22 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 # --- any op ---------------------------------------------------------------------------------------
 
 
-def through_op(ran: Ran, op: Any, here: Mapping[int, Tensor]) -> Tangents:
+def through_op(call: ExecutedOp, op: Any, here: Mapping[int, Tensor]) -> Tangents:
     """By forward mode of the op; where it has none, by its derivative's derivative, or by the op spelled out."""
-    step = ran.step
+    step = call.step
     try:
-        return _forward_mode(ran, op, here)
+        return _forward_mode(call, op, here)
     except (NotImplementedError, RuntimeError) as missing:
         spelled = SPELLED_OUT.get(step.name)
         try:
             if spelled is not None:
-                return _forward_mode(ran, spelled, here)
-            return _twice_backward(ran, op, here)
+                return _forward_mode(call, spelled, here)
+            return _twice_backward(call, op, here)
         except (NotImplementedError, RuntimeError):
-            place = f"{step.module or 'the model'}, {step.name}" + (f", {step.where}" if step.where else "")
-            raise StructureError(MSG_NO_TANGENT.format(place=place, error=missing)) from missing
+            raise StructureError(MSG_NO_TANGENT.format(place=step.place, error=missing)) from missing
 
 
-def _placed(ran: Ran, here: Mapping[int, Tensor], make: Callable[[Tensor, Tensor], Tensor]) -> Any:
+def _placed(call: ExecutedOp, here: Mapping[int, Tensor], make: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Any]:
     """The arguments, with ``make(value, tangent)`` where something moves; what the op writes to is copied first."""
 
     def both(refs: Any, values: Any) -> Any:
@@ -264,22 +248,23 @@ def _placed(ran: Ran, here: Mapping[int, Tensor], make: Callable[[Tensor, Tensor
             return type(refs)(both(r, v) for r, v in zip(refs, values, strict=True))
         return make(values, here[refs.index]) if isinstance(refs, Ref) and refs.index in here else values
 
-    args = list(ran.args)
-    if ops.writes_in_place(ran.step.op):
-        args[0] = args[0].clone()
-    return both(ran.step.args, tuple(args)), {k: both(r, ran.kwargs[k]) for k, r in ran.step.kwargs.items()}
+    arguments = dict(call.arguments)
+    if ops.writes_in_place(call.op):
+        first = call.step.parameters[0]
+        arguments[first] = arguments[first].clone()
+    return {name: both(refs, arguments[name]) for name, refs in call.step.named.items()}
 
 
-def _forward_mode(ran: Ran, op: Any, here: Mapping[int, Tensor]) -> Tangents:
+def _forward_mode(call: ExecutedOp, op: Any, here: Mapping[int, Tensor]) -> Tangents:
     with forward_mode():
         dual = lambda x, dx: forward_ad.make_dual(x, dx.to(x.dtype))  # noqa: E731
-        args, kwargs = _placed(ran, here, dual)
-        outs = flat(op(*args, **kwargs))
+        arguments = _placed(call, here, dual)
+        outs = flat(op(**arguments))
         tangents = [forward_ad.unpack_dual(o).tangent if isinstance(o, Tensor) else None for o in outs]
         return [None if t is None else solid(t) for t in tangents]
 
 
-def _twice_backward(ran: Ran, op: Any, here: Mapping[int, Tensor]) -> Tangents:
+def _twice_backward(call: ExecutedOp, op: Any, here: Mapping[int, Tensor]) -> Tangents:
     """``J v`` as the derivative of ``Jᵀ w``, which is linear in ``w``."""
     leaves: list[tuple[Tensor, Tensor]] = []
 
@@ -288,8 +273,8 @@ def _twice_backward(ran: Ran, op: Any, here: Mapping[int, Tensor]) -> Tangents:
         return leaves[-1][0]
 
     with torch.enable_grad():
-        args, kwargs = _placed(ran, here, leaf)
-        outs = flat(op(*args, **kwargs))
+        arguments = _placed(call, here, leaf)
+        outs = flat(op(**arguments))
         live = [o for o in outs if isinstance(o, Tensor) and o.requires_grad]
         ws = [torch.zeros_like(o, requires_grad=True) for o in live]
         xs, dxs = zip(*leaves, strict=True)
@@ -312,11 +297,12 @@ def _attention(
 
 
 def _bags(
-    weight: Tensor, indices: Tensor, offsets: Tensor, scale: bool = False, mode: int = 0, sparse: bool = False,
-    per_sample_weights: Tensor | None = None, include_last_offset: bool = False, padding_idx: int = -1,
+    weight: Tensor, indices: Tensor, offsets: Tensor, scale_grad_by_freq: bool = False, mode: int = 0,
+    sparse: bool = False, per_sample_weights: Tensor | None = None, include_last_offset: bool = False,
+    padding_idx: int = -1,
 ) -> Any:  # fmt: skip
     """Sums and means of rows of a table over the runs of a flat index."""
-    if mode > 1 or scale or include_last_offset or padding_idx >= 0:
+    if mode > 1 or scale_grad_by_freq or include_last_offset or padding_idx >= 0:
         raise NotImplementedError("bags by their largest entries, scaled by frequency, or with padding")
     places = torch.arange(len(indices), device=indices.device)
     bag = torch.searchsorted(offsets.contiguous(), places, right=True) - 1

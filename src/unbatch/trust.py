@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unbatch.contractions import real, squares
 from unbatch.derivatives import gradients
-from unbatch.graph import widest
-from unbatch.layout import Layout
+from unbatch.precision import DOUBLE, in_double
+from unbatch.probes import gaussians_like, seeded
 from unbatch.route import Route
-from unbatch.setting import WIDE, Setting
+from unbatch.rows import real, squares
+from unbatch.sample_layout import Layout
+from unbatch.setting import Setting
 from unbatch.sources import Recorded
 from unbatch.substitutes import held, norm_held
 
@@ -42,13 +43,14 @@ def _tried(setting: Setting, parameters: Mapping[str, Tensor], by: str, memory: 
     if not fits and _agrees(setting, parameters, by, setting.rounding):
         return True
     try:
-        return _agrees(setting.widened(), {n: widest(p.detach()) for n, p in parameters.items()}, by, WIDE)
+        detached = {n: in_double(p.detach()) for n, p in parameters.items()}
+        return _agrees(setting.in_double(), detached, by, DOUBLE)
     except (RuntimeError, TypeError, NotImplementedError, IndexError):  # some op does not take float64
         return fits and _agrees(setting, parameters, by, setting.rounding)
 
 
 def _agrees(setting: Setting, parameters: Mapping[str, Tensor], by: str, bound: float) -> bool:
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     like = next(iter(parameters.values()))
     weights = torch.rand(setting.samples, generator=generator, dtype=torch.float64) + 0.5
     weights = torch.ones_like(weights) if by == "copy" else weights
@@ -80,15 +82,10 @@ def _plainly(
     instead = {s.index: held(s.op) for s in route.cut_off} | instead
     with torch.enable_grad():
         outs = graph.run({**feed, **live}, list(flow.predictions), instead=instead, steps=graph.forward_steps)
-    generator = torch.Generator().manual_seed(1)
-    cotangents = {
-        i: torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t)
-        for i, t in zip(flow.predictions, outs, strict=True)
-        if t.requires_grad
-    }
-    seen = [t for t in outs if t.requires_grad]
+    moving = {i: t for i, t in zip(flow.predictions, outs, strict=True) if t.requires_grad}
+    cotangents = gaussians_like(moving, seeded(1))
     gs = [Layout(flow.predictions[i], flow.samples).scaled(g, weights) for i, g in cotangents.items()]
-    total = gradients(seen, leaves, gs)
+    total = gradients(list(moving.values()), leaves, gs)
     return cotangents, {n: t.detach() for n, t in total.items()}
 
 

@@ -6,7 +6,6 @@ writes in place that are seen through other views. What the marks mean for the l
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from unbatch import errors, indexing, layers, loss_rules, moves, ops, rules  # noqa: F401  their rules are registered by importing them
 from unbatch.algebra import Algebra
+from unbatch.aliasing import Window, places
 from unbatch.arranged import Arranged, Ends, follow
 from unbatch.capture import Recorder
 from unbatch.families import running_statistics
@@ -387,12 +387,11 @@ def _through_views(out: Walk, old: Ref, fresh: Ref, step: int, last: Mapping[int
     ]
     if not others:
         return
-    spots = _positions(graph.values[fresh.index])
     new = spell_out(out.marks[fresh.index])
-    slot = np.full(max(_extent(graph.values[i]) for i in [fresh.index, *others]), -1, dtype=np.int64)
-    slot[spots.reshape(-1)] = np.arange(spots.size)
+    windows = [Window.of(graph.values[i]) for i in others]
+    hits = places(Window.of(graph.values[fresh.index]), windows)
     new_owner, new_key = (np.broadcast_to(a, new.shape).reshape(-1) for a in (new.owner, new.key))
-    for i in others:
+    for i, hit in zip(others, hits, strict=True):
         if graph.values[i].dtype.itemsize != graph.values[fresh.index].dtype.itemsize:
             out.arranged.pop(i, None)
             view = [1] * len(graph.values[i].shape)
@@ -401,7 +400,6 @@ def _through_views(out: Walk, old: Ref, fresh: Ref, step: int, last: Mapping[int
                 graph.values[i].shape, owner, key, [out.marks[i], new], "written through a view"
             )
             continue
-        hit = slot[_positions(graph.values[i])]
         if (hit < 0).all():
             continue
         out.arranged.pop(i, None)
@@ -421,25 +419,7 @@ def _restrided(out: Walk, call: rules.Call, step: Step) -> Marks:
         out.graph.values[step.refs()[0].index],
         out.graph.values[step.outs[0].index if step.outs[0] else 0],
     )
-    spots, wanted = _positions(source), _positions(target)
-    slot = np.full(max(_extent(source), _extent(target)), -1, dtype=np.int64)
-    slot[spots.reshape(-1)] = np.arange(spots.size)
-    place = slot[wanted]
+    (place,) = places(Window.of(source), [Window.of(target)])
     if (place < 0).any() or source.dtype.itemsize != target.dtype.itemsize:
         return rules.mixed(call, target.shape, "resized")
     return moved(call["self"], lambda _: place, target.shape)
-
-
-def _positions(value: Any) -> np.ndarray:
-    out = np.full(value.shape, value.offset, dtype=np.int64)
-    for d, (size, stride) in enumerate(zip(value.shape, value.stride, strict=True)):
-        out += (np.arange(size) * stride).reshape([-1 if e == d else 1 for e in range(len(value.shape))])
-    return out
-
-
-def _extent(value: Any) -> int:
-    return (
-        value.offset + sum((s - 1) * st for s, st in zip(value.shape, value.stride, strict=True)) + 1
-        if math.prod(value.shape)
-        else 1
-    )

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from unbatch import ops
 from unbatch.graph import Step
 from unbatch.oracle import GAIN, VARIANTS, Oracle, relative_change
+from unbatch.probes import gaussian_like, seeded
 from unbatch.substitutes import norm_held
 
 
@@ -319,8 +320,8 @@ class _Seen:
         counts = moving if asked is None else [a and b for a, b in zip(asked, moving, strict=True)]
         live = [t for t, moves in zip(outputs, counts, strict=True) if moves]
         seen = _Seen([t.detach() for t in outputs], moving, [None] * len(leaves))
-        generator = torch.Generator().manual_seed(0)
-        cotangents = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in live]
+        generator = seeded(0)
+        cotangents = [gaussian_like(t, generator) for t in live]
         try:
             if live and leaves:
                 seen.gradients = list(torch.autograd.grad(live, leaves, cotangents, allow_unused=True))

@@ -19,7 +19,6 @@ from torch import Tensor
 from unbatch import quantities
 from unbatch.columns import DiagGGN, OfColumns
 from unbatch.consequences import consequence
-from unbatch.contractions import wide
 from unbatch.curvature import Curvature
 from unbatch.errors import MSG_NOT_POSITIVE, InputError, StructureError
 from unbatch.operator import Operator
@@ -28,6 +27,7 @@ from unbatch.problem import Problem
 from unbatch.quantities import About, Collector, Quantity
 from unbatch.results import ByParameter
 from unbatch.roots import Factor, Root
+from unbatch.rows import wide
 
 MSG_EXTENSION = "attach takes extensions such as BatchGrad() or DiagGGNExact(), at least one; got {value!r}."
 MSG_DOES_NOT_EXIST = "{name} does not exist for this loss. {reason} See problem.structure."

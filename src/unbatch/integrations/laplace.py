@@ -22,9 +22,10 @@ from unbatch.consequences import consequence
 from unbatch.errors import StructureError
 from unbatch.ggn import GGN
 from unbatch.integrations import needed
-from unbatch.operator import Operator, sum_of
+from unbatch.operator import Operator
 from unbatch.problem import Problem
 from unbatch.purity import untouched
+from unbatch.rows import sum_of
 
 MSG_KRON = (
     "UnbatchGGN has no Kronecker factors for this model: {reason} Take hessian_structure='full', 'diag' or 'lowrank'."

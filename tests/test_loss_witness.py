@@ -1,0 +1,56 @@
+"""In which precision a loss is put to the test."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from unbatch.capture import Program
+from unbatch.loss_witness import LossOracle
+from unbatch.precision import LOSS_IN_DOUBLE, LOSS_WITH_CASTS
+from unbatch.purity import random_state
+
+N, C = 4, 3
+CONSTANT = torch.ones(C)
+
+
+def refuses_double(p, y):
+    return nn.functional.linear(p, CONSTANT[None]).square().sum()
+
+
+def infinite(p, y):
+    return p.sum() / 0
+
+
+def cast_to_single(p, y):
+    return p.float().square().sum()
+
+
+def squares(p, y):
+    return (p - y).square().sum()
+
+
+# by loss: taken in float64; all of it computed there
+LOSSES = {
+    squares: (True, True),
+    refuses_double: (False, False),
+    infinite: (False, False),
+    cast_to_single: (True, False),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_loss_is_tested_in_float64_where_it_takes_it(loss):
+    """And believed to 16 digits only where its value comes out in float64, too."""
+    graph = SimpleNamespace(rng=random_state(), loss_steps=[])
+    program = Program(nn.Identity(), loss, {})
+    oracle = SimpleNamespace(
+        program=program, places=[0], out_dims=[0], samples=N, targets=torch.ones(N, C), graph=graph
+    )
+    at = LossOracle(oracle, torch.randn(N, C))
+    double, fine = LOSSES[loss]
+    assert at.double == double
+    assert at.tolerances == (LOSS_IN_DOUBLE if fine else LOSS_WITH_CASTS)
+    dtype = torch.float64 if double else torch.float32
+    assert [p.dtype for p in at.swapped({})] == [dtype]

@@ -1,0 +1,90 @@
+"""Where the samples lie in a value: every question about it, asked of the same few values."""
+
+import numpy as np
+import pytest
+import torch
+
+from unbatch.labels import MIXED, SHARED, Marks, batched, follow_samples, group_owner, shared
+from unbatch.sample_layout import (
+    Layout,
+    contiguous_blocks,
+    holds_its_place,
+    in_order,
+    layout_of,
+    prediction_dim,
+    uniform,
+)
+
+N = 3
+
+
+def owned_by(*owners):
+    owner = np.array(owners, dtype=np.int32)
+    return Marks(owner.shape, owner, np.zeros(owner.shape, dtype=np.uint64))
+
+
+VALUES = {
+    "one slice each": batched([N, 2], 0, "x"),
+    "along the second axis": batched([2, N], 1, "x"),
+    "blocks": owned_by(0, 0, 1, 1, 2, 2),
+    "interleaved": owned_by(0, 1, 2, 0, 1, 2),
+    "another order": owned_by(0, 1, 1, 2, 2, 0),
+    "flipped": owned_by(2, 1, 0),
+    "uneven": owned_by(0, 0, 0, 1, 2),
+    "partly shared": owned_by(0, SHARED, 2),
+    "mixed": owned_by(0, MIXED, 2),
+    "of a group": owned_by(0, group_owner(0), 2),
+    "shared": shared([N, 2], "w"),
+}
+
+# by value: sample_dim, prediction_dim, holds_its_place, layout_of, in_order
+ANSWERS = {
+    "one slice each": (0, 0, True, Layout(0, N), True),
+    "along the second axis": (1, 1, True, Layout(1, N), True),
+    "blocks": (None, None, True, Layout(0, N, 2), True),
+    "interleaved": (None, None, False, Layout(0, N, 2, "tn"), True),
+    "another order": (None, None, False, Layout(0, N, 2, (0, 5, 1, 2, 3, 4)), False),
+    "flipped": (None, 0, False, Layout(0, N, 1, (2, 1, 0)), False),
+    "uneven": (None, None, False, None, True),
+    "partly shared": (0, 0, True, Layout(0, N), True),
+    "mixed": (None, 0, False, None, None),
+    "of a group": (None, 0, False, None, None),
+    "shared": (None, 0, True, None, None),
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_the_answers_fit_together(name):
+    value = VALUES[name]
+    sample_dim, dim, in_place, layout, order = ANSWERS[name]
+    assert value.sample_dim() == sample_dim
+    assert prediction_dim(value, N) == dim
+    assert holds_its_place(value, N, leading=True) == in_place
+    assert layout_of(value, N) == layout
+    if order is not None:
+        assert in_order(value, N) == order
+
+
+@pytest.mark.parametrize("name", [n for n, (*_, layout, _) in ANSWERS.items() if isinstance(layout, Layout)])
+def test_a_layout_brings_the_entries_of_each_sample_to_the_front(name):
+    value, layout = VALUES[name], layout_of(VALUES[name], N)
+    owner = torch.from_numpy(np.broadcast_to(value.owner, value.shape).copy())
+    rows = layout.split(owner)
+    assert torch.equal(layout.join(rows), owner)
+    for n, row in enumerate(rows):
+        assert set(row.flatten().tolist()) <= {n, SHARED}
+
+
+def test_equal_functions_are_told_from_others():
+    different = Marks((N,), np.arange(N, dtype=np.int32), np.arange(N, dtype=np.uint64))
+    assert uniform(batched([N, 2], 0, "x"), N, leading=True)
+    assert uniform(VALUES["blocks"], N, leading=True)
+    assert not uniform(different, N, leading=True)
+    assert contiguous_blocks(VALUES["interleaved"], N) is None
+
+
+def test_samples_out_of_order_do_not_pass_for_their_own_slices():
+    """A planted bug: looking at the set of owners only, and not at their places."""
+    owner = np.array([1, 0, 2], dtype=np.int32)
+    assert set(owner) == set(range(N))
+    assert not follow_samples(owner, 0, N)
