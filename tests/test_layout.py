@@ -81,6 +81,7 @@ LEVELS = {
     "linearised": 6,
     "sources": 6,
     "trust": 6,
+    "request": 6,
     "quantities": 6,
     "diagnostics": 6,
     "statistics": 6,

@@ -6,10 +6,9 @@ or as many directions of these as a tolerance needs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from unbatch.errors import (
     MSG_NO_BLOCKS,
     MSG_NO_COMPONENTS,
     MSG_NOT_POSITIVE,
+    MSG_NOT_REPLAYED,
     MSG_VANISHING,
     VANISHING,
     VANISHING_INSIDE,
@@ -26,8 +26,9 @@ from unbatch.errors import (
     VanishingCurvatureWarning,
     warn,
 )
-from unbatch.linearised import Linearised
+from unbatch.linearised import Linearised, LinearisedModel
 from unbatch.loss import factor, joint, likelihood, sampled
+from unbatch.request import Request, is_planned, source_of
 from unbatch.roots import Factor, Root
 from unbatch.sources import Chunks, Source
 from unbatch.statistics import Statistics
@@ -49,39 +50,94 @@ class Rtol:
 
 @dataclass(frozen=True)
 class Through:
-    """What it takes to go by way of batch statistics: ``source`` gives frozen rows of some parameters."""
+    """What it takes to go by way of batch statistics. ``request``: for rows that hold them constant."""
 
     statistics: Statistics
-    source: Callable[[Mapping[str, Tensor]], Source]
-    space: Space
+    request: Request
+
+    @property
+    def space(self) -> Space:
+        return self.request.space
+
+    def source(self, parameters: Mapping[str, Tensor]) -> Source:
+        """Return where frozen rows of these parameters come from."""
+        return source_of(self.request.frozen().of(parameters))
 
 
-@dataclass
+def linearised_of(request: Request) -> Linearised:
+    """Return the predictions as a linear map of the parameters, after one forward pass."""
+    setting, frozen = request.setting, request.by == "frozen"
+    if setting.faithful:
+        return Linearised(setting, request.parameters, frozen)
+    if frozen and not request.structure.independent_forward:
+        raise StructureError(MSG_NOT_REPLAYED.format(by=request.by, why=request.unfaithful))
+    return LinearisedModel(setting, request.parameters)
+
+
+def through_of(request: Request) -> Through | None:
+    """Return the way by batch statistics; None where it does not exist, or does not pay.
+
+    Samples have to depend on each other by batch norms alone, and in more than one place.
+    """
+    if request.by != "component" or not is_planned(request):
+        return None
+    if not request.setting.route(request.parameters, request.by).flow.columns:
+        return None
+    statistics = Statistics.of(request.setting, request.parameters)
+    return None if statistics is None else Through(statistics, request)
+
+
 class Curvature:
     """The second derivative of the loss at the predictions, and roots of it.
 
-    ``apart``: it is known to be block diagonal by samples. ``linearise`` gives the predictions as a linear map,
-    ``through`` what is needed to go by way of batch statistics, where columns would have to be pulled back one by one
-    and that is the only way in which samples listen to each other.
+    ``apart``: it is known to be block diagonal by samples. What it takes forward passes to know
+    (the loss at the predictions, the linear map, the batch statistics) is computed when first needed.
     """
 
-    loss: LossAt
-    dims: Mapping[int, int]
-    structure: Structure
-    linearise: Callable[[], Linearised]
-    through: Callable[[], Through | None]
-    memory: int
-    roots: dict[Draws, Root] = field(default_factory=dict)
-    bases: dict[tuple[Any, ...], Basis | None] = field(default_factory=dict)
-    spreads: dict[Root, Spread] = field(default_factory=dict)
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.memory = request.memory
+        self.roots: dict[Draws, Root] = {}
+        self.bases: dict[tuple[Root, Rtol | None], Basis | None] = {}
+        self.spreads: dict[Root, Spread] = {}
+        self._loss: LossAt | None = None
+
+    @property
+    def structure(self) -> Structure:
+        return self.request.structure
 
     @property
     def apart(self) -> bool:
         return bool(self.structure.reduction)
 
+    # -- forward passes --
+
+    @cached_property
+    def linearised(self) -> Linearised:
+        return linearised_of(self.request)
+
+    @property
+    def loss(self) -> LossAt:
+        """Return the loss at the predictions."""
+        if self._loss is None:
+            lin = self.linearised
+            self._loss = LossAt(self.request.setting, lin.predictions, lin.inner, lin.all_outputs)
+        return self._loss
+
+    def take_loss(self, source: Source) -> None:
+        """Know the loss from the forward pass of ``source``, which is run for the rows anyway."""
+        if self._loss is None:
+            self._loss = source.loss
+
+    @cached_property
+    def dims(self) -> dict[int, int]:
+        """Return the axis of the samples of every prediction."""
+        axes = self.request.setting.axes
+        return {i: dim for i, dim in axes.items() if i in self.loss.predictions}
+
     @cached_property
     def _through(self) -> Through | None:
-        return self.through()
+        return through_of(self.request)
 
     def basis(self, root: Root, rtol: Rtol | None = None) -> Basis | None:
         """How columns go by way of statistics; None: each is pulled back on its own.
@@ -122,10 +178,6 @@ class Curvature:
         if basis is None or through is None:
             return source
         return Completed(through.source(parameters), through.statistics, basis, through.space, list(parameters))
-
-    @cached_property
-    def linearised(self) -> Linearised:
-        return self.linearise()
 
     def root(self, draws: Draws = None) -> Root:
         """A root of H, or one that is drawn so that it is one on average.

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unbatch.columns import ColumnNorms, DiagGGN, Gram, OfColumns
+from unbatch.columns import ColumnNorms, DiagGGN, Gram, OfColumns, evaluate
 from unbatch.compression import Basis, Compression
 from unbatch.curvature import Curvature, Draws
 from unbatch.errors import (
@@ -37,8 +37,10 @@ from unbatch.estimates import Control, DiagonalEstimate, from_signs
 from unbatch.linearised import Linearised
 from unbatch.operator import Operator, sum_of
 from unbatch.purity import outside_inference_mode
+from unbatch.request import Request, recorded_precision, source_of
 from unbatch.roots import Factor, Root
 from unbatch.solvers import Solved, conjugate_gradients
+from unbatch.sources import Source
 from unbatch.spectra import Eigenpairs
 from unbatch.tree import Space
 from unbatch.verdicts import Verdict
@@ -48,22 +50,32 @@ LARGEST_GRAM = 4096  # columns of V up to which a solve goes by way of their Gra
 
 @dataclass(frozen=True)
 class Point:
-    """Where the matrix is taken: what is known there, how columns are asked about, and whether all that still holds."""
+    """Where the matrix is taken, what is known there, and whether that still holds."""
 
-    parameters: Mapping[str, Tensor]
-    samples: int
-    curve: Callable[[], Curvature]
-    ask: Callable[[Sequence[OfColumns], Mapping[str, Tensor]], list[Any]]
+    request: Request
+    curvature: Curvature
     stale: Callable[[], bool]
-    memory: int
 
     @property
-    def curvature(self) -> Curvature:
-        return self.curve()
+    def parameters(self) -> Mapping[str, Tensor]:
+        return self.request.parameters
+
+    @property
+    def samples(self) -> int:
+        return self.request.samples
+
+    @property
+    def memory(self) -> int:
+        return self.request.memory
 
     def restricted(self, names: Sequence[str]) -> Point:
-        """The same for some of the parameters."""
-        return replace(self, parameters={n: p for n, p in self.parameters.items() if n in names})
+        """Return the same for some of the parameters."""
+        chosen = {n: p for n, p in self.parameters.items() if n in names}
+        return replace(self, request=self.request.of(chosen))
+
+    def source(self, parameters: Mapping[str, Tensor]) -> Source:
+        """Return where columns of these parameters come from."""
+        return source_of(self.request.of(parameters))
 
 
 @dataclass(frozen=True)
@@ -98,7 +110,7 @@ class GGN(Operator):
 
     def __init__(self, point: Point, draws: Draws = None, samples: Tensor | None = None) -> None:
         self.point, self.draws, self.chosen = point, draws, samples
-        self.space = Space({n: tuple(p.shape) for n, p in point.parameters.items()})
+        self.space = point.request.space
         like = next(iter(point.parameters.values()))
         self.shape, self.dtype, self.device = (self.space.size, self.space.size), like.dtype, like.device
 
@@ -187,8 +199,13 @@ class GGN(Operator):
     # -- what is asked of columns --
 
     def _ask(self, quantity: OfColumns) -> Any:
+        return self._evaluated(quantity, self.point.parameters)
+
+    def _evaluated(self, quantity: OfColumns, parameters: Mapping[str, Tensor]) -> Any:
         self._fresh()
-        return self.point.ask([quantity], self.point.parameters)[0]
+        with torch.no_grad(), recorded_precision():
+            source = self.point.source(parameters)
+            return evaluate(self.point.curvature, source, quantity, parameters)
 
     def diag(
         self, per_component: bool = False, *, rtol: float | None = None, unbiased: bool = False, seed: int = 0,
@@ -258,10 +275,10 @@ class GGN(Operator):
         bytes_ = {n: 4 * self.root.size * p.numel() for n, p in self.point.parameters.items()}
         for name, p in self.point.parameters.items():
             if group and size + bytes_[name] > self.point.memory:
-                gram.append(self.point.ask([wanted], group)[0])
+                gram.append(self._evaluated(wanted, group))
                 group, size = {}, 0
             group[name], size = p, size + bytes_[name]
-        gram.append(self.point.ask([wanted], group)[0])
+        gram.append(self._evaluated(wanted, group))
         total: Tensor = sum_of(gram).double()
         return total
 

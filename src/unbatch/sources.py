@@ -54,6 +54,7 @@ class Chunks:
 class Source(ABC):
     """Where rows come from. ``note``: what to keep in mind about them; ``reason``: of the plan, in words."""
 
+    setting: Setting
     note = ""
     reason = "One sweep serves all samples."
 
