@@ -92,6 +92,7 @@ LEVELS = {
     "solvers": 2,
     "estimates": 2,
     "spectra": 2,
+    "spectrum": 2,
     "ggn": 6,
     "blocks": 6,
     # numerical witnesses

@@ -101,6 +101,7 @@ class Curvature:
         self.bases: dict[tuple[Root, Rtol | None], Basis | None] = {}
         self.spreads: dict[Root, Spread] = {}
         self._loss: LossAt | None = None
+        self._linearised: Linearised | None = None
 
     @property
     def structure(self) -> Structure:
@@ -112,9 +113,11 @@ class Curvature:
 
     # -- forward passes --
 
-    @cached_property
+    @property
     def linearised(self) -> Linearised:
-        return linearised_of(self.request)
+        if self._linearised is None:
+            self._linearised = linearised_of(self.request)
+        return self._linearised
 
     @property
     def loss(self) -> LossAt:
@@ -124,10 +127,22 @@ class Curvature:
             self._loss = LossAt(self.request.setting, lin.predictions, lin.inner, lin.all_outputs)
         return self._loss
 
-    def take_loss(self, source: Source) -> None:
-        """Know the loss from the forward pass of ``source``, which is run for the rows anyway."""
-        if self._loss is None:
-            self._loss = source.loss
+    def share_forward(self, source: Source, rows: bool) -> None:
+        """Know the loss from the forward pass that the question needs anyway.
+
+        With ``rows``, or where columns are pulled back one by one, that is the pass of ``source``.
+        By way of statistics it is the one that knows these, which is also the linear map; and where
+        H joins all samples, its columns are pulled back through the linear map.
+        """
+        if self._loss is not None:
+            return
+        if not rows and not self.apart:
+            return
+        if not rows and self._through is not None:
+            if self._linearised is None:
+                self._linearised = self._through.statistics.free
+            return
+        self._loss = source.loss
 
     @cached_property
     def dims(self) -> dict[int, int]:

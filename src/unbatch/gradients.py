@@ -39,7 +39,7 @@ def answer(request: Request, quantities: Sequence[Quantity], label: Label, out: 
     basics = _basics(asked)
     columns = _of_columns(basics)
     if columns:
-        curvature.take_loss(source)
+        curvature.share_forward(source, rows=len(columns) < len(basics))
     for quantity in columns:
         quantity.check(curvature)
     collectors = {q: q.start(about) for q in basics}
@@ -128,7 +128,7 @@ def planned(request: Request, quantities: Sequence[Quantity]) -> Plan:
     chunks, basics = _chunks(asked, memory), _basics(asked)
     curved = _of_columns(basics)
     if curved:
-        curvature.take_loss(source)
+        curvature.share_forward(source, rows=True)  # the plan needs the sites of the source
     passes, at_once = source.pullbacks(chunks) if len(curved) < len(basics) else (0, 1)
     reasons = [source.reason] if passes else []
     for root in dict.fromkeys(q.root_in(curvature) for q in curved):
