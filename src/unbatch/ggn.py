@@ -82,7 +82,7 @@ class ColumnMap(Operator):
 
 def _rows(components: Mapping[str, Tensor]) -> Tensor:
     """Return ``[N, D]`` from ``[N, *param]`` for each parameter."""
-    return torch.cat([t.flatten(1) for t in components.values()], 1)
+    return torch.cat([t.reshape(len(t), -1) for t in components.values()], 1)
 
 
 def _stacked(columns: list[Tensor], like: Tensor, size: int) -> Tensor:

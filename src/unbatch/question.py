@@ -23,7 +23,7 @@ from unbatch.labels import Marks
 from unbatch.plan import Plan
 from unbatch.purity import outside_inference_mode
 from unbatch.quantities import Label, Quantity
-from unbatch.recording import Recording
+from unbatch.recording import Session
 from unbatch.request import Request, recorded_precision
 from unbatch.verdicts import TITLES, Structure
 
@@ -33,25 +33,26 @@ from unbatch.verdicts import TITLES, Structure
 class Question:
     """``by``: the decomposition; ``memory``: bytes for temporaries."""
 
-    kept: Recording
+    session: Session
     parameters: Mapping[str, Tensor]
     by: str
     memory: int
 
     @property
     def samples(self) -> int:
-        return self.kept.batch.samples
+        return self.session.batch.samples
 
     @property
     def request(self) -> Request:
         """Return the question as the engine sees it."""
-        kept = self.kept
-        return Request(kept.setting, kept.structure, self.parameters, self.by, self.memory, kept.replays)
+        analysis = self.session.analysis
+        return Request(analysis.setting, analysis.structure, self.parameters, self.by, self.memory, analysis.unfaithful)
 
     def answer(self, quantities: Sequence[Quantity], out: Mapping[str, Tensor] | None = None) -> list[Any]:
         """Return results in this order; warn where one of them is no statistic over samples."""
-        structure = self.kept.structure
-        marks = self.kept.marks_in_loss if structure.reduction else None
+        analysis = self.session.analysis
+        structure = analysis.structure
+        marks = analysis.marks_in_loss if structure.reduction else None
         label = label_of(structure, self.by, marks)
         _warn(structure, quantities, label)
         with torch.no_grad(), recorded_precision():
@@ -68,7 +69,7 @@ class Question:
     ) -> GGN | BlockGGN:
         request = self.request
         with recorded_precision():
-            at = Point(request, Curvature(request), self.kept.is_stale)
+            at = Point(request, Curvature(request), self.session.recording.is_stale)
             return made_of(at, blocks, draws, picked)
 
 
