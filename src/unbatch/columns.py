@@ -36,10 +36,10 @@ def feed_columns(
     seen: set[str] = set()
 
     def take(j: int, sign: float, name: str, part: Part) -> None:
-        part.column, part.sign = j, sign
         seen.add(name)
+        column = part.of_column(j, sign)
         for collector in collectors:
-            collector.take(name, part)
+            collector.take(name, column)
 
     columns = list(root.each())
     for at, (j, sign, cotangents) in enumerate(columns):

@@ -160,11 +160,11 @@ class Linearised:
 
         Raises ``StructureError`` where an op has neither a forward mode nor a second derivative.
         """
-        key = ("tangents", tuple(self.parameters), self.frozen)
-        if key not in self.setting.trust:
+        key = tuple(self.parameters), self.frozen
+        if key not in self.setting.forward_modes:
             self._try()
-            self.setting.trust[key] = self._at_once
-        self._at_once = self.setting.trust[key]
+            self.setting.forward_modes[key] = self._at_once
+        self._at_once = self.setting.forward_modes[key]
         return (self._push_at_once if self._at_once else self._push_by_steps)(tangents, at)
 
     def _try(self) -> None:

@@ -25,6 +25,7 @@ from unbatch.starts import prediction_dim
 from unbatch.structure import Findings, contiguous_blocks, used_predictions
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+IN_DOUBLE = 1e-11  # a tolerance for a program that was widened to float64
 VARIANTS = ("rolled", "noisy", "large", "tiny", "zero", "huge")
 GAIN = {"large": 1e2, "huge": 1e4}
 
@@ -49,6 +50,8 @@ class Oracle:
     blocks: list[bool] = field(default_factory=list)
     places: list[int] = field(default_factory=list)
     originals: list[nn.Module] = field(default_factory=list)  # of which it is a copy; hooks may reach them
+    least_tolerance: float = 0.0
+    known_tolerance: float | None = None  # in place of what the types say
 
     def __post_init__(self) -> None:
         used = {r.index for r in used_predictions(self.graph)}
@@ -145,11 +148,10 @@ class Oracle:
         """The same program on inputs multiplied by ``factor``; itself where that cannot be run."""
         inputs = self._map(lambda x, dim: x.detach() * factor if dim is not None and x.is_floating_point() else x)
         try:
-            other = replace(self, inputs=inputs)
+            # A larger batch is not rounded less: it keeps at least the tolerance of this one.
+            return replace(self, inputs=inputs, least_tolerance=self.tolerance, known_tolerance=None)
         except Exception:
             return self
-        other.__dict__["tolerance"] = max(self.tolerance, other.tolerance)
-        return other
 
     def permuted(self, order: Tensor) -> Any:
         return self._map(lambda x, dim: x.detach() if dim is None else x.detach().index_select(dim, order.to(x.device)))
@@ -170,9 +172,11 @@ class Oracle:
     @cached_property
     def tolerance(self) -> float:
         """By the coarsest floating-point type on the way, and never below what one rounding of the inputs does."""
+        if self.known_tolerance is not None:
+            return self.known_tolerance
         kinds = {self.graph.values[r.index].dtype for s in self.graph.forward_steps for r in s.outs if r is not None}
         coarse = max((TOLERANCE[k] for k in kinds if k in TOLERANCE), default=1e-9)
-        return max(coarse, 30 * self._rounding())
+        return max(self.least_tolerance, coarse, 30 * self._rounding())
 
     def _rounding(self) -> float:
         generator = torch.Generator().manual_seed(0)
@@ -213,14 +217,14 @@ class Oracle:
         model = self.program.inside
         try:
             if self.program.loss is None and self.graph.after_cut:  # predictions are replayed
-                other = replace(self, graph=self.graph.widened(), inputs=wide)
+                other = replace(self, graph=self.graph.widened(), inputs=wide, known_tolerance=IN_DOUBLE)
             else:
                 double = copy.deepcopy(model).double() if isinstance(model, nn.Module) else model
                 originals = [*self.originals, *self.program.modules]
-                other = replace(self, program=replace(self.program, model=double), inputs=wide, originals=originals)
+                program = replace(self.program, model=double)
+                other = replace(self, program=program, inputs=wide, originals=originals, known_tolerance=IN_DOUBLE)
         except Exception:
             return None
-        other.__dict__["tolerance"] = 1e-11
         return other if all(t.dtype == torch.float64 for t in other.base if t.is_floating_point()) else None
 
     # -- another number of samples --
