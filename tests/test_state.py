@@ -124,7 +124,7 @@ CHECKED = 2  # the plain replay and the sweep of a self-check, once for a plan
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
-@pytest.mark.parametrize("norms", [0, 1])
+@pytest.mark.parametrize("norms", [0, 1, 2])
 def test_a_question_runs_the_batch_forward_once(monkeypatch, norms, question):
     problem = problem_of(norms)
     assert problem.structure  # recorded and judged before anything is counted
@@ -132,6 +132,17 @@ def test_a_question_runs_the_batch_forward_once(monkeypatch, norms, question):
     first = passes.of(QUESTIONS[question], problem)
     assert first == (1 if question == "product" else 1 + CHECKED)
     assert passes.of(QUESTIONS[question], problem) == 1
+
+
+def test_by_way_of_statistics_the_batch_runs_with_and_without_them(monkeypatch):
+    """Once as it is, and once with statistics held constant for each of what goes on there: vjps and rows."""
+    monkeypatch.setattr("unbatch.curvature.pays", lambda *_: True)
+    problem = problem_of(2)
+    assert problem.structure
+    passes = Passes(monkeypatch, problem)
+    passes.of(QUESTIONS["diagonal"], problem)
+    for question in ("diagonal as a quantity", "diagonal", "eigenvalues"):
+        assert passes.of(QUESTIONS[question], problem) == 3
 
 
 # --- asserts compute nothing ----------------------------------------------------------------------

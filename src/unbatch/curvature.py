@@ -6,13 +6,14 @@ or as many directions of these as a tolerance needs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 from torch import Tensor
 
-from unbatch.compression import Basis, Completed, OfDiagonal, OfGram, Spread, compressed, everything, pays
+from unbatch.compression import Basis, Completed, Counted, OfDiagonal, OfGram, Spread, compressed, everything, pays
 from unbatch.cotangents import LossAt
 from unbatch.errors import (
     MSG_NO_BLOCKS,
@@ -31,7 +32,7 @@ from unbatch.loss import factor, joint, likelihood, sampled
 from unbatch.request import Request, is_planned, source_of
 from unbatch.roots import Factor, Root
 from unbatch.sources import Chunks, Source
-from unbatch.statistics import Statistics
+from unbatch.statistics import Extent, Statistics
 from unbatch.tree import Space
 from unbatch.verdicts import Structure
 
@@ -50,18 +51,27 @@ class Rtol:
 
 @dataclass(frozen=True)
 class Through:
-    """What it takes to go by way of batch statistics. ``request``: for rows that hold them constant."""
+    """The way by batch statistics. ``extent``: what it takes; ``request``: of which question."""
 
-    statistics: Statistics
+    extent: Extent
     request: Request
 
     @property
     def space(self) -> Space:
         return self.request.space
 
+    @cached_property
+    def statistics(self) -> Statistics | None:
+        """Return the statistics after two forward passes; None where they fail their self-check."""
+        return Statistics.of(self.request.setting, self.request.parameters)
+
     def source(self, parameters: Mapping[str, Tensor]) -> Source:
-        """Return where frozen rows of these parameters come from."""
+        """Return where rows of these parameters with statistics held constant come from."""
         return source_of(self.request.frozen().of(parameters))
+
+    def counted(self, columns: int) -> Counted:
+        """Return whether it takes less than to pull back so many columns."""
+        return pays(self.extent, columns, self.space.size, self.request.memory)
 
 
 def linearised_of(request: Request) -> Linearised:
@@ -75,7 +85,7 @@ def linearised_of(request: Request) -> Linearised:
 
 
 def through_of(request: Request) -> Through | None:
-    """Return the way by batch statistics; None where it does not exist, or does not pay.
+    """Return the way by batch statistics; None where it does not exist.
 
     Samples have to depend on each other by batch norms alone, and in more than one place.
     """
@@ -83,8 +93,8 @@ def through_of(request: Request) -> Through | None:
         return None
     if not request.setting.route(request.parameters, request.by).flow.columns:
         return None
-    statistics = Statistics.of(request.setting, request.parameters)
-    return None if statistics is None else Through(statistics, request)
+    extent = Extent.of(request.setting, request.parameters)
+    return None if extent is None else Through(extent, request)
 
 
 class Curvature:
@@ -127,22 +137,27 @@ class Curvature:
             self._loss = LossAt(self.request.setting, lin.predictions, lin.inner, lin.all_outputs)
         return self._loss
 
-    def share_forward(self, source: Source, rows: bool) -> None:
-        """Know the loss from the forward pass that the question needs anyway.
+    def share_forward(self, source: Source, rows: bool, compressed: bool = False) -> None:
+        """Know the loss from a forward pass that the question needs anyway.
 
         With ``rows``, or where columns are pulled back one by one, that is the pass of ``source``.
-        By way of statistics it is the one that knows these, which is also the linear map; and where
-        H joins all samples, its columns are pulled back through the linear map.
+        By way of statistics (always if ``compressed``) it is the one that knows these, which is
+        also the linear map; and where H joins all samples, its columns go through the linear map.
         """
-        if self._loss is not None:
+        if self._loss is not None or (not rows and not self.apart):
             return
-        if not rows and not self.apart:
-            return
-        if not rows and self._through is not None:
-            if self._linearised is None:
-                self._linearised = self._through.statistics.free
-            return
-        self._loss = source.loss
+        statistics = None if rows else self._statistics_ahead(compressed)
+        if statistics is None:
+            self._loss = source.loss
+        elif self._linearised is None:
+            self._linearised = statistics.free
+
+    def _statistics_ahead(self, compressed: bool) -> Statistics | None:
+        """Return them if columns will go by way of them, as far as that can be said before H is known."""
+        if self._through is None:
+            return None
+        entries = sum(math.prod(shape) for shape in self.structure.predictions)
+        return self._through.statistics if compressed or self._through.counted(entries) else None
 
     @cached_property
     def dims(self) -> dict[int, int]:
@@ -166,10 +181,14 @@ class Curvature:
     def _basis(self, root: Root, rtol: Rtol | None) -> Basis | None:
         if not isinstance(root, Factor) or not root.size or self._through is None:
             return None
+        whole = rtol is None or root.lowest < 0
+        if whole and not self._through.counted(root.size):
+            return None
         statistics, space = self._through.statistics, self._through.space
-        if rtol is None or root.lowest < 0:
-            worth = pays(statistics, root.size, space.size, self.memory)
-            return everything(statistics, space) if worth else None
+        if statistics is None:
+            return None
+        if rtol is None or whole:
+            return everything(statistics, space)
         spread = self.spreads.setdefault(root, Spread(statistics, root, space))
         missing = (OfGram if rtol.gram else OfDiagonal)(spread, DRAWS, rtol.seed)
         row = space.size * root.root.element_size()
@@ -181,16 +200,17 @@ class Curvature:
         passes, _ = source.pullbacks(chunks)
         if not root.separate:
             return root.rank, "The second derivative of the loss joins all samples: each of its columns is pulled back."
-        through = self._through
-        if through is None:
+        counted = None if self._through is None else self._through.counted(samples * columns)
+        if self._through is None or counted is None:
             return columns * passes, f"{columns} columns a sample. {source.reason}"
-        counted = pays(through.statistics, samples * columns, through.space.size, self.memory)
-        return (counted.statistics + 2 * columns if counted else columns * passes), counted.reason
+        if counted and self._through.statistics is not None:
+            return counted.statistics + 2 * columns, counted.reason
+        return columns * passes, counted.reason
 
     def columns_of(self, source: Source, basis: Basis | None, parameters: Mapping[str, Tensor]) -> Source | Completed:
         """What feeds columns of these parameters."""
         through = self._through if basis is not None else None
-        if basis is None or through is None:
+        if basis is None or through is None or through.statistics is None:
             return source
         return Completed(through.source(parameters), through.statistics, basis, through.space, list(parameters))
 

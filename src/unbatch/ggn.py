@@ -119,10 +119,10 @@ class Point:
         chosen = {n: p for n, p in self.parameters.items() if n in names}
         return replace(self, request=self.request.of(chosen))
 
-    def share_forward(self, source: Source) -> None:
+    def share_forward(self, source: Source, compressed: bool) -> None:
         """Know H from the forward pass of ``source``, where that is of all parameters."""
         if self.parameters.keys() == self.curvature.request.parameters.keys():
-            self.curvature.share_forward(source, rows=False)
+            self.curvature.share_forward(source, False, compressed)
 
     def source(self, parameters: Mapping[str, Tensor]) -> Source:
         """Return where columns of these parameters come from."""
@@ -221,12 +221,12 @@ class GGN(Operator):
 
     # -- what is asked of columns --
 
-    def _source(self) -> Source:
+    def _source(self, compressed: bool = False) -> Source:
         """Return where columns come from; H is known from the forward pass that these need."""
         self._fresh()
         with torch.no_grad(), recorded_precision():
             source = self.point.source(self.point.parameters)
-            self.point.share_forward(source)
+            self.point.share_forward(source, compressed)
             return source
 
     def _evaluate(self, quantity: OfColumns, source: Source) -> Any:
@@ -246,7 +246,7 @@ class GGN(Operator):
         """
         if unbiased and per_component:
             raise InputError(MSG_UNBIASED)
-        source = self._source()
+        source = self._source(rtol is not None)
         quantity = DiagGGN(per_component, rtol=rtol, seed=seed, root=self.root)
         diagonal = self._evaluate(quantity, source)
         flat = _rows(diagonal) if per_component else diagonal.flat()
@@ -335,7 +335,7 @@ class GGN(Operator):
             gram, curvature = self._columns_gram, self.point.curvature
             report = self._compression(curvature.basis(self.root)) if info else None
         else:
-            gram, report = self._compressed_gram(rtol, seed, self._source())
+            gram, report = self._compressed_gram(rtol, seed, self._source(True))
         entrywise = self._entrywise(gram)
         return (entrywise, report) if info else entrywise
 
@@ -393,7 +393,7 @@ class GGN(Operator):
         working = torch.promote_types(self.dtype, torch.float32)
         values, report = None, None
         if rtol is not None:
-            source = self._source()
+            source = self._source(True)
             if self.root.lowest >= 0:
                 gram, report = self._compressed_gram(rtol, seed, source)
                 values = torch.linalg.eigvalsh(gram.to(working))

@@ -39,7 +39,8 @@ def answer(request: Request, quantities: Sequence[Quantity], label: Label, out: 
     basics = _basics(asked)
     columns = _of_columns(basics)
     if columns:
-        curvature.share_forward(source, rows=len(columns) < len(basics))
+        compressed = any(q.tolerance is not None for q in columns)
+        curvature.share_forward(source, len(columns) < len(basics), compressed)
     for quantity in columns:
         quantity.check(curvature)
     collectors = {q: q.start(about) for q in basics}

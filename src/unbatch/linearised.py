@@ -26,6 +26,7 @@ from unbatch.graph import Graph, Ref, Step, flat, is_ref
 from unbatch.purity import HIDDEN_WRITES, untouched
 from unbatch.route import Route
 from unbatch.setting import Setting
+from unbatch.sites import Flow
 from unbatch.tangents import RULES, SPELLED_OUT, Ran, Tangents, through_op
 
 NEEDS_OUTPUTS = ("tanh", "sigmoid", "_softmax", "native_layer_norm", "native_batch_norm")
@@ -67,6 +68,19 @@ class _Tangents:
             self.memories[storage].as_strided(*window[1:]).copy_(t)
         elif t is not None:
             self.values[new.index] = t
+
+
+def moves(step: Step, flow: Flow) -> bool:
+    """Whether a step makes something that depends on the parameters of something that does."""
+    made = [r.index for r in [*step.outs, *(new for _, new in step.writes)] if r is not None]
+    return any(i in flow.theta for i in made) and any(r.index in flow.theta for r in step.refs())
+
+
+def differentiated(graph: Graph, route: Route) -> list[Step]:
+    """Return the steps of the forward pass that tangents go through."""
+    cut = {step.index for step in route.cut_off} - set(route.flow.frozen_norms)
+    steps = [step for step in graph.forward_steps if step.grad and step.index not in cut]
+    return [step for step in steps if moves(step, route.flow)]
 
 
 @dataclass
@@ -125,13 +139,9 @@ class Linearised:
             frozen_norm = step.index in self.flow.frozen_norms
             if step.index in cut and not frozen_norm:
                 out[step.index] = held(step.op)
-            elif step.grad and self._moves(step):
+            elif step.grad and moves(step, self.flow):
                 out[step.index] = partial(self._kept, step, norm_held(step) if frozen_norm else step.op)
         return out
-
-    def _moves(self, step: Step) -> bool:
-        made = [r.index for r in [*step.outs, *(new for _, new in step.writes)] if r is not None]
-        return any(i in self.flow.theta for i in made) and any(r.index in self.flow.theta for r in step.refs())
 
     def _kept(self, step: Step, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         spoiled = {r.index for r in step.refs() if self.setting.graph.written(r.index)}
