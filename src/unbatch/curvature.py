@@ -27,7 +27,7 @@ from unbatch.errors import (
     VanishingCurvatureWarning,
     warn,
 )
-from unbatch.linearised import Linearised, LinearisedModel
+from unbatch.linearised import Linearised, LinearisedGraph, LinearisedModel
 from unbatch.loss import factor, joint, likelihood, sampled
 from unbatch.request import Request, is_planned, source_of
 from unbatch.roots import Factor, Root
@@ -78,7 +78,7 @@ def linearised_of(request: Request) -> Linearised:
     """Return the predictions as a linear map of the parameters, after one forward pass."""
     setting, frozen = request.setting, request.by == "frozen"
     if setting.faithful:
-        return Linearised(setting, request.parameters, frozen)
+        return LinearisedGraph(setting, request.parameters, frozen)
     if frozen and not request.structure.independent_forward:
         raise StructureError(MSG_NOT_REPLAYED.format(by=request.by, why=request.unfaithful))
     return LinearisedModel(setting, request.parameters)

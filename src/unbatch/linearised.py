@@ -8,10 +8,11 @@ elementwise ops.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -83,9 +84,37 @@ def differentiated(graph: Graph, route: Route) -> list[Step]:
     return [step for step in steps if moves(step, route.flow)]
 
 
+class Linearised(ABC):
+    """``J`` at the parameters of this moment, after one forward pass that is kept."""
+
+    leaves: dict[str, Tensor]  # parameters, by name
+    outputs: dict[int, Tensor]  # predictions, connected to the leaves
+    inner: dict[int, Tensor]  # values beside the predictions that the loss reads
+    all_outputs: dict[int, Tensor]  # all that the model returned, detached
+
+    @property
+    def predictions(self) -> dict[int, Tensor]:
+        """Return values by number in the graph."""
+        return {i: t.detach() for i, t in self.outputs.items()}
+
+    @abstractmethod
+    def push(self, tangents: Mapping[str, Tensor]) -> dict[int, Tensor]:
+        """Return ``J v``, by prediction."""
+
+    @abstractmethod
+    def pull(self, cotangents: Mapping[int, Tensor], names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """Return ``Jᵀ u``, by parameter (some of them, by name)."""
+
+    def _pulled(self, cotangents: Mapping[int, Tensor], names: Iterable[str] | None) -> dict[str, Tensor]:
+        ends = [self.outputs[i] for i in cotangents]
+        leaves = self.leaves if names is None else {n: self.leaves[n] for n in names}
+        return gradients(ends, leaves, list(cotangents.values()), retain=True)
+
+
+@final
 @dataclass
-class Linearised:
-    """``J`` at the parameters of this moment. ``predictions``: their values, by number in the graph.
+class LinearisedGraph(Linearised):
+    """The recorded computation; ``frozen``: with batch statistics held constant.
 
     ``watched``: values in the middle, whose places in the graph of derivatives are kept in ``edges``.
     """
@@ -98,6 +127,7 @@ class Linearised:
     leaves: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[int, Tensor] = field(default_factory=dict)
     inner: dict[int, Tensor] = field(default_factory=dict)
+    all_outputs: dict[int, Tensor] = field(default_factory=dict)
     steps: list[Ran] = field(default_factory=list)
     windows: dict[int, Window] = field(default_factory=dict)  # of values whose memory is written through others
     _at_once: bool = False
@@ -125,10 +155,6 @@ class Linearised:
             self.windows[i] = Window(whole, tuple(value.shape), value.stride(), int(value.storage_offset()))
         if i in self.watched and i not in self.edges and value.requires_grad:
             self.edges[i] = get_gradient_edge(value)
-
-    @property
-    def predictions(self) -> dict[int, Tensor]:
-        return {i: t.detach() for i, t in self.outputs.items()}
 
     def _instead(self) -> dict[int, Callable[..., Any]]:
         """Every step through which derivatives go keeps its arguments."""
@@ -158,12 +184,7 @@ class Linearised:
     # -- Jᵀ u --
 
     def pull(self, cotangents: Mapping[int, Tensor], names: Iterable[str] | None = None) -> dict[str, Tensor]:
-        """``Jᵀ u``, by parameter (some of them, by name)."""
-        ends = [self.outputs[i] for i in cotangents]
-        leaves = self.leaves if names is None else {n: self.leaves[n] for n in names}
-        return gradients(ends, leaves, list(cotangents.values()), retain=True)
-
-    # -- J v --
+        return self._pulled(cotangents, names)
 
     def push(self, tangents: Mapping[str, Tensor], at: Sequence[int] = ()) -> dict[int, Tensor]:
         """``J v``, by prediction; or the tangents of the values ``at``, all of them watched.
@@ -278,12 +299,14 @@ class Linearised:
         return run
 
 
+@final
 class LinearisedModel(Linearised):
-    """The same for the model itself, where its recording has other derivatives: double backward pushes tangents."""
+    """The model itself, where its recording has other derivatives: double backward pushes tangents."""
 
-    def __post_init__(self) -> None:
-        ran = live.run(self.setting, self.parameters, twice=True)
-        self.leaves, self.outputs, self.inner = dict(self.parameters), ran.predictions, ran.inner
+    def __init__(self, setting: Setting, parameters: Mapping[str, Tensor]) -> None:
+        ran = live.run(setting, parameters, twice=True)
+        self.setting = setting
+        self.leaves, self.outputs, self.inner = dict(parameters), ran.predictions, ran.inner
         self.all_outputs, self._draws = {i: t.detach() for i, t in ran.values.items()}, ran.state
 
     def _untouched(self) -> Any:
@@ -292,7 +315,7 @@ class LinearisedModel(Linearised):
 
     def pull(self, cotangents: Mapping[int, Tensor], names: Iterable[str] | None = None) -> dict[str, Tensor]:
         with self._untouched():
-            return super().pull(cotangents, names)
+            return self._pulled(cotangents, names)
 
     @cached_property
     def _backward(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -303,8 +326,7 @@ class LinearisedModel(Linearised):
             found = torch.autograd.grad(ends, by, ws, create_graph=True, allow_unused=True)
         return [torch.zeros_like(p) if g is None else g for g, p in zip(found, by, strict=True)], ws
 
-    def push(self, tangents: Mapping[str, Tensor], at: Sequence[int] = ()) -> dict[int, Tensor]:
-        assert not at, "the model itself is not watched"
+    def push(self, tangents: Mapping[str, Tensor]) -> dict[int, Tensor]:
         try:
             back, ws = self._backward
             pairs = [

@@ -22,7 +22,7 @@ from torch import Tensor
 from unbatch.errors import StructureError
 from unbatch.graph import Graph, Step
 from unbatch.layout import Layout, layout_of
-from unbatch.linearised import Linearised, differentiated
+from unbatch.linearised import LinearisedGraph, differentiated
 from unbatch.setting import Setting
 from unbatch.tangents import Ran
 
@@ -121,7 +121,7 @@ class Extent:
 class Statistics:
     """The statistics of all batch norms, by which samples listen to each other and by nothing else."""
 
-    def __init__(self, free: Linearised, frozen: Linearised, norms: list[Norm]) -> None:
+    def __init__(self, free: LinearisedGraph, frozen: LinearisedGraph, norms: list[Norm]) -> None:
         self.free, self.frozen, self.norms = free, frozen, norms
         self.size = sum(2 * n.channels for n in norms)
 
@@ -132,8 +132,8 @@ class Statistics:
         if not found:
             return None
         sources, results = [s for s, _, _ in found.values()], [r for _, r, _ in found.values()]
-        free = Linearised(setting, parameters, watched=sources)
-        frozen = Linearised(setting, parameters, frozen=True, watched=results)
+        free = LinearisedGraph(setting, parameters, watched=sources)
+        frozen = LinearisedGraph(setting, parameters, frozen=True, watched=results)
         ran = {r.step.index: r for r in free.steps}
         norms: list[Norm] = []
         for index, (source, result, layout) in found.items():
