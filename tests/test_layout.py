@@ -87,6 +87,7 @@ LEVELS = {
     "linearised": 6,
     "sources": 6,
     "trust": 6,
+    "request": 6,
     "quantities": 6,
     "diagnostics": 6,
     "statistics": 6,
@@ -97,6 +98,7 @@ LEVELS = {
     "solvers": 2,
     "estimates": 2,
     "spectra": 2,
+    "spectrum": 2,
     "ggn": 6,
     "blocks": 6,
     # numerical witnesses

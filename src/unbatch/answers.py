@@ -67,7 +67,7 @@ class Asked:
     def _about(self, quantity: Quantity) -> Answer:
         if isinstance(quantity, OfColumns):
             return {"kind": MATRICES[self.by], "samples": self.problem.samples}
-        label = label_of(self.structure, self.by, lambda: None)
+        label = label_of(self.structure, self.by)
         return {"kind": label.kind, "samples": self.problem.samples} | ({"note": label.note} if label.note else {})
 
     def trace(self) -> Answer:

@@ -19,6 +19,7 @@ class BlockGGN(Operator):
     """The block diagonal of G: ``blocks`` are the matrices of the groups of parameters, in the order of the groups."""
 
     symmetric = True
+    space: Space
 
     def __init__(self, blocks: Sequence[GGN], space: Space) -> None:
         self.blocks, self.space = list(blocks), space
@@ -27,10 +28,8 @@ class BlockGGN(Operator):
 
     def _each(self, v: Tensor, apply: Callable[[GGN, Tensor], Tensor]) -> Tensor:
         """``[D, ..]`` to the same, block by block."""
-        assert self.space is not None
         out = torch.zeros_like(v)
         for block in self.blocks:
-            assert block.space is not None
             index = torch.cat(
                 [torch.arange(s.start, s.stop) for s in (self.space.slices[n] for n in block.space.shapes)]
             )
@@ -57,7 +56,6 @@ class BlockGGN(Operator):
 
     def solve(self, b: Any, damping: float, *, info: bool = False, **options: Any) -> Any:
         """As for ``GGN``, block by block; with ``info`` also how well each block was solved, in their order."""
-        assert self.space is not None
         told: list[Solved] = []
 
         def one(block: GGN, part: Tensor) -> Tensor:
@@ -83,5 +81,4 @@ def made_of(
     whole = GGN(point, draws, samples)
     if groups is None:
         return whole
-    assert whole.space is not None
     return BlockGGN([GGN(point.restricted(names), draws, samples) for names in groups], whole.space)

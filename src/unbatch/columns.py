@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from unbatch.compression import Basis, Completed
 from unbatch.contractions import Gathering, Meeting
 from unbatch.curvature import Curvature, Rtol
 from unbatch.parts import Part
-from unbatch.quantities import About, Basic, Collector
+from unbatch.quantities import About, Basic, Collector, Label, about_of
 from unbatch.results import ByParameter
 from unbatch.roots import Root
 from unbatch.rows import vectors, wide
@@ -36,10 +37,10 @@ def feed_columns(
     seen: set[str] = set()
 
     def take(j: int, sign: float, name: str, part: Part) -> None:
-        part.column, part.sign = j, sign
         seen.add(name)
+        column = part.of_column(j, sign)
         for collector in collectors:
-            collector.take(name, part)
+            collector.take(name, column)
 
     columns = list(root.each())
     for at, (j, sign, cotangents) in enumerate(columns):
@@ -52,6 +53,36 @@ def feed_columns(
     for name in [n for n in parameters if n not in seen]:
         zero = parameters[name].detach().new_zeros(1, *parameters[name].shape)
         take(0, 1.0, name, Part(slice(0, count), zero.expand(count, *zero.shape[1:])))
+
+
+def feed_quantities(
+    curvature: Curvature,
+    source: Source,
+    collectors: Mapping[OfColumns, Collector],
+    parameters: Mapping[str, Tensor],
+) -> None:
+    """Feed the collectors of all quantities; those of the same columns are fed together."""
+    together: dict[tuple[Root, Basis | None], list[OfColumns]] = {}
+    for quantity in collectors:
+        key = quantity.root_in(curvature), quantity.basis_in(curvature)
+        together.setdefault(key, []).append(quantity)
+    for (root, basis), quantities in together.items():
+        needs = frozenset(q.needs for q in quantities)
+        pairs = any(q.pairs for q in quantities)
+        chunks = Chunks(needs, curvature.memory, keep=False, pairs=pairs)
+        columns = curvature.columns_of(source, basis, parameters)
+        group = [collectors[q] for q in quantities]
+        feed_columns(columns, curvature, root, group, chunks, parameters)
+
+
+def evaluate(curvature: Curvature, source: Source, quantity: OfColumns, parameters: Mapping[str, Tensor]) -> Any:
+    """Return what a quantity gives for these parameters, fed from ``source``."""
+    quantity.check(curvature)
+    label = Label(curvature.request.by, curvature.request.by)
+    about = about_of(curvature.request.of(parameters), source, label, {})
+    collector = quantity.start(about)
+    feed_quantities(curvature, source, {quantity: collector}, parameters)
+    return collector.finish()
 
 
 class OfColumns(Basic):

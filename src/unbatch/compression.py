@@ -24,7 +24,7 @@ from unbatch.probes import random_signs, seeded
 from unbatch.roots import Factor
 from unbatch.rows import wide
 from unbatch.sources import Chunks, Source, Take
-from unbatch.statistics import Statistics
+from unbatch.statistics import Extent, Statistics
 from unbatch.tree import Space
 
 START = 8  # directions that are tried first
@@ -186,17 +186,16 @@ class Counted:
         return both if self.fits else f"{both} It would not fit into the memory budget."
 
 
-def pays(statistics: Statistics, columns: int, entries: int, memory: int) -> Counted:
+def pays(extent: Extent, columns: int, entries: int, memory: int) -> Counted:
     """Count what it takes to pull back all statistics, and ``columns``, each below the last mixing.
 
     A pullback takes two multiplications for each of the forward pass; combining takes one for every statistic, column
     and parameter entry. ``B`` has to fit into half of ``memory``.
     """
-    passes = sum(2 * n.channels * s for n, s in zip(statistics.norms, statistics.shares, strict=True))
-    by_columns = 2 * columns * statistics.shares[-1] * statistics.work
-    by_statistics = 2 * passes * statistics.work + statistics.size * columns * entries
-    fits = 2 * statistics.size * entries * statistics.norms[0].moments[0].element_size() <= memory
-    return Counted(columns, statistics.size, passes, by_columns, by_statistics, fits)
+    by_columns = 2 * columns * extent.shares[-1] * extent.work
+    by_statistics = 2 * extent.passes * extent.work + extent.size * columns * entries
+    fits = 2 * extent.size * entries * extent.element_size <= memory
+    return Counted(columns, extent.size, extent.passes, by_columns, by_statistics, fits)
 
 
 # --- as many directions as are felt ---------------------------------------------------------------

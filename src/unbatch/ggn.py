@@ -15,18 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unbatch.columns import ColumnNorms, DiagGGN, Gram, OfColumns
+from unbatch import spectrum
+from unbatch.columns import ColumnNorms, DiagGGN, Gram, OfColumns, evaluate
 from unbatch.compression import Basis, Compression
 from unbatch.curvature import Curvature, Draws
 from unbatch.errors import (
-    MSG_DAMPING,
     MSG_DRAWS,
     MSG_GGN_STALE,
     MSG_METHOD,
-    MSG_NO_DAMPING,
-    MSG_NOT_DEFINITE,
     MSG_NOT_POSITIVE,
-    MSG_SINGULAR,
     MSG_UNBIASED,
     InputError,
     StaleError,
@@ -37,54 +34,100 @@ from unbatch.estimates import Control, DiagonalEstimate, from_signs
 from unbatch.linearised import Linearised
 from unbatch.operator import Operator
 from unbatch.purity import outside_inference_mode
+from unbatch.request import Request, recorded_precision, source_of
 from unbatch.roots import Factor, Root
 from unbatch.rows import sum_of
-from unbatch.solvers import Solved, conjugate_gradients
+from unbatch.solvers import Solved
+from unbatch.sources import Source
 from unbatch.spectra import Eigenpairs
+from unbatch.spectrum import Directions, Factored
 from unbatch.tree import Space
 from unbatch.verdicts import Verdict
 
+HessianTimes = Callable[[Mapping[int, Tensor]], dict[int, Tensor]]
 LARGEST_GRAM = 4096  # columns of V up to which a solve goes by way of their Gram matrix
+
+
+# --- products -------------------------------------------------------------------------------------
+
+
+def ggn_product(linearised: Linearised, hessian_times: HessianTimes, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return ``Jᵀ H J v`` by parameter, for the parameters in ``v``."""
+    Jv = linearised.push(v)
+    HJv = hessian_times(Jv)
+    return linearised.pull(HJv, v)
+
+
+@outside_inference_mode("_apply", "_apply_transposed")
+class ColumnMap(Operator):
+    """``V = Jᵀ S``, ``[D, size]``: a push-forward or a pullback for each product."""
+
+    def __init__(self, linearised: Linearised, root: Root, space: Space, like: Operator) -> None:
+        self.linearised, self.root, self.parameters = linearised, root, space
+        self.shape = (space.size, root.size)
+        self.dtype, self.device = like.dtype, like.device
+
+    def _apply(self, v: Tensor) -> Tensor:
+        return _stacked([self._column(a) for a in v.T], v, self.shape[0])
+
+    def _column(self, a: Tensor) -> Tensor:
+        pulled = self.linearised.pull(self.root.times(a), self.parameters.shapes)
+        return self.parameters.flat(pulled)
+
+    def _apply_transposed(self, v: Tensor) -> Tensor:
+        return _stacked([self._coordinates(column) for column in v.T], v, self.shape[1])
+
+    def _coordinates(self, v: Tensor) -> Tensor:
+        return self.root.transposed_times(self.linearised.push(self.parameters.named(v)))
+
+
+def _rows(components: Mapping[str, Tensor]) -> Tensor:
+    """Return ``[N, D]`` from ``[N, *param]`` for each parameter."""
+    return torch.cat([t.reshape(len(t), -1) for t in components.values()], 1)
+
+
+def _stacked(columns: list[Tensor], like: Tensor, size: int) -> Tensor:
+    if len(columns) == 1:
+        return columns[0][:, None]  # a view: nothing is copied for a single vector
+    return torch.stack(columns, 1) if columns else like.new_zeros(size, 0)
+
+
+# --- the matrix -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Point:
-    """Where the matrix is taken: what is known there, how columns are asked about, and whether all that still holds."""
+    """Where the matrix is taken, what is known there, and whether that still holds."""
 
-    parameters: Mapping[str, Tensor]
-    samples: int
-    curve: Callable[[], Curvature]
-    ask: Callable[[Sequence[OfColumns], Mapping[str, Tensor]], list[Any]]
+    request: Request
+    curvature: Curvature
     stale: Callable[[], bool]
-    memory: int
 
     @property
-    def curvature(self) -> Curvature:
-        return self.curve()
+    def parameters(self) -> Mapping[str, Tensor]:
+        return self.request.parameters
+
+    @property
+    def samples(self) -> int:
+        return self.request.samples
+
+    @property
+    def memory(self) -> int:
+        return self.request.memory
 
     def restricted(self, names: Sequence[str]) -> Point:
-        """The same for some of the parameters."""
-        return replace(self, parameters={n: p for n, p in self.parameters.items() if n in names})
+        """Return the same for some of the parameters."""
+        chosen = {n: p for n, p in self.parameters.items() if n in names}
+        return replace(self, request=self.request.of(chosen))
 
+    def share_forward(self, source: Source, compressed: bool) -> None:
+        """Know H from the forward pass of ``source``, where that is of all parameters."""
+        if self.parameters.keys() == self.curvature.request.parameters.keys():
+            self.curvature.share_forward(source, False, compressed)
 
-@dataclass(frozen=True)
-class Directions:
-    """Eigenvectors of G, and what each component has along them.
-
-    ``values`` ``[k]``, ascending; ``vectors`` ``[D, k]``; ``slopes`` ``γ``, ``[N, k]``, sum over n to the slope of the
-    loss along each direction; ``curvatures`` ``λ``, ``[N, k]``, sum to ``values``. All in the scale of the loss, where
-    those of ViViT are N times as large and average to slope and curvature.
-    """
-
-    values: Tensor
-    vectors: Tensor
-    slopes: Tensor
-    curvatures: Tensor
-    space: Space
-
-    def named(self) -> dict[str, Tensor]:
-        """The eigenvectors by parameter, ``[*param, k]``."""
-        return self.space.named(self.vectors)
+    def source(self, parameters: Mapping[str, Tensor]) -> Source:
+        """Return where columns of these parameters come from."""
+        return source_of(self.request.of(parameters))
 
 
 @outside_inference_mode("_apply")
@@ -96,10 +139,11 @@ class GGN(Operator):
     """
 
     symmetric = True
+    space: Space
 
     def __init__(self, point: Point, draws: Draws = None, samples: Tensor | None = None) -> None:
         self.point, self.draws, self.chosen = point, draws, samples
-        self.space = Space({n: tuple(p.shape) for n, p in point.parameters.items()})
+        self.space = point.request.space
         like = next(iter(point.parameters.values()))
         self.shape, self.dtype, self.device = (self.space.size, self.space.size), like.dtype, like.device
 
@@ -121,12 +165,18 @@ class GGN(Operator):
     def root(self) -> Root:
         """``S``: a root of the second derivative of the loss, or of the part that was asked for."""
         self._fresh()
-        root = self.point.curvature.root(self.draws)
+        curvature = self.point.curvature
+        root = curvature.root(self.draws)
         if self.chosen is None:
             return root
-        parts = root if self.draws is not None else self.point.curvature.components("A choice of samples")
-        assert isinstance(parts, Factor)
-        return parts.restricted(self.chosen, self.point.samples / max(len(self.chosen), 1))
+        if self.draws is None or not isinstance(root, Factor):
+            root = curvature.components("A choice of samples")
+        return root.restricted(self.chosen, self.point.samples / max(len(self.chosen), 1))
+
+    @property
+    def columns(self) -> ColumnMap:
+        """``V = Jᵀ S``, ``[D, size]``, as an operator."""
+        return ColumnMap(self.linearised, self.root, self.space, self)
 
     @property
     def rank_bound(self) -> int:
@@ -156,40 +206,33 @@ class GGN(Operator):
     # -- products --
 
     def _apply(self, v: Tensor) -> Tensor:
-        lin = self.linearised
-        assert self.space is not None
-        out = []
+        linearised, space = self.linearised, self.space
+        products = []
         for column in v.T:
-            curved = self._hessian(lin.push(self.space.named(column)))
-            out.append(self._flat(curved))
-        if len(out) == 1:
-            return out[0][:, None]
-        return torch.stack(out, 1) if out else torch.zeros_like(v)
+            product = ggn_product(linearised, self._hessian_times, space.named(column))
+            products.append(space.flat(product))
+        return _stacked(products, v, len(v))
 
-    def _hessian(self, v: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        if self.draws is None and self.chosen is None and "root" not in self.__dict__:
-            return self.point.curvature.loss.hessian_times(v)
-        return self.root.hessian_times(v)
-
-    def _from_columns(self, a: Tensor) -> Tensor:
-        """``V a``, ``[D]``."""
-        return self._flat(self.root.times(a.to(self.device, self.dtype)))
-
-    def _flat(self, cotangents: Mapping[int, Tensor]) -> Tensor:
-        """``Jᵀ u``, ``[D]``."""
-        assert self.space is not None
-        return self.space.flat(self.linearised.pull(cotangents, self.space.shapes))
-
-    def _to_columns(self, v: Tensor) -> Tensor:
-        """``Vᵀ v``, ``[size]``."""
-        assert self.space is not None
-        return self.root.transposed_times(self.linearised.push(self.space.named(v.to(self.device, self.dtype))))
+    @property
+    def _hessian_times(self) -> HessianTimes:
+        """``H v`` by double backward of the loss, or by the root of a part of H."""
+        if self.draws is None and self.chosen is None:
+            return self.point.curvature.loss.hessian_times
+        return self.root.hessian_times
 
     # -- what is asked of columns --
 
-    def _ask(self, quantity: OfColumns) -> Any:
+    def _source(self, compressed: bool = False) -> Source:
+        """Return where columns come from; H is known from the forward pass that these need."""
         self._fresh()
-        return self.point.ask([quantity], self.point.parameters)[0]
+        with torch.no_grad(), recorded_precision():
+            source = self.point.source(self.point.parameters)
+            self.point.share_forward(source, compressed)
+            return source
+
+    def _evaluate(self, quantity: OfColumns, source: Source) -> Any:
+        with torch.no_grad(), recorded_precision():
+            return evaluate(self.point.curvature, source, quantity, self.point.parameters)
 
     def diag(
         self, per_component: bool = False, *, rtol: float | None = None, unbiased: bool = False, seed: int = 0,
@@ -204,16 +247,20 @@ class GGN(Operator):
         """
         if unbiased and per_component:
             raise InputError(MSG_UNBIASED)
-        wanted = DiagGGN(per_component, rtol=rtol, seed=seed, root=self.root)
-        found = self._ask(wanted)
-        flat = torch.cat([t.reshape(len(t), -1) for t in found.values()], 1) if per_component else found.flat()
-        basis = wanted.basis_in(self.point.curvature)
-        missing = basis.remainder if basis is not None and not basis.exact else None
-        whole = flat.sum(0) if per_component else flat
-        told = self._told(basis, None if missing is None else float(missing.norm() / whole.double().norm()))
+        source = self._source(rtol is not None)
+        quantity = DiagGGN(per_component, rtol=rtol, seed=seed, root=self.root)
+        diagonal = self._evaluate(quantity, source)
+        flat = _rows(diagonal) if per_component else diagonal.flat()
+        basis = quantity.basis_in(self.point.curvature)
+        estimate, missing = None, None
+        if basis is not None and not basis.exact:
+            missing = basis.remainder
+        if missing is not None:
+            whole = flat.sum(0) if per_component else flat
+            estimate = float(missing.norm() / whole.double().norm())
         if unbiased and missing is not None:
             flat = flat + missing.to(flat)
-        return (flat, told) if info else flat
+        return (flat, self._compression(basis, estimate)) if info else flat
 
     def estimate_diag(self, draws: int, *, seed: int = 0, control: GGN | None = None) -> DiagonalEstimate:
         """The diagonal from ``draws`` vectors of random signs, one pullback each: unbiased, with standard errors.
@@ -228,13 +275,13 @@ class GGN(Operator):
             raise StructureError(MSG_NOT_POSITIVE.format(what="Random signs", lowest=self.root.lowest))
         other = None
         if control is not None:
-            columns = self.root.table[1]
-            like = self.root.sigma
-            other = Control(lambda z: control._flat(self.root.times(z.to(like))), control.diag(), columns)
-        assert self.space is not None
-        return from_signs(self._from_columns, self.root.size, draws, seed, self.space.slices, other)
+            # The same signs through the J of the other matrix: the root has to be that of this one.
+            others = ColumnMap(control.linearised, self.root, control.space, control)
+            other = Control(lambda z: others @ z, control.diag(), self.root.table[1])
+        columns = self.columns
+        return from_signs(lambda z: columns @ z, self.root.size, draws, seed, self.space.slices, other)
 
-    def _told(self, basis: Basis | None, estimate: float | None = None) -> Compression:
+    def _compression(self, basis: Basis | None, estimate: float | None = None) -> Compression:
         if basis is None:
             columns = self.root.size if self.root.separate else self.root.rank
             return Compression(0, 0, True, 0.0, columns, 0, 0)
@@ -244,27 +291,40 @@ class GGN(Operator):
 
     def trace(self) -> Tensor:
         """``tr G``, a number."""
-        norms = self._ask(ColumnNorms(self.root))
+        source = self._source()
+        norms = self._evaluate(ColumnNorms(self.root), source)
         return (norms * self.root.sigma.to(norms.dtype)).sum()
 
     @cached_property
     def _columns_gram(self) -> Tensor:
         """``VᵀV`` of the columns of ``root``, in float64."""
-        return self._gram_of(Gram(self.root))
+        source = self._source()
+        return self._gram_of(Gram(self.root), source)
 
-    def _gram_of(self, wanted: Gram) -> Tensor:
-        """Parameters a few at a time where memory does not hold the columns of all."""
-        self._fresh()
-        gram, group, size = [], dict[str, Tensor](), 0
-        bytes_ = {n: 4 * self.root.size * p.numel() for n, p in self.point.parameters.items()}
+    def _gram_of(self, quantity: Gram, source: Source) -> Tensor:
+        """Return the sum over groups of parameters, where memory does not hold the columns of all."""
+        groups = self._groups()
+        if len(groups) == 1:
+            return self._evaluate(quantity, source).double()
+        shares = []
+        for group in groups:
+            part = self.point.restricted(list(group))
+            with torch.no_grad(), recorded_precision():
+                source = part.source(group)
+                shares.append(evaluate(part.curvature, source, quantity, group))
+        return sum_of(shares).double()
+
+    def _groups(self) -> list[dict[str, Tensor]]:
+        """Parameters in their order, so many together as memory holds the columns of."""
+        groups, size = [dict[str, Tensor]()], 0
         for name, p in self.point.parameters.items():
-            if group and size + bytes_[name] > self.point.memory:
-                gram.append(self.point.ask([wanted], group)[0])
-                group, size = {}, 0
-            group[name], size = p, size + bytes_[name]
-        gram.append(self.point.ask([wanted], group)[0])
-        total: Tensor = sum_of(gram).double()
-        return total
+            more = 4 * self.root.size * p.numel()
+            if groups[-1] and size + more > self.point.memory:
+                groups.append({})
+                size = 0
+            groups[-1][name] = p
+            size += more
+        return groups
 
     def gram(self, *, rtol: float | None = None, seed: int = 0, info: bool = False) -> Any:
         """``VᵀV``, ``[NC, NC]``, for V with a column for every entry of the predictions, sample by sample.
@@ -273,14 +333,17 @@ class GGN(Operator):
         ``rtol``, ``info``: as for ``diag``, with the relative error of this matrix.
         """
         if rtol is None:
-            found = self._entrywise(self._columns_gram)
-            return (found, self._told(self.point.curvature.basis(self.root))) if info else found
-        gram, told = self._compressed_gram(rtol, seed)
-        return (self._entrywise(gram), told) if info else self._entrywise(gram)
+            gram, curvature = self._columns_gram, self.point.curvature
+            report = self._compression(curvature.basis(self.root)) if info else None
+        else:
+            gram, report = self._compressed_gram(rtol, seed, self._source(True))
+        entrywise = self._entrywise(gram)
+        return (entrywise, report) if info else entrywise
 
-    def _compressed_gram(self, rtol: float, seed: int) -> tuple[Tensor, Compression]:
-        wanted = Gram(self.root, rtol, seed)
-        return self._gram_of(wanted), self._told(wanted.basis_in(self.point.curvature))
+    def _compressed_gram(self, rtol: float, seed: int, source: Source) -> tuple[Tensor, Compression]:
+        quantity = Gram(self.root, rtol, seed)
+        gram = self._gram_of(quantity, source)
+        return gram, self._compression(quantity.basis_in(self.point.curvature))
 
     def _entrywise(self, gram: Tensor) -> Tensor:
         """From the columns of the root to one column for every entry of the predictions."""
@@ -298,58 +361,53 @@ class GGN(Operator):
 
     def factor(self) -> dict[str, Tensor]:
         """``V`` on request: ``[size, *param]`` for each parameter; column ``n·columns + j`` is the j-th of sample n."""
-        rows = torch.eye(self.root.size, dtype=self.dtype, device=self.device)
-        assert self.space is not None
-        stacked = (
-            torch.stack([self._from_columns(e) for e in rows], 1) if len(rows) else rows.new_zeros(self.shape[0], 0)
-        )
-        return {n: t.movedim(-1, 0) for n, t in self.space.named(stacked).items()}
+        size = self.root.size
+        V = self.columns @ torch.eye(size, dtype=self.dtype, device=self.device)
+        return {name: t.movedim(-1, 0) for name, t in self.space.named(V).items()}
 
     # -- spectrum --
 
     @cached_property
     def _spectrum(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues that are not zero, ascending, and coefficients ``A`` of eigenvectors ``V A``; in float64."""
-        gram, sigma = self._columns_gram, self.root.sigma.double()
-        values, vectors = torch.linalg.eigh(gram)
-        felt = self._felt(values)
-        values, vectors = values[felt], vectors[:, felt]
-        if (sigma > 0).all():
-            return values, vectors / values.sqrt()
-        half = vectors * values.sqrt()
-        values_, turned = torch.linalg.eigh(half.T @ (sigma[:, None] * half))
-        return values_, (vectors / values.sqrt()) @ turned
+        """Eigenvalues that are not zero, ascending, and ``A`` of eigenvectors ``V A``; in float64."""
+        return spectrum.spectrum(self._columns_gram, self.root.sigma.double(), self.dtype)
 
-    def _felt(self, values: Tensor) -> Tensor:
-        """Which of the eigenvalues of the Gram matrix, ascending, are more than rounding."""
-        return values > len(values) * torch.finfo(self.dtype).eps * values[-1:]
+    @cached_property
+    def _eigenvalues(self) -> dict[torch.dtype, Tensor]:
+        """Those that are not zero, ascending, by the type that they were computed in."""
+        return {}
 
-    def _values(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Eigenvalues that are not zero, for which no eigenvectors are needed where all signs are positive."""
-        if "_spectrum" in self.__dict__ or (self.root.sigma < 0).any():
+    def _values(self, working: torch.dtype) -> Tensor:
+        gram = self._columns_gram  # before the root, which is then known from the same forward pass
+        if (self.root.sigma < 0).any():
             return self._spectrum[0]
-        values = torch.linalg.eigvalsh(self._columns_gram.to(dtype))
-        return values[self._felt(values)]
+        if working not in self._eigenvalues:
+            values = spectrum.positive_eigenvalues(gram.to(working), self.dtype)
+            self._eigenvalues[working] = values
+        return self._eigenvalues[working]
 
     def eigvalsh(self, *, rtol: float | None = None, seed: int = 0, info: bool = False) -> Any:
         """Eigenvalues, ascending: ``min(D, NC)`` of them; all others are zero.
 
         ``rtol``, ``info``: as for ``gram``, whose error bounds that of each eigenvalue beside the norm of them all.
         """
-        wide = torch.promote_types(self.dtype, torch.float32)
-        if rtol is None or self.root.lowest < 0:
-            values, told = self._values(wide), None
-        else:
-            gram, told = self._compressed_gram(rtol, seed)
-            values = torch.linalg.eigvalsh(gram.to(wide))
+        working = torch.promote_types(self.dtype, torch.float32)
+        values, report = None, None
+        if rtol is not None:
+            source = self._source(True)
+            if self.root.lowest >= 0:
+                gram, report = self._compressed_gram(rtol, seed, source)
+                values = torch.linalg.eigvalsh(gram.to(working))
+        if values is None:
+            values = self._values(working)
         entries = sum(p.numel() for p in self.point.curvature.loss.predictions.values())
         count = min(self.shape[0], max(entries, len(values)))
-        kept = values[values.abs().argsort(descending=True)][:count]
-        zeros = values.new_zeros(count - len(kept))
-        found = torch.cat([kept, zeros]).sort().values.to(self.dtype)
+        eigenvalues = spectrum.padded(values, count).to(self.dtype)
         if not info:
-            return found
-        return found, told if told is not None else self._told(self.point.curvature.basis(self.root))
+            return eigenvalues
+        if report is None:
+            report = self._compression(self.point.curvature.basis(self.root))
+        return eigenvalues, report
 
     def eigh(self, k: int | None = None) -> Eigenpairs:
         """The ``k`` eigenpairs with the largest eigenvalues (by default all that are not zero), values ascending.
@@ -358,24 +416,19 @@ class GGN(Operator):
         """
         if k is not None and (not isinstance(k, int) or k < 1):
             raise InputError(MSG_DRAWS.format(what="k", least=1, value=k))
-        values, coefficients = self._spectrum
-        start = 0 if k is None else max(0, len(values) - k)
-        columns = [self._from_columns(a) for a in coefficients[:, start:].T]
-        vectors = torch.stack(columns, 1) if columns else coefficients.new_zeros(self.shape[0], 0, dtype=self.dtype)
-        return Eigenpairs(values[start:].to(self.dtype), torch.nn.functional.normalize(vectors, dim=0))
+        return spectrum.eigenpairs(self.columns, *self._spectrum, k)
 
     def directions(self, k: int) -> Directions:
         """The top k eigenvectors with slope and curvature of every component along them; needs a sum over samples."""
-        self.point.curvature.components("Slopes and curvatures of components")
+        curvature = self.point.curvature
+        curvature.components("Slopes and curvatures of components")
         values, vectors = self.eigh(k)
-        assert self.space is not None
-        loss, dims = self.point.curvature.loss, self.point.curvature.dims
         slopes, curvatures = [], []
-        for e in vectors.T:
-            pushed = self.linearised.push(self.space.named(e))
+        for direction in vectors.T:
+            pushed = self.linearised.push(self.space.named(direction))
             curved = self.root.hessian_times(pushed)
-            slopes.append(_per_sample(loss.slope, pushed, dims))
-            curvatures.append(_per_sample(curved, pushed, dims))
+            slopes.append(spectrum.inner_products(curvature.loss.slope, pushed, curvature.dims))
+            curvatures.append(spectrum.inner_products(curved, pushed, curvature.dims))
         return Directions(values, vectors, torch.stack(slopes, 1), torch.stack(curvatures, 1), self.space)
 
     def newton_step(self, damping: float | Tensor, k: int | None = None) -> dict[str, Tensor]:
@@ -383,28 +436,16 @@ class GGN(Operator):
 
         ViViT's damped Newton step. Along what is not among them the step is zero; ``solve`` has it everywhere.
         """
-        values, vectors = self.eigh(k)
-        try:
-            damping = torch.as_tensor(damping, dtype=self.dtype, device=self.device)
-        except (TypeError, ValueError):
-            raise InputError(MSG_DAMPING.format(value=repr(damping), count=len(values), lowest=0.0)) from None
-        if (damping.ndim and damping.shape != values.shape) or not (values + damping > 0).all():
-            raise InputError(MSG_DAMPING.format(value=damping.tolist(), count=len(values), lowest=float(values.min())))
-        assert self.space is not None
-        gradient = self._flat(self.point.curvature.loss.slope)
-        return self.space.named(-vectors @ ((vectors.T @ gradient) / (values + damping)))
+        pairs = self.eigh(k)
+        slope = self.linearised.pull(self.point.curvature.loss.slope, self.space.shapes)
+        step = spectrum.newton_step(pairs, self.space.flat(slope), damping)
+        return self.space.named(step)
 
     # -- determinants and solves --
 
     def slogdet(self, damping: float) -> tuple[Tensor, Tensor]:
         """Sign and logarithm of ``|det(G + δI)|``."""
-        values = self._values()
-        shifted, rest = values + damping, self.shape[0] - len(values)
-        if rest and damping == 0:
-            return shifted.new_zeros(()).to(self.dtype), shifted.new_full((), -torch.inf).to(self.dtype)
-        base = torch.as_tensor(damping, dtype=torch.float64)
-        sign = shifted.sign().prod() * (base.sign() ** rest if rest else 1)
-        log = shifted.abs().log().sum() + (rest * base.abs().log() if rest else 0)
+        sign, log = spectrum.slogdet(self._values(torch.float64), self.shape[0], damping)
         return sign.to(self.dtype), log.to(self.dtype)
 
     def logdet(self, damping: float) -> Tensor:
@@ -425,46 +466,35 @@ class GGN(Operator):
         if method not in (None, "woodbury", "cg"):
             raise InputError(MSG_METHOD.format(value=method))
         rtol = rtol or (1e-8 if self.dtype == torch.float64 else 1e-3)
-        solved: list[Solved] = []
+        reports: list[Solved] = []
 
-        def columns(v: Tensor) -> Tensor:
-            found = [self._solved(column, damping, method, rtol, max_iterations) for column in v.unbind(1)]
-            solved.extend(how for _, how in found)
-            return torch.stack([x for x, _ in found], 1) if found else v
+        def solved(right: Tensor) -> Tensor:
+            columns = []
+            for column in right.unbind(1):
+                if self._by_woodbury(method, damping):
+                    factored = Factored(self.columns, self._columns_gram, self.root.sigma)
+                    x, report = spectrum.woodbury(self, factored, column, damping, rtol)
+                else:
+                    x, report = self._by_products(column, damping, rtol, max_iterations)
+                columns.append(x)
+                reports.append(report)
+            return torch.stack(columns, 1) if columns else right
 
-        x = self._times(b, self.shape[1], columns)
-        worst = max(solved, key=lambda how: how.residual, default=Solved("nothing to solve", 0, 0.0, rtol))
-        for how in [] if info else solved:
-            how.check()
-        return (x, worst) if info else x
+        x = self._times(b, self.shape[1], solved)
+        if info:
+            nothing = Solved("nothing to solve", 0, 0.0, rtol)
+            return x, max(reports, key=lambda report: report.residual, default=nothing)
+        for report in reports:
+            report.check()
+        return x
 
-    def _solved(
-        self, b: Tensor, damping: float, method: str | None, rtol: float, max_iterations: int
-    ) -> tuple[Tensor, Solved]:
-        if method == "woodbury" or (method is None and damping != 0 and self.root.size <= LARGEST_GRAM):
-            return self._woodbury(b, damping, rtol)
-        if damping < 0:
-            raise InputError(MSG_NOT_DEFINITE.format(value=damping))
-        x, how = conjugate_gradients(lambda v: self @ v + damping * v, b, rtol, max_iterations)
-        if damping == 0 and not how.converged and self.rank_bound < self.shape[0]:
-            how = replace(how, remark=MSG_SINGULAR.format(rank=self.rank_bound, size=self.shape[0]))
-        return x, how
+    def _by_woodbury(self, method: str | None, damping: float) -> bool:
+        if method is not None:
+            return method == "woodbury"
+        return damping != 0 and self.root.size <= LARGEST_GRAM
 
-    def _woodbury(self, b: Tensor, damping: float, rtol: float) -> tuple[Tensor, Solved]:
-        """``(b − V (δΣ + VᵀV)⁻¹ Vᵀ b) / δ``, and the same once more for the residual, which takes the rounding away."""
+    def _by_products(self, b: Tensor, damping: float, rtol: float, max_iterations: int) -> tuple[Tensor, Solved]:
+        x, report = spectrum.by_products(self, b, damping, rtol, max_iterations)
         if damping == 0:
-            raise InputError(MSG_NO_DAMPING)
-        inner = self._columns_gram + damping * torch.diag(self.root.sigma.double())
-        x, residual = torch.zeros_like(b), b
-        for _ in range(2):
-            a = torch.linalg.solve(inner, self._to_columns(residual).double())
-            x = x + (residual - self._from_columns(a)) / damping
-            residual = b - (self @ x + damping * x)
-        size = b.norm().clamp_min(torch.finfo(b.dtype).tiny)
-        return x, Solved("woodbury", 2, float(residual.norm() / size), rtol)
-
-
-def _per_sample(a: Mapping[int, Tensor], b: Mapping[int, Tensor], dims: Mapping[int, int]) -> Tensor:
-    """``[N]``: inner products of the predictions of each sample."""
-    parts = [(a[i] * b[i]).movedim(dims[i], 0).flatten(1).sum(1) if a[i].ndim > 1 else a[i] * b[i] for i in a if i in b]
-    return sum_of(parts)
+            report = spectrum.explained(report, self.rank_bound, self.shape[0])
+        return x, report

@@ -5,69 +5,48 @@ Quantities are fed with the parts of a source and never see networks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from unbatch.columns import OfColumns, feed_columns
+from unbatch.columns import OfColumns, feed_quantities
 from unbatch.curvature import Curvature
 from unbatch.parts import Part
 from unbatch.plan import Plan
-from unbatch.quantities import About, Basic, Collector, Derived, Gradients, Quantity
-from unbatch.rows import real
-from unbatch.sources import CHUNK, Chunks, Source
+from unbatch.quantities import About, Basic, Collector, Derived, Gradients, Label, Quantity, about_of
+from unbatch.request import Request, source_of
+from unbatch.sources import CHUNK, Chunks
 
 # --- answering ------------------------------------------------------------------------------------
 
 
-@dataclass
-class Label:
-    """What the rows are called."""
-
-    by: str
-    kind: str
-    note: str
-    weights: Callable[[], Tensor | None]
-
-
-def answer(
-    source: Source, quantities: Sequence[Quantity], parameters: Mapping[str, Tensor], samples: int, label: Label,
-    memory: int, out: Mapping[str, Tensor], curvature: Callable[[], Curvature],
-) -> list[Any]:  # fmt: skip
-    """Feed all quantities from one source; the results in their order."""
-    sums: dict[str, Mapping[str, Tensor]] = {}
-    like = next(iter(parameters.values())).detach()
-
-    def gradient() -> Mapping[str, Tensor]:
-        if "one" not in sums:
-            sums["one"] = source.weighted_sum(like.new_ones(samples, dtype=torch.float64).to(real(like.dtype)))
-        return sums["one"]
-
-    note = "; ".join(filter(None, (label.note, source.note)))
-    about = About(
-        samples, {n: tuple(p.shape) for n, p in parameters.items()}, label.by, label.kind, note, label.weights,
-        like, gradient, source.weighted_sum, source.rest, out, memory,
-    )  # fmt: skip
+def answer(request: Request, quantities: Sequence[Quantity], label: Label, out: Mapping[str, Tensor]) -> list[Any]:
+    """Feed all quantities from one source; return the results in their order."""
+    source, curvature = source_of(request), Curvature(request)
+    about = about_of(request, source, label, out)
     asked = [_Asked.of(q) for q in quantities]
-    basic = _basics(asked)
-    curved = [q for q in basic if isinstance(q, OfColumns)]
-    for q in curved:
-        q.check(curvature())
-    collectors: dict[Basic, Collector] = {q: q.start(about) for q in basic}
+    basics = _basics(asked)
+    columns = _of_columns(basics)
+    if columns:
+        compressed = any(q.tolerance is not None for q in columns)
+        curvature.share_forward(source, len(columns) < len(basics), compressed)
+    for quantity in columns:
+        quantity.check(curvature)
+    collectors = {q: q.start(about) for q in basics}
     rows = {q: c for q, c in collectors.items() if not isinstance(q, OfColumns)}
     if rows:
-        _feed(source, rows, _chunks(asked, memory), parameters, samples, out, last=not curved)
-    ways = {q: (q.root_in(curvature()), q.basis_in(curvature())) for q in curved}
-    for root, basis in dict.fromkeys(ways.values()):
-        of = {q: collectors[q] for q in curved if ways[q] == (root, basis)}
-        chunks = Chunks(frozenset(q.needs for q in of), memory, keep=False, pairs=any(q.pairs for q in of))
-        columns = curvature().columns_of(source, basis, parameters)
-        feed_columns(columns, curvature(), root, list(of.values()), chunks, parameters)
-    found: dict[Quantity, Any] = {q: c.finish() for q, c in collectors.items()}
-    return [a.value(found, about) for a in asked]
+        chunks = _chunks(asked, request.memory)
+        _feed(about, list(rows.values()), chunks, request.parameters, last=not columns)
+    fed = {q: collectors[q] for q in columns}
+    feed_quantities(curvature, source, fed, request.parameters)
+    results: dict[Quantity, Any] = {q: c.finish() for q, c in collectors.items()}
+    return [a.value(results, about) for a in asked]
+
+
+def _of_columns(basics: Sequence[Basic]) -> list[OfColumns]:
+    return [q for q in basics if isinstance(q, OfColumns)]
 
 
 def is_moment(quantity: Quantity) -> bool:
@@ -111,34 +90,41 @@ def _basics(asked: Sequence[_Asked]) -> list[Basic]:
 
 
 def _feed(
-    source: Source, collectors: Mapping[Basic, Collector], chunks: Chunks, parameters: Mapping[str, Tensor],
-    samples: int, out: Mapping[str, Tensor], last: bool,
-) -> None:  # fmt: skip
-    seen = set()
+    about: About,
+    collectors: Sequence[Collector],
+    chunks: Chunks,
+    parameters: Mapping[str, Tensor],
+    last: bool,
+) -> None:
+    """Feed all rows; those of parameters that no prediction depends on are zero."""
+    fed = set()
 
     def take(name: str, part: Part) -> None:
-        seen.add(name)
-        for collector in collectors.values():
+        fed.add(name)
+        for collector in collectors:
             collector.take(name, part)
 
-    source.feed(chunks, take, out, last=last)
-    for name in [n for n in parameters if n not in seen]:
-        zero = parameters[name].detach().new_zeros(1, *parameters[name].shape).expand(samples, *parameters[name].shape)
-        take(name, Part(slice(0, samples), zero.clone() if chunks.keep else zero))
+    about.source.feed(chunks, take, about.out, last=last)
+    for name, p in parameters.items():
+        if name in fed:
+            continue
+        zero = p.detach().new_zeros(1, *p.shape).expand(about.samples, *p.shape)
+        take(name, Part(slice(0, about.samples), zero.clone() if chunks.keep else zero))
 
 
-def planned(
-    source: Source, quantities: Sequence[Quantity], parameters: Mapping[str, Tensor], samples: int, by: str,
-    memory: int, curvature: Callable[[], Curvature],
-) -> Plan:  # fmt: skip
-    """What ``answer`` would do, in numbers and words."""
+def planned(request: Request, quantities: Sequence[Quantity]) -> Plan:
+    """Return what ``answer`` would do, in numbers and words."""
+    source, curvature = source_of(request), Curvature(request)
+    parameters, samples, memory = request.parameters, request.samples, request.memory
     asked = [_Asked.of(q) for q in quantities]
     chunks, basics = _chunks(asked, memory), _basics(asked)
-    curved = [q for q in basics if isinstance(q, OfColumns)]
+    curved = _of_columns(basics)
+    if curved:
+        curvature.share_forward(source, rows=True)  # the plan needs the sites of the source
     passes, at_once = source.pullbacks(chunks) if len(curved) < len(basics) else (0, 1)
     reasons = [source.reason] if passes else []
-    for root in dict.fromkeys(q.root_in(curvature()) for q in curved):
-        more, why = curvature().plan(root, source, chunks)
+    for root in dict.fromkeys(q.root_in(curvature) for q in curved):
+        more, why = curvature.plan(root, source, chunks)
         passes, reasons = passes + more, [*reasons, why]
     row = sum(p.numel() * p.element_size() for p in parameters.values())
     largest = max(p.numel() * p.element_size() for p in parameters.values())
@@ -148,7 +134,7 @@ def planned(
     temporary = 0 if chunks.keep and passes == 1 else formed
     what = "Rows" if len(curved) < len(basics) else "Columns of the Gauss-Newton factor"
     sites = tuple(source.sites())
-    return Plan(by, samples, sites, passes, at_once, results, temporary, memory, " ".join(reasons), what)
+    return Plan(request.by, samples, sites, passes, at_once, results, temporary, memory, " ".join(reasons), what)
 
 
 def _chunks(asked: Sequence[_Asked], memory: int) -> Chunks:

@@ -8,10 +8,11 @@ elementwise ops.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from unbatch.probes import gaussians_like, seeded
 from unbatch.purity import untouched
 from unbatch.route import Route
 from unbatch.setting import Setting
+from unbatch.sites import Flow
 from unbatch.substitutes import held, laid_out, norm_held, unmoved
 from unbatch.tangents import NEED_OUTPUTS, RULES, SPELLED_OUT, Tangents, through_op
 
@@ -62,9 +64,50 @@ class _Tangents:
             self.values[new.index] = t
 
 
+def moves(step: Step, flow: Flow) -> bool:
+    """Whether a step makes something that depends on the parameters of something that does."""
+    made = [r.index for r in [*step.outs, *(new for _, new in step.writes)] if r is not None]
+    return any(i in flow.theta for i in made) and any(r.index in flow.theta for r in step.refs())
+
+
+def differentiated(graph: Graph, route: Route) -> list[Step]:
+    """Return the steps of the forward pass that tangents go through."""
+    cut = {step.index for step in route.cut_off} - set(route.flow.frozen_norms)
+    steps = [step for step in graph.forward_steps if step.grad and step.index not in cut]
+    return [step for step in steps if moves(step, route.flow)]
+
+
+class Linearised(ABC):
+    """``J`` at the parameters of this moment, after one forward pass that is kept."""
+
+    leaves: dict[str, Tensor]  # parameters, by name
+    outputs: dict[int, Tensor]  # predictions, connected to the leaves
+    inner: dict[int, Tensor]  # values beside the predictions that the loss reads
+    all_outputs: dict[int, Tensor]  # all that the model returned, detached
+
+    @property
+    def predictions(self) -> dict[int, Tensor]:
+        """Return values by number in the graph."""
+        return {i: t.detach() for i, t in self.outputs.items()}
+
+    @abstractmethod
+    def push(self, tangents: Mapping[str, Tensor]) -> dict[int, Tensor]:
+        """Return ``J v``, by prediction."""
+
+    @abstractmethod
+    def pull(self, cotangents: Mapping[int, Tensor], names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """Return ``Jᵀ u``, by parameter (some of them, by name)."""
+
+    def _pulled(self, cotangents: Mapping[int, Tensor], names: Iterable[str] | None) -> dict[str, Tensor]:
+        ends = [self.outputs[i] for i in cotangents]
+        leaves = self.leaves if names is None else {n: self.leaves[n] for n in names}
+        return gradients(ends, leaves, list(cotangents.values()), retain=True)
+
+
+@final
 @dataclass
-class Linearised:
-    """``J`` at the parameters of this moment. ``predictions``: their values, by number in the graph.
+class LinearisedGraph(Linearised):
+    """The recorded computation; ``frozen``: with batch statistics held constant.
 
     ``watched``: values in the middle, whose places in the graph of derivatives are kept in ``edges``.
     """
@@ -77,6 +120,7 @@ class Linearised:
     leaves: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[int, Tensor] = field(default_factory=dict)
     inner: dict[int, Tensor] = field(default_factory=dict)
+    all_outputs: dict[int, Tensor] = field(default_factory=dict)
     steps: list[ExecutedOp] = field(default_factory=list)
     windows: dict[int, Window] = field(default_factory=dict)  # of values whose memory is written through others
     sizes: dict[int, int] = field(default_factory=dict)  # of these memories, in entries
@@ -108,10 +152,6 @@ class Linearised:
         if i in self.watched and i not in self.edges and value.requires_grad:
             self.edges[i] = get_gradient_edge(value)
 
-    @property
-    def predictions(self) -> dict[int, Tensor]:
-        return {i: t.detach() for i, t in self.outputs.items()}
-
     def _instead(self) -> dict[int, Callable[..., Any]]:
         """Every step through which derivatives go keeps its arguments."""
         graph = self.setting.graph
@@ -121,13 +161,9 @@ class Linearised:
             frozen_norm = step.index in self.flow.frozen_norms
             if step.index in cut and not frozen_norm:
                 out[step.index] = held(step.op)
-            elif step.grad and self._moves(step):
+            elif step.grad and moves(step, self.flow):
                 out[step.index] = partial(self._kept, step, norm_held(step) if frozen_norm else step.op)
         return out
-
-    def _moves(self, step: Step) -> bool:
-        made = [r.index for r in [*step.outs, *(new for _, new in step.writes)] if r is not None]
-        return any(i in self.flow.theta for i in made) and any(r.index in self.flow.theta for r in step.refs())
 
     def _kept(self, step: Step, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         spoiled = {r.index for r in step.refs() if self.setting.graph.written(r.index)}
@@ -145,23 +181,18 @@ class Linearised:
     # -- Jᵀ u --
 
     def pull(self, cotangents: Mapping[int, Tensor], names: Iterable[str] | None = None) -> dict[str, Tensor]:
-        """``Jᵀ u``, by parameter (some of them, by name)."""
-        ends = [self.outputs[i] for i in cotangents]
-        leaves = self.leaves if names is None else {n: self.leaves[n] for n in names}
-        return gradients(ends, leaves, list(cotangents.values()), retain=True)
-
-    # -- J v --
+        return self._pulled(cotangents, names)
 
     def push(self, tangents: Mapping[str, Tensor], at: Sequence[int] = ()) -> dict[int, Tensor]:
         """``J v``, by prediction; or the tangents of the values ``at``, all of them watched.
 
         Raises ``StructureError`` where an op has neither a forward mode nor a second derivative.
         """
-        key = ("tangents", tuple(self.parameters), self.frozen)
-        if key not in self.setting.trust:
+        key = tuple(self.parameters), self.frozen
+        if key not in self.setting.forward_modes:
             self._try()
-            self.setting.trust[key] = self._at_once
-        self._at_once = self.setting.trust[key]
+            self.setting.forward_modes[key] = self._at_once
+        self._at_once = self.setting.forward_modes[key]
         return (self._push_at_once if self._at_once else self._push_by_steps)(tangents, at)
 
     def _try(self) -> None:
@@ -248,12 +279,14 @@ class Linearised:
         return run
 
 
+@final
 class LinearisedModel(Linearised):
-    """The same for the model itself, where its recording has other derivatives: double backward pushes tangents."""
+    """The model itself, where its recording has other derivatives: double backward pushes tangents."""
 
-    def __post_init__(self) -> None:
-        ran = live.run(self.setting, self.parameters, twice=True)
-        self.leaves, self.outputs, self.inner = dict(self.parameters), ran.predictions, ran.inner
+    def __init__(self, setting: Setting, parameters: Mapping[str, Tensor]) -> None:
+        ran = live.run(setting, parameters, twice=True)
+        self.setting = setting
+        self.leaves, self.outputs, self.inner = dict(parameters), ran.predictions, ran.inner
         self.all_outputs, self._draws = {i: t.detach() for i, t in ran.values.items()}, ran.state
 
     def _untouched(self) -> Any:
@@ -262,7 +295,7 @@ class LinearisedModel(Linearised):
 
     def pull(self, cotangents: Mapping[int, Tensor], names: Iterable[str] | None = None) -> dict[str, Tensor]:
         with self._untouched():
-            return super().pull(cotangents, names)
+            return self._pulled(cotangents, names)
 
     @cached_property
     def _backward(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -273,8 +306,7 @@ class LinearisedModel(Linearised):
             found = torch.autograd.grad(ends, by, ws, create_graph=True, allow_unused=True)
         return [torch.zeros_like(p) if g is None else g for g, p in zip(found, by, strict=True)], ws
 
-    def push(self, tangents: Mapping[str, Tensor], at: Sequence[int] = ()) -> dict[int, Tensor]:
-        assert not at, "the model itself is not watched"
+    def push(self, tangents: Mapping[str, Tensor]) -> dict[int, Tensor]:
         try:
             back, ws = self._backward
             pairs = [

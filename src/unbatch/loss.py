@@ -62,8 +62,8 @@ def factor(loss: LossAt, dims: Mapping[int, int]) -> Factor | None:
     was found is kept with the loss's setting, and is what is tried first on the next batch.
     """
     search = _Search(loss.in_double() or loss, dims)
-    found = search.run(loss.setting.forms.get("last"))
-    loss.setting.forms["last"] = search.found
+    found = search.run(loss.setting.last_form)
+    loss.setting.last_form = search.found
     dtype = next(iter(loss.predictions.values())).dtype
     return found.to(dtype) if found is not None else None
 

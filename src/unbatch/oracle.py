@@ -49,6 +49,8 @@ class Oracle:
     blocks: list[bool] = field(default_factory=list)
     places: list[int] = field(default_factory=list)
     originals: list[nn.Module] = field(default_factory=list)  # of which it is a copy; hooks may reach them
+    least_tolerance: float = 0.0
+    known_tolerance: float | None = None  # in place of what the types say
 
     def __post_init__(self) -> None:
         used = {r.index for r in self.graph.used_predictions}
@@ -145,11 +147,10 @@ class Oracle:
         """The same program on inputs multiplied by ``factor``; itself where that cannot be run."""
         inputs = self._map(lambda x, dim: x.detach() * factor if dim is not None and x.is_floating_point() else x)
         try:
-            other = replace(self, inputs=inputs)
+            # A larger batch is not rounded less: it keeps at least the tolerance of this one.
+            return replace(self, inputs=inputs, least_tolerance=self.tolerance, known_tolerance=None)
         except Exception:
             return self
-        other.__dict__["tolerance"] = max(self.tolerance, other.tolerance)
-        return other
 
     def permuted(self, order: Tensor) -> Any:
         return self._map(lambda x, dim: x.detach() if dim is None else x.detach().index_select(dim, order.to(x.device)))
@@ -170,8 +171,10 @@ class Oracle:
     @cached_property
     def tolerance(self) -> float:
         """By the coarsest floating-point type on the way, and never below what one rounding of the inputs does."""
+        if self.known_tolerance is not None:
+            return self.known_tolerance
         kinds = {self.graph.values[r.index].dtype for s in self.graph.forward_steps for r in s.outs if r is not None}
-        return max(tolerance(kinds, FORWARD), 30 * self._rounding())
+        return max(self.least_tolerance, tolerance(kinds, FORWARD), 30 * self._rounding())
 
     def _rounding(self) -> float:
         generator = torch.Generator().manual_seed(0)
@@ -211,13 +214,16 @@ class Oracle:
         wide = self._map(lambda x, _: in_double(x.detach()))
         try:
             if self.program.loss is None and self.graph.after_cut:  # predictions are replayed
-                other = replace(self, graph=self.graph.in_double(), inputs=wide)
+                graph = self.graph.in_double()
+                other = replace(self, graph=graph, inputs=wide, known_tolerance=FORWARD_IN_DOUBLE)
             else:
                 originals = [*self.originals, *self.program.modules]
-                other = replace(self, program=self.program.in_double(), inputs=wide, originals=originals)
+                program = self.program.in_double()
+                other = replace(
+                    self, program=program, inputs=wide, originals=originals, known_tolerance=FORWARD_IN_DOUBLE
+                )
         except Exception:
             return None
-        other.__dict__["tolerance"] = FORWARD_IN_DOUBLE
         return other if all(t.dtype == torch.float64 for t in other.base if t.is_floating_point()) else None
 
     # -- another number of samples --

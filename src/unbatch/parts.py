@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,6 +22,18 @@ class Part:
 
     def __init__(self, where: slice, rows: Tensor) -> None:
         self.where, self._rows = where, rows
+
+    def with_total(self, total: Callable[[], Tensor]) -> Part:
+        """Return the same part that knows the sum of all rows, which ``total`` gives."""
+        part = copy.copy(self)
+        part.beyond = total
+        return part
+
+    def of_column(self, number: int, sign: float) -> Part:
+        """Return the same part as rows of a column of a factor, with its sign in the matrix."""
+        part = copy.copy(self)
+        part.column, part.sign = number, sign
+        return part
 
     def rows(self) -> Tensor:
         return self._rows

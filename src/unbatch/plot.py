@@ -21,12 +21,13 @@ from unbatch.crosstalk import Crosstalk
 from unbatch.diagram import Diagram
 from unbatch.errors import InputError, StructureError
 from unbatch.figure import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, SKY, VERMILLION, blank, save
-from unbatch.ggn import GGN, Directions
+from unbatch.ggn import GGN
 from unbatch.plan import Plan
 from unbatch.problem import Problem
 from unbatch.quantities import Norms
 from unbatch.results import Rows, SquaredNorms
 from unbatch.spectra import Density, Eigenpairs
+from unbatch.spectrum import Directions
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -206,7 +207,6 @@ def told(values: Tensor) -> Tensor:
 
 
 def _block_name(block: GGN) -> str:
-    assert block.space is not None
     first, *others = block.space.shapes
     module = first.rpartition(".")[0]
     if others and all(n.rpartition(".")[0] == module for n in others):

@@ -44,7 +44,7 @@ from unbatch.plan import Plan
 from unbatch.purity import outside_inference_mode, untouched
 from unbatch.quantities import Gradients, Quantity
 from unbatch.question import Question
-from unbatch.recording import Batch, Recording
+from unbatch.recording import Batch, Recording, Session
 from unbatch.results import Rows
 from unbatch.stages import stages
 from unbatch.tree import Selection, select
@@ -108,7 +108,7 @@ class Problem:
         self._target_dims = flat_dims("y", self.targets, y_dims)
         self.samples = check_sizes(self.inputs, self._dims, self.targets, self._target_dims)
         check_devices(self.program, self.inputs, self.targets)
-        self._kept: Recording | None = None
+        self._session: Session | None = None
         self._where = capture.users_line()
 
     def __repr__(self) -> str:
@@ -135,15 +135,16 @@ class Problem:
         Text when printed, a drawing in a notebook (with ``pip install 'unbatch[plot]'``), see ``unbatch.plot``. Cost:
         as for ``structure``, which is also where all that it shows is from.
         """
-        kept = self._recorded()
+        session = self._recorded()
         named = [(name, type(m).__name__) for top in self.program.modules for name, m in top.named_modules()]
         _, loss = self.program.names
-        return Diagram.of(kept.structure, stages(kept.graph, kept.findings, kept.structure, dict(named), loss))
+        structure = session.structure  # first: the graph is cut where it is judged
+        return Diagram.of(structure, stages(session.graph, session.analysis.findings, structure, dict(named), loss))
 
     def verify(self) -> Verification:
         """Put every verdict to a numerical test, the proved ones too. Cost: some dozens of forward passes."""
-        kept = self._recorded()
-        return verify(kept.structure, kept.oracle, kept.predictions)
+        session = self._recorded()
+        return verify(session.structure, session.oracle, session.predictions)
 
     def crosstalk(
         self, probes: int | None = None, *, samples: Sequence[int] | Tensor | None = None
@@ -155,16 +156,16 @@ class Problem:
         rows of these predictions only, on the same batch. Raises ``InputError`` for samples that are not there.
         """
         picked = check_samples(samples, self.samples)
-        kept = self._recorded()
-        return crosstalk(kept.oracle, probes, None if picked is None else picked.tolist())
+        session = self._recorded()
+        return crosstalk(session.oracle, probes, None if picked is None else picked.tolist())
 
     def predictions(self) -> Any:
         """``F``: what the model predicts on the batch, with the noise of the recorded run.
 
         Of a model that computes its own loss, what the loss is cut at, as the structure says: a tensor, or a tuple.
         """
-        kept = self._recorded()
-        found = kept.predictions if self.program.loss is not None else kept.at_the_cut
+        session = self._recorded()
+        found = session.predictions if self.program.loss is not None else session.at_the_cut
         return tree_map(lambda t: t.detach().clone() if isinstance(t, Tensor) else t, found)
 
     def gradient(self) -> dict[str, Tensor]:
@@ -173,8 +174,8 @@ class Problem:
         Raises ``InputError`` when no parameter requires a gradient.
         """
         wanted = select(self.program.parameters, None)
-        kept = self._derivable()
-        with untouched(self.program.modules, kept.graph.rng), torch.enable_grad():
+        session = self._derivable()
+        with untouched(self.program.modules, session.graph.rng), torch.enable_grad():
             return gradients([self._loss_of(self.program.predict(self.inputs))], wanted)
 
     def gradients(
@@ -313,24 +314,25 @@ class Problem:
             self.program = replace(self.program, parameters=parameters_of(self.program.model, self.program.loss, None))
         return self.program
 
-    def _derivable(self, program: Program | None = None) -> Recording:
+    def _derivable(self, program: Program | None = None) -> Session:
         """The recording, of a loss that has a gradient; warns where parts of that are left out."""
-        kept = self._recorded(program)
-        kept.check_connected()
-        if kept.unregistered and not self.program.functional:
-            errors.warn(kept.unregistered, UnregisteredParameterWarning)
-        return kept
+        session = self._recorded(program)
+        session.check_connected()
+        unregistered = session.recording.unregistered
+        if unregistered and not self.program.functional:
+            errors.warn(unregistered, UnregisteredParameterWarning)
+        return session
 
-    def _recorded(self, program: Program | None = None) -> Recording:
+    def _recorded(self, program: Program | None = None) -> Session:
         """The recording, moved to the numbers of this moment if it can be."""
         program, batch = program or self._refreshed(), self._batch
-        kept = self._kept.at(program, batch) if self._kept is not None else None
-        if kept is not self._kept or kept is None:
+        session = None if self._session is None else self._session.at(program, batch)
+        if session is None or session is not self._session:
             check_values(self.inputs, self._dims)
-        if kept is None:
-            kept = Recording.of(program, batch, self._where, self._call_text())
-        self._kept = kept
-        return kept
+        if session is None:
+            session = Session(Recording.of(program, batch, self._where, self._call_text()))
+        self._session = session
+        return session
 
     @property
     def _batch(self) -> Batch:

@@ -13,42 +13,97 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from unbatch.errors import MSG_HISTOGRAM, InputError
+from unbatch.labels import Marks
 from unbatch.parts import Part
+from unbatch.request import Request
 from unbatch.results import ByParameter, Histograms, Rows, SquaredNorms
-from unbatch.rows import Moments, vectors, wide
+from unbatch.rows import Moments, real, vectors, wide
+from unbatch.sources import Source
+from unbatch.weights import weights
+
+
+@dataclass(frozen=True)
+class Label:
+    """What rows are called. ``marks``: of the values in a loss that is a sum over samples."""
+
+    by: str
+    kind: str
+    note: str = ""
+    marks: Mapping[int, Marks] | None = None
 
 
 @dataclass(frozen=True)
 class About:
     """What a quantity may know of the question it is part of.
 
-    ``weighted_sum(c)`` gives ``Σ_n c_n r_n`` by parameter, for the price of a gradient beside a quantity that is
-    ``late``; ``gradient()`` the same for ``c = 1``. ``out``: buffers for rows that the caller gave. ``memory``: bytes
-    that temporaries may take.
+    ``like``: a parameter, for type and device. ``out``: buffers for rows that the caller gave.
+    ``memory``: bytes that temporaries may take.
     """
 
     samples: int
     shapes: Mapping[str, tuple[int, ...]]
-    by: str
-    kind: str
-    note: str
-    weights: Callable[[], Tensor | None]
+    label: Label
+    source: Source
     like: Tensor
-    gradient: Callable[[], Mapping[str, Tensor]]
-    weighted_sum: Callable[[Tensor], Mapping[str, Tensor]]
-    rest: Callable[[], Mapping[str, Tensor]]
     out: Mapping[str, Tensor]
     memory: int
+
+    @property
+    def by(self) -> str:
+        return self.label.by
+
+    @property
+    def kind(self) -> str:
+        return self.label.kind
+
+    @property
+    def note(self) -> str:
+        return "; ".join(filter(None, (self.label.note, self.source.note)))
+
+    @property
+    def weights(self) -> Tensor | None:
+        """Return the weights ``w_n`` of the losses of samples, ``[N]``, where they can be read off."""
+        if self.label.marks is None:
+            return None
+        return weights(self.source.setting.graph, self.label.marks, self.samples)
+
+    def gradient(self) -> Mapping[str, Tensor]:
+        """Return ``Σ_n r_n`` by parameter."""
+        return self._gradient
+
+    @cached_property
+    def _gradient(self) -> Mapping[str, Tensor]:
+        ones = self.like.new_ones(self.samples, dtype=torch.float64)
+        return self.weighted_sum(ones.to(real(self.like.dtype)))
+
+    def weighted_sum(self, factors: Tensor) -> Mapping[str, Tensor]:
+        """Return ``Σ_n c_n r_n`` by parameter.
+
+        It costs as much as a gradient beside a quantity that is ``late``.
+        """
+        return self.source.weighted_sum(factors)
+
+    def rest(self) -> Mapping[str, Tensor]:
+        """Return the gradient by ways that do not pass through predictions of samples."""
+        return self.source.rest()
 
     def result(self, tensors: Mapping[str, Tensor], cls: type[ByParameter] = ByParameter) -> Any:
         """The same tensors in the order of the parameters, labelled with what they were made of."""
         return cls({n: tensors[n] for n in self.shapes}, self.by, self.kind, self.note)
+
+
+def about_of(request: Request, source: Source, label: Label, out: Mapping[str, Tensor]) -> About:
+    """Return what quantities may know of a request that is answered from ``source``."""
+    like = next(iter(request.parameters.values())).detach()
+    shapes = request.space.shapes
+    return About(request.samples, shapes, label, source, like, out, request.memory)
 
 
 class Quantity:
@@ -130,7 +185,7 @@ class _Rows(Collector):
     def finish(self) -> Rows:
         about = self.about
         ordered = {n: self.rows[n] for n in about.shapes}
-        return Rows(ordered, about.by, about.kind, about.note, about.weights(), about.rest())
+        return Rows(ordered, about.by, about.kind, about.note, about.weights, about.rest())
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import functools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -71,9 +72,9 @@ class Batch:
         return identity(self.inputs, self.targets)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Recording:
-    """What is kept between questions. ``skeleton``: what the model returned, with references in place of tensors."""
+    """A program as it ran on a batch. ``skeleton``: what it returned, with references in place of tensors."""
 
     program: Program
     batch: Batch
@@ -85,14 +86,7 @@ class Recording:
     where: str  # the line of the user to whom verdicts belong
     connected: bool  # the loss, with what requires a gradient
     unregistered: str  # tensors whose gradients are overlooked, in words
-    output: Any = None  # what the model returned
-    _structure: Structure | None = None
-    _findings: Findings | None = None
-    _oracle: Oracle | None = None
-    _replays: str = ""
-    _setting: Setting | None = None
-
-    # -- whether it is valid --
+    output: Any = None  # what the model returned, where it has run on these numbers
 
     @staticmethod
     def of(program: Program, batch: Batch, where: str, call: str) -> Recording:
@@ -128,142 +122,228 @@ class Recording:
             _cut(output),
         )
 
-    def at(self, program: Program, batch: Batch) -> Recording | None:
-        """This recording, or the same moved to other numbers; None where the program has to be recorded again."""
-        self.guard.program = program
-        if _state(self.guard, batch) != self.state:
-            return None
-        numbers = _numbers(self.guard, batch)
-        return self if numbers == self.numbers else self._moved(program, batch, numbers)
-
     def is_stale(self) -> bool:
         """The program, its numbers or the data are not what they were."""
         return _state(self.guard, self.batch) != self.state or _numbers(self.guard, self.batch) != self.numbers
 
-    def _moved(self, program: Program, batch: Batch, numbers: tuple[Any, ...]) -> Recording | None:
-        if self.graph.escapes or self.graph.dynamic:
-            return None
-        rng = random_state() if any(s.noise for s in self.graph.steps) else self.graph.rng
-        graph = capture.moved(self.graph, program, batch.inputs, batch.targets, rng)
-        other = replace(self, program=program, batch=batch, numbers=numbers, graph=graph, output=None, _oracle=None)
-        if self._findings is None or self._structure is None:
-            return other
-        walks = [self._findings.forward, *([self._findings.loss] if self._findings.loss else [])]
-        facts = [f for w in walks for f in w.facts] + (self._setting.facts if self._setting else [])
-        if not all(f.holds(graph) for f in facts):
-            return replace(other, _structure=None, _findings=None, _setting=None)
-        if self._setting is not None:
-            data = {"inputs": batch.inputs, "targets": batch.targets}
-            other._setting = replace(self._setting, program=program, graph=graph, **data)
-        return other
+    @cached_property
+    def predictions(self) -> Any:
+        """What the model returns, with the noise of the recording."""
+        if self.output is not None:
+            return self.output
+        with untouched(self.program.modules, self.graph.rng), torch.enable_grad():
+            return _cut(self.program.predict(self.batch.inputs))
 
-    # -- what is known about it --
 
-    def check_connected(self) -> None:
-        """Raises ``StructureError`` where autograd does not reach from the loss to anything."""
-        if not self.connected:
-            cuts = [s for s in self.graph.steps if s.where and (s.name == "detach" or not s.grad)]
-            place = f", such as at {os.path.basename(cuts[-1].where)}" if cuts else ""
-            raise StructureError(errors.MSG_DETACHED.format(place=place))
+# --- what is found out about it -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Interpretation:
+    """What the rules prove about a recording. ``graph``: the recorded one, with the cut of the loss."""
+
+    recording: Recording
+    graph: Graph
+    structure: Structure
+    findings: Findings
+
+    @cached_property
+    def oracle(self) -> Oracle:
+        """Return what runs the program on other batches."""
+        recording, batch = self.recording, self.recording.batch
+        return Oracle(
+            recording.program, self.graph, batch.inputs, batch.targets, batch.dims, batch.samples, self.findings
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How far replays agree with the model: ``values`` and ``gradients`` say why they do not, if so.
+
+    ``here``: the same on the batch that was recorded, where values do not agree on another one.
+    """
+
+    values: str
+    gradients: str
+    here: str
 
     @property
-    def structure(self) -> Structure:
-        if self._structure is None:
-            self._judge()
-        assert self._structure is not None
-        return self._structure
+    def unfaithful(self) -> str:
+        """Return why the recording cannot stand for the model's derivatives on its batch, if it cannot."""
+        # Values that differ on another batch are steered by Python: on its own, the recording may be what ran.
+        return self.here if self.values else self.gradients
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """A recording with its verdicts, and as the engine sees it.
+
+    ``unfaithful``: why replays cannot stand for the model's derivatives, empty where they can.
+    """
+
+    interpretation: Interpretation
+    structure: Structure
+    unfaithful: str
+    setting: Setting
 
     @property
     def findings(self) -> Findings:
         """The walks behind the structure."""
-        assert self.structure.samples
-        assert self._findings is not None
-        return self._findings
-
-    @property
-    def replays(self) -> str:
-        """Why the recording cannot stand for the model's derivatives, if it cannot."""
-        return self._replays if self.structure else ""
+        return self.interpretation.findings
 
     @property
     def marks_in_loss(self) -> Mapping[int, Marks]:
         """What is known about the values in the loss, where there is one to judge."""
-        assert self.structure.reduction
-        assert self._findings is not None
-        return self._findings.loss.marks if self._findings.loss is not None else {}
+        loss = self.findings.loss
+        return {} if loss is None else loss.marks
+
+    def moved(self, recording: Recording, graph: Graph) -> Analysis | None:
+        """Return the same about other numbers; None where a fact that it rests on does not hold for them."""
+        walks = [self.findings.forward, *([self.findings.loss] if self.findings.loss else [])]
+        facts = [fact for walk in walks for fact in walk.facts] + self.setting.facts
+        if not all(fact.holds(graph) for fact in facts):
+            return None
+        program, batch = recording.program, recording.batch
+        interpretation = replace(self.interpretation, recording=recording, graph=graph)
+        data = {"inputs": batch.inputs, "targets": batch.targets}
+        setting = replace(self.setting, program=program, graph=graph, **data)
+        return replace(self, interpretation=interpretation, setting=setting)
+
+
+def analyse(recording: Recording) -> Analysis:
+    """Prove what the rules can, hold replays against the model, and put to a test what is open."""
+    interpretation = interpret(recording)
+    fidelity = fidelity_of(interpretation.oracle)
+    structure = verified(interpretation, fidelity)
+    setting = _setting(interpretation, structure, faithful=not fidelity.unfaithful)
+    return Analysis(interpretation, structure, fidelity.unfaithful, setting)
+
+
+def interpret(recording: Recording) -> Interpretation:
+    """Return what the rules prove about a recording, on every way that the program may take."""
+    program, batch, graph = recording.program, recording.batch, recording.graph
+    names = program.module_names
+    assumed = [names[i] for i in ASSUMED_MODULES if i in names]
+    general = functools.cache(lambda: branches.stands_for_all(program, batch.inputs, batch.targets, graph))
+
+    def harmless(escape: Escape) -> bool:
+        return escape.answer is not None and general() is not None
+
+    def judged(graph: Graph) -> tuple[Structure, Findings]:
+        return judge(graph, batch.samples, batch.dims, batch.target_dims, assumed, harmless, program.fold)
+
+    structure, findings = judged(graph)
+    other = general() if general.cache_info().currsize else None  # where it mattered
+    if other is not None and other is not graph:
+        structure = structure.no_more_than(judged(other)[0])
+    return Interpretation(recording, findings.forward.graph, structure, findings)
+
+
+def fidelity_of(oracle: Oracle) -> Fidelity:
+    """Return how far replays agree with the model, in values and in gradients."""
+    values, gradients = unfaithful(oracle)
+    here = next(filter(None, unfaithful(oracle, here=True)), "") if values else ""
+    return Fidelity(values, gradients, here)
+
+
+def verified(interpretation: Interpretation, fidelity: Fidelity) -> Structure:
+    """Return the structure with what was open put to a numerical test, and with its notes."""
+    recording, structure = interpretation.recording, interpretation.structure
+    # What an assumption hides may well differ on another batch: that refutes nothing.
+    differs = "" if structure.assumptions else fidelity.values
+    structure = settle(structure, interpretation.oracle, recording.predictions, differs)
+    notes = structure.notes
+    if recording.unregistered:
+        notes += (recording.unregistered,)
+    if fidelity.gradients:
+        notes += (
+            f"the recorded computation has other derivatives than the model ({fidelity.gradients}): "
+            "derivatives are taken by running the model",
+        )
+    return replace(structure, notes=notes).located(recording.where)
+
+
+def _setting(interpretation: Interpretation, structure: Structure, faithful: bool) -> Setting:
+    recording, graph = interpretation.recording, interpretation.graph
+    batch, findings = recording.batch, interpretation.findings
+    return Setting(
+        recording.program, graph, findings.forward, forward_marks(graph, batch.dims), batch.samples,
+        findings.leading, batch.inputs, batch.targets, recording.skeleton, faithful,
+        bool(structure.canonical_split),
+    )  # fmt: skip
+
+
+# --- what is kept between questions ---------------------------------------------------------------
+
+
+class Session:
+    """A recording with its analysis, which is made when a question first needs it."""
+
+    def __init__(self, recording: Recording, analysis: Analysis | None = None) -> None:
+        self.recording = recording
+        self._analysis = analysis
+
+    @property
+    def analysis(self) -> Analysis:
+        if self._analysis is None:
+            self._analysis = analyse(self.recording)
+        return self._analysis
+
+    @property
+    def graph(self) -> Graph:
+        """The recorded computation, with the cut of the loss where that is known."""
+        return self.recording.graph if self._analysis is None else self._analysis.interpretation.graph
+
+    @property
+    def batch(self) -> Batch:
+        return self.recording.batch
+
+    @property
+    def structure(self) -> Structure:
+        return self.analysis.structure
 
     @property
     def oracle(self) -> Oracle:
-        if self._oracle is None:
-            if self._findings is None:
-                self._judge()
-            else:
-                self._oracle = self._asked(self._findings)
-        assert self._oracle is not None
-        return self._oracle
-
-    def _asked(self, findings: Findings) -> Oracle:
-        batch = self.batch
-        return Oracle(self.program, self.graph, batch.inputs, batch.targets, batch.dims, batch.samples, findings)
-
-    def _judge(self) -> None:
-        program, batch, graph = self.program, self.batch, self.graph
-        names = program.module_names
-        assumed = [names[i] for i in ASSUMED_MODULES if i in names]
-        general = functools.cache(lambda: branches.stands_for_all(program, batch.inputs, batch.targets, graph))
-
-        def harmless(escape: Escape) -> bool:
-            return escape.answer is not None and general() is not None
-
-        def judged(graph: Graph) -> tuple[Structure, Findings]:
-            return judge(graph, batch.samples, batch.dims, batch.target_dims, assumed, harmless, program.fold)
-
-        structure, findings = judged(graph)
-        other = general() if general.cache_info().currsize else None  # where it mattered
-        if other is not None and other is not graph:
-            structure = structure.no_more_than(judged(other)[0])
-        self.graph, self._findings = findings.forward.graph, findings
-        self._oracle = self._asked(findings)
-        values, gradients = unfaithful(self._oracle)
-        structure = settle(structure, self._oracle, self.predictions, "" if structure.assumptions else values)
-        notes = structure.notes
-        self._replays = gradients
-        if values:  # something steers it: the recording may still be what ran on this batch
-            self._replays = next(filter(None, unfaithful(self._oracle, here=True)), "")
-        if self.unregistered:
-            notes += (self.unregistered,)
-        if gradients:
-            notes += (
-                f"the recorded computation has other derivatives than the model ({gradients}): "
-                "derivatives are taken by running the model",
-            )
-        self._structure = replace(structure, notes=notes).located(self.where)
+        return self.analysis.interpretation.oracle
 
     @property
     def predictions(self) -> Any:
         """What the model returns, with the noise of the recording."""
-        if self.output is None:
-            with untouched(self.program.modules, self.graph.rng), torch.enable_grad():
-                self.output = _cut(self.program.predict(self.batch.inputs))
-        return self.output
+        return self.recording.predictions
 
     @property
     def at_the_cut(self) -> Any:
         """What the loss of a model that brings its own is cut at."""
-        found = list(self.setting.numbers(list(self.setting.axes)).values())
-        return found[0] if len(found) == 1 else tuple(found)
+        setting = self.analysis.setting
+        values = list(setting.numbers(list(setting.axes)).values())
+        return values[0] if len(values) == 1 else tuple(values)
 
-    @property
-    def setting(self) -> Setting:
-        if self._setting is None:
-            structure, findings, batch = self.structure, self._findings, self.batch
-            assert findings is not None
-            self._setting = Setting(
-                self.program, self.graph, findings.forward, forward_marks(self.graph, batch.dims), batch.samples,
-                findings.leading, batch.inputs, batch.targets, self.skeleton, not self._replays,
-                bool(structure.canonical_split),
-            )  # fmt: skip
-        return self._setting
+    def check_connected(self) -> None:
+        """Raise ``StructureError`` where autograd does not reach from the loss to anything."""
+        if self.recording.connected:
+            return
+        cuts = [s for s in self.recording.graph.steps if s.where and (s.name == "detach" or not s.grad)]
+        place = f", such as at {os.path.basename(cuts[-1].where)}" if cuts else ""
+        raise StructureError(errors.MSG_DETACHED.format(place=place))
+
+    def at(self, program: Program, batch: Batch) -> Session | None:
+        """Return this, or the same moved to other numbers; None where the program has to be recorded again."""
+        recording = self.recording
+        recording.guard.program = program
+        if _state(recording.guard, batch) != recording.state:
+            return None
+        numbers = _numbers(recording.guard, batch)
+        return self if numbers == recording.numbers else self._moved(program, batch, numbers)
+
+    def _moved(self, program: Program, batch: Batch, numbers: tuple[Any, ...]) -> Session | None:
+        graph = self.graph
+        if graph.escapes or graph.dynamic:
+            return None
+        rng = random_state() if any(s.noise for s in graph.steps) else graph.rng
+        graph = capture.moved(graph, program, batch.inputs, batch.targets, rng)
+        recording = replace(self.recording, program=program, batch=batch, numbers=numbers, graph=graph, output=None)
+        analysis = None if self._analysis is None else self._analysis.moved(recording, graph)
+        return Session(recording, analysis)
 
 
 def _unregistered(graph: Graph, where: str) -> str:

@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from unbatch.ggn import Directions
 from unbatch.results import Rows
+from unbatch.spectrum import Directions
 from unbatch.verdicts import MARKS, NAMES, STYLES, TITLES, Structure
 from unbatch.verify import Check, Verification
 

@@ -43,8 +43,9 @@ class Setting:
     faithful: bool
     split: bool
     routes: dict[Any, Route] = field(default_factory=dict)
-    trust: dict[Any, bool] = field(default_factory=dict)
-    forms: dict[str, Any] = field(default_factory=dict)  # of the second derivative of the loss, as last found
+    trust: dict[Any, bool] = field(default_factory=dict)  # whether a plan passed its self-check
+    forward_modes: dict[Any, bool] = field(default_factory=dict)  # whether tangents go through all steps at once
+    last_form: Any = None  # of the second derivative of the loss: the guess that is tried first
     facts: list[Fact] = field(default_factory=list)  # on which plans rely, beside those of the walk
     buffer: Tensor | None = None
 
@@ -102,7 +103,7 @@ class Setting:
         """The same plans on the same numbers in float64."""
         graph, inputs = self.graph.in_double(), in_double(self.inputs)
         routes = {key: Route(graph, r.flow, r.operands) for key, r in self.routes.items()}
-        other = replace(self, graph=graph, inputs=inputs, routes=routes, trust={}, buffer=None)
+        other = replace(self, graph=graph, inputs=inputs, routes=routes, trust={}, forward_modes={}, buffer=None)
         other.__dict__["axes"] = self.axes
         return other
 

@@ -53,6 +53,7 @@ class Chunks:
 class Source(ABC):
     """Where rows come from. ``note``: what to keep in mind about them; ``reason``: of the plan, in words."""
 
+    setting: Setting
     note = ""
     reason = "One sweep serves all samples."
 
@@ -200,8 +201,7 @@ class Recorded(Source):
         for where in plan.of(n, size, lean, portion):
             out = self._room(plan, group.together.names[0], where, outs) if group.only and not bare else None
             for name, part in self.sweep.parts(group, where, out):
-                part.beyond = partial(total, name)
-                take(name, part)
+                take(name, part.with_total(partial(total, name)))
 
     def _room(self, plan: Chunks, name: str, where: slice, outs: Mapping[str, Tensor]) -> Tensor | None:
         """Where the rows of a parameter are to be formed: where the caller wants them, or in scratch memory."""
@@ -259,8 +259,7 @@ class Recorded(Source):
             where = slice(first, min(first + size, n))
             local = {name: rows for group in tied for name, rows in sweep.rows(group, where).items()}
             for name, part in self._with_columns(where, local, {name: out[where] for name, out in outs.items()}):
-                part.beyond = partial(total, name)
-                take(name, part)
+                take(name, part.with_total(partial(total, name)))
 
     def columns_at_once(self, plan: Chunks) -> int:
         """One where convolutions are pulled through (nothing is gained by more), else as many as memory allows."""
@@ -347,8 +346,7 @@ class Ran(Source):
             alone = {i: self._axis(i).only(g, n, n + 1)[0] for i, g in given.items()}
             for name, g in self._pull(alone).items():
                 part = Part(slice(n, n + 1), g[None])
-                part.beyond = partial(self._total, name)
-                take(name, part)
+                take(name, part.with_total(partial(self._total, name)))
 
     def _total(self, name: str) -> Tensor:
         if not self._totals:

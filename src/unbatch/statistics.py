@@ -22,7 +22,7 @@ from torch import Tensor
 from unbatch import ops
 from unbatch.errors import StructureError
 from unbatch.graph import ExecutedOp, Graph, Step
-from unbatch.linearised import Linearised
+from unbatch.linearised import LinearisedGraph, differentiated
 from unbatch.probes import gaussians_like, seeded
 from unbatch.sample_layout import Layout, layout_of
 from unbatch.setting import Setting
@@ -80,10 +80,50 @@ class Norm:
         return torch.cat([dx.mean(rest), -self.moments[1].square() * (dx * self.normalised).mean(rest)])
 
 
+@dataclass(frozen=True)
+class Extent:
+    """What it takes to go by way of batch statistics, from shapes alone: nothing has run for it.
+
+    ``shares``: what part of a backward pass it takes to pull a statistic of each batch norm down
+    from there; ``work``: multiplications of a forward pass, about.
+    """
+
+    channels: tuple[int, ...]
+    shares: tuple[float, ...]
+    work: int
+    element_size: int
+
+    @property
+    def size(self) -> int:
+        """Return how many statistics there are: a mean and a deviation for every channel."""
+        return 2 * sum(self.channels)
+
+    @property
+    def passes(self) -> float:
+        """Return what pulling back all statistics takes, in whole backward passes."""
+        pairs = zip(self.channels, self.shares, strict=True)
+        return sum(2 * channels * share for channels, share in pairs)
+
+    @staticmethod
+    def of(setting: Setting, parameters: Mapping[str, Tensor]) -> Extent | None:
+        """Return None where samples depend on each other in other ways, too, or in half precision."""
+        norms = _norms(setting, parameters)
+        types = {p.dtype for p in parameters.values()}
+        if not norms or len(types) > 1 or not types <= {torch.float32, torch.float64}:
+            return None
+        graph = setting.graph
+        steps = differentiated(graph, setting.route(parameters, "component"))
+        works = {step.index: _work(graph, step) for step in steps}
+        work = sum(works.values())
+        below = [sum(w for i, w in works.items() if i < index) for index in norms]
+        channels = tuple(graph.values[source].shape[1] for source, _, _ in norms.values())
+        return Extent(channels, tuple(w / work for w in below), work, types.pop().itemsize)
+
+
 class Statistics:
     """The statistics of all batch norms, by which samples listen to each other and by nothing else."""
 
-    def __init__(self, free: Linearised, frozen: Linearised, norms: list[Norm]) -> None:
+    def __init__(self, free: LinearisedGraph, frozen: LinearisedGraph, norms: list[Norm]) -> None:
         self.free, self.frozen, self.norms = free, frozen, norms
         self.size = sum(2 * n.channels for n in norms)
 
@@ -94,8 +134,8 @@ class Statistics:
         if not found:
             return None
         sources, results = [s for s, _, _ in found.values()], [r for _, r, _ in found.values()]
-        free = Linearised(setting, parameters, watched=sources)
-        frozen = Linearised(setting, parameters, frozen=True, watched=results)
+        free = LinearisedGraph(setting, parameters, watched=sources)
+        frozen = LinearisedGraph(setting, parameters, frozen=True, watched=results)
         calls = {c.step.index: c for c in free.steps}
         norms: list[Norm] = []
         for index, (source, result, layout) in found.items():
@@ -115,21 +155,6 @@ class Statistics:
         size = sum(float(g.norm()) for g in expected.values())
         off = sum(float((through[n] + held[n] - g).norm()) for n, g in expected.items())
         return off <= self.free.setting.rounding * size
-
-    @cached_property
-    def shares(self) -> list[float]:
-        """What part of a backward pass it takes to pull a statistic of each batch norm down from there."""
-        below = [sum(w for i, w in self._works.items() if i < n.call.step.index) for n in self.norms]
-        return [w / self.work for w in below]
-
-    @cached_property
-    def work(self) -> int:
-        """Multiplications of a forward pass, about."""
-        return sum(self._works.values())
-
-    @cached_property
-    def _works(self) -> dict[int, int]:
-        return {c.step.index: _work(self.free.setting.graph, c.step) for c in self.free.steps}
 
     def coefficients(self, cotangents: Named) -> Tensor:
         """``a``, ``[n, R]``, for one column of every sample."""
