@@ -30,6 +30,7 @@ LEVELS = {
     "lockstep": 0,
     "reference": 0,
     "algebra": 1,
+    "device_ops": 1,
     "graph": 1,
     "layout": 1,
     "tree": 1,

@@ -22,6 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from unbatch.device_ops import FUSED_DROPOUT, READS_LENGTHS, drops, name_of, shown, without_buffer
 from unbatch.folds import Fold
 from unbatch.graph import Escape, Graph, ModuleCall, Ref, Step, Value, flat, is_ref
 from unbatch.processes import check_alone
@@ -33,6 +34,10 @@ aten = torch.ops.aten
 
 LIBRARY = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.path.abspath(__file__)) + os.sep)
 USER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "demo.py")  # reads as a user's program does
+
+
+# The tensor gets another memory.
+MOVES_MEMORY = (aten.set_.source_Storage, aten.set_.source_Storage_storage_offset)
 
 
 # --- the recorder ---------------------------------------------------------------------------------
@@ -175,6 +180,24 @@ class Recorder(TorchDispatchMode):
             return self._observe(func, args, kwargs)
 
     def _observe(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func in MOVES_MEMORY:
+            return func(*args, **kwargs)  # ``ref`` sees that the tensor lies elsewhere
+        if name_of(func) in FUSED_DROPOUT and drops(func, args, kwargs):
+            return self._dropout(func, args, kwargs)
+        return self._note(func, without_buffer(func, args), kwargs)
+
+    def _dropout(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Dropout in one op, written down as what was drawn and a product with it.
+
+        What is drawn belongs to the samples and has to be kept, or permuted with them; a derivative of the fused op
+        would draw anew.
+        """
+        x, *more = args
+        ones = self._note(aten.ones_like.default, (x,), {})
+        kept, mask = self._note(func, (ones, *more), kwargs)
+        return self._note(aten.mul.Tensor, (x, kept), {}), mask
+
+    def _note(self, func: Any, args: Any, kwargs: Any) -> Any:
         refs, named = tree_map(lambda a: self.ref(a) if isinstance(a, Tensor) else a, (args, kwargs))
         if func is aten.lift_fresh.default and refs[0].index in self.foreign:  # numpy may write to this memory again
             self.graph.values[refs[0].index].concrete = args[0].detach().clone()
@@ -187,11 +210,14 @@ class Recorder(TorchDispatchMode):
             raise
         told = f"the result of {func._schema.name.removeprefix('aten::')}"
         if isinstance(out, bool):  # an op that answers a question (torch.equal), which is a value like others
+            if name_of(func) in READS_LENGTHS:
+                self._read(shown(func, args, kwargs), {}, told)
+                return out
             answer = torch.tensor(out)
             self._step(func, refs, named, answer, writes, olds)
             return self.branch(answer, told, out)
         if any(not isinstance(o, Tensor) and o is not None for o in flat(out)):
-            self._read(args, kwargs, told)
+            self._read(shown(func, args, kwargs), {}, told)
         self._step(func, refs, named, out, writes, olds)
         return out
 
@@ -275,9 +301,7 @@ def users_line() -> str:
 
 def _sure(op: Any, args: Any, kwargs: Any) -> bool:
     """A random op whose probability of dropping is zero."""
-    names = [a.name for a in op._schema.arguments]
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    return "dropout_p" in names and not given.get("dropout_p")
+    return not drops(op, args, kwargs)
 
 
 def _sizes_itself(op: Any, args: Any, graph: Graph) -> bool:
