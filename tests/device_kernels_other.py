@@ -2,7 +2,7 @@
 
 A call goes the whole way that it goes on a GPU: through PyTorch's own autograd formula for the op, and through the
 backward op that this formula names. Where that backward op has no derivative on a GPU it has none here. Batch norms
-are not here. Importing this module registers the kernels, for the rest of the process.
+are not here. The kernels are there inside ``registered()`` only: some of these ops exist on a CPU as compositions.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 aten = torch.ops.aten
-KERNELS = torch.library.Library("aten", "IMPL")
+KERNELS: dict[str, Callable[..., Any]] = {}
 AUTOGRAD_KEYS = (torch._C.DispatchKey.AutogradCPU, torch._C.DispatchKey.ADInplaceOrView)
 
 RNN_MODES = {0: torch._VF.rnn_relu, 1: torch._VF.rnn_tanh, 2: torch._VF.lstm, 3: torch._VF.gru}
@@ -26,10 +26,19 @@ def kernel(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function as the CPU's kernel of an op."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        KERNELS.impl(name, function, "CPU")
+        KERNELS[name] = function
         return function
 
     return register
+
+
+@contextmanager
+def registered() -> Iterator[None]:
+    """Inside, a CPU has the ops of a GPU."""
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        for name, function in KERNELS.items():
+            library.impl(name, function, "CPU")
+        yield
 
 
 @contextmanager

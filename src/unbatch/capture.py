@@ -22,7 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from unbatch.device_ops import FUSED_DROPOUT, READS_LENGTHS, drops, name_of, shown, without_buffer
+from unbatch.device_ops import FUSED_DROPOUT, READS_LENGTHS, argued, drops, name_of, same_as, without_buffer
 from unbatch.folds import Fold
 from unbatch.graph import Escape, Graph, ModuleCall, Ref, Step, Value, flat, is_ref
 from unbatch.processes import check_alone
@@ -184,7 +184,26 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)  # ``ref`` sees that the tensor lies elsewhere
         if name_of(func) in FUSED_DROPOUT and drops(func, args, kwargs):
             return self._dropout(func, args, kwargs)
+        plain = same_as(func, args, kwargs)
+        if plain is not None:
+            return self._note_as(plain.op, self._in_one_place(plain.args), func(*args, **kwargs))
         return self._note(func, without_buffer(func, args), kwargs)
+
+    def _note_as(self, op: Any, args: Any, out: Any) -> Any:
+        """A GPU library's form of an op, written down as that op: only the first result is the same in both."""
+        refs = tree_map(lambda a: self.ref(a) if isinstance(a, Tensor) else a, args)
+        self._step(op, refs, {}, flat(out)[:1])
+        return out
+
+    def _in_one_place(self, args: Any) -> Any:
+        """Labels that a library wants on the CPU, on the device of the first argument."""
+        device = args[0].device
+        moved = []
+        for a in args:
+            if isinstance(a, Tensor) and a.device != device:
+                a = self._note(aten._to_copy.default, (a,), {"device": device})
+            moved.append(a)
+        return tuple(moved)
 
     def _dropout(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Dropout in one op, written down as what was drawn and a product with it.
@@ -211,13 +230,13 @@ class Recorder(TorchDispatchMode):
         told = f"the result of {func._schema.name.removeprefix('aten::')}"
         if isinstance(out, bool):  # an op that answers a question (torch.equal), which is a value like others
             if name_of(func) in READS_LENGTHS:
-                self._read(shown(func, args, kwargs), {}, told)
+                self._read(argued(func, args, kwargs), {}, told)
                 return out
             answer = torch.tensor(out)
             self._step(func, refs, named, answer, writes, olds)
             return self.branch(answer, told, out)
         if any(not isinstance(o, Tensor) and o is not None for o in flat(out)):
-            self._read(shown(func, args, kwargs), {}, told)
+            self._read(argued(func, args, kwargs), {}, told)
         self._step(func, refs, named, out, writes, olds)
         return out
 

@@ -6,10 +6,15 @@ the recorder and the replay need. Knows ops only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from unbatch.errors import MSG_RECURRENT_DROPOUT, StructureError
+
+aten = torch.ops.aten
 
 FUSED_DROPOUT = ("native_dropout", "_fused_dropout")
 RECURRENCES = ("_cudnn_rnn", "miopen_rnn")
@@ -50,7 +55,7 @@ def drops(op: Any, args: Any, kwargs: Any) -> bool:
     return bool(arguments.get("dropout_p", True))
 
 
-def shown(op: Any, args: Any, kwargs: Any) -> tuple[Any, ...]:
+def argued(op: Any, args: Any, kwargs: Any) -> tuple[Any, ...]:
     """Return those arguments whose entries Python learns about from what the op returns."""
     if name_of(op) in READS_SHAPES_ONLY:
         return ()
@@ -74,3 +79,61 @@ def check_repeatable(name: str, arguments: Mapping[str, Any], place: str) -> Non
     """Raise ``StructureError`` for dropout inside of a recurrence, whose random state PyTorch does not let one set."""
     if name in RECURRENCES and arguments["train"] and arguments["dropout"]:
         raise StructureError(MSG_RECURRENT_DROPOUT.format(place=place, dropout=arguments["dropout"]))
+
+
+# --- ops that are others under the name of a library ----------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plain:
+    """An op, and its arguments."""
+
+    op: Any
+    args: tuple[Any, ...]
+
+
+def _convolution(a: Mapping[str, Any]) -> Plain:
+    groups = a["groups"] if "groups" in a else a["self"].shape[1]
+    still = [0] * len(a["stride"])
+    how = (a["stride"], a["padding"], a["dilation"], "output_padding" in a, a.get("output_padding", still), groups)
+    return Plain(aten.convolution.default, (a["self"], a["weight"], a.get("bias"), *how))
+
+
+def _ctc(a: Mapping[str, Any]) -> Plain:
+    """The library's second derivative is zero without saying so; this one's is missing, and says so."""
+    lengths = a["input_lengths"], a["target_lengths"]
+    op = aten._ctc_loss.Tensor if isinstance(lengths[0], torch.Tensor) else aten._ctc_loss.default
+    return Plain(op, (a["log_probs"], a["targets"], *lengths, a["blank"], a["zero_infinity"]))
+
+
+def _grid_sampler(a: Mapping[str, Any]) -> Plain:
+    bilinear, zeros, corners_aligned = 0, 0, True
+    return Plain(aten.grid_sampler_2d.default, (a["self"], a["grid"], bilinear, zeros, corners_aligned))
+
+
+def _affine_grid(a: Mapping[str, Any]) -> Plain:
+    corners_aligned = True
+    return Plain(aten.affine_grid_generator.default, (a["theta"], [a[k] for k in "NCHW"], corners_aligned))
+
+
+SAME_AS: dict[str, Callable[[Mapping[str, Any]], Plain]] = {
+    "cudnn_convolution": _convolution,
+    "cudnn_convolution_transpose": _convolution,
+    "miopen_convolution": _convolution,
+    "miopen_convolution_transpose": _convolution,
+    "miopen_depthwise_convolution": _convolution,
+    "_conv_depthwise2d": _convolution,
+    "conv_depthwise3d": _convolution,
+    "_cudnn_ctc_loss": _ctc,
+    "miopen_ctc_loss": _ctc,
+    "cudnn_grid_sampler": _grid_sampler,
+    "cudnn_affine_grid_generator": _affine_grid,
+}
+
+
+def same_as(op: Any, args: Any, kwargs: Any) -> Plain | None:
+    """Return the op of PyTorch that a library's op is, or None."""
+    translate = SAME_AS.get(name_of(op))
+    if translate is None:
+        return None
+    return translate(bound(op, args, kwargs))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from unbatch import indexing, layers, loss_rules, moves, rules  # noqa: F401  their rules are registered by importing them
+from unbatch import indexing, layers, loss_rules, moves, recurrences, rules  # noqa: F401  their rules are registered by importing them
 from unbatch.algebra import Algebra
 from unbatch.arranged import Arranged, Ends, follow
 from unbatch.capture import Recorder
