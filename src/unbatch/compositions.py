@@ -117,7 +117,7 @@ def _direction(
     """One layer in one direction of time. The state of a sequence that has ended, or not begun, stays as it is."""
     by_input, by_hidden, *others = weights
     projection = others.pop() if projected else None
-    biases = others or [None, None]
+    biases: list[Any] = others or [None, None]
     c = h if c is None else c
     outputs: list[Tensor] = []
     for x in reversed(steps) if backward else steps:

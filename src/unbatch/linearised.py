@@ -20,13 +20,14 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_map
 
 from unbatch import live
+from unbatch.compositions import SPELLED_OUT
 from unbatch.derivatives import forward_mode, gradients, held, laid_out, norm_held, solid, unmoved
 from unbatch.errors import MSG_NO_TANGENT, StructureError
 from unbatch.graph import Graph, Ref, Step, flat, is_ref
 from unbatch.purity import HIDDEN_WRITES, untouched
 from unbatch.route import Route
 from unbatch.setting import Setting
-from unbatch.tangents import RULES, SPELLED_OUT, Ran, Tangents, through_op
+from unbatch.tangents import RULES, Ran, Tangents, through_op
 
 NEEDS_OUTPUTS = ("tanh", "sigmoid", "_softmax", "native_layer_norm", "native_batch_norm")
 

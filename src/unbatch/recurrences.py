@@ -1,4 +1,4 @@
-"""Rules for recurrent layers that are one op: time runs inside, sequences are left alone.
+"""Rules for whole layers that are one op, recurrent ones and encoders: time runs inside, sequences are left alone.
 
 Every step of a sequence is taken to depend on all of that sequence, its first states and all weights: what is told
 apart is whose the values are, not when.
@@ -88,3 +88,43 @@ def _packed(call: Call, states: Sequence[Marks], weights: Sequence[Marks]) -> tu
     by_row = spell_out(moved(squeeze(last, [0, 2]), lambda place: place[member], (len(member),)))
     by_row = replace(by_row, key=mix(by_row.key, moment.astype(np.uint64)))
     return last, unsqueeze(by_row, 1)
+
+
+# --- the fast path of transformers, which has no derivatives --------------------------------------
+
+
+@rule("_transformer_encoder_layer_fwd")
+def encoder_layer(call: Call) -> Marks:
+    """A whole encoder layer; [n, t, i]."""
+    return expand_plain(_encoded(call, call["src"], call.marks[1:]), call.shape)
+
+
+@rule("_native_multi_head_attention")
+def multi_head_attention(call: Call) -> Any:
+    """Attention with its projections; [n, t, i], and attention weights."""
+    encoded = [call["query"], call["key"], call["value"]]
+    seen = [alike(call, "sequence", x, [1, 2]) for x in encoded]
+    out = _encoded(call, call.algebra.pointwise("attended", *seen), call.marks[3:])
+    results = [expand_plain(out, call.shape)]
+    for shape in call.shapes[1:]:
+        weights = out if len(shape) == 3 else unsqueeze(out, 3)
+        known = len(shape) > 2
+        results.append(expand_plain(weights, shape) if known else shared(shape, "no weights"))
+    return numbered(results)
+
+
+def _encoded(call: Call, x: Marks, others: Sequence[Marks]) -> Marks:
+    seen = alike(call, "sequence", x, [1, 2])
+    masks = [] if call["mask"] is None else [_mask(call)]
+    weights = whole(call, [w for w in others if w is not call["mask"]])
+    return call.algebra.pointwise(call.title, seen, *weights, *masks)
+
+
+def _mask(call: Call) -> Marks:
+    """``mask_type``: 0 for [t, s], the same for all; 1 for [n, s]; 2 for [n, head, t, s]."""
+    mask = call["mask"]
+    if call["mask_type"] == 0:
+        return whole(call, [mask])[0]
+    seen = alike(call, "mask", mask, range(1, len(mask.shape)))
+    by_sample = squeeze(seen, range(1, len(mask.shape)))
+    return unsqueeze(unsqueeze(by_sample, 1), 1)
