@@ -401,16 +401,6 @@ def miopen_convolution_transpose(x, weight, bias, padding, out_padding, stride, 
     return aten.convolution(x, weight, bias, stride, padding, dilation, True, out_padding, groups)
 
 
-@kernel("_conv_depthwise2d")
-def conv_depthwise2d(x, weight, kernel_size, bias, stride, padding, dilation):
-    return aten.convolution(x, weight, bias, stride, padding, dilation, False, [0, 0], x.shape[1])
-
-
-@kernel("conv_depthwise3d")
-def conv_depthwise3d(x, weight, kernel_size, bias, stride, padding, dilation):
-    return aten.convolution(x, weight, bias, stride, padding, dilation, False, [0, 0, 0], x.shape[1])
-
-
 @kernel("cudnn_grid_sampler")
 def cudnn_grid_sampler(x, grid):
     return aten.grid_sampler_2d(x, grid, 0, 0, True)

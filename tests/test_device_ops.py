@@ -6,21 +6,20 @@ A case is a model with a switch: with the op of a GPU, or with what a CPU does. 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from device_kernels_other import KERNELS, registered
 from torch import Tensor, nn
 
 import unbatch as ub
-from unbatch.device_ops import SAME_AS
-from unbatch.errors import StructureError
+from device_kernels_other import registered
 
 F = nn.functional
 aten = torch.ops.aten
 
-N, T, I, H = 5, 4, 3, 3
+N, T, E, H = 5, 4, 3, 3
 VERDICTS = ("independent_forward", "simd_forward", "simd_given_statistics", "canonical_split", "reduction", "simd_loss")
 
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {}
@@ -42,12 +41,12 @@ class Net(nn.Module):
         self.run, self.device, self.centred = forward, device, centred
         kind = rnn.pop("kind", None)
         if kind is not None:
-            self.rnn = kind(I, H, **rnn)
-        self.inner = nn.Linear(I, I)
-        self.weight = nn.Parameter(torch.randn(I, 1, 3, 3))
-        self.gain = nn.Parameter(torch.rand(I) + 0.5)
-        self.matrix = nn.Parameter(torch.randn(4 * I, I))
-        self.shift = nn.Parameter(torch.randn(4 * I))
+            self.rnn = kind(E, H, **rnn)
+        self.inner = nn.Linear(E, E)
+        self.weight = nn.Parameter(torch.randn(E, 1, 3, 3))
+        self.gain = nn.Parameter(torch.rand(E) + 0.5)
+        self.matrix = nn.Parameter(torch.randn(4 * E, E))
+        self.shift = nn.Parameter(torch.randn(4 * E))
         self.out = nn.LazyLinear(3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -79,7 +78,7 @@ def mixing(name: str, **rnn: Any) -> Callable[[Any], Any]:
 
 def problem(function: Any, rnn: Any, device: bool, centred: bool = False, training: bool = True) -> ub.Problem:
     generator = torch.Generator().manual_seed(1)
-    X = torch.randn(N, T, I, generator=generator).double()
+    X = torch.randn(N, T, E, generator=generator).double()
     net = Net(function, device, centred, **rnn).double().train(training)
     torch.manual_seed(2)
     with torch.no_grad():
@@ -224,7 +223,7 @@ def _(net, x):
 
 @mixing("_cudnn_rnn, packed in the wrong order", kind=nn.GRU)
 def _(net, x):
-    return cudnn_rnn(net, x.reshape(N * T, I), batch_sizes=[N] * T)[0].reshape(N, T, H)
+    return cudnn_rnn(net, x.reshape(N * T, E), batch_sizes=[N] * T)[0].reshape(N, T, H)
 
 
 @case("_thnn_fused_lstm_cell")
@@ -332,14 +331,14 @@ for name_, form_ in FORMS.items():
 @case("_fused_rms_norm")
 def _(net, x):
     if net.device:
-        return aten._fused_rms_norm(x, [I], net.gain, 1e-5)[0]
+        return aten._fused_rms_norm(x, [E], net.gain, 1e-5)[0]
     return x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * net.gain
 
 
 @case("_fused_rms_norm as rms_norm")
 def _(net, x):
     if net.device:
-        return F.rms_norm(x, [T, I], None, 1e-5)
+        return F.rms_norm(x, [T, E], None, 1e-5)
     return x * (x.square().mean((1, 2), keepdim=True) + 1e-5).rsqrt()
 
 
@@ -366,12 +365,12 @@ def _(net, x):
 
 @mixing("_weight_norm_interface of samples")
 def _(net, x):
-    return aten._weight_norm_interface(x.flatten(1).T.contiguous(), torch.ones(T * I, 1).double())[0].T
+    return aten._weight_norm_interface(x.flatten(1).T.contiguous(), torch.ones(T * E, 1).double())[0].T
 
 
 def image(x: Tensor) -> Tensor:
     """[n, channel, height, width]."""
-    return x.transpose(1, 2).reshape(N, I, 2, 2)
+    return x.transpose(1, 2).reshape(N, E, 2, 2)
 
 
 def pair(value: int) -> list[int]:
@@ -380,7 +379,7 @@ def pair(value: int) -> list[int]:
 
 @case("cudnn_convolution")
 def _(net, x):
-    weight = net.weight.expand(-1, I, -1, -1)
+    weight = net.weight.expand(-1, E, -1, -1)
     if net.device:
         return aten.cudnn_convolution(image(x), weight, pair(1), pair(1), pair(1), 1, False, False, False)
     return F.conv2d(image(x), weight, padding=1)
@@ -388,16 +387,16 @@ def _(net, x):
 
 @case("cudnn_convolution_transpose")
 def _(net, x):
-    how = (pair(1), pair(0), pair(2), pair(1), I)
+    how = (pair(1), pair(0), pair(2), pair(1), E)
     if net.device:
         return aten.cudnn_convolution_transpose(image(x), net.weight, *how, False, False, False)
-    return F.conv_transpose2d(image(x), net.weight, padding=1, stride=2, groups=I)
+    return F.conv_transpose2d(image(x), net.weight, padding=1, stride=2, groups=E)
 
 
 def _biased_convolution(name: str, groups: int) -> None:
     @case(name)
     def _(net, x):
-        weight = net.weight if groups == I else net.weight.expand(-1, I, -1, -1)
+        weight = net.weight if groups == E else net.weight.expand(-1, E, -1, -1)
         if net.device:
             how = (pair(1), pair(1), pair(1), groups, False, False)
             return getattr(aten, name)(image(x), weight, net.gain, *how)
@@ -405,37 +404,21 @@ def _biased_convolution(name: str, groups: int) -> None:
 
 
 _biased_convolution("miopen_convolution", 1)
-_biased_convolution("miopen_depthwise_convolution", I)
+_biased_convolution("miopen_depthwise_convolution", E)
 
 
 @case("miopen_convolution_transpose")
 def _(net, x):
-    how = (pair(1), pair(0), pair(2), pair(1), I)
+    how = (pair(1), pair(0), pair(2), pair(1), E)
     if net.device:
         return aten.miopen_convolution_transpose(image(x), net.weight, net.gain, *how, False, False)
-    return F.conv_transpose2d(image(x), net.weight, net.gain, padding=1, stride=2, groups=I)
-
-
-@case("_conv_depthwise2d")
-def _(net, x):
-    if net.device:
-        return aten._conv_depthwise2d(image(x), net.weight, pair(3), net.gain, pair(1), pair(1), pair(1))
-    return F.conv2d(image(x), net.weight, net.gain, padding=1, groups=I)
-
-
-@case("conv_depthwise3d")
-def _(net, x):
-    weight, volume = net.weight.unsqueeze(2), image(x).unsqueeze(2)
-    if net.device:
-        how = ([1, 1, 1], [0, 1, 1], [1, 1, 1])
-        return aten.conv_depthwise3d(volume, weight, [1, 3, 3], net.gain, *how)
-    return F.conv3d(volume, weight, net.gain, padding=(0, 1, 1), groups=I)
+    return F.conv_transpose2d(image(x), net.weight, net.gain, padding=1, stride=2, groups=E)
 
 
 @mixing("cudnn_convolution along the batch")
 def _(net, x):
     along = x.permute(1, 2, 0).unsqueeze(-1)  # the batch as height
-    weight = net.weight.expand(-1, I, -1, -1)[..., 1:2]
+    weight = net.weight.expand(-1, E, -1, -1)[..., 1:2]
     y = aten.cudnn_convolution(along, weight, [1, 0], pair(1), pair(1), 1, False, False, False)
     return y.squeeze(-1).permute(2, 0, 1)
 
@@ -477,28 +460,34 @@ QUESTIONS: dict[str, Callable[[ub.Problem], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("centred", [False, True], ids=["apart", "centred"])
+BOTH = pytest.mark.parametrize("centred", [False, True], ids=["apart", "centred"])
+
+
+@cache
+def recorded(name: str, centred: bool) -> tuple[ub.Problem, ub.Problem]:
+    """The problem with the op of a GPU, and with plain ops; asked many questions, recorded once."""
+    function, rnn = CASES[name]
+    return problem(function, rnn, True, centred), problem(function, rnn, False, centred)
+
+
+@BOTH
 @pytest.mark.parametrize("name", CASES)
 def test_structure(name: str, centred: bool) -> None:
-    function, rnn = CASES[name]
-    ours, plain = (problem(function, rnn, device, centred).structure for device in (True, False))
+    ours, plain = (p.structure for p in recorded(name, centred))
     for verdict in VERDICTS:
         assert getattr(ours, verdict).status == getattr(plain, verdict).status, verdict
         assert getattr(ours, verdict).basis == getattr(plain, verdict).basis, verdict
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
-@pytest.mark.parametrize("centred", [False, True], ids=["apart", "centred"])
+@BOTH
 @pytest.mark.parametrize("name", CASES)
 def test_answers(name: str, centred: bool, question: str) -> None:
-    function, rnn = CASES[name]
-    ask = QUESTIONS[question]
-    ours, plain = (ask(problem(function, rnn, device, centred)) for device in (True, False))
+    ours, plain = (QUESTIONS[question](p) for p in recorded(name, centred))
     torch.testing.assert_close(ours, plain)
 
 
 @pytest.mark.parametrize("name", MIXING)
 def test_samples_that_depend_on_each_other(name: str) -> None:
     function, rnn = MIXING[name]
-    asked = problem(function, rnn, True)
-    assert asked.structure.independent_forward.status != "holds"
+    assert problem(function, rnn, True).structure.independent_forward.status != "holds"

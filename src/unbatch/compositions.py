@@ -166,6 +166,12 @@ def gru_cell(
     return _cell(gates, recurrent, hx, hx, GRU)[0]
 
 
+def packed_sequence(input: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
+    x = input.transpose(0, 1) if batch_first else input
+    running = lengths[None] > torch.arange(len(x))[:, None]
+    return x[running.to(x.device)], running.sum(1)
+
+
 # --- tables and norms -----------------------------------------------------------------------------
 
 
@@ -199,6 +205,7 @@ SPELLED_OUT: dict[str, Callable[..., Any]] = {
     "miopen_rnn": miopen_rnn,
     "_thnn_fused_lstm_cell": lstm_cell,
     "_thnn_fused_gru_cell": gru_cell,
+    "_pack_padded_sequence": packed_sequence,
     "_embedding_bag": bags,
     "_embedding_bag_forward_only": bags,
 }

@@ -93,9 +93,8 @@ class Plain:
 
 
 def _convolution(a: Mapping[str, Any]) -> Plain:
-    groups = a["groups"] if "groups" in a else a["self"].shape[1]
     still = [0] * len(a["stride"])
-    how = (a["stride"], a["padding"], a["dilation"], "output_padding" in a, a.get("output_padding", still), groups)
+    how = (a["stride"], a["padding"], a["dilation"], "output_padding" in a, a.get("output_padding", still), a["groups"])
     return Plain(aten.convolution.default, (a["self"], a["weight"], a.get("bias"), *how))
 
 
@@ -122,8 +121,6 @@ SAME_AS: dict[str, Callable[[Mapping[str, Any]], Plain]] = {
     "miopen_convolution": _convolution,
     "miopen_convolution_transpose": _convolution,
     "miopen_depthwise_convolution": _convolution,
-    "_conv_depthwise2d": _convolution,
-    "conv_depthwise3d": _convolution,
     "_cudnn_ctc_loss": _ctc,
     "miopen_ctc_loss": _ctc,
     "cudnn_grid_sampler": _grid_sampler,

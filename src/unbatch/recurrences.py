@@ -14,7 +14,7 @@ import numpy as np
 
 from unbatch.families import noise
 from unbatch.labels import Marks, collapse, expand_plain, mix, moved, permute, shared, spell_out, squeeze, unsqueeze
-from unbatch.rules import Call, numbered, rule
+from unbatch.rules import Call, numbered, rule, unknown
 
 
 def alike(call: Call, name: str, x: Marks, dims: Sequence[int]) -> Marks:
@@ -88,6 +88,21 @@ def _packed(call: Call, states: Sequence[Marks], weights: Sequence[Marks]) -> tu
     by_row = spell_out(moved(squeeze(last, [0, 2]), lambda place: place[member], (len(member),)))
     by_row = replace(by_row, key=mix(by_row.key, moment.astype(np.uint64)))
     return last, unsqueeze(by_row, 1)
+
+
+@rule("_pack_padded_sequence")
+def packing(call: Call) -> Any:
+    """Rows of the steps of sequences, longest first, without what is padded; the lengths have to be constants."""
+    x, lengths = call["input"], call.values.get("lengths")
+    if lengths is None or call["lengths"].depends_on_batch or call["lengths"].sources & {"inputs", "targets"}:
+        return unknown(call)
+    if call["batch_first"]:
+        x = permute(x, [1, 0, *range(2, len(x.shape))])
+    steps, batch = x.shape[:2]
+    running = np.asarray(lengths)[None] > np.arange(steps)[:, None]
+    rows = np.flatnonzero(running)
+    data = moved(x, lambda place: place.reshape(steps * batch, *x.shape[2:])[rows], call.shape)
+    return [data, shared(call.shapes[1], call.title)]
 
 
 # --- the fast path of transformers, which has no derivatives --------------------------------------

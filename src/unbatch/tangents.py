@@ -71,6 +71,12 @@ def linear(ran: Ran, moving: Mapping[str, Any]) -> Tangents | None:
     return flat(ran.with_({first: tangent}))
 
 
+@rule("_pack_padded_sequence")
+def packing(ran: Ran, moving: Mapping[str, Any]) -> Tangents:
+    """Rows are moved; the counts beside them do not depend on values."""
+    return [flat(ran.with_({"input": moving["input"]}))[0], None]
+
+
 @rule("view _unsafe_view reshape")
 def reshaping(ran: Ran, moving: Mapping[str, Any]) -> Tangents:
     """A tangent need not lie in memory as its value does."""
