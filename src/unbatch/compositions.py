@@ -13,6 +13,11 @@ from torch import Tensor
 
 aten = torch.ops.aten
 
+NO_MASK = (
+    "fused attention with dropout does not say what it drops; run it inside "
+    "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), or with dropout 0"
+)
+
 RELU, LSTM, GRU = 0, 2, 3  # the modes of cuDNN and of MIOpen; 1 is tanh
 
 # --- attention ------------------------------------------------------------------------------------
@@ -29,7 +34,7 @@ def attention(
 ) -> Any:
     """Fused attention as products and a softmax; without dropout, whose mask the fused kernel does not tell."""
     if dropout_p:
-        raise NotImplementedError("fused attention with dropout")
+        raise NotImplementedError(NO_MASK)
     return aten._scaled_dot_product_attention_math(query, key, value, mask, 0.0, is_causal, scale=scale)[0]
 
 

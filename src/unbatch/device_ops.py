@@ -6,7 +6,7 @@ the recorder and the replay need. Knows ops only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,10 +75,12 @@ def without_buffer(op: Any, args: Any) -> Any:
     return (*args[:3], None, *args[4:])
 
 
-def check_repeatable(name: str, arguments: Mapping[str, Any], place: str) -> None:
+def check_repeatable(steps: Iterable[Any]) -> None:
     """Raise ``StructureError`` for dropout inside of a recurrence, whose random state PyTorch does not let one set."""
-    if name in RECURRENCES and arguments["train"] and arguments["dropout"]:
-        raise StructureError(MSG_RECURRENT_DROPOUT.format(place=place, dropout=arguments["dropout"]))
+    for step in steps:
+        if step.noise and step.name in RECURRENCES:
+            place = f"{step.module or 'The model'}, {step.name}" + (f", {step.where}," if step.where else "")
+            raise StructureError(MSG_RECURRENT_DROPOUT.format(place=place, dropout=step.named["dropout"]))
 
 
 # --- ops that are others under the name of a library ----------------------------------------------

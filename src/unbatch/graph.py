@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unbatch.device_ops import check_repeatable
 from unbatch.purity import random_state, set_random_state
 
 
@@ -255,10 +254,6 @@ class Graph:
             inside = all(self.values[w].step not in self.after_cut for w in wanted)
             steps = self.forward_steps if inside else self.steps
         draws = bool(self.rng) and any(s.noise for s in steps)
-        if draws:
-            for s in steps:
-                if s.noise:
-                    check_repeatable(s.name, s.named, s.module or "The model")
         before = random_state() if draws else ()
         try:
             if draws:

@@ -19,6 +19,7 @@ from unbatch import errors
 from unbatch.blocks import BlockGGN, made_of
 from unbatch.cotangents import LossAt
 from unbatch.curvature import Curvature, Through
+from unbatch.device_ops import check_repeatable
 from unbatch.errors import MixedSamplesWarning, StructureError
 from unbatch.ggn import GGN, Point
 from unbatch.gradients import Label, answer, is_moment, planned
@@ -92,6 +93,7 @@ class Question:
     def source(self) -> Source:
         """The recorded computation where it can be trusted, and otherwise the model itself."""
         setting, structure, why = self.kept.setting, self.kept.structure, self.kept.replays
+        check_repeatable(setting.graph.forward_steps)
         if not setting.axes:
             raise StructureError(errors.MSG_NO_ROWS.format(shapes=list(structure.predictions), n=self.samples))
         if self.samples > 1 and setting.faithful:
@@ -116,6 +118,7 @@ class Question:
 
     def _linearised(self) -> Linearised:
         setting = self.kept.setting
+        check_repeatable(setting.graph.forward_steps)
         if setting.faithful:
             return Linearised(setting, self.parameters, self.by == "frozen")
         if self.by == "frozen" and not self.kept.structure.independent_forward:
