@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import unbatch as ub
 from device_kernels_other import registered
+from unbatch.errors import StructureError
 
 F = nn.functional
 aten = torch.ops.aten
@@ -137,14 +138,16 @@ def weights_of(rnn: nn.RNNBase) -> tuple[list[Tensor], int]:
     return weights, len(weights) // (rnn.num_layers * directions)
 
 
-def cudnn_rnn(net: Any, x: Tensor, weights: Any = None, state: Any = None, batch_sizes: Any = ()) -> Any:
+def cudnn_rnn(
+    net: Any, x: Tensor, weights: Any = None, state: Any = None, batch_sizes: Any = (), train: bool = True
+) -> Any:
     rnn = net.rnn
     own, stride = weights_of(rnn)
     mode = MODES.get(type(rnn), 1 if getattr(rnn, "nonlinearity", "tanh") == "tanh" else 0)
     batch = batch_sizes[0] if batch_sizes else x.shape[0 if rnn.batch_first else 1]
     h = zeros(net, batch, rnn.proj_size or H) if state is None else state
     c = zeros(net, batch) if mode == 2 else None
-    how = (mode, H, rnn.proj_size, rnn.num_layers, rnn.batch_first, 0.0, True, rnn.bidirectional, list(batch_sizes))
+    how = (mode, H, rnn.proj_size, rnn.num_layers, rnn.batch_first, 0.0, train, rnn.bidirectional, list(batch_sizes))
     return aten._cudnn_rnn(x, weights or own, stride, None, h, c, *how, None)
 
 
@@ -491,3 +494,190 @@ def test_answers(name: str, centred: bool, question: str) -> None:
 def test_samples_that_depend_on_each_other(name: str) -> None:
     function, rnn = MIXING[name]
     assert problem(function, rnn, True).structure.independent_forward.status != "holds"
+
+
+# --- what a GPU does besides ----------------------------------------------------------------------
+
+
+class Ctc(nn.Module):
+    """CTC as ``F.ctc_loss`` runs it on a GPU. ``form``: "native", "cudnn" or "miopen"."""
+
+    def __init__(self, form: str, tensors: bool) -> None:
+        super().__init__()
+        self.form, self.tensors = form, tensors
+
+    def forward(self, scores: Tensor, labels: Tensor) -> Tensor:
+        p, flat = scores.log_softmax(-1).transpose(0, 1), labels.reshape(-1).int()
+        lengths: Any = ([T] * N, [2] * N)
+        if self.tensors:
+            lengths = tuple(torch.tensor(k) for k in lengths)
+        if self.form == "native":
+            return aten._ctc_loss(p, flat, *lengths, 0, False)[0].mean()
+        if self.form == "cudnn":
+            assert aten._use_cudnn_ctc_loss(p, flat, *lengths, 0)
+            return aten._cudnn_ctc_loss(p, flat, *lengths, 0, False, False)[0].mean()
+        return aten.miopen_ctc_loss(p, flat, *lengths, 0, False, False)[0].mean()
+
+
+def ctc_problem(form: str, tensors: bool) -> ub.Problem:
+    torch.manual_seed(0)
+    net = nn.Linear(E, 4).double()
+    return ub.Problem(net, Ctc(form, tensors), (torch.randn(N, T, E).double(), torch.randint(1, 4, (N, 2))))
+
+
+@pytest.mark.parametrize("tensors", [False, True], ids=["lists", "tensors"])
+@pytest.mark.parametrize("form", ["cudnn", "miopen"])
+def test_ctc_loss(form: str, tensors: bool) -> None:
+    ours, plain = ctc_problem(form, tensors), ctc_problem("native", tensors)
+    for verdict in VERDICTS:
+        assert getattr(ours.structure, verdict).status == getattr(plain.structure, verdict).status, verdict
+    for question in ("component", "copy", "norms"):
+        torch.testing.assert_close(QUESTIONS[question](ours), QUESTIONS[question](plain))
+
+
+@pytest.mark.parametrize("form", ["native", "cudnn", "miopen"])
+def test_ctc_loss_has_no_second_derivative(form: str) -> None:
+    """The library's is zero, and no error."""
+    with pytest.raises(StructureError, match="no second derivative"):
+        ctc_problem(form, False).ggn().diag()
+
+
+def frozen(layer: nn.Module, mixes: bool) -> ub.Problem:
+    """A layer that is not trained takes the fast path of transformers; a head is trained on it."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = layer.requires_grad_(False), nn.Linear(T * 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.transpose(0, 1).contiguous() if mixes else x
+            h = self.layer(x) if isinstance(self.layer, nn.TransformerEncoderLayer) else self.layer(x, x, x)[0]
+            return self.head((h.transpose(0, 1) if mixes else h).flatten(1))
+
+    X = torch.randn(N, T, 4).double()
+    return ub.Problem(Model().double().eval(), F.cross_entropy, (X, torch.arange(N) % 3))
+
+
+FAST = {
+    "_transformer_encoder_layer_fwd": lambda: nn.TransformerEncoderLayer(4, 2, 8, batch_first=True),
+    "_native_multi_head_attention": lambda: nn.MultiheadAttention(4, 2, batch_first=True),
+}
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_the_fast_path_of_transformers(name: str) -> None:
+    apart, mixed = frozen(FAST[name](), False), frozen(FAST[name](), True)
+    assert apart.structure.simd_forward.basis == "proved"
+    assert mixed.structure.independent_forward.status == "fails"
+    rows = apart.gradients().flat()
+    assert rows.shape == (N, 3 * T * 4 + 3)
+
+
+class Recurrent(nn.Module):
+    """An LSTM as ``nn.LSTM`` runs it on a GPU, with a window on the memory in which all of its weights lie."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.rnn, self.out, self.dropout = (
+            nn.LSTM(E, H, 2, batch_first=True).double(),
+            nn.Linear(H, 3).double(),
+            dropout,
+        )
+        memory = torch.cat([p.detach().flatten() for p in self.rnn.parameters()])
+        parts = memory.split([p.numel() for p in self.rnn.parameters()])
+        for p, part in zip(self.rnn.parameters(), parts, strict=True):
+            p.data = part.view(p.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, stride = weights_of(self.rnn)
+        size = [sum(w.numel() for w in weights)]
+        window = torch.empty(0, dtype=torch.float64).set_(weights[0].untyped_storage(), 0, size, [1])
+        h = torch.zeros(2, len(x), H, dtype=torch.float64)
+        how = (2, H, 0, 2, True, self.dropout, True, False, [])
+        return self.out(aten._cudnn_rnn(x, weights, stride, window, h, h, *how, None)[0][:, -1])
+
+
+def recurrent(dropout: float) -> tuple[Recurrent, ub.Problem]:
+    torch.manual_seed(0)
+    model = Recurrent(dropout)
+    X = torch.randn(N, T, E).double()
+    return model, ub.Problem(model, F.cross_entropy, (X, torch.arange(N) % 3))
+
+
+def test_a_window_on_all_weights() -> None:
+    model, asked = recurrent(0.0)
+    assert asked.structure.simd_forward.basis == "proved"
+    X = torch.randn(N, T, E).double()
+    asked = ub.Problem(model, F.cross_entropy, (X, torch.arange(N) % 3))
+    loss = F.cross_entropy(model(X), torch.arange(N) % 3)
+    gradient = torch.autograd.grad(loss, list(model.parameters()))
+    torch.testing.assert_close(asked.gradients().flat().sum(0), torch.cat([g.flatten() for g in gradient]))
+    G = asked.ggn()
+    columns = torch.stack([G @ e for e in torch.eye(G.shape[1], dtype=torch.float64)[:5]])
+    torch.testing.assert_close(columns.diagonal(), G.diag()[:5])
+
+
+def test_dropout_inside_a_recurrence_is_refused_by_name() -> None:
+    _, asked = recurrent(0.5)
+    for ask in (lambda: asked.gradients(), lambda: asked.ggn().diag(), lambda: asked.ggn().eigvalsh()):
+        with pytest.raises(StructureError, match=r"_cudnn_rnn.*dropout=0\.5.*nn\.Dropout"):
+            ask()
+    assert asked.structure.independent_forward.status == "holds"
+
+
+def evaluated(trained: bool) -> ub.Problem:
+    net = Net(lambda net, x: cudnn_rnn(net, x, train=False)[0], True, kind=nn.GRU, batch_first=True).double().eval()
+    X = torch.randn(N, T, E).double()
+    with torch.no_grad():
+        net(X)
+    net.rnn.requires_grad_(trained)
+    net.inner.requires_grad_(trained)
+    return ub.Problem(net, F.cross_entropy, (X, torch.arange(N) % 3))
+
+
+def test_a_recurrence_in_eval_mode_is_refused_by_name() -> None:
+    asked = evaluated(True)
+    for ask in (lambda: asked.gradients(), lambda: asked.ggn().diag()):
+        with pytest.raises(StructureError, match=r"_cudnn_rnn.*no backward pass.*train mode"):
+            ask()
+    assert asked.structure.simd_forward.basis == "proved"
+
+
+def test_a_recurrence_in_eval_mode_that_is_not_trained() -> None:
+    assert evaluated(False).gradients().flat().shape[0] == N
+
+
+@pytest.mark.parametrize("form", list(FORMS.values())[:4], ids=list(FORMS)[:4])
+def test_products_through_attention_that_drops_are_refused(form: Any) -> None:
+    def run(net: Any, x: Tensor) -> Tensor:
+        q = x.unsqueeze(1)
+        if form is flash:
+            return aten._scaled_dot_product_flash_attention(q, q, q, 0.5)[0]
+        if form is overrideable:
+            return aten._scaled_dot_product_fused_attention_overrideable(q, q, q, None, 0.5)[0]
+        name = "efficient" if form is efficient else "cudnn"
+        return getattr(aten, f"_scaled_dot_product_{name}_attention")(q, q, q, None, True, 0.5)[0]
+
+    G = problem(run, {}, True).ggn()
+    with pytest.raises(StructureError, match=r"SDPBackend\.MATH"):
+        G @ torch.ones(G.shape[1], dtype=torch.float64)
+
+
+def test_weights_of_onednn_that_are_made_of_a_sample() -> None:
+    """The layer of a CPU in float32."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.out = nn.LSTM(E, H, batch_first=True), nn.Linear(H, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            first, *others = self.rnn._flat_weights
+            h = torch.zeros(1, len(x), H)
+            weights = [first * x[0, 0, 0], *others]
+            y = torch._VF.lstm(x, (h, h), weights, True, 1, 0.0, self.training, False, True)[0]
+            return self.out(y[:, -1])
+
+    asked = ub.Problem(Model(), F.cross_entropy, (torch.randn(N, T, E), torch.arange(N) % 3))
+    assert asked.structure.independent_forward.status != "holds"

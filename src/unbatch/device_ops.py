@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from unbatch.errors import MSG_RECURRENT_DROPOUT, StructureError
+from unbatch.errors import MSG_RECURRENT_DROPOUT, MSG_RECURRENT_EVAL, StructureError
 
 aten = torch.ops.aten
 
@@ -75,12 +75,20 @@ def without_buffer(op: Any, args: Any) -> Any:
     return (*args[:3], None, *args[4:])
 
 
-def check_repeatable(steps: Iterable[Any]) -> None:
-    """Raise ``StructureError`` for dropout inside of a recurrence, whose random state PyTorch does not let one set."""
+def check_recurrences(steps: Iterable[Any], trained: Callable[[Any], bool]) -> None:
+    """Raise ``StructureError`` for recurrences on a GPU that cannot be run again, or not be pulled back.
+
+    The random state of a dropout inside of one cannot be set; in eval mode the libraries have no backward pass.
+    ``trained``: whether a parameter needs a gradient.
+    """
     for step in steps:
-        if step.noise and step.name in RECURRENCES:
-            place = f"{step.module or 'The model'}, {step.name}" + (f", {step.where}," if step.where else "")
+        if step.name not in RECURRENCES:
+            continue
+        place = f"{step.module or 'The model'}, {step.name}" + (f", {step.where}," if step.where else "")
+        if step.noise:
             raise StructureError(MSG_RECURRENT_DROPOUT.format(place=place, dropout=step.named["dropout"]))
+        if not step.named["train"] and any(trained(w) for w in step.named["weight"]):
+            raise StructureError(MSG_RECURRENT_EVAL.format(place=place))
 
 
 # --- ops that are others under the name of a library ----------------------------------------------

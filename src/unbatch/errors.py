@@ -223,6 +223,12 @@ MSG_RECURRENT_DROPOUT = (
     "nn.Dropout between them; or disable the kernel: torch.backends.cudnn.flags(enabled=False)."
 )
 
+MSG_RECURRENT_EVAL = (
+    "{place} runs in eval mode in a kernel of the GPU that has no backward pass there, in PyTorch as well. Keep this "
+    "module in train mode, which changes nothing where its dropout is 0; or disable the kernel: "
+    "torch.backends.cudnn.flags(enabled=False)."
+)
+
 MSG_NO_TANGENT = (
     "Tangents cannot be pushed through {place}: PyTorch has no forward mode and no second derivative for it ({error}). "
     "Products with the Gauss-Newton matrix need one of them; factors, diagonals and Gram matrices do not."

@@ -19,7 +19,7 @@ from unbatch import errors
 from unbatch.blocks import BlockGGN, made_of
 from unbatch.cotangents import LossAt
 from unbatch.curvature import Curvature, Through
-from unbatch.device_ops import check_repeatable
+from unbatch.device_ops import check_recurrences
 from unbatch.errors import MixedSamplesWarning, StructureError
 from unbatch.ggn import GGN, Point
 from unbatch.gradients import Label, answer, is_moment, planned
@@ -93,7 +93,7 @@ class Question:
     def source(self) -> Source:
         """The recorded computation where it can be trusted, and otherwise the model itself."""
         setting, structure, why = self.kept.setting, self.kept.structure, self.kept.replays
-        check_repeatable(setting.graph.forward_steps)
+        self._check_recurrences()
         if not setting.axes:
             raise StructureError(errors.MSG_NO_ROWS.format(shapes=list(structure.predictions), n=self.samples))
         if self.samples > 1 and setting.faithful:
@@ -105,6 +105,10 @@ class Question:
         if not (alike or self.by == "component"):
             raise StructureError(errors.MSG_NOT_REPLAYED.format(by=self.by, why=why))
         return Ran(setting, self.parameters, setting.faithful, why)
+
+    def _check_recurrences(self) -> None:
+        graph = self.kept.setting.graph
+        check_recurrences(graph.forward_steps, lambda weight: graph.values[weight.index].requires_grad)
 
     def curvature(self, loss: LossAt | None = None) -> Curvature:
         """``loss``: where the sweep for the rows has left it, if there was one."""
@@ -118,7 +122,7 @@ class Question:
 
     def _linearised(self) -> Linearised:
         setting = self.kept.setting
-        check_repeatable(setting.graph.forward_steps)
+        self._check_recurrences()
         if setting.faithful:
             return Linearised(setting, self.parameters, self.by == "frozen")
         if self.by == "frozen" and not self.kept.structure.independent_forward:

@@ -246,9 +246,10 @@ def through_op(ran: Ran, op: Any, here: Mapping[int, Tensor]) -> Tangents:
             if spelled is not None:
                 return _forward_mode(ran, spelled, here)
             return _twice_backward(ran, op, here)
-        except (NotImplementedError, RuntimeError):
+        except (NotImplementedError, RuntimeError) as last:
+            reason = missing if spelled is None else last
             place = f"{step.module or 'the model'}, {step.name}" + (f", {step.where}" if step.where else "")
-            raise StructureError(MSG_NO_TANGENT.format(place=place, error=missing)) from missing
+            raise StructureError(MSG_NO_TANGENT.format(place=place, error=reason)) from reason
 
 
 def _placed(ran: Ran, here: Mapping[int, Tensor], make: Callable[[Tensor, Tensor], Tensor]) -> Any:
