@@ -5,16 +5,22 @@ A case is a model with a switch: with the op of a GPU, or with what a CPU does. 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torchgen
+import yaml
 from torch import Tensor, nn
 
 import unbatch as ub
-from device_kernels_other import registered
+from device_kernels_other import KERNELS, registered
+from device_ops_table import NORMS, PAGE, ROWS, Row, page
+from unbatch.device_ops import SAME_AS
 from unbatch.errors import StructureError
 
 F = nn.functional
@@ -681,3 +687,40 @@ def test_weights_of_onednn_that_are_made_of_a_sample() -> None:
 
     asked = ub.Problem(Model(), F.cross_entropy, (torch.randn(N, T, E), torch.arange(N) % 3))
     assert asked.structure.independent_forward.status != "holds"
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+
+def device_only() -> set[str]:
+    """The ops that have a kernel for GPUs, and neither one for CPUs nor a composition."""
+    listed = Path(torchgen.__file__).parent / "packaged" / "ATen" / "native" / "native_functions.yaml"
+    ops = set()
+    for entry in yaml.safe_load(listed.read_text(encoding="utf-8")):
+        name, _, overload = entry["func"].split("(")[0].partition(".")
+        keys = ", ".join(entry.get("dispatch") or {})
+        elsewhere = "Composite" in keys or re.search(r"\bCPU\b", keys)
+        if re.search(r"\bCUDA\b", keys) and not elsewhere and not overload.endswith("out"):
+            ops.add(name)
+    return ops
+
+
+def test_the_table_has_every_op_that_only_a_gpu_has() -> None:
+    assert sorted(device_only() - {row.op for row in ROWS}) == []
+
+
+def test_the_page_is_made_of_the_table() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page()
+
+
+@pytest.mark.parametrize("row", [r for r in ROWS if r.tests and r.tests != NORMS], ids=lambda row: row.op)
+def test_the_table_names_tests_that_exist(row: Row) -> None:
+    names = [*CASES, *(name for name in globals() if name.startswith("test_"))]
+    for prefix in row.tests:
+        assert any(name.startswith(prefix) for name in names), prefix
+
+
+def test_every_kernel_and_every_translation_is_in_the_table() -> None:
+    listed = {row.op for row in ROWS}
+    known_backward = {"_scaled_dot_product_fused_attention_overrideable_backward"}
+    assert {name.split(".")[0] for name in [*KERNELS, *SAME_AS]} - listed - known_backward == set()
