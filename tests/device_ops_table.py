@@ -141,7 +141,7 @@ ROWS = (
         "`_ctc_loss`; it has no second derivative, which is refused by name",
     ),
     Row("_use_cudnn_ctc_loss", "`F.ctc_loss`", RULE, ("test_ctc_loss",), "reads lengths and shapes"),
-    Row("_use_miopen_ctc_loss", "the same on ROCm", RULE, ("test_ctc_loss",), "reads lengths and shapes"),
+    Row("_use_miopen_ctc_loss", "the same on ROCm", RULE, (), "reads lengths and shapes"),
     Row("_fused_rms_norm", "`nn.RMSNorm`", RULE, ("_fused_rms_norm",)),
     Row("_weight_norm_interface", "`weight_norm`; on a CPU as well", APART, ("_weight_norm_interface",), "by PyTorch"),
     Row(

@@ -6,7 +6,7 @@ A case is a model with a switch: with the op of a GPU, or with what a CPU does. 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import unbatch as ub
 from device_kernels_other import KERNELS, registered
 from device_ops_table import NORMS, PAGE, ROWS, Row, page
+from unbatch import capture, recurrences
 from unbatch.device_ops import SAME_AS
 from unbatch.errors import StructureError
 
@@ -705,8 +706,31 @@ def device_only() -> set[str]:
     return ops
 
 
+def unlisted(rows: Iterable[Row]) -> list[str]:
+    return sorted(device_only() - {row.op for row in rows})
+
+
 def test_the_table_has_every_op_that_only_a_gpu_has() -> None:
-    assert sorted(device_only() - {row.op for row in ROWS}) == []
+    assert unlisted(ROWS) == []
+
+
+def test_an_op_that_the_table_leaves_out_is_seen() -> None:
+    assert unlisted(row for row in ROWS if row.op != "_cudnn_rnn") == ["_cudnn_rnn"]
+
+
+def test_a_rule_that_forgets_the_weights_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The case of weights that are made of a sample is there for such a rule."""
+    function, rnn = MIXING["_cudnn_rnn with weights made of a sample"]
+    monkeypatch.setattr(recurrences, "whole", lambda call, weights: [])
+    assert problem(function, rnn, True).structure.independent_forward.basis == "proved"
+
+
+def test_tangents_that_draw_dropout_anew_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fused op has a forward mode, which draws another mask."""
+    function, rnn = CASES["native_dropout"]
+    plain = QUESTIONS["product"](problem(function, rnn, False))
+    monkeypatch.setattr(capture, "FUSED_DROPOUT", ())
+    assert not torch.allclose(QUESTIONS["product"](problem(function, rnn, True)), plain)
 
 
 def test_the_page_is_made_of_the_table() -> None:

@@ -37,7 +37,7 @@ USER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "demo.py")  # re
 
 
 # The tensor gets another memory.
-MOVES_MEMORY = (aten.set_.source_Storage, aten.set_.source_Storage_storage_offset)
+MOVES_MEMORY = frozenset([aten.set_.source_Storage, aten.set_.source_Storage_storage_offset])
 
 
 # --- the recorder ---------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
-"""Fused ops spelled out in plain ones, which have forward mode and second derivatives where the fused op has none.
+"""Fused ops spelled out in plain ones, which have the forward mode that the fused op lacks.
 
-Each takes the arguments of its op and returns its results, or the first of them. Knows tensors only.
+Each takes the arguments of its op and returns its results, or the first of them. Knows tensors
+only.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
-"""What is special about ops that PyTorch picks on a GPU, where it is a matter of how they are written down or replayed.
+"""How the ops that PyTorch picks on a GPU are written down and replayed.
 
-A GPU runs one fused op where a CPU runs several. Their rules stand with those of other ops; here stand the facts that
-the recorder and the replay need. Knows ops only.
+A GPU runs one fused op where a CPU runs several. Their rules stand with those of other ops; here
+stand the facts that the recorder and the replay need. Knows ops only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ READS_SHAPES_ONLY = (
 READS_LENGTHS = ("_use_cudnn_ctc_loss", "_use_miopen_ctc_loss")
 
 
+@cache
 def name_of(op: Any) -> str:
     name: str = op._schema.name
     return name.removeprefix("aten::")

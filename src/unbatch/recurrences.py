@@ -1,7 +1,8 @@
-"""Rules for whole layers that are one op, recurrent ones and encoders: time runs inside, sequences are left alone.
+"""Rules for whole layers that are one op, recurrent ones and encoders.
 
-Every step of a sequence is taken to depend on all of that sequence, its first states and all weights: what is told
-apart is whose the values are, not when.
+Time runs inside, sequences are left alone. Every step of a sequence is taken to depend on all of
+that sequence, its first states and all weights: what is told apart is whose the values are, not
+when.
 """
 
 from __future__ import annotations
