@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from unbatch import ops
+from unbatch.device_ops import drops
 from unbatch.graph import Step
 from unbatch.ops import BatchNorm, HiddenWrites, Moves, Traits
 
@@ -395,7 +396,8 @@ def test_what_drops_nothing_draws_nothing():
     assert dropout == ["dropout_p"]
     for op in (attention, aten.scaled_dot_product_attention.default):
         tagged = torch.Tag.nondeterministic_seeded in op.tags
-        assert ops.draws(op, {"dropout_p": 0.5}) == tagged
-        assert not ops.draws(op, {})
-    assert ops.draws(aten.rand.default, {})
-    assert not ops.draws(aten.relu.default, {})
+        assert ops.draws(op) == tagged
+        assert not (ops.draws(op) and drops(op, (), {"dropout_p": 0.0}))
+        assert drops(op, (), {"dropout_p": 0.5})
+    assert ops.draws(aten.rand.default)
+    assert not ops.draws(aten.relu.default)

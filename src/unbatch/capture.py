@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from unbatch import ops
+from unbatch.device_ops import FUSED_DROPOUT, READS_LENGTHS, argued, drops, same_as, without_buffer
 from unbatch.errors import HERE
 from unbatch.folds import Fold
 from unbatch.graph import Escape, Graph, ModuleCall, Ref, Step, Value, flat, is_ref
@@ -40,6 +41,10 @@ T = TypeVar("T")
 LIBRARY = (os.path.dirname(torch.__file__) + os.sep, HERE)
 USER = os.path.join(HERE, "demo.py")  # reads as a user's program does
 ENTRIES: set[CodeType] = set()  # code of the functions that start a recording: no user's frame lies above them
+
+
+# The tensor gets another memory.
+MOVES_MEMORY = frozenset([aten.set_.source_Storage, aten.set_.source_Storage_storage_offset])
 
 
 # --- the recorder ---------------------------------------------------------------------------------
@@ -130,7 +135,7 @@ class Recorder(TorchDispatchMode):
         olds: Sequence[Ref] = (),
     ) -> Any:
         index = len(self.graph.steps)
-        noise = ops.draws(op, _by_name(op, args, kwargs))
+        noise = ops.draws(op) and drops(op, args, kwargs)
         where = self._where()
         step = Step(
             index,
@@ -182,6 +187,43 @@ class Recorder(TorchDispatchMode):
             return self._observe(func, args, kwargs)
 
     def _observe(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func in MOVES_MEMORY:
+            return func(*args, **kwargs)  # ``ref`` sees that the tensor lies elsewhere
+        if ops.full_name(func) in FUSED_DROPOUT and drops(func, args, kwargs):
+            return self._dropout(func, args, kwargs)
+        plain = same_as(func, args, kwargs)
+        if plain is not None:
+            return self._note_as(plain.op, self._in_one_place(plain.args), func(*args, **kwargs))
+        return self._note(func, without_buffer(func, args), kwargs)
+
+    def _note_as(self, op: Any, args: Any, out: Any) -> Any:
+        """A GPU library's form of an op, written down as that op: only the first result is the same in both."""
+        refs = tree_map(lambda a: self.ref(a) if isinstance(a, Tensor) else a, args)
+        self._step(op, refs, {}, flat(out)[:1])
+        return out
+
+    def _in_one_place(self, args: Any) -> Any:
+        """Labels that a library wants on the CPU, on the device of the first argument."""
+        device = args[0].device
+        moved = []
+        for a in args:
+            if isinstance(a, Tensor) and a.device != device:
+                a = self._note(aten._to_copy.default, (a,), {"device": device})
+            moved.append(a)
+        return tuple(moved)
+
+    def _dropout(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Dropout in one op, written down as what was drawn and a product with it.
+
+        What is drawn belongs to the samples and has to be kept, or permuted with them; a derivative of the fused op
+        would draw anew.
+        """
+        x, *more = args
+        ones = self._note(aten.ones_like.default, (x,), {})
+        kept, mask = self._note(func, (ones, *more), kwargs)
+        return self._note(aten.mul.Tensor, (x, kept), {}), mask
+
+    def _note(self, func: Any, args: Any, kwargs: Any) -> Any:
         refs, named = tree_map(lambda a: self.ref(a) if isinstance(a, Tensor) else a, (args, kwargs))
         if func is aten.lift_fresh.default and refs[0].index in self.foreign:  # numpy may write to this memory again
             self.graph.values[refs[0].index].concrete = args[0].detach().clone()
@@ -194,11 +236,14 @@ class Recorder(TorchDispatchMode):
             raise
         told = f"the result of {ops.full_name(func)}"
         if isinstance(out, bool):  # an op that answers a question (torch.equal), which is a value like others
+            if ops.full_name(func) in READS_LENGTHS:
+                self._read(argued(func, args, kwargs), {}, told)
+                return out
             answer = torch.tensor(out)
             self._step(func, refs, named, answer, writes, olds)
             return self.branch(answer, told, out)
         if any(not isinstance(o, Tensor) and o is not None for o in flat(out)):
-            self._read(args, kwargs, told)
+            self._read(argued(func, args, kwargs), {}, told)
         self._step(func, refs, named, out, writes, olds)
         return out
 
@@ -284,11 +329,6 @@ def entry(function: Callable[P, T]) -> Callable[P, T]:
     """Mark a function that starts a recording, where the search for the user's line ends."""
     ENTRIES.add(function.__code__)
     return function
-
-
-def _by_name(op: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-    names = [a.name for a in op._schema.arguments]
-    return dict(zip(names, args, strict=False)) | kwargs
 
 
 def _sizes_itself(op: Any, args: Any, graph: Graph) -> bool:

@@ -145,8 +145,12 @@ def _largest(tensors: Iterable[Tensor]) -> float:
     return max((float(t.detach().abs().max()) for t in tensors if t.numel()), default=0.0)
 
 
+# Kernels that work out the gradient with the value: PyTorch takes it for a constant.
+WITHOUT_GRAPH = ("CudnnCtcLossBackward", "MiopenCtcLossBackward")
+
+
 def own_derivatives(value: Tensor) -> list[str]:
-    """The functions on the way to a value whose derivative is written in Python, and so may have none itself."""
+    """The functions on the way to a value whose derivative may have none itself: written in Python, or by a library."""
     seen, waiting, names = set[Any](), [value.grad_fn], list[str]()
     while waiting:
         node: Any = waiting.pop()
@@ -154,7 +158,10 @@ def own_derivatives(value: Tensor) -> list[str]:
             continue
         seen.add(node)
         waiting += [before for before, _ in node.next_functions]
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
+        name = type(node).__name__.rstrip("0123456789")
+        if name in WITHOUT_GRAPH:
+            names.append(name.removesuffix("Backward"))
+        elif isinstance(node, torch.autograd.function.BackwardCFunction):
             names.append(type(node).__name__.removeprefix("GeneratedBackwardFor_").removesuffix("Backward"))
     return names
 

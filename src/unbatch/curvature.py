@@ -29,7 +29,7 @@ from unbatch.errors import (
 )
 from unbatch.linearised import Linearised, LinearisedGraph, LinearisedModel
 from unbatch.loss import factor, joint, likelihood, sampled
-from unbatch.request import Request, is_planned, source_of
+from unbatch.request import Request, check_recurrences_of, is_planned, source_of
 from unbatch.roots import Factor, Root
 from unbatch.sources import Chunks, Source
 from unbatch.statistics import Extent, Statistics
@@ -77,6 +77,7 @@ class Through:
 def linearised_of(request: Request) -> Linearised:
     """Return the predictions as a linear map of the parameters, after one forward pass."""
     setting, frozen = request.setting, request.by == "frozen"
+    check_recurrences_of(request)
     if setting.faithful:
         return LinearisedGraph(setting, request.parameters, frozen)
     if frozen and not request.structure.independent_forward:

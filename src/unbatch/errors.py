@@ -214,6 +214,18 @@ MSG_NO_GRAPH = (
     "the predictions"
 )
 
+MSG_RECURRENT_DROPOUT = (
+    "{place} drops entries between its layers (dropout={dropout}) in a kernel of the GPU whose random state cannot be "
+    "set, so nothing that it draws can be drawn again. Give it dropout=0, or build it of layers of its own with "
+    "nn.Dropout between them; or disable the kernel: torch.backends.cudnn.flags(enabled=False)."
+)
+
+MSG_RECURRENT_EVAL = (
+    "{place} runs in eval mode in a kernel of the GPU that has no backward pass there, in PyTorch as well. Keep this "
+    "module in train mode, which changes nothing where its dropout is 0; or disable the kernel: "
+    "torch.backends.cudnn.flags(enabled=False)."
+)
+
 MSG_NO_TANGENT = (
     "Tangents cannot be pushed through {place}: PyTorch has no forward mode and no second derivative for it ({error}). "
     "Products with the Gauss-Newton matrix need one of them; factors, diagonals and Gram matrices do not."

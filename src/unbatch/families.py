@@ -64,6 +64,16 @@ def shaped_noise(call: Call) -> Marks:
     return a.pointwise(call.title, fresh, *shaping) if shaping else fresh
 
 
+@rule("native_dropout", "_fused_dropout")
+def fused_dropout(call: Call) -> Any:
+    """Values kept or not, as noise says, and that noise."""
+    x = call.marks[0]
+    if call["train"] is False:
+        return [x, shared(call.shape, "all kept", (), range(len(call.shape)))]
+    mask = noise(call)
+    return [call.algebra.pointwise(call.title, x, mask), mask]
+
+
 # --- elementwise ----------------------------------------------------------------------------------
 
 
@@ -105,7 +115,7 @@ def overwrite(call: Call) -> Marks:
 
 
 @rule(
-    "dropout native_dropout _fused_dropout rrelu_with_noise rrelu_with_noise_functional complex polar "
+    "dropout rrelu_with_noise rrelu_with_noise_functional complex polar "
     "view_as_complex_copy log_sigmoid_forward prelu _prelu_kernel softplus_backward elu_backward "
     "leaky_relu_backward hardtanh_backward hardswish hardswish_backward log_sigmoid_backward "
     "hardsigmoid_backward mish_backward quantize_per_tensor dequantize "

@@ -58,7 +58,8 @@ def linear(call: Call) -> Marks:
 @rule(
     "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention "
     "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention "
-    "_scaled_dot_product_attention_math scaled_dot_product_attention"
+    "_scaled_dot_product_fused_attention_overrideable _scaled_dot_product_attention_math "
+    "scaled_dot_product_attention"
 )
 def attention(call: Call) -> Any:
     """softmax(q kᵀ + mask) v over the positions of a sequence; grouped heads are shared by repetition."""
@@ -74,7 +75,18 @@ def attention(call: Call) -> Any:
         weights = a.pointwise("dropout", weights, shared((), "noise", ["noise"]))
     out = a.contract("mul", [weights, v], (f"{lead}ts", f"{lead}sd"), f"{lead}td")
     rest = a.reduce("logsumexp", scores, [-1])
-    return [out, *(rest if s == rest.shape else shared(s, "state", ["noise"]) for s in call.shapes[1:])]
+    return [out, *(_attention_state(call, rest, s) for s in call.shapes[1:])]
+
+
+def _attention_state(call: Call, rest: Marks, shape: tuple[int, ...]) -> Marks:
+    """What a kernel keeps beside the result: the normalisation, padded in some of them; random numbers; weights."""
+    if shape == rest.shape:
+        return rest
+    lead = len(rest.shape) - 1
+    if len(shape) <= lead or shape[:lead] != rest.shape[:lead]:
+        return shared(shape, "state", ["noise"])
+    seen = collapse(call.algebra.scan("kept", rest, [lead]), [lead], False)
+    return _matrix_result(seen, shape, lead, "kept")
 
 
 def _repeat_heads(x: Marks, q: Marks) -> Marks:
@@ -153,30 +165,6 @@ def fused_cell(call: Call) -> Any:
     biases = [collapse(a.scan("gates", m, [0]), [0], True) for m in call.marks if len(m.shape) == 1]
     out = a.pointwise(call.title, *gates, *biases)
     return numbered([expand_plain(out, s) for s in call.shapes])
-
-
-@rule("mkldnn_rnn_layer")
-def recurrent_layer(call: Call) -> Any:
-    """A recurrence over the first dim; the second dim is left alone."""
-    a, x = call.algebra, call["input"]
-    seen = collapse(a.scan("time", x, [0, 2]), [0, 2], True)
-    states = [
-        collapse(a.scan("state", unsqueeze(h, 0) if len(h.shape) == 2 else h, [0, 2]), [0, 2], True)
-        for h in (call["hx_"], call["cx_"])
-    ]
-    weights = [
-        collapse(a.scan("weight", w, range(len(w.shape))), list(range(len(w.shape))), False)
-        for w in call.marks
-        if len(w.shape) < 3 and not w.owned and w.shape[0] != x.shape[1]
-    ]
-    out = a.pointwise(call.title, seen, *states, *weights)
-    return numbered([_state_shape(out, s) for s in call.shapes])
-
-
-def _state_shape(out: Marks, shape: tuple[int, ...]) -> Marks:
-    if len(shape) == 3:
-        return expand_plain(out, shape)
-    return expand_plain(squeeze(out, [0]), shape) if len(shape) == 2 else shared(shape, "workspace")
 
 
 @rule("_pdist_forward")
@@ -273,7 +261,7 @@ def _lu_result(call: Call, matrix: list[Marks], shape: tuple[int, ...]) -> Marks
     return _matrix_result(collapse(call.algebra.scan("factors", m, dims), dims, False), shape, len(m.shape) - 2, 0)
 
 
-def _matrix_result(out: Marks, shape: tuple[int, ...], lead: int, i: int) -> Marks:
+def _matrix_result(out: Marks, shape: tuple[int, ...], lead: int, i: object) -> Marks:
     for _ in range(len(shape) - lead):
         out = unsqueeze(out, len(out.shape))
     return expand_plain(out, shape).with_key(i)

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map
 
 from unbatch import live
 from unbatch.aliasing import Window, seen_through_older_windows
+from unbatch.compositions import SPELLED_OUT
 from unbatch.derivatives import forward_mode, gradients, solid
 from unbatch.errors import MSG_NO_TANGENT, StructureError
 from unbatch.graph import ExecutedOp, Graph, Ref, Step, flat, is_ref
@@ -31,7 +32,7 @@ from unbatch.route import Route
 from unbatch.setting import Setting
 from unbatch.sites import Flow
 from unbatch.substitutes import held, laid_out, norm_held, unmoved
-from unbatch.tangents import NEED_OUTPUTS, RULES, SPELLED_OUT, Tangents, through_op
+from unbatch.tangents import NEED_OUTPUTS, RULES, Tangents, through_op
 
 
 @dataclass

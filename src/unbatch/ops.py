@@ -225,12 +225,9 @@ def reads_shape_only(op: Any) -> bool:
     return traits(op).reads_shape_only
 
 
-def draws(op: Any, arguments: Mapping[str, Any]) -> bool:
-    """Whether an op draws random numbers; one that drops with probability zero does not."""
-    if torch.Tag.nondeterministic_seeded not in op.tags:
-        return False
-    optional = any(a.name == "dropout_p" for a in op._schema.arguments)
-    return not optional or bool(arguments.get("dropout_p"))
+def draws(op: Any) -> bool:
+    """Return whether an op may draw random numbers; with dropout switched off it does not."""
+    return torch.Tag.nondeterministic_seeded in op.tags
 
 
 # --- what an op writes to -------------------------------------------------------------------------

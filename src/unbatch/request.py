@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from unbatch.device_ops import check_recurrences
 from unbatch.errors import MSG_NO_ROWS, MSG_NOT_REPLAYED, StructureError
 from unbatch.setting import Setting
 from unbatch.sources import Ran, Recorded, Source
@@ -72,6 +73,7 @@ def is_planned(request: Request) -> bool:
 def source_of(request: Request) -> Source:
     """Return the recorded computation where it can be trusted, and otherwise the model itself."""
     setting, by = request.setting, request.by
+    check_recurrences_of(request)
     if not setting.axes:
         shapes = list(request.structure.predictions)
         raise StructureError(MSG_NO_ROWS.format(shapes=shapes, n=request.samples))
@@ -83,6 +85,12 @@ def source_of(request: Request) -> Source:
     if by != "component" and not request.samples_are_independent:
         raise StructureError(MSG_NOT_REPLAYED.format(by=by, why=why))
     return Ran(setting, request.parameters, setting.faithful, why)
+
+
+def check_recurrences_of(request: Request) -> None:
+    """Raise ``StructureError`` for a recurrence on a GPU that cannot be run again or pulled back."""
+    graph = request.setting.graph
+    check_recurrences(graph.forward_steps, lambda weight: graph.values[weight.index].requires_grad)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
 from unbatch import ops
+from unbatch.compositions import SPELLED_OUT
 from unbatch.derivatives import forward_mode, solid
 from unbatch.errors import MSG_NO_TANGENT, StructureError
 from unbatch.graph import ExecutedOp, Ref, flat
@@ -55,6 +56,12 @@ def linear(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents | None:
     if not isinstance(tangent, Tensor) or any(t is not None for _, rest in others for t in tree_leaves(rest)):
         return None
     return flat(call.with_({first: tangent}))
+
+
+@rule("_pack_padded_sequence")
+def packing(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
+    """Rows are moved; the counts beside them do not depend on values."""
+    return [flat(call.with_({"input": moving["input"]}))[0], None]
 
 
 @rule(" ".join(ops.names(lambda row: row.takes_shape)))
@@ -236,8 +243,9 @@ def through_op(call: ExecutedOp, op: Any, here: Mapping[int, Tensor]) -> Tangent
             if spelled is not None:
                 return _forward_mode(call, spelled, here)
             return _twice_backward(call, op, here)
-        except (NotImplementedError, RuntimeError):
-            raise StructureError(MSG_NO_TANGENT.format(place=step.place, error=missing)) from missing
+        except (NotImplementedError, RuntimeError) as last:
+            reason = missing if spelled is None else last
+            raise StructureError(MSG_NO_TANGENT.format(place=step.place, error=reason)) from reason
 
 
 def _placed(call: ExecutedOp, here: Mapping[int, Tensor], make: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Any]:
@@ -284,41 +292,3 @@ def _twice_backward(call: ExecutedOp, op: Any, here: Mapping[int, Tensor]) -> Ta
             return [None for _ in outs]
         found = iter(torch.autograd.grad([g for g, _ in pairs], ws, [dx for _, dx in pairs], allow_unused=True))
         return [next(found) if isinstance(o, Tensor) and o.requires_grad else None for o in outs]
-
-
-def _attention(
-    query: Tensor, key: Tensor, value: Tensor, dropout_p: float = 0.0, is_causal: bool = False, **more: Any
-) -> Any:
-    """Fused attention as products and a softmax; without dropout, whose mask the fused kernel does not tell."""
-    if dropout_p:
-        raise NotImplementedError("fused attention with dropout")
-    mask, scale = more.get("attn_mask"), more.get("scale")
-    return aten._scaled_dot_product_attention_math(query, key, value, mask, 0.0, is_causal, scale=scale)[0]
-
-
-def _bags(
-    weight: Tensor, indices: Tensor, offsets: Tensor, scale_grad_by_freq: bool = False, mode: int = 0,
-    sparse: bool = False, per_sample_weights: Tensor | None = None, include_last_offset: bool = False,
-    padding_idx: int = -1,
-) -> Any:  # fmt: skip
-    """Sums and means of rows of a table over the runs of a flat index."""
-    if mode > 1 or scale_grad_by_freq or include_last_offset or padding_idx >= 0:
-        raise NotImplementedError("bags by their largest entries, scaled by frequency, or with padding")
-    places = torch.arange(len(indices), device=indices.device)
-    bag = torch.searchsorted(offsets.contiguous(), places, right=True) - 1
-    rows = weight[indices] if per_sample_weights is None else weight[indices] * per_sample_weights[:, None]
-    out = torch.zeros(len(offsets), weight.shape[1], dtype=weight.dtype, device=weight.device).index_add(0, bag, rows)
-    return out if mode == 0 else out / bag.bincount(minlength=len(offsets)).clamp_min(1)[:, None]
-
-
-def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Any:
-    norms = torch.norm_except_dim(v, 2, dim)
-    return v * (g / norms), norms
-
-
-SPELLED_OUT: dict[str, Callable[..., Any]] = {
-    "_weight_norm_interface": _weight_norm,
-    "_scaled_dot_product_flash_attention_for_cpu": _attention,
-    "_embedding_bag": _bags,
-    "_embedding_bag_forward_only": _bags,
-}

@@ -315,6 +315,7 @@ SIMPLER: dict[str, Simpler] = {
             "_scaled_dot_product_flash_attention_for_cpu",
             "_scaled_dot_product_efficient_attention",
             "_scaled_dot_product_cudnn_attention",
+            "_scaled_dot_product_fused_attention_overrideable",
         ),
         _attention,
     ),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from unbatch import errors, indexing, layers, loss_rules, moves, ops, rules  # noqa: F401  their rules are registered by importing them
+from unbatch import errors, indexing, layers, loss_rules, moves, ops, recurrences, rules  # noqa: F401  their rules are registered by importing them
 from unbatch.algebra import Algebra
 from unbatch.aliasing import Window, places
 from unbatch.arranged import Arranged, Ends, follow
