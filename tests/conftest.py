@@ -1,11 +1,14 @@
 """One thread, one seed, reproducible examples: a failing test fails again when it is run alone."""
 
 import os
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from hypothesis import settings
 
+from cases.recordings import Recordings, check_asks_only
+from tiers import by_recording
 from unbatch import rules
 
 torch.set_num_threads(1)
@@ -21,3 +24,30 @@ rules.STRICT = True  # an error inside a rule is a bug here, not an "unknown"
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def recordings() -> Recordings:
+    return Recordings()
+
+
+@pytest.fixture
+def recorded(request: pytest.FixtureRequest, recordings: Recordings) -> Iterator[Callable]:
+    """`recorded(case, mode)`: a problem that other tests share, and the arguments of the reference.
+
+    Fails where the test has changed any of it.
+    """
+    check_asks_only(request.fixturenames)
+    borrowed = []
+
+    def lend(case, mode):
+        borrowed.append((case, mode))
+        return recordings.lend(case, mode)
+
+    yield lend
+    for case, mode in borrowed:
+        recordings.take_back(case, mode)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items[:] = by_recording(items)

@@ -7,7 +7,8 @@ from torch.nn import functional as F
 
 import unbatch as ub
 from cases_gradients import CASES
-from test_ggn import _quiet, made, near  # noqa: F401
+from cases.recordings import made
+from test_ggn import _quiet, near  # noqa: F401
 from unbatch import curvature, reference
 from unbatch.statistics import Statistics
 

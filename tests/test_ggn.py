@@ -23,18 +23,6 @@ EVERY = pytest.mark.parametrize("mode", ["train", "eval"])
 EACH = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
-def made(case, mode):
-    """The arguments of the reference, and the problem; recorded at the random state at which the reference runs."""
-    torch.manual_seed(0)
-    model, loss, inputs, targets = case.build()
-    model.train(mode == "train")
-    torch.manual_seed(0)
-    problem = ub.Problem(model, loss, (inputs, targets))
-    problem.predictions()
-    torch.manual_seed(0)
-    return (model, loss, inputs, targets), problem
-
-
 def near(found: Tensor, expected: Tensor, what: str, floor: float = 0.0) -> None:
     """Raise where two tensors differ by more than rounding."""
     assert found.shape == expected.shape, f"{what}: {tuple(found.shape)} where {tuple(expected.shape)} is expected"
@@ -56,8 +44,8 @@ def damping_of(G: Tensor) -> float:
 
 @EVERY
 @EACH
-def test_matrix_products_and_diagonal(case, mode):
-    args, problem = made(case, mode)
+def test_matrix_products_and_diagonal(case, mode, recorded):
+    args, problem = recorded(case, mode)
     expected = reference.ggn(*args)
     floor = 1e-14 * float(reference.output_hessian(*args).abs().max())
     G = problem.ggn()
@@ -75,8 +63,8 @@ def test_matrix_products_and_diagonal(case, mode):
 
 @EVERY
 @EACH
-def test_spectrum_determinants_and_solves(case, mode):
-    args, problem = made(case, mode)
+def test_spectrum_determinants_and_solves(case, mode, recorded):
+    args, problem = recorded(case, mode)
     expected, H = reference.ggn(*args), reference.output_hessian(*args)
     size = float(expected.abs().max())
     if size < 1e-14:
@@ -100,8 +88,8 @@ def test_spectrum_determinants_and_solves(case, mode):
 
 @EVERY
 @EACH
-def test_definiteness_is_told(case, mode):
-    args, problem = made(case, mode)
+def test_definiteness_is_told(case, mode, recorded):
+    args, problem = recorded(case, mode)
     H = reference.output_hessian(*args)
     lowest = float(torch.linalg.eigvalsh(H).min())
     verdict = problem.ggn().positive_semidefinite
@@ -113,8 +101,8 @@ def test_definiteness_is_told(case, mode):
 
 @EVERY
 @EACH
-def test_diagonals_of_components(case, mode):
-    args, problem = made(case, mode)
+def test_diagonals_of_components(case, mode, recorded):
+    args, problem = recorded(case, mode)
     if not problem.structure.reduction:
         with pytest.raises(ub.StructureError, match="sum over the samples"):
             problem.ggn().diag(per_component=True)
@@ -127,8 +115,8 @@ def test_diagonals_of_components(case, mode):
 
 
 @EACH
-def test_gram_matrix_and_factor(case):
-    args, problem = made(case, "train")
+def test_gram_matrix_and_factor(case, recorded):
+    args, problem = recorded(case, "train")
     expected, G = reference.ggn(*args), problem.ggn()
     sigma = G.root.sigma
     V = torch.cat([t.flatten(1) if t.ndim > 1 else t[:, None] for t in G.factor().values()], 1).T
@@ -144,8 +132,8 @@ def test_gram_matrix_and_factor(case):
 
 
 @EACH
-def test_slopes_and_curvatures_of_components(case):
-    args, problem = made(case, "train")
+def test_slopes_and_curvatures_of_components(case, recorded):
+    args, problem = recorded(case, "train")
     if not problem.structure.reduction or problem.ggn().root.size == 0:
         pytest.skip("no components")
     G = problem.ggn()

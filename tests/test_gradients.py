@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import unbatch as ub
+from cases.recordings import made
 from cases_gradients import CASES, by_groups
 from unbatch import reference
 
@@ -18,13 +19,6 @@ ROWS, FLOOR, SUMS = 1e-10, 1e-12, 1e-12
 EVERY = pytest.mark.parametrize("mode", ["train", "eval"])
 EACH = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 BY = pytest.mark.parametrize("by", REFERENCE)
-
-
-def made(case, mode):
-    """The arguments of the reference, and the problem."""
-    model, loss, inputs, targets = case.build()
-    model.train(mode == "train")
-    return (model, loss, inputs, targets), ub.Problem(model, loss, (inputs, targets))
 
 
 def has_reference(case, mode, by):
@@ -56,10 +50,10 @@ def check_sum(rows, gradient, scale):
 @BY
 @EVERY
 @EACH
-def test_rows_are_those_of_the_definition(case, mode, by):
+def test_rows_are_those_of_the_definition(case, mode, by, recorded):
     if not has_reference(case, mode, by):
         pytest.skip("one sample cannot run on its own")
-    args, problem = made(case, mode)
+    args, problem = recorded(case, mode)
     check_rows(problem.gradients(by=by), REFERENCE[by](*args), largest(reference.gradient(*args).values()))
 
 
@@ -72,16 +66,16 @@ def test_rows_of_groups_are_those_of_each_group_as_a_batch(by):
 @pytest.mark.parametrize("by", ["component", "copy"])
 @EVERY
 @EACH
-def test_rows_and_rest_sum_to_the_gradient(case, mode, by):
-    args, problem = made(case, mode)
+def test_rows_and_rest_sum_to_the_gradient(case, mode, by, recorded):
+    args, problem = recorded(case, mode)
     gradient = reference.gradient(*args)
     check_sum(problem.gradients(by=by), gradient, largest(gradient.values()))
 
 
 @EVERY
 @EACH
-def test_rest_is_that_of_the_definition(case, mode):
-    args, problem = made(case, mode)
+def test_rest_is_that_of_the_definition(case, mode, recorded):
+    args, problem = recorded(case, mode)
     expected = {name: g for name, g in reference.rest(*args).items() if g.any()}
     found = {name: g for name, g in problem.gradients().rest.items() if g.any()}
     check_rows(found, expected, largest(reference.gradient(*args).values()))
@@ -89,10 +83,10 @@ def test_rest_is_that_of_the_definition(case, mode):
 
 @EVERY
 @EACH
-def test_rows_agree_where_samples_are_apart(case, mode):
+def test_rows_agree_where_samples_are_apart(case, mode, recorded):
     if case.mixes_in(mode):
         pytest.skip("samples meet")
-    args, problem = made(case, mode)
+    args, problem = recorded(case, mode)
     scale = largest(reference.gradient(*args).values())
     rows = dict(problem.gradients(by="component"))
     check_rows(problem.gradients(by="copy"), rows, scale)
@@ -101,18 +95,18 @@ def test_rows_agree_where_samples_are_apart(case, mode):
 
 @EVERY
 @EACH
-def test_one_sweep_serves_all_samples_that_are_apart(case, mode):
+def test_one_sweep_serves_all_samples_that_are_apart(case, mode, recorded):
     """Rows that are right may still have cost one backward pass for every sample."""
     if case.mixes_in(mode):
         pytest.skip("samples meet")
-    plan = made(case, mode)[1].plan()
+    plan = recorded(case, mode)[1].plan()
     assert plan.pullbacks == 1, str(plan)
     assert {site.way for site in plan.sites} <= {"local"}
 
 
 @EACH
-def test_rows_lie_flat_in_the_order_of_the_parameters(case):
-    _, problem = made(case, "train")
+def test_rows_lie_flat_in_the_order_of_the_parameters(case, recorded):
+    _, problem = recorded(case, "train")
     rows = problem.gradients()
     expected = torch.cat([row.reshape(problem.samples, row[0].numel()) for row in rows.values()], 1)
     assert torch.equal(rows.flat(), expected)
