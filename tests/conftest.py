@@ -8,7 +8,7 @@ import torch
 from hypothesis import settings
 
 from cases.recordings import Recordings, check_asks_only
-from tiers import by_recording
+from tiers import COLLECTED, TIERS, by_recording, call_of, of_tier
 from unbatch import rules
 
 torch.set_num_threads(1)
@@ -49,5 +49,14 @@ def recorded(request: pytest.FixtureRequest, recordings: Recordings) -> Iterator
         recordings.take_back(case, mode)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items[:] = by_recording(items)
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--tier", choices=TIERS, default="all", help="which tests to run, see tests/README.md")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    config.stash[COLLECTED] = [call_of(item) for item in items]
+    kept, left = of_tier(items, config.getoption("--tier"))
+    if left:
+        config.hook.pytest_deselected(items=left)
+    items[:] = by_recording(kept)

@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import unbatch as ub
-from cases_gradients import CASES
 from cases.recordings import made
+from cases_gradients import CASES
 from test_ggn import _quiet, near  # noqa: F401
 from unbatch import curvature, reference
 from unbatch.statistics import Statistics

@@ -8,7 +8,6 @@ cancellation.
 import pytest
 import torch
 
-import unbatch as ub
 from cases.recordings import made
 from cases_gradients import CASES, by_groups
 from unbatch import reference
