@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import unbatch as ub
-from cases_gradients import GradientCase
+from cases.gradients import GradientCase
 
 Arguments = tuple[Any, ...]  # of the reference: model, loss, inputs, targets
 
