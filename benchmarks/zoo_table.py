@@ -32,9 +32,9 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import exam  # noqa: E402
 import unbatch as ub  # noqa: E402
+from cases.zoo import ENTRIES, N, ZooEntry, entry  # noqa: E402
 from exam import QUESTIONS, Answer, Exam  # noqa: E402
 from unbatch.verdicts import MARKS, NAMES, TITLES  # noqa: E402
-from cases.zoo import ENTRIES, N, ZooEntry, entry  # noqa: E402
 
 DOCS = ROOT / "docs" / "zoo.md"
 RESULTS = ROOT / "benchmarks" / "results" / "zoo.json"
