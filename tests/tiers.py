@@ -26,9 +26,11 @@ SHARED = 100  # values from which on a parameter is a table that test functions 
 ONCE = {
     "test_zoo": "published models, seconds each; small ones of each kind are in the other tables",
     "test_notebooks": "each starts a kernel",
+    "test_plot::test_files_are_the_same_for_the_same_picture": "each draws one picture several times",
     "test_wrapped::test_what_is_wrapped_is_as_the_plain_model": "each compiles or wraps a model anew",
 }
 FULL = {
+    "test_layout": "`make check` runs it, before any other test",
     "test_wheel": "builds the wheel and an environment to install it in",
     "test_properties::test_forward_programs": "200 random programs; those once found wrong are quick",
     "test_properties::test_loss_programs": "150 random programs; those once found wrong are quick",
