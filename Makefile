@@ -7,14 +7,24 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.stamp
 PIP    := $(BIN)/pip --disable-pip-version-check install -q -c constraints.txt
 
-.PHONY: demo test check bench bench-gradients bench-ggn bench-accuracy bench-monitor zoo figures format clean
+.PHONY: demo test test-rest test-all check bench bench-gradients bench-ggn bench-accuracy bench-monitor zoo figures format clean
 
 demo: $(STAMP)
 	$(BIN)/unbatch demo
 
-# One thread per worker: two workers with a thread pool each would fight over the cores.
+# One thread per worker: two workers with a thread pool each would fight over the cores. Idle workers
+# take tests from the end of what others have left, so that tests of one recording stay together.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+
+# Every test function and every case once; what the tiers are is in tests/README.md.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	$(PYTEST) --tier quick
+
+test-rest: $(STAMP)
+	$(PYTEST) --tier rest
+
+test-all: $(STAMP)
+	$(PYTEST)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -1,7 +1,7 @@
 """One page of what was measured: each quantity beside the fastest other tool that got it right.
 
 Made of `benchmarks/results/*.json` alone: `python benchmarks/overview.py` writes
-`docs/benchmarks/overview.md`, and tests/test_docs.py holds the page against the results.
+`docs/benchmarks/overview.md`, and tests/documents/test_docs.py holds the page against the results.
 """
 
 from __future__ import annotations

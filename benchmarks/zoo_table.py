@@ -5,7 +5,7 @@
     python benchmarks/zoo_table.py bert cv-resnet   these entries, printed
     python benchmarks/zoo_table.py --quick          every eighth entry, printed
 
-Entries come from `tests/zoo.py`; what is expected of them lives in `tests/test_zoo.py`.
+Entries come from `tests/cases/zoo.py`; what is expected of them lives in `tests/analysis/test_zoo.py`.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 import unbatch as ub  # noqa: E402
+from cases.zoo import ENTRIES, N, ZooEntry, entry  # noqa: E402
 from lib import exam  # noqa: E402
 from lib.exam import QUESTIONS, Answer, Exam  # noqa: E402
 from unbatch.verdicts import MARKS, NAMES, TITLES  # noqa: E402
-from zoo import ENTRIES, N, ZooEntry, entry  # noqa: E402
 
 DOCS = ROOT / "docs" / "benchmarks" / "zoo.md"
 RESULTS = ROOT / "benchmarks" / "results" / "zoo.json"

@@ -2,11 +2,14 @@
 
 import functools
 import os
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from hypothesis import settings
 
+from cases.recordings import Recordings, check_asks_only
+from tiers import COLLECTED, TIERS, by_recording, call_of, of_tier
 from unbatch import branches, capture, errors, structure
 from unbatch.graph import Graph, check_graph
 
@@ -42,3 +45,39 @@ errors.STRICT = True  # an error inside a rule is a bug here, not an "unknown"
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def recordings() -> Recordings:
+    return Recordings()
+
+
+@pytest.fixture
+def recorded(request: pytest.FixtureRequest, recordings: Recordings) -> Iterator[Callable]:
+    """`recorded(case, mode)`: a problem that other tests share, and the arguments of the reference.
+
+    Fails where the test has changed any of it.
+    """
+    check_asks_only(request.fixturenames)
+    borrowed = []
+
+    def lend(case, mode):
+        borrowed.append((case, mode))
+        return recordings.lend(case, mode)
+
+    yield lend
+    for case, mode in borrowed:
+        recordings.take_back(case, mode)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--tier", choices=TIERS, default="all", help="which tests to run, see tests/README.md")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    config.stash[COLLECTED] = [call_of(item) for item in items]
+    kept, left = of_tier(items, config.getoption("--tier"))
+    if left:
+        config.hook.pytest_deselected(items=left)
+    items[:] = by_recording(kept)
