@@ -316,7 +316,7 @@ def users_line() -> str:
     """File and line of the innermost frame that belongs to neither PyTorch nor this package, inside a recording."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code in (record.__code__, record_answered.__code__):  # also where they are wrapped
+        if frame.f_code in ENTRIES:
             return ""
         file = frame.f_code.co_filename
         if (not file.startswith(LIBRARY) and not file.startswith("<frozen")) or file == USER:
