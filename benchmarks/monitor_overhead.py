@@ -29,7 +29,7 @@ from torch import Tensor
 import overview
 import unbatch as ub
 from lib.interleaved import facts
-from unbatch import demo
+from unbatch.cli import demo
 
 RESULTS = Path(__file__).resolve().parent / "results" / "monitor.json"
 TURN = 44  # steps of one run before it is the other's turn: an epoch

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import unbatch as ub
 from lib.interleaved import facts
-from unbatch.structure import judge
+from unbatch.analysis.inference import judge
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs" / "benchmarks" / "structure.md"

@@ -34,7 +34,7 @@ import unbatch as ub  # noqa: E402
 from cases.zoo import ENTRIES, N, ZooEntry, entry  # noqa: E402
 from lib import exam  # noqa: E402
 from lib.exam import QUESTIONS, Answer, Exam  # noqa: E402
-from unbatch.verdicts import MARKS, NAMES, TITLES  # noqa: E402
+from unbatch.analysis.structure import MARKS, NAMES, TITLES  # noqa: E402
 
 DOCS = ROOT / "docs" / "benchmarks" / "zoo.md"
 RESULTS = ROOT / "benchmarks" / "results" / "zoo.json"

@@ -10,8 +10,10 @@ from hypothesis import settings
 
 from cases.recordings import Recordings, check_asks_only
 from tiers import COLLECTED, TIERS, by_recording, call_of, of_tier
-from unbatch import branches, capture, errors, structure
-from unbatch.graph import Graph, check_graph
+from unbatch import errors
+from unbatch.analysis import inference
+from unbatch.capture import control_flow, program
+from unbatch.capture.graph import Graph, check_graph
 
 torch.set_num_threads(1)
 
@@ -34,10 +36,10 @@ def _checked(function):
 
 for name in ("moved", "inserted", "in_double"):
     setattr(Graph, name, _checked(getattr(Graph, name)))
-capture.record = _checked(capture.record)
-branches.record_answered = _checked(branches.record_answered)
-structure.split = _checked(structure.split)
-structure.folded = _checked(structure.folded)
+program.record = _checked(program.record)
+control_flow.record_answered = _checked(control_flow.record_answered)
+inference.split = _checked(inference.split)
+inference.folded = _checked(inference.folded)
 
 errors.STRICT = True  # an error inside a rule is a bug here, not an "unknown"
 

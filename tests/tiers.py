@@ -30,7 +30,7 @@ ONCE = {
     "test_wrapped::test_what_is_wrapped_is_as_the_plain_model": "each compiles or wraps a model anew",
 }
 FULL = {
-    "test_layout": "`make check` runs it, before any other test",
+    "test_imports": "`make check` runs it, before any other test",
     "test_wheel": "builds the wheel and an environment to install it in",
     "test_properties::test_forward_programs": "200 random programs; those once found wrong are quick",
     "test_properties::test_loss_programs": "150 random programs; those once found wrong are quick",

@@ -1,6 +1,8 @@
 """`python -m unbatch` is the command `unbatch`."""
 
-from unbatch.cli import main
+from __future__ import annotations
+
+from unbatch.cli.commands import main
 
 if __name__ == "__main__":
     main()

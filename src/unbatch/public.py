@@ -3,18 +3,11 @@
 It stands apart from `__init__.py` so that importing the package does not import torch. Nothing is defined here.
 """
 
-from unbatch.columns import DiagGGN
-from unbatch.compression import Compression
-from unbatch.crosstalk import Crosstalk
-from unbatch.diagnostics import (
-    ClippedSum,
-    EarlyStopping,
-    InnerProductTest,
-    NoiseScale,
-    NormTest,
-    OrthogonalityTest,
-    SignalToNoise,
-)
+from unbatch.analysis.rules.registry import assume_independent, register_rule
+from unbatch.analysis.structure import Culprit, Structure, Verdict
+from unbatch.curvature.ggn import GGN
+from unbatch.curvature.ggn_quantities import DiagGGN
+from unbatch.curvature.low_rank import Compression
 from unbatch.errors import (
     CaptureError,
     ConvergenceError,
@@ -27,16 +20,22 @@ from unbatch.errors import (
     UnregisteredParameterWarning,
     VanishingCurvatureWarning,
 )
-from unbatch.ggn import GGN
-from unbatch.monitor import Monitor
-from unbatch.page import write_report
-from unbatch.problem import Problem
-from unbatch.quantities import Dots, Gradients, Histogram, Norms, SecondMoment, SumOfSquares, Variance
-from unbatch.recording import assume_independent
-from unbatch.results import Rows
-from unbatch.rules import register_rule
-from unbatch.verdicts import Culprit, Structure, Verdict
-from unbatch.verify import Verification
+from unbatch.gradients.diagnostics import (
+    ClippedSum,
+    EarlyStopping,
+    InnerProductTest,
+    NoiseScale,
+    NormTest,
+    OrthogonalityTest,
+    SignalToNoise,
+)
+from unbatch.gradients.quantities import Dots, Gradients, Histogram, Norms, SecondMoment, SumOfSquares, Variance
+from unbatch.gradients.results import Rows
+from unbatch.monitoring.monitor import Monitor
+from unbatch.problem.problem import Problem
+from unbatch.report.page import write_report
+from unbatch.verification.crosstalk import Crosstalk
+from unbatch.verification.verify import Verification
 
 __all__ = [
     "CaptureError",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import unbatch as ub
-from unbatch.consequences import (
+from unbatch.analysis.consequence_table import (
     FACTS,
     INDEPENDENT,
     LOSS,
@@ -30,12 +30,8 @@ from unbatch.consequences import (
     Case,
     Consequence,
     Quantity,
-    check,
-    consequence,
-    follows,
-    render_markdown,
-    situation,
 )
+from unbatch.analysis.consequences import check, consequence, follows, render_markdown, situation
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "consequences.md"
 

@@ -3,8 +3,18 @@
 import numpy as np
 import pytest
 
-from unbatch import labels
-from unbatch.labels import MIXED, SHARED, Marks, batched, group_number, group_owner, is_group, is_sample, shared
+from unbatch.analysis.domain import ownership as labels
+from unbatch.analysis.domain.ownership import (
+    MIXED,
+    SHARED,
+    Marks,
+    batched,
+    group_number,
+    group_owner,
+    is_group,
+    is_sample,
+    shared,
+)
 
 GROUPS = [group_owner(n) for n in range(3)]
 

@@ -41,7 +41,7 @@ from cases.losses import (
     with_targets,
 )
 from cases.verdicts import LOSS, check, check_weights, truth_of
-from unbatch import reference
+from unbatch.reference import definitions as reference
 
 EXACT = 1e-9
 TORCHS = "reduction: 'mean' divides the total loss"  # what torch has to say of the mean of its KLDivLoss
@@ -496,7 +496,7 @@ def test_weights_of_means_and_sums_are_read_off():
 
 def test_weights_of_another_sample_are_caught(monkeypatch):
     """What is read off without a look at the samples is wrong where some are left out."""
-    monkeypatch.setattr("unbatch.weights._treats_alike", lambda *_: True)
+    monkeypatch.setattr("unbatch.analysis.loss_weights._treats_alike", lambda *_: True)
     with pytest.raises(AssertionError, match="rows over their weights: off by"):
         check_weights_of_rows(rows_of_samples_alike(BY_NAME["the first three samples"]))
 
@@ -648,7 +648,7 @@ def test_a_backward_pass_without_a_graph_is_refused(function, dtype):
 
 
 def test_without_the_differences_it_would_be_wrong(monkeypatch):
-    monkeypatch.setattr("unbatch.cotangents.own_derivatives", lambda _: [])
+    monkeypatch.setattr("unbatch.autodiff.loss.own_derivatives", lambda _: [])
     _, wrong = by_hand(Prepared)
     torch.manual_seed(0)
     args, _ = by_hand(Exponential)
@@ -742,8 +742,8 @@ def test_derivatives_inside_a_loss_that_is_replayed_are_refused():
 def test_replayed_derivatives_would_be_wrong(monkeypatch):
     args = with_residual(norm=True)
     problem = ub.Problem(args[0], args[1], args[2:])
-    monkeypatch.setattr("unbatch.sources.by_graph", lambda *_: True)
-    monkeypatch.setattr("unbatch.cotangents.by_graph", lambda *_: True)
+    monkeypatch.setattr("unbatch.autodiff.loss.by_graph", lambda *_: True)
+    monkeypatch.setattr("unbatch.autodiff.loss.by_graph", lambda *_: True)
     with pytest.raises(AssertionError, match=r"rest of .*: off by"):
         check_gradients(Expected(*args), problem)
 
@@ -811,6 +811,6 @@ def test_numbers_in_a_loss_do_not_make_its_second_derivative_rough():
 
 
 def test_a_second_derivative_tested_in_single_precision_is_caught(monkeypatch):
-    monkeypatch.setattr("unbatch.cotangents.LossAt.in_double", lambda _: None)
+    monkeypatch.setattr("unbatch.autodiff.loss.LossAt.in_double", lambda _: None)
     with pytest.raises(AssertionError, match="another rank"):
         check_agreement(*in_both_precisions())

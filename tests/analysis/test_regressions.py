@@ -12,10 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import unbatch as ub
-from unbatch import reference
-from unbatch.algebra import Algebra
-from unbatch.labels import batched, shared
-from unbatch.rules import RULES, Call
+from unbatch.analysis.domain.ownership import batched, shared
+from unbatch.analysis.domain.propagation import Algebra
+from unbatch.analysis.rules.registry import RULES, Call
+from unbatch.reference import definitions as reference
 
 N, D = 6, 4
 FORWARD = ("independent_forward", "simd_forward", "simd_given_statistics")

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from unbatch.labels import MIXED, SHARED, Marks, batched, follow_samples, group_owner, shared
-from unbatch.sample_layout import (
+from unbatch.analysis.domain.ownership import MIXED, SHARED, Marks, batched, follow_samples, group_owner, shared
+from unbatch.analysis.domain.sample_layout import (
     Layout,
     contiguous_blocks,
     holds_its_place,

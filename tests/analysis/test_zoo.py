@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import zoo_table  # noqa: E402
 from lib import exam  # noqa: E402
-from unbatch.ggn import GGN  # noqa: E402
+from unbatch.curvature.ggn import GGN  # noqa: E402
 
 HOLDS = dict.fromkeys(zoo_table.NAMES, "holds")
 NORMALIZED = HOLDS | {"independent_forward": "fails", "simd_forward": "fails"}  # given statistics it holds

@@ -6,7 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import unbatch as ub
-from unbatch import live, reference
+from unbatch.autodiff import eager as live
+from unbatch.reference import definitions as reference
 
 N, D, C = 5, 4, 3
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from unbatch.aliasing import Window, by_memory, overwritten, places, seen_through_older_windows
-from unbatch.capture import Program, record
+from unbatch.capture.aliasing import Window, by_memory, overwritten, places, seen_through_older_windows
+from unbatch.capture.program import Program, record
 
 MEMORY = torch.arange(24.0)
 VIEWS = {

@@ -11,7 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import unbatch as ub
-from unbatch import branches, reading, rules, terms
+from unbatch.analysis.rules import registry as rules
+from unbatch.capture import control_flow as branches
+from unbatch.capture import expressions as terms
+from unbatch.capture import symbolic as reading
 
 N, T, H, E = 4, 5, 2, 4
 
@@ -410,7 +413,7 @@ def test_ways_that_are_not_compared_are_caught(monkeypatch):
 
 def values_of(function, *inputs: Tensor) -> list[terms.Term]:
     """The terms of what ``function`` returns."""
-    from unbatch.capture import Program, record_answered
+    from unbatch.capture.program import Program, record_answered
 
     graph = record_answered(Program(function, lambda out: sum(o.sum() for o in out), {}), inputs, None, ())
     read = reading.Reading(graph, values_of.terms)

@@ -20,9 +20,11 @@ from torch.utils.checkpoint import checkpoint
 
 import unbatch as ub
 from cases.function_net import D, N, Net, T, flat
-from unbatch import capture
-from unbatch.capture import Program
-from unbatch.graph import Step
+from unbatch.capture import graph as graph_module
+from unbatch.capture import isolation
+from unbatch.capture import program as capture
+from unbatch.capture.graph import Step
+from unbatch.capture.program import Program
 
 # ---------------------------------------------------------------- programs
 
@@ -273,13 +275,13 @@ def other_batch(inputs: Any) -> Any:
     return tree_map(lambda t: torch.randn_like(t) * 3 if t.is_floating_point() else t.flip(0), inputs)
 
 
-def eager(program: capture.Program, graph: capture.Graph, inputs: Any) -> list[Tensor]:
+def eager(program: capture.Program, graph: graph_module.Graph, inputs: Any) -> list[Tensor]:
     """The model itself, from the random state of the recording; without a trace."""
-    with capture.untouched(program.modules, graph.rng):
+    with isolation.untouched(program.modules, graph.rng):
         return tree_leaves(program.predict(tree_map(torch.clone, inputs)))
 
 
-def replayed(graph: capture.Graph, inputs: Any, parameters: dict[int, Tensor] | None = None) -> list[Tensor]:
+def replayed(graph: graph_module.Graph, inputs: Any, parameters: dict[int, Tensor] | None = None) -> list[Tensor]:
     feed = {ref.index: x for ref, x in zip(graph.inputs, tree_leaves(inputs), strict=True) if ref is not None}
     return graph.run(feed | (parameters or {}), [p.index for p in graph.predictions])
 
@@ -289,7 +291,7 @@ def assert_same(mine: list[Tensor], true: list[Tensor]) -> None:
         torch.testing.assert_close(a.detach(), b.detach(), rtol=1e-12, atol=1e-12)
 
 
-def gradients_agree(program: capture.Program, graph: capture.Graph, inputs: Any) -> None:
+def gradients_agree(program: capture.Program, graph: graph_module.Graph, inputs: Any) -> None:
     """Raise where the parameters' gradients of one random combination of the outputs differ."""
     places = {v.name: i for i, v in enumerate(graph.values) if v.kind == "parameters"}
     fresh = {i: program.parameters[name].detach().clone().requires_grad_() for name, i in places.items()}
@@ -335,7 +337,7 @@ def test_wrong_gradients_are_noted(case):
 def test_questions_about_gradients_ask_the_model(case):
     problem = problem_of(case)
     graph, _ = capture.record(problem.program, problem.inputs, None)
-    with capture.untouched(problem.program.modules, graph.rng):
+    with isolation.untouched(problem.program.modules, graph.rng):
         value = summed(problem.program.predict(tree_map(torch.clone, problem.inputs)))
         true = torch.autograd.grad(value, list(problem.program.parameters.values()), allow_unused=True)
     gradient = problem.gradient()

@@ -10,7 +10,10 @@ from torch.nn import functional as F
 
 import unbatch as ub
 from cases.language import WORDS, language_model, near_in_single, text, with_prompts
-from unbatch import folds, reference, split, structure
+from unbatch.analysis import inference as structure
+from unbatch.analysis import loss_boundary as split
+from unbatch.capture import sample_axes as folds
+from unbatch.reference import definitions as reference
 
 B, T, D, C = 3, 4, 5, 3
 

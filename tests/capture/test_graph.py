@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from unbatch.capture import Program, record
-from unbatch.graph import Escape, Graph, GraphError, ModuleCall, Ref, Value, check_graph
+from unbatch.capture.graph import Escape, Graph, GraphError, ModuleCall, Ref, Value, check_graph
+from unbatch.capture.program import Program, record
 
 N, D = 4, 3
 

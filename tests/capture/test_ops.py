@@ -8,10 +8,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from unbatch import ops
-from unbatch.device_ops import drops
-from unbatch.graph import Step
-from unbatch.ops import BatchNorm, HiddenWrites, Moves, Traits
+from unbatch.capture import ops
+from unbatch.capture.device_ops import drops
+from unbatch.capture.graph import Step
+from unbatch.capture.ops import BatchNorm, HiddenWrites, Moves, Traits
 
 aten = torch.ops.aten
 

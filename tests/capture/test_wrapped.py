@@ -22,7 +22,8 @@ import unbatch as ub
 from cases.comparison import near
 from cases.language import WORDS, T, language_model, near_in_single, text, with_prompts
 from cases.state import assert_unchanged, state
-from unbatch import reference, unwrapped
+from unbatch.capture import wrappers as unwrapped
+from unbatch.reference import definitions as reference
 
 N, D, C = 6, 4, 3
 ZERO = 1e-15  # what is left of larger numbers where a bias right below a batch norm has no derivative

@@ -13,10 +13,13 @@ import torch
 from typer.testing import CliRunner
 
 import unbatch
-from unbatch import arguments, cli, demo, report
-from unbatch.arguments import Shape
+from unbatch.cli import commands as cli
+from unbatch.cli import demo
+from unbatch.cli import parsing as arguments
+from unbatch.cli.parsing import Shape
 from unbatch.errors import InputError
-from unbatch.verify import Check, Verification
+from unbatch.report import tables as report
+from unbatch.verification.verify import Check, Verification
 
 NETS = '''
 """Nets for the tests of the command line."""

@@ -13,7 +13,8 @@ import torch
 from rich.console import Console
 
 import unbatch
-from unbatch import demo, report
+from unbatch.cli import demo
+from unbatch.report import tables as report
 
 NEWLY = ("independent forward", "SIMD forward")
 ALWAYS = ("canonical split", "SIMD given statistics", "reduction", "SIMD loss")

@@ -9,8 +9,9 @@ import unbatch as ub
 from cases.comparison import near
 from cases.gradients import CASES
 from cases.recordings import made
-from unbatch import curvature, reference
-from unbatch.statistics import Statistics
+from unbatch.curvature import strategy as curvature
+from unbatch.curvature.batch_statistics import Statistics
+from unbatch.reference import definitions as reference
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::unbatch.VanishingCurvatureWarning"),  # losses are linear here and there
@@ -148,7 +149,7 @@ def test_a_matrix_by_few_parameters_at_a_time_is_the_same():
 
 def test_a_wrong_derivative_of_the_statistics_is_caught(monkeypatch):
     """Total coefficients in place of partial ones, say: the split is not believed, and columns are pulled back."""
-    from unbatch.statistics import Norm
+    from unbatch.curvature.batch_statistics import Norm
 
     right = Norm.partial
     monkeypatch.setattr(Norm, "partial", lambda self, g: 1.1 * right(self, g))

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import unbatch as ub
 from cases.comparison import near
 from cases.gradients import CASES
-from unbatch import reference
+from unbatch.reference import definitions as reference
 
 pytestmark = pytest.mark.filterwarnings("ignore::unbatch.VanishingCurvatureWarning")  # losses are linear here and there
 
@@ -556,7 +556,7 @@ def test_stacked_columns_below_a_batch_norm_are_caught():
 
 
 def test_a_wrong_tangent_is_caught(monkeypatch):
-    from unbatch import tangents
+    from unbatch.autodiff import jvp_rules as tangents
 
     monkeypatch.setitem(tangents.RULES, "tanh", lambda ran, moving: [moving["self"]])
     _, problem = two_batch_norms()
@@ -566,7 +566,7 @@ def test_a_wrong_tangent_is_caught(monkeypatch):
 
 
 def test_a_guess_that_does_not_hold_is_caught(monkeypatch):
-    from unbatch import loss as forms
+    from unbatch.curvature import loss_hessian as forms
 
     monkeypatch.setattr(forms._Search, "_of_entries", lambda self, _: self._holds(wrong(self)))
 

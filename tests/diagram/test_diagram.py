@@ -11,10 +11,12 @@ from torch.utils._pytree import tree_leaves
 
 import unbatch as ub
 from cases.models import FAMILIES, MODELS
-from unbatch import figure, meetings, recording
-from unbatch.diagram import Diagram
-from unbatch.stages import MOST, Stage, shown
-from unbatch.verdicts import Culprit
+from unbatch.analysis.structure import Culprit
+from unbatch.diagram import figure
+from unbatch.diagram import mixing as meetings
+from unbatch.diagram.diagram import Diagram
+from unbatch.diagram.stages import MOST, Stage, shown
+from unbatch.problem import session as recording
 
 N = 8
 

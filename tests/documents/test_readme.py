@@ -17,7 +17,9 @@ import pytest
 from typer.testing import CliRunner
 
 from cases.pages import blocks, granted, run_python, words
-from unbatch import cli, kinds, rules
+from unbatch.analysis.rules import registry as rules
+from unbatch.autodiff.contractions import registry as kinds
+from unbatch.cli import commands as cli
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import unbatch as ub
-from unbatch import reference
+from unbatch.reference import definitions as reference
 
 N = 7
 

@@ -16,7 +16,7 @@ from torch import nn
 
 import unbatch as ub
 from cases.device_kernels import registered
-from unbatch import ops
+from unbatch.capture import ops
 
 aten = torch.ops.aten
 REFERENCE = aten.native_batch_norm.default

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 import unbatch as ub
 from cases.device_kernels_other import KERNELS, registered
 from cases.device_ops_table import NORMS, PAGE, ROWS, Row, page
-from unbatch import capture, recurrences
-from unbatch.device_ops import SAME_AS
+from unbatch.analysis.rules import recurrences
+from unbatch.capture import program as capture
+from unbatch.capture.device_ops import SAME_AS
 from unbatch.errors import StructureError
 
 F = nn.functional

@@ -22,8 +22,9 @@ from torch.utils._pytree import tree_map
 
 import unbatch as ub
 from cases.nets import Net, Source, net_source
-from unbatch import reference
-from unbatch.products import Linear
+from unbatch.autodiff.contractions.matmul import Linear
+from unbatch.reference import definitions as reference
+from unbatch.reference import isolated_samples
 
 pytestmark = pytest.mark.filterwarnings("ignore::unbatch.VanishingCurvatureWarning")  # losses are linear here and there
 
@@ -123,7 +124,7 @@ def predictions(model: Net, x: Any) -> Tensor:
     """``[N, entries]``, with the noise of one seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(NOISE)
-        p = reference.predict(model, x)
+        p = isolated_samples.predict(model, x)
     return p.detach().flatten(1) if p.ndim > 1 else p.detach()[:, None]
 
 
@@ -446,7 +447,7 @@ def test_rows_in_another_order_are_caught(monkeypatch):
 
 
 def test_a_wrong_contraction_is_caught(monkeypatch):
-    monkeypatch.setattr("unbatch.trust._agree", lambda *_: True)  # the plan is believed as it is
+    monkeypatch.setattr("unbatch.gradients.self_check._agree", lambda *_: True)  # the plan is believed as it is
     right = Linear.rows
     monkeypatch.setattr(Linear, "rows", lambda self, *args: right(self, *args).mul_(1.001))
     with pytest.raises(AssertionError, match="off by"):

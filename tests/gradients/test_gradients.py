@@ -10,7 +10,7 @@ import torch
 
 from cases.gradients import CASES, by_groups
 from cases.recordings import made
-from unbatch import reference
+from unbatch.reference import definitions as reference
 
 REFERENCE = {"component": reference.component, "copy": reference.copies, "frozen": reference.frozen}
 ROWS, FLOOR, SUMS = 1e-10, 1e-12, 1e-12

@@ -17,9 +17,11 @@ from cases.autograd_state import state
 from cases.function_net import D, N, Net
 from cases.gradients import Twice
 from cases.state import STATEFUL, Countdown, assert_unchanged, stateful_problem
-from unbatch import broadcasts, products, sources
-from unbatch.parts import Part
-from unbatch.quantities import About, Basic, Collector
+from unbatch.autodiff.contractions import broadcast as broadcasts
+from unbatch.autodiff.contractions import matmul as products
+from unbatch.autodiff.contractions.row_block import Part
+from unbatch.gradients import replayed_rows
+from unbatch.gradients.quantities import About, Basic, Collector
 
 # ---------------------------------------------------------------- what must not change
 
@@ -419,13 +421,13 @@ def test_a_planted_change_is_caught(name):
 
 def test_an_engine_that_writes_to_parameters_is_caught(monkeypatch):
     problem = stateful_problem(normed)
-    rest = sources.Recorded.rest
+    rest = replayed_rows.Recorded.rest
 
-    def writing(self: sources.Recorded) -> dict[str, Tensor]:
+    def writing(self: replayed_rows.Recorded) -> dict[str, Tensor]:
         next(iter(self.parameters.values())).detach().mul_(1)
         return rest(self)
 
-    monkeypatch.setattr(sources.Recorded, "rest", writing)
+    monkeypatch.setattr(replayed_rows.Recorded, "rest", writing)
     before = state(problem)
     problem.gradients()
     with pytest.raises(AssertionError, match=r"changed.*version"):

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import unbatch as ub
-from unbatch import reference
-from unbatch.mixing import Pooled
-from unbatch.products import Linear
+from unbatch.autodiff.contractions.batch_norm import Pooled
+from unbatch.autodiff.contractions.matmul import Linear
+from unbatch.reference import definitions as reference
 
 N, D, C, T = 5, 6, 3, 4
 PROGRAMS = {}

@@ -19,9 +19,9 @@ from torch.nn import functional as F
 
 import unbatch as ub
 from cases.gradients import CASES
-from unbatch import reference
-from unbatch.parts import Part
-from unbatch.quantities import About, Basic, Collector, Derived, Projections, Quantity
+from unbatch.autodiff.contractions.row_block import Part
+from unbatch.gradients.quantities import About, Basic, Collector, Derived, Projections, Quantity
+from unbatch.reference import definitions as reference
 
 EXACT, FLOOR = 1e-9, 1e-12
 Plain = dict[str, Tensor]

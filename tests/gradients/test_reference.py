@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from cases.gradients import CASES, N, Net, by_groups
-from unbatch import lockstep, reference
+from unbatch.reference import definitions as reference
+from unbatch.reference import isolated_samples as lockstep
 
 MODES = ("train", "eval")
 BY_NAME = {case.name: case for case in CASES}

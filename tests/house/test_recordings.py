@@ -5,7 +5,7 @@ import torch
 
 from cases.gradients import CASES
 from cases.recordings import Recordings, check_asks_only, made
-from unbatch import reference
+from unbatch.reference import definitions as reference
 
 CASE = next(case for case in CASES if case.name == "batch norm, ce")
 DROPOUT = next(case for case in CASES if case.name == "dropout")

@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import unbatch as ub
-from unbatch import reference, spectra
 from unbatch.integrations.curvlinops import from_curvlinops, to_curvlinops
-from unbatch.operator import Dense, Diagonal
+from unbatch.linalg import spectra
+from unbatch.linalg.operators import Dense, Diagonal
+from unbatch.reference import definitions as reference
 
 curvlinops = pytest.importorskip("curvlinops")
 

@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import unbatch as ub
-from unbatch import reference
+from unbatch.integrations.laplace import UnbatchEF, UnbatchGGN
+from unbatch.reference import definitions as reference
 
 pytest.importorskip("curvlinops")
 pytest.importorskip("backpack")
@@ -20,8 +21,6 @@ pytest.importorskip("laplace", exc_type=ImportError)
 
 import laplace
 from laplace import curvature
-
-from unbatch.integrations.laplace import UnbatchEF, UnbatchGGN
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning"),

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import unbatch as ub
-from unbatch import reference
 from unbatch.integrations.opacus import UnsuitableLossError, validate, write_clipped_gradient
+from unbatch.reference import definitions as reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from unbatch import rows
-from unbatch.precision import BACKWARD, DOUBLE, FORWARD, SINGLE, in_double, tolerance
-from unbatch.probes import gaussian_like, gaussians_like, random_signs, seeded
-from unbatch.rows import Moments, sum_of
+from unbatch.linalg import rows
+from unbatch.linalg.precision import BACKWARD, DOUBLE, FORWARD, SINGLE, in_double, tolerance
+from unbatch.linalg.probes import gaussian_like, gaussians_like, random_signs, seeded
+from unbatch.linalg.rows import Moments, sum_of
 
 
 def apart(moments, x):

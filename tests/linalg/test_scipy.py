@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import unbatch as ub
-from unbatch import reference
-from unbatch.operator import Dense, Diagonal
+from unbatch.linalg.operators import Dense, Diagonal
+from unbatch.reference import definitions as reference
 
 linalg = pytest.importorskip("scipy.sparse.linalg")
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import unbatch as ub
-from unbatch import spectra
-from unbatch.operator import Dense
+from unbatch.linalg import spectra
+from unbatch.linalg.operators import Dense
 
 D = 120
 SEEDS = 100

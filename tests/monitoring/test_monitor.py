@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import unbatch as ub
-from unbatch import answers, reference
-from unbatch.monitor import Account
-from unbatch.quantities import Derived
+from unbatch.gradients.quantities import Derived
+from unbatch.monitoring import metrics as answers
+from unbatch.monitoring.monitor import Account
+from unbatch.reference import definitions as reference
 
 N, D, C = 6, 4, 3
 
@@ -503,7 +504,7 @@ def test_a_verdict_that_changed_is_told_once(name, tmp_path):
 
 
 def test_the_recording_is_kept_between_steps(monkeypatch):
-    from unbatch import capture
+    from unbatch.capture import program as capture
 
     seen, record = [], capture.record
     monkeypatch.setattr(capture, "record", lambda *args: seen.append(1) or record(*args))
@@ -590,7 +591,7 @@ def test_after_a_training_has_diverged_all_lines_are_json(tmp_path):
 
 
 def test_whatever_a_line_holds_is_json(tmp_path):
-    from unbatch.journal import Journal
+    from unbatch.monitoring.log import Journal
 
     journal = Journal(tmp_path / "run.jsonl")
     line = {"step": 0, "values": (math.nan, [-math.inf, {"x": np.float64(math.inf)}]), "error": "a name \udcff"}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import unbatch as ub
-from unbatch import reference
+from unbatch.reference import definitions as reference
 
 pytestmark = pytest.mark.filterwarnings("ignore::unbatch.VanishingCurvatureWarning")  # losses are linear here and there
 

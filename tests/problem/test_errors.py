@@ -16,7 +16,8 @@ from torch.nn import functional as F
 import unbatch as ub
 from cases.classifier import C, D, N, loss, model, with_nan, x, y
 from cases.state import assert_unchanged, state
-from unbatch import recording, rules
+from unbatch.analysis.rules import registry
+from unbatch.analysis.rules import registry as rules
 
 # ---------------------------------------------------------------- refused
 
@@ -506,7 +507,7 @@ def declarations(monkeypatch) -> None:
     """What a test declares is forgotten after it."""
     monkeypatch.setattr(rules, "CUSTOM", dict(rules.CUSTOM))
     monkeypatch.setattr(rules, "ASSUMED", dict(rules.ASSUMED))
-    monkeypatch.setattr(recording, "ASSUMED_MODULES", dict(recording.ASSUMED_MODULES))
+    monkeypatch.setattr(registry, "ASSUMED_MODULES", dict(registry.ASSUMED_MODULES))
 
 
 @pytest.mark.usefixtures("declarations")

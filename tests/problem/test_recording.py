@@ -14,7 +14,9 @@ from torch.nn import functional as F
 
 import unbatch as ub
 from cases.classifier import C, D, N, loss, model, with_nan, x, y
-from unbatch import capture, guard
+from unbatch.capture import guards as guard
+from unbatch.capture import isolation
+from unbatch.capture import program as capture
 
 
 @pytest.fixture
@@ -102,7 +104,7 @@ def test_another_batch_needs_no_recording(records):
         other = first.with_batch(x(), y())
         assert other.structure.simd_given_statistics
         assert len(records) == 1
-        with capture.untouched(other.program.modules):
+        with isolation.untouched(other.program.modules):
             torch.testing.assert_close(other.predictions(), other.program.model(other.inputs))
             true = torch.autograd.grad(
                 loss(other.program.model(other.inputs), other.targets), list(other.program.model.parameters())
@@ -444,6 +446,6 @@ def test_a_guard_that_does_not_look_is_caught(blind, change, monkeypatch):
 
 
 def test_a_move_that_forgets_the_facts_is_caught(monkeypatch):
-    monkeypatch.setattr("unbatch.walk.Fact.holds", lambda self, graph: True)
+    monkeypatch.setattr("unbatch.analysis.interpreter.Fact.holds", lambda self, graph: True)
     with pytest.raises(AssertionError):
         test_an_order_kept_in_a_buffer_is_looked_at_again([])

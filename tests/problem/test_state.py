@@ -14,9 +14,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import unbatch as ub
-from unbatch.capture import Program
-from unbatch.ggn import GGN
-from unbatch.graph import Graph
+from unbatch.capture.graph import Graph
+from unbatch.capture.program import Program
+from unbatch.curvature.ggn import GGN
 
 SAMPLES, FEATURES, CLASSES = 6, 5, 3
 
@@ -136,7 +136,7 @@ def test_a_question_runs_the_batch_forward_once(monkeypatch, norms, question):
 
 def test_by_way_of_statistics_the_batch_runs_with_and_without_them(monkeypatch):
     """Once as it is, and once with statistics held constant for each of what goes on there: vjps and rows."""
-    monkeypatch.setattr("unbatch.curvature.pays", lambda *_: True)
+    monkeypatch.setattr("unbatch.curvature.low_rank.pays", lambda *_: True)
     problem = problem_of(2)
     assert problem.structure
     passes = Passes(monkeypatch, problem)

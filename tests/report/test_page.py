@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import unbatch as ub
-from unbatch import plot
+from unbatch.report import plot
 
 pytest.importorskip("matplotlib")
 N, D, C = 6, 5, 3

@@ -12,8 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import unbatch as ub
-from unbatch import plot, spectra
+from unbatch.diagram import figure as figure_module
 from unbatch.errors import InputError, StructureError
+from unbatch.linalg import spectra
+from unbatch.report import plot
 
 pytest.importorskip("matplotlib")
 from matplotlib.colors import to_hex
@@ -68,7 +70,7 @@ def test_axes_of_ones_own(name, mixing):
 @pytest.mark.parametrize("name", PICTURES)
 def test_files_are_the_same_for_the_same_picture(name, mixing, tmp_path):
     for file in ("a.svg", "b.svg", "a.png", "b.png"):
-        plot.save(PICTURES[name](mixing), tmp_path / file)
+        figure_module.save(PICTURES[name](mixing), tmp_path / file)
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert (tmp_path / "a.svg").read_text().startswith('<svg role="img" aria-label="')
@@ -117,8 +119,8 @@ def shapes(ax):
 
 
 def test_shapes_tell_the_kinds_apart_without_colour(mixing, apart):
-    from unbatch import figure
-    from unbatch.stages import Stage
+    from unbatch.diagram import figure
+    from unbatch.diagram.stages import Stage
 
     drawn = {}
     for kind in ("separate", "statistics", "mixed", "unknown"):

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from unbatch.capture import Program
-from unbatch.loss_witness import LossOracle
-from unbatch.precision import LOSS_IN_DOUBLE, LOSS_WITH_CASTS
-from unbatch.purity import random_state
+from unbatch.capture.isolation import random_state
+from unbatch.capture.program import Program
+from unbatch.linalg.precision import LOSS_IN_DOUBLE, LOSS_WITH_CASTS
+from unbatch.verification.loss_tests import LossOracle
 
 N, C = 4, 3
 CONSTANT = torch.ones(C)

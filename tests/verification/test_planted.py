@@ -16,10 +16,11 @@ from torch.nn import functional as F
 import unbatch as ub
 from cases.experiments import check_forward, check_loss
 from cases.verdicts import check
-from unbatch import rules, walk
-from unbatch.algebra import Algebra
-from unbatch.labels import SHARED, shared
-from unbatch.rules import Call, pointwise
+from unbatch.analysis import interpreter as walk
+from unbatch.analysis.domain.ownership import SHARED, shared
+from unbatch.analysis.domain.propagation import Algebra
+from unbatch.analysis.rules import registry as rules
+from unbatch.analysis.rules.registry import Call, pointwise
 
 N = D = 4  # a square batch: nothing can be told by size alone
 
@@ -118,7 +119,7 @@ def join_that_keeps_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def deaf_to_branches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unbatch.capture.Recorder.escape", lambda *_, **__: None)
+    monkeypatch.setattr("unbatch.capture.tracer.Recorder.escape", lambda *_, **__: None)
 
 
 # ---------------------------------------------------------------- programs that they are wrong about

@@ -16,22 +16,27 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from unbatch import quantities
-from unbatch.columns import DiagGGN, OfColumns
-from unbatch.consequences import consequence
-from unbatch.curvature import Curvature
+from unbatch.analysis.consequences import consequence
+from unbatch.autodiff.contractions.row_block import Part
+from unbatch.curvature.ggn_quantities import DiagGGN, OfColumns
+from unbatch.curvature.hessian_root import Factor, Root
+from unbatch.curvature.strategy import Curvature
 from unbatch.errors import MSG_NOT_POSITIVE, InputError, StructureError
-from unbatch.operator import Operator
-from unbatch.parts import Part
-from unbatch.problem import Problem
-from unbatch.quantities import About, Collector, Quantity
-from unbatch.results import ByParameter
-from unbatch.roots import Factor, Root
-from unbatch.rows import wide
+from unbatch.gradients import quantities
+from unbatch.gradients.quantities import About, Collector, Quantity
+from unbatch.gradients.results import ByParameter
+from unbatch.linalg.operators import Operator
+from unbatch.linalg.rows import wide
+from unbatch.problem.problem import Problem
 
 MSG_EXTENSION = "attach takes extensions such as BatchGrad() or DiagGGNExact(), at least one; got {value!r}."
+
+
 MSG_DOES_NOT_EXIST = "{name} does not exist for this loss. {reason} See problem.structure."
+
+
 MSG_NOT_YET = "{name} exists for this loss, but this release does not compute it. {reason}"
+
 
 Saved = dict[str, dict[str, Any]]
 

@@ -16,14 +16,17 @@ from torch import Tensor
 
 from unbatch.errors import InputError
 from unbatch.integrations import needed
-from unbatch.operator import Operator
-from unbatch.tree import Space
+from unbatch.linalg.operators import Operator
+from unbatch.linalg.space import Space
 
 MSG_NAMES = (
     "names= takes one name for every tensor that the operator acts on, {shapes}, as in "
     "`dict(model.named_parameters())`; got {names}."
 )
+
+
 MSG_TWO_SPACES = "names= is for operators that map a space to itself; this one maps {inside} to {outside}."
+
 
 Shapes = list[tuple[int, ...]]
 

@@ -16,25 +16,30 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from unbatch import spectra
-from unbatch.columns import DiagGGN
-from unbatch.consequences import consequence
+from unbatch.analysis.consequences import consequence
+from unbatch.capture.isolation import untouched
+from unbatch.curvature.ggn import GGN
+from unbatch.curvature.ggn_quantities import DiagGGN
 from unbatch.errors import StructureError
-from unbatch.ggn import GGN
 from unbatch.integrations import needed
-from unbatch.operator import Operator
-from unbatch.problem import Problem
-from unbatch.purity import untouched
-from unbatch.rows import sum_of
+from unbatch.linalg import spectra
+from unbatch.linalg.operators import Operator
+from unbatch.linalg.rows import sum_of
+from unbatch.problem.problem import Problem
 
 MSG_KRON = (
     "UnbatchGGN has no Kronecker factors for this model: {reason} Take hessian_structure='full', 'diag' or 'lowrank'."
 )
+
+
 MSG_KRON_LAYERS = (
     "{names} are not weight and bias of linear layers with inputs of shape [N, features] that are used once, and this "
     "release has Kronecker factors for no others."
 )
+
+
 MSG_PREDICTIONS = "Jacobians are those of predictions of shape [N, C]; this model's are {shape}."
+
 
 _curvature: Any = needed("laplace.curvature", "laplace", "laplace-torch")
 

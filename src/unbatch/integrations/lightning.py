@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import Any
 
 from unbatch.errors import MSG_EXTRA, MSG_MONITOR_SPLIT, InputError
-from unbatch.monitor import Monitor, in_short
+from unbatch.monitoring.monitor import Monitor, in_short
 
 Split = Callable[[Any], tuple[Any, Any]]
 

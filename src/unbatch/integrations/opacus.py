@@ -13,11 +13,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from unbatch.diagnostics import ClippedSum
+from unbatch.analysis.structure import TITLES, Culprit, Structure, Verdict
 from unbatch.errors import InputError, StructureError
-from unbatch.problem import Problem
-from unbatch.quantities import Norms
-from unbatch.verdicts import TITLES, Culprit, Structure, Verdict
+from unbatch.gradients.diagnostics import ClippedSum
+from unbatch.gradients.quantities import Norms
+from unbatch.problem.problem import Problem
 
 MSG_REQUIRED = {
     "canonical_split": "the parameters also enter the loss beside the predictions, and what comes that way is no "
@@ -28,16 +28,30 @@ MSG_REQUIRED = {
     "losses of the others.",
     "simd_loss": "the loss joins the predictions of different samples, so no part of the gradient belongs to one.",
 }
+
+
 MSG_WEIGHTS = (
     "{title} holds, but weights depend on {what}: a mean over class weights or unmasked entries is divided by what all "
     "samples have together, so one sample scales the gradients of the others. Sum over samples, and divide by a number "
     "that is fixed."
 )
+
+
 MSG_UNSUITABLE = "{title} {status}: {why}"
+
+
 MSG_CULPRIT = "{module}{op} at {where}: {why}. {remedy}"
+
+
 MSG_NOT_PRIVATE = "Clipping does not bound what one sample of this batch can do:\n{errors}"
+
+
 MSG_NOISE = "noise_multiplier is a number not less than zero; got {value!r}."
+
+
 MSG_POSITIVE = "{what} is a number greater than zero; got {value!r}."
+
+
 MSG_REDUCTION = "loss_reduction is 'mean' or 'sum', whichever the loss does over samples; got {value!r}."
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from unbatch.capture import name_of
+from unbatch.capture.program import name_of
 from unbatch.errors import MSG_EXTRA, MSG_MONITOR_TRAINER, MSG_MONITOR_UNSEEN, InputError, MonitorWarning, warn
-from unbatch.monitor import Monitor
+from unbatch.monitoring.monitor import Monitor
 
 NOT_OF_SAMPLES = ("num_items_in_batch",)  # what the trainer says about all batches of an optimizer step
 

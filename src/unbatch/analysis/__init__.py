@@ -1,0 +1,11 @@
+"""Which structure a loss has, by abstract interpretation of its graph.
+
+In reading order:
+
+- ``domain/``: ownership, the abstract value, and how it propagates
+- ``rules/``: what each operation does to it
+- ``initial.py``, ``interpreter.py``: what the interpretation starts from, and its one pass over the graph
+- ``loss_boundary.py``, ``loss_weights.py``: where the loss begins, and the weights of its terms
+- ``inference.py``: from ownership to verdicts; ``structure.py``: the verdicts; ``explanations.py``: their reasons
+- ``consequence_table.py``, ``consequences.py``: which quantity exists under which structure
+"""

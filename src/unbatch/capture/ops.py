@@ -1,0 +1,387 @@
+"""What is true of an operation, whoever asks: a row for each, and what PyTorch says of the others.
+
+Here stands that an op moves entries, writes, reads only shapes, draws random numbers or is a batch
+norm, and under which names a GPU runs it. What follows from that for samples, derivatives or
+pictures stands where it is needed.
+
+A row is looked up by the base name of an op: ``aten::add_`` and ``aten::add.Tensor`` are both
+"add". Where a schema or a tag says it, it is read from there, and there is no row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+
+# Arguments that say where and how a result is kept, and nothing about its numbers.
+PLACEMENT = ("device", "layout", "pin_memory", "memory_format", "non_blocking")
+
+
+class Moves(Enum):
+    """Which entries of its operand an op that computes nothing returns, and in which order."""
+
+    SAME = "all of them, in the same shape"
+    RESHAPED = "all of them, in the same order, in another shape"
+    PERMUTED = "all of them, in another order"
+    PART = "some of them"
+    REPEATED = "all of them, several times"
+
+
+@dataclass(frozen=True)
+class HiddenWrites:
+    """Arguments that an op writes to although its schema does not say so.
+
+    Only if the argument ``when`` is true.
+    """
+
+    arguments: tuple[str, ...]
+    when: str = ""  # always
+
+    def happen(self, arguments: Mapping[str, Any]) -> bool:
+        return not self.when or bool(arguments.get(self.when))
+
+
+@dataclass(frozen=True)
+class BatchNorm:
+    """Where a batch norm has what, by the names of its arguments and the numbers of its outputs.
+
+    All forms call their tensors ``input``, ``weight``, ``bias``, ``running_mean``, ``running_var``.
+    """
+
+    training: bool | None = None  # None: its argument ``training`` says so
+    eps: str = "eps"
+    mean: int | None = 1  # of the batch, in training
+    invstd: int | None = 2  # ``1/σ`` of the batch, in training
+    running: tuple[int, ...] = ()  # the running statistics afterwards, where they are returned
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What is true of an op beyond what its schema and its tags say."""
+
+    moves: Moves | None = None
+    takes_shape: bool = False  # the shape of the result is an argument
+    rounds: bool = False  # it moves entries to another type
+    pointwise: bool = False
+    cuts: bool = False  # its derivative is zero, or cut off
+    reads_shape_only: bool = False  # of a tensor; no number in it matters
+    fills_shape: bool = False  # it makes its axes itself: all entries along them are alike
+    overwrites: bool = False  # in place, whatever was there before
+    entrywise_loss: bool = False  # one number for each entry, added up as its argument ``reduction`` says
+    hidden_writes: HiddenWrites | None = None
+    batch_norm: BatchNorm | None = None
+
+
+PLAIN = Traits()
+
+
+TRAITS: dict[str, Traits] = {}
+
+
+def register(names: str, traits: Traits) -> None:
+    """Enter ops, by their base names (space-separated). A second row for the same op is refused."""
+    for name in names.split():
+        if name in TRAITS:
+            raise ValueError(f"{name!r} has a row already, {TRAITS[name]}: change that one")
+        TRAITS[name] = traits
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+
+register("alias clone contiguous lift_fresh positive", Traits(Moves.SAME))
+
+
+register("detach", Traits(Moves.SAME, cuts=True))
+
+
+register("_to_copy", Traits(Moves.SAME, rounds=True))
+
+
+register("view _unsafe_view reshape _reshape_alias", Traits(Moves.RESHAPED, takes_shape=True))
+
+
+register("unsqueeze squeeze flatten", Traits(Moves.RESHAPED))
+
+
+register("t transpose permute movedim", Traits(Moves.PERMUTED))
+
+
+register("slice select narrow split split_with_sizes unbind chunk", Traits(Moves.PART))
+
+
+register("expand repeat", Traits(Moves.REPEATED, fills_shape=True))
+
+
+register("zeros ones full empty", Traits(fills_shape=True))
+
+
+register(
+    "new_zeros new_ones new_full new_empty new_empty_strided zeros_like ones_like full_like empty_like",
+    Traits(reads_shape_only=True, fills_shape=True),
+)
+
+
+register("rand_like randn_like randint_like", Traits(reads_shape_only=True))
+
+
+register("sign round floor ceil", Traits(cuts=True))
+
+
+register("floor_divide _prelu_kernel", Traits(pointwise=True))  # which lack the tag
+
+
+register(
+    "fill copy normal uniform exponential random geometric cauchy log_normal",
+    Traits(overwrites=True),
+)
+
+
+register("zero bernoulli", Traits(overwrites=True, cuts=True))
+
+
+register(
+    "mse_loss smooth_l1_loss huber_loss soft_margin_loss binary_cross_entropy binary_cross_entropy_with_logits",
+    Traits(entrywise_loss=True),
+)
+
+
+RUNNING = ("running_mean", "running_var")
+
+
+IN_TRAINING = HiddenWrites(RUNNING, "training")
+
+
+# Batch norm. ``batch_norm`` itself is seen in inference mode only, which does not take it apart.
+register("native_batch_norm", Traits(batch_norm=BatchNorm(), hidden_writes=IN_TRAINING))
+
+
+register("_batch_norm_impl_index", Traits(batch_norm=BatchNorm(), hidden_writes=IN_TRAINING))
+
+
+register("batch_norm", Traits(batch_norm=BatchNorm(mean=None, invstd=None), hidden_writes=IN_TRAINING))
+
+
+register(
+    "cudnn_batch_norm miopen_batch_norm",
+    Traits(batch_norm=BatchNorm(eps="epsilon"), hidden_writes=IN_TRAINING),
+)
+
+
+register("_native_batch_norm_legit", Traits(batch_norm=BatchNorm()))
+
+
+register("_native_batch_norm_legit_functional", Traits(batch_norm=BatchNorm(running=(3, 4))))
+
+
+register("_batch_norm_with_update", Traits(batch_norm=BatchNorm(training=True)))
+
+
+register(
+    "_batch_norm_with_update_functional",
+    Traits(batch_norm=BatchNorm(training=True, running=(4, 5))),
+)
+
+
+register(
+    "_native_batch_norm_legit_no_training _batch_norm_no_update",
+    Traits(batch_norm=BatchNorm(training=False)),
+)
+
+
+# What it does in parts when several processes share their statistics, and its relatives.
+register(
+    "batch_norm_gather_stats batch_norm_gather_stats_with_counts batch_norm_update_stats",
+    Traits(hidden_writes=HiddenWrites(RUNNING)),
+)
+
+
+register("instance_norm", Traits(hidden_writes=HiddenWrites(RUNNING, "use_input_stats")))
+
+
+# --- names ----------------------------------------------------------------------------------------
+
+
+def full_name(op: Any) -> str:
+    """Return the name of an op without its overload, and without ``aten::``."""
+    name: str = op._schema.name
+    return name.removeprefix("aten::")
+
+
+def stripped(name: str) -> str:
+    """Return the name of an op without the underscore of in place (not so ``__and__``)."""
+    if name.startswith("__"):
+        return name
+    return name.rstrip("_") or name
+
+
+@cache
+def base_name(op: Any) -> str:
+    """Return the name under which everything that is known of an op is kept."""
+    space, _, name = op._schema.name.partition("::")
+    if space == "aten":
+        return stripped(name)
+    return f"{space}::{stripped(name)}"
+
+
+def names(has: Callable[[Traits], Any]) -> list[str]:
+    """Return the base names of the ops whose row ``has`` a trait."""
+    return [name for name, row in TRAITS.items() if has(row)]
+
+
+# --- what an op does, whatever its arguments ------------------------------------------------------
+
+
+def by_name(name: str) -> Traits:
+    """Return the row of an op that is known by its name alone, without ``aten::``."""
+    return TRAITS.get(stripped(name), PLAIN)
+
+
+@cache
+def traits(op: Any) -> Traits:
+    """Return the row of an op; a plain one where it has none."""
+    if op._schema.name == "aten::view" and op._schema.overload_name == "dtype":
+        return PLAIN  # it reads the same bits as other numbers
+    return TRAITS.get(base_name(op), PLAIN)
+
+
+def moves(op: Any) -> Moves | None:
+    return traits(op).moves
+
+
+def keeps_order(op: Any) -> bool:
+    """Whether all entries of the operand come out, in the order in which they went in."""
+    return traits(op).moves in (Moves.SAME, Moves.RESHAPED)
+
+
+@cache
+def is_view(op: Any) -> bool:
+    """Whether the result shows the memory of the first argument, without writing to it."""
+    if base_name(op) == "_unsafe_view":  # its schema promises that nobody will notice
+        return True
+    shared = [r.alias_info for r in op._schema.returns if r.alias_info is not None]
+    return bool(shared) and not any(alias.is_write for alias in shared)
+
+
+def is_pointwise(op: Any) -> bool:
+    return torch.Tag.pointwise in op.tags or traits(op).pointwise
+
+
+def reads_shape_only(op: Any) -> bool:
+    return traits(op).reads_shape_only
+
+
+def draws(op: Any) -> bool:
+    """Return whether an op may draw random numbers; with dropout switched off it does not."""
+    return torch.Tag.nondeterministic_seeded in op.tags
+
+
+# --- what an op writes to -------------------------------------------------------------------------
+
+
+@cache
+def may_write(op: Any) -> bool:
+    """Whether an op writes to an argument, for some arguments."""
+    return bool(op._schema.is_mutable) or traits(op).hidden_writes is not None
+
+
+@cache
+def writes_in_place(op: Any) -> bool:
+    """Whether an op returns its first argument, which it has written to."""
+    first = op._schema.arguments[:1]
+    return any(a.alias_info is not None and a.alias_info.is_write for a in first)
+
+
+@cache
+def declared_writes(op: Any) -> tuple[str, ...]:
+    """Return the arguments that an op writes to, as its schema says."""
+    return tuple(a.name for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write)
+
+
+def written(op: Any, arguments: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the arguments that an op writes to, when it is given ``arguments`` by name."""
+    hidden = traits(op).hidden_writes
+    if hidden is None or not hidden.happen(arguments):
+        return declared_writes(op)
+    return declared_writes(op) + hidden.arguments
+
+
+@cache
+def writes_results(op: Any) -> bool:
+    """Whether derivatives go through what an op writes: not so running statistics."""
+    return bool(set(declared_writes(op)) - set(RUNNING))
+
+
+# --- batch norm -----------------------------------------------------------------------------------
+
+
+def is_batch_norm(op: Any) -> bool:
+    return traits(op).batch_norm is not None
+
+
+def normalises_by_batch(op: Any, arguments: Mapping[str, Any]) -> bool:
+    """Whether an op is a batch norm that takes the statistics of this batch.
+
+    ``arguments``: what it is given, by name.
+    """
+    norm = traits(op).batch_norm
+    if norm is None:
+        return False
+    if norm.training is not None:
+        return norm.training
+    return bool(arguments.get("training")) or arguments.get("running_mean") is None
+
+
+def is_training_batch_norm(step: Any) -> bool:
+    """The same for a recorded step."""
+    return normalises_by_batch(step.op, step.named)
+
+
+class BatchNormArguments(NamedTuple):
+    """The arguments of a batch norm, under the same names for all forms: tensors or labels."""
+
+    input: Any
+    weight: Any
+    bias: Any
+    running_mean: Any
+    running_var: Any
+    eps: Any
+    training: bool
+
+
+def batch_norm_arguments(op: Any, arguments: Mapping[str, Any]) -> BatchNormArguments:
+    """Return what a batch norm was given, from its ``arguments`` by name."""
+    norm = _batch_norm(op)
+    return BatchNormArguments(
+        input=arguments["input"],
+        weight=arguments.get("weight"),
+        bias=arguments.get("bias"),
+        running_mean=arguments.get("running_mean"),
+        running_var=arguments.get("running_var"),
+        eps=arguments[norm.eps],
+        training=normalises_by_batch(op, arguments),
+    )
+
+
+def batch_moments(op: Any, outputs: Any) -> tuple[Any, Any] | None:
+    """Return mean and ``1/σ`` of the batch among the outputs of a training batch norm.
+
+    None where it does not return them.
+    """
+    norm = _batch_norm(op)
+    if norm.mean is None or norm.invstd is None:
+        return None
+    return outputs[norm.mean], outputs[norm.invstd]
+
+
+def _batch_norm(op: Any) -> BatchNorm:
+    norm = traits(op).batch_norm
+    if norm is None:
+        known = ", ".join(names(lambda row: row.batch_norm))
+        raise ValueError(f"{op} is no batch norm in unbatch/ops.py; those are: {known}")
+    return norm

@@ -1,0 +1,175 @@
+"""What is made of other quantities: a clipped sum, signal and noise, tests of whether a batch is large enough.
+
+Each is a few lines over results of ``quantities.py``, whose legend holds here as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unbatch.errors import MSG_MAX_NORM, InputError
+from unbatch.gradients.quantities import About, Derived, Norms, Projections, Quantity, Total, Variance
+from unbatch.gradients.results import ByParameter, SquaredNorms
+from unbatch.linalg.rows import wide
+
+
+@dataclass(frozen=True)
+class ClippedSum(Derived):
+    """``Σ_n r_n · min(1, max_norm/‖r_n‖)`` with the norm over all parameters: ``[*param]``.
+
+    The sum that differentially private SGD adds noise to (Abadi et al. 2016, algorithm 1), ``max_norm`` in the scale of
+    the rows. No rows are kept: norms first, then one weighted gradient.
+    """
+
+    max_norm: float
+    late = True
+
+    def __post_init__(self) -> None:
+        if not self.max_norm > 0:
+            raise InputError(MSG_MAX_NORM.format(value=self.max_norm))
+
+    def bases(self) -> Sequence[Quantity]:
+        return (Norms(),)
+
+    def combine(self, about: About, *results: Any) -> ByParameter:
+        (norms,) = results
+        factors = (self.max_norm / norms.total.sqrt().clamp_min(torch.finfo(norms.total.dtype).tiny)).clamp_max(1)
+        result: ByParameter = about.result(about.weighted_sum(factors))
+        return result
+
+
+@dataclass(frozen=True)
+class SignalToNoise(Derived):
+    """``mean² / variance`` of the rows, entry by entry: ``[*param]``; infinite without noise (Liu et al. 2020)."""
+
+    moment = True
+
+    def bases(self) -> Sequence[Quantity]:
+        return (Variance(), Total())
+
+    def combine(self, about: About, *results: Any) -> ByParameter:
+        variance, gradient = results
+        means = {n: (wide(gradient[n]) / about.samples).abs().square() for n in about.shapes}
+        felt = _felt({n: means[n] + variance[n] for n in about.shapes})
+        ratio = {n: torch.where(felt[n], means[n] / variance[n], 0.0) for n in about.shapes}
+        result: ByParameter = about.result(ratio)
+        return result
+
+
+def _felt(moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Entries whose second moment is more than the square of rounding in the largest.
+
+    A bias right below a batch norm, say, has rows that are zero but for rounding: its signal and its noise are nothing.
+    """
+    largest = max((float(m.max()) for m in moments.values() if m.numel()), default=0.0)
+    return {n: m > (64 * torch.finfo(m.dtype).eps) ** 2 * largest for n, m in moments.items()}
+
+
+def _per_pair(about: About, value: Tensor) -> Tensor:
+    """Of one sample alone nothing is known about how samples differ: not a number."""
+    return value if about.samples > 1 else torch.full_like(value, float("nan"))
+
+
+def _squared(tensors: Mapping[str, Tensor]) -> Tensor:
+    return torch.stack([wide(t).square().sum() for t in tensors.values()]).sum()
+
+
+@dataclass(frozen=True)
+class NoiseScale(Derived):
+    """``tr(Σ) / ‖G‖²``, a number: how many samples it takes for a gradient to be half noise.
+
+    The simple noise scale of McCandlish et al. 2018 (appendix A.1), with their unbiased estimates of numerator and
+    denominator from the batch sizes 1 and N; it may come out negative where the gradient drowns in noise.
+    """
+
+    moment = True
+
+    def bases(self) -> Sequence[Quantity]:
+        return (Norms(), Total())
+
+    def combine(self, about: About, *results: Any) -> Tensor:
+        n, (norms, gradient) = about.samples, results
+        single, whole = n**2 * norms.total.mean(), _squared(gradient)
+        return _per_pair(about, n * (single - whole) / (n * whole - single))
+
+
+def _ratios(n: int, norms: SquaredNorms, projections: SquaredNorms, gradient: ByParameter) -> tuple[Tensor, Tensor]:
+    """``Σ‖g_n‖²/‖ḡ‖²`` and ``Σ⟨g_n, ḡ⟩²/‖ḡ‖⁴``."""
+    whole = _squared(gradient)
+    return n**2 * norms.total.sum() / whole, n**2 * projections.total.square().sum() / whole**2
+
+
+@dataclass(frozen=True)
+class NormTest(Derived):
+    """``(Σ‖g_n‖²/‖ḡ‖² − N) / (N(N − 1))``, a number: the square of the least radius that passes
+    (Byrd et al. 2012, equation 3.9; Cockpit, Schneider et al. 2021, reports its root).
+    """
+
+    moment = True
+
+    def bases(self) -> Sequence[Quantity]:
+        return (Norms(), Total())
+
+    def combine(self, about: About, *results: Any) -> Tensor:
+        n, (norms, gradient) = about.samples, results
+        excess = n**2 * norms.total.sum() / _squared(gradient) - n
+        return _per_pair(about, excess / max(n * (n - 1), 1))
+
+
+@dataclass(frozen=True)
+class InnerProductTest(Derived):
+    """``(Σ⟨g_n, ḡ⟩²/‖ḡ‖⁴ − N) / (N(N − 1))``, a number: the square of the least
+    radius that passes (Bollapragada et al. 2018; Cockpit reports its root).
+    """
+
+    moment = True
+
+    def bases(self) -> Sequence[Quantity]:
+        return (Norms(), Projections(), Total())
+
+    def combine(self, about: About, *results: Any) -> Tensor:
+        n, (_, shadows) = about.samples, _ratios(about.samples, *results)
+        return _per_pair(about, (shadows - n) / max(n * (n - 1), 1))
+
+
+@dataclass(frozen=True)
+class OrthogonalityTest(Derived):
+    """``Σ(‖g_n‖²/‖ḡ‖² − ⟨g_n, ḡ⟩²/‖ḡ‖⁴) / (N(N − 1))``, a number: the square of the least
+    radius that passes (Bollapragada et al. 2018; Cockpit reports its root).
+    """
+
+    moment = True
+
+    def bases(self) -> Sequence[Quantity]:
+        return (Norms(), Projections(), Total())
+
+    def combine(self, about: About, *results: Any) -> Tensor:
+        n, (lengths, shadows) = about.samples, _ratios(about.samples, *results)
+        return _per_pair(about, (lengths - shadows) / max(n * (n - 1), 1))
+
+
+@dataclass(frozen=True)
+class EarlyStopping(Derived):
+    """``1 − (N/D) Σ_p ḡ_p²/s_p²``, ``s²`` the unbiased variance of the ``g_n``: a number; stop when it is positive.
+
+    The evidence-based criterion of Mahsereci et al. 2017, "Early stopping without a validation set". The sum, and its
+    ``D``, are over the entries that have noise at all; Cockpit adds 1e-5 to the variance of the others.
+    """
+
+    moment = True
+
+    def bases(self) -> Sequence[Quantity]:
+        return (Variance(), Total())
+
+    def combine(self, about: About, *results: Any) -> Tensor:
+        n, (variance, gradient) = about.samples, results
+        noisy = torch.cat([f.flatten() for f in _felt(variance).values()])
+        mean = torch.cat([wide(gradient[k]).flatten() for k in about.shapes])[noisy]
+        spread = variance.flat()[noisy] * n**3 / max(n - 1, 1)
+        evidence = n * (mean.abs().square() / spread).mean() if len(spread) else spread.new_zeros(())
+        return _per_pair(about, 1 - evidence)

@@ -1,0 +1,102 @@
+"""One question to the engine as plain data, and the source of rows that answers it.
+
+A request holds what the question is about and nothing that could ask another one: the recording as
+the engine sees it, the parameters, the decomposition, the memory. What is computed from the rows is
+not decided here (``gradients.py``, ``columns.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from unbatch.analysis.structure import Structure
+from unbatch.autodiff.context import Setting
+from unbatch.capture.device_ops import check_recurrences
+from unbatch.errors import MSG_NO_ROWS, MSG_NOT_REPLAYED, StructureError
+from unbatch.gradients.eager_rows import Ran
+from unbatch.gradients.replayed_rows import Recorded
+from unbatch.gradients.self_check import trusted
+from unbatch.gradients.sources import Source
+from unbatch.linalg.space import Space
+
+REFUTED = "the sweep that was planned for it does not reproduce its gradient"
+
+
+@dataclass(frozen=True)
+class Request:
+    """``by``: the decomposition; ``memory``: bytes for temporaries.
+
+    ``unfaithful``: why the recording cannot stand for the model's derivatives, empty where it can.
+    """
+
+    setting: Setting
+    structure: Structure
+    parameters: Mapping[str, Tensor]
+    by: str
+    memory: int
+    unfaithful: str
+
+    @property
+    def samples(self) -> int:
+        return self.setting.samples
+
+    @property
+    def space(self) -> Space:
+        """Return names and shapes of the parameters."""
+        return Space({name: tuple(p.shape) for name, p in self.parameters.items()})
+
+    @property
+    def samples_are_independent(self) -> bool:
+        """Whether every decomposition is the same, because no sample depends on another."""
+        return self.samples == 1 or bool(self.structure.independent_forward)
+
+    def of(self, parameters: Mapping[str, Tensor]) -> Request:
+        """Return the same question about these parameters."""
+        return replace(self, parameters=parameters)
+
+    def frozen(self) -> Request:
+        """Return the same question with batch statistics held constant."""
+        return replace(self, by="frozen")
+
+
+def is_planned(request: Request) -> bool:
+    """Whether a sweep over the recorded computation answers it: one that passed its self-check."""
+    if request.samples == 1 or not request.setting.faithful:
+        return False
+    with recorded_precision():
+        return trusted(request.setting, request.parameters, request.by, request.memory)
+
+
+def source_of(request: Request) -> Source:
+    """Return the recorded computation where it can be trusted, and otherwise the model itself."""
+    setting, by = request.setting, request.by
+    check_recurrences_of(request)
+    if not setting.axes:
+        shapes = list(request.structure.predictions)
+        raise StructureError(MSG_NO_ROWS.format(shapes=shapes, n=request.samples))
+    if is_planned(request):
+        return Recorded(setting, request.parameters, by)
+    why = request.unfaithful
+    if request.samples > 1 and setting.faithful:
+        why = REFUTED
+    if by != "component" and not request.samples_are_independent:
+        raise StructureError(MSG_NOT_REPLAYED.format(by=by, why=why))
+    return Ran(setting, request.parameters, setting.faithful, why)
+
+
+def check_recurrences_of(request: Request) -> None:
+    """Raise ``StructureError`` for a recurrence on a GPU that cannot be run again or pulled back."""
+    graph = request.setting.graph
+    check_recurrences(graph.forward_steps, lambda weight: graph.values[weight.index].requires_grad)
+
+
+@contextmanager
+def recorded_precision() -> Iterator[None]:
+    """Switch autocast off: casts were recorded where they happened."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield

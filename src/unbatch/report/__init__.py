@@ -1,0 +1,1 @@
+"""Results shown: ``tables.py`` for the terminal, ``plot.py`` for pictures, ``page.py`` for the HTML report."""
