@@ -29,7 +29,10 @@ import unbatch as ub
 from lib.workloads import resnet20
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCS, PICTURE = ROOT / "docs" / "benchmarks" / "accuracy.md", ROOT / "docs" / "benchmarks" / "accuracy.svg"
+DOCS, PICTURE = (
+    ROOT / "docs" / "benchmarks" / "accuracy.md",
+    ROOT / "docs" / "benchmarks" / "accuracy.svg",
+)
 RESULTS = ROOT / "benchmarks" / "results" / "accuracy.json"
 SAMPLES = 64
 SEEDS = 5
@@ -58,7 +61,11 @@ class Point:
 def digits(size: int) -> tuple[Tensor, Tensor]:
     data = load_digits()
     X = torch.tensor(data.images)[:, None].float() / 16
-    X = X if size == 8 else F.interpolate(X, size=(size, size), mode="bilinear").expand(-1, 3, -1, -1).contiguous()
+    X = (
+        X
+        if size == 8
+        else F.interpolate(X, size=(size, size), mode="bilinear").expand(-1, 3, -1, -1).contiguous()
+    )
     return X, torch.tensor(data.target)
 
 
@@ -85,7 +92,10 @@ def trained(model: nn.Module, X: Tensor, y: Tensor, steps: int) -> nn.Module:
     return model
 
 
-NETS: dict[str, tuple[Callable[[], nn.Module], int]] = {"small net": (small, 8), "ResNet-20": (resnet, 32)}
+NETS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "small net": (small, 8),
+    "ResNet-20": (resnet, 32),
+}
 
 
 def problem_of(name: str) -> ub.Problem:
@@ -110,13 +120,24 @@ def measured(name: str, problem: ub.Problem) -> Iterator[Point]:
         runs = [G.diag(rtol=rtol, seed=seed, info=True) for seed in range(SEEDS)]
         cost = statistics.median(t.pullbacks for _, t in runs)
         stated = statistics.median(t.estimate for _, t in runs)
-        error, rank = statistics.median(off(d) for d, _ in runs), statistics.median(t.rank for _, t in runs)
+        error, rank = (
+            statistics.median(off(d) for d, _ in runs),
+            statistics.median(t.rank for _, t in runs),
+        )
         setting = f"rtol {rtol}: rank {rank} of {runs[0][1].statistics}"
-        yield Point(name, "compressed", setting, 3, runs[0][1].pushes, int(cost) + columns, error, stated)
+        yield Point(
+            name, "compressed", setting, 3, runs[0][1].pushes, int(cost) + columns, error, stated
+        )
     for draws in DRAWS:
         plain = [G.estimate_diag(draws, seed=seed) for seed in range(SEEDS)]
         yield Point(
-            name, "random signs", f"{draws} draws", 1, 0, draws, statistics.median(off(e.values) for e in plain)
+            name,
+            "random signs",
+            f"{draws} draws",
+            1,
+            0,
+            draws,
+            statistics.median(off(e.values) for e in plain),
         )
         with_control = [G.estimate_diag(draws, seed=seed, control=control) for seed in range(SEEDS)]
         gain = statistics.median(e.gain for e in with_control)
@@ -141,7 +162,10 @@ def honest(problem: ub.Problem, runs: int = 100) -> int:
 
 
 def table(points: list[Point]) -> str:
-    lines = ["| way | | forward | pushes | pullbacks | error | stated |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| way | | forward | pushes | pullbacks | error | stated |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for p in points:
         stated = "" if p.stated is None else f"{p.stated:.2%}"
         cells = (p.way, p.setting, p.forward, p.pushes, p.pullbacks, f"{p.error:.2%}", stated)
@@ -192,12 +216,16 @@ def ratios(points: list[Point], names: list[str]) -> str:
         most = [p for p in points if p.net == name and p.way == "random signs"][-1]
         for p in [p for p in points if p.net == name and p.way == "compressed" and p.error > 0]:
             signs = most.error * (most.pullbacks / p.passes) ** 0.5
-            out.append(f"- {name}, {p.setting}: {signs / p.error:.1f} times more accurate than signs at equal cost.")
+            out.append(
+                f"- {name}, {p.setting}: {signs / p.error:.1f} times more accurate than signs at equal cost."
+            )
     return "\n".join(out)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--nets", default="small net,ResNet-20")
     options = parser.parse_args()
@@ -216,8 +244,12 @@ def main() -> None:
     if options.write:
         tables = "\n\n".join(f"## {n}\n\n{table([p for p in points if p.net == n])}" for n in names)
         about = (__doc__ or "").split("\n\n")[-1].strip()
-        DOCS.write_text(TEXT.format(doc=about, tables=tables, honest=good, ratios="\n" + ratios(points, names)))
-        RESULTS.write_text(json.dumps({"honest": good, "points": [asdict(p) for p in points]}, indent=1) + "\n")
+        DOCS.write_text(
+            TEXT.format(doc=about, tables=tables, honest=good, ratios="\n" + ratios(points, names))
+        )
+        RESULTS.write_text(
+            json.dumps({"honest": good, "points": [asdict(p) for p in points]}, indent=1) + "\n"
+        )
         draw(points, names)
 
 

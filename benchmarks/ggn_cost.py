@@ -103,7 +103,9 @@ def root(predictions: Tensor) -> Tensor:
     return (torch.diag_embed(p.sqrt()) - p[..., None] * p.sqrt()[..., None, :]) / len(p) ** 0.5
 
 
-def columns(model: nn.Module, X: Tensor, y: Tensor, alone: bool = False) -> Iterator[Sequence[Tensor]]:
+def columns(
+    model: nn.Module, X: Tensor, y: Tensor, alone: bool = False
+) -> Iterator[Sequence[Tensor]]:
     """Columns of V by definition: one backward pass each, column k of sample n at ``n·C + k``.
 
     ``alone``: samples do not mix, so the pass is one of the sample alone. H by autograd has to
@@ -163,7 +165,10 @@ def double_backward(model: nn.Module, X: Tensor, y: Tensor) -> Callable[[Tensor]
 
 def split(v: Tensor, parameters: Iterable[Tensor]) -> list[Tensor]:
     parameters = list(parameters)
-    return [part.view_as(p) for part, p in zip(v.split([p.numel() for p in parameters]), parameters, strict=True)]
+    return [
+        part.view_as(p)
+        for part, p in zip(v.split([p.numel() for p in parameters]), parameters, strict=True)
+    ]
 
 
 def joined(parts: Iterable[Tensor]) -> Tensor:
@@ -182,7 +187,9 @@ def references(workload: Workload, samples: int, quantities: Iterable[str]) -> d
     model, X, found = model.double(), X.double(), dict[str, Any]()
     every = partial(columns, model, X, y, not workload.mixes)
     if "product" in quantities or "fresh product" in quantities:
-        found["product"] = found["fresh product"] = double_backward(model, X, y)(vector(model).double())
+        found["product"] = found["fresh product"] = double_backward(model, X, y)(
+            vector(model).double()
+        )
     if "diagonal" in quantities:
         found["diagonal"] = diagonal_of(every(), model)
     if {"gram", *SPECTRAL} & set(quantities):
@@ -221,7 +228,9 @@ def largest(operator: Callable[[], Any], k: int) -> Tensor:
 def products_and_scipy(model: nn.Module, X: Tensor, y: Tensor) -> Offer:
     """SciPy's eigenvalues from products of this library."""
     problem = interleaved.asked_anew(model, X, y)
-    return {name: partial(largest, lambda: problem().ggn().to_scipy(), k) for name, k in TOP.items()}
+    return {
+        name: partial(largest, lambda: problem().ggn().to_scipy(), k) for name, k in TOP.items()
+    }
 
 
 def torch_func(model: nn.Module, X: Tensor, y: Tensor) -> Offer:
@@ -271,7 +280,10 @@ def extended(model: nn.Module) -> tuple[nn.Module, nn.Module]:
 
 def backpacks(model: nn.Module, X: Tensor, y: Tensor) -> Callable[..., Named]:
     """Return a function that runs an extension and returns what it stores at the parameters."""
-    tool, extensions = importlib.import_module("backpack"), importlib.import_module("backpack.extensions")
+    tool, extensions = (
+        importlib.import_module("backpack"),
+        importlib.import_module("backpack.extensions"),
+    )
     hooked, loss = extended(model)
 
     def ask(extension: str, attribute: str, **options: Any) -> Named:
@@ -293,10 +305,16 @@ def backpack(model: nn.Module, X: Tensor, y: Tensor) -> Offer:
     return {"diagonal": partial(ask, "DiagGGNExact", "diag_ggn_exact"), "gram": gram}
 
 
-def symeig(self: Tensor, eigenvectors: bool = False, upper: bool = True) -> tuple[Tensor, Tensor | None]:
+def symeig(
+    self: Tensor, eigenvectors: bool = False, upper: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """Replace ``Tensor.symeig``, which ViViT calls and torch has removed."""
     triangle = "U" if upper else "L"
-    return torch.linalg.eigh(self, triangle) if eigenvectors else (torch.linalg.eigvalsh(self, triangle), None)
+    return (
+        torch.linalg.eigh(self, triangle)
+        if eigenvectors
+        else (torch.linalg.eigvalsh(self, triangle), None)
+    )
 
 
 def vivits(model: nn.Module, X: Tensor, y: Tensor) -> Callable[..., Any]:
@@ -304,11 +322,18 @@ def vivits(model: nn.Module, X: Tensor, y: Tensor) -> Callable[..., Any]:
     backpack, (hooked, loss) = importlib.import_module("backpack").backpack, extended(model)
 
     def ask(computation: Any, k: int, **more: Any) -> Any:
-        group = {"params": list(model.parameters()), "criterion": lambda e: list(range(len(e) - k, len(e))), **more}
+        group = {
+            "params": list(model.parameters()),
+            "criterion": lambda e: list(range(len(e) - k, len(e))),
+            **more,
+        }
         several = hasattr(computation, "get_extensions")
         extensions = computation.get_extensions() if several else [computation.get_extension()]
         hook = computation.get_extension_hook([group])
-        with mock.patch.object(Tensor, "symeig", symeig), backpack(*extensions, extension_hook=hook):
+        with (
+            mock.patch.object(Tensor, "symeig", symeig),
+            backpack(*extensions, extension_hook=hook),
+        ):
             loss(hooked(X), y).backward()
         for p in model.parameters():
             p.grad = None
@@ -321,19 +346,26 @@ def vivit(model: nn.Module, X: Tensor, y: Tensor) -> Offer:
     tool, ask = importlib.import_module("vivit"), vivits(model, X, y)
     return {
         "spectrum": lambda: ask(tool.EigvalshComputation(), 0),
-        **{name: lambda k=k: ask(tool.EighComputation(warn_small_eigvals=0), k)[0] for name, k in TOP.items()},
+        **{
+            name: lambda k=k: ask(tool.EighComputation(warn_small_eigvals=0), k)[0]
+            for name, k in TOP.items()
+        },
     }
 
 
 def curvlinops(model: nn.Module, X: Tensor, y: Tensor) -> Offer:
     """An operator without a cache: fresh products cost the same. Eigenvalues by SciPy."""
     tool, v = importlib.import_module("curvlinops"), vector(model)
-    operator = tool.GGNLinearOperator(model, nn.CrossEntropyLoss(), list(model.parameters()), [(X, y)])
+    operator = tool.GGNLinearOperator(
+        model, nn.CrossEntropyLoss(), list(model.parameters()), [(X, y)]
+    )
 
     def product() -> Tensor:
         return operator @ v
 
-    values = {name: partial(largest, lambda: operator.to_scipy(np.float32), k) for name, k in TOP.items()}
+    values = {
+        name: partial(largest, lambda: operator.to_scipy(np.float32), k) for name, k in TOP.items()
+    }
     return {"product": product, "fresh product": product, **values}
 
 
@@ -418,7 +450,9 @@ def check_parts(workload: Workload) -> None:
     ask = autograd(*workload.build(CHECKED))["diagonal"]
     assert isinstance(ask, Part)
     assert ask.times == 1
-    found = interleaved.judged(ask.ask, references(workload, CHECKED, ["diagonal"])["diagonal"], 1.0)
+    found = interleaved.judged(
+        ask.ask, references(workload, CHECKED, ["diagonal"])["diagonal"], 1.0
+    )
     assert found.status == "ok", found
 
 
@@ -435,13 +469,20 @@ def measure(case: Case, quantities: Sequence[str], rounds: int) -> dict[str, Any
     if any(isinstance(ask, Part) for ask in asks.values()):
         check_parts(workload)
     running = {
-        key: asks[key] for key, entry in entries.items() if entry.first is not None or entry.status == "estimated"
+        key: asks[key]
+        for key, entry in entries.items()
+        if entry.first is not None or entry.status == "estimated"
     }
     for key, ratio in interleaved.medians(step, running, rounds).items():
         ask = asks[key]
         entries[key].ratio = ratio * (ask.times if isinstance(ask, Part) else 1)
     found = {q: {c: asdict(entries[q, c]) for c in CONTESTANTS} for q in quantities}
-    about = {"workload": case.name, "title": workload.title, "samples": case.samples, "plain_ms": 1e3 * unit}
+    about = {
+        "workload": case.name,
+        "title": workload.title,
+        "samples": case.samples,
+        "plain_ms": 1e3 * unit,
+    }
     return about | {"quantities": found}
 
 
@@ -513,7 +554,8 @@ def page(data: Mapping[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = interleaved.parsed(
-        interleaved.parser(__doc__, dict.fromkeys(case.name for case in CASES), QUANTITIES), arguments
+        interleaved.parser(__doc__, dict.fromkeys(case.name for case in CASES), QUANTITIES),
+        arguments,
     )
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # the tools' own deprecations, and torch's remarks about them

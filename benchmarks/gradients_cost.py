@@ -103,7 +103,9 @@ def from_rows(rows: Callable[[], Rows]) -> Offer:
     return {quantity: lambda f=f: f(rows()) for quantity, f in FROM_ROWS.items()}
 
 
-def autograd_rows(model: nn.Module, X: Tensor, y: Tensor, out: dict[str, Tensor] | None = None) -> Rows:
+def autograd_rows(
+    model: nn.Module, X: Tensor, y: Tensor, out: dict[str, Tensor] | None = None
+) -> Rows:
     """Component rows by definition: one backward pass per loss term, each as it enters the mean."""
     parameters = dict(model.named_parameters())
     out = out or {name: p.new_empty(len(X), *p.shape) for name, p in parameters.items()}
@@ -129,7 +131,12 @@ def _batch_norm(layer: nn.BatchNorm1d | nn.BatchNorm2d, W: Tensor, b: Tensor, x:
     return F.batch_norm(x, None, None, training=True, eps=layer.eps) * W[align] + b[align]
 
 
-COPIED = {nn.Linear: _linear, nn.Conv2d: _convolution, nn.BatchNorm1d: _batch_norm, nn.BatchNorm2d: _batch_norm}
+COPIED = {
+    nn.Linear: _linear,
+    nn.Conv2d: _convolution,
+    nn.BatchNorm1d: _batch_norm,
+    nn.BatchNorm2d: _batch_norm,
+}
 
 
 def copied_rows(model: nn.Module, X: Tensor, y: Tensor, cotangent: Tensor | None = None) -> Rows:
@@ -138,10 +145,15 @@ def copied_rows(model: nn.Module, X: Tensor, y: Tensor, cotangent: Tensor | None
     With a ``cotangent`` of the predictions instead of the slope of the loss, if there is one.
     """
     model = copy.deepcopy(model)
-    copies = {n: p.detach().repeat(len(X), *[1] * p.ndim).requires_grad_() for n, p in model.named_parameters()}
+    copies = {
+        n: p.detach().repeat(len(X), *[1] * p.ndim).requires_grad_()
+        for n, p in model.named_parameters()
+    }
     for path, module in model.named_modules():
         if forward := COPIED.get(type(module)):
-            module.forward = partial(forward, module, *(copies.get(f"{path}.{name}") for name in ("weight", "bias")))
+            module.forward = partial(
+                forward, module, *(copies.get(f"{path}.{name}") for name in ("weight", "bias"))
+            )
     predictions = model(X)
     top = F.cross_entropy(predictions, y) if cotangent is None else predictions
     grads = torch.autograd.grad(top, list(copies.values()), cotangent)
@@ -154,9 +166,13 @@ def references(workload: Workload, quantities: Iterable[str]) -> dict[str, Any]:
     model, X = model.double(), X.double()
     rows = autograd_rows(model, X, y)
     # The quantities that use up the rows get their own; what is kept is kept in single precision.
-    own = {q: {n: r.clone() for n, r in rows.items()} if q in ("squares", "variance") else rows for q in quantities}
+    own = {
+        q: {n: r.clone() for n, r in rows.items()} if q in ("squares", "variance") else rows
+        for q in quantities
+    }
     return {
-        q: interleaved.single(copied_rows(model, X, y) if q == "copy" else FROM_ROWS[q](own[q])) for q in quantities
+        q: interleaved.single(copied_rows(model, X, y) if q == "copy" else FROM_ROWS[q](own[q]))
+        for q in quantities
     }
 
 
@@ -173,7 +189,10 @@ def vmap_grad(model: nn.Module, X: Tensor, y: Tensor) -> Offer:
 
 
 def backpack(model: nn.Module, X: Tensor, y: Tensor) -> Offer:
-    tool, extensions = importlib.import_module("backpack"), importlib.import_module("backpack.extensions")
+    tool, extensions = (
+        importlib.import_module("backpack"),
+        importlib.import_module("backpack.extensions"),
+    )
     tool.extend(model)
 
     def ask(extension: str, attribute: str) -> Rows:
@@ -228,13 +247,18 @@ def loop(model: nn.Module, X: Tensor, y: Tensor) -> Offer:
 
     def each() -> Iterable[tuple[Tensor, ...]]:
         losses = F.cross_entropy(model(X), y, reduction="none") / len(X)
-        return (torch.autograd.grad(loss, list(parameters.values()), retain_graph=True) for loss in losses)
+        return (
+            torch.autograd.grad(loss, list(parameters.values()), retain_graph=True)
+            for loss in losses
+        )
 
     def norms() -> Tensor:
         return torch.stack([sum(g.square().sum() for g in row) for row in each()])  # type: ignore[misc]
 
     def moments() -> tuple[Rows, Rows]:
-        first, second = ({name: torch.zeros_like(p) for name, p in parameters.items()} for _ in range(2))
+        first, second = (
+            {name: torch.zeros_like(p) for name, p in parameters.items()} for _ in range(2)
+        )
         for row in each():
             for name, g in zip(parameters, row, strict=True):
                 first[name].add_(g)
@@ -243,7 +267,9 @@ def loop(model: nn.Module, X: Tensor, y: Tensor) -> Offer:
 
     def variance() -> Rows:
         first, second = moments()
-        return {name: second[name] / len(X) - (first[name] / len(X)).square() for name in parameters}
+        return {
+            name: second[name] / len(X) - (first[name] / len(X)).square() for name in parameters
+        }
 
     rows = partial(autograd_rows, model, X, y, buffers)
     return {
@@ -275,13 +301,15 @@ def ours(model: nn.Module, X: Tensor, y: Tensor) -> Offer:
 
     def rows(by: str) -> Rows:
         if not buffers:
-            buffers.update({name: p.new_empty(len(X), *p.shape) for name, p in model.named_parameters()})
+            buffers.update(
+                {name: p.new_empty(len(X), *p.shape) for name, p in model.named_parameters()}
+            )
         return problem().gradients(by=by, out=buffers)
 
     return {
         "rows": partial(rows, "component"),
         "copy": partial(rows, "copy"),
-        "norms": lambda: problem().compute(ub.Norms()).total,
+        "norms": lambda: problem().compute(ub.SquaredNorms()).total,
         "squares": lambda: problem().compute(ub.SumOfSquares()),
         "variance": lambda: problem().compute(ub.Variance()),
         "gram": lambda: problem().compute(ub.Dots()),
@@ -328,7 +356,12 @@ def measure(name: str, quantities: Sequence[str], rounds: int) -> dict[str, Any]
     for key, ratio in interleaved.medians(step, running, rounds).items():
         entries[key].ratio = ratio
     found = {q: {c: asdict(entries[q, c]) for c in CONTESTANTS} for q in quantities}
-    return {"title": workload.title, "samples": workload.samples, "plain_ms": 1e3 * unit, "quantities": found}
+    return {
+        "title": workload.title,
+        "samples": workload.samples,
+        "plain_ms": 1e3 * unit,
+        "quantities": found,
+    }
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -339,7 +372,9 @@ RIVALS = ("unbatch", "vmap(grad)", "BackPACK", "Opacus")
 
 def peak() -> int:
     """Return the peak of resident memory so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def rows_within(budget: int, model: nn.Module, X: Tensor, y: Tensor) -> Ask:
@@ -349,12 +384,18 @@ def rows_within(budget: int, model: nn.Module, X: Tensor, y: Tensor) -> Ask:
     return lambda: problem.gradients(by="component", out=buffers, memory=budget)
 
 
-def growth(name: str, contestant: str, quantity: str, samples: int, budget: int | None) -> int | str:
+def growth(
+    name: str, contestant: str, quantity: str, samples: int, budget: int | None
+) -> int | str:
     """Return how far the peak of memory rises above that of a plain step, in a fresh process."""
     workload = WORKLOADS[name]
     model, X, y = workload.build(samples)
     try:
-        ask = rows_within(budget, model, X, y) if budget else offers(contestant, workload, samples)[quantity]
+        ask = (
+            rows_within(budget, model, X, y)
+            if budget
+            else offers(contestant, workload, samples)[quantity]
+        )
         _load()
         interleaved.plain(model, X, y)()
         before = peak()
@@ -372,7 +413,9 @@ def _load() -> None:
 
 def in_a_child(*what: object) -> int | str:
     command = [sys.executable, __file__, "--child", json.dumps(what)]
-    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    run = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     return json.loads(run.stdout) if run.returncode == 0 else "raises in a child"
 
 
@@ -388,7 +431,10 @@ def measure_memory(names: Iterable[str]) -> list[dict[str, Any]]:
     ]
     for samples in (16, 64, 128) if "W5" in names else ():
         jobs += [("W5", "unbatch", "rows", samples, BUDGET)]
-        jobs += [("W5", contestant, "rows", samples, None) for contestant in ("autograd loop", "is_grads_batched")]
+        jobs += [
+            ("W5", contestant, "rows", samples, None)
+            for contestant in ("autograd loop", "is_grads_batched")
+        ]
     keys = ("workload", "contestant", "quantity", "samples", "budget")
     return [dict(zip(keys, job, strict=True)) | {"bytes": in_a_child(*job)} for job in jobs]
 
@@ -431,12 +477,16 @@ def speeds(results: Mapping[str, Any]) -> str:
     for name, result in results.items():
         for quantity, entries in result["quantities"].items():
             floor = FLOORS.get(quantity, {}).get(name, "–")
-            lines.append((name, quantity, floor, *(interleaved.cell(entries[c]) for c in CONTESTANTS)))
+            lines.append(
+                (name, quantity, floor, *(interleaved.cell(entries[c]) for c in CONTESTANTS))
+            )
     return interleaved.table(lines)
 
 
 def workloads(results: Mapping[str, Any]) -> str:
-    facts = [(name, r["title"], r["samples"], f"{r['plain_ms']:.1f} ms") for name, r in results.items()]
+    facts = [
+        (name, r["title"], r["samples"], f"{r['plain_ms']:.1f} ms") for name, r in results.items()
+    ]
     return interleaved.table([("workload", "model", "N", "plain step"), *facts])
 
 
@@ -452,15 +502,28 @@ def memory_table(found: Iterable[Mapping[str, Any]]) -> str:
 
 def page(data: Mapping[str, Any]) -> str:
     """`docs/benchmarks/gradients.md`."""
-    text = interleaved.header(HEADER, data) + "\n" + workloads(data["results"]) + "\n" + speeds(data["results"])
+    text = (
+        interleaved.header(HEADER, data)
+        + "\n"
+        + workloads(data["results"])
+        + "\n"
+        + speeds(data["results"])
+    )
     if data.get("memory"):
-        text += "\n" + MEMORY_HEADER.format(budget=BUDGET // 2**20) + "\n" + memory_table(data["memory"])
+        text += (
+            "\n"
+            + MEMORY_HEADER.format(budget=BUDGET // 2**20)
+            + "\n"
+            + memory_table(data["memory"])
+        )
     return text
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     made = interleaved.parser(__doc__, WORKLOADS, QUANTITIES)
-    made.add_argument("--memory", action="store_true", help="peak memory instead of time; with --write, both")
+    made.add_argument(
+        "--memory", action="store_true", help="peak memory instead of time; with --write, both"
+    )
     made.add_argument("--child", help=argparse.SUPPRESS)
     return interleaved.parsed(made, arguments)
 

@@ -33,7 +33,11 @@ from unbatch.cli import demo
 
 RESULTS = Path(__file__).resolve().parent / "results" / "monitor.json"
 TURN = 44  # steps of one run before it is the other's turn: an epoch
-LONG, DEMO, SHORT = 4400, 264, 50  # steps: a hundred epochs, as many as the demo trains, and hardly any
+LONG, DEMO, SHORT = (
+    4400,
+    264,
+    50,
+)  # steps: a hundred epochs, as many as the demo trains, and hardly any
 REPEATS = {LONG: 1, DEMO: 5, SHORT: 9}
 ROWS_ONLY = ("squared_norms", "noise_scale")
 AUTO = "every='auto' (the default)"
@@ -68,7 +72,9 @@ class Training:
     def of(digits: demo.Digits, options: dict[str, Any] | None) -> Training:
         torch.manual_seed(0)
         net = demo.Net()
-        run = Training(net, torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9), batches(digits))
+        run = Training(
+            net, torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9), batches(digits)
+        )
         if options is not None:
             run.monitor = ub.Monitor(net, F.cross_entropy, clock=run.clock, **options)
         return run
@@ -110,7 +116,13 @@ def measured(options: dict[str, Any], digits: demo.Digits, steps: int) -> dict[s
     assert within.monitor.overhead is not None
     added = within.seconds / without.seconds - 1
     first, own = lines[0]["seconds"], within.monitor.overhead
-    return {"training": without.seconds, "first": first, "added": added, "own": own, "lines": len(lines)}
+    return {
+        "training": without.seconds,
+        "first": first,
+        "added": added,
+        "own": own,
+        "lines": len(lines),
+    }
 
 
 def medians(runs: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -118,8 +130,12 @@ def medians(runs: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="write the figures that the table is made of")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--write", action="store_true", help="write the figures that the table is made of"
+    )
     write = parser.parse_args(arguments).write
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", ub.MixedSamplesWarning)  # the net has batch norm

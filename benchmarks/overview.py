@@ -39,7 +39,10 @@ number* lists the tools whose result was different (BackPACK's rows under batch 
 def results() -> dict[str, Any]:
     """The committed results by name."""
     folder = ROOT / "benchmarks" / "results"
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    return {
+        path.stem: json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(folder.glob("*.json"))
+    }
 
 
 def page(found: dict[str, Any]) -> str:
@@ -67,20 +70,37 @@ def _section(title: str, link: str, run: dict[str, Any], measured: list[dict[str
         [[r["workload"], r["title"], r["samples"], f"{r['plain_ms']:.1f} ms"] for r in measured],
     )
     columns = ["workload", "N", "quantity", OURS, "best other", "another number", "no answer"]
-    return "\n".join([head, workloads, _table(columns, [row for r in measured for row in _rows(r)])])
+    return "\n".join(
+        [head, workloads, _table(columns, [row for r in measured for row in _rows(r)])]
+    )
 
 
 def _rows(measured: dict[str, Any]) -> Iterator[list[Any]]:
     for quantity, answers in measured["quantities"].items():
         others = {n: a for n, a in answers.items() if n != OURS}
-        right = {n: a["ratio"] for n, a in others.items() if a["status"] in RIGHT and a["ratio"] is not None}
+        right = {
+            n: a["ratio"]
+            for n, a in others.items()
+            if a["status"] in RIGHT and a["ratio"] is not None
+        }
         best = min(right, key=lambda name: right[name], default="")
-        wrong = [f"{n} (off by {a['error']:.0%})" for n, a in others.items() if a["status"] == "wrong"]
-        silent = sum(a["status"] == "refuses" or a["status"].startswith("raises") for a in others.values())
+        wrong = [
+            f"{n} (off by {a['error']:.0%})" for n, a in others.items() if a["status"] == "wrong"
+        ]
+        silent = sum(
+            a["status"] == "refuses" or a["status"].startswith("raises") for a in others.values()
+        )
         first = min([OURS, best], key=lambda name: answers[name]["ratio"]) if best else OURS
         other = f"{_figure(answers[best], best == first)} {best}" if best else "–"
         figures = [_figure(answers[OURS], first == OURS), other]
-        yield [measured["workload"], measured["samples"], quantity, *figures, ", ".join(wrong), silent or ""]
+        yield [
+            measured["workload"],
+            measured["samples"],
+            quantity,
+            *figures,
+            ", ".join(wrong),
+            silent or "",
+        ]
 
 
 def _figure(answer: dict[str, Any], first: bool) -> str:
@@ -101,7 +121,10 @@ def _accuracy(found: dict[str, Any]) -> str:
 
 def _structure(capture: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     costs = [
-        [net, *(_ratio(s[what] / s["plain step"]) for what in ("first question", "second question"))]
+        [
+            net,
+            *(_ratio(s[what] / s["plain step"]) for what in ("first question", "second question")),
+        ]
         for net, s in capture["seconds"].items()
     ]
     statuses = [status for r in rows for status in r["statuses"].values()]
@@ -121,7 +144,15 @@ def monitor(run: dict[str, Any]) -> str:
     where = f"Measured on {run['date']}, {run['device']}, torch {run['torch']}."
     what = "What `ub.Monitor` adds to the training of the demo's net, by CPU time."
     head = f"## Monitoring\n\n{where} {what} [How it is bounded](../guides/monitor_training.md#what-it-costs).\n"
-    columns = ["setting", "steps", "training", "first question", "added", "by its own account", "lines"]
+    columns = [
+        "setting",
+        "steps",
+        "training",
+        "first question",
+        "added",
+        "by its own account",
+        "lines",
+    ]
     return "\n".join([head, _table(columns, [_monitored(case) for case in run["cases"]])])
 
 
@@ -141,7 +172,14 @@ def _controls(runs: dict[str, dict[str, Any]]) -> str:
 
 def _monitored(case: dict[str, Any]) -> list[Any]:
     seconds = [f"{case[what]:.2g} s" for what in ("training", "first")]
-    return [case["setting"], case["steps"], *seconds, share(case["added"]), share(case["own"]), f"{case['lines']:g}"]
+    return [
+        case["setting"],
+        case["steps"],
+        *seconds,
+        share(case["added"]),
+        share(case["own"]),
+        f"{case['lines']:g}",
+    ]
 
 
 def share(value: float) -> str:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import unbatch as ub
 from lib.interleaved import facts
-from unbatch.analysis.inference import judge
+from unbatch.analysis.inference import infer_structure
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs" / "benchmarks" / "structure.md"
@@ -52,7 +52,9 @@ class Block(nn.Module):
         self.bn2 = nn.BatchNorm2d(wide)
         self.skip = nn.Sequential()
         if stride != 1 or narrow != wide:
-            self.skip = nn.Sequential(nn.Conv2d(narrow, wide, 1, stride, bias=False), nn.BatchNorm2d(wide))
+            self.skip = nn.Sequential(
+                nn.Conv2d(narrow, wide, 1, stride, bias=False), nn.BatchNorm2d(wide)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.conv1(x)))
@@ -61,19 +63,30 @@ class Block(nn.Module):
 
 def resnet18(classes: int = 1000) -> nn.Module:
     """ResNet-18 for ImageNet: 11.7 million parameters, 20 batch norms."""
-    stem = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+    stem = [
+        nn.Conv2d(3, 64, 7, 2, 3, bias=False),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2, 1),
+    ]
     blocks, narrow = [], 64
     for wide, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
         blocks += [Block(narrow, wide, stride), Block(wide, wide, 1)]
         narrow = wide
-    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, classes))
+    return nn.Sequential(
+        *stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, classes)
+    )
 
 
 def images() -> Setting:
     """ResNet-18 on 8 x 3 x 64 x 64 with cross entropy."""
     model = resnet18().train()
     X, y = torch.randn(8, 3, 64, 64), torch.randint(1000, (8,))
-    return model, lambda: ub.Problem(model, F.cross_entropy, (X, y)), lambda: F.cross_entropy(model(X), y)
+    return (
+        model,
+        lambda: ub.Problem(model, F.cross_entropy, (X, y)),
+        lambda: F.cross_entropy(model(X), y),
+    )
 
 
 def sentences() -> Setting:
@@ -91,7 +104,9 @@ SETTINGS = {"ResNet-18, 8 x 3 x 64 x 64": images, "BERT-base with 2 layers, 8 x 
 # --- measuring ------------------------------------------------------------------------------------
 
 
-def training_step(model: nn.Module, loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> None:
+def training_step(
+    model: nn.Module, loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer
+) -> None:
     optimizer.zero_grad()
     loss().backward()
     optimizer.step()
@@ -100,7 +115,7 @@ def training_step(model: nn.Module, loss: Callable[[], Tensor], optimizer: torch
 def static_analysis(problem: ub.Problem) -> None:
     """The walk over an existing recording: rules and labels alone, no witness, nothing is run."""
     kept = problem._recorded()
-    judge(kept.graph, problem.samples, problem._dims, problem._target_dims)
+    infer_structure(kept.graph, problem.samples, problem._dims, problem._target_dims)
 
 
 def moved_by_one(problem: ub.Problem) -> tuple[Any, Any]:
@@ -194,7 +209,9 @@ def page(results: dict[str, dict[str, float]], rounds: int) -> str:
     return head + "\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def save(results: dict[str, dict[str, float]], rounds: int, docs: Path = DOCS, data: Path = RESULTS) -> None:
+def save(
+    results: dict[str, dict[str, float]], rounds: int, docs: Path = DOCS, data: Path = RESULTS
+) -> None:
     """Write the page and the seconds behind it."""
     data.parent.mkdir(parents=True, exist_ok=True)
     docs.write_text(page(results, rounds))
@@ -204,8 +221,12 @@ def save(results: dict[str, dict[str, float]], rounds: int, docs: Path = DOCS, d
 def main(arguments: Sequence[str] | None = None) -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--profile", action="store_true", help="print a profile of the first question")
-    parser.add_argument("--write", action="store_true", help="write the page and the seconds behind it")
+    parser.add_argument(
+        "--profile", action="store_true", help="print a profile of the first question"
+    )
+    parser.add_argument(
+        "--write", action="store_true", help="write the page and the seconds behind it"
+    )
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)

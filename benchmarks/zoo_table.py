@@ -72,7 +72,9 @@ class Row:
 
     @property
     def wrong(self) -> bool:
-        return bool(self.failure or self.contradictions) or (self.exam is not None and not self.exam.right)
+        return bool(self.failure or self.contradictions) or (
+            self.exam is not None and not self.exam.right
+        )
 
     @property
     def refused(self) -> bool:
@@ -95,7 +97,11 @@ def problem_of(item: ZooEntry, mode: str) -> ub.Problem:
     """The entry as a user would write it; a model that computes its own loss takes the batch alone."""
     model, inputs, targets, loss = item.build()
     model.train(mode == "train")
-    return ub.Problem(model, batch=inputs) if loss is None else ub.Problem(model, loss, (inputs, targets))
+    return (
+        ub.Problem(model, batch=inputs)
+        if loss is None
+        else ub.Problem(model, loss, (inputs, targets))
+    )
 
 
 def ask(item: ZooEntry, mode: str, verify: bool = True, numbers: bool = False) -> Row:
@@ -120,7 +126,11 @@ def ask(item: ZooEntry, mode: str, verify: bool = True, numbers: bool = False) -
         tuple(_without_paths(note) for note in structure.notes),
         round(milliseconds, 1),
         sum(c.passed is not None for c in checks),
-        tuple(f"{TITLES[c.name]} {c.status}, but {c.test}: {c.detail}" for c in checks if c.passed is False),
+        tuple(
+            f"{TITLES[c.name]} {c.status}, but {c.test}: {c.detail}"
+            for c in checks
+            if c.passed is False
+        ),
         exam=examined,
     )
 
@@ -146,7 +156,10 @@ def _without_paths(text: str) -> str:
 
 
 def rows(
-    items: Iterable[ZooEntry], modes: Sequence[str] = MODES, verify: bool = True, numbers: bool = False
+    items: Iterable[ZooEntry],
+    modes: Sequence[str] = MODES,
+    verify: bool = True,
+    numbers: bool = False,
 ) -> Iterator[Row]:
     """The rows of the entries, as they come."""
     for item in items:
@@ -189,7 +202,13 @@ def page(table: Sequence[Row]) -> str:
     versions = {name: version(name).partition("+")[0] for name in PACKAGES}
     legend = ", ".join(f"{mark} {status}" for status, mark in MARKS.items())
     head = HEADER.format(**versions, samples=N, legend=legend, summary=summary(table))
-    parts = [_table(table), _numbers(table), _failures(table), _contradictions(table), _unknowns(table)]
+    parts = [
+        _table(table),
+        _numbers(table),
+        _failures(table),
+        _contradictions(table),
+        _unknowns(table),
+    ]
     return "\n".join([head, *(line for part in parts for line in part)]).rstrip() + "\n"
 
 
@@ -198,7 +217,9 @@ def summary(table: Sequence[Row]) -> str:
     counts = Counter(status for row in table for status in row.statuses.values())
     contradicted = sum(bool(row.contradictions) for row in table)
     failed = sum(bool(row.failure) for row in table)
-    wrong, refused = ({row.entry for row in table if getattr(row, what)} for what in ("wrong", "refused"))
+    wrong, refused = (
+        {row.entry for row in table if getattr(row, what)} for what in ("wrong", "refused")
+    )
     entries = {row.entry for row in table}
     open_ = {row.entry for row in table if not row.settled}
     return (
@@ -217,7 +238,9 @@ def _table(table: Sequence[Row]) -> Iterator[str]:
     yield _line(columns)
     yield _line(["---"] * len(columns))
     for row in table:
-        marks = [MARKS[row.statuses[name]] for name in NAMES] if row.statuses else ["–"] * len(NAMES)
+        marks = (
+            [MARKS[row.statuses[name]] for name in NAMES] if row.statuses else ["–"] * len(NAMES)
+        )
         size = str(row.statistics_size) if row.statistics_size else ""
         time_ = "" if row.failure else f"{row.milliseconds:.0f}"
         yield _line([row.entry, row.mode, *marks, size, _first_culprit(row), time_, _tests(row)])
@@ -245,7 +268,13 @@ def _numbers(table: Sequence[Row]) -> Iterator[str]:
         return
     bounds = {"fine": exam.RIGHT[torch.float64], "coarse": exam.RIGHT[torch.float32]}
     yield NUMBERS.format(largest=exam.LARGEST, columns=f"over {exam.COLUMNS}", **bounds)
-    columns = ("entry", "mode", "type", "step, ms", *(c for q in QUESTIONS for c in (q, "steps", "MiB")))
+    columns = (
+        "entry",
+        "mode",
+        "type",
+        "step, ms",
+        *(c for q in QUESTIONS for c in (q, "steps", "MiB")),
+    )
     yield _line(columns)
     yield _line(["---"] * len(columns))
     for row, sat in found:
@@ -335,7 +364,9 @@ def loaded(results: Path = RESULTS) -> list[Row]:
 
 
 def _row(row: dict[str, Any]) -> Row:
-    sat = row["exam"] and Exam(**row["exam"] | {"answers": {q: Answer(**a) for q, a in row["exam"]["answers"].items()}})
+    sat = row["exam"] and Exam(
+        **row["exam"] | {"answers": {q: Answer(**a) for q, a in row["exam"]["answers"].items()}}
+    )
     return Row(**row | {"reasons": tuple(Reason(**r) for r in row["reasons"]), "exam": sat})
 
 
@@ -353,7 +384,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("names", nargs="*", help="entries to ask; all of them by default")
     parser.add_argument("--quick", action="store_true", help=f"every {QUICK}th entry only")
-    parser.add_argument("--resume", action="store_true", help="leave out entries that have been asked")
+    parser.add_argument(
+        "--resume", action="store_true", help="leave out entries that have been asked"
+    )
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")

@@ -78,7 +78,7 @@ def main():
         print(f"epoch {epoch}: loss {total / len(train_loader):.3f}")
 
     problem = ub.Problem(model, nt_xent, (views, None))  # unbatch
-    print(problem.structure, problem.compute(ub.Norms()).total, problem.crosstalk(4).strength, sep="\n\n")  # unbatch
+    print(problem.structure, problem.compute(ub.SquaredNorms()).total, problem.crosstalk(4).strength, sep="\n\n")  # unbatch
 
 
 if __name__ == "__main__":

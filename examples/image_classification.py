@@ -92,7 +92,7 @@ def main():
     test(model, DataLoader(testset, batch_size=100))
 
     problem = ub.Problem(model.train(), criterion, next(iter(trainloader)))  # unbatch
-    print(problem.structure, problem.compute(ub.Norms()).total, problem.ggn().eigvalsh()[-5:], sep="\n\n")  # unbatch
+    print(problem.structure, problem.compute(ub.SquaredNorms()).total, problem.ggn().eigvalsh()[-5:], sep="\n\n")  # unbatch
 
 
 if __name__ == "__main__":

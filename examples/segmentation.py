@@ -101,7 +101,7 @@ def main():
         print(f"epoch {epoch}: loss {epoch_loss / len(loader):.3f}")
 
     problem = ub.Problem(model, criterion, (images, true_masks))  # unbatch
-    print(problem.structure, problem.compute(ub.Norms()).total, problem.crosstalk(probes=4), sep="\n\n")  # unbatch
+    print(problem.structure, problem.compute(ub.SquaredNorms()).total, problem.crosstalk(probes=4), sep="\n\n")  # unbatch
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def main():
         print(f"epoch {epoch}: accuracy {corrects / len(data):.1%}")
 
     problem = ub.Problem(model, F.cross_entropy, (feature, target))  # unbatch
-    print(problem.structure, *(text[n] for n in problem.compute(ub.Norms()).total.topk(4).indices), sep="\n")  # unbatch
+    print(problem.structure, *(text[n] for n in problem.compute(ub.SquaredNorms()).total.topk(4).indices), sep="\n")  # unbatch
 
 
 if __name__ == "__main__":

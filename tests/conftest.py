@@ -11,8 +11,9 @@ from hypothesis import settings
 from cases.recordings import Recordings, check_asks_only
 from tiers import COLLECTED, TIERS, by_recording, call_of, of_tier
 from unbatch import errors
-from unbatch.analysis import inference
-from unbatch.capture import control_flow, program
+from unbatch.analysis import loss_boundary
+from unbatch.capture import program
+from unbatch.capture import program as program_module
 from unbatch.capture.graph import Graph, check_graph
 
 torch.set_num_threads(1)
@@ -37,9 +38,9 @@ def _checked(function):
 for name in ("moved", "inserted", "in_double"):
     setattr(Graph, name, _checked(getattr(Graph, name)))
 program.record = _checked(program.record)
-control_flow.record_answered = _checked(control_flow.record_answered)
-inference.split = _checked(inference.split)
-inference.folded = _checked(inference.folded)
+program_module.record_answered = _checked(program_module.record_answered)
+loss_boundary.split = _checked(loss_boundary.split)
+loss_boundary.folded = _checked(loss_boundary.folded)
 
 errors.STRICT = True  # an error inside a rule is a bug here, not an "unknown"
 
@@ -73,7 +74,9 @@ def recorded(request: pytest.FixtureRequest, recordings: Recordings) -> Iterator
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--tier", choices=TIERS, default="all", help="which tests to run, see tests/README.md")
+    parser.addoption(
+        "--tier", choices=TIERS, default="all", help="which tests to run, see tests/README.md"
+    )
 
 
 @pytest.hookimpl(tryfirst=True)

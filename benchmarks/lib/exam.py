@@ -24,7 +24,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import unbatch as ub
 
-RIGHT = {torch.float64: 1e-6, torch.float32: 2e-3}  # relative; losses of language models cast to float32 on their way
+RIGHT = {
+    torch.float64: 1e-6,
+    torch.float32: 2e-3,
+}  # relative; losses of language models cast to float32 on their way
 LARGEST = 3000  # entries of a parameter that is asked about
 COLUMNS = 2000  # entries of one prediction up to which a diagonal is asked for
 ENTRIES_ASKED = 6  # entries of the diagonal that are held against products with unit vectors
@@ -65,20 +68,33 @@ QUESTIONS = ("rows", "product", "diagonal")
 def examine(built: tuple[nn.Module, Any, Any, Any]) -> Exam:
     """Compare the results for a model, its inputs, targets and loss (None: its own) with autograd."""
     model, inputs, targets, loss = _widened(built)
-    problem = ub.Problem(model, batch=inputs) if loss is None else ub.Problem(model, loss, (inputs, targets))
+    problem = (
+        ub.Problem(model, batch=inputs)
+        if loss is None
+        else ub.Problem(model, loss, (inputs, targets))
+    )
     chosen = _chosen(model)
     torch.manual_seed(0)
     cut = problem.predictions() if loss is None else None
     twin = copy.deepcopy(model)
-    plain = Plain.of(twin, (inputs, targets, loss), [t for t in tree_leaves(cut) if isinstance(t, Tensor)], chosen)
+    plain = Plain.of(
+        twin,
+        (inputs, targets, loss),
+        [t for t in tree_leaves(cut) if isinstance(t, Tensor)],
+        chosen,
+    )
     dtype = next(iter(plain.parameters.values())).dtype
     answers = {
         "rows": _asked(lambda: problem.gradients(parameters=chosen), plain.off_rows),
-        "product": _asked(lambda: (v := plain.vector(), problem.ggn(parameters=chosen) @ v), plain.off_product),
+        "product": _asked(
+            lambda: (v := plain.vector(), problem.ggn(parameters=chosen) @ v), plain.off_product
+        ),
         "diagonal": Answer(),
     }
     if plain.width <= COLUMNS:
-        answers["diagonal"] = _asked(lambda: problem.ggn(parameters=chosen).diag(), plain.off_diagonal)
+        answers["diagonal"] = _asked(
+            lambda: problem.ggn(parameters=chosen).diag(), plain.off_diagonal
+        )
     return Exam(str(dtype).removeprefix("torch."), plain.seconds, tuple(chosen), answers)
 
 
@@ -148,7 +164,13 @@ class Plain:
     seconds: float
 
     @classmethod
-    def of(cls, model: nn.Module, rest: tuple[Any, Any, Any], cut: Sequence[Tensor], chosen: Sequence[str]) -> Plain:
+    def of(
+        cls,
+        model: nn.Module,
+        rest: tuple[Any, Any, Any],
+        cut: Sequence[Tensor],
+        chosen: Sequence[str],
+    ) -> Plain:
         inputs, targets, loss = rest
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         torch.manual_seed(0)
@@ -163,7 +185,12 @@ class Plain:
             outputs, leaves, value = _apart(output, loss, targets)
         slope = torch.autograd.grad(value, leaves, create_graph=True)
         torch.autograd.grad(
-            outputs, list(parameters.values()), [g.detach() for g in slope], None, True, allow_unused=True
+            outputs,
+            list(parameters.values()),
+            [g.detach() for g in slope],
+            None,
+            True,
+            allow_unused=True,
         )
         seconds = time.process_time() - start
         return cls({n: parameters[n] for n in chosen}, outputs, leaves, slope, state, seconds)
@@ -189,7 +216,10 @@ class Plain:
         """Return the error of rows; the reference pulls back the cotangent of one sample alone."""
         off = size = 0.0
         for n in range(len(self.outputs[0])):
-            alone = [torch.zeros_like(g).index_copy(0, torch.tensor([n]), g.detach()[n : n + 1]) for g in self.slope]
+            alone = [
+                torch.zeros_like(g).index_copy(0, torch.tensor([n]), g.detach()[n : n + 1])
+                for g in self.slope
+            ]
             for name, row in zip(self.parameters, self._pulled(alone), strict=True):
                 off = max(off, float((rows[name][n] - row).abs().max()))
                 size = max(size, float(row.abs().max()))
@@ -213,18 +243,27 @@ class Plain:
 
     def times(self, v: Tensor) -> Tensor:
         """Return ``Jᵀ H J v`` by double backward."""
-        pieces = [t.view_as(p) for t, p in zip(v.split([p.numel() for p in self._by]), self._by, strict=True)]
+        pieces = [
+            t.view_as(p)
+            for t, p in zip(v.split([p.numel() for p in self._by]), self._by, strict=True)
+        ]
         w = [torch.zeros_like(t).requires_grad_() for t in self.outputs]
         torch.set_rng_state(self.state)
-        pulled = torch.autograd.grad(self.outputs, self._by, w, create_graph=True, allow_unused=True)
-        live = [(a, b) for a, b in zip(pulled, pieces, strict=True) if a is not None and a.requires_grad]
+        pulled = torch.autograd.grad(
+            self.outputs, self._by, w, create_graph=True, allow_unused=True
+        )
+        live = [
+            (a, b) for a, b in zip(pulled, pieces, strict=True) if a is not None and a.requires_grad
+        ]
         Jv = _grads([a for a, _ in live], w, [b for _, b in live])
         curved = [(g, t) for g, t in zip(self.slope, Jv, strict=True) if g.requires_grad]
         HJv = _grads([g for g, _ in curved], self.leaves, [t for _, t in curved])
         return torch.cat([t.reshape(-1) for t in self._pulled(HJv)]).detach()
 
 
-def _grads(ends: Sequence[Tensor], by: Sequence[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor]:
+def _grads(
+    ends: Sequence[Tensor], by: Sequence[Tensor], cotangents: Sequence[Tensor]
+) -> list[Tensor]:
     found: Sequence[Tensor | None] = [None] * len(by)
     if ends:
         found = torch.autograd.grad(ends, by, cotangents, retain_graph=True, allow_unused=True)
@@ -250,20 +289,30 @@ class _put_out:
 
 
 def _found(value: Tensor, among: Sequence[Tensor]) -> Tensor:
-    allowed = {torch.float64: 1e-9, torch.float32: 1e-4}[value.dtype] * max(1.0, float(value.abs().max()))
+    allowed = {torch.float64: 1e-9, torch.float32: 1e-4}[value.dtype] * max(
+        1.0, float(value.abs().max())
+    )
     alike = [
-        t for t in among if t.shape == value.shape and t.dtype == value.dtype and torch.allclose(t, value, 0, allowed)
+        t
+        for t in among
+        if t.shape == value.shape
+        and t.dtype == value.dtype
+        and torch.allclose(t, value, 0, allowed)
     ]
     if not alike:
         raise LookupError(f"no module puts out the predictions of shape {tuple(value.shape)}")
     return alike[0]
 
 
-def _apart(output: Any, loss: Callable[[Any, Any], Tensor], targets: Any) -> tuple[list[Tensor], list[Tensor], Tensor]:
+def _apart(
+    output: Any, loss: Callable[[Any, Any], Tensor], targets: Any
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """Return the used outputs, fresh leaves in their place, and the loss of these."""
     ends = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
     fresh = {id(t): t.detach().clone().requires_grad_() for t in ends}
     value = loss(tree_map(lambda t: fresh.get(id(t), t), output), targets)
-    slopes = torch.autograd.grad(value, [fresh[id(t)] for t in ends], retain_graph=True, allow_unused=True)
+    slopes = torch.autograd.grad(
+        value, [fresh[id(t)] for t in ends], retain_graph=True, allow_unused=True
+    )
     used = [t for t, g in zip(ends, slopes, strict=True) if g is not None]
     return used, [fresh[id(t)] for t in used], value

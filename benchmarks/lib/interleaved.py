@@ -28,7 +28,10 @@ from torch import Tensor, nn
 import unbatch as ub
 
 ROUNDS = 5
-SPENT, AT_MOST = 0.1, 5  # a turn repeats what is short: until so many seconds are spent, at most so often
+SPENT, AT_MOST = (
+    0.1,
+    5,
+)  # a turn repeats what is short: until so many seconds are spent, at most so often
 CONTROLS = 15  # repetitions of the control
 TOLERANCE = 1e-3  # relative, in float32 against float64
 
@@ -105,7 +108,11 @@ def complaining(error: Exception) -> Ask:
 
 
 def single(found: Any) -> Any:
-    return found.float() if isinstance(found, Tensor) else {name: t.float() for name, t in found.items()}
+    return (
+        found.float()
+        if isinstance(found, Tensor)
+        else {name: t.float() for name, t in found.items()}
+    )
 
 
 def distance(found: Any, truth: Any) -> float:
@@ -175,7 +182,9 @@ def control() -> float:
     """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(256, 512, generator=generator)
-    weights = [torch.randn(512, 512, generator=generator).div_(512**0.5).requires_grad_() for _ in range(3)]
+    weights = [
+        torch.randn(512, 512, generator=generator).div_(512**0.5).requires_grad_() for _ in range(3)
+    ]
 
     def step() -> None:
         y = x
@@ -203,7 +212,12 @@ def medians(step: Ask, asks: Mapping[Key, Ask], rounds: int) -> dict[Key, float]
 
 def table(lines: Sequence[Sequence[object]]) -> str:
     head, *body = lines
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in (head, ["---"] * len(head), *body)) + "\n"
+    return (
+        "\n".join(
+            "| " + " | ".join(map(str, line)) + " |" for line in (head, ["---"] * len(head), *body)
+        )
+        + "\n"
+    )
 
 
 def cell(entry: Mapping[str, Any]) -> str:
@@ -212,7 +226,11 @@ def cell(entry: Mapping[str, Any]) -> str:
     figure = f"{entry['ratio']:.3g}"
     if entry["status"] == "estimated":
         return f"≈ {figure}"
-    return figure if entry["status"] == "ok" else f"**wrong** by {100 * entry['error']:.0f} % ({figure})"
+    return (
+        figure
+        if entry["status"] == "ok"
+        else f"**wrong** by {100 * entry['error']:.0f} % ({figure})"
+    )
 
 
 def tools(packages: Mapping[str, str]) -> dict[str, str]:
@@ -258,13 +276,17 @@ def save(page: str, data: Mapping[str, Any], docs: Path, results: Path) -> None:
 # --- the command line -----------------------------------------------------------------------------
 
 
-def parser(about: str | None, workloads: Iterable[str], quantities: Iterable[str]) -> argparse.ArgumentParser:
+def parser(
+    about: str | None, workloads: Iterable[str], quantities: Iterable[str]
+) -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     made = argparse.ArgumentParser(description=about, formatter_class=raw)
     made.add_argument("--workloads", default=",".join(workloads), help="comma-separated")
     made.add_argument("--quantities", default=",".join(quantities), help="comma-separated")
     made.add_argument("--rounds", type=int, default=ROUNDS)
-    made.add_argument("--write", action="store_true", help="write the page and the figures behind it")
+    made.add_argument(
+        "--write", action="store_true", help="write the page and the figures behind it"
+    )
     return made
 
 

@@ -18,7 +18,9 @@ def mathml(latex: str, display: str = "inline") -> str:
     """One formula as a `<math>` element. Raises ``ValueError`` for what the conversion leaves as it is."""
     found: str = convert(latex, display=display)
     if unknown := LEFT_OVER.findall(found):
-        raise ValueError(f"no MathML for {', '.join(unknown)} in the formula {latex!r}; write it in other commands")
+        raise ValueError(
+            f"no MathML for {', '.join(unknown)} in the formula {latex!r}; write it in other commands"
+        )
     return found
 
 

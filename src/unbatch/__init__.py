@@ -27,7 +27,9 @@ else:  # a type checker takes a module that has `__getattr__` to have every attr
         public = import_module(f"{__name__}.public")
         if name not in ("__all__", *public.__all__):
             here = sys.modules[__name__]
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=here)
+            raise AttributeError(
+                f"module {__name__!r} has no attribute {name!r}", name=name, obj=here
+            )
         globals()[name] = getattr(public, name)
         return globals()[name]
 

@@ -180,9 +180,7 @@ MSG_META = (
 )
 
 
-MSG_UNKNOWN_RULE = (
-    "There is no op named {value!r} to register a rule for; pass an OpOverload such as torch.ops.my.op.default."
-)
+MSG_UNKNOWN_RULE = "There is no op named {value!r} to register a rule for; pass an OpOverload such as torch.ops.my.op.default."
 
 
 MSG_RULE_TAKEN = "{value} already has a rule; pass replace=True to override it."
@@ -206,9 +204,7 @@ MSG_NO_SUCH_PARAMETER = (
 )
 
 
-MSG_FIXED_PARAMETER = (
-    "Parameter {name!r} does not require a gradient. Set `requires_grad_(True)` on it, or leave it out of parameters=."
-)
+MSG_FIXED_PARAMETER = "Parameter {name!r} does not require a gradient. Set `requires_grad_(True)` on it, or leave it out of parameters=."
 
 
 MSG_BY = "by is 'component', 'copy' or 'frozen'; got {value!r}."
@@ -243,7 +239,7 @@ MSG_MEMORY = "memory= is a number of bytes greater than zero; got {value!r}."
 
 
 MSG_QUANTITY = (
-    "compute takes quantities such as unbatch.Norms() or unbatch.Variance(), at least one; got {value!r}. "
+    "compute takes quantities such as unbatch.SquaredNorms() or unbatch.Variance(), at least one; got {value!r}. "
     "For the rows themselves call gradients()."
 )
 
@@ -255,7 +251,9 @@ MSG_MIXED_MOMENT = (
 )
 
 
-MSG_HISTOGRAM = "A histogram takes at least one bin and low < high; got bins={bins}, low={low}, high={high}."
+MSG_HISTOGRAM = (
+    "A histogram takes at least one bin and low < high; got bins={bins}, low={low}, high={high}."
+)
 
 
 MSG_MAX_NORM = "max_norm is a number greater than zero, in the scale of the rows; got {value!r}."
@@ -267,17 +265,15 @@ MSG_NO_SELECTION = (
 )
 
 
-MSG_VECTOR = (
-    "A vector of parameters by name needs {name!r} in shape {shape}; got {got}. Pass one tensor for each parameter."
+MSG_VECTOR = "A vector of parameters by name needs {name!r} in shape {shape}; got {got}. Pass one tensor for each parameter."
+
+
+MSG_OPERATOR_VECTOR = "This operator takes a vector of length {size}, or a matrix with so many rows; got {got}, and {what}."
+
+
+MSG_OPERATOR_SHAPES = (
+    "Operators of the shapes {shapes} cannot be used together: to {what} them they have to fit."
 )
-
-
-MSG_OPERATOR_VECTOR = (
-    "This operator takes a vector of length {size}, or a matrix with so many rows; got {got}, and {what}."
-)
-
-
-MSG_OPERATOR_SHAPES = "Operators of the shapes {shapes} cannot be used together: to {what} them they have to fit."
 
 
 MSG_NO_SECOND_DERIVATIVE = (
@@ -383,7 +379,9 @@ MSG_SINGULAR = (
 MSG_METHOD = "method is 'woodbury' or 'cg', or left out; got {value!r}."
 
 
-MSG_NOT_DEFINITE = "Conjugate gradients need a positive definite matrix; with damping={value} this is none."
+MSG_NOT_DEFINITE = (
+    "Conjugate gradients need a positive definite matrix; with damping={value} this is none."
+)
 
 
 MSG_NOT_CONVERGED = (
@@ -399,9 +397,7 @@ MSG_WHICH = (
 )
 
 
-MSG_BLOCKS = (
-    "blocks is 'parameter', 'module', or a list of groups of parameters, each of them in one group; got {value!r}."
-)
+MSG_BLOCKS = "blocks is 'parameter', 'module', or a list of groups of parameters, each of them in one group; got {value!r}."
 
 
 MSG_SAMPLES = "samples= takes numbers of samples from 0 to {last}, at least one; got {value!r}."
@@ -472,9 +468,7 @@ MSG_MONITOR_FILE = (
 )
 
 
-MSG_MONITOR_QUANTITY = (
-    "A monitor takes quantities such as unbatch.Norms(), each once, or their names, out of {names}; got {value!r}."
-)
+MSG_MONITOR_QUANTITY = "A monitor takes quantities such as unbatch.SquaredNorms(), each once, or their names, out of {names}; got {value!r}."
 
 
 MSG_MONITOR_COPY = (
@@ -499,7 +493,9 @@ MSG_MONITOR_TARGETS = (
 )
 
 
-MSG_MONITOR_NO_TARGETS = "The loss {loss} takes predictions alone, and step was given targets: {given}. Leave them out."
+MSG_MONITOR_NO_TARGETS = (
+    "The loss {loss} takes predictions alone, and step was given targets: {given}. Leave them out."
+)
 
 
 MSG_MONITOR_OWN_LOSS = (

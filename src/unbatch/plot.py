@@ -1,12 +1,14 @@
 """Pictures of results, as ``unbatch.plot`` offers them. Nothing is defined here."""
 
+from __future__ import annotations
+
+from unbatch.diagram.figure import save
 from unbatch.report.plot import (
     crosstalk,
     density,
     directions,
     gradient_norms,
     plan,
-    save,
     spectrum,
     structure,
 )

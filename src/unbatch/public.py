@@ -29,7 +29,15 @@ from unbatch.gradients.diagnostics import (
     OrthogonalityTest,
     SignalToNoise,
 )
-from unbatch.gradients.quantities import Dots, Gradients, Histogram, Norms, SecondMoment, SumOfSquares, Variance
+from unbatch.gradients.quantities import (
+    Dots,
+    Gradients,
+    Histogram,
+    SecondMoment,
+    SquaredNorms,
+    SumOfSquares,
+    Variance,
+)
 from unbatch.gradients.results import Rows
 from unbatch.monitoring.monitor import Monitor
 from unbatch.problem.problem import Problem
@@ -57,7 +65,7 @@ __all__ = [
     "MonitorWarning",
     "NoiseScale",
     "NormTest",
-    "Norms",
+    "SquaredNorms",
     "OrthogonalityTest",
     "Problem",
     "Rows",

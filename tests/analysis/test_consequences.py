@@ -45,7 +45,14 @@ NO_SPLIT = "parameters in the loss"
 
 BACKPACK = (
     *("BatchGrad", "BatchL2Grad", "SumGradSquared", "Variance"),
-    *("DiagGGNExact", "DiagGGNMC", "BatchDiagGGNExact", "BatchDiagGGNMC", "SqrtGGNExact", "SqrtGGNMC"),
+    *(
+        "DiagGGNExact",
+        "DiagGGNMC",
+        "BatchDiagGGNExact",
+        "BatchDiagGGNMC",
+        "SqrtGGNExact",
+        "SqrtGGNMC",
+    ),
     *("DiagHessian", "BatchDiagHessian", "KFAC", "KFLR", "KFRA", "GGNMP", "HMP", "PCHMP"),
 )
 VIVIT = (
@@ -82,7 +89,9 @@ def test_the_table_passes_its_checker() -> None:
     check(TABLE)
 
 
-@pytest.mark.parametrize("peer", [f"BackPACK {q}" for q in BACKPACK] + [f"ViViT {q}" for q in VIVIT])
+@pytest.mark.parametrize(
+    "peer", [f"BackPACK {q}" for q in BACKPACK] + [f"ViViT {q}" for q in VIVIT]
+)
 def test_every_quantity_of_the_peers_has_one_row(peer: str) -> None:
     assert [peer in quantity.peers for quantity in TABLE].count(True) == 1
 
@@ -97,16 +106,36 @@ def test_when_everything_holds_nothing_is_lost_or_renamed() -> None:
     [
         ("gradient", NO_LOSS, "exact", "gradient"),
         ("per-sample gradients", NORM, "renamed", "gradients per component"),
-        ("per-sample gradients", NO_SUM, "renamed", "gradients per sample, up to a batch-dependent factor"),
-        ("per-sample gradients", WEIGHTS, "renamed", "gradients per sample, up to a batch-dependent factor"),
+        (
+            "per-sample gradients",
+            NO_SUM,
+            "renamed",
+            "gradients per sample, up to a batch-dependent factor",
+        ),
+        (
+            "per-sample gradients",
+            WEIGHTS,
+            "renamed",
+            "gradients per sample, up to a batch-dependent factor",
+        ),
         ("component rows", MIXED, "exact", "component rows"),
-        ("component rows", NO_SPLIT, "renamed", "component rows, of the part through the predictions"),
+        (
+            "component rows",
+            NO_SPLIT,
+            "renamed",
+            "component rows, of the part through the predictions",
+        ),
         ("frozen rows", NORM, "exact", "frozen rows"),
         ("frozen rows", MIXED, "none", ""),
         ("gradient variance", NORM, "renamed", "variance over components"),
         ("gradient variance", WEIGHTS, "renamed", "variance over components"),
         ("sum of squared gradients", NORM, "renamed", "sum of squares of gradients per component"),
-        ("early stopping criterion", NO_LOSS, "renamed", "early stopping criterion over components"),
+        (
+            "early stopping criterion",
+            NO_LOSS,
+            "renamed",
+            "early stopping criterion over components",
+        ),
         ("GGN eigenvalues", MIXED, "exact", "GGN eigenvalues"),
         ("GGN eigenvalues", NO_LOSS, "exact", "GGN eigenvalues"),
         ("GGN product", NO_SPLIT, "renamed", "GGN product, of the part through the predictions"),
@@ -156,7 +185,9 @@ def test_resolving_an_unknown_never_contradicts_a_definite_answer() -> None:
             assert old.outcome == "unknown" or (old.outcome, old.name) == (new.outcome, new.name)
 
 
-def test_unknown_is_said_only_where_completions_differ_and_is_settled_by_what_it_depends_on() -> None:
+def test_unknown_is_said_only_where_completions_differ_and_is_settled_by_what_it_depends_on() -> (
+    None
+):
     answers = every_answer()
     for statuses, found in answers.items():
         for i, one in enumerate(found):
@@ -217,7 +248,10 @@ ALWAYS = Case("exact", "always")
     ("bug", "flaw"),
     [
         ((ALWAYS, Case("none", "hidden", fails=(INDEPENDENT,))), "case 1 is never reached"),
-        ((Case("none", "never", holds=(SIMD,), fails=(INDEPENDENT,)), ALWAYS), "case 0 is never reached"),
+        (
+            (Case("none", "never", holds=(SIMD,), fails=(INDEPENDENT,)), ALWAYS),
+            "case 0 is never reached",
+        ),
         ((Case("exact", "some", holds=(LOSS,)),), "no case for"),
         ((Case("renamed", "to what?"),), "is 'renamed' and named ''"),
         ((Case("exact", "as itself", "something else"),), "is 'exact' and named 'something else'"),
@@ -260,7 +294,7 @@ ROWS: Mapping[str, str] = {
     "frozen rows": "frozen",
 }
 COMPUTED: Mapping[str, tuple[Any, ...]] = {
-    "squared gradient norms": (ub.Norms(),),
+    "squared gradient norms": (ub.SquaredNorms(),),
     "Gram matrix of gradients": (ub.Dots(),),
     "sum of squared gradients": (ub.SumOfSquares(),),
     "gradient histogram": (ub.Histogram(),),
@@ -269,7 +303,11 @@ COMPUTED: Mapping[str, tuple[Any, ...]] = {
     "gradient variance": (ub.Variance(),),
     "signal-to-noise": (ub.SignalToNoise(),),
     "gradient noise scale": (ub.NoiseScale(),),
-    "norm, inner product and orthogonality tests": (ub.NormTest(), ub.InnerProductTest(), ub.OrthogonalityTest()),
+    "norm, inner product and orthogonality tests": (
+        ub.NormTest(),
+        ub.InnerProductTest(),
+        ub.OrthogonalityTest(),
+    ),
     "early stopping criterion": (ub.EarlyStopping(),),
 }
 
@@ -297,7 +335,9 @@ CURVED: Mapping[str, Callable[[ub.Problem], Any]] = {
     "directional slopes": lambda p: p.gradients().flat() @ p.ggn().eigh(2).vectors,
     "directional curvatures": lambda p: p.ggn().directions(2).curvatures,
     "sampled GGN factor": lambda p: next(iter(p.ggn(mc_samples=1).factor().values())),
-    "sampled per-sample GGN diagonals": lambda p: p.compute(ub.DiagGGN(per_component=True, mc_samples=2)).flat(),
+    "sampled per-sample GGN diagonals": lambda p: p.compute(
+        ub.DiagGGN(per_component=True, mc_samples=2)
+    ).flat(),
     "sampled GGN diagonal": lambda p: p.compute(ub.DiagGGN(mc_samples=2)).flat(),
     SIGNED: lambda p: p.ggn().estimate_diag(2).values,
 }
@@ -337,9 +377,15 @@ def contrastive(p: Tensor, y: Tensor) -> Tensor:
 Asked = tuple[Callable[[], nn.Module], Callable[[], Any]]
 PROGRAMS: Mapping[str, Asked] = {
     HOLDS: (lambda: nn.Linear(4, 3), nn.CrossEntropyLoss),
-    NORM: (lambda: nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)), nn.CrossEntropyLoss),
+    NORM: (
+        lambda: nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)),
+        nn.CrossEntropyLoss,
+    ),
     MIXED: (lambda: Between(4, 3), nn.CrossEntropyLoss),
-    NO_SUM: (lambda: nn.Linear(4, 3), lambda: lambda p, y: F.mse_loss(p, F.one_hot(y, 3).to(p.dtype)).sqrt()),
+    NO_SUM: (
+        lambda: nn.Linear(4, 3),
+        lambda: lambda p, y: F.mse_loss(p, F.one_hot(y, 3).to(p.dtype)).sqrt(),
+    ),
     NO_LOSS: (lambda: nn.Linear(4, 3), lambda: contrastive),
     WEIGHTS: (lambda: nn.Linear(4, 3), lambda: nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 3.0]))),
     NO_SPLIT: (lambda: nn.Linear(4, 3), Tempered),
@@ -384,7 +430,9 @@ def test_rows_are_called_what_the_table_calls_them(where: str) -> None:
     problem, found = asked(where)
     rows = problem.gradients()
     said = found["per-sample gradients"]
-    assert (said.outcome == "exact") == (rows.kind == "per-sample" and not rows.note and not rows.rest)
+    assert (said.outcome == "exact") == (
+        rows.kind == "per-sample" and not rows.note and not rows.rest
+    )
     assert said.name.removeprefix("per-sample ") == named("gradients", rows, rows.rest)
     assert said.name == said.quantity or said.outcome == "renamed"
 
@@ -400,7 +448,9 @@ def test_decompositions_exist_where_the_table_says_so(where: str, quantity: str)
         return
     rows, gradient = problem.gradients(by=by), problem.gradient()
     assert (said.outcome == "renamed") == bool(rows.rest)
-    off = max(float((r.sum(0) + rows.rest.get(k, 0) - gradient[k]).abs().max()) for k, r in rows.items())
+    off = max(
+        float((r.sum(0) + rows.rest.get(k, 0) - gradient[k]).abs().max()) for k, r in rows.items()
+    )
     assert (off < 1e-12) == ("do not sum" not in said.reason)
     if "equal the component rows" in said.reason:
         torch.testing.assert_close(rows.flat(), problem.gradients().flat(), rtol=1e-10, atol=1e-12)
@@ -415,7 +465,9 @@ def test_quantities_warn_and_are_labelled_as_the_table_says(where: str, quantity
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             result = problem.compute(one)
-        assert [w.category for w in caught] == [ub.MixedSamplesWarning] * ("with a warning" in said.reason)
+        assert [w.category for w in caught] == [ub.MixedSamplesWarning] * (
+            "with a warning" in said.reason
+        )
         if "over components" in said.name:
             assert caught
         if hasattr(result, "kind"):
@@ -432,7 +484,9 @@ def test_curvature_exists_where_the_table_says_so(where: str, quantity: str) -> 
     ask = CURVED[SIGNED if said.name.startswith(SIGNED) else quantity]
     signs = said.name.startswith(SIGNED) and not problem.ggn().positive_semidefinite
     if said.outcome == "none" or signs:
-        with pytest.raises(ub.StructureError, match="positive semi-definite" if signs else "sum over the samples"):
+        with pytest.raises(
+            ub.StructureError, match="positive semi-definite" if signs else "sum over the samples"
+        ):
             ask(problem)
     else:
         assert ask(problem).isfinite().all()

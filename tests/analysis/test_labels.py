@@ -7,7 +7,7 @@ from unbatch.analysis.domain import ownership as labels
 from unbatch.analysis.domain.ownership import (
     MIXED,
     SHARED,
-    Marks,
+    Ownership,
     batched,
     group_number,
     group_owner,
@@ -19,9 +19,9 @@ from unbatch.analysis.domain.ownership import (
 GROUPS = [group_owner(n) for n in range(3)]
 
 
-def marks(*owners: int) -> Marks:
+def marks(*owners: int) -> Ownership:
     owner = np.array(owners, dtype=np.int32)
-    return Marks(owner.shape, owner, np.arange(len(owners), dtype=np.uint64))
+    return Ownership(owner.shape, owner, np.arange(len(owners), dtype=np.uint64))
 
 
 def test_every_owner_is_one_thing():

@@ -44,7 +44,9 @@ from cases.verdicts import LOSS, check, check_weights, truth_of
 from unbatch.reference import definitions as reference
 
 EXACT = 1e-9
-TORCHS = "reduction: 'mean' divides the total loss"  # what torch has to say of the mean of its KLDivLoss
+TORCHS = (
+    "reduction: 'mean' divides the total loss"  # what torch has to say of the mean of its KLDivLoss
+)
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{TORCHS}".replace("reduction:", "reduction.")),
     pytest.mark.filterwarnings("ignore::unbatch.VanishingCurvatureWarning"),  # many are linear
@@ -75,7 +77,9 @@ def of_classes(count=D):
 def timed(loss, p, y):
     """Of predictions `[N, T, C]`, with sequences that end early."""
     lengths = torch.tensor([p.shape[1], p.shape[1] - 1] * (len(y) // 2))
-    return loss(p.log_softmax(2).transpose(0, 1), y, lengths, torch.tensor([3, 1, 2] * (len(y) // 3)))
+    return loss(
+        p.log_softmax(2).transpose(0, 1), y, lengths, torch.tensor([3, 1, 2] * (len(y) // 3))
+    )
 
 
 def apart(a, b):
@@ -88,7 +92,10 @@ ALONE = {"call": lambda loss, p, y: loss(*p)}
 POSITIVE = {"call": lambda loss, p, y: loss(p.exp(), y)}
 THREE = outputs(lambda: torch.zeros(N), (D,), (D,), (D,))
 SIGNS, BITS = with_targets(signs, N, D), with_targets(bits, N, D)
-SEVERAL = lambda: (torch.randn(N, D), torch.tensor([[3, 0, -1, 1, 2, -1], [1, -1, 0, 0, 0, 0]] * (N // 2)))  # noqa: E731
+SEVERAL = lambda: (  # noqa: E731
+    torch.randn(N, D),
+    torch.tensor([[3, 0, -1, 1, 2, -1], [1, -1, 0, 0, 0, 0]] * (N // 2)),
+)
 TIMES = lambda: (torch.randn(N, 5, 4), torch.randint(1, 4, (N, 3)))  # noqa: E731
 
 FORMS: dict[str, list[Form]] = {
@@ -106,14 +113,20 @@ FORMS: dict[str, list[Form]] = {
         form(CLASSES),
         form(CLASSES, weight=of_classes(), label_smoothing=0.1, weights_depend_on_targets=True),
         form(classes(N, 3, 4), ignore_index=1, weights_depend_on_targets=True),
-        form(with_targets(distributions, N, D), weight=of_classes(), weights_depend_on_targets=None),
+        form(
+            with_targets(distributions, N, D), weight=of_classes(), weights_depend_on_targets=None
+        ),
     ],
     "PoissonNLLLoss": [
         form(with_targets(counts, N, D), full=True),
         form(with_targets(counts, N, D), **POSITIVE, log_input=False),
     ],
     "GaussianNLLLoss": [
-        form(pairs(lambda: torch.randn(N, D), N, D), lambda loss, p, y: loss(p[0], y, p[1].exp()), full=True),
+        form(
+            pairs(lambda: torch.randn(N, D), N, D),
+            lambda loss, p, y: loss(p[0], y, p[1].exp()),
+            full=True,
+        ),
         form(VALUES, lambda loss, p, y: loss(p[:, :5], y[:, :5], p[:, 5:].exp())),
     ],
     "KLDivLoss": [
@@ -121,7 +134,10 @@ FORMS: dict[str, list[Form]] = {
         form(VALUES, lambda loss, p, y: loss(p.log_softmax(1), y.log_softmax(1)), log_target=True),
     ],
     "BCELoss": [form(BITS, lambda loss, p, y: loss(p.sigmoid(), y), weight=of_classes())],
-    "BCEWithLogitsLoss": [form(BITS, pos_weight=of_classes()), form(BITS, weight=of_classes()[:, None])],
+    "BCEWithLogitsLoss": [
+        form(BITS, pos_weight=of_classes()),
+        form(BITS, weight=of_classes()[:, None]),
+    ],
     "HingeEmbeddingLoss": [form(SIGNS, margin=0.7)],
     "SoftMarginLoss": [form(SIGNS)],
     "MultiLabelMarginLoss": [form(SEVERAL)],
@@ -129,7 +145,10 @@ FORMS: dict[str, list[Form]] = {
     "MultiMarginLoss": [form(CLASSES), form(CLASSES, p=2, margin=0.8, weight=of_classes())],
     "CosineEmbeddingLoss": [form(pairs(lambda: signs(N), N, D), **ON_PARTS, margin=-0.5)],
     "MarginRankingLoss": [form(pairs(lambda: signs(N, D), N, D), **ON_PARTS, margin=0.5)],
-    "TripletMarginLoss": [form(THREE, **ALONE, margin=5.0), form(THREE, **ALONE, margin=4.0, p=3, swap=True)],
+    "TripletMarginLoss": [
+        form(THREE, **ALONE, margin=5.0),
+        form(THREE, **ALONE, margin=4.0, p=3, swap=True),
+    ],
     "TripletMarginWithDistanceLoss": [form(THREE, **ALONE, distance_function=apart, margin=5.0)],
     "CTCLoss": [form(TIMES, timed, zero_infinity=True)],
 }
@@ -139,7 +158,11 @@ NOT_SCALAR = "none"
 
 def losses_of_torch() -> set[str]:
     """What the losses' module of torch defines, and what `torch.nn` offers under a name with Loss in it."""
-    defined = {n for n, c in vars(nn.modules.loss).items() if getattr(c, "__module__", "") == nn.modules.loss.__name__}
+    defined = {
+        n
+        for n, c in vars(nn.modules.loss).items()
+        if getattr(c, "__module__", "") == nn.modules.loss.__name__
+    }
     offered = {n for n, c in vars(nn).items() if "Loss" in n and inspect.isclass(c)}
     return {n for n in defined | offered if not n.startswith("_")}
 
@@ -163,7 +186,11 @@ def cases_of_torch() -> list[LossCase]:
                 weights = form.weights_depend_on_targets if reduction == "mean" else None
                 weights = weights if form.weights_depend_on_targets else False
                 told = f"{name}, {reduction}" + (f", form {number}" if number else "")
-                cases.append(LossCase(told, made(name, form, reduction), form.inputs, "holds", "holds", weights))
+                cases.append(
+                    LossCase(
+                        told, made(name, form, reduction), form.inputs, "holds", "holds", weights
+                    )
+                )
     return cases
 
 
@@ -174,8 +201,16 @@ TORCH = cases_of_torch()
 WILD = {
     "label-smoothed": ["cross-entropy, label smoothing"],
     "focal": ["focal", "focal, labels gathered", "focal with a detached factor"],
-    "dice": ["soft dice over the batch", "soft dice per class over the batch", "soft dice per sample"],
-    "Lovász": ["Lovász hinge per sample", "Lovász hinge over the batch", "Lovász softmax over the batch"],
+    "dice": [
+        "soft dice over the batch",
+        "soft dice per class over the batch",
+        "soft dice per sample",
+    ],
+    "Lovász": [
+        "Lovász hinge per sample",
+        "Lovász hinge over the batch",
+        "Lovász softmax over the batch",
+    ],
     "triplet": [
         "triplet of three outputs",
         "triplet of three outputs by cosines",
@@ -219,7 +254,9 @@ class Under(nn.Module):
 
     def forward(self, x):
         parts = self.body(x).split(self.sizes, 1)
-        out = tuple(self.last(part.reshape(len(x), *s)) for part, s in zip(parts, self.shapes, strict=True))
+        out = tuple(
+            self.last(part.reshape(len(x), *s)) for part, s in zip(parts, self.shapes, strict=True)
+        )
         return out if len(out) > 1 else out[0]
 
 
@@ -246,10 +283,14 @@ def put(case: LossCase, norm: bool) -> tuple[tuple, ub.Problem]:
 
 def near(found: Tensor, expected: Tensor, what: str, scale: float = 0.0) -> None:
     """Raise where two tensors differ by more than rounding; `scale`: of which zeros are the rounding."""
-    assert found.shape == expected.shape, f"{what}: {tuple(found.shape)} where {tuple(expected.shape)} is expected"
+    assert found.shape == expected.shape, (
+        f"{what}: {tuple(found.shape)} where {tuple(expected.shape)} is expected"
+    )
     size = float(expected.abs().max())
     error = float((found - expected).abs().max())
-    assert error <= EXACT * size + 1e-12 * scale, f"{what}: off by {error:.1e}, the largest entry is {size:.1e}"
+    assert error <= EXACT * size + 1e-12 * scale, (
+        f"{what}: off by {error:.1e}, the largest entry is {size:.1e}"
+    )
 
 
 def largest(tensors: dict[str, Tensor]) -> float:
@@ -306,7 +347,7 @@ def warned_of(problem: ub.Problem, *quantities) -> tuple[Any, bool]:
 
 
 def check_moments(case: LossCase, expected: Expected, problem: ub.Problem, norm: bool) -> None:
-    (norms, variance), warned = warned_of(problem, ub.Norms(), ub.Variance())
+    (norms, variance), warned = warned_of(problem, ub.SquaredNorms(), ub.Variance())
     scale = largest(expected.rows) ** 2
     near(norms.total, reference.squared_norms(expected.rows)[1], "squared norms", scale)
     for name, of_rows in reference.variance(expected.rows).items():
@@ -327,7 +368,12 @@ def check_matrix(expected: Expected, problem: ub.Problem) -> None:
     near(G.diag(), expected.G.diagonal(), "diagonal", scale)
     found, values = G.eigvalsh(), torch.linalg.eigvalsh(expected.G)
     assert len(found) == min(expected.J.shape)
-    near(found, values[values.abs().argsort(descending=True)][: len(found)].sort().values, "eigenvalues", scale)
+    near(
+        found,
+        values[values.abs().argsort(descending=True)][: len(found)].sort().values,
+        "eigenvalues",
+        scale,
+    )
     check_signs(G, expected.H)
     check_components(expected, problem)
 
@@ -338,7 +384,10 @@ def check_signs(G: ub.GGN, H: Tensor) -> None:
         assert G.positive_semidefinite, G.positive_semidefinite.note
     else:
         assert G.positive_semidefinite.status == "fails"
-        assert f"{lowest:.3g}" in G.positive_semidefinite.note, (lowest, G.positive_semidefinite.note)
+        assert f"{lowest:.3g}" in G.positive_semidefinite.note, (
+            lowest,
+            G.positive_semidefinite.note,
+        )
 
 
 def check_components(expected: Expected, problem: ub.Problem) -> None:
@@ -361,13 +410,20 @@ def check_refusal_of_matrix(problem: ub.Problem) -> None:
         lambda: problem.ggn().positive_semidefinite,
         lambda: problem.compute(ub.DiagGGN()),
     ):
-        with pytest.raises(ub.StructureError, match="The loss has no second derivative by the predictions in PyTorch"):
+        with pytest.raises(
+            ub.StructureError,
+            match="The loss has no second derivative by the predictions in PyTorch",
+        ):
             ask()
 
 
 NOT_TWICE = ["MultiMarginLoss", "MultiLabelMarginLoss", "CTCLoss"]
 NOT_TWICE += ["multi-class margin", "multi-label margin", "connectionist temporal classification"]
-NOT_TWICE += ["moments matched with a kernel", "distances matched", "triplets of the batch, hardest ones"]
+NOT_TWICE += [
+    "moments matched with a kernel",
+    "distances matched",
+    "triplets of the batch, hardest ones",
+]
 
 
 def twice_differentiable(case: LossCase) -> bool:
@@ -456,7 +512,9 @@ def alike(case: LossCase) -> LossCase:
     """The same loss where all samples have the targets of one."""
     predictions, targets = case.inputs()
     samples = len(tree_leaves(predictions)[0])
-    same = tree_map(lambda t: t[1:2].expand_as(t).clone() if t.shape[:1] == (samples,) else t, targets)
+    same = tree_map(
+        lambda t: t[1:2].expand_as(t).clone() if t.shape[:1] == (samples,) else t, targets
+    )
     return replace(case, inputs=lambda: (predictions, same))
 
 
@@ -473,7 +531,9 @@ def rows_of_samples_alike(case: LossCase) -> ub.Rows:
     return problem.with_batch(X, y).gradients()
 
 
-@pytest.mark.parametrize("case", named([c for c in [*cases_losses.OF_TORCH, *OTHERS] if c.reduction == "holds"]))
+@pytest.mark.parametrize(
+    "case", named([c for c in [*cases_losses.OF_TORCH, *OTHERS] if c.reduction == "holds"])
+)
 def test_weights_are_right_or_unknown(case):
     rows = rows_of_samples_alike(case)
     check_weights_of_rows(rows)
@@ -523,7 +583,10 @@ class Contrast(nn.Module):
         self.scale = nn.Parameter(torch.tensor(1.1))
 
     def forward(self, p, y):
-        return BY_NAME["CLIP"].loss([part * 1.0 for part in p], y) * self.scale.exp() + self.scale.square()
+        return (
+            BY_NAME["CLIP"].loss([part * 1.0 for part in p], y) * self.scale.exp()
+            + self.scale.square()
+        )
 
 
 class Centred(nn.Module):
@@ -559,7 +622,9 @@ OWN = {  # what makes the loss, its inputs, and whether reduction and SIMD loss 
 def test_losses_with_parameters(name, norm):
     make, inputs, holds = OWN[name]
     predictions, targets = inputs()
-    case = LossCase(name, make(), lambda: (predictions, targets % 4 if "Linear" in name else targets), "", "")
+    case = LossCase(
+        name, make(), lambda: (predictions, targets % 4 if "Linear" in name else targets), "", ""
+    )
     args, problem = put(case, norm)
     expected = Expected(*args)
     assert problem.structure.canonical_split.status == "fails"
@@ -642,7 +707,9 @@ def test_a_backward_pass_without_a_graph_is_refused(function, dtype):
     _, problem = by_hand(function, dtype)
     v = torch.ones(problem.ggn().shape[0], dtype=dtype)
     for ask in (problem.ggn().trace, problem.ggn().eigvalsh, lambda: problem.ggn() @ v):
-        with pytest.raises(ub.StructureError, match=rf"{function.__name__} comes with a backward pass of its own"):
+        with pytest.raises(
+            ub.StructureError, match=rf"{function.__name__} comes with a backward pass of its own"
+        ):
             ask()
     assert "comes with a backward pass of its own" in repr(problem.ggn())  # which does not raise
 
@@ -660,7 +727,9 @@ def test_without_the_differences_it_would_be_wrong(monkeypatch):
 
 
 def body(norm: bool) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(2, 4), *([nn.BatchNorm1d(4)] if norm else []), nn.Tanh(), nn.Linear(4, 1))
+    return nn.Sequential(
+        nn.Linear(2, 4), *([nn.BatchNorm1d(4)] if norm else []), nn.Tanh(), nn.Linear(4, 1)
+    )
 
 
 def solution(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -694,7 +763,9 @@ def test_residuals_with_derivatives_inside_the_model(norm):
     problem = ub.Problem(args[0], residual, args[2:])
     expected = Expected(*args)
     forward = "fails" if norm else "holds"
-    check(problem.structure, truth_of(case) | {"independent_forward": forward}, accept_unknown=False)
+    check(
+        problem.structure, truth_of(case) | {"independent_forward": forward}, accept_unknown=False
+    )
     check_gradients(expected, problem)
     check_moments(case, expected, problem, norm)
     check_matrix(expected, problem)
@@ -708,7 +779,9 @@ class Residual(nn.Module):
         self.net, self.points = net, points
 
     def forward(self, p, y):
-        return F.mse_loss(p[:, 0], y) + residual(solution(self.net, self.points), torch.zeros(len(self.points)))
+        return F.mse_loss(p[:, 0], y) + residual(
+            solution(self.net, self.points), torch.zeros(len(self.points))
+        )
 
 
 def with_residual(norm: bool) -> tuple:
@@ -728,7 +801,11 @@ def test_residuals_with_derivatives_inside_the_loss():
 
 
 def check_refusal_of_backward_inside(problem: ub.Problem) -> None:
-    for ask in (problem.gradients, lambda: problem.compute(ub.Norms()), lambda: problem.ggn().diag()):
+    for ask in (
+        problem.gradients,
+        lambda: problem.compute(ub.SquaredNorms()),
+        lambda: problem.ggn().diag(),
+    ):
         with pytest.raises(ub.StructureError, match=r"The loss takes derivatives \(tanh_backward"):
             ask()
 
@@ -742,7 +819,7 @@ def test_derivatives_inside_a_loss_that_is_replayed_are_refused():
 def test_replayed_derivatives_would_be_wrong(monkeypatch):
     args = with_residual(norm=True)
     problem = ub.Problem(args[0], args[1], args[2:])
-    monkeypatch.setattr("unbatch.autodiff.loss.by_graph", lambda *_: True)
+    monkeypatch.setattr("unbatch.gradients.replayed_rows.by_graph", lambda *_: True)
     monkeypatch.setattr("unbatch.autodiff.loss.by_graph", lambda *_: True)
     with pytest.raises(AssertionError, match=r"rest of .*: off by"):
         check_gradients(Expected(*args), problem)
@@ -796,7 +873,9 @@ def in_both_precisions() -> tuple[ub.GGN, ub.GGN]:
     """A loss that holds numbers in single precision, and the same in double."""
     (model, _, X, y), _ = put(LossCase("", F.cross_entropy, classes(N, 4), "", ""), norm=False)
     exact = ub.Problem(copy.deepcopy(model), weighted_with_a_penalty(torch.float64), (X, y)).ggn()
-    return ub.Problem(model.float(), weighted_with_a_penalty(torch.float32), (X.float(), y)).ggn(), exact
+    return ub.Problem(
+        model.float(), weighted_with_a_penalty(torch.float32), (X.float(), y)
+    ).ggn(), exact
 
 
 def check_agreement(rough: ub.GGN, exact: ub.GGN) -> None:

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 import unbatch as ub
 from unbatch.analysis.domain.ownership import batched, shared
-from unbatch.analysis.domain.propagation import Algebra
-from unbatch.analysis.rules.registry import RULES, Call
+from unbatch.analysis.domain.propagation import Propagation
+from unbatch.analysis.rules.registry import RULES, RuleContext
 from unbatch.reference import definitions as reference
 
 N, D = 6, 4
@@ -63,7 +63,9 @@ def queries(h):
 
 
 def bag(h):
-    return F.embedding_bag(h.long().abs(), torch.ones(9, 3), mode="sum", per_sample_weights=h.flip(0))
+    return F.embedding_bag(
+        h.long().abs(), torch.ones(9, 3), mode="sum", per_sample_weights=h.flip(0)
+    )
 
 
 def bags(h):
@@ -84,28 +86,44 @@ MODELS = {
     "two constants added": (lambda h: halves(h + 1, h + 2), "hff"),
     "two factors of a product added": (
         lambda h: halves(
-            torch.addmm(torch.ones(D), h, torch.eye(D)), torch.addmm(torch.ones(D), h, torch.eye(D), alpha=2)
+            torch.addmm(torch.ones(D), h, torch.eye(D)),
+            torch.addmm(torch.ones(D), h, torch.eye(D), alpha=2),
         ),
         "hff",
     ),
     "two epsilons": (
         lambda h: halves(
-            F.batch_norm(h, torch.zeros(D), torch.ones(D)), F.batch_norm(h, torch.zeros(D), torch.ones(D), eps=1.0)
+            F.batch_norm(h, torch.zeros(D), torch.ones(D)),
+            F.batch_norm(h, torch.zeros(D), torch.ones(D), eps=1.0),
         ),
         "hff",
     ),
-    "two quantiles": (lambda h: halves(h.quantile(0.25, dim=1), h.quantile(0.75, dim=1))[:, None], "hff"),
+    "two quantiles": (
+        lambda h: halves(h.quantile(0.25, dim=1), h.quantile(0.75, dim=1))[:, None],
+        "hff",
+    ),
     "one-hot read at another place for each sample": (
-        lambda h: F.one_hot((h[:, 0] > 0).long(), 4).float().gather(1, torch.arange(N)[:, None] % 4),
+        lambda h: (
+            F.one_hot((h[:, 0] > 0).long(), 4).float().gather(1, torch.arange(N)[:, None] % 4)
+        ),
         "hff",
     ),
     "no sample axis on a leaf": (lambda h: h.sum(), "..."),
-    "half precision inside": (lambda h: ((h.half() + h.half().mean(0)) - h.half().mean(0)).float(), "hhh"),
-    "sum and difference in double at the end": (lambda h: ((h + h.mean(0)) - h.mean(0)).double(), "hhh"),
+    "half precision inside": (
+        lambda h: ((h.half() + h.half().mean(0)) - h.half().mean(0)).float(),
+        "hhh",
+    ),
+    "sum and difference in double at the end": (
+        lambda h: ((h + h.mean(0)) - h.mean(0)).double(),
+        "hhh",
+    ),
     "distances squared again": (lambda h: torch.cdist(h, h).pow(2).sum(1, keepdim=True), "ffh"),
     "additive attention": (lambda h: torch.softmax(h[:, :1] + h[:, 1:2].T, 1) @ h, "ffh"),
     "a row overwritten while sorted": (overwritten_while_sorted, "fff"),
-    "unsorted in descending order": (lambda h: (2 * h[order(h)])[order(h).argsort(descending=True)], "fff"),
+    "unsorted in descending order": (
+        lambda h: (2 * h[order(h)])[order(h).argsort(descending=True)],
+        "fff",
+    ),
     "an inverse permutation off by one": (
         lambda h: (2 * h[order(h)])[torch.full((N,), -1).index_add(0, order(h), torch.arange(N))],
         "fff",
@@ -116,9 +134,15 @@ MODELS = {
     ),
     "sorted and unsorted": (lambda h: (2 * h[order(h)])[order(h).argsort()], "hhh"),
     "all close, in Python": (lambda h: h if torch.equal(h.clamp(-50, 50), h) else h * 2, "ff."),
-    "length of a list of what is large": (lambda h: h * (1 + len(h[h[:, 0] > 50].unbind(0))), "ff."),
+    "length of a list of what is large": (
+        lambda h: h * (1 + len(h[h[:, 0] > 50].unbind(0))),
+        "ff.",
+    ),
     "length of a nested list": (lambda h: h * (1 + len((h[:, 0] > 50).nonzero().tolist())), "ff."),
-    "all of a list, in Python": (lambda h: h if all(v < 50 for v in h[:, 0].tolist()) else h * 2, "ff."),
+    "all of a list, in Python": (
+        lambda h: h if all(v < 50 for v in h[:, 0].tolist()) else h * 2,
+        "ff.",
+    ),
     "text of a tensor": (lambda h: h * 2 if "e+" in str(h * 0.001 + 0.001) else h, "ff."),
 }
 
@@ -152,7 +176,9 @@ LOSSES = {
 def check(structure, names, truth):
     for name, letter in zip(names, truth, strict=True):
         status = getattr(structure, name).status
-        assert letter == "." or status in (WORDS[letter], "unknown"), f"{name} {status}, in truth {WORDS[letter]}"
+        assert letter == "." or status in (WORDS[letter], "unknown"), (
+            f"{name} {status}, in truth {WORDS[letter]}"
+        )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -176,7 +202,9 @@ def test_a_gradient_free_reading_of_a_parameter_breaks_the_split():
         lambda p, y: F.mse_loss(p, y) * (2 if model.weight.sum() > 0 else 1),
     ):
         assert not ub.Problem(model, loss, (x(), x())).structure.canonical_split
-    shape_only = ub.Problem(model, lambda p, y: F.mse_loss(p, y) + torch.zeros_like(model.weight).sum(), (x(), x()))
+    shape_only = ub.Problem(
+        model, lambda p, y: F.mse_loss(p, y) + torch.zeros_like(model.weight).sum(), (x(), x())
+    )
     assert shape_only.structure.canonical_split
 
 
@@ -193,8 +221,12 @@ def test_state_that_changes_from_run_to_run_is_no_dependence():
 
 def test_an_index_whose_numbers_are_not_known_may_hit_any_sample():
     x_, index = batched((N, D), 0, "x"), shared((N,), "index")
-    call = Call(
-        Algebra(N), torch.ops.aten.index.Tensor, {"self": x_, "indices": [index]}, [(N, D)], {"indices": [None]}
+    call = RuleContext(
+        Propagation(N),
+        torch.ops.aten.index.Tensor,
+        {"self": x_, "indices": [index]},
+        [(N, D)],
+        {"indices": [None]},
     )
     assert RULES["index"](call).mixed
 
@@ -223,13 +255,19 @@ class ScaledByNoise(nn.Module):
         self.norm, self.of_samples = nn.BatchNorm2d(2), of_samples
 
     def forward(self, x):
-        drawn = torch.rand(len(x)).view(-1, 1, 1, 1) if self.of_samples else torch.rand(2).view(-1, 1, 1)
+        drawn = (
+            torch.rand(len(x)).view(-1, 1, 1, 1)
+            if self.of_samples
+            else torch.rand(2).view(-1, 1, 1)
+        )
         return (self.norm(x) * drawn).flatten(1)
 
 
 @pytest.mark.parametrize("of_samples", [True, False])
 def test_noise_in_another_shape_is_permuted_with_its_samples(of_samples):
-    problem = ub.Problem(ScaledByNoise(of_samples), lambda p: p.square().mean(), (torch.randn(4, 2, 3, 3), None))
+    problem = ub.Problem(
+        ScaledByNoise(of_samples), lambda p: p.square().mean(), (torch.randn(4, 2, 3, 3), None)
+    )
     assert problem.structure.simd_given_statistics.status == "holds"
     (check,) = [c for c in problem.verify().checks if c.name == "simd_given_statistics"]
     assert check.passed, check
@@ -250,7 +288,7 @@ def test_targets_that_are_standardised_over_the_batch_are_said_to_be(loss, liste
     problem = ub.Problem(nn.Linear(4, 3), loss, (torch.randn(6, 4), torch.randn(6, 3)))
     assert problem.structure.simd_loss
     assert problem.structure.simd_loss.weights_depend_on == listens
-    norms = problem.compute(ub.Norms())
+    norms = problem.compute(ub.SquaredNorms())
     assert ("statistics of the targets" in norms.note) == bool(listens)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -261,10 +299,26 @@ def test_targets_that_are_standardised_over_the_batch_are_said_to_be(loss, liste
 
 
 OWN_LOSSES = {
-    "mean under a mask": (lambda p, x, m: (p.square().sum(1) * m).sum() / m.sum(), {"inputs"}, set()),
-    "weights normalised first": (lambda p, x, m: (p.square().sum(1) * (m / m.sum())).sum(), {"inputs"}, set()),
-    "advantages centred": (lambda p, x, m: (p.square().sum(1) * (m - m.mean())).sum(), {"inputs"}, set()),
-    "targets centred": (lambda p, x, m: (p - x[:, :3] + x[:, :3].mean(0)).square().sum(), set(), {"inputs"}),
+    "mean under a mask": (
+        lambda p, x, m: (p.square().sum(1) * m).sum() / m.sum(),
+        {"inputs"},
+        set(),
+    ),
+    "weights normalised first": (
+        lambda p, x, m: (p.square().sum(1) * (m / m.sum())).sum(),
+        {"inputs"},
+        set(),
+    ),
+    "advantages centred": (
+        lambda p, x, m: (p.square().sum(1) * (m - m.mean())).sum(),
+        {"inputs"},
+        set(),
+    ),
+    "targets centred": (
+        lambda p, x, m: (p - x[:, :3] + x[:, :3].mean(0)).square().sum(),
+        set(),
+        {"inputs"},
+    ),
     "sum under a mask": (lambda p, x, m: (p.square().sum(1) * m).sum(), set(), set()),
 }
 
@@ -277,7 +331,9 @@ def test_statistics_of_inputs_in_a_loss_of_the_models_own_are_seen(name):
         def forward(self, x, mask):
             return {"loss": loss(super().forward(x), x, mask)}
 
-    structure = ub.Problem(Own(4, 3), batch={"x": torch.randn(6, 4), "mask": torch.rand(6)}).structure
+    structure = ub.Problem(
+        Own(4, 3), batch={"x": torch.randn(6, 4), "mask": torch.rand(6)}
+    ).structure
     assert structure.reduction
     assert structure.reduction.weights_depend_on == weights
     assert structure.simd_loss.weights_depend_on == terms
@@ -295,7 +351,9 @@ class Picked(nn.Linear):
         return {"loss": F.cross_entropy(kept, labels.gather(0, rows.view(-1)))}
 
 
-@pytest.mark.parametrize("labels", [[0, 1, 2, 0, 1, 2], [0, -100, 2, -100, 1, 1], [-100, 1, 2, 0, 2, -100]])
+@pytest.mark.parametrize(
+    "labels", [[0, 1, 2, 0, 1, 2], [0, -100, 2, -100, 1, 1], [-100, 1, 2, 0, 2, -100]]
+)
 def test_labels_that_are_picked_by_number_are_constants_of_the_loss(labels):
     """What Python reads of labels alone, after the predictions were made, steers neither them nor what a term is."""
     torch.manual_seed(0)
@@ -352,7 +410,9 @@ class Iterated(nn.Module):
 
 def test_a_coupling_below_single_precision_has_a_witness():
     torch.manual_seed(0)
-    structure = ub.Problem(Iterated(), lambda p: p.square().sum(), (torch.randn(6, 4), None)).structure
+    structure = ub.Problem(
+        Iterated(), lambda p: p.square().sum(), (torch.randn(6, 4), None)
+    ).structure
     assert structure.independent_forward.status == "fails"
 
 

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from unbatch.analysis.domain.ownership import MIXED, SHARED, Marks, batched, follow_samples, group_owner, shared
+from unbatch.analysis.domain.ownership import (
+    MIXED,
+    SHARED,
+    Ownership,
+    batched,
+    follow_samples,
+    group_owner,
+    shared,
+)
 from unbatch.analysis.domain.sample_layout import (
     Layout,
     contiguous_blocks,
@@ -20,7 +28,7 @@ N = 3
 
 def owned_by(*owners):
     owner = np.array(owners, dtype=np.int32)
-    return Marks(owner.shape, owner, np.zeros(owner.shape, dtype=np.uint64))
+    return Ownership(owner.shape, owner, np.zeros(owner.shape, dtype=np.uint64))
 
 
 VALUES = {
@@ -65,7 +73,9 @@ def test_the_answers_fit_together(name):
         assert in_order(value, N) == order
 
 
-@pytest.mark.parametrize("name", [n for n, (*_, layout, _) in ANSWERS.items() if isinstance(layout, Layout)])
+@pytest.mark.parametrize(
+    "name", [n for n, (*_, layout, _) in ANSWERS.items() if isinstance(layout, Layout)]
+)
 def test_a_layout_brings_the_entries_of_each_sample_to_the_front(name):
     value, layout = VALUES[name], layout_of(VALUES[name], N)
     owner = torch.from_numpy(np.broadcast_to(value.owner, value.shape).copy())
@@ -76,7 +86,7 @@ def test_a_layout_brings_the_entries_of_each_sample_to_the_front(name):
 
 
 def test_equal_functions_are_told_from_others():
-    different = Marks((N,), np.arange(N, dtype=np.int32), np.arange(N, dtype=np.uint64))
+    different = Ownership((N,), np.arange(N, dtype=np.int32), np.arange(N, dtype=np.uint64))
     assert uniform(batched([N, 2], 0, "x"), N, leading=True)
     assert uniform(VALUES["blocks"], N, leading=True)
     assert not uniform(different, N, leading=True)

@@ -25,7 +25,9 @@ def load(path: Path):
 CASES = load(PATH)
 
 
-@pytest.mark.parametrize(("name", "build", "truth"), CASES.MODELS, ids=[case[0] for case in CASES.MODELS])
+@pytest.mark.parametrize(
+    ("name", "build", "truth"), CASES.MODELS, ids=[case[0] for case in CASES.MODELS]
+)
 def test_model(name, build, truth):
     model, inputs = build()
     structure = ub.Problem(model, nothing, (inputs, None), in_dims=(0, None)).structure
@@ -33,7 +35,9 @@ def test_model(name, build, truth):
     check(structure, verdicts, truth["accept_unknown"])
 
 
-@pytest.mark.parametrize(("name", "loss", "make", "truth"), CASES.LOSSES, ids=[case[0] for case in CASES.LOSSES])
+@pytest.mark.parametrize(
+    ("name", "loss", "make", "truth"), CASES.LOSSES, ids=[case[0] for case in CASES.LOSSES]
+)
 def test_loss(name, loss, make, truth):
     structure = structure_of_loss(loss, tuple(m() for m in make))
     check(structure, {k: truth[k] for k in LOSS}, accept_unknown=False)

@@ -23,7 +23,10 @@ from lib import exam  # noqa: E402
 from unbatch.curvature.ggn import GGN  # noqa: E402
 
 HOLDS = dict.fromkeys(zoo_table.NAMES, "holds")
-NORMALIZED = HOLDS | {"independent_forward": "fails", "simd_forward": "fails"}  # given statistics it holds
+NORMALIZED = HOLDS | {
+    "independent_forward": "fails",
+    "simd_forward": "fails",
+}  # given statistics it holds
 PAIRED = NORMALIZED | {"simd_given_statistics": "fails"}
 
 # Entry: the truth in train mode, the truth in eval mode.
@@ -59,7 +62,9 @@ def truth_of(name: str, mode: str) -> dict[str, str]:
 
 def normalized_channels(model: nn.Module) -> int:
     """The channels of all batch norms: each has a mean and a variance."""
-    return sum(m.num_features for m in model.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d))
+    return sum(
+        m.num_features for m in model.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)
+    )
 
 
 def check_row(row: zoo_table.Row, truth: dict[str, str], may_be_unknown: bool) -> None:
@@ -71,9 +76,13 @@ def check_row(row: zoo_table.Row, truth: dict[str, str], may_be_unknown: bool) -
         if said == "unknown" and may_be_unknown:
             continue
         reasons = [r for r in row.reasons if r.structure == structure]
-        assert said == status, f"{row.entry}, {row.mode}: {structure} {said}, in truth {status}: {reasons}"
+        assert said == status, (
+            f"{row.entry}, {row.mode}: {structure} {said}, in truth {status}: {reasons}"
+        )
         assert row.bases[structure] in {"proved", "witness"}, row.bases
-        assert (said, row.bases[structure]) != ("holds", "witness"), f"a witness proves no {structure}"
+        assert (said, row.bases[structure]) != ("holds", "witness"), (
+            f"a witness proves no {structure}"
+        )
     assert all(r.where or r.why for r in row.reasons), row.reasons
 
 
@@ -85,7 +94,9 @@ def test_verdicts_are_true_and_not_contradicted(name, mode):
     if name in KNOWN_UNKNOWN:
         assert row.unknown, f"decided by now: {row.statuses}; take it out of KNOWN_UNKNOWN"
     channels = normalized_channels(item.build()[0]) if mode == "train" else 0
-    assert row.statistics_size == 2 * channels or truth_of(name, mode) is PAIRED, "a mean and a variance each"
+    assert row.statistics_size == 2 * channels or truth_of(name, mode) is PAIRED, (
+        "a mean and a variance each"
+    )
 
 
 @pytest.mark.parametrize("structure", zoo_table.NAMES)
@@ -95,7 +106,9 @@ def test_a_wrong_verdict_is_caught(structure):
     check_row(row, HOLDS, may_be_unknown=False)
     for wrong in ("fails", "unknown"):
         with pytest.raises(AssertionError, match=structure):
-            check_row(replace(row, statuses=HOLDS | {structure: wrong}), HOLDS, may_be_unknown=False)
+            check_row(
+                replace(row, statuses=HOLDS | {structure: wrong}), HOLDS, may_be_unknown=False
+            )
 
 
 # --- the table's maker ------------------------------------------------------------------------------------
@@ -128,11 +141,16 @@ def test_page_and_data_tell_the_rows_and_nothing_of_this_machine(tmp_path):
     assert "## Errors" in page
     assert "SIMD loss holds, but it does not" in page
     assert "Rows where a test contradicts a verdict: 1. Rows that ended in an error: 1." in page
-    assert "Python reads a value that depends on the batch" in page.partition("## What stayed unknown")[2]
+    assert (
+        "Python reads a value that depends on the batch"
+        in page.partition("## What stayed unknown")[2]
+    )
 
 
 def test_the_command_prints_the_rows_it_is_asked_for(capsys, monkeypatch):
-    monkeypatch.setattr(zoo_table, "save", lambda table: pytest.fail("a part of the table was written"))
+    monkeypatch.setattr(
+        zoo_table, "save", lambda table: pytest.fail("a part of the table was written")
+    )
     monkeypatch.setattr(zoo_table.logging, "disable", lambda level: None)
     zoo_table.main(["vit"])
     assert "| vit | train |" in capsys.readouterr().out
@@ -161,7 +179,11 @@ ROWS = {
 def test_rows_sum_to_the_gradient_and_cost_what_they_should(name, mode):
     model, inputs, targets, loss = zoo.entry(name).build()
     model.train(mode == "train")
-    problem = ub.Problem(model, batch=inputs) if loss is None else ub.Problem(model, loss, (inputs, targets))
+    problem = (
+        ub.Problem(model, batch=inputs)
+        if loss is None
+        else ub.Problem(model, loss, (inputs, targets))
+    )
     rows, gradient = problem.gradients(), problem.gradient()
     size = max(g.abs().max() for g in gradient.values() if g.numel())
     for key, g in gradient.items():
@@ -189,7 +211,11 @@ def test_numbers_are_those_of_plain_autograd(name, mode):
 @pytest.mark.parametrize("question", ["rows", "product", "diagonal"])
 def test_a_wrong_number_is_caught(monkeypatch, question):
     scaled = {
-        "rows": (ub.Problem, "gradients", lambda found: {n: 1.01 * row for n, row in found.items()}),
+        "rows": (
+            ub.Problem,
+            "gradients",
+            lambda found: {n: 1.01 * row for n, row in found.items()},
+        ),
         "product": (GGN, "__matmul__", lambda found: 1.01 * found),
         "diagonal": (GGN, "diag", lambda found: 1.01 * found),
     }

@@ -31,7 +31,12 @@ class Net(nn.Module):
         super().__init__()
         self.first, self.last = nn.Linear(D, 6), nn.Linear(6, C)
         self.norm = nn.BatchNorm1d(6) if norm else nn.Identity()
-        self.noise, self.attention, self.decay, self.written = nn.Dropout(noise), attention, decay, written
+        self.noise, self.attention, self.decay, self.written = (
+            nn.Dropout(noise),
+            attention,
+            decay,
+            written,
+        )
 
     def forward(self, x, labels=None):
         h = Rounded.apply(3 * self.norm(self.first(x)))
@@ -147,7 +152,11 @@ def test_numbers_drawn_in_the_backward_pass_are_the_same_in_every_one():
         def forward(self, x):
             return self[1](Shaken.apply(self[0](x)))
 
-    net, x, y = Shaking(nn.Linear(D, 6), nn.Linear(6, C)).double(), torch.randn(N, D).double(), torch.randint(C, (N,))
+    net, x, y = (
+        Shaking(nn.Linear(D, 6), nn.Linear(6, C)).double(),
+        torch.randn(N, D).double(),
+        torch.randint(C, (N,)),
+    )
     before = torch.get_rng_state()
     problem = ub.Problem(net, F.cross_entropy, (x, y))
     rows, gradient, G = problem.gradients(), problem.gradient(), problem.ggn()

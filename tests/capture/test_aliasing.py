@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from unbatch.capture.aliasing import Window, by_memory, overwritten, places, seen_through_older_windows
+from unbatch.capture.aliasing import (
+    Window,
+    by_memory,
+    overwritten,
+    places,
+    seen_through_older_windows,
+)
 from unbatch.capture.program import Program, record
 
 MEMORY = torch.arange(24.0)
@@ -50,7 +56,9 @@ def test_a_part_of_a_whole(name):
     window = Window.of_tensor(VIEWS[name](MEMORY))
     assert window.is_part_of(whole)
     assert window._replace(offset=window.offset + 24).is_part_of(whole) is False
-    assert whole.is_part_of(Window.of_tensor(MEMORY.view(4, 6).T)) is False, "a whole with another order"
+    assert whole.is_part_of(Window.of_tensor(MEMORY.view(4, 6).T)) is False, (
+        "a whole with another order"
+    )
 
 
 class Written(nn.Module):
@@ -70,7 +78,9 @@ class Written(nn.Module):
 @pytest.mark.parametrize("later", [True, False])
 def test_a_memory_read_through_an_older_window_is_noticed(later):
     model = Written(later)
-    graph, _ = record(Program(model, torch.sum, dict(model.named_parameters())), (torch.ones(2, 3),), None)
+    graph, _ = record(
+        Program(model, torch.sum, dict(model.named_parameters())), (torch.ones(2, 3),), None
+    )
     hidden = next(s for s in graph.steps if s.name == "addmm").outs[0]
     storage = graph.values[hidden.index].storage
     shared = seen_through_older_windows(graph, [r.index for r in graph.predictions])

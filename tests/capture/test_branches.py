@@ -107,7 +107,9 @@ class Dropped(Attention):
     def attend(self, x, mask):
         if mask.all():
             return F.scaled_dot_product_attention(*self.heads(x), dropout_p=0.5)
-        return F.scaled_dot_product_attention(*self.heads(x), attn_mask=mask.bool()[:, None, None], dropout_p=0.5)
+        return F.scaled_dot_product_attention(
+            *self.heads(x), attn_mask=mask.bool()[:, None, None], dropout_p=0.5
+        )
 
 
 class Checked(Attention):
@@ -311,7 +313,10 @@ class Encoder(nn.Module):
     def __init__(self, frozen: bool) -> None:
         super().__init__()
         layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-        self.encoder, self.head = nn.TransformerEncoder(layer, 2).requires_grad_(not frozen), nn.Linear(8, 3)
+        self.encoder, self.head = (
+            nn.TransformerEncoder(layer, 2).requires_grad_(not frozen),
+            nn.Linear(8, 3),
+        )
 
     def forward(self, x: Tensor, padding: Tensor) -> Tensor:
         return self.head(self.encoder(x, src_key_padding_mask=padding).mean(1))
@@ -323,7 +328,9 @@ def test_an_op_that_answers_with_a_boolean(mode, left):
     torch.manual_seed(0)
     padding = torch.arange(T) >= torch.tensor([5, 3, 5, 2])[:, None]
     data = torch.randn(N, T, 8), padding.flip(1) if left else padding
-    structure = ub.Problem(getattr(Encoder(False), mode)(), F.cross_entropy, (data, torch.arange(N) % 3)).structure
+    structure = ub.Problem(
+        getattr(Encoder(False), mode)(), F.cross_entropy, (data, torch.arange(N) % 3)
+    ).structure
     assert [v.basis for v in structure.verdicts] == ["proved"] * 6
     assert structure.unknown_ops == ()
 
@@ -332,12 +339,18 @@ def test_an_op_that_answers_with_a_boolean(mode, left):
 def test_a_shortcut_with_other_values_leaves_it_open():
     """Frozen and in eval mode the encoder packs its words, and what stands at padding becomes zero."""
     padding = torch.arange(T) >= torch.tensor([5, 3, 5, 2])[:, None]
-    problem = ub.Problem(Encoder(True).eval(), F.cross_entropy, ((torch.randn(N, T, 8), padding), torch.arange(N) % 3))
+    problem = ub.Problem(
+        Encoder(True).eval(),
+        F.cross_entropy,
+        ((torch.randn(N, T, 8), padding), torch.arange(N) % 3),
+    )
     assert problem.structure.independent_forward.status == "unknown"
     with_shortcut = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        fresh = ub.Problem(problem.program.model, F.cross_entropy, (problem.inputs, problem.targets))
+        fresh = ub.Problem(
+            problem.program.model, F.cross_entropy, (problem.inputs, problem.targets)
+        )
         assert fresh.structure.independent_forward.basis == "proved"
     finally:
         torch.backends.mha.set_fastpath_enabled(with_shortcut)
@@ -351,7 +364,9 @@ class Equal(nn.Linear):
 def test_what_an_op_answers_can_be_declared_harmless(monkeypatch):
     monkeypatch.setattr(rules, "ASSUMED", dict(rules.ASSUMED))
     problem = ub.Problem(Equal(8, 3), F.cross_entropy, (torch.rand(N, 8), torch.arange(N) % 3))
-    assert any("the result of equal" in c.why for c in problem.structure.independent_forward.culprits)
+    assert any(
+        "the result of equal" in c.why for c in problem.structure.independent_forward.culprits
+    )
     ub.assume_independent(torch.ops.aten.equal.default)
     assert problem.structure.independent_forward.basis == "assumed"
     assert problem.structure.assumptions == ("aten.equal.default",)
@@ -374,7 +389,9 @@ def test_a_recording_without_the_mask_is_judged_by_the_one_with_it():
 # --- bugs, planted ---
 
 
-def planted(monkeypatch: pytest.MonkeyPatch, op: str, wrong: terms.Simpler, maker: type[Attention]) -> None:
+def planted(
+    monkeypatch: pytest.MonkeyPatch, op: str, wrong: terms.Simpler, maker: type[Attention]
+) -> None:
     """With a wrong rule for an op, an answer that matters passes for harmless."""
     monkeypatch.setitem(terms.SIMPLER, op, wrong)
     assert structure(maker).independent_forward.status == "holds"
@@ -389,7 +406,9 @@ def test_a_clamp_that_is_thought_to_do_nothing_is_caught(monkeypatch):
 
 
 def test_noise_that_is_not_counted_is_caught(monkeypatch):
-    planted(monkeypatch, "bernoulli", lambda t, a, made: t.constant(torch.ones(made.shape)), TwiceNoise)
+    planted(
+        monkeypatch, "bernoulli", lambda t, a, made: t.constant(torch.ones(made.shape)), TwiceNoise
+    )
 
 
 def test_a_wrong_conclusion_is_caught(monkeypatch):
@@ -397,7 +416,9 @@ def test_a_wrong_conclusion_is_caught(monkeypatch):
     right = terms._follows
 
     def wrong(known, made, answer):
-        yield from [(made.arguments["self"], answer)] if made.op == "any" else right(known, made, answer)
+        yield from (
+            [(made.arguments["self"], answer)] if made.op == "any" else right(known, made, answer)
+        )
 
     monkeypatch.setattr(terms, "_follows", wrong)
     assert structure(AnyWord).independent_forward.status == "holds"
@@ -411,12 +432,14 @@ def test_ways_that_are_not_compared_are_caught(monkeypatch):
 # --- terms of their own ---
 
 
-def values_of(function, *inputs: Tensor) -> list[terms.Term]:
+def values_of(function, *inputs: Tensor) -> list[terms.Expr]:
     """The terms of what ``function`` returns."""
     from unbatch.capture.program import Program, record_answered
 
-    graph = record_answered(Program(function, lambda out: sum(o.sum() for o in out), {}), inputs, None, ())
-    read = reading.Reading(graph, values_of.terms)
+    graph = record_answered(
+        Program(function, lambda out: sum(o.sum() for o in out), {}), inputs, None, ()
+    )
+    read = reading.SymbolicRun(graph, values_of.terms)
     return [read[r] for r in graph.predictions]
 
 
@@ -450,11 +473,11 @@ def _windows(x: Tensor, row: int) -> Tensor:
 
 @pytest.mark.parametrize("case", SAME)
 def test_same_functions_have_the_same_term(case):
-    values_of.terms = terms.Terms()
+    values_of.terms = terms.ExprTable()
     assert len(set(values_of(SAME[case], torch.randn(2, 3)))) == 1
 
 
 @pytest.mark.parametrize("case", OTHER)
 def test_other_functions_have_other_terms(case):
-    values_of.terms = terms.Terms()
+    values_of.terms = terms.ExprTable()
     assert len(set(values_of(OTHER[case], torch.randn(2, 3)))) == 2

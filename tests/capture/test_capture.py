@@ -42,12 +42,16 @@ class Case:
 CASES: list[Case] = []
 
 
-def case(name: str, *inputs: Callable[[], Any], gradients: bool = True, **parts: Callable[[], Any]) -> Callable:
+def case(
+    name: str, *inputs: Callable[[], Any], gradients: bool = True, **parts: Callable[[], Any]
+) -> Callable:
     """A case from a forward function."""
 
     def register(run: Callable) -> Callable:
         def build() -> tuple[nn.Module, tuple]:
-            return Net(run, **{k: make() for k, make in parts.items()}), tuple(make() for make in inputs or (flat,))
+            return Net(run, **{k: make() for k, make in parts.items()}), tuple(
+                make() for make in inputs or (flat,)
+            )
 
         CASES.append(Case(name, build, gradients))
         return run
@@ -55,7 +59,12 @@ def case(name: str, *inputs: Callable[[], Any], gradients: bool = True, **parts:
     return register
 
 
-def module(name: str, make: Callable[[], nn.Module], inputs: Callable[[], Any] = flat, gradients: bool = True) -> None:
+def module(
+    name: str,
+    make: Callable[[], nn.Module],
+    inputs: Callable[[], Any] = flat,
+    gradients: bool = True,
+) -> None:
     CASES.append(Case(name, lambda: (make(), (inputs(),)), gradients))
 
 
@@ -190,7 +199,12 @@ def _(net, x):
     return h / (1 + h.abs().max().item()) + torch.tensor(h.mean(0).tolist(), dtype=h.dtype)
 
 
-@case("two inputs and a dict of outputs", flat, lambda: torch.randint(D, (N,)), table=lambda: nn.Embedding(D, D))
+@case(
+    "two inputs and a dict of outputs",
+    flat,
+    lambda: torch.randint(D, (N,)),
+    table=lambda: nn.Embedding(D, D),
+)
 def _(net, x, i):
     return {"sum": net.linear(x) + net.table(i), "first": (x[:, :1],)}
 
@@ -198,7 +212,11 @@ def _(net, x, i):
 @case("selection and scatter")
 def _(net, x):
     h = net.linear(x)
-    return torch.zeros_like(h).scatter(1, h.argsort(1), h).index_add(1, torch.tensor([0, 0, 1, 2, 4]), h)
+    return (
+        torch.zeros_like(h)
+        .scatter(1, h.argsort(1), h)
+        .index_add(1, torch.tensor([0, 0, 1, 2, 4]), h)
+    )
 
 
 @case("experts chosen by their scores", router=lambda: nn.Linear(D, 2))
@@ -239,10 +257,16 @@ module(
     gradients=False,
 )
 module("batch norm", lambda: nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D), nn.ReLU()))
-module("weight norm", lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(D, D)), nn.Tanh()))
+module(
+    "weight norm", lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(D, D)), nn.Tanh())
+)
 module("spectral norm", lambda: parametrizations.spectral_norm(nn.Linear(D, D)))
 module("recurrent", lambda: nn.LSTM(D, D, batch_first=True), lambda: torch.randn(N, T, D))
-module("transformer", lambda: nn.TransformerEncoderLayer(D, 1, 7, batch_first=True), lambda: torch.randn(N, T, D))
+module(
+    "transformer",
+    lambda: nn.TransformerEncoderLayer(D, 1, 7, batch_first=True),
+    lambda: torch.randn(N, T, D),
+)
 module(
     "convolution",
     lambda: nn.Sequential(nn.Conv2d(2, 3, 2), nn.MaxPool2d(2), nn.Flatten()),
@@ -258,7 +282,9 @@ def functional(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
 
 
 def to_double(tree: Any) -> Any:
-    return tree_map(lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, tree)
+    return tree_map(
+        lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, tree
+    )
 
 
 def summed(predictions: Any) -> Tensor:
@@ -268,11 +294,15 @@ def summed(predictions: Any) -> Tensor:
 def problem_of(case: Case) -> ub.Problem:
     torch.manual_seed(0)
     model, inputs = case.build()
-    return ub.Problem(model.double(), lambda p: summed(p), (to_double(inputs), None), in_dims=(0, None))
+    return ub.Problem(
+        model.double(), lambda p: summed(p), (to_double(inputs), None), in_dims=(0, None)
+    )
 
 
 def other_batch(inputs: Any) -> Any:
-    return tree_map(lambda t: torch.randn_like(t) * 3 if t.is_floating_point() else t.flip(0), inputs)
+    return tree_map(
+        lambda t: torch.randn_like(t) * 3 if t.is_floating_point() else t.flip(0), inputs
+    )
 
 
 def eager(program: capture.Program, graph: graph_module.Graph, inputs: Any) -> list[Tensor]:
@@ -281,8 +311,14 @@ def eager(program: capture.Program, graph: graph_module.Graph, inputs: Any) -> l
         return tree_leaves(program.predict(tree_map(torch.clone, inputs)))
 
 
-def replayed(graph: graph_module.Graph, inputs: Any, parameters: dict[int, Tensor] | None = None) -> list[Tensor]:
-    feed = {ref.index: x for ref, x in zip(graph.inputs, tree_leaves(inputs), strict=True) if ref is not None}
+def replayed(
+    graph: graph_module.Graph, inputs: Any, parameters: dict[int, Tensor] | None = None
+) -> list[Tensor]:
+    feed = {
+        ref.index: x
+        for ref, x in zip(graph.inputs, tree_leaves(inputs), strict=True)
+        if ref is not None
+    }
     return graph.run(feed | (parameters or {}), [p.index for p in graph.predictions])
 
 
@@ -294,11 +330,18 @@ def assert_same(mine: list[Tensor], true: list[Tensor]) -> None:
 def gradients_agree(program: capture.Program, graph: graph_module.Graph, inputs: Any) -> None:
     """Raise where the parameters' gradients of one random combination of the outputs differ."""
     places = {v.name: i for i, v in enumerate(graph.values) if v.kind == "parameters"}
-    fresh = {i: program.parameters[name].detach().clone().requires_grad_() for name, i in places.items()}
-    cotangents = [torch.randn(v.shape, dtype=v.dtype) for v in (graph.values[p.index] for p in graph.predictions)]
+    fresh = {
+        i: program.parameters[name].detach().clone().requires_grad_() for name, i in places.items()
+    }
+    cotangents = [
+        torch.randn(v.shape, dtype=v.dtype)
+        for v in (graph.values[p.index] for p in graph.predictions)
+    ]
     combine = lambda outs: sum((c * o).sum() for c, o in zip(cotangents, outs, strict=True))  # noqa: E731
     true = torch.autograd.grad(
-        combine(eager(program, graph, inputs)), [program.parameters[n] for n in places], allow_unused=True
+        combine(eager(program, graph, inputs)),
+        [program.parameters[n] for n in places],
+        allow_unused=True,
     )
     value = combine(replayed(graph, inputs, fresh))
     assert value.requires_grad, "no gradient flows through the replay"
@@ -339,7 +382,9 @@ def test_questions_about_gradients_ask_the_model(case):
     graph, _ = capture.record(problem.program, problem.inputs, None)
     with isolation.untouched(problem.program.modules, graph.rng):
         value = summed(problem.program.predict(tree_map(torch.clone, problem.inputs)))
-        true = torch.autograd.grad(value, list(problem.program.parameters.values()), allow_unused=True)
+        true = torch.autograd.grad(
+            value, list(problem.program.parameters.values()), allow_unused=True
+        )
     gradient = problem.gradient()
     assert list(gradient) == list(problem.program.parameters)
     assert_same(
@@ -349,10 +394,15 @@ def test_questions_about_gradients_ask_the_model(case):
 
 
 def test_functional_model():
-    parameters = {"w": torch.randn(D, 3, dtype=torch.float64), "b": torch.randn(3, dtype=torch.float64)}
+    parameters = {
+        "w": torch.randn(D, 3, dtype=torch.float64),
+        "b": torch.randn(3, dtype=torch.float64),
+    }
     parameters = {n: p.requires_grad_() for n, p in parameters.items()}
     x = flat().double()
-    problem = ub.Problem(functional, lambda p, y: (p * y).sum(), (x, torch.ones(N, 3)), parameters=parameters)
+    problem = ub.Problem(
+        functional, lambda p, y: (p * y).sum(), (x, torch.ones(N, 3)), parameters=parameters
+    )
     graph, _ = capture.record(problem.program, problem.inputs, problem.targets)
     for batch in (x, other_batch(x)):
         assert_same(replayed(graph, batch), [functional(parameters, batch)])
@@ -430,7 +480,11 @@ def test_every_step_of_user_code_has_a_line():
         problem = problem_of(case)
         graph, _ = capture.record(problem.program, problem.inputs, None)
         if isinstance(problem.program.model, Net):
-            lost = [(case.name, s.name, s.where) for s in graph.steps if s.where.rpartition(":")[0] != __file__]
+            lost = [
+                (case.name, s.name, s.where)
+                for s in graph.steps
+                if s.where.rpartition(":")[0] != __file__
+            ]
             assert not lost, lost
             assert all(s.module for s in graph.forward_steps), case.name
 
@@ -540,7 +594,9 @@ def test_branch_on_parameters_is_no_escape_of_the_batch():
 def test_a_program_has_names_for_its_parts():
     """A module is called by its class, a function by its name, and a partial by what it is of."""
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
-    smoothed = functools.partial(functools.partial(F.cross_entropy, label_smoothing=0.1), reduction="sum")
+    smoothed = functools.partial(
+        functools.partial(F.cross_entropy, label_smoothing=0.1), reduction="sum"
+    )
     program = Program(model, smoothed, dict(model.named_parameters()))
     assert program.names == ("Sequential", "cross_entropy")
     assert Program(model, None, {}).names == ("Sequential", "its own loss")

@@ -77,10 +77,31 @@ def pixels():
 # net, data, loss, axes, sizes; whether samples are independent
 CASES = {
     "tokens": (Sentences, words, tokens_loss, (0, 1), (B, T), "holds"),
-    "tokens under attention": (lambda: Sentences(attention=True), words, tokens_loss, (0, 1), (B, T), "fails"),
-    "tokens under batch norm": (lambda: Sentences(norm=True), words, tokens_loss, (0, 1), (B, T), "fails"),
+    "tokens under attention": (
+        lambda: Sentences(attention=True),
+        words,
+        tokens_loss,
+        (0, 1),
+        (B, T),
+        "fails",
+    ),
+    "tokens under batch norm": (
+        lambda: Sentences(norm=True),
+        words,
+        tokens_loss,
+        (0, 1),
+        (B, T),
+        "fails",
+    ),
     "pixels": (Pixels, pixels, F.cross_entropy, (0, 2, 3), (2, 3, 2), "holds"),
-    "pixels and their neighbours": (lambda: Pixels(3), pixels, F.cross_entropy, (0, 2, 3), (2, 3, 2), "fails"),
+    "pixels and their neighbours": (
+        lambda: Pixels(3),
+        pixels,
+        F.cross_entropy,
+        (0, 2, 3),
+        (2, 3, 2),
+        "fails",
+    ),
 }
 
 
@@ -91,7 +112,12 @@ def problem_of(name):
     x = x.double() if x.is_floating_point() else x
     front = tuple(range(len(dims)))
     folded = x.movedim(dims, front) if x.ndim > max(dims) else x
-    args = (Together(net, sizes, dims), F.cross_entropy, folded.flatten(0, len(dims) - 1), y.flatten())
+    args = (
+        Together(net, sizes, dims),
+        F.cross_entropy,
+        folded.flatten(0, len(dims) - 1),
+        y.flatten(),
+    )
     return ub.Problem(net, loss, (x, y), sample_dims=dims), args
 
 
@@ -104,7 +130,12 @@ def test_verdicts(name):
     problem, _ = problem_of(name)
     structure = problem.structure
     assert structure.independent_forward.status == CASES[name][-1]
-    assert structure.reduction.status == structure.simd_loss.status == structure.canonical_split.status == "holds"
+    assert (
+        structure.reduction.status
+        == structure.simd_loss.status
+        == structure.canonical_split.status
+        == "holds"
+    )
     assert not [c for c in problem.verify().checks if c.passed is False]
 
 
@@ -175,7 +206,10 @@ def test_predictions_without_these_samples_are_refused():
 def test_axes_from_the_end():
     x, y = pixels()
     net = Pixels()
-    front, back = (ub.Problem(net, F.cross_entropy, (x, y), sample_dims=dims) for dims in ((0, 2, 3), (0, -2, -1)))
+    front, back = (
+        ub.Problem(net, F.cross_entropy, (x, y), sample_dims=dims)
+        for dims in ((0, 2, 3), (0, -2, -1))
+    )
     assert back.samples == front.samples
     for name, rows in front.gradients().items():
         assert torch.equal(back.gradients()[name], rows)
@@ -209,7 +243,11 @@ class Normed(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.below, self.norm, self.above = nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, C, 1)
+        self.below, self.norm, self.above = (
+            nn.Conv2d(2, 4, 3, padding=1),
+            nn.BatchNorm2d(4),
+            nn.Conv2d(4, C, 1),
+        )
 
     def forward(self, x):
         return self.above(self.norm(self.below(x)).tanh())
@@ -307,15 +345,36 @@ OWN = {
     "tagger": (Sentences, words, tokens_loss, *token, "holds", SUM),
     "tagger with labels left out": (Sentences, labelled, tokens_loss, *token, "holds", SUM),
     "tagger under attention": (attending, words, tokens_loss, *token, "fails", SUM),
-    "tagger under batch norm": (lambda: Sentences(norm=True), words, tokens_loss, *token, "fails", SUM),
+    "tagger under batch norm": (
+        lambda: Sentences(norm=True),
+        words,
+        tokens_loss,
+        *token,
+        "fails",
+        SUM,
+    ),
     "next tokens": (attending, words, next_tokens, *token, "fails", SUM),
     "next tokens, without attention": (Sentences, words, next_tokens, *token, "holds", SUM),
     "next tokens, padded": (attending, labelled, next_tokens_padded, *token, "fails", SUM),
     "next tokens, picked": (attending, words, next_tokens_picked, *token, "fails", SUM),
-    "next tokens, predictions written to": (attending, words, next_tokens_halved, *token, "fails", SUM),
+    "next tokens, predictions written to": (
+        attending,
+        words,
+        next_tokens_halved,
+        *token,
+        "fails",
+        SUM,
+    ),
     "next values": (attending, words, next_values, *token, "fails", SUM),
     "next values, weighed by place": (attending, words, by_place, *token, "fails", OPEN),
-    "next values, labels changed by place": (attending, words, labels_by_place, *token, "fails", OPEN),
+    "next values, labels changed by place": (
+        attending,
+        words,
+        labels_by_place,
+        *token,
+        "fails",
+        OPEN,
+    ),
     "the next two tokens": (attending, words, twice, *token, "fails", OPEN),
     "differences of neighbours": (Sentences, words, differences, *token, "holds", NEITHER),
     "pixels": (Pixels, pixels, F.cross_entropy, *pixel, "holds", SUM),
@@ -338,7 +397,9 @@ def own_problem(name):
     apart = ub.Problem(net, loss, (x, y), sample_dims=dims)
 
     def on_rows(p, y):
-        whole = p.unflatten(0, sizes).movedim(front, dims).clone(memory_format=torch.contiguous_format)
+        whole = (
+            p.unflatten(0, sizes).movedim(front, dims).clone(memory_format=torch.contiguous_format)
+        )
         return loss(whole, y.unflatten(0, sizes))
 
     return own, apart, (Together(net, sizes, dims), on_rows, rows, y.flatten())
@@ -350,7 +411,10 @@ def test_verdicts_with_a_loss_of_its_own(name):
     structure = problem.structure
     assert structure.predictions == ((problem.samples, C),)
     assert structure.canonical_split.status == "holds"
-    found = structure.independent_forward.status, (structure.reduction.status, structure.simd_loss.status)
+    found = (
+        structure.independent_forward.status,
+        (structure.reduction.status, structure.simd_loss.status),
+    )
     assert found == OWN[name][-2:]
     assert found[0] == apart.structure.independent_forward.status
     assert not [c for c in problem.verify().checks if c.passed is False]
@@ -382,7 +446,9 @@ def test_copies_with_a_loss_of_its_own(name):
             problem.gradients(by="copy")
         return
     near(problem.gradients(by="copy").flat(), expected.flat())
-    assert problem.gradients(by="copy").kind == ("per-sample" if OWN[name][-2:] == ("holds", SUM) else "per-copy")
+    assert problem.gradients(by="copy").kind == (
+        "per-sample" if OWN[name][-2:] == ("holds", SUM) else "per-copy"
+    )
 
 
 # ---------------------------------------------------------------- models of transformers
@@ -412,8 +478,15 @@ def masked():
 
 def bert(kind):
     torch.manual_seed(0)
-    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
-    config = transformers().BertConfig(vocab_size=WORDS, num_labels=WORDS, max_position_embeddings=8, **sizes)
+    sizes = {
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 12,
+    }
+    config = transformers().BertConfig(
+        vocab_size=WORDS, num_labels=WORDS, max_position_embeddings=8, **sizes
+    )
     return kind(config).double().eval()
 
 
@@ -425,7 +498,8 @@ def transformers():
 
 def shifted_in_single(p, y):
     return F.cross_entropy(
-        p.unflatten(0, (3, 5))[:, :-1].flatten(0, 1).float(), y.unflatten(0, (3, 5))[:, 1:].flatten()
+        p.unflatten(0, (3, 5))[:, :-1].flatten(0, 1).float(),
+        y.unflatten(0, (3, 5))[:, 1:].flatten(),
     )
 
 
@@ -448,14 +522,18 @@ def test_models_of_transformers_with_padding_and_masked_labels(name):
     assert structure.canonical_split
     assert structure.reduction
     assert structure.simd_loss
-    assert structure.reduction.weights_depend_on == {"inputs"}  # how many labels there are to average over
+    assert structure.reduction.weights_depend_on == {
+        "inputs"
+    }  # how many labels there are to average over
     assert not [c for c in problem.verify().checks if c.passed is False]
 
     rows = problem.gradients()
     told = batch["labels"][:, 1:] != -100 if name.startswith("causal") else batch["labels"] != -100
     asked = F.pad(told, (0, 5 - told.shape[1])).flatten()
     assert rows.kind == "per-component"
-    assert torch.equal(rows.flat().any(1), asked)  # no label, no row: the last word of a sentence predicts nothing
+    assert torch.equal(
+        rows.flat().any(1), asked
+    )  # no label, no row: the last word of a sentence predicts nothing
 
     args = (
         Apart(model),
@@ -464,7 +542,9 @@ def test_models_of_transformers_with_padding_and_masked_labels(name):
         batch["labels"].flatten(),
     )
     near_in_single(rows.flat(), reference.flat(reference.component(*args)), "rows")
-    near_in_single(sum_of(rows), torch.cat([g.flatten() for g in problem.gradient().values()]), "gradient")
+    near_in_single(
+        sum_of(rows), torch.cat([g.flatten() for g in problem.gradient().values()]), "gradient"
+    )
     G, dense = problem.ggn(), reference.ggn(*args)
     v = torch.ones(len(dense), dtype=torch.float64)
     near_in_single(G @ v, dense @ v, "product")
@@ -475,7 +555,10 @@ def test_other_sentences_for_a_model_with_its_own_loss():
     model, batch = language_model(), text()
     problem = ub.Problem(model, batch=batch, sample_dims=(0, 1))
     problem.gradients()
-    for other in ({**batch, "labels": batch["labels"].roll(1, 0)}, {k: t[:2, :4] for k, t in batch.items()}):
+    for other in (
+        {**batch, "labels": batch["labels"].roll(1, 0)},
+        {k: t[:2, :4] for k, t in batch.items()},
+    ):
         moved, fresh = problem.with_batch(other), ub.Problem(model, batch=other, sample_dims=(0, 1))
         assert moved.samples == other["labels"].numel()
         near(moved.gradients().flat(), fresh.gradients().flat())
@@ -489,7 +572,12 @@ class Cut(nn.Module):
 
     def __init__(self, how, attention=False):
         super().__init__()
-        self.words, self.head, self.how, self.attention = nn.Embedding(7, D), nn.Linear(D, C), how, attention
+        self.words, self.head, self.how, self.attention = (
+            nn.Embedding(7, D),
+            nn.Linear(D, C),
+            how,
+            attention,
+        )
         self.other = nn.Linear(D, C)
 
     def forward(self, x, labels):
@@ -523,7 +611,9 @@ UNKNOWN_TOKENS = {
 def test_a_cut_without_known_tokens_is_refused(name):
     problem = own_cut(*UNKNOWN_TOKENS[name])
     for ask in (lambda: problem.structure, problem.gradients, problem.ggn):
-        with pytest.raises(ub.InputError, match=r"do not have the samples that sample_dims=.*pass the loss"):
+        with pytest.raises(
+            ub.InputError, match=r"do not have the samples that sample_dims=.*pass the loss"
+        ):
             ask()
 
 
@@ -534,7 +624,9 @@ def test_a_flat_cut_is_taken_where_its_tokens_are_known():
 
 
 @pytest.mark.parametrize("attention", [False, True])
-@pytest.mark.parametrize(("how", "alone"), [("two heads", True), ("sentences beside", False), ("decay", False)])
+@pytest.mark.parametrize(
+    ("how", "alone"), [("two heads", True), ("sentences beside", False), ("decay", False)]
+)
 def test_several_heads_and_what_parameters_do_beside_them(how, alone, attention):
     problem = own_cut(how, attention)
     rows = problem.gradients()
@@ -551,10 +643,10 @@ def test_inputs_without_tokens_are_refused():
 
 
 def test_a_cut_folded_in_another_order_is_caught(monkeypatch):
-    fold = folds.Fold.folded
+    fold = folds.SampleAxes.folded
     turned = lambda self, tree, axes: fold(self, tree, [a and a[::-1] for a in axes])  # noqa: E731
     problem, _, args = own_problem("next tokens")
-    monkeypatch.setattr(folds.Fold, "folded", turned)
+    monkeypatch.setattr(folds.SampleAxes, "folded", turned)
     with pytest.raises((AssertionError, ub.UnbatchError)):
         near(problem.gradients().flat(), reference.flat(reference.component(*args)))
 
@@ -568,6 +660,8 @@ def test_labels_left_with_the_tokens_they_came_with_are_caught(monkeypatch):
 def test_labels_of_several_kinds_taken_for_one_are_caught(monkeypatch):
     beside = split._beside
     alike = lambda m: replace(m, key=np.zeros_like(m.key))  # noqa: E731
-    monkeypatch.setattr(split, "_beside", lambda label, prediction: beside(alike(label), prediction))
+    monkeypatch.setattr(
+        split, "_beside", lambda label, prediction: beside(alike(label), prediction)
+    )
     with pytest.raises(AssertionError):
         test_verdicts_with_a_loss_of_its_own("next values, labels changed by place")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from unbatch.capture.graph import Escape, Graph, GraphError, ModuleCall, Ref, Value, check_graph
+from unbatch.capture.graph import Graph, GraphError, HostRead, ModuleCall, Ref, Value, check_graph
 from unbatch.capture.program import Program, record
 
 N, D = 4, 3
@@ -59,12 +59,18 @@ BREACHES = {
         lambda g: replace(g, steps=[*g.steps[1:], g.steps[0]]),
         "says that it is step 1",
     ),
-    "read before it is made": (lambda g: with_step(g, g.steps[0], args=(last_value(g),)), "before it is made"),
+    "read before it is made": (
+        lambda g: with_step(g, g.steps[0], args=(last_value(g),)),
+        "before it is made",
+    ),
     "a value that is not there": (
         lambda g: with_step(g, g.steps[0], args=(Ref(len(g.values)),)),
         "reads value",
     ),
-    "made twice": (lambda g: with_step(g, g.steps[1], outs=g.steps[0].outs), "which step 0 has made"),
+    "made twice": (
+        lambda g: with_step(g, g.steps[1], outs=g.steps[0].outs),
+        "which step 0 has made",
+    ),
     "a write that is forgotten": (
         lambda g: with_step(g, step_named(g, "mul_"), writes=()),
         r"\(mul_\) writes to 'self', which is not recorded",
@@ -87,7 +93,9 @@ BREACHES = {
         "of the model reads",
     ),
     "a prediction that the loss makes": (
-        lambda g: replace(g, after_cut=frozenset(range(g.values[g.predictions[0].index].step, len(g.steps)))),
+        lambda g: replace(
+            g, after_cut=frozenset(range(g.values[g.predictions[0].index].step, len(g.steps)))
+        ),
         "is made by step",
     ),
     "a step of the loss that is not there": (
@@ -95,14 +103,17 @@ BREACHES = {
         "are none of the",
     ),
     "an escape before its value": (
-        lambda g: replace(g, escapes=[Escape(last_value(g), "read", 0, "", "")]),
+        lambda g: replace(g, escapes=[HostRead(last_value(g), "read", 0, "", "")]),
         "was read by Python before step 0",
     ),
     "a call that ends after the last step": (
         lambda g: replace(g, calls=[ModuleCall("net", 0, len(g.steps) + 1, (), ())]),
         "'net' ran from step 0",
     ),
-    "a loss that is not there": (lambda g: replace(g, loss=Ref(len(g.values))), "an end of the computation"),
+    "a loss that is not there": (
+        lambda g: replace(g, loss=Ref(len(g.values))),
+        "an end of the computation",
+    ),
 }
 
 

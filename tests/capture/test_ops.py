@@ -61,7 +61,9 @@ def wrong_moves(rows):
 
 
 def untried_moves(rows):
-    return [f"{name}: not in CALLS" for name, row in rows.items() if row.moves and name not in CALLS]
+    return [
+        f"{name}: not in CALLS" for name, row in rows.items() if row.moves and name not in CALLS
+    ]
 
 
 CALLS = {
@@ -156,7 +158,9 @@ def wrong_hidden_writes(rows):
     for name, row in rows.items():
         hidden = row.hidden_writes
         for op in overloads(name) if hidden is not None else ():
-            missing = {*hidden.arguments, *([hidden.when] if hidden.when else [])} - argument_names(op)
+            missing = {*hidden.arguments, *([hidden.when] if hidden.when else [])} - argument_names(
+                op
+            )
             if missing:
                 complaints.append(f"{op}: has no {missing}")
             declared = set(hidden.arguments) & set(ops.declared_writes(op))

@@ -103,7 +103,10 @@ REFUSED: dict[str, tuple[Made, Callable[[nn.Module], Any]]] = {
     ),
     "a loss over all": (plain, lambda net: ub.Problem(net, contrastive, data(0)).ggn()),
     "in the backward pass": (lambda: plain(SummedBack()), lambda net: problem_of(net).gradients()),
-    "a wrapper of one's own": (lambda: OwnParallel(plain()), lambda net: problem_of(net).crosstalk()),
+    "a wrapper of one's own": (
+        lambda: OwnParallel(plain()),
+        lambda net: problem_of(net).crosstalk(),
+    ),
     "parameters spread": (spread, lambda net: problem_of(net).gradient()),
     "parameters sharded": (sharded, lambda net: problem_of(net).structure),
 }
@@ -131,7 +134,11 @@ def compared(between: nn.Module) -> dict[str, Any]:
     """Training with a monitor in the first process, and without."""
     net = plain(between)
     twin, quantities = copy.deepcopy(net), ["trace"]
-    monitor = ub.Monitor(net, F.cross_entropy, quantities=quantities, every=1) if dist.get_rank() == 0 else None
+    monitor = (
+        ub.Monitor(net, F.cross_entropy, quantities=quantities, every=1)
+        if dist.get_rank() == 0
+        else None
+    )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trained(net, monitor)
@@ -152,7 +159,10 @@ def process(rank: int, folder: str) -> None:
     found: dict[str, Any] = {}
     if rank == 0:
         found = {name: refusal(ask, nets[name]) for name, (_, ask) in REFUSED.items()}
-    found |= {f"training, {type(between).__name__}": compared(between) for between in (nn.BatchNorm1d(5), Centred())}
+    found |= {
+        f"training, {type(between).__name__}": compared(between)
+        for between in (nn.BatchNorm1d(5), Centred())
+    }
     if rank == 0:
         evaluated = problem_of(plain(Centred()).eval())
         found["in eval"] = evaluated.structure.independent_forward.status
@@ -197,12 +207,16 @@ def test_a_monitor_in_one_process_leaves_training_as_it_is(found):
     assert refused["same"]
     assert "value" in answered["line"]["quantities"]["trace"]
     assert answered["told"] == []
-    assert refused["line"]["error"].startswith("CaptureError: The model or the loss talks to other processes")
+    assert refused["line"]["error"].startswith(
+        "CaptureError: The model or the loss talks to other processes"
+    )
     assert len(refused["told"]) == 1
 
 
 def test_alone_there_is_nobody_to_wait_for(tmp_path):
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
     try:
         assert problem_of(plain(Centred())).gradients().kind
     finally:

@@ -45,7 +45,10 @@ def test_asking_changes_nothing(make, question):
 NORMS = {
     "batch norm": lambda: nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D)),
     "instance norm": lambda: nn.Sequential(
-        nn.Unflatten(1, (1, D)), nn.InstanceNorm1d(1, track_running_stats=True), nn.Flatten(), nn.Linear(D, D)
+        nn.Unflatten(1, (1, D)),
+        nn.InstanceNorm1d(1, track_running_stats=True),
+        nn.Flatten(),
+        nn.Linear(D, D),
     ),
 }
 
@@ -91,7 +94,9 @@ class Failing(nn.Module):
         return self.model[3](self.model[2](h))
 
 
-@pytest.mark.parametrize("question", ["structure", "verify", "crosstalk", "gradient", "predictions"])
+@pytest.mark.parametrize(
+    "question", ["structure", "verify", "crosstalk", "gradient", "predictions"]
+)
 @pytest.mark.parametrize("at", [1, 2, 3, 5, 9])
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_a_program_that_stops_changes_nothing(error, at, question):

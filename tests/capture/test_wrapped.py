@@ -26,7 +26,9 @@ from unbatch.capture import wrappers as unwrapped
 from unbatch.reference import definitions as reference
 
 N, D, C = 6, 4, 3
-ZERO = 1e-15  # what is left of larger numbers where a bias right below a batch norm has no derivative
+ZERO = (
+    1e-15  # what is left of larger numbers where a bias right below a batch norm has no derivative
+)
 
 
 def inputs() -> Tensor:
@@ -47,7 +49,11 @@ def check(problem: ub.Problem, model: nn.Module, loss: Any, X: Any, y: Any) -> N
     """
     before, wrapped = state(problem), problem.program.model
     hooks = [list(m._forward_hooks) + list(m._backward_hooks) for m in wrapped.modules()]
-    rows, norms, gradient = problem.gradients(), problem.compute(ub.Norms()), problem.gradient()
+    rows, norms, gradient = (
+        problem.gradients(),
+        problem.compute(ub.SquaredNorms()),
+        problem.gradient(),
+    )
     G = problem.ggn()
     v = torch.randn(G.shape[0], generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     product, diagonal, structure = G @ v, G.diag(), problem.structure
@@ -59,7 +65,12 @@ def check(problem: ub.Problem, model: nn.Module, loss: Any, X: Any, y: Any) -> N
     assert list(rows) == [n for n, p in wrapped.named_parameters() if p.requires_grad]
     near(rows.flat(), reference.flat(expected), "rows", ZERO)
     near(norms.total, reference.squared_norms(expected)[1], "squared norms", ZERO)
-    near(torch.cat([g.flatten() for g in gradient.values()]), reference.flat(expected).sum(0), "gradient", ZERO)
+    near(
+        torch.cat([g.flatten() for g in gradient.values()]),
+        reference.flat(expected).sum(0),
+        "gradient",
+        ZERO,
+    )
     matrix = reference.ggn(model, loss, X, y)
     near(product, matrix @ v, "product", ZERO)
     near(diagonal, matrix.diagonal(), "diagonal", ZERO)
@@ -92,7 +103,11 @@ class Checkpointed(nn.Sequential):
         if self.how == "sequential":
             return last(checkpoint_sequential([below, above], 2, x, use_reentrant=False))
         reentrant = self.how == "reentrant"
-        return last(checkpoint(above, checkpoint(below, x, use_reentrant=reentrant), use_reentrant=reentrant))
+        return last(
+            checkpoint(
+                above, checkpoint(below, x, use_reentrant=reentrant), use_reentrant=reentrant
+            )
+        )
 
 
 def checkpointed(how: str) -> nn.Module:
@@ -142,7 +157,10 @@ def test_what_is_wrapped_is_as_the_plain_model(name, mode):
     wrapped, model = (m.train(mode == "train") for m in (WRAPPED[name](), plain()))
     problem = ub.Problem(wrapped, F.cross_entropy, (inputs(), labels()))
     check(problem, model, F.cross_entropy, inputs(), labels())
-    assert problem.structure.statuses == ub.Problem(model, F.cross_entropy, (inputs(), labels())).structure.statuses
+    assert (
+        problem.structure.statuses
+        == ub.Problem(model, F.cross_entropy, (inputs(), labels())).structure.statuses
+    )
     assert problem.verify()
 
 
@@ -167,7 +185,13 @@ def test_threads_that_take_turns_leave_the_switches_as_they_were():
 
 def test_a_compiled_loss():
     loss = torch.compile(F.cross_entropy, backend=never)
-    check(ub.Problem(plain(), loss, (inputs(), labels())), plain(), F.cross_entropy, inputs(), labels())
+    check(
+        ub.Problem(plain(), loss, (inputs(), labels())),
+        plain(),
+        F.cross_entropy,
+        inputs(),
+        labels(),
+    )
 
 
 def test_reentrant_checkpointing_of_the_first_block_has_no_gradients_there():
@@ -235,7 +259,9 @@ def stepped() -> nn.Module:
 
 PARALLEL: dict[str, Callable[[], nn.Module]] = {
     "as it comes": lambda: DistributedDataParallel(plain()),
-    "looking for unused parameters": lambda: DistributedDataParallel(plain(), find_unused_parameters=True),
+    "looking for unused parameters": lambda: DistributedDataParallel(
+        plain(), find_unused_parameters=True
+    ),
     "of a static graph": lambda: DistributedDataParallel(plain(), static_graph=True),
     "in the middle of training": stepped,
     "of a compiled model": lambda: DistributedDataParallel(compiled(plain())),
@@ -257,7 +283,9 @@ def test_distributed_data_parallel(name, monkeypatch):
 
 @pytest.mark.usefixtures("_process")
 @pytest.mark.filterwarnings("ignore:.*unused parameters")
-@pytest.mark.parametrize("name", ["as it comes", "looking for unused parameters", "of a static graph"])
+@pytest.mark.parametrize(
+    "name", ["as it comes", "looking for unused parameters", "of a static graph"]
+)
 def test_training_goes_on_after_a_question(name):
     model, twin = PARALLEL[name](), plain()
     for _ in range(3):
@@ -307,7 +335,9 @@ class Weights8(nn.Module):
         self.head = nn.Linear(5, C)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(x @ (self.bits.to(x.dtype) * self.scale).T + self.up(self.down(x))))
+        return self.head(
+            torch.tanh(x @ (self.bits.to(x.dtype) * self.scale).T + self.up(self.down(x)))
+        )
 
 
 class FakeQuantised(nn.Module):
@@ -318,7 +348,9 @@ class FakeQuantised(nn.Module):
         self.below, self.above = nn.Linear(D, 5), nn.Linear(5, C)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = torch.fake_quantize_per_tensor_affine(self.below(x).float(), 0.05, 0, -128, 127).to(x.dtype)
+        h = torch.fake_quantize_per_tensor_affine(self.below(x).float(), 0.05, 0, -128, 127).to(
+            x.dtype
+        )
         return self.above(torch.tanh(h))
 
 
@@ -417,7 +449,13 @@ def test_unusual_parts(name, mode):
     torch.manual_seed(0)
     model = PARTS[name]().train(mode == "train")
     problem = ub.Problem(model, F.cross_entropy, (inputs(), labels()))
-    check(problem, deepcopy(model) if name == "a buffer that moves" else model, F.cross_entropy, inputs(), labels())
+    check(
+        problem,
+        deepcopy(model) if name == "a buffer that moves" else model,
+        F.cross_entropy,
+        inputs(),
+        labels(),
+    )
 
 
 def test_quantisation_that_looks_at_the_batch():
@@ -478,14 +516,18 @@ class Inside(nn.Module):
         return self.net(x)
 
 
-@pytest.mark.parametrize("net", [plain, lambda: checkpointed("reentrant"), lambda: checkpointed("not reentrant")])
+@pytest.mark.parametrize(
+    "net", [plain, lambda: checkpointed("reentrant"), lambda: checkpointed("not reentrant")]
+)
 @pytest.mark.parametrize("shape", ["dict", "tuple", "tuple, loss last", "number"])
 def test_the_split_that_is_found(shape, net):
     problem = ub.Problem(Own(net(), shape), batch={"x": inputs(), "labels": labels()})
     check(problem, Inside(plain()), F.cross_entropy, inputs(), labels())
     shown = " ".join(str(problem.structure).split())
     assert f"predictions [{N}, {C}]" in shown
-    assert f"cut into model and loss at a value of shape [{N}, {C}] (net.3, test_wrapped.py:" in shown
+    assert (
+        f"cut into model and loss at a value of shape [{N}, {C}] (net.3, test_wrapped.py:" in shown
+    )
 
 
 class Terms(nn.Module):
@@ -519,7 +561,9 @@ def test_several_terms():
     check(problem, model, terms, inputs(), labels())
     assert problem.structure.predictions == ((N, C), (N, 2))
     assert [note[-30:].split()[-2] for note in problem.structure.notes] == ["(classes,", "(values,"]
-    assert problem.structure.reduction.weights_depend_on == {"inputs"}  # how many labels there are to average over
+    assert problem.structure.reduction.weights_depend_on == {
+        "inputs"
+    }  # how many labels there are to average over
 
 
 def test_a_term_beside_the_predictions_is_the_rest():
@@ -530,7 +574,9 @@ def test_a_term_beside_the_predictions_is_the_rest():
     near(rows.flat(), reference.flat(reference.component(model, terms, inputs(), labels())), "rows")
     assert list(rows.rest) == ["body.0.weight"]
     near(rows.rest["body.0.weight"], 0.2 * model.body[0].weight.detach(), "rest")
-    near(problem.ggn().diag(), reference.ggn(model, terms, inputs(), labels()).diagonal(), "diagonal")
+    near(
+        problem.ggn().diag(), reference.ggn(model, terms, inputs(), labels()).diagonal(), "diagonal"
+    )
 
 
 # ---------------------------------------------------------------- language models
@@ -545,7 +591,9 @@ class Logits(nn.Module):
         self.whole = [whole]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.whole[0](input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        return self.whole[0](
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+        ).logits
 
 
 def next_words(logits: Tensor, y: Tensor) -> Tensor:
@@ -558,7 +606,9 @@ def checkpointing(how: bool) -> Callable[[], Any]:
         model = language_model()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": how})
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": how}
+            )
         return model
 
     return make
@@ -592,14 +642,19 @@ def test_language_models_with_padding_and_masked_labels(name):
     product, diagonal = G @ v, G.diag()
     assert_unchanged(before, state(problem))
     assert problem.structure.predictions == ((3, T, WORDS),)
-    assert f"cut into model and loss at a value of shape [3, {T}, {WORDS}] (lm_head" in problem.structure.notes[0]
+    assert (
+        f"cut into model and loss at a value of shape [3, {T}, {WORDS}] (lm_head"
+        in problem.structure.notes[0]
+    )
     assert problem.structure.reduction
 
     twin = adapters() if "frozen" in name else language_model()
     X = {k: batch[k] for k in ("input_ids", "attention_mask")}
     args = Logits(twin.train()), next_words, X, batch["labels"]
     near_in_single(rows.flat(), reference.flat(reference.component(*args)), "rows")
-    near_in_single(torch.cat([g.flatten() for g in gradient.values()]), rows.flat().sum(0), "gradient")
+    near_in_single(
+        torch.cat([g.flatten() for g in gradient.values()]), rows.flat().sum(0), "gradient"
+    )
     matrix = reference.ggn(*args)
     near_in_single(product, matrix @ v, "product")
     near_in_single(diagonal, matrix.diagonal(), "diagonal")
@@ -660,7 +715,9 @@ def test_labels_masked_at_other_places(masked, depends):
         y[place] = -100
     problem = ub.Problem(nn.Linear(D, C), weighing, (torch.randn(3, 4, D), y))
     assert problem.structure.reduction.weights_depend_on == depends
-    terms = torch.stack([F.cross_entropy(problem.predictions()[n], y[n], reduction="sum") for n in range(3)])
+    terms = torch.stack(
+        [F.cross_entropy(problem.predictions()[n], y[n], reduction="sum") for n in range(3)]
+    )
     weights = problem.gradients().weights
     assert problem.verify()
     torch.testing.assert_close((weights.float() * terms).sum(), weighing(problem.predictions(), y))
@@ -681,7 +738,11 @@ def test_what_a_tokenizer_returns_is_taken_as_it_is():
 
 @pytest.mark.parametrize(
     ("place", "says"),
-    [("1.running_mean", "Buffer '1.running_mean'"), ("0.weight", "Parameter '0.weight'"), ("all", "Parameter")],
+    [
+        ("1.running_mean", "Buffer '1.running_mean'"),
+        ("0.weight", "Parameter '0.weight'"),
+        ("all", "Parameter"),
+    ],
 )
 def test_what_lies_on_the_meta_device_is_named(place, says):
     model = nn.Sequential(nn.Linear(D, 5), nn.BatchNorm1d(5), nn.Linear(5, C))

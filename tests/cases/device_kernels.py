@@ -27,7 +27,9 @@ def miopen_batch_norm(
     factor: float,
     eps: float,
 ) -> tuple[Tensor, ...]:
-    result: tuple[Tensor, ...] = aten.native_batch_norm(x, weight, bias, mean, var, training, factor, eps)
+    result: tuple[Tensor, ...] = aten.native_batch_norm(
+        x, weight, bias, mean, var, training, factor, eps
+    )
     return result
 
 

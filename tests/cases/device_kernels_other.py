@@ -47,12 +47,17 @@ def autograd_inside() -> Iterator[None]:
     excluded = torch._C._dispatch_tls_local_exclude_set()
     for key in AUTOGRAD_KEYS:
         excluded = excluded.remove(key)
-    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded), torch.enable_grad():
+    with (
+        torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded),
+        torch.enable_grad(),
+    ):
         yield
 
 
 def pulled_back(
-    function: Callable[..., Any], inputs: Sequence[Tensor | None], cotangents: Sequence[Tensor | None]
+    function: Callable[..., Any],
+    inputs: Sequence[Tensor | None],
+    cotangents: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
     """Return the vjp of a composition of plain ops."""
     with autograd_inside():
@@ -62,7 +67,11 @@ def pulled_back(
             outputs = [outputs]
         pairs = [(o, g) for o, g in zip(outputs, cotangents, strict=False) if g is not None]
         moving = [x for x in leaves if x is not None]
-        grads = iter(torch.autograd.grad([o for o, _ in pairs], moving, [g for _, g in pairs], allow_unused=True))
+        grads = iter(
+            torch.autograd.grad(
+                [o for o, _ in pairs], moving, [g for _, g in pairs], allow_unused=True
+            )
+        )
     return [None if x is None else next(grads) for x in inputs]
 
 
@@ -98,11 +107,17 @@ def recurrence(
     biased = stride >= 4
     if batch_sizes:
         sizes = torch.tensor(batch_sizes)
-        return RNN_MODES[mode](x, sizes, state, list(weights), biased, layers, dropout, train, bidirectional)
-    return RNN_MODES[mode](x, state, list(weights), biased, layers, dropout, train, bidirectional, batch_first)
+        return RNN_MODES[mode](
+            x, sizes, state, list(weights), biased, layers, dropout, train, bidirectional
+        )
+    return RNN_MODES[mode](
+        x, state, list(weights), biased, layers, dropout, train, bidirectional, batch_first
+    )
 
 
-def _run(x: Tensor, weights: Sequence[Tensor], stride: int, hx: Tensor, cx: Tensor | None, *how: Any) -> Any:
+def _run(
+    x: Tensor, weights: Sequence[Tensor], stride: int, hx: Tensor, cx: Tensor | None, *how: Any
+) -> Any:
     with torch.no_grad():
         y, hy, *cy = recurrence(x, weights, stride, hx, cx, *how)
     reserve = torch.zeros(1, dtype=torch.uint8)
@@ -129,7 +144,20 @@ def cudnn_rnn(
     x, weights, stride, buffer, hx, cx, mode, hidden, proj, layers, batch_first, dropout, train, bidirectional,
     batch_sizes, dropout_state,
 ):  # fmt: skip
-    return _run(x, weights, stride, hx, cx, mode, layers, batch_first, dropout, train, bidirectional, batch_sizes)
+    return _run(
+        x,
+        weights,
+        stride,
+        hx,
+        cx,
+        mode,
+        layers,
+        batch_first,
+        dropout,
+        train,
+        bidirectional,
+        batch_sizes,
+    )
 
 
 @kernel("_cudnn_rnn_backward")
@@ -143,9 +171,35 @@ def cudnn_rnn_backward(
 
 @kernel("miopen_rnn")
 def miopen_rnn(
-    x, weights, stride, hx, cx, mode, hidden, layers, batch_first, dropout, train, bidirectional, batch_sizes, state
+    x,
+    weights,
+    stride,
+    hx,
+    cx,
+    mode,
+    hidden,
+    layers,
+    batch_first,
+    dropout,
+    train,
+    bidirectional,
+    batch_sizes,
+    state,
 ):
-    return _run(x, weights, stride, hx, cx, mode, layers, batch_first, dropout, train, bidirectional, batch_sizes)
+    return _run(
+        x,
+        weights,
+        stride,
+        hx,
+        cx,
+        mode,
+        layers,
+        batch_first,
+        dropout,
+        train,
+        bidirectional,
+        batch_sizes,
+    )
 
 
 @kernel("miopen_rnn_backward")
@@ -161,7 +215,9 @@ def _biased(gates: Tensor, bias: Tensor | None) -> Tensor:
     return gates if bias is None else gates + bias
 
 
-def lstm_cell(by_input: Tensor, by_hidden: Tensor, cx: Tensor, *biases: Tensor | None) -> tuple[Tensor, Tensor]:
+def lstm_cell(
+    by_input: Tensor, by_hidden: Tensor, cx: Tensor, *biases: Tensor | None
+) -> tuple[Tensor, Tensor]:
     gates = by_input + by_hidden
     for bias in biases:
         gates = _biased(gates, bias)
@@ -196,7 +252,9 @@ def fused_lstm_cell_backward(ghy, gcy, cx, cy, workspace, has_bias):
     return gates, gcell * forget, gates.sum(0) if has_bias else gates.new_empty(0)
 
 
-def gru_cell(by_input: Tensor, by_hidden: Tensor, hx: Tensor, input_bias: Any = None, hidden_bias: Any = None) -> Any:
+def gru_cell(
+    by_input: Tensor, by_hidden: Tensor, hx: Tensor, input_bias: Any = None, hidden_bias: Any = None
+) -> Any:
     r, z, n = _biased(by_input, input_bias).chunk(3, 1)
     hr, hz, hn = _biased(by_hidden, hidden_bias).chunk(3, 1)
     reset, update = (r + hr).sigmoid(), (z + hz).sigmoid()
@@ -228,7 +286,9 @@ def fused_gru_cell_backward(ghy, workspace, has_bias):
 # --- attention ------------------------------------------------------------------------------------
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float | None) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float | None
+) -> Tensor:
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     scores = q @ k.mT * scale
     scores = scores if bias is None else scores + bias
@@ -238,23 +298,31 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool
     return scores.softmax(-1) @ v
 
 
-def _logsumexp(q: Tensor, k: Tensor, bias: Tensor | None, causal: bool, scale: float | None) -> Tensor:
+def _logsumexp(
+    q: Tensor, k: Tensor, bias: Tensor | None, causal: bool, scale: float | None
+) -> Tensor:
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     scores = q @ k.mT * scale
     scores = scores if bias is None else scores + bias
     if causal:
-        scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
+        scores = scores.masked_fill(
+            torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf
+        )
     return scores.logsumexp(-1)
 
 
-def _attended(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float | None) -> Any:
+def _attended(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float | None
+) -> Any:
     """What the flash and cuDNN forms return."""
     none = torch.empty(0, dtype=torch.int32)
     out, rest = attention(q, k, v, bias, causal, scale), _logsumexp(q, k, bias, causal, scale)
     return out, rest, none, none.clone(), q.shape[-2], k.shape[-2], *_seeds(), q.new_empty(0)
 
 
-def _attended_back(g: Any, q: Any, k: Any, v: Any, bias: Any, causal: bool, scale: float | None) -> Any:
+def _attended_back(
+    g: Any, q: Any, k: Any, v: Any, bias: Any, causal: bool, scale: float | None
+) -> Any:
     run = lambda q, k, v, bias: attention(q, k, v, bias, causal, scale)  # noqa: E731
     return tuple(pulled_back(run, [q, k, v, bias], [g]))
 
@@ -265,18 +333,26 @@ def flash(q, k, v, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, s
 
 
 @kernel("_scaled_dot_product_flash_attention_backward")
-def flash_backward(g, q, k, v, out, rest, cq, ck, mq, mk, p, is_causal, seed, offset, *, scale=None):
+def flash_backward(
+    g, q, k, v, out, rest, cq, ck, mq, mk, p, is_causal, seed, offset, *, scale=None
+):
     return _attended_back(g, q, k, v, None, is_causal, scale)[:3]
 
 
 @kernel("_scaled_dot_product_efficient_attention")
 def efficient(q, k, v, bias, compute_log_sumexp, dropout_p=0.0, is_causal=False, *, scale=None):
-    rest = _logsumexp(q, k, bias, is_causal, scale) if compute_log_sumexp else q.new_empty(*q.shape[:2], 0)
+    rest = (
+        _logsumexp(q, k, bias, is_causal, scale)
+        if compute_log_sumexp
+        else q.new_empty(*q.shape[:2], 0)
+    )
     return attention(q, k, v, bias, is_causal, scale), rest, *_seeds()
 
 
 @kernel("_scaled_dot_product_efficient_attention_backward")
-def efficient_backward(g, q, k, v, bias, out, rest, seed, offset, p, mask, is_causal=False, *, scale=None):
+def efficient_backward(
+    g, q, k, v, bias, out, rest, seed, offset, p, mask, is_causal=False, *, scale=None
+):
     grads = _attended_back(g, q, k, v, bias, is_causal, scale)
     return tuple(g if wanted else None for g, wanted in zip(grads, mask, strict=True))
 
@@ -289,12 +365,16 @@ def cudnn(
 
 
 @kernel("_scaled_dot_product_cudnn_attention_backward")
-def cudnn_backward(g, q, k, v, out, rest, seed, offset, bias, cq, ck, mq, mk, p, is_causal, *, scale=None):
+def cudnn_backward(
+    g, q, k, v, out, rest, seed, offset, bias, cq, ck, mq, mk, p, is_causal, *, scale=None
+):
     return _attended_back(g, q, k, v, bias, is_causal, scale)[:3]
 
 
 @kernel("_scaled_dot_product_fused_attention_overrideable")
-def overrideable(q, k, v, bias=None, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):
+def overrideable(
+    q, k, v, bias=None, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None
+):
     return _attended(q, k, v, bias, is_causal, scale)
 
 
@@ -308,7 +388,9 @@ def overrideable_backward(
 # --- losses ---------------------------------------------------------------------------------------
 
 
-def _ctc(log_probs: Tensor, targets: Tensor, inputs: Any, labels: Any, blank: int, zero_infinity: bool) -> Any:
+def _ctc(
+    log_probs: Tensor, targets: Tensor, inputs: Any, labels: Any, blank: int, zero_infinity: bool
+) -> Any:
     """Losses, and the gradient that cuDNN works out beforehand."""
     run = lambda p: aten._ctc_loss(p, targets, inputs, labels, blank, zero_infinity)[0]  # noqa: E731
     loss = run(log_probs)
@@ -348,7 +430,9 @@ def use_cudnn_ctc_tensor(log_probs, targets, inputs, labels, blank):
 # --- normalisation --------------------------------------------------------------------------------
 
 
-def rms_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None, eps: float | None) -> tuple[Tensor, Tensor]:
+def rms_norm(
+    x: Tensor, shape: Sequence[int], weight: Tensor | None, eps: float | None
+) -> tuple[Tensor, Tensor]:
     dims = list(range(-len(shape), 0))
     eps = torch.finfo(x.dtype).eps if eps is None else eps
     rstd = (x.square().mean(dims, keepdim=True) + eps).rsqrt()
@@ -377,27 +461,39 @@ def fused_rms_norm_backward(g, x, shape, rstd, weight, mask):
 
 
 @kernel("cudnn_convolution")
-def cudnn_convolution(x, weight, padding, stride, dilation, groups, benchmark, deterministic, allow_tf32):
-    return aten.convolution(x, weight, None, stride, padding, dilation, False, [0] * len(stride), groups)
+def cudnn_convolution(
+    x, weight, padding, stride, dilation, groups, benchmark, deterministic, allow_tf32
+):
+    return aten.convolution(
+        x, weight, None, stride, padding, dilation, False, [0] * len(stride), groups
+    )
 
 
 @kernel("cudnn_convolution_transpose")
-def cudnn_convolution_transpose(x, weight, padding, out_padding, stride, dilation, groups, *settings):
+def cudnn_convolution_transpose(
+    x, weight, padding, out_padding, stride, dilation, groups, *settings
+):
     return aten.convolution(x, weight, None, stride, padding, dilation, True, out_padding, groups)
 
 
 @kernel("miopen_convolution")
 def miopen_convolution(x, weight, bias, padding, stride, dilation, groups, *settings):
-    return aten.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
+    return aten.convolution(
+        x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups
+    )
 
 
 @kernel("miopen_depthwise_convolution")
 def miopen_depthwise_convolution(x, weight, bias, padding, stride, dilation, groups, *settings):
-    return aten.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
+    return aten.convolution(
+        x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups
+    )
 
 
 @kernel("miopen_convolution_transpose")
-def miopen_convolution_transpose(x, weight, bias, padding, out_padding, stride, dilation, groups, *settings):
+def miopen_convolution_transpose(
+    x, weight, bias, padding, out_padding, stride, dilation, groups, *settings
+):
     return aten.convolution(x, weight, bias, stride, padding, dilation, True, out_padding, groups)
 
 

@@ -51,9 +51,26 @@ TYPED = "the overload that is given a type; structure only"
 NORMS = ("tests/gradients/test_device_norms.py",)
 
 ROWS = (
-    Row("native_dropout", "`F.dropout` in train mode", APART, ("native_dropout",), "what was drawn, and a product"),
-    Row("_fused_dropout", "called by name", APART, ("_fused_dropout",), "what was drawn, and a product"),
-    Row("_cudnn_rnn", "`nn.LSTM`, `nn.GRU`, `nn.RNN`", RULE, ("_cudnn_rnn", "test_a_window_on_all_weights")),
+    Row(
+        "native_dropout",
+        "`F.dropout` in train mode",
+        APART,
+        ("native_dropout",),
+        "what was drawn, and a product",
+    ),
+    Row(
+        "_fused_dropout",
+        "called by name",
+        APART,
+        ("_fused_dropout",),
+        "what was drawn, and a product",
+    ),
+    Row(
+        "_cudnn_rnn",
+        "`nn.LSTM`, `nn.GRU`, `nn.RNN`",
+        RULE,
+        ("_cudnn_rnn", "test_a_window_on_all_weights"),
+    ),
     Row(
         "_cudnn_rnn with dropout",
         "`nn.LSTM(.., dropout=p)` in train mode",
@@ -69,35 +86,52 @@ ROWS = (
         "no backward pass in PyTorch either; the structure is judged",
     ),
     Row("miopen_rnn", "the same on ROCm", RULE, ("miopen_rnn",)),
-    Row("_pack_padded_sequence", "`pack_padded_sequence`; on a CPU as well", RULE, ("_cudnn_rnn: packed",)),
+    Row(
+        "_pack_padded_sequence",
+        "`pack_padded_sequence`; on a CPU as well",
+        RULE,
+        ("_cudnn_rnn: packed",),
+    ),
     Row("_thnn_fused_lstm_cell", "`nn.LSTMCell`", RULE, ("_thnn_fused_lstm_cell",)),
     Row("_thnn_fused_gru_cell", "`nn.GRUCell`", RULE, ("_thnn_fused_gru_cell",)),
     Row(
         "_scaled_dot_product_flash_attention",
         "`scaled_dot_product_attention`",
         RULE,
-        ("_scaled_dot_product_flash_attention", "test_products_through_attention_that_drops_are_refused"),
+        (
+            "_scaled_dot_product_flash_attention",
+            "test_products_through_attention_that_drops_are_refused",
+        ),
         "with dropout, products with the GGN are refused",
     ),
     Row(
         "_scaled_dot_product_efficient_attention",
         "`scaled_dot_product_attention`",
         RULE,
-        ("_scaled_dot_product_efficient_attention", "test_products_through_attention_that_drops_are_refused"),
+        (
+            "_scaled_dot_product_efficient_attention",
+            "test_products_through_attention_that_drops_are_refused",
+        ),
         "with dropout, products with the GGN are refused",
     ),
     Row(
         "_scaled_dot_product_cudnn_attention",
         "`scaled_dot_product_attention`",
         RULE,
-        ("_scaled_dot_product_cudnn_attention", "test_products_through_attention_that_drops_are_refused"),
+        (
+            "_scaled_dot_product_cudnn_attention",
+            "test_products_through_attention_that_drops_are_refused",
+        ),
         "with dropout, products with the GGN are refused",
     ),
     Row(
         "_scaled_dot_product_fused_attention_overrideable",
         "`scaled_dot_product_attention` of a backend outside of PyTorch",
         RULE,
-        ("_scaled_dot_product_fused_attention_overrideable", "test_products_through_attention_that_drops_are_refused"),
+        (
+            "_scaled_dot_product_fused_attention_overrideable",
+            "test_products_through_attention_that_drops_are_refused",
+        ),
         "with dropout, products with the GGN are refused",
     ),
     Row(
@@ -141,10 +175,18 @@ ROWS = (
         ("test_ctc_loss",),
         "`_ctc_loss`; it has no second derivative, which is refused by name",
     ),
-    Row("_use_cudnn_ctc_loss", "`F.ctc_loss`", RULE, ("test_ctc_loss",), "reads lengths and shapes"),
+    Row(
+        "_use_cudnn_ctc_loss", "`F.ctc_loss`", RULE, ("test_ctc_loss",), "reads lengths and shapes"
+    ),
     Row("_use_miopen_ctc_loss", "the same on ROCm", RULE, (), "reads lengths and shapes"),
     Row("_fused_rms_norm", "`nn.RMSNorm`", RULE, ("_fused_rms_norm",)),
-    Row("_weight_norm_interface", "`weight_norm`; on a CPU as well", APART, ("_weight_norm_interface",), "by PyTorch"),
+    Row(
+        "_weight_norm_interface",
+        "`weight_norm`; on a CPU as well",
+        APART,
+        ("_weight_norm_interface",),
+        "by PyTorch",
+    ),
     Row(
         "cudnn_grid_sampler",
         "`F.grid_sample(.., align_corners=True)`",
@@ -159,7 +201,13 @@ ROWS = (
         ("cudnn_affine_grid_generator",),
         "`affine_grid_generator`",
     ),
-    Row("cudnn_convolution", "called by name; below `convolution`", PLAIN, ("cudnn_convolution",), "`convolution`"),
+    Row(
+        "cudnn_convolution",
+        "called by name; below `convolution`",
+        PLAIN,
+        ("cudnn_convolution",),
+        "`convolution`",
+    ),
     Row(
         "cudnn_convolution_transpose",
         "called by name; below `convolution`",
@@ -167,7 +215,13 @@ ROWS = (
         ("cudnn_convolution_transpose",),
         "`convolution`",
     ),
-    Row("miopen_convolution", "called by name; below `convolution`", PLAIN, ("miopen_convolution",), "`convolution`"),
+    Row(
+        "miopen_convolution",
+        "called by name; below `convolution`",
+        PLAIN,
+        ("miopen_convolution",),
+        "`convolution`",
+    ),
     Row(
         "miopen_convolution_transpose",
         "called by name; below `convolution`",
@@ -198,8 +252,16 @@ ROWS = (
     Row("bmm", "`torch.bmm(.., out_dtype=)`", RULE, (), TYPED),
     Row("addmm", "`torch.addmm(.., out_dtype=)`", RULE, (), TYPED),
     Row("baddbmm", "`torch.baddbmm(.., out_dtype=)`", RULE, (), TYPED),
-    Row("_cudnn_init_dropout_state", "`nn.LSTM(.., dropout=p)`", UNKNOWN, (), "it depends on no batch"),
-    Row("_cudnn_rnn_flatten_weight", "`flatten_parameters`, outside of a forward pass", NOT_FORWARD),
+    Row(
+        "_cudnn_init_dropout_state",
+        "`nn.LSTM(.., dropout=p)`",
+        UNKNOWN,
+        (),
+        "it depends on no batch",
+    ),
+    Row(
+        "_cudnn_rnn_flatten_weight", "`flatten_parameters`, outside of a forward pass", NOT_FORWARD
+    ),
     Row("_philox_key_fold_in", "`torch.func` random keys", UNKNOWN),
     Row("_philox_key_split", "`torch.func` random keys", UNKNOWN),
     Row("_philox_normal_", "`torch.func` random keys", UNKNOWN),
@@ -228,7 +290,9 @@ ROWS = (
     Row("_flash_attention_backward", "", BACKWARD),
     Row("_fused_rms_norm_backward", "", BACKWARD),
     Row("_scaled_dot_product_cudnn_attention_backward", "", BACKWARD, (), "no second derivative"),
-    Row("_scaled_dot_product_efficient_attention_backward", "", BACKWARD, (), "no second derivative"),
+    Row(
+        "_scaled_dot_product_efficient_attention_backward", "", BACKWARD, (), "no second derivative"
+    ),
     Row("_scaled_dot_product_flash_attention_backward", "", BACKWARD, (), "no second derivative"),
     Row("_thnn_fused_gru_cell_backward", "", BACKWARD),
     Row("_thnn_fused_lstm_cell_backward_impl", "", BACKWARD),
@@ -257,7 +321,11 @@ def page() -> str:
     lines = [HEAD]
     for decision, meaning in DECISIONS.items():
         lines.append(f"- **{decision}**: {meaning}")
-    lines += ["", "| op | where it arises | what becomes of it | tested | on a real GPU |", "|---|---|---|---|---|"]
+    lines += [
+        "",
+        "| op | where it arises | what becomes of it | tested | on a real GPU |",
+        "|---|---|---|---|---|",
+    ]
     for row in ROWS:
         name, *rest = row.op.split(" ", 1)
         op = " ".join([f"`{name}`", *rest])

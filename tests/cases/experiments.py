@@ -14,7 +14,9 @@ FORWARD = ("independent_forward", "simd_forward", "simd_given_statistics")
 MOVED = 1e-6  # relative change that is no rounding
 
 
-ORDERS = [torch.tensor(o) for o in ([1, 2, 3, 0], [3, 2, 1, 0], [1, 0, 2, 3], [2, 0, 3, 1], [0, 2, 1, 3])]
+ORDERS = [
+    torch.tensor(o) for o in ([1, 2, 3, 0], [3, 2, 1, 0], [1, 0, 2, 3], [2, 0, 3, 1], [0, 2, 1, 3])
+]
 
 
 Run = Callable[[Tensor], Tensor]
@@ -68,7 +70,9 @@ def largest_move(run: Run, x: Tensor) -> float:
             continue
         for n in range(N):
             size = mine[n].abs().max() + 1e-9 * mine.abs().max()
-            worst = max([worst, *(apart(rows(run, new)[n], mine[n], size) for new in replacements(base, n))])
+            worst = max(
+                [worst, *(apart(rows(run, new)[n], mine[n], size) for new in replacements(base, n))]
+            )
     return worst
 
 
@@ -97,8 +101,13 @@ def rank_between_samples(run: Run, x: Tensor) -> int:
     """The rank of what half of the samples tell the other half: at most R, by R statistics."""
     if wobble(run, x, rows(run, x)) > 1e-9:
         return 0  # a cancellation: derivatives are rounding
-    jacobian = torch.autograd.functional.jacobian(lambda z: run(z).reshape(N, -1), x).reshape(N, -1, N, x[0].numel())
-    blocks = [jacobian[list(s)][:, :, [m for m in range(N) if m not in s]] for s in ((0, 1), (0, 2), (0, 3))]
+    jacobian = torch.autograd.functional.jacobian(lambda z: run(z).reshape(N, -1), x).reshape(
+        N, -1, N, x[0].numel()
+    )
+    blocks = [
+        jacobian[list(s)][:, :, [m for m in range(N) if m not in s]]
+        for s in ((0, 1), (0, 2), (0, 3))
+    ]
     flat = [b.reshape(b.shape[0] * b.shape[1], -1) for b in blocks]
     usable = [b for b in flat if b.numel() and torch.isfinite(jacobian).all()]
     size = max([1e-3, float(jacobian.abs().max()), float(rows(run, x).abs().max() / x.abs().max())])
@@ -121,7 +130,9 @@ def check_forward(structure: Structure, run: Run, x: Tensor) -> None:
         assert uneven < MOVED, f"simd_given_statistics holds, and permuting is off by {uneven:.2g}"
     if given_ and "of groups" not in given_.note:
         rank = rank_between_samples(run, x)
-        assert rank <= structure.statistics_size, f"rank {rank} between samples, with R = {structure.statistics_size}"
+        assert rank <= structure.statistics_size, (
+            f"rank {rank} between samples, with R = {structure.statistics_size}"
+        )
 
 
 def values_of(x: Tensor) -> Iterator[Tensor]:
@@ -145,7 +156,10 @@ def second_difference(run: Run, p: Tensor) -> float:
             for a in range(N):
                 for b in range(a):
                     at = [run(_with(base, new, who)) for who in ((), (a,), (b,), (a, b))]
-                    second, size = float((at[0] - at[1] - at[2] + at[3]).abs()), max(float(t.abs()) for t in at)
+                    second, size = (
+                        float((at[0] - at[1] - at[2] + at[3]).abs()),
+                        max(float(t.abs()) for t in at),
+                    )
                     if all(torch.isfinite(t) for t in at) and second > worst * size:
                         shaken = run(base * (1 + 1e-14 * noise(*p.shape, seed=40)))
                         rounding = float((shaken - at[0]).abs())
@@ -227,7 +241,9 @@ def largest_change_of_weights(loss: Program, p: Tensor, y: Tensor) -> float:
 
 def is_flat(loss: Program, p: Tensor, y: Tensor) -> bool:
     """Saturated wherever it was looked at: gradients that are zero cannot turn."""
-    return all(float(gradient(lambda q: loss(q, y), base).abs().max()) < 1e-5 for base in values_of(p))
+    return all(
+        float(gradient(lambda q: loss(q, y), base).abs().max()) < 1e-5 for base in values_of(p)
+    )
 
 
 def check_loss(structure: Structure, loss: Program, p: Tensor, y: Tensor) -> None:
@@ -235,17 +251,23 @@ def check_loss(structure: Structure, loss: Program, p: Tensor, y: Tensor) -> Non
     if isinstance(loss, Program):  # values know no detach
         loss = Program([line.replace(".detach()", "") for line in loss.lines], {}, "p, y")
     second, turn = second_difference(lambda q: loss(q, y), p), largest_turn(lambda q: loss(q, y), p)
-    selects_none = "y[:, 0] > 0" not in repr(loss)  # a selection can be empty when targets are equal
+    selects_none = "y[:, 0] > 0" not in repr(
+        loss
+    )  # a selection can be empty when targets are equal
     uneven = largest_difference_by_index(loss, p, y) if selects_none else 0.0
     foreign = largest_turn_by_targets(loss, p, y)
     if structure.reduction:
         assert second < MOVED, f"reduction holds, and a second difference is {second:.2g}"
         assert uneven < MOVED, f"reduction holds, and rows of equal samples are {uneven:.2g} apart"
         weights = largest_change_of_weights(loss, p, y) if selects_none else 0.0
-        assert weights < MOVED, f"reduction holds, and the weights of equal samples moved by {weights:.2g}"
+        assert weights < MOVED, (
+            f"reduction holds, and the weights of equal samples moved by {weights:.2g}"
+        )
     if structure.reduction.status == "fails":
         weights = largest_change_of_weights(loss, p, y) if selects_none else 0.0
-        assert max(second, turn, uneven, foreign, weights) > 1e-11, "reduction fails, and nothing shows it"
+        assert max(second, turn, uneven, foreign, weights) > 1e-11, (
+            "reduction fails, and nothing shows it"
+        )
     if structure.simd_loss:
         assert turn < MOVED, f"simd_loss holds, and a gradient row turned by {turn:.2g}"
         assert uneven < MOVED, f"simd_loss holds, and rows of equal samples are {uneven:.2g} apart"
@@ -261,4 +283,6 @@ def check_weights_are_own(loss: Program, p: Tensor, y: Tensor) -> None:
     for n in range(N):
         other = other_targets(y, n)
         off = apart(gradient(lambda q, t=other: loss(q, t), p)[n], mine[n], mine.abs().max())
-        assert off < MOVED, f"no weight depends on targets, and row {n} moved by {off:.2g} with the others' targets"
+        assert off < MOVED, (
+            f"no weight depends on targets, and row {n} moved by {off:.2g} with the others' targets"
+        )

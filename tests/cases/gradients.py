@@ -94,7 +94,9 @@ targeted("ce class weights", labels, options(F.cross_entropy, weight=WEIGHTS))
 targeted("ce class weights sum", labels, options(F.cross_entropy, weight=WEIGHTS, reduction="sum"))
 targeted("ce ignore_index", ignoring, F.cross_entropy)
 targeted("ce smoothing", labels, options(F.cross_entropy, label_smoothing=0.2))
-targeted("ce soft targets", lambda p: torch.randn(p.shape, dtype=p.dtype).softmax(1), F.cross_entropy)
+targeted(
+    "ce soft targets", lambda p: torch.randn(p.shape, dtype=p.dtype).softmax(1), F.cross_entropy
+)
 targeted("nll", labels, lambda p, y: F.nll_loss(p.log_softmax(1), y))
 targeted("mse", normal, F.mse_loss)
 targeted("mse sum", normal, options(F.mse_loss, reduction="sum"))
@@ -237,7 +239,9 @@ def normals(*shape):
 
 def layers(name, shape, *makers, loss="ce", **flags):
     """A case from layers in a row."""
-    built(name, loss, **flags)(lambda: (nn.Sequential(*(make() for make in makers)), normals(*shape)))
+    built(name, loss, **flags)(
+        lambda: (nn.Sequential(*(make() for make in makers)), normals(*shape))
+    )
 
 
 def forward(name, *inputs, loss="ce", flags=MappingProxyType({}), **parts):
@@ -283,23 +287,92 @@ POOLED = (lambda: nn.AdaptiveAvgPool2d(1), nn.Flatten)
 for key in PLAIN:
     layers(f"mlp, {key}", FLAT, linear(), nn.Tanh, HEAD, loss=key)
     layers(f"batch norm, {key}", FLAT, linear(), norm(), nn.Tanh, HEAD, loss=key, **MIXES)
-    layers(f"two batch norms, {key}", FLAT, linear(), norm(), nn.Tanh, linear(), norm(), HEAD, loss=key, **MIXES)
+    layers(
+        f"two batch norms, {key}",
+        FLAT,
+        linear(),
+        norm(),
+        nn.Tanh,
+        linear(),
+        norm(),
+        HEAD,
+        loss=key,
+        **MIXES,
+    )
 
 # ---------------------------------------------------------------- samples apart: layers
 
 layers("linear without bias", FLAT, linear(bias=False), nn.ReLU, linear(D, C, bias=False))
-layers("softplus, gelu, silu", FLAT, linear(), nn.Softplus, linear(), nn.GELU, linear(), nn.SiLU, HEAD, loss="mse")
+layers(
+    "softplus, gelu, silu",
+    FLAT,
+    linear(),
+    nn.Softplus,
+    linear(),
+    nn.GELU,
+    linear(),
+    nn.SiLU,
+    HEAD,
+    loss="mse",
+)
 layers("linear on tokens", SEQUENCE, linear(), nn.Tanh, HEAD, loss="tokens")
 layers("linear on tokens, some ignored", SEQUENCE, linear(), nn.Tanh, HEAD, loss="tokens ignored")
 layers("conv2d", IMAGE, conv(), nn.ReLU, conv(4, C, 3), *POOLED)
-layers("conv2d without bias, strided", IMAGE, conv(stride=2, padding=1, bias=False), nn.Tanh, *POOLED, linear(4, C))
+layers(
+    "conv2d without bias, strided",
+    IMAGE,
+    conv(stride=2, padding=1, bias=False),
+    nn.Tanh,
+    *POOLED,
+    linear(4, C),
+)
 layers("conv2d 1x1", IMAGE, conv(k=1), nn.Tanh, *POOLED, linear(4, C))
-layers("conv2d grouped", IMAGE, conv(2, 4), nn.Tanh, conv(4, 6, groups=2, padding=1), *POOLED, linear(6, C))
-layers("conv2d depthwise", IMAGE, conv(2, 4), nn.Tanh, conv(4, 8, groups=4), nn.Tanh, conv(8, C, 1), *POOLED)
-layers("conv2d dilated", IMAGE, conv(2, 4, 2, dilation=(2, 3), padding=(1, 2)), nn.Tanh, *POOLED, linear(4, C))
-layers("conv2d same", IMAGE, conv(2, 4, (3, 5), padding="same"), nn.Tanh, nn.Flatten, linear(144, C))
-layers("conv2d circular", IMAGE, conv(2, 4, padding=1, padding_mode="circular"), nn.Tanh, *POOLED, linear(4, C))
-layers("conv2d reflected", IMAGE, conv(2, 4, padding=1, padding_mode="reflect"), nn.Tanh, *POOLED, linear(4, C))
+layers(
+    "conv2d grouped",
+    IMAGE,
+    conv(2, 4),
+    nn.Tanh,
+    conv(4, 6, groups=2, padding=1),
+    *POOLED,
+    linear(6, C),
+)
+layers(
+    "conv2d depthwise",
+    IMAGE,
+    conv(2, 4),
+    nn.Tanh,
+    conv(4, 8, groups=4),
+    nn.Tanh,
+    conv(8, C, 1),
+    *POOLED,
+)
+layers(
+    "conv2d dilated",
+    IMAGE,
+    conv(2, 4, 2, dilation=(2, 3), padding=(1, 2)),
+    nn.Tanh,
+    *POOLED,
+    linear(4, C),
+)
+layers(
+    "conv2d same", IMAGE, conv(2, 4, (3, 5), padding="same"), nn.Tanh, nn.Flatten, linear(144, C)
+)
+layers(
+    "conv2d circular",
+    IMAGE,
+    conv(2, 4, padding=1, padding_mode="circular"),
+    nn.Tanh,
+    *POOLED,
+    linear(4, C),
+)
+layers(
+    "conv2d reflected",
+    IMAGE,
+    conv(2, 4, padding=1, padding_mode="reflect"),
+    nn.Tanh,
+    *POOLED,
+    linear(4, C),
+)
 layers("fully convolutional", IMAGE, conv(2, 4), nn.Tanh, conv(4, C, 1), loss="ce ignore_index")
 layers("max pool", IMAGE, conv(2, 4), lambda: nn.MaxPool2d(2), nn.Flatten, linear(16, C))
 layers(
@@ -311,33 +384,72 @@ layers(
     nn.Flatten,
     linear(8, C),
 )
-layers("conv3d", (4, 2, 4, 3, 4), lambda: nn.Conv3d(2, 3, 2, padding=(1, 0, 1), stride=2), nn.Flatten, linear(27, C))
-layers("conv1d transposed", (N, 2, 3), lambda: nn.ConvTranspose1d(2, 3, 2, stride=2), nn.Tanh, loss="mse sum")
+layers(
+    "conv3d",
+    (4, 2, 4, 3, 4),
+    lambda: nn.Conv3d(2, 3, 2, padding=(1, 0, 1), stride=2),
+    nn.Flatten,
+    linear(27, C),
+)
+layers(
+    "conv1d transposed",
+    (N, 2, 3),
+    lambda: nn.ConvTranspose1d(2, 3, 2, stride=2),
+    nn.Tanh,
+    loss="mse sum",
+)
 layers(
     "conv2d transposed, grouped",
     (N, 2, 3, 3),
-    lambda: nn.ConvTranspose2d(2, 4, 3, stride=2, padding=1, output_padding=1, groups=2, dilation=1),
+    lambda: nn.ConvTranspose2d(
+        2, 4, 3, stride=2, padding=1, output_padding=1, groups=2, dilation=1
+    ),
     nn.Tanh,
     *POOLED,
     linear(4, C),
 )
-layers("conv3d transposed", (4, 2, 2, 2, 2), lambda: nn.ConvTranspose3d(2, 3, 2, bias=False), nn.Flatten, linear(81, C))
+layers(
+    "conv3d transposed",
+    (4, 2, 2, 2, 2),
+    lambda: nn.ConvTranspose3d(2, 3, 2, bias=False),
+    nn.Flatten,
+    linear(81, C),
+)
 layers("layer norm", FLAT, linear(), lambda: nn.LayerNorm(D), nn.Tanh, HEAD)
-layers("layer norm on tokens", SEQUENCE, linear(), lambda: nn.LayerNorm((T, D)), HEAD, loss="tokens")
+layers(
+    "layer norm on tokens", SEQUENCE, linear(), lambda: nn.LayerNorm((T, D)), HEAD, loss="tokens"
+)
 layers("group norm", IMAGE, conv(), lambda: nn.GroupNorm(2, 4), nn.Tanh, *POOLED, linear(4, C))
 layers("rms norm", SEQUENCE, linear(), lambda: nn.RMSNorm(D), nn.Tanh, HEAD, loss="tokens")
-layers("instance norm", IMAGE, conv(), lambda: nn.InstanceNorm2d(4, affine=True), nn.Tanh, *POOLED, linear(4, C))
+layers(
+    "instance norm",
+    IMAGE,
+    conv(),
+    lambda: nn.InstanceNorm2d(4, affine=True),
+    nn.Tanh,
+    *POOLED,
+    linear(4, C),
+)
 layers("prelu", FLAT, linear(), nn.PReLU, HEAD)
 layers("prelu per channel", IMAGE, conv(), lambda: nn.PReLU(4), *POOLED, linear(4, C))
 layers(
-    "in-place activations", FLAT, linear(), lambda: nn.ReLU(inplace=True), linear(), lambda: nn.ELU(inplace=True), HEAD
+    "in-place activations",
+    FLAT,
+    linear(),
+    lambda: nn.ReLU(inplace=True),
+    linear(),
+    lambda: nn.ELU(inplace=True),
+    HEAD,
 )
 layers("dropout", FLAT, linear(), lambda: nn.Dropout(0.4), nn.Tanh, HEAD)
 
 
 @built("bilinear")
 def _():
-    net = Net(lambda net, x, y: net.head(net.meet(x, y)), {"meet": lambda: nn.Bilinear(D, T, D), "head": HEAD})
+    net = Net(
+        lambda net, x, y: net.head(net.meet(x, y)),
+        {"meet": lambda: nn.Bilinear(D, T, D), "head": HEAD},
+    )
     return net, (normals(N, D), normals(N, T))
 
 
@@ -374,7 +486,12 @@ def _(net, x):
     return F.linear(net.hidden(x).tanh(), net.hidden.weight.t())
 
 
-@forward("embedding tied with the output", integers(7, N, T), embed=lambda: nn.Embedding(7, D), loss="tokens")
+@forward(
+    "embedding tied with the output",
+    integers(7, N, T),
+    embed=lambda: nn.Embedding(7, D),
+    loss="tokens",
+)
 def _(net, i):
     return F.linear(net.embed(i).tanh(), net.embed.weight)
 
@@ -406,7 +523,9 @@ def _(net, x):
     return net.head(net.hidden(x).tanh())
 
 
-@forward("weight norm of a conv", IMAGE, conv=lambda: parametrizations.weight_norm(nn.Conv2d(2, D, 3)))
+@forward(
+    "weight norm of a conv", IMAGE, conv=lambda: parametrizations.weight_norm(nn.Conv2d(2, D, 3))
+)
 def _(net, x):
     return net.head(net.conv(x).tanh().mean((2, 3)))
 
@@ -423,7 +542,12 @@ def _(net, x):
     return net.head(F.linear(x, net.base.weight + net.a @ net.b, net.base.bias).tanh())
 
 
-@forward("lora with a frozen base", base=lambda: nn.Linear(D, D).requires_grad_(False), a=weight(D, 2), b=weight(2, D))
+@forward(
+    "lora with a frozen base",
+    base=lambda: nn.Linear(D, D).requires_grad_(False),
+    a=weight(D, 2),
+    b=weight(2, D),
+)
 def _(net, x):
     return net.head((net.base(x) + x @ net.a @ net.b).tanh())
 
@@ -487,7 +611,9 @@ def shifted_right(x):
     return out
 
 
-@forward("tokens shifted right", integers(7, N, T), embed=lambda: nn.Embedding(7, D), hidden=linear())
+@forward(
+    "tokens shifted right", integers(7, N, T), embed=lambda: nn.Embedding(7, D), hidden=linear()
+)
 def _(net, i):
     return net.head(net.hidden(net.embed(shifted_right(i))).tanh().mean(1))
 
@@ -515,14 +641,26 @@ def _(net, x):
     return net.head((net.query(h) @ h.mT).softmax(-1).bmm(h).mean(1))
 
 
-@forward("tokens shifted right, batch norm", SEQUENCE, hidden=linear(), norm=norm(), deep=linear(), flags=MIXES)
+@forward(
+    "tokens shifted right, batch norm",
+    SEQUENCE,
+    hidden=linear(),
+    norm=norm(),
+    deep=linear(),
+    flags=MIXES,
+)
 def _(net, x):
     h = net.norm(net.hidden(shifted_right(x)).flatten(0, 1)).unflatten(0, x.shape[:2])
     return net.head(net.deep(h.tanh()).mean(1))
 
 
 @forward(
-    "class token written in place, batch norm", SEQUENCE, token=weight(D), hidden=linear(), norm=norm(), flags=MIXES
+    "class token written in place, batch norm",
+    SEQUENCE,
+    token=weight(D),
+    hidden=linear(),
+    norm=norm(),
+    flags=MIXES,
 )
 def _(net, x):
     h = torch.zeros(x.shape[0], T + 1, D, dtype=x.dtype)
@@ -574,12 +712,22 @@ def _(net, x):
     return net.head(net.attend(x, x, x, need_weights=False)[0].mean(1))
 
 
-@forward("attention by plain ops, padded", SEQUENCE, lambda: attention_mask(N, T), attend=attention(bias=False))
+@forward(
+    "attention by plain ops, padded",
+    SEQUENCE,
+    lambda: attention_mask(N, T),
+    attend=attention(bias=False),
+)
 def _(net, x, mask):
     return net.head(net.attend(x, x, x, key_padding_mask=mask, need_weights=True)[0].mean(1))
 
 
-@forward("attention with other keys", SEQUENCE, (N, 3, T), attend=attention(kdim=T, vdim=T, add_bias_kv=True))
+@forward(
+    "attention with other keys",
+    SEQUENCE,
+    (N, 3, T),
+    attend=attention(kdim=T, vdim=T, add_bias_kv=True),
+)
 def _(net, x, y):
     return net.head(net.attend(x, y, y)[0].mean(1))
 
@@ -601,7 +749,9 @@ def _(net, x):
     return net.head(net.encoder(x.transpose(0, 1)).mean(0))
 
 
-@forward("transformer, padded", SEQUENCE, lambda: attention_mask(N, T), encoder=encoder(batch_first=True))
+@forward(
+    "transformer, padded", SEQUENCE, lambda: attention_mask(N, T), encoder=encoder(batch_first=True)
+)
 def _(net, x, mask):
     return net.head(net.encoder(x, src_key_padding_mask=mask)[:, 0])
 
@@ -762,12 +912,52 @@ def _():
 layers("batch norm first", FLAT, norm(), linear(), nn.Tanh, HEAD, **MIXES)
 layers("batch norm last", FLAT, linear(), nn.Tanh, HEAD, norm(C), **MIXES)
 layers("batch norm, not affine", FLAT, linear(), norm(affine=False), nn.Tanh, HEAD, **MIXES)
-layers("batch norm without running statistics", FLAT, linear(), norm(track_running_stats=False), HEAD, **ALWAYS_MIXES)
-layers("batch norm, cumulative average", FLAT, linear(), norm(momentum=None, eps=0.1), nn.Tanh, HEAD, **MIXES)
+layers(
+    "batch norm without running statistics",
+    FLAT,
+    linear(),
+    norm(track_running_stats=False),
+    HEAD,
+    **ALWAYS_MIXES,
+)
+layers(
+    "batch norm, cumulative average",
+    FLAT,
+    linear(),
+    norm(momentum=None, eps=0.1),
+    nn.Tanh,
+    HEAD,
+    **MIXES,
+)
 layers("batch norm right after batch norm", FLAT, linear(), norm(), norm(), nn.Tanh, HEAD, **MIXES)
-layers("three batch norms", FLAT, *[m for _ in range(3) for m in (linear(), norm(), nn.Tanh)], HEAD, **MIXES)
-layers("batch norm and dropout", FLAT, linear(), norm(), lambda: nn.Dropout(0.4), linear(), norm(), HEAD, **MIXES)
-layers("batch norm of a conv", IMAGE, conv(), lambda: nn.BatchNorm2d(4), nn.ReLU, *POOLED, linear(4, C), **MIXES)
+layers(
+    "three batch norms",
+    FLAT,
+    *[m for _ in range(3) for m in (linear(), norm(), nn.Tanh)],
+    HEAD,
+    **MIXES,
+)
+layers(
+    "batch norm and dropout",
+    FLAT,
+    linear(),
+    norm(),
+    lambda: nn.Dropout(0.4),
+    linear(),
+    norm(),
+    HEAD,
+    **MIXES,
+)
+layers(
+    "batch norm of a conv",
+    IMAGE,
+    conv(),
+    lambda: nn.BatchNorm2d(4),
+    nn.ReLU,
+    *POOLED,
+    linear(4, C),
+    **MIXES,
+)
 layers(
     "two batch norms of convs",
     IMAGE,
@@ -776,7 +966,15 @@ layers(
     loss="ce class weights",
     **MIXES,
 )
-layers("batch norm of the image", IMAGE, lambda: nn.BatchNorm2d(2), conv(2, C), nn.Tanh, *POOLED, **MIXES)
+layers(
+    "batch norm of the image",
+    IMAGE,
+    lambda: nn.BatchNorm2d(2),
+    conv(2, C),
+    nn.Tanh,
+    *POOLED,
+    **MIXES,
+)
 layers(
     "batch norm in 3d",
     (4, 2, 3, 2, 3),
@@ -819,7 +1017,9 @@ def _(net, x):
     return net.head(h + net.norm(h).tanh())
 
 
-@forward("batch norm on one of two paths", hidden=linear(), norm=norm(), other=linear(), flags=MIXES)
+@forward(
+    "batch norm on one of two paths", hidden=linear(), norm=norm(), other=linear(), flags=MIXES
+)
 def _(net, x):
     return net.head(net.norm(net.hidden(x)) * net.other(x).sigmoid())
 
@@ -841,17 +1041,32 @@ def _(net, x):
     return net.head((h + net.norms[3](net.short(x))).relu().mean((2, 3)))
 
 
-@forward("batch norm, then a transformer", SEQUENCE, norm=norm(T), encoder=encoder(batch_first=True), flags=MIXES)
+@forward(
+    "batch norm, then a transformer",
+    SEQUENCE,
+    norm=norm(T),
+    encoder=encoder(batch_first=True),
+    flags=MIXES,
+)
 def _(net, x):
     return net.head(net.encoder(net.norm(x)).mean(1))
 
 
-@forward("batch norm, then an lstm", SEQUENCE, hidden=linear(), norm=norm(T), rnn=lambda: nn.LSTM(D, D), flags=MIXES)
+@forward(
+    "batch norm, then an lstm",
+    SEQUENCE,
+    hidden=linear(),
+    norm=norm(T),
+    rnn=lambda: nn.LSTM(D, D),
+    flags=MIXES,
+)
 def _(net, x):
     return net.head(net.rnn(net.norm(net.hidden(x)).transpose(0, 1))[0][-1])
 
 
-@forward("batch norm with tied weights around", hidden=linear(), norm=norm(), loss="mse", flags=MIXES)
+@forward(
+    "batch norm with tied weights around", hidden=linear(), norm=norm(), loss="mse", flags=MIXES
+)
 def _(net, x):
     return F.linear(net.norm(net.hidden(x)).tanh(), net.hidden.weight.t())
 
@@ -889,11 +1104,14 @@ def by_groups(rows_of):
     """Rows of "ghost batch norm", which no sample can run alone: group by group, each a batch of its own."""
     model, loss, x, y = next(case for case in CASES if case.name == "ghost batch norm").build()
     parts = {name: lambda part=part: part for name, part in model.named_children()}
-    group = Net(lambda net, x: net.head(net.norm(net.hidden(x)).tanh()), parts).train(model.training)
+    group = Net(lambda net, x: net.head(net.norm(net.hidden(x)).tanh()), parts).train(
+        model.training
+    )
     p = model(x).detach().requires_grad_()
     (cotangent,) = torch.autograd.grad(loss(p, y), p)
     pulled = [
-        rows_of(group, lambda p, v: (p * v).sum(), *pair) for pair in zip(x.chunk(2), cotangent.chunk(2), strict=True)
+        rows_of(group, lambda p, v: (p * v).sum(), *pair)
+        for pair in zip(x.chunk(2), cotangent.chunk(2), strict=True)
     ]
     return {name: torch.cat([rows[name] for rows in pulled]) for name in pulled[0]}
 
@@ -920,7 +1138,13 @@ def _(net, x):
     return net.head(((h - mean) * (square - mean.square() + 1e-3).rsqrt()).tanh())
 
 
-@forward("scale folded into one factor", hidden=linear(), gain=weight(D), shift=weight(D), flags=ALWAYS_MIXES)
+@forward(
+    "scale folded into one factor",
+    hidden=linear(),
+    gain=weight(D),
+    shift=weight(D),
+    flags=ALWAYS_MIXES,
+)
 def _(net, x):
     h = net.hidden(x)
     var, mean = torch.var_mean(h, 0, unbiased=False)
@@ -969,7 +1193,9 @@ def _(net, x):
     return net.head(h / h.norm())
 
 
-@forward("a parameter applied to a statistic", hidden=linear(), context=linear(), flags=ALWAYS_MIXES)
+@forward(
+    "a parameter applied to a statistic", hidden=linear(), context=linear(), flags=ALWAYS_MIXES
+)
 def _(net, x):
     h = net.hidden(x).tanh()
     return net.head((h + net.context(h.mean(0)).tanh()).tanh())
@@ -1012,7 +1238,9 @@ def _(net, x):
     return net.head(h + 0.5 * h.roll(1, 0))
 
 
-@forward("centred, then batch norm", hidden=linear(), norm=norm(), deep=linear(), flags=ALWAYS_MIXES)
+@forward(
+    "centred, then batch norm", hidden=linear(), norm=norm(), deep=linear(), flags=ALWAYS_MIXES
+)
 def _(net, x):
     h = net.hidden(x)
     return net.head(net.norm(net.deep((h - h.mean(0)).tanh())).tanh())

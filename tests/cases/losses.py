@@ -28,7 +28,10 @@ class LossCase:
 
 SUM = ("holds", "holds")  # a weighted sum of one loss per sample
 SEPARATE = ("fails", "holds")  # another function of one loss per sample
-INDEXED = ("fails", "fails")  # a sum, but of losses that differ from sample to sample: no one function to sum
+INDEXED = (
+    "fails",
+    "fails",
+)  # a sum, but of losses that differ from sample to sample: no one function to sum
 TANGLED = ("fails", "fails")
 
 LOSSES: list[LossCase] = []
@@ -111,12 +114,27 @@ case("absolute error, mean", SUM, VALUES, nn.L1Loss())
 case("absolute error, sum", SUM, values(5, 8), nn.L1Loss(reduction="sum"))
 case("Huber", SUM, VALUES, nn.HuberLoss(delta=0.7))
 case("smooth absolute error, sum", SUM, VALUES, nn.SmoothL1Loss(reduction="sum"))
-case("binary cross-entropy of probabilities", SUM, lambda: (torch.rand(N, D), bits(N, D)), nn.BCELoss())
+case(
+    "binary cross-entropy of probabilities",
+    SUM,
+    lambda: (torch.rand(N, D), bits(N, D)),
+    nn.BCELoss(),
+)
 case("binary cross-entropy, mean", SUM, BITS, nn.BCEWithLogitsLoss())
-case("binary cross-entropy, sum", SUM, with_targets(bits, 7, 3), nn.BCEWithLogitsLoss(reduction="sum"))
+case(
+    "binary cross-entropy, sum",
+    SUM,
+    with_targets(bits, 7, 3),
+    nn.BCEWithLogitsLoss(reduction="sum"),
+)
 case("binary cross-entropy, pos_weight", SUM, BITS, nn.BCEWithLogitsLoss(pos_weight=RISING))
 case("binary cross-entropy, a weight per output", SUM, BITS, nn.BCEWithLogitsLoss(weight=RISING))
-case("binary cross-entropy, a weight per sample", SUM, BITS, nn.BCEWithLogitsLoss(weight=RISING[:, None]))
+case(
+    "binary cross-entropy, a weight per sample",
+    SUM,
+    BITS,
+    nn.BCEWithLogitsLoss(weight=RISING[:, None]),
+)
 case(
     "binary cross-entropy, a weight per entry",
     INDEXED,
@@ -127,7 +145,13 @@ case("cross-entropy, mean", SUM, CLASSES, nn.CrossEntropyLoss())
 case("cross-entropy, mean, five samples", SUM, classes(5, 8), nn.CrossEntropyLoss())
 case("cross-entropy, sum", SUM, CLASSES, nn.CrossEntropyLoss(reduction="sum"))
 case("cross-entropy, class weights", SUM, CLASSES, nn.CrossEntropyLoss(RISING), True)
-case("cross-entropy, class weights, sum", SUM, CLASSES, nn.CrossEntropyLoss(RISING, reduction="sum"), None)
+case(
+    "cross-entropy, class weights, sum",
+    SUM,
+    CLASSES,
+    nn.CrossEntropyLoss(RISING, reduction="sum"),
+    None,
+)
 case("cross-entropy, ignore_index", SUM, CLASSES, nn.CrossEntropyLoss(ignore_index=2), True)
 case(
     "cross-entropy, ignore_index, sum",
@@ -243,9 +267,19 @@ OF_TORCH = list(LOSSES)
 
 case("half a squared error", SUM, VALUES, lambda p, y: 0.5 * F.mse_loss(p, y))
 case("squared plus absolute error", SUM, VALUES, lambda p, y: F.mse_loss(p, y) + F.l1_loss(p, y))
-case("squared error, sum over outputs, mean over samples", SUM, VALUES, lambda p, y: squares(p, y).mean())
+case(
+    "squared error, sum over outputs, mean over samples",
+    SUM,
+    VALUES,
+    lambda p, y: squares(p, y).mean(),
+)
 case("squared error by einsum", SUM, VALUES, lambda p, y: torch.einsum("nc,nc->", p - y, p - y))
-case("squared error by vdot", SUM, VALUES, lambda p, y: torch.dot((p - y).flatten(), (p - y).flatten()))
+case(
+    "squared error by vdot",
+    SUM,
+    VALUES,
+    lambda p, y: torch.dot((p - y).flatten(), (p - y).flatten()),
+)
 
 
 @case("squared error by the trace of a Gram matrix", SUM, VALUES, accept_unknown=True)
@@ -263,9 +297,24 @@ def _(p, y):
     return squares(p, y).sum() / (y - y.mean(0)).square().sum()
 
 
-case("focal, labels looked up", SUM, CLASSES, lambda p, y: focal(p.log_softmax(1)[torch.arange(N), y]))
-case("focal, labels gathered", SUM, CLASSES, lambda p, y: focal(p.log_softmax(1).gather(1, y[:, None])[:, 0]))
-case("negative log of a product", SUM, CLASSES, lambda p, y: -p.softmax(1).gather(1, y[:, None]).log().sum())
+case(
+    "focal, labels looked up",
+    SUM,
+    CLASSES,
+    lambda p, y: focal(p.log_softmax(1)[torch.arange(N), y]),
+)
+case(
+    "focal, labels gathered",
+    SUM,
+    CLASSES,
+    lambda p, y: focal(p.log_softmax(1).gather(1, y[:, None])[:, 0]),
+)
+case(
+    "negative log of a product",
+    SUM,
+    CLASSES,
+    lambda p, y: -p.softmax(1).gather(1, y[:, None]).log().sum(),
+)
 
 
 @case("log of the product of the samples' likelihoods", SUM, CLASSES, accept_unknown=True)
@@ -336,10 +385,17 @@ def _(p, y):
 
 @case("distillation from the predictions themselves, detached", SUM, VALUES)
 def _(p, y):
-    return F.kl_div(p.log_softmax(1), (2 * p).softmax(1).detach(), reduction="batchmean") + F.mse_loss(p, y)
+    return F.kl_div(
+        p.log_softmax(1), (2 * p).softmax(1).detach(), reduction="batchmean"
+    ) + F.mse_loss(p, y)
 
 
-case("agreement of two views", SUM, PAIRS, lambda p, y: -F.cosine_similarity(p[0], p[1].detach()).mean())
+case(
+    "agreement of two views",
+    SUM,
+    PAIRS,
+    lambda p, y: -F.cosine_similarity(p[0], p[1].detach()).mean(),
+)
 
 
 @case("two heads", SUM, pairs(lambda: torch.tensor(LABELS), N, D))
@@ -364,7 +420,9 @@ def _(p, y):
 
 @case("correlation within the sample", SUM, VALUES)
 def _(p, y):
-    return -torch.stack([torch.corrcoef(torch.stack(ab))[0, 1] for ab in zip(p, y, strict=True)]).sum()
+    return -torch.stack(
+        [torch.corrcoef(torch.stack(ab))[0, 1] for ab in zip(p, y, strict=True)]
+    ).sum()
 
 
 @case("soft dice per sample", SUM, BITS)
@@ -390,7 +448,13 @@ def _(p, y):
 case("first output only", SUM, VALUES, lambda p, y: F.mse_loss(p[:, 0], y[:, 0]))
 
 
-@case("all predictions against all targets", SUM, VALUES, weights_depend_on_targets=None, accept_unknown=True)
+@case(
+    "all predictions against all targets",
+    SUM,
+    VALUES,
+    weights_depend_on_targets=None,
+    accept_unknown=True,
+)
 def _(p, y):
     return (p[:, None] - y[None]).square().mean()
 
@@ -427,7 +491,13 @@ def _(p, y):
     return (RISING[y] * surprise(p, y)).sum() / RISING[y].sum()
 
 
-case("weights by softmax of the targets", SUM, VALUES, lambda p, y: y.sum(1).softmax(0) @ squares(p, y), True)
+case(
+    "weights by softmax of the targets",
+    SUM,
+    VALUES,
+    lambda p, y: y.sum(1).softmax(0) @ squares(p, y),
+    True,
+)
 
 
 @case("mean over the entries that the targets keep", SUM, BITS, weights_depend_on_targets=True)
@@ -435,7 +505,13 @@ def _(p, y):
     return (p.square() * y).sum() / y.sum()
 
 
-case("mean over the samples that the targets keep", SUM, GROUPS, lambda p, y: p[y == 1].square().mean(), True)
+case(
+    "mean over the samples that the targets keep",
+    SUM,
+    GROUPS,
+    lambda p, y: p[y == 1].square().mean(),
+    True,
+)
 
 
 @case("mean per sample over the entries that the targets keep", SUM, BITS)
@@ -461,7 +537,12 @@ def _(p, y):
 
 # ---------------------------------------------------------------- another loss for every sample
 
-case("the index as a target", INDEXED, VALUES, lambda p, y: (p - torch.arange(N)[:, None]).square().sum())
+case(
+    "the index as a target",
+    INDEXED,
+    VALUES,
+    lambda p, y: (p - torch.arange(N)[:, None]).square().sum(),
+)
 
 
 @case("a margin by index", INDEXED, CLASSES)
@@ -479,7 +560,12 @@ def _(p, y):
     return RISING @ surprise(p, y) + p.square().sum()
 
 
-case("diagonal of square predictions", INDEXED, VALUES, lambda p, y: (p - y).diagonal().square().sum())
+case(
+    "diagonal of square predictions",
+    INDEXED,
+    VALUES,
+    lambda p, y: (p - y).diagonal().square().sum(),
+)
 
 
 @case("cross-entropy to the sample's own index", INDEXED, VALUES)
@@ -487,12 +573,19 @@ def _(p, y):
     return F.cross_entropy(p, torch.arange(N))
 
 
-case("a temperature by index", INDEXED, CLASSES, lambda p, y: F.cross_entropy(p * RISING[:, None], y))
+case(
+    "a temperature by index", INDEXED, CLASSES, lambda p, y: F.cross_entropy(p * RISING[:, None], y)
+)
 
 # ---------------------------------------------------------------- other functions of separate losses
 
 case("root mean squared error", SEPARATE, VALUES, lambda p, y: F.mse_loss(p, y).sqrt())
-case("root mean squared error, seven samples", SEPARATE, values(7, 3), lambda p, y: F.mse_loss(p, y).sqrt())
+case(
+    "root mean squared error, seven samples",
+    SEPARATE,
+    values(7, 3),
+    lambda p, y: F.mse_loss(p, y).sqrt(),
+)
 case("norm of the residual", SEPARATE, VALUES, lambda p, y: (p - y).norm())
 case("relative error", SEPARATE, VALUES, lambda p, y: torch.dist(p, y) / y.norm())
 
@@ -505,11 +598,23 @@ def _(p, y):
 case("log of the mean", SEPARATE, CLASSES, lambda p, y: F.cross_entropy(p, y).log())
 case("perplexity", SEPARATE, CLASSES, lambda p, y: F.cross_entropy(p, y).exp())
 case("square of the mean", SEPARATE, CLASSES, lambda p, y: F.cross_entropy(p, y) ** 2)
-case("mean loss kept off zero", SEPARATE, CLASSES, lambda p, y: (F.cross_entropy(p, y) - 2).abs() + 2)
+case(
+    "mean loss kept off zero", SEPARATE, CLASSES, lambda p, y: (F.cross_entropy(p, y) - 2).abs() + 2
+)
 case("logsumexp of the losses", SEPARATE, CLASSES, lambda p, y: surprise(p, y).logsumexp(0))
-case("geometric mean of the losses", SEPARATE, CLASSES, lambda p, y: surprise(p, y).log().mean().exp())
+case(
+    "geometric mean of the losses",
+    SEPARATE,
+    CLASSES,
+    lambda p, y: surprise(p, y).log().mean().exp(),
+)
 case("product of the losses", SEPARATE, CLASSES, lambda p, y: surprise(p, y).prod())
-case("mean of the largest losses", SEPARATE, CLASSES, lambda p, y: surprise(p, y).topk(3).values.mean())
+case(
+    "mean of the largest losses",
+    SEPARATE,
+    CLASSES,
+    lambda p, y: surprise(p, y).topk(3).values.mean(),
+)
 
 
 @case("hard examples by sorting", SEPARATE, VALUES)
@@ -520,7 +625,12 @@ def _(p, y):
 case("largest loss", SEPARATE, CLASSES, lambda p, y: surprise(p, y).max())
 case("median loss", SEPARATE, CLASSES, lambda p, y: surprise(p, y).median())
 case("quantile of the losses", SEPARATE, CLASSES, lambda p, y: surprise(p, y).quantile(0.8))
-case("losses weighted by their rank", SEPARATE, CLASSES, lambda p, y: RISING @ surprise(p, y).sort().values)
+case(
+    "losses weighted by their rank",
+    SEPARATE,
+    CLASSES,
+    lambda p, y: RISING @ surprise(p, y).sort().values,
+)
 
 
 @case("losses clipped at their median", SEPARATE, CLASSES)
@@ -558,7 +668,12 @@ def _(p, y):
     return ce.detach().softmax(0) @ ce
 
 
-case("losses weighted by index, squared", SEPARATE, CLASSES, lambda p, y: (RISING @ surprise(p, y)) ** 2)
+case(
+    "losses weighted by index, squared",
+    SEPARATE,
+    CLASSES,
+    lambda p, y: (RISING @ surprise(p, y)) ** 2,
+)
 
 
 @case("worst of two groups", SEPARATE, GROUPS)
@@ -572,7 +687,13 @@ def _(p, y):
 
 
 case("worst entry of all", SEPARATE, VALUES, lambda p, y: (p - y).abs().max(), accept_unknown=True)
-case("grand mean matched", SEPARATE, VALUES, lambda p, y: (p.mean() - y.mean()).square(), accept_unknown=True)
+case(
+    "grand mean matched",
+    SEPARATE,
+    VALUES,
+    lambda p, y: (p.mean() - y.mean()).square(),
+    accept_unknown=True,
+)
 
 
 @case("mean loss, an if on its size", SEPARATE, CLASSES, accept_unknown=True)
@@ -645,8 +766,18 @@ def _(p, y):
 
 
 case("cross-entropy over the batch axis", TANGLED, CLASSES, lambda p, y: F.cross_entropy(p.t(), y))
-case("softmax over the batch axis by hand", TANGLED, CLASSES, lambda p, y: F.nll_loss(p.log_softmax(0), y))
-case("standardised predictions", TANGLED, VALUES, lambda p, y: F.mse_loss((p - p.mean(0)) / p.std(0), y))
+case(
+    "softmax over the batch axis by hand",
+    TANGLED,
+    CLASSES,
+    lambda p, y: F.nll_loss(p.log_softmax(0), y),
+)
+case(
+    "standardised predictions",
+    TANGLED,
+    VALUES,
+    lambda p, y: F.mse_loss((p - p.mean(0)) / p.std(0), y),
+)
 
 
 @case("Pearson correlation per output", TANGLED, VALUES)
@@ -666,7 +797,9 @@ def _(p, y):
 
 case("Gram matrices matched", TANGLED, VALUES, lambda p, y: F.mse_loss(p @ p.t(), y @ y.t()))
 case("distances matched", TANGLED, VALUES, lambda p, y: F.mse_loss(F.pdist(p), F.pdist(y)))
-case("off-diagonal covariance", TANGLED, VALUES, lambda p, y: torch.cov(p.t()).triu(1).square().sum())
+case(
+    "off-diagonal covariance", TANGLED, VALUES, lambda p, y: torch.cov(p.t()).triu(1).square().sum()
+)
 
 
 @case("log-determinant of the covariance", TANGLED, values(7, 3))
@@ -737,13 +870,17 @@ def _(p, y):
     return (a.t() @ b / N - torch.eye(D)).square().sum()
 
 
-@case("Cox partial likelihood", TANGLED, lambda: (torch.randn(N), torch.rand(N)), accept_unknown=True)
+@case(
+    "Cox partial likelihood", TANGLED, lambda: (torch.randn(N), torch.rand(N)), accept_unknown=True
+)
 def _(p, y):
     risk = p[y.argsort(descending=True)]
     return (risk.logcumsumexp(0) - risk).mean()
 
 
-@case("Cox partial likelihood of competing risks", TANGLED, lambda: (torch.randn(N, 2), torch.rand(N)))
+@case(
+    "Cox partial likelihood of competing risks", TANGLED, lambda: (torch.randn(N, 2), torch.rand(N))
+)
 def _(p, y):
     risk = p[y.argsort(descending=True)]
     return (risk.logcumsumexp(0) - risk).mean()
@@ -811,7 +948,11 @@ def _(p, y):
     return torch.maximum(levels * short, (levels - 1) * short).sum(1).mean()
 
 
-@case("continuous ranked probability score of a Gaussian", SUM, lambda: (torch.randn(N, 2), torch.randn(N)))
+@case(
+    "continuous ranked probability score of a Gaussian",
+    SUM,
+    lambda: (torch.randn(N, 2), torch.randn(N)),
+)
 def _(p, y):
     scale = F.softplus(p[:, 1])
     z = (y - p[:, 0]) / scale
@@ -831,7 +972,12 @@ def _(p, y):
     mean, (nu, alpha, beta) = p[:, 0], F.softplus(p[:, 1:]).unbind(1)
     alpha = alpha + 1
     omega = 2 * beta * (1 + nu)
-    surprise = 0.5 * (torch.pi / nu).log() - alpha * omega.log() + torch.lgamma(alpha) - torch.lgamma(alpha + 0.5)
+    surprise = (
+        0.5 * (torch.pi / nu).log()
+        - alpha * omega.log()
+        + torch.lgamma(alpha)
+        - torch.lgamma(alpha + 0.5)
+    )
     surprise = surprise + (alpha + 0.5) * ((y - mean) ** 2 * nu + omega).log()
     return (surprise + 0.1 * (y - mean).abs() * (2 * nu + alpha)).mean()
 
@@ -840,7 +986,9 @@ def _(p, y):
 def _(p, y):
     alpha, hot = F.softplus(p) + 1, F.one_hot(y, D)
     total = alpha.sum(1, keepdim=True)
-    risk = ((hot - alpha / total).square() + alpha * (total - alpha) / (total**2 * (total + 1))).sum(1)
+    risk = (
+        (hot - alpha / total).square() + alpha * (total - alpha) / (total**2 * (total + 1))
+    ).sum(1)
     other = hot + (1 - hot) * alpha
     excess = (other - 1) * (other.digamma() - other.sum(1, keepdim=True).digamma())
     return (risk + 0.1 * (other.sum(1).lgamma() - other.lgamma().sum(1) + excess.sum(1))).mean()
@@ -859,7 +1007,11 @@ def _(p, y):
     return -(torch.distributions.Normal(0.0, 1.0).log_prob(latent).sum(1) + log_determinant).mean()
 
 
-@case("distillation", SUM, with_targets(lambda n, d: (torch.randint(d, (n,)), torch.randn(n, d)), N, D))
+@case(
+    "distillation",
+    SUM,
+    with_targets(lambda n, d: (torch.randint(d, (n,)), torch.randn(n, d)), N, D),
+)
 def _(p, y):
     labels, teacher = y
     soft = F.kl_div((p / 2).log_softmax(1), (teacher / 2).softmax(1), reduction="batchmean")
@@ -871,7 +1023,11 @@ def _(p, y):
     return -F.logsigmoid(0.1 * ((p[0] - y[0]) - (p[1] - y[1]))).mean()
 
 
-@case("direct preference of token sequences", SUM, outputs(lambda: torch.randint(D, (N, 2, T)), (T, D), (T, D)))
+@case(
+    "direct preference of token sequences",
+    SUM,
+    outputs(lambda: torch.randint(D, (N, 2, T)), (T, D), (T, D)),
+)
 def _(p, y):
     better, worse = (chosen(logits.log_softmax(2), y[:, i]).sum(1) for i, logits in enumerate(p))
     return -F.logsigmoid(0.5 * (better - worse)).mean()
@@ -947,7 +1103,9 @@ def corners(box):
 
 @case("structural similarity of images", SUM, values(N, 1, 5, 5))
 def _(p, y):
-    (mp, my), (pp, yy, py) = ((F.avg_pool2d(t, 3, 1) for t in ts) for ts in ((p, y), (p * p, y * y, p * y)))
+    (mp, my), (pp, yy, py) = (
+        (F.avg_pool2d(t, 3, 1) for t in ts) for ts in ((p, y), (p * p, y * y, p * y))
+    )
     likeness = (2 * mp * my + 0.1) * (2 * (py - mp * my) + 0.9)
     return 1 - (likeness / ((mp**2 + my**2 + 0.1) * (pp - mp**2 + yy - my**2 + 0.9))).mean()
 
@@ -990,7 +1148,11 @@ HITS = lambda: (torch.randn(N, D), torch.tensor([1.0, 0, 1, 0, 0, 1]).repeat(N, 
 case("Lovász hinge per sample", SUM, HITS, lambda p, y: lovasz_hinge(p, y).mean())
 
 
-@case("temporal classification by hand", SUM, lambda: (torch.randn(N, 5, 4), torch.randint(1, 4, (N, 2))))
+@case(
+    "temporal classification by hand",
+    SUM,
+    lambda: (torch.randn(N, 5, 4), torch.randint(1, 4, (N, 2))),
+)
 def _(p, y):
     """The forward recursion of CTC over labels with blanks between them."""
     logs, (n, length) = p.log_softmax(2), y.shape
@@ -1005,7 +1167,11 @@ def _(p, y):
     return -alpha[:, -2:].logsumexp(1).mean()
 
 
-@case("transducer (RNN-T) over a lattice", SUM, lambda: (torch.randn(N, 3, 3, 4), torch.randint(1, 4, (N, 2))))
+@case(
+    "transducer (RNN-T) over a lattice",
+    SUM,
+    lambda: (torch.randn(N, 3, 3, 4), torch.randint(1, 4, (N, 2))),
+)
 def _(p, y):
     logs = p.log_softmax(3)
     blank = logs[..., BLANK]
@@ -1015,11 +1181,17 @@ def _(p, y):
         for u in range(p.shape[2]):
             ways = [alpha[t - 1, u] + blank[:, t - 1, u]] if t else []
             ways += [alpha[t, u - 1] + label[:, t, u - 1]] if u else []
-            alpha[t, u] = torch.stack(ways).logsumexp(0) if ways else torch.zeros_like(blank[:, 0, 0])
+            alpha[t, u] = (
+                torch.stack(ways).logsumexp(0) if ways else torch.zeros_like(blank[:, 0, 0])
+            )
     return -(alpha[t, u] + blank[:, -1, -1]).mean()
 
 
-@case("linear-chain random field", SUM, with_targets(lambda n, t, d: torch.randint(d, (n, t)), N, T, 3))
+@case(
+    "linear-chain random field",
+    SUM,
+    with_targets(lambda n, t, d: torch.randint(d, (n, t)), N, T, 3),
+)
 def _(p, y):
     steps = torch.tensor([[0.5, -0.2, 0.1], [0.0, 0.3, -0.4], [0.2, 0.1, 0.0]]).to(p)
     alpha, score = p[:, 0], chosen(p, y).sum(1) + steps[y[:, :-1], y[:, 1:]].sum(1)
@@ -1031,7 +1203,9 @@ def _(p, y):
 @case("residual of a differential equation", SUM, outputs(lambda: torch.randn(N), (), (), ()))
 def _(p, y):
     value, by_time, twice_by_space = p
-    return (by_time + value * value - 0.1 * twice_by_space).square().mean() + 0.5 * F.mse_loss(value, y)
+    return (by_time + value * value - 0.1 * twice_by_space).square().mean() + 0.5 * F.mse_loss(
+        value, y
+    )
 
 
 @case(
@@ -1081,9 +1255,17 @@ def _(p, y):
     return 25 * F.mse_loss(*p) + 25 * spread + apart
 
 
-@case("supervised contrast of two views", TANGLED, pairs(lambda: torch.tensor([0, 0, 1, 1, 0, 1]), N, D))
+@case(
+    "supervised contrast of two views",
+    TANGLED,
+    pairs(lambda: torch.tensor([0, 0, 1, 1, 0, 1]), N, D),
+)
 def _(p, y):
-    z, labels, other = F.normalize(torch.cat(p), dim=1), y.repeat(2), ~torch.eye(2 * N, dtype=torch.bool)
+    z, labels, other = (
+        F.normalize(torch.cat(p), dim=1),
+        y.repeat(2),
+        ~torch.eye(2 * N, dtype=torch.bool),
+    )
     logs = (z @ z.t() / 0.5).masked_fill(~other, -1e9).log_softmax(1)
     same = (labels[:, None] == labels) & other
     return -((logs * same).sum(1) / same.sum(1)).mean()

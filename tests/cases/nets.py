@@ -199,8 +199,18 @@ class Draft:
             h = trial["h"]
             if h.requires_grad:
                 h.sum().backward()  # what was written in place may be needed
-        whole = isinstance(h, Tensor) and h.dtype == torch.float64 and h.ndim > 0 and h.shape[0] == self.samples
-        if not whole or not 0 < h.numel() <= LIMIT * self.samples or not h.isfinite().all() or h.abs().max() > LARGE:
+        whole = (
+            isinstance(h, Tensor)
+            and h.dtype == torch.float64
+            and h.ndim > 0
+            and h.shape[0] == self.samples
+        )
+        if (
+            not whole
+            or not 0 < h.numel() <= LIMIT * self.samples
+            or not h.isfinite().all()
+            or h.abs().max() > LARGE
+        ):
             raise ValueError(block)
         self._drop_parts(block)
         if sum(p.numel() for p in self.net.parameters()) > PARAMETERS:
@@ -213,14 +223,20 @@ class Draft:
         """Those which were made for another choice."""
         for line in self.setup[:]:
             name = line.split(" = ")[0]
-            if name[:4] == "net." and not re.search(rf"\b{name}\b", "\n".join([*self.lines, block])):
+            if name[:4] == "net." and not re.search(
+                rf"\b{name}\b", "\n".join([*self.lines, block])
+            ):
                 self.setup.remove(line)
                 delattr(self.net, name[4:])
 
     def forward(self) -> str:
         """The lines, without names that nobody reads."""
         words = re.findall(r"\w+", "\n".join(self.lines))
-        return "\n".join(s for s in self.lines if not re.fullmatch(r"v\d+ = h", s) or words.count(s.split()[0]) > 1)
+        return "\n".join(
+            s
+            for s in self.lines
+            if not re.fullmatch(r"v\d+ = h", s) or words.count(s.split()[0]) > 1
+        )
 
 
 # ---------------------------------------------------------------- blocks: each a few lines from `h` to `h`
@@ -250,14 +266,18 @@ def tied(d: Draft) -> str:
     """A linear layer of before, once more, or its transpose."""
     layers = [n for n in d.names if isinstance(getattr(d.net, n[4:]), nn.Linear)]
     name = d.choose(layers)
-    return "h = " + d.choose([f"{name}(h)", f"F.linear(h, {name}.weight.t())", f"{name}({name}(h).tanh())"])
+    return "h = " + d.choose(
+        [f"{name}(h)", f"F.linear(h, {name}.weight.t())", f"{name}({name}(h).tanh())"]
+    )
 
 
 def convolution(d: Draft) -> str:
     space = d.ndim - 2
     i, g = d.channels, d.divisor(d.channels)
     o, k = g * d.some(1, 2), d.choose([1, 2, 3])
-    options = d.choose(["", ", padding=1", ", stride=2", ", bias=False", ", padding=1, padding_mode='circular'"])
+    options = d.choose(
+        ["", ", padding=1", ", stride=2", ", bias=False", ", padding=1, padding_mode='circular'"]
+    )
     if d.choose([False, False, False, True]):
         return f"h = {d.part(f'nn.ConvTranspose{space}d({i}, {o}, {k}, groups={g})')}(h)"
     return f"h = {d.part(f'nn.Conv{space}d({i}, {o}, {k}, groups={g}{options})')}(h)"
@@ -265,7 +285,9 @@ def convolution(d: Draft) -> str:
 
 def batch_norm(d: Draft) -> str:
     space = max(d.ndim - 2, 1)
-    options = d.choose(["", "", "", ", affine=False", ", track_running_stats=False", ", momentum=None, eps=0.1"])
+    options = d.choose(
+        ["", "", "", ", affine=False", ", track_running_stats=False", ", momentum=None, eps=0.1"]
+    )
     return f"h = {d.part(f'nn.BatchNorm{space}d({d.channels}{options})')}(h)"
 
 
@@ -302,7 +324,13 @@ def activation(d: Draft) -> str:
 
 def join(d: Draft) -> str:
     v = d.alike()
-    kinds = [f"h + {v}", f"h * {v}", f"torch.cat([h, {v}], -1)", f"torch.stack([h, {v}], 1)", f"h - {v}.detach()"]
+    kinds = [
+        f"h + {v}",
+        f"h * {v}",
+        f"torch.cat([h, {v}], -1)",
+        f"torch.stack([h, {v}], 1)",
+        f"h - {v}.detach()",
+    ]
     return f"h = {d.choose(kinds)}"
 
 
@@ -393,9 +421,7 @@ def statistic_in_place(d: Draft) -> str:
 def meeting(d: Draft) -> str:
     """Samples meet by more than shared numbers."""
     q = d.linear(d.width, 2)
-    return (
-        f"h = {d.choose(['h + h.roll(1, 0)', f'({q}(h) @ {q}(h).T).softmax(-1) @ h', 'h.cumsum(0)', 'h - h.flip(0)'])}"
-    )
+    return f"h = {d.choose(['h + h.roll(1, 0)', f'({q}(h) @ {q}(h).T).softmax(-1) @ h', 'h.cumsum(0)', 'h - h.flip(0)'])}"
 
 
 def parameter(d: Draft) -> str:
@@ -495,8 +521,13 @@ def _inputs(d: Draft) -> None:
     kind = d.choose([*kinds, "flat", "sequence", "image"])
     d.setup.append(f"x = {kinds[kind]}")
     d.values["x"] = eval(kinds[kind], dict(SPACE))
-    first = {"integers": "h = {0}(h)", "two": "h = {1}(x[0]) + {2}(x[1]).tanh()"}.get(kind, "h = h * 1")
-    makes = {"integers": ["nn.Embedding(4, 2)", *[""] * 2], "two": ["", "nn.Linear(3, 3)", "nn.Linear(3, 3)"]}
+    first = {"integers": "h = {0}(h)", "two": "h = {1}(x[0]) + {2}(x[1]).tanh()"}.get(
+        kind, "h = h * 1"
+    )
+    makes = {
+        "integers": ["nn.Embedding(4, 2)", *[""] * 2],
+        "two": ["", "nn.Linear(3, 3)", "nn.Linear(3, 3)"],
+    }
     parts = [d.part(make) if make else "" for make in makes.get(kind, [])]
     d.add(first.format(*parts))
 
@@ -519,7 +550,9 @@ def _with_loss(d: Draft) -> Source:
     shape = str(tuple(d.h.shape))
     for loss, targets in [*(d.choose(LOSSES) for _ in range(4)), LOSSES[0]]:
         learned = ["net.temperature = nn.Parameter(normals())"] if "temperature" in loss else []
-        drawn = "y = " + targets.replace("p.shape", shape).replace("randn_like(p)", f"randn({shape})")
+        drawn = "y = " + targets.replace("p.shape", shape).replace(
+            "randn_like(p)", f"randn({shape})"
+        )
         source = Source("\n".join([*d.setup, *learned, drawn]), d.forward(), loss, d.train)
         if _runs(source):
             return source

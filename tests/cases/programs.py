@@ -32,7 +32,10 @@ class Program(nn.Module):
         self.lines, self.arguments = list(lines), arguments
         body = "\n    ".join([*lines, "return h"])
         space: dict[str, Any] = {"torch": torch, "F": F}
-        exec(compile(f"def run(net, {arguments}):\n    {body}", f"program-{id(self)}.py", "exec"), space)
+        exec(
+            compile(f"def run(net, {arguments}):\n    {body}", f"program-{id(self)}.py", "exec"),
+            space,
+        )
         self.run = space["run"]
 
     def forward(self, *inputs: Tensor) -> Tensor:
@@ -125,7 +128,11 @@ class Draft:
     def program(self, arguments: str) -> Program:
         """The lines, without names and weights that nobody reads."""
         words = re.findall(r"\w+", "\n".join(self.lines))
-        lines = [line for line in self.lines if not re.fullmatch(r"v\d+ = h", line) or words.count(line.split()[0]) > 1]
+        lines = [
+            line
+            for line in self.lines
+            if not re.fullmatch(r"v\d+ = h", line) or words.count(line.split()[0]) > 1
+        ]
         weights = {f"w{i}": w for i, w in enumerate(self.weights) if f"w{i}" in words}
         return Program(lines, weights, arguments)
 
@@ -237,7 +244,11 @@ def reshaping(d: Draft) -> str:
 def transposition(d: Draft) -> str:
     order = sorted(range(d.ndim), key=lambda i: d.choose(range(5)))
     return "h = " + d.choose(
-        [f"h.transpose({d.dim()}, {d.dim()})", f"h.permute({order})", f"h.movedim({d.dim()}, {d.dim()})"]
+        [
+            f"h.transpose({d.dim()}, {d.dim()})",
+            f"h.permute({order})",
+            f"h.movedim({d.dim()}, {d.dim()})",
+        ]
     )
 
 
@@ -464,7 +475,9 @@ def total(d: Draft) -> str:
 
 def loss_program(choose: Choose, longest: int = 4) -> Program:
     """A loss of predictions `p` and targets `y`, both `[N, 3]`."""
-    d = Draft(choose, {"p": noise(N, 3, seed=5), "y": noise(N, 3, seed=6), "x": noise(1)}, older=["p"])
+    d = Draft(
+        choose, {"p": noise(N, 3, seed=5), "y": noise(N, 3, seed=6), "x": noise(1)}, older=["p"]
+    )
     first = choose([row_loss, row_loss, tangle])
     d.grow([first])
     for _ in range(choose(range(longest))):

@@ -64,7 +64,9 @@ def alike(a: Any, b: Any) -> bool:
 
 def check_asks_only(fixtures: Sequence[str]) -> None:
     """Raise for a test that patches the package: what is recorded under a planted bug must not be lent to others."""
-    assert "monkeypatch" not in fixtures, "a test with monkeypatch takes `made(case, mode)`, not `recorded`"
+    assert "monkeypatch" not in fixtures, (
+        "a test with monkeypatch takes `made(case, mode)`, not `recorded`"
+    )
 
 
 @dataclass
@@ -104,7 +106,9 @@ class Recordings:
         changed = changes(lent.state, state(lent.arguments))
         if changed:
             del self.lent[key]
-        assert not changed, f"a shared problem was changed: {changed}; a test that changes it takes `made(case, mode)`"
+        assert not changed, (
+            f"a shared problem was changed: {changed}; a test that changes it takes `made(case, mode)`"
+        )
 
     def _record(self, case: GradientCase, mode: str) -> Lent:
         arguments, problem = made(case, mode)

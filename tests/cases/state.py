@@ -42,7 +42,11 @@ def state(problem: ub.Problem) -> dict[str, Any]:
         "dispatch mode": _get_current_dispatch_mode(),
     }
     out["global hooks"] = [
-        len(h) for h in (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)
+        len(h)
+        for h in (
+            nn.modules.module._global_forward_hooks,
+            nn.modules.module._global_forward_pre_hooks,
+        )
     ]
     for module in problem.program.modules:
         for path, m in module.named_modules():
@@ -55,7 +59,11 @@ def state(problem: ub.Problem) -> dict[str, Any]:
                 f"{name} hooks": len(t._backward_hooks or ()),
             }
     leaves = tree_leaves((problem.inputs, problem.targets))
-    return out | {f"data {i}": (content(t), content(t.grad)) for i, t in enumerate(leaves) if isinstance(t, Tensor)}
+    return out | {
+        f"data {i}": (content(t), content(t.grad))
+        for i, t in enumerate(leaves)
+        if isinstance(t, Tensor)
+    }
 
 
 def assert_unchanged(before: dict[str, Any], after: dict[str, Any]) -> None:
@@ -68,7 +76,11 @@ def assert_unchanged(before: dict[str, Any], after: dict[str, Any]) -> None:
 
 def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
+        return (
+            isinstance(b, Tensor)
+            and a.shape == b.shape
+            and a.numpy().tobytes() == b.numpy().tobytes()
+        )
     if isinstance(a, tuple):
         return isinstance(b, tuple) and len(a) == len(b) and all(map(_equal, a, b))
     return bool(a == b)
@@ -186,7 +198,9 @@ MESSY = [
 
 STATEFUL: dict[str, Callable[[], nn.Module]] = {
     "batch norm and dropout": usual,
-    "spectral norm": lambda: nn.Sequential(parametrizations.spectral_norm(nn.Linear(D, D)), nn.Tanh()),
+    "spectral norm": lambda: nn.Sequential(
+        parametrizations.spectral_norm(nn.Linear(D, D)), nn.Tanh()
+    ),
     "embedding with max_norm": stateful(looks_up, table=lambda: nn.Embedding(N, D, max_norm=0.1)),
     **{f.__name__.replace("_", " "): stateful(f, **buffers(), **PLAIN) for f in MESSY},
 }

@@ -35,7 +35,9 @@ def structure_of_model(case: ModelCase) -> Structure:
     if isinstance(model, nn.Module):
         return ub.Problem(model, nothing, (inputs, None), in_dims=(case.in_dims, None)).structure
     called = lambda parameters, x: model(*x)  # noqa: E731
-    return ub.Problem(called, nothing, (inputs, None), in_dims=(case.in_dims, None), parameters={}).structure
+    return ub.Problem(
+        called, nothing, (inputs, None), in_dims=(case.in_dims, None), parameters={}
+    ).structure
 
 
 def structure_of_loss(loss: Callable, inputs: tuple) -> Structure:
@@ -66,16 +68,26 @@ def check(structure: Structure, truth: dict[str, str], accept_unknown: bool) -> 
             assert accept_unknown, f"{name} is unknown: {verdict.culprits} {verdict.note}"
             assert not verdict.basis, f"{name} is unknown, with the basis {verdict.basis!r}"
         else:
-            assert verdict.status == status, f"{name} {verdict.status}, in truth it {status}: {verdict}"
+            assert verdict.status == status, (
+                f"{name} {verdict.status}, in truth it {status}: {verdict}"
+            )
             assert verdict.basis in {"proved", "witness", "assumed"}, verdict
-            assert (verdict.status, verdict.basis) != ("holds", "witness"), f"a witness proves no {name}"
+            assert (verdict.status, verdict.basis) != ("holds", "witness"), (
+                f"a witness proves no {name}"
+            )
     decided = {name: getattr(structure, name).status for name in FORWARD}
-    assert (decided["simd_forward"] == "holds") <= (decided["independent_forward"] == "holds"), decided
-    assert (decided["simd_forward"] == "holds") <= (decided["simd_given_statistics"] == "holds"), decided
+    assert (decided["simd_forward"] == "holds") <= (decided["independent_forward"] == "holds"), (
+        decided
+    )
+    assert (decided["simd_forward"] == "holds") <= (decided["simd_given_statistics"] == "holds"), (
+        decided
+    )
 
 
 def check_weights(structure: Structure, on_targets: bool | None) -> None:
     """Raise where it is wrong whether the weights listen to the targets of other samples."""
     if structure.reduction and on_targets is not None:
         said = structure.reduction.weights_depend_on
-        assert ("targets" in said) == on_targets, f"weights depend on {set(said)}, on targets: {on_targets}"
+        assert ("targets" in said) == on_targets, (
+            f"weights depend on {set(said)}, on targets: {on_targets}"
+        )

@@ -44,7 +44,9 @@ def entry(name: str) -> ZooEntry:
     for candidate in ENTRIES:
         if candidate.name == name:
             return candidate
-    raise KeyError(f"no zoo entry is called {name!r}; there are {', '.join(e.name for e in ENTRIES)}")
+    raise KeyError(
+        f"no zoo entry is called {name!r}; there are {', '.join(e.name for e in ENTRIES)}"
+    )
 
 
 def _seeded(build: Callable[[], Built]) -> Callable[[], Built]:
@@ -127,7 +129,11 @@ def _segmented_images(size: int) -> Callable[[], dict[str, Tensor]]:
 
 
 def _captioned_images() -> dict[str, Tensor]:
-    return {"pixel_values": torch.randn(N, 3, 16, 16), "input_ids": _words(), "labels": torch.arange(N)}
+    return {
+        "pixel_values": torch.randn(N, 3, 16, 16),
+        "input_ids": _words(),
+        "labels": torch.arange(N),
+    }
 
 
 def _boxed_images() -> dict[str, Tensor]:
@@ -212,9 +218,20 @@ def _transformers(
     return ZooEntry(name, "transformers", _seeded(build))
 
 
-SPECIAL: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SPECIAL: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 SIZES: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-ENCODER = {**SPECIAL, **SIZES, "intermediate_size": 32, "max_position_embeddings": 32, "num_labels": CLASSES}
+ENCODER = {
+    **SPECIAL,
+    **SIZES,
+    "intermediate_size": 32,
+    "max_position_embeddings": 32,
+    "num_labels": CLASSES,
+}
 DECODER = {**ENCODER, "num_key_value_heads": 1, "head_dim": 8, "use_cache": False}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 GPT = {**SPECIAL, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "use_cache": False}
@@ -229,7 +246,13 @@ BART = {
     "max_position_embeddings": 32, "decoder_start_token_id": 2, "forced_eos_token_id": None,
     "use_cache": False,
 }  # fmt: skip
-PATCHES = {**SIZES, "intermediate_size": 32, "image_size": 16, "patch_size": 4, "num_labels": CLASSES}
+PATCHES = {
+    **SIZES,
+    "intermediate_size": 32,
+    "image_size": 16,
+    "patch_size": 4,
+    "num_labels": CLASSES,
+}
 PYRAMID = {"depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 16, 16], "num_labels": CLASSES}
 SWIN = {
     "image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [2, 2], "num_heads": [2, 2],
@@ -452,7 +475,12 @@ def _pytorchcv(name: str, family: str, model: str, size: int, **arguments: Any) 
         if family == "vgg":
             _narrow_classifier(net.output)
         pixels = (size, size) if family in SEGMENTERS else ()
-        return net, torch.randn(N, 3, size, size), torch.randint(net.num_classes, (N, *pixels)), _cross_entropy
+        return (
+            net,
+            torch.randn(N, 3, size, size),
+            torch.randint(net.num_classes, (N, *pixels)),
+            _cross_entropy,
+        )
 
     return ZooEntry(name, "pytorchcv", _seeded(build))
 

@@ -102,7 +102,9 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield tmp_path
-    for name in [n for n in sys.modules if n.split(".")[0] in ("package", "nets", "bad") or ":" in n]:
+    for name in [
+        n for n in sys.modules if n.split(".")[0] in ("package", "nets", "bad") or ":" in n
+    ]:
         del sys.modules[name]
 
 
@@ -130,7 +132,14 @@ def refused(*words):
 def test_batch_norm_fails_and_is_named():
     result = inspected("nets.py:Net", "--input", "8,3,8,8", "--loss", "cross_entropy")
     assert result.exit_code == cli.FAILS
-    for words in ("Net, train mode", "✗ fails", "norm ", "nets.py:14", "R = 8 batch statistics", "✓ passed"):
+    for words in (
+        "Net, train mode",
+        "✗ fails",
+        "norm ",
+        "nets.py:14",
+        "R = 8 batch statistics",
+        "✓ passed",
+    ):
         assert words in result.stdout
 
 
@@ -155,7 +164,9 @@ def test_one_sample_is_unknown_and_says_why():
 
 
 def test_a_contradiction_is_a_failure():
-    structure = unbatch.Problem(torch.nn.Linear(2, 2), torch.nn.MSELoss(), (torch.ones(2, 2),) * 2).structure
+    structure = unbatch.Problem(
+        torch.nn.Linear(2, 2), torch.nn.MSELoss(), (torch.ones(2, 2),) * 2
+    ).structure
     against = Check("reduction", "holds", "a test", False, "off by 1")
     assert cli.exit_status(structure, None) == cli.HOLDS
     assert cli.exit_status(structure, Verification((against,))) == cli.FAILS
@@ -191,17 +202,23 @@ def test_the_same_seed_gives_the_same_report():
     ],
 )
 def test_a_model_by_file_or_module(target):
-    assert inspected(target, "--input", "4,4", "--loss", "mse", "--no-verify").exit_code == cli.HOLDS
+    assert (
+        inspected(target, "--input", "4,4", "--loss", "mse", "--no-verify").exit_code == cli.HOLDS
+    )
 
 
 def test_several_inputs_are_arguments():
-    result = inspected("nets.py:two", "--input", "6,4", "--input", "6,5", "--loss", "l1", "--no-verify")
+    result = inspected(
+        "nets.py:two", "--input", "6,4", "--input", "6,5", "--loss", "l1", "--no-verify"
+    )
     assert result.exit_code == cli.HOLDS
     assert "6,4, 6,5, drawn at random" in result.stdout
 
 
 def test_own_loss_and_named_inputs():
-    result = inspected("nets.py:Own", "--input", "x=8,3", "--input", "labels=8:int64<2", "--own-loss")
+    result = inspected(
+        "nets.py:Own", "--input", "x=8,3", "--input", "labels=8:int64<2", "--own-loss"
+    )
     assert result.exit_code == cli.HOLDS
     assert "the model's own" in result.stdout
 
@@ -270,7 +287,9 @@ def test_every_loss_runs_on_the_targets_drawn_for_it():
     for name in arguments.KINDS:
         loss = arguments.find_loss(name)
         model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Sigmoid())
-        y, _ = arguments.draw_targets(loss, None, model, torch.randn(6, 4), torch.Generator().manual_seed(0))
+        y, _ = arguments.draw_targets(
+            loss, None, model, torch.randn(6, 4), torch.Generator().manual_seed(0)
+        )
         assert torch.isfinite(loss.function(model(torch.randn(6, 4)), y)), name
 
 
@@ -283,7 +302,16 @@ def test_every_loss_runs_on_the_targets_drawn_for_it():
     ],
 )
 def test_targets_as_typed(typed, said):
-    words = ("nets.py:linear", "--input", "6,4", "--loss", "cross_entropy", "--targets", typed, "--no-verify")
+    words = (
+        "nets.py:linear",
+        "--input",
+        "6,4",
+        "--loss",
+        "cross_entropy",
+        "--targets",
+        typed,
+        "--no-verify",
+    )
     assert said in inspected(*words).stdout
 
 
@@ -356,7 +384,9 @@ def test_version():
 
 
 def test_python_m():
-    result = subprocess.run([sys.executable, "-m", "unbatch", "--version"], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-m", "unbatch", "--version"], capture_output=True, text=True, check=True
+    )
     assert result.stdout == f"unbatch {unbatch.__version__}\n"
 
 
@@ -367,7 +397,9 @@ def test_help_lists_the_exit_status():
 @pytest.mark.parametrize("name", ["--output", "-o"])
 def test_report(name, tmp_path):
     path = tmp_path / "deep" / "r.html"
-    result = call("report", "nets.py:Net", "--input", "4,3,6,6", "--loss", "cross_entropy", name, str(path))
+    result = call(
+        "report", "nets.py:Net", "--input", "4,3,6,6", "--loss", "cross_entropy", name, str(path)
+    )
     assert result.exit_code == 0, result.stderr
     assert str(path) in result.stdout.replace("\n", "")
     text = path.read_text()
@@ -376,7 +408,9 @@ def test_report(name, tmp_path):
 
 
 @pytest.mark.parametrize("where", ["file/r.html", "folder", "read-only.html"])
-@pytest.mark.parametrize("command", [("report", "nets.py:Failing", "--input", "4,3", "--loss", "mse"), ("demo",)])
+@pytest.mark.parametrize(
+    "command", [("report", "nets.py:Failing", "--input", "4,3", "--loss", "mse"), ("demo",)]
+)
 def test_a_page_that_cannot_be_written(command, where, tmp_path, monkeypatch):
     """One message with the remedy, before anything is asked; the model would raise."""
     (tmp_path / "file").write_text("")
@@ -407,7 +441,17 @@ def test_a_report_that_is_refused_leaves_no_file(tmp_path):
 
 
 def test_short_options():
-    words = ("inspect", "nets.py:linear", "-i", "6,4", "-l", "cross_entropy", "-t", "6:int64<3", "--no-verify")
+    words = (
+        "inspect",
+        "nets.py:linear",
+        "-i",
+        "6,4",
+        "-l",
+        "cross_entropy",
+        "-t",
+        "6:int64<3",
+        "--no-verify",
+    )
     result = call(*words)
     assert result.exit_code == cli.HOLDS, result.output
     assert "6:int64<3, drawn at random" in result.stdout
@@ -417,7 +461,7 @@ def test_short_options():
 
 LATE = """
 import sys
-from unbatch import cli
+from unbatch.cli import commands as cli
 try:
     cli.main()
 finally:
@@ -428,7 +472,9 @@ finally:
 def typed(*words, **environment):
     """What the installed command prints for these words, if it does so without torch."""
     code = ["-c", LATE, *words]
-    run = subprocess.run([sys.executable, *code], capture_output=True, text=True, env=os.environ | environment)
+    run = subprocess.run(
+        [sys.executable, *code], capture_output=True, text=True, env=os.environ | environment
+    )
     assert run.returncode == 0, run.stderr
     return run.stdout
 
@@ -440,7 +486,11 @@ def test_help_comes_before_torch(words):
 
 def completed(line):
     """What bash offers for the last word of a line, as the script asks that completion installs."""
-    asked = {"_UNBATCH_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(line.split(" ")) - 1)}
+    asked = {
+        "_UNBATCH_COMPLETE": "complete_bash",
+        "COMP_WORDS": line,
+        "COMP_CWORD": str(len(line.split(" ")) - 1),
+    }
     return typed(**asked).split()
 
 

@@ -67,7 +67,9 @@ def test_train_mode(text):
 
 def test_eval_mode(text):
     part = parts(text)["7"]
-    assert {name: verdict(part, name) for name in (*NEWLY, *ALWAYS)} == dict.fromkeys((*NEWLY, *ALWAYS), "holds")
+    assert {name: verdict(part, name) for name in (*NEWLY, *ALWAYS)} == dict.fromkeys(
+        (*NEWLY, *ALWAYS), "holds"
+    )
     assert "0.0% of the squares stand off the diagonal" in part
     assert "what follows" not in part
 
@@ -96,13 +98,18 @@ def test_the_gradient_is_taken_apart(text):
         (off,) = re.findall(r"(\S+) off", sum_of_rows(part, by, f"per-{by}"))
         assert float(off) < 1e-12
     assert re.fullmatch(r"\d\d+% off", sum_of_rows(part, "frozen", "frozen"))
-    apart = {pair: int(percent) for pair, percent in re.findall(r"^(\w+ and \w+) +(\d+)% apart", part, flags=re.M)}
+    apart = {
+        pair: int(percent)
+        for pair, percent in re.findall(r"^(\w+ and \w+) +(\d+)% apart", part, flags=re.M)
+    }
     assert set(apart) == {"component and copy", "component and frozen", "copy and frozen"}
     assert min(apart.values()) > 1
 
 
 def test_the_decompositions_are_one_in_eval_mode(text):
-    (apart,) = re.findall(r"are one, per-sample: at most (\S+) apart\.", " ".join(parts(text)["7"].split()))
+    (apart,) = re.findall(
+        r"are one, per-sample: at most (\S+) apart\.", " ".join(parts(text)["7"].split())
+    )
     assert float(apart) < 1e-12
 
 
@@ -126,9 +133,13 @@ def test_the_spectrum_fits_the_bound_on_the_rank(whole):
 
 def test_shares_of_digits_sum_to_slope_and_curvature(whole):
     said = " ".join(parts(whole)["8"].split())
-    off = re.findall(r"is the eigenvalue \((\S+) off\), Σ γ_n the slope of the loss \((\S+) off\)", said)[0]
+    off = re.findall(
+        r"is the eigenvalue \((\S+) off\), Σ γ_n the slope of the loss \((\S+) off\)", said
+    )[0]
     assert max(map(float, off)) < 1e-10
-    rows = re.findall(r"^(\S+) +\S+ +\S+ +\S+ +(\S+) +(\S+) +(\S+) +\d+% ", parts(whole)["8"], flags=re.M)
+    rows = re.findall(
+        r"^(\S+) +\S+ +\S+ +\S+ +(\S+) +(\S+) +(\S+) +\d+% ", parts(whole)["8"], flags=re.M
+    )
     assert len(rows) == demo.SHOWN
     for eigenvalue, smallest, mean, largest in rows:
         assert 0 <= float(smallest) < float(mean) < float(largest) < float(eigenvalue)
@@ -138,7 +149,9 @@ def test_shares_of_digits_sum_to_slope_and_curvature(whole):
 def test_a_newton_step_lowers_the_loss_more_than_a_gradient_step(whole):
     part = parts(whole)["8"]
     titles = ("loss on the batch", "after a gradient step", "after a damped Newton step")
-    before, gradient, newton = (float(re.findall(rf"^{t} +(\S+)", part, flags=re.M)[0]) for t in titles)
+    before, gradient, newton = (
+        float(re.findall(rf"^{t} +(\S+)", part, flags=re.M)[0]) for t in titles
+    )
     assert newton < gradient < before
 
 
@@ -192,22 +205,33 @@ def test_the_page_has_the_numbers_that_are_printed(whole, page):
     assert disagreements(whole, page) == []
     told = {row[0]: row[1] for row in rows_of(page) if len(row) == 2}
     part = parts(whole)["8"]
-    assert re.search(rf"eigenvalues above rounding +{told['eigenvalues above rounding (float64)']}, ", part)
+    assert re.search(
+        rf"eigenvalues above rounding +{told['eigenvalues above rounding (float64)']}, ", part
+    )
     assert re.search(rf"largest {re.escape(told['largest'])}\s", part)
-    assert re.search(rf"trace, their sum +{re.escape(told['trace, the sum of the eigenvalues'])}, ", part)
+    assert re.search(
+        rf"trace, their sum +{re.escape(told['trace, the sum of the eigenvalues'])}, ", part
+    )
     for pair, apart in re.findall(r"^(\w+ and \w+) +(\S+) apart", parts(whole)["6"], flags=re.M):
         assert told[pair] == apart
-    (strength,) = re.findall(rf"first {demo.BATCH} predictions (\S+) of the squares", " ".join(whole.split()))
+    (strength,) = re.findall(
+        rf"first {demo.BATCH} predictions (\S+) of the squares", " ".join(whole.split())
+    )
     assert f"; {strength} of the squares stand off the diagonal" in page.read_text(encoding="utf-8")
 
 
 def test_a_page_of_another_net_would_be_noticed(whole, page, tmp_path):
     """The planted bug: a page that is not about what was printed."""
     other = tmp_path / "other.html"
-    net, loss = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)), torch.nn.functional.cross_entropy
+    net, loss = (
+        torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)),
+        torch.nn.functional.cross_entropy,
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        unbatch.write_report(unbatch.Problem(net, loss, (torch.rand(8, 64), torch.arange(8))), other)
+        unbatch.write_report(
+            unbatch.Problem(net, loss, (torch.rand(8, 64), torch.arange(8))), other
+        )
     assert disagreements(whole, other)
 
 
@@ -226,5 +250,5 @@ def test_a_page_that_cannot_be_written_is_said_first(tmp_path, monkeypatch):
 
 def test_it_needs_no_optimizer():
     """The first of torch.optim takes seconds to import."""
-    code = "import sys; from unbatch import demo; demo.main(quick=True); assert 'torch._dynamo' not in sys.modules"
+    code = "import sys; from unbatch.cli import demo; demo.main(quick=True); assert 'torch._dynamo' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

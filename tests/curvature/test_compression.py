@@ -14,7 +14,9 @@ from unbatch.curvature.batch_statistics import Statistics
 from unbatch.reference import definitions as reference
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::unbatch.VanishingCurvatureWarning"),  # losses are linear here and there
+    pytest.mark.filterwarnings(
+        "ignore::unbatch.VanishingCurvatureWarning"
+    ),  # losses are linear here and there
     pytest.mark.filterwarnings("ignore::unbatch.MixedSamplesWarning"),
 ]
 
@@ -24,7 +26,7 @@ NORMED = [case for case in CASES if "norm" in case.name or "resid" in case.name]
 @pytest.fixture
 def always(monkeypatch):
     """Go by way of statistics, whatever it takes."""
-    monkeypatch.setattr(curvature, "pays", lambda *_: True)
+    monkeypatch.setattr(curvature, "estimate_cost", lambda *_: True)
 
 
 def net(samples=16):
@@ -74,13 +76,23 @@ def test_the_cheaper_way_is_taken(monkeypatch):
     """Many columns above few statistics; and the other way round."""
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()]
-    layers += [nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 64, 40)]
-    model, X, y = nn.Sequential(*layers).double(), torch.randn(8, 3, 8, 8).double(), torch.randint(40, (8,))
+    layers += [
+        nn.Conv2d(4, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(4 * 64, 40),
+    ]
+    model, X, y = (
+        nn.Sequential(*layers).double(),
+        torch.randn(8, 3, 8, 8).double(),
+        torch.randint(40, (8,)),
+    )
     found, told = ub.Problem(model, F.cross_entropy, (X, y)).ggn().diag(info=True)
     assert (told.rank, told.pullbacks) == (16, 16)
     _, told = net(4)[1].ggn().diag(info=True)
     assert (told.statistics, told.pullbacks) == (0, 4 * 3)
-    monkeypatch.setattr(curvature, "pays", lambda *_: False)
+    monkeypatch.setattr(curvature, "estimate_cost", lambda *_: False)
     by_columns, told = ub.Problem(model, F.cross_entropy, (X, y)).ggn().diag(info=True)
     assert told.pullbacks == 8 * 39
     near(found, by_columns, "diagonal")
@@ -149,11 +161,11 @@ def test_a_matrix_by_few_parameters_at_a_time_is_the_same():
 
 def test_a_wrong_derivative_of_the_statistics_is_caught(monkeypatch):
     """Total coefficients in place of partial ones, say: the split is not believed, and columns are pulled back."""
-    from unbatch.curvature.batch_statistics import Norm
+    from unbatch.curvature.batch_statistics import BatchNormStatistics as Norm
 
     right = Norm.partial
     monkeypatch.setattr(Norm, "partial", lambda self, g: 1.1 * right(self, g))
-    monkeypatch.setattr(curvature, "pays", lambda *_: True)
+    monkeypatch.setattr(curvature, "estimate_cost", lambda *_: True)
     args, problem = net()
     found, told = problem.ggn().diag(info=True)
     assert told.statistics == 0
@@ -165,15 +177,23 @@ def test_in_lower_precision(dtype, statistics):
     args, problem = net()
     exact = problem.ggn().diag()
     model, loss, X, y = args
-    found, told = ub.Problem(model.to(dtype), loss, (X.to(dtype), y)).ggn().diag(rtol=0.05, info=True)
+    found, told = (
+        ub.Problem(model.to(dtype), loss, (X.to(dtype), y)).ggn().diag(rtol=0.05, info=True)
+    )
     assert told.statistics == statistics
     assert (found.double() - exact).norm() < (0.1 if statistics else 0.3) * exact.norm()
 
 
 def test_several_questions_at_once():
     _, problem = net()
-    diagonal, parts, _ = problem.compute(ub.DiagGGN(), ub.DiagGGN(per_component=True), ub.Gradients())
-    near(torch.cat([t.flatten(1) if t.ndim > 1 else t for t in parts.values()], 1).sum(0), diagonal.flat(), "sum")
+    diagonal, parts, _ = problem.compute(
+        ub.DiagGGN(), ub.DiagGGN(per_component=True), ub.Gradients()
+    )
+    near(
+        torch.cat([t.flatten(1) if t.ndim > 1 else t for t in parts.values()], 1).sum(0),
+        diagonal.flat(),
+        "sum",
+    )
 
 
 # ---------------------------------------------------------------- random signs, and the frozen matrix
@@ -184,7 +204,9 @@ def test_the_matrix_with_frozen_statistics():
     expected, G = reference.ggn(*args, frozen=True), problem.ggn(by="frozen")
     near(G.to_dense(), expected, "products")
     near(G.diag(), expected.diagonal(), "diagonal")
-    near(problem.compute(ub.DiagGGN(), by="frozen").flat(), expected.diagonal(), "asked with others")
+    near(
+        problem.compute(ub.DiagGGN(), by="frozen").flat(), expected.diagonal(), "asked with others"
+    )
     near(G.eigvalsh()[-4:], torch.linalg.eigvalsh(expected)[-4:], "eigenvalues")
     near(G.diag(rtol=0.1), expected.diagonal(), "nothing to be compressed")
     with pytest.raises(ub.InputError, match="by='copy'"):
@@ -227,6 +249,8 @@ def test_random_signs_need_definiteness_and_draws():
 
 
 def test_components_cannot_be_completed():
-    problem = ub.Problem(torch.nn.Linear(3, 2), torch.nn.functional.mse_loss, (torch.randn(4, 3), torch.randn(4, 2)))
+    problem = ub.Problem(
+        torch.nn.Linear(3, 2), torch.nn.functional.mse_loss, (torch.randn(4, 3), torch.randn(4, 2))
+    )
     with pytest.raises(ub.InputError, match="per_component=True and unbiased=True"):
         problem.ggn().diag(per_component=True, unbiased=True)

@@ -16,7 +16,9 @@ from cases.comparison import near
 from cases.gradients import CASES
 from unbatch.reference import definitions as reference
 
-pytestmark = pytest.mark.filterwarnings("ignore::unbatch.VanishingCurvatureWarning")  # losses are linear here and there
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::unbatch.VanishingCurvatureWarning"
+)  # losses are linear here and there
 
 
 EVERY = pytest.mark.parametrize("mode", ["train", "eval"])
@@ -50,7 +52,12 @@ def test_matrix_products_and_diagonal(case, mode, recorded):
     near(torch.cat([t.flatten() for t in named.values()]), expected @ v[:, 0], "G @ dict", floor)
     near(G.diag(), expected.diagonal(), "diagonal", floor)
     near(G.trace(), expected.trace(), "trace", floor)
-    near(problem.compute(ub.DiagGGN()).flat(), expected.diagonal(), "diagonal, with other quantities", floor)
+    near(
+        problem.compute(ub.DiagGGN()).flat(),
+        expected.diagonal(),
+        "diagonal, with other quantities",
+        floor,
+    )
 
 
 @EVERY
@@ -64,14 +71,22 @@ def test_spectrum_determinants_and_solves(case, mode, recorded):
     G = problem.ggn()
     found, values = G.eigvalsh(), torch.linalg.eigvalsh(expected)
     assert len(found) == min(len(expected), entries_of(problem))
-    near(found, values[values.abs().argsort(descending=True)][: len(found)].sort().values, "eigenvalues")
+    near(
+        found,
+        values[values.abs().argsort(descending=True)][: len(found)].sort().values,
+        "eigenvalues",
+    )
     rank = int((values.abs() > 1e-9 * values.abs().max()).sum())
     of_blocks = int((torch.linalg.eigvalsh(H).abs() > 1e-12 * H.abs().max()).sum())
     assert rank <= G.rank_bound <= min(len(expected), len(H))
     assert G.rank_bound >= min(len(expected), of_blocks)
     pairs = G.eigh(2)
     near(expected @ pairs.vectors, pairs.vectors * pairs.values, "eigenvectors")
-    near(pairs.vectors.T @ pairs.vectors, torch.eye(len(pairs.values), dtype=torch.float64), "orthonormal")
+    near(
+        pairs.vectors.T @ pairs.vectors,
+        torch.eye(len(pairs.values), dtype=torch.float64),
+        "orthonormal",
+    )
     damped = expected + damping_of(expected) * torch.eye(len(expected), dtype=expected.dtype)
     near(G.logdet(damping_of(expected)), torch.linalg.slogdet(damped)[1], "log-determinant")
     b = torch.ones(len(expected), dtype=expected.dtype)
@@ -136,7 +151,10 @@ def test_slopes_and_curvatures_of_components(case, recorded):
     blocks = zip(J.chunk(problem.samples), range(problem.samples), strict=True)
     size = len(H) // problem.samples
     curved = [
-        ((Jn @ top.vectors) * (H[n * size : (n + 1) * size, n * size : (n + 1) * size] @ Jn @ top.vectors)).sum(0)
+        (
+            (Jn @ top.vectors)
+            * (H[n * size : (n + 1) * size, n * size : (n + 1) * size] @ Jn @ top.vectors)
+        ).sum(0)
         for Jn, n in blocks
     ]
     near(top.curvatures, torch.stack(curved), "curvatures", 1e-12)
@@ -157,7 +175,11 @@ def two_batch_norms(loss=F.cross_entropy):
         nn.Tanh(),
         nn.Linear(8, 3),
     ]
-    model, X, y = nn.Sequential(*layers).double(), torch.randn(7, 6).double(), torch.randint(3, (7,))
+    model, X, y = (
+        nn.Sequential(*layers).double(),
+        torch.randn(7, 6).double(),
+        torch.randint(3, (7,)),
+    )
     return (model, loss, X, y), ub.Problem(model, loss, (X, y))
 
 
@@ -181,7 +203,9 @@ def test_with_batch_norm_the_rank_is_at_most_NC():
     args, problem = two_batch_norms()
     expected = reference.ggn(*args)
     assert torch.linalg.matrix_rank(expected) <= problem.ggn().rank_bound <= 7 * 3 < len(expected)
-    assert problem.ggn().rank_bound == 7 * (3 - 1), "a softmax has a direction in which nothing changes"
+    assert problem.ggn().rank_bound == 7 * (3 - 1), (
+        "a softmax has a direction in which nothing changes"
+    )
 
 
 def test_with_batch_norm_the_diagonal_is_had_by_pulling_back_the_columns():
@@ -197,7 +221,10 @@ def test_with_batch_norm_the_diagonal_is_had_by_pulling_back_the_columns():
 def test_the_frozen_matrix_is_another_one(capsys):
     args, _ = two_batch_norms()
     true, frozen = reference.ggn(*args), reference.ggn(*args, frozen=True)
-    apart, traces = float((true - frozen).norm() / true.norm()), float(frozen.trace() / true.trace())
+    apart, traces = (
+        float((true - frozen).norm() / true.norm()),
+        float(frozen.trace() / true.trace()),
+    )
     with capsys.disabled():
         sys.stdout.write(
             f"\nwith frozen statistics the GGN is {apart:.0%} away, its trace {traces:.1f} times as large\n"
@@ -210,11 +237,15 @@ def test_the_frozen_matrix_is_another_one(capsys):
 
 def net(width=3):
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, width)).double(), torch.randn(6, 4).double()
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, width)).double(), torch.randn(
+        6, 4
+    ).double()
 
 
 def focal(p, y):
-    logs = F.log_softmax(8 * p, 1).gather(1, y[:, None])[:, 0]  # where it is sure of itself, it is not convex
+    logs = F.log_softmax(8 * p, 1).gather(1, y[:, None])[
+        :, 0
+    ]  # where it is sure of itself, it is not convex
     return -((1 - logs.exp()) ** 2 * logs).mean()
 
 
@@ -236,9 +267,19 @@ FORMS = {
         True,
     ),
     "ignored labels": (F.cross_entropy, torch.tensor([0, -100, 1, 1, -100, 2]), "softmax", True),
-    "smoothed labels": (lambda p, y: F.cross_entropy(p, y, label_smoothing=0.2), LABELS, "softmax", True),
+    "smoothed labels": (
+        lambda p, y: F.cross_entropy(p, y, label_smoothing=0.2),
+        LABELS,
+        "softmax",
+        True,
+    ),
     "soft targets that do not sum to one": (F.cross_entropy, REALS.abs(), "softmax", True),
-    "nll of a log-softmax": (lambda p, y: F.nll_loss(F.log_softmax(p, 1), y), LABELS, "softmax", True),
+    "nll of a log-softmax": (
+        lambda p, y: F.nll_loss(F.log_softmax(p, 1), y),
+        LABELS,
+        "softmax",
+        True,
+    ),
     "kl of a log-softmax": (
         lambda p, y: F.kl_div(F.log_softmax(p, 1), y, reduction="batchmean"),
         REALS.softmax(1),
@@ -247,7 +288,9 @@ FORMS = {
     ),
     "binary cross-entropy": (F.binary_cross_entropy_with_logits, BITS, "single entries", True),
     "with weights of positives": (
-        lambda p, y: F.binary_cross_entropy_with_logits(p, y, pos_weight=torch.tensor([1.0, 2, 3]).double()),
+        lambda p, y: F.binary_cross_entropy_with_logits(
+            p, y, pos_weight=torch.tensor([1.0, 2, 3]).double()
+        ),
         BITS,
         "single entries",
         True,
@@ -259,8 +302,18 @@ FORMS = {
     "concave": (lambda p, y: -(p - y).square().sum(), REALS, "single entries", False),
     "linear": (lambda p, y: (p * y).sum(), REALS, "zero", True),
     "root of a mean": (lambda p, y: F.mse_loss(p, y).sqrt(), REALS, "all predictions", True),
-    "log of a sum of losses": (lambda p, y: (p - y).square().sum(1).exp().mean().log(), REALS, "all predictions", True),
-    "contrastive": (lambda p, y: F.cross_entropy(p @ p.T, torch.arange(6)), REALS, "all predictions", False),
+    "log of a sum of losses": (
+        lambda p, y: (p - y).square().sum(1).exp().mean().log(),
+        REALS,
+        "all predictions",
+        True,
+    ),
+    "contrastive": (
+        lambda p, y: F.cross_entropy(p @ p.T, torch.arange(6)),
+        REALS,
+        "all predictions",
+        False,
+    ),
 }
 
 
@@ -275,7 +328,12 @@ def test_forms_of_the_second_derivative(name):
     near(G.diag(), expected.diagonal(), "diagonal", 1e-14)
     near(G.to_dense(), expected, "dense", 1e-14)
     values, wanted = G.eigvalsh(), torch.linalg.eigvalsh(expected)
-    near(values, wanted[wanted.abs().argsort(descending=True)][: len(values)].sort().values, "eigenvalues", 1e-14)
+    near(
+        values,
+        wanted[wanted.abs().argsort(descending=True)][: len(values)].sort().values,
+        "eigenvalues",
+        1e-14,
+    )
     if not definite:
         assert values.min() < 0
 
@@ -285,7 +343,9 @@ def test_a_loss_that_casts_its_predictions_keeps_its_form(dtype):
     """As mixed precision and language models do; what is left is the rounding of the cast."""
     model, X = net()
     expected = reference.ggn(model, F.cross_entropy, X, LABELS).diagonal()
-    problem = ub.Problem(model.to(dtype), lambda p, y: F.cross_entropy(p.float(), y), (X.to(dtype), LABELS))
+    problem = ub.Problem(
+        model.to(dtype), lambda p, y: F.cross_entropy(p.float(), y), (X.to(dtype), LABELS)
+    )
     assert "softmax" in problem.ggn().note
     off = float((problem.ggn().diag() - expected).norm() / expected.norm())
     assert off < 1e-6, off
@@ -294,7 +354,11 @@ def test_a_loss_that_casts_its_predictions_keeps_its_form(dtype):
 @pytest.mark.parametrize("classes_last", [False, True])
 def test_dense_predictions_are_taken_apart_by_position(classes_last):
     torch.manual_seed(0)
-    model, X, y = nn.Conv2d(2, 4, 3, padding=1).double(), torch.randn(3, 2, 3, 3).double(), torch.randint(4, (3, 3, 3))
+    model, X, y = (
+        nn.Conv2d(2, 4, 3, padding=1).double(),
+        torch.randn(3, 2, 3, 3).double(),
+        torch.randint(4, (3, 3, 3)),
+    )
     y[0, 0, 0] = -100
     wrapped = nn.Sequential(model, nn.Flatten(2), Turn()) if classes_last else model
     loss = (lambda p, y: F.cross_entropy(p.mT, y.flatten(1))) if classes_last else F.cross_entropy
@@ -357,7 +421,9 @@ def test_a_loss_without_curvature_is_warned_about(loss):
 
 def test_why_a_system_without_damping_is_not_solved():
     G = two_batch_norms()[1].ggn()
-    with pytest.raises(ub.ConvergenceError, match=f"rank is at most {G.rank_bound} of {G.shape[0]}"):
+    with pytest.raises(
+        ub.ConvergenceError, match=f"rank is at most {G.rank_bound} of {G.shape[0]}"
+    ):
         G.solve(torch.ones(G.shape[0], dtype=G.dtype), damping=0)
 
 
@@ -371,20 +437,28 @@ def test_blocks():
         G = problem.ggn(blocks=blocks)
         mask = torch.zeros_like(expected)
         for block in G.blocks:
-            index = torch.cat([torch.arange(len(expected))[space.slices[n]] for n in block.space.shapes])
+            index = torch.cat(
+                [torch.arange(len(expected))[space.slices[n]] for n in block.space.shapes]
+            )
             mask[index[:, None], index] = 1
         near(G.to_dense(), expected * mask, str(blocks))
         near(G.diag(), expected.diagonal(), "diagonal")
         values = torch.linalg.eigvalsh(expected * mask)
         near(G.eigvalsh().sort().values[-5:], values[-5:], "eigenvalues")
         near(
-            G.logdet(0.1), torch.linalg.slogdet(expected * mask + 0.1 * torch.eye(len(expected)).double())[1], "logdet"
+            G.logdet(0.1),
+            torch.linalg.slogdet(expected * mask + 0.1 * torch.eye(len(expected)).double())[1],
+            "logdet",
         )
         b = torch.ones(len(expected), dtype=torch.float64)
         x, told = G.solve(b, 0.1, info=True)
         assert len(told) == len(G.blocks)
         assert torch.equal(x, G.solve(b, 0.1))
-        near(x, torch.linalg.solve(expected * mask + 0.1 * torch.eye(len(expected)).double(), b), "solve")
+        near(
+            x,
+            torch.linalg.solve(expected * mask + 0.1 * torch.eye(len(expected)).double(), b),
+            "solve",
+        )
 
 
 def test_blocks_of_a_loss_that_joins_samples():
@@ -415,7 +489,9 @@ def test_drawn_columns_are_right_on_average(name):
     model, X = net()
     problem = ub.Problem(model, loss, (X, targets))
     exact = problem.ggn().diag()
-    draws = torch.stack([problem.compute(ub.DiagGGN(mc_samples=4, seed=s)).flat() for s in range(60)])
+    draws = torch.stack(
+        [problem.compute(ub.DiagGGN(mc_samples=4, seed=s)).flat() for s in range(60)]
+    )
     error = draws.mean(0) - exact
     standard = draws.std(0) / 60**0.5
     assert (error.abs() < 5 * standard + 1e-12).all()
@@ -471,7 +547,12 @@ def test_conjugate_gradients_report():
     G, b = problem.ggn(), torch.ones(len(reference.ggn(*args)), dtype=torch.float64)
     x, solved = G.solve(b, 0.01, method="cg", info=True, rtol=1e-10)
     assert solved.converged
-    near(x, torch.linalg.solve(reference.ggn(*args) + 0.01 * torch.eye(len(b)).double(), b), "cg", 1e-7)
+    near(
+        x,
+        torch.linalg.solve(reference.ggn(*args) + 0.01 * torch.eye(len(b)).double(), b),
+        "cg",
+        1e-7,
+    )
     x, solved = G.solve(b, 1e-8, method="cg", info=True, max_iterations=2)
     assert not solved.converged
     residual = b - (reference.ggn(*args) @ x + 1e-8 * x)
@@ -513,8 +594,14 @@ BAD = {
     "a sample that is not there": (lambda p: p.ggn(samples=[7]), "from 0 to 6"),
     "a vector of another length": (lambda p: p.ggn() @ torch.ones(3), "length"),
     "a dict that lacks something": (lambda p: p.ggn() @ {"0.weight": torch.ones(8, 6)}, "0.bias"),
-    "no damping": (lambda p: p.ggn().solve(torch.ones(p.ggn().shape[0]), 0.0, method="woodbury"), "with damping only"),
-    "an unknown method": (lambda p: p.ggn().solve(torch.ones(p.ggn().shape[0]), 0.1, method="lu"), "'lu'"),
+    "no damping": (
+        lambda p: p.ggn().solve(torch.ones(p.ggn().shape[0]), 0.0, method="woodbury"),
+        "with damping only",
+    ),
+    "an unknown method": (
+        lambda p: p.ggn().solve(torch.ones(p.ggn().shape[0]), 0.1, method="lu"),
+        "'lu'",
+    ),
     "no eigenpairs": (lambda p: p.ggn().eigh(0), "k is a whole number"),
     "no directions": (lambda p: p.ggn().directions(0), "k is a whole number"),
     "a damping that is a word": (lambda p: p.ggn().newton_step("a"), "'a'"),
@@ -546,7 +633,11 @@ def stacked_diagonal(problem):
 def test_stacked_columns_are_right_without_batch_norm():
     (model, loss, X, y), _ = two_batch_norms()
     model.eval()
-    near(stacked_diagonal(ub.Problem(model, loss, (X, y))), reference.ggn(model, loss, X, y).diagonal(), "diagonal")
+    near(
+        stacked_diagonal(ub.Problem(model, loss, (X, y))),
+        reference.ggn(model, loss, X, y).diagonal(),
+        "diagonal",
+    )
 
 
 def test_stacked_columns_below_a_batch_norm_are_caught():
@@ -561,7 +652,9 @@ def test_a_wrong_tangent_is_caught(monkeypatch):
     monkeypatch.setitem(tangents.RULES, "tanh", lambda ran, moving: [moving["self"]])
     _, problem = two_batch_norms()
     G = problem.ggn()
-    near(G.to_dense(), G.to_dense().T, "symmetric")  # the rule was not believed, and forward mode took over
+    near(
+        G.to_dense(), G.to_dense().T, "symmetric"
+    )  # the rule was not believed, and forward mode took over
     assert G.linearised._at_once
 
 
@@ -572,8 +665,14 @@ def test_a_guess_that_does_not_hold_is_caught(monkeypatch):
 
     def wrong(search):
         grid = search._grid(-1)
-        h = grid.split(search.loss.hessian_times({i: torch.ones_like(t) for i, t in search.loss.predictions.items()}))
-        return forms.Factor(grid, (h.abs() + 1).sqrt()[..., None], torch.ones_like(h), "of single entries")
+        h = grid.split(
+            search.loss.hessian_times(
+                {i: torch.ones_like(t) for i, t in search.loss.predictions.items()}
+            )
+        )
+        return forms.Factor(
+            grid, (h.abs() + 1).sqrt()[..., None], torch.ones_like(h), "of single entries"
+        )
 
     args, problem = two_batch_norms()
     near(problem.ggn().diag(), reference.ggn(*args).diagonal(), "diagonal")

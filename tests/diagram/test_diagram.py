@@ -64,7 +64,10 @@ class Block(nn.Module):
 class Deep(nn.Module):
     def __init__(self, blocks, width=4):
         super().__init__()
-        self.blocks, self.head = nn.ModuleList(Block(width) for _ in range(blocks)), nn.Linear(width, 3)
+        self.blocks, self.head = (
+            nn.ModuleList(Block(width) for _ in range(blocks)),
+            nn.Linear(width, 3),
+        )
 
     def forward(self, x):
         for block in self.blocks:
@@ -133,7 +136,12 @@ def test_bands_stand_where_samples_meet(name):
     assert [s.name for s in diagram.stages if s.role == "module"] == [
         f"{i} {type(m).__name__}" for i, m in enumerate(model)
     ]
-    assert [s.role for s in diagram.stages if s.role != "module"] == ["inputs", "predictions", "losses", "loss"]
+    assert [s.role for s in diagram.stages if s.role != "module"] == [
+        "inputs",
+        "predictions",
+        "losses",
+        "loss",
+    ]
 
 
 def disagreements(diagram, structure):
@@ -142,7 +150,9 @@ def disagreements(diagram, structure):
     kinds = {s.kind for s in forward}
     found = []
     if bool(structure.independent_forward) != all(s.apart for s in forward):
-        found.append("bands although samples are independent, or none although they are not known to be")
+        found.append(
+            "bands although samples are independent, or none although they are not known to be"
+        )
     told = kinds & {"statistics", "moved", "mixed"} or any("witness" in s.said for s in forward)
     if structure.independent_forward.status == "fails" and not told:
         found.append("no band for samples that meet")
@@ -179,7 +189,11 @@ def hard(name):
     torch.manual_seed(0)
     model, inputs = case.build()
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)
-    called, given = (model, {}) if isinstance(model, nn.Module) else (lambda _, x: model(*x), {"parameters": {}})
+    called, given = (
+        (model, {})
+        if isinstance(model, nn.Module)
+        else (lambda _, x: model(*x), {"parameters": {}})
+    )
     return ub.Problem(called, nothing, (inputs, None), in_dims=(case.in_dims, None), **given)
 
 
@@ -247,7 +261,9 @@ def without_bands(diagram):
 def test_a_forgotten_batch_norm_is_noticed():
     p = problem(NETS["two batch norms"][0])
     assert len(disagreements(without_bands(p.diagram()), p.structure)) == 3
-    one_less = replace(p.diagram(), stages=tuple(s for s in p.diagram().stages if s.name != "3 BatchNorm1d"))
+    one_less = replace(
+        p.diagram(), stages=tuple(s for s in p.diagram().stages if s.name != "3 BatchNorm1d")
+    )
     assert disagreements(one_less, p.structure) == ["8 statistics in place of 20"]
 
 
@@ -296,7 +312,10 @@ def test_one_of_several_unknown_ops_mixes():
     """Where there are several places in doubt, a witness says that, and not where, samples mix."""
     p = problem(around(Opaque(), nn.ReLU(), Rolled()))
     assert p.structure.independent_forward.status == "fails"
-    assert [(s.name, s.kind) for s in p.diagram().bands] == [("1 Opaque", "unknown"), ("3 Rolled", "unknown")]
+    assert [(s.name, s.kind) for s in p.diagram().bands] == [
+        ("1 Opaque", "unknown"),
+        ("3 Rolled", "unknown"),
+    ]
     assert all("here or at another “?”: shown by a witness" in s.said for s in p.diagram().bands)
     assert disagreements(p.diagram(), p.structure) == []
 
@@ -331,7 +350,10 @@ def test_a_recording_that_is_not_the_model_establishes_nothing(norm, monkeypatch
     p = problem(around(norm, nn.ReLU()))
     assert all(not s.apart for s in middle(p.diagram()).values())
     doubtful = [s for s in p.diagram().bands if s.kind != "statistics"]
-    assert [s.name for s in doubtful] in (["0 Linear … 3 Linear"], ["0 Linear", "2 ReLU … 3 Linear"])
+    assert [s.name for s in doubtful] in (
+        ["0 Linear … 3 Linear"],
+        ["0 Linear", "2 ReLU … 3 Linear"],
+    )
     assert all("not all of the model" in s.said for s in doubtful)
     assert disagreements(p.diagram(), p.structure) == []
 
@@ -371,7 +393,9 @@ def test_attention_among_tokens_mixes_them_in_every_block():
         return F.cross_entropy(z.flatten(0, 1), y.flatten())
 
     torch.manual_seed(0)
-    p = ub.Problem(Tokens(), loss, (torch.randn(3, 5, 4), torch.randint(3, (3, 5))), sample_dims=(0, 1))
+    p = ub.Problem(
+        Tokens(), loss, (torch.randn(3, 5, 4), torch.randint(3, (3, 5))), sample_dims=(0, 1)
+    )
     (band,) = p.diagram().bands
     assert (band.name, band.kind, band.repeats) == ("blocks.0–5 Attends", "mixed", 6)
 
@@ -398,7 +422,11 @@ def test_features_are_not_taken_for_samples_after_mixing():
 
 def test_losses():
     stages = {s.role: s for s in problem(around(), contrastive).diagram().stages}
-    assert (stages["losses"].name, stages["losses"].kind, stages["loss"].kind) == ("contrastive", "mixed", "whole")
+    assert (stages["losses"].name, stages["losses"].kind, stages["loss"].kind) == (
+        "contrastive",
+        "mixed",
+        "whole",
+    )
     assert "mm" in stages["losses"].remark
     stages = {s.role: s for s in problem(around(), root_of_mean).diagram().stages}
     assert (stages["losses"].kind, stages["loss"].kind) == ("separate", "whole")
@@ -409,7 +437,10 @@ def test_a_loss_and_its_value_have_different_names():
     def loss(z, y):
         return contrastive(z, y)
 
-    assert [s.name for s in problem(around(), loss).diagram().stages[-2:]] == ["loss function", "loss"]
+    assert [s.name for s in problem(around(), loss).diagram().stages[-2:]] == [
+        "loss function",
+        "loss",
+    ]
     assert [s.name for s in problem(around(), lambda z, y: F.cross_entropy(z, y)).diagram().stages[-2:]] == [
         "loss", "reduction"
     ]  # fmt: skip
@@ -537,7 +568,10 @@ def test_what_only_moves_things_is_a_stage_where_it_matters():
 
     torch.manual_seed(0)
     p = ub.Problem(Turned(), F.cross_entropy, (torch.randn(4, 4), torch.randint(4, (4,))))
-    assert [(s.name, s.kind) for s in middle(p.diagram()).values()] == [("linear Linear", "separate"), ("t", "moved")]
+    assert [(s.name, s.kind) for s in middle(p.diagram()).values()] == [
+        ("linear Linear", "separate"),
+        ("t", "moved"),
+    ]
 
 
 def test_moves_alone_are_told():
@@ -568,7 +602,12 @@ class Funnel(nn.Module):
 def test_a_band_holds_what_does_not_fit_on_a_page():
     p = problem(Funnel(lambda i, x: x - x.mean(0)))
     stages = middle(p.diagram())
-    assert list(stages) == ["linears.0 Linear", "linears.1 Linear … linears.19 Linear", "sub", "head Linear"]
+    assert list(stages) == [
+        "linears.0 Linear",
+        "linears.1 Linear … linears.19 Linear",
+        "sub",
+        "head Linear",
+    ]
     (band,) = p.diagram().bands
     assert (band.kind, band.numbers) == ("statistics", p.structure.statistics_size)
     assert disagreements(p.diagram(), p.structure) == []
@@ -587,12 +626,17 @@ def test_a_band_of_statistics_and_unknown_ops_says_that_samples_mix():
 
 def test_what_is_proved_harmless_is_not_blamed():
     """Rows are sorted and come back into their order."""
-    assert all(not s.blamed for s in hard("mixture of experts by a grouped product, unsorted").diagram().stages)
+    assert all(
+        not s.blamed
+        for s in hard("mixture of experts by a grouped product, unsorted").diagram().stages
+    )
 
 
 @pytest.mark.parametrize("depth", [1, 5, 40])
 def test_any_depth_stays_on_a_page(depth):
-    flat = nn.Sequential(*[m for _ in range(depth) for m in (nn.Linear(4, 4), nn.ReLU())], nn.BatchNorm1d(4))
+    flat = nn.Sequential(
+        *[m for _ in range(depth) for m in (nn.Linear(4, 4), nn.ReLU())], nn.BatchNorm1d(4)
+    )
     p = problem(flat)
     assert disagreements(p.diagram(), p.structure) == []
     assert len(middle(p.diagram())) <= MOST
@@ -617,24 +661,38 @@ def test_functions_are_told_by_their_ops():
 def blamed(*modules, op="native_batch_norm", path="", repeats=1, lines=None):
     where = lines or ["net.py:7"] * len(modules)
     culprits = tuple(Culprit(m, op, w, "", "") for m, w in zip(modules, where, strict=True))
-    return Stage("module", "m", "statistics", 8, path=path, repeats=repeats, culprits=culprits).blamed
+    return Stage(
+        "module", "m", "statistics", 8, path=path, repeats=repeats, culprits=culprits
+    ).blamed
 
 
 def test_up_to_three_modules_are_named():
     assert blamed() == ""
     assert blamed("norm1") == "native_batch_norm, net.py:7"
     assert blamed("norm1", "norm2", "norm3") == "native_batch_norm in norm1, norm2, norm3, net.py:7"
-    assert blamed(*(f"norm{i}" for i in range(7))) == "native_batch_norm in norm0, norm1, norm2 and 4 more, net.py:7"
-    assert blamed("norm1", "norm2", lines=["net.py:7", "net.py:8"]) == "native_batch_norm in norm1, norm2"
+    assert (
+        blamed(*(f"norm{i}" for i in range(7)))
+        == "native_batch_norm in norm0, norm1, norm2 and 4 more, net.py:7"
+    )
+    assert (
+        blamed("norm1", "norm2", lines=["net.py:7", "net.py:8"])
+        == "native_batch_norm in norm1, norm2"
+    )
 
 
 def test_places_in_one_module_are_counted():
-    assert blamed("norm", "norm", lines=["net.py:7", "net.py:8"]) == "native_batch_norm, net.py:7, and 1 more"
+    assert (
+        blamed("norm", "norm", lines=["net.py:7", "net.py:8"])
+        == "native_batch_norm, net.py:7, and 1 more"
+    )
     assert blamed("norm", "norm") == "native_batch_norm, net.py:7"
 
 
 def test_modules_are_named_as_in_their_stage():
-    assert blamed("a.b.norm1", "a.b.norm2", path="a.b") == "native_batch_norm in norm1, norm2, net.py:7"
+    assert (
+        blamed("a.b.norm1", "a.b.norm2", path="a.b")
+        == "native_batch_norm in norm1, norm2, net.py:7"
+    )
     assert blamed("a.0.norm", "a.1.norm", path="a.1", repeats=2) == "native_batch_norm, net.py:7"
     assert blamed("a.b.1", "a.b.4", path="a.b") == "native_batch_norm in a.b.1, a.b.4, net.py:7"
 
@@ -648,7 +706,9 @@ def test_a_block_with_several_norms_names_them():
         def forward(self, x):
             return self.norm2(F.relu(self.norm1(x)))
 
-    deep = nn.Sequential(*[nn.Sequential(nn.Linear(4, 4), Twice()) for _ in range(8)], nn.Linear(4, 3))
+    deep = nn.Sequential(
+        *[nn.Sequential(nn.Linear(4, 4), Twice()) for _ in range(8)], nn.Linear(4, 3)
+    )
     (band,) = problem(deep).diagram().bands
     assert (band.name, band.numbers) == ("0–7 Sequential", 8 * 16)
     assert " in .1.norm1, .1.norm2, test_diagram.py:" in band.blamed
@@ -659,9 +719,16 @@ def test_long_labels_fit_into_the_picture(samples):
     pytest.importorskip("matplotlib")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    places = [Culprit(f"encoder.norm{i}", "native_batch_norm", "program.py:12", "", "") for i in range(9)]
-    long = Stage("module", "encoder Sequential", "statistics", 1024, path="", culprits=tuple(places))
-    kinds = [Stage("module", "norm", "unknown", note=meetings.HERE_OR_THERE), Stage("module", "flip", "moved")]
+    places = [
+        Culprit(f"encoder.norm{i}", "native_batch_norm", "program.py:12", "", "") for i in range(9)
+    ]
+    long = Stage(
+        "module", "encoder Sequential", "statistics", 1024, path="", culprits=tuple(places)
+    )
+    kinds = [
+        Stage("module", "norm", "unknown", note=meetings.HERE_OR_THERE),
+        Stage("module", "flip", "moved"),
+    ]
     ax = figure.draw([long, replace(long, kind="mixed"), *kinds], samples)
     canvas = FigureCanvasAgg(ax.figure)
     canvas.draw()
@@ -673,7 +740,9 @@ def test_long_labels_fit_into_the_picture(samples):
 
 def test_a_change_of_places_looks_like_one():
     pytest.importorskip("matplotlib")
-    moved, mixed = (figure.draw([Stage("module", "m", kind)], N).lines for kind in ("moved", "mixed"))
+    moved, mixed = (
+        figure.draw([Stage("module", "m", kind)], N).lines for kind in ("moved", "mixed")
+    )
     ways = [tuple(line.get_xdata()) for line in moved]
     crossing = [(a, b) for a, b in ways if a != b]
     assert sorted(a for a, _ in crossing) == sorted(b for _, b in crossing) == [0, 1, 3, 4]

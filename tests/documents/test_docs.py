@@ -16,7 +16,10 @@ import unbatch
 from cases.pages import load
 
 ROOT = Path(__file__).parents[2]
-PAGES = {p.relative_to(ROOT).as_posix(): p for p in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]}
+PAGES = {
+    p.relative_to(ROOT).as_posix(): p
+    for p in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+}
 NAMED = re.compile(r"`(tests/[\w/]+\.py)(?:::(\w+))?`")
 LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)")
 LISTED = re.compile(r"^::: unbatch\.(\S+)$", re.M)
@@ -26,7 +29,11 @@ LISTED = re.compile(r"^::: unbatch\.(\S+)$", re.M)
 
 
 def defined(file: Path) -> set[str]:
-    return {node.name for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)}
+    return {
+        node.name
+        for node in ast.parse(file.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef)
+    }
 
 
 def check_named_tests(page: str) -> None:
@@ -43,7 +50,9 @@ def test_tests_that_are_named_exist(name):
 
 def statements(page: str) -> list[str]:
     """Paragraphs from one bold sentence to the next."""
-    return re.findall(r"^\*\*[A-Z][^*]+\.\*\*.*?(?=^\*\*[A-Z][^*]+\.\*\*|^## |\Z)", page, flags=re.M | re.S)
+    return re.findall(
+        r"^\*\*[A-Z][^*]+\.\*\*.*?(?=^\*\*[A-Z][^*]+\.\*\*|^## |\Z)", page, flags=re.M | re.S
+    )
 
 
 def check_statements(page: str) -> None:
@@ -64,7 +73,9 @@ def test_a_statement_without_a_test_is_found():
         check_statements(page)
 
 
-@pytest.mark.parametrize("lie", ["`tests/curvature/test_ggn.py::test_of_nothing`", "`tests/test_nothing.py`"])
+@pytest.mark.parametrize(
+    "lie", ["`tests/curvature/test_ggn.py::test_of_nothing`", "`tests/test_nothing.py`"]
+)
 def test_a_test_that_is_not_there_is_found(lie):
     with pytest.raises(AssertionError, match="there is no"):
         check_named_tests(f"As {lie} shows.")
@@ -112,11 +123,16 @@ def test_public_names_have_a_docstring():
 
 
 @pytest.mark.parametrize(
-    "page", ["", "::: unbatch.Norms\n::: unbatch.Norms\n", "::: unbatch.Norms\n::: unbatch.Nrms\n"]
+    "page",
+    [
+        "",
+        "::: unbatch.SquaredNorms\n::: unbatch.SquaredNorms\n",
+        "::: unbatch.SquaredNorms\n::: unbatch.Nrms\n",
+    ],
 )
 def test_a_page_with_other_names_is_found(page):
     with pytest.raises(AssertionError, match=r"is listed|there is no"):
-        check_listed(page, ["Norms"])
+        check_listed(page, ["SquaredNorms"])
 
 
 # ---------------------------------------------------------------- formulas
@@ -124,7 +140,9 @@ def test_a_page_with_other_names_is_found(page):
 
 def test_formulas_become_mathml():
     hook = load("docs/hooks/mathml.py")
-    page = '<p>with <span class="arithmatex">\\(a_n &lt; \\theta\\)</span>, <code>\\(a\\)</code></p>'
+    page = (
+        '<p>with <span class="arithmatex">\\(a_n &lt; \\theta\\)</span>, <code>\\(a\\)</code></p>'
+    )
     found = hook.on_page_content(page, page=None)
     assert "<msub><mi>a</mi><mi>n</mi></msub>" in found
     assert "arithmatex" not in found
@@ -142,7 +160,9 @@ def test_a_formula_that_has_no_mathml_is_refused(formula):
 
 def test_the_overview_is_made_of_the_results():
     overview = load("benchmarks/overview.py")
-    assert (ROOT / "docs/benchmarks/overview.md").read_text(encoding="utf-8") == overview.page(overview.results())
+    assert (ROOT / "docs/benchmarks/overview.md").read_text(encoding="utf-8") == overview.page(
+        overview.results()
+    )
 
 
 def test_other_results_make_another_overview():

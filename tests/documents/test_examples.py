@@ -11,7 +11,9 @@ FOLDER = Path(__file__).parents[2] / "examples"
 EXAMPLES = sorted(path.stem for path in FOLDER.glob("*.py"))
 MARK = "  # unbatch"
 MOST = 3  # lines that a user adds
-VERDICT = re.compile(r"^(canonical split|.*forward|SIMD given statistics|reduction|SIMD loss) +[✓✗?] (\w+)", re.M)
+VERDICT = re.compile(
+    r"^(canonical split|.*forward|SIMD given statistics|reduction|SIMD loss) +[✓✗?] (\w+)", re.M
+)
 BATCH_NORM = {"independent forward": "fails", "SIMD forward": "fails"}
 COUPLED = {"reduction": "fails", "SIMD loss": "fails"}
 
@@ -37,7 +39,11 @@ def check_verdicts(text: str, **wanted: str) -> None:
 def culprits(text: str) -> list[str]:
     """Module and op of each culprit in the report, in order."""
     part = text.partition("\nculprits\n")[2].partition("\nwhat follows")[0]
-    return [" ".join(line.split()[:2]) for line in part.splitlines()[1:] if re.search(r"\.py:\d+ ", line)]
+    return [
+        " ".join(line.split()[:2])
+        for line in part.splitlines()[1:]
+        if re.search(r"\.py:\d+ ", line)
+    ]
 
 
 def numbers(text: str) -> list[float]:
@@ -54,7 +60,9 @@ def test_image_classification(run):
     assert culprits(text) == ["bn1 native_batch_norm"]
     assert "+2 more" in text  # beside the four that are named
     assert "R = 144 batch statistics" in text
-    assert "squared gradient norms* (as squared norms of gradients per component)" in " ".join(text.split())
+    assert "squared gradient norms* (as squared norms of gradients per component)" in " ".join(
+        text.split()
+    )
     values = numbers(text)
     assert values == sorted(values)
     assert values[0] > 0
@@ -100,8 +108,14 @@ def check_additions(source: str) -> None:
     marked = {i for i, line in enumerate(source.splitlines(), 1) if line.endswith(MARK)}
     assert 0 < len(marked) <= MOST, f"{len(marked)} lines marked"
     names = {"ub", "unbatch", "problem"}
-    uses = {n.lineno for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Name) and n.id in names}
-    imports = {n.lineno for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Import) and "unbatch" in ast.dump(n)}
+    uses = {
+        n.lineno for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Name) and n.id in names
+    }
+    imports = {
+        n.lineno
+        for n in ast.walk(ast.parse(source))
+        if isinstance(n, ast.Import) and "unbatch" in ast.dump(n)
+    }
     assert uses | imports == marked, f"lines {sorted((uses | imports) ^ marked)}"
 
 
@@ -132,7 +146,9 @@ def test_a_planted_line_is_found(name):
 
 
 def test_a_planted_verdict_is_found():
-    report = "\n".join(f"{name:22} ✓ holds" for name in ("canonical split", "independent forward", "SIMD forward"))
+    report = "\n".join(
+        f"{name:22} ✓ holds" for name in ("canonical split", "independent forward", "SIMD forward")
+    )
     report += "\nSIMD given statistics ✓ holds\nreduction ✗ fails\nSIMD loss ? unknown\n"
     check_verdicts(report, **{"reduction": "fails", "SIMD loss": "unknown"})
     with pytest.raises(AssertionError):

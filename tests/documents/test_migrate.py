@@ -11,7 +11,13 @@ import torch
 from cases.pages import blocks, granted, run_python
 
 PAGE = (Path(__file__).parents[2] / "docs" / "guides" / "migrate.md").read_text(encoding="utf-8")
-TOOLS = {"BackPACK": "backpack", "ViViT": "", "curvlinops": "curvlinops", "Opacus": "opacus", "laplace": "laplace"}
+TOOLS = {
+    "BackPACK": "backpack",
+    "ViViT": "",
+    "curvlinops": "curvlinops",
+    "Opacus": "opacus",
+    "laplace": "laplace",
+}
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning"),

@@ -25,7 +25,9 @@ def printed(notebook: nbformat.NotebookNode) -> list[str]:
 def check(stored: nbformat.NotebookNode, folder: Path) -> None:
     """Raises ``AssertionError`` where a cell prints something else, ``CellExecutionError`` where one does not run."""
     ran = copy.deepcopy(stored)
-    NotebookClient(ran, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
+    NotebookClient(
+        ran, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+    ).execute()
     for shown, found in zip(printed(stored), printed(ran), strict=True):
         assert words(shown) == words(found), f"stored:\n{shown}\nprinted:\n{found}"
 
@@ -57,7 +59,9 @@ def test_there_are_notebooks():
 
 def test_planted_lies_are_found(tmp_path):
     stream = nbformat.v4.new_output("stream", name="stdout", text="2\n")
-    other = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("print(1)", outputs=[stream])])
+    other = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell("print(1)", outputs=[stream])]
+    )
     with pytest.raises(AssertionError, match=r"stored:\s+2"):
         check(other, tmp_path)
     raising = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 0")])

@@ -31,7 +31,9 @@ def test_a_long_glossary_is_found():
         check_glossary(f"| word | meaning |\n|---|---|\n{rows}")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem
+)
 def test_a_notebook_becomes_a_page_with_all_that_is_stored(path):
     pytest.importorskip("mkdocs")
     notebook = json.loads(path.read_text(encoding="utf-8"))
@@ -53,5 +55,9 @@ def test_the_overview_shows_the_control():
     overview = load("benchmarks/overview.py")
     results = overview.results()
     results["ggn"]["control_ms"] = 12.345
-    (row,) = [line for line in overview.page(results).splitlines() if line.startswith("| `benchmarks/ggn_cost.py`")]
+    (row,) = [
+        line
+        for line in overview.page(results).splitlines()
+        if line.startswith("| `benchmarks/ggn_cost.py`")
+    ]
     assert row.endswith("| 12.3 ms |")

@@ -92,7 +92,9 @@ def test_page(page):
 
 
 def test_the_readme_shows_something():
-    languages = [language for language, _ in blocks((ROOT / "README.md").read_text(encoding="utf-8"))]
+    languages = [
+        language for language, _ in blocks((ROOT / "README.md").read_text(encoding="utf-8"))
+    ]
     assert languages.count("python") >= 4
     assert languages.count("text") >= 3
     assert "console" in languages

@@ -34,7 +34,11 @@ def data(samples: int = N) -> tuple[Tensor, Tensor]:
 
 def test_the_derivative_of_batch_norm_is_a_projector_over_sigma():
     z = torch.randn(N, dtype=torch.float64)
-    hat, ones, sigma = normalise(z), torch.ones(N, dtype=torch.float64), z.var(unbiased=False).sqrt()
+    hat, ones, sigma = (
+        normalise(z),
+        torch.ones(N, dtype=torch.float64),
+        z.var(unbiased=False).sqrt(),
+    )
     projector = torch.eye(N) - torch.outer(ones, ones) / N - torch.outer(hat, hat) / N
     torch.testing.assert_close(torch.autograd.functional.jacobian(normalise, z), projector / sigma)
     torch.testing.assert_close(projector @ projector, projector)
@@ -66,7 +70,10 @@ def test_the_frozen_matrix_bends_where_the_loss_does_not():
 
 def test_the_first_batch_norm_from_the_top_costs_no_pass_for_each_sample():
     X, y = data()
-    pullbacks = [ub.Problem(normed(*w), F.cross_entropy, (X, y)).plan().pullbacks for w in [(4, 3), (4, 5, 3)]]
+    pullbacks = [
+        ub.Problem(normed(*w), F.cross_entropy, (X, y)).plan().pullbacks
+        for w in [(4, 3), (4, 5, 3)]
+    ]
     assert pullbacks == [1, 1]
     assert ub.Problem(normed(4, 5, 5, 3), F.cross_entropy, (X, y)).plan().pullbacks == 1 + N
 
@@ -87,7 +94,9 @@ def test_rows_that_agree_prove_no_independence():
     rows = [f(model, F.cross_entropy, X, y) for f in (reference.component, reference.copies)]
     for name, row in rows[0].items():
         torch.testing.assert_close(rows[1][name], row)
-    assert ub.Problem(model, F.cross_entropy, (X, y)).structure.independent_forward.status == "fails"
+    assert (
+        ub.Problem(model, F.cross_entropy, (X, y)).structure.independent_forward.status == "fails"
+    )
 
 
 # ---------------------------------------------------------------- sums and variances
@@ -95,7 +104,10 @@ def test_rows_that_agree_prove_no_independence():
 
 TASKS = {
     "constant": (lambda x: x, lambda reached: torch.full_like(reached, 2.0)),
-    "learned": (torch.exp, lambda reached: reached),  # skewed inputs, and targets that the net can reach
+    "learned": (
+        torch.exp,
+        lambda reached: reached,
+    ),  # skewed inputs, and targets that the net can reach
 }
 
 
@@ -116,9 +128,13 @@ def drawn(mixing: bool, task: str, batches: int = 3000, samples: int = 8) -> tup
 
     def terms(weights: Tensor, x: Tensor, y: Tensor) -> Tensor:
         z = x @ weights.T
-        return ((normalise(z) if mixing else (z - mean) / std) @ head.T - y).square().sum(1) / samples
+        return ((normalise(z) if mixing else (z - mean) / std) @ head.T - y).square().sum(
+            1
+        ) / samples
 
-    at = weights if mixing else weights + 0.1  # a net with fixed statistics that has reached its targets has no rows
+    at = (
+        weights if mixing else weights + 0.1
+    )  # a net with fixed statistics that has reached its targets has no rows
     rows = torch.vmap(torch.func.jacrev(terms), (None, 0, 0))(at, X, Y)
     within = (rows - rows.mean(1, keepdim=True)).square().sum(1) * samples / (samples - 1)
     return float(rows.sum(1).var(0).sum()), float(within.mean(0).sum())

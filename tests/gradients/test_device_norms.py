@@ -167,7 +167,7 @@ NUMBERS = {
     "component rows": lambda case: problem(case).gradients().flat(),
     "copy rows": lambda case: problem(case).gradients(by="copy").flat(),
     "frozen rows": lambda case: problem(case).gradients(by="frozen").flat(),
-    "norms": lambda case: problem(case).compute(ub.Norms()).total,
+    "norms": lambda case: problem(case).compute(ub.SquaredNorms()).total,
     "product": product,
     "diagonal": lambda case: ggn(case).diag(),
     "diagonal by component": lambda case: ggn(case).diag(per_component=True),
@@ -199,7 +199,7 @@ def plan(quantity):
 FACTS = {
     "structure": structure,
     "verification": verification,
-    "plan of the rows": plan(ub.Norms()),
+    "plan of the rows": plan(ub.SquaredNorms()),
     "plan of the diagonal": plan(ub.DiagGGN()),
 }
 

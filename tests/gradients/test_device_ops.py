@@ -21,7 +21,7 @@ import unbatch as ub
 from cases.device_kernels_other import KERNELS, registered
 from cases.device_ops_table import NORMS, PAGE, ROWS, Row, page
 from unbatch.analysis.rules import recurrences
-from unbatch.capture import program as capture
+from unbatch.capture import tracer
 from unbatch.capture.device_ops import SAME_AS
 from unbatch.errors import StructureError
 
@@ -29,7 +29,14 @@ F = nn.functional
 aten = torch.ops.aten
 
 N, T, E, H = 5, 4, 3, 3
-VERDICTS = ("independent_forward", "simd_forward", "simd_given_statistics", "canonical_split", "reduction", "simd_loss")
+VERDICTS = (
+    "independent_forward",
+    "simd_forward",
+    "simd_given_statistics",
+    "canonical_split",
+    "reduction",
+    "simd_loss",
+)
 
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {}
 MIXING: dict[str, Any] = {}
@@ -85,7 +92,9 @@ def mixing(name: str, **rnn: Any) -> Callable[[Any], Any]:
     return register
 
 
-def problem(function: Any, rnn: Any, device: bool, centred: bool = False, training: bool = True) -> ub.Problem:
+def problem(
+    function: Any, rnn: Any, device: bool, centred: bool = False, training: bool = True
+) -> ub.Problem:
     generator = torch.Generator().manual_seed(1)
     X = torch.randn(N, T, E, generator=generator).double()
     net = Net(function, device, centred, **rnn).double().train(training)
@@ -147,7 +156,12 @@ def weights_of(rnn: nn.RNNBase) -> tuple[list[Tensor], int]:
 
 
 def cudnn_rnn(
-    net: Any, x: Tensor, weights: Any = None, state: Any = None, batch_sizes: Any = (), train: bool = True
+    net: Any,
+    x: Tensor,
+    weights: Any = None,
+    state: Any = None,
+    batch_sizes: Any = (),
+    train: bool = True,
 ) -> Any:
     rnn = net.rnn
     own, stride = weights_of(rnn)
@@ -155,7 +169,17 @@ def cudnn_rnn(
     batch = batch_sizes[0] if batch_sizes else x.shape[0 if rnn.batch_first else 1]
     h = zeros(net, batch, rnn.proj_size or H) if state is None else state
     c = zeros(net, batch) if mode == 2 else None
-    how = (mode, H, rnn.proj_size, rnn.num_layers, rnn.batch_first, 0.0, train, rnn.bidirectional, list(batch_sizes))
+    how = (
+        mode,
+        H,
+        rnn.proj_size,
+        rnn.num_layers,
+        rnn.batch_first,
+        0.0,
+        train,
+        rnn.bidirectional,
+        list(batch_sizes),
+    )
     return aten._cudnn_rnn(x, weights or own, stride, None, h, c, *how, None)
 
 
@@ -177,9 +201,13 @@ case("_cudnn_rnn: LSTM", kind=nn.LSTM, batch_first=True)(outputs)
 case("_cudnn_rnn: GRU", kind=nn.GRU, batch_first=True)(outputs)
 case("_cudnn_rnn: tanh", kind=nn.RNN, batch_first=True)(outputs)
 case("_cudnn_rnn: relu", kind=nn.RNN, batch_first=True, nonlinearity="relu")(outputs)
-case("_cudnn_rnn: two layers, both directions", kind=nn.GRU, batch_first=True, num_layers=2, bidirectional=True)(
-    outputs
-)
+case(
+    "_cudnn_rnn: two layers, both directions",
+    kind=nn.GRU,
+    batch_first=True,
+    num_layers=2,
+    bidirectional=True,
+)(outputs)
 case("_cudnn_rnn: no biases", kind=nn.LSTM, batch_first=True, bias=False)(outputs)
 case("_cudnn_rnn: projected", kind=nn.LSTM, batch_first=True, proj_size=2)(outputs)
 
@@ -196,7 +224,9 @@ def _(net, x):
     lengths = torch.tensor([4, 4, 3, 2, 2])
     packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
     if not net.device:
-        return nn.utils.rnn.pad_packed_sequence(net.rnn(packed)[0], batch_first=True, total_length=T)[0]
+        return nn.utils.rnn.pad_packed_sequence(
+            net.rnn(packed)[0], batch_first=True, total_length=T
+        )[0]
     y = cudnn_rnn(net, packed.data, batch_sizes=packed.batch_sizes.tolist())[0]
     packed = nn.utils.rnn.PackedSequence(y, packed.batch_sizes)
     return nn.utils.rnn.pad_packed_sequence(packed, batch_first=True, total_length=T)[0]
@@ -242,8 +272,12 @@ def _(net, x):
     h = c = x[:, 1].tanh()
     by_input, by_hidden = x[:, 0] @ net.matrix.T, h @ net.matrix.T
     if net.device:
-        return torch.cat(aten._thnn_fused_lstm_cell(by_input, by_hidden, c, net.shift, net.shift)[:2], 1)
-    return torch.cat(torch.lstm_cell(x[:, 0], (h, c), net.matrix, net.matrix, net.shift, net.shift), 1)
+        return torch.cat(
+            aten._thnn_fused_lstm_cell(by_input, by_hidden, c, net.shift, net.shift)[:2], 1
+        )
+    return torch.cat(
+        torch.lstm_cell(x[:, 0], (h, c), net.matrix, net.matrix, net.shift, net.shift), 1
+    )
 
 
 @case("_thnn_fused_gru_cell")
@@ -317,7 +351,12 @@ def attention_cases(name: str, form: Any) -> None:
 
         @case(f"{name} with a bias")
         def _(net, x):
-            bias = (net.weight.sum() * torch.arange(T * T)).reshape(1, 1, T, T).sin().expand(N, 1, T, T)
+            bias = (
+                (net.weight.sum() * torch.arange(T * T))
+                .reshape(1, 1, T, T)
+                .sin()
+                .expand(N, 1, T, T)
+            )
             bias = bias.detach() if form is cudnn else bias
             return (form if net.device else plain_attention)(*heads(net, x), bias=bias)
 
@@ -376,7 +415,9 @@ def _(net, x):
 
 @mixing("_weight_norm_interface of samples")
 def _(net, x):
-    return aten._weight_norm_interface(x.flatten(1).T.contiguous(), torch.ones(T * E, 1).double())[0].T
+    return aten._weight_norm_interface(x.flatten(1).T.contiguous(), torch.ones(T * E, 1).double())[
+        0
+    ].T
 
 
 def image(x: Tensor) -> Tensor:
@@ -392,7 +433,9 @@ def pair(value: int) -> list[int]:
 def _(net, x):
     weight = net.weight.expand(-1, E, -1, -1)
     if net.device:
-        return aten.cudnn_convolution(image(x), weight, pair(1), pair(1), pair(1), 1, False, False, False)
+        return aten.cudnn_convolution(
+            image(x), weight, pair(1), pair(1), pair(1), 1, False, False, False
+        )
     return F.conv2d(image(x), weight, padding=1)
 
 
@@ -462,7 +505,7 @@ QUESTIONS: dict[str, Callable[[ub.Problem], Tensor]] = {
     "component": lambda p: p.gradients().flat(),
     "copy": lambda p: p.gradients(by="copy").flat(),
     "frozen": lambda p: p.gradients(by="frozen").flat(),
-    "norms": lambda p: p.compute(ub.Norms()).total,
+    "norms": lambda p: p.compute(ub.SquaredNorms()).total,
     "product": lambda p: p.ggn() @ torch.linspace(-1, 1, p.ggn().shape[1], dtype=torch.float64),
     "diagonal": lambda p: p.ggn().diag(),
     "diagonal by component": lambda p: p.ggn().diag(per_component=True),
@@ -530,7 +573,9 @@ class Ctc(nn.Module):
 def ctc_problem(form: str, tensors: bool) -> ub.Problem:
     torch.manual_seed(0)
     net = nn.Linear(E, 4).double()
-    return ub.Problem(net, Ctc(form, tensors), (torch.randn(N, T, E).double(), torch.randint(1, 4, (N, 2))))
+    return ub.Problem(
+        net, Ctc(form, tensors), (torch.randn(N, T, E).double(), torch.randint(1, 4, (N, 2)))
+    )
 
 
 @pytest.mark.parametrize("tensors", [False, True], ids=["lists", "tensors"])
@@ -538,7 +583,9 @@ def ctc_problem(form: str, tensors: bool) -> ub.Problem:
 def test_ctc_loss(form: str, tensors: bool) -> None:
     ours, plain = ctc_problem(form, tensors), ctc_problem("native", tensors)
     for verdict in VERDICTS:
-        assert getattr(ours.structure, verdict).status == getattr(plain.structure, verdict).status, verdict
+        assert (
+            getattr(ours.structure, verdict).status == getattr(plain.structure, verdict).status
+        ), verdict
     for question in ("component", "copy", "norms"):
         torch.testing.assert_close(QUESTIONS[question](ours), QUESTIONS[question](plain))
 
@@ -560,7 +607,11 @@ def frozen(layer: nn.Module, mixes: bool) -> ub.Problem:
 
         def forward(self, x: Tensor) -> Tensor:
             x = x.transpose(0, 1).contiguous() if mixes else x
-            h = self.layer(x) if isinstance(self.layer, nn.TransformerEncoderLayer) else self.layer(x, x, x)[0]
+            h = (
+                self.layer(x)
+                if isinstance(self.layer, nn.TransformerEncoderLayer)
+                else self.layer(x, x, x)[0]
+            )
             return self.head((h.transpose(0, 1) if mixes else h).flatten(1))
 
     X = torch.randn(N, T, 4).double()
@@ -600,7 +651,9 @@ class Recurrent(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weights, stride = weights_of(self.rnn)
         size = [sum(w.numel() for w in weights)]
-        window = torch.empty(0, dtype=torch.float64).set_(weights[0].untyped_storage(), 0, size, [1])
+        window = torch.empty(0, dtype=torch.float64).set_(
+            weights[0].untyped_storage(), 0, size, [1]
+        )
         h = torch.zeros(2, len(x), H, dtype=torch.float64)
         how = (2, H, 0, 2, True, self.dropout, True, False, [])
         return self.out(aten._cudnn_rnn(x, weights, stride, window, h, h, *how, None)[0][:, -1])
@@ -620,7 +673,9 @@ def test_a_window_on_all_weights() -> None:
     asked = ub.Problem(model, F.cross_entropy, (X, torch.arange(N) % 3))
     loss = F.cross_entropy(model(X), torch.arange(N) % 3)
     gradient = torch.autograd.grad(loss, list(model.parameters()))
-    torch.testing.assert_close(asked.gradients().flat().sum(0), torch.cat([g.flatten() for g in gradient]))
+    torch.testing.assert_close(
+        asked.gradients().flat().sum(0), torch.cat([g.flatten() for g in gradient])
+    )
     G = asked.ggn()
     columns = torch.stack([G @ e for e in torch.eye(G.shape[1], dtype=torch.float64)[:5]])
     torch.testing.assert_close(columns.diagonal(), G.diag()[:5])
@@ -628,14 +683,22 @@ def test_a_window_on_all_weights() -> None:
 
 def test_dropout_inside_a_recurrence_is_refused_by_name() -> None:
     _, asked = recurrent(0.5)
-    for ask in (lambda: asked.gradients(), lambda: asked.ggn().diag(), lambda: asked.ggn().eigvalsh()):
+    for ask in (
+        lambda: asked.gradients(),
+        lambda: asked.ggn().diag(),
+        lambda: asked.ggn().eigvalsh(),
+    ):
         with pytest.raises(StructureError, match=r"_cudnn_rnn.*dropout=0\.5.*nn\.Dropout"):
             ask()
     assert asked.structure.independent_forward.status == "holds"
 
 
 def evaluated(trained: bool) -> ub.Problem:
-    net = Net(lambda net, x: cudnn_rnn(net, x, train=False)[0], True, kind=nn.GRU, batch_first=True).double().eval()
+    net = (
+        Net(lambda net, x: cudnn_rnn(net, x, train=False)[0], True, kind=nn.GRU, batch_first=True)
+        .double()
+        .eval()
+    )
     X = torch.randn(N, T, E).double()
     with torch.no_grad():
         net(X)
@@ -696,7 +759,9 @@ def test_weights_of_onednn_that_are_made_of_a_sample() -> None:
 
 def device_only() -> set[str]:
     """The ops that have a kernel for GPUs, and neither one for CPUs nor a composition."""
-    listed = Path(torchgen.__file__).parent / "packaged" / "ATen" / "native" / "native_functions.yaml"
+    listed = (
+        Path(torchgen.__file__).parent / "packaged" / "ATen" / "native" / "native_functions.yaml"
+    )
     ops = set()
     for entry in yaml.safe_load(listed.read_text(encoding="utf-8")):
         name, _, overload = entry["func"].split("(")[0].partition(".")
@@ -730,7 +795,7 @@ def test_tangents_that_draw_dropout_anew_are_seen(monkeypatch: pytest.MonkeyPatc
     """The fused op has a forward mode, which draws another mask."""
     function, rnn = CASES["native_dropout"]
     plain = QUESTIONS["product"](problem(function, rnn, False))
-    monkeypatch.setattr(capture, "FUSED_DROPOUT", ())
+    monkeypatch.setattr(tracer, "FUSED_DROPOUT", ())
     assert not torch.allclose(QUESTIONS["product"](problem(function, rnn, True)), plain)
 
 
@@ -738,7 +803,9 @@ def test_the_page_is_made_of_the_table() -> None:
     assert PAGE.read_text(encoding="utf-8") == page()
 
 
-@pytest.mark.parametrize("row", [r for r in ROWS if r.tests and r.tests != NORMS], ids=lambda row: row.op)
+@pytest.mark.parametrize(
+    "row", [r for r in ROWS if r.tests and r.tests != NORMS], ids=lambda row: row.op
+)
 def test_the_table_names_tests_that_exist(row: Row) -> None:
     names = [*CASES, *(name for name in globals() if name.startswith("test_"))]
     for prefix in row.tests:

@@ -26,12 +26,20 @@ from unbatch.autodiff.contractions.matmul import Linear
 from unbatch.reference import definitions as reference
 from unbatch.reference import isolated_samples
 
-pytestmark = pytest.mark.filterwarnings("ignore::unbatch.VanishingCurvatureWarning")  # losses are linear here and there
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::unbatch.VanishingCurvatureWarning"
+)  # losses are linear here and there
 
 EXACT = 1e-9  # of the largest entry of a parameter, or of 1e-3 of that of all
 FLOOR = 1e-13  # what is rounding where everything else is of size one
-SHAKE = 1e-14  # a relative change of all inputs and parameters: what it does to a quantity is rounding
-FAR = (-3.0, 100.0, -0.1)  # on which predictions may move that are constant on the batch (all of them zero, say)
+SHAKE = (
+    1e-14  # a relative change of all inputs and parameters: what it does to a quantity is rounding
+)
+FAR = (
+    -3.0,
+    100.0,
+    -0.1,
+)  # on which predictions may move that are constant on the batch (all of them zero, say)
 MOVED = 1e-9  # a relative change of predictions that is no rounding
 NOISE = 3  # the seed of dropout in experiments
 ROWS = {"component": reference.component, "copy": reference.copies, "frozen": reference.frozen}
@@ -93,15 +101,21 @@ class Fuzzed:
     ) -> None:
         """Raise where tensors by parameter are not as defined; a sum is known as well as its ``summands`` are."""
         expected = define(*self.args)
-        assert list(found) == list(expected), f"{what}: {list(found)} where {list(expected)} are expected"
+        assert list(found) == list(expected), (
+            f"{what}: {list(found)} where {list(expected)} are expected"
+        )
         scale = max(map(largest, (summands or expected).values()), default=0.0)
         for name, wanted in expected.items():
             shapes = tuple(found[name].shape), tuple(wanted.shape)
-            assert shapes[0] == shapes[1], f"{what} of {name}: {shapes[0]} where {shapes[1]} is expected"
+            assert shapes[0] == shapes[1], (
+                f"{what} of {name}: {shapes[0]} where {shapes[1]} is expected"
+            )
             error, bound = largest(found[name] - wanted), EXACT * max(largest(wanted), 1e-3 * scale)
             if error > bound + floor:
                 rounding = max(largest(t - expected[n]) for n, t in define(*self.shaken).items())
-                assert error <= 100 * rounding, f"{what} of {name}: off by {error:.1e}, allowed {bound:.1e}"
+                assert error <= 100 * rounding, (
+                    f"{what} of {name}: off by {error:.1e}, allowed {bound:.1e}"
+                )
 
 
 def other_samples(t: Tensor) -> Tensor:
@@ -173,7 +187,9 @@ def check_verdicts(source: Source, structure: ub.Structure) -> None:
         if verdict:
             assert moved < MOVED, f"{verdict.name} holds, and a prediction moved by {moved:.1e}"
     if structure.independent_forward.status == "fails":
-        moved = max(moved, *(largest_move(source, scale) for scale in FAR)) if moved <= 1e-12 else moved
+        moved = (
+            max(moved, *(largest_move(source, scale) for scale in FAR)) if moved <= 1e-12 else moved
+        )
         assert moved > 1e-12, "independent_forward fails, and no prediction moved"
     noisy = source.train and "ropout" in source.setup + source.forward
     if noisy:
@@ -207,7 +223,11 @@ def check_rows(f: Fuzzed, by: str, memory: int | None) -> bool:
         total = {n: rows[n].sum(0) + rows.rest.get(n, torch.zeros(())) for n in rows}
         f.all_near(total, reference.gradient, f"sum of rows by {by}", rows)
     if by == "component":
-        f.all_near({n: rows.rest.get(n, torch.zeros_like(g)) for n, g in gradient.items()}, reference.rest, "rest")
+        f.all_near(
+            {n: rows.rest.get(n, torch.zeros_like(g)) for n, g in gradient.items()},
+            reference.rest,
+            "rest",
+        )
     if rows.kind == "per-sample":
         f.all_near(rows, reference.component, f"per-sample rows by {by}")
     try:
@@ -224,7 +244,7 @@ def check_quantities(f: Fuzzed, by: str, memory: int | None) -> None:
     rows = f.problem.gradients(by=by)
     of_rows = lambda define: lambda *_: define(dict(rows))  # noqa: E731
     norms, squares, variance, dots = f.problem.compute(
-        ub.Norms(), ub.SumOfSquares(), ub.Variance(), ub.Dots(), by=by, memory=memory
+        ub.SquaredNorms(), ub.SumOfSquares(), ub.Variance(), ub.Dots(), by=by, memory=memory
     )
     f.all_near(norms, of_rows(lambda r: reference.squared_norms(r)[0]), "norms")
     f.all_near(squares, of_rows(reference.sum_of_squares), "sums of squares")
@@ -275,7 +295,11 @@ def torch_is_wrong(f: Fuzzed, v: Tensor) -> bool:
 def check_components_of_matrix(f: Fuzzed) -> None:
     """Raise where diagonals of components are not as defined, or are handed out for a loss that is no sum."""
     if f.problem.structure.reduction:
-        f.near(f.problem.ggn().diag(per_component=True), reference.ggn_diagonals, "diagonals of components")
+        f.near(
+            f.problem.ggn().diag(per_component=True),
+            reference.ggn_diagonals,
+            "diagonals of components",
+        )
         return
     with pytest.raises(ub.StructureError):
         f.problem.ggn().diag(per_component=True)
@@ -317,13 +341,22 @@ def check(source: Source, memory: int | None = None) -> Counter[str]:
 
 
 EXAMPLES = int(os.environ.get("UNBATCH_FUZZ", "25"))
-QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example, HealthCheck.filter_too_much]
+QUIET = [
+    HealthCheck.too_slow,
+    HealthCheck.data_too_large,
+    HealthCheck.large_base_example,
+    HealthCheck.filter_too_much,
+]
 
 
 def test_random_nets():
     tally: Counter[str] = Counter()
 
-    @settings(max_examples=EXAMPLES, derandomize="UNBATCH_FUZZ" not in os.environ, suppress_health_check=QUIET)
+    @settings(
+        max_examples=EXAMPLES,
+        derandomize="UNBATCH_FUZZ" not in os.environ,
+        suppress_health_check=QUIET,
+    )
     @given(st.data())
     def run(data):
         choose = lambda options: data.draw(st.sampled_from(list(options)))  # noqa: E731
@@ -335,7 +368,9 @@ def test_random_nets():
     run()
     sys.stdout.write(f"{dict(tally)}\n")  # shown by pytest -s
     for by in ROWS:
-        assert tally[f"rows by {by}"] > 0.5 * tally["nets"], f"few nets have rows by {by} to compare with: {tally}"
+        assert tally[f"rows by {by}"] > 0.5 * tally["nets"], (
+            f"few nets have rows by {by} to compare with: {tally}"
+        )
 
 
 # Nets that were once answered wrongly or crashed.
@@ -441,13 +476,17 @@ NORMED = FOUND["half of what batch norm gives, written into a buffer"]
 
 def test_rows_in_another_order_are_caught(monkeypatch):
     right = reference.component
-    monkeypatch.setitem(ROWS, "component", lambda *args: {n: r.flip(0) for n, r in right(*args).items()})
+    monkeypatch.setitem(
+        ROWS, "component", lambda *args: {n: r.flip(0) for n, r in right(*args).items()}
+    )
     with pytest.raises(AssertionError, match="rows by component"):
         check_rows(Fuzzed.of(NORMED), "component", None)
 
 
 def test_a_wrong_contraction_is_caught(monkeypatch):
-    monkeypatch.setattr("unbatch.gradients.self_check._agree", lambda *_: True)  # the plan is believed as it is
+    monkeypatch.setattr(
+        "unbatch.gradients.self_check._agree", lambda *_: True
+    )  # the plan is believed as it is
     right = Linear.rows
     monkeypatch.setattr(Linear, "rows", lambda self, *args: right(self, *args).mul_(1.001))
     with pytest.raises(AssertionError, match="off by"):

@@ -36,14 +36,18 @@ def check_rows(found, expected, scale):
         assert found[name].shape == row.shape, name
         bound = max(ROWS * largest([row]), FLOOR * scale)
         error = largest([found[name] - row])
-        assert error <= bound, f"{name}: off by {error:.1e}, allowed {bound:.1e}, largest entry {largest([row]):.1e}"
+        assert error <= bound, (
+            f"{name}: off by {error:.1e}, allowed {bound:.1e}, largest entry {largest([row]):.1e}"
+        )
 
 
 def check_sum(rows, gradient, scale):
     for name, g in gradient.items():
         total = rows[name].sum(0) + rows.rest.get(name, torch.zeros_like(g))
         error = largest([total - g])
-        assert error <= SUMS * scale, f"{name}: the sum is off by {error:.1e}, the largest entry is {scale:.1e}"
+        assert error <= SUMS * scale, (
+            f"{name}: the sum is off by {error:.1e}, the largest entry is {scale:.1e}"
+        )
 
 
 @BY
@@ -53,13 +57,19 @@ def test_rows_are_those_of_the_definition(case, mode, by, recorded):
     if not has_reference(case, mode, by):
         pytest.skip("one sample cannot run on its own")
     args, problem = recorded(case, mode)
-    check_rows(problem.gradients(by=by), REFERENCE[by](*args), largest(reference.gradient(*args).values()))
+    check_rows(
+        problem.gradients(by=by), REFERENCE[by](*args), largest(reference.gradient(*args).values())
+    )
 
 
 @BY
 def test_rows_of_groups_are_those_of_each_group_as_a_batch(by):
     args, problem = made(next(case for case in CASES if case.name == "ghost batch norm"), "train")
-    check_rows(problem.gradients(by=by), by_groups(REFERENCE[by]), largest(reference.gradient(*args).values()))
+    check_rows(
+        problem.gradients(by=by),
+        by_groups(REFERENCE[by]),
+        largest(reference.gradient(*args).values()),
+    )
 
 
 @pytest.mark.parametrize("by", ["component", "copy"])

@@ -31,7 +31,9 @@ def data() -> tuple[Tensor, Tensor]:
 
 
 def plain() -> ub.Problem:
-    return ub.Problem(nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D), nn.Linear(D, C)), loss, data())
+    return ub.Problem(
+        nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D), nn.Linear(D, C)), loss, data()
+    )
 
 
 def partly_frozen() -> ub.Problem:
@@ -148,15 +150,37 @@ REFUSALS = [
     Refusal("by another case", rows("Component"), ("'Component'", *KINDS_OF_ROWS)),
     Refusal("by nothing", rows(None), ("None", *KINDS_OF_ROWS)),
     Refusal("by a list", rows(["copy"]), ("['copy']", *KINDS_OF_ROWS)),
-    Refusal("quantities by a word", quantity(ub.Norms(), by="sample"), ("'sample'", *KINDS_OF_ROWS)),
-    Refusal("a misspelt name", rows(parameters="0.wieght"), ("'0.wieght'", "Did you mean '0.weight'", *NAMES)),
-    Refusal("a misspelt name among others", rows(parameters=["0.weight", "2.bais"]), ("'2.bais'", "mean '2.bias'")),
+    Refusal(
+        "quantities by a word",
+        quantity(ub.SquaredNorms(), by="sample"),
+        ("'sample'", *KINDS_OF_ROWS),
+    ),
+    Refusal(
+        "a misspelt name",
+        rows(parameters="0.wieght"),
+        ("'0.wieght'", "Did you mean '0.weight'", *NAMES),
+    ),
+    Refusal(
+        "a misspelt name among others",
+        rows(parameters=["0.weight", "2.bais"]),
+        ("'2.bais'", "mean '2.bias'"),
+    ),
     Refusal("a name of nothing", rows(parameters="encoder"), ("'encoder'", *NAMES)),
     Refusal("a glob that matches nothing", rows(parameters="layers.*"), ("'layers.*'", *NAMES)),
     Refusal("a buffer", rows(parameters="1.running_mean"), ("'1.running_mean'", *NAMES)),
-    Refusal("a tensor that is none", rows(parameters=torch.randn(D, D)), ("tensor", "(4, 4)", *NAMES)),
-    Refusal("an equal tensor", lambda p: p.gradients(parameters=p.program.model[0].weight.clone()), ("(4, 4)", *NAMES)),
-    Refusal("quantities by a misspelt name", quantity(ub.Norms(), parameters="2.weigth"), ("Did you mean '2.weight'",)),
+    Refusal(
+        "a tensor that is none", rows(parameters=torch.randn(D, D)), ("tensor", "(4, 4)", *NAMES)
+    ),
+    Refusal(
+        "an equal tensor",
+        lambda p: p.gradients(parameters=p.program.model[0].weight.clone()),
+        ("(4, 4)", *NAMES),
+    ),
+    Refusal(
+        "quantities by a misspelt name",
+        quantity(ub.SquaredNorms(), parameters="2.weigth"),
+        ("Did you mean '2.weight'",),
+    ),
     Refusal("no name at all", rows(parameters=[]), ("[]", *NAMES)),
     Refusal("a number as a name", rows(parameters=3), ("3", *NAMES)),
     Refusal("a number among names", rows(parameters=["0.weight", 3]), ("3", *NAMES)),
@@ -173,21 +197,44 @@ REFUSALS = [
         partly_frozen,
     ),
     Refusal(
-        "a glob over some that require none", rows(parameters="*.weight"), ("'0.weight'", "leave it out"), partly_frozen
+        "a glob over some that require none",
+        rows(parameters="*.weight"),
+        ("'0.weight'", "leave it out"),
+        partly_frozen,
     ),
-    Refusal("nothing trainable", rows(), ("No parameter requires a gradient", "requires_grad_(True)"), all_frozen),
-    Refusal("quantities of nothing trainable", quantity(ub.Norms()), ("requires_grad_(True)",), all_frozen),
+    Refusal(
+        "nothing trainable",
+        rows(),
+        ("No parameter requires a gradient", "requires_grad_(True)"),
+        all_frozen,
+    ),
+    Refusal(
+        "quantities of nothing trainable",
+        quantity(ub.SquaredNorms()),
+        ("requires_grad_(True)",),
+        all_frozen,
+    ),
     Refusal("no memory", rows(memory=0), ("memory=", "greater than zero", "got 0")),
     Refusal("less than no memory", rows(memory=-1), ("memory=", "got -1")),
     Refusal("memory in words", rows(memory="1GB"), ("number of bytes", "'1GB'")),
     Refusal("memory that is a flag", rows(memory=True), ("number of bytes", "True")),
     Refusal("memory that is no number", rows(memory=float("nan")), ("number of bytes", "nan")),
-    Refusal("memory for quantities", quantity(ub.Norms(), memory=[1]), ("number of bytes", "[1]")),
-    Refusal("no quantity", quantity(), ("at least one", "None", "unbatch.Norms()", "gradients()")),
-    Refusal("a word as a quantity", quantity("norms"), ("'norms'", "unbatch.Norms()")),
+    Refusal(
+        "memory for quantities", quantity(ub.SquaredNorms(), memory=[1]), ("number of bytes", "[1]")
+    ),
+    Refusal(
+        "no quantity", quantity(), ("at least one", "None", "unbatch.SquaredNorms()", "gradients()")
+    ),
+    Refusal("a word as a quantity", quantity("norms"), ("'norms'", "unbatch.SquaredNorms()")),
     Refusal("a class as a quantity", quantity(ub.Variance), ("Variance", "unbatch.Variance()")),
-    Refusal("a list of quantities", quantity([ub.Norms()]), ("[Norms()]", "takes quantities")),
-    Refusal("one of several that is none", quantity(ub.Norms(), 3), ("3", "takes quantities")),
+    Refusal(
+        "a list of quantities",
+        quantity([ub.SquaredNorms()]),
+        ("[SquaredNorms()]", "takes quantities"),
+    ),
+    Refusal(
+        "one of several that is none", quantity(ub.SquaredNorms(), 3), ("3", "takes quantities")
+    ),
     Refusal(
         "predictions without samples",
         rows(),
@@ -195,8 +242,20 @@ REFUSALS = [
         no_axis,
         ub.StructureError,
     ),
-    Refusal("a prediction that is a number", rows(), ("sample axis", "()", "5 samples"), a_number, ub.StructureError),
-    Refusal("quantities of such", quantity(ub.Norms()), ("sample axis", "(3,)"), no_axis, ub.StructureError),
+    Refusal(
+        "a prediction that is a number",
+        rows(),
+        ("sample axis", "()", "5 samples"),
+        a_number,
+        ub.StructureError,
+    ),
+    Refusal(
+        "quantities of such",
+        quantity(ub.SquaredNorms()),
+        ("sample axis", "(3,)"),
+        no_axis,
+        ub.StructureError,
+    ),
     Refusal(
         "frozen attention between samples",
         rows("frozen"),
@@ -205,10 +264,18 @@ REFUSALS = [
         ub.StructureError,
     ),
     Refusal(
-        "frozen quantities of it", quantity(ub.Norms(), by="frozen"), ("by='component'",), attending, ub.StructureError
+        "frozen quantities of it",
+        quantity(ub.SquaredNorms(), by="frozen"),
+        ("by='component'",),
+        attending,
+        ub.StructureError,
     ),
     Refusal(
-        "frozen neighbours", rows("frozen"), ("more than statistics", "by='component'"), rolling, ub.StructureError
+        "frozen neighbours",
+        rows("frozen"),
+        ("more than statistics", "by='component'"),
+        rolling,
+        ub.StructureError,
     ),
     *(
         Refusal(
@@ -240,7 +307,11 @@ REFUSALS = [
         buffers(lambda b: b | {"2.bias": torch.zeros(N, C, device="meta")}),
         ("out=", "'2.bias'", "meta", "on cpu"),
     ),
-    Refusal("a buffer that is no tensor", buffers(lambda b: b | {"2.bias": [0.0] * N}), ("out=", "'2.bias'", "list")),
+    Refusal(
+        "a buffer that is no tensor",
+        buffers(lambda b: b | {"2.bias": [0.0] * N}),
+        ("out=", "'2.bias'", "list"),
+    ),
     Refusal("buffers without names", buffers(lambda b: list(b.values())), ("out=", "list")),
 ]
 EVERY = pytest.mark.parametrize("refusal", [pytest.param(r, id=r.name) for r in REFUSALS])
@@ -248,7 +319,9 @@ EVERY = pytest.mark.parametrize("refusal", [pytest.param(r, id=r.name) for r in 
 
 def check_refusal(refusal: Refusal, error: BaseException) -> None:
     """Raise where class or text are not those of the refusal."""
-    assert type(error) is refusal.error, f"{type(error).__name__} in place of {refusal.error.__name__}: {error}"
+    assert type(error) is refusal.error, (
+        f"{type(error).__name__} in place of {refusal.error.__name__}: {error}"
+    )
     text = str(error)
     missing = [word for word in refusal.says if word not in text]
     assert not missing, f"{missing} is not in: {text}"
@@ -257,7 +330,7 @@ def check_refusal(refusal: Refusal, error: BaseException) -> None:
 
 
 def raised(refusal: Refusal, problem: ub.Problem) -> BaseException:
-    with pytest.raises(Exception) as caught:  # noqa: PT011  which one is what `check_refusal` is about
+    with pytest.raises(Exception) as caught:  # noqa: PT011
         refusal.ask(problem)
     return caught.value
 
@@ -300,7 +373,11 @@ def test_a_refusal_does_not_stand_in_the_way_of_the_next_question(refusal):
 def test_only_what_rests_on_the_structure_is_a_structure_error():
     for refusal in REFUSALS:
         assert issubclass(refusal.error, ub.UnbatchError)
-        assert refusal.error is ub.StructureError or refusal.build in (plain, partly_frozen, all_frozen)
+        assert refusal.error is ub.StructureError or refusal.build in (
+            plain,
+            partly_frozen,
+            all_frozen,
+        )
 
 
 # ---------------------------------------------------------------- beside them, accepted
@@ -311,7 +388,10 @@ ACCEPTED: dict[str, tuple[Callable[[ub.Problem], Any], Callable[[], ub.Problem]]
     "memory without end": (rows(memory=float("inf")), plain),
     "one byte": (rows(memory=1), plain),
     "a tuple of names": (rows(parameters=("0.weight", "2.*")), plain),
-    "buffers that are more than needed": (buffers(lambda b: b | {"another": torch.zeros(2)}), plain),
+    "buffers that are more than needed": (
+        buffers(lambda b: b | {"another": torch.zeros(2)}),
+        plain,
+    ),
     "attention between samples by copy": (rows("copy"), attending),
     "attention between samples by component": (rows(), attending),
     "a derivative of one's own by component": (rows(), own_derivative),
@@ -339,7 +419,9 @@ def test_a_loss_of_its_own_has_rows_where_it_has_samples(build):
 
 PLANTED: dict[str, BaseException] = {
     "in place of InputError": ValueError("by is 'component', 'copy' or 'frozen'; got 'samples'."),
-    "in place of InputError: another": ub.StructureError("by is 'component', 'copy' or 'frozen'; got 'samples'."),
+    "in place of InputError: another": ub.StructureError(
+        "by is 'component', 'copy' or 'frozen'; got 'samples'."
+    ),
     "is not in": ub.InputError("by is 'component', 'copy' or 'frozen'."),
     "{value": ub.InputError("by is 'component', 'copy' or 'frozen'; got 'samples' {value!r}."),
     "xxx": ub.InputError("by is 'component', 'copy' or 'frozen'; got 'samples'." + 600 * "x"),

@@ -19,7 +19,7 @@ from cases.gradients import Twice
 from cases.state import STATEFUL, Countdown, assert_unchanged, stateful_problem
 from unbatch.autodiff.contractions import broadcast as broadcasts
 from unbatch.autodiff.contractions import matmul as products
-from unbatch.autodiff.contractions.row_block import Part
+from unbatch.autodiff.contractions.row_block import RowBlock
 from unbatch.gradients import replayed_rows
 from unbatch.gradients.quantities import About, Basic, Collector
 
@@ -27,7 +27,7 @@ from unbatch.gradients.quantities import About, Basic, Collector
 
 
 EVERYTHING = (
-    ub.Gradients(), ub.Norms(), ub.SumOfSquares(), ub.Variance(), ub.Dots(), ub.Histogram(), ub.NoiseScale(),
+    ub.Gradients(), ub.SquaredNorms(), ub.SumOfSquares(), ub.Variance(), ub.Dots(), ub.Histogram(), ub.NoiseScale(),
     ub.OrthogonalityTest(), ub.EarlyStopping(), ub.SignalToNoise(), ub.ClippedSum(0.1),
 )  # fmt: skip
 
@@ -53,8 +53,8 @@ QUESTIONS: dict[str, Callable[[ub.Problem], Any]] = {
     "gradients into buffers": into_buffers,
     "everything": quietly(lambda p: p.compute(*EVERYTHING)),
     "everything, one sample at a time": quietly(lambda p: p.compute(*EVERYTHING[1:], memory=1)),
-    "norms by copy": lambda p: p.compute(ub.Norms(), ub.ClippedSum(0.1), by="copy"),
-    "norms by frozen": lambda p: p.compute(ub.Norms(), ub.ClippedSum(0.1), by="frozen"),
+    "norms by copy": lambda p: p.compute(ub.SquaredNorms(), ub.ClippedSum(0.1), by="copy"),
+    "norms by frozen": lambda p: p.compute(ub.SquaredNorms(), ub.ClippedSum(0.1), by="frozen"),
     "a statistic that is an error": lambda p: p.compute(ub.Variance()),  # warnings are errors here
 }
 
@@ -116,11 +116,15 @@ MESSY: dict[str, Callable[[], nn.Module]] = {
     **STATEFUL,
     "batch norm, cumulative average": lambda: normed(momentum=None),
     "two batch norms": lambda: nn.Sequential(normed(), normed(momentum=None)),
-    "spectral norm of old": lambda: nn.Sequential(nn.utils.spectral_norm(nn.Linear(D, D)), nn.Tanh()),
+    "spectral norm of old": lambda: nn.Sequential(
+        nn.utils.spectral_norm(nn.Linear(D, D)), nn.Tanh()
+    ),
     "spectral norm below batch norm": lambda: nn.Sequential(
         parametrizations.spectral_norm(nn.Linear(D, D)), nn.BatchNorm1d(D), nn.Linear(D, D)
     ),
-    "dropout": lambda: nn.Sequential(nn.Linear(D, D), nn.Dropout(0.4), nn.Linear(D, D), nn.AlphaDropout(0.2)),
+    "dropout": lambda: nn.Sequential(
+        nn.Linear(D, D), nn.Dropout(0.4), nn.Linear(D, D), nn.AlphaDropout(0.2)
+    ),
     "hooks": hooked,
     "own derivative": lambda: Net(lambda net, x: Twice.apply(net.linear(x)).tanh()),
     "own derivative under batch norm": lambda: Net(
@@ -129,7 +133,9 @@ MESSY: dict[str, Callable[[], nn.Module]] = {
     "hooks that count backward passes": counting_backward,
     "own derivative under checkpointing": lambda: Net(checkpointed, norm=nn.BatchNorm1d(D)),
     "lstm": Last,
-    "counter": lambda: Net(counting, count=nn.Buffer(torch.tensor(0)), sums=nn.Buffer(torch.zeros(D))),
+    "counter": lambda: Net(
+        counting, count=nn.Buffer(torch.tensor(0)), sums=nn.Buffer(torch.zeros(D))
+    ),
     "eval": lambda: normed().eval(),
     "partly frozen": lambda: nn.Sequential(normed().requires_grad_(False), normed()),
 }
@@ -207,7 +213,7 @@ def ask(problem: ub.Problem, by: str) -> Any:
     """Much of it: rows, contractions without rows, weighted sums, and more than one question."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ub.MixedSamplesWarning)
-        problem.compute(ub.Norms(), ub.Variance(), ub.ClippedSum(0.1), by=by)
+        problem.compute(ub.SquaredNorms(), ub.Variance(), ub.ClippedSum(0.1), by=by)
         problem.compute(ub.Dots(), ub.OrthogonalityTest(), by=by, memory=1)
         return problem.gradients(by=by)
 
@@ -231,7 +237,9 @@ class Failing(nn.Module):
         return self.model[3:](h)
 
 
-def assert_stops_cleanly(problem: ub.Problem, by: str, error: type[BaseException], allowed: tuple = ()) -> None:
+def assert_stops_cleanly(
+    problem: ub.Problem, by: str, error: type[BaseException], allowed: tuple = ()
+) -> None:
     """Raise where anything is changed after the question stopped."""
     before = state(problem)
     with suppress(error, *allowed):
@@ -260,7 +268,9 @@ def test_a_loss_that_stops_changes_nothing(at, by, error):
         return value
 
     problem = stateful_problem(lambda: Failing(Countdown(10**6, error)))
-    problem.program = type(problem.program)(problem.program.model, loss, problem.program.parameters, False)
+    problem.program = type(problem.program)(
+        problem.program.model, loss, problem.program.parameters, False
+    )
     assert_stops_cleanly(problem, by, error, (ub.CaptureError,))
     assert countdown.runs >= 1
 
@@ -310,7 +320,11 @@ def test_stopping_inside_the_engine_changes_nothing(by, place, at, error, monkey
     _ = problem.structure  # so that it is the sweep that stops
     countdown = Countdown(at, error)
     with monkeypatch.context() as patched:
-        patched.setattr(place.owner, place.name, stopping(getattr(place.owner, place.name), countdown, place.late))
+        patched.setattr(
+            place.owner,
+            place.name,
+            stopping(getattr(place.owner, place.name), countdown, place.late),
+        )
         assert_stops_cleanly(problem, by, error)
     # What was kept is not spoilt: the next answer is that of a problem that was never stopped.
     torch.testing.assert_close(ask(problem, by).flat(), expected.flat(), rtol=1e-5, atol=1e-7)
@@ -321,7 +335,9 @@ def test_interrupts_of_the_engine_are_not_swallowed(place, monkeypatch):
     problem = stateful_problem(lambda: Failing(Countdown(10**6, Stop)))
     _ = problem.structure
     countdown = Countdown(1, KeyboardInterrupt)
-    monkeypatch.setattr(place.owner, place.name, stopping(getattr(place.owner, place.name), countdown, place.late))
+    monkeypatch.setattr(
+        place.owner, place.name, stopping(getattr(place.owner, place.name), countdown, place.late)
+    )
     with pytest.raises(KeyboardInterrupt):
         ask(problem, "component")
     assert countdown.runs == 1
@@ -333,7 +349,9 @@ def test_stopping_in_a_model_that_is_run_itself_changes_nothing(error, monkeypat
     expected = problem.gradients()
     for at in (1, 2, 4):
         with monkeypatch.context() as patched:
-            patched.setattr(torch.autograd, "grad", stopping(torch.autograd.grad, Countdown(at, error), False))
+            patched.setattr(
+                torch.autograd, "grad", stopping(torch.autograd.grad, Countdown(at, error), False)
+            )
             before = state(problem)
             with pytest.raises(error):
                 problem.gradients()
@@ -357,7 +375,7 @@ class _Stopping(Collector):
         super().__init__(about)
         self.countdown = countdown
 
-    def take(self, name: str, part: Part) -> None:
+    def take(self, name: str, part: RowBlock) -> None:
         part.rows()
         self.countdown.tick()
 
@@ -372,7 +390,7 @@ def test_a_quantity_that_stops_changes_nothing(at, error):
         problem = stateful_problem(make)
         before = state(problem)
         with pytest.raises(error):
-            problem.compute(ub.Norms(), Stopping(error, at), memory=1)
+            problem.compute(ub.SquaredNorms(), Stopping(error, at), memory=1)
         assert_unchanged(before, state(problem))
         problem.gradients()
 
@@ -385,7 +403,9 @@ def test_an_interrupt_leaves_no_gate_closed(monkeypatch):
     for at in range(1, 12):
         with monkeypatch.context() as patched:
             patched.setattr(
-                torch.autograd, "grad", stopping(torch.autograd.grad, Countdown(at, KeyboardInterrupt), True)
+                torch.autograd,
+                "grad",
+                stopping(torch.autograd.grad, Countdown(at, KeyboardInterrupt), True),
             )
             with suppress(KeyboardInterrupt):
                 problem.gradients()
@@ -404,7 +424,9 @@ PLANTED: dict[str, Callable[[ub.Problem], Any]] = {
     "a call of backward": lambda p: p.program.loss(p.program.model(p.inputs), p.targets).backward(),
     "flag": lambda p: p.program.model[1].eval(),
     "hook": lambda p: p.program.model[0].register_full_backward_hook(print),
-    "storage": lambda p: setattr(p.program.model[0].weight, "data", p.program.model[0].weight.data.clone()),
+    "storage": lambda p: setattr(
+        p.program.model[0].weight, "data", p.program.model[0].weight.data.clone()
+    ),
     "noise": lambda p: torch.rand(N),
 }
 
@@ -421,13 +443,13 @@ def test_a_planted_change_is_caught(name):
 
 def test_an_engine_that_writes_to_parameters_is_caught(monkeypatch):
     problem = stateful_problem(normed)
-    rest = replayed_rows.Recorded.rest
+    rest = replayed_rows.ReplayedRows.rest
 
-    def writing(self: replayed_rows.Recorded) -> dict[str, Tensor]:
+    def writing(self: replayed_rows.ReplayedRows) -> dict[str, Tensor]:
         next(iter(self.parameters.values())).detach().mul_(1)
         return rest(self)
 
-    monkeypatch.setattr(replayed_rows.Recorded, "rest", writing)
+    monkeypatch.setattr(replayed_rows.ReplayedRows, "rest", writing)
     before = state(problem)
     problem.gradients()
     with pytest.raises(AssertionError, match=r"changed.*version"):

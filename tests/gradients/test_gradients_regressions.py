@@ -67,7 +67,9 @@ def check(found, expected, tolerance=1e-10):
     scale = max(float(r.abs().max()) for r in expected.values())
     for name, rows in expected.items():
         error = float((found[name] - rows).abs().max())
-        assert error <= tolerance * (float(rows.abs().max()) + 1e-3 * scale), f"{name}: off by {error:.1e}"
+        assert error <= tolerance * (float(rows.abs().max()) + 1e-3 * scale), (
+            f"{name}: off by {error:.1e}"
+        )
 
 
 @program("a transposed convolution right below batch norm", N, D, 3, 3,
@@ -88,14 +90,21 @@ def _(net, x):
     return net.head(F.layer_norm(torch.addcmul(x, net.w, net.w), (D,), net.w, net.w))
 
 
-@program("samples added in place to what parameters made, below batch norm", b=table(D), a=linear, norm=norm)
+@program(
+    "samples added in place to what parameters made, below batch norm",
+    b=table(D),
+    a=linear,
+    norm=norm,
+)
 def _(net, x):
     h = net.b.expand(len(x), D).clone()
     h += net.a(x).tanh()
     return net.head(net.norm(h).tanh())
 
 
-@program("an lstm below batch norm", N, T, D, rnn=lambda: nn.LSTM(D, D, batch_first=True), norm=norm)
+@program(
+    "an lstm below batch norm", N, T, D, rnn=lambda: nn.LSTM(D, D, batch_first=True), norm=norm
+)
 def _(net, x):
     return net.head(net.norm(net.rnn(x)[0][:, -1]))
 
@@ -163,12 +172,18 @@ def other_order():
     return torch.randn(D, 2, 2, 2).contiguous(memory_format=torch.channels_last)
 
 
-@program("a parameter that lies in memory in another order", w=other_order, mix=lambda: nn.Linear(8, D))
+@program(
+    "a parameter that lies in memory in another order", w=other_order, mix=lambda: nn.Linear(8, D)
+)
 def _(net, x):
     return net.head(net.mix(x @ net.w.permute(0, 2, 3, 1).reshape(D, 8)).tanh())
 
 
-@program("a loss that writes to the predictions", loss=lambda p, y: F.cross_entropy(p.mul_(2), y), a=linear)
+@program(
+    "a loss that writes to the predictions",
+    loss=lambda p, y: F.cross_entropy(p.mul_(2), y),
+    a=linear,
+)
 def _(net, x):
     return net.head(net.a(x).tanh())
 
@@ -226,7 +241,9 @@ def test_what_is_asked_about_rows_follows_from_them(name):
     problem = ub.Problem(net, loss, (x, y))
     rows = problem.gradients()
     for memory in (None, 1):
-        norms, squares, dots = problem.compute(ub.Norms(), ub.SumOfSquares(), ub.Dots(), memory=memory)
+        norms, squares, dots = problem.compute(
+            ub.SquaredNorms(), ub.SumOfSquares(), ub.Dots(), memory=memory
+        )
         check(norms, {n: r.abs().square().flatten(1).sum(1) for n, r in rows.items()})
         check(squares, {n: r.abs().square().sum(0) for n, r in rows.items()})
         flat = rows.flat()
@@ -248,10 +265,14 @@ def test_small_gradients_count_in_float32():
             return self.head(x + self.scale * self.branch(z).tanh().sum(1))
 
     torch.manual_seed(0)
-    problem = ub.Problem(Branch(), nn.CrossEntropyLoss(), (torch.randn(N, D), torch.randint(0, C, (N,))))
+    problem = ub.Problem(
+        Branch(), nn.CrossEntropyLoss(), (torch.randn(N, D), torch.randint(0, C, (N,)))
+    )
     rows, gradient = problem.gradients(), problem.gradient()
     for name, g in gradient.items():
-        assert torch.allclose(rows[name].sum(0), g, rtol=1e-4, atol=1e-5 * float(g.abs().max())), name
+        assert torch.allclose(rows[name].sum(0), g, rtol=1e-4, atol=1e-5 * float(g.abs().max())), (
+            name
+        )
 
 
 def test_results_of_two_parameters_do_not_share_memory():
@@ -330,7 +351,12 @@ def test_a_wrong_contraction_is_noticed(monkeypatch, method):
 
 def test_a_wrong_norm_is_noticed(monkeypatch):
     net, loss, x, y = built("an lstm below batch norm")
-    monkeypatch.setattr(Pooled, "squared_norms", lambda self, where: self.g.new_ones(where.stop - where.start))
+    monkeypatch.setattr(
+        Pooled, "squared_norms", lambda self, where: self.g.new_ones(where.stop - where.start)
+    )
     problem = ub.Problem(net, loss, (x, y))
     rows = problem.gradients()
-    check(problem.compute(ub.Norms()), {n: r.square().flatten(1).sum(1) for n, r in rows.items()})
+    check(
+        problem.compute(ub.SquaredNorms()),
+        {n: r.square().flatten(1).sum(1) for n, r in rows.items()},
+    )

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 import unbatch as ub
 from cases.gradients import CASES
-from unbatch.autodiff.contractions.row_block import Part
+from unbatch.autodiff.contractions.row_block import RowBlock
 from unbatch.gradients.quantities import About, Basic, Collector, Derived, Projections, Quantity
 from unbatch.reference import definitions as reference
 
@@ -74,7 +74,9 @@ def orthogonality_test(rows: Plain) -> Tensor:
     """Bollapragada et al. 2018, equation 3.3: variance of what is orthogonal to ḡ. Cockpit returns the root of it."""
     g = per_loss(rows)
     mean = g.mean(0)
-    variance = sum((row - (row @ mean) / (mean @ mean) * mean).square().sum() for row in g) / (len(g) - 1)
+    variance = sum((row - (row @ mean) / (mean @ mean) * mean).square().sum() for row in g) / (
+        len(g) - 1
+    )
     return variance / len(g) / mean.square().sum()
 
 
@@ -106,7 +108,10 @@ CLIP = 0.3
 def clipped_sum(rows: Plain) -> Plain:
     """Abadi et al. 2016, algorithm 1: every row divided by `max(1, ‖row‖/C)`."""
     norms = reference.flat(rows).norm(dim=1)
-    return {k: sum(row / max(1.0, norm / CLIP) for row, norm in zip(r, norms, strict=True)) for k, r in rows.items()}
+    return {
+        k: sum(row / max(1.0, norm / CLIP) for row, norm in zip(r, norms, strict=True))
+        for k, r in rows.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,9 @@ class Asked:
     quantity: Quantity
     definition: Callable[[Plain], Any]
     degree: int
-    ratio: bool = False  # of entries, one by one: those that are zero but for rounding have no ratio
+    ratio: bool = (
+        False  # of entries, one by one: those that are zero but for rounding have no ratio
+    )
 
     @property
     def name(self) -> str:
@@ -125,7 +132,7 @@ class Asked:
 
 ASKED = [
     Asked(ub.Gradients(), lambda rows: rows, 1),
-    Asked(ub.Norms(), lambda rows: reference.squared_norms(rows)[0], 2),
+    Asked(ub.SquaredNorms(), lambda rows: reference.squared_norms(rows)[0], 2),
     Asked(Projections(), projections, 2),
     Asked(ub.SumOfSquares(), reference.sum_of_squares, 2),
     Asked(ub.SecondMoment(), reference.second_moment, 2),
@@ -229,10 +236,14 @@ def check(found: Any, expected: Any, floor: float, rtol: float = EXACT) -> None:
             except AssertionError as error:
                 raise AssertionError(f"{name}: {error}") from None
         return
-    assert found.shape == expected.shape, f"{tuple(found.shape)} where {tuple(expected.shape)} is expected"
+    assert found.shape == expected.shape, (
+        f"{tuple(found.shape)} where {tuple(expected.shape)} is expected"
+    )
     bound = rtol * largest(expected) + floor
     error = largest(found.double() - expected.double())
-    assert error <= bound, f"off by {error:.1e}, allowed {bound:.1e}, largest entry {largest(expected):.1e}"
+    assert error <= bound, (
+        f"off by {error:.1e}, allowed {bound:.1e}, largest entry {largest(expected):.1e}"
+    )
 
 
 def beyond_rounding(rows: Plain) -> Plain:
@@ -260,7 +271,7 @@ def test_a_quantity_is_what_its_definition_says(name, by, asked, memory):
 @EACH
 def test_totals_are_over_all_parameters(name, by):
     rows = expected_rows(name, by)
-    squared = compute(problem(name), ub.Norms(), by=by)
+    squared = compute(problem(name), ub.SquaredNorms(), by=by)
     check(squared.total, reference.squared_norms(rows)[1], FLOOR * largest(rows) ** 2)
 
 
@@ -268,7 +279,9 @@ def test_totals_are_over_all_parameters(name, by):
 def test_a_histogram_says_what_lies_beyond_its_edges(memory):
     rows = expected_rows("two batch norms, ce", "component")
     found = problem("two batch norms, ce").compute(ub.Histogram(BINS, LOW, HIGH), memory=memory)
-    torch.testing.assert_close(found.edges.double(), torch.tensor(EDGES, dtype=torch.float64), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        found.edges.double(), torch.tensor(EDGES, dtype=torch.float64), rtol=0, atol=1e-6
+    )
     n = len(next(iter(rows.values())))
     for name, r in rows.items():
         assert found.outside[name] == int(((n * r < LOW) | (n * r > HIGH)).sum())
@@ -292,8 +305,15 @@ def test_clipping_far_below_and_far_above_all_norms(max_norm):
 def test_together_they_are_what_they_are_alone(name, memory):
     rows = expected_rows(name, "component")
     sturdy = [a for a in ASKED if not a.ratio]
-    for chosen, wanted in [(sturdy, None), (sturdy[1:], None), (sturdy[::-1], None), (ASKED, beyond_rounding(rows))]:
-        together = compute(problem(name), *(a.quantity for a in chosen), memory=memory, parameters=wanted)
+    for chosen, wanted in [
+        (sturdy, None),
+        (sturdy[1:], None),
+        (sturdy[::-1], None),
+        (ASKED, beyond_rounding(rows)),
+    ]:
+        together = compute(
+            problem(name), *(a.quantity for a in chosen), memory=memory, parameters=wanted
+        )
         assert isinstance(together, tuple)
         for asked, one in zip(chosen, together, strict=True):
             alone = compute(problem(name), asked.quantity, memory=memory, parameters=wanted)
@@ -302,7 +322,9 @@ def test_together_they_are_what_they_are_alone(name, memory):
 
 
 def test_the_same_quantity_twice_is_answered_twice():
-    first, other, second = problem("mlp, ce").compute(ub.Norms(), ub.Histogram(), ub.Norms())
+    first, other, second = problem("mlp, ce").compute(
+        ub.SquaredNorms(), ub.Histogram(), ub.SquaredNorms()
+    )
     assert torch.equal(first.flat(), second.flat())
     assert set(other) == set(first)
 
@@ -344,7 +366,9 @@ def check_variance(found: Mapping[str, Tensor], rows: Plain, eps: float) -> None
 def test_variance_of_rows_that_are_nearly_equal(apart, memory):
     question, rows = nearly_equal(torch.float32, apart)
     assert list(question.gradients()) == list(rows)
-    check_variance(question.compute(ub.Variance(), memory=memory), rows, torch.finfo(torch.float32).eps)
+    check_variance(
+        question.compute(ub.Variance(), memory=memory), rows, torch.finfo(torch.float32).eps
+    )
     check_variance(question.compute(ub.Gradients(), ub.Variance(), memory=memory)[1], rows, 1.2e-7)
 
 
@@ -361,10 +385,11 @@ def test_variance_from_moments_is_caught():
 def test_a_variance_is_never_negative(name, by, memory):
     model, loss, inputs, targets = case(name).build()
     narrow = torch.utils._pytree.tree_map(
-        lambda t: t.float() if isinstance(t, Tensor) and t.is_floating_point() else t, (inputs, targets)
+        lambda t: t.float() if isinstance(t, Tensor) and t.is_floating_point() else t,
+        (inputs, targets),
     )
     if "class weights" in name or name == "two batch norms of convs":
-        narrow_loss = lambda p, y: loss(p.double(), y)  # noqa: E731  its class weights are in float64
+        narrow_loss = lambda p, y: loss(p.double(), y)  # noqa: E731
     else:
         narrow_loss = loss.float() if isinstance(loss, nn.Module) else loss
     question = ub.Problem(model.float().train(), narrow_loss, narrow)
@@ -390,12 +415,16 @@ def mixed_net(narrow: torch.dtype | None = None) -> nn.Module:
     return Net()
 
 
-def in_precision(dtype: torch.dtype, autocast: torch.dtype | None = None) -> tuple[ub.Problem, ub.Problem]:
+def in_precision(
+    dtype: torch.dtype, autocast: torch.dtype | None = None
+) -> tuple[ub.Problem, ub.Problem]:
     """The same problem in a narrow precision and in float64, with the same values of everything."""
     x, y = torch.randn(8, 2, 6, 6).to(dtype), torch.arange(8) % 3
     narrow = mixed_net(autocast).to(dtype)
     exact = mixed_net().double()
-    exact.load_state_dict({k: v.double() if v.is_floating_point() else v for k, v in narrow.state_dict().items()})
+    exact.load_state_dict(
+        {k: v.double() if v.is_floating_point() else v for k, v in narrow.state_dict().items()}
+    )
 
     def loss(p: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(p.to(torch.promote_types(p.dtype, torch.float32)), y)
@@ -404,7 +433,9 @@ def in_precision(dtype: torch.dtype, autocast: torch.dtype | None = None) -> tup
 
 
 def check_precision(narrow: ub.Problem, exact: ub.Problem, rtol: float, memory: int | None) -> None:
-    quantities = [a.quantity for a in ASKED if not a.ratio and a.name not in ("Histogram", "NoiseScale")]
+    quantities = [
+        a.quantity for a in ASKED if not a.ratio and a.name not in ("Histogram", "NoiseScale")
+    ]
     found = compute(narrow, *quantities, memory=memory)
     expected = compute(exact, *quantities)
     for q, f, e in zip(quantities, found, expected, strict=True):
@@ -412,7 +443,9 @@ def check_precision(narrow: ub.Problem, exact: ub.Problem, rtol: float, memory: 
         for name in e if isinstance(e, Mapping) else [None]:
             a, b = (f, e) if name is None else (f[name], e[name])
             error = largest(a.double() - b)
-            assert error <= rtol * scale, f"{type(q).__name__} {name or ''}: off by {error / scale:.1e} of the largest"
+            assert error <= rtol * scale, (
+                f"{type(q).__name__} {name or ''}: off by {error / scale:.1e} of the largest"
+            )
 
 
 PRECISIONS = {
@@ -433,9 +466,18 @@ NETS: dict[str, tuple[Callable[[], list[nn.Module]], tuple[int, ...]]] = {
     "mlp": (lambda: [nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)], (8, 6)),
     "layer norm": (lambda: [nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 3)], (8, 6)),
     "batch norm": (lambda: [nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)], (8, 6)),
-    "conv": (lambda: [nn.Conv2d(2, 3, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten()], (8, 2, 6, 6)),
+    "conv": (
+        lambda: [nn.Conv2d(2, 3, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten()],
+        (8, 2, 6, 6),
+    ),
     "batch norm of a conv": (
-        lambda: [nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten()],
+        lambda: [
+            nn.Conv2d(2, 3, 3),
+            nn.BatchNorm2d(3),
+            nn.Tanh(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        ],
         (8, 2, 6, 6),
     ),
 }
@@ -461,7 +503,15 @@ def test_autocast_inside_the_model_agrees_with_float32(net, by, memory):
     for narrow in (True, False):
         model.narrow = narrow
         question = ub.Problem(model, lambda p, y: F.cross_entropy(p.float(), y), (x, y))
-        answers.append(compute(question, *(a.quantity for a in ASKED[:7]), ub.ClippedSum(CLIP), by=by, memory=memory))
+        answers.append(
+            compute(
+                question,
+                *(a.quantity for a in ASKED[:7]),
+                ub.ClippedSum(CLIP),
+                by=by,
+                memory=memory,
+            )
+        )
     for found, expected in zip(*answers, strict=True):
         scale = largest(expected)
         check(found, expected, 0.06 * scale, 0)
@@ -474,7 +524,7 @@ def test_autocast_around_the_question():
 
 
 @MEMORY
-@pytest.mark.parametrize("asked", [a for a in ASKED if a.name in ("Norms", "Projections", "Dots", "Variance")],
+@pytest.mark.parametrize("asked", [a for a in ASKED if a.name in ("SquaredNorms", "Projections", "Dots", "Variance")],
                          ids=lambda a: a.name)  # fmt: skip
 def test_autocast_around_the_question_does_not_reach_the_sums(asked, memory):
     """Against the rows as they came out, so that only accumulation is measured."""
@@ -501,16 +551,26 @@ def test_sums_over_bfloat16_are_accumulated_in_float32(asked, memory):
     rows = {k: r.double() for k, r in question.gradients().items()}
     if asked.ratio:
         rows = beyond_rounding(rows)
-    found = compute(question, ub.Gradients(), asked.quantity, memory=memory, parameters=list(rows))[1]
+    found = compute(question, ub.Gradients(), asked.quantity, memory=memory, parameters=list(rows))[
+        1
+    ]
     for t in found.values() if isinstance(found, Mapping) else [found]:
         assert t.dtype == torch.float32
-    if asked.name in ("Norms", "SumOfSquares", "SecondMoment", "Dots", "Variance"):
+    if asked.name in ("SquaredNorms", "SumOfSquares", "SecondMoment", "Dots", "Variance"):
         check(found, asked.definition(rows), 1e-5 * largest(rows) ** 2, 1e-5)
 
 
 # ---------------------------------------------------------------- statistics over what are no samples
 
-MEANINGFUL = ["mlp, ce", "mlp, mse sum", "conv2d", "embedding", "dropout", "attention", "mlp, ce class weights sum"]
+MEANINGFUL = [
+    "mlp, ce",
+    "mlp, mse sum",
+    "conv2d",
+    "embedding",
+    "dropout",
+    "attention",
+    "mlp, ce class weights sum",
+]
 MEANINGLESS = {
     "batch norm, ce": "simd",
     "two batch norms, ce": "simd",
@@ -558,7 +618,7 @@ def test_warnings_are_errors_where_the_user_wants_them_to_be():
         for asked in ASKED:
             if asked.name in MOMENTS:
                 with pytest.raises(ub.MixedSamplesWarning, match=asked.name):
-                    question.compute(ub.Norms(), asked.quantity)
+                    question.compute(ub.SquaredNorms(), asked.quantity)
             else:
                 question.compute(asked.quantity)
 
@@ -579,7 +639,7 @@ class _Largest(Collector):
         super().__init__(about)
         self.found = {n: about.like.new_zeros(about.samples) for n in about.shapes}
 
-    def take(self, name: str, part: Part) -> None:
+    def take(self, name: str, part: RowBlock) -> None:
         self.found[name][part.where] = part.rows().flatten(1).abs().amax(1)
 
     def finish(self) -> Any:
@@ -593,7 +653,7 @@ class Spikiness(Derived):
     moment = True
 
     def bases(self) -> Sequence[Quantity]:
-        return Largest(), ub.Norms()
+        return Largest(), ub.SquaredNorms()
 
     def combine(self, about: About, *results: Any) -> Any:
         most, squared = results
@@ -674,7 +734,9 @@ def test_rows_are_written_to_the_buffers_of_the_caller(name, memory):
 
 def test_buffers_may_lie_in_memory_in_any_way():
     rows = problem("mlp, ce").gradients()
-    whole = torch.full((2 * problem("mlp, ce").samples, rows.flat().shape[1]), float("nan"), dtype=torch.float64)
+    whole = torch.full(
+        (2 * problem("mlp, ce").samples, rows.flat().shape[1]), float("nan"), dtype=torch.float64
+    )
     pieces = whole[::2].split([r[0].numel() for r in rows.values()], 1)
     buffers = {k: p.view(r.shape) for (k, r), p in zip(rows.items(), pieces, strict=True)}
     problem("mlp, ce").gradients(out=buffers)
@@ -707,7 +769,9 @@ def test_buffers_that_do_not_fit_are_refused_and_none_is_written_to(says):
     assert all((t == 7).all() for t in good.values())
 
 
-@pytest.mark.parametrize("name", ["mlp, ce", "conv2d", "embedding", "two batch norms, ce", "an unused parameter"])
+@pytest.mark.parametrize(
+    "name", ["mlp, ce", "conv2d", "embedding", "two batch norms, ce", "an unused parameter"]
+)
 def test_results_share_no_memory(name):
     """With each other, with those of a later call, or with parameters and data."""
     question = problem(name)
@@ -715,7 +779,9 @@ def test_results_share_no_memory(name):
     taken |= {t.untyped_storage().data_ptr() for t in (question.inputs, question.targets)}
     for _ in range(2):
         results = compute(question, *(a.quantity for a in ASKED))
-        tensors = [t for r in results for t in (r.values() if isinstance(r, Mapping) else [r]) if t.numel()]
+        tensors = [
+            t for r in results for t in (r.values() if isinstance(r, Mapping) else [r]) if t.numel()
+        ]
         kept = [t.clone() for t in tensors]
         storages = [t.untyped_storage().data_ptr() for t in tensors]
         assert len(set(storages)) == len(storages)
@@ -745,9 +811,11 @@ def test_parameters_by_name_by_glob_and_as_tensors():
         assert list(found) == names
         for name in names:
             torch.testing.assert_close(found[name], rows[name], rtol=1e-12, atol=1e-15)
-        assert list(question.compute(ub.Norms(), parameters=wanted)) == names
+        assert list(question.compute(ub.SquaredNorms(), parameters=wanted)) == names
     some = {k: r for k, r in rows.items() if k.endswith("bias")}
-    torch.testing.assert_close(question.compute(ub.Dots(), parameters="*.bias"), reference.dots(some))
+    torch.testing.assert_close(
+        question.compute(ub.Dots(), parameters="*.bias"), reference.dots(some)
+    )
 
 
 def test_parameters_may_come_from_a_generator():
@@ -759,7 +827,10 @@ def test_parameters_may_come_from_a_generator():
 def test_a_name_that_is_a_glob_too_is_meant_as_a_name():
     w = torch.randn(4, requires_grad=True)
     question = ub.Problem(
-        lambda q, x: (x * q["a[0]"]).sum(1), lambda p: p.sum(), (torch.randn(5, 4), None), parameters={"a[0]": w}
+        lambda q, x: (x * q["a[0]"]).sum(1),
+        lambda p: p.sum(),
+        (torch.randn(5, 4), None),
+        parameters={"a[0]": w},
     )
     assert list(question.gradients(parameters="a[0]")) == ["a[0]"]
 
@@ -784,13 +855,20 @@ def test_the_same_seed_gives_the_same_rows():
 def test_one_mask_is_used_for_all_of_a_question():
     torch.manual_seed(3)
     question = drop_out()
-    rows, dots, squares, norms = question.compute(ub.Gradients(), ub.Dots(), ub.SumOfSquares(), ub.Norms())
+    rows, dots, squares, norms = question.compute(
+        ub.Gradients(), ub.Dots(), ub.SumOfSquares(), ub.SquaredNorms()
+    )
     check(dots, reference.dots(rows), 0)
     check(squares, reference.sum_of_squares(rows), 0)
     check(norms, reference.squared_norms(rows)[0], 0)
     torch.manual_seed(9)
-    assert torch.equal(question.gradients().flat(), rows.flat()), "the mask is that of the recorded run"
-    assert torch.equal(question.compute(ub.Norms()).total, question.compute(ub.Norms(), memory=1).total)
+    assert torch.equal(question.gradients().flat(), rows.flat()), (
+        "the mask is that of the recorded run"
+    )
+    assert torch.equal(
+        question.compute(ub.SquaredNorms()).total,
+        question.compute(ub.SquaredNorms(), memory=1).total,
+    )
 
 
 # ---------------------------------------------------------------- what results say
@@ -808,7 +886,12 @@ KINDS = {
 def test_results_say_what_they_are_made_of(name):
     for by, kind in KINDS[name].items():
         rows, norms, variance, clipped = compute(
-            problem(name), ub.Gradients(), ub.Norms(), ub.Variance(), ub.ClippedSum(1.0), by=by
+            problem(name),
+            ub.Gradients(),
+            ub.SquaredNorms(),
+            ub.Variance(),
+            ub.ClippedSum(1.0),
+            by=by,
         )
         for result in (rows, norms, variance, clipped):
             assert (result.by, result.kind) == (by, kind)
@@ -816,7 +899,9 @@ def test_results_say_what_they_are_made_of(name):
 
 
 def test_flat_results_are_in_the_order_of_the_parameters():
-    rows, variance, norms = problem("mlp, ce").compute(ub.Gradients(), ub.Variance(), ub.Norms())
+    rows, variance, norms = problem("mlp, ce").compute(
+        ub.Gradients(), ub.Variance(), ub.SquaredNorms()
+    )
     n = problem("mlp, ce").samples
     assert list(rows) == [k for k, _ in problem("mlp, ce").program.model.named_parameters()]
     assert torch.equal(rows.flat(), torch.cat([r.reshape(n, -1) for r in rows.values()], 1))
@@ -845,7 +930,7 @@ def test_without_a_parameter_beside_the_predictions_there_is_no_rest(name):
 
 
 WRONG: dict[str, Callable[[Plain], Any]] = {
-    "Norms": lambda rows: {k: r.flatten(1).norm(dim=1) for k, r in rows.items()},
+    "SquaredNorms": lambda rows: {k: r.flatten(1).norm(dim=1) for k, r in rows.items()},
     "SecondMoment": reference.sum_of_squares,
     "Variance": lambda rows: {k: r.var(0, unbiased=True) for k, r in rows.items()},
     "Dots": lambda rows: reference.dots({k: r.roll(1, 0) for k, r in rows.items()}),

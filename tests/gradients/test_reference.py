@@ -43,7 +43,9 @@ def check_equal(found, expected, relative=1e-12):
     assert list(found) == list(expected)
     floor = relative * (largest(expected) or 1)
     for name in found:
-        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=floor, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            found[name], expected[name], rtol=0, atol=floor, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def check_sum(rows, gradient, rest):
@@ -89,7 +91,9 @@ def test_rows_differ_where_samples_meet_after_a_parameter(case):
     args = problem(case, "train")
     first, *others = (rows_of(*args) for rows_of in kinds(case, "train"))
     for other in others:
-        assert max((other[n] - first[n]).abs().max() for n in first if first[n].numel()) > 1e-4 * largest(first)
+        assert max(
+            (other[n] - first[n]).abs().max() for n in first if first[n].numel()
+        ) > 1e-4 * largest(first)
 
 
 NOT_BY_REDUCTIONS_OF_AXIS_0 = {
@@ -98,7 +102,9 @@ NOT_BY_REDUCTIONS_OF_AXIS_0 = {
     "soft mixing of experts",
     "batch norm of tokens, time first",
 }
-BY_REDUCTIONS = [c for c in CASES if c.mixes and c.frozen and c.name not in NOT_BY_REDUCTIONS_OF_AXIS_0]
+BY_REDUCTIONS = [
+    c for c in CASES if c.mixes and c.frozen and c.name not in NOT_BY_REDUCTIONS_OF_AXIS_0
+]
 
 
 @pytest.mark.parametrize("case", BY_REDUCTIONS, ids=lambda case: case.name)
@@ -111,7 +117,8 @@ def test_frozen_rows_are_component_rows_of_a_batch_with_detached_statistics(case
 
     held = Net(forward, {"model": lambda: model})
     expected = {
-        name.removeprefix("model."): row for name, row in reference.component(held, loss, inputs, targets).items()
+        name.removeprefix("model."): row
+        for name, row in reference.component(held, loss, inputs, targets).items()
     }
     check_equal(reference.frozen(model, loss, inputs, targets), expected)
 
@@ -132,7 +139,17 @@ class Detached(TorchFunctionMode):
         return tuple(t.detach() for t in out) if isinstance(out, tuple) else out.detach()
 
 
-def normalised(batch_norm, x, mean=None, var=None, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+def normalised(
+    batch_norm,
+    x,
+    mean=None,
+    var=None,
+    weight=None,
+    bias=None,
+    training=False,
+    momentum=0.1,
+    eps=1e-5,
+):
     over = [d for d in range(x.ndim) if d != 1]
     if training:
         mean, var = x.detach().mean(over), x.detach().var(over, unbiased=False)
@@ -149,7 +166,13 @@ def test_the_table_is_large_and_its_names_are_its_own():
     assert len(BY_NAME) == len(CASES) >= 70
     for case in CASES:
         _, _, inputs, _ = case.build()
-        leaves = inputs if isinstance(inputs, tuple) else [*inputs.values()] if isinstance(inputs, dict) else [inputs]
+        leaves = (
+            inputs
+            if isinstance(inputs, tuple)
+            else [*inputs.values()]
+            if isinstance(inputs, dict)
+            else [inputs]
+        )
         assert 4 <= leaves[0].shape[0] <= 7
 
 
@@ -171,7 +194,10 @@ def test_copies_of_a_linear_layer_under_batch_norm_equal_what_it_holds_per_rank(
     """The same by hand: the weights enter as a stack with one copy per sample."""
     model, loss, x, y = problem(BY_NAME["two batch norms, ce"], "train")
     rows = reference.copies(model, loss, x, y)
-    stacks = {n: p.detach().expand(N, *p.shape).clone().requires_grad_() for n, p in model.named_parameters()}
+    stacks = {
+        n: p.detach().expand(N, *p.shape).clone().requires_grad_()
+        for n, p in model.named_parameters()
+    }
     h = x
     for i, layer in enumerate(model):
         w, b = stacks.get(f"{i}.weight"), stacks.get(f"{i}.bias")
@@ -203,7 +229,10 @@ def test_one_batch_norm_follows_the_formulas():
     hat = (Z - Z.mean(0)) / sigma
     g = 3 * (model(X).detach() - y) ** 2
     L = model[1].weight.detach() * g / sigma
-    rows = {kind: torch.zeros(N, 3, 4, dtype=torch.float64) for kind in ("component", "copies", "frozen")}
+    rows = {
+        kind: torch.zeros(N, 3, 4, dtype=torch.float64)
+        for kind in ("component", "copies", "frozen")
+    }
     eye, ones = torch.eye(N, dtype=torch.float64), torch.ones(N, N, dtype=torch.float64)
     for c in range(3):
         Pi = eye - ones / N - torch.outer(hat[:, c], hat[:, c]) / N
@@ -236,14 +265,23 @@ def test_centring_before_or_after_the_weights_is_one_function_with_two_sets_of_c
     w = torch.randn(3, 4, dtype=torch.float64)
     x, y = torch.randn(N, 4, dtype=torch.float64), torch.randn(N, 3, dtype=torch.float64)
     before = Net(lambda net, x: (x - x.mean(0)) @ net.w.t(), {"w": lambda: nn.Parameter(w.clone())})
-    after = Net(lambda net, x: (h := x @ net.w.t()) - h.mean(0), {"w": lambda: nn.Parameter(w.clone())})
-    check_equal(reference.component(before, F.mse_loss, x, y), reference.component(after, F.mse_loss, x, y))
-    apart = reference.copies(before, F.mse_loss, x, y)["w"] - reference.copies(after, F.mse_loss, x, y)["w"]
+    after = Net(
+        lambda net, x: (h := x @ net.w.t()) - h.mean(0), {"w": lambda: nn.Parameter(w.clone())}
+    )
+    check_equal(
+        reference.component(before, F.mse_loss, x, y), reference.component(after, F.mse_loss, x, y)
+    )
+    apart = (
+        reference.copies(before, F.mse_loss, x, y)["w"]
+        - reference.copies(after, F.mse_loss, x, y)["w"]
+    )
     assert apart.abs().max() > 0.1 * largest(reference.copies(before, F.mse_loss, x, y))
 
 
 def test_a_parameter_applied_to_a_statistic_counts_for_those_who_consume_the_result():
-    model = Net(lambda net, x: x + net.w * x.mean(0), {"w": lambda: nn.Parameter(torch.randn(4).double())})
+    model = Net(
+        lambda net, x: x + net.w * x.mean(0), {"w": lambda: nn.Parameter(torch.randn(4).double())}
+    )
     x, g = torch.randn(N, 4, dtype=torch.float64), torch.randn(N, 4, dtype=torch.float64)
     rows = reference.copies(model, lambda p, y: (p * y).sum(), x, g)
     check_equal(rows, {"w": g * x.mean(0)})
@@ -294,7 +332,10 @@ def test_attention_between_samples_has_no_frozen_rows():
 def test_a_model_that_takes_other_steps_for_one_sample_is_refused():
     with pytest.raises(ValueError, match="no axis is cut by samples"):
         reference.copies(*problem(BY_NAME["ghost batch norm"], "train"))
-    net = Net(lambda net, x: net.w * (x - x.mean(0) if len(x) > 1 else x), {"w": lambda: nn.Parameter(torch.ones(3))})
+    net = Net(
+        lambda net, x: net.w * (x - x.mean(0) if len(x) > 1 else x),
+        {"w": lambda: nn.Parameter(torch.ones(3))},
+    )
     with pytest.raises(ValueError, match="calls nothing more where the batch calls mean"):
         reference.copies(net, F.mse_loss, torch.randn(N, 3), torch.randn(N, 3))
 
@@ -324,7 +365,9 @@ def test_quantities_are_what_loops_give():
     assert not each["none"].any()
     torch.testing.assert_close(reference.dots(rows), torch.stack(vectors) @ torch.stack(vectors).T)
     torch.testing.assert_close(reference.sum_of_squares(rows)["w"], sum(r * r for r in rows["w"]))
-    torch.testing.assert_close(reference.second_moment(rows)["w"] * N, reference.sum_of_squares(rows)["w"])
+    torch.testing.assert_close(
+        reference.second_moment(rows)["w"] * N, reference.sum_of_squares(rows)["w"]
+    )
     torch.testing.assert_close(reference.variance(rows)["w"], rows["w"].var(0, unbiased=False))
     clipped = sum(v * min(1.0, 1.5 / v.norm()) for v in vectors)
     found = reference.clipped_sum(rows, 1.5)
@@ -335,7 +378,9 @@ def test_quantities_are_what_loops_give():
 
 
 def shuffled(*args):
-    return {n: torch.cat([row[1:2], row[:1], row[2:]]) for n, row in reference.component(*args).items()}
+    return {
+        n: torch.cat([row[1:2], row[:1], row[2:]]) for n, row in reference.component(*args).items()
+    }
 
 
 def test_a_wrong_sum_is_caught():
@@ -348,7 +393,9 @@ def stacked(model, loss, x, y):
     """One backward pass for all samples as if they were apart: the trick that every layer but batch norm allows."""
     rows, last = {}, {}
     for name, layer in model.named_children():
-        layer.register_forward_hook(lambda _, inputs, output, name=name: last.update({name: (inputs[0], output)}))
+        layer.register_forward_hook(
+            lambda _, inputs, output, name=name: last.update({name: (inputs[0], output)})
+        )
     value = loss(model(x), y)
     for name, (inputs, output) in last.items():
         if isinstance(model.get_submodule(name), nn.Linear):
@@ -360,12 +407,16 @@ def stacked(model, loss, x, y):
 def test_rows_by_one_stacked_backward_pass_are_caught():
     args = problem(BY_NAME["mlp, ce"], "train")
     rows = stacked(*args)
-    check_equal(rows, {name: row for name, row in reference.component(*args).items() if name in rows})
+    check_equal(
+        rows, {name: row for name, row in reference.component(*args).items() if name in rows}
+    )
     args = problem(BY_NAME["two batch norms, ce"], "train")
     rows = stacked(*args)
     check_equal(rows, {name: row for name, row in reference.copies(*args).items() if name in rows})
     with pytest.raises(AssertionError):
-        check_equal(rows, {name: row for name, row in reference.component(*args).items() if name in rows})
+        check_equal(
+            rows, {name: row for name, row in reference.component(*args).items() if name in rows}
+        )
 
 
 def test_rows_of_other_samples_are_caught():

@@ -20,7 +20,9 @@ def check_imports(source: str) -> None:
             names = [node.module or ""]
         for name in names:
             last = name.rpartition(".")[2]
-            assert not last.startswith("test_"), f"line {node.lineno}: {name}; move what is shared to cases"
+            assert not last.startswith("test_"), (
+                f"line {node.lineno}: {name}; move what is shared to cases"
+            )
 
 
 def test_no_test_module_imports_another():
@@ -33,7 +35,9 @@ def test_names_of_files_are_unique():
     assert [name for name, count in counts.items() if count > 1] == []
 
 
-@pytest.mark.parametrize("line", ["import test_cases", "from test_ggn import near", "from tests.test_ggn import near"])
+@pytest.mark.parametrize(
+    "line", ["import test_cases", "from test_ggn import near", "from tests.test_ggn import near"]
+)
 def test_an_import_of_a_test_module_is_caught(line):
     with pytest.raises(AssertionError, match="move what is shared"):
         check_imports(line)

@@ -75,7 +75,9 @@ Sources = Mapping[str, str]
 
 def sources() -> Sources:
     folder = Path(__file__).parents[2] / "src" / PACKAGE
-    paths = {path.relative_to(folder).with_suffix(""): path for path in sorted(folder.rglob("*.py"))}
+    paths = {
+        path.relative_to(folder).with_suffix(""): path for path in sorted(folder.rglob("*.py"))
+    }
     names = {".".join(short.parts).removesuffix(".__init__"): path for short, path in paths.items()}
     return {name: path.read_text(encoding="utf-8") for name, path in names.items()}
 
@@ -132,7 +134,11 @@ def import_graph(files: Sources) -> dict[str, set[str]]:
     own, as in `from unbatch import Problem`, is an import of `__init__`."""
     graph: dict[str, set[str]] = {}
     for module, source in files.items():
-        names = (name.removeprefix(PACKAGE).removeprefix(".") for name in imports(source) if is_inside(name, PACKAGE))
+        names = (
+            name.removeprefix(PACKAGE).removeprefix(".")
+            for name in imports(source)
+            if is_inside(name, PACKAGE)
+        )
         graph[module] = {_module(name, files) for name in names}
     return graph
 
@@ -159,7 +165,9 @@ def upward_imports(files: Sources) -> list[str]:
         for imported in sorted(targets):
             its = wing(imported)
             if own is not None and its is not None and its not in may_import(own):
-                complaints.append(f"{importer}.py imports {imported}.py, and {own} may not import {its}")
+                complaints.append(
+                    f"{importer}.py imports {imported}.py, and {own} may not import {its}"
+                )
     return complaints
 
 
@@ -204,13 +212,22 @@ PLANTED = {
     "module without a wing": (unlisted, {"helpers": ""}),
     "import from above": (
         upward_imports,
-        {"capture.graph": "from unbatch.analysis.structure import Verdict", "analysis.structure": ""},
+        {
+            "capture.graph": "from unbatch.analysis.structure import Verdict",
+            "analysis.structure": "",
+        },
     ),
     "import from above, inside a wing": (
         upward_imports,
-        {"analysis.domain.ownership": "from unbatch.analysis.rules import views", "analysis.rules.views": ""},
+        {
+            "analysis.domain.ownership": "from unbatch.analysis.rules import views",
+            "analysis.rules.views": "",
+        },
     ),
-    "import from above, relative": (upward_imports, {"errors": "from . import capture", "capture": ""}),
+    "import from above, relative": (
+        upward_imports,
+        {"errors": "from . import capture", "capture": ""},
+    ),
     "import from above, late": (
         upward_imports,
         {"capture.ops": "def f():\n    import unbatch.cli.demo", "cli.demo": ""},
@@ -246,7 +263,10 @@ PLANTED = {
         trespasses,
         {"capture.ops": "from torch.utils import _python_dispatch"},
     ),
-    "graph without an import": (trespasses, {"analysis.inference": "import torch\ng = torch.fx.Graph()"}),
+    "graph without an import": (
+        trespasses,
+        {"analysis.inference": "import torch\ng = torch.fx.Graph()"},
+    ),
     "another's tool": (trespasses, {"curvature.ggn": "def f():\n    import laplace"}),
     "late plot": (trespasses, {"report.tables": "def f():\n    import matplotlib.pyplot as plt"}),
     "no docstring": (without_docstring, {"analysis": "# analysis\nx = 1"}),
@@ -283,7 +303,9 @@ def test_the_package_comes_without_torch():
         unbatch.Prblem  # noqa: B018
 
 
-@pytest.mark.parametrize("module", ["report.page", "problem.problem", "integrations.backpack", "cli.commands"])
+@pytest.mark.parametrize(
+    "module", ["report.page", "problem.problem", "integrations.backpack", "cli.commands"]
+)
 def test_any_module_can_be_the_first(module):
     """A name that is looked up while its module is on its way must not fetch all others."""
     subprocess.run([sys.executable, "-c", f"import unbatch.{module}"], check=True)
@@ -291,9 +313,7 @@ def test_any_module_can_be_the_first(module):
 
 def test_integrations_are_there_without_an_import_of_their_own():
     """And what they need is imported when they are asked for, not with the package."""
-    asked = (
-        "import sys, unbatch as ub; early = 'unbatch.integrations.backpack' in sys.modules; ub.integrations.backpack"
-    )
+    asked = "import sys, unbatch as ub; early = 'unbatch.integrations.backpack' in sys.modules; ub.integrations.backpack"
     heavy = "[m for m in ('matplotlib', 'laplace', 'transformers', 'lightning', 'sklearn') if m in sys.modules]"
     run = [sys.executable, "-c", f"{asked}.attach; print(early, {heavy})"]
     assert subprocess.run(run, capture_output=True, text=True, check=True).stdout == "False []\n"

@@ -31,7 +31,9 @@ def check_every_value(calls: Sequence[Call], chosen: Sequence[bool]) -> None:
         if is_quick:
             reached |= values
     missing = wanted - reached
-    assert not missing, f"{len(missing)} values are in no quick test, such as {sorted(map(str, missing))[:3]}"
+    assert not missing, (
+        f"{len(missing)} values are in no quick test, such as {sorted(map(str, missing))[:3]}"
+    )
 
 
 def product(module: str, function: str, **axes: int) -> list[Call]:

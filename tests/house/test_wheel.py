@@ -27,9 +27,15 @@ print(problem.structure)
 
 def run(*command: str | Path, cwd: Path) -> str:
     """What a command prints. Raises ``AssertionError`` where it fails."""
-    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
+    clean = {
+        k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+    }
     done = subprocess.run(
-        list(map(str, command)), cwd=cwd, env=clean | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+        list(map(str, command)),
+        cwd=cwd,
+        env=clean | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, f"{command}:\n{done.stdout}\n{done.stderr}"
     return done.stdout
@@ -66,7 +72,9 @@ def installed(wheel, tmp_path_factory) -> Path:
     venv.create(folder, with_pip=False)
     pip("--python", folder, "install", "-q", "--no-deps", "--no-index", wheel, cwd=folder)
     (packages,) = folder.glob("lib/python*/site-packages")
-    borrowed = sysconfig.get_path("purelib")  # its own .pth files, those of editable installs, are not followed
+    borrowed = sysconfig.get_path(
+        "purelib"
+    )  # its own .pth files, those of editable installs, are not followed
     (packages / "borrowed.pth").write_text(f"{borrowed}\n", encoding="utf-8")
     return folder
 
@@ -84,7 +92,9 @@ def test_a_file_that_is_not_in_the_wheel_is_found(wheel):
 def test_five_lines(installed, tmp_path):
     said = run(installed / "bin/python", "-c", FIVE_LINES + "print(ub.__file__)", cwd=tmp_path)
     assert "independent forward    ✗ fails" in said
-    assert Path(said.splitlines()[-1]).is_relative_to(installed), "it is the source tree that was imported"
+    assert Path(said.splitlines()[-1]).is_relative_to(installed), (
+        "it is the source tree that was imported"
+    )
 
 
 @pytest.mark.parametrize("command", [("bin/python", "-m", "unbatch"), ("bin/unbatch",)])
@@ -102,4 +112,6 @@ def test_the_demo_runs(installed, tmp_path):
     pytest.importorskip("sklearn")
     said = run(installed / "bin/unbatch", "demo", "--quick", "-o", "folder/page.html", cwd=tmp_path)
     assert "independent forward" in said
-    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()] == ["folder/page.html"]
+    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()] == [
+        "folder/page.html"
+    ]

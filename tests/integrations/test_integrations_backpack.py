@@ -34,7 +34,14 @@ def convolutional():
 
 def normed():
     """With two batch norms, in train mode."""
-    layers = [nn.Linear(5, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Tanh()]
+    layers = [
+        nn.Linear(5, 4),
+        nn.BatchNorm1d(4),
+        nn.ReLU(),
+        nn.Linear(4, 4),
+        nn.BatchNorm1d(4),
+        nn.Tanh(),
+    ]
     return nn.Sequential(*layers, nn.Linear(4, C)), torch.randn(N, 5)
 
 
@@ -71,7 +78,10 @@ def setting(make, loss="cross-entropy"):
 
 def theirs(extension, model, criterion, data, **options):
     """What BackPACK leaves at the parameters of a copy: hooks stay with the copy."""
-    tool, extensions = pytest.importorskip("backpack"), importlib.import_module("backpack.extensions")
+    tool, extensions = (
+        pytest.importorskip("backpack"),
+        importlib.import_module("backpack.extensions"),
+    )
     model, criterion = tool.extend(copy.deepcopy(model)), tool.extend(copy.deepcopy(criterion))
     chosen = getattr(extensions, extension)(**options)
     with tool.backpack(chosen):
@@ -108,7 +118,9 @@ def test_values_shapes_and_scales_are_theirs(extension, make, loss):
 @pytest.mark.parametrize("extension", ["BatchGrad", "SqrtGGNExact"])
 def test_of_some_samples(extension):
     case = setting(mlp)
-    assert_same(ours(extension, *case, subsampling=[4, 1]), theirs(extension, *case, subsampling=[4, 1]))
+    assert_same(
+        ours(extension, *case, subsampling=[4, 1]), theirs(extension, *case, subsampling=[4, 1])
+    )
 
 
 def test_products_with_blocks():
@@ -131,7 +143,10 @@ def test_draws_have_their_mean(extension):
 def test_drawn_columns_are_those_of_the_drawn_diagonal():
     """``[M, N, *p]``, and their squares sum to what the same seed has on the diagonal."""
     case = setting(mlp)
-    columns, wanted = ours("SqrtGGNMC", *case, mc_samples=3, seed=5), theirs("SqrtGGNMC", *case, mc_samples=3)
+    columns, wanted = (
+        ours("SqrtGGNMC", *case, mc_samples=3, seed=5),
+        theirs("SqrtGGNMC", *case, mc_samples=3),
+    )
     assert {n: t.shape for n, t in columns.items()} == {n: t.shape for n, t in wanted.items()}
     diagonal = ours("DiagGGNMC", *case, mc_samples=3, seed=5)
     assert_same({n: t.square().sum((0, 1)) for n, t in columns.items()}, diagonal)
@@ -174,11 +189,17 @@ def test_curvature_under_batch_norm_is_there():
         theirs("DiagGGNExact", *case)
     model, criterion, data = case
     truth = reference.ggn_diagonals(model, criterion, *data)
-    torch.testing.assert_close(joined(ours("BatchDiagGGNExact", *case), 1), truth, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(joined(ours("DiagGGNExact", *case), 0), truth.sum(0), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        joined(ours("BatchDiagGGNExact", *case), 1), truth, rtol=1e-9, atol=1e-12
+    )
+    torch.testing.assert_close(
+        joined(ours("DiagGGNExact", *case), 0), truth.sum(0), rtol=1e-9, atol=1e-12
+    )
     V = joined(ours("SqrtGGNExact", *case), 2).flatten(0, 1)
     assert V.shape[0] == N * C
-    torch.testing.assert_close(V.T @ V, reference.ggn(model, criterion, *data), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        V.T @ V, reference.ggn(model, criterion, *data), rtol=1e-9, atol=1e-12
+    )
 
 
 def joined(named, axes):
@@ -198,9 +219,15 @@ def test_a_scaled_loss_scales_the_curvature():
     plain = ours("DiagGGNExact", model, criterion, data)
     half = ours("DiagGGNExact", model, lambda f, y: 0.5 * criterion(f, y), data)
     assert_same(half, {n: 0.5 * t for n, t in plain.items()})
-    tool, extensions = pytest.importorskip("backpack"), importlib.import_module("backpack.extensions")
+    tool, extensions = (
+        pytest.importorskip("backpack"),
+        importlib.import_module("backpack.extensions"),
+    )
     extended, loss = tool.extend(copy.deepcopy(model)), tool.extend(copy.deepcopy(criterion))
-    with tool.backpack(extensions.DiagGGNExact()), pytest.warns(UserWarning, match="seems to have been modified"):
+    with (
+        tool.backpack(extensions.DiagGGNExact()),
+        pytest.warns(UserWarning, match="seems to have been modified"),
+    ):
         (0.5 * loss(extended(data[0]), data[1])).backward()
     assert_same({n: p.diag_ggn_exact for n, p in extended.named_parameters()}, plain)
 
@@ -211,7 +238,9 @@ def test_a_scaled_loss_scales_the_curvature():
 @pytest.mark.parametrize("name", ["KFAC", "KFLR", "KFRA"])
 def test_kronecker_factors_are_refused_with_the_reason(name):
     problem = ub.Problem(*setting(normed))
-    with pytest.raises(ub.StructureError, match=rf"{name} does not exist .* With the statistics frozen"):
+    with pytest.raises(
+        ub.StructureError, match=rf"{name} does not exist .* With the statistics frozen"
+    ):
         adapter.attach(problem, getattr(adapter, name)())
     with pytest.raises(NotImplementedError, match=f"{name} exists for this loss, but"):
         adapter.attach(ub.Problem(*setting(mlp)), getattr(adapter, name)())
@@ -233,7 +262,11 @@ def test_parts_of_what_has_none_are_refused():
 def test_all_names_are_backpacks():
     pytest.importorskip("backpack")
     extensions = importlib.import_module("backpack.extensions")
-    named = [n for n, e in vars(adapter).items() if isinstance(e, type) and issubclass(e, adapter.Extension)]
+    named = [
+        n
+        for n, e in vars(adapter).items()
+        if isinstance(e, type) and issubclass(e, adapter.Extension)
+    ]
     public = [n for n in named if not n.startswith("_") and n != "Extension"]
     assert set(public) == set(extensions.__all__) - {"HBP"}
     for name in public:

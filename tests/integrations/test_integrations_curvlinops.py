@@ -29,7 +29,9 @@ def ours(model, X, y):
 
 
 def theirs(model, X, y):
-    return curvlinops.GGNLinearOperator(model, nn.CrossEntropyLoss(), list(model.parameters()), [(X, y)])
+    return curvlinops.GGNLinearOperator(
+        model, nn.CrossEntropyLoss(), list(model.parameters()), [(X, y)]
+    )
 
 
 def by_tensor(model, K=None):
@@ -83,13 +85,16 @@ def test_their_estimators_and_inverses_take_ours():
     D = len(truth)
     damped = to_curvlinops(G + Diagonal(0.3 * torch.ones(D, dtype=torch.float64), G.space))
     b = torch.randn(D, dtype=torch.float64)
-    inverse = curvlinops.CGInverseLinearOperator(damped, eps=0, tolerance=1e-10, max_iter=10 * D, max_tridiag_iter=0)
+    inverse = curvlinops.CGInverseLinearOperator(
+        damped, eps=0, tolerance=1e-10, max_iter=10 * D, max_tridiag_iter=0
+    )
     assert_near(inverse @ b, torch.linalg.solve(truth + 0.3 * torch.eye(D).double(), b), 1e-6)
     samples = [curvlinops.hutchpp_trace(to_curvlinops(G), num_matvecs=30) for _ in range(30)]
     assert_near(torch.stack(samples).mean(), truth.trace(), 0.05)
     assert_near(
         torch.as_tensor(
-            curvlinops.SubmatrixLinearOperator(to_curvlinops(G), [0, 3], [1, 2, 4]) @ torch.eye(3).double()
+            curvlinops.SubmatrixLinearOperator(to_curvlinops(G), [0, 3], [1, 2, 4])
+            @ torch.eye(3).double()
         ),
         truth[[0, 3]][:, [1, 2, 4]],
     )
@@ -170,10 +175,14 @@ def test_their_hessian_is_wrong_through_layer_norm_and_stays_so():
     model = nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 3)).double()
     X, y = torch.randn(N, 5, dtype=torch.float64), torch.randint(3, (N,))
     parameters = list(model.parameters())
-    H = from_curvlinops(curvlinops.HessianLinearOperator(model, nn.CrossEntropyLoss(), parameters, [(X, y)])).to_dense()
+    H = from_curvlinops(
+        curvlinops.HessianLinearOperator(model, nn.CrossEntropyLoss(), parameters, [(X, y)])
+    ).to_dense()
     slope = torch.autograd.grad(F.cross_entropy(model(X), y), parameters, create_graph=True)
     rows = [
-        torch.autograd.grad(e, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
+        torch.autograd.grad(
+            e, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
         for e in torch.cat([s.flatten() for s in slope])
     ]
     truth = torch.stack([flat(row) for row in rows])
@@ -194,4 +203,7 @@ def test_a_planted_scale_is_caught():
     G = ours(*setting())
     planted = to_curvlinops(_Doubled(G.to_dense(), G.space, symmetric=True))
     with pytest.raises(AssertionError):
-        assert_near(planted @ torch.ones(len(G.to_dense())).double(), theirs(*setting()) @ torch.ones(39).double())
+        assert_near(
+            planted @ torch.ones(len(G.to_dense())).double(),
+            theirs(*setting()) @ torch.ones(39).double(),
+        )

@@ -36,14 +36,21 @@ def mlp():
 
 def normed():
     return nn.Sequential(
-        nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, C)
+        nn.Linear(5, 4),
+        nn.BatchNorm1d(4),
+        nn.Tanh(),
+        nn.Linear(4, 4),
+        nn.BatchNorm1d(4),
+        nn.Linear(4, C),
     )
 
 
 def untracked():
     """Takes the statistics of the batch in eval mode as well; over positions, so that laplace can try one sample."""
     norm = nn.BatchNorm1d(2, track_running_stats=False)
-    return nn.Sequential(nn.Linear(5, 4), nn.Unflatten(1, (2, 2)), norm, nn.Tanh(), nn.Flatten(), nn.Linear(4, C))
+    return nn.Sequential(
+        nn.Linear(5, 4), nn.Unflatten(1, (2, 2)), norm, nn.Tanh(), nn.Flatten(), nn.Linear(4, C)
+    )
 
 
 class Tied(nn.Module):
@@ -62,7 +69,13 @@ def setting(make, likelihood, dtype=torch.float64):
     model = make().to(dtype)
     model(torch.randn(32, 5, dtype=dtype))  # running statistics that are not those of a fresh model
     X = torch.randn(N, 5, dtype=dtype)
-    return model, X, torch.randint(C, (N,)) if likelihood == "classification" else torch.randn(N, C, dtype=dtype)
+    return (
+        model,
+        X,
+        torch.randint(C, (N,))
+        if likelihood == "classification"
+        else torch.randn(N, C, dtype=dtype),
+    )
 
 
 def fitted(backend, structure, likelihood, case, weights="all", size=4, **options):
@@ -109,7 +122,9 @@ def test_matrix_loss_and_variances_are_those_of_other_backends(other, structure,
         tolerance = 1e-6
     else:
         tolerance = 1e-5 if dtype == torch.float32 else 1e-9
-    ours, theirs = (fitted(b, structure, likelihood, case) for b in (UnbatchGGN, getattr(curvature, other)))
+    ours, theirs = (
+        fitted(b, structure, likelihood, case) for b in (UnbatchGGN, getattr(curvature, other))
+    )
     assert_near(matrix(ours), matrix(theirs), tolerance)
     assert_near(ours.loss, theirs.loss, tolerance)
     assert_near(ours.log_marginal_likelihood(), theirs.log_marginal_likelihood(), tolerance)
@@ -129,7 +144,8 @@ def test_parts_of_the_weights(weights, structure):
     if weights == "subnetwork":
         options = {"subnetwork_indices": torch.tensor([0, 3, 17, 30])}
     ours, theirs = (
-        fitted(b, structure, "classification", case, weights, **options) for b in (UnbatchGGN, curvature.BackPackGGN)
+        fitted(b, structure, "classification", case, weights, **options)
+        for b in (UnbatchGGN, curvature.BackPackGGN)
     )
     assert_near(matrix(ours), matrix(theirs))
     assert_near(predicted(ours, case[1])[1], predicted(theirs, case[1])[1])
@@ -147,10 +163,14 @@ def test_parameters_without_gradients_are_left_out():
 def test_the_empirical_fisher_matrix(structure):
     case = setting(mlp, "classification")
     ours = fitted(UnbatchEF, structure, "classification", case)
-    rows = reference.flat(reference.component(case[0], nn.CrossEntropyLoss(reduction="sum"), *case[1:]))
+    rows = reference.flat(
+        reference.component(case[0], nn.CrossEntropyLoss(reduction="sum"), *case[1:])
+    )
     assert_near(matrix(ours), rows.T @ rows if structure == "full" else rows.square().sum(0))
     if structure == "diag":
-        assert_near(matrix(ours), matrix(fitted(curvature.BackPackEF, structure, "classification", case)))
+        assert_near(
+            matrix(ours), matrix(fitted(curvature.BackPackEF, structure, "classification", case))
+        )
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
@@ -160,11 +180,15 @@ def test_low_rank(likelihood, size, monkeypatch):
 
     Laplace asks for asdfghjkl, whose Hessian it takes by default, also where another backend is given.
     """
-    monkeypatch.setattr(importlib.import_module("laplace.baselaplace"), "find_spec", lambda name: True)
+    monkeypatch.setattr(
+        importlib.import_module("laplace.baselaplace"), "find_spec", lambda name: True
+    )
     case = setting(mlp, likelihood)
     full = fitted(UnbatchGGN, "full", likelihood, case)
     rank = torch.linalg.matrix_rank(full.H)
-    low = fitted(UnbatchGGN, "lowrank", likelihood, case, size=size, backend_kwargs={"low_rank": int(rank)})
+    low = fitted(
+        UnbatchGGN, "lowrank", likelihood, case, size=size, backend_kwargs={"low_rank": int(rank)}
+    )
     U, values = low.H
     assert_near(U * values @ U.T, full.H, 1e-6)
     assert_near(low.loss, full.loss)
@@ -208,7 +232,9 @@ def test_batch_norm_that_tracks_nothing_mixes_in_eval_mode_too():
     truth = definition(copy.deepcopy(case[0]).eval(), *case[1:], "classification")
     assert_near(fitted(UnbatchGGN, "full", "classification", case, size=N).H, truth)
     assert_near(fitted(UnbatchGGN, "diag", "classification", case, size=N).H, truth.diag())
-    assert_near(fitted(curvature.CurvlinopsGGN, "full", "classification", case, size=N).H, truth, 1e-6)
+    assert_near(
+        fitted(curvature.CurvlinopsGGN, "full", "classification", case, size=N).H, truth, 1e-6
+    )
     with pytest.raises(AttributeError):
         fitted(curvature.BackPackGGN, "diag", "classification", case, size=N)
 
@@ -235,8 +261,14 @@ def test_in_train_mode_where_other_backends_fail(likelihood):
     ("make", "said"),
     [
         (untracked, "cross terms"),
-        (lambda: nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4), nn.Linear(4, C)), r"1\.weight, 1\.bias are not"),
-        (lambda: nn.Sequential(nn.Linear(5, 4, bias=False), nn.Tanh(), nn.Linear(4, C)), r"0\.weight are not"),
+        (
+            lambda: nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4), nn.Linear(4, C)),
+            r"1\.weight, 1\.bias are not",
+        ),
+        (
+            lambda: nn.Sequential(nn.Linear(5, 4, bias=False), nn.Tanh(), nn.Linear(4, C)),
+            r"0\.weight are not",
+        ),
         (Tied, r"first\.weight, first\.bias are not"),
     ],
 )

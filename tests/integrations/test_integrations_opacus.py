@@ -27,7 +27,9 @@ def convolutional():
 
 
 def embedded():
-    return nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(12, C)), torch.randint(7, (N, 3))
+    return nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(12, C)), torch.randint(
+        7, (N, 3)
+    )
 
 
 def setting(make):
@@ -37,7 +39,9 @@ def setting(make):
     return model.double(), X, torch.randint(C, (N,))
 
 
-def opacus_gradient(model, X, y, reduction, noise=0.0, generator=None, expected=N, max_norm=MAX_NORM):
+def opacus_gradient(
+    model, X, y, reduction, noise=0.0, generator=None, expected=N, max_norm=MAX_NORM
+):
     """What ``DPOptimizer`` writes to ``.grad`` before its step."""
     opacus = pytest.importorskip("opacus")
     from opacus.optimizers import DPOptimizer
@@ -60,7 +64,9 @@ def opacus_gradient(model, X, y, reduction, noise=0.0, generator=None, expected=
 def our_gradient(model, X, y, reduction, max_norm=MAX_NORM, **options):
     model = copy.deepcopy(model)
     problem = ub.Problem(model, nn.CrossEntropyLoss(reduction=reduction), (X, y))
-    found = write_clipped_gradient(problem, max_grad_norm=max_norm, loss_reduction=reduction, **options)
+    found = write_clipped_gradient(
+        problem, max_grad_norm=max_norm, loss_reduction=reduction, **options
+    )
     return {n: p.grad for n, p in model.named_parameters()}, found
 
 
@@ -75,7 +81,9 @@ def assert_same(found, wanted, tolerance):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize(("make", "max_norm"), [(mlp, MAX_NORM), (convolutional, 4.1), (embedded, 2.7)])
+@pytest.mark.parametrize(
+    ("make", "max_norm"), [(mlp, MAX_NORM), (convolutional, 4.1), (embedded, 2.7)]
+)
 def test_the_clipped_gradient_is_theirs(make, max_norm, reduction):
     """But for the 1e-6 that Opacus adds to every norm."""
     case = setting(make)
@@ -126,7 +134,10 @@ def assert_differ(found, other):
 def test_a_training_step():
     """Clipping in a loop: the gradient is replaced, and the problem follows the parameters."""
     model, X, y = setting(mlp)
-    problem, optimizer = ub.Problem(model, F.cross_entropy, (X, y)), torch.optim.SGD(model.parameters(), 0.5)
+    problem, optimizer = (
+        ub.Problem(model, F.cross_entropy, (X, y)),
+        torch.optim.SGD(model.parameters(), 0.5),
+    )
     losses = []
     for _ in range(5):
         write_clipped_gradient(problem.with_batch(X, y), max_grad_norm=MAX_NORM)
@@ -197,7 +208,10 @@ MISSED = {
 COUPLED = {
     "contrastive": (contrastive, "SIMD loss"),
     "root of a mean": (lambda f, y: F.cross_entropy(f, y).sqrt(), "reduction"),
-    "class weights": (nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0])), "weights depend on targets"),
+    "class weights": (
+        nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0])),
+        "weights depend on targets",
+    ),
 }
 
 
@@ -216,7 +230,9 @@ def influence(model, X, y):
     """How far the rows of other samples move when sample 0 is replaced, relative to their size: plain autograd."""
     other = X.clone()
     other[0] = torch.randn_like(X[0])
-    rows, moved = (reference.flat(reference.component(model, F.cross_entropy, x, y))[1:] for x in (X, other))
+    rows, moved = (
+        reference.flat(reference.component(model, F.cross_entropy, x, y))[1:] for x in (X, other)
+    )
     return float((rows - moved).norm() / rows.norm())
 
 
@@ -230,7 +246,9 @@ def test_what_opacus_lets_through_is_found(name):
     assert error.verdict.status == "fails"
     assert error.culprits
     assert all(c.remedy in str(error) and c.where in str(error) for c in error.culprits)
-    assert influence(model, *batch) > 1e-3, "other samples are not moved: the finding would be wrong"
+    assert influence(model, *batch) > 1e-3, (
+        "other samples are not moved: the finding would be wrong"
+    )
 
 
 def test_the_place_of_statistics_taken_by_hand_is_told():
@@ -249,7 +267,9 @@ def test_losses_that_couple_samples_are_found(name):
 
 def test_parameters_beside_the_predictions_are_found():
     model = Net(nn.Identity())
-    decayed = ub.Problem(model, lambda f, y: F.cross_entropy(f, y) + model.last.weight.square().sum(), data())
+    decayed = ub.Problem(
+        model, lambda f, y: F.cross_entropy(f, y) + model.last.weight.square().sum(), data()
+    )
     (error,) = validate(decayed)
     assert "Move a weight decay to the optimizer" in str(error)
 
@@ -290,9 +310,13 @@ def test_a_planted_scale_is_caught():
     """Clipping a mean as if it were a sum."""
     case = setting(mlp)
     model = copy.deepcopy(case[0])
-    write_clipped_gradient(ub.Problem(model, F.cross_entropy, case[1:]), max_grad_norm=MAX_NORM, loss_reduction="sum")
+    write_clipped_gradient(
+        ub.Problem(model, F.cross_entropy, case[1:]), max_grad_norm=MAX_NORM, loss_reduction="sum"
+    )
     with pytest.raises(AssertionError):
-        assert_same({n: p.grad for n, p in model.named_parameters()}, opacus_gradient(*case, "mean"), 1e-5)
+        assert_same(
+            {n: p.grad for n, p in model.named_parameters()}, opacus_gradient(*case, "mean"), 1e-5
+        )
 
 
 def test_a_planted_leak_is_found():

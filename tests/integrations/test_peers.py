@@ -28,31 +28,51 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning"),
     pytest.mark.filterwarnings("ignore:Encountered BatchNorm module in training mode:UserWarning"),
 ]
-engine = pytest.mark.skipif(not hasattr(ub.Problem, "gradients"), reason="Problem.gradients is not there yet")
+engine = pytest.mark.skipif(
+    not hasattr(ub.Problem, "gradients"), reason="Problem.gradients is not there yet"
+)
 
 N = 6
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 
 def mlp():
-    return nn.Sequential(nn.Linear(7, 6), nn.Sigmoid(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 10)), torch.randn(N, 7)
+    return nn.Sequential(
+        nn.Linear(7, 6), nn.Sigmoid(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 10)
+    ), torch.randn(N, 7)
 
 
 def convolutional():
-    layers = [nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 3, 2, stride=2, bias=False)]
-    return nn.Sequential(*layers, nn.Tanh(), nn.Flatten(), nn.Linear(12, 10)), torch.randn(N, 2, 8, 8)
+    layers = [
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(4, 3, 2, stride=2, bias=False),
+    ]
+    return nn.Sequential(*layers, nn.Tanh(), nn.Flatten(), nn.Linear(12, 10)), torch.randn(
+        N, 2, 8, 8
+    )
 
 
 def transformer():
     model = nn.Sequential(
-        *(workloads.Encoder(8, 2, 16) for _ in range(2)), workloads.MeanOverPositions(), nn.Linear(8, 10)
+        *(workloads.Encoder(8, 2, 16) for _ in range(2)),
+        workloads.MeanOverPositions(),
+        nn.Linear(8, 10),
     )
     return model, torch.randn(N, 5, 8)
 
 
 def batch_normed():
     """Two batch norms: with one alone rows by copy and by component differ below it only."""
-    hidden = [nn.Linear(7, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU()]
+    hidden = [
+        nn.Linear(7, 6),
+        nn.BatchNorm1d(6),
+        nn.ReLU(),
+        nn.Linear(6, 5),
+        nn.BatchNorm1d(5),
+        nn.ReLU(),
+    ]
     return nn.Sequential(*hidden, nn.Linear(5, 10)), torch.randn(N, 7)
 
 
@@ -117,7 +137,9 @@ class TestIndependent:
         assert_same(by("component", *case), answer(TOOLS[package], *case), dtype)
 
     @engine
-    @pytest.mark.parametrize(("quantity", "ours"), [("norms", "Norms"), ("squares", "SumOfSquares")])
+    @pytest.mark.parametrize(
+        ("quantity", "ours"), [("norms", "SquaredNorms"), ("squares", "SumOfSquares")]
+    )
     def test_their_quantities_are_ours(self, package, make, dtype, quantity, ours):
         pytest.importorskip(package)
         case = setting(make, dtype)
@@ -133,7 +155,9 @@ def test_backpacks_variance_is_ours(make, dtype):
     pytest.importorskip("backpack")
     model, X, y = setting(make, dtype)
     found = ub.Problem(model, F.cross_entropy, (X, y)).compute(ub.Variance())
-    assert interleaved.distance(found, answer("BackPACK", model, X, y, "variance")) <= TOLERANCE[dtype]
+    assert (
+        interleaved.distance(found, answer("BackPACK", model, X, y, "variance")) <= TOLERANCE[dtype]
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -212,8 +236,15 @@ def test_vmap_raises_under_batch_norm():
 
 def test_vmap_normalises_each_image_alone_without_running_statistics():
     """With more than one pixel there is something to normalise over, and the rows are those of another net."""
-    layers = [nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3, track_running_stats=False), nn.ReLU(), nn.Flatten()]
-    model, X, y = setting(lambda: (nn.Sequential(*layers, nn.Linear(48, 10)), torch.randn(N, 2, 6, 6)), torch.float64)
+    layers = [
+        nn.Conv2d(2, 3, 3),
+        nn.BatchNorm2d(3, track_running_stats=False),
+        nn.ReLU(),
+        nn.Flatten(),
+    ]
+    model, X, y = setting(
+        lambda: (nn.Sequential(*layers, nn.Linear(48, 10)), torch.randn(N, 2, 6, 6)), torch.float64
+    )
     rows = answer("vmap(grad)", model, X, y)
     layers[1] = nn.InstanceNorm2d(3, affine=True)
     other = nn.Sequential(*layers, model[-1])
@@ -243,7 +274,9 @@ def curved(make):
 
 def asked(tool, model, X, y):
     """One of the tools about a copy of the model: hooks stay with the copy."""
-    return {"backpack": curvature.backpacks, "vivit": curvature.vivits}[tool](copy.deepcopy(model), X, y)
+    return {"backpack": curvature.backpacks, "vivit": curvature.vivits}[tool](
+        copy.deepcopy(model), X, y
+    )
 
 
 def computation(name, **options):
@@ -298,7 +331,11 @@ class TestBackpacksCurvature:
         draws, exact = 4000, columns(*case).square().sum(0)
         torch.manual_seed(0)
         theirs = flat(asked("backpack", *case)("DiagGGNMC", "diag_ggn_mc", mc_samples=draws))
-        ours = ub.Problem(case[0], F.cross_entropy, case[1:]).compute(ub.DiagGGN(mc_samples=draws)).flat()
+        ours = (
+            ub.Problem(case[0], F.cross_entropy, case[1:])
+            .compute(ub.DiagGGN(mc_samples=draws))
+            .flat()
+        )
         assert_near(theirs, exact, 0.05)
         assert_near(ours, exact, 0.05)
         assert_near(G.diag(), exact)
@@ -319,7 +356,9 @@ class TestVivit:
     def test_eigenvectors(self, make):
         pytest.importorskip("vivit")
         case, G = curved(make)
-        values, vectors = asked("vivit", *case)(computation("EighComputation", warn_small_eigvals=0), K)
+        values, vectors = asked("vivit", *case)(
+            computation("EighComputation", warn_small_eigvals=0), K
+        )
         vectors = torch.cat([t.flatten(1) for t in vectors], 1).T
         V = columns(*case)
         assert_near(V.T @ (V @ vectors), vectors * values)
@@ -344,7 +383,9 @@ class TestVivit:
         pytest.importorskip("vivit")
         case, G = curved(make)
         damped = computation("DirectionalDampedNewtonComputation", warn_small_eigvals=0)
-        step = asked("vivit", *case)(damped, K, damping=lambda values, *_: torch.full_like(values, 0.3))
+        step = asked("vivit", *case)(
+            damped, K, damping=lambda values, *_: torch.full_like(values, 0.3)
+        )
         assert_near(flat(G.newton_step(0.3, K)), curvature.joined(step))
 
 

@@ -57,7 +57,10 @@ def test_a_sum_leaves_its_terms_alone():
 
 
 def test_rows_in_half_precision_are_summed_in_single():
-    assert rows.total_of_squares(torch.full((5000, 1), 0.1, dtype=torch.bfloat16)).dtype == torch.float32
+    assert (
+        rows.total_of_squares(torch.full((5000, 1), 0.1, dtype=torch.bfloat16)).dtype
+        == torch.float32
+    )
 
 
 def test_the_coarsest_type_decides():
@@ -72,7 +75,9 @@ def test_the_coarsest_type_decides():
 
 def test_in_double_reaches_into_trees_and_leaves_the_rest():
     index, wide = torch.arange(2), torch.ones(2, dtype=torch.float64)
-    tree = in_double({"x": [torch.ones(2), index], "y": (torch.ones(2, dtype=torch.bfloat16), wide, None, 3)})
+    tree = in_double(
+        {"x": [torch.ones(2), index], "y": (torch.ones(2, dtype=torch.bfloat16), wide, None, 3)}
+    )
     assert tree["x"][0].dtype == tree["y"][0].dtype == torch.float64
     assert tree["x"][1] is index
     assert tree["y"][1] is wide

@@ -19,7 +19,9 @@ def setting(dtype=torch.float64):
     """A net with batch norm in train mode, its matrix, and that of the definition."""
     model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)).to(dtype)
     X, y = torch.randn(N, 5, dtype=dtype), torch.randint(3, (N,))
-    return ub.Problem(model, F.cross_entropy, (X, y)).ggn(), reference.ggn(model, F.cross_entropy, X, y).numpy()
+    return ub.Problem(model, F.cross_entropy, (X, y)).ggn(), reference.ggn(
+        model, F.cross_entropy, X, y
+    ).numpy()
 
 
 def assert_near(found, wanted, tolerance=1e-9):
@@ -47,11 +49,15 @@ def test_eigsh_takes_a_composed_operator():
     """Damped, so that the smallest eigenvalue is the damping: found from the other end."""
     G, truth = setting()
     damped = G + Diagonal(torch.full((len(truth),), 0.3, dtype=torch.float64), G.space)
-    (value,) = linalg.eigsh(damped.to_scipy(), k=1, which="SA", v0=start(len(truth)), return_eigenvectors=False)
+    (value,) = linalg.eigsh(
+        damped.to_scipy(), k=1, which="SA", v0=start(len(truth)), return_eigenvectors=False
+    )
     assert value == pytest.approx(0.3)
     solution, status = linalg.cg(damped.to_scipy(), start(len(truth)), rtol=1e-12)
     assert status == 0
-    assert_near(solution, numpy.linalg.solve(truth + 0.3 * numpy.eye(len(truth)), start(len(truth))))
+    assert_near(
+        solution, numpy.linalg.solve(truth + 0.3 * numpy.eye(len(truth)), start(len(truth)))
+    )
 
 
 def test_vectors_matrices_and_adjoints():
@@ -69,6 +75,8 @@ def test_vectors_matrices_and_adjoints():
 
 def test_a_planted_scale_is_caught():
     G, truth = setting()
-    values = linalg.eigsh((2.0 * G).to_scipy(), k=K, v0=start(len(truth)), return_eigenvectors=False)
+    values = linalg.eigsh(
+        (2.0 * G).to_scipy(), k=K, v0=start(len(truth)), return_eigenvectors=False
+    )
     with pytest.raises(AssertionError):
         assert_near(values, numpy.linalg.eigvalsh(truth)[-K:])

@@ -19,7 +19,9 @@ def turned(values) -> Tensor:
     """A symmetric matrix with these eigenvalues and random eigenvectors."""
     generator = torch.Generator().manual_seed(1)
     values = torch.as_tensor(values, dtype=torch.float64)
-    Q = torch.linalg.qr(torch.randn(len(values), len(values), generator=generator, dtype=torch.float64))[0]
+    Q = torch.linalg.qr(
+        torch.randn(len(values), len(values), generator=generator, dtype=torch.float64)
+    )[0]
     A = (Q * values) @ Q.T
     return (A + A.T) / 2
 
@@ -27,7 +29,14 @@ def turned(values) -> Tensor:
 @cache
 def gauss_newton() -> ub.GGN:
     torch.manual_seed(0)
-    layers = [nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)]
+    layers = [
+        nn.Linear(4, 8),
+        nn.BatchNorm1d(8),
+        nn.Tanh(),
+        nn.Linear(8, 6),
+        nn.BatchNorm1d(6),
+        nn.Linear(6, 3),
+    ]
     batch = (torch.randn(12, 4).double(), torch.randint(3, (12,)))
     return ub.Problem(nn.Sequential(*layers).double(), F.cross_entropy, batch).ggn()
 
@@ -38,7 +47,9 @@ MAKERS = {
     "low rank": lambda: turned([3.0, 2.0, *[0.0] * (D - 2)]),
     "indefinite": lambda: turned(torch.linspace(-2, 1, D)),
     "repeated": lambda: turned([5.0] * 4 + [4.0] * 3 + torch.linspace(0, 3.5, D - 7).tolist()),
-    "repeated at the edge": lambda: turned([5.0, 4.9, 4.8] + [4.7] * 6 + torch.linspace(-4, 4.5, D - 9).tolist()),
+    "repeated at the edge": lambda: turned(
+        [5.0, 4.9, 4.8] + [4.7] * 6 + torch.linspace(-4, 4.5, D - 9).tolist()
+    ),
     "repeated, then falling": lambda: turned([5.0] * 4 + (0.5 ** torch.arange(D - 4)).tolist()),
     "both signs": lambda: turned([2.0] * 2 + [-2.0] * 3 + torch.linspace(-1, 1, D - 5).tolist()),
     "projector": lambda: turned([1.0] * 30 + [0.0] * (D - 30)),
@@ -79,13 +90,20 @@ def check_pairs(A: Tensor, k: int, which: str, found, search) -> None:
     size, k = float(values.abs().max()), min(k, len(A))
     expected = values[order[:k]].sort().values
     if which == "magnitude":  # which sign is taken of a pair ±λ is open where not all of them fit
-        found, expected = found._replace(values=found.values.abs().sort().values), expected.abs().sort().values
+        found, expected = (
+            found._replace(values=found.values.abs().sort().values),
+            expected.abs().sort().values,
+        )
         signed = torch.einsum("dk,de,ek->k", found.vectors, A, found.vectors)
     else:
         signed = found.values
     assert found.values.shape == (k,), f"{found.values.shape}"
-    assert (found.values - expected).abs().max() <= 1e-7 * size, f"{found.values} where {expected} are expected"
-    assert (found.vectors.T @ found.vectors - torch.eye(k)).abs().max() <= 1e-10, "vectors are not orthonormal"
+    assert (found.values - expected).abs().max() <= 1e-7 * size, (
+        f"{found.values} where {expected} are expected"
+    )
+    assert (found.vectors.T @ found.vectors - torch.eye(k)).abs().max() <= 1e-10, (
+        "vectors are not orthonormal"
+    )
     residuals = (A @ found.vectors - found.vectors * signed).norm(dim=0)
     assert residuals.max() <= search.rtol * size + 1e-13
     assert (residuals - search.residuals).abs().max() <= 1e-12 * max(size, 1)
@@ -156,7 +174,9 @@ def check_unbiased(runs, exact: Tensor, rounding: float) -> None:
     """Raise where the mean is off by five of its standard errors."""
     values = torch.stack([r.values for r in runs])
     off, error = (values.mean(0) - exact).abs(), values.std(0) / len(runs) ** 0.5
-    assert (off <= 5 * error + rounding).all(), f"off by {off.max():.1e} where {error.max():.1e} is its standard error"
+    assert (off <= 5 * error + rounding).all(), (
+        f"off by {off.max():.1e} where {error.max():.1e} is its standard error"
+    )
 
 
 def share_within(runs, exact: Tensor, rounding: float) -> float:
@@ -234,7 +254,11 @@ def test_standard_errors_of_diagonals():
 
 # ---------------------------------------------------------------- densities
 
-FUNCTIONS = {"square": torch.square, "exponential": torch.exp, "log-determinant": lambda x: (x + 3).log()}
+FUNCTIONS = {
+    "square": torch.square,
+    "exponential": torch.exp,
+    "log-determinant": lambda x: (x + 3).log(),
+}
 
 
 @EVERY
@@ -242,7 +266,9 @@ FUNCTIONS = {"square": torch.square, "exponential": torch.exp, "log-determinant"
 def test_moments(make, function):
     A = dense(make) / max(float(dense(make).abs().max()), 1)
     exact = function(torch.linalg.eigvalsh(A)).sum()
-    runs = [spectra.density(A, probes=10, steps=16, seed=seed).moment(function) for seed in range(24)]
+    runs = [
+        spectra.density(A, probes=10, steps=16, seed=seed).moment(function) for seed in range(24)
+    ]
     rounding = 1e-9 * float(exact.abs() + 1)
     check_unbiased(runs, exact, rounding)
     assert share_within(runs, exact, rounding) >= 0.9
@@ -252,7 +278,10 @@ def test_moments(make, function):
 def test_densities(make):
     A = dense(make)
     found = spectra.density(A, probes=10, steps=40)
-    low, high = float(found.nodes.min()) - 8 * found.width, float(found.nodes.max()) + 8 * found.width
+    low, high = (
+        float(found.nodes.min()) - 8 * found.width,
+        float(found.nodes.max()) + 8 * found.width,
+    )
     grid = torch.linspace(low, high, 1001, dtype=torch.float64)
     curve = found.on(grid)
     assert float(torch.trapezoid(curve.values, grid)) == pytest.approx(1, abs=1e-6)
@@ -342,9 +371,15 @@ WRONG = {
     "no pairs": (lambda A: spectra.eigh(A, 0), "k is a whole number of at least 1; got 0"),
     "half a pair": (lambda A: spectra.eigh(A, 1.5), "got 1.5"),
     "another end": (lambda A: spectra.eigh(A, 1, which="smallest"), "'smallest'"),
-    "no tolerance": (lambda A: spectra.eigh(A, 1, rtol=0.0), "rtol is a finite number greater than zero; got 0.0"),
+    "no tolerance": (
+        lambda A: spectra.eigh(A, 1, rtol=0.0),
+        "rtol is a finite number greater than zero; got 0.0",
+    ),
     "small basis": (lambda A: spectra.eigh(A, 3, basis=4), "basis .* at least 5; got 4"),
-    "few products": (lambda A: spectra.eigh(A, 3, max_products=5), "max_products .* at least 6; got 5"),
+    "few products": (
+        lambda A: spectra.eigh(A, 3, max_products=5),
+        "max_products .* at least 6; got 5",
+    ),
     "seed": (lambda A: spectra.diagonal(A, 4, seed=-1), "seed .* at least 0; got -1"),
     "few samples": (lambda A: spectra.trace(A, 3), "samples .* at least 4; got 3"),
     "another method": (lambda A: spectra.trace(A, 9, method="exact"), "'exact'"),
@@ -357,7 +392,10 @@ WRONG = {
     "integers": (lambda A: spectra.eigh(A.long(), 1), "dtype torch.int64"),
     "not finite": (lambda A: spectra.eigh(A / 0, 1), "not finite"),
     "not symmetric": (lambda A: spectra.eigh(A.triu(), 1), "not symmetric"),
-    "not symmetric, for a density": (lambda A: spectra.density(A.triu(), probes=2, steps=4), "not symmetric"),
+    "not symmetric, for a density": (
+        lambda A: spectra.density(A.triu(), probes=2, steps=4),
+        "not symmetric",
+    ),
 }
 
 

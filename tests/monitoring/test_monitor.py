@@ -42,7 +42,9 @@ def normed() -> nn.Module:
 
 
 def noisy() -> nn.Module:
-    return nn.Sequential(nn.Linear(D, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Dropout(0.4), nn.Linear(5, C))
+    return nn.Sequential(
+        nn.Linear(D, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Dropout(0.4), nn.Linear(5, C)
+    )
 
 
 class Fragile(nn.Module):
@@ -67,7 +69,11 @@ class OwnLoss(nn.Module):
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
         logits = self.body(x)
-        return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
+        return (
+            {"logits": logits}
+            if labels is None
+            else {"loss": F.cross_entropy(logits, labels), "logits": logits}
+        )
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ class Broken(Derived):
     """A quantity that draws noise and then fails."""
 
     def bases(self) -> Any:
-        return (ub.Norms(),)
+        return (ub.SquaredNorms(),)
 
     def combine(self, about: Any, *results: Any) -> Any:
         torch.rand(3), random.random(), np.random.rand()
@@ -85,7 +91,9 @@ class Broken(Derived):
 def batches(count: int = 7, size: int = N) -> list[tuple[Tensor, Tensor]]:
     made = torch.Generator().manual_seed(5)
     sizes = [size] * (count - 1) + [size - 2]
-    return [(torch.randn(n, D, generator=made), torch.randint(C, (n,), generator=made)) for n in sizes]
+    return [
+        (torch.randn(n, D, generator=made), torch.randint(C, (n,), generator=made)) for n in sizes
+    ]
 
 
 def problem_of(net: nn.Module, X: Tensor, y: Tensor) -> ub.Problem:
@@ -127,18 +135,30 @@ RUNS = {
     "between forward and backward": Run(noisy, momentum, "between"),
     "dropout, Adam": Run(noisy, torch.optim.Adam),
     "gradients accumulated": Run(noisy, momentum, "after backward", accumulate=3),
-    "autocast, asked inside before the forward pass": Run(noisy, momentum, "inside", precision=torch.bfloat16),
+    "autocast, asked inside before the forward pass": Run(
+        noisy, momentum, "inside", precision=torch.bfloat16
+    ),
     "autocast, asked outside": Run(noisy, momentum, precision=torch.bfloat16),
     "asked under no_grad": Run(noisy, momentum, around=torch.no_grad),
     "asked in inference mode": Run(noisy, momentum, around=torch.inference_mode),
-    "the model fails when asked": Run(Fragile, momentum, "before", zeros=True, fails="a batch of zeros"),
-    "a question fails": Run(noisy, momentum, fails="planted", options=(("quantities", [ub.Norms(), Broken()]),)),
-    "all that has a name": Run(normed, momentum, options=(("quantities", [*answers.OF_ROWS, *answers.ALONE]),)),
-    "copy rows": Run(noisy, momentum, options=(("by", "copy"), ("quantities", ["variance", "crosstalk"]))),
+    "the model fails when asked": Run(
+        Fragile, momentum, "before", zeros=True, fails="a batch of zeros"
+    ),
+    "a question fails": Run(
+        noisy, momentum, fails="planted", options=(("quantities", [ub.SquaredNorms(), Broken()]),)
+    ),
+    "all that has a name": Run(
+        normed, momentum, options=(("quantities", [*answers.OF_ROWS, *answers.ALONE]),)
+    ),
+    "copy rows": Run(
+        noisy, momentum, options=(("by", "copy"), ("quantities", ["variance", "crosstalk"]))
+    ),
 }
 
 
-def trained(run: Run, step: Step | None, net: nn.Module, optimizer: torch.optim.Optimizer) -> list[Any]:
+def trained(
+    run: Run, step: Step | None, net: nn.Module, optimizer: torch.optim.Optimizer
+) -> list[Any]:
     """What a run leaves behind."""
     losses, ask = [], (lambda where, X, y: run.ask(step, where, X, y) if step is not None else None)
     for i, (X, y) in enumerate(batches()):
@@ -203,11 +223,15 @@ def both(run: Run, monitored: Callable[[nn.Module], Any]) -> tuple[list[Any], li
 def test_training_goes_as_without(run, tmp_path):
     options = {"every": 2, "path": tmp_path / "run.jsonl"} | dict(run.options)
     with pytest.warns(ub.MonitorWarning, match=run.fails) if run.fails else nullcontext():
-        without, within, monitor = both(run, lambda net: ub.Monitor(net, F.cross_entropy, **options))
+        without, within, monitor = both(
+            run, lambda net: ub.Monitor(net, F.cross_entropy, **options)
+        )
     assert_bitwise_equal(without, within)
     lines = read(tmp_path / "run.jsonl")
     assert [line["step"] for line in lines] == [0, 2, 4, 6]
-    failed = ["error" in line or any("error" in a for a in line["quantities"].values()) for line in lines]
+    failed = [
+        "error" in line or any("error" in a for a in line["quantities"].values()) for line in lines
+    ]
     assert any(failed) == (run.fails != "")
     assert monitor.failed == sum(failed)
 
@@ -228,7 +252,9 @@ def test_a_model_with_its_own_loss_trains_as_without(tmp_path):
             return [net.state_dict(), torch.get_rng_state()]
 
     assert_bitwise_equal(run(False), run(True))
-    assert all("value" in a for line in read(tmp_path / "run.jsonl") for a in line["quantities"].values())
+    assert all(
+        "value" in a for line in read(tmp_path / "run.jsonl") for a in line["quantities"].values()
+    )
 
 
 class DrawsNoise(ub.Monitor):
@@ -283,7 +309,10 @@ def test_an_interrupt_passes_through_and_leaves_everything(tmp_path):
     net = Interrupted()
     before = copy.deepcopy(net.state_dict()), torch.get_rng_state()
     path = tmp_path / "run.jsonl"
-    with ub.Monitor(net, F.cross_entropy, every=1, path=path) as monitor, pytest.raises(KeyboardInterrupt):
+    with (
+        ub.Monitor(net, F.cross_entropy, every=1, path=path) as monitor,
+        pytest.raises(KeyboardInterrupt),
+    ):
         monitor.step(*batches()[0])
     assert_bitwise_equal(before, (net.state_dict(), torch.get_rng_state()))
     assert path.read_text() == ""
@@ -307,7 +336,9 @@ def close(found: Any, truth: Any) -> None:
     torch.testing.assert_close(*as_double, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("make", [normed, lambda: nn.Sequential(nn.Linear(D, 5), nn.Tanh(), nn.Linear(5, C))])
+@pytest.mark.parametrize(
+    "make", [normed, lambda: nn.Sequential(nn.Linear(D, 5), nn.Tanh(), nn.Linear(5, C))]
+)
 def test_numbers_are_those_of_a_fresh_problem_and_of_the_definitions(make, tmp_path):
     net = make().double()
     optimizer = momentum(net.parameters())
@@ -362,7 +393,10 @@ def test_a_few_samples_are_those_of_the_whole_batch():
     line = ub.Monitor(net, F.cross_entropy, samples=2).step(X, y)
     problem, found = problem_of(net, X, y), line["quantities"]
     close(found["trace"]["value"], problem.ggn(samples=[0, 1]).trace())
-    close(found["trace"]["value"], reference.ggn_diagonals(net, F.cross_entropy, X, y)[:2].sum() * N / 2)
+    close(
+        found["trace"]["value"],
+        reference.ggn_diagonals(net, F.cross_entropy, X, y)[:2].sum() * N / 2,
+    )
     matrix = problem.crosstalk(probes=1).matrix[:2] ** 2
     close(found["crosstalk"]["value"], 1 - (matrix[0, 0] + matrix[1, 1]) / matrix.sum())
     assert [found[name]["samples"] for name in found] == [N, N, 2, 2, 2]
@@ -397,7 +431,9 @@ def test_where_columns_are_many_curvature_is_estimated_and_says_so(monkeypatch):
     off = abs(found["trace"]["value"] - exact["trace"]["value"])
     assert off <= 5 * found["trace"]["standard_error"] + 1e-9
     assert "by products" in found["top_eigenvalues"]["note"]
-    for value, truth in zip(found["top_eigenvalues"]["value"], exact["top_eigenvalues"]["value"], strict=True):
+    for value, truth in zip(
+        found["top_eigenvalues"]["value"], exact["top_eigenvalues"]["value"], strict=True
+    ):
         assert value == pytest.approx(truth, rel=0.05)
 
 
@@ -405,10 +441,17 @@ def test_rows_by_another_name_and_with_frozen_statistics():
     net, (X, y) = normed().double(), batches()[0]
     X = X.double()
     chosen = ["squared_norms", "trace"]
-    frozen = ub.Monitor(net, F.cross_entropy, quantities=chosen, by="frozen").step(X, y)["quantities"]
-    assert (frozen["squared_norms"]["kind"], frozen["trace"]["kind"]) == ("frozen", "GGN with frozen statistics")
+    frozen = ub.Monitor(net, F.cross_entropy, quantities=chosen, by="frozen").step(X, y)[
+        "quantities"
+    ]
+    assert (frozen["squared_norms"]["kind"], frozen["trace"]["kind"]) == (
+        "frozen",
+        "GGN with frozen statistics",
+    )
     close(frozen["trace"]["value"], reference.ggn(net, F.cross_entropy, X, y, frozen=True).trace())
-    copied = ub.Monitor(net, F.cross_entropy, quantities=chosen[:1], by="copy").step(X, y)["quantities"]
+    copied = ub.Monitor(net, F.cross_entropy, quantities=chosen[:1], by="copy").step(X, y)[
+        "quantities"
+    ]
     norms = reference.squared_norms(reference.copies(net, F.cross_entropy, X, y))[1]
     close(copied["squared_norms"]["value"]["mean"], norms.mean())
 
@@ -417,7 +460,9 @@ def test_answers_by_parameter_and_of_many_numbers_are_summed_up():
     net, (X, y) = normed().eval().double(), batches()[0]
     X = X.double()
     quantities = [ub.Variance(), ub.Histogram(bins=4), ub.Dots(), ub.NormTest(), ub.DiagGGN()]
-    monitor = ub.Monitor(net, F.cross_entropy, quantities=quantities, parameters=net[3].parameters())
+    monitor = ub.Monitor(
+        net, F.cross_entropy, quantities=quantities, parameters=net[3].parameters()
+    )
     answered = monitor.step(X, y)["quantities"]
     assert (answered["variance"]["kind"], answered["diag_ggn"]["kind"]) == ("per-sample", "GGN")
     found = {name: a["value"] for name, a in answered.items()}
@@ -446,7 +491,9 @@ def test_a_warning_is_written_and_shown_once(tmp_path):
             monitor.step(X, y)
     said = [line.get("warnings", []) for line in read(tmp_path / "run.jsonl")]
     assert [len(texts) for texts in said] == [1, 0, 0]
-    assert said[0][0].startswith("MixedSamplesWarning: NoiseScale: the number is exact for the per-component rows")
+    assert said[0][0].startswith(
+        "MixedSamplesWarning: NoiseScale: the number is exact for the per-component rows"
+    )
     (warning,) = shown
     assert warning.category is ub.MixedSamplesWarning
     assert said[0] == [f"MixedSamplesWarning: {warning.message}"]
@@ -476,12 +523,17 @@ def test_warnings_of_the_model_come_from_where_they_were_given():
     with session() as shown:
         for X, y in batches(3):
             monitor.step(X, y)
-    assert [(str(w.message), w.filename, w.lineno) for w in shown] == [("it will go", "model.py", 7)]
+    assert [(str(w.message), w.filename, w.lineno) for w in shown] == [
+        ("it will go", "model.py", 7)
+    ]
 
 
 CHANGES = {
     "eval": (lambda net: net.eval(), "independent forward: fails → holds"),
-    "a layer swapped": (lambda net: net.__setitem__(1, nn.LayerNorm(5)), "simd forward: fails → holds"),
+    "a layer swapped": (
+        lambda net: net.__setitem__(1, nn.LayerNorm(5)),
+        "simd forward: fails → holds",
+    ),
     "one without parameters": (lambda net: net.__setitem__(2, nn.Softmax(0)), ""),
 }
 
@@ -490,7 +542,9 @@ CHANGES = {
 def test_a_verdict_that_changed_is_told_once(name, tmp_path):
     change, text = CHANGES[name]
     net = normed()
-    monitor = ub.Monitor(net, F.cross_entropy, every=1, quantities=["squared_norms"], path=tmp_path / "run.jsonl")
+    monitor = ub.Monitor(
+        net, F.cross_entropy, every=1, quantities=["squared_norms"], path=tmp_path / "run.jsonl"
+    )
     for i, (X, y) in enumerate(batches(5, size=5)[:4]):
         if i == 2:
             change(net)
@@ -520,7 +574,9 @@ def test_the_recording_is_kept_between_steps(monkeypatch):
 def test_an_error_is_written_with_its_reason_and_training_goes_on(tmp_path):
     net = normed()
     path = tmp_path / "run.jsonl"
-    monitor = ub.Monitor(net, F.cross_entropy, every=1, quantities=["squared_norms", Broken(), "trace"], path=path)
+    monitor = ub.Monitor(
+        net, F.cross_entropy, every=1, quantities=["squared_norms", Broken(), "trace"], path=path
+    )
     (X, y), *_ = batches()
     with session() as shown:
         monitor.step(X, y)
@@ -538,7 +594,9 @@ def test_an_error_is_written_with_its_reason_and_training_goes_on(tmp_path):
     assert "4 questions failed" in repr(monitor)
     assert [w.category for w in shown] == [ub.MonitorWarning] * 3
     assert [w.filename for w in shown] == [__file__] * 3
-    for warning, text in zip(shown, ["broken at step 0", "anything at step 1", "anything at step 2"], strict=True):
+    for warning, text in zip(
+        shown, ["broken at step 0", "anything at step 1", "anything at step 2"], strict=True
+    ):
         assert text in str(warning.message)
 
 
@@ -573,7 +631,9 @@ def test_numbers_that_are_not_finite_are_still_json(tmp_path):
 
     path = tmp_path / "run.jsonl"
     ub.Monitor(nn.Linear(D, C), loss, quantities=["squared_norms"], path=path).step(*batches()[0])
-    (line,) = [json.loads(text, parse_constant=pytest.fail) for text in path.read_text().splitlines()]
+    (line,) = [
+        json.loads(text, parse_constant=pytest.fail) for text in path.read_text().splitlines()
+    ]
     assert line["quantities"]["squared_norms"]["value"]["max"] == "Infinity"
 
 
@@ -594,10 +654,21 @@ def test_whatever_a_line_holds_is_json(tmp_path):
     from unbatch.monitoring.log import Journal
 
     journal = Journal(tmp_path / "run.jsonl")
-    line = {"step": 0, "values": (math.nan, [-math.inf, {"x": np.float64(math.inf)}]), "error": "a name \udcff"}
+    line = {
+        "step": 0,
+        "values": (math.nan, [-math.inf, {"x": np.float64(math.inf)}]),
+        "error": "a name \udcff",
+    }
     journal.write(line)
-    (found,) = [json.loads(t, parse_constant=pytest.fail) for t in journal.path.read_bytes().decode().splitlines()]
-    assert found == {"step": 0, "values": ["NaN", ["-Infinity", {"x": "Infinity"}]], "error": "a name \udcff"}
+    (found,) = [
+        json.loads(t, parse_constant=pytest.fail)
+        for t in journal.path.read_bytes().decode().splitlines()
+    ]
+    assert found == {
+        "step": 0,
+        "values": ["NaN", ["-Infinity", {"x": "Infinity"}]],
+        "error": "a name \udcff",
+    }
 
 
 # ---------------------------------------------------------------- the file
@@ -607,7 +678,9 @@ def test_a_second_run_goes_on_with_the_file(tmp_path):
     path = tmp_path / "runs" / "run.jsonl"
     net = normed()
     for _ in range(2):
-        with ub.Monitor(net, F.cross_entropy, every=2, quantities=["squared_norms"], path=path) as monitor:
+        with ub.Monitor(
+            net, F.cross_entropy, every=2, quantities=["squared_norms"], path=path
+        ) as monitor:
             for X, y in batches(5, size=5)[:3]:
                 monitor.step(X, y)
         net.eval()
@@ -622,7 +695,9 @@ def test_a_line_cut_short_is_dropped(tmp_path):
     path = tmp_path / "run.jsonl"
     for whole in ('{"step": 7, "note": "α"}\n', ""):
         path.write_text(whole + '{"step": 8, "sec', encoding="utf-8")
-        ub.Monitor(normed(), F.cross_entropy, quantities=["squared_norms"], path=path).step(*batches()[0])
+        ub.Monitor(normed(), F.cross_entropy, quantities=["squared_norms"], path=path).step(
+            *batches()[0]
+        )
         assert [line["step"] for line in read(path)] == ([7, 8] if whole else [0])
 
 
@@ -640,7 +715,9 @@ def test_a_file_that_cannot_be_written_is_refused_at_once(tmp_path):
 
 def test_a_disk_that_fails_later_is_a_warning(tmp_path):
     path = tmp_path / "run.jsonl"
-    monitor = ub.Monitor(normed(), F.cross_entropy, every=1, quantities=["squared_norms"], path=path)
+    monitor = ub.Monitor(
+        normed(), F.cross_entropy, every=1, quantities=["squared_norms"], path=path
+    )
     path.unlink()
     path.mkdir()
     with session() as shown:
@@ -656,7 +733,9 @@ def test_a_board_that_fails_is_a_warning():
         def add_scalar(self, *what: Any) -> None:
             raise ValueError("full")
 
-    monitor = ub.Monitor(normed(), F.cross_entropy, quantities=["squared_norms"], tensorboard=Board())
+    monitor = ub.Monitor(
+        normed(), F.cross_entropy, quantities=["squared_norms"], tensorboard=Board()
+    )
     with pytest.warns(ub.MonitorWarning, match="could not write down step 0 .* ValueError: full"):
         assert "value" in monitor.step(*batches()[0])["quantities"]["squared_norms"]
 
@@ -671,10 +750,16 @@ def test_a_board_that_fails_is_a_warning():
         ({"samples": 0}, "samples"),
         ({"by": "layer"}, "'layer'"),
         ({"quantities": ["norms"]}, "squared_norms, noise_scale.*got 'norms'"),
-        ({"quantities": ["squared_norms", ub.Norms()]}, "each once"),
-        ({"quantities": [ub.Norms]}, "Norms"),
-        ({"by": "copy"}, r"trace, top_eigenvalues of a Gauss-Newton .*'squared_norms', 'noise_scale', 'crosstalk'"),
-        ({"by": "copy", "quantities": [ub.Norms(), ub.DiagGGN()]}, "diag_ggn of a Gauss-Newton matrix"),
+        ({"quantities": ["squared_norms", ub.SquaredNorms()]}, "each once"),
+        ({"quantities": [ub.SquaredNorms]}, "Norms"),
+        (
+            {"by": "copy"},
+            r"trace, top_eigenvalues of a Gauss-Newton .*'squared_norms', 'noise_scale', 'crosstalk'",
+        ),
+        (
+            {"by": "copy", "quantities": [ub.SquaredNorms(), ub.DiagGGN()]},
+            "diag_ggn of a Gauss-Newton matrix",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_at_once(options, said):
@@ -688,13 +773,25 @@ def of_predictions(p: Tensor) -> Tensor:
 
 (X0, Y0), *_ = batches()
 WRONG: dict[str, tuple[Any, Any, str]] = {
-    "a pair": (F.cross_entropy, ((X0, Y0),), r"cross_entropy takes targets .* a tuple of 2 alone.*step\(\*batch\)"),
+    "a pair": (
+        F.cross_entropy,
+        ((X0, Y0),),
+        r"cross_entropy takes targets .* a tuple of 2 alone.*step\(\*batch\)",
+    ),
     "a list": (F.cross_entropy, ([X0, Y0],), "a list of 2 alone"),
     "inputs alone": (F.cross_entropy, (X0,), r"a tensor of shape \[6, 4\] alone"),
     "a dict": (F.cross_entropy, ({"x": X0, "labels": Y0},), "a dict of 'x', 'labels' alone"),
     "a loss that is a module": (nn.CrossEntropyLoss(), (X0,), "CrossEntropyLoss takes targets"),
-    "targets that no loss takes": (of_predictions, (X0, Y0), r"takes predictions alone.* shape \[6\]\. Leave"),
-    "targets beside a model's own loss": (None, ({"x": X0}, Y0), r"targets apart: a tensor of shape \[6\]"),
+    "targets that no loss takes": (
+        of_predictions,
+        (X0, Y0),
+        r"takes predictions alone.* shape \[6\]\. Leave",
+    ),
+    "targets beside a model's own loss": (
+        None,
+        ({"x": X0}, Y0),
+        r"targets apart: a tensor of shape \[6\]",
+    ),
     "no loss at all": (None, (X0,), "Neither a loss nor a model that returns one"),
     "sizes that differ": (F.cross_entropy, (X0, Y0[:-1]), "same number of samples"),
     "no tensors": (F.cross_entropy, ("words", Y0), "X must be a tensor"),
@@ -745,7 +842,9 @@ def test_calls_that_are_right(name):
 
 
 def test_steps_are_whole_numbers(tmp_path):
-    monitor = ub.Monitor(normed(), F.cross_entropy, quantities=["squared_norms"], path=tmp_path / "run.jsonl")
+    monitor = ub.Monitor(
+        normed(), F.cross_entropy, quantities=["squared_norms"], path=tmp_path / "run.jsonl"
+    )
     with pytest.raises(ub.InputError, match=r"step= is a whole number.* got 1\.5"):
         monitor.step(X0, Y0, step=1.5)
     monitor.step(X0, Y0, step=np.int64(7))
@@ -764,7 +863,9 @@ class Clock:
         return self.now
 
 
-def asked_at(account: Account, clock: Clock, costs: Iterator[float], train: float, calls: int) -> list[int]:
+def asked_at(
+    account: Account, clock: Clock, costs: Iterator[float], train: float, calls: int
+) -> list[int]:
     """The calls at which a question was asked, each of which takes what ``costs`` says."""
     found = []
     for i in range(calls):
@@ -781,7 +882,10 @@ def test_the_account_adds_up():
     account = Account(2, 0.1, clock)
     assert account.overhead is None  # there is nothing yet to compare with
     assert asked_at(account, clock, iter([3.0, 1.0]), 5.0, 4) == [0, 2]
-    assert (account.asking, account.training) == (4.0, 15.0)  # what follows the last call is not known yet
+    assert (account.asking, account.training) == (
+        4.0,
+        15.0,
+    )  # what follows the last call is not known yet
     assert account.overhead == pytest.approx(4 / 15)
     arrived = account.arrive()
     assert account.training == 20.0
@@ -805,7 +909,9 @@ def test_auto_pays_for_the_first_question_and_then_stays_within_the_share():
     account = Account(None, 0.1, clock)
     shares = []
     for _ in range(300):
-        asked_at(account, clock, iter([4.0] + [2.0] * 99) if not shares else iter([2.0] * 99), 1.0, 1)
+        asked_at(
+            account, clock, iter([4.0] + [2.0] * 99) if not shares else iter([2.0] * 99), 1.0, 1
+        )
         shares.append(account.overhead)
     assert shares[0] is None
     assert all(share > 0.1 for share in shares[1:40])
@@ -822,7 +928,9 @@ def test_overhead_is_that_of_the_clock_given(tmp_path):
 
     net = Slow(D, C)
     path = tmp_path / "run.jsonl"
-    monitor = ub.Monitor(net, F.cross_entropy, every=2, quantities=["squared_norms"], path=path, clock=clock)
+    monitor = ub.Monitor(
+        net, F.cross_entropy, every=2, quantities=["squared_norms"], path=path, clock=clock
+    )
     for X, y in batches()[:5]:
         clock.now += 10
         monitor.step(X, y)
@@ -849,9 +957,13 @@ def test_tensorboard_shows_the_same_numbers(tmp_path):
     events = EventAccumulator(str(tmp_path / "board")).Reload()
     lines = read(path)
     for tag, of in {
-        "unbatch/squared_norms/mean": lambda line: line["quantities"]["squared_norms"]["value"]["mean"],
+        "unbatch/squared_norms/mean": lambda line: line["quantities"]["squared_norms"]["value"][
+            "mean"
+        ],
         "unbatch/trace": lambda line: line["quantities"]["trace"]["value"],
-        "unbatch/top_eigenvalues/1": lambda line: line["quantities"]["top_eigenvalues"]["value"][-1],
+        "unbatch/top_eigenvalues/1": lambda line: line["quantities"]["top_eigenvalues"]["value"][
+            -1
+        ],
         "unbatch/overhead": lambda line: line["overhead"],
     }.items():
         shown = [(e.step, e.value) for e in events.Scalars(tag)]
@@ -928,7 +1040,12 @@ def test_lightning_trains_as_without(precision, accumulate, tmp_path):
             trainer.fit(lit, torch.utils.data.DataLoader(data, batch_size=None))
             (optimizer,) = trainer.optimizers
             moments = [v for s in optimizer.state_dict()["state"].values() for v in s.values()]
-            left = [lit.state_dict(), [p.grad for p in lit.parameters()], moments, torch.get_rng_state()]
+            left = [
+                lit.state_dict(),
+                [p.grad for p in lit.parameters()],
+                moments,
+                torch.get_rng_state(),
+            ]
             return left, trainer.callback_metrics["loss"]
 
     assert_bitwise_equal(run(False), run(True))
@@ -955,7 +1072,9 @@ def test_lightning_asks_about_the_batch_that_comes(tmp_path):
             return momentum(self.parameters())
 
     lit = Lit()
-    monitor = ub.Monitor(lit.net, F.cross_entropy, every=1, quantities=["squared_norms"], path=tmp_path / "run.jsonl")
+    monitor = ub.Monitor(
+        lit.net, F.cross_entropy, every=1, quantities=["squared_norms"], path=tmp_path / "run.jsonl"
+    )
     callback = monitor_callback(monitor, split=lambda batch: (batch["x"], batch["y"]))
     data = [{"x": X, "y": y} for X, y in batches()]
     trainer = L.Trainer(
@@ -965,7 +1084,9 @@ def test_lightning_asks_about_the_batch_that_comes(tmp_path):
     trainer.fit(lit, torch.utils.data.DataLoader(data, batch_size=None))
     for line, (net, X, y) in zip(read(tmp_path / "run.jsonl"), lit.seen, strict=True):
         truth = reference.squared_norms(reference.component(net, F.cross_entropy, X, y))[1]
-        assert line["quantities"]["squared_norms"]["value"]["mean"] == pytest.approx(float(truth.mean()), rel=1e-4)
+        assert line["quantities"]["squared_norms"]["value"]["mean"] == pytest.approx(
+            float(truth.mean()), rel=1e-4
+        )
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -977,7 +1098,9 @@ def test_lightning_refuses_a_batch_that_is_no_pair(batch):
     callback = monitor_callback(ub.Monitor(normed(), F.cross_entropy))
     trainer = types.SimpleNamespace(is_global_zero=True, global_step=0)
     trainer.precision_plugin = types.SimpleNamespace(train_step_context=nullcontext)
-    with pytest.raises(ub.InputError, match=rf"this batch is a {type(batch).__name__} of .*split=lambda"):
+    with pytest.raises(
+        ub.InputError, match=rf"this batch is a {type(batch).__name__} of .*split=lambda"
+    ):
         callback.on_train_batch_start(trainer, None, batch, 0)
 
 
@@ -995,15 +1118,21 @@ def test_the_trainer_of_transformers_trains_as_without(accumulate, tmp_path):
     def run(monitored: bool) -> list[Any]:
         with seeded():
             net = transformers.BertForTokenClassification(config)
-            monitor = ub.Monitor(net, every=2, quantities=["squared_norms", "crosstalk"], path=tmp_path / "run.jsonl")
+            monitor = ub.Monitor(
+                net, every=2, quantities=["squared_norms", "crosstalk"], path=tmp_path / "run.jsonl"
+            )
             arguments = transformers.TrainingArguments(
                 str(tmp_path / "out"), per_device_train_batch_size=4, num_train_epochs=2, report_to=[], use_cpu=True,
                 disable_tqdm=True, save_strategy="no", gradient_accumulation_steps=accumulate, logging_strategy="no",
             )  # fmt: skip
             callbacks = [monitor_callback(monitor)] if monitored else []
-            trainer = transformers.Trainer(net, arguments, train_dataset=OwnData(), callbacks=callbacks)
+            trainer = transformers.Trainer(
+                net, arguments, train_dataset=OwnData(), callbacks=callbacks
+            )
             trainer.train()
-            moments = [v for s in trainer.optimizer.state_dict()["state"].values() for v in s.values()]
+            moments = [
+                v for s in trainer.optimizer.state_dict()["state"].values() for v in s.values()
+            ]
             hooks = [len(m._forward_pre_hooks) for m in net.modules()]
             return [net.state_dict(), moments, torch.get_rng_state(), random.getstate(), hooks]
 
@@ -1026,7 +1155,9 @@ def test_the_page_shows_runs_that_work(tool, tmp_path, monkeypatch):
         package.pytorch = lightning()
         monkeypatch.setitem(sys.modules, "lightning", package)
         monkeypatch.setitem(sys.modules, "lightning.pytorch", package.pytorch)
-    page = (Path(__file__).parents[2] / "docs" / "guides" / "monitor_training.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "guides" / "monitor_training.md").read_text(
+        encoding="utf-8"
+    )
     (code,) = re.findall(rf"^```python\n(# {tool}_run.py\n.*?)^```$", page, re.M | re.S)
     monkeypatch.chdir(tmp_path)
     exec(compile(code, f"{tool}_run.py", "exec"), {"__name__": "page"})
@@ -1047,7 +1178,10 @@ def test_the_trainer_of_transformers_says_where_another_model_is_trained():
     from unbatch.integrations.transformers import monitor_callback
 
     net = OwnLoss()
-    callback, state = monitor_callback(ub.Monitor(net)), types.SimpleNamespace(is_world_process_zero=True)
+    callback, state = (
+        monitor_callback(ub.Monitor(net)),
+        types.SimpleNamespace(is_world_process_zero=True),
+    )
     callback.on_train_begin(None, state, None)
     with session() as shown:
         for _ in range(2):
@@ -1092,19 +1226,29 @@ def test_the_benchmark_measures_what_the_overview_shows(benchmark):
     found = benchmark.medians([benchmark.measured({"every": 2}, benchmark.demo.load(), 3)])
     assert found["lines"] == 2
     case = {"setting": "every=2", "steps": 3} | found
-    shown = benchmark.overview.monitor({"date": "today", "device": "here", "torch": "2", "cases": [case]})
+    shown = benchmark.overview.monitor(
+        {"date": "today", "device": "here", "torch": "2", "cases": [case]}
+    )
     assert "| every=2 | 3 | " in shown
 
 
 def test_the_page_quotes_what_was_measured(benchmark):
-    measured = json.loads((ROOT / "benchmarks" / "results" / "monitor.json").read_text(encoding="utf-8"))
-    default = {case["steps"]: case for case in measured["cases"] if case["setting"] == benchmark.AUTO}
-    long, demo, short = (default[steps] for steps in (benchmark.LONG, benchmark.DEMO, benchmark.SHORT))
+    measured = json.loads(
+        (ROOT / "benchmarks" / "results" / "monitor.json").read_text(encoding="utf-8")
+    )
+    default = {
+        case["steps"]: case for case in measured["cases"] if case["setting"] == benchmark.AUTO
+    }
+    long, demo, short = (
+        default[steps] for steps in (benchmark.LONG, benchmark.DEMO, benchmark.SHORT)
+    )
     added = [benchmark.overview.share(case["added"]) for case in (long, demo, short)]
     text = (
         f"first question takes {long['first']:.2g} s, and the default adds {added[0]} to a run of {long['steps']} "
         f"steps, {added[1]} to one of {demo['steps']} (as many as `unbatch demo` trains) and {added[2]} to one of "
         f"{short['steps']}."
     )
-    assert text in " ".join((ROOT / "docs" / "guides" / "monitor_training.md").read_text(encoding="utf-8").split())
+    assert text in " ".join(
+        (ROOT / "docs" / "guides" / "monitor_training.md").read_text(encoding="utf-8").split()
+    )
     assert long["added"] <= 0.1

@@ -15,7 +15,9 @@ from torch.nn import functional as F
 import unbatch as ub
 from unbatch.reference import definitions as reference
 
-pytestmark = pytest.mark.filterwarnings("ignore::unbatch.VanishingCurvatureWarning")  # losses are linear here and there
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::unbatch.VanishingCurvatureWarning"
+)  # losses are linear here and there
 
 N, D, C = 5, 4, 3
 ROWS = {"component": reference.component, "copy": reference.copies, "frozen": reference.frozen}
@@ -121,7 +123,9 @@ def spectral(net, x):
 
 @case("a complex filter")
 def _():
-    net = Net(spectral, filter=nn.Parameter(normals(3, dtype=torch.complex128)), head=nn.Linear(3, C))
+    net = Net(
+        spectral, filter=nn.Parameter(normals(3, dtype=torch.complex128)), head=nn.Linear(3, C)
+    )
     net.double = lambda: net  # a module of complex parameters is in double precision already
     net.head.double()
     return net, F.cross_entropy, normals(N, D), labels()
@@ -141,12 +145,23 @@ def _():
         nn.Flatten(),
     ]
     model = nn.Sequential(*layers).to(memory_format=torch.channels_last)
-    return model, F.cross_entropy, normals(N, 2, 5, 5).to(memory_format=torch.channels_last), labels()
+    return (
+        model,
+        F.cross_entropy,
+        normals(N, 2, 5, 5).to(memory_format=torch.channels_last),
+        labels(),
+    )
 
 
 @case("channels last, two batch norms and no pooling")
 def _():
-    layers = [nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.Conv2d(4, C, 2), nn.BatchNorm2d(C)]
+    layers = [
+        nn.Conv2d(2, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.Tanh(),
+        nn.Conv2d(4, C, 2),
+        nn.BatchNorm2d(C),
+    ]
     model = nn.Sequential(*layers).to(memory_format=torch.channels_last)
     x = normals(N, 2, 4, 4).to(memory_format=torch.channels_last)
     return model, F.cross_entropy, x, labels(N)[:, None, None].expand(N, 1, 1)
@@ -174,7 +189,12 @@ def _():
 @case("a weight with gaps in memory")
 def _():
     weight = nn.Parameter(normals(2 * D, 2 * C)[::2, ::2])
-    return Net(lambda net, x: (x @ net.weight).tanh(), weight=weight), F.mse_loss, normals(N, D), normals(N, C)
+    return (
+        Net(lambda net, x: (x @ net.weight).tanh(), weight=weight),
+        F.mse_loss,
+        normals(N, D),
+        normals(N, C),
+    )
 
 
 # ---------------------------------------------------------------- written in place
@@ -182,7 +202,13 @@ def _():
 
 @case("activations in place")
 def _():
-    below = [nn.Linear(D, D), nn.BatchNorm1d(D), nn.ReLU(inplace=True), nn.Linear(D, D), nn.BatchNorm1d(D)]
+    below = [
+        nn.Linear(D, D),
+        nn.BatchNorm1d(D),
+        nn.ReLU(inplace=True),
+        nn.Linear(D, D),
+        nn.BatchNorm1d(D),
+    ]
     above = [nn.Dropout(0.3, inplace=True), nn.ELU(inplace=True), nn.Linear(D, C)]
     return nn.Sequential(*below, *above), F.cross_entropy, normals(N, D), labels()
 
@@ -207,7 +233,9 @@ def _():
 
 @case("one sample")
 def _():
-    model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.BatchNorm2d(3), nn.Tanh(), nn.Flatten(), nn.Linear(12, C))
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, 2), nn.BatchNorm2d(3), nn.Tanh(), nn.Flatten(), nn.Linear(12, C)
+    )
     return model, F.cross_entropy, normals(1, 2, 3, 3), labels(1)
 
 
@@ -230,7 +258,9 @@ def _():
 
 @case("one output")
 def _():
-    model = nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D), nn.Tanh(), nn.Linear(D, 1), nn.Flatten(0))
+    model = nn.Sequential(
+        nn.Linear(D, D), nn.BatchNorm1d(D), nn.Tanh(), nn.Linear(D, 1), nn.Flatten(0)
+    )
     return model, F.binary_cross_entropy_with_logits, normals(N, D), labels(N, 2).double()
 
 
@@ -248,7 +278,11 @@ def _():
     def run(net, x):
         return net.head(torch.cat([net.body(x).tanh(), net.narrow(x)], 1)) + net.nothing.sum()
 
-    parts = {"body": nn.Linear(D, D), "head": nn.Linear(D, C), "nothing": nn.Parameter(torch.zeros(0, 3))}
+    parts = {
+        "body": nn.Linear(D, D),
+        "head": nn.Linear(D, C),
+        "nothing": nn.Parameter(torch.zeros(0, 3)),
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch says that it initialises nothing
         narrow = nn.Linear(D, 0)
@@ -258,7 +292,14 @@ def _():
 @case("modules without parameters")
 def _():
     empty = [nn.ParameterList(), nn.ParameterDict(), nn.ModuleList(), nn.Identity()]
-    net = Net(lambda net, x: net.body(x), body=mlp(), list=empty[0], dict=empty[1], modules_=empty[2], same=empty[3])
+    net = Net(
+        lambda net, x: net.body(x),
+        body=mlp(),
+        list=empty[0],
+        dict=empty[1],
+        modules_=empty[2],
+        same=empty[3],
+    )
     return net, F.cross_entropy, normals(N, D), labels()
 
 
@@ -332,7 +373,9 @@ def test_norms_and_variance(name):
 
 def check_norms_and_variance(problem, memory):
     rows = dict(problem.gradients())
-    norms, variance, squares = problem.compute(ub.Norms(), ub.Variance(), ub.SumOfSquares(), memory=memory)
+    norms, variance, squares = problem.compute(
+        ub.SquaredNorms(), ub.Variance(), ub.SumOfSquares(), memory=memory
+    )
     flat = {n: r.abs().square().flatten(1).sum(1) for n, r in rows.items()}
     near(norms, flat, "norms")
     near({"total": norms.total}, {"total": torch.stack(list(flat.values())).sum(0)}, "norms")
@@ -352,7 +395,11 @@ def test_matrix(name, memory):
     near({"G @ v": G @ v}, {"G @ v": expected @ v}, "product")
     near({"diagonal": G.diag()}, {"diagonal": expected.diagonal()}, "diagonal")
     near({"trace": G.trace()}, {"trace": expected.trace()}, "trace")
-    near({"parts": G.diag(per_component=True)}, {"parts": reference.ggn_diagonals(*args)}, "diagonals of components")
+    near(
+        {"parts": G.diag(per_component=True)},
+        {"parts": reference.ggn_diagonals(*args)},
+        "diagonals of components",
+    )
     values, found = torch.linalg.eigvalsh(expected), G.eigvalsh()
     near({"values": found}, {"values": values[len(values) - len(found) :]}, "eigenvalues")
 
@@ -395,7 +442,7 @@ def test_only_parameters_without_entries():
     problem = made("parameters without entries")[1]
     rows = problem.gradients(parameters=["nothing", "narrow.weight"])
     assert rows.flat().shape == (N, 0)
-    norms = problem.compute(ub.Norms(), parameters="nothing")
+    norms = problem.compute(ub.SquaredNorms(), parameters="nothing")
     assert torch.equal(norms.total, torch.zeros(N, dtype=torch.float64))
 
 
@@ -419,7 +466,15 @@ class Plain(nn.Sequential):
 
 def layers(norms):
     more = [nn.LayerNorm(D)] if norms == "layer norm" else [nn.BatchNorm1d(D)]
-    return [nn.Linear(D, D), *more, nn.Tanh(), nn.Linear(D, D), *more[:1], nn.Tanh(), nn.Linear(D, C)]
+    return [
+        nn.Linear(D, D),
+        *more,
+        nn.Tanh(),
+        nn.Linear(D, D),
+        *more[:1],
+        nn.Tanh(),
+        nn.Linear(D, C),
+    ]
 
 
 def in_two_precisions(dtype, autocast, norms):
@@ -427,7 +482,9 @@ def in_two_precisions(dtype, autocast, norms):
     torch.manual_seed(0)
     x, y = torch.randn(16, D).to(dtype), labels(16)
     narrow, exact = Plain(*layers(norms)).to(dtype), Plain(*layers(norms)).double()
-    exact.load_state_dict({k: v.double() if v.is_floating_point() else v for k, v in narrow.state_dict().items()})
+    exact.load_state_dict(
+        {k: v.double() if v.is_floating_point() else v for k, v in narrow.state_dict().items()}
+    )
     narrow.narrow = autocast
     loss = lambda p, y: F.cross_entropy(p if p.dtype == torch.float64 else p.float(), y)  # noqa: E731
     return ub.Problem(narrow, loss, (x, y)), ub.Problem(exact, loss, (x.double(), y))
@@ -454,8 +511,13 @@ def test_narrow_types_are_as_far_off_as_they_round(precision, norms):
     for by in ROWS:
         assert apart(narrow.gradients(by=by).flat(), exact.gradients(by=by).flat()) <= bound, by
     for quantity in (ub.SumOfSquares(), ub.Variance(), ub.DiagGGN()):
-        assert apart(narrow.compute(quantity).flat(), exact.compute(quantity).flat()) <= 2 * bound, quantity
-    assert apart(narrow.compute(ub.Norms()).total, exact.compute(ub.Norms()).total) <= 2 * bound
+        assert (
+            apart(narrow.compute(quantity).flat(), exact.compute(quantity).flat()) <= 2 * bound
+        ), quantity
+    assert (
+        apart(narrow.compute(ub.SquaredNorms()).total, exact.compute(ub.SquaredNorms()).total)
+        <= 2 * bound
+    )
     G, expected = narrow.ggn(), exact.ggn()
     v = torch.linspace(-1, 1, G.shape[0], dtype=torch.float64)
     assert apart(G @ v.to(dtype), expected @ v) <= 2 * bound
@@ -468,7 +530,9 @@ def test_another_net_is_further_off(precision):
     dtype, autocast = PRECISIONS[precision]
     narrow, _ = in_two_precisions(dtype, autocast, "batch norm")
     _, other = in_two_precisions(dtype, autocast, "layer norm")
-    assert apart(narrow.gradients().flat(), other.gradients().flat()) > rounding_of(autocast or dtype, depth=40)
+    assert apart(narrow.gradients().flat(), other.gradients().flat()) > rounding_of(
+        autocast or dtype, depth=40
+    )
 
 
 # ---------------------------------------------------------------- planted

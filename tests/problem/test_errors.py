@@ -79,13 +79,21 @@ BAD = [
         lambda: P(model(), lambda p, y: 3.5, (x(), y())),
         ("scalar tensor", "3.5", "Reduce"),
     ),
-    Bad("loss that is nothing", lambda: P(model(), lambda p, y: None, (x(), y())), ("scalar tensor", "None")),
+    Bad(
+        "loss that is nothing",
+        lambda: P(model(), lambda p, y: None, (x(), y())),
+        ("scalar tensor", "None"),
+    ),
     Bad(
         "loss that is a tuple",
         lambda: P(model(), lambda p, y: (p.sum(), y), (x(), y())),
         ("scalar tensor", "tensor"),
     ),
-    Bad("targets of another size", lambda: P(model(), loss, (x(), y()[:3])), ("5", "3", "in_dims=(0, None)")),
+    Bad(
+        "targets of another size",
+        lambda: P(model(), loss, (x(), y()[:3])),
+        ("5", "3", "in_dims=(0, None)"),
+    ),
     Bad(
         "inputs of different sizes",
         lambda: P(model(), loss, ((x(), x()[:2]), y())),
@@ -101,20 +109,36 @@ BAD = [
         lambda: P(model(), loss, (x(), torch.tensor(1))),
         ("y", "()", "no axis 0", "in_dims"),
     ),
-    Bad("axis that is not there", lambda: P(model(), loss, (x(), y()), in_dims=(2, 0)), ("(5, 4)", "axis 2")),
+    Bad(
+        "axis that is not there",
+        lambda: P(model(), loss, (x(), y()), in_dims=(2, 0)),
+        ("(5, 4)", "axis 2"),
+    ),
     Bad(
         "negative axis that is not there",
         lambda: P(model(), loss, (x(), y()), in_dims=(-3, 0)),
         ("(5, 4)", "axis -3"),
     ),
-    Bad("empty batch", lambda: P(model(), loss, (x()[:0], y()[:0])), ("no samples", "(0, 4)", "at least one")),
+    Bad(
+        "empty batch",
+        lambda: P(model(), loss, (x()[:0], y()[:0])),
+        ("no samples", "(0, 4)", "at least one"),
+    ),
     Bad(
         "no input per sample",
         lambda: P(model(), loss, (x(), y()), in_dims=(None, 0)),
         ("None", "At least one input"),
     ),
-    Bad("inputs that are no tensors", lambda: P(model(), loss, ("text", y())), ("str", "torch.as_tensor")),
-    Bad("inputs that are lists of numbers", lambda: P(model(), loss, ([1.0, 2.0], y())), ("torch.as_tensor",)),
+    Bad(
+        "inputs that are no tensors",
+        lambda: P(model(), loss, ("text", y())),
+        ("str", "torch.as_tensor"),
+    ),
+    Bad(
+        "inputs that are lists of numbers",
+        lambda: P(model(), loss, ([1.0, 2.0], y())),
+        ("torch.as_tensor",),
+    ),
     Bad(
         "in_dims of another structure",
         lambda: P(model(), loss, ((x(), x()), y()), in_dims=({"a": 0}, 0)),
@@ -165,7 +189,12 @@ BAD = [
     Bad(
         "loss that raises",
         lambda: P(model(), loss, (x(), torch.randn(N, 2))),
-        ("RuntimeError", "Sequential", "inputs float32 [5, 4]", "predictions float32 [5, 3] and y float32 [5, 2]"),
+        (
+            "RuntimeError",
+            "Sequential",
+            "inputs float32 [5, 4]",
+            "predictions float32 [5, 3] and y float32 [5, 2]",
+        ),
         ub.CaptureError,
     ),
     Bad(
@@ -203,8 +232,8 @@ BAD = [
     Bad(
         "quantities in a list",
         lambda: P(model(), loss, (x(), y())),
-        ("[Norms()]", "without a list"),
-        ask=lambda p: p.compute([ub.Norms()]),
+        ("[SquaredNorms()]", "without a list"),
+        ask=lambda p: p.compute([ub.SquaredNorms()]),
     ),
     Bad(
         "a pair for with_batch",
@@ -232,7 +261,11 @@ BAD = [
     Bad("data that are no pair", lambda: P(model(), loss, x()), ("pair (X, y)", "Tensor")),
     Bad("data that are three", lambda: P(model(), loss, (x(), y(), y())), ("pair (X, y)",)),
     Bad("neither data nor batch", lambda: P(model(), loss), ("data=(X, y)", "batch=inputs")),
-    Bad("data and batch", lambda: P(model(), loss, (x(), y()), batch=x()), ("data=(X, y)", "batch=inputs")),
+    Bad(
+        "data and batch",
+        lambda: P(model(), loss, (x(), y()), batch=x()),
+        ("data=(X, y)", "batch=inputs"),
+    ),
     Bad("data without a loss", lambda: P(model(), None, (x(), y())), ("loss",)),
     Bad(
         "a model that cannot be called",
@@ -241,8 +274,15 @@ BAD = [
     ),
     Bad(
         "a loss that does not know what to do with an output",
-        lambda: P(lambda q, z: {"logits": z}, F.cross_entropy, (x(), y()), parameters={"w": torch.ones(1)}),
-        ("TypeError", "must be Tensor", "It was the loss", "predictions {logits: float32 [5, 4]} and y int64 [5]"),
+        lambda: P(
+            lambda q, z: {"logits": z}, F.cross_entropy, (x(), y()), parameters={"w": torch.ones(1)}
+        ),
+        (
+            "TypeError",
+            "must be Tensor",
+            "It was the loss",
+            "predictions {logits: float32 [5, 4]} and y int64 [5]",
+        ),
         ub.CaptureError,
     ),
     Bad(
@@ -281,13 +321,19 @@ def test_refusals_change_nothing(bad, monkeypatch):
     init = ub.Problem.__init__
 
     def watched(self, model, loss=None, data=None, **options):
-        inputs, targets = data if isinstance(data, tuple) and len(data) == 2 else (data, options.get("batch"))
+        inputs, targets = (
+            data if isinstance(data, tuple) and len(data) == 2 else (data, options.get("batch"))
+        )
         modules = [m for m in (model, loss) if isinstance(m, nn.Module)]
         made.append(
             type(
                 "Stub",
                 (),
-                {"program": type("Stub", (), {"modules": modules}), "inputs": inputs, "targets": targets},
+                {
+                    "program": type("Stub", (), {"modules": modules}),
+                    "inputs": inputs,
+                    "targets": targets,
+                },
             )
         )
         before.append(state(made[0]))
@@ -336,7 +382,10 @@ ACCEPTED: dict[str, Callable[[], ub.Problem]] = {
         in_dims=({"left": 0, "table": None}, 0),
     ),
     "targets that are not per sample": lambda: P(
-        Pair(), lambda p, y: ((p - y.mean(0)) ** 2).sum(), (x(), torch.randn(9, C)), in_dims=(0, None)
+        Pair(),
+        lambda p, y: ((p - y.mean(0)) ** 2).sum(),
+        (x(), torch.randn(9, C)),
+        in_dims=(0, None),
     ),
     "targets of mixed kinds": lambda: P(
         Pair(),
@@ -344,10 +393,15 @@ ACCEPTED: dict[str, Callable[[], ub.Problem]] = {
         (x(), {"labels": y(), "weights": torch.rand(C)}),
         in_dims=(0, {"labels": 0, "weights": None}),
     ),
-    "targets that hold a number": lambda: P(Pair(), lambda p, y: F.cross_entropy(p / y[1], y[0]), (x(), (y(), 2.0))),
+    "targets that hold a number": lambda: P(
+        Pair(), lambda p, y: F.cross_entropy(p / y[1], y[0]), (x(), (y(), 2.0))
+    ),
     "no targets": lambda: P(Pair(), lambda p: p.square().sum(), (x(), None)),
     "a function": lambda: P(
-        lambda q, z: z @ q["w"], loss, (x(), y()), parameters={"w": torch.randn(D, C, requires_grad=True)}
+        lambda q, z: z @ q["w"],
+        loss,
+        (x(), y()),
+        parameters={"w": torch.randn(D, C, requires_grad=True)},
     ),
     "a loss with one entry": lambda: P(Pair(), lambda p, y: loss(p, y).reshape(1, 1), (x(), y())),
     "a negative axis": lambda: P(Pair(), loss, (x(), y()), in_dims=(-2, -1)),
@@ -384,7 +438,11 @@ def test_model_with_its_own_loss():
 
         def forward(self, z, labels=None):
             logits = self.linear(z)
-            return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
+            return (
+                {"logits": logits}
+                if labels is None
+                else {"loss": F.cross_entropy(logits, labels), "logits": logits}
+            )
 
     found = ub.Problem(Own(), batch={"z": x(), "labels": y()}).structure
     assert found.simd_forward
@@ -413,14 +471,28 @@ class InAList(nn.Module):
 HEAD = nn.Linear(C, C)
 OVERLOOKED = {
     "modules in a list": (lambda: P(InAList(), loss, (x(), y())), "4 tensors", "[4, 4]"),
-    "a head inside the loss": (lambda: P(model(), lambda p, y: loss(HEAD(p), y), (x(), y())), "2 tensors", "[3, 3]"),
-    "a weight of all modules": (lambda: P(model(), lambda p, y: loss(p * HEAD.bias, y), (x(), y())), "1 tensor", "[3]"),
+    "a head inside the loss": (
+        lambda: P(model(), lambda p, y: loss(HEAD(p), y), (x(), y())),
+        "2 tensors",
+        "[3, 3]",
+    ),
+    "a weight of all modules": (
+        lambda: P(model(), lambda p, y: loss(p * HEAD.bias, y), (x(), y())),
+        "1 tensor",
+        "[3]",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", OVERLOOKED)
 @pytest.mark.parametrize(
-    "ask", [gradient, ub.Problem.gradients, lambda p: p.compute(ub.Norms()), lambda p: p.ggn().trace()]
+    "ask",
+    [
+        gradient,
+        ub.Problem.gradients,
+        lambda p: p.compute(ub.SquaredNorms()),
+        lambda p: p.ggn().trace(),
+    ],
 )
 def test_parameters_that_nobody_registered(name, ask):
     build, count, shape = OVERLOOKED[name]
@@ -445,7 +517,9 @@ def test_what_takes_part_on_purpose_is_not_warned_about():
     P(model(), distilled, (x(), y())).gradients()
     net = model()
     some = {n: p for n, p in net.named_parameters() if n.startswith("0")}
-    functional = P(lambda q, z: torch.func.functional_call(net, q, (z,)), loss, (x(), y()), parameters=some)
+    functional = P(
+        lambda q, z: torch.func.functional_call(net, q, (z,)), loss, (x(), y()), parameters=some
+    )
     assert set(functional.gradients()) == {"0.weight", "0.bias"}
     assert functional.structure.notes[0].startswith("2 tensors")
 
@@ -467,9 +541,14 @@ def test_modules_of_one_kind_are_named():
 
 
 def test_what_is_printed_is_short():
-    problem = ub.Problem(nn.Sequential(nn.Linear(D, C), nn.BatchNorm1d(C)), F.cross_entropy, (x(), y()))
+    problem = ub.Problem(
+        nn.Sequential(nn.Linear(D, C), nn.BatchNorm1d(C)), F.cross_entropy, (x(), y())
+    )
     assert repr(problem) == f"Problem(Sequential, cross_entropy, {N} samples)"
-    assert repr(ub.Problem(model(), batch=x())) == f"Problem({type(model()).__name__}, its own loss, {N} samples)"
+    assert (
+        repr(ub.Problem(model(), batch=x()))
+        == f"Problem({type(model()).__name__}, its own loss, {N} samples)"
+    )
     structure = problem.structure
     assert repr(structure).startswith(
         f"Structure({N} samples: canonical split ✓, independent forward ✗, SIMD forward ✗"
@@ -477,9 +556,12 @@ def test_what_is_printed_is_short():
     assert structure.follows("GGN diagonal").outcome == "exact"
     assert str(structure.reduction) == "reduction: holds (proved)"
     assert (
-        str(structure.simd_given_statistics) == f"SIMD given statistics: holds (proved), R = {2 * C} batch statistics"
+        str(structure.simd_given_statistics)
+        == f"SIMD given statistics: holds (proved), R = {2 * C} batch statistics"
     )
-    assert str(structure.independent_forward).startswith("independent forward: fails (witness), replacing sample")
+    assert str(structure.independent_forward).startswith(
+        "independent forward: fails (witness), replacing sample"
+    )
 
 
 def test_one_sample_leaves_the_forward_open():
@@ -517,7 +599,10 @@ def test_assumed_module():
     assert same.structure.independent_forward.status == "unknown"
     ub.assume_independent(net[1])
     found = same.structure
-    assert (found.independent_forward.status, found.independent_forward.basis) == ("holds", "assumed")
+    assert (found.independent_forward.status, found.independent_forward.basis) == (
+        "holds",
+        "assumed",
+    )
     assert found.assumptions == ("1",)
     assert ub.Problem(nn.Linear(D, C), loss, (x(), y())).structure.assumptions == ()
     assert same.verify()
@@ -557,9 +642,11 @@ class Custom(nn.Module):
         return self.linear(centre(z))
 
 
-def centring(call: rules.Call) -> Any:
+def centring(call: rules.RuleContext) -> Any:
     z = call.marks[0]
-    return call.algebra.pointwise("centre", z, call.algebra.reduce("mean", z, [0], keepdim=True), kind="sub")
+    return call.algebra.pointwise(
+        "centre", z, call.algebra.reduce("mean", z, [0], keepdim=True), kind="sub"
+    )
 
 
 @pytest.mark.usefixtures("declarations")
@@ -572,7 +659,10 @@ def test_a_rule_for_an_op_of_ones_own():
     assert any("register_rule" in c.remedy for c in before.simd_given_statistics.culprits)
     ub.register_rule(OP, centring)
     after = same.structure
-    assert (after.simd_given_statistics.status, after.simd_given_statistics.basis) == ("holds", "proved")
+    assert (after.simd_given_statistics.status, after.simd_given_statistics.basis) == (
+        "holds",
+        "proved",
+    )
     assert after.custom_rules == (str(OP),)
     assert after.unknown_ops == ()
     assert after.statistics_size == D

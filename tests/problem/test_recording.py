@@ -45,7 +45,9 @@ def agrees_with_a_fresh_one(same: ub.Problem) -> None:
     program = same.program
     given = {"parameters": program.parameters} if program.functional else {}
     fresh = ub.Problem(program.model, program.loss, (same.inputs, same.targets), **given)
-    assert [v.status for v in same.structure.verdicts] == [v.status for v in fresh.structure.verdicts]
+    assert [v.status for v in same.structure.verdicts] == [
+        v.status for v in fresh.structure.verdicts
+    ]
     assert same.structure.reduction.weights_depend_on == fresh.structure.reduction.weights_depend_on
     torch.testing.assert_close(same.predictions(), fresh.predictions())
     for by in ("component", "copy"):
@@ -74,10 +76,12 @@ def _with_gradients(p: ub.Problem) -> None:
 NUMBERS: dict[str, Callable[[ub.Problem], Any]] = {
     "a parameter in place": lambda p: p.program.model[0].weight.detach().mul_(2),
     "a parameter behind its back": lambda p: p.program.model[0].weight.data.mul_(2),
-    "a parameter by an optimizer": lambda p: torch.optim.SGD(p.program.model.parameters(), 0.1).step(
-        _with_gradients(p)
+    "a parameter by an optimizer": lambda p: torch.optim.SGD(
+        p.program.model.parameters(), 0.1
+    ).step(_with_gradients(p)),
+    "a parameter's data replaced": lambda p: setattr(
+        p.program.model[0].weight, "data", torch.randn(C, D)
     ),
-    "a parameter's data replaced": lambda p: setattr(p.program.model[0].weight, "data", torch.randn(C, D)),
     "parameters loaded": lambda p: p.program.model.load_state_dict(model().state_dict()),
     "a buffer": lambda p: p.program.model[1].running_mean.add_(1),
     "the data": lambda p: p.inputs.mul_(2),
@@ -92,7 +96,9 @@ def test_other_numbers_need_no_recording(change, mode, records):
     before = same.gradients().flat()
     change(same)
     rng = torch.get_rng_state()
-    assert not torch.equal(same.gradients().flat(), before) or (change is NUMBERS["a buffer"] and mode)
+    assert not torch.equal(same.gradients().flat(), before) or (
+        change is NUMBERS["a buffer"] and mode
+    )
     assert len(records) == 1
     agrees_with_a_fresh_one(same)
     assert torch.equal(rng, torch.get_rng_state())
@@ -107,7 +113,8 @@ def test_another_batch_needs_no_recording(records):
         with isolation.untouched(other.program.modules):
             torch.testing.assert_close(other.predictions(), other.program.model(other.inputs))
             true = torch.autograd.grad(
-                loss(other.program.model(other.inputs), other.targets), list(other.program.model.parameters())
+                loss(other.program.model(other.inputs), other.targets),
+                list(other.program.model.parameters()),
             )
         torch.testing.assert_close(list(other.gradient().values()), list(true))
         torch.testing.assert_close([r.sum(0) for r in other.gradients().values()], list(true))
@@ -196,7 +203,9 @@ def test_another_batch_is_checked():
 # ---------------------------------------------------------------- another program: recorded again
 
 STATES: dict[str, Callable[[ub.Problem], Any]] = {
-    "a parameter replaced": lambda p: setattr(p.program.model[0], "weight", nn.Parameter(torch.randn(C, D))),
+    "a parameter replaced": lambda p: setattr(
+        p.program.model[0], "weight", nn.Parameter(torch.randn(C, D))
+    ),
     "train and eval": lambda p: p.program.model.eval(),
     "one module to eval": lambda p: p.program.model[1].eval(),
     "an attribute": lambda p: setattr(p.program.model[1], "eps", 0.1),
@@ -302,7 +311,12 @@ class Activated(nn.Module):
 
 @pytest.mark.parametrize(
     ("first", "then"),
-    [(nn.ReLU(), nn.Tanh()), (nn.Sigmoid(), nn.Softmax(0)), (torch.relu, torch.tanh), (F.relu, lambda z: z.sigmoid())],
+    [
+        (nn.ReLU(), nn.Tanh()),
+        (nn.Sigmoid(), nn.Softmax(0)),
+        (torch.relu, torch.tanh),
+        (F.relu, lambda z: z.sigmoid()),
+    ],
     ids=["module", "module that mixes", "built-in function", "function"],
 )
 def test_an_activation_that_was_swapped_is_seen(first, then):
@@ -334,7 +348,9 @@ def test_arguments_of_a_partial_are_seen():
     def scaled(table, parameters, z):
         return z @ parameters["w"] * table["gain"]
 
-    same = asked(functools.partial(scaled, table), parameters={"w": torch.randn(D, C, requires_grad=True)})
+    same = asked(
+        functools.partial(scaled, table), parameters={"w": torch.randn(D, C, requires_grad=True)}
+    )
     table["gain"] = 3.0
     agrees_with_a_fresh_one(same)
 
@@ -400,7 +416,9 @@ def test_one_mask_for_a_question_and_the_next(records):
     same = asked(noisy())
     assert torch.equal(same.gradients().flat(), same.gradients().flat())
     rows = same.gradients()
-    torch.testing.assert_close(rows.flat().sum(0), torch.cat([g.flatten() for g in same.gradient().values()]))
+    torch.testing.assert_close(
+        rows.flat().sum(0), torch.cat([g.flatten() for g in same.gradient().values()])
+    )
     assert len(records) == 1
 
 
@@ -415,7 +433,8 @@ def test_other_numbers_get_another_mask():
     assert torch.equal(first, again)
     assert not torch.equal(first, before)
     torch.testing.assert_close(
-        second.gradients().flat().sum(0), torch.cat([g.flatten() for g in second.gradient().values()])
+        second.gradients().flat().sum(0),
+        torch.cat([g.flatten() for g in second.gradient().values()]),
     )
 
 
@@ -435,7 +454,8 @@ def test_noise_in_the_loss_is_drawn_once():
 
 
 @pytest.mark.parametrize(
-    ("blind", "change"), [("state", lambda net: net.train()), ("numbers", lambda net: net[0].bias.data.add_(1))]
+    ("blind", "change"),
+    [("state", lambda net: net.train()), ("numbers", lambda net: net[0].bias.data.add_(1))],
 )
 def test_a_guard_that_does_not_look_is_caught(blind, change, monkeypatch):
     monkeypatch.setattr(guard.Guard, blind, lambda self: ())

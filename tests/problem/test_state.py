@@ -136,7 +136,7 @@ def test_a_question_runs_the_batch_forward_once(monkeypatch, norms, question):
 
 def test_by_way_of_statistics_the_batch_runs_with_and_without_them(monkeypatch):
     """Once as it is, and once with statistics held constant for each of what goes on there: vjps and rows."""
-    monkeypatch.setattr("unbatch.curvature.low_rank.pays", lambda *_: True)
+    monkeypatch.setattr("unbatch.curvature.strategy.estimate_cost", lambda *_: True)
     problem = problem_of(2)
     assert problem.structure
     passes = Passes(monkeypatch, problem)
@@ -166,7 +166,7 @@ questions = [
     lambda p: str(p.diagram()),
     lambda p: p.structure,
     lambda p: numbers(*p.gradients().values()),
-    lambda p: numbers(*p.compute(ub.DiagGGN()).values(), *p.compute(ub.Norms()).values()),
+    lambda p: numbers(*p.compute(ub.DiagGGN()).values(), *p.compute(ub.SquaredNorms()).values()),
     lambda p: numbers(p.ggn().diag(), p.ggn().eigvalsh(), p.ggn().trace()),
     lambda p: numbers(p.ggn().solve(vector[: p.ggn().shape[0]], 0.1)),
     lambda p: numbers(p.ggn(blocks="parameter").diag()),

@@ -26,7 +26,9 @@ ARTIFACTS = Path(__file__).parents[2] / "build" / "artifacts"
 def problem(norm: bool = True, loss=F.cross_entropy) -> ub.Problem:
     torch.manual_seed(0)
     layers = [nn.Linear(D, 4), *([nn.BatchNorm1d(4)] if norm else []), nn.ReLU(), nn.Linear(4, C)]
-    return ub.Problem(nn.Sequential(*layers).double(), loss, (torch.randn(N, D).double(), torch.arange(N) % C))
+    return ub.Problem(
+        nn.Sequential(*layers).double(), loss, (torch.randn(N, D).double(), torch.arange(N) % C)
+    )
 
 
 class Page(HTMLParser):
@@ -64,7 +66,10 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def written(tmp_path_factory) -> Path:
     return ub.write_report(
-        problem(), tmp_path_factory.mktemp("report") / "deep" / "report.html", "A net <1>", {"data": "drawn & random"}
+        problem(),
+        tmp_path_factory.mktemp("report") / "deep" / "report.html",
+        "A net <1>",
+        {"data": "drawn & random"},
     )
 
 
@@ -89,7 +94,10 @@ def test_it_loads_nothing_from_elsewhere(written):
     text = written.read_text()
     page = Page(text)
     links = [
-        v for _, attributes in page.tags for k, v in attributes.items() if k in ("src", "href", "xlink:href", "data")
+        v
+        for _, attributes in page.tags
+        for k, v in attributes.items()
+        if k in ("src", "href", "xlink:href", "data")
     ]
     assert all(v.startswith(("#", "data:")) for v in links)
     assert "@import" not in text
@@ -161,7 +169,9 @@ def test_code_looks_like_code(written):
 def test_all_culprits_of_a_kind_are_named(tmp_path):
     layers = [layer for _ in range(6) for layer in (nn.Linear(D, D), nn.BatchNorm1d(D))]
     data = problem().inputs, problem().targets
-    path = ub.write_report(ub.Problem(nn.Sequential(*layers).double(), F.cross_entropy, data), tmp_path / "r.html")
+    path = ub.write_report(
+        ub.Problem(nn.Sequential(*layers).double(), F.cross_entropy, data), tmp_path / "r.html"
+    )
     assert "1, 3, 5, 7, 2 more" in path.read_text()
 
 
@@ -173,7 +183,9 @@ def test_names_are_no_markup(tmp_path):
 
 
 def test_every_picture_says_how_to_read_it(written):
-    captions = re.findall(r"<figcaption><strong>(.*?)\.</strong> (.*?)</figcaption>", written.read_text(), flags=re.S)
+    captions = re.findall(
+        r"<figcaption><strong>(.*?)\.</strong> (.*?)</figcaption>", written.read_text(), flags=re.S
+    )
     assert len(captions) == written.read_text().count("<figure>") == 5
     assert len({caption for caption, _ in captions}) == 5
     assert all(len(reading.split()) > 20 for _, reading in captions)
@@ -185,15 +197,21 @@ def facts(path):
 
 def cell(path, name):
     """The value beside a name in a table of two columns."""
-    (found,) = re.findall(rf'<th scope="row">{re.escape(name)}\s*</th><td>(.*?)\s*</td></tr>', path.read_text())
+    (found,) = re.findall(
+        rf'<th scope="row">{re.escape(name)}\s*</th><td>(.*?)\s*</td></tr>', path.read_text()
+    )
     return found
 
 
 def test_loss_and_dtype_are_named(written, tmp_path):
     assert facts(written).items() >= {"loss": "cross_entropy", "dtype": "float64"}.items()
-    other = ub.write_report(problem(loss=nn.CrossEntropyLoss(label_smoothing=0.1)), tmp_path / "r.html")
+    other = ub.write_report(
+        problem(loss=nn.CrossEntropyLoss(label_smoothing=0.1)), tmp_path / "r.html"
+    )
     assert facts(other)["loss"] == "CrossEntropyLoss"
-    other = ub.write_report(problem(loss=functools.partial(F.cross_entropy, label_smoothing=0.1)), tmp_path / "r.html")
+    other = ub.write_report(
+        problem(loss=functools.partial(F.cross_entropy, label_smoothing=0.1)), tmp_path / "r.html"
+    )
     assert facts(other)["loss"] == "cross_entropy"
 
 
@@ -211,7 +229,9 @@ def test_eigenvalues_are_counted_as_far_as_the_dtype_tells_them(dtype, tmp_path)
 
 def test_negative_eigenvalues_are_told(written, tmp_path):
     assert cell(written, "negative eigenvalues").startswith("none, because")
-    saddle = ub.write_report(problem(loss=lambda p, y: (p.pow(4) - p.pow(2)).sum()), tmp_path / "r.html")
+    saddle = ub.write_report(
+        problem(loss=lambda p, y: (p.pow(4) - p.pow(2)).sum()), tmp_path / "r.html"
+    )
     assert re.match(r"possible, because .* eigenvalue -\d", cell(saddle, "negative eigenvalues"))
 
 
@@ -223,7 +243,10 @@ def test_the_share_off_the_diagonal_is_said_once(written):
 
 
 def test_what_is_no_problem_is_refused(tmp_path):
-    with pytest.raises(ub.InputError, match=r"write_report takes a Problem; got Structure\. Pass the problem itself"):
+    with pytest.raises(
+        ub.InputError,
+        match=r"write_report takes a Problem; got Structure\. Pass the problem itself",
+    ):
         ub.write_report(problem().structure)
     assert not list(tmp_path.iterdir())
 
@@ -250,7 +273,9 @@ def test_a_bug_in_the_template_is_caught(written, monkeypatch, tmp_path):
         test_it_can_be_read_by_all(broken)
 
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+BROWSER = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 
 
 @pytest.mark.skipif(BROWSER is None, reason="there is no Chromium")
@@ -258,15 +283,35 @@ def test_a_browser_shows_it(written, tmp_path):
     """Opened in a headless Chromium: no errors on its console, text and pictures are there."""
     ARTIFACTS.mkdir(parents=True, exist_ok=True)
     picture = ARTIFACTS / "report.png"
-    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={tmp_path}"]
+    flags = [
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        f"--user-data-dir={tmp_path}",
+    ]
     log = ["--enable-logging=stderr", "--v=0"]
-    shot = [BROWSER, *flags, *log, "--window-size=1100,5200", f"--screenshot={picture}", written.as_uri()]
-    run = subprocess.run(shot, capture_output=True, text=True, timeout=120, env=os.environ | {"HOME": str(tmp_path)})
+    shot = [
+        BROWSER,
+        *flags,
+        *log,
+        "--window-size=1100,5200",
+        f"--screenshot={picture}",
+        written.as_uri(),
+    ]
+    run = subprocess.run(
+        shot, capture_output=True, text=True, timeout=120, env=os.environ | {"HOME": str(tmp_path)}
+    )
     assert run.returncode == 0, run.stderr
     assert "CONSOLE" not in run.stderr, run.stderr
     assert picture.stat().st_size > 50_000
     assert picture.read_bytes().startswith(b"\x89PNG")
-    dom = subprocess.run([BROWSER, *flags, "--dump-dom", written.as_uri()], capture_output=True, text=True, timeout=120)
+    dom = subprocess.run(
+        [BROWSER, *flags, "--dump-dom", written.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert dom.stdout.count("<svg") == written.read_text().count("<svg")
     assert "Gauss-Newton matrix" in dom.stdout
 
@@ -283,5 +328,10 @@ def test_a_browser_complains_about_a_broken_page(tmp_path):
         f"--user-data-dir={tmp_path}",
         "--enable-logging=stderr",
     ]
-    run = subprocess.run([BROWSER, *flags, "--dump-dom", broken.as_uri()], capture_output=True, text=True, timeout=120)
+    run = subprocess.run(
+        [BROWSER, *flags, "--dump-dom", broken.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert "CONSOLE" in run.stderr

@@ -109,7 +109,12 @@ def test_structure_draws_a_column_for_each_sample_and_the_neck(mixing, apart):
     ax = plot.structure(mixing)
     assert "R = 10" in words(ax)
     assert "samples meet in 10 numbers" in words(ax)
-    assert [w for w in words(ax) if w.startswith("$x")] == [r"$x_{1}$", r"$x_{2}$", r"$x_{N-1}$", r"$x_{N}$"]
+    assert [w for w in words(ax) if w.startswith("$x")] == [
+        r"$x_{1}$",
+        r"$x_{2}$",
+        r"$x_{N-1}$",
+        r"$x_{N}$",
+    ]
     assert not any(w.startswith("R =") for w in words(plot.structure(apart)))
     assert words(plot.structure(mixing.diagram())) == words(ax)
 
@@ -143,7 +148,9 @@ def test_nothing_overlaps(samples):
     net = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3))
     torch.manual_seed(0)
     data = torch.randn(max(samples, 2), 4), torch.randint(3, (max(samples, 2),))
-    problem = ub.Problem(net if samples > 1 else net[:1], F.cross_entropy, tuple(t[:samples] for t in data))
+    problem = ub.Problem(
+        net if samples > 1 else net[:1], F.cross_entropy, tuple(t[:samples] for t in data)
+    )
     ax = plot.structure(problem)
     renderer = drawn(ax.figure)
     boxes = [t.get_window_extent(renderer) for t in ax.texts if t.get_text()]
@@ -158,12 +165,30 @@ def spilling(ax, renderer):
     place = ax.get_window_extent(renderer)
     texts = [t for t in ax.texts if t.get_text() and t.get_visible()]
     boxes = [t.get_window_extent(renderer) for t in texts]
-    out = [t.get_text() for t, b in zip(texts, boxes, strict=True) if not (place.x0 <= b.x0 and b.x1 <= place.x1)]
-    out += [t.get_text() for t, b in zip(texts, boxes, strict=True) if not (place.y0 <= b.y0 and b.y1 <= place.y1)]
-    return out + [t.get_text() for i, t in enumerate(texts) if any(boxes[i].overlaps(other) for other in boxes[:i])]
+    out = [
+        t.get_text()
+        for t, b in zip(texts, boxes, strict=True)
+        if not (place.x0 <= b.x0 and b.x1 <= place.x1)
+    ]
+    out += [
+        t.get_text()
+        for t, b in zip(texts, boxes, strict=True)
+        if not (place.y0 <= b.y0 and b.y1 <= place.y1)
+    ]
+    return out + [
+        t.get_text()
+        for i, t in enumerate(texts)
+        if any(boxes[i].overlaps(other) for other in boxes[:i])
+    ]
 
 
-SIZES = {"large": (12, 10), "small": (3, 2), "flat": (9, 1.5), "narrow": (1.5, 6), "tiny": (0.8, 0.8)}
+SIZES = {
+    "large": (12, 10),
+    "small": (3, 2),
+    "flat": (9, 1.5),
+    "narrow": (1.5, 6),
+    "tiny": (0.8, 0.8),
+}
 
 
 @pytest.mark.parametrize("layout", ["constrained", None])
@@ -210,8 +235,13 @@ def test_committed_figures_are_of_this_code():
     page = (ROOT / "docs" / "guides" / "draw_figures.md").read_text(encoding="utf-8")
     for name in ("without_batch_norm", "with_batch_norm", "contrastive_loss"):
         assert f"figures/{name}.svg" in page
-        assert 'aria-label="The way of 16 samples' in (ROOT / "docs" / "figures" / f"{name}.svg").read_text()
-    with_, without = ((ROOT / "docs" / "figures" / f"{n}_batch_norm.svg").read_text() for n in ("with", "without"))
+        assert (
+            'aria-label="The way of 16 samples'
+            in (ROOT / "docs" / "figures" / f"{name}.svg").read_text()
+        )
+    with_, without = (
+        (ROOT / "docs" / "figures" / f"{n}_batch_norm.svg").read_text() for n in ("with", "without")
+    )
     assert "1 BatchNorm1d: samples meet in 16 numbers" in with_
     assert "stay separate" in without
 
@@ -254,20 +284,34 @@ def test_gradient_norms(mixing, apart):
 def test_gradient_norms_of_results(mixing):
     """Rows, and squared norms, which are the same to look at."""
     rows = {by: mixing.gradients(by=by) for by in ("component", "copy", "frozen")}
-    named = plot.gradient_norms({by: mixing.compute(ub.Norms(), by=by) for by in rows}, bins=6)
+    named = plot.gradient_norms(
+        {by: mixing.compute(ub.SquaredNorms(), by=by) for by in rows}, bins=6
+    )
     assert named.get_legend_handles_labels()[1] == list(rows)
-    assert counts(named) == counts(plot.gradient_norms(rows, bins=6)) == counts(plot.gradient_norms(mixing, bins=6))
+    assert (
+        counts(named)
+        == counts(plot.gradient_norms(rows, bins=6))
+        == counts(plot.gradient_norms(mixing, bins=6))
+    )
     assert len({bars[0].get_hatch() for bars in named.containers}) == 3
     (only,) = counts(plot.gradient_norms(rows["copy"], bins=6))
     norms = norms_of(mixing, "copy")
-    assert abs(np.array(only) - np.histogram(norms, np.linspace(norms.min(), norms.max(), 7))[0]).sum() <= 2
+    assert (
+        abs(np.array(only) - np.histogram(norms, np.linspace(norms.min(), norms.max(), 7))[0]).sum()
+        <= 2
+    )
     assert plot.gradient_norms(rows["copy"]).get_legend_handles_labels()[1] == ["per-copy"]
 
 
 def covered(ax, renderer):
     """Bars and words that a legend lies over."""
     legend = ax.get_legend().get_window_extent(renderer)
-    bars = [bar for bars in ax.containers for bar in bars if bar.get_height() > 0 and bar.get_width() > 0]
+    bars = [
+        bar
+        for bars in ax.containers
+        for bar in bars
+        if bar.get_height() > 0 and bar.get_width() > 0
+    ]
     return [a for a in (*bars, *ax.texts) if a.get_window_extent(renderer).overlaps(legend)]
 
 
@@ -303,7 +347,9 @@ def whole(axis):
 
 
 def test_what_is_counted_has_whole_ticks(mixing, apart):
-    ax = plot.gradient_norms(ub.Problem(nn.Linear(4, 3), F.cross_entropy, tuple(t[:2] for t in DATA)))
+    ax = plot.gradient_norms(
+        ub.Problem(nn.Linear(4, 3), F.cross_entropy, tuple(t[:2] for t in DATA))
+    )
     drawn(ax.figure)
     assert whole(ax.yaxis)
     crossed, values = plot.crosstalk(mixing), plot.spectrum(apart)
@@ -315,7 +361,9 @@ def test_gradient_norms_that_differ_much_keep_all_samples():
     torch.manual_seed(0)
     X = torch.randn(N, 4) * torch.logspace(-3, 3, N)[:, None]
     X[0] = 0
-    problem = ub.Problem(nn.Linear(4, 3, bias=False), lambda z, y: z.square().sum(), (X, torch.zeros(N)))
+    problem = ub.Problem(
+        nn.Linear(4, 3, bias=False), lambda z, y: z.square().sum(), (X, torch.zeros(N))
+    )
     ax = plot.gradient_norms(problem)
     assert ax.get_xscale() == "log"
     assert sum(map(sum, counts(ax))) == N - 1  # a norm of zero has no place on a log scale
@@ -331,14 +379,19 @@ def test_decompositions_that_do_not_exist_are_named(mixing, monkeypatch):
         return real(*quantities, by=by, **others)
 
     monkeypatch.setattr(mixing, "compute", no_frozen)
-    assert plot.gradient_norms(mixing).get_legend_handles_labels()[1][-1] == "frozen: does not exist here"
+    assert (
+        plot.gradient_norms(mixing).get_legend_handles_labels()[1][-1]
+        == "frozen: does not exist here"
+    )
 
 
 def test_spectrum(mixing):
     dense = torch.linalg.eigvalsh(mixing.ggn().to_dense()).flip(0)
     ax = plot.spectrum(mixing)
     curve, bound = ax.lines
-    np.testing.assert_allclose(curve.get_ydata(), dense[: len(curve.get_ydata())], rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(
+        curve.get_ydata(), dense[: len(curve.get_ydata())], rtol=1e-6, atol=1e-9
+    )
     assert len(curve.get_ydata()) == int((dense > 1e-13 * dense[0]).sum()) == 2 * N
     assert bound.get_xdata()[0] == mixing.ggn().rank_bound == 2 * N
     assert ax.get_yscale() == "log"
@@ -356,16 +409,56 @@ def test_spectrum_of_eigenvalues(mixing):
 
 
 WRONG = {
-    "structure": (plot.structure, lambda p: p.structure, "Structure", r"plot\.structure\(problem\)"),
+    "structure": (
+        plot.structure,
+        lambda p: p.structure,
+        "Structure",
+        r"plot\.structure\(problem\)",
+    ),
     "crosstalk": (plot.crosstalk, lambda p: p.structure, "Structure", r"problem\.crosstalk\(\)"),
-    "crosstalk of numbers": (plot.crosstalk, lambda p: p.crosstalk().matrix, r"shape \[8, 8\]", "Pass the problem"),
-    "norms": (plot.gradient_norms, lambda p: p.ggn(), "GGN", r"problem\.compute\(Norms\(\)\)"),
-    "norms of numbers": (plot.gradient_norms, lambda p: {"a": torch.ones(3)}, r"a tensor of shape \[3\]", "Rows"),
+    "crosstalk of numbers": (
+        plot.crosstalk,
+        lambda p: p.crosstalk().matrix,
+        r"shape \[8, 8\]",
+        "Pass the problem",
+    ),
+    "norms": (
+        plot.gradient_norms,
+        lambda p: p.ggn(),
+        "GGN",
+        r"problem\.compute\(SquaredNorms\(\)\)",
+    ),
+    "norms of numbers": (
+        plot.gradient_norms,
+        lambda p: {"a": torch.ones(3)},
+        r"a tensor of shape \[3\]",
+        "Rows",
+    ),
     "norms of nothing": (plot.gradient_norms, lambda p: {}, "dict", "mapping from names"),
-    "spectrum": (plot.spectrum, lambda p: p.ggn().to_dense(), r"shape \[53, 53\] and dtype float64", "1-d"),
-    "spectrum of counts": (plot.spectrum, lambda p: torch.arange(3), "dtype int64", "real eigenvalues"),
-    "directions": (plot.directions, lambda p: p.ggn(blocks="module"), "BlockGGN", r"directions\(k\)"),
-    "directions of a class": (plot.directions, lambda p: ub.GGN, "the class GGN", "Pass the problem"),
+    "spectrum": (
+        plot.spectrum,
+        lambda p: p.ggn().to_dense(),
+        r"shape \[53, 53\] and dtype float64",
+        "1-d",
+    ),
+    "spectrum of counts": (
+        plot.spectrum,
+        lambda p: torch.arange(3),
+        "dtype int64",
+        "real eigenvalues",
+    ),
+    "directions": (
+        plot.directions,
+        lambda p: p.ggn(blocks="module"),
+        "BlockGGN",
+        r"directions\(k\)",
+    ),
+    "directions of a class": (
+        plot.directions,
+        lambda p: ub.GGN,
+        "the class GGN",
+        "Pass the problem",
+    ),
 }
 
 
@@ -384,7 +477,9 @@ def test_spectrum_of_blocks(mixing):
     for curve, block in zip(curves, blocks.blocks, strict=True):
         top = torch.linalg.eigvalsh(block.to_dense())[-1]
         assert curve.get_ydata()[0] == pytest.approx(float(top))
-    assert len({(to_hex(c.get_color()), c.get_marker(), c.get_linestyle()) for c in curves}) == len(curves)
+    assert len({(to_hex(c.get_color()), c.get_marker(), c.get_linestyle()) for c in curves}) == len(
+        curves
+    )
 
 
 def test_directions(mixing):
@@ -417,7 +512,9 @@ def test_plan(mixing):
     results, temporary = ax.containers
     assert [b.get_width() * 2**20 for b in results] == [p.results for p in plans.values()]
     assert [b.get_x() * 2**20 for b in temporary] == [p.results for p in plans.values()]
-    assert [round(b.get_width() * 2**20) for b in temporary] == [p.temporary for p in plans.values()]
+    assert [round(b.get_width() * 2**20) for b in temporary] == [
+        p.temporary for p in plans.values()
+    ]
     assert [t.get_text() for t in ax.get_yticklabels()] == list(plans)
     pullbacks = [f"{p.pullbacks} pullback" for p in plans.values()]
     assert all(w.strip().startswith(p) for w, p in zip(words(ax), pullbacks, strict=True))

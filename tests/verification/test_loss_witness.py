@@ -9,7 +9,7 @@ from torch import nn
 from unbatch.capture.isolation import random_state
 from unbatch.capture.program import Program
 from unbatch.linalg.precision import LOSS_IN_DOUBLE, LOSS_WITH_CASTS
-from unbatch.verification.loss_tests import LossOracle
+from unbatch.verification.loss_tests import LossExperiment
 
 N, C = 4, 3
 CONSTANT = torch.ones(C)
@@ -48,7 +48,7 @@ def test_a_loss_is_tested_in_float64_where_it_takes_it(loss):
     oracle = SimpleNamespace(
         program=program, places=[0], out_dims=[0], samples=N, targets=torch.ones(N, C), graph=graph
     )
-    at = LossOracle(oracle, torch.randn(N, C))
+    at = LossExperiment(oracle, torch.randn(N, C))
     double, fine = LOSSES[loss]
     assert at.double == double
     assert at.tolerances == (LOSS_IN_DOUBLE if fine else LOSS_WITH_CASTS)

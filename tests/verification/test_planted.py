@@ -18,9 +18,9 @@ from cases.experiments import check_forward, check_loss
 from cases.verdicts import check
 from unbatch.analysis import interpreter as walk
 from unbatch.analysis.domain.ownership import SHARED, shared
-from unbatch.analysis.domain.propagation import Algebra
+from unbatch.analysis.domain.propagation import Propagation
 from unbatch.analysis.rules import registry as rules
-from unbatch.analysis.rules.registry import Call, pointwise
+from unbatch.analysis.rules.registry import RuleContext, pointwise
 
 N = D = 4  # a square batch: nothing can be told by size alone
 
@@ -54,7 +54,9 @@ class Planted:
         return ub.Problem(Net(self.run).double(), self.loss, (x, y))
 
 
-def as_rule(rule: Callable[[Call], object], *ops: str) -> Callable[[pytest.MonkeyPatch], None]:
+def as_rule(
+    rule: Callable[[RuleContext], object], *ops: str
+) -> Callable[[pytest.MonkeyPatch], None]:
     def plant(monkeypatch: pytest.MonkeyPatch) -> None:
         for op in ops:
             monkeypatch.setitem(rules.RULES, op, rule)
@@ -62,11 +64,13 @@ def as_rule(rule: Callable[[Call], object], *ops: str) -> Callable[[pytest.Monke
     return plant
 
 
-def sum_that_forgets_an_axis(call: Call):
+def sum_that_forgets_an_axis(call: RuleContext):
     """Samples along the first of several dims are taken for one."""
     first, *others = call.dims()
     out = call.algebra.reduce("sum", call["self"], others, keepdim=True)
-    owner, key = (np.full_like(a.take([0], first), fill) for a, fill in ((out.owner, SHARED), (out.key, 7)))
+    owner, key = (
+        np.full_like(a.take([0], first), fill) for a, fill in ((out.owner, SHARED), (out.key, 7))
+    )
     kept = replace(
         out,
         shape=tuple(1 if d in (first, *others) else s for d, s in enumerate(out.shape)),
@@ -76,29 +80,29 @@ def sum_that_forgets_an_axis(call: Call):
     return kept if call["keepdim"] else shared(call.shape, "sum")
 
 
-def pointwise_mean(call: Call):
+def pointwise_mean(call: RuleContext):
     """One entry for each row, whatever the dim."""
     x = call.algebra.pointwise("mean", call["self"])
     return replace(x, shape=call.shape, owner=x.owner[:, 0], key=x.key[:, 0])
 
 
-def transpose_that_keeps_owners(call: Call):
+def transpose_that_keeps_owners(call: RuleContext):
     return replace(call["self"], shape=call.shape)
 
 
-def constant_arange(call: Call):
+def constant_arange(call: RuleContext):
     return shared(call.shape, "arange", (), range(len(call.shape)))
 
 
-def linear_root(call: Call):
+def linear_root(call: RuleContext):
     return call.algebra.pointwise("sqrt", *call.marks, kind="scale")
 
 
-def batch_norm_without_statistics(call: Call):
+def batch_norm_without_statistics(call: RuleContext):
     return [pointwise_of_first(call), *(shared(s, "unused") for s in call.shapes[1:])]
 
 
-def pointwise_of_first(call: Call):
+def pointwise_of_first(call: RuleContext):
     return call.algebra.pointwise(call.name, call["input"])
 
 
@@ -107,14 +111,18 @@ def blind_to_views(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def every_meeting_is_symmetric(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Algebra, "_meet_row", lambda self, owner, key: (SHARED, int(key.sum(dtype=np.uint64))))
+    monkeypatch.setattr(
+        Propagation, "_meet_row", lambda self, owner, key: (SHARED, int(key.sum(dtype=np.uint64)))
+    )
 
 
 def join_that_keeps_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        Algebra,
+        Propagation,
         "join",
-        lambda self, a, b: np.where(a == SHARED, b, np.broadcast_to(a, np.broadcast_shapes(a.shape, b.shape))),
+        lambda self, a, b: np.where(
+            a == SHARED, b, np.broadcast_to(a, np.broadcast_shapes(a.shape, b.shape))
+        ),
     )
 
 
@@ -181,9 +189,15 @@ def root_mean_square(p, y):
 
 
 PLANTED = [
-    Planted("a sum forgets an axis", as_rule(sum_that_forgets_an_axis, "sum"), centred_by_one_number),
+    Planted(
+        "a sum forgets an axis", as_rule(sum_that_forgets_an_axis, "sum"), centred_by_one_number
+    ),
     Planted("a mean is pointwise", as_rule(pointwise_mean, "mean"), means_of_features),
-    Planted("a softmax is pointwise whatever its dim", as_rule(pointwise, "_softmax"), softmax_over_samples),
+    Planted(
+        "a softmax is pointwise whatever its dim",
+        as_rule(pointwise, "_softmax"),
+        softmax_over_samples,
+    ),
     Planted(
         "a transpose keeps the owners",
         as_rule(transpose_that_keeps_owners, "t", "transpose", "permute"),
@@ -195,7 +209,9 @@ PLANTED = [
         as_rule(batch_norm_without_statistics, "native_batch_norm"),
         normalised,
     ),
-    Planted("arange is constant", as_rule(constant_arange, "arange"), scaled_by_index, "simd_forward"),
+    Planted(
+        "arange is constant", as_rule(constant_arange, "arange"), scaled_by_index, "simd_forward"
+    ),
     Planted(
         "every meeting is symmetric",
         every_meeting_is_symmetric,
@@ -224,7 +240,9 @@ def by_case_table(planted: Planted, problem: ub.Problem) -> None:
 
 def by_properties(planted: Planted, problem: ub.Problem) -> None:
     if planted.verdict == "reduction":
-        check_loss(problem.structure, lambda p, y: planted.loss(p, y), problem.inputs, problem.targets)
+        check_loss(
+            problem.structure, lambda p, y: planted.loss(p, y), problem.inputs, problem.targets
+        )
     else:
         check_forward(problem.structure, problem.program.model, problem.inputs)
 

@@ -106,7 +106,9 @@ MIXED = "F_n listens to other samples, so nothing belongs to sample n alone; the
 COUPLED = "F_n does not enter L through one scalar of its own, by the same function for every n."
 
 
-SCALED = "L is not a sum of the losses: each part carries the factor ∂L/∂ℓ_n, set by the whole batch."
+SCALED = (
+    "L is not a sum of the losses: each part carries the factor ∂L/∂ℓ_n, set by the whole batch."
+)
 
 
 WEIGHED = "The weight w_n depends on the targets or masks of other samples."
@@ -145,7 +147,9 @@ def _rows(what: str, exact: str, lost: str = "") -> tuple[Case, ...]:
     return (
         Case("exact", exact, holds=(INDEPENDENT, SUM, LOSS, OWN_WEIGHTS)),
         Case("renamed", MIXED + lost, component, fails=(INDEPENDENT,)),
-        Case("renamed", f"{COUPLED} The part through F_n is exact.{lost}", component, fails=(LOSS,)),
+        Case(
+            "renamed", f"{COUPLED} The part through F_n is exact.{lost}", component, fails=(LOSS,)
+        ),
         Case("renamed", SCALED + lost, scaled, fails=(SUM,)),
         Case("renamed", WEIGHED + lost, scaled, fails=(OWN_WEIGHTS,)),
     )
@@ -187,7 +191,9 @@ NO_DRAWS = (Case("none", "There is no likelihood per sample to draw from; random
 
 
 def _joint(name: str) -> tuple[Case, ...]:
-    return (Case("renamed", f"{DENSE} G still factors, but no column belongs to one sample.", name),)
+    return (
+        Case("renamed", f"{DENSE} G still factors, but no column belongs to one sample.", name),
+    )
 
 
 def _whole(what: str) -> tuple[Case, ...]:
@@ -203,7 +209,10 @@ def _hessian(what: str) -> tuple[Case, ...]:
     """A function of the Hessian of L: double backward gives it, whatever the structure."""
     return (
         Case("exact", what, holds=(INDEPENDENT,)),
-        Case("exact", f"{what} Recursion through Jacobians per sample is wrong, double backward is not."),
+        Case(
+            "exact",
+            f"{what} Recursion through Jacobians per sample is wrong, double backward is not.",
+        ),
     )
 
 
@@ -220,7 +229,11 @@ def _kronecker(kept: Outcome, how: str) -> tuple[Case, ...]:
     )
     nearest = " A Kronecker product can still be fitted to the exact block; that is another approximation."
     return (
-        Case(kept, f"An approximation of each layer's block of G, {how}", holds=(INDEPENDENT, SUM, LOSS)),
+        Case(
+            kept,
+            f"An approximation of each layer's block of G, {how}",
+            holds=(INDEPENDENT, SUM, LOSS),
+        ),
         Case("none", lost + frozen + nearest, holds=(STATISTICS,), fails=(INDEPENDENT,)),
         Case("none", lost + nearest, fails=(INDEPENDENT,)),
         Case("none", f"{NOT_BLOCKS}{COUPLED}", fails=(LOSS,)),

@@ -48,14 +48,8 @@ from unbatch.analysis.consequence_table import (
 
 
 # The reasons ------------------------------------------------------------------------------------------
-
-
 # The families of rules --------------------------------------------------------------------------------
-
-
 # The table --------------------------------------------------------------------------------------------
-
-
 # The reader -------------------------------------------------------------------------------------------
 
 
@@ -76,8 +70,12 @@ def consequence(quantity: str, statuses: Mapping[str, str]) -> Consequence:
     if found is None:
         names = [q.name for q in TABLE]
         close = get_close_matches(quantity, names) or names
-        raise KeyError(f"no quantity is called {quantity!r}; do you mean one of: {', '.join(close)}?")
-    return _conclude(found, _completions(statuses), [s for s in FACTS if statuses.get(s) == "unknown"])
+        raise KeyError(
+            f"no quantity is called {quantity!r}; do you mean one of: {', '.join(close)}?"
+        )
+    return _conclude(
+        found, _completions(statuses), [s for s in FACTS if statuses.get(s) == "unknown"]
+    )
 
 
 @cache
@@ -98,7 +96,9 @@ def _completions(statuses: Mapping[str, str]) -> list[World]:
     failed = {s for s, status in known.items() if status == "fails"}
     worlds = [w for w in _worlds() if held <= w and not failed & w]
     if not worlds:
-        raise ValueError(f"a SIMD forward is independent and SIMD given statistics, but got {dict(statuses)}")
+        raise ValueError(
+            f"a SIMD forward is independent and SIMD given statistics, but got {dict(statuses)}"
+        )
     return worlds
 
 
@@ -122,7 +122,9 @@ def _conclude(quantity: Quantity, worlds: Sequence[World], unknown: Sequence[str
     return Consequence(quantity.name, outcome, name, reason, quantity.peers, quantity.available)
 
 
-def _undecided(quantity: Quantity, answers: list[tuple[Outcome, str]], on: tuple[str, ...]) -> Consequence:
+def _undecided(
+    quantity: Quantity, answers: list[tuple[Outcome, str]], on: tuple[str, ...]
+) -> Consequence:
     told = dict.fromkeys(OUTCOMES[outcome] for outcome, _ in answers)
     reason = f"Depends on {', '.join(on)}: {' or '.join(told)}."
     return Consequence(quantity.name, "unknown", "", reason, quantity.peers, quantity.available, on)
@@ -132,12 +134,17 @@ def _label(quantity: Quantity, case: Case) -> str:
     return "" if case.outcome == "none" else case.name or quantity.name
 
 
-def _settling(answers: Mapping[World, tuple[Outcome, str]], unknown: Sequence[str]) -> tuple[str, ...]:
+def _settling(
+    answers: Mapping[World, tuple[Outcome, str]], unknown: Sequence[str]
+) -> tuple[str, ...]:
     """The fewest of the unknown facts of which the answer is a function; none of them if it is constant."""
 
     def settles(subset: tuple[str, ...]) -> bool:
         seen: dict[World, tuple[Outcome, str]] = {}
-        return all(seen.setdefault(w.intersection(subset), answer) == answer for w, answer in answers.items())
+        return all(
+            seen.setdefault(w.intersection(subset), answer) == answer
+            for w, answer in answers.items()
+        )
 
     subsets = (s for size in range(len(unknown) + 1) for s in combinations(unknown, size))
     return next(filter(settles, subsets))
@@ -163,7 +170,9 @@ def _flaws(quantity: Quantity) -> Iterator[str]:
             yield f"case {i} is {case.outcome!r} and named {case.name!r}"
         if strange := {*case.holds, *case.fails}.difference(FACTS):
             yield f"case {i} speaks of {sorted(strange)}"
-    first = [next((i for i, c in enumerate(quantity.cases) if c.matches(w)), None) for w in _worlds()]
+    first = [
+        next((i for i, c in enumerate(quantity.cases) if c.matches(w)), None) for w in _worlds()
+    ]
     yield from (f"case {i} is never reached" for i in range(len(quantity.cases)) if i not in first)
     if None in first:
         yield f"no case for {sorted(_worlds()[first.index(None)])}"
@@ -177,7 +186,7 @@ def _flaws(quantity: Quantity) -> Iterator[str]:
 
 INTRO = """# What follows from which structure
 
-Generated from the table in `unbatch.consequences`.
+Generated from the table in `unbatch.analysis.consequence_table`.
 
 - **exact**: the quantity exists and is computed as it is defined.
 - **renamed**: exact, but the number is another quantity and carries its name.
@@ -199,7 +208,10 @@ def render_markdown() -> str:
     """The documentation page: quantities against typical situations, and all cases with their reasons."""
     answers = zip(*(follows(situation(name)) for name in SITUATIONS), strict=True)
     head = [_line("quantity", *SITUATIONS), _line(*["---"] * (len(SITUATIONS) + 1))]
-    rows = [_line(one[0].quantity + " \\*" * one[0].available, *(c.outcome for c in one)) for one in answers]
+    rows = [
+        _line(one[0].quantity + " \\*" * one[0].available, *(c.outcome for c in one))
+        for one in answers
+    ]
     return "\n".join([INTRO, *head, *rows, "", "## Reasons", "", *map(_section, TABLE)])
 
 
@@ -209,7 +221,9 @@ def _line(*cells: str) -> str:
 
 def _section(quantity: Quantity) -> str:
     peers = [f"Elsewhere: {', '.join(quantity.peers)}.", ""] if quantity.peers else []
-    cases = [f"- {_condition(case)}: **{_verdict(case)}**. {case.reason}" for case in quantity.cases]
+    cases = [
+        f"- {_condition(case)}: **{_verdict(case)}**. {case.reason}" for case in quantity.cases
+    ]
     if quantity.through_predictions:
         cases.append(f"- Where `{SPLIT}` fails, of the part through the predictions only.")
     return "\n".join([f"### {quantity.name}", "", *peers, *cases, ""])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from unbatch.analysis.rules.registry import NO_RULE
 from unbatch.analysis.structure import Culprit
-from unbatch.capture.graph import Escape, Step
+from unbatch.capture.graph import HostRead, Step
 
 WHY = {
     "statistic": "a statistic over all samples ({size} numbers) flows back into every sample",
@@ -50,9 +50,7 @@ REMEDY = {
 }
 
 
-DEFAULT_REMEDY = (
-    "Check the axes and the order of `view` and `reshape`; if it is meant, ask for per-component quantities."
-)
+DEFAULT_REMEDY = "Check the axes and the order of `view` and `reshape`; if it is meant, ask for per-component quantities."
 
 
 def culprit(step: Step, kind: str, **facts: object) -> Culprit:
@@ -60,5 +58,11 @@ def culprit(step: Step, kind: str, **facts: object) -> Culprit:
     return Culprit(step.module, step.name, step.where, why, REMEDY.get(kind, DEFAULT_REMEDY))
 
 
-def escape_culprit(escape: Escape) -> Culprit:
-    return Culprit(escape.module, "escape", escape.where, WHY["escape"].format(how=escape.how), REMEDY["escape"])
+def escape_culprit(escape: HostRead) -> Culprit:
+    return Culprit(
+        escape.module,
+        "escape",
+        escape.where,
+        WHY["escape"].format(how=escape.how),
+        REMEDY["escape"],
+    )

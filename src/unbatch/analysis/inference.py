@@ -10,73 +10,87 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from unbatch.analysis.domain.ownership import Marks
-from unbatch.analysis.domain.propagation import Algebra, Use
+from unbatch.analysis.domain.ownership import Ownership
+from unbatch.analysis.domain.propagation import Propagation, StatisticUse
 from unbatch.analysis.domain.sample_layout import holds_its_place, uniform
 from unbatch.analysis.explanations import DEFAULT_REMEDY, REMEDY, WHY, culprit, escape_culprit
 from unbatch.analysis.initial import forward_marks, loss_marks, scrambled
-from unbatch.analysis.interpreter import Walk, walk
+from unbatch.analysis.interpreter import Interpretation, interpret
 from unbatch.analysis.loss_boundary import folded, placed, split
 from unbatch.analysis.rules import registry
 from unbatch.analysis.structure import BatchStatistic, Culprit, Structure, Verdict
 from unbatch.capture import ops
-from unbatch.capture.graph import Escape, Graph, Ref, Step
-from unbatch.capture.sample_axes import Fold
+from unbatch.capture.graph import Graph, HostRead, Ref, Step
+from unbatch.capture.sample_axes import SampleAxes
 
 
-def sees(marks: Marks) -> bool:
+def sees(marks: Ownership) -> bool:
     """The value tells something about the batch."""
-    return marks.depends_on_batch or bool(marks.sources & {"inputs", "targets", "predictions", "internals"})
+    return marks.depends_on_batch or bool(
+        marks.sources & {"inputs", "targets", "predictions", "internals"}
+    )
 
 
 # --- judging --------------------------------------------------------------------------------------
 
 
 @dataclass
-class Findings:
+class AnalysisState:
     """The walks behind a structure; what the witnesses need to know beside it."""
 
-    forward: Walk
-    loss: Walk | None
+    forward: Interpretation
+    loss: Interpretation | None
     leading: bool
     bent: bool = False
     ranks: bool = False
-    escapes: list[Escape] = field(default_factory=list)
-    loss_escapes: list[Escape] = field(default_factory=list)
-    told: frozenset[str] = frozenset()  # constants of which the loss looks at more than one sample's at a time
+    escapes: list[HostRead] = field(default_factory=list)
+    loss_escapes: list[HostRead] = field(default_factory=list)
+    told: frozenset[str] = (
+        frozenset()
+    )  # constants of which the loss looks at more than one sample's at a time
 
 
-def judge(
+def infer_structure(
     graph: Graph,
     samples: int,
     dims: Sequence[int | None],
     target_dims: Sequence[int | None],
     assumed: Sequence[str] = (),
-    harmless: Callable[[Escape], bool] = lambda e: False,
-    fold: Fold | None = None,
-) -> tuple[Structure, Findings]:
+    harmless: Callable[[HostRead], bool] = lambda e: False,
+    fold: SampleAxes | None = None,
+) -> tuple[Structure, AnalysisState]:
     """Walk over model and loss and say what is proved. Where the model computes its own loss, find the cut first.
 
     The graph of the findings is the one that the verdicts are about: cut, and with its predictions folded.
     """
     own = graph.own_loss and not graph.after_cut
     leading = all(d in (0, None) for d in dims)
-    forward = walk(graph, samples, forward_marks(graph, dims), graph.steps if own else graph.forward_steps, assumed)
+    forward = interpret(
+        graph,
+        samples,
+        forward_marks(graph, dims),
+        graph.steps if own else graph.forward_steps,
+        assumed,
+    )
     entering: list[Step] = []
     if own:
         graph, entering = split(graph, forward)
         forward = replace(forward, graph=graph)
     if own and fold is not None:
         graph = folded(graph, forward, fold)
-        forward = walk(graph, samples, forward_marks(graph, dims), graph.forward_steps, assumed)
-    found = Findings(forward, None, leading)
+        forward = interpret(
+            graph, samples, forward_marks(graph, dims), graph.forward_steps, assumed
+        )
+    found = AnalysisState(forward, None, leading)
     before, after = _asked(graph, forward, own)
     matters = lambda e, w: _tells(e, w) and not _declared(graph, e, assumed) and not harmless(e)  # noqa: E731
     found.escapes = [e for e in before if matters(e, forward)]
     structure = _judge_forward(graph, forward, found, samples)
     if graph.loss is not None:
         start = loss_marks(graph, forward, target_dims, samples, leading)
-        found.loss = _walk_loss(graph, forward, start, assumed, statistics_of_data(graph, forward) if own else [])
+        found.loss = _walk_loss(
+            graph, forward, start, assumed, statistics_of_data(graph, forward) if own else []
+        )
         read = [e for e in after if matters(e, found.loss)]
         found.loss_escapes = [e for e in read if e.blind or not constant(e, found.loss)]
         found.told = frozenset().union(
@@ -98,58 +112,74 @@ def judge(
 
 
 def _walk_loss(
-    graph: Graph, forward: Walk, start: dict[int, Marks], assumed: Sequence[str], before: Sequence[Step]
-) -> Walk:
+    graph: Graph,
+    forward: Interpretation,
+    start: dict[int, Ownership],
+    assumed: Sequence[str],
+    before: Sequence[Step],
+) -> Interpretation:
     steps, samples = [*before, *graph.loss_steps], forward.algebra.samples
-    loss = walk(graph, samples, start, steps, assumed, ("targets", "inputs"))
-    moved: dict[int, Marks] = {}
+    loss = interpret(graph, samples, start, steps, assumed, ("targets", "inputs"))
+    moved: dict[int, Ownership] = {}
     while more := {i: m for i, m in placed(graph, forward, start, loss).items() if i not in moved}:
         moved |= more
-        loss = walk(graph, samples, start | moved, steps, assumed, ("targets", "inputs"))
+        loss = interpret(graph, samples, start | moved, steps, assumed, ("targets", "inputs"))
     return loss
 
 
-def statistics_of_data(graph: Graph, forward: Walk) -> list[Step]:
+def statistics_of_data(graph: Graph, forward: Interpretation) -> list[Step]:
     """Where a model makes statistics of its inputs alone (how many words a mask leaves), which its loss may use."""
 
     def is_one(ref: Ref | None) -> bool:
-        return ref is not None and bool(forward[ref].given) and "parameters" not in forward[ref].sources
+        return (
+            ref is not None
+            and bool(forward[ref].given)
+            and "parameters" not in forward[ref].sources
+        )
 
-    return [s for s in graph.forward_steps if any(map(is_one, [*s.outs, *(new for _, new in s.writes)]))]
+    return [
+        s for s in graph.forward_steps if any(map(is_one, [*s.outs, *(new for _, new in s.writes)]))
+    ]
 
 
-def _asked(graph: Graph, forward: Walk, own: bool) -> tuple[list[Escape], list[Escape]]:
+def _asked(
+    graph: Graph, forward: Interpretation, own: bool
+) -> tuple[list[HostRead], list[HostRead]]:
     """What Python reads on the way to the predictions, and what it reads later, which does not lead to them."""
     last = max(forward.ancestors(graph.used_predictions), default=-1) if own else -1
     late = lambda e: e.step > last if own else e.in_loss  # noqa: E731
     return [e for e in graph.escapes if not late(e)], [e for e in graph.escapes if late(e)]
 
 
-def _tells(escape: Escape, walk_: Walk) -> bool:
+def _tells(escape: HostRead, walk_: Interpretation) -> bool:
     """It may tell something about the batch."""
     return escape.blind or escape not in walk_.asked or sees(walk_.asked[escape])
 
 
-def _declared(graph: Graph, escape: Escape, assumed: Sequence[str]) -> bool:
+def _declared(graph: Graph, escape: HostRead, assumed: Sequence[str]) -> bool:
     """The user has declared the module that asks harmless, or the op whose result is told."""
     maker = graph.values[escape.ref.index].step
     by_op = maker >= 0 and graph.steps[maker].op in registry.ASSUMED
     return by_op or any(escape.module == m or escape.module.startswith(m + ".") for m in assumed)
 
 
-def constant(escape: Escape, loss: Walk) -> bool:
+def constant(escape: HostRead, loss: Interpretation) -> bool:
     """What is told is made of targets and inputs alone, which are constants in the loss."""
     return escape in loss.asked and loss.asked[escape].sources <= {"targets", "inputs"}
 
 
-def _judge_forward(graph: Graph, forward: Walk, found: Findings, samples: int) -> Structure:
+def _judge_forward(
+    graph: Graph, forward: Interpretation, found: AnalysisState, samples: int
+) -> Structure:
     algebra, leading = forward.algebra, found.leading
     used = graph.used_predictions
     marks = [forward[r] for r in used]
     steps = forward.ancestors(used)
     for m in marks:
         algebra.consume_alone(m)
-    uses = [u for u in algebra.uses.values() if any(algebra.roots[r].step in steps for r in u.roots)]
+    uses = [
+        u for u in algebra.uses.values() if any(algebra.roots[r].step in steps for r in u.roots)
+    ]
     bent = algebra.bent & steps
     found.bent = bool(bent)
     found.ranks = bool(bent) and all(_compares(graph.steps[s], algebra.births.get(s)) for s in bent)
@@ -163,21 +193,30 @@ def _judge_forward(graph: Graph, forward: Walk, found: Findings, samples: int) -
     others = _other_culprits(graph, forward, steps, marks, found)
     size = sum(s.size for s in statistics)
     note = (
-        f"R = {size} batch statistics" + (", of groups: s_g(n)" if any(s.grouped for s in statistics) else "")
+        f"R = {size} batch statistics"
+        + (", of groups: s_g(n)" if any(s.grouped for s in statistics) else "")
         if size
         else "no statistics are needed"
     )
 
     def verdict(name: str, holds: bool, culprits: tuple[Culprit, ...], note: str = "") -> Verdict:
         if samples == 1:
-            return Verdict(name, "unknown", note="one sample cannot show whether samples listen to each other")
-        return Verdict(name, "holds", basis, note=note) if holds else Verdict(name, "unknown", culprits=culprits)
+            return Verdict(
+                name, "unknown", note="one sample cannot show whether samples listen to each other"
+            )
+        return (
+            Verdict(name, "holds", basis, note=note)
+            if holds
+            else Verdict(name, "unknown", culprits=culprits)
+        )
 
     open_ = Verdict("", "unknown", note="there is no loss to judge")
     return Structure(
         canonical_split=replace(open_, name="canonical_split"),
         independent_forward=verdict(
-            "independent_forward", independent, tuple(c for c in listening + others if c.why != WHY["uneven"])
+            "independent_forward",
+            independent,
+            tuple(c for c in listening + others if c.why != WHY["uneven"]),
         ),
         simd_forward=verdict("simd_forward", independent and alike, listening + others),
         simd_given_statistics=verdict(
@@ -196,12 +235,17 @@ def _judge_forward(graph: Graph, forward: Walk, found: Findings, samples: int) -
 
 def _compares(step: Step, birth: str | None) -> bool:
     """Each sample is compared with every other, or ordered twice: what follows is linear in ranks."""
-    return (step.name in ("gt", "ge", "lt", "le") and birth == "pairwise") or step.name in ("sort", "argsort")
+    return (step.name in ("gt", "ge", "lt", "le") and birth == "pairwise") or step.name in (
+        "sort",
+        "argsort",
+    )
 
 
-def _statistics(graph: Graph, algebra: Algebra, uses: Sequence[Use]) -> dict[BatchStatistic, bool]:
+def _statistics(
+    graph: Graph, algebra: Propagation, uses: Sequence[StatisticUse]
+) -> dict[BatchStatistic, bool]:
     """One entry per place in the program where statistics are made; whether they are as long as the batch."""
-    places: dict[tuple[str, str, str], list[Use]] = {}
+    places: dict[tuple[str, str, str], list[StatisticUse]] = {}
     for use in uses:
         step = graph.steps[algebra.roots[max(use.roots)].step]
         places.setdefault((step.module, step.name, step.where), []).append(use)
@@ -209,7 +253,9 @@ def _statistics(graph: Graph, algebra: Algebra, uses: Sequence[Use]) -> dict[Bat
     for (module, op, where), there in places.items():
         roots = [algebra.roots[r] for u in there for r in u.roots]
         size, least = sum(u.size for u in there), min(r.samples for r in roots)
-        out[BatchStatistic(module, op, where, size, least, any(r.groups for r in roots))] = any(u.long for u in there)
+        out[BatchStatistic(module, op, where, size, least, any(r.groups for r in roots))] = any(
+            u.long for u in there
+        )
     return out
 
 
@@ -220,7 +266,11 @@ def _statistic_culprit(s: BatchStatistic, long: bool) -> Culprit:
 
 
 def _other_culprits(
-    graph: Graph, forward: Walk, steps: set[int], marks: Sequence[Marks], found: Findings
+    graph: Graph,
+    forward: Interpretation,
+    steps: set[int],
+    marks: Sequence[Ownership],
+    found: AnalysisState,
 ) -> tuple[Culprit, ...]:
     algebra = forward.algebra
     mixing = [
@@ -230,7 +280,9 @@ def _other_culprits(
     ]
     uneven = [culprit(graph.steps[s], "uneven") for s in sorted(algebra.uneven & steps)]
     escaped = [escape_culprit(e) for e in found.escapes]
-    if not mixing + escaped + uneven and not all(holds_its_place(m, algebra.samples, found.leading) for m in marks):
+    if not mixing + escaped + uneven and not all(
+        holds_its_place(m, algebra.samples, found.leading) for m in marks
+    ):
         return (_last(graph, "place"),)
     return tuple(mixing + escaped + uneven)
 
@@ -243,14 +295,18 @@ def _last(graph: Graph, kind: str) -> Culprit:
 # --- the loss -------------------------------------------------------------------------------------
 
 
-def _judge_loss(graph: Graph, loss: Walk, found: Findings, structure: Structure) -> Structure:
+def _judge_loss(
+    graph: Graph, loss: Interpretation, found: AnalysisState, structure: Structure
+) -> Structure:
     assert graph.loss is not None
     marks, algebra = loss[graph.loss], loss.algebra
     steps = loss.ancestors([graph.loss])
     split_ = _judge_split(graph, loss, steps, found)
     clean = not found.loss_escapes
     separate = "predictions" in marks.sources or not marks.depends_on_batch
-    additive = clean and (marks.additive or (structure.samples == 1 and not marks.mixed)) and separate
+    additive = (
+        clean and (marks.additive or (structure.samples == 1 and not marks.mixed)) and separate
+    )
     symmetric = not marks.mixed and (marks.additive or not marks.grouped)
     one_scalar = (
         clean
@@ -260,9 +316,14 @@ def _judge_loss(graph: Graph, loss: Walk, found: Findings, structure: Structure)
     )
     basis = "assumed" if loss.assumed else "proved"
     blame = _loss_culprits(graph, loss, steps, marks, found)
-    depends, listens = _constants(algebra, marks, True) | found.told, _constants(algebra, marks, False)
+    depends, listens = (
+        _constants(algebra, marks, True) | found.told,
+        _constants(algebra, marks, False),
+    )
     note = f"weights depend on {' and '.join(sorted(depends))}" if depends else ""
-    given = f"given statistics of the {' and '.join(sorted(listens))} of all samples" if listens else ""
+    given = (
+        f"given statistics of the {' and '.join(sorted(listens))} of all samples" if listens else ""
+    )
     return structure.with_verdicts(
         split_,
         Verdict("reduction", "holds", basis, note=note, weights_depend_on=depends)
@@ -274,14 +335,16 @@ def _judge_loss(graph: Graph, loss: Walk, found: Findings, structure: Structure)
     )
 
 
-def _constants(algebra: Algebra, marks: Marks, factors: bool) -> frozenset[str]:
+def _constants(algebra: Propagation, marks: Ownership, factors: bool) -> frozenset[str]:
     """Which constants of the whole batch enter the loss beside predictions: as factors of terms, or inside of them."""
     roots = [algebra.roots[r] for r in marks.given if (r in algebra.factors) == factors]
     sources = [r.sources for r in roots if "predictions" not in r.sources]
     return frozenset().union(*sources) & {"targets", "inputs"}
 
 
-def _judge_split(graph: Graph, loss: Walk, steps: set[int], found: Findings) -> Verdict:
+def _judge_split(
+    graph: Graph, loss: Interpretation, steps: set[int], found: AnalysisState
+) -> Verdict:
     """No parameter, and nothing of the model but its predictions, may enter after the cut."""
     predicted = {p.index for p in graph.predictions}
     culprits = []
@@ -292,7 +355,11 @@ def _judge_split(graph: Graph, loss: Walk, steps: set[int], found: Findings) -> 
                 continue
             if value.kind == "parameters":
                 culprits.append(_split_culprit(step, f"the parameter {value.name!r}"))
-            inner = value.kind == "step" and value.step not in graph.after_cut and ref.index not in predicted
+            inner = (
+                value.kind == "step"
+                and value.step not in graph.after_cut
+                and ref.index not in predicted
+            )
             if inner and found.forward.marks[ref.index].sources & {"parameters"}:
                 culprits.append(_split_culprit(step, "an inner value of the model"))
     if culprits:
@@ -305,11 +372,15 @@ def _judge_split(graph: Graph, loss: Walk, steps: set[int], found: Findings) -> 
         )
     told = [e for e in graph.escapes if e.in_loss and _tells_parameters(graph, loss, found, e)]
     if told:
-        return Verdict("canonical_split", "unknown", culprits=tuple(escape_culprit(e) for e in told))
+        return Verdict(
+            "canonical_split", "unknown", culprits=tuple(escape_culprit(e) for e in told)
+        )
     return Verdict("canonical_split", "holds", "proved")
 
 
-def _tells_parameters(graph: Graph, loss: Walk, found: Findings, escape: Escape) -> bool:
+def _tells_parameters(
+    graph: Graph, loss: Interpretation, found: AnalysisState, escape: HostRead
+) -> bool:
     """Python learns a parameter, or something made from one, and may use it in the loss."""
     if escape.blind or graph.values[escape.ref.index].kind == "parameters":
         return True
@@ -330,7 +401,13 @@ def _cut(graph: Graph) -> tuple[str, ...]:
 
 def _entering(steps: Sequence[Step]) -> Verdict:
     culprits = tuple(_split_culprit(s, "a parameter") for s in steps)
-    return Verdict("canonical_split", "fails", "proved", culprits, "that part of the gradient is carried as `rest`")
+    return Verdict(
+        "canonical_split",
+        "fails",
+        "proved",
+        culprits,
+        "that part of the gradient is carried as `rest`",
+    )
 
 
 def _split_culprit(step: Step, what: str) -> Culprit:
@@ -344,12 +421,20 @@ def _split_culprit(step: Step, what: str) -> Culprit:
     )
 
 
-def _loss_culprits(graph: Graph, loss: Walk, steps: set[int], marks: Marks, found: Findings) -> tuple[Culprit, ...]:
+def _loss_culprits(
+    graph: Graph, loss: Interpretation, steps: set[int], marks: Ownership, found: AnalysisState
+) -> tuple[Culprit, ...]:
     algebra = loss.algebra
     births = found.forward.algebra.births | algebra.births
-    mixing = [_meeting(graph, graph.steps[s], births[s]) for s in sorted(marks.mixers) if s in births]
+    mixing = [
+        _meeting(graph, graph.steps[s], births[s]) for s in sorted(marks.mixers) if s in births
+    ]
     escaped = [escape_culprit(e) for e in found.loss_escapes]
-    among = [u for u in algebra.uses.values() if any("predictions" in algebra.roots[r].sources for r in u.roots)]
+    among = [
+        u
+        for u in algebra.uses.values()
+        if any("predictions" in algebra.roots[r].sources for r in u.roots)
+    ]
     uses = [_statistic_culprit(s, long) for s, long in _statistics(graph, algebra, among).items()]
     given = {r for r in marks.given if "predictions" in algebra.roots[r].sources}
     bent = given & _bent_totals(graph, loss, steps) or given
@@ -359,8 +444,14 @@ def _loss_culprits(graph: Graph, loss: Walk, steps: set[int], marks: Marks, foun
 
 def _meeting(graph: Graph, step: Step, how: str) -> Culprit:
     """Where samples meet; predictions ``[N, 1]`` beside targets ``[N]`` are what happens most often."""
-    shapes = list(dict.fromkeys(str(list(graph.values[_unspread(graph, r).index].shape)) for r in step.refs()))
-    spread = how == "pairwise" and len(shapes) > 1 and (ops.is_pointwise(step.op) or "_loss" in step.name)
+    shapes = list(
+        dict.fromkeys(str(list(graph.values[_unspread(graph, r).index].shape)) for r in step.refs())
+    )
+    spread = (
+        how == "pairwise"
+        and len(shapes) > 1
+        and (ops.is_pointwise(step.op) or "_loss" in step.name)
+    )
     return culprit(step, "broadcast", shapes=" and ".join(shapes)) if spread else culprit(step, how)
 
 
@@ -370,7 +461,7 @@ def _unspread(graph: Graph, ref: Ref) -> Ref:
     return maker.refs()[0] if maker is not None and maker.name == "expand" else ref
 
 
-def _bent_totals(graph: Graph, loss: Walk, steps: set[int]) -> frozenset[int]:
+def _bent_totals(graph: Graph, loss: Interpretation, steps: set[int]) -> frozenset[int]:
     """The totals over samples from which something is made that is no sum over samples any more.
 
     A total that is only added to such a thing, as a cross-entropy to a dice loss, is none of them.
@@ -379,14 +470,16 @@ def _bent_totals(graph: Graph, loss: Walk, steps: set[int]) -> frozenset[int]:
     for step in (graph.steps[s] for s in steps & graph.after_cut):
         made = [loss.marks[r.index] for r in step.outs if r is not None and r.index in loss.marks]
         if any(m.given and not m.additive for m in made):
-            totals = [m for r in step.refs() if (m := loss.marks.get(r.index)) is not None and m.given]
+            totals = [
+                m for r in step.refs() if (m := loss.marks.get(r.index)) is not None and m.given
+            ]
             adds = ops.base_name(step.op) in ("add", "sub", "rsub", "cat", "stack", "sum", "mean")
             if not adds or all(m.additive for m in totals):
                 bent.update(*(m.given for m in totals if m.additive))
     return frozenset(bent)
 
 
-def _total_culprit(graph: Graph, algebra: Algebra, root: int) -> Culprit:
+def _total_culprit(graph: Graph, algebra: Propagation, root: int) -> Culprit:
     step = graph.steps[algebra.roots[root].step]
     why = "a total over the samples enters the loss in more than a linear way"
     return Culprit(

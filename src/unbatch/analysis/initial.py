@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from unbatch.analysis.domain.ownership import Marks, batched, code, shared
+from unbatch.analysis.domain.ownership import Ownership, batched, code, shared
 from unbatch.analysis.domain.sample_layout import prediction_dim
-from unbatch.analysis.interpreter import Walk, alike
+from unbatch.analysis.interpreter import Interpretation, alike
 from unbatch.capture.graph import Graph, Ref
 
 
-def forward_marks(graph: Graph, dims: Sequence[int | None]) -> dict[int, Marks]:
+def forward_marks(graph: Graph, dims: Sequence[int | None]) -> dict[int, Ownership]:
     """Inputs belong to their samples; everything else that exists before the model runs is shared."""
     marks = _outside(graph)
     for i, (ref, dim) in enumerate(zip(graph.inputs, dims, strict=True)):
@@ -25,8 +25,12 @@ def forward_marks(graph: Graph, dims: Sequence[int | None]) -> dict[int, Marks]:
 
 
 def loss_marks(
-    graph: Graph, forward: Walk, targets: Sequence[int | None], samples: int, leading: bool = True
-) -> dict[int, Marks]:
+    graph: Graph,
+    forward: Interpretation,
+    targets: Sequence[int | None],
+    samples: int,
+    leading: bool = True,
+) -> dict[int, Ownership]:
     """Predictions are fresh and belong to their samples; targets too, as constants; model internals are shared."""
     marks = _outside(graph)
     for i, (ref, dim) in enumerate(zip(graph.targets, targets, strict=True)):
@@ -39,7 +43,9 @@ def loss_marks(
         elif graph.values[i].kind == "step":
             inner = "parameters" in known.sources
             marks[i] = (
-                shared(known.shape, ("internal", i), ["internals"]) if inner else replace(known, given=frozenset())
+                shared(known.shape, ("internal", i), ["internals"])
+                if inner
+                else replace(known, given=frozenset())
             )
         elif graph.values[i].kind == "inputs":
             marks[i] = known
@@ -48,7 +54,7 @@ def loss_marks(
     return marks
 
 
-def scrambled(graph: Graph, forward: Walk) -> list[int]:
+def scrambled(graph: Graph, forward: Interpretation) -> list[int]:
     """Integers that a loss of the model's own reads, made of data alone, in no order of samples: which labels count.
 
     In the loss they are constants whose numbers are known.
@@ -64,12 +70,12 @@ def scrambled(graph: Graph, forward: Walk) -> list[int]:
     ]  # fmt: skip
 
 
-def fresh_prediction(known: Marks, leaf: int, samples: int, leading: bool = True) -> Marks:
+def fresh_prediction(known: Ownership, leaf: int, samples: int, leading: bool = True) -> Ownership:
     """A prediction as the loss sees it: slice n belongs to sample n and depends on nothing else."""
     dim = prediction_dim(known, samples, leading)
     if dim is None:
         if known.owned and not known.mixed:
-            marks = Marks(known.shape, known.owner, known.key)
+            marks = Ownership(known.shape, known.owner, known.key)
         else:
             return shared(known.shape, ("prediction", leaf), ["predictions"])
     else:
@@ -80,7 +86,7 @@ def fresh_prediction(known: Marks, leaf: int, samples: int, leading: bool = True
     return replace(marks, sources=frozenset(["predictions"]), atoms=frozenset(atoms))
 
 
-def _outside(graph: Graph) -> dict[int, Marks]:
+def _outside(graph: Graph) -> dict[int, Ownership]:
     return {
         i: _constant(v, i)
         for i, v in enumerate(graph.values)
@@ -88,14 +94,16 @@ def _outside(graph: Graph) -> dict[int, Marks]:
     }
 
 
-def _constant(value: Any, index: int) -> Marks:
+def _constant(value: Any, index: int) -> Ownership:
     if value.kind == "parameters":
         return shared(value.shape, ("parameter", value.name), ["parameters"])
     return shared(value.shape, (value.kind, value.name or index), (), alike(value.concrete))
 
 
-def _leaf(graph: Graph, ref: Ref, dim: int | None, i: int, kind: str) -> Marks:
+def _leaf(graph: Graph, ref: Ref, dim: int | None, i: int, kind: str) -> Ownership:
     shape = graph.values[ref.index].shape
     return (
-        shared(shape, (kind, i), [kind]) if dim is None else batched(shape, dim % max(len(shape), 1), (kind, i), [kind])
+        shared(shape, (kind, i), [kind])
+        if dim is None
+        else batched(shape, dim % max(len(shape), 1), (kind, i), [kind])
     )

@@ -16,14 +16,24 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from unbatch import errors
-from unbatch.analysis.domain.ownership import MIXED, Marks, batched, code, compress, mix, moved, shared, spell_out
-from unbatch.analysis.domain.propagation import Algebra
+from unbatch.analysis.domain.ownership import (
+    MIXED,
+    Ownership,
+    batched,
+    code,
+    compress,
+    mix,
+    moved,
+    shared,
+    spell_out,
+)
+from unbatch.analysis.domain.propagation import Propagation
 from unbatch.analysis.rules import registry
 from unbatch.analysis.rules.permutations import Arranged, Ends, follow
 from unbatch.analysis.rules.reductions import running_statistics
 from unbatch.capture import ops
 from unbatch.capture.aliasing import Window, places
-from unbatch.capture.graph import Escape, Graph, Ref, Step
+from unbatch.capture.graph import Graph, HostRead, Ref, Step
 from unbatch.capture.tracer import Recorder
 
 # --- the walk -------------------------------------------------------------------------------------
@@ -44,7 +54,7 @@ class Fact:
 class Numbers(Mapping[str, Any]):
     """The integers and booleans of the arguments of a step, where they are known; to look at one is to rely on it."""
 
-    def __init__(self, walk: Walk, arguments: Mapping[str, Any]) -> None:
+    def __init__(self, walk: Interpretation, arguments: Mapping[str, Any]) -> None:
         self.walk, self.arguments = walk, {n: a for n, a in arguments.items() if _has_ref(a)}
 
     def __getitem__(self, name: str) -> Any:
@@ -63,12 +73,12 @@ class Numbers(Mapping[str, Any]):
 
 
 @dataclass
-class Walk:
+class Interpretation:
     """Marks of every value of a graph, and the algebra that made them."""
 
     graph: Graph
-    algebra: Algebra
-    marks: dict[int, Marks]
+    algebra: Propagation
+    marks: dict[int, Ownership]
     unknown: dict[int, str] = field(default_factory=dict)  # step -> op without a rule
     assumed: set[str] = field(default_factory=set)
     custom: set[str] = field(default_factory=set)
@@ -77,8 +87,12 @@ class Walk:
     by_place: bool = False
     afresh: bool = False
     facts: list[Fact] = field(default_factory=list)
-    asked: dict[Escape, Marks] = field(default_factory=dict)  # what Python was told, at the moment when it asked
-    above: tuple[Walk, Mapping[int, int]] | None = None  # the walk that this is part of, and its names of values
+    asked: dict[HostRead, Ownership] = field(
+        default_factory=dict
+    )  # what Python was told, at the moment when it asked
+    above: tuple[Interpretation, Mapping[int, int]] | None = (
+        None  # the walk that this is part of, and its names of values
+    )
 
     def rely(self, i: int, function: Callable[[Any], Any]) -> Any:
         """A function of the integers or booleans that a value holds (of None if they are not known)."""
@@ -90,7 +104,7 @@ class Walk:
             self.facts.append(Fact(i, look, seen.copy() if isinstance(seen, np.ndarray) else seen))
         return seen
 
-    def __getitem__(self, ref: Ref) -> Marks:
+    def __getitem__(self, ref: Ref) -> Ownership:
         return self.marks[ref.index]
 
     def made_at(self, step: Step, value: int) -> frozenset[int]:
@@ -113,31 +127,39 @@ class Walk:
                 steps.add(step.index)
                 read = [r.index for r in step.refs()]
                 wanted.update(read)
-                storages.update(self.graph.values[r].storage for r in read if self.graph.values[r].kind == "step")
+                storages.update(
+                    self.graph.values[r].storage
+                    for r in read
+                    if self.graph.values[r].kind == "step"
+                )
         return steps
 
 
-def walk(
+def interpret(
     graph: Graph,
     samples: int,
-    given: Mapping[int, Marks],
+    given: Mapping[int, Ownership],
     steps: Sequence[Step],
     assumed: Sequence[str] = (),
     constant: Iterable[str] = (),
     belong: Mapping[int, int] | None = None,
     by_place: bool = False,
     afresh: bool = False,
-) -> Walk:
+) -> Interpretation:
     """Propagate marks through ``steps``; ``given`` are the marks of what they start from.
 
     ``belong``: shared values, and the axis along which their entries are to count as those of the samples.
     ``by_place``: where samples meet in no symmetric way, slice n of the result counts as sample n's all the same.
     ``afresh``: likewise, but only where it is beyond doubt which axis has such slices.
     """
-    algebra = Algebra(samples, constant=frozenset(constant))
-    out = Walk(graph, algebra, dict(given), belong=belong or {}, by_place=by_place, afresh=afresh)
+    algebra = Propagation(samples, constant=frozenset(constant))
+    out = Interpretation(
+        graph, algebra, dict(given), belong=belong or {}, by_place=by_place, afresh=afresh
+    )
     outside = [i for i in given if graph.values[i].kind in ("buffers", "constants")]
-    out.facts += [Fact(i, alike, seen) for i in outside if (seen := alike(graph.values[i].concrete))]
+    out.facts += [
+        Fact(i, alike, seen) for i in outside if (seen := alike(graph.values[i].concrete))
+    ]
     last, waiting = _last_uses(graph), sorted(graph.escapes, key=lambda e: e.step)
     for step in steps:
         _ask(out, waiting, step.index)
@@ -150,7 +172,7 @@ def walk(
     return out
 
 
-def _ask(out: Walk, waiting: list[Escape], step: int) -> None:
+def _ask(out: Interpretation, waiting: list[HostRead], step: int) -> None:
     """Before a step: its memory may be written to."""
     while waiting and waiting[0].step <= step:
         escape = waiting.pop(0)
@@ -158,12 +180,14 @@ def _ask(out: Walk, waiting: list[Escape], step: int) -> None:
             out.asked[escape] = out.marks[escape.ref.index]
 
 
-def _assume(out: Walk, call: Any) -> None:
+def _assume(out: Interpretation, call: Any) -> None:
     out.assumed.add(call.module)
     inputs = [out.marks[r.index] for r in call.inputs if r.index in out.marks]
     for ref in call.outputs:
         shape = out.graph.values[ref.index].shape
-        out.marks[ref.index] = registry.assumed(out.algebra, inputs, shape, ("assumed", call.module))
+        out.marks[ref.index] = registry.assumed(
+            out.algebra, inputs, shape, ("assumed", call.module)
+        )
 
 
 def _last_uses(graph: Graph) -> dict[int, int]:
@@ -172,7 +196,7 @@ def _last_uses(graph: Graph) -> dict[int, int]:
     return last | {r.index: len(graph.steps) for r in outputs}
 
 
-def _step(out: Walk, step: Step, last: Mapping[int, int]) -> None:
+def _step(out: Interpretation, step: Step, last: Mapping[int, int]) -> None:
     graph = out.graph
     call = _call(out, step)
     results = _apply(out, call, step)
@@ -193,19 +217,23 @@ def _step(out: Walk, step: Step, last: Mapping[int, int]) -> None:
     _follow_order(out, call, step)
     hidden = (
         running_statistics(call)
-        if step.writes and not any(r and r.index in new for r in step.outs) and call["running_mean"] is not None
+        if step.writes
+        and not any(r and r.index in new for r in step.outs)
+        and call["running_mean"] is not None
         else {}
     )
     for old, fresh in step.writes:
         if fresh.index not in out.marks:
             matching = [m for m in hidden.values() if m.shape == graph.values[fresh.index].shape]
             out.marks[fresh.index] = (
-                matching[0] if matching else registry.mixed(call, graph.values[fresh.index].shape, registry.NO_RULE)
+                matching[0]
+                if matching
+                else registry.mixed(call, graph.values[fresh.index].shape, registry.NO_RULE)
             )
         _through_views(out, old, fresh, step.index, last)
 
 
-def _counted(out: Walk, ref: Ref, marks: Marks, step: Step) -> Marks:
+def _counted(out: Interpretation, ref: Ref, marks: Ownership, step: Step) -> Ownership:
     """A shared value that is to count as the samples', or is written into one that does."""
     if ref.index in out.belong:
         return batched(marks.shape, out.belong[ref.index], ("spread", ref.index), marks.sources)
@@ -213,26 +241,34 @@ def _counted(out: Walk, ref: Ref, marks: Marks, step: Step) -> Marks:
     if old is None or not out.marks[old.index].owned or not _belongs(out, ref):
         return marks
     there = out.marks[old.index]
-    return replace(there, key=mix(there.key, code("written", ref.index)), sources=there.sources | marks.sources)
+    return replace(
+        there, key=mix(there.key, code("written", ref.index)), sources=there.sources | marks.sources
+    )
 
 
-def _belongs(out: Walk, ref: Ref) -> bool:
+def _belongs(out: Interpretation, ref: Ref) -> bool:
     storage = out.graph.values[ref.index].storage
     return any(out.graph.values[i].storage == storage for i in out.belong)
 
 
-def _by_place(call: registry.Call, marks: Marks, ref: Ref) -> Marks:
+def _by_place(call: registry.RuleContext, marks: Ownership, ref: Ref) -> Ownership:
     """Each sample's slice of a result is its own, along the axis of the first operand's samples or the first that fits.
 
     As if every rank gathered the other operands: what it computes from them is its own use of the parameters.
     """
     n = call.algebra.samples
     axes = [x.sample_dim() for x in call.marks if x.owned]
-    fitting = [d for d in [*axes[:1], *range(len(marks.shape))] if d is not None and marks.shape[d : d + 1] == (n,)]
-    return batched(marks.shape, fitting[0], ("place", ref.index), marks.sources) if fitting else marks
+    fitting = [
+        d
+        for d in [*axes[:1], *range(len(marks.shape))]
+        if d is not None and marks.shape[d : d + 1] == (n,)
+    ]
+    return (
+        batched(marks.shape, fitting[0], ("place", ref.index), marks.sources) if fitting else marks
+    )
 
 
-def _afresh(call: registry.Call, marks: Marks, ref: Ref) -> Marks:
+def _afresh(call: registry.RuleContext, marks: Ownership, ref: Ref) -> Ownership:
     """A result in which samples have met as one of new samples, along the axis that was that of the first operand's.
 
     Not if that is its last axis, which most operations take for features; of a view of what is mixed, the first.
@@ -241,11 +277,17 @@ def _afresh(call: registry.Call, marks: Marks, ref: Ref) -> Marks:
     views = ops.is_view(call.op)
     axis = first.sample_dim() if first is not None else 0 if views else None
     last = len(marks.shape if first is None else first.shape) - 1
-    kept = axis is not None and axis < last and marks.shape[axis : axis + 1] == (call.algebra.samples,)
-    return batched(marks.shape, axis, ("afresh", ref.index), marks.sources) if axis is not None and kept else marks
+    kept = (
+        axis is not None and axis < last and marks.shape[axis : axis + 1] == (call.algebra.samples,)
+    )
+    return (
+        batched(marks.shape, axis, ("afresh", ref.index), marks.sources)
+        if axis is not None and kept
+        else marks
+    )
 
 
-def _follow_order(out: Walk, call: registry.Call, step: Step) -> None:
+def _follow_order(out: Interpretation, call: registry.RuleContext, step: Step) -> None:
     """Keep track of rows that the batch has put into an order of its own, and of their return."""
     known = {
         n: out.arranged[r.index]
@@ -267,7 +309,10 @@ def _follow_order(out: Walk, call: registry.Call, step: Step) -> None:
             made, shape = outcome.arranged, out.graph.values[ref.index].shape
             if made is not None and (isinstance(made, Ends) or made.under.shape == shape):
                 out.arranged[ref.index] = made
-            if outcome.marks is not None and outcome.marks.shape == out.graph.values[ref.index].shape:
+            if (
+                outcome.marks is not None
+                and outcome.marks.shape == out.graph.values[ref.index].shape
+            ):
                 out.marks[ref.index] = outcome.marks
 
 
@@ -275,12 +320,14 @@ def _only_ref(a: Any) -> Ref | None:
     refs = [r for r in (a if isinstance(a, list | tuple) else [a]) if r is not None]
     return (
         refs[0]
-        if len(refs) == 1 and isinstance(refs[0], Ref) and (not isinstance(a, list | tuple) or a[0] is refs[0])
+        if len(refs) == 1
+        and isinstance(refs[0], Ref)
+        and (not isinstance(a, list | tuple) or a[0] is refs[0])
         else None
     )
 
 
-def _call(out: Walk, step: Step) -> registry.Call:
+def _call(out: Interpretation, step: Step) -> registry.RuleContext:
     arguments = dict.fromkeys(step.parameters) | step.defaults | step.named
     is_ref = {"is_leaf": lambda a: isinstance(a, Ref)}
     numbers = Numbers(out, arguments)
@@ -289,11 +336,13 @@ def _call(out: Walk, step: Step) -> registry.Call:
         for n, a in arguments.items()
     }
     shapes = [out.graph.values[r.index].shape for r in step.outs if r]
-    return registry.Call(out.algebra, step.op, marked, shapes, numbers, numbers.look)
+    return registry.RuleContext(out.algebra, step.op, marked, shapes, numbers, numbers.look)
 
 
 def _has_ref(a: Any) -> bool:
-    return any(isinstance(leaf, Ref) for leaf in tree_leaves(a, is_leaf=lambda x: isinstance(x, Ref)))
+    return any(
+        isinstance(leaf, Ref) for leaf in tree_leaves(a, is_leaf=lambda x: isinstance(x, Ref))
+    )
 
 
 def _exact(t: Tensor | None) -> Any:
@@ -312,10 +361,12 @@ def alike(t: Tensor | None) -> tuple[int, ...]:
     """The dims along which all entries are equal."""
     if t is None or not t.numel() or t.device.type == "meta":
         return ()
-    return tuple(d for d in range(t.ndim) if t.shape[d] > 1 and bool((t == t.narrow(d, 0, 1)).all()))
+    return tuple(
+        d for d in range(t.ndim) if t.shape[d] > 1 and bool((t == t.narrow(d, 0, 1)).all())
+    )
 
 
-def _apply(out: Walk, call: registry.Call, step: Step) -> list[Marks | None]:
+def _apply(out: Interpretation, call: registry.RuleContext, step: Step) -> list[Ownership | None]:
     if call.name == "as_strided":
         return [_restrided(out, call, step)]
     if call.op in registry.CUSTOM:
@@ -342,7 +393,9 @@ def _apply(out: Walk, call: registry.Call, step: Step) -> list[Marks | None]:
     return [next(placed, None) if ref is not None else None for ref in step.outs]
 
 
-def _decompose(out: Walk, call: registry.Call, step: Step) -> list[Marks | None] | None:
+def _decompose(
+    out: Interpretation, call: registry.RuleContext, step: Step
+) -> list[Ownership | None] | None:
     """Run PyTorch's own definition of the op on tensors without contents and walk over what it does."""
     body = registry.decomposition(call.op)
     if body is None:
@@ -364,7 +417,12 @@ def _decompose(out: Walk, call: registry.Call, step: Step) -> list[Marks | None]
     except Exception:
         return None
     names = {ref.index: i for i, ref in refs.items()}
-    inner = Walk(recorder.graph, out.algebra, {ref.index: out.marks[i] for i, ref in refs.items()}, above=(out, names))
+    inner = Interpretation(
+        recorder.graph,
+        out.algebra,
+        {ref.index: out.marks[i] for i, ref in refs.items()},
+        above=(out, names),
+    )
     for value, v in enumerate(recorder.graph.values):
         if v.kind == "constants":
             inner.marks[value] = shared(v.shape, ("constant", step.index, value))
@@ -379,7 +437,9 @@ def _decompose(out: Walk, call: registry.Call, step: Step) -> list[Marks | None]
 # --- memory: a write through one view is seen through the others ----------------------------------
 
 
-def _through_views(out: Walk, old: Ref, fresh: Ref, step: int, last: Mapping[int, int]) -> None:
+def _through_views(
+    out: Interpretation, old: Ref, fresh: Ref, step: int, last: Mapping[int, int]
+) -> None:
     graph = out.graph
     storage = graph.values[fresh.index].storage
     others = [
@@ -410,12 +470,16 @@ def _through_views(out: Walk, old: Ref, fresh: Ref, step: int, last: Mapping[int
             out.marks[i] = out.marks[fresh.index]
             continue
         full = spell_out(was)
-        owner = np.where(hit >= 0, new_owner[hit], np.broadcast_to(full.owner, was.shape)).astype(np.int32)
+        owner = np.where(hit >= 0, new_owner[hit], np.broadcast_to(full.owner, was.shape)).astype(
+            np.int32
+        )
         key = np.where(hit >= 0, new_key[hit], np.broadcast_to(full.key, was.shape))
-        out.marks[i] = compress(out.algebra.result(was.shape, owner, key, [was, new], "written through a view"))
+        out.marks[i] = compress(
+            out.algebra.result(was.shape, owner, key, [was, new], "written through a view")
+        )
 
 
-def _restrided(out: Walk, call: registry.Call, step: Step) -> Marks:
+def _restrided(out: Interpretation, call: registry.RuleContext, step: Step) -> Ownership:
     """A window on the memory of a value, element by element."""
     source, target = (
         out.graph.values[step.refs()[0].index],

@@ -14,18 +14,18 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor
 
-from unbatch.analysis.domain.ownership import Array, Marks, code, is_sample
+from unbatch.analysis.domain.ownership import Array, Ownership, code, is_sample
 from unbatch.analysis.initial import scrambled
-from unbatch.analysis.interpreter import Walk
+from unbatch.analysis.interpreter import Interpretation
 from unbatch.analysis.rules.registry import stand_in
 from unbatch.capture import ops
 from unbatch.capture.graph import Graph, Ref, Step
-from unbatch.capture.sample_axes import Fold
+from unbatch.capture.sample_axes import SampleAxes
 from unbatch.capture.tracer import Recorder
 from unbatch.errors import MSG_FOLD_CUT, InputError
 
 
-def split(graph: Graph, forward: Walk) -> tuple[Graph, list[Step]]:
+def split(graph: Graph, forward: Interpretation) -> tuple[Graph, list[Step]]:
     """The graph with its predictions and the steps of its loss, and the steps where parameters enter the loss."""
     assert graph.loss is not None
     makers = graph.makers
@@ -46,11 +46,13 @@ def split(graph: Graph, forward: Walk) -> tuple[Graph, list[Step]]:
             entering.append(step)
         queue += [r for r in step.refs() if forward[r].depends_on_batch]
     if cut:
-        graph = replace(graph, predictions=sorted(cut, key=lambda r: r.index), after_cut=_downstream(graph, cut))
+        graph = replace(
+            graph, predictions=sorted(cut, key=lambda r: r.index), after_cut=_downstream(graph, cut)
+        )
     return graph, entering
 
 
-def folded(graph: Graph, forward: Walk, fold: Fold) -> Graph:
+def folded(graph: Graph, forward: Interpretation, fold: SampleAxes) -> Graph:
     """The graph with one axis of samples in front of its predictions; the loss reads them as the model made them.
 
     Which sample a prediction belongs to is told by its place, as for what a model returns. Raises ``InputError`` where
@@ -62,15 +64,21 @@ def folded(graph: Graph, forward: Walk, fold: Fold) -> Graph:
         if axes is not None:
             graph = _folded(graph, ref, fold, axes)
         elif value.shape[:1] == (forward.algebra.samples,) and forward[ref].sample_dim() != 0:
-            raise InputError(MSG_FOLD_CUT.format(shapes=[tuple(value.shape)], dims=fold.dims, sizes=fold.sizes))
-    ready = [r for r in graph.predictions if graph.values[r.index].shape[:1] == (forward.algebra.samples,)]
+            raise InputError(
+                MSG_FOLD_CUT.format(shapes=[tuple(value.shape)], dims=fold.dims, sizes=fold.sizes)
+            )
+    ready = [
+        r
+        for r in graph.predictions
+        if graph.values[r.index].shape[:1] == (forward.algebra.samples,)
+    ]
     if not graph.after_cut or not ready:
         shapes = [graph.values[r.index].shape for r in graph.predictions]
         raise InputError(MSG_FOLD_CUT.format(shapes=shapes, dims=fold.dims, sizes=fold.sizes))
     return graph
 
 
-def _folded(graph: Graph, ref: Ref, fold: Fold, axes: tuple[int, ...]) -> Graph:
+def _folded(graph: Graph, ref: Ref, fold: SampleAxes, axes: tuple[int, ...]) -> Graph:
     recorder, value = Recorder({}), stand_in(graph.values[ref.index])
     recorder.declare(value, "step", "")
     with recorder:
@@ -79,7 +87,9 @@ def _folded(graph: Graph, ref: Ref, fold: Fold, axes: tuple[int, ...]) -> Graph:
         back = recorder.ref(_laid_out(fold.unfolded(rows, [axes]), value))
     out, names = graph.inserted(recorder.graph, ref, back, cut)
     predictions = [names[front] if r == ref else r for r in graph.predictions]
-    return replace(out, predictions=predictions, folded={**graph.folded, names[front].index: ref.index})
+    return replace(
+        out, predictions=predictions, folded={**graph.folded, names[front].index: ref.index}
+    )
 
 
 def _laid_out(t: Tensor, like: Tensor) -> Tensor:
@@ -93,14 +103,16 @@ def _laid_out(t: Tensor, like: Tensor) -> Tensor:
 # --- labels ---------------------------------------------------------------------------------------
 
 
-def placed(graph: Graph, forward: Walk, start: Mapping[int, Marks], walked: Walk) -> dict[int, Marks]:
+def placed(
+    graph: Graph, forward: Interpretation, start: Mapping[int, Ownership], walked: Interpretation
+) -> dict[int, Ownership]:
     """Labels among what the loss reads, as belonging to the samples with whose predictions the loss compares them.
 
     They are constants, and a language model compares the prediction at a word with the next word: ``y_n`` is what
     stands beside prediction n, not what came in with word n. Labels that are in their place are left out, and so are
     those that are not set beside predictions one by one; where they are others', the loss is then unknown.
     """
-    out = dict[int, Marks]()
+    out = dict[int, Ownership]()
     numbers = scrambled(graph, forward)
     for step in graph.loss_steps:
         beside = [walked[r] for r in step.refs() if "predictions" in walked[r].sources]
@@ -113,14 +125,14 @@ def placed(graph: Graph, forward: Walk, start: Mapping[int, Marks], walked: Walk
     return out
 
 
-def _one_by_one(step: Step, prediction: Marks) -> bool:
+def _one_by_one(step: Step, prediction: Ownership) -> bool:
     """Each label is set beside the entries of one prediction."""
     if step.name == "gather":
         return not prediction.owner_varies(step.named["dim"] % len(prediction.shape))
     return ops.is_pointwise(step.op) or step.name.startswith("nll_loss")
 
 
-def _beside(label: Marks, prediction: Marks) -> Array | None:
+def _beside(label: Ownership, prediction: Ownership) -> Array | None:
     """The samples of a prediction along the axes of labels, where these are of one kind and belong to others."""
     kinds = np.unique(label.key[is_sample(label.owner)] if label.owned else label.key)
     if label.sources != {"inputs"} or label.mixed or len(kinds) != 1 or prediction.mixed:
@@ -138,14 +150,14 @@ def _beside(label: Marks, prediction: Marks) -> Array | None:
 # --- the cut --------------------------------------------------------------------------------------
 
 
-def _takes_parameters(step: Step, forward: Walk) -> bool:
+def _takes_parameters(step: Step, forward: Interpretation) -> bool:
     """Values of samples meet a parameter (or something made from parameters only) here."""
     marks = [forward[r] for r in step.refs()]
     shared = any("parameters" in m.sources and not m.depends_on_batch for m in marks)
     return shared and any(m.depends_on_batch for m in marks)
 
 
-def _has_room(graph: Graph, ref: Ref, forward: Walk) -> bool:
+def _has_room(graph: Graph, ref: Ref, forward: Interpretation) -> bool:
     """One number for several samples is no prediction: where they have met, it is the loss itself."""
     return forward.algebra.samples == 1 or math.prod(graph.values[ref.index].shape) > 1
 
@@ -167,7 +179,9 @@ def _downstream(graph: Graph, cut: list[Ref]) -> frozenset[int]:
     for step in graph.steps:
         if step.index not in needed and any(r.index in reached for r in step.refs()):
             out.add(step.index)
-            reached |= {r.index for r in [*(o for o in step.outs if o), *(new for _, new in step.writes)]}
+            reached |= {
+                r.index for r in [*(o for o in step.outs if o), *(new for _, new in step.writes)]
+            }
     return frozenset(out)
 
 
@@ -175,7 +189,9 @@ def _upstream(graph: Graph, refs: list[Ref]) -> set[int]:
     wanted = {r.index for r in refs}
     out = set()
     for step in reversed(graph.steps):
-        if wanted & {r.index for r in [*(o for o in step.outs if o), *(new for _, new in step.writes)]}:
+        if wanted & {
+            r.index for r in [*(o for o in step.outs if o), *(new for _, new in step.writes)]
+        }:
             out.add(step.index)
             wanted |= {r.index for r in step.refs()}
     return out

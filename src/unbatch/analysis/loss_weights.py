@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unbatch.analysis.domain.ownership import Marks
+from unbatch.analysis.domain.ownership import Ownership
 from unbatch.capture import ops
 from unbatch.capture.graph import Graph, Ref, Step
 
 MEAN, SUM = 1, 2
 
 
-def weights(graph: Graph, marks: Mapping[int, Marks], samples: int) -> Tensor | None:
+def weights(graph: Graph, marks: Mapping[int, Ownership], samples: int) -> Tensor | None:
     """``[N]``, or None. ``marks``: of the values in a loss of which it is known that it is a sum over the samples."""
     factor, ref = 1.0, graph.loss
     while ref is not None and ref.index in graph.makers:
@@ -39,22 +39,26 @@ def weights(graph: Graph, marks: Mapping[int, Marks], samples: int) -> Tensor | 
     return None
 
 
-def _treats_alike(step: Step, marks: Mapping[int, Marks], samples: int) -> bool:
+def _treats_alike(step: Step, marks: Mapping[int, Ownership], samples: int) -> bool:
     """Every sample has the same part in what a step sums up: none left out, counted twice, or scaled by its place."""
     seen = [marks[r.index] for r in step.refs()]
     owned = [m for m in seen if m.owned]
     entrywise = ops.traits(step.op).entrywise_loss
-    others = [m for m in seen if not m.owned] if entrywise else []  # of likelihoods, one entry for each class
+    others = (
+        [m for m in seen if not m.owned] if entrywise else []
+    )  # of likelihoods, one entry for each class
     places = [d - len(m.shape) for m in owned for d in range(len(m.shape)) if m.owner_varies(d)]
     by_place = any(len(m.shape) >= -d and m.shape[d] > 1 for m in others for d in places)
     return bool(owned) and not by_place and all(_even(m, samples) for m in owned)
 
 
-def _even(marks: Marks, samples: int) -> bool:
+def _even(marks: Ownership, samples: int) -> bool:
     """Every sample owns as many elements, of the same functions, with no factor that only some of them have."""
     owner = np.broadcast_to(marks.owner, marks.key.shape)
     of_first, *others = (np.sort(marks.key[owner == n]) for n in range(samples))
-    return not (marks.weighted or marks.given) and all(np.array_equal(of_first, keys) for keys in others)
+    return not (marks.weighted or marks.given) and all(
+        np.array_equal(of_first, keys) for keys in others
+    )
 
 
 def _scale(step: Step) -> float | None:

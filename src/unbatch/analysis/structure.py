@@ -59,7 +59,11 @@ class Verdict:
 
     def __str__(self) -> str:
         said = f"{TITLES.get(self.name, self.name.replace('_', ' '))}: {self.status}"
-        return said + (f" ({self.basis})" if self.basis else "") + (f", {self.note}" if self.note else "")
+        return (
+            said
+            + (f" ({self.basis})" if self.basis else "")
+            + (f", {self.note}" if self.note else "")
+        )
 
 
 @dataclass(frozen=True)
@@ -134,12 +138,16 @@ class Structure:
     def no_more_than(self, other: Structure) -> Structure:
         """Where ``other``, of a recording that stands for this one too, shows less, so much and no more."""
         theirs = {v.name: v for v in other.verdicts}
-        return self.with_verdicts(*(theirs[v.name] for v in self.verdicts if v and not theirs[v.name]))
+        return self.with_verdicts(
+            *(theirs[v.name] for v in self.verdicts if v and not theirs[v.name])
+        )
 
     def located(self, where: str) -> Structure:
         """Culprits without a line of the user's code (a model made of library modules only) point to ``where``."""
         found = (
-            replace(v, culprits=tuple(c if c.where else replace(c, where=where) for c in v.culprits))
+            replace(
+                v, culprits=tuple(c if c.where else replace(c, where=where) for c in v.culprits)
+            )
             for v in self.verdicts
         )
         return self.with_verdicts(*found)
@@ -247,7 +255,9 @@ def verdict_table(structure: Structure) -> Table:
     for column in ("structure", "verdict", "basis", "note"):
         table.add_column(column, overflow="fold")
     for v in structure.verdicts:
-        table.add_row(TITLES[v.name], Text(f"{MARKS[v.status]} {v.status}", STYLES[v.status]), v.basis, v.note)
+        table.add_row(
+            TITLES[v.name], Text(f"{MARKS[v.status]} {v.status}", STYLES[v.status]), v.basis, v.note
+        )
     return table
 
 
@@ -275,10 +285,16 @@ def culprit_part(structure: Structure, most: int = 12) -> list[Any]:
         more = len(found) - len(modules[:NAMED])
         named = modules[:NAMED] + ([f"+{more} more"] if more else [])
         table.add_row(
-            "\n".join(named), first.op, first.short or "-", f"{first.why}. {first.remedy}", ", ".join(against)
+            "\n".join(named),
+            first.op,
+            first.short or "-",
+            f"{first.why}. {first.remedy}",
+            ", ".join(against),
         )
     if len(kinds) > most:
-        table.add_row("…", "", "", f"and {len(kinds) - most} more kinds, see the verdicts' `.culprits`", "")
+        table.add_row(
+            "…", "", "", f"and {len(kinds) - most} more kinds, see the verdicts' `.culprits`", ""
+        )
     return [table]
 
 
@@ -294,19 +310,30 @@ def remarks(structure: Structure) -> list[Text]:
 
 def follows_part(structure: Structure) -> Table:
     """Quantities by what becomes of them; the star marks what this release computes."""
-    table = Table(box=None, pad_edge=False, title="what follows (* computed by this release)", title_justify="left")
+    table = Table(
+        box=None,
+        pad_edge=False,
+        title="what follows (* computed by this release)",
+        title_justify="left",
+    )
     table.add_column("", overflow="fold", min_width=24)
     table.add_column("", overflow="fold")
     for outcome, words in consequence_table.OUTCOMES.items():
         found = [c for c in structure.follows() if c.outcome == outcome]
         parts = [c for c in found if c.name == c.quantity + consequence_table.PART]
-        names = [_named(c) + (f" (as {c.name})" if outcome == "renamed" else "") for c in found if c not in parts]
+        names = [
+            _named(c) + (f" (as {c.name})" if outcome == "renamed" else "")
+            for c in found
+            if c not in parts
+        ]
         style = STYLES.get(outcome, "yellow")
         if names:
             table.add_row(Text(words, style), ", ".join(names))
         if parts:
             words = "exact" if outcome == "renamed" else words
-            table.add_row(Text(words + consequence_table.PART, style), ", ".join(map(_named, parts)))
+            table.add_row(
+                Text(words + consequence_table.PART, style), ", ".join(map(_named, parts))
+            )
     return table
 
 

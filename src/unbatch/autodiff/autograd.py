@@ -65,7 +65,10 @@ def solid(t: Tensor) -> Tensor:
 
 
 def gradients(
-    outputs: Sequence[Tensor], leaves: Mapping[str, Tensor], gs: Sequence[Tensor] | None = None, retain: bool = False
+    outputs: Sequence[Tensor],
+    leaves: Mapping[str, Tensor],
+    gs: Sequence[Tensor] | None = None,
+    retain: bool = False,
 ) -> dict[str, Tensor]:
     """By name; zero for what the outputs do not depend on."""
     live = [k for k, t in enumerate(outputs) if t.requires_grad]
@@ -73,13 +76,24 @@ def gradients(
     if live:
         chosen = None if gs is None else [gs[k] for k in live]
         tensors = [outputs[k] for k in live]
-        grads = torch.autograd.grad(tensors, list(leaves.values()), chosen, retain_graph=retain, allow_unused=True)
-    return {n: torch.zeros_like(p) if g is None else solid(g) for (n, p), g in zip(leaves.items(), grads, strict=True)}
+        grads = torch.autograd.grad(
+            tensors, list(leaves.values()), chosen, retain_graph=retain, allow_unused=True
+        )
+    return {
+        n: torch.zeros_like(p) if g is None else solid(g)
+        for (n, p), g in zip(leaves.items(), grads, strict=True)
+    }
 
 
-def batched_grad(outputs: Sequence[Any], inputs: Sequence[Any], gs: Sequence[Tensor], count: int) -> list[Any]:
+def batched_grad(
+    outputs: Sequence[Any], inputs: Sequence[Any], gs: Sequence[Tensor], count: int
+) -> list[Any]:
     """Gradients for ``count`` stacked cotangents; one after the other where they cannot be batched."""
-    connected = [(o, g) for o, g in zip(outputs, gs, strict=True) if isinstance(o, GradientEdge) or o.requires_grad]
+    connected = [
+        (o, g)
+        for o, g in zip(outputs, gs, strict=True)
+        if isinstance(o, GradientEdge) or o.requires_grad
+    ]
     if not connected or not inputs:
         return [None] * len(inputs)
     outputs, gs = [list(x) for x in zip(*connected, strict=True)]
@@ -88,10 +102,22 @@ def batched_grad(outputs: Sequence[Any], inputs: Sequence[Any], gs: Sequence[Ten
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                return list(grad(outputs, inputs, gs, retain_graph=True, allow_unused=True, is_grads_batched=True))
+                return list(
+                    grad(
+                        outputs,
+                        inputs,
+                        gs,
+                        retain_graph=True,
+                        allow_unused=True,
+                        is_grads_batched=True,
+                    )
+                )
         except RuntimeError:
             pass
-    each = [grad(outputs, inputs, [g[k] for g in gs], retain_graph=True, allow_unused=True) for k in range(count)]
+    each = [
+        grad(outputs, inputs, [g[k] for g in gs], retain_graph=True, allow_unused=True)
+        for k in range(count)
+    ]
     return [None if rows[0] is None else torch.stack(rows) for rows in zip(*each, strict=True)]
 
 

@@ -39,7 +39,9 @@ def attention(
     """Fused attention as products and a softmax; without dropout, whose mask the fused kernel does not tell."""
     if dropout_p:
         raise NotImplementedError(NO_MASK)
-    return aten._scaled_dot_product_attention_math(query, key, value, mask, 0.0, is_causal, scale=scale)[0]
+    return aten._scaled_dot_product_attention_math(
+        query, key, value, mask, 0.0, is_causal, scale=scale
+    )[0]
 
 
 def attention_on_cpu(
@@ -81,7 +83,9 @@ def cudnn_rnn(
     dropout: float, train: bool, bidirectional: bool, batch_sizes: Sequence[int], dropout_state: Tensor | None,
 ) -> Any:  # fmt: skip
     layers = [tuple(weight[i : i + weight_stride0]) for i in range(0, len(weight), weight_stride0)]
-    return recurrence(input, layers, hx, cx, mode, batch_first, bidirectional, batch_sizes, proj_size > 0)
+    return recurrence(
+        input, layers, hx, cx, mode, batch_first, bidirectional, batch_sizes, proj_size > 0
+    )
 
 
 def miopen_rnn(
@@ -140,7 +144,9 @@ def _direction(
     return outputs[::-1] if backward else outputs, h, c
 
 
-def _cell(gates: Tensor, recurrent: Tensor, h: Tensor, c: Tensor, mode: int) -> tuple[Tensor, Tensor]:
+def _cell(
+    gates: Tensor, recurrent: Tensor, h: Tensor, c: Tensor, mode: int
+) -> tuple[Tensor, Tensor]:
     """One step, without projection: the new state, and the new cell where there is one."""
     if mode == LSTM:
         enter, forget, cell, out = (gates + recurrent).chunk(4, -1)
@@ -191,11 +197,19 @@ def bags(
 ) -> Any:  # fmt: skip
     """Sums and means of rows of a table over the runs of a flat index."""
     if mode > 1 or scale_grad_by_freq or include_last_offset or padding_idx >= 0:
-        raise NotImplementedError("bags by their largest entries, scaled by frequency, or with padding")
+        raise NotImplementedError(
+            "bags by their largest entries, scaled by frequency, or with padding"
+        )
     places = torch.arange(len(indices), device=indices.device)
     bag = torch.searchsorted(offsets.contiguous(), places, right=True) - 1
-    rows = weight[indices] if per_sample_weights is None else weight[indices] * per_sample_weights[:, None]
-    out = torch.zeros(len(offsets), weight.shape[1], dtype=weight.dtype, device=weight.device).index_add(0, bag, rows)
+    rows = (
+        weight[indices]
+        if per_sample_weights is None
+        else weight[indices] * per_sample_weights[:, None]
+    )
+    out = torch.zeros(
+        len(offsets), weight.shape[1], dtype=weight.dtype, device=weight.device
+    ).index_add(0, bag, rows)
     return out if mode == 0 else out / bag.bincount(minlength=len(offsets)).clamp_min(1)[:, None]
 
 

@@ -23,10 +23,10 @@ from torch.utils._pytree import tree_map
 from unbatch.autodiff import eager
 from unbatch.autodiff.autograd import forward_mode, gradients, solid
 from unbatch.autodiff.compositions import SPELLED_OUT
-from unbatch.autodiff.context import Setting
+from unbatch.autodiff.context import Context
 from unbatch.autodiff.jvp_rules import NEED_OUTPUTS, RULES, Tangents, through_op
-from unbatch.autodiff.planner import Flow
-from unbatch.autodiff.schedule import Route
+from unbatch.autodiff.planner import BackwardPlan
+from unbatch.autodiff.schedule import Schedule
 from unbatch.capture.aliasing import Window, seen_through_older_windows
 from unbatch.capture.graph import ExecutedOp, Graph, Ref, Step, flat, is_ref
 from unbatch.capture.isolation import untouched
@@ -55,7 +55,10 @@ class _Tangents:
         """``old``: what lies where ``new`` does, if that was written to."""
         if new is None or old is None:
             return
-        window, storage = self.windows.get(new.index, self.windows.get(old.index)), self.graph.values[new.index].storage
+        window, storage = (
+            self.windows.get(new.index, self.windows.get(old.index)),
+            self.graph.values[new.index].storage,
+        )
         if window is not None and storage in self.memories:
             window(self.memories[storage]).copy_(t if t is not None else torch.zeros(()))
         elif window is not None and t is not None:
@@ -65,13 +68,13 @@ class _Tangents:
             self.values[new.index] = t
 
 
-def moves(step: Step, flow: Flow) -> bool:
+def moves(step: Step, flow: BackwardPlan) -> bool:
     """Whether a step makes something that depends on the parameters of something that does."""
     made = [r.index for r in [*step.outs, *(new for _, new in step.writes)] if r is not None]
     return any(i in flow.theta for i in made) and any(r.index in flow.theta for r in step.refs())
 
 
-def differentiated(graph: Graph, route: Route) -> list[Step]:
+def differentiated(graph: Graph, route: Schedule) -> list[Step]:
     """Return the steps of the forward pass that tangents go through."""
     cut = {step.index for step in route.cut_off} - set(route.flow.frozen_norms)
     steps = [step for step in graph.forward_steps if step.grad and step.index not in cut]
@@ -96,10 +99,14 @@ class Linearised(ABC):
         """Return ``J v``, by prediction."""
 
     @abstractmethod
-    def pull(self, cotangents: Mapping[int, Tensor], names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    def pull(
+        self, cotangents: Mapping[int, Tensor], names: Iterable[str] | None = None
+    ) -> dict[str, Tensor]:
         """Return ``Jᵀ u``, by parameter (some of them, by name)."""
 
-    def _pulled(self, cotangents: Mapping[int, Tensor], names: Iterable[str] | None) -> dict[str, Tensor]:
+    def _pulled(
+        self, cotangents: Mapping[int, Tensor], names: Iterable[str] | None
+    ) -> dict[str, Tensor]:
         ends = [self.outputs[i] for i in cotangents]
         leaves = self.leaves if names is None else {n: self.leaves[n] for n in names}
         return gradients(ends, leaves, list(cotangents.values()), retain=True)
@@ -113,7 +120,7 @@ class LinearisedGraph(Linearised):
     ``watched``: values in the middle, whose places in the graph of derivatives are kept in ``edges``.
     """
 
-    setting: Setting
+    setting: Context
     parameters: Mapping[str, Tensor]
     frozen: bool = False
     watched: Sequence[int] = ()
@@ -123,21 +130,31 @@ class LinearisedGraph(Linearised):
     inner: dict[int, Tensor] = field(default_factory=dict)
     all_outputs: dict[int, Tensor] = field(default_factory=dict)
     steps: list[ExecutedOp] = field(default_factory=list)
-    windows: dict[int, Window] = field(default_factory=dict)  # of values whose memory is written through others
+    windows: dict[int, Window] = field(
+        default_factory=dict
+    )  # of values whose memory is written through others
     sizes: dict[int, int] = field(default_factory=dict)  # of these memories, in entries
     _at_once: bool = False
 
     def __post_init__(self) -> None:
         setting, graph = self.setting, self.setting.graph
-        self.route: Route = setting.route(self.parameters, "frozen" if self.frozen else "component")
+        self.route: Schedule = setting.route(
+            self.parameters, "frozen" if self.frozen else "component"
+        )
         self.flow = self.route.flow
         self.leaves = {n: p.detach().requires_grad_() for n, p in self.parameters.items()}
         live = {i: self.leaves[name] for i, name in self.flow.parameters.items()}
         read = graph.read_by_loss(self.flow.predictions)
-        wanted = list(dict.fromkeys([*self.flow.predictions, *read, *(r.index for r in graph.predictions)]))
+        wanted = list(
+            dict.fromkeys([*self.flow.predictions, *read, *(r.index for r in graph.predictions)])
+        )
         with torch.enable_grad():
             found = graph.run(
-                setting.data | live, wanted, visit=self._visit, instead=self._instead(), steps=graph.forward_steps
+                setting.data | live,
+                wanted,
+                visit=self._visit,
+                instead=self._instead(),
+                steps=graph.forward_steps,
             )
         at = dict(zip(wanted, found, strict=True))
         self.outputs = {i: t for i, t in at.items() if i in self.flow.predictions}
@@ -163,7 +180,9 @@ class LinearisedGraph(Linearised):
             if step.index in cut and not frozen_norm:
                 out[step.index] = held(step.op)
             elif step.grad and moves(step, self.flow):
-                out[step.index] = partial(self._kept, step, norm_held(step) if frozen_norm else step.op)
+                out[step.index] = partial(
+                    self._kept, step, norm_held(step) if frozen_norm else step.op
+                )
         return out
 
     def _kept(self, step: Step, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -181,7 +200,9 @@ class LinearisedGraph(Linearised):
 
     # -- Jᵀ u --
 
-    def pull(self, cotangents: Mapping[int, Tensor], names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    def pull(
+        self, cotangents: Mapping[int, Tensor], names: Iterable[str] | None = None
+    ) -> dict[str, Tensor]:
         return self._pulled(cotangents, names)
 
     def push(self, tangents: Mapping[str, Tensor], at: Sequence[int] = ()) -> dict[int, Tensor]:
@@ -213,11 +234,17 @@ class LinearisedGraph(Linearised):
             if abs(found - expected) <= self.setting.rounding * size + least:
                 self._at_once = at_once
                 return
-        raise StructureError(MSG_NO_TANGENT.format(place="the model", error="its rules contradict its backward pass"))
+        raise StructureError(
+            MSG_NO_TANGENT.format(place="the model", error="its rules contradict its backward pass")
+        )
 
-    def _push_by_steps(self, tangents: Mapping[str, Tensor], wanted: Sequence[int] = ()) -> dict[int, Tensor]:
+    def _push_by_steps(
+        self, tangents: Mapping[str, Tensor], wanted: Sequence[int] = ()
+    ) -> dict[int, Tensor]:
         at = _Tangents(self.setting.graph, self.windows, self.sizes)
-        at.values |= {i: tangents[name] for i, name in self.flow.parameters.items() if name in tangents}
+        at.values |= {
+            i: tangents[name] for i, name in self.flow.parameters.items() if name in tangents
+        }
         with torch.no_grad():
             for call in self.steps:
                 step = call.step
@@ -248,11 +275,17 @@ class LinearisedGraph(Linearised):
     def _shared(self) -> frozenset[int]:
         return seen_through_older_windows(self.setting.graph, self.flow.predictions)
 
-    def _push_at_once(self, tangents: Mapping[str, Tensor], wanted: Sequence[int] = ()) -> dict[int, Tensor]:
+    def _push_at_once(
+        self, tangents: Mapping[str, Tensor], wanted: Sequence[int] = ()
+    ) -> dict[int, Tensor]:
         """Forward mode of the whole computation, which knows about memory."""
         setting, graph = self.setting, self.setting.graph
-        instead: dict[int, Callable[..., Any]] = {s.index: unmoved(s.op) for s in graph.forward_steps if not s.grad}
-        instead |= {s.index: self._spelled_out(s) for s in graph.forward_steps if s.name in SPELLED_OUT}
+        instead: dict[int, Callable[..., Any]] = {
+            s.index: unmoved(s.op) for s in graph.forward_steps if not s.grad
+        }
+        instead |= {
+            s.index: self._spelled_out(s) for s in graph.forward_steps if s.name in SPELLED_OUT
+        }
         instead |= {s.index: held(s.op) for s in self.route.cut_off}
         instead |= {i: norm_held(graph.steps[i]) for i in self.flow.frozen_norms}
         with torch.no_grad(), forward_mode():
@@ -264,9 +297,14 @@ class LinearisedGraph(Linearised):
                 feed, which = setting.data | live, list(wanted or self.outputs)
                 found = graph.run(feed, which, instead=instead, steps=graph.forward_steps)
             except (NotImplementedError, RuntimeError) as error:
-                raise StructureError(MSG_NO_TANGENT.format(place="the model", error=error)) from error
+                raise StructureError(
+                    MSG_NO_TANGENT.format(place="the model", error=error)
+                ) from error
             pushed = [forward_ad.unpack_dual(t).tangent for t in found]
-        return {i: torch.zeros_like(t) if v is None else solid(v) for i, t, v in zip(which, found, pushed, strict=True)}
+        return {
+            i: torch.zeros_like(t) if v is None else solid(v)
+            for i, t, v in zip(which, found, pushed, strict=True)
+        }
 
     def _spelled_out(self, step: Step) -> Callable[..., Any]:
         """An op without forward mode by ops that have one; its result lies in memory as before."""
@@ -284,7 +322,7 @@ class LinearisedGraph(Linearised):
 class LinearisedModel(Linearised):
     """The model itself, where its recording has other derivatives: double backward pushes tangents."""
 
-    def __init__(self, setting: Setting, parameters: Mapping[str, Tensor]) -> None:
+    def __init__(self, setting: Context, parameters: Mapping[str, Tensor]) -> None:
         ran = eager.run(setting, parameters, twice=True)
         self.setting = setting
         self.leaves, self.outputs, self.inner = dict(parameters), ran.predictions, ran.inner
@@ -294,7 +332,9 @@ class LinearisedModel(Linearised):
         """Hooks in the model may do anything, and backward passes may draw random numbers."""
         return untouched(self.setting.program.modules, self._draws)
 
-    def pull(self, cotangents: Mapping[int, Tensor], names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    def pull(
+        self, cotangents: Mapping[int, Tensor], names: Iterable[str] | None = None
+    ) -> dict[str, Tensor]:
         with self._untouched():
             return self._pulled(cotangents, names)
 
@@ -311,7 +351,9 @@ class LinearisedModel(Linearised):
         try:
             back, ws = self._backward
             pairs = [
-                (g, tangents[n]) for g, n in zip(back, self.leaves, strict=True) if g.requires_grad and n in tangents
+                (g, tangents[n])
+                for g, n in zip(back, self.leaves, strict=True)
+                if g.requires_grad and n in tangents
             ]
             ends, vs = [g for g, _ in pairs], [v for _, v in pairs]
             with self._untouched():

@@ -57,7 +57,9 @@ def rule(names: str, outputs: bool = False) -> Callable[[Rule], Rule]:
 def linear(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents | None:
     """Linear in its first argument."""
     (first, tangent), *others = moving.items()
-    if not isinstance(tangent, Tensor) or any(t is not None for _, rest in others for t in tree_leaves(rest)):
+    if not isinstance(tangent, Tensor) or any(
+        t is not None for _, rest in others for t in tree_leaves(rest)
+    ):
         return None
     return flat(call.with_({first: tangent}))
 
@@ -79,7 +81,14 @@ def reshaping(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
 def product(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
     """Linear in each of its two arguments."""
     first, second = list(call.arguments)[:2]
-    return [_sum(*(call.with_({n: moving[n]}) if moving[n] is not None else None for n in (first, second)))]
+    return [
+        _sum(
+            *(
+                call.with_({n: moving[n]}) if moving[n] is not None else None
+                for n in (first, second)
+            )
+        )
+    ]
 
 
 @rule("mul")
@@ -91,7 +100,11 @@ def scaling(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
 
 @rule("div")
 def quotient(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents | None:
-    if moving["self"] is None or moving.get("other") is not None or call.arguments.get("rounding_mode") is not None:
+    if (
+        moving["self"] is None
+        or moving.get("other") is not None
+        or call.arguments.get("rounding_mode") is not None
+    ):
         return None
     return [moving["self"] / call.arguments["other"]]
 
@@ -100,7 +113,9 @@ def quotient(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents | None:
 def addition(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
     dx, dy, given = moving["self"], moving.get("other"), call.arguments
     alpha = given.get("alpha", 1) * (-1 if call.step.name == "sub" else 1)
-    shape = torch.broadcast_shapes(*(t.shape for t in (given["self"], given["other"]) if isinstance(t, Tensor)))
+    shape = torch.broadcast_shapes(
+        *(t.shape for t in (given["self"], given["other"]) if isinstance(t, Tensor))
+    )
     dy = dy if dy is None or alpha == 1 else alpha * dy
     total = _sum(dx, dy)
     return [total if total is None or total.shape == shape else total.expand(shape)]
@@ -112,7 +127,9 @@ def affine(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
     names = ("self", "mat1", "mat2") if "mat1" in given else ("self", "batch1", "batch2")
     (_, x, y), (db, dx, dy) = (given[n] for n in names), (moving[n] for n in names)
     multiply = torch.mm if "mat1" in given else torch.bmm
-    total = _sum(multiply(dx, y) if dx is not None else None, multiply(x, dy) if dy is not None else None)
+    total = _sum(
+        multiply(dx, y) if dx is not None else None, multiply(x, dy) if dy is not None else None
+    )
     alpha, beta = given.get("alpha", 1), given.get("beta", 1)
     total = total if total is None or alpha == 1 else alpha * total
     if db is not None:
@@ -169,7 +186,9 @@ def sigmoid(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
 def gelu(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
     return [
         aten.gelu_backward(
-            moving["self"], call.arguments["self"], approximate=call.arguments.get("approximate", "none")
+            moving["self"],
+            call.arguments["self"],
+            approximate=call.arguments.get("approximate", "none"),
         )
     ]
 
@@ -182,7 +201,9 @@ def silu(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
 @rule("_softmax", outputs=True)
 def softmax(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
     y = call.outputs[0]
-    return [aten._softmax_backward_data(moving["self"].to(y.dtype), y, call.arguments["dim"], y.dtype)]
+    return [
+        aten._softmax_backward_data(moving["self"].to(y.dtype), y, call.arguments["dim"], y.dtype)
+    ]
 
 
 @rule("native_layer_norm", outputs=True)
@@ -252,13 +273,19 @@ def through_op(call: ExecutedOp, op: Any, here: Mapping[int, Tensor]) -> Tangent
             raise StructureError(MSG_NO_TANGENT.format(place=step.place, error=reason)) from reason
 
 
-def _placed(call: ExecutedOp, here: Mapping[int, Tensor], make: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Any]:
+def _placed(
+    call: ExecutedOp, here: Mapping[int, Tensor], make: Callable[[Tensor, Tensor], Tensor]
+) -> dict[str, Any]:
     """The arguments, with ``make(value, tangent)`` where something moves; what the op writes to is copied first."""
 
     def both(refs: Any, values: Any) -> Any:
         if isinstance(refs, list | tuple):
             return type(refs)(both(r, v) for r, v in zip(refs, values, strict=True))
-        return make(values, here[refs.index]) if isinstance(refs, Ref) and refs.index in here else values
+        return (
+            make(values, here[refs.index])
+            if isinstance(refs, Ref) and refs.index in here
+            else values
+        )
 
     arguments = dict(call.arguments)
     if ops.writes_in_place(call.op):
@@ -272,7 +299,9 @@ def _forward_mode(call: ExecutedOp, op: Any, here: Mapping[int, Tensor]) -> Tang
         dual = lambda x, dx: forward_ad.make_dual(x, dx.to(x.dtype))  # noqa: E731
         arguments = _placed(call, here, dual)
         outs = flat(op(**arguments))
-        tangents = [forward_ad.unpack_dual(o).tangent if isinstance(o, Tensor) else None for o in outs]
+        tangents = [
+            forward_ad.unpack_dual(o).tangent if isinstance(o, Tensor) else None for o in outs
+        ]
         return [None if t is None else solid(t) for t in tangents]
 
 
@@ -291,8 +320,14 @@ def _twice_backward(call: ExecutedOp, op: Any, here: Mapping[int, Tensor]) -> Ta
         ws = [torch.zeros_like(o, requires_grad=True) for o in live]
         xs, dxs = zip(*leaves, strict=True)
         back = torch.autograd.grad(live, xs, ws, create_graph=True, allow_unused=True)
-        pairs = [(g, dx) for g, dx in zip(back, dxs, strict=True) if g is not None and g.requires_grad]
+        pairs = [
+            (g, dx) for g, dx in zip(back, dxs, strict=True) if g is not None and g.requires_grad
+        ]
         if not pairs:
             return [None for _ in outs]
-        found = iter(torch.autograd.grad([g for g, _ in pairs], ws, [dx for _, dx in pairs], allow_unused=True))
+        found = iter(
+            torch.autograd.grad(
+                [g for g, _ in pairs], ws, [dx for _, dx in pairs], allow_unused=True
+            )
+        )
         return [next(found) if isinstance(o, Tensor) and o.requires_grad else None for o in outs]

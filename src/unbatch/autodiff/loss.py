@@ -13,10 +13,15 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from unbatch.autodiff.autograd import solid
-from unbatch.autodiff.context import Setting
+from unbatch.autodiff.context import Context
 from unbatch.capture.graph import Graph, Ref, Step, is_ref
 from unbatch.capture.isolation import untouched
-from unbatch.errors import MSG_BACKWARD_INSIDE, MSG_NO_GRAPH, MSG_NO_SECOND_DERIVATIVE, StructureError
+from unbatch.errors import (
+    MSG_BACKWARD_INSIDE,
+    MSG_NO_GRAPH,
+    MSG_NO_SECOND_DERIVATIVE,
+    StructureError,
+)
 from unbatch.linalg.precision import DIFFERENCES_IN_DOUBLE, DIFFERENCES_IN_SINGLE, NARROW, in_double
 from unbatch.linalg.probes import gaussians_like, seeded
 
@@ -31,7 +36,7 @@ class LossAt:
     recording, although the loss could be called.
     """
 
-    setting: Setting
+    setting: Context
     predictions: Named
     inner: Named
     outputs: Named
@@ -51,7 +56,9 @@ class LossAt:
         if not value.requires_grad or not leaves:
             return {}
         with torch.enable_grad():
-            grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, create_graph=create_graph)
+            grads = torch.autograd.grad(
+                value, list(leaves.values()), allow_unused=True, create_graph=create_graph
+            )
         return {i: solid(g) for i, g in zip(leaves, grads, strict=True) if g is not None}
 
     @cached_property
@@ -70,11 +77,18 @@ class LossAt:
         step *= max(1.0, _largest(leaves.values()))
         v = gaussians_like(leaves, seeded(0))
         told = _times(slope, leaves, v)
-        ahead, behind = (self._slope_at({i: t.detach() + s * v[i] for i, t in leaves.items()}) for s in (step, -step))
+        ahead, behind = (
+            self._slope_at({i: t.detach() + s * v[i] for i, t in leaves.items()})
+            for s in (step, -step)
+        )
         seen = {i: (ahead[i] - behind[i]) / (2 * step) for i in leaves}
-        allowed = rtol * _largest([*told.values(), *seen.values()]) + rounding / step * _largest(slope.values())
+        allowed = rtol * _largest([*told.values(), *seen.values()]) + rounding / step * _largest(
+            slope.values()
+        )
         if _largest(told[i] - seen[i] for i in leaves) > allowed:
-            raise StructureError(MSG_NO_SECOND_DERIVATIVE.format(error=MSG_NO_GRAPH.format(names=names)))
+            raise StructureError(
+                MSG_NO_SECOND_DERIVATIVE.format(error=MSG_NO_GRAPH.format(names=names))
+            )
 
     def _slope_at(self, moved: Named) -> dict[int, Tensor]:
         slope = replace(self, predictions={**self.predictions, **moved}).slope
@@ -103,20 +117,26 @@ class LossAt:
     def in_double(self) -> LossAt | None:
         """The same in float64; None where the loss does not take it."""
         replayed = by_graph(self.setting, self.inner)
-        if all(t.dtype == torch.float64 for t in self.predictions.values()) and not (replayed and self._narrowed):
+        if all(t.dtype == torch.float64 for t in self.predictions.values()) and not (
+            replayed and self._narrowed
+        ):
             return self
         if replayed:
             return self._as_double(replayed=True)
         called = self._as_double(replayed=False)
         if called is not None or own_derivatives(self._value[0]) or _backward_inside(self.setting):
             return called
-        other = self._as_double(replayed=True)  # the loss has numbers of its own, in its own precision
+        other = self._as_double(
+            replayed=True
+        )  # the loss has numbers of its own, in its own precision
         return other if other is not None and self._agrees(other.slope) else None
 
     def _as_double(self, replayed: bool) -> LossAt | None:
         setting = self.setting.in_double() if replayed else self.setting
         setting = replace(setting, targets=in_double(self.setting.targets))
-        predictions, inner, outputs = (in_double(dict(t)) for t in (self.predictions, self.inner, self.outputs))
+        predictions, inner, outputs = (
+            in_double(dict(t)) for t in (self.predictions, self.inner, self.outputs)
+        )
         other = LossAt(setting, predictions, inner, outputs, replayed)
         try:
             return other if all(g.dtype == torch.float64 for g in other.slope.values()) else None
@@ -136,7 +156,9 @@ def _times(slope: Named, leaves: Named, v: Named) -> dict[int, Tensor]:
     found: Sequence[Tensor | None] = [None] * len(leaves)
     if live:
         ends, vectors = [slope[i] for i in live], [v[i] for i in live]
-        found = torch.autograd.grad(ends, list(leaves.values()), vectors, retain_graph=True, allow_unused=True)
+        found = torch.autograd.grad(
+            ends, list(leaves.values()), vectors, retain_graph=True, allow_unused=True
+        )
     pairs = zip(leaves.items(), found, strict=True)
     return {i: torch.zeros_like(leaf) if h is None else solid(h.detach()) for (i, leaf), h in pairs}
 
@@ -162,22 +184,30 @@ def own_derivatives(value: Tensor) -> list[str]:
         if name in WITHOUT_GRAPH:
             names.append(name.removesuffix("Backward"))
         elif isinstance(node, torch.autograd.function.BackwardCFunction):
-            names.append(type(node).__name__.removeprefix("GeneratedBackwardFor_").removesuffix("Backward"))
+            names.append(
+                type(node).__name__.removeprefix("GeneratedBackwardFor_").removesuffix("Backward")
+            )
     return names
 
 
 def loss_value(
-    setting: Setting, predictions: Named, inner: Named, outputs: Named, replayed: bool = False
+    setting: Context, predictions: Named, inner: Named, outputs: Named, replayed: bool = False
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """The loss at these predictions, connected to leaves in their place."""
-    leaves = {i: t.detach().requires_grad_() for i, t in predictions.items() if t.is_floating_point() or t.is_complex()}
+    leaves = {
+        i: t.detach().requires_grad_()
+        for i, t in predictions.items()
+        if t.is_floating_point() or t.is_complex()
+    }
     graph = setting.graph
     with torch.enable_grad():
         if replayed or by_graph(setting, inner):
             assert graph.loss is not None
             constant = {i: t.detach() for i, t in inner.items()}
             feed = {**setting.constants, **setting.data, **constant, **predictions, **leaves}
-            (value,) = graph.run(feed, [graph.loss.index], keep=noise(graph), steps=graph.loss_steps)
+            (value,) = graph.run(
+                feed, [graph.loss.index], keep=noise(graph), steps=graph.loss_steps
+            )
         else:
             copied = any(s.writes for s in graph.loss_steps)
             filled = {**outputs, **{i: t.clone() if copied else t for i, t in leaves.items()}}
@@ -185,7 +215,7 @@ def loss_value(
     return value, leaves
 
 
-def by_graph(setting: Setting, inner: Mapping[int, Tensor]) -> bool:
+def by_graph(setting: Context, inner: Mapping[int, Tensor]) -> bool:
     """The loss has to be replayed, because it cannot be called with predictions alone, or draws noise.
 
     Raises ``StructureError`` where that would not give its derivatives: a backward pass, once recorded, takes for
@@ -199,16 +229,18 @@ def by_graph(setting: Setting, inner: Mapping[int, Tensor]) -> bool:
     return replayed
 
 
-def _backward_inside(setting: Setting) -> Step | None:
+def _backward_inside(setting: Context) -> Step | None:
     return next((s for s in setting.graph.loss_steps if "_backward" in s.name), None)
 
 
-def output_of(setting: Setting, values: Mapping[int, Tensor]) -> Any:
+def output_of(setting: Context, values: Mapping[int, Tensor]) -> Any:
     """The output of the model with these tensors in it."""
-    return tree_map(lambda r: values[r.index] if isinstance(r, Ref) else r, setting.skeleton, is_leaf=is_ref)
+    return tree_map(
+        lambda r: values[r.index] if isinstance(r, Ref) else r, setting.skeleton, is_leaf=is_ref
+    )
 
 
-def loss_of(setting: Setting, output: Any) -> Tensor:
+def loss_of(setting: Context, output: Any) -> Tensor:
     loss = setting.program.loss
     modules = [m for m in (loss,) if isinstance(m, torch.nn.Module)]
     harmless = not modules and not any(s.noise or s.writes for s in setting.graph.loss_steps)
@@ -224,7 +256,9 @@ def noise(graph: Graph) -> dict[int, Tensor]:
     return {r.index: v for r in refs if (v := graph.known(r.index)) is not None}
 
 
-def rest_of_loss(setting: Setting, outputs: Named, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def rest_of_loss(
+    setting: Context, outputs: Named, parameters: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """The gradient of the loss with all outputs of the model held constant, by the parameters that it reads itself."""
     copied = any(s.writes for s in setting.graph.loss_steps)
     fixed = {i: t.detach().clone() if copied else t.detach() for i, t in outputs.items()}
@@ -235,4 +269,6 @@ def nonzero_gradients(value: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, 
     if not value.requires_grad:
         return {}
     grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
-    return {n: g for n, g in zip(leaves, grads, strict=True) if g is not None and bool((g != 0).any())}
+    return {
+        n: g for n, g in zip(leaves, grads, strict=True) if g is not None and bool((g != 0).any())
+    }

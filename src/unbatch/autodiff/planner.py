@@ -16,9 +16,15 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves
 
-from unbatch.analysis.domain.ownership import Marks
-from unbatch.analysis.domain.sample_layout import Layout, Scattered, holds_its_place, layout_of, prediction_dim
-from unbatch.analysis.interpreter import Walk
+from unbatch.analysis.domain.ownership import Ownership
+from unbatch.analysis.domain.sample_layout import (
+    Layout,
+    Scattered,
+    holds_its_place,
+    layout_of,
+    prediction_dim,
+)
+from unbatch.analysis.interpreter import Interpretation
 from unbatch.capture import ops
 from unbatch.capture.aliasing import by_memory
 from unbatch.capture.graph import Graph, Ref, Step, is_ref
@@ -36,7 +42,7 @@ class Site:
 
 
 @dataclass
-class Flow:
+class BackwardPlan:
     """What a sweep has to do at which step. Values and steps by their number in the graph."""
 
     by: str
@@ -44,16 +50,32 @@ class Flow:
     parameters: dict[int, str]
     predictions: dict[int, int]  # prediction -> its sample axis
     sites: list[Site] = field(default_factory=list)
-    chain: dict[int, bool] = field(default_factory=dict)  # steps without samples -> whether statistics move there
+    chain: dict[int, bool] = field(
+        default_factory=dict
+    )  # steps without samples -> whether statistics move there
     seeds: list[int] = field(default_factory=list)  # values from which columns start
-    unsplit: list[int] = field(default_factory=list)  # predictions that are not separate: columns start there, too
-    gates: dict[int, list[int]] = field(default_factory=dict)  # step -> inputs through which columns must not pass
+    unsplit: list[int] = field(
+        default_factory=list
+    )  # predictions that are not separate: columns start there, too
+    gates: dict[int, list[int]] = field(
+        default_factory=dict
+    )  # step -> inputs through which columns must not pass
     frozen: set[int] = field(default_factory=set)  # values held constant
-    frozen_norms: set[int] = field(default_factory=set)  # steps that are batch norms with constant statistics
-    projections: dict[int, int] = field(default_factory=dict)  # step of a weight -> step of the batch norm above
-    spanning: set[int] = field(default_factory=set)  # shared values, in part or whole, with an entry for every sample
-    refused: StructureError | None = None  # why rows do not exist, unless such values are counted to the samples
-    layouts: dict[int, Layout | Scattered] = field(default_factory=dict)  # where the samples lie, at sites and seeds
+    frozen_norms: set[int] = field(
+        default_factory=set
+    )  # steps that are batch norms with constant statistics
+    projections: dict[int, int] = field(
+        default_factory=dict
+    )  # step of a weight -> step of the batch norm above
+    spanning: set[int] = field(
+        default_factory=set
+    )  # shared values, in part or whole, with an entry for every sample
+    refused: StructureError | None = (
+        None  # why rows do not exist, unless such values are counted to the samples
+    )
+    layouts: dict[int, Layout | Scattered] = field(
+        default_factory=dict
+    )  # where the samples lie, at sites and seeds
     by_place: bool = False  # slices were given to samples where they meet in no symmetric way
     direct: set[int] = field(default_factory=set)  # made from parameters without samples on the way
     theta: set[int] = field(default_factory=set)
@@ -73,32 +95,40 @@ class Flow:
         return all(i in self.layouts for i in self.seeds)
 
 
-def flow(graph: Graph, walk: Walk, samples: int, leading: bool, wanted: Iterable[str], by: str) -> Flow:
+def plan_backward(
+    graph: Graph, walk: Interpretation, samples: int, leading: bool, wanted: Iterable[str], by: str
+) -> BackwardPlan:
     """Plan the sweep for the parameters ``wanted``, by ``by``.
 
     Raises ``StructureError`` where copy or frozen rows do not exist, naming the step that stands in the way (or leaves
     it in ``refused``).
     """
     names = set(wanted)
-    parameters = {i: v.name for i, v in enumerate(graph.values) if v.kind == "parameters" and v.name in names}
-    predictions = {
-        r.index: d for r in graph.used_predictions if (d := prediction_dim(walk[r], samples, leading)) is not None
+    parameters = {
+        i: v.name for i, v in enumerate(graph.values) if v.kind == "parameters" and v.name in names
     }
-    plan = Flow(by, samples, parameters, predictions)
+    predictions = {
+        r.index: d
+        for r in graph.used_predictions
+        if (d := prediction_dim(walk[r], samples, leading)) is not None
+    }
+    plan = BackwardPlan(by, samples, parameters, predictions)
     return _Planner(graph, walk, plan, leading).run()
 
 
 @dataclass
 class _Planner:
     graph: Graph
-    walk: Walk
-    plan: Flow
+    walk: Interpretation
+    plan: BackwardPlan
     leading: bool
     written: set[int] = field(default_factory=set)
 
-    def run(self) -> Flow:
+    def run(self) -> BackwardPlan:
         graph, plan = self.graph, self.plan
-        self.written = {graph.values[new.index].storage for s in graph.forward_steps for _, new in s.writes}
+        self.written = {
+            graph.values[new.index].storage for s in graph.forward_steps for _, new in s.writes
+        }
         if plan.by == "frozen":
             self._freeze()
         plan.theta = self._reach()
@@ -118,7 +148,7 @@ class _Planner:
 
     # -- reading --
 
-    def marks(self, i: int) -> Marks:
+    def marks(self, i: int) -> Ownership:
         return self.walk.marks[i]
 
     def node(self, i: int) -> Any:
@@ -139,7 +169,11 @@ class _Planner:
         return [i for i in dict.fromkeys(r.index for r in refs) if self._real(i)]
 
     def _ins(self, step: Step) -> list[int]:
-        return [i for i in dict.fromkeys(r.index for r in step.refs()) if self._real(i) and i in self.plan.theta]
+        return [
+            i
+            for i in dict.fromkeys(r.index for r in step.refs())
+            if self._real(i) and i in self.plan.theta
+        ]
 
     def _real(self, i: int) -> bool:
         dtype = self.graph.values[i].dtype
@@ -155,7 +189,9 @@ class _Planner:
         return step.grad and not traits.cuts and not traits.reads_shape_only
 
     def _on_path(self, step: Step) -> bool:
-        return self._passes(step) and any(self.node(o) in self.plan.separate for o in self._outs(step))
+        return self._passes(step) and any(
+            self.node(o) in self.plan.separate for o in self._outs(step)
+        )
 
     # -- what depends on the parameters --
 
@@ -163,11 +199,17 @@ class _Planner:
         reached = set(self.plan.parameters)
         nodes = {self.node(i) for i in reached}
         for step in self.graph.forward_steps:
-            if self._passes(step) and any(self.node(r.index) in nodes for r in step.refs() if self._real(r.index)):
+            if self._passes(step) and any(
+                self.node(r.index) in nodes for r in step.refs() if self._real(r.index)
+            ):
                 fresh = [o for o in self._outs(step) if o not in self.plan.frozen]
                 reached.update(fresh)
                 nodes.update(self.node(o) for o in fresh)
-        return reached | {i for i in self.walk.marks if self.node(i) in nodes and self._real(i)} - self.plan.frozen
+        return (
+            reached
+            | {i for i in self.walk.marks if self.node(i) in nodes and self._real(i)}
+            - self.plan.frozen
+        )
 
     # -- statistics held constant --
 
@@ -196,7 +238,9 @@ class _Planner:
         for step in reversed(self.graph.forward_steps):
             if not self._on_path(step):
                 continue
-            outs = [o for o in self._outs(step) if self.node(o) in plan.separate and o in plan.theta]
+            outs = [
+                o for o in self._outs(step) if self.node(o) in plan.separate and o in plan.theta
+            ]
             apart = all(plan.separate[self.node(o)] for o in outs)
             local = apart and self._keeps_apart(step, outs)
             statistic = all(self._loose(o) for o in outs)
@@ -234,7 +278,9 @@ class _Planner:
             if self.plan.by == "component":
                 self._seed(step, outs if not step.writes else outs if apart else [], ins)
         elif loose:
-            self.plan.spanning |= {new.index for _, new in step.writes if self._among_samples(new.index)}
+            self.plan.spanning |= {
+                new.index for _, new in step.writes if self._among_samples(new.index)
+            }
             self._made_of_statistics(step, outs, ins, loose, apart)
 
     def _made_of_statistics(
@@ -258,10 +304,14 @@ class _Planner:
         if self.layout(outs[0]) is None and self.marks(outs[0]).partly_shared:
             self.plan.spanning.add(outs[0])
         if (apart or self.plan.by == "copy") and self.layout(outs[0]) is not None:
-            self.plan.sites += [Site(step.index, operand, n, "local") for n in _argument_names(step, operand)]
+            self.plan.sites += [
+                Site(step.index, operand, n, "local") for n in _argument_names(step, operand)
+            ]
             self._note_spanning(operand, outs[0])
         elif component:
-            self._columns(step, operand, "projected" if self._below_norm(step, operand, outs) else "columns")
+            self._columns(
+                step, operand, "projected" if self._below_norm(step, operand, outs) else "columns"
+            )
         else:
             error = self._refused(step, MSG_NOT_COPY if self.plan.by == "copy" else MSG_NOT_FROZEN)
             if not self.plan.spanning:
@@ -271,14 +321,24 @@ class _Planner:
     def _columns(self, step: Step, operand: int, way: str) -> None:
         """Columns reach the parameters in a statistic through the statistic itself."""
         if not self.marks(operand).depends_on_batch:
-            self.plan.sites += [Site(step.index, operand, n, way) for n in _argument_names(step, operand)]
+            self.plan.sites += [
+                Site(step.index, operand, n, way) for n in _argument_names(step, operand)
+            ]
 
     def _below_norm(self, step: Step, operand: int, outs: Sequence[int]) -> bool:
         """The result goes into a batch norm, and nowhere else, that is the topmost place of mixing."""
         users = [s for s in self.graph.steps if any(r.index in outs for r in s.refs())]
         transposed = step.name == "convolution" and step.args[6]
-        bias = self.graph.values[operand].shape[-1:] if _argument_names(step, operand) == ["self"] else None
-        odd = bias is not None and bias != self.graph.values[outs[0]].shape[-1:] and step.name == "addmm"
+        bias = (
+            self.graph.values[operand].shape[-1:]
+            if _argument_names(step, operand) == ["self"]
+            else None
+        )
+        odd = (
+            bias is not None
+            and bias != self.graph.values[outs[0]].shape[-1:]
+            and step.name == "addmm"
+        )
         if transposed or odd or outs[0] in self.plan.predictions:
             return False
         if step.name not in ("addmm", "mm", "convolution") or len(users) != 1 or len(outs) != 1:
@@ -300,11 +360,19 @@ class _Planner:
         plan = self.plan
         moving = [i for i in ins if self.marks(i).depends_on_batch]
         below = [i for i in moving if not self.marks(i).owned or not plan.separate[self.node(i)]]
-        alone = [o for o in outs if plan.separate[self.node(o)] and o in plan.theta and o not in plan.seeds]
-        parted = len(alone) < len([o for o in outs if o in plan.theta])  # another output is heard by other samples
+        alone = [
+            o
+            for o in outs
+            if plan.separate[self.node(o)] and o in plan.theta and o not in plan.seeds
+        ]
+        parted = len(alone) < len(
+            [o for o in outs if o in plan.theta]
+        )  # another output is heard by other samples
         if alone and (below or parted):
             plan.seeds += alone
-            plan.spanning |= {o for o in alone if self.layout(o) is None and self.marks(o).partly_shared}
+            plan.spanning |= {
+                o for o in alone if self.layout(o) is None and self.marks(o).partly_shared
+            }
             above = [i for i in moving if i not in below]
             if above:
                 plan.gates[step.index] = above
@@ -314,7 +382,9 @@ class _Planner:
     def _among_samples(self, i: int) -> bool:
         """It is written into a memory that holds values of samples, too."""
         storage = self.graph.values[i].storage
-        return any(m.owned for j, m in self.walk.marks.items() if self.graph.values[j].storage == storage)
+        return any(
+            m.owned for j, m in self.walk.marks.items() if self.graph.values[j].storage == storage
+        )
 
     def _note_spanning(self, operand: int, out: int) -> None:
         """An operand that is not broadcast along the samples was spread over them further up."""
@@ -322,15 +392,19 @@ class _Planner:
         whole = self.graph.values[out].shape
         if isinstance(layout, Layout):
             dim = layout.dim - len(whole) + len(shape)
-            if 0 <= dim < len(shape) and shape[dim] == whole[layout.dim] > 1 and operand not in self.plan.parameters:
+            if (
+                0 <= dim < len(shape)
+                and shape[dim] == whole[layout.dim] > 1
+                and operand not in self.plan.parameters
+            ):
                 self.plan.spanning.add(operand)
 
 
-def by_columns(plan: Flow, node: Any) -> bool:
+def by_columns(plan: BackwardPlan, node: Any) -> bool:
     return plan.by == "component" and not plan.separate[node]
 
 
-def spread(graph: Graph, walk: Walk, plan: Flow) -> list[tuple[int, list[int]]]:
+def spread(graph: Graph, walk: Interpretation, plan: BackwardPlan) -> list[tuple[int, list[int]]]:
     """Where shared values with an entry for every sample got it: values, and the axes that may hold the samples."""
     in_memory = by_memory(graph)
     queue, seen, out = list(plan.spanning), set(plan.spanning), []
@@ -351,11 +425,15 @@ def spread(graph: Graph, walk: Walk, plan: Flow) -> list[tuple[int, list[int]]]:
     return sorted(out)
 
 
-def _loosely(marks: Marks) -> bool:
+def _loosely(marks: Ownership) -> bool:
     return marks.partly_shared or not marks.depends_on_batch
 
 
 def _argument_names(step: Step, operand: int) -> list[str]:
     """The argument that holds the operand; one entry even if it stands in several places (see ``Generic``)."""
     held = {n: tree_leaves(a, is_ref) for n, a in step.named.items()}
-    return [n for n, refs in held.items() if any(isinstance(r, Ref) and r.index == operand for r in refs)][:1]
+    return [
+        n
+        for n, refs in held.items()
+        if any(isinstance(r, Ref) and r.index == operand for r in refs)
+    ][:1]

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from unbatch.autodiff.contractions.row_block import View
-from unbatch.autodiff.planner import Flow, Site
+from unbatch.autodiff.contractions.row_block import RowBlockView
+from unbatch.autodiff.planner import BackwardPlan, Site
 from unbatch.capture import ops
 from unbatch.capture.graph import Graph, Ref, Step, is_ref
 from unbatch.capture.ops import Moves
@@ -27,9 +27,9 @@ class Operands:
     """Operands of one plan, by their number in the graph."""
 
     graph: Graph
-    flow: Flow
+    flow: BackwardPlan
     shapes: Mapping[str, tuple[int, ...]]
-    views: dict[int, View | None] = field(default_factory=dict)
+    views: dict[int, RowBlockView | None] = field(default_factory=dict)
 
     def made_from(self, i: int) -> list[str]:
         """The parameters an operand is made from."""
@@ -46,13 +46,13 @@ class Operands:
                 queue += [r.index for r in self.graph.makers[v].refs()]
         return out
 
-    def view(self, i: int) -> View | None:
+    def view(self, i: int) -> RowBlockView | None:
         """How an operand is seen in its only parameter, if it is a view of it."""
         if i not in self.views:
             self.views[i] = self._view(i)
         return self.views[i]
 
-    def _view(self, i: int) -> View | None:
+    def _view(self, i: int) -> RowBlockView | None:
         path, names = self._path(i), self.made_from(i)
         if path is None or len(names) != 1:
             return None
@@ -61,7 +61,7 @@ class Operands:
         except RuntimeError:
             return None
         plain = {(): False, ("t",): True}
-        return View(partial(replayed, path), plain.get(tuple(step.name for step in path)))
+        return RowBlockView(partial(replayed, path), plain.get(tuple(step.name for step in path)))
 
     def _path(self, i: int) -> list[Step] | None:
         """The steps by which a value is a view of a parameter."""
@@ -104,7 +104,7 @@ class Use:
 
 
 @dataclass(frozen=True)
-class Stop:
+class Hook:
     """A step at which a sweep does something of its own."""
 
     step: Step
@@ -127,7 +127,7 @@ class Pool:
 
     site: Site
     name: str
-    view: View
+    view: RowBlockView
     out: int
 
 
@@ -138,16 +138,16 @@ class Together:
     names: tuple[str, ...]
     operands: tuple[int, ...]
     sites: tuple[Site, ...]
-    view: View | None  # how the one operand is seen in the one parameter
+    view: RowBlockView | None  # how the one operand is seen in the one parameter
     tied: bool  # columns reach some of them, too
 
 
 @dataclass
-class Route:
+class Schedule:
     """What a flow means for every step of a graph."""
 
     graph: Graph
-    flow: Flow
+    flow: BackwardPlan
     operands: Operands
 
     @cached_property
@@ -161,16 +161,20 @@ class Route:
         return self.graph.read_by_loss(self.flow.predictions)
 
     @cached_property
-    def stops(self) -> dict[int, Stop]:
+    def stops(self) -> dict[int, Hook]:
         flow, steps = self.flow, self.graph.steps
-        written = {s.index for s in self.steps if s.writes and any(r and r.index in flow.seeds for r in s.outs)}
+        written = {
+            s.index
+            for s in self.steps
+            if s.writes and any(r and r.index in flow.seeds for r in s.outs)
+        }
         special = {s.step for s in flow.sites} | set(flow.gates) | set(flow.projections.values())
         return {i: self._stop(steps[i]) for i in sorted(special | written | flow.frozen_norms)}
 
-    def _stop(self, step: Step) -> Stop:
+    def _stop(self, step: Step) -> Hook:
         flow = self.flow
         sites = [s for s in flow.sites if s.step == step.index]
-        return Stop(
+        return Hook(
             step,
             tuple(self._use(step, s) for s in sites if s.way != "columns" or s in self.pools),
             frozenset(s.operand for s in sites if s.way == "columns" and s not in self.pools),
@@ -200,7 +204,11 @@ class Route:
     @cached_property
     def _last_writes(self) -> dict[int, int]:
         """The last step that writes to a memory."""
-        return {self.graph.values[old.index].storage: s.index for s in self.graph.steps for old, _ in s.writes}
+        return {
+            self.graph.values[old.index].storage: s.index
+            for s in self.graph.steps
+            for old, _ in s.writes
+        }
 
     @cached_property
     def cut_off(self) -> list[Step]:
@@ -216,8 +224,14 @@ class Route:
     @cached_property
     def chain(self) -> dict[int, bool]:
         """Steps without samples whose results are differentiated, and whether statistics move there."""
-        single = {g.operands[0] for g in self.groups if g.view is not None and len(g.sites) == 1 and not g.tied}
-        wanted = {s.operand for s in self.flow.sites if s.way == "columns" or s.operand not in single}
+        single = {
+            g.operands[0]
+            for g in self.groups
+            if g.view is not None and len(g.sites) == 1 and not g.tied
+        }
+        wanted = {
+            s.operand for s in self.flow.sites if s.way == "columns" or s.operand not in single
+        }
         out: dict[int, bool] = {}
         for i, moving in sorted(self.flow.chain.items(), reverse=True):
             step = self.graph.steps[i]
@@ -235,7 +249,11 @@ class Route:
         for values, names in self.operands.together(dict.fromkeys(s.operand for s in local)):
             sites = tuple(s for s in local if s.operand in values)
             view = self.operands.view(values[0]) if len(values) == len(names) == 1 else None
-            out.append(Together(tuple(names), tuple(values), sites, view, bool(set(self.reached) & set(names))))
+            out.append(
+                Together(
+                    tuple(names), tuple(values), sites, view, bool(set(self.reached) & set(names))
+                )
+            )
         return out
 
     # -- below the last mixing --
@@ -250,7 +268,10 @@ class Route:
         out = {}
         for site in self.flow.columns:
             step, view = steps[site.step], self.operands.view(site.operand)
-            plain = step.name in ("mm", "addmm") and site.name in ("self", "mat1", "mat2")[step.name == "addmm" :]
+            plain = (
+                step.name in ("mm", "addmm")
+                and site.name in ("self", "mat1", "mat2")[step.name == "addmm" :]
+            )
             if plain and view is not None and not step.writes and step.outs[0] is not None:
                 (name,) = self.operands.made_from(site.operand)
                 if met[name] == 1:
@@ -281,5 +302,9 @@ class Route:
     @cached_property
     def column_bytes(self) -> int:
         """What one column takes on its way down: about twice the largest values it passes."""
-        values = [self.graph.values[i] for i in self.flow.theta if self.graph.values[i].step >= self._lowest]
+        values = [
+            self.graph.values[i]
+            for i in self.flow.theta
+            if self.graph.values[i].step >= self._lowest
+        ]
         return 4 * max((math.prod(v.shape) * v.dtype.itemsize for v in values), default=0)

@@ -22,12 +22,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 from unbatch.analysis.domain.sample_layout import Layout
 from unbatch.autodiff.autograd import Gate, attached, batched_grad, solid
 from unbatch.autodiff.contractions.batch_norm import Pooled
-from unbatch.autodiff.contractions.contraction import Meeting, OperandUse
+from unbatch.autodiff.contractions.contraction import Contraction, OperandUse
 from unbatch.autodiff.contractions.matmul import Linear
-from unbatch.autodiff.contractions.registry import meeting, projected
-from unbatch.autodiff.contractions.row_block import FromSite, Part, View
-from unbatch.autodiff.planner import Flow, Site
-from unbatch.autodiff.schedule import Route, Stop, Together
+from unbatch.autodiff.contractions.registry import contraction_for, projected
+from unbatch.autodiff.contractions.row_block import LazyRowBlock, RowBlock, RowBlockView
+from unbatch.autodiff.planner import BackwardPlan, Site
+from unbatch.autodiff.schedule import Hook, Schedule, Together
 from unbatch.capture.graph import Graph, Ref, Step, flat
 from unbatch.capture.substitutes import held, norm_evaluated, norm_held
 from unbatch.linalg.rows import sum_of
@@ -38,9 +38,11 @@ class Group:
     """Parameters that are contracted together, and what cotangents met at their sites."""
 
     together: Together
-    meetings: dict[int, list[Meeting]] = field(default_factory=dict)  # by operand
+    meetings: dict[int, list[Contraction]] = field(default_factory=dict)  # by operand
     waiting: int = 0  # for how many sites
-    only: tuple[Meeting, View] | None = None  # the one meeting and how its operand is seen in the one parameter, if so
+    only: tuple[Contraction, RowBlockView] | None = (
+        None  # the one meeting and how its operand is seen in the one parameter, if so
+    )
 
     def complete(self) -> None:
         """No more cotangents will come."""
@@ -63,27 +65,37 @@ class Group:
 class Sweep:
     """The forward pass of one question, with what its sites keep of it, and its backward passes."""
 
-    route: Route
+    route: Schedule
     graph: Graph
     parameters: Mapping[str, Tensor]
     feed: Mapping[int, Tensor]
     edges: dict[int, GradientEdge] = field(default_factory=dict)
-    made: dict[Site, Meeting] = field(default_factory=dict)  # what each site keeps of the forward pass
+    made: dict[Site, Contraction] = field(
+        default_factory=dict
+    )  # what each site keeps of the forward pass
     predictions: dict[int, Tensor] = field(default_factory=dict)
     outputs: dict[int, Tensor] = field(default_factory=dict)  # all that the model returns, detached
-    inner: dict[int, Tensor] = field(default_factory=dict)  # values beside the predictions that the loss reads
+    inner: dict[int, Tensor] = field(
+        default_factory=dict
+    )  # values beside the predictions that the loss reads
     seeds: list[tuple[Any, Any, Tensor]] = field(default_factory=list)  # edge, layout, cotangent
-    groups: list[Group] = field(default_factory=list)  # what the last backward pass has left to be contracted
+    groups: list[Group] = field(
+        default_factory=list
+    )  # what the last backward pass has left to be contracted
     kinds: dict[Site, str] = field(default_factory=dict)  # how each site was contracted
     spent: bool = False  # nothing is left for another backward pass
-    _for_norm: dict[Site, OperandUse] = field(default_factory=dict)  # calls that wait for the batch norm above them
-    _several: list[tuple[Stop, list[GradientEdge | None]]] = field(default_factory=list)  # stops with several outputs
+    _for_norm: dict[Site, OperandUse] = field(
+        default_factory=dict
+    )  # calls that wait for the batch norm above them
+    _several: list[tuple[Hook, list[GradientEdge | None]]] = field(
+        default_factory=list
+    )  # stops with several outputs
     _take: Callable[[Group], None] | None = None
     _last: bool = True  # nothing is kept for another backward pass
     _listening: bool = False  # a backward pass from the predictions is under way, and no column
 
     @property
-    def flow(self) -> Flow:
+    def flow(self) -> BackwardPlan:
         return self.route.flow
 
     @cached_property
@@ -98,7 +110,11 @@ class Sweep:
 
     @property
     def _steps(self) -> Sequence[Step]:
-        return self.route.steps if self.graph.steps is self.route.graph.steps else self.graph.forward_steps
+        return (
+            self.route.steps
+            if self.graph.steps is self.route.graph.steps
+            else self.graph.forward_steps
+        )
 
     # -- forward --
 
@@ -108,10 +124,16 @@ class Sweep:
         dead = {i: self.parameters[name].detach() for i, name in flow.parameters.items()}
         self._anchor = torch.zeros((), requires_grad=True)
         used = self.route.inner
-        wanted = list(dict.fromkeys([*flow.predictions, *used, *(r.index for r in graph.predictions)]))
+        wanted = list(
+            dict.fromkeys([*flow.predictions, *used, *(r.index for r in graph.predictions)])
+        )
         with torch.enable_grad():
             outs = graph.run(
-                {**self.feed, **dead}, wanted, visit=self._visit, instead=self._instead(), steps=self._steps
+                {**self.feed, **dead},
+                wanted,
+                visit=self._visit,
+                instead=self._instead(),
+                steps=self._steps,
             )
         found = dict(zip(wanted, outs, strict=True))
         self.predictions = {i: found[i] for i in flow.predictions}
@@ -125,7 +147,10 @@ class Sweep:
     def _instead(self) -> dict[int, Callable[..., Any]]:
         out: dict[int, Callable[..., Any]] = {s.index: held(s.op) for s in self.route.cut_off}
         out |= {i: partial(self._stop, stop) for i, stop in self.route.stops.items()}
-        out |= {i: partial(self._chain, self.graph.steps[i], moving) for i, moving in self.route.chain.items()}
+        out |= {
+            i: partial(self._chain, self.graph.steps[i], moving)
+            for i, moving in self.route.chain.items()
+        }
         return out
 
     def _chain(self, step: Step, moving: bool, *args: Any, **kwargs: Any) -> Any:
@@ -143,12 +168,15 @@ class Sweep:
             return step.op(*args, **kwargs)
         return tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, result)
 
-    def _stop(self, stop: Stop, *args: Any, **kwargs: Any) -> Any:
+    def _stop(self, stop: Hook, *args: Any, **kwargs: Any) -> Any:
         step = stop.step
         home = args[0] if stop.at_home else None
         if stop.columns or stop.gated:
             connect = partial(self._connected, stop)
-            args, kwargs = _zip_map(connect, step.args, args), _zip_map(connect, step.kwargs, kwargs)
+            args, kwargs = (
+                _zip_map(connect, step.args, args),
+                _zip_map(connect, step.kwargs, kwargs),
+            )
         kept = self._keep(stop, args, kwargs) if stop.keeps else {}
         if home is not None:
             args = (args[0].clone(), *args[1:])
@@ -166,18 +194,21 @@ class Sweep:
         self._visit(step.outs[0].index, outs[0])
         return home.copy_(outs[0])
 
-    def _connected(self, stop: Stop, ref: Any, value: Any) -> Any:
+    def _connected(self, stop: Hook, ref: Any, value: Any) -> Any:
         """Operands that columns reach are connected to the parameters; columns of other seeds meet a gate."""
         if not isinstance(ref, Ref):
             return value
         value = self.live[ref.index] if ref.index in stop.columns else value
         return Gate.apply(value) if ref.index in stop.gated else value
 
-    def _keep(self, stop: Stop, args: Any, kwargs: Any) -> dict[str, Any]:
+    def _keep(self, stop: Hook, args: Any, kwargs: Any) -> dict[str, Any]:
         """The arguments by name, detached; those whose memory is written to from here on are copied."""
         named = dict(zip(stop.step.parameters, args, strict=False)) | kwargs
         if stop.step.plain and not stop.spoiled:
-            return {n: a.detach() if isinstance(a, Tensor) and a.requires_grad else a for n, a in named.items()}
+            return {
+                n: a.detach() if isinstance(a, Tensor) and a.requires_grad else a
+                for n, a in named.items()
+            }
         known: dict[int, Tensor] = {}
 
         def one(ref: Any, value: Any) -> Any:
@@ -186,13 +217,15 @@ class Sweep:
             if not isinstance(ref, Ref):
                 return value.detach()
             if ref.index not in known:
-                known[ref.index] = value.detach().clone() if ref.index in stop.spoiled else value.detach()
+                known[ref.index] = (
+                    value.detach().clone() if ref.index in stop.spoiled else value.detach()
+                )
             return known[ref.index]
 
         refs = stop.step.named
         return {n: _zip_map(one, refs.get(n), a) for n, a in named.items()}
 
-    def _meet(self, stop: Stop, kept: dict[str, Any], outs: list[Any]) -> None:
+    def _meet(self, stop: Hook, kept: dict[str, Any], outs: list[Any]) -> None:
         """Keep what the contractions need of the step that just ran, and no more; ask for its cotangent."""
         seen = tuple(o.detach() for o in outs if isinstance(o, Tensor))
         for use in stop.uses:
@@ -202,7 +235,9 @@ class Sweep:
             if use.site.way == "projected":
                 self._for_norm[use.site] = call
             else:
-                self.made[use.site] = Pooled(call) if use.site in self.route.pools else meeting(call)
+                self.made[use.site] = (
+                    Pooled(call) if use.site in self.route.pools else contraction_for(call)
+                )
                 call.outputs = ()
         if stop.below:
             norm = OperandUse(stop.step, kept, seen, seen[0], "", (Layout(0, self.flow.samples),))
@@ -214,12 +249,14 @@ class Sweep:
 
     # -- backward --
 
-    def _listen(self, stop: Stop, outs: Sequence[Any]) -> None:
+    def _listen(self, stop: Hook, outs: Sequence[Any]) -> None:
         if not any(u.group >= 0 and u.site.way == "local" for u in stop.uses) and not stop.below:
             return
         moving = [o for o in outs if isinstance(o, Tensor) and o.requires_grad]
         if len(moving) == 1 and moving[0] is outs[0]:
-            me = weakref.ref(self)  # the graph holds the hook, and would keep alive what holds the graph
+            me = weakref.ref(
+                self
+            )  # the graph holds the hook, and would keep alive what holds the graph
 
             def arrived(g: Tensor) -> None:
                 sweep = me()
@@ -228,11 +265,17 @@ class Sweep:
 
             moving[0].register_hook(arrived)
         elif moving:
-            edges = [get_gradient_edge(o) if isinstance(o, Tensor) and o.requires_grad else None for o in outs]
+            edges = [
+                get_gradient_edge(o) if isinstance(o, Tensor) and o.requires_grad else None
+                for o in outs
+            ]
             self._several.append((stop, edges))
 
     def pull(
-        self, cotangents: Mapping[int, Tensor], take: Callable[[Group], None] | None = None, last: bool = True
+        self,
+        cotangents: Mapping[int, Tensor],
+        take: Callable[[Group], None] | None = None,
+        last: bool = True,
     ) -> None:
         """One backward pass from the predictions to all sites above the last mixing, and to the seeds.
 
@@ -242,7 +285,11 @@ class Sweep:
         flow, route = self.flow, self.route
         self._take, self._last, self.spent, self._listening = take, last, last, True
         self.groups = [Group(g, waiting=len(g.sites)) for g in route.groups]
-        outputs = [(self.predictions[i], g) for i, g in cotangents.items() if self.predictions[i].requires_grad]
+        outputs = [
+            (self.predictions[i], g)
+            for i, g in cotangents.items()
+            if self.predictions[i].requires_grad
+        ]
         wanted: list[Any] = [self.edges[i] for i in flow.seeds if i in self.edges]
         several = [e for _, edges in self._several for e in edges if e is not None]
         found: list[Tensor | None] = [None] * (len(wanted) + len(several))
@@ -250,29 +297,42 @@ class Sweep:
             tensors, gs = [list(x) for x in zip(*outputs, strict=True)]
             inputs = [*wanted, *several, self._anchor]
             retain = bool(flow.columns) or not last
-            found = list(torch.autograd.grad(tensors, inputs, gs, retain_graph=retain, allow_unused=True))
+            found = list(
+                torch.autograd.grad(tensors, inputs, gs, retain_graph=retain, allow_unused=True)
+            )
         more = iter(found[len(wanted) :])
         for stop, edges in self._several:
             self._arrived(stop, [next(more) if e is not None else None for e in edges])
         for group in [g for g in self.groups if g.meetings and g.waiting]:
             self._complete(group)
         self._listening, self._take = False, None  # who takes may hold this sweep
-        self._seed(cotangents, dict(zip([i for i in flow.seeds if i in self.edges], found, strict=False)))
+        self._seed(
+            cotangents, dict(zip([i for i in flow.seeds if i in self.edges], found, strict=False))
+        )
 
     def _seed(self, cotangents: Mapping[int, Tensor], found: Mapping[int, Tensor | None]) -> None:
         flow = self.flow
-        self.seeds = [(self.edges[i], flow.layouts[i], g.detach()) for i, g in found.items() if g is not None]
+        self.seeds = [
+            (self.edges[i], flow.layouts[i], g.detach()) for i, g in found.items() if g is not None
+        ]
         for i, g in cotangents.items():
             if i in flow.unsplit and self.predictions[i].requires_grad:
-                self.seeds.append((self.predictions[i], Layout(flow.predictions[i], flow.samples), g))
+                self.seeds.append(
+                    (self.predictions[i], Layout(flow.predictions[i], flow.samples), g)
+                )
 
-    def _arrived(self, stop: Stop, gs: Sequence[Tensor | None]) -> None:
+    def _arrived(self, stop: Hook, gs: Sequence[Tensor | None]) -> None:
         """The cotangents of a step's outputs are there."""
         if not self._listening or all(g is None for g in gs):
             return
         gs = [solid(g.detach()) if g is not None else None for g in gs]
         local = [(u.site, u.group) for u in stop.uses if u.site.way == "local"]
-        under = [(u.site, u.group) for i in stop.below for u in self.route.stops[i].uses if u.site.way == "projected"]
+        under = [
+            (u.site, u.group)
+            for i in stop.below
+            for u in self.route.stops[i].uses
+            if u.site.way == "projected"
+        ]
         for site, number in [*local, *under]:
             met = self.made.pop(site) if self._last else self.made[site].again()
             met.receive(gs)
@@ -291,22 +351,33 @@ class Sweep:
 
     # -- below the last mixing --
 
-    def columns(self, first: int, last: int, outs: Mapping[str, Tensor]) -> Iterator[tuple[str, Part]]:
+    def columns(
+        self, first: int, last: int, outs: Mapping[str, Tensor]
+    ) -> Iterator[tuple[str, RowBlock]]:
         """Parts of samples ``first`` to ``last``, as far as they come from below the last mixing."""
         where = slice(first, last)
-        rows, cots = self._from_seeds([layout.only(g, first, last) for _, layout, g in self.seeds], last - first)
+        rows, cots = self._from_seeds(
+            [layout.only(g, first, last) for _, layout, g in self.seeds], last - first
+        )
         for name in list(rows):
-            yield name, Part(where, rows.pop(name))
+            yield name, RowBlock(where, rows.pop(name))
         for site, g in cots.items():
             pool, met = self.route.pools[site], self._pooled(site).of(g, first)
-            yield pool.name, FromSite(where, met, pool.view, outs.get(pool.name), self.parameters[pool.name].detach())
+            yield (
+                pool.name,
+                LazyRowBlock(
+                    where, met, pool.view, outs.get(pool.name), self.parameters[pool.name].detach()
+                ),
+            )
 
     def _pooled(self, site: Site) -> Pooled:
         made = self.made[site]
         assert isinstance(made, Pooled)
         return made
 
-    def _from_seeds(self, gs: Sequence[Tensor], count: int) -> tuple[dict[str, Tensor], dict[Site, Tensor]]:
+    def _from_seeds(
+        self, gs: Sequence[Tensor], count: int
+    ) -> tuple[dict[str, Tensor], dict[Site, Tensor]]:
         """Rows by parameter, and for pooled sites the cotangents of their outputs."""
         pools = [p for p in self.route.pools.values() if p.out in self.edges]
         below = self.route.below
@@ -326,7 +397,9 @@ class Sweep:
         out = {n: r[0] for n, r in rows.items()}
         for site, g in cots.items():
             pool, met = self.route.pools[site], self._pooled(site).of(g, 0)
-            out[pool.name] = FromSite(slice(0, 1), met, pool.view, None, self.parameters[pool.name].detach()).rows()[0]
+            out[pool.name] = LazyRowBlock(
+                slice(0, 1), met, pool.view, None, self.parameters[pool.name].detach()
+            ).rows()[0]
         return out
 
     # -- from operands to parameters --
@@ -344,17 +417,29 @@ class Sweep:
         """``Σ_n c_n row_n`` of the parameters of a group, without the columns below."""
         if group.only is not None:
             where = slice(0, self.flow.samples)
-            return {name: part.weighted_sum(weights) for name, part in self.parts(group, where, None)}
-        sums = {i: sum_of([m.weighted_sum(weights) for m in meetings]) for i, meetings in group.meetings.items()}
-        return {n: r[0] for n, r in self._to_parameters(group, {i: g[None] for i, g in sums.items()}, 1).items()}
+            return {
+                name: part.weighted_sum(weights) for name, part in self.parts(group, where, None)
+            }
+        sums = {
+            i: sum_of([m.weighted_sum(weights) for m in meetings])
+            for i, meetings in group.meetings.items()
+        }
+        return {
+            n: r[0]
+            for n, r in self._to_parameters(group, {i: g[None] for i, g in sums.items()}, 1).items()
+        }
 
     def rows(self, group: Group, where: slice) -> dict[str, Tensor]:
         """Rows of the parameters of a group, summed over their sites."""
         first, last, _ = where.indices(self.flow.samples)
-        sums = {i: sum_of([m.rows(where) for m in meetings]) for i, meetings in group.meetings.items()}
+        sums = {
+            i: sum_of([m.rows(where) for m in meetings]) for i, meetings in group.meetings.items()
+        }
         return self._to_parameters(group, sums, last - first)
 
-    def _to_parameters(self, group: Group, sums: dict[int, Tensor], count: int) -> dict[str, Tensor]:
+    def _to_parameters(
+        self, group: Group, sums: dict[int, Tensor], count: int
+    ) -> dict[str, Tensor]:
         """From rows of operands to rows of the parameters that they are made from."""
         out: dict[str, Tensor] = {}
         for i in [i for i in sums if i in self.flow.parameters]:
@@ -368,21 +453,27 @@ class Sweep:
                     out[n] = out[n] + r if n in out else r.clone() if taken else r
         return out
 
-    def parts(self, group: Group, where: slice, out: Tensor | None) -> Iterator[tuple[str, Part]]:
+    def parts(
+        self, group: Group, where: slice, out: Tensor | None
+    ) -> Iterator[tuple[str, RowBlock]]:
         """The parts of a group's parameters, for a slice of samples; a single one is formed in ``out`` if given."""
         if group.only is not None:
             (name,) = group.together.names
-            yield name, FromSite(where, *group.only, out, self.parameters[name].detach())
+            yield name, LazyRowBlock(where, *group.only, out, self.parameters[name].detach())
             return
         for name, rows in self.rows(group, where).items():
-            yield name, Part(where, rows)
+            yield name, RowBlock(where, rows)
 
 
-def _joined(meetings: list[Meeting]) -> list[Meeting]:
+def _joined(meetings: list[Contraction]) -> list[Contraction]:
     """Uses of one operand that are matrix products are one product."""
     products = [m for m in meetings if type(m) is Linear and not m.batched]
     alike = len({m.features_first for m in products}) == 1 and len(products) > 1
-    return [Linear.joined(products), *(m for m in meetings if m not in products)] if alike else meetings
+    return (
+        [Linear.joined(products), *(m for m in meetings if m not in products)]
+        if alike
+        else meetings
+    )
 
 
 def _zip_map(function: Callable[[Any, Any], Any], refs: Any, values: Any) -> Any:

@@ -45,7 +45,9 @@ class Window(NamedTuple):
         """How many entries a memory has at least."""
         if not self.size:
             return 1
-        return self.offset + 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
+        return (
+            self.offset + 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
+        )
 
     @property
     def positions(self) -> np.ndarray:

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from unbatch import errors
-from unbatch.capture.expressions import Contradiction, Term, Terms
+from unbatch.capture.expressions import Contradiction, Expr, ExprTable
 from unbatch.capture.graph import Graph
 from unbatch.capture.program import Program, record_answered
-from unbatch.capture.symbolic import Reading
+from unbatch.capture.symbolic import SymbolicRun
 from unbatch.capture.tracer import LIBRARY
 
-MOST_WAYS = 8
+MOST_PATHS = 8
 
 
 PRINTED = ("repr()", "str()", "format()", "printing")  # in the message of an error
@@ -34,11 +34,22 @@ class Undecided(Exception):
     """There are too many ways, or one reads more than booleans."""
 
 
-def stands_for_all(program: Program, inputs: Any, targets: Any, graph: Graph) -> Graph | None:
+def equivalent_on_all_paths(
+    program: Program, inputs: Any, targets: Any, graph: Graph
+) -> Graph | None:
     """The recording that computes what the program does, whichever way it goes; None where none is found."""
     try:
-        ways = list(_ways(graph, lambda answers: record_answered(program, inputs, targets, answers)))
-        return next((way for way in ways if all(_computes(way, other) for other in ways if other is not way)), None)
+        ways = list(
+            _ways(graph, lambda answers: record_answered(program, inputs, targets, answers))
+        )
+        return next(
+            (
+                way
+                for way in ways
+                if all(_computes(way, other) for other in ways if other is not way)
+            ),
+            None,
+        )
     except Undecided:
         return None
     except Exception:  # a value that no rule here was made for: nothing is proved
@@ -49,8 +60,10 @@ def stands_for_all(program: Program, inputs: Any, targets: Any, graph: Graph) ->
 
 def _ways(graph: Graph, record: Callable[[Answers], Graph]) -> Iterator[Graph]:
     """One recording for every way that some data may take, ``graph`` the first."""
-    todo: list[tuple[Graph, int]] = [(graph, 0)]  # a recording, and how many of its answers are not to be changed
-    left, tried = MOST_WAYS, 0
+    todo: list[tuple[Graph, int]] = [
+        (graph, 0)
+    ]  # a recording, and how many of its answers are not to be changed
+    left, tried = MOST_PATHS, 0
     while todo:
         way, settled = todo.pop(0)
         others, goes = _forks(way, settled)
@@ -70,11 +83,11 @@ def _forks(way: Graph, settled: int) -> tuple[list[Answers], bool]:
 
     None does where an answer contradicts those before it; there the other answer is the only one.
     """
-    terms = Terms()
+    terms = ExprTable()
     given: list[bool] = []
     others: list[Answers] = []
     for i, asked in enumerate(way.escapes):
-        term = Reading(way, terms).asked[i]
+        term = SymbolicRun(way, terms).asked[i]
         moves = terms[term].moving
         if asked.answer is None:
             if (moves or asked.blind) and not (way.stopped is not None and asked.how in PRINTED):
@@ -92,15 +105,15 @@ def _forks(way: Graph, settled: int) -> tuple[list[Answers], bool]:
 
 def _computes(one: Graph, other: Graph) -> bool:
     """``one`` gives what ``other`` does, for all data that take the other's way."""
-    terms = Terms()
+    terms = ExprTable()
     for i, asked in enumerate(other.escapes):
         if asked.answer is not None:
-            terms.assume(Reading(other, terms).asked[i], asked.answer)
-    here, there = (_results(g, Reading(g, terms)) for g in (one, other))
+            terms.assume(SymbolicRun(other, terms).asked[i], asked.answer)
+    here, there = (_results(g, SymbolicRun(g, terms)) for g in (one, other))
     return here == there
 
 
-def _results(graph: Graph, reading: Reading) -> list[Term]:
+def _results(graph: Graph, reading: SymbolicRun) -> list[Expr]:
     """What the program is judged by; where a model's own loss is cut, is for the recording to find."""
     predictions = () if graph.own_loss else graph.predictions
     return [reading[r] for r in (*predictions, graph.loss) if r is not None]
@@ -111,7 +124,11 @@ def _raised_by_program(error: Exception) -> bool:
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return trace is not None and not trace.tb_frame.f_code.co_filename.startswith(LIBRARY[1]) and _is_raise(trace)
+    return (
+        trace is not None
+        and not trace.tb_frame.f_code.co_filename.startswith(LIBRARY[1])
+        and _is_raise(trace)
+    )
 
 
 def _is_raise(trace: Any) -> bool:

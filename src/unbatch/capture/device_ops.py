@@ -85,9 +85,13 @@ def check_recurrences(steps: Iterable[Any], trained: Callable[[Any], bool]) -> N
     for step in steps:
         if step.name not in RECURRENCES:
             continue
-        place = f"{step.module or 'The model'}, {step.name}" + (f", {step.where}," if step.where else "")
+        place = f"{step.module or 'The model'}, {step.name}" + (
+            f", {step.where}," if step.where else ""
+        )
         if step.noise:
-            raise StructureError(MSG_RECURRENT_DROPOUT.format(place=place, dropout=step.named["dropout"]))
+            raise StructureError(
+                MSG_RECURRENT_DROPOUT.format(place=place, dropout=step.named["dropout"])
+            )
         if not step.named["train"] and any(trained(w) for w in step.named["weight"]):
             raise StructureError(MSG_RECURRENT_EVAL.format(place=place))
 
@@ -105,7 +109,14 @@ class Plain:
 
 def _convolution(a: Mapping[str, Any]) -> Plain:
     still = [0] * len(a["stride"])
-    how = (a["stride"], a["padding"], a["dilation"], "output_padding" in a, a.get("output_padding", still), a["groups"])
+    how = (
+        a["stride"],
+        a["padding"],
+        a["dilation"],
+        "output_padding" in a,
+        a.get("output_padding", still),
+        a["groups"],
+    )
     return Plain(aten.convolution.default, (a["self"], a["weight"], a.get("bias"), *how))
 
 
@@ -118,12 +129,16 @@ def _ctc(a: Mapping[str, Any]) -> Plain:
 
 def _grid_sampler(a: Mapping[str, Any]) -> Plain:
     bilinear, zeros, corners_aligned = 0, 0, True
-    return Plain(aten.grid_sampler_2d.default, (a["self"], a["grid"], bilinear, zeros, corners_aligned))
+    return Plain(
+        aten.grid_sampler_2d.default, (a["self"], a["grid"], bilinear, zeros, corners_aligned)
+    )
 
 
 def _affine_grid(a: Mapping[str, Any]) -> Plain:
     corners_aligned = True
-    return Plain(aten.affine_grid_generator.default, (a["theta"], [a[k] for k in "NCHW"], corners_aligned))
+    return Plain(
+        aten.affine_grid_generator.default, (a["theta"], [a[k] for k in "NCHW"], corners_aligned)
+    )
 
 
 SAME_AS: dict[str, Callable[[Mapping[str, Any]], Plain]] = {

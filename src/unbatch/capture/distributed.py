@@ -12,7 +12,9 @@ import torch.distributed
 
 from unbatch.errors import MSG_PROCESSES, CaptureError
 
-COLLECTIVES = frozenset({"c10d", "c10d_functional", "_c10d_functional", "_c10d_functional_autograd"})  # namespaces
+COLLECTIVES = frozenset(
+    {"c10d", "c10d_functional", "_c10d_functional", "_c10d_functional_autograd"}
+)  # namespaces
 
 
 AVAILABLE = torch.distributed.is_available()  # PyTorch can be built without
@@ -27,7 +29,9 @@ def check_alone(op: Any, types: Sequence[type], place: Callable[[], str] = str) 
     ``types``: the classes of tensors that it is given and that have rules of their own. ``place``: in the program.
     """
     others = _others()
-    if others and (op.namespace in COLLECTIVES or any(t.__module__.startswith(SPREAD) for t in types)):
+    if others and (
+        op.namespace in COLLECTIVES or any(t.__module__.startswith(SPREAD) for t in types)
+    ):
         raise CaptureError(MSG_PROCESSES.format(others=others, op=op, place=place()))
 
 

@@ -53,7 +53,9 @@ class Value:
     name: str = ""
     step: int = -1
     requires_grad: bool = False
-    concrete: Tensor | None = None  # integers and booleans, constants and noise: the values seen at capture
+    concrete: Tensor | None = (
+        None  # integers and booleans, constants and noise: the values seen at capture
+    )
 
 
 @dataclass
@@ -140,7 +142,7 @@ class ExecutedOp:
 
 
 @dataclass(frozen=True)
-class Escape:
+class HostRead:
     """A tensor whose value was read by Python in a way that cannot be followed, before step ``step``."""
 
     ref: Ref
@@ -170,13 +172,15 @@ class Graph:
 
     values: list[Value] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
-    escapes: list[Escape] = field(default_factory=list)
+    escapes: list[HostRead] = field(default_factory=list)
     calls: list[ModuleCall] = field(default_factory=list)
     inputs: list[Ref | None] = field(default_factory=list)
     targets: list[Ref | None] = field(default_factory=list)
     predictions: list[Ref] = field(default_factory=list)
     loss: Ref | None = None
-    after_cut: frozenset[int] = frozenset()  # the steps that belong to the loss; all others belong to the model
+    after_cut: frozenset[int] = (
+        frozenset()
+    )  # the steps that belong to the loss; all others belong to the model
     own_loss: bool = False  # the model computes the loss itself
     model_steps: int = 0  # how many steps were recorded when the model returned
     rng: tuple[Any, ...] = ()
@@ -184,7 +188,9 @@ class Graph:
     foreign: tuple[int, ...] = ()  # constants met in the middle of the run
     stale: bool = False  # what is known of values that are computed is of other numbers
     stopped: Exception | None = None  # what ended the run before its end
-    folded: dict[int, int] = field(default_factory=dict)  # prediction -> what it is in the model, where that differs
+    folded: dict[int, int] = field(
+        default_factory=dict
+    )  # prediction -> what it is in the model, where that differs
 
     @property
     def forward_steps(self) -> list[Step]:
@@ -279,14 +285,19 @@ class Graph:
             values=values,
             steps=[*steps[:place], *new, *steps[place:]],
             escapes=[replace(e, step=later(e.step)) for e in self.escapes],
-            calls=[replace(c, start=later(c.start), stop=later(c.stop - 1) + 1) for c in self.calls],
+            calls=[
+                replace(c, start=later(c.start), stop=later(c.stop - 1) + 1) for c in self.calls
+            ],
             model_steps=later(self.model_steps),
             after_cut=frozenset([*map(later, self.after_cut), *range(place + cut, place + count)]),
         ), names
 
     def in_double(self) -> Graph:
         """The same computation in float64, from the numbers at its beginning on."""
-        values = [replace(v, dtype=double_dtype(v.dtype), concrete=in_double(v.concrete)) for v in self.values]
+        values = [
+            replace(v, dtype=double_dtype(v.dtype), concrete=in_double(v.concrete))
+            for v in self.values
+        ]
         steps = []
         for s in self.steps:
             args, kwargs = filled((s.args, s.kwargs), double_dtype, torch.dtype)
@@ -337,8 +348,12 @@ class Graph:
             found = env.get(ref.index)
             if found is None:
                 value = feed.get(ref.index, self.values[ref.index].concrete)
-                assert value is not None, f"value {ref.index} ({self.values[ref.index]}) was not computed"
-                found = env[ref.index] = value.clone() if self.values[ref.index].storage in written else value
+                assert value is not None, (
+                    f"value {ref.index} ({self.values[ref.index]}) was not computed"
+                )
+                found = env[ref.index] = (
+                    value.clone() if self.values[ref.index].storage in written else value
+                )
             return found
 
         for step in steps:
@@ -386,7 +401,12 @@ class Graph:
 
     def read_by_loss(self, but: Collection[int]) -> list[int]:
         """Values that the model makes and the loss reads, beside ``but``."""
-        made = {r.index for s in self.forward_steps for r in [*s.outs, *(new for _, new in s.writes)] if r}
+        made = {
+            r.index
+            for s in self.forward_steps
+            for r in [*s.outs, *(new for _, new in s.writes)]
+            if r
+        }
         return sorted({r.index for s in self.loss_steps for r in s.refs()} & made - set(but))
 
     @cached_property
@@ -442,7 +462,9 @@ def check_graph(graph: Graph) -> None:
         _check_writes(step)
         for i in _made_by(step):
             if i in made:
-                raise GraphError(f"Step {place} ({step.name}) makes value {i}, which step {made[i]} has made.")
+                raise GraphError(
+                    f"Step {place} ({step.name}) makes value {i}, which step {made[i]} has made."
+                )
             made[i] = place
     _check_values(graph, made)
     _check_cut(graph, made)
@@ -459,9 +481,13 @@ def _check_reads(graph: Graph, step: Step, made: Mapping[int, int]) -> None:
     """What a step reads is there before it."""
     for ref in [*step.refs(), *(old for old, _ in step.writes)]:
         if not 0 <= ref.index < len(graph.values):
-            raise GraphError(f"Step {step.index} ({step.name}) reads value {ref.index} of {len(graph.values)}.")
+            raise GraphError(
+                f"Step {step.index} ({step.name}) reads value {ref.index} of {len(graph.values)}."
+            )
         if graph.values[ref.index].kind == "step" and ref.index not in made:
-            raise GraphError(f"Step {step.index} ({step.name}) reads value {ref.index} before it is made.")
+            raise GraphError(
+                f"Step {step.index} ({step.name}) reads value {ref.index} before it is made."
+            )
 
 
 def _check_writes(step: Step) -> None:
@@ -469,13 +495,17 @@ def _check_writes(step: Step) -> None:
     olds = [old for old, _ in step.writes]
     for old in olds:
         if old not in step.refs():
-            raise GraphError(f"Step {step.index} ({step.name}) writes to value {old.index}, which it does not read.")
+            raise GraphError(
+                f"Step {step.index} ({step.name}) writes to value {old.index}, which it does not read."
+            )
     for argument in step.op._schema.arguments:
         if argument.alias_info is None or not argument.alias_info.is_write:
             continue
         for ref in flat(step.named.get(argument.name)):
             if isinstance(ref, Ref) and ref not in olds:
-                raise GraphError(f"Step {step.index} ({step.name}) writes to {argument.name!r}, which is not recorded.")
+                raise GraphError(
+                    f"Step {step.index} ({step.name}) writes to {argument.name!r}, which is not recorded."
+                )
 
 
 def _check_values(graph: Graph, made: Mapping[int, int]) -> None:
@@ -483,7 +513,9 @@ def _check_values(graph: Graph, made: Mapping[int, int]) -> None:
     for i, value in enumerate(graph.values):
         maker = made.get(i, -1)
         if value.step != maker:
-            raise GraphError(f"Value {i} says that step {value.step} makes it, and step {maker} does.")
+            raise GraphError(
+                f"Value {i} says that step {value.step} makes it, and step {maker} does."
+            )
         if (value.kind == "step") != (maker >= 0):
             raise GraphError(f"Value {i} is of the kind {value.kind!r}, and step {maker} makes it.")
         if value.stride and len(value.stride) != len(value.shape):
@@ -494,15 +526,21 @@ def _check_cut(graph: Graph, made: Mapping[int, int]) -> None:
     """The model does without the loss: nothing that the loss makes is read by other steps, or is a prediction."""
     outside = graph.after_cut - set(range(len(graph.steps)))
     if outside:
-        raise GraphError(f"The steps {sorted(outside)} of the loss are none of the {len(graph.steps)} steps.")
+        raise GraphError(
+            f"The steps {sorted(outside)} of the loss are none of the {len(graph.steps)} steps."
+        )
     of_loss = {i for i, step in made.items() if step in graph.after_cut}
     for step in graph.forward_steps:
         early = [r.index for r in step.refs() if r.index in of_loss]
         if early:
-            raise GraphError(f"Step {step.index} ({step.name}) of the model reads {early}, which the loss makes.")
+            raise GraphError(
+                f"Step {step.index} ({step.name}) of the model reads {early}, which the loss makes."
+            )
     for ref in graph.predictions:
         if ref.index in of_loss:
-            raise GraphError(f"The prediction {ref.index} is made by step {made[ref.index]}, of the loss.")
+            raise GraphError(
+                f"The prediction {ref.index} is made by step {made[ref.index]}, of the loss."
+            )
 
 
 def _check_ends(graph: Graph, made: Mapping[int, int]) -> None:
@@ -510,12 +548,18 @@ def _check_ends(graph: Graph, made: Mapping[int, int]) -> None:
     count = len(graph.steps)
     for escape in graph.escapes:
         if not made.get(escape.ref.index, -1) < escape.step <= count:
-            raise GraphError(f"Value {escape.ref.index} was read by Python before step {escape.step} has made it.")
+            raise GraphError(
+                f"Value {escape.ref.index} was read by Python before step {escape.step} has made it."
+            )
     for call in graph.calls:
         if not 0 <= call.start <= call.stop <= count:
-            raise GraphError(f"The module {call.module!r} ran from step {call.start} to {call.stop} of {count}.")
+            raise GraphError(
+                f"The module {call.module!r} ran from step {call.start} to {call.stop} of {count}."
+            )
     loss = [graph.loss] if graph.loss is not None else []
     ends = [*graph.inputs, *graph.targets, *graph.predictions, *loss]
     for ref in ends:
         if ref is not None and not 0 <= ref.index < len(graph.values):
-            raise GraphError(f"Value {ref.index} of {len(graph.values)} is said to be an end of the computation.")
+            raise GraphError(
+                f"Value {ref.index} of {len(graph.values)} is said to be an end of the computation."
+            )

@@ -39,7 +39,9 @@ BOOKS = set(nn.Module().__dict__)  # what every module has
 FEW = 8  # entries of a tensor, or items of a container, that are looked at
 
 
-Place = tuple[Any, Any]  # a namespace (attributes, globals, a closure) and a name, or a number, in it
+Place = tuple[
+    Any, Any
+]  # a namespace (attributes, globals, a closure) and a name, or a number, in it
 
 
 @dataclass
@@ -49,7 +51,9 @@ class Guard:
     program: Program
     modules: list[nn.Module] = field(default_factory=list)
     reads: list[Place] = field(default_factory=list)
-    constants: list[Place] = field(default_factory=list)  # attributes that hold tensors which a recording has used
+    constants: list[Place] = field(
+        default_factory=list
+    )  # attributes that hold tensors which a recording has used
     _views: tuple[Any, list[Tensor]] = ((), [])
 
     @staticmethod
@@ -62,8 +66,17 @@ class Guard:
     def watch(self, graph: Graph) -> None:
         """Look at the tensors, kept as attributes of modules, that the recording took for constants."""
         used = {v.storage for v in graph.values if v.kind == "constants" and v.concrete is not None}
-        used = {storage_of(v.concrete) for v in graph.values if v.concrete is not None and v.storage in used}
-        places = [(m.__dict__, k) for m in self.modules for k, v in m.__dict__.items() if isinstance(v, Tensor)]
+        used = {
+            storage_of(v.concrete)
+            for v in graph.values
+            if v.concrete is not None and v.storage in used
+        }
+        places = [
+            (m.__dict__, k)
+            for m in self.modules
+            for k, v in m.__dict__.items()
+            if isinstance(v, Tensor)
+        ]
         self.constants = [(space, k) for space, k in places if storage_of(space[k]) in used]
 
     # -- where to look --
@@ -77,21 +90,33 @@ class Guard:
             fresh = [m for m in value.modules() if all(m is not known for known in self.modules)]
             self.modules += fresh
             own = {id(f): f for m in fresh for f in _methods(type(m))}
-            kept = [v for m in fresh for k, v in m.__dict__.items() if isinstance(v, list | dict) and k not in BOOKS]
+            kept = [
+                v
+                for m in fresh
+                for k, v in m.__dict__.items()
+                if isinstance(v, list | dict) and k not in BOOKS
+            ]
             self._read_all([*own.values(), *kept], seen)
         elif isinstance(value, functools.partial):
             self._read_all((value.func, *value.args, *value.keywords.values()), seen)
         elif isinstance(value, types.MethodType):
             self._read_all((value.__self__, value.__func__), seen)
         elif isinstance(value, list | tuple | dict):
-            places = [(value, k) for k in list(value if isinstance(value, dict) else range(len(value)))[:FEW]]
+            places = [
+                (value, k)
+                for k in list(value if isinstance(value, dict) else range(len(value)))[:FEW]
+            ]
             self.reads += places
             self._read_all([_look(place) for place in places], seen)
         elif isinstance(value, types.FunctionType):
             places = [] if value.__code__.co_filename.startswith(INSTALLED) else list(_names(value))
             self.reads += places
             self._read_all([_look(place) for place in places], seen)
-        elif callable(value) and hasattr(value, "__dict__") and not isinstance(value, type | types.ModuleType):
+        elif (
+            callable(value)
+            and hasattr(value, "__dict__")
+            and not isinstance(value, type | types.ModuleType)
+        ):
             self.reads += [(value.__dict__, name) for name in value.__dict__]
             self._read_all([*_methods(type(value)), *value.__dict__.values()], seen)
 
@@ -108,23 +133,38 @@ class Guard:
         hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules]
         kinds = [(id(t), t.requires_grad, t.dtype, t.device, t.shape) for t in self._tensors()]
         reads = [_what(_look(place)) for place in self.reads]
-        return tuple(attributes), tuple(hooks), tuple(kinds), tuple(reads), tuple(id(_look(p)) for p in self.constants)
+        return (
+            tuple(attributes),
+            tuple(hooks),
+            tuple(kinds),
+            tuple(reads),
+            tuple(id(_look(p)) for p in self.constants),
+        )
 
     def numbers(self) -> tuple[Any, ...]:
         """Equal as long as nothing was written to parameters, buffers and constants, in whatever way."""
         tensors = self._tensors()
         marks = tuple((t._version, t.data_ptr()) for t in tensors)
-        return marks, self._few_entries(tensors, marks), tuple(_look(p)._version for p in self.constants)
+        return (
+            marks,
+            self._few_entries(tensors, marks),
+            tuple(_look(p)._version for p in self.constants),
+        )
 
     def _tensors(self) -> list[Tensor]:
         buffers = [b for m in self.modules for b in m._buffers.values() if b is not None]
-        return [t for t in (*self.program.parameters.values(), *buffers) if t.layout == torch.strided]
+        return [
+            t for t in (*self.program.parameters.values(), *buffers) if t.layout == torch.strided
+        ]
 
     def _few_entries(self, tensors: list[Tensor], marks: tuple[Any, ...]) -> tuple[Any, ...]:
         """A few entries of each, to notice changes that leave no trace in the version (``.data.mul_(2)``)."""
         places = tuple((id(t), pointer) for t, (_, pointer) in zip(tensors, marks, strict=True))
         if self._views[0] != places:
-            self._views = places, [_few(t) for t in tensors if t.numel() and t.device.type != "meta"]
+            self._views = (
+                places,
+                [_few(t) for t in tensors if t.numel() and t.device.type != "meta"],
+            )
         by_kind: dict[Any, list[Tensor]] = {}
         for view in self._views[1]:
             by_kind.setdefault((view.dtype, view.device), []).append(view)
@@ -141,7 +181,11 @@ class Seen:
         self.tensor, self.mark = weakref.ref(tensor), (tensor._version, storage_of(tensor))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Seen) and self.mark == other.mark and self.tensor() is other.tensor() is not None
+        return (
+            isinstance(other, Seen)
+            and self.mark == other.mark
+            and self.tensor() is other.tensor() is not None
+        )
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -154,7 +198,10 @@ def identity(*trees: Any) -> tuple[Any, ...]:
 
 def signature(*trees: Any) -> tuple[Any, ...]:
     """Of data: equal where shapes and types are, and all that is no tensor."""
-    return tuple((t.shape, t.dtype, t.device) if isinstance(t, Tensor) else _what(t) for t in tree_leaves(trees))
+    return tuple(
+        (t.shape, t.dtype, t.device) if isinstance(t, Tensor) else _what(t)
+        for t in tree_leaves(trees)
+    )
 
 
 def _few(t: Tensor) -> Tensor:
@@ -167,7 +214,11 @@ def _few(t: Tensor) -> Tensor:
 
 
 def _bits(t: Tensor) -> Any:
-    return t.numpy().tobytes() if t.dtype in (torch.float32, torch.float64) and not t.is_cuda else t.tolist()
+    return (
+        t.numpy().tobytes()
+        if t.dtype in (torch.float32, torch.float64) and not t.is_cuda
+        else t.tolist()
+    )
 
 
 def _methods(kind: type) -> list[types.FunctionType]:

@@ -32,7 +32,9 @@ SKIPS_COMPILER = False
 
 
 @contextmanager
-def untouched(modules: Sequence[nn.Module], seed: tuple[Any, ...] | None = None) -> Iterator[tuple[Any, ...]]:
+def untouched(
+    modules: Sequence[nn.Module], seed: tuple[Any, ...] | None = None
+) -> Iterator[tuple[Any, ...]]:
     """Whatever happens inside, modules and random states are afterwards as they were.
 
     Yields the random state; with ``seed`` the inside starts from that one instead.
@@ -40,9 +42,12 @@ def untouched(modules: Sequence[nn.Module], seed: tuple[Any, ...] | None = None)
     before = random_state()
     every = list({id(m): m for module in modules for m in module.modules()}.values())
     dicts = [(m, dict(m.__dict__), _books(m.__dict__)) for m in every]
-    tensors = [t for m in every for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+    tensors = [
+        t for m in every for t in (*m._parameters.values(), *m._buffers.values()) if t is not None
+    ]
     flags = [
-        (t, t.requires_grad, t.grad if t.is_leaf else None, t.data, dict(t._backward_hooks or {})) for t in tensors
+        (t, t.requires_grad, t.grad if t.is_leaf else None, t.data, dict(t._backward_hooks or {}))
+        for t in tensors
     ]
     writes = _Writes()
     try:
@@ -117,7 +122,9 @@ def _refill(container: Any, content: Any) -> None:
         container.update(content)
 
 
-def _restore(t: Tensor, requires_grad: bool, grad: Any, data: Tensor, hooks: dict[int, Any]) -> None:
+def _restore(
+    t: Tensor, requires_grad: bool, grad: Any, data: Tensor, hooks: dict[int, Any]
+) -> None:
     if t.data_ptr() != data.data_ptr() or t.shape != data.shape:
         t.data = data
     if t.is_leaf:
@@ -140,7 +147,11 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def random_state() -> tuple[Any, ...]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    cuda = (
+        torch.cuda.get_rng_state_all()
+        if torch.cuda.is_available() and torch.cuda.is_initialized()
+        else []
+    )
     return torch.get_rng_state(), cuda, np.random.get_state(), random.getstate()
 
 
@@ -172,7 +183,9 @@ class _Writes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.saved: dict[int, tuple[Tensor, Tensor, Tensor, int]] = {}
-        self.own: dict[int, StorageWeakRef] = {}  # keeps the names of storages from being given again
+        self.own: dict[
+            int, StorageWeakRef
+        ] = {}  # keeps the names of storages from being given again
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -182,7 +195,9 @@ class _Writes(TorchDispatchMode):
                 continue
             storage = tensor.untyped_storage()
             if storage._cdata not in self.own and storage._cdata not in self.saved:
-                whole = tensor.detach().as_strided((storage.nbytes() // tensor.element_size(),), (1,), 0)
+                whole = tensor.detach().as_strided(
+                    (storage.nbytes() // tensor.element_size(),), (1,), 0
+                )
                 self.saved[storage._cdata] = (tensor, whole, whole.clone(), tensor._version)
         out = func(*args, **kwargs)
         if not func._schema.is_mutable:

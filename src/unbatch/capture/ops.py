@@ -72,7 +72,9 @@ class Traits:
     reads_shape_only: bool = False  # of a tensor; no number in it matters
     fills_shape: bool = False  # it makes its axes itself: all entries along them are alike
     overwrites: bool = False  # in place, whatever was there before
-    entrywise_loss: bool = False  # one number for each entry, added up as its argument ``reduction`` says
+    entrywise_loss: bool = (
+        False  # one number for each entry, added up as its argument ``reduction`` says
+    )
     hidden_writes: HiddenWrites | None = None
     batch_norm: BatchNorm | None = None
 
@@ -164,7 +166,9 @@ register("native_batch_norm", Traits(batch_norm=BatchNorm(), hidden_writes=IN_TR
 register("_batch_norm_impl_index", Traits(batch_norm=BatchNorm(), hidden_writes=IN_TRAINING))
 
 
-register("batch_norm", Traits(batch_norm=BatchNorm(mean=None, invstd=None), hidden_writes=IN_TRAINING))
+register(
+    "batch_norm", Traits(batch_norm=BatchNorm(mean=None, invstd=None), hidden_writes=IN_TRAINING)
+)
 
 
 register(
@@ -300,7 +304,9 @@ def writes_in_place(op: Any) -> bool:
 @cache
 def declared_writes(op: Any) -> tuple[str, ...]:
     """Return the arguments that an op writes to, as its schema says."""
-    return tuple(a.name for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write)
+    return tuple(
+        a.name for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write
+    )
 
 
 def written(op: Any, arguments: Mapping[str, Any]) -> tuple[str, ...]:

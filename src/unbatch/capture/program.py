@@ -16,16 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from unbatch.capture.graph import Escape, Graph, Ref
+from unbatch.capture.graph import Graph, HostRead, Ref
 from unbatch.capture.isolation import storage_of, untouched
 from unbatch.capture.python_values import Functions
-from unbatch.capture.sample_axes import Fold
+from unbatch.capture.sample_axes import SampleAxes
 from unbatch.capture.tracer import Recorder, entry
 from unbatch.capture.wrappers import inside, plainly
 
 # --- the recorder ---------------------------------------------------------------------------------
-
-
 # --- the entry ------------------------------------------------------------------------------------
 
 
@@ -37,7 +35,7 @@ class Program:
     loss: Callable[..., Any] | None
     parameters: Mapping[str, Tensor]
     functional: bool = False  # the model is called as model(parameters, inputs)
-    fold: Fold | None = None  # where samples lie along several axes
+    fold: SampleAxes | None = None  # where samples lie along several axes
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -79,7 +77,9 @@ class Program:
         model = self.inside
         if self.functional or not isinstance(model, nn.Module):
             return replace(self, parameters=copies)
-        own = {n: p.clone() for n, p in model.named_parameters()} | {n: b.clone() for n, b in model.named_buffers()}
+        own = {n: p.clone() for n, p in model.named_parameters()} | {
+            n: b.clone() for n, b in model.named_buffers()
+        }
 
         def run(*args: Any, **kwargs: Any) -> Any:
             return torch.func.functional_call(model, own, args, kwargs)
@@ -90,7 +90,9 @@ class Program:
         if self.fold is None:
             return self._called(inputs)
         output = self._called(self.fold.unfolded(inputs, self.fold.inputs))
-        return output if self.loss is None else self.fold.returned(output)  # a loss of its own is cut further up
+        return (
+            output if self.loss is None else self.fold.returned(output)
+        )  # a loss of its own is cut further up
 
     def _called(self, inputs: Any) -> Any:
         with plainly():
@@ -112,7 +114,9 @@ class Program:
             try:
                 return self.loss(output, targets) if targets is not None else self.loss(output)
             except Exception as error:
-                error.add_note(f"It was the loss, called with predictions {shown(output)} and y {shown(targets)}.")
+                error.add_note(
+                    f"It was the loss, called with predictions {shown(output)} and y {shown(targets)}."
+                )
                 raise
 
 
@@ -137,7 +141,9 @@ def shown(tree: Any) -> str:
 def outside(program: Program) -> Iterator[tuple[str, str, Tensor]]:
     """What a recording starts from beside the data, in its order: kind, name and tensor."""
     yield from (("parameters", name, p) for name, p in program.parameters.items())
-    yield from (("buffers", name, b) for module in program.modules for name, b in module.named_buffers())
+    yield from (
+        ("buffers", name, b) for module in program.modules for name, b in module.named_buffers()
+    )
 
 
 def moved(graph: Graph, program: Program, inputs: Any, targets: Any, rng: tuple[Any, ...]) -> Graph:
@@ -160,7 +166,7 @@ def record(program: Program, inputs: Any, targets: Any) -> tuple[Graph, Any]:
     return graph, output
 
 
-def _newborn(graph: Graph, again: Graph) -> list[Escape]:
+def _newborn(graph: Graph, again: Graph) -> list[HostRead]:
     """Constants that another run meets in another memory: they were made during the run, out of sight."""
     out = []
     for i, j in zip(graph.foreign, again.foreign, strict=False):
@@ -170,7 +176,7 @@ def _newborn(graph: Graph, again: Graph) -> list[Escape]:
             module, where = (user.module, user.where) if user else ("", "")
             in_loss = user is not None and user.index in graph.after_cut
             out.append(
-                Escape(
+                HostRead(
                     Ref(i),
                     "a tensor made where it cannot be seen",
                     user.index if user else 0,
@@ -205,17 +211,21 @@ def _record(program: Program, inputs: Any, targets: Any, follow: bool) -> tuple[
     return _run(Recorder(program.module_names), program, inputs, targets, follow)
 
 
-def _run(recorder: Recorder, program: Program, inputs: Any, targets: Any, follow: bool) -> tuple[Graph, Any]:
+def _run(
+    recorder: Recorder, program: Program, inputs: Any, targets: Any, follow: bool
+) -> tuple[Graph, Any]:
     graph = recorder.graph
     with untouched(program.modules) as state, torch.enable_grad(), recorder.tracked():
         graph.rng = state
         inputs, targets = tree_map(_alias, (inputs, targets))
         declare = recorder.declare
         graph.inputs = [
-            declare(x, "inputs", str(i)) if _is_tensor(x) else None for i, x in enumerate(tree_leaves(inputs))
+            declare(x, "inputs", str(i)) if _is_tensor(x) else None
+            for i, x in enumerate(tree_leaves(inputs))
         ]
         graph.targets = [
-            declare(y, "targets", str(i)) if _is_tensor(y) else None for i, y in enumerate(tree_leaves(targets))
+            declare(y, "targets", str(i)) if _is_tensor(y) else None
+            for i, y in enumerate(tree_leaves(targets))
         ]
         for kind, name, tensor in outside(program):
             declare(tensor, kind, name)
@@ -225,7 +235,9 @@ def _run(recorder: Recorder, program: Program, inputs: Any, targets: Any, follow
             with recorder.paused():
                 scalar = None
                 leaves = [t for t in tree_leaves(output) if _is_tensor(t)]
-                graph.predictions = [recorder.ref(t) for t in leaves] if program.loss is not None else []
+                graph.predictions = (
+                    [recorder.ref(t) for t in leaves] if program.loss is not None else []
+                )
             if program.loss is not None:
                 scalar = program.evaluate(output, targets)
         if program.loss is not None:
@@ -234,7 +246,10 @@ def _run(recorder: Recorder, program: Program, inputs: Any, targets: Any, follow
         else:
             own = own_loss(output)
             graph.predictions = [recorder.ref(t) for t in leaves if t is not own]
-            graph.loss, graph.own_loss = recorder.ref(own) if own is not None else None, own is not None
+            graph.loss, graph.own_loss = (
+                recorder.ref(own) if own is not None else None,
+                own is not None,
+            )
         graph.dynamic = frozenset(recorder.dynamic)
         graph.foreign = tuple(v for v in recorder.foreign if not _made_from_numbers(graph, v))
         output = (output, scalar)

@@ -18,7 +18,15 @@ from torch.utils._pytree import tree_leaves, tree_map
 CONSTRUCTORS = {"tensor", "as_tensor", "asarray", "new_tensor"}
 
 
-ESCAPES = {"numpy", "__array__", "__dlpack__", "data_ptr", "storage", "untyped_storage", "_typed_storage"}
+ESCAPES = {
+    "numpy",
+    "__array__",
+    "__dlpack__",
+    "data_ptr",
+    "storage",
+    "untyped_storage",
+    "_typed_storage",
+}
 
 
 class Listener(Protocol):
@@ -54,7 +62,9 @@ class Number:
             return NotImplemented
         result = function(*raw)
         tensors = [o for o in others if isinstance(o, Tensor)]
-        return result if tensors or not isinstance(result, Tensor) else Number(result, self.recorder)
+        return (
+            result if tensors or not isinstance(result, Tensor) else Number(result, self.recorder)
+        )
 
     def __float__(self) -> float:
         return float(self.bare("float()"))
@@ -78,7 +88,11 @@ class Number:
         return hash(self.bare("hashing"))
 
     def __round__(self, digits: int | None = None) -> Any:
-        return round(self.bare("round()"), digits) if digits is not None else round(self.bare("round()"))
+        return (
+            round(self.bare("round()"), digits)
+            if digits is not None
+            else round(self.bare("round()"))
+        )
 
     def item(self) -> Number:
         return self
@@ -86,7 +100,9 @@ class Number:
 
 def _number_method(name: str, function: Callable[..., Any], reflected: bool) -> Callable[..., Any]:
     def method(self: Number, *others: Any) -> Any:
-        return self._map(function, *others, self) if reflected else self._map(function, self, *others)
+        return (
+            self._map(function, *others, self) if reflected else self._map(function, self, *others)
+        )
 
     method.__name__ = name
     return method
@@ -115,7 +131,11 @@ class Functions(TorchFunctionMode):
             self.recorder.shape_read(args[0])
             tensor = args[0].detach()
             wide = torch.float64 if tensor.is_floating_point() else torch.int64
-            tensor = tensor.to(wide) if tensor.dtype != torch.bool and not tensor.is_complex() else tensor
+            tensor = (
+                tensor.to(wide)
+                if tensor.dtype != torch.bool and not tensor.is_complex()
+                else tensor
+            )
             return self._unpack(tensor.reshape(()) if name == "item" else tensor)
         if name in ESCAPES and args and isinstance(args[0], Tensor):
             self.recorder.escape(args[0], f".{name}()")
@@ -150,7 +170,9 @@ class Functions(TorchFunctionMode):
         numbers = [a for a in tree_leaves((args, kwargs), is_leaf=_is_number) if _is_number(a)]
         if not numbers:
             return func(*args, **kwargs)
-        tensors = tree_map(lambda a: a.tensor if _is_number(a) else a, (args, kwargs), is_leaf=_is_number)
+        tensors = tree_map(
+            lambda a: a.tensor if _is_number(a) else a, (args, kwargs), is_leaf=_is_number
+        )
         try:
             return func(*tensors[0], **tensors[1])
         except TypeError:
@@ -169,15 +191,27 @@ class Functions(TorchFunctionMode):
         if _is_number(data) or not isinstance(data, list | tuple):
             single = data.tensor if _is_number(data) else data
             default = torch.get_default_dtype() if single.is_floating_point() else single.dtype
-            return single.detach().to(kwargs.get("dtype") or (default if _is_number(data) else single.dtype)).clone()
-        parts = [self._assemble(a, kwargs) if not isinstance(a, int | float) else torch.tensor(a) for a in data]
+            return (
+                single.detach()
+                .to(kwargs.get("dtype") or (default if _is_number(data) else single.dtype))
+                .clone()
+            )
+        parts = [
+            self._assemble(a, kwargs) if not isinstance(a, int | float) else torch.tensor(a)
+            for a in data
+        ]
         dtype = (
-            kwargs.get("dtype") or torch.stack([torch.zeros((), dtype=p.dtype) for p in parts if p is not None]).dtype
+            kwargs.get("dtype")
+            or torch.stack([torch.zeros((), dtype=p.dtype) for p in parts if p is not None]).dtype
         )
         return torch.stack([p.to(dtype) for p in parts if p is not None])
 
     def _unpack(self, tensor: Tensor) -> Any:
-        return Number(tensor, self.recorder) if tensor.ndim == 0 else [self._unpack(t) for t in tensor.unbind(0)]
+        return (
+            Number(tensor, self.recorder)
+            if tensor.ndim == 0
+            else [self._unpack(t) for t in tensor.unbind(0)]
+        )
 
 
 def _is_number(x: Any) -> bool:

@@ -66,7 +66,7 @@ def replayed(path: Sequence[Step], t: Tensor) -> Tensor:
     """Return what a chain of steps with one operand each makes of another one."""
     for step in path:
         value = t
-        args, kwargs = filled((step.args, step.kwargs), lambda _: value)  # noqa: B023  called at once
+        args, kwargs = filled((step.args, step.kwargs), lambda _: value)  # noqa: B023
         t = step.op(*args, **kwargs)
     return t
 
@@ -86,7 +86,9 @@ def moments(op: Any, norm: BatchNormArguments, outputs: Sequence[Any]) -> Moment
     return mean, (variance + norm.eps).rsqrt()
 
 
-def standardised(x: Tensor, mean: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+def standardised(
+    x: Tensor, mean: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
     """Return what a batch norm makes of ``x`` with the given moments, by channel."""
     view = [1, -1, *[1] * (x.ndim - 2)]
     gain = scale if weight is None else scale * weight

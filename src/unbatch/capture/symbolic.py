@@ -14,24 +14,26 @@ from torch import Tensor
 
 from unbatch.capture import ops
 from unbatch.capture.aliasing import Window, overwritten
-from unbatch.capture.expressions import Term, Terms
-from unbatch.capture.graph import Escape, Graph, Ref, Step, Value, filled, flat
+from unbatch.capture.expressions import Expr, ExprTable
+from unbatch.capture.graph import Graph, HostRead, Ref, Step, Value, filled, flat
 from unbatch.capture.isolation import storage_of
 
 LARGEST = 1 << 22  # entries of a constant that is worked out
 
 
-class Reading:
+class SymbolicRun:
     """The terms of all values of a recording, under what ``terms`` has been told to assume."""
 
-    def __init__(self, graph: Graph, terms: Terms) -> None:
+    def __init__(self, graph: Graph, terms: ExprTable) -> None:
         self.graph, self.terms = graph, terms
-        self.of: dict[int, Term] = {}
+        self.of: dict[int, Expr] = {}
         self.drawn = 0  # the history of noise
-        self.asked: list[Term] = []  # what Python was told, at the moment when it asked
+        self.asked: list[Expr] = []  # what Python was told, at the moment when it asked
         self.windows: dict[int, list[int]] = {}  # memory -> the values that show it
         self.read_until = {r.index: s.index for s in graph.steps for r in s.refs()}
-        self.read_until |= {r.index: len(graph.steps) for r in [*graph.predictions, graph.loss] if r is not None}
+        self.read_until |= {
+            r.index: len(graph.steps) for r in [*graph.predictions, graph.loss] if r is not None
+        }
         for i, value in enumerate(graph.values):
             if value.kind != "step":
                 self._keep(i, self._outside(i, value))
@@ -41,24 +43,26 @@ class Reading:
             self._step(step)
         self._ask(waiting, len(graph.steps))
 
-    def __getitem__(self, ref: Ref) -> Term:
+    def __getitem__(self, ref: Ref) -> Expr:
         return self.of[ref.index]
 
-    def _ask(self, waiting: list[Escape], step: int) -> None:
+    def _ask(self, waiting: list[HostRead], step: int) -> None:
         """Before a step: its memory may be written to."""
         while waiting and waiting[0].step <= step:
             self.asked.append(self[waiting.pop(0).ref])
 
-    def _keep(self, i: int, term: Term) -> None:
+    def _keep(self, i: int, term: Expr) -> None:
         self.of[i] = term
         self.windows.setdefault(self.graph.values[i].storage, []).append(i)
 
-    def _outside(self, i: int, value: Value) -> Term:
+    def _outside(self, i: int, value: Value) -> Expr:
         if value.kind != "constants":
             return self.terms.leaf(value.kind, value.name, value)
         assert value.concrete is not None
         if i in self.graph.foreign:  # the same where it is the same memory
-            return self.terms.leaf("constants", (storage_of(value.concrete), value.offset, value.stride), value)
+            return self.terms.leaf(
+                "constants", (storage_of(value.concrete), value.offset, value.stride), value
+            )
         return self.terms.constant(value.concrete)
 
     def _step(self, step: Step) -> None:
@@ -66,7 +70,9 @@ class Reading:
         arguments = self._arguments(step)
         if step.noise:
             made = [self.graph.values[r.index] for r in step.outs if r is not None]
-            self.drawn = self.terms.drawn(self.drawn, name, arguments, [(v.shape, v.dtype) for v in made])
+            self.drawn = self.terms.drawn(
+                self.drawn, name, arguments, [(v.shape, v.dtype) for v in made]
+            )
         known = {} if step.noise else self._worked_out(step, name)
         results: list[tuple[Any, Ref]] = [(i, r) for i, r in enumerate(step.outs) if r is not None]
         results += [(f"written {i}", new) for i, (_, new) in enumerate(step.writes)]
@@ -88,7 +94,7 @@ class Reading:
                 out[name] = filled(a, find)
         return out
 
-    def _narrow(self, ref: Ref) -> Term:
+    def _narrow(self, ref: Ref) -> Expr:
         """A constant as the smallest that is broadcast to it."""
         term = self[ref]
         if term not in self.terms.constants:
@@ -97,11 +103,15 @@ class Reading:
         for d in range(small.ndim):
             if small.shape[d] > 1 and bool((small == small.narrow(d, 0, 1)).all()):
                 small = small.narrow(d, 0, 1)
-        while small.ndim > 1 and small.shape[0] == 1:  # one without dims would not count for the type of the result
+        while (
+            small.ndim > 1 and small.shape[0] == 1
+        ):  # one without dims would not count for the type of the result
             small = small[0]
         return self.terms.constant(small)
 
-    def _result(self, step: Step, name: str, arguments: Mapping[str, Any], slot: Any, value: Value) -> Term:
+    def _result(
+        self, step: Step, name: str, arguments: Mapping[str, Any], slot: Any, value: Value
+    ) -> Expr:
         """``slot``: which result of the op it is."""
         noise = self.drawn if step.noise else 0
         if "empty" in name:
@@ -116,7 +126,9 @@ class Reading:
             name, arguments = "_to_copy", {"self": arguments["src"]}
             if self.terms[arguments["self"]].shape != value.shape:
                 name = "expand"
-        if slot not in (0, "written 0") or (slot == "written 0" and step.outs and step.outs[0] is not None):
+        if slot not in (0, "written 0") or (
+            slot == "written 0" and step.outs and step.outs[0] is not None
+        ):
             name = f"{name}, {slot}"
         return self.terms.op(name, arguments, value.shape, value.dtype, noise, step.noise)
 
@@ -141,11 +153,16 @@ class Reading:
                 return torch.empty(values[ref.index].shape, dtype=values[ref.index].dtype)
             return terms.constants[self[ref]].clone()
 
-        if not all(shapes_only or r in overwritten or self[r] in terms.constants for r in step.refs()):
+        if not all(
+            shapes_only or r in overwritten or self[r] in terms.constants for r in step.refs()
+        ):
             return {}
         inputs = {r.index: number(r) for r in step.refs()}
         args, kwargs = filled((step.args, step.kwargs), lambda r: inputs[r.index])
-        kwargs = {n: torch.device("cpu") if n == "device" and a is not None else a for n, a in kwargs.items()}
+        kwargs = {
+            n: torch.device("cpu") if n == "device" and a is not None else a
+            for n, a in kwargs.items()
+        }
         try:
             with torch.no_grad():
                 outs = flat(step.op(*args, **kwargs))
@@ -169,7 +186,9 @@ class Reading:
                 self.of[i] = terms.constant(overwritten(known[0], shown, known[1], written))
             else:
                 both = {"was": self.of[i], "written": self.of[new]}
-                self.of[i] = terms.op("through a window", both, values[i].shape, values[i].dtype, (there, here))
+                self.of[i] = terms.op(
+                    "through a window", both, values[i].shape, values[i].dtype, (there, here)
+                )
 
 
 def _overwrites(step: Step) -> bool:

@@ -21,9 +21,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from unbatch.capture import ops
-from unbatch.capture.device_ops import FUSED_DROPOUT, READS_LENGTHS, argued, drops, same_as, without_buffer
+from unbatch.capture.device_ops import (
+    FUSED_DROPOUT,
+    READS_LENGTHS,
+    argued,
+    drops,
+    same_as,
+    without_buffer,
+)
 from unbatch.capture.distributed import check_alone
-from unbatch.capture.graph import Escape, Graph, ModuleCall, Ref, Step, Value, flat, is_ref
+from unbatch.capture.graph import Graph, HostRead, ModuleCall, Ref, Step, Value, flat, is_ref
 from unbatch.capture.isolation import SKIPS_COMPILER, mutated, storage_of
 from unbatch.errors import HERE
 
@@ -42,7 +49,9 @@ LIBRARY = (os.path.dirname(torch.__file__) + os.sep, HERE)
 USER = os.path.join(HERE, "cli", "demo.py")  # reads as a user's program does
 
 
-ENTRIES: set[CodeType] = set()  # code of the functions that start a recording: no user's frame lies above them
+ENTRIES: set[CodeType] = (
+    set()
+)  # code of the functions that start a recording: no user's frame lies above them
 
 
 # The tensor gets another memory.
@@ -63,10 +72,16 @@ class Recorder(TorchDispatchMode):
         self.in_loss = False
         self.names = names  # id(module) -> qualified name
         self.modules: list[str] = []
-        self.known: dict[int, tuple[weakref.ref[Tensor], Ref]] = {}  # by id, which another tensor may come to have
+        self.known: dict[
+            int, tuple[weakref.ref[Tensor], Ref]
+        ] = {}  # by id, which another tensor may come to have
         self.storages: dict[int, int] = {}
-        self.kept: list[Any] = []  # keeps the names of storages from being given again, and not what is in them
-        self.latest: dict[int, tuple[tuple[Any, ...], Ref]] = {}  # the newest value in a memory: its geometry
+        self.kept: list[
+            Any
+        ] = []  # keeps the names of storages from being given again, and not what is in them
+        self.latest: dict[
+            int, tuple[tuple[Any, ...], Ref]
+        ] = {}  # the newest value in a memory: its geometry
         self.off = 0
         self.checks = 0  # inside a function that reads values only to validate them
         self.foreign: list[int] = []  # tensors met in the middle of the run
@@ -181,7 +196,9 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         check_alone(func, types, self._place)
         if func is aten._local_scalar_dense.default:
-            return self.branch(args[0], "read by Python (bool(), int(), float() or if)", func(*args, **kwargs))
+            return self.branch(
+                args[0], "read by Python (bool(), int(), float() or if)", func(*args, **kwargs)
+            )
         with torch._C.DisableTorchFunction():
             return self._observe(func, args, kwargs)
 
@@ -223,8 +240,12 @@ class Recorder(TorchDispatchMode):
         return self._note(aten.mul.Tensor, (x, kept), {}), mask
 
     def _note(self, func: Any, args: Any, kwargs: Any) -> Any:
-        refs, named = tree_map(lambda a: self.ref(a) if isinstance(a, Tensor) else a, (args, kwargs))
-        if func is aten.lift_fresh.default and refs[0].index in self.foreign:  # numpy may write to this memory again
+        refs, named = tree_map(
+            lambda a: self.ref(a) if isinstance(a, Tensor) else a, (args, kwargs)
+        )
+        if (
+            func is aten.lift_fresh.default and refs[0].index in self.foreign
+        ):  # numpy may write to this memory again
             self.graph.values[refs[0].index].concrete = args[0].detach().clone()
         writes = list({id(t): t for t in mutated(func, args, kwargs)}.values())
         olds = [self.ref(t) for t in writes]
@@ -234,7 +255,9 @@ class Recorder(TorchDispatchMode):
             self._read(args, kwargs, "whether an op raises")
             raise
         told = f"the result of {ops.full_name(func)}"
-        if isinstance(out, bool):  # an op that answers a question (torch.equal), which is a value like others
+        if isinstance(
+            out, bool
+        ):  # an op that answers a question (torch.equal), which is a value like others
             if ops.full_name(func) in READS_LENGTHS:
                 self._read(argued(func, args, kwargs), {}, told)
                 return out
@@ -255,7 +278,15 @@ class Recorder(TorchDispatchMode):
         if not self.off and not self.checks:
             module = self.modules[-1] if self.modules else ""
             self.graph.escapes.append(
-                Escape(self.ref(tensor), how, len(self.graph.steps), module, self._where(), answer, self.in_loss)
+                HostRead(
+                    self.ref(tensor),
+                    how,
+                    len(self.graph.steps),
+                    module,
+                    self._where(),
+                    answer,
+                    self.in_loss,
+                )
             )
 
     def branch(self, tensor: Tensor, how: str, value: Any) -> Any:
@@ -295,16 +326,24 @@ class Recorder(TorchDispatchMode):
 
         def leave(module: nn.Module, inputs: Any, output: Any) -> None:
             refs = [
-                tuple(r for t in tree_leaves(x) if isinstance(t, Tensor) and (r := self.find(t)) is not None)
+                tuple(
+                    r
+                    for t in tree_leaves(x)
+                    if isinstance(t, Tensor) and (r := self.find(t)) is not None
+                )
                 for x in (inputs, output)
             ]
-            self.graph.calls.append(ModuleCall(self.modules.pop(), starts.pop(), len(self.graph.steps), *refs))
+            self.graph.calls.append(
+                ModuleCall(self.modules.pop(), starts.pop(), len(self.graph.steps), *refs)
+            )
 
         before = nn.modules.module.register_module_forward_pre_hook(enter)
         after = nn.modules.module.register_module_forward_hook(leave, always_call=True)
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", ".*when there are global hooks on modules")  # of compiled ones
+                warnings.filterwarnings(
+                    "ignore", ".*when there are global hooks on modules"
+                )  # of compiled ones
                 yield
         finally:
             before.remove()
@@ -348,5 +387,7 @@ def _geometry(t: Tensor) -> tuple[Any, ...]:
 
 
 def _concrete(tensor: Tensor, noise: bool) -> Tensor | None:
-    exact = not tensor.is_floating_point() and not tensor.is_complex() and tensor.device.type != "meta"
+    exact = (
+        not tensor.is_floating_point() and not tensor.is_complex() and tensor.device.type != "meta"
+    )
     return tensor.detach().clone() if noise or exact else None

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import checkpoint
 
-COMPILER = "torch._dynamo.eval_frame"  # not loaded before somebody compiles something, and not by us
+COMPILER = (
+    "torch._dynamo.eval_frame"  # not loaded before somebody compiles something, and not by us
+)
 
 
 WITHOUT_REENTRANCE = "_checkpoint_without_reentrant_generator"
@@ -32,7 +34,14 @@ def inside(model: Callable[..., Any]) -> Callable[..., Any]:
 
 def _passes_on_to(model: nn.Module) -> nn.Module | None:
     compiler = sys.modules.get(COMPILER)
-    if any((model._forward_hooks, model._forward_pre_hooks, model._backward_hooks, model._backward_pre_hooks)):
+    if any(
+        (
+            model._forward_hooks,
+            model._forward_pre_hooks,
+            model._backward_hooks,
+            model._backward_pre_hooks,
+        )
+    ):
         return None
     if compiler is not None and isinstance(model, compiler.OptimizedModule):
         return model._orig_mod
@@ -60,7 +69,9 @@ class _Plain:
     def enter(self) -> None:
         with self.lock:
             if not self.entered:
-                self.turned.enter_context(mock.patch.object(checkpoint, "CheckpointFunction", _Kept))
+                self.turned.enter_context(
+                    mock.patch.object(checkpoint, "CheckpointFunction", _Kept)
+                )
                 self.turned.enter_context(mock.patch.object(checkpoint, WITHOUT_REENTRANCE, _kept))
                 if COMPILER in sys.modules:
                     self.turned.enter_context(torch.compiler.set_stance("force_eager"))

@@ -29,7 +29,9 @@ HOLDS, FAILS, WRONG_CALL, UNKNOWN = 0, 1, 2, 3
 MSG_ONE_LOSS = "Say where the loss comes from: either --loss NAME, or --own-loss for a model that returns its own{got}."
 
 
-MSG_OWN_TARGETS = "--targets goes with --loss; a model that returns its own loss takes its targets as an --input."
+MSG_OWN_TARGETS = (
+    "--targets goes with --loss; a model that returns its own loss takes its targets as an --input."
+)
 
 
 TOUR = Path("demo-out/report.html")  # where the page of the tour goes
@@ -61,7 +63,8 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
     ] = False,
 ) -> None:
     pass
@@ -71,11 +74,19 @@ def _options(
 def demo(
     quick: Annotated[
         bool,
-        typer.Option("--quick", help="Train for one epoch; leave out the curvature and, without --output, the page."),
+        typer.Option(
+            "--quick",
+            help="Train for one epoch; leave out the curvature and, without --output, the page.",
+        ),
     ] = False,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help=f"Where the page is written; without --quick, {TOUR}."),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help=f"Where the page is written; without --quick, {TOUR}.",
+        ),
     ] = None,
 ) -> None:
     """A tour on real data: a small net with batch normalization, in train mode and after .eval()."""
@@ -89,7 +100,9 @@ def demo(
 
 Target = Annotated[
     str,
-    typer.Argument(help="The model: package.module:make_model or path/to/file.py:make_model, or a class."),
+    typer.Argument(
+        help="The model: package.module:make_model or path/to/file.py:make_model, or a class."
+    ),
 ]
 
 
@@ -105,14 +118,20 @@ Inputs = Annotated[
 
 
 LossName = Annotated[
-    str, typer.Option("--loss", "-l", metavar="NAME", help="cross_entropy, mse, ..., or file.py:function.")
+    str,
+    typer.Option(
+        "--loss", "-l", metavar="NAME", help="cross_entropy, mse, ..., or file.py:function."
+    ),
 ]
 
 
 Targets = Annotated[
     str,
     typer.Option(
-        "--targets", "-t", metavar="SHAPE[:DTYPE]", help="Random targets. Without it they are drawn to fit the loss."
+        "--targets",
+        "-t",
+        metavar="SHAPE[:DTYPE]",
+        help="Random targets. Without it they are drawn to fit the loss.",
     ),
 ]
 
@@ -129,13 +148,17 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing els
 Verify = Annotated[bool, typer.Option(help="Put the verdicts to a numerical test.")]
 
 
-Output = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where the report is written.")]
+Output = Annotated[
+    Path, typer.Option("--output", "-o", metavar="FILE", help="Where the report is written.")
+]
 
 
 Seed = Annotated[int, typer.Option(help="For the parameters, the inputs and the targets.")]
 
 
-@app.command(epilog="Exit status: 0 all structures hold, 1 one fails, 2 wrong call, 3 none fails but one is unknown.")
+@app.command(
+    epilog="Exit status: 0 all structures hold, 1 one fails, 2 wrong call, 3 none fails but one is unknown."
+)
 def inspect(
     target: Target,
     inputs: Inputs,
@@ -228,7 +251,13 @@ def _print(said: dict[str, str], structure: Structure, verification: Verificatio
 
 
 def _problem(
-    target: str, inputs: Sequence[str], loss: str, targets: str, own_loss: bool, eval_mode: bool, seed: int
+    target: str,
+    inputs: Sequence[str],
+    loss: str,
+    targets: str,
+    own_loss: bool,
+    eval_mode: bool,
+    seed: int,
 ) -> tuple[Problem, dict[str, str]]:
     """The problem, and in words what was made up for it. Raises ``InputError`` or ``CaptureError``."""
     if bool(loss) == own_loss:

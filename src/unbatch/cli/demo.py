@@ -23,7 +23,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import unbatch as ub
-from unbatch.analysis.structure import TITLES, culprit_part, follows_part, heading, remarks, verdict_table
+from unbatch.analysis.structure import (
+    TITLES,
+    culprit_part,
+    follows_part,
+    heading,
+    remarks,
+    verdict_table,
+)
 from unbatch.report import page, plot, tables
 
 MSG_NO_SKLEARN = (
@@ -164,7 +171,7 @@ What to try next
   problem = ub.Problem(model, loss, (X, y))
   print(problem.structure)      # the verdicts, on your own batch
   problem.gradients(by="copy")  # the gradient, one row per sample
-  problem.compute(ub.Norms())   # squared norms of the rows, without forming them
+  problem.compute(ub.SquaredNorms())   # squared norms of the rows, without forming them
   problem.verify().checks       # what was tried against them
   print(problem.crosstalk())    # who listens to whom
   problem.ggn().eigvalsh()      # the spectrum of the Gauss-Newton matrix
@@ -195,7 +202,9 @@ class Net(nn.Module):
         return self.linear(x.flatten(1))
 
 
-def main(quick: bool = False, console: Console | None = None, report_to: Path | None = None) -> None:
+def main(
+    quick: bool = False, console: Console | None = None, report_to: Path | None = None
+) -> None:
     """Run the tour and print it; some ten seconds on one core, half of them for imports.
 
     ``quick``: with one epoch of training, and without the curvature. ``report_to``: a page to write. The random state
@@ -249,7 +258,9 @@ def train(model: Net, digits: Digits, epochs: int, out: Console) -> float:
                 if len(batch) == BATCH:
                     _step(model, digits.X[batch], digits.y[batch])
                     progress.advance(task)
-            progress.update(task, accuracy=f"{accuracy(model, digits):.1%} of held-out digits read correctly")
+            progress.update(
+                task, accuracy=f"{accuracy(model, digits):.1%} of held-out digits read correctly"
+            )
     return accuracy(model, digits)
 
 
@@ -273,7 +284,9 @@ def _step(model: Net, X: Tensor, y: Tensor) -> None:
 
 def _report(out: Console, problem: ub.Problem, path: Path | None) -> None:
     if path is not None:
-        written = ub.write_report(problem, path, "Digits", {"data": "handwritten digits of scikit-learn"})
+        written = ub.write_report(
+            problem, path, "Digits", {"data": "handwritten digits of scikit-learn"}
+        )
         out.print(f"\n{ON_A_PAGE}: {written.resolve()}", markup=False, soft_wrap=True)
 
 
@@ -281,7 +294,9 @@ def _tour(out: Console, digits: Digits, quick: bool) -> ub.Problem:
     """Tell everything; the problem, in train mode and float64."""
     model = Net()
     _train(out, model, digits, epochs=1 if quick else EPOCHS)
-    problem = ub.Problem(model.double(), F.cross_entropy, (digits.X[:BATCH].double(), digits.y[:BATCH]))
+    problem = ub.Problem(
+        model.double(), F.cross_entropy, (digits.X[:BATCH].double(), digits.y[:BATCH])
+    )
     before = problem.structure
     found = [heading(before), verdict_table(before), *culprit_part(before), *remarks(before)]
     _part(out, "2. Structure in train mode", ASKED, _meanings(), *found)
@@ -289,7 +304,13 @@ def _tour(out: Console, digits: Digits, quick: bool) -> ub.Problem:
     _part(out, "4. Crosstalk", CROSSTALK, *_crosstalk(problem, FEW if quick else BATCH))
     _part(out, "5. Verification", VERIFIED, tables.verification_table(before, problem.verify()))
     rows = {by: problem.gradients(by=by) for by in DECOMPOSITIONS}
-    shown = [_norms(rows, problem.gradient()), Text(SUMS), _distances(rows), *_noise_scale(problem), Text(NOISE)]
+    shown = [
+        _norms(rows, problem.gradient()),
+        Text(SUMS),
+        _distances(rows),
+        *_noise_scale(problem),
+        Text(NOISE),
+    ]
     _part(out, "6. The gradient in three ways", GRADIENTS, *shown)
     model.eval()
     _eval(out, before, problem)
@@ -341,7 +362,9 @@ def _gained(before: ub.Structure, after: ub.Structure) -> Text:
     was, now = ([c.quantity for c in s.follows() if c.outcome == "exact"] for s in (before, after))
     new = [q for q in now if q not in was and "sample" in q]
     some = f", {' and '.join(new[:2])} among them" if new else ""
-    return Text(f"Exact under their own names are now {len(now)} quantities in place of {len(was)}{some}.")
+    return Text(
+        f"Exact under their own names are now {len(now)} quantities in place of {len(was)}{some}."
+    )
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
@@ -377,7 +400,15 @@ def _curvature(out: Console, model: Net, problem: ub.Problem) -> None:
     values, directions = plot.told(G.eigvalsh()), G.directions(SHOWN)
     before = [_spectrum(problem, G, values), Text(SPECTRUM), _histogram(values)]
     steps = [Text(NEWTON), _steps(model, problem, G)]
-    _part(out, "8. The curvature", CURVATURE, *before, Text(DIRECTIONS), *_shares(problem, directions), *steps)
+    _part(
+        out,
+        "8. The curvature",
+        CURVATURE,
+        *before,
+        Text(DIRECTIONS),
+        *_shares(problem, directions),
+        *steps,
+    )
 
 
 def _spectrum(problem: ub.Problem, G: Any, values: Tensor) -> Table:
@@ -386,12 +417,17 @@ def _spectrum(problem: ub.Problem, G: Any, values: Tensor) -> Table:
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_row("parameters, D", str(G.shape[0]))
     table.add_row("rank at most, N(C-1)", f"{problem.samples} x {CLASSES - 1} = {G.rank_bound}")
-    table.add_row("eigenvalues above rounding", f"{len(values)}, the largest {tables.number(values[0])}")
     table.add_row(
-        "trace, their sum", f"{tables.number(G.trace())}, of which the largest 1, 10, 50 hold {_held(values)}"
+        "eigenvalues above rounding", f"{len(values)}, the largest {tables.number(values[0])}"
+    )
+    table.add_row(
+        "trace, their sum",
+        f"{tables.number(G.trace())}, of which the largest 1, 10, 50 hold {_held(values)}",
     )
     times = f"{frozen / float(G.trace()):.2g} times as large"
-    table.add_row("trace, statistics frozen", f"{tables.number(frozen)}, {times}: that is another matrix")
+    table.add_row(
+        "trace, statistics frozen", f"{tables.number(frozen)}, {times}: that is another matrix"
+    )
     return table
 
 
@@ -404,29 +440,42 @@ def _histogram(values: Tensor) -> Table:
     powers, counts = values.log10().floor().int().unique(return_counts=True)
     table = Table(box=None, pad_edge=False, show_header=False)
     for power, count in zip(powers.tolist()[::-1], counts.tolist()[::-1], strict=True):
-        table.add_row(f"1e{power:+d}", Text("█" * max(1, round(BAR * count / int(counts.max())))), str(count))
+        table.add_row(
+            f"1e{power:+d}", Text("█" * max(1, round(BAR * count / int(counts.max())))), str(count)
+        )
     return table
 
 
 def _shares(problem: ub.Problem, found: Any) -> list[Any]:
     """What digits have of slope and curvature along eigenvectors, the most curved first; and what that sums to."""
-    table = _table(tables.SHARES, [tables.shares(found, i) for i in reversed(range(len(found.values)))])
+    table = _table(
+        tables.SHARES, [tables.shares(found, i) for i in reversed(range(len(found.values)))]
+    )
     gradient = torch.cat([g.flatten() for g in problem.gradient().values()])
     curved = tables.share((found.curvatures.sum(0) / found.values - 1).abs().max())
-    along = tables.share((found.slopes.sum(0) - found.vectors.T @ gradient).norm() / gradient.norm())
-    return [table, Text(f"Σ λ_n is the eigenvalue ({curved} off), Σ γ_n the slope of the loss ({along} off).")]
+    along = tables.share(
+        (found.slopes.sum(0) - found.vectors.T @ gradient).norm() / gradient.norm()
+    )
+    return [
+        table,
+        Text(f"Σ λ_n is the eigenvalue ({curved} off), Σ γ_n the slope of the loss ({along} off)."),
+    ]
 
 
 def _steps(model: Net, problem: ub.Problem, G: Any) -> Table:
     """The loss on the batch, before and after a step."""
     gradient = problem.gradient()
-    losses = {a: _after(model, problem, {n: -a * g for n, g in gradient.items()}) for a in STEP_SIZES}
+    losses = {
+        a: _after(model, problem, {n: -a * g for n, g in gradient.items()}) for a in STEP_SIZES
+    }
     best = min(losses, key=losses.__getitem__)
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_row("loss on the batch", f"{_after(model, problem, {}):.2g}")
     sizes = f"step size {best:g}, the best of {', '.join(f'{a:g}' for a in STEP_SIZES)}"
     table.add_row("after a gradient step", f"{losses[best]:.2g}", sizes)
-    table.add_row("after a damped Newton step", f"{_after(model, problem, G.newton_step(DAMPING)):.2g}")
+    table.add_row(
+        "after a damped Newton step", f"{_after(model, problem, G.newton_step(DAMPING)):.2g}"
+    )
     return table
 
 

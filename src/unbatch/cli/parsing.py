@@ -66,7 +66,9 @@ MSG_DTYPE = "{option} {value!r} asks for the dtype {dtype!r}, which torch does n
 MSG_BOUND = "{option} {value!r} bounds values of dtype {dtype}; only integers take a bound, e.g. '8,128:int64<50'."
 
 
-MSG_NAMES = "--input {values} mixes named inputs with unnamed ones. Name all of them (name=SHAPE) or none."
+MSG_NAMES = (
+    "--input {values} mixes named inputs with unnamed ones. Name all of them (name=SHAPE) or none."
+)
 
 
 MSG_TWICE = "--input names {name!r} twice. Every named input is given once."
@@ -81,9 +83,7 @@ MSG_LOSS = (
 MSG_NOT_LOSS = "The loss {value!r} must be callable as loss(predictions, targets); it is {kind}."
 
 
-MSG_DRAW = (
-    "No targets can be drawn for {loss} and predictions {shape}: {why}. Say what they look like: --targets SHAPE:DTYPE."
-)
+MSG_DRAW = "No targets can be drawn for {loss} and predictions {shape}: {why}. Say what they look like: --targets SHAPE:DTYPE."
 
 
 def as_inputs(shapes: Sequence[Shape], generator: torch.Generator) -> Any:
@@ -112,13 +112,19 @@ class Shape:
     name: str = ""
     text: str = ""
 
-    FORM = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<sizes>\d+(?:,\d+)*),?(?::(?P<dtype>\w+)(?:<(?P<bound>\d+))?)?")
+    FORM = re.compile(
+        r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<sizes>\d+(?:,\d+)*),?(?::(?P<dtype>\w+)(?:<(?P<bound>\d+))?)?"
+    )
 
     @classmethod
     def parse(cls, text: str, option: str) -> Shape:
         """Read "8,128:int64<50". Raises ``InputError``."""
         match = cls.FORM.fullmatch(text.replace(" ", ""))
-        if match is None or 0 in (sizes := tuple(map(int, match["sizes"].split(",")))) or match["bound"] == "0":
+        if (
+            match is None
+            or 0 in (sizes := tuple(map(int, match["sizes"].split(","))))
+            or match["bound"] == "0"
+        ):
             raise InputError(MSG_SHAPE.format(option=option, value=text))
         dtype = _dtype(match["dtype"], text, option) if match["dtype"] else None
         if match["bound"] and not _integral(dtype):
@@ -139,7 +145,11 @@ class Shape:
 
 
 def _integral(dtype: torch.dtype | None) -> bool:
-    return dtype is not None and dtype != torch.bool and not (dtype.is_floating_point or dtype.is_complex)
+    return (
+        dtype is not None
+        and dtype != torch.bool
+        and not (dtype.is_floating_point or dtype.is_complex)
+    )
 
 
 def _dtype(name: str, text: str, option: str) -> torch.dtype:
@@ -147,7 +157,12 @@ def _dtype(name: str, text: str, option: str) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         known = [n for n in dir(torch) if isinstance(getattr(torch, n), torch.dtype)]
         raise InputError(
-            MSG_DTYPE.format(option=option, value=text, dtype=name, hint=_hint(name, known, "Try float64 or int64."))
+            MSG_DTYPE.format(
+                option=option,
+                value=text,
+                dtype=name,
+                hint=_hint(name, known, "Try float64 or int64."),
+            )
         )
     return dtype
 
@@ -172,7 +187,9 @@ def make_model(target: str, seed: int) -> nn.Module:
     except Exception as error:
         raise InputError(MSG_FACTORY.format(value=target, error=_words(error))) from error
     if not isinstance(model, nn.Module):
-        raise InputError(MSG_NOT_MODEL.format(value=target, kind=f"a function that returned {_kind(model)}"))
+        raise InputError(
+            MSG_NOT_MODEL.format(value=target, kind=f"a function that returned {_kind(model)}")
+        )
     return model
 
 
@@ -184,7 +201,9 @@ def _named(target: str, what: str) -> Any:
     value: Any = module
     for part in name.split("."):
         if not hasattr(value, part):
-            hint = _hint(part, [n for n in dir(value) if not n.startswith("_")], "Name something it defines.")
+            hint = _hint(
+                part, [n for n in dir(value) if not n.startswith("_")], "Name something it defines."
+            )
             raise InputError(MSG_NO_NAME.format(module=place, name=name, hint=hint))
         value = getattr(value, part)
     return value
@@ -262,14 +281,20 @@ ALIASES = {
 }
 
 
-DEFAULTS = {"kl_div": {"reduction": "batchmean"}}  # its own default divides by classes too, and warns about that
+DEFAULTS = {
+    "kl_div": {"reduction": "batchmean"}
+}  # its own default divides by classes too, and warns about that
 
 
 def find_loss(value: str) -> Loss:
     """A loss of ``torch.nn.functional``, or one of the user's by its place. Raises ``InputError``."""
     if ":" in value:
         function = _named(value, "--loss")
-        function = function() if isinstance(function, type) and issubclass(function, nn.Module) else function
+        function = (
+            function()
+            if isinstance(function, type) and issubclass(function, nn.Module)
+            else function
+        )
         if not callable(function):
             raise InputError(MSG_NOT_LOSS.format(value=value, kind=_kind(function)))
         return Loss(function, value)
@@ -278,7 +303,9 @@ def find_loss(value: str) -> Loss:
     if name is None:
         names = [n.removesuffix("_loss") for n in KINDS]
         raise InputError(
-            MSG_LOSS.format(value=value, hint=_hint(value, [*names, *ALIASES], ""), names=", ".join(names))
+            MSG_LOSS.format(
+                value=value, hint=_hint(value, [*names, *ALIASES], ""), names=", ".join(names)
+            )
         )
     extra = DEFAULTS.get(name, {})
     function = functools.partial(getattr(F, name), **extra) if extra else getattr(F, name)
@@ -303,7 +330,9 @@ def draw_targets(
         return None, "none, the loss takes predictions only"
     F_ = Problem(model, _nothing, (X, None)).predictions()
     if not isinstance(F_, Tensor):
-        raise InputError(MSG_DRAW.format(loss=loss.words, shape=_kind(F_), why="they are not one tensor"))
+        raise InputError(
+            MSG_DRAW.format(loss=loss.words, shape=_kind(F_), why="they are not one tensor")
+        )
     sizes = wanted.sizes if wanted is not None else None
     if loss.kind == "classes":
         y, words = _classes(loss, F_, sizes, generator)
@@ -322,7 +351,9 @@ def _classes(
         raise InputError(MSG_DRAW.format(loss=loss.words, shape=list(predictions.shape), why=why))
     classes = predictions.shape[1]
     labels = sizes or (predictions.shape[0], *predictions.shape[2:])
-    return torch.randint(classes, labels, generator=generator), f"random labels of {classes} classes"
+    return torch.randint(
+        classes, labels, generator=generator
+    ), f"random labels of {classes} classes"
 
 
 def _floats(sizes: tuple[int, ...], like: Tensor, generator: torch.Generator) -> tuple[Tensor, str]:
@@ -341,7 +372,9 @@ def _counts(sizes: tuple[int, ...], like: Tensor, generator: torch.Generator) ->
     return torch.randint(5, sizes, generator=generator).to(like.dtype), "random counts from 0 to 4"
 
 
-def _probabilities(sizes: tuple[int, ...], like: Tensor, generator: torch.Generator) -> tuple[Tensor, str]:
+def _probabilities(
+    sizes: tuple[int, ...], like: Tensor, generator: torch.Generator
+) -> tuple[Tensor, str]:
     scores = torch.randn(sizes, generator=generator).to(like.dtype)
     return scores.softmax(min(1, len(sizes) - 1)), "random probabilities along the class axis"
 
@@ -362,7 +395,9 @@ def _nothing(predictions: Any) -> Tensor:
 
 def _takes_one(function: Callable[..., Any]) -> bool:
     try:
-        inspect.signature(function.forward if isinstance(function, nn.Module) else function).bind(None, None)
+        inspect.signature(function.forward if isinstance(function, nn.Module) else function).bind(
+            None, None
+        )
     except TypeError:
         return True
     except ValueError:

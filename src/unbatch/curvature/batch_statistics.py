@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from unbatch.analysis.domain.sample_layout import Layout, layout_of
-from unbatch.autodiff.context import Setting
+from unbatch.autodiff.context import Context
 from unbatch.autodiff.jvp import LinearisedGraph, differentiated
 from unbatch.capture import ops
 from unbatch.capture.graph import ExecutedOp, Graph, Step
@@ -32,7 +32,7 @@ Named = Mapping[int, Tensor]  # by prediction
 
 
 @dataclass(frozen=True)
-class Norm:
+class BatchNormStatistics:
     """A batch norm as it ran. ``source``, ``result``: its input and output in the graph; ``at``: where in ``s``."""
 
     call: ExecutedOp
@@ -77,7 +77,9 @@ class Norm:
     def pushed(self, dx: Tensor) -> Tensor:
         """``[2c]``: how both statistics move with the input."""
         rest = [d for d in range(dx.ndim) if d != 1]
-        return torch.cat([dx.mean(rest), -self.moments[1].square() * (dx * self.normalised).mean(rest)])
+        return torch.cat(
+            [dx.mean(rest), -self.moments[1].square() * (dx * self.normalised).mean(rest)]
+        )
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class Extent:
         return sum(2 * channels * share for channels, share in pairs)
 
     @staticmethod
-    def of(setting: Setting, parameters: Mapping[str, Tensor]) -> Extent | None:
+    def of(setting: Context, parameters: Mapping[str, Tensor]) -> Extent | None:
         """Return None where samples depend on each other in other ways, too, or in half precision."""
         norms = _norms(setting, parameters)
         types = {p.dtype for p in parameters.values()}
@@ -123,12 +125,14 @@ class Extent:
 class Statistics:
     """The statistics of all batch norms, by which samples listen to each other and by nothing else."""
 
-    def __init__(self, free: LinearisedGraph, frozen: LinearisedGraph, norms: list[Norm]) -> None:
+    def __init__(
+        self, free: LinearisedGraph, frozen: LinearisedGraph, norms: list[BatchNormStatistics]
+    ) -> None:
         self.free, self.frozen, self.norms = free, frozen, norms
         self.size = sum(2 * n.channels for n in norms)
 
     @staticmethod
-    def of(setting: Setting, parameters: Mapping[str, Tensor]) -> Statistics | None:
+    def of(setting: Context, parameters: Mapping[str, Tensor]) -> Statistics | None:
         """None where samples listen to each other in other ways, too, or in half precision."""
         found = _norms(setting, parameters)
         if not found:
@@ -137,11 +141,11 @@ class Statistics:
         free = LinearisedGraph(setting, parameters, watched=sources)
         frozen = LinearisedGraph(setting, parameters, frozen=True, watched=results)
         calls = {c.step.index: c for c in free.steps}
-        norms: list[Norm] = []
+        norms: list[BatchNormStatistics] = []
         for index, (source, result, layout) in found.items():
             if index in calls and source in free.edges and result in frozen.edges:
                 at = sum(2 * n.channels for n in norms)
-                norms.append(Norm(calls[index], source, result, layout, at))
+                norms.append(BatchNormStatistics(calls[index], source, result, layout, at))
         types = {p.dtype for p in parameters.values()} | {n.moments[0].dtype for n in norms}
         fits = len(types) == 1 and types <= {torch.float32, torch.float64}
         made = Statistics(free, frozen, norms) if norms and fits else None
@@ -149,7 +153,9 @@ class Statistics:
 
     def holds(self) -> bool:
         """``Jᵀ u = (∂F/∂θ)ᵀ u + Bᵀ (∂F/∂s)ᵀ u`` for a random u, or it is not believed."""
-        u = gaussians_like({i: t for i, t in self.free.outputs.items() if t.requires_grad}, seeded(0))
+        u = gaussians_like(
+            {i: t for i, t in self.free.outputs.items() if t.requires_grad}, seeded(0)
+        )
         through, held = self.pull(self.coefficients(u).sum(0)), self.frozen.pull(u)
         expected = self.free.pull(u)
         size = sum(float(g.norm()) for g in expected.values())
@@ -160,7 +166,9 @@ class Statistics:
         """``a``, ``[n, R]``, for one column of every sample."""
         ends = {i: t for i, t in self.frozen.outputs.items() if i in cotangents and t.requires_grad}
         edges, gs = [self.frozen.edges[n.result] for n in self.norms], [cotangents[i] for i in ends]
-        found = torch.autograd.grad(list(ends.values()), edges, gs, retain_graph=True, allow_unused=True)
+        found = torch.autograd.grad(
+            list(ends.values()), edges, gs, retain_graph=True, allow_unused=True
+        )
         samples = self.frozen.setting.samples
         parts = [
             n.moments[0].new_zeros(samples, 2 * n.channels) if g is None else n.partial(g)
@@ -174,8 +182,13 @@ class Statistics:
         ends = [self.free.edges[n.source] for n in here]
         gs = [n.pulled(u[n.at : n.at + 2 * n.channels]) for n in here]
         leaves = self.free.leaves
-        found = torch.autograd.grad(ends, list(leaves.values()), gs, retain_graph=True, allow_unused=True)
-        return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(leaves.items(), found, strict=True)}
+        found = torch.autograd.grad(
+            ends, list(leaves.values()), gs, retain_graph=True, allow_unused=True
+        )
+        return {
+            n: torch.zeros_like(p) if g is None else g
+            for (n, p), g in zip(leaves.items(), found, strict=True)
+        }
 
     def push(self, v: Mapping[str, Tensor]) -> Tensor:
         """``B v``, ``[R]``."""
@@ -192,7 +205,9 @@ def _work(graph: Graph, step: Step) -> int:
     return made * shapes[-1][-2] if step.name in ("mm", "addmm", "bmm", "baddbmm") else made
 
 
-def _norms(setting: Setting, parameters: Mapping[str, Tensor]) -> dict[int, tuple[int, int, Layout]]:
+def _norms(
+    setting: Context, parameters: Mapping[str, Tensor]
+) -> dict[int, tuple[int, int, Layout]]:
     """By step: input, output, and where the samples lie in it; nothing where anything else makes samples meet."""
     try:
         frozen, free = (setting.route(parameters, by).flow for by in ("frozen", "component"))
@@ -205,7 +220,9 @@ def _norms(setting: Setting, parameters: Mapping[str, Tensor]) -> dict[int, tupl
     out: dict[int, tuple[int, int, Layout]] = {}
     for step in steps:
         source, made = step.refs()[0].index, step.outs[0]
-        layout = layout_of(setting.walk.marks[made.index], setting.samples) if made is not None else None
+        layout = (
+            layout_of(setting.walk.marks[made.index], setting.samples) if made is not None else None
+        )
         if source in free.theta:
             if not isinstance(layout, Layout) or layout.dim == 1 or made is None:
                 return {}

@@ -31,7 +31,10 @@ class BlockGGN(Operator):
         out = torch.zeros_like(v)
         for block in self.blocks:
             index = torch.cat(
-                [torch.arange(s.start, s.stop) for s in (self.space.slices[n] for n in block.space.shapes)]
+                [
+                    torch.arange(s.start, s.stop)
+                    for s in (self.space.slices[n] for n in block.space.shapes)
+                ]
             )
             out[index] = apply(block, v[index])
         return out

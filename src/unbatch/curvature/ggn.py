@@ -19,8 +19,8 @@ from unbatch.analysis.structure import Verdict
 from unbatch.autodiff.jvp import Linearised
 from unbatch.capture.isolation import outside_inference_mode
 from unbatch.curvature import spectrum
-from unbatch.curvature.ggn_quantities import ColumnNorms, DiagGGN, Gram, OfColumns, evaluate
-from unbatch.curvature.hessian_root import Factor, Root
+from unbatch.curvature.ggn_quantities import ColumnNorms, ColumnQuantity, DiagGGN, Gram, evaluate
+from unbatch.curvature.hessian_root import Factor, HessianRoot
 from unbatch.curvature.low_rank import Basis, Compression
 from unbatch.curvature.spectrum import Directions, Factored
 from unbatch.curvature.strategy import Curvature, Draws
@@ -53,7 +53,9 @@ LARGEST_GRAM = 4096  # columns of V up to which a solve goes by way of their Gra
 # --- products -------------------------------------------------------------------------------------
 
 
-def ggn_product(linearised: Linearised, hessian_times: HessianTimes, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def ggn_product(
+    linearised: Linearised, hessian_times: HessianTimes, v: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """Return ``Jᵀ H J v`` by parameter, for the parameters in ``v``."""
     Jv = linearised.push(v)
     HJv = hessian_times(Jv)
@@ -64,7 +66,9 @@ def ggn_product(linearised: Linearised, hessian_times: HessianTimes, v: Mapping[
 class ColumnMap(Operator):
     """``V = Jᵀ S``, ``[D, size]``: a push-forward or a pullback for each product."""
 
-    def __init__(self, linearised: Linearised, root: Root, space: Space, like: Operator) -> None:
+    def __init__(
+        self, linearised: Linearised, root: HessianRoot, space: Space, like: Operator
+    ) -> None:
         self.linearised, self.root, self.parameters = linearised, root, space
         self.shape = (space.size, root.size)
         self.dtype, self.device = like.dtype, like.device
@@ -147,7 +151,11 @@ class GGN(Operator):
         self.point, self.draws, self.chosen = point, draws, samples
         self.space = point.request.space
         like = next(iter(point.parameters.values()))
-        self.shape, self.dtype, self.device = (self.space.size, self.space.size), like.dtype, like.device
+        self.shape, self.dtype, self.device = (
+            (self.space.size, self.space.size),
+            like.dtype,
+            like.device,
+        )
 
     def __repr__(self) -> str:
         try:
@@ -164,7 +172,7 @@ class GGN(Operator):
         return self.point.curvature.linearised
 
     @cached_property
-    def root(self) -> Root:
+    def root(self) -> HessianRoot:
         """``S``: a root of the second derivative of the loss, or of the part that was asked for."""
         self._fresh()
         curvature = self.point.curvature
@@ -196,9 +204,16 @@ class GGN(Operator):
     @property
     def note(self) -> str:
         """What to keep in mind: of which form H was found to be, and whether it was drawn."""
-        vanishing = "; it vanishes: the loss is linear in these predictions" if self.root.form == "zero" else ""
+        vanishing = (
+            "; it vanishes: the loss is linear in these predictions"
+            if self.root.form == "zero"
+            else ""
+        )
         return "; ".join(
-            filter(None, (f"second derivative of the loss {self.root.form}{vanishing}", self.root.sampled))
+            filter(
+                None,
+                (f"second derivative of the loss {self.root.form}{vanishing}", self.root.sampled),
+            )
         )
 
     def _fresh(self) -> None:
@@ -232,7 +247,7 @@ class GGN(Operator):
             self.point.share_forward(source, compressed)
             return source
 
-    def _evaluate(self, quantity: OfColumns, source: Source) -> Any:
+    def _evaluate(self, quantity: ColumnQuantity, source: Source) -> Any:
         with torch.no_grad(), recorded_precision():
             return evaluate(self.point.curvature, source, quantity, self.point.parameters)
 
@@ -264,7 +279,9 @@ class GGN(Operator):
             flat = flat + missing.to(flat)
         return (flat, self._compression(basis, estimate)) if info else flat
 
-    def estimate_diag(self, draws: int, *, seed: int = 0, control: GGN | None = None) -> DiagonalEstimate:
+    def estimate_diag(
+        self, draws: int, *, seed: int = 0, control: GGN | None = None
+    ) -> DiagonalEstimate:
         """The diagonal from ``draws`` vectors of random signs, one pullback each: unbiased, with standard errors.
 
         ``control``: another matrix on the same batch, as ``problem.ggn(by="frozen")``, whose exact diagonal is used as
@@ -274,14 +291,18 @@ class GGN(Operator):
         if not isinstance(draws, int) or draws < 2:
             raise InputError(MSG_DRAWS.format(what="draws", least=2, value=draws))
         if self.root.lowest < 0:
-            raise StructureError(MSG_NOT_POSITIVE.format(what="Random signs", lowest=self.root.lowest))
+            raise StructureError(
+                MSG_NOT_POSITIVE.format(what="Random signs", lowest=self.root.lowest)
+            )
         other = None
         if control is not None:
             # The same signs through the J of the other matrix: the root has to be that of this one.
             others = ColumnMap(control.linearised, self.root, control.space, control)
             other = Control(lambda z: others @ z, control.diag(), self.root.table[1])
         columns = self.columns
-        return from_signs(lambda z: columns @ z, self.root.size, draws, seed, self.space.slices, other)
+        return from_signs(
+            lambda z: columns @ z, self.root.size, draws, seed, self.space.slices, other
+        )
 
     def _compression(self, basis: Basis | None, estimate: float | None = None) -> Compression:
         if basis is None:
@@ -289,7 +310,9 @@ class GGN(Operator):
             return Compression(0, 0, True, 0.0, columns, 0, 0)
         missing = basis.estimate if estimate is None else estimate
         size = len(basis.turn)
-        return Compression(basis.rank, size, basis.exact, missing, basis.pullbacks, basis.pushes, basis.seed)
+        return Compression(
+            basis.rank, size, basis.exact, missing, basis.pullbacks, basis.pushes, basis.seed
+        )
 
     def trace(self) -> Tensor:
         """``tr G``, a number."""
@@ -342,7 +365,9 @@ class GGN(Operator):
         entrywise = self._entrywise(gram)
         return (entrywise, report) if info else entrywise
 
-    def _compressed_gram(self, rtol: float, seed: int, source: Source) -> tuple[Tensor, Compression]:
+    def _compressed_gram(
+        self, rtol: float, seed: int, source: Source
+    ) -> tuple[Tensor, Compression]:
         quantity = Gram(self.root, rtol, seed)
         gram = self._gram_of(quantity, source)
         return gram, self._compression(quantity.basis_in(self.point.curvature))
@@ -354,8 +379,12 @@ class GGN(Operator):
             n, t, c, k = root.root.shape
             whole = torch.eye(c, k).expand(n, t, c, k) if root.whole is None else root.whole
             whole, size = whole.to(gram), n * t * c
-            gram = torch.einsum("ntck,ntkx->ntcx", whole, gram.view(n, t, k, self.root.size)).reshape(size, -1)
-            gram = torch.einsum("ntck,xntk->xntc", whole, gram.view(size, n, t, k)).reshape(size, size)
+            gram = torch.einsum(
+                "ntck,ntkx->ntcx", whole, gram.view(n, t, k, self.root.size)
+            ).reshape(size, -1)
+            gram = torch.einsum("ntck,xntk->xntc", whole, gram.view(size, n, t, k)).reshape(
+                size, size
+            )
         elif not root.separate:
             entries = sum(p.numel() for p in self.point.curvature.loss.predictions.values())
             gram = torch.nn.functional.pad(gram, (0, entries - root.size, 0, entries - root.size))
@@ -431,7 +460,9 @@ class GGN(Operator):
             curved = self.root.hessian_times(pushed)
             slopes.append(spectrum.inner_products(curvature.loss.slope, pushed, curvature.dims))
             curvatures.append(spectrum.inner_products(curved, pushed, curvature.dims))
-        return Directions(values, vectors, torch.stack(slopes, 1), torch.stack(curvatures, 1), self.space)
+        return Directions(
+            values, vectors, torch.stack(slopes, 1), torch.stack(curvatures, 1), self.space
+        )
 
     def newton_step(self, damping: float | Tensor, k: int | None = None) -> dict[str, Tensor]:
         """``−Σ_i γ_i / (λ_i + δ_i) e_i`` over the top k eigenvectors, by parameter; ``damping``: a number, or ``[k]``.
@@ -495,7 +526,9 @@ class GGN(Operator):
             return method == "woodbury"
         return damping != 0 and self.root.size <= LARGEST_GRAM
 
-    def _by_products(self, b: Tensor, damping: float, rtol: float, max_iterations: int) -> tuple[Tensor, Solved]:
+    def _by_products(
+        self, b: Tensor, damping: float, rtol: float, max_iterations: int
+    ) -> tuple[Tensor, Solved]:
         x, report = spectrum.by_products(self, b, damping, rtol, max_iterations)
         if damping == 0:
             report = spectrum.explained(report, self.rank_bound, self.shape[0])

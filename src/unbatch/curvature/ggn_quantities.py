@@ -16,27 +16,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unbatch.autodiff.contractions.contraction import Gathering, Meeting
-from unbatch.autodiff.contractions.row_block import Part
-from unbatch.curvature.hessian_root import Root
-from unbatch.curvature.low_rank import Basis, Completed
+from unbatch.autodiff.contractions.contraction import Contraction, Gathering
+from unbatch.autodiff.contractions.row_block import RowBlock
+from unbatch.curvature.hessian_root import HessianRoot
+from unbatch.curvature.low_rank import Basis, CorrectedSource
 from unbatch.curvature.strategy import Curvature, Rtol
 from unbatch.gradients.quantities import About, Basic, Collector, Label, about_of
 from unbatch.gradients.results import ByParameter
-from unbatch.gradients.sources import Chunks, Source
+from unbatch.gradients.sources import Chunking, Source
 from unbatch.linalg.rows import vectors, wide
 
 # --- feeding --------------------------------------------------------------------------------------
 
 
 def feed_columns(
-    source: Source | Completed, curvature: Curvature, root: Root, collectors: Sequence[Collector], chunks: Chunks,
-    parameters: Mapping[str, Tensor],
+    source: Source | CorrectedSource, curvature: Curvature, root: HessianRoot,
+    collectors: Sequence[Collector], chunks: Chunking, parameters: Mapping[str, Tensor],
 ) -> None:  # fmt: skip
     """Feed collectors with all columns: parts carry the number and the sign of theirs."""
     seen: set[str] = set()
 
-    def take(j: int, sign: float, name: str, part: Part) -> None:
+    def take(j: int, sign: float, name: str, part: RowBlock) -> None:
         seen.add(name)
         column = part.of_column(j, sign)
         for collector in collectors:
@@ -48,34 +48,36 @@ def feed_columns(
             source.feed(chunks, partial(take, j, sign), {}, cotangents, last=at == len(columns) - 1)
         else:
             for name, v in curvature.linearised.pull(cotangents, parameters).items():
-                take(j, sign, name, Part(slice(0, 1), v[None]))
+                take(j, sign, name, RowBlock(slice(0, 1), v[None]))
     count = len(next(iter(curvature.loss.predictions.values()))) if root.separate else 1
     for name in [n for n in parameters if n not in seen]:
         zero = parameters[name].detach().new_zeros(1, *parameters[name].shape)
-        take(0, 1.0, name, Part(slice(0, count), zero.expand(count, *zero.shape[1:])))
+        take(0, 1.0, name, RowBlock(slice(0, count), zero.expand(count, *zero.shape[1:])))
 
 
 def feed_quantities(
     curvature: Curvature,
     source: Source,
-    collectors: Mapping[OfColumns, Collector],
+    collectors: Mapping[ColumnQuantity, Collector],
     parameters: Mapping[str, Tensor],
 ) -> None:
     """Feed the collectors of all quantities; those of the same columns are fed together."""
-    together: dict[tuple[Root, Basis | None], list[OfColumns]] = {}
+    together: dict[tuple[HessianRoot, Basis | None], list[ColumnQuantity]] = {}
     for quantity in collectors:
         key = quantity.root_in(curvature), quantity.basis_in(curvature)
         together.setdefault(key, []).append(quantity)
     for (root, basis), quantities in together.items():
         needs = frozenset(q.needs for q in quantities)
         pairs = any(q.pairs for q in quantities)
-        chunks = Chunks(needs, curvature.memory, keep=False, pairs=pairs)
+        chunks = Chunking(needs, curvature.memory, keep=False, pairs=pairs)
         columns = curvature.columns_of(source, basis, parameters)
         group = [collectors[q] for q in quantities]
         feed_columns(columns, curvature, root, group, chunks, parameters)
 
 
-def evaluate(curvature: Curvature, source: Source, quantity: OfColumns, parameters: Mapping[str, Tensor]) -> Any:
+def evaluate(
+    curvature: Curvature, source: Source, quantity: ColumnQuantity, parameters: Mapping[str, Tensor]
+) -> Any:
     """Return what a quantity gives for these parameters, fed from ``source``."""
     quantity.check(curvature)
     label = Label(curvature.request.by, curvature.request.by)
@@ -85,10 +87,10 @@ def evaluate(curvature: Curvature, source: Source, quantity: OfColumns, paramete
     return collector.finish()
 
 
-class OfColumns(Basic):
+class ColumnQuantity(Basic):
     """A quantity that is fed with columns of V instead of rows of the gradient."""
 
-    def root_in(self, curvature: Curvature) -> Root:
+    def root_in(self, curvature: Curvature) -> HessianRoot:
         """Of which root the columns are."""
         return curvature.root()
 
@@ -109,7 +111,7 @@ class OfColumns(Basic):
 
 
 @dataclass(frozen=True)
-class DiagGGN(OfColumns):
+class DiagGGN(ColumnQuantity):
     """``Σ σ_nj v_nj²``, the diagonal of G: ``[*param]`` for each parameter, in the scale of the loss.
 
     ``per_component``: ``[N, *param]``, one for every sample, which sum to the diagonal; needs a loss that is a sum over
@@ -122,7 +124,7 @@ class DiagGGN(OfColumns):
     mc_samples: int | None = None
     seed: int = 0
     rtol: float | None = None
-    root: Root | None = None
+    root: HessianRoot | None = None
 
     needs = "sum_of_squares"
 
@@ -130,7 +132,7 @@ class DiagGGN(OfColumns):
         if self.per_component:
             object.__setattr__(self, "needs", "rows")
 
-    def root_in(self, curvature: Curvature) -> Root:
+    def root_in(self, curvature: Curvature) -> HessianRoot:
         drawn = None if self.mc_samples is None else (self.mc_samples, self.seed)
         return curvature.root(drawn) if self.root is None else self.root
 
@@ -153,9 +155,9 @@ class _Diagonal(Collector):
         super().__init__(about)
         self.found: dict[str, Tensor] = {}
         self.gathering: dict[str, Gathering] = {}
-        self.first: dict[str, Part] = {}
+        self.first: dict[str, RowBlock] = {}
 
-    def take(self, name: str, part: Part) -> None:
+    def take(self, name: str, part: RowBlock) -> None:
         if name not in self.gathering and (fresh := part.gathering(self.about.memory)) is not None:
             self.gathering[name], self.first[name] = fresh, part
         if name in self.gathering:
@@ -180,7 +182,7 @@ class _Diagonals(Collector):
         super().__init__(about)
         self.found: dict[str, Tensor] = {}
 
-    def take(self, name: str, part: Part) -> None:
+    def take(self, name: str, part: RowBlock) -> None:
         rows = wide(part.rows())
         if name not in self.found:
             self.found[name] = rows.new_zeros(self.about.samples, *rows.shape[1:])
@@ -192,13 +194,13 @@ class _Diagonals(Collector):
 
 
 @dataclass(frozen=True)
-class ColumnNorms(OfColumns):
+class ColumnNorms(ColumnQuantity):
     """``Σ_p v²`` of every column, ``[size]``: the diagonal of the Gram matrix; with signs they sum to tr G."""
 
-    root: Root
+    root: HessianRoot
     needs = "squared_norms"
 
-    def root_in(self, curvature: Curvature) -> Root:
+    def root_in(self, curvature: Curvature) -> HessianRoot:
         return self.root
 
     def start(self, about: About) -> Collector:
@@ -206,11 +208,11 @@ class ColumnNorms(OfColumns):
 
 
 class _ColumnNorms(Collector):
-    def __init__(self, about: About, root: Root) -> None:
+    def __init__(self, about: About, root: HessianRoot) -> None:
         super().__init__(about)
         self.found = wide(about.like.new_zeros(*root.table))
 
-    def take(self, name: str, part: Part) -> None:
+    def take(self, name: str, part: RowBlock) -> None:
         if self.found.shape[1]:
             self.found[part.where, part.column] += part.squared_norms()
 
@@ -219,10 +221,10 @@ class _ColumnNorms(Collector):
 
 
 @dataclass(frozen=True)
-class Gram(OfColumns):
+class Gram(ColumnQuantity):
     """``VᵀV``, ``[size, size]``: inner products of the columns, over all parameters."""
 
-    root: Root
+    root: HessianRoot
     rtol: float | None = None
     seed: int = 0
     needs = "dots"
@@ -232,7 +234,7 @@ class Gram(OfColumns):
     def tolerance(self) -> Rtol | None:
         return None if self.rtol is None else Rtol(self.rtol, True, self.seed)
 
-    def root_in(self, curvature: Curvature) -> Root:
+    def root_in(self, curvature: Curvature) -> HessianRoot:
         return self.root
 
     def start(self, about: About) -> Collector:
@@ -243,13 +245,15 @@ class _Gram(Collector):
     """Of every column and parameter the shorter is kept: its rows (in coordinates, where there are some), or what they
     are made of. They are multiplied when all are there, parameter by parameter."""
 
-    def __init__(self, about: About, root: Root) -> None:
+    def __init__(self, about: About, root: HessianRoot) -> None:
         super().__init__(about)
         self.root = root
         self.put: dict[tuple[int, ...], Tensor] = {}
-        self.kept: dict[str, list[tuple[Tensor, Tensor | Meeting]]] = {}  # numbers of columns, and what has them
+        self.kept: dict[
+            str, list[tuple[Tensor, Tensor | Contraction]]
+        ] = {}  # numbers of columns, and what has them
 
-    def take(self, name: str, part: Part) -> None:
+    def take(self, name: str, part: RowBlock) -> None:
         samples, columns = self.root.table
         if not columns:
             return
@@ -267,15 +271,17 @@ class _Gram(Collector):
                 self._add(total, list(self._groups(kept)))
         for key, block in self.put.items():
             numbers = torch.tensor(key)
-            total.index_put_((numbers[:, None], numbers), block, accumulate=True)  # a number may come twice
+            total.index_put_(
+                (numbers[:, None], numbers), block, accumulate=True
+            )  # a number may come twice
         return total
 
     @staticmethod
-    def _without_rows(kept: Sequence[Tensor | Meeting]) -> Tensor | None:
-        sites = [what for what in kept if isinstance(what, Meeting)]
+    def _without_rows(kept: Sequence[Tensor | Contraction]) -> Tensor | None:
+        sites = [what for what in kept if isinstance(what, Contraction)]
         return sites[0].dots_of(sites) if sites and len(sites) == len(kept) else None
 
-    def _add(self, total: Tensor, groups: list[list[tuple[Tensor, Tensor | Meeting]]]) -> None:
+    def _add(self, total: Tensor, groups: list[list[tuple[Tensor, Tensor | Contraction]]]) -> None:
         for k, group in enumerate(groups):
             here, rows = self._formed(group)
             for other in groups[k:]:
@@ -296,12 +302,16 @@ class _Gram(Collector):
             self.put[key] = block
 
     @staticmethod
-    def _formed(group: list[tuple[Tensor, Tensor | Meeting]]) -> tuple[Tensor, Tensor]:
-        return torch.cat([numbers for numbers, _ in group]), torch.cat([rows_of(what) for _, what in group])
+    def _formed(group: list[tuple[Tensor, Tensor | Contraction]]) -> tuple[Tensor, Tensor]:
+        return torch.cat([numbers for numbers, _ in group]), torch.cat(
+            [rows_of(what) for _, what in group]
+        )
 
-    def _groups(self, kept: list[tuple[Tensor, Tensor | Meeting]]) -> Iterator[list[tuple[Tensor, Tensor | Meeting]]]:
+    def _groups(
+        self, kept: list[tuple[Tensor, Tensor | Contraction]]
+    ) -> Iterator[list[tuple[Tensor, Tensor | Contraction]]]:
         """As many at a time as memory holds the rows of."""
-        group: list[tuple[Tensor, Tensor | Meeting]] = []
+        group: list[tuple[Tensor, Tensor | Contraction]] = []
         size = 0
         for one in kept:
             size += 2 * rows_bytes(one[1])
@@ -322,10 +332,10 @@ def symmetric_product(a: Tensor) -> Tensor:
     return out
 
 
-def rows_of(what: Tensor | Meeting) -> Tensor:
+def rows_of(what: Tensor | Contraction) -> Tensor:
     return what if isinstance(what, Tensor) else vectors(what.rows(slice(0, what.samples)))
 
 
-def rows_bytes(what: Tensor | Meeting) -> int:
+def rows_bytes(what: Tensor | Contraction) -> int:
     size = what.numel() if isinstance(what, Tensor) else what.samples * what.operand.numel()
     return 4 * size

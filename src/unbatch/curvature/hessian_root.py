@@ -47,7 +47,12 @@ class Grid:
         """The inverse of ``split``."""
         if self.axis is not None and self.axis >= 0:
             ((i, shape),) = self.shapes.items()
-            moved = list(torch.empty(shape, device="meta").movedim(self.dims[i], 0).movedim(self.axis, -1).shape)
+            moved = list(
+                torch.empty(shape, device="meta")
+                .movedim(self.dims[i], 0)
+                .movedim(self.axis, -1)
+                .shape
+            )
             return {i: t.reshape(moved).movedim(-1, self.axis).movedim(0, self.dims[i])}
         flat, out, start = t.reshape(len(t), -1), {}, 0
         for i, shape in self.shapes.items():
@@ -58,7 +63,7 @@ class Grid:
         return out
 
 
-class Root(ABC):
+class HessianRoot(ABC):
     """``H = S Σ Sᵀ`` with ``size`` columns; ``sigma``, ``[size]``, are the signs on the diagonal of Σ.
 
     ``separate``: every column belongs to one sample, and column ``n·columns + j`` is the j-th of sample n. ``form``
@@ -104,7 +109,7 @@ class Root(ABC):
 
 
 @dataclass(frozen=True, eq=False)
-class Factor(Root):
+class Factor(HessianRoot):
     """H block diagonal by samples: ``root`` is S, ``[n, t, c, k]``, ``signs`` the diagonal of Σ, ``[n, t, k]``.
 
     ``whole``: ``[n, t, c, k]`` with ``S wholeᵀ`` the symmetric choice of S that has as many columns as entries, where
@@ -148,7 +153,9 @@ class Factor(Root):
     def lowest(self) -> float:
         if not (self.signs < 0).any():
             return 0.0
-        blocks = torch.einsum("ntck,ntk,ntdk->ntcd", self.root.double(), self.signs.double(), self.root.double())
+        blocks = torch.einsum(
+            "ntck,ntk,ntdk->ntcd", self.root.double(), self.signs.double(), self.root.double()
+        )
         return min(float(torch.linalg.eigvalsh(blocks).min()), 0.0)
 
     def column(self, j: int) -> dict[int, Tensor]:
@@ -195,7 +202,7 @@ class Factor(Root):
 
 
 @dataclass(frozen=True, eq=False)
-class Joint(Root):
+class Joint(HessianRoot):
     """Any H: ``vectors`` is S, ``[size, *prediction]`` for every prediction; columns run through all samples."""
 
     vectors: Named

@@ -113,7 +113,9 @@ class _Search:
         if len(self.shapes) > 1:
             return []
         ((i, shape),) = self.shapes.items()
-        return [a for a in dict.fromkeys([1, len(shape) - 1, 0]) if a < len(shape) and a != self.dims[i]][:2]
+        return [
+            a for a in dict.fromkeys([1, len(shape) - 1, 0]) if a < len(shape) and a != self.dims[i]
+        ][:2]
 
     def _grid(self, axis: int | None) -> Grid:
         return Grid(self.shapes, self.dims, axis)
@@ -124,7 +126,9 @@ class _Search:
         for v, product in self.tests[1:]:
             found = guess.hessian_times(v)
             off, size = _largest({i: found[i] - product[i] for i in found}), _largest(product)
-            explained = off <= DOUBLE * size or off <= self.rounding * size  # each costs more than the one before
+            explained = (
+                off <= DOUBLE * size or off <= self.rounding * size
+            )  # each costs more than the one before
             if not explained and not off <= self.rounding * size + 10 * self._noise:
                 return None
         return guess
@@ -136,13 +140,18 @@ class _Search:
         off = 0.0
         for a in (1.0, -1.0, 0.3):
             both = self.loss.hessian_times({i: v[i] + a * w[i] for i in v})
-            off = max(off, _largest({i: h - of_v[i] - a * of_w[i] for i, h in both.items() if i in of_v}))
+            off = max(
+                off, _largest({i: h - of_v[i] - a * of_w[i] for i, h in both.items() if i in of_v})
+            )
         return off
 
     # -- the guesses, from the sparsest on --
 
     def _zero(self, _: int | None) -> Factor | None:
-        largest = max((float(h.abs().max()) for _, product in self.tests for h in product.values()), default=0.0)
+        largest = max(
+            (float(h.abs().max()) for _, product in self.tests for h in product.values()),
+            default=0.0,
+        )
         slope = max((float(g.abs().max()) for g in self.loss.slope.values()), default=0.0)
         if largest > 1e-12 * slope:
             return None
@@ -192,11 +201,20 @@ class _Search:
             block[..., j] = grid.split(self.loss.hessian_times(grid.join(unit)))
         values, vectors = torch.linalg.eigh((block + block.mT) / 2)
         order = values.abs().argsort(-1, descending=True)
-        values, vectors = values.gather(-1, order), vectors.gather(-1, order[..., None, :].expand_as(vectors))
-        felt = values.abs() > c * torch.finfo(values.dtype).eps * values.abs().amax(-1, keepdim=True)
+        values, vectors = (
+            values.gather(-1, order),
+            vectors.gather(-1, order[..., None, :].expand_as(vectors)),
+        )
+        felt = values.abs() > c * torch.finfo(values.dtype).eps * values.abs().amax(
+            -1, keepdim=True
+        )
         values, rank = values * felt, int(felt.sum(-1).max()) if felt.numel() else 0
         root = (vectors * values.abs().sqrt()[..., None, :])[..., :rank]
-        form = "of blocks of all entries of a sample" if axis is None else f"of blocks along axis {axis}"
+        form = (
+            "of blocks of all entries of a sample"
+            if axis is None
+            else f"of blocks along axis {axis}"
+        )
         return self._holds(Factor(grid, root, _sign(values)[..., :rank], form))
 
 
@@ -227,15 +245,25 @@ def sampled(exact: Factor, probabilities: Tensor | None, count: int, seed: int) 
     generator = torch.Generator(exact.root.device).manual_seed(seed)
     n, t, c, k = exact.root.shape
     if probabilities is None:
-        draws = torch.randn(n, t, k, count, generator=generator, dtype=torch.float64, device=exact.root.device)
+        draws = torch.randn(
+            n, t, k, count, generator=generator, dtype=torch.float64, device=exact.root.device
+        )
         columns = exact.root @ draws.to(exact.root)
     else:
-        labels = torch.multinomial(probabilities.double().flatten(0, 1), count, True, generator=generator)
+        labels = torch.multinomial(
+            probabilities.double().flatten(0, 1), count, True, generator=generator
+        )
         hits = torch.nn.functional.one_hot(labels, c).mT.view(n, t, c, count).to(exact.root)
-        amount = exact.root.square().sum((2, 3)) / (1 - probabilities.square().sum(-1)).clamp_min(1e-30)
+        amount = exact.root.square().sum((2, 3)) / (1 - probabilities.square().sum(-1)).clamp_min(
+            1e-30
+        )
         columns = (probabilities[..., None] - hits) * amount.sqrt()[..., None, None]
     columns = columns / count**0.5
     whole = replace(exact.grid, axis=None)
-    flat = torch.stack([whole.split(exact.grid.join(column))[:, 0] for column in columns.unbind(-1)], -1)
+    flat = torch.stack(
+        [whole.split(exact.grid.join(column))[:, 0] for column in columns.unbind(-1)], -1
+    )
     ones = torch.ones(n, 1, count, dtype=flat.dtype, device=flat.device)
-    return Factor(whole, flat[:, None], ones, exact.form, sampled=f"{count} draws a sample, seed {seed}")
+    return Factor(
+        whole, flat[:, None], ones, exact.form, sampled=f"{count} draws a sample, seed {seed}"
+    )

@@ -18,11 +18,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from unbatch.autodiff.contractions.row_block import Part
+from unbatch.autodiff.contractions.row_block import RowBlock
 from unbatch.autodiff.jvp import Linearised
 from unbatch.curvature.batch_statistics import Extent, Statistics
 from unbatch.curvature.hessian_root import Factor
-from unbatch.gradients.sources import Chunks, Source, Take
+from unbatch.gradients.sources import Chunking, Source, Take
 from unbatch.linalg.probes import random_signs, seeded
 from unbatch.linalg.rows import wide
 from unbatch.linalg.space import Space
@@ -45,7 +45,9 @@ class Basis:
     pullbacks: int
     pushes: int = 0
     seed: int = 0
-    remainder: Tensor | None = None  # ``[D]``: of the diagonal, an unbiased estimate of what is missing
+    remainder: Tensor | None = (
+        None  # ``[D]``: of the diagonal, an unbiased estimate of what is missing
+    )
 
     @property
     def rank(self) -> int:
@@ -70,12 +72,15 @@ class Compression:
     seed: int
 
 
-class Spread:
+class CoefficientSVD:
     """``A``, taken apart: ``u`` ``[R, q]``, ``values`` descending, ``w`` ``[size, q]``; kept for further questions."""
 
     def __init__(self, statistics: Statistics, root: Factor, space: Space) -> None:
         self.statistics, self.root, self.space = statistics, root, space
-        self.known, self.rows = 0, root.root.new_empty(0, space.size)  # ``Bᵀ u_j`` of the first directions
+        self.known, self.rows = (
+            0,
+            root.root.new_empty(0, space.size),
+        )  # ``Bᵀ u_j`` of the first directions
 
     @cached_property
     def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,7 +131,9 @@ class Spread:
 
     def column(self, a: Tensor) -> Tensor:
         """``V a``."""
-        return self.space.flat(self.statistics.free.pull(self.root.times(a.to(self.root.root)))).double()
+        return self.space.flat(
+            self.statistics.free.pull(self.root.times(a.to(self.root.root)))
+        ).double()
 
     def transposed(self, v: Tensor) -> Tensor:
         """``Vᵀ v``, ``[size]``."""
@@ -145,11 +152,13 @@ class Spread:
         through = self.pull(self.u[:, r:] @ (self.values[r:] * z)).double()
         return 2 * through * self.frozen(self.w[:, r:] @ z) + through.square()
 
-    def basis(self, r: int, estimate: float, missing: Missing, seed: int) -> Basis:
+    def basis(self, r: int, estimate: float, missing: ResidualEstimator, seed: int) -> Basis:
         turn, exact = self.u[:, :r].to(self.root.root), r == len(self.values)
         pullbacks = self.root.table[1] + r + missing.pullbacks
         remainder = None if exact else missing.remainder
-        return Basis(turn, self.upto(r), exact, estimate, pullbacks, missing.pushes, seed, remainder)
+        return Basis(
+            turn, self.upto(r), exact, estimate, pullbacks, missing.pushes, seed, remainder
+        )
 
 
 def everything(statistics: Statistics, space: Space) -> Basis:
@@ -163,7 +172,7 @@ def everything(statistics: Statistics, space: Space) -> Basis:
 
 
 @dataclass(frozen=True)
-class Counted:
+class CostEstimate:
     """What both ways take, in multiplications; true where all statistics are to be pulled back, and not all columns."""
 
     columns: int
@@ -186,7 +195,7 @@ class Counted:
         return both if self.fits else f"{both} It would not fit into the memory budget."
 
 
-def pays(extent: Extent, columns: int, entries: int, memory: int) -> Counted:
+def estimate_cost(extent: Extent, columns: int, entries: int, memory: int) -> CostEstimate:
     """Count what it takes to pull back all statistics, and ``columns``, each below the last mixing.
 
     A pullback takes two multiplications for each of the forward pass; combining takes one for every statistic, column
@@ -195,13 +204,13 @@ def pays(extent: Extent, columns: int, entries: int, memory: int) -> Counted:
     by_columns = 2 * columns * extent.shares[-1] * extent.work
     by_statistics = 2 * extent.passes * extent.work + extent.size * columns * entries
     fits = 2 * extent.size * entries * extent.element_size <= memory
-    return Counted(columns, extent.size, extent.passes, by_columns, by_statistics, fits)
+    return CostEstimate(columns, extent.size, extent.passes, by_columns, by_statistics, fits)
 
 
 # --- as many directions as are felt ---------------------------------------------------------------
 
 
-class Missing(ABC):
+class ResidualEstimator(ABC):
     """Estimates what is missing at a rank, relative to what was asked for. ``pullbacks``, ``pushes``: spent on that."""
 
     pullbacks, pushes = 0, 0
@@ -211,7 +220,9 @@ class Missing(ABC):
     def __call__(self, r: int) -> float: ...
 
 
-def compressed(spread: Spread, missing: Missing, rtol: float, seed: int, most_rows: int) -> Basis | None:
+def compressed(
+    spread: CoefficientSVD, missing: ResidualEstimator, rtol: float, seed: int, most_rows: int
+) -> Basis | None:
     """As few directions as meet ``rtol`` by the estimate, or all; None where they would be more than ``most_rows``.
 
     The next rank to try is read off the singular values: the error is taken to fall as what is left of ``Σ σ²``.
@@ -228,32 +239,40 @@ def compressed(spread: Spread, missing: Missing, rtol: float, seed: int, most_ro
     return spread.basis(r, estimate, missing, seed) if r <= most_rows else None
 
 
-class OfDiagonal(Missing):
+class OfDiagonal(ResidualEstimator):
     """What is missing from the diagonal of G, from ``draws`` vectors of random signs for every rank that is tried."""
 
-    def __init__(self, spread: Spread, draws: int, seed: int) -> None:
+    def __init__(self, spread: CoefficientSVD, draws: int, seed: int) -> None:
         self.spread, self.draws = spread, draws
         self.generator = seeded(seed)
         signs = [self._signs(len(spread.w)) for _ in range(draws)]
         whole = torch.stack([spread.column(z).square() for z in signs])
-        together = whole.sum(0).square().sum() - whole.square().sum()  # of different draws, which are independent
-        self.size = float((together / (draws * (draws - 1))).clamp_min(whole.mean(0).square().sum() / draws).sqrt())
+        together = (
+            whole.sum(0).square().sum() - whole.square().sum()
+        )  # of different draws, which are independent
+        self.size = float(
+            (together / (draws * (draws - 1)))
+            .clamp_min(whole.mean(0).square().sum() / draws)
+            .sqrt()
+        )
         self.pullbacks += draws
 
     def _signs(self, count: int) -> Tensor:
         return random_signs(count, self.generator).double().to(self.spread.w.device)
 
     def __call__(self, r: int) -> float:
-        drawn = [self.spread.tail(r, self._signs(len(self.spread.values) - r)) for _ in range(self.draws)]
+        drawn = [
+            self.spread.tail(r, self._signs(len(self.spread.values) - r)) for _ in range(self.draws)
+        ]
         self.remainder = torch.stack(drawn).mean(0)
         self.pullbacks += 2 * self.draws
         return float(self.remainder.norm()) / max(self.size, torch.finfo(torch.float64).tiny)
 
 
-class OfGram(Missing):
+class OfGram(ResidualEstimator):
     """What is missing from ``VᵀV``: products with ``draws`` vectors of random signs, true and at rank r."""
 
-    def __init__(self, spread: Spread, draws: int, seed: int) -> None:
+    def __init__(self, spread: CoefficientSVD, draws: int, seed: int) -> None:
         self.spread = spread
         generator = seeded(seed)
         self.signs = [random_signs(len(spread.w), generator).double() for _ in range(draws)]
@@ -270,36 +289,49 @@ class OfGram(Missing):
             z = z.to(w)
             v = held + rows.T @ (w.T @ z)
             off += float((true - spread.transposed_frozen(v) - w @ (rows @ v)).square().sum())
-        return math.sqrt(off / max(sum(float(t.square().sum()) for t in self.true), torch.finfo(torch.float64).tiny))
+        return math.sqrt(
+            off
+            / max(sum(float(t.square().sum()) for t in self.true), torch.finfo(torch.float64).tiny)
+        )
 
 
 # --- what feeds collectors ------------------------------------------------------------------------
 
 
-class Completed:
+class CorrectedSource:
     """Frozen columns, completed by what runs through the statistics."""
 
     def __init__(
-        self, frozen: Source, statistics: Statistics, basis: Basis, space: Space, names: Sequence[str]
+        self,
+        frozen: Source,
+        statistics: Statistics,
+        basis: Basis,
+        space: Space,
+        names: Sequence[str],
     ) -> None:
         self.inner, self.statistics, self.basis = frozen, statistics, basis
         self.shapes = {name: space.shapes[name] for name in names}
         self.rows = {name: basis.rows[:, space.slices[name]] for name in names}
 
     def feed(
-        self, plan: Chunks, take: Take, outs: Mapping[str, Tensor], given: Mapping[int, Tensor] | None = None,
+        self, plan: Chunking, take: Take, outs: Mapping[str, Tensor], given: Mapping[int, Tensor] | None = None,
         last: bool = True,
     ) -> None:  # fmt: skip
         assert given is not None
         a = self.statistics.coefficients(given) @ self.basis.turn
         seen: set[str] = set()
 
-        def completed(name: str, part: Part) -> None:
+        def completed(name: str, part: RowBlock) -> None:
             seen.add(name)
             rows = wide(part.rows())
-            whole = torch.addmm(rows.flatten(1) if rows.ndim > 1 else rows[:, None], a[part.where], self.rows[name])
-            take(name, Part(part.where, whole.view(len(rows), *self.shapes[name])))
+            whole = torch.addmm(
+                rows.flatten(1) if rows.ndim > 1 else rows[:, None], a[part.where], self.rows[name]
+            )
+            take(name, RowBlock(part.where, whole.view(len(rows), *self.shapes[name])))
 
         self.inner.feed(replace(plan, needs=frozenset({"rows"})), completed, {}, given, last)
         for name in [n for n in self.shapes if n not in seen]:
-            take(name, Part(slice(0, len(a)), (a @ self.rows[name]).view(len(a), *self.shapes[name])))
+            take(
+                name,
+                RowBlock(slice(0, len(a)), (a @ self.rows[name]).view(len(a), *self.shapes[name])),
+            )

@@ -99,7 +99,9 @@ def eigenpairs(factor: Operator, values: Tensor, coefficients: Tensor, k: int | 
     return Eigenpairs(values[start:].to(factor.dtype), normalised)
 
 
-def inner_products(a: Mapping[int, Tensor], b: Mapping[int, Tensor], dims: Mapping[int, int]) -> Tensor:
+def inner_products(
+    a: Mapping[int, Tensor], b: Mapping[int, Tensor], dims: Mapping[int, int]
+) -> Tensor:
     """Return the inner product of what belongs to each sample, ``[N]``, over all predictions."""
     parts = []
     for i, left in a.items():
@@ -121,11 +123,15 @@ def newton_step(pairs: Eigenpairs, gradient: Tensor, damping: float | Tensor) ->
     try:
         damping = torch.as_tensor(damping, dtype=values.dtype, device=values.device)
     except (TypeError, ValueError):
-        raise InputError(MSG_DAMPING.format(value=repr(damping), count=len(values), lowest=0.0)) from None
+        raise InputError(
+            MSG_DAMPING.format(value=repr(damping), count=len(values), lowest=0.0)
+        ) from None
     fits = not damping.ndim or damping.shape == values.shape
     if not fits or not (values + damping > 0).all():
         lowest = float(values.min())
-        raise InputError(MSG_DAMPING.format(value=damping.tolist(), count=len(values), lowest=lowest))
+        raise InputError(
+            MSG_DAMPING.format(value=damping.tolist(), count=len(values), lowest=lowest)
+        )
     return -vectors @ ((vectors.T @ gradient) / (values + damping))
 
 
@@ -141,7 +147,9 @@ def slogdet(values: Tensor, size: int, damping: float) -> tuple[Tensor, Tensor]:
     return sign, shifted.abs().log().sum() + zeros * shift.abs().log()
 
 
-def woodbury(G: Operator, factored: Factored, b: Tensor, damping: float, rtol: float) -> tuple[Tensor, Solved]:
+def woodbury(
+    G: Operator, factored: Factored, b: Tensor, damping: float, rtol: float
+) -> tuple[Tensor, Solved]:
     """Return ``(G + δI)⁻¹ b = (b − V (δΣ + VᵀV)⁻¹ Vᵀ b) / δ``.
 
     And the same once more for the residual, which takes the rounding away.
@@ -159,7 +167,9 @@ def woodbury(G: Operator, factored: Factored, b: Tensor, damping: float, rtol: f
     return x, Solved("woodbury", 2, float(residual.norm() / size), rtol)
 
 
-def by_products(G: Operator, b: Tensor, damping: float, rtol: float, max_iterations: int) -> tuple[Tensor, Solved]:
+def by_products(
+    G: Operator, b: Tensor, damping: float, rtol: float, max_iterations: int
+) -> tuple[Tensor, Solved]:
     """Return ``(G + δI)⁻¹ b`` by conjugate gradients."""
     if damping < 0:
         raise InputError(MSG_NOT_DEFINITE.format(value=damping))

@@ -17,18 +17,18 @@ from unbatch.analysis.structure import Structure
 from unbatch.autodiff.jvp import Linearised, LinearisedGraph, LinearisedModel
 from unbatch.autodiff.loss import LossAt
 from unbatch.curvature.batch_statistics import Extent, Statistics
-from unbatch.curvature.hessian_root import Factor, Root
+from unbatch.curvature.hessian_root import Factor, HessianRoot
 from unbatch.curvature.loss_hessian import factor, joint, likelihood, sampled
 from unbatch.curvature.low_rank import (
     Basis,
-    Completed,
-    Counted,
+    CoefficientSVD,
+    CorrectedSource,
+    CostEstimate,
     OfDiagonal,
     OfGram,
-    Spread,
     compressed,
+    estimate_cost,
     everything,
-    pays,
 )
 from unbatch.errors import (
     MSG_NO_BLOCKS,
@@ -43,10 +43,12 @@ from unbatch.errors import (
     warn,
 )
 from unbatch.gradients.request import Request, check_recurrences_of, is_planned, source_of
-from unbatch.gradients.sources import Chunks, Source
+from unbatch.gradients.sources import Chunking, Source
 from unbatch.linalg.space import Space
 
-Draws = tuple[int, int] | None  # how many columns are drawn for each sample, and the seed; None: H itself
+Draws = (
+    tuple[int, int] | None
+)  # how many columns are drawn for each sample, and the seed; None: H itself
 
 
 DRAWS = 6  # vectors of random signs on which an error is estimated
@@ -62,7 +64,7 @@ class Rtol:
 
 
 @dataclass(frozen=True)
-class Through:
+class StatisticsRoute:
     """The way by batch statistics. ``extent``: what it takes; ``request``: of which question."""
 
     extent: Extent
@@ -81,9 +83,9 @@ class Through:
         """Return where rows of these parameters with statistics held constant come from."""
         return source_of(self.request.frozen().of(parameters))
 
-    def counted(self, columns: int) -> Counted:
+    def counted(self, columns: int) -> CostEstimate:
         """Return whether it takes less than to pull back so many columns."""
-        return pays(self.extent, columns, self.space.size, self.request.memory)
+        return estimate_cost(self.extent, columns, self.space.size, self.request.memory)
 
 
 def linearised_of(request: Request) -> Linearised:
@@ -97,7 +99,7 @@ def linearised_of(request: Request) -> Linearised:
     return LinearisedModel(setting, request.parameters)
 
 
-def through_of(request: Request) -> Through | None:
+def through_of(request: Request) -> StatisticsRoute | None:
     """Return the way by batch statistics; None where it does not exist.
 
     Samples have to depend on each other by batch norms alone, and in more than one place.
@@ -107,7 +109,7 @@ def through_of(request: Request) -> Through | None:
     if not request.setting.route(request.parameters, request.by).flow.columns:
         return None
     extent = Extent.of(request.setting, request.parameters)
-    return None if extent is None else Through(extent, request)
+    return None if extent is None else StatisticsRoute(extent, request)
 
 
 class Curvature:
@@ -120,9 +122,9 @@ class Curvature:
     def __init__(self, request: Request) -> None:
         self.request = request
         self.memory = request.memory
-        self.roots: dict[Draws, Root] = {}
-        self.bases: dict[tuple[Root, Rtol | None], Basis | None] = {}
-        self.spreads: dict[Root, Spread] = {}
+        self.roots: dict[Draws, HessianRoot] = {}
+        self.bases: dict[tuple[HessianRoot, Rtol | None], Basis | None] = {}
+        self.spreads: dict[HessianRoot, CoefficientSVD] = {}
         self._loss: LossAt | None = None
         self._linearised: Linearised | None = None
 
@@ -179,10 +181,10 @@ class Curvature:
         return {i: dim for i, dim in axes.items() if i in self.loss.predictions}
 
     @cached_property
-    def _through(self) -> Through | None:
+    def _through(self) -> StatisticsRoute | None:
         return through_of(self.request)
 
-    def basis(self, root: Root, rtol: Rtol | None = None) -> Basis | None:
+    def basis(self, root: HessianRoot, rtol: Rtol | None = None) -> Basis | None:
         """How columns go by way of statistics; None: each is pulled back on its own.
 
         Without ``rtol``, all statistics, where that is counted to take less.
@@ -191,7 +193,7 @@ class Curvature:
             self.bases[root, rtol] = self._basis(root, rtol)
         return self.bases[root, rtol]
 
-    def _basis(self, root: Root, rtol: Rtol | None) -> Basis | None:
+    def _basis(self, root: HessianRoot, rtol: Rtol | None) -> Basis | None:
         if not isinstance(root, Factor) or not root.size or self._through is None:
             return None
         whole = rtol is None or root.lowest < 0
@@ -202,17 +204,20 @@ class Curvature:
             return None
         if rtol is None or whole:
             return everything(statistics, space)
-        spread = self.spreads.setdefault(root, Spread(statistics, root, space))
+        spread = self.spreads.setdefault(root, CoefficientSVD(statistics, root, space))
         missing = (OfGram if rtol.gram else OfDiagonal)(spread, DRAWS, rtol.seed)
         row = space.size * root.root.element_size()
         return compressed(spread, missing, rtol.value, rtol.seed, self.memory // (2 * row))
 
-    def plan(self, root: Root, source: Source, chunks: Chunks) -> tuple[int, str]:
+    def plan(self, root: HessianRoot, source: Source, chunks: Chunking) -> tuple[int, str]:
         """Backward passes in all, and why they are those."""
         samples, columns = root.table
         passes, _ = source.pullbacks(chunks)
         if not root.separate:
-            return root.rank, "The second derivative of the loss joins all samples: each of its columns is pulled back."
+            return (
+                root.rank,
+                "The second derivative of the loss joins all samples: each of its columns is pulled back.",
+            )
         counted = None if self._through is None else self._through.counted(samples * columns)
         if self._through is None or counted is None:
             return columns * passes, f"{columns} columns a sample. {source.reason}"
@@ -220,14 +225,18 @@ class Curvature:
             return counted.statistics + 2 * columns, counted.reason
         return columns * passes, counted.reason
 
-    def columns_of(self, source: Source, basis: Basis | None, parameters: Mapping[str, Tensor]) -> Source | Completed:
+    def columns_of(
+        self, source: Source, basis: Basis | None, parameters: Mapping[str, Tensor]
+    ) -> Source | CorrectedSource:
         """What feeds columns of these parameters."""
         through = self._through if basis is not None else None
         if basis is None or through is None or through.statistics is None:
             return source
-        return Completed(through.source(parameters), through.statistics, basis, through.space, list(parameters))
+        return CorrectedSource(
+            through.source(parameters), through.statistics, basis, through.space, list(parameters)
+        )
 
-    def root(self, draws: Draws = None) -> Root:
+    def root(self, draws: Draws = None) -> HessianRoot:
         """A root of H, or one that is drawn so that it is one on average.
 
         Raises ``StructureError`` where H is too large to be taken apart, or has negative eigenvalues and draws are
@@ -237,7 +246,7 @@ class Curvature:
             self.roots[draws] = self._exact() if draws is None else self._drawn(*draws)
         return self.roots[draws]
 
-    def _exact(self) -> Root:
+    def _exact(self) -> HessianRoot:
         found = factor(self.loss, self.dims) if self.apart else joint(self.loss, self.dims)
         if found is None:
             sizes = {i: tuple(t.shape) for i, t in self.loss.predictions.items()}
@@ -249,10 +258,12 @@ class Curvature:
             warn(text, VanishingCurvatureWarning)
         return found
 
-    def _drawn(self, count: int, seed: int) -> Root:
+    def _drawn(self, count: int, seed: int) -> HessianRoot:
         exact = self.components("Columns drawn for each sample")
         if exact.lowest < 0:
-            raise StructureError(MSG_NOT_POSITIVE.format(what="Columns drawn at random", lowest=exact.lowest))
+            raise StructureError(
+                MSG_NOT_POSITIVE.format(what="Columns drawn at random", lowest=exact.lowest)
+            )
         return sampled(exact, likelihood(exact, self.loss), count, seed)
 
     def components(self, what: str) -> Factor:

@@ -49,7 +49,9 @@ class Diagram:
 
     @classmethod
     def of(cls, structure: Structure, stages: tuple[Stage, ...]) -> Diagram:
-        return cls(structure.samples, stages, tuple((TITLES[v.name], v.status) for v in structure.verdicts))
+        return cls(
+            structure.samples, stages, tuple((TITLES[v.name], v.status) for v in structure.verdicts)
+        )
 
     @property
     def bands(self) -> tuple[Stage, ...]:
@@ -71,12 +73,25 @@ class Diagram:
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")
         table.add_row("sample", columns(shown(self.samples)), "")
-        room = WIDTH - max(len(s.name) for s in self.stages) - STEP * len(shown(self.samples)) - 2 * GAP
+        room = (
+            WIDTH
+            - max(len(s.name) for s in self.stages)
+            - STEP * len(shown(self.samples))
+            - 2 * GAP
+        )
         for stage in self.stages:
             style = LOOKS.get(stage.kind, "")
-            remark = stage.remark if len(stage.remark) <= room else f"{stage.said}\n{stage.blamed}".strip()
-            table.add_row(stage.name, Text(picture(stage, self.samples), style), Text(remark, style))
-        words = [Text(f"{MARKS[status]} {title}", STYLES[status]) for title, status in self.verdicts]
+            remark = (
+                stage.remark
+                if len(stage.remark) <= room
+                else f"{stage.said}\n{stage.blamed}".strip()
+            )
+            table.add_row(
+                stage.name, Text(picture(stage, self.samples), style), Text(remark, style)
+            )
+        words = [
+            Text(f"{MARKS[status]} {title}", STYLES[status]) for title, status in self.verdicts
+        ]
         return Group(table, Text("  ").join(words))
 
     def __str__(self) -> str:

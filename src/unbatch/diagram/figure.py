@@ -42,7 +42,12 @@ INK, PALE, GREY = "#222222", "#DCEBF5", "#6E6E6E"
 INCH = 0.62  # of one unit of the picture
 
 
-HEIGHTS = {"statistics": 1.55, "moved": 1.05, "mixed": 1.05, "unknown": 1.05}  # of stages; others have 0.8
+HEIGHTS = {
+    "statistics": 1.55,
+    "moved": 1.05,
+    "mixed": 1.05,
+    "unknown": 1.05,
+}  # of stages; others have 0.8
 
 
 BOX = (0.7, 0.44)  # of a sample
@@ -84,7 +89,9 @@ def save(ax: Axes, path: str | Path, description: str = "") -> None:
     structure in words, or what is drawn against what.
     """
     figure = whole(ax)
-    description = description or str(ax.get_label()) or f"{ax.get_ylabel()} against {ax.get_xlabel()}"
+    description = (
+        description or str(ax.get_label()) or f"{ax.get_ylabel()} against {ax.get_xlabel()}"
+    )
     if Path(path).suffix == ".svg":
         Path(path).write_text(as_svg(figure, description), encoding="utf-8")
     else:
@@ -118,7 +125,9 @@ class Adjusted:
         ax.set_axes_locator(locator)
 
     def __call__(self, ax: Axes, renderer: Any) -> Bbox:
-        place = self.before(ax, renderer) if self.before is not None else ax.get_position(original=True)
+        place = (
+            self.before(ax, renderer) if self.before is not None else ax.get_position(original=True)
+        )
         holder = ax.get_figure()
         assert holder is not None
         pixels = place.transformed(holder.transSubfigure)
@@ -134,7 +143,9 @@ def clear_of(ax: Axes, legend: Legend) -> None:
     Adjusted.whenever(ax, partial(_raise, legend, ax.get_ylim()))
 
 
-def _raise(legend: Legend, limits: tuple[float, float], ax: Axes, place: Bbox, renderer: Any) -> None:
+def _raise(
+    legend: Legend, limits: tuple[float, float], ax: Axes, place: Bbox, renderer: Any
+) -> None:
     if not ax.get_autoscaley_on():  # the user has set limits
         return
     low, high = limits
@@ -150,8 +161,13 @@ def as_svg(figure: Figure, description: str) -> str:
     with mpl.rc_context({"svg.hashsalt": "unbatch"}), io.StringIO() as out:
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
         text = out.getvalue()
-    label = f'role="img" aria-label="{html.escape(description, quote=True)}" ' if description else ""
-    lines = (line.rstrip() for line in text[text.index("<svg") :].replace("<svg ", f"<svg {label}", 1).splitlines())
+    label = (
+        f'role="img" aria-label="{html.escape(description, quote=True)}" ' if description else ""
+    )
+    lines = (
+        line.rstrip()
+        for line in text[text.index("<svg") :].replace("<svg ", f"<svg {label}", 1).splitlines()
+    )
     return "\n".join(lines) + "\n"
 
 
@@ -229,15 +245,26 @@ def _height(stage: Stage) -> float:
     return 1.25 if stage.role == "loss" else HEIGHTS.get(stage.kind, 0.8)
 
 
-def _stage(ax: Axes, stage: Stage, before: Stage | None, labels: Sequence[str], top: float, middle: float) -> None:
+def _stage(
+    ax: Axes, stage: Stage, before: Stage | None, labels: Sequence[str], top: float, middle: float
+) -> None:
     bottom, columns = top - _height(stage), [x for x, label in enumerate(labels) if label != "⋯"]
     last = len(labels) - 1
     if stage.role == "loss":
         _reduce(ax, stage, before, columns, top, middle, last / 2)
         return
     for x in columns:  # the way of each sample
-        start, end = middle if stage.role == "inputs" else top, middle if stage.role == "losses" else bottom
-        ax.plot([x, x], [start, bottom if stage.apart or stage.role != "losses" else end], color=INK, lw=1.1, zorder=1)
+        start, end = (
+            middle if stage.role == "inputs" else top,
+            middle if stage.role == "losses" else bottom,
+        )
+        ax.plot(
+            [x, x],
+            [start, bottom if stage.apart or stage.role != "losses" else end],
+            color=INK,
+            lw=1.1,
+            zorder=1,
+        )
     if stage.apart:
         for x in range(last + 1):
             _sample(ax, stage, x, middle, labels[x], last)
@@ -259,7 +286,9 @@ def _sample(ax: Axes, stage: Stage, x: float, y: float, label: str, last: int) -
     face = PALE if inner else "white"
     for shift in (0.07, 0.035, 0.0)[0 if stage.repeats * stage.runs > 1 else 2 :]:
         corner = (x - width / 2 + shift, y - height / 2 + shift)
-        ax.add_patch(FancyBboxPatch(corner, width, height, facecolor=face, edgecolor=BLUE, zorder=2, **style))
+        ax.add_patch(
+            FancyBboxPatch(corner, width, height, facecolor=face, edgecolor=BLUE, zorder=2, **style)
+        )
     number = "1" if last == 0 else label
     letter = {"inputs": "x", "predictions": "F", "losses": r"\ell"}.get(stage.role)
     if stage.kind == "uneven":
@@ -279,9 +308,17 @@ def _neck(ax: Axes, stage: Stage, top: float, bottom: float, last: int) -> None:
     slim = max(0.4, 0.6 * _width(word, 9, "bold"))
     rim, bend, lip = 0.13, slim + 0.3 * (wide - slim), 0.5
     # one quarter, from the rim to the neck; the others are its mirror images
-    quarter = [(wide, high), (wide, high - rim), (bend, high - rim), (slim, middle + lip), (slim, middle)]
+    quarter = [
+        (wide, high),
+        (wide, high - rim),
+        (bend, high - rim),
+        (slim, middle + lip),
+        (slim, middle),
+    ]
     right_side = [*quarter, *((x, 2 * middle - y) for x, y in quarter[-2::-1])]
-    corners = [(center + x, y) for x, y in right_side] + [(center - x, y) for x, y in right_side[::-1]]
+    corners = [(center + x, y) for x, y in right_side] + [
+        (center - x, y) for x, y in right_side[::-1]
+    ]
     curve, line = Curve.CURVE4, Curve.LINETO
     side = [line, *[curve] * 6, line]
     path = Curve([*corners, corners[0]], [Curve.MOVETO, *side, line, *side, line])
@@ -289,19 +326,41 @@ def _neck(ax: Axes, stage: Stage, top: float, bottom: float, last: int) -> None:
     ax.add_patch(PathPatch(path, facecolor="none", edgecolor=ORANGE, lw=1.4, zorder=1.5))
     style: dict[str, Any] = {"boxstyle": "round,pad=0,rounding_size=0.1", "lw": 1.4}
     corner = (center - slim, middle - 0.2)
-    ax.add_patch(FancyBboxPatch(corner, 2 * slim, 0.4, facecolor="white", edgecolor=ORANGE, zorder=3, **style))
-    ax.text(center, middle, word, ha="center", va="center", fontsize=9, weight="bold", color=INK, zorder=4)
+    ax.add_patch(
+        FancyBboxPatch(
+            corner, 2 * slim, 0.4, facecolor="white", edgecolor=ORANGE, zorder=3, **style
+        )
+    )
+    ax.text(
+        center,
+        middle,
+        word,
+        ha="center",
+        va="center",
+        fontsize=9,
+        weight="bold",
+        color=INK,
+        zorder=4,
+    )
 
 
-def _block(ax: Axes, stage: Stage, columns: Sequence[int], top: float, bottom: float, last: int) -> None:
+def _block(
+    ax: Axes, stage: Stage, columns: Sequence[int], top: float, bottom: float, last: int
+) -> None:
     """A band in which every sample may reach every other, or another; hatched where that is not established."""
     from matplotlib.patches import Rectangle
 
     known = stage.kind != "unknown"
     face, edge = ("#F7DDCC", VERMILLION) if known else ("white", GREY)
     corner, width = (-0.45, bottom), last + 0.9
-    look: dict[str, Any] = {"hatch": None if known else "////", "lw": 1.4, "ls": "-" if known else "--"}
-    ax.add_patch(Rectangle(corner, width, top - bottom, facecolor=face, edgecolor=edge, zorder=2, **look))
+    look: dict[str, Any] = {
+        "hatch": None if known else "////",
+        "lw": 1.4,
+        "ls": "-" if known else "--",
+    }
+    ax.add_patch(
+        Rectangle(corner, width, top - bottom, facecolor=face, edgecolor=edge, zorder=2, **look)
+    )
     if known:
         every = [(a, b) for a in columns for b in columns]
         another = list(zip(columns, [*columns[1:], *columns[:1]], strict=True))
@@ -311,12 +370,27 @@ def _block(ax: Axes, stage: Stage, columns: Sequence[int], top: float, bottom: f
         card = {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "none"}
         middle = (top + bottom) / 2
         ax.text(
-            last / 2, middle, "?", ha="center", va="center", fontsize=15, weight="bold", color=INK, zorder=3, bbox=card
+            last / 2,
+            middle,
+            "?",
+            ha="center",
+            va="center",
+            fontsize=15,
+            weight="bold",
+            color=INK,
+            zorder=3,
+            bbox=card,
         )
 
 
 def _reduce(
-    ax: Axes, stage: Stage, before: Stage | None, columns: Sequence[int], top: float, middle: float, center: float
+    ax: Axes,
+    stage: Stage,
+    before: Stage | None,
+    columns: Sequence[int],
+    top: float,
+    middle: float,
+    center: float,
 ) -> None:
     """From the losses of all samples, or from what mixed them, to one number."""
     joined = before is not None and not before.apart

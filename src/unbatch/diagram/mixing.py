@@ -12,12 +12,12 @@ from typing import TypeGuard
 
 from unbatch.analysis.domain.sample_layout import holds_its_place, in_order
 from unbatch.analysis.explanations import culprit
-from unbatch.analysis.inference import Findings
-from unbatch.analysis.interpreter import Walk, walk
+from unbatch.analysis.inference import AnalysisState
+from unbatch.analysis.interpreter import Interpretation, interpret
 from unbatch.analysis.rules.registry import NO_RULE
 from unbatch.analysis.structure import Culprit, Structure
 from unbatch.capture import ops
-from unbatch.capture.graph import Escape, Graph, Ref, Step
+from unbatch.capture.graph import Graph, HostRead, Ref, Step
 
 # What an op or a stage can be, the gravest last: that of a stage is the gravest of its ops.
 KINDS = {
@@ -69,7 +69,9 @@ class Part:
         return Part(self.path, self.op, "unknown", culprits=culprits, note=note)
 
 
-def parts(graph: Graph, findings: Findings, structure: Structure, classes: Mapping[str, str]) -> list[Part]:
+def parts(
+    graph: Graph, findings: AnalysisState, structure: Structure, classes: Mapping[str, str]
+) -> list[Part]:
     """The ops that samples go through, in order. ``classes``: module path -> name of its class."""
     return _held(_found(graph, findings, structure, classes), structure)
 
@@ -84,7 +86,7 @@ class _Meeting:
     kind: str = "separate"
     numbers: int = 0
     group: int = 0
-    escapes: tuple[Escape, ...] = ()
+    escapes: tuple[HostRead, ...] = ()
 
     def __or__(self, other: _Meeting) -> _Meeting:
         grave = max(self.kind, other.kind, key=GRAVITY.index)
@@ -95,30 +97,46 @@ class _Meeting:
 Meetings = dict[int, _Meeting]  # by step
 
 
-def _found(graph: Graph, findings: Findings, structure: Structure, classes: Mapping[str, str]) -> list[Part]:
+def _found(
+    graph: Graph, findings: AnalysisState, structure: Structure, classes: Mapping[str, str]
+) -> list[Part]:
     forward = findings.forward
     steps = forward.ancestors(graph.used_predictions) - graph.after_cut
-    carrying = {s for s in steps if any(forward[r].depends_on_batch for r in graph.steps[s].outs if _known(r, forward))}
+    carrying = {
+        s
+        for s in steps
+        if any(forward[r].depends_on_batch for r in graph.steps[s].outs if _known(r, forward))
+    }
     met = _meetings(graph, findings, steps, carrying)
-    verdicts = (structure.independent_forward, structure.simd_forward, structure.simd_given_statistics)
+    verdicts = (
+        structure.independent_forward,
+        structure.simd_forward,
+        structure.simd_given_statistics,
+    )
     culprits = tuple(dict.fromkeys(c for v in verdicts for c in v.culprits))
     out = []
     for step in (graph.steps[s] for s in sorted(carrying | met.keys())):
         here = met.get(step.index, _Meeting())
-        mine = tuple(c for c in culprits if here.kind not in ("separate", "moved") and _at(c, step, here))
+        mine = tuple(
+            c for c in culprits if here.kind not in ("separate", "moved") and _at(c, step, here)
+        )
         mine = mine or _own_culprit(step, here, step.index in forward.unknown)
         path = tuple(step.module.split(".")) if step.module in classes and step.module else ()
         out.append(Part(path, step.name, here.kind, here.numbers, here.group, mine))
     return out
 
 
-def _known(ref: Ref | None, forward: Walk) -> TypeGuard[Ref]:
+def _known(ref: Ref | None, forward: Interpretation) -> TypeGuard[Ref]:
     return ref is not None and ref.index in forward.marks
 
 
 def _own_culprit(step: Step, here: _Meeting, no_rule: bool) -> tuple[Culprit, ...]:
     """For a step that the verdicts do not name: theirs are where samples meet first, and where predictions end."""
-    kinds = {"moved": "place", "mixed": "joined", "statistics": "group" if here.group else "statistic"}
+    kinds = {
+        "moved": "place",
+        "mixed": "joined",
+        "statistics": "group" if here.group else "statistic",
+    }
     why = kinds.get(here.kind, NO_RULE if no_rule else "")
     return (culprit(step, why, size=here.numbers, samples=here.group),) if why else ()
 
@@ -126,22 +144,37 @@ def _own_culprit(step: Step, here: _Meeting, no_rule: bool) -> tuple[Culprit, ..
 def _at(culprit: Culprit, step: Step, here: _Meeting) -> bool:
     """A culprit without a line of its own points to where the problem was made."""
     if culprit.op == "escape":
-        return any((e.module, e.where or culprit.where) == (culprit.module, culprit.where) for e in here.escapes)
+        return any(
+            (e.module, e.where or culprit.where) == (culprit.module, culprit.where)
+            for e in here.escapes
+        )
     same = culprit.module == step.module and culprit.where == (step.where or culprit.where)
     return same and culprit.op == step.name
 
 
-def _meetings(graph: Graph, findings: Findings, steps: set[int], carrying: set[int]) -> Meetings:
+def _meetings(
+    graph: Graph, findings: AnalysisState, steps: set[int], carrying: set[int]
+) -> Meetings:
     """The steps at which samples are not simply separate."""
-    forward, predictions = findings.forward, [r for r in graph.used_predictions if _known(r, findings.forward)]
+    forward, predictions = (
+        findings.forward,
+        [r for r in graph.used_predictions if _known(r, findings.forward)],
+    )
     found: Meetings = {}
-    mixers = frozenset().union(*(forward[r].mixers for r in predictions)) & forward.algebra.births.keys()
+    mixers = (
+        frozenset().union(*(forward[r].mixers for r in predictions)) & forward.algebra.births.keys()
+    )
     for more in (
         _listening(forward, steps),
-        dict.fromkeys(steps & (mixers - forward.unknown.keys() | _entering(forward, predictions)), _Meeting("mixed")),
+        dict.fromkeys(
+            steps & (mixers - forward.unknown.keys() | _entering(forward, predictions)),
+            _Meeting("mixed"),
+        ),
         dict.fromkeys(steps & forward.unknown.keys(), _Meeting("unknown")),
         _after(findings.escapes, sorted(carrying) or sorted(steps)),
-        dict.fromkeys(steps & _displacing(graph, forward, predictions, findings.leading), _Meeting("moved")),
+        dict.fromkeys(
+            steps & _displacing(graph, forward, predictions, findings.leading), _Meeting("moved")
+        ),
         _after_mixing(graph, forward, steps),
     ):
         for step, meeting in more.items():
@@ -149,7 +182,7 @@ def _meetings(graph: Graph, findings: Findings, steps: set[int], carrying: set[i
     return found
 
 
-def _listening(forward: Walk, steps: set[int]) -> Meetings:
+def _listening(forward: Interpretation, steps: set[int]) -> Meetings:
     """Where statistics are made that samples listen to, and where it matters which place a sample has."""
     algebra = forward.algebra
     found: Meetings = dict.fromkeys(algebra.uneven & steps, _Meeting("uneven"))
@@ -161,14 +194,14 @@ def _listening(forward: Walk, steps: set[int]) -> Meetings:
     return found
 
 
-def _entering(forward: Walk, predictions: list[Ref]) -> set[int]:
+def _entering(forward: Interpretation, predictions: list[Ref]) -> set[int]:
     """Where totals over samples are made that predictions contain as they are, and that nothing else listens to."""
     heard = frozenset().union(*(use.roots for use in forward.algebra.uses.values()))
     given = frozenset().union(*(forward[r].given for r in predictions))
     return {forward.algebra.roots[r].step for r in given - heard}
 
 
-def _after(escapes: list[Escape], steps: list[int]) -> Meetings:
+def _after(escapes: list[HostRead], steps: list[int]) -> Meetings:
     """What Python has read may tell in the first step after it that samples go through."""
     found: Meetings = {}
     for escape in escapes:
@@ -177,10 +210,16 @@ def _after(escapes: list[Escape], steps: list[int]) -> Meetings:
     return found
 
 
-def _displacing(graph: Graph, forward: Walk, predictions: list[Ref], leading: bool) -> set[int]:
+def _displacing(
+    graph: Graph, forward: Interpretation, predictions: list[Ref], leading: bool
+) -> set[int]:
     """The steps at which samples lose their places for good: what these read is in order still."""
     samples = forward.algebra.samples
-    waiting = [r for r in predictions if forward[r].separate and not holds_its_place(forward[r], samples, leading)]
+    waiting = [
+        r
+        for r in predictions
+        if forward[r].separate and not holds_its_place(forward[r], samples, leading)
+    ]
     seen, found = set[int](), set[int]()
     while waiting:
         ref = waiting.pop()
@@ -200,20 +239,39 @@ def _written_by(graph: Graph, ref: Ref, maker: Step) -> Step | None:
     """The last write through another view to the memory of a value, after it was made."""
     memory = graph.values[ref.index].storage
     later = graph.steps[maker.index + 1 :] if graph.written(ref.index) else []
-    writes = [s for s in later if any(graph.values[o.index].storage == memory and o != ref for o, _ in s.writes)]
+    writes = [
+        s
+        for s in later
+        if any(graph.values[o.index].storage == memory and o != ref for o, _ in s.writes)
+    ]
     return writes[-1] if writes else None
 
 
-def _after_mixing(graph: Graph, forward: Walk, steps: set[int]) -> Meetings:
+def _after_mixing(graph: Graph, forward: Interpretation, steps: set[int]) -> Meetings:
     """Where samples that have mixed meet again, as if each slice were the sample's own from there on."""
-    mixed = {s for s in steps if any(_known(r, forward) and forward[r].mixed for r in graph.steps[s].refs())}
+    mixed = {
+        s
+        for s in steps
+        if any(_known(r, forward) and forward[r].mixed for r in graph.steps[s].refs())
+    }
     if not mixed:
         return {}
     given = {i: m for i, m in forward.marks.items() if graph.values[i].kind != "step"}
-    again = walk(graph, forward.algebra.samples, given, graph.forward_steps, sorted(forward.assumed), afresh=True)
+    again = interpret(
+        graph,
+        forward.algebra.samples,
+        given,
+        graph.forward_steps,
+        sorted(forward.assumed),
+        afresh=True,
+    )
     # Elementwise ops only bring in what has mixed before.
-    mixing = {s for s in mixed & again.algebra.births.keys() if not ops.is_pointwise(graph.steps[s].op)}
-    listening = {s: m for s, m in _listening(again, steps).items() if s in mixed and m.kind != "uneven"}
+    mixing = {
+        s for s in mixed & again.algebra.births.keys() if not ops.is_pointwise(graph.steps[s].op)
+    }
+    listening = {
+        s: m for s, m in _listening(again, steps).items() if s in mixed and m.kind != "uneven"
+    }
     return listening | dict.fromkeys(mixing - forward.unknown.keys(), _Meeting("mixed"))
 
 
@@ -227,7 +285,9 @@ def _held(found: list[Part], structure: Structure) -> list[Part]:
         return [p if p.kind == "uneven" else Part(p.path, p.op) for p in found]
     if structure.samples == 1:
         return [p.unsettled(ONE_SAMPLE) for p in found]
-    unseen = not any(p.kind == "unknown" for p in found)  # what is known to be unknown may well be why it strays
+    unseen = not any(
+        p.kind == "unknown" for p in found
+    )  # what is known to be unknown may well be why it strays
     strayed = tuple(c for c in verdict.culprits if c.op == "replay" and unseen)
     if all(p.apart for p in found):
         note = SOMEWHERE if verdict.status == "fails" else STRAYED if strayed else ""

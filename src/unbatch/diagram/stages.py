@@ -13,7 +13,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from unbatch.analysis.inference import Findings
+from unbatch.analysis.inference import AnalysisState
 from unbatch.analysis.structure import Culprit, Structure, Verdict
 from unbatch.capture import ops
 from unbatch.capture.graph import Graph
@@ -28,7 +28,10 @@ NAMED = 3  # places that are named before the others are counted
 CONTAINERS = {"Sequential", "ModuleList", "ModuleDict"}
 
 
-WORDS = {"escape": "read by Python", "replay": "replayed on another batch"}  # culprits that are no ops
+WORDS = {
+    "escape": "read by Python",
+    "replay": "replayed on another batch",
+}  # culprits that are no ops
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,14 @@ class Stage:
     @property
     def blamed(self) -> str:
         """Where the user's program does it: op, file and line; or in which modules, if in several of them."""
-        places = list(dict.fromkeys((self._inside(c.module), WORDS.get(c.op, c.op), c.short) for c in self.culprits))
-        modules, ops, lines = (_each(names) for names in zip(*places, strict=True)) if places else ([], [], [])
+        places = list(
+            dict.fromkeys(
+                (self._inside(c.module), WORDS.get(c.op, c.op), c.short) for c in self.culprits
+            )
+        )
+        modules, ops, lines = (
+            (_each(names) for names in zip(*places, strict=True)) if places else ([], [], [])
+        )
         if len(modules) < 2:
             more = f", and {len(places) - 1} more" if len(places) > 1 else ""
             return ", ".join([*ops[:1], *lines[:1]]) + more
@@ -113,12 +122,20 @@ def shown(samples: int) -> list[str]:
 
 
 def stages(
-    graph: Graph, findings: Findings, structure: Structure, classes: Mapping[str, str], loss: str, most: int = MOST
+    graph: Graph,
+    findings: AnalysisState,
+    structure: Structure,
+    classes: Mapping[str, str],
+    loss: str,
+    most: int = MOST,
 ) -> tuple[Stage, ...]:
     """From inputs to loss. ``classes``: module path -> name of its class; ``loss``: what the loss is called."""
     shapes = ", ".join(str(list(p)) for p in structure.predictions)
     middle = _doubts_joined(_few(parts(graph, findings, structure, classes), classes, most))
-    first, last = Stage("inputs", "inputs", "separate"), Stage("predictions", "predictions", "separate", note=shapes)
+    first, last = (
+        Stage("inputs", "inputs", "separate"),
+        Stage("predictions", "predictions", "separate", note=shapes),
+    )
     return (first, *middle, last, *_loss(structure, loss))
 
 
@@ -133,13 +150,19 @@ def _few(found: Sequence[Part], classes: Mapping[str, str], most: int) -> list[S
     deepest = max((len(p.path) for p in found), default=0)
     depths = range(max(deepest, 1), 0, -1)
     leaves = {".".join(path) for path in _leaves(classes)}
-    cuts = [_rerun(_alike(_cut(found, classes, depth, opened), leaves)) for depth in depths for opened in (True, False)]
+    cuts = [
+        _rerun(_alike(_cut(found, classes, depth, opened), leaves))
+        for depth in depths
+        for opened in (True, False)
+    ]
     bands = [_one_band(c) for c in cuts]
     told = [*cuts, *map(_together, cuts), *bands, *map(_together, bands)]
     return next((few for few in told if len(few) <= most), told[-1])
 
 
-def _cut(found: Sequence[Part], classes: Mapping[str, str], depth: int, opened: bool) -> list[Stage]:
+def _cut(
+    found: Sequence[Part], classes: Mapping[str, str], depth: int, opened: bool
+) -> list[Stage]:
     """One stage for each run of a module at ``depth``, or of like ops between modules that do more than move things.
 
     ``opened``: what only holds other modules is told by these.
@@ -148,13 +171,20 @@ def _cut(found: Sequence[Part], classes: Mapping[str, str], depth: int, opened: 
 
     def key(part: Part) -> tuple[tuple[str, ...], str]:
         to = depth
-        while opened and to and classes.get(".".join(part.path[:to])) in CONTAINERS and to < len(part.path):
+        while (
+            opened
+            and to
+            and classes.get(".".join(part.path[:to])) in CONTAINERS
+            and to < len(part.path)
+        ):
             to += 1
         between = part.path not in leaves and len(part.path) < to
         return part.path[:to], part.kind if between else ""
 
     runs = [(key_, list(run)) for key_, run in groupby(found, key)]
-    telling = [(key_, run) for key_, run in runs if not (key_[1] == "separate" and _only_moves(run))] or runs
+    telling = [
+        (key_, run) for key_, run in runs if not (key_[1] == "separate" and _only_moves(run))
+    ] or runs
     return [
         _stage(path, [part for _, run in same for part in run], classes)
         for (path, _), same in groupby(telling, lambda key_and_run: key_and_run[0])
@@ -176,7 +206,9 @@ def _leaves(classes: Mapping[str, str]) -> set[tuple[str, ...]]:
 
 
 def _stage(path: tuple[str, ...], run: Sequence[Part], classes: Mapping[str, str]) -> Stage:
-    inside = any(p.path[: len(path)] == path and p.path != path for p in run) or path in _leaves(classes)
+    inside = any(p.path[: len(path)] == path and p.path != path for p in run) or path in _leaves(
+        classes
+    )
     module = ".".join(path) if inside else ""
     return _summary(run, f"{module} {classes[module]}" if module else _ops(run), module)
 
@@ -300,7 +332,9 @@ def _loss(structure: Structure, name: str) -> Iterator[Stage]:
     kinds = {"holds": "separate", "fails": "mixed", "unknown": "unknown"}
     blamed = _distinct((*apart.culprits, *split.culprits))
     name = name.replace("<lambda>", "loss")
-    called = "loss function" if name == "loss" and not apart else name  # its value is what is called loss there
+    called = (
+        "loss function" if name == "loss" and not apart else name
+    )  # its value is what is called loss there
     yield Stage("losses", called, kinds[apart.status], note=note, culprits=blamed)
     yield _reduction(summed, apart)
 
@@ -310,8 +344,14 @@ def _reduction(summed: Verdict, apart: Verdict) -> Stage:
         return Stage("loss", "loss", "whole")
     if summed:
         depends = " and ".join(sorted(summed.weights_depend_on))
-        return Stage("loss", "reduction", "sum", note=f"weights depend on {depends}" if depends else "")
-    note = "no sum over samples" if summed.status == "fails" else "whether it is a sum is not established"
+        return Stage(
+            "loss", "reduction", "sum", note=f"weights depend on {depends}" if depends else ""
+        )
+    note = (
+        "no sum over samples"
+        if summed.status == "fails"
+        else "whether it is a sum is not established"
+    )
     kind = "whole" if summed.status == "fails" else "unknown"
     return Stage("loss", "reduction", kind, note=note, culprits=_distinct(summed.culprits))
 

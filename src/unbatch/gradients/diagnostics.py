@@ -13,8 +13,16 @@ import torch
 from torch import Tensor
 
 from unbatch.errors import MSG_MAX_NORM, InputError
-from unbatch.gradients.quantities import About, Derived, Norms, Projections, Quantity, Total, Variance
-from unbatch.gradients.results import ByParameter, SquaredNorms
+from unbatch.gradients.quantities import (
+    About,
+    Derived,
+    Projections,
+    Quantity,
+    SquaredNorms,
+    Total,
+    Variance,
+)
+from unbatch.gradients.results import ByParameter, SquaredNormsByParameter
 from unbatch.linalg.rows import wide
 
 
@@ -34,11 +42,13 @@ class ClippedSum(Derived):
             raise InputError(MSG_MAX_NORM.format(value=self.max_norm))
 
     def bases(self) -> Sequence[Quantity]:
-        return (Norms(),)
+        return (SquaredNorms(),)
 
     def combine(self, about: About, *results: Any) -> ByParameter:
         (norms,) = results
-        factors = (self.max_norm / norms.total.sqrt().clamp_min(torch.finfo(norms.total.dtype).tiny)).clamp_max(1)
+        factors = (
+            self.max_norm / norms.total.sqrt().clamp_min(torch.finfo(norms.total.dtype).tiny)
+        ).clamp_max(1)
         result: ByParameter = about.result(about.weighted_sum(factors))
         return result
 
@@ -90,7 +100,7 @@ class NoiseScale(Derived):
     moment = True
 
     def bases(self) -> Sequence[Quantity]:
-        return (Norms(), Total())
+        return (SquaredNorms(), Total())
 
     def combine(self, about: About, *results: Any) -> Tensor:
         n, (norms, gradient) = about.samples, results
@@ -98,7 +108,12 @@ class NoiseScale(Derived):
         return _per_pair(about, n * (single - whole) / (n * whole - single))
 
 
-def _ratios(n: int, norms: SquaredNorms, projections: SquaredNorms, gradient: ByParameter) -> tuple[Tensor, Tensor]:
+def _ratios(
+    n: int,
+    norms: SquaredNormsByParameter,
+    projections: SquaredNormsByParameter,
+    gradient: ByParameter,
+) -> tuple[Tensor, Tensor]:
     """``Σ‖g_n‖²/‖ḡ‖²`` and ``Σ⟨g_n, ḡ⟩²/‖ḡ‖⁴``."""
     whole = _squared(gradient)
     return n**2 * norms.total.sum() / whole, n**2 * projections.total.square().sum() / whole**2
@@ -113,7 +128,7 @@ class NormTest(Derived):
     moment = True
 
     def bases(self) -> Sequence[Quantity]:
-        return (Norms(), Total())
+        return (SquaredNorms(), Total())
 
     def combine(self, about: About, *results: Any) -> Tensor:
         n, (norms, gradient) = about.samples, results
@@ -130,7 +145,7 @@ class InnerProductTest(Derived):
     moment = True
 
     def bases(self) -> Sequence[Quantity]:
-        return (Norms(), Projections(), Total())
+        return (SquaredNorms(), Projections(), Total())
 
     def combine(self, about: About, *results: Any) -> Tensor:
         n, (_, shadows) = about.samples, _ratios(about.samples, *results)
@@ -146,7 +161,7 @@ class OrthogonalityTest(Derived):
     moment = True
 
     def bases(self) -> Sequence[Quantity]:
-        return (Norms(), Projections(), Total())
+        return (SquaredNorms(), Projections(), Total())
 
     def combine(self, about: About, *results: Any) -> Tensor:
         n, (lengths, shadows) = about.samples, _ratios(about.samples, *results)
@@ -171,5 +186,7 @@ class EarlyStopping(Derived):
         noisy = torch.cat([f.flatten() for f in _felt(variance).values()])
         mean = torch.cat([wide(gradient[k]).flatten() for k in about.shapes])[noisy]
         spread = variance.flat()[noisy] * n**3 / max(n - 1, 1)
-        evidence = n * (mean.abs().square() / spread).mean() if len(spread) else spread.new_zeros(())
+        evidence = (
+            n * (mean.abs().square() / spread).mean() if len(spread) else spread.new_zeros(())
+        )
         return _per_pair(about, 1 - evidence)

@@ -60,8 +60,12 @@ class Plan:
         for column in ("parameters", "module", "op", "contraction", "way"):
             table.add_column(column, overflow="fold")
         for site in self.sites:
-            table.add_row(", ".join(site.parameters), site.module or "-", site.op, site.kind, site.way)
-        legend = [Text(f"{way}: {WAYS[way]}") for way in WAYS if any(s.way == way for s in self.sites)]
+            table.add_row(
+                ", ".join(site.parameters), site.module or "-", site.op, site.kind, site.way
+            )
+        legend = [
+            Text(f"{way}: {WAYS[way]}") for way in WAYS if any(s.way == way for s in self.sites)
+        ]
         plural = "s" if self.pullbacks > 1 else ""
         together = f", {self.at_once} at a time" if self.pullbacks > 1 else ""
         count = f"{self.pullbacks} pullback{plural}{together}"

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unbatch.analysis.domain.ownership import Marks
+from unbatch.analysis.domain.ownership import Ownership
 from unbatch.analysis.loss_weights import weights
-from unbatch.autodiff.contractions.row_block import Part
+from unbatch.autodiff.contractions.row_block import RowBlock
 from unbatch.errors import MSG_HISTOGRAM, InputError
 from unbatch.gradients.request import Request
-from unbatch.gradients.results import ByParameter, Histograms, Rows, SquaredNorms
+from unbatch.gradients.results import ByParameter, Histograms, Rows, SquaredNormsByParameter
 from unbatch.gradients.sources import Source
 from unbatch.linalg.rows import Moments, real, vectors, wide
 
@@ -36,7 +36,7 @@ class Label:
     by: str
     kind: str
     note: str = ""
-    marks: Mapping[int, Marks] | None = None
+    marks: Mapping[int, Ownership] | None = None
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Collector(ABC):
         self.about = about
 
     @abstractmethod
-    def take(self, name: str, part: Part) -> None:
+    def take(self, name: str, part: RowBlock) -> None:
         """Rows of one parameter for the samples ``part.where``; overwritten afterwards, so copy what you keep."""
 
     @abstractmethod
@@ -170,7 +170,7 @@ class _Rows(Collector):
         super().__init__(about)
         self.rows: dict[str, Tensor] = dict(about.out)
 
-    def take(self, name: str, part: Part) -> None:
+    def take(self, name: str, part: RowBlock) -> None:
         rows = part.rows()
         first, last, _ = part.where.indices(self.about.samples)
         if name not in self.rows and last - first == self.about.samples:
@@ -189,7 +189,7 @@ class _Rows(Collector):
 
 
 @dataclass(frozen=True)
-class Norms(Basic):
+class SquaredNorms(Basic):
     """Squared norms ``‖r_n‖²``: ``[N]`` for each parameter, and ``.total`` over all."""
 
     needs = "squared_norms"
@@ -201,19 +201,19 @@ class Norms(Basic):
 class _PerSample(Collector):
     """One number for every sample and parameter."""
 
-    def __init__(self, about: About, number: Callable[[str, Part], Tensor]) -> None:
+    def __init__(self, about: About, number: Callable[[str, RowBlock], Tensor]) -> None:
         super().__init__(about)
         self.number = number
         self.found: dict[str, Tensor] = {}
 
-    def take(self, name: str, part: Part) -> None:
+    def take(self, name: str, part: RowBlock) -> None:
         numbers = self.number(name, part)
         if name not in self.found:
             self.found[name] = numbers.new_zeros(self.about.samples)
         self.found[name][part.where] = numbers
 
-    def finish(self) -> SquaredNorms:
-        result: SquaredNorms = self.about.result(self.found, SquaredNorms)
+    def finish(self) -> SquaredNormsByParameter:
+        result: SquaredNormsByParameter = self.about.result(self.found, SquaredNormsByParameter)
         return result
 
 
@@ -222,7 +222,9 @@ class Projections(Basic):
     """``⟨r_n, ḡ⟩``: ``[N]`` for each parameter, and ``.total`` over all."""
 
     def start(self, about: About) -> Collector:
-        return _PerSample(about, lambda _, part: vectors(part.rows()) @ vectors(part.total()[None])[0])
+        return _PerSample(
+            about, lambda _, part: vectors(part.rows()) @ vectors(part.total()[None])[0]
+        )
 
 
 @dataclass(frozen=True)
@@ -240,7 +242,7 @@ class _Total(Collector):
         super().__init__(about)
         self.found: dict[str, Tensor] = {}
 
-    def take(self, name: str, part: Part) -> None:
+    def take(self, name: str, part: RowBlock) -> None:
         if name not in self.found:
             self.found[name] = part.total()
 
@@ -262,12 +264,14 @@ class SumOfSquares(Basic):
 class _PerEntry(Collector):
     """A sum over samples of something that each has for every entry of a parameter."""
 
-    def __init__(self, about: About, share: Callable[[str, Part], Tensor], factor: float = 1) -> None:
+    def __init__(
+        self, about: About, share: Callable[[str, RowBlock], Tensor], factor: float = 1
+    ) -> None:
         super().__init__(about)
         self.share, self.factor = share, factor
         self.found: dict[str, Tensor] = {}
 
-    def take(self, name: str, part: Part) -> None:
+    def take(self, name: str, part: RowBlock) -> None:
         share = self.share(name, part)
         self.found[name] = self.found[name].add_(share) if name in self.found else share
 
@@ -311,7 +315,7 @@ class _Scatter(Collector):
         self.scatter: dict[str, Tensor] = {}
         self.moments: dict[str, Moments] = {}  # of parameters whose rows come in several slices
 
-    def take(self, name: str, part: Part) -> None:
+    def take(self, name: str, part: RowBlock) -> None:
         first, last, _ = part.where.indices(self.about.samples)
         if last - first == self.about.samples:
             self.scatter[name] = part.scatter()
@@ -344,7 +348,7 @@ class _Dots(Collector):
         self.total = wide(about.like.new_zeros(about.samples, about.samples)).clone()
         self.waiting: dict[str, list[tuple[slice, Tensor]]] = {}
 
-    def take(self, name: str, part: Part) -> None:
+    def take(self, name: str, part: RowBlock) -> None:
         n = self.about.samples
         here = part.where
         if here.indices(n)[:2] == (0, n):
@@ -391,7 +395,7 @@ class _Histogram(Collector):
         self.counts: dict[str, Tensor] = {}
         self.outside: dict[str, int] = {}
 
-    def take(self, name: str, part: Part) -> None:
+    def take(self, name: str, part: RowBlock) -> None:
         asked = self.asked
         entries = vectors(part.rows()).flatten() * self.about.samples
         inside = torch.histc(entries, asked.bins, asked.low, asked.high).long()

@@ -8,18 +8,18 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from unbatch.autodiff.context import Setting
-from unbatch.autodiff.contractions.row_block import Part
+from unbatch.autodiff.context import Context
+from unbatch.autodiff.contractions.row_block import RowBlock
 from unbatch.autodiff.loss import LossAt, by_graph, noise, nonzero_gradients, rest_of_loss
 from unbatch.autodiff.vjp import Group, Sweep
 from unbatch.gradients.plan import SitePlan
-from unbatch.gradients.sources import CHUNK, Chunks, Source, Take
+from unbatch.gradients.sources import CHUNK, Chunking, Source, Take
 from unbatch.linalg.rows import real
 
 BY_PLACE = "where samples meet in no symmetric way, slice n of the result counts as sample n's own"
 
 
-class Tried:
+class TrialRun:
     """What trying out a sweep gives: all by parameter, from a weighted sum and from the row of one sample."""
 
     def __init__(self, zeros: Mapping[str, Tensor]) -> None:
@@ -32,18 +32,18 @@ class Tried:
             for name, t in shares.items():
                 into[name] += t
 
-    def see(self, name: str, part: Part) -> None:
+    def see(self, name: str, part: RowBlock) -> None:
         """The norm and the squares first, by ways that do without the row."""
         self.norm[name], self.squares[name] = part.squared_norms().sqrt(), part.sum_of_squares()
         self.row[name] = part.rows()[0].clone()
 
 
-class Recorded(Source):
+class ReplayedRows(Source):
     """The planned sweep over the recorded computation; with other ``given`` cotangents than the loss has, if any."""
 
     def __init__(
         self,
-        setting: Setting,
+        setting: Context,
         parameters: Mapping[str, Tensor],
         by: str,
         given: Mapping[int, Tensor] | None = None,
@@ -73,7 +73,10 @@ class Recorded(Source):
         return self._pulled(None)
 
     def _pulled(
-        self, emit: Callable[[Group], None] | None, given: Mapping[int, Tensor] | None = None, last: bool = True
+        self,
+        emit: Callable[[Group], None] | None,
+        given: Mapping[int, Tensor] | None = None,
+        last: bool = True,
     ) -> Sweep:
         if self.sweep.spent:
             del self.sweep
@@ -89,16 +92,23 @@ class Recorded(Source):
     @property
     def loss(self) -> LossAt:
         sweep = self.sweep
-        return LossAt(self.setting, {i: t.detach() for i, t in sweep.predictions.items()}, sweep.inner, sweep.outputs)
+        return LossAt(
+            self.setting,
+            {i: t.detach() for i, t in sweep.predictions.items()},
+            sweep.inner,
+            sweep.outputs,
+        )
 
     def _all(self, weight: float = 1) -> Tensor:
         like = next(iter(self.parameters.values()))
-        return torch.full((self.setting.samples,), weight, dtype=real(like.dtype), device=like.device)
+        return torch.full(
+            (self.setting.samples,), weight, dtype=real(like.dtype), device=like.device
+        )
 
     # -- parts --
 
     def feed(
-        self, plan: Chunks, take: Take, outs: Mapping[str, Tensor], given: Mapping[int, Tensor] | None = None,
+        self, plan: Chunking, take: Take, outs: Mapping[str, Tensor], given: Mapping[int, Tensor] | None = None,
         last: bool = True,
     ) -> None:  # fmt: skip
         emit = partial(self._emit, plan, take, outs)
@@ -115,7 +125,7 @@ class Recorded(Source):
             for group in tied:
                 emit(group)
 
-    def _emit(self, plan: Chunks, take: Take, outs: Mapping[str, Tensor], group: Group) -> None:
+    def _emit(self, plan: Chunking, take: Take, outs: Mapping[str, Tensor], group: Group) -> None:
         """Hand out a group whose cotangents are all there."""
         n, size = self.setting.samples, self._bytes(group.together.names) * (1 if group.only else 2)
         sums: dict[str, Tensor] = {}
@@ -129,11 +139,17 @@ class Recorded(Source):
         bare = plan.needs <= lean
         portion = group.only[0].portion if group.only is not None and not bare else CHUNK
         for where in plan.of(n, size, lean, portion):
-            out = self._room(plan, group.together.names[0], where, outs) if group.only and not bare else None
+            out = (
+                self._room(plan, group.together.names[0], where, outs)
+                if group.only and not bare
+                else None
+            )
             for name, part in self.sweep.parts(group, where, out):
                 take(name, part.with_total(partial(total, name)))
 
-    def _room(self, plan: Chunks, name: str, where: slice, outs: Mapping[str, Tensor]) -> Tensor | None:
+    def _room(
+        self, plan: Chunking, name: str, where: slice, outs: Mapping[str, Tensor]
+    ) -> Tensor | None:
         """Where the rows of a parameter are to be formed: where the caller wants them, or in scratch memory."""
         if name in outs:
             return outs[name][where]
@@ -141,10 +157,10 @@ class Recorded(Source):
         kept = plan.keep or plan.pairs
         return None if kept else self.setting.scratch((where.stop - where.start, *like.shape), like)
 
-    def tried(self, weights: Tensor, n: int) -> Tried:
+    def tried(self, weights: Tensor, n: int) -> TrialRun:
         """A weighted sum, and in several ways the row of sample ``n``, for little more than a backward pass."""
         sweep, where = self.sweep, slice(n, n + 1)
-        found = Tried({name: torch.zeros_like(p) for name, p in self.parameters.items()})
+        found = TrialRun({name: torch.zeros_like(p) for name, p in self.parameters.items()})
         alone = torch.zeros_like(weights)
         alone[n] = 1
 
@@ -167,31 +183,43 @@ class Recorded(Source):
 
     def _with_columns(
         self, where: slice, local: dict[str, Tensor], outs: Mapping[str, Tensor]
-    ) -> Iterator[tuple[str, Part]]:
+    ) -> Iterator[tuple[str, RowBlock]]:
         """The columns of some samples, together with what their parameters get above the last mixing."""
         if self.sweep.seeds and self.flow.columns:
             for name, part in self.sweep.columns(where.start, where.stop, outs):
-                yield name, Part(where, part.rows() + local.pop(name)) if name in local else part
-        yield from ((name, Part(where, rows)) for name, rows in local.items())
+                yield (
+                    name,
+                    RowBlock(where, part.rows() + local.pop(name)) if name in local else part,
+                )
+        yield from ((name, RowBlock(where, rows)) for name, rows in local.items())
 
-    def _columns(self, plan: Chunks, take: Take, tied: Sequence[Group], outs: Mapping[str, Tensor]) -> None:
+    def _columns(
+        self, plan: Chunking, take: Take, tied: Sequence[Group], outs: Mapping[str, Tensor]
+    ) -> None:
         sweep, n = self.sweep, self.setting.samples
         size = self.columns_at_once(plan)
         sums: dict[str, Tensor] = {}
 
         def total(name: str) -> Tensor:
             if not sums:
-                for found in [*(sweep.group_sum(g, self._all()) for g in tied), sweep.sum_of_columns(self._all())]:
+                for found in [
+                    *(sweep.group_sum(g, self._all()) for g in tied),
+                    sweep.sum_of_columns(self._all()),
+                ]:
                     sums.update({k: sums[k] + t if k in sums else t for k, t in found.items()})
             return sums[name]
 
         for first in range(0, n, size):
             where = slice(first, min(first + size, n))
-            local = {name: rows for group in tied for name, rows in sweep.rows(group, where).items()}
-            for name, part in self._with_columns(where, local, {name: out[where] for name, out in outs.items()}):
+            local = {
+                name: rows for group in tied for name, rows in sweep.rows(group, where).items()
+            }
+            for name, part in self._with_columns(
+                where, local, {name: out[where] for name, out in outs.items()}
+            ):
                 take(name, part.with_total(partial(total, name)))
 
-    def columns_at_once(self, plan: Chunks) -> int:
+    def columns_at_once(self, plan: Chunking) -> int:
         """One where convolutions are pulled through (nothing is gained by more), else as many as memory allows."""
         column = self._bytes(self.route.below) + self.route.column_bytes
         if self.route.convolves:
@@ -199,7 +227,9 @@ class Recorded(Source):
         return int(max(1, min(self.setting.samples, min(plan.memory, CHUNK) // max(column, 1))))
 
     def _bytes(self, names: Sequence[str]) -> int:
-        return sum(self.parameters[n].numel() * max(self.parameters[n].element_size(), 4) for n in names)
+        return sum(
+            self.parameters[n].numel() * max(self.parameters[n].element_size(), 4) for n in names
+        )
 
     def weighted_sum(self, weights: Tensor) -> dict[str, Tensor]:
         return self.whole.weighted_sum(weights)
@@ -208,12 +238,24 @@ class Recorded(Source):
         steps, kinds, out = self.setting.graph.steps, self.whole.kinds, []
         for site in self.flow.sites:
             step, pooled = steps[site.step], site in self.route.pools
-            kind = "linear" if pooled else kinds.get(site, "by autograd" if site.way == "columns" else "no cotangent")
+            kind = (
+                "linear"
+                if pooled
+                else kinds.get(site, "by autograd" if site.way == "columns" else "no cotangent")
+            )
             way = "pooled" if pooled else site.way
-            out.append(SitePlan(tuple(self.route.operands.made_from(site.operand)), step.module, step.name, kind, way))
+            out.append(
+                SitePlan(
+                    tuple(self.route.operands.made_from(site.operand)),
+                    step.module,
+                    step.name,
+                    kind,
+                    way,
+                )
+            )
         return out
 
-    def pullbacks(self, plan: Chunks) -> tuple[int, int]:
+    def pullbacks(self, plan: Chunking) -> tuple[int, int]:
         columns = self.setting.samples if self.whole.seeds and self.flow.columns else 0
         return 1 + columns, min(self.columns_at_once(plan), max(columns, 1))
 
@@ -231,7 +273,13 @@ class Recorded(Source):
         inner = list(self.sweep.inner)
         assert graph.loss is not None
         with torch.enable_grad():
-            read = graph.run(setting.data | live, inner, keep=pinned, steps=graph.forward_steps) if inner else []
+            read = (
+                graph.run(setting.data | live, inner, keep=pinned, steps=graph.forward_steps)
+                if inner
+                else []
+            )
             feed = setting.data | live | dict(zip(inner, read, strict=True)) | fixed
-            (value,) = graph.run(feed, [graph.loss.index], keep=noise(graph), steps=graph.loss_steps)
+            (value,) = graph.run(
+                feed, [graph.loss.index], keep=noise(graph), steps=graph.loss_steps
+            )
         return nonzero_gradients(value, leaves)

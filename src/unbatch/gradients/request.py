@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from unbatch.analysis.structure import Structure
-from unbatch.autodiff.context import Setting
+from unbatch.autodiff.context import Context
 from unbatch.capture.device_ops import check_recurrences
 from unbatch.errors import MSG_NO_ROWS, MSG_NOT_REPLAYED, StructureError
-from unbatch.gradients.eager_rows import Ran
-from unbatch.gradients.replayed_rows import Recorded
+from unbatch.gradients.eager_rows import EagerRows
+from unbatch.gradients.replayed_rows import ReplayedRows
 from unbatch.gradients.self_check import trusted
 from unbatch.gradients.sources import Source
 from unbatch.linalg.space import Space
@@ -34,7 +34,7 @@ class Request:
     ``unfaithful``: why the recording cannot stand for the model's derivatives, empty where it can.
     """
 
-    setting: Setting
+    setting: Context
     structure: Structure
     parameters: Mapping[str, Tensor]
     by: str
@@ -80,13 +80,13 @@ def source_of(request: Request) -> Source:
         shapes = list(request.structure.predictions)
         raise StructureError(MSG_NO_ROWS.format(shapes=shapes, n=request.samples))
     if is_planned(request):
-        return Recorded(setting, request.parameters, by)
+        return ReplayedRows(setting, request.parameters, by)
     why = request.unfaithful
     if request.samples > 1 and setting.faithful:
         why = REFUTED
     if by != "component" and not request.samples_are_independent:
         raise StructureError(MSG_NOT_REPLAYED.format(by=by, why=why))
-    return Ran(setting, request.parameters, setting.faithful, why)
+    return EagerRows(setting, request.parameters, setting.faithful, why)
 
 
 def check_recurrences_of(request: Request) -> None:

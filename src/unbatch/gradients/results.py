@@ -17,7 +17,9 @@ class ByParameter(Mapping[str, Tensor]):
     what to keep in mind. In the scale in which each row enters the loss.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], by: str = "component", kind: str = "", note: str = "") -> None:
+    def __init__(
+        self, tensors: Mapping[str, Tensor], by: str = "component", kind: str = "", note: str = ""
+    ) -> None:
         self.tensors = dict(tensors)
         self.by, self.kind, self.note = by, kind, note
 
@@ -67,7 +69,7 @@ class Rows(ByParameter):
         return torch.cat([t.reshape(len(t), t[0].numel()) for t in self.values()], 1)
 
 
-class SquaredNorms(ByParameter):
+class SquaredNormsByParameter(ByParameter):
     """``‖row_n‖²`` for each parameter, ``[N]``; ``total`` over all of them."""
 
     @property

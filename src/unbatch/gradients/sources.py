@@ -11,19 +11,21 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from unbatch.autodiff.context import Setting
-from unbatch.autodiff.contractions.row_block import Part
+from unbatch.autodiff.context import Context
+from unbatch.autodiff.contractions.row_block import RowBlock
 from unbatch.autodiff.loss import LossAt
 from unbatch.gradients.plan import SitePlan
 
-CHUNK = 32 * 2**20  # bytes of rows that are formed at a time where none are kept: what a cache holds is reused fastest
+CHUNK = (
+    32 * 2**20
+)  # bytes of rows that are formed at a time where none are kept: what a cache holds is reused fastest
 
 
-Take = Callable[[str, Part], None]
+Take = Callable[[str, RowBlock], None]
 
 
 @dataclass
-class Chunks:
+class Chunking:
     """How many samples at a time: ``needs`` are the methods of parts that are called, ``memory`` the budget."""
 
     needs: frozenset[str]
@@ -32,7 +34,9 @@ class Chunks:
     pairs: bool
     late: bool = False  # weighted sums will be asked for when all parts are in
 
-    def of(self, count: int, row: int, lean: frozenset[str] = frozenset(), portion: int = CHUNK) -> list[slice]:
+    def of(
+        self, count: int, row: int, lean: frozenset[str] = frozenset(), portion: int = CHUNK
+    ) -> list[slice]:
         """Slices of ``count`` samples whose rows take ``row`` bytes each, about ``portion`` at a time."""
         if self.needs <= lean or self.keep:
             return [slice(0, count)]
@@ -43,13 +47,13 @@ class Chunks:
 class Source(ABC):
     """Where rows come from. ``note``: what to keep in mind about them; ``reason``: of the plan, in words."""
 
-    setting: Setting
+    setting: Context
     note = ""
     reason = "One sweep serves all samples."
 
     @abstractmethod
     def feed(
-        self, plan: Chunks, take: Take, outs: Mapping[str, Tensor], given: Mapping[int, Tensor] | None = None,
+        self, plan: Chunking, take: Take, outs: Mapping[str, Tensor], given: Mapping[int, Tensor] | None = None,
         last: bool = True,
     ) -> None:  # fmt: skip
         """Hand out parts of all parameters that have any; together they cover every sample of each once.
@@ -71,7 +75,7 @@ class Source(ABC):
         """What is contracted how, for the plan."""
 
     @abstractmethod
-    def pullbacks(self, plan: Chunks) -> tuple[int, int]:
+    def pullbacks(self, plan: Chunking) -> tuple[int, int]:
         """Backward passes in all, and how many columns share one call."""
 
     @abstractmethod

@@ -7,7 +7,9 @@ from importlib import import_module
 from typing import Any
 
 TOOLS = ("backpack", "curvlinops", "laplace", "lightning", "opacus", "transformers")
-MSG_MISSING = "This needs {tool}, which is not installed: {error}. Install it with `pip install {package}`."
+MSG_MISSING = (
+    "This needs {tool}, which is not installed: {error}. Install it with `pip install {package}`."
+)
 
 
 def needed(module: str, tool: str, package: str) -> Any:

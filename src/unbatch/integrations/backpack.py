@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from unbatch.analysis.consequences import consequence
-from unbatch.autodiff.contractions.row_block import Part
-from unbatch.curvature.ggn_quantities import DiagGGN, OfColumns
-from unbatch.curvature.hessian_root import Factor, Root
+from unbatch.autodiff.contractions.row_block import RowBlock
+from unbatch.curvature.ggn_quantities import ColumnQuantity, DiagGGN
+from unbatch.curvature.hessian_root import Factor, HessianRoot
 from unbatch.curvature.strategy import Curvature
 from unbatch.errors import MSG_NOT_POSITIVE, InputError, StructureError
 from unbatch.gradients import quantities
@@ -29,7 +29,9 @@ from unbatch.linalg.operators import Operator
 from unbatch.linalg.rows import wide
 from unbatch.problem.problem import Problem
 
-MSG_EXTENSION = "attach takes extensions such as BatchGrad() or DiagGGNExact(), at least one; got {value!r}."
+MSG_EXTENSION = (
+    "attach takes extensions such as BatchGrad() or DiagGGNExact(), at least one; got {value!r}."
+)
 
 
 MSG_DOES_NOT_EXIST = "{name} does not exist for this loss. {reason} See problem.structure."
@@ -56,7 +58,9 @@ def attach(problem: Problem, *extensions: Extension, by: str = "component") -> S
     results = _computed(problem, [e for e in extensions if isinstance(e, _Computed)], by)
     found: Saved = {}
     for e in extensions:
-        found[e.savefield] = e.saved(results[e]) if isinstance(e, _Computed) else e.found(problem, by)
+        found[e.savefield] = (
+            e.saved(results[e]) if isinstance(e, _Computed) else e.found(problem, by)
+        )
     for field, by_name in found.items():
         for name, value in by_name.items():
             setattr(problem.program.parameters[name], field, value)
@@ -68,7 +72,7 @@ def _computed(problem: Problem, extensions: Sequence[_Computed], by: str) -> dic
     asked = {e: e.quantity(problem) for e in extensions}
     out: dict[_Computed, Any] = {}
     for of_columns, way in ((False, by), (True, _way_of_columns(by))):
-        group = {e: q for e, q in asked.items() if isinstance(q, OfColumns) == of_columns}
+        group = {e: q for e, q in asked.items() if isinstance(q, ColumnQuantity) == of_columns}
         if group:
             answer = problem.compute(*group.values(), by=way)
             out |= dict(zip(group, answer if len(group) > 1 else (answer,), strict=True))
@@ -128,7 +132,7 @@ class BatchL2Grad(_Computed):
     savefield: ClassVar[str] = "batch_l2"
 
     def quantity(self, problem: Problem) -> Quantity:
-        return quantities.Norms()
+        return quantities.SquaredNorms()
 
 
 @dataclass(frozen=True)
@@ -245,7 +249,12 @@ class GGNMP(Extension):
 
     def found(self, problem: Problem, by: str) -> dict[str, Any]:
         blocks = problem.ggn(blocks="parameter", by=_way_of_columns(by)).blocks
-        return {name: _product(block) for block in blocks if block.space is not None for name in block.space.shapes}
+        return {
+            name: _product(block)
+            for block in blocks
+            if block.space is not None
+            for name in block.space.shapes
+        }
 
 
 def _product(block: Operator) -> Callable[[Tensor], Tensor]:
@@ -269,20 +278,22 @@ def _picked(t: Tensor, samples: Sequence[int] | None, axis: int) -> Tensor:
 # --- columns --------------------------------------------------------------------------------------------
 
 
-def _positive(root: Root, what: str) -> Root:
+def _positive(root: HessianRoot, what: str) -> HessianRoot:
     if root.lowest < 0:
-        raise StructureError(MSG_NOT_POSITIVE.format(what=f"The columns of {what}", lowest=root.lowest))
+        raise StructureError(
+            MSG_NOT_POSITIVE.format(what=f"The columns of {what}", lowest=root.lowest)
+        )
     return root
 
 
 @dataclass(frozen=True)
-class _Columns(OfColumns):
+class _Columns(ColumnQuantity):
     """``[C, N, *p]``, or ``[M, N, *p]`` where they are drawn."""
 
-    root: Root
+    root: HessianRoot
     needs = "rows"
 
-    def root_in(self, curvature: Curvature) -> Root:
+    def root_in(self, curvature: Curvature) -> HessianRoot:
         return self.root
 
     def check(self, curvature: Curvature) -> None:
@@ -298,14 +309,18 @@ class _Stacked(Collector):
         super().__init__(about)
         self.root = root
         samples, columns = root.table
-        self.found = {n: wide(about.like.new_zeros(columns, samples, *s)) for n, s in about.shapes.items()}
+        self.found = {
+            n: wide(about.like.new_zeros(columns, samples, *s)) for n, s in about.shapes.items()
+        }
 
-    def take(self, name: str, part: Part) -> None:
+    def take(self, name: str, part: RowBlock) -> None:
         if self.root.columns:
             self.found[name][part.column, part.where] += part.rows()
 
     def finish(self) -> ByParameter:
-        result: ByParameter = self.about.result({n: self._entrywise(t) for n, t in self.found.items()})
+        result: ByParameter = self.about.result(
+            {n: self._entrywise(t) for n, t in self.found.items()}
+        )
         return result
 
     def _entrywise(self, columns: Tensor) -> Tensor:

@@ -25,7 +25,9 @@ MSG_NAMES = (
 )
 
 
-MSG_TWO_SPACES = "names= is for operators that map a space to itself; this one maps {inside} to {outside}."
+MSG_TWO_SPACES = (
+    "names= is for operators that map a space to itself; this one maps {inside} to {outside}."
+)
 
 
 Shapes = list[tuple[int, ...]]
@@ -52,7 +54,9 @@ def from_curvlinops(operator: Any, names: Iterable[str] | None = None) -> Operat
 
 
 def _space(operator: Any, names: Sequence[str]) -> Space:
-    inside, outside = ([tuple(s) for s in shapes] for shapes in (operator._in_shape, operator._out_shape))
+    inside, outside = (
+        [tuple(s) for s in shapes] for shapes in (operator._in_shape, operator._out_shape)
+    )
     if inside != outside:
         raise InputError(MSG_TWO_SPACES.format(inside=inside, outside=outside))
     if len(set(names)) != len(inside):
@@ -78,7 +82,9 @@ class _Foreign(Operator):
 
 @cache
 def _foreign() -> type:
-    base: Any = needed("curvlinops._torch_base", "curvlinops", "curvlinops-for-pytorch").PyTorchLinearOperator
+    base: Any = needed(
+        "curvlinops._torch_base", "curvlinops", "curvlinops-for-pytorch"
+    ).PyTorchLinearOperator
 
     class UnbatchLinearOperator(base):
         """An operator of unbatch."""

@@ -27,9 +27,7 @@ from unbatch.linalg.operators import Operator
 from unbatch.linalg.rows import sum_of
 from unbatch.problem.problem import Problem
 
-MSG_KRON = (
-    "UnbatchGGN has no Kronecker factors for this model: {reason} Take hessian_structure='full', 'diag' or 'lowrank'."
-)
+MSG_KRON = "UnbatchGGN has no Kronecker factors for this model: {reason} Take hessian_structure='full', 'diag' or 'lowrank'."
 
 
 MSG_KRON_LAYERS = (
@@ -57,7 +55,9 @@ class _Unbatch:
 
     def _loss(self, f: Tensor, y: Tensor) -> Tensor:
         """As in laplace's other backends: the last axis of the predictions of a classification has the classes."""
-        loss: Tensor = self.lossfunc(*((f, y) if self.likelihood == "regression" else (_by_class(f), y.flatten())))
+        loss: Tensor = self.lossfunc(
+            *((f, y) if self.likelihood == "regression" else (_by_class(f), y.flatten()))
+        )
         return loss
 
     def _problem(self, x: Any, y: Tensor) -> Problem:
@@ -96,7 +96,14 @@ class UnbatchGGN(_Unbatch, _curvature.GGNInterface):
         low_rank: int = 10,
     ) -> None:
         super().__init__(
-            model, likelihood, last_layer, subnetwork_indices, dict_key_x, dict_key_y, stochastic, num_samples
+            model,
+            likelihood,
+            last_layer,
+            subnetwork_indices,
+            dict_key_x,
+            dict_key_y,
+            stochastic,
+            num_samples,
         )
         self.low_rank = low_rank
 
@@ -114,7 +121,9 @@ class UnbatchGGN(_Unbatch, _curvature.GGNInterface):
         if f.ndim != 2:
             raise StructureError(MSG_PREDICTIONS.format(shape=tuple(f.shape)))
         each = (problem.with_batch(_arguments(x), first + c) for c in range(f.shape[1]))
-        rows = [self._chosen(of_entry.gradients(parameters=self.params).flat()) for of_entry in each]
+        rows = [
+            self._chosen(of_entry.gradients(parameters=self.params).flat()) for of_entry in each
+        ]
         return torch.stack(rows, 1), f
 
     def diag(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -163,7 +172,9 @@ class UnbatchGGN(_Unbatch, _curvature.GGNInterface):
         """
         problem = self._problem(x, y)
         if self.last_layer:
-            raise StructureError(MSG_KRON.format(reason="of the last layer alone they are not computed yet."))
+            raise StructureError(
+                MSG_KRON.format(reason="of the last layer alone they are not computed yet.")
+            )
         follows = consequence("KFLR", problem.structure.statuses)
         if follows.outcome != "exact":
             raise StructureError(MSG_KRON.format(reason=follows.reason))
@@ -177,7 +188,9 @@ class UnbatchGGN(_Unbatch, _curvature.GGNInterface):
 
     def _layer_inputs(self, x: Any, problem: Problem) -> dict[nn.Linear, Tensor]:
         """What enters each linear layer, ``[n, in]``, in the order of the parameters; raises where others have some."""
-        layers = [m for m in self.model.modules() if isinstance(m, nn.Linear) and m.bias is not None]
+        layers = [
+            m for m in self.model.modules() if isinstance(m, nn.Linear) and m.bias is not None
+        ]
         seen: dict[nn.Linear, list[Tensor]] = {m: [] for m in layers}
         with untouched([self.model]), torch.no_grad():  # takes the hooks off again, too
             for layer in layers:
@@ -187,12 +200,16 @@ class UnbatchGGN(_Unbatch, _curvature.GGNInterface):
         names = {p: n for n, p in self.params_dict.items()}
         parts = problem.compute(DiagGGN(per_component=True), parameters=self.params)
         fits = [m for m in fits if m.bias in names and m.weight in names]
-        fits = [m for m in fits if _is_paired(parts[names[m.weight]], parts[names[m.bias]], seen[m][0])]
+        fits = [
+            m for m in fits if _is_paired(parts[names[m.weight]], parts[names[m.bias]], seen[m][0])
+        ]
         known = [p for m in fits for p in (m.weight, m.bias)]
         strange = [n for p, n in names.items() if not any(p is q for q in known)]
         if strange or len(known) != len(self.params):
             raise StructureError(
-                MSG_KRON.format(reason=MSG_KRON_LAYERS.format(names=", ".join(strange) or "Parameters"))
+                MSG_KRON.format(
+                    reason=MSG_KRON_LAYERS.format(names=", ".join(strange) or "Parameters")
+                )
             )
         return {m: seen[m][0] for m in fits}
 

@@ -27,7 +27,9 @@ def monitor_callback(monitor: Monitor, split: Split | None = None) -> Any:
     class MonitorCallback(_callback_class()):  # type: ignore[misc]
         """Asks at the start of a batch, when parameters are those that its gradient will be taken at."""
 
-        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        def on_train_batch_start(
+            self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+        ) -> None:
             if trainer.is_global_zero:
                 with trainer.precision_plugin.train_step_context():
                     monitor.step(*divided(batch), step=trainer.global_step)

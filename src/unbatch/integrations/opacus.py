@@ -16,7 +16,7 @@ from torch import Tensor
 from unbatch.analysis.structure import TITLES, Culprit, Structure, Verdict
 from unbatch.errors import InputError, StructureError
 from unbatch.gradients.diagnostics import ClippedSum
-from unbatch.gradients.quantities import Norms
+from unbatch.gradients.quantities import SquaredNorms
 from unbatch.problem.problem import Problem
 
 MSG_REQUIRED = {
@@ -52,7 +52,9 @@ MSG_NOISE = "noise_multiplier is a number not less than zero; got {value!r}."
 MSG_POSITIVE = "{what} is a number greater than zero; got {value!r}."
 
 
-MSG_REDUCTION = "loss_reduction is 'mean' or 'sum', whichever the loss does over samples; got {value!r}."
+MSG_REDUCTION = (
+    "loss_reduction is 'mean' or 'sum', whichever the loss does over samples; got {value!r}."
+)
 
 
 class UnsuitableLossError(StructureError):
@@ -78,7 +80,9 @@ def validate(problem: Problem, *, strict: bool = False) -> list[UnsuitableLossEr
     """
     errors = list(_errors(problem.structure))
     if errors and strict:
-        raise UnsuitableLossError(MSG_NOT_PRIVATE.format(errors="\n".join(map(str, errors))), errors[0].verdict)
+        raise UnsuitableLossError(
+            MSG_NOT_PRIVATE.format(errors="\n".join(map(str, errors))), errors[0].verdict
+        )
     return errors
 
 
@@ -92,13 +96,19 @@ def _errors(structure: Structure) -> Iterator[UnsuitableLossError]:
     reduction = structure.reduction
     if reduction and reduction.weights_depend_on:
         what = " and ".join(sorted(reduction.weights_depend_on))
-        yield UnsuitableLossError(MSG_WEIGHTS.format(title=TITLES["reduction"], what=what), reduction)
+        yield UnsuitableLossError(
+            MSG_WEIGHTS.format(title=TITLES["reduction"], what=what), reduction
+        )
 
 
 def _lines(culprits: Sequence[Culprit]) -> list[str]:
     return [
         MSG_CULPRIT.format(
-            module=f"{c.module}: " if c.module else "", op=c.op, where=c.where or "?", why=c.why, remedy=c.remedy
+            module=f"{c.module}: " if c.module else "",
+            op=c.op,
+            where=c.where or "?",
+            why=c.why,
+            remedy=c.remedy,
         )
         for c in culprits
     ]
@@ -142,14 +152,18 @@ def write_clipped_gradient(
     size = n if expected_batch_size is None else expected_batch_size
     _check(max_grad_norm, noise_multiplier, size, loss_reduction)
     validate(problem, strict=True)
-    unit = float(n) if loss_reduction == "mean" else 1.0  # from rows of the loss to gradients of the samples
-    total, norms = problem.compute(ClippedSum(max_grad_norm / unit), Norms())
+    unit = (
+        float(n) if loss_reduction == "mean" else 1.0
+    )  # from rows of the loss to gradients of the samples
+    total, norms = problem.compute(ClippedSum(max_grad_norm / unit), SquaredNorms())
     scale = 1 / size if loss_reduction == "mean" else 1.0
     std = noise_multiplier * max_grad_norm
     for name, t in total.items():
         parameter = problem.program.parameters[name]
         clipped = unit * t.to(parameter.dtype)
-        parameter.grad = scale * (clipped + _noise(clipped, std, generator)) if std else scale * clipped
+        parameter.grad = (
+            scale * (clipped + _noise(clipped, std, generator)) if std else scale * clipped
+        )
     lengths: Tensor = unit * norms.total.sqrt()
     return Clipped(lengths, int((lengths > max_grad_norm).sum()), scale * std)
 

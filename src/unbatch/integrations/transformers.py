@@ -7,10 +7,19 @@ from typing import Any
 from torch import nn
 
 from unbatch.capture.program import name_of
-from unbatch.errors import MSG_EXTRA, MSG_MONITOR_TRAINER, MSG_MONITOR_UNSEEN, InputError, MonitorWarning, warn
+from unbatch.errors import (
+    MSG_EXTRA,
+    MSG_MONITOR_TRAINER,
+    MSG_MONITOR_UNSEEN,
+    InputError,
+    MonitorWarning,
+    warn,
+)
 from unbatch.monitoring.monitor import Monitor
 
-NOT_OF_SAMPLES = ("num_items_in_batch",)  # what the trainer says about all batches of an optimizer step
+NOT_OF_SAMPLES = (
+    "num_items_in_batch",
+)  # what the trainer says about all batches of an optimizer step
 
 
 def monitor_callback(monitor: Monitor) -> Any:
@@ -27,7 +36,9 @@ def monitor_callback(monitor: Monitor) -> Any:
     try:
         from transformers import TrainerCallback
     except ImportError as error:
-        message = MSG_EXTRA.format(what="A callback of the Trainer", package="transformers", extra="transformers")
+        message = MSG_EXTRA.format(
+            what="A callback of the Trainer", package="transformers", extra="transformers"
+        )
         raise ImportError(message) from error
     if monitor.loss is not None:
         raise InputError(MSG_MONITOR_TRAINER.format(loss=name_of(monitor.loss)))

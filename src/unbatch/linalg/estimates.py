@@ -58,7 +58,9 @@ def from_signs(
 
     def draw() -> tuple[Tensor, Tensor | None]:
         z = random_signs(size, generator).to(torch.get_default_dtype())
-        return pull(z).double().square(), None if control is None else control.pull(z).double().square()
+        return pull(z).double().square(), None if control is None else control.pull(
+            z
+        ).double().square()
 
     fitted = {} if control is None else _fitted([draw() for _ in range(PILOTS)], slices)
     plain, controlled = Moments(), Moments()
@@ -76,10 +78,16 @@ def from_signs(
     return DiagonalEstimate(controlled.mean, error, draws, gain, fitted, cost, seed)
 
 
-def _fitted(pilots: list[tuple[Tensor, Tensor | None]], slices: dict[str, slice]) -> dict[str, float]:
+def _fitted(
+    pilots: list[tuple[Tensor, Tensor | None]], slices: dict[str, slice]
+) -> dict[str, float]:
     """The coefficient of least variance, summed over the entries of a parameter: covariance over variance."""
     first = torch.stack([a for a, _ in pilots])
     second = torch.stack([b for _, b in pilots if b is not None])
     first, second = first - first.mean(0), second - second.mean(0)
-    together, alone, tiny = (first * second).sum(0), second.square().sum(0), torch.finfo(torch.float64).tiny
+    together, alone, tiny = (
+        (first * second).sum(0),
+        second.square().sum(0),
+        torch.finfo(torch.float64).tiny,
+    )
     return {n: float(together[s].sum() / alone[s].sum().clamp_min(tiny)) for n, s in slices.items()}

@@ -38,7 +38,9 @@ class Operator(ABC):
     def _apply_transposed(self, v: Tensor) -> Tensor:
         """``[m, K]`` to ``[n, K]``."""
         if not self.symmetric:
-            raise NotImplementedError(f"{type(self).__name__} is known by its products from the left only.")
+            raise NotImplementedError(
+                f"{type(self).__name__} is known by its products from the left only."
+            )
         return self._apply(v)
 
     # -- products --
@@ -48,7 +50,11 @@ class Operator(ABC):
 
         Raises ``InputError`` where shapes do not fit.
         """
-        return product(self, other) if isinstance(other, Operator) else self._times(other, self.shape[1], self._apply)
+        return (
+            product(self, other)
+            if isinstance(other, Operator)
+            else self._times(other, self.shape[1], self._apply)
+        )
 
     def __rmatmul__(self, other: Any) -> Any:
         """``v @ A`` for ``[m]``, ``[K, m]``, or a dict."""
@@ -59,11 +65,19 @@ class Operator(ABC):
     def _times(self, v: Any, size: int, apply: Any) -> Any:
         if isinstance(v, Mapping):
             if self.space is None:
-                raise InputError(MSG_OPERATOR_VECTOR.format(got="a dict", size=size, what="it has no names"))
+                raise InputError(
+                    MSG_OPERATOR_VECTOR.format(got="a dict", size=size, what="it has no names")
+                )
             return self.space.named(apply(self._fitting(self.space.flat(v))[:, None])[:, 0])
         if not isinstance(v, Tensor) or v.ndim not in (1, 2) or v.shape[0] != size:
-            got = f"a tensor of shape {tuple(v.shape)}" if isinstance(v, Tensor) else type(v).__name__
-            what = "dicts by name are understood, too" if self.space is not None else "nothing else is understood"
+            got = (
+                f"a tensor of shape {tuple(v.shape)}" if isinstance(v, Tensor) else type(v).__name__
+            )
+            what = (
+                "dicts by name are understood, too"
+                if self.space is not None
+                else "nothing else is understood"
+            )
             raise InputError(MSG_OPERATOR_VECTOR.format(got=got, size=size, what=what))
         v = self._fitting(v)
         return apply(v) if v.ndim == 2 else apply(v[:, None])[:, 0]
@@ -98,8 +112,15 @@ class Operator(ABC):
 
     def to_dense(self) -> Tensor:
         """``[m, n]``, by products with unit vectors."""
-        columns = [self._apply(e) for e in torch.eye(self.shape[1], dtype=self.dtype, device=self.device).split(32, 1)]
-        return torch.cat(columns, 1) if columns else torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        columns = [
+            self._apply(e)
+            for e in torch.eye(self.shape[1], dtype=self.dtype, device=self.device).split(32, 1)
+        ]
+        return (
+            torch.cat(columns, 1)
+            if columns
+            else torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        )
 
     def to_scipy(self) -> Any:
         """A ``scipy.sparse.linalg.LinearOperator``. Needs SciPy."""
@@ -107,7 +128,10 @@ class Operator(ABC):
 
         def numbers(apply: Any) -> Any:
             return lambda v: (
-                apply(self._fitting(torch.as_tensor(v).reshape(len(v), -1))).reshape(-1, *v.shape[1:]).cpu().numpy()
+                apply(self._fitting(torch.as_tensor(v).reshape(len(v), -1)))
+                .reshape(-1, *v.shape[1:])
+                .cpu()
+                .numpy()
             )
 
         dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
@@ -124,7 +148,11 @@ class Dense(Operator):
 
     def __init__(self, matrix: Tensor, space: Space | None = None, symmetric: bool = False) -> None:
         self.matrix, self.space, self.symmetric = matrix, space, symmetric
-        self.shape, self.dtype, self.device = (matrix.shape[0], matrix.shape[1]), matrix.dtype, matrix.device
+        self.shape, self.dtype, self.device = (
+            (matrix.shape[0], matrix.shape[1]),
+            matrix.dtype,
+            matrix.device,
+        )
 
     def _apply(self, v: Tensor) -> Tensor:
         return self.matrix @ v
@@ -141,7 +169,11 @@ class Diagonal(Operator):
 
     def __init__(self, entries: Tensor, space: Space | None = None) -> None:
         self.entries, self.space = entries, space
-        self.shape, self.dtype, self.device = (len(entries), len(entries)), entries.dtype, entries.device
+        self.shape, self.dtype, self.device = (
+            (len(entries), len(entries)),
+            entries.dtype,
+            entries.device,
+        )
 
     def _apply(self, v: Tensor) -> Tensor:
         return self.entries[:, None] * v
@@ -150,7 +182,11 @@ class Diagonal(Operator):
 class Transposed(Operator):
     def __init__(self, inner: Operator) -> None:
         self.inner, self.space = inner, inner.space
-        self.shape, self.dtype, self.device = (inner.shape[1], inner.shape[0]), inner.dtype, inner.device
+        self.shape, self.dtype, self.device = (
+            (inner.shape[1], inner.shape[0]),
+            inner.dtype,
+            inner.device,
+        )
 
     def _apply(self, v: Tensor) -> Tensor:
         return self.inner._apply_transposed(v)
@@ -163,8 +199,17 @@ class Sum(Operator):
     def __init__(self, terms: Sequence[Operator]) -> None:
         self.terms, first = list(terms), terms[0]
         if any(t.shape != first.shape for t in terms):
-            raise InputError(MSG_OPERATOR_SHAPES.format(what="add", shapes=", ".join(str(t.shape) for t in terms)))
-        self.shape, self.dtype, self.device, self.space = first.shape, first.dtype, first.device, first.space
+            raise InputError(
+                MSG_OPERATOR_SHAPES.format(
+                    what="add", shapes=", ".join(str(t.shape) for t in terms)
+                )
+            )
+        self.shape, self.dtype, self.device, self.space = (
+            first.shape,
+            first.dtype,
+            first.device,
+            first.space,
+        )
         self.symmetric = all(t.symmetric for t in terms)
 
     def _apply(self, v: Tensor) -> Tensor:
@@ -176,7 +221,12 @@ class Sum(Operator):
 
 class Scaled(Operator):
     def __init__(self, inner: Operator, factor: float) -> None:
-        self.inner, self.factor, self.symmetric, self.space = inner, factor, inner.symmetric, inner.space
+        self.inner, self.factor, self.symmetric, self.space = (
+            inner,
+            factor,
+            inner.symmetric,
+            inner.space,
+        )
         self.shape, self.dtype, self.device = inner.shape, inner.dtype, inner.device
 
     def _apply(self, v: Tensor) -> Tensor:
@@ -191,7 +241,9 @@ class Product(Operator):
         self.factors = list(factors)
         shapes = [f.shape for f in factors]
         if any(a[1] != b[0] for a, b in itertools.pairwise(shapes)):
-            raise InputError(MSG_OPERATOR_SHAPES.format(what="multiply", shapes=", ".join(map(str, shapes))))
+            raise InputError(
+                MSG_OPERATOR_SHAPES.format(what="multiply", shapes=", ".join(map(str, shapes)))
+            )
         self.shape = (shapes[0][0], shapes[-1][1])
         self.dtype, self.device, self.space = factors[0].dtype, factors[0].device, factors[0].space
 

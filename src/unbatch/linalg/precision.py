@@ -51,13 +51,22 @@ class Purpose(NamedTuple):
 
 # Gradients against gradients. Of half precision little more than the order of magnitude can be told.
 BACKWARD = Purpose(
-    {torch.float64: DOUBLE, torch.complex128: DOUBLE, torch.float32: SINGLE, torch.complex64: SINGLE}, 0.3
+    {
+        torch.float64: DOUBLE,
+        torch.complex128: DOUBLE,
+        torch.float32: SINGLE,
+        torch.complex64: SINGLE,
+    },
+    0.3,
 )
 
 
 # Predictions against predictions when other samples change. Kernels pick other orders of summation for other numbers:
 # some hundred roundings each. Types that are not listed are left to the rounding that is measured on the inputs.
-FORWARD = Purpose({torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}, other=1e-9)
+FORWARD = Purpose(
+    {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2},
+    other=1e-9,
+)
 
 
 # The same for a model that was copied to float64: nothing in it has been rounded to a coarser type.
@@ -103,7 +112,11 @@ class LossTolerances(NamedTuple):
 
 # Where all is computed in float64, a true dependence is far above what is left of 16 digits. Where a cast lies on the
 # way, four digits of the loss are left, and two of the direction of a gradient.
-LOSS_IN_DOUBLE = LossTolerances(norm=1e-9, size=1e-12, second_difference=1e-10, direction=1e-6, parameter=1e-9)
+LOSS_IN_DOUBLE = LossTolerances(
+    norm=1e-9, size=1e-12, second_difference=1e-10, direction=1e-6, parameter=1e-9
+)
 
 
-LOSS_WITH_CASTS = LossTolerances(norm=1e-4, size=1e-5, second_difference=1e-4, direction=1e-2, parameter=1e-4)
+LOSS_WITH_CASTS = LossTolerances(
+    norm=1e-4, size=1e-5, second_difference=1e-4, direction=1e-2, parameter=1e-4
+)

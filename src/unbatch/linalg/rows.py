@@ -21,7 +21,11 @@ def wide(t: Tensor) -> Tensor:
 
 def real(dtype: torch.dtype) -> torch.dtype:
     """The type in which weights of samples are given."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16, torch.float32, torch.complex64) else torch.float64
+    return (
+        torch.float32
+        if dtype in (torch.float16, torch.bfloat16, torch.float32, torch.complex64)
+        else torch.float64
+    )
 
 
 def same_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -41,7 +45,11 @@ def vectors(rows: Tensor) -> Tensor:
 def squares(rows: Tensor) -> Tensor:
     """Squared norm of each row."""
     flat = vectors(rows)
-    return torch.linalg.vector_norm(flat, dim=1).square_() if flat.shape[1] else flat.new_zeros(len(flat))
+    return (
+        torch.linalg.vector_norm(flat, dim=1).square_()
+        if flat.shape[1]
+        else flat.new_zeros(len(flat))
+    )
 
 
 def total_of_squares(rows: Tensor, mean: Tensor | None = None) -> Tensor:
@@ -90,7 +98,9 @@ class Moments:
             self.scatter, self._anchor, self._offset = scatter, mean, torch.zeros_like(mean)
             return
         apart = mean.sub_(self._anchor).sub_(self._offset)
-        self.scatter.add_(scatter).add_(apart.abs().square_(), alpha=before * len(rows) / self.count)
+        self.scatter.add_(scatter).add_(
+            apart.abs().square_(), alpha=before * len(rows) / self.count
+        )
         self._offset.add_(apart, alpha=len(rows) / self.count)
 
     @property

@@ -28,11 +28,18 @@ class Solved:
     def check(self) -> None:
         """Raise ``ConvergenceError`` where it did not converge."""
         if not self.converged:
-            text = {"method": self.method, "iterations": self.iterations, "residual": self.residual, "rtol": self.rtol}
+            text = {
+                "method": self.method,
+                "iterations": self.iterations,
+                "residual": self.residual,
+                "rtol": self.rtol,
+            }
             raise ConvergenceError(MSG_NOT_CONVERGED.format(**text) + self.remark)
 
 
-def conjugate_gradients(times: Callable[[Tensor], Tensor], b: Tensor, rtol: float, most: int) -> tuple[Tensor, Solved]:
+def conjugate_gradients(
+    times: Callable[[Tensor], Tensor], b: Tensor, rtol: float, most: int
+) -> tuple[Tensor, Solved]:
     """Conjugate gradients (Hestenes and Stiefel 1952) for ``A x = b`` with A symmetric positive definite, ``[n]``.
 
     The residual is computed anew at the end, not taken from the recursion.

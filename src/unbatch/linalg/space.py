@@ -49,7 +49,9 @@ class Space:
         unknown = [n for n in tensors if n not in self.shapes]
         if unknown:
             raise InputError(
-                errors.MSG_NO_SUCH_PARAMETER.format(value=repr(unknown[0]), names=names_of(dict(self.shapes)))
+                errors.MSG_NO_SUCH_PARAMETER.format(
+                    value=repr(unknown[0]), names=names_of(dict(self.shapes))
+                )
             )
         return torch.cat([tensors[n].reshape(-1) for n in self.shapes])
 

@@ -68,8 +68,15 @@ class Search:
         if not self.converged:
             near = int((self.residuals <= self.rtol * self.norm).sum())
             found = "was finished" if self.complete else "was not finished"
-            text = {"products": self.products, "near": near, "k": len(self.residuals), "rtol": self.rtol}
-            raise ConvergenceError(errors.MSG_EIGENPAIRS.format(found=found, worst=float(self.residuals.max()), **text))
+            text = {
+                "products": self.products,
+                "near": near,
+                "k": len(self.residuals),
+                "rtol": self.rtol,
+            }
+            raise ConvergenceError(
+                errors.MSG_EIGENPAIRS.format(found=found, worst=float(self.residuals.max()), **text)
+            )
 
 
 @dataclass(frozen=True)
@@ -106,7 +113,12 @@ class Density:
         """The density at the points of ``grid``, ``[G]``, smoothed by a Gaussian; it integrates to 1."""
         x = (grid.to(self.nodes)[:, None, None] - self.nodes) / self.width
         bumps = torch.exp(-x.square() / 2) / (self.width * math.sqrt(2 * math.pi))
-        return _mean(torch.einsum("gps,ps->pg", bumps, self.weights), "lanczos quadrature", self.products, self.seed)
+        return _mean(
+            torch.einsum("gps,ps->pg", bumps, self.weights),
+            "lanczos quadrature",
+            self.products,
+            self.seed,
+        )
 
     def moment(self, f: Callable[[Tensor], Tensor]) -> Estimate:
         """The trace of ``f(A)``: ``f`` acts on eigenvalues, as in ``moment(lambda x: (x + damping).log())``."""
@@ -141,8 +153,19 @@ def eigh(
     space.turn(ritz, k)
     values, order = ritz.values[:k].sort()
     vectors = space.rows[:k][order.to(space.rows.device)].T
-    residuals = [float((space.times(v) - x * v).norm()) for x, v in zip(values.tolist(), vectors.T, strict=True)]
-    search = Search(torch.tensor(residuals, dtype=torch.float64), ritz.norm, rtol, complete, space.products, most, seed)
+    residuals = [
+        float((space.times(v) - x * v).norm())
+        for x, v in zip(values.tolist(), vectors.T, strict=True)
+    ]
+    search = Search(
+        torch.tensor(residuals, dtype=torch.float64),
+        ritz.norm,
+        rtol,
+        complete,
+        space.products,
+        most,
+        seed,
+    )
     if not info:
         search.check()
     pairs = Eigenpairs(values.to(A.device, space.rows.dtype), vectors)
@@ -241,11 +264,15 @@ def _search(basis: _Basis, k: int, key: Key, rtol: float, allowed: int) -> tuple
         near = ritz.residuals <= 0.5 * rtol * ritz.norm
         if basis.size > k and near[:k].all():
             total = float(key(ritz.values[:k]).sum())
-            if total > locked + k * rtol * ritz.norm:  # more than was known: search again, beside these
+            if (
+                total > locked + k * rtol * ritz.norm
+            ):  # more than was known: search again, beside these
                 basis.turn(ritz, k)
                 locked, steps, v = total, 0, basis.draw()
                 continue
-            if steps >= FEWEST and (near[k] or _nothing_beyond(ritz.values, k, key, min(steps, most - k), D)):
+            if steps >= FEWEST and (
+                near[k] or _nothing_beyond(ritz.values, k, key, min(steps, most - k), D)
+            ):
                 return ritz, True
         if basis.size == most:
             basis.turn(ritz, k + (most - k) // 2)
@@ -268,7 +295,11 @@ def _nothing_beyond(values: Tensor, k: int, key: Key, steps: int, D: int) -> boo
 
 
 def trace(
-    A: Any, samples: int, *, method: Literal["xtrace", "hutch++", "hutchinson"] = "xtrace", seed: int = 0
+    A: Any,
+    samples: int,
+    *,
+    method: Literal["xtrace", "hutch++", "hutchinson"] = "xtrace",
+    seed: int = 0,
 ) -> Estimate:
     """``tr A`` from at most ``samples`` products, without bias; exact where these are D or more.
 
@@ -362,7 +393,9 @@ METHODS: dict[str, tuple[Callable[..., tuple[Tensor, int]], int]] = {
 # -- density --
 
 
-def density(A: Any, *, probes: int, steps: int, seed: int = 0, width: float | None = None) -> Density:
+def density(
+    A: Any, *, probes: int, steps: int, seed: int = 0, width: float | None = None
+) -> Density:
     """Stochastic Lanczos quadrature (Ubaru, Chen, Saad 2017; Lin, Saad, Yang 2016), orthogonalised in full.
 
     ``probes · steps`` products at most, ``steps`` vectors in memory; ``width``: of the Gaussian in ``Density.on``, by

@@ -38,7 +38,9 @@ class Journal:
 
     def write(self, line: Mapping[str, Any]) -> None:
         text = json.dumps(standard(line), allow_nan=False, ensure_ascii=False)
-        with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:  # surrogates are not UTF-8
+        with self.path.open(
+            "a", encoding="utf-8", errors="backslashreplace"
+        ) as file:  # surrogates are not UTF-8
             file.write(text + "\n")
 
 

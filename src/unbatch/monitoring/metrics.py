@@ -13,11 +13,11 @@ from torch import Tensor
 
 from unbatch.analysis.structure import Structure
 from unbatch.curvature.ggn import GGN, LARGEST_GRAM
-from unbatch.curvature.ggn_quantities import OfColumns
+from unbatch.curvature.ggn_quantities import ColumnQuantity
 from unbatch.errors import MSG_MONITOR_QUANTITY, InputError
 from unbatch.gradients import diagnostics, quantities
 from unbatch.gradients.quantities import Quantity
-from unbatch.gradients.results import ByParameter, Histograms, SquaredNorms
+from unbatch.gradients.results import ByParameter, Histograms, SquaredNormsByParameter
 from unbatch.linalg import spectra
 from unbatch.problem.parameters import Selection
 from unbatch.problem.problem import Problem
@@ -72,26 +72,35 @@ class Asked:
         """Quantities of gradients taken apart, from one sweep over the whole batch."""
         found = self.problem.compute(*wanted.values(), by=self.by, parameters=self.parameters)
         results = found if len(wanted) > 1 else (found,)
-        return {n: {"value": summed_up(r)} | self._about(q) for (n, q), r in zip(wanted.items(), results, strict=True)}
+        return {
+            n: {"value": summed_up(r)} | self._about(q)
+            for (n, q), r in zip(wanted.items(), results, strict=True)
+        }
 
     def _about(self, quantity: Quantity) -> Answer:
-        if isinstance(quantity, OfColumns):
+        if isinstance(quantity, ColumnQuantity):
             return {"kind": MATRICES[self.by], "samples": self.problem.samples}
         label = label_of(self.structure, self.by)
-        return {"kind": label.kind, "samples": self.problem.samples} | ({"note": label.note} if label.note else {})
+        return {"kind": label.kind, "samples": self.problem.samples} | (
+            {"note": label.note} if label.note else {}
+        )
 
     def trace(self) -> Answer:
         if self.columns <= LARGEST_GRAM:
             return {"value": summed_up(self.ggn.trace())} | self._of_ggn("exact")
         found = spectra.trace(self.ggn, min(PRODUCTS, self.ggn.shape[0]))
         error = {"standard_error": summed_up(found.standard_errors)}
-        return {"value": summed_up(found.values)} | error | self._of_ggn(f"estimated, {found.method}")
+        return (
+            {"value": summed_up(found.values)} | error | self._of_ggn(f"estimated, {found.method}")
+        )
 
     def top_eigenvalues(self) -> Answer:
         if self.columns <= LARGEST_GRAM:
             return {"value": numbers(self.ggn.eigvalsh()[-TOP:])} | self._of_ggn("exact")
         found = spectra.eigh(self.ggn, min(TOP, self.ggn.shape[0]), rtol=RTOL)
-        return {"value": numbers(found.values)} | self._of_ggn(f"by products, residuals within {RTOL:g}")
+        return {"value": numbers(found.values)} | self._of_ggn(
+            f"by products, residuals within {RTOL:g}"
+        )
 
     def _of_ggn(self, how: str) -> Answer:
         taken = min(self.samples or self.problem.samples, self.problem.samples)
@@ -105,14 +114,14 @@ class Asked:
 
 
 def spelled(cls: type) -> str:
-    """``NoiseScale`` is asked for as "noise_scale"; ``Norms`` as what they are."""
-    return "squared_norms" if cls is quantities.Norms else re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.__name__).lower()
+    """Return the name by which a quantity is asked for: ``NoiseScale`` is "noise_scale"."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.__name__).lower()
 
 
 OF_ROWS: dict[str, Quantity] = {
     spelled(cls): cls()
     for cls in (
-        quantities.Norms, diagnostics.NoiseScale, diagnostics.NormTest, diagnostics.InnerProductTest,
+        quantities.SquaredNorms, diagnostics.NoiseScale, diagnostics.NormTest, diagnostics.InnerProductTest,
         diagnostics.OrthogonalityTest, diagnostics.EarlyStopping, quantities.Variance, diagnostics.SignalToNoise,
     )
 }  # fmt: skip
@@ -137,14 +146,16 @@ def chosen(wanted: Sequence[str | Quantity]) -> dict[str, Quantity | None]:
     for w in [wanted] if isinstance(wanted, str | Quantity) else wanted:
         name = w if isinstance(w, str) else spelled(type(w))
         if name in out or not (isinstance(w, Quantity) or w in OF_ROWS or w in ALONE):
-            raise InputError(MSG_MONITOR_QUANTITY.format(names=", ".join([*OF_ROWS, *ALONE]), value=w))
+            raise InputError(
+                MSG_MONITOR_QUANTITY.format(names=", ".join([*OF_ROWS, *ALONE]), value=w)
+            )
         out[name] = w if isinstance(w, Quantity) else OF_ROWS.get(w)
     return out
 
 
 def of_columns(name: str, quantity: Quantity | None) -> bool:
     """Whether it is made of derivatives of predictions, which no copy has for itself."""
-    return isinstance(quantity, OfColumns) if quantity is not None else name in OF_GGN
+    return isinstance(quantity, ColumnQuantity) if quantity is not None else name in OF_GGN
 
 
 # --- answers as plain data ------------------------------------------------------------------------
@@ -152,7 +163,7 @@ def of_columns(name: str, quantity: Quantity | None) -> bool:
 
 def summed_up(result: Any) -> Any:
     """A number as it is; of many their mean, median, least and largest, squared norms over all parameters."""
-    if isinstance(result, SquaredNorms):
+    if isinstance(result, SquaredNormsByParameter):
         return _summary(result.total)
     if isinstance(result, Histograms):
         return {name: counts.tolist() for name, counts in result.items()}
@@ -171,7 +182,9 @@ def numbers(values: Tensor) -> list[float]:
 def _summary(t: Tensor) -> dict[str, float]:
     t = t.detach().flatten().abs() if t.is_complex() else t.detach().flatten()
     t = t.double()
-    found = {"mean": t.mean(), "median": t.median(), "min": t.min(), "max": t.max()} if len(t) else {}
+    found = (
+        {"mean": t.mean(), "median": t.median(), "min": t.min(), "max": t.max()} if len(t) else {}
+    )
     return {name: float(x) for name, x in found.items()}
 
 

@@ -96,7 +96,9 @@ class Account:
 
 def clock_of(model: Any) -> Callable[[], float]:
     """CPU time of the process; on an accelerator the time of day, with its queue emptied before."""
-    device = next((p.device for p in model.parameters()), None) if isinstance(model, nn.Module) else None
+    device = (
+        next((p.device for p in model.parameters()), None) if isinstance(model, nn.Module) else None
+    )
     return time.process_time if device is None or device.type == "cpu" else time.perf_counter
 
 
@@ -109,15 +111,21 @@ def check_call(loss: Callable[..., Any] | None, inputs: Any, targets: Any) -> No
         if targets is not None:
             raise InputError(errors.MSG_MONITOR_OWN_LOSS.format(given=in_short(targets)))
     elif targets is None and not _takes(loss, 1):
-        raise InputError(errors.MSG_MONITOR_TARGETS.format(loss=name_of(loss), given=in_short(inputs)))
+        raise InputError(
+            errors.MSG_MONITOR_TARGETS.format(loss=name_of(loss), given=in_short(inputs))
+        )
     elif targets is not None and not _takes(loss, 2):
-        raise InputError(errors.MSG_MONITOR_NO_TARGETS.format(loss=name_of(loss), given=in_short(targets)))
+        raise InputError(
+            errors.MSG_MONITOR_NO_TARGETS.format(loss=name_of(loss), given=in_short(targets))
+        )
 
 
 def _takes(function: Callable[..., Any], count: int) -> bool:
     """Whether it can be called with so many arguments, as far as can be seen without calling it."""
     try:
-        signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
+        signature = inspect.signature(
+            function.forward if isinstance(function, nn.Module) else function
+        )
     except (TypeError, ValueError):  # of what is not written in Python
         return True
     try:
@@ -142,7 +150,7 @@ def in_short(value: Any) -> str:
 
 
 @dataclass
-class Told:
+class SeenMessages:
     """What was said before, so that it is said once, whatever the numbers in it."""
 
     said: set[str] = field(default_factory=set)
@@ -176,7 +184,7 @@ class Monitor:
     ``monitor = Monitor(model, loss, path="run.jsonl")`` before the loop and ``monitor.step(X, y)`` in it, wherever the
     batch is at hand; a model that has its own loss goes without ``loss``, and its inputs without y.
 
-    ``quantities``: names and quantities such as ``unbatch.Norms()``; the structure always is among them. ``every``:
+    ``quantities``: names and quantities such as ``unbatch.SquaredNorms()``; the structure always is among them. ``every``:
     calls from one question to the next, or "auto": the first call, and then whenever one more question like the last
     leaves ``overhead`` within ``share``. ``by``, ``parameters``, ``in_dims``, ``sample_dims``: as for ``Problem``.
     ``samples``: curvature and crosstalk are those of so many components, the first, of the whole batch; by default of
@@ -223,7 +231,7 @@ class Monitor:
         self.journal = Journal(path) if path is not None else None
         before = self.journal.last if self.journal is not None else {}
         self.start = before.get("step", -1) + 1
-        self.told = Told(verdicts=before.get("structure", {}))
+        self.told = SeenMessages(verdicts=before.get("structure", {}))
         self.board, self.own_board = board(tensorboard), isinstance(tensorboard, str | Path)
         self.failed = 0
         self.last: dict[str, Any] = {}
@@ -233,14 +241,18 @@ class Monitor:
     def __repr__(self) -> str:
         known = "not known" if self.overhead is None else f"{self.overhead:.1%}"
         failed = f", {self.failed} questions failed" if self.failed else ""
-        return f"Monitor({name_of(self.model)}, {self.account.calls} steps, overhead {known}{failed})"
+        return (
+            f"Monitor({name_of(self.model)}, {self.account.calls} steps, overhead {known}{failed})"
+        )
 
     @property
     def overhead(self) -> float | None:
         """Time spent here, by the time spent on everything else from the first call on; None before there is any."""
         return self.account.overhead
 
-    def step(self, inputs: Any, targets: Any = None, *, step: int | None = None) -> dict[str, Any] | None:
+    def step(
+        self, inputs: Any, targets: Any = None, *, step: int | None = None
+    ) -> dict[str, Any] | None:
         """One step of training, on this batch; the line that was written, or None where nothing was asked.
 
         ``step``: its number, by default counted from 0, or from the last line of the file on.
@@ -302,7 +314,9 @@ class Monitor:
 
     # -- asking --
 
-    def _ask(self, inputs: Any, targets: Any) -> tuple[dict[str, Any], list[warnings.WarningMessage]]:
+    def _ask(
+        self, inputs: Any, targets: Any
+    ) -> tuple[dict[str, Any], list[warnings.WarningMessage]]:
         """All questions, whatever becomes of them: random states stay inside, and errors after the first call."""
         before = random_state()
         with warnings.catch_warnings(record=True) as caught, torch.inference_mode(False):
@@ -324,9 +338,15 @@ class Monitor:
         verdicts = {v.name: v.status for v in asked.structure.verdicts}
         changes = self.told.changes(verdicts)
         rows = {name: q for name, q in self.wanted.items() if q is not None}
-        found = self._rows(asked, rows) | {name: self._one(asked, name) for name in self.wanted if name not in rows}
+        found = self._rows(asked, rows) | {
+            name: self._one(asked, name) for name in self.wanted if name not in rows
+        }
         ordered = {name: found[name] for name in self.wanted}
-        return {"structure": verdicts} | ({"changes": changes} if changes else {}) | {"quantities": ordered}
+        return (
+            {"structure": verdicts}
+            | ({"changes": changes} if changes else {})
+            | {"quantities": ordered}
+        )
 
     def _at(self, inputs: Any, targets: Any) -> Problem:
         """The problem on this batch, with the recording of the last one."""
@@ -343,7 +363,9 @@ class Monitor:
         except Exception as error:
             if len(wanted) == 1:
                 return {name: {"error": _words(error)} for name in wanted}
-            return {n: a for name, q in wanted.items() for n, a in self._rows(asked, {name: q}).items()}
+            return {
+                n: a for name, q in wanted.items() for n, a in self._rows(asked, {name: q}).items()
+            }
 
     def _one(self, asked: Asked, name: str) -> Answer:
         try:
@@ -360,7 +382,9 @@ class Monitor:
             try:
                 way(line)
             except Exception as error:
-                problems.append(errors.MSG_MONITOR_WRITE.format(step=line["step"], error=_words(error)))
+                problems.append(
+                    errors.MSG_MONITOR_WRITE.format(step=line["step"], error=_words(error))
+                )
         return problems
 
     def _to_file(self, line: dict[str, Any]) -> None:
@@ -376,7 +400,12 @@ class Monitor:
             for text in line.get(kind, ()):
                 self.board.add_text(f"unbatch/{kind}", text, line["step"])
 
-    def _tell(self, line: dict[str, Any], caught: Sequence[warnings.WarningMessage], problems: Sequence[str]) -> None:
+    def _tell(
+        self,
+        line: dict[str, Any],
+        caught: Sequence[warnings.WarningMessage],
+        problems: Sequence[str],
+    ) -> None:
         """In the session; last of all, because a user may have made errors of warnings."""
         failed = {error: ", ".join(names) for error, names in failures(line).items()}
         texts = [
@@ -391,13 +420,19 @@ class Monitor:
 
     def _wait(self) -> None:
         """Until what training has queued on an accelerator is done, so that its time is not taken for ours."""
-        if self.account.clock is time.perf_counter and self._due() and torch.accelerator.is_available():
+        if (
+            self.account.clock is time.perf_counter
+            and self._due()
+            and torch.accelerator.is_available()
+        ):
             torch.accelerator.synchronize()
 
 
 def check_rows(by: str, wanted: Mapping[str, Quantity | None]) -> None:
     check_by(by)
-    none = [name for name, quantity in wanted.items() if by == "copy" and of_columns(name, quantity)]
+    none = [
+        name for name, quantity in wanted.items() if by == "copy" and of_columns(name, quantity)
+    ]
     if none:
         rest = [name for name in wanted if name not in none]
         raise InputError(errors.MSG_MONITOR_COPY.format(names=", ".join(none), rest=rest))
@@ -418,6 +453,8 @@ def board(where: Any) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        message = errors.MSG_EXTRA.format(what="Writing for TensorBoard", package="tensorboard", extra="tensorboard")
+        message = errors.MSG_EXTRA.format(
+            what="Writing for TensorBoard", package="tensorboard", extra="tensorboard"
+        )
         raise ImportError(message) from error
     return SummaryWriter(str(where))

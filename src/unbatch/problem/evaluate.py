@@ -11,18 +11,29 @@ from typing import Any
 
 from torch import Tensor
 
-from unbatch.autodiff.contractions.row_block import Part
-from unbatch.curvature.ggn_quantities import OfColumns, feed_quantities
+from unbatch.autodiff.contractions.row_block import RowBlock
+from unbatch.curvature.ggn_quantities import ColumnQuantity, feed_quantities
 from unbatch.curvature.strategy import Curvature
 from unbatch.gradients.plan import Plan
-from unbatch.gradients.quantities import About, Basic, Collector, Derived, Gradients, Label, Quantity, about_of
+from unbatch.gradients.quantities import (
+    About,
+    Basic,
+    Collector,
+    Derived,
+    Gradients,
+    Label,
+    Quantity,
+    about_of,
+)
 from unbatch.gradients.request import Request, source_of
-from unbatch.gradients.sources import CHUNK, Chunks
+from unbatch.gradients.sources import CHUNK, Chunking
 
 # --- answering ------------------------------------------------------------------------------------
 
 
-def answer(request: Request, quantities: Sequence[Quantity], label: Label, out: Mapping[str, Tensor]) -> list[Any]:
+def answer(
+    request: Request, quantities: Sequence[Quantity], label: Label, out: Mapping[str, Tensor]
+) -> list[Any]:
     """Feed all quantities from one source; return the results in their order."""
     source, curvature = source_of(request), Curvature(request)
     about = about_of(request, source, label, out)
@@ -35,7 +46,7 @@ def answer(request: Request, quantities: Sequence[Quantity], label: Label, out: 
     for quantity in columns:
         quantity.check(curvature)
     collectors = {q: q.start(about) for q in basics}
-    rows = {q: c for q, c in collectors.items() if not isinstance(q, OfColumns)}
+    rows = {q: c for q, c in collectors.items() if not isinstance(q, ColumnQuantity)}
     if rows:
         chunks = _chunks(asked, request.memory)
         _feed(about, list(rows.values()), chunks, request.parameters, last=not columns)
@@ -45,8 +56,8 @@ def answer(request: Request, quantities: Sequence[Quantity], label: Label, out: 
     return [a.value(results, about) for a in asked]
 
 
-def _of_columns(basics: Sequence[Basic]) -> list[OfColumns]:
-    return [q for q in basics if isinstance(q, OfColumns)]
+def _of_columns(basics: Sequence[Basic]) -> list[ColumnQuantity]:
+    return [q for q in basics if isinstance(q, ColumnQuantity)]
 
 
 @dataclass
@@ -73,7 +84,9 @@ class _Asked:
     def value(self, found: dict[Quantity, Any], about: About) -> Any:
         if self.quantity not in found:
             assert isinstance(self.quantity, Derived)
-            found[self.quantity] = self.quantity.combine(about, *(b.value(found, about) for b in self.bases))
+            found[self.quantity] = self.quantity.combine(
+                about, *(b.value(found, about) for b in self.bases)
+            )
         return found[self.quantity]
 
 
@@ -86,14 +99,14 @@ def _basics(asked: Sequence[_Asked]) -> list[Basic]:
 def _feed(
     about: About,
     collectors: Sequence[Collector],
-    chunks: Chunks,
+    chunks: Chunking,
     parameters: Mapping[str, Tensor],
     last: bool,
 ) -> None:
     """Feed all rows; those of parameters that no prediction depends on are zero."""
     fed = set()
 
-    def take(name: str, part: Part) -> None:
+    def take(name: str, part: RowBlock) -> None:
         fed.add(name)
         for collector in collectors:
             collector.take(name, part)
@@ -103,7 +116,7 @@ def _feed(
         if name in fed:
             continue
         zero = p.detach().new_zeros(1, *p.shape).expand(about.samples, *p.shape)
-        take(name, Part(slice(0, about.samples), zero.clone() if chunks.keep else zero))
+        take(name, RowBlock(slice(0, about.samples), zero.clone() if chunks.keep else zero))
 
 
 def planned(request: Request, quantities: Sequence[Quantity]) -> Plan:
@@ -122,17 +135,42 @@ def planned(request: Request, quantities: Sequence[Quantity]) -> Plan:
         passes, reasons = passes + more, [*reasons, why]
     row = sum(p.numel() * p.element_size() for p in parameters.values())
     largest = max(p.numel() * p.element_size() for p in parameters.values())
-    sizes = {"rows": samples * row, "squared_norms": samples * len(parameters) * 4, "dots": samples**2 * 4}
-    results = sum(sizes["rows"] if isinstance(q, Gradients) else sizes.get(q.needs, row) for q in basics)
-    formed = samples * row if chunks.pairs else at_once * row if passes > 1 else min(samples * largest, memory, CHUNK)
+    sizes = {
+        "rows": samples * row,
+        "squared_norms": samples * len(parameters) * 4,
+        "dots": samples**2 * 4,
+    }
+    results = sum(
+        sizes["rows"] if isinstance(q, Gradients) else sizes.get(q.needs, row) for q in basics
+    )
+    formed = (
+        samples * row
+        if chunks.pairs
+        else at_once * row
+        if passes > 1
+        else min(samples * largest, memory, CHUNK)
+    )
     temporary = 0 if chunks.keep and passes == 1 else formed
     what = "Rows" if len(curved) < len(basics) else "Columns of the Gauss-Newton factor"
     sites = tuple(source.sites())
-    return Plan(request.by, samples, sites, passes, at_once, results, temporary, memory, " ".join(reasons), what)
+    return Plan(
+        request.by,
+        samples,
+        sites,
+        passes,
+        at_once,
+        results,
+        temporary,
+        memory,
+        " ".join(reasons),
+        what,
+    )
 
 
-def _chunks(asked: Sequence[_Asked], memory: int) -> Chunks:
-    basics = [b for b in _basics(asked) if not isinstance(b, OfColumns)]
+def _chunks(asked: Sequence[_Asked], memory: int) -> Chunking:
+    basics = [b for b in _basics(asked) if not isinstance(b, ColumnQuantity)]
     keep = any(isinstance(q, Gradients) for q in basics)
     late = any(a.is_late for a in asked)
-    return Chunks(frozenset(q.needs for q in basics), memory, keep, any(q.pairs for q in basics), late)
+    return Chunking(
+        frozenset(q.needs for q in basics), memory, keep, any(q.pairs for q in basics), late
+    )

@@ -19,8 +19,14 @@ def parameters_of(model: Any, loss: Any, given: Mapping[str, Tensor] | None) -> 
     if given is None and isinstance(model, nn.Module):
         out |= dict(model.named_parameters())
     if isinstance(loss, nn.Module):
-        out |= {f"loss.{n}": p for n, p in loss.named_parameters() if not any(p is q for q in out.values())}
-    buffers = [named for m in (model, loss) if isinstance(m, nn.Module) for named in m.named_buffers()]
+        out |= {
+            f"loss.{n}": p
+            for n, p in loss.named_parameters()
+            if not any(p is q for q in out.values())
+        }
+    buffers = [
+        named for m in (model, loss) if isinstance(m, nn.Module) for named in m.named_buffers()
+    ]
     for what, named in (("Parameter", out.items()), ("Buffer", buffers)):
         for name, t in named:
             if t.device.type == "meta":
@@ -41,7 +47,9 @@ def select(parameters: Mapping[str, Tensor], wanted: Selection) -> dict[str, Ten
         raise InputError(errors.MSG_NO_PARAMETERS if parameters else errors.MSG_NO_PARAMETERS_KNOWN)
     if wanted is None:
         return trained
-    asked: Sequence[str | Tensor] = [wanted] if isinstance(wanted, str | Tensor) else _listed(wanted, parameters)
+    asked: Sequence[str | Tensor] = (
+        [wanted] if isinstance(wanted, str | Tensor) else _listed(wanted, parameters)
+    )
     chosen = {n for w in asked for n in _meant(w, parameters)}
     fixed = [n for n in parameters if n in chosen and n not in trained]
     if fixed:
@@ -66,5 +74,7 @@ def _meant(wanted: str | Tensor, parameters: Mapping[str, Tensor]) -> list[str]:
     if not found:
         close = get_close_matches(str(wanted), parameters, 3) if isinstance(wanted, str) else []
         hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
-        raise InputError(errors.MSG_NO_SUCH_PARAMETER.format(value=what, names=names_of(parameters)) + hint)
+        raise InputError(
+            errors.MSG_NO_SUCH_PARAMETER.format(value=what, names=names_of(parameters)) + hint
+        )
     return found

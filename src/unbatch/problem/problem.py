@@ -18,10 +18,10 @@ from unbatch.capture import program as capture
 from unbatch.capture import tracer
 from unbatch.capture.isolation import outside_inference_mode, untouched
 from unbatch.capture.program import Program
-from unbatch.capture.sample_axes import Fold
+from unbatch.capture.sample_axes import SampleAxes
 from unbatch.curvature.block_ggn import BlockGGN
 from unbatch.curvature.ggn import GGN
-from unbatch.curvature.ggn_quantities import OfColumns
+from unbatch.curvature.ggn_quantities import ColumnQuantity
 from unbatch.diagram.diagram import Diagram
 from unbatch.diagram.stages import stages
 from unbatch.errors import InputError, UnregisteredParameterWarning
@@ -100,10 +100,17 @@ class Problem:
         self.inputs, self.targets = map(opened, data if data is not None else (batch, None))
         fold = check_fold(sample_dims, in_dims, self.inputs, self.targets)
         if fold is not None:
-            self.inputs, self.targets = fold.folded(self.inputs, fold.inputs), fold.folded(self.targets, fold.targets)
-        self.program = Program(model, loss, parameters_of(model, loss, parameters), parameters is not None, fold)
+            self.inputs, self.targets = (
+                fold.folded(self.inputs, fold.inputs),
+                fold.folded(self.targets, fold.targets),
+            )
+        self.program = Program(
+            model, loss, parameters_of(model, loss, parameters), parameters is not None, fold
+        )
         x_dims, y_dims = (
-            in_dims if isinstance(in_dims, tuple) and data is not None and len(in_dims) == 2 else (in_dims, in_dims)
+            in_dims
+            if isinstance(in_dims, tuple) and data is not None and len(in_dims) == 2
+            else (in_dims, in_dims)
         )
         self._dims = flat_dims("X", self.inputs, x_dims)
         self._target_dims = flat_dims("y", self.targets, y_dims)
@@ -137,10 +144,17 @@ class Problem:
         as for ``structure``, which is also where all that it shows is from.
         """
         session = self._recorded()
-        named = [(name, type(m).__name__) for top in self.program.modules for name, m in top.named_modules()]
+        named = [
+            (name, type(m).__name__)
+            for top in self.program.modules
+            for name, m in top.named_modules()
+        ]
         _, loss = self.program.names
         structure = session.structure  # first: the graph is cut where it is judged
-        return Diagram.of(structure, stages(session.graph, session.analysis.findings, structure, dict(named), loss))
+        return Diagram.of(
+            structure,
+            stages(session.graph, session.analysis.findings, structure, dict(named), loss),
+        )
 
     def verify(self) -> Verification:
         """Put every verdict to a numerical test, the proved ones too. Cost: some dozens of forward passes."""
@@ -218,9 +232,13 @@ class Problem:
         if not quantities or not all(isinstance(q, Quantity) for q in quantities):
             wrong = next((q for q in quantities if not isinstance(q, Quantity)), None)
             hint = f" Did you mean {wrong.__name__}()?" if isinstance(wrong, type) else ""
-            hint = " Write them one after the other, without a list." if isinstance(wrong, list | tuple) else hint
+            hint = (
+                " Write them one after the other, without a list."
+                if isinstance(wrong, list | tuple)
+                else hint
+            )
             raise InputError(errors.MSG_QUANTITY.format(value=wrong) + hint)
-        of_columns = any(isinstance(q, OfColumns) for q in quantities)
+        of_columns = any(isinstance(q, ColumnQuantity) for q in quantities)
         results = self._question(by, parameters, memory, of_columns).answer(quantities)
         return results[0] if len(results) == 1 else tuple(results)
 
@@ -286,7 +304,9 @@ class Problem:
         """
         question = self._question(by, parameters, memory, of_columns=True)
         draws = check_draws(mc_samples, seed)
-        return question.ggn(check_blocks(blocks, question.parameters), draws, check_samples(samples, self.samples))
+        return question.ggn(
+            check_blocks(blocks, question.parameters), draws, check_samples(samples, self.samples)
+        )
 
     def with_batch(self, inputs: Any, targets: Any = None) -> Problem:
         """The same problem on other data of the same shapes, without recording it again.
@@ -297,7 +317,7 @@ class Problem:
         other.__dict__.update(self.__dict__)
         inputs, targets = opened(inputs), opened(targets)
         if (fold := self.program.fold) is not None:
-            fold = Fold.of(fold.dims, inputs, targets)
+            fold = SampleAxes.of(fold.dims, inputs, targets)
             inputs, targets = fold.folded(inputs, fold.inputs), fold.folded(targets, fold.targets)
             other.program = replace(self.program, fold=fold)
         other.inputs, other.targets = inputs, targets
@@ -312,7 +332,9 @@ class Problem:
     def _refreshed(self) -> Program:
         """The program with the parameters that the model has at this moment."""
         if not self.program.functional:
-            self.program = replace(self.program, parameters=parameters_of(self.program.model, self.program.loss, None))
+            self.program = replace(
+                self.program, parameters=parameters_of(self.program.model, self.program.loss, None)
+            )
         return self.program
 
     def _derivable(self, program: Program | None = None) -> Session:
@@ -339,7 +361,9 @@ class Problem:
     def _batch(self) -> Batch:
         return Batch(self.inputs, self.targets, self._dims, self._target_dims, self.samples)
 
-    def _question(self, by: str, parameters: Selection, memory: int | None, of_columns: bool = False) -> Question:
+    def _question(
+        self, by: str, parameters: Selection, memory: int | None, of_columns: bool = False
+    ) -> Question:
         """A question whose arguments are seen to be sound. ``of_columns``: of the Gauss-Newton matrix."""
         if of_columns:
             check_by_of_columns(by)

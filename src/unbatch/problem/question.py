@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from unbatch import errors
-from unbatch.analysis.domain.ownership import Marks
+from unbatch.analysis.domain.ownership import Ownership
 from unbatch.analysis.structure import TITLES, Structure
 from unbatch.capture.isolation import outside_inference_mode
 from unbatch.curvature.block_ggn import BlockGGN, made_of
@@ -46,9 +46,18 @@ class Question:
     def request(self) -> Request:
         """Return the question as the engine sees it."""
         analysis = self.session.analysis
-        return Request(analysis.setting, analysis.structure, self.parameters, self.by, self.memory, analysis.unfaithful)
+        return Request(
+            analysis.setting,
+            analysis.structure,
+            self.parameters,
+            self.by,
+            self.memory,
+            analysis.unfaithful,
+        )
 
-    def answer(self, quantities: Sequence[Quantity], out: Mapping[str, Tensor] | None = None) -> list[Any]:
+    def answer(
+        self, quantities: Sequence[Quantity], out: Mapping[str, Tensor] | None = None
+    ) -> list[Any]:
         """Return results in this order; warn where one of them is no statistic over samples."""
         analysis = self.session.analysis
         structure = analysis.structure
@@ -76,7 +85,7 @@ class Question:
 # --- what rows are called -----------------------------------------------------------------------
 
 
-def label_of(s: Structure, by: str, marks: Mapping[int, Marks] | None = None) -> Label:
+def label_of(s: Structure, by: str, marks: Mapping[int, Ownership] | None = None) -> Label:
     """What the rows are: without mixing the three decompositions are one, and per-sample if the loss is, too."""
     apart = bool(s.independent_forward) and bool(s.simd_loss)
     kinds = {"component": "per-component", "copy": "per-copy", "frozen": "frozen"}
@@ -91,11 +100,17 @@ def label_of(s: Structure, by: str, marks: Mapping[int, Marks] | None = None) ->
 def _warn(s: Structure, quantities: Sequence[Quantity], label: Label) -> None:
     asked = [type(q).__name__ for q in quantities if is_moment(q)]
     needed = (s.simd_forward, s.reduction, s.simd_loss)
-    lost = [f"{TITLES[v.name]} ({'it fails' if v.status == 'fails' else 'it is unknown'})" for v in needed if not v]
+    lost = [
+        f"{TITLES[v.name]} ({'it fails' if v.status == 'fails' else 'it is unknown'})"
+        for v in needed
+        if not v
+    ]
     if s.reduction and s.reduction.weights_depend_on:
         lost.append("weights that depend on no other sample (they do)")
     if s.simd_loss.weights_depend_on:
         lost.append(f"losses that listen to no other sample (they are {s.simd_loss.note})")
     if asked and lost:
-        text = errors.MSG_MIXED_MOMENT.format(what=", ".join(asked), kind=label.kind, lost=", ".join(lost), n=s.samples)
+        text = errors.MSG_MIXED_MOMENT.format(
+            what=", ".join(asked), kind=label.kind, lost=", ".join(lost), n=s.samples
+        )
         errors.warn(text, MixedSamplesWarning)

@@ -18,20 +18,20 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from unbatch import errors
-from unbatch.analysis.domain.ownership import Marks
-from unbatch.analysis.inference import Findings, judge
+from unbatch.analysis.domain.ownership import Ownership
+from unbatch.analysis.inference import AnalysisState, infer_structure
 from unbatch.analysis.initial import forward_marks
 from unbatch.analysis.rules import registry
 from unbatch.analysis.structure import Structure
-from unbatch.autodiff.context import Setting
+from unbatch.autodiff.context import Context
 from unbatch.capture import control_flow
 from unbatch.capture import program as capture
-from unbatch.capture.graph import Escape, Graph
+from unbatch.capture.graph import Graph, HostRead
 from unbatch.capture.guards import Guard, identity, signature
 from unbatch.capture.isolation import random_state, untouched
 from unbatch.capture.program import Program
 from unbatch.errors import CaptureError, InputError, StructureError, UnbatchError
-from unbatch.verification.experiment import Oracle
+from unbatch.verification.experiment import Experiment
 from unbatch.verification.fidelity import unfaithful
 from unbatch.verification.verify import settle
 
@@ -83,9 +83,13 @@ class Recording:
             raise
         except Exception as error:
             said = str(error).rstrip().removesuffix(".")
-            message = errors.MSG_MODEL_FAILED.format(kind=type(error).__name__, value=said, call=call)
+            message = errors.MSG_MODEL_FAILED.format(
+                kind=type(error).__name__, value=said, call=call
+            )
             swapped = [errors.MSG_SWAPPED] if _looks_swapped(program) else []
-            raise CaptureError(" ".join([message, *getattr(error, "__notes__", ()), *swapped])) from error
+            raise CaptureError(
+                " ".join([message, *getattr(error, "__notes__", ()), *swapped])
+            ) from error
         _check_scalar(program, graph, output, scalar)
         guard.watch(graph)
         refs = iter(graph.predictions)
@@ -109,7 +113,10 @@ class Recording:
 
     def is_stale(self) -> bool:
         """The program, its numbers or the data are not what they were."""
-        return _state(self.guard, self.batch) != self.state or _numbers(self.guard, self.batch) != self.numbers
+        return (
+            _state(self.guard, self.batch) != self.state
+            or _numbers(self.guard, self.batch) != self.numbers
+        )
 
     @cached_property
     def predictions(self) -> Any:
@@ -124,19 +131,19 @@ class Recording:
 
 
 @dataclass(frozen=True)
-class Interpretation:
+class Inference:
     """What the rules prove about a recording. ``graph``: the recorded one, with the cut of the loss."""
 
     recording: Recording
     graph: Graph
     structure: Structure
-    findings: Findings
+    findings: AnalysisState
 
     @cached_property
-    def oracle(self) -> Oracle:
+    def oracle(self) -> Experiment:
         """Return what runs the program on other batches."""
         recording, batch = self.recording, self.recording.batch
-        return Oracle(
+        return Experiment(
             recording.program, self.graph, batch.inputs, batch.targets, batch.dims, batch.samples, self.findings
         )  # fmt: skip
 
@@ -166,18 +173,18 @@ class Analysis:
     ``unfaithful``: why replays cannot stand for the model's derivatives, empty where they can.
     """
 
-    interpretation: Interpretation
+    interpretation: Inference
     structure: Structure
     unfaithful: str
-    setting: Setting
+    setting: Context
 
     @property
-    def findings(self) -> Findings:
+    def findings(self) -> AnalysisState:
         """The walks behind the structure."""
         return self.interpretation.findings
 
     @property
-    def marks_in_loss(self) -> Mapping[int, Marks]:
+    def marks_in_loss(self) -> Mapping[int, Ownership]:
         """What is known about the values in the loss, where there is one to judge."""
         loss = self.findings.loss
         return {} if loss is None else loss.marks
@@ -197,41 +204,45 @@ class Analysis:
 
 def analyse(recording: Recording) -> Analysis:
     """Prove what the rules can, hold replays against the model, and put to a test what is open."""
-    interpretation = interpret(recording)
+    interpretation = infer(recording)
     fidelity = fidelity_of(interpretation.oracle)
     structure = verified(interpretation, fidelity)
     setting = _setting(interpretation, structure, faithful=not fidelity.unfaithful)
     return Analysis(interpretation, structure, fidelity.unfaithful, setting)
 
 
-def interpret(recording: Recording) -> Interpretation:
+def infer(recording: Recording) -> Inference:
     """Return what the rules prove about a recording, on every way that the program may take."""
     program, batch, graph = recording.program, recording.batch, recording.graph
     names = program.module_names
     assumed = [names[i] for i in registry.ASSUMED_MODULES if i in names]
-    general = functools.cache(lambda: control_flow.stands_for_all(program, batch.inputs, batch.targets, graph))
+    general = functools.cache(
+        lambda: control_flow.equivalent_on_all_paths(program, batch.inputs, batch.targets, graph)
+    )
 
-    def harmless(escape: Escape) -> bool:
+    def harmless(escape: HostRead) -> bool:
         return escape.answer is not None and general() is not None
 
-    def judged(graph: Graph) -> tuple[Structure, Findings]:
-        return judge(graph, batch.samples, batch.dims, batch.target_dims, assumed, harmless, program.fold)
+    def judged(graph: Graph) -> tuple[Structure, AnalysisState]:
+        return infer_structure(
+            graph, batch.samples, batch.dims, batch.target_dims, assumed, harmless, program.fold
+        )
 
     structure, findings = judged(graph)
     other = general() if general.cache_info().currsize else None  # where it mattered
     if other is not None and other is not graph:
         structure = structure.no_more_than(judged(other)[0])
-    return Interpretation(recording, findings.forward.graph, structure, findings)
+    return Inference(recording, findings.forward.graph, structure, findings)
 
 
-def fidelity_of(oracle: Oracle) -> Fidelity:
+def fidelity_of(oracle: Experiment) -> Fidelity:
     """Return how far replays agree with the model, in values and in gradients."""
     values, gradients = unfaithful(oracle)
     here = next(filter(None, unfaithful(oracle, here=True)), "") if values else ""
     return Fidelity(values, gradients, here)
 
 
-def verified(interpretation: Interpretation, fidelity: Fidelity) -> Structure:
+def verified(interpretation: Inference, fidelity: Fidelity) -> Structure:
     """Return the structure with what was open put to a numerical test, and with its notes."""
     recording, structure = interpretation.recording, interpretation.structure
     # What an assumption hides may well differ on another batch: that refutes nothing.
@@ -248,10 +259,10 @@ def verified(interpretation: Interpretation, fidelity: Fidelity) -> Structure:
     return replace(structure, notes=notes).located(recording.where)
 
 
-def _setting(interpretation: Interpretation, structure: Structure, faithful: bool) -> Setting:
+def _setting(interpretation: Inference, structure: Structure, faithful: bool) -> Context:
     recording, graph = interpretation.recording, interpretation.graph
     batch, findings = recording.batch, interpretation.findings
-    return Setting(
+    return Context(
         recording.program, graph, findings.forward, forward_marks(graph, batch.dims), batch.samples,
         findings.leading, batch.inputs, batch.targets, recording.skeleton, faithful,
         bool(structure.canonical_split),
@@ -277,7 +288,9 @@ class Session:
     @property
     def graph(self) -> Graph:
         """The recorded computation, with the cut of the loss where that is known."""
-        return self.recording.graph if self._analysis is None else self._analysis.interpretation.graph
+        return (
+            self.recording.graph if self._analysis is None else self._analysis.interpretation.graph
+        )
 
     @property
     def batch(self) -> Batch:
@@ -288,7 +301,7 @@ class Session:
         return self.analysis.structure
 
     @property
-    def oracle(self) -> Oracle:
+    def oracle(self) -> Experiment:
         return self.analysis.interpretation.oracle
 
     @property
@@ -307,7 +320,9 @@ class Session:
         """Raise ``StructureError`` where autograd does not reach from the loss to anything."""
         if self.recording.connected:
             return
-        cuts = [s for s in self.recording.graph.steps if s.where and (s.name == "detach" or not s.grad)]
+        cuts = [
+            s for s in self.recording.graph.steps if s.where and (s.name == "detach" or not s.grad)
+        ]
         place = f", such as at {os.path.basename(cuts[-1].where)}" if cuts else ""
         raise StructureError(errors.MSG_DETACHED.format(place=place))
 
@@ -326,7 +341,9 @@ class Session:
             return None
         rng = random_state() if any(s.noise for s in graph.steps) else graph.rng
         graph = capture.moved(graph, program, batch.inputs, batch.targets, rng)
-        recording = replace(self.recording, program=program, batch=batch, numbers=numbers, graph=graph, output=None)
+        recording = replace(
+            self.recording, program=program, batch=batch, numbers=numbers, graph=graph, output=None
+        )
         analysis = None if self._analysis is None else self._analysis.moved(recording, graph)
         return Session(recording, analysis)
 
@@ -334,7 +351,9 @@ class Session:
 def _unregistered(graph: Graph, where: str) -> str:
     """In words, the tensors whose gradients are overlooked; empty where there are none."""
     found = graph.unregistered
-    places = dict.fromkeys(f"{list(v.shape)} ({os.path.basename(s.where or where)})" for v, s in found)
+    places = dict.fromkeys(
+        f"{list(v.shape)} ({os.path.basename(s.where or where)})" for v, s in found
+    )
     listed = ", ".join([*places][:MOST_NAMED]) + (", .." if len(places) > MOST_NAMED else "")
     count = f"{len(found)} tensor{'s' * (len(found) != 1)}"
     return errors.MSG_UNREGISTERED.format(count=count, places=listed) if found else ""
@@ -342,7 +361,10 @@ def _unregistered(graph: Graph, where: str) -> str:
 
 def _looks_swapped(program: Program) -> bool:
     """The loss has parameters, and the model has none."""
-    has = [isinstance(m, nn.Module) and any(True for _ in m.parameters()) for m in (program.model, program.loss)]
+    has = [
+        isinstance(m, nn.Module) and any(True for _ in m.parameters())
+        for m in (program.model, program.loss)
+    ]
     return not program.functional and has == [False, True]
 
 
@@ -370,5 +392,9 @@ def _check_scalar(program: Program, graph: Graph, output: Any, scalar: Any) -> N
         if graph.loss is None:
             raise InputError(errors.MSG_NO_LOSS.format(value=type(output).__name__))
     elif not isinstance(scalar, Tensor) or scalar.numel() != 1:
-        value = f"a tensor of shape {tuple(scalar.shape)}" if isinstance(scalar, Tensor) else repr(scalar)
+        value = (
+            f"a tensor of shape {tuple(scalar.shape)}"
+            if isinstance(scalar, Tensor)
+            else repr(scalar)
+        )
         raise InputError(errors.MSG_NOT_SCALAR.format(value=value))

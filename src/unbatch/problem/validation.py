@@ -14,14 +14,16 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 
 from unbatch import errors
 from unbatch.capture.program import Program
-from unbatch.capture.sample_axes import Fold
+from unbatch.capture.sample_axes import SampleAxes
 from unbatch.errors import InputError
 from unbatch.problem.parameters import select
 
 
 def check_callable(what: str, function: Any) -> None:
     if not callable(function):
-        raise InputError(f"The {what} is not callable: got {type(function).__name__}. Pass a module or a function.")
+        raise InputError(
+            f"The {what} is not callable: got {type(function).__name__}. Pass a module or a function."
+        )
     if isinstance(function, type) and issubclass(function, nn.Module):
         name = function.__name__
         raise InputError(f"The {what} is the class {name}; pass a module made from it, {name}(..).")
@@ -29,29 +31,38 @@ def check_callable(what: str, function: Any) -> None:
 
 def opened(tree: Any) -> Any:
     """A mapping into which pytrees do not look, such as what tokenizers return, as a dict."""
-    return dict(tree) if isinstance(tree, Mapping) and any(leaf is tree for leaf in tree_leaves(tree)) else tree
+    return (
+        dict(tree)
+        if isinstance(tree, Mapping) and any(leaf is tree for leaf in tree_leaves(tree))
+        else tree
+    )
 
 
-def check_fold(dims: Any, in_dims: Any, inputs: Any, targets: Any) -> Fold | None:
+def check_fold(dims: Any, in_dims: Any, inputs: Any, targets: Any) -> SampleAxes | None:
     """Several axes of samples, if there are."""
     if dims is None:
         return None
     if in_dims != 0:
         raise InputError(errors.MSG_FOLD_BOTH.format(dims=dims, in_dims=in_dims))
-    return Fold.of(dims, inputs, targets)
+    return SampleAxes.of(dims, inputs, targets)
 
 
 def flat_dims(what: str, tree: Any, dims: Any) -> list[int | None]:
     """One entry per leaf: the axis of the samples, or None where there is none (not a tensor, not per-sample)."""
     leaves, spec = tree_flatten(tree)
-    if any(not isinstance(d, int) and d is not None for d in tree_leaves(dims, is_leaf=lambda d: d is None)):
+    if any(
+        not isinstance(d, int) and d is not None
+        for d in tree_leaves(dims, is_leaf=lambda d: d is None)
+    ):
         raise InputError(
             f"in_dims for {what} is {dims!r}; it takes an int, None, or a nesting of them like that of {what}, {spec}."
         )
     if isinstance(dims, int) or dims is None:
         flat: list[Any] = [dims] * len(leaves)
     else:
-        broadcast = torch.utils._pytree._broadcast_to_and_flatten(dims, spec, is_leaf=lambda d: d is None)
+        broadcast = torch.utils._pytree._broadcast_to_and_flatten(
+            dims, spec, is_leaf=lambda d: d is None
+        )
         if broadcast is None:
             raise InputError(
                 f"in_dims for {what} is {dims!r}, which does not fit its structure {spec}. "
@@ -116,8 +127,15 @@ def check_samples(chosen: Any, samples: int) -> Tensor | None:
     if chosen is None:
         return None
     index = torch.as_tensor(chosen)
-    bad = index.ndim != 1 or not len(index) or index.is_floating_point() or index.dtype == torch.bool
-    if bad or int(index.min()) < 0 or int(index.max()) >= samples or len(index.unique()) < len(index):
+    bad = (
+        index.ndim != 1 or not len(index) or index.is_floating_point() or index.dtype == torch.bool
+    )
+    if (
+        bad
+        or int(index.min()) < 0
+        or int(index.max()) >= samples
+        or len(index.unique()) < len(index)
+    ):
         raise InputError(errors.MSG_SAMPLES.format(last=samples - 1, value=chosen))
     return index.long()
 
@@ -141,7 +159,9 @@ def check_blocks(blocks: Any, chosen: Mapping[str, Tensor]) -> list[list[str]] |
     return groups
 
 
-def check_out(out: Mapping[str, Tensor] | None, chosen: Mapping[str, Tensor], samples: int) -> dict[str, Tensor]:
+def check_out(
+    out: Mapping[str, Tensor] | None, chosen: Mapping[str, Tensor], samples: int
+) -> dict[str, Tensor]:
     if out is None:
         return {}
     if not isinstance(out, Mapping):
@@ -153,9 +173,13 @@ def check_out(out: Mapping[str, Tensor] | None, chosen: Mapping[str, Tensor], sa
             raise InputError(errors.MSG_OUT.format(what=_misfit(name, given, want[0], p)))
     given_ = [out[n] for n in chosen if out[n].numel()]
     if any(not t.is_contiguous() and 0 in t.stride() and _expanded(t) for t in given_):
-        raise InputError(errors.MSG_OUT.format(what="a buffer is expanded, so its rows share memory"))
+        raise InputError(
+            errors.MSG_OUT.format(what="a buffer is expanded, so its rows share memory")
+        )
     spans = sorted((t.data_ptr(), t.data_ptr() + _extent(t)) for t in given_)
-    if any(end > start for (_, end), (start, _) in itertools.pairwise(spans)) and _all_dense(given_):
+    if any(end > start for (_, end), (start, _) in itertools.pairwise(spans)) and _all_dense(
+        given_
+    ):
         raise InputError(errors.MSG_OUT.format(what="buffers overlap in memory"))
     return {n: out[n] for n in chosen}
 
@@ -176,14 +200,18 @@ def _expanded(t: Tensor) -> bool:
 def _extent(t: Tensor) -> int:
     if t.is_contiguous():
         return t.numel() * t.element_size()
-    return (sum((s - 1) * d for s, d in zip(t.shape, t.stride(), strict=True)) + 1) * t.element_size()
+    return (
+        sum((s - 1) * d for s, d in zip(t.shape, t.stride(), strict=True)) + 1
+    ) * t.element_size()
 
 
 def _all_dense(tensors: list[Tensor]) -> bool:
     return all(_extent(t) == t.numel() * t.element_size() for t in tensors)
 
 
-def check_sizes(inputs: Any, dims: list[int | None], targets: Any, target_dims: list[int | None]) -> int:
+def check_sizes(
+    inputs: Any, dims: list[int | None], targets: Any, target_dims: list[int | None]
+) -> int:
     sized = [(f"{what}[{i}]", leaf, d) for what, tree, ds in (("X", inputs, dims), ("y", targets, target_dims))
              for i, (leaf, d) in enumerate(zip(tree_leaves(tree), ds, strict=True)) if d is not None]  # fmt: skip
     if not any(name.startswith("X") for name, _, _ in sized):
@@ -193,7 +221,9 @@ def check_sizes(inputs: Any, dims: list[int | None], targets: Any, target_dims: 
     for name, other, d in sized[1:]:
         if other.shape[d] != n:
             raise InputError(
-                errors.MSG_SIZES.format(first=first, n=n, axis=axis, other=name, m=other.shape[d], other_axis=d)
+                errors.MSG_SIZES.format(
+                    first=first, n=n, axis=axis, other=name, m=other.shape[d], other_axis=d
+                )
             )
     if n == 0:
         raise InputError(errors.MSG_EMPTY.format(what=first, shape=tuple(leaf.shape)))
@@ -208,7 +238,9 @@ def check_devices(program: Program, inputs: Any, targets: Any) -> None:
     for what, tree in (("X", inputs), ("y", targets)):
         for leaf in tree_leaves(tree):
             if isinstance(leaf, Tensor) and leaf.device != device and leaf.ndim:
-                raise InputError(errors.MSG_DEVICE.format(what=what, device=leaf.device, model=str(device)))
+                raise InputError(
+                    errors.MSG_DEVICE.format(what=what, device=leaf.device, model=str(device))
+                )
 
 
 def check_values(inputs: Any, dims: list[int | None]) -> None:
@@ -220,13 +252,17 @@ def check_values(inputs: Any, dims: list[int | None]) -> None:
         ):
             bad = torch.isnan(leaf)
             sample = int(torch.nonzero(bad)[0, d]) if d is not None else -1
-            raise InputError(errors.MSG_NAN.format(what=f"X[{i}]", count=int(bad.sum()), sample=sample))
+            raise InputError(
+                errors.MSG_NAN.format(what=f"X[{i}]", count=int(bad.sum()), sample=sample)
+            )
 
 
 def check_given(fits: bool, given: Any, call: str, takes: str, arguments: str = "problem") -> None:
     """Whether a picture or a report can be made of something; ``takes`` says of what."""
     if not fits:
-        raise InputError(errors.MSG_GIVEN.format(call=call, takes=takes, value=_kind(given), arguments=arguments))
+        raise InputError(
+            errors.MSG_GIVEN.format(call=call, takes=takes, value=_kind(given), arguments=arguments)
+        )
 
 
 def _kind(value: Any) -> str:

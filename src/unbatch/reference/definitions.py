@@ -61,12 +61,19 @@ def _untouched(*modules: Any) -> Iterator[None]:
 def _parameters(model: nn.Module, loss: Any) -> dict[str, Tensor]:
     out: dict[str, Tensor] = dict(model.named_parameters())
     if isinstance(loss, nn.Module):
-        out |= {f"loss.{n}": p for n, p in loss.named_parameters() if not any(p is q for q in out.values())}
+        out |= {
+            f"loss.{n}": p
+            for n, p in loss.named_parameters()
+            if not any(p is q for q in out.values())
+        }
     return {n: p for n, p in out.items() if p.requires_grad}
 
 
 def _grad(
-    outputs: Sequence[Tensor], by: Iterable[Tensor], cotangents: Sequence[Tensor] | None = None, keep: bool = False
+    outputs: Sequence[Tensor],
+    by: Iterable[Tensor],
+    cotangents: Sequence[Tensor] | None = None,
+    keep: bool = False,
 ) -> list[Tensor]:
     """``autograd.grad``, with zeros where nothing flows."""
     by = list(by)
@@ -206,7 +213,9 @@ def _rows_of(outputs: list[Tensor], samples: int, by: list[Tensor]) -> Tensor:
             for entry in range(entries):
                 cotangents = [t.new_zeros(t.shape) for t in outputs]
                 cotangents[leaf][n].view(-1)[entry] = 1
-                rows.append(torch.cat([g.reshape(-1) for g in _grad(outputs, by, cotangents, keep=True)]))
+                rows.append(
+                    torch.cat([g.reshape(-1) for g in _grad(outputs, by, cotangents, keep=True)])
+                )
     return torch.stack(rows)
 
 
@@ -237,7 +246,11 @@ def ggn_diagonals(model: nn.Module, loss: Loss, inputs: Any, targets: Any) -> Te
     J, H = jacobian(model, loss, inputs, targets), output_hessian(model, loss, inputs, targets)
     with _untouched(model, loss):
         samples = run_batch(model, inputs).samples
-    blocks = zip(J.chunk(samples), [h.chunk(samples, 1)[n] for n, h in enumerate(H.chunk(samples))], strict=True)
+    blocks = zip(
+        J.chunk(samples),
+        [h.chunk(samples, 1)[n] for n, h in enumerate(H.chunk(samples))],
+        strict=True,
+    )
     return torch.stack([(Jn * (Hn @ Jn)).sum(0) for Jn, Hn in blocks])
 
 
@@ -255,7 +268,9 @@ def flat(rows: Rows) -> Tensor:
 
 def squared_norms(rows: Rows) -> tuple[dict[str, Tensor], Tensor]:
     """``‖row_n‖²``: per parameter ``{name: [N]}``, and over all of them ``[N]``."""
-    return {name: _matrix(row).square().sum(1) for name, row in rows.items()}, flat(rows).square().sum(1)
+    return {name: _matrix(row).square().sum(1) for name, row in rows.items()}, flat(
+        rows
+    ).square().sum(1)
 
 
 def sum_of_squares(rows: Rows) -> dict[str, Tensor]:
@@ -282,4 +297,7 @@ def clipped_sum(rows: Rows, max_norm: float) -> dict[str, Tensor]:
     """``Σ_n row_n min(1, max_norm / ‖row_n‖)``, the norm over all parameters: ``{name: [*param]}``."""
     norms = flat(rows).square().sum(1).sqrt()
     factors = [min(1.0, max_norm / norm) if norm else 1.0 for norm in norms.tolist()]
-    return {name: torch.stack([f * r for f, r in zip(factors, row, strict=True)]).sum(0) for name, row in rows.items()}
+    return {
+        name: torch.stack([f * r for f, r in zip(factors, row, strict=True)]).sum(0)
+        for name, row in rows.items()
+    }

@@ -34,7 +34,9 @@ MSG_DIFFERS = (
 )
 
 
-MSG_NO_STATISTIC = "{name} hands values of all samples on, not a statistic of them: nothing can be held constant."
+MSG_NO_STATISTIC = (
+    "{name} hands values of all samples on, not a statistic of them: nothing can be held constant."
+)
 
 
 # --- one run --------------------------------------------------------------------------------------
@@ -113,7 +115,9 @@ class _Call:
 
 
 def _named(names: str, *owners: Any) -> list[Any]:
-    return [getattr(owner, name) for owner in owners for name in names.split() if hasattr(owner, name)]
+    return [
+        getattr(owner, name) for owner in owners for name in names.split() if hasattr(owner, name)
+    ]
 
 
 REDUCTIONS = _named("mean sum var std var_mean std_mean amax amin prod logsumexp", torch, Tensor)
@@ -162,8 +166,13 @@ def _reduction(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], over: s
 def _softmax(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Op:
     dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
     log = "log" in func.__name__
-    split = _Split(lambda x: x.logsumexp(dim, keepdim=True), lambda x, total: x - total if log else (x - total).exp())
-    return _Op(func.__name__, [args[0]], lambda axes: split if axes[0] == dim % args[0].ndim else None)
+    split = _Split(
+        lambda x: x.logsumexp(dim, keepdim=True),
+        lambda x, total: x - total if log else (x - total).exp(),
+    )
+    return _Op(
+        func.__name__, [args[0]], lambda axes: split if axes[0] == dim % args[0].ndim else None
+    )
 
 
 def _batch_norm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Op | None:
@@ -184,14 +193,20 @@ def _batch_norm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Op | None:
         y = y if weight is None else y * weight.reshape(channels)
         return y if bias is None else y + bias.reshape(channels)
 
-    return _Op("batch_norm", [x], lambda axes: _Split(statistic, finish) if axes[0] in over else None)
+    return _Op(
+        "batch_norm", [x], lambda axes: _Split(statistic, finish) if axes[0] in over else None
+    )
 
 
 def _dropout(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Op | None:
     call = inspect.signature(F.dropout).bind(*args, **kwargs)
     call.apply_defaults()
     p = call.arguments["p"]
-    return _Op("dropout", [call.arguments["input"]], lambda axes: None, p) if call.arguments["training"] and p else None
+    return (
+        _Op("dropout", [call.arguments["input"]], lambda axes: None, p)
+        if call.arguments["training"] and p
+        else None
+    )
 
 
 def _product(func: Any, args: tuple[Any, ...]) -> _Op | None:
@@ -202,7 +217,9 @@ def _product(func: Any, args: tuple[Any, ...]) -> _Op | None:
         return None
 
     def split(axes: Axes) -> _Split | None:
-        if None in axes or (a.ndim == b.ndim > 2 and axes[0] == axes[1] == 0):  # one product per sample
+        if None in axes or (
+            a.ndim == b.ndim > 2 and axes[0] == axes[1] == 0
+        ):  # one product per sample
             return None
         if axes == [a.ndim - 1, max(b.ndim - 2, 0)]:
             return _Split(func, lambda a, b, total: total)
@@ -218,7 +235,9 @@ def _einsum(args: tuple[Any, ...]) -> _Op:
 
     def split(axes: Axes) -> _Split | None:
         cut = {term[d] for term, d in zip(letters.split(","), axes, strict=True) if d is not None}
-        summed = _Split(lambda *xs: torch.einsum(equation, *xs), lambda *xs_and_total: xs_and_total[-1])
+        summed = _Split(
+            lambda *xs: torch.einsum(equation, *xs), lambda *xs_and_total: xs_and_total[-1]
+        )
         return summed if cut - set(output) and None not in axes else None
 
     return _Op("einsum", operands, split)
@@ -276,7 +295,9 @@ class Replay(TorchFunctionMode):
     def finished(self) -> None:
         """Raise if the batch called more."""
         if self.index + 1 < len(self.calls):
-            raise ValueError(MSG_PATH.format(got="nothing more", expected=self.calls[self.index + 1].name))
+            raise ValueError(
+                MSG_PATH.format(got="nothing more", expected=self.calls[self.index + 1].name)
+            )
 
     def _next(self, name: str) -> _Call:
         self.index += 1
@@ -289,8 +310,16 @@ class Replay(TorchFunctionMode):
         if alone.shape == batch.shape:
             return None
         axes = [d for d in range(min(alone.ndim, batch.ndim)) if alone.shape[d] != batch.shape[d]]
-        if alone.ndim != batch.ndim or len(axes) != 1 or batch.shape[axes[0]] != self.samples * alone.shape[axes[0]]:
-            shapes = {"alone": tuple(alone.shape), "batch": tuple(batch.shape), "samples": self.samples}
+        if (
+            alone.ndim != batch.ndim
+            or len(axes) != 1
+            or batch.shape[axes[0]] != self.samples * alone.shape[axes[0]]
+        ):
+            shapes = {
+                "alone": tuple(alone.shape),
+                "batch": tuple(batch.shape),
+                "samples": self.samples,
+            }
             raise ValueError(MSG_SLICE.format(**shapes))
         return axes[0]
 
@@ -344,7 +373,9 @@ class _Meeting:
             everyone = [self.brought[index, m] for m in range(self.samples)]
             joined = [
                 own if axis is None else torch.cat(parts, axis)
-                for own, axis, parts in zip(op.inputs, axes, zip(*everyone, strict=True), strict=True)
+                for own, axis, parts in zip(
+                    op.inputs, axes, zip(*everyone, strict=True), strict=True
+                )
             ]
             return split.statistic(*joined)
 
@@ -352,7 +383,10 @@ class _Meeting:
 
     def hold(self, work: Callable[[int], None]) -> None:
         """Run ``work(rank)`` in one thread per rank; the first error of a rank is raised here."""
-        threads = [threading.Thread(target=self._attend, args=(work, n), daemon=True) for n in range(self.samples)]
+        threads = [
+            threading.Thread(target=self._attend, args=(work, n), daemon=True)
+            for n in range(self.samples)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -369,7 +403,9 @@ class _Meeting:
             self.barrier.abort()
 
 
-def in_lock_step(ranks: list[nn.Module], run: Run, calls: list[_Call], inputs: Any) -> list[list[Tensor]]:
+def in_lock_step(
+    ranks: list[nn.Module], run: Run, calls: list[_Call], inputs: Any
+) -> list[list[Tensor]]:
     """Per rank its predictions. What is shared but depends on parameters is each rank's own."""
     meeting = _Meeting(run.samples)
     found: dict[int, list[Tensor]] = {}

@@ -124,7 +124,10 @@ Block = Table | Picture | str
 
 
 def write_report(
-    problem: Problem, path: str | Path = FILE, title: str = "", said: Mapping[str, str] | None = None
+    problem: Problem,
+    path: str | Path = FILE,
+    title: str = "",
+    said: Mapping[str, str] | None = None,
 ) -> Path:
     """Everything about a problem on one HTML page that needs no network; returns where it was written.
 
@@ -149,7 +152,9 @@ def check_writable(path: Path) -> None:
         with path.open("ab"):
             pass
     except OSError as error:
-        raise type(error)(error.errno, MSG_REPORT_FILE.format(path=path, reason=error.strerror)) from error
+        raise type(error)(
+            error.errno, MSG_REPORT_FILE.format(path=path, reason=error.strerror)
+        ) from error
     if new:
         path.unlink()
 
@@ -161,13 +166,16 @@ def page(problem: Problem, title: str, said: Mapping[str, str]) -> str:
         lstrip_blocks=True,
     )  # fmt: skip
     templates.tests |= {
-        kind.__name__.lower(): lambda x, kind=kind: isinstance(x, kind) for kind in (Table, Picture, Status)
+        kind.__name__.lower(): lambda x, kind=kind: isinstance(x, kind)
+        for kind in (Table, Picture, Status)
     }
     templates.filters["code"] = _with_code
     parts = [Part(title_, intro, tuple(_asked(ask, problem))) for title_, intro, ask in PARTS]
     name = title or name_of(problem.program.inside)
     facts = _facts(problem) | dict(said)
-    return templates.get_template("page.html").render(title=name, facts=facts, parts=parts, version=version("unbatch"))
+    return templates.get_template("page.html").render(
+        title=name, facts=facts, parts=parts, version=version("unbatch")
+    )
 
 
 def _with_code(text: str) -> Markup:
@@ -183,7 +191,9 @@ def _asked(ask: Callable[[Problem], Iterator[Block]], problem: Problem) -> Itera
             yield from ask(problem)
         except (UnbatchError, ImportError) as error:
             yield f"Not shown: {error}"
-    yield from (f"{w.category.__name__}: {w.message}" for w in {str(w.message): w for w in caught}.values())
+    yield from (
+        f"{w.category.__name__}: {w.message}" for w in {str(w.message): w for w in caught}.values()
+    )
 
 
 def _facts(problem: Problem) -> dict[str, str]:
@@ -218,13 +228,19 @@ def _picture(ax: Any, alt: str, caption: str) -> Picture:
 
 def _structure(problem: Problem) -> Iterator[Block]:
     s = problem.structure
-    rows = [(TITLES[v.name], tables.MEANINGS[v.name], _status(v), v.basis, v.note) for v in s.verdicts]
+    rows = [
+        (TITLES[v.name], tables.MEANINGS[v.name], _status(v), v.basis, v.note) for v in s.verdicts
+    ]
     yield Table("Verdicts", ("structure", "which says", "verdict", "basis", "note"), rows)
     diagram = problem.diagram()
     yield _picture(plot.structure(diagram), diagram.description, "From samples to loss")
     if s.statistics:
         found = [(t.module, t.op, t.where.rpartition("/")[2], str(t.size)) for t in s.statistics]
-        yield Table(f"Batch statistics, R = {s.statistics_size} numbers", ("module", "op", "where", "numbers"), found)
+        yield Table(
+            f"Batch statistics, R = {s.statistics_size} numbers",
+            ("module", "op", "where", "numbers"),
+            found,
+        )
     culprits = list(by_kind(s))
     if culprits:
         columns = ("module", "op", "where", "why", "what to do", "against")
@@ -239,7 +255,14 @@ def _status(verdict: Verdict) -> Status:
 def _culprit(found: Sequence[Culprit], against: Sequence[str]) -> tuple[str, ...]:
     first, modules = found[0], list(dict.fromkeys(c.module or "–" for c in found))
     more = [f"{len(modules) - NAMED} more"] if len(modules) > NAMED else []
-    return ", ".join(modules[:NAMED] + more), first.op, first.short, first.why, first.remedy, ", ".join(against)
+    return (
+        ", ".join(modules[:NAMED] + more),
+        first.op,
+        first.short,
+        first.why,
+        first.remedy,
+        ", ".join(against),
+    )
 
 
 def _tests(problem: Problem) -> Iterator[Block]:
@@ -268,10 +291,19 @@ def _gradients(problem: Problem) -> Iterator[Block]:
             rows[by] = problem.gradients(by=by)
         except UnbatchError as error:
             yield f"Rows by {by} are not shown: {error}"
-    yield Table("One row per sample", tables.NORMS, [tables.norms(by, r, gradient) for by, r in rows.items()])
+    yield Table(
+        "One row per sample",
+        tables.NORMS,
+        [tables.norms(by, r, gradient) for by, r in rows.items()],
+    )
     alt = "Histograms of the norms of the rows, whose smallest, mean and largest are in the table above."
     yield _picture(plot.gradient_norms(_apart(rows)), alt, "Norms of the rows")
-    apart = [(f"{a} and {b}", tables.share(tables.distance(rows[a], rows[b]))) for a in rows for b in rows if a < b]
+    apart = [
+        (f"{a} and {b}", tables.share(tables.distance(rows[a], rows[b])))
+        for a in rows
+        for b in rows
+        if a < b
+    ]
     yield Table("Relative distance of the decompositions", ("decompositions", "distance"), apart)
 
 
@@ -299,7 +331,9 @@ def _curvature(problem: Problem) -> Iterator[Block]:
     alt = "Slope and curvature of every sample along each of the top eigenvectors, whose ranges are in the table below."
     yield _picture(plot.directions(found), alt, "Slopes against curvatures")
     shown = [tables.shares(found, i) for i in reversed(range(len(found.values)))]
-    yield Table("Slopes γ and curvatures λ of the samples along the top eigenvectors", tables.SHARES, shown)
+    yield Table(
+        "Slopes γ and curvatures λ of the samples along the top eigenvectors", tables.SHARES, shown
+    )
 
 
 def _negative(semidefinite: Verdict) -> str:
@@ -311,7 +345,11 @@ def _negative(semidefinite: Verdict) -> str:
 def _follows(problem: Problem) -> Iterator[Block]:
     found = problem.structure.follows()
     for kind, words in consequence_table.OUTCOMES.items():
-        rows = [(c.quantity, "yes" if c.available else "not yet", c.name, c.reason) for c in found if c.outcome == kind]
+        rows = [
+            (c.quantity, "yes" if c.available else "not yet", c.name, c.reason)
+            for c in found
+            if c.outcome == kind
+        ]
         if rows:
             columns = ("quantity", "computed", "as", "why")
             yield Table(f"{words}: {len(rows)} quantities", columns, rows, folded=True)
@@ -324,7 +362,11 @@ PARTS: tuple[tuple[str, str, Callable[[Problem], Iterator[Block]]], ...] = (
         "record, refuted by an experiment (a witness), assumed because it was declared, or left unknown.",
         _structure,
     ),
-    ("Verification", "Each verdict put to an experiment; one that is contradicted would say so here.", _tests),
+    (
+        "Verification",
+        "Each verdict put to an experiment; one that is contradicted would say so here.",
+        _tests,
+    ),
     (
         "Crosstalk",
         "How strongly each prediction reacts to each sample of the batch, its own and the others.",
@@ -343,5 +385,9 @@ PARTS: tuple[tuple[str, str, Callable[[Problem], Iterator[Block]]], ...] = (
         "eigenvalues.",
         _curvature,
     ),
-    ("What follows", "Which of the usual quantities exist for this loss, under which name, and why.", _follows),
+    (
+        "What follows",
+        "Which of the usual quantities exist for this loss, under which name, and why.",
+        _follows,
+    ),
 )

@@ -19,11 +19,22 @@ from unbatch.curvature.ggn import GGN
 from unbatch.curvature.spectrum import Directions
 from unbatch.diagram import figure
 from unbatch.diagram.diagram import Diagram
-from unbatch.diagram.figure import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, SKY, VERMILLION, blank, save
+from unbatch.diagram.figure import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILLION,
+    blank,
+    save,
+)
 from unbatch.errors import InputError, StructureError
 from unbatch.gradients.plan import Plan
-from unbatch.gradients.quantities import Norms
-from unbatch.gradients.results import Rows, SquaredNorms
+from unbatch.gradients.quantities import SquaredNorms
+from unbatch.gradients.results import Rows, SquaredNormsByParameter
 from unbatch.linalg.spectra import Density, Eigenpairs
 from unbatch.problem.problem import Problem
 from unbatch.problem.validation import check_given
@@ -53,12 +64,12 @@ HATCHES = {"component": "", "copy": "////", "frozen": "\\\\\\\\"}
 MORE_HATCHES = ("", "////", "\\\\\\\\", "xxxx", "....", "++++")  # of what else is set side by side
 
 
-MSG_DENSITY = (
-    "plot.density takes a Density, as `unbatch.spectra.density(G, probes=8, steps=32)` returns it; got {value}."
+MSG_DENSITY = "plot.density takes a Density, as `unbatch.spectra.density(G, probes=8, steps=32)` returns it; got {value}."
+
+
+MSG_NO_PLANS = (
+    "plot.plan takes a Plan, or a mapping from names to plans with at least one in it; got {value}."
 )
-
-
-MSG_NO_PLANS = "plot.plan takes a Plan, or a mapping from names to plans with at least one in it; got {value}."
 
 
 def structure(given: Problem | Diagram, ax: Axes | None = None) -> Axes:
@@ -93,20 +104,28 @@ def crosstalk(given: Problem | Crosstalk, ax: Axes | None = None) -> Axes:
     ax.patch.set(facecolor="white", edgecolor="#BBBBBB", hatch="xxxx", linewidth=0)
     masked = torch.where(found.matrix > 0, found.matrix, torch.nan).numpy()
     image = ax.imshow(masked, norm=norm, cmap="cividis", interpolation="nearest")
-    size = r"$\Vert\partial F_n/\partial x_m\Vert$" if found.by == "derivative" else "change of $F_n$"
+    size = (
+        r"$\Vert\partial F_n/\partial x_m\Vert$" if found.by == "derivative" else "change of $F_n$"
+    )
     figure.whole(ax).colorbar(image, ax=ax, label=size + ("" if found.exact else ", estimated"))
-    ax.set(xlabel="sample $m$", ylabel="prediction $n$", title=f"{found.strength:.1%} of the squares off the diagonal")
+    ax.set(
+        xlabel="sample $m$",
+        ylabel="prediction $n$",
+        title=f"{found.strength:.1%} of the squares off the diagonal",
+    )
     ax.title.set_fontsize(10)
     return ax
 
 
 def gradient_norms(
-    given: Problem | Rows | SquaredNorms | Mapping[str, Rows | SquaredNorms], ax: Axes | None = None, bins: int = 12
+    given: Problem | Rows | SquaredNormsByParameter | Mapping[str, Rows | SquaredNormsByParameter],
+    ax: Axes | None = None,
+    bins: int = 12,
 ) -> Axes:
     """Histograms of the norms of the rows of the gradient, by component, copy and frozen; one where all are the same.
 
     In the scale in which each row enters the loss. A decomposition that does not exist here is named as such.
-    ``given`` may also be rows, or their squared norms (``problem.compute(Norms())``), or several of these by name.
+    ``given`` may also be rows, or their squared norms (``problem.compute(SquaredNorms())``), or several of these by name.
     """
     norms, missing = _norms(given) if isinstance(given, Problem) else (_norms_of(given), [])
     ax = blank(ax)
@@ -114,11 +133,15 @@ def gradient_norms(
     labels = {name: f"{name}{_zeros(found, edges[0])}" for name, found in norms.items()}
     side_by_side = [n.numpy() for n in norms.values()]
     colours = [COLOURS[i % len(COLOURS)] for i in range(len(norms))]
-    _, _, drawn = ax.hist(side_by_side, edges, color=colours, label=list(labels.values()), edgecolor=INK, lw=0.7)
+    _, _, drawn = ax.hist(
+        side_by_side, edges, color=colours, label=list(labels.values()), edgecolor=INK, lw=0.7
+    )
     groups: list[Any] = [drawn] if len(norms) == 1 else list(drawn)  # type: ignore[arg-type]
     for i, (name, bars) in enumerate(zip(norms, groups, strict=True)):
         for bar in bars:
-            bar.set_hatch(HATCHES.get(name.removeprefix("per-"), MORE_HATCHES[i % len(MORE_HATCHES)]))
+            bar.set_hatch(
+                HATCHES.get(name.removeprefix("per-"), MORE_HATCHES[i % len(MORE_HATCHES)])
+            )
     for by in missing:
         ax.plot([], [], " ", label=f"{by}: does not exist here")
     if len(edges) > 2 and edges[-1] / max(edges[0], 1e-300) > 20:
@@ -133,7 +156,7 @@ def _norms(problem: Problem) -> tuple[dict[str, Tensor], list[str]]:
     norms, missing = dict[str, Tensor](), list[str]()
     for by in HATCHES:
         try:
-            found = problem.compute(Norms(), by=by)
+            found = problem.compute(SquaredNorms(), by=by)
         except StructureError:
             if by == "component":  # then there are no rows at all
                 raise
@@ -147,12 +170,23 @@ def _norms(problem: Problem) -> tuple[dict[str, Tensor], list[str]]:
 
 def _norms_of(given: Any) -> dict[str, Tensor]:
     """Norms of results, by their names or by what they are called."""
-    one = isinstance(given, Rows | SquaredNorms)
-    named = {given.kind or given.by: given} if one else given if isinstance(given, Mapping) else {"": given}
-    takes = "a Problem, Rows, what problem.compute(Norms()) returns, or a mapping from names to the last two"
+    one = isinstance(given, Rows | SquaredNormsByParameter)
+    named = (
+        {given.kind or given.by: given}
+        if one
+        else given
+        if isinstance(given, Mapping)
+        else {"": given}
+    )
+    takes = "a Problem, Rows, what problem.compute(SquaredNorms()) returns, or a mapping from names to the last two"
     for found in named.values() or [given]:
-        check_given(isinstance(found, Rows | SquaredNorms), found, "plot.gradient_norms", takes)
-    squared = {n: found.total if isinstance(found, SquaredNorms) else _squared(found) for n, found in named.items()}
+        check_given(
+            isinstance(found, Rows | SquaredNormsByParameter), found, "plot.gradient_norms", takes
+        )
+    squared = {
+        n: found.total if isinstance(found, SquaredNormsByParameter) else _squared(found)
+        for n, found in named.items()
+    }
     return {n: found.detach().sqrt().double().cpu() for n, found in squared.items()}
 
 
@@ -164,10 +198,14 @@ def _edges(values: Tensor, bins: int) -> list[float]:
     """Of bins that are equally wide, in logarithms where norms differ by more than a factor of 20."""
     low, high = float(values[values > 0].min()) if (values > 0).any() else 0.0, float(values.max())
     if low > 0 and high / low > 20:
-        inner = torch.logspace(math.log10(low), math.log10(high), bins + 1, dtype=torch.float64).tolist()
+        inner = torch.logspace(
+            math.log10(low), math.log10(high), bins + 1, dtype=torch.float64
+        ).tolist()
         return [min(low, inner[0]), *inner[1:-1], max(high, inner[-1])]
     low = min(low, float(values.min()))
-    return torch.linspace(low, high if high > low else low + 1, bins + 1, dtype=torch.float64).tolist()
+    return torch.linspace(
+        low, high if high > low else low + 1, bins + 1, dtype=torch.float64
+    ).tolist()
 
 
 def _zeros(norms: Tensor, lowest: float) -> str:
@@ -186,12 +224,20 @@ def spectrum(given: Problem | GGN | BlockGGN | Eigenpairs | Tensor, ax: Axes | N
     ax = blank(ax)
     for i, (name, values, bound) in enumerate(curves := _spectra(given)):
         values = told(values)
-        colour, line, marker = COLOURS[i % len(COLOURS)], LINES[i % len(LINES)], MARKERS[i % len(MARKERS)]
+        colour, line, marker = (
+            COLOURS[i % len(COLOURS)],
+            LINES[i % len(LINES)],
+            MARKERS[i % len(MARKERS)],
+        )
         at = torch.arange(1, len(values) + 1).numpy()
-        ax.plot(at, values.abs().numpy(), line, color=colour, lw=1.2, marker=marker, ms=4, label=name)
+        ax.plot(
+            at, values.abs().numpy(), line, color=colour, lw=1.2, marker=marker, ms=4, label=name
+        )
         if (values < 0).any():
             filled = [colour if v > 0 else "white" for v in values.tolist()]
-            ax.scatter(at, values.abs().numpy(), s=18, marker=marker, c=filled, edgecolors=colour, zorder=3)
+            ax.scatter(
+                at, values.abs().numpy(), s=18, marker=marker, c=filled, edgecolors=colour, zorder=3
+            )
         if bound is not None:
             label = f"rank ≤ {bound}" if len(curves) == 1 else "_bound"
             ax.axvline(bound, color=colour, ls=line, lw=1.0, label=label)
@@ -203,10 +249,21 @@ def spectrum(given: Problem | GGN | BlockGGN | Eigenpairs | Tensor, ax: Axes | N
 
 def _spectra(given: Any) -> list[tuple[str, Tensor, int | None]]:
     """Names, eigenvalues, and the bounds on the rank where one is known."""
-    matrix = given.ggn() if isinstance(given, Problem) else given.values if isinstance(given, Eigenpairs) else given
+    matrix = (
+        given.ggn()
+        if isinstance(given, Problem)
+        else given.values
+        if isinstance(given, Eigenpairs)
+        else given
+    )
     if isinstance(matrix, BlockGGN):
-        return [(f"{_block_name(b)} (rank ≤ {b.rank_bound})", b.eigvalsh(), b.rank_bound) for b in matrix.blocks]
-    fits = isinstance(matrix, GGN) or (isinstance(matrix, Tensor) and matrix.ndim == 1 and matrix.is_floating_point())
+        return [
+            (f"{_block_name(b)} (rank ≤ {b.rank_bound})", b.eigvalsh(), b.rank_bound)
+            for b in matrix.blocks
+        ]
+    fits = isinstance(matrix, GGN) or (
+        isinstance(matrix, Tensor) and matrix.ndim == 1 and matrix.is_floating_point()
+    )
     takes = "a Problem, what problem.ggn() returns, eigenpairs, or a 1-d tensor of real eigenvalues"
     check_given(fits, given, "plot.spectrum", takes)
     if isinstance(matrix, GGN):
@@ -216,7 +273,9 @@ def _spectra(given: Any) -> list[tuple[str, Tensor, int | None]]:
 
 def told(values: Tensor) -> Tensor:
     """Eigenvalues from the largest to the smallest, in float64, without those that are zero but for rounding."""
-    rounding = len(values) * torch.finfo(values.dtype).eps * values.abs().max() if len(values) else 0.0
+    rounding = (
+        len(values) * torch.finfo(values.dtype).eps * values.abs().max() if len(values) else 0.0
+    )
     return values[values.abs() > rounding].detach().double().cpu().sort(descending=True).values
 
 
@@ -237,11 +296,19 @@ def directions(given: Problem | GGN | Directions, k: int = 4, ax: Axes | None = 
     """
     given = given.ggn() if isinstance(given, Problem) else given
     fits = isinstance(given, GGN | Directions)
-    check_given(fits, given, "plot.directions", "a Problem, what problem.ggn() returns, or its directions(k)")
+    check_given(
+        fits,
+        given,
+        "plot.directions",
+        "a Problem, what problem.ggn() returns, or its directions(k)",
+    )
     found = given if isinstance(given, Directions) else given.directions(k)
     ax = blank(ax)
     n = len(found.slopes)
-    slopes, curvatures = n * found.slopes.detach().double().cpu(), n * found.curvatures.detach().double().cpu()
+    slopes, curvatures = (
+        n * found.slopes.detach().double().cpu(),
+        n * found.curvatures.detach().double().cpu(),
+    )
     count = min(k, slopes.shape[1])
     for i in range(count):
         x, y = slopes[:, -1 - i], curvatures[:, -1 - i]
@@ -254,7 +321,13 @@ def directions(given: Problem | GGN | Directions, k: int = 4, ax: Axes | None = 
         )  # fmt: skip
     shown = curvatures[:, -count:]
     if (shown > 0).any() and not (shown < -1e-6 * shown.max()).any():
-        ax.set(yscale="log", ylim=(max(float(shown.quantile(0.02)), 1e-5 * float(shown.max())), 3 * float(shown.max())))
+        ax.set(
+            yscale="log",
+            ylim=(
+                max(float(shown.quantile(0.02)), 1e-5 * float(shown.max())),
+                3 * float(shown.max()),
+            ),
+        )
     else:
         ax.axhline(0, color=GREY, lw=0.6)
     ax.axvline(0, color=GREY, lw=0.6)
@@ -277,7 +350,10 @@ def density(found: Density, ax: Axes | None = None, points: int = 400) -> Axes:
     if not isinstance(found, Density):
         raise InputError(MSG_DENSITY.format(value=type(found).__name__))
     ax = blank(ax)
-    low, high = float(found.nodes.min()) - 4 * found.width, float(found.nodes.max()) + 4 * found.width
+    low, high = (
+        float(found.nodes.min()) - 4 * found.width,
+        float(found.nodes.max()) + 4 * found.width,
+    )
     grid = torch.linspace(low, high, points, dtype=torch.float64)
     told = found.on(grid)
     value, error = told.values.cpu(), told.standard_errors.cpu()
@@ -286,7 +362,13 @@ def density(found: Density, ax: Axes | None = None, points: int = 400) -> Axes:
         grid.numpy(), (value - error).clamp_min(floor).numpy(), (value + error).clamp_min(floor).numpy(),
         color=SKY, alpha=0.5, lw=0, label=f"± standard error, {len(found.nodes)} probes",
     )  # fmt: skip
-    ax.plot(grid.numpy(), value.numpy(), color=BLUE, lw=1.4, label=f"density of {found.size} eigenvalues")
+    ax.plot(
+        grid.numpy(),
+        value.numpy(),
+        color=BLUE,
+        lw=1.4,
+        label=f"density of {found.size} eigenvalues",
+    )
     ax.set_yscale("log")
     ax.set(xlabel="eigenvalue", ylabel="density", ylim=(floor, 3 * float(value.max())))
     return _finished(ax)
@@ -303,7 +385,9 @@ def plan(given: Plan | Mapping[str, Plan], ax: Axes | None = None) -> Axes:
         raise InputError(MSG_NO_PLANS.format(value=repr(given)))
     ax = blank(ax, 5.4, 1.2 + 0.5 * len(plans))
     rows, mib = range(len(plans)), 2.0**20
-    results, temporary = ([getattr(p, part) / mib for p in plans.values()] for part in ("results", "temporary"))
+    results, temporary = (
+        [getattr(p, part) / mib for p in plans.values()] for part in ("results", "temporary")
+    )
     look: dict[str, Any] = {"height": 0.55, "edgecolor": INK, "linewidth": 0.8}
     ax.barh(rows, results, label="results", color=SKY, **look)
     ax.barh(rows, temporary, left=results, label="temporary", color="white", hatch="////", **look)
@@ -312,7 +396,13 @@ def plan(given: Plan | Mapping[str, Plan], ax: Axes | None = None) -> Axes:
         text = f"  {p.pullbacks} pullback{'s' * (p.pullbacks != 1)}"
         ax.text(p.memory / mib, row, text, va="center", fontsize=8, color=INK)
         if p.budget / mib <= 2 * most:
-            ax.plot([p.budget / mib] * 2, [row - 0.4, row + 0.4], color=VERMILLION, lw=2, label="_budget")
+            ax.plot(
+                [p.budget / mib] * 2,
+                [row - 0.4, row + 0.4],
+                color=VERMILLION,
+                lw=2,
+                label="_budget",
+            )
     ax.set_yticks(list(rows), list(plans))
     ax.invert_yaxis()
     ax.set(xlabel="MiB", xlim=(0, 1.45 * most or 1.0))

@@ -65,7 +65,11 @@ def verification_table(structure: Structure, verification: Verification) -> Tabl
 
 def seen(check: Check) -> str:
     """A witness says itself what was done."""
-    return check.detail if check.witness is not None or not check.test else f"{check.test}: {check.detail}"
+    return (
+        check.detail
+        if check.witness is not None or not check.test
+        else f"{check.test}: {check.detail}"
+    )
 
 
 def outcome(check: Check) -> str:
@@ -76,7 +80,9 @@ def outcome(check: Check) -> str:
 def untested(structure: Structure, name: str) -> Check:
     """The check of a verdict for which there is no numerical test, with the reason."""
     forward = name in ("independent_forward", "simd_forward", "simd_given_statistics")
-    reason = NO_TEST.get(name) or NO_TEST["one sample" if forward and structure.samples == 1 else "loss"]
+    reason = (
+        NO_TEST.get(name) or NO_TEST["one sample" if forward and structure.samples == 1 else "loss"]
+    )
     return Check(name, getattr(structure, name).status, "", None, reason)
 
 
@@ -117,7 +123,12 @@ def share(x: Tensor | float) -> str:
 def norms(by: str, rows: Rows, gradient: Tensor) -> tuple[str, ...]:
     """How large rows are, and how far their sum is from the gradient; under ``NORMS``."""
     sizes, off = rows.flat().norm(dim=1), (rows.flat().sum(0) - gradient).norm() / gradient.norm()
-    return by, rows.kind, *map(number, (sizes.mean(), sizes.min(), sizes.max())), f"{share(off)} off"
+    return (
+        by,
+        rows.kind,
+        *map(number, (sizes.mean(), sizes.min(), sizes.max())),
+        f"{share(off)} off",
+    )
 
 
 def distance(a: Rows, b: Rows) -> float:
@@ -129,5 +140,13 @@ def shares(found: Directions, i: int) -> tuple[str, ...]:
     """What samples have of slope and curvature along the i-th eigenvector; under ``SHARES``."""
     slopes, curved = found.slopes[:, i], found.curvatures[:, i]
     held = curved.topk(min(LARGEST, len(curved))).values.sum() / curved.sum()
-    sizes = (found.values[i], slopes.sum(), slopes.min(), slopes.max(), curved.min(), curved.mean(), curved.max())
+    sizes = (
+        found.values[i],
+        slopes.sum(),
+        slopes.min(),
+        slopes.max(),
+        curved.min(),
+        curved.mean(),
+        curved.max(),
+    )
     return *map(number, sizes), f"{float(held):.0%}"

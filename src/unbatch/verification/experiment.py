@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from unbatch.analysis.domain.sample_layout import contiguous_blocks, prediction_dim
-from unbatch.analysis.inference import Findings
+from unbatch.analysis.inference import AnalysisState
 from unbatch.capture import ops
 from unbatch.capture.graph import Graph
 from unbatch.capture.isolation import untouched
@@ -36,7 +36,7 @@ class Untestable(Exception):
 
 
 @dataclass
-class Oracle:
+class Experiment:
     """The program and its batch, and how to run them on another one."""
 
     program: Program
@@ -45,12 +45,14 @@ class Oracle:
     targets: Any
     dims: Sequence[int | None]
     samples: int
-    findings: Findings
+    findings: AnalysisState
     base: list[Tensor] = field(default_factory=list)
     out_dims: list[int | None] = field(default_factory=list)
     blocks: list[bool] = field(default_factory=list)
     places: list[int] = field(default_factory=list)
-    originals: list[nn.Module] = field(default_factory=list)  # of which it is a copy; hooks may reach them
+    originals: list[nn.Module] = field(
+        default_factory=list
+    )  # of which it is a copy; hooks may reach them
     least_tolerance: float = 0.0
     known_tolerance: float | None = None  # in place of what the types say
 
@@ -73,12 +75,21 @@ class Oracle:
 
     def forward(self, inputs: Any) -> list[Tensor]:
         """The predictions, connected to ``inputs`` and to the parameters."""
-        return self.replay(inputs) if self.program.loss is None and self.graph.after_cut else self.eager(inputs)
+        return (
+            self.replay(inputs)
+            if self.program.loss is None and self.graph.after_cut
+            else self.eager(inputs)
+        )
 
     def eager(self, inputs: Any) -> list[Tensor]:
         """What the model itself returns: its predictions, or its loss where it computes one."""
-        with untouched([*self.program.modules, *self.originals], self.graph.rng), torch.enable_grad():
-            output = self.program.predict(tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, inputs))
+        with (
+            untouched([*self.program.modules, *self.originals], self.graph.rng),
+            torch.enable_grad(),
+        ):
+            output = self.program.predict(
+                tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, inputs)
+            )
             leaves = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
             own = own_loss(output) if self.program.loss is None else None
             if self.program.loss is None and self.graph.after_cut:
@@ -87,7 +98,11 @@ class Oracle:
 
     def feed(self, inputs: Any) -> dict[int, Tensor]:
         """Other inputs by the values of the recording that they stand for."""
-        return {r.index: x for r, x in zip(self.graph.inputs, tree_leaves(inputs), strict=True) if r is not None}
+        return {
+            r.index: x
+            for r, x in zip(self.graph.inputs, tree_leaves(inputs), strict=True)
+            if r is not None
+        }
 
     def replay(
         self,
@@ -96,7 +111,9 @@ class Oracle:
         keep: Mapping[int, Tensor] | None = None,
     ) -> list[Tensor]:
         feed = self.feed(inputs) | dict(parameters or {})
-        return self.graph.run(feed, [self.graph.predictions[i].index for i in self.places], keep=keep)
+        return self.graph.run(
+            feed, [self.graph.predictions[i].index for i in self.places], keep=keep
+        )
 
     def predict_permuted(self, order: Tensor) -> list[Tensor]:
         """Predictions for the permuted batch, with the noise of every sample permuted along."""
@@ -106,7 +123,9 @@ class Oracle:
             return self.predict(inputs)
         owners = noise_owners(self.graph, self.findings.forward)
         if owners is None:
-            raise Untestable("noise is used in a way in which it cannot be permuted with its samples")
+            raise Untestable(
+                "noise is used in a way in which it cannot be permuted with its samples"
+            )
         keep = {}
         for ref, owner in owners.items():
             value = self.graph.known(ref)
@@ -145,22 +164,33 @@ class Oracle:
 
         return self._map(replaced)
 
-    def stretched(self, factor: float) -> Oracle:
+    def stretched(self, factor: float) -> Experiment:
         """The same program on inputs multiplied by ``factor``; itself where that cannot be run."""
-        inputs = self._map(lambda x, dim: x.detach() * factor if dim is not None and x.is_floating_point() else x)
+        inputs = self._map(
+            lambda x, dim: x.detach() * factor if dim is not None and x.is_floating_point() else x
+        )
         try:
             # A larger batch is not rounded less: it keeps at least the tolerance of this one.
-            return replace(self, inputs=inputs, least_tolerance=self.tolerance, known_tolerance=None)
+            return replace(
+                self, inputs=inputs, least_tolerance=self.tolerance, known_tolerance=None
+            )
         except Exception:
             return self
 
     def permuted(self, order: Tensor) -> Any:
-        return self._map(lambda x, dim: x.detach() if dim is None else x.detach().index_select(dim, order.to(x.device)))
+        return self._map(
+            lambda x, dim: (
+                x.detach() if dim is None else x.detach().index_select(dim, order.to(x.device))
+            )
+        )
 
     def _map(self, function: Callable[[Tensor, int | None], Tensor]) -> Any:
         leaves, spec = tree_flatten(self.inputs)
         return tree_unflatten(
-            [function(x, d) if isinstance(x, Tensor) else x for x, d in zip(leaves, self.dims, strict=True)],
+            [
+                function(x, d) if isinstance(x, Tensor) else x
+                for x, d in zip(leaves, self.dims, strict=True)
+            ],
             spec,
         )
 
@@ -175,7 +205,12 @@ class Oracle:
         """By the coarsest floating-point type on the way, and never below what one rounding of the inputs does."""
         if self.known_tolerance is not None:
             return self.known_tolerance
-        kinds = {self.graph.values[r.index].dtype for s in self.graph.forward_steps for r in s.outs if r is not None}
+        kinds = {
+            self.graph.values[r.index].dtype
+            for s in self.graph.forward_steps
+            for r in s.outs
+            if r is not None
+        }
         return max(self.least_tolerance, tolerance(kinds, FORWARD), 30 * self._rounding())
 
     def _rounding(self) -> float:
@@ -192,13 +227,20 @@ class Oracle:
         except Exception:
             return 0.0
         base = self.rows(self.base)
-        return float(relative_change(base, new).max()) if base.shape == new.shape and base.shape[1] else 0.0
+        return (
+            float(relative_change(base, new).max())
+            if base.shape == new.shape and base.shape[1]
+            else 0.0
+        )
 
     @cached_property
     def repeatable(self) -> bool:
         """The same batch gives the same predictions: without that, a change proves nothing."""
         hidden_size = any(
-            r is not None and r.index in self.graph.dynamic for s in self.graph.forward_steps if s.noise for r in s.outs
+            r is not None and r.index in self.graph.dynamic
+            for s in self.graph.forward_steps
+            if s.noise
+            for r in s.outs
         )
         try:
             again = self.predict(self.inputs)
@@ -211,7 +253,7 @@ class Oracle:
         )
         return same and not hidden_size
 
-    def in_double(self) -> Oracle | None:
+    def in_double(self) -> Experiment | None:
         """The same in float64, where the model can be run so."""
         wide = self._map(lambda x, _: in_double(x.detach()))
         try:
@@ -222,11 +264,19 @@ class Oracle:
                 originals = [*self.originals, *self.program.modules]
                 program = self.program.in_double()
                 other = replace(
-                    self, program=program, inputs=wide, originals=originals, known_tolerance=FORWARD_IN_DOUBLE
+                    self,
+                    program=program,
+                    inputs=wide,
+                    originals=originals,
+                    known_tolerance=FORWARD_IN_DOUBLE,
                 )
         except Exception:
             return None
-        return other if all(t.dtype == torch.float64 for t in other.base if t.is_floating_point()) else None
+        return (
+            other
+            if all(t.dtype == torch.float64 for t in other.base if t.is_floating_point())
+            else None
+        )
 
     # -- another number of samples --
 
@@ -246,13 +296,20 @@ class Oracle:
                 return x
             x = x.double()
             moving.append(
-                (x + x.abs().mean() * torch.randn(x.shape, generator=generator, dtype=torch.float64)).requires_grad_()
+                (
+                    x
+                    + x.abs().mean()
+                    * torch.randn(x.shape, generator=generator, dtype=torch.float64)
+                ).requires_grad_()
             )
             return moving[-1]
 
         inputs = self._map(redrawn)
         program = self.program.in_double()
-        with untouched([*program.modules, *self.program.modules, *self.originals], self.graph.rng), torch.enable_grad():
+        with (
+            untouched([*program.modules, *self.program.modules, *self.originals], self.graph.rng),
+            torch.enable_grad(),
+        ):
             leaves = [t for t in tree_leaves(program.predict(inputs)) if isinstance(t, Tensor)]
         rows = [
             leaves[i].movedim(d, 0).reshape(samples, -1)
@@ -296,7 +353,9 @@ def noise_owners(graph: Graph, forward: Any) -> dict[int, Any] | None:
     """For noise that samples consume elementwise, the owner of each element; None if some is used otherwise."""
     out = {}
     for step in (s for s in graph.forward_steps if s.noise):
-        for ref in {r.index for r in [*step.outs, *(new for _, new in step.writes)] if r is not None}:
+        for ref in {
+            r.index for r in [*step.outs, *(new for _, new in step.writes)] if r is not None
+        }:
             owner = _claimed(graph, forward, ref)
             if isinstance(owner, str) or graph.known(ref) is None:
                 return None
@@ -319,10 +378,16 @@ def _claimed(graph: Graph, forward: Any, ref: int) -> Any:
             marks = forward.marks[out.index]
             if not marks.depends_on_batch:
                 carrying.add(out.index)
-                turned = turned or (not ops.keeps_order(step.op) and graph.values[out.index].shape != shape)
+                turned = turned or (
+                    not ops.keeps_order(step.op) and graph.values[out.index].shape != shape
+                )
                 continue
             held = graph.values[next(iter(used))].shape
-            owner = _owner_of(marks, held) if out.index in {r.index for r in step.outs if r} else "otherwise"
+            owner = (
+                _owner_of(marks, held)
+                if out.index in {r.index for r in step.outs if r}
+                else "otherwise"
+            )
             if isinstance(owner, np.ndarray) and held != shape:
                 return "otherwise" if turned else owner.reshape(shape)
             return owner
@@ -333,13 +398,19 @@ def _owner_of(marks: Any, held: tuple[int, ...]) -> Any:
     """Whose the elements of noise of shape ``held`` are where it meets samples."""
     dim = None if marks.mixed else marks.sample_dim()
     if dim is None:
-        return np.broadcast_to(marks.owner, held) if not marks.mixed and marks.shape == held else "otherwise"
+        return (
+            np.broadcast_to(marks.owner, held)
+            if not marks.mixed and marks.shape == held
+            else "otherwise"
+        )
     at = dim - len(marks.shape) + len(held)
     if at < 0 or held[at] == 1:
         return None  # broadcast along the samples: the same for all of them
     if held[at] != marks.shape[dim]:
         return "otherwise"
-    return np.broadcast_to(np.arange(held[at]).reshape([-1 if d == at else 1 for d in range(len(held))]), held)
+    return np.broadcast_to(
+        np.arange(held[at]).reshape([-1 if d == at else 1 for d in range(len(held))]), held
+    )
 
 
 def permute_owned(value: Tensor, owner: Any, order: Tensor) -> Tensor | None:

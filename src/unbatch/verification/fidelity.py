@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from unbatch.linalg.probes import gaussian_like, seeded
-from unbatch.verification.experiment import Oracle
+from unbatch.verification.experiment import Experiment
 
 
-def unfaithful(oracle: Oracle, here: bool = False) -> tuple[str, str]:
+def unfaithful(oracle: Experiment, here: bool = False) -> tuple[str, str]:
     """Why the recorded computation cannot stand for the model: in values, in gradients (or "").
 
     On another batch, where what steers the computation shows; or, ``here``, on the one that was recorded.
@@ -66,7 +66,9 @@ class _Seen:
         cotangents = [gaussian_like(t, generator) for t in live]
         try:
             if live and leaves:
-                seen.gradients = list(torch.autograd.grad(live, leaves, cotangents, allow_unused=True))
+                seen.gradients = list(
+                    torch.autograd.grad(live, leaves, cotangents, allow_unused=True)
+                )
         except Exception as error:
             seen.error = f"backward raised {type(error).__name__}"
         return seen
@@ -94,7 +96,9 @@ def _gradients_apart(eager: _Seen, replayed: _Seen, wanted: list[Tensor], tolera
         return "no gradient flows through the replay"
     if eager.error or replayed.error:
         return eager.error or replayed.error
-    largest = max((float(g.abs().max()) for g in eager.gradients if g is not None and g.numel()), default=0.0)
+    largest = max(
+        (float(g.abs().max()) for g in eager.gradients if g is not None and g.numel()), default=0.0
+    )
     for a, b, p in zip(eager.gradients, replayed.gradients, wanted, strict=True):
         a, b = (torch.zeros_like(p) if g is None else g for g in (a, b))
         if why := _apart(a, b, tolerance, largest):

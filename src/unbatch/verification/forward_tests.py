@@ -18,11 +18,11 @@ from torch.utils._pytree import tree_leaves
 from unbatch.capture import ops
 from unbatch.capture.graph import Step
 from unbatch.capture.substitutes import norm_held
-from unbatch.verification.experiment import GAIN, VARIANTS, Oracle, relative_change
+from unbatch.verification.experiment import GAIN, VARIANTS, Experiment, relative_change
 
 
 @dataclass(frozen=True)
-class Witness:
+class Counterexample:
     """Sample ``moved_by`` was changed and prediction ``moved`` changed by ``amount`` (relative to its size)."""
 
     test: str
@@ -51,7 +51,7 @@ def partitions(samples: int) -> Iterator[Tensor]:
                 yield keep
 
 
-def listening(oracle: Oracle) -> Witness | None:
+def listening(oracle: Experiment) -> Counterexample | None:
     """A sample whose prediction moves when others are replaced; also on a batch that is far out itself, and by little.
 
     What rounding hides in the numbers of the model (a statistic that an iteration starts from) is seen in float64.
@@ -59,10 +59,14 @@ def listening(oracle: Oracle) -> Witness | None:
     if not oracle.repeatable:
         return None
     wide = oracle.in_double()
-    return _listening(oracle) or _listening(oracle.stretched(100.0)) or (_listening(wide) if wide is not None else None)
+    return (
+        _listening(oracle)
+        or _listening(oracle.stretched(100.0))
+        or (_listening(wide) if wide is not None else None)
+    )
 
 
-def _listening(oracle: Oracle) -> Witness | None:
+def _listening(oracle: Experiment) -> Counterexample | None:
     for variant in VARIANTS:
         sets = list(partitions(oracle.samples))
         for seed, keep in enumerate(sets if variant in ("rolled", "noisy") else sets[:2]):
@@ -72,7 +76,9 @@ def _listening(oracle: Oracle) -> Witness | None:
     return None
 
 
-def _moved(oracle: Oracle, variant: str, seed: int, keep: Tensor, watch: Tensor) -> tuple[int, float] | None:
+def _moved(
+    oracle: Experiment, variant: str, seed: int, keep: Tensor, watch: Tensor
+) -> tuple[int, float] | None:
     """Which of the watched predictions moved most when all samples but ``keep`` were replaced."""
     try:
         new = oracle.rows(oracle.predict(oracle.changed(keep, variant, seed)))
@@ -83,10 +89,14 @@ def _moved(oracle: Oracle, variant: str, seed: int, keep: Tensor, watch: Tensor)
         return None
     amount = torch.where(watch, relative_change(base, new), 0.0)
     worst = int(amount.argmax())
-    return (worst, float(amount[worst])) if amount[worst] > oracle.tolerance * GAIN.get(variant, 1.0) else None
+    return (
+        (worst, float(amount[worst]))
+        if amount[worst] > oracle.tolerance * GAIN.get(variant, 1.0)
+        else None
+    )
 
 
-def _confirmed(oracle: Oracle, variant: str, seed: int, keep: Tensor, amount: float) -> bool:
+def _confirmed(oracle: Experiment, variant: str, seed: int, keep: Tensor, amount: float) -> bool:
     """It stands out by far, or in float64 the change is still there."""
     if amount > max(100 * oracle.tolerance, 1e-2):
         return True
@@ -97,20 +107,22 @@ def _confirmed(oracle: Oracle, variant: str, seed: int, keep: Tensor, amount: fl
     return found is not None and found[1] > 1e-2 * amount
 
 
-def _narrow(oracle: Oracle, variant: str, seed: int, keep: Tensor, moved: int, amount: float) -> Witness:
+def _narrow(
+    oracle: Experiment, variant: str, seed: int, keep: Tensor, moved: int, amount: float
+) -> Counterexample:
     """Find one sample whose replacement alone moves the prediction."""
     index = torch.arange(oracle.samples)
     for m in [int(i) for i in torch.nonzero(~keep)][:16]:
         found = _moved(oracle, variant, seed, index != m, index == moved)
         if found is not None:
-            return Witness("replacing other samples", found[1], moved, m)
-    return Witness("replacing other samples", amount, moved, int(torch.nonzero(~keep)[0]))
+            return Counterexample("replacing other samples", found[1], moved, m)
+    return Counterexample("replacing other samples", amount, moved, int(torch.nonzero(~keep)[0]))
 
 
 # --- uniformity -----------------------------------------------------------------------------------
 
 
-def uneven(oracle: Oracle) -> Witness | None:
+def uneven(oracle: Experiment) -> Counterexample | None:
     """Permuting the samples does not just permute the predictions."""
     if not oracle.repeatable:
         return None
@@ -129,11 +141,11 @@ def uneven(oracle: Oracle) -> Witness | None:
             size = base.abs().nan_to_num(0, 0, 0).amax() + 1e-37
             off = float((new - base[order]).abs().nan_to_num(0, 0, 0).amax() / size)
             if off > 10 * oracle.tolerance and (off > 1e-2 or _still_uneven(oracle, order, off)):
-                return Witness("permuting the samples", off)
+                return Counterexample("permuting the samples", off)
     return None
 
 
-def _still_uneven(oracle: Oracle, order: Tensor, off: float) -> bool:
+def _still_uneven(oracle: Experiment, order: Tensor, off: float) -> bool:
     wide = oracle.in_double()
     if wide is None:
         return off > 100 * oracle.tolerance
@@ -143,7 +155,7 @@ def _still_uneven(oracle: Oracle, order: Tensor, off: float) -> bool:
     )
 
 
-def unbounded(oracle: Oracle, samples: int = 128) -> Witness | None:
+def unbounded(oracle: Experiment, samples: int = 128) -> Counterexample | None:
     """How predictions listen to other samples has a rank that grows with their number.
 
     With ``F_n = f(x_n, s)`` the derivatives of half of the predictions by the other half of the samples have rank at
@@ -155,13 +167,13 @@ def unbounded(oracle: Oracle, samples: int = 128) -> Witness | None:
         return _full_rank(oracle)
     if few == 0 or many < 3 * few:
         return None
-    return Witness(
+    return Counterexample(
         f"rank of the cross-derivatives grows from {few} ({samples // 4} samples) to {many} ({samples})",
         many / few,
     )
 
 
-def _full_rank(oracle: Oracle) -> Witness | None:
+def _full_rank(oracle: Experiment) -> Counterexample | None:
     """Where the model takes no other batch size: half of the samples need a number each from the others."""
     half = oracle.samples // 2
     if half < 3:
@@ -171,13 +183,15 @@ def _full_rank(oracle: Oracle) -> Witness | None:
     except Exception:
         return None
     return (
-        Witness(f"rank of the cross-derivatives is as large as the batch allows, {half}", float(half))
+        Counterexample(
+            f"rank of the cross-derivatives is as large as the batch allows, {half}", float(half)
+        )
         if max(ranks) == half
         else None
     )
 
 
-def _cross_rank(oracle: Oracle, samples: int, seed: int = 1) -> int:
+def _cross_rank(oracle: Experiment, samples: int, seed: int = 1) -> int:
     rows, moving = oracle.resized(samples, seed)
     generator = torch.Generator().manual_seed(2)
     u = torch.randn(rows.shape[1], generator=generator, dtype=torch.float64)
@@ -205,7 +219,7 @@ def _cross_rank(oracle: Oracle, samples: int, seed: int = 1) -> int:
 # --- frozen statistics ----------------------------------------------------------------------------
 
 
-def frozen_change(oracle: Oracle) -> float | str:
+def frozen_change(oracle: Experiment) -> float | str:
     """How much predictions move when other samples are replaced and every batch statistic keeps its value."""
     graph, forward = oracle.graph, oracle.findings.forward
     if forward.algebra.overlapping() or graph.escapes:
@@ -242,9 +256,15 @@ def frozen_change(oracle: Oracle) -> float | str:
 def _statistics(forward: Any, step: Any) -> list[int]:
     """The values of a step that are statistics and were none before."""
     made = [
-        r.index for r in [*step.outs, *(new for _, new in step.writes)] if r is not None and r.index in forward.marks
+        r.index
+        for r in [*step.outs, *(new for _, new in step.writes)]
+        if r is not None and r.index in forward.marks
     ]
-    return [i for i in made if not (m := forward.marks[i]).owned and not m.mixed and forward.made_at(step, i)]
+    return [
+        i
+        for i in made
+        if not (m := forward.marks[i]).owned and not m.mixed and forward.made_at(step, i)
+    ]
 
 
 def _moments(step: Step, pinned: set[int]) -> tuple[int, int] | None:
@@ -263,7 +283,11 @@ def _moments(step: Step, pinned: set[int]) -> tuple[int, int] | None:
 def _hides(forward: Any, step: Any) -> bool:
     roots = [r for r in forward.algebra.roots if r.step == step.index]
     outs = [forward.marks[r.index] for r in step.outs if r is not None]
-    return bool(roots) and any(m.owned for m in outs) and not any(m.given and not m.owned for m in outs)
+    return (
+        bool(roots)
+        and any(m.owned for m in outs)
+        and not any(m.given and not m.owned for m in outs)
+    )
 
 
 # --- the recording against the model --------------------------------------------------------------

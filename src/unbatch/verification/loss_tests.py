@@ -17,16 +17,22 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from unbatch.capture.isolation import untouched
-from unbatch.linalg.precision import LOSS_IN_DOUBLE, LOSS_WITH_CASTS, NARROW, LossTolerances, in_double
-from unbatch.verification.experiment import Oracle
-from unbatch.verification.forward_tests import Witness
+from unbatch.linalg.precision import (
+    LOSS_IN_DOUBLE,
+    LOSS_WITH_CASTS,
+    NARROW,
+    LossTolerances,
+    in_double,
+)
+from unbatch.verification.experiment import Experiment
+from unbatch.verification.forward_tests import Counterexample
 
 
 @dataclass
-class LossOracle:
+class LossExperiment:
     """The loss as a function of the rows of the predictions, in float64."""
 
-    oracle: Oracle
+    oracle: Experiment
     output: Any
 
     def __post_init__(self) -> None:
@@ -48,7 +54,9 @@ class LossOracle:
         graph.run(
             {},
             [graph.loss.index],
-            visit=lambda i, t: self.boundary.__setitem__(i, t.detach().clone()) if i in read else None,
+            visit=lambda i, t: (
+                self.boundary.__setitem__(i, t.detach().clone()) if i in read else None
+            ),
         )
         self.leaves = [self.boundary[graph.predictions[i].index] for i in self.oracle.places]
         self.at = list(range(len(self.leaves)))
@@ -120,14 +128,24 @@ class LossOracle:
         return torch.stack(out).to(torch.float64) if out else torch.zeros(0, dtype=torch.float64)
 
     def gradient(self, predictions: Sequence[Tensor]) -> Tensor:
-        leaves = [p.detach().clone().requires_grad_() if p.is_floating_point() else p for p in predictions]
+        leaves = [
+            p.detach().clone().requires_grad_() if p.is_floating_point() else p for p in predictions
+        ]
         value = self.value(leaves)
         wanted = [p for p in leaves if p.requires_grad]
-        grads = torch.autograd.grad(value, wanted, allow_unused=True) if value.requires_grad else [None] * len(wanted)
-        filled = [torch.zeros_like(p) if g is None else g for p, g in zip(wanted, grads, strict=True)]
+        grads = (
+            torch.autograd.grad(value, wanted, allow_unused=True)
+            if value.requires_grad
+            else [None] * len(wanted)
+        )
+        filled = [
+            torch.zeros_like(p) if g is None else g for p, g in zip(wanted, grads, strict=True)
+        ]
         dims = [d for p, d in zip(leaves, self.oracle.out_dims, strict=True) if p.requires_grad]
         rows = [
-            g.movedim(d, 0).reshape(self.oracle.samples, -1) for g, d in zip(filled, dims, strict=True) if d is not None
+            g.movedim(d, 0).reshape(self.oracle.samples, -1)
+            for g, d in zip(filled, dims, strict=True)
+            if d is not None
         ]
         return torch.cat(rows, 1) if rows else torch.zeros(self.oracle.samples, 0)
 
@@ -139,20 +157,32 @@ class LossOracle:
         worst, here = 0.0, self.value(base).detach()
         for _ in range(3):
             nudged = [
-                p * (1 + torch.finfo(p.dtype).eps * (torch.rand(p.shape, generator=generator).to(p) - 0.5))
+                p
+                * (
+                    1
+                    + torch.finfo(p.dtype).eps
+                    * (torch.rand(p.shape, generator=generator).to(p) - 0.5)
+                )
                 if p.is_floating_point()
                 else p
                 for p in base
             ]
-            worst = max(worst, float((self.value(nudged).detach() - here).abs()) / (float(here.abs()) + 1e-300))
+            worst = max(
+                worst,
+                float((self.value(nudged).detach() - here).abs()) / (float(here.abs()) + 1e-300),
+            )
         return worst
 
     @property
     def fine(self) -> bool:
         """Values are good to float64: nothing on the way is cast to a coarser type."""
-        casts = [s.kwargs.get("dtype") for s in self.oracle.graph.loss_steps if s.name == "_to_copy"]
+        casts = [
+            s.kwargs.get("dtype") for s in self.oracle.graph.loss_steps if s.name == "_to_copy"
+        ]
         return (
-            self.double and not any(d in NARROW for d in casts) and self.value(self.swapped({})).dtype == torch.float64
+            self.double
+            and not any(d in NARROW for d in casts)
+            and self.value(self.swapped({})).dtype == torch.float64
         )
 
     @property
@@ -163,11 +193,20 @@ class LossOracle:
         """Norms below this are rounding: by the other rows, the size of loss and predictions, and a trial."""
         allowed = self.tolerances
         here = self.swapped({})
-        size = max((float(p.abs().max()) for p in here if p.is_floating_point() and p.numel()), default=1.0) + 1e-300
+        size = (
+            max(
+                (float(p.abs().max()) for p in here if p.is_floating_point() and p.numel()),
+                default=1.0,
+            )
+            + 1e-300
+        )
         slope = float(self.value(here).detach().abs()) / size
         nudged = self.gradient([p * (1 + 1e-7) if p.is_floating_point() else p for p in here])
         noise = 10 * float((nudged - self.gradient(here)).norm(dim=1).max())
-        return max(allowed.norm * float(gradient.norm(dim=1).max()), allowed.size * slope, noise) + 1e-300
+        return (
+            max(allowed.norm * float(gradient.norm(dim=1).max()), allowed.size * slope, noise)
+            + 1e-300
+        )
 
     @contextmanager
     def targets(self, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
@@ -176,7 +215,8 @@ class LossOracle:
         n = oracle.samples
         try:
             oracle.targets = tree_map(
-                lambda t: change(t) if isinstance(t, Tensor) and t.ndim and t.shape[0] == n else t, kept
+                lambda t: change(t) if isinstance(t, Tensor) and t.ndim and t.shape[0] == n else t,
+                kept,
             )
             yield
         finally:
@@ -186,7 +226,7 @@ class LossOracle:
 # --- is it a sum? ---------------------------------------------------------------------------------
 
 
-def not_a_sum(loss: LossOracle) -> Witness | None:
+def not_a_sum(loss: LossExperiment) -> Counterexample | None:
     """A second difference over two samples that does not vanish."""
     n = loss.oracle.samples
     if n < 2:
@@ -194,32 +234,39 @@ def not_a_sum(loss: LossOracle) -> Witness | None:
     pairs = [(a, b) for a in range(n) for b in range(n) if a != b][:12]
     tolerance = max(loss.tolerances.second_difference, 100 * loss.rounding)
     for a, b in pairs:
-        rows = [loss.swapped(r) for r in ({}, {a: (a + 1) % n}, {b: (b + 1) % n}, {a: (a + 1) % n, b: (b + 1) % n})]
+        rows = [
+            loss.swapped(r)
+            for r in ({}, {a: (a + 1) % n}, {b: (b + 1) % n}, {a: (a + 1) % n, b: (b + 1) % n})
+        ]
         found = abs(_second_difference(loss, rows))
         if found > tolerance and _steady(loss, rows):
-            return Witness("second difference over two samples", found)
+            return Counterexample("second difference over two samples", found)
     far = _stretched(loss, max(tolerance, 1e-6))
-    return Witness("second difference over two samples, stretched", far) if far else None
+    return Counterexample("second difference over two samples, stretched", far) if far else None
 
 
-def _second_difference(loss: LossOracle, rows: list[list[Tensor]]) -> float:
+def _second_difference(loss: LossExperiment, rows: list[list[Tensor]]) -> float:
     terms = [loss.value(r).detach() for r in rows]
     if not all(torch.isfinite(t) for t in terms):
         return 0.0
-    return float(terms[0] - terms[1] - terms[2] + terms[3]) / (max(float(t.abs()) for t in terms) + 1e-300)
+    return float(terms[0] - terms[1] - terms[2] + terms[3]) / (
+        max(float(t.abs()) for t in terms) + 1e-300
+    )
 
 
-def _steady(loss: LossOracle, rows: list[list[Tensor]]) -> bool:
+def _steady(loss: LossExperiment, rows: list[list[Tensor]]) -> bool:
     """A true difference hardly changes when predictions move a little; rounding comes out anew."""
     here = _second_difference(loss, rows)
     for nudge in (1e-7, -3e-7, 5e-7, -7e-7):
-        there = _second_difference(loss, [[p * (1 + nudge) if p.is_floating_point() else p for p in r] for r in rows])
+        there = _second_difference(
+            loss, [[p * (1 + nudge) if p.is_floating_point() else p for p in r] for r in rows]
+        )
         if abs(here - there) > 0.1 * abs(here):
             return False
     return True
 
 
-def _stretched(loss: LossOracle, tolerance: float) -> float:
+def _stretched(loss: LossExperiment, tolerance: float) -> float:
     """The same with rows far from where they are, for branches that rarely fire."""
     for factor in (30.0, -1e3):
         try:
@@ -235,7 +282,7 @@ def _stretched(loss: LossOracle, tolerance: float) -> float:
 # --- through one scalar of its own? ---------------------------------------------------------------
 
 
-def entangled(loss: LossOracle) -> Witness | None:
+def entangled(loss: LossExperiment) -> Counterexample | None:
     """The direction in which a prediction enters the loss depends on other predictions."""
     n = loss.oracle.samples
     base = loss.gradient(loss.swapped({}))
@@ -244,29 +291,36 @@ def entangled(loss: LossOracle) -> Witness | None:
     worst, which, floor = 0.0, 0, loss.floor(base)
     for shift in (1, 2):
         for keep in range(n):
-            other = loss.gradient(loss.swapped({m: (m + shift) % n for m in range(n) if m != keep}))[keep]
+            other = loss.gradient(
+                loss.swapped({m: (m + shift) % n for m in range(n) if m != keep})
+            )[keep]
             worst, which = max((worst, which), (_sine(base[keep], other, floor), keep))
     tolerance = loss.tolerances.direction
     if worst <= tolerance and loss.fine:
         worst, which, tolerance = _entangled_values(loss), 0, LOSS_WITH_CASTS.direction
     return (
-        Witness("direction of the gradient by one prediction when the others change", worst, -1, which)
+        Counterexample(
+            "direction of the gradient by one prediction when the others change", worst, -1, which
+        )
         if worst > tolerance
         else None
     )
 
 
-def _entangled_values(loss: LossOracle) -> float:
+def _entangled_values(loss: LossExperiment) -> float:
     """The same by differences of values, which see through ``detach``."""
     n = loss.oracle.samples
     worst, size = 0.0, float(loss.value(loss.swapped({})).detach().abs())
     for shift in (1, 2):
-        here, there = (loss.slope(loss.swapped(rows), 0) for rows in ({}, {m: (m + shift) % n for m in range(1, n)}))
+        here, there = (
+            loss.slope(loss.swapped(rows), 0)
+            for rows in ({}, {m: (m + shift) % n for m in range(1, n)})
+        )
         worst = max(worst, _sine(here, there, 1e-6 + 1e6 * loss.rounding * size))
     return worst
 
 
-def _entangled_scalars(loss: LossOracle) -> Witness | None:
+def _entangled_scalars(loss: LossExperiment) -> Counterexample | None:
     """With one entry per sample: mixed second derivatives that are not of rank one off the diagonal."""
     n = loss.oracle.samples
     if n < 4 or not loss.fine:
@@ -279,15 +333,17 @@ def _entangled_scalars(loss: LossOracle) -> Witness | None:
     g = g.reshape(-1)
     if not g.requires_grad:
         return None
-    H = torch.stack([torch.autograd.grad(g[i], leaves, retain_graph=True)[0].reshape(-1) for i in range(n)])
-    quadruples = [(0, 1, 2, 3), (0, 2, 1, 3), (0, 1, 3, 2), (n - 1, 0, n - 2, 1)]
-    worst = max(float((H[a, b] * H[c, d] - H[a, d] * H[c, b]).abs()) for a, b, c, d in quadruples) / (
-        float(H.abs().max()) ** 2 + 1e-300
+    H = torch.stack(
+        [torch.autograd.grad(g[i], leaves, retain_graph=True)[0].reshape(-1) for i in range(n)]
     )
-    return Witness("mixed second derivatives of the loss", worst) if worst > 1e-8 else None
+    quadruples = [(0, 1, 2, 3), (0, 2, 1, 3), (0, 1, 3, 2), (n - 1, 0, n - 2, 1)]
+    worst = max(
+        float((H[a, b] * H[c, d] - H[a, d] * H[c, b]).abs()) for a, b, c, d in quadruples
+    ) / (float(H.abs().max()) ** 2 + 1e-300)
+    return Counterexample("mixed second derivatives of the loss", worst) if worst > 1e-8 else None
 
 
-def index_matters(loss: LossOracle) -> Witness | None:
+def index_matters(loss: LossExperiment) -> Counterexample | None:
     """With equal predictions and targets for all samples, gradient rows still have different directions."""
     n = loss.oracle.samples
     if n < 2:
@@ -298,11 +354,11 @@ def index_matters(loss: LossOracle) -> Witness | None:
             rows = loss.gradient(loss.swapped(dict.fromkeys(range(n), k)))
             worst = max(_sine(rows[0], row, floor) for row in rows) if rows.shape[1] > 1 else 0.0
             if worst > loss.tolerances.direction:
-                return Witness("gradient rows of equal samples", worst)
+                return Counterexample("gradient rows of equal samples", worst)
     return None
 
 
-def foreign_targets(loss: LossOracle) -> Witness | None:
+def foreign_targets(loss: LossExperiment) -> Counterexample | None:
     """The direction in which a prediction enters the loss depends on the targets of other samples, and on its own.
 
     Where all targets together are one constant for all samples (their order does not matter), nothing is said.
@@ -314,19 +370,33 @@ def foreign_targets(loss: LossOracle) -> Witness | None:
     floor, worst, which = loss.floor(base), 0.0, -1
     with loss.targets(lambda t: t.roll(1, 0)):
         rolled = loss.gradient(loss.swapped({}))
-    if max(_sine(a, b, floor) for a, b in zip(base, rolled, strict=True)) < LOSS_WITH_CASTS.direction:
+    if (
+        max(_sine(a, b, floor) for a, b in zip(base, rolled, strict=True))
+        < LOSS_WITH_CASTS.direction
+    ):
         return None
     for keep in range(n):
         own = torch.tensor([(keep + 1) % n if m == keep else m for m in range(n)])
         with loss.targets(lambda t, own=own: t[own.to(t.device)]):  # type: ignore[misc]
-            if _sine(base[keep], loss.gradient(loss.swapped({}))[keep], floor) < LOSS_WITH_CASTS.direction:
+            if (
+                _sine(base[keep], loss.gradient(loss.swapped({}))[keep], floor)
+                < LOSS_WITH_CASTS.direction
+            ):
                 continue
         order = torch.tensor([m if m == keep else (keep + 1) % n for m in range(n)])
         with loss.targets(lambda t, order=order: t[order.to(t.device)]):  # type: ignore[misc]
-            worst, which = max((worst, which), (_sine(base[keep], loss.gradient(loss.swapped({}))[keep], floor), keep))
+            worst, which = max(
+                (worst, which),
+                (_sine(base[keep], loss.gradient(loss.swapped({}))[keep], floor), keep),
+            )
     tolerance = loss.tolerances.direction
     return (
-        Witness("direction of the gradient by one prediction when targets of others change", worst, -1, which)
+        Counterexample(
+            "direction of the gradient by one prediction when targets of others change",
+            worst,
+            -1,
+            which,
+        )
         if worst > tolerance
         else None
     )
@@ -348,7 +418,7 @@ def _sine(a: Tensor, b: Tensor, floor: float) -> float:
 # --- do parameters enter? -------------------------------------------------------------------------
 
 
-def parameters_matter(loss: LossOracle) -> Witness | None:
+def parameters_matter(loss: LossExperiment) -> Counterexample | None:
     """With the predictions held fixed, the loss changes when a parameter changes."""
     program = loss.oracle.program
     if program.loss is None or not program.modules:
@@ -362,5 +432,7 @@ def parameters_matter(loss: LossOracle) -> Witness | None:
             there = loss.value(fixed).detach()
         off = float((there - here).abs()) / (float(here.abs()) + 1e-300)
         if off > max(loss.tolerances.parameter, 100 * loss.rounding):
-            return Witness(f"changing the parameter {name!r} with the predictions held fixed", off)
+            return Counterexample(
+                f"changing the parameter {name!r} with the predictions held fixed", off
+            )
     return None

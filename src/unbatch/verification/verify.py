@@ -7,10 +7,16 @@ from typing import Any
 
 from unbatch.analysis.explanations import REMEDY, WHY
 from unbatch.analysis.structure import Culprit, Structure, Verdict
-from unbatch.verification.experiment import Oracle
-from unbatch.verification.forward_tests import Witness, frozen_change, listening, unbounded, uneven
+from unbatch.verification.experiment import Experiment
+from unbatch.verification.forward_tests import (
+    Counterexample,
+    frozen_change,
+    listening,
+    unbounded,
+    uneven,
+)
 from unbatch.verification.loss_tests import (
-    LossOracle,
+    LossExperiment,
     entangled,
     foreign_targets,
     index_matters,
@@ -28,7 +34,7 @@ class Check:
     test: str
     passed: bool | None
     detail: str
-    witness: Witness | None = None
+    witness: Counterexample | None = None
 
 
 @dataclass(frozen=True)
@@ -42,20 +48,22 @@ class Verification:
 
     def __str__(self) -> str:
         words = {True: "passed", None: "not tested", False: "CONTRADICTED"}
-        return "\n".join(f"{c.name} {c.status}: {words[c.passed]} ({c.test}: {c.detail})" for c in self.checks)
+        return "\n".join(
+            f"{c.name} {c.status}: {words[c.passed]} ({c.test}: {c.detail})" for c in self.checks
+        )
 
 
 # --- settling and verifying -----------------------------------------------------------------------
 
 
-def settle(structure: Structure, oracle: Oracle, output: Any, faithful: str = "") -> Structure:
+def settle(structure: Structure, oracle: Experiment, output: Any, faithful: str = "") -> Structure:
     """Open verdicts become "fails" where a witness is found; a replay that strays takes back what was proved."""
     if faithful:
         structure = _distrust(structure, faithful)
     if structure.samples > 1:
         structure = _settle_forward(structure, oracle)
     if oracle.graph.loss is not None and oracle.graph.after_cut:
-        structure = _settle_loss(structure, LossOracle(oracle, output), oracle)
+        structure = _settle_loss(structure, LossExperiment(oracle, output), oracle)
     return structure
 
 
@@ -67,13 +75,13 @@ def _distrust(structure: Structure, why: str) -> Structure:
     )
 
 
-def _fails(verdict: Verdict, witness: Witness | None) -> Verdict:
+def _fails(verdict: Verdict, witness: Counterexample | None) -> Verdict:
     if witness is None or verdict.status == "holds":
         return verdict
     return replace(verdict, status="fails", basis="witness", note=str(witness))
 
 
-def _settle_forward(structure: Structure, oracle: Oracle) -> Structure:
+def _settle_forward(structure: Structure, oracle: Experiment) -> Structure:
     independent, simd, given = (
         structure.independent_forward,
         structure.simd_forward,
@@ -85,12 +93,16 @@ def _settle_forward(structure: Structure, oracle: Oracle) -> Structure:
         return structure.with_verdicts(independent, simd, given)
     bent = uneven(oracle)
     simd, given = _fails(simd, bent), _fails(given, bent)
-    if given.status == "unknown" and independent.status == "fails" and _all_known(structure, oracle):
+    if (
+        given.status == "unknown"
+        and independent.status == "fails"
+        and _all_known(structure, oracle)
+    ):
         given = _unbounded(given, oracle)
     return structure.with_verdicts(independent, simd, given)
 
 
-def _unbounded(given: Verdict, oracle: Oracle) -> Verdict:
+def _unbounded(given: Verdict, oracle: Experiment) -> Verdict:
     """Samples meet in pairs: no number of statistics that does not grow with the batch can carry that."""
     if oracle.findings.ranks:
         return replace(
@@ -102,24 +114,36 @@ def _unbounded(given: Verdict, oracle: Oracle) -> Verdict:
     return _fails(given, unbounded(oracle)) if oracle.findings.bent else given
 
 
-def _all_known(structure: Structure, oracle: Oracle) -> bool:
+def _all_known(structure: Structure, oracle: Experiment) -> bool:
     """Nothing unknown stands behind the mixing: every culprit is an op whose rule says how it mixes."""
     vague = {"no rule", "data-dependent shape", "scattered", "resized", "position"}
     births = oracle.findings.forward.algebra.births.values()
     return not structure.unknown_ops and not oracle.findings.escapes and not vague & set(births)
 
 
-def _settle_loss(structure: Structure, loss: LossOracle, oracle: Oracle) -> Structure:
-    split, reduction, simd_loss = structure.canonical_split, structure.reduction, structure.simd_loss
+def _settle_loss(structure: Structure, loss: LossExperiment, oracle: Experiment) -> Structure:
+    split, reduction, simd_loss = (
+        structure.canonical_split,
+        structure.reduction,
+        structure.simd_loss,
+    )
     try:
-        split = split if split else _fails(split, parameters_matter(loss)) if split.status == "unknown" else split
+        split = (
+            split
+            if split
+            else _fails(split, parameters_matter(loss))
+            if split.status == "unknown"
+            else split
+        )
         reduction = reduction if reduction else _fails(reduction, not_a_sum(loss))
         simd_loss = simd_loss if simd_loss else _fails(simd_loss, entangled(loss))
         if simd_loss.status == "unknown" and oracle.program.loss is not None:
             simd_loss = _fails(simd_loss, index_matters(loss) or foreign_targets(loss))
     except Exception as error:
         note = f"the loss could not be tested: {type(error).__name__}: {error}"
-        reduction, simd_loss = (v if v.status != "unknown" else replace(v, note=note) for v in (reduction, simd_loss))
+        reduction, simd_loss = (
+            v if v.status != "unknown" else replace(v, note=note) for v in (reduction, simd_loss)
+        )
     if simd_loss.status == "fails" and reduction.status != "fails":
         note = (
             "a sum over samples, but not of one function of each sample's own prediction and target"
@@ -136,29 +160,37 @@ def _settle_loss(structure: Structure, loss: LossOracle, oracle: Oracle) -> Stru
     return structure.with_verdicts(split, reduction, simd_loss)
 
 
-def verify(structure: Structure, oracle: Oracle, output: Any) -> Verification:
+def verify(structure: Structure, oracle: Experiment, output: Any) -> Verification:
     """Put every verdict to a numerical test."""
     checks: list[Check] = []
     if structure.samples > 1:
         witness = listening(oracle)
         checks.append(_check(structure.independent_forward, "replace all other samples", witness))
-        checks.append(_check(structure.simd_forward, "replace and permute samples", witness or uneven(oracle)))
+        checks.append(
+            _check(structure.simd_forward, "replace and permute samples", witness or uneven(oracle))
+        )
         checks.append(_check_given(structure, oracle))
     if oracle.graph.loss is not None and oracle.graph.after_cut:
-        loss = LossOracle(oracle, output)
+        loss = LossExperiment(oracle, output)
         for verdict, test, run in (
-            (structure.canonical_split, "change parameters, predictions held fixed", parameters_matter),
+            (
+                structure.canonical_split,
+                "change parameters, predictions held fixed",
+                parameters_matter,
+            ),
             (structure.reduction, "second difference over two samples", not_a_sum),
             (structure.simd_loss, "direction of one row when the others change", entangled),
         ):
             try:
                 checks.append(_check(verdict, test, run(loss)))
             except Exception as error:
-                checks.append(Check(verdict.name, verdict.status, test, None, f"could not be run: {error}"))
+                checks.append(
+                    Check(verdict.name, verdict.status, test, None, f"could not be run: {error}")
+                )
     return Verification(tuple(checks))
 
 
-def _check(verdict: Verdict, test: str, witness: Witness | None) -> Check:
+def _check(verdict: Verdict, test: str, witness: Counterexample | None) -> Check:
     if verdict.status == "unknown":
         return Check(
             verdict.name,
@@ -178,11 +210,13 @@ def _check(verdict: Verdict, test: str, witness: Witness | None) -> Check:
             witness,
         )
     if witness is None:
-        return Check(verdict.name, verdict.status, test, None, verdict.note or "no witness in this test")
+        return Check(
+            verdict.name, verdict.status, test, None, verdict.note or "no witness in this test"
+        )
     return Check(verdict.name, verdict.status, test, True, str(witness), witness)
 
 
-def _check_given(structure: Structure, oracle: Oracle) -> Check:
+def _check_given(structure: Structure, oracle: Experiment) -> Check:
     verdict = structure.simd_given_statistics
     test = "replace all other samples, statistics frozen"
     if verdict.status != "holds":

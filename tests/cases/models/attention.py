@@ -28,19 +28,38 @@ from cases.models.table import (
 for cell in (nn.LSTM, nn.GRU):
     kind = cell.__name__
 
-    @forward(f"{kind}, batch first", SIMD, SEQUENCE, rnn=functools.partial(cell, D, D, batch_first=True))
+    @forward(
+        f"{kind}, batch first", SIMD, SEQUENCE, rnn=functools.partial(cell, D, D, batch_first=True)
+    )
     def _(net, x):
         return net.rnn(x)[0]
 
-    @forward(f"{kind} that takes samples for time steps", MIXED, SEQUENCE, rnn=functools.partial(cell, D, D))
+    @forward(
+        f"{kind} that takes samples for time steps",
+        MIXED,
+        SEQUENCE,
+        rnn=functools.partial(cell, D, D),
+    )
     def _(net, x):
         return net.rnn(x)[0]
 
-    @forward(f"{kind} that takes samples for time steps, cube", MIXED, CUBE, rnn=functools.partial(cell, D, D))
+    @forward(
+        f"{kind} that takes samples for time steps, cube",
+        MIXED,
+        CUBE,
+        rnn=functools.partial(cell, D, D),
+    )
     def _(net, x):
         return net.rnn(x)[0].mean(1)
 
-    @forward(f"{kind}, time-major", SIMD, (T, N, D), rnn=functools.partial(cell, D, D), in_dims=1, out_dim=1)
+    @forward(
+        f"{kind}, time-major",
+        SIMD,
+        (T, N, D),
+        rnn=functools.partial(cell, D, D),
+        in_dims=1,
+        out_dim=1,
+    )
     def _(net, x):
         return net.rnn(x)[0]
 
@@ -75,7 +94,12 @@ def _(net, x):
     return net.rnn(x)[1].transpose(0, 1).reshape(len(x), -1)
 
 
-@forward("bidirectional LSTM", SIMD, SEQUENCE, rnn=lambda: nn.LSTM(D, 3, bidirectional=True, batch_first=True))
+@forward(
+    "bidirectional LSTM",
+    SIMD,
+    SEQUENCE,
+    rnn=lambda: nn.LSTM(D, 3, bidirectional=True, batch_first=True),
+)
 def _(net, x):
     return net.rnn(x)[0].amax(1)
 
@@ -130,7 +154,9 @@ def _(net, x, sequence):
     return net.linear(x) * sequence.mean(0)
 
 
-@forward("cross-attention to an input shared by the batch", SIMD, SEQUENCE, (N, D), in_dims=(0, None))
+@forward(
+    "cross-attention to an input shared by the batch", SIMD, SEQUENCE, (N, D), in_dims=(0, None)
+)
 def _(net, x, memory):
     return (net.linear(x) @ memory.t()).softmax(-1) @ memory
 
@@ -138,7 +164,9 @@ def _(net, x, memory):
 attention = functools.partial(nn.MultiheadAttention, D, 2)
 
 
-@forward("multi-head attention, batch first", SIMD, SEQUENCE, attend=lambda: attention(batch_first=True))
+@forward(
+    "multi-head attention, batch first", SIMD, SEQUENCE, attend=lambda: attention(batch_first=True)
+)
 def _(net, x):
     return net.attend(x, x, x)[0]
 
@@ -164,21 +192,34 @@ def _(net, x):
     return net.attend(x, x, x)[0]
 
 
-@forward("multi-head attention with a padding mask", SIMD, SEQUENCE, attend=lambda: attention(batch_first=True))
+@forward(
+    "multi-head attention with a padding mask",
+    SIMD,
+    SEQUENCE,
+    attend=lambda: attention(batch_first=True),
+)
 def _(net, x):
     padded = (x[..., 0] < 0) & (torch.arange(T) > 0)
     return net.attend(x, x, x, key_padding_mask=padded)[0]
 
 
 encoder = functools.partial(nn.TransformerEncoderLayer, D, 2, 8)
-layers("transformer layer, batch first", SIMD, SEQUENCE, lambda: encoder(dropout=0.0, batch_first=True))
+layers(
+    "transformer layer, batch first", SIMD, SEQUENCE, lambda: encoder(dropout=0.0, batch_first=True)
+)
 layers(
     "transformer layer with dropout",
     SIMD,
     ODD_SEQUENCE,
     lambda: nn.TransformerEncoderLayer(8, 2, 8, batch_first=True),
 )
-layers("transformer layer, batch first, in eval", SIMD, CUBE, lambda: encoder(batch_first=True), train=False)
+layers(
+    "transformer layer, batch first, in eval",
+    SIMD,
+    CUBE,
+    lambda: encoder(batch_first=True),
+    train=False,
+)
 layers("transformer layer over the batch", MIXED, SEQUENCE, lambda: encoder(dropout=0.0))
 layers("transformer layer over the batch, cube, in eval", MIXED, CUBE, encoder, train=False)
 
@@ -219,7 +260,12 @@ def _(net, x):
 @forward("heads merged into the sample axis after a transpose", SIMD, SEQUENCE)
 def _(net, x):
     h = net.linear(x).view(N, T, 2, 3).transpose(1, 2).reshape(2 * N, T, 3)
-    return torch.bmm(torch.bmm(h, h.mT).softmax(-1), h).view(N, 2, T, 3).transpose(1, 2).reshape(N, T, D)
+    return (
+        torch.bmm(torch.bmm(h, h.mT).softmax(-1), h)
+        .view(N, 2, T, 3)
+        .transpose(1, 2)
+        .reshape(N, T, D)
+    )
 
 
 @forward("heads merged without the transpose, wrong but within the sample", SIMD, SEQUENCE)
@@ -231,13 +277,20 @@ def _(net, x):
 @forward("heads merged before the samples, split after them", MIXED, SEQUENCE)
 def _(net, x):
     h = net.linear(x).view(N, T, 2, 3).permute(2, 0, 1, 3).reshape(2 * N, T, 3)
-    return torch.bmm(torch.bmm(h, h.mT).softmax(-1), h).view(N, 2, T, 3).transpose(1, 2).reshape(N, T, D)
+    return (
+        torch.bmm(torch.bmm(h, h.mT).softmax(-1), h)
+        .view(N, 2, T, 3)
+        .transpose(1, 2)
+        .reshape(N, T, D)
+    )
 
 
 @forward("as many heads as samples, merged and split alike", SIMD, CUBE)
 def _(net, x):
     h = net.linear(x).view(N, N, N, 1).permute(2, 0, 1, 3).reshape(N * N, N, 1)
-    return (torch.bmm(h, h.mT).softmax(-1) @ h).view(N, N, N, 1).permute(1, 2, 0, 3).reshape(N, N, D)
+    return (
+        (torch.bmm(h, h.mT).softmax(-1) @ h).view(N, N, N, 1).permute(1, 2, 0, 3).reshape(N, N, D)
+    )
 
 
 @forward("as many heads as samples, confused with each other", MIXED, CUBE)
@@ -256,7 +309,9 @@ def _(net, x, mask):
     return (net.linear(x) * mask[..., None]).sum(1) / (1 + mask.sum())
 
 
-@forward("padding cropped to the longest sample", SIMD, SEQUENCE, integers(T + 1, N), accept_unknown=True)
+@forward(
+    "padding cropped to the longest sample", SIMD, SEQUENCE, integers(T + 1, N), accept_unknown=True
+)
 def _(net, x, lengths):
     longest = int(lengths.max())
     mask = torch.arange(longest) < lengths[:, None]
@@ -274,7 +329,13 @@ def _(net, x, lengths):
     return net.linear(x[:, : int(lengths.max()) + 1]).sum(1)
 
 
-@forward("padded tokens dropped, processed, put back", SIMD, SEQUENCE, integers(2, N, T), accept_unknown=True)
+@forward(
+    "padded tokens dropped, processed, put back",
+    SIMD,
+    SEQUENCE,
+    integers(2, N, T),
+    accept_unknown=True,
+)
 def _(net, x, mask):
     keep = mask.bool()
     out = torch.zeros_like(x)

@@ -4,7 +4,22 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cases.models.table import CUBE, FLAT, IMAGE, INDEXED, MIXED, SIMD, C, D, N, conv, forward, layers, linear, weight
+from cases.models.table import (
+    CUBE,
+    FLAT,
+    IMAGE,
+    INDEXED,
+    MIXED,
+    SIMD,
+    C,
+    D,
+    N,
+    conv,
+    forward,
+    layers,
+    linear,
+    weight,
+)
 
 
 @forward("own kernel per sample by a grouped convolution", SIMD, IMAGE, hyper=linear(C, 2 * C * 9))
@@ -13,13 +28,20 @@ def _(net, x):
     return F.conv2d(x.reshape(1, N * C, 6, 6), kernels, groups=N).view(N, 2, 4, 4)
 
 
-@forward("kernel of the next sample by a grouped convolution", MIXED, IMAGE, hyper=linear(C, 2 * C * 9))
+@forward(
+    "kernel of the next sample by a grouped convolution", MIXED, IMAGE, hyper=linear(C, 2 * C * 9)
+)
 def _(net, x):
     kernels = net.hyper(x.mean((2, 3))).roll(1, 0).view(2 * N, C, 3, 3)
     return F.conv2d(x.reshape(1, N * C, 6, 6), kernels, groups=N).view(N, 2, 4, 4)
 
 
-@forward("samples as channels of a full convolution", MIXED, IMAGE, conv=lambda: nn.Conv2d(N * C, N * 2, 3))
+@forward(
+    "samples as channels of a full convolution",
+    MIXED,
+    IMAGE,
+    conv=lambda: nn.Conv2d(N * C, N * 2, 3),
+)
 def _(net, x):
     return net.conv(x.reshape(1, N * C, 6, 6)).view(N, 2, 4, 4)
 
@@ -29,7 +51,12 @@ def _(net, x):
     return net.conv(x)
 
 
-@forward("samples as channels of an unbatched depthwise convolution", INDEXED, (N, 5, 5), conv=conv(N, N, groups=N))
+@forward(
+    "samples as channels of an unbatched depthwise convolution",
+    INDEXED,
+    (N, 5, 5),
+    conv=conv(N, N, groups=N),
+)
 def _(net, x):
     return net.conv(x)
 
@@ -44,7 +71,11 @@ def _(net, x):
     return net.conv(x.t()[None])[0].t()
 
 
-@forward("pointwise convolution with the batch as its spatial axis", SIMD, conv=lambda: nn.Conv1d(D, D, 1))
+@forward(
+    "pointwise convolution with the batch as its spatial axis",
+    SIMD,
+    conv=lambda: nn.Conv1d(D, D, 1),
+)
 def _(net, x):
     return net.conv(x.t()[None])[0].t()
 
@@ -106,7 +137,14 @@ layers(
     linear(4, 4),
     lambda: nn.Fold((6, 6), 3, stride=3),
 )
-layers("patch embedding", SIMD, IMAGE, lambda: nn.Conv2d(C, D, 3, stride=3), lambda: nn.Flatten(2), linear(4, 4))
+layers(
+    "patch embedding",
+    SIMD,
+    IMAGE,
+    lambda: nn.Conv2d(C, D, 3, stride=3),
+    lambda: nn.Flatten(2),
+    linear(4, 4),
+)
 
 
 @forward("pooling over an image made of samples and features", MIXED)
@@ -142,7 +180,9 @@ def _(net, x):
 
 @forward("spatial transformer", SIMD, IMAGE, locate=linear(C, 6))
 def _(net, x):
-    grid = F.affine_grid(net.locate(x.mean((2, 3))).view(N, 2, 3), list(x.shape), align_corners=False)
+    grid = F.affine_grid(
+        net.locate(x.mean((2, 3))).view(N, 2, 3), list(x.shape), align_corners=False
+    )
     return F.grid_sample(x, grid, align_corners=False)
 
 

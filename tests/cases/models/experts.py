@@ -19,7 +19,10 @@ from cases.models.table import (
     weight,
 )
 
-EXPERTS = {"router": linear(D, 3), "experts": lambda: nn.ModuleList(nn.Linear(D, D) for _ in range(3))}
+EXPERTS = {
+    "router": linear(D, 3),
+    "experts": lambda: nn.ModuleList(nn.Linear(D, D) for _ in range(3)),
+}
 
 
 @forward("mixture of experts, dense", SIMD, **EXPERTS)
@@ -42,7 +45,11 @@ def _(net, x):
     return torch.einsum("td,tdo->to", tokens[order], net.w[expert])[order.argsort()].view_as(x)
 
 
-GROUPED = {"router": linear(D, 3), "other": linear(D, 3), "w": weight(3, 8, 8)}  # the kernel wants multiples of four
+GROUPED = {
+    "router": linear(D, 3),
+    "other": linear(D, 3),
+    "w": weight(3, 8, 8),
+}  # the kernel wants multiples of four
 
 
 def _grouped(net, tokens, order, numbers):
@@ -58,14 +65,22 @@ def _(net, x):
     return _grouped(net, tokens, order, numbers)[order.argsort()].view_as(x)
 
 
-@forward("mixture of experts by a grouped product, left sorted", MIXED, SEQUENCE, accept_unknown=True, **GROUPED)
+@forward(
+    "mixture of experts by a grouped product, left sorted",
+    MIXED,
+    SEQUENCE,
+    accept_unknown=True,
+    **GROUPED,
+)
 def _(net, x):
     tokens = x.flatten(0, 1)
     numbers, order = net.router(tokens).argmax(1).sort()
     return _grouped(net, tokens, order, numbers).view_as(x)
 
 
-@forward("grouped by the numbers of another router", MIXED, SEQUENCE, accept_unknown=True, **GROUPED)
+@forward(
+    "grouped by the numbers of another router", MIXED, SEQUENCE, accept_unknown=True, **GROUPED
+)
 def _(net, x):
     tokens = x.flatten(0, 1)
     order = net.router(tokens).argmax(1).sort().indices
@@ -94,7 +109,9 @@ def _(net, x):
     weigh = torch.tensor([0.5, 1.5]).repeat(len(numbers) // 2)
     ends = torch.bincount(numbers, weigh, 3).cumsum(0).int()
     ends[-1] = len(numbers)
-    return F.grouped_mm(F.pad(tokens[order], (0, 8 - D)), net.w, offs=ends)[order.argsort(), :D].view_as(x)
+    return F.grouped_mm(F.pad(tokens[order], (0, 8 - D)), net.w, offs=ends)[
+        order.argsort(), :D
+    ].view_as(x)
 
 
 @forward("mixture of experts by masks and index_add", SIMD, accept_unknown=True, **EXPERTS)
@@ -116,7 +133,9 @@ def _(net, x):
 @forward("mixture of experts scaled by their load", STATISTICS, **EXPERTS)
 def _(net, x):
     gate = net.router(x).softmax(1)
-    return sum(gate[:, e, None] / gate[:, e].sum() * expert(x) for e, expert in enumerate(net.experts))
+    return sum(
+        gate[:, e, None] / gate[:, e].sum() * expert(x) for e, expert in enumerate(net.experts)
+    )
 
 
 EDGES = torch.tensor([[0, 1, 2, 3, 1], [1, 2, 3, 0, 3]])

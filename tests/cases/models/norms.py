@@ -29,10 +29,23 @@ from cases.models.table import (
 
 # ---------------------------------------------------------------- batch norm, by layer
 
-layers("batch norm 2d", STATISTICS, IMAGE, conv(), lambda: nn.BatchNorm2d(4), nn.ReLU, nn.Flatten, linear(64, 3))
-layers("batch norm 2d in eval", SIMD, IMAGE, conv(), lambda: nn.BatchNorm2d(4), nn.ReLU, train=False)
+layers(
+    "batch norm 2d",
+    STATISTICS,
+    IMAGE,
+    conv(),
+    lambda: nn.BatchNorm2d(4),
+    nn.ReLU,
+    nn.Flatten,
+    linear(64, 3),
+)
+layers(
+    "batch norm 2d in eval", SIMD, IMAGE, conv(), lambda: nn.BatchNorm2d(4), nn.ReLU, train=False
+)
 layers("batch norm 1d", STATISTICS, FLAT, linear(), norm(), nn.Tanh, linear())
-layers("batch norm 1d, batch of five", STATISTICS, ODD, linear(8, 8), norm(8), nn.Tanh, linear(8, 3))
+layers(
+    "batch norm 1d, batch of five", STATISTICS, ODD, linear(8, 8), norm(8), nn.Tanh, linear(8, 3)
+)
 layers("batch norm 1d in eval", SIMD, FLAT, linear(), norm(), train=False)
 layers("batch norm 1d over sequences", STATISTICS, SEQUENCE, norm(T), linear())
 layers(
@@ -43,7 +56,14 @@ layers(
     lambda: nn.BatchNorm3d(3),
     nn.Flatten,
 )
-layers("batch norm 3d in eval", SIMD, (N, 2, 3, 4, 4), lambda: nn.BatchNorm3d(2), nn.Flatten, train=False)
+layers(
+    "batch norm 3d in eval",
+    SIMD,
+    (N, 2, 3, 4, 4),
+    lambda: nn.BatchNorm3d(2),
+    nn.Flatten,
+    train=False,
+)
 layers("two batch norms", STATISTICS, FLAT, linear(), norm(), nn.ReLU, linear(), norm(), linear())
 layers("batch norm without affine part", STATISTICS, FLAT, linear(), norm(affine=False))
 layers(
@@ -98,12 +118,38 @@ class RunningCentre(nn.Module):
 
 
 layers("batch norm frozen while the model trains", SIMD, FLAT, linear(), lambda: FrozenNorm(D))
-layers("subclass of batch norm under another name", STATISTICS, FLAT, linear(), lambda: LayerNormByName(D))
+layers(
+    "subclass of batch norm under another name",
+    STATISTICS,
+    FLAT,
+    linear(),
+    lambda: LayerNormByName(D),
+)
 layers("layer norm under the name of batch norm", SIMD, FLAT, linear(), lambda: BatchNormByName(D))
-layers("running mean updated in place, then used", STATISTICS, FLAT, linear(), lambda: RunningCentre(True, True))
-layers("running mean reassigned, then used", STATISTICS, FLAT, linear(), lambda: RunningCentre(True, False))
-layers("running mean used, then updated in place", SIMD, FLAT, linear(), lambda: RunningCentre(False, True))
-layers("running mean used, then reassigned", SIMD, FLAT, linear(), lambda: RunningCentre(False, False))
+layers(
+    "running mean updated in place, then used",
+    STATISTICS,
+    FLAT,
+    linear(),
+    lambda: RunningCentre(True, True),
+)
+layers(
+    "running mean reassigned, then used",
+    STATISTICS,
+    FLAT,
+    linear(),
+    lambda: RunningCentre(True, False),
+)
+layers(
+    "running mean used, then updated in place",
+    SIMD,
+    FLAT,
+    linear(),
+    lambda: RunningCentre(False, True),
+)
+layers(
+    "running mean used, then reassigned", SIMD, FLAT, linear(), lambda: RunningCentre(False, False)
+)
 
 
 @forward("functional batch norm that always trains, model in eval", STATISTICS, train=False)
@@ -153,7 +199,12 @@ def _(net, x):
     return F.batch_norm(h.reshape(1, -1, *h.shape[2:]), None, None, training=True).view_as(h)
 
 
-@forward("batch norm with samples as channels and an affine part", INDEXED, scale=weight(N), shift=weight(N))
+@forward(
+    "batch norm with samples as channels and an affine part",
+    INDEXED,
+    scale=weight(N),
+    shift=weight(N),
+)
 def _(net, x):
     return F.batch_norm(net.linear(x).t(), None, None, net.scale, net.shift, training=True).t()
 
@@ -191,7 +242,13 @@ layers(
     IMAGE,
     lambda: nn.InstanceNorm2d(C, track_running_stats=True),
 )
-layers("instance norm in eval", SIMD, IMAGE, lambda: nn.InstanceNorm2d(C, track_running_stats=True), train=False)
+layers(
+    "instance norm in eval",
+    SIMD,
+    IMAGE,
+    lambda: nn.InstanceNorm2d(C, track_running_stats=True),
+    train=False,
+)
 layers(
     "instance norm of an unbatched signal, samples as channels",
     SIMD,
@@ -224,7 +281,9 @@ layers("orthogonal weight", SIMD, FLAT, lambda: parametrizations.orthogonal(nn.L
 @forward("weight standardisation through functional batch norm", SIMD, IMAGE, conv=conv())
 def _(net, x):
     w = net.conv.weight
-    return F.conv2d(x, F.batch_norm(w.view(1, len(w), -1), None, None, training=True).view_as(w), net.conv.bias)
+    return F.conv2d(
+        x, F.batch_norm(w.view(1, len(w), -1), None, None, training=True).view_as(w), net.conv.bias
+    )
 
 
 @forward("layer norm of the transposed batch, a batch norm", STATISTICS)

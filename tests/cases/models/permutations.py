@@ -4,7 +4,19 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cases.models.table import CUBE, FLAT, MIXED, ODD, SIMD, STATISTICS, D, N, forward, linear, weight
+from cases.models.table import (
+    CUBE,
+    FLAT,
+    MIXED,
+    ODD,
+    SIMD,
+    STATISTICS,
+    D,
+    N,
+    forward,
+    linear,
+    weight,
+)
 
 # ---------------------------------------------------------------- pairs of samples
 

@@ -68,14 +68,18 @@ def _(net, x):
 def _(net, x):
     x = x.detach().requires_grad_()
     with torch.enable_grad():
-        return torch.autograd.grad(net.bn(net.linear(x)).tanh().square().sum(), x, create_graph=True)[0]
+        return torch.autograd.grad(
+            net.bn(net.linear(x)).tanh().square().sum(), x, create_graph=True
+        )[0]
 
 
 @forward("gradient of a product of energies", STATISTICS, accept_unknown=True)
 def _(net, x):
     x = x.detach().requires_grad_()
     with torch.enable_grad():
-        return torch.autograd.grad(net.linear(x).tanh().square().sum() ** 2, x, create_graph=True)[0]
+        return torch.autograd.grad(net.linear(x).tanh().square().sum() ** 2, x, create_graph=True)[
+            0
+        ]
 
 
 @forward("a weight used twice", SIMD)

@@ -179,7 +179,10 @@ def _(net, x):
 @forward("beams by repeat, split as beams first", SIMD)
 def _(net, x):
     return (
-        (net.linear(x.repeat(2, 1)) + torch.tensor([[0.0], [1.0]]).repeat_interleave(N, 0)).tanh().view(2, N, D).sum(0)
+        (net.linear(x.repeat(2, 1)) + torch.tensor([[0.0], [1.0]]).repeat_interleave(N, 0))
+        .tanh()
+        .view(2, N, D)
+        .sum(0)
     )
 
 

@@ -330,7 +330,12 @@ def _(net, x):
     return h * torch.histc(h.detach(), 6, -3, 3)
 
 
-@forward("one k-means step on a codebook, then assignment", STATISTICS, codebook=weight(3, D), accept_unknown=True)
+@forward(
+    "one k-means step on a codebook, then assignment",
+    STATISTICS,
+    codebook=weight(3, D),
+    accept_unknown=True,
+)
 def _(net, x):
     member = F.one_hot(torch.cdist(x, net.codebook).argmin(1), 3).to(x)
     codebook = 0.5 * net.codebook + 0.5 * member.t() @ x
@@ -442,7 +447,9 @@ def _(net, x):
     return torch.stack([net.linear(row) if row.sum() > 0 else -row for row in x])
 
 
-@forward("fixed point iterated until the whole batch has converged", STATISTICS, accept_unknown=True)
+@forward(
+    "fixed point iterated until the whole batch has converged", STATISTICS, accept_unknown=True
+)
 def _(net, x):
     w, z = 0.4 * F.normalize(net.linear.weight, dim=None), torch.zeros_like(x)
     while True:

@@ -70,7 +70,9 @@ def built(name, truth, **options):
 
 def layers(name, truth, shape, *makers, train=True):
     """A case from layers in a row."""
-    built(name, truth)(lambda: (nn.Sequential(*(make() for make in makers)).train(train), (torch.randn(shape),)))
+    built(name, truth)(
+        lambda: (nn.Sequential(*(make() for make in makers)).train(train), (torch.randn(shape),))
+    )
 
 
 def forward(name, truth, *inputs, train=True, accept_unknown=False, in_dims=0, out_dim=0, **parts):
@@ -84,7 +86,9 @@ def forward(name, truth, *inputs, train=True, accept_unknown=False, in_dims=0, o
             net = Net(function, {"linear": lambda: nn.Linear(width, width), **parts})
             return net.train(train), made
 
-        return built(name, truth, accept_unknown=accept_unknown, in_dims=in_dims, out_dim=out_dim)(build)
+        return built(name, truth, accept_unknown=accept_unknown, in_dims=in_dims, out_dim=out_dim)(
+            build
+        )
 
     return register
 

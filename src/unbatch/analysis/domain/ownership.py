@@ -80,7 +80,9 @@ def code(*things: object) -> Array:
 def mix(a: Array, b: Array) -> Array:
     """Hash pairs, elementwise and in order."""
     with np.errstate(over="ignore"):
-        x = a * np.uint64(0x9E3779B97F4A7C15) + (b ^ (b >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = a * np.uint64(0x9E3779B97F4A7C15) + (b ^ (b >> np.uint64(29))) * np.uint64(
+            0xBF58476D1CE4E5B9
+        )
         x = (x ^ (x >> np.uint64(32))) * np.uint64(0x94D049BB133111EB)
         return np.asarray(x ^ (x >> np.uint64(29)))
 
@@ -88,7 +90,9 @@ def mix(a: Array, b: Array) -> Array:
 def total(keys: Array, axis: int | tuple[int, ...], keepdims: bool = False) -> Array:
     """Hash a multiset of keys along ``axis``, in no order."""
     with np.errstate(over="ignore"):
-        return np.asarray(mix(keys, code("element")).sum(axis=axis, dtype=np.uint64, keepdims=keepdims))
+        return np.asarray(
+            mix(keys, code("element")).sum(axis=axis, dtype=np.uint64, keepdims=keepdims)
+        )
 
 
 def index_along(size: int, dim: int, ndim: int) -> Array:
@@ -99,7 +103,7 @@ def index_along(size: int, dim: int, ndim: int) -> Array:
 
 
 @dataclass(frozen=True)
-class Marks:
+class Ownership:
     """Owners and keys of the elements of one value, and what the value as a whole comes from.
 
     ``given``: statistics it uses; ``sources``: subset of ``{"inputs", "targets", "parameters", "noise",
@@ -178,7 +182,7 @@ class Marks:
         implicit = math.prod(s for s, k in zip(self.shape, self.key.shape, strict=True) if k == 1)
         return implicit * len(np.unique(self.key)) if self.key.size > 1 else implicit
 
-    def with_key(self, name: object) -> Marks:
+    def with_key(self, name: object) -> Ownership:
         """The same owners, another function."""
         return replace(self, key=mix(self.key, code(name)))
 
@@ -198,59 +202,72 @@ def varies(array: Array, dim: int) -> bool:
     return bool((array != first).any())
 
 
-def shared(shape: Dims, name: object, sources: Iterable[str] = (), constant_along: Iterable[int] = ()) -> Marks:
+def shared(
+    shape: Dims, name: object, sources: Iterable[str] = (), constant_along: Iterable[int] = ()
+) -> Ownership:
     """Marks of a value that no sample owns; along ``constant_along`` its elements are equal."""
     stored = [shape[d] if d in set(constant_along) else 1 for d in range(len(shape))]
     ones = [1] * len(shape)
     owner = np.broadcast_to(np.full(ones, SHARED, dtype=np.int32), stored)
     key = np.broadcast_to(code("shared", name).reshape(ones), stored)
-    return Marks(tuple(shape), owner, key, sources=frozenset(sources))
+    return Ownership(tuple(shape), owner, key, sources=frozenset(sources))
 
 
-def batched(shape: Dims, dim: int, name: object, sources: Iterable[str] = ()) -> Marks:
+def batched(shape: Dims, dim: int, name: object, sources: Iterable[str] = ()) -> Ownership:
     """Marks of a value whose slice n along ``dim`` belongs to sample n."""
     view = [shape[dim] if d == dim else 1 for d in range(len(shape))]
     owner = np.arange(shape[dim], dtype=np.int32).reshape(view)
     key = np.broadcast_to(code("batched", name).reshape([1] * len(shape)), view)
-    return Marks(tuple(shape), owner, key, sources=frozenset(sources))
+    return Ownership(tuple(shape), owner, key, sources=frozenset(sources))
 
 
 # --- movements: nothing is computed, elements change place ----------------------------------------
 
 
-def permute(x: Marks, order: Sequence[int], record: bool = True) -> Marks:
+def permute(x: Ownership, order: Sequence[int], record: bool = True) -> Ownership:
     """``record``: the order of plain dims is part of what an element's index means."""
     moved = [d for d in order if x.plain(d)]
-    key = mix(x.key, code("permute", tuple(np.argsort(moved)))) if record and moved != sorted(moved) else x.key
+    key = (
+        mix(x.key, code("permute", tuple(np.argsort(moved))))
+        if record and moved != sorted(moved)
+        else x.key
+    )
     shape = tuple(x.shape[d] for d in order)
     return replace(x, shape=shape, owner=x.owner.transpose(order), key=key.transpose(order))
 
 
-def unsqueeze(x: Marks, dim: int) -> Marks:
+def unsqueeze(x: Ownership, dim: int) -> Ownership:
     shape = (*x.shape[:dim], 1, *x.shape[dim:])
-    return replace(x, shape=shape, owner=np.expand_dims(x.owner, dim), key=np.expand_dims(x.key, dim))
+    return replace(
+        x, shape=shape, owner=np.expand_dims(x.owner, dim), key=np.expand_dims(x.key, dim)
+    )
 
 
-def squeeze(x: Marks, dims: Iterable[int]) -> Marks:
+def squeeze(x: Ownership, dims: Iterable[int]) -> Ownership:
     gone = tuple(d for d in dims)
     shape = tuple(s for d, s in enumerate(x.shape) if d not in gone)
     return replace(x, shape=shape, owner=x.owner.squeeze(gone), key=x.key.squeeze(gone))
 
 
-def expand(x: Marks, shape: Dims) -> Marks:
+def expand(x: Ownership, shape: Dims) -> Ownership:
     x = align(x, len(shape))
     stored = [s if s != x.shape[d] else x.key.shape[d] for d, s in enumerate(shape)]
-    return replace(x, shape=tuple(shape), owner=np.broadcast_to(x.owner, stored), key=np.broadcast_to(x.key, stored))
+    return replace(
+        x,
+        shape=tuple(shape),
+        owner=np.broadcast_to(x.owner, stored),
+        key=np.broadcast_to(x.key, stored),
+    )
 
 
-def spell_out(x: Marks, dims: Iterable[int] | None = None) -> Marks:
+def spell_out(x: Ownership, dims: Iterable[int] | None = None) -> Ownership:
     """Make ``dims`` (all by default) explicit."""
     dims = range(len(x.shape)) if dims is None else dims
     owner, key = unfold(x, {d for d in range(len(x.shape)) if d in set(dims) or x.key.shape[d] > 1})
     return replace(x, owner=owner, key=key)
 
 
-def compress(x: Marks, dims: Iterable[int] | None = None) -> Marks:
+def compress(x: Ownership, dims: Iterable[int] | None = None) -> Ownership:
     """Make dims plain again where the owner is constant and the keys differ by index in the same way everywhere."""
     owner, key = x.owner, x.key
     if not key.size:
@@ -271,7 +288,7 @@ def compress(x: Marks, dims: Iterable[int] | None = None) -> Marks:
     return replace(x, owner=owner, key=key)
 
 
-def reshape(x: Marks, shape: Dims) -> Marks:
+def reshape(x: Ownership, shape: Dims) -> Ownership:
     """The same elements in row-major order in another shape."""
     shape = tuple(shape)
     if shape == x.shape:
@@ -282,7 +299,10 @@ def reshape(x: Marks, shape: Dims) -> Marks:
     touched: list[int] = []
     pieces = list(_factor(x.shape, shape))
     spelled = [
-        d for old, new in pieces for d in old if len(old) + len(new) > 2 and any(x.key.shape[o] > 1 for o in old)
+        d
+        for old, new in pieces
+        for d in old
+        if len(old) + len(new) > 2 and any(x.key.shape[o] > 1 for o in old)
     ]
     x = spell_out(x, spelled) if spelled else x
     renamed = []
@@ -317,24 +337,26 @@ def _factor(old: Dims, new: Dims) -> Iterable[tuple[list[int], list[int]]]:
         yield left, right
 
 
-def moved(x: Marks, run: Callable[[Array], Array], shape: Dims) -> Marks:
+def moved(x: Ownership, run: Callable[[Array], Array], shape: Dims) -> Ownership:
     """Any movement: ``run`` acts on an integer array of the value's shape; -1 where an element is new."""
     full = spell_out(x)
     place = run(np.arange(full.key.size, dtype=np.int64).reshape(x.shape)).reshape(tuple(shape))
     flat_owner = np.append(np.broadcast_to(full.owner, x.shape).reshape(-1), np.int32(SHARED))
     flat_key = np.append(np.broadcast_to(full.key, x.shape).reshape(-1), code("padding").reshape(1))
-    out = replace(x, shape=tuple(shape), owner=flat_owner[place].astype(np.int32), key=flat_key[place])
+    out = replace(
+        x, shape=tuple(shape), owner=flat_owner[place].astype(np.int32), key=flat_key[place]
+    )
     return compress(out)
 
 
-def collapse(x: Marks, dims: list[int], keepdim: bool) -> Marks:
+def collapse(x: Ownership, dims: list[int], keepdim: bool) -> Ownership:
     """Drop dims over which a scan has made everything alike."""
     shape = tuple(1 if d in dims else s for d, s in enumerate(x.shape))
     x = replace(x, shape=shape)
     return x if keepdim else squeeze(x, dims)
 
 
-def expand_plain(x: Marks, shape: tuple[int, ...]) -> Marks:
+def expand_plain(x: Ownership, shape: tuple[int, ...]) -> Ownership:
     """Elements that all depend on the same things, and differ by their index."""
     return replace(x, shape=tuple(shape))
 
@@ -342,15 +364,17 @@ def expand_plain(x: Marks, shape: tuple[int, ...]) -> Marks:
 # --- shapes brought together ----------------------------------------------------------------------
 
 
-def align(x: Marks, ndim: int) -> Marks:
+def align(x: Ownership, ndim: int) -> Ownership:
     pad = ndim - len(x.shape)
     if not pad:
         return x
     view = (1,) * pad + x.key.shape
-    return replace(x, shape=(1,) * pad + x.shape, owner=x.owner.reshape(view), key=x.key.reshape(view))
+    return replace(
+        x, shape=(1,) * pad + x.shape, owner=x.owner.reshape(view), key=x.key.reshape(view)
+    )
 
 
-def unfold(x: Marks, explicit: Iterable[int]) -> tuple[Array, Array]:
+def unfold(x: Ownership, explicit: Iterable[int]) -> tuple[Array, Array]:
     """Arrays with ``explicit`` dims spelled out, and dims that are constant beside plain ones dropped."""
     owner, key = x.owner, x.key
     wanted = set(explicit)

@@ -17,7 +17,7 @@ from unbatch.analysis.domain.ownership import (
     SHARED,
     Array,
     Dims,
-    Marks,
+    Ownership,
     align,
     code,
     group_number,
@@ -38,7 +38,7 @@ from unbatch.analysis.domain.ownership import (
 
 
 @dataclass(frozen=True)
-class Root:
+class StatisticDef:
     """A statistic, where it is made: of how many numbers, each listening to how many samples.
 
     ``long``: it has entries for every sample (sorted values, say), so its size grows with the batch. ``groups``: codes
@@ -55,7 +55,7 @@ class Root:
 
 
 @dataclass(frozen=True)
-class Use:
+class StatisticUse:
     """A statistic (made from ``roots``) where values of samples listen to it: ``size`` different numbers."""
 
     roots: frozenset[int]
@@ -64,7 +64,7 @@ class Use:
 
 
 @dataclass
-class Algebra:
+class Propagation:
     """How marks pass through operations, for a batch of ``samples`` samples.
 
     ``step`` is the operation at work, ``roots`` the statistics made so far, ``uses`` those that samples listen to.
@@ -77,8 +77,8 @@ class Algebra:
 
     samples: int
     step: int = -1
-    roots: list[Root] = field(default_factory=list)
-    uses: dict[frozenset[int], Use] = field(default_factory=dict)
+    roots: list[StatisticDef] = field(default_factory=list)
+    uses: dict[frozenset[int], StatisticUse] = field(default_factory=dict)
     births: dict[int, str] = field(default_factory=dict)
     bent: set[int] = field(default_factory=set)
     uneven: set[int] = field(default_factory=set)
@@ -107,7 +107,9 @@ class Algebra:
 
     def join(self, a: Array, b: Array) -> Array:
         """Owner of something made from elements of owners ``a`` and ``b``."""
-        out = np.where(a == SHARED, b, np.where((b == SHARED) | (a == b), a, MIXED)).astype(np.int32)
+        out = np.where(a == SHARED, b, np.where((b == SHARED) | (a == b), a, MIXED)).astype(
+            np.int32
+        )
         for single_, group in ((a, b), (b, a)) if len(self.groups) else ():
             met = is_sample(single_) & is_group(group)
             inside = self.groups[group_number(group), np.where(met, single_, 0)]
@@ -121,11 +123,11 @@ class Algebra:
         shape: Dims,
         owner: Array,
         key: Array,
-        operands: Sequence[Marks],
+        operands: Sequence[Ownership],
         how: str,
         root: int | None = None,
         linear: bool = False,
-    ) -> Marks:
+    ) -> Ownership:
         if not linear and any(x.weighted for x in operands):
             key = mix(key, mix(np.broadcast_to(owner, key.shape).astype(np.uint64), code("weight")))
         mixers = _union(x.mixers for x in operands)
@@ -134,9 +136,13 @@ class Algebra:
             self.births[self.step] = how
         given = _union(x.given for x in operands)
         if root is not None:
-            partial = {r for r in given if how == "pairwise" and self.roots[r].kind == "sum" and self.roots[r].groups}
+            partial = {
+                r
+                for r in given
+                if how == "pairwise" and self.roots[r].kind == "sum" and self.roots[r].groups
+            }
             given = (given - partial) | {root}
-        out = Marks(
+        out = Ownership(
             tuple(shape),
             owner,
             key,
@@ -150,33 +156,40 @@ class Algebra:
                 self.consume_alone(x)
         if out.owned and _uneven(out) and not any(x.owned and _uneven(x) for x in operands):
             self.uneven.add(self.step)
-        if "predictions" in out.sources and single(out) and not out.mixed and not self.given_predictions(out):
+        if (
+            "predictions" in out.sources
+            and single(out)
+            and not out.mixed
+            and not self.given_predictions(out)
+        ):
             keys = np.unique(out.key)
             out = replace(out, atoms=frozenset([int(keys[0])])) if len(keys) == 1 else out
         return out
 
-    def consume_alone(self, x: Marks) -> None:
+    def consume_alone(self, x: Ownership) -> None:
         """A statistic on its own is met by samples (or is itself a prediction of theirs)."""
         if not x.given or x.owned or x.mixed:
             return
         roots = [self.roots[r] for r in x.given]
         long = any(r.long and x.size > r.size // self.samples for r in roots)
-        before = self.uses.get(x.given, Use(x.given, 0, False))
-        self.uses[x.given] = Use(x.given, max(before.size, x.size), long or before.long)
+        before = self.uses.get(x.given, StatisticUse(x.given, 0, False))
+        self.uses[x.given] = StatisticUse(x.given, max(before.size, x.size), long or before.long)
 
-    def given_predictions(self, x: Marks) -> bool:
+    def given_predictions(self, x: Ownership) -> bool:
         return any("predictions" in self.roots[r].sources for r in x.given)
 
     # -- elementwise --
 
-    def pointwise(self, name: object, *operands: Marks, kind: str = "") -> Marks:
+    def pointwise(self, name: object, *operands: Ownership, kind: str = "") -> Ownership:
         """Each output element is one function of the elements at its place (with broadcasting).
 
         ``kind``: "add" and "sub" for sums and differences, "scale" for a product with factors, where linearity matters.
         """
         factor = self._weight(operands) if kind == "scale" else None
         product = kind == "scale" and sum("predictions" in x.sources for x in operands) > 1
-        operands = tuple(_absorb(x) if x.weighted and (product or not kind) else x for x in operands)
+        operands = tuple(
+            _absorb(x) if x.weighted and (product or not kind) else x for x in operands
+        )
         shape = np.broadcast_shapes(*(x.shape for x in operands))
         aligned = [align(x, len(shape)) for x in operands]
         explicit = _explicit_dims(aligned, shape)
@@ -190,16 +203,25 @@ class Algebra:
         assert owner is not None
         owner, key = np.broadcast_arrays(owner, key)
         root = None
-        if kind == "add" and bool((owner == MIXED).any()) and len(operands) == 2 and not any(x.mixed for x in operands):
+        if (
+            kind == "add"
+            and bool((owner == MIXED).any())
+            and len(operands) == 2
+            and not any(x.mixed for x in operands)
+        ):
             met = owner == MIXED
             owner, key = self._fold(owner, key, *(unfold(x, explicit) for x in aligned))
-            root = self.statistic("sum", owner[met], math.prod(shape), _union(x.sources for x in operands))
+            root = self.statistic(
+                "sum", owner[met], math.prod(shape), _union(x.sources for x in operands)
+            )
         out = self.result(shape, owner, key, operands, "pairwise", root, bool(kind))
         if not kind and out.mixed:
             self.bent.add(self.step)
         return self._linear(out, operands, kind, factor is not None) if kind else out
 
-    def _fold(self, owner: Array, key: Array, a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
+    def _fold(
+        self, owner: Array, key: Array, a: tuple[Array, Array], b: tuple[Array, Array]
+    ) -> tuple[Array, Array]:
         """Adding the same function of another sample to a sum over samples makes a sum over one more."""
         owner, key = owner.copy(), key.copy()
         sides = [np.broadcast_arrays(o, k, owner)[:2] for o, k in (a, b)]
@@ -211,33 +233,53 @@ class Algebra:
                 owner[at], key[at] = self.group_code(members[0] | members[1]), summed[0][at]
         return owner, key
 
-    def _weight(self, operands: Sequence[Marks]) -> int | None:
+    def _weight(self, operands: Sequence[Ownership]) -> int | None:
         """Which of two operands is a constant factor per sample that differs from sample to sample."""
         for w, x in ((0, 1), (1, 0)) if len(operands) == 2 else ():
             weight, value = operands[w], operands[x]
-            if "predictions" in weight.sources or "predictions" not in value.sources or not value.owned:
+            if (
+                "predictions" in weight.sources
+                or "predictions" not in value.sources
+                or not value.owned
+            ):
                 continue
             dim = value.sample_dim()
             w_dim = None if dim is None else dim - len(value.shape) + len(weight.shape)
-            if w_dim is None or w_dim < 0 or weight.owned or weight.mixed or weight.shape[w_dim] != self.samples:
+            if (
+                w_dim is None
+                or w_dim < 0
+                or weight.owned
+                or weight.mixed
+                or weight.shape[w_dim] != self.samples
+            ):
                 continue
             if math.prod(weight.shape) == self.samples and weight.plain(w_dim):
                 return w
         return None
 
-    def _linear(self, out: Marks, operands: Sequence[Marks], kind: str, weighted: bool) -> Marks:
+    def _linear(
+        self, out: Ownership, operands: Sequence[Ownership], kind: str, weighted: bool
+    ) -> Ownership:
         entering = [x for x in operands if "predictions" in x.sources]
         if not entering or (kind == "scale" and len(entering) > 1):
             return replace(out, weighted=False)
         if kind == "scale":
             self.factors |= _union(x.given for x in operands if "predictions" not in x.sources)
-        apart = all(x.additive or (kind != "scale" and not x.mixed and not self.given_predictions(x)) for x in entering)
+        apart = all(
+            x.additive or (kind != "scale" and not x.mixed and not self.given_predictions(x))
+            for x in entering
+        )
         additive = not out.owned and apart
         weighted = weighted or any(x.weighted for x in entering)
         if kind in ("add", "sub") and len(operands) > 1 and weighted and not additive:
             return _absorb(replace(out, weighted=True))
         atoms = out.atoms
-        if additive and len(entering) > 1 and not weighted and all(len(x.atoms) == 1 for x in entering):
+        if (
+            additive
+            and len(entering) > 1
+            and not weighted
+            and all(len(x.atoms) == 1 for x in entering)
+        ):
             atoms = frozenset([int(code(kind, *(sorted(x.atoms) for x in entering)))])
         return replace(out, additive=additive, weighted=weighted, atoms=atoms)
 
@@ -246,12 +288,12 @@ class Algebra:
     def reduce(
         self,
         name: object,
-        x: Marks,
+        x: Ownership,
         dims: Iterable[int] | None = None,
         keepdim: bool = False,
         monoid: bool = False,
         long: bool = False,
-    ) -> Marks:
+    ) -> Ownership:
         """A function of all elements along ``dims`` that does not depend on their order.
 
         ``monoid``: it can be taken per sample first and then over the samples (sum, max, logsumexp, but not the
@@ -268,12 +310,17 @@ class Algebra:
         rows = [x.key.shape[d] for d in kept]
         owner = x.owner.transpose(order).reshape(*rows, -1)
         key = x.key.transpose(order).reshape(*rows, -1)
-        key = mix(key, code("reduce", name, [(x.shape[d], d in axes) for d in range(ndim) if x.plain(d)]))
+        key = mix(
+            key, code("reduce", name, [(x.shape[d], d in axes) for d in range(ndim) if x.plain(d)])
+        )
         out_owner, out_key, met = self.meet(owner, key)
         stored = [1 if d in axes else x.key.shape[d] for d in range(ndim)]
         shape = [1 if d in axes else s for d, s in enumerate(x.shape)]
         out_owner = out_owner.reshape(stored)
-        out_key = mix(out_key.reshape(stored), code("reduced", name, [x.shape[d] for d in axes if x.key.shape[d] > 1]))
+        out_key = mix(
+            out_key.reshape(stored),
+            code("reduced", name, [x.shape[d] for d in axes if x.key.shape[d] > 1]),
+        )
         entries = math.prod(s for d, s in enumerate(x.shape) if long or d not in axes)
         root = self.statistic(name, out_owner, entries, x.sources, long) if met else None
         out = self.result(shape, out_owner, out_key, [x], "unsymmetric", root, linear)
@@ -290,14 +337,25 @@ class Algebra:
             return None
         members = [self.members(g).sum() for g in groups]
         self.roots.append(
-            Root(self.step, str(name), size, int(min(members, default=self.samples)), sources, long, groups)
+            StatisticDef(
+                self.step,
+                str(name),
+                size,
+                int(min(members, default=self.samples)),
+                sources,
+                long,
+                groups,
+            )
         )
         return len(self.roots) - 1
 
     def overlapping(self) -> bool:
         """Some of the groups whose statistics are used share samples without being equal."""
         used = frozenset().union(*(u.roots for u in self.uses.values()))
-        rows = [self.members(g) for g in sorted(frozenset().union(*(self.roots[r].groups for r in used)))]
+        rows = [
+            self.members(g)
+            for g in sorted(frozenset().union(*(self.roots[r].groups for r in used)))
+        ]
         return bool(len(rows)) and bool((np.sum(rows, axis=0) > 1).any())
 
     def meet(self, owner: Array, key: Array) -> tuple[Array, Array, bool]:
@@ -322,9 +380,13 @@ class Algebra:
         if MIXED in names or len(np.unique(sums[own])) > 1 or np.sum(members, axis=0).max() > 1:
             return MIXED, 0
         rest = sums[~own][0] if (~own).any() else np.uint64(0)
-        return self.group_code(np.any(members, axis=0)), int(mix(np.asarray(sums[own][0]), np.asarray(rest)))
+        return self.group_code(np.any(members, axis=0)), int(
+            mix(np.asarray(sums[own][0]), np.asarray(rest))
+        )
 
-    def _entries(self, out: Marks, x: Marks, met: bool, linear: bool, monoid: bool) -> Marks:
+    def _entries(
+        self, out: Ownership, x: Ownership, met: bool, linear: bool, monoid: bool
+    ) -> Ownership:
         """How predictions enter a reduction: through one scalar per sample, and additively?"""
         separate = met and not x.mixed and not self.given_predictions(x)
         atoms = out.atoms
@@ -336,13 +398,23 @@ class Algebra:
             and not (single(x) and len(x.atoms) == 1)
         ):
             atoms = frozenset([int(out.key.reshape(-1)[0])])
-        return replace(out, atoms=atoms, additive=linear and (x.additive or separate), weighted=x.weighted and linear)
+        return replace(
+            out,
+            atoms=atoms,
+            additive=linear and (x.additive or separate),
+            weighted=x.weighted and linear,
+        )
 
     # -- along an axis, with order --
 
     def scan(
-        self, name: object, x: Marks, dims: Iterable[int], how: str = "ordered", shape: Dims | None = None
-    ) -> Marks:
+        self,
+        name: object,
+        x: Ownership,
+        dims: Iterable[int],
+        how: str = "ordered",
+        shape: Dims | None = None,
+    ) -> Ownership:
         """Output elements along ``dims`` each depend, by their index, on all input elements along ``dims``."""
         x = _absorb(x) if x.weighted else x
         if x.mixed:
@@ -353,12 +425,18 @@ class Algebra:
         for d in axes:
             if key.shape[d] > 1:
                 key = total(mix(key, index_along(key.shape[d], d, ndim)), axis=d, keepdims=True)
-                owner = np.where(_several(owner, d, True), MIXED, _lone(owner, d, True)).astype(np.int32)
-        return self.result(x.shape if shape is None else shape, owner, mix(key, code("scan", name, axes)), [x], how)
+                owner = np.where(_several(owner, d, True), MIXED, _lone(owner, d, True)).astype(
+                    np.int32
+                )
+        return self.result(
+            x.shape if shape is None else shape, owner, mix(key, code("scan", name, axes)), [x], how
+        )
 
     # -- contractions --
 
-    def contract(self, name: object, operands: Sequence[Marks], indices: Sequence[str], out: str) -> Marks:
+    def contract(
+        self, name: object, operands: Sequence[Ownership], indices: Sequence[str], out: str
+    ) -> Ownership:
         """A sum of products, in einsum's letters."""
         letters = "".join(dict.fromkeys("".join(indices)))
         spread = [_spread(x, i, letters) for x, i in zip(operands, indices, strict=True)]
@@ -369,7 +447,7 @@ class Algebra:
         return permute(product, [kept.index(i) for i in out], record=False)
 
 
-def _uneven(x: Marks) -> bool:
+def _uneven(x: Ownership) -> bool:
     dim = x.sample_dim()
     return dim is not None and varies(x.key, dim)
 
@@ -390,18 +468,18 @@ def _several(owner: Array, dim: int, keepdims: bool = False) -> Array:
     return np.asarray(((owner != first) & (owner != SHARED)).any(axis=dim, keepdims=keepdims))
 
 
-def single(x: Marks) -> bool:
+def single(x: Ownership) -> bool:
     """One element for each sample that occurs."""
     return x.owned and math.prod(x.shape) == x.owner.size == len(np.unique(x.owner))
 
 
-def _absorb(x: Marks) -> Marks:
+def _absorb(x: Ownership) -> Ownership:
     """Let the factors that differ between samples be part of the function after all."""
     key = mix(x.key, mix(x.owner.astype(np.uint64), code("weight")))
     return replace(x, key=key, weighted=False)
 
 
-def _explicit_dims(xs: Sequence[Marks], shape: Dims) -> set[int]:
+def _explicit_dims(xs: Sequence[Ownership], shape: Dims) -> set[int]:
     explicit = set()
     for d in range(len(shape)):
         stored = [x for x in xs if x.key.shape[d] > 1]
@@ -410,7 +488,7 @@ def _explicit_dims(xs: Sequence[Marks], shape: Dims) -> set[int]:
     return explicit
 
 
-def _spread(x: Marks, index: str, letters: str) -> Marks:
+def _spread(x: Ownership, index: str, letters: str) -> Ownership:
     """Permute and pad with size-one dims so that the dims follow ``letters``."""
     present = [index.index(i) for i in letters if i in index]
     x = permute(x, present, record=False)

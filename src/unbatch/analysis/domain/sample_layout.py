@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unbatch.analysis.domain.ownership import SHARED, Marks, follow_samples, is_sample
+from unbatch.analysis.domain.ownership import SHARED, Ownership, follow_samples, is_sample
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Scattered:
         return torch.stack([torch.where(owner == n, t, 0) for n in range(first, last)])
 
 
-def layout_of(marks: Marks, samples: int) -> Layout | None:
+def layout_of(marks: Ownership, samples: int) -> Layout | None:
     """Where the samples lie in a value; None where they share an axis unevenly, or several axes, or met."""
     if not marks.separate:
         return None
@@ -96,7 +96,9 @@ def layout_of(marks: Marks, samples: int) -> Layout | None:
         return None
     (dim,) = dims
     size = marks.shape[dim]
-    line = np.moveaxis(np.broadcast_to(marks.owner, marks.owner.shape), dim, 0).reshape(marks.owner.shape[dim], -1)
+    line = np.moveaxis(np.broadcast_to(marks.owner, marks.owner.shape), dim, 0).reshape(
+        marks.owner.shape[dim], -1
+    )
     if size == samples and follow_samples(line, 0, samples):
         return Layout(dim, samples)
     owner = line[:, 0]
@@ -115,17 +117,21 @@ def layout_of(marks: Marks, samples: int) -> Layout | None:
 # --- of predictions -------------------------------------------------------------------------------
 
 
-def prediction_dim(marks: Marks, samples: int, leading: bool = True) -> int | None:
+def prediction_dim(marks: Ownership, samples: int, leading: bool = True) -> int | None:
     """The sample axis of a prediction: the first, unless the inputs carry samples elsewhere (not ``leading``)."""
     if leading and marks.shape[:1] == (samples,):
         return 0
     dim = marks.sample_dim()
     if dim is not None and marks.shape[dim] == samples:
         return dim
-    return None if leading or marks.owned else next((d for d, s in enumerate(marks.shape) if s == samples), None)
+    return (
+        None
+        if leading or marks.owned
+        else next((d for d, s in enumerate(marks.shape) if s == samples), None)
+    )
 
 
-def holds_its_place(marks: Marks, samples: int, leading: bool) -> bool:
+def holds_its_place(marks: Ownership, samples: int, leading: bool) -> bool:
     """Slice n of a prediction belongs to sample n (or to none)."""
     if marks.coupled:
         return False
@@ -137,7 +143,7 @@ def holds_its_place(marks: Marks, samples: int, leading: bool) -> bool:
     return contiguous_blocks(marks, samples) is not None
 
 
-def contiguous_blocks(marks: Marks, samples: int) -> np.ndarray | None:
+def contiguous_blocks(marks: Ownership, samples: int) -> np.ndarray | None:
     """Keys as ``[samples, ..]`` if samples lie in contiguous, equal blocks along the leading dim."""
     if not marks.shape or marks.shape[0] % samples or marks.key.shape[0] == 1:
         return None
@@ -146,7 +152,7 @@ def contiguous_blocks(marks: Marks, samples: int) -> np.ndarray | None:
     return marks.key.reshape(samples, -1)
 
 
-def uniform(marks: Marks, samples: int, leading: bool) -> bool:
+def uniform(marks: Ownership, samples: int, leading: bool) -> bool:
     """Slice n is the same function for every n."""
     dim = prediction_dim(marks, samples, leading)
     if dim is not None:
@@ -156,7 +162,7 @@ def uniform(marks: Marks, samples: int, leading: bool) -> bool:
     return blocks is not None and bool((blocks == blocks[:1]).all())
 
 
-def in_order(marks: Marks, samples: int) -> bool:
+def in_order(marks: Ownership, samples: int) -> bool:
     """Along some axis samples follow on each other, once or (interleaved with something else) again and again."""
     owner = np.atleast_1d(marks.owner)
     for dim in range(owner.ndim):

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from unbatch.analysis.domain.ownership import Marks, collapse, expand, shared
-from unbatch.analysis.rules.registry import Call, pointwise, rule
+from unbatch.analysis.domain.ownership import Ownership, collapse, expand, shared
+from unbatch.analysis.rules.registry import RuleContext, pointwise, rule
 from unbatch.capture import ops
 
 # --- values from nowhere --------------------------------------------------------------------------
@@ -18,11 +18,15 @@ from unbatch.capture import ops
     "zeros ones full empty scalar_tensor zeros_like ones_like full_like empty_like new_zeros new_ones "
     "new_full new_empty empty_strided new_empty_strided zero fill empty_permuted"
 )
-def constant(call: Call) -> Marks:
+def constant(call: RuleContext) -> Ownership:
     """All elements equal. A tensor may be filled with the value of another."""
     arguments = ("value", "fill_value", "s")
-    fills = [call[k] for k in arguments if isinstance(call[k], Marks)]
-    written = [repr(call[k]) for k in arguments if call[k] is not None and not isinstance(call[k], Marks)]
+    fills = [call[k] for k in arguments if isinstance(call[k], Ownership)]
+    written = [
+        repr(call[k])
+        for k in arguments
+        if call[k] is not None and not isinstance(call[k], Ownership)
+    ]
     base = shared(
         call.shape,
         (call.name.removeprefix("new_").removesuffix("_like"), written),
@@ -33,7 +37,7 @@ def constant(call: Call) -> Marks:
 
 
 @rule("arange linspace logspace eye tril_indices triu_indices hann_window hamming_window")
-def sequence(call: Call) -> Marks:
+def sequence(call: RuleContext) -> Ownership:
     return shared(call.shape, call.title)
 
 
@@ -41,17 +45,23 @@ def sequence(call: Call) -> Marks:
     "rand randn randint rand_like randn_like randint_like uniform exponential random randperm log_normal "
     "cauchy geometric normal_functional"
 )
-def noise(call: Call) -> Marks:
+def noise(call: RuleContext) -> Ownership:
     """Fresh and identically distributed; whatever sample consumes an element, it becomes part of that sample."""
     return shared(call.shape, "noise", ["noise"], range(len(call.shape)))
 
 
 @rule("bernoulli normal poisson binomial _standard_gamma _sample_dirichlet multinomial")
-def shaped_noise(call: Call) -> Marks:
+def shaped_noise(call: RuleContext) -> Ownership:
     """Noise whose distribution may depend on values; filled in place, what was there before does not matter."""
     a = call.algebra
-    shaping = [call[k] for k in ("p", "mean", "std", "count", "prob") if isinstance(call[k], Marks)]
-    if not ops.writes_in_place(call.op) and isinstance(call["self"], Marks) and not isinstance(call["p"], float):
+    shaping = [
+        call[k] for k in ("p", "mean", "std", "count", "prob") if isinstance(call[k], Ownership)
+    ]
+    if (
+        not ops.writes_in_place(call.op)
+        and isinstance(call["self"], Ownership)
+        and not isinstance(call["p"], float)
+    ):
         shaping.append(call["self"])
     if call.name in ("multinomial", "_sample_dirichlet"):
         last = [len(call["self"].shape) - 1]
@@ -63,7 +73,7 @@ def shaped_noise(call: Call) -> Marks:
 
 
 @rule("native_dropout", "_fused_dropout")
-def fused_dropout(call: Call) -> Any:
+def fused_dropout(call: RuleContext) -> Any:
     """Values kept or not, as noise says, and that noise."""
     x = call.marks[0]
     if call["train"] is False:
@@ -76,18 +86,27 @@ def fused_dropout(call: Call) -> Any:
 
 
 @rule("add", "sub", "rsub")
-def addition(call: Call) -> Marks:
-    if call.name != "rsub" and not isinstance(call["other"], Marks) and call["other"] == 0 and len(call.marks) == 1:
+def addition(call: RuleContext) -> Ownership:
+    if (
+        call.name != "rsub"
+        and not isinstance(call["other"], Ownership)
+        and call["other"] == 0
+        and len(call.marks) == 1
+    ):
         return call.marks[0]
-    plain = call.name == "add" and call["alpha"] in (None, 1) and isinstance(call["other"], Marks)
-    return call.algebra.pointwise("add" if plain else call.title, *call.marks, kind="add" if plain else "sub")
+    plain = (
+        call.name == "add" and call["alpha"] in (None, 1) and isinstance(call["other"], Ownership)
+    )
+    return call.algebra.pointwise(
+        "add" if plain else call.title, *call.marks, kind="add" if plain else "sub"
+    )
 
 
 @rule(
     "mul div neg _to_copy clone detach alias positive lift_fresh lift_fresh_copy true_divide _conj "
     "view_as_real_copy to contiguous lift _lazy_clone"
 )
-def scaling(call: Call) -> Marks:
+def scaling(call: RuleContext) -> Ownership:
     marks = call.marks
     if not marks:
         return shared(call.shape, call.title)
@@ -100,7 +119,7 @@ def scaling(call: Call) -> Marks:
     return call.algebra.pointwise(call.title, *marks, kind="scale")
 
 
-def cast(call: Call, x: Marks) -> Marks:
+def cast(call: RuleContext, x: Ownership) -> Ownership:
     """To another floating-point type it is still the same number; to others it is not."""
     dtype = call["dtype"]
     floating = dtype is not None and dtype.is_floating_point
@@ -108,7 +127,7 @@ def cast(call: Call, x: Marks) -> Marks:
 
 
 @rule("copy")
-def overwrite(call: Call) -> Marks:
+def overwrite(call: RuleContext) -> Ownership:
     return expand(call["src"], call.shape)
 
 
@@ -121,37 +140,41 @@ def overwrite(call: Call) -> Marks:
     "threshold glu_jvp special_erf nan_to_num frexp erfinv logit lgamma where masked_fill "
     "clamp xlogy special_log_softmax"
 )
-def elementwise(call: Call) -> Any:
+def elementwise(call: RuleContext) -> Any:
     return pointwise(call)
 
 
 @rule("bucketize", "searchsorted", "isin")
-def among(call: Call) -> Marks:
+def among(call: RuleContext) -> Ownership:
     """Each value is compared with all of a sorted list (or of a set)."""
     a = call.algebra
-    x, table = (call["elements"], call["test_elements"]) if call.name == "isin" else (call["self"], call["boundaries"])
+    x, table = (
+        (call["elements"], call["test_elements"])
+        if call.name == "isin"
+        else (call["self"], call["boundaries"])
+    )
     if call.name == "searchsorted":
         x, table = call["self"], call["sorted_sequence"]
-        if isinstance(table, Marks) and len(table.shape) > 1 and isinstance(x, Marks):
+        if isinstance(table, Ownership) and len(table.shape) > 1 and isinstance(x, Ownership):
             last = [len(table.shape) - 1]
             rows = collapse(a.scan("row", table, last), last, True)
             return a.pointwise(call.title, x, rows)
     tables = [
         collapse(a.scan("table", t, range(len(t.shape))), list(range(len(t.shape))), False)
         for t in [table]
-        if isinstance(t, Marks)
+        if isinstance(t, Ownership)
     ]
-    values = [m for m in [x] if isinstance(m, Marks)]
+    values = [m for m in [x] if isinstance(m, Ownership)]
     return a.pointwise(call.title, *values, *tables)
 
 
 @rule("glu")
-def gated(call: Call) -> Marks:
+def gated(call: RuleContext) -> Ownership:
     return call.algebra.scan(call.title, call["self"], call.dims(), shape=call.shape)
 
 
 @rule("pow", "square", "float_power")
-def power(call: Call) -> Marks:
+def power(call: RuleContext) -> Ownership:
     """Whole powers of what is mixed are still polynomials of it."""
     exponent = 2 if call.name == "square" else call["exponent"]
     whole = isinstance(exponent, int | float) and exponent == int(exponent) and exponent > 0
@@ -162,15 +185,17 @@ def power(call: Call) -> Marks:
 
 
 # --- reductions -----------------------------------------------------------------------------------
-
-
 # --- normalisations -------------------------------------------------------------------------------
 
 
 @rule("eq", "ne")
-def comparison(call: Call) -> Marks:
+def comparison(call: RuleContext) -> Ownership:
     """Targets compared with the ignored label of PyTorch's losses, where it does not occur, are all alike."""
     x = call.marks[0]
-    if call["other"] == -100 and not isinstance(call["other"], Marks) and not call.occurs("self", -100):
+    if (
+        call["other"] == -100
+        and not isinstance(call["other"], Ownership)
+        and not call.occurs("self", -100)
+    ):
         return shared(call.shape, "nothing ignored", (), range(len(call.shape)))
     return call.algebra.pointwise(call.title, x, *call.marks[1:])

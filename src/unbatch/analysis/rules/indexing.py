@@ -16,7 +16,7 @@ import torch
 
 from unbatch.analysis.domain.ownership import (
     SHARED,
-    Marks,
+    Ownership,
     code,
     compress,
     expand,
@@ -27,29 +27,33 @@ from unbatch.analysis.domain.ownership import (
     spell_out,
     total,
 )
-from unbatch.analysis.domain.propagation import Algebra
-from unbatch.analysis.rules.registry import Call, mixed, rule
+from unbatch.analysis.domain.propagation import Propagation
+from unbatch.analysis.rules.registry import RuleContext, mixed, rule
 from unbatch.analysis.rules.views import bounded
 
 # --- indexing -------------------------------------------------------------------------------------
 
 
-def exact(call: Call, index: Marks, values: Any) -> bool:
+def exact(call: RuleContext, index: Ownership, values: Any) -> bool:
     """The index is the same for every batch (or counts as constant), and its numbers are known."""
     loose = {"inputs", "targets", "predictions", "internals"}
     if values is None:
         return False
-    constant = index.sources and index.sources <= call.algebra.constant and "predictions" in call["self"].sources
+    constant = (
+        index.sources
+        and index.sources <= call.algebra.constant
+        and "predictions" in call["self"].sources
+    )
     return bool(constant) or (not index.depends_on_batch and not index.sources & loose)
 
 
-def own_choice(x: Marks, dim: int, index: Marks) -> bool:
+def own_choice(x: Ownership, dim: int, index: Ownership) -> bool:
     """Samples choose among what is theirs, as a label does among classes: whatever they choose, it is theirs."""
     return index.owned and not index.mixed and x.owner.shape[dim] == 1 and x.all_owned
 
 
 @rule("index _unsafe_index index_select gather take_along_dim take")
-def lookup(call: Call) -> Marks:
+def lookup(call: RuleContext) -> Ownership:
     if call.name == "gather":
         return _gather(call)
     x = call["self"]
@@ -62,11 +66,11 @@ def lookup(call: Call) -> Marks:
     return indexed(call, x, indices, values)
 
 
-def indexed(call: Call, x: Marks, indices: list[Any], values: list[Any]) -> Marks:
+def indexed(call: RuleContext, x: Ownership, indices: list[Any], values: list[Any]) -> Ownership:
     """``x[indices]``: fixed indices are followed; one that depends on data may hit anything along its dim."""
     a = call.algebra
     cut: list[Any] = []
-    loose: list[Marks] = []
+    loose: list[Ownership] = []
     named: list[Any] = []
     dim = 0
     for index, value in zip(indices, values, strict=True):
@@ -98,14 +102,14 @@ def indexed(call: Call, x: Marks, indices: list[Any], values: list[Any]) -> Mark
     return _pick(call, x, cut, loose, named)
 
 
-def listened(algebra: Algebra, x: Marks, index: Marks) -> Marks:
+def listened(algebra: Propagation, x: Ownership, index: Ownership) -> Ownership:
     """A statistic in which samples look something up is used whole."""
     if index.owned:
         algebra.consume_alone(x)
     return x
 
 
-def _selected(call: Call, x: Marks, index: Marks) -> Marks:
+def _selected(call: RuleContext, x: Ownership, index: Ownership) -> Ownership:
     """What is left after a selection by constants of the batch depends on these constants, as weights do."""
     if not index.depends_on_batch:
         return x
@@ -115,7 +119,9 @@ def _selected(call: Call, x: Marks, index: Marks) -> Marks:
     return replace(x, given=x.given | {root})
 
 
-def _pick(call: Call, x: Marks, cut: list[Any], loose: list[Marks], named: list[Any]) -> Marks:
+def _pick(
+    call: RuleContext, x: Ownership, cut: list[Any], loose: list[Ownership], named: list[Any]
+) -> Ownership:
     fixed = [d for d, _ in named if cut[d].size]
     arrays = [c for c in cut if not isinstance(c, slice)]
     rank = max((c.ndim for c in arrays), default=0)
@@ -123,13 +129,17 @@ def _pick(call: Call, x: Marks, cut: list[Any], loose: list[Marks], named: list[
     if spell:
         x = spell_out(x, fixed)
     where = tuple(
-        c if isinstance(c, slice) or (spell and d in fixed) else np.zeros((1,) * rank, dtype=np.int64)
+        c
+        if isinstance(c, slice) or (spell and d in fixed)
+        else np.zeros((1,) * rank, dtype=np.int64)
         for d, c in enumerate(cut)
     )
     owner, key = x.owner[where], x.key[where]
     key = mix(key, code("index", named)) if named and not spell else key
     before = _position(cut)
-    picked = np.broadcast_shapes(*(c.shape for d, c in enumerate(cut) if d in fixed)) if fixed else ()
+    picked = (
+        np.broadcast_shapes(*(c.shape for d, c in enumerate(cut) if d in fixed)) if fixed else ()
+    )
     picked = (1,) * (rank - len(picked)) + picked
     shape = (*call.shape[:before], *picked, *call.shape[before + rank :])
     out = replace(x, shape=shape, owner=owner, key=key)
@@ -145,7 +155,7 @@ def _pick(call: Call, x: Marks, cut: list[Any], loose: list[Marks], named: list[
     return call.algebra.pointwise("lookup", out, *marks)
 
 
-def _alike(out: Marks, picked: Sequence[np.ndarray], end: int) -> Marks:
+def _alike(out: Ownership, picked: Sequence[np.ndarray], end: int) -> Ownership:
     """Dims of an index along which it repeats itself: the elements there are equal."""
     owner, key = out.owner, out.key
     for d in range(-picked[0].ndim, 0):
@@ -162,11 +172,15 @@ def _position(cut: list[Any]) -> int:
     return arrays[0] if arrays and adjacent else 0
 
 
-def _gather(call: Call) -> Marks:
+def _gather(call: RuleContext) -> Ownership:
     x, index, dim = call["self"], call["index"], call.dims()[0]
     values: Any = call.values.get("index") if not own_choice(x, dim, index) else None
     if exact(call, index, values) and any(k > 1 for k in x.key.shape):
-        return moved(x, lambda place: np.take_along_axis(_crop(place, index.shape, dim), values, dim), call.shape)
+        return moved(
+            x,
+            lambda place: np.take_along_axis(_crop(place, index.shape, dim), values, dim),
+            call.shape,
+        )
     x = x if exact(call, index, values) else listened(call.algebra, x, index)
     seen = call.algebra.scan("lookup", x, [dim], "looked up")
     cut = tuple(slice(0, s) if d != dim else slice(None) for d, s in enumerate(index.shape))
@@ -175,7 +189,9 @@ def _gather(call: Call) -> Marks:
     if exact(call, index, values):
         seen = bounded(call, replace(seen, shape=call.shape), x)
     return call.algebra.pointwise(
-        "lookup", seen, index if not exact(call, index, values) else index.with_key(values.tobytes())
+        "lookup",
+        seen,
+        index if not exact(call, index, values) else index.with_key(values.tobytes()),
     )
 
 
@@ -186,7 +202,9 @@ def _crop(place: np.ndarray, shape: Sequence[int], dim: int) -> np.ndarray:
 # --- scattering -----------------------------------------------------------------------------------
 
 
-def scattered(algebra: Algebra, base: Marks, place: np.ndarray, src: Marks, accumulate: bool) -> Marks:
+def scattered(
+    algebra: Propagation, base: Ownership, place: np.ndarray, src: Ownership, accumulate: bool
+) -> Ownership:
     """Write ``src`` into the flat positions ``place`` of ``base``, adding up where ``accumulate``."""
     base, src = spell_out(base), spell_out(src)
     owner = np.broadcast_to(base.owner, base.shape).reshape(-1).copy()
@@ -205,8 +223,17 @@ def scattered(algebra: Algebra, base: Marks, place: np.ndarray, src: Marks, accu
             owner[spot], key[spot], joined = o[0], k[0], joined or met
     else:
         owner[spots], key[spots] = new_owner, new_key
-    root = algebra.statistic("sum", owner, owner.size, base.sources | src.sources) if joined else None
-    out = algebra.result(base.shape, owner.reshape(base.shape), key.reshape(base.shape), [base, src], "scattered", root)
+    root = (
+        algebra.statistic("sum", owner, owner.size, base.sources | src.sources) if joined else None
+    )
+    out = algebra.result(
+        base.shape,
+        owner.reshape(base.shape),
+        key.reshape(base.shape),
+        [base, src],
+        "scattered",
+        root,
+    )
     return compress(out)
 
 
@@ -214,7 +241,7 @@ def scattered(algebra: Algebra, base: Marks, place: np.ndarray, src: Marks, accu
     "scatter scatter_add scatter_reduce index_add index_copy index_put index_fill _unsafe_index_put "
     "index_reduce _index_put_impl masked_scatter put"
 )
-def scatter(call: Call) -> Marks:
+def scatter(call: RuleContext) -> Ownership:
     x = call["self"]
     adding = (
         call.name in ("scatter_add", "index_add", "scatter_reduce", "index_reduce")
@@ -227,9 +254,15 @@ def scatter(call: Call) -> Marks:
         return mixed(call, call.shape, "scattered")
     dim, index = call.dims()[0], call["index"]
     values: Any = call.values.get("index")
-    src = next((call[k] for k in ("src", "source", "value") if isinstance(call[k], Marks)), None)
+    src = next(
+        (call[k] for k in ("src", "source", "value") if isinstance(call[k], Ownership)), None
+    )
     whole = call.name.startswith("index_")
-    src = src.with_key((call.name, repr(call["alpha"]), repr(call["reduce"]))) if src is not None else None
+    src = (
+        src.with_key((call.name, repr(call["alpha"]), repr(call["reduce"])))
+        if src is not None
+        else None
+    )
     if src is None:
         shape = index.shape if not whole else ()
         src = shared(shape, ("value", repr(call["value"])), (), range(len(shape)))
@@ -245,28 +278,34 @@ def scatter(call: Call) -> Marks:
     return _scatter_anywhere(call, x, dim, index, src, whole)
 
 
-def _head(x: Marks, shape: Sequence[int]) -> Marks:
+def _head(x: Ownership, shape: Sequence[int]) -> Ownership:
     cut = tuple(slice(0, s) for s in shape)
     return replace(x, shape=tuple(shape), owner=x.owner[cut], key=x.key[cut])
 
 
-def _scatter_anywhere(call: Call, x: Marks, dim: int, index: Marks, src: Marks, whole: bool) -> Marks:
+def _scatter_anywhere(
+    call: RuleContext, x: Ownership, dim: int, index: Ownership, src: Ownership, whole: bool
+) -> Ownership:
     """Any source element along ``dim`` may land anywhere along it."""
     a = call.algebra
     if whole:
-        index = reshape(index, [index.shape[0] if d == dim and index.shape else 1 for d in range(len(x.shape))])
+        index = reshape(
+            index, [index.shape[0] if d == dim and index.shape else 1 for d in range(len(x.shape))]
+        )
     elif src.shape:
         src = _head(src, index.shape)
     pairs = a.pointwise("place", index, src)
     landed = a.scan("landing", pairs, [dim], "scattered")
-    landed = replace(landed, shape=tuple(x.shape[dim] if d == dim else s for d, s in enumerate(landed.shape)))
+    landed = replace(
+        landed, shape=tuple(x.shape[dim] if d == dim else s for d, s in enumerate(landed.shape))
+    )
     sizes = list(x.shape)
     if list(landed.shape) != sizes:
         landed = _pad_to(landed, sizes)
     return a.pointwise(call.title, x, landed)
 
 
-def _pad_to(x: Marks, sizes: Sequence[int]) -> Marks:
+def _pad_to(x: Ownership, sizes: Sequence[int]) -> Ownership:
     """A source that covers only the head of some dims: beyond it nothing lands."""
     x = spell_out(x)
     widths = [(0, s - d) for s, d in zip(sizes, x.shape, strict=True)]
@@ -275,13 +314,17 @@ def _pad_to(x: Marks, sizes: Sequence[int]) -> Marks:
     return compress(replace(x, shape=tuple(sizes), owner=owner, key=key))
 
 
-def _index_put(call: Call, x: Marks, adding: bool) -> Marks:
+def _index_put(call: RuleContext, x: Ownership, adding: bool) -> Ownership:
     indices, values = list(call["indices"]), list(call.values["indices"])
     if all(i is None or exact(call, i, v) for i, v in zip(indices, values, strict=True)):
         positions = np.arange(math.prod(x.shape)).reshape(x.shape)
         place = positions[tuple(slice(None) if v is None else v for v in values)]
         return scattered(call.algebra, x, place, expand(call["values"], place.shape), adding)
-    if len([i for i in indices if i is not None]) == 1 and values[-1] is not None and values[-1].dtype == bool:
+    if (
+        len([i for i in indices if i is not None]) == 1
+        and values[-1] is not None
+        and values[-1].dtype == bool
+    ):
         mask, at = indices[-1], len(indices) - 1
         if not call["values"].shape and at == 0:
             mask = reshape(mask, (*mask.shape, *[1] * (len(x.shape) - len(mask.shape))))
@@ -289,14 +332,19 @@ def _index_put(call: Call, x: Marks, adding: bool) -> Marks:
     return _put_anywhere(call, x, indices, values)
 
 
-def _put_anywhere(call: Call, x: Marks, indices: list[Any], values: list[Any]) -> Marks:
+def _put_anywhere(
+    call: RuleContext, x: Ownership, indices: list[Any], values: list[Any]
+) -> Ownership:
     """Fixed indices keep their dims; along the others a value may land anywhere. Only for one value per index."""
     a = call.algebra
     lone = [d for d, i in enumerate(indices) if i is not None and not exact(call, i, values[d])]
     fixed = [d for d, i in enumerate(indices) if i is not None and d not in lone]
     rank = max(len(i.shape) for i in indices if i is not None)
     if (
-        any(i is not None and values[d] is not None and values[d].dtype == bool for d, i in enumerate(indices))
+        any(
+            i is not None and values[d] is not None and values[d].dtype == bool
+            for d, i in enumerate(indices)
+        )
         or len(fixed) != 1
         or rank != 1
     ):
@@ -304,7 +352,9 @@ def _put_anywhere(call: Call, x: Marks, indices: list[Any], values: list[Any]) -
     rows = values[fixed[0]].reshape(-1)
     dim = fixed[0]
     landing = a.pointwise(
-        "place", *(indices[d] for d in lone), *([call["values"]] if len(call["values"].shape) <= 1 else [])
+        "place",
+        *(indices[d] for d in lone),
+        *([call["values"]] if len(call["values"].shape) <= 1 else []),
     )
     if len(call["values"].shape) > 1:
         return mixed(call, call.shape, "scattered")
@@ -312,7 +362,9 @@ def _put_anywhere(call: Call, x: Marks, indices: list[Any], values: list[Any]) -
     base = shared((x.shape[dim],), "nothing")
     into = scattered(a, base, rows, landing, True)
     into = reshape(into, [x.shape[d] if d == dim else 1 for d in range(len(x.shape))])
-    into = replace(into, shape=tuple(x.shape[d] if d in lone or d == dim else 1 for d in range(len(x.shape))))
+    into = replace(
+        into, shape=tuple(x.shape[d] if d in lone or d == dim else 1 for d in range(len(x.shape)))
+    )
     return a.pointwise(call.title, x, into)
 
 
@@ -320,7 +372,7 @@ def _put_anywhere(call: Call, x: Marks, indices: list[Any], values: list[Any]) -
 
 
 @rule("bincount", "histc")
-def counts(call: Call) -> Marks:
+def counts(call: RuleContext) -> Ownership:
     """How often each value occurs does not depend on the order."""
     a, x = call.algebra, call["self"]
     operands = [m for m in call.marks if m.shape == x.shape]
@@ -329,9 +381,12 @@ def counts(call: Call) -> Marks:
 
 
 @rule("nonzero masked_select _unique2 unique_dim unique_consecutive repeat_interleave")
-def data_dependent(call: Call) -> Any:
+def data_dependent(call: RuleContext) -> Any:
     if call.name == "repeat_interleave" and call.marks and not call.marks[0].depends_on_batch:
-        return [shared(s, (call.title, int(total(call.marks[0].key.reshape(-1), 0)))) for s in call.shapes]
+        return [
+            shared(s, (call.title, int(total(call.marks[0].key.reshape(-1), 0))))
+            for s in call.shapes
+        ]
     if not any(m.depends_on_batch or m.sources & {"inputs", "targets"} for m in call.marks):
         seed = [int(total(m.key.reshape(-1), 0)) for m in call.marks]
         return [
@@ -342,11 +397,11 @@ def data_dependent(call: Call) -> Any:
 
 
 @rule("slice_scatter", "select_scatter", "diagonal_scatter")
-def scatter_view(call: Call) -> Marks:
+def scatter_view(call: RuleContext) -> Ownership:
     return written(call, call["self"], call["src"], lambda place: _part(call, place))
 
 
-def _part(call: Call, place: np.ndarray) -> np.ndarray:
+def _part(call: RuleContext, place: np.ndarray) -> np.ndarray:
     x = torch.from_numpy(place)
     if call.name == "select_scatter":
         return x.select(call["dim"], call["index"]).contiguous().numpy()
@@ -356,7 +411,7 @@ def _part(call: Call, place: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(place[tuple(cut)])
 
 
-def written(call: Call, base: Marks, src: Marks, window: Any) -> Marks:
+def written(call: RuleContext, base: Ownership, src: Ownership, window: Any) -> Ownership:
     """``base`` with the elements at ``window(positions)`` replaced by ``src``."""
     place = window(np.arange(math.prod(base.shape)).reshape(base.shape))
     src = expand(src, place.shape)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from unbatch.analysis.domain.ownership import (
-    Marks,
+    Ownership,
     collapse,
     expand,
     expand_plain,
@@ -23,7 +23,7 @@ from unbatch.analysis.domain.ownership import (
     unsqueeze,
 )
 from unbatch.analysis.rules.reductions import channelwise
-from unbatch.analysis.rules.registry import Call, mixed, numbered, rule
+from unbatch.analysis.rules.registry import RuleContext, mixed, numbered, rule
 
 # --- contractions ---------------------------------------------------------------------------------
 
@@ -42,16 +42,20 @@ CONTRACTIONS = {name: letters for letters, names in PRODUCTS.items() for name in
 
 
 @rule(*CONTRACTIONS)
-def matmul(call: Call) -> Marks:
+def matmul(call: RuleContext) -> Ownership:
     marks = call.marks
     left, right, out = CONTRACTIONS[call.name]
     product = call.algebra.contract("mul", marks[-2:], (left, right), out)
     kind = "" if call.name == "_addmm_activation" else "sub"
-    return call.algebra.pointwise(call.title, marks[0], product, kind=kind) if len(marks) == 3 else product
+    return (
+        call.algebra.pointwise(call.title, marks[0], product, kind=kind)
+        if len(marks) == 3
+        else product
+    )
 
 
 @rule("linear")
-def linear(call: Call) -> Marks:
+def linear(call: RuleContext) -> Ownership:
     x, w = call["input"], call["weight"]
     lead = "abdefgh"[: len(x.shape) - 1]
     out = call.algebra.contract("mul", [x, w], (lead + "i", "oi"), lead + "o")
@@ -64,7 +68,7 @@ def linear(call: Call) -> Marks:
     "_scaled_dot_product_fused_attention_overrideable _scaled_dot_product_attention_math "
     "scaled_dot_product_attention"
 )
-def attention(call: Call) -> Any:
+def attention(call: RuleContext) -> Any:
     """softmax(q kᵀ + mask) v over the positions of a sequence; grouped heads are shared by repetition."""
     a, q, k, v = call.algebra, call["query"], call["key"], call["value"]
     lead = "bhgef"[: len(q.shape) - 2]
@@ -72,7 +76,11 @@ def attention(call: Call) -> Any:
     scores = a.contract("mul", [q, k], (f"{lead}td", f"{lead}sd"), f"{lead}ts")
     mask = call["attn_mask"] if call["attn_mask"] is not None else call["attn_bias"]
     scores = a.pointwise("mask", scores, mask) if mask is not None else scores
-    scores = a.pointwise("causal", scores, shared(scores.shape[-2:], "causal")) if call["is_causal"] else scores
+    scores = (
+        a.pointwise("causal", scores, shared(scores.shape[-2:], "causal"))
+        if call["is_causal"]
+        else scores
+    )
     weights = a.pointwise("softmax", scores, a.reduce("logsumexp", scores, [-1], True))
     if call["dropout_p"]:
         weights = a.pointwise("dropout", weights, shared((), "noise", ["noise"]))
@@ -81,7 +89,7 @@ def attention(call: Call) -> Any:
     return [out, *(_attention_state(call, rest, s) for s in call.shapes[1:])]
 
 
-def _attention_state(call: Call, rest: Marks, shape: tuple[int, ...]) -> Marks:
+def _attention_state(call: RuleContext, rest: Ownership, shape: tuple[int, ...]) -> Ownership:
     """What a kernel keeps beside the result: the normalisation, padded in some of them; random numbers; weights."""
     if shape == rest.shape:
         return rest
@@ -92,7 +100,7 @@ def _attention_state(call: Call, rest: Marks, shape: tuple[int, ...]) -> Marks:
     return _matrix_result(seen, shape, lead, "kept")
 
 
-def _repeat_heads(x: Marks, q: Marks) -> Marks:
+def _repeat_heads(x: Ownership, q: Ownership) -> Ownership:
     if len(x.shape) < 3 or x.shape[-3] == q.shape[-3]:
         return x
     repeats = q.shape[-3] // x.shape[-3]
@@ -101,12 +109,16 @@ def _repeat_heads(x: Marks, q: Marks) -> Marks:
 
 
 @rule("convolution _convolution convolution_overrideable mkldnn_convolution")
-def convolution(call: Call) -> Marks:
+def convolution(call: RuleContext) -> Ownership:
     """Channels are contracted within their group; positions see a window; the leading dim is left alone."""
     a, x, w = call.algebra, call["input"], call["weight"]
     groups, transposed = call["groups"], bool(call["transposed"])
     space = list(range(2, len(x.shape)))
-    x = a.scan("window", x, [d for d in space if x.key.shape[d] > 1]) if _moves(call, x, space) else x
+    x = (
+        a.scan("window", x, [d for d in space if x.key.shape[d] > 1])
+        if _moves(call, x, space)
+        else x
+    )
     n, channels, outs = x.shape[0], x.shape[1], call.shape[1]
     x = replace(x, shape=(*x.shape[:2], *call.shape[2:]))
     x = reshape(x, (n, groups, channels // groups, *x.shape[2:]))
@@ -123,7 +135,19 @@ def convolution(call: Call) -> Marks:
     y = a.contract(
         (
             call.name,
-            repr([call[k] for k in ("stride", "padding", "dilation", "transposed", "output_padding", "groups")]),
+            repr(
+                [
+                    call[k]
+                    for k in (
+                        "stride",
+                        "padding",
+                        "dilation",
+                        "transposed",
+                        "output_padding",
+                        "groups",
+                    )
+                ]
+            ),
         ),
         [x, w],
         (f"ngi{letters}", "goi"),
@@ -133,20 +157,24 @@ def convolution(call: Call) -> Marks:
     return channelwise(call, "bias", y, call["bias"])
 
 
-def _moves(call: Call, x: Marks, space: list[int]) -> bool:
+def _moves(call: RuleContext, x: Ownership, space: list[int]) -> bool:
     """Some window reaches beyond its own position along a dim where samples lie."""
     plain = {"stride": 1, "padding": 0, "output_padding": 0}
     shifted = any(v != plain[k] for k in plain for v in call[k])
     return any(
-        shifted or call["weight"].shape[d] > 1 or call.shape[d] != x.shape[d] for d in space if x.key.shape[d] > 1
+        shifted or call["weight"].shape[d] > 1 or call.shape[d] != x.shape[d]
+        for d in space
+        if x.key.shape[d] > 1
     )
 
 
 @rule("convolution_backward")
-def convolution_backward(call: Call) -> Any:
+def convolution_backward(call: RuleContext) -> Any:
     """By the input: a convolution again. By the weight and the bias: sums over the leading dim."""
     a, g, x, w = call.algebra, call["grad_output"], call["input"], call["weight"]
-    if call["groups"] != 1 or any(m.key.shape[d] > 1 for m in (g, x) for d in range(2, len(m.shape))):
+    if call["groups"] != 1 or any(
+        m.key.shape[d] > 1 for m in (g, x) for d in range(2, len(m.shape))
+    ):
         return [mixed(call, s, "no rule") if s else None for s in call.shapes]
     space = list(range(2, len(g.shape)))
     g, x, w = (collapse(a.scan("window", m, space), space, False) for m in (g, x, w))
@@ -162,7 +190,7 @@ def convolution_backward(call: Call) -> Any:
 
 
 @rule("_thnn_fused_lstm_cell", "_thnn_fused_gru_cell")
-def fused_cell(call: Call) -> Any:
+def fused_cell(call: RuleContext) -> Any:
     a = call.algebra
     gates = [collapse(a.scan("gates", m, [1]), [1], True) for m in call.marks if len(m.shape) == 2]
     biases = [collapse(a.scan("gates", m, [0]), [0], True) for m in call.marks if len(m.shape) == 1]
@@ -171,17 +199,21 @@ def fused_cell(call: Call) -> Any:
 
 
 @rule("_pdist_forward")
-def pair_distances(call: Call) -> Marks:
+def pair_distances(call: RuleContext) -> Ownership:
     x = call["self"]
     seen = collapse(call.algebra.scan("pairs", x, [0, 1], "pairwise"), [0, 1], False)
     return expand_plain(unsqueeze(seen, 0), call.shape)
 
 
 @rule("_embedding_bag", "_embedding_bag_forward_only")
-def embedding_bag(call: Call) -> Any:
+def embedding_bag(call: RuleContext) -> Any:
     """Rows of a table, summed over the runs of a flat index that fixed offsets mark."""
     a, index, offsets = call.algebra, call["indices"], call.values.get("offsets")
-    if offsets is None or call["offsets"].depends_on_batch or call["offsets"].sources & {"inputs", "targets"}:
+    if (
+        offsets is None
+        or call["offsets"].depends_on_batch
+        or call["offsets"].sources & {"inputs", "targets"}
+    ):
         blind = any(m.depends_on_batch for m in call.marks)
         return [mixed(call, s, "no rule") if blind else shared(s, call.title) for s in call.shapes]
     table = collapse(a.scan("rows", call["weight"], [0]), [0], False)
@@ -200,16 +232,17 @@ def embedding_bag(call: Call) -> Any:
 
 
 @rule("_cdist_forward", "_euclidean_dist", "cdist")
-def distances(call: Call) -> Marks:
+def distances(call: RuleContext) -> Ownership:
     x, y = call.marks
     lead = "abef"[: len(call.shape) - 2]
     return call.algebra.pointwise(
-        "distance", call.algebra.contract(call.title, [x, y], (f"{lead}ni", f"{lead}mi"), f"{lead}nm")
+        "distance",
+        call.algebra.contract(call.title, [x, y], (f"{lead}ni", f"{lead}mi"), f"{lead}nm"),
     )
 
 
 @rule("_trilinear")
-def trilinear(call: Call) -> Marks:
+def trilinear(call: RuleContext) -> Ownership:
     a = call.algebra
     xs = [call["i1"], call["i2"], call["i3"]]
     for i, key in enumerate(("expand1", "expand2", "expand3")):
@@ -224,7 +257,7 @@ def trilinear(call: Call) -> Marks:
     "_linalg_slogdet linalg_lu_factor_ex linalg_matrix_exp cholesky_inverse linalg_lu linalg_pinv "
     "linalg_eig _linalg_eigvals linalg_ldl_factor_ex"
 )
-def matrices(call: Call) -> Any:
+def matrices(call: RuleContext) -> Any:
     """Functions of the matrices in the last two dims, separately for each index before them."""
     a = call.algebra
     whole = []
@@ -238,7 +271,7 @@ def matrices(call: Call) -> Any:
 
 
 @rule("linalg_solve_triangular triangular_solve cholesky_solve _linalg_solve_ex linalg_lu_solve")
-def solve(call: Call) -> Any:
+def solve(call: RuleContext) -> Any:
     """The columns of the right-hand side (its rows, if it stands on the left) are solved separately."""
     a = call.algebra
     rhs = call["B"] if call["B"] is not None else call["self"]
@@ -249,22 +282,30 @@ def solve(call: Call) -> Any:
     along = both[:1] if call["left"] is not False else both[1:]
     seen = collapse(a.scan("solve", rhs, along), along, True)
     whole = [
-        collapse(a.scan("matrix", m, range(max(len(m.shape) - 2, 0), len(m.shape))), both[-len(m.shape) :], True)
+        collapse(
+            a.scan("matrix", m, range(max(len(m.shape) - 2, 0), len(m.shape))),
+            both[-len(m.shape) :],
+            True,
+        )
         for m in matrix
     ]
     out = a.pointwise(call.title, seen, *whole)
-    same = [expand_plain(out, s) if s == rhs.shape else _lu_result(call, matrix, s) for s in call.shapes]
+    same = [
+        expand_plain(out, s) if s == rhs.shape else _lu_result(call, matrix, s) for s in call.shapes
+    ]
     return numbered(same)
 
 
-def _lu_result(call: Call, matrix: list[Marks], shape: tuple[int, ...]) -> Marks:
+def _lu_result(call: RuleContext, matrix: list[Ownership], shape: tuple[int, ...]) -> Ownership:
     """What a solver returns beside the solution comes from the matrix alone."""
     m = matrix[0]
     dims = [len(m.shape) - 2, len(m.shape) - 1]
-    return _matrix_result(collapse(call.algebra.scan("factors", m, dims), dims, False), shape, len(m.shape) - 2, 0)
+    return _matrix_result(
+        collapse(call.algebra.scan("factors", m, dims), dims, False), shape, len(m.shape) - 2, 0
+    )
 
 
-def _matrix_result(out: Marks, shape: tuple[int, ...], lead: int, i: object) -> Marks:
+def _matrix_result(out: Ownership, shape: tuple[int, ...], lead: int, i: object) -> Ownership:
     for _ in range(len(shape) - lead):
         out = unsqueeze(out, len(out.shape))
     return expand_plain(out, shape).with_key(i)
@@ -296,7 +337,7 @@ SPATIAL = {name: dims for dims, names in POSITIONS.items() for name in names.spl
 
 
 @rule(*SPATIAL)
-def windows(call: Call) -> Any:
+def windows(call: RuleContext) -> Any:
     """Positions (the last dims) see windows of positions; leading dims are left alone."""
     x = call.marks[0]
     count = min(SPATIAL[call.name], len(x.shape))
@@ -306,21 +347,26 @@ def windows(call: Call) -> Any:
         seen = call.algebra.pointwise(
             call.title,
             seen,
-            *(call.algebra.scan("index", m, range(len(m.shape) - count, len(m.shape))) for m in others),
+            *(
+                call.algebra.scan("index", m, range(len(m.shape) - count, len(m.shape)))
+                for m in others
+            ),
         )
     lead = len(x.shape) - count
     return [window_result(seen, s, lead).with_key(i) for i, s in enumerate(call.shapes)]
 
 
-def window_result(x: Marks, shape: tuple[int, ...], lead: int) -> Marks:
-    x = squeeze(replace(x, shape=(*x.shape[:lead], *[1] * (len(x.shape) - lead))), range(lead, len(x.shape)))
+def window_result(x: Ownership, shape: tuple[int, ...], lead: int) -> Ownership:
+    x = squeeze(
+        replace(x, shape=(*x.shape[:lead], *[1] * (len(x.shape) - lead))), range(lead, len(x.shape))
+    )
     for _ in range(len(shape) - lead):
         x = unsqueeze(x, len(x.shape))
     return expand_plain(x, shape)
 
 
 @rule("grid_sampler_2d", "grid_sampler_3d")
-def grid_sample(call: Call) -> Marks:
+def grid_sample(call: RuleContext) -> Ownership:
     a, x, grid = call.algebra, call["input"], call["grid"]
     space = list(range(2, len(x.shape)))
     seen = collapse(a.scan("space", x, space), space, True)
@@ -330,7 +376,7 @@ def grid_sample(call: Call) -> Marks:
 
 
 @rule("affine_grid_generator")
-def affine_grid(call: Call) -> Marks:
+def affine_grid(call: RuleContext) -> Ownership:
     theta = collapse(call.algebra.scan(call.title, call["theta"], [1, 2]), [1, 2], False)
     return _matrix_result(theta, call.shape, 1, 0)
 
@@ -339,8 +385,10 @@ def affine_grid(call: Call) -> Marks:
 
 
 @rule("embedding")
-def embedding(call: Call) -> Marks:
+def embedding(call: RuleContext) -> Ownership:
     if call["indices"].owned:
         call.algebra.consume_alone(call["weight"])
     table = collapse(call.algebra.scan("rows", call["weight"], [0]), [0], False)
-    return call.algebra.pointwise("embedding", unsqueeze(call["indices"], len(call["indices"].shape)), table)
+    return call.algebra.pointwise(
+        "embedding", unsqueeze(call["indices"], len(call["indices"].shape)), table
+    )

@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from unbatch.analysis.domain.ownership import Marks, collapse, shared
+from unbatch.analysis.domain.ownership import Ownership, collapse, shared
 from unbatch.analysis.rules.layers import window_result
-from unbatch.analysis.rules.registry import Call, mixed, rule
+from unbatch.analysis.rules.registry import RuleContext, mixed, rule
 
 NONE, MEAN = 0, 1
 
 
-def reduced(call: Call, loss: Marks, reduction: int) -> Marks:
+def reduced(call: RuleContext, loss: Ownership, reduction: int) -> Ownership:
     """A loss per element, reduced as its ``reduction`` argument says."""
     if reduction == NONE:
         return loss
@@ -24,14 +24,14 @@ def reduced(call: Call, loss: Marks, reduction: int) -> Marks:
     "mse_loss smooth_l1_loss huber_loss binary_cross_entropy soft_margin_loss l1_loss poisson_nll_loss "
     "hinge_embedding_loss"
 )
-def elementwise_loss(call: Call) -> Marks:
+def elementwise_loss(call: RuleContext) -> Ownership:
     marks = [m for m in (call["self"], call["target"], call["weight"]) if m is not None]
     loss = call.algebra.pointwise((call.name, repr(call["beta"] or call["delta"])), *marks)
     return reduced(call, loss, call["reduction"])
 
 
 @rule("nll_loss_forward", "nll_loss2d_forward", "nll_loss_nd")
-def nll_loss(call: Call) -> Any:
+def nll_loss(call: RuleContext) -> Any:
     """Pick the target's entry; the mean divides by the weights of the targets, which depends on the targets."""
     a, p, y = call.algebra, call["self"], call["target"]
     classes = 1 if len(p.shape) > 1 else 0
@@ -47,10 +47,13 @@ def nll_loss(call: Call) -> Any:
     if call["reduction"] == NONE or not loss.shape:
         return [loss, amount]
     out = a.reduce("sum", loss)
-    return [a.pointwise("div", out, amount, kind="scale") if call["reduction"] == MEAN else out, amount]
+    return [
+        a.pointwise("div", out, amount, kind="scale") if call["reduction"] == MEAN else out,
+        amount,
+    ]
 
 
-def _ignored_unevenly(call: Call, number: int) -> bool:
+def _ignored_unevenly(call: RuleContext, number: int) -> bool:
     """Whether more labels are ignored in one sample than in another. A language model ignores the last of each."""
     y, samples = call["target"], call.algebra.samples
 
@@ -64,22 +67,27 @@ def _ignored_unevenly(call: Call, number: int) -> bool:
 
 
 @rule("multi_margin_loss", "multilabel_margin_loss_forward", "multilabel_margin_loss")
-def margin_loss(call: Call) -> Any:
+def margin_loss(call: RuleContext) -> Any:
     a, p, y = call.algebra, call["self"], call["target"]
     last = len(p.shape) - 1
     seen = collapse(a.scan("classes", p, [last]), [last], False)
-    y = y if len(y.shape) == len(seen.shape) else collapse(a.scan("classes", y, [last]), [last], False)
+    y = (
+        y
+        if len(y.shape) == len(seen.shape)
+        else collapse(a.scan("classes", y, [last]), [last], False)
+    )
     loss = a.pointwise((call.name, repr(call["p"]), repr(call["margin"])), seen, y)
     return [reduced(call, loss, call["reduction"]), *(shared(s, "unused") for s in call.shapes[1:])]
 
 
 @rule("_ctc_loss")
-def ctc_loss(call: Call) -> Any:
+def ctc_loss(call: RuleContext) -> Any:
     """Log-probabilities are [time, n, class]; the op itself gives every sample its labels and its lengths."""
     a, p = call.algebra, call["log_probs"]
     seen = collapse(a.scan("path", p, [0, 2]), [0, 2], False)
     if any(
-        "predictions" in m.sources or (m.depends_on_batch and m.sample_dim() != 0 and not m.sources <= a.constant)
+        "predictions" in m.sources
+        or (m.depends_on_batch and m.sample_dim() != 0 and not m.sources <= a.constant)
         for m in call.marks[1:]
     ):
         return [mixed(call, s, "no rule") for s in call.shapes]

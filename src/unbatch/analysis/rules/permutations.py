@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from unbatch.analysis.domain.ownership import Marks, shared, unsqueeze
-from unbatch.analysis.rules.registry import Call, Rule
+from unbatch.analysis.domain.ownership import Ownership, shared, unsqueeze
+from unbatch.analysis.rules.registry import Rule, RuleContext
 from unbatch.capture import ops
 from unbatch.capture.ops import Moves
 
@@ -32,7 +32,7 @@ EXACT = (None, torch.int32, torch.int64, torch.float32, torch.float64)
 class Arranged:
     """``v = under[p]`` (or by the inverse of p). ``values``: the numbers of ``under``, where they are known."""
 
-    under: Marks
+    under: Ownership
     permutation: int
     inverse: bool
     values: Any = None
@@ -45,7 +45,11 @@ class Arranged:
     @property
     def is_permutation(self) -> bool:
         n = self.under.shape[0]
-        return self.values is not None and self.values.shape == (n,) and np.array_equal(self.values, np.arange(n))
+        return (
+            self.values is not None
+            and self.values.shape == (n,)
+            and np.array_equal(self.values, np.arange(n))
+        )
 
 
 @dataclass(frozen=True)
@@ -62,10 +66,12 @@ class Outcome:
 
     slot: int
     arranged: Arranged | Ends | None = None
-    marks: Marks | None = None
+    marks: Ownership | None = None
 
 
-def follow(call: Call, step: int, all_known: Mapping[str, Arranged | Ends], rule: Rule | None) -> list[Outcome]:
+def follow(
+    call: RuleContext, step: int, all_known: Mapping[str, Arranged | Ends], rule: Rule | None
+) -> list[Outcome]:
     """What is known about the outputs of a step, given which of its arguments are arranged (by argument name)."""
     ends = {k: a for k, a in all_known.items() if isinstance(a, Ends)}
     known = {k: a for k, a in all_known.items() if isinstance(a, Arranged)}
@@ -85,7 +91,10 @@ def follow(call: Call, step: int, all_known: Mapping[str, Arranged | Ends], rule
     if _row_by_row(call, known, first.under.shape[0]):
         results = _under(call, known, rule)
         same = first.numbered and ops.moves(call.op) is Moves.SAME and call["dtype"] in EXACT
-        return [Outcome(i, Arranged(m, *first.order, _numbers(call, known), same)) for i, m in enumerate(results)]
+        return [
+            Outcome(i, Arranged(m, *first.order, _numbers(call, known), same))
+            for i, m in enumerate(results)
+        ]
     if call.name in ("sum", "mean") and list(known) == ["self"] and len(call.shapes) == 1:
         return [Outcome(0, marks=_under(call, known, rule)[0])]
     return []
@@ -95,7 +104,7 @@ def _permutation(n: int, name: int, inverse: bool) -> Arranged:
     return Arranged(shared((n,), "arange"), name, inverse, np.arange(n))
 
 
-def _sorted(call: Call, step: int, known: Mapping[str, Arranged]) -> list[Outcome]:
+def _sorted(call: RuleContext, step: int, known: Mapping[str, Arranged]) -> list[Outcome]:
     x, slot = call["self"], len(call.shapes) - 1
     if len(x.shape) != 1:
         return []
@@ -114,7 +123,7 @@ def _sorted(call: Call, step: int, known: Mapping[str, Arranged]) -> list[Outcom
     return [*values, Outcome(slot, _permutation(x.shape[0], step, False))]
 
 
-def _under(call: Call, known: Mapping[str, Arranged], rule: Rule) -> list[Marks]:
+def _under(call: RuleContext, known: Mapping[str, Arranged], rule: Rule) -> list[Ownership]:
     """The rule of the op, applied to the values before they were permuted."""
     marks = {k: known[k].under if k in known else a for k, a in call.arguments.items()}
     values = {k: known[k].values if k in known else v for k, v in call.values.items()}
@@ -122,13 +131,15 @@ def _under(call: Call, known: Mapping[str, Arranged], rule: Rule) -> list[Marks]
     return list(result) if isinstance(result, list | tuple) else [result]
 
 
-def _numbers(call: Call, known: Mapping[str, Arranged]) -> Any:
+def _numbers(call: RuleContext, known: Mapping[str, Arranged]) -> Any:
     """The op on the known numbers before they were permuted, for integer arithmetic on indices."""
-    tensors = [k for k, a in call.arguments.items() if isinstance(a, Marks)]
+    tensors = [k for k, a in call.arguments.items() if isinstance(a, Ownership)]
     numbers = {k: known[k].values if k in known else call.values.get(k) for k in tensors}
     if len(call.shapes) != 1 or any(v is None for v in numbers.values()):
         return None
-    arguments = {k: torch.as_tensor(numbers[k]) if k in numbers else a for k, a in call.arguments.items()}
+    arguments = {
+        k: torch.as_tensor(numbers[k]) if k in numbers else a for k, a in call.arguments.items()
+    }
     out = call.op(**arguments)
     return out.numpy() if not out.is_floating_point() else None
 
@@ -136,11 +147,17 @@ def _numbers(call: Call, known: Mapping[str, Arranged]) -> Any:
 # --- matrices that rows choose by number ----------------------------------------------------------
 
 
-def _by_groups(call: Call, known: Mapping[str, Arranged], ends: Mapping[str, Ends]) -> list[Outcome]:
+def _by_groups(
+    call: RuleContext, known: Mapping[str, Arranged], ends: Mapping[str, Ends]
+) -> list[Outcome]:
     """Counts of numbers, their sums, and products with the matrix of each row's number."""
     if call.name in ("histc", "bincount"):
         numbers, counts = known.get("self"), call.shape[0]
-        every = call.name == "bincount" or (call["bins"], call["min"], call["max"]) == (counts, 0, counts - 1)
+        every = call.name == "bincount" or (call["bins"], call["min"], call["max"]) == (
+            counts,
+            0,
+            counts - 1,
+        )
         every = every and call["weights"] is None
         ok = set(known) == {"self"} and numbers is not None and numbers.numbered and every
         return [Outcome(0, Ends(numbers))] if ok and numbers is not None else []
@@ -148,10 +165,20 @@ def _by_groups(call: Call, known: Mapping[str, Arranged], ends: Mapping[str, End
         return [Outcome(0, replace(ends["self"], summed=True))]
     if ops.moves(call.op) is Moves.SAME and call["dtype"] in EXACT:
         return [Outcome(0, ends["self"])]
-    if call.name != "_grouped_mm" or set(known) != {"self"} or "offs" not in ends or call["bias"] is not None:
+    if (
+        call.name != "_grouped_mm"
+        or set(known) != {"self"}
+        or "offs" not in ends
+        or call["bias"] is not None
+    ):
         return []
     x, matrices, groups = known["self"], call["mat2"], ends["offs"]
-    if not groups.summed or groups.numbers.order != x.order or matrices.depends_on_batch or len(matrices.shape) != 3:
+    if (
+        not groups.summed
+        or groups.numbers.order != x.order
+        or matrices.depends_on_batch
+        or len(matrices.shape) != 3
+    ):
         return []
     a = call.algebra
     product = a.contract(call.name, [x.under, a.reduce("sum", matrices, [0])], ["no", "oi"], "ni")
@@ -162,14 +189,14 @@ def _by_groups(call: Call, known: Mapping[str, Arranged], ends: Mapping[str, End
 # --- which ops act on each row alone --------------------------------------------------------------
 
 
-def _other_dims(call: Call) -> bool:
+def _other_dims(call: RuleContext) -> bool:
     x = call["self"] if call["self"] is not None else call["input"]
     dim = call["dim"]
     dims = dim if isinstance(dim, list | tuple) else [dim]
     return dim is not None and all(d % len(x.shape) != 0 for d in dims)
 
 
-def _left_only(call: Call, known: Mapping[str, Arranged]) -> bool:
+def _left_only(call: RuleContext, known: Mapping[str, Arranged]) -> bool:
     left = {"mm": "self", "addmm": "mat1", "linear": "input"}[call.name]
     bias: tuple[int, ...] = call["self"].shape if call.name == "addmm" else ()
     return set(known) == {left} and len(call[left].shape) > 1 and (len(bias) < 2 or bias[0] == 1)
@@ -180,7 +207,7 @@ def _left_only(call: Call, known: Mapping[str, Arranged]) -> bool:
 IN_ORDER = ops.names(lambda row: row.moves in (Moves.SAME, Moves.RESHAPED))
 
 
-ROWS: dict[str, Callable[[Call, Mapping[str, Arranged]], bool]] = {
+ROWS: dict[str, Callable[[RuleContext, Mapping[str, Arranged]], bool]] = {
     **dict.fromkeys(["mm", "addmm", "linear"], _left_only),
     **dict.fromkeys(["bmm", "baddbmm"], lambda c, k: len(k) == len(c.marks)),
     **dict.fromkeys(
@@ -193,13 +220,17 @@ ROWS: dict[str, Callable[[Call, Mapping[str, Arranged]], bool]] = {
     "unsqueeze": lambda c, k: c["dim"] % (len(c["self"].shape) + 1) != 0,
     "squeeze": lambda c, k: _other_dims(c),
     "permute": lambda c, k: c["dims"][0] == 0,
-    "transpose": lambda c, k: 0 not in (c["dim0"] % len(c["self"].shape), c["dim1"] % len(c["self"].shape)),
+    "transpose": lambda c, k: (
+        0 not in (c["dim0"] % len(c["self"].shape), c["dim1"] % len(c["self"].shape))
+    ),
     "constant_pad_nd": lambda c, k: len(c["pad"]) < 2 * len(c["self"].shape),
-    "native_layer_norm": lambda c, k: set(k) == {"input"} and len(c["normalized_shape"]) < len(c["input"].shape),
+    "native_layer_norm": lambda c, k: (
+        set(k) == {"input"} and len(c["normalized_shape"]) < len(c["input"].shape)
+    ),
 }
 
 
-def _row_by_row(call: Call, known: Mapping[str, Arranged], rows: int) -> bool:
+def _row_by_row(call: RuleContext, known: Mapping[str, Arranged], rows: int) -> bool:
     if any(not s or s[0] != rows for s in call.shapes):
         return False
     if call.name in ROWS:
@@ -207,7 +238,7 @@ def _row_by_row(call: Call, known: Mapping[str, Arranged], rows: int) -> bool:
     if not ops.is_pointwise(call.op):
         return False
     ndim = len(call.shape)
-    others = [m for k, m in call.arguments.items() if isinstance(m, Marks) and k not in known]
+    others = [m for k, m in call.arguments.items() if isinstance(m, Ownership) and k not in known]
     return all(len(a.under.shape) == ndim for a in known.values()) and all(
         len(m.shape) < ndim or m.shape[0] == 1 for m in others
     )
@@ -216,12 +247,16 @@ def _row_by_row(call: Call, known: Mapping[str, Arranged], rows: int) -> bool:
 # --- lookups and writes ---------------------------------------------------------------------------
 
 
-def _index_of(call: Call, known: Mapping[str, Arranged]) -> Arranged | None:
+def _index_of(call: RuleContext, known: Mapping[str, Arranged]) -> Arranged | None:
     """The one index along dim 0, if it is arranged."""
-    return known.get("index") if call["dim"] in (0, None) and call.name != "index" else known.get("indices")
+    return (
+        known.get("index")
+        if call["dim"] in (0, None) and call.name != "index"
+        else known.get("indices")
+    )
 
 
-def _looked_up(call: Call, known: Mapping[str, Arranged], rule: Rule) -> list[Outcome]:
+def _looked_up(call: RuleContext, known: Mapping[str, Arranged], rule: Rule) -> list[Outcome]:
     index = _index_of(call, known)
     if index is None or _is_mask(index):
         return []
@@ -229,7 +264,10 @@ def _looked_up(call: Call, known: Mapping[str, Arranged], rule: Rule) -> list[Ou
         return [
             Outcome(
                 0,
-                Arranged(_with_index(call, {k: a for k, a in known.items() if k != "self"}, rule), *index.order),
+                Arranged(
+                    _with_index(call, {k: a for k, a in known.items() if k != "self"}, rule),
+                    *index.order,
+                ),
             )
         ]
     x = known["self"]
@@ -242,7 +280,7 @@ def _is_mask(index: Arranged) -> bool:
     return index.values is not None and index.values.dtype == bool
 
 
-def _with_index(call: Call, known: Mapping[str, Arranged], rule: Rule) -> Marks:
+def _with_index(call: RuleContext, known: Mapping[str, Arranged], rule: Rule) -> Ownership:
     """The rule with a list of one index replaced by what it was before it was permuted."""
     arguments, values = dict(call.arguments), dict(call.values)
     for k, a in known.items():
@@ -253,13 +291,22 @@ def _with_index(call: Call, known: Mapping[str, Arranged], rule: Rule) -> Marks:
     return result[0] if isinstance(result, list | tuple) else result
 
 
-def _written(call: Call, known: Mapping[str, Arranged], rule: Rule) -> list[Outcome]:
+def _written(call: RuleContext, known: Mapping[str, Arranged], rule: Rule) -> list[Outcome]:
     """Rows written to (or added at) the places they came from: the order no longer matters."""
     index = known.get("indices") if call["indices"] is not None else known.get("index")
-    source = next((k for k in ("values", "source", "src") if isinstance(call[k], Marks)), None)
-    if index is None or source is None or "self" in known or call["dim"] not in (0, None) or _is_mask(index):
+    source = next((k for k in ("values", "source", "src") if isinstance(call[k], Ownership)), None)
+    if (
+        index is None
+        or source is None
+        or "self" in known
+        or call["dim"] not in (0, None)
+        or _is_mask(index)
+    ):
         return []
-    if len(index.under.shape) != 1 or call[source].shape != (*index.under.shape, *call["self"].shape[1:]):
+    if len(index.under.shape) != 1 or call[source].shape != (
+        *index.under.shape,
+        *call["self"].shape[1:],
+    ):
         return []
     rows = known.get(source)
     adding = call.name == "index_add" or bool(call["accumulate"])
@@ -270,9 +317,17 @@ def _written(call: Call, known: Mapping[str, Arranged], rule: Rule) -> list[Outc
             and call[source].shape == index.under.shape
             and call.values.get(source) is not None
         )
-        if counting and index.is_permutation and np.array_equal(call.values[source], np.arange(index.under.shape[0])):
-            return [Outcome(0, _permutation(index.under.shape[0], index.permutation, not index.inverse))]
+        if (
+            counting
+            and index.is_permutation
+            and np.array_equal(call.values[source], np.arange(index.under.shape[0]))
+        ):
+            return [
+                Outcome(0, _permutation(index.under.shape[0], index.permutation, not index.inverse))
+            ]
         return []
     if rows.order != index.order or (index.values is None) or not (adding or index.is_permutation):
         return []
-    return [Outcome(0, marks=_with_index(call, {k: a for k, a in known.items() if k != "self"}, rule))]
+    return [
+        Outcome(0, marks=_with_index(call, {k: a for k, a in known.items() if k != "self"}, rule))
+    ]

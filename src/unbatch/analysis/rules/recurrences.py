@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from unbatch.analysis.domain.ownership import (
-    Marks,
+    Ownership,
     collapse,
     expand_plain,
     mix,
@@ -26,15 +26,15 @@ from unbatch.analysis.domain.ownership import (
     unsqueeze,
 )
 from unbatch.analysis.rules.elementwise import noise
-from unbatch.analysis.rules.registry import Call, numbered, rule, unknown
+from unbatch.analysis.rules.registry import RuleContext, numbered, rule, unknown
 
 
-def alike(call: Call, name: str, x: Marks, dims: Sequence[int]) -> Marks:
+def alike(call: RuleContext, name: str, x: Ownership, dims: Sequence[int]) -> Ownership:
     """Everything along ``dims`` depends on everything along them."""
     return collapse(call.algebra.scan(name, x, dims), list(dims), True)
 
 
-def whole(call: Call, weights: Sequence[Marks]) -> list[Marks]:
+def whole(call: RuleContext, weights: Sequence[Ownership]) -> list[Ownership]:
     """Weights that every step of every sequence reads as a whole."""
     out = []
     for w in weights:
@@ -44,7 +44,7 @@ def whole(call: Call, weights: Sequence[Marks]) -> list[Marks]:
 
 
 @rule("mkldnn_rnn_layer")
-def mkldnn_layer(call: Call) -> Any:
+def mkldnn_layer(call: RuleContext) -> Any:
     """A recurrence over the first dim; the second dim is left alone."""
     seen = alike(call, "time", call["input"], [0, 2])
     states = []
@@ -57,14 +57,14 @@ def mkldnn_layer(call: Call) -> Any:
     return numbered([_of_layer(out, s) for s in call.shapes])
 
 
-def _of_layer(out: Marks, shape: tuple[int, ...]) -> Marks:
+def _of_layer(out: Ownership, shape: tuple[int, ...]) -> Ownership:
     if len(shape) == 3:
         return expand_plain(out, shape)
     return expand_plain(squeeze(out, [0]), shape) if len(shape) == 2 else shared(shape, "workspace")
 
 
 @rule("_cudnn_rnn", "miopen_rnn")
-def device_recurrence(call: Call) -> Any:
+def device_recurrence(call: RuleContext) -> Any:
     """All layers, directions and steps at once: [time, n, i], or [n, time, i], or packed; states are [layer, n, o]."""
     weights = whole(call, call["weight"])
     states = [alike(call, "state", h, [0, 2]) for h in (call["hx"], call["cx"]) if h is not None]
@@ -83,7 +83,9 @@ def device_recurrence(call: Call) -> Any:
     return numbered([*parts, *(shared(s, "workspace", ["parameters"]) for s in rest)])
 
 
-def _packed(call: Call, states: Sequence[Marks], weights: Sequence[Marks]) -> tuple[Marks, Marks]:
+def _packed(
+    call: RuleContext, states: Sequence[Ownership], weights: Sequence[Ownership]
+) -> tuple[Ownership, Ownership]:
     """Step t holds the first ``batch_sizes[t]`` sequences, one row each. Returns sequences, and the rows."""
     a, sizes = call.algebra, call["batch_sizes"]
     rows = spell_out(alike(call, "features", call["input"], [1]))
@@ -103,10 +105,14 @@ def _packed(call: Call, states: Sequence[Marks], weights: Sequence[Marks]) -> tu
 
 
 @rule("_pack_padded_sequence")
-def packing(call: Call) -> Any:
+def packing(call: RuleContext) -> Any:
     """Rows of the steps of sequences, longest first, without what is padded; the lengths have to be constants."""
     x, lengths = call["input"], call.values.get("lengths")
-    if lengths is None or call["lengths"].depends_on_batch or call["lengths"].sources & {"inputs", "targets"}:
+    if (
+        lengths is None
+        or call["lengths"].depends_on_batch
+        or call["lengths"].sources & {"inputs", "targets"}
+    ):
         return unknown(call)
     if call["batch_first"]:
         x = permute(x, [1, 0, *range(2, len(x.shape))])
@@ -121,13 +127,13 @@ def packing(call: Call) -> Any:
 
 
 @rule("_transformer_encoder_layer_fwd")
-def encoder_layer(call: Call) -> Marks:
+def encoder_layer(call: RuleContext) -> Ownership:
     """A whole encoder layer; [n, t, i]."""
     return expand_plain(_encoded(call, call["src"], call.marks[1:]), call.shape)
 
 
 @rule("_native_multi_head_attention")
-def multi_head_attention(call: Call) -> Any:
+def multi_head_attention(call: RuleContext) -> Any:
     """Attention with its projections; [n, t, i], and attention weights."""
     encoded = [call["query"], call["key"], call["value"]]
     seen = [alike(call, "sequence", x, [1, 2]) for x in encoded]
@@ -140,14 +146,14 @@ def multi_head_attention(call: Call) -> Any:
     return numbered(results)
 
 
-def _encoded(call: Call, x: Marks, others: Sequence[Marks]) -> Marks:
+def _encoded(call: RuleContext, x: Ownership, others: Sequence[Ownership]) -> Ownership:
     seen = alike(call, "sequence", x, [1, 2])
     masks = [] if call["mask"] is None else [_mask(call)]
     weights = whole(call, [w for w in others if w is not call["mask"]])
     return call.algebra.pointwise(call.title, seen, *weights, *masks)
 
 
-def _mask(call: Call) -> Marks:
+def _mask(call: RuleContext) -> Ownership:
     """``mask_type``: 0 for [t, s], the same for all; 1 for [n, s]; 2 for [n, head, t, s]."""
     mask = call["mask"]
     if call["mask_type"] == 0:

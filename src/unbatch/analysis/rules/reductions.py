@@ -6,14 +6,16 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from unbatch.analysis.domain.ownership import Marks, collapse, reshape, shared, squeeze
+from unbatch.analysis.domain.ownership import Ownership, collapse, reshape, shared, squeeze
 from unbatch.analysis.rules.elementwise import cast
-from unbatch.analysis.rules.registry import Call, numbered, pointwise, rule
+from unbatch.analysis.rules.registry import RuleContext, numbered, pointwise, rule
 from unbatch.capture import ops
 
 
-@rule("sum mean amax amin prod logsumexp any all nansum nanmean norm linalg_vector_norm count_nonzero")
-def monoid(call: Call) -> Marks:
+@rule(
+    "sum mean amax amin prod logsumexp any all nansum nanmean norm linalg_vector_norm count_nonzero"
+)
+def monoid(call: RuleContext) -> Ownership:
     """Reductions that can be taken sample by sample first."""
     x = call["self"]
     if call["dtype"] is not None:
@@ -29,14 +31,20 @@ def monoid(call: Call) -> Marks:
 
 
 @rule("var std var_mean std_mean")
-def moments(call: Call) -> Any:
+def moments(call: RuleContext) -> Any:
     x, dims, keepdim = call["self"], call.dims(), bool(call["keepdim"])
-    first = call.algebra.reduce((call.name, repr(call["correction"]), repr(call["unbiased"])), x, dims, keepdim)
-    return [first, call.algebra.reduce("mean", x, dims, keepdim)] if call.name.endswith("_mean") else first
+    first = call.algebra.reduce(
+        (call.name, repr(call["correction"]), repr(call["unbiased"])), x, dims, keepdim
+    )
+    return (
+        [first, call.algebra.reduce("mean", x, dims, keepdim)]
+        if call.name.endswith("_mean")
+        else first
+    )
 
 
 @rule("max min median nanmedian mode kthvalue aminmax argmax argmin")
-def selection(call: Call) -> Any:
+def selection(call: RuleContext) -> Any:
     """The extreme or middle value; its *position* is no symmetric function of the samples."""
     x = call["self"]
     if call["other"] is not None:
@@ -55,7 +63,7 @@ def selection(call: Call) -> Any:
 
 
 @rule("sort topk msort argsort")
-def ordering(call: Call) -> Any:
+def ordering(call: RuleContext) -> Any:
     """Sorted over the samples, values are symmetric in them (and as many as samples); the order itself is not."""
     x = call["self"]
     if not x.shape:
@@ -71,54 +79,76 @@ def ordering(call: Call) -> Any:
     if not x.owner_varies(dim):
         return numbered([call.algebra.scan(call.title, x, [dim], shape=s) for s in call.shapes])
     whole = call.algebra.reduce(
-        (call.name, repr(call["descending"] or call["largest"])), x, [dim], True, long=call["k"] is None
+        (call.name, repr(call["descending"] or call["largest"])),
+        x,
+        [dim],
+        True,
+        long=call["k"] is None,
     )
     stored = list(whole.key.shape)
-    values = replace(whole, shape=call.shape, owner=whole.owner.reshape(stored), key=whole.key.reshape(stored))
+    values = replace(
+        whole, shape=call.shape, owner=whole.owner.reshape(stored), key=whole.key.reshape(stored)
+    )
     return numbered([values, places])[-len(call.shapes) :]
 
 
 @rule("cumsum cumprod cummax cummin logcumsumexp _fft_r2c _fft_c2r _fft_c2c diff")
-def ordered(call: Call) -> Any:
+def ordered(call: RuleContext) -> Any:
     dims = call.dims() if call["dim"] is not None else [0]
-    return numbered([call.algebra.scan(call.title, call["self"], dims, shape=s) for s in call.shapes])
-
-
-@rule("_softmax _log_softmax _safe_softmax softmax log_softmax")
-def softmax(call: Call) -> Marks:
-    x = call["self"]
-    if not x.shape:
-        return call.algebra.pointwise(call.name, x)
-    return call.algebra.pointwise(call.name, x, call.algebra.reduce("logsumexp", x, call.dims(), True, monoid=True))
-
-
-@rule("_softmax_backward_data", "_log_softmax_backward_data")
-def softmax_backward(call: Call) -> Marks:
-    a = call.algebra
-    product = a.pointwise("mul", call["grad_output"], call["output"])
-    return a.pointwise(
-        call.name, call["grad_output"], call["output"], a.reduce("sum", product, call.dims(of="output"), True)
+    return numbered(
+        [call.algebra.scan(call.title, call["self"], dims, shape=s) for s in call.shapes]
     )
 
 
-def channelwise(call: Call, name: Any, x: Marks, *channels: Marks | None) -> Marks:
+@rule("_softmax _log_softmax _safe_softmax softmax log_softmax")
+def softmax(call: RuleContext) -> Ownership:
+    x = call["self"]
+    if not x.shape:
+        return call.algebra.pointwise(call.name, x)
+    return call.algebra.pointwise(
+        call.name, x, call.algebra.reduce("logsumexp", x, call.dims(), True, monoid=True)
+    )
+
+
+@rule("_softmax_backward_data", "_log_softmax_backward_data")
+def softmax_backward(call: RuleContext) -> Ownership:
+    a = call.algebra
+    product = a.pointwise("mul", call["grad_output"], call["output"])
+    return a.pointwise(
+        call.name,
+        call["grad_output"],
+        call["output"],
+        a.reduce("sum", product, call.dims(of="output"), True),
+    )
+
+
+def channelwise(
+    call: RuleContext, name: Any, x: Ownership, *channels: Ownership | None
+) -> Ownership:
     """An elementwise function of ``x`` and of vectors along its second dim."""
     trailing = [1] * (len(x.shape) - 2)
-    return call.algebra.pointwise(name, x, *(reshape(p, (*p.shape, *trailing)) for p in channels if p is not None))
+    return call.algebra.pointwise(
+        name, x, *(reshape(p, (*p.shape, *trailing)) for p in channels if p is not None)
+    )
 
 
 @rule("native_layer_norm _fused_rms_norm layer_norm rms_norm")
-def layer_norm(call: Call) -> Any:
+def layer_norm(call: RuleContext) -> Any:
     a, x = call.algebra, call["input"]
     dims = range(len(x.shape) - len(call["normalized_shape"]), len(x.shape))
     names = ["mean", "var"] if "layer" in call.name else ["mean square"]
     spread = [a.reduce(name, x, dims, True) for name in names]
     affine = [p for p in (call["weight"], call["bias"]) if p is not None]
-    return numbered([a.pointwise((call.name, call["eps"]), x, *spread, *affine), *spread[: len(call.shapes) - 1]])
+    return numbered(
+        [
+            a.pointwise((call.name, call["eps"]), x, *spread, *affine),
+            *spread[: len(call.shapes) - 1],
+        ]
+    )
 
 
 @rule("native_group_norm", "group_norm")
-def group_norm(call: Call) -> Any:
+def group_norm(call: RuleContext) -> Any:
     a, x = call.algebra, call["input"]
     groups = call["group"]
     parts = reshape(x, (x.shape[0], groups, math.prod(x.shape[1:]) // groups))
@@ -129,9 +159,12 @@ def group_norm(call: Call) -> Any:
 
 
 @rule(*ops.names(lambda row: row.batch_norm))
-def batch_norm(call: Call) -> Any:
+def batch_norm(call: RuleContext) -> Any:
     """Statistics over all dims but the second; whether they mix samples is for the marks to say."""
-    norm, outputs = ops.batch_norm_arguments(call.op, call.arguments), ops.traits(call.op).batch_norm
+    norm, outputs = (
+        ops.batch_norm_arguments(call.op, call.arguments),
+        ops.traits(call.op).batch_norm,
+    )
     assert outputs is not None
     out = [shared(shape, "unused") for shape in call.shapes]
     moments_, title = [norm.running_mean, norm.running_var], "batch_norm in eval"
@@ -146,13 +179,13 @@ def batch_norm(call: Call) -> Any:
     return out
 
 
-def _batch_moments(call: Call) -> list[Marks]:
+def _batch_moments(call: RuleContext) -> list[Ownership]:
     x = call["input"]
     dims = [d for d in range(len(x.shape)) if d != 1]
     return [call.algebra.reduce(name, x, dims) for name in ("mean", "var")]
 
 
-def running_statistics(call: Call) -> dict[str, Marks]:
+def running_statistics(call: RuleContext) -> dict[str, Ownership]:
     """Return what a training batch norm leaves in its running statistics."""
     out = {}
     for name, moment in zip(ops.RUNNING, _batch_moments(call), strict=True):

@@ -17,16 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from unbatch import errors
-from unbatch.analysis.domain.ownership import MIXED, Marks, code, shared, total
-from unbatch.analysis.domain.propagation import Algebra
+from unbatch.analysis.domain.ownership import MIXED, Ownership, code, shared, total
+from unbatch.analysis.domain.propagation import Propagation
 from unbatch.capture import ops
 from unbatch.capture.ops import base_name
 from unbatch.errors import InputError
 
-Rule = Callable[["Call"], Any]
+Rule = Callable[["RuleContext"], Any]
 
 
-RULES: dict[str, Rule] = {}  # by the name of an ATen op, without overload and without a trailing underscore
+RULES: dict[
+    str, Rule
+] = {}  # by the name of an ATen op, without overload and without a trailing underscore
 
 
 CUSTOM: dict[Any, Rule] = {}  # by op overload, registered from outside
@@ -39,19 +41,21 @@ NO_RULE = "no rule"
 
 
 @dataclass
-class Call:
+class RuleContext:
     """One op at work: its arguments by schema name (marks in place of tensors) and the shapes it returned.
 
     ``values[name]`` holds the concrete integers and booleans of an argument, where the recorder kept them. A rule that
     looks at them makes the result depend on them; ``occurs`` looks at less.
     """
 
-    algebra: Algebra
+    algebra: Propagation
     op: Any
     arguments: dict[str, Any]
     shapes: list[tuple[int, ...]]
     values: Mapping[str, Any] = field(default_factory=dict)
-    look: Callable[[str, Callable[[Any], Any]], Any] | None = None  # at a function of some values, and no more of them
+    look: Callable[[str, Callable[[Any], Any]], Any] | None = (
+        None  # at a function of some values, and no more of them
+    )
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments.get(name)
@@ -59,7 +63,9 @@ class Call:
     def occurs(self, name: str, number: int) -> bool:
         """Whether a number is among the values of an argument; True where they are not known."""
 
-        return self.sees(name, lambda values: values is None or bool((np.asarray(values) == number).any()))
+        return self.sees(
+            name, lambda values: values is None or bool((np.asarray(values) == number).any())
+        )
 
     def sees(self, name: str, what: Callable[[Any], bool]) -> bool:
         """What a function finds in the values of an argument; it gets None where they are not known."""
@@ -74,13 +80,13 @@ class Call:
         return base_name(self.op)
 
     @property
-    def marks(self) -> list[Marks]:
+    def marks(self) -> list[Ownership]:
         """All tensor arguments, in order."""
         return [
             m
             for a in self.arguments.values()
             for m in (a if isinstance(a, list | tuple) else [a])
-            if isinstance(m, Marks)
+            if isinstance(m, Ownership)
         ]
 
     @property
@@ -98,11 +104,15 @@ class Call:
         dim = self[name]
         if dim is None or dim == []:
             return list(range(ndim))
-        return [d % ndim if ndim else 0 for d in (dim if isinstance(dim, list | tuple) else [dim])][: max(ndim, 0)]
+        return [d % ndim if ndim else 0 for d in (dim if isinstance(dim, list | tuple) else [dim])][
+            : max(ndim, 0)
+        ]
 
 
 def _has_marks(a: Any) -> bool:
-    return isinstance(a, Marks) or (isinstance(a, list | tuple) and any(isinstance(m, Marks) for m in a))
+    return isinstance(a, Ownership) or (
+        isinstance(a, list | tuple) and any(isinstance(m, Ownership) for m in a)
+    )
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -151,7 +161,7 @@ def answers(op: Any) -> bool:
 
 
 @rule("floor_divide")  # which lacks the tag
-def pointwise(call: Call) -> Any:
+def pointwise(call: RuleContext) -> Any:
     out = (
         call.algebra.pointwise(call.title, *call.marks)
         if call.marks
@@ -160,47 +170,59 @@ def pointwise(call: Call) -> Any:
     return numbered([out] * len(call.shapes))
 
 
-def numbered(outputs: Sequence[Marks]) -> list[Marks]:
+def numbered(outputs: Sequence[Ownership]) -> list[Ownership]:
     """The outputs of one op are different functions, also where they have the same owners."""
     return [m.with_key(("output", i)) if i else m for i, m in enumerate(outputs)]
 
 
-def unknown(call: Call) -> list[Marks]:
+def unknown(call: RuleContext) -> list[Ownership]:
     """No rule: shared where all it reads is shared, and otherwise samples may have met in any way."""
     if not any(m.depends_on_batch for m in call.marks):
         sources = frozenset().union(*(m.sources for m in call.marks))
         return [
-            shared(s, (call.title, [int(total(m.key.reshape(-1), 0)) for m in call.marks], i), sources)
+            shared(
+                s, (call.title, [int(total(m.key.reshape(-1), 0)) for m in call.marks], i), sources
+            )
             for i, s in enumerate(call.shapes)
         ]
     return [mixed(call, s, NO_RULE) for s in call.shapes]
 
 
-def mixed(call: Call, shape: Sequence[int], how: str) -> Marks:
+def mixed(call: RuleContext, shape: Sequence[int], how: str) -> Ownership:
     """A value about whose elements nothing is known."""
     ones = np.ones([1] * len(shape), dtype=np.int32)
     key = np.broadcast_to(code(call.title), ones.shape)
     return call.algebra.result(shape, ones * MIXED, key, call.marks, how)
 
 
-def independent(call: Call) -> list[Marks]:
+def independent(call: RuleContext) -> list[Ownership]:
     """Declared by the user: slice n of every output with a sample axis depends on slice n of the inputs only."""
     return [assumed(call.algebra, call.marks, s, call.title) for s in call.shapes]
 
 
-def assumed(algebra: Algebra, inputs: Sequence[Marks], shape: Sequence[int], title: object) -> Marks:
+def assumed(
+    algebra: Propagation, inputs: Sequence[Ownership], shape: Sequence[int], title: object
+) -> Ownership:
     """The marks of an output under the assumption of independence, or mixed where it has no sample axis."""
     dims = [m.sample_dim() for m in inputs if m.owned]
-    dim = next((d for d in dims if d is not None and d < len(shape) and shape[d] == algebra.samples), None)
+    dim = next(
+        (d for d in dims if d is not None and d < len(shape) and shape[d] == algebra.samples), None
+    )
     joint = [m for m in inputs if not m.mixed]
     view = [1] * len(shape)
     if dim is None:
         return algebra.result(
-            shape, np.full(view, MIXED, dtype=np.int32), np.broadcast_to(code(title), view), inputs, "assumed"
+            shape,
+            np.full(view, MIXED, dtype=np.int32),
+            np.broadcast_to(code(title), view),
+            inputs,
+            "assumed",
         )
     view[dim] = algebra.samples
     owner = np.arange(algebra.samples, dtype=np.int32).reshape(view)
-    return algebra.result(shape, owner, np.broadcast_to(code("assumed", title), view), joint, "assumed")
+    return algebra.result(
+        shape, owner, np.broadcast_to(code("assumed", title), view), joint, "assumed"
+    )
 
 
 # --- ops without a rule are taken apart -----------------------------------------------------------

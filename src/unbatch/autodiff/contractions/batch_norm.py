@@ -13,12 +13,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from unbatch.autodiff.contractions.contraction import Gathering, Meeting, OperandUse
+from unbatch.autodiff.contractions.contraction import Contraction, Gathering, OperandUse
 from unbatch.autodiff.contractions.matmul import Linear, outer_as, stacked_dots
 from unbatch.linalg.rows import fill, same_dtype, squares, wide
 
 
-class Projected(Meeting):
+class Projected(Contraction):
     """The weight right below a batch norm whose output is still separate: the batch norm's closed form.
 
     With ``L = γg/σ`` the cotangent as if the statistics were fixed and ``Π = I − 11ᵀ/M − x̂x̂ᵀ/M`` per channel,
@@ -26,10 +26,14 @@ class Projected(Meeting):
     ``D₁``, ``D₂`` the meeting's sums for the cotangents ``1/M`` and ``x̂/M``.
     """
 
-    def __init__(self, inner: Meeting, channel: int, gain: Tensor, normalised: Tensor) -> None:
+    def __init__(self, inner: Contraction, channel: int, gain: Tensor, normalised: Tensor) -> None:
         """``inner``: the meeting, fresh; ``channel``: the operand's axis of channels; ``gain`` is ``γ/σ``, ``[c]``."""
         self.inner, self.channel = inner, channel
-        self.layout, self.operand, self.samples = self.inner.layout, self.inner.operand, self.inner.samples
+        self.layout, self.operand, self.samples = (
+            self.inner.layout,
+            self.inner.operand,
+            self.inner.samples,
+        )
         self.gain, self.normalised = gain, normalised
         self.parts: list[tuple[Tensor, Tensor]] = []
 
@@ -45,7 +49,11 @@ class Projected(Meeting):
         local = g * self.gain.reshape(per_channel)
         count = x.numel() // x.shape[1]
         ones = torch.ones(self.samples, dtype=x.dtype, device=x.device)
-        self.inner, self.parts, *sums = copy.copy(self.inner), [], *(copy.copy(self.inner) for _ in range(2))
+        self.inner, self.parts, *sums = (
+            copy.copy(self.inner),
+            [],
+            *(copy.copy(self.inner) for _ in range(2)),
+        )
         self.inner.receive([local])
         rest = [d for d in range(1, x.ndim + 1) if d != 2]
         for total, direction in zip(sums, (torch.ones_like(x), x), strict=True):
@@ -59,11 +67,13 @@ class Projected(Meeting):
         view = [-1, *(-1 if d == self.channel else 1 for d in range(self.operand.ndim))]
         for coefficients, total in self.parts:
             a = coefficients[where]
-            rows.sub_(a.reshape([len(a), *(a.shape[1] if v == -1 else 1 for v in view[1:])]) * total)
+            rows.sub_(
+                a.reshape([len(a), *(a.shape[1] if v == -1 else 1 for v in view[1:])]) * total
+            )
         return rows
 
 
-class ProjectedRows(Meeting):
+class ProjectedRows(Contraction):
     """The same for a matrix product with one place per sample, where it factorizes.
 
     ``row_n = L_n ⊗ (c_n − x̂_n ∘ B)``: ``c`` the centred input ``[n, i]``, ``B = x̂ᵀc/N`` its regression on each channel,
@@ -97,7 +107,11 @@ class ProjectedRows(Meeting):
 
     def squared_norms(self, where: slice) -> Tensor:
         x, c, l2 = self.xhat[where], self.centred[where], self.l[where].square()
-        left = c.square().sum(1, keepdim=True) - 2 * x * (c @ self.slope.T) + x.square() * self.slope.square().sum(1)
+        left = (
+            c.square().sum(1, keepdim=True)
+            - 2 * x * (c @ self.slope.T)
+            + x.square() * self.slope.square().sum(1)
+        )
         return (l2 * left.clamp_min_(0)).sum(1)
 
     def sum_of_squares(self, where: slice) -> Tensor:
@@ -140,7 +154,7 @@ class _Regressed(Gathering):
         return self.like.by_squares(self.squares, slice(0, self.like.samples))
 
 
-class Pooled(Meeting):
+class Pooled(Contraction):
     """A matrix product below the last place of mixing: the row of column ``k`` sums over the places of all samples.
 
     ``row_k = Σ_m G_km ⊗ X_m`` with the same ``X`` for all columns. Where there are fewer places than features, the rows

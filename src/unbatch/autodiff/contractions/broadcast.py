@@ -8,21 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unbatch.autodiff.contractions.contraction import Gathering, Meeting, OperandUse, detached
+from unbatch.autodiff.contractions.contraction import Contraction, Gathering, OperandUse, detached
 from unbatch.linalg.rows import fill, wide
 
 
-class Shift(Meeting):
+class Shift(Contraction):
     """``y = .. + factor·u``, broadcast, or placed along ``axis``: rows are sums of the cotangent."""
 
-    lean = frozenset({"squared_norms", "sum_of_squares", "scatter", "weighted_sum", "dots"})  # rows are there already
+    lean = frozenset(
+        {"squared_norms", "sum_of_squares", "scatter", "weighted_sum", "dots"}
+    )  # rows are there already
 
     def __init__(self, call: OperandUse, factor: Any = None, axis: int | None = None) -> None:
         super().__init__(call)
         self.factor, ndim = factor, call.outputs[0].ndim
         shape = list(self.operand.shape)
         after = ndim - len(shape) if axis is None else axis
-        self.shape = [1] * after + shape + [1] * (ndim - after - len(shape))  # the operand, as it is broadcast
+        self.shape = (
+            [1] * after + shape + [1] * (ndim - after - len(shape))
+        )  # the operand, as it is broadcast
         self.spans = self.shape[self.layout.dim] != 1  # it has entries of its own for every sample
         self.g: Tensor
 
@@ -30,7 +34,11 @@ class Shift(Meeting):
         (g,) = cotangents[:1]
         assert g is not None
         felt = self._felt(g)
-        sums = felt.sum_to_size(self.shape) if self.spans else reduce_to(self.layout.split(felt), self.shape)
+        sums = (
+            felt.sum_to_size(self.shape)
+            if self.spans
+            else reduce_to(self.layout.split(felt), self.shape)
+        )
         self.g = sums if self.factor is None else sums * self.factor
 
     def _felt(self, g: Tensor) -> Tensor:
@@ -38,7 +46,11 @@ class Shift(Meeting):
         return g
 
     def rows(self, where: slice, out: Tensor | None = None) -> Tensor:
-        rows = self.layout.only(self.g, *where.indices(self.samples)[:2]) if self.spans else self.g[where]
+        rows = (
+            self.layout.only(self.g, *where.indices(self.samples)[:2])
+            if self.spans
+            else self.g[where]
+        )
         return fill(rows.reshape(len(rows), *self.operand.shape), out)
 
     def gathering(self, memory: int) -> Gathering | None:

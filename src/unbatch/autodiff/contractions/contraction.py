@@ -49,7 +49,7 @@ class Gathering(ABC):
         """``[*operand]``."""
 
 
-class Meeting(ABC):
+class Contraction(ABC):
     """Derivatives by a shared operand, for every sample, from a cotangent and what the forward pass kept.
 
     ``receive`` hands over the cotangents; afterwards every method takes a slice of samples. Only ``rows`` has to be
@@ -57,7 +57,9 @@ class Meeting(ABC):
     """
 
     lean: frozenset[str] = frozenset()  # what this kind gives without forming rows
-    portion: int = 2 * 2**20  # bytes of rows that are best formed at a time: about what a cache holds
+    portion: int = (
+        2 * 2**20
+    )  # bytes of rows that are best formed at a time: about what a cache holds
 
     @property
     def compact(self) -> bool:
@@ -129,7 +131,7 @@ class Meeting(ABC):
 # --- any op ---------------------------------------------------------------------------------------
 
 
-class Generic(Meeting):
+class GenericContraction(Contraction):
     """Any op: run again, and pulled back once for every sample with the cotangents of the others set to zero."""
 
     def __init__(self, call: OperandUse) -> None:
@@ -149,20 +151,30 @@ class Generic(Meeting):
         with torch.enable_grad():
             moving = u.clone() if writes else u  # what is differentiated by cannot be written to
             result = call.op(**{k: _swap(v, self.operand, moving) for k, v in arguments.items()})
-        outputs = [o for o in (result if isinstance(result, tuple | list) else [result]) if isinstance(o, Tensor)]
+        outputs = [
+            o
+            for o in (result if isinstance(result, tuple | list) else [result])
+            if isinstance(o, Tensor)
+        ]
         told = zip(outputs, self.cotangents, call.layouts, strict=False)
         pairs = [(o, g, layout) for o, g, layout in told if g is not None and o.requires_grad]
         if not pairs:
             return fill(self.operand.new_zeros(last - first, *self.operand.shape), out)
         seen = [o for o, _, _ in pairs]
-        alone = [[layout.only(g, n, n + 1)[0] for _, g, layout in pairs] for n in range(first, last)]
+        alone = [
+            [layout.only(g, n, n + 1)[0] for _, g, layout in pairs] for n in range(first, last)
+        ]
         rows = [torch.autograd.grad(seen, u, gs, retain_graph=True)[0] for gs in alone]
         return fill(torch.stack(rows), out)
 
 
-def detached(arguments: Mapping[str, Any], but: Tensor | None = None, fresh: bool = False) -> dict[str, Any]:
+def detached(
+    arguments: Mapping[str, Any], but: Tensor | None = None, fresh: bool = False
+) -> dict[str, Any]:
     one = lambda a: a.detach().clone() if fresh else a.detach()  # noqa: E731
-    out = tree_map(lambda a: one(a) if isinstance(a, Tensor) and a is not but else a, dict(arguments))
+    out = tree_map(
+        lambda a: one(a) if isinstance(a, Tensor) and a is not but else a, dict(arguments)
+    )
     assert isinstance(out, dict)
     return out
 

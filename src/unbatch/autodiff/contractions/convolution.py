@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unbatch.autodiff.contractions.contraction import Meeting, OperandUse
+from unbatch.autodiff.contractions.contraction import Contraction, OperandUse
 from unbatch.linalg.rows import fill, same_dtype
 
 aten = torch.ops.aten
@@ -22,12 +22,12 @@ SAMPLE = 16  # samples on which ways are compared
 WHOLE = 32 * 2**20  # bytes of rows formed at a time where one call forms them
 
 
-class Convolution(Meeting):
+class Convolution(Contraction):
     """The weight of a convolution. Which of its ways is fastest depends on the shapes and is measured once."""
 
     lean = frozenset({"weighted_sum"})
     taken = ""
-    fastest: dict[tuple[Any, ...], str] = {}  # noqa: RUF012  what has been measured, for all convolutions of a shape
+    fastest: dict[tuple[Any, ...], str] = {}  # noqa: RUF012
 
     def __init__(self, call: OperandUse) -> None:
         super().__init__(call)
@@ -56,7 +56,9 @@ class Convolution(Meeting):
     def portion(self) -> int:  # type: ignore[override]
         """Many samples at a time where one call serves them all."""
         few = slice(0, SAMPLE)
-        return WHOLE if self._way(self.g[few], self.x[few], None) == "vmapped" else Meeting.portion
+        return (
+            WHOLE if self._way(self.g[few], self.x[few], None) == "vmapped" else Contraction.portion
+        )
 
     @property
     def kind(self) -> str:
@@ -75,12 +77,16 @@ class Convolution(Meeting):
         key = (tuple(g.shape), tuple(x.shape[1:]), str(self.geometry), g.dtype, g.device)
         if key not in self.fastest:
             room = out[:SAMPLE] if out is not None else g.new_empty(len(g), *self.operand.shape)
-            self.fastest[key] = min(ways, key=lambda w: _seconds(lambda: getattr(self, w)(g, x, room)))
+            self.fastest[key] = min(
+                ways, key=lambda w: _seconds(lambda: getattr(self, w)(g, x, room))
+            )
         return self.fastest[key]
 
     def _backward(self, g: Tensor, x: Tensor) -> Tensor:
         wanted = (False, True, False)
-        gradient: Tensor = aten.convolution_backward(g, x, self.operand.to(x.dtype), None, *self.geometry, wanted)[1]
+        gradient: Tensor = aten.convolution_backward(
+            g, x, self.operand.to(x.dtype), None, *self.geometry, wanted
+        )[1]
         return gradient
 
     def _room(self, g: Tensor, out: Tensor | None) -> Tensor:
@@ -99,7 +105,9 @@ class Convolution(Meeting):
     def windows(self, g: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Every place that the kernel saw, as a matrix (two dimensions, one group)."""
         rows, (n, o) = self._room(g, out), (len(g), self.operand.shape[0])
-        columns = self._places(self._padded(x).contiguous(), g).reshape(n, self.operand[0].numel(), -1)
+        columns = self._places(self._padded(x).contiguous(), g).reshape(
+            n, self.operand[0].numel(), -1
+        )
         torch.bmm(g.transpose(1, 2).reshape(n, o, -1), columns.mT, out=rows.view(n, o, -1))
         return rows if rows is out else fill(rows, out)
 

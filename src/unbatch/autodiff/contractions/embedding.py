@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from unbatch.autodiff.contractions.contraction import Meeting, OperandUse
+from unbatch.autodiff.contractions.contraction import Contraction, OperandUse
 from unbatch.linalg.rows import squares, wide
 
 
-class Embedding(Meeting):
+class Embedding(Contraction):
     """A table looked up: the cotangents of equal indices of a sample are summed, and rows are sparse."""
 
     lean = frozenset({"squared_norms", "sum_of_squares", "weighted_sum"})
@@ -34,7 +34,11 @@ class Embedding(Meeting):
         g = self.layout.split(g).reshape(*index.shape, -1)
         if self.by_count:
             g = g / index.flatten().bincount(minlength=size)[index].unsqueeze(-1)
-        keep = torch.ones_like(index, dtype=torch.bool) if self.padding is None else index != self.padding
+        keep = (
+            torch.ones_like(index, dtype=torch.bool)
+            if self.padding is None
+            else index != self.padding
+        )
         owner = torch.arange(self.samples, device=index.device)[:, None].expand_as(index)
         spots, inverse = torch.unique((owner * size + index)[keep], return_inverse=True)
         self.g = wide(g).new_zeros(len(spots), g.shape[-1]).index_add_(0, inverse, wide(g[keep]))

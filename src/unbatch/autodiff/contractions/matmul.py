@@ -14,16 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unbatch.autodiff.contractions.contraction import Gathering, Meeting, OperandUse
+from unbatch.autodiff.contractions.contraction import Contraction, Gathering, OperandUse
 from unbatch.linalg.rows import fill, same_dtype, squares, wide
 
 BLOCK = 64  # features, the least that a matrix product is efficient for
 
 
-CANCELS = 0.9  # of two sums of squares that are subtracted, the share from which on rounding is felt
+CANCELS = (
+    0.9  # of two sums of squares that are subtracted, the share from which on rounding is felt
+)
 
 
-class Linear(Meeting):
+class Linear(Contraction):
     """``y = x uᵀ`` and its relatives: ``row_n = Σ_t G_nt ⊗ X_nt``.
 
     Rows are formed in the order in which the operand lies in memory, so that a transposed weight needs no copy.
@@ -116,7 +118,9 @@ class Linear(Meeting):
             for j in range(0, second, broad):
                 here = total[i : i + tall, j : j + broad]
                 rows = space[: n * here.numel()].view(n, *here.shape)
-                here.copy_(sum_up(torch.bmm(a[:, :, i : i + tall].mT, b[:, :, j : j + broad], out=rows)))
+                here.copy_(
+                    sum_up(torch.bmm(a[:, :, i : i + tall].mT, b[:, :, j : j + broad], out=rows))
+                )
         return (total.T if transposed else total).reshape(self.operand.shape)
 
     def _scatter(self, where: slice) -> Tensor:
@@ -139,7 +143,9 @@ class Linear(Meeting):
     def weighted_sum(self, weights: Tensor) -> Tensor:
         a, b = (side.flatten(0, 1) for side in self.sides)
         scale = weights.to(a.dtype).repeat_interleave(self.g.shape[1])[:, None]
-        return self._product(a * scale, b) if a.shape[1] <= b.shape[1] else self._product(a, b * scale)
+        return (
+            self._product(a * scale, b) if a.shape[1] <= b.shape[1] else self._product(a, b * scale)
+        )
 
     def _product(self, a: Tensor, b: Tensor) -> Tensor:
         """``aᵀ b`` in the shape of the operand, and in its order in memory."""
@@ -173,7 +179,9 @@ class _OnePlace(Gathering):
 
     def total(self) -> Tensor:
         x2 = wide(self.like.x[:, 0]).square()
-        return self.like._product(*((self.squares, x2) if self.like.features_first else (x2, self.squares)))
+        return self.like._product(
+            *((self.squares, x2) if self.like.features_first else (x2, self.squares))
+        )
 
 
 def _again(total: Tensor, doubtful: Tensor, a: Tensor, b: Tensor) -> None:
@@ -205,4 +213,8 @@ def outer(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """``Σ_t a_nt ⊗ b_nt`` into ``out``."""
     if a.shape[1] == 1:
         return torch.mul(a[:, 0, :, None], b[:, 0, None, :], out=out)
-    return torch.bmm(a.mT, b, out=out) if out.dtype == a.dtype == b.dtype else fill(torch.bmm(a.mT, b.to(a.dtype)), out)
+    return (
+        torch.bmm(a.mT, b, out=out)
+        if out.dtype == a.dtype == b.dtype
+        else fill(torch.bmm(a.mT, b.to(a.dtype)), out)
+    )

@@ -13,35 +13,46 @@ from torch import Tensor
 from unbatch.analysis.domain.sample_layout import Scattered
 from unbatch.autodiff.contractions.batch_norm import Projected, ProjectedRows
 from unbatch.autodiff.contractions.broadcast import Pointwise, Scale, Shift
-from unbatch.autodiff.contractions.contraction import Generic, Meeting, OperandUse
+from unbatch.autodiff.contractions.contraction import Contraction, GenericContraction, OperandUse
 from unbatch.autodiff.contractions.convolution import Convolution
 from unbatch.autodiff.contractions.embedding import Embedding
 from unbatch.autodiff.contractions.matmul import Linear
 from unbatch.capture import ops
 from unbatch.capture.substitutes import moments
 
-KINDS: dict[str, Callable[[OperandUse], Meeting | None]] = {}
+KINDS: dict[str, Callable[[OperandUse], Contraction | None]] = {}
 
 
-def kind(names: str) -> Callable[[Callable[[OperandUse], Meeting | None]], Callable[[OperandUse], Meeting | None]]:
+def contraction_kind(
+    names: str,
+) -> Callable[
+    [Callable[[OperandUse], Contraction | None]], Callable[[OperandUse], Contraction | None]
+]:
     """Register a function for ops, by the names that they have without ``aten::`` (space-separated)."""
 
-    def register(function: Callable[[OperandUse], Meeting | None]) -> Callable[[OperandUse], Meeting | None]:
+    def register(
+        function: Callable[[OperandUse], Contraction | None],
+    ) -> Callable[[OperandUse], Contraction | None]:
         KINDS.update(dict.fromkeys(names.split(), function))
         return function
 
     return register
 
 
-def meeting(call: OperandUse) -> Meeting:
+def contraction_for(call: OperandUse) -> Contraction:
     """The kind that fits, or the generic one."""
-    if isinstance(call.layout, Scattered) or call.outputs[0].is_complex() or call.operand.is_complex() or _twice(call):
-        return Generic(call)
+    if (
+        isinstance(call.layout, Scattered)
+        or call.outputs[0].is_complex()
+        or call.operand.is_complex()
+        or _twice(call)
+    ):
+        return GenericContraction(call)
     make = KINDS.get(ops.base_name(call.op))
     found = make(call) if make is not None else None
     if found is None and call["self"] is not None and _once(call) and ops.is_pointwise(call.op):
         found = Pointwise(call)
-    return found or Generic(call)
+    return found or GenericContraction(call)
 
 
 def _twice(call: OperandUse) -> bool:
@@ -57,11 +68,11 @@ def _once(call: OperandUse) -> bool:
     return not ops.may_write(call.op) and isinstance(call.arguments.get(call.name), Tensor)
 
 
-def projected(call: OperandUse, norm: OperandUse) -> Meeting:
+def projected(call: OperandUse, norm: OperandUse) -> Contraction:
     """The meeting of a weight, or bias, with the input of a topmost batch norm."""
     xhat, scale = normalised(norm)
     gain = scale if norm["weight"] is None else scale * norm["weight"]
-    plain = meeting(call)
+    plain = contraction_for(call)
     if isinstance(plain, Linear) and call.name == "mat2" and plain.x.ndim == 2 and xhat.ndim == 2:
         return ProjectedRows(plain, gain, xhat)
     channel = 0 if call.name in ("weight", "bias", "mat1") else call.operand.ndim - 1
@@ -71,8 +82,8 @@ def projected(call: OperandUse, norm: OperandUse) -> Meeting:
 # --- the kinds ------------------------------------------------------------------------------------
 
 
-@kind("mm bmm")
-def _matmul(call: OperandUse) -> Meeting | None:
+@contraction_kind("mm bmm")
+def _matmul(call: OperandUse) -> Contraction | None:
     left, right = ("mat1", "mat2") if call["mat1"] is not None else ("self", "mat2")
     a, b = call[left], call[right]
     if a.ndim == 3:
@@ -90,59 +101,59 @@ def _factor(number: float | None) -> float | None:
     return None if number in (None, 1) else number
 
 
-@kind("addmm")
-def _addmm(call: OperandUse) -> Meeting | None:
+@contraction_kind("addmm")
+def _addmm(call: OperandUse) -> Contraction | None:
     if call.name == "self":
         return Shift(call, _factor(call["beta"]))
     return _matmul(call)
 
 
-@kind("convolution")
-def _convolution(call: OperandUse) -> Meeting | None:
+@contraction_kind("convolution")
+def _convolution(call: OperandUse) -> Contraction | None:
     if call.layout.dim != 0 or call.name not in ("weight", "bias"):
         return None
     return Convolution(call) if call.name == "weight" else Shift(call, axis=1)
 
 
-@kind("add")
-def _add(call: OperandUse) -> Meeting | None:
+@contraction_kind("add")
+def _add(call: OperandUse) -> Contraction | None:
     if isinstance(call["self"], Tensor) and isinstance(call["other"], Tensor):
         return Shift(call, _factor(call["alpha"]) if call.name == "other" else None)
     return None
 
 
-@kind("sub")
-def _sub(call: OperandUse) -> Meeting | None:
+@contraction_kind("sub")
+def _sub(call: OperandUse) -> Contraction | None:
     return Shift(call, -(_factor(call["alpha"]) or 1) if call.name == "other" else None)
 
 
-@kind("mul")
-def _mul(call: OperandUse) -> Meeting | None:
+@contraction_kind("mul")
+def _mul(call: OperandUse) -> Contraction | None:
     other = call["other" if call.name == "self" else "self"]
     return Scale(call, other) if isinstance(other, Tensor) else None
 
 
-@kind("expand")
-def _expand(call: OperandUse) -> Meeting | None:
+@contraction_kind("expand")
+def _expand(call: OperandUse) -> Contraction | None:
     return Shift(call)
 
 
-@kind("embedding")
-def _embedding(call: OperandUse) -> Meeting | None:
+@contraction_kind("embedding")
+def _embedding(call: OperandUse) -> Contraction | None:
     indexed = call["indices"].ndim > call.layout.dim
     return Embedding(call) if call.name == "weight" and indexed else None
 
 
-@kind("native_layer_norm")
-def _layer_norm(call: OperandUse) -> Meeting | None:
+@contraction_kind("native_layer_norm")
+def _layer_norm(call: OperandUse) -> Contraction | None:
     if call.layout.dim >= call.outputs[0].ndim - len(call["normalized_shape"]):
         return None
     _, mean, rstd = call.outputs
     return Shift(call) if call.name == "bias" else Scale(call, call["input"], mean, rstd)
 
 
-@kind("native_group_norm")
-def _group_norm(call: OperandUse) -> Meeting | None:
+@contraction_kind("native_group_norm")
+def _group_norm(call: OperandUse) -> Contraction | None:
     if call.layout.dim != 0:
         return None
     if call.name == "bias":
@@ -150,7 +161,9 @@ def _group_norm(call: OperandUse) -> Meeting | None:
     x, groups = call["input"], call["group"]
     each = x.shape[1] // groups
     view = (len(x), x.shape[1], *[1] * (x.ndim - 2))
-    mean, rstd = (o.reshape(len(x), groups, 1).expand(-1, -1, each).reshape(view) for o in call.outputs[1:])
+    mean, rstd = (
+        o.reshape(len(x), groups, 1).expand(-1, -1, each).reshape(view) for o in call.outputs[1:]
+    )
     return Scale(call, x, mean, rstd, axis=1)
 
 
@@ -162,8 +175,8 @@ def normalised(call: OperandUse) -> tuple[Tensor, Tensor]:
     return (x - mean.reshape(view)) * scale.reshape(view), scale
 
 
-@kind(" ".join(ops.names(lambda row: row.batch_norm)))
-def _batch_norm(call: OperandUse) -> Meeting | None:
+@contraction_kind(" ".join(ops.names(lambda row: row.batch_norm)))
+def _batch_norm(call: OperandUse) -> Contraction | None:
     if call.name == "bias":
         return Shift(call, axis=1)
     norm = ops.batch_norm_arguments(call.op, call.arguments)

@@ -9,27 +9,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unbatch.autodiff.contractions.contraction import Gathering, Meeting
+from unbatch.autodiff.contractions.contraction import Contraction, Gathering
 from unbatch.linalg.rows import squares, total_of_squares, vectors, wide
 
 
-class Part:
+class RowBlock:
     """The rows of one parameter for a slice of samples: ``[k, *param]``."""
 
     lean: frozenset[str] = frozenset()
     column, sign = 0, 1.0  # of a factor of a matrix, where the rows are not those of a gradient
-    beyond: Callable[[], Tensor] | None = None  # the sum of all rows of the parameter, where these are not all
+    beyond: Callable[[], Tensor] | None = (
+        None  # the sum of all rows of the parameter, where these are not all
+    )
 
     def __init__(self, where: slice, rows: Tensor) -> None:
         self.where, self._rows = where, rows
 
-    def with_total(self, total: Callable[[], Tensor]) -> Part:
+    def with_total(self, total: Callable[[], Tensor]) -> RowBlock:
         """Return the same part that knows the sum of all rows, which ``total`` gives."""
         part = copy.copy(self)
         part.beyond = total
         return part
 
-    def of_column(self, number: int, sign: float) -> Part:
+    def of_column(self, number: int, sign: float) -> RowBlock:
         """Return the same part as rows of a column of a factor, with its sign in the matrix."""
         part = copy.copy(self)
         part.column, part.sign = number, sign
@@ -71,7 +73,10 @@ class Part:
         """``[*param]``: the sum of the rows of all samples, also of those beyond this slice."""
         if self.beyond is not None:
             return self.beyond()
-        count, like = self.where.stop - self.where.start, self.rows() if self.lean == frozenset() else None
+        count, like = (
+            self.where.stop - self.where.start,
+            self.rows() if self.lean == frozenset() else None,
+        )
         return self.weighted_sum(torch.ones(count) if like is None else like.new_ones(count))
 
     def coordinates(self) -> Tensor:
@@ -83,17 +88,19 @@ class Part:
         flat = self.coordinates()
         return flat @ flat.T
 
-    def kept(self) -> Tensor | Meeting:
+    def kept(self) -> Tensor | Contraction:
         """What rows can be had from later, in memory of its own: ``[k, q]``, or a site, where that is less."""
         return self.coordinates().clone()
 
 
 @dataclass(frozen=True)
-class View:
+class RowBlockView:
     """How an operand is seen in a parameter: ``one`` takes the parameter, ``rows`` a stack of them."""
 
     one: Callable[[Tensor], Tensor]
-    transposed: bool | None = None  # whether it is just that, or the parameter itself; None: anything else
+    transposed: bool | None = (
+        None  # whether it is just that, or the parameter itself; None: anything else
+    )
 
     def rows(self, stack: Tensor) -> Tensor:
         if self.transposed is None:
@@ -102,10 +109,12 @@ class View:
         return stack.mT if self.transposed else stack
 
 
-class FromSite(Part):
+class LazyRowBlock(RowBlock):
     """A parameter with one site, of which the operand is a view of it: what the site can, the part can."""
 
-    def __init__(self, where: slice, site: Meeting, view: View, out: Tensor | None, like: Tensor):
+    def __init__(
+        self, where: slice, site: Contraction, view: RowBlockView, out: Tensor | None, like: Tensor
+    ):
         self.where, self.site, self.view, self.out, self.like = where, site, view, out, like
         self.lean = site.lean
         self._formed: Tensor | None = None
@@ -133,7 +142,9 @@ class FromSite(Part):
 
     def sum_of_squares(self) -> Tensor:
         known = self._formed is None and "sum_of_squares" in self.lean
-        return self._moved(self.site.sum_of_squares(self.where)) if known else super().sum_of_squares()
+        return (
+            self._moved(self.site.sum_of_squares(self.where)) if known else super().sum_of_squares()
+        )
 
     def gathering(self, memory: int) -> Gathering | None:
         return self.site.gathering(memory) if self._formed is None else None
@@ -161,10 +172,18 @@ class FromSite(Part):
 
     def dots(self) -> Tensor:
         whole = (self.where.start, self.where.stop) == (0, self.site.samples)
-        return self.site.dots() if whole and self._formed is None and "dots" in self.lean else super().dots()
+        return (
+            self.site.dots()
+            if whole and self._formed is None and "dots" in self.lean
+            else super().dots()
+        )
 
-    def kept(self) -> Tensor | Meeting:
+    def kept(self) -> Tensor | Contraction:
         whole = (self.where.start, self.where.stop) == (0, self.site.samples)
         if whole and self.site.compact:
             return self.site
-        return self.coordinates() if "coordinates" in self.lean and self._formed is None else super().kept()
+        return (
+            self.coordinates()
+            if "coordinates" in self.lean and self._formed is None
+            else super().kept()
+        )
