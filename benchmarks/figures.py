@@ -1,4 +1,5 @@
-"""Write the pictures of docs/guides/draw_figures.md, by running the code of that page in docs/figures.
+"""Write the pictures of docs/guides/draw_figures.md, by running the code of that page in
+docs/figures.
 
     python benchmarks/figures.py
 

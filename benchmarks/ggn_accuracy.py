@@ -42,7 +42,9 @@ DRAWS = (8, 32, 128)
 
 @dataclass
 class Point:
-    """One way of having the diagonal: passes of each kind, the true error, and the stated one where there is one."""
+    """One way of having the diagonal: passes of each kind, the true error, and the stated one where
+    there is one.
+    """
 
     net: str
     way: str
@@ -210,7 +212,9 @@ small net the true error was below twice the stated one in {honest} of 100 runs 
 
 
 def ratios(points: list[Point], names: list[str]) -> str:
-    """The error of random signs at the cost of each compressed diagonal, by their 1/√draws, over its error."""
+    """The error of random signs at the cost of each compressed diagonal, by their 1/√draws, over
+    its error.
+    """
     out = []
     for name in names:
         most = [p for p in points if p.net == name and p.way == "random signs"][-1]

@@ -98,7 +98,9 @@ AIMS = {
 
 
 def root(predictions: Tensor) -> Tensor:
-    """``S_n = (diag √p − p √pᵀ) / √N``, ``[n, c, k]``, of a mean cross-entropy of predictions ``[N, C]``."""
+    """``S_n = (diag √p − p √pᵀ) / √N``, ``[n, c, k]``, of a mean cross-entropy of predictions ``[N,
+    C]``.
+    """
     p = predictions.softmax(-1)
     return (torch.diag_embed(p.sqrt()) - p[..., None] * p.sqrt()[..., None, :]) / len(p) ** 0.5
 
@@ -148,7 +150,9 @@ def gram_of(columns: Iterable[Sequence[Tensor]], count: int, model: nn.Module) -
 
 
 def double_backward(model: nn.Module, X: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return ``v ↦ Jᵀ H J v`` by double backward: a vjp is linear in its cotangent, and its vjp is a jvp."""
+    """Return ``v ↦ Jᵀ H J v`` by double backward: a vjp is linear in its cotangent, and its vjp is
+    a jvp.
+    """
     parameters = list(model.parameters())
     predictions = model(X)
     cotangent = torch.zeros_like(predictions, requires_grad=True)
@@ -431,7 +435,9 @@ PACKAGES = {
 
 
 def offers(contestant: str, workload: Workload, samples: int) -> Offer:
-    """Return the question for each quantity. If the setup of the tool fails, each raises that error."""
+    """Return the question for each quantity. If the setup of the tool fails, each raises that
+    error.
+    """
     try:
         found = CONTESTANTS[contestant](*workload.build(samples))
     except Exception as error:
@@ -441,7 +447,9 @@ def offers(contestant: str, workload: Workload, samples: int) -> Offer:
 
 
 def entry_of(ask: Ask | None, truth: Any, unit: float) -> Entry:
-    """Check the first call against the reference. Fractions of a task are checked on a small batch."""
+    """Check the first call against the reference. Fractions of a task are
+    checked on a small batch.
+    """
     return Entry("estimated") if isinstance(ask, Part) else interleaved.judged(ask, truth, unit)
 
 

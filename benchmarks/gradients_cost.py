@@ -1,4 +1,5 @@
-"""The cost of per-sample and per-component gradients, here and with other tools, in plain backward passes.
+"""The cost of per-sample and per-component gradients, here and with other tools, in plain backward
+passes.
 
     python benchmarks/gradients_cost.py                                       measures everything and prints the table
     python benchmarks/gradients_cost.py --workloads W1,W6 --quantities rows,norms --rounds 3
@@ -74,12 +75,16 @@ def squared_norms(rows: Rows) -> Tensor:
 
 
 def squares(rows: Rows) -> Rows:
-    """Return the sum over samples of the squared entries. Overwrites the rows, to need no fresh memory."""
+    """Return the sum over samples of the squared entries. Overwrites the rows, to need no fresh
+    memory.
+    """
     return {name: r.square_().sum(0) for name, r in rows.items()}
 
 
 def variances(rows: Rows) -> Rows:
-    """Return the biased variance: mean of the squares less square of the mean. Overwrites the rows."""
+    """Return the biased variance: mean of the squares less square of the
+    mean. Overwrites the rows.
+    """
     means = {name: r.mean(0) for name, r in rows.items()}
     return {name: s / len(rows[name]) - means[name].square() for name, s in squares(rows).items()}
 
@@ -140,7 +145,8 @@ COPIED = {
 
 
 def copied_rows(model: nn.Module, X: Tensor, y: Tensor, cotangent: Tensor | None = None) -> Rows:
-    """Copy rows by definition: every sample gets parameters of its own, and one backward pass serves them all.
+    """Copy rows by definition: every sample gets parameters of its own, and one backward pass
+    serves them all.
 
     With a ``cotangent`` of the predictions instead of the slope of the loss, if there is one.
     """
@@ -241,7 +247,9 @@ def expanded_weights(model: nn.Module, X: Tensor, y: Tensor) -> Offer:
 
 
 def loop(model: nn.Module, X: Tensor, y: Tensor) -> Offer:
-    """N calls of autograd.grad on one graph; norms and moments row by row, in the memory of one row."""
+    """N calls of autograd.grad on one graph; norms and moments row by row, in the memory of one
+    row.
+    """
     parameters = dict(model.named_parameters())
     buffers = {name: p.new_empty(len(X), *p.shape) for name, p in parameters.items()}
 
@@ -333,7 +341,9 @@ PACKAGES = {"BackPACK": "backpack-for-pytorch", "Opacus": "opacus"}
 
 
 def offers(contestant: str, workload: Workload, samples: int | None = None) -> Offer:
-    """Return the question for each quantity. If the setup of the tool fails, each raises that error."""
+    """Return the question for each quantity. If the setup of the tool fails, each raises that
+    error.
+    """
     if contestant in WHERE_MIXED and not workload.mixes:
         return {}
     try:
@@ -420,7 +430,9 @@ def in_a_child(*what: object) -> int | str:
 
 
 def measure_memory(names: Iterable[str]) -> list[dict[str, Any]]:
-    """Return bytes above a plain step: norms and sums of squares at two batch sizes, rows at three."""
+    """Return bytes above a plain step: norms and sums of squares at two
+    batch sizes, rows at three.
+    """
     jobs: list[tuple[str, str, str, int, int | None]] = [
         (name, contestant, quantity, times * WORKLOADS[name].samples, None)
         for name in names

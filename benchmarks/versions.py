@@ -3,9 +3,10 @@
     python benchmarks/versions.py --base ../other-checkout
     python benchmarks/versions.py --base ../other-checkout --workloads W1,W6 --rounds 9
 
-One process for each checkout, on one thread. In every round both answer the same question one after the other, in
-alternating order, and the figure is the median over the rounds of the ratio of their CPU times. "first" makes a new
-problem on a new copy of the model, records, judges and answers; all others are asked again of the same problem.
+One process for each checkout, on one thread. In every round both answer the same question one after
+the other, in alternating order, and the figure is the median over the rounds of the ratio of their
+CPU times. "first" makes a new problem on a new copy of the model, records, judges and answers; all
+others are asked again of the same problem.
 """
 
 from __future__ import annotations

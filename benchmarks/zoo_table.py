@@ -1,11 +1,13 @@
-"""The verdicts and some numbers of every zoo entry, in train and in eval mode; writes `docs/benchmarks/zoo.md`.
+"""The verdicts and some numbers of every zoo entry, in train and in eval mode; writes
+`docs/benchmarks/zoo.md`.
 
     python benchmarks/zoo_table.py                  every entry, into docs/benchmarks/zoo.md and results/zoo.json
     python benchmarks/zoo_table.py --resume         ... but for those that are in results/zoo.json
     python benchmarks/zoo_table.py bert cv-resnet   these entries, printed
     python benchmarks/zoo_table.py --quick          every eighth entry, printed
 
-Entries come from `tests/cases/zoo.py`; what is expected of them lives in `tests/analysis/test_zoo.py`.
+Entries come from `tests/cases/zoo.py`; what is expected of them lives in
+`tests/analysis/test_zoo.py`.
 """
 
 from __future__ import annotations
@@ -55,7 +57,9 @@ class Reason:
 
 @dataclass(frozen=True)
 class Row:
-    """One entry in one mode. `failure` is set, and the rest is empty, where a question raised an error."""
+    """One entry in one mode. `failure` is set, and the rest is empty, where a question raised an
+    error.
+    """
 
     entry: str
     mode: str
@@ -94,7 +98,9 @@ class Row:
 
 
 def problem_of(item: ZooEntry, mode: str) -> ub.Problem:
-    """The entry as a user would write it; a model that computes its own loss takes the batch alone."""
+    """The entry as a user would write it; a model that computes its own
+    loss takes the batch alone.
+    """
     model, inputs, targets, loss = item.build()
     model.train(mode == "train")
     return (
@@ -105,7 +111,9 @@ def problem_of(item: ZooEntry, mode: str) -> ub.Problem:
 
 
 def ask(item: ZooEntry, mode: str, verify: bool = True, numbers: bool = False) -> Row:
-    """Structure and verification of one entry, and its ``numbers``. The milliseconds (CPU) are the structure's."""
+    """Structure and verification of one entry, and its ``numbers``. The milliseconds (CPU) are the
+    structure's.
+    """
     torch.manual_seed(0)
     problem = problem_of(item, mode)
     start = time.process_time()
@@ -324,7 +332,9 @@ def _contradictions(table: Sequence[Row]) -> Iterator[str]:
 
 
 def _unknowns(table: Sequence[Row]) -> Iterator[str]:
-    """One paragraph per reason: what was not established, in which entries, and where in their code."""
+    """One paragraph per reason: what was not established, in which entries, and where in their
+    code.
+    """
     entries: dict[str, dict[str, None]] = {}
     places: dict[str, Counter[str]] = {}
     for row in table:

@@ -1,13 +1,15 @@
 """Which tests are the quick tier, and the order in which tests run.
 
-`pytest --tier quick` runs every test function, and every value that a test function is called with, at least once;
-`--tier rest` runs what that leaves out; without the option everything runs. What is quick follows from the parameters:
+`pytest --tier quick` runs every test function, and every value that a test function is called with,
+at least once; `--tier rest` runs what that leaves out; without the option everything runs. What is
+quick follows from the parameters:
 
-- A test with one parameter, or several, is run so often as its longest parameter has values, each once. The values of
+- A test with parameters runs as often as its longest parameter has values, each once. The values of
   the other parameters take turns, so that all of them, and pairs of them, come up.
-- Test functions of one module that run over the same table share it: each takes every k-th case, and together they take
-  all of it once.
-- `ONCE` names what is slow and of one kind, of which one item is enough; `FULL` what is only in the full tier.
+- Test functions of one module that run over the same table share it: each takes every k-th case,
+  and together they take all of it once.
+- `ONCE` names what is slow and of one kind, of which one item is enough; `FULL` what is only in the
+  full tier.
 
 Tests of one recording run one after the other, so that it is made once.
 """
@@ -26,21 +28,23 @@ SHARED = 100  # values from which on a parameter is a table that test functions 
 ONCE = {
     "test_zoo": "published models, seconds each; small ones of each kind are in the other tables",
     "test_notebooks": "each starts a kernel",
-    "test_plot::test_files_are_the_same_for_the_same_picture": "each draws one picture several times",
-    "test_wrapped::test_what_is_wrapped_is_as_the_plain_model": "each compiles or wraps a model anew",
+    "test_plot::test_files_are_the_same_for_the_same_picture": "each draws a picture several times",
+    "test_wrapped::test_what_is_wrapped_is_as_the_plain_model": "each compiles or wraps a model",
 }
 FULL = {
     "test_imports": "`make check` runs it, before any other test",
     "test_wheel": "builds the wheel and an environment to install it in",
-    "test_properties::test_forward_programs": "200 random programs; those once found wrong are quick",
-    "test_properties::test_loss_programs": "150 random programs; those once found wrong are quick",
-    "test_fuzz::test_random_nets": "random nets against every definition; those once found wrong are quick",
+    "test_properties::test_forward_programs": "200 random programs; those found wrong are quick",
+    "test_properties::test_loss_programs": "150 random programs; those found wrong are quick",
+    "test_fuzz::test_random_nets": "random nets; those found wrong are quick",
 }
 
 
 @dataclass(frozen=True)
 class Call:
-    """A test as the rule sees it: its module, its function, and the values that it is called with."""
+    """A test as the rule sees it: its module, its function, and the values
+    that it is called with.
+    """
 
     module: str
     function: str
@@ -65,7 +69,9 @@ def call_of(item: pytest.Item) -> Call:
 
 
 def identity(value: Any) -> Hashable:
-    """Return what tells one value of a parameter from another: plain values by what they are, others as objects."""
+    """Return what tells one value of a parameter from another: plain values by what they are,
+    others as objects.
+    """
     if isinstance(value, str | int | float | bool | None):
         return repr(value)
     return id(value)
@@ -119,7 +125,9 @@ def quick(calls: Sequence[Call]) -> list[bool]:
 
 
 def _by_table(functions: Sequence[Function]) -> list[list[Function]]:
-    """Return the functions in groups: those of a module that run over the same table, and each other one alone."""
+    """Return the functions in groups: those of a module that run over the same table, and each
+    other one alone.
+    """
     groups: dict[Hashable, list[Function]] = {}
     for function in functions:
         first = function.calls[0]
@@ -132,9 +140,11 @@ def _by_table(functions: Sequence[Function]) -> list[list[Function]]:
 
 
 def _covering(function: Function, every: int, place: int) -> list[int]:
-    """Return which calls of a function are quick: of its table every `every`-th value, from `place` on, each once.
+    """Return which calls of a function are quick: of its table every `every`-th value, from `place`
+    on, each once.
 
-    The calls of a value take turns, so that the other parameters vary; a value of these that did not come up is added.
+    The calls of a value take turns, so that the other parameters vary; a value of these that did
+    not come up is added.
     """
     calls = function.calls
     if listed(calls[0], FULL):
@@ -173,7 +183,9 @@ def of_tier(items: Sequence[pytest.Item], tier: str) -> tuple[list[pytest.Item],
 
 
 def recording_of(item: pytest.Item) -> tuple[str, str] | None:
-    """Return the case and mode of the problem that a test is lent; None of a test that is lent none."""
+    """Return the case and mode of the problem that a test is lent; None of a test that is lent
+    none.
+    """
     callspec = getattr(item, "callspec", None)
     if callspec is None or "recorded" not in item.fixturenames:
         return None

@@ -1,1 +1,3 @@
-"""What the benchmarks share: the workloads, the timing by turns, and the examination of zoo entries."""
+"""What the benchmarks share: the workloads, the timing by turns, and the examination of zoo
+entries.
+"""

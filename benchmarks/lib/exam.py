@@ -35,7 +35,9 @@ ENTRIES_ASKED = 6  # entries of the diagonal that are held against products with
 
 @dataclass(frozen=True)
 class Answer:
-    """``error``: relative to the largest entry. Unless the question was skipped, it or ``refusal`` is set."""
+    """``error``: relative to the largest entry. Unless the question was skipped, it or ``refusal``
+    is set.
+    """
 
     error: float | None = None
     refusal: str = ""
@@ -66,7 +68,9 @@ QUESTIONS = ("rows", "product", "diagonal")
 
 
 def examine(built: tuple[nn.Module, Any, Any, Any]) -> Exam:
-    """Compare the results for a model, its inputs, targets and loss (None: its own) with autograd."""
+    """Compare the results for a model, its inputs, targets and loss (None:
+    its own) with autograd.
+    """
     model, inputs, targets, loss = _widened(built)
     problem = (
         ub.Problem(model, batch=inputs)

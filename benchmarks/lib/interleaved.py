@@ -53,7 +53,8 @@ def plain(model: nn.Module, X: Tensor, y: Tensor) -> Ask:
 
 
 def asked_anew(model: nn.Module, X: Tensor, y: Tensor) -> Callable[[], ub.Problem]:
-    """Return a function that gives the problem as in training: on another batch, with changed parameters.
+    """Return a function that gives the problem as in training: on another batch, with changed
+    parameters.
 
     The recording survives that.
     """
@@ -125,7 +126,9 @@ def distance(found: Any, truth: Any) -> float:
 
 @dataclass
 class Entry:
-    """The result of one tool for one quantity. `status`: "ok", "wrong", "estimated", or the reason for none."""
+    """The result of one tool for one quantity. `status`: "ok", "wrong", "estimated", or the reason
+    for none.
+    """
 
     status: str
     ratio: float | None = None  # to the plain step, median over rounds
@@ -174,7 +177,8 @@ def turn(ask: Ask) -> float:
 
 
 def control() -> float:
-    """Return the milliseconds of a fixed piece of plain PyTorch: three layers, 256 samples, forward and backward.
+    """Return the milliseconds of a fixed piece of plain PyTorch: three layers, 256 samples, forward
+    and backward.
 
     It asks whether this machine is slow today. Nothing of this library takes part, so a figure that
     changes between two runs while the control does not is a change of the code; where both change,

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 
 class Residual(nn.Module):
-    """A block of ResNet-20. The shortcut has no parameters (option A): every second pixel, padded with zeros."""
+    """A block of ResNet-20. The shortcut has no parameters (option A): every second pixel, padded
+    with zeros.
+    """
 
     def __init__(self, narrow: int, wide: int) -> None:
         super().__init__()
@@ -29,7 +31,9 @@ class Residual(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A post-norm transformer encoder layer written with linear layers only: no fused kernel, no packed projection."""
+    """A post-norm transformer encoder layer written with linear layers only: no fused kernel, no
+    packed projection.
+    """
 
     def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
@@ -97,7 +101,9 @@ def resnet20(frozen: bool) -> nn.Module:
 
 
 def encoder(builtin: bool = False) -> nn.Module:
-    """Two layers of width 128 with 4 heads, a linear head on the mean over positions; no dropout."""
+    """Two layers of width 128 with 4 heads, a linear head on the mean over
+    positions; no dropout.
+    """
     layer = (
         partial(nn.TransformerEncoderLayer, dropout=0.0, batch_first=True) if builtin else Encoder
     )

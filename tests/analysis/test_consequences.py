@@ -285,7 +285,7 @@ def test_the_page_is_the_rendered_table() -> None:
     assert PAGE.read_text(encoding="utf-8") == render_markdown()
 
 
-# ---------------------------------------------------------------- the table against what is computed
+# --------------------------------------------------------------- the table against what is computed
 
 ROWS: Mapping[str, str] = {
     "per-sample gradients": "component",

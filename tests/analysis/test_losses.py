@@ -1,8 +1,9 @@
-"""Every loss of `torch.nn` in every reduction, and losses from the wild: verdicts, and each quantity right or refused.
+"""Every loss of `torch.nn` in every reduction, and losses from the wild: verdicts, and each
+quantity right or refused.
 
-Under each loss lies a tiny net, once as it is and once with batch norm in train mode. Gradients, norms, moments and the
-Gauss-Newton matrix are held against the reference, in float64 and at generic points. Tolerances are relative to the
-largest entry of a quantity.
+Under each loss lies a tiny net, once as it is and once with batch norm in train mode. Gradients,
+norms, moments and the Gauss-Newton matrix are held against the reference, in float64 and at generic
+points. Tolerances are relative to the largest entry of a quantity.
 """
 
 import copy
@@ -57,7 +58,9 @@ pytestmark = [
 
 @dataclass(frozen=True)
 class Form:
-    """One way to call a loss of torch: how it is made, and how predictions and targets are handed to it."""
+    """One way to call a loss of torch: how it is made, and how predictions and targets are handed
+    to it.
+    """
 
     inputs: Callable[[], tuple]
     options: dict[str, Any]
@@ -157,7 +160,9 @@ NOT_SCALAR = "none"
 
 
 def losses_of_torch() -> set[str]:
-    """What the losses' module of torch defines, and what `torch.nn` offers under a name with Loss in it."""
+    """What the losses' module of torch defines, and what `torch.nn` offers under a name with Loss
+    in it.
+    """
     defined = {
         n
         for n, c in vars(nn.modules.loss).items()
@@ -282,7 +287,9 @@ def put(case: LossCase, norm: bool) -> tuple[tuple, ub.Problem]:
 
 
 def near(found: Tensor, expected: Tensor, what: str, scale: float = 0.0) -> None:
-    """Raise where two tensors differ by more than rounding; `scale`: of which zeros are the rounding."""
+    """Raise where two tensors differ by more than rounding; `scale`: of which zeros are the
+    rounding.
+    """
     assert found.shape == expected.shape, (
         f"{what}: {tuple(found.shape)} where {tuple(expected.shape)} is expected"
     )
@@ -337,7 +344,9 @@ def check_gradients(expected: Expected, problem: ub.Problem) -> None:
 
 
 def warned_of(problem: ub.Problem, *quantities) -> tuple[Any, bool]:
-    """The results, and whether they came with the warning that they are no statistics over samples."""
+    """The results, and whether they came with the warning that they are no
+    statistics over samples.
+    """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = problem.compute(*quantities)
@@ -561,7 +570,7 @@ def test_weights_of_another_sample_are_caught(monkeypatch):
         check_weights_of_rows(rows_of_samples_alike(BY_NAME["the first three samples"]))
 
 
-# ---------------------------------------------------------------- losses with parameters of their own
+# -------------------------------------------------------------- losses with parameters of their own
 
 
 class Adaptive(nn.Module):
@@ -606,7 +615,8 @@ def head(reduction="mean", **options):
 
 CHUNKED = {"options": nn.LinearCrossEntropyOptions()}
 LABELS_OF_8 = lambda: (torch.randn(N, 16), torch.tensor([0, 3, 6, 1, 4, 7]))  # noqa: E731
-OWN = {  # what makes the loss, its inputs, and whether reduction and SIMD loss hold; None: nobody can tell
+# what makes the loss, its inputs, and whether reduction and SIMD loss hold; None: nobody can tell
+OWN = {
     "LinearCrossEntropyLoss, mean": (head, classes(N, 8), True),
     "LinearCrossEntropyLoss, sum": (lambda: head("sum"), classes(N, 8), True),
     "LinearCrossEntropyLoss in chunks, mean": (lambda: head(**CHUNKED), classes(N, 8), None),
@@ -733,7 +743,9 @@ def body(norm: bool) -> nn.Sequential:
 
 
 def solution(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`u`, its derivative by time, and the second one by space, which parameters can be differentiated by."""
+    """`u`, its derivative by time, and the second one by space, which parameters can be
+    differentiated by.
+    """
     x = x.detach().requires_grad_()
     u = net(x)
     (first,) = torch.autograd.grad(u.sum(), x, create_graph=True)
@@ -742,7 +754,9 @@ def solution(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Solver(nn.Module):
-    """Predicts a function and its derivatives; with `own`, the residual of a differential equation."""
+    """Predicts a function and its derivatives; with `own`, the residual of
+    a differential equation.
+    """
 
     def __init__(self, norm: bool, own: bool = False):
         super().__init__()
@@ -827,7 +841,9 @@ def test_replayed_derivatives_would_be_wrong(monkeypatch):
 
 @BOTH
 def test_residuals_as_the_loss_of_the_model_itself(norm):
-    """Their derivatives cannot be replayed: the model runs, and is cut where the function and its derivatives are."""
+    """Their derivatives cannot be replayed: the model runs, and is cut where the function and its
+    derivatives are.
+    """
     model, X = Solver(norm, own=True), torch.randn(N, 2)
     problem = ub.Problem(model, batch=X)
     outside = copy.deepcopy(model)
@@ -841,7 +857,9 @@ def test_residuals_as_the_loss_of_the_model_itself(norm):
 
 @BOTH
 def test_noise_inside_the_loss_is_drawn_once(norm):
-    """A bound with a code drawn from its distribution: the noise of the recording is that of every quantity."""
+    """A bound with a code drawn from its distribution: the noise of the recording is that of every
+    quantity.
+    """
     decoder = torch.randn(3, D)
 
     def bound(p, y):
@@ -885,7 +903,9 @@ def check_agreement(rough: ub.GGN, exact: ub.GGN) -> None:
 
 
 def test_numbers_in_a_loss_do_not_make_its_second_derivative_rough():
-    """A small penalty is not lost beside the softmax because class weights came in single precision."""
+    """A small penalty is not lost beside the softmax because class weights came in single
+    precision.
+    """
     check_agreement(*in_both_precisions())
 
 

@@ -1,7 +1,8 @@
 """Random programs: what the analyser says about them against plain numerical definitions.
 
-The oracle below knows only how to run a program on another batch. A "holds" that it can refute is a failure,
-and so is a "fails" that it cannot confirm. "unknown" is honest; its share is counted and kept small.
+The oracle below knows only how to run a program on another batch. A "holds" that it can refute is a
+failure, and so is a "fails" that it cannot confirm. "unknown" is honest; its share is counted and
+kept small.
 """
 
 import sys

@@ -1,7 +1,8 @@
-"""Programs that were once judged wrongly: no verdict may contradict the truth again ("unknown" is allowed).
+"""Programs that were once judged wrongly: no verdict may contradict the truth again ("unknown" is
+allowed).
 
-Truths are three letters for the forward pass (independent, SIMD, SIMD given statistics), two for the loss (reduction,
-SIMD loss): h holds, f fails, a dot where nothing is demanded.
+Truths are three letters for the forward pass (independent, SIMD, SIMD given statistics), two for
+the loss (reduction, SIMD loss): h holds, f fails, a dot where nothing is demanded.
 """
 
 import warnings
@@ -355,7 +356,9 @@ class Picked(nn.Linear):
     "labels", [[0, 1, 2, 0, 1, 2], [0, -100, 2, -100, 1, 1], [-100, 1, 2, 0, 2, -100]]
 )
 def test_labels_that_are_picked_by_number_are_constants_of_the_loss(labels):
-    """What Python reads of labels alone, after the predictions were made, steers neither them nor what a term is."""
+    """What Python reads of labels alone, after the predictions were made, steers neither them nor
+    what a term is.
+    """
     torch.manual_seed(0)
     model, X, y = Picked(4, 3).double(), torch.randn(6, 4).double(), torch.tensor(labels)
     problem = ub.Problem(model, batch={"x": X, "labels": y})
@@ -378,7 +381,9 @@ class _Plain(nn.Module):
 
 
 class RankedPairs(nn.Linear):
-    """Each prediction is multiplied with that of the sample that comes next by its label: no sum of losses."""
+    """Each prediction is multiplied with that of the sample that comes next by its label: no sum of
+    losses.
+    """
 
     def forward(self, x, labels):
         out = super().forward(x)
@@ -394,7 +399,9 @@ def test_numbers_that_pick_other_samples_predictions_do_not_make_a_sum():
 
 
 class Iterated(nn.Module):
-    """An inverse by Newton's iteration that starts from a statistic of the batch, which is forgotten but for 1e-10."""
+    """An inverse by Newton's iteration that starts from a statistic of the batch, which is
+    forgotten but for 1e-10.
+    """
 
     def __init__(self) -> None:
         super().__init__()

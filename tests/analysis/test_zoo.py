@@ -1,7 +1,9 @@
-"""Published architectures against the analyser: the truth about some of them, and tests of the table's maker.
+"""Published architectures against the analyser: the truth about some of them, and tests of the
+table's maker.
 
-The truth is what the architecture does, not what the analyser says: an "unknown" where something is true is
-allowed only if `KNOWN_UNKNOWN` says why. The packages the models come from are needed, not optional.
+The truth is what the architecture does, not what the analyser says: an "unknown" where something is
+true is allowed only if `KNOWN_UNKNOWN` says why. The packages the models come from are needed, not
+optional.
 """
 
 import sys
@@ -111,7 +113,7 @@ def test_a_wrong_verdict_is_caught(structure):
             )
 
 
-# --- the table's maker ------------------------------------------------------------------------------------
+# --- the table's maker ----------------------------------------------------------------------------
 
 
 class Peeks(nn.Module):
@@ -156,10 +158,11 @@ def test_the_command_prints_the_rows_it_is_asked_for(capsys, monkeypatch):
     assert "| vit | train |" in capsys.readouterr().out
 
 
-# --- gradients --------------------------------------------------------------------------------------------
+# --- gradients ------------------------------------------------------------------------------------
 
-# What is not ordinary about them: shared entries in decoder inputs, batch norms with activations in place, experts
-# that sort tokens, attention in pieces, several losses. Entry: backward passes in train and in eval mode.
+# What is not ordinary about them: shared entries in decoder inputs, batch norms with activations in
+# place, experts that sort tokens, attention in pieces, several losses. Entry: backward passes in
+# train and in eval mode.
 ROWS = {
     "bert": (1, 1),
     "gpt2": (1, 1),
@@ -192,10 +195,10 @@ def test_rows_sum_to_the_gradient_and_cost_what_they_should(name, mode):
     assert problem.plan().pullbacks == ROWS[name][zoo_table.MODES.index(mode)]
 
 
-# --- numbers ------------------------------------------------------------------------------------------------
+# --- numbers --------------------------------------------------------------------------------------
 
-# What is not ordinary about them: samples compared with each other, labels shifted and logits bent, experts in groups,
-# a loss without second derivative, batch norms.
+# What is not ordinary about them: samples compared with each other, labels shifted and logits bent,
+# experts in groups, a loss without second derivative, batch norms.
 EXAMINED = ["bert", "clip", "gemma2", "mixtral", "wav2vec2-ctc", "cv-resnet"]
 
 

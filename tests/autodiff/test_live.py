@@ -1,4 +1,6 @@
-"""Models that compute their own loss, with derivatives that their recorded computation does not have."""
+"""Models that compute their own loss, with derivatives that their recorded computation does not
+have.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,6 @@
-"""Windows on a memory: held against PyTorch, which writes through one view and reads through another."""
+"""Windows on a memory: held against PyTorch, which writes through one view and reads through
+another.
+"""
 
 import itertools
 
@@ -62,7 +64,9 @@ def test_a_part_of_a_whole(name):
 
 
 class Written(nn.Module):
-    """Writes to a slice of a hidden value, and reads that value (``later``), or only the slice, afterwards."""
+    """Writes to a slice of a hidden value, and reads that value (``later``), or only the slice,
+    afterwards.
+    """
 
     def __init__(self, later: bool):
         super().__init__()

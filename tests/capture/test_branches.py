@@ -1,4 +1,6 @@
-"""Programs that ask a boolean which way to go: proved where the answer does not matter, and only there."""
+"""Programs that ask a boolean which way to go: proved where the answer does not matter, and only
+there.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ N, T, H, E = 4, 5, 2, 4
 
 
 class Attention(nn.Module):
-    """One layer of attention over ``[N, T, 8]`` under a mask ``[N, T]``, one where a word stands."""
+    """One layer of attention over ``[N, T, 8]`` under a mask ``[N, T]``,
+    one where a word stands.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +74,9 @@ class Causal(Attention):
 
 
 class Shared(Attention):
-    """Keys and values of one head: repeated by hand where there is a mask, by the kernel where there is none."""
+    """Keys and values of one head: repeated by hand where there is a mask, by the kernel where
+    there is none.
+    """
 
     def attend(self, x, mask):
         q, k, v = self.heads(x)
@@ -272,9 +278,22 @@ class OtherAmount(Attention):
 
 HARMLESS = [Skipped, Counted, Causal, Shared, Finite, Written, Dropped, Checked]
 HARMFUL = [
-    Scaled, Louder, Unlike, AnyWord, Halved, TwiceNoise, Asserted, Overwritten, Counted8, CopiedToItself, Elsewhere,
-    Typed, Numpy, OneRow, OtherAmount,
-]  # fmt: skip
+    Scaled,
+    Louder,
+    Unlike,
+    AnyWord,
+    Halved,
+    TwiceNoise,
+    Asserted,
+    Overwritten,
+    Counted8,
+    CopiedToItself,
+    Elsewhere,
+    Typed,
+    Numpy,
+    OneRow,
+    OtherAmount,
+]
 
 
 def batch(padded: bool) -> tuple[Tensor, Tensor]:
@@ -337,7 +356,9 @@ def test_an_op_that_answers_with_a_boolean(mode, left):
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_a_shortcut_with_other_values_leaves_it_open():
-    """Frozen and in eval mode the encoder packs its words, and what stands at padding becomes zero."""
+    """Frozen and in eval mode the encoder packs its words, and what stands
+    at padding becomes zero.
+    """
     padding = torch.arange(T) >= torch.tensor([5, 3, 5, 2])[:, None]
     problem = ub.Problem(
         Encoder(True).eval(),
@@ -446,11 +467,19 @@ def values_of(function, *inputs: Tensor) -> list[terms.Expr]:
 SAME = {
     "a zero added": lambda x: (x, x + torch.zeros(3), 0 + x, x.clone() - 0),
     "factors of one": lambda x: (x, x * torch.ones(()), x / 1),
-    "chosen": lambda x: (x, torch.where(torch.tensor(True), x, x * 2), x.masked_fill(torch.arange(3) > 5, 1.0)),
+    "chosen": lambda x: (
+        x,
+        torch.where(torch.tensor(True), x, x * 2),
+        x.masked_fill(torch.arange(3) > 5, 1.0),
+    ),
     "shaped and back": lambda x: (x, x.view(3, 2).view(2, 3), x[None].squeeze(0), x[:, :3]),
     "in place": lambda x: (x * 2 + 1, (x.clone().mul_(2)).add_(1)),
-    "worked out": lambda x: (x + torch.tensor([[4.0]]), x + torch.full((2, 3), 4.0), x + torch.ones(1).add_(3)),
-}  # fmt: skip
+    "worked out": lambda x: (
+        x + torch.tensor([[4.0]]),
+        x + torch.full((2, 3), 4.0),
+        x + torch.ones(1).add_(3),
+    ),
+}
 
 OTHER = {
     "alpha": lambda x: (x, torch.add(torch.zeros(2, 3), x, alpha=2)),

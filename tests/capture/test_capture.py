@@ -1,4 +1,5 @@
-"""The recorder sees what it must: a replay against the model itself, where steps came from, what escapes.
+"""The recorder sees what it must: a replay against the model itself, where steps came from, what
+escapes.
 
 That it leaves no trace is shown in `test_purity.py` beside it.
 """
@@ -556,9 +557,17 @@ def same_both_ways(net, x):
 
 
 ESCAPES = [
-    scaled_by_bool, branch, by_float, by_int, by_numpy, by_array, by_shape, by_length, by_item_in_maths,
+    scaled_by_bool,
+    branch,
+    by_float,
+    by_int,
+    by_numpy,
+    by_array,
+    by_shape,
+    by_length,
+    by_item_in_maths,
     by_item_in_a_branch,
-]  # fmt: skip
+]
 FOLLOWED = [by_item, by_item_arithmetic, by_tolist, by_tensor_of_list]
 
 

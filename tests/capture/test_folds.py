@@ -1,4 +1,6 @@
-"""Samples along several axes: tokens of sentences and pixels of images, held against the same net on one axis."""
+"""Samples along several axes: tokens of sentences and pixels of images, held against the same net
+on one axis.
+"""
 
 from dataclasses import replace
 
@@ -197,8 +199,13 @@ def test_refused(name):
 
 def test_predictions_without_these_samples_are_refused():
     x, y = torch.randn(B, T, D), torch.randint(C, (B, T))
-    problem = ub.Problem(lambda p, x: (x @ p["w"]).mean(1), lambda p, y: p.sum(), (x, y), sample_dims=(0, 1),
-                         parameters={"w": torch.randn(D, C, requires_grad=True)})  # fmt: skip
+    problem = ub.Problem(
+        lambda p, x: (x @ p["w"]).mean(1),
+        lambda p, y: p.sum(),
+        (x, y),
+        sample_dims=(0, 1),
+        parameters={"w": torch.randn(D, C, requires_grad=True)},
+    )
     with pytest.raises(ub.InputError, match="of which none has the samples"):
         problem.gradients()
 
@@ -254,7 +261,9 @@ class Normed(nn.Module):
 
 
 class Rounded(nn.Module):
-    """A straight-through estimator: its recording has other derivatives, so they are taken of the model itself."""
+    """A straight-through estimator: its recording has other derivatives, so they are taken of the
+    model itself.
+    """
 
     def __init__(self):
         super().__init__()
@@ -280,7 +289,9 @@ def next_tokens(p, y):
 
 
 def next_tokens_padded(p, y):
-    """As the language models of transformers do it: the last token of each sentence has a label that is left out."""
+    """As the language models of transformers do it: the last token of each sentence has a label
+    that is left out.
+    """
     shifted = F.pad(y, (0, 1), value=-100)[:, 1:]
     return F.cross_entropy(p.flatten(0, 1), shifted.flatten())
 
@@ -340,7 +351,8 @@ token = (0, 1), (B, T)
 pixel = (0, 2, 3), (2, 3, 2)
 SUM, NEITHER, OPEN = ("holds", "holds"), ("fails", "fails"), ("unknown", "unknown")
 
-# net, data, loss, axes, sizes; whether samples are independent, and the loss a sum over samples of one loss
+# net, data, loss, axes, sizes; whether samples are independent, and the loss a sum over samples of
+# one loss
 OWN = {
     "tagger": (Sentences, words, tokens_loss, *token, "holds", SUM),
     "tagger with labels left out": (Sentences, labelled, tokens_loss, *token, "holds", SUM),
@@ -386,7 +398,9 @@ OWN = {
 
 
 def own_problem(name):
-    """A model with its own loss, the same given apart, and the arguments of the reference, on one axis of samples."""
+    """A model with its own loss, the same given apart, and the arguments of the reference, on one
+    axis of samples.
+    """
     torch.manual_seed(0)
     make, data, loss, dims, sizes, *_ = OWN[name]
     net, (x, y) = make().double(), data()
@@ -564,11 +578,13 @@ def test_other_sentences_for_a_model_with_its_own_loss():
         near(moved.gradients().flat(), fresh.gradients().flat())
 
 
-# ---------------------------------------------------------------- parts beside the tokens, and what is refused
+# ----------------------------------------------------- parts beside the tokens, and what is refused
 
 
 class Cut(nn.Module):
-    """Its loss is cut at something else than one tensor of all tokens, or reads parameters as well."""
+    """Its loss is cut at something else than one tensor of all tokens, or
+    reads parameters as well.
+    """
 
     def __init__(self, how, attention=False):
         super().__init__()

@@ -1,6 +1,7 @@
 """The table of what is true of ops, against PyTorch itself.
 
-Each check takes rows as data, ``{base name: traits}``, so that a planted wrong row can be fed to it.
+Each check takes rows as data, ``{base name: traits}``, so that a planted wrong row can be fed to
+it.
 """
 
 from __future__ import annotations
@@ -132,7 +133,9 @@ MAY_COPY = {"clone", "_to_copy", "repeat", "_unsafe_view"}
 
 
 def wrong_views(rows):
-    """What only moves entries says in its schema that it shows the memory of its operand, or copies."""
+    """What only moves entries says in its schema that it shows the memory of its operand, or
+    copies.
+    """
     complaints = []
     for name, row in rows.items():
         if row.moves is None or name in MAY_COPY:
@@ -153,7 +156,9 @@ def wrong_overwrites(rows):
 
 
 def wrong_hidden_writes(rows):
-    """Hidden writes are to arguments that there are, and hidden: the schema does not declare them."""
+    """Hidden writes are to arguments that there are, and hidden: the schema
+    does not declare them.
+    """
     complaints = []
     for name, row in rows.items():
         hidden = row.hidden_writes

@@ -1,7 +1,8 @@
-"""A question of one process keeps no other waiting: what needs them is refused before it runs, and training goes on.
+"""A question of one process keeps no other waiting: what needs them is refused before it runs, and
+training goes on.
 
-Two processes talk through gloo. One of them asks, the other does not; should a question wait for it after all, the
-group gives up after ``PATIENCE``, and the test fails.
+Two processes talk through gloo. One of them asks, the other does not; should a question wait for it
+after all, the group gives up after ``PATIENCE``, and the test fails.
 """
 
 import copy
@@ -51,7 +52,9 @@ class Back(torch.autograd.Function):
 
 
 class Centred(nn.Module):
-    """By the mean over the samples of all processes, as in SyncBatchNorm, which needs an accelerator."""
+    """By the mean over the samples of all processes, as in SyncBatchNorm, which needs an
+    accelerator.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return x - Forth.apply(x.mean(0)) / dist.get_world_size() if self.training else x

@@ -1,4 +1,6 @@
-"""Asking changes nothing: whatever a program does and wherever it stops, all it could change is as it was."""
+"""Asking changes nothing: whatever a program does and wherever it stops, all it could change is as
+it was.
+"""
 
 import random
 from collections.abc import Callable

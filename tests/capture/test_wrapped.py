@@ -1,6 +1,8 @@
-"""Models as they come: with a loss of their own, wrapped for training, partly frozen, quantised, tied or hooked.
+"""Models as they come: with a loss of their own, wrapped for training, partly frozen, quantised,
+tied or hooked.
 
-Each is held against the slow definitions on the plain model in float64, and asking must leave it as it was.
+Each is held against the slow definitions on the plain model in float64, and asking must leave it as
+it was.
 """
 
 import warnings
@@ -43,7 +45,8 @@ def labels() -> Tensor:
 
 
 def check(problem: ub.Problem, model: nn.Module, loss: Any, X: Any, y: Any) -> None:
-    """Gradients, norms, products and diagonal are those of ``reference`` on ``model``, and nothing is changed.
+    """Gradients, norms, products and diagonal are those of ``reference`` on ``model``, and nothing
+    is changed.
 
     ``model``: the same without what is wrapped around it. Raises ``AssertionError``.
     """
@@ -195,7 +198,9 @@ def test_a_compiled_loss():
 
 
 def test_reentrant_checkpointing_of_the_first_block_has_no_gradients_there():
-    """As in training, and as PyTorch warns: none of the arguments requires a gradient, so nothing below gets any."""
+    """As in training, and as PyTorch warns: none of the arguments requires a gradient, so nothing
+    below gets any.
+    """
 
     class First(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
@@ -272,7 +277,9 @@ PARALLEL: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.usefixtures("_process")
 @pytest.mark.parametrize("name", PARALLEL)
 def test_distributed_data_parallel(name, monkeypatch):
-    """Answered without the other processes, which need not ask the same; under the names that the wrapper has."""
+    """Answered without the other processes, which need not ask the same; under the names that the
+    wrapper has.
+    """
     model = PARALLEL[name]()
     twin = deepcopy(model.module) if name == "in the middle of training" else plain()
     monkeypatch.setattr(DistributedDataParallel, "forward", never)
@@ -324,7 +331,9 @@ class Tied(nn.Module):
 
 
 class Weights8(nn.Module):
-    """A frozen layer whose weights are kept in eight bits, with a scale for each row, and a trained one beside it."""
+    """A frozen layer whose weights are kept in eight bits, with a scale for each row, and a trained
+    one beside it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -459,7 +468,9 @@ def test_unusual_parts(name, mode):
 
 
 def test_quantisation_that_looks_at_the_batch():
-    """One scale for all samples, found in the forward pass, is a statistic; a scale that is given is none."""
+    """One scale for all samples, found in the forward pass, is a statistic; a scale that is given
+    is none.
+    """
     torch.manual_seed(0)
 
     class Dynamic(nn.Module):
@@ -615,7 +626,9 @@ def checkpointing(how: bool) -> Callable[[], Any]:
 
 
 def adapters() -> Any:
-    """Everything frozen but the last norm and the table of words, which the first and the last layer share."""
+    """Everything frozen but the last norm and the table of words, which the first and the last
+    layer share.
+    """
     model = language_model().requires_grad_(False)
     model.transformer.ln_f.requires_grad_(True)
     model.lm_head.weight.requires_grad_(True)
@@ -685,7 +698,9 @@ def weighing(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def test_weights_depend_on_labels_only_where_they_are_masked_unevenly():
-    """The last word of a sentence predicts nothing, in every sentence: that leaves the weights alone."""
+    """The last word of a sentence predicts nothing, in every sentence: that leaves the weights
+    alone.
+    """
     torch.manual_seed(0)
     words = torch.randint(3, WORDS, (3, T))
     whole = {"input_ids": words, "labels": words.clone()}

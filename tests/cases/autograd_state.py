@@ -9,7 +9,9 @@ from cases.state import state as books
 
 
 def state(problem: ub.Problem) -> dict[str, Any]:
-    """All that `cases.state` looks at, with the versions of tensors, the hooks of modules and autocast."""
+    """All that `cases.state` looks at, with the versions of tensors, the hooks of modules and
+    autocast.
+    """
     out = books(problem) | {
         "autocast": torch.is_autocast_enabled("cpu"),
         "threads": torch.get_num_threads(),

@@ -1,8 +1,10 @@
-"""The ops that PyTorch picks on a GPU, run on a CPU: kernels of the CPU registered under their names.
+"""The ops that PyTorch picks on a GPU, run on a CPU: kernels of the CPU registered under their
+names.
 
-A call goes the whole way that it goes on a GPU: through PyTorch's own autograd formula for the op, and through the
-backward op that this formula names. Where that backward op has no derivative on a GPU it has none here. Batch norms
-are not here. The kernels are there inside ``registered()`` only: some of these ops exist on a CPU as compositions.
+A call goes the whole way that it goes on a GPU: through PyTorch's own autograd formula for the op,
+and through the backward op that this formula names. Where that backward op has no derivative on a
+GPU it has none here. Batch norms are not here. The kernels are there inside ``registered()`` only:
+some of these ops exist on a CPU as compositions.
 """
 
 from __future__ import annotations
@@ -99,9 +101,19 @@ def masked_scale(x: Tensor, mask: Tensor, scale: float) -> Tensor:
 
 
 def recurrence(
-    x: Tensor, weights: Sequence[Tensor], stride: int, hx: Tensor, cx: Tensor | None, mode: int, layers: int,
-    batch_first: bool, dropout: float, train: bool, bidirectional: bool, batch_sizes: Sequence[int],
-) -> tuple[Tensor, ...]:  # fmt: skip
+    x: Tensor,
+    weights: Sequence[Tensor],
+    stride: int,
+    hx: Tensor,
+    cx: Tensor | None,
+    mode: int,
+    layers: int,
+    batch_first: bool,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_sizes: Sequence[int],
+) -> tuple[Tensor, ...]:
     """The CPU's recurrence, with the arguments of cuDNN."""
     state: Any = (hx, cx) if mode == LSTM else hx
     biased = stride >= 4
@@ -125,9 +137,15 @@ def _run(
 
 
 def _back(
-    x: Tensor, weights: Sequence[Tensor], stride: int, hx: Tensor, cx: Tensor | None, cotangents: Any, train: bool,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    stride: int,
+    hx: Tensor,
+    cx: Tensor | None,
+    cotangents: Any,
+    train: bool,
     how: Sequence[Any],
-) -> Any:  # fmt: skip
+) -> Any:
     if not train:
         raise RuntimeError("cudnn RNN backward can only be called in training mode")
 
@@ -141,9 +159,23 @@ def _back(
 
 @kernel("_cudnn_rnn")
 def cudnn_rnn(
-    x, weights, stride, buffer, hx, cx, mode, hidden, proj, layers, batch_first, dropout, train, bidirectional,
-    batch_sizes, dropout_state,
-):  # fmt: skip
+    x,
+    weights,
+    stride,
+    buffer,
+    hx,
+    cx,
+    mode,
+    hidden,
+    proj,
+    layers,
+    batch_first,
+    dropout,
+    train,
+    bidirectional,
+    batch_sizes,
+    dropout_state,
+):
     return _run(
         x,
         weights,
@@ -162,9 +194,29 @@ def cudnn_rnn(
 
 @kernel("_cudnn_rnn_backward")
 def cudnn_rnn_backward(
-    x, weights, stride, buffer, hx, cx, y, gy, ghy, gcy, mode, hidden, proj, layers, batch_first, dropout, train,
-    bidirectional, batch_sizes, dropout_state, reserve, mask,
-):  # fmt: skip
+    x,
+    weights,
+    stride,
+    buffer,
+    hx,
+    cx,
+    y,
+    gy,
+    ghy,
+    gcy,
+    mode,
+    hidden,
+    proj,
+    layers,
+    batch_first,
+    dropout,
+    train,
+    bidirectional,
+    batch_sizes,
+    dropout_state,
+    reserve,
+    mask,
+):
     how = (mode, layers, batch_first, dropout, train, bidirectional, batch_sizes)
     return _back(x, weights, stride, hx, cx, (gy, ghy, gcy), train, how)
 
@@ -204,9 +256,28 @@ def miopen_rnn(
 
 @kernel("miopen_rnn_backward")
 def miopen_rnn_backward(
-    x, weights, stride, buffer, hx, cx, y, gy, ghy, gcy, mode, hidden, layers, batch_first, dropout, train,
-    bidirectional, batch_sizes, dropout_state, reserve, mask,
-):  # fmt: skip
+    x,
+    weights,
+    stride,
+    buffer,
+    hx,
+    cx,
+    y,
+    gy,
+    ghy,
+    gcy,
+    mode,
+    hidden,
+    layers,
+    batch_first,
+    dropout,
+    train,
+    bidirectional,
+    batch_sizes,
+    dropout_state,
+    reserve,
+    mask,
+):
     how = (mode, layers, batch_first, dropout, train, bidirectional, batch_sizes)
     return _back(x, weights, stride, hx, cx, (gy, ghy, gcy), train, how)
 
@@ -359,8 +430,17 @@ def efficient_backward(
 
 @kernel("_scaled_dot_product_cudnn_attention")
 def cudnn(
-    q, k, v, bias, compute_log_sumexp, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None
-):  # fmt: skip
+    q,
+    k,
+    v,
+    bias,
+    compute_log_sumexp,
+    dropout_p=0.0,
+    is_causal=False,
+    return_debug_mask=False,
+    *,
+    scale=None,
+):
     return _attended(q, k, v, bias, is_causal, scale)
 
 
@@ -381,7 +461,7 @@ def overrideable(
 @kernel("_scaled_dot_product_fused_attention_overrideable_backward")
 def overrideable_backward(
     g, q, k, v, bias, mask, out, rest, cq, ck, mq, mk, p, is_causal, seed, offset, *, scale=None
-):  # fmt: skip
+):
     return _attended_back(g, q, k, v, bias, is_causal, scale)
 
 

@@ -1,4 +1,5 @@
-"""What becomes of each op that PyTorch has for GPUs only: the one table behind ``docs/reference/device_ops.md``.
+"""What becomes of each op that PyTorch has for GPUs only: the one table behind
+``docs/reference/device_ops.md``.
 
 `python tests/cases/device_ops_table.py` writes the page.
 A test holds the page to the table, and the table to PyTorch's list
@@ -38,7 +39,9 @@ DECISIONS = {
 
 @dataclass(frozen=True)
 class Row:
-    """An op. ``tests``: prefixes of cases of ``tests/gradients/test_device_ops.py``, or names of tests there."""
+    """An op. ``tests``: prefixes of cases of ``tests/gradients/test_device_ops.py``, or names of
+    tests there.
+    """
 
     op: str
     arises: str

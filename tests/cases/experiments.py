@@ -37,7 +37,9 @@ def batches(x: Tensor) -> Iterator[Tensor]:
 
 
 def replacements(x: Tensor, n: int) -> Iterator[Tensor]:
-    """The batch with other samples than n replaced: all or one, by draws of many sizes and special values."""
+    """The batch with other samples than n replaced: all or one, by draws of many sizes and special
+    values.
+    """
     scales = [1.0, 1.0, 0.3, 10.0, 1e3, -1e3, 1e-3, 0.0]
     for seed, scale in enumerate(scales):
         new = scale * noise(*x.shape, seed=10 + seed) + (0.1 * scale if seed % 2 else 0)
@@ -77,7 +79,8 @@ def largest_move(run: Run, x: Tensor) -> float:
 
 
 def largest_unevenness(run: Run, x: Tensor) -> float:
-    """How far predictions of the permuted batch are from permuted predictions, beyond what rounding explains.
+    """How far predictions of the permuted batch are from permuted predictions, beyond what rounding
+    explains.
 
     The second largest over the batches, so that a tie in one of them proves nothing.
     """
@@ -92,7 +95,9 @@ def largest_unevenness(run: Run, x: Tensor) -> float:
 
 
 def wobble(run: Run, x: Tensor, mine: Tensor) -> float:
-    """How much predictions move when inputs change in their last digits: large where they cancel."""
+    """How much predictions move when inputs change in their last digits:
+    large where they cancel.
+    """
     shaken = (x * (1 + 1e-14 * noise(*x.shape, seed=s)) for s in range(40, 44))
     return max(apart(rows(run, s), mine, mine.abs().max() + 1e-9 * x.abs().max()) for s in shaken)
 
@@ -146,7 +151,8 @@ def values_of(x: Tensor) -> Iterator[Tensor]:
 
 
 def second_difference(run: Run, p: Tensor) -> float:
-    """How far the loss is from a sum over samples: changing two at once, against one after the other.
+    """How far the loss is from a sum over samples: changing two at once, against one after the
+    other.
 
     Relative to the loss, and 0 where rounding explains it.
     """
@@ -202,14 +208,18 @@ def largest_turn(run: Run, p: Tensor) -> float:
 
 
 def other_targets(y: Tensor, n: int) -> Tensor:
-    """Targets that select the same samples by their signs, and are otherwise new but for sample n."""
+    """Targets that select the same samples by their signs, and are
+    otherwise new but for sample n.
+    """
     out = noise(*y.shape, seed=9).abs() * y.sign()
     out[n] = y[n]
     return out
 
 
 def largest_turn_by_targets(loss: Program, p: Tensor, y: Tensor) -> float:
-    """The same when the targets of the others change: a loss of one sample knows its own target only."""
+    """The same when the targets of the others change: a loss of one sample knows its own target
+    only.
+    """
     worst = 0.0
     for base in values_of(p):
         mine = gradient(lambda q: loss(q, y), base)
@@ -230,7 +240,9 @@ def largest_difference_by_index(loss: Program, p: Tensor, y: Tensor) -> float:
 
 
 def largest_change_of_weights(loss: Program, p: Tensor, y: Tensor) -> float:
-    """With equal targets and equal predictions, gradient rows are as the weights, whatever the predictions."""
+    """With equal targets and equal predictions, gradient rows are as the weights, whatever the
+    predictions.
+    """
     shares: list[Tensor] = []
     for base in values_of(p):
         for k in range(N):

@@ -1,9 +1,11 @@
-"""Models and losses whose rows of gradients are compared with their definitions, in float64 and at tiny sizes.
+"""Models and losses whose rows of gradients are compared with their definitions, in float64 and at
+tiny sizes.
 
-`mixes` says whether a prediction listens to other samples in train mode, `mixes_in_eval` whether it still does in
-eval mode. `frozen` and `copies` say whether the reference can run the case so: it runs one sample on its own, which
-a model that cuts the batch into groups does not allow, and holds statistics constant, which attention between
-samples has none of. Inputs and predictions carry samples on axis 0.
+`mixes` says whether a prediction listens to other samples in train mode, `mixes_in_eval` whether it
+still does in eval mode. `frozen` and `copies` say whether the reference can run the case so: it
+runs one sample on its own, which a model that cuts the batch into groups does not allow, and holds
+statistics constant, which attention between samples has none of. Inputs and predictions carry
+samples on axis 0.
 """
 
 import copy
@@ -52,13 +54,15 @@ class Twice(torch.autograd.Function):
         return 2 * g
 
 
-# ---------------------------------------------------------------- losses: `make(model, predictions) -> loss, targets`
+# ---------------------------------------------- losses: `make(model, predictions) -> loss, targets`
 
 LOSSES: dict[str, Callable] = {}
 
 
 def targeted(name, draw, loss=None):
-    """A loss and how its targets are drawn from the predictions, at once or as the decorator of the loss."""
+    """A loss and how its targets are drawn from the predictions, at once or as the decorator of the
+    loss.
+    """
     if loss is None:
         return lambda f: targeted(name, draw, f)
     LOSSES[name] = lambda model, p: (loss, draw(p))
@@ -245,7 +249,9 @@ def layers(name, shape, *makers, loss="ce", **flags):
 
 
 def forward(name, *inputs, loss="ce", flags=MappingProxyType({}), **parts):
-    """A case from a forward function; inputs are shapes or makers, `net.head` maps D to C unless given."""
+    """A case from a forward function; inputs are shapes or makers, `net.head` maps D to C unless
+    given.
+    """
 
     def register(function):
         def make():
@@ -468,7 +474,7 @@ def _(net, i):
     return net.head(net.embed(i).tanh())
 
 
-# ---------------------------------------------------------------- samples apart: parameters used by hand
+# ----------------------------------------------------------- samples apart: parameters used by hand
 
 
 @forward("functional linear", hidden=linear())
@@ -690,7 +696,7 @@ def _(net, i, x):
     return net.head((x + net.table[i]).tanh())
 
 
-# ---------------------------------------------------------------- samples apart: sequences and attention
+# ----------------------------------------------------------- samples apart: sequences and attention
 
 
 def attention_mask(n, t):
@@ -789,7 +795,7 @@ def _(net, x):
     return net.head(h)
 
 
-# ---------------------------------------------------------------- samples apart: shapes and structure
+# -------------------------------------------------------------- samples apart: shapes and structure
 
 
 @forward("residual", one=linear(), two=linear())
@@ -907,7 +913,7 @@ def _():
     return nn.Sequential(hidden, nn.Tanh(), nn.Linear(D, C)), normals(N, D)
 
 
-# ---------------------------------------------------------------- samples that meet: batch norm as a layer
+# --------------------------------------------------------- samples that meet: batch norm as a layer
 
 layers("batch norm first", FLAT, norm(), linear(), nn.Tanh, HEAD, **MIXES)
 layers("batch norm last", FLAT, linear(), nn.Tanh, HEAD, norm(C), **MIXES)
@@ -1071,14 +1077,24 @@ def _(net, x):
     return F.linear(net.norm(net.hidden(x)).tanh(), net.hidden.weight.t())
 
 
-@forward("batch norm under weight norm", hidden=lambda: parametrizations.weight_norm(nn.Linear(D, D)), norm=norm(),
-         flags=MIXES)  # fmt: skip
+@forward(
+    "batch norm under weight norm",
+    hidden=lambda: parametrizations.weight_norm(nn.Linear(D, D)),
+    norm=norm(),
+    flags=MIXES,
+)
 def _(net, x):
     return net.head(net.norm(net.hidden(x)).tanh())
 
 
-@forward("batch norm of a dict of predictions", hidden=linear(), norm=norm(), box=linear(D, 2), loss="of a dict",
-         flags=MIXES)  # fmt: skip
+@forward(
+    "batch norm of a dict of predictions",
+    hidden=linear(),
+    norm=norm(),
+    box=linear(D, 2),
+    loss="of a dict",
+    flags=MIXES,
+)
 def _(net, x):
     h = net.norm(net.hidden(x))
     return {"class": net.head(h.tanh()), "box": net.box(x), "features": h}
@@ -1101,7 +1117,9 @@ def _(net, x):
 
 
 def by_groups(rows_of):
-    """Rows of "ghost batch norm", which no sample can run alone: group by group, each a batch of its own."""
+    """Rows of "ghost batch norm", which no sample can run alone: group by group, each a batch of
+    its own.
+    """
     model, loss, x, y = next(case for case in CASES if case.name == "ghost batch norm").build()
     parts = {name: lambda part=part: part for name, part in model.named_children()}
     group = Net(lambda net, x: net.head(net.norm(net.hidden(x)).tanh()), parts).train(

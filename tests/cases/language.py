@@ -28,7 +28,9 @@ def language_model(**config: Any) -> Any:
 
 
 def text() -> dict[str, Tensor]:
-    """Three sentences; the ends of two are padding, and the first words of each are given, not to be learned."""
+    """Three sentences; the ends of two are padding, and the first words of each are given, not to
+    be learned.
+    """
     words = torch.randint(3, WORDS, (3, T), generator=torch.Generator().manual_seed(0))
     mask = (torch.arange(T) < torch.tensor([[T], [T - 1], [T - 2]])).long()
     return {

@@ -1,8 +1,9 @@
 """Losses whose structure is known: what the analyser has to say about each of them.
 
-The predictions are fresh inputs with samples on axis 0 (a tensor or a tuple of them), the targets are
-constants. `weights_depend_on_targets` says whether a weight listens to the targets of *other* samples; it is
-None where a factor of the sample's own target may be counted as part of the weight or of the loss.
+The predictions are fresh inputs with samples on axis 0 (a tensor or a tuple of them), the targets
+are constants. `weights_depend_on_targets` says whether a weight listens to the targets of *other*
+samples; it is None where a factor of the sample's own target may be counted as part of the weight
+or of the loss.
 """
 
 from collections.abc import Callable
@@ -577,7 +578,7 @@ case(
     "a temperature by index", INDEXED, CLASSES, lambda p, y: F.cross_entropy(p * RISING[:, None], y)
 )
 
-# ---------------------------------------------------------------- other functions of separate losses
+# --------------------------------------------------------------- other functions of separate losses
 
 case("root mean squared error", SEPARATE, VALUES, lambda p, y: F.mse_loss(p, y).sqrt())
 case(
@@ -1132,7 +1133,9 @@ def _(p, y):
 
 
 def lovasz_slopes(hits):
-    """Of the Lovász extension of the Jaccard loss, for labels in the order of falling errors (Berman et al. 2018)."""
+    """Of the Lovász extension of the Jaccard loss, for labels in the order of falling errors
+    (Berman et al. 2018).
+    """
     total = hits.sum(-1, keepdim=True)
     jaccard = 1 - (total - hits.cumsum(-1)) / (total + (1 - hits).cumsum(-1))
     return torch.cat([jaccard[..., :1], jaccard.diff(dim=-1)], -1)

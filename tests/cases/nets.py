@@ -1,8 +1,10 @@
-"""Random nets with a loss and a batch, as source text: what the fuzz tests put before the whole pipeline.
+"""Random nets with a loss and a batch, as source text: what the fuzz tests put before the whole
+pipeline.
 
-`net_source(choose)` is a plain function of a way to choose from a list: the `choice` of a `random.Random(seed)`, or a
-draw of hypothesis. A source prints as what it is, so that one which failed can be pasted into a table and kept.
-Samples lie on axis 0 of `h` between any two blocks; no line spells out how many there are, so a sample can run alone.
+`net_source(choose)` is a plain function of a way to choose from a list: the `choice` of a
+`random.Random(seed)`, or a draw of hypothesis. A source prints as what it is, so that one which
+failed can be pasted into a table and kept. Samples lie on axis 0 of `h` between any two blocks; no
+line spells out how many there are, so a sample can run alone.
 """
 
 import re
@@ -43,8 +45,13 @@ FAILURES = (
     Warning,
 )
 SPACE: dict[str, Any] = {
-    "torch": torch, "nn": nn, "F": F, "normals": normals, "integers": integers, "parametrizations": parametrizations,
-}  # fmt: skip
+    "torch": torch,
+    "nn": nn,
+    "F": F,
+    "normals": normals,
+    "integers": integers,
+    "parametrizations": parametrizations,
+}
 
 
 class Net(nn.Module):
@@ -63,7 +70,9 @@ class Net(nn.Module):
 
 @dataclass(frozen=True)
 class Source:
-    """`setup` makes parts of `net`, inputs `x` and targets `y`; `forward` leads from `x` to `h`; `loss` of `p`, `y`."""
+    """`setup` makes parts of `net`, inputs `x` and targets `y`; `forward` leads from `x` to `h`;
+    `loss` of `p`, `y`.
+    """
 
     setup: str
     forward: str
@@ -71,7 +80,9 @@ class Source:
     train: bool = True
 
     def build(self) -> tuple[Net, Callable[..., Tensor], Any, Any]:
-        """The arguments of the reference, the same at every call; parameters away from zeros and ones."""
+        """The arguments of the reference, the same at every call; parameters away from zeros and
+        ones.
+        """
         net = Net(self.forward)
         made = SPACE | {"net": net, "y": None}
         with torch.random.fork_rng(devices=[]), in_float64():
@@ -239,7 +250,7 @@ class Draft:
         )
 
 
-# ---------------------------------------------------------------- blocks: each a few lines from `h` to `h`
+# --------------------------------------------------------- blocks: each a few lines from `h` to `h`
 
 
 def dense(d: Draft) -> str:
@@ -251,9 +262,13 @@ def dense_by_hand(d: Draft) -> str:
     w, b = d.weight(o, i), d.weight(o)
     low = f"{d.weight(o, 1)} @ {d.weight(1, i)}"
     kinds = [
-        f"F.linear(h, {w}, {b})", f"h @ {w}.t() + {b}", f"h @ {w}.tanh().t()", f"F.linear(h, {w} + {low})",
-        f"torch.einsum('...i,oi->...o', h, {w}) * {b}.exp()", f"F.linear(h, {w} / (1 + {w}.norm()), {b})",
-    ]  # fmt: skip
+        f"F.linear(h, {w}, {b})",
+        f"h @ {w}.t() + {b}",
+        f"h @ {w}.tanh().t()",
+        f"F.linear(h, {w} + {low})",
+        f"torch.einsum('...i,oi->...o', h, {w}) * {b}.exp()",
+        f"F.linear(h, {w} / (1 + {w}.norm()), {b})",
+    ]
     return f"h = {d.choose(kinds)}"
 
 
@@ -315,10 +330,21 @@ def norm_within(d: Draft) -> str:
 
 def activation(d: Draft) -> str:
     kinds = [
-        "h.tanh()", "F.relu(h)", "F.gelu(h)", "h.sigmoid()", "F.softplus(h)", "F.relu(h, inplace=True)",
-        "F.elu(h, inplace=True)", "h.tanh_()", "F.leaky_relu_(h, 0.1)", "h * h.sigmoid()", "h.sin()",
-        f"{d.part('nn.PReLU()')}(h)", "h.clone().mul_(2)", "h.square() / (1 + h.square())",
-    ]  # fmt: skip
+        "h.tanh()",
+        "F.relu(h)",
+        "F.gelu(h)",
+        "h.sigmoid()",
+        "F.softplus(h)",
+        "F.relu(h, inplace=True)",
+        "F.elu(h, inplace=True)",
+        "h.tanh_()",
+        "F.leaky_relu_(h, 0.1)",
+        "h * h.sigmoid()",
+        "h.sin()",
+        f"{d.part('nn.PReLU()')}(h)",
+        "h.clone().mul_(2)",
+        "h.square() / (1 + h.square())",
+    ]
     return f"h = {d.choose(kinds)}"
 
 
@@ -337,9 +363,11 @@ def join(d: Draft) -> str:
 def residual(d: Draft) -> str:
     inner = d.linear(d.width, d.width)
     kinds = [
-        f"h + {inner}(h).tanh()", f"h * {inner}(h).sigmoid()", f"h + {d.weight(d.width)} * {inner}(h.tanh())",
+        f"h + {inner}(h).tanh()",
+        f"h * {inner}(h).sigmoid()",
+        f"h + {d.weight(d.width)} * {inner}(h.tanh())",
         f"h.clone().add_({inner}(h))",
-    ]  # fmt: skip
+    ]
     return f"h = {d.choose(kinds)}"
 
 
@@ -363,19 +391,34 @@ def recurrence(d: Draft) -> str:
 def pooling(d: Draft) -> str:
     axis = d.choose(range(1, d.ndim))
     kinds = [
-        f"h.mean({axis})", f"h.amax({axis})", f"h.sum({axis}, keepdim=True)", f"h.logsumexp({axis})",
-        f"F.avg_pool{d.ndim - 2}d(h, 2)", f"F.max_pool{d.ndim - 2}d(h, 2)", "h.mean(tuple(range(2, h.ndim)))",
-    ]  # fmt: skip
+        f"h.mean({axis})",
+        f"h.amax({axis})",
+        f"h.sum({axis}, keepdim=True)",
+        f"h.logsumexp({axis})",
+        f"F.avg_pool{d.ndim - 2}d(h, 2)",
+        f"F.max_pool{d.ndim - 2}d(h, 2)",
+        "h.mean(tuple(range(2, h.ndim)))",
+    ]
     return f"h = {d.choose(kinds)}"
 
 
 def reshaping(d: Draft) -> str:
     a = d.divisor(d.width)
     kinds = [
-        "h.flatten(1)", "h.transpose(1, -1)", "h.mT", f"h.unflatten(-1, ({a}, -1))", f"h.unflatten(-1, (-1, {a}))",
-        "h.unsqueeze(1)", "h.squeeze(1)", "h.flip(-1)", "h.roll(1, -1)", f"h[..., : {d.width - 1}]",
-        "h.reshape(h.shape[0], -1)", "h.transpose(0, 1).contiguous().transpose(0, 1)", "h[..., ::2]",
-    ]  # fmt: skip
+        "h.flatten(1)",
+        "h.transpose(1, -1)",
+        "h.mT",
+        f"h.unflatten(-1, ({a}, -1))",
+        f"h.unflatten(-1, (-1, {a}))",
+        "h.unsqueeze(1)",
+        "h.squeeze(1)",
+        "h.flip(-1)",
+        "h.roll(1, -1)",
+        f"h[..., : {d.width - 1}]",
+        "h.reshape(h.shape[0], -1)",
+        "h.transpose(0, 1).contiguous().transpose(0, 1)",
+        "h[..., ::2]",
+    ]
     return f"h = {d.choose(kinds)}"
 
 
@@ -400,21 +443,34 @@ def statistic(d: Draft) -> str:
     """Samples meet in numbers that all of them share."""
     w = d.linear(d.width, d.width)
     kinds = [
-        "h - h.mean(0)", "h - h.mean(0, keepdim=True)", "h / (1 + h.abs().amax(0))", "h / (0.1 + h.std(0))",
-        "h / h.norm()", "h * h.square().mean(0).add(0.1).rsqrt()", f"h + {w}(h.mean(0)).tanh()",
-        f"h + {w}(h).mean(0, keepdim=True)", "(h - h.mean(0)) / h.var(0, unbiased=False).add(0.1).sqrt()",
-        "h - h.sum(0) / h.shape[0]", "h * h.tanh().sum().sigmoid()", "h - h.detach().mean(0)",
-        "h * h.softmax(0)", "h @ torch.einsum('n...i,n...j->ij', h, h).tanh()", "h - h.logsumexp(0)",
-        "h - h.mean()", "h / (1 + h.square().sum((0, -1), keepdim=True))",
-    ]  # fmt: skip
+        "h - h.mean(0)",
+        "h - h.mean(0, keepdim=True)",
+        "h / (1 + h.abs().amax(0))",
+        "h / (0.1 + h.std(0))",
+        "h / h.norm()",
+        "h * h.square().mean(0).add(0.1).rsqrt()",
+        f"h + {w}(h.mean(0)).tanh()",
+        f"h + {w}(h).mean(0, keepdim=True)",
+        "(h - h.mean(0)) / h.var(0, unbiased=False).add(0.1).sqrt()",
+        "h - h.sum(0) / h.shape[0]",
+        "h * h.tanh().sum().sigmoid()",
+        "h - h.detach().mean(0)",
+        "h * h.softmax(0)",
+        "h @ torch.einsum('n...i,n...j->ij', h, h).tanh()",
+        "h - h.logsumexp(0)",
+        "h - h.mean()",
+        "h / (1 + h.square().sum((0, -1), keepdim=True))",
+    ]
     return f"h = {d.choose(kinds)}"
 
 
 def statistic_in_place(d: Draft) -> str:
     kinds = [
-        "h -= h.mean(0)", "h.sub_(h.mean(0)).div_(1 + h.square().mean(0))", "h.div_(h.abs().amax(0) + 1)",
+        "h -= h.mean(0)",
+        "h.sub_(h.mean(0)).div_(1 + h.square().mean(0))",
+        "h.div_(h.abs().amax(0) + 1)",
         "h[..., 0] -= h[..., 0].mean()",
-    ]  # fmt: skip
+    ]
     return f"h = h.clone()\n{d.choose(kinds)}"
 
 
@@ -428,21 +484,35 @@ def parameter(d: Draft) -> str:
     w, b = d.weight(d.width), d.weight(1)
     last = d.choose(["", "h = h.clone()\n"])
     kinds = [
-        f"h = h * {w}", f"h = h + {w}", f"h = h * {w} + {w}", f"h = torch.addcmul(h, h, {w}.tanh())",
-        f"h = {b} * h", f"h = F.layer_norm(h, ({d.width},), {w}, {w})", f"h = torch.where(h > {w}, h, {w} * h)",
-        f"h = torch.cat([{w}.expand(h.shape[0], 1, -1), h], 1)", f"h = h ** 2 * {b}.exp() - {w}",
-        f"{last}h *= {w}", f"{last}h[..., 0] += {b}", f"h = h + {w}.expand_as(h).tanh()",
+        f"h = h * {w}",
+        f"h = h + {w}",
+        f"h = h * {w} + {w}",
+        f"h = torch.addcmul(h, h, {w}.tanh())",
+        f"h = {b} * h",
+        f"h = F.layer_norm(h, ({d.width},), {w}, {w})",
+        f"h = torch.where(h > {w}, h, {w} * h)",
+        f"h = torch.cat([{w}.expand(h.shape[0], 1, -1), h], 1)",
+        f"h = h ** 2 * {b}.exp() - {w}",
+        f"{last}h *= {w}",
+        f"{last}h[..., 0] += {b}",
+        f"h = h + {w}.expand_as(h).tanh()",
         f"h = h.addcdiv({w}, 1 + h * h)",
-    ]  # fmt: skip
+    ]
     return d.choose(kinds)
 
 
 def writing(d: Draft) -> str:
     kinds = [
-        "h[:, 0].mul_(2)", "h[..., :1] = h[..., -1:].tanh()", "h.flatten(1)[:, ::2] = 0.5", "h.transpose(0, 1)[0] += 1",
-        "h[:, 1:] += h[:, :-1].clone()", "h.select(-1, 0).copy_(h.sum(-1))", "h[h > 1] = 0.3", "h.mT.tanh_()",
+        "h[:, 0].mul_(2)",
+        "h[..., :1] = h[..., -1:].tanh()",
+        "h.flatten(1)[:, ::2] = 0.5",
+        "h.transpose(0, 1)[0] += 1",
+        "h[:, 1:] += h[:, :-1].clone()",
+        "h.select(-1, 0).copy_(h.sum(-1))",
+        "h[h > 1] = 0.3",
+        "h.mT.tanh_()",
         "h.masked_fill_(h < -1, -1.0)",
-    ]  # fmt: skip
+    ]
     return f"h = h.clone()\n{d.choose(kinds)}"
 
 
@@ -456,14 +526,47 @@ def written_into_a_buffer(d: Draft) -> str:
 
 
 BLOCKS = [
-    dense, dense, dense, dense_by_hand, parametrised, tied, tied, convolution, convolution, convolution, batch_norm,
-    batch_norm, batch_norm, batch_norm_of_tokens, norm_within, norm_within, activation, activation, activation, join,
-    join, residual, attention, recurrence, pooling, reshaping, reshaping, tokens_merged, dropout, statistic, statistic,
-    statistic_in_place, meeting, parameter, parameter, writing, written_into_a_buffer,
-]  # fmt: skip
+    dense,
+    dense,
+    dense,
+    dense_by_hand,
+    parametrised,
+    tied,
+    tied,
+    convolution,
+    convolution,
+    convolution,
+    batch_norm,
+    batch_norm,
+    batch_norm,
+    batch_norm_of_tokens,
+    norm_within,
+    norm_within,
+    activation,
+    activation,
+    activation,
+    join,
+    join,
+    residual,
+    attention,
+    recurrence,
+    pooling,
+    reshaping,
+    reshaping,
+    tokens_merged,
+    dropout,
+    statistic,
+    statistic,
+    statistic_in_place,
+    meeting,
+    parameter,
+    parameter,
+    writing,
+    written_into_a_buffer,
+]
 
 
-# ---------------------------------------------------------------- losses of predictions `[N, ..]`, with their targets
+# ---------------------------------------------- losses of predictions `[N, ..]`, with their targets
 
 REAL, BITS = "torch.randn_like(p)", "torch.randint(2, p.shape).double()"
 LABELS = "torch.randint(p.shape[1], (p.shape[0], *p.shape[2:]))"
@@ -498,15 +601,21 @@ LOSSES = [
     ("(p - y).square().flatten(1).sum(1).logsumexp(0)", REAL),
     ("(1 + (p - y).square().flatten(1).mean(1)).prod()", REAL),
     ("(p - y).square().flatten(1).sum(1).topk(1).values.mean()", REAL),
-    ("F.cross_entropy(F.normalize(p.flatten(1)) @ F.normalize(y.flatten(1)).T, torch.arange(len(p)))", REAL),
+    (
+        "F.cross_entropy(F.normalize(p.flatten(1)) @ F.normalize(y.flatten(1)).T, torch.arange(len(p)))",
+        REAL,
+    ),
     ("F.cross_entropy(p.flatten(1) @ p.flatten(1).T, torch.arange(len(p)))", "None"),
     ("(p - p.mean(0)).square().sum() + p.sum().tanh()", "None"),
     ("1 - 2 * (p.sigmoid() * y).sum() / (p.sigmoid().sum() + y.sum() + 1)", BITS),
     ("F.gaussian_nll_loss(p[:, 0], y[:, 0], p[:, -1].exp())", REAL),
     ("F.poisson_nll_loss(p.clamp(max=3), y)", BITS),
-    ("((1 - p.softmax(1).gather(1, y[:, None])[:, 0]) ** 2 * F.cross_entropy(p, y, reduction='none')).mean()", LABELS),
+    (
+        "((1 - p.softmax(1).gather(1, y[:, None])[:, 0]) ** 2 * F.cross_entropy(p, y, reduction='none')).mean()",
+        LABELS,
+    ),
     ("(p - y).square().mean() * 0 + (p * p * p).sum()", REAL),
-]  # fmt: skip
+]
 
 
 def _inputs(d: Draft) -> None:

@@ -1,7 +1,8 @@
 """Random programs over tensors, as source text: what the property tests put before the analyser.
 
-`forward_program(choose)` and `loss_program(choose)` are plain functions of a way to choose from a list: the
-`choice` of a `random.Random(seed)`, or a draw of hypothesis. A program prints as the lines it runs.
+`forward_program(choose)` and `loss_program(choose)` are plain functions of a way to choose from a
+list: the `choice` of a `random.Random(seed)`, or a draw of hypothesis. A program prints as the
+lines it runs.
 """
 
 import re
@@ -255,14 +256,22 @@ def transposition(d: Draft) -> str:
 def movement(d: Draft) -> str:
     dim = d.dim()
     kinds = [
-        f"h.flip({dim})", f"h.roll({d.choose([1, -1, 2])}, {dim})",
+        f"h.flip({dim})",
+        f"h.roll({d.choose([1, -1, 2])}, {dim})",
         f"h.index_select({dim}, torch.tensor({d.places(dim)}))",
         f"h.narrow({dim}, {d.choose([0, 1])}, {max(1, d.size(dim) - 1)})",
-        f"h.split({d.choose([1, 2, 3])}, {dim})[0]", f"h.chunk(2, {dim})[-1]",
-        f"h.select({dim}, {d.choose([0, -1])})", f"h.repeat_interleave(2, {dim})", f"h.unsqueeze({dim})",
-        f"h.unfold({dim}, 2, 1)", f"F.pad(h.movedim({dim}, -1), (1, 0)).movedim(-1, {dim})",
-        f"h.squeeze({dim})", "h.tril()", "h.diagonal()", f"h.diff(dim={dim})",
-    ]  # fmt: skip
+        f"h.split({d.choose([1, 2, 3])}, {dim})[0]",
+        f"h.chunk(2, {dim})[-1]",
+        f"h.select({dim}, {d.choose([0, -1])})",
+        f"h.repeat_interleave(2, {dim})",
+        f"h.unsqueeze({dim})",
+        f"h.unfold({dim}, 2, 1)",
+        f"F.pad(h.movedim({dim}, -1), (1, 0)).movedim(-1, {dim})",
+        f"h.squeeze({dim})",
+        "h.tril()",
+        "h.diagonal()",
+        f"h.diff(dim={dim})",
+    ]
     return "h = " + d.choose(kinds)
 
 
@@ -312,10 +321,12 @@ def product_of_values(d: Draft) -> str:
     letters = "abcd"[: d.ndim]
     out = [i for i in letters if d.choose([True, True, False])]
     kinds = [
-        "h @ h.mT", f"h @ {d.alike()}",
+        "h @ h.mT",
+        f"h @ {d.alike()}",
         f"torch.einsum('{letters},{letters}->{''.join(out)}', h, {d.alike()})",
-        "F.scaled_dot_product_attention(h, h, h)", f"h.unsqueeze({d.dim()}) - h.unsqueeze({d.dim()})",
-    ]  # fmt: skip
+        "F.scaled_dot_product_attention(h, h, h)",
+        f"h.unsqueeze({d.dim()}) - h.unsqueeze({d.dim()})",
+    ]
     return "h = " + d.choose(kinds)
 
 
@@ -329,9 +340,13 @@ def convolution(d: Draft) -> str:
 def scan(d: Draft) -> str:
     dim = d.dim()
     kinds = [
-        f"h.cumsum({dim})", f"h.tanh().cumprod({dim})", f"h.cummax({dim}).values", f"h.sort({dim}).values",
-        f"h.sort({dim}).indices.to(h)", f"h.topk({min(2, d.size(dim))}, {dim}).values",
-    ]  # fmt: skip
+        f"h.cumsum({dim})",
+        f"h.tanh().cumprod({dim})",
+        f"h.cummax({dim}).values",
+        f"h.sort({dim}).values",
+        f"h.sort({dim}).indices.to(h)",
+        f"h.topk({min(2, d.size(dim))}, {dim}).values",
+    ]
     return "h = " + d.choose(kinds)
 
 
@@ -340,12 +355,17 @@ def writing(d: Draft) -> str:
     dim = d.dim()
     i, j = d.choose([0, 1]), d.choose([0, -1])
     kinds = [
-        f"h.select({dim}, {i}).mul_(2)", f"h.select({dim}, {i}).add_(h.select({dim}, {j}).clone())",
-        f"h.narrow({dim}, 0, 1).zero_()", f"h.transpose(0, {dim})[{i}] += 1",
+        f"h.select({dim}, {i}).mul_(2)",
+        f"h.select({dim}, {i}).add_(h.select({dim}, {j}).clone())",
+        f"h.narrow({dim}, 0, 1).zero_()",
+        f"h.transpose(0, {dim})[{i}] += 1",
         f"h.transpose(0, {dim})[1:] += h.transpose(0, {dim})[:-1].clone()",
-        f"h.view(-1)[::{d.choose([2, 3])}] = 0", f"h.sub_(h.mean({dim}, keepdim=True))",
-        f"h.copy_(h.flip({dim}))", "h[h > 1] = 0", f"h.add_({d.past()})",
-    ]  # fmt: skip
+        f"h.view(-1)[::{d.choose([2, 3])}] = 0",
+        f"h.sub_(h.mean({dim}, keepdim=True))",
+        f"h.copy_(h.flip({dim}))",
+        "h[h > 1] = 0",
+        f"h.add_({d.past()})",
+    ]
     return f"h = h.clone()\n{d.choose(kinds)}"
 
 
@@ -373,11 +393,38 @@ def loop(d: Draft) -> str:
 
 
 LINES = [
-    pointwise, branch, binary, binary, reduction, reduction, reduction_of_one_dim, selection, centring,
-    softmax, normalisation, normalisation_with_weights, reshaping, reshaping, transposition, transposition,
-    movement, movement, joining, enlarging, gathering, scattering, contraction, contraction,
-    product_of_values, convolution, scan, writing, writing, counting, loop,
-]  # fmt: skip
+    pointwise,
+    branch,
+    binary,
+    binary,
+    reduction,
+    reduction,
+    reduction_of_one_dim,
+    selection,
+    centring,
+    softmax,
+    normalisation,
+    normalisation_with_weights,
+    reshaping,
+    reshaping,
+    transposition,
+    transposition,
+    movement,
+    movement,
+    joining,
+    enlarging,
+    gathering,
+    scattering,
+    contraction,
+    contraction,
+    product_of_values,
+    convolution,
+    scan,
+    writing,
+    writing,
+    counting,
+    loop,
+]
 
 
 def forward_program(choose: Choose, longest: int = 7) -> tuple[Program, Tensor]:
@@ -408,32 +455,60 @@ def _ending(d: Draft) -> str:
 def row_loss(d: Draft) -> str:
     """A number for each sample from its own row."""
     kinds = [
-        "((p - y) ** 2).sum(1)", "(p * y).sum(1)", "(p - y).abs().mean(1)",
-        "F.cross_entropy(p, y.argmax(1), reduction='none')", "p.logsumexp(1)", "(p.tanh() * y).amax(1)",
-        "p[:, 0] * y[:, 1]", "p.square().mean(1)", "torch.stack([(r * r).sum() for r in p])",
-        "F.cosine_similarity(p, y)", "p.gather(1, y.argmax(1, keepdim=True))[:, 0]",
-    ]  # fmt: skip
+        "((p - y) ** 2).sum(1)",
+        "(p * y).sum(1)",
+        "(p - y).abs().mean(1)",
+        "F.cross_entropy(p, y.argmax(1), reduction='none')",
+        "p.logsumexp(1)",
+        "(p.tanh() * y).amax(1)",
+        "p[:, 0] * y[:, 1]",
+        "p.square().mean(1)",
+        "torch.stack([(r * r).sum() for r in p])",
+        "F.cosine_similarity(p, y)",
+        "p.gather(1, y.argmax(1, keepdim=True))[:, 0]",
+    ]
     return "h = " + d.choose(kinds)
 
 
 def tangle(d: Draft) -> str:
     """Numbers in which samples meet."""
     kinds = [
-        "(p * p.roll(1, 0)).sum(1)", "(p - p.mean(0)).square().sum(1)", "p.softmax(0).sum(1)",
-        "p.cumsum(0).square().sum(1)", "(p @ p.t()).logsumexp(1)", "p.std(0)", "p.mean(0).square()",
-        "p.sum(0).tanh()", "(p / p.norm()).sum(1)", "(p @ y.t()).logsumexp(1)", "p.amax(0)",
-        "p.sort(0).values[0]", "p.flip(0).square().sum(1)",
-    ]  # fmt: skip
+        "(p * p.roll(1, 0)).sum(1)",
+        "(p - p.mean(0)).square().sum(1)",
+        "p.softmax(0).sum(1)",
+        "p.cumsum(0).square().sum(1)",
+        "(p @ p.t()).logsumexp(1)",
+        "p.std(0)",
+        "p.mean(0).square()",
+        "p.sum(0).tanh()",
+        "(p / p.norm()).sum(1)",
+        "(p @ y.t()).logsumexp(1)",
+        "p.amax(0)",
+        "p.sort(0).values[0]",
+        "p.flip(0).square().sum(1)",
+    ]
     return "h = " + d.choose(kinds)
 
 
 def weighting(d: Draft) -> str:
     kinds = [
-        "h * torch.arange(1.0, 5.0)", "h * y[:, 0]", "h * y.sum(1).softmax(0)", "h * (h > 0.5)",
-        "h * p.sum(1)", "h * p.detach().sum(1).softmax(0)", "h / y.square().sum()", "h * (h > h.mean())",
-        "h * torch.tensor([1.0, 0.0, 1.0, 1.0])", "h[y[:, 0] > 0]", "h[:2]", "h.flip(0)", "h - h.mean()",
-        "h * h.detach()", "h / (1 + h.abs().sum())", "torch.arange(1.0, 5.0) + h",
-    ]  # fmt: skip
+        "h * torch.arange(1.0, 5.0)",
+        "h * y[:, 0]",
+        "h * y.sum(1).softmax(0)",
+        "h * (h > 0.5)",
+        "h * p.sum(1)",
+        "h * p.detach().sum(1).softmax(0)",
+        "h / y.square().sum()",
+        "h * (h > h.mean())",
+        "h * torch.tensor([1.0, 0.0, 1.0, 1.0])",
+        "h[y[:, 0] > 0]",
+        "h[:2]",
+        "h.flip(0)",
+        "h - h.mean()",
+        "h * h.detach()",
+        "h / (1 + h.abs().sum())",
+        "torch.arange(1.0, 5.0) + h",
+    ]
     return "h = " + d.choose(kinds)
 
 

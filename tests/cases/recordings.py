@@ -1,8 +1,10 @@
-"""A problem of a case in a mode: made afresh, or recorded once and lent to every test that only asks.
+"""A problem of a case in a mode: made afresh, or recorded once and lent to every test that only
+asks.
 
-Recording a model and judging its structure takes longer than most questions about it. `Recordings` does both once
-for each case and mode. A test that was lent a problem may ask anything and change nothing; what it was lent is looked
-at afterwards. A test that changes a model, or plants a bug, makes its own with `made`.
+Recording a model and judging its structure takes longer than most questions about it. `Recordings`
+does both once for each case and mode. A test that was lent a problem may ask anything and change
+nothing; what it was lent is looked at afterwards. A test that changes a model, or plants a bug,
+makes its own with `made`.
 """
 
 from collections.abc import Sequence
@@ -20,7 +22,9 @@ Arguments = tuple[Any, ...]  # of the reference: model, loss, inputs, targets
 
 
 def made(case: GradientCase, mode: str) -> tuple[Arguments, ub.Problem]:
-    """The arguments of the reference, and the problem; recorded at the random state at which the reference runs."""
+    """The arguments of the reference, and the problem; recorded at the random state at which the
+    reference runs.
+    """
     torch.manual_seed(0)
     model, loss, inputs, targets = case.build()
     model.train(mode == "train")
@@ -63,7 +67,9 @@ def alike(a: Any, b: Any) -> bool:
 
 
 def check_asks_only(fixtures: Sequence[str]) -> None:
-    """Raise for a test that patches the package: what is recorded under a planted bug must not be lent to others."""
+    """Raise for a test that patches the package: what is recorded under a planted bug must not be
+    lent to others.
+    """
     assert "monkeypatch" not in fixtures, (
         "a test with monkeypatch takes `made(case, mode)`, not `recorded`"
     )
@@ -79,7 +85,9 @@ class Lent:
 
 
 class Recordings:
-    """Problems by case and mode. Only the last few are kept: tests of one case run one after the other."""
+    """Problems by case and mode. Only the last few are kept: tests of one case run one after the
+    other.
+    """
 
     KEPT = 64
 
@@ -88,7 +96,9 @@ class Recordings:
         self.count = 0  # of recordings made
 
     def lend(self, case: GradientCase, mode: str) -> tuple[Arguments, ub.Problem]:
-        """As `made`, at the same random state, from what was recorded before where there is such."""
+        """As `made`, at the same random state, from what was recorded before
+        where there is such.
+        """
         key = (case.name, mode)
         if key not in self.lent:
             self.lent[key] = self._record(case, mode)
@@ -107,7 +117,7 @@ class Recordings:
         if changed:
             del self.lent[key]
         assert not changed, (
-            f"a shared problem was changed: {changed}; a test that changes it takes `made(case, mode)`"
+            f"a shared problem was changed: {changed}; to change it take `made(case, mode)`"
         )
 
     def _record(self, case: GradientCase, mode: str) -> Lent:

@@ -1,4 +1,6 @@
-"""All that a question must not change, as plain data; and programs that change it while they run."""
+"""All that a question must not change, as plain data; and programs that
+change it while they run.
+"""
 
 import random
 from collections.abc import Callable
@@ -190,10 +192,21 @@ PLAIN = {"calls": int, "history": list, "table": dict, "nested": lambda: {"inner
 
 
 MESSY = [
-    writes_to_inputs, writes_to_a_buffer, replaces_a_buffer, writes_to_a_parameter, replaces_data,
-    keeps_books, keeps_nested_books, draws, seeds, flips_flags, registers_hooks, backpropagates,
-    clears_gradients, turns_gradients_off,
-]  # fmt: skip
+    writes_to_inputs,
+    writes_to_a_buffer,
+    replaces_a_buffer,
+    writes_to_a_parameter,
+    replaces_data,
+    keeps_books,
+    keeps_nested_books,
+    draws,
+    seeds,
+    flips_flags,
+    registers_hooks,
+    backpropagates,
+    clears_gradients,
+    turns_gradients_off,
+]
 
 
 STATEFUL: dict[str, Callable[[], nn.Module]] = {
@@ -218,7 +231,9 @@ def stateful_problem(make: Callable[[], nn.Module]) -> ub.Problem:
 
 
 class Countdown:
-    """Counts runs outside of the model, whose own attributes are put back, and raises from run `at` on."""
+    """Counts runs outside of the model, whose own attributes are put back, and raises from run `at`
+    on.
+    """
 
     def __init__(self, at: int, error: type[BaseException]):
         self.at, self.error, self.runs = at, error, 0

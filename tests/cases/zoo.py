@@ -1,9 +1,10 @@
 """The zoo: real architectures with tiny random configurations, built without any download.
 
-An entry's `build()` gives `(model, inputs, targets, loss)`. The sample axis is axis 0 and there are four
-samples. `inputs` is a dict of keyword tensors (transformers) or one tensor of images (pytorchcv). `loss` is
-a callable `(predictions, targets) -> scalar` that takes the model's output as it is; where the model
-computes its own loss from the labels among its inputs, `loss` and `targets` are None.
+An entry's `build()` gives `(model, inputs, targets, loss)`. The sample axis is axis 0 and there are
+four samples. `inputs` is a dict of keyword tensors (transformers) or one tensor of images
+(pytorchcv). `loss` is a callable `(predictions, targets) -> scalar` that takes the model's output
+as it is; where the model computes its own loss from the labels among its inputs, `loss` and
+`targets` are None.
 
 Only builders live here; what is asked of the entries lives in the tests.
 """
@@ -58,7 +59,7 @@ def _seeded(build: Callable[[], Built]) -> Callable[[], Built]:
     return seeded
 
 
-# --- data: what a model of each kind is fed, labels included ---------------------------------------
+# --- data: what a model of each kind is fed, labels included --------------------------------------
 
 
 def _words(length: int = T) -> Tensor:
@@ -160,7 +161,7 @@ def _series() -> dict[str, Tensor]:
     return {"past_values": torch.randn(N, 32, 3), "labels": torch.randn(N, 8, 3)}
 
 
-# --- losses outside the model; each takes the model's whole output ----------------------------------
+# --- losses outside the model; each takes the model's whole output --------------------------------
 
 
 def _cross_entropy(output: Any, classes: Tensor) -> Tensor:
@@ -193,7 +194,7 @@ def _forecast(output: Any, future: Tensor) -> Tensor:
     return F.mse_loss(output.prediction_outputs, future)
 
 
-# --- transformers -----------------------------------------------------------------------------------
+# --- transformers ---------------------------------------------------------------------------------
 
 
 def _transformers(
@@ -203,7 +204,9 @@ def _transformers(
     config: dict[str, Any],
     loss: Loss | None = None,
 ) -> ZooEntry:
-    """An entry of transformers. With a `loss`, the labels leave the inputs and become the targets."""
+    """An entry of transformers. With a `loss`, the labels leave the inputs
+    and become the targets.
+    """
 
     def build() -> Built:
         import transformers
@@ -237,15 +240,30 @@ EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 GPT = {**SPECIAL, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "use_cache": False}
 MAMBA = {**SPECIAL, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, "use_cache": False}
 T5 = {
-    **SPECIAL, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2,
-    "decoder_start_token_id": 0, "use_cache": False,
-}  # fmt: skip
-BART = {
-    **SPECIAL, "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "num_labels": CLASSES,
-    "max_position_embeddings": 32, "decoder_start_token_id": 2, "forced_eos_token_id": None,
+    **SPECIAL,
+    "d_model": 16,
+    "d_kv": 8,
+    "d_ff": 32,
+    "num_layers": 2,
+    "num_heads": 2,
+    "decoder_start_token_id": 0,
     "use_cache": False,
-}  # fmt: skip
+}
+BART = {
+    **SPECIAL,
+    "d_model": 16,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "num_labels": CLASSES,
+    "max_position_embeddings": 32,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": None,
+    "use_cache": False,
+}
 PATCHES = {
     **SIZES,
     "intermediate_size": 32,
@@ -255,9 +273,14 @@ PATCHES = {
 }
 PYRAMID = {"depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 16, 16], "num_labels": CLASSES}
 SWIN = {
-    "image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [2, 2], "num_heads": [2, 2],
-    "window_size": 4, "num_labels": CLASSES,
-}  # fmt: skip
+    "image_size": 16,
+    "patch_size": 2,
+    "embed_dim": 8,
+    "depths": [2, 2],
+    "num_heads": [2, 2],
+    "window_size": 4,
+    "num_labels": CLASSES,
+}
 CLIP = {
     "projection_dim": 8,
     "text_config": {**ENCODER, "eos_token_id": VOCABULARY - 1},
@@ -265,65 +288,157 @@ CLIP = {
     "num_labels": CLASSES,
 }
 SPEECH = {
-    **SIZES, "vocab_size": VOCABULARY, "intermediate_size": 32, "conv_dim": [8, 8], "conv_kernel": [10, 4],
-    "conv_stride": [5, 4], "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2,
-    "num_labels": CLASSES, "classifier_proj_size": 8, "mask_time_prob": 0.0, "layerdrop": 0.0,
+    **SIZES,
+    "vocab_size": VOCABULARY,
+    "intermediate_size": 32,
+    "conv_dim": [8, 8],
+    "conv_kernel": [10, 4],
+    "conv_stride": [5, 4],
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+    "num_labels": CLASSES,
+    "classifier_proj_size": 8,
+    "mask_time_prob": 0.0,
+    "layerdrop": 0.0,
     "ctc_loss_reduction": "mean",
-}  # fmt: skip
+}
 WHISPER = {
-    **BART, "num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 16,
-    "suppress_tokens": None, "begin_suppress_tokens": None,
-}  # fmt: skip
+    **BART,
+    "num_mel_bins": 8,
+    "max_source_positions": 20,
+    "max_target_positions": 16,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+}
 DETR = {
     **{name: value for name, value in BART.items() if name != "vocab_size"},
     "backbone_config": {
-        "model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1],
-        "layer_type": "basic", "out_features": ["stage4"],
+        "model_type": "resnet",
+        "embedding_size": 8,
+        "hidden_sizes": [8, 8, 16, 16],
+        "depths": [1, 1, 1, 1],
+        "layer_type": "basic",
+        "out_features": ["stage4"],
     },
-    "use_timm_backbone": False, "num_queries": 4,
-}  # fmt: skip
+    "use_timm_backbone": False,
+    "num_queries": 4,
+}
 
 LANGUAGE = [
     _transformers("bert", "BertForSequenceClassification", _sentences, ENCODER),
     _transformers("bert-padded", "BertForSequenceClassification", _padded_sentences, ENCODER),
-    _transformers("bert-outer-loss", "BertForSequenceClassification", _padded_sentences, ENCODER,
-                  _cross_entropy),
+    _transformers(
+        "bert-outer-loss",
+        "BertForSequenceClassification",
+        _padded_sentences,
+        ENCODER,
+        _cross_entropy,
+    ),
     _transformers("bert-masked-words", "BertForMaskedLM", _masked_sentences, ENCODER),
     _transformers("bert-tags", "BertForTokenClassification", _tagged_sentences, ENCODER),
-    _transformers("distilbert", "DistilBertForSequenceClassification", _padded_sentences,
-                  {**SPECIAL, "dim": 16, "hidden_dim": 32, "n_layers": 2, "n_heads": 2,
-                   "num_labels": CLASSES}),
+    _transformers(
+        "distilbert",
+        "DistilBertForSequenceClassification",
+        _padded_sentences,
+        {
+            **SPECIAL,
+            "dim": 16,
+            "hidden_dim": 32,
+            "n_layers": 2,
+            "n_heads": 2,
+            "num_labels": CLASSES,
+        },
+    ),
     _transformers("roberta", "RobertaForSequenceClassification", _padded_sentences, ENCODER),
-    _transformers("albert", "AlbertForSequenceClassification", _padded_sentences,
-                  {**ENCODER, "embedding_size": 8}),
-    _transformers("electra", "ElectraForSequenceClassification", _padded_sentences,
-                  {**ENCODER, "embedding_size": 8}),
-    _transformers("deberta", "DebertaForSequenceClassification", _padded_sentences,
-                  {**ENCODER, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]}),
-    _transformers("deberta-v2", "DebertaV2ForSequenceClassification", _padded_sentences,
-                  {**ENCODER, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]}),
+    _transformers(
+        "albert",
+        "AlbertForSequenceClassification",
+        _padded_sentences,
+        {**ENCODER, "embedding_size": 8},
+    ),
+    _transformers(
+        "electra",
+        "ElectraForSequenceClassification",
+        _padded_sentences,
+        {**ENCODER, "embedding_size": 8},
+    ),
+    _transformers(
+        "deberta",
+        "DebertaForSequenceClassification",
+        _padded_sentences,
+        {**ENCODER, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
+    ),
+    _transformers(
+        "deberta-v2",
+        "DebertaV2ForSequenceClassification",
+        _padded_sentences,
+        {**ENCODER, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
+    ),
     _transformers("mpnet", "MPNetForSequenceClassification", _padded_sentences, ENCODER),
-    _transformers("modernbert", "ModernBertForSequenceClassification", _padded_sentences,
-                  {**ENCODER, "cls_token_id": 1, "sep_token_id": 2}),
-    _transformers("roformer", "RoFormerForSequenceClassification", _padded_sentences,
-                  {**ENCODER, "embedding_size": 8}),
-    _transformers("squeezebert", "SqueezeBertForSequenceClassification", _padded_sentences,
-                  {**ENCODER, "embedding_size": 16, "q_groups": 2, "k_groups": 2, "v_groups": 2,
-                   "post_attention_groups": 1, "intermediate_groups": 2, "output_groups": 2}),
-    _transformers("convbert", "ConvBertForSequenceClassification", _padded_sentences,
-                  {**ENCODER, "embedding_size": 8, "head_ratio": 1, "conv_kernel_size": 3}),
+    _transformers(
+        "modernbert",
+        "ModernBertForSequenceClassification",
+        _padded_sentences,
+        {**ENCODER, "cls_token_id": 1, "sep_token_id": 2},
+    ),
+    _transformers(
+        "roformer",
+        "RoFormerForSequenceClassification",
+        _padded_sentences,
+        {**ENCODER, "embedding_size": 8},
+    ),
+    _transformers(
+        "squeezebert",
+        "SqueezeBertForSequenceClassification",
+        _padded_sentences,
+        {
+            **ENCODER,
+            "embedding_size": 16,
+            "q_groups": 2,
+            "k_groups": 2,
+            "v_groups": 2,
+            "post_attention_groups": 1,
+            "intermediate_groups": 2,
+            "output_groups": 2,
+        },
+    ),
+    _transformers(
+        "convbert",
+        "ConvBertForSequenceClassification",
+        _padded_sentences,
+        {**ENCODER, "embedding_size": 8, "head_ratio": 1, "conv_kernel_size": 3},
+    ),
     _transformers("fnet", "FNetForSequenceClassification", _sentences, ENCODER),
-    _transformers("nystromformer", "NystromformerForSequenceClassification", lambda: _sentences(8),
-                  {**ENCODER, "num_landmarks": 4, "segment_means_seq_len": 8, "conv_kernel_size": 3}),
-    _transformers("longformer", "LongformerForSequenceClassification", _padded_sentences,
-                  {**ENCODER, "attention_window": 4}),
-    _transformers("bigbird", "BigBirdForSequenceClassification", _padded_sentences,
-                  {**ENCODER, "attention_type": "original_full"}),
-    _transformers("bigbird-sparse", "BigBirdForSequenceClassification", lambda: _sentences(24),
-                  {**ENCODER, "attention_type": "block_sparse", "block_size": 2, "num_random_blocks": 1}),
-    _transformers("xlnet", "XLNetForSequenceClassification", _padded_sentences,
-                  {**SPECIAL, "d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 32,
-                   "num_labels": CLASSES}),
+    _transformers(
+        "nystromformer",
+        "NystromformerForSequenceClassification",
+        lambda: _sentences(8),
+        {**ENCODER, "num_landmarks": 4, "segment_means_seq_len": 8, "conv_kernel_size": 3},
+    ),
+    _transformers(
+        "longformer",
+        "LongformerForSequenceClassification",
+        _padded_sentences,
+        {**ENCODER, "attention_window": 4},
+    ),
+    _transformers(
+        "bigbird",
+        "BigBirdForSequenceClassification",
+        _padded_sentences,
+        {**ENCODER, "attention_type": "original_full"},
+    ),
+    _transformers(
+        "bigbird-sparse",
+        "BigBirdForSequenceClassification",
+        lambda: _sentences(24),
+        {**ENCODER, "attention_type": "block_sparse", "block_size": 2, "num_random_blocks": 1},
+    ),
+    _transformers(
+        "xlnet",
+        "XLNetForSequenceClassification",
+        _padded_sentences,
+        {**SPECIAL, "d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 32, "num_labels": CLASSES},
+    ),
     _transformers("gpt2", "GPT2LMHeadModel", _text, GPT),
     _transformers("gpt2-padded", "GPT2LMHeadModel", _padded_text, GPT),
     _transformers("gpt2-outer-loss", "GPT2LMHeadModel", _text, GPT, _next_token),
@@ -339,120 +454,323 @@ LANGUAGE = [
     _transformers("phi", "PhiForCausalLM", _text, DECODER),
     _transformers("olmo2", "Olmo2ForCausalLM", _text, DECODER),
     _transformers("falcon", "FalconForCausalLM", _text, {**SPECIAL, **SIZES, "use_cache": False}),
-    _transformers("falcon-alibi", "FalconForCausalLM", _text,
-                  {**SPECIAL, **SIZES, "alibi": True, "use_cache": False}),
-    _transformers("opt", "OPTForCausalLM", _text,
-                  {**DECODER, "ffn_dim": 32, "word_embed_proj_dim": 16}),
-    _transformers("bloom", "BloomForCausalLM", _text,
-                  {**SPECIAL, "hidden_size": 16, "n_layer": 2, "n_head": 2, "use_cache": False}),
+    _transformers(
+        "falcon-alibi",
+        "FalconForCausalLM",
+        _text,
+        {**SPECIAL, **SIZES, "alibi": True, "use_cache": False},
+    ),
+    _transformers(
+        "opt", "OPTForCausalLM", _text, {**DECODER, "ffn_dim": 32, "word_embed_proj_dim": 16}
+    ),
+    _transformers(
+        "bloom",
+        "BloomForCausalLM",
+        _text,
+        {**SPECIAL, "hidden_size": 16, "n_layer": 2, "n_head": 2, "use_cache": False},
+    ),
     _transformers("gpt-neox", "GPTNeoXForCausalLM", _text, {**ENCODER, "use_cache": False}),
-    _transformers("gpt-neo", "GPTNeoForCausalLM", _text,
-                  {**SPECIAL, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "window_size": 4,
-                   "attention_types": [[["global", "local"], 1]], "max_position_embeddings": 32,
-                   "use_cache": False}),
+    _transformers(
+        "gpt-neo",
+        "GPTNeoForCausalLM",
+        _text,
+        {
+            **SPECIAL,
+            "hidden_size": 16,
+            "num_layers": 2,
+            "num_heads": 2,
+            "window_size": 4,
+            "attention_types": [[["global", "local"], 1]],
+            "max_position_embeddings": 32,
+            "use_cache": False,
+        },
+    ),
     _transformers("gptj", "GPTJForCausalLM", _text, {**GPT, "rotary_dim": 4}),
-    _transformers("mpt", "MptForCausalLM", _text,
-                  {**SPECIAL, "d_model": 16, "n_heads": 2, "n_layers": 2, "max_seq_len": 32,
-                   "use_cache": False}),
-    # The grouped matrix product of the experts, which is the default, has no float64; the other two do.
-    _transformers("mixtral", "MixtralForCausalLM", _text,
-                  {**DECODER, "num_local_experts": 4, "num_experts_per_tok": 2}),
-    _transformers("mixtral-batched", "MixtralForCausalLM", _text,
-                  {**DECODER, "num_local_experts": 4, "num_experts_per_tok": 2,
-                   "experts_implementation": "batched_mm"}),
-    _transformers("mixtral-looped", "MixtralForCausalLM", _text,
-                  {**DECODER, "num_local_experts": 4, "num_experts_per_tok": 2,
-                   "experts_implementation": "eager"}),
-    _transformers("mixtral-balanced", "MixtralForCausalLM", _text,
-                  {**DECODER, "num_local_experts": 4, "num_experts_per_tok": 2,
-                   "output_router_logits": True}),
-    _transformers("qwen2-moe", "Qwen2MoeForCausalLM", _text,
-                  {**DECODER, **EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 16}),
-    _transformers("gpt-oss", "GptOssForCausalLM", _text,
-                  {**DECODER, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4}),
-    _transformers("deepseek-v3", "DeepseekV3ForCausalLM", _text,
-                  {**ENCODER, **EXPERTS, "num_key_value_heads": 2, "n_routed_experts": 4, "n_group": 2,
-                   "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 8, "kv_lora_rank": 8,
-                   "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "use_cache": False}),
+    _transformers(
+        "mpt",
+        "MptForCausalLM",
+        _text,
+        {
+            **SPECIAL,
+            "d_model": 16,
+            "n_heads": 2,
+            "n_layers": 2,
+            "max_seq_len": 32,
+            "use_cache": False,
+        },
+    ),
+    # The grouped matrix product of the experts, which is the default, has no float64; the other two
+    # do.
+    _transformers(
+        "mixtral",
+        "MixtralForCausalLM",
+        _text,
+        {**DECODER, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    _transformers(
+        "mixtral-batched",
+        "MixtralForCausalLM",
+        _text,
+        {
+            **DECODER,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "experts_implementation": "batched_mm",
+        },
+    ),
+    _transformers(
+        "mixtral-looped",
+        "MixtralForCausalLM",
+        _text,
+        {
+            **DECODER,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "experts_implementation": "eager",
+        },
+    ),
+    _transformers(
+        "mixtral-balanced",
+        "MixtralForCausalLM",
+        _text,
+        {**DECODER, "num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True},
+    ),
+    _transformers(
+        "qwen2-moe",
+        "Qwen2MoeForCausalLM",
+        _text,
+        {**DECODER, **EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 16},
+    ),
+    _transformers(
+        "gpt-oss",
+        "GptOssForCausalLM",
+        _text,
+        {**DECODER, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4},
+    ),
+    _transformers(
+        "deepseek-v3",
+        "DeepseekV3ForCausalLM",
+        _text,
+        {
+            **ENCODER,
+            **EXPERTS,
+            "num_key_value_heads": 2,
+            "n_routed_experts": 4,
+            "n_group": 2,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": 8,
+            "kv_lora_rank": 8,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 4,
+            "v_head_dim": 8,
+            "use_cache": False,
+        },
+    ),
     _transformers("mamba", "MambaForCausalLM", _text, MAMBA),
-    _transformers("mamba2", "Mamba2ForCausalLM", _text,
-                  {**MAMBA, "num_heads": 4, "head_dim": 8, "n_groups": 1, "chunk_size": 4}),
-    _transformers("rwkv", "RwkvForCausalLM", _text,
-                  {**SPECIAL, "hidden_size": 16, "num_hidden_layers": 2, "context_length": 32,
-                   "use_cache": False}),
-    _transformers("recurrent-gemma", "RecurrentGemmaForCausalLM", _text,
-                  {**DECODER, "num_hidden_layers": 3, "lru_width": 16, "attention_window_size": 4}),
+    _transformers(
+        "mamba2",
+        "Mamba2ForCausalLM",
+        _text,
+        {**MAMBA, "num_heads": 4, "head_dim": 8, "n_groups": 1, "chunk_size": 4},
+    ),
+    _transformers(
+        "rwkv",
+        "RwkvForCausalLM",
+        _text,
+        {
+            **SPECIAL,
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "context_length": 32,
+            "use_cache": False,
+        },
+    ),
+    _transformers(
+        "recurrent-gemma",
+        "RecurrentGemmaForCausalLM",
+        _text,
+        {**DECODER, "num_hidden_layers": 3, "lru_width": 16, "attention_window_size": 4},
+    ),
     _transformers("t5", "T5ForConditionalGeneration", _translations, T5),
-    _transformers("t5-outer-loss", "T5ForConditionalGeneration", _forced_translations, T5, _each_token),
+    _transformers(
+        "t5-outer-loss", "T5ForConditionalGeneration", _forced_translations, T5, _each_token
+    ),
     _transformers("bart", "BartForConditionalGeneration", _translations, BART),
     _transformers("pegasus", "PegasusForConditionalGeneration", _translations, BART),
-    _transformers("switch", "SwitchTransformersForConditionalGeneration", _translations,
-                  {**T5, "num_experts": 4, "num_decoder_layers": 2, "num_sparse_encoder_layers": 1,
-                   "num_sparse_decoder_layers": 1, "expert_capacity": 8}),
-]  # fmt: skip
+    _transformers(
+        "switch",
+        "SwitchTransformersForConditionalGeneration",
+        _translations,
+        {
+            **T5,
+            "num_experts": 4,
+            "num_decoder_layers": 2,
+            "num_sparse_encoder_layers": 1,
+            "num_sparse_decoder_layers": 1,
+            "expert_capacity": 8,
+        },
+    ),
+]
 
 VISION = [
     _transformers("vit", "ViTForImageClassification", _images(16), PATCHES),
-    _transformers("vit-outer-loss", "ViTForImageClassification", _images(16), PATCHES, _cross_entropy),
+    _transformers(
+        "vit-outer-loss", "ViTForImageClassification", _images(16), PATCHES, _cross_entropy
+    ),
     _transformers("deit", "DeiTForImageClassification", _images(16), PATCHES),
-    _transformers("beit", "BeitForImageClassification", _images(16),
-                  {**PATCHES, "vocab_size": VOCABULARY, "use_relative_position_bias": True}),
-    _transformers("dinov2", "Dinov2ForImageClassification", _images(16), {**PATCHES, "mlp_ratio": 2}),
+    _transformers(
+        "beit",
+        "BeitForImageClassification",
+        _images(16),
+        {**PATCHES, "vocab_size": VOCABULARY, "use_relative_position_bias": True},
+    ),
+    _transformers(
+        "dinov2", "Dinov2ForImageClassification", _images(16), {**PATCHES, "mlp_ratio": 2}
+    ),
     _transformers("swin", "SwinForImageClassification", _images(16), SWIN),
     _transformers("swinv2", "Swinv2ForImageClassification", _images(16), SWIN),
     _transformers("convnext", "ConvNextForImageClassification", _images(64), PYRAMID),
     _transformers("convnextv2", "ConvNextV2ForImageClassification", _images(64), PYRAMID),
     _transformers("poolformer", "PoolFormerForImageClassification", _images(64), PYRAMID),
-    _transformers("resnet", "ResNetForImageClassification", _images(64), {**PYRAMID, "embedding_size": 8}),
-    _transformers("resnet-outer-loss", "ResNetForImageClassification", _images(64),
-                  {**PYRAMID, "embedding_size": 8, "layer_type": "basic"}, _cross_entropy),
-    _transformers("bit", "BitForImageClassification", _images(64),
-                  {**PYRAMID, "embedding_size": 8, "layer_type": "bottleneck", "num_groups": 2}),
-    _transformers("regnet", "RegNetForImageClassification", _images(64),
-                  {**PYRAMID, "embedding_size": 8, "groups_width": 4}),
-    _transformers("mobilenet-v1", "MobileNetV1ForImageClassification", _images(64),
-                  {"depth_multiplier": 0.125, "image_size": 64, "num_labels": CLASSES}),
-    _transformers("mobilenet-v2", "MobileNetV2ForImageClassification", _images(64),
-                  {"depth_multiplier": 0.25, "image_size": 64, "num_labels": CLASSES}),
-    _transformers("efficientnet", "EfficientNetForImageClassification", _images(64),
-                  {"width_coefficient": 0.25, "depth_coefficient": 0.25, "hidden_dim": 320,
-                   "num_labels": CLASSES}),
-    _transformers("mobilevit", "MobileViTForImageClassification", _images(64),
-                  {"image_size": 64, "hidden_sizes": [16, 16, 16],
-                   "neck_hidden_sizes": [8, 8, 8, 8, 16, 16, 32],
-                   "num_attention_heads": 2, "num_labels": CLASSES}),
-    _transformers("segformer", "SegformerForImageClassification", _images(64),
-                  {**PYRAMID, "num_attention_heads": [1, 1, 2, 2]}),
-    _transformers("segformer-pixels", "SegformerForSemanticSegmentation", _segmented_images(64),
-                  {**PYRAMID, "num_attention_heads": [1, 1, 2, 2], "decoder_hidden_size": 16}),
-    _transformers("cvt", "CvtForImageClassification", _images(64),
-                  {"embed_dim": [8, 8, 16], "num_heads": [1, 1, 2], "depth": [1, 2, 3],
-                   "num_labels": CLASSES}),
-    _transformers("levit", "LevitForImageClassification", _images(64),
-                  {"image_size": 64, "hidden_sizes": [16, 16, 32], "key_dim": [8, 8, 8], "depths": [1, 1, 1],
-                   "num_attention_heads": [2, 2, 2],
-                   "down_ops": [["Subsample", 8, 2, 4, 2, 2], ["Subsample", 8, 2, 4, 2, 2]],
-                   "num_labels": CLASSES}),
+    _transformers(
+        "resnet", "ResNetForImageClassification", _images(64), {**PYRAMID, "embedding_size": 8}
+    ),
+    _transformers(
+        "resnet-outer-loss",
+        "ResNetForImageClassification",
+        _images(64),
+        {**PYRAMID, "embedding_size": 8, "layer_type": "basic"},
+        _cross_entropy,
+    ),
+    _transformers(
+        "bit",
+        "BitForImageClassification",
+        _images(64),
+        {**PYRAMID, "embedding_size": 8, "layer_type": "bottleneck", "num_groups": 2},
+    ),
+    _transformers(
+        "regnet",
+        "RegNetForImageClassification",
+        _images(64),
+        {**PYRAMID, "embedding_size": 8, "groups_width": 4},
+    ),
+    _transformers(
+        "mobilenet-v1",
+        "MobileNetV1ForImageClassification",
+        _images(64),
+        {"depth_multiplier": 0.125, "image_size": 64, "num_labels": CLASSES},
+    ),
+    _transformers(
+        "mobilenet-v2",
+        "MobileNetV2ForImageClassification",
+        _images(64),
+        {"depth_multiplier": 0.25, "image_size": 64, "num_labels": CLASSES},
+    ),
+    _transformers(
+        "efficientnet",
+        "EfficientNetForImageClassification",
+        _images(64),
+        {
+            "width_coefficient": 0.25,
+            "depth_coefficient": 0.25,
+            "hidden_dim": 320,
+            "num_labels": CLASSES,
+        },
+    ),
+    _transformers(
+        "mobilevit",
+        "MobileViTForImageClassification",
+        _images(64),
+        {
+            "image_size": 64,
+            "hidden_sizes": [16, 16, 16],
+            "neck_hidden_sizes": [8, 8, 8, 8, 16, 16, 32],
+            "num_attention_heads": 2,
+            "num_labels": CLASSES,
+        },
+    ),
+    _transformers(
+        "segformer",
+        "SegformerForImageClassification",
+        _images(64),
+        {**PYRAMID, "num_attention_heads": [1, 1, 2, 2]},
+    ),
+    _transformers(
+        "segformer-pixels",
+        "SegformerForSemanticSegmentation",
+        _segmented_images(64),
+        {**PYRAMID, "num_attention_heads": [1, 1, 2, 2], "decoder_hidden_size": 16},
+    ),
+    _transformers(
+        "cvt",
+        "CvtForImageClassification",
+        _images(64),
+        {
+            "embed_dim": [8, 8, 16],
+            "num_heads": [1, 1, 2],
+            "depth": [1, 2, 3],
+            "num_labels": CLASSES,
+        },
+    ),
+    _transformers(
+        "levit",
+        "LevitForImageClassification",
+        _images(64),
+        {
+            "image_size": 64,
+            "hidden_sizes": [16, 16, 32],
+            "key_dim": [8, 8, 8],
+            "depths": [1, 1, 1],
+            "num_attention_heads": [2, 2, 2],
+            "down_ops": [["Subsample", 8, 2, 4, 2, 2], ["Subsample", 8, 2, 4, 2, 2]],
+            "num_labels": CLASSES,
+        },
+    ),
     _transformers("clip", "CLIPModel", _captioned_images, CLIP, _contrastive),
     _transformers("clip-classes", "CLIPForImageClassification", _images(16), CLIP),
     _transformers("detr", "DetrForObjectDetection", _boxed_images, DETR, _boxes),
-]  # fmt: skip
+]
 
 SOUND = [
     _transformers("wav2vec2", "Wav2Vec2ForSequenceClassification", _spoken_classes, SPEECH),
     _transformers("wav2vec2-ctc", "Wav2Vec2ForCTC", _spoken_words, SPEECH),
     _transformers("hubert", "HubertForSequenceClassification", _spoken_classes, SPEECH),
     _transformers("whisper", "WhisperForConditionalGeneration", _transcribed_spectrograms, WHISPER),
-    _transformers("audio-spectrogram", "ASTForAudioClassification", _classified_spectrograms,
-                  {**SIZES, "intermediate_size": 32, "patch_size": 4, "frequency_stride": 4, "time_stride": 4,
-                   "max_length": 24, "num_mel_bins": 16, "num_labels": CLASSES}),
-    _transformers("patchtsmixer", "PatchTSMixerForPrediction", _series,
-                  {"context_length": 32, "prediction_length": 8, "patch_length": 8, "patch_stride": 8,
-                   "num_input_channels": 3, "d_model": 16, "num_layers": 2}, _forecast),
-]  # fmt: skip
+    _transformers(
+        "audio-spectrogram",
+        "ASTForAudioClassification",
+        _classified_spectrograms,
+        {
+            **SIZES,
+            "intermediate_size": 32,
+            "patch_size": 4,
+            "frequency_stride": 4,
+            "time_stride": 4,
+            "max_length": 24,
+            "num_mel_bins": 16,
+            "num_labels": CLASSES,
+        },
+    ),
+    _transformers(
+        "patchtsmixer",
+        "PatchTSMixerForPrediction",
+        _series,
+        {
+            "context_length": 32,
+            "prediction_length": 8,
+            "patch_length": 8,
+            "patch_stride": 8,
+            "num_input_channels": 3,
+            "d_model": 16,
+            "num_layers": 2,
+        },
+        _forecast,
+    ),
+]
 
 
-# --- pytorchcv --------------------------------------------------------------------------------------
+# --- pytorchcv ------------------------------------------------------------------------------------
 
 
 def _narrow_classifier(head: Any, width: int = 16) -> None:
@@ -463,10 +781,11 @@ def _narrow_classifier(head: Any, width: int = 16) -> None:
 
 
 def _pytorchcv(name: str, family: str, model: str, size: int, **arguments: Any) -> ZooEntry:
-    """An entry of pytorchcv: `model`, a class or a factory of `pytorchcv.models.<family>`, on square images.
+    """An entry of pytorchcv: `model`, a class or a factory of `pytorchcv.models.<family>`, on
+    square images.
 
-    The ImageNet classes pool a fixed window of 7 x 7 at the end; with s stages and a first block of stride 4
-    that asks for images of 28 * 2^(s-1).
+    The ImageNet classes pool a fixed window of 7 x 7 at the end; with s stages and a first block of
+    stride 4 that asks for images of 28 * 2^(s-1).
     """
 
     def build() -> Built:
@@ -487,13 +806,18 @@ def _pytorchcv(name: str, family: str, model: str, size: int, **arguments: Any) 
 
 SEGMENTERS = ("lednet", "cgnet", "espcnet", "fpenet", "edanet", "contextnet")
 BASIC: dict[str, Any] = {
-    "channels": [[16, 16], [32, 32]], "init_block_channels": 16, "num_classes": CLASSES,
-    "bottleneck": False, "conv1_stride": True,
-}  # fmt: skip
-SQUEEZE: dict[str, Any] = {
-    "channels": [[16, 16], [32, 32]], "init_block_channels": 16, "init_block_kernel_size": 3,
+    "channels": [[16, 16], [32, 32]],
+    "init_block_channels": 16,
     "num_classes": CLASSES,
-}  # fmt: skip
+    "bottleneck": False,
+    "conv1_stride": True,
+}
+SQUEEZE: dict[str, Any] = {
+    "channels": [[16, 16], [32, 32]],
+    "init_block_channels": 16,
+    "init_block_kernel_size": 3,
+    "num_classes": CLASSES,
+}
 VGG: dict[str, Any] = {"channels": [[8], [8], [16, 16]], "num_classes": CLASSES}
 
 IMAGES = [
@@ -504,29 +828,83 @@ IMAGES = [
     _pytorchcv("cv-preresnet20", "preresnet_cifar", "preresnet20_cifar10", 32),
     _pytorchcv("cv-se-resnet", "seresnet", "SEResNet", 56, **BASIC),
     _pytorchcv("cv-se-resnet20", "seresnet_cifar", "seresnet20_cifar10", 32),
-    _pytorchcv("cv-resnext", "resnext_cifar", "CIFARResNeXt", 32, channels=[[16], [32], [64]],
-               init_block_channels=8, cardinality=2, bottleneck_width=64, num_classes=CLASSES),
-    _pytorchcv("cv-wide-resnet", "wrn_cifar", "get_wrn_cifar", 32, num_classes=CLASSES, blocks=10,
-               width_factor=2),
-    _pytorchcv("cv-densenet", "densenet", "DenseNet", 56, channels=[[12, 16], [12, 16]],
-               init_block_channels=8, dropout_rate=0.1, num_classes=CLASSES),
+    _pytorchcv(
+        "cv-resnext",
+        "resnext_cifar",
+        "CIFARResNeXt",
+        32,
+        channels=[[16], [32], [64]],
+        init_block_channels=8,
+        cardinality=2,
+        bottleneck_width=64,
+        num_classes=CLASSES,
+    ),
+    _pytorchcv(
+        "cv-wide-resnet",
+        "wrn_cifar",
+        "get_wrn_cifar",
+        32,
+        num_classes=CLASSES,
+        blocks=10,
+        width_factor=2,
+    ),
+    _pytorchcv(
+        "cv-densenet",
+        "densenet",
+        "DenseNet",
+        56,
+        channels=[[12, 16], [12, 16]],
+        init_block_channels=8,
+        dropout_rate=0.1,
+        num_classes=CLASSES,
+    ),
     _pytorchcv("cv-densenet40", "densenet_cifar", "densenet40_k12_bc_cifar10", 32),
     _pytorchcv("cv-vgg", "vgg", "VGG", 56, **VGG),
     _pytorchcv("cv-vgg-norm", "vgg", "VGG", 56, use_bn=True, **VGG),
     _pytorchcv("cv-squeezenet", "squeezenet", "SqueezeNet", 112, **SQUEEZE, residuals=None),
-    _pytorchcv("cv-squeezenet-residual", "squeezenet", "SqueezeNet", 112, **SQUEEZE,
-               residuals=[[0, 1], [0, 1]]),
+    _pytorchcv(
+        "cv-squeezenet-residual",
+        "squeezenet",
+        "SqueezeNet",
+        112,
+        **SQUEEZE,
+        residuals=[[0, 1], [0, 1]],
+    ),
     _pytorchcv("cv-mobilenet", "mobilenet", "mobilenet_wd4", 224, num_classes=CLASSES),
     _pytorchcv("cv-mobilenet-v2", "mobilenetv2", "mobilenetv2_wd4", 224, num_classes=CLASSES),
-    _pytorchcv("cv-shufflenet", "shufflenet", "ShuffleNet", 112, channels=[[24, 24], [48, 48]],
-               init_block_channels=12, groups=3, num_classes=CLASSES),
-    _pytorchcv("cv-shufflenet-v2", "shufflenetv2", "ShuffleNetV2", 112, channels=[[16, 16], [32, 32]],
-               init_block_channels=8, final_block_channels=64, num_classes=CLASSES),
-    _pytorchcv("cv-efficientnet", "efficientnet", "EfficientNet", 64,
-               channels=[[8], [12, 12], [16, 16], [24, 24]],
-               init_block_channels=8, final_block_channels=64, kernel_sizes=[[3], [3, 3], [5, 5], [3, 3]],
-               strides_per_stage=[1, 2, 2, 2], expansion_factors=[[1], [4, 4], [4, 4], [4, 4]],
-               num_classes=CLASSES),
+    _pytorchcv(
+        "cv-shufflenet",
+        "shufflenet",
+        "ShuffleNet",
+        112,
+        channels=[[24, 24], [48, 48]],
+        init_block_channels=12,
+        groups=3,
+        num_classes=CLASSES,
+    ),
+    _pytorchcv(
+        "cv-shufflenet-v2",
+        "shufflenetv2",
+        "ShuffleNetV2",
+        112,
+        channels=[[16, 16], [32, 32]],
+        init_block_channels=8,
+        final_block_channels=64,
+        num_classes=CLASSES,
+    ),
+    _pytorchcv(
+        "cv-efficientnet",
+        "efficientnet",
+        "EfficientNet",
+        64,
+        channels=[[8], [12, 12], [16, 16], [24, 24]],
+        init_block_channels=8,
+        final_block_channels=64,
+        kernel_sizes=[[3], [3, 3], [5, 5], [3, 3]],
+        strides_per_stage=[1, 2, 2, 2],
+        expansion_factors=[[1], [4, 4], [4, 4], [4, 4]],
+        num_classes=CLASSES,
+    ),
     _pytorchcv("cv-dia-resnet20", "diaresnet_cifar", "diaresnet20_cifar10", 32),
     _pytorchcv("cv-dia-preresnet20", "diapreresnet_cifar", "diapreresnet20_cifar10", 32),
     _pytorchcv("cv-se-preresnet20", "sepreresnet_cifar", "sepreresnet20_cifar10", 32),
@@ -553,6 +931,6 @@ IMAGES = [
     _pytorchcv("cv-fpenet", "fpenet", "fpenet_cityscapes", 64, num_classes=CLASSES),
     _pytorchcv("cv-edanet", "edanet", "edanet_cityscapes", 64, num_classes=CLASSES),
     _pytorchcv("cv-contextnet", "contextnet", "ctxnet_cityscapes", 64, num_classes=CLASSES),
-]  # fmt: skip
+]
 
 ENTRIES = [*LANGUAGE, *VISION, *SOUND, *IMAGES]

@@ -1,4 +1,6 @@
-"""The tour: right verdicts before and after `.eval()`, nothing left behind, and a page with the same numbers."""
+"""The tour: right verdicts before and after `.eval()`, nothing left behind, and a page with the
+same numbers.
+"""
 
 import html
 import io
@@ -250,5 +252,8 @@ def test_a_page_that_cannot_be_written_is_said_first(tmp_path, monkeypatch):
 
 def test_it_needs_no_optimizer():
     """The first of torch.optim takes seconds to import."""
-    code = "import sys; from unbatch.cli import demo; demo.main(quick=True); assert 'torch._dynamo' not in sys.modules"
+    code = (
+        "import sys; from unbatch.cli import demo; demo.main(quick=True); "
+        "assert 'torch._dynamo' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

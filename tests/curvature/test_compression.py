@@ -1,4 +1,6 @@
-"""Columns by way of batch statistics: exactly the same matrix; and with fewer directions, as far off as is said."""
+"""Columns by way of batch statistics: exactly the same matrix; and with fewer directions, as far
+off as is said.
+"""
 
 import pytest
 import torch
@@ -131,7 +133,9 @@ def test_with_a_strict_tolerance_all_directions_are_followed():
 
 
 def test_estimates_are_honest():
-    """True errors below twice the estimate in 95 of 100 draws, and completed by the draws right on average."""
+    """True errors below twice the estimate in 95 of 100 draws, and completed by the draws right on
+    average.
+    """
     args, problem = net()
     exact, G = reference.ggn(*args).diagonal(), problem.ggn()
     honest, completed = 0, []
@@ -160,7 +164,9 @@ def test_a_matrix_by_few_parameters_at_a_time_is_the_same():
 
 
 def test_a_wrong_derivative_of_the_statistics_is_caught(monkeypatch):
-    """Total coefficients in place of partial ones, say: the split is not believed, and columns are pulled back."""
+    """Total coefficients in place of partial ones, say: the split is not believed, and columns are
+    pulled back.
+    """
     from unbatch.curvature.batch_statistics import BatchNormStatistics as Norm
 
     right = Norm.partial
@@ -196,7 +202,7 @@ def test_several_questions_at_once():
     )
 
 
-# ---------------------------------------------------------------- random signs, and the frozen matrix
+# -------------------------------------------------------------- random signs, and the frozen matrix
 
 
 def test_the_matrix_with_frozen_statistics():

@@ -1,4 +1,5 @@
-"""The Gauss-Newton matrix by the fast path, against ``Jᵀ H J`` by double backward, over the table of models and losses.
+"""The Gauss-Newton matrix by the fast path, against ``Jᵀ H J`` by double backward, over the table
+of models and losses.
 
 In float64; tolerances are relative to the largest entry of the quantity.
 """
@@ -161,7 +162,7 @@ def test_slopes_and_curvatures_of_components(case, recorded):
     near(top.curvatures.sum(0), top.values, "sum of curvatures")
 
 
-# ---------------------------------------------------------------- the statements of the note, by their names
+# ------------------------------------------------------- the statements of the note, by their names
 
 
 def two_batch_norms(loss=F.cross_entropy):
@@ -227,12 +228,13 @@ def test_the_frozen_matrix_is_another_one(capsys):
     )
     with capsys.disabled():
         sys.stdout.write(
-            f"\nwith frozen statistics the GGN is {apart:.0%} away, its trace {traces:.1f} times as large\n"
+            f"\nwith frozen statistics the GGN is {apart:.0%} away, "
+            f"its trace {traces:.1f} times as large\n"
         )
     assert apart > 0.1
 
 
-# ---------------------------------------------------------------- losses: forms, signs, and what has none
+# ---------------------------------------------------------- losses: forms, signs, and what has none
 
 
 def net(width=3):
@@ -462,7 +464,9 @@ def test_blocks():
 
 
 def test_blocks_of_a_loss_that_joins_samples():
-    """Its columns run through all samples, and those of a block through the parameters of that block alone."""
+    """Its columns run through all samples, and those of a block through the parameters of that
+    block alone.
+    """
     (model, _, X, _), _ = two_batch_norms()
     root = lambda p, y: F.mse_loss(p, y).sqrt()  # noqa: E731
     args = (model, root, X, torch.linspace(-1, 1, 21, dtype=torch.float64).view(7, 3))

@@ -1,4 +1,6 @@
-"""The picture of a structure: what stands in it is what the verdicts and the nets' own definitions say."""
+"""The picture of a structure: what stands in it is what the verdicts and the nets' own definitions
+say.
+"""
 
 import builtins
 from dataclasses import replace
@@ -145,7 +147,9 @@ def test_bands_stand_where_samples_meet(name):
 
 
 def disagreements(diagram, structure):
-    """Where the picture says more or less than the verdicts: what the tests below let a planted bug be found by."""
+    """Where the picture says more or less than the verdicts: what the tests below let a planted bug
+    be found by.
+    """
     forward = [s for s in diagram.stages if s.role == "module"]
     kinds = {s.kind for s in forward}
     found = []
@@ -204,7 +208,8 @@ def test_hard_programs(name):
     assert disagreements(p.diagram(), p.structure) == []
 
 
-# Programs whose samples change places or meet without a word of the verdicts on where -> the only band, and its op.
+# Programs whose samples change places or meet without a word of the verdicts on where -> the only
+# band, and its op.
 PLACES = {
     "transposed and not back": ("t", "moved", "t"),
     "permuted and back to another place": ("permute", "moved", "permute"),
@@ -236,7 +241,9 @@ def test_the_place_is_found_where_only_a_witness_knew(name):
 
 
 def test_what_python_reads_in_one_place_is_that_place():
-    """A loop that ends when the whole batch is done: recorded are four turns, and one line reads the batch."""
+    """A loop that ends when the whole batch is done: recorded are four turns, and one line reads
+    the batch.
+    """
     bands = hard("fixed point iterated until the whole batch has converged").diagram().bands
     assert {(s.kind, s.culprits) for s in bands} == {("mixed", bands[0].culprits)}
     assert "read by Python, statistics.py:" in bands[0].remark
@@ -335,7 +342,9 @@ def test_only_one_op_can_be_it():
 
 
 def test_a_witness_without_a_place(monkeypatch):
-    """The planted bug: it is forgotten where places change. The picture must not say that samples are apart."""
+    """The planted bug: it is forgotten where places change. The picture must not say that samples
+    are apart.
+    """
     monkeypatch.setattr(meetings, "_displacing", lambda *_: set())
     p = problem(nn.Sequential(nn.Linear(4, 3), Overwritten()))
     (band,) = p.diagram().bands
@@ -365,8 +374,10 @@ def test_samples_that_have_mixed_may_mix_again():
     net = around(Pairwise(), nn.ReLU(), nn.BatchNorm1d(4), Pairwise())
     bands = problem(net).diagram().bands
     assert [(s.name, s.kind, s.numbers) for s in bands] == [
-        ("1 Pairwise", "mixed", 0), ("3 BatchNorm1d", "statistics", 8), ("4 Pairwise", "mixed", 0)
-    ]  # fmt: skip
+        ("1 Pairwise", "mixed", 0),
+        ("3 BatchNorm1d", "statistics", 8),
+        ("4 Pairwise", "mixed", 0),
+    ]
     assert [s.blamed.split(",")[0] for s in bands] == ["mm", "native_batch_norm", "mm"]
 
 
@@ -404,20 +415,26 @@ def test_what_has_mixed_does_not_mix_by_being_used():
     """A mean that is taken away from every sample; it has as many entries as there are samples."""
     stages = middle(hard("mean by pooling over the batch").diagram())
     assert [(name, s.kind) for name, s in stages.items()] == [
-        ("linear Linear", "separate"), ("avg_pool2d", "mixed"), ("sub", "separate")
-    ]  # fmt: skip
+        ("linear Linear", "separate"),
+        ("avg_pool2d", "mixed"),
+        ("sub", "separate"),
+    ]
 
 
 def test_features_are_not_taken_for_samples_after_mixing():
-    """As many features as samples: rows and columns of the matrix that samples are multiplied with are features."""
+    """As many features as samples: rows and columns of the matrix that samples are multiplied with
+    are features.
+    """
 
     def f(params, x):
         return x @ (x.T @ (torch.linspace(0, 1, len(x))[:, None] * x))
 
     p = ub.Problem(f, F.cross_entropy, (torch.randn(4, 4), torch.randint(4, (4,))), parameters={})
     assert [(s.name, s.kind) for s in p.diagram().stages if s.role == "module"] == [
-        ("mul", "uneven"), ("mm", "mixed"), ("mm", "separate")
-    ]  # fmt: skip
+        ("mul", "uneven"),
+        ("mm", "mixed"),
+        ("mm", "separate"),
+    ]
 
 
 def test_losses():
@@ -441,9 +458,9 @@ def test_a_loss_and_its_value_have_different_names():
         "loss function",
         "loss",
     ]
-    assert [s.name for s in problem(around(), lambda z, y: F.cross_entropy(z, y)).diagram().stages[-2:]] == [
-        "loss", "reduction"
-    ]  # fmt: skip
+    assert [
+        s.name for s in problem(around(), lambda z, y: F.cross_entropy(z, y)).diagram().stages[-2:]
+    ] == ["loss", "reduction"]
 
 
 def test_parameters_in_the_loss_are_told():
@@ -531,13 +548,17 @@ def test_the_same_again_is_told_once():
 
     stages = middle(problem(Siamese(nn.BatchNorm1d(4)), loss).diagram())
     assert {name: (s.runs, s.numbers) for name, s in stages.items()} == {
-        "net.0 Linear": (3, 0), "net.1 BatchNorm1d": (3, 24), "net.2 Linear": (3, 0)
-    }  # fmt: skip
+        "net.0 Linear": (3, 0),
+        "net.1 BatchNorm1d": (3, 24),
+        "net.2 Linear": (3, 0),
+    }
     assert stages["net.1 BatchNorm1d"].said == "run 3 times, samples meet in 24 numbers"
     others = problem(Views(nn.ReLU()), loss).diagram()
     assert [(s.name, s.runs) for s in others.stages if s.role == "module"][:3] == [
-        ("net.0 Linear", 1), ("net.1 ReLU", 1), ("net.2 Linear", 1)
-    ]  # fmt: skip
+        ("net.0 Linear", 1),
+        ("net.1 ReLU", 1),
+        ("net.2 Linear", 1),
+    ]
 
 
 class Moving(nn.Module):
@@ -651,8 +672,10 @@ def test_functions_are_told_by_their_ops():
     data = torch.randn(N, 4), torch.randint(3, (N,))
     p = ub.Problem(f, F.cross_entropy, data, parameters={"w": torch.randn(4, 3)})
     assert [(s.name, s.kind) for s in middle(p.diagram()).values()] == [
-        ("mm", "separate"), ("mean", "statistics"), ("sub, relu", "separate")
-    ]  # fmt: skip
+        ("mm", "separate"),
+        ("mean", "statistics"),
+        ("sub, relu", "separate"),
+    ]
 
 
 # --- who is to blame ------------------------------------------------------------------------------
@@ -756,8 +779,16 @@ def test_text():
     text = str(problem(NETS["batch norm"][0]).diagram())
     rows = text.splitlines()
     assert [row.split()[0] for row in rows[:-1]] == [
-        "sample", "inputs", "0", "1", "2", "3", "predictions", "cross_entropy", "reduction"
-    ]  # fmt: skip
+        "sample",
+        "inputs",
+        "0",
+        "1",
+        "2",
+        "3",
+        "predictions",
+        "cross_entropy",
+        "reduction",
+    ]
     assert rows[2].count("│") == rows[4].count("│") == 4
     assert ">8<" in rows[3]
     assert rows[3].index("├") == rows[2].index("│")

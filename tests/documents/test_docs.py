@@ -1,4 +1,5 @@
-"""The documentation is whole: public names, tests that are named, formulas, notebooks and figures are what they claim.
+"""The documentation is whole: public names, tests that are named, formulas, notebooks and figures
+are what they claim.
 
 What a page shows is run in tests/documents/test_readme.py.
 """
@@ -68,7 +69,8 @@ def test_every_statement_of_the_theory_names_its_test():
 
 
 def test_a_statement_without_a_test_is_found():
-    page = "**One holds.** See `tests/curvature/test_ggn.py::test_blocks`.\n\n**Another holds.** Trust me.\n\n## Next\n"
+    proved = "**One holds.** See `tests/curvature/test_ggn.py::test_blocks`."
+    page = f"{proved}\n\n**Another holds.** Trust me.\n\n## Next\n"
     with pytest.raises(AssertionError, match="Another holds"):
         check_statements(page)
 
@@ -105,7 +107,9 @@ def test_a_link_that_leads_nowhere_is_found():
 
 
 def check_listed(page: str, names: list[str]) -> None:
-    """Raises ``AssertionError`` where a public name is not listed once, or what is listed is not there."""
+    """Raises ``AssertionError`` where a public name is not listed once, or what is listed is not
+    there.
+    """
     listed = LISTED.findall(page)
     for name in names:
         assert listed.count(name) == 1, f"{name} is listed {listed.count(name)} times, not once"

@@ -1,4 +1,6 @@
-"""The examples run as they are, say what their docstrings say, and need no more than three lines of this package."""
+"""The examples run as they are, say what their docstrings say, and need no more than three lines of
+this package.
+"""
 
 import ast
 import re

@@ -1,4 +1,6 @@
-"""The notebooks run from top to bottom in a kernel of their own, and print what is stored in them."""
+"""The notebooks run from top to bottom in a kernel of their own, and
+print what is stored in them.
+"""
 
 import copy
 import os
@@ -23,7 +25,9 @@ def printed(notebook: nbformat.NotebookNode) -> list[str]:
 
 
 def check(stored: nbformat.NotebookNode, folder: Path) -> None:
-    """Raises ``AssertionError`` where a cell prints something else, ``CellExecutionError`` where one does not run."""
+    """Raises ``AssertionError`` where a cell prints something else, ``CellExecutionError`` where
+    one does not run.
+    """
     ran = copy.deepcopy(stored)
     NotebookClient(
         ran, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
@@ -34,7 +38,9 @@ def check(stored: nbformat.NotebookNode, folder: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def _as_here(monkeypatch, tmp_path):
-    """The kernel takes the package from where this process has it, and keeps its files out of the way."""
+    """The kernel takes the package from where this process has it, and keeps its files out of the
+    way.
+    """
     import unbatch
 
     folders = [str(Path(unbatch.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]

@@ -1,4 +1,6 @@
-"""Pages that are made when the site is built, the size of the glossary, and the control of the benchmarks."""
+"""Pages that are made when the site is built, the size of the glossary, and the control of the
+benchmarks.
+"""
 
 import importlib
 import json

@@ -1,10 +1,12 @@
-"""The documents tell the truth: their Python runs, their commands run, and what they print is what is shown.
+"""The documents tell the truth: their Python runs, their commands run, and what they print is what
+is shown.
 
-Blocks of one page share a namespace. A `python` block that begins with `# name.py` is a file and lies in the
-working directory; one that begins with the path of a file of this repository quotes it. A `text` block after
-a `python` block is what that printed, a `console` block holds an `unbatch` command and what that printed; a
-line `...` stands for any number of lines. Spaces and the numbers of a witness may differ. A page with a comment
-`<!-- needs: transformers -->` is skipped where one of these packages is missing.
+Blocks of one page share a namespace. A `python` block that begins with `# name.py` is a file and
+lies in the working directory; one that begins with the path of a file of this repository quotes it.
+A `text` block after a `python` block is what that printed, a `console` block holds an `unbatch`
+command and what that printed; a line `...` stands for any number of lines. Spaces and the numbers
+of a witness may differ. A page with a comment `<!-- needs: transformers -->` is skipped where one
+of these packages is missing.
 """
 
 import ast
@@ -41,7 +43,9 @@ def assert_shown(shown: str, printed: str) -> None:
 
 
 def assert_quoted(code: str, source: str) -> None:
-    """Raises ``AssertionError`` where a definition in ``code`` does not stand in ``source`` as well."""
+    """Raises ``AssertionError`` where a definition in ``code`` does not stand in ``source`` as
+    well.
+    """
     there = {ast.dump(node) for node in ast.parse(source).body}
     for node in ast.parse(code).body:
         assert ast.dump(node) in there, f"no longer there:\n{ast.unparse(node)}"
@@ -55,7 +59,9 @@ def run_command(line: str) -> str:
 
 
 def check_page(page: str) -> None:
-    """Run a page in the current directory. Raises where something does not run, or prints something else."""
+    """Run a page in the current directory. Raises where something does not run, or prints something
+    else.
+    """
     namespace = granted()
     printed = None
     for language, body in blocks(page):
@@ -105,7 +111,9 @@ PLANTED = {
     "output left out without a word": "```python\nprint('a\\nb')\n```\n\n```text\na\n```\n",
     "too much output": "```python\nprint('a')\n```\n\n```text\na\n...\nb\n```\n",
     "code that raises": "```python\n1 / 0\n```\n",
-    "a quotation of what is not there": "```python\n# tests/documents/test_readme.py\ndef nowhere():\n    pass\n```\n",
+    "a quotation of what is not there": (
+        "```python\n# tests/documents/test_readme.py\ndef nowhere():\n    pass\n```\n"
+    ),
     "a command that is wrong": "```console\n$ unbatch inspect nothing\n...\n```\n",
 }
 

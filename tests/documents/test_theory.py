@@ -1,4 +1,6 @@
-"""What docs/theory.md states and no other test shows: batch norm's derivative, what it hides, and variances."""
+"""What docs/theory.md states and no other test shows: batch norm's derivative, what it hides, and
+variances.
+"""
 
 from itertools import pairwise
 
@@ -18,7 +20,9 @@ def normalise(z: Tensor) -> Tensor:
 
 
 def normed(*widths: int) -> nn.Sequential:
-    """Linear layers with a batch norm (no ε to speak of) and a nonlinearity after each but the last."""
+    """Linear layers with a batch norm (no ε to speak of) and a nonlinearity after each but the
+    last.
+    """
     layers: list[nn.Module] = []
     for i, o in pairwise(widths[:-1]):
         layers += [nn.Linear(i, o), nn.BatchNorm1d(o, eps=1e-300), nn.Tanh()]
@@ -51,7 +55,9 @@ def test_with_two_values_nothing_is_left_of_it():
 
 
 def scale_of_a_unit(model: nn.Sequential) -> Tensor:
-    """The direction that stretches the weights of the first unit, as one vector of all parameters."""
+    """The direction that stretches the weights of the first unit, as one
+    vector of all parameters.
+    """
     direction = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
     direction["0.weight"][0] = model[0].weight[0].detach()
     return torch.cat([t.flatten() for t in direction.values()])
@@ -82,7 +88,9 @@ def test_the_first_batch_norm_from_the_top_costs_no_pass_for_each_sample():
 
 
 class Above(nn.Linear):
-    """Lets through what lies above the mean of the batch: its derivatives do not mix samples, its values do."""
+    """Lets through what lies above the mean of the batch: its derivatives do not mix samples, its
+    values do.
+    """
 
     def forward(self, x):
         z = super().forward(x)
@@ -112,11 +120,12 @@ TASKS = {
 
 
 def drawn(mixing: bool, task: str, batches: int = 3000, samples: int = 8) -> tuple[float, float]:
-    """The variance of the gradient from batch to batch, and what the rows of a batch say it is, on average.
+    """The variance of the gradient from batch to batch, and what the rows of a batch say it is, on
+    average.
 
-    Summed over the weights of a layer below a normalisation, by the statistics of the batch or by those of all data.
-    Rows are those by component; were they independent and alike, ``N/(N-1) Σ (r_n - r̄)²`` would be the variance of
-    their sum.
+    Summed over the weights of a layer below a normalisation, by the statistics of the batch or by
+    those of all data. Rows are those by component; were they independent and alike, ``N/(N-1) Σ
+    (r_n - r̄)²`` would be the variance of their sum.
     """
     generator = torch.Generator().manual_seed(0)
     weights, head = (torch.randn(2, 2, generator=generator, dtype=torch.float64) for _ in range(2))

@@ -1,6 +1,8 @@
-"""Every op that only a GPU sees, run on a CPU by a kernel of the CPU, and held against plain ops in float64.
+"""Every op that only a GPU sees, run on a CPU by a kernel of the CPU, and held against plain ops in
+float64.
 
-A case is a model with a switch: with the op of a GPU, or with what a CPU does. Batch norms are not here.
+A case is a model with a switch: with the op of a GPU, or with what a CPU does. Batch norms are not
+here.
 """
 
 from __future__ import annotations
@@ -49,7 +51,9 @@ def _device_ops() -> Iterator[None]:
 
 
 class Net(nn.Module):
-    """Modules that cases share. ``device``: with the op of a GPU; ``centred``: behind a mean over the batch."""
+    """Modules that cases share. ``device``: with the op of a GPU; ``centred``: behind a mean over
+    the batch.
+    """
 
     def __init__(self, forward: Any, device: bool, centred: bool = False, **rnn: Any) -> None:
         super().__init__()
@@ -634,7 +638,9 @@ def test_the_fast_path_of_transformers(name: str) -> None:
 
 
 class Recurrent(nn.Module):
-    """An LSTM as ``nn.LSTM`` runs it on a GPU, with a window on the memory in which all of its weights lie."""
+    """An LSTM as ``nn.LSTM`` runs it on a GPU, with a window on the memory in which all of its
+    weights lie.
+    """
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()

@@ -1,7 +1,9 @@
-"""Random nets with random losses: the whole pipeline against ``reference.py`` and plain experiments, in float64.
+"""Random nets with random losses: the whole pipeline against ``reference.py`` and plain
+experiments, in float64.
 
 The suite runs the same examples every time. To look for new ones, ``UNBATCH_FUZZ=2000 pytest
-tests/gradients/test_fuzz.py`` runs that many at random; what it finds prints as a ``Source``, to be kept in ``FOUND``.
+tests/gradients/test_fuzz.py`` runs that many at random; what it finds prints as a ``Source``, to be
+kept in ``FOUND``.
 """
 
 import os
@@ -99,7 +101,9 @@ class Fuzzed:
         summands: Named | None = None,
         floor: float = FLOOR,
     ) -> None:
-        """Raise where tensors by parameter are not as defined; a sum is known as well as its ``summands`` are."""
+        """Raise where tensors by parameter are not as defined; a sum is known as well as its
+        ``summands`` are.
+        """
         expected = define(*self.args)
         assert list(found) == list(expected), (
             f"{what}: {list(found)} where {list(expected)} are expected"
@@ -158,7 +162,9 @@ def replaced(x: Any, n: int, seed: int, scale: float) -> Any:
 
 
 def largest_move(source: Source, scale_of_all: float = 1.0) -> float:
-    """How far a prediction moves, relative to its size, when others are replaced; on the batch, or one far out."""
+    """How far a prediction moves, relative to its size, when others are replaced; on the batch, or
+    one far out.
+    """
     worst = 0.0
     _, _, x, _ = source.build()
     x = tree_map(lambda t: scale_of_all * t if t.is_floating_point() else t, x)
@@ -293,7 +299,9 @@ def torch_is_wrong(f: Fuzzed, v: Tensor) -> bool:
 
 
 def check_components_of_matrix(f: Fuzzed) -> None:
-    """Raise where diagonals of components are not as defined, or are handed out for a loss that is no sum."""
+    """Raise where diagonals of components are not as defined, or are handed out for a loss that is
+    no sum.
+    """
     if f.problem.structure.reduction:
         f.near(
             f.problem.ggn().diag(per_component=True),
@@ -439,8 +447,9 @@ FOUND = {
         "h = net.c(net.b(h))",
         "(p - y).abs().mean()",
     ),
-    # PyTorch 2.13 gives a batch norm the wrong derivative there (on the CPU, a cotangent in another order of memory):
-    # what it says itself by backward and by forward mode differs, and products with the matrix are refused.
+    # PyTorch 2.13 gives a batch norm the wrong derivative there (on the CPU, a cotangent in another
+    # order of memory): what it says itself by backward and by forward mode differs, and products
+    # with the matrix are refused.
     "batch norm of channels that were moved from the last axis": Source(
         "x = normals(5, 1, 4, 3)\nnet.b = nn.Parameter(normals(3))\nnet.c = nn.BatchNorm2d(3)\n"
         "y = torch.randn((5, 3, 4, 1))",

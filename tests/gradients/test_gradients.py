@@ -1,8 +1,8 @@
 """Rows of gradients by the fast path, against their definitions, over the whole table.
 
-Tolerances are relative to the largest entry of the reference rows of a parameter, with a floor relative to the
-largest entry of the whole gradient: biases before batch norm and biases of keys have rows that are zero by
-cancellation.
+Tolerances are relative to the largest entry of the reference rows of a parameter, with a floor
+relative to the largest entry of the whole gradient: biases before batch norm and biases of keys
+have rows that are zero by cancellation.
 """
 
 import pytest

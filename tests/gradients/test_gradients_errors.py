@@ -1,4 +1,5 @@
-"""What questions about rows refuse: one clear error of the right class, with the value and the remedy.
+"""What questions about rows refuse: one clear error of the right class, with the value and the
+remedy.
 
 Every refusal changes nothing, and the problem can be asked on.
 """

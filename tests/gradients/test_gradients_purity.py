@@ -1,4 +1,6 @@
-"""Asking for rows and their quantities changes nothing: not after an answer, a refusal, an error or an interrupt."""
+"""Asking for rows and their quantities changes nothing: not after an answer, a refusal, an error or
+an interrupt.
+"""
 
 import warnings
 from collections.abc import Callable
@@ -27,9 +29,18 @@ from unbatch.gradients.quantities import About, Basic, Collector
 
 
 EVERYTHING = (
-    ub.Gradients(), ub.SquaredNorms(), ub.SumOfSquares(), ub.Variance(), ub.Dots(), ub.Histogram(), ub.NoiseScale(),
-    ub.OrthogonalityTest(), ub.EarlyStopping(), ub.SignalToNoise(), ub.ClippedSum(0.1),
-)  # fmt: skip
+    ub.Gradients(),
+    ub.SquaredNorms(),
+    ub.SumOfSquares(),
+    ub.Variance(),
+    ub.Dots(),
+    ub.Histogram(),
+    ub.NoiseScale(),
+    ub.OrthogonalityTest(),
+    ub.EarlyStopping(),
+    ub.SignalToNoise(),
+    ub.ClippedSum(0.1),
+)
 
 
 def quietly(ask: Callable[[ub.Problem], Any]) -> Callable[[ub.Problem], Any]:
@@ -79,7 +90,9 @@ def hooked() -> nn.Module:
 
 
 def counting_backward() -> nn.Module:
-    """A hook that changes the gradient, and counts in a buffer and an attribute how often it ran."""
+    """A hook that changes the gradient, and counts in a buffer and an
+    attribute how often it ran.
+    """
     net = normed()
     net.register_buffer("passes", torch.zeros(()))
     net.seen = []
@@ -144,7 +157,9 @@ MESSY: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("question", QUESTIONS)
 @pytest.mark.parametrize("make", MESSY.values(), ids=MESSY)
 def test_asking_for_rows_changes_nothing(make, question):
-    """Whether it gets an answer, a refusal, or stops: some of these programs cut their own gradients off."""
+    """Whether it gets an answer, a refusal, or stops: some of these programs cut their own
+    gradients off.
+    """
     problem = stateful_problem(make)
     before = state(problem)
     with suppress(RuntimeError, ValueError, ub.MixedSamplesWarning):
@@ -156,11 +171,23 @@ def test_asking_for_rows_changes_nothing(make, question):
 
 
 ANSWERED = [
-    "batch norm and dropout", "spectral norm", "batch norm, cumulative average", "two batch norms", "dropout", "hooks",
-    "own derivative", "own derivative under batch norm", "lstm", "counter", "eval", "partly frozen",
-    "spectral norm of old", "spectral norm below batch norm", "hooks that count backward passes",
+    "batch norm and dropout",
+    "spectral norm",
+    "batch norm, cumulative average",
+    "two batch norms",
+    "dropout",
+    "hooks",
+    "own derivative",
+    "own derivative under batch norm",
+    "lstm",
+    "counter",
+    "eval",
+    "partly frozen",
+    "spectral norm of old",
+    "spectral norm below batch norm",
+    "hooks that count backward passes",
     "own derivative under checkpointing",
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("make", [MESSY[k] for k in ANSWERED], ids=ANSWERED)
@@ -224,9 +251,13 @@ class Failing(nn.Module):
     def __init__(self, countdown: Countdown) -> None:
         super().__init__()
         self.model = nn.Sequential(
-            nn.Linear(D, D), nn.BatchNorm1d(D), nn.Dropout(0.3), nn.Linear(D, D), nn.BatchNorm1d(D, momentum=None),
             nn.Linear(D, D),
-        )  # fmt: skip
+            nn.BatchNorm1d(D),
+            nn.Dropout(0.3),
+            nn.Linear(D, D),
+            nn.BatchNorm1d(D, momentum=None),
+            nn.Linear(D, D),
+        )
         self.countdown = countdown
 
     def forward(self, x: Tensor) -> Tensor:

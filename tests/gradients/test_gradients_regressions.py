@@ -72,14 +72,25 @@ def check(found, expected, tolerance=1e-10):
         )
 
 
-@program("a transposed convolution right below batch norm", N, D, 3, 3,
-         up=lambda: nn.ConvTranspose2d(D, D, 2), norm=lambda: nn.BatchNorm2d(D))  # fmt: skip
+@program(
+    "a transposed convolution right below batch norm",
+    N,
+    D,
+    3,
+    3,
+    up=lambda: nn.ConvTranspose2d(D, D, 2),
+    norm=lambda: nn.BatchNorm2d(D),
+)
 def _(net, x):
     return net.head(net.norm(net.up(x)).tanh().mean((2, 3)))
 
 
-@program("what a batch norm takes is a prediction as well", a=linear, norm=norm,
-         loss=lambda p, y: F.cross_entropy(p[0], y) + p[1].square().sum())  # fmt: skip
+@program(
+    "what a batch norm takes is a prediction as well",
+    a=linear,
+    norm=norm,
+    loss=lambda p, y: F.cross_entropy(p[0], y) + p[1].square().sum(),
+)
 def _(net, x):
     h = net.a(x)
     return net.head(net.norm(h).tanh()), h
@@ -251,7 +262,9 @@ def test_what_is_asked_about_rows_follows_from_them(name):
 
 
 def test_small_gradients_count_in_float32():
-    """A branch that weighs 1e-5, with a token written in place: what is lost there is 1e-5 of the largest gradient."""
+    """A branch that weighs 1e-5, with a token written in place: what is lost there is 1e-5 of the
+    largest gradient.
+    """
 
     class Branch(nn.Module):
         def __init__(self):
@@ -336,7 +349,8 @@ def _problem(name):
     return net, loss, (x, y)
 
 
-# A plan is not believed before it has been tried: a contraction that is wrong is noticed, and done without.
+# A plan is not believed before it has been tried: a contraction that is wrong is noticed, and done
+# without.
 
 
 @pytest.mark.parametrize("method", ["rows", "weighted_sum"])

@@ -1,8 +1,9 @@
-"""Quantities of rows against their definitions, written here in plain lines from the rows of the reference.
+"""Quantities of rows against their definitions, written here in plain lines from the rows of the
+reference.
 
-Where definitions in the papers are in the scale of a mean loss, `g_n = N·r_n`: their mean is the gradient. What is
-compared is relative to the largest entry expected, with a floor from the largest entry of all rows, because some rows
-are zero by cancellation.
+Where definitions in the papers are in the scale of a mean loss, `g_n = N·r_n`: their mean is the
+gradient. What is compared is relative to the largest entry expected, with a floor from the largest
+entry of all rows, because some rows are zero by cancellation.
 """
 
 import warnings
@@ -40,7 +41,9 @@ def projections(rows: Plain) -> Plain:
 
 
 def signal_to_noise(rows: Plain) -> Plain:
-    """Liu et al. 2020 (GSNR): squared mean over variance; biased, as Cockpit's, and without its 1e-5."""
+    """Liu et al. 2020 (GSNR): squared mean over variance; biased, as Cockpit's, and without its
+    1e-5.
+    """
     return {k: r.mean(0).square() / (r - r.mean(0)).square().mean(0) for k, r in rows.items()}
 
 
@@ -55,7 +58,9 @@ def noise_scale(rows: Plain) -> Tensor:
 
 
 def norm_test(rows: Plain) -> Tensor:
-    """Byrd et al. 2012, equation 3.9: sample variance over N, per squared gradient. Cockpit returns the root of it."""
+    """Byrd et al. 2012, equation 3.9: sample variance over N, per squared gradient. Cockpit returns
+    the root of it.
+    """
     g = per_loss(rows)
     mean = g.mean(0)
     variance = (g - mean).square().sum() / (len(g) - 1)
@@ -63,7 +68,9 @@ def norm_test(rows: Plain) -> Tensor:
 
 
 def inner_product_test(rows: Plain) -> Tensor:
-    """Bollapragada et al. 2018, equation 2.6: sample variance of ⟨g_n, ḡ⟩. Cockpit returns the root of it."""
+    """Bollapragada et al. 2018, equation 2.6: sample variance of ⟨g_n, ḡ⟩. Cockpit returns the root
+    of it.
+    """
     g = per_loss(rows)
     mean = g.mean(0)
     variance = (g @ mean - mean @ mean).square().sum() / (len(g) - 1)
@@ -71,7 +78,9 @@ def inner_product_test(rows: Plain) -> Tensor:
 
 
 def orthogonality_test(rows: Plain) -> Tensor:
-    """Bollapragada et al. 2018, equation 3.3: variance of what is orthogonal to ḡ. Cockpit returns the root of it."""
+    """Bollapragada et al. 2018, equation 3.3: variance of what is orthogonal to ḡ. Cockpit returns
+    the root of it.
+    """
     g = per_loss(rows)
     mean = g.mean(0)
     variance = sum((row - (row @ mean) / (mean @ mean) * mean).square().sum() for row in g) / (
@@ -81,7 +90,9 @@ def orthogonality_test(rows: Plain) -> Tensor:
 
 
 def early_stopping(rows: Plain) -> Tensor:
-    """Mahsereci et al. 2017: `1 − N · mean over entries of ḡ²/s²`; Cockpit divides by `s² + 1e-5` and counts all."""
+    """Mahsereci et al. 2017: `1 − N · mean over entries of ḡ²/s²`; Cockpit divides by `s² + 1e-5`
+    and counts all.
+    """
     g = per_loss(rows)
     noise = g.var(0, unbiased=True)
     noisy = noise > 0
@@ -93,7 +104,9 @@ EDGES = [LOW + (HIGH - LOW) * i / BINS for i in range(BINS + 1)]
 
 
 def histogram(rows: Plain) -> Plain:
-    """Cockpit's, of `g_n`, for each parameter; what lies beyond the edges is not moved into the outer bins."""
+    """Cockpit's, of `g_n`, for each parameter; what lies beyond the edges is not moved into the
+    outer bins.
+    """
     n = len(next(iter(rows.values())))
     counted = {}
     for k, r in rows.items():
@@ -148,9 +161,15 @@ ASKED = [
     Asked(ub.ClippedSum(CLIP), clipped_sum, 1),
 ]
 MOMENTS = {
-    "SecondMoment", "Variance", "SignalToNoise", "NoiseScale", "NormTest", "InnerProductTest", "OrthogonalityTest",
+    "SecondMoment",
+    "Variance",
+    "SignalToNoise",
+    "NoiseScale",
+    "NormTest",
+    "InnerProductTest",
+    "OrthogonalityTest",
     "EarlyStopping",
-}  # fmt: skip
+}
 EVERY = pytest.mark.parametrize("asked", ASKED, ids=lambda a: a.name)
 
 # ---------------------------------------------------------------- cases
@@ -199,7 +218,9 @@ def case(name: str) -> Any:
 
 @cache
 def problem(name: str) -> ub.Problem:
-    """Asked many times, as a user would: what it keeps between questions must not spoil the next."""
+    """Asked many times, as a user would: what it keeps between questions
+    must not spoil the next.
+    """
     model, loss, inputs, targets = case(name).build()
     torch.manual_seed(0)
     made = ub.Problem(model.train(), loss, (inputs, targets))
@@ -247,7 +268,9 @@ def check(found: Any, expected: Any, floor: float, rtol: float = EXACT) -> None:
 
 
 def beyond_rounding(rows: Plain) -> Plain:
-    """The parameters of which every entry either has rows that differ, or rows that are all zero."""
+    """The parameters of which every entry either has rows that differ, or
+    rows that are all zero.
+    """
     size = FLOOR * largest(rows)
     apart = {k: (r - r.mean(0)).square().mean(0).sqrt() for k, r in rows.items()}
     return {k: r for k, r in rows.items() if bool(((apart[k] > size) | (r == 0).all(0)).all())}
@@ -300,8 +323,19 @@ def test_clipping_far_below_and_far_above_all_norms(max_norm):
 
 
 @MEMORY
-@pytest.mark.parametrize("name", ["mlp, ce", "conv2d", "embedding", "dropout", "two batch norms, ce", "weight norm",
-                                  "two batch norms of convs", "batch norm with tied weights around"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mlp, ce",
+        "conv2d",
+        "embedding",
+        "dropout",
+        "two batch norms, ce",
+        "weight norm",
+        "two batch norms of convs",
+        "batch norm with tied weights around",
+    ],
+)
 def test_together_they_are_what_they_are_alone(name, memory):
     rows = expected_rows(name, "component")
     sturdy = [a for a in ASKED if not a.ratio]
@@ -524,8 +558,11 @@ def test_autocast_around_the_question():
 
 
 @MEMORY
-@pytest.mark.parametrize("asked", [a for a in ASKED if a.name in ("SquaredNorms", "Projections", "Dots", "Variance")],
-                         ids=lambda a: a.name)  # fmt: skip
+@pytest.mark.parametrize(
+    "asked",
+    [a for a in ASKED if a.name in ("SquaredNorms", "Projections", "Dots", "Variance")],
+    ids=lambda a: a.name,
+)
 def test_autocast_around_the_question_does_not_reach_the_sums(asked, memory):
     """Against the rows as they came out, so that only accumulation is measured."""
     question, _ = in_precision(torch.float32)
@@ -542,8 +579,11 @@ def test_another_problem_is_caught_by_the_comparison_of_precisions():
         check_precision(narrow, other, 0.06, None)
 
 
-@pytest.mark.parametrize("asked", [a for a in ASKED if a.name not in ("Gradients", "Histogram", "ClippedSum")],
-                         ids=lambda a: a.name)  # fmt: skip
+@pytest.mark.parametrize(
+    "asked",
+    [a for a in ASKED if a.name not in ("Gradients", "Histogram", "ClippedSum")],
+    ids=lambda a: a.name,
+)
 @MEMORY
 def test_sums_over_bfloat16_are_accumulated_in_float32(asked, memory):
     """Against the rows as they came out, so that only accumulation is measured."""
@@ -560,7 +600,7 @@ def test_sums_over_bfloat16_are_accumulated_in_float32(asked, memory):
         check(found, asked.definition(rows), 1e-5 * largest(rows) ** 2, 1e-5)
 
 
-# ---------------------------------------------------------------- statistics over what are no samples
+# -------------------------------------------------------------- statistics over what are no samples
 
 MEANINGFUL = [
     "mlp, ce",
@@ -718,8 +758,19 @@ def test_what_is_made_from_a_statistic_warns_as_the_statistic_does():
 
 
 @MEMORY
-@pytest.mark.parametrize("name", ["mlp, ce", "conv2d", "embedding", "two batch norms, ce", "a layer used twice",
-                                  "an unused parameter", "two batch norms of convs", "weight norm"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mlp, ce",
+        "conv2d",
+        "embedding",
+        "two batch norms, ce",
+        "a layer used twice",
+        "an unused parameter",
+        "two batch norms of convs",
+        "weight norm",
+    ],
+)
 def test_rows_are_written_to_the_buffers_of_the_caller(name, memory):
     rows = problem(name).gradients()
     buffers = {k: torch.full_like(r, float("nan")) for k, r in rows.items()}

@@ -39,7 +39,9 @@ def largest(tensors):
 
 
 def check_equal(found, expected, relative=1e-12):
-    """Relative to the largest entry of all, so that what is zero by cancellation is compared as such."""
+    """Relative to the largest entry of all, so that what is zero by cancellation is compared as
+    such.
+    """
     assert list(found) == list(expected)
     floor = relative * (largest(expected) or 1)
     for name in found:
@@ -124,7 +126,9 @@ def test_frozen_rows_are_component_rows_of_a_batch_with_detached_statistics(case
 
 
 class Detached(TorchFunctionMode):
-    """Statistics over axis 0 are constant, by another route than that of the reference: no sample runs alone."""
+    """Statistics over axis 0 are constant, by another route than that of the reference: no sample
+    runs alone.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -139,7 +143,7 @@ class Detached(TorchFunctionMode):
         return tuple(t.detach() for t in out) if isinstance(out, tuple) else out.detach()
 
 
-def normalised(
+def normalised(  # noqa: PLR0913  the arguments of F.batch_norm
     batch_norm,
     x,
     mean=None,
@@ -215,7 +219,9 @@ def test_copies_of_a_linear_layer_under_batch_norm_equal_what_it_holds_per_rank(
 
 
 def one_batch_norm(bias):
-    """`γ(z - mean)/σ + β` with `z = XWᵀ`, and the loss a sum of cubes, whose gradient at the predictions is `g`."""
+    """`γ(z - mean)/σ + β` with `z = XWᵀ`, and the loss a sum of cubes, whose gradient at the
+    predictions is `g`.
+    """
     x = torch.randn(N, 4, dtype=torch.float64)
     model = nn.Sequential(nn.Linear(4, 3, bias=bias), nn.BatchNorm1d(3, eps=1e-300)).double()
     nn.init.normal_(model[1].weight)
@@ -390,7 +396,9 @@ def test_a_wrong_sum_is_caught():
 
 
 def stacked(model, loss, x, y):
-    """One backward pass for all samples as if they were apart: the trick that every layer but batch norm allows."""
+    """One backward pass for all samples as if they were apart: the trick that every layer but batch
+    norm allows.
+    """
     rows, last = {}, {}
     for name, layer in model.named_children():
         layer.register_forward_hook(

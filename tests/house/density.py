@@ -119,7 +119,9 @@ def _docstring_lines(tree: ast.AST) -> set[int]:
 
 
 def _comment_lines(source: str) -> set[int]:
-    """Lines with a comment, at the end of a line of code as well; what only speaks to a tool is none."""
+    """Lines with a comment, at the end of a line of code as well; what only speaks to a tool is
+    none.
+    """
     numbers: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         text = token.string.lstrip("# ")

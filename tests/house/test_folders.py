@@ -1,4 +1,6 @@
-"""Test files have names of their own, and none takes anything from another: what they share is in `cases`."""
+"""Test files have names of their own, and none takes anything from another: what they share is in
+`cases`.
+"""
 
 import ast
 from collections import Counter

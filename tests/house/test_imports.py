@@ -17,8 +17,8 @@ import unbatch
 
 PACKAGE = "unbatch"
 
-# What each wing may import: the wings named here, and whatever those may import. A line is a wing, a
-# part of one, or a file beside the wings. Inside a line the house is flat, but for circles.
+# What each wing may import: the wings named here, and whatever those may import. A line is a wing,
+# a part of one, or a file beside the wings. Inside a line the house is flat, but for circles.
 WINGS = {
     # the ground
     "errors": "",
@@ -118,7 +118,9 @@ def imports(source: str) -> Iterator[str]:
 
 
 def mentions(source: str) -> Iterator[str]:
-    """What is imported, and what is reached through attributes: `torch.fx.Graph` needs no import."""
+    """What is imported, and what is reached through attributes:
+    `torch.fx.Graph` needs no import.
+    """
     yield from imports(source)
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute) and (name := dotted(node)):
@@ -293,9 +295,12 @@ def test_an_honest_package_passes():
 
 
 def test_the_package_comes_without_torch():
-    """And every public name with it; what Python looks for in a module is no reason to fetch them."""
+    """And every public name with it; what Python looks for in a module is
+    no reason to fetch them.
+    """
     quiet = "import sys, unbatch; hasattr(unbatch, '__wrapped__'); early = 'torch' in sys.modules"
-    code = f"{quiet}; from unbatch import *; print(early, set(unbatch.__all__) <= {{*globals(), *dir(unbatch)}})"
+    listed = "set(unbatch.__all__) <= {*globals(), *dir(unbatch)}"
+    code = f"{quiet}; from unbatch import *; print(early, {listed})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False True\n"
     assert all(hasattr(unbatch, name) for name in (*unbatch.__all__, "plot", "spectra", "errors"))
@@ -313,8 +318,10 @@ def test_any_module_can_be_the_first(module):
 
 def test_integrations_are_there_without_an_import_of_their_own():
     """And what they need is imported when they are asked for, not with the package."""
-    asked = "import sys, unbatch as ub; early = 'unbatch.integrations.backpack' in sys.modules; ub.integrations.backpack"
-    heavy = "[m for m in ('matplotlib', 'laplace', 'transformers', 'lightning', 'sklearn') if m in sys.modules]"
+    early = "import sys, unbatch as ub; early = 'unbatch.integrations.backpack' in sys.modules"
+    asked = f"{early}; ub.integrations.backpack"
+    names = ("matplotlib", "laplace", "transformers", "lightning", "sklearn")
+    heavy = f"[m for m in {names} if m in sys.modules]"
     run = [sys.executable, "-c", f"{asked}.attach; print(early, {heavy})"]
     assert subprocess.run(run, capture_output=True, text=True, check=True).stdout == "False []\n"
     with pytest.raises(AttributeError, match="there are backpack"):

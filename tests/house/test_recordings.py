@@ -1,4 +1,6 @@
-"""What tests share stays as it is: a test that changes a lent problem fails, and the next one is lent another."""
+"""What tests share stays as it is: a test that changes a lent problem fails, and the next one is
+lent another.
+"""
 
 import pytest
 import torch

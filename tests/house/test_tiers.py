@@ -1,4 +1,6 @@
-"""The quick tier leaves nothing out: each test function and each of its values, or a reason in a list."""
+"""The quick tier leaves nothing out: each test function and each of its values, or a reason in a
+list.
+"""
 
 import ast
 from collections.abc import Sequence
@@ -21,7 +23,9 @@ def check_every_function(calls: Sequence[Call], chosen: Sequence[bool]) -> None:
 
 
 def check_every_value(calls: Sequence[Call], chosen: Sequence[bool]) -> None:
-    """Raise where a module has a value that none of its quick tests is called with, and no list says why."""
+    """Raise where a module has a value that none of its quick tests is called with, and no list
+    says why.
+    """
     wanted, reached = set(), set()
     for call, is_quick in zip(calls, chosen, strict=True):
         if listed(call, FULL) or listed(call, ONCE):

@@ -1,6 +1,7 @@
 """What a user installs: the wheel, in an environment of its own, away from the source tree.
 
-The environment borrows torch and the other requirements from the one that runs the tests; nothing is downloaded.
+The environment borrows torch and the other requirements from the one that runs the tests; nothing
+is downloaded.
 """
 
 import os

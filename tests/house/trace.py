@@ -1,7 +1,7 @@
 """Which rooms a question enters: functions, files and wings in the order of their first call.
 
-Run as a script, it asks a small net with two batch norms for its structure, its gradients and a GGN diagonal:
-``python tests/house/trace.py``.
+Run as a script, it asks a small net with two batch norms for its structure, its gradients and a GGN
+diagonal: ``python tests/house/trace.py``.
 """
 
 from __future__ import annotations

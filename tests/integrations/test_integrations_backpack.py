@@ -1,4 +1,5 @@
-"""BackPACK's attributes, as BackPACK has them: held against the real package on nets that both support.
+"""BackPACK's attributes, as BackPACK has them: held against the real package on nets that both
+support.
 
 Under batch norm in train mode, where it has rows by copy or none, against the definitions.
 """
@@ -104,7 +105,7 @@ def assert_same(found, wanted, tolerance=1e-10):
         assert (found[name] - wanted[name]).norm() <= tolerance * wanted[name].norm(), name
 
 
-# --- the same ------------------------------------------------------------------------------------------
+# --- the same -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -163,7 +164,7 @@ def test_several_at_once_and_nothing_else():
     assert all(p.grad is None for p in model.parameters())
 
 
-# --- where they differ ---------------------------------------------------------------------------------
+# --- where they differ ----------------------------------------------------------------------------
 
 
 def test_rows_under_batch_norm_are_by_component_and_theirs_by_copy():
@@ -214,7 +215,9 @@ def test_moments_under_batch_norm_come_with_a_warning():
 
 
 def test_a_scaled_loss_scales_the_curvature():
-    """With BackPACK the factor is lost, after a warning: its Hessian of the loss is that of the module."""
+    """With BackPACK the factor is lost, after a warning: its Hessian of the loss is that of the
+    module.
+    """
     model, criterion, data = setting(mlp)
     plain = ours("DiagGGNExact", model, criterion, data)
     half = ours("DiagGGNExact", model, lambda f, y: 0.5 * criterion(f, y), data)
@@ -232,7 +235,7 @@ def test_a_scaled_loss_scales_the_curvature():
     assert_same({n: p.diag_ggn_exact for n, p in extended.named_parameters()}, plain)
 
 
-# --- refused -------------------------------------------------------------------------------------------
+# --- refused --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["KFAC", "KFLR", "KFRA"])
@@ -279,7 +282,7 @@ def test_what_is_no_extension_is_refused(wrong):
         adapter.attach(ub.Problem(*setting(mlp)), *wrong)
 
 
-# --- planted -------------------------------------------------------------------------------------------
+# --- planted --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("extension", EXACT)

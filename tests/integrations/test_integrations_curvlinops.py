@@ -1,4 +1,6 @@
-"""One matrix, two packages: products and what is made of them agree, in flat format and by parameter."""
+"""One matrix, two packages: products and what is made of them agree, in flat format and by
+parameter.
+"""
 
 import pytest
 import torch
@@ -49,7 +51,7 @@ def assert_near(found, wanted, tolerance=1e-10):
     assert (found - wanted).norm() <= tolerance * wanted.norm()
 
 
-# --- ours as theirs -------------------------------------------------------------------------------------
+# --- ours as theirs -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("K", [None, 2])
@@ -121,7 +123,7 @@ def test_without_the_package_it_is_said_how_to_get_it(monkeypatch):
         to_curvlinops(Dense(torch.eye(2)))
 
 
-# --- theirs as ours -------------------------------------------------------------------------------------
+# --- theirs as ours -------------------------------------------------------------------------------
 
 
 def test_our_spectra_take_theirs():
@@ -191,7 +193,7 @@ def test_their_hessian_is_wrong_through_layer_norm_and_stays_so():
     assert (H - H.T).norm() > 0.01 * truth.norm()
 
 
-# --- planted --------------------------------------------------------------------------------------------
+# --- planted --------------------------------------------------------------------------------------
 
 
 class _Doubled(Dense):

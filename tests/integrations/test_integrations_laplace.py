@@ -1,5 +1,5 @@
-"""Laplace approximations by our backends: equal to those of laplace's own where these run, and to the definition where
-they do not.
+"""Laplace approximations by our backends: equal to those of laplace's own where these run, and to
+the definition where they do not.
 """
 
 import copy
@@ -46,7 +46,9 @@ def normed():
 
 
 def untracked():
-    """Takes the statistics of the batch in eval mode as well; over positions, so that laplace can try one sample."""
+    """Takes the statistics of the batch in eval mode as well; over positions, so that laplace can
+    try one sample.
+    """
     norm = nn.BatchNorm1d(2, track_running_stats=False)
     return nn.Sequential(
         nn.Linear(5, 4), nn.Unflatten(1, (2, 2)), norm, nn.Tanh(), nn.Flatten(), nn.Linear(4, C)
@@ -108,7 +110,7 @@ def assert_near(found, wanted, tolerance=1e-9):
     assert (found - wanted).norm() <= tolerance * wanted.norm()
 
 
-# --- equal to laplace's own ----------------------------------------------------------------------------
+# --- equal to laplace's own -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -178,7 +180,8 @@ def test_the_empirical_fisher_matrix(structure):
 def test_low_rank(likelihood, size, monkeypatch):
     """With all eigenpairs it is the full approximation; with a few it has the largest of them.
 
-    Laplace asks for asdfghjkl, whose Hessian it takes by default, also where another backend is given.
+    Laplace asks for asdfghjkl, whose Hessian it takes by default, also where another backend is
+    given.
     """
     monkeypatch.setattr(
         importlib.import_module("laplace.baselaplace"), "find_spec", lambda name: True
@@ -205,7 +208,7 @@ def test_draws_have_their_mean(structure):
     assert_near(sampled.H, fitted(UnbatchGGN, structure, "classification", case).H, 0.1)
 
 
-# --- batch norm ----------------------------------------------------------------------------------------
+# --- batch norm -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
@@ -227,7 +230,9 @@ def variances(case, model, truth):
 
 
 def test_batch_norm_that_tracks_nothing_mixes_in_eval_mode_too():
-    """BackPACK breaks on it; what curvlinops has is right, as the whole batch is what it differentiates."""
+    """BackPACK breaks on it; what curvlinops has is right, as the whole batch is what it
+    differentiates.
+    """
     case = setting(untracked, "classification")
     truth = definition(copy.deepcopy(case[0]).eval(), *case[1:], "classification")
     assert_near(fitted(UnbatchGGN, "full", "classification", case, size=N).H, truth)
@@ -303,7 +308,7 @@ def test_without_laplace_it_is_said_how_to_get_it(monkeypatch):
         importlib.import_module("unbatch.integrations.laplace")
 
 
-# --- planted -------------------------------------------------------------------------------------------
+# --- planted --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("structure", ["full", "diag", "kron"])

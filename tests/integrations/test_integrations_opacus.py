@@ -1,4 +1,6 @@
-"""Clipping per sample as Opacus does it, and what its validator lets through though clipping bounds nothing there."""
+"""Clipping per sample as Opacus does it, and what its validator lets through though clipping bounds
+nothing there.
+"""
 
 import copy
 
@@ -77,7 +79,7 @@ def assert_same(found, wanted, tolerance):
         assert (found[name] - wanted[name]).norm() <= tolerance * wanted[name].norm(), name
 
 
-# --- the same gradient ---------------------------------------------------------------------------------
+# --- the same gradient ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -161,7 +163,7 @@ def test_numbers_out_of_range_are_refused(wrong, said):
         write_clipped_gradient(problem, **{"max_grad_norm": 1.0} | wrong)
 
 
-# --- the validator -------------------------------------------------------------------------------------
+# --- the validator --------------------------------------------------------------------------------
 
 
 class Net(nn.Module):
@@ -227,7 +229,9 @@ def opacus_errors(model):
 
 
 def influence(model, X, y):
-    """How far the rows of other samples move when sample 0 is replaced, relative to their size: plain autograd."""
+    """How far the rows of other samples move when sample 0 is replaced, relative to their size:
+    plain autograd.
+    """
     other = X.clone()
     other[0] = torch.randn_like(X[0])
     rows, moved = (
@@ -303,7 +307,7 @@ def test_clipping_is_refused_where_it_bounds_nothing():
         validate(problem, strict=True)
 
 
-# --- planted -------------------------------------------------------------------------------------------
+# --- planted --------------------------------------------------------------------------------------
 
 
 def test_a_planted_scale_is_caught():

@@ -1,8 +1,10 @@
-"""Second opinions: rows and curvature of other tools where they are right, and what they do where they are not.
+"""Second opinions: rows and curvature of other tools where they are right, and what they do where
+they are not.
 
-Rows of BackPACK, Opacus and torch.func; the Gauss-Newton matrix of BackPACK, ViViT and curvlinops. `make
-bench-gradients` and `make bench-ggn` install them; without them their tests are skipped. What is said here about the
-tools alone is checked against plain autograd and needs nothing of this package.
+Rows of BackPACK, Opacus and torch.func; the Gauss-Newton matrix of BackPACK, ViViT and curvlinops.
+`make bench-gradients` and `make bench-ggn` install them; without them their tests are skipped. What
+is said here about the tools alone is checked against plain autograd and needs nothing of this
+package.
 """
 
 import copy
@@ -23,7 +25,8 @@ import ggn_cost as curvature
 import gradients_cost as bench
 from lib import interleaved, workloads
 
-# Full backward hooks on a first layer, which both tools use, and BackPACK's own word on batch norm in train mode.
+# Full backward hooks on a first layer, which both tools use, and BackPACK's own word on batch norm
+# in train mode.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning"),
     pytest.mark.filterwarnings("ignore:Encountered BatchNorm module in training mode:UserWarning"),
@@ -77,7 +80,9 @@ def batch_normed():
 
 
 class FunctionallyNormed(nn.Module):
-    """The net of `batch_normed` without scale and shift, and without a module that is called BatchNorm."""
+    """The net of `batch_normed` without scale and shift, and without a module that is called
+    BatchNorm.
+    """
 
     def __init__(self):
         super().__init__()
@@ -116,7 +121,7 @@ def assert_same(found, wanted, dtype):
     assert interleaved.distance(found, wanted) <= TOLERANCE[dtype]
 
 
-# --- where they are right -----------------------------------------------------------------------------
+# --- where they are right -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -172,11 +177,13 @@ def test_vmap_agrees_with_us_on_a_transformer(dtype):
     assert_same(by("component", *case), answer("vmap(grad)", *case), dtype)
 
 
-# --- where samples mix --------------------------------------------------------------------------------
+# --- where samples mix ----------------------------------------------------------------------------
 
 
 def test_backpacks_rows_under_batch_norm_are_copy_rows():
-    """It warns that they "may not be meaningful", not that they are not those of the loss terms: about 95 % off."""
+    """It warns that they "may not be meaningful", not that they are not those of the loss terms:
+    about 95 % off.
+    """
     pytest.importorskip("backpack")
     case = setting(batch_normed, torch.float64)
     rows = answer("BackPACK", *case)
@@ -210,7 +217,9 @@ def test_opacus_refuses_batch_norm_by_its_buffers(evaluating):
 
 
 def test_opacus_takes_functional_batch_norm_and_returns_copy_rows():
-    """In strict mode and without a word: rows by copy, where differential privacy needs those by component."""
+    """In strict mode and without a word: rows by copy, where differential privacy needs those by
+    component.
+    """
     pytest.importorskip("opacus")
     model, X, y = FunctionallyNormed().double(), torch.randn(N, 7).double(), torch.randint(10, (N,))
     rows = answer("Opacus", model, X, y)
@@ -226,7 +235,9 @@ def test_opacus_rows_through_functional_batch_norm_are_ours_by_copy():
 
 
 def test_vmap_raises_under_batch_norm():
-    """Because of the running statistics. Without them it does not know what to normalise over, and raises again."""
+    """Because of the running statistics. Without them it does not know what to normalise over, and
+    raises again.
+    """
     model, X, y = setting(batch_normed, torch.float64)
     with pytest.raises(RuntimeError, match="mutate a captured Tensor"):
         answer("vmap(grad)", model, X, y)
@@ -235,7 +246,9 @@ def test_vmap_raises_under_batch_norm():
 
 
 def test_vmap_normalises_each_image_alone_without_running_statistics():
-    """With more than one pixel there is something to normalise over, and the rows are those of another net."""
+    """With more than one pixel there is something to normalise over, and the rows are those of
+    another net.
+    """
     layers = [
         nn.Conv2d(2, 3, 3),
         nn.BatchNorm2d(3, track_running_stats=False),
@@ -254,7 +267,7 @@ def test_vmap_normalises_each_image_alone_without_running_statistics():
     assert interleaved.distance({name: r.sum(0) for name, r in rows.items()}, total) > 0.1
 
 
-# --- the Gauss-Newton matrix ----------------------------------------------------------------------------
+# --- the Gauss-Newton matrix ----------------------------------------------------------------------
 
 EXACT = 1e-8
 K = 4
@@ -267,7 +280,9 @@ def columns(model, X, y):
 
 
 def curved(make):
-    """In double precision: the case, and the matrix as we have it of a copy, whose buffers nobody writes to."""
+    """In double precision: the case, and the matrix as we have it of a copy, whose buffers nobody
+    writes to.
+    """
     model, X, y = setting(make, torch.float64)
     return (model, X, y), ub.Problem(copy.deepcopy(model), F.cross_entropy, (X, y)).ggn()
 
@@ -300,7 +315,9 @@ def assert_near(found, wanted, tolerance=EXACT):
 
 @nets
 class TestBackpacksCurvature:
-    """Its scale is that of the loss, as ours: 1/N for a mean cross-entropy, its root for columns."""
+    """Its scale is that of the loss, as ours: 1/N for a mean cross-entropy,
+    its root for columns.
+    """
 
     def test_the_diagonal(self, make):
         pytest.importorskip("backpack")
@@ -325,7 +342,9 @@ class TestBackpacksCurvature:
         assert_near(G.gram(), V @ V.T)
 
     def test_the_diagonal_from_draws(self, make):
-        """The same labels are not drawn, so both are held against the mean, at a distance of many draws."""
+        """The same labels are not drawn, so both are held against the mean, at a distance of many
+        draws.
+        """
         pytest.importorskip("backpack")
         case, G = curved(make)
         draws, exact = 4000, columns(*case).square().sum(0)
@@ -343,7 +362,9 @@ class TestBackpacksCurvature:
 
 @nets
 class TestVivit:
-    """Eigenvalues in the scale of the loss; what it has for every sample averages to the whole, where ours sums."""
+    """Eigenvalues in the scale of the loss; what it has for every sample averages to the whole,
+    where ours sums.
+    """
 
     def test_eigenvalues(self, make):
         pytest.importorskip("vivit")
@@ -404,7 +425,7 @@ def curvlinops_operator(model, X, y):
     return operator(model, nn.CrossEntropyLoss(), list(model.parameters()), [(X, y)])
 
 
-# --- the same where samples mix -------------------------------------------------------------------------
+# --- the same where samples mix -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -424,9 +445,11 @@ def test_backpack_refuses_curvature_under_batch_norm(extension, attribute):
 
 
 def test_vivits_spectrum_under_batch_norm_is_wrong_without_a_word(recwarn):
-    """A column of each class is pulled back for all samples at once: what it has are columns by copy.
+    """A column of each class is pulled back for all samples at once: what it has are columns by
+    copy.
 
-    Here the largest eigenvalue is a sixth of the true one, and the trace a third; all together are 80 % off.
+    Here the largest eigenvalue is a sixth of the true one, and the trace a third; all together are
+    80 % off.
     """
     pytest.importorskip("vivit")
     case, G = curved(batch_normed)

@@ -1,4 +1,6 @@
-"""SciPy takes our operators: what its solvers find of a Gauss-Newton matrix is what the definition has."""
+"""SciPy takes our operators: what its solvers find of a Gauss-Newton matrix is what the definition
+has.
+"""
 
 import numpy
 import pytest

@@ -1,4 +1,6 @@
-"""Eigenpairs by products against dense ones, and estimates against what they say of themselves, in float64."""
+"""Eigenpairs by products against dense ones, and estimates against what they say of themselves, in
+float64.
+"""
 
 from functools import cache
 
@@ -84,7 +86,9 @@ class Counting(Dense):
 
 
 def check_pairs(A: Tensor, k: int, which: str, found, search) -> None:
-    """Raise where these are not the k first eigenpairs of A, with multiplicity, or are not what they say."""
+    """Raise where these are not the k first eigenpairs of A, with multiplicity, or are not what
+    they say.
+    """
     values = torch.linalg.eigvalsh(A)
     order = (values if which == "largest" else values.abs()).argsort(descending=True)
     size, k = float(values.abs().max()), min(k, len(A))
@@ -197,7 +201,9 @@ def test_traces(make, method):
 
 
 def test_a_biased_trace_is_caught(monkeypatch):
-    """The planted bug: XTrace takes the wrong vector out of the sketch, so that a term knows its own."""
+    """The planted bug: XTrace takes the wrong vector out of the sketch, so that a term knows its
+    own.
+    """
     A = dense(MAKERS["falling slowly"])
     monkeypatch.setattr(spectra, "_regular", lambda R, dtype: torch.eye(len(R), dtype=R.dtype))
     runs = [spectra.trace(A, 24, seed=seed) for seed in range(SEEDS)]
@@ -309,7 +315,9 @@ def check_nodes(found, value: float) -> None:
 
 
 def test_ghosts_are_caught(monkeypatch):
-    """The planted bug, a recurrence of three terms: an eigenvalue far from all others comes back as its own copy."""
+    """The planted bug, a recurrence of three terms: an eigenvalue far from all others comes back as
+    its own copy.
+    """
     A, apart = turned([100.0, *torch.linspace(0, 1, D - 1)]), spectra._apart
     check_nodes(spectra.density(A, probes=3, steps=60), 100)
 

@@ -1,6 +1,8 @@
-"""Edges of what a net may be made of: rows, norms, variance and the Gauss-Newton matrix against their definitions.
+"""Edges of what a net may be made of: rows, norms, variance and the Gauss-Newton matrix against
+their definitions.
 
-What is exact is compared in float64; in a narrow type, with the same net in float64, up to what the type rounds.
+What is exact is compared in float64; in a narrow type, with the same net in float64, up to what the
+type rounds.
 """
 
 import math
@@ -56,7 +58,8 @@ def normals(*shape, dtype=torch.float64):
 def case(name, without="", refused=""):
     """A function that makes ``(model, loss, inputs, targets)``, always the same.
 
-    ``without``: rows that the reference cannot run; ``refused``: rows that the library does not have.
+    ``without``: rows that the reference cannot run; ``refused``: rows that the library does not
+    have.
     """
 
     def register(make):
@@ -77,7 +80,7 @@ def labels(n=N, classes=C):
     return torch.arange(n) % classes
 
 
-# ---------------------------------------------------------------- second derivatives inside the model
+# -------------------------------------------------------------- second derivatives inside the model
 
 
 @case("forces from an energy", without="frozen")
@@ -318,7 +321,9 @@ def largest(t: Tensor) -> float:
 
 
 def near(found, expected, what, floor=1e-13, rtol=EXACT):
-    """Raise where two mappings by name differ by more than rounding, of which there is more where numbers cancel."""
+    """Raise where two mappings by name differ by more than rounding, of which there is more where
+    numbers cancel.
+    """
     assert list(found) == list(expected), what
     scale = max(map(largest, expected.values()), default=0.0)
     for name, wanted in expected.items():
@@ -450,7 +455,9 @@ def test_only_parameters_without_entries():
 
 
 def rounding_of(dtype: torch.dtype, depth: int) -> float:
-    """What is lost in a chain of so many operations, each of which rounds; norms of many entries average it out."""
+    """What is lost in a chain of so many operations, each of which rounds; norms of many entries
+    average it out.
+    """
     return 4 * math.sqrt(depth) * torch.finfo(dtype).eps
 
 

@@ -57,7 +57,9 @@ def gradient(p: ub.Problem) -> Any:
 
 @dataclass(frozen=True)
 class Bad:
-    """`build()` or the question raises `error`, whose text has all of `says`: the value, and what to do."""
+    """`build()` or the question raises `error`, whose text has all of `says`: the value, and what
+    to do.
+    """
 
     name: str
     build: Callable[[], ub.Problem]
@@ -452,7 +454,7 @@ def test_model_with_its_own_loss():
         _ = ub.Problem(Own(), batch={"z": x()}).structure
 
 
-# ---------------------------------------------------------------- what would be overlooked in silence
+# -------------------------------------------------------------- what would be overlooked in silence
 
 
 class InAList(nn.Module):

@@ -1,4 +1,5 @@
-"""When a program is recorded again, when its recording is moved to other numbers, and that neither is ever forgotten.
+"""When a program is recorded again, when its recording is moved to other numbers, and that neither
+is ever forgotten.
 
 What is asked after a change is held against a problem made afresh, which knows nothing of before.
 """
@@ -71,7 +72,7 @@ def _with_gradients(p: ub.Problem) -> None:
         q.grad = torch.ones_like(q)
 
 
-# ---------------------------------------------------------------- other numbers: the recording is moved
+# ------------------------------------------------------------ other numbers: the recording is moved
 
 NUMBERS: dict[str, Callable[[ub.Problem], Any]] = {
     "a parameter in place": lambda p: p.program.model[0].weight.detach().mul_(2),
@@ -299,7 +300,9 @@ def test_a_tensor_kept_as_attribute_is_seen():
 
 
 class Activated(nn.Module):
-    """A layer with an activation that has no parameters: a module, or a function kept as an attribute."""
+    """A layer with an activation that has no parameters: a module, or a function kept as an
+    attribute.
+    """
 
     def __init__(self, act: Callable[[Tensor], Tensor]):
         super().__init__()

@@ -135,7 +135,9 @@ def test_a_question_runs_the_batch_forward_once(monkeypatch, norms, question):
 
 
 def test_by_way_of_statistics_the_batch_runs_with_and_without_them(monkeypatch):
-    """Once as it is, and once with statistics held constant for each of what goes on there: vjps and rows."""
+    """Once as it is, and once with statistics held constant for each of what goes on there: vjps
+    and rows.
+    """
     monkeypatch.setattr("unbatch.curvature.strategy.estimate_cost", lambda *_: True)
     problem = problem_of(2)
     assert problem.structure

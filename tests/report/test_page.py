@@ -1,4 +1,6 @@
-"""The report: one page with everything in it, for reading in a browser that loads nothing from elsewhere."""
+"""The report: one page with everything in it, for reading in a browser that loads nothing from
+elsewhere.
+"""
 
 from __future__ import annotations
 

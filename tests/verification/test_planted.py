@@ -1,7 +1,8 @@
-"""Planted bugs: each makes the analyser wrong about a small program, and the checkers have to say so.
+"""Planted bugs: each makes the analyser wrong about a small program, and the checkers have to say
+so.
 
-Three checkers are held to it: `Problem.verify()`, the checker of the case tables, and the oracle of the
-property tests.
+Three checkers are held to it: `Problem.verify()`, the checker of the case tables, and the oracle of
+the property tests.
 """
 
 from collections.abc import Callable
@@ -40,7 +41,9 @@ def linear_loss(p, y):
 
 @dataclass(frozen=True)
 class Planted:
-    """`plant(monkeypatch)` makes `verdict` on a program wrong: it is `status`, and in truth it is not."""
+    """`plant(monkeypatch)` makes `verdict` on a program wrong: it is `status`, and in truth it is
+    not.
+    """
 
     name: str
     plant: Callable[[pytest.MonkeyPatch], None]
@@ -130,7 +133,7 @@ def deaf_to_branches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("unbatch.capture.tracer.Recorder.escape", lambda *_, **__: None)
 
 
-# ---------------------------------------------------------------- programs that they are wrong about
+# --------------------------------------------------------------- programs that they are wrong about
 
 
 def centred_by_one_number(net, x):

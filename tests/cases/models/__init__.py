@@ -1,4 +1,6 @@
-"""Models whose forward structure is known, by family; `MODELS` has the cases of all families, in this order."""
+"""Models whose forward structure is known, by family; `MODELS` has the cases of all families, in
+this order.
+"""
 
 from importlib import import_module
 

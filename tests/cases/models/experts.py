@@ -53,7 +53,9 @@ GROUPED = {
 
 
 def _grouped(net, tokens, order, numbers):
-    """Rows in an order, each times the matrix of the group that its place falls into; in that order."""
+    """Rows in an order, each times the matrix of the group that its place falls into; in that
+    order.
+    """
     ends = torch.histc(numbers.float(), bins=3, min=0, max=2).cumsum(0, dtype=torch.int32)
     return F.grouped_mm(F.pad(tokens[order], (0, 8 - D)), net.w, offs=ends)[:, :D]
 

@@ -94,7 +94,9 @@ class BatchNormByName(nn.LayerNorm):
 
 
 class RunningCentre(nn.Module):
-    """Centres by a running mean, updated before or after it is used, in place or by reassignment."""
+    """Centres by a running mean, updated before or after it is used, in
+    place or by reassignment.
+    """
 
     def __init__(self, before, in_place):
         super().__init__()

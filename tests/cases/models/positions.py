@@ -24,7 +24,7 @@ from cases.models.table import (
     weight,
 )
 
-# ---------------------------------------------------------------- the index of a sample, and N itself
+# -------------------------------------------------------------- the index of a sample, and N itself
 
 TABLE = {"table": weight(N, D)}
 

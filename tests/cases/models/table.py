@@ -1,9 +1,10 @@
 """Models whose forward structure is known: what the analyser has to say about each of them.
 
-The truth is about functions, at fixed N, noise and parameters. Predictions carry samples on `out_dim`, inputs
-on `in_dims` (one number for all inputs, or one per input, None for an input shared by the batch).
-`accept_unknown` marks cases where an honest "unknown" is good enough: control flow in Python, values that
-leave the tensor world, permutations that depend on data, structure that only algebra reveals.
+The truth is about functions, at fixed N, noise and parameters. Predictions carry samples on
+`out_dim`, inputs on `in_dims` (one number for all inputs, or one per input, None for an input
+shared by the batch). `accept_unknown` marks cases where an honest "unknown" is good enough: control
+flow in Python, values that leave the tensor world, permutations that depend on data, structure that
+only algebra reveals.
 """
 
 from collections.abc import Callable
@@ -76,7 +77,9 @@ def layers(name, truth, shape, *makers, train=True):
 
 
 def forward(name, truth, *inputs, train=True, accept_unknown=False, in_dims=0, out_dim=0, **parts):
-    """A case from a forward function; inputs are shapes or makers, `net.linear` is there unless given."""
+    """A case from a forward function; inputs are shapes or makers, `net.linear` is there unless
+    given.
+    """
     inputs = inputs or (FLAT,)
 
     def register(function):
