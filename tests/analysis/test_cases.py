@@ -8,7 +8,9 @@ from cases.verdicts import check, check_weights, structure_of, truth_of
 
 # Honest "unknown"s that the tables do not ask for: what it would take to decide them.
 KNOWN_UNKNOWN = {
-    "mean of the three nearest neighbours": "its batch size is written into it: no larger batch can be tried",
+    "mean of the three nearest neighbours": (
+        "its batch size is written into it: no larger batch can be tried"
+    ),
     "take from the flat batch with own offsets": "bounds on the values of an index",
     "mean over chunks of unequal size": "sums over sets of samples whose weights differ",
     "weights by index, in a loop": "sums of terms with a number of their own",

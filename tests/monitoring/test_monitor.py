@@ -759,7 +759,8 @@ def test_a_board_that_fails_is_a_warning():
         ({"quantities": [ub.SquaredNorms]}, "Norms"),
         (
             {"by": "copy"},
-            r"trace, top_eigenvalues of a Gauss-Newton .*'squared_norms', 'noise_scale'",
+            r"trace, top_eigenvalues of a Gauss-Newton "
+            r".*'squared_norms', 'noise_scale', 'crosstalk'",
         ),
         (
             {"by": "copy", "quantities": [ub.SquaredNorms(), ub.DiagGGN()]},
