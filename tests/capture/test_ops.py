@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from unbatch.capture import ops
-from unbatch.capture.device_ops import drops
-from unbatch.capture.graph import Step
-from unbatch.capture.ops import BatchNorm, HiddenWrites, Moves, Traits
+from unbatch.capture.ops import BatchNorm, Dropout, HiddenWrites, Moves, Recurrence, Traits
+from unbatch.capture.steps import Step
 
 aten = torch.ops.aten
 
@@ -401,7 +400,7 @@ def test_what_drops_nothing_draws_nothing():
     for op in (attention, aten.scaled_dot_product_attention.default):
         tagged = torch.Tag.nondeterministic_seeded in op.tags
         assert ops.draws(op) == tagged
-        assert not (ops.draws(op) and drops(op, (), {"dropout_p": 0.0}))
-        assert drops(op, (), {"dropout_p": 0.5})
+        assert not (ops.draws(op) and ops.drops(op, (), {"dropout_p": 0.0}))
+        assert ops.drops(op, (), {"dropout_p": 0.5})
     assert ops.draws(aten.rand.default)
     assert not ops.draws(aten.relu.default)
