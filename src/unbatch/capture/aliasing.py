@@ -36,7 +36,10 @@ class Window(NamedTuple):
         return Window(tuple(t.shape), t.stride(), int(t.storage_offset()))
 
     def __call__(self, memory: Tensor) -> Tensor:
-        """Return what the window shows of a memory, as a view."""
+        """Return what the window shows of a memory, as a view.
+
+        ``memory``: a tensor with one axis, which begins where the memory does.
+        """
         return memory.as_strided(self.shape, self.stride, self.offset)
 
     @property
@@ -47,6 +50,7 @@ class Window(NamedTuple):
     @property
     def end(self) -> int:
         """The number of entries that a memory has at least."""
+        # ``as_strided`` wants a memory to look at, even where it shows nothing of it.
         if not self.size:
             return 1
         last = self.offset
@@ -66,6 +70,7 @@ class Window(NamedTuple):
 
     def is_part_of(self, whole: Window) -> bool:
         """Tell whether all entries are in ``whole``, which has no gaps."""
+        # The strides of a fresh tensor, without making one.
         gapless = whole.stride == torch.empty(whole.shape, device="meta").stride()
         return gapless and whole.offset <= self.offset and self.end <= whole.offset + whole.size
 
@@ -75,6 +80,7 @@ def places(written: Window, seen: Sequence[Window]) -> list[np.ndarray]:
 
     Places count the entries of ``written`` in order, as if it were flattened.
     """
+    # Windows may overlap in any pattern of strides; a table over the memory needs no cases.
     size = max(window.end for window in [written, *seen])
     slots = np.full(size, -1, dtype=np.int64)
     slots[written.positions.reshape(-1)] = np.arange(written.size)
@@ -83,6 +89,7 @@ def places(written: Window, seen: Sequence[Window]) -> list[np.ndarray]:
 
 def overwritten(was: Tensor, seen: Window, new: Tensor, written: Window) -> Tensor:
     """Return what a window that showed ``was`` shows after ``new`` was written through another."""
+    # The part of the memory that neither shows stays empty, and is not looked at.
     memory = was.new_empty(max(seen.end, written.end))
     seen(memory).copy_(was)
     written(memory).copy_(new)
@@ -107,6 +114,7 @@ def seen_through_older_windows(graph: Graph, outputs: Collection[int]) -> frozen
     for step in graph.forward_steps:
         for ref in step.refs():
             last_read[ref.index] = step.index
+    # Outputs are read after the last step.
     for i in outputs:
         last_read[i] = len(graph.steps)
     values_of = by_memory(graph)
@@ -115,6 +123,7 @@ def seen_through_older_windows(graph: Graph, outputs: Collection[int]) -> frozen
         for old, new in step.written_results:
             storage = graph.values[new.index].storage
             for i in values_of[storage]:
+                # Views made after the write are made of the new version, and see it anyway.
                 older = i not in (old.index, new.index) and graph.values[i].step < step.index
                 if older and last_read.get(i, -1) > step.index:
                     shared.add(storage)

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 
 from unbatch.capture import ops
 from unbatch.capture.graph import Graph
-from unbatch.capture.steps import Ref, Step, flat
+from unbatch.capture.steps import Ref, Step, indices
+from unbatch.capture.trees import flat
 
 
 class GraphError(AssertionError):
@@ -18,14 +19,15 @@ class GraphError(AssertionError):
 
 def check_graph(graph: Graph) -> None:
     """Raise ``GraphError``, with the step and what is wrong, if a recording breaks the grammar."""
-    makers: dict[int, int] = {}  # value -> the step that makes it
+    # Value -> the step that makes it, filled in the order of steps: what is missing comes later.
+    makers: dict[int, int] = {}
     for place, step in enumerate(graph.steps):
         if step.index != place:
             raise GraphError(f"Step {place} ({step.name}) says that it is step {step.index}.")
         _check_reads(graph, step, makers)
         _check_writes(step)
         # An op in place returns what it has written: that value is made once, and named twice.
-        for i in dict.fromkeys(ref.index for ref in step.made()):
+        for i in dict.fromkeys(indices(step.made())):
             if i in makers:
                 raise GraphError(
                     f"Step {place} ({step.name}) makes value {i}, which step {makers[i]} has made."
@@ -73,6 +75,7 @@ def _check_writes(step: Step) -> None:
 
 def _check_values(graph: Graph, makers: Mapping[int, int]) -> None:
     """Hold that values know the step that makes them, and have as many strides as axes."""
+    # -1 stands for no step, in the values as well.
     for i, value in enumerate(graph.values):
         maker = makers.get(i, -1)
         if value.step != maker:
@@ -81,6 +84,7 @@ def _check_values(graph: Graph, makers: Mapping[int, int]) -> None:
             )
         if (value.kind == "step") != (maker >= 0):
             raise GraphError(f"Value {i} is of the kind {value.kind!r}, and step {maker} makes it.")
+        # What is sparse or nested has no strides.
         if value.stride and len(value.stride) != len(value.shape):
             raise GraphError(f"Value {i} of shape {value.shape} has the strides {value.stride}.")
 
@@ -94,7 +98,7 @@ def _check_cut(graph: Graph, makers: Mapping[int, int]) -> None:
         )
     of_loss = {i for i, step in makers.items() if step in graph.after_cut}
     for step in graph.forward_steps:
-        early = [r.index for r in step.refs() if r.index in of_loss]
+        early = sorted(of_loss.intersection(indices(step.refs())))
         if early:
             raise GraphError(
                 f"Step {step.index} ({step.name}) of the model reads {early}, which the loss makes."
@@ -107,7 +111,10 @@ def _check_cut(graph: Graph, makers: Mapping[int, int]) -> None:
 
 
 def _check_host_reads(graph: Graph, makers: Mapping[int, int]) -> None:
-    """Hold that Python read nothing before it was made."""
+    """Hold that Python read nothing before it was made.
+
+    A read before step ``s`` comes after step ``s - 1``; after the last step ``s`` is their number.
+    """
     for read in graph.escapes:
         if not makers.get(read.ref.index, -1) < read.step <= len(graph.steps):
             raise GraphError(

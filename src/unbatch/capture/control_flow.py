@@ -20,6 +20,7 @@ from unbatch.capture.program import Program, record_answered
 from unbatch.capture.symbolic import SymbolicRun
 from unbatch.errors import HERE
 
+# Paths that some data takes. Each is recorded once, and compared with all others.
 MOST_PATHS = 8
 
 # Recordings, with those that end in an error of the program's own.
@@ -48,6 +49,7 @@ def equivalent_on_all_paths(
     def record(answers: Answers) -> Graph:
         return record_answered(program, inputs, targets, answers)
 
+    # The first that stands for all is as good as any; ``graph`` itself comes first.
     try:
         paths = list(_paths(graph, record))
         for path in paths:
@@ -68,6 +70,7 @@ def _paths(graph: Graph, record: Callable[[Answers], Graph]) -> Iterator[Graph]:
     left, tried = MOST_PATHS, 0
     while waiting:
         path, settled = waiting.pop(0)
+        # Only answers that no earlier recording has varied: each path comes up once.
         others, possible = _forks(path, settled)
         tried += len(others)
         if possible and path.stopped is None:
@@ -91,6 +94,7 @@ def _forks(path: Graph, settled: int) -> tuple[list[Answers], bool]:
     for i, read in enumerate(path.escapes):
         # Read anew each time: what is assumed by now may simplify what comes.
         expr = SymbolicRun(path, table).host_reads[i]
+        # What depends on parameters alone is the same for all data: no other path there.
         varies = table[expr].varies
         if read.answer is None:
             if (varies or read.blind) and not _only_printed(path, read):
@@ -114,6 +118,7 @@ def _only_printed(path: Graph, read: HostRead) -> bool:
 
 def _computes(one: Graph, other: Graph) -> bool:
     """Tell whether ``one`` gives what ``other`` does, for all data that take the other's path."""
+    # One table for both, under the assumptions of ``other``: what is equal has one expression.
     table = ExprTable()
     for i, read in enumerate(other.escapes):
         if read.answer is not None:

@@ -21,7 +21,11 @@ aten = torch.ops.aten
 
 
 def decisive_arguments(op: Any, args: Any, kwargs: Any) -> tuple[Any, ...]:
-    """Return the arguments whose entries decide the numbers and booleans that an op returns."""
+    """Return the arguments whose entries decide the numbers and booleans that an op returns.
+
+    Python reads those numbers, so that it reads the entries behind them.
+    """
+    # None: nothing is known of the op, and all of them may matter.
     names = ops.traits(op).answers_from
     if names is None:
         return args, kwargs
@@ -37,8 +41,7 @@ def without_packed_weights(op: Any, args: Any) -> Any:
     recurrence = ops.traits(op).recurrence
     if recurrence is None or not recurrence.packed:
         return args
-    names = [a.name for a in op._schema.arguments]
-    place = names.index(recurrence.packed)
+    place = ops.argument_names(op).index(recurrence.packed)
     if place >= len(args):
         return args
     return (*args[:place], None, *args[place + 1 :])
@@ -58,12 +61,14 @@ def check_recurrences(steps: Iterable[Step], trained: Callable[[Any], bool]) -> 
         place = f"{step.module or 'The model'}, {step.name}"
         if step.where:
             place = f"{place}, {step.where},"
+        # The library keeps the random state to itself: another run would drop other entries.
         if step.noise:
             dropout = arguments[recurrence.dropout]
             raise StructureError(MSG_RECURRENT_DROPOUT.format(place=place, dropout=dropout))
+        # In training it also returns what its backward pass needs; in eval mode it does not.
         if arguments[recurrence.training]:
             continue
-        if any(trained(weight) for weight in arguments[recurrence.weights]):
+        if any(map(trained, arguments[recurrence.weights])):
             raise StructureError(MSG_RECURRENT_EVAL.format(place=place))
 
 
@@ -72,7 +77,7 @@ def check_recurrences(steps: Iterable[Step], trained: Callable[[Any], bool]) -> 
 
 @dataclass(frozen=True)
 class Call:
-    """An op, and its arguments by place."""
+    """An op, and its arguments by place: what a step records."""
 
     op: Any
     args: tuple[Any, ...]
@@ -103,6 +108,7 @@ def _ctc(a: Mapping[str, Any]) -> Call:
 
 
 def _grid_sampler(a: Mapping[str, Any]) -> Call:
+    # The library has one form, which other names fix: the one with these arguments.
     bilinear, zeros, corners_aligned = 0, 0, True
     args = a["self"], a["grid"], bilinear, zeros, corners_aligned
     return Call(aten.grid_sampler_2d.default, args)
@@ -114,6 +120,7 @@ def _affine_grid(a: Mapping[str, Any]) -> Call:
     return Call(aten.affine_grid_generator.default, (a["theta"], size, corners_aligned))
 
 
+# Only ops whose first result is the same; the others of a library are its own notes.
 SAME_AS: dict[str, Translation] = {
     "cudnn_convolution": _convolution,
     "cudnn_convolution_transpose": _convolution,

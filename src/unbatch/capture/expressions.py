@@ -80,6 +80,7 @@ class ExprTable:
         if expr is None:
             expr = self.numbers[key] = Expr(len(self.operations))
             self.operations.append(operation)
+        # An expression with a known number is that number, from the assumption on.
         if expr in self.assumed:
             return self.constant(self.assumed[expr])
         return expr
@@ -92,6 +93,7 @@ class ExprTable:
     def constant(self, tensor: Tensor) -> Expr:
         """Return the expression of numbers, the same for the same bits."""
         tensor = tensor.detach().cpu()
+        # Contiguous memory of its own, whose bytes can be read.
         flat = torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.reshape(-1))
         content = flat.view(torch.uint8).numpy().tobytes()
         expr = self.expr(Operation("constant", {}, tuple(tensor.shape), tensor.dtype), content)
@@ -123,6 +125,7 @@ class ExprTable:
 
         Raises ``Contradiction`` if no data can have it so.
         """
+        # Nothing to assume of a constant, but it may say otherwise.
         if expr in self.constants:
             if not (self.constants[expr].bool() == answer).all():
                 raise Contradiction
@@ -174,20 +177,24 @@ def _implied(table: ExprTable, operation: Operation, answer: bool) -> Implied:
 
 
 def _cast(table: ExprTable, operation: Operation, x: Expr, answer: bool) -> Implied:
+    """A cast to booleans is true where the operand is not zero; others may round to zero."""
     if operation.dtype != torch.bool:
         return []
     return [(x, answer)]
 
 
 def _moved(table: ExprTable, operation: Operation, x: Expr, answer: bool) -> Implied:
+    """All entries of the operand are in the result."""
     return [(x, answer)]
 
 
 def _all(table: ExprTable, operation: Operation, x: Expr, answer: bool) -> Implied:
+    """If ``all`` is false, some entry is; of all of them nothing follows."""
     return [(x, True)] if answer else []
 
 
 def _any(table: ExprTable, operation: Operation, x: Expr, answer: bool) -> Implied:
+    """If ``any`` is true, some entry is; of all of them nothing follows."""
     return [] if answer else [(x, False)]
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from unbatch.capture.isolation import random_state, set_random_state
 from unbatch.capture.replay import Replay, Visit
-from unbatch.capture.steps import ExecutedOp, Ref, Step, Value, filled, flat, is_ref
+from unbatch.capture.steps import ExecutedOp, Ref, Step, Value, filled, indices, is_ref
+from unbatch.capture.trees import flat
 from unbatch.linalg.precision import double_dtype, in_double
 
 # What other wings import from here: a graph, and what it is made of.
@@ -130,15 +131,16 @@ class Graph:
         """The predictions that the loss reads; all if there is no loss, or it reads none."""
         if self.loss is None:
             return self.predictions
+        # A prediction may be the loss, with nothing computed in between.
         read = {self.loss.index}
         for step in self.loss_steps:
-            read.update(r.index for r in step.refs())
+            read.update(indices(step.refs()))
         used = [p for p in self.predictions if p.index in read]
         return used or self.predictions
 
     @property
     def unregistered(self) -> list[tuple[Value, Step]]:
-        """Tensors that take a gradient and are no parameters, with the steps that first use each."""
+        """Tensors that take a gradient and are no parameters, and the step that first uses each."""
         users: dict[int, Step] = {}
         for step in self.steps:
             if not step.grad:
@@ -153,10 +155,10 @@ class Graph:
         """Return values that the model makes and the loss reads, except ``but``."""
         made: set[int] = set()
         for step in self.forward_steps:
-            made.update(ref.index for ref in step.made())
+            made.update(indices(step.made()))
         read: set[int] = set()
         for step in self.loss_steps:
-            read.update(ref.index for ref in step.refs())
+            read.update(indices(step.refs()))
         return sorted((read & made).difference(but))
 
     @cached_property
@@ -164,7 +166,7 @@ class Graph:
         """Value -> the step that makes it."""
         makers: dict[int, Step] = {}
         for step in self.steps:
-            makers.update(dict.fromkeys((ref.index for ref in step.made()), step))
+            makers.update(dict.fromkeys(indices(step.made()), step))
         return makers
 
     def written(self, value: int) -> bool:
@@ -181,6 +183,7 @@ class Graph:
         values = list(self.values)
         for i, tensor in numbers.items():
             values[i] = replace(values[i], concrete=tensor.detach())
+        # What steps compute is stale now. Most questions never ask for it.
         return replace(self, values=values, rng=rng, stale=True)
 
     def known(self, i: int) -> Tensor | None:
@@ -192,6 +195,7 @@ class Graph:
 
     def _work_out(self) -> None:
         """Bring what is known of computed values up to the present data, by one replay."""
+        # First, as the replay asks for values, too.
         self.stale = False
 
         def update(i: int, tensor: Tensor) -> None:
@@ -203,7 +207,7 @@ class Graph:
         if self.loss is not None:
             ends = [self.loss]
         with torch.no_grad():
-            self.run({}, [ref.index for ref in ends], visit=update)
+            self.run({}, indices(ends), visit=update)
 
     def in_double(self) -> Graph:
         """Return the same computation in float64, from the numbers at its beginning on."""
@@ -213,6 +217,7 @@ class Graph:
             values.append(replace(v, dtype=dtype, concrete=concrete))
         steps = []
         for s in self.steps:
+            # Types among the arguments (``to(torch.float32)``) would round again.
             args, kwargs = filled((s.args, s.kwargs), double_dtype, torch.dtype)
             steps.append(replace(s, args=args, kwargs=kwargs))
         return replace(self, values=values, steps=steps)
@@ -258,7 +263,8 @@ class Graph:
         """The memories that are written to."""
         memories: set[int] = set()
         for step in self.steps:
-            memories.update(self.values[old.index].storage for old, _ in step.writes)
+            for old, _ in step.writes:
+                memories.add(self.values[old.index].storage)
         return frozenset(memories)
 
     @cached_property
@@ -288,7 +294,7 @@ class Graph:
         """
         insertion = _Insertion(self, part, at, out)
         steps, place = insertion.steps(), insertion.place
-        after_cut = {insertion.later(i) for i in self.after_cut}
+        after_cut = set(map(insertion.later, self.after_cut))
         after_cut.update(range(place + cut, place + len(part.steps)))
         graph = replace(
             self,

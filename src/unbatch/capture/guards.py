@@ -55,7 +55,7 @@ class Guard:
     reads: list[Place] = field(default_factory=list)
     constants: list[Place] = field(default_factory=list)
     # Views of a few entries, and the tensors that they were made for.
-    _views: tuple[Any, list[Tensor]] = ((), [])
+    _views: tuple[Any, list[Tensor]] = (None, [])
 
     @staticmethod
     def of(program: Program) -> Guard:
@@ -81,6 +81,7 @@ class Guard:
     # -- where to look --
 
     def _follow_all(self, values: Iterable[Any], visited: set[int]) -> None:
+        """Follow several values. ``visited``: by id, as programs refer to themselves."""
         for value in values:
             self._follow(value, visited)
 
@@ -96,21 +97,25 @@ class Guard:
         elif isinstance(value, types.MethodType):
             self._follow_all((value.__self__, value.__func__), visited)
         elif isinstance(value, dict):
-            self._follow_places([(value, key) for key in list(value)[:FEW]], visited)
+            self._follow_places(_places(value, list(value)[:FEW]), visited)
         elif isinstance(value, list | tuple):
-            self._follow_places([(value, i) for i in range(min(len(value), FEW))], visited)
+            self._follow_places(_places(value, range(min(len(value), FEW))), visited)
         elif isinstance(value, types.FunctionType):
+            # What is installed does not change while a program runs.
             if not value.__code__.co_filename.startswith(INSTALLED):
                 self._follow_places(list(_names(value)), visited)
         elif _is_callable_object(value):
             self._follow_all(_methods(type(value)), visited)
-            self._follow_places([(value.__dict__, name) for name in value.__dict__], visited)
+            self._follow_places(_places(value.__dict__, value.__dict__), visited)
 
     def _follow_places(self, places: list[Place], visited: set[int]) -> None:
+        """Note places that are read, and follow what is in them."""
         self.reads += places
-        self._follow_all([_look(place) for place in places], visited)
+        self._follow_all(map(_look, places), visited)
 
     def _follow_module(self, top: nn.Module, visited: set[int]) -> None:
+        """Note a module and what is inside it, and follow its methods and containers."""
+        # Each class once: a network has many modules of few classes.
         known = {id(module) for module in self.modules}
         fresh = [module for module in top.modules() if id(module) not in known]
         self.modules += fresh
@@ -128,19 +133,21 @@ class Guard:
 
     def state(self) -> tuple[Any, ...]:
         """Return what stays equal as long as the same is computed."""
-        attributes = [tuple(_decisive(module)) for module in self.modules]
-        hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in self.modules]
-        kinds = [(id(t), t.requires_grad, t.dtype, t.device, t.shape) for t in self._tensors()]
+        modules = [list(_decisive(module)) for module in self.modules]
+        tensors = list(map(_kind_of, self._tensors()))
         reads = [_identity_of(_look(place)) for place in self.reads]
         constants = [id(_look(place)) for place in self.constants]
-        return attributes, hooks, kinds, reads, constants
+        return modules, tensors, reads, constants
 
     def numbers(self) -> tuple[Any, ...]:
         """Return what stays equal as long as nothing writes to parameters, buffers or constants."""
         tensors = self._tensors()
-        marks = tuple([(t._version, t.data_ptr()) for t in tensors])
-        constants = tuple([_look(place)._version for place in self.constants])
-        return marks, self._few_entries(tensors, marks), constants
+        versions, addresses = [], []
+        for t in tensors:
+            versions.append(t._version)
+            addresses.append(t.data_ptr())
+        constants = [_look(place)._version for place in self.constants]
+        return versions, addresses, self._few_entries(tensors, addresses), constants
 
     def _tensors(self) -> list[Tensor]:
         """Return parameters and buffers; those that are sparse have no address to look at."""
@@ -149,20 +156,21 @@ class Guard:
             tensors.extend(b for b in module._buffers.values() if b is not None)
         return [t for t in tensors if t.layout == torch.strided]
 
-    def _few_entries(self, tensors: list[Tensor], marks: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _few_entries(self, tensors: list[Tensor], addresses: list[int]) -> list[Any]:
         """Return a few entries of each tensor.
 
         They show changes that leave no trace in the version (``.data.mul_(2)``).
         """
-        places = tuple([(id(t), mark[1]) for t, mark in zip(tensors, marks, strict=True)])
+        places = list(zip(map(id, tensors), addresses, strict=True))
+        # Views are made once, and show later contents until a tensor gets another memory.
         if self._views[0] != places:
             views = [_few(t) for t in tensors if t.numel() and t.device.type != "meta"]
             self._views = places, views
-        # One read for all of a kind: every read of a GPU waits for it.
+        # One read for all of a kind: each read of a GPU waits for what runs there.
         by_kind: dict[Any, list[Tensor]] = {}
         for view in self._views[1]:
             by_kind.setdefault((view.dtype, view.device), []).append(view)
-        return tuple([_bits(torch.cat(views)) for views in by_kind.values()])
+        return [_bits(torch.cat(views)) for views in by_kind.values()]
 
 
 class TensorMark:
@@ -207,6 +215,11 @@ def signature(*trees: Any) -> tuple[Any, ...]:
 # --- tensors --------------------------------------------------------------------------------------
 
 
+def _kind_of(t: Tensor) -> tuple[Any, ...]:
+    """Return what decides what is computed with a tensor, but its contents."""
+    return id(t), t.requires_grad, t.dtype, t.device, t.shape
+
+
 def _few(t: Tensor) -> Tensor:
     """Return a view of a few entries, spread evenly if they lie in order."""
     t = t.detach()
@@ -231,6 +244,7 @@ def _bits(t: Tensor) -> Any:
 
 
 def _is_callable_object(value: Any) -> bool:
+    """Tell whether a value is an object with ``__call__`` and attributes; no class or module."""
     if isinstance(value, type | types.ModuleType):
         return False
     return callable(value) and hasattr(value, "__dict__")
@@ -270,14 +284,19 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def _decisive(module: nn.Module) -> Iterator[Place]:
-    """Yield flags, functions that the module was given (``act=F.relu``), and its parts, with names.
+    """Yield flags, functions that the module was given (``act=F.relu``), parts, and hooks.
 
-    The objects and not their ids: another one could get the id of one that is gone.
+    With their names. The objects and not their ids: another could get the id of one that is gone.
     """
+    yield "hooks", len(module._forward_hooks) + len(module._forward_pre_hooks)
     for name, value in module.__dict__.items():
         if isinstance(value, PLAIN + FUNCTIONS):
             yield name, value
     yield from module._modules.items()
+
+
+def _places(space: Any, names: Iterable[Any]) -> list[Place]:
+    return [(space, name) for name in names]
 
 
 def _look(place: Place) -> Any:
@@ -297,5 +316,5 @@ def _identity_of(value: Any) -> Any:
     if isinstance(value, PLAIN):
         return value
     if isinstance(value, list | tuple) and len(value) <= FEW:
-        return tuple([_identity_of(v) for v in value])
+        return tuple(map(_identity_of, value))
     return id(value)

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from unbatch.capture import ops
 from unbatch.capture.distributed import check_alone
+from unbatch.capture.trees import tensors_in
 
 C = TypeVar("C")
 
@@ -52,7 +53,7 @@ def untouched(
         with writes:
             yield seed or before
     finally:
-        # Contents first: what the program put in the place of a tensor is not looked at.
+        # Contents first, while tensors still lie where they were written to.
         writes.undo()
         for state in states:
             state.restore()
@@ -76,6 +77,8 @@ class _ModuleState:
         return _ModuleState(module, dict(attributes), _containers(attributes, DEPTH))
 
     def restore(self) -> None:
+        """Put attributes back, and into each container what it held."""
+        # ``setattr`` would do more than that: register parameters, call setters of the user.
         self.module.__dict__.clear()
         self.module.__dict__.update(self.attributes)
         for container, content in self.containers:
@@ -98,6 +101,7 @@ class _TensorState:
         return _TensorState(t, t.requires_grad, grad, t.data, dict(t._backward_hooks or {}))
 
     def restore(self) -> None:
+        """Put all of it back; only what has changed is written to, which others may see."""
         t = self.tensor
         if t.data_ptr() != self.data.data_ptr() or t.shape != self.data.shape:
             t.data = self.data
@@ -125,6 +129,7 @@ def _states_of(modules: Sequence[nn.Module]) -> list[_ModuleState | _TensorState
 
 def _containers(container: Any, depth: int) -> list[tuple[Any, Any]]:
     """Return containers inside a container, at any depth, with copies of what they hold."""
+    # By their own ``copy``, as a container may be of a class of its own (hooks are ordered dicts).
     entries = container
     if isinstance(container, dict):
         entries = container.values()
@@ -156,7 +161,7 @@ def _holds(container: Any, content: Any) -> bool:
     if isinstance(container, dict):
         if list(container) != list(content):
             return False
-        return all(container[key] is content[key] for key in container)
+        container, content = container.values(), content.values()
     return all(x is y for x, y in zip(container, content, strict=True))
 
 
@@ -165,6 +170,7 @@ def _holds(container: Any, content: Any) -> bool:
 
 def random_state() -> tuple[Any, ...]:
     """Return the states of all generators: PyTorch's on CPU and GPU, numpy's and Python's."""
+    # Asking a GPU that nobody has used yet would start it.
     cuda = []
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         cuda = torch.cuda.get_rng_state_all()
@@ -207,6 +213,8 @@ def outside_inference_mode(*others: str) -> Callable[[type[C]], type[C]]:
 
 
 def _outside(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that leaves inference mode, and copies arguments made there."""
+
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         with torch.inference_mode(False):
@@ -230,7 +238,7 @@ def mutated(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Ten
         return []
     arguments = ops.by_argument(op, args, kwargs)
     places = [arguments.get(name) for name in ops.written(op, arguments)]
-    return [t for t in tree_leaves(places) if isinstance(t, Tensor)]
+    return tensors_in(places)
 
 
 class _Writes(TorchDispatchMode):
@@ -253,32 +261,36 @@ class _Writes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         check_alone(func, types)
+        # Before it runs: afterwards the old contents are gone.
         for tensor in mutated(func, args, kwargs):
             self._save(tensor)
         out = func(*args, **kwargs)
+        # What an op in place returns is what it was given.
         if not func._schema.is_mutable:
             self._note_new(out, (args, kwargs))
         return out
 
     def _save(self, tensor: Tensor) -> None:
+        """Copy the memory of a tensor from outside, unless it has been copied."""
         if not is_strided(tensor):
             return
         storage = tensor.untyped_storage()
         if storage._cdata in self.own or storage._cdata in self.saved:
             return
+        # All of the memory: other tensors may be windows on it, and the next write through them.
         entries = storage.nbytes() // tensor.element_size()
         whole = tensor.detach().as_strided((entries,), (1,), 0)
         self.saved[storage._cdata] = (tensor, whole, whole.clone(), tensor._version)
 
     def _note_new(self, out: Any, arguments: Any) -> None:
         """Note the memories of results that are not those of arguments: views are not new."""
-        operands = [a for a in tree_leaves(arguments) if isinstance(a, Tensor)]
-        memories = {storage_of(a) for a in operands}
-        for result in tree_leaves(out):
-            if isinstance(result, Tensor) and is_strided(result):
-                storage = result.untyped_storage()
-                if storage._cdata not in memories:
-                    self.own[storage._cdata] = StorageWeakRef(storage)
+        memories = set(map(storage_of, tensors_in(arguments)))
+        for result in tensors_in(out):
+            if not is_strided(result):
+                continue
+            storage = result.untyped_storage()
+            if storage._cdata not in memories:
+                self.own[storage._cdata] = StorageWeakRef(storage)
 
     def undo(self) -> None:
         """Put the contents back, with the versions that tell autograd of no write."""

@@ -284,6 +284,12 @@ def names(has: Callable[[Traits], Any]) -> list[str]:
 
 
 @cache
+def argument_names(op: Any) -> tuple[str, ...]:
+    """Return the names of an op's arguments, in order."""
+    return tuple(a.name for a in op._schema.arguments)
+
+
+@cache
 def defaults(op: Any) -> dict[str, Any]:
     """Return the default values of an op's arguments, by name."""
     return {a.name: a.default_value for a in op._schema.arguments if a.has_default_value()}
@@ -291,8 +297,7 @@ def defaults(op: Any) -> dict[str, Any]:
 
 def by_argument(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a call by name, without those that were left out."""
-    names = [a.name for a in op._schema.arguments]
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+    return {**dict(zip(argument_names(op), args, strict=False)), **kwargs}
 
 
 def bound(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -331,8 +336,14 @@ def is_view(op: Any) -> bool:
     """Tell whether the result shows the memory of the first argument, without writing to it."""
     if base_name(op) == "_unsafe_view":  # its schema promises that nobody will notice
         return True
-    shared = [r.alias_info for r in op._schema.returns if r.alias_info is not None]
-    return bool(shared) and not any(alias.is_write for alias in shared)
+    shows_memory = False
+    for result in op._schema.returns:
+        if result.alias_info is None:
+            continue
+        if result.alias_info.is_write:
+            return False
+        shows_memory = True
+    return shows_memory
 
 
 def is_pointwise(op: Any) -> bool:
@@ -380,8 +391,8 @@ def may_write(op: Any) -> bool:
 @cache
 def writes_in_place(op: Any) -> bool:
     """Tell whether an op returns its first argument, which it has written to."""
-    first = op._schema.arguments[:1]
-    return any(a.alias_info is not None and a.alias_info.is_write for a in first)
+    first = argument_names(op)[:1]
+    return bool(first) and first[0] in declared_writes(op)
 
 
 @cache

@@ -22,6 +22,7 @@ from unbatch.capture.python_values import Functions
 from unbatch.capture.sample_axes import SampleAxes
 from unbatch.capture.steps import Ref, Step
 from unbatch.capture.tracer import Recorder, entry
+from unbatch.capture.trees import tensors_in
 from unbatch.capture.wrappers import inside, plainly
 
 
@@ -70,6 +71,7 @@ class Program:
 
         What is no module stays as it is.
         """
+        # Without what is wrapped around it, which runs this very model and no copy.
         model = self.inside
         if not isinstance(model, nn.Module):
             return self
@@ -103,6 +105,7 @@ class Program:
         return self.fold.returned(output)
 
     def _called(self, inputs: Any) -> Any:
+        # A tuple holds positional arguments, a mapping those by name; all else is one argument.
         with plainly():
             if self.functional:
                 return self.model(dict(self.parameters), inputs)
@@ -116,6 +119,7 @@ class Program:
         """Return the loss at what the model returned; there has to be one."""
         if self.loss is None:
             raise ValueError(f"{name_of(self.model)} computes its own loss: there is no other one")
+        # The loss gets the axes that the model returned, and y as the user has it.
         if self.fold is not None:
             output = self.fold.unfolded(output, self.fold.outputs)
             targets = self.fold.unfolded(targets, self.fold.targets)
@@ -153,6 +157,7 @@ def shown(tree: Any) -> str:
     return type(tree).__name__
 
 
+# Kinds of values, and the order in which ``_run`` declares them: inputs, targets, then these.
 def outside(program: Program) -> Iterator[tuple[str, str, Tensor]]:
     """Yield what a recording starts from besides the data, in its order: kind, name and tensor."""
     for name, parameter in program.parameters.items():
@@ -164,7 +169,7 @@ def outside(program: Program) -> Iterator[tuple[str, str, Tensor]]:
 
 def moved(graph: Graph, program: Program, inputs: Any, targets: Any, rng: tuple[Any, ...]) -> Graph:
     """Return the recording on other data, and on the parameters and buffers of this moment."""
-    tensors = [x.detach() for x in tree_leaves((inputs, targets)) if isinstance(x, Tensor)]
+    tensors = tensors_in((inputs, targets))
     for _, _, tensor in outside(program):
         tensors.append(tensor)
     # The first values of a graph are data, parameters and buffers, in the order of ``_run``.
@@ -188,6 +193,7 @@ def record(program: Program, inputs: Any, targets: Any) -> tuple[Graph, Any]:
         # with the numbers as they are. Errors of the program's own come again.
         follow = False
         graph, output = _record(program, inputs, targets, follow)
+    # A second run tells tensors that the program keeps from those that it makes out of sight.
     if graph.foreign:
         again, _ = _record(program, inputs, targets, follow)
         graph.escapes += _made_out_of_sight(graph, again)
@@ -226,6 +232,7 @@ def _run(
         graph.targets = _declared(recorder, targets, "targets")
         for kind, name, tensor in outside(program):
             recorder.declare(tensor, kind, name)
+        # The function mode sees calls of Python, and the recorder the ops that they dispatch.
         with recorder, Functions(recorder, follow):
             output = program.predict(inputs)
             graph.model_steps, recorder.in_loss = len(graph.steps), True
@@ -234,6 +241,7 @@ def _run(
                 with recorder.paused():
                     graph.predictions = _refs(recorder, output, None)
                 loss = program.evaluate(output, targets)
+        # Where a loss of the model's own begins, the analysis finds (``loss_boundary.py``).
         if program.loss is None:
             own = own_loss(output)
             graph.predictions = _refs(recorder, output, own)
@@ -248,6 +256,7 @@ def _run(
 
 
 def _alias(x: Any) -> Any:
+    """Return another tensor on the same memory."""
     return x.detach() if isinstance(x, Tensor) else x
 
 
@@ -264,17 +273,18 @@ def _declared(recorder: Recorder, tree: Any, kind: str) -> list[Ref | None]:
 
 def _refs(recorder: Recorder, output: Any, but: Tensor | None) -> list[Ref]:
     """Return the values of the tensors that the model returned, without one of them."""
-    leaves = tree_leaves(output)
-    return [recorder.ref(t) for t in leaves if isinstance(t, Tensor) and t is not but]
+    return [recorder.ref(t) for t in tensors_in(output) if t is not but]
 
 
 def _ref(recorder: Recorder, loss: Any) -> Ref | None:
+    """Return the value of the loss; None if it is no tensor."""
     if not isinstance(loss, Tensor):
         return None
     return recorder.ref(loss)
 
 
 def _first_user(graph: Graph, value: int) -> Step | None:
+    """Return the first step that reads a value, or None."""
     for step in graph.steps:
         for ref in step.refs():
             if ref.index == value:

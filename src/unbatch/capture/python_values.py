@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+# Functions that make a tensor of numbers, by name: they would read each ``Number``.
 CONSTRUCTORS = {"tensor", "as_tensor", "asarray", "new_tensor"}
 
+# Methods that hand out the memory of a tensor: what is read there, nobody sees.
 ESCAPES = {
     "numpy",
     "__array__",
@@ -27,6 +29,7 @@ ESCAPES = {
     "_typed_storage",
 }
 
+# Methods that read a tensor to print it.
 PRINTS = {"__repr__", "__str__", "__format__"}
 
 
@@ -58,6 +61,7 @@ class Number:
 
     def bare(self, how: str) -> Any:
         """Return the bare value, and report that it was read."""
+        # ``item`` dispatches a read that would be reported as one of the program's own.
         with self.recorder.paused():
             value = self.tensor.item()
         return self.recorder.branch(self.tensor, how, value)
@@ -65,10 +69,11 @@ class Number:
     def _map(self, function: Callable[..., Any], *operands: Any) -> Any:
         """Return a function of numbers as a ``Number``; of tensors too, as a tensor."""
         raw = [_tensor_of(operand) for operand in operands]
+        # Python then asks the other operand, and raises if that does not know either.
         if not all(isinstance(x, int | float | Tensor) for x in raw):
             return NotImplemented
         result = function(*raw)
-        if not isinstance(result, Tensor) or any(isinstance(o, Tensor) for o in operands):
+        if not isinstance(result, Tensor) or _holds(Tensor, operands):
             return result
         return Number(result, self.recorder)
 
@@ -102,6 +107,7 @@ class Number:
 
 
 def _tensor_of(x: Any) -> Any:
+    """Return the tensor of a ``Number``, and anything else as it is."""
     return x.tensor if isinstance(x, Number) else x
 
 
@@ -148,6 +154,7 @@ class Functions(TorchFunctionMode):
             self.recorder.escape(args[0], f"{name.strip('_')}()")
             with self.recorder.paused():
                 return func(*args, **kwargs)
+        # Before the call: what it makes itself is for the next one to read.
         sized_by_data = bool(self.recorder.dynamic)
         out = self._called(func, name, args, kwargs)
         if sized_by_data and name != "__set__":
@@ -168,6 +175,7 @@ class Functions(TorchFunctionMode):
         return self._unpack(tensor)
 
     def _unpack(self, tensor: Tensor) -> Any:
+        """Return nested lists of numbers, one for each axis."""
         if tensor.ndim == 0:
             return Number(tensor, self.recorder)
         return [self._unpack(t) for t in tensor.unbind(0)]
@@ -183,13 +191,15 @@ class Functions(TorchFunctionMode):
             self.recorder.shape_read(tensor)
 
     def _called(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        """Call a function of PyTorch with tensors in place of numbers, if it takes them."""
+        # With a number of classes, ``one_hot`` reads its labels only to check them.
         if name == "one_hot" and len(args) + len(kwargs) > 1:
             return self._unchecked(func, args, kwargs)
         if name in CONSTRUCTORS:
             assembled = self._constructed(args, kwargs)
             if assembled is not None:
                 return assembled
-        if not any(_is_number(a) for a in tree_leaves((args, kwargs), is_leaf=_is_number)):
+        if not _holds(Number, (args, kwargs)):
             return func(*args, **kwargs)
         tensors, named = tree_map(_tensor_of, (args, kwargs), is_leaf=_is_number)
         try:
@@ -207,6 +217,8 @@ class Functions(TorchFunctionMode):
             self.recorder.checks -= 1
 
     def _bare(self, name: str, arguments: Any) -> Any:
+        """Return arguments with bare values in place of numbers, whose reads are reported."""
+
         def bare(a: Any) -> Any:
             return a.bare(f"argument of {name}") if isinstance(a, Number) else a
 
@@ -219,14 +231,15 @@ class Functions(TorchFunctionMode):
 
         None if there are none among its data.
         """
+        # ``new_tensor`` has the tensor that it belongs to in front.
         data = kwargs.get("data", args[-1] if args else None)
         if isinstance(data, Tensor | int | float):
             return None
         return self._assemble(data, kwargs)
 
     def _assemble(self, data: Any, kwargs: Mapping[str, Any]) -> Tensor | None:
-        leaves = tree_leaves(data, is_leaf=_is_number)
-        if not any(isinstance(a, Number | Tensor) for a in leaves):
+        """Return a tensor from nested lists of numbers and tensors; None if there are none."""
+        if not _holds((Number, Tensor), data):
             return None
         if isinstance(data, list | tuple):
             return self._stacked(data, kwargs)
@@ -253,6 +266,10 @@ class Functions(TorchFunctionMode):
             # The type that PyTorch gives them together.
             dtype = torch.stack([torch.zeros((), dtype=p.dtype) for p in parts]).dtype
         return torch.stack([p.to(dtype) for p in parts])
+
+
+def _holds(kinds: type | tuple[type, ...], tree: Any) -> bool:
+    return any(isinstance(leaf, kinds) for leaf in tree_leaves(tree, is_leaf=_is_number))
 
 
 def _is_number(x: Any) -> bool:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unbatch.capture.steps import Ref, Step, Value, filled, flat
+from unbatch.capture.steps import Ref, Step, Value, filled
+from unbatch.capture.trees import flat
 
 Visit = Callable[[int, Tensor], None]
 
@@ -54,6 +55,7 @@ class Replay:
         needed = set(wanted)
         for step in steps:
             self._store(step, self._call(step))
+            # By the whole recording: of a part of the steps no value goes too early.
             for index in last_uses.get(step.index, ()):
                 if index not in needed:
                     self.tensors.pop(index, None)
@@ -67,6 +69,7 @@ class Replay:
         return tensor
 
     def _from_outside(self, index: int) -> Tensor:
+        """Return what the caller feeds for a value, or the recording has for it."""
         tensor = self.feed.get(index, self.values[index].concrete)
         if tensor is None:
             raise ValueError(
@@ -82,7 +85,9 @@ class Replay:
         return tensor
 
     def _call(self, step: Step) -> list[Any]:
+        """Return the results of a step's op, or of what runs in its place, on the tensors here."""
         tensor = self.tensor
+        # Most steps have their tensors by place: no tree to go through.
         if step.plain:
             args: Any = [tensor(a) if type(a) is Ref else a for a in step.args]
             kwargs: Any = step.kwargs
@@ -90,16 +95,19 @@ class Replay:
             args = filled(step.args, tensor)
             kwargs = filled(step.kwargs, tensor)
         op = self.instead.get(step.index, step.op)
+        # As recorded: what was computed under ``no_grad`` is a constant to autograd.
         if step.grad or not torch.is_grad_enabled():
             return flat(op(*args, **kwargs))
         with torch.no_grad():
             return flat(op(*args, **kwargs))
 
     def _store(self, step: Step, outs: Sequence[Any]) -> None:
+        """Enter what a step returned, and new versions of what it wrote to."""
         tensors = self.tensors
         for ref, out in zip(step.outs, outs, strict=False):
             if ref is None or not isinstance(out, Tensor):
                 continue
+            # The op has run all the same: it may write to other values, and draw.
             if ref.index in self.pinned:
                 out = self._own(ref.index, self.pinned[ref.index])
             tensors[ref.index] = out

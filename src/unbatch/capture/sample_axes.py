@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from unbatch.capture.trees import tensors_in
 from unbatch.errors import MSG_FOLD, MSG_FOLD_OUTPUT, MSG_FOLD_SHAPE, InputError
 
 Axes = tuple[int, ...]
@@ -48,8 +49,9 @@ class SampleAxes:
         """Return where the samples lie in a tensor, or None."""
         if not isinstance(leaf, Tensor):
             return None
+        # By size as well: a leaf with enough axes need not have samples along them.
         axes = _axes(self.dims, leaf)
-        if axes is None or tuple(leaf.shape[d] for d in axes) != self.sizes:
+        if axes is None or _sizes_along(axes, leaf) != self.sizes:
             return None
         return axes
 
@@ -80,9 +82,10 @@ class SampleAxes:
 
     def returned(self, output: Any) -> Any:
         """Return what the model returned, flattened; leaves without samples stay as they are."""
+        # In place, as ``Program`` is frozen: ``evaluate`` needs the axes that are gone here.
         self.outputs[:] = [self.axes(leaf) for leaf in tree_leaves(output)]
         if not any(self.outputs):
-            shapes = [_shape(t) for t in tree_leaves(output) if isinstance(t, Tensor)]
+            shapes = list(map(_shape, tensors_in(output)))
             raise InputError(
                 MSG_FOLD_OUTPUT.format(shapes=shapes, dims=self.dims, sizes=self.sizes)
             )
@@ -90,6 +93,7 @@ class SampleAxes:
 
 
 def _check_dims(dims: Any) -> None:
+    """Raise ``InputError`` if ``dims`` are not two or more different whole numbers."""
     if not isinstance(dims, Sequence) or not all(isinstance(d, int) for d in dims):
         raise InputError(MSG_FOLD.format(value=dims))
     if len(set(dims)) < 2:
@@ -98,7 +102,7 @@ def _check_dims(dims: Any) -> None:
 
 def _sizes(dims: Axes, inputs: Any) -> Axes:
     """Return the sizes of the sample axes, as the first of the inputs has them."""
-    tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    tensors = tensors_in(inputs)
     if not tensors:
         raise InputError(_shape_message("X", None, dims, "any"))
     first = tensors[0]
@@ -108,7 +112,11 @@ def _sizes(dims: Axes, inputs: Any) -> Axes:
     # ``dims`` that no tensor has are a mistake, even if all have enough axes in front.
     if axes is None or not any(_has(dims, t) for t in tensors):
         raise InputError(_shape_message("X", first, dims, "any"))
-    return tuple(first.shape[d] for d in axes)
+    return _sizes_along(axes, first)
+
+
+def _sizes_along(axes: Axes, t: Tensor) -> Axes:
+    return tuple(t.shape[d] for d in axes)
 
 
 def _shape_message(what: str, t: Tensor | None, dims: Axes, sizes: Any) -> str:
@@ -116,6 +124,7 @@ def _shape_message(what: str, t: Tensor | None, dims: Axes, sizes: Any) -> str:
 
 
 def _axes(dims: Axes, t: Tensor) -> Axes | None:
+    """Return ``dims`` counted from the front; the first axes if a tensor has too few for them."""
     if _has(dims, t):
         return tuple(d % t.ndim for d in dims)
     if t.ndim < len(dims):
@@ -124,6 +133,7 @@ def _axes(dims: Axes, t: Tensor) -> Axes | None:
 
 
 def _has(dims: Axes, t: Tensor) -> bool:
+    """Tell whether a tensor has axes of these numbers, negative ones counted from behind."""
     return -t.ndim <= min(dims) and max(dims) < t.ndim
 
 

@@ -37,6 +37,8 @@ def result_of(table: ExprTable, operation: Operation, extra: Any = 0, noise: boo
 
     ``extra`` tells apart what is otherwise equal; ``noise``: whether the op draws random numbers.
     """
+    # A simplification sees the op before anything is entered, so that equal calls in different
+    # words (``x + 0``, ``x.clone()``) get one expression.
     form: Expr | Form | None = None
     simpler = SIMPLER.get(operation.op)
     if simpler is not None:
@@ -61,18 +63,25 @@ def _same(table: ExprTable, x: Any, result: Operation) -> Expr | None:
     return None
 
 
+# A form names the operand alone. Shape and type of the result, which decide the rest, belong to
+# every operation; arguments that say the same in other words (``size``, ``dtype``) are left out.
+
+
 def _copied(table: ExprTable, a: Arguments, result: Operation) -> Expr | Form:
     return _same(table, a["self"], result) or Form("_to_copy", {"self": a["self"]})
 
 
 def _cast(table: ExprTable, a: Arguments, result: Operation) -> Expr | Form:
+    """Return a copy in another type; what has no zero is true everywhere."""
     if result.dtype == torch.bool and a["self"] in table.nonzero:
         return table.constant(torch.ones(result.shape, dtype=torch.bool))
     return _copied(table, a, result)
 
 
 def _reshaped(table: ExprTable, a: Arguments, result: Operation) -> Expr | Form:
+    """Return one reshape for a chain of them, and none for one into the shape that it has."""
     x = a["self"]
+    # ``view(dtype)`` reads the same bits as other numbers.
     if table[x].dtype != result.dtype:
         return Form("view as another type", {"self": x})
     # Entries keep their order, so only the last shape counts.
@@ -86,6 +95,7 @@ def _expanded(table: ExprTable, a: Arguments, result: Operation) -> Expr | Form:
 
 
 def _sliced(table: ExprTable, a: Arguments, result: Operation) -> Expr | None:
+    """Return the operand of a slice that takes everything."""
     if a.get("step", 1) != 1:
         return None
     return _same(table, a["self"], result)
@@ -103,22 +113,27 @@ def _without(table: ExprTable, a: Arguments, result: Operation, neutral: float) 
 
 
 def _sum(table: ExprTable, a: Arguments, result: Operation) -> Expr | None:
+    """Return ``x`` for ``x + 0`` and ``0 + x``."""
+    # ``x + alpha · y``: an argument that is left to its default is not there.
     if "alpha" in a:
         return None
     return _without(table, a, result, 0)
 
 
 def _product(table: ExprTable, a: Arguments, result: Operation) -> Expr | None:
+    """Return ``x`` for ``x · 1`` and ``1 · x``."""
     return _without(table, a, result, 1)
 
 
 def _difference(table: ExprTable, a: Arguments, result: Operation) -> Expr | None:
+    """Return ``x`` for ``x - 0``, however often that is subtracted."""
     if not table.is_all(a["other"], 0):
         return None
     return _same(table, a["self"], result)
 
 
 def _quotient(table: ExprTable, a: Arguments, result: Operation) -> Expr | None:
+    """Return ``x`` for ``x / 1`` without rounding."""
     if a.get("rounding_mode") is not None or not table.is_all(a["other"], 1):
         return None
     return _same(table, a["self"], result)
@@ -135,6 +150,7 @@ def _clamped(table: ExprTable, a: Arguments, result: Operation) -> Expr | None:
 
 
 def _reaches(bound: Any, sign: int, largest: float) -> bool:
+    """Tell whether a bound of ``clamp`` lets the largest number through."""
     if bound is None:
         return True
     return isinstance(bound, int | float) and sign * bound >= largest
@@ -144,6 +160,8 @@ def _reaches(bound: Any, sign: int, largest: float) -> bool:
 
 
 def _chosen(table: ExprTable, a: Arguments, result: Operation) -> Expr | None:
+    """Return the branch that a constant condition takes everywhere."""
+    # ``where`` takes "self" where the condition is true.
     for branch, number in (("self", 1), ("other", 0)):
         if table.is_all(a["condition"], number) and table.same_type(a.get(branch), result):
             return a[branch]
@@ -151,6 +169,7 @@ def _chosen(table: ExprTable, a: Arguments, result: Operation) -> Expr | None:
 
 
 def _filled(table: ExprTable, a: Arguments, result: Operation) -> Expr | None:
+    """Return what a mask without a true entry leaves as it is."""
     if not table.is_all(a["mask"], 0):
         return None
     return _same(table, a["self"], result)
@@ -185,6 +204,7 @@ def _attention(table: ExprTable, a: Arguments, result: Operation) -> Form:
     if isinstance(mask, Expr) and mask in table.constants:
         queries, keys = table[a["query"]].shape[-2], table[a["key"]].shape[-2]
         hidden = _hidden(table, mask)
+        # Query t attends to keys up to t, counted from the first of each.
         later = torch.ones(queries, keys, dtype=torch.bool).triu(1)
         if hidden is not None and not hidden.any():
             mask = None
@@ -215,6 +235,7 @@ def _for_each_head(table: ExprTable, x: Expr, heads: int) -> Expr:
     if shared == heads:
         return x
     dtype, copies = table[x].dtype, heads // shared
+    # Each head is repeated in place, ``1 1 2 2``, as PyTorch pairs them with queries.
     split, spread = (*batch, shared, 1, length, width), (*batch, shared, copies, length, width)
     x = result_of(table, Operation("reshape", {"self": x}, split, dtype))
     x = result_of(table, Operation("expand", {"self": x}, spread, dtype))
@@ -222,6 +243,7 @@ def _for_each_head(table: ExprTable, x: Expr, heads: int) -> Expr:
     return result_of(table, Operation("reshape", {"self": x}, merged, dtype))
 
 
+# The kernels that PyTorch may pick, which compute the same up to rounding.
 ATTENTION = (
     "_scaled_dot_product_flash_attention",
     "_scaled_dot_product_flash_attention_for_cpu",

@@ -6,7 +6,7 @@ where the grammar is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -100,12 +100,14 @@ class Step:
     @cached_property
     def parameters(self) -> tuple[str, ...]:
         """The names of the op's arguments, in order."""
-        return tuple(a.name for a in self.op._schema.arguments)
+        return ops.argument_names(self.op)
 
     @cached_property
     def named(self) -> dict[str, Any]:
         """The arguments of the call by name, without those left to their defaults."""
         return dict(zip(self.parameters, self.args, strict=False)) | self.kwargs
+
+    # Looked up at every replay of the step, so kept: what they follow from never changes.
 
     @cached_property
     def plain(self) -> bool:
@@ -144,12 +146,12 @@ class ExecutedOp:
         return self.op(**{**self.arguments, **changes})
 
 
-# --- arguments as trees ---------------------------------------------------------------------------
+# --- references in arguments ----------------------------------------------------------------------
 
 
 def filled(tree: Any, get: Callable[[Any], Any], kind: type = Ref) -> Any:
     """Return arguments with ``get(leaf)`` in place of every leaf of a ``kind``, by default refs."""
-    # Faster than ``tree_map``, as arguments are one or two levels deep: every replay comes here.
+    # By hand: every replay comes here, and ``tree_map`` is slow for one or two levels.
     if isinstance(tree, kind):
         return get(tree)
     if isinstance(tree, list | tuple):
@@ -166,16 +168,11 @@ def refs_in(tree: Any) -> list[Ref]:
     return refs
 
 
+def indices(refs: Iterable[Ref]) -> list[int]:
+    """Return the numbers of the values that are referred to."""
+    return [ref.index for ref in refs]
+
+
 def is_ref(x: Any) -> bool:
     """Tell whether something is a reference; for the ``is_leaf`` of PyTorch's trees."""
     return isinstance(x, Ref)
-
-
-def flat(out: Any) -> list[Any]:
-    """Return the results of an op as one list, however they are nested."""
-    if not isinstance(out, tuple | list):
-        return [out]
-    results: list[Any] = []
-    for part in out:
-        results.extend(flat(part))
-    return results

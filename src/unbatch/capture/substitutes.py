@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_map
 
 from unbatch.capture import ops
 from unbatch.capture.ops import BatchNormArguments
-from unbatch.capture.steps import Step, filled, flat
+from unbatch.capture.steps import Step, filled
+from unbatch.capture.trees import flat
 
 # Mean and ``1/σ``, by channel.
 Moments = tuple[Tensor, Tensor]
@@ -160,8 +161,7 @@ def norm_evaluated(step: Step) -> Callable[..., Any]:
         arguments = ops.by_argument(step.op, args, kwargs)
         norm = ops.batch_norm_arguments(step.op, arguments)
         x = norm.input
-        affine = [t for t in (norm.weight, norm.bias) if t is not None]
-        if not x.requires_grad or any(t.requires_grad for t in affine):
+        if not x.requires_grad or _takes_gradient(norm.weight) or _takes_gradient(norm.bias):
             return step.op(*args, **kwargs)  # a derivative by gain or shift needs the input
         with torch.no_grad():
             y, *others = flat(step.op(*args, **kwargs))
@@ -172,3 +172,7 @@ def norm_evaluated(step: Step) -> Callable[..., Any]:
         return _Scaled.apply(x, y, gain), *others
 
     return run
+
+
+def _takes_gradient(t: Tensor | None) -> bool:
+    return t is not None and t.requires_grad

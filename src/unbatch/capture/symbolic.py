@@ -19,7 +19,8 @@ from unbatch.capture.expressions import Expr, ExprTable, Operation
 from unbatch.capture.graph import Graph, HostRead
 from unbatch.capture.isolation import storage_of
 from unbatch.capture.simplifications import result_of
-from unbatch.capture.steps import Ref, Step, Value, filled, flat
+from unbatch.capture.steps import Ref, Step, Value, filled
+from unbatch.capture.trees import flat
 
 # Entries of a constant that is worked out.
 LARGEST = 1 << 22
@@ -44,6 +45,7 @@ class SymbolicRun:
         for i, value in enumerate(graph.values):
             if value.kind != "step":
                 self._enter(i, self._outside(i, value))
+        # In the order of steps, as they were noted.
         waiting = list(graph.escapes)
         for step in graph.steps:
             self._read_before(step.index, waiting)
@@ -59,10 +61,12 @@ class SymbolicRun:
             self.host_reads.append(self[waiting.pop(0).ref])
 
     def _enter(self, i: int, expr: Expr) -> None:
+        """Enter the expression of a value, which now shows its memory."""
         self.expressions[i] = expr
         self.windows.setdefault(self.graph.values[i].storage, []).append(i)
 
     def _outside(self, i: int, value: Value) -> Expr:
+        """Return the expression of a value that no step makes."""
         if value.kind != "constants":
             return self.table.leaf(value.kind, value.name, value)
         assert value.concrete is not None
@@ -76,8 +80,10 @@ class SymbolicRun:
     # -- steps --
 
     def _run(self, step: Step) -> None:
+        """Enter the expressions of what a step makes."""
         name = ops.base_name(step.op)
         arguments = self._arguments(step)
+        # Noise is no constant, whatever its operands are.
         constants: dict[int, Tensor] = {}
         if step.noise:
             self.history = self._history_after(step, name, arguments)
@@ -106,6 +112,7 @@ class SymbolicRun:
 
     def _arguments(self, step: Step) -> dict[str, Any]:
         """Return the arguments that decide a result, by name, as expressions."""
+        # A pointwise op gives the same for a constant and for what is broadcast to it.
         find = self.__getitem__
         if ops.is_pointwise(step.op):
             find = self._narrow
@@ -137,11 +144,13 @@ class SymbolicRun:
         self, step: Step, name: str, arguments: Mapping[str, Any], slot: Any, value: Value
     ) -> Expr:
         """Return the expression of one result of a step; ``slot`` says which."""
+        # All empty tensors of a shape are one: a program that reads them has no function.
         if "empty" in name:
             return self.table.leaf("empty", (), value)
         if self._shows_unknown_memory(step, name, value):
             return self.table.leaf("opaque", len(self.table.operations), value)
         if name.startswith("as_strided"):
+            # The window is an argument, relative to that of the operand.
             arguments = {**arguments, "of": _window(self._operand(step))}
         if step.writes and name == "copy":
             name, arguments = self._written_copy(arguments, value)
@@ -152,6 +161,7 @@ class SymbolicRun:
         return result_of(self.table, operation, history, step.noise)
 
     def _operand(self, step: Step) -> Value:
+        """Return the first tensor that a step reads."""
         return self.graph.values[step.refs()[0].index]
 
     def _shows_unknown_memory(self, step: Step, name: str, value: Value) -> bool:
@@ -184,6 +194,7 @@ class SymbolicRun:
         if inputs is None:
             return {}
         args, kwargs = filled((step.args, step.kwargs), lambda ref: inputs[ref.index])
+        # Constants of a table are on the CPU, whatever device the program has.
         if kwargs.get("device") is not None:
             kwargs = {**kwargs, "device": torch.device("cpu")}
         try:
@@ -236,7 +247,7 @@ class SymbolicRun:
         shown, written = _window(values[i]), _window(values[new])
         was, content = self.expressions[i], self.expressions[new]
         if shown == written:
-            return content
+            return content  # all of it was overwritten
         numbers, other = table.constants.get(was), table.constants.get(content)
         if numbers is not None and other is not None and numbers.dtype == other.dtype:
             windows = Window.of(values[i]), Window.of(values[new])
@@ -283,10 +294,12 @@ def _overwrites(step: Step) -> bool:
 
 
 def _is_default(argument: Any, default: Any) -> bool:
+    """Tell whether an argument says what its default says, by type as well: 1 is not True."""
     if isinstance(argument, Ref | Tensor) or type(argument) is not type(default):
         return False
     return bool(argument == default)
 
 
 def _window(value: Value) -> tuple[Any, ...]:
+    """Return which bytes of its memory a value shows: places count entries of its type."""
     return (*Window.of(value), value.dtype)

@@ -27,7 +27,8 @@ from unbatch.capture.device_ops import decisive_arguments, same_as, without_pack
 from unbatch.capture.distributed import check_alone
 from unbatch.capture.graph import Graph, HostRead, ModuleCall
 from unbatch.capture.isolation import SKIPS_COMPILER, is_strided, mutated, storage_of
-from unbatch.capture.steps import Ref, Step, Value, flat, is_ref
+from unbatch.capture.steps import Ref, Step, Value, indices, is_ref
+from unbatch.capture.trees import flat, tensors_in
 from unbatch.errors import HERE
 
 aten = torch.ops.aten
@@ -95,13 +96,17 @@ class Recorder(TorchDispatchMode):
         return self._add(tensor, kind=kind, name=name, concrete=tensor.detach())
 
     def _made(self, tensor: Tensor, step: int, noise: bool) -> Ref:
-        """Enter what a step makes, with its numbers if they are noise or exact."""
+        """Enter what a step makes, with its numbers if they are noise or exact.
+
+        Integers are labels, masks and indices: which samples depend on each other depends on them.
+        """
         concrete = None
         if noise or _is_exact(tensor):
             concrete = tensor.detach().clone()
         return self._add(tensor, step=step, concrete=concrete)
 
     def _add(self, tensor: Tensor, **extra: Any) -> Ref:
+        """Enter a tensor as the newest value in its memory."""
         number = self.storages.setdefault(storage_of(tensor), len(self.storages))
         shape, stride, offset, dtype = geometry = _geometry(tensor)
         grad = tensor.requires_grad
@@ -146,11 +151,14 @@ class Recorder(TorchDispatchMode):
         return here == (value.storage, value.shape, value.stride, value.offset)
 
     def _view_of_known_memory(self, tensor: Tensor) -> Ref | None:
+        """Enter a tensor as a view of the newest value in its memory; None if there is none."""
         if tensor.layout != torch.strided or storage_of(tensor) not in self.storages:
             return None
         geometry, base = self.latest[self.storages[storage_of(tensor)]]
+        # Without a derivative, as nothing dispatched: that is what ``x.data`` means.
         if geometry == _geometry(tensor):
             return self._step(aten.detach.default, (base,), {}, tensor)
+        # Strides count entries, so that other types have no window on it.
         if self.graph.values[base.index].dtype != tensor.dtype:
             return None
         args = (base, list(tensor.shape), list(tensor.stride()), tensor.storage_offset())
@@ -173,6 +181,7 @@ class Recorder(TorchDispatchMode):
         ``olds`` before.
         """
         index = len(self.graph.steps)
+        # An op with dropout that drops nothing is the same each time.
         noise = ops.draws(op) and ops.drops(op, args, kwargs)
         news = {id(tensor): self._made(tensor, index, noise) for tensor in writes}
         outs: list[Ref | None] = []
@@ -197,11 +206,11 @@ class Recorder(TorchDispatchMode):
         )
         self.graph.steps.append(step)
         if _sizes_itself(op, args, self.graph) or self._reads_dynamic(step):
-            self.dynamic.update(ref.index for ref in step.made())
+            self.dynamic.update(indices(step.made()))
         return outs[0] if outs else None
 
     def _reads_dynamic(self, step: Step) -> bool:
-        return bool(self.dynamic) and any(ref.index in self.dynamic for ref in step.refs())
+        return not self.dynamic.isdisjoint(indices(step.refs()))
 
     def _module(self) -> str:
         """Return the innermost module that is running."""
@@ -224,9 +233,11 @@ class Recorder(TorchDispatchMode):
         if self.off:
             return func(*args, **kwargs)
         check_alone(func, types, self._place)
+        # What ``bool(x)``, ``int(x)`` and ``float(x)`` come down to.
         if func is aten._local_scalar_dense.default:
             how = "read by Python (bool(), int(), float() or if)"
             return self.branch(args[0], how, func(*args, **kwargs))
+        # What is called in here (``detach``, ``clone``) is no call of the program's own.
         with torch._C.DisableTorchFunction():
             return self._observe(func, args, kwargs)
 
@@ -250,7 +261,7 @@ class Recorder(TorchDispatchMode):
         olds = [self.ref(t) for t in writes]
         try:
             out = func(*args, **kwargs)
-        except Exception:
+        except Exception:  # which a ``try`` of the program may turn into another path
             self._read(args, kwargs, "whether an op raises")
             raise
         how = f"the result of {ops.full_name(func)}"
@@ -306,9 +317,8 @@ class Recorder(TorchDispatchMode):
     # -- what Python reads --
 
     def _read(self, args: Any, kwargs: Any, how: str) -> None:
-        for tensor in tree_leaves((args, kwargs)):
-            if isinstance(tensor, Tensor):
-                self.escape(tensor, how)
+        for tensor in tensors_in((args, kwargs)):
+            self.escape(tensor, how)
 
     def escape(self, tensor: Tensor, how: str, answer: bool | None = None) -> None:
         """Note that Python read a value in a way that cannot be followed."""
@@ -369,6 +379,7 @@ class Recorder(TorchDispatchMode):
             call = ModuleCall(name, start, stop, self._recorded(inputs), self._recorded(output))
             self.graph.calls.append(call)
 
+        # Global hooks: those of a module would be seen by whoever looks at it.
         before = nn.modules.module.register_module_forward_pre_hook(enter)
         after = nn.modules.module.register_module_forward_hook(leave, always_call=True)
         try:
@@ -383,8 +394,8 @@ class Recorder(TorchDispatchMode):
     def _recorded(self, tree: Any) -> tuple[Ref, ...]:
         """Return the values of those tensors of a tree that have one."""
         refs = []
-        for leaf in tree_leaves(tree):
-            ref = self.find(leaf) if isinstance(leaf, Tensor) else None
+        for tensor in tensors_in(tree):
+            ref = self.find(tensor)
             if ref is not None:
                 refs.append(ref)
         return tuple(refs)
@@ -430,6 +441,7 @@ def _holds_numbers(out: Any) -> bool:
 
 
 def _window(t: Tensor) -> tuple[Any, ...]:
+    """Return shape, strides and offset of a tensor."""
     return tuple(t.shape), tuple(t.stride()), int(t.storage_offset())
 
 

@@ -26,6 +26,7 @@ WITHOUT_REENTRANCE = "_checkpoint_without_reentrant_generator"
 
 def inside(model: Callable[..., Any]) -> Callable[..., Any]:
     """Return the module to which a compiled or data-parallel one only passes its calls on."""
+    # They may be wrapped around each other.
     while isinstance(model, nn.Module):
         inner = _wrapped_by(model)
         if inner is None:
@@ -40,6 +41,7 @@ def _wrapped_by(model: nn.Module) -> nn.Module | None:
     compiler = sys.modules.get(COMPILER)
     if compiler is not None and isinstance(model, compiler.OptimizedModule):
         return model._orig_mod
+    # Exactly this class: one derived from it may do more.
     if type(model) is DistributedDataParallel and model.mixed_precision is None:
         return model.module
     return None
@@ -71,6 +73,7 @@ class _Plain:
         self.lock, self.entered, self.turned = threading.Lock(), 0, ExitStack()
 
     def enter(self) -> None:
+        """Turn the switches if nobody else has."""
         with self.lock:
             if not self.entered:
                 self._turn()
@@ -82,10 +85,12 @@ class _Plain:
         other = mock.patch.object(checkpoint, WITHOUT_REENTRANCE, _kept)
         self.turned.enter_context(reentrant)
         self.turned.enter_context(other)
+        # What was never loaded has compiled nothing.
         if COMPILER in sys.modules:
             self.turned.enter_context(torch.compiler.set_stance("force_eager"))
 
     def leave(self) -> None:
+        """Turn the switches back if nobody else is inside."""
         with self.lock:
             self.entered -= 1
             if not self.entered:
@@ -103,6 +108,7 @@ class _Kept:
 
     @staticmethod
     def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        """Return what the function returns, as PyTorch's ``apply`` of the same arguments does."""
         for argument in args:
             if isinstance(argument, Tensor) and argument.requires_grad:
                 return function(*args)
