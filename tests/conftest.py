@@ -14,7 +14,8 @@ from unbatch import errors
 from unbatch.analysis import loss_boundary
 from unbatch.capture import program
 from unbatch.capture import program as program_module
-from unbatch.capture.graph import Graph, check_graph
+from unbatch.capture.check import check_graph
+from unbatch.capture.graph import Graph
 
 torch.set_num_threads(1)
 

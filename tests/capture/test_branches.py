@@ -16,6 +16,7 @@ import unbatch as ub
 from unbatch.analysis.rules import registry as rules
 from unbatch.capture import control_flow as branches
 from unbatch.capture import expressions as terms
+from unbatch.capture import simplifications
 from unbatch.capture import symbolic as reading
 
 N, T, H, E = 4, 5, 2, 4
@@ -411,10 +412,10 @@ def test_a_recording_without_the_mask_is_judged_by_the_one_with_it():
 
 
 def planted(
-    monkeypatch: pytest.MonkeyPatch, op: str, wrong: terms.Simpler, maker: type[Attention]
+    monkeypatch: pytest.MonkeyPatch, op: str, wrong: simplifications.Simpler, maker: type[Attention]
 ) -> None:
     """With a wrong rule for an op, an answer that matters passes for harmless."""
-    monkeypatch.setitem(terms.SIMPLER, op, wrong)
+    monkeypatch.setitem(simplifications.SIMPLER, op, wrong)
     assert structure(maker).independent_forward.status == "holds"
 
 
@@ -434,14 +435,14 @@ def test_noise_that_is_not_counted_is_caught(monkeypatch):
 
 def test_a_wrong_conclusion_is_caught(monkeypatch):
     """Some are true: all are."""
-    right = terms._follows
+    right = terms._implied
 
     def wrong(known, made, answer):
         yield from (
             [(made.arguments["self"], answer)] if made.op == "any" else right(known, made, answer)
         )
 
-    monkeypatch.setattr(terms, "_follows", wrong)
+    monkeypatch.setattr(terms, "_implied", wrong)
     assert structure(AnyWord).independent_forward.status == "holds"
 
 

@@ -10,8 +10,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from unbatch.capture.graph import Graph, GraphError, HostRead, ModuleCall, Ref, Value, check_graph
+from unbatch.capture.check import GraphError, check_graph
+from unbatch.capture.graph import Graph, HostRead, ModuleCall
 from unbatch.capture.program import Program, record
+from unbatch.capture.steps import Ref, Value
 
 N, D = 4, 3
 

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from unbatch.capture import ops
-from unbatch.capture.device_ops import drops
-from unbatch.capture.graph import Step
-from unbatch.capture.ops import BatchNorm, HiddenWrites, Moves, Traits
+from unbatch.capture.ops import BatchNorm, Dropout, HiddenWrites, Moves, Recurrence, Traits
+from unbatch.capture.steps import Step
 
 aten = torch.ops.aten
 
@@ -228,6 +227,63 @@ def faults_of(op, norm):
         yield f"returns running statistics as {outputs}"
 
 
+def wrong_argument_names(rows):
+    """What a row says of dropout, recurrences and answers is about arguments that there are."""
+    complaints = []
+    for name, row in rows.items():
+        for op in overloads(name):
+            missing = named_arguments(row) - argument_names(op)
+            if missing:
+                complaints.append(f"{op}: has no {missing}")
+    return complaints
+
+
+def named_arguments(row):
+    names = set(row.answers_from or ())
+    if row.dropout is not None:
+        names |= {row.dropout.when, row.dropout.probability}
+    if row.recurrence is not None:
+        recurrence = row.recurrence
+        names |= {recurrence.weights, recurrence.training, recurrence.dropout, recurrence.packed}
+    return names - {""}
+
+
+def wrong_dropouts(rows):
+    """What is nothing but dropout returns what it drew as well, and PyTorch knows that it draws."""
+    complaints = []
+    for name, row in rows.items():
+        if row.dropout is None:
+            continue
+        for op in overloads(name):
+            if row.dropout.alone and len(op._schema.returns) != 2:
+                complaints.append(f"{op}: returns no mask")
+            if not ops.draws(op):
+                complaints.append(f"{op}: draws nothing")
+    return complaints
+
+
+def useless_answers(rows):
+    """An op of which Python reads numbers returns some."""
+    complaints = []
+    for name, row in rows.items():
+        for op in overloads(name) if row.answers_from is not None else ():
+            if all(str(r.type) == "Tensor" for r in op._schema.returns):
+                complaints.append(f"{op}: returns tensors only")
+    return complaints
+
+
+def unlisted_recurrences(rows):
+    """Every op of a library that takes the weights of a recurrence as a list is in the table."""
+    complaints = set()
+    for schema in torch._C._jit_get_all_schemas():
+        space, _, name = schema.name.partition("::")
+        names = {a.name for a in schema.arguments}
+        recurrence = {"weight", "weight_stride0", "dropout"} <= names and "backward" not in name
+        if space == "aten" and recurrence and (name not in rows or rows[name].recurrence is None):
+            complaints.add(f"{name}: a recurrence without a row")
+    return sorted(complaints)
+
+
 def unlisted_batch_norms(rows):
     """Every op with a batch norm's arguments is in the table."""
     complaints = set()
@@ -252,7 +308,11 @@ CHECKS = [
     useless_pointwise,
     wrong_losses,
     wrong_batch_norms,
+    wrong_argument_names,
+    wrong_dropouts,
+    useless_answers,
     unlisted_batch_norms,
+    unlisted_recurrences,
 ]
 
 
@@ -291,6 +351,18 @@ PLANTED = {
         wrong_batch_norms,
         {"_native_batch_norm_legit_functional": Traits(batch_norm=BatchNorm())},
     ),
+    "no such probability": (
+        wrong_argument_names,
+        {"native_dropout": Traits(dropout=Dropout(probability="dropout"))},
+    ),
+    "no packed weights": (
+        wrong_argument_names,
+        {"miopen_rnn": Traits(recurrence=Recurrence(packed="weight_buf"))},
+    ),
+    "no lengths": (wrong_argument_names, {"_ctc_loss": Traits(answers_from=("lengths",))}),
+    "no mask": (wrong_dropouts, {"bernoulli": Traits(dropout=Dropout(alone=True))}),
+    "no draws": (wrong_dropouts, {"frexp": Traits(dropout=Dropout(alone=True))}),
+    "no answers": (useless_answers, {"relu": Traits(answers_from=())}),
 }
 
 
@@ -300,10 +372,10 @@ def test_a_wrong_row_is_caught(name):
     assert check(rows)
 
 
-@pytest.mark.parametrize("check", [untold_shapes, unlisted_batch_norms])
+@pytest.mark.parametrize("check", [untold_shapes, unlisted_batch_norms, unlisted_recurrences])
 def test_a_missing_row_is_caught(check):
     rows = dict(ops.TRAITS)
-    del rows["zeros_like"], rows["miopen_batch_norm"]
+    del rows["zeros_like"], rows["miopen_batch_norm"], rows["miopen_rnn"]
     assert len(check(rows)) == 1
 
 
@@ -399,6 +471,23 @@ def test_writes(op, arguments, names):
     assert ops.writes_results(op) == ops.writes_in_place(op) == (names == ("self",))
 
 
+@pytest.mark.parametrize(
+    ("op", "arguments", "dropped"),
+    [
+        (aten.native_dropout.default, {"input": 0, "p": 0.5, "train": True}, True),
+        (aten.native_dropout.default, {"input": 0, "p": 0.5, "train": None}, True),
+        (aten.native_dropout.default, {"input": 0, "p": 0.5, "train": False}, False),
+        (aten._fused_dropout.default, {"self": 0, "p": 0.5}, True),
+        (aten._cudnn_rnn.default, {"dropout": 0.5, "train": True}, True),
+        (aten._cudnn_rnn.default, {"dropout": 0.0, "train": True}, False),
+        (aten.miopen_rnn.default, {"dropout": 0.5, "train": False}, False),
+        (aten.bernoulli.default, {"self": 0}, True),
+    ],
+)
+def test_whether_a_call_drops(op, arguments, dropped):
+    assert ops.drops(op, (), arguments) == dropped
+
+
 def test_what_drops_nothing_draws_nothing():
     attention = aten._scaled_dot_product_efficient_attention.default
     dropout = [a.name for a in attention._schema.arguments if a.name == "dropout_p"]
@@ -406,7 +495,7 @@ def test_what_drops_nothing_draws_nothing():
     for op in (attention, aten.scaled_dot_product_attention.default):
         tagged = torch.Tag.nondeterministic_seeded in op.tags
         assert ops.draws(op) == tagged
-        assert not (ops.draws(op) and drops(op, (), {"dropout_p": 0.0}))
-        assert drops(op, (), {"dropout_p": 0.5})
+        assert not (ops.draws(op) and ops.drops(op, (), {"dropout_p": 0.0}))
+        assert ops.drops(op, (), {"dropout_p": 0.5})
     assert ops.draws(aten.rand.default)
     assert not ops.draws(aten.relu.default)

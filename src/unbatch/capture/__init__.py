@@ -3,10 +3,15 @@
 In reading order:
 
 - ``ops.py``: the facts about operations, one row each
-- ``graph.py``: the graph and its replay; ``aliasing.py``, ``substitutes.py``: shared memory, replaced steps
-- ``tracer.py``, ``python_values.py``: recording, and what Python reads of tensors
-- ``program.py``, ``sample_axes.py``, ``wrappers.py``: the model with its loss, and what stands around it
+- ``steps.py``, ``graph.py``: what a recording is made of, and its grammar; ``check.py`` holds that
+- ``replay.py``, ``substitutes.py``: recorded steps run again, and what runs in place of some
+- ``aliasing.py``: values that share memory
+- ``tracer.py``, ``python_values.py``: the recorder, and what Python reads of tensors
+- ``device_ops.py``: fused ops of a GPU, as they are recorded
+- ``program.py``: the model with its loss, and the ways to record them
+- ``sample_axes.py``, ``wrappers.py``: samples along several axes; what stands around a model
 - ``isolation.py``, ``distributed.py``: no trace is left, and no other process is kept waiting
 - ``guards.py``: how long a recording is valid
-- ``expressions.py``, ``symbolic.py``, ``control_flow.py``: proofs that all execution paths compute the same
+- ``expressions.py``, ``simplifications.py``, ``symbolic.py``, ``control_flow.py``: proofs that all
+  execution paths compute the same
 """

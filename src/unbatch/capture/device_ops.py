@@ -1,7 +1,8 @@
-"""How the ops that PyTorch picks on a GPU are written down and replayed.
+"""How the ops that PyTorch picks on a GPU are recorded and replayed.
 
-A GPU runs one fused op where a CPU runs several. Their rules stand with those of other ops; here
-stand the facts that the recorder and the replay need. Knows ops only.
+A GPU runs one fused op where a CPU runs several. Facts about them are rows of the table in
+``ops.py``, and their rules stand with those of other ops. Here is what needs code: which of their
+arguments matter, which op of PyTorch they are, and which of them cannot be run again.
 """
 
 from __future__ import annotations
@@ -13,135 +14,114 @@ from typing import Any
 import torch
 
 from unbatch.capture import ops
+from unbatch.capture.steps import Step
 from unbatch.errors import MSG_RECURRENT_DROPOUT, MSG_RECURRENT_EVAL, StructureError
 
 aten = torch.ops.aten
 
 
-FUSED_DROPOUT = ("native_dropout", "_fused_dropout")
+def decisive_arguments(op: Any, args: Any, kwargs: Any) -> tuple[Any, ...]:
+    """Return the arguments whose entries decide the numbers and booleans that an op returns.
 
-
-RECURRENCES = ("_cudnn_rnn", "miopen_rnn")
-
-
-# The numbers and booleans that they return are read off shapes, types and the backend, never off entries.
-READS_SHAPES_ONLY = (
-    "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_cudnn_attention",
-    "_scaled_dot_product_fused_attention_overrideable",
-    "_cudnn_attention_forward",
-    "_efficient_attention_forward",
-    "_fused_sdp_choice",
-)
-
-
-# They read the lengths that they are given, and only the shapes of the rest.
-READS_LENGTHS = ("_use_cudnn_ctc_loss", "_use_miopen_ctc_loss")
-
-
-def bound(op: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-    """Return the arguments by name, with the defaults of those that were left out."""
-    defaults = {a.name: a.default_value for a in op._schema.arguments if a.has_default_value()}
-    names = [a.name for a in op._schema.arguments]
-    return defaults | dict(zip(names, args, strict=False)) | kwargs
-
-
-def drops(op: Any, args: Any, kwargs: Any) -> bool:
-    """Return whether a fused op with a dropout of its own drops anything."""
-    arguments = bound(op, args, kwargs)
-    if ops.full_name(op) == "native_dropout":
-        return arguments["train"] is not False
-    if ops.full_name(op) in RECURRENCES:
-        return bool(arguments["train"] and arguments["dropout"])
-    return bool(arguments.get("dropout_p", True))
-
-
-def argued(op: Any, args: Any, kwargs: Any) -> tuple[Any, ...]:
-    """Return those arguments whose entries Python learns about from what the op returns."""
-    if ops.full_name(op) in READS_SHAPES_ONLY:
-        return ()
-    if ops.full_name(op) in READS_LENGTHS:
-        arguments = bound(op, args, kwargs)
-        return arguments["input_lengths"], arguments["target_lengths"]
-    return args, kwargs
-
-
-def without_buffer(op: Any, args: Any) -> Any:
-    """Return the arguments of a recurrence without cuDNN's window on the memory in which all weights lie.
-
-    It says again what the weights say. On a replay the weights are others, and the window still shows the old ones.
+    Python reads those numbers, so that it reads the entries behind them.
     """
-    if ops.full_name(op) != "_cudnn_rnn" or len(args) < 4:
+    # None: nothing is known of the op, and all of them may matter.
+    names = ops.traits(op).answers_from
+    if names is None:
+        return args, kwargs
+    arguments = ops.bound(op, args, kwargs)
+    return tuple(arguments[name] for name in names)
+
+
+def without_packed_weights(op: Any, args: Any) -> Any:
+    """Return the arguments of a recurrence without the block of memory that holds all its weights.
+
+    It shows again what is in the weights. On a replay those are others, and it still shows the old.
+    """
+    recurrence = ops.traits(op).recurrence
+    if recurrence is None or not recurrence.packed:
         return args
-    return (*args[:3], None, *args[4:])
+    place = ops.argument_names(op).index(recurrence.packed)
+    if place >= len(args):
+        return args
+    return (*args[:place], None, *args[place + 1 :])
 
 
-def check_recurrences(steps: Iterable[Any], trained: Callable[[Any], bool]) -> None:
-    """Raise ``StructureError`` for recurrences on a GPU that cannot be run again, or not be pulled back.
+def check_recurrences(steps: Iterable[Step], trained: Callable[[Any], bool]) -> None:
+    """Raise ``StructureError`` for recurrences of a GPU that cannot be run again, or pulled back.
 
-    The random state of a dropout inside of one cannot be set; in eval mode the libraries have no backward pass.
-    ``trained``: whether a parameter needs a gradient.
+    The random state of a dropout inside one cannot be set, and in eval mode the libraries have no
+    backward pass. ``trained``: whether a gradient is taken by a value.
     """
     for step in steps:
-        if step.name not in RECURRENCES:
+        recurrence = ops.traits(step.op).recurrence
+        if recurrence is None:
             continue
-        place = f"{step.module or 'The model'}, {step.name}" + (
-            f", {step.where}," if step.where else ""
-        )
+        arguments = step.named
+        place = f"{step.module or 'The model'}, {step.name}"
+        if step.where:
+            place = f"{place}, {step.where},"
+        # The library keeps the random state to itself: another run would drop other entries.
         if step.noise:
-            raise StructureError(
-                MSG_RECURRENT_DROPOUT.format(place=place, dropout=step.named["dropout"])
-            )
-        if not step.named["train"] and any(trained(w) for w in step.named["weight"]):
+            dropout = arguments[recurrence.dropout]
+            raise StructureError(MSG_RECURRENT_DROPOUT.format(place=place, dropout=dropout))
+        # In training it also returns what its backward pass needs; in eval mode it does not.
+        if arguments[recurrence.training]:
+            continue
+        if any(map(trained, arguments[recurrence.weights])):
             raise StructureError(MSG_RECURRENT_EVAL.format(place=place))
 
 
-# --- ops that are others under the name of a library ----------------------------------------------
+# --- ops of a library that are ops of PyTorch under another name ----------------------------------
 
 
 @dataclass(frozen=True)
-class Plain:
-    """An op, and its arguments."""
+class Call:
+    """An op, and its arguments by place: what a step records."""
 
     op: Any
     args: tuple[Any, ...]
 
 
-def _convolution(a: Mapping[str, Any]) -> Plain:
-    still = [0] * len(a["stride"])
-    how = (
-        a["stride"],
-        a["padding"],
-        a["dilation"],
-        "output_padding" in a,
-        a.get("output_padding", still),
-        a["groups"],
-    )
-    return Plain(aten.convolution.default, (a["self"], a["weight"], a.get("bias"), *how))
+Translation = Callable[[Mapping[str, Any]], Call]
 
 
-def _ctc(a: Mapping[str, Any]) -> Plain:
-    """The library's second derivative is zero without saying so; this one's is missing, and says so."""
+def _convolution(a: Mapping[str, Any]) -> Call:
+    # Only the transposed forms have an output padding.
+    transposed = "output_padding" in a
+    output_padding = a.get("output_padding", [0] * len(a["stride"]))
+    tensors = a["self"], a["weight"], a.get("bias")
+    geometry = a["stride"], a["padding"], a["dilation"], transposed, output_padding
+    return Call(aten.convolution.default, (*tensors, *geometry, a["groups"]))
+
+
+def _ctc(a: Mapping[str, Any]) -> Call:
+    """Return the loss whose second derivative is missing with an error.
+
+    The library's is zero without saying so.
+    """
     lengths = a["input_lengths"], a["target_lengths"]
-    op = aten._ctc_loss.Tensor if isinstance(lengths[0], torch.Tensor) else aten._ctc_loss.default
-    return Plain(op, (a["log_probs"], a["targets"], *lengths, a["blank"], a["zero_infinity"]))
+    op = aten._ctc_loss.default
+    if isinstance(lengths[0], torch.Tensor):
+        op = aten._ctc_loss.Tensor
+    return Call(op, (a["log_probs"], a["targets"], *lengths, a["blank"], a["zero_infinity"]))
 
 
-def _grid_sampler(a: Mapping[str, Any]) -> Plain:
+def _grid_sampler(a: Mapping[str, Any]) -> Call:
+    # The library has one form, which other names fix: the one with these arguments.
     bilinear, zeros, corners_aligned = 0, 0, True
-    return Plain(
-        aten.grid_sampler_2d.default, (a["self"], a["grid"], bilinear, zeros, corners_aligned)
-    )
+    args = a["self"], a["grid"], bilinear, zeros, corners_aligned
+    return Call(aten.grid_sampler_2d.default, args)
 
 
-def _affine_grid(a: Mapping[str, Any]) -> Plain:
+def _affine_grid(a: Mapping[str, Any]) -> Call:
     corners_aligned = True
-    return Plain(
-        aten.affine_grid_generator.default, (a["theta"], [a[k] for k in "NCHW"], corners_aligned)
-    )
+    size = [a["N"], a["C"], a["H"], a["W"]]
+    return Call(aten.affine_grid_generator.default, (a["theta"], size, corners_aligned))
 
 
-SAME_AS: dict[str, Callable[[Mapping[str, Any]], Plain]] = {
+# Only ops whose first result is the same; the others of a library are its own notes.
+SAME_AS: dict[str, Translation] = {
     "cudnn_convolution": _convolution,
     "cudnn_convolution_transpose": _convolution,
     "miopen_convolution": _convolution,
@@ -154,9 +134,9 @@ SAME_AS: dict[str, Callable[[Mapping[str, Any]], Plain]] = {
 }
 
 
-def same_as(op: Any, args: Any, kwargs: Any) -> Plain | None:
-    """Return the op of PyTorch that a library's op is, or None."""
+def same_as(op: Any, args: Any, kwargs: Any) -> Call | None:
+    """Return the call of PyTorch that a call of a library's op is, or None."""
     translate = SAME_AS.get(ops.full_name(op))
     if translate is None:
         return None
-    return translate(bound(op, args, kwargs))
+    return translate(ops.bound(op, args, kwargs))

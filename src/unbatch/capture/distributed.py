@@ -1,6 +1,7 @@
-"""The other processes of a distributed training: they take no part in a question, and would keep it waiting forever.
+"""The other processes of a distributed training, which take no part in a question.
 
-What needs them can be seen op by op, in forward and backward passes alike, and is refused before it runs.
+An op that needs them would wait for them forever. It is recognised before it runs, in forward and
+backward passes alike, and refused.
 """
 
 from __future__ import annotations
@@ -12,29 +13,33 @@ import torch.distributed
 
 from unbatch.errors import MSG_PROCESSES, CaptureError
 
+# The namespaces of ops that all processes run together.
 COLLECTIVES = frozenset(
     {"c10d", "c10d_functional", "_c10d_functional", "_c10d_functional_autograd"}
-)  # namespaces
+)
 
+# PyTorch can be built without.
+AVAILABLE = torch.distributed.is_available()
 
-AVAILABLE = torch.distributed.is_available()  # PyTorch can be built without
-
-
-SPREAD = "torch.distributed"  # where tensors are defined that live on several processes, or are on their way
+# The module of tensor classes that live on several processes, or are on their way.
+SPREAD = "torch.distributed"
 
 
 def check_alone(op: Any, types: Sequence[type], place: Callable[[], str] = str) -> None:
-    """Raises ``CaptureError`` before an op that several processes run together.
+    """Raise ``CaptureError`` before an op that several processes run together.
 
-    ``types``: the classes of tensors that it is given and that have rules of their own. ``place``: in the program.
+    ``types``: the classes of its tensors that have rules of their own. ``place``: where the op
+    stands in the program, as a phrase that ends the message.
     """
-    others = _others()
-    if others and (
-        op.namespace in COLLECTIVES or any(t.__module__.startswith(SPREAD) for t in types)
-    ):
+    others = _other_processes()
+    if not others:
+        return
+    spread = any(kind.__module__.startswith(SPREAD) for kind in types)
+    if spread or op.namespace in COLLECTIVES:
         raise CaptureError(MSG_PROCESSES.format(others=others, op=op, place=place()))
 
 
-def _others() -> int:
-    grouped = AVAILABLE and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() - 1 if grouped else 0
+def _other_processes() -> int:
+    if AVAILABLE and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size() - 1
+    return 0

@@ -1,7 +1,6 @@
-"""A recorded computation as data, and its replay.
+"""A recorded computation as data: values, steps in order, and the parts that have a meaning.
 
-Values, steps in order, what Python learned on the way, and the parts that have a meaning. Nothing here knows how a
-recording is made, or about samples.
+Nothing here knows how a recording is made (``tracer.py``), or about samples.
 """
 
 from __future__ import annotations
@@ -14,150 +13,67 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unbatch.capture import ops
 from unbatch.capture.isolation import random_state, set_random_state
+from unbatch.capture.replay import Replay, Visit
+from unbatch.capture.steps import ExecutedOp, Ref, Step, Value, filled, indices, is_ref
+from unbatch.capture.trees import flat
 from unbatch.linalg.precision import double_dtype, in_double
 
-# The grammar of a recording; ``check_graph`` at the end of this file holds it.
+# What other wings import from here: a graph, and what it is made of.
+__all__ = [
+    "ExecutedOp",
+    "Graph",
+    "HostRead",
+    "ModuleCall",
+    "Ref",
+    "Step",
+    "Value",
+    "filled",
+    "flat",
+    "is_ref",
+]
+
+# The grammar of a recording; ``check_graph`` in ``check.py`` holds it.
 #
 #   graph   ::=  value*  step*  escape*  call*  inputs  targets  predictions  loss?  after_cut
-#   value   ::=  shape dtype window kind        kind "step" exactly where a step makes it, and then ``step`` says which
-#   step    ::=  op args kwargs -> outs writes  its index is its place; args refer to values that are made before it
-#   writes  ::=  (old, new)*                    the op writes to ``old``, one of its arguments, and ``new`` is the
-#                                               version of it from there on; one for every write in the op's schema
-#   outs    ::=  (ref | none)*                  what the op returns; where it returns what it wrote to, that is ``new``
-#   escape  ::=  ref step                       a value read by Python, which was there before that step
+#   value   ::=  shape dtype window kind        kind "step" exactly if a step makes it, and then
+#                                               ``step`` says which
+#   step    ::=  op args kwargs -> outs writes  its index is its place; args refer to values that
+#                                               are made before it
+#   writes  ::=  (old, new)*                    the op writes to ``old``, one of its arguments, and
+#                                               ``new`` is the version of it from there on; one for
+#                                               every write in the op's schema
+#   outs    ::=  (ref | none)*                  what the op returns; if it returns what it wrote
+#                                               to, that is ``new``
+#   escape  ::=  ref step                       a value read by Python, which was there before that
+#                                               step
 #   call    ::=  start stop inputs outputs      the steps of one run of a module
 #
-# Every value is made once. The steps in ``after_cut`` belong to the loss: no other step reads what they make, and the
-# predictions are made outside of them.
-
-
-@dataclass(frozen=True)
-class Ref:
-    """The ``index``-th value of a graph."""
-
-    index: int
-
-
-@dataclass
-class Value:
-    """One version of a tensor. ``storage``, ``stride``, ``offset`` say which memory it is a window on."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    storage: int
-    stride: tuple[int, ...]
-    offset: int
-    kind: str = "step"  # or "inputs", "targets", "parameters", "buffers", "constants"
-    name: str = ""
-    step: int = -1
-    requires_grad: bool = False
-    concrete: Tensor | None = (
-        None  # integers and booleans, constants and noise: the values seen at capture
-    )
-
-
-@dataclass
-class Step:
-    """One op of the computation. ``args`` hold ``Ref``s in place of tensors."""
-
-    index: int
-    op: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    outs: tuple[Ref | None, ...]
-    writes: tuple[tuple[Ref, Ref], ...]
-    grad: bool
-    module: str
-    where: str
-    noise: bool = False
-
-    @property
-    def name(self) -> str:
-        return ops.full_name(self.op)
-
-    @property
-    def written_results(self) -> tuple[tuple[Ref, Ref], ...]:
-        """The writes through which derivatives go: none where the op only keeps running statistics."""
-        return self.writes if ops.writes_results(self.op) else ()
-
-    def refs(self) -> list[Ref]:
-        return list(self._refs)
-
-    @property
-    def place(self) -> str:
-        """Where it stands, in words: its module, its op and, where that is known, file and line."""
-        parts = [self.module or "the model", self.name, self.where]
-        return ", ".join(part for part in parts if part)
-
-    @cached_property
-    def parameters(self) -> tuple[str, ...]:
-        """The names of the op's arguments, in order."""
-        return tuple(a.name for a in self.op._schema.arguments)
-
-    @cached_property
-    def named(self) -> dict[str, Any]:
-        """The arguments that were given, by name."""
-        return dict(zip(self.parameters, self.args, strict=False)) | self.kwargs
-
-    @cached_property
-    def plain(self) -> bool:
-        """Tensors are arguments of their own, none of them in a list or named."""
-        nested = [*(a for a in self.args if isinstance(a, list | tuple | dict)), self.kwargs]
-        found: list[Ref] = []
-        filled(nested, found.append)
-        return not found
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """What the op takes where nothing is given, by name."""
-        return {a.name: a.default_value for a in self.op._schema.arguments if a.has_default_value()}
-
-    @cached_property
-    def _refs(self) -> tuple[Ref, ...]:
-        found: list[Ref] = []
-        filled((self.args, self.kwargs), found.append)
-        return tuple(found)
-
-
-@dataclass
-class ExecutedOp:
-    """An op as it ran: the arguments that were given, by name, and of its outputs what is needed later."""
-
-    step: Step
-    arguments: dict[str, Any]
-    outputs: tuple[Any, ...]
-
-    @property
-    def op(self) -> Any:
-        return self.step.op
-
-    def __getitem__(self, name: str) -> Any:
-        return self.arguments.get(name)
-
-    def with_(self, changes: Mapping[str, Any]) -> Any:
-        """Return the result of the op with some other arguments."""
-        return self.op(**{**self.arguments, **changes})
+# Every value is made once. The steps in ``after_cut`` belong to the loss: no other step reads what
+# they make, and the predictions are made outside of them.
 
 
 @dataclass(frozen=True)
 class HostRead:
-    """A tensor whose value was read by Python in a way that cannot be followed, before step ``step``."""
+    """A tensor value that Python read in a way that cannot be followed, before step ``step``.
+
+    ``answer``: the value, if it is a boolean. ``blind``: whatever was read is not known, so that
+    anything may follow from it.
+    """
 
     ref: Ref
     how: str
     step: int
     module: str
     where: str
-    answer: bool | None = None  # what Python was told, if it was a boolean
+    answer: bool | None = None
     in_loss: bool = False
-    blind: bool = False  # what it tells is not known: it may tell anything
+    blind: bool = False
 
 
 @dataclass(frozen=True)
 class ModuleCall:
-    """One run of a module: steps ``start`` to ``stop``, what went in and what came out."""
+    """One run of a module: steps ``start`` to ``stop``, its inputs and its outputs."""
 
     module: str
     start: int
@@ -168,7 +84,12 @@ class ModuleCall:
 
 @dataclass
 class Graph:
-    """A recorded computation: values, steps in order, escapes, and the parts of it that have a meaning."""
+    """A recorded computation.
+
+    ``escapes``: what Python read. ``after_cut``: the steps of the loss; all others are the model's.
+    ``own_loss``: whether the model computes the loss itself. ``model_steps``: how many steps there
+    were when the model returned. ``rng``: the random state at the beginning.
+    """
 
     values: list[Value] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
@@ -178,388 +99,286 @@ class Graph:
     targets: list[Ref | None] = field(default_factory=list)
     predictions: list[Ref] = field(default_factory=list)
     loss: Ref | None = None
-    after_cut: frozenset[int] = (
-        frozenset()
-    )  # the steps that belong to the loss; all others belong to the model
-    own_loss: bool = False  # the model computes the loss itself
-    model_steps: int = 0  # how many steps were recorded when the model returned
+    after_cut: frozenset[int] = frozenset()
+    own_loss: bool = False
+    model_steps: int = 0
     rng: tuple[Any, ...] = ()
-    dynamic: frozenset[int] = frozenset()  # values whose shape depends on what is in other values
-    foreign: tuple[int, ...] = ()  # constants met in the middle of the run
-    stale: bool = False  # what is known of values that are computed is of other numbers
-    stopped: Exception | None = None  # what ended the run before its end
-    folded: dict[int, int] = field(
-        default_factory=dict
-    )  # prediction -> what it is in the model, where that differs
+    # Values whose shape depends on what is in other values.
+    dynamic: frozenset[int] = frozenset()
+    # Constants that the run came across after its beginning.
+    foreign: tuple[int, ...] = ()
+    # The data has changed since ``concrete`` was recorded for what steps compute.
+    stale: bool = False
+    # What ended the run before its end.
+    stopped: Exception | None = None
+    # Prediction -> the value that it is in the model, where samples were flattened behind that.
+    folded: dict[int, int] = field(default_factory=dict)
+
+    # -- parts --
 
     @property
     def forward_steps(self) -> list[Step]:
+        """The steps of the model."""
         return [s for s in self.steps if s.index not in self.after_cut]
 
     @property
+    def loss_steps(self) -> list[Step]:
+        """The steps of the loss."""
+        return [s for s in self.steps if s.index in self.after_cut]
+
+    @property
     def used_predictions(self) -> list[Ref]:
-        """The predictions that the loss reads; all of them where there is no loss, or it reads none."""
+        """The predictions that the loss reads; all if there is no loss, or it reads none."""
         if self.loss is None:
             return self.predictions
+        # A prediction may be the loss, with nothing computed in between.
         read = {self.loss.index}
         for step in self.loss_steps:
-            read.update(r.index for r in step.refs())
+            read.update(indices(step.refs()))
         used = [p for p in self.predictions if p.index in read]
         return used or self.predictions
 
     @property
     def unregistered(self) -> list[tuple[Value, Step]]:
-        """Tensors that require a gradient and are no parameters of the program, with the step that first uses each."""
+        """Tensors that take a gradient and are no parameters, and the step that first uses each."""
         users: dict[int, Step] = {}
         for step in self.steps:
-            for ref in step.refs() if step.grad else ():
+            if not step.grad:
+                continue
+            for ref in step.refs():
                 value = self.values[ref.index]
                 if value.kind in ("constants", "buffers") and value.requires_grad:
                     users.setdefault(ref.index, step)
         return [(self.values[i], step) for i, step in users.items()]
 
-    @property
-    def loss_steps(self) -> list[Step]:
-        return [s for s in self.steps if s.index in self.after_cut]
+    def read_by_loss(self, but: Collection[int]) -> list[int]:
+        """Return values that the model makes and the loss reads, except ``but``."""
+        made: set[int] = set()
+        for step in self.forward_steps:
+            made.update(indices(step.made()))
+        read: set[int] = set()
+        for step in self.loss_steps:
+            read.update(indices(step.refs()))
+        return sorted((read & made).difference(but))
+
+    @cached_property
+    def makers(self) -> dict[int, Step]:
+        """Value -> the step that makes it."""
+        makers: dict[int, Step] = {}
+        for step in self.steps:
+            makers.update(dict.fromkeys(indices(step.made()), step))
+        return makers
+
+    def written(self, value: int) -> bool:
+        """Tell whether a step writes to the memory of a value."""
+        return self.values[value].storage in self._overwritten
+
+    # -- other data --
 
     def moved(self, numbers: Mapping[int, Tensor], rng: tuple[Any, ...]) -> Graph:
-        """The same computation on other ``numbers`` at its beginning, and with other noise.
+        """Return the same computation on other ``numbers`` at its beginning, and with other noise.
 
-        The integers it computes, and noise, are worked out only if somebody asks (``known``).
+        The integers and the noise that it computes are worked out when ``known`` asks for them.
         """
         values = list(self.values)
         for i, tensor in numbers.items():
             values[i] = replace(values[i], concrete=tensor.detach())
+        # What steps compute is stale now. Most questions never ask for it.
         return replace(self, values=values, rng=rng, stale=True)
 
     def known(self, i: int) -> Tensor | None:
-        """The integers, booleans, constants or noise that a value holds, where they are known."""
+        """Return the integers, booleans, constants or noise that a value holds; else None."""
         value = self.values[i]
         if self.stale and value.kind == "step" and value.concrete is not None:
             self._work_out()
-        return value.concrete
+        return self.values[i].concrete
 
     def _work_out(self) -> None:
+        """Bring what is known of computed values up to the present data, by one replay."""
+        # First, as the replay asks for values, too.
         self.stale = False
 
-        def keep(i: int, tensor: Tensor) -> None:
-            if self.values[i].concrete is not None:
-                self.values[i] = replace(self.values[i], concrete=tensor.detach().clone())
+        def update(i: int, tensor: Tensor) -> None:
+            value = self.values[i]
+            if value.concrete is not None:
+                self.values[i] = replace(value, concrete=tensor.detach().clone())
 
+        ends = self.predictions
+        if self.loss is not None:
+            ends = [self.loss]
         with torch.no_grad():
-            wanted = [self.loss] if self.loss else self.predictions
-            self.run({}, [w.index for w in wanted], visit=keep)
-
-    def inserted(self, part: Graph, at: Ref, out: Ref, cut: int) -> tuple[Graph, list[Ref]]:
-        """With the steps of ``part``, whose first value stands for ``at``, right behind the step that makes that.
-
-        From step ``cut`` of it on they belong to the loss, which reads its value ``out`` in place of ``at``. Returns
-        the refs of all its values as well.
-        """
-        place, count = self.values[at.index].step + 1, len(part.steps)
-        maker, first = self.steps[place - 1], len(self.values)
-        names = [at, *(Ref(first + i) for i in range(len(part.values) - 1))]
-        fresh = max(v.storage for v in self.values) + 1
-        mine = part.values[0].storage
-        later = lambda i: i + count if i >= place else i  # noqa: E731
-        named = lambda tree: filled(tree, lambda r: names[r.index])  # noqa: E731
-        read = lambda tree: filled(tree, lambda r: names[out.index] if r == at else r)  # noqa: E731
-        new = [
-            replace(
-                s, index=place + i, args=named(s.args), kwargs=named(s.kwargs), outs=named(s.outs), grad=maker.grad,
-                module=maker.module, where=maker.where,
-            )
-            for i, s in enumerate(part.steps)
-        ]  # fmt: skip
-        steps = []
-        for s in self.steps:
-            seen = read if s.index in self.after_cut else lambda tree: tree
-            changed = {"args": seen(s.args), "kwargs": seen(s.kwargs), "writes": seen(s.writes)}
-            steps.append(replace(s, index=later(s.index), **changed))
-        values = [replace(v, step=later(v.step)) for v in self.values]
-        for v in part.values[1:]:
-            memory = self.values[at.index].storage if v.storage == mine else fresh + v.storage
-            values.append(replace(v, step=place + v.step, storage=memory))
-        return replace(
-            self,
-            values=values,
-            steps=[*steps[:place], *new, *steps[place:]],
-            escapes=[replace(e, step=later(e.step)) for e in self.escapes],
-            calls=[
-                replace(c, start=later(c.start), stop=later(c.stop - 1) + 1) for c in self.calls
-            ],
-            model_steps=later(self.model_steps),
-            after_cut=frozenset([*map(later, self.after_cut), *range(place + cut, place + count)]),
-        ), names
+            self.run({}, indices(ends), visit=update)
 
     def in_double(self) -> Graph:
-        """The same computation in float64, from the numbers at its beginning on."""
-        values = [
-            replace(v, dtype=double_dtype(v.dtype), concrete=in_double(v.concrete))
-            for v in self.values
-        ]
+        """Return the same computation in float64, from the numbers at its beginning on."""
+        values = []
+        for v in self.values:
+            dtype, concrete = double_dtype(v.dtype), in_double(v.concrete)
+            values.append(replace(v, dtype=dtype, concrete=concrete))
         steps = []
         for s in self.steps:
+            # Types among the arguments (``to(torch.float32)``) would round again.
             args, kwargs = filled((s.args, s.kwargs), double_dtype, torch.dtype)
             steps.append(replace(s, args=args, kwargs=kwargs))
         return replace(self, values=values, steps=steps)
+
+    # -- replay --
 
     def run(
         self,
         feed: Mapping[int, Tensor],
         wanted: Sequence[int],
         keep: Mapping[int, Tensor] | None = None,
-        visit: Callable[[int, Tensor], None] | None = None,
+        visit: Visit | None = None,
         instead: Mapping[int, Callable[..., Any]] | None = None,
         steps: Sequence[Step] | None = None,
     ) -> list[Tensor]:
-        """Replay (``steps``, by default the model or, where a loss is wanted, everything) on other values, ``feed``.
+        """Replay ``steps`` on other values, ``feed``, and return the values ``wanted``.
 
-        ``keep``: values pinned to given tensors (frozen statistics); ``instead``: other functions for some steps;
-        ``visit`` sees every value. Noise is drawn from the random state of the capture, so it is what it was then.
+        By default the steps of the model, or all if a value of the loss is wanted. ``keep``: values
+        pinned to other tensors (frozen statistics); ``instead``: other functions for some steps;
+        ``visit`` sees every value. Noise is drawn from the random state of the recording, so that
+        it is what it was then. Raises ``ValueError`` for a value that nothing makes.
         """
         if steps is None:
-            inside = all(self.values[w].step not in self.after_cut for w in wanted)
-            steps = self.forward_steps if inside else self.steps
-        draws = bool(self.rng) and any(s.noise for s in steps)
-        before = random_state() if draws else ()
+            steps = self._steps_for(wanted)
+        replay = Replay(self.values, self._overwritten, feed, keep or {}, instead or {}, visit)
+        if not self.rng or not any(s.noise for s in steps):
+            return replay.run(steps, wanted, self._last_uses)
+        before = random_state()
         try:
-            if draws:
-                set_random_state(self.rng)
-            return self._run(feed, wanted, keep or {}, visit, instead or {}, steps)
+            set_random_state(self.rng)
+            return replay.run(steps, wanted, self._last_uses)
         finally:
-            if draws:
-                set_random_state(before)
+            set_random_state(before)
 
-    def _run(
-        self,
-        feed: Mapping[int, Tensor],
-        wanted: Sequence[int],
-        keep: Mapping[int, Tensor],
-        visit: Callable[[int, Tensor], None] | None,
-        instead: Mapping[int, Callable[..., Any]],
-        steps: Sequence[Step],
-    ) -> list[Tensor]:
-        env: dict[int, Tensor] = {}
-        last, written = self._last_uses, self._written
-        alive = set(wanted)
-
-        def get(ref: Ref) -> Tensor:
-            found = env.get(ref.index)
-            if found is None:
-                value = feed.get(ref.index, self.values[ref.index].concrete)
-                assert value is not None, (
-                    f"value {ref.index} ({self.values[ref.index]}) was not computed"
-                )
-                found = env[ref.index] = (
-                    value.clone() if self.values[ref.index].storage in written else value
-                )
-            return found
-
-        for step in steps:
-            if step.plain:
-                args: Any = [get(a) if type(a) is Ref else a for a in step.args]
-                kwargs = step.kwargs
-            else:
-                args, kwargs = filled(step.args, get), filled(step.kwargs, get)
-            op = instead.get(step.index, step.op)
-            if step.grad or not torch.is_grad_enabled():
-                outs = flat(op(*args, **kwargs))
-            else:
-                with torch.no_grad():
-                    outs = flat(op(*args, **kwargs))
-            for ref, out in zip(step.outs, outs, strict=False):
-                if ref is not None and isinstance(out, Tensor):
-                    env[ref.index] = self._pinned(ref.index, keep) if ref.index in keep else out
-                    if visit:
-                        visit(ref.index, env[ref.index])
-            for old, new in step.writes:
-                if new.index in keep:
-                    env[old.index].copy_(keep[new.index])
-                if new.index in env:  # what the op returned, which may not be what it was given
-                    env[old.index] = env[new.index]
-                else:
-                    env[new.index] = env[old.index]
-            for dead in last.get(step.index, ()):
-                if dead not in alive:
-                    env.pop(dead, None)
-        return [get(Ref(w)) for w in wanted]
-
-    def _pinned(self, i: int, keep: Mapping[int, Tensor]) -> Tensor:
-        """The given value, or a copy of it where the program will write to it."""
-        return keep[i].clone() if self.written(i) else keep[i]
+    def _steps_for(self, wanted: Sequence[int]) -> list[Step]:
+        for i in wanted:
+            if self.values[i].step in self.after_cut:
+                return self.steps
+        return self.forward_steps
 
     @cached_property
-    def makers(self) -> dict[int, Step]:
-        """Value -> the step that makes it."""
-        made = [(r, s) for s in self.steps for r in [*s.outs, *(new for _, new in s.writes)]]
-        return {r.index: s for r, s in made if r is not None}
-
-    def written(self, value: int) -> bool:
-        """Its memory is written to."""
-        return self.values[value].storage in self._written
-
-    def read_by_loss(self, but: Collection[int]) -> list[int]:
-        """Values that the model makes and the loss reads, beside ``but``."""
-        made = {
-            r.index
-            for s in self.forward_steps
-            for r in [*s.outs, *(new for _, new in s.writes)]
-            if r
-        }
-        return sorted({r.index for s in self.loss_steps for r in s.refs()} & made - set(but))
-
-    @cached_property
-    def _written(self) -> frozenset[int]:
-        """Memories that are written to."""
-        return frozenset(self.values[old.index].storage for s in self.steps for old, _ in s.writes)
+    def _overwritten(self) -> frozenset[int]:
+        """The memories that are written to."""
+        memories: set[int] = set()
+        for step in self.steps:
+            for old, _ in step.writes:
+                memories.add(self.values[old.index].storage)
+        return frozenset(memories)
 
     @cached_property
     def _last_uses(self) -> dict[int, list[int]]:
-        """Step -> the values that no later one needs."""
+        """Step -> the values that it makes or reads, and no later one reads."""
         last: dict[int, int] = {}
         for step in self.steps:
-            for ref in [*step.refs(), *(r for r in step.outs if r)]:
+            for ref in step.refs():
                 last[ref.index] = step.index
+            for result in step.outs:
+                if result is not None:
+                    last[result.index] = step.index
         out: dict[int, list[int]] = {}
         for value, step_index in last.items():
             if self.values[value].kind == "step":
                 out.setdefault(step_index, []).append(value)
         return out
 
+    # -- insertion --
 
-def filled(tree: Any, get: Callable[[Any], Any], kind: type = Ref) -> Any:
-    """Arguments with values in place of references (or of what else is of a ``kind``)."""
-    if isinstance(tree, kind):
-        return get(tree)
-    if isinstance(tree, list | tuple):
-        return type(tree)(filled(t, get, kind) for t in tree)
-    return {k: filled(v, get, kind) for k, v in tree.items()} if isinstance(tree, dict) else tree
+    def inserted(self, part: Graph, at: Ref, out: Ref, cut: int) -> tuple[Graph, list[Ref]]:
+        """Return the graph with the steps of ``part`` right behind the step that makes ``at``.
 
-
-def is_ref(x: Any) -> bool:
-    return isinstance(x, Ref)
-
-
-def flat(out: Any) -> list[Any]:
-    return [x for o in out for x in flat(o)] if isinstance(out, tuple | list) else [out]
-
-
-# --- the checker ----------------------------------------------------------------------------------
-
-
-class GraphError(AssertionError):
-    """A recording that breaks the grammar: a fault of this package."""
-
-
-def check_graph(graph: Graph) -> None:
-    """Raise ``GraphError``, with the step and what is wrong, where a recording is not as the grammar says."""
-    made: dict[int, int] = {}  # value -> the step that makes it
-    for place, step in enumerate(graph.steps):
-        if step.index != place:
-            raise GraphError(f"Step {place} ({step.name}) says that it is step {step.index}.")
-        _check_reads(graph, step, made)
-        _check_writes(step)
-        for i in _made_by(step):
-            if i in made:
-                raise GraphError(
-                    f"Step {place} ({step.name}) makes value {i}, which step {made[i]} has made."
-                )
-            made[i] = place
-    _check_values(graph, made)
-    _check_cut(graph, made)
-    _check_ends(graph, made)
-
-
-def _made_by(step: Step) -> list[int]:
-    """The values that a step makes; what it returns may be what it wrote to."""
-    refs = [*step.outs, *(new for _, new in step.writes)]
-    return list(dict.fromkeys(r.index for r in refs if r is not None))
-
-
-def _check_reads(graph: Graph, step: Step, made: Mapping[int, int]) -> None:
-    """What a step reads is there before it."""
-    for ref in [*step.refs(), *(old for old, _ in step.writes)]:
-        if not 0 <= ref.index < len(graph.values):
-            raise GraphError(
-                f"Step {step.index} ({step.name}) reads value {ref.index} of {len(graph.values)}."
-            )
-        if graph.values[ref.index].kind == "step" and ref.index not in made:
-            raise GraphError(
-                f"Step {step.index} ({step.name}) reads value {ref.index} before it is made."
-            )
-
-
-def _check_writes(step: Step) -> None:
-    """What the schema of an op says that it writes to has a new version, and what has one is an argument."""
-    olds = [old for old, _ in step.writes]
-    for old in olds:
-        if old not in step.refs():
-            raise GraphError(
-                f"Step {step.index} ({step.name}) writes to value {old.index}, which it does not read."
-            )
-    for argument in step.op._schema.arguments:
-        if argument.alias_info is None or not argument.alias_info.is_write:
-            continue
-        for ref in flat(step.named.get(argument.name)):
-            if isinstance(ref, Ref) and ref not in olds:
-                raise GraphError(
-                    f"Step {step.index} ({step.name}) writes to {argument.name!r}, which is not recorded."
-                )
-
-
-def _check_values(graph: Graph, made: Mapping[int, int]) -> None:
-    """Values know the step that makes them, and have a window on a memory that fits their shape."""
-    for i, value in enumerate(graph.values):
-        maker = made.get(i, -1)
-        if value.step != maker:
-            raise GraphError(
-                f"Value {i} says that step {value.step} makes it, and step {maker} does."
-            )
-        if (value.kind == "step") != (maker >= 0):
-            raise GraphError(f"Value {i} is of the kind {value.kind!r}, and step {maker} makes it.")
-        if value.stride and len(value.stride) != len(value.shape):
-            raise GraphError(f"Value {i} of shape {value.shape} has the strides {value.stride}.")
-
-
-def _check_cut(graph: Graph, made: Mapping[int, int]) -> None:
-    """The model does without the loss: nothing that the loss makes is read by other steps, or is a prediction."""
-    outside = graph.after_cut - set(range(len(graph.steps)))
-    if outside:
-        raise GraphError(
-            f"The steps {sorted(outside)} of the loss are none of the {len(graph.steps)} steps."
+        The first value of ``part`` stands for ``at``. Its steps from ``cut`` on belong to the loss,
+        which reads the value ``out`` of ``part`` in place of ``at``. Returned as well: the refs
+        that all values of ``part`` have in the new graph.
+        """
+        insertion = _Insertion(self, part, at, out)
+        steps, place = insertion.steps(), insertion.place
+        after_cut = set(map(insertion.later, self.after_cut))
+        after_cut.update(range(place + cut, place + len(part.steps)))
+        graph = replace(
+            self,
+            values=insertion.values(),
+            steps=steps,
+            escapes=[replace(e, step=insertion.later(e.step)) for e in self.escapes],
+            calls=[insertion.shifted(call) for call in self.calls],
+            model_steps=insertion.later(self.model_steps),
+            after_cut=frozenset(after_cut),
         )
-    of_loss = {i for i, step in made.items() if step in graph.after_cut}
-    for step in graph.forward_steps:
-        early = [r.index for r in step.refs() if r.index in of_loss]
-        if early:
-            raise GraphError(
-                f"Step {step.index} ({step.name}) of the model reads {early}, which the loss makes."
-            )
-    for ref in graph.predictions:
-        if ref.index in of_loss:
-            raise GraphError(
-                f"The prediction {ref.index} is made by step {made[ref.index]}, of the loss."
-            )
+        return graph, insertion.names
 
 
-def _check_ends(graph: Graph, made: Mapping[int, int]) -> None:
-    """Escapes, calls, inputs, predictions and the loss refer to steps and values that are there."""
-    count = len(graph.steps)
-    for escape in graph.escapes:
-        if not made.get(escape.ref.index, -1) < escape.step <= count:
-            raise GraphError(
-                f"Value {escape.ref.index} was read by Python before step {escape.step} has made it."
-            )
-    for call in graph.calls:
-        if not 0 <= call.start <= call.stop <= count:
-            raise GraphError(
-                f"The module {call.module!r} ran from step {call.start} to {call.stop} of {count}."
-            )
-    loss = [graph.loss] if graph.loss is not None else []
-    ends = [*graph.inputs, *graph.targets, *graph.predictions, *loss]
-    for ref in ends:
-        if ref is not None and not 0 <= ref.index < len(graph.values):
-            raise GraphError(
-                f"Value {ref.index} of {len(graph.values)} is said to be an end of the computation."
-            )
+class _Insertion:
+    """New numbers for steps, values and memories when the steps of ``part`` are put into a graph.
+
+    Values of the graph keep their numbers, and those of ``part`` follow them. Steps of the graph
+    from ``place`` on move up by as many as ``part`` has.
+    """
+
+    def __init__(self, graph: Graph, part: Graph, at: Ref, out: Ref) -> None:
+        self.graph, self.part, self.at = graph, part, at
+        self.place = graph.values[at.index].step + 1
+        self.maker = graph.steps[self.place - 1]
+        first = len(graph.values)
+        self.names = [at]
+        for i in range(len(part.values) - 1):
+            self.names.append(Ref(first + i))
+        self.out = self.names[out.index]
+
+    def later(self, step: int) -> int:
+        """Return the new number of a step of the graph."""
+        if step >= self.place:
+            return step + len(self.part.steps)
+        return step
+
+    def shifted(self, call: ModuleCall) -> ModuleCall:
+        """Return the run of a module with new numbers of steps.
+
+        Its last step moves, and not the one behind it: what is inserted there ran after it.
+        """
+        return replace(call, start=self.later(call.start), stop=self.later(call.stop - 1) + 1)
+
+    def steps(self) -> list[Step]:
+        """Return all steps in their new order."""
+        steps = [self._of_graph(s) for s in self.graph.steps]
+        steps[self.place : self.place] = [self._of_part(s) for s in self.part.steps]
+        return steps
+
+    def _of_graph(self, step: Step) -> Step:
+        index = self.later(step.index)
+        if step.index not in self.graph.after_cut:
+            return replace(step, index=index)
+        args, kwargs, writes = filled((step.args, step.kwargs, step.writes), self._read_by_loss)
+        return replace(step, index=index, args=args, kwargs=kwargs, writes=writes)
+
+    def _read_by_loss(self, ref: Ref) -> Ref:
+        if ref == self.at:
+            return self.out
+        return ref
+
+    def _of_part(self, step: Step) -> Step:
+        parts = (step.args, step.kwargs, step.outs)
+        args, kwargs, outs = filled(parts, lambda ref: self.names[ref.index])
+        return replace(
+            step,
+            index=self.place + step.index,
+            args=args,
+            kwargs=kwargs,
+            outs=outs,
+            grad=self.maker.grad,
+            module=self.maker.module,
+            where=self.maker.where,
+        )
+
+    def values(self) -> list[Value]:
+        """Return the values of the graph, and behind them those of ``part`` but the first."""
+        old = self.graph.values
+        fresh = max(v.storage for v in old) + 1
+        shared = self.part.values[0].storage  # a view of the first value is one of ``at``
+        values = [replace(v, step=self.later(v.step)) for v in old]
+        for v in self.part.values[1:]:
+            memory = fresh + v.storage
+            if v.storage == shared:
+                memory = old[self.at.index].storage
+            values.append(replace(v, step=self.place + v.step, storage=memory))
+        return values

@@ -10,7 +10,7 @@ A row is looked up by the base name of an op: ``aten::add_`` and ``aten::add.Ten
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
@@ -43,6 +43,7 @@ class HiddenWrites:
     when: str = ""  # always
 
     def happen(self, arguments: Mapping[str, Any]) -> bool:
+        """Tell whether a call with these ``arguments``, by name, writes."""
         return not self.when or bool(arguments.get(self.when))
 
 
@@ -61,26 +62,67 @@ class BatchNorm:
 
 
 @dataclass(frozen=True)
+class Dropout:
+    """The dropout in an op, by the names of the arguments that say whether it drops anything.
+
+    It does not if the argument ``when`` is False, or the argument ``probability`` zero.
+    """
+
+    when: str = ""  # whatever the mode
+    probability: str = ""  # whatever the probability
+    alone: bool = False  # the op is nothing but dropout, and returns its mask, too
+
+    def happens(self, arguments: Mapping[str, Any]) -> bool:
+        """Tell whether entries may be dropped. ``arguments``: by name, with the defaults."""
+        if self.when and arguments[self.when] is False:
+            return False
+        if not self.probability:
+            return True
+        return bool(arguments[self.probability])
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """A recurrent network in one op, with the names of its arguments.
+
+    ``packed``: an argument that shows again what is in the weights, as one block of memory.
+    """
+
+    weights: str = "weight"
+    training: str = "train"
+    dropout: str = "dropout"
+    packed: str = ""
+
+
+@dataclass(frozen=True)
 class Traits:
     """What is true of an op beyond what its schema and its tags say."""
 
     moves: Moves | None = None
-    takes_shape: bool = False  # the shape of the result is an argument
-    rounds: bool = False  # it moves entries to another type
+    # The shape of the result is an argument.
+    takes_shape: bool = False
+    # It moves entries to another type.
+    rounds: bool = False
     pointwise: bool = False
-    cuts: bool = False  # its derivative is zero, or cut off
-    reads_shape_only: bool = False  # of a tensor; no number in it matters
-    fills_shape: bool = False  # it makes its axes itself: all entries along them are alike
-    overwrites: bool = False  # in place, whatever was there before
-    entrywise_loss: bool = (
-        False  # one number for each entry, added up as its argument ``reduction`` says
-    )
+    # Its derivative is zero, or cut off.
+    cuts: bool = False
+    # Of a tensor it reads the shape, and no number in it matters.
+    reads_shape_only: bool = False
+    # It makes its axes itself: all entries along them are alike.
+    fills_shape: bool = False
+    # In place, whatever was there before.
+    overwrites: bool = False
+    # One number for each entry, added up as its argument ``reduction`` says.
+    entrywise_loss: bool = False
+    # The arguments whose entries decide the numbers and booleans among its results; None: any.
+    answers_from: tuple[str, ...] | None = None
     hidden_writes: HiddenWrites | None = None
     batch_norm: BatchNorm | None = None
+    dropout: Dropout | None = None
+    recurrence: Recurrence | None = None
 
 
 PLAIN = Traits()
-
 
 TRAITS: dict[str, Traits] = {}
 
@@ -95,66 +137,51 @@ def register(names: str, traits: Traits) -> None:
 
 # --- the table ------------------------------------------------------------------------------------
 
-
 register("alias clone contiguous lift_fresh positive", Traits(Moves.SAME))
-
 
 register("detach", Traits(Moves.SAME, cuts=True))
 
-
 register("_to_copy", Traits(Moves.SAME, rounds=True))
-
 
 register("view _unsafe_view reshape _reshape_alias", Traits(Moves.RESHAPED, takes_shape=True))
 
-
 register("unsqueeze squeeze flatten", Traits(Moves.RESHAPED))
-
 
 register("t transpose permute movedim", Traits(Moves.PERMUTED))
 
-
 register("slice select narrow split split_with_sizes unbind chunk", Traits(Moves.PART))
-
 
 register("expand repeat", Traits(Moves.REPEATED, fills_shape=True))
 
-
 register("zeros ones full empty", Traits(fills_shape=True))
 
-
 register(
-    "new_zeros new_ones new_full new_empty new_empty_strided zeros_like ones_like full_like empty_like",
+    "new_zeros new_ones new_full new_empty new_empty_strided "
+    "zeros_like ones_like full_like empty_like",
     Traits(reads_shape_only=True, fills_shape=True),
 )
 
-
 register("rand_like randn_like randint_like", Traits(reads_shape_only=True))
-
 
 register("sign round floor ceil", Traits(cuts=True))
 
-
 register("floor_divide _prelu_kernel", Traits(pointwise=True))  # which lack the tag
-
 
 register(
     "fill copy normal uniform exponential random geometric cauchy log_normal",
     Traits(overwrites=True),
 )
 
-
 register("zero bernoulli", Traits(overwrites=True, cuts=True))
 
-
 register(
-    "mse_loss smooth_l1_loss huber_loss soft_margin_loss binary_cross_entropy binary_cross_entropy_with_logits",
+    "mse_loss smooth_l1_loss huber_loss soft_margin_loss "
+    "binary_cross_entropy binary_cross_entropy_with_logits",
     Traits(entrywise_loss=True),
 )
 
 
 RUNNING = ("running_mean", "running_var")
-
 
 IN_TRAINING = HiddenWrites(RUNNING, "training")
 
@@ -162,35 +189,27 @@ IN_TRAINING = HiddenWrites(RUNNING, "training")
 # Batch norm. ``batch_norm`` itself is seen in inference mode only, which does not take it apart.
 register("native_batch_norm", Traits(batch_norm=BatchNorm(), hidden_writes=IN_TRAINING))
 
-
 register("_batch_norm_impl_index", Traits(batch_norm=BatchNorm(), hidden_writes=IN_TRAINING))
-
 
 register(
     "batch_norm", Traits(batch_norm=BatchNorm(mean=None, invstd=None), hidden_writes=IN_TRAINING)
 )
-
 
 register(
     "cudnn_batch_norm miopen_batch_norm",
     Traits(batch_norm=BatchNorm(eps="epsilon"), hidden_writes=IN_TRAINING),
 )
 
-
 register("_native_batch_norm_legit", Traits(batch_norm=BatchNorm()))
-
 
 register("_native_batch_norm_legit_functional", Traits(batch_norm=BatchNorm(running=(3, 4))))
 
-
 register("_batch_norm_with_update", Traits(batch_norm=BatchNorm(training=True)))
-
 
 register(
     "_batch_norm_with_update_functional",
     Traits(batch_norm=BatchNorm(training=True, running=(4, 5))),
 )
-
 
 register(
     "_native_batch_norm_legit_no_training _batch_norm_no_update",
@@ -204,8 +223,31 @@ register(
     Traits(hidden_writes=HiddenWrites(RUNNING)),
 )
 
-
 register("instance_norm", Traits(hidden_writes=HiddenWrites(RUNNING, "use_input_stats")))
+
+# What a GPU runs in one op. Attention says in its schema what it drops (``dropout_p``).
+register("native_dropout", Traits(dropout=Dropout(when="train", alone=True)))
+
+register("_fused_dropout", Traits(dropout=Dropout(alone=True)))
+
+IN_LAYERS = Dropout(when="train", probability="dropout")
+
+register("_cudnn_rnn", Traits(dropout=IN_LAYERS, recurrence=Recurrence(packed="weight_buf")))
+
+register("miopen_rnn", Traits(dropout=IN_LAYERS, recurrence=Recurrence()))
+
+# The numbers among their results are about shapes, types and the backend.
+register(
+    "_scaled_dot_product_flash_attention _scaled_dot_product_cudnn_attention "
+    "_scaled_dot_product_fused_attention_overrideable _cudnn_attention_forward "
+    "_efficient_attention_forward _fused_sdp_choice",
+    Traits(answers_from=()),
+)
+
+register(
+    "_use_cudnn_ctc_loss _use_miopen_ctc_loss",
+    Traits(answers_from=("input_lengths", "target_lengths")),
+)
 
 
 # --- names ----------------------------------------------------------------------------------------
@@ -238,6 +280,31 @@ def names(has: Callable[[Traits], Any]) -> list[str]:
     return [name for name, row in TRAITS.items() if has(row)]
 
 
+# --- arguments ------------------------------------------------------------------------------------
+
+
+@cache
+def argument_names(op: Any) -> tuple[str, ...]:
+    """Return the names of an op's arguments, in order."""
+    return tuple(a.name for a in op._schema.arguments)
+
+
+@cache
+def defaults(op: Any) -> dict[str, Any]:
+    """Return the default values of an op's arguments, by name."""
+    return {a.name: a.default_value for a in op._schema.arguments if a.has_default_value()}
+
+
+def by_argument(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call by name, without those that were left out."""
+    return {**dict(zip(argument_names(op), args, strict=False)), **kwargs}
+
+
+def bound(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call by name, with the defaults of those that were left out."""
+    return {**defaults(op), **by_argument(op, args, kwargs)}
+
+
 # --- what an op does, whatever its arguments ------------------------------------------------------
 
 
@@ -255,34 +322,61 @@ def traits(op: Any) -> Traits:
 
 
 def moves(op: Any) -> Moves | None:
+    """Return which entries of its operand an op returns; None if it computes others."""
     return traits(op).moves
 
 
 def keeps_order(op: Any) -> bool:
-    """Whether all entries of the operand come out, in the order in which they went in."""
+    """Tell whether all entries of the operand come out, in the order in which they went in."""
     return traits(op).moves in (Moves.SAME, Moves.RESHAPED)
 
 
 @cache
 def is_view(op: Any) -> bool:
-    """Whether the result shows the memory of the first argument, without writing to it."""
+    """Tell whether the result shows the memory of the first argument, without writing to it."""
     if base_name(op) == "_unsafe_view":  # its schema promises that nobody will notice
         return True
-    shared = [r.alias_info for r in op._schema.returns if r.alias_info is not None]
-    return bool(shared) and not any(alias.is_write for alias in shared)
+    shows_memory = False
+    for result in op._schema.returns:
+        if result.alias_info is None:
+            continue
+        if result.alias_info.is_write:
+            return False
+        shows_memory = True
+    return shows_memory
 
 
 def is_pointwise(op: Any) -> bool:
+    """Tell whether an entry of the result depends on one entry of each (broadcast) operand."""
     return torch.Tag.pointwise in op.tags or traits(op).pointwise
 
 
 def reads_shape_only(op: Any) -> bool:
+    """Tell whether no number in the operand matters, but its shape and type."""
     return traits(op).reads_shape_only
 
 
+# --- random numbers -------------------------------------------------------------------------------
+
+
 def draws(op: Any) -> bool:
-    """Return whether an op may draw random numbers; with dropout switched off it does not."""
+    """Tell whether an op may draw random numbers; with dropout switched off it does not."""
     return torch.Tag.nondeterministic_seeded in op.tags
+
+
+def is_dropout(op: Any) -> bool:
+    """Tell whether an op is nothing but dropout, and returns its mask as well."""
+    dropout = traits(op).dropout
+    return dropout is not None and dropout.alone
+
+
+def drops(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Tell whether a call drops entries, if its op can: an op of another kind counts as one."""
+    arguments = bound(op, args, kwargs)
+    dropout = traits(op).dropout
+    if dropout is not None:
+        return dropout.happens(arguments)
+    return bool(arguments.get("dropout_p", True))
 
 
 # --- what an op writes to -------------------------------------------------------------------------
@@ -290,15 +384,15 @@ def draws(op: Any) -> bool:
 
 @cache
 def may_write(op: Any) -> bool:
-    """Whether an op writes to an argument, for some arguments."""
+    """Tell whether an op writes to an argument, for some arguments."""
     return bool(op._schema.is_mutable) or traits(op).hidden_writes is not None
 
 
 @cache
 def writes_in_place(op: Any) -> bool:
-    """Whether an op returns its first argument, which it has written to."""
-    first = op._schema.arguments[:1]
-    return any(a.alias_info is not None and a.alias_info.is_write for a in first)
+    """Tell whether an op returns its first argument, which it has written to."""
+    first = argument_names(op)[:1]
+    return bool(first) and first[0] in declared_writes(op)
 
 
 @cache
@@ -319,7 +413,7 @@ def written(op: Any, arguments: Mapping[str, Any]) -> tuple[str, ...]:
 
 @cache
 def writes_results(op: Any) -> bool:
-    """Whether derivatives go through what an op writes: not so running statistics."""
+    """Tell whether derivatives go through what an op writes: not so running statistics."""
     return bool(set(declared_writes(op)) - set(RUNNING))
 
 
@@ -327,11 +421,12 @@ def writes_results(op: Any) -> bool:
 
 
 def is_batch_norm(op: Any) -> bool:
+    """Tell whether an op is a batch norm, in training or not."""
     return traits(op).batch_norm is not None
 
 
 def normalises_by_batch(op: Any, arguments: Mapping[str, Any]) -> bool:
-    """Whether an op is a batch norm that takes the statistics of this batch.
+    """Tell whether an op is a batch norm that takes the statistics of this batch.
 
     ``arguments``: what it is given, by name.
     """
@@ -344,7 +439,7 @@ def normalises_by_batch(op: Any, arguments: Mapping[str, Any]) -> bool:
 
 
 def is_training_batch_norm(step: Any) -> bool:
-    """The same for a recorded step."""
+    """Tell the same of a recorded step."""
     return normalises_by_batch(step.op, step.named)
 
 
@@ -388,6 +483,6 @@ def batch_moments(op: Any, outputs: Any) -> tuple[Any, Any] | None:
 def _batch_norm(op: Any) -> BatchNorm:
     norm = traits(op).batch_norm
     if norm is None:
-        known = ", ".join(names(lambda row: row.batch_norm))
-        raise ValueError(f"{op} is no batch norm in unbatch/ops.py; those are: {known}")
+        listed = ", ".join(names(lambda row: row.batch_norm))
+        raise ValueError(f"{op} is no batch norm in capture/ops.py; those are: {listed}")
     return norm

@@ -1,7 +1,7 @@
 """From a model, a loss and a batch to a recorded computation.
 
-The recorder runs the model once, eagerly, and writes down every ATen op with the module and the source line it came
-from, together with what leaves the tensor world. Nothing here knows about samples.
+The program is run once, eagerly, under the recorder (``tracer.py``), and nothing is left changed
+(``isolation.py``). Nothing here knows about samples.
 """
 
 from __future__ import annotations
@@ -16,29 +16,33 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from unbatch.capture.graph import Graph, HostRead, Ref
+from unbatch.capture.graph import Graph, HostRead
 from unbatch.capture.isolation import storage_of, untouched
 from unbatch.capture.python_values import Functions
 from unbatch.capture.sample_axes import SampleAxes
+from unbatch.capture.steps import Ref, Step
 from unbatch.capture.tracer import Recorder, entry
+from unbatch.capture.trees import tensors_in
 from unbatch.capture.wrappers import inside, plainly
-
-# --- the recorder ---------------------------------------------------------------------------------
-# --- the entry ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Program:
-    """What there is to run: a model, a loss, and the parameters and modules they come with."""
+    """What there is to run: a model, a loss, and the parameters that they come with.
+
+    ``functional``: the model is called as ``model(parameters, inputs)``. ``fold``: the axes of the
+    samples if there are several.
+    """
 
     model: Callable[..., Any]
     loss: Callable[..., Any] | None
     parameters: Mapping[str, Tensor]
-    functional: bool = False  # the model is called as model(parameters, inputs)
-    fold: SampleAxes | None = None  # where samples lie along several axes
+    functional: bool = False
+    fold: SampleAxes | None = None
 
     @property
     def modules(self) -> list[nn.Module]:
+        """The model and the loss, as far as they are modules."""
         return [m for m in (self.inside, self.loss) if isinstance(m, nn.Module)]
 
     @property
@@ -48,9 +52,10 @@ class Program:
 
     @property
     def names(self) -> tuple[str, str]:
-        """What the model and the loss are called."""
-        loss = "its own loss" if self.loss is None else name_of(self.loss)
-        return name_of(self.model), loss
+        """The names of the model and of the loss."""
+        if self.loss is None:
+            return name_of(self.model), "its own loss"
+        return name_of(self.model), name_of(self.loss)
 
     @property
     def module_names(self) -> dict[int, str]:
@@ -62,39 +67,45 @@ class Program:
         return names
 
     def in_double(self) -> Program:
-        """The same program with a copy of its model in float64; what is no module stays as it is."""
+        """Return the same program with a copy of its model in float64.
+
+        What is no module stays as it is.
+        """
+        # Without what is wrapped around it, which runs this very model and no copy.
         model = self.inside
         if not isinstance(model, nn.Module):
             return self
         return replace(self, model=copy.deepcopy(model).double())
 
     def on_copies(self) -> Program:
-        """The same program on copies of its parameters (connected to them) and buffers.
+        """Return the same program on copies of its parameters (connected to them) and buffers.
 
         What the model writes to them then stays as it is until derivatives have been taken.
         """
-        copies = {n: p.clone() for n, p in self.parameters.items()}
+        copies = {name: p.clone() for name, p in self.parameters.items()}
         model = self.inside
         if self.functional or not isinstance(model, nn.Module):
             return replace(self, parameters=copies)
-        own = {n: p.clone() for n, p in model.named_parameters()} | {
-            n: b.clone() for n, b in model.named_buffers()
-        }
+        state: dict[str, Tensor] = {}
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            state[name] = tensor.clone()
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            return torch.func.functional_call(model, own, args, kwargs)
+            return torch.func.functional_call(model, state, args, kwargs)
 
         return replace(self, model=run)
 
     def predict(self, inputs: Any) -> Any:
+        """Return what the model returns, with the samples along one axis."""
         if self.fold is None:
             return self._called(inputs)
         output = self._called(self.fold.unfolded(inputs, self.fold.inputs))
-        return (
-            output if self.loss is None else self.fold.returned(output)
-        )  # a loss of its own is cut further up
+        if self.loss is None:
+            return output  # a loss of its own is cut further up
+        return self.fold.returned(output)
 
     def _called(self, inputs: Any) -> Any:
+        # A tuple holds positional arguments, a mapping those by name; all else is one argument.
         with plainly():
             if self.functional:
                 return self.model(dict(self.parameters), inputs)
@@ -105,106 +116,103 @@ class Program:
             return self.inside(inputs)
 
     def evaluate(self, output: Any, targets: Any) -> Any:
-        """The loss at what the model returned."""
-        assert self.loss is not None
+        """Return the loss at what the model returned; there has to be one."""
+        if self.loss is None:
+            raise ValueError(f"{name_of(self.model)} computes its own loss: there is no other one")
+        # The loss gets the axes that the model returned, and y as the user has it.
         if self.fold is not None:
             output = self.fold.unfolded(output, self.fold.outputs)
             targets = self.fold.unfolded(targets, self.fold.targets)
         with plainly():
             try:
-                return self.loss(output, targets) if targets is not None else self.loss(output)
+                if targets is None:
+                    return self.loss(output)
+                return self.loss(output, targets)
             except Exception as error:
                 error.add_note(
-                    f"It was the loss, called with predictions {shown(output)} and y {shown(targets)}."
+                    f"It was the loss, called with predictions {shown(output)} "
+                    f"and y {shown(targets)}."
                 )
                 raise
 
 
 def name_of(called: Callable[..., Any]) -> str:
-    """A function by its name, a module by its class, and a partial by what it is of."""
+    """Return the name of a function (of a partial: of what it calls), or the class of a module."""
     if isinstance(called, functools.partial):
         return name_of(called.func)
     return str(getattr(called, "__name__", type(called).__name__))
 
 
 def shown(tree: Any) -> str:
-    """Tensors by type and shape: ``float32 [8, 3]``; anything else by its type."""
+    """Return tensors by type and shape, ``float32 [8, 3]``, and anything else by its type."""
     if isinstance(tree, Tensor):
         return f"{str(tree.dtype).removeprefix('torch.')} {list(tree.shape)}"
     if isinstance(tree, list | tuple):
         return f"({', '.join(map(shown, tree))})"
     if isinstance(tree, Mapping):
-        return f"{{{', '.join(f'{k}: {shown(v)}' for k, v in tree.items())}}}"
-    return "None" if tree is None else type(tree).__name__
+        entries = [f"{name}: {shown(value)}" for name, value in tree.items()]
+        return f"{{{', '.join(entries)}}}"
+    if tree is None:
+        return "None"
+    return type(tree).__name__
 
 
+# Kinds of values, and the order in which ``_run`` declares them: inputs, targets, then these.
 def outside(program: Program) -> Iterator[tuple[str, str, Tensor]]:
-    """What a recording starts from beside the data, in its order: kind, name and tensor."""
-    yield from (("parameters", name, p) for name, p in program.parameters.items())
-    yield from (
-        ("buffers", name, b) for module in program.modules for name, b in module.named_buffers()
-    )
+    """Yield what a recording starts from besides the data, in its order: kind, name and tensor."""
+    for name, parameter in program.parameters.items():
+        yield "parameters", name, parameter
+    for module in program.modules:
+        for name, buffer in module.named_buffers():
+            yield "buffers", name, buffer
 
 
 def moved(graph: Graph, program: Program, inputs: Any, targets: Any, rng: tuple[Any, ...]) -> Graph:
-    """The recording on other data, and on the parameters and buffers of this moment."""
-    data = [x.detach() for x in tree_leaves((inputs, targets)) if _is_tensor(x)]
-    return graph.moved(dict(enumerate([*data, *(t for _, _, t in outside(program))])), rng)
+    """Return the recording on other data, and on the parameters and buffers of this moment."""
+    tensors = tensors_in((inputs, targets))
+    for _, _, tensor in outside(program):
+        tensors.append(tensor)
+    # The first values of a graph are data, parameters and buffers, in the order of ``_run``.
+    return graph.moved(dict(enumerate(tensors)), rng)
+
+
+# --- recording ------------------------------------------------------------------------------------
 
 
 @entry
 def record(program: Program, inputs: Any, targets: Any) -> tuple[Graph, Any]:
-    """Run the program once, recording it. Returns the graph, and the model's output together with the loss."""
+    """Run the program once, recording it.
+
+    Returns the graph, and a pair: what the model returned, and the loss (None if it is its own).
+    """
     follow = True
     try:
         graph, output = _record(program, inputs, targets, follow)
     except Exception:
+        # A number that is followed may be none to the program (``isinstance``, say): once more,
+        # with the numbers as they are. Errors of the program's own come again.
         follow = False
         graph, output = _record(program, inputs, targets, follow)
+    # A second run tells tensors that the program keeps from those that it makes out of sight.
     if graph.foreign:
-        graph.escapes += _newborn(graph, _record(program, inputs, targets, follow)[0])
+        again, _ = _record(program, inputs, targets, follow)
+        graph.escapes += _made_out_of_sight(graph, again)
     return graph, output
-
-
-def _newborn(graph: Graph, again: Graph) -> list[HostRead]:
-    """Constants that another run meets in another memory: they were made during the run, out of sight."""
-    out = []
-    for i, j in zip(graph.foreign, again.foreign, strict=False):
-        first, second = graph.values[i].concrete, again.values[j].concrete
-        if first is not None and second is not None and storage_of(first) != storage_of(second):
-            user = next((s for s in graph.steps if any(r.index == i for r in s.refs())), None)
-            module, where = (user.module, user.where) if user else ("", "")
-            in_loss = user is not None and user.index in graph.after_cut
-            out.append(
-                HostRead(
-                    Ref(i),
-                    "a tensor made where it cannot be seen",
-                    user.index if user else 0,
-                    module,
-                    where,
-                    None,
-                    in_loss,
-                    True,
-                )
-            )
-    return out
-
-
-def _made_from_numbers(graph: Graph, value: int) -> bool:
-    """``torch.tensor(2.0)``: what Python knew, it knew without looking at tensors, or there is an escape."""
-    users = [s for s in graph.steps if any(r.index == value for r in s.refs())]
-    return bool(users) and users[0].name in ("lift_fresh", "lift")
 
 
 @entry
 def record_answered(program: Program, inputs: Any, targets: Any, answers: Sequence[bool]) -> Graph:
-    """A recording on which the first booleans that Python asks for are answered as given; as far as the program got."""
+    """Record with ``answers`` to the first booleans that Python reads, whatever they are.
+
+    If the program raises, the recording ends there, and ``stopped`` has the error.
+    """
     recorder = Recorder(program.module_names, answers)
     try:
-        return _run(recorder, program, inputs, targets, True)[0]
+        graph, _ = _run(recorder, program, inputs, targets, follow=True)
     except Exception as error:
         recorder.graph.stopped = error
         return recorder.graph
+    return graph
 
 
 def _record(program: Program, inputs: Any, targets: Any, follow: bool) -> tuple[Graph, Any]:
@@ -215,61 +223,133 @@ def _run(
     recorder: Recorder, program: Program, inputs: Any, targets: Any, follow: bool
 ) -> tuple[Graph, Any]:
     graph = recorder.graph
+    loss = None
     with untouched(program.modules) as state, torch.enable_grad(), recorder.tracked():
         graph.rng = state
+        # Aliases: what the program does to the tensors themselves ends with the recording.
         inputs, targets = tree_map(_alias, (inputs, targets))
-        declare = recorder.declare
-        graph.inputs = [
-            declare(x, "inputs", str(i)) if _is_tensor(x) else None
-            for i, x in enumerate(tree_leaves(inputs))
-        ]
-        graph.targets = [
-            declare(y, "targets", str(i)) if _is_tensor(y) else None
-            for i, y in enumerate(tree_leaves(targets))
-        ]
+        graph.inputs = _declared(recorder, inputs, "inputs")
+        graph.targets = _declared(recorder, targets, "targets")
         for kind, name, tensor in outside(program):
-            declare(tensor, kind, name)
+            recorder.declare(tensor, kind, name)
+        # The function mode sees calls of Python, and the recorder the ops that they dispatch.
         with recorder, Functions(recorder, follow):
             output = program.predict(inputs)
             graph.model_steps, recorder.in_loss = len(graph.steps), True
-            with recorder.paused():
-                scalar = None
-                leaves = [t for t in tree_leaves(output) if _is_tensor(t)]
-                graph.predictions = (
-                    [recorder.ref(t) for t in leaves] if program.loss is not None else []
-                )
             if program.loss is not None:
-                scalar = program.evaluate(output, targets)
-        if program.loss is not None:
-            graph.loss = recorder.ref(scalar) if isinstance(scalar, Tensor) else None
-            graph.after_cut = frozenset(range(graph.model_steps, len(graph.steps)))
-        else:
+                # Before the loss runs, which may write to what the model returned.
+                with recorder.paused():
+                    graph.predictions = _refs(recorder, output, None)
+                loss = program.evaluate(output, targets)
+        # Where a loss of the model's own begins, the analysis finds (``loss_boundary.py``).
+        if program.loss is None:
             own = own_loss(output)
-            graph.predictions = [recorder.ref(t) for t in leaves if t is not own]
-            graph.loss, graph.own_loss = (
-                recorder.ref(own) if own is not None else None,
-                own is not None,
-            )
+            graph.predictions = _refs(recorder, output, own)
+            graph.own_loss = own is not None
+            graph.loss = _ref(recorder, own)
+        else:
+            graph.loss = _ref(recorder, loss)
+            graph.after_cut = frozenset(range(graph.model_steps, len(graph.steps)))
         graph.dynamic = frozenset(recorder.dynamic)
         graph.foreign = tuple(v for v in recorder.foreign if not _made_from_numbers(graph, v))
-        output = (output, scalar)
-    return graph, output
-
-
-def own_loss(output: Any) -> Tensor | None:
-    """The loss in the output of a model that computes its own: what is called so, the first or the only number."""
-    if isinstance(output, Tensor):
-        return output if output.numel() == 1 else None
-    candidate = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if candidate is None and isinstance(output, tuple | list) and output:
-        numbers = [t for t in output if _is_tensor(t) and t.numel() == 1]
-        candidate = numbers[0] if len(numbers) == 1 else output[0]
-    return candidate if isinstance(candidate, Tensor) and candidate.numel() == 1 else None
+    return graph, (output, loss)
 
 
 def _alias(x: Any) -> Any:
-    return x.detach() if _is_tensor(x) else x
+    """Return another tensor on the same memory."""
+    return x.detach() if isinstance(x, Tensor) else x
 
 
-def _is_tensor(x: Any) -> bool:
-    return isinstance(x, Tensor)
+def _declared(recorder: Recorder, tree: Any, kind: str) -> list[Ref | None]:
+    """Return a value for each leaf of the data, None for what is no tensor."""
+    refs: list[Ref | None] = []
+    for i, leaf in enumerate(tree_leaves(tree)):
+        if isinstance(leaf, Tensor):
+            refs.append(recorder.declare(leaf, kind, str(i)))
+        else:
+            refs.append(None)
+    return refs
+
+
+def _refs(recorder: Recorder, output: Any, but: Tensor | None) -> list[Ref]:
+    """Return the values of the tensors that the model returned, without one of them."""
+    return [recorder.ref(t) for t in tensors_in(output) if t is not but]
+
+
+def _ref(recorder: Recorder, loss: Any) -> Ref | None:
+    """Return the value of the loss; None if it is no tensor."""
+    if not isinstance(loss, Tensor):
+        return None
+    return recorder.ref(loss)
+
+
+def _first_user(graph: Graph, value: int) -> Step | None:
+    """Return the first step that reads a value, or None."""
+    for step in graph.steps:
+        for ref in step.refs():
+            if ref.index == value:
+                return step
+    return None
+
+
+def _made_from_numbers(graph: Graph, value: int) -> bool:
+    """Tell whether a constant is like ``torch.tensor(2.0)``, made of a number that Python has.
+
+    Python has it without looking at tensors, or there is an escape.
+    """
+    user = _first_user(graph, value)
+    return user is not None and user.name in ("lift_fresh", "lift")
+
+
+def _made_out_of_sight(graph: Graph, again: Graph) -> list[HostRead]:
+    """Return constants that lie in another memory in another run, as reads of anything.
+
+    They were made during the run by what the recorder does not see, from whatever that reads.
+    """
+    reads = []
+    for i, j in zip(graph.foreign, again.foreign, strict=False):
+        first, second = graph.values[i].concrete, again.values[j].concrete
+        if first is None or second is None or storage_of(first) == storage_of(second):
+            continue
+        read = HostRead(Ref(i), "a tensor made where it cannot be seen", 0, "", "", blind=True)
+        user = _first_user(graph, i)
+        if user is not None:
+            in_loss = user.index in graph.after_cut
+            read = replace(
+                read, step=user.index, module=user.module, where=user.where, in_loss=in_loss
+            )
+        reads.append(read)
+    return reads
+
+
+# --- a loss of the model's own --------------------------------------------------------------------
+
+
+def own_loss(output: Any) -> Tensor | None:
+    """Return the loss in the output of a model that computes its own, or None.
+
+    It is what is called ``loss``; in a tuple the only number, or else the first entry.
+    """
+    candidate: Any
+    if isinstance(output, Tensor):
+        candidate = output
+    elif isinstance(output, Mapping):
+        candidate = output.get("loss")
+    else:
+        candidate = getattr(output, "loss", None)
+    if candidate is None and isinstance(output, tuple | list):
+        candidate = _likely_loss(output)
+    if _is_number(candidate):
+        return candidate
+    return None
+
+
+def _likely_loss(output: Sequence[Any]) -> Any:
+    numbers = [t for t in output if _is_number(t)]
+    if len(numbers) == 1:
+        return numbers[0]
+    return next(iter(output), None)
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.numel() == 1

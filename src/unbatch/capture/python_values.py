@@ -1,7 +1,7 @@
 """Values that Python reads, and how they are still followed.
 
-``.item()`` hands out a ``Number`` that remembers its tensor; reads that never reach the dispatcher (numpy, ``tolist``,
-sizes that depend on data) are reported to the recorder.
+``.item()`` hands out a ``Number`` that remembers its tensor. Reads that never reach the dispatcher
+(numpy, ``tolist``, sizes that depend on data) are reported to the recorder.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+# Functions that make a tensor of numbers, by name: they would read each ``Number``.
 CONSTRUCTORS = {"tensor", "as_tensor", "asarray", "new_tensor"}
 
-
+# Methods that hand out the memory of a tensor: what is read there, nobody sees.
 ESCAPES = {
     "numpy",
     "__array__",
@@ -28,9 +29,16 @@ ESCAPES = {
     "_typed_storage",
 }
 
+# Methods that read a tensor to print it.
+PRINTS = {"__repr__", "__str__", "__format__"}
+
 
 class Listener(Protocol):
-    """What a recorder wants to be told."""
+    """What reads of values are reported to: the recorder.
+
+    ``dynamic``: the values with a size that depends on data. ``checks`` is above zero inside
+    functions that read values only to validate them.
+    """
 
     dynamic: set[int]
     checks: int
@@ -42,29 +50,32 @@ class Listener(Protocol):
 
 
 class Number:
-    """What ``tensor.item()`` returns during capture: a Python number that remembers the tensor it came from.
+    """What ``tensor.item()`` returns during recording: a Python number that remembers its tensor.
 
-    Arithmetic keeps following it; anything that needs the bare value (``if``, ``int()``, ``math.sqrt``) is reported
-    as an escape.
+    Arithmetic keeps following it; anything that needs the bare value (``if``, ``int()``,
+    ``math.sqrt``) is reported as an escape.
     """
 
     def __init__(self, tensor: Tensor, recorder: Listener) -> None:
         self.tensor, self.recorder = tensor, recorder
 
     def bare(self, how: str) -> Any:
+        """Return the bare value, and report that it was read."""
+        # ``item`` dispatches a read that would be reported as one of the program's own.
         with self.recorder.paused():
             value = self.tensor.item()
         return self.recorder.branch(self.tensor, how, value)
 
-    def _map(self, function: Callable[..., Any], *others: Any) -> Any:
-        raw = [o.tensor if isinstance(o, Number) else o for o in others]
-        if not all(isinstance(o, int | float | Tensor) for o in raw):
+    def _map(self, function: Callable[..., Any], *operands: Any) -> Any:
+        """Return a function of numbers as a ``Number``; of tensors too, as a tensor."""
+        raw = [_tensor_of(operand) for operand in operands]
+        # Python then asks the other operand, and raises if that does not know either.
+        if not all(isinstance(x, int | float | Tensor) for x in raw):
             return NotImplemented
         result = function(*raw)
-        tensors = [o for o in others if isinstance(o, Tensor)]
-        return (
-            result if tensors or not isinstance(result, Tensor) else Number(result, self.recorder)
-        )
+        if not isinstance(result, Tensor) or _holds(Tensor, operands):
+            return result
+        return Number(result, self.recorder)
 
     def __float__(self) -> float:
         return float(self.bare("float()"))
@@ -88,21 +99,25 @@ class Number:
         return hash(self.bare("hashing"))
 
     def __round__(self, digits: int | None = None) -> Any:
-        return (
-            round(self.bare("round()"), digits)
-            if digits is not None
-            else round(self.bare("round()"))
-        )
+        return round(self.bare("round()"), digits)
 
     def item(self) -> Number:
+        """Return itself, as numbers of numpy do."""
         return self
 
 
+def _tensor_of(x: Any) -> Any:
+    """Return the tensor of a ``Number``, and anything else as it is."""
+    return x.tensor if isinstance(x, Number) else x
+
+
 def _number_method(name: str, function: Callable[..., Any], reflected: bool) -> Callable[..., Any]:
+    """Return the method ``name`` of ``Number``; reflected, it gets its operands the other way."""
+
     def method(self: Number, *others: Any) -> Any:
-        return (
-            self._map(function, *others, self) if reflected else self._map(function, self, *others)
-        )
+        if reflected:
+            return self._map(function, *others, self)
+        return self._map(function, self, *others)
 
     method.__name__ = name
     return method
@@ -118,7 +133,10 @@ for _name in ["lt", "le", "gt", "ge", "eq", "ne", "neg", "abs"]:
 
 
 class Functions(TorchFunctionMode):
-    """Sees reads of tensor contents that never reach the dispatcher, and hands out ``Number``s."""
+    """Sees reads of tensor contents that never reach the dispatcher, and hands out ``Number``s.
+
+    ``follow``: whether it does the latter; else a read of a value is an escape at once.
+    """
 
     def __init__(self, recorder: Listener, follow: bool) -> None:
         super().__init__()
@@ -127,91 +145,131 @@ class Functions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name in ("item", "tolist") and self.follow and isinstance(args[0], Tensor):
-            self.recorder.shape_read(args[0])
-            tensor = args[0].detach()
-            wide = torch.float64 if tensor.is_floating_point() else torch.int64
-            tensor = (
-                tensor.to(wide)
-                if tensor.dtype != torch.bool and not tensor.is_complex()
-                else tensor
-            )
-            return self._unpack(tensor.reshape(()) if name == "item" else tensor)
+        reads_values = name in ("item", "tolist")
+        if reads_values and self.follow and isinstance(args[0], Tensor):
+            return self._followed(args[0], name)
         if name in ESCAPES and args and isinstance(args[0], Tensor):
             self.recorder.escape(args[0], f".{name}()")
-        if name in ("__repr__", "__str__", "__format__") or (name == "tolist" and not self.follow):
+        if name in PRINTS or (name == "tolist" and not self.follow):
             self.recorder.escape(args[0], f"{name.strip('_')}()")
             with self.recorder.paused():
                 return func(*args, **kwargs)
-        if self.recorder.dynamic:
-            return self._watched(func, name, args, kwargs)
-        return self._called(func, name, args, kwargs)
-
-    def _watched(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-        """Some values have a size that depends on data: Python must not learn it unseen."""
+        # Before the call: what it makes itself is for the next one to read.
+        sized_by_data = bool(self.recorder.dynamic)
         out = self._called(func, name, args, kwargs)
-        if not isinstance(out, Tensor) and name != "__set__" and out is not None:
-            for tensor in tree_leaves((args, kwargs)):
-                self.recorder.shape_read(tensor)
+        if sized_by_data and name != "__set__":
+            self._report_sizes(out, args, kwargs)
         return out
 
-    def _called(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-        if name == "one_hot" and len(args) + len(kwargs) > 1:
-            self.recorder.checks += 1
-            try:
-                return func(*args, **kwargs)
-            finally:
-                self.recorder.checks -= 1
-        data = kwargs.get("data", args[-1] if args else None)
-        if name in CONSTRUCTORS and not isinstance(data, Tensor | int | float):
-            followed = self._assemble(data, kwargs)
-            if followed is not None:
-                return followed
-        numbers = [a for a in tree_leaves((args, kwargs), is_leaf=_is_number) if _is_number(a)]
-        if not numbers:
-            return func(*args, **kwargs)
-        tensors = tree_map(
-            lambda a: a.tensor if _is_number(a) else a, (args, kwargs), is_leaf=_is_number
-        )
-        try:
-            return func(*tensors[0], **tensors[1])
-        except TypeError:
-            bare = tree_map(
-                lambda a: a.bare(f"argument of {name}") if _is_number(a) else a,
-                (args, kwargs),
-                is_leaf=_is_number,
-            )
-            return func(*bare[0], **bare[1])
-
-    def _assemble(self, data: Any, kwargs: Mapping[str, Any]) -> Tensor | None:
-        """A tensor from a nested list of numbers and tensors, kept connected to them."""
-        leaves = tree_leaves(data, is_leaf=_is_number)
-        if not any(_is_number(a) or isinstance(a, Tensor) for a in leaves):
-            return None
-        if _is_number(data) or not isinstance(data, list | tuple):
-            single = data.tensor if _is_number(data) else data
-            default = torch.get_default_dtype() if single.is_floating_point() else single.dtype
-            return (
-                single.detach()
-                .to(kwargs.get("dtype") or (default if _is_number(data) else single.dtype))
-                .clone()
-            )
-        parts = [
-            self._assemble(a, kwargs) if not isinstance(a, int | float) else torch.tensor(a)
-            for a in data
-        ]
-        dtype = (
-            kwargs.get("dtype")
-            or torch.stack([torch.zeros((), dtype=p.dtype) for p in parts if p is not None]).dtype
-        )
-        return torch.stack([p.to(dtype) for p in parts if p is not None])
+    def _followed(self, tensor: Tensor, name: str) -> Any:
+        """Return the result of ``item`` or ``tolist`` with a ``Number`` in place of each number."""
+        self.recorder.shape_read(tensor)
+        tensor = tensor.detach()
+        # Python's numbers are wide: arithmetic with them does not round to the tensor's type.
+        if tensor.is_floating_point():
+            tensor = tensor.to(torch.float64)
+        elif tensor.dtype != torch.bool and not tensor.is_complex():
+            tensor = tensor.to(torch.int64)
+        if name == "item":
+            tensor = tensor.reshape(())
+        return self._unpack(tensor)
 
     def _unpack(self, tensor: Tensor) -> Any:
-        return (
-            Number(tensor, self.recorder)
-            if tensor.ndim == 0
-            else [self._unpack(t) for t in tensor.unbind(0)]
-        )
+        """Return nested lists of numbers, one for each axis."""
+        if tensor.ndim == 0:
+            return Number(tensor, self.recorder)
+        return [self._unpack(t) for t in tensor.unbind(0)]
+
+    def _report_sizes(self, out: Any, args: Any, kwargs: Any) -> None:
+        """Report that Python learns something of tensors, if it is given anything but a tensor.
+
+        Some have a size that depends on data, and that is what it may be about.
+        """
+        if out is None or isinstance(out, Tensor):
+            return
+        for tensor in tree_leaves((args, kwargs)):
+            self.recorder.shape_read(tensor)
+
+    def _called(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        """Call a function of PyTorch with tensors in place of numbers, if it takes them."""
+        # With a number of classes, ``one_hot`` reads its labels only to check them.
+        if name == "one_hot" and len(args) + len(kwargs) > 1:
+            return self._unchecked(func, args, kwargs)
+        if name in CONSTRUCTORS:
+            assembled = self._constructed(args, kwargs)
+            if assembled is not None:
+                return assembled
+        if not _holds(Number, (args, kwargs)):
+            return func(*args, **kwargs)
+        tensors, named = tree_map(_tensor_of, (args, kwargs), is_leaf=_is_number)
+        try:
+            return func(*tensors, **named)
+        except TypeError:  # it takes a number, and no tensor
+            bare, named = self._bare(name, (args, kwargs))
+            return func(*bare, **named)
+
+    def _unchecked(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run a function that reads values only to validate them, and report none of that."""
+        self.recorder.checks += 1
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.recorder.checks -= 1
+
+    def _bare(self, name: str, arguments: Any) -> Any:
+        """Return arguments with bare values in place of numbers, whose reads are reported."""
+
+        def bare(a: Any) -> Any:
+            return a.bare(f"argument of {name}") if isinstance(a, Number) else a
+
+        return tree_map(bare, arguments, is_leaf=_is_number)
+
+    # -- tensors of numbers --
+
+    def _constructed(self, args: Any, kwargs: Any) -> Tensor | None:
+        """Return what a constructor makes of numbers and tensors, kept connected to them.
+
+        None if there are none among its data.
+        """
+        # ``new_tensor`` has the tensor that it belongs to in front.
+        data = kwargs.get("data", args[-1] if args else None)
+        if isinstance(data, Tensor | int | float):
+            return None
+        return self._assemble(data, kwargs)
+
+    def _assemble(self, data: Any, kwargs: Mapping[str, Any]) -> Tensor | None:
+        """Return a tensor from nested lists of numbers and tensors; None if there are none."""
+        if not _holds((Number, Tensor), data):
+            return None
+        if isinstance(data, list | tuple):
+            return self._stacked(data, kwargs)
+        return self._single(data, kwargs)
+
+    def _single(self, data: Number | Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+        dtype = kwargs.get("dtype")
+        if isinstance(data, Number):
+            tensor = data.tensor
+            if dtype is None and tensor.is_floating_point():
+                dtype = torch.get_default_dtype()  # as of a tensor made of a Python float
+        else:
+            tensor = data
+        return tensor.detach().to(dtype or tensor.dtype).clone()
+
+    def _stacked(self, data: Any, kwargs: Mapping[str, Any]) -> Tensor:
+        parts = []
+        for a in data:
+            part = torch.tensor(a) if isinstance(a, int | float) else self._assemble(a, kwargs)
+            if part is not None:
+                parts.append(part)
+        dtype = kwargs.get("dtype")
+        if dtype is None:
+            # The type that PyTorch gives them together.
+            dtype = torch.stack([torch.zeros((), dtype=p.dtype) for p in parts]).dtype
+        return torch.stack([p.to(dtype) for p in parts])
+
+
+def _holds(kinds: type | tuple[type, ...], tree: Any) -> bool:
+    return any(isinstance(leaf, kinds) for leaf in tree_leaves(tree, is_leaf=_is_number))
 
 
 def _is_number(x: Any) -> bool:

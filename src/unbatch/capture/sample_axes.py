@@ -1,17 +1,19 @@
-"""Samples that lie along several axes, as tokens do: for whoever asks they are one axis, the first.
+"""Samples that lie along several axes, as tokens do: outside they are one axis, the first.
 
-The model and the loss get tensors as they know them; what they return is folded again. Nothing here knows about graphs.
+The model and the loss get tensors as they know them; what they return is flattened again. Nothing
+here knows about graphs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from unbatch.capture.trees import tensors_in
 from unbatch.errors import MSG_FOLD, MSG_FOLD_OUTPUT, MSG_FOLD_SHAPE, InputError
 
 Axes = tuple[int, ...]
@@ -19,10 +21,11 @@ Axes = tuple[int, ...]
 
 @dataclass(frozen=True)
 class SampleAxes:
-    """``dims``: the axes that together tell samples apart, of ``sizes``; a tensor with too few has them in front.
+    """The axes ``dims`` that together tell samples apart, of ``sizes``.
 
-    ``inputs``, ``targets``, ``outputs``: these axes of every leaf, None where a leaf has none; those of outputs are
-    known once the model has run.
+    A tensor with too few axes for ``dims`` has them in front. ``inputs``, ``targets``, ``outputs``:
+    these axes in every leaf, None if a leaf has none. Those of outputs are those of the latest run
+    of the model: ``returned`` fills them in.
     """
 
     dims: Axes
@@ -33,83 +36,114 @@ class SampleAxes:
 
     @staticmethod
     def of(dims: Any, inputs: Any, targets: Any) -> SampleAxes:
-        """Raises ``InputError`` where the axes are none, or a tensor does not have them."""
-        if (
-            not isinstance(dims, Sequence)
-            or not all(isinstance(d, int) for d in dims)
-            or len(set(dims)) < 2
-        ):
-            raise InputError(MSG_FOLD.format(value=dims))
-        first = next((t for t in tree_leaves(inputs) if isinstance(t, Tensor)), None)
-        axes = None if first is None else _axes(tuple(dims), first)
-        if axes is not None and len(set(axes)) < len(dims):
-            raise InputError(MSG_FOLD.format(value=dims))
-        if (
-            first is None
-            or axes is None
-            or not any(_has(tuple(dims), t) for t in tree_leaves(inputs))
-        ):
-            raise InputError(
-                MSG_FOLD_SHAPE.format(what="X", shape=_shape(first), dims=tuple(dims), sizes="any")
-            )
-        fold = SampleAxes(tuple(dims), tuple(first.shape[d] for d in axes))
-        for what, tree, found in (("X", inputs, fold.inputs), ("y", targets, fold.targets)):
-            for leaf in tree_leaves(tree):
-                found.append(fold.axes(leaf))
-                if isinstance(leaf, Tensor) and found[-1] is None:
-                    text = MSG_FOLD_SHAPE.format(
-                        what=what, shape=_shape(leaf), dims=fold.dims, sizes=fold.sizes
-                    )
-                    raise InputError(text)
-        return fold
+        """Raise ``InputError`` if ``dims`` are no axes, or a tensor does not have them."""
+        _check_dims(dims)
+        dims = tuple(dims)
+        sizes = _sizes(dims, inputs)
+        bare = SampleAxes(dims, sizes)
+        return SampleAxes(
+            dims, sizes, bare._checked_axes("X", inputs), bare._checked_axes("y", targets)
+        )
 
     def axes(self, leaf: Any) -> Axes | None:
-        """Where the samples lie in a tensor, if they do."""
-        found = _axes(self.dims, leaf) if isinstance(leaf, Tensor) else None
-        return (
-            found
-            if found is not None and tuple(leaf.shape[d] for d in found) == self.sizes
-            else None
-        )
+        """Return where the samples lie in a tensor, or None."""
+        if not isinstance(leaf, Tensor):
+            return None
+        # By size as well: a leaf with enough axes need not have samples along them.
+        axes = _axes(self.dims, leaf)
+        if axes is None or _sizes_along(axes, leaf) != self.sizes:
+            return None
+        return axes
+
+    def _checked_axes(self, what: str, tree: Any) -> list[Axes | None]:
+        """Return the axes in every leaf; ``InputError`` for a tensor without samples."""
+        axes = []
+        for leaf in tree_leaves(tree):
+            axes.append(self.axes(leaf))
+            if isinstance(leaf, Tensor) and axes[-1] is None:
+                raise InputError(_shape_message(what, leaf, self.dims, self.sizes))
+        return axes
 
     def folded(self, tree: Any, axes: Sequence[Axes | None]) -> Any:
-        """With one axis of samples in front."""
-        return _mapped(
-            tree, axes, lambda t, at: t.movedim(at, tuple(range(len(at)))).flatten(0, len(at) - 1)
-        )
+        """Return tensors with the sample axes flattened into one, in front."""
+
+        def flattened(t: Tensor, at: Axes) -> Tensor:
+            return t.movedim(at, tuple(range(len(at)))).flatten(0, len(at) - 1)
+
+        return _mapped(tree, axes, flattened)
 
     def unfolded(self, tree: Any, axes: Sequence[Axes | None]) -> Any:
-        """As the model knows it."""
-        return _mapped(
-            tree, axes, lambda t, at: t.unflatten(0, self.sizes).movedim(tuple(range(len(at))), at)
-        )
+        """Return tensors with the sample axes where the model has them."""
+
+        def unflattened(t: Tensor, at: Axes) -> Tensor:
+            return t.unflatten(0, self.sizes).movedim(tuple(range(len(at))), at)
+
+        return _mapped(tree, axes, unflattened)
 
     def returned(self, output: Any) -> Any:
-        """What the model returned, folded; its leaves without samples stay as they are."""
+        """Return what the model returned, flattened; leaves without samples stay as they are."""
+        # In place, as ``Program`` is frozen: ``evaluate`` needs the axes that are gone here.
         self.outputs[:] = [self.axes(leaf) for leaf in tree_leaves(output)]
         if not any(self.outputs):
-            shapes = [_shape(t) for t in tree_leaves(output) if isinstance(t, Tensor)]
+            shapes = list(map(_shape, tensors_in(output)))
             raise InputError(
                 MSG_FOLD_OUTPUT.format(shapes=shapes, dims=self.dims, sizes=self.sizes)
             )
         return self.folded(output, self.outputs)
 
 
+def _check_dims(dims: Any) -> None:
+    """Raise ``InputError`` if ``dims`` are not two or more different whole numbers."""
+    if not isinstance(dims, Sequence) or not all(isinstance(d, int) for d in dims):
+        raise InputError(MSG_FOLD.format(value=dims))
+    if len(set(dims)) < 2:
+        raise InputError(MSG_FOLD.format(value=dims))
+
+
+def _sizes(dims: Axes, inputs: Any) -> Axes:
+    """Return the sizes of the sample axes, as the first of the inputs has them."""
+    tensors = tensors_in(inputs)
+    if not tensors:
+        raise InputError(_shape_message("X", None, dims, "any"))
+    first = tensors[0]
+    axes = _axes(dims, first)
+    if axes is not None and len(set(axes)) < len(dims):  # (1, -1) may be one axis
+        raise InputError(MSG_FOLD.format(value=dims))
+    # ``dims`` that no tensor has are a mistake, even if all have enough axes in front.
+    if axes is None or not any(_has(dims, t) for t in tensors):
+        raise InputError(_shape_message("X", first, dims, "any"))
+    return _sizes_along(axes, first)
+
+
+def _sizes_along(axes: Axes, t: Tensor) -> Axes:
+    return tuple(t.shape[d] for d in axes)
+
+
+def _shape_message(what: str, t: Tensor | None, dims: Axes, sizes: Any) -> str:
+    return MSG_FOLD_SHAPE.format(what=what, shape=_shape(t), dims=dims, sizes=sizes)
+
+
 def _axes(dims: Axes, t: Tensor) -> Axes | None:
+    """Return ``dims`` counted from the front; the first axes if a tensor has too few for them."""
     if _has(dims, t):
         return tuple(d % t.ndim for d in dims)
-    return tuple(range(len(dims))) if t.ndim >= len(dims) else None
+    if t.ndim < len(dims):
+        return None
+    return tuple(range(len(dims)))
 
 
-def _has(dims: Axes, t: Any) -> bool:
-    return isinstance(t, Tensor) and -t.ndim <= min(dims) and max(dims) < t.ndim
+def _has(dims: Axes, t: Tensor) -> bool:
+    """Tell whether a tensor has axes of these numbers, negative ones counted from behind."""
+    return -t.ndim <= min(dims) and max(dims) < t.ndim
 
 
-def _mapped(tree: Any, axes: Sequence[Axes | None], move: Any) -> Any:
+def _mapped(tree: Any, axes: Sequence[Axes | None], move: Callable[[Tensor, Axes], Tensor]) -> Any:
+    """Return a tree with ``move`` applied to the leaves that have samples."""
     leaves, spec = tree_flatten(tree)
-    return tree_unflatten(
-        [t if at is None else move(t, at) for t, at in zip(leaves, axes, strict=True)], spec
-    )
+    moved = []
+    for leaf, at in zip(leaves, axes, strict=True):
+        moved.append(leaf if at is None else move(leaf, at))
+    return tree_unflatten(moved, spec)
 
 
 def _shape(t: Tensor | None) -> Any:

@@ -16,10 +16,12 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map
 
 from unbatch.capture import ops
-from unbatch.capture.graph import Step, filled, flat
 from unbatch.capture.ops import BatchNormArguments
+from unbatch.capture.steps import Step, filled
+from unbatch.capture.trees import flat
 
-Moments = tuple[Tensor, Tensor]  # mean and ``1/σ``, by channel
+# Mean and ``1/σ``, by channel.
+Moments = tuple[Tensor, Tensor]
 
 
 def held(op: Any) -> Callable[..., Any]:
@@ -32,7 +34,9 @@ def held(op: Any) -> Callable[..., Any]:
 
 
 def _detached(t: Any) -> Any:
-    return t.detach() if isinstance(t, Tensor) else t
+    if isinstance(t, Tensor):
+        return t.detach()
+    return t
 
 
 def unmoved(op: Any) -> Callable[..., Any]:
@@ -51,27 +55,42 @@ def unmoved(op: Any) -> Callable[..., Any]:
             duals[id(value)] = t
             return value
 
+        def dual(t: Any) -> Any:
+            # An op in place returns the primal that it was given: that has a tangent already.
+            return duals.get(id(t), t)
+
         args, kwargs = tree_map(primal, (args, kwargs))
-        return tree_map(lambda t: duals.get(id(t), t), op(*args, **kwargs))
+        return tree_map(dual, op(*args, **kwargs))
 
     return run
 
 
 def laid_out(t: Tensor, strides: Sequence[int]) -> Tensor:
     """Return the same values in another order in memory, which what comes later may rely on."""
-    return t if t.stride() == tuple(strides) else t.new_empty_strided(t.shape, strides).copy_(t)
+    if t.stride() == tuple(strides):
+        return t
+    return t.new_empty_strided(t.shape, strides).copy_(t)
 
 
 def replayed(path: Sequence[Step], t: Tensor) -> Tensor:
     """Return what a chain of steps with one operand each makes of another one."""
     for step in path:
-        value = t
-        args, kwargs = filled((step.args, step.kwargs), lambda _: value)  # noqa: B023
-        t = step.op(*args, **kwargs)
+        t = _on(step, t)
     return t
 
 
+def _on(step: Step, operand: Tensor) -> Any:
+    args, kwargs = filled((step.args, step.kwargs), lambda _: operand)
+    return step.op(*args, **kwargs)
+
+
 # --- batch norm -----------------------------------------------------------------------------------
+#
+# Per channel, with mean ``μ``, standard deviation ``σ``, weight ``γ`` and bias ``β``,
+#
+#   y = γ (x - μ) / σ + β = gain · x + shift,   gain = γ / σ,   shift = β - μ · gain.
+#
+# In training ``μ`` and ``σ`` are functions of ``x``; held constant, ``∂y/∂x = gain``.
 
 
 def moments(op: Any, norm: BatchNormArguments, outputs: Sequence[Any]) -> Moments:
@@ -81,6 +100,7 @@ def moments(op: Any, norm: BatchNormArguments, outputs: Sequence[Any]) -> Moment
     returned = ops.batch_moments(op, outputs)
     if returned is not None:
         return returned
+    # Half precision would overflow in the squares; PyTorch's kernels add in float32 as well.
     x = norm.input.to(torch.promote_types(norm.input.dtype, torch.float32))
     variance, mean = torch.var_mean(x, [d for d in range(x.ndim) if d != 1], correction=0)
     return mean, (variance + norm.eps).rsqrt()
@@ -91,7 +111,9 @@ def standardised(
 ) -> Tensor:
     """Return what a batch norm makes of ``x`` with the given moments, by channel."""
     view = [1, -1, *[1] * (x.ndim - 2)]
-    gain = scale if weight is None else scale * weight
+    gain = scale
+    if weight is not None:
+        gain = scale * weight
     shift = -mean * gain if bias is None else bias - mean * gain
     return torch.addcmul(shift.reshape(view), x.to(gain.dtype), gain.reshape(view))
 
@@ -103,7 +125,7 @@ def norm_held(step: Step, constants: Moments | None = None) -> Callable[..., Any
     """
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        arguments = dict(zip(step.parameters, args, strict=False)) | kwargs
+        arguments = ops.by_argument(step.op, args, kwargs)
         norm = ops.batch_norm_arguments(step.op, arguments)
         with torch.no_grad():
             first, *others = flat(step.op(*args, **kwargs))
@@ -136,12 +158,11 @@ def norm_evaluated(step: Step) -> Callable[..., Any]:
     """
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        arguments = dict(zip(step.parameters, args, strict=False)) | kwargs
+        arguments = ops.by_argument(step.op, args, kwargs)
         norm = ops.batch_norm_arguments(step.op, arguments)
         x = norm.input
-        affine = [t for t in (norm.weight, norm.bias) if t is not None]
-        if not x.requires_grad or any(t.requires_grad for t in affine):
-            return step.op(*args, **kwargs)
+        if not x.requires_grad or _takes_gradient(norm.weight) or _takes_gradient(norm.bias):
+            return step.op(*args, **kwargs)  # a derivative by gain or shift needs the input
         with torch.no_grad():
             y, *others = flat(step.op(*args, **kwargs))
             _, gain = moments(step.op, norm, ())
@@ -151,3 +172,7 @@ def norm_evaluated(step: Step) -> Callable[..., Any]:
         return _Scaled.apply(x, y, gain), *others
 
     return run
+
+
+def _takes_gradient(t: Tensor | None) -> bool:
+    return t is not None and t.requires_grad

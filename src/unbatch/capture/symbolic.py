@@ -1,12 +1,13 @@
-"""The terms of a recording: what each of its values is as a function of data, parameters and noise.
+"""A recording read symbolically: what each of its values is as a function of data and noise.
 
-What does not depend on data is worked out; writes through one window on a memory are seen through the others.
+What does not depend on data is worked out. A write through one window on a memory is seen through
+the others.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,191 +15,291 @@ from torch import Tensor
 
 from unbatch.capture import ops
 from unbatch.capture.aliasing import Window, overwritten
-from unbatch.capture.expressions import Expr, ExprTable
-from unbatch.capture.graph import Graph, HostRead, Ref, Step, Value, filled, flat
+from unbatch.capture.expressions import Expr, ExprTable, Operation
+from unbatch.capture.graph import Graph, HostRead
 from unbatch.capture.isolation import storage_of
+from unbatch.capture.simplifications import result_of
+from unbatch.capture.steps import Ref, Step, Value, filled
+from unbatch.capture.trees import flat
 
-LARGEST = 1 << 22  # entries of a constant that is worked out
+# Entries of a constant that is worked out.
+LARGEST = 1 << 22
+
+# Ops after which a tensor shows another memory, or has another size.
+RESEATING = ("set", "resize", "resize_as")
 
 
 class SymbolicRun:
-    """The terms of all values of a recording, under what ``terms`` has been told to assume."""
+    """The expressions of all values of a recording, under what ``table`` assumes.
 
-    def __init__(self, graph: Graph, terms: ExprTable) -> None:
-        self.graph, self.terms = graph, terms
-        self.of: dict[int, Expr] = {}
-        self.drawn = 0  # the history of noise
-        self.asked: list[Expr] = []  # what Python was told, at the moment when it asked
+    ``host_reads`` has the expression of each escape of the graph, as it was when Python read it.
+    """
+
+    def __init__(self, graph: Graph, table: ExprTable) -> None:
+        self.graph, self.table = graph, table
+        self.expressions: dict[int, Expr] = {}
+        self.history = 0  # of the draws so far
+        self.host_reads: list[Expr] = []
         self.windows: dict[int, list[int]] = {}  # memory -> the values that show it
-        self.read_until = {r.index: s.index for s in graph.steps for r in s.refs()}
-        self.read_until |= {
-            r.index: len(graph.steps) for r in [*graph.predictions, graph.loss] if r is not None
-        }
+        self.read_until = _last_reads(graph)
         for i, value in enumerate(graph.values):
             if value.kind != "step":
-                self._keep(i, self._outside(i, value))
+                self._enter(i, self._outside(i, value))
+        # In the order of steps, as they were noted.
         waiting = list(graph.escapes)
         for step in graph.steps:
-            self._ask(waiting, step.index)
-            self._step(step)
-        self._ask(waiting, len(graph.steps))
+            self._read_before(step.index, waiting)
+            self._run(step)
+        self._read_before(len(graph.steps), waiting)
 
     def __getitem__(self, ref: Ref) -> Expr:
-        return self.of[ref.index]
+        return self.expressions[ref.index]
 
-    def _ask(self, waiting: list[HostRead], step: int) -> None:
-        """Before a step: its memory may be written to."""
+    def _read_before(self, step: int, waiting: list[HostRead]) -> None:
+        """Note what Python read before a step, which may write to its memory."""
         while waiting and waiting[0].step <= step:
-            self.asked.append(self[waiting.pop(0).ref])
+            self.host_reads.append(self[waiting.pop(0).ref])
 
-    def _keep(self, i: int, term: Expr) -> None:
-        self.of[i] = term
+    def _enter(self, i: int, expr: Expr) -> None:
+        """Enter the expression of a value, which now shows its memory."""
+        self.expressions[i] = expr
         self.windows.setdefault(self.graph.values[i].storage, []).append(i)
 
     def _outside(self, i: int, value: Value) -> Expr:
+        """Return the expression of a value that no step makes."""
         if value.kind != "constants":
-            return self.terms.leaf(value.kind, value.name, value)
+            return self.table.leaf(value.kind, value.name, value)
         assert value.concrete is not None
-        if i in self.graph.foreign:  # the same where it is the same memory
-            return self.terms.leaf(
-                "constants", (storage_of(value.concrete), value.offset, value.stride), value
-            )
-        return self.terms.constant(value.concrete)
+        if i not in self.graph.foreign:
+            return self.table.constant(value.concrete)
+        # A tensor of the program that came up on the way: another recording of it has the same
+        # memory, but other contents if the program writes to it.
+        memory = storage_of(value.concrete), value.offset, value.stride
+        return self.table.leaf("constants", memory, value)
 
-    def _step(self, step: Step) -> None:
+    # -- steps --
+
+    def _run(self, step: Step) -> None:
+        """Enter the expressions of what a step makes."""
         name = ops.base_name(step.op)
         arguments = self._arguments(step)
+        # Noise is no constant, whatever its operands are.
+        constants: dict[int, Tensor] = {}
         if step.noise:
-            made = [self.graph.values[r.index] for r in step.outs if r is not None]
-            self.drawn = self.terms.drawn(
-                self.drawn, name, arguments, [(v.shape, v.dtype) for v in made]
-            )
-        known = {} if step.noise else self._worked_out(step, name)
-        results: list[tuple[Any, Ref]] = [(i, r) for i, r in enumerate(step.outs) if r is not None]
-        results += [(f"written {i}", new) for i, (_, new) in enumerate(step.writes)]
-        for slot, ref in results:
-            if ref.index not in self.of:
+            self.history = self._history_after(step, name, arguments)
+        else:
+            constants = self._worked_out(step, name)
+        for slot, ref in _results(step):
+            if ref.index in self.expressions:
+                continue  # an op in place returns what it has written
+            if ref.index in constants:
+                expr = self.table.constant(constants[ref.index])
+            else:
                 value = self.graph.values[ref.index]
-                found = self.terms.constant(known[ref.index]) if ref.index in known else None
-                self._keep(ref.index, found or self._result(step, name, arguments, slot, value))
+                expr = self._result(step, name, arguments, slot, value)
+            self._enter(ref.index, expr)
         for _, new in step.writes:
-            self._seen_through_windows(new.index, step.index)
+            self._write_through_windows(new.index, step.index)
+
+    def _history_after(self, step: Step, name: str, arguments: Mapping[str, Any]) -> int:
+        """Return the number of the history of draws after a step that draws."""
+        made = []
+        for ref in step.outs:
+            if ref is not None:
+                value = self.graph.values[ref.index]
+                made.append((value.shape, value.dtype))
+        return self.table.history(self.history, name, arguments, made)
 
     def _arguments(self, step: Step) -> dict[str, Any]:
-        find = self._narrow if ops.is_pointwise(step.op) else self.__getitem__
-        out = {}
-        for name, a in step.named.items():
-            overwritten = name == "self" and _overwrites(step)
-            by_default = name in step.defaults and _same(a, step.defaults[name])
-            if not (name in ops.PLACEMENT or overwritten or by_default):
-                out[name] = filled(a, find)
-        return out
+        """Return the arguments that decide a result, by name, as expressions."""
+        # A pointwise op gives the same for a constant and for what is broadcast to it.
+        find = self.__getitem__
+        if ops.is_pointwise(step.op):
+            find = self._narrow
+        defaults = step.defaults
+        arguments = {}
+        for name, argument in step.named.items():
+            if name in ops.PLACEMENT or (name == "self" and _overwrites(step)):
+                continue
+            if name in defaults and _is_default(argument, defaults[name]):
+                continue
+            arguments[name] = filled(argument, find)
+        return arguments
 
     def _narrow(self, ref: Ref) -> Expr:
-        """A constant as the smallest that is broadcast to it."""
-        term = self[ref]
-        if term not in self.terms.constants:
-            return term
-        small = self.terms.constants[term]
+        """Return the expression of a value; of a constant, the smallest that is broadcast to it."""
+        expr = self[ref]
+        if expr not in self.table.constants:
+            return expr
+        small = self.table.constants[expr]
         for d in range(small.ndim):
             if small.shape[d] > 1 and bool((small == small.narrow(d, 0, 1)).all()):
                 small = small.narrow(d, 0, 1)
-        while (
-            small.ndim > 1 and small.shape[0] == 1
-        ):  # one without dims would not count for the type of the result
+        # Down to one axis: a tensor without any would not count for the type of the result.
+        while small.ndim > 1 and small.shape[0] == 1:
             small = small[0]
-        return self.terms.constant(small)
+        return self.table.constant(small)
 
     def _result(
         self, step: Step, name: str, arguments: Mapping[str, Any], slot: Any, value: Value
     ) -> Expr:
-        """``slot``: which result of the op it is."""
-        noise = self.drawn if step.noise else 0
+        """Return the expression of one result of a step; ``slot`` says which."""
+        # All empty tensors of a shape are one: a program that reads them has no function.
         if "empty" in name:
-            return self.terms.leaf("empty", (), value)
+            return self.table.leaf("empty", (), value)
+        if self._shows_unknown_memory(step, name, value):
+            return self.table.leaf("opaque", len(self.table.operations), value)
         if name.startswith("as_strided"):
-            if not self._inside(step, value):
-                return self.terms.leaf("opaque", len(self.terms.made), value)
-            arguments = {**arguments, "of": _window(self.graph.values[step.refs()[0].index])}
-        if name in ("set", "resize", "resize_as"):
-            return self.terms.leaf("opaque", len(self.terms.made), value)
+            # The window is an argument, relative to that of the operand.
+            arguments = {**arguments, "of": _window(self._operand(step))}
         if step.writes and name == "copy":
-            name, arguments = "_to_copy", {"self": arguments["src"]}
-            if self.terms[arguments["self"]].shape != value.shape:
-                name = "expand"
-        if slot not in (0, "written 0") or (
-            slot == "written 0" and step.outs and step.outs[0] is not None
-        ):
+            name, arguments = self._written_copy(arguments, value)
+        if not _is_first(step, slot):
             name = f"{name}, {slot}"
-        return self.terms.op(name, arguments, value.shape, value.dtype, noise, step.noise)
+        history = self.history if step.noise else 0
+        operation = Operation(name, arguments, value.shape, value.dtype)
+        return result_of(self.table, operation, history, step.noise)
 
-    def _inside(self, step: Step, value: Value) -> bool:
-        """A window on the memory of a value shows nothing but what is in the value."""
-        whole = self.graph.values[step.refs()[0].index]
-        return Window.of(value).is_part_of(Window.of(whole))
+    def _operand(self, step: Step) -> Value:
+        """Return the first tensor that a step reads."""
+        return self.graph.values[step.refs()[0].index]
+
+    def _shows_unknown_memory(self, step: Step, name: str, value: Value) -> bool:
+        """Tell whether a result may show memory that is not in the operand."""
+        if name in RESEATING:
+            return True
+        if not name.startswith("as_strided"):
+            return False
+        return not Window.of(value).is_part_of(Window.of(self._operand(step)))
+
+    def _written_copy(
+        self, arguments: Mapping[str, Any], value: Value
+    ) -> tuple[str, Mapping[str, Any]]:
+        """Return the op that gives what ``copy_`` leaves in its operand: a cast, or a broadcast."""
+        source = arguments["src"]
+        if self.table[source].shape != value.shape:
+            return "expand", {"self": source}
+        return "_to_copy", {"self": source}
+
+    # -- what does not depend on data --
 
     def _worked_out(self, step: Step, name: str) -> dict[int, Tensor]:
-        """What the op makes, where that does not depend on data."""
-        terms, values = self.terms, self.graph.values
-        shapes_only = ops.reads_shape_only(step.op)
-        made = [r for r in [*step.outs, *(new for _, new in step.writes)] if r is not None]
-        entries = sum(math.prod(values[r.index].shape) for r in made)
-        if "empty" in name or name.startswith("as_strided") or entries > LARGEST:
+        """Return what an op makes, by value, if its operands are constants; else nothing."""
+        if "empty" in name or name.startswith("as_strided"):
+            return {}  # what is in that memory is not said
+        entries = sum(math.prod(self.graph.values[ref.index].shape) for ref in step.made())
+        if entries > LARGEST:
             return {}
-        refs = step.refs()
-        overwritten = refs[:1] if _overwrites(step) and refs.count(refs[0]) == 1 else []
-
-        def number(ref: Ref) -> Tensor:
-            if shapes_only or ref in overwritten:
-                return torch.empty(values[ref.index].shape, dtype=values[ref.index].dtype)
-            return terms.constants[self[ref]].clone()
-
-        if not all(
-            shapes_only or r in overwritten or self[r] in terms.constants for r in step.refs()
-        ):
+        inputs = self._constant_inputs(step)
+        if inputs is None:
             return {}
-        inputs = {r.index: number(r) for r in step.refs()}
-        args, kwargs = filled((step.args, step.kwargs), lambda r: inputs[r.index])
-        kwargs = {
-            n: torch.device("cpu") if n == "device" and a is not None else a
-            for n, a in kwargs.items()
-        }
+        args, kwargs = filled((step.args, step.kwargs), lambda ref: inputs[ref.index])
+        # Constants of a table are on the CPU, whatever device the program has.
+        if kwargs.get("device") is not None:
+            kwargs = {**kwargs, "device": torch.device("cpu")}
         try:
             with torch.no_grad():
                 outs = flat(step.op(*args, **kwargs))
-        except Exception:
+        except Exception:  # no kernel on the CPU, say: then it is an expression like others
             return {}
-        found = {new.index: inputs[old.index] for old, new in step.writes}
-        pairs = zip(step.outs, outs, strict=False)
-        return found | {r.index: o for r, o in pairs if r is not None and isinstance(o, Tensor)}
+        constants = {new.index: inputs[old.index] for old, new in step.writes}
+        for ref, out in zip(step.outs, outs, strict=False):
+            if ref is not None and isinstance(out, Tensor):
+                constants[ref.index] = out
+        return constants
 
-    def _seen_through_windows(self, new: int, step: int) -> None:
-        """What was written is seen by all values that show the same memory."""
-        values, terms, here = self.graph.values, self.terms, _window(self.graph.values[new])
-        for i in self.windows[values[new].storage]:
-            if i == new or self.read_until.get(i, -1) <= step:
-                continue
-            there, known = _window(values[i]), [terms.constants.get(self.of[j]) for j in (i, new)]
-            if there == here:
-                self.of[i] = self.of[new]
-            elif known[0] is not None and known[1] is not None and known[0].dtype == known[1].dtype:
-                shown, written = Window.of(values[i]), Window.of(values[new])
-                self.of[i] = terms.constant(overwritten(known[0], shown, known[1], written))
+    def _constant_inputs(self, step: Step) -> dict[int, Tensor] | None:
+        """Return copies of the operands of a step, by value; None if one is no constant.
+
+        Operands in which no number matters need not be constants, and may hold anything.
+        """
+        constants = self.table.constants
+        refs = step.refs()
+        shape_only: set[Ref] = set()
+        if ops.reads_shape_only(step.op):
+            shape_only.update(refs)
+        elif _overwrites(step) and refs.count(refs[0]) == 1:
+            shape_only.add(refs[0])
+        for ref in refs:
+            if ref not in shape_only and self[ref] not in constants:
+                return None
+        inputs = {}
+        for ref in refs:
+            if ref in shape_only:
+                value = self.graph.values[ref.index]
+                inputs[ref.index] = torch.empty(value.shape, dtype=value.dtype)
             else:
-                both = {"was": self.of[i], "written": self.of[new]}
-                self.of[i] = terms.op(
-                    "through a window", both, values[i].shape, values[i].dtype, (there, here)
-                )
+                inputs[ref.index] = constants[self[ref]].clone()
+        return inputs
+
+    # -- memory --
+
+    def _write_through_windows(self, new: int, step: int) -> None:
+        """Bring all values that show the memory of ``new``, and are read later, up to date."""
+        values = self.graph.values
+        for i in self.windows[values[new].storage]:
+            if i != new and self.read_until.get(i, -1) > step:
+                self.expressions[i] = self._after_write(i, new)
+
+    def _after_write(self, i: int, new: int) -> Expr:
+        """Return what value ``i`` shows after ``new`` was written to its memory."""
+        table, values = self.table, self.graph.values
+        shown, written = _window(values[i]), _window(values[new])
+        was, content = self.expressions[i], self.expressions[new]
+        if shown == written:
+            return content  # all of it was overwritten
+        numbers, other = table.constants.get(was), table.constants.get(content)
+        if numbers is not None and other is not None and numbers.dtype == other.dtype:
+            windows = Window.of(values[i]), Window.of(values[new])
+            return table.constant(overwritten(numbers, windows[0], other, windows[1]))
+        both = {"was": was, "written": content}
+        operation = Operation("through a window", both, values[i].shape, values[i].dtype)
+        return result_of(table, operation, (shown, written))
+
+
+def _last_reads(graph: Graph) -> dict[int, int]:
+    """Return the last step that reads each value; what the program returns is read at the end."""
+    last: dict[int, int] = {}
+    for step in graph.steps:
+        for ref in step.refs():
+            last[ref.index] = step.index
+    for end in (*graph.predictions, graph.loss):
+        if end is not None:
+            last[end.index] = len(graph.steps)
+    return last
+
+
+def _results(step: Step) -> Iterator[tuple[Any, Ref]]:
+    """Yield a name for each result of a step, and the result."""
+    for i, ref in enumerate(step.outs):
+        if ref is not None:
+            yield i, ref
+    for i, (_, new) in enumerate(step.writes):
+        yield f"written {i}", new
+
+
+def _is_first(step: Step, slot: Any) -> bool:
+    """Tell whether it is the result for which the op has its name.
+
+    That is what it writes if it returns nothing.
+    """
+    if slot == "written 0":
+        return not step.outs or step.outs[0] is None
+    return bool(slot == 0)
 
 
 def _overwrites(step: Step) -> bool:
-    """What was there before does not matter."""
+    """Tell whether a step writes whatever was there before."""
     return bool(step.writes) and ops.traits(step.op).overwrites
 
 
-def _same(a: Any, default: Any) -> bool:
-    return not isinstance(a, Ref | Tensor) and type(a) is type(default) and a == default
+def _is_default(argument: Any, default: Any) -> bool:
+    """Tell whether an argument says what its default says, by type as well: 1 is not True."""
+    if isinstance(argument, Ref | Tensor) or type(argument) is not type(default):
+        return False
+    return bool(argument == default)
 
 
 def _window(value: Value) -> tuple[Any, ...]:
+    """Return which bytes of its memory a value shows: places count entries of its type."""
     return (*Window.of(value), value.dtype)

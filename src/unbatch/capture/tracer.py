@@ -1,6 +1,7 @@
-"""Recording of a running program: a dispatch mode that writes each op into a graph.
+"""The recorder: a dispatch mode that writes each op of a running program into a graph.
 
-What Python reads of tensor values is followed or noted here. Which program is recorded stands in ``program.py``.
+What Python reads of tensor values is followed or noted here (see ``python_values.py``, too). Which
+program is recorded, from which data, is the business of ``program.py``.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from types import CodeType, FrameType
 from typing import Any, ParamSpec, TypeVar
 
@@ -21,45 +23,44 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from unbatch.capture import ops
-from unbatch.capture.device_ops import (
-    FUSED_DROPOUT,
-    READS_LENGTHS,
-    argued,
-    drops,
-    same_as,
-    without_buffer,
-)
+from unbatch.capture.device_ops import decisive_arguments, same_as, without_packed_weights
 from unbatch.capture.distributed import check_alone
-from unbatch.capture.graph import Graph, HostRead, ModuleCall, Ref, Step, Value, flat, is_ref
-from unbatch.capture.isolation import SKIPS_COMPILER, mutated, storage_of
+from unbatch.capture.graph import Graph, HostRead, ModuleCall
+from unbatch.capture.isolation import SKIPS_COMPILER, is_strided, mutated, storage_of
+from unbatch.capture.steps import Ref, Step, Value, indices, is_ref
+from unbatch.capture.trees import flat, tensors_in
 from unbatch.errors import HERE
 
 aten = torch.ops.aten
 
-
 P = ParamSpec("P")
-
 
 T = TypeVar("T")
 
-
 LIBRARY = (os.path.dirname(torch.__file__) + os.sep, HERE)
 
+# No user's frames.
+INTERNAL = (*LIBRARY, "<frozen")
 
-USER = os.path.join(HERE, "cli", "demo.py")  # reads as a user's program does
+# Reads as a user's program does.
+USER = os.path.join(HERE, "cli", "demo.py")
 
-
-ENTRIES: set[CodeType] = (
-    set()
-)  # code of the functions that start a recording: no user's frame lies above them
-
+# Code of the functions that start a recording: no user's frame of the recording lies above them.
+ENTRIES: set[CodeType] = set()
 
 # The tensor gets another memory.
 MOVES_MEMORY = frozenset([aten.set_.source_Storage, aten.set_.source_Storage_storage_offset])
 
+# Tagged as having a shape that depends on values, which it does only if they say so by their type.
+SIZED_BY_MASKS = ("index", "repeat_interleave")
+
 
 class Recorder(TorchDispatchMode):
-    """Writes every op into a ``Graph``. Use inside ``untouched``."""
+    """Writes every op into a ``Graph``. Use inside ``untouched``.
+
+    ``names``: the modules of the program, ``id(module)`` -> path. ``answers``: given in place of
+    the first booleans that Python reads, to see what the other path does.
+    """
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -68,76 +69,102 @@ class Recorder(TorchDispatchMode):
     def __init__(self, names: Mapping[int, str], answers: Sequence[bool] = ()) -> None:
         super().__init__()
         self.graph = Graph()
-        self.answers, self.asked = answers, 0
+        self.names = names
+        self.answers, self.booleans_read = answers, 0
         self.in_loss = False
-        self.names = names  # id(module) -> qualified name
+        # The modules that are running, the innermost last.
         self.modules: list[str] = []
-        self.known: dict[
-            int, tuple[weakref.ref[Tensor], Ref]
-        ] = {}  # by id, which another tensor may come to have
+        # Tensor -> value, by id, which another tensor may come to have later.
+        self.refs: dict[int, tuple[weakref.ref[Tensor], Ref]] = {}
+        # Memories get numbers by address, which PyTorch may give again once a memory is gone: weak
+        # references keep the addresses from that, and not what is in the memory from being freed.
         self.storages: dict[int, int] = {}
-        self.kept: list[
-            Any
-        ] = []  # keeps the names of storages from being given again, and not what is in them
-        self.latest: dict[
-            int, tuple[tuple[Any, ...], Ref]
-        ] = {}  # the newest value in a memory: its geometry
+        self.addresses: list[Any] = []
+        # The newest value in each memory, with its geometry.
+        self.latest: dict[int, tuple[tuple[Any, ...], Ref]] = {}
+        # Above zero: nothing is recorded (``off``), or a function only validates (``checks``).
         self.off = 0
-        self.checks = 0  # inside a function that reads values only to validate them
-        self.foreign: list[int] = []  # tensors met in the middle of the run
-        self.dynamic: set[int] = set()  # values whose shape depends on what is in other values
+        self.checks = 0
+        # Tensors that came up in the middle of the run, and values whose shape depends on others.
+        self.foreign: list[int] = []
+        self.dynamic: set[int] = set()
 
     # -- values --
 
     def declare(self, tensor: Tensor, kind: str, name: str) -> Ref:
+        """Enter a tensor that no step makes, and return its value."""
         return self._add(tensor, kind=kind, name=name, concrete=tensor.detach())
 
+    def _made(self, tensor: Tensor, step: int, noise: bool) -> Ref:
+        """Enter what a step makes, with its numbers if they are noise or exact.
+
+        Integers are labels, masks and indices: which samples depend on each other depends on them.
+        """
+        concrete = None
+        if noise or _is_exact(tensor):
+            concrete = tensor.detach().clone()
+        return self._add(tensor, step=step, concrete=concrete)
+
     def _add(self, tensor: Tensor, **extra: Any) -> Ref:
-        storage = storage_of(tensor)
-        number = self.storages.setdefault(storage, len(self.storages))
-        strided = tensor.layout == torch.strided and not tensor.is_nested
-        value = Value(
-            tuple(tensor.shape), tensor.dtype, number, tuple(tensor.stride()) if strided else (),
-            int(tensor.storage_offset()) if strided else 0, requires_grad=tensor.requires_grad, **extra,
-        )  # fmt: skip
+        """Enter a tensor as the newest value in its memory."""
+        number = self.storages.setdefault(storage_of(tensor), len(self.storages))
+        shape, stride, offset, dtype = geometry = _geometry(tensor)
+        grad = tensor.requires_grad
+        value = Value(shape, dtype, number, stride, offset, requires_grad=grad, **extra)
         ref = Ref(len(self.graph.values))
         self.graph.values.append(value)
-        self.known[id(tensor)] = weakref.ref(tensor), ref
-        self.kept.append(StorageWeakRef(tensor.untyped_storage()) if strided else tensor)
-        self.latest[number] = _geometry(tensor) if strided else (), ref
+        self.refs[id(tensor)] = weakref.ref(tensor), ref
+        self.latest[number] = geometry, ref
+        if is_strided(tensor):
+            self.addresses.append(StorageWeakRef(tensor.untyped_storage()))
+        else:
+            self.addresses.append(tensor)
         return ref
 
     def find(self, tensor: Any) -> Ref | None:
-        """The value that this very tensor stands for."""
-        same, ref = self.known.get(id(tensor), (None, None))
-        return ref if same is not None and same() is tensor else None
+        """Return the value of this very tensor, if it has one."""
+        same, ref = self.refs.get(id(tensor), (None, None))
+        if same is None or same() is not tensor:
+            return None
+        return ref
 
     def ref(self, tensor: Tensor) -> Ref:
-        found = self.find(tensor)
-        if found is not None and self._unmoved(tensor, self.graph.values[found.index]):
-            return found
-        if tensor.layout == torch.strided and storage_of(tensor) in self.storages:
-            number = self.storages[storage_of(tensor)]
-            geometry, base_ref = self.latest[number]
-            if geometry == _geometry(tensor):
-                return self._step(aten.detach.default, (base_ref,), {}, tensor)
-            args = (base_ref, list(tensor.shape), list(tensor.stride()), tensor.storage_offset())
-            if self.graph.values[base_ref.index].dtype == tensor.dtype:
-                return self._step(aten.as_strided.default, args, {}, tensor)
+        """Return the value of a tensor.
+
+        One that was never seen is a view of a memory that was, made by a function that does not
+        dispatch (``x.data``), or else a constant.
+        """
+        ref = self.find(tensor)
+        if ref is not None and self._is_current(tensor, self.graph.values[ref.index]):
+            return ref
+        view = self._view_of_known_memory(tensor)
+        if view is not None:
+            return view
         self.foreign.append(len(self.graph.values))
         return self.declare(tensor, "constants", "")
 
-    def _unmoved(self, tensor: Tensor, value: Value) -> bool:
-        """The tensor still is what it was (``x.data = y`` gives it another memory)."""
+    def _is_current(self, tensor: Tensor, value: Value) -> bool:
+        """Tell whether a tensor still is what it was: ``x.data = y`` gives it another memory."""
         if tensor.layout != torch.strided:
             return True
-        here = (
-            self.storages.get(storage_of(tensor)),
-            tuple(tensor.shape),
-            tuple(tensor.stride()),
-            tensor.storage_offset(),
-        )
+        here = self.storages.get(storage_of(tensor)), *_window(tensor)
         return here == (value.storage, value.shape, value.stride, value.offset)
+
+    def _view_of_known_memory(self, tensor: Tensor) -> Ref | None:
+        """Enter a tensor as a view of the newest value in its memory; None if there is none."""
+        if tensor.layout != torch.strided or storage_of(tensor) not in self.storages:
+            return None
+        geometry, base = self.latest[self.storages[storage_of(tensor)]]
+        # Without a derivative, as nothing dispatched: that is what ``x.data`` means.
+        if geometry == _geometry(tensor):
+            return self._step(aten.detach.default, (base,), {}, tensor)
+        # Strides count entries, so that other types have no window on it.
+        if self.graph.values[base.index].dtype != tensor.dtype:
+            return None
+        args = (base, list(tensor.shape), list(tensor.stride()), tensor.storage_offset())
+        return self._step(aten.as_strided.default, args, {}, tensor)
+
+    # -- steps --
 
     def _step(
         self,
@@ -148,78 +175,126 @@ class Recorder(TorchDispatchMode):
         writes: Sequence[Tensor] = (),
         olds: Sequence[Ref] = (),
     ) -> Any:
+        """Enter a step, and return its first result.
+
+        ``out``: what it returned; ``writes``: the tensors that it wrote to, which were the values
+        ``olds`` before.
+        """
         index = len(self.graph.steps)
-        noise = ops.draws(op) and drops(op, args, kwargs)
-        where = self._where()
+        # An op with dropout that drops nothing is the same each time.
+        noise = ops.draws(op) and ops.drops(op, args, kwargs)
+        news = {id(tensor): self._made(tensor, index, noise) for tensor in writes}
+        outs: list[Ref | None] = []
+        for result in flat(out):
+            if not isinstance(result, Tensor):
+                outs.append(None)
+            elif id(result) in news:
+                outs.append(news[id(result)])
+            else:
+                outs.append(self._made(result, index, noise))
         step = Step(
             index,
             op,
             args,
             kwargs,
-            (),
-            (),
-            torch.is_grad_enabled(),
-            self.modules[-1] if self.modules else "",
-            where,
-            noise,
+            outs=tuple(outs),
+            writes=tuple(zip(olds, news.values(), strict=True)),
+            grad=torch.is_grad_enabled(),
+            module=self._module(),
+            where=users_line(),
+            noise=noise,
         )
         self.graph.steps.append(step)
-        new = {}
-        for tensor in writes:
-            new[id(tensor)] = self._add(tensor, step=index, concrete=_concrete(tensor, noise))
-        outs: list[Ref | None] = []
-        for o in flat(out):
-            if not isinstance(o, Tensor):
-                outs.append(None)
-            elif id(o) in new:
-                outs.append(new[id(o)])
-            else:
-                outs.append(self._add(o, step=index, concrete=_concrete(o, noise)))
-        step.outs = tuple(outs)
-        if any(r.index in self.dynamic for r in step.refs()) or _sizes_itself(op, args, self.graph):
-            self.dynamic |= {r.index for r in [*outs, *new.values()] if r is not None}
-        step.writes = tuple(zip(olds, new.values(), strict=True))
+        if _sizes_itself(op, args, self.graph) or self._reads_dynamic(step):
+            self.dynamic.update(indices(step.made()))
         return outs[0] if outs else None
 
-    def _where(self) -> str:
-        return users_line()
+    def _reads_dynamic(self, step: Step) -> bool:
+        return not self.dynamic.isdisjoint(indices(step.refs()))
+
+    def _module(self) -> str:
+        """Return the innermost module that is running."""
+        return self.modules[-1] if self.modules else ""
 
     def _place(self) -> str:
-        module, where = self.modules[-1] if self.modules else "", self._where()
-        return "".join(f" {word} {name}" for word, name in (("in", module), ("at", where)) if name)
+        """Return module, file and line as a phrase that ends a sentence."""
+        place = ""
+        if self._module():
+            place += f" in {self._module()}"
+        where = users_line()
+        if where:
+            place += f" at {where}"
+        return place
 
-    # -- what happens while the model runs --
+    # -- while the program runs --
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self.off:
             return func(*args, **kwargs)
         check_alone(func, types, self._place)
+        # What ``bool(x)``, ``int(x)`` and ``float(x)`` come down to.
         if func is aten._local_scalar_dense.default:
-            return self.branch(
-                args[0], "read by Python (bool(), int(), float() or if)", func(*args, **kwargs)
-            )
+            how = "read by Python (bool(), int(), float() or if)"
+            return self.branch(args[0], how, func(*args, **kwargs))
+        # What is called in here (``detach``, ``clone``) is no call of the program's own.
         with torch._C.DisableTorchFunction():
             return self._observe(func, args, kwargs)
 
     def _observe(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func in MOVES_MEMORY:
             return func(*args, **kwargs)  # ``ref`` sees that the tensor lies elsewhere
-        if ops.full_name(func) in FUSED_DROPOUT and drops(func, args, kwargs):
-            return self._dropout(func, args, kwargs)
+        if ops.is_dropout(func) and ops.drops(func, args, kwargs):
+            return self._note_dropout(func, args, kwargs)
         plain = same_as(func, args, kwargs)
         if plain is not None:
             return self._note_as(plain.op, self._in_one_place(plain.args), func(*args, **kwargs))
-        return self._note(func, without_buffer(func, args), kwargs)
+        return self._note(func, without_packed_weights(func, args), kwargs)
+
+    def _note(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an op, enter it, and return its result."""
+        refs, named = tree_map(self._ref_of, (args, kwargs))
+        if func is aten.lift_fresh.default and refs[0].index in self.foreign:
+            self._copy_constant(refs[0], args[0])
+        # Before it runs: afterwards they are other versions. Each once, however often it is given.
+        writes = list({id(t): t for t in mutated(func, args, kwargs)}.values())
+        olds = [self.ref(t) for t in writes]
+        try:
+            out = func(*args, **kwargs)
+        except Exception:  # which a ``try`` of the program may turn into another path
+            self._read(args, kwargs, "whether an op raises")
+            raise
+        how = f"the result of {ops.full_name(func)}"
+        if isinstance(out, bool) and ops.traits(func).answers_from is None:
+            # An op that answers a question (``torch.equal``): its result is a value like others.
+            answer = torch.tensor(out)
+            self._step(func, refs, named, answer, writes, olds)
+            return self.branch(answer, how, out)
+        if _holds_numbers(out):
+            self._read(decisive_arguments(func, args, kwargs), {}, how)
+        if not isinstance(out, bool):
+            self._step(func, refs, named, out, writes, olds)
+        return out
+
+    def _ref_of(self, a: Any) -> Any:
+        return self.ref(a) if isinstance(a, Tensor) else a
+
+    def _copy_constant(self, ref: Ref, tensor: Tensor) -> None:
+        """Keep a copy of the numbers: the memory is numpy's, which may write to it again."""
+        value = self.graph.values[ref.index]
+        self.graph.values[ref.index] = replace(value, concrete=tensor.detach().clone())
 
     def _note_as(self, op: Any, args: Any, out: Any) -> Any:
-        """A GPU library's form of an op, written down as that op: only the first result is the same in both."""
-        refs = tree_map(lambda a: self.ref(a) if isinstance(a, Tensor) else a, args)
+        """Enter a GPU library's form of an op as that op of PyTorch.
+
+        Only the first result is the same in both.
+        """
+        refs = tree_map(self._ref_of, args)
         self._step(op, refs, {}, flat(out)[:1])
         return out
 
     def _in_one_place(self, args: Any) -> Any:
-        """Labels that a library wants on the CPU, on the device of the first argument."""
+        """Return arguments on the device of the first: a library may want labels on the CPU."""
         device = args[0].device
         moved = []
         for a in args:
@@ -228,86 +303,62 @@ class Recorder(TorchDispatchMode):
             moved.append(a)
         return tuple(moved)
 
-    def _dropout(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Dropout in one op, written down as what was drawn and a product with it.
+    def _note_dropout(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run dropout in one op, and enter it as what was drawn and a product with it.
 
-        What is drawn belongs to the samples and has to be kept, or permuted with them; a derivative of the fused op
-        would draw anew.
+        What is drawn belongs to the samples and has to be kept, or permuted with them; a derivative
+        of the fused op would draw anew.
         """
         x, *more = args
         ones = self._note(aten.ones_like.default, (x,), {})
-        kept, mask = self._note(func, (ones, *more), kwargs)
-        return self._note(aten.mul.Tensor, (x, kept), {}), mask
+        scaled_mask, mask = self._note(func, (ones, *more), kwargs)
+        return self._note(aten.mul.Tensor, (x, scaled_mask), {}), mask
 
-    def _note(self, func: Any, args: Any, kwargs: Any) -> Any:
-        refs, named = tree_map(
-            lambda a: self.ref(a) if isinstance(a, Tensor) else a, (args, kwargs)
-        )
-        if (
-            func is aten.lift_fresh.default and refs[0].index in self.foreign
-        ):  # numpy may write to this memory again
-            self.graph.values[refs[0].index].concrete = args[0].detach().clone()
-        writes = list({id(t): t for t in mutated(func, args, kwargs)}.values())
-        olds = [self.ref(t) for t in writes]
-        try:
-            out = func(*args, **kwargs)
-        except Exception:
-            self._read(args, kwargs, "whether an op raises")
-            raise
-        told = f"the result of {ops.full_name(func)}"
-        if isinstance(
-            out, bool
-        ):  # an op that answers a question (torch.equal), which is a value like others
-            if ops.full_name(func) in READS_LENGTHS:
-                self._read(argued(func, args, kwargs), {}, told)
-                return out
-            answer = torch.tensor(out)
-            self._step(func, refs, named, answer, writes, olds)
-            return self.branch(answer, told, out)
-        if any(not isinstance(o, Tensor) and o is not None for o in flat(out)):
-            self._read(argued(func, args, kwargs), {}, told)
-        self._step(func, refs, named, out, writes, olds)
-        return out
+    # -- what Python reads --
 
     def _read(self, args: Any, kwargs: Any, how: str) -> None:
-        for tensor in tree_leaves((args, kwargs)):
-            if isinstance(tensor, Tensor):
-                self.escape(tensor, how)
+        for tensor in tensors_in((args, kwargs)):
+            self.escape(tensor, how)
 
     def escape(self, tensor: Tensor, how: str, answer: bool | None = None) -> None:
-        if not self.off and not self.checks:
-            module = self.modules[-1] if self.modules else ""
-            self.graph.escapes.append(
-                HostRead(
-                    self.ref(tensor),
-                    how,
-                    len(self.graph.steps),
-                    module,
-                    self._where(),
-                    answer,
-                    self.in_loss,
-                )
-            )
+        """Note that Python read a value in a way that cannot be followed."""
+        if self.off or self.checks:
+            return
+        # Also called outside of the dispatcher, where entering a tensor would be recorded.
+        with self.paused():
+            ref = self.ref(tensor)
+        step = len(self.graph.steps)
+        read = HostRead(ref, how, step, self._module(), users_line(), answer, self.in_loss)
+        self.graph.escapes.append(read)
 
     def branch(self, tensor: Tensor, how: str, value: Any) -> Any:
-        """A value read by Python; to booleans other answers may be given, to see what the other branch does."""
+        """Note that Python read ``value`` of a tensor, and return what to give it.
+
+        That is the value, except for booleans while there are other ``answers``.
+        """
         if self.off or self.checks:
             return value
         if tensor.dtype != torch.bool:
             self.escape(tensor, how)
             return value
-        answer = self.answers[self.asked] if self.asked < len(self.answers) else bool(value)
-        self.asked += 1
+        answer = bool(value)
+        if self.booleans_read < len(self.answers):
+            answer = self.answers[self.booleans_read]
+        self.booleans_read += 1
         self.escape(tensor, how, answer)
         return answer
 
     def shape_read(self, tensor: Any) -> None:
+        """Note that Python read the size of a tensor, if that depends on data."""
         ref = self.find(tensor)
         if ref is not None and ref.index in self.dynamic:
             self.escape(tensor, "its size read by Python, which depends on data")
 
+    # -- around the run --
+
     @contextmanager
     def paused(self) -> Iterator[None]:
+        """Record nothing inside."""
         self.off += 1
         try:
             yield
@@ -316,8 +367,7 @@ class Recorder(TorchDispatchMode):
 
     @contextmanager
     def tracked(self) -> Iterator[None]:
-        """Know which module is running."""
-
+        """Keep track of the modules that run inside."""
         starts: list[int] = []
 
         def enter(module: nn.Module, _: Any) -> None:
@@ -325,39 +375,43 @@ class Recorder(TorchDispatchMode):
             starts.append(len(self.graph.steps))
 
         def leave(module: nn.Module, inputs: Any, output: Any) -> None:
-            refs = [
-                tuple(
-                    r
-                    for t in tree_leaves(x)
-                    if isinstance(t, Tensor) and (r := self.find(t)) is not None
-                )
-                for x in (inputs, output)
-            ]
-            self.graph.calls.append(
-                ModuleCall(self.modules.pop(), starts.pop(), len(self.graph.steps), *refs)
-            )
+            name, start, stop = self.modules.pop(), starts.pop(), len(self.graph.steps)
+            call = ModuleCall(name, start, stop, self._recorded(inputs), self._recorded(output))
+            self.graph.calls.append(call)
 
+        # Global hooks: those of a module would be seen by whoever looks at it.
         before = nn.modules.module.register_module_forward_pre_hook(enter)
         after = nn.modules.module.register_module_forward_hook(leave, always_call=True)
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings(
-                    "ignore", ".*when there are global hooks on modules"
-                )  # of compiled ones
+                # Compiled modules warn of hooks like these.
+                warnings.filterwarnings("ignore", ".*when there are global hooks on modules")
                 yield
         finally:
             before.remove()
             after.remove()
 
+    def _recorded(self, tree: Any) -> tuple[Ref, ...]:
+        """Return the values of those tensors of a tree that have one."""
+        refs = []
+        for tensor in tensors_in(tree):
+            ref = self.find(tensor)
+            if ref is not None:
+                refs.append(ref)
+        return tuple(refs)
+
 
 def users_line() -> str:
-    """File and line of the innermost frame that belongs to neither PyTorch nor this package, inside a recording."""
+    """Return file and line of the innermost frame that is neither PyTorch's nor this package's.
+
+    Above a function that starts a recording nobody looks: "" if there is none below.
+    """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code in ENTRIES:
             return ""
         file = frame.f_code.co_filename
-        if (not file.startswith(LIBRARY) and not file.startswith("<frozen")) or file == USER:
+        if file == USER or not file.startswith(INTERNAL):
             return f"{file}:{frame.f_lineno}"
         frame = frame.f_back
     return ""
@@ -370,24 +424,36 @@ def entry(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def _sizes_itself(op: Any, args: Any, graph: Graph) -> bool:
-    """The shape of the result depends on values."""
-    if torch.Tag.dynamic_output_shape in op.tags:
-        if ops.full_name(op) not in ("index", "repeat_interleave"):
+    """Tell whether the shape of an op's result depends on values."""
+    if torch.Tag.dynamic_output_shape not in op.tags:
+        return False
+    if ops.full_name(op) not in SIZED_BY_MASKS:
+        return True
+    for ref in tree_leaves(args[1:], is_leaf=is_ref):
+        if isinstance(ref, Ref) and graph.values[ref.index].dtype in (torch.bool, torch.uint8):
             return True
-        return any(
-            graph.values[r.index].dtype in (torch.bool, torch.uint8)
-            for r in tree_leaves(args[1:], is_leaf=is_ref)
-            if isinstance(r, Ref)
-        )
     return False
 
 
+def _holds_numbers(out: Any) -> bool:
+    """Tell whether anything but tensors is among the results of an op."""
+    return any(r is not None and not isinstance(r, Tensor) for r in flat(out))
+
+
+def _window(t: Tensor) -> tuple[Any, ...]:
+    """Return shape, strides and offset of a tensor."""
+    return tuple(t.shape), tuple(t.stride()), int(t.storage_offset())
+
+
 def _geometry(t: Tensor) -> tuple[Any, ...]:
-    return tuple(t.shape), tuple(t.stride()), t.storage_offset(), t.dtype
+    """Return which entries of its memory a tensor shows, and their type; no window if sparse."""
+    if not is_strided(t):
+        return tuple(t.shape), (), 0, t.dtype
+    return *_window(t), t.dtype
 
 
-def _concrete(tensor: Tensor, noise: bool) -> Tensor | None:
-    exact = (
-        not tensor.is_floating_point() and not tensor.is_complex() and tensor.device.type != "meta"
-    )
-    return tensor.detach().clone() if noise or exact else None
+def _is_exact(tensor: Tensor) -> bool:
+    """Tell whether a tensor holds integers or booleans."""
+    if tensor.is_floating_point() or tensor.is_complex():
+        return False
+    return tensor.device.type != "meta"

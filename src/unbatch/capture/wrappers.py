@@ -1,6 +1,7 @@
-"""What stands around a model in training and leaves what it computes as it is: compiler, checkpoints, data parallelism.
+"""What stands around a model in training and leaves its function as it is.
 
-They say how a computation is run, and a question runs it plainly. Nothing here knows about recordings or samples.
+Compilers, checkpoints and data parallelism say how a computation is run, and a question runs it
+plainly. Nothing here knows about recordings or samples.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -17,42 +18,44 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import checkpoint
 
-COMPILER = (
-    "torch._dynamo.eval_frame"  # not loaded before somebody compiles something, and not by us
-)
-
+# Not loaded before somebody compiles something, and not by this package.
+COMPILER = "torch._dynamo.eval_frame"
 
 WITHOUT_REENTRANCE = "_checkpoint_without_reentrant_generator"
 
 
 def inside(model: Callable[..., Any]) -> Callable[..., Any]:
-    """The module that a compiled or data-parallel one passes its calls on to, where it does nothing else."""
-    while isinstance(model, nn.Module) and (inner := _passes_on_to(model)) is not None:
+    """Return the module to which a compiled or data-parallel one only passes its calls on."""
+    # They may be wrapped around each other.
+    while isinstance(model, nn.Module):
+        inner = _wrapped_by(model)
+        if inner is None:
+            break
         model = inner
     return model
 
 
-def _passes_on_to(model: nn.Module) -> nn.Module | None:
+def _wrapped_by(model: nn.Module) -> nn.Module | None:
+    if _has_hooks(model):
+        return None  # they may change what the wrapper returns
     compiler = sys.modules.get(COMPILER)
-    if any(
-        (
-            model._forward_hooks,
-            model._forward_pre_hooks,
-            model._backward_hooks,
-            model._backward_pre_hooks,
-        )
-    ):
-        return None
     if compiler is not None and isinstance(model, compiler.OptimizedModule):
         return model._orig_mod
+    # Exactly this class: one derived from it may do more.
     if type(model) is DistributedDataParallel and model.mixed_precision is None:
         return model.module
     return None
 
 
+def _has_hooks(model: nn.Module) -> bool:
+    forward = model._forward_hooks, model._forward_pre_hooks
+    backward = model._backward_hooks, model._backward_pre_hooks
+    return any(forward) or any(backward)
+
+
 @contextmanager
 def plainly() -> Iterator[None]:
-    """Inside, what is compiled runs as it was written, and checkpointed parts are kept, not computed again."""
+    """Run what is compiled as it was written, and keep what checkpoints would compute again."""
     _PLAIN.enter()
     try:
         yield
@@ -61,23 +64,33 @@ def plainly() -> Iterator[None]:
 
 
 class _Plain:
-    """PyTorch's own switches, which all threads share: the first to enter turns them, the last to leave turns back."""
+    """PyTorch's own switches, which all threads share.
+
+    The first thread to enter turns them, and the last to leave turns them back.
+    """
 
     def __init__(self) -> None:
         self.lock, self.entered, self.turned = threading.Lock(), 0, ExitStack()
 
     def enter(self) -> None:
+        """Turn the switches if nobody else has."""
         with self.lock:
             if not self.entered:
-                self.turned.enter_context(
-                    mock.patch.object(checkpoint, "CheckpointFunction", _Kept)
-                )
-                self.turned.enter_context(mock.patch.object(checkpoint, WITHOUT_REENTRANCE, _kept))
-                if COMPILER in sys.modules:
-                    self.turned.enter_context(torch.compiler.set_stance("force_eager"))
+                self._turn()
             self.entered += 1
 
+    def _turn(self) -> None:
+        # PyTorch offers no switch for checkpoints, so its functions are replaced.
+        reentrant = mock.patch.object(checkpoint, "CheckpointFunction", _Kept)
+        other = mock.patch.object(checkpoint, WITHOUT_REENTRANCE, _kept)
+        self.turned.enter_context(reentrant)
+        self.turned.enter_context(other)
+        # What was never loaded has compiled nothing.
+        if COMPILER in sys.modules:
+            self.turned.enter_context(torch.compiler.set_stance("force_eager"))
+
     def leave(self) -> None:
+        """Turn the switches back if nobody else is inside."""
         with self.lock:
             self.entered -= 1
             if not self.entered:
@@ -88,15 +101,21 @@ _PLAIN = _Plain()
 
 
 class _Kept:
-    """In place of the reentrant variant, whose outputs carry gradients only if one of the arguments does."""
+    """The reentrant variant of a checkpoint, without computing anything again.
+
+    As there, outputs carry gradients only if one of the arguments does.
+    """
 
     @staticmethod
     def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
-        alive = any(isinstance(a, Tensor) and a.requires_grad for a in args)
-        with nullcontext() if alive else torch.no_grad():
+        """Return what the function returns, as PyTorch's ``apply`` of the same arguments does."""
+        for argument in args:
+            if isinstance(argument, Tensor) and argument.requires_grad:
+                return function(*args)
+        with torch.no_grad():
             return function(*args)
 
 
 def _kept(*_: Any) -> Iterator[None]:
-    """In place of what the other variant does before and after."""
+    """Do nothing before and after, in place of what the other variant does there."""
     yield
