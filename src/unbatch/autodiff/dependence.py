@@ -1,0 +1,277 @@
+"""Which values depend on the parameters, and which of them are still separate: read off ownership
+alone.
+
+Seen from the predictions, a value is *separate* while no sample depends on another on any path from
+it to them: one cotangent of the value then serves all samples at once. Lives here: the graph
+together with the owners of its values, and three facts about it (what is held constant, what
+depends on the parameters, what is separate). What follows from them for the backward pass is for
+``planner.py``. No tensor is touched here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from unbatch.analysis.domain.ownership import Ownership
+from unbatch.analysis.domain.sample_layout import Layout, Scattered, holds_its_place, layout_of
+from unbatch.analysis.interpreter import Interpretation
+from unbatch.capture import ops
+from unbatch.capture.graph import Graph, Ref, Step
+
+
+class Node(NamedTuple):
+    """One value, or all values of one memory that is written to: a write to one is seen in the
+    others.
+    """
+
+    number: int  # of the value, or of the memory
+    is_memory: bool
+
+
+@dataclass(frozen=True)
+class OwnedGraph:
+    """A recorded forward pass and the owners of its values.
+
+    ``leading``: the first axis of a prediction is that of the samples wherever it has their number.
+    """
+
+    graph: Graph
+    walk: Interpretation
+    samples: int
+    leading: bool
+
+    @cached_property
+    def nodes(self) -> list[Node]:
+        """By value."""
+        values = self.graph.values
+        written: set[int] = set()
+        for step in self.graph.forward_steps:
+            written.update(values[new.index].storage for _, new in step.writes)
+        nodes = []
+        for i, value in enumerate(values):
+            if value.storage in written:
+                nodes.append(Node(value.storage, is_memory=True))
+            else:
+                nodes.append(Node(i, is_memory=False))
+        return nodes
+
+    def owners(self, value: int) -> Ownership:
+        """Return who owns the elements of a value."""
+        return self.walk.marks[value]
+
+    def layout(self, value: int) -> Layout | Scattered | None:
+        """Return where the samples lie in a value; None where some element belongs to no single
+        sample.
+        """
+        owners = self.owners(value)
+        layout = layout_of(owners, self.samples)
+        if layout is None and owners.owned and owners.all_owned:
+            owner = np.broadcast_to(owners.owner, owners.shape).astype(np.int64)
+            return Scattered(torch.from_numpy(owner.copy()), self.samples)
+        return layout
+
+    def is_differentiable(self, value: int) -> bool:
+        """Tell whether a value can have a cotangent: integers and booleans have none."""
+        dtype = self.graph.values[value].dtype
+        return (dtype.is_floating_point or dtype.is_complex) and value in self.walk.marks
+
+    def is_shared(self, value: int) -> bool:
+        """Tell whether a value belongs to no sample: one of parameters and batch statistics."""
+        owners = self.owners(value)
+        return not owners.owned and not owners.mixed
+
+    def results(self, step: Step) -> list[int]:
+        """Return the differentiable values that a step makes, by return or by writing."""
+        returned = [ref for ref in step.outs if ref is not None]
+        written = [new for _, new in step.written_results]
+        return self._differentiable([*returned, *written])
+
+    def reads(self, step: Step) -> list[int]:
+        """Return the differentiable values that a step reads."""
+        return self._differentiable(step.refs())
+
+    def _differentiable(self, refs: Iterable[Ref]) -> list[int]:
+        values = dict.fromkeys(ref.index for ref in refs)
+        return [i for i in values if self.is_differentiable(i)]
+
+
+@dataclass(frozen=True)
+class Dependence:
+    """What a backward pass from the predictions passes, for some parameters."""
+
+    owned: OwnedGraph
+    frozen: frozenset[int]  # values held constant
+    frozen_norms: frozenset[int]  # steps that are batch norms with constant statistics
+    theta: frozenset[int]  # values that depend on the parameters
+    separate: Mapping[Node, bool]  # what the predictions depend on, and whether it is separate
+
+    def is_separate(self, value: int) -> bool:
+        """Tell whether a value that the predictions depend on is separate."""
+        return self.separate[self.owned.nodes[value]]
+
+    def all_separate(self, values: Iterable[int]) -> bool:
+        """Tell whether all of the values are separate."""
+        return all(self.is_separate(i) for i in values)
+
+    def reads(self, step: Step) -> list[int]:
+        """Return the values that a step reads and that depend on the parameters."""
+        return [i for i in self.owned.reads(step) if i in self.theta]
+
+    def pulled_back(self, step: Step) -> list[int]:
+        """Return the results of a step that have a cotangent, if derivatives go through it."""
+        if not has_derivatives(step):
+            return []
+        return _with_cotangent(self.owned, self.separate, step)
+
+
+def find_dependence(
+    owned: OwnedGraph, parameters: Iterable[int], predictions: Iterable[int], freeze: bool
+) -> Dependence:
+    """Return what depends on ``parameters``, and what of it is separate.
+
+    ``freeze``: batch statistics are held constant.
+    """
+    frozen, frozen_norms = frozenset[int](), frozenset[int]()
+    if freeze:
+        frozen, frozen_norms = _statistics(owned)
+    theta = _reached(owned, parameters, frozen)
+    separate = _separate(owned, predictions, theta, frozen_norms)
+    return Dependence(owned, frozen, frozen_norms, theta, separate)
+
+
+def has_derivatives(step: Step) -> bool:
+    """Tell whether derivatives go through a step."""
+    traits = ops.traits(step.op)
+    return step.grad and not traits.cuts and not traits.reads_shape_only
+
+
+def _with_cotangent(owned: OwnedGraph, separate: Mapping[Node, bool], step: Step) -> list[int]:
+    return [i for i in owned.results(step) if owned.nodes[i] in separate]
+
+
+def _statistics(owned: OwnedGraph) -> tuple[frozenset[int], frozenset[int]]:
+    """Return the values that are batch statistics, and the batch norms that keep theirs inside."""
+    values, norms = set[int](), set[int]()
+    for step in owned.graph.forward_steps:
+        for i in owned.results(step):
+            if not owned.walk.made_at(step, i):
+                continue
+            if ops.is_batch_norm(step.op) and owned.owners(i).owned:
+                norms.add(step.index)
+            elif owned.is_shared(i):
+                values.add(i)
+    return frozenset(values), frozenset(norms)
+
+
+def _reached(
+    owned: OwnedGraph, parameters: Iterable[int], frozen: frozenset[int]
+) -> frozenset[int]:
+    """Return what depends on the parameters: a step's results do if derivatives go through it and
+    one input does.
+    """
+    nodes = owned.nodes
+    reached = set(parameters)
+    reached_nodes = {nodes[i] for i in reached}
+    for step in owned.graph.forward_steps:
+        if not has_derivatives(step):
+            continue
+        if not any(nodes[i] in reached_nodes for i in owned.reads(step)):
+            continue
+        for i in owned.results(step):
+            if i not in frozen:
+                reached.add(i)
+                reached_nodes.add(nodes[i])
+    # Through a memory that is written to, a value may depend on parameters that were written after
+    # it was made.
+    for i in owned.walk.marks:
+        if nodes[i] in reached_nodes and owned.is_differentiable(i) and i not in frozen:
+            reached.add(i)
+    return frozenset(reached)
+
+
+# --- what is separate -----------------------------------------------------------------------------
+
+
+def _separate(
+    owned: OwnedGraph,
+    predictions: Iterable[int],
+    theta: frozenset[int],
+    frozen_norms: frozenset[int],
+) -> dict[Node, bool]:
+    """Go from the predictions down; return for each node whether all paths from it keep the samples
+    separate.
+    """
+    separation = _Separation(owned, theta, frozen_norms)
+    for p in predictions:
+        in_place = holds_its_place(owned.owners(p), owned.samples, owned.leading)
+        separation.add_path(p, in_place)
+    for step in reversed(owned.graph.forward_steps):
+        if has_derivatives(step):
+            separation.pull_through(step)
+    return separation.separate
+
+
+@dataclass
+class _Separation:
+    owned: OwnedGraph
+    theta: frozenset[int]
+    frozen_norms: frozenset[int]
+    separate: dict[Node, bool] = field(default_factory=dict)
+
+    def add_path(self, value: int, separate: bool) -> None:
+        """Note one more path from a value to the predictions."""
+        node = self.owned.nodes[value]
+        self.separate[node] = self.separate.get(node, True) and separate
+
+    def pull_through(self, step: Step) -> None:
+        """Take the paths from a step's results to the predictions, and lengthen them to what it
+        reads.
+        """
+        owned = self.owned
+        outs = _with_cotangent(owned, self.separate, step)
+        if not outs:
+            return
+        outs = [o for o in outs if o in self.theta]
+        reads = [i for i in owned.reads(step) if i in self.theta]
+        above = all(self.separate[owned.nodes[o]] for o in outs)
+        through = above and self._keeps_separate(step, outs, reads)
+        # From shared values to shared values, a step computes the same for all samples and mixes
+        # none: such an input is as separate as what is made of it.
+        makes_shared = all(owned.is_shared(o) for o in outs)
+        # A view of a memory is the same node as that memory, and no step on a path. A step that
+        # writes is one.
+        own_nodes = set[Node]()
+        if not step.writes:
+            own_nodes.update(owned.nodes[o] for o in outs)
+        for i in reads:
+            if owned.nodes[i] in own_nodes:
+                continue
+            mixes_nothing = makes_shared and owned.is_shared(i)
+            self.add_path(i, above if mixes_nothing else through)
+
+    def _keeps_separate(self, step: Step, outs: Sequence[int], reads: Sequence[int]) -> bool:
+        """Tell whether entries of sample n are made from those of sample n, shared values, and
+        older statistics.
+        """
+        owned = self.owned
+        if not all(owned.owners(o).separate for o in outs):
+            return False
+        if step.index in self.frozen_norms:
+            return True
+        moving = [owned.owners(i) for i in reads if owned.owners(i).depends_on_batch]
+        if not moving:
+            return True
+        if any(owners.mixed for owners in moving):
+            return False
+        # A statistic that comes up here is a sum over all samples: each of them is read by all
+        # others.
+        older: set[int] = set()
+        for ref in step.refs():
+            older |= owned.owners(ref.index).given
+        return all(owned.owners(o).given <= older for o in outs)
