@@ -1,5 +1,4 @@
-"""What PyTorch's autograd lacks: cotangents of values in the middle, many at once, or stopped on
-their way.
+"""What PyTorch's autograd lacks: gradients by name, many at once, or stopped on their way.
 
 Knows ops and tensors, and nothing about samples or plans.
 """
@@ -7,14 +6,47 @@ Knows ops and tensors, and nothing about samples or plans.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import GradientEdge
+
+Key = TypeVar("Key", str, int)  # the name of a parameter, or the number of a value in a graph
+
+
+# --- tensors by name or number --------------------------------------------------------------------
+
+
+def detached(tensors: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
+    """Return the same values without their history."""
+    return {key: t.detach() for key, t in tensors.items()}
+
+
+def leaves_of(tensors: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
+    """Return the same values as leaves to differentiate by."""
+    return {key: t.detach().requires_grad_() for key, t in tensors.items()}
+
+
+def zero_leaves(like: Sequence[Tensor]) -> list[Tensor]:
+    """Return zeros to differentiate by."""
+    return [torch.zeros_like(t, requires_grad=True) for t in like]
+
+
+def pick(tensors: Mapping[Key, Tensor], keys: Iterable[Key]) -> list[Tensor]:
+    """Return some of the tensors, in the order of ``keys``."""
+    return [tensors[key] for key in keys]
+
+
+def subset(tensors: Mapping[Key, Tensor], keys: Iterable[Key]) -> dict[Key, Tensor]:
+    """Return some of the tensors with their keys, in the order of ``keys``."""
+    return {key: tensors[key] for key in keys}
+
+
+# --- values in the middle -------------------------------------------------------------------------
 
 
 class _Attach(torch.autograd.Function):
@@ -37,8 +69,9 @@ def attached(value: Tensor, anchor: Tensor) -> Tensor:
     none.
     """
     # Autograd marks no view as written to.
-    own = value.clone() if value._is_view() else value
-    attached: Tensor = _Attach.apply(own, anchor)
+    if value._is_view():
+        value = value.clone()
+    attached: Tensor = _Attach.apply(value, anchor)
     return attached
 
 
@@ -88,20 +121,37 @@ def gradients(
     ``gs``: the cotangents of the outputs, by default those of scalars; ``retain``: another backward
     pass will follow.
     """
-    live = [k for k, t in enumerate(outputs) if t.requires_grad]
+    cotangents: Sequence[Tensor | None] = [None] * len(outputs)
+    if gs is not None:
+        cotangents = gs
+    ends, of_ends = _connected(outputs, cotangents)
     grads: Sequence[Tensor | None] = [None] * len(leaves)
-    if live:
-        ends = [outputs[k] for k in live]
-        cotangents = None
-        if gs is not None:
-            cotangents = [gs[k] for k in live]
+    if ends:
         grads = torch.autograd.grad(
-            ends, list(leaves.values()), cotangents, retain_graph=retain, allow_unused=True
+            ends, list(leaves.values()), of_ends, retain_graph=retain, allow_unused=True
         )
-    named: dict[str, Tensor] = {}
-    for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
-        named[name] = torch.zeros_like(leaf) if grad is None else solid(grad)
-    return named
+    return dict(zip(leaves, or_zeros(grads, leaves.values()), strict=True))
+
+
+def or_zeros(grads: Iterable[Tensor | None], like: Iterable[Tensor]) -> list[Tensor]:
+    """Return gradients, zero where there is none."""
+    filled: list[Tensor] = []
+    for grad, t in zip(grads, like, strict=True):
+        if grad is None:
+            grad = torch.zeros_like(t)
+        filled.append(solid(grad))
+    return filled
+
+
+def _connected(outputs: Sequence[Any], cotangents: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """Return the outputs that depend on a leaf, and their cotangents."""
+    ends: list[Any] = []
+    of_ends: list[Any] = []
+    for output, cotangent in zip(outputs, cotangents, strict=True):
+        if isinstance(output, GradientEdge) or output.requires_grad:
+            ends.append(output)
+            of_ends.append(cotangent)
+    return ends, of_ends
 
 
 def batched_grad(
@@ -115,12 +165,7 @@ def batched_grad(
 
     They are pulled back in one call or, where an op cannot be batched, one after the other.
     """
-    ends: list[Any] = []
-    cotangents: list[Tensor] = []
-    for output, g in zip(outputs, gs, strict=True):
-        if isinstance(output, GradientEdge) or output.requires_grad:
-            ends.append(output)
-            cotangents.append(g)
+    ends, cotangents = _connected(outputs, gs)
     if not ends or not inputs:
         return [None] * len(inputs)
     if count > 1:
@@ -128,13 +173,18 @@ def batched_grad(
         with suppress(RuntimeError), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return list(_grad(ends, inputs, cotangents, batched=True))
-    single = [_grad(ends, inputs, [g[k] for g in cotangents]) for k in range(count)]
+    single = []
+    for k in range(count):
+        of_sample = [g[k] for g in cotangents]
+        single.append(_grad(ends, inputs, of_sample))
     return [_stacked(of_input) for of_input in zip(*single, strict=True)]
 
 
-def _stacked(rows: Sequence[Any]) -> Tensor | None:
+def _stacked(rows: tuple[Any, ...]) -> Tensor | None:
     """Return rows as one tensor; an input without a gradient has none in any of them."""
-    return None if rows[0] is None else torch.stack(rows)
+    if rows[0] is None:
+        return None
+    return torch.stack(rows)
 
 
 def _grad(

@@ -88,9 +88,11 @@ def recurrence(arguments: Arguments) -> tuple[Tensor, Tensor, Tensor]:
     x, hx, cx = arguments["input"], arguments["hx"], arguments["cx"]
     weights, per_layer = arguments["weight"], arguments["weight_stride0"]
     batch_sizes = list(arguments["batch_sizes"])
-    directions = 2 if arguments["bidirectional"] else 1
-    time = 1 if arguments["batch_first"] else 0
-    steps = list(x.split(batch_sizes) if batch_sizes else x.unbind(time))
+    directions = 1 + int(arguments["bidirectional"])
+    time = int(arguments["batch_first"])
+    steps = list(x.split(batch_sizes)) if batch_sizes else list(x.unbind(time))
+    if cx is None:
+        cx = hx
     states: list[Tensor] = []
     cells: list[Tensor] = []
     for first in range(0, len(weights) // per_layer, directions):
@@ -100,7 +102,7 @@ def recurrence(arguments: Arguments) -> tuple[Tensor, Tensor, Tensor]:
                 steps,
                 weights[k * per_layer : (k + 1) * per_layer],
                 hx[k],
-                None if cx is None else cx[k],
+                cx[k],
                 mode=arguments["mode"],
                 backward=k > first,
                 projected=arguments.get("proj_size", 0) > 0,
@@ -110,7 +112,9 @@ def recurrence(arguments: Arguments) -> tuple[Tensor, Tensor, Tensor]:
             cells.append(c)
         steps = [torch.cat(parts, -1) for parts in zip(*sides, strict=True)]
     y = torch.cat(steps) if batch_sizes else torch.stack(steps, time)
-    last_cells = x.new_empty(0) if cx is None else torch.stack(cells)
+    last_cells = torch.stack(cells)
+    if arguments["cx"] is None:
+        last_cells = x.new_empty(0)
     return y, torch.stack(states), last_cells
 
 
@@ -118,7 +122,7 @@ def _direction(
     steps: Sequence[Tensor],
     weights: Sequence[Tensor],
     h: Tensor,
-    c: Tensor | None,
+    c: Tensor,
     mode: int,
     backward: bool,
     projected: bool,
@@ -128,12 +132,15 @@ def _direction(
     The state of a sequence that has ended, or not begun, stays as it is.
     """
     by_input, by_hidden, *others = weights
-    projection = others.pop() if projected else None
+    projection = None
+    if projected:
+        projection = others.pop()
     biases: list[Any] = others or [None, None]
-    if c is None:
-        c = h
+    order = list(steps)
+    if backward:
+        order.reverse()
     outputs: list[Tensor] = []
-    for x in reversed(steps) if backward else steps:
+    for x in order:
         running = len(x)
         gates = torch.nn.functional.linear(x, by_input, biases[0])
         recurrent = torch.nn.functional.linear(h[:running], by_hidden, biases[1])
@@ -164,8 +171,8 @@ def _cell(
         new = (new + (reset + by_reset).sigmoid() * by_new).tanh()
         h = new + update * (h - new)
         return h, h
-    total = gates + recurrent
-    h = total.relu() if mode == RELU else total.tanh()
+    h = gates + recurrent
+    h = h.relu() if mode == RELU else h.tanh()
     return h, h
 
 

@@ -10,10 +10,10 @@ depends on the parameters, what is separate). What follows from them for the bac
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -22,7 +22,9 @@ from unbatch.analysis.domain.ownership import Ownership
 from unbatch.analysis.domain.sample_layout import Layout, Scattered, holds_its_place, layout_of
 from unbatch.analysis.interpreter import Interpretation
 from unbatch.capture import ops
-from unbatch.capture.graph import Graph, Ref, Step
+from unbatch.capture.graph import Graph, Step
+
+Key = TypeVar("Key", int, str)  # the number of a value, or the name of a parameter
 
 
 class Node(NamedTuple):
@@ -32,6 +34,21 @@ class Node(NamedTuple):
 
     number: int  # of the value, or of the memory
     is_memory: bool
+
+
+def values_read(step: Step) -> list[int]:
+    """Return the values that a step reads, in order; one that stands in two places, twice."""
+    return [ref.index for ref in step.refs()]
+
+
+def values_returned(step: Step) -> list[int]:
+    """Return the values that a step returns, without what it only writes."""
+    return [ref.index for ref in step.outs if ref is not None]
+
+
+def within(values: Iterable[Key], allowed: Container[Key]) -> list[Key]:
+    """Return those of the values that are allowed, in their order."""
+    return [value for value in values if value in allowed]
 
 
 @dataclass(frozen=True)
@@ -52,7 +69,8 @@ class OwnedGraph:
         values = self.graph.values
         written: set[int] = set()
         for step in self.graph.forward_steps:
-            written.update(values[new.index].storage for _, new in step.writes)
+            for _, new in step.writes:
+                written.add(values[new.index].storage)
         nodes = []
         for i, value in enumerate(values):
             if value.storage in written:
@@ -88,17 +106,30 @@ class OwnedGraph:
 
     def results(self, step: Step) -> list[int]:
         """Return the differentiable values that a step makes, by return or by writing."""
-        returned = [ref for ref in step.outs if ref is not None]
-        written = [new for _, new in step.written_results]
-        return self._differentiable([*returned, *written])
+        values = values_returned(step)
+        values += [new.index for _, new in step.written_results]
+        return self._differentiable(values)
 
     def reads(self, step: Step) -> list[int]:
         """Return the differentiable values that a step reads."""
-        return self._differentiable(step.refs())
+        return self._differentiable(values_read(step))
 
-    def _differentiable(self, refs: Iterable[Ref]) -> list[int]:
-        values = dict.fromkeys(ref.index for ref in refs)
-        return [i for i in values if self.is_differentiable(i)]
+    def _differentiable(self, values: Iterable[int]) -> list[int]:
+        return [i for i in dict.fromkeys(values) if self.is_differentiable(i)]
+
+    # -- of several values --
+
+    def nodes_of(self, values: Iterable[int]) -> set[Node]:
+        """Return the nodes of some values."""
+        return {self.nodes[i] for i in values}
+
+    def all_shared(self, values: Iterable[int]) -> bool:
+        """Tell whether none of the values belongs to a sample."""
+        return all(self.is_shared(i) for i in values)
+
+    def moving(self, values: Iterable[int]) -> list[int]:
+        """Return those of the values that change if a sample does."""
+        return [i for i in values if self.owners(i).depends_on_batch]
 
 
 @dataclass(frozen=True)
@@ -121,7 +152,7 @@ class Dependence:
 
     def reads(self, step: Step) -> list[int]:
         """Return the values that a step reads and that depend on the parameters."""
-        return [i for i in self.owned.reads(step) if i in self.theta]
+        return within(self.owned.reads(step), self.theta)
 
     def pulled_back(self, step: Step) -> list[int]:
         """Return the results of a step that have a cotangent, if derivatives go through it."""
@@ -177,11 +208,11 @@ def _reached(
     """
     nodes = owned.nodes
     reached = set(parameters)
-    reached_nodes = {nodes[i] for i in reached}
+    reached_nodes = owned.nodes_of(reached)
     for step in owned.graph.forward_steps:
         if not has_derivatives(step):
             continue
-        if not any(nodes[i] in reached_nodes for i in owned.reads(step)):
+        if reached_nodes.isdisjoint(owned.nodes_of(owned.reads(step))):
             continue
         for i in owned.results(step):
             if i not in frozen:
@@ -237,23 +268,25 @@ class _Separation:
         outs = _with_cotangent(owned, self.separate, step)
         if not outs:
             return
-        outs = [o for o in outs if o in self.theta]
-        reads = [i for i in owned.reads(step) if i in self.theta]
-        above = all(self.separate[owned.nodes[o]] for o in outs)
+        outs = within(outs, self.theta)
+        reads = within(owned.reads(step), self.theta)
+        above = all(self.separate[node] for node in owned.nodes_of(outs))
         through = above and self._keeps_separate(step, outs, reads)
         # From shared values to shared values, a step computes the same for all samples and mixes
         # none: such an input is as separate as what is made of it.
-        makes_shared = all(owned.is_shared(o) for o in outs)
+        makes_shared = owned.all_shared(outs)
         # A view of a memory is the same node as that memory, and no step on a path. A step that
         # writes is one.
         own_nodes = set[Node]()
         if not step.writes:
-            own_nodes.update(owned.nodes[o] for o in outs)
+            own_nodes = owned.nodes_of(outs)
         for i in reads:
             if owned.nodes[i] in own_nodes:
                 continue
-            mixes_nothing = makes_shared and owned.is_shared(i)
-            self.add_path(i, above if mixes_nothing else through)
+            if makes_shared and owned.is_shared(i):
+                self.add_path(i, above)
+            else:
+                self.add_path(i, through)
 
     def _keeps_separate(self, step: Step, outs: Sequence[int], reads: Sequence[int]) -> bool:
         """Tell whether entries of sample n are made from those of sample n, shared values, and
@@ -264,14 +297,14 @@ class _Separation:
             return False
         if step.index in self.frozen_norms:
             return True
-        moving = [owned.owners(i) for i in reads if owned.owners(i).depends_on_batch]
+        moving = owned.moving(reads)
         if not moving:
             return True
-        if any(owners.mixed for owners in moving):
+        if any(owned.owners(i).mixed for i in moving):
             return False
         # A statistic that comes up here is a sum over all samples: each of them is read by all
         # others.
         older: set[int] = set()
-        for ref in step.refs():
-            older |= owned.owners(ref.index).given
+        for i in values_read(step):
+            older |= owned.owners(i).given
         return all(owned.owners(o).given <= older for o in outs)

@@ -19,8 +19,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from unbatch.autodiff.autograd import gradients
+from unbatch.autodiff.autograd import detached, gradients, pick, subset
 from unbatch.autodiff.context import Context
+from unbatch.autodiff.dependence import within
 from unbatch.autodiff.loss import LossAt
 from unbatch.capture.isolation import random_state, untouched
 from unbatch.capture.program import own_loss
@@ -53,9 +54,7 @@ class EagerModel:
     @property
     def loss(self) -> LossAt:
         """The loss at these predictions."""
-        predictions = {i: t.detach() for i, t in self.predictions.items()}
-        outputs = {i: t.detach() for i, t in self.values.items()}
-        return LossAt(self.setting, predictions, self.inner, outputs)
+        return LossAt(self.setting, detached(self.predictions), self.inner, detached(self.values))
 
 
 def run(setting: Context, parameters: Mapping[str, Tensor], twice: bool = False) -> EagerModel:
@@ -97,14 +96,14 @@ def _run_with_loss(setting: Context, parameters: Mapping[str, Tensor]) -> EagerM
     # Predictions whose sample axes were flattened lie in the model as they were before.
     in_model = {i: graph.folded.get(i, i) for i in setting.axes}
     numbers = setting.numbers([*in_model.values(), *inner])
-    finder = ValueFinder({i: numbers[i] for i in in_model.values()})
+    finder = ValueFinder(subset(numbers, in_model.values()))
     with finder:
         output, state = _predict(setting)
     predictions: dict[int, Tensor] = {}
     for i, original in in_model.items():
         if original in finder.tensors:
             predictions[i] = _as_predicted(setting, i, finder.tensors[original])
-    model = EagerModel(setting, output, predictions, {i: numbers[i] for i in inner}, state)
+    model = EagerModel(setting, output, predictions, subset(numbers, inner), state)
     if len(predictions) < len(setting.axes):
         raise StructureError(
             MSG_INNER_LOSS.format(why="no tensor in the model has their recorded values")
@@ -133,17 +132,21 @@ def _carries_the_gradient(
 ) -> bool:
     """Tell whether ``Jᵀ ∂L/∂F`` is the gradient of the loss that the model returns."""
     assert loss is not None
-    slope = {i: g for i, g in model.loss.slope.items() if i in model.predictions}
-    ends, cotangents = [model.predictions[i] for i in slope], list(slope.values())
+    slope = model.loss.slope
+    connected = within(slope, model.predictions)
+    ends, cotangents = pick(model.predictions, connected), pick(slope, connected)
     modules = model.setting.program.modules
     with untouched(modules, model.state):
         through = gradients(ends, parameters, cotangents, retain=True)
     with untouched(modules, model.state):
         whole = gradients([loss], parameters, retain=True)
-    whole = {name: g for name, g in whole.items() if g.numel()}
-    size = max((float(g.abs().max()) for g in whole.values()), default=0.0)
+    size, errors = 0.0, []
+    for name, g in whole.items():
+        if g.numel():
+            size = max(size, float(g.abs().max()))
+            errors.append(float((through[name] - g).abs().max()))
     allowed = model.setting.rounding * size
-    return all(float((through[n] - g).abs().max()) <= allowed for n, g in whole.items())
+    return all(error <= allowed for error in errors)  # false for NaN
 
 
 @dataclass

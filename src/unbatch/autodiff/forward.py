@@ -20,7 +20,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves, tree_map
 
 from unbatch.analysis.domain.sample_layout import Layout
-from unbatch.autodiff.autograd import Gate, attached
+from unbatch.autodiff.autograd import Gate, attached, detached, leaves_of, subset
 from unbatch.autodiff.contractions.batch_norm import Pooled
 from unbatch.autodiff.contractions.contraction import Contraction, OperandUse
 from unbatch.autodiff.contractions.registry import contraction_for, projected
@@ -57,12 +57,12 @@ class ForwardPass:
     @cached_property
     def leaves(self) -> dict[str, Tensor]:
         """The parameters as they are differentiated by."""
-        return {n: p.detach().requires_grad_() for n, p in self.parameters.items()}
+        return leaves_of(self.parameters)
 
     @cached_property
     def operands(self) -> dict[int, Tensor]:
         """Parameters, and what is made of them without samples, connected to the leaves."""
-        return {i: self.leaves[name] for i, name in self.schedule.flow.parameters.items()}
+        return self.schedule.flow.by_number(self.leaves)
 
     @cached_property
     def anchor(self) -> Tensor:
@@ -72,9 +72,7 @@ class ForwardPass:
     def run(self) -> None:
         """Run the model."""
         schedule, graph = self.schedule, self.graph
-        constants: dict[int, Tensor] = {}
-        for i, name in schedule.flow.parameters.items():
-            constants[i] = self.parameters[name].detach()
+        constants = detached(schedule.flow.by_number(self.parameters))
         # A graph with other numbers shares the steps of the one that the schedule was made for.
         steps = schedule.steps
         if graph.steps is not schedule.graph.steps:
@@ -88,9 +86,8 @@ class ForwardPass:
                 steps=steps,
             )
         values = dict(zip(schedule.wanted, tensors, strict=True))
-        self.predictions = {i: values[i] for i in schedule.flow.predictions}
-        for i in schedule.inner:
-            self.inner[i] = values[i].detach()
+        self.predictions = subset(values, schedule.flow.predictions)
+        self.inner = detached(subset(values, schedule.inner))
         for ref in graph.predictions:
             self.outputs[ref.index] = values[ref.index].detach()
 
@@ -101,7 +98,9 @@ class ForwardPass:
     def _substitutes(self) -> dict[int, Callable[..., Any]]:
         """Return what runs in place of a step, by step; later ones take precedence."""
         schedule = self.schedule
-        instead: dict[int, Callable[..., Any]] = {s.index: held(s.op) for s in schedule.cut_off}
+        instead: dict[int, Callable[..., Any]] = {}
+        for step in schedule.cut_off:
+            instead[step.index] = held(step.op)
         for number, hook in schedule.hooks.items():
             instead[number] = partial(self._run_hook, hook)
         for number, moving in schedule.chain.items():
@@ -122,19 +121,24 @@ class ForwardPass:
                 self.operands[ref.index] = value
         # Statistics that move have a path of their own through the replay; anything else is the
         # same, detached.
-        return step.op(*args, **kwargs) if moving else tree_map(_detached, result)
+        if moving:
+            return step.op(*args, **kwargs)
+        return tree_map(_detached, result)
 
     def _operand(self, ref: Any, value: Any) -> Any:
         if not isinstance(ref, Ref):
             return value
-        operand = self.operands.get(ref.index)
-        return value.detach() if operand is None else operand
+        if ref.index in self.operands:
+            return self.operands[ref.index]
+        return value.detach()
 
     # -- steps with sites, seeds or gates --
 
     def _run_hook(self, hook: Hook, *args: Any, **kwargs: Any) -> Any:
         step = hook.step
-        written = args[0] if hook.in_place is not None else None
+        written = None
+        if hook.in_place is not None:
+            written = args[0]
         if hook.by_autograd or hook.gated:
             connect = partial(self._connect, hook)
             args = _map_with_refs(connect, step.args, args)
@@ -151,7 +155,8 @@ class ForwardPass:
         # The first value that samples and parameters make together depends on no leaf.
         if hook.uses and not outs[0].requires_grad:
             outs[0] = attached(outs[0], self.anchor)
-            result = (outs[0], *outs[1:]) if isinstance(result, tuple | list) else outs[0]
+            is_several = isinstance(result, tuple | list)
+            result = tuple(outs) if is_several else outs[0]
         if hook.keeps_arguments:
             self._prepare_contractions(hook, kept, outs)
             self._register_gradient_hooks(hook, outs)
@@ -181,8 +186,9 @@ class ForwardPass:
         kept: dict[str, Any] = {}
         if step.plain and not hook.overwritten:
             for name, value in named.items():
-                moves = isinstance(value, Tensor) and value.requires_grad
-                kept[name] = value.detach() if moves else value
+                kept[name] = value
+                if isinstance(value, Tensor) and value.requires_grad:
+                    kept[name] = value.detach()
             return kept
         # One tensor for each value: contractions find their operand among the arguments by
         # identity.
@@ -194,10 +200,9 @@ class ForwardPass:
             if not isinstance(ref, Ref):
                 return value.detach()
             if ref.index not in by_value:
-                detached = value.detach()
+                by_value[ref.index] = value.detach()
                 if ref.index in hook.overwritten:
-                    detached = detached.clone()
-                by_value[ref.index] = detached
+                    by_value[ref.index] = value.detach().clone()
             return by_value[ref.index]
 
         for name, value in named.items():
@@ -216,9 +221,10 @@ class ForwardPass:
             if site.way == "projected":
                 self._below_norm[site] = call
                 continue
-            self.contractions[site] = (
-                Pooled(call) if site in self.schedule.pools else contraction_for(call)
-            )
+            if site in self.schedule.pools:
+                self.contractions[site] = Pooled(call)
+            else:
+                self.contractions[site] = contraction_for(call)
             call.outputs = ()  # read while a contraction is chosen, and not later
         if hook.projecting:
             self._prepare_projected(hook, kept, outputs)
@@ -241,16 +247,15 @@ class ForwardPass:
         """
         if not self.schedule.contracted[hook.step.index]:
             return
-        moving = [o for o in outs if isinstance(o, Tensor) and o.requires_grad]
-        if len(moving) == 1 and moving[0] is outs[0]:
-            # This hook fires as soon as the cotangent is there: what is contracted can be freed at
-            # once.
-            moving[0].register_hook(partial(_hand_over, self.gradient_ready, hook))
-        elif moving:
+        moving = [isinstance(out, Tensor) and out.requires_grad for out in outs]
+        if moving[0] and moving.count(True) == 1:
+            # This hook fires as soon as the cotangent is there: what is contracted is freed then.
+            outs[0].register_hook(partial(_hand_over, self.gradient_ready, hook))
+        elif any(moving):
+            # Of several outputs, autograd hands out the cotangents together at the end of the pass.
             edges: list[GradientEdge | None] = []
-            for out in outs:
-                has_gradient = isinstance(out, Tensor) and out.requires_grad
-                edges.append(get_gradient_edge(out) if has_gradient else None)
+            for out, moves in zip(outs, moving, strict=True):
+                edges.append(get_gradient_edge(out) if moves else None)
             self.several.append((hook, edges))
 
 
@@ -261,7 +266,9 @@ def _hand_over(gradient_ready: GradientReady, hook: Hook, cotangent: Tensor) -> 
 
 
 def _detached(t: Any) -> Any:
-    return t.detach() if isinstance(t, Tensor) else t
+    if isinstance(t, Tensor):
+        return t.detach()
+    return t
 
 
 def _map_with_refs(function: Callable[[Any, Any], Any], refs: Any, values: Any) -> Any:

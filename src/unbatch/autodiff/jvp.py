@@ -25,9 +25,20 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_map
 
 from unbatch.autodiff import eager
-from unbatch.autodiff.autograd import forward_mode, gradients, solid
+from unbatch.autodiff.autograd import (
+    Key,
+    detached,
+    forward_mode,
+    gradients,
+    leaves_of,
+    or_zeros,
+    pick,
+    subset,
+    zero_leaves,
+)
 from unbatch.autodiff.compositions import SPELLED_OUT
 from unbatch.autodiff.context import Context
+from unbatch.autodiff.dependence import values_read, values_returned, within
 from unbatch.autodiff.jvp_rules import NEED_OUTPUTS, push_through, through_op
 from unbatch.autodiff.planner import BackwardPlan
 from unbatch.autodiff.schedule import Schedule
@@ -50,7 +61,7 @@ class Linearised(ABC):
     @property
     def predictions(self) -> dict[int, Tensor]:
         """Return values by number in the graph."""
-        return {i: t.detach() for i, t in self.outputs.items()}
+        return detached(self.outputs)
 
     @abstractmethod
     def push(self, tangents: Mapping[str, Tensor]) -> dict[int, Tensor]:
@@ -65,10 +76,10 @@ class Linearised(ABC):
     def _pulled(
         self, cotangents: Mapping[int, Tensor], names: Iterable[str] | None
     ) -> dict[str, Tensor]:
-        ends = [self.outputs[i] for i in cotangents]
+        ends = pick(self.outputs, cotangents)
         leaves = self.leaves
         if names is not None:
-            leaves = {name: self.leaves[name] for name in names}
+            leaves = subset(self.leaves, names)
         return gradients(ends, leaves, list(cotangents.values()), retain=True)
 
 
@@ -77,17 +88,23 @@ class Linearised(ABC):
 
 def moves(step: Step, plan: BackwardPlan) -> bool:
     """Tell whether a step makes something that depends on the parameters of something that does."""
-    if not any(ref.index in plan.theta for ref in step.refs()):
+    if plan.theta.isdisjoint(values_read(step)):
         return False
-    made = [*step.outs, *(new for _, new in step.writes)]
-    return any(ref is not None and ref.index in plan.theta for ref in made)
+    made = values_returned(step)
+    for _, new in step.writes:
+        made.append(new.index)
+    return not plan.theta.isdisjoint(made)
 
 
 def differentiated(graph: Graph, schedule: Schedule) -> list[Step]:
     """Return the steps of the forward pass that tangents go through."""
-    cut = {step.index for step in schedule.cut_off} - set(schedule.flow.frozen_norms)
-    steps = [step for step in graph.forward_steps if step.grad and step.index not in cut]
-    return [step for step in steps if moves(step, schedule.flow)]
+    plan, steps = schedule.flow, []
+    for step in graph.forward_steps:
+        # A batch norm with constant statistics is cut off from these alone.
+        cut = step.index in schedule.cut_numbers and step.index not in plan.frozen_norms
+        if step.grad and not cut and moves(step, plan):
+            steps.append(step)
+    return steps
 
 
 @dataclass
@@ -161,7 +178,7 @@ class LinearisedGraph(Linearised):
         self.watched = watched
         self.route = setting.route(parameters, "frozen" if frozen else "component")
         self.flow = self.route.flow
-        self.leaves = {n: p.detach().requires_grad_() for n, p in parameters.items()}
+        self.leaves = leaves_of(parameters)
         self.edges: dict[int, GradientEdge] = {}
         self.steps: list[ExecutedOp] = []
         # Of values whose memory is written to through others, and of these memories, in entries.
@@ -171,19 +188,20 @@ class LinearisedGraph(Linearised):
 
     def _run(self) -> None:
         graph = self.setting.graph
-        live = {i: self.leaves[name] for i, name in self.flow.parameters.items()}
         with torch.enable_grad():
             tensors = graph.run(
-                self.setting.data | live,
+                self.setting.data | self.flow.by_number(self.leaves),
                 self.route.wanted,
                 visit=self._visit,
                 instead=self._recording_substitutes(),
                 steps=graph.forward_steps,
             )
         values = dict(zip(self.route.wanted, tensors, strict=True))
-        self.outputs = {i: values[i] for i in self.flow.predictions}
-        self.inner = {i: values[i].detach() for i in self.route.inner}
-        self.all_outputs = {r.index: values[r.index].detach() for r in graph.predictions}
+        self.outputs = subset(values, self.flow.predictions)
+        self.inner = detached(subset(values, self.route.inner))
+        self.all_outputs = {}
+        for ref in graph.predictions:
+            self.all_outputs[ref.index] = values[ref.index].detach()
 
     def _visit(self, i: int, value: Tensor) -> None:
         storage = self.setting.graph.values[i].storage
@@ -202,13 +220,12 @@ class LinearisedGraph(Linearised):
     def _recording_substitutes(self) -> dict[int, Callable[..., Any]]:
         """Return what keeps the arguments of every step that derivatives go through."""
         graph = self.setting.graph
-        cut = {step.index for step in self.route.cut_off}
         instead: dict[int, Callable[..., Any]] = {}
         for step in graph.forward_steps:
             if step.index in self.flow.frozen_norms:
                 if step.grad and moves(step, self.flow):
                     instead[step.index] = partial(self._record, step, norm_held(step))
-            elif step.index in cut:
+            elif step.index in self.route.cut_numbers:
                 instead[step.index] = held(step.op)
             elif step.grad and moves(step, self.flow):
                 instead[step.index] = partial(self._record, step, step.op)
@@ -218,14 +235,14 @@ class LinearisedGraph(Linearised):
         """Run a step and keep its arguments, as copies if one of them is ever written to."""
         graph = self.setting.graph
         keep = _detached
-        if any(graph.written(ref.index) for ref in step.refs()):
+        if any(map(graph.written, values_read(step))):
             keep = _copied
         kept_args, kept_kwargs = tree_map(keep, (args, kwargs))
         result = op(*args, **kwargs)
         arguments = dict(zip(step.parameters, kept_args, strict=False)) | kept_kwargs
         outs: tuple[Any, ...] = ()
         if step.name in NEED_OUTPUTS:
-            outs = tuple(_detached(out) for out in flat(result))
+            outs = tuple(map(_detached, flat(result)))
         self.steps.append(ExecutedOp(step, arguments, outs))
         return result
 
@@ -266,7 +283,7 @@ class LinearisedGraph(Linearised):
         moving = {i: t for i, t in self.outputs.items() if t.requires_grad}
         u = gaussians_like(moving, generator)
         pulled = self.pull(u)
-        expected = sum(float((pulled[n] * v[n]).sum()) for n in v)
+        expected = _inner_product(v, pulled)
         # Where J is zero (a bias below a batch norm), both are what rounding leaves of larger
         # numbers.
         least = 0.0
@@ -274,10 +291,10 @@ class LinearisedGraph(Linearised):
             if i in u:
                 least += 1e3 * torch.finfo(t.dtype).eps * float(u[i].norm() * t.norm())
         for at_once in (False, True):
-            pushed = self._push_at_once(v) if at_once else self._push_by_steps(v)
+            push = self._push_at_once if at_once else self._push_by_steps
+            pushed = push(v)
             size = sum(float(u[i].norm() * pushed[i].norm()) for i in u)
-            product = sum(float((u[i] * pushed[i]).sum()) for i in u)
-            if abs(product - expected) <= self.setting.rounding * size + least:
+            if abs(_inner_product(u, pushed) - expected) <= self.setting.rounding * size + least:
                 return at_once
         contradiction = "its rules contradict its backward pass"
         raise StructureError(MSG_NO_TANGENT.format(place="the model", error=contradiction))
@@ -324,9 +341,8 @@ class LinearisedGraph(Linearised):
         setting, graph = self.setting, self.setting.graph
         wanted = list(at or self.outputs)
         with torch.no_grad(), forward_mode():
-            live: dict[int, Tensor] = {}
+            live = detached(self.flow.by_number(self.parameters))
             for i, name in self.flow.parameters.items():
-                live[i] = self.parameters[name].detach()
                 if name in tangents:
                     live[i] = forward_ad.make_dual(live[i], tangents[name].contiguous())
             instead = self._forward_mode_substitutes()
@@ -338,10 +354,7 @@ class LinearisedGraph(Linearised):
                 message = MSG_NO_TANGENT.format(place="the model", error=error)
                 raise StructureError(message) from error
             outs = [forward_ad.unpack_dual(dual).tangent for dual in duals]
-        pushed: dict[int, Tensor] = {}
-        for i, value, tangent in zip(wanted, duals, outs, strict=True):
-            pushed[i] = torch.zeros_like(value) if tangent is None else solid(tangent)
-        return pushed
+        return dict(zip(wanted, or_zeros(outs, duals), strict=True))
 
     def _forward_mode_substitutes(self) -> dict[int, Callable[..., Any]]:
         """Return what runs in place of steps in forward mode; later entries take precedence."""
@@ -374,12 +387,20 @@ class LinearisedGraph(Linearised):
         return run
 
 
+def _inner_product(a: Mapping[Key, Tensor], b: Mapping[Key, Tensor]) -> float:
+    return sum(float((a[key] * b[key]).sum()) for key in a)
+
+
 def _detached(t: Any) -> Any:
-    return t.detach() if isinstance(t, Tensor) else t
+    if isinstance(t, Tensor):
+        return t.detach()
+    return t
 
 
 def _copied(t: Any) -> Any:
-    return t.detach().clone() if isinstance(t, Tensor) else t
+    if isinstance(t, Tensor):
+        return t.detach().clone()
+    return t
 
 
 # --- of the model ---------------------------------------------------------------------------------
@@ -393,7 +414,7 @@ class LinearisedModel(Linearised):
         ran = eager.run(setting, parameters, twice=True)
         self.setting = setting
         self.leaves, self.outputs, self.inner = dict(parameters), ran.predictions, ran.inner
-        self.all_outputs = {i: t.detach() for i, t in ran.values.items()}
+        self.all_outputs = detached(ran.values)
         self._random_state = ran.state
 
     def _untouched(self) -> AbstractContextManager[object]:
@@ -411,7 +432,7 @@ class LinearisedModel(Linearised):
     def _transposed(self) -> tuple[dict[str, Tensor], list[Tensor]]:
         """``Jᵀ w`` by parameter, as a function of ``w`` (which is the second), at zero."""
         ends, leaves = list(self.outputs.values()), list(self.leaves.values())
-        ws = [torch.zeros_like(t, requires_grad=True) for t in ends]
+        ws = zero_leaves(ends)
         with self._untouched(), torch.enable_grad():
             grads = torch.autograd.grad(ends, leaves, ws, create_graph=True, allow_unused=True)
         by_name = zip(self.leaves, grads, strict=True)
@@ -424,8 +445,8 @@ class LinearisedModel(Linearised):
         """
         try:
             pulled, ws = self._transposed
-            names = [name for name in pulled if name in tangents]
-            ends, vs = [pulled[name] for name in names], [tangents[name] for name in names]
+            names = within(pulled, tangents)
+            ends, vs = pick(pulled, names), pick(tangents, names)
             grads: Sequence[Tensor | None] = [None] * len(ws)
             if ends:
                 with self._untouched():
@@ -433,7 +454,5 @@ class LinearisedModel(Linearised):
         except (NotImplementedError, RuntimeError) as error:
             message = MSG_NO_TANGENT.format(place="the model", error=error)
             raise StructureError(message) from error
-        pushed: dict[int, Tensor] = {}
-        for (i, t), tangent in zip(self.outputs.items(), grads, strict=True):
-            pushed[i] = torch.zeros_like(t.detach()) if tangent is None else tangent
-        return pushed
+        like = detached(self.outputs).values()
+        return dict(zip(self.outputs, or_zeros(grads, like), strict=True))

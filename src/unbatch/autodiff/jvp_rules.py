@@ -15,7 +15,7 @@ Three facts give most of the rules, for an op ``y = f(x)`` with the Jacobian ``J
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map
 
-from unbatch.autodiff.autograd import forward_mode, solid
+from unbatch.autodiff.autograd import forward_mode, or_zeros, solid, zero_leaves
 from unbatch.autodiff.compositions import SPELLED_OUT, Composition
 from unbatch.capture import ops
 from unbatch.capture.graph import ExecutedOp, Ref, Step, flat, is_ref
@@ -71,7 +71,9 @@ def push_through(call: ExecutedOp, tangents: Mapping[int, Tensor]) -> Tangents:
 
 def _by_name(step: Step, tangents: Mapping[int, Tensor]) -> dict[str, Any]:
     def tangent(leaf: Any) -> Tensor | None:
-        return tangents.get(leaf.index) if isinstance(leaf, Ref) else None
+        if isinstance(leaf, Ref):
+            return tangents.get(leaf.index)
+        return None
 
     moving: dict[str, Any] = {}
     for name, argument in step.named.items():
@@ -125,7 +127,9 @@ def addition(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
         return [None]
     operands = (arguments["self"], arguments["other"])
     shape = torch.broadcast_shapes(*(t.shape for t in operands if isinstance(t, Tensor)))
-    return [total if total.shape == shape else total.expand(shape)]
+    if total.shape != shape:
+        total = total.expand(shape)
+    return [total]
 
 
 @rule("embedding")
@@ -140,9 +144,7 @@ def lookup(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
 @rule("cat stack")
 def joining(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
     """Linear in all tensors together; those that do not move are zero."""
-    tensors = []
-    for x, dx in zip(call.arguments["tensors"], moving["tensors"], strict=True):
-        tensors.append(torch.zeros_like(x) if dx is None else dx)
+    tensors = or_zeros(moving["tensors"], call.arguments["tensors"])
     return [call.with_({"tensors": tensors})]
 
 
@@ -153,9 +155,8 @@ def joining(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
 def product(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
     """``x z`` with two matrices or vectors."""
     x, z = list(call.arguments)[:2]
-    by_x = None if moving[x] is None else call.with_({x: moving[x]})
-    by_z = None if moving[z] is None else call.with_({z: moving[z]})
-    return [_sum(by_x, by_z)]
+    arguments = call.arguments
+    return [_bilinear(call.op, arguments[x], arguments[z], moving[x], moving[z])]
 
 
 @rule("mul")
@@ -205,8 +206,9 @@ def convolution(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
         by_input = call.with_({"input": dx, "bias": db})
         db = None
     if dw is not None or db is not None:
-        weight = torch.zeros_like(call.arguments["weight"]) if dw is None else dw
-        by_weight = call.with_({"weight": weight, "bias": db})
+        if dw is None:
+            dw = torch.zeros_like(call.arguments["weight"])
+        by_weight = call.with_({"weight": dw, "bias": db})
     return [_sum(by_input, by_weight)]
 
 
@@ -267,7 +269,9 @@ def layer_norm(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
     if dw is not None:
         by_weight = (x - mean) * rstd * dw
     total = _shifted(_sum(by_input, by_weight), moving["bias"], x.shape)
-    return [None if total is None else total.to(y.dtype), None, None]
+    if total is not None:
+        total = total.to(y.dtype)
+    return [total, None, None]
 
 
 @rule(" ".join(ops.names(lambda row: row.batch_norm)), outputs=True)
@@ -303,17 +307,23 @@ def batch_norm(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents | None:
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     if a is None:
         return b
-    return a if b is None else a + b
+    if b is None:
+        return a
+    return a + b
 
 
 def _scaled(tangent: Tensor | None, factor: float) -> Tensor | None:
-    return tangent if tangent is None or factor == 1 else factor * tangent
+    if tangent is None or factor == 1:
+        return tangent
+    return factor * tangent
 
 
 def _shifted(total: Tensor | None, shift: Tensor | None, shape: torch.Size) -> Tensor | None:
     if shift is None:
         return total
-    return shift.expand(shape) if total is None else total + shift
+    if total is None:
+        return shift.expand(shape)
+    return total + shift
 
 
 def _bilinear(
@@ -324,8 +334,11 @@ def _bilinear(
     dz: Tensor | None,
 ) -> Tensor | None:
     """Return ``dx z + x dz``."""
-    by_x = None if dx is None else multiply(dx, z)
-    by_z = None if dz is None else multiply(x, dz)
+    by_x = by_z = None
+    if dx is not None:
+        by_x = multiply(dx, z)
+    if dz is not None:
+        by_z = multiply(x, dz)
     return _sum(by_x, by_z)
 
 
@@ -349,7 +362,9 @@ def through_op(call: ExecutedOp, op: Any, tangents: Mapping[int, Tensor]) -> Tan
         return _by_double_backward(call, op, tangents)
     except (NotImplementedError, RuntimeError) as error:
         # The first reason is the op's own; a composition that refuses says more.
-        reason = missing if composition is None else error
+        reason = error
+        if composition is None:
+            reason = missing
         message = MSG_NO_TANGENT.format(place=call.step.place, error=reason)
         raise StructureError(message) from reason
 
@@ -357,15 +372,20 @@ def through_op(call: ExecutedOp, op: Any, tangents: Mapping[int, Tensor]) -> Tan
 def _by_forward_mode(call: ExecutedOp, op: Any, tangents: Mapping[int, Tensor]) -> Tangents:
     with forward_mode():
         outs = flat(op(**_with_tangents(call, tangents, _dual)))
-        pushed: Tangents = []
-        for out in outs:
-            tangent = forward_ad.unpack_dual(out).tangent if isinstance(out, Tensor) else None
-            pushed.append(None if tangent is None else solid(tangent))
-        return pushed
+        return [_tangent(out) for out in outs]
 
 
 def _composed(composition: Composition, **arguments: Any) -> Any:
     return composition(arguments)
+
+
+def _tangent(out: Any) -> Tensor | None:
+    if not isinstance(out, Tensor):
+        return None
+    tangent = forward_ad.unpack_dual(out).tangent
+    if tangent is None:
+        return None
+    return solid(tangent)
 
 
 def _dual(x: Tensor, dx: Tensor) -> Tensor:
@@ -384,9 +404,9 @@ def _by_double_backward(call: ExecutedOp, op: Any, tangents: Mapping[int, Tensor
 
     with torch.enable_grad():
         outs = flat(op(**_with_tangents(call, tangents, leaf)))
-        moving = [isinstance(out, Tensor) and out.requires_grad for out in outs]
-        ys = [out for out, moves in zip(outs, moving, strict=True) if moves]
-        ws = [torch.zeros_like(y, requires_grad=True) for y in ys]
+        moving = [k for k, y in enumerate(outs) if isinstance(y, Tensor) and y.requires_grad]
+        ys = [outs[k] for k in moving]
+        ws = zero_leaves(ys)
         pulled = torch.autograd.grad(ys, xs, ws, create_graph=True, allow_unused=True)
         ends: list[Tensor] = []
         vs: list[Tensor] = []
@@ -394,10 +414,12 @@ def _by_double_backward(call: ExecutedOp, op: Any, tangents: Mapping[int, Tensor
             if pulled_back is not None and pulled_back.requires_grad:
                 ends.append(pulled_back)
                 vs.append(dx)
-        if not ends:
-            return [None for _ in outs]
-        pushed: Iterator[Tensor | None] = iter(torch.autograd.grad(ends, ws, vs, allow_unused=True))
-    return [next(pushed) if moves else None for moves in moving]
+        pushed: Tangents = [None] * len(outs)
+        if ends:
+            grads = torch.autograd.grad(ends, ws, vs, allow_unused=True)
+            for k, grad in zip(moving, grads, strict=True):
+                pushed[k] = grad
+    return pushed
 
 
 def _with_tangents(

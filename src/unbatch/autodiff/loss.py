@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from unbatch.autodiff.autograd import solid
+from unbatch.autodiff.autograd import detached, or_zeros, pick, solid
 from unbatch.autodiff.context import Context
 from unbatch.capture.graph import Graph, Ref, Step, is_ref
 from unbatch.capture.isolation import untouched
@@ -116,7 +116,7 @@ class LossAt:
         """Return the gradient at the predictions moved by ``step`` in the direction ``v``."""
         moved = {i: t.detach() + step * v[i] for i, t in leaves.items()}
         slope = replace(self, predictions={**self.predictions, **moved}).slope
-        return {i: slope[i] if i in slope else torch.zeros_like(t) for i, t in moved.items()}
+        return dict(zip(moved, or_zeros(map(slope.get, moved), moved.values()), strict=True))
 
     # -- in float64 --
 
@@ -137,7 +137,9 @@ class LossAt:
         if own_derivatives(self._value()[0]) or _backward_inside(self.setting):
             return None
         other = self._as_double(replayed=True)
-        return other if other is not None and self._agrees(other.slope) else None
+        if other is None or not self._agrees(other.slope):
+            return None
+        return other
 
     def _casts_to_narrow_types(self) -> bool:
         graph = self.setting.graph
@@ -165,7 +167,9 @@ class LossAt:
             slope = other.slope
         except (RuntimeError, TypeError):
             return None
-        return other if _all_double(slope.values()) else None
+        if not _all_double(slope.values()):
+            return None
+        return other
 
     def _agrees(self, slope: Named) -> bool:
         """Tell whether a gradient is this one, up to rounding."""
@@ -194,14 +198,12 @@ def _derivative_along(slope: Named, leaves: Named, v: Named) -> dict[int, Tensor
     live = [i for i, g in slope.items() if g.requires_grad and i in v]
     grads: Sequence[Tensor | None] = [None] * len(leaves)
     if live:
-        ends, vectors = [slope[i] for i in live], [v[i] for i in live]
+        ends, vectors = pick(slope, live), pick(v, live)
         grads = torch.autograd.grad(
             ends, list(leaves.values()), vectors, retain_graph=True, allow_unused=True
         )
-    product: dict[int, Tensor] = {}
-    for (i, leaf), grad in zip(leaves.items(), grads, strict=True):
-        product[i] = torch.zeros_like(leaf) if grad is None else solid(grad.detach())
-    return product
+    product = or_zeros(grads, detached(leaves).values())
+    return detached(dict(zip(leaves, product, strict=True)))
 
 
 def nonzero_gradients(value: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -224,7 +226,8 @@ def own_derivatives(value: Tensor) -> list[str]:
         if node is None or node in visited:
             continue
         visited.add(node)
-        queue += [before for before, _ in node.next_functions]
+        for before, _ in node.next_functions:
+            queue.append(before)
         name = type(node).__name__
         numbered = name.rstrip("0123456789")
         if numbered in WITHOUT_GRAPH:
@@ -258,17 +261,16 @@ def loss_value(
         if replayed or by_graph(setting, inner):
             return _replayed(setting, {**predictions, **leaves}, inner), leaves
         # What the loss writes to is not a leaf.
-        filled = {**outputs, **leaves}
-        if any(step.writes for step in setting.graph.loss_steps):
-            filled = {**outputs, **{i: t.clone() for i, t in leaves.items()}}
-        return loss_of(setting, output_of(setting, filled)), leaves
+        ends = leaves
+        if _loss_writes(setting):
+            ends = _cloned(leaves)
+        return loss_of(setting, output_of(setting, {**outputs, **ends})), leaves
 
 
 def _replayed(setting: Context, predictions: Named, inner: Named) -> Tensor:
     graph = setting.graph
     assert graph.loss is not None
-    constant = {i: t.detach() for i, t in inner.items()}
-    feed = {**setting.constants, **setting.data, **constant, **predictions}
+    feed = {**setting.constants, **setting.data, **detached(inner), **predictions}
     (value,) = graph.run(feed, [graph.loss.index], keep=noise(graph), steps=graph.loss_steps)
     return value
 
@@ -281,8 +283,7 @@ def by_graph(setting: Context, inner: Mapping[int, Tensor]) -> bool:
     recorded, takes for constants what it was handed by the forward pass. (Of a model with its own
     loss, the whole recording is tested.)
     """
-    steps = setting.graph.loss_steps
-    replayed = setting.own_loss or bool(inner) or any(s.noise for s in steps)
+    replayed = setting.own_loss or bool(inner) or _loss_draws(setting)
     inside = _backward_inside(setting)
     if replayed and inside is not None and not setting.own_loss:
         raise StructureError(MSG_BACKWARD_INSIDE.format(op=inside.name, where=inside.where))
@@ -291,14 +292,19 @@ def by_graph(setting: Context, inner: Mapping[int, Tensor]) -> bool:
 
 def _backward_inside(setting: Context) -> Step | None:
     """Return the first step of the loss that is a derivative, None if it takes none."""
-    return next((s for s in setting.graph.loss_steps if "_backward" in s.name), None)
+    for step in setting.graph.loss_steps:
+        if "_backward" in step.name:
+            return step
+    return None
 
 
 def output_of(setting: Context, values: Mapping[int, Tensor]) -> Any:
     """Return the output of the model with these tensors in it."""
 
     def filled(leaf: Any) -> Any:
-        return values[leaf.index] if isinstance(leaf, Ref) else leaf
+        if isinstance(leaf, Ref):
+            return values[leaf.index]
+        return leaf
 
     return tree_map(filled, setting.skeleton, is_leaf=is_ref)
 
@@ -318,8 +324,21 @@ def _protected(setting: Context) -> AbstractContextManager[object]:
     loss = setting.program.loss
     if isinstance(loss, torch.nn.Module):
         return untouched([loss])
-    changes = any(s.noise or s.writes for s in setting.graph.loss_steps)
-    return untouched([]) if changes else nullcontext()
+    if _loss_draws(setting) or _loss_writes(setting):
+        return untouched([])
+    return nullcontext()
+
+
+def _loss_writes(setting: Context) -> bool:
+    return any(step.writes for step in setting.graph.loss_steps)
+
+
+def _loss_draws(setting: Context) -> bool:
+    return any(step.noise for step in setting.graph.loss_steps)
+
+
+def _cloned(tensors: Named) -> dict[int, Tensor]:
+    return {i: t.clone() for i, t in tensors.items()}
 
 
 def noise(graph: Graph) -> dict[int, Tensor]:
@@ -329,8 +348,10 @@ def noise(graph: Graph) -> dict[int, Tensor]:
         if not step.noise:
             continue
         for ref in step.outs:
-            value = None if ref is None else graph.known(ref.index)
-            if ref is not None and value is not None:
+            if ref is None:
+                continue
+            value = graph.known(ref.index)
+            if value is not None:
                 drawn[ref.index] = value
     return drawn
 
@@ -342,7 +363,7 @@ def rest_of_loss(
 
     All outputs of the model are held constant.
     """
-    fixed = {i: t.detach() for i, t in outputs.items()}
-    if any(step.writes for step in setting.graph.loss_steps):
-        fixed = {i: t.clone() for i, t in fixed.items()}
+    fixed = detached(outputs)
+    if _loss_writes(setting):
+        fixed = _cloned(fixed)
     return nonzero_gradients(loss_of(setting, output_of(setting, fixed)), parameters)

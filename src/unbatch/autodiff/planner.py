@@ -16,12 +16,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from unbatch.analysis.domain.ownership import Ownership
 from unbatch.analysis.domain.sample_layout import Layout, Scattered, layout_of, prediction_dim
 from unbatch.analysis.interpreter import Interpretation
-from unbatch.autodiff.dependence import Dependence, OwnedGraph, find_dependence
+from unbatch.autodiff.dependence import (
+    Dependence,
+    OwnedGraph,
+    find_dependence,
+    values_read,
+    within,
+)
 from unbatch.capture import ops
 from unbatch.capture.aliasing import by_memory
 from unbatch.capture.graph import Graph, Ref, Step, is_ref
@@ -82,6 +89,10 @@ class BackwardPlan:
     def columns(self) -> list[Site]:
         """The sites that each sample is pulled back to alone."""
         return [s for s in self.sites if s.way == "columns"]
+
+    def by_number(self, named: Mapping[str, Tensor]) -> dict[int, Tensor]:
+        """Return tensors that are named as the parameters by their number in the graph."""
+        return {i: named[name] for i, name in self.parameters.items()}
 
     @property
     def divisible(self) -> bool:
@@ -163,10 +174,10 @@ class _Planner:
 
     def _layouts(self) -> dict[int, Layout | Scattered]:
         values: list[int] = []
-        for number in {s.step for s in self.sites}:
-            values += self.owned.results(self.owned.graph.steps[number])
+        for site in self.sites:
+            values += self.owned.results(self.owned.graph.steps[site.step])
         layouts: dict[int, Layout | Scattered] = {}
-        for i in [*values, *self.seeds]:
+        for i in dict.fromkeys([*values, *self.seeds]):
             layout = self.owned.layout(i)
             if layout is not None:
                 layouts[i] = layout
@@ -179,9 +190,9 @@ class _Planner:
         to operands.
         """
         owned = self.owned
-        operands = [i for i in reads if i in self.direct and owned.is_shared(i)]
+        operands = [i for i in within(reads, self.direct) if owned.is_shared(i)]
         separate = self.dependence.all_separate(outs)
-        if all(owned.is_shared(o) for o in outs):
+        if owned.all_shared(outs):
             if operands:
                 self._place_shared(step, outs, reads, operands)
             return
@@ -205,8 +216,8 @@ class _Planner:
         for _, new in step.writes:
             if self._lies_among_samples(new.index):
                 self.spanning.add(new.index)
-        reads_samples = not all(owned.is_shared(i) for i in reads)
-        moving = any(owned.owners(o).depends_on_batch for o in outs)
+        reads_samples = not owned.all_shared(reads)
+        moving = bool(owned.moving(outs))
         if self.by != "component" and reads_samples:
             raise self._refusal(step)
         separate = self.dependence.all_separate(outs)
@@ -270,7 +281,7 @@ class _Planner:
         is_bias = step.name == "addmm" and _argument_name(step, operand) == "self"
         if is_bias and not fits:
             return None
-        users = [s for s in self.owned.graph.steps if any(r.index in outs for r in s.refs())]
+        users = [s for s in self.owned.graph.steps if out in values_read(s)]
         if out in self.predictions or len(users) != 1:
             return None
         (norm,) = users
@@ -294,13 +305,14 @@ class _Planner:
     def _add_seeds(self, step: Step, outs: Sequence[int], reads: Sequence[int]) -> None:
         """Start columns at separate results of a step whose inputs are not all separate."""
         dependence, owned = self.dependence, self.owned
-        moving = [i for i in reads if owned.owners(i).depends_on_batch]
+        moving = owned.moving(reads)
         above = [i for i in moving if owned.owners(i).owned and dependence.is_separate(i)]
-        depending = [o for o in outs if o in dependence.theta]
+        depending = within(outs, dependence.theta)
         fresh = [o for o in depending if dependence.is_separate(o) and o not in self.seeds]
         # If another result of the step is read by other samples, no site below gets its cotangent
         # from one backward pass.
-        if not fresh or (len(above) == len(moving) and len(fresh) == len(depending)):
+        needed = len(above) < len(moving) or len(fresh) < len(depending)
+        if not fresh or not needed:
             return
         self.seeds += fresh
         for o in fresh:
@@ -379,7 +391,7 @@ def spread(graph: Graph, walk: Interpretation, plan: BackwardPlan) -> list[tuple
         if ops.traits(step.op).fills_shape and axes:
             origins.append((value, axes))
             continue
-        sources = [r.index for r in step.refs()]
+        sources = values_read(step)
         if graph.written(value):
             sources += in_memory[graph.values[value].storage]
         for i in sources:

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from unbatch.analysis.domain.sample_layout import Layout, Scattered
 from unbatch.autodiff.contractions.row_block import RowBlockView
+from unbatch.autodiff.dependence import values_read, values_returned, within
 from unbatch.autodiff.planner import BackwardPlan, Site
 from unbatch.capture import ops
 from unbatch.capture.graph import Graph, Ref, Step, is_ref
@@ -54,7 +55,7 @@ class Operands:
             if value in self.flow.parameters:
                 names.append(self.flow.parameters[value])
             elif value in self.flow.direct:
-                queue += [r.index for r in self.graph.makers[value].refs()]
+                queue += values_read(self.graph.makers[value])
         return names
 
     def view(self, operand: int) -> RowBlockView | None:
@@ -75,7 +76,7 @@ class Operands:
         transposed = None
         if not path:
             transposed = False
-        elif [step.name for step in path] == ["t"]:
+        elif len(path) == 1 and path[0].name == "t":
             transposed = True
         return RowBlockView(partial(replayed, path), transposed)
 
@@ -105,8 +106,7 @@ class Operands:
                 else:
                     apart.append(group)
             groups = [*apart, (values, names)]
-        order = list(self.shapes)
-        return [(sorted(values), sorted(names, key=order.index)) for values, names in groups]
+        return [(sorted(values), within(self.shapes, names)) for values, names in groups]
 
 
 def _rearranges(step: Step) -> bool:
@@ -140,6 +140,10 @@ class Hook:
     projecting: frozenset[int]  # the steps of sites that use this batch norm's closed form
     overwritten: frozenset[int]  # the inputs whose memory is written to from here on
     in_place: int | None  # the value it returns, if that is the tensor that it was given
+
+    def by_way(self, way: str) -> list[Use]:
+        """Return the uses whose sites are contracted in one of the ways."""
+        return [use for use in self.uses if use.site.way == way]
 
     @property
     def keeps_arguments(self) -> bool:
@@ -193,21 +197,30 @@ class Schedule:
     @cached_property
     def wanted(self) -> list[int]:
         """All values of the model that are read after it has run."""
-        returned = [r.index for r in self.graph.predictions]
-        return list(dict.fromkeys([*self.flow.predictions, *self.inner, *returned]))
+        wanted = [*self.flow.predictions, *self.inner]
+        wanted += [ref.index for ref in self.graph.predictions]
+        return list(dict.fromkeys(wanted))
 
     @cached_property
     def cut_off(self) -> list[Step]:
         """Steps whose results are held constant."""
         frozen = self.flow.frozen
-        return [s for s in self.steps if any(r is not None and r.index in frozen for r in s.outs)]
+        return [step for step in self.steps if not frozen.isdisjoint(values_returned(step))]
+
+    @cached_property
+    def cut_numbers(self) -> frozenset[int]:
+        """The numbers of the steps that are cut off."""
+        return frozenset(step.index for step in self.cut_off)
 
     @cached_property
     def watched(self) -> frozenset[int]:
         """Values whose edge in the autograd graph is kept: seeds, and what pools take their
         cotangents from.
         """
-        return frozenset([*self.flow.seeds, *(pool.out for pool in self.pools.values())])
+        values = set(self.flow.seeds)
+        for pool in self.pools.values():
+            values.add(pool.out)
+        return frozenset(values)
 
     # -- steps at which something is done --
 
@@ -215,12 +228,13 @@ class Schedule:
     def hooks(self) -> dict[int, Hook]:
         """By step."""
         flow = self.flow
-        numbers = {s.step for s in flow.sites} | flow.frozen_norms
-        numbers |= set(flow.gates) | set(flow.projections.values())
+        numbers = {*flow.frozen_norms, *flow.gates, *flow.projections.values()}
+        for site in flow.sites:
+            numbers.add(site.step)
         for step in self.steps:
             # In place, a seed is one tensor with the value before it: its edge has to be that after
             # the step.
-            if step.writes and any(r is not None and r.index in flow.seeds for r in step.outs):
+            if step.writes and within(values_returned(step), flow.seeds):
                 numbers.add(step.index)
         return {number: self._hook(self.graph.steps[number]) for number in sorted(numbers)}
 
@@ -235,9 +249,13 @@ class Schedule:
             else:
                 uses.append(self._use(step, site))
         overwritten: set[int] = set()
-        for ref in step.refs():
-            if self._last_write(ref.index) >= step.index:
-                overwritten.add(ref.index)
+        for value in values_read(step):
+            if self._last_write(value) >= step.index:
+                overwritten.add(value)
+        projecting: set[int] = set()
+        for below, norm in self.flow.projections.items():
+            if norm == step.index:
+                projecting.add(below)
         in_place = None
         if step.writes and ops.writes_in_place(step.op) and step.outs[0] is not None:
             in_place = step.outs[0].index
@@ -247,7 +265,7 @@ class Schedule:
             tuple(uses),
             frozenset(by_autograd),
             frozenset(self.flow.gates.get(step.index, ())),
-            frozenset(i for i, norm in self.flow.projections.items() if norm == step.index),
+            frozenset(projecting),
             frozenset(overwritten),
             in_place,
         )
@@ -262,7 +280,7 @@ class Schedule:
 
     def _use(self, step: Step, site: Site) -> Use:
         leaves = tree_leaves(step.named[site.name], is_leaf=is_ref)
-        layouts = tuple(self.flow.layouts.get(r.index) for r in step.outs if r is not None)
+        layouts = tuple(map(self.flow.layouts.get, values_returned(step)))
         group = -1
         for number, together in enumerate(self.groups):
             if site in together.sites:
@@ -290,9 +308,9 @@ class Schedule:
         """
         by_step: dict[int, list[tuple[Site, int]]] = {}
         for number, hook in self.hooks.items():
-            uses = [use for use in hook.uses if use.site.way == "local"]
+            uses = hook.by_way("local")
             for below in hook.projecting:
-                uses += [use for use in self.hooks[below].uses if use.site.way == "projected"]
+                uses += self.hooks[below].by_way("projected")
             by_step[number] = [(use.site, use.group) for use in uses]
         return by_step
 
@@ -306,7 +324,8 @@ class Schedule:
         """
         viewed: set[int] = set()
         for group in self.groups:
-            if group.view is not None and len(group.sites) == 1 and not group.tied:
+            alone = len(group.sites) == 1 and not group.tied
+            if alone and group.view is not None:
                 viewed.add(group.operands[0])
         wanted: set[int] = set()
         for site in self.flow.sites:
@@ -316,9 +335,9 @@ class Schedule:
         # From the last step to the first, so that what makes an operand comes after the operand.
         for number, moving in sorted(self.flow.chain.items(), reverse=True):
             step = self.graph.steps[number]
-            if moving or any(r is not None and r.index in wanted for r in step.outs):
+            if moving or not wanted.isdisjoint(values_returned(step)):
                 chain[number] = moving
-                wanted.update(r.index for r in step.refs())
+                wanted.update(values_read(step))
         return chain
 
     # -- which parameters go together --
@@ -364,18 +383,21 @@ class Schedule:
         for site in self.flow.columns:
             if site not in self.pools:
                 names.update(self.operands.made_from(site.operand))
-        return [name for name in self.operands.shapes if name in names]
+        return within(self.operands.shapes, names)
 
     @cached_property
     def reached(self) -> list[str]:
         """The parameters that columns reach, by autograd or by a contraction."""
-        names = {pool.name for pool in self.pools.values()}.union(self.below)
-        return [name for name in self.operands.shapes if name in names]
+        names = set(self.below)
+        for pool in self.pools.values():
+            names.add(pool.name)
+        return within(self.operands.shapes, names)
 
     @cached_property
     def convolves(self) -> bool:
         """Whether columns are pulled through a convolution."""
-        return any(s.name == "convolution" and s.index >= self._lowest for s in self.steps)
+        lowest = self._lowest
+        return any(step.name == "convolution" and step.index >= lowest for step in self.steps)
 
     @cached_property
     def _lowest(self) -> int:

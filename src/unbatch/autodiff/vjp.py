@@ -22,11 +22,12 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from unbatch.analysis.domain.sample_layout import Layout, Scattered
-from unbatch.autodiff.autograd import Gate, batched_grad, solid
+from unbatch.autodiff.autograd import Gate, batched_grad, pick, solid
 from unbatch.autodiff.contractions.batch_norm import Pooled
 from unbatch.autodiff.contractions.contraction import Contraction
 from unbatch.autodiff.contractions.matmul import Linear
 from unbatch.autodiff.contractions.row_block import LazyRowBlock, RowBlock, RowBlockView
+from unbatch.autodiff.dependence import within
 from unbatch.autodiff.forward import ForwardPass
 from unbatch.autodiff.planner import BackwardPlan, Site
 from unbatch.autodiff.schedule import Hook, Pool, Schedule, Together
@@ -69,7 +70,9 @@ class Group:
     @property
     def lean(self) -> frozenset[str]:
         """What can be had without rows."""
-        return frozenset() if self.only is None else self.only[0].lean
+        if self.only is None:
+            return frozenset()
+        return self.only[0].lean
 
 
 class Seed(NamedTuple):
@@ -173,7 +176,7 @@ class Sweep:
             if self.predictions[i].requires_grad:
                 ends.append(self.predictions[i])
                 gs.append(cotangent)
-        seeds = [i for i in flow.seeds if i in forward.edges]
+        seeds = within(flow.seeds, forward.edges)
         edges: list[Any] = [forward.edges[i] for i in seeds]
         for _, of_outputs in forward.several:
             edges += [edge for edge in of_outputs if edge is not None]
@@ -185,21 +188,30 @@ class Sweep:
             found = torch.autograd.grad(ends, inputs, gs, retain_graph=retain, allow_unused=True)
         others = iter(found[len(seeds) :])
         for hook, of_outputs in forward.several:
-            self._gradient_ready(hook, [None if e is None else next(others) for e in of_outputs])
+            cotangents_of: list[Tensor | None] = [None] * len(of_outputs)
+            for k, edge in enumerate(of_outputs):
+                if edge is not None:
+                    cotangents_of[k] = next(others)
+            self._gradient_ready(hook, cotangents_of)
         return dict(zip(seeds, found, strict=False))
 
     def _gradient_ready(self, hook: Hook, cotangents: Sequence[Tensor | None]) -> None:
         """Contract the sites of a step whose outputs have their cotangents."""
         under_way = self._under_way
-        if under_way is None or all(g is None for g in cotangents):
+        if under_way is None:
             return
-        solid_cotangents = [None if g is None else solid(g.detach()) for g in cotangents]
+        received: list[Tensor | None] = [None] * len(cotangents)
+        for k, g in enumerate(cotangents):
+            if g is not None:
+                received[k] = solid(g.detach())
+        if received.count(None) == len(received):
+            return
         contractions = self._forward.contractions
         for site, number in self.route.contracted[hook.step.index]:
             # A contraction takes one cotangent: for more backward passes, it is kept as it is.
             last = under_way.last
             contraction = contractions.pop(site) if last else contractions[site].again()
-            contraction.receive(solid_cotangents)
+            contraction.receive(received)
             self.kinds[site] = contraction.kind
             group = self.groups[number]
             group.add(site.operand, contraction)
@@ -208,10 +220,11 @@ class Sweep:
 
     def _complete(self, group: Group) -> None:
         group.complete()
-        take = None if self._under_way is None else self._under_way.take
-        if take is not None and not group.together.tied:
-            take(group)
-            group.free()
+        under_way = self._under_way
+        if under_way is None or under_way.take is None or group.together.tied:
+            return
+        under_way.take(group)
+        group.free()
 
     def _seeds(
         self, cotangents: Mapping[int, Tensor], at_seeds: Mapping[int, Tensor | None]
@@ -275,9 +288,12 @@ class Sweep:
         *shape]`` each.
         """
         forward, below = self._forward, self.route.below
+        # A pool whose product depends on no seed has no edge, and no rows from here.
         pools = [p for p in self.route.pools.values() if p.out in forward.edges]
-        inputs: list[GradientEdge | Tensor] = [forward.leaves[name] for name in below]
-        inputs += [forward.edges[p.out] for p in pools]
+        inputs: list[GradientEdge | Tensor] = []
+        inputs += pick(forward.leaves, below)
+        for pool in pools:
+            inputs.append(forward.edges[pool.out])
         with Gate.shut():
             found = batched_grad([seed.edge for seed in self.seeds], inputs, cotangents, count)
         at_leaves = zip(below, found[: len(below)], strict=True)
@@ -315,7 +331,8 @@ class Sweep:
         """
         totals = {n: torch.zeros_like(p) for n, p in self.parameters.items()}
         shares = [self.group_sum(group, weights) for group in self.groups if group.meetings]
-        for share in [*shares, self.sum_of_columns(weights)]:
+        shares.append(self.sum_of_columns(weights))
+        for share in shares:
             for name, one in share.items():
                 totals[name] += one
         return totals
@@ -347,7 +364,7 @@ class Sweep:
         if not made:
             return rows
         names = group.together.names
-        leaves = [self._forward.leaves[name] for name in names]
+        leaves = pick(self._forward.leaves, names)
         for name, r in zip(names, batched_grad(made, leaves, cotangents, count), strict=True):
             if r is None:
                 continue
