@@ -7,8 +7,8 @@ In reading order:
 - ``context.py``: the recorded problem as the passes below see it
 - ``forward.py``, ``vjp.py``: one forward pass, and cotangents pulled back to the sites;
   ``contractions/``: what is made of them there
-- ``jvp.py``, ``jvp_rules.py``, ``compositions.py``: the model as a linear map of its parameters,
-  and how a tangent passes through an op
+- ``jvp.py``, ``tangent_store.py``: the model as a linear map of its parameters;
+  ``jvp_rules.py``, ``compositions.py``: how a tangent passes through an op
 - ``loss.py``: the loss as a function of the predictions
 - ``eager.py``: the model itself, where its graph has other derivatives
 - ``autograd.py``: what PyTorch's own engine lacks

@@ -17,6 +17,8 @@ from torch.autograd.graph import GradientEdge
 
 Key = TypeVar("Key", str, int)  # the name of a parameter, or the number of a value in a graph
 
+Value = TypeVar("Value")
+
 
 # --- tensors by name or number --------------------------------------------------------------------
 
@@ -36,9 +38,9 @@ def zero_leaves(like: Sequence[Tensor]) -> list[Tensor]:
     return [torch.zeros_like(t, requires_grad=True) for t in like]
 
 
-def pick(tensors: Mapping[Key, Tensor], keys: Iterable[Key]) -> list[Tensor]:
-    """Return some of the tensors, in the order of ``keys``."""
-    return [tensors[key] for key in keys]
+def pick(values: Mapping[Key, Value], keys: Iterable[Key]) -> list[Value]:
+    """Return some of the values, in the order of ``keys``."""
+    return [values[key] for key in keys]
 
 
 def subset(tensors: Mapping[Key, Tensor], keys: Iterable[Key]) -> dict[Key, Tensor]:

@@ -48,9 +48,8 @@ class ForwardPass:
     inner: dict[int, Tensor] = field(default_factory=dict)  # what else the loss reads, detached
     edges: dict[int, GradientEdge] = field(default_factory=dict)  # of the values that are watched
     contractions: dict[Site, Contraction] = field(default_factory=dict)
-    # Steps of which several outputs, or one that is not the first, have a cotangent; None for those
-    # without.
-    several: list[tuple[Hook, list[GradientEdge | None]]] = field(default_factory=list)
+    # Steps whose cotangents no hook hands over, and the edges of their outputs by position.
+    without_hook: list[tuple[Hook, dict[int, GradientEdge]]] = field(default_factory=list)
     # Sites below a batch norm that has not run yet, whose closed form they use.
     _below_norm: dict[Site, OperandUse] = field(default_factory=dict)
 
@@ -253,10 +252,11 @@ class ForwardPass:
             outs[0].register_hook(partial(_hand_over, self.gradient_ready, hook))
         elif any(moving):
             # Of several outputs, autograd hands out the cotangents together at the end of the pass.
-            edges: list[GradientEdge | None] = []
-            for out, moves in zip(outs, moving, strict=True):
-                edges.append(get_gradient_edge(out) if moves else None)
-            self.several.append((hook, edges))
+            edges: dict[int, GradientEdge] = {}
+            for k, out in enumerate(outs):
+                if moving[k]:
+                    edges[k] = get_gradient_edge(out)
+            self.without_hook.append((hook, edges))
 
 
 def _hand_over(gradient_ready: GradientReady, hook: Hook, cotangent: Tensor) -> None:

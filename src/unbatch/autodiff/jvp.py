@@ -14,7 +14,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, final
 
@@ -42,8 +41,9 @@ from unbatch.autodiff.dependence import values_read, values_returned, within
 from unbatch.autodiff.jvp_rules import NEED_OUTPUTS, push_through, through_op
 from unbatch.autodiff.planner import BackwardPlan
 from unbatch.autodiff.schedule import Schedule
+from unbatch.autodiff.tangent_store import TangentStore
 from unbatch.capture.aliasing import Window, seen_through_older_windows
-from unbatch.capture.graph import ExecutedOp, Graph, Ref, Step, flat
+from unbatch.capture.graph import ExecutedOp, Graph, Step, flat
 from unbatch.capture.isolation import untouched
 from unbatch.capture.substitutes import held, laid_out, norm_held, unmoved
 from unbatch.errors import MSG_NO_TANGENT, StructureError
@@ -105,57 +105,6 @@ def differentiated(graph: Graph, schedule: Schedule) -> list[Step]:
         if step.grad and not cut and moves(step, plan):
             steps.append(step)
     return steps
-
-
-@dataclass
-class Tangents:
-    """Tangents by value, while they go through the steps.
-
-    Values that share a memory which is written to share the memory of their tangents as well: what
-    is written to one is seen in the others.
-    """
-
-    graph: Graph
-    windows: Mapping[int, Window]  # of values in such memories
-    sizes: Mapping[int, int]  # of the memories, in entries
-    values: dict[int, Tensor] = field(default_factory=dict)
-    memories: dict[int, Tensor] = field(default_factory=dict)
-
-    def get(self, value: int) -> Tensor | None:
-        """Return the tangent of a value; None where it does not move."""
-        if value not in self.windows:
-            return self.values.get(value)
-        memory = self.memories.get(self.graph.values[value].storage)
-        # Copied, as the memory may be written to before the op that reads this has run.
-        return None if memory is None else self.windows[value](memory).clone()
-
-    def of_arguments(self, step: Step) -> dict[int, Tensor]:
-        """Return the tangents of the values that a step reads, without those that do not move."""
-        tangents: dict[int, Tensor] = {}
-        for ref in step.refs():
-            tangent = self.get(ref.index)
-            if tangent is not None:
-                tangents[ref.index] = tangent
-        return tangents
-
-    def put(self, new: Ref | None, old: Ref | None, tangent: Tensor | None) -> None:
-        """Enter the tangent of ``new``; ``old``: what was in its place before, if it was written
-        there.
-        """
-        if new is None or old is None:
-            return
-        window = self.windows.get(new.index, self.windows.get(old.index))
-        if window is None:
-            if tangent is not None:
-                self.values[new.index] = tangent
-            return
-        storage = self.graph.values[new.index].storage
-        memory = self.memories.get(storage)
-        if memory is not None:
-            window(memory).copy_(torch.zeros(()) if tangent is None else tangent)
-        elif tangent is not None:
-            memory = self.memories[storage] = tangent.new_zeros(self.sizes[storage])
-            window(memory).copy_(tangent)
 
 
 @final
@@ -303,7 +252,7 @@ class LinearisedGraph(Linearised):
         self, tangents: Mapping[str, Tensor], at: Sequence[int] = ()
     ) -> dict[int, Tensor]:
         """Push tangents through one recorded op after the other."""
-        moving = Tangents(self.setting.graph, self.windows, self.sizes)
+        moving = TangentStore(self.setting.graph, self.windows, self.sizes)
         for i, name in self.flow.parameters.items():
             if name in tangents:
                 moving.values[i] = tangents[name]

@@ -177,9 +177,9 @@ class Sweep:
                 ends.append(self.predictions[i])
                 gs.append(cotangent)
         seeds = within(flow.seeds, forward.edges)
-        edges: list[Any] = [forward.edges[i] for i in seeds]
-        for _, of_outputs in forward.several:
-            edges += [edge for edge in of_outputs if edge is not None]
+        edges: list[Any] = pick(forward.edges, seeds)
+        for _, of_outputs in forward.without_hook:
+            edges += of_outputs.values()
         found: Sequence[Tensor | None] = [None] * len(edges)
         if ends:
             # The anchor is an input of the whole computation: with it, all sites are passed.
@@ -187,12 +187,11 @@ class Sweep:
             retain = bool(flow.columns) or not last
             found = torch.autograd.grad(ends, inputs, gs, retain_graph=retain, allow_unused=True)
         others = iter(found[len(seeds) :])
-        for hook, of_outputs in forward.several:
-            cotangents_of: list[Tensor | None] = [None] * len(of_outputs)
-            for k, edge in enumerate(of_outputs):
-                if edge is not None:
-                    cotangents_of[k] = next(others)
-            self._gradient_ready(hook, cotangents_of)
+        for hook, of_outputs in forward.without_hook:
+            received: list[Tensor | None] = [None] * (max(of_outputs) + 1)
+            for k in of_outputs:
+                received[k] = next(others)
+            self._gradient_ready(hook, received)
         return dict(zip(seeds, found, strict=False))
 
     def _gradient_ready(self, hook: Hook, cotangents: Sequence[Tensor | None]) -> None:
@@ -263,7 +262,7 @@ class Sweep:
         """
         scaled = [seed.layout.scaled(seed.cotangent, weights)[None] for seed in self.seeds]
         rows, at_pools = self._from_seeds(scaled, 1)
-        sums = {name: row[0] for name, row in rows.items()}
+        sums = _only_row(rows)
         for pool, g in at_pools:
             contraction = self._pooled(pool.site).of(g, 0)
             block = self._pool_block(pool, contraction, slice(0, 1), None)
@@ -330,11 +329,10 @@ class Sweep:
         All groups must still be there.
         """
         totals = {n: torch.zeros_like(p) for n, p in self.parameters.items()}
-        shares = [self.group_sum(group, weights) for group in self.groups if group.meetings]
-        shares.append(self.sum_of_columns(weights))
-        for share in shares:
-            for name, one in share.items():
-                totals[name] += one
+        for group in self.groups:
+            if group.meetings:
+                _add(totals, self.group_sum(group, weights))
+        _add(totals, self.sum_of_columns(weights))
         return totals
 
     def group_sum(self, group: Group, weights: Tensor) -> dict[str, Tensor]:
@@ -345,7 +343,7 @@ class Sweep:
         sums: dict[int, Tensor] = {}
         for operand, contractions in group.meetings.items():
             sums[operand] = sum_of([c.weighted_sum(weights) for c in contractions])[None]
-        return {name: row[0] for name, row in self._to_parameters(group, sums, 1).items()}
+        return _only_row(self._to_parameters(group, sums, 1))
 
     def _to_parameters(
         self, group: Group, sums: dict[int, Tensor], count: int
@@ -376,6 +374,16 @@ class Sweep:
             else:
                 rows[name] = r
         return rows
+
+
+def _add(totals: dict[str, Tensor], share: Mapping[str, Tensor]) -> None:
+    for name, one in share.items():
+        totals[name] += one
+
+
+def _only_row(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the one row of every parameter."""
+    return {name: of_parameter[0] for name, of_parameter in rows.items()}
 
 
 def _joined(contractions: list[Contraction]) -> list[Contraction]:
