@@ -8,7 +8,7 @@ In reading order:
 - ``forward.py``, ``vjp.py``: one forward pass, and cotangents pulled back to the sites;
   ``contractions/``: what is made of them there
 - ``jvp.py``, ``tangent_store.py``: the model as a linear map of its parameters;
-  ``jvp_rules.py``, ``compositions.py``: how a tangent passes through an op
+  ``jvp_rules.py``, ``forward_mode.py``, ``compositions.py``: how a tangent passes through an op
 - ``loss.py``: the loss as a function of the predictions
 - ``eager.py``: the model itself, where its graph has other derivatives
 - ``autograd.py``: what PyTorch's own engine lacks

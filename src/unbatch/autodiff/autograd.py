@@ -52,8 +52,9 @@ def subset(tensors: Mapping[Key, Tensor], keys: Iterable[Key]) -> dict[Key, Tens
 
 
 class _Attach(torch.autograd.Function):
-    """The identity, with a leaf as a second input, so that a value that depends on none has a
-    gradient.
+    """The identity, with a leaf as a second input.
+
+    With it, a value that depends on no leaf has a gradient.
     """
 
     @staticmethod
@@ -67,8 +68,9 @@ class _Attach(torch.autograd.Function):
 
 
 def attached(value: Tensor, anchor: Tensor) -> Tensor:
-    """Return a value without history as one that has a gradient; ``anchor``: a leaf, which gets
-    none.
+    """Return a value without history as one that has a gradient.
+
+    ``anchor``: a leaf, which gets none.
     """
     # Autograd marks no view as written to.
     if value._is_view():
@@ -93,8 +95,9 @@ class Gate(torch.autograd.Function):
     @classmethod
     @contextmanager
     def shut(cls) -> Iterator[None]:
-        """Shut all gates while columns are pulled back: those of one seed do not enter another's
-        values.
+        """Shut all gates while columns are pulled back.
+
+        The columns of one seed do not enter the values of another through a gate.
         """
         cls.closed = True
         try:
@@ -104,8 +107,9 @@ class Gate(torch.autograd.Function):
 
 
 def solid(t: Tensor) -> Tensor:
-    """Return a tensor with memory of its own: PyTorch keeps zeros without, and some kernels read
-    there all the same.
+    """Return a tensor with memory of its own.
+
+    PyTorch keeps some zeros without, and some kernels read there all the same.
     """
     if t._is_zerotensor():
         return torch.zeros(t.shape, dtype=t.dtype, device=t.device)
@@ -123,6 +127,7 @@ def gradients(
     ``gs``: the cotangents of the outputs, by default those of scalars; ``retain``: another backward
     pass will follow.
     """
+    # Autograd refuses outputs that depend on no leaf.
     cotangents: Sequence[Tensor | None] = [None] * len(outputs)
     if gs is not None:
         cotangents = gs
@@ -162,8 +167,7 @@ def batched_grad(
     gs: Sequence[Tensor],
     count: int,
 ) -> list[Any]:
-    """Return gradients by the inputs for ``count`` stacked cotangents, ``[count, *shape]``; None
-    where there is none.
+    """Return ``[count, *shape]`` for each input: gradients for stacked cotangents, or None.
 
     They are pulled back in one call or, where an op cannot be batched, one after the other.
     """

@@ -90,12 +90,14 @@ def recurrence(arguments: Arguments) -> tuple[Tensor, Tensor, Tensor]:
     batch_sizes = list(arguments["batch_sizes"])
     directions = 1 + int(arguments["bidirectional"])
     time = int(arguments["batch_first"])
+    # Packed sequences have a batch size for each time step; others are cut along the axis of time.
     steps = list(x.split(batch_sizes)) if batch_sizes else list(x.unbind(time))
     if cx is None:
         cx = hx
     states: list[Tensor] = []
     cells: list[Tensor] = []
     for first in range(0, len(weights) // per_layer, directions):
+        # Both directions read the layer below, and the next layer reads both.
         sides = []
         for k in range(first, first + directions):
             outputs, h, c = _direction(
@@ -131,6 +133,7 @@ def _direction(
 
     The state of a sequence that has ended, or not begun, stays as it is.
     """
+    # A layer has two weights, perhaps two biases and, at the end, perhaps a projection.
     by_input, by_hidden, *others = weights
     projection = None
     if projected:
@@ -147,6 +150,7 @@ def _direction(
         state, cell = _cell(gates, recurrent, h[:running], c[:running], mode)
         if projection is not None:
             state = state @ projection.T
+        # The sequences that do not run at this step are the last ones.
         h, c = torch.cat([state, h[running:]]), torch.cat([cell, c[running:]])
         outputs.append(state)
     if backward:
@@ -154,11 +158,19 @@ def _direction(
     return outputs, h, c
 
 
+# One step of each kind, with the gates of input and state added up unless they are named x and h:
+#
+#     LSTM   c′ = σ(forget) c + σ(enter) tanh(cell)            h′ = σ(out) tanh(c′)
+#     GRU    n = tanh(new_x + σ(reset) new_h)                  h′ = n + σ(update) (h − n)
+#     plain                                                    h′ = tanh(gates), or relu(gates)
+
+
 def _cell(
     gates: Tensor, recurrent: Tensor, h: Tensor, c: Tensor, mode: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the state after one step, before any projection, and the cell (where there is none,
-    the state).
+    """Return state and cell after one step, before any projection.
+
+    Where there is no cell, it is the state.
     """
     if mode == LSTM:
         enter, forget, cell, out = (gates + recurrent).chunk(4, -1)

@@ -1,5 +1,4 @@
-"""The recorded problem as the passes see it: what was recorded, who owns it, the batch, and the
-plans made so far.
+"""The recorded problem as the passes see it: graph, owners and batch, and the plans made so far.
 
 Lives here: what several questions about one recording share. What a pass does with it is elsewhere:
 a plan is made by ``planner.py``, run by ``vjp.py`` and ``jvp.py``, and tested by the wing that asks
@@ -34,8 +33,7 @@ Key = tuple[
 
 @dataclass
 class Context:
-    """A recording with its interpretation and its batch, and what was found out about its
-    derivatives.
+    """A recording with its interpretation and its batch, and what is known of its derivatives.
 
     ``given``: the owners of the values that the recording starts from; ``leading``: samples lie
     along the first axis of the inputs. ``faithful``: the recording has the derivatives of the
@@ -112,8 +110,9 @@ class Context:
 
     @cached_property
     def rounding(self) -> float:
-        """Relative error of a gradient that rounding explains, by the coarsest floating-point type
-        on the way.
+        """Relative error of a gradient that rounding explains.
+
+        By the coarsest floating-point type on the way.
         """
         return tolerance({value.dtype for value in self._computed()}, BACKWARD)
 
@@ -162,8 +161,9 @@ class Context:
         return dict(zip(wanted, tensors, strict=True))
 
     def scratch(self, shape: Sequence[int], like: Tensor) -> Tensor:
-        """Return memory for rows that nobody keeps: always the same, as fresh memory costs more
-        than what fills it.
+        """Return memory for rows that nobody keeps: the same each time.
+
+        Fresh memory would cost more than what fills it.
         """
         size = math.prod(shape) * like.element_size()
         if self.buffer is None or self.buffer.numel() < size or self.buffer.device != like.device:
@@ -175,8 +175,9 @@ class Context:
 
 
 def _plan(context: Context, key: Key) -> tuple[BackwardPlan, list[Fact]]:
-    """Return the plan, and what it relies on beside the facts of the recording's own
-    interpretation.
+    """Return a plan and the facts that it relies on, beside those of the interpretation.
+
+    Raises ``StructureError`` where the rows do not exist.
     """
     names, by = key
     walk, facts = context.walk, list[Fact]()
@@ -205,12 +206,11 @@ def _plan(context: Context, key: Key) -> tuple[BackwardPlan, list[Fact]]:
 def _with_spanning_owned(
     context: Context, walk: Interpretation, origins: Iterable[tuple[int, list[int]]]
 ) -> tuple[Interpretation, list[Fact]]:
-    """Return an interpretation that counts shared values with an entry for every sample to the
-    samples.
+    """Return an interpretation that counts some shared values to the samples, and its facts.
 
-    ``origins``: such values, and the axes along which the entries may lie. What a value holds for
-    sample n is read by sample n alone exactly if no value is mixed then that was not mixed before;
-    otherwise it stays shared.
+    ``origins``: values with an entry for every sample, and the axes along which the entries may
+    lie. What a value holds for sample n is read by sample n alone exactly if no value is mixed then
+    that was not mixed before; otherwise it stays shared.
     """
     mixed_before = _mixed(walk)
     best, facts = walk, list[Fact]()
@@ -234,4 +234,5 @@ def _with_spanning_owned(
 
 
 def _mixed(walk: Interpretation) -> set[int]:
+    """Return the values in which samples are mixed."""
     return {i for i, owners in walk.marks.items() if owners.coupled}

@@ -1,5 +1,4 @@
-"""Which values depend on the parameters, and which of them are still separate: read off ownership
-alone.
+"""Which values depend on the parameters, and which are separate: read off ownership alone.
 
 Seen from the predictions, a value is *separate* while no sample depends on another on any path from
 it to them: one cotangent of the value then serves all samples at once. Lives here: the graph
@@ -28,8 +27,9 @@ Key = TypeVar("Key", int, str)  # the number of a value, or the name of a parame
 
 
 class Node(NamedTuple):
-    """One value, or all values of one memory that is written to: a write to one is seen in the
-    others.
+    """One value, or all values of one memory that is written to.
+
+    What is written to one of these is seen in the others, and so is a dependence.
     """
 
     number: int  # of the value, or of the memory
@@ -84,8 +84,9 @@ class OwnedGraph:
         return self.walk.marks[value]
 
     def layout(self, value: int) -> Layout | Scattered | None:
-        """Return where the samples lie in a value; None where some element belongs to no single
-        sample.
+        """Return where the samples lie in a value.
+
+        None where some element belongs to no single sample.
         """
         owners = self.owners(value)
         layout = layout_of(owners, self.samples)
@@ -130,6 +131,18 @@ class OwnedGraph:
     def moving(self, values: Iterable[int]) -> list[int]:
         """Return those of the values that change if a sample does."""
         return [i for i in values if self.owners(i).depends_on_batch]
+
+
+# An example. Linear → batch norm → ReLU → Linear in train mode, from the predictions down:
+#
+#     value               separate    because
+#     predictions Va + c  yes         slice n belongs to sample n
+#     a = relu(h)         yes         the second Linear works sample by sample
+#     h = BN(z)           yes         so does the ReLU
+#     z = Wx + b          no          every entry of h depends on all samples of z
+#     x                   no          so it does through z; but x does not depend on parameters
+#
+# With statistics held constant, the batch norm works sample by sample too, and z is separate.
 
 
 @dataclass(frozen=True)
@@ -183,6 +196,7 @@ def has_derivatives(step: Step) -> bool:
 
 
 def _with_cotangent(owned: OwnedGraph, separate: Mapping[Node, bool], step: Step) -> list[int]:
+    """Return the results of a step that the predictions depend on."""
     return [i for i in owned.results(step) if owned.nodes[i] in separate]
 
 
@@ -191,6 +205,7 @@ def _statistics(owned: OwnedGraph) -> tuple[frozenset[int], frozenset[int]]:
     values, norms = set[int](), set[int]()
     for step in owned.graph.forward_steps:
         for i in owned.results(step):
+            # What was a statistic before this step is held constant where it came up.
             if not owned.walk.made_at(step, i):
                 continue
             if ops.is_batch_norm(step.op) and owned.owners(i).owned:
@@ -203,8 +218,9 @@ def _statistics(owned: OwnedGraph) -> tuple[frozenset[int], frozenset[int]]:
 def _reached(
     owned: OwnedGraph, parameters: Iterable[int], frozen: frozenset[int]
 ) -> frozenset[int]:
-    """Return what depends on the parameters: a step's results do if derivatives go through it and
-    one input does.
+    """Return what depends on the parameters.
+
+    The results of a step do, if derivatives go through it and one of its inputs does.
     """
     nodes = owned.nodes
     reached = set(parameters)
@@ -235,8 +251,10 @@ def _separate(
     theta: frozenset[int],
     frozen_norms: frozenset[int],
 ) -> dict[Node, bool]:
-    """Go from the predictions down; return for each node whether all paths from it keep the samples
-    separate.
+    """Return for each node whether all paths from it to the predictions keep samples separate.
+
+    From the predictions down, so that all paths from a value are known when a step that makes it
+    comes up.
     """
     separation = _Separation(owned, theta, frozen_norms)
     for p in predictions:
@@ -250,6 +268,8 @@ def _separate(
 
 @dataclass
 class _Separation:
+    """The nodes passed so far, on the way from the predictions down."""
+
     owned: OwnedGraph
     theta: frozenset[int]
     frozen_norms: frozenset[int]
@@ -261,9 +281,7 @@ class _Separation:
         self.separate[node] = self.separate.get(node, True) and separate
 
     def pull_through(self, step: Step) -> None:
-        """Take the paths from a step's results to the predictions, and lengthen them to what it
-        reads.
-        """
+        """Lengthen the paths from a step's results to what the step reads."""
         owned = self.owned
         outs = _with_cotangent(owned, self.separate, step)
         if not outs:
@@ -289,8 +307,9 @@ class _Separation:
                 self.add_path(i, through)
 
     def _keeps_separate(self, step: Step, outs: Sequence[int], reads: Sequence[int]) -> bool:
-        """Tell whether entries of sample n are made from those of sample n, shared values, and
-        older statistics.
+        """Tell whether a step makes entries of sample n from those of sample n alone.
+
+        Shared values may come in, and statistics that were there before.
         """
         owned = self.owned
         if not all(owned.owners(o).separate for o in outs):
@@ -299,7 +318,8 @@ class _Separation:
             return True
         moving = owned.moving(reads)
         if not moving:
-            return True
+            return True  # what the samples do here is constant, and has no cotangent
+        # In a statistic that moves, all samples are mixed already.
         if any(owned.owners(i).mixed for i in moving):
             return False
         # A statistic that comes up here is a sum over all samples: each of them is read by all

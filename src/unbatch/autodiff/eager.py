@@ -1,5 +1,4 @@
-"""The model itself, run with autograd where its recording has other derivatives: predictions,
-connected to parameters.
+"""The model itself, run with autograd where its recording has other derivatives.
 
 A model that computes its own loss does not return what the loss is cut at. That value is found by
 its numbers while the model runs; whether the gradient of the loss goes through it, and through
@@ -71,6 +70,7 @@ def run(setting: Context, parameters: Mapping[str, Tensor], twice: bool = False)
 
 
 def _run(setting: Context) -> EagerModel:
+    """Run a model that returns its predictions."""
     output, state = _predict(setting)
     tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
     numbers = [ref.index for ref in setting.graph.predictions]
@@ -87,6 +87,10 @@ def _predict(setting: Context) -> tuple[Any, tuple[Any, ...]]:
 
 
 def _run_with_loss(setting: Context, parameters: Mapping[str, Tensor]) -> EagerModel:
+    """Run a model that returns its loss, and find its predictions on the way.
+
+    Raises ``StructureError`` where they are not found, or the gradient bypasses them.
+    """
     graph = setting.graph
     if not setting.split:
         raise StructureError(
@@ -97,6 +101,7 @@ def _run_with_loss(setting: Context, parameters: Mapping[str, Tensor]) -> EagerM
     in_model = {i: graph.folded.get(i, i) for i in setting.axes}
     numbers = setting.numbers([*in_model.values(), *inner])
     finder = ValueFinder(subset(numbers, in_model.values()))
+    # Nothing is known of where in the model they are: every result is compared.
     with finder:
         output, state = _predict(setting)
     predictions: dict[int, Tensor] = {}
@@ -122,6 +127,7 @@ def _as_predicted(setting: Context, i: int, t: Tensor) -> Tensor:
     fold = setting.program.fold
     if fold is None or i not in setting.graph.folded:
         return t
+    # Connected to the parameters, as the derivatives of what follows go through it.
     with torch.enable_grad():
         rows: Tensor = fold.folded(t, [fold.axes(t)])
     return rows
@@ -136,6 +142,7 @@ def _carries_the_gradient(
     connected = within(slope, model.predictions)
     ends, cotangents = pick(model.predictions, connected), pick(slope, connected)
     modules = model.setting.program.modules
+    # From the same random state, so that both passes draw what the other one draws.
     with untouched(modules, model.state):
         through = gradients(ends, parameters, cotangents, retain=True)
     with untouched(modules, model.state):

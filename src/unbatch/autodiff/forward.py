@@ -1,5 +1,4 @@
-"""One replay of the recorded forward pass, which keeps what the contractions of the backward pass
-will read.
+"""One replay of the recorded forward pass, which keeps what the contractions will read.
 
 Lives here: what runs in place of the recorded steps, as a ``Schedule`` says. Values of samples are
 connected to autograd by way of an anchor and of the seeds, not by way of the parameters: their
@@ -91,6 +90,7 @@ class ForwardPass:
             self.outputs[ref.index] = values[ref.index].detach()
 
     def _keep_edge(self, i: int, value: Tensor) -> None:
+        """Keep the place of a value in the autograd graph, if it is watched."""
         if i in self.schedule.watched and i not in self.edges and value.requires_grad:
             self.edges[i] = get_gradient_edge(value)
 
@@ -109,8 +109,9 @@ class ForwardPass:
     # -- from parameters to operands --
 
     def _run_on_parameters(self, step: Step, moving: bool, *args: Any, **kwargs: Any) -> Any:
-        """Run a step without samples twice: on the parameters, for the operand, and on the values
-        in the replay.
+        """Run a step without samples on the parameters, for the operand, and return its result.
+
+        In the replay the result is a constant, unless statistics in it move with the parameters.
         """
         connected_args = _map_with_refs(self._operand, step.args, args)
         connected_kwargs = _map_with_refs(self._operand, step.kwargs, kwargs)
@@ -125,6 +126,7 @@ class ForwardPass:
         return tree_map(_detached, result)
 
     def _operand(self, ref: Any, value: Any) -> Any:
+        """Return an argument as it is made of the parameters, or else as a constant."""
         if not isinstance(ref, Ref):
             return value
         if ref.index in self.operands:
@@ -134,6 +136,11 @@ class ForwardPass:
     # -- steps with sites, seeds or gates --
 
     def _run_hook(self, hook: Hook, *args: Any, **kwargs: Any) -> Any:
+        """Run a step with what the schedule has for it, and return what the step returns.
+
+        In this order: connect its inputs, keep them, run it, give its result a gradient, prepare
+        the contractions, and have the cotangent of the result handed over.
+        """
         step = hook.step
         written = None
         if hook.in_place is not None:
@@ -165,8 +172,9 @@ class ForwardPass:
         return written.copy_(outs[0])
 
     def _connect(self, hook: Hook, ref: Any, value: Any) -> Any:
-        """Return an argument connected to the parameters, or behind a gate, where columns are to
-        pass or not.
+        """Return an argument connected to the parameters, or behind a gate.
+
+        Columns go on to the parameters there, or stop.
         """
         if not isinstance(ref, Ref):
             return value
@@ -177,8 +185,9 @@ class ForwardPass:
         return value
 
     def _kept_arguments(self, hook: Hook, args: Any, kwargs: Any) -> dict[str, Any]:
-        """Return the arguments by name, detached; those whose memory is written to from here on are
-        copied.
+        """Return the arguments by name, detached.
+
+        Those whose memory is written to from here on are copied.
         """
         step = hook.step
         named = dict(zip(step.parameters, args, strict=False)) | kwargs
@@ -241,8 +250,9 @@ class ForwardPass:
                 call.outputs = ()
 
     def _register_gradient_hooks(self, hook: Hook, outs: Sequence[Any]) -> None:
-        """Have the cotangents of a step's outputs handed over in the backward pass, if any site
-        waits for them.
+        """Have the cotangents of a step's outputs handed over in the backward pass.
+
+        None is asked for if no site waits for it.
         """
         if not self.schedule.contracted[hook.step.index]:
             return
@@ -260,6 +270,7 @@ class ForwardPass:
 
 
 def _hand_over(gradient_ready: GradientReady, hook: Hook, cotangent: Tensor) -> None:
+    """Call what takes the cotangents, from a hook of autograd."""
     receive = gradient_ready()
     assert receive is not None  # it holds the graph that runs this
     receive(hook, [cotangent])

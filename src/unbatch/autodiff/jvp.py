@@ -1,5 +1,4 @@
-"""The predictions as a linear map of the parameters, ``J``: tangents pushed forward, cotangents
-pulled back.
+"""The predictions as a linear map of the parameters, ``J``: pushed through, and pulled back.
 
 One forward pass is kept, and used as often as one likes. A tangent goes through the recorded steps
 with what each op had as its arguments, so that no value is computed again but those of elementwise
@@ -38,7 +37,8 @@ from unbatch.autodiff.autograd import (
 from unbatch.autodiff.compositions import SPELLED_OUT
 from unbatch.autodiff.context import Context
 from unbatch.autodiff.dependence import values_read, values_returned, within
-from unbatch.autodiff.jvp_rules import NEED_OUTPUTS, push_through, through_op
+from unbatch.autodiff.forward_mode import through_op
+from unbatch.autodiff.jvp_rules import NEED_OUTPUTS, push_through
 from unbatch.autodiff.planner import BackwardPlan
 from unbatch.autodiff.schedule import Schedule
 from unbatch.autodiff.tangent_store import TangentStore
@@ -109,11 +109,11 @@ def differentiated(graph: Graph, schedule: Schedule) -> list[Step]:
 
 @final
 class LinearisedGraph(Linearised):
-    """The recorded computation, run when this is made; ``frozen``: with batch statistics held
-    constant.
+    """The recorded computation, run when this is made.
 
-    ``watched``: values in the middle of it, whose edges in the autograd graph are kept in
-    ``edges``. ``steps``: the ops that tangents go through, as they ran.
+    ``frozen``: with batch statistics held constant. ``watched``: values in the middle of it, whose
+    edges in the autograd graph are kept in ``edges``. ``steps``: the ops that tangents go through,
+    as they ran.
     """
 
     def __init__(
@@ -154,6 +154,7 @@ class LinearisedGraph(Linearised):
 
     def _visit(self, i: int, value: Tensor) -> None:
         storage = self.setting.graph.values[i].storage
+        # The window is that of the tensor at hand: a replay may lay values out otherwise.
         if storage in self._shared:
             self.windows[i] = Window.of_tensor(value)
             size = value.untyped_storage().nbytes() // value.element_size()
@@ -227,6 +228,7 @@ class LinearisedGraph(Linearised):
         return self.setting.forward_modes[key]
 
     def _find_mode(self) -> bool:
+        """Return whether forward mode of the whole graph is needed; raise if that is wrong, too."""
         generator = seeded(0)
         v = gaussians_like(self.parameters, generator)
         moving = {i: t for i, t in self.outputs.items() if t.requires_grad}
@@ -239,6 +241,7 @@ class LinearisedGraph(Linearised):
         for i, t in self.predictions.items():
             if i in u:
                 least += 1e3 * torch.finfo(t.dtype).eps * float(u[i].norm() * t.norm())
+        # By steps first: it computes no value again.
         for at_once in (False, True):
             push = self._push_at_once if at_once else self._push_by_steps
             pushed = push(v)
@@ -266,6 +269,7 @@ class LinearisedGraph(Linearised):
                     outs = through_op(call, norm_held(step), of_arguments)
                 else:
                     outs = push_through(call, of_arguments)
+                # Rules may leave out outputs at the end that never move.
                 for ref, tangent in zip(step.outs, outs, strict=False):
                     moving.put(ref, ref, tangent)
                 for old, new in step.written_results:
@@ -277,6 +281,7 @@ class LinearisedGraph(Linearised):
         return pushed
 
     def _zero(self, i: int) -> Tensor:
+        """Return the tangent of a prediction that does not move."""
         value = self.setting.graph.values[i]
         like = next(iter(self.outputs.values())).detach()
         return like.new_zeros(value.shape, dtype=value.dtype)
@@ -284,11 +289,13 @@ class LinearisedGraph(Linearised):
     def _push_at_once(
         self, tangents: Mapping[str, Tensor], at: Sequence[int] = ()
     ) -> dict[int, Tensor]:
-        """Push tangents by forward mode of the whole computation, which runs again and knows about
-        memory.
+        """Push tangents by forward mode of the whole computation.
+
+        It runs again, and knows about memory by itself.
         """
         setting, graph = self.setting, self.setting.graph
         wanted = list(at or self.outputs)
+        # Tangents go along in forward mode even where no gradients are recorded.
         with torch.no_grad(), forward_mode():
             live = detached(self.flow.by_number(self.parameters))
             for i, name in self.flow.parameters.items():

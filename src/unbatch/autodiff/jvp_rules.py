@@ -16,25 +16,19 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map
 
-from unbatch.autodiff.autograd import forward_mode, or_zeros, solid, zero_leaves
-from unbatch.autodiff.compositions import SPELLED_OUT, Composition
+from unbatch.autodiff.autograd import or_zeros
+from unbatch.autodiff.forward_mode import Tangents, through_op
 from unbatch.capture import ops
 from unbatch.capture.graph import ExecutedOp, Ref, Step, flat, is_ref
 from unbatch.capture.substitutes import moments
-from unbatch.errors import MSG_NO_TANGENT, StructureError
 
 aten = torch.ops.aten
-
-
-Tangents = list[Tensor | None]
 
 
 Rule = Callable[[ExecutedOp, Mapping[str, Any]], Tangents | None]
@@ -70,6 +64,8 @@ def push_through(call: ExecutedOp, tangents: Mapping[int, Tensor]) -> Tangents:
 
 
 def _by_name(step: Step, tangents: Mapping[int, Tensor]) -> dict[str, Any]:
+    """Return the tangents of a step's arguments, in lists where the arguments are."""
+
     def tangent(leaf: Any) -> Tensor | None:
         if isinstance(leaf, Ref):
             return tangents.get(leaf.index)
@@ -109,8 +105,9 @@ def packing(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
 
 @rule(" ".join(ops.names(lambda row: row.takes_shape)))
 def reshaping(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
-    """A tangent need not lie in memory as its value does: a view of the one may not be one of the
-    other.
+    """Linear, but a tangent need not lie in memory as its value does.
+
+    A view of the one may not be possible for the other.
     """
     shape = next(v for n, v in call.arguments.items() if n != "self")
     return [moving["self"].reshape(shape)]
@@ -168,8 +165,9 @@ def scaling(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
 
 @rule("div")
 def quotient(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents | None:
-    """``x / z`` is linear in ``x``; where ``z`` moves, or the result is rounded, forward mode
-    serves.
+    """``x / z``, linear in ``x``.
+
+    Where ``z`` moves, or the result is rounded, forward mode serves.
     """
     rounded = call.arguments.get("rounding_mode") is not None
     if rounded or moving["self"] is None or moving.get("other") is not None:
@@ -197,8 +195,9 @@ def affine(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
 
 @rule("convolution")
 def convolution(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
-    """``conv(x, w) + b``. The tangent of the bias goes along with that of the input or, if there is
-    none, of the weight.
+    """``conv(x, w) + b``.
+
+    The tangent of the bias goes along with that of the input or, if there is none, of the weight.
     """
     dx, dw, db = moving["input"], moving["weight"], moving["bias"]
     by_input = by_weight = None
@@ -214,7 +213,7 @@ def convolution(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
 
 # --- ops with a symmetric Jacobian ----------------------------------------------------------------
 
-# Elementwise ops have a diagonal one, a softmax has ``diag(y) − yyᵀ``, and a norm has ``(I − 11ᵀ/M
+# Elementwise ops have a diagonal one, and a softmax has ``diag(y) − yyᵀ``.
 # − x̂x̂ᵀ/M)/σ``.
 
 
@@ -251,6 +250,14 @@ def softmax(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
     return [aten._softmax_backward_data(dx, y, call.arguments["dim"], y.dtype)]
 
 
+# A norm, over the M features of a sample or the M entries of a channel, is y = w x̂ + b with
+# x̂ = (x − μ)/σ. Of the three products that make up dy, the first is the backward kernel's, as the
+# matrix in it is symmetric:
+#
+#     dx̂ = (dx − mean(dx) − x̂ mean(x̂ dx)) / σ = (I − 11ᵀ/M − x̂x̂ᵀ/M) dx / σ
+#     dy = w dx̂ + x̂ dw + db
+
+
 @rule("native_layer_norm", outputs=True)
 def layer_norm(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
     """``w x̂ + b`` with ``x̂ = (x − μ)/σ`` within each sample."""
@@ -278,6 +285,7 @@ def layer_norm(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
 def batch_norm(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents | None:
     """``w x̂ + b`` with ``x̂ = (x − μ)/σ`` over the batch, channel by channel."""
     norm = ops.batch_norm_arguments(call.op, call.arguments)
+    # With constant statistics, and in mixed precision, the op's own forward mode serves.
     if not norm.training:
         return None
     mean, rstd = moments(call.op, norm, call.outputs)
@@ -294,7 +302,7 @@ def batch_norm(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents | None:
     if dw is not None:
         gain = dw * rstd
         shift = -(gain * mean).view(per_channel)
-        by_weight = torch.addcmul(shift, x, gain.view(per_channel))
+        by_weight = torch.addcmul(shift, x, gain.view(per_channel))  # x̂ dw, and no x̂ in memory
     if db is not None:
         db = db.view(per_channel)
     total = _shifted(_sum(by_input, by_weight), db, x.shape)
@@ -340,106 +348,3 @@ def _bilinear(
     if dz is not None:
         by_z = multiply(x, dz)
     return _sum(by_x, by_z)
-
-
-# --- any op ---------------------------------------------------------------------------------------
-
-
-def through_op(call: ExecutedOp, op: Any, tangents: Mapping[int, Tensor]) -> Tangents:
-    """Return the tangents of the outputs by forward mode of ``op``, which may replace that of the
-    call.
-
-    Where it has none: by forward mode of plain ops that it is composed of, or by double backward.
-    Raises ``StructureError`` where there is none of these.
-    """
-    try:
-        return _by_forward_mode(call, op, tangents)
-    except (NotImplementedError, RuntimeError) as error:
-        composition, missing = SPELLED_OUT.get(call.step.name), error
-    try:
-        if composition is not None:
-            return _by_forward_mode(call, partial(_composed, composition), tangents)
-        return _by_double_backward(call, op, tangents)
-    except (NotImplementedError, RuntimeError) as error:
-        # The first reason is the op's own; a composition that refuses says more.
-        reason = error
-        if composition is None:
-            reason = missing
-        message = MSG_NO_TANGENT.format(place=call.step.place, error=reason)
-        raise StructureError(message) from reason
-
-
-def _by_forward_mode(call: ExecutedOp, op: Any, tangents: Mapping[int, Tensor]) -> Tangents:
-    with forward_mode():
-        outs = flat(op(**_with_tangents(call, tangents, _dual)))
-        return [_tangent(out) for out in outs]
-
-
-def _composed(composition: Composition, **arguments: Any) -> Any:
-    return composition(arguments)
-
-
-def _tangent(out: Any) -> Tensor | None:
-    if not isinstance(out, Tensor):
-        return None
-    tangent = forward_ad.unpack_dual(out).tangent
-    if tangent is None:
-        return None
-    return solid(tangent)
-
-
-def _dual(x: Tensor, dx: Tensor) -> Tensor:
-    return forward_ad.make_dual(x, dx.to(x.dtype))
-
-
-def _by_double_backward(call: ExecutedOp, op: Any, tangents: Mapping[int, Tensor]) -> Tangents:
-    """Return ``J v`` as the derivative of ``w ↦ Jᵀw``, which is linear, in the direction ``v``."""
-    xs: list[Tensor] = []
-    dxs: list[Tensor] = []
-
-    def leaf(x: Tensor, dx: Tensor) -> Tensor:
-        xs.append(x.detach().clone().requires_grad_())
-        dxs.append(dx)
-        return xs[-1]
-
-    with torch.enable_grad():
-        outs = flat(op(**_with_tangents(call, tangents, leaf)))
-        moving = [k for k, y in enumerate(outs) if isinstance(y, Tensor) and y.requires_grad]
-        ys = [outs[k] for k in moving]
-        ws = zero_leaves(ys)
-        pulled = torch.autograd.grad(ys, xs, ws, create_graph=True, allow_unused=True)
-        ends: list[Tensor] = []
-        vs: list[Tensor] = []
-        for pulled_back, dx in zip(pulled, dxs, strict=True):
-            if pulled_back is not None and pulled_back.requires_grad:
-                ends.append(pulled_back)
-                vs.append(dx)
-        pushed: Tangents = [None] * len(outs)
-        if ends:
-            grads = torch.autograd.grad(ends, ws, vs, allow_unused=True)
-            for k, grad in zip(moving, grads, strict=True):
-                pushed[k] = grad
-    return pushed
-
-
-def _with_tangents(
-    call: ExecutedOp, tangents: Mapping[int, Tensor], combine: Callable[[Tensor, Tensor], Tensor]
-) -> dict[str, Any]:
-    """Return the arguments, with ``combine(value, tangent)`` for values that move.
-
-    What the op writes to is copied first.
-    """
-
-    def combined(refs: Any, values: Any) -> Any:
-        if isinstance(refs, list | tuple):
-            pairs = zip(refs, values, strict=True)
-            return type(refs)(combined(ref, value) for ref, value in pairs)
-        if isinstance(refs, Ref) and refs.index in tangents:
-            return combine(values, tangents[refs.index])
-        return values
-
-    arguments = dict(call.arguments)
-    if ops.writes_in_place(call.op):
-        first = call.step.parameters[0]
-        arguments[first] = arguments[first].clone()
-    return {name: combined(refs, arguments[name]) for name, refs in call.step.named.items()}

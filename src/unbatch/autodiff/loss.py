@@ -1,5 +1,4 @@
-"""The loss as a function of the predictions, cut off from what they are made of: its value and its
-derivatives.
+"""The loss as a function of the predictions, cut off from what they are made of.
 
 Lives here: how the loss is evaluated (called, or replayed from the recording), its gradient, and
 its Hessian times a vector. The form of that Hessian is for the wing of the curvature.
@@ -102,10 +101,12 @@ class LossAt:
             precision = DIFFERENCES_IN_DOUBLE
         step, relative, rounding = precision
         step *= max(1.0, _largest(leaves.values()))
+        # One random direction: a product that is wrong is wrong along almost all of them.
         v = gaussians_like(leaves, seeded(0))
         product = _derivative_along(slope, leaves, v)
         ahead, behind = self._slope_at(leaves, v, step), self._slope_at(leaves, v, -step)
         difference = {i: (ahead[i] - behind[i]) / (2 * step) for i in leaves}
+        # A difference loses digits to its step, in proportion to the gradient that it is taken of.
         allowed = relative * _largest([*product.values(), *difference.values()])
         allowed += rounding / step * _largest(slope.values())
         if _largest(product[i] - difference[i] for i in leaves) > allowed:
@@ -142,6 +143,7 @@ class LossAt:
         return other
 
     def _casts_to_narrow_types(self) -> bool:
+        """Tell whether the recorded loss computes in less than float64."""
         graph = self.setting.graph
         for step in graph.loss_steps:
             for ref in step.outs:
@@ -150,8 +152,9 @@ class LossAt:
         return False
 
     def _as_double(self, replayed: bool) -> LossAt | None:
-        """Return the loss with all that goes into it in float64; None if its gradient is not in
-        float64 then.
+        """Return the loss with all that goes into it in float64.
+
+        None if it does not take that, or its gradient is in another type all the same.
         """
         setting = self.setting
         if replayed:
@@ -202,6 +205,7 @@ def _derivative_along(slope: Named, leaves: Named, v: Named) -> dict[int, Tensor
         grads = torch.autograd.grad(
             ends, list(leaves.values()), vectors, retain_graph=True, allow_unused=True
         )
+    # A loss that is linear in a prediction has no second derivative by it.
     product = or_zeros(grads, detached(leaves).values())
     return detached(dict(zip(leaves, product, strict=True)))
 
@@ -257,6 +261,7 @@ def loss_value(
     for i, t in predictions.items():
         if t.is_floating_point() or t.is_complex():
             leaves[i] = t.detach().requires_grad_()
+    # The caller may be in ``no_grad``; the loss as a function of the leaves is not.
     with torch.enable_grad():
         if replayed or by_graph(setting, inner):
             return _replayed(setting, {**predictions, **leaves}, inner), leaves
@@ -268,6 +273,7 @@ def loss_value(
 
 
 def _replayed(setting: Context, predictions: Named, inner: Named) -> Tensor:
+    """Return the loss from its recorded steps, with the noise that was drawn then."""
     graph = setting.graph
     assert graph.loss is not None
     feed = {**setting.constants, **setting.data, **detached(inner), **predictions}
@@ -276,12 +282,11 @@ def _replayed(setting: Context, predictions: Named, inner: Named) -> Tensor:
 
 
 def by_graph(setting: Context, inner: Mapping[int, Tensor]) -> bool:
-    """Tell whether the loss has to be replayed: it cannot be called with predictions alone, or
-    draws noise.
+    """Tell whether the loss has to be replayed, as it cannot be called with predictions alone.
 
-    Raises ``StructureError`` where that would not give its derivatives: a backward pass, once
-    recorded, takes for constants what it was handed by the forward pass. (Of a model with its own
-    loss, the whole recording is tested.)
+    It reads something else of the model, or draws noise. Raises ``StructureError`` where a replay
+    would not give its derivatives: a backward pass, once recorded, takes for constants what it was
+    handed by the forward pass. (Of a model with its own loss, the whole recording is tested.)
     """
     replayed = setting.own_loss or bool(inner) or _loss_draws(setting)
     inside = _backward_inside(setting)
@@ -318,8 +323,9 @@ def loss_of(setting: Context, output: Any) -> Tensor:
 
 
 def _protected(setting: Context) -> AbstractContextManager[object]:
-    """Return what keeps a loss from changing itself and random states; nothing, where it can change
-    neither.
+    """Return what keeps a loss from changing itself and random states.
+
+    Nothing, where it can change neither: the guard costs more than most losses.
     """
     loss = setting.program.loss
     if isinstance(loss, torch.nn.Module):

@@ -1,5 +1,4 @@
-"""The parameter use sites, and the VJP that each of them needs: the plan of a backward pass, read
-off ownership alone.
+"""The parameter use sites, and the VJP that each of them needs: the plan of a backward pass.
 
 A *site* is a step at which an *operand*, a value made from parameters only, is combined with values
 of samples. Where its results are separate (``dependence.py``), it is contracted from the cotangent
@@ -33,6 +32,18 @@ from unbatch.capture import ops
 from unbatch.capture.aliasing import by_memory
 from unbatch.capture.graph import Graph, Ref, Step, is_ref
 from unbatch.errors import MSG_NOT_COPY, MSG_NOT_FROZEN, StructureError
+
+# An example, by component in train mode. Linear → BN → ReLU → Linear → BN → ReLU → Linear:
+#
+#     step             operands    way         because
+#     third Linear     V, c        local       its result is separate
+#     second BN        γ′, β′      local       its result is separate, and the lowest: a seed
+#     second Linear    U, a        projected   right below a batch norm whose result is separate
+#     first BN         γ, β        columns     the second one mixes what is made of them
+#     first Linear     W, b        columns     likewise
+#
+# In eval mode, or with frozen statistics, all are local and there is no seed. A copy of the model
+# for each sample has local sites only: its batch norms are constant but for that sample.
 
 
 @dataclass(frozen=True)
@@ -142,6 +153,8 @@ class _Planner:
     refused: StructureError | None = None
 
     def plan(self) -> BackwardPlan:
+        """Go through the steps, and return what was found."""
+        # In the order of the steps, so that ``direct`` holds all operands before they are used.
         self.direct.update(self.parameters)
         for step in self.owned.graph.forward_steps:
             outs = self.dependence.pulled_back(step)
@@ -186,9 +199,7 @@ class _Planner:
     # -- what happens at a step --
 
     def _place(self, step: Step, outs: Sequence[int], reads: Sequence[int]) -> None:
-        """Find out what the step is to the backward pass: a site, a seed, or a step from parameters
-        to operands.
-        """
+        """Find out what a step is: a site, a seed, or a step from parameters to operands."""
         owned = self.owned
         operands = [i for i in within(reads, self.direct) if owned.is_shared(i)]
         separate = self.dependence.all_separate(outs)
@@ -213,6 +224,8 @@ class _Planner:
         take.
         """
         owned = self.owned
+        # Written into a buffer beside samples (a class token, say), it is one entry for each of
+        # them.
         for _, new in step.writes:
             if self._lies_among_samples(new.index):
                 self.spanning.add(new.index)
@@ -230,12 +243,14 @@ class _Planner:
             self.direct.update(owned.results(step))
 
     def _refusal(self, step: Step) -> StructureError:
+        """Return the error for rows that do not exist."""
         message = MSG_NOT_COPY if self.by == "copy" else MSG_NOT_FROZEN
         return StructureError(message.format(place=step.place))
 
     # -- sites --
 
     def _add_site(self, step: Step, operand: int, outs: Sequence[int], separate: bool) -> None:
+        """Add the site of an operand, by the cheapest way that keeps samples apart."""
         layout = self.owned.layout(outs[0])
         if layout is None and self.owned.owners(outs[0]).partly_shared:
             self.spanning.add(outs[0])
@@ -256,8 +271,10 @@ class _Planner:
             raise self._refusal(step)
 
     def _add_by_columns(self, step: Step, operand: int, way: str) -> None:
-        """Add a site below the mixing frontier; columns reach the parameters in a statistic through
-        that statistic.
+        """Add a site below the mixing frontier.
+
+        Columns reach the parameters in a statistic through that statistic, which is a value of its
+        own.
         """
         if not self.owned.owners(operand).depends_on_batch:
             self._append(step, operand, way)
@@ -268,8 +285,9 @@ class _Planner:
             self.sites.append(Site(step.index, operand, name, way))
 
     def _norm_above(self, step: Step, operand: int, outs: Sequence[int]) -> int | None:
-        """Return the batch norm whose closed form serves the site: it alone reads the result, and
-        nothing mixes above.
+        """Return the batch norm whose closed form serves the site, None if there is none.
+
+        It alone reads the result, and nothing mixes samples above it.
         """
         if not _can_be_projected(step, outs):
             return None
@@ -334,8 +352,9 @@ class _Planner:
         return False
 
     def _note_spanning(self, operand: int, out: int, layout: Layout | Scattered) -> None:
-        """Note an operand that is not broadcast along the samples: it was spread over them further
-        up.
+        """Note an operand that has an entry for every sample.
+
+        It is not broadcast along the samples at this site, so it was spread over them further up.
         """
         if not isinstance(layout, Layout) or operand in self.parameters:
             return
@@ -347,8 +366,9 @@ class _Planner:
 
 
 def _argument_name(step: Step, operand: int) -> str | None:
-    """Return the argument that holds the operand: the first, if it stands in several (see
-    ``GenericContraction``).
+    """Return the argument that holds the operand.
+
+    The first, if it stands in several: ``GenericContraction`` finds the others.
     """
     for name, argument in step.named.items():
         for ref in tree_leaves(argument, is_ref):
@@ -358,9 +378,7 @@ def _argument_name(step: Step, operand: int) -> str | None:
 
 
 def _can_be_projected(step: Step, outs: Sequence[int]) -> bool:
-    """Tell whether the op of a site is one for which there is a closed form through the batch norm
-    above.
-    """
+    """Tell whether there is a closed form for the op right below a batch norm."""
     if len(outs) != 1:
         return False
     if step.name == "convolution":
@@ -373,8 +391,7 @@ def _can_be_projected(step: Step, outs: Sequence[int]) -> bool:
 
 
 def spread(graph: Graph, walk: Interpretation, plan: BackwardPlan) -> list[tuple[int, list[int]]]:
-    """Return the values that first had an entry for every sample, and the axes of each that may
-    hold the samples.
+    """Return the values that first had an entry for every sample, and the axes that may hold them.
 
     An ``expand`` (or ``zeros``, ..) that makes as many entries as there are samples has no samples
     in it, but what is computed from it may be used sample by sample.
@@ -391,6 +408,7 @@ def spread(graph: Graph, walk: Interpretation, plan: BackwardPlan) -> list[tuple
         if ops.traits(step.op).fills_shape and axes:
             origins.append((value, axes))
             continue
+        # It came from somewhere further up, or was written into a memory by another step.
         sources = values_read(step)
         if graph.written(value):
             sources += in_memory[graph.values[value].storage]

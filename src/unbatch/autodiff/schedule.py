@@ -34,8 +34,9 @@ MATRICES = {"mm": ("self", "mat2"), "addmm": ("mat1", "mat2")}
 
 @dataclass(frozen=True)
 class Operands:
-    """Operands of one plan, by their number in the graph. ``shapes``: of the parameters, in their
-    order.
+    """Operands of one plan, by their number in the graph.
+
+    ``shapes``: of the parameters, in the order in which they were asked for.
     """
 
     graph: Graph
@@ -46,6 +47,7 @@ class Operands:
     def made_from(self, operand: int) -> list[str]:
         """Return the parameters that an operand is made from."""
         names = []
+        # Steps without samples lead from parameters to the operand, and only these are followed.
         queue, visited = [operand], set[int]()
         while queue:
             value = queue.pop()
@@ -92,12 +94,16 @@ class Operands:
         return path
 
     def together(self, operands: Collection[int]) -> list[tuple[list[int], list[str]]]:
-        """Return operands and parameters in groups: whatever shares a parameter is contracted
-        together.
+        """Return operands and parameters in groups that are contracted together.
+
+        Operands that are made from a common parameter are in one group, and so is all that it is
+        made from.
         """
         groups: list[tuple[set[int], set[str]]] = []
         for operand in operands:
             values, names = {operand}, set(self.made_from(operand))
+            # The groups so far have no parameter in common: those that share one with the operand
+            # become one group, the others stay.
             apart = []
             for group in groups:
                 if group[1] & names:
@@ -153,10 +159,10 @@ class Hook:
 
 @dataclass(frozen=True)
 class Pool:
-    """A matrix product below the mixing frontier whose operand is a view of a parameter with no
-    other site.
+    """A matrix product below the mixing frontier whose operand is a parameter's only use.
 
-    Its rows come from the columns' cotangents ``out`` by a contraction, without autograd.
+    The operand is a view of the parameter, and its rows come from the columns' cotangents ``out``
+    by a contraction, without autograd.
     """
 
     site: Site
@@ -214,8 +220,9 @@ class Schedule:
 
     @cached_property
     def watched(self) -> frozenset[int]:
-        """Values whose edge in the autograd graph is kept: seeds, and what pools take their
-        cotangents from.
+        """Values whose edge in the autograd graph is kept.
+
+        Seeds, from which columns start, and the values at which pools take the columns' cotangents.
         """
         values = set(self.flow.seeds)
         for pool in self.pools.values():
@@ -239,11 +246,13 @@ class Schedule:
         return {number: self._hook(self.graph.steps[number]) for number in sorted(numbers)}
 
     def _hook(self, step: Step) -> Hook:
+        """Return what is done at one step."""
         uses: list[Use] = []
         by_autograd: set[int] = set()
         for site in self.flow.sites:
             if site.step != step.index:
                 continue
+            # At a pool, columns end: its contraction takes them from there.
             if site.way == "columns" and site not in self.pools:
                 by_autograd.add(site.operand)
             else:
@@ -271,6 +280,7 @@ class Schedule:
         )
 
     def _substitute(self, step: Step) -> Callable[..., Any]:
+        """Return what runs in place of a step: a batch norm may have constants for statistics."""
         if step.index in self.flow.frozen_norms:
             return norm_held(step)
         if ops.is_batch_norm(step.op) and not ops.is_training_batch_norm(step):
@@ -280,6 +290,7 @@ class Schedule:
 
     def _use(self, step: Step, site: Site) -> Use:
         leaves = tree_leaves(step.named[site.name], is_leaf=is_ref)
+        # An argument may be a list of tensors (of a ``cat``), and the operand one of them.
         layouts = tuple(map(self.flow.layouts.get, values_returned(step)))
         group = -1
         for number, together in enumerate(self.groups):
@@ -303,8 +314,9 @@ class Schedule:
 
     @cached_property
     def contracted(self) -> dict[int, list[tuple[Site, int]]]:
-        """By step with a hook, the sites that are contracted from its cotangent, each with its
-        group.
+        """By step with a hook, the sites that are contracted from its cotangent, with their groups.
+
+        Beside its own sites these are the ones that use it as the batch norm right above.
         """
         by_step: dict[int, list[tuple[Site, int]]] = {}
         for number, hook in self.hooks.items():
@@ -316,8 +328,7 @@ class Schedule:
 
     @cached_property
     def chain(self) -> dict[int, bool]:
-        """Steps from parameters to operands that are run on the parameters, and whether statistics
-        move there.
+        """Steps that are run on the parameters, and whether statistics move in their results.
 
         An operand that is a view of a parameter, at one site and above the frontier, needs none:
         its rows are that parameter's rows, seen through the view.
@@ -361,6 +372,7 @@ class Schedule:
     @cached_property
     def pools(self) -> dict[Site, Pool]:
         """By site."""
+        # With another site, a parameter has rows from elsewhere that would have to be added.
         sites_of: dict[str, int] = {}
         for site in self.flow.sites:
             for name in self.operands.made_from(site.operand):
@@ -406,8 +418,9 @@ class Schedule:
 
     @cached_property
     def column_bytes(self) -> int:
-        """The memory that one column takes on its way down: measured, about four times the largest
-        value it passes.
+        """The memory that one column takes on its way down.
+
+        Measured, it is about four times the largest value that it passes.
         """
         largest = 0
         for i in self.flow.theta:

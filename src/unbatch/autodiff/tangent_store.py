@@ -1,5 +1,4 @@
-"""The tangents of the values of a graph while they are pushed through it, and the memory that some
-of them share.
+"""The tangents of the values of a graph while they are pushed through it.
 
 A recorded program may write to a tensor that other values are views of. Their tangents then are
 views of one memory, too, laid out as that of the values (``Window``). How a tangent passes through
@@ -51,8 +50,9 @@ class TangentStore:
         return tangents
 
     def put(self, new: Ref | None, old: Ref | None, tangent: Tensor | None) -> None:
-        """Enter the tangent of ``new``; ``old``: what was in its place before, if it was written
-        there.
+        """Enter the tangent of ``new``; None where it does not move.
+
+        ``old``: what was in its place before, if it was written there; else the same value.
         """
         if new is None or old is None:
             return

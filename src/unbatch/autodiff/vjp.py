@@ -34,11 +34,26 @@ from unbatch.autodiff.schedule import Hook, Pool, Schedule, Together
 from unbatch.capture.graph import Graph
 from unbatch.linalg.rows import sum_of
 
+# Why there are sites, and why columns. Legend: n, m samples; θ a parameter, u an operand made of
+# it, y the result of a step that combines u with values of samples (a site); F_n a prediction, and
+# g_n = ∂L/∂F_n its cotangent.
+#
+#     row_n = (∂F_n/∂θ)ᵀ g_n = Σ_sites (∂u/∂θ)ᵀ Σ_m (∂y_m/∂u)ᵀ (∂F_n/∂y_m)ᵀ g_n
+#
+# Where y is separate, ∂F_n/∂y_m = 0 for m ≠ n. One backward pass from all g together then gives
+# ȳ_n = (∂F_n/∂y_n)ᵀ g_n for every sample, and the site is contracted sample by sample:
+# (∂y_n/∂u)ᵀ ȳ_n.
+#
+# Elsewhere all m contribute to row n. But z̄_n is known at a seed z, the lowest value that is still
+# separate. What is below is pulled back once for each n, from a z̄ that is zero but for the entries
+# of sample n: a column.
+
 
 @dataclass
 class Group:
-    """Parameters that are contracted together, and the contractions of their sites in one backward
-    pass.
+    """Parameters that are contracted together.
+
+    With the contractions of their sites in one backward pass, as they get their cotangents.
     """
 
     together: Together
@@ -146,8 +161,7 @@ class Sweep:
         take: Callable[[Group], None] | None = None,
         last: bool = True,
     ) -> None:
-        """Run one backward pass from the predictions to all sites above the mixing frontier, and to
-        the seeds.
+        """Run one backward pass from the predictions to the sites above the frontier and the seeds.
 
         ``take`` is called with each group as soon as its cotangents are there, to contract it;
         groups that are tied to columns, or all if there is no ``take``, stay in ``groups``.
@@ -157,6 +171,7 @@ class Sweep:
         self.spent = last
         self._under_way = _BackwardPass(take, last)
         at_seeds = self._backward(cotangents, last)
+        # Groups with all their cotangents were completed on the way, by the hooks.
         # Sites that the loss does not depend on have no cotangents to wait for.
         for group in self.groups:
             if group.meetings and group.waiting:
@@ -167,8 +182,9 @@ class Sweep:
         self.seeds = self._seeds(cotangents, at_seeds)
 
     def _backward(self, cotangents: Mapping[int, Tensor], last: bool) -> dict[int, Tensor | None]:
-        """Return the cotangents of the seeds; those of the sites are handed over by hooks, and the
-        last of them here.
+        """Run autograd, and return the cotangents of the seeds.
+
+        Those of the sites are handed over by hooks on the way, or at the end.
         """
         flow, forward = self.flow, self._forward
         ends, gs = [], []
@@ -199,11 +215,8 @@ class Sweep:
         under_way = self._under_way
         if under_way is None:
             return
-        received: list[Tensor | None] = [None] * len(cotangents)
-        for k, g in enumerate(cotangents):
-            if g is not None:
-                received[k] = solid(g.detach())
-        if received.count(None) == len(received):
+        received = [None if g is None else solid(g.detach()) for g in cotangents]
+        if all(g is None for g in received):
             return
         contractions = self._forward.contractions
         for site, number in self.route.contracted[hook.step.index]:
@@ -218,6 +231,7 @@ class Sweep:
                 self._complete(group)
 
     def _complete(self, group: Group) -> None:
+        """Contract a group that has all its cotangents, and free it, if somebody takes it."""
         group.complete()
         under_way = self._under_way
         if under_way is None or under_way.take is None or group.together.tied:
@@ -228,6 +242,7 @@ class Sweep:
     def _seeds(
         self, cotangents: Mapping[int, Tensor], at_seeds: Mapping[int, Tensor | None]
     ) -> list[Seed]:
+        """Return what columns start from; a prediction that is not separate is a seed itself."""
         flow, seeds = self.flow, []
         for i, g in at_seeds.items():
             if g is not None:
@@ -243,8 +258,9 @@ class Sweep:
     def columns(
         self, first: int, last: int, outs: Mapping[str, Tensor]
     ) -> Iterator[tuple[str, RowBlock]]:
-        """Iterate over row blocks of samples ``first`` to ``last``, as far as they come from below
-        the frontier.
+        """Iterate over row blocks of samples ``first`` to ``last``.
+
+        As far as they come from below the frontier: a parameter may have sites above it as well.
         """
         where = slice(first, last)
         alone = [seed.layout.only(seed.cotangent, first, last) for seed in self.seeds]
@@ -283,8 +299,10 @@ class Sweep:
     def _from_seeds(
         self, cotangents: Sequence[Tensor], count: int
     ) -> tuple[dict[str, Tensor], list[tuple[Pool, Tensor]]]:
-        """Return rows by parameter, and for pools the cotangents of their outputs: ``[count,
-        *shape]`` each.
+        """Pull columns back, ``count`` of them, from their cotangents at the seeds.
+
+        Return rows by parameter, and for pools the cotangents of their outputs: ``[count, *shape]``
+        each.
         """
         forward, below = self._forward, self.route.below
         # A pool whose product depends on no seed has no edge, and no rows from here.
@@ -305,8 +323,9 @@ class Sweep:
     def parts(
         self, group: Group, where: slice, out: Tensor | None
     ) -> Iterator[tuple[str, RowBlock]]:
-        """Iterate over the row blocks of a group, for a slice of samples; a single one is formed in
-        ``out`` if given.
+        """Iterate over the row blocks of a group, for a slice of samples.
+
+        The rows of a single parameter are formed in ``out``, if that is given.
         """
         if group.only is not None:
             (name,) = group.together.names
@@ -318,6 +337,7 @@ class Sweep:
     def rows(self, group: Group, where: slice) -> dict[str, Tensor]:
         """Return rows of the parameters of a group, summed over their sites."""
         first, last, _ = where.indices(self.flow.samples)
+        # Rows of operands are summed first: the way to the parameters is then taken once.
         sums: dict[int, Tensor] = {}
         for operand, contractions in group.meetings.items():
             sums[operand] = sum_of([c.rows(where) for c in contractions])
@@ -338,22 +358,26 @@ class Sweep:
     def group_sum(self, group: Group, weights: Tensor) -> dict[str, Tensor]:
         """Return ``Σ_n c_n row_n`` of the parameters of a group, without the columns below."""
         if group.only is not None:
+            # Some contractions have weighted sums without rows.
             blocks = self.parts(group, slice(0, self.flow.samples), None)
             return {name: block.weighted_sum(weights) for name, block in blocks}
         sums: dict[int, Tensor] = {}
         for operand, contractions in group.meetings.items():
             sums[operand] = sum_of([c.weighted_sum(weights) for c in contractions])[None]
+        # A weighted sum goes to the parameters as a single row.
         return _only_row(self._to_parameters(group, sums, 1))
 
     def _to_parameters(
         self, group: Group, sums: dict[int, Tensor], count: int
     ) -> dict[str, Tensor]:
-        """Return rows of parameters, from rows of the operands that are made of them (``sums``,
-        ``count`` rows each).
+        """Return rows of the parameters of a group, from rows of the operands made of them.
+
+        ``sums``: by operand, ``count`` rows each.
         """
         rows: dict[str, Tensor] = {}
         made, cotangents = [], []
         for operand, of_operand in sums.items():
+            # An operand may be a parameter itself, used beside others that are made of it (tied).
             if operand in self.flow.parameters:
                 rows[self.flow.parameters[operand]] = of_operand
             else:
@@ -395,6 +419,7 @@ def _joined(contractions: list[Contraction]) -> list[Contraction]:
             products.append(contraction)
         else:
             others.append(contraction)
+    # Those of a recurrence are many, one for each time step, and small.
     orders = {product.features_first for product in products}
     if len(products) < 2 or len(orders) > 1:
         return contractions
