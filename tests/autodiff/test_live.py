@@ -1,6 +1,4 @@
-"""Models that compute their own loss, with derivatives that their recorded computation does not
-have.
-"""
+"""Models that compute their own loss, with derivatives that their recording does not have."""
 
 import pytest
 import torch
@@ -106,7 +104,7 @@ def test_parameters_beside_the_predictions_are_refused():
 def test_a_cut_that_is_not_met_is_refused(monkeypatch):
     monkeypatch.setattr(live, "_same", lambda t, value: False)
     problem, _ = problems()
-    with pytest.raises(ub.StructureError, match="no value that was met"):
+    with pytest.raises(ub.StructureError, match="no tensor in the model"):
         problem.gradients()
 
 
@@ -116,11 +114,11 @@ def test_a_value_in_the_wrong_place_is_caught(monkeypatch):
     def detour(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         if function is F.linear and result.shape == (N, C):
-            for i in self.wanted:
-                self.met[i] = 2 * result - result.detach()
+            for i in self.numbers:
+                self.tensors[i] = 2 * result - result.detach()
         return result
 
-    monkeypatch.setattr(live._Met, "__torch_function__", detour)
+    monkeypatch.setattr(live.ValueFinder, "__torch_function__", detour)
     problem, _ = problems()
     with pytest.raises(ub.StructureError, match="does not pass through"):
         problem.gradients()

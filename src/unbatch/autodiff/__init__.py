@@ -2,10 +2,14 @@
 
 In reading order:
 
-- ``planner.py``, ``schedule.py``: the parameter use sites, and what the backward pass does at each
+- ``dependence.py``: what depends on the parameters, and where samples are still separate
+- ``planner.py``, ``schedule.py``: the parameter use sites, and what the passes do at which step
 - ``context.py``: the recorded problem as the passes below see it
-- ``vjp.py``: one forward pass, and cotangents pulled back to the sites; ``contractions/``: what is made of them there
-- ``jvp.py``, ``jvp_rules.py``: the model as a linear map of its parameters, and its rules
-- ``loss.py``: the loss as a function of the predictions; ``eager.py``: the model itself, where its graph will not do
-- ``autograd.py``: what is asked of PyTorch's own engine
+- ``forward.py``, ``vjp.py``: one forward pass, and cotangents pulled back to the sites;
+  ``contractions/``: what is made of them there
+- ``jvp.py``, ``tangent_store.py``: the model as a linear map of its parameters;
+  ``jvp_rules.py``, ``forward_mode.py``, ``compositions.py``: how a tangent passes through an op
+- ``loss.py``: the loss as a function of the predictions
+- ``eager.py``: the model itself, where its graph has other derivatives
+- ``autograd.py``: what PyTorch's own engine lacks
 """

@@ -1,4 +1,4 @@
-"""What is asked of autograd beyond its own functions: cotangents of values in the middle, many at once, or cut off.
+"""What PyTorch's autograd lacks: gradients by name, many at once, or stopped on their way.
 
 Knows ops and tensors, and nothing about samples or plans.
 """
@@ -6,18 +6,56 @@ Knows ops and tensors, and nothing about samples or plans.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import GradientEdge
 
+Key = TypeVar("Key", str, int)  # the name of a parameter, or the number of a value in a graph
+
+Value = TypeVar("Value")
+
+
+# --- tensors by name or number --------------------------------------------------------------------
+
+
+def detached(tensors: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
+    """Return the same values without their history."""
+    return {key: t.detach() for key, t in tensors.items()}
+
+
+def leaves_of(tensors: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
+    """Return the same values as leaves to differentiate by."""
+    return {key: t.detach().requires_grad_() for key, t in tensors.items()}
+
+
+def zero_leaves(like: Sequence[Tensor]) -> list[Tensor]:
+    """Return zeros to differentiate by."""
+    return [torch.zeros_like(t, requires_grad=True) for t in like]
+
+
+def pick(values: Mapping[Key, Value], keys: Iterable[Key]) -> list[Value]:
+    """Return some of the values, in the order of ``keys``."""
+    return [values[key] for key in keys]
+
+
+def subset(tensors: Mapping[Key, Tensor], keys: Iterable[Key]) -> dict[Key, Tensor]:
+    """Return some of the tensors with their keys, in the order of ``keys``."""
+    return {key: tensors[key] for key in keys}
+
+
+# --- values in the middle -------------------------------------------------------------------------
+
 
 class _Attach(torch.autograd.Function):
-    """Lets a value that depends on no leaf have a gradient: it is the first that samples and parameters make."""
+    """The identity, with a leaf as a second input.
+
+    With it, a value that depends on no leaf has a gradient.
+    """
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, anchor: Tensor) -> Tensor:
@@ -29,8 +67,20 @@ class _Attach(torch.autograd.Function):
         return None, None
 
 
+def attached(value: Tensor, anchor: Tensor) -> Tensor:
+    """Return a value without history as one that has a gradient.
+
+    ``anchor``: a leaf, which gets none.
+    """
+    # Autograd marks no view as written to.
+    if value._is_view():
+        value = value.clone()
+    attached: Tensor = _Attach.apply(value, anchor)
+    return attached
+
+
 class Gate(torch.autograd.Function):
-    """The identity, through which the columns of another seed do not pass."""
+    """The identity, which lets no gradient pass while the gates are shut."""
 
     closed = False
 
@@ -45,7 +95,10 @@ class Gate(torch.autograd.Function):
     @classmethod
     @contextmanager
     def shut(cls) -> Iterator[None]:
-        """While columns are pulled back."""
+        """Shut all gates while columns are pulled back.
+
+        The columns of one seed do not enter the values of another through a gate.
+        """
         cls.closed = True
         try:
             yield
@@ -53,15 +106,14 @@ class Gate(torch.autograd.Function):
             cls.closed = False
 
 
-def attached(value: Tensor, anchor: Tensor) -> Tensor:
-    """A value without history as one that has a gradient."""
-    attached: Tensor = _Attach.apply(value.clone() if value._is_view() else value, anchor)
-    return attached
-
-
 def solid(t: Tensor) -> Tensor:
-    """Zeros that torch keeps without memory, as plain ones: some kernels read the memory that is not there."""
-    return torch.zeros(t.shape, dtype=t.dtype, device=t.device) if t._is_zerotensor() else t
+    """Return a tensor with memory of its own.
+
+    PyTorch keeps some zeros without, and some kernels read there all the same.
+    """
+    if t._is_zerotensor():
+        return torch.zeros(t.shape, dtype=t.dtype, device=t.device)
+    return t
 
 
 def gradients(
@@ -70,60 +122,93 @@ def gradients(
     gs: Sequence[Tensor] | None = None,
     retain: bool = False,
 ) -> dict[str, Tensor]:
-    """By name; zero for what the outputs do not depend on."""
-    live = [k for k, t in enumerate(outputs) if t.requires_grad]
+    """Return gradients by name, zero for what the outputs do not depend on.
+
+    ``gs``: the cotangents of the outputs, by default those of scalars; ``retain``: another backward
+    pass will follow.
+    """
+    # Autograd refuses outputs that depend on no leaf.
+    cotangents: Sequence[Tensor | None] = [None] * len(outputs)
+    if gs is not None:
+        cotangents = gs
+    ends, of_ends = _connected(outputs, cotangents)
     grads: Sequence[Tensor | None] = [None] * len(leaves)
-    if live:
-        chosen = None if gs is None else [gs[k] for k in live]
-        tensors = [outputs[k] for k in live]
+    if ends:
         grads = torch.autograd.grad(
-            tensors, list(leaves.values()), chosen, retain_graph=retain, allow_unused=True
+            ends, list(leaves.values()), of_ends, retain_graph=retain, allow_unused=True
         )
-    return {
-        n: torch.zeros_like(p) if g is None else solid(g)
-        for (n, p), g in zip(leaves.items(), grads, strict=True)
-    }
+    return dict(zip(leaves, or_zeros(grads, leaves.values()), strict=True))
+
+
+def or_zeros(grads: Iterable[Tensor | None], like: Iterable[Tensor]) -> list[Tensor]:
+    """Return gradients, zero where there is none."""
+    filled: list[Tensor] = []
+    for grad, t in zip(grads, like, strict=True):
+        if grad is None:
+            grad = torch.zeros_like(t)
+        filled.append(solid(grad))
+    return filled
+
+
+def _connected(outputs: Sequence[Any], cotangents: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """Return the outputs that depend on a leaf, and their cotangents."""
+    ends: list[Any] = []
+    of_ends: list[Any] = []
+    for output, cotangent in zip(outputs, cotangents, strict=True):
+        if isinstance(output, GradientEdge) or output.requires_grad:
+            ends.append(output)
+            of_ends.append(cotangent)
+    return ends, of_ends
 
 
 def batched_grad(
-    outputs: Sequence[Any], inputs: Sequence[Any], gs: Sequence[Tensor], count: int
+    outputs: Sequence[GradientEdge | Tensor],
+    inputs: Sequence[GradientEdge | Tensor],
+    gs: Sequence[Tensor],
+    count: int,
 ) -> list[Any]:
-    """Gradients for ``count`` stacked cotangents; one after the other where they cannot be batched."""
-    connected = [
-        (o, g)
-        for o, g in zip(outputs, gs, strict=True)
-        if isinstance(o, GradientEdge) or o.requires_grad
-    ]
-    if not connected or not inputs:
+    """Return ``[count, *shape]`` for each input: gradients for stacked cotangents, or None.
+
+    They are pulled back in one call or, where an op cannot be batched, one after the other.
+    """
+    ends, cotangents = _connected(outputs, gs)
+    if not ends or not inputs:
         return [None] * len(inputs)
-    outputs, gs = [list(x) for x in zip(*connected, strict=True)]
-    grad = torch.autograd.grad
     if count > 1:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                return list(
-                    grad(
-                        outputs,
-                        inputs,
-                        gs,
-                        retain_graph=True,
-                        allow_unused=True,
-                        is_grads_batched=True,
-                    )
-                )
-        except RuntimeError:
-            pass
-    each = [
-        grad(outputs, inputs, [g[k] for g in gs], retain_graph=True, allow_unused=True)
-        for k in range(count)
-    ]
-    return [None if rows[0] is None else torch.stack(rows) for rows in zip(*each, strict=True)]
+        # It fails where vmap has no rule for an op on the way, and warns where it has a slow one.
+        with suppress(RuntimeError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return list(_grad(ends, inputs, cotangents, batched=True))
+    single = []
+    for k in range(count):
+        of_sample = [g[k] for g in cotangents]
+        single.append(_grad(ends, inputs, of_sample))
+    return [_stacked(of_input) for of_input in zip(*single, strict=True)]
+
+
+def _stacked(rows: tuple[Any, ...]) -> Tensor | None:
+    """Return rows as one tensor; an input without a gradient has none in any of them."""
+    if rows[0] is None:
+        return None
+    return torch.stack(rows)
+
+
+def _grad(
+    ends: Sequence[Any], inputs: Sequence[Any], cotangents: Sequence[Tensor], batched: bool = False
+) -> tuple[Any, ...]:
+    return torch.autograd.grad(
+        ends,
+        inputs,
+        cotangents,
+        retain_graph=True,
+        allow_unused=True,
+        is_grads_batched=batched,
+    )
 
 
 @contextmanager
 def forward_mode() -> Iterator[None]:
-    """A level of forward mode, whose first use loads scripts that torch itself warns about."""
+    """Open a level of forward mode; the first one loads scripts that PyTorch itself warns about."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*torch.jit.script.*", DeprecationWarning)
         forward_ad._maybe_load_decompositions()

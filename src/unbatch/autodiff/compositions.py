@@ -1,12 +1,15 @@
-"""Fused ops spelled out in plain ones, which have the forward mode that the fused op lacks.
+"""Fused ops as compositions of plain ones, which have the forward mode that the fused op lacks.
 
-Each takes the arguments of its op and returns its results, or the first of them. Knows tensors
-only.
+A composition takes the arguments that its op was given, by their names in the op's schema, and
+returns the op's results, or the first of them. Knows tensors only.
+
+Legend of a recurrence: ``x`` the input, ``h`` the state and ``c`` the cell of every sequence; a
+*gate* is what a weight makes of one of them before the nonlinearity.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,139 +18,160 @@ from torch import Tensor
 aten = torch.ops.aten
 
 
+Arguments = Mapping[str, Any]
+
+
+Composition = Callable[[Arguments], Any]
+
+
+SPELLED_OUT: dict[str, Composition] = {}
+
+
 NO_MASK = (
     "fused attention with dropout does not say what it drops; run it inside "
     "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), or with dropout 0"
 )
 
 
+NO_BAGS = "bags by their largest entries, scaled by frequency, or with padding"
+
+
 RELU, LSTM, GRU = 0, 2, 3  # the modes of cuDNN and of MIOpen; 1 is tanh
+
+
+def composition(names: str) -> Callable[[Composition], Composition]:
+    """Register a composition of ops (space-separated)."""
+
+    def register(function: Composition) -> Composition:
+        for name in names.split():
+            SPELLED_OUT[name] = function
+        return function
+
+    return register
 
 
 # --- attention ------------------------------------------------------------------------------------
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-) -> Any:
-    """Fused attention as products and a softmax; without dropout, whose mask the fused kernel does not tell."""
-    if dropout_p:
+@composition(
+    "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention "
+    "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention "
+    "_scaled_dot_product_fused_attention_overrideable"
+)
+def attention(arguments: Arguments) -> Any:
+    """Products and a softmax; without dropout, whose mask the fused kernels do not return."""
+    if arguments.get("dropout_p", 0.0):
         raise NotImplementedError(NO_MASK)
+    # Some kernels call it a mask, some a bias, and some take none.
+    mask = arguments.get("attn_mask", arguments.get("attn_bias"))
     return aten._scaled_dot_product_attention_math(
-        query, key, value, mask, 0.0, is_causal, scale=scale
+        arguments["query"],
+        arguments["key"],
+        arguments["value"],
+        mask,
+        0.0,
+        arguments.get("is_causal", False),
+        scale=arguments.get("scale"),
     )[0]
-
-
-def attention_on_cpu(
-    query: Tensor, key: Tensor, value: Tensor, dropout_p: float = 0.0, is_causal: bool = False, *,
-    attn_mask: Tensor | None = None, scale: float | None = None,
-) -> Any:  # fmt: skip
-    return attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
-
-
-def flash(
-    query: Tensor, key: Tensor, value: Tensor, dropout_p: float = 0.0, is_causal: bool = False,
-    return_debug_mask: bool = False, *, scale: float | None = None,
-) -> Any:  # fmt: skip
-    return attention(query, key, value, None, dropout_p, is_causal, scale)
-
-
-def efficient(
-    query: Tensor, key: Tensor, value: Tensor, attn_bias: Tensor | None, compute_log_sumexp: bool,
-    dropout_p: float = 0.0, is_causal: bool = False, return_debug_mask: bool = False, *, scale: float | None = None,
-) -> Any:  # fmt: skip
-    """The memory-efficient form, and cuDNN's."""
-    return attention(query, key, value, attn_bias, dropout_p, is_causal, scale)
-
-
-def overrideable(
-    query: Tensor, key: Tensor, value: Tensor, attn_bias: Tensor | None = None, dropout_p: float = 0.0,
-    is_causal: bool = False, return_debug_mask: bool = False, *, scale: float | None = None,
-) -> Any:  # fmt: skip
-    """The form that a backend outside of PyTorch brings along."""
-    return attention(query, key, value, attn_bias, dropout_p, is_causal, scale)
 
 
 # --- recurrences ----------------------------------------------------------------------------------
 
 
-def cudnn_rnn(
-    input: Tensor, weight: Sequence[Tensor], weight_stride0: int, weight_buf: Tensor | None, hx: Tensor,
-    cx: Tensor | None, mode: int, hidden_size: int, proj_size: int, num_layers: int, batch_first: bool,
-    dropout: float, train: bool, bidirectional: bool, batch_sizes: Sequence[int], dropout_state: Tensor | None,
-) -> Any:  # fmt: skip
-    layers = [tuple(weight[i : i + weight_stride0]) for i in range(0, len(weight), weight_stride0)]
-    return recurrence(
-        input, layers, hx, cx, mode, batch_first, bidirectional, batch_sizes, proj_size > 0
-    )
+@composition("_cudnn_rnn miopen_rnn")
+def recurrence(arguments: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs of the last layer, and last states and cells of all layers.
 
-
-def miopen_rnn(
-    input: Tensor, weight: Sequence[Tensor], weight_stride0: int, hx: Tensor, cx: Tensor | None, mode: int,
-    hidden_size: int, num_layers: int, batch_first: bool, dropout: float, train: bool, bidirectional: bool,
-    batch_sizes: Sequence[int], dropout_state: Tensor | None,
-) -> Any:  # fmt: skip
-    layers = [tuple(weight[i : i + weight_stride0]) for i in range(0, len(weight), weight_stride0)]
-    return recurrence(input, layers, hx, cx, mode, batch_first, bidirectional, batch_sizes, False)
-
-
-def recurrence(
-    x: Tensor, layers: Sequence[tuple[Tensor, ...]], hx: Tensor, cx: Tensor | None, mode: int, batch_first: bool,
-    bidirectional: bool, batch_sizes: Sequence[int], projected: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return outputs and last states of all layers; ``layers``: the weights of a layer in one direction.
-
-    Rows of a step are the sequences that still run, longest first, as in a packed sequence.
+    The rows of a time step are the sequences that still run, longest first, as in a packed
+    sequence.
     """
-    directions = 2 if bidirectional else 1
-    time = 1 if batch_first else 0
-    steps = list(x.split(list(batch_sizes)) if batch_sizes else x.unbind(time))
+    x, hx, cx = arguments["input"], arguments["hx"], arguments["cx"]
+    weights, per_layer = arguments["weight"], arguments["weight_stride0"]
+    batch_sizes = list(arguments["batch_sizes"])
+    directions = 1 + int(arguments["bidirectional"])
+    time = int(arguments["batch_first"])
+    # Packed sequences have a batch size for each time step; others are cut along the axis of time.
+    steps = list(x.split(batch_sizes)) if batch_sizes else list(x.unbind(time))
+    if cx is None:
+        cx = hx
     states: list[Tensor] = []
     cells: list[Tensor] = []
-    for first in range(0, len(layers), directions):
+    for first in range(0, len(weights) // per_layer, directions):
+        # Both directions read the layer below, and the next layer reads both.
         sides = []
         for k in range(first, first + directions):
-            cell = None if cx is None else cx[k]
-            outputs, h, c = _direction(steps, layers[k], hx[k], cell, mode, k > first, projected)
+            outputs, h, c = _direction(
+                steps,
+                weights[k * per_layer : (k + 1) * per_layer],
+                hx[k],
+                cx[k],
+                mode=arguments["mode"],
+                backward=k > first,
+                projected=arguments.get("proj_size", 0) > 0,
+            )
             sides.append(outputs)
             states.append(h)
             cells.append(c)
         steps = [torch.cat(parts, -1) for parts in zip(*sides, strict=True)]
     y = torch.cat(steps) if batch_sizes else torch.stack(steps, time)
-    return y, torch.stack(states), torch.stack(cells) if cx is not None else x.new_empty(0)
+    last_cells = torch.stack(cells)
+    if arguments["cx"] is None:
+        last_cells = x.new_empty(0)
+    return y, torch.stack(states), last_cells
 
 
 def _direction(
-    steps: Sequence[Tensor], weights: tuple[Tensor, ...], h: Tensor, c: Tensor | None, mode: int, backward: bool,
+    steps: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    h: Tensor,
+    c: Tensor,
+    mode: int,
+    backward: bool,
     projected: bool,
-) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
-    """One layer in one direction of time. The state of a sequence that has ended, or not begun, stays as it is."""
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Return outputs, last state and last cell of one layer in one direction of time.
+
+    The state of a sequence that has ended, or not begun, stays as it is.
+    """
+    # A layer has two weights, perhaps two biases and, at the end, perhaps a projection.
     by_input, by_hidden, *others = weights
-    projection = others.pop() if projected else None
+    projection = None
+    if projected:
+        projection = others.pop()
     biases: list[Any] = others or [None, None]
-    c = h if c is None else c
+    order = list(steps)
+    if backward:
+        order.reverse()
     outputs: list[Tensor] = []
-    for x in reversed(steps) if backward else steps:
+    for x in order:
         running = len(x)
         gates = torch.nn.functional.linear(x, by_input, biases[0])
         recurrent = torch.nn.functional.linear(h[:running], by_hidden, biases[1])
-        new, cell = _cell(gates, recurrent, h[:running], c[:running], mode)
-        new = new if projection is None else new @ projection.T
-        h, c = torch.cat([new, h[running:]]), torch.cat([cell, c[running:]])
-        outputs.append(new)
-    return outputs[::-1] if backward else outputs, h, c
+        state, cell = _cell(gates, recurrent, h[:running], c[:running], mode)
+        if projection is not None:
+            state = state @ projection.T
+        # The sequences that do not run at this step are the last ones.
+        h, c = torch.cat([state, h[running:]]), torch.cat([cell, c[running:]])
+        outputs.append(state)
+    if backward:
+        outputs.reverse()
+    return outputs, h, c
+
+
+# One step of each kind, with the gates of input and state added up unless they are named x and h:
+#
+#     LSTM   c′ = σ(forget) c + σ(enter) tanh(cell)            h′ = σ(out) tanh(c′)
+#     GRU    n = tanh(new_x + σ(reset) new_h)                  h′ = n + σ(update) (h − n)
+#     plain                                                    h′ = tanh(gates), or relu(gates)
 
 
 def _cell(
     gates: Tensor, recurrent: Tensor, h: Tensor, c: Tensor, mode: int
 ) -> tuple[Tensor, Tensor]:
-    """One step, without projection: the new state, and the new cell where there is one."""
+    """Return state and cell after one step, before any projection.
+
+    Where there is no cell, it is the state.
+    """
     if mode == LSTM:
         enter, forget, cell, out = (gates + recurrent).chunk(4, -1)
         c = forget.sigmoid() * c + enter.sigmoid() * cell.tanh()
@@ -159,30 +183,41 @@ def _cell(
         new = (new + (reset + by_reset).sigmoid() * by_new).tanh()
         h = new + update * (h - new)
         return h, h
-    h = (gates + recurrent).relu() if mode == RELU else (gates + recurrent).tanh()
+    h = gates + recurrent
+    h = h.relu() if mode == RELU else h.tanh()
     return h, h
 
 
-def lstm_cell(
-    input_gates: Tensor, hidden_gates: Tensor, cx: Tensor, input_bias: Tensor | None = None,
-    hidden_bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    gates = input_gates if input_bias is None else input_gates + input_bias
-    recurrent = hidden_gates if hidden_bias is None else hidden_gates + hidden_bias
-    return _cell(gates, recurrent, cx, cx, LSTM)
+@composition("_thnn_fused_lstm_cell")
+def lstm_cell(arguments: Arguments) -> tuple[Tensor, Tensor]:
+    """State and cell after one step."""
+    gates, recurrent = _gates(arguments)
+    return _cell(gates, recurrent, arguments["cx"], arguments["cx"], LSTM)
 
 
-def gru_cell(
-    input_gates: Tensor, hidden_gates: Tensor, hx: Tensor, input_bias: Tensor | None = None,
-    hidden_bias: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    gates = input_gates if input_bias is None else input_gates + input_bias
-    recurrent = hidden_gates if hidden_bias is None else hidden_gates + hidden_bias
-    return _cell(gates, recurrent, hx, hx, GRU)[0]
+@composition("_thnn_fused_gru_cell")
+def gru_cell(arguments: Arguments) -> Tensor:
+    """State after one step."""
+    gates, recurrent = _gates(arguments)
+    return _cell(gates, recurrent, arguments["hx"], arguments["hx"], GRU)[0]
 
 
-def packed_sequence(input: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
-    x = input.transpose(0, 1) if batch_first else input
+def _gates(arguments: Arguments) -> tuple[Tensor, Tensor]:
+    """Return the gates of input and state, with their biases where there are any."""
+    gates, recurrent = arguments["input_gates"], arguments["hidden_gates"]
+    if arguments.get("input_bias") is not None:
+        gates = gates + arguments["input_bias"]
+    if arguments.get("hidden_bias") is not None:
+        recurrent = recurrent + arguments["hidden_bias"]
+    return gates, recurrent
+
+
+@composition("_pack_padded_sequence")
+def packed_sequence(arguments: Arguments) -> tuple[Tensor, Tensor]:
+    """Rows of the sequences that still run, time step by time step, and how many run at each."""
+    x, lengths = arguments["input"], arguments["lengths"]
+    if arguments["batch_first"]:
+        x = x.transpose(0, 1)
     running = lengths[None] > torch.arange(len(x))[:, None]
     return x[running.to(x.device)], running.sum(1)
 
@@ -190,46 +225,30 @@ def packed_sequence(input: Tensor, lengths: Tensor, batch_first: bool) -> tuple[
 # --- tables and norms -----------------------------------------------------------------------------
 
 
-def bags(
-    weight: Tensor, indices: Tensor, offsets: Tensor, scale_grad_by_freq: bool = False, mode: int = 0,
-    sparse: bool = False, per_sample_weights: Tensor | None = None, include_last_offset: bool = False,
-    padding_idx: int = -1,
-) -> Any:  # fmt: skip
-    """Sums and means of rows of a table over the runs of a flat index."""
-    if mode > 1 or scale_grad_by_freq or include_last_offset or padding_idx >= 0:
-        raise NotImplementedError(
-            "bags by their largest entries, scaled by frequency, or with padding"
-        )
+@composition("_embedding_bag _embedding_bag_forward_only")
+def bags(arguments: Arguments) -> Any:
+    """Sums (mode 0) or means (mode 1) of rows of a table over the runs of a flat index."""
+    mode = arguments.get("mode", 0)
+    unusual = arguments.get("scale_grad_by_freq") or arguments.get("include_last_offset")
+    if unusual or mode > 1 or arguments.get("padding_idx", -1) >= 0:
+        raise NotImplementedError(NO_BAGS)
+    weight, indices, offsets = arguments["weight"], arguments["indices"], arguments["offsets"]
     places = torch.arange(len(indices), device=indices.device)
     bag = torch.searchsorted(offsets.contiguous(), places, right=True) - 1
-    rows = (
-        weight[indices]
-        if per_sample_weights is None
-        else weight[indices] * per_sample_weights[:, None]
-    )
-    out = torch.zeros(
-        len(offsets), weight.shape[1], dtype=weight.dtype, device=weight.device
-    ).index_add(0, bag, rows)
-    return out if mode == 0 else out / bag.bincount(minlength=len(offsets)).clamp_min(1)[:, None]
+    rows = weight[indices]
+    if arguments.get("per_sample_weights") is not None:
+        rows = rows * arguments["per_sample_weights"][:, None]
+    count = len(offsets)
+    empty = torch.zeros(count, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    sums = empty.index_add(0, bag, rows)
+    if mode == 0:
+        return sums
+    return sums / bag.bincount(minlength=count).clamp_min(1)[:, None]
 
 
-def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Any:
-    norms = torch.norm_except_dim(v, 2, dim)
+@composition("_weight_norm_interface")
+def weight_norm(arguments: Arguments) -> Any:
+    """``g v/‖v‖`` and ``‖v‖``, with norms over all axes but ``dim``."""
+    v, g = arguments["v"], arguments["g"]
+    norms = torch.norm_except_dim(v, 2, arguments.get("dim", 0))
     return v * (g / norms), norms
-
-
-SPELLED_OUT: dict[str, Callable[..., Any]] = {
-    "_weight_norm_interface": weight_norm,
-    "_scaled_dot_product_flash_attention_for_cpu": attention_on_cpu,
-    "_scaled_dot_product_flash_attention": flash,
-    "_scaled_dot_product_efficient_attention": efficient,
-    "_scaled_dot_product_cudnn_attention": efficient,
-    "_scaled_dot_product_fused_attention_overrideable": overrideable,
-    "_cudnn_rnn": cudnn_rnn,
-    "miopen_rnn": miopen_rnn,
-    "_thnn_fused_lstm_cell": lstm_cell,
-    "_thnn_fused_gru_cell": gru_cell,
-    "_pack_padded_sequence": packed_sequence,
-    "_embedding_bag": bags,
-    "_embedding_bag_forward_only": bags,
-}

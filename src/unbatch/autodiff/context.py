@@ -1,9 +1,14 @@
-"""The problem as the engine sees it: what was recorded, what was found, the data, and the plans kept for them."""
+"""The recorded problem as the passes see it: graph, owners and batch, and the plans made so far.
+
+Lives here: what several questions about one recording share. What a pass does with it is elsewhere:
+a plan is made by ``planner.py``, run by ``vjp.py`` and ``jvp.py``, and tested by the wing that asks
+for it.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -17,18 +22,23 @@ from unbatch.analysis.domain.sample_layout import prediction_dim
 from unbatch.analysis.interpreter import Fact, Interpretation, interpret
 from unbatch.autodiff.planner import BackwardPlan, plan_backward, spread
 from unbatch.autodiff.schedule import Operands, Schedule
-from unbatch.capture.graph import Graph
+from unbatch.capture.graph import Graph, Value
 from unbatch.capture.program import Program
 from unbatch.linalg.precision import BACKWARD, in_double, tolerance
 
-
-def _mixed(walk_: Interpretation) -> set[int]:
-    return {i for i, m in walk_.marks.items() if m.coupled}
+Key = tuple[
+    tuple[str, ...], str
+]  # of a plan: the names of the parameters, and by which decomposition
 
 
 @dataclass
 class Context:
-    """A recording with its walk and its data. ``faithful``: the recording has the derivatives of the model."""
+    """A recording with its interpretation and its batch, and what is known of its derivatives.
+
+    ``given``: the owners of the values that the recording starts from; ``leading``: samples lie
+    along the first axis of the inputs. ``faithful``: the recording has the derivatives of the
+    model; ``split``: parameters reach the loss through the predictions only.
+    """
 
     program: Program
     graph: Graph
@@ -41,138 +51,188 @@ class Context:
     skeleton: Any  # what the model returned, with references in place of tensors
     faithful: bool
     split: bool
-    routes: dict[Any, Schedule] = field(default_factory=dict)
-    trust: dict[Any, bool] = field(default_factory=dict)  # whether a plan passed its self-check
+    # Found out by questions, and kept for the next one.
+    routes: dict[Key, Schedule] = field(default_factory=dict)
+    trust: dict[Key, bool] = field(default_factory=dict)  # whether a plan passed its self-check
     forward_modes: dict[Any, bool] = field(
         default_factory=dict
-    )  # whether tangents go through all steps at once
+    )  # whether tangents go by whole graph
     last_form: Any = None  # of the second derivative of the loss: the guess that is tried first
     facts: list[Fact] = field(default_factory=list)  # on which plans rely, beside those of the walk
-    buffer: Tensor | None = None
+    buffer: Tensor | None = None  # memory of ``scratch``
+
+    # -- plans --
 
     def route(self, parameters: Mapping[str, Tensor], by: str) -> Schedule:
-        """The plan of a sweep, kept for the next question."""
-        names = list(parameters)
-        key = (tuple(names), by)
+        """Return the schedule of a backward pass, made when it is first asked for.
+
+        Raises ``StructureError`` where rows by ``by`` do not exist.
+        """
+        key = (tuple(parameters), by)
         if key not in self.routes:
-            seen = self.walk
-            if by == "copy" and _mixed(seen):
-                seen = interpret(
-                    self.graph, self.samples, self.given, self.graph.forward_steps, by_place=True
-                )
-                self.facts += seen.facts
-            plan = plan_backward(self.graph, seen, self.samples, self.leading, names, by)
-            if plan.spanning:
-                plan = plan_backward(
-                    self.graph, self._spread(plan, seen), self.samples, self.leading, names, by
-                )
-            if plan.refused is not None:
-                raise plan.refused
-            plan.by_place = seen.by_place
-            operands = Operands(
-                self.graph, plan, {n: tuple(p.shape) for n, p in parameters.items()}
-            )
+            plan, facts = _plan(self, key)
+            self.facts += facts
+            shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+            operands = Operands(self.graph, plan, shapes)
             self.routes[key] = Schedule(self.graph, plan, operands)
         return self.routes[key]
 
-    def _spread(self, plan: BackwardPlan, seen: Interpretation) -> Interpretation:
-        """The walk with shared values that have an entry for every sample counted to the samples, where that fits.
+    def in_double(self) -> Context:
+        """Return the same problem and plans in float64; nothing of it was tested yet."""
+        graph = self.graph.in_double()
+        routes = {key: Schedule(graph, r.flow, r.operands) for key, r in self.routes.items()}
+        return replace(
+            self,
+            graph=graph,
+            inputs=in_double(self.inputs),
+            routes=routes,
+            trust={},
+            forward_modes={},
+            buffer=None,
+        )
 
-        What such a value holds for sample n is used by sample n only if no new place of mixing comes up.
-        """
-        chosen: dict[int, int] = {}
-        best = seen
-        for value, axes in spread(self.graph, seen, plan):
-            for axis in axes:
-                belong, steps = chosen | {value: axis}, self.graph.forward_steps
-                trial = interpret(
-                    self.graph,
-                    self.samples,
-                    self.given,
-                    steps,
-                    belong=belong,
-                    by_place=seen.by_place,
-                )
-                if _mixed(trial) <= _mixed(seen):
-                    chosen[value] = axis
-                    self.facts += trial.facts
-                    best = trial
-                    break
-        return best
+    # -- the recording --
 
     @cached_property
     def axes(self) -> dict[int, int]:
         """Prediction -> the axis along which its samples lie."""
-        found = {
-            r.index: prediction_dim(self.walk[r], self.samples, self.leading)
-            for r in self.graph.used_predictions
-        }
-        return {i: d for i, d in found.items() if d is not None}
+        axes: dict[int, int] = {}
+        for ref in self.graph.used_predictions:
+            dim = prediction_dim(self.walk[ref], self.samples, self.leading)
+            if dim is not None:
+                axes[ref.index] = dim
+        return axes
+
+    @property
+    def own_loss(self) -> bool:
+        """Whether the model computes its loss itself."""
+        return self.program.loss is None
+
+    @cached_property
+    def rounding(self) -> float:
+        """Relative error of a gradient that rounding explains.
+
+        By the coarsest floating-point type on the way.
+        """
+        return tolerance({value.dtype for value in self._computed()}, BACKWARD)
+
+    @property
+    def values_in_double(self) -> int:
+        """Bytes of all that the forward pass computes, in float64."""
+        entries = 0
+        for value in self._computed():
+            if value.dtype.is_floating_point:
+                entries += math.prod(value.shape)
+        return 8 * entries
+
+    def _computed(self) -> Iterator[Value]:
+        """Iterate over the values that steps of the forward pass return."""
+        for step in self.graph.forward_steps:
+            for ref in step.outs:
+                if ref is not None:
+                    yield self.graph.values[ref.index]
+
+    # -- numbers --
+
+    @property
+    def data(self) -> dict[int, Tensor]:
+        """Inputs and targets by their number in the graph."""
+        tensors: dict[int, Tensor] = {}
+        for refs, tree in ((self.graph.inputs, self.inputs), (self.graph.targets, self.targets)):
+            for ref, leaf in zip(refs, tree_leaves(tree), strict=True):
+                if ref is not None:
+                    tensors[ref.index] = leaf
+        return tensors
+
+    @property
+    def constants(self) -> dict[int, Tensor]:
+        """Parameters by their number in the graph, detached."""
+        tensors: dict[int, Tensor] = {}
+        for i, value in enumerate(self.graph.values):
+            if value.kind == "parameters":
+                tensors[i] = self.program.parameters[value.name].detach()
+        return tensors
+
+    def numbers(self, wanted: Sequence[int]) -> dict[int, Tensor]:
+        """Return values of the forward pass, by their number in the graph."""
+        feed, steps = self.data | self.constants, self.graph.forward_steps
+        with torch.no_grad():
+            tensors = self.graph.run(feed, wanted, steps=steps)
+        return dict(zip(wanted, tensors, strict=True))
 
     def scratch(self, shape: Sequence[int], like: Tensor) -> Tensor:
-        """Memory for rows that nobody keeps, the same at every question: fresh memory costs more than what fills it."""
+        """Return memory for rows that nobody keeps: the same each time.
+
+        Fresh memory would cost more than what fills it.
+        """
         size = math.prod(shape) * like.element_size()
         if self.buffer is None or self.buffer.numel() < size or self.buffer.device != like.device:
             self.buffer = torch.empty(size, dtype=torch.uint8, device=like.device)
         return self.buffer[:size].view(like.dtype).view(*shape)
 
-    def in_double(self) -> Context:
-        """The same plans on the same numbers in float64."""
-        graph, inputs = self.graph.in_double(), in_double(self.inputs)
-        routes = {key: Schedule(graph, r.flow, r.operands) for key, r in self.routes.items()}
-        other = replace(
-            self, graph=graph, inputs=inputs, routes=routes, trust={}, forward_modes={}, buffer=None
+
+# --- planning -------------------------------------------------------------------------------------
+
+
+def _plan(context: Context, key: Key) -> tuple[BackwardPlan, list[Fact]]:
+    """Return a plan and the facts that it relies on, beside those of the interpretation.
+
+    Raises ``StructureError`` where the rows do not exist.
+    """
+    names, by = key
+    walk, facts = context.walk, list[Fact]()
+    if by == "copy" and _mixed(walk):
+        # In a copy of the model for sample n, slice n of whatever the samples were mixed into is
+        # sample n's own.
+        walk = interpret(
+            context.graph,
+            context.samples,
+            context.given,
+            context.graph.forward_steps,
+            by_place=True,
         )
-        other.__dict__["axes"] = self.axes
-        return other
+        facts += walk.facts
+    plan = plan_backward(context.graph, walk, context.samples, context.leading, names, by)
+    if plan.spanning:
+        origins = spread(context.graph, walk, plan)
+        walk, more = _with_spanning_owned(context, walk, origins)
+        facts += more
+        plan = plan_backward(context.graph, walk, context.samples, context.leading, names, by)
+    if plan.refused is not None:
+        raise plan.refused
+    return plan, facts
 
-    @cached_property
-    def rounding(self) -> float:
-        """By the coarsest floating-point type on the way."""
-        kinds = {
-            self.graph.values[r.index].dtype
-            for s in self.graph.forward_steps
-            for r in s.outs
-            if r is not None
-        }
-        return tolerance(kinds, BACKWARD)
 
-    @property
-    def values_in_double(self) -> int:
-        """Bytes of all that the forward pass computes, in float64."""
-        made = [
-            self.graph.values[r.index]
-            for s in self.graph.forward_steps
-            for r in s.outs
-            if r is not None
-        ]
-        return sum(8 * math.prod(v.shape) for v in made if v.dtype.is_floating_point)
+def _with_spanning_owned(
+    context: Context, walk: Interpretation, origins: Iterable[tuple[int, list[int]]]
+) -> tuple[Interpretation, list[Fact]]:
+    """Return an interpretation that counts some shared values to the samples, and its facts.
 
-    @property
-    def constants(self) -> dict[int, Tensor]:
-        """Parameters by their number in the graph, connected to nothing."""
-        named = [(i, v.name) for i, v in enumerate(self.graph.values) if v.kind == "parameters"]
-        return {i: self.program.parameters[name].detach() for i, name in named}
-
-    def numbers(self, wanted: Sequence[int]) -> dict[int, Tensor]:
-        """Values of the forward pass, by their number in the graph."""
-        with torch.no_grad():
-            found = self.graph.run(
-                self.data | self.constants, wanted, steps=self.graph.forward_steps
+    ``origins``: values with an entry for every sample, and the axes along which the entries may
+    lie. What a value holds for sample n is read by sample n alone exactly if no value is mixed then
+    that was not mixed before; otherwise it stays shared.
+    """
+    mixed_before = _mixed(walk)
+    best, facts = walk, list[Fact]()
+    owned: dict[int, int] = {}
+    for value, axes in origins:
+        for axis in axes:
+            trial = interpret(
+                context.graph,
+                context.samples,
+                context.given,
+                context.graph.forward_steps,
+                belong={**owned, value: axis},
+                by_place=walk.by_place,
             )
-        return dict(zip(wanted, found, strict=True))
+            if _mixed(trial) <= mixed_before:
+                owned[value] = axis
+                best = trial
+                facts += trial.facts
+                break
+    return best, facts
 
-    @property
-    def own_loss(self) -> bool:
-        return self.program.loss is None
 
-    @property
-    def data(self) -> dict[int, Tensor]:
-        """Inputs and targets by their number in the graph."""
-        pairs = [(self.graph.inputs, self.inputs), (self.graph.targets, self.targets)]
-        return {
-            r.index: x
-            for refs, tree in pairs
-            for r, x in zip(refs, tree_leaves(tree), strict=True)
-            if r is not None
-        }
+def _mixed(walk: Interpretation) -> set[int]:
+    """Return the values in which samples are mixed."""
+    return {i for i, owners in walk.marks.items() if owners.coupled}

@@ -1,7 +1,8 @@
-"""The model itself, run with autograd where its recording has other derivatives: its predictions, connected to θ.
+"""The model itself, run with autograd where its recording has other derivatives.
 
-A model that computes its own loss does not return what the loss is cut at. That value is met again when the model runs,
-by its number; whether the gradient of the loss goes through it, and only through it, is then tried.
+A model that computes its own loss does not return what the loss is cut at. That value is found by
+its numbers while the model runs; whether the gradient of the loss goes through it, and through
+nothing else, is then tried out.
 """
 
 from __future__ import annotations
@@ -17,25 +18,32 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from unbatch.autodiff.autograd import gradients
+from unbatch.autodiff.autograd import detached, gradients, pick, subset
 from unbatch.autodiff.context import Context
+from unbatch.autodiff.dependence import within
 from unbatch.autodiff.loss import LossAt
 from unbatch.capture.isolation import random_state, untouched
 from unbatch.capture.program import own_loss
 from unbatch.errors import MSG_INNER_LOSS, StructureError
 
+# Of the largest entry, in units of rounding: two implementations of attention differ by less.
+ATTENTION_ROUNDINGS = 1e3
+
 
 @dataclass
 class EagerModel:
-    """``values``: what the model returns, by number in the graph, or where the loss is cut; ``inner`` as in a loss."""
+    """The model after one run.
+
+    ``values``: what it returns, by number in the graph, or where the loss is cut; ``inner``: what
+    else of the model the loss reads. ``state``: the random state from which backward passes draw,
+    the same each time; None if they draw none.
+    """
 
     setting: Context
     output: Any
     values: dict[int, Tensor]
     inner: dict[int, Tensor]
-    state: (
-        tuple[Any, ...] | None
-    )  # from which backward passes draw, the same each time; None: they do not
+    state: tuple[Any, ...] | None
 
     @property
     def predictions(self) -> dict[int, Tensor]:
@@ -44,100 +52,116 @@ class EagerModel:
 
     @property
     def loss(self) -> LossAt:
-        alone, outputs = (
-            {i: t.detach() for i, t in found.items()} for found in (self.predictions, self.values)
-        )
-        return LossAt(self.setting, alone, self.inner, outputs)
+        """The loss at these predictions."""
+        return LossAt(self.setting, detached(self.predictions), self.inner, detached(self.values))
 
 
 def run(setting: Context, parameters: Mapping[str, Tensor], twice: bool = False) -> EagerModel:
-    """The model on its batch; for one with a loss of its own, raises ``StructureError`` where no cut can be trusted.
+    """Run the model on its batch.
 
-    ``twice``: so that there are second derivatives, which fused attention has not.
+    ``twice``: so that there are second derivatives, which fused attention has not. Raises
+    ``StructureError`` for a model with its own loss where no value is the one that the loss is cut
+    at.
     """
     with sdpa_kernel(SDPBackend.MATH) if twice else nullcontext():
-        return _cut(setting, parameters) if setting.own_loss else _called(setting)
+        if setting.own_loss:
+            return _run_with_loss(setting, parameters)
+        return _run(setting)
 
 
-def _called(setting: Context) -> EagerModel:
+def _run(setting: Context) -> EagerModel:
+    """Run a model that returns its predictions."""
     output, state = _predict(setting)
-    leaves = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
-    return EagerModel(
-        setting,
-        output,
-        {r.index: t for r, t in zip(setting.graph.predictions, leaves, strict=True)},
-        {},
-        state,
-    )
+    tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
+    numbers = [ref.index for ref in setting.graph.predictions]
+    return EagerModel(setting, output, dict(zip(numbers, tensors, strict=True)), {}, state)
 
 
 def _predict(setting: Context) -> tuple[Any, tuple[Any, ...]]:
+    """Return the model's output, and the random state after it."""
     with untouched(setting.program.modules, setting.graph.rng), torch.enable_grad():
         return setting.program.on_copies().predict(setting.inputs), random_state()
 
 
-def _cut(setting: Context, parameters: Mapping[str, Tensor]) -> EagerModel:
+# --- models with their own loss -------------------------------------------------------------------
+
+
+def _run_with_loss(setting: Context, parameters: Mapping[str, Tensor]) -> EagerModel:
+    """Run a model that returns its loss, and find its predictions on the way.
+
+    Raises ``StructureError`` where they are not found, or the gradient bypasses them.
+    """
     graph = setting.graph
     if not setting.split:
         raise StructureError(
             MSG_INNER_LOSS.format(why="parameters reach the loss beside them as well")
         )
-    read = graph.read_by_loss(setting.axes)
-    seen = {
-        i: graph.folded.get(i, i) for i in setting.axes
-    }  # prediction -> what the model knows of it
-    found = setting.numbers([*seen.values(), *read])
-    meet = _Met({i: found[i] for i in seen.values()})
-    with meet:
+    inner = graph.read_by_loss(setting.axes)
+    # Predictions whose sample axes were flattened lie in the model as they were before.
+    in_model = {i: graph.folded.get(i, i) for i in setting.axes}
+    numbers = setting.numbers([*in_model.values(), *inner])
+    finder = ValueFinder(subset(numbers, in_model.values()))
+    # Nothing is known of where in the model they are: every result is compared.
+    with finder:
         output, state = _predict(setting)
-    met = {i: _as_predicted(setting, i, meet.met[k]) for i, k in seen.items() if k in meet.met}
-    live = EagerModel(setting, output, met, {i: found[i] for i in read}, state)
-    if len(met) < len(setting.axes):
-        raise StructureError(MSG_INNER_LOSS.format(why="no value that was met has their numbers"))
-    if not _carries_the_gradient(live, own_loss(output), parameters):
+    predictions: dict[int, Tensor] = {}
+    for i, original in in_model.items():
+        if original in finder.tensors:
+            predictions[i] = _as_predicted(setting, i, finder.tensors[original])
+    model = EagerModel(setting, output, predictions, subset(numbers, inner), state)
+    if len(predictions) < len(setting.axes):
         raise StructureError(
-            MSG_INNER_LOSS.format(
-                why="the gradient of the loss does not pass through what has their numbers, or not alone"
-            )
+            MSG_INNER_LOSS.format(why="no tensor in the model has their recorded values")
         )
-    return live
+    if not _carries_the_gradient(model, own_loss(output), parameters):
+        why = (
+            "the gradient of the loss does not pass through the tensor with their recorded values, "
+            "or not through it alone"
+        )
+        raise StructureError(MSG_INNER_LOSS.format(why=why))
+    return model
 
 
 def _as_predicted(setting: Context, i: int, t: Tensor) -> Tensor:
-    """Prediction ``i``, from what the model has in its place."""
+    """Return prediction ``i``, from what the model has in its place."""
     fold = setting.program.fold
     if fold is None or i not in setting.graph.folded:
         return t
+    # Connected to the parameters, as the derivatives of what follows go through it.
     with torch.enable_grad():
         rows: Tensor = fold.folded(t, [fold.axes(t)])
     return rows
 
 
 def _carries_the_gradient(
-    live: EagerModel, loss: Tensor | None, parameters: Mapping[str, Tensor]
+    model: EagerModel, loss: Tensor | None, parameters: Mapping[str, Tensor]
 ) -> bool:
-    """``Jᵀ ∂L/∂F`` is the gradient of the loss that the model returns."""
+    """Tell whether ``Jᵀ ∂L/∂F`` is the gradient of the loss that the model returns."""
     assert loss is not None
-    slope = {i: g for i, g in live.loss.slope.items() if i in live.predictions}
-    with untouched(live.setting.program.modules, live.state):
-        ours = gradients(
-            [live.predictions[i] for i in slope], parameters, list(slope.values()), retain=True
-        )
-    with untouched(live.setting.program.modules, live.state):
-        true = gradients([loss], parameters, retain=True)
-    size = max((float(g.abs().max()) for g in true.values() if g.numel()), default=0.0)
-    rounding = live.setting.rounding
-    return all(
-        float((ours[n] - g).abs().max()) <= rounding * size for n, g in true.items() if g.numel()
-    )
+    slope = model.loss.slope
+    connected = within(slope, model.predictions)
+    ends, cotangents = pick(model.predictions, connected), pick(slope, connected)
+    modules = model.setting.program.modules
+    # From the same random state, so that both passes draw what the other one draws.
+    with untouched(modules, model.state):
+        through = gradients(ends, parameters, cotangents, retain=True)
+    with untouched(modules, model.state):
+        whole = gradients([loss], parameters, retain=True)
+    size, errors = 0.0, []
+    for name, g in whole.items():
+        if g.numel():
+            size = max(size, float(g.abs().max()))
+            errors.append(float((through[name] - g).abs().max()))
+    allowed = model.setting.rounding * size
+    return all(error <= allowed for error in errors)  # false for NaN
 
 
 @dataclass
-class _Met(TorchFunctionMode):
-    """Looks out for tensors with given numbers, and keeps them as they are then."""
+class ValueFinder(TorchFunctionMode):
+    """Keeps a copy of each tensor of a running model that has given numbers, as it is then."""
 
-    wanted: Mapping[int, Tensor]
-    met: dict[int, Tensor] = field(default_factory=dict)
+    numbers: Mapping[int, Tensor]
+    tensors: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -146,18 +170,23 @@ class _Met(TorchFunctionMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         result = function(*args, **(kwargs or {}))
-        for t in tree_leaves(result):
-            if isinstance(t, Tensor) and t.requires_grad:
-                for i in [i for i in self.wanted if i not in self.met and _same(t, self.wanted[i])]:
-                    self.met[i] = t.clone()  # it may be written to
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                self._compare(leaf)
         return result
 
+    def _compare(self, t: Tensor) -> None:
+        for i, numbers in self.numbers.items():
+            if i not in self.tensors and _same(t, numbers):
+                self.tensors[i] = t.clone()  # the model may write to it
 
-def _same(t: Tensor, value: Tensor) -> bool:
-    """Up to the rounding by which two implementations of attention differ."""
-    if t.shape != value.shape or t.dtype != value.dtype:
+
+def _same(t: Tensor, numbers: Tensor) -> bool:
+    """Tell whether a tensor has the given numbers, up to rounding."""
+    if t.shape != numbers.shape or t.dtype != numbers.dtype:
         return False
-    allowed = (
-        1e3 * torch.finfo(value.dtype).eps * float(value.abs().max()) if value.numel() else 0.0
-    )
-    return torch.allclose(t, value, 0, allowed)
+    allowed = 0.0
+    if numbers.numel():
+        rounding = ATTENTION_ROUNDINGS * torch.finfo(numbers.dtype).eps
+        allowed = rounding * float(numbers.abs().max())
+    return torch.allclose(t, numbers, 0, allowed)

@@ -1,16 +1,18 @@
-"""The predictions as a linear map of the parameters: one forward pass, kept; tangents pushed forward, cotangents pulled
-back through it as often as one likes.
+"""The predictions as a linear map of the parameters, ``J``: pushed through, and pulled back.
 
-A tangent goes through the recorded steps with what each op had as its arguments: through an op that is linear in one of
-them by the op itself, through any other by forward mode of that op alone. So no value is computed twice but those of
-elementwise ops.
+One forward pass is kept, and used as often as one likes. A tangent goes through the recorded steps
+with what each op had as its arguments, so that no value is computed again but those of elementwise
+ops; how it passes through one op is in ``jvp_rules.py``. Where the recording has other derivatives
+than the model, the model itself is linearised.
+
+Legend: ``v`` a tangent of the parameters, ``u`` a cotangent of the predictions.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
 from functools import cached_property, partial
 from typing import Any, final
 
@@ -21,64 +23,31 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_map
 
 from unbatch.autodiff import eager
-from unbatch.autodiff.autograd import forward_mode, gradients, solid
+from unbatch.autodiff.autograd import (
+    Key,
+    detached,
+    forward_mode,
+    gradients,
+    leaves_of,
+    or_zeros,
+    pick,
+    subset,
+    zero_leaves,
+)
 from unbatch.autodiff.compositions import SPELLED_OUT
 from unbatch.autodiff.context import Context
-from unbatch.autodiff.jvp_rules import NEED_OUTPUTS, RULES, Tangents, through_op
+from unbatch.autodiff.dependence import values_read, values_returned, within
+from unbatch.autodiff.forward_mode import through_op
+from unbatch.autodiff.jvp_rules import NEED_OUTPUTS, push_through
 from unbatch.autodiff.planner import BackwardPlan
 from unbatch.autodiff.schedule import Schedule
+from unbatch.autodiff.tangent_store import TangentStore
 from unbatch.capture.aliasing import Window, seen_through_older_windows
-from unbatch.capture.graph import ExecutedOp, Graph, Ref, Step, flat, is_ref
+from unbatch.capture.graph import ExecutedOp, Graph, Step, flat
 from unbatch.capture.isolation import untouched
 from unbatch.capture.substitutes import held, laid_out, norm_held, unmoved
 from unbatch.errors import MSG_NO_TANGENT, StructureError
 from unbatch.linalg.probes import gaussians_like, seeded
-
-
-@dataclass
-class _Tangents:
-    """By value; those that share a memory which is written to share that of their tangents as well."""
-
-    graph: Graph
-    windows: Mapping[int, Window]
-    sizes: Mapping[int, int]  # of the memories, in entries
-    values: dict[int, Tensor] = field(default_factory=dict)
-    memories: dict[int, Tensor] = field(default_factory=dict)
-
-    def get(self, i: int) -> Tensor | None:
-        if i not in self.windows:
-            return self.values.get(i)
-        memory = self.memories.get(self.graph.values[i].storage)
-        return None if memory is None else self.windows[i](memory).clone()
-
-    def put(self, new: Ref | None, old: Ref | None, t: Tensor | None) -> None:
-        """``old``: what lies where ``new`` does, if that was written to."""
-        if new is None or old is None:
-            return
-        window, storage = (
-            self.windows.get(new.index, self.windows.get(old.index)),
-            self.graph.values[new.index].storage,
-        )
-        if window is not None and storage in self.memories:
-            window(self.memories[storage]).copy_(t if t is not None else torch.zeros(()))
-        elif window is not None and t is not None:
-            self.memories[storage] = t.new_zeros(self.sizes[storage])
-            window(self.memories[storage]).copy_(t)
-        elif t is not None:
-            self.values[new.index] = t
-
-
-def moves(step: Step, flow: BackwardPlan) -> bool:
-    """Whether a step makes something that depends on the parameters of something that does."""
-    made = [r.index for r in [*step.outs, *(new for _, new in step.writes)] if r is not None]
-    return any(i in flow.theta for i in made) and any(r.index in flow.theta for r in step.refs())
-
-
-def differentiated(graph: Graph, route: Schedule) -> list[Step]:
-    """Return the steps of the forward pass that tangents go through."""
-    cut = {step.index for step in route.cut_off} - set(route.flow.frozen_norms)
-    steps = [step for step in graph.forward_steps if step.grad and step.index not in cut]
-    return [step for step in steps if moves(step, route.flow)]
 
 
 class Linearised(ABC):
@@ -92,7 +61,7 @@ class Linearised(ABC):
     @property
     def predictions(self) -> dict[int, Tensor]:
         """Return values by number in the graph."""
-        return {i: t.detach() for i, t in self.outputs.items()}
+        return detached(self.outputs)
 
     @abstractmethod
     def push(self, tangents: Mapping[str, Tensor]) -> dict[int, Tensor]:
@@ -107,62 +76,85 @@ class Linearised(ABC):
     def _pulled(
         self, cotangents: Mapping[int, Tensor], names: Iterable[str] | None
     ) -> dict[str, Tensor]:
-        ends = [self.outputs[i] for i in cotangents]
-        leaves = self.leaves if names is None else {n: self.leaves[n] for n in names}
+        ends = pick(self.outputs, cotangents)
+        leaves = self.leaves
+        if names is not None:
+            leaves = subset(self.leaves, names)
         return gradients(ends, leaves, list(cotangents.values()), retain=True)
 
 
-@final
-@dataclass
-class LinearisedGraph(Linearised):
-    """The recorded computation; ``frozen``: with batch statistics held constant.
+# --- of the recording -----------------------------------------------------------------------------
 
-    ``watched``: values in the middle, whose places in the graph of derivatives are kept in ``edges``.
+
+def moves(step: Step, plan: BackwardPlan) -> bool:
+    """Tell whether a step makes something that depends on the parameters of something that does."""
+    if plan.theta.isdisjoint(values_read(step)):
+        return False
+    made = values_returned(step)
+    for _, new in step.writes:
+        made.append(new.index)
+    return not plan.theta.isdisjoint(made)
+
+
+def differentiated(graph: Graph, schedule: Schedule) -> list[Step]:
+    """Return the steps of the forward pass that tangents go through."""
+    plan, steps = schedule.flow, []
+    for step in graph.forward_steps:
+        # A batch norm with constant statistics is cut off from these alone.
+        cut = step.index in schedule.cut_numbers and step.index not in plan.frozen_norms
+        if step.grad and not cut and moves(step, plan):
+            steps.append(step)
+    return steps
+
+
+@final
+class LinearisedGraph(Linearised):
+    """The recorded computation, run when this is made.
+
+    ``frozen``: with batch statistics held constant. ``watched``: values in the middle of it, whose
+    edges in the autograd graph are kept in ``edges``. ``steps``: the ops that tangents go through,
+    as they ran.
     """
 
-    setting: Context
-    parameters: Mapping[str, Tensor]
-    frozen: bool = False
-    watched: Sequence[int] = ()
-    edges: dict[int, GradientEdge] = field(default_factory=dict)
-    leaves: dict[str, Tensor] = field(default_factory=dict)
-    outputs: dict[int, Tensor] = field(default_factory=dict)
-    inner: dict[int, Tensor] = field(default_factory=dict)
-    all_outputs: dict[int, Tensor] = field(default_factory=dict)
-    steps: list[ExecutedOp] = field(default_factory=list)
-    windows: dict[int, Window] = field(
-        default_factory=dict
-    )  # of values whose memory is written through others
-    sizes: dict[int, int] = field(default_factory=dict)  # of these memories, in entries
-    _at_once: bool = False
-
-    def __post_init__(self) -> None:
-        setting, graph = self.setting, self.setting.graph
-        self.route: Schedule = setting.route(
-            self.parameters, "frozen" if self.frozen else "component"
-        )
+    def __init__(
+        self,
+        setting: Context,
+        parameters: Mapping[str, Tensor],
+        frozen: bool = False,
+        watched: Sequence[int] = (),
+    ) -> None:
+        self.setting, self.parameters, self.frozen = setting, parameters, frozen
+        self.watched = watched
+        self.route = setting.route(parameters, "frozen" if frozen else "component")
         self.flow = self.route.flow
-        self.leaves = {n: p.detach().requires_grad_() for n, p in self.parameters.items()}
-        live = {i: self.leaves[name] for i, name in self.flow.parameters.items()}
-        read = graph.read_by_loss(self.flow.predictions)
-        wanted = list(
-            dict.fromkeys([*self.flow.predictions, *read, *(r.index for r in graph.predictions)])
-        )
+        self.leaves = leaves_of(parameters)
+        self.edges: dict[int, GradientEdge] = {}
+        self.steps: list[ExecutedOp] = []
+        # Of values whose memory is written to through others, and of these memories, in entries.
+        self.windows: dict[int, Window] = {}
+        self.sizes: dict[int, int] = {}
+        self._run()
+
+    def _run(self) -> None:
+        graph = self.setting.graph
         with torch.enable_grad():
-            found = graph.run(
-                setting.data | live,
-                wanted,
+            tensors = graph.run(
+                self.setting.data | self.flow.by_number(self.leaves),
+                self.route.wanted,
                 visit=self._visit,
-                instead=self._instead(),
+                instead=self._recording_substitutes(),
                 steps=graph.forward_steps,
             )
-        at = dict(zip(wanted, found, strict=True))
-        self.outputs = {i: t for i, t in at.items() if i in self.flow.predictions}
-        self.inner = {i: at[i].detach() for i in read}
-        self.all_outputs = {r.index: at[r.index].detach() for r in graph.predictions}
+        values = dict(zip(self.route.wanted, tensors, strict=True))
+        self.outputs = subset(values, self.flow.predictions)
+        self.inner = detached(subset(values, self.route.inner))
+        self.all_outputs = {}
+        for ref in graph.predictions:
+            self.all_outputs[ref.index] = values[ref.index].detach()
 
     def _visit(self, i: int, value: Tensor) -> None:
         storage = self.setting.graph.values[i].storage
+        # The window is that of the tensor at hand: a replay may lay values out otherwise.
         if storage in self._shared:
             self.windows[i] = Window.of_tensor(value)
             size = value.untyped_storage().nbytes() // value.element_size()
@@ -170,32 +162,38 @@ class LinearisedGraph(Linearised):
         if i in self.watched and i not in self.edges and value.requires_grad:
             self.edges[i] = get_gradient_edge(value)
 
-    def _instead(self) -> dict[int, Callable[..., Any]]:
-        """Every step through which derivatives go keeps its arguments."""
+    @cached_property
+    def _shared(self) -> frozenset[int]:
+        """Memories that are written to and seen through several windows."""
+        return seen_through_older_windows(self.setting.graph, self.flow.predictions)
+
+    def _recording_substitutes(self) -> dict[int, Callable[..., Any]]:
+        """Return what keeps the arguments of every step that derivatives go through."""
         graph = self.setting.graph
-        cut = {s.index for s in self.route.cut_off}
-        out: dict[int, Callable[..., Any]] = {}
+        instead: dict[int, Callable[..., Any]] = {}
         for step in graph.forward_steps:
-            frozen_norm = step.index in self.flow.frozen_norms
-            if step.index in cut and not frozen_norm:
-                out[step.index] = held(step.op)
+            if step.index in self.flow.frozen_norms:
+                if step.grad and moves(step, self.flow):
+                    instead[step.index] = partial(self._record, step, norm_held(step))
+            elif step.index in self.route.cut_numbers:
+                instead[step.index] = held(step.op)
             elif step.grad and moves(step, self.flow):
-                out[step.index] = partial(
-                    self._kept, step, norm_held(step) if frozen_norm else step.op
-                )
-        return out
+                instead[step.index] = partial(self._record, step, step.op)
+        return instead
 
-    def _kept(self, step: Step, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        spoiled = {r.index for r in step.refs() if self.setting.graph.written(r.index)}
-
-        def one(a: Any) -> Any:
-            return (a.detach().clone() if spoiled else a.detach()) if isinstance(a, Tensor) else a
-
-        kept_args, kept_kwargs = tree_map(one, (args, kwargs))
+    def _record(self, step: Step, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a step and keep its arguments, as copies if one of them is ever written to."""
+        graph = self.setting.graph
+        keep = _detached
+        if any(map(graph.written, values_read(step))):
+            keep = _copied
+        kept_args, kept_kwargs = tree_map(keep, (args, kwargs))
         result = op(*args, **kwargs)
-        outs = tuple(o.detach() if isinstance(o, Tensor) else o for o in flat(result))
         arguments = dict(zip(step.parameters, kept_args, strict=False)) | kept_kwargs
-        self.steps.append(ExecutedOp(step, arguments, outs if step.name in NEED_OUTPUTS else ()))
+        outs: tuple[Any, ...] = ()
+        if step.name in NEED_OUTPUTS:
+            outs = tuple(map(_detached, flat(result)))
+        self.steps.append(ExecutedOp(step, arguments, outs))
         return result
 
     # -- Jᵀ u --
@@ -203,168 +201,214 @@ class LinearisedGraph(Linearised):
     def pull(
         self, cotangents: Mapping[int, Tensor], names: Iterable[str] | None = None
     ) -> dict[str, Tensor]:
+        """Return ``Jᵀ u``, by parameter (some of them, by name)."""
         return self._pulled(cotangents, names)
 
+    # -- J v --
+
     def push(self, tangents: Mapping[str, Tensor], at: Sequence[int] = ()) -> dict[int, Tensor]:
-        """``J v``, by prediction; or the tangents of the values ``at``, all of them watched.
+        """Return ``J v``, by prediction; or the tangents of the values ``at``, all of them watched.
 
         Raises ``StructureError`` where an op has neither a forward mode nor a second derivative.
         """
+        if self.at_once:
+            return self._push_at_once(tangents, at)
+        return self._push_by_steps(tangents, at)
+
+    @property
+    def at_once(self) -> bool:
+        """Whether tangents go by forward mode of the whole graph; tried out once for each plan.
+
+        ``⟨u, J v⟩ = ⟨Jᵀu, v⟩`` has to hold for random ``u`` and ``v``, or the rules for single ops
+        are not believed.
+        """
         key = tuple(self.parameters), self.frozen
         if key not in self.setting.forward_modes:
-            self._try()
-            self.setting.forward_modes[key] = self._at_once
-        self._at_once = self.setting.forward_modes[key]
-        return (self._push_at_once if self._at_once else self._push_by_steps)(tangents, at)
+            self.setting.forward_modes[key] = self._find_mode()
+        return self.setting.forward_modes[key]
 
-    def _try(self) -> None:
-        """``⟨u, J v⟩ = ⟨Jᵀu, v⟩`` for random u and v, or the rules for single ops are not believed."""
+    def _find_mode(self) -> bool:
+        """Return whether forward mode of the whole graph is needed; raise if that is wrong, too."""
         generator = seeded(0)
         v = gaussians_like(self.parameters, generator)
-        u = gaussians_like({i: t for i, t in self.outputs.items() if t.requires_grad}, generator)
+        moving = {i: t for i, t in self.outputs.items() if t.requires_grad}
+        u = gaussians_like(moving, generator)
         pulled = self.pull(u)
-        expected = sum(float((pulled[n] * v[n]).sum()) for n in v)
-        # Where J is zero (a bias below a batch norm), both are what is left of larger numbers.
-        least = sum(1e3 * torch.finfo(t.dtype).eps * float(u[i].norm() * t.norm()) for i, t in self.predictions.items()
-                    if i in u)  # fmt: skip
+        expected = _inner_product(v, pulled)
+        # Where J is zero (a bias below a batch norm), both are what rounding leaves of larger
+        # numbers.
+        least = 0.0
+        for i, t in self.predictions.items():
+            if i in u:
+                least += 1e3 * torch.finfo(t.dtype).eps * float(u[i].norm() * t.norm())
+        # By steps first: it computes no value again.
         for at_once in (False, True):
-            pushed = self._push_at_once(v) if at_once else self._push_by_steps(v)
+            push = self._push_at_once if at_once else self._push_by_steps
+            pushed = push(v)
             size = sum(float(u[i].norm() * pushed[i].norm()) for i in u)
-            found = sum(float((u[i] * pushed[i]).sum()) for i in u)
-            if abs(found - expected) <= self.setting.rounding * size + least:
-                self._at_once = at_once
-                return
-        raise StructureError(
-            MSG_NO_TANGENT.format(place="the model", error="its rules contradict its backward pass")
-        )
+            if abs(_inner_product(u, pushed) - expected) <= self.setting.rounding * size + least:
+                return at_once
+        contradiction = "its rules contradict its backward pass"
+        raise StructureError(MSG_NO_TANGENT.format(place="the model", error=contradiction))
 
     def _push_by_steps(
-        self, tangents: Mapping[str, Tensor], wanted: Sequence[int] = ()
+        self, tangents: Mapping[str, Tensor], at: Sequence[int] = ()
     ) -> dict[int, Tensor]:
-        at = _Tangents(self.setting.graph, self.windows, self.sizes)
-        at.values |= {
-            i: tangents[name] for i, name in self.flow.parameters.items() if name in tangents
-        }
+        """Push tangents through one recorded op after the other."""
+        moving = TangentStore(self.setting.graph, self.windows, self.sizes)
+        for i, name in self.flow.parameters.items():
+            if name in tangents:
+                moving.values[i] = tangents[name]
         with torch.no_grad():
             for call in self.steps:
                 step = call.step
-                here = {r.index: t for r in step.refs() if (t := at.get(r.index)) is not None}
-                if here:
-                    outs = self._through(call, here)
-                    for ref, t in zip(step.outs, outs, strict=False):
-                        at.put(ref, ref, t)
-                    for old, new in step.written_results:
-                        at.put(new, old, outs[0])
-        return {i: self._zero(i) if (t := at.get(i)) is None else t for i in wanted or self.outputs}
+                of_arguments = moving.of_arguments(step)
+                if not of_arguments:
+                    continue
+                if step.index in self.flow.frozen_norms:
+                    outs = through_op(call, norm_held(step), of_arguments)
+                else:
+                    outs = push_through(call, of_arguments)
+                # Rules may leave out outputs at the end that never move.
+                for ref, tangent in zip(step.outs, outs, strict=False):
+                    moving.put(ref, ref, tangent)
+                for old, new in step.written_results:
+                    moving.put(new, old, outs[0])
+        pushed: dict[int, Tensor] = {}
+        for i in at or self.outputs:
+            tangent = moving.get(i)
+            pushed[i] = self._zero(i) if tangent is None else tangent
+        return pushed
 
     def _zero(self, i: int) -> Tensor:
-        value, like = self.setting.graph.values[i], next(iter(self.outputs.values())).detach()
+        """Return the tangent of a prediction that does not move."""
+        value = self.setting.graph.values[i]
+        like = next(iter(self.outputs.values())).detach()
         return like.new_zeros(value.shape, dtype=value.dtype)
 
-    def _through(self, call: ExecutedOp, here: Mapping[int, Tensor]) -> Tangents:
-        step, held_ = call.step, call.step.index in self.flow.frozen_norms
-        if step.name in RULES and not held_:
-            moving = {n: tree_map(lambda r: here.get(r.index) if is_ref(r) else None, a, is_leaf=is_ref)
-                      for n, a in step.named.items()}  # fmt: skip
-            outs = RULES[step.name](call, moving)
-            if outs is not None:
-                return outs
-        return through_op(call, norm_held(step) if held_ else step.op, here)
-
-    @cached_property
-    def _shared(self) -> frozenset[int]:
-        return seen_through_older_windows(self.setting.graph, self.flow.predictions)
-
     def _push_at_once(
-        self, tangents: Mapping[str, Tensor], wanted: Sequence[int] = ()
+        self, tangents: Mapping[str, Tensor], at: Sequence[int] = ()
     ) -> dict[int, Tensor]:
-        """Forward mode of the whole computation, which knows about memory."""
-        setting, graph = self.setting, self.setting.graph
-        instead: dict[int, Callable[..., Any]] = {
-            s.index: unmoved(s.op) for s in graph.forward_steps if not s.grad
-        }
-        instead |= {
-            s.index: self._spelled_out(s) for s in graph.forward_steps if s.name in SPELLED_OUT
-        }
-        instead |= {s.index: held(s.op) for s in self.route.cut_off}
-        instead |= {i: norm_held(graph.steps[i]) for i in self.flow.frozen_norms}
-        with torch.no_grad(), forward_mode():
-            values = {i: self.parameters[n].detach() for i, n in self.flow.parameters.items()}
-            names = self.flow.parameters
-            live = {i: forward_ad.make_dual(p, tangents[names[i]].contiguous()) if names[i] in tangents else p
-                    for i, p in values.items()}  # fmt: skip
-            try:
-                feed, which = setting.data | live, list(wanted or self.outputs)
-                found = graph.run(feed, which, instead=instead, steps=graph.forward_steps)
-            except (NotImplementedError, RuntimeError) as error:
-                raise StructureError(
-                    MSG_NO_TANGENT.format(place="the model", error=error)
-                ) from error
-            pushed = [forward_ad.unpack_dual(t).tangent for t in found]
-        return {
-            i: torch.zeros_like(t) if v is None else solid(v)
-            for i, t, v in zip(which, found, pushed, strict=True)
-        }
+        """Push tangents by forward mode of the whole computation.
 
-    def _spelled_out(self, step: Step) -> Callable[..., Any]:
-        """An op without forward mode by ops that have one; its result lies in memory as before."""
-        (out, *_), values = step.outs, self.setting.graph.values
+        It runs again, and knows about memory by itself.
+        """
+        setting, graph = self.setting, self.setting.graph
+        wanted = list(at or self.outputs)
+        # Tangents go along in forward mode even where no gradients are recorded.
+        with torch.no_grad(), forward_mode():
+            live = detached(self.flow.by_number(self.parameters))
+            for i, name in self.flow.parameters.items():
+                if name in tangents:
+                    live[i] = forward_ad.make_dual(live[i], tangents[name].contiguous())
+            instead = self._forward_mode_substitutes()
+            try:
+                duals = graph.run(
+                    setting.data | live, wanted, instead=instead, steps=graph.forward_steps
+                )
+            except (NotImplementedError, RuntimeError) as error:
+                message = MSG_NO_TANGENT.format(place="the model", error=error)
+                raise StructureError(message) from error
+            outs = [forward_ad.unpack_dual(dual).tangent for dual in duals]
+        return dict(zip(wanted, or_zeros(outs, duals), strict=True))
+
+    def _forward_mode_substitutes(self) -> dict[int, Callable[..., Any]]:
+        """Return what runs in place of steps in forward mode; later entries take precedence."""
+        graph = self.setting.graph
+        instead: dict[int, Callable[..., Any]] = {}
+        for step in graph.forward_steps:
+            if step.name in SPELLED_OUT:
+                instead[step.index] = self._composition(step)
+            elif not step.grad:
+                instead[step.index] = unmoved(step.op)
+        for step in self.route.cut_off:
+            instead[step.index] = held(step.op)
+        for i in self.flow.frozen_norms:
+            instead[i] = norm_held(graph.steps[i])
+        return instead
+
+    def _composition(self, step: Step) -> Callable[..., Any]:
+        """Return an op without forward mode as a composition of ops that have one.
+
+        Its result lies in memory as before.
+        """
+        out = step.outs[0]
         assert out is not None
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            first, *others = flat(SPELLED_OUT[step.name](*args, **kwargs))
-            return laid_out(first, values[out.index].stride), *others
+            arguments = dict(zip(step.parameters, args, strict=False)) | kwargs
+            first, *others = flat(SPELLED_OUT[step.name](arguments))
+            return laid_out(first, self.setting.graph.values[out.index].stride), *others
 
         return run
 
 
+def _inner_product(a: Mapping[Key, Tensor], b: Mapping[Key, Tensor]) -> float:
+    return sum(float((a[key] * b[key]).sum()) for key in a)
+
+
+def _detached(t: Any) -> Any:
+    if isinstance(t, Tensor):
+        return t.detach()
+    return t
+
+
+def _copied(t: Any) -> Any:
+    if isinstance(t, Tensor):
+        return t.detach().clone()
+    return t
+
+
+# --- of the model ---------------------------------------------------------------------------------
+
+
 @final
 class LinearisedModel(Linearised):
-    """The model itself, where its recording has other derivatives: double backward pushes tangents."""
+    """The model itself, run when this is made; tangents are pushed by double backward."""
 
     def __init__(self, setting: Context, parameters: Mapping[str, Tensor]) -> None:
         ran = eager.run(setting, parameters, twice=True)
         self.setting = setting
         self.leaves, self.outputs, self.inner = dict(parameters), ran.predictions, ran.inner
-        self.all_outputs, self._draws = {i: t.detach() for i, t in ran.values.items()}, ran.state
+        self.all_outputs = detached(ran.values)
+        self._random_state = ran.state
 
-    def _untouched(self) -> Any:
+    def _untouched(self) -> AbstractContextManager[object]:
         """Hooks in the model may do anything, and backward passes may draw random numbers."""
-        return untouched(self.setting.program.modules, self._draws)
+        return untouched(self.setting.program.modules, self._random_state)
 
     def pull(
         self, cotangents: Mapping[int, Tensor], names: Iterable[str] | None = None
     ) -> dict[str, Tensor]:
+        """Return ``Jᵀ u``, by parameter (some of them, by name)."""
         with self._untouched():
             return self._pulled(cotangents, names)
 
     @cached_property
-    def _backward(self) -> tuple[list[Tensor], list[Tensor]]:
-        """``Jᵀ w`` as a function of ``w``, at zero."""
-        ws = [torch.zeros_like(t, requires_grad=True) for t in self.outputs.values()]
+    def _transposed(self) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """``Jᵀ w`` by parameter, as a function of ``w`` (which is the second), at zero."""
+        ends, leaves = list(self.outputs.values()), list(self.leaves.values())
+        ws = zero_leaves(ends)
         with self._untouched(), torch.enable_grad():
-            ends, by = list(self.outputs.values()), list(self.leaves.values())
-            found = torch.autograd.grad(ends, by, ws, create_graph=True, allow_unused=True)
-        return [torch.zeros_like(p) if g is None else g for g, p in zip(found, by, strict=True)], ws
+            grads = torch.autograd.grad(ends, leaves, ws, create_graph=True, allow_unused=True)
+        by_name = zip(self.leaves, grads, strict=True)
+        return {n: g for n, g in by_name if g is not None and g.requires_grad}, ws
 
     def push(self, tangents: Mapping[str, Tensor]) -> dict[int, Tensor]:
+        """Return ``J v``, by prediction: the derivative of ``⟨Jᵀw, v⟩`` by ``w``.
+
+        Raises ``StructureError`` where the model has no second derivative.
+        """
         try:
-            back, ws = self._backward
-            pairs = [
-                (g, tangents[n])
-                for g, n in zip(back, self.leaves, strict=True)
-                if g.requires_grad and n in tangents
-            ]
-            ends, vs = [g for g, _ in pairs], [v for _, v in pairs]
-            with self._untouched():
-                found = (
-                    torch.autograd.grad(ends, ws, vs, retain_graph=True, allow_unused=True)
-                    if pairs
-                    else [None] * len(ws)
-                )
+            pulled, ws = self._transposed
+            names = within(pulled, tangents)
+            ends, vs = pick(pulled, names), pick(tangents, names)
+            grads: Sequence[Tensor | None] = [None] * len(ws)
+            if ends:
+                with self._untouched():
+                    grads = torch.autograd.grad(ends, ws, vs, retain_graph=True, allow_unused=True)
         except (NotImplementedError, RuntimeError) as error:
-            raise StructureError(MSG_NO_TANGENT.format(place="the model", error=error)) from error
-        return {
-            i: torch.zeros_like(t.detach()) if v is None else v
-            for (i, t), v in zip(self.outputs.items(), found, strict=True)
-        }
+            message = MSG_NO_TANGENT.format(place="the model", error=error)
+            raise StructureError(message) from error
+        like = detached(self.outputs).values()
+        return dict(zip(self.outputs, or_zeros(grads, like), strict=True))

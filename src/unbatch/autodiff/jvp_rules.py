@@ -1,31 +1,34 @@
-"""How tangents pass through one op: by the op itself where it is linear in what moves, else by its forward mode.
+"""How tangents pass through one op: by a rule for it, else by forward mode of that op alone.
 
-A rule takes the op as it ran, and the tangents of its arguments by name (None where nothing moves); it gives those of
-the outputs, or None where it does not fit. Where the Jacobian of an op is symmetric, its backward kernel is the rule.
-Knows ops and tensors only.
+A rule takes the op as it ran (``ExecutedOp``: its arguments by name and, where asked for, its
+outputs) and the tangents of its arguments by name, None where an argument does not move. It returns
+the tangents of the outputs, or None where it does not fit. Knows ops and tensors only; which step
+comes when is for ``jvp.py``.
+
+Three facts give most of the rules, for an op ``y = f(x)`` with the Jacobian ``J``:
+
+    f linear in x          J dx = f(dx)                  the op itself is the rule
+    f bilinear in x, z     dy = f(dx, z) + f(x, dz)      the op itself, twice
+    J symmetric            J dx = Jᵀ dx                  its backward kernel is the rule
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
-from unbatch.autodiff.autograd import forward_mode, solid
-from unbatch.autodiff.compositions import SPELLED_OUT
+from unbatch.autodiff.autograd import or_zeros
+from unbatch.autodiff.forward_mode import Tangents, through_op
 from unbatch.capture import ops
-from unbatch.capture.graph import ExecutedOp, Ref, flat
+from unbatch.capture.graph import ExecutedOp, Ref, Step, flat, is_ref
 from unbatch.capture.substitutes import moments
-from unbatch.errors import MSG_NO_TANGENT, StructureError
 
 aten = torch.ops.aten
-
-
-Tangents = list[Tensor | None]
 
 
 Rule = Callable[[ExecutedOp, Mapping[str, Any]], Tangents | None]
@@ -41,26 +44,56 @@ def rule(names: str, outputs: bool = False) -> Callable[[Rule], Rule]:
     """Register a rule for ops (space-separated); ``outputs``: it reads what the op returned."""
 
     def register(function: Rule) -> Rule:
-        RULES.update(dict.fromkeys(names.split(), function))
-        NEED_OUTPUTS.update(names.split() if outputs else ())
+        for name in names.split():
+            RULES[name] = function
+            if outputs:
+                NEED_OUTPUTS.add(name)
         return function
 
     return register
 
 
+def push_through(call: ExecutedOp, tangents: Mapping[int, Tensor]) -> Tangents:
+    """Return the tangents of an op's outputs, from those of the values that it read (by number)."""
+    step = call.step
+    if step.name in RULES:
+        outs = RULES[step.name](call, _by_name(step, tangents))
+        if outs is not None:
+            return outs
+    return through_op(call, step.op, tangents)
+
+
+def _by_name(step: Step, tangents: Mapping[int, Tensor]) -> dict[str, Any]:
+    """Return the tangents of a step's arguments, in lists where the arguments are."""
+
+    def tangent(leaf: Any) -> Tensor | None:
+        if isinstance(leaf, Ref):
+            return tangents.get(leaf.index)
+        return None
+
+    moving: dict[str, Any] = {}
+    for name, argument in step.named.items():
+        moving[name] = tree_map(tangent, argument, is_leaf=is_ref)
+    return moving
+
+
+# --- linear ops -----------------------------------------------------------------------------------
+
+
 @rule(" ".join(ops.names(lambda row: row.moves and not row.takes_shape and not row.cuts)))
 @rule(
-    "sum mean neg constant_pad_nd index_select index gather roll flip diagonal cumsum avg_pool2d _adaptive_avg_pool2d "
-    "avg_pool1d avg_pool3d upsample_nearest2d upsample_bilinear2d detach_copy squeeze_ unsqueeze_ as_strided unfold "
-    "im2col pixel_shuffle tril triu"
+    "sum mean neg constant_pad_nd index_select index gather roll flip diagonal cumsum avg_pool2d "
+    "_adaptive_avg_pool2d avg_pool1d avg_pool3d upsample_nearest2d upsample_bilinear2d detach_copy "
+    "squeeze_ unsqueeze_ as_strided unfold im2col pixel_shuffle tril triu"
 )
 def linear(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents | None:
-    """Linear in its first argument."""
+    """Linear in the first argument, as long as no other one moves."""
     (first, tangent), *others = moving.items()
-    if not isinstance(tangent, Tensor) or any(
-        t is not None for _, rest in others for t in tree_leaves(rest)
-    ):
+    if not isinstance(tangent, Tensor):
         return None
+    for _, argument in others:
+        if any(t is not None for t in tree_leaves(argument)):
+            return None
     return flat(call.with_({first: tangent}))
 
 
@@ -72,86 +105,33 @@ def packing(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
 
 @rule(" ".join(ops.names(lambda row: row.takes_shape)))
 def reshaping(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
-    """A tangent need not lie in memory as its value does."""
+    """Linear, but a tangent need not lie in memory as its value does.
+
+    A view of the one may not be possible for the other.
+    """
     shape = next(v for n, v in call.arguments.items() if n != "self")
     return [moving["self"].reshape(shape)]
 
 
-@rule("mm bmm dot mv")
-def product(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
-    """Linear in each of its two arguments."""
-    first, second = list(call.arguments)[:2]
-    return [
-        _sum(
-            *(
-                call.with_({n: moving[n]}) if moving[n] is not None else None
-                for n in (first, second)
-            )
-        )
-    ]
-
-
-@rule("mul")
-def scaling(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
-    x, y = call.arguments["self"], call.arguments["other"]
-    dx, dy = moving["self"], moving.get("other")
-    return [_sum(dx * y if dx is not None else None, x * dy if dy is not None else None)]
-
-
-@rule("div")
-def quotient(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents | None:
-    if (
-        moving["self"] is None
-        or moving.get("other") is not None
-        or call.arguments.get("rounding_mode") is not None
-    ):
-        return None
-    return [moving["self"] / call.arguments["other"]]
-
-
 @rule("add sub")
 def addition(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
-    dx, dy, given = moving["self"], moving.get("other"), call.arguments
-    alpha = given.get("alpha", 1) * (-1 if call.step.name == "sub" else 1)
-    shape = torch.broadcast_shapes(
-        *(t.shape for t in (given["self"], given["other"]) if isinstance(t, Tensor))
-    )
-    dy = dy if dy is None or alpha == 1 else alpha * dy
-    total = _sum(dx, dy)
-    return [total if total is None or total.shape == shape else total.expand(shape)]
-
-
-@rule("addmm baddbmm")
-def affine(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
-    given = call.arguments
-    names = ("self", "mat1", "mat2") if "mat1" in given else ("self", "batch1", "batch2")
-    (_, x, y), (db, dx, dy) = (given[n] for n in names), (moving[n] for n in names)
-    multiply = torch.mm if "mat1" in given else torch.bmm
-    total = _sum(
-        multiply(dx, y) if dx is not None else None, multiply(x, dy) if dy is not None else None
-    )
-    alpha, beta = given.get("alpha", 1), given.get("beta", 1)
-    total = total if total is None or alpha == 1 else alpha * total
-    if db is not None:
-        db = db if beta == 1 else beta * db
-        total = db.expand(*x.shape[:-1], y.shape[-1]) if total is None else total.add_(db)
+    """``x ± αz``; where one of them was broadcast, its tangent alone would be too small."""
+    arguments, alpha = call.arguments, call.arguments.get("alpha", 1)
+    if call.step.name == "sub":
+        alpha = -alpha
+    total = _sum(moving["self"], _scaled(moving.get("other"), alpha))
+    if total is None:
+        return [None]
+    operands = (arguments["self"], arguments["other"])
+    shape = torch.broadcast_shapes(*(t.shape for t in operands if isinstance(t, Tensor)))
+    if total.shape != shape:
+        total = total.expand(shape)
     return [total]
-
-
-@rule("convolution")
-def convolution(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
-    dx, dw, db = moving["input"], moving["weight"], moving["bias"]
-    by_input = call.with_({"input": dx, "bias": db}) if dx is not None else None
-    by_weight = None
-    if dw is not None or (db is not None and dx is None):
-        dw = torch.zeros_like(call.arguments["weight"]) if dw is None else dw
-        by_weight = call.with_({"weight": dw, "bias": db if dx is None else None})
-    return [_sum(by_input, by_weight)]
 
 
 @rule("embedding")
 def lookup(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
-    """The row of the padding does not move."""
+    """Linear in the table, of which the row of the padding does not move."""
     table, padding = moving["weight"], call.arguments.get("padding_idx", -1)
     if padding >= 0:
         table = table.index_fill(0, torch.tensor([padding], device=table.device), 0)
@@ -160,11 +140,81 @@ def lookup(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
 
 @rule("cat stack")
 def joining(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
-    pairs = zip(call.arguments["tensors"], moving["tensors"], strict=True)
-    return [call.with_({"tensors": [torch.zeros_like(x) if dx is None else dx for x, dx in pairs]})]
+    """Linear in all tensors together; those that do not move are zero."""
+    tensors = or_zeros(moving["tensors"], call.arguments["tensors"])
+    return [call.with_({"tensors": tensors})]
 
 
-# Elementwise ops, softmax and normalisations have symmetric Jacobians: pulled back is pushed forward.
+# --- bilinear ops ---------------------------------------------------------------------------------
+
+
+@rule("mm bmm dot mv")
+def product(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
+    """``x z`` with two matrices or vectors."""
+    x, z = list(call.arguments)[:2]
+    arguments = call.arguments
+    return [_bilinear(call.op, arguments[x], arguments[z], moving[x], moving[z])]
+
+
+@rule("mul")
+def scaling(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
+    """``x z``, entry by entry; ``z`` may be a number."""
+    x, z = call.arguments["self"], call.arguments["other"]
+    return [_bilinear(operator.mul, x, z, moving["self"], moving.get("other"))]
+
+
+@rule("div")
+def quotient(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents | None:
+    """``x / z``, linear in ``x``.
+
+    Where ``z`` moves, or the result is rounded, forward mode serves.
+    """
+    rounded = call.arguments.get("rounding_mode") is not None
+    if rounded or moving["self"] is None or moving.get("other") is not None:
+        return None
+    return [moving["self"] / call.arguments["other"]]
+
+
+@rule("addmm baddbmm")
+def affine(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
+    """``βb + αxz``."""
+    arguments = call.arguments
+    x_name, z_name, multiply = "batch1", "batch2", torch.bmm
+    if "mat1" in arguments:
+        x_name, z_name, multiply = "mat1", "mat2", torch.mm
+    x, z = arguments[x_name], arguments[z_name]
+    total = _bilinear(multiply, x, z, moving[x_name], moving[z_name])
+    total = _scaled(total, arguments.get("alpha", 1))
+    db = _scaled(moving["self"], arguments.get("beta", 1))
+    if db is None:
+        return [total]
+    if total is None:
+        return [db.expand(*x.shape[:-1], z.shape[-1])]
+    return [total.add_(db)]
+
+
+@rule("convolution")
+def convolution(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
+    """``conv(x, w) + b``.
+
+    The tangent of the bias goes along with that of the input or, if there is none, of the weight.
+    """
+    dx, dw, db = moving["input"], moving["weight"], moving["bias"]
+    by_input = by_weight = None
+    if dx is not None:
+        by_input = call.with_({"input": dx, "bias": db})
+        db = None
+    if dw is not None or db is not None:
+        if dw is None:
+            dw = torch.zeros_like(call.arguments["weight"])
+        by_weight = call.with_({"weight": dw, "bias": db})
+    return [_sum(by_input, by_weight)]
+
+
+# --- ops with a symmetric Jacobian ----------------------------------------------------------------
+
+# Elementwise ops have a diagonal one, and a softmax has ``diag(y) − yyᵀ``.
+# − x̂x̂ᵀ/M)/σ``.
 
 
 @rule("relu relu_")
@@ -184,13 +234,8 @@ def sigmoid(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
 
 @rule("gelu")
 def gelu(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
-    return [
-        aten.gelu_backward(
-            moving["self"],
-            call.arguments["self"],
-            approximate=call.arguments.get("approximate", "none"),
-        )
-    ]
+    form = call.arguments.get("approximate", "none")
+    return [aten.gelu_backward(moving["self"], call.arguments["self"], approximate=form)]
 
 
 @rule("silu")
@@ -201,133 +246,105 @@ def silu(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
 @rule("_softmax", outputs=True)
 def softmax(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
     y = call.outputs[0]
-    return [
-        aten._softmax_backward_data(moving["self"].to(y.dtype), y, call.arguments["dim"], y.dtype)
-    ]
+    dx = moving["self"].to(y.dtype)
+    return [aten._softmax_backward_data(dx, y, call.arguments["dim"], y.dtype)]
+
+
+# A norm, over the M features of a sample or the M entries of a channel, is y = w x̂ + b with
+# x̂ = (x − μ)/σ. Of the three products that make up dy, the first is the backward kernel's, as the
+# matrix in it is symmetric:
+#
+#     dx̂ = (dx − mean(dx) − x̂ mean(x̂ dx)) / σ = (I − 11ᵀ/M − x̂x̂ᵀ/M) dx / σ
+#     dy = w dx̂ + x̂ dw + db
 
 
 @rule("native_layer_norm", outputs=True)
 def layer_norm(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
-    given, (y, mean, rstd) = call.arguments, call.outputs
-    x, shape, dx = given["input"].to(mean.dtype), given["normalized_shape"], moving["input"]
-    by_input = None
+    """``w x̂ + b`` with ``x̂ = (x − μ)/σ`` within each sample."""
+    arguments, (y, mean, rstd) = call.arguments, call.outputs
+    # Of inputs in half precision the kernel keeps statistics in float32, and so does this.
+    x, dx, dw = arguments["input"].to(mean.dtype), moving["input"], moving["weight"]
+    by_input = by_weight = None
     if dx is not None:
-        dx, only = dx.to(mean.dtype).contiguous(), (True, False, False)
-        by_input = aten.native_layer_norm_backward(dx, x, shape, mean, rstd, None, None, only)[0]
-        by_input = by_input if given["weight"] is None else by_input * given["weight"]
-    by_scale = None if moving["weight"] is None else (x - mean) * rstd * moving["weight"]
-    total = _shifted(_sum(by_input, by_scale), moving["bias"], x.shape)
-    return [None if total is None else total.to(y.dtype), None, None]
+        dx = dx.to(mean.dtype).contiguous()
+        shape, only_input = arguments["normalized_shape"], (True, False, False)
+        by_input, *_ = aten.native_layer_norm_backward(
+            dx, x, shape, mean, rstd, None, None, only_input
+        )
+        if arguments["weight"] is not None:
+            by_input = by_input * arguments["weight"]
+    if dw is not None:
+        by_weight = (x - mean) * rstd * dw
+    total = _shifted(_sum(by_input, by_weight), moving["bias"], x.shape)
+    if total is not None:
+        total = total.to(y.dtype)
+    return [total, None, None]
 
 
 @rule(" ".join(ops.names(lambda row: row.batch_norm)), outputs=True)
 def batch_norm(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents | None:
+    """``w x̂ + b`` with ``x̂ = (x − μ)/σ`` over the batch, channel by channel."""
     norm = ops.batch_norm_arguments(call.op, call.arguments)
+    # With constant statistics, and in mixed precision, the op's own forward mode serves.
     if not norm.training:
         return None
     mean, rstd = moments(call.op, norm, call.outputs)
-    x, dx = norm.input, moving["input"]
+    x, dx, dw, db = norm.input, moving["input"], moving["weight"], moving["bias"]
     if x.dtype != mean.dtype:
         return None
-    view = [1, -1, *[1] * (x.ndim - 2)]
-    by_input = None
+    per_channel = [1, -1, *[1] * (x.ndim - 2)]
+    by_input = by_weight = None
     if dx is not None:
-        kept = (None, None, None, mean, rstd, True, norm.eps)
-        by_input = aten.native_batch_norm_backward(dx, x, *kept, (True, False, False))[0]
-        by_input = by_input if norm.weight is None else by_input.mul_(norm.weight.view(view))
-    by_scale = None
-    if moving["weight"] is not None:
-        gain = moving["weight"] * rstd
-        by_scale = torch.addcmul(-(gain * mean).view(view), x, gain.view(view))
-    shift = None if moving["bias"] is None else moving["bias"].view(view)
-    total = _shifted(_sum(by_input, by_scale), shift, x.shape)
+        saved = (None, None, None, mean, rstd, True, norm.eps)
+        by_input = aten.native_batch_norm_backward(dx, x, *saved, (True, False, False))[0]
+        if norm.weight is not None:
+            by_input = by_input.mul_(norm.weight.view(per_channel))
+    if dw is not None:
+        gain = dw * rstd
+        shift = -(gain * mean).view(per_channel)
+        by_weight = torch.addcmul(shift, x, gain.view(per_channel))  # x̂ dw, and no x̂ in memory
+    if db is not None:
+        db = db.view(per_channel)
+    total = _shifted(_sum(by_input, by_weight), db, x.shape)
     return [total, *[None] * (len(call.outputs) - 1)]
+
+
+# --- sums of tangents, of which any may be missing ------------------------------------------------
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None:
+        return b
+    if b is None:
+        return a
+    return a + b
+
+
+def _scaled(tangent: Tensor | None, factor: float) -> Tensor | None:
+    if tangent is None or factor == 1:
+        return tangent
+    return factor * tangent
 
 
 def _shifted(total: Tensor | None, shift: Tensor | None, shape: torch.Size) -> Tensor | None:
     if shift is None:
         return total
-    return shift.expand(shape) if total is None else total + shift
+    if total is None:
+        return shift.expand(shape)
+    return total + shift
 
 
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return b if a is None else a if b is None else a + b
-
-
-# --- any op ---------------------------------------------------------------------------------------
-
-
-def through_op(call: ExecutedOp, op: Any, here: Mapping[int, Tensor]) -> Tangents:
-    """By forward mode of the op; where it has none, by its derivative's derivative, or by the op spelled out."""
-    step = call.step
-    try:
-        return _forward_mode(call, op, here)
-    except (NotImplementedError, RuntimeError) as missing:
-        spelled = SPELLED_OUT.get(step.name)
-        try:
-            if spelled is not None:
-                return _forward_mode(call, spelled, here)
-            return _twice_backward(call, op, here)
-        except (NotImplementedError, RuntimeError) as last:
-            reason = missing if spelled is None else last
-            raise StructureError(MSG_NO_TANGENT.format(place=step.place, error=reason)) from reason
-
-
-def _placed(
-    call: ExecutedOp, here: Mapping[int, Tensor], make: Callable[[Tensor, Tensor], Tensor]
-) -> dict[str, Any]:
-    """The arguments, with ``make(value, tangent)`` where something moves; what the op writes to is copied first."""
-
-    def both(refs: Any, values: Any) -> Any:
-        if isinstance(refs, list | tuple):
-            return type(refs)(both(r, v) for r, v in zip(refs, values, strict=True))
-        return (
-            make(values, here[refs.index])
-            if isinstance(refs, Ref) and refs.index in here
-            else values
-        )
-
-    arguments = dict(call.arguments)
-    if ops.writes_in_place(call.op):
-        first = call.step.parameters[0]
-        arguments[first] = arguments[first].clone()
-    return {name: both(refs, arguments[name]) for name, refs in call.step.named.items()}
-
-
-def _forward_mode(call: ExecutedOp, op: Any, here: Mapping[int, Tensor]) -> Tangents:
-    with forward_mode():
-        dual = lambda x, dx: forward_ad.make_dual(x, dx.to(x.dtype))  # noqa: E731
-        arguments = _placed(call, here, dual)
-        outs = flat(op(**arguments))
-        tangents = [
-            forward_ad.unpack_dual(o).tangent if isinstance(o, Tensor) else None for o in outs
-        ]
-        return [None if t is None else solid(t) for t in tangents]
-
-
-def _twice_backward(call: ExecutedOp, op: Any, here: Mapping[int, Tensor]) -> Tangents:
-    """``J v`` as the derivative of ``Jᵀ w``, which is linear in ``w``."""
-    leaves: list[tuple[Tensor, Tensor]] = []
-
-    def leaf(x: Tensor, dx: Tensor) -> Tensor:
-        leaves.append((x.detach().clone().requires_grad_(), dx))
-        return leaves[-1][0]
-
-    with torch.enable_grad():
-        arguments = _placed(call, here, leaf)
-        outs = flat(op(**arguments))
-        live = [o for o in outs if isinstance(o, Tensor) and o.requires_grad]
-        ws = [torch.zeros_like(o, requires_grad=True) for o in live]
-        xs, dxs = zip(*leaves, strict=True)
-        back = torch.autograd.grad(live, xs, ws, create_graph=True, allow_unused=True)
-        pairs = [
-            (g, dx) for g, dx in zip(back, dxs, strict=True) if g is not None and g.requires_grad
-        ]
-        if not pairs:
-            return [None for _ in outs]
-        found = iter(
-            torch.autograd.grad(
-                [g for g, _ in pairs], ws, [dx for _, dx in pairs], allow_unused=True
-            )
-        )
-        return [next(found) if isinstance(o, Tensor) and o.requires_grad else None for o in outs]
+def _bilinear(
+    multiply: Callable[[Any, Any], Tensor],
+    x: Any,
+    z: Any,
+    dx: Tensor | None,
+    dz: Tensor | None,
+) -> Tensor | None:
+    """Return ``dx z + x dz``."""
+    by_x = by_z = None
+    if dx is not None:
+        by_x = multiply(dx, z)
+    if dz is not None:
+        by_z = multiply(x, dz)
+    return _sum(by_x, by_z)

@@ -1,9 +1,13 @@
-"""The loss with the predictions held apart from what they are made of: its value, and products of its derivatives."""
+"""The loss as a function of the predictions, cut off from what they are made of.
+
+Lives here: how the loss is evaluated (called, or replayed from the recording), its gradient, and
+its Hessian times a vector. The form of that Hessian is for the wing of the curvature.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -12,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from unbatch.autodiff.autograd import solid
+from unbatch.autodiff.autograd import detached, or_zeros, pick, solid
 from unbatch.autodiff.context import Context
 from unbatch.capture.graph import Graph, Ref, Step, is_ref
 from unbatch.capture.isolation import untouched
@@ -28,12 +32,16 @@ from unbatch.linalg.probes import gaussians_like, seeded
 Named = Mapping[int, Tensor]  # tensors by the number of a value in the graph
 
 
+# Kernels that work out the gradient with the value: PyTorch takes it for a constant.
+WITHOUT_GRAPH = ("CudnnCtcLossBackward", "MiopenCtcLossBackward")
+
+
 @dataclass
 class LossAt:
     """The loss as a function of the predictions, at a point.
 
-    ``inner``: what else of the model the loss reads; ``outputs``: all that the model returned. ``replayed``: from the
-    recording, although the loss could be called.
+    ``inner``: what else of the model the loss reads; ``outputs``: all that the model returned.
+    ``replayed``: from the recording, although the loss could be called.
     """
 
     setting: Context
@@ -42,187 +50,245 @@ class LossAt:
     outputs: Named
     replayed: bool = False
 
+    # -- first derivative --
+
     @cached_property
     def slope(self) -> dict[int, Tensor]:
         """``∂L/∂F``, for every prediction that the loss depends on."""
-        return self._gradient(*self._value, create_graph=False)
+        return _gradient(*self._value(), create_graph=False)
 
-    @property
     def _value(self) -> tuple[Tensor, dict[int, Tensor]]:
         return loss_value(self.setting, self.predictions, self.inner, self.outputs, self.replayed)
 
-    @staticmethod
-    def _gradient(value: Tensor, leaves: Named, create_graph: bool) -> dict[int, Tensor]:
-        if not value.requires_grad or not leaves:
-            return {}
-        with torch.enable_grad():
-            grads = torch.autograd.grad(
-                value, list(leaves.values()), allow_unused=True, create_graph=create_graph
-            )
-        return {i: solid(g) for i, g in zip(leaves, grads, strict=True) if g is not None}
-
-    @cached_property
-    def _curved(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        """The gradient, connected to the leaves in place of the predictions, and these."""
-        value, leaves = self._value
-        slope = self._gradient(value, leaves, create_graph=True)
-        if names := own_derivatives(value):
-            self._check_against_differences(slope, leaves, " and ".join(sorted(set(names))))
-        return slope, leaves
-
-    def _check_against_differences(self, slope: Named, leaves: Named, names: str) -> None:
-        """A derivative that somebody wrote may carry no graph, and PyTorch then takes what it leaves out for zero."""
-        double = all(t.dtype == torch.float64 for t in leaves.values())
-        step, rtol, rounding = DIFFERENCES_IN_DOUBLE if double else DIFFERENCES_IN_SINGLE
-        step *= max(1.0, _largest(leaves.values()))
-        v = gaussians_like(leaves, seeded(0))
-        told = _times(slope, leaves, v)
-        ahead, behind = (
-            self._slope_at({i: t.detach() + s * v[i] for i, t in leaves.items()})
-            for s in (step, -step)
-        )
-        seen = {i: (ahead[i] - behind[i]) / (2 * step) for i in leaves}
-        allowed = rtol * _largest([*told.values(), *seen.values()]) + rounding / step * _largest(
-            slope.values()
-        )
-        if _largest(told[i] - seen[i] for i in leaves) > allowed:
-            raise StructureError(
-                MSG_NO_SECOND_DERIVATIVE.format(error=MSG_NO_GRAPH.format(names=names))
-            )
-
-    def _slope_at(self, moved: Named) -> dict[int, Tensor]:
-        slope = replace(self, predictions={**self.predictions, **moved}).slope
-        return {i: slope[i] if i in slope else torch.zeros_like(t) for i, t in moved.items()}
+    # -- second derivative --
 
     def hessian_times(self, v: Named) -> dict[int, Tensor]:
-        """``H v`` with ``H = ∇²_F L``, by double backward. Raises ``StructureError`` where that does not exist."""
+        """Return ``H v`` with ``H = ∇²_F L``, by double backward.
+
+        Raises ``StructureError`` where that does not exist.
+        """
         try:
-            return _times(*self._curved, v)
+            return _derivative_along(*self._differentiable_slope, v)
         except StructureError:
             raise
         except NotImplementedError as error:
             raise StructureError(MSG_NO_SECOND_DERIVATIVE.format(error=error)) from error
         except RuntimeError as error:
+            # PyTorch has no type of error for a function that is not differentiable twice.
             if "not implemented" not in str(error) and "twice" not in str(error):
                 raise
             raise StructureError(MSG_NO_SECOND_DERIVATIVE.format(error=error)) from error
 
-    @property
-    def _narrowed(self) -> bool:
-        """The loss casts what it is given."""
-        graph = self.setting.graph
-        made = [r.index for s in graph.loss_steps for r in s.outs if r is not None]
-        return any(graph.values[i].dtype in NARROW for i in made)
+    @cached_property
+    def _differentiable_slope(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """The gradient, connected to the leaves in place of the predictions, and these."""
+        value, leaves = self._value()
+        slope = _gradient(value, leaves, create_graph=True)
+        names = own_derivatives(value)
+        if names:
+            self._check_against_differences(slope, leaves, " and ".join(sorted(set(names))))
+        return slope, leaves
+
+    def _check_against_differences(self, slope: Named, leaves: Named, names: str) -> None:
+        """Raise where a hand-written derivative is not the one of the loss.
+
+        It may carry no graph, and PyTorch then takes what it leaves out for zero. Central
+        differences of the gradient ``g`` say what ``H v`` should be: ``(g(F + hv) − g(F − hv)) /
+        2h``.
+        """
+        precision = DIFFERENCES_IN_SINGLE
+        if _all_double(leaves.values()):
+            precision = DIFFERENCES_IN_DOUBLE
+        step, relative, rounding = precision
+        step *= max(1.0, _largest(leaves.values()))
+        # One random direction: a product that is wrong is wrong along almost all of them.
+        v = gaussians_like(leaves, seeded(0))
+        product = _derivative_along(slope, leaves, v)
+        ahead, behind = self._slope_at(leaves, v, step), self._slope_at(leaves, v, -step)
+        difference = {i: (ahead[i] - behind[i]) / (2 * step) for i in leaves}
+        # A difference loses digits to its step, in proportion to the gradient that it is taken of.
+        allowed = relative * _largest([*product.values(), *difference.values()])
+        allowed += rounding / step * _largest(slope.values())
+        if _largest(product[i] - difference[i] for i in leaves) > allowed:
+            reason = MSG_NO_GRAPH.format(names=names)
+            raise StructureError(MSG_NO_SECOND_DERIVATIVE.format(error=reason))
+
+    def _slope_at(self, leaves: Named, v: Named, step: float) -> dict[int, Tensor]:
+        """Return the gradient at the predictions moved by ``step`` in the direction ``v``."""
+        moved = {i: t.detach() + step * v[i] for i, t in leaves.items()}
+        slope = replace(self, predictions={**self.predictions, **moved}).slope
+        return dict(zip(moved, or_zeros(map(slope.get, moved), moved.values()), strict=True))
+
+    # -- in float64 --
 
     def in_double(self) -> LossAt | None:
-        """The same in float64; None where the loss does not take it."""
+        """Return the same in float64; None where the loss does not take it."""
         replayed = by_graph(self.setting, self.inner)
-        if all(t.dtype == torch.float64 for t in self.predictions.values()) and not (
-            replayed and self._narrowed
-        ):
+        casts = replayed and self._casts_to_narrow_types()
+        if _all_double(self.predictions.values()) and not casts:
             return self
         if replayed:
             return self._as_double(replayed=True)
         called = self._as_double(replayed=False)
-        if called is not None or own_derivatives(self._value[0]) or _backward_inside(self.setting):
+        if called is not None:
             return called
-        other = self._as_double(
-            replayed=True
-        )  # the loss has numbers of its own, in its own precision
-        return other if other is not None and self._agrees(other.slope) else None
+        # The loss may hold numbers of its own in another precision. Replayed, they are in float64
+        # as well; but a recording has not the derivatives that were written by hand, or taken
+        # inside the loss.
+        if own_derivatives(self._value()[0]) or _backward_inside(self.setting):
+            return None
+        other = self._as_double(replayed=True)
+        if other is None or not self._agrees(other.slope):
+            return None
+        return other
+
+    def _casts_to_narrow_types(self) -> bool:
+        """Tell whether the recorded loss computes in less than float64."""
+        graph = self.setting.graph
+        for step in graph.loss_steps:
+            for ref in step.outs:
+                if ref is not None and graph.values[ref.index].dtype in NARROW:
+                    return True
+        return False
 
     def _as_double(self, replayed: bool) -> LossAt | None:
-        setting = self.setting.in_double() if replayed else self.setting
-        setting = replace(setting, targets=in_double(self.setting.targets))
-        predictions, inner, outputs = (
-            in_double(dict(t)) for t in (self.predictions, self.inner, self.outputs)
+        """Return the loss with all that goes into it in float64.
+
+        None if it does not take that, or its gradient is in another type all the same.
+        """
+        setting = self.setting
+        if replayed:
+            setting = setting.in_double()
+        other = LossAt(
+            replace(setting, targets=in_double(self.setting.targets)),
+            in_double(dict(self.predictions)),
+            in_double(dict(self.inner)),
+            in_double(dict(self.outputs)),
+            replayed,
         )
-        other = LossAt(setting, predictions, inner, outputs, replayed)
         try:
-            return other if all(g.dtype == torch.float64 for g in other.slope.values()) else None
+            slope = other.slope
         except (RuntimeError, TypeError):
             return None
+        if not _all_double(slope.values()):
+            return None
+        return other
 
     def _agrees(self, slope: Named) -> bool:
+        """Tell whether a gradient is this one, up to rounding."""
+        if slope.keys() != self.slope.keys():
+            return False
         allowed = self.setting.rounding * _largest(self.slope.values())
-        return slope.keys() == self.slope.keys() and all(
-            _largest([slope[i] - g]) <= allowed for i, g in self.slope.items()
+        return all(_largest([slope[i] - g]) <= allowed for i, g in self.slope.items())
+
+
+# --- derivatives of a value -----------------------------------------------------------------------
+
+
+def _gradient(value: Tensor, leaves: Named, create_graph: bool) -> dict[int, Tensor]:
+    """Return the gradient by the leaves that the value depends on."""
+    if not value.requires_grad or not leaves:
+        return {}
+    with torch.enable_grad():
+        grads = torch.autograd.grad(
+            value, list(leaves.values()), allow_unused=True, create_graph=create_graph
         )
+    return {i: solid(g) for i, g in zip(leaves, grads, strict=True) if g is not None}
 
 
-def _times(slope: Named, leaves: Named, v: Named) -> dict[int, Tensor]:
-    """The derivative of ``⟨slope, v⟩`` by the leaves, zero where nothing flows."""
+def _derivative_along(slope: Named, leaves: Named, v: Named) -> dict[int, Tensor]:
+    """Return the derivative of ``⟨slope, v⟩`` by the leaves, zero for those without effect."""
     live = [i for i, g in slope.items() if g.requires_grad and i in v]
-    found: Sequence[Tensor | None] = [None] * len(leaves)
+    grads: Sequence[Tensor | None] = [None] * len(leaves)
     if live:
-        ends, vectors = [slope[i] for i in live], [v[i] for i in live]
-        found = torch.autograd.grad(
+        ends, vectors = pick(slope, live), pick(v, live)
+        grads = torch.autograd.grad(
             ends, list(leaves.values()), vectors, retain_graph=True, allow_unused=True
         )
-    pairs = zip(leaves.items(), found, strict=True)
-    return {i: torch.zeros_like(leaf) if h is None else solid(h.detach()) for (i, leaf), h in pairs}
+    # A loss that is linear in a prediction has no second derivative by it.
+    product = or_zeros(grads, detached(leaves).values())
+    return detached(dict(zip(leaves, product, strict=True)))
+
+
+def nonzero_gradients(value: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the gradient of a value by name, without what is zero."""
+    if not value.requires_grad:
+        return {}
+    grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+    by_name = zip(leaves, grads, strict=True)
+    return {n: g for n, g in by_name if g is not None and bool((g != 0).any())}
+
+
+def own_derivatives(value: Tensor) -> list[str]:
+    """Return the functions behind a value whose derivative may have none itself.
+
+    They were written in Python, or by a library.
+    """
+    visited, queue, names = set[Any](), [value.grad_fn], list[str]()
+    while queue:
+        node: Any = queue.pop()
+        if node is None or node in visited:
+            continue
+        visited.add(node)
+        for before, _ in node.next_functions:
+            queue.append(before)
+        name = type(node).__name__
+        numbered = name.rstrip("0123456789")
+        if numbered in WITHOUT_GRAPH:
+            names.append(numbered.removesuffix("Backward"))
+        elif isinstance(node, torch.autograd.function.BackwardCFunction):
+            name = name.removeprefix("GeneratedBackwardFor_")
+            names.append(name.removesuffix("Backward"))
+    return names
 
 
 def _largest(tensors: Iterable[Tensor]) -> float:
     return max((float(t.detach().abs().max()) for t in tensors if t.numel()), default=0.0)
 
 
-# Kernels that work out the gradient with the value: PyTorch takes it for a constant.
-WITHOUT_GRAPH = ("CudnnCtcLossBackward", "MiopenCtcLossBackward")
+def _all_double(tensors: Iterable[Tensor]) -> bool:
+    return all(t.dtype == torch.float64 for t in tensors)
 
 
-def own_derivatives(value: Tensor) -> list[str]:
-    """The functions on the way to a value whose derivative may have none itself: written in Python, or by a library."""
-    seen, waiting, names = set[Any](), [value.grad_fn], list[str]()
-    while waiting:
-        node: Any = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        waiting += [before for before, _ in node.next_functions]
-        name = type(node).__name__.rstrip("0123456789")
-        if name in WITHOUT_GRAPH:
-            names.append(name.removesuffix("Backward"))
-        elif isinstance(node, torch.autograd.function.BackwardCFunction):
-            names.append(
-                type(node).__name__.removeprefix("GeneratedBackwardFor_").removesuffix("Backward")
-            )
-    return names
+# --- evaluating the loss --------------------------------------------------------------------------
 
 
 def loss_value(
     setting: Context, predictions: Named, inner: Named, outputs: Named, replayed: bool = False
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """The loss at these predictions, connected to leaves in their place."""
-    leaves = {
-        i: t.detach().requires_grad_()
-        for i, t in predictions.items()
-        if t.is_floating_point() or t.is_complex()
-    }
-    graph = setting.graph
+    """Return the loss at these predictions, and the leaves in their place that it depends on."""
+    leaves: dict[int, Tensor] = {}
+    for i, t in predictions.items():
+        if t.is_floating_point() or t.is_complex():
+            leaves[i] = t.detach().requires_grad_()
+    # The caller may be in ``no_grad``; the loss as a function of the leaves is not.
     with torch.enable_grad():
         if replayed or by_graph(setting, inner):
-            assert graph.loss is not None
-            constant = {i: t.detach() for i, t in inner.items()}
-            feed = {**setting.constants, **setting.data, **constant, **predictions, **leaves}
-            (value,) = graph.run(
-                feed, [graph.loss.index], keep=noise(graph), steps=graph.loss_steps
-            )
-        else:
-            copied = any(s.writes for s in graph.loss_steps)
-            filled = {**outputs, **{i: t.clone() if copied else t for i, t in leaves.items()}}
-            value = loss_of(setting, output_of(setting, filled))
-    return value, leaves
+            return _replayed(setting, {**predictions, **leaves}, inner), leaves
+        # What the loss writes to is not a leaf.
+        ends = leaves
+        if _loss_writes(setting):
+            ends = _cloned(leaves)
+        return loss_of(setting, output_of(setting, {**outputs, **ends})), leaves
+
+
+def _replayed(setting: Context, predictions: Named, inner: Named) -> Tensor:
+    """Return the loss from its recorded steps, with the noise that was drawn then."""
+    graph = setting.graph
+    assert graph.loss is not None
+    feed = {**setting.constants, **setting.data, **detached(inner), **predictions}
+    (value,) = graph.run(feed, [graph.loss.index], keep=noise(graph), steps=graph.loss_steps)
+    return value
 
 
 def by_graph(setting: Context, inner: Mapping[int, Tensor]) -> bool:
-    """The loss has to be replayed, because it cannot be called with predictions alone, or draws noise.
+    """Tell whether the loss has to be replayed, as it cannot be called with predictions alone.
 
-    Raises ``StructureError`` where that would not give its derivatives: a backward pass, once recorded, takes for
-    constants what it was handed by the forward pass. (Of a model with its own loss, the whole recording is tested.)
+    It reads something else of the model, or draws noise. Raises ``StructureError`` where a replay
+    would not give its derivatives: a backward pass, once recorded, takes for constants what it was
+    handed by the forward pass. (Of a model with its own loss, the whole recording is tested.)
     """
-    steps = setting.graph.loss_steps
-    replayed = setting.own_loss or bool(inner) or any(s.noise for s in steps)
+    replayed = setting.own_loss or bool(inner) or _loss_draws(setting)
     inside = _backward_inside(setting)
     if replayed and inside is not None and not setting.own_loss:
         raise StructureError(MSG_BACKWARD_INSIDE.format(op=inside.name, where=inside.where))
@@ -230,45 +296,80 @@ def by_graph(setting: Context, inner: Mapping[int, Tensor]) -> bool:
 
 
 def _backward_inside(setting: Context) -> Step | None:
-    return next((s for s in setting.graph.loss_steps if "_backward" in s.name), None)
+    """Return the first step of the loss that is a derivative, None if it takes none."""
+    for step in setting.graph.loss_steps:
+        if "_backward" in step.name:
+            return step
+    return None
 
 
 def output_of(setting: Context, values: Mapping[int, Tensor]) -> Any:
-    """The output of the model with these tensors in it."""
-    return tree_map(
-        lambda r: values[r.index] if isinstance(r, Ref) else r, setting.skeleton, is_leaf=is_ref
-    )
+    """Return the output of the model with these tensors in it."""
+
+    def filled(leaf: Any) -> Any:
+        if isinstance(leaf, Ref):
+            return values[leaf.index]
+        return leaf
+
+    return tree_map(filled, setting.skeleton, is_leaf=is_ref)
 
 
 def loss_of(setting: Context, output: Any) -> Tensor:
-    loss = setting.program.loss
-    modules = [m for m in (loss,) if isinstance(m, torch.nn.Module)]
-    harmless = not modules and not any(s.noise or s.writes for s in setting.graph.loss_steps)
-    with nullcontext() if harmless else untouched(modules), torch.enable_grad():
+    """Return the loss of an output, with everything else left as it is."""
+    with _protected(setting), torch.enable_grad():
         value = setting.program.evaluate(output, setting.targets)
     assert isinstance(value, Tensor)
     return value
 
 
+def _protected(setting: Context) -> AbstractContextManager[object]:
+    """Return what keeps a loss from changing itself and random states.
+
+    Nothing, where it can change neither: the guard costs more than most losses.
+    """
+    loss = setting.program.loss
+    if isinstance(loss, torch.nn.Module):
+        return untouched([loss])
+    if _loss_draws(setting) or _loss_writes(setting):
+        return untouched([])
+    return nullcontext()
+
+
+def _loss_writes(setting: Context) -> bool:
+    return any(step.writes for step in setting.graph.loss_steps)
+
+
+def _loss_draws(setting: Context) -> bool:
+    return any(step.noise for step in setting.graph.loss_steps)
+
+
+def _cloned(tensors: Named) -> dict[int, Tensor]:
+    return {i: t.clone() for i, t in tensors.items()}
+
+
 def noise(graph: Graph) -> dict[int, Tensor]:
-    """What was drawn in the loss when it was recorded."""
-    refs = [r for s in graph.loss_steps if s.noise for r in s.outs if r is not None]
-    return {r.index: v for r in refs if (v := graph.known(r.index)) is not None}
+    """Return what was drawn in the loss when it was recorded."""
+    drawn: dict[int, Tensor] = {}
+    for step in graph.loss_steps:
+        if not step.noise:
+            continue
+        for ref in step.outs:
+            if ref is None:
+                continue
+            value = graph.known(ref.index)
+            if value is not None:
+                drawn[ref.index] = value
+    return drawn
 
 
 def rest_of_loss(
     setting: Context, outputs: Named, parameters: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The gradient of the loss with all outputs of the model held constant, by the parameters that it reads itself."""
-    copied = any(s.writes for s in setting.graph.loss_steps)
-    fixed = {i: t.detach().clone() if copied else t.detach() for i, t in outputs.items()}
+    """Return the gradient that bypasses the predictions: by parameters that the loss reads itself.
+
+    All outputs of the model are held constant.
+    """
+    fixed = detached(outputs)
+    if _loss_writes(setting):
+        fixed = _cloned(fixed)
     return nonzero_gradients(loss_of(setting, output_of(setting, fixed)), parameters)
-
-
-def nonzero_gradients(value: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    if not value.requires_grad:
-        return {}
-    grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
-    return {
-        n: g for n, g in zip(leaves, grads, strict=True) if g is not None and bool((g != 0).any())
-    }

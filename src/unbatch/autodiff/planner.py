@@ -1,39 +1,58 @@
-"""Where parameters meet samples, and what has to be pulled back how: the plan of a sweep, read off labels alone.
+"""The parameter use sites, and the VJP that each of them needs: the plan of a backward pass.
 
-A *site* is a step at which a value made from parameters only (its *operand*) meets values of samples. A value is
-*separate* while, on every way from it to the predictions, no sample listens to another: one sweep serves all samples
-there, and a site is contracted locally. Below, each sample is a column of its own, pulled back from the *seeds*: the
-lowest values that are still separate. No tensor is touched here.
+A *site* is a step at which an *operand*, a value made from parameters only, is combined with values
+of samples. Where its results are separate (``dependence.py``), it is contracted from the cotangent
+that one backward pass gives all samples. Elsewhere the cotangent of each sample is pulled back
+alone, a *column*, starting from the *seeds*: the lowest values that are still separate (the mixing
+frontier).
+
+Lives here: the plan, and how it is made. What it means step by step is for ``schedule.py``; no
+tensor is touched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
-import torch
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from unbatch.analysis.domain.ownership import Ownership
-from unbatch.analysis.domain.sample_layout import (
-    Layout,
-    Scattered,
-    holds_its_place,
-    layout_of,
-    prediction_dim,
-)
+from unbatch.analysis.domain.sample_layout import Layout, Scattered, layout_of, prediction_dim
 from unbatch.analysis.interpreter import Interpretation
+from unbatch.autodiff.dependence import (
+    Dependence,
+    OwnedGraph,
+    find_dependence,
+    values_read,
+    within,
+)
 from unbatch.capture import ops
 from unbatch.capture.aliasing import by_memory
 from unbatch.capture.graph import Graph, Ref, Step, is_ref
 from unbatch.errors import MSG_NOT_COPY, MSG_NOT_FROZEN, StructureError
 
+# An example, by component in train mode. Linear → BN → ReLU → Linear → BN → ReLU → Linear:
+#
+#     step             operands    way         because
+#     third Linear     V, c        local       its result is separate
+#     second BN        γ′, β′      local       its result is separate, and the lowest: a seed
+#     second Linear    U, a        projected   right below a batch norm whose result is separate
+#     first BN         γ, β        columns     the second one mixes what is made of them
+#     first Linear     W, b        columns     likewise
+#
+# In eval mode, or with frozen statistics, all are local and there is no seed. A copy of the model
+# for each sample has local sites only: its batch norms are constant but for that sample.
+
 
 @dataclass(frozen=True)
 class Site:
-    """Step ``step`` uses the value ``operand`` as argument ``name``. ``way``: "local", "projected" or "columns"."""
+    """Step ``step`` uses the value ``operand`` as its argument ``name``.
+
+    ``way``: "local" (contracted from the one cotangent of all samples), "projected" (by the closed
+    form of the batch norm right above) or "columns" (each sample is pulled back alone).
+    """
 
     step: int
     operand: int
@@ -41,399 +60,364 @@ class Site:
     way: str
 
 
-@dataclass
+@dataclass(frozen=True)
 class BackwardPlan:
-    """What a sweep has to do at which step. Values and steps by their number in the graph."""
+    """What a backward pass does at which step. Values and steps by their number in the graph.
+
+    ``refused``: why rows do not exist, unless the values ``spanning`` are counted to the samples
+    (``spread``).
+    """
 
     by: str
+    by_place: bool  # where samples mix in no symmetric way, slice n was counted to sample n
     samples: int
-    parameters: dict[int, str]
-    predictions: dict[int, int]  # prediction -> its sample axis
-    sites: list[Site] = field(default_factory=list)
-    chain: dict[int, bool] = field(
-        default_factory=dict
-    )  # steps without samples -> whether statistics move there
-    seeds: list[int] = field(default_factory=list)  # values from which columns start
-    unsplit: list[int] = field(
-        default_factory=list
-    )  # predictions that are not separate: columns start there, too
-    gates: dict[int, list[int]] = field(
-        default_factory=dict
-    )  # step -> inputs through which columns must not pass
-    frozen: set[int] = field(default_factory=set)  # values held constant
-    frozen_norms: set[int] = field(
-        default_factory=set
-    )  # steps that are batch norms with constant statistics
-    projections: dict[int, int] = field(
-        default_factory=dict
-    )  # step of a weight -> step of the batch norm above
-    spanning: set[int] = field(
-        default_factory=set
-    )  # shared values, in part or whole, with an entry for every sample
-    refused: StructureError | None = (
-        None  # why rows do not exist, unless such values are counted to the samples
-    )
-    layouts: dict[int, Layout | Scattered] = field(
-        default_factory=dict
-    )  # where the samples lie, at sites and seeds
-    by_place: bool = False  # slices were given to samples where they meet in no symmetric way
-    direct: set[int] = field(default_factory=set)  # made from parameters without samples on the way
-    theta: set[int] = field(default_factory=set)
-    separate: dict[Any, bool] = field(default_factory=dict)
+    parameters: Mapping[int, str]
+    predictions: Mapping[int, int]  # prediction -> its sample axis
+    # What depends on the parameters, and how (``dependence.py``).
+    theta: frozenset[int]
+    frozen: frozenset[int]
+    frozen_norms: frozenset[int]
+    direct: frozenset[int]  # made from parameters, with no sample on the way
+    # Where parameters are used.
+    sites: tuple[Site, ...]
+    chain: Mapping[int, bool]  # steps from parameters to operands -> whether statistics move there
+    projections: Mapping[int, int]  # step of a "projected" site -> the batch norm above it
+    # Where columns start, and where they must not pass.
+    seeds: tuple[int, ...]
+    unsplit: tuple[int, ...]  # predictions that are not separate: columns start there, too
+    gates: Mapping[int, tuple[int, ...]]  # step -> inputs that columns of other seeds do not enter
+    # Where the samples lie in the values at sites and seeds.
+    layouts: Mapping[int, Layout | Scattered]
+    spanning: frozenset[int]  # shared values, in part or whole, with an entry for every sample
+    refused: StructureError | None
 
     @property
     def local(self) -> list[Site]:
+        """The sites that one backward pass for all samples serves."""
         return [s for s in self.sites if s.way != "columns"]
 
     @property
     def columns(self) -> list[Site]:
+        """The sites that each sample is pulled back to alone."""
         return [s for s in self.sites if s.way == "columns"]
+
+    def by_number(self, named: Mapping[str, Tensor]) -> dict[int, Tensor]:
+        """Return tensors that are named as the parameters by their number in the graph."""
+        return {i: named[name] for i, name in self.parameters.items()}
 
     @property
     def divisible(self) -> bool:
-        """It is known of every seed where the samples lie in it."""
+        """Whether the cotangent of every seed can be cut into the samples' own."""
         return all(i in self.layouts for i in self.seeds)
 
 
 def plan_backward(
-    graph: Graph, walk: Interpretation, samples: int, leading: bool, wanted: Iterable[str], by: str
+    graph: Graph, walk: Interpretation, samples: int, leading: bool, names: Iterable[str], by: str
 ) -> BackwardPlan:
-    """Plan the sweep for the parameters ``wanted``, by ``by``.
+    """Return the plan for the parameters ``names``, by ``by``.
 
-    Raises ``StructureError`` where copy or frozen rows do not exist, naming the step that stands in the way (or leaves
-    it in ``refused``).
+    Raises ``StructureError`` where copy or frozen rows do not exist, naming the step that is in the
+    way (or leaves it in ``refused``).
     """
-    names = set(wanted)
-    parameters = {
-        i: v.name for i, v in enumerate(graph.values) if v.kind == "parameters" and v.name in names
-    }
-    predictions = {
-        r.index: d
-        for r in graph.used_predictions
-        if (d := prediction_dim(walk[r], samples, leading)) is not None
-    }
-    plan = BackwardPlan(by, samples, parameters, predictions)
-    return _Planner(graph, walk, plan, leading).run()
+    wanted = set(names)
+    parameters: dict[int, str] = {}
+    for i, value in enumerate(graph.values):
+        if value.kind == "parameters" and value.name in wanted:
+            parameters[i] = value.name
+    predictions: dict[int, int] = {}
+    for ref in graph.used_predictions:
+        dim = prediction_dim(walk[ref], samples, leading)
+        if dim is not None:
+            predictions[ref.index] = dim
+    owned = OwnedGraph(graph, walk, samples, leading)
+    dependence = find_dependence(owned, parameters, predictions, freeze=by == "frozen")
+    return _Planner(owned, dependence, by, parameters, predictions).plan()
 
 
 @dataclass
 class _Planner:
-    graph: Graph
-    walk: Interpretation
-    plan: BackwardPlan
-    leading: bool
-    written: set[int] = field(default_factory=set)
+    """Goes through the steps in order; the fields with defaults become those of the plan."""
 
-    def run(self) -> BackwardPlan:
-        graph, plan = self.graph, self.plan
-        self.written = {
-            graph.values[new.index].storage for s in graph.forward_steps for _, new in s.writes
-        }
-        if plan.by == "frozen":
-            self._freeze()
-        plan.theta = self._reach()
-        self._pull()
-        plan.unsplit = [p for p in plan.predictions if by_columns(plan, self.node(p))]
-        plan.direct = set(plan.parameters)
-        for step in graph.forward_steps:
-            if self._on_path(step):
-                self._place(step)
-        for number in {s.step for s in plan.sites}:
-            self._keep_layouts(self._outs(graph.steps[number]))
-        self._keep_layouts(plan.seeds)
-        return plan
+    owned: OwnedGraph
+    dependence: Dependence
+    by: str
+    parameters: dict[int, str]
+    predictions: dict[int, int]
+    sites: list[Site] = field(default_factory=list)
+    chain: dict[int, bool] = field(default_factory=dict)
+    projections: dict[int, int] = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=list)
+    gates: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    direct: set[int] = field(default_factory=set)
+    spanning: set[int] = field(default_factory=set)
+    refused: StructureError | None = None
 
-    def _keep_layouts(self, values: Iterable[int]) -> None:
-        self.plan.layouts |= {i: found for i in values if (found := self.layout(i)) is not None}
-
-    # -- reading --
-
-    def marks(self, i: int) -> Ownership:
-        return self.walk.marks[i]
-
-    def node(self, i: int) -> Any:
-        """Values that share memory which is written to are one: what is written to one is seen in the other."""
-        storage = self.graph.values[i].storage
-        return ("memory", storage) if storage in self.written else i
-
-    def layout(self, i: int) -> Layout | Scattered | None:
-        marks = self.marks(i)
-        found = layout_of(marks, self.plan.samples)
-        if found is None and marks.owned and marks.all_owned:
-            owner = np.broadcast_to(marks.owner, marks.shape).astype(np.int64)
-            return Scattered(torch.from_numpy(owner.copy()), self.plan.samples)
-        return found
-
-    def _outs(self, step: Step) -> list[int]:
-        refs = [*(r for r in step.outs if r is not None), *(new for _, new in step.written_results)]
-        return [i for i in dict.fromkeys(r.index for r in refs) if self._real(i)]
-
-    def _ins(self, step: Step) -> list[int]:
-        return [
-            i
-            for i in dict.fromkeys(r.index for r in step.refs())
-            if self._real(i) and i in self.plan.theta
-        ]
-
-    def _real(self, i: int) -> bool:
-        dtype = self.graph.values[i].dtype
-        return (dtype.is_floating_point or dtype.is_complex) and i in self.walk.marks
-
-    def _loose(self, i: int) -> bool:
-        """It belongs to no sample: made from parameters and statistics."""
-        return not self.marks(i).owned and not self.marks(i).mixed
-
-    def _passes(self, step: Step) -> bool:
-        """Derivatives go through it."""
-        traits = ops.traits(step.op)
-        return step.grad and not traits.cuts and not traits.reads_shape_only
-
-    def _on_path(self, step: Step) -> bool:
-        return self._passes(step) and any(
-            self.node(o) in self.plan.separate for o in self._outs(step)
+    def plan(self) -> BackwardPlan:
+        """Go through the steps, and return what was found."""
+        # In the order of the steps, so that ``direct`` holds all operands before they are used.
+        self.direct.update(self.parameters)
+        for step in self.owned.graph.forward_steps:
+            outs = self.dependence.pulled_back(step)
+            reads = self.dependence.reads(step)
+            if outs and reads:
+                self._place(step, outs, reads)
+        unsplit: list[int] = []
+        if self.by == "component":
+            unsplit += [p for p in self.predictions if not self.dependence.is_separate(p)]
+        return BackwardPlan(
+            by=self.by,
+            by_place=self.owned.walk.by_place,
+            samples=self.owned.samples,
+            parameters=self.parameters,
+            predictions=self.predictions,
+            theta=self.dependence.theta,
+            frozen=self.dependence.frozen,
+            frozen_norms=self.dependence.frozen_norms,
+            direct=frozenset(self.direct),
+            sites=tuple(self.sites),
+            chain=self.chain,
+            projections=self.projections,
+            seeds=tuple(self.seeds),
+            unsplit=tuple(unsplit),
+            gates=self.gates,
+            layouts=self._layouts(),
+            spanning=frozenset(self.spanning),
+            refused=self.refused,
         )
 
-    # -- what depends on the parameters --
+    def _layouts(self) -> dict[int, Layout | Scattered]:
+        values: list[int] = []
+        for site in self.sites:
+            values += self.owned.results(self.owned.graph.steps[site.step])
+        layouts: dict[int, Layout | Scattered] = {}
+        for i in dict.fromkeys([*values, *self.seeds]):
+            layout = self.owned.layout(i)
+            if layout is not None:
+                layouts[i] = layout
+        return layouts
 
-    def _reach(self) -> set[int]:
-        reached = set(self.plan.parameters)
-        nodes = {self.node(i) for i in reached}
-        for step in self.graph.forward_steps:
-            if self._passes(step) and any(
-                self.node(r.index) in nodes for r in step.refs() if self._real(r.index)
-            ):
-                fresh = [o for o in self._outs(step) if o not in self.plan.frozen]
-                reached.update(fresh)
-                nodes.update(self.node(o) for o in fresh)
-        return (
-            reached
-            | {i for i in self.walk.marks if self.node(i) in nodes and self._real(i)}
-            - self.plan.frozen
-        )
+    # -- what happens at a step --
 
-    # -- statistics held constant --
+    def _place(self, step: Step, outs: Sequence[int], reads: Sequence[int]) -> None:
+        """Find out what a step is: a site, a seed, or a step from parameters to operands."""
+        owned = self.owned
+        operands = [i for i in within(reads, self.direct) if owned.is_shared(i)]
+        separate = self.dependence.all_separate(outs)
+        if owned.all_shared(outs):
+            if operands:
+                self._place_shared(step, outs, reads, operands)
+            return
+        for i in operands:
+            self._add_site(step, i, outs, separate)
+        # What is written lies in a memory, of which other values may be views that are not
+        # separate.
+        if self.by == "component" and (separate or not step.writes):
+            self._add_seeds(step, outs, reads)
 
-    def _freeze(self) -> None:
-        """What cross-sample reductions give is held constant, what batch norms take inside as well."""
-        for step in self.graph.forward_steps:
-            for o in self._outs(step):
-                if not self.walk.made_at(step, o):
-                    continue
-                if ops.is_batch_norm(step.op) and self.marks(o).owned:
-                    self.plan.frozen_norms.add(step.index)
-                elif self._loose(o):
-                    self.plan.frozen.add(o)
+    def _place_shared(
+        self, step: Step, outs: Sequence[int], reads: Sequence[int], operands: Sequence[int]
+    ) -> None:
+        """Place a step from parameters, and perhaps statistics, to what belongs to no sample.
 
-    def _refused(self, step: Step, message: str) -> StructureError:
+        Its result is an operand, and the site is where that is combined with samples; unless a
+        statistic in it moves with the parameters on a path of its own, which columns then have to
+        take.
+        """
+        owned = self.owned
+        # Written into a buffer beside samples (a class token, say), it is one entry for each of
+        # them.
+        for _, new in step.writes:
+            if self._lies_among_samples(new.index):
+                self.spanning.add(new.index)
+        reads_samples = not owned.all_shared(reads)
+        moving = bool(owned.moving(outs))
+        if self.by != "component" and reads_samples:
+            raise self._refusal(step)
+        separate = self.dependence.all_separate(outs)
+        by_columns = self.by == "component" and moving and (reads_samples or not separate)
+        if by_columns:
+            for i in operands:
+                self._add_by_columns(step, i, "columns")
+        else:
+            self.chain[step.index] = moving and self.by != "frozen"
+            self.direct.update(owned.results(step))
+
+    def _refusal(self, step: Step) -> StructureError:
+        """Return the error for rows that do not exist."""
+        message = MSG_NOT_COPY if self.by == "copy" else MSG_NOT_FROZEN
         return StructureError(message.format(place=step.place))
 
-    # -- what is separate --
+    # -- sites --
 
-    def _pull(self) -> None:
-        """From the predictions down: which values still belong to one sample each."""
-        plan = self.plan
-        for p in plan.predictions:
-            alone = holds_its_place(self.marks(p), plan.samples, self.leading)
-            self._feed(p, alone)
-        for step in reversed(self.graph.forward_steps):
-            if not self._on_path(step):
-                continue
-            outs = [
-                o for o in self._outs(step) if self.node(o) in plan.separate and o in plan.theta
-            ]
-            apart = all(plan.separate[self.node(o)] for o in outs)
-            local = apart and self._keeps_apart(step, outs)
-            statistic = all(self._loose(o) for o in outs)
-            same = set() if step.writes else {self.node(o) for o in outs}
-            for i in [i for i in self._ins(step) if self.node(i) not in same]:
-                self._feed(i, apart if statistic and self._loose(i) else local)
-
-    def _feed(self, i: int, separate: bool) -> None:
-        node = self.node(i)
-        self.plan.separate[node] = self.plan.separate.get(node, True) and separate
-
-    def _keeps_apart(self, step: Step, outs: Sequence[int]) -> bool:
-        """Entries of sample n come from sample n, shared values, and statistics that come in from outside."""
-        if any(not self.marks(o).separate for o in outs):
-            return False
-        if step.index in self.plan.frozen_norms:
-            return True
-        moving = [self.marks(i) for i in self._ins(step) if self.marks(i).depends_on_batch]
-        given: frozenset[int] = frozenset().union(*(self.marks(r.index).given for r in step.refs()))
-        fresh = any(self.marks(o).given - given for o in outs)
-        return not moving or not (fresh or any(m.mixed for m in moving))
-
-    # -- what to do at a step --
-
-    def _place(self, step: Step) -> None:
-        outs = [o for o in self._outs(step) if self.node(o) in self.plan.separate]
-        ins = self._ins(step)
-        loose = [i for i in ins if self._loose(i) and i in self.plan.direct]
-        apart = all(self.plan.separate[self.node(o)] for o in outs)
-        if not ins:
-            return
-        if not all(self._loose(o) for o in outs):
-            for i in loose:
-                self._site(step, i, outs, apart)
-            if self.plan.by == "component":
-                self._seed(step, outs if not step.writes else outs if apart else [], ins)
-        elif loose:
-            self.plan.spanning |= {
-                new.index for _, new in step.writes if self._among_samples(new.index)
-            }
-            self._made_of_statistics(step, outs, ins, loose, apart)
-
-    def _made_of_statistics(
-        self, step: Step, outs: Sequence[int], ins: Sequence[int], loose: Sequence[int], apart: bool
-    ) -> None:
-        """A parameter meets parameters or statistics: samples meet it where they meet the result."""
-        plan = self.plan
-        onto_samples = any(not self._loose(i) for i in ins)
-        moving = any(self.marks(o).depends_on_batch for o in outs)
-        if plan.by != "component" and onto_samples:
-            raise self._refused(step, MSG_NOT_COPY if plan.by == "copy" else MSG_NOT_FROZEN)
-        if not moving or plan.by != "component" or (apart and not onto_samples):
-            plan.chain[step.index] = moving and plan.by != "frozen"
-            plan.direct.update(self._outs(step))
+    def _add_site(self, step: Step, operand: int, outs: Sequence[int], separate: bool) -> None:
+        """Add the site of an operand, by the cheapest way that keeps samples apart."""
+        layout = self.owned.layout(outs[0])
+        if layout is None and self.owned.owners(outs[0]).partly_shared:
+            self.spanning.add(outs[0])
+        # A copy is a model of its own for each sample: its results hold no other samples.
+        if layout is not None and (separate or self.by == "copy"):
+            self._append(step, operand, "local")
+            self._note_spanning(operand, outs[0], layout)
+        elif self.by == "component":
+            norm = self._norm_above(step, operand, outs)
+            if norm is not None:
+                self.projections[step.index] = norm
+            self._add_by_columns(step, operand, "columns" if norm is None else "projected")
+        elif self.spanning:
+            # The values that span the samples may be counted to them, and the rows exist then: not
+            # raised yet.
+            self.refused = self._refusal(step)
         else:
-            for i in loose:
-                self._columns(step, i, "columns")
+            raise self._refusal(step)
 
-    def _site(self, step: Step, operand: int, outs: Sequence[int], apart: bool) -> None:
-        component = self.plan.by == "component"
-        if self.layout(outs[0]) is None and self.marks(outs[0]).partly_shared:
-            self.plan.spanning.add(outs[0])
-        if (apart or self.plan.by == "copy") and self.layout(outs[0]) is not None:
-            self.plan.sites += [
-                Site(step.index, operand, n, "local") for n in _argument_names(step, operand)
-            ]
-            self._note_spanning(operand, outs[0])
-        elif component:
-            self._columns(
-                step, operand, "projected" if self._below_norm(step, operand, outs) else "columns"
-            )
-        else:
-            error = self._refused(step, MSG_NOT_COPY if self.plan.by == "copy" else MSG_NOT_FROZEN)
-            if not self.plan.spanning:
-                raise error
-            self.plan.refused = error
+    def _add_by_columns(self, step: Step, operand: int, way: str) -> None:
+        """Add a site below the mixing frontier.
 
-    def _columns(self, step: Step, operand: int, way: str) -> None:
-        """Columns reach the parameters in a statistic through the statistic itself."""
-        if not self.marks(operand).depends_on_batch:
-            self.plan.sites += [
-                Site(step.index, operand, n, way) for n in _argument_names(step, operand)
-            ]
+        Columns reach the parameters in a statistic through that statistic, which is a value of its
+        own.
+        """
+        if not self.owned.owners(operand).depends_on_batch:
+            self._append(step, operand, way)
 
-    def _below_norm(self, step: Step, operand: int, outs: Sequence[int]) -> bool:
-        """The result goes into a batch norm, and nowhere else, that is the topmost place of mixing."""
-        users = [s for s in self.graph.steps if any(r.index in outs for r in s.refs())]
-        transposed = step.name == "convolution" and step.args[6]
-        bias = (
-            self.graph.values[operand].shape[-1:]
-            if _argument_names(step, operand) == ["self"]
-            else None
-        )
-        odd = (
-            bias is not None
-            and bias != self.graph.values[outs[0]].shape[-1:]
-            and step.name == "addmm"
-        )
-        if transposed or odd or outs[0] in self.plan.predictions:
-            return False
-        if step.name not in ("addmm", "mm", "convolution") or len(users) != 1 or len(outs) != 1:
-            return False
+    def _append(self, step: Step, operand: int, way: str) -> None:
+        name = _argument_name(step, operand)
+        if name is not None:
+            self.sites.append(Site(step.index, operand, name, way))
+
+    def _norm_above(self, step: Step, operand: int, outs: Sequence[int]) -> int | None:
+        """Return the batch norm whose closed form serves the site, None if there is none.
+
+        It alone reads the result, and nothing mixes samples above it.
+        """
+        if not _can_be_projected(step, outs):
+            return None
+        (out,) = outs
+        # The bias of an ``addmm`` is broadcast; the closed form is for one with an entry for each
+        # feature.
+        values = self.owned.graph.values
+        fits = values[operand].shape[-1:] == values[out].shape[-1:]
+        is_bias = step.name == "addmm" and _argument_name(step, operand) == "self"
+        if is_bias and not fits:
+            return None
+        users = [s for s in self.owned.graph.steps if out in values_read(s)]
+        if out in self.predictions or len(users) != 1:
+            return None
         (norm,) = users
-        above = self._outs(norm)
-        layout = self.layout(outs[0])
-        first = norm.refs()[0].index == outs[0]
-        if not first or not isinstance(layout, Layout) or self.node(outs[0]) != outs[0]:
-            return False
-        fits = layout == Layout(0, self.plan.samples) and ops.is_training_batch_norm(norm)
-        sep = bool(above) and self.plan.separate.get(self.node(above[0]), False)
-        if fits and sep and layout_of(self.marks(above[0]), self.plan.samples) == layout:
-            self.plan.projections[step.index] = norm.index
-            return True
-        return False
+        reads_it_first = norm.refs()[0].index == out
+        if not reads_it_first or self.owned.nodes[out].is_memory:
+            return None
+        return norm.index if self._is_projecting(norm, self.owned.layout(out)) else None
 
-    def _seed(self, step: Step, outs: Sequence[int], ins: Sequence[int]) -> None:
-        plan = self.plan
-        moving = [i for i in ins if self.marks(i).depends_on_batch]
-        below = [i for i in moving if not self.marks(i).owned or not plan.separate[self.node(i)]]
-        alone = [
-            o
-            for o in outs
-            if plan.separate[self.node(o)] and o in plan.theta and o not in plan.seeds
-        ]
-        parted = len(alone) < len(
-            [o for o in outs if o in plan.theta]
-        )  # another output is heard by other samples
-        if alone and (below or parted):
-            plan.seeds += alone
-            plan.spanning |= {
-                o for o in alone if self.layout(o) is None and self.marks(o).partly_shared
-            }
-            above = [i for i in moving if i not in below]
-            if above:
-                plan.gates[step.index] = above
+    def _is_projecting(self, norm: Step, layout: Layout | Scattered | None) -> bool:
+        """Tell whether a step is a batch norm over rows of samples whose result is separate."""
+        if layout != Layout(0, self.owned.samples) or not ops.is_training_batch_norm(norm):
+            return False
+        above = self.owned.results(norm)
+        if not above:
+            return False
+        separate = self.dependence.separate.get(self.owned.nodes[above[0]], False)
+        return separate and layout_of(self.owned.owners(above[0]), self.owned.samples) == layout
+
+    # -- seeds --
+
+    def _add_seeds(self, step: Step, outs: Sequence[int], reads: Sequence[int]) -> None:
+        """Start columns at separate results of a step whose inputs are not all separate."""
+        dependence, owned = self.dependence, self.owned
+        moving = owned.moving(reads)
+        above = [i for i in moving if owned.owners(i).owned and dependence.is_separate(i)]
+        depending = within(outs, dependence.theta)
+        fresh = [o for o in depending if dependence.is_separate(o) and o not in self.seeds]
+        # If another result of the step is read by other samples, no site below gets its cotangent
+        # from one backward pass.
+        needed = len(above) < len(moving) or len(fresh) < len(depending)
+        if not fresh or not needed:
+            return
+        self.seeds += fresh
+        for o in fresh:
+            if owned.layout(o) is None and owned.owners(o).partly_shared:
+                self.spanning.add(o)
+        # A separate input is served by the one backward pass. Columns would count it twice.
+        if above:
+            self.gates[step.index] = tuple(above)
 
     # -- shared values that have an entry for every sample --
 
-    def _among_samples(self, i: int) -> bool:
-        """It is written into a memory that holds values of samples, too."""
-        storage = self.graph.values[i].storage
-        return any(
-            m.owned for j, m in self.walk.marks.items() if self.graph.values[j].storage == storage
-        )
+    def _lies_among_samples(self, value: int) -> bool:
+        """Tell whether a value is written into a memory that holds values of samples, too."""
+        values = self.owned.graph.values
+        storage = values[value].storage
+        for i, owners in self.owned.walk.marks.items():
+            if owners.owned and values[i].storage == storage:
+                return True
+        return False
 
-    def _note_spanning(self, operand: int, out: int) -> None:
-        """An operand that is not broadcast along the samples was spread over them further up."""
-        layout, shape = self.layout(out), self.graph.values[operand].shape
-        whole = self.graph.values[out].shape
-        if isinstance(layout, Layout):
-            dim = layout.dim - len(whole) + len(shape)
-            if (
-                0 <= dim < len(shape)
-                and shape[dim] == whole[layout.dim] > 1
-                and operand not in self.plan.parameters
-            ):
-                self.plan.spanning.add(operand)
+    def _note_spanning(self, operand: int, out: int, layout: Layout | Scattered) -> None:
+        """Note an operand that has an entry for every sample.
+
+        It is not broadcast along the samples at this site, so it was spread over them further up.
+        """
+        if not isinstance(layout, Layout) or operand in self.parameters:
+            return
+        values = self.owned.graph.values
+        shape, whole = values[operand].shape, values[out].shape
+        dim = layout.dim - len(whole) + len(shape)  # broadcasting aligns shapes at their end
+        if 0 <= dim < len(shape) and shape[dim] == whole[layout.dim] > 1:
+            self.spanning.add(operand)
 
 
-def by_columns(plan: BackwardPlan, node: Any) -> bool:
-    return plan.by == "component" and not plan.separate[node]
+def _argument_name(step: Step, operand: int) -> str | None:
+    """Return the argument that holds the operand.
+
+    The first, if it stands in several: ``GenericContraction`` finds the others.
+    """
+    for name, argument in step.named.items():
+        for ref in tree_leaves(argument, is_ref):
+            if isinstance(ref, Ref) and ref.index == operand:
+                return name
+    return None
+
+
+def _can_be_projected(step: Step, outs: Sequence[int]) -> bool:
+    """Tell whether there is a closed form for the op right below a batch norm."""
+    if len(outs) != 1:
+        return False
+    if step.name == "convolution":
+        transposed = bool(step.args[6])
+        return not transposed
+    return step.name in ("addmm", "mm")
+
+
+# --- where shared values got their entry for every sample -----------------------------------------
 
 
 def spread(graph: Graph, walk: Interpretation, plan: BackwardPlan) -> list[tuple[int, list[int]]]:
-    """Where shared values with an entry for every sample got it: values, and the axes that may hold the samples."""
+    """Return the values that first had an entry for every sample, and the axes that may hold them.
+
+    An ``expand`` (or ``zeros``, ..) that makes as many entries as there are samples has no samples
+    in it, but what is computed from it may be used sample by sample.
+    """
     in_memory = by_memory(graph)
-    queue, seen, out = list(plan.spanning), set(plan.spanning), []
+    queue, visited = list(plan.spanning), set(plan.spanning)
+    origins = []
     while queue:
-        i = queue.pop()
-        step = graph.makers.get(i)
+        value = queue.pop()
+        step = graph.makers.get(value)
         if step is None:
             continue
-        axes = [d for d, s in enumerate(graph.values[i].shape) if s == plan.samples]
+        axes = [d for d, size in enumerate(graph.values[value].shape) if size == plan.samples]
         if ops.traits(step.op).fills_shape and axes:
-            out.append((i, axes))
+            origins.append((value, axes))
             continue
-        shares = in_memory[graph.values[i].storage] if graph.written(i) else []
-        near = [*(r.index for r in step.refs()), *shares]
-        fresh = [r for r in near if r not in seen and r in walk.marks and _loosely(walk.marks[r])]
-        seen.update(fresh)
-        queue += fresh
-    return sorted(out)
+        # It came from somewhere further up, or was written into a memory by another step.
+        sources = values_read(step)
+        if graph.written(value):
+            sources += in_memory[graph.values[value].storage]
+        for i in sources:
+            if i not in visited and i in walk.marks and _may_span(walk.marks[i]):
+                visited.add(i)
+                queue.append(i)
+    return sorted(origins)
 
 
-def _loosely(marks: Ownership) -> bool:
-    return marks.partly_shared or not marks.depends_on_batch
-
-
-def _argument_names(step: Step, operand: int) -> list[str]:
-    """The argument that holds the operand; one entry even if it stands in several places (see ``Generic``)."""
-    held = {n: tree_leaves(a, is_ref) for n, a in step.named.items()}
-    return [
-        n
-        for n, refs in held.items()
-        if any(isinstance(r, Ref) and r.index == operand for r in refs)
-    ][:1]
+def _may_span(owners: Ownership) -> bool:
+    return owners.partly_shared or not owners.depends_on_batch

@@ -1,12 +1,14 @@
-"""The plan of a sweep, worked out step by step: what it does where it does anything of its own, and for whom.
+"""A backward plan worked out step by step: what is done at which step, and for which parameters.
 
-Made once for every plan and kept with it. No tensor is touched here; ``sweep.py`` follows the route.
+Lives here: the operands of a plan (from which parameters, and as which view of them), and the
+``Hook`` of every step at which the passes do something of their own. Made once for every plan and
+kept with it. No tensor is touched here; ``vjp.py`` follows the schedule.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -14,116 +16,154 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
+from unbatch.analysis.domain.sample_layout import Layout, Scattered
 from unbatch.autodiff.contractions.row_block import RowBlockView
+from unbatch.autodiff.dependence import values_read, values_returned, within
 from unbatch.autodiff.planner import BackwardPlan, Site
 from unbatch.capture import ops
 from unbatch.capture.graph import Graph, Ref, Step, is_ref
 from unbatch.capture.ops import Moves
-from unbatch.capture.substitutes import replayed
+from unbatch.capture.substitutes import norm_evaluated, norm_held, replayed
+
+# A matrix product with a parameter: the arguments that may be the parameter.
+MATRICES = {"mm": ("self", "mat2"), "addmm": ("mat1", "mat2")}
 
 
-@dataclass
+# --- operands -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
 class Operands:
-    """Operands of one plan, by their number in the graph."""
+    """Operands of one plan, by their number in the graph.
+
+    ``shapes``: of the parameters, in the order in which they were asked for.
+    """
 
     graph: Graph
     flow: BackwardPlan
     shapes: Mapping[str, tuple[int, ...]]
-    views: dict[int, RowBlockView | None] = field(default_factory=dict)
+    _views: dict[int, RowBlockView | None] = field(default_factory=dict)
 
-    def made_from(self, i: int) -> list[str]:
-        """The parameters an operand is made from."""
-        seen: set[int] = set()
-        queue, out = [i], []
+    def made_from(self, operand: int) -> list[str]:
+        """Return the parameters that an operand is made from."""
+        names = []
+        # Steps without samples lead from parameters to the operand, and only these are followed.
+        queue, visited = [operand], set[int]()
         while queue:
-            v = queue.pop()
-            if v in seen:
+            value = queue.pop()
+            if value in visited:
                 continue
-            seen.add(v)
-            if v in self.flow.parameters:
-                out.append(self.flow.parameters[v])
-            elif v in self.flow.direct:
-                queue += [r.index for r in self.graph.makers[v].refs()]
-        return out
+            visited.add(value)
+            if value in self.flow.parameters:
+                names.append(self.flow.parameters[value])
+            elif value in self.flow.direct:
+                queue += values_read(self.graph.makers[value])
+        return names
 
-    def view(self, i: int) -> RowBlockView | None:
-        """How an operand is seen in its only parameter, if it is a view of it."""
-        if i not in self.views:
-            self.views[i] = self._view(i)
-        return self.views[i]
+    def view(self, operand: int) -> RowBlockView | None:
+        """Return how an operand is seen in its only parameter; None if it is no view of one."""
+        if operand not in self._views:
+            self._views[operand] = self._view(operand)
+        return self._views[operand]
 
-    def _view(self, i: int) -> RowBlockView | None:
-        path, names = self._path(i), self.made_from(i)
+    def _view(self, operand: int) -> RowBlockView | None:
+        path, names = self._path(operand), self.made_from(operand)
         if path is None or len(names) != 1:
             return None
-        try:  # a view of the parameter as it lies in memory need not be one of rows that lie in order
+        # A view of the parameter as it lies in memory need not be one of rows, which lie in order.
+        try:
             replayed(path, torch.empty(self.shapes[names[0]], device="meta"))
         except RuntimeError:
             return None
-        plain = {(): False, ("t",): True}
-        return RowBlockView(partial(replayed, path), plain.get(tuple(step.name for step in path)))
+        transposed = None
+        if not path:
+            transposed = False
+        elif len(path) == 1 and path[0].name == "t":
+            transposed = True
+        return RowBlockView(partial(replayed, path), transposed)
 
-    def _path(self, i: int) -> list[Step] | None:
-        """The steps by which a value is a view of a parameter."""
+    def _path(self, value: int) -> list[Step] | None:
+        """Return the steps by which a value is a view of a parameter; None if it is not."""
         path: list[Step] = []
-        while i not in self.flow.parameters:
-            step = self.graph.makers.get(i)
+        while value not in self.flow.parameters:
+            step = self.graph.makers.get(value)
             if step is None or not _rearranges(step):
                 return None
             path.insert(0, step)
-            i = step.refs()[0].index
+            value = step.refs()[0].index
         return path
 
     def together(self, operands: Collection[int]) -> list[tuple[list[int], list[str]]]:
-        """Operands and parameters that have to be contracted together, because they share one another."""
-        merged: list[tuple[set[int], set[str]]] = []
-        for i in operands:
-            values, names = {i}, set(self.made_from(i))
-            for other in [m for m in merged if m[1] & names]:
-                values, names = values | other[0], names | other[1]
-                merged.remove(other)
-            merged.append((values, names))
-        order = list(self.shapes)
-        return [(sorted(values), sorted(names, key=order.index)) for values, names in merged]
+        """Return operands and parameters in groups that are contracted together.
+
+        Operands that are made from a common parameter are in one group, and so is all that it is
+        made from.
+        """
+        groups: list[tuple[set[int], set[str]]] = []
+        for operand in operands:
+            values, names = {operand}, set(self.made_from(operand))
+            # The groups so far have no parameter in common: those that share one with the operand
+            # become one group, the others stay.
+            apart = []
+            for group in groups:
+                if group[1] & names:
+                    values |= group[0]
+                    names |= group[1]
+                else:
+                    apart.append(group)
+            groups = [*apart, (values, names)]
+        return [(sorted(values), within(self.shapes, names)) for values, names in groups]
 
 
 def _rearranges(step: Step) -> bool:
-    """The result shows every entry of its operand once, in the memory where that lies, and derivatives go through."""
+    """Tell whether a step is a differentiable view that shows every entry of what it reads once."""
     whole = ops.moves(step.op) in (Moves.SAME, Moves.RESHAPED, Moves.PERMUTED)
     return whole and ops.is_view(step.op) and not ops.traits(step.op).cuts
 
 
+# --- the schedule ---------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Use:
-    """A site of a step: its operand is the ``at``-th tensor of its argument; where the samples lie in the outputs."""
+    """A site of a step: its operand is the ``at``-th tensor of its argument."""
 
     site: Site
     at: int
-    layouts: tuple[Any, ...]
-    group: int  # by which the operand is contracted, -1 for none
+    layouts: tuple[Layout | Scattered | None, ...]  # where the samples lie in the outputs
+    group: int  # in which the operand is contracted, -1 for none
 
 
 @dataclass(frozen=True)
 class Hook:
-    """A step at which a sweep does something of its own."""
+    """A step at which the passes do something of their own."""
 
     step: Step
-    uses: tuple[Use, ...]  # the operands whose sites are contracted from the step's cotangent
-    columns: frozenset[int]  # the operands that columns reach by autograd
-    gated: frozenset[int]  # the inputs through which columns must not pass
-    norm: str  # "held": a batch norm with its statistics held constant; "constant": one that has constants only
-    below: frozenset[int]  # the steps of weights that use this batch norm's closed form
-    spoiled: frozenset[int]  # the inputs whose memory is written to from here on
-    at_home: bool  # writes in place
+    run: Callable[..., Any]  # its op, or a batch norm with constant statistics in its place
+    uses: tuple[Use, ...]  # the sites contracted from the step's cotangent
+    by_autograd: frozenset[int]  # the operands that columns reach by autograd
+    gated: frozenset[int]  # the inputs that columns of other seeds do not enter
+    projecting: frozenset[int]  # the steps of sites that use this batch norm's closed form
+    overwritten: frozenset[int]  # the inputs whose memory is written to from here on
+    in_place: int | None  # the value it returns, if that is the tensor that it was given
+
+    def by_way(self, way: str) -> list[Use]:
+        """Return the uses whose sites are contracted in one of the ways."""
+        return [use for use in self.uses if use.site.way == way]
 
     @property
-    def keeps(self) -> bool:
-        return bool(self.uses or self.below)
+    def keeps_arguments(self) -> bool:
+        """Whether a contraction reads what went into the step."""
+        return bool(self.uses or self.projecting)
 
 
 @dataclass(frozen=True)
 class Pool:
-    """A matrix product below the last place of mixing whose operand is a view of a parameter, met nowhere else."""
+    """A matrix product below the mixing frontier whose operand is a parameter's only use.
+
+    The operand is a view of the parameter, and its rows come from the columns' cotangents ``out``
+    by a contraction, without autograd.
+    """
 
     site: Site
     name: str
@@ -142,9 +182,9 @@ class Together:
     tied: bool  # columns reach some of them, too
 
 
-@dataclass
+@dataclass(frozen=True)
 class Schedule:
-    """What a flow means for every step of a graph."""
+    """What a backward plan means for every step of a graph."""
 
     graph: Graph
     flow: BackwardPlan
@@ -152,7 +192,7 @@ class Schedule:
 
     @cached_property
     def steps(self) -> list[Step]:
-        """Those of the forward pass."""
+        """The steps of the forward pass."""
         return self.graph.forward_steps
 
     @cached_property
@@ -161,150 +201,230 @@ class Schedule:
         return self.graph.read_by_loss(self.flow.predictions)
 
     @cached_property
-    def stops(self) -> dict[int, Hook]:
-        flow, steps = self.flow, self.graph.steps
-        written = {
-            s.index
-            for s in self.steps
-            if s.writes and any(r and r.index in flow.seeds for r in s.outs)
-        }
-        special = {s.step for s in flow.sites} | set(flow.gates) | set(flow.projections.values())
-        return {i: self._stop(steps[i]) for i in sorted(special | written | flow.frozen_norms)}
-
-    def _stop(self, step: Step) -> Hook:
-        flow = self.flow
-        sites = [s for s in flow.sites if s.step == step.index]
-        return Hook(
-            step,
-            tuple(self._use(step, s) for s in sites if s.way != "columns" or s in self.pools),
-            frozenset(s.operand for s in sites if s.way == "columns" and s not in self.pools),
-            frozenset(flow.gates.get(step.index, ())),
-            self._norm(step),
-            frozenset(i for i, norm in flow.projections.items() if norm == step.index),
-            frozenset(r.index for r in step.refs() if self._spoiled(step, r.index)),
-            bool(step.writes) and ops.writes_in_place(step.op) and step.outs[0] is not None,
-        )
-
-    def _norm(self, step: Step) -> str:
-        if step.index in self.flow.frozen_norms:
-            return "held"
-        constant = ops.is_batch_norm(step.op) and not ops.is_training_batch_norm(step)
-        return "constant" if constant else ""
-
-    def _use(self, step: Step, site: Site) -> Use:
-        refs = tree_leaves(step.named[site.name], is_leaf=is_ref)
-        at = [r.index if isinstance(r, Ref) else None for r in refs].index(site.operand)
-        layouts = tuple(self.flow.layouts.get(r.index) for r in step.outs if r is not None)
-        group = next((k for k, g in enumerate(self.groups) if site in g.sites), -1)
-        return Use(site, at, layouts, group)
-
-    def _spoiled(self, step: Step, value: int) -> bool:
-        return self._last_writes.get(self.graph.values[value].storage, -1) >= step.index
-
-    @cached_property
-    def _last_writes(self) -> dict[int, int]:
-        """The last step that writes to a memory."""
-        return {
-            self.graph.values[old.index].storage: s.index
-            for s in self.graph.steps
-            for old, _ in s.writes
-        }
+    def wanted(self) -> list[int]:
+        """All values of the model that are read after it has run."""
+        wanted = [*self.flow.predictions, *self.inner]
+        wanted += [ref.index for ref in self.graph.predictions]
+        return list(dict.fromkeys(wanted))
 
     @cached_property
     def cut_off(self) -> list[Step]:
         """Steps whose results are held constant."""
         frozen = self.flow.frozen
-        return [s for s in self.steps if any(r is not None and r.index in frozen for r in s.outs)]
+        return [step for step in self.steps if not frozen.isdisjoint(values_returned(step))]
+
+    @cached_property
+    def cut_numbers(self) -> frozenset[int]:
+        """The numbers of the steps that are cut off."""
+        return frozenset(step.index for step in self.cut_off)
 
     @cached_property
     def watched(self) -> frozenset[int]:
-        """Values whose place in the backward pass is kept: seeds, and what columns are contracted at."""
-        return frozenset([*self.flow.seeds, *(p.out for p in self.pools.values())])
+        """Values whose edge in the autograd graph is kept.
+
+        Seeds, from which columns start, and the values at which pools take the columns' cotangents.
+        """
+        values = set(self.flow.seeds)
+        for pool in self.pools.values():
+            values.add(pool.out)
+        return frozenset(values)
+
+    # -- steps at which something is done --
+
+    @cached_property
+    def hooks(self) -> dict[int, Hook]:
+        """By step."""
+        flow = self.flow
+        numbers = {*flow.frozen_norms, *flow.gates, *flow.projections.values()}
+        for site in flow.sites:
+            numbers.add(site.step)
+        for step in self.steps:
+            # In place, a seed is one tensor with the value before it: its edge has to be that after
+            # the step.
+            if step.writes and within(values_returned(step), flow.seeds):
+                numbers.add(step.index)
+        return {number: self._hook(self.graph.steps[number]) for number in sorted(numbers)}
+
+    def _hook(self, step: Step) -> Hook:
+        """Return what is done at one step."""
+        uses: list[Use] = []
+        by_autograd: set[int] = set()
+        for site in self.flow.sites:
+            if site.step != step.index:
+                continue
+            # At a pool, columns end: its contraction takes them from there.
+            if site.way == "columns" and site not in self.pools:
+                by_autograd.add(site.operand)
+            else:
+                uses.append(self._use(step, site))
+        overwritten: set[int] = set()
+        for value in values_read(step):
+            if self._last_write(value) >= step.index:
+                overwritten.add(value)
+        projecting: set[int] = set()
+        for below, norm in self.flow.projections.items():
+            if norm == step.index:
+                projecting.add(below)
+        in_place = None
+        if step.writes and ops.writes_in_place(step.op) and step.outs[0] is not None:
+            in_place = step.outs[0].index
+        return Hook(
+            step,
+            self._substitute(step),
+            tuple(uses),
+            frozenset(by_autograd),
+            frozenset(self.flow.gates.get(step.index, ())),
+            frozenset(projecting),
+            frozenset(overwritten),
+            in_place,
+        )
+
+    def _substitute(self, step: Step) -> Callable[..., Any]:
+        """Return what runs in place of a step: a batch norm may have constants for statistics."""
+        if step.index in self.flow.frozen_norms:
+            return norm_held(step)
+        if ops.is_batch_norm(step.op) and not ops.is_training_batch_norm(step):
+            return norm_evaluated(step)
+        run: Callable[..., Any] = step.op
+        return run
+
+    def _use(self, step: Step, site: Site) -> Use:
+        leaves = tree_leaves(step.named[site.name], is_leaf=is_ref)
+        # An argument may be a list of tensors (of a ``cat``), and the operand one of them.
+        layouts = tuple(map(self.flow.layouts.get, values_returned(step)))
+        group = -1
+        for number, together in enumerate(self.groups):
+            if site in together.sites:
+                group = number
+                break
+        return Use(site, leaves.index(Ref(site.operand)), layouts, group)
+
+    def _last_write(self, value: int) -> int:
+        """Return the last step that writes to the memory of a value, -1 if there is none."""
+        return self._last_writes.get(self.graph.values[value].storage, -1)
+
+    @cached_property
+    def _last_writes(self) -> dict[int, int]:
+        """By memory."""
+        last: dict[int, int] = {}
+        for step in self.graph.steps:
+            for old, _ in step.writes:
+                last[self.graph.values[old.index].storage] = step.index
+        return last
+
+    @cached_property
+    def contracted(self) -> dict[int, list[tuple[Site, int]]]:
+        """By step with a hook, the sites that are contracted from its cotangent, with their groups.
+
+        Beside its own sites these are the ones that use it as the batch norm right above.
+        """
+        by_step: dict[int, list[tuple[Site, int]]] = {}
+        for number, hook in self.hooks.items():
+            uses = hook.by_way("local")
+            for below in hook.projecting:
+                uses += self.hooks[below].by_way("projected")
+            by_step[number] = [(use.site, use.group) for use in uses]
+        return by_step
 
     @cached_property
     def chain(self) -> dict[int, bool]:
-        """Steps without samples whose results are differentiated, and whether statistics move there."""
-        single = {
-            g.operands[0]
-            for g in self.groups
-            if g.view is not None and len(g.sites) == 1 and not g.tied
-        }
-        wanted = {
-            s.operand for s in self.flow.sites if s.way == "columns" or s.operand not in single
-        }
-        out: dict[int, bool] = {}
-        for i, moving in sorted(self.flow.chain.items(), reverse=True):
-            step = self.graph.steps[i]
-            if moving or any(r is not None and r.index in wanted for r in step.outs):
-                out[i] = moving
-                wanted.update(r.index for r in step.refs())
-        return out
+        """Steps that are run on the parameters, and whether statistics move in their results.
+
+        An operand that is a view of a parameter, at one site and above the frontier, needs none:
+        its rows are that parameter's rows, seen through the view.
+        """
+        viewed: set[int] = set()
+        for group in self.groups:
+            alone = len(group.sites) == 1 and not group.tied
+            if alone and group.view is not None:
+                viewed.add(group.operands[0])
+        wanted: set[int] = set()
+        for site in self.flow.sites:
+            if site.way == "columns" or site.operand not in viewed:
+                wanted.add(site.operand)
+        chain: dict[int, bool] = {}
+        # From the last step to the first, so that what makes an operand comes after the operand.
+        for number, moving in sorted(self.flow.chain.items(), reverse=True):
+            step = self.graph.steps[number]
+            if moving or not wanted.isdisjoint(values_returned(step)):
+                chain[number] = moving
+                wanted.update(values_read(step))
+        return chain
 
     # -- which parameters go together --
 
     @cached_property
     def groups(self) -> list[Together]:
-        local = [s for s in self.flow.sites if s.way != "columns"]
-        out = []
-        for values, names in self.operands.together(dict.fromkeys(s.operand for s in local)):
+        """The parameters of all sites above the mixing frontier."""
+        local, operands = self.flow.local, self.operands
+        groups = []
+        for values, names in operands.together(dict.fromkeys(s.operand for s in local)):
+            view = None
+            if len(values) == len(names) == 1:
+                view = operands.view(values[0])
             sites = tuple(s for s in local if s.operand in values)
-            view = self.operands.view(values[0]) if len(values) == len(names) == 1 else None
-            out.append(
-                Together(
-                    tuple(names), tuple(values), sites, view, bool(set(self.reached) & set(names))
-                )
-            )
-        return out
+            tied = not set(names).isdisjoint(self.reached)
+            groups.append(Together(tuple(names), tuple(values), sites, view, tied))
+        return groups
 
-    # -- below the last mixing --
+    # -- below the mixing frontier --
 
     @cached_property
     def pools(self) -> dict[Site, Pool]:
-        met: dict[str, int] = {}
-        steps = self.graph.steps
+        """By site."""
+        # With another site, a parameter has rows from elsewhere that would have to be added.
+        sites_of: dict[str, int] = {}
         for site in self.flow.sites:
-            for n in self.operands.made_from(site.operand):
-                met[n] = met.get(n, 0) + 1
-        out = {}
+            for name in self.operands.made_from(site.operand):
+                sites_of[name] = sites_of.get(name, 0) + 1
+        pools: dict[Site, Pool] = {}
         for site in self.flow.columns:
-            step, view = steps[site.step], self.operands.view(site.operand)
-            plain = (
-                step.name in ("mm", "addmm")
-                and site.name in ("self", "mat1", "mat2")[step.name == "addmm" :]
-            )
-            if plain and view is not None and not step.writes and step.outs[0] is not None:
-                (name,) = self.operands.made_from(site.operand)
-                if met[name] == 1:
-                    out[site] = Pool(site, name, view, step.outs[0].index)
-        return out
+            step, view = self.graph.steps[site.step], self.operands.view(site.operand)
+            if view is None or site.name not in MATRICES.get(step.name, ()):
+                continue
+            (name,) = self.operands.made_from(site.operand)
+            out = step.outs[0]
+            if sites_of[name] == 1 and out is not None and not step.writes:
+                pools[site] = Pool(site, name, view, out.index)
+        return pools
 
     @cached_property
     def below(self) -> list[str]:
-        """The parameters that columns reach by way of autograd."""
-        by_autograd = [site.operand for site in self.flow.columns if site not in self.pools]
-        reached = {n for i in by_autograd for n in self.operands.made_from(i)}
-        return [n for n in self.operands.shapes if n in reached]
+        """The parameters that columns reach by autograd."""
+        names: set[str] = set()
+        for site in self.flow.columns:
+            if site not in self.pools:
+                names.update(self.operands.made_from(site.operand))
+        return within(self.operands.shapes, names)
 
     @cached_property
     def reached(self) -> list[str]:
-        """The parameters that columns reach, in whatever way."""
-        pooled = {pool.name for pool in self.pools.values()}
-        return [n for n in self.operands.shapes if n in pooled or n in self.below]
+        """The parameters that columns reach, by autograd or by a contraction."""
+        names = set(self.below)
+        for pool in self.pools.values():
+            names.add(pool.name)
+        return within(self.operands.shapes, names)
 
     @cached_property
     def convolves(self) -> bool:
-        return any(s.name == "convolution" and s.index >= self._lowest for s in self.steps)
+        """Whether columns are pulled through a convolution."""
+        lowest = self._lowest
+        return any(step.name == "convolution" and step.index >= lowest for step in self.steps)
 
-    @property
+    @cached_property
     def _lowest(self) -> int:
+        """The first step with a site that columns reach."""
         return min((s.step for s in self.flow.columns), default=0)
 
     @cached_property
     def column_bytes(self) -> int:
-        """What one column takes on its way down: about twice the largest values it passes."""
-        values = [
-            self.graph.values[i]
-            for i in self.flow.theta
-            if self.graph.values[i].step >= self._lowest
-        ]
-        return 4 * max((math.prod(v.shape) * v.dtype.itemsize for v in values), default=0)
+        """The memory that one column takes on its way down.
+
+        Measured, it is about four times the largest value that it passes.
+        """
+        largest = 0
+        for i in self.flow.theta:
+            value = self.graph.values[i]
+            if value.step >= self._lowest:
+                largest = max(largest, math.prod(value.shape) * value.dtype.itemsize)
+        return 4 * largest
