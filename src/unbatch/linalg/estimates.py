@@ -80,6 +80,7 @@ def from_signs(
         for name, where in slices.items():
             square[where] -= coefficients[name] * deviation[where]
         controlled.add(square[None])
+    # Both were fed with the same draws, so that the ratio is that of the control alone.
     gain = float(plain.variance.sum() / controlled.variance.sum())
     pullbacks = 2 * (draws + PILOTS) + control.pullbacks
     return _estimate(controlled, draws, seed, gain, coefficients, pullbacks)

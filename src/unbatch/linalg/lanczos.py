@@ -98,6 +98,7 @@ class Basis:
         self.link = length
         if length > 10 * torch.finfo(self.rows.dtype).eps * scale:
             return rest / length, length
+        # An invariant space: what is left of the product is rounding, and no direction.
         if self.size < self.rows.shape[1]:
             rest = self.draw()
         return rest, 0.0
@@ -124,6 +125,7 @@ class Basis:
 
     def keep(self, ritz: Ritz, count: int) -> None:
         """Replace the rows by the first ``count`` Ritz vectors."""
+        # In slices of the vectors, so that no second basis is needed.
         rotation = ritz.vectors[:, :count].T.to(self.rows)
         for part in self.rows.split(ENTRIES_AT_ONCE, 1):
             part[:count] = rotation @ part[: self.size]
@@ -165,6 +167,7 @@ def search_eigenpairs(
         if steps % stride and basis.size < most and not spent:
             continue
         ritz = basis.ritz(key, length)
+        # A basis of the whole space has all there is; without products the best so far is returned.
         if basis.size == D or spent:
             return ritz, basis.size == D
         if basis.size > k and _have_converged(ritz, k, rtol):
@@ -175,7 +178,7 @@ def search_eigenpairs(
                 continue
             if _is_complete(ritz, k, key, rtol, steps, basis):
                 return ritz, True
-        if basis.size == most:
+        if basis.size == most:  # full: half of what is not asked for is thrown away
             basis.keep(ritz, k + (most - k) // 2)
 
 

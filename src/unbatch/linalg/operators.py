@@ -129,6 +129,7 @@ class Operator(ABC):
 
     def to_dense(self) -> Tensor:
         """Return the matrix, ``[m, n]``, by products with unit vectors."""
+        # Some unit vectors at a time, as an operator may need memory for every column.
         identity = torch.eye(self.shape[1], dtype=self.dtype, device=self.device)
         columns = [self._apply(vectors) for vectors in identity.split(UNIT_VECTORS, 1)]
         if not columns:
@@ -150,6 +151,7 @@ class Operator(ABC):
 
     def _numpy(self, apply: Apply, v: Any) -> Any:
         """Return a product with an array, ``[n]`` or ``[n, K]``, as an array."""
+        # SciPy passes what it likes, of any dtype; the result has the operator's.
         columns = self._fitting(torch.as_tensor(v).reshape(len(v), -1))
         return apply(columns).reshape(-1, *v.shape[1:]).cpu().numpy()
 

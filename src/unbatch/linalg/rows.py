@@ -64,6 +64,7 @@ def total_of_squares(rows: Tensor, mean: Tensor | None = None) -> Tensor:
     rows = wide(rows)
     if rows.is_complex() or rows[0].numel() < LARGE_ROW:
         return _total_of_squares_at_once(rows, mean)
+    # Accumulated in place; without a mean there is not even a temporary of a row.
     total = torch.zeros_like(rows[0])
     if mean is None:
         for row in rows:
@@ -117,6 +118,7 @@ class Moments:
 
     def add(self, rows: Tensor) -> None:
         """Take a slice of rows, ``[n, *]``; they are not kept."""
+        # Around its own mean, a slice has no digits to lose to a mean far from zero.
         rows = wide(rows)
         mean = rows.mean(0)
         scatter = total_of_squares(rows, mean)

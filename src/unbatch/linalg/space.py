@@ -64,6 +64,7 @@ class Space:
         """Return ``[*shape]`` for every name from ``[D]``, or ``[*shape, K]`` from ``[D, K]``;
         views.
         """
+        # Columns, if there are any, stay behind the dims of a tensor.
         rest = tuple(vector.shape[1:])
         tensors = {}
         for name, entries in self.slices.items():

@@ -168,6 +168,7 @@ def eigh(
     # The residuals of the result take k products of their own.
     allowed = _at_least("max_products", max_products, 2 * k) - k
     space = Basis(A, most, _generator(seed))
+    # ``complete`` is about what may have been overlooked, the residuals about what was found.
     ritz, complete = search_eigenpairs(space, k, key, rtol, allowed)
     pairs, residuals = _ascending(space, ritz, k)
     search = Search(residuals, ritz.norm, rtol, complete, space.products, most, seed)
@@ -179,6 +180,7 @@ def eigh(
 
 def _ascending(space: Basis, ritz: Ritz, k: int) -> tuple[Eigenpairs, Tensor]:
     """Return the first k Ritz pairs as eigenpairs, and their residuals from k products."""
+    # The order of the key is descending, and by magnitude not even that of the values.
     space.keep(ritz, k)
     values, order = ritz.values[:k].sort()
     vectors = space.rows[:k][order.to(space.rows.device)].T

@@ -59,6 +59,7 @@ class Projected(Contraction):
         x = self.normalised
         per_channel = [1, -1, *[1] * (x.ndim - 2)]
         local = only_cotangent(cotangents) * self.gain.reshape(per_channel)
+        # A contraction holds one cotangent: three copies receive L, 1/M and x̂/M.
         fresh = self.inner
         self.inner = copy.copy(fresh)
         self.inner.receive([local])
@@ -76,6 +77,7 @@ class Projected(Contraction):
         rows = self.inner.rows(where, out)
         if out is None:
             rows = rows.clone()  # those of a shift are a view of its cotangent
+        # s and t have one number for each channel, broadcast along the operand's dim of channels.
         for coefficients, total in self.corrections:
             a = coefficients[where]
             shape = [len(a)] + [1] * self.operand.ndim
@@ -97,6 +99,7 @@ class ProjectedRows(Contraction):
 
     def __init__(self, inner: Linear, gain: Tensor, normalised: Tensor) -> None:
         self.layout, self.operand, self.samples = inner.layout, inner.operand, inner.samples
+        # Forward quantities only, and so shared by all cotangents of this site.
         self.gain, self.xhat = gain, wide(normalised)
         self.centred = wide(inner.x) - wide(inner.x).mean(0)
         self.slope = self.xhat.T @ self.centred / self.samples
@@ -189,7 +192,7 @@ class Pooled(Contraction):
         self.x: Tensor = call["mat2"].T if self.features_first else call[left]
         self.factor = 1 if call["alpha"] is None else call["alpha"]
         self.g: Tensor
-        self.first = 0
+        self.first = 0  # number of the first column that was received
         self.shared = self  # holds what all columns have in common
 
     def of(self, g: Tensor, first: int) -> Pooled:
@@ -231,6 +234,7 @@ class Pooled(Contraction):
 
     def coordinates(self, where: slice) -> Tensor:
         """Return rows up to a rotation, ``[k, q]``."""
+        # The coordinates of X are those of all columns, and are computed once for all of them.
         g = wide(self._columns(where))
         return torch.matmul(g.mT, self.shared.positions).flatten(1)
 
@@ -238,6 +242,7 @@ class Pooled(Contraction):
         return squares(self.coordinates(where))
 
     def gathering(self, memory: int) -> Gathering | None:
+        # ``M_o`` for every output feature.
         positions, features = self.x.shape
         size = self.g.shape[2] * positions**2 * wide(self.x).element_size()
         if positions >= features or size > memory:
@@ -259,10 +264,12 @@ class _SecondMoments(Gathering):
     def add(self, contraction: Pooled, where: slice, sign: float) -> None:
         g = wide(contraction._columns(where))
         columns, positions, features = g.shape
+        # ``[o, k, m]``, so that one batched product sums over columns for every feature.
         by_feature = g.reshape(-1, features).T.contiguous().view(features, columns, positions)
         self.moments.baddbmm_(by_feature.mT, by_feature, alpha=sign)
 
     def total(self) -> Tensor:
+        # One feature at a time: a product for all of them would be of the size of the rows.
         x = wide(self.first.x)
         squares = torch.stack([(moment @ x).mul_(x).sum(0) for moment in self.moments])
         if self.first.features_first:

@@ -39,11 +39,12 @@ class Shift(Contraction):
 
     def receive(self, cotangents: Sequence[Tensor | None]) -> None:
         pulled = self._pulled_back(only_cotangent(cotangents))
+        # Sums are taken once, for all samples: rows are then slices of them.
         if self.spans_samples:
             sums = pulled.sum_to_size(self.shape)
         else:
             sums = reduce_to(self.layout.split(pulled), self.shape)
-        if self.factor is not None:
+        if self.factor is not None:  # after the sum, which has fewer entries
             sums = sums * self.factor
         self.g = sums
 
@@ -109,6 +110,7 @@ class Scale(Shift):
     def _pulled_back(self, g: Tensor) -> Tensor:
         if self.mean is None:
             return g * self.x
+        # ``x̂`` is formed again rather than kept: the forward pass has it nowhere.
         normalised = self.x - self.mean
         if self.scale is not None:
             normalised.mul_(self.scale)
@@ -127,6 +129,7 @@ class Pointwise(Shift):
 
     def _pulled_back(self, g: Tensor) -> Tensor:
         call = self.call
+        # Expanded, the operand has an entry for every place, and so has its derivative.
         u = self.operand.detach().expand(g.shape).requires_grad_()
         arguments = detached(call.arguments)
         arguments[call.name] = u

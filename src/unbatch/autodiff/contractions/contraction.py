@@ -41,7 +41,7 @@ class OperandUse(ExecutedOp):
 
 
 class Gathering(ABC):
-    """``Σ_k σ_k Σ_n row_kn²`` over cotangents ``k`` that come one after the other to the same site."""
+    """``Σ_k σ_k Σ_n row_kn²`` over cotangents ``k`` that a site receives one after the other."""
 
     @abstractmethod
     def add(self, contraction: Any, where: slice, sign: float) -> None:
@@ -82,6 +82,7 @@ class Contraction(ABC):
 
     def again(self) -> Self:
         """Return the same site, for another cotangent."""
+        # A contraction is made once, at the forward pass, and receives once for each backward pass.
         # A shallow copy by hand: copy.copy takes as long as a small contraction, and this runs for
         # every site of every column.
         other = object.__new__(type(self))
@@ -174,8 +175,10 @@ class GenericContraction(Contraction):
             if cotangent is not None and output.requires_grad:
                 outputs.append(output)
                 cotangents.append((layout, cotangent))
-        if not outputs:
+        if not outputs:  # the op is constant in its operand
             return fill(self.operand.new_zeros(last - first, *self.operand.shape), out)
+        # One backward pass for each sample: nothing is known of the op that would let one pass
+        # serve several, not even that it can be batched.
         rows: list[Tensor] = []
         for n in range(first, last):
             of_sample = [layout.only(g, n, n + 1)[0] for layout, g in cotangents]

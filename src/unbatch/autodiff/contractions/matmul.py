@@ -52,6 +52,8 @@ class Linear(Contraction):
         """
         super().__init__(call)
         self.x, self.features_first = x, features_first
+        # In the matrix ``[positions, features]`` samples run along the first dim, whatever they did
+        # in the output of the op.
         self.along = replace(self.layout, dim=0)
         self.batched = call.outputs[0].ndim == 3
         self.factor = 1 if call["alpha"] is None else call["alpha"]
@@ -109,6 +111,7 @@ class Linear(Contraction):
         return frozenset(methods)
 
     def rows(self, where: slice, out: Tensor | None = None) -> Tensor:
+        # A stack of one matrix has a dim of its own in the operand, and so in the rows.
         a, b = self.sides
         if not self.batched:
             return outer_as(self.operand, a[where], b[where], out)
@@ -141,6 +144,7 @@ class Linear(Contraction):
     def dots_of(self, contractions: Sequence[Any]) -> Tensor | None:
         if not self.one_position:
             return None
+        # All cotangents of the site share X.
         x = wide(self.x[:, 0])
         return stacked_dots([wide(c.g[:, 0]) for c in contractions], x @ x.T)
 
@@ -186,6 +190,7 @@ class Linear(Contraction):
         """
         a, b = self._in_memory_order(*self._wide_sides(where))
         (samples, _, first), second, size = a.shape, b.shape[2], a.element_size()
+        # Few blocks, of which each is at least as large as a product is efficient for.
         tall = _at_once(first, self.portion // (samples * second * size))
         broad = _at_once(second, self.portion // (samples * tall * size))
         total = a.new_empty(first, second)
@@ -217,6 +222,7 @@ class Linear(Contraction):
             torch.mm(a2[:, block].T, b2, out=scatter)
             torch.mm(a[:, block].T, b, out=square_of_sum).square_().div_(samples)
             scatter.sub_(square_of_sum)
+            # ``Σ r² − s < (1/CANCELS − 1) s`` says that s is more than that share of ``Σ r²``.
             doubtful = scatter < square_of_sum.mul_(1 / CANCELS - 1)
             if doubtful.any():
                 _scatter_again(scatter, doubtful, a[:, block], b)
@@ -252,6 +258,8 @@ def _at_once(features: int, fitting: int) -> int:
 def stacked_dots(gs: Sequence[Tensor], between: Tensor) -> Tensor:
     """Return ``⟨g_kn, g_lm⟩·between_nm``, ``[kn, lm]``, for ``g_k`` ``[n, o]``."""
     g, k, n = torch.cat(list(gs)), len(gs), len(between)
+    # One product for all pairs of cotangents; multiplied in place, as it is the largest tensor
+    # here.
     dots = g @ g.T
     dots.view(k, n, k, n).mul_(between[None, :, None, :])
     return dots

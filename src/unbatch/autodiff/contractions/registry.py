@@ -81,10 +81,12 @@ def projected(call: OperandUse, norm: OperandUse) -> Contraction:
     """Return the contraction of a weight, or bias, right below a topmost batch norm."""
     xhat, scale = normalised(norm)
     gain = scale if norm["weight"] is None else scale * norm["weight"]
+    # What the op would be, were there no batch norm above it.
     plain = contraction_for(call)
     one_position = xhat.ndim == 2
     if isinstance(plain, Linear) and call.name == "mat2" and plain.x.ndim == 2 and one_position:
         return ProjectedRows(plain, gain, xhat)
+    # The outputs of the op are the batch norm's channels: the operand's first dim, or its last.
     channel = 0 if call.name in ("weight", "bias", "mat1") else call.operand.ndim - 1
     return Projected(plain, channel, gain, xhat)
 
@@ -101,6 +103,7 @@ def _matmul(call: OperandUse) -> Contraction | None:
         if a.shape[0] != 1 or call.layout.dim == 0:
             return None
         a, b = a[0], b[0]
+    # Samples have to lie along the dim of the output that the operand has no part in.
     if call.name == "mat2" and call.layout.dim == call.outputs[0].ndim - 2:
         return Linear(call, a, features_first=False)
     if call.name == left and call.layout.dim == call.outputs[0].ndim - 1:
@@ -115,13 +118,14 @@ def _factor(number: float | None) -> float | None:
 
 @contraction_kind("addmm")
 def _addmm(call: OperandUse) -> Contraction | None:
-    if call.name == "self":
+    if call.name == "self":  # the bias
         return Shift(call, _factor(call["beta"]))
     return _matmul(call)
 
 
 @contraction_kind("convolution")
 def _convolution(call: OperandUse) -> Contraction | None:
+    # Samples among channels or pixels are for the generic contraction.
     if call.layout.dim != 0:
         return None
     if call.name == "weight":
@@ -171,6 +175,7 @@ def _embedding(call: OperandUse) -> Contraction | None:
 
 @contraction_kind("native_layer_norm")
 def _layer_norm(call: OperandUse) -> Contraction | None:
+    # Samples must not lie along a dim that is normalised over.
     if call.layout.dim >= call.outputs[0].ndim - len(call["normalized_shape"]):
         return None
     if call.name == "bias":
@@ -216,5 +221,6 @@ def _batch_norm(call: OperandUse) -> Contraction | None:
         return Shift(call, axis=1)
     norm = ops.batch_norm_arguments(call.op, call.arguments)
     view = _along_channels(norm.input)
+    # 1/σ is one number for each channel, as the weight is: it can be applied to the sums.
     mean, scale = moments(call.op, norm, call.outputs)
     return Scale(call, norm.input, mean.reshape(view), axis=1, factor=scale.reshape(view))

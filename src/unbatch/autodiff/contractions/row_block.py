@@ -36,6 +36,7 @@ class RowBlock:
 
     def with_total(self, total: Callable[[], Tensor]) -> RowBlock:
         """Return the same block that knows the sum of all rows, which ``total`` gives."""
+        # A copy: the one who fed the block may hand it to others without the total.
         block = copy.copy(self)
         block.beyond = total
         return block
@@ -109,6 +110,7 @@ class RowBlock:
 
         Coordinates ``[k, q]``, or the contraction itself where that is smaller.
         """
+        # Coordinates may be a view of rows, which are overwritten.
         return self.coordinates().clone()
 
 
@@ -165,6 +167,7 @@ class LazyRowBlock(RowBlock):
     def _in_parameter(self, result: Tensor) -> Tensor:
         """Return ``[*param]`` from ``[*operand]``; free where both have one order in memory."""
         moved = torch.empty(self.like.shape, dtype=result.dtype, device=result.device)
+        # The view of fresh memory tells how the operand's entries would lie in it.
         operand = self.view.one(moved)
         if operand.stride() == result.stride():
             return result.as_strided(moved.shape, moved.stride())
