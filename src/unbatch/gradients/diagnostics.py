@@ -72,6 +72,7 @@ class SignalToNoise(Derived):
         for name in about.shapes:
             signal[name] = (wide(gradient[name]) / about.samples).abs().square()
             second_moments[name] = signal[name] + variance[name]
+        # Elsewhere it is nothing over nothing: no signal.
         significant = _above_rounding(second_moments)
         ratio = {}
         for name in about.shapes:
@@ -212,6 +213,7 @@ class EarlyStopping(Derived):
         mean = wide(gradient.flat())[noisy]
         # From the biased variance of the r_n to the unbiased one of the g_n = N r_n.
         spread = variance.flat()[noisy] * n**3 / max(n - 1, 1)
+        # Without any noise there is no evidence against stopping.
         if not len(spread):
             return _unless_alone(about, spread.new_ones(()))
         evidence = n * (mean.abs().square() / spread).mean()

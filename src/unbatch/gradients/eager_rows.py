@@ -70,11 +70,11 @@ class EagerRows(Source):
             cotangents = self.cotangents
         # The cotangents of all other samples are zero: exact, at the price of N backward passes.
         for n in range(self.setting.samples):
-            alone = {}
+            of_sample = {}
             for i, g in cotangents.items():
                 if i in self.predictions:  # it depends on parameters
-                    alone[i] = self._layout(i).only(g, n, n + 1)[0]
-            for name, g in self._pull(alone).items():
+                    of_sample[i] = self._layout(i).only(g, n, n + 1)[0]
+            for name, g in self._pull(of_sample).items():
                 block = RowBlock(slice(n, n + 1), g[None])
                 take(name, block.with_total(partial(self._total, name)))
 
@@ -131,6 +131,7 @@ class EagerRows(Source):
 
     def _with_constant_predictions(self) -> Any:
         """Return the model's output with every prediction of samples detached."""
+        # The loss sees the same structure; what is no prediction of samples stays connected.
         leaves, spec = tree_flatten(self.output)
         # The graph lists the predictions in the order of the tensors among the leaves.
         indices = iter(ref.index for ref in self.setting.graph.predictions)

@@ -15,10 +15,10 @@ from unbatch.rendering import as_text
 
 # Where a site can stand, and what that costs.
 WAYS = {
-    "local": "samples are separate: one sweep for all of them",
+    "local": "samples are separate: one backward pass for all of them",
     "projected": "right below the topmost batch norm: its closed form",
-    "pooled": "below the last mixing: one column a sample, contracted without autograd",
-    "columns": "below the last mixing: one column a sample, pulled back by autograd",
+    "pooled": "below the mixing frontier: one column a sample, contracted without autograd",
+    "columns": "below the mixing frontier: one column a sample, pulled back by autograd",
     "model": "one column a sample, pulled back through the whole model by autograd",
 }
 

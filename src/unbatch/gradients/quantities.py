@@ -87,6 +87,7 @@ class About:
 
     @cached_property
     def _gradient(self) -> Mapping[str, Tensor]:
+        # Exact in any dtype, and given in the one in which sources take weights.
         ones = self.like.new_ones(self.samples, dtype=torch.float64)
         return self.weighted_sum(ones.to(real(self.like.dtype)))
 
@@ -238,6 +239,7 @@ class _PerSample(Collector):
 
     def take(self, name: str, part: RowBlock) -> None:
         numbers = self.numbers_of(part)
+        # Samples that no block covers keep a zero.
         if name not in self.numbers:
             self.numbers[name] = numbers.new_zeros(self.about.samples)
         self.numbers[name][part.where] = numbers

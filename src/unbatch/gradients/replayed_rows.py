@@ -23,40 +23,41 @@ from unbatch.gradients.plan import SitePlan
 from unbatch.gradients.sources import CHUNK, Chunking, Source, Take, leaves_of, slices_of
 from unbatch.linalg.rows import real
 
-BY_PLACE = "where samples meet in no symmetric way, slice n of the result counts as sample n's own"
-
-REASON_COLUMNS = (
-    "Below the last place where samples listen to each other, each is a column of its own."
+BY_PLACE = (
+    "where samples depend on each other in no symmetric way, slice n of the result counts as "
+    "sample n's own"
 )
-REASON_PROJECTED = "Samples meet in one place only, of which the closed form is known."
+
+REASON_COLUMNS = "Below the mixing frontier each sample is a column of its own."
+REASON_PROJECTED = "Samples depend on each other in one place only, which has a closed form."
 
 
 class TrialRun:
     """What a backward pass gave on trial, by parameter.
 
-    ``weighted``: a weighted sum of all rows; ``alone``: one sample's row, as the sum in which all
-    others weigh nothing; ``row``, ``squares``, ``norm``: the same row from its block, by methods
-    that may do without rows.
+    ``weighted``: a weighted sum of all rows; ``of_sample``: one sample's row, as the sum in which
+    all others weigh nothing; ``row``, ``squares``, ``norm``: the same row from its block, by
+    methods that may do without rows.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         self.weighted: dict[str, Tensor] = {}
-        self.alone: dict[str, Tensor] = {}
+        self.of_sample: dict[str, Tensor] = {}
         self.row: dict[str, Tensor] = {}
         self.squares: dict[str, Tensor] = {}
         self.norm: dict[str, Tensor] = {}
         # Parameters that no prediction depends on get no block: all of theirs is zero.
         for name, parameter in parameters.items():
-            for tensors in (self.weighted, self.alone, self.row, self.squares):
+            for tensors in (self.weighted, self.of_sample, self.row, self.squares):
                 tensors[name] = torch.zeros_like(parameter)
             self.norm[name] = parameter.new_zeros(1)
 
-    def add(self, weighted: Mapping[str, Tensor], alone: Mapping[str, Tensor]) -> None:
+    def add(self, weighted: Mapping[str, Tensor], of_sample: Mapping[str, Tensor]) -> None:
         """Add a group's share of both sums."""
         for name, share in weighted.items():
             self.weighted[name] += share
-        for name, share in alone.items():
-            self.alone[name] += share
+        for name, share in of_sample.items():
+            self.of_sample[name] += share
 
     def add_block(self, name: str, block: RowBlock) -> None:
         """Take the block of the one sample."""
@@ -139,6 +140,8 @@ class ReplayedRows(Source):
         last: bool = True,
     ) -> Sweep:
         """Return the sweep after a backward pass that hands each complete group to ``take``."""
+        # A sweep is spent once a pass was the last: then everything that it held has been
+        # contracted.
         if self.sweep.spent:  # its graph is freed: run forward again
             self._sweep = None
         sweep = self.sweep
@@ -206,6 +209,7 @@ class ReplayedRows(Source):
         chunks = delivery.chunks
         # No total is computed unless a quantity asks for it, and then once for all slices.
         totals = _Totals(partial(self._sum_of_group, group))
+        # Rows are formed in portions that suit the contraction, unless the blocks do without them.
         size, portion = self._row_bytes(group.together.names), CHUNK
         forms_rows = not chunks.needs <= group.lean
         if group.only is None:
@@ -238,7 +242,7 @@ class ReplayedRows(Source):
     # -- columns --
 
     def _deliver_columns(self, delivery: _Delivery, tied: Sequence[Group]) -> None:
-        """Hand out the blocks of parameters below the last mixing, some samples at a time."""
+        """Hand out the blocks of parameters below the mixing frontier, some samples at a time."""
         at_once = self.columns_at_once(delivery.chunks)
         totals = _Totals(partial(self._sum_with_columns, tied))
         for where in slices_of(self.setting.samples, at_once):
@@ -256,7 +260,7 @@ class ReplayedRows(Source):
         return sums
 
     def _local_rows(self, groups: Sequence[Group], where: slice) -> dict[str, Tensor]:
-        """Return rows from above the last mixing, by parameter."""
+        """Return rows from above the mixing frontier, by parameter."""
         rows: dict[str, Tensor] = {}
         for group in groups:
             rows.update(self.sweep.rows(group, where))
@@ -265,7 +269,7 @@ class ReplayedRows(Source):
     def _columns_and_local(
         self, where: slice, local: dict[str, Tensor], outs: Mapping[str, Tensor]
     ) -> Iterator[tuple[str, RowBlock]]:
-        """Yield blocks of columns, with what their parameters get above the last mixing added.
+        """Yield blocks of columns, with what their parameters get above the mixing frontier added.
 
         Then those of parameters that have no columns; ``local`` is consumed.
         """
@@ -304,25 +308,28 @@ class ReplayedRows(Source):
         All of it for little more than a backward pass.
         """
         sweep, where = self.sweep, slice(n, n + 1)
+        # The same sweep throughout: groups are taken while its cotangents are there.
         trial = TrialRun(self.parameters)
-        alone = torch.zeros_like(weights)
-        alone[n] = 1
+        only_n = torch.zeros_like(weights)
+        only_n[n] = 1
 
         def take(group: Group) -> None:
-            trial.add(sweep.group_sum(group, weights), sweep.group_sum(group, alone))
+            trial.add(sweep.group_sum(group, weights), sweep.group_sum(group, only_n))
             if not group.together.tied:
                 for name, block in sweep.parts(group, where, None):
                     trial.add_block(name, block)
 
-        # Groups above the last mixing are taken on the way, the others afterwards, as in ``feed``.
+        # Groups above the mixing frontier are taken on the way, the others afterwards, as in
+        # ``feed``.
         self._pull(take)
         tied = [group for group in sweep.groups if group.meetings]
         # Tied groups have no blocks of their own: their rows are added to those of columns.
         local = self._local_rows(tied, where)
         for group in tied:
             take(group)
+        # What comes from below the mixing frontier is missing in the sums over groups.
         if self._has_columns(sweep):
-            trial.add(sweep.sum_of_columns(weights), sweep.sum_of_columns(alone))
+            trial.add(sweep.sum_of_columns(weights), sweep.sum_of_columns(only_n))
         for name, block in self._columns_and_local(where, local, {}):
             trial.add_block(name, block)
         return trial
@@ -354,6 +361,7 @@ class ReplayedRows(Source):
         return "no cotangent", site.way
 
     def pullbacks(self, chunks: Chunking) -> tuple[int, int]:
+        # One pass carries all samples down to the mixing frontier, and one more each column.
         columns = 0
         if self._has_columns(self.whole):
             columns = self.setting.samples

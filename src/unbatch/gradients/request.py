@@ -25,7 +25,7 @@ from unbatch.gradients.sources import Source
 from unbatch.linalg.space import Space
 
 # Why a plan is not used: its self-check failed.
-REFUTED = "the sweep that was planned for it does not reproduce its gradient"
+REFUTED = "the backward plan for it does not reproduce its gradient"
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ class ByParameter(Mapping[str, Tensor]):
         return len(self.tensors)
 
     def __repr__(self) -> str:
+        # Shapes say more than entries, of which there may be millions.
         shapes = [f"{name}: {list(t.shape)}" for name, t in self.items()]
         if len(shapes) > SHOWN:
             shapes = [*shapes[:SHOWN], f"and {len(shapes) - SHOWN} more"]

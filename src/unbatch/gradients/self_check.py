@@ -73,14 +73,14 @@ def _agrees(setting: Context, parameters: Mapping[str, Tensor], by: str, bound: 
     trial = rows.trial(weights, setting.samples // 2)
     scale = _largest(cotangents)
     norms, magnitudes, roots = {}, {}, {}
-    for name, row in trial.alone.items():
+    for name, row in trial.of_sample.items():
         norms[name] = squares(row[None]).sqrt()
         magnitudes[name] = row.abs()
         # Roots, because errors of squares would be held against the squares of small numbers.
         roots[name] = trial.squares[name].sqrt()
     return (
         _close(trial.weighted, expected, bound, scale)
-        and _close(trial.row, trial.alone, bound, scale)
+        and _close(trial.row, trial.of_sample, bound, scale)
         and _close(trial.norm, norms, bound, scale)
         and _close(roots, magnitudes, bound, scale)
     )
@@ -122,6 +122,7 @@ def _plain_sum(
     # A prediction that no parameter moves has no cotangent to pull back.
     predictions = {i: output for i, output in values if output.requires_grad}
     cotangents = gaussians_like(predictions, seeded(1))
+    # Rows are linear in cotangents, so that one pass with scaled ones gives the weighted sum.
     scaled = []
     for i, g in cotangents.items():
         scaled.append(Layout(plan.predictions[i], plan.samples).scaled(g, weights))

@@ -74,7 +74,7 @@ class Source(ABC):
 
     setting: Context
     note = ""
-    reason = "One sweep serves all samples."
+    reason = "One backward pass serves all samples."
 
     @abstractmethod
     def feed(

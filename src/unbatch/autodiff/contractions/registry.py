@@ -96,6 +96,7 @@ def projected(call: OperandUse, norm: OperandUse) -> Contraction:
 
 @contraction_kind("mm bmm")
 def _matmul(call: OperandUse) -> Contraction | None:
+    """A product of two matrices, either of which may be the operand."""
     left = "self" if call["mat1"] is None else "mat1"
     a, b = call[left], call["mat2"]
     if a.ndim == 3:
@@ -113,11 +114,14 @@ def _matmul(call: OperandUse) -> Contraction | None:
 
 def _factor(number: float | None) -> float | None:
     """Return a factor of ``Shift``: None for one, which costs a multiplication otherwise."""
-    return None if number == 1 else number
+    if number == 1:
+        return None
+    return number
 
 
 @contraction_kind("addmm")
 def _addmm(call: OperandUse) -> Contraction | None:
+    """``β·self + α·mat1 @ mat2``."""
     if call.name == "self":  # the bias
         return Shift(call, _factor(call["beta"]))
     return _matmul(call)
@@ -137,6 +141,7 @@ def _convolution(call: OperandUse) -> Contraction | None:
 
 @contraction_kind("add")
 def _add(call: OperandUse) -> Contraction | None:
+    """``self + α·other``, both tensors."""
     if not isinstance(call["self"], Tensor) or not isinstance(call["other"], Tensor):
         return None
     if call.name == "other":
@@ -146,6 +151,7 @@ def _add(call: OperandUse) -> Contraction | None:
 
 @contraction_kind("sub")
 def _sub(call: OperandUse) -> Contraction | None:
+    """``self − α·other``."""
     if call.name != "other":
         return Shift(call)
     alpha = 1 if call["alpha"] is None else call["alpha"]
@@ -217,6 +223,7 @@ def _along_channels(x: Tensor) -> list[int]:
 
 @contraction_kind(" ".join(ops.names(lambda row: row.batch_norm)))
 def _batch_norm(call: OperandUse) -> Contraction | None:
+    """``weight·x̂ + bias`` with the statistics that the op used, of the batch or running ones."""
     if call.name == "bias":
         return Shift(call, axis=1)
     norm = ops.batch_norm_arguments(call.op, call.arguments)
