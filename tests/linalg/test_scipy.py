@@ -1,6 +1,4 @@
-"""SciPy takes our operators: what its solvers find of a Gauss-Newton matrix is what the definition
-has.
-"""
+"""SciPy's solvers take our operators and find what the definition of the matrix has."""
 
 import numpy
 import pytest

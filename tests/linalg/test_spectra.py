@@ -1,6 +1,4 @@
-"""Eigenpairs by products against dense ones, and estimates against what they say of themselves, in
-float64.
-"""
+"""Eigenpairs against dense ones, and estimates against their own standard errors, in float64."""
 
 from functools import cache
 
@@ -10,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import unbatch as ub
-from unbatch.linalg import spectra
+from unbatch.linalg import lanczos, spectra, traces
 from unbatch.linalg.operators import Dense
 
 D = 120
@@ -86,9 +84,7 @@ class Counting(Dense):
 
 
 def check_pairs(A: Tensor, k: int, which: str, found, search) -> None:
-    """Raise where these are not the k first eigenpairs of A, with multiplicity, or are not what
-    they say.
-    """
+    """Raise where these are not the first k eigenpairs of A, or their residuals are not true."""
     values = torch.linalg.eigvalsh(A)
     order = (values if which == "largest" else values.abs()).argsort(descending=True)
     size, k = float(values.abs().max()), min(k, len(A))
@@ -143,8 +139,8 @@ def test_the_least_basis():
 def test_copies_are_not_found_without_a_second_search(monkeypatch):
     """The planted bug: a Krylov space has one vector of each eigenspace, and it is left at that."""
     A = dense(MAKERS["repeated"])
-    monkeypatch.setattr(spectra, "_nothing_beyond", lambda *_: True)
-    monkeypatch.setattr(spectra, "FEWEST", 1)
+    monkeypatch.setattr(lanczos, "nothing_beyond", lambda *_: True)
+    monkeypatch.setattr(lanczos, "FEWEST", 1)
     found, search = spectra.eigh(A, 3, info=True)
     with pytest.raises(AssertionError, match="are expected"):
         check_pairs(A, 3, "largest", found, search)
@@ -201,11 +197,9 @@ def test_traces(make, method):
 
 
 def test_a_biased_trace_is_caught(monkeypatch):
-    """The planted bug: XTrace takes the wrong vector out of the sketch, so that a term knows its
-    own.
-    """
+    """The planted bug: XTrace leaves the wrong vector out of the sketch of a term."""
     A = dense(MAKERS["falling slowly"])
-    monkeypatch.setattr(spectra, "_regular", lambda R, dtype: torch.eye(len(R), dtype=R.dtype))
+    monkeypatch.setattr(traces, "regular", lambda R, dtype: torch.eye(len(R), dtype=R.dtype))
     runs = [spectra.trace(A, 24, seed=seed) for seed in range(SEEDS)]
     with pytest.raises(AssertionError, match="off by"):
         check_unbiased(runs, A.trace(), 1e-12)
@@ -315,17 +309,15 @@ def check_nodes(found, value: float) -> None:
 
 
 def test_ghosts_are_caught(monkeypatch):
-    """The planted bug, a recurrence of three terms: an eigenvalue far from all others comes back as
-    its own copy.
-    """
-    A, apart = turned([100.0, *torch.linspace(0, 1, D - 1)]), spectra._apart
+    """The planted bug, a recurrence of three terms: a far eigenvalue comes back as a copy."""
+    A, apart = turned([100.0, *torch.linspace(0, 1, D - 1)]), lanczos.split_off
     check_nodes(spectra.density(A, probes=3, steps=60), 100)
 
     def from_the_last_two(rows, v):
         h, rest = apart(rows[-2:], v)
         return F.pad(h, (len(rows) - len(h), 0)), rest
 
-    monkeypatch.setattr(spectra, "_apart", from_the_last_two)
+    monkeypatch.setattr(lanczos, "split_off", from_the_last_two)
     with pytest.raises(AssertionError, match="100 is among the nodes"):
         check_nodes(spectra.density(A, probes=3, steps=60), 100)
 

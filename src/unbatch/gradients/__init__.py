@@ -2,8 +2,9 @@
 
 In reading order:
 
-- ``sources.py``: where rows come from; ``replayed_rows.py``, ``eager_rows.py``: the two kinds of source
-- ``self_check.py``: a plan is tried against plain autograd before it is believed
+- ``request.py``: a question as plain data, and which source of rows answers it
+- ``sources.py``: where rows come from; ``replayed_rows.py``, ``eager_rows.py``: the two kinds
+- ``self_check.py``: a plan is held against plain autograd before it is believed
 - ``quantities.py``, ``diagnostics.py``: what can be asked about rows, and what is derived from that
 - ``results.py``, ``plan.py``: what is returned, and what is going to be done
 """

@@ -1,6 +1,7 @@
-"""What is made of other quantities: a clipped sum, signal and noise, tests of whether a batch is large enough.
+"""Derived quantities: a clipped sum, signal and noise, tests of whether a batch is large enough.
 
-Each is a few lines over results of ``quantities.py``, whose legend holds here as well.
+Each is a few lines over results of ``quantities.py``, whose legend holds here as well. A statistic
+of how samples differ is not a number for one sample alone.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ from unbatch.linalg.rows import wide
 class ClippedSum(Derived):
     """``Σ_n r_n · min(1, max_norm/‖r_n‖)`` with the norm over all parameters: ``[*param]``.
 
-    The sum that differentially private SGD adds noise to (Abadi et al. 2016, algorithm 1), ``max_norm`` in the scale of
-    the rows. No rows are kept: norms first, then one weighted gradient.
+    The sum that differentially private SGD adds noise to (Abadi et al. 2016, algorithm 1),
+    ``max_norm`` in the scale of the rows. No rows are kept: norms first, then one weighted
+    gradient.
     """
 
     max_norm: float
@@ -46,16 +48,18 @@ class ClippedSum(Derived):
 
     def combine(self, about: About, *results: Any) -> ByParameter:
         (norms,) = results
-        factors = (
-            self.max_norm / norms.total.sqrt().clamp_min(torch.finfo(norms.total.dtype).tiny)
-        ).clamp_max(1)
+        # A row of zeros has any factor; the smallest number keeps it from dividing by zero.
+        tiny = torch.finfo(norms.total.dtype).tiny
+        factors = (self.max_norm / norms.total.sqrt().clamp_min(tiny)).clamp_max(1)
         result: ByParameter = about.result(about.weighted_sum(factors))
         return result
 
 
 @dataclass(frozen=True)
 class SignalToNoise(Derived):
-    """``mean² / variance`` of the rows, entry by entry: ``[*param]``; infinite without noise (Liu et al. 2020)."""
+    """``mean² / variance`` of the rows, entry by entry: ``[*param]``; infinite without noise (Liu
+    et al. 2020).
+    """
 
     moment = True
 
@@ -64,28 +68,45 @@ class SignalToNoise(Derived):
 
     def combine(self, about: About, *results: Any) -> ByParameter:
         variance, gradient = results
-        means = {n: (wide(gradient[n]) / about.samples).abs().square() for n in about.shapes}
-        felt = _felt({n: means[n] + variance[n] for n in about.shapes})
-        ratio = {n: torch.where(felt[n], means[n] / variance[n], 0.0) for n in about.shapes}
+        signal, second_moments = {}, {}
+        for name in about.shapes:
+            signal[name] = (wide(gradient[name]) / about.samples).abs().square()
+            second_moments[name] = signal[name] + variance[name]
+        # Elsewhere it is nothing over nothing: no signal.
+        significant = _above_rounding(second_moments)
+        ratio = {}
+        for name in about.shapes:
+            ratio[name] = torch.where(significant[name], signal[name] / variance[name], 0.0)
         result: ByParameter = about.result(ratio)
         return result
 
 
-def _felt(moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Entries whose second moment is more than the square of rounding in the largest.
+ROUNDING = 64  # units in the last place that rounding may take
 
-    A bias right below a batch norm, say, has rows that are zero but for rounding: its signal and its noise are nothing.
+
+def _above_rounding(moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return which entries' second moments are more than the square of rounding in the largest.
+
+    A bias right below a batch norm, say, has rows that are zero but for rounding: its signal and
+    its noise are nothing.
     """
     largest = max((float(m.max()) for m in moments.values() if m.numel()), default=0.0)
-    return {n: m > (64 * torch.finfo(m.dtype).eps) ** 2 * largest for n, m in moments.items()}
+    significant = {}
+    for name, moment in moments.items():
+        rounding = (ROUNDING * torch.finfo(moment.dtype).eps) ** 2 * largest
+        significant[name] = moment > rounding
+    return significant
 
 
-def _per_pair(about: About, value: Tensor) -> Tensor:
-    """Of one sample alone nothing is known about how samples differ: not a number."""
-    return value if about.samples > 1 else torch.full_like(value, float("nan"))
+def _unless_alone(about: About, value: Tensor) -> Tensor:
+    """Return a statistic of how samples differ; not a number where there is one sample only."""
+    if about.samples > 1:
+        return value
+    return torch.full_like(value, float("nan"))
 
 
 def _squared(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Return the squared norm over all parameters."""
     return torch.stack([wide(t).square().sum() for t in tensors.values()]).sum()
 
 
@@ -93,8 +114,9 @@ def _squared(tensors: Mapping[str, Tensor]) -> Tensor:
 class NoiseScale(Derived):
     """``tr(Σ) / ‖G‖²``, a number: how many samples it takes for a gradient to be half noise.
 
-    The simple noise scale of McCandlish et al. 2018 (appendix A.1), with their unbiased estimates of numerator and
-    denominator from the batch sizes 1 and N; it may come out negative where the gradient drowns in noise.
+    The simple noise scale of McCandlish et al. 2018 (appendix A.1), with their unbiased estimates
+    of numerator and denominator from the batch sizes 1 and N; it may come out negative where the
+    gradient drowns in noise.
     """
 
     moment = True
@@ -103,9 +125,11 @@ class NoiseScale(Derived):
         return (SquaredNorms(), Total())
 
     def combine(self, about: About, *results: Any) -> Tensor:
+        # ‖g‖² of one sample, on average, and ‖ḡ‖² of all N, are ‖G‖² + tr(Σ) and ‖G‖² + tr(Σ)/N on
+        # average: two equations for the two unknowns.
         n, (norms, gradient) = about.samples, results
         single, whole = n**2 * norms.total.mean(), _squared(gradient)
-        return _per_pair(about, n * (single - whole) / (n * whole - single))
+        return _unless_alone(about, n * (single - whole) / (n * whole - single))
 
 
 def _ratios(
@@ -114,7 +138,7 @@ def _ratios(
     projections: SquaredNormsByParameter,
     gradient: ByParameter,
 ) -> tuple[Tensor, Tensor]:
-    """``Σ‖g_n‖²/‖ḡ‖²`` and ``Σ⟨g_n, ḡ⟩²/‖ḡ‖⁴``."""
+    """Return ``Σ‖g_n‖²/‖ḡ‖²`` and ``Σ⟨g_n, ḡ⟩²/‖ḡ‖⁴``."""
     whole = _squared(gradient)
     return n**2 * norms.total.sum() / whole, n**2 * projections.total.square().sum() / whole**2
 
@@ -133,7 +157,7 @@ class NormTest(Derived):
     def combine(self, about: About, *results: Any) -> Tensor:
         n, (norms, gradient) = about.samples, results
         excess = n**2 * norms.total.sum() / _squared(gradient) - n
-        return _per_pair(about, excess / max(n * (n - 1), 1))
+        return _unless_alone(about, excess / max(n * (n - 1), 1))
 
 
 @dataclass(frozen=True)
@@ -148,8 +172,8 @@ class InnerProductTest(Derived):
         return (SquaredNorms(), Projections(), Total())
 
     def combine(self, about: About, *results: Any) -> Tensor:
-        n, (_, shadows) = about.samples, _ratios(about.samples, *results)
-        return _per_pair(about, (shadows - n) / max(n * (n - 1), 1))
+        n, (_, projections) = about.samples, _ratios(about.samples, *results)
+        return _unless_alone(about, (projections - n) / max(n * (n - 1), 1))
 
 
 @dataclass(frozen=True)
@@ -164,16 +188,18 @@ class OrthogonalityTest(Derived):
         return (SquaredNorms(), Projections(), Total())
 
     def combine(self, about: About, *results: Any) -> Tensor:
-        n, (lengths, shadows) = about.samples, _ratios(about.samples, *results)
-        return _per_pair(about, (lengths - shadows) / max(n * (n - 1), 1))
+        n, (norms, projections) = about.samples, _ratios(about.samples, *results)
+        return _unless_alone(about, (norms - projections) / max(n * (n - 1), 1))
 
 
 @dataclass(frozen=True)
 class EarlyStopping(Derived):
-    """``1 − (N/D) Σ_p ḡ_p²/s_p²``, ``s²`` the unbiased variance of the ``g_n``: a number; stop when it is positive.
+    """``1 − (N/D) Σ_p ḡ_p²/s_p²``, ``s²`` the unbiased variance of the ``g_n``: a number; stop when
+    it is positive.
 
-    The evidence-based criterion of Mahsereci et al. 2017, "Early stopping without a validation set". The sum, and its
-    ``D``, are over the entries that have noise at all; Cockpit adds 1e-5 to the variance of the others.
+    The evidence-based criterion of Mahsereci et al. 2017, "Early stopping without a validation
+    set". The sum, and its ``D``, are over the entries that have noise at all; Cockpit adds 1e-5 to
+    the variance of the others.
     """
 
     moment = True
@@ -183,10 +209,12 @@ class EarlyStopping(Derived):
 
     def combine(self, about: About, *results: Any) -> Tensor:
         n, (variance, gradient) = about.samples, results
-        noisy = torch.cat([f.flatten() for f in _felt(variance).values()])
-        mean = torch.cat([wide(gradient[k]).flatten() for k in about.shapes])[noisy]
+        noisy = ByParameter(_above_rounding(variance)).flat()
+        mean = wide(gradient.flat())[noisy]
+        # From the biased variance of the r_n to the unbiased one of the g_n = N r_n.
         spread = variance.flat()[noisy] * n**3 / max(n - 1, 1)
-        evidence = (
-            n * (mean.abs().square() / spread).mean() if len(spread) else spread.new_zeros(())
-        )
-        return _per_pair(about, 1 - evidence)
+        # Without any noise there is no evidence against stopping.
+        if not len(spread):
+            return _unless_alone(about, spread.new_ones(()))
+        evidence = n * (mean.abs().square() / spread).mean()
+        return _unless_alone(about, 1 - evidence)

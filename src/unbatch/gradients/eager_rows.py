@@ -1,10 +1,13 @@
-"""Rows of the gradient by running the model itself, where the recorded graph has other derivatives."""
+"""Rows of the gradient by running the model itself, where no backward plan of its recording can be
+trusted.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,12 +22,16 @@ from unbatch.autodiff.loss import LossAt, loss_of, nonzero_gradients
 from unbatch.capture.isolation import untouched
 from unbatch.gradients.plan import SitePlan
 from unbatch.gradients.replayed_rows import ReplayedRows
-from unbatch.gradients.sources import Chunking, Source, Take
+from unbatch.gradients.sources import Chunking, Source, Take, leaves_of
 from unbatch.linalg.rows import real
 
 
 class EagerRows(Source):
-    """The model itself (or its recording, ``replayed``), run once; every sample is a column of its own."""
+    """Rows by one backward pass through the whole model for every sample.
+
+    The model is run once; or its recording is, if ``replayed``: then its derivatives are right, and
+    only the plan was not.
+    """
 
     def __init__(
         self,
@@ -34,94 +41,120 @@ class EagerRows(Source):
         why: str = "",
     ) -> None:
         self.setting, self.parameters, self.replayed = setting, parameters, replayed
-        self.reason = (
-            f"Every sample is pulled back through the whole model: {why or 'there is only one'}."
-        )
+        why = why or "there is only one"
+        self.reason = f"Every sample is pulled back through the whole model: {why}."
         self._totals: dict[str, Tensor] = {}
-        ran = self._replay() if replayed else eager.run(setting, parameters)
-        self.output, self.predictions, self.at, self._draws = (
-            ran.output,
-            ran.predictions,
-            ran.loss,
-            ran.state,
-        )
+        if replayed:
+            # The replay is connected to leaves of its own, by which it is differentiated.
+            self.parameters = leaves_of(parameters)
+            ran = _replay(setting, self.parameters)
+        else:
+            ran = eager.run(setting, parameters)
+        self.output, self.predictions = ran.output, ran.predictions
+        self.at, self._random_state = ran.loss, ran.state
         self.cotangents = self.at.slope
 
     @property
     def loss(self) -> LossAt:
         return self.at
 
-    def _replay(self) -> eager.EagerModel:
-        graph = self.setting.graph
-        self.leaves = {n: p.detach().requires_grad_() for n, p in self.parameters.items()}
-        self.parameters = self.leaves
-        alive = {i: self.leaves[v.name] for i, v in enumerate(graph.values)
-                if v.kind == "parameters" and v.name in self.leaves}  # fmt: skip
-        read = graph.read_by_loss(self.setting.axes)
-        wanted = list(
-            dict.fromkeys([*self.setting.axes, *read, *(r.index for r in graph.predictions)])
-        )
-        with torch.enable_grad():
-            outs = graph.run(self.setting.data | alive, wanted, steps=graph.forward_steps)
-        at = dict(zip(wanted, outs, strict=True))
-        return eager.EagerModel(self.setting, None, at, {i: at[i] for i in read}, None)
-
     def feed(
-        self, plan: Chunking, take: Take, outs: Mapping[str, Tensor], given: Mapping[int, Tensor] | None = None,
+        self,
+        chunks: Chunking,
+        take: Take,
+        outs: Mapping[str, Tensor],
+        cotangents: Mapping[int, Tensor] | None = None,
         last: bool = True,
-    ) -> None:  # fmt: skip
-        given = (
-            self.cotangents
-            if given is None
-            else {i: g for i, g in given.items() if i in self.predictions}
-        )
+    ) -> None:
+        if cotangents is None:
+            cotangents = self.cotangents
+        # The cotangents of all other samples are zero: exact, at the price of N backward passes.
         for n in range(self.setting.samples):
-            alone = {i: self._axis(i).only(g, n, n + 1)[0] for i, g in given.items()}
-            for name, g in self._pull(alone).items():
-                part = RowBlock(slice(n, n + 1), g[None])
-                take(name, part.with_total(partial(self._total, name)))
+            of_sample = {}
+            for i, g in cotangents.items():
+                if i in self.predictions:  # it depends on parameters
+                    of_sample[i] = self._layout(i).only(g, n, n + 1)[0]
+            for name, g in self._pull(of_sample).items():
+                block = RowBlock(slice(n, n + 1), g[None])
+                take(name, block.with_total(partial(self._total, name)))
 
     def _total(self, name: str) -> Tensor:
+        """Return the sum of all rows of a parameter; the first call computes those of all
+        parameters.
+        """
+        # Kept, as every block of a sample asks for the same sum.
         if not self._totals:
             like = next(iter(self.parameters.values()))
-            self._totals = self.weighted_sum(
-                like.new_ones(self.setting.samples, dtype=real(like.dtype))
-            )
+            ones = like.new_ones(self.setting.samples, dtype=real(like.dtype))
+            self._totals = self.weighted_sum(ones)
         return self._totals[name]
 
-    def _axis(self, i: int) -> Layout:
+    def _layout(self, i: int) -> Layout:
+        """Return where the samples lie in prediction ``i``."""
         return Layout(self.setting.axes[i], self.setting.samples)
 
     def _pull(self, cotangents: Mapping[int, Tensor]) -> dict[str, Tensor]:
+        """Return the gradient by parameter for cotangents of the predictions."""
         outputs = [self.predictions[i] for i in cotangents]
-        with (
-            nullcontext()
-            if self._draws is None
-            else untouched(self.setting.program.modules, self._draws)
-        ):
+        with self._same_draws():
             return gradients(outputs, self.parameters, list(cotangents.values()), retain=True)
 
+    def _same_draws(self) -> AbstractContextManager[Any]:
+        """Return a context in which a backward pass that draws random numbers draws the same each
+        time.
+        """
+        if self._random_state is None:
+            return nullcontext()
+        return untouched(self.setting.program.modules, self._random_state)
+
     def weighted_sum(self, weights: Tensor) -> dict[str, Tensor]:
-        return self._pull({i: self._axis(i).scaled(g, weights) for i, g in self.cotangents.items()})
+        scaled = {}
+        for i, g in self.cotangents.items():
+            scaled[i] = self._layout(i).scaled(g, weights)
+        return self._pull(scaled)
 
     def sites(self) -> list[SitePlan]:
-        return [SitePlan((n,), "", "", "by autograd", "model") for n in self.parameters]
+        return [SitePlan((name,), "", "", "by autograd", "model") for name in self.parameters]
 
-    def pullbacks(self, plan: Chunking) -> tuple[int, int]:
+    def pullbacks(self, chunks: Chunking) -> tuple[int, int]:
         return self.setting.samples, 1
 
     def rest(self) -> dict[str, Tensor]:
         if self.setting.split:
             return {}
+        # The rest does not depend on the plan, so that a replay gives it where one is faithful.
         if self.replayed:
             return ReplayedRows(self.setting, self.parameters, "component").rest()
-        leaves, spec = tree_flatten(self.output)
-        at = iter([r.index for r in self.setting.graph.predictions])
-        cut = [
-            t.detach() if isinstance(t, Tensor) and next(at) in self.setting.axes else t
-            for t in leaves
-        ]
+        output = self._with_constant_predictions()
         with untouched(self.setting.program.modules):
-            return nonzero_gradients(
-                loss_of(self.setting, tree_unflatten(cut, spec)), self.parameters
-            )
+            return nonzero_gradients(loss_of(self.setting, output), self.parameters)
+
+    def _with_constant_predictions(self) -> Any:
+        """Return the model's output with every prediction of samples detached."""
+        # The loss sees the same structure; what is no prediction of samples stays connected.
+        leaves, spec = tree_flatten(self.output)
+        # The graph lists the predictions in the order of the tensors among the leaves.
+        indices = iter(ref.index for ref in self.setting.graph.predictions)
+        detached = []
+        for leaf in leaves:
+            if isinstance(leaf, Tensor) and next(indices) in self.setting.axes:
+                leaf = leaf.detach()
+            detached.append(leaf)
+        return tree_unflatten(detached, spec)
+
+
+def _replay(setting: Context, leaves: Mapping[str, Tensor]) -> eager.EagerModel:
+    """Return the recorded model after a forward pass, connected to ``leaves``."""
+    graph = setting.graph
+    feed = dict(setting.data)
+    for i, value in enumerate(graph.values):
+        if value.kind == "parameters" and value.name in leaves:
+            feed[i] = leaves[value.name]
+    # Predictions with a sample axis, what the loss reads beside them, and all that is returned.
+    read = graph.read_by_loss(setting.axes)
+    predictions = [ref.index for ref in graph.predictions]
+    indices = list(dict.fromkeys([*setting.axes, *read, *predictions]))
+    with torch.enable_grad():
+        outputs = graph.run(feed, indices, steps=graph.forward_steps)
+    values = dict(zip(indices, outputs, strict=True))
+    return eager.EagerModel(setting, None, values, {i: values[i] for i in read}, None)

@@ -1,4 +1,4 @@
-"""What a question about rows will do, and why: which sites go which way, how many pullbacks, how much memory.
+"""What a question about rows will do, and why: sites, backward passes, memory.
 
 Frozen data and its text. Nothing is decided here.
 """
@@ -13,18 +13,19 @@ from rich.text import Text
 
 from unbatch.rendering import as_text
 
+# Where a site can stand, and what that costs.
 WAYS = {
-    "local": "samples are separate: one sweep for all of them",
+    "local": "samples are separate: one backward pass for all of them",
     "projected": "right below the topmost batch norm: its closed form",
-    "pooled": "below the last mixing: one column a sample, contracted without autograd",
-    "columns": "below the last mixing: one column a sample, pulled back by autograd",
+    "pooled": "below the mixing frontier: one column a sample, contracted without autograd",
+    "columns": "below the mixing frontier: one column a sample, pulled back by autograd",
     "model": "one column a sample, pulled back through the whole model by autograd",
 }
 
 
 @dataclass(frozen=True)
 class SitePlan:
-    """One place where parameters meet samples: ``kind`` is how it is contracted, ``way`` a key of ``WAYS``."""
+    """A parameter use site: ``kind`` is how it is contracted, ``way`` a key of ``WAYS``."""
 
     parameters: tuple[str, ...]
     module: str
@@ -35,9 +36,10 @@ class SitePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """``pullbacks``: backward passes in all, columns counted one by one; ``at_once`` columns share one call.
+    """What will be done: ``pullbacks`` backward passes, ``at_once`` of which share one call.
 
-    ``memory``: predicted bytes, of the ``results`` and of temporary ``rows`` and columns beside them.
+    ``results``, ``temporary``, ``budget``: bytes, predicted, of what is returned, of rows and
+    columns beside it, and of what these may take. ``reason``: why this plan, in words.
     """
 
     by: str
@@ -53,39 +55,49 @@ class Plan:
 
     @property
     def memory(self) -> int:
+        """Return the bytes that are predicted in all."""
         return self.results + self.temporary
 
     def __rich__(self) -> Group:
+        parts: list[Table | Text] = [Text(self._headline()), self._table()]
+        # The legend has only the ways that occur, in the order from cheap to expensive.
+        ways = {site.way for site in self.sites}
+        for way, meaning in WAYS.items():
+            if way in ways:
+                parts.append(Text(f"{way}: {meaning}"))
+        parts.append(Text(self._memory_line()))
+        return Group(*parts)
+
+    def _headline(self) -> str:
+        count = f"{self.pullbacks} pullback"
+        if self.pullbacks > 1:
+            count += f"s, {self.at_once} at a time"
+        return f"{self.what} by {self.by} of {self.samples} samples: {count}. {self.reason}"
+
+    def _table(self) -> Table:
         table = Table(box=None, pad_edge=False)
         for column in ("parameters", "module", "op", "contraction", "way"):
             table.add_column(column, overflow="fold")
         for site in self.sites:
-            table.add_row(
-                ", ".join(site.parameters), site.module or "-", site.op, site.kind, site.way
-            )
-        legend = [
-            Text(f"{way}: {WAYS[way]}") for way in WAYS if any(s.way == way for s in self.sites)
-        ]
-        plural = "s" if self.pullbacks > 1 else ""
-        together = f", {self.at_once} at a time" if self.pullbacks > 1 else ""
-        count = f"{self.pullbacks} pullback{plural}{together}"
-        return Group(
-            Text(f"{self.what} by {self.by} of {self.samples} samples: {count}. {self.reason}"),
-            table,
-            *legend,
-            Text(
-                f"memory: {_size(self.results)} results, {_size(self.temporary)} temporary, budget {_size(self.budget)}"
-            ),
-        )
+            parameters, module = ", ".join(site.parameters), site.module or "-"
+            table.add_row(parameters, module, site.op, site.kind, site.way)
+        return table
+
+    def _memory_line(self) -> str:
+        results, temporary = _size(self.results), _size(self.temporary)
+        return f"memory: {results} results, {temporary} temporary, budget {_size(self.budget)}"
 
     def __str__(self) -> str:
         return as_text(self.__rich__())
 
 
 def _size(count: int) -> str:
-    size, unit = float(count), "B"
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            break
+    """Return a number of bytes in the largest unit of which there is one, up to GiB."""
+    if count < 1024:
+        return f"{count:.0f} B"
+    size = float(count)
+    for unit in ("KiB", "MiB"):
         size /= 1024
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        if size < 1024:
+            return f"{size:.1f} {unit}"
+    return f"{size / 1024:.1f} GiB"

@@ -1,11 +1,12 @@
-"""What can be asked about the rows of a gradient: small classes fed with parts, one parameter and slice at a time.
+"""What can be asked about the rows of a gradient.
 
-A quantity is a frozen description; ``start`` gives the collector that is fed. A *basic* one takes parts, a *derived*
-one is a few lines over the results of others (``diagnostics.py``). To add one, write such a class; nothing else needs
-to know.
+A quantity is a frozen description. A *basic* one gives a collector, which is fed with row blocks,
+one parameter and slice of samples at a time; a *derived* one is a few lines over the results of
+others (``diagnostics.py``). To add one, write such a class; nothing else needs to know.
 
-Legend: ``r_n`` row of sample n as it enters the loss, ``ḡ = Σ_n r_n`` the gradient (without the part that does not
-pass through predictions), ``g_n = N·r_n``, so that ``ḡ`` is the mean of the ``g_n``; ``p`` parameter entry.
+Legend: ``r_n`` row of sample n as it enters the loss, ``ḡ = Σ_n r_n`` the gradient (without the
+part that does not pass through predictions), ``g_n = N·r_n``, so that ``ḡ`` is the mean of the
+``g_n``; ``p`` parameter entry.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ from unbatch.linalg.rows import Moments, real, vectors, wide
 
 @dataclass(frozen=True)
 class Label:
-    """What rows are called. ``marks``: of the values in a loss that is a sum over samples."""
+    """What rows are called. ``marks``: ownership of the values in a loss that is a sum over
+    samples.
+    """
 
     by: str
     kind: str
@@ -43,8 +46,8 @@ class Label:
 class About:
     """What a quantity may know of the question it is part of.
 
-    ``like``: a parameter, for type and device. ``out``: buffers for rows that the caller gave.
-    ``memory``: bytes that temporaries may take.
+    ``shapes``: of the parameters, in their order. ``like``: a parameter, for dtype and device.
+    ``out``: where the caller wants rows, by parameter. ``memory``: bytes that temporaries may take.
     """
 
     samples: int
@@ -57,19 +60,23 @@ class About:
 
     @property
     def by(self) -> str:
+        """Return the decomposition: "component", "copy" or "frozen"."""
         return self.label.by
 
     @property
     def kind(self) -> str:
+        """Return what its rows are: "per-sample", "per-component", "per-copy" or "frozen"."""
         return self.label.kind
 
     @property
     def note(self) -> str:
-        return "; ".join(filter(None, (self.label.note, self.source.note)))
+        """Return what to keep in mind about the rows."""
+        notes = (self.label.note, self.source.note)
+        return "; ".join(note for note in notes if note)
 
     @property
     def weights(self) -> Tensor | None:
-        """Return the weights ``w_n`` of the losses of samples, ``[N]``, where they can be read off."""
+        """Return the weights ``w_n`` of the losses of samples, ``[N]``; None if unknown."""
         if self.label.marks is None:
             return None
         return weights(self.source.setting.graph, self.label.marks, self.samples)
@@ -80,23 +87,29 @@ class About:
 
     @cached_property
     def _gradient(self) -> Mapping[str, Tensor]:
+        # Exact in any dtype, and given in the one in which sources take weights.
         ones = self.like.new_ones(self.samples, dtype=torch.float64)
         return self.weighted_sum(ones.to(real(self.like.dtype)))
 
     def weighted_sum(self, factors: Tensor) -> Mapping[str, Tensor]:
         """Return ``Σ_n c_n r_n`` by parameter.
 
-        It costs as much as a gradient beside a quantity that is ``late``.
+        Asked by a quantity that is ``late``, it costs as much as a gradient; otherwise a forward
+        pass more.
         """
         return self.source.weighted_sum(factors)
 
     def rest(self) -> Mapping[str, Tensor]:
-        """Return the gradient by ways that do not pass through predictions of samples."""
+        """Return the gradient that bypasses the predictions of samples, where there is any."""
         return self.source.rest()
 
     def result(self, tensors: Mapping[str, Tensor], cls: type[ByParameter] = ByParameter) -> Any:
-        """The same tensors in the order of the parameters, labelled with what they were made of."""
-        return cls({n: tensors[n] for n in self.shapes}, self.by, self.kind, self.note)
+        """Return tensors in the order of the parameters, labelled with what they were made of."""
+        return cls(self.ordered(tensors), self.by, self.kind, self.note)
+
+    def ordered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return tensors in the order of the parameters."""
+        return {name: tensors[name] for name in self.shapes}
 
 
 def about_of(request: Request, source: Source, label: Label, out: Mapping[str, Tensor]) -> About:
@@ -107,9 +120,11 @@ def about_of(request: Request, source: Source, label: Label, out: Mapping[str, T
 
 
 class Quantity:
-    """Something to ask about rows. ``moment``: it is a statistic over samples, and warns where samples mix.
+    """Something to ask about rows.
 
-    ``late``: it asks for weighted sums when all parts are in, and what they take is kept for it.
+    ``moment``: it is a statistic over samples, and warns where samples depend on each other.
+    ``late``: it needs a second pass, weighted sums after all row blocks; cotangents are retained
+    until then.
     """
 
     moment = False
@@ -117,29 +132,36 @@ class Quantity:
 
 
 class Basic(Quantity, ABC):
-    """Fed with parts. ``needs``: which method of a part it calls, so that rows are formed only if they must be."""
+    """A quantity that is fed with row blocks.
+
+    ``needs``: which method of a block it calls, so that rows are formed only if they must be.
+    ``pairs``: it needs all rows of a parameter beside each other.
+    """
 
     needs = "rows"
-    pairs = False  # needs all rows of a parameter beside each other
+    pairs = False
 
     @abstractmethod
     def start(self, about: About) -> Collector:
-        """A fresh collector."""
+        """Return a fresh collector."""
 
 
 class Collector(ABC):
-    """Takes the parts of every parameter, in any order, and gives the result."""
+    """Takes the row blocks of every parameter, in any order, and gives the result."""
 
     def __init__(self, about: About) -> None:
         self.about = about
 
     @abstractmethod
     def take(self, name: str, part: RowBlock) -> None:
-        """Rows of one parameter for the samples ``part.where``; overwritten afterwards, so copy what you keep."""
+        """Take rows of one parameter for the samples ``part.where``.
+
+        They are overwritten afterwards: copy what is kept.
+        """
 
     @abstractmethod
     def finish(self) -> Any:
-        """The result."""
+        """Return the result; called once, after the last block."""
 
 
 class Derived(Quantity, ABC):
@@ -147,25 +169,29 @@ class Derived(Quantity, ABC):
 
     @abstractmethod
     def bases(self) -> Sequence[Quantity]:
-        """What it is made from."""
+        """Return the quantities it is made from."""
 
     @abstractmethod
     def combine(self, about: About, *results: Any) -> Any:
-        """The result, from those of the bases in their order."""
+        """Return the result, from those of the bases in their order."""
 
 
-# --- those that take parts ------------------------------------------------------------------------
+# --- rows, and numbers for each of them -----------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Gradients(Basic):
-    """The rows themselves: a ``Rows``, ``[N, *param]`` for each parameter; with ``rest`` they sum to ``∇L``."""
+    """The rows themselves: a ``Rows``, ``[N, *param]`` for each parameter; with ``rest`` they sum
+    to ``∇L``.
+    """
 
     def start(self, about: About) -> Collector:
         return _Rows(about)
 
 
 class _Rows(Collector):
+    """All rows, in the caller's memory where there is some."""
+
     def __init__(self, about: About) -> None:
         super().__init__(about)
         self.rows: dict[str, Tensor] = dict(about.out)
@@ -173,19 +199,20 @@ class _Rows(Collector):
     def take(self, name: str, part: RowBlock) -> None:
         rows = part.rows()
         first, last, _ = part.where.indices(self.about.samples)
-        if name not in self.rows and last - first == self.about.samples:
-            self.rows[name] = rows
-            return
         if name not in self.rows:
+            if last - first == self.about.samples:  # all of them, in memory of their own
+                self.rows[name] = rows
+                return
             self.rows[name] = rows.new_empty(self.about.samples, *self.about.shapes[name])
         target = self.rows[name][part.where]
+        # Where the caller gave memory, the rows may have been formed in it already.
         if target.data_ptr() != rows.data_ptr() or target.stride() != rows.stride():
             target.copy_(rows)
 
     def finish(self) -> Rows:
         about = self.about
-        ordered = {n: self.rows[n] for n in about.shapes}
-        return Rows(ordered, about.by, about.kind, about.note, about.weights, about.rest())
+        rows = about.ordered(self.rows)
+        return Rows(rows, about.by, about.kind, about.note, about.weights, about.rest())
 
 
 @dataclass(frozen=True)
@@ -195,25 +222,30 @@ class SquaredNorms(Basic):
     needs = "squared_norms"
 
     def start(self, about: About) -> Collector:
-        return _PerSample(about, lambda name, part: part.squared_norms())
+        return _PerSample(about, _squared_norms)
+
+
+def _squared_norms(part: RowBlock) -> Tensor:
+    return part.squared_norms()
 
 
 class _PerSample(Collector):
-    """One number for every sample and parameter."""
+    """One number for every sample and parameter; ``numbers_of`` takes a block to ``[k]``."""
 
-    def __init__(self, about: About, number: Callable[[str, RowBlock], Tensor]) -> None:
+    def __init__(self, about: About, numbers_of: Callable[[RowBlock], Tensor]) -> None:
         super().__init__(about)
-        self.number = number
-        self.found: dict[str, Tensor] = {}
+        self.numbers_of = numbers_of
+        self.numbers: dict[str, Tensor] = {}
 
     def take(self, name: str, part: RowBlock) -> None:
-        numbers = self.number(name, part)
-        if name not in self.found:
-            self.found[name] = numbers.new_zeros(self.about.samples)
-        self.found[name][part.where] = numbers
+        numbers = self.numbers_of(part)
+        # Samples that no block covers keep a zero.
+        if name not in self.numbers:
+            self.numbers[name] = numbers.new_zeros(self.about.samples)
+        self.numbers[name][part.where] = numbers
 
     def finish(self) -> SquaredNormsByParameter:
-        result: SquaredNormsByParameter = self.about.result(self.found, SquaredNormsByParameter)
+        result: SquaredNormsByParameter = self.about.result(self.numbers, SquaredNormsByParameter)
         return result
 
 
@@ -222,14 +254,21 @@ class Projections(Basic):
     """``⟨r_n, ḡ⟩``: ``[N]`` for each parameter, and ``.total`` over all."""
 
     def start(self, about: About) -> Collector:
-        return _PerSample(
-            about, lambda _, part: vectors(part.rows()) @ vectors(part.total()[None])[0]
-        )
+        return _PerSample(about, _projections)
+
+
+def _projections(part: RowBlock) -> Tensor:
+    return vectors(part.rows()) @ vectors(part.total()[None])[0]
+
+
+# --- sums over samples ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Total(Basic):
-    """``ḡ = Σ_n r_n``: ``[*param]``; with the part that does not pass through predictions it is the gradient."""
+    """``ḡ = Σ_n r_n``: ``[*param]``; with the part that does not pass through predictions it is the
+    gradient.
+    """
 
     needs = "total"
 
@@ -238,16 +277,18 @@ class Total(Basic):
 
 
 class _Total(Collector):
+    """The sum of all rows."""
+
     def __init__(self, about: About) -> None:
         super().__init__(about)
-        self.found: dict[str, Tensor] = {}
+        self.totals: dict[str, Tensor] = {}
 
     def take(self, name: str, part: RowBlock) -> None:
-        if name not in self.found:
-            self.found[name] = part.total()
+        if name not in self.totals:  # any block knows the sum over all of them
+            self.totals[name] = part.total()
 
     def finish(self) -> ByParameter:
-        result: ByParameter = self.about.result(self.found)
+        result: ByParameter = self.about.result(self.totals)
         return result
 
 
@@ -258,27 +299,29 @@ class SumOfSquares(Basic):
     needs = "sum_of_squares"
 
     def start(self, about: About) -> Collector:
-        return _PerEntry(about, lambda name, part: part.sum_of_squares())
+        return _SumOfSquares(about)
 
 
-class _PerEntry(Collector):
-    """A sum over samples of something that each has for every entry of a parameter."""
+class _SumOfSquares(Collector):
+    """``factor · Σ_n r_n²``."""
 
-    def __init__(
-        self, about: About, share: Callable[[str, RowBlock], Tensor], factor: float = 1
-    ) -> None:
+    def __init__(self, about: About, factor: float = 1) -> None:
         super().__init__(about)
-        self.share, self.factor = share, factor
-        self.found: dict[str, Tensor] = {}
+        self.factor = factor
+        self.sums: dict[str, Tensor] = {}
 
     def take(self, name: str, part: RowBlock) -> None:
-        share = self.share(name, part)
-        self.found[name] = self.found[name].add_(share) if name in self.found else share
+        share = part.sum_of_squares()
+        if name in self.sums:
+            self.sums[name].add_(share)
+        else:
+            self.sums[name] = share
 
     def finish(self) -> ByParameter:
-        for t in self.found.values() if self.factor != 1 else ():
-            t.mul_(self.factor)
-        result: ByParameter = self.about.result(self.found)
+        if self.factor != 1:
+            for total in self.sums.values():
+                total.mul_(self.factor)
+        result: ByParameter = self.about.result(self.sums)
         return result
 
 
@@ -290,12 +333,13 @@ class SecondMoment(Basic):
     needs = "sum_of_squares"
 
     def start(self, about: About) -> Collector:
-        return _PerEntry(about, lambda name, part: part.sum_of_squares(), 1 / about.samples)
+        return _SumOfSquares(about, 1 / about.samples)
 
 
 @dataclass(frozen=True)
 class Variance(Basic):
-    """``(1/N) Σ_n (r_n − ḡ/N)²``, entry by entry: ``[*param]``; taken around the mean, so never negative.
+    """``(1/N) Σ_n (r_n − ḡ/N)²``, entry by entry: ``[*param]``; taken around the mean, so never
+    negative.
 
     That is BackPACK's ``variance`` (biased), in the squared scale of the loss.
     """
@@ -308,14 +352,15 @@ class Variance(Basic):
 
 
 class _Scatter(Collector):
-    """``Σ_n (r_n − mean)²``, put together from slices, each around a mean of its own (Chan, Golub, LeVeque 1979)."""
+    """``Σ_n (r_n − mean)²``; rows that come in several slices are put together by ``Moments``."""
 
     def __init__(self, about: About) -> None:
         super().__init__(about)
         self.scatter: dict[str, Tensor] = {}
-        self.moments: dict[str, Moments] = {}  # of parameters whose rows come in several slices
+        self.moments: dict[str, Moments] = {}
 
     def take(self, name: str, part: RowBlock) -> None:
+        # All rows at once may do without forming them; slices cannot, as each needs its mean.
         first, last, _ = part.where.indices(self.about.samples)
         if last - first == self.about.samples:
             self.scatter[name] = part.scatter()
@@ -325,10 +370,13 @@ class _Scatter(Collector):
         self.scatter[name] = moments.scatter
 
     def finish(self) -> ByParameter:
-        for t in self.scatter.values():
-            t.div_(self.about.samples)
+        for scatter in self.scatter.values():
+            scatter.div_(self.about.samples)
         result: ByParameter = self.about.result(self.scatter)
         return result
+
+
+# --- pairs of rows, and entries -------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -343,26 +391,30 @@ class Dots(Basic):
 
 
 class _Dots(Collector):
+    """The matrix, block by block: slices of a parameter are kept until their partners have come."""
+
     def __init__(self, about: About) -> None:
         super().__init__(about)
         self.total = wide(about.like.new_zeros(about.samples, about.samples)).clone()
-        self.waiting: dict[str, list[tuple[slice, Tensor]]] = {}
+        self.slices: dict[str, list[tuple[slice, Tensor]]] = {}
 
     def take(self, name: str, part: RowBlock) -> None:
-        n = self.about.samples
-        here = part.where
-        if here.indices(n)[:2] == (0, n):
+        samples, where = self.about.samples, part.where
+        if where.indices(samples)[:2] == (0, samples):
             self.total += part.dots()
             return
+        # A slice meets itself, and every slice of the same parameter that came before.
         rows = part.coordinates()
-        self.total[here, here] += rows @ rows.T
-        for there, other in self.waiting.setdefault(name, []):
-            cross = rows @ other.T
-            self.total[here, there] += cross
-            self.total[there, here] += cross.T
-        self.waiting[name].append((here, rows))
-        if sum(len(r) for _, r in self.waiting[name]) == n:
-            del self.waiting[name]
+        self.total[where, where] += rows @ rows.T
+        earlier = self.slices.setdefault(name, [])
+        for other, other_rows in earlier:
+            cross = rows @ other_rows.T
+            self.total[where, other] += cross
+            self.total[other, where] += cross.T
+        earlier.append((where, rows))
+        # Complete: no later slice will need these, and they are as large as all rows.
+        if sum(len(rows) for _, rows in earlier) == samples:
+            del self.slices[name]
 
     def finish(self) -> Tensor:
         return self.total
@@ -370,10 +422,11 @@ class _Dots(Collector):
 
 @dataclass(frozen=True)
 class Histogram(Basic):
-    """How the entries of all ``g_n = N·r_n`` are distributed: counts for each parameter, ``[bins]``.
+    """How the entries of all ``g_n = N·r_n`` are distributed: counts for each parameter,
+    ``[bins]``.
 
-    ``N·r_n`` is what Cockpit's 1d gradient histogram counts for a mean loss (Schneider et al. 2021, section 2.3). Bins
-    are even between ``low`` and ``high``; what lies beyond is in ``.outside``.
+    ``N·r_n`` is what Cockpit's 1d gradient histogram counts for a mean loss (Schneider et al. 2021,
+    section 2.3). Bins are even between ``low`` and ``high``; what lies beyond is in ``.outside``.
     """
 
     bins: int = 100
@@ -389,29 +442,34 @@ class Histogram(Basic):
 
 
 class _Histogram(Collector):
-    def __init__(self, about: About, asked: Histogram) -> None:
+    """Counts of entries inside the bins, and outside of them."""
+
+    def __init__(self, about: About, bins: Histogram) -> None:
         super().__init__(about)
-        self.asked = asked
+        self.bins = bins
         self.counts: dict[str, Tensor] = {}
         self.outside: dict[str, int] = {}
 
     def take(self, name: str, part: RowBlock) -> None:
-        asked = self.asked
+        bins = self.bins
+        # In the scale of one sample's own loss, as in Cockpit.
         entries = vectors(part.rows()).flatten() * self.about.samples
-        inside = torch.histc(entries, asked.bins, asked.low, asked.high).long()
-        before = self.counts.get(name)
-        self.counts[name] = inside if before is None else before + inside
-        self.outside[name] = self.outside.get(name, 0) + entries.numel() - int(inside.sum())
+        inside = torch.histc(entries, bins.bins, bins.low, bins.high).long()
+        if name in self.counts:
+            self.counts[name] += inside
+        else:
+            self.counts[name], self.outside[name] = inside, 0
+        self.outside[name] += entries.numel() - int(inside.sum())
 
     def finish(self) -> Histograms:
-        asked = self.asked
-        result: Histograms = self.about.result(self.counts, Histograms)
-        result.edges = torch.linspace(asked.low, asked.high, asked.bins + 1)
-        result.outside = self.outside
-        return result
+        about, bins = self.about, self.bins
+        edges = torch.linspace(bins.low, bins.high, bins.bins + 1)
+        counts = about.ordered(self.counts)
+        return Histograms(counts, about.by, about.kind, about.note, edges, self.outside)
 
 
 def is_moment(quantity: Quantity) -> bool:
-    """It, or something it is made from, is a statistic over samples."""
-    below = quantity.bases() if isinstance(quantity, Derived) else ()
-    return quantity.moment or any(is_moment(b) for b in below)
+    """Return whether a quantity, or one it is made from, is a statistic over samples."""
+    if quantity.moment:
+        return True
+    return isinstance(quantity, Derived) and any(is_moment(base) for base in quantity.bases())

@@ -1,8 +1,14 @@
-"""Rows of the gradient from a planned sweep over the recorded graph."""
+"""Rows of the gradient from a planned backward pass over the recorded graph.
+
+The plan (which sites, which columns) is made in ``autodiff``; here the recorded model is run
+forward, the cotangents are pulled back, and groups of sites become row blocks. Whether the plan is
+right is found out in ``self_check.py``, by ``ReplayedRows.trial``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 
 import torch
@@ -11,275 +17,408 @@ from torch import Tensor
 from unbatch.autodiff.context import Context
 from unbatch.autodiff.contractions.row_block import RowBlock
 from unbatch.autodiff.loss import LossAt, by_graph, noise, nonzero_gradients, rest_of_loss
+from unbatch.autodiff.planner import Site
 from unbatch.autodiff.vjp import Group, Sweep
 from unbatch.gradients.plan import SitePlan
-from unbatch.gradients.sources import CHUNK, Chunking, Source, Take
+from unbatch.gradients.sources import CHUNK, Chunking, Source, Take, leaves_of, slices_of
 from unbatch.linalg.rows import real
 
-BY_PLACE = "where samples meet in no symmetric way, slice n of the result counts as sample n's own"
+BY_PLACE = (
+    "where samples depend on each other in no symmetric way, slice n of the result counts as "
+    "sample n's own"
+)
+
+REASON_COLUMNS = "Below the mixing frontier each sample is a column of its own."
+REASON_PROJECTED = "Samples depend on each other in one place only, which has a closed form."
 
 
 class TrialRun:
-    """What trying out a sweep gives: all by parameter, from a weighted sum and from the row of one sample."""
+    """What a backward pass gave on trial, by parameter.
 
-    def __init__(self, zeros: Mapping[str, Tensor]) -> None:
-        self.weighted, self.alone = ({n: t.clone() for n, t in zeros.items()} for _ in range(2))
-        self.row, self.squares = dict(zeros), dict(zeros)
-        self.norm = {n: t.new_zeros(1) for n, t in zeros.items()}
+    ``weighted``: a weighted sum of all rows; ``of_sample``: one sample's row, as the sum in which
+    all others weigh nothing; ``row``, ``squares``, ``norm``: the same row from its block, by
+    methods that may do without rows.
+    """
 
-    def add(self, weighted: Mapping[str, Tensor], alone: Mapping[str, Tensor]) -> None:
-        for into, shares in ((self.weighted, weighted), (self.alone, alone)):
-            for name, t in shares.items():
-                into[name] += t
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        self.weighted: dict[str, Tensor] = {}
+        self.of_sample: dict[str, Tensor] = {}
+        self.row: dict[str, Tensor] = {}
+        self.squares: dict[str, Tensor] = {}
+        self.norm: dict[str, Tensor] = {}
+        # Parameters that no prediction depends on get no block: all of theirs is zero.
+        for name, parameter in parameters.items():
+            for tensors in (self.weighted, self.of_sample, self.row, self.squares):
+                tensors[name] = torch.zeros_like(parameter)
+            self.norm[name] = parameter.new_zeros(1)
 
-    def see(self, name: str, part: RowBlock) -> None:
-        """The norm and the squares first, by ways that do without the row."""
-        self.norm[name], self.squares[name] = part.squared_norms().sqrt(), part.sum_of_squares()
-        self.row[name] = part.rows()[0].clone()
+    def add(self, weighted: Mapping[str, Tensor], of_sample: Mapping[str, Tensor]) -> None:
+        """Add a group's share of both sums."""
+        for name, share in weighted.items():
+            self.weighted[name] += share
+        for name, share in of_sample.items():
+            self.of_sample[name] += share
+
+    def add_block(self, name: str, block: RowBlock) -> None:
+        """Take the block of the one sample."""
+        # Rows last: once they are formed, norms and squares would be taken from them.
+        self.norm[name] = block.squared_norms().sqrt()
+        self.squares[name] = block.sum_of_squares()
+        self.row[name] = block.rows()[0].clone()
+
+
+class _Totals:
+    """Sums of all rows by parameter; computed when the first of them is asked for."""
+
+    def __init__(self, compute: Callable[[], dict[str, Tensor]]) -> None:
+        self._compute = compute
+
+    @cached_property
+    def _sums(self) -> dict[str, Tensor]:
+        return self._compute()
+
+    def of(self, name: str) -> Tensor:
+        return self._sums[name]
+
+
+@dataclass(frozen=True)
+class _Delivery:
+    """Who takes row blocks, how many samples at a time, and where rows are wanted."""
+
+    chunks: Chunking
+    take: Take
+    outs: Mapping[str, Tensor]
+
+    def hand_out(self, name: str, block: RowBlock, totals: _Totals) -> None:
+        self.take(name, block.with_total(partial(totals.of, name)))
 
 
 class ReplayedRows(Source):
-    """The planned sweep over the recorded computation; with other ``given`` cotangents than the loss has, if any."""
+    """Rows from the recorded computation, by a plan; also for other cotangents than those of the
+    loss.
+    """
 
     def __init__(
         self,
         setting: Context,
         parameters: Mapping[str, Tensor],
         by: str,
-        given: Mapping[int, Tensor] | None = None,
+        cotangents: Mapping[int, Tensor] | None = None,
     ) -> None:
+        """``cotangents``: those of the predictions; by default those of the loss."""
         self.setting, self.parameters = setting, parameters
         self.route = setting.route(parameters, by)
         self.flow = self.route.flow
-        self.given = given
-        self.note = BY_PLACE if self.flow.by_place else ""
+        self._chosen_cotangents = cotangents
+        self._sweep: Sweep | None = None
+        if self.flow.by_place:
+            self.note = BY_PLACE
         if self.flow.columns:
-            self.reason = "Below the last place where samples listen to each other, each is a column of its own."
+            self.reason = REASON_COLUMNS
         elif self.flow.projections:
-            self.reason = "Samples meet in one place only, of which the closed form is known."
+            self.reason = REASON_PROJECTED
 
     # -- the forward pass, and cotangents --
 
-    @cached_property
+    @property
     def sweep(self) -> Sweep:
-        """After the forward pass, before any other."""
-        sweep = Sweep(self.route, self.setting.graph, self.parameters, self.setting.data)
-        sweep.forward()
-        return sweep
+        """Return the last sweep, after its forward pass at least."""
+        if self._sweep is None:
+            self._sweep = Sweep(self.route, self.setting.graph, self.parameters, self.setting.data)
+            self._sweep.forward()
+        return self._sweep
 
     @cached_property
     def whole(self) -> Sweep:
-        """After a backward pass that has kept everything."""
-        return self._pulled(None)
+        """Return a sweep after a backward pass that has kept everything."""
+        return self._pull(None)
 
-    def _pulled(
+    def _pull(
         self,
-        emit: Callable[[Group], None] | None,
-        given: Mapping[int, Tensor] | None = None,
+        take: Callable[[Group], None] | None,
+        cotangents: Mapping[int, Tensor] | None = None,
         last: bool = True,
     ) -> Sweep:
-        if self.sweep.spent:
-            del self.sweep
+        """Return the sweep after a backward pass that hands each complete group to ``take``."""
+        # A sweep is spent once a pass was the last: then everything that it held has been
+        # contracted.
+        if self.sweep.spent:  # its graph is freed: run forward again
+            self._sweep = None
         sweep = self.sweep
-        sweep.pull(self.cotangents if given is None else given, emit, last)
+        if cotangents is None:
+            cotangents = self.cotangents
+        sweep.pull(cotangents, take, last)
         return sweep
 
     @cached_property
     def cotangents(self) -> Mapping[int, Tensor]:
-        """``∂L/∂F``."""
-        return self.loss.slope if self.given is None else self.given
+        """Return ``∂L/∂F``, or the cotangents in its place."""
+        # The loss is evaluated only if its cotangents are used: a self-check has random ones.
+        if self._chosen_cotangents is not None:
+            return self._chosen_cotangents
+        return self.loss.slope
 
     @property
     def loss(self) -> LossAt:
         sweep = self.sweep
-        return LossAt(
-            self.setting,
-            {i: t.detach() for i, t in sweep.predictions.items()},
-            sweep.inner,
-            sweep.outputs,
-        )
+        return LossAt(self.setting, _fixed_predictions(sweep), sweep.inner, sweep.outputs)
 
-    def _all(self, weight: float = 1) -> Tensor:
+    def _ones(self) -> Tensor:
+        """Return weights that count every sample once, ``[N]``."""
         like = next(iter(self.parameters.values()))
-        return torch.full(
-            (self.setting.samples,), weight, dtype=real(like.dtype), device=like.device
-        )
+        dtype = real(like.dtype)
+        return torch.full((self.setting.samples,), 1, dtype=dtype, device=like.device)
 
-    # -- parts --
+    # -- row blocks --
 
     def feed(
-        self, plan: Chunking, take: Take, outs: Mapping[str, Tensor], given: Mapping[int, Tensor] | None = None,
+        self,
+        chunks: Chunking,
+        take: Take,
+        outs: Mapping[str, Tensor],
+        cotangents: Mapping[int, Tensor] | None = None,
         last: bool = True,
-    ) -> None:  # fmt: skip
-        emit = partial(self._emit, plan, take, outs)
-        if plan.late and given is None:
+    ) -> None:
+        delivery = _Delivery(chunks, take, outs)
+        if chunks.late and cotangents is None:
+            # Weighted sums follow and need every group: nothing is freed on the way.
             for group in self.whole.groups:
                 if group.meetings and not group.together.tied:
-                    emit(group)
+                    self._deliver(delivery, group)
         else:
-            self._pulled(emit, given, last)
-        tied = [g for g in self.sweep.groups if g.meetings and g.together.tied]
-        if self.sweep.seeds and self.flow.columns:
-            self._columns(plan, take, tied, outs)
-        else:
-            for group in tied:
-                emit(group)
-
-    def _emit(self, plan: Chunking, take: Take, outs: Mapping[str, Tensor], group: Group) -> None:
-        """Hand out a group whose cotangents are all there."""
-        n, size = self.setting.samples, self._bytes(group.together.names) * (1 if group.only else 2)
-        sums: dict[str, Tensor] = {}
-
-        def total(name: str) -> Tensor:
-            if not sums:
-                sums.update(self.sweep.group_sum(group, self._all()))
-            return sums[name]
-
-        lean = group.lean
-        bare = plan.needs <= lean
-        portion = group.only[0].portion if group.only is not None and not bare else CHUNK
-        for where in plan.of(n, size, lean, portion):
-            out = (
-                self._room(plan, group.together.names[0], where, outs)
-                if group.only and not bare
-                else None
-            )
-            for name, part in self.sweep.parts(group, where, out):
-                take(name, part.with_total(partial(total, name)))
-
-    def _room(
-        self, plan: Chunking, name: str, where: slice, outs: Mapping[str, Tensor]
-    ) -> Tensor | None:
-        """Where the rows of a parameter are to be formed: where the caller wants them, or in scratch memory."""
-        if name in outs:
-            return outs[name][where]
-        like = self.parameters[name].detach()
-        kept = plan.keep or plan.pairs
-        return None if kept else self.setting.scratch((where.stop - where.start, *like.shape), like)
-
-    def tried(self, weights: Tensor, n: int) -> TrialRun:
-        """A weighted sum, and in several ways the row of sample ``n``, for little more than a backward pass."""
-        sweep, where = self.sweep, slice(n, n + 1)
-        found = TrialRun({name: torch.zeros_like(p) for name, p in self.parameters.items()})
-        alone = torch.zeros_like(weights)
-        alone[n] = 1
-
-        def take(group: Group) -> None:
-            found.add(sweep.group_sum(group, weights), sweep.group_sum(group, alone))
-            if not group.together.tied:
-                for name, part in sweep.parts(group, where, None):
-                    found.see(name, part)
-
-        self._pulled(take)
-        tied = [g for g in sweep.groups if g.meetings]
-        local = {name: rows for group in tied for name, rows in sweep.rows(group, where).items()}
+            self._pull(partial(self._deliver, delivery), cotangents, last)
+        # Parameters of tied groups get contributions from columns as well, and wait for them.
+        tied = self._tied_groups()
+        if self._has_columns(self.sweep):
+            self._deliver_columns(delivery, tied)
+            return
         for group in tied:
-            take(group)
-        if sweep.seeds and self.flow.columns:
-            found.add(sweep.sum_of_columns(weights), sweep.sum_of_columns(alone))
-        for name, part in self._with_columns(where, local, {}):
-            found.see(name, part)
-        return found
+            self._deliver(delivery, group)
 
-    def _with_columns(
+    def _tied_groups(self) -> list[Group]:
+        """Return groups whose parameters have columns as well, which have to be added."""
+        groups = self.sweep.groups
+        return [group for group in groups if group.meetings and group.together.tied]
+
+    def _has_columns(self, sweep: Sweep) -> bool:
+        """Return whether anything is left to be pulled back column by column."""
+        return bool(sweep.seeds) and bool(self.flow.columns)
+
+    def _deliver(self, delivery: _Delivery, group: Group) -> None:
+        """Hand out the blocks of a group whose cotangents are all there."""
+        chunks = delivery.chunks
+        # No total is computed unless a quantity asks for it, and then once for all slices.
+        totals = _Totals(partial(self._sum_of_group, group))
+        # Rows are formed in portions that suit the contraction, unless the blocks do without them.
+        size, portion = self._row_bytes(group.together.names), CHUNK
+        forms_rows = not chunks.needs <= group.lean
+        if group.only is None:
+            size *= 2  # rows of operands are formed first, and those of parameters from them
+        elif forms_rows:
+            portion = group.only[0].portion
+        for where in chunks.of(self.setting.samples, size, group.lean, portion):
+            out = None
+            if group.only is not None and forms_rows:
+                out = self._row_memory(delivery, group.together.names[0], where)
+            for name, block in self.sweep.parts(group, where, out):
+                delivery.hand_out(name, block, totals)
+
+    def _sum_of_group(self, group: Group) -> dict[str, Tensor]:
+        return self.sweep.group_sum(group, self._ones())
+
+    def _row_memory(self, delivery: _Delivery, name: str, where: slice) -> Tensor | None:
+        """Return where the rows of a parameter are to be formed; None for memory of their own.
+
+        Where the caller wants them, or in scratch memory if nobody keeps them.
+        """
+        # Scratch memory is overwritten by the next slice, which is no harm if rows are not kept.
+        if name in delivery.outs:
+            return delivery.outs[name][where]
+        if delivery.chunks.keep or delivery.chunks.pairs:
+            return None
+        like = self.parameters[name].detach()
+        return self.setting.scratch((where.stop - where.start, *like.shape), like)
+
+    # -- columns --
+
+    def _deliver_columns(self, delivery: _Delivery, tied: Sequence[Group]) -> None:
+        """Hand out the blocks of parameters below the mixing frontier, some samples at a time."""
+        at_once = self.columns_at_once(delivery.chunks)
+        totals = _Totals(partial(self._sum_with_columns, tied))
+        for where in slices_of(self.setting.samples, at_once):
+            outs = {name: out[where] for name, out in delivery.outs.items()}
+            local = self._local_rows(tied, where)
+            for name, block in self._columns_and_local(where, local, outs):
+                delivery.hand_out(name, block, totals)
+
+    def _sum_with_columns(self, tied: Sequence[Group]) -> dict[str, Tensor]:
+        """Return the sum of all rows of every parameter that has columns or is tied to one."""
+        sums: dict[str, Tensor] = {}
+        for group in tied:
+            _add_into(sums, self._sum_of_group(group))
+        _add_into(sums, self.sweep.sum_of_columns(self._ones()))
+        return sums
+
+    def _local_rows(self, groups: Sequence[Group], where: slice) -> dict[str, Tensor]:
+        """Return rows from above the mixing frontier, by parameter."""
+        rows: dict[str, Tensor] = {}
+        for group in groups:
+            rows.update(self.sweep.rows(group, where))
+        return rows
+
+    def _columns_and_local(
         self, where: slice, local: dict[str, Tensor], outs: Mapping[str, Tensor]
     ) -> Iterator[tuple[str, RowBlock]]:
-        """The columns of some samples, together with what their parameters get above the last mixing."""
-        if self.sweep.seeds and self.flow.columns:
-            for name, part in self.sweep.columns(where.start, where.stop, outs):
-                yield (
-                    name,
-                    RowBlock(where, part.rows() + local.pop(name)) if name in local else part,
-                )
-        yield from ((name, RowBlock(where, rows)) for name, rows in local.items())
+        """Yield blocks of columns, with what their parameters get above the mixing frontier added.
 
-    def _columns(
-        self, plan: Chunking, take: Take, tied: Sequence[Group], outs: Mapping[str, Tensor]
-    ) -> None:
-        sweep, n = self.sweep, self.setting.samples
-        size = self.columns_at_once(plan)
-        sums: dict[str, Tensor] = {}
+        Then those of parameters that have no columns; ``local`` is consumed.
+        """
+        if self._has_columns(self.sweep):
+            for name, block in self.sweep.columns(where.start, where.stop, outs):
+                if name in local:
+                    block = RowBlock(where, block.rows() + local.pop(name))
+                yield name, block
+        for name, rows in local.items():
+            yield name, RowBlock(where, rows)
 
-        def total(name: str) -> Tensor:
-            if not sums:
-                for found in [
-                    *(sweep.group_sum(g, self._all()) for g in tied),
-                    sweep.sum_of_columns(self._all()),
-                ]:
-                    sums.update({k: sums[k] + t if k in sums else t for k, t in found.items()})
-            return sums[name]
+    def columns_at_once(self, chunks: Chunking) -> int:
+        """Return how many columns share a backward pass: as many as memory allows.
 
-        for first in range(0, n, size):
-            where = slice(first, min(first + size, n))
-            local = {
-                name: rows for group in tied for name, rows in sweep.rows(group, where).items()
-            }
-            for name, part in self._with_columns(
-                where, local, {name: out[where] for name, out in outs.items()}
-            ):
-                take(name, part.with_total(partial(total, name)))
-
-    def columns_at_once(self, plan: Chunking) -> int:
-        """One where convolutions are pulled through (nothing is gained by more), else as many as memory allows."""
-        column = self._bytes(self.route.below) + self.route.column_bytes
+        One where convolutions are pulled through, as nothing is gained there by more.
+        """
         if self.route.convolves:
             return 1
-        return int(max(1, min(self.setting.samples, min(plan.memory, CHUNK) // max(column, 1))))
+        column = self._row_bytes(self.route.below) + self.route.column_bytes
+        fitting = min(chunks.memory, CHUNK) // max(column, 1)
+        return int(max(1, min(self.setting.samples, fitting)))
 
-    def _bytes(self, names: Sequence[str]) -> int:
-        return sum(
-            self.parameters[n].numel() * max(self.parameters[n].element_size(), 4) for n in names
-        )
+    def _row_bytes(self, names: Sequence[str]) -> int:
+        """Return the bytes of one row of some parameters, in float32 at least."""
+        size = 0
+        for name in names:
+            parameter = self.parameters[name]
+            size += parameter.numel() * max(parameter.element_size(), 4)
+        return size
+
+    # -- the self-check --
+
+    def trial(self, weights: Tensor, n: int) -> TrialRun:
+        """Return a weighted sum, and in several ways the row of sample ``n``.
+
+        All of it for little more than a backward pass.
+        """
+        sweep, where = self.sweep, slice(n, n + 1)
+        # The same sweep throughout: groups are taken while its cotangents are there.
+        trial = TrialRun(self.parameters)
+        only_n = torch.zeros_like(weights)
+        only_n[n] = 1
+
+        def take(group: Group) -> None:
+            trial.add(sweep.group_sum(group, weights), sweep.group_sum(group, only_n))
+            if not group.together.tied:
+                for name, block in sweep.parts(group, where, None):
+                    trial.add_block(name, block)
+
+        # Groups above the mixing frontier are taken on the way, the others afterwards, as in
+        # ``feed``.
+        self._pull(take)
+        tied = [group for group in sweep.groups if group.meetings]
+        # Tied groups have no blocks of their own: their rows are added to those of columns.
+        local = self._local_rows(tied, where)
+        for group in tied:
+            take(group)
+        # What comes from below the mixing frontier is missing in the sums over groups.
+        if self._has_columns(sweep):
+            trial.add(sweep.sum_of_columns(weights), sweep.sum_of_columns(only_n))
+        for name, block in self._columns_and_local(where, local, {}):
+            trial.add_block(name, block)
+        return trial
+
+    # -- sums, and what a plan prints --
 
     def weighted_sum(self, weights: Tensor) -> dict[str, Tensor]:
         return self.whole.weighted_sum(weights)
 
     def sites(self) -> list[SitePlan]:
-        steps, kinds, out = self.setting.graph.steps, self.whole.kinds, []
-        for site in self.flow.sites:
-            step, pooled = steps[site.step], site in self.route.pools
-            kind = (
-                "linear"
-                if pooled
-                else kinds.get(site, "by autograd" if site.way == "columns" else "no cotangent")
-            )
-            way = "pooled" if pooled else site.way
-            out.append(
-                SitePlan(
-                    tuple(self.route.operands.made_from(site.operand)),
-                    step.module,
-                    step.name,
-                    kind,
-                    way,
-                )
-            )
-        return out
+        return [self._site_plan(site) for site in self.flow.sites]
 
-    def pullbacks(self, plan: Chunking) -> tuple[int, int]:
-        columns = self.setting.samples if self.whole.seeds and self.flow.columns else 0
-        return 1 + columns, min(self.columns_at_once(plan), max(columns, 1))
+    def _site_plan(self, site: Site) -> SitePlan:
+        step = self.setting.graph.steps[site.step]
+        parameters = tuple(self.route.operands.made_from(site.operand))
+        kind, way = self._kind_and_way(site)
+        return SitePlan(parameters, step.module, step.name, kind, way)
+
+    def _kind_and_way(self, site: Site) -> tuple[str, str]:
+        """Return how a site is contracted, and where it stands (a key of ``plan.WAYS``)."""
+        if site in self.route.pools:
+            return "linear", "pooled"
+        # How a site is contracted is known once its cotangent has come.
+        kinds = self.whole.kinds
+        if site in kinds:
+            return kinds[site], site.way
+        if site.way == "columns":
+            return "by autograd", site.way
+        return "no cotangent", site.way
+
+    def pullbacks(self, chunks: Chunking) -> tuple[int, int]:
+        # One pass carries all samples down to the mixing frontier, and one more each column.
+        columns = 0
+        if self._has_columns(self.whole):
+            columns = self.setting.samples
+        return 1 + columns, min(self.columns_at_once(chunks), max(columns, 1))
+
+    # -- the rest of the gradient --
 
     def rest(self) -> dict[str, Tensor]:
-        """The loss alone, with the predictions held constant: parameters in it, and what else it reads of the model."""
-        setting, graph = self.setting, self.setting.graph
-        if setting.split and all(r.index in self.flow.predictions for r in graph.used_predictions):
+        """Return the gradient of the loss with the predictions held constant.
+
+        Parameters that stand in the loss itself, and what else it reads of the model.
+        """
+        setting = self.setting
+        # With the split, and every prediction among those that are pulled back, nothing is left.
+        if setting.split and self._splits_all_predictions():
             return {}
+        # The loss is called if predictions are all that it needs, and replayed otherwise.
         if not by_graph(setting, self.sweep.inner):
             return rest_of_loss(setting, self.sweep.outputs, self.parameters)
-        leaves = {n: p.detach().requires_grad_() for n, p in self.parameters.items()}
-        live = {i: leaves[name] for i, name in self.flow.parameters.items()}
-        fixed = {i: t.detach() for i, t in self.sweep.predictions.items()}
-        pinned = {i: t for i, t in fixed.items() if not graph.written(i)}
-        inner = list(self.sweep.inner)
-        assert graph.loss is not None
+        leaves = leaves_of(self.parameters)
         with torch.enable_grad():
-            read = (
-                graph.run(setting.data | live, inner, keep=pinned, steps=graph.forward_steps)
-                if inner
-                else []
-            )
-            feed = setting.data | live | dict(zip(inner, read, strict=True)) | fixed
-            (value,) = graph.run(
-                feed, [graph.loss.index], keep=noise(graph), steps=graph.loss_steps
-            )
+            value = self._loss_with_fixed_predictions(leaves)
         return nonzero_gradients(value, leaves)
+
+    def _splits_all_predictions(self) -> bool:
+        used = self.setting.graph.used_predictions
+        return all(ref.index in self.flow.predictions for ref in used)
+
+    def _loss_with_fixed_predictions(self, leaves: Mapping[str, Tensor]) -> Tensor:
+        """Return the loss as a function of ``leaves`` alone; there has to be one in the graph."""
+        setting, graph, sweep = self.setting, self.setting.graph, self.sweep
+        if graph.loss is None:
+            raise ValueError("The recorded graph has no loss.")
+        feed = setting.data | {i: leaves[name] for i, name in self.flow.parameters.items()}
+        fixed = _fixed_predictions(sweep)
+        inner = list(sweep.inner)
+        read: list[Tensor] = []
+        if inner:
+            # What the loss reads beside predictions depends on parameters, but not through
+            # predictions. Those that are written to later are not pinned: a write would change what
+            # is kept.
+            pinned = {i: t for i, t in fixed.items() if not graph.written(i)}
+            read = graph.run(feed, inner, keep=pinned, steps=graph.forward_steps)
+        feed = feed | dict(zip(inner, read, strict=True)) | fixed
+        (value,) = graph.run(feed, [graph.loss.index], keep=noise(graph), steps=graph.loss_steps)
+        return value
+
+
+def _add_into(sums: dict[str, Tensor], share: Mapping[str, Tensor]) -> None:
+    """Add a share by name; not in place, as a first share may belong to somebody else."""
+    for name, t in share.items():
+        if name in sums:
+            sums[name] = sums[name] + t
+        else:
+            sums[name] = t
+
+
+def _fixed_predictions(sweep: Sweep) -> dict[int, Tensor]:
+    """Return the predictions as constants."""
+    return {i: t.detach() for i, t in sweep.predictions.items()}

@@ -2,7 +2,7 @@
 
 A request holds what the question is about and nothing that could ask another one: the recording as
 the engine sees it, the parameters, the decomposition, the memory. What is computed from the rows is
-not decided here (``gradients.py``, ``columns.py``).
+not decided here (``quantities.py``).
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from unbatch.gradients.self_check import trusted
 from unbatch.gradients.sources import Source
 from unbatch.linalg.space import Space
 
-REFUTED = "the sweep that was planned for it does not reproduce its gradient"
+# Why a plan is not used: its self-check failed.
+REFUTED = "the backward plan for it does not reproduce its gradient"
 
 
 @dataclass(frozen=True)
 class Request:
-    """``by``: the decomposition; ``memory``: bytes for temporaries.
+    """What is asked: ``by`` which decomposition, with ``memory`` bytes for temporaries.
 
     ``unfaithful``: why the recording cannot stand for the model's derivatives, empty where it can.
     """
@@ -52,7 +53,7 @@ class Request:
 
     @property
     def samples_are_independent(self) -> bool:
-        """Whether every decomposition is the same, because no sample depends on another."""
+        """Return whether all decompositions are one, because no sample depends on another."""
         return self.samples == 1 or bool(self.structure.independent_forward)
 
     def of(self, parameters: Mapping[str, Tensor]) -> Request:
@@ -65,7 +66,9 @@ class Request:
 
 
 def is_planned(request: Request) -> bool:
-    """Whether a sweep over the recorded computation answers it: one that passed its self-check."""
+    """Return whether a backward plan of the recorded graph answers it: one that is trusted."""
+    # One sample's rows are the gradient, and a recording with other derivatives cannot be pulled
+    # back.
     if request.samples == 1 or not request.setting.faithful:
         return False
     with recorded_precision():
@@ -73,7 +76,11 @@ def is_planned(request: Request) -> bool:
 
 
 def source_of(request: Request) -> Source:
-    """Return the recorded computation where it can be trusted, and otherwise the model itself."""
+    """Return the recorded computation where it can be trusted, and otherwise the model itself.
+
+    Raises ``StructureError`` where no prediction has a sample axis, or where rows by this
+    decomposition need the recording and cannot have it.
+    """
     setting, by = request.setting, request.by
     check_recurrences_of(request)
     if not setting.axes:
@@ -81,6 +88,7 @@ def source_of(request: Request) -> Source:
         raise StructureError(MSG_NO_ROWS.format(shapes=shapes, n=request.samples))
     if is_planned(request):
         return ReplayedRows(setting, request.parameters, by)
+    # No plan: say why, and refuse decompositions that only a plan can give.
     why = request.unfaithful
     if request.samples > 1 and setting.faithful:
         why = REFUTED
@@ -90,7 +98,7 @@ def source_of(request: Request) -> Source:
 
 
 def check_recurrences_of(request: Request) -> None:
-    """Raise ``StructureError`` for a recurrence on a GPU that cannot be run again or pulled back."""
+    """Raise ``StructureError`` for a recurrence on a GPU that cannot be replayed."""
     graph = request.setting.graph
     check_recurrences(graph.forward_steps, lambda weight: graph.values[weight.index].requires_grad)
 

@@ -13,8 +13,8 @@ SHOWN = 6  # parameters, when a result is printed
 class ByParameter(Mapping[str, Tensor]):
     """One tensor for each parameter, in the order of the model.
 
-    ``by`` and ``kind`` say of which rows it was made: "per-sample", "per-component", "per-copy" or "frozen"; ``note``
-    what to keep in mind. In the scale in which each row enters the loss.
+    ``by`` and ``kind`` say of which rows it was made: "per-sample", "per-component", "per-copy" or
+    "frozen"; ``note`` what to keep in mind. In the scale in which each row enters the loss.
     """
 
     def __init__(
@@ -33,23 +33,27 @@ class ByParameter(Mapping[str, Tensor]):
         return len(self.tensors)
 
     def __repr__(self) -> str:
-        listed = [f"{n}: {list(t.shape)}" for n, t in self.items()]
-        more = [f"and {len(listed) - SHOWN} more"] if len(listed) > SHOWN else []
-        inside = ", ".join(listed[:SHOWN] + more)
+        # Shapes say more than entries, of which there may be millions.
+        shapes = [f"{name}: {list(t.shape)}" for name, t in self.items()]
+        if len(shapes) > SHOWN:
+            shapes = [*shapes[:SHOWN], f"and {len(shapes) - SHOWN} more"]
+        inside = ", ".join(shapes)
         return f"{type(self).__name__}({self.kind or self.by}; {inside})"
 
     def flat(self) -> Tensor:
-        """All entries as one vector, ``[D]``."""
+        """Return all entries as one vector, ``[D]``."""
         return torch.cat([t.reshape(-1) for t in self.values()])
 
 
 class Rows(ByParameter):
-    """The decomposition of a gradient: ``[N, *param]`` for each parameter; row n belongs to sample n.
+    """The decomposition of a gradient: ``[N, *param]`` for each parameter; row n belongs to sample
+    n.
 
-    ``kind`` is "per-sample", "per-component", "per-copy" or "frozen" (defined in ``docs/guides/take_gradients.md``).
-    ``weights``: ``w_n`` of ``L = Σ w_n ℓ_n`` where ``ℓ_n`` sums over the entries of a sample; None where the loss is no
-    such sum or they could not be read off. ``rest``: the part of ``∇L`` by ways that do not pass through predictions
-    of samples, by parameter; empty where there is none. ``note`` says what else to keep in mind.
+    ``kind`` is "per-sample", "per-component", "per-copy" or "frozen" (defined in
+    ``docs/guides/take_gradients.md``). ``weights``: ``w_n`` of ``L = Σ w_n ℓ_n`` where ``ℓ_n`` sums
+    over the entries of a sample; None where the loss is no such sum or they could not be read off.
+    ``rest``: the part of ``∇L`` that bypasses the predictions of samples, by parameter; empty where
+    there is none. ``note`` says what else to keep in mind.
     """
 
     def __init__(
@@ -65,8 +69,8 @@ class Rows(ByParameter):
         self.weights, self.rest = weights, dict(rest or {})
 
     def flat(self) -> Tensor:
-        """``[N, D]``: every row as one vector."""
-        return torch.cat([t.reshape(len(t), t[0].numel()) for t in self.values()], 1)
+        """Return every row as one vector, ``[N, D]``."""
+        return torch.cat([rows.reshape(len(rows), rows[0].numel()) for rows in self.values()], 1)
 
 
 class SquaredNormsByParameter(ByParameter):
@@ -74,7 +78,7 @@ class SquaredNormsByParameter(ByParameter):
 
     @property
     def total(self) -> Tensor:
-        """``[N]``: squared norms of the whole rows."""
+        """Return squared norms of the whole rows, ``[N]``."""
         return torch.stack(list(self.values())).sum(0)
 
 
@@ -84,5 +88,14 @@ class Histograms(ByParameter):
     ``outside``: how many entries of each parameter lie beyond the first or the last edge.
     """
 
-    edges: Tensor
-    outside: Mapping[str, int]
+    def __init__(
+        self,
+        counts: Mapping[str, Tensor],
+        by: str,
+        kind: str,
+        note: str,
+        edges: Tensor,
+        outside: Mapping[str, int],
+    ) -> None:
+        super().__init__(counts, by, kind, note)
+        self.edges, self.outside = edges, outside

@@ -1,4 +1,11 @@
-"""Whether a planned sweep can be trusted: it is tried out against a plain backward pass before it is believed."""
+"""The self-check of a backward plan: it is run against a plain backward pass before it is believed.
+
+Rows by component are linear in the cotangents of the samples. So if ``Σ_n c_n row_n`` agrees with a
+plain backward pass for one random choice of weights and cotangents, it agrees for all but a set of
+measure zero. One sample's row, its norm and its squares are then held against the sum in which all
+others weigh nothing. Frozen rows are compared with a replay whose statistics are frozen, copy rows
+by their sum.
+"""
 
 from __future__ import annotations
 
@@ -15,102 +22,138 @@ from unbatch.autodiff.context import Context
 from unbatch.autodiff.schedule import Schedule
 from unbatch.capture.substitutes import held, norm_held
 from unbatch.gradients.replayed_rows import ReplayedRows
+from unbatch.gradients.sources import leaves_of
 from unbatch.linalg.precision import DOUBLE, in_double
 from unbatch.linalg.probes import gaussians_like, seeded
 from unbatch.linalg.rows import real, squares
 
 ALWAYS = 2**26  # bytes that a trial in float64 may take in any case
 
+# What ops raise that have no float64 kernel, or that read a dtype.
+NO_DOUBLE = (RuntimeError, TypeError, NotImplementedError, IndexError)
+
+# Rounding in the largest numbers shows, to this share, in small ones that are their difference.
+CANCELLATION = 1e-3
+
 
 def trusted(setting: Context, parameters: Mapping[str, Tensor], by: str, memory: int) -> bool:
-    """Whether the planned sweep gives what a plain backward pass gives, for random cotangents and weights of samples.
+    """Return whether the planned backward pass gives what a plain one gives.
 
-    Rows by component are linear in the cotangents of the samples: sums with random weights that agree, agree for all
-    weights but a set of measure zero. Frozen rows are held against a replay with frozen statistics, copy rows by their
-    sum; the row of one sample, its norm and its squares against a sum in which all others weigh nothing. In float64
-    where the computation can be run in it and ``memory`` allows, so that small gradients count as much as large ones.
-    The answer is kept with the plan.
+    In float64 where the computation can be run in it and ``memory`` allows, so that small gradients
+    count as much as large ones. The answer is kept with the plan.
     """
+    # Plans are made for a set of parameters and a decomposition, and so are answers.
     key = (tuple(parameters), by)
     if key not in setting.trust:
-        planned = setting.route(parameters, by).flow
-        setting.trust[key] = planned.divisible and _tried(setting, parameters, by, memory)
+        plan = setting.route(parameters, by).flow
+        setting.trust[key] = plan.divisible and _passes(setting, parameters, by, memory)
     return setting.trust[key]
 
 
-def _tried(setting: Context, parameters: Mapping[str, Tensor], by: str, memory: int) -> bool:
-    fits = 3 * setting.values_in_double <= max(memory, ALWAYS)  # forward and backward, as measured
+def _passes(setting: Context, parameters: Mapping[str, Tensor], by: str, memory: int) -> bool:
+    # Forward and backward together take about three times the values, as measured.
+    fits = 3 * setting.values_in_double <= max(memory, ALWAYS)
+    # Where float64 does not fit, float32 may do; if that fails, rounding may be to blame, and
+    # float64 decides all the same.
     if not fits and _agrees(setting, parameters, by, setting.rounding):
         return True
     try:
-        detached = {n: in_double(p.detach()) for n, p in parameters.items()}
-        return _agrees(setting.in_double(), detached, by, DOUBLE)
-    except (
-        RuntimeError,
-        TypeError,
-        NotImplementedError,
-        IndexError,
-    ):  # some op does not take float64
+        doubles = {name: in_double(p.detach()) for name, p in parameters.items()}
+        return _agrees(setting.in_double(), doubles, by, DOUBLE)
+    except NO_DOUBLE:
         return fits and _agrees(setting, parameters, by, setting.rounding)
 
 
 def _agrees(setting: Context, parameters: Mapping[str, Tensor], by: str, bound: float) -> bool:
-    generator = seeded(0)
-    like = next(iter(parameters.values()))
-    weights = torch.rand(setting.samples, generator=generator, dtype=torch.float64) + 0.5
-    weights = torch.ones_like(weights) if by == "copy" else weights
-    weights = weights.to(like.device, real(like.dtype))
-    cotangents, expected = _plainly(
-        setting.route(parameters, by), parameters, setting.data, weights
+    """Return whether a trial agrees with a plain backward pass, up to a relative error."""
+    weights = _random_weights(setting, parameters, by)
+    route = setting.route(parameters, by)
+    cotangents, expected = _plain_sum(route, parameters, setting.data, weights)
+    rows = ReplayedRows(setting, parameters, by, cotangents)
+    trial = rows.trial(weights, setting.samples // 2)
+    scale = _largest(cotangents)
+    norms, magnitudes, roots = {}, {}, {}
+    for name, row in trial.of_sample.items():
+        norms[name] = squares(row[None]).sqrt()
+        magnitudes[name] = row.abs()
+        # Roots, because errors of squares would be held against the squares of small numbers.
+        roots[name] = trial.squares[name].sqrt()
+    return (
+        _close(trial.weighted, expected, bound, scale)
+        and _close(trial.row, trial.of_sample, bound, scale)
+        and _close(trial.norm, norms, bound, scale)
+        and _close(roots, magnitudes, bound, scale)
     )
-    scale = max((float(g.abs().max()) for g in cotangents.values() if g.numel()), default=0.0)
-    tried = ReplayedRows(setting, parameters, by, cotangents).tried(weights, setting.samples // 2)
-    row = {n: t.abs() for n, t in tried.alone.items()}
-    pairs = [
-        (tried.weighted, expected),
-        (tried.row, tried.alone),
-        (tried.norm, {n: squares(t[None]).sqrt() for n, t in tried.alone.items()}),
-        ({n: t.sqrt() for n, t in tried.squares.items()}, row),
-    ]
-    return all(_agree(found, wanted, bound, scale) for found, wanted in pairs)
 
 
-def _plainly(
+def _random_weights(setting: Context, parameters: Mapping[str, Tensor], by: str) -> Tensor:
+    """Return weights of samples, ``[N]``; ones for copy rows, of which only the sum can be
+    compared.
+    """
+    # Between 0.5 and 1.5: no sample is lost, and no two weigh the same.
+    weights = torch.rand(setting.samples, generator=seeded(0), dtype=torch.float64) + 0.5
+    if by == "copy":
+        weights = torch.ones_like(weights)
+    like = next(iter(parameters.values()))
+    return weights.to(like.device, real(like.dtype))
+
+
+def _plain_sum(
     route: Schedule, parameters: Mapping[str, Tensor], feed: Mapping[int, Tensor], weights: Tensor
 ) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
-    """Random cotangents ``g``, and ``Σ_n c_n row_n`` for them by one backward pass of a plain replay.
+    """Return random cotangents of the predictions, and ``Σ_n c_n row_n`` for them.
 
-    What a sweep has to agree with.
+    By one backward pass of a plain replay in which what a decomposition holds constant is constant.
     """
-    graph, flow = route.graph, route.flow
-    leaves = {n: p.detach().requires_grad_() for n, p in parameters.items()}
-    live = {i: leaves[name] for i, name in flow.parameters.items()}
-    instead: dict[int, Callable[..., Any]] = {
-        i: norm_held(graph.steps[i]) for i in flow.frozen_norms
-    }
-    instead = {s.index: held(s.op) for s in route.cut_off} | instead
+    graph, plan = route.graph, route.flow
+    leaves = leaves_of(parameters)
+    live = {i: leaves[name] for i, name in plan.parameters.items()}
+    # The replay knows nothing of sites, contractions or columns: an independent definition.
+    constant: dict[int, Callable[..., Any]] = {}
+    for step in route.cut_off:
+        constant[step.index] = held(step.op)
+    for i in plan.frozen_norms:
+        constant[i] = norm_held(graph.steps[i])
     with torch.enable_grad():
-        outs = graph.run(
-            {**feed, **live}, list(flow.predictions), instead=instead, steps=graph.forward_steps
+        outputs = graph.run(
+            {**feed, **live}, list(plan.predictions), instead=constant, steps=graph.forward_steps
         )
-    moving = {i: t for i, t in zip(flow.predictions, outs, strict=True) if t.requires_grad}
-    cotangents = gaussians_like(moving, seeded(1))
-    gs = [
-        Layout(flow.predictions[i], flow.samples).scaled(g, weights) for i, g in cotangents.items()
-    ]
-    total = gradients(list(moving.values()), leaves, gs)
-    return cotangents, {n: t.detach() for n, t in total.items()}
+    values = zip(plan.predictions, outputs, strict=True)
+    # A prediction that no parameter moves has no cotangent to pull back.
+    predictions = {i: output for i, output in values if output.requires_grad}
+    cotangents = gaussians_like(predictions, seeded(1))
+    # Rows are linear in cotangents, so that one pass with scaled ones gives the weighted sum.
+    scaled = []
+    for i, g in cotangents.items():
+        scaled.append(Layout(plan.predictions[i], plan.samples).scaled(g, weights))
+    total = gradients(list(predictions.values()), leaves, scaled)
+    return cotangents, {name: t.detach() for name, t in total.items()}
 
 
-def _agree(
-    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], bound: float, scale: float
+def _largest(tensors: Mapping[Any, Tensor], least: float = 0.0) -> float:
+    """Return the largest magnitude of all entries, or ``least`` if that is larger."""
+    largest = least
+    for t in tensors.values():
+        if t.numel():
+            largest = max(largest, float(t.abs().max()))
+    return largest
+
+
+def _close(
+    computed: Mapping[str, Tensor], expected: Mapping[str, Tensor], bound: float, scale: float
 ) -> bool:
-    """Up to rounding, of which there is more where what is large cancels (biases right below batch norms)."""
-    largest = max([scale, *(float(g.abs().max()) for g in expected.values() if g.numel())])
+    """Return whether tensors agree up to rounding.
+
+    Of that there is more where what is large cancels, as in biases right below batch norms.
+    """
+    largest = _largest(expected, scale)
     if not math.isfinite(largest):
-        return True  # nothing can be told, and a plain backward pass would be no better
-    for name, g in expected.items():
-        allowed = bound * (float(g.abs().max()) + 1e-3 * largest) if g.numel() else 0.0
-        if g.numel() and not float((found[name] - g).abs().max()) <= allowed:
+        return True  # nothing can be compared, and a plain backward pass would be no better
+    for name, reference in expected.items():
+        if not reference.numel():
+            continue
+        allowed = bound * (float(reference.abs().max()) + CANCELLATION * largest)
+        error = float((computed[name] - reference).abs().max())
+        if not error <= allowed:  # true for not a number as well
             return False
     return True

@@ -8,4 +8,5 @@ In reading order:
 - ``solvers.py``: linear systems, and how well they were solved
 - ``estimates.py``: diagonals from random signs
 - ``spectra.py``: eigenvalues, traces, diagonals and densities of any operator
+- ``lanczos.py``, ``traces.py``, ``products.py``: the algorithms behind them
 """

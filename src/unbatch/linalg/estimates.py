@@ -1,8 +1,10 @@
-"""The diagonal of the Gauss-Newton matrix from random signs: one pullback a draw, any architecture, and how far off.
+"""The diagonal of ``V Vᵀ`` from random signs: one product with V a draw, and a standard error.
 
-``E[(V z)²] = diag(V Vᵀ)`` for independent signs z (Hutchinson 1989; Bekas, Kokiopoulou, Saad 2007, with V in place of a
-matrix that is symmetric). Draws of another matrix with the same signs, whose diagonal is known, take away what both
-have in common (a control variate); with what coefficient is fitted on draws that are used for nothing else.
+``E[(V z)²] = diag(V Vᵀ)`` for independent signs z (Hutchinson 1989; Bekas, Kokiopoulou, Saad 2007,
+with V in place of a matrix that is symmetric). A *control variate* lowers the variance: draws of
+another matrix with the same signs, whose diagonal is known, take away what both have in common. How
+much of them is subtracted is fitted on pilot draws that are used for nothing else, so that the
+estimate stays unbiased.
 """
 
 from __future__ import annotations
@@ -18,13 +20,17 @@ from unbatch.linalg.rows import Moments
 
 PILOTS = 8  # draws on which coefficients are fitted
 
+# Takes ``z`` ``[size]`` to ``V z`` ``[D]``.
+Pull = Callable[[Tensor], Tensor]
+
 
 @dataclass(frozen=True)
 class DiagonalEstimate:
     """``values`` ``[D]``, unbiased, and their ``standard_errors``, in the scale of the loss.
 
-    ``gain``: by how much the control variate has lowered the variance (1 without one), measured on the draws that
-    count; ``coefficients``: with what it entered, for each parameter. ``pullbacks``: backward passes, pilots included.
+    ``gain``: by how much the control variate has lowered the variance (1 without one), measured on
+    the draws that count; ``coefficients``: with what it entered, for each parameter. ``pullbacks``:
+    backward passes, pilots included.
     """
 
     values: Tensor
@@ -38,56 +44,90 @@ class DiagonalEstimate:
 
 @dataclass(frozen=True)
 class Control:
-    """Draws of another matrix: ``pull`` as for the first; ``exact``: its diagonal, which took so many ``pullbacks``."""
+    """Another matrix: ``pull`` as for the first, ``exact`` its diagonal from ``pullbacks``."""
 
-    pull: Callable[[Tensor], Tensor]
+    pull: Pull
     exact: Tensor
     pullbacks: int
 
 
 def from_signs(
-    pull: Callable[[Tensor], Tensor],
+    pull: Pull,
     size: int,
     draws: int,
     seed: int,
     slices: dict[str, slice],
     control: Control | None,
 ) -> DiagonalEstimate:
-    """``pull(z)`` is ``V z`` for ``z`` ``[size]``; ``slices``: where each parameter lies in it."""
+    """Return the diagonal of ``V Vᵀ``; ``pull(z)`` is ``V z`` for ``z`` ``[size]``.
+
+    ``slices``: where each parameter lies in it.
+    """
     generator = seeded(seed)
-
-    def draw() -> tuple[Tensor, Tensor | None]:
-        z = random_signs(size, generator).to(torch.get_default_dtype())
-        return pull(z).double().square(), None if control is None else control.pull(
-            z
-        ).double().square()
-
-    fitted = {} if control is None else _fitted([draw() for _ in range(PILOTS)], slices)
+    if control is None:
+        moments = Moments()
+        for _ in range(draws):
+            moments.add(_squared(pull, _signs(size, generator))[None])
+        return _estimate(moments, draws, seed, 1.0, {}, draws)
+    coefficients = _fitted(*_pilots(pull, control.pull, size, generator), slices)
     plain, controlled = Moments(), Moments()
+    expected = control.exact.double()
     for _ in range(draws):
-        square, other = draw()
+        z = _signs(size, generator)
+        square = _squared(pull, z)
         plain.add(square[None])
-        if control is not None and other is not None:
-            apart = other - control.exact.double()
-            for name, where in slices.items():
-                square[where] -= fitted[name] * apart[where]
+        deviation = _squared(control.pull, z) - expected
+        for name, where in slices.items():
+            square[where] -= coefficients[name] * deviation[where]
         controlled.add(square[None])
-    gain = float(plain.variance.sum() / controlled.variance.sum()) if control is not None else 1.0
-    error = (controlled.variance / draws).sqrt()
-    cost = draws if control is None else 2 * (draws + PILOTS) + control.pullbacks
-    return DiagonalEstimate(controlled.mean, error, draws, gain, fitted, cost, seed)
+    # Both were fed with the same draws, so that the ratio is that of the control alone.
+    gain = float(plain.variance.sum() / controlled.variance.sum())
+    pullbacks = 2 * (draws + PILOTS) + control.pullbacks
+    return _estimate(controlled, draws, seed, gain, coefficients, pullbacks)
 
 
-def _fitted(
-    pilots: list[tuple[Tensor, Tensor | None]], slices: dict[str, slice]
-) -> dict[str, float]:
-    """The coefficient of least variance, summed over the entries of a parameter: covariance over variance."""
-    first = torch.stack([a for a, _ in pilots])
-    second = torch.stack([b for _, b in pilots if b is not None])
+def _signs(size: int, generator: torch.Generator) -> Tensor:
+    return random_signs(size, generator).to(torch.get_default_dtype())
+
+
+def _squared(pull: Pull, z: Tensor) -> Tensor:
+    """Return ``(V z)²``, ``[D]``, in float64."""
+    return pull(z).double().square()
+
+
+def _estimate(
+    moments: Moments,
+    draws: int,
+    seed: int,
+    gain: float,
+    coefficients: dict[str, float],
+    pullbacks: int,
+) -> DiagonalEstimate:
+    errors = (moments.variance / draws).sqrt()
+    return DiagonalEstimate(moments.mean, errors, draws, gain, coefficients, pullbacks, seed)
+
+
+def _pilots(
+    pull: Pull, control: Pull, size: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Return ``[PILOTS, D]`` of both matrices, for the same signs."""
+    first, second = [], []
+    for _ in range(PILOTS):
+        z = _signs(size, generator)
+        first.append(_squared(pull, z))
+        second.append(_squared(control, z))
+    return torch.stack(first), torch.stack(second)
+
+
+def _fitted(first: Tensor, second: Tensor, slices: dict[str, slice]) -> dict[str, float]:
+    """Return the coefficient of least variance for each parameter: covariance over variance.
+
+    Both are summed over the entries of a parameter.
+    """
     first, second = first - first.mean(0), second - second.mean(0)
-    together, alone, tiny = (
-        (first * second).sum(0),
-        second.square().sum(0),
-        torch.finfo(torch.float64).tiny,
-    )
-    return {n: float(together[s].sum() / alone[s].sum().clamp_min(tiny)) for n, s in slices.items()}
+    covariance, variance = (first * second).sum(0), second.square().sum(0)
+    tiny = torch.finfo(torch.float64).tiny
+    coefficients = {}
+    for name, where in slices.items():
+        coefficients[name] = float(covariance[where].sum() / variance[where].sum().clamp_min(tiny))
+    return coefficients

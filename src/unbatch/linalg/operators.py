@@ -1,13 +1,14 @@
-"""Linear maps between spaces of vectors, known by what they do: an abstract base, and maps composed of others.
+"""Linear maps that are known by their products: a base class, and maps composed of others.
 
-No networks here. Vectors are flat, ``[n]`` or ``[n, K]``, or dicts of named tensors where a map has a ``space``.
+No networks here, and no algorithms: eigenvalues are in ``spectra.py``, systems in ``solvers.py``.
+Vectors are flat, ``[n]`` or ``[n, K]``, or dicts of named tensors where a map has a ``space``.
 """
 
 from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,12 +18,18 @@ from unbatch.errors import MSG_OPERATOR_SHAPES, MSG_OPERATOR_VECTOR, InputError
 from unbatch.linalg.rows import sum_of
 from unbatch.linalg.space import Space
 
+# ``[n, K]`` to ``[m, K]``.
+Apply = Callable[[Tensor], Tensor]
+
+UNIT_VECTORS = 32  # multiplied at a time when a matrix is formed
+
 
 class Operator(ABC):
     """A linear map of shape ``[m, n]``; products with vectors, matrices and dicts of tensors.
 
-    A concrete one has ``shape``, ``dtype``, ``device``, and ``_apply``; ``_apply_transposed`` if it is not symmetric.
-    ``space``: names and shapes of the entries, on both sides, where there are any.
+    A concrete one has ``shape``, ``dtype``, ``device``, and ``_apply``; ``_apply_transposed`` if it
+    is not symmetric. ``space``: names and shapes of the entries, on both sides, where there are
+    any.
     """
 
     shape: tuple[int, int]
@@ -33,61 +40,71 @@ class Operator(ABC):
 
     @abstractmethod
     def _apply(self, v: Tensor) -> Tensor:
-        """``[n, K]`` to ``[m, K]``."""
+        """Return ``A v``, ``[m, K]``, for ``[n, K]``."""
 
     def _apply_transposed(self, v: Tensor) -> Tensor:
-        """``[m, K]`` to ``[n, K]``."""
+        """Return ``Aᵀ v``, ``[n, K]``, for ``[m, K]``."""
         if not self.symmetric:
-            raise NotImplementedError(
-                f"{type(self).__name__} is known by its products from the left only."
-            )
+            name = type(self).__name__
+            raise NotImplementedError(f"{name} has no product with its transpose: A @ v only.")
         return self._apply(v)
 
     # -- products --
 
     def __matmul__(self, other: Any) -> Any:
-        """``A @ v``: a tensor ``[m]`` for ``[n]``, ``[m, K]`` for ``[n, K]``, a dict for a dict; an operator for one.
+        """Return ``A @ v``: ``[m]`` for ``[n]``, ``[m, K]`` for ``[n, K]``, a dict for a dict.
 
-        Raises ``InputError`` where shapes do not fit.
+        For an operator, return their product, an operator. Raises ``InputError`` where shapes do
+        not fit.
         """
-        return (
-            product(self, other)
-            if isinstance(other, Operator)
-            else self._times(other, self.shape[1], self._apply)
-        )
+        if isinstance(other, Operator):
+            return product(self, other)
+        return self._times(other, self.shape[1], self._apply)
 
     def __rmatmul__(self, other: Any) -> Any:
-        """``v @ A`` for ``[m]``, ``[K, m]``, or a dict."""
+        """Return ``v @ A`` for ``[m]``, ``[K, m]``, or a dict."""
         if isinstance(other, Tensor) and other.ndim == 2:
             return self._times(other.T, self.shape[0], self._apply_transposed).T
         return self._times(other, self.shape[0], self._apply_transposed)
 
-    def _times(self, v: Any, size: int, apply: Any) -> Any:
+    def _times(self, v: Any, size: int, apply: Apply) -> Any:
         if isinstance(v, Mapping):
-            if self.space is None:
-                raise InputError(
-                    MSG_OPERATOR_VECTOR.format(got="a dict", size=size, what="it has no names")
-                )
-            return self.space.named(apply(self._fitting(self.space.flat(v))[:, None])[:, 0])
+            return self._times_named(v, size, apply)
         if not isinstance(v, Tensor) or v.ndim not in (1, 2) or v.shape[0] != size:
-            got = (
-                f"a tensor of shape {tuple(v.shape)}" if isinstance(v, Tensor) else type(v).__name__
-            )
-            what = (
-                "dicts by name are understood, too"
-                if self.space is not None
-                else "nothing else is understood"
-            )
-            raise InputError(MSG_OPERATOR_VECTOR.format(got=got, size=size, what=what))
+            raise InputError(self._no_vector(v, size))
         v = self._fitting(v)
-        return apply(v) if v.ndim == 2 else apply(v[:, None])[:, 0]
+        if v.ndim == 2:
+            return apply(v)
+        return apply(v[:, None])[:, 0]
+
+    def _times_named(self, v: Mapping[str, Tensor], size: int, apply: Apply) -> dict[str, Tensor]:
+        """Return the product of a vector by names, by names."""
+        if self.space is None:
+            text = MSG_OPERATOR_VECTOR.format(got="a dict", size=size, what="it has no names")
+            raise InputError(text)
+        column = self._fitting(self.space.flat(v))[:, None]
+        return self.space.named(apply(column)[:, 0])
+
+    def _no_vector(self, v: Any, size: int) -> str:
+        """Return the message for what is no vector of this operator."""
+        got = type(v).__name__
+        if isinstance(v, Tensor):
+            got = f"a tensor of shape {tuple(v.shape)}"
+        what = "nothing else is understood"
+        if self.space is not None:
+            what = "dicts by name are understood, too"
+        return MSG_OPERATOR_VECTOR.format(got=got, size=size, what=what)
 
     def _fitting(self, v: Tensor) -> Tensor:
+        """Return a vector on the operator's device and in its dtype."""
         return v.detach().to(self.device, self.dtype)
 
     @property
     def T(self) -> Operator:
-        return self if self.symmetric else Transposed(self)
+        """Return the transposed map; itself if it is symmetric."""
+        if self.symmetric:
+            return self
+        return Transposed(self)
 
     # -- composition; nothing is computed --
 
@@ -108,38 +125,39 @@ class Operator(ABC):
     def __truediv__(self, factor: float) -> Operator:
         return Scaled(self, 1 / float(factor))
 
-    # -- out of here --
+    # -- conversions --
 
     def to_dense(self) -> Tensor:
-        """``[m, n]``, by products with unit vectors."""
-        columns = [
-            self._apply(e)
-            for e in torch.eye(self.shape[1], dtype=self.dtype, device=self.device).split(32, 1)
-        ]
-        return (
-            torch.cat(columns, 1)
-            if columns
-            else torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-        )
+        """Return the matrix, ``[m, n]``, by products with unit vectors."""
+        # Some unit vectors at a time, as an operator may need memory for every column.
+        identity = torch.eye(self.shape[1], dtype=self.dtype, device=self.device)
+        columns = [self._apply(vectors) for vectors in identity.split(UNIT_VECTORS, 1)]
+        if not columns:
+            return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        return torch.cat(columns, 1)
 
     def to_scipy(self) -> Any:
-        """A ``scipy.sparse.linalg.LinearOperator``. Needs SciPy."""
+        """Return a ``scipy.sparse.linalg.LinearOperator``. Needs SciPy."""
         from scipy.sparse.linalg import LinearOperator
 
-        def numbers(apply: Any) -> Any:
-            return lambda v: (
-                apply(self._fitting(torch.as_tensor(v).reshape(len(v), -1)))
-                .reshape(-1, *v.shape[1:])
-                .cpu()
-                .numpy()
-            )
+        def times(v: Any) -> Any:
+            return self._numpy(self._apply, v)
+
+        def times_transposed(v: Any) -> Any:
+            return self._numpy(self._apply_transposed, v)
 
         dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
-        forward, back = numbers(self._apply), numbers(self._apply_transposed)
-        return LinearOperator(self.shape, forward, back, forward, dtype, back)
+        return LinearOperator(self.shape, times, times_transposed, times, dtype, times_transposed)
+
+    def _numpy(self, apply: Apply, v: Any) -> Any:
+        """Return a product with an array, ``[n]`` or ``[n, K]``, as an array."""
+        # SciPy passes what it likes, of any dtype; the result has the operator's.
+        columns = self._fitting(torch.as_tensor(v).reshape(len(v), -1))
+        return apply(columns).reshape(-1, *v.shape[1:]).cpu().numpy()
 
 
 def product(a: Operator, b: Operator) -> Operator:
+    """Return the map that applies ``b`` first; raises ``InputError`` where shapes do not fit."""
     return Product([a, b])
 
 
@@ -148,11 +166,8 @@ class Dense(Operator):
 
     def __init__(self, matrix: Tensor, space: Space | None = None, symmetric: bool = False) -> None:
         self.matrix, self.space, self.symmetric = matrix, space, symmetric
-        self.shape, self.dtype, self.device = (
-            (matrix.shape[0], matrix.shape[1]),
-            matrix.dtype,
-            matrix.device,
-        )
+        self.shape = (matrix.shape[0], matrix.shape[1])
+        self.dtype, self.device = matrix.dtype, matrix.device
 
     def _apply(self, v: Tensor) -> Tensor:
         return self.matrix @ v
@@ -165,28 +180,26 @@ class Dense(Operator):
 
 
 class Diagonal(Operator):
+    """A diagonal matrix, by its entries ``[n]``."""
+
     symmetric = True
 
     def __init__(self, entries: Tensor, space: Space | None = None) -> None:
         self.entries, self.space = entries, space
-        self.shape, self.dtype, self.device = (
-            (len(entries), len(entries)),
-            entries.dtype,
-            entries.device,
-        )
+        self.shape = (len(entries), len(entries))
+        self.dtype, self.device = entries.dtype, entries.device
 
     def _apply(self, v: Tensor) -> Tensor:
         return self.entries[:, None] * v
 
 
 class Transposed(Operator):
+    """The transpose of another map; see ``Operator.T``."""
+
     def __init__(self, inner: Operator) -> None:
         self.inner, self.space = inner, inner.space
-        self.shape, self.dtype, self.device = (
-            (inner.shape[1], inner.shape[0]),
-            inner.dtype,
-            inner.device,
-        )
+        self.shape = (inner.shape[1], inner.shape[0])
+        self.dtype, self.device = inner.dtype, inner.device
 
     def _apply(self, v: Tensor) -> Tensor:
         return self.inner._apply_transposed(v)
@@ -196,21 +209,15 @@ class Transposed(Operator):
 
 
 class Sum(Operator):
+    """A sum of maps of one shape; raises ``InputError`` where shapes differ."""
+
     def __init__(self, terms: Sequence[Operator]) -> None:
         self.terms, first = list(terms), terms[0]
-        if any(t.shape != first.shape for t in terms):
-            raise InputError(
-                MSG_OPERATOR_SHAPES.format(
-                    what="add", shapes=", ".join(str(t.shape) for t in terms)
-                )
-            )
-        self.shape, self.dtype, self.device, self.space = (
-            first.shape,
-            first.dtype,
-            first.device,
-            first.space,
-        )
-        self.symmetric = all(t.symmetric for t in terms)
+        if any(term.shape != first.shape for term in terms):
+            raise InputError(_shapes_do_not_fit("add", terms))
+        self.shape, self.space = first.shape, first.space
+        self.dtype, self.device = first.dtype, first.device
+        self.symmetric = all(term.symmetric for term in terms)
 
     def _apply(self, v: Tensor) -> Tensor:
         return sum_of([t._apply(v) for t in self.terms])
@@ -220,13 +227,11 @@ class Sum(Operator):
 
 
 class Scaled(Operator):
+    """A map times a number."""
+
     def __init__(self, inner: Operator, factor: float) -> None:
-        self.inner, self.factor, self.symmetric, self.space = (
-            inner,
-            factor,
-            inner.symmetric,
-            inner.space,
-        )
+        self.inner, self.factor = inner, factor
+        self.symmetric, self.space = inner.symmetric, inner.space
         self.shape, self.dtype, self.device = inner.shape, inner.dtype, inner.device
 
     def _apply(self, v: Tensor) -> Tensor:
@@ -237,15 +242,18 @@ class Scaled(Operator):
 
 
 class Product(Operator):
+    """A product of maps, the last of which acts first; raises ``InputError`` where shapes do not
+    fit.
+
+    Never symmetric as far as is known here: a product of symmetric maps is not.
+    """
+
     def __init__(self, factors: Sequence[Operator]) -> None:
-        self.factors = list(factors)
-        shapes = [f.shape for f in factors]
-        if any(a[1] != b[0] for a, b in itertools.pairwise(shapes)):
-            raise InputError(
-                MSG_OPERATOR_SHAPES.format(what="multiply", shapes=", ".join(map(str, shapes)))
-            )
-        self.shape = (shapes[0][0], shapes[-1][1])
-        self.dtype, self.device, self.space = factors[0].dtype, factors[0].device, factors[0].space
+        self.factors, first, last = list(factors), factors[0], factors[-1]
+        if any(left.shape[1] != right.shape[0] for left, right in itertools.pairwise(factors)):
+            raise InputError(_shapes_do_not_fit("multiply", factors))
+        self.shape, self.space = (first.shape[0], last.shape[1]), first.space
+        self.dtype, self.device = first.dtype, first.device
 
     def _apply(self, v: Tensor) -> Tensor:
         for factor in reversed(self.factors):
@@ -256,3 +264,9 @@ class Product(Operator):
         for factor in self.factors:
             v = factor._apply_transposed(v)
         return v
+
+
+def _shapes_do_not_fit(what: str, operators: Sequence[Operator]) -> str:
+    """Return the message for operators that cannot be added, or multiplied."""
+    shapes = ", ".join(str(operator.shape) for operator in operators)
+    return MSG_OPERATOR_SHAPES.format(what=what, shapes=shapes)

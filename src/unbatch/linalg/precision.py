@@ -1,7 +1,9 @@
-"""How far numbers that should be equal may be apart, by floating-point type and purpose; and the same in float64.
+"""How far numbers that should be equal may be apart, by floating-point type and purpose; and the
+same in float64.
 
-Every tolerance that decides whether something is believed stands here, with the reason for its size. What is measured
-on the spot (how much one rounding of the inputs changes the outputs) stays where it is measured.
+Every tolerance that decides whether something is believed stands here, with the reason for its
+size. What is measured on the spot (how much one rounding of the inputs changes the outputs) stays
+where it is measured.
 """
 
 from __future__ import annotations
@@ -20,25 +22,33 @@ NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def in_double(tree: Any) -> Any:
-    """Return a tensor, or a tree with tensors in it, in float64 where it is in a narrower real type."""
+    """Return a tensor, or a tree with tensors in it, in float64 where it is in a narrower real
+    type.
+    """
 
     def one(t: Any) -> Any:
-        return t.double() if isinstance(t, Tensor) and t.dtype in NARROW else t
+        if isinstance(t, Tensor) and t.dtype in NARROW:
+            return t.double()
+        return t
 
-    return one(tree) if isinstance(tree, Tensor) else tree_map(one, tree)
+    if isinstance(tree, Tensor):  # tree_map takes as long for a leaf as the conversion
+        return one(tree)
+    return tree_map(one, tree)
 
 
 def double_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return float64 for a narrower real type, and any other type as it is."""
-    return torch.float64 if dtype in NARROW else dtype
+    if dtype in NARROW:
+        return torch.float64
+    return dtype
 
 
 # --- by floating-point type -----------------------------------------------------------------------
 
 
-# Relative errors of a gradient, or of a product with a Hessian, that rounding explains. Passes through deep nets lose
-# about half of the digits of float64 at worst, and ill-conditioned batch norms as many of float32; a wrong plan is
-# off by 1e-2 and more.
+# Relative errors of a gradient, or of a product with a Hessian, that rounding explains. Passes
+# through deep nets lose about half of the digits of float64 at worst, and ill-conditioned batch
+# norms as many of float32; a wrong plan is off by 1e-2 and more.
 DOUBLE, SINGLE = 1e-8, 2e-3
 
 
@@ -49,7 +59,8 @@ class Purpose(NamedTuple):
     other: float
 
 
-# Gradients against gradients. Of half precision little more than the order of magnitude can be told.
+# Gradients against gradients. Of half precision little more than the order of magnitude can be
+# told.
 BACKWARD = Purpose(
     {
         torch.float64: DOUBLE,
@@ -61,8 +72,9 @@ BACKWARD = Purpose(
 )
 
 
-# Predictions against predictions when other samples change. Kernels pick other orders of summation for other numbers:
-# some hundred roundings each. Types that are not listed are left to the rounding that is measured on the inputs.
+# Predictions against predictions when other samples change. Kernels pick other orders of summation
+# for other numbers: some hundred roundings each. Types that are not listed are left to the rounding
+# that is measured on the inputs.
 FORWARD = Purpose(
     {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2},
     other=1e-9,
@@ -74,7 +86,9 @@ FORWARD_IN_DOUBLE = 1e-11
 
 
 def tolerance(dtypes: Iterable[torch.dtype], purpose: Purpose) -> float:
-    """Return the tolerance by the coarsest floating-point type; that of float64 where there is none."""
+    """Return the tolerance by the coarsest floating-point type; that of float64 where there is
+    none.
+    """
     worst = purpose.by_dtype[torch.float64]
     for dtype in dtypes:
         if dtype.is_floating_point or dtype.is_complex:
@@ -86,14 +100,17 @@ def tolerance(dtypes: Iterable[torch.dtype], purpose: Purpose) -> float:
 
 
 class Differences(NamedTuple):
-    """Central differences of a gradient: their step, the relative error that is allowed, and that of a rounding."""
+    """Central differences of a gradient: their step, the relative error that is allowed, and that
+    of a rounding.
+    """
 
     step: float
     relative: float
     rounding: float
 
 
-# The step balances the error of the difference, of second order in it, with rounding, which is divided by it.
+# The step balances the error of the difference, of second order in it, with rounding, which is
+# divided by it.
 DIFFERENCES_IN_DOUBLE = Differences(step=1e-6, relative=1e-3, rounding=1e-13)
 
 
@@ -101,17 +118,18 @@ DIFFERENCES_IN_SINGLE = Differences(step=1e-2, relative=5e-2, rounding=1e-4)
 
 
 class LossTolerances(NamedTuple):
-    """What has to be exceeded before a difference counts as a witness against the structure of a loss."""
+    """What a difference has to exceed to be a counterexample to the structure of a loss."""
 
-    norm: float  # of a row of the gradient, relative to the largest one: below it, a row has no direction
+    # Of a row of the gradient, relative to the largest one: below it, a row has no direction.
+    norm: float
     size: float  # the same, relative to the loss over the size of the predictions
     second_difference: float  # relative to the loss
     direction: float  # sine of the angle between two gradients
     parameter: float  # change of the loss, relative to it
 
 
-# Where all is computed in float64, a true dependence is far above what is left of 16 digits. Where a cast lies on the
-# way, four digits of the loss are left, and two of the direction of a gradient.
+# Where all is computed in float64, a true dependence is far above what is left of 16 digits. Where
+# a cast lies on the way, four digits of the loss are left, and two of the direction of a gradient.
 LOSS_IN_DOUBLE = LossTolerances(
     norm=1e-9, size=1e-12, second_difference=1e-10, direction=1e-6, parameter=1e-9
 )

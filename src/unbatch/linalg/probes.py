@@ -1,7 +1,8 @@
-"""Random vectors that hold an identity against a computation: Gaussian cotangents and tangents, and random signs.
+"""Random vectors on which identities are tested: Gaussian cotangents and tangents, and random
+signs.
 
-Numbers are drawn on the CPU from a generator with a seed, in a type of their own, and then brought to where they are
-used: on every device and in every precision the same.
+Numbers are drawn on the CPU from a generator with a seed, in a type of their own, and then brought
+to where they are used: on every device and in every precision the same.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def gaussian_like(t: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def gaussians_like(tensors: Mapping[Key, Tensor], generator: torch.Generator) -> dict[Key, Tensor]:
-    """Return such numbers for every tensor, drawn in the order in which these come."""
+    """Return ``gaussian_like`` for every tensor, drawn in the order of the mapping."""
     return {key: gaussian_like(t, generator) for key, t in tensors.items()}
 
 

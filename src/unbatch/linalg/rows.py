@@ -14,22 +14,25 @@ from torch import Tensor
 LARGE_ROW = 2**12
 
 
+HALF = (torch.float16, torch.bfloat16)
+
+
 def wide(t: Tensor) -> Tensor:
-    """Sums are accumulated in float32 at least; a tensor of its own either way."""
-    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+    """Return a tensor in which sums may be accumulated: float32 at least; itself if it is."""
+    if t.dtype in HALF:
+        return t.float()
+    return t
 
 
 def real(dtype: torch.dtype) -> torch.dtype:
-    """The type in which weights of samples are given."""
-    return (
-        torch.float32
-        if dtype in (torch.float16, torch.bfloat16, torch.float32, torch.complex64)
-        else torch.float64
-    )
+    """Return the dtype in which weights of samples are given, for a parameter's dtype."""
+    if dtype in (*HALF, torch.float32, torch.complex64):
+        return torch.float32
+    return torch.float64
 
 
 def same_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """In the widest of their types: what one of them lost is lost, the other need not lose it."""
+    """Return tensors in the widest of their dtypes, so that none loses digits to another."""
     dtype = tensors[0].dtype
     for t in tensors[1:]:
         dtype = torch.promote_types(dtype, t.dtype)
@@ -37,36 +40,56 @@ def same_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def vectors(rows: Tensor) -> Tensor:
-    """``[n, p]``, real, in float32 at least."""
+    """Return ``[n, p]``, real, in float32 at least; a complex entry becomes two real ones."""
     flat = wide(rows).reshape(len(rows), rows[0].numel())
-    return torch.view_as_real(flat.resolve_conj()).flatten(1) if flat.is_complex() else flat
+    if not flat.is_complex():
+        return flat
+    return torch.view_as_real(flat.resolve_conj()).flatten(1)
 
 
 def squares(rows: Tensor) -> Tensor:
-    """Squared norm of each row."""
+    """Return the squared norm of each row, ``[n]``."""
     flat = vectors(rows)
-    return (
-        torch.linalg.vector_norm(flat, dim=1).square_()
-        if flat.shape[1]
-        else flat.new_zeros(len(flat))
-    )
+    if not flat.shape[1]:  # the norm of nothing is refused
+        return flat.new_zeros(len(flat))
+    # A norm and its square make no temporary of the rows' size, unlike squares and their sum.
+    return torch.linalg.vector_norm(flat, dim=1).square_()
 
 
 def total_of_squares(rows: Tensor, mean: Tensor | None = None) -> Tensor:
-    """``Σ_n |row_n − mean|²``, entry by entry; large rows one by one, so that nothing of their size is made anew."""
+    """Return ``Σ_n |row_n − mean|²``, entry by entry.
+
+    Large rows are taken one by one, so that nothing of the size of all of them is made.
+    """
     rows = wide(rows)
     if rows.is_complex() or rows[0].numel() < LARGE_ROW:
-        apart = rows if mean is None else rows - mean
-        return (apart.abs() if apart.is_complex() else apart).square().sum(0)
-    total, apart = torch.zeros_like(rows[0]), torch.empty_like(rows[0])
+        return _total_of_squares_at_once(rows, mean)
+    # Accumulated in place; without a mean there is not even a temporary of a row.
+    total = torch.zeros_like(rows[0])
+    if mean is None:
+        for row in rows:
+            total.addcmul_(row, row)
+        return total
+    deviation = torch.empty_like(rows[0])
     for row in rows:
-        moved = row if mean is None else torch.sub(row, mean, out=apart)
-        total.addcmul_(moved, moved)
+        torch.sub(row, mean, out=deviation)
+        total.addcmul_(deviation, deviation)
     return total
 
 
+def _total_of_squares_at_once(rows: Tensor, mean: Tensor | None) -> Tensor:
+    if mean is not None:
+        rows = rows - mean
+    if rows.is_complex():
+        rows = rows.abs()
+    return rows.square().sum(0)
+
+
 def fill(result: Tensor, out: Tensor | None) -> Tensor:
-    return result if out is None else out.copy_(result)
+    """Return a result, written into ``out`` where that is given."""
+    if out is None:
+        return result
+    return out.copy_(result)
 
 
 def sum_of(tensors: Sequence[Tensor]) -> Tensor:
@@ -78,10 +101,15 @@ def sum_of(tensors: Sequence[Tensor]) -> Tensor:
 
 
 class Moments:
-    """Mean and scatter ``Σ_n |row_n − mean|²`` of rows that come in slices (Chan, Golub, LeVeque 1979).
+    """Mean and scatter ``Σ_n |row_n − mean|²`` of rows that come in slices (Chan, Golub, LeVeque
+    1979).
 
-    Each slice is taken around a mean of its own. The mean is kept as the sum of two tensors, ``_anchor`` (that of the
-    first slice) and ``_offset``, so that it is not rounded again and again.
+    Each slice is taken around a mean of its own, and with ``a`` rows before and ``b`` in the slice,
+
+        ``scatter += scatter of the slice + (mean of the slice − mean)² · a b / (a + b)``.
+
+    The mean is kept as the sum of two tensors, ``_anchor`` (that of the first slice) and
+    ``_offset``, so that it is not rounded again and again.
     """
 
     def __init__(self) -> None:
@@ -89,7 +117,8 @@ class Moments:
         self.scatter, self._anchor, self._offset = torch.zeros(()), torch.zeros(()), torch.zeros(())
 
     def add(self, rows: Tensor) -> None:
-        """Take a slice of rows, ``[n, ..]``."""
+        """Take a slice of rows, ``[n, *]``; they are not kept."""
+        # Around its own mean, a slice has no digits to lose to a mean far from zero.
         rows = wide(rows)
         mean = rows.mean(0)
         scatter = total_of_squares(rows, mean)
@@ -97,17 +126,18 @@ class Moments:
         if not before:
             self.scatter, self._anchor, self._offset = scatter, mean, torch.zeros_like(mean)
             return
-        apart = mean.sub_(self._anchor).sub_(self._offset)
-        self.scatter.add_(scatter).add_(
-            apart.abs().square_(), alpha=before * len(rows) / self.count
-        )
-        self._offset.add_(apart, alpha=len(rows) / self.count)
+        difference = mean.sub_(self._anchor).sub_(self._offset)
+        share = len(rows) / self.count
+        between = difference.abs().square_()
+        self.scatter.add_(scatter).add_(between, alpha=before * len(rows) / self.count)
+        self._offset.add_(difference, alpha=share)
 
     @property
     def mean(self) -> Tensor:
+        """Return the mean of all rows, ``[*]``."""
         return self._anchor + self._offset
 
     @property
     def variance(self) -> Tensor:
-        """The unbiased estimate; zero for a single row."""
+        """Return the unbiased estimate, ``[*]``; zero for a single row."""
         return self.scatter / max(self.count - 1, 1)

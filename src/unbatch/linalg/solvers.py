@@ -19,43 +19,48 @@ class Solved:
     iterations: int
     residual: float
     rtol: float
-    remark: str = ""  # on why it did not converge, if it did not
+    remark: str = ""  # why it did not converge, if it did not
 
     @property
     def converged(self) -> bool:
+        """Return whether the residual is within ``rtol``."""
         return self.residual <= self.rtol
 
     def check(self) -> None:
         """Raise ``ConvergenceError`` where it did not converge."""
-        if not self.converged:
-            text = {
-                "method": self.method,
-                "iterations": self.iterations,
-                "residual": self.residual,
-                "rtol": self.rtol,
-            }
-            raise ConvergenceError(MSG_NOT_CONVERGED.format(**text) + self.remark)
+        if self.converged:
+            return
+        text = MSG_NOT_CONVERGED.format(
+            method=self.method,
+            iterations=self.iterations,
+            residual=self.residual,
+            rtol=self.rtol,
+        )
+        raise ConvergenceError(text + self.remark)
 
 
 def conjugate_gradients(
     times: Callable[[Tensor], Tensor], b: Tensor, rtol: float, most: int
 ) -> tuple[Tensor, Solved]:
-    """Conjugate gradients (Hestenes and Stiefel 1952) for ``A x = b`` with A symmetric positive definite, ``[n]``.
+    """Return ``x`` with ``A x = b``, ``[n]``, for symmetric positive definite A, and how well it
+    was solved.
 
-    The residual is computed anew at the end, not taken from the recursion.
+    Conjugate gradients (Hestenes and Stiefel 1952), with at most ``most`` products ``times``.
     """
     x, r = torch.zeros_like(b), b.clone()
     direction, size = r.clone(), b.norm()
     squared, iterations = r @ r, 0
+    # The recursion's residual drifts from the true one: it is brought to half of what is allowed.
     while iterations < most and squared.sqrt() > 0.5 * rtol * size:
         forward = times(direction)
         curvature = direction @ forward
-        if not curvature > 0:
+        if not curvature > 0:  # rounding, or A is not positive definite
             break
         step = squared / curvature
         x, r = x + step * direction, r - step * forward
         squared, before = r @ r, squared
         direction = r + (squared / before) * direction
         iterations += 1
+    # What is reported is computed anew, not taken from the recursion.
     residual = float((b - times(x)).norm() / size.clamp_min(torch.finfo(b.dtype).tiny))
     return x, Solved("cg", iterations, residual, rtol)

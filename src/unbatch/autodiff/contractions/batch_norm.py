@@ -1,7 +1,13 @@
 """Contractions at and below a layer that mixes samples.
 
-Right below the topmost batch norm its closed form serves all samples at once; further down every sample is a column,
-and a column pools the places of all samples.
+Right below the topmost batch norm its closed form serves all samples at once (``Projected``, and
+``ProjectedRows`` where that factorizes). Further down every sample is a column of its own, and a
+column sums over the positions of all samples (``Pooled``). The scale and shift of a batch norm
+itself are ordinary broadcasts (``broadcast.py``).
+
+Legend: ``n`` sample, ``k`` column, ``o``/``i`` output and input feature, ``c`` channel; ``x̂`` the
+normalised values, ``M`` how many of them a channel has, ``L = γg/σ`` the cotangent below the batch
+norm as if its statistics were fixed.
 """
 
 from __future__ import annotations
@@ -13,71 +19,78 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from unbatch.autodiff.contractions.contraction import Contraction, Gathering, OperandUse
+from unbatch.autodiff.contractions.contraction import (
+    Contraction,
+    Gathering,
+    OperandUse,
+    only_cotangent,
+)
 from unbatch.autodiff.contractions.matmul import Linear, outer_as, stacked_dots
 from unbatch.linalg.rows import fill, same_dtype, squares, wide
 
 
 class Projected(Contraction):
-    """The weight right below a batch norm whose output is still separate: the batch norm's closed form.
+    """A weight right below a batch norm whose output is still separate.
 
-    With ``L = γg/σ`` the cotangent as if the statistics were fixed and ``Π = I − 11ᵀ/M − x̂x̂ᵀ/M`` per channel,
-    ``row_n = L_nᵀ (ΠX)_n = local_n − s_n·D₁ − t_n·D₂``: ``s_n = Σ L``, ``t_n = Σ L x̂`` over the places of sample n, and
-    ``D₁``, ``D₂`` the meeting's sums for the cotangents ``1/M`` and ``x̂/M``.
+    Per channel, the derivative of a batch norm is ``(γ/σ) Π`` with ``Π = I − 11ᵀ/M − x̂x̂ᵀ/M``; it
+    is symmetric, so that it can be applied to the input X of the op in place of the cotangent:
+
+        ``row_n = L_nᵀ (ΠX)_n = L_nᵀ X_n − s_n·D₁ − t_n·D₂``,
+        ``s_n = Σ L_n``, ``t_n = Σ L_n x̂_n`` over the positions of sample n,
+        ``D₁``, ``D₂`` the total rows for the cotangents ``1/M`` and ``x̂/M``.
     """
 
     def __init__(self, inner: Contraction, channel: int, gain: Tensor, normalised: Tensor) -> None:
-        """``inner``: the meeting, fresh; ``channel``: the operand's axis of channels; ``gain`` is ``γ/σ``, ``[c]``."""
+        """``inner``: the op's own contraction, fresh. ``channel``: the operand's dim of channels.
+
+        ``gain`` is ``γ/σ``, ``[c]``; ``normalised`` is ``x̂``.
+        """
         self.inner, self.channel = inner, channel
-        self.layout, self.operand, self.samples = (
-            self.inner.layout,
-            self.inner.operand,
-            self.inner.samples,
-        )
+        self.layout, self.operand, self.samples = inner.layout, inner.operand, inner.samples
         self.gain, self.normalised = gain, normalised
-        self.parts: list[tuple[Tensor, Tensor]] = []
+        # What is subtracted: coefficients ``[n, c]`` (s and t) with their totals (D₁ and D₂).
+        self.corrections: list[tuple[Tensor, Tensor]] = []
 
     @property
     def kind(self) -> str:
         return f"{self.inner.kind}, projected"
 
     def receive(self, cotangents: Sequence[Tensor | None]) -> None:
-        (g,) = cotangents[:1]
-        assert g is not None
         x = self.normalised
         per_channel = [1, -1, *[1] * (x.ndim - 2)]
-        local = g * self.gain.reshape(per_channel)
+        local = only_cotangent(cotangents) * self.gain.reshape(per_channel)
+        # A contraction holds one cotangent: three copies receive L, 1/M and x̂/M.
+        fresh = self.inner
+        self.inner = copy.copy(fresh)
+        self.inner.receive([local])
+        places = [d for d in range(1, x.ndim + 1) if d != 2]  # of a sample: all but [n, _, c]
         count = x.numel() // x.shape[1]
         ones = torch.ones(self.samples, dtype=x.dtype, device=x.device)
-        self.inner, self.parts, *sums = (
-            copy.copy(self.inner),
-            [],
-            *(copy.copy(self.inner) for _ in range(2)),
-        )
-        self.inner.receive([local])
-        rest = [d for d in range(1, x.ndim + 1) if d != 2]
-        for total, direction in zip(sums, (torch.ones_like(x), x), strict=True):
-            total.receive([(direction / count).to(local.dtype)])
-            coefficients = self.layout.split(local * direction).sum(rest)
-            self.parts.append((coefficients, total.weighted_sum(ones)))
+        self.corrections = []
+        for direction in (torch.ones_like(x), x):
+            contraction = copy.copy(fresh)
+            contraction.receive([(direction / count).to(local.dtype)])
+            coefficients = self.layout.split(local * direction).sum(places)
+            self.corrections.append((coefficients, contraction.weighted_sum(ones)))
 
     def rows(self, where: slice, out: Tensor | None = None) -> Tensor:
         rows = self.inner.rows(where, out)
-        rows = rows.clone() if out is None else rows  # those of a shift are a view of its cotangent
-        view = [-1, *(-1 if d == self.channel else 1 for d in range(self.operand.ndim))]
-        for coefficients, total in self.parts:
+        if out is None:
+            rows = rows.clone()  # those of a shift are a view of its cotangent
+        # s and t have one number for each channel, broadcast along the operand's dim of channels.
+        for coefficients, total in self.corrections:
             a = coefficients[where]
-            rows.sub_(
-                a.reshape([len(a), *(a.shape[1] if v == -1 else 1 for v in view[1:])]) * total
-            )
+            shape = [len(a)] + [1] * self.operand.ndim
+            shape[1 + self.channel] = a.shape[1]
+            rows.sub_(a.reshape(shape) * total)
         return rows
 
 
 class ProjectedRows(Contraction):
-    """The same for a matrix product with one place per sample, where it factorizes.
+    """The same for a matrix product with one position per sample, where it factorizes.
 
-    ``row_n = L_n ⊗ (c_n − x̂_n ∘ B)``: ``c`` the centred input ``[n, i]``, ``B = x̂ᵀc/N`` its regression on each channel,
-    ``[o, i]``.
+    ``row_n = L_n ⊗ (c_n − x̂_n ∘ B)`` with ``c`` the centred input ``[n, i]`` and ``B = x̂ᵀc/N``
+    its regression on each channel, ``[o, i]``.
     """
 
     lean = frozenset({"squared_norms", "sum_of_squares", "dots", "weighted_sum"})
@@ -86,6 +99,7 @@ class ProjectedRows(Contraction):
 
     def __init__(self, inner: Linear, gain: Tensor, normalised: Tensor) -> None:
         self.layout, self.operand, self.samples = inner.layout, inner.operand, inner.samples
+        # Forward quantities only, and so shared by all cotangents of this site.
         self.gain, self.xhat = gain, wide(normalised)
         self.centred = wide(inner.x) - wide(inner.x).mean(0)
         self.slope = self.xhat.T @ self.centred / self.samples
@@ -93,38 +107,42 @@ class ProjectedRows(Contraction):
         self.l: Tensor
 
     def receive(self, cotangents: Sequence[Tensor | None]) -> None:
-        (g,) = cotangents[:1]
-        assert g is not None
-        self.l = wide(g * (self.gain * self.factor))
+        self.l = wide(only_cotangent(cotangents) * (self.gain * self.factor))
 
     def rows(self, where: slice, out: Tensor | None = None) -> Tensor:
         x, c = self.xhat[where, :, None], self.centred[where, None, :]
-        fits = out is not None and out.dtype == c.dtype
-        target = out.mT if fits and out is not None else c.new_empty(len(x), *self.slope.shape)
-        torch.addcmul(c, x, self.slope, value=-1, out=target)
-        rows = target.mul_(self.l[where, :, None]).mT
-        return rows if fits else fill(rows, out)
+        # The operand is ``[i, o]``; the residual is formed as ``[n, o, i]``, into ``out`` if that
+        # fits.
+        if out is not None and out.dtype == c.dtype:
+            return self._scaled_residual(x, c, where, out.mT)
+        residual = c.new_empty(len(x), *self.slope.shape)
+        return fill(self._scaled_residual(x, c, where, residual), out)
+
+    def _scaled_residual(self, x: Tensor, c: Tensor, where: slice, residual: Tensor) -> Tensor:
+        torch.addcmul(c, x, self.slope, value=-1, out=residual)
+        return residual.mul_(self.l[where, :, None]).mT
 
     def squared_norms(self, where: slice) -> Tensor:
+        # ‖row_n‖² = Σ_o L_no² ‖c_n − x̂_no B_o‖², the norm multiplied out.
         x, c, l2 = self.xhat[where], self.centred[where], self.l[where].square()
-        left = (
+        residual = (
             c.square().sum(1, keepdim=True)
             - 2 * x * (c @ self.slope.T)
             + x.square() * self.slope.square().sum(1)
         )
-        return (l2 * left.clamp_min_(0)).sum(1)
+        return (l2 * residual.clamp_min_(0)).sum(1)
 
     def sum_of_squares(self, where: slice) -> Tensor:
-        return self.by_squares(self.l[where].square(), where).clamp_min_(0)
+        return self.sum_of_squares_for(self.l[where].square(), where).clamp_min_(0)
 
     def gathering(self, memory: int) -> Gathering:
-        return _Regressed(self)
+        return _SquaredCotangents(self)
 
-    def by_squares(self, l2: Tensor, where: slice) -> Tensor:
-        """Sums of squares are linear in those of ``L``."""
+    def sum_of_squares_for(self, l2: Tensor, where: slice) -> Tensor:
+        """Return ``Σ_n row_n²`` for squares ``l2`` ``[n, o]`` of ``L``, in which it is linear."""
         x, c = self.xhat[where], self.centred[where]
-        twice = (l2 * x).T @ c * self.slope * 2
-        whole = l2.T @ c.square() - twice + (l2 * x.square()).sum(0)[:, None] * self.slope.square()
+        mixed = (l2 * x).T @ c * self.slope * 2
+        whole = l2.T @ c.square() - mixed + (l2 * x.square()).sum(0)[:, None] * self.slope.square()
         return whole.T
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
@@ -134,106 +152,126 @@ class ProjectedRows(Contraction):
     def dots(self) -> Tensor:
         return self.dots_of([self])
 
-    def dots_of(self, meetings: Sequence[ProjectedRows]) -> Tensor:
-        c, count = self.centred, len(meetings)
-        ls = torch.cat([m.l for m in meetings])
+    def dots_of(self, contractions: Sequence[ProjectedRows]) -> Tensor:
+        # ⟨row_n, row_m⟩ = Σ_o L_no L_mo ⟨c_n − x̂_no B_o, c_m − x̂_mo B_o⟩, multiplied out;
+        # ``crossed`` has ⟨c_n, x̂_mo B_o⟩ and ``quadratic`` x̂_no x̂_mo ‖B_o‖².
+        c, count = self.centred, len(contractions)
+        ls = torch.cat([m.l for m in contractions])
         scaled = ls * self.xhat.repeat(count, 1)
         crossed = (ls * (c @ self.slope.T).repeat(count, 1)) @ scaled.T
-        bent = (scaled * self.slope.square().sum(1)) @ scaled.T
-        return stacked_dots([m.l for m in meetings], c @ c.T) - crossed - crossed.T + bent
+        quadratic = (scaled * self.slope.square().sum(1)) @ scaled.T
+        return stacked_dots([m.l for m in contractions], c @ c.T) - crossed - crossed.T + quadratic
 
 
-class _Regressed(Gathering):
+class _SquaredCotangents(Gathering):
+    """Sums the squares of ``L`` over cotangents; one formula at the end serves all of them."""
+
     def __init__(self, first: ProjectedRows) -> None:
-        self.squares, self.like = torch.zeros_like(first.l), first
+        self.squares, self.first = torch.zeros_like(first.l), first
 
-    def add(self, meeting: ProjectedRows, where: slice, sign: float) -> None:
-        self.squares[where].addcmul_(meeting.l[where], meeting.l[where], value=sign)
+    def add(self, contraction: ProjectedRows, where: slice, sign: float) -> None:
+        self.squares[where].addcmul_(contraction.l[where], contraction.l[where], value=sign)
 
     def total(self) -> Tensor:
-        return self.like.by_squares(self.squares, slice(0, self.like.samples))
+        return self.first.sum_of_squares_for(self.squares, slice(0, self.first.samples))
 
 
 class Pooled(Contraction):
-    """A matrix product below the last place of mixing: the row of column ``k`` sums over the places of all samples.
+    """A matrix product below the last place of mixing: a row sums over all samples.
 
-    ``row_k = Σ_m G_km ⊗ X_m`` with the same ``X`` for all columns. Where there are fewer places than features, the rows
-    lie in a space of that dimension: ``X = L Qᵀ`` gives coordinates ``G_kᵀ L`` with the same inner products.
+    ``row_k = Σ_m G_km ⊗ X_m`` with ``m`` the positions of all samples, and the same ``X`` for all
+    columns. Where there are fewer positions than features, the rows lie in a space of that
+    dimension: ``X = L Qᵀ`` gives coordinates ``G_kᵀ L`` with the same inner products.
     """
 
     lean = frozenset({"squared_norms", "coordinates"})
 
     def __init__(self, call: OperandUse) -> None:
         self.operand, self.features_first = call.operand, call.name != "mat2"
-        left = "mat1" if call["mat1"] is not None else "self"
+        left = "self" if call["mat1"] is None else "mat1"
         self.x: Tensor = call["mat2"].T if self.features_first else call[left]
-        self.factor = call["alpha"] if call["alpha"] is not None else 1
+        self.factor = 1 if call["alpha"] is None else call["alpha"]
         self.g: Tensor
-        self.first = 0
-        self.whole = self  # keeps what all columns share
+        self.first = 0  # number of the first column that was received
+        self.shared = self  # holds what all columns have in common
 
     def of(self, g: Tensor, first: int) -> Pooled:
-        """The same with the cotangents of other columns, ``[k, *output]``, the first of which is ``first``."""
+        """Return this for cotangents ``[k, *output]`` of columns numbered from ``first``."""
         other = copy.copy(self)
-        other.whole = self
+        other.shared = self
         other.receive([g])
         other.first = first
         return other
 
     def receive(self, cotangents: Sequence[Tensor | None]) -> None:
-        """``[k, *output]`` of some columns; the slices asked for afterwards count from ``first``."""
-        (g,) = cotangents
-        assert g is not None
-        g, self.x = same_dtype(g.mT if self.features_first else g, self.x)
-        self.g = g if self.factor == 1 else g * self.factor
+        """Take ``[k, *output]`` of some columns; slices of columns count from ``first``."""
+        g = only_cotangent(cotangents)
+        if self.features_first:
+            g = g.mT
+        g, self.x = same_dtype(g, self.x)
+        if self.factor != 1:
+            g = g * self.factor
+        self.g = g
         self.samples = len(g)
 
-    def _mine(self, where: slice) -> Tensor:
+    def _columns(self, where: slice) -> Tensor:
         return self.g[where.start - self.first : where.stop - self.first]
 
     def rows(self, where: slice, out: Tensor | None = None) -> Tensor:
-        g = self._mine(where)
+        g = self._columns(where)
         x = self.x.expand(len(g), *self.x.shape)
-        a, b = (g, x) if self.features_first else (x, g)
-        return outer_as(self.operand, a, b, out)
+        if self.features_first:
+            return outer_as(self.operand, g, x, out)
+        return outer_as(self.operand, x, g, out)
 
     @cached_property
-    def small(self) -> Tensor:
-        """``L``, ``[m, r]``: the places in coordinates."""
+    def positions(self) -> Tensor:
+        """Return ``L``, ``[m, r]``: the positions in ``r = min(m, i)`` coordinates."""
         x = wide(self.x)
-        return torch.linalg.qr(x.T, mode="r")[1].T if x.shape[0] < x.shape[1] else x
+        if x.shape[0] >= x.shape[1]:
+            return x
+        return torch.linalg.qr(x.T, mode="r")[1].T
 
     def coordinates(self, where: slice) -> Tensor:
-        """``[k, q]``: rows up to a rotation."""
-        g = wide(self._mine(where))
-        return torch.matmul(g.mT, self.whole.small).flatten(1)
+        """Return rows up to a rotation, ``[k, q]``."""
+        # The coordinates of X are those of all columns, and are computed once for all of them.
+        g = wide(self._columns(where))
+        return torch.matmul(g.mT, self.shared.positions).flatten(1)
 
     def squared_norms(self, where: slice) -> Tensor:
         return squares(self.coordinates(where))
 
     def gathering(self, memory: int) -> Gathering | None:
-        places, features = self.x.shape
-        size = self.g.shape[2] * places**2 * wide(self.x).element_size()
-        return _SecondMoments(self) if places < features and size <= memory else None
+        # ``M_o`` for every output feature.
+        positions, features = self.x.shape
+        size = self.g.shape[2] * positions**2 * wide(self.x).element_size()
+        if positions >= features or size > memory:
+            return None
+        return _SecondMoments(self)
 
 
 class _SecondMoments(Gathering):
-    """``Σ_k σ_k (Σ_m G_kmo X_mi)² = x_iᵀ M_o x_i`` with ``M_o = Σ_k σ_k g_ko g_koᵀ``, ``[o, m, m]``.
+    """``Σ_k σ_k (Σ_m G_kmo X_mi)² = x_iᵀ M_o x_i`` with ``M_o = Σ_k σ_k g_ko g_koᵀ``,
+    ``[o, m, m]``.
 
-    Fewer places than input features: then this takes less than forming the rows.
+    With fewer positions than input features this takes less than forming the rows.
     """
 
     def __init__(self, first: Pooled) -> None:
         g = wide(first.g)
-        self.moments, self.like = g.new_zeros(g.shape[2], g.shape[1], g.shape[1]), first
+        self.moments, self.first = g.new_zeros(g.shape[2], g.shape[1], g.shape[1]), first
 
-    def add(self, meeting: Pooled, where: slice, sign: float) -> None:
-        g = wide(meeting._mine(where))
-        columns, places, features = g.shape
-        turned = g.reshape(-1, features).T.contiguous().view(features, columns, places)
-        self.moments.baddbmm_(turned.mT, turned, alpha=sign)
+    def add(self, contraction: Pooled, where: slice, sign: float) -> None:
+        g = wide(contraction._columns(where))
+        columns, positions, features = g.shape
+        # ``[o, k, m]``, so that one batched product sums over columns for every feature.
+        by_feature = g.reshape(-1, features).T.contiguous().view(features, columns, positions)
+        self.moments.baddbmm_(by_feature.mT, by_feature, alpha=sign)
 
     def total(self) -> Tensor:
-        x, like = wide(self.like.x), self.like
-        squares = torch.stack([(m @ x).mul_(x).sum(0) for m in self.moments])
-        return squares if like.features_first else squares.T
+        # One feature at a time: a product for all of them would be of the size of the rows.
+        x = wide(self.first.x)
+        squares = torch.stack([(moment @ x).mul_(x).sum(0) for moment in self.moments])
+        if self.first.features_first:
+            return squares
+        return squares.T

@@ -1,11 +1,13 @@
-"""How the cotangent at the output of an op meets the op's other inputs: derivatives by one operand, sample by sample.
+"""Per-sample derivatives of one op by one of its operands: the contract, and a fallback for any op.
 
-A *meeting* has an operand ``u`` that all samples share, and rows ``∂(g·y)/∂u`` over the samples that its layout tells
-apart. Here live what every kind can do, and the kind that fits any op; the others have rooms of their own, and
-``kinds.py`` says which op is of which kind. Nothing here knows about models, parameters or plans.
+A *contraction* stands for one use of an operand ``u`` that all samples share. It receives the
+cotangent ``g`` of the op's output ``y`` and gives *rows*, ``row_n = ∂(g_n·y_n)/∂u``, one for each
+sample, or numbers derived from rows without forming them. What is fast for some ops lives in files
+of its own; ``registry.py`` says which op is of which kind. Nothing here knows about models,
+parameters or plans.
 
-Legend: ``n`` sample, ``t`` position inside a sample, ``o``/``i`` output and input feature; ``G`` the cotangent
-``[n, t, o]``, ``X`` the other input ``[n, t, i]``.
+Legend: ``n`` sample, ``k`` one of several cotangents, ``t`` position inside a sample, ``o``/``i``
+output and input feature; ``G`` the cotangent ``[n, t, o]``, ``X`` the other input ``[n, t, i]``.
 """
 
 from __future__ import annotations
@@ -30,109 +32,130 @@ class OperandUse(ExecutedOp):
 
     operand: Tensor
     name: str  # the argument that is the operand
-    layouts: tuple[Any, ...]  # of every output
+    layouts: tuple[Any, ...]  # where the samples lie, for every output
 
     @property
     def layout(self) -> Any:
+        """Return where the samples lie in the first output."""
         return self.layouts[0]
 
 
 class Gathering(ABC):
-    """``Σ_k σ_k Σ_n row_kn²`` over cotangents ``k`` that come one after the other to the same site."""
+    """``Σ_k σ_k Σ_n row_kn²`` over cotangents ``k`` that a site receives one after the other."""
 
     @abstractmethod
-    def add(self, meeting: Any, where: slice, sign: float) -> None:
-        """Take the rows of a slice that the meeting has for one cotangent."""
+    def add(self, contraction: Any, where: slice, sign: float) -> None:
+        """Add the squares of one cotangent's rows for a slice of samples, times ``sign``."""
 
     @abstractmethod
     def total(self) -> Tensor:
-        """``[*operand]``."""
+        """Return the sum, ``[*operand]``."""
 
 
 class Contraction(ABC):
-    """Derivatives by a shared operand, for every sample, from a cotangent and what the forward pass kept.
+    """Derivatives by a shared operand, for every sample.
 
-    ``receive`` hands over the cotangents; afterwards every method takes a slice of samples. Only ``rows`` has to be
-    written; the others are there to be replaced where a contraction does without rows.
+    ``receive`` hands over the cotangents; afterwards every method takes a slice of samples. Only
+    ``receive`` and ``rows`` have to be written; the others are there to be replaced where a kind
+    does without rows, and are then listed in ``lean``.
     """
 
-    lean: frozenset[str] = frozenset()  # what this kind gives without forming rows
-    portion: int = (
-        2 * 2**20
-    )  # bytes of rows that are best formed at a time: about what a cache holds
+    # Names of the methods that do not form rows.
+    lean: frozenset[str] = frozenset()
 
-    @property
-    def compact(self) -> bool:
-        """The cotangent takes less memory than the rows."""
-        return False
-
-    @property
-    def kind(self) -> str:
-        """What it is called in a plan."""
-        return type(self).__name__.lower()
+    # Bytes of rows that are best formed at a time: about what a cache holds.
+    portion: int = 2 * 2**20
 
     def __init__(self, call: OperandUse) -> None:
         self.layout, self.operand = call.layout, call.operand
         self.samples = call.layout.samples
 
+    @property
+    def compact(self) -> bool:
+        """Whether the cotangent takes less memory than the rows."""
+        return False
+
+    @property
+    def kind(self) -> str:
+        """Return the name that a plan prints."""
+        return type(self).__name__.lower()
+
     def again(self) -> Self:
-        """The same site, for another cotangent; ``copy.copy`` would take as long as a contraction."""
+        """Return the same site, for another cotangent."""
+        # A contraction is made once, at the forward pass, and receives once for each backward pass.
+        # A shallow copy by hand: copy.copy takes as long as a small contraction, and this runs for
+        # every site of every column.
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         return other
 
     @abstractmethod
     def receive(self, cotangents: Sequence[Tensor | None]) -> None:
-        """Take the cotangents of the outputs of the op, as it ran."""
+        """Take the cotangents of the outputs of the op; None for an output that has none."""
 
     @abstractmethod
     def rows(self, where: slice, out: Tensor | None = None) -> Tensor:
-        """``[n, *operand]``; written into ``out`` where that is given."""
+        """Return rows ``[n, *operand]``; written into ``out`` where that is given."""
 
     def squared_norms(self, where: slice) -> Tensor:
-        """``[n]``."""
+        """Return ``‖row_n‖²``, ``[n]``."""
         return squares(self.rows(where))
 
     def sum_of_squares(self, where: slice) -> Tensor:
-        """``[*operand]``: ``Σ_n row_n²``, entry by entry."""
+        """Return ``Σ_n row_n²``, entry by entry: ``[*operand]``."""
         return total_of_squares(self.rows(where))
 
-    def dots_of(self, meetings: Sequence[Any]) -> Tensor | None:
-        """``⟨row_kn, row_lm⟩``, ``[kn, lm]``, for meetings ``k`` of this site with several cotangents.
+    def dots_of(self, contractions: Sequence[Any]) -> Tensor | None:
+        """Return ``⟨row_kn, row_lm⟩``, ``[kn, lm]``, for contractions ``k`` of this site.
 
         None where there is no better way than to multiply rows.
         """
         return None
 
     def gathering(self, memory: int) -> Gathering | None:
-        """Where sums of squares for many cotangents are best taken together, what does in so many bytes."""
+        """Return what sums the squares of many cotangents together, in ``memory`` bytes.
+
+        None where adding up what each cotangent gives is as good.
+        """
         return None
 
     def scatter(self, where: slice) -> Tensor:
-        """``[*operand]``: ``Σ_n (row_n − their mean)²``, entry by entry."""
+        """Return ``Σ_n (row_n − mean)²`` around the mean of these rows: ``[*operand]``."""
         rows = self.rows(where)
         return total_of_squares(rows, wide(rows).mean(0))
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        """``[*operand]``: ``Σ_n c_n row_n``, over all samples."""
+        """Return ``Σ_n c_n row_n`` over all samples, ``[*operand]``, for weights ``c`` ``[n]``."""
         rows = self.rows(slice(0, self.samples))
         return torch.einsum("n,n...->...", weights.to(rows.dtype), rows)
 
     def coordinates(self, where: slice) -> Tensor:
-        """``[n, q]``: the rows, up to one rotation for all samples; no longer than they are."""
+        """Return the rows up to one rotation for all samples, ``[n, q]``; ``q`` at most ``p``."""
         return vectors(self.rows(where))
 
     def dots(self) -> Tensor:
-        """``[n, n]``: ``⟨row_n, row_m⟩``."""
+        """Return ``⟨row_n, row_m⟩``, ``[n, n]``."""
         flat = vectors(self.rows(slice(0, self.samples)))
         return flat @ flat.T
+
+
+def only_cotangent(cotangents: Sequence[Tensor | None]) -> Tensor:
+    """Return the cotangent of the first output, for ops of which no other output has one.
+
+    A contraction receives only where at least one output has a cotangent. Raises ``ValueError``
+    where that is not the first.
+    """
+    cotangent = cotangents[0]
+    if cotangent is None:
+        raise ValueError("The first output of the op has no cotangent: use GenericContraction.")
+    return cotangent
 
 
 # --- any op ---------------------------------------------------------------------------------------
 
 
 class GenericContraction(Contraction):
-    """Any op: run again, and pulled back once for every sample with the cotangents of the others set to zero."""
+    """Any op: run again, and pulled back once for each sample."""
 
     def __init__(self, call: OperandUse) -> None:
         super().__init__(call)
@@ -145,39 +168,57 @@ class GenericContraction(Contraction):
     def rows(self, where: slice, out: Tensor | None = None) -> Tensor:
         first, last, _ = where.indices(self.samples)
         u = self.operand.detach().requires_grad_()
+        outputs: list[Tensor] = []
+        cotangents: list[tuple[Any, Tensor]] = []  # with the layout of the output
+        pairs = zip(self._run_with(u), self.cotangents, self.call.layouts, strict=False)
+        for output, cotangent, layout in pairs:
+            if cotangent is not None and output.requires_grad:
+                outputs.append(output)
+                cotangents.append((layout, cotangent))
+        if not outputs:  # the op is constant in its operand
+            return fill(self.operand.new_zeros(last - first, *self.operand.shape), out)
+        # One backward pass for each sample: nothing is known of the op that would let one pass
+        # serve several, not even that it can be batched.
+        rows: list[Tensor] = []
+        for n in range(first, last):
+            of_sample = [layout.only(g, n, n + 1)[0] for layout, g in cotangents]
+            rows += torch.autograd.grad(outputs, u, of_sample, retain_graph=True)
+        return fill(torch.stack(rows), out)
+
+    def _run_with(self, u: Tensor) -> list[Tensor]:
+        """Return the tensors that the op gives when its operand is ``u``, connected to it."""
         call = self.call
         writes = ops.may_write(call.op)
-        arguments = detached(call.arguments, self.operand, writes)
+        # An op that writes gets copies: the arguments are still needed, and what is differentiated
+        # by cannot be written to.
+        arguments = detached(call.arguments, self.operand, copy=writes)
         with torch.enable_grad():
-            moving = u.clone() if writes else u  # what is differentiated by cannot be written to
-            result = call.op(**{k: _swap(v, self.operand, moving) for k, v in arguments.items()})
-        outputs = [
-            o
-            for o in (result if isinstance(result, tuple | list) else [result])
-            if isinstance(o, Tensor)
-        ]
-        told = zip(outputs, self.cotangents, call.layouts, strict=False)
-        pairs = [(o, g, layout) for o, g, layout in told if g is not None and o.requires_grad]
-        if not pairs:
-            return fill(self.operand.new_zeros(last - first, *self.operand.shape), out)
-        seen = [o for o, _, _ in pairs]
-        alone = [
-            [layout.only(g, n, n + 1)[0] for _, g, layout in pairs] for n in range(first, last)
-        ]
-        rows = [torch.autograd.grad(seen, u, gs, retain_graph=True)[0] for gs in alone]
-        return fill(torch.stack(rows), out)
+            operand = u.clone() if writes else u
+            result = call.op(**_replaced(arguments, self.operand, operand))
+        if not isinstance(result, tuple | list):
+            result = [result]
+        return [output for output in result if isinstance(output, Tensor)]
 
 
 def detached(
-    arguments: Mapping[str, Any], but: Tensor | None = None, fresh: bool = False
+    arguments: Mapping[str, Any], but: Tensor | None = None, copy: bool = False
 ) -> dict[str, Any]:
-    one = lambda a: a.detach().clone() if fresh else a.detach()  # noqa: E731
-    out = tree_map(
-        lambda a: one(a) if isinstance(a, Tensor) and a is not but else a, dict(arguments)
-    )
-    assert isinstance(out, dict)
-    return out
+    """Return arguments of an op with every tensor but one detached, and copied if ``copy``."""
+
+    def one(a: Any) -> Any:
+        if not isinstance(a, Tensor) or a is but:
+            return a
+        if copy:
+            return a.detach().clone()
+        return a.detach()
+
+    return {name: tree_map(one, value) for name, value in arguments.items()}
 
 
-def _swap(tree: Any, old: Tensor, new: Tensor) -> Any:
-    return tree_map(lambda a: new if a is old else a, tree)
+def _replaced(arguments: Mapping[str, Any], old: Tensor, new: Tensor) -> dict[str, Any]:
+    """Return arguments with one tensor in the place of another, also inside lists."""
+
+    def one(a: Any) -> Any:
+        return new if a is old else a
+
+    return {name: tree_map(one, value) for name, value in arguments.items()}

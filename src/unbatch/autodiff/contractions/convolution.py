@@ -1,52 +1,115 @@
-"""Rows of the weight of a convolution."""
+"""Rows of the weight of a convolution.
+
+Two formulas give the same rows; which of them is cheaper follows from the shapes and is counted,
+never timed, so that the same call always does the same arithmetic. Biases are shifts
+(``broadcast.py``).
+
+Legend: ``n`` sample, ``t`` image of a sample (one, unless a sample has several), ``o``/``i`` output
+and input channel, ``ky kx`` place inside the kernel, ``y x`` output pixel.
+"""
 
 from __future__ import annotations
 
-import time
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unbatch.autodiff.contractions.contraction import Contraction, OperandUse
+from unbatch.autodiff.contractions.contraction import (
+    Contraction,
+    OperandUse,
+    only_cotangent,
+)
 from unbatch.linalg.rows import fill, same_dtype
 
 aten = torch.ops.aten
 
+# Bytes of rows formed at a time by the grouped convolution: one call serves all their samples.
+GROUPED_PORTION = 32 * 2**20
 
-SAMPLE = 16  # samples on which ways are compared
+# Bytes of unfolded input at a time. What does not fit into a cache costs four times as much to lay
+# out.
+UNFOLDED_AT_ONCE = 4 * 2**20
+
+# The grouped kernel works on blocks of so many input channels: with fewer, most of its lanes are
+# empty.
+CHANNELS_PER_BLOCK = 16
+
+# Milliseconds for 64 rows on one core, weight [o, i, ky, kx], where the choice is close:
+#
+#     weight           pixels   grouped   unfolded
+#     16, 16, 3, 3      1024       3.9       13.1
+#     32, 32, 3, 3       256       3.4        4.7
+#     64, 64, 3, 3        64       6.3        5.1
+#     64, 64, 3, 3      1024      47.9       63.8
+#     128, 128, 3, 3     256      91.7       47.1
+#     16, 3, 3, 3       1024       3.5        1.8
+#
+# Writing one number of the unfolded input takes as long as an eighth of what the grouped kernel
+# needs for one number of a row, beside the multiplications, which both have in common.
+PIXELS_PER_CHANNEL = 8
 
 
-WHOLE = 32 * 2**20  # bytes of rows formed at a time where one call forms them
+@dataclass(frozen=True)
+class Geometry:
+    """The arguments of a convolution that are no tensors, in the order of its op."""
+
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    transposed: bool
+    output_padding: Sequence[int]
+    groups: int
+
+    def weight_gradient(self, g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """Return the gradient of the weight, summed over the images of ``g`` and ``x``."""
+        gradient: Tensor = aten.convolution_backward(
+            g,
+            x,
+            weight.to(x.dtype),
+            None,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.transposed,
+            self.output_padding,
+            self.groups,
+            (False, True, False),
+        )[1]
+        return gradient
 
 
 class Convolution(Contraction):
-    """The weight of a convolution. Which of its ways is fastest depends on the shapes and is measured once."""
+    """The weight of a convolution, of any number of dimensions and groups, transposed or not."""
 
     lean = frozenset({"weighted_sum"})
-    taken = ""
-    fastest: dict[tuple[Any, ...], str] = {}  # noqa: RUF012
 
     def __init__(self, call: OperandUse) -> None:
         super().__init__(call)
         self.x: Tensor = call["input"]
-        names = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
-        self.geometry = [call[n] for n in names]
+        self.geometry = Geometry(
+            call["stride"],
+            call["padding"],
+            call["dilation"],
+            call["transposed"],
+            call["output_padding"],
+            call["groups"],
+        )
+        self.formula = ""  # a key of ``FORMULAS``, once the cotangent's shape is known
         self.g: Tensor
 
     def receive(self, cotangents: Sequence[Tensor | None]) -> None:
-        (g,) = cotangents[:1]
-        assert g is not None
-        g, x = same_dtype(g, self.x)
+        g, x = same_dtype(only_cotangent(cotangents), self.x)
+        # ``[n, t, channels, *pixels]``: samples may have several images, one after the other.
         self.g, self.x = self.layout.split(g), self.layout.split(x)
+        self.formula = cheaper_formula(self.g, self.operand, self.geometry)
 
     def rows(self, where: slice, out: Tensor | None = None) -> Tensor:
-        g, x = self.g[where], self.x[where]
-        self.taken = self._way(g, x, out)
-        rows: Tensor = getattr(self, self.taken)(g, x, out)
-        return rows
+        formula = FORMULAS[self.formula]
+        return formula(self.g[where], self.x[where], self.operand, self.geometry, out)
 
     @property
     def compact(self) -> bool:
@@ -54,94 +117,113 @@ class Convolution(Contraction):
 
     @property
     def portion(self) -> int:  # type: ignore[override]
-        """Many samples at a time where one call serves them all."""
-        few = slice(0, SAMPLE)
-        return (
-            WHOLE if self._way(self.g[few], self.x[few], None) == "vmapped" else Contraction.portion
-        )
+        if self.formula == "grouped":
+            return GROUPED_PORTION
+        return Contraction.portion
 
     @property
     def kind(self) -> str:
-        return "convolution" + f" ({self.taken.replace('_', ' ')})" * bool(self.taken)
+        return f"convolution, {self.formula}"
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
+        # One ordinary backward pass over all images, each cotangent scaled by its sample's weight.
         scaled = self.g * weights.to(self.g.dtype).reshape(-1, *[1] * (self.g.ndim - 1))
-        return self._backward(scaled.flatten(0, 1), self.x.flatten(0, 1))
-
-    def _way(self, g: Tensor, x: Tensor, out: Tensor | None) -> str:
-        plain = not self.geometry[3] and self.geometry[5] == 1 and x.ndim == 5
-        ways = ["vmapped", "one_by_one", *(["windows", "channels_last"] if plain else [])]
-        if len(g) * g[0].numel() < 2**12:
-            return "vmapped"
-        g, x = g[:SAMPLE], x[:SAMPLE]
-        key = (tuple(g.shape), tuple(x.shape[1:]), str(self.geometry), g.dtype, g.device)
-        if key not in self.fastest:
-            room = out[:SAMPLE] if out is not None else g.new_empty(len(g), *self.operand.shape)
-            self.fastest[key] = min(
-                ways, key=lambda w: _seconds(lambda: getattr(self, w)(g, x, room))
-            )
-        return self.fastest[key]
-
-    def _backward(self, g: Tensor, x: Tensor) -> Tensor:
-        wanted = (False, True, False)
-        gradient: Tensor = aten.convolution_backward(
-            g, x, self.operand.to(x.dtype), None, *self.geometry, wanted
-        )[1]
-        return gradient
-
-    def _room(self, g: Tensor, out: Tensor | None) -> Tensor:
-        fits = out is not None and out.dtype == g.dtype and out.is_contiguous()
-        return out if fits and out is not None else g.new_empty(len(g), *self.operand.shape)
-
-    def vmapped(self, g: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
-        return fill(torch.func.vmap(self._backward)(g, x), out)
-
-    def one_by_one(self, g: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
-        rows = self._room(g, out)
-        for row, a, b in zip(rows, g, x, strict=True):
-            row.copy_(self._backward(a, b))
-        return rows if rows is out else fill(rows, out)
-
-    def windows(self, g: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """Every place that the kernel saw, as a matrix (two dimensions, one group)."""
-        rows, (n, o) = self._room(g, out), (len(g), self.operand.shape[0])
-        columns = self._places(self._padded(x).contiguous(), g).reshape(
-            n, self.operand[0].numel(), -1
+        return self.geometry.weight_gradient(
+            scaled.flatten(0, 1), self.x.flatten(0, 1), self.operand
         )
-        torch.bmm(g.transpose(1, 2).reshape(n, o, -1), columns.mT, out=rows.view(n, o, -1))
-        return rows if rows is out else fill(rows, out)
-
-    def channels_last(self, g: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """The same with channels innermost, which is faster to lay out; but the product has to be turned."""
-        n, (o, i, ky, kx) = len(g), self.operand.shape
-        x = self._padded(x).movedim(2, -1).contiguous().movedim(-1, 2)
-        columns = self._places(x, g).permute(0, 4, 5, 6, 2, 3, 1).reshape(n, -1, ky * kx * i)
-        turned = torch.bmm(g.transpose(1, 2).reshape(n, o, -1), columns)
-        rows = turned.view(n, o, ky, kx, i).movedim(-1, 2)
-        return rows.contiguous() if out is None else out.copy_(rows)
-
-    def _padded(self, x: Tensor) -> Tensor:
-        py, px = _pair(self.geometry[1])
-        return F.pad(x, (px, px, py, py)) if px or py else x
-
-    def _places(self, x: Tensor, g: Tensor) -> Tensor:
-        """``[n, i, ky, kx, t, height, width]``, a view of the padded input."""
-        (sy, sx), (dy, dx) = _pair(self.geometry[0]), _pair(self.geometry[2])
-        (n, t, _, height, width), (_, i, ky, kx), s = g.shape, self.operand.shape, x.stride()
-        strides = (s[0], s[2], s[3] * dy, s[4] * dx, s[1], s[3] * sy, s[4] * sx)
-        return x.as_strided((n, i, ky, kx, t, height, width), strides)
 
 
-def _pair(v: Sequence[int]) -> tuple[int, int]:
-    return (v[0], v[0]) if len(v) == 1 else (v[0], v[1])
+# --- two formulas ---------------------------------------------------------------------------------
+
+# A formula takes g ``[n, t, o, *pixels]``, x ``[n, t, i, *pixels]``, the weight, the geometry, and
+# where the rows are to be written, if anywhere.
+Formula = Callable[[Tensor, Tensor, Tensor, Geometry, Tensor | None], Tensor]
 
 
-def _seconds(run: Callable[[], object]) -> float:
-    """The least of three runs, by the time of this process: others may be at work on the machine."""
-    run()
-    best = float("inf")
-    for _ in range(3):
-        start = time.process_time()
-        run()
-        best = min(best, time.process_time() - start)
-    return best
+def cheaper_formula(g: Tensor, weight: Tensor, geometry: Geometry) -> str:
+    """Return the key of ``FORMULAS`` that takes less time, by counting.
+
+    Both do the same multiplications. Beside them, unfolding writes ``i·ky·kx`` numbers for every
+    output pixel, and the grouped kernel has a cost for each of the ``o·i·ky·kx`` numbers of a row.
+    So the ratio is that of pixels to output channels. Where unfolding is not written (transposed,
+    grouped, or not two-dimensional), the grouped kernel serves.
+    """
+    if geometry.transposed or geometry.groups != 1 or weight.ndim != 4:
+        return "grouped"
+    outputs, inputs = weight.shape[:2]
+    pixels = g.shape[1] * math.prod(g.shape[3:])
+    if inputs >= CHANNELS_PER_BLOCK and pixels >= PIXELS_PER_CHANNEL * outputs:
+        return "grouped"
+    return "unfolded"
+
+
+def grouped_rows(
+    g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, out: Tensor | None
+) -> Tensor:
+    """Return rows by one convolution in which every sample is a group of channels."""
+
+    def one(g: Tensor, x: Tensor) -> Tensor:
+        return geometry.weight_gradient(g, x, weight)
+
+    return fill(torch.func.vmap(one)(g, x), out)
+
+
+def unfolded_rows(
+    g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, out: Tensor | None
+) -> Tensor:
+    """Return rows by a matrix product for each sample.
+
+    ``row_n[o, (i ky kx)] = Σ_(t y x) G_n[o, (t y x)] · U_n[(i ky kx), (t y x)]`` with ``U`` the
+    input unfolded: what the kernel saw at each output pixel.
+    """
+    count, outputs, features = len(g), weight.shape[0], weight[0].numel()
+    rows = _row_buffer(g, weight, out)
+    flat_rows = rows.view(count, outputs, features)
+    # Nothing is copied yet: windows are laid out below, a block of samples at a time.
+    windows = _windows(_padded(x, geometry).contiguous(), g, weight, geometry)
+    g = g.transpose(1, 2).reshape(count, outputs, -1)
+    sample_bytes = features * g.shape[2] * g.element_size()
+    step = max(1, UNFOLDED_AT_ONCE // max(sample_bytes, 1))
+    for first in range(0, count, step):
+        block = slice(first, min(first + step, count))
+        unfolded = windows[block].reshape(-1, features, g.shape[2])
+        torch.bmm(g[block], unfolded.mT, out=flat_rows[block])
+    if rows is out:
+        return rows
+    return fill(rows, out)  # converted, or laid out otherwise
+
+
+FORMULAS: dict[str, Formula] = {"grouped": grouped_rows, "unfolded": unfolded_rows}
+
+
+def _row_buffer(g: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
+    """Return ``out`` where a product can be written into it, and fresh memory otherwise."""
+    if out is not None and out.dtype == g.dtype and out.is_contiguous():
+        return out
+    return g.new_empty(len(g), *weight.shape)
+
+
+def _padded(x: Tensor, geometry: Geometry) -> Tensor:
+    py, px = _pair(geometry.padding)
+    if not py and not px:
+        return x
+    return F.pad(x, (px, px, py, py))
+
+
+def _windows(x: Tensor, g: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """Return ``[n, i, ky, kx, t, y, x]``, a view: the input under the kernel at each pixel."""
+    sy, sx = _pair(geometry.stride)
+    dy, dx = _pair(geometry.dilation)
+    samples, images, _, height, width = g.shape
+    _, channels, ky, kx = weight.shape
+    sample, image, channel, row, column = x.stride()
+    shape = (samples, channels, ky, kx, images, height, width)
+    strides = (sample, channel, row * dy, column * dx, image, row * sy, column * sx)
+    return x.as_strided(shape, strides)
+
+
+def _pair(sizes: Sequence[int]) -> tuple[int, int]:
+    """Return two numbers where one stands for both."""
+    if len(sizes) == 1:
+        return sizes[0], sizes[0]
+    return sizes[0], sizes[1]

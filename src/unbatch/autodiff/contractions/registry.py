@@ -1,7 +1,8 @@
 """Which kind of contraction an op is, by its name and the argument that is the shared operand.
 
-A new kind of site is a ``Meeting`` and one entry here: a function, marked with ``kind``, from the op as it ran to the
-meeting, or to None where the arguments do not fit; the generic one then serves.
+A new kind is a ``Contraction`` and one entry here: a function, marked with ``contraction_kind``,
+from the op as it ran to the contraction, or to None where the arguments do not fit; the generic one
+then serves.
 """
 
 from __future__ import annotations
@@ -20,19 +21,16 @@ from unbatch.autodiff.contractions.matmul import Linear
 from unbatch.capture import ops
 from unbatch.capture.substitutes import moments
 
-KINDS: dict[str, Callable[[OperandUse], Contraction | None]] = {}
+# From an op as it ran to its contraction, or None where the arguments do not fit.
+Kind = Callable[[OperandUse], Contraction | None]
+
+KINDS: dict[str, Kind] = {}
 
 
-def contraction_kind(
-    names: str,
-) -> Callable[
-    [Callable[[OperandUse], Contraction | None]], Callable[[OperandUse], Contraction | None]
-]:
-    """Register a function for ops, by the names that they have without ``aten::`` (space-separated)."""
+def contraction_kind(names: str) -> Callable[[Kind], Kind]:
+    """Register a function for ops, by their names without ``aten::``, separated by spaces."""
 
-    def register(
-        function: Callable[[OperandUse], Contraction | None],
-    ) -> Callable[[OperandUse], Contraction | None]:
+    def register(function: Kind) -> Kind:
         KINDS.update(dict.fromkeys(names.split(), function))
         return function
 
@@ -40,41 +38,55 @@ def contraction_kind(
 
 
 def contraction_for(call: OperandUse) -> Contraction:
-    """The kind that fits, or the generic one."""
-    if (
-        isinstance(call.layout, Scattered)
-        or call.outputs[0].is_complex()
-        or call.operand.is_complex()
-        or _twice(call)
-    ):
+    """Return the contraction of the kind that fits, or the generic one."""
+    if not _is_regular(call):
         return GenericContraction(call)
     make = KINDS.get(ops.base_name(call.op))
-    found = make(call) if make is not None else None
-    if found is None and call["self"] is not None and _once(call) and ops.is_pointwise(call.op):
-        found = Pointwise(call)
-    return found or GenericContraction(call)
+    if make is not None:
+        contraction = make(call)
+        if contraction is not None:
+            return contraction
+    if _is_pointwise_argument(call):
+        return Pointwise(call)
+    return GenericContraction(call)
 
 
-def _twice(call: OperandUse) -> bool:
-    """The operand stands in more than one place."""
-    operand, places = call.operand, 0
-    for a in call.arguments.values():
-        places += a is operand if not isinstance(a, list | tuple) else sum(b is operand for b in a)
-    return places > 1
+def _is_regular(call: OperandUse) -> bool:
+    """Return whether numbers are real, samples lie along one dim, and the operand stands once."""
+    if isinstance(call.layout, Scattered):
+        return False
+    if call.outputs[0].is_complex() or call.operand.is_complex():
+        return False
+    return _uses(call) <= 1
 
 
-def _once(call: OperandUse) -> bool:
-    """The operand is an argument, broadcast against the others, and the op does not write in place."""
-    return not ops.may_write(call.op) and isinstance(call.arguments.get(call.name), Tensor)
+def _uses(call: OperandUse) -> int:
+    """Return how often the operand stands among the arguments, those in lists included."""
+    uses = 0
+    for argument in call.arguments.values():
+        values = argument if isinstance(argument, list | tuple) else [argument]
+        for value in values:
+            uses += value is call.operand
+    return uses
+
+
+def _is_pointwise_argument(call: OperandUse) -> bool:
+    """Return whether the operand is an argument of an elementwise op that writes nothing."""
+    if call["self"] is None or ops.may_write(call.op) or not ops.is_pointwise(call.op):
+        return False
+    return isinstance(call.arguments.get(call.name), Tensor)
 
 
 def projected(call: OperandUse, norm: OperandUse) -> Contraction:
-    """The meeting of a weight, or bias, with the input of a topmost batch norm."""
+    """Return the contraction of a weight, or bias, right below a topmost batch norm."""
     xhat, scale = normalised(norm)
     gain = scale if norm["weight"] is None else scale * norm["weight"]
+    # What the op would be, were there no batch norm above it.
     plain = contraction_for(call)
-    if isinstance(plain, Linear) and call.name == "mat2" and plain.x.ndim == 2 and xhat.ndim == 2:
+    one_position = xhat.ndim == 2
+    if isinstance(plain, Linear) and call.name == "mat2" and plain.x.ndim == 2 and one_position:
         return ProjectedRows(plain, gain, xhat)
+    # The outputs of the op are the batch norm's channels: the operand's first dim, or its last.
     channel = 0 if call.name in ("weight", "bias", "mat1") else call.operand.ndim - 1
     return Projected(plain, channel, gain, xhat)
 
@@ -84,13 +96,16 @@ def projected(call: OperandUse, norm: OperandUse) -> Contraction:
 
 @contraction_kind("mm bmm")
 def _matmul(call: OperandUse) -> Contraction | None:
-    left, right = ("mat1", "mat2") if call["mat1"] is not None else ("self", "mat2")
-    a, b = call[left], call[right]
+    """A product of two matrices, either of which may be the operand."""
+    left = "self" if call["mat1"] is None else "mat1"
+    a, b = call[left], call["mat2"]
     if a.ndim == 3:
+        # A stack of one matrix is that matrix, as long as the stack is not over samples.
         if a.shape[0] != 1 or call.layout.dim == 0:
             return None
         a, b = a[0], b[0]
-    if call.name == right and call.layout.dim == call.outputs[0].ndim - 2:
+    # Samples have to lie along the dim of the output that the operand has no part in.
+    if call.name == "mat2" and call.layout.dim == call.outputs[0].ndim - 2:
         return Linear(call, a, features_first=False)
     if call.name == left and call.layout.dim == call.outputs[0].ndim - 1:
         return Linear(call, b.T, features_first=True)
@@ -98,39 +113,57 @@ def _matmul(call: OperandUse) -> Contraction | None:
 
 
 def _factor(number: float | None) -> float | None:
-    return None if number in (None, 1) else number
+    """Return a factor of ``Shift``: None for one, which costs a multiplication otherwise."""
+    if number == 1:
+        return None
+    return number
 
 
 @contraction_kind("addmm")
 def _addmm(call: OperandUse) -> Contraction | None:
-    if call.name == "self":
+    """``β·self + α·mat1 @ mat2``."""
+    if call.name == "self":  # the bias
         return Shift(call, _factor(call["beta"]))
     return _matmul(call)
 
 
 @contraction_kind("convolution")
 def _convolution(call: OperandUse) -> Contraction | None:
-    if call.layout.dim != 0 or call.name not in ("weight", "bias"):
+    # Samples among channels or pixels are for the generic contraction.
+    if call.layout.dim != 0:
         return None
-    return Convolution(call) if call.name == "weight" else Shift(call, axis=1)
+    if call.name == "weight":
+        return Convolution(call)
+    if call.name == "bias":
+        return Shift(call, axis=1)
+    return None
 
 
 @contraction_kind("add")
 def _add(call: OperandUse) -> Contraction | None:
-    if isinstance(call["self"], Tensor) and isinstance(call["other"], Tensor):
-        return Shift(call, _factor(call["alpha"]) if call.name == "other" else None)
-    return None
+    """``self + α·other``, both tensors."""
+    if not isinstance(call["self"], Tensor) or not isinstance(call["other"], Tensor):
+        return None
+    if call.name == "other":
+        return Shift(call, _factor(call["alpha"]))
+    return Shift(call)
 
 
 @contraction_kind("sub")
 def _sub(call: OperandUse) -> Contraction | None:
-    return Shift(call, -(_factor(call["alpha"]) or 1) if call.name == "other" else None)
+    """``self − α·other``."""
+    if call.name != "other":
+        return Shift(call)
+    alpha = 1 if call["alpha"] is None else call["alpha"]
+    return Shift(call, -alpha)
 
 
 @contraction_kind("mul")
 def _mul(call: OperandUse) -> Contraction | None:
-    other = call["other" if call.name == "self" else "self"]
-    return Scale(call, other) if isinstance(other, Tensor) else None
+    other = call["other"] if call.name == "self" else call["self"]
+    if not isinstance(other, Tensor):
+        return None
+    return Scale(call, other)
 
 
 @contraction_kind("expand")
@@ -140,16 +173,21 @@ def _expand(call: OperandUse) -> Contraction | None:
 
 @contraction_kind("embedding")
 def _embedding(call: OperandUse) -> Contraction | None:
-    indexed = call["indices"].ndim > call.layout.dim
-    return Embedding(call) if call.name == "weight" and indexed else None
+    # A sample axis behind those of the indices is one of the table's own dims.
+    if call.name != "weight" or call["indices"].ndim <= call.layout.dim:
+        return None
+    return Embedding(call)
 
 
 @contraction_kind("native_layer_norm")
 def _layer_norm(call: OperandUse) -> Contraction | None:
+    # Samples must not lie along a dim that is normalised over.
     if call.layout.dim >= call.outputs[0].ndim - len(call["normalized_shape"]):
         return None
+    if call.name == "bias":
+        return Shift(call)
     _, mean, rstd = call.outputs
-    return Shift(call) if call.name == "bias" else Scale(call, call["input"], mean, rstd)
+    return Scale(call, call["input"], mean, rstd)
 
 
 @contraction_kind("native_group_norm")
@@ -158,28 +196,38 @@ def _group_norm(call: OperandUse) -> Contraction | None:
         return None
     if call.name == "bias":
         return Shift(call, axis=1)
+    _, mean, rstd = call.outputs
+    return Scale(call, call["input"], _per_channel(call, mean), _per_channel(call, rstd), axis=1)
+
+
+def _per_channel(call: OperandUse, statistic: Tensor) -> Tensor:
+    """Return a statistic of groups ``[n, groups]`` for every channel, ``[n, c, 1, ..]``."""
     x, groups = call["input"], call["group"]
-    each = x.shape[1] // groups
-    view = (len(x), x.shape[1], *[1] * (x.ndim - 2))
-    mean, rstd = (
-        o.reshape(len(x), groups, 1).expand(-1, -1, each).reshape(view) for o in call.outputs[1:]
-    )
-    return Scale(call, x, mean, rstd, axis=1)
+    samples, channels = x.shape[:2]
+    of_groups = statistic.reshape(samples, groups, 1).expand(-1, -1, channels // groups)
+    return of_groups.reshape(samples, channels, *[1] * (x.ndim - 2))
 
 
 def normalised(call: OperandUse) -> tuple[Tensor, Tensor]:
     """Return ``x̂`` of a batch norm, and ``1/σ``."""
     norm = ops.batch_norm_arguments(call.op, call.arguments)
-    x, (mean, scale) = norm.input, moments(call.op, norm, call.outputs)
-    view = [1, -1, *[1] * (x.ndim - 2)]
-    return (x - mean.reshape(view)) * scale.reshape(view), scale
+    mean, scale = moments(call.op, norm, call.outputs)
+    view = _along_channels(norm.input)
+    return (norm.input - mean.reshape(view)) * scale.reshape(view), scale
+
+
+def _along_channels(x: Tensor) -> list[int]:
+    """Return the shape in which one number for each channel is broadcast against ``[n, c, ..]``."""
+    return [1, -1, *[1] * (x.ndim - 2)]
 
 
 @contraction_kind(" ".join(ops.names(lambda row: row.batch_norm)))
 def _batch_norm(call: OperandUse) -> Contraction | None:
+    """``weight·x̂ + bias`` with the statistics that the op used, of the batch or running ones."""
     if call.name == "bias":
         return Shift(call, axis=1)
     norm = ops.batch_norm_arguments(call.op, call.arguments)
-    view = [1, -1, *[1] * (norm.input.ndim - 2)]
+    view = _along_channels(norm.input)
+    # 1/σ is one number for each channel, as the weight is: it can be applied to the sums.
     mean, scale = moments(call.op, norm, call.outputs)
     return Scale(call, norm.input, mean.reshape(view), axis=1, factor=scale.reshape(view))
