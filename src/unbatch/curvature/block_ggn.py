@@ -77,7 +77,7 @@ class BlockGGN(Operator):
         return f"<block diagonal of a Gauss-Newton matrix {tuple(self.shape)}, {len(self.blocks)} blocks>"
 
 
-def made_of(
+def matrix_of(
     point: Point, groups: Sequence[Sequence[str]] | None, draws: Draws, samples: Tensor | None
 ) -> GGN | BlockGGN:
     """The matrix, or its block diagonal by groups of parameters."""
