@@ -18,7 +18,8 @@ from unbatch.autodiff.jvp import Linearised, LinearisedGraph, LinearisedModel
 from unbatch.autodiff.loss import LossAt
 from unbatch.curvature.batch_statistics import Extent, Statistics
 from unbatch.curvature.hessian_root import Factor, HessianRoot
-from unbatch.curvature.loss_hessian import factor, joint, likelihood, sampled
+from unbatch.curvature.loss_hessian import factor, joint
+from unbatch.curvature.sampled_root import likelihood, sampled
 from unbatch.curvature.low_rank import (
     Basis,
     CoefficientSVD,

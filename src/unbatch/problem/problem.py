@@ -333,10 +333,12 @@ class Problem:
 
         An operator, ``[D, D]``. ``J`` goes through everything that samples share, batch statistics
         included (``by="frozen"``: with these held constant, which is another matrix); the loss is
-        cut off at the predictions, as the structure says. ``blocks``: "parameter", "module", or groups of
-        parameters, for the block diagonal. ``mc_samples``: with so many columns for each sample,
-        drawn from the likelihood with ``seed``, instead of the second derivative. ``samples``: the
-        components of these samples only, times N over their number.
+        cut off at the predictions, as the structure says.
+
+        ``blocks``: "parameter", "module", or groups of parameters, for the block diagonal.
+        ``mc_samples``: with so many columns for each sample, drawn from the likelihood with
+        ``seed``, instead of the second derivative. ``samples``: the components of these samples
+        only, times N over their number.
 
         Raises ``InputError`` for what does not fit, ``StructureError`` where the loss has no second
         derivative.
