@@ -245,7 +245,7 @@ BAD = [
         "targets for with_batch that are no tensor",
         lambda: P(model(), loss, (x(), y())),
         ("y must be a tensor", "got float"),
-        ask=lambda p: p.with_batch(x(), 1.0),
+        ask=lambda p: p.with_batch(torch.zeros(N, D), 1.0),
     ),
     Bad(
         "a quantity of another name",

@@ -38,6 +38,7 @@ def answer(
     request: Request, quantities: Sequence[Quantity], label: Label, out: Mapping[str, Tensor]
 ) -> list[Any]:
     """Feed all quantities from one source; return the results in their order."""
+    # Nothing has run yet but the self-check of a plan: both are lazy, and the forward pass shared.
     source, curvature = source_of(request), Curvature(request)
     about = about_of(request, source, label, out)
     demand = Demand.of(quantities)
@@ -49,12 +50,18 @@ def answer(
     for quantity in columns:
         quantity.check(curvature)
     collectors = {basic: basic.start(about) for basic in demand.basics}
-    if demand.of_rows:
-        rows = [collectors[basic] for basic in demand.of_rows]
+    fed_by_rows, fed_by_columns = [], {}
+    for basic, collector in collectors.items():
+        if isinstance(basic, ColumnQuantity):
+            fed_by_columns[basic] = collector
+        else:
+            fed_by_rows.append(collector)
+    if fed_by_rows:
+        # Rows first: the source may let go of its graph with the last thing it is asked.
         chunks = demand.chunking(request.memory)
-        _feed_rows(about, rows, chunks, request.parameters, last=not columns)
-    of_columns = {quantity: collectors[quantity] for quantity in columns}
-    feed_quantities(curvature, source, of_columns, request.parameters)
+        _feed_rows(about, fed_by_rows, chunks, request.parameters, last=not columns)
+    feed_quantities(curvature, source, fed_by_columns, request.parameters)
+    # Finished when all are fed: a collector that is late asks the source for weighted sums.
     results: dict[Quantity, Any] = {}
     for basic, collector in collectors.items():
         results[basic] = collector.finish()
@@ -77,6 +84,7 @@ def _feed_rows(
             collector.take(name, block)
 
     about.source.feed(chunks, take, about.out, last=last)
+    # Expanded from a single zero, as most quantities only read them.
     for name, p in parameters.items():
         if name in fed:
             continue
@@ -122,6 +130,7 @@ class _QuantityTree:
     def value(self, results: dict[Quantity, Any], about: About) -> Any:
         """Return the result, combined from those of the bases; ``results`` holds what is ready."""
         quantity = self.quantity
+        # A base may be shared by several, and is then combined once.
         if quantity not in results and isinstance(quantity, Derived):
             bases = [base.value(results, about) for base in self.bases]
             results[quantity] = quantity.combine(about, *bases)
@@ -130,38 +139,46 @@ class _QuantityTree:
 
 @dataclass(frozen=True)
 class Demand:
-    """What several quantities need together. ``basics``: the basic ones behind them, each once."""
+    """What several quantities need together.
+
+    ``basics``: the basic ones behind them, each once; ``of_rows`` and ``of_columns``: those that
+    are fed with rows of the gradient, and with columns of the Gauss-Newton factor.
+    """
 
     trees: list[_QuantityTree]
     basics: list[Basic]
+    of_rows: list[Basic]
+    of_columns: list[ColumnQuantity]
 
     @staticmethod
     def of(quantities: Sequence[Quantity]) -> Demand:
         trees = [_QuantityTree.of(quantity) for quantity in quantities]
+        # Equal quantities are one, whoever asks for them; in the order in which they come up.
         distinct: dict[Basic, None] = {}
         for tree in trees:
             distinct |= dict.fromkeys(tree.basics())
         # Rows first: a block that has formed its rows serves all others from them.
-        return Demand(trees, sorted(distinct, key=lambda basic: basic.needs != "rows"))
-
-    @property
-    def of_columns(self) -> list[ColumnQuantity]:
-        """Return the quantities of columns of the Gauss-Newton factor."""
-        return [basic for basic in self.basics if isinstance(basic, ColumnQuantity)]
-
-    @property
-    def of_rows(self) -> list[Basic]:
-        """Return the quantities of rows of the gradient."""
-        return [basic for basic in self.basics if not isinstance(basic, ColumnQuantity)]
+        basics = sorted(distinct, key=lambda basic: basic.needs != "rows")
+        of_rows: list[Basic] = []
+        of_columns: list[ColumnQuantity] = []
+        for basic in basics:
+            if isinstance(basic, ColumnQuantity):
+                of_columns.append(basic)
+            else:
+                of_rows.append(basic)
+        return Demand(trees, basics, of_rows, of_columns)
 
     def chunking(self, memory: int) -> Chunking:
         """Return in what portions rows are formed."""
-        basics = self.of_rows
-        needs = frozenset(basic.needs for basic in basics)
-        keep = any(isinstance(basic, Gradients) for basic in basics)
-        pairs = any(basic.pairs for basic in basics)
+        # Columns do not count: they are fed apart, in chunks of their own.
+        needs: set[str] = set()
+        keep, pairs = False, False
+        for basic in self.of_rows:
+            needs.add(basic.needs)
+            keep |= isinstance(basic, Gradients)
+            pairs |= basic.pairs
         late = any(tree.is_late for tree in self.trees)
-        return Chunking(needs, memory, keep, pairs, late)
+        return Chunking(frozenset(needs), memory, keep, pairs, late)
 
 
 # --- planning -------------------------------------------------------------------------------------
@@ -175,10 +192,12 @@ def planned(request: Request, quantities: Sequence[Quantity]) -> Plan:
     if columns:
         curvature.share_forward(source, rows=True)  # the plan needs the sites of the source
     passes, at_once, reasons = 0, 1, []
+    # Columns count for themselves, by their roots.
     if demand.of_rows:
         passes, at_once = source.pullbacks(chunks)
     if passes:
         reasons.append(source.reason)
+    # Quantities of the same root share their columns, so each root counts once.
     for root in dict.fromkeys(quantity.root_in(curvature) for quantity in columns):
         more, reason = curvature.plan(root, source, chunks)
         passes += more
@@ -214,7 +233,7 @@ def _result_bytes(request: Request, basics: Sequence[Basic]) -> int:
     }
     total = 0
     for basic in basics:
-        total += sizes["rows"] if isinstance(basic, Gradients) else sizes.get(basic.needs, row)
+        total += sizes.get(basic.needs, row)
     return total
 
 
@@ -223,8 +242,8 @@ def _temporary_bytes(request: Request, chunks: Chunking, passes: int, at_once: i
     sizes = _parameter_bytes(request)
     if chunks.keep and passes == 1:
         return 0  # rows are formed where they stay
-    if chunks.pairs:
+    if chunks.pairs:  # all rows beside each other
         return request.samples * sum(sizes)
-    if passes > 1:
+    if passes > 1:  # the cotangents of so many samples are pulled back together
         return at_once * sum(sizes)
     return min(request.samples * max(sizes), request.memory, CHUNK)

@@ -22,11 +22,13 @@ def parameters_of(model: Any, loss: Any, passed: Mapping[str, Tensor] | None) ->
     Raises ``InputError`` where a parameter or a buffer is on the meta device.
     """
     parameters: dict[str, Tensor] = dict(passed or {})
+    # Passed parameters are all that a function has, even where it is a module.
     if passed is None and isinstance(model, nn.Module):
         parameters |= dict(model.named_parameters())
     if isinstance(loss, nn.Module):
         parameters |= _parameters_of_loss(loss, parameters)
     _check_values_exist("Parameter", parameters)
+    # Without values nothing runs, and PyTorch would say so in terms of its own.
     for function in (model, loss):
         if isinstance(function, nn.Module):
             _check_values_exist("Buffer", dict(function.named_buffers()))
@@ -60,9 +62,11 @@ def select(parameters: Mapping[str, Tensor], selection: Selection) -> dict[str, 
         raise InputError(errors.MSG_NO_PARAMETERS if parameters else errors.MSG_NO_PARAMETERS_KNOWN)
     if selection is None:
         return trained
+    # Collected first: globs may overlap, and the order is that of the model.
     names: set[str] = set()
     for item in _items(selection, parameters):
         names.update(_matches(item, parameters))
+    # Named and fixed is a mistake, where by default the fixed ones are left out in silence.
     for name in parameters:
         if name in names and name not in trained:
             raise InputError(errors.MSG_FIXED_PARAMETER.format(name=name))
@@ -86,7 +90,7 @@ def _matches(item: str | Tensor, parameters: Mapping[str, Tensor]) -> list[str]:
         matches = [name for name, p in parameters.items() if p is item]
         shown = f"a tensor of shape {tuple(item.shape)}"
     else:
-        # A name may hold characters that mean something in a glob: equality is asked first.
+        # A name may hold characters that mean something in a glob, so it is compared as well.
         matches = [name for name in parameters if name == item or fnmatchcase(name, item)]
         shown = repr(item)
     if not matches:

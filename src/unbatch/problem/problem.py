@@ -119,6 +119,7 @@ class Problem:
         named = parameters_of(model, loss, parameters)
         self.program = Program(model, loss, named, parameters is not None, fold)
         inputs, targets = _folded(fold, inputs, targets)
+        # A pair is one for X and one for y; of a model with its own loss it is one for X.
         x_dims, y_dims = in_dims, in_dims
         if data is not None and isinstance(in_dims, tuple) and len(in_dims) == 2:
             x_dims, y_dims = in_dims
@@ -126,7 +127,7 @@ class Problem:
         self._target_dims = parse_dims("y", targets, y_dims)
         self._use(inputs, targets)
         self._session: Session | None = None
-        self._where = tracer.users_line()
+        self._where = tracer.users_line()  # for verdicts that belong to no line of the model
 
     def _use(self, inputs: Any, targets: Any) -> None:
         """Ask questions about these data; raise ``InputError`` where they do not fit together."""
@@ -144,6 +145,7 @@ class Problem:
         other = copy.copy(self)  # with the recording, which the first question moves or drops
         fold = self.program.fold
         if fold is not None:
+            # The sizes of the axes belong to the data.
             fold = SampleAxes.of(fold.dims, inputs, targets)
             inputs, targets = _folded(fold, inputs, targets)
             other.program = replace(self.program, fold=fold)
@@ -211,8 +213,10 @@ class Problem:
         only, on the same batch. Raises ``InputError`` for samples that are not there.
         """
         index = parse_samples(samples, self.samples)
-        session = self._recorded()
-        return crosstalk(session.oracle, probes, None if index is None else index.tolist())
+        rows: list[int] | None = None
+        if index is not None:
+            rows = index.tolist()
+        return crosstalk(self._recorded().oracle, probes, rows)
 
     def predictions(self) -> Any:
         """Return ``F``, what the model predicts on the batch, with the noise of the recorded run.
@@ -222,11 +226,8 @@ class Problem:
         """
         session = self._recorded()
         output = session.at_the_cut if self.program.loss is None else session.predictions
-
-        def own_copy(leaf: Any) -> Any:
-            return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
-
-        return tree_map(own_copy, output)
+        # Copied: what the session keeps must not change when the user writes to the result.
+        return tree_map(_own_copy, output)
 
     # -- gradients --
 
@@ -238,6 +239,7 @@ class Problem:
         """
         trained = select(self.program.parameters, None)
         session = self._derivable()
+        # Plain autograd with the recorded noise, so that rows of a question sum to this.
         with untouched(self.program.modules, session.graph.rng), torch.enable_grad():
             loss = self._loss_of(self.program.predict(self.inputs))
             return gradients([loss], trained)
@@ -282,6 +284,7 @@ class Problem:
         as ``gradients`` does.
         """
         check_quantities(quantities)
+        # Columns do not exist by copy, nor of complex parameters: refused before anything runs.
         of_columns = any(isinstance(quantity, ColumnQuantity) for quantity in quantities)
         results = self._question(by, parameters, memory, of_columns).answer(quantities)
         return results[0] if len(results) == 1 else tuple(results)
@@ -354,6 +357,7 @@ class Problem:
         self, by: str, parameters: Selection, memory: int | None, of_columns: bool = False
     ) -> Question:
         """Return a question with valid arguments; ``of_columns``: of the Gauss-Newton matrix."""
+        # What is cheap to refuse comes before anything is recorded.
         if of_columns:
             check_by_of_columns(by)
         check_by(by)
@@ -369,6 +373,7 @@ class Problem:
         session = self._recorded(program)
         session.check_connected()
         unregistered = session.recording.unregistered
+        # A function takes other tensors than its parameters on purpose.
         if unregistered and not self.program.functional:
             errors.warn(unregistered, UnregisteredParameterWarning)
         return session
@@ -377,10 +382,12 @@ class Problem:
         """Return the session about the numbers of this moment, recorded anew only if it must be."""
         program = program or self._refreshed()
         batch = Batch(self.inputs, self.targets, self._dims, self._target_dims, self.samples)
-        session = None if self._session is None else self._session.at(program, batch)
+        session = None
+        if self._session is not None:
+            session = self._session.at(program, batch)
         if session is None or session is not self._session:
             check_values(self.inputs, self._dims)  # these numbers have not been looked at before
-        if session is None:
+        if session is None:  # never recorded, or another computation than then
             session = Session(Recording.of(program, batch, self._where, self._call_text()))
         self._session = session
         return session
@@ -402,8 +409,14 @@ class Problem:
     def _call_text(self) -> str:
         """Return the call of the model in words, with inputs as the user passed them."""
         (model, _), fold = self.program.names, self.program.fold
-        inputs = self.inputs if fold is None else fold.unfolded(self.inputs, fold.inputs)
+        inputs = self.inputs
+        if fold is not None:
+            inputs = fold.unfolded(inputs, fold.inputs)
         return f"{model} on inputs {capture.shown(inputs)}"
+
+
+def _own_copy(leaf: Any) -> Any:
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
 
 
 def _folded(fold: SampleAxes | None, inputs: Any, targets: Any) -> tuple[Any, Any]:

@@ -18,7 +18,8 @@ from unbatch.analysis.domain.ownership import Ownership
 from unbatch.analysis.structure import TITLES, Structure
 from unbatch.capture.isolation import outside_inference_mode
 from unbatch.curvature.block_ggn import BlockGGN, matrix_of
-from unbatch.curvature.ggn import GGN, Point
+from unbatch.curvature.ggn import GGN
+from unbatch.curvature.point import Point
 from unbatch.curvature.strategy import Curvature
 from unbatch.errors import MixedSamplesWarning
 from unbatch.gradients.plan import Plan
@@ -62,9 +63,12 @@ class Question:
         analysis = self.session.analysis
         structure = analysis.structure
         # Weights of the losses of samples are read off the marks, and exist for a sum only.
-        marks = analysis.marks_in_loss if structure.reduction else None
+        marks = None
+        if structure.reduction:
+            marks = analysis.marks_in_loss
         label = label_of(structure, self.by, marks)
         _warn_of_moments(structure, quantities, label)
+        # The engine switches gradients on where it needs them, and only there.
         with torch.no_grad(), recorded_precision():
             return answer(self.request, quantities, label, out or {})
 
@@ -80,12 +84,15 @@ class Question:
     ) -> GGN | BlockGGN:
         """Return the matrix at the numbers of this moment; nothing is differentiated yet."""
         request = self.request
+        # One curvature for all blocks: H and the linear map belong to the whole question.
         with recorded_precision():
             point = Point(request, Curvature(request), self.session.recording.is_stale)
             return matrix_of(point, blocks, draws, samples)
 
 
 # --- what rows are called -------------------------------------------------------------------------
+
+STATUS = {"fails": "it fails", "unknown": "it is unknown"}
 
 KINDS = {"component": "per-component", "copy": "per-copy", "frozen": "frozen"}
 
@@ -99,6 +106,8 @@ def label_of(s: Structure, by: str, marks: Mapping[int, Ownership] | None = None
     if not (s.independent_forward and s.simd_loss):
         return Label(by, KINDS[by], "", marks)
     notes = []
+    # The loss is no sum of losses of samples, or their weights depend on other samples: a row is
+    # right up to that factor.
     if not s.reduction or s.reduction.weights_depend_on:
         notes.append("up to a factor that depends on the batch")
     if s.simd_loss.weights_depend_on:
@@ -108,6 +117,7 @@ def label_of(s: Structure, by: str, marks: Mapping[int, Ownership] | None = None
 
 def _warn_of_moments(s: Structure, quantities: Sequence[Quantity], label: Label) -> None:
     """Warn where a statistic over samples is asked for and rows are no samples of anything."""
+    # Sums and norms of rows are exact whatever samples depend on: only moments are affected.
     moments = [type(quantity).__name__ for quantity in quantities if is_moment(quantity)]
     lost = _lost_for_moments(s)
     if moments and lost:
@@ -119,11 +129,9 @@ def _warn_of_moments(s: Structure, quantities: Sequence[Quantity], label: Label)
 
 def _lost_for_moments(s: Structure) -> list[str]:
     """Return in words the properties that a statistic over samples needs and the loss lacks."""
-    lost = []
-    for verdict in (s.simd_forward, s.reduction, s.simd_loss):
-        if not verdict:
-            status = "it fails" if verdict.status == "fails" else "it is unknown"
-            lost.append(f"{TITLES[verdict.name]} ({status})")
+    needed = (s.simd_forward, s.reduction, s.simd_loss)
+    lost = [f"{TITLES[v.name]} ({STATUS[v.status]})" for v in needed if not v]
+    # Verdicts that hold may still let other samples in by way of the weights.
     if s.reduction and s.reduction.weights_depend_on:
         lost.append("weights that depend on no other sample (they do)")
     if s.simd_loss.weights_depend_on:

@@ -79,14 +79,16 @@ class Recording:
         try:
             graph, (output, scalar) = capture.record(program, batch.inputs, batch.targets)
         except UnbatchError:
-            raise
+            raise  # says already what is wrong, and what to do
         except Exception as error:
             _raise_failure(program, error, call)
         _check_scalar(program, graph, output, scalar)
         # The guard watches constants of the graph, so its state is read only after that.
         guard.watch(graph)
-        own_loss = capture.own_loss(output) if program.loss is None else None
-        loss = scalar if own_loss is None else own_loss
+        own_loss: Tensor | None = None
+        loss: Any = scalar
+        if program.loss is None:
+            own_loss = loss = capture.own_loss(output)
         return Recording(
             program=program,
             batch=batch,
@@ -112,6 +114,7 @@ class Recording:
         """What the model returns, with the noise of the recording."""
         if self.output is not None:
             return self.output
+        # Moved to other numbers, a recording has no output of its own.
         with untouched(self.program.modules, self.graph.rng), torch.enable_grad():
             return _detached(self.program.predict(self.batch.inputs))
 
@@ -140,6 +143,7 @@ def numbers_of(guard: Guard, batch: Batch) -> tuple[Any, ...]:
 
 def _skeleton(graph: Graph, output: Any, own_loss: Tensor | None) -> Any:
     """Return the output with references to values of the graph in place of its tensors."""
+    # The graph lists its predictions in the order in which pytrees visit them.
     refs = iter(graph.predictions)
 
     def reference(leaf: Any) -> Any:
@@ -162,6 +166,7 @@ def _detached(output: Any) -> Any:
 
 def _check_scalar(program: Program, graph: Graph, output: Any, scalar: Any) -> None:
     """Raise ``InputError`` where the loss is no tensor with one entry."""
+    # A model with its own loss was searched for it; a loss that was passed has to return it.
     if program.loss is None:
         if graph.loss is None:
             raise InputError(errors.MSG_NO_LOSS.format(value=type(output).__name__))
@@ -178,6 +183,7 @@ def _raise_failure(program: Program, error: Exception, call: str) -> NoReturn:
     message = errors.MSG_MODEL_FAILED.format(
         kind=type(error).__name__, value=str(error).rstrip().removesuffix("."), call=call
     )
+    # Notes were added where the exception passed: by which call, with what.
     sentences = [message, *getattr(error, "__notes__", ())]
     if _looks_swapped(program):
         sentences.append(errors.MSG_SWAPPED)
@@ -200,6 +206,7 @@ def _unregistered(graph: Graph, where: str) -> str:
     tensors = graph.unregistered
     if not tensors:
         return ""
+    # Several tensors may be made at one line, with one shape: that place is listed once.
     places: list[str] = []
     for value, step in tensors:
         place = f"{list(value.shape)} ({os.path.basename(step.where or where)})"

@@ -83,7 +83,7 @@ class Analysis:
     ``unfaithful``: why replays cannot stand for the model's derivatives, empty where they can.
     """
 
-    interpretation: Inference
+    inference: Inference
     structure: Structure
     unfaithful: str
     setting: Context
@@ -91,7 +91,7 @@ class Analysis:
     @property
     def findings(self) -> AnalysisState:
         """Return the abstract interpretations behind the structure."""
-        return self.interpretation.findings
+        return self.inference.findings
 
     @property
     def marks_in_loss(self) -> Mapping[int, Ownership]:
@@ -103,7 +103,7 @@ class Analysis:
         """Return the same about other numbers; None where a fact that it rests on fails there."""
         if not self._holds_for(graph):
             return None
-        interpretation = replace(self.interpretation, recording=recording, graph=graph)
+        inference = replace(self.inference, recording=recording, graph=graph)
         setting = replace(
             self.setting,
             program=recording.program,
@@ -111,10 +111,11 @@ class Analysis:
             inputs=recording.batch.inputs,
             targets=recording.batch.targets,
         )
-        return replace(self, interpretation=interpretation, setting=setting)
+        return replace(self, inference=inference, setting=setting)
 
     def _holds_for(self, graph: Graph) -> bool:
         """Return whether every fact about values that a rule or a plan used holds in ``graph``."""
+        # Fresh lists: those of the interpretations are not to grow.
         facts = [*self.findings.forward.facts]
         if self.findings.loss is not None:
             facts += self.findings.loss.facts
@@ -127,11 +128,11 @@ class Analysis:
 
 def analyse(recording: Recording) -> Analysis:
     """Prove what the rules can, compare replays with the model, and test what is open."""
-    interpretation = infer(recording)
-    fidelity = fidelity_of(interpretation.oracle)
-    structure = verified(interpretation, fidelity)
-    setting = _context(interpretation, structure, faithful=not fidelity.unfaithful)
-    return Analysis(interpretation, structure, fidelity.unfaithful, setting)
+    inference = infer(recording)
+    fidelity = fidelity_of(inference.oracle)
+    structure = verified(inference, fidelity)
+    setting = _context(inference, structure, faithful=not fidelity.unfaithful)
+    return Analysis(inference, structure, fidelity.unfaithful, setting)
 
 
 class _OtherPaths:
@@ -160,6 +161,7 @@ class _OtherPaths:
 def infer(recording: Recording) -> Inference:
     """Return what the rules prove about a recording, on every path the program may take."""
     program, batch = recording.program, recording.batch
+    # Modules that the user has declared independent, of those that this program has.
     names = program.module_names
     assumed = [names[i] for i in registry.ASSUMED_MODULES if i in names]
     paths = _OtherPaths(recording)
@@ -184,6 +186,7 @@ def infer(recording: Recording) -> Inference:
 
 def fidelity_of(oracle: Experiment) -> Fidelity:
     """Return how far replays agree with the model, in values and in gradients."""
+    # Compared on another batch than the recorded one, where constants of that batch would show.
     values, gradients = unfaithful(oracle)
     if not values:
         return Fidelity(values, gradients, "")
@@ -191,12 +194,14 @@ def fidelity_of(oracle: Experiment) -> Fidelity:
     return Fidelity(values, gradients, values_on_batch or gradients_on_batch)
 
 
-def verified(interpretation: Inference, fidelity: Fidelity) -> Structure:
+def verified(inference: Inference, fidelity: Fidelity) -> Structure:
     """Return the structure with open verdicts tested numerically, and with its notes."""
-    recording, structure = interpretation.recording, interpretation.structure
+    recording, structure = inference.recording, inference.structure
     # What an assumption hides may well differ on another batch: that refutes nothing.
-    differs = "" if structure.assumptions else fidelity.values
-    structure = settle(structure, interpretation.oracle, recording.predictions, differs)
+    differs = fidelity.values
+    if structure.assumptions:
+        differs = ""
+    structure = settle(structure, inference.oracle, recording.predictions, differs)
     notes = list(structure.notes)
     if recording.unregistered:
         notes.append(recording.unregistered)
@@ -208,10 +213,10 @@ def verified(interpretation: Inference, fidelity: Fidelity) -> Structure:
     return replace(structure, notes=tuple(notes)).located(recording.where)
 
 
-def _context(interpretation: Inference, structure: Structure, faithful: bool) -> Context:
+def _context(inference: Inference, structure: Structure, faithful: bool) -> Context:
     """Return the recording as the engine sees it."""
-    recording, graph = interpretation.recording, interpretation.graph
-    batch, findings = recording.batch, interpretation.findings
+    recording, graph = inference.recording, inference.graph
+    batch, findings = recording.batch, inference.findings
     return Context(
         recording.program,
         graph,
@@ -249,7 +254,7 @@ class Session:
         """Return the recorded computation, with the cut of the loss where that is known."""
         if self._analysis is None:
             return self.recording.graph
-        return self._analysis.interpretation.graph
+        return self._analysis.inference.graph
 
     @property
     def batch(self) -> Batch:
@@ -262,7 +267,7 @@ class Session:
     @property
     def oracle(self) -> Experiment:
         """Return what runs the program on other batches."""
-        return self.analysis.interpretation.oracle
+        return self.analysis.inference.oracle
 
     @property
     def predictions(self) -> Any:
@@ -273,6 +278,7 @@ class Session:
     def at_the_cut(self) -> Any:
         """Return the values that the loss of a model with its own loss is cut at."""
         setting = self.analysis.setting
+        # In the order of their axes of samples, which is that of the structure.
         values = list(setting.numbers(list(setting.axes)).values())
         return values[0] if len(values) == 1 else tuple(values)
 
@@ -280,11 +286,12 @@ class Session:
         """Raise ``StructureError`` where autograd does not reach from the loss to anything."""
         if self.recording.connected:
             return
+        # Which step cut the predictions off is not known: the last one that may have is shown.
         place = ""
         for step in self.recording.graph.steps:
             cuts_off = step.name == "detach" or not step.grad
             if step.where and cuts_off:
-                place = f", such as at {os.path.basename(step.where)}"  # the last one
+                place = f", such as at {os.path.basename(step.where)}"
         raise StructureError(errors.MSG_DETACHED.format(place=place))
 
     def at(self, program: Program, batch: Batch) -> Session | None:
@@ -293,24 +300,29 @@ class Session:
         None where the program has to be recorded again.
         """
         recording = self.recording
+        # Parameters may be other tensors than those that were recorded, under the same names.
         recording.guard.program = program
         if state_of(recording.guard, batch) != recording.state:
             return None
         numbers = numbers_of(recording.guard, batch)
         if numbers == recording.numbers:
-            return self
+            return self  # the same in every bit
         return self._moved(program, batch, numbers)
 
     def _moved(self, program: Program, batch: Batch, numbers: tuple[Any, ...]) -> Session | None:
-        graph = self.graph
+        graph = self.graph  # cut, if it has been judged: the cut does not depend on numbers
         # Python may take another path, or sizes may change, with the new numbers.
         if graph.escapes or graph.dynamic:
             return None
-        draws_noise = any(step.noise for step in graph.steps)
-        rng = random_state() if draws_noise else graph.rng
+        rng = graph.rng
+        if any(step.noise for step in graph.steps):
+            rng = random_state()  # fresh noise, as another run of the model would have
         graph = capture.moved(graph, program, batch.inputs, batch.targets, rng)
         recording = replace(
             self.recording, program=program, batch=batch, numbers=numbers, graph=graph, output=None
         )
-        analysis = None if self._analysis is None else self._analysis.moved(recording, graph)
+        # The output belongs to the numbers before; verdicts do not, where their facts hold.
+        analysis = None
+        if self._analysis is not None:
+            analysis = self._analysis.moved(recording, graph)
         return Session(recording, analysis)

@@ -58,16 +58,18 @@ def parse_data(data: Any, batch: Any) -> tuple[Any, Any]:
 
 def parse_tree(tree: Any) -> Any:
     """Return a dict for a mapping that pytrees take for a leaf, such as what tokenizers return."""
-    if isinstance(tree, Mapping) and any(leaf is tree for leaf in tree_leaves(tree)):
-        return dict(tree)
-    return tree
+    if not isinstance(tree, Mapping):
+        return tree
+    leaves = tree_leaves(tree)
+    is_leaf = len(leaves) == 1 and leaves[0] is tree
+    return dict(tree) if is_leaf else tree
 
 
 def check_devices(program: Program, inputs: Any, targets: Any) -> None:
     """Raise ``InputError`` where data and parameters are on different devices."""
     devices = {p.device for p in program.parameters.values()}
     if len(devices) != 1:
-        return
+        return  # a model on several devices moves its data itself
     (device,) = devices
     for what, tree in (("X", inputs), ("y", targets)):
         for leaf in tree_leaves(tree):
@@ -85,7 +87,9 @@ def check_values(inputs: Any, dims: Sequence[int | None]) -> None:
         bad = torch.isnan(leaf)
         if not bool(bad.any()):
             continue
-        sample = -1 if axis is None else int(torch.nonzero(bad)[0, axis])
+        sample = -1  # of no sample
+        if axis is not None:
+            sample = int(torch.nonzero(bad)[0, axis])
         text = errors.MSG_NAN.format(what=f"X[{i}]", count=int(bad.sum()), sample=sample)
         raise InputError(text)
 
@@ -97,6 +101,7 @@ def parse_sample_axes(dims: Any, in_dims: Any, inputs: Any, targets: Any) -> Sam
     """Return the several axes that together tell samples apart; None where there is one."""
     if dims is None:
         return None
+    # Both say where the samples lie.
     if in_dims != 0:
         raise InputError(errors.MSG_FOLD_BOTH.format(dims=dims, in_dims=in_dims))
     return SampleAxes.of(dims, inputs, targets)
@@ -121,9 +126,12 @@ def parse_dims(what: str, tree: Any, dims: Any) -> list[int | None]:
         axes = _broadcast_dims(what, dims, spec)
     for i, leaf in enumerate(leaves):
         if not isinstance(leaf, Tensor):
-            axes[i] = None
+            axes[i] = None  # a number among tensors has no axes, whatever its neighbours have
     check_dims(what, tree, axes)
-    return [d if d is None else d % leaf.ndim for d, leaf in zip(axes, leaves, strict=True)]
+    for i, (axis, leaf) in enumerate(zip(axes, leaves, strict=True)):
+        if axis is not None:
+            axes[i] = axis % leaf.ndim
+    return axes
 
 
 def _is_none(d: Any) -> bool:
@@ -132,6 +140,7 @@ def _is_none(d: Any) -> bool:
 
 def _broadcast_dims(what: str, dims: Any, spec: Any) -> list[int | None]:
     """Return one axis for each leaf, from a tree of axes that may end above the leaves."""
+    # As torch.func.vmap does with in_dims: an axis above a subtree holds for all of its leaves.
     axes = torch.utils._pytree._broadcast_to_and_flatten(dims, spec, is_leaf=_is_none)
     if axes is None:
         raise InputError(
@@ -143,6 +152,7 @@ def _broadcast_dims(what: str, dims: Any, spec: Any) -> list[int | None]:
 
 def check_dims(what: str, tree: Any, dims: Sequence[int | None]) -> None:
     """Raise ``InputError`` where a tree has other leaves than ``dims``, or lacks an axis."""
+    # Targets may be anything that the loss takes, inputs have to have samples.
     leaves = tree_leaves(tree)
     if what == "X" and not any(isinstance(leaf, Tensor) for leaf in leaves):
         raise InputError(errors.MSG_NOT_TENSOR.format(what=what, value=type(tree).__name__))
@@ -167,10 +177,12 @@ def count_samples(
     target_dims: Sequence[int | None],
 ) -> int:
     """Return N. Raises ``InputError`` where leaves differ in it, or there are no samples."""
+    # Of targets alone there is no batch to predict on.
     sized = _sized("X", inputs, dims)
     if not sized:
         raise InputError(errors.MSG_NO_BATCH)
     sized += _sized("y", targets, target_dims)
+    # All are compared with the first input, which the message shows beside the one that differs.
     first, leaf, axis = sized[0]
     n = leaf.shape[axis]
     for name, other, d in sized[1:]:
@@ -223,7 +235,10 @@ def check_quantities(quantities: Sequence[Any]) -> None:
     others = [quantity for quantity in quantities if not isinstance(quantity, Quantity)]
     if quantities and not others:
         return
-    wrong = others[0] if others else None
+    wrong = None
+    if others:
+        wrong = others[0]
+    # The two mistakes that are made: the class without parentheses, and a list.
     hint = ""
     if isinstance(wrong, type):
         hint = f" Did you mean {wrong.__name__}()?"
@@ -241,7 +256,7 @@ def parse_draws(mc_samples: int | None, seed: int) -> tuple[int, int] | None:
 
 
 def _check_count(what: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:  # True is an int
         raise InputError(errors.MSG_DRAWS.format(what=what, least=least, value=value))
 
 
@@ -259,7 +274,7 @@ def _are_distinct_samples(index: Tensor, samples: int) -> bool:
     if index.ndim != 1 or not len(index):
         return False
     if index.is_floating_point() or index.dtype == torch.bool:
-        return False
+        return False  # a mask would be taken for the numbers 0 and 1
     if int(index.min()) < 0 or int(index.max()) >= samples:
         return False
     return len(index.unique()) == len(index)
@@ -269,12 +284,14 @@ def parse_blocks(blocks: Any, parameters: Mapping[str, Tensor]) -> list[list[str
     """Return the names of the parameters of every block; None for no blocks."""
     if blocks is None:
         return None
+    # Blocks are not to overlap, and to leave no parameter out: their diagonal is that of G.
     if blocks == "parameter":
         return [[name] for name in parameters]
     if blocks == "module":
         return _by_module(parameters)
     if isinstance(blocks, str) or not isinstance(blocks, Iterable):
         raise InputError(errors.MSG_BLOCKS.format(value=blocks))
+    # A group may be a name, a glob or a tensor, as for ``parameters``.
     groups = [list(select(parameters, group)) for group in blocks]
     if sorted(itertools.chain(*groups)) != sorted(parameters):
         raise InputError(errors.MSG_BLOCKS.format(value=blocks))
@@ -298,13 +315,14 @@ def parse_memory(memory: int | None, device: torch.device) -> int:
         return available_memory(device)
     if isinstance(memory, bool) or not isinstance(memory, int | float) or not memory > 0:
         raise InputError(errors.MSG_MEMORY.format(value=memory))
-    return int(min(memory, sys.maxsize))
+    return int(min(memory, sys.maxsize))  # infinity is a budget, too
 
 
 def available_memory(device: torch.device) -> int:
     """Return a quarter of the memory that is free, in bytes."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] // 4)
+    # Free pages, which Linux tells; elsewhere a gigabyte.
     if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
         return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4)
     return 2**30
@@ -324,11 +342,12 @@ def parse_out(
         return {}
     if not isinstance(out, Mapping):
         raise InputError(errors.MSG_OUT.format(what=f"it is a {type(out).__name__}"))
+    buffers: dict[str, Tensor] = {}
     for name, p in parameters.items():
         misfit = _misfit(name, out.get(name), p, samples)
         if misfit:
             raise InputError(errors.MSG_OUT.format(what=misfit))
-    buffers = {name: out[name] for name in parameters}
+        buffers[name] = out[name]
     _check_memory_of([buffer for buffer in buffers.values() if buffer.numel()])
     return buffers
 
@@ -348,13 +367,18 @@ def _misfit(name: str, buffer: Any, p: Tensor, samples: int) -> str:
 
 def _check_memory_of(buffers: Sequence[Tensor]) -> None:
     """Raise ``InputError`` where writing one row would change another."""
-    if any(_is_expanded(buffer) for buffer in buffers):
-        what = "a buffer is expanded, so its rows share memory"
-        raise InputError(errors.MSG_OUT.format(what=what))
-    if not all(_is_dense(buffer) for buffer in buffers):
+    spans, dense = [], True
+    for buffer in buffers:
+        if _is_expanded(buffer):
+            what = "a buffer is expanded, so its rows share memory"
+            raise InputError(errors.MSG_OUT.format(what=what))
+        dense = dense and _is_dense(buffer)
+        start = buffer.data_ptr()
+        spans.append((start, start + _extent(buffer)))
+    if not dense:
         return  # the memory of buffers with gaps may interlace without any entry being shared
-    spans = sorted((buffer.data_ptr(), buffer.data_ptr() + _extent(buffer)) for buffer in buffers)
-    for (_, end), (start, _) in itertools.pairwise(spans):
+    # In the order of their addresses, each has to end before the next begins.
+    for (_, end), (start, _) in itertools.pairwise(sorted(spans)):
         if end > start:
             raise InputError(errors.MSG_OUT.format(what="buffers overlap in memory"))
 
