@@ -46,6 +46,7 @@ class Grid:
             if only.ndim == 2:
                 return only[:, None, :]  # [n, c]: one position
             return only.movedim(self.axis, -1).flatten(1, -2)
+        # All entries of a sample, over all predictions, one after the other.
         flat = torch.cat([row.reshape(len(row), -1) for row in rows], 1)
         return flat[:, :, None] if self.axis == SINGLE_ENTRIES else flat[:, None, :]
 
@@ -125,7 +126,7 @@ class Factor(HessianRoot):
 
     ``root`` is S, ``[n, t, c, k]``, ``signs`` the diagonal of Σ, ``[n, t, k]``. ``whole``:
     ``[n, t, c, k]`` such that ``S wholeᵀ`` is the symmetric root, which has as many columns as
-    entries; None where S is that itself.
+    entries; None where none is known beside S.
     """
 
     grid: Grid
@@ -168,11 +169,13 @@ class Factor(HessianRoot):
         if not (self.signs < 0).any():
             return 0.0
         root, signs = self.root.double(), self.signs.double()
+        # The eigenvalues of H are those of its blocks.
         blocks = torch.einsum("ntck,ntk,ntdk->ntcd", root, signs, root)
         return min(float(torch.linalg.eigvalsh(blocks).min()), 0.0)
 
     def column(self, j: int) -> dict[int, Tensor]:
         """Return the ``j``-th column of all samples: cotangents of the predictions."""
+        # Zero at all positions but one: j counts positions, and columns within them.
         t, k = divmod(j, self.root.shape[3])
         entries = self.root.new_zeros(self.root.shape[:3])
         entries[:, t] = self.root[:, t, :, k]
@@ -194,6 +197,7 @@ class Factor(HessianRoot):
             for j in range(self.columns):
                 if not in_some[j]:
                     continue
+                # A column with one sign, nearly all of them, is fed as it is.
                 column = self.column(j)
                 if not in_all[j]:
                     column = self._only(column, self.sign(j) == sign)
@@ -212,6 +216,7 @@ class Factor(HessianRoot):
 
     def restricted(self, samples: Tensor, weight: float) -> Factor:
         """Return the columns of some samples, times ``√weight``; all others are zero."""
+        # Zero columns keep their numbers, and take no pullback: ``each`` leaves them out.
         factors = torch.zeros(len(self.root), dtype=self.root.dtype, device=self.root.device)
         factors[samples] = weight**0.5
         return replace(self, root=self.root * factors[:, None, None, None])

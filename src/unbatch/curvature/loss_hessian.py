@@ -41,6 +41,7 @@ def joint(loss: LossAt, dims: Mapping[int, int]) -> Joint | None:
 
     None where that is too large.
     """
+    # In float64 where the loss allows it: small eigenvalues differ from rounding there.
     at = loss.in_double() or loss
     shapes = {i: at.predictions[i].shape for i in dims}
     total = sum(math.prod(s) for s in shapes.values())
@@ -51,7 +52,7 @@ def joint(loss: LossAt, dims: Mapping[int, int]) -> Joint | None:
     for unit in torch.eye(total, dtype=like.dtype, device=like.device):
         product = at.hessian_times(_cut(unit, shapes))
         rows.append(torch.cat([product[i].reshape(-1) for i in shapes]))
-    whole = torch.stack(rows)
+    whole = torch.stack(rows)  # symmetric, up to rounding
     values, vectors = torch.linalg.eigh((whole + whole.mT) / 2)
     size = values.abs()
     nonzero = size > total * torch.finfo(values.dtype).eps * size.max()
@@ -62,17 +63,22 @@ def joint(loss: LossAt, dims: Mapping[int, int]) -> Joint | None:
 
 def _cut(flat: Tensor, shapes: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
     """Return the predictions of a flat vector ``[M]``."""
-    pieces = flat.split([math.prod(s) for s in shapes.values()])
-    return {i: piece.view(*shape) for (i, shape), piece in zip(shapes.items(), pieces, strict=True)}
+    predictions, start = {}, 0
+    for i, shape in shapes.items():
+        stop = start + math.prod(shape)
+        predictions[i] = flat[start:stop].view(*shape)
+        start = stop
+    return predictions
 
 
 def _by_prediction(columns: Tensor, shapes: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
     """Return ``[size, *prediction]`` of each prediction from ``[size, M]``."""
-    pieces = columns.split([math.prod(s) for s in shapes.values()], 1)
-    stacked = {}
-    for (i, shape), piece in zip(shapes.items(), pieces, strict=True):
-        stacked[i] = piece.reshape(len(columns), *shape).contiguous()
-    return stacked
+    predictions, start = {}, 0
+    for i, shape in shapes.items():
+        stop = start + math.prod(shape)
+        predictions[i] = columns[:, start:stop].reshape(len(columns), *shape).contiguous()
+        start = stop
+    return predictions
 
 
 # --- blocks by samples ----------------------------------------------------------------------------
@@ -136,7 +142,7 @@ class _Search:
     def _axes(self) -> list[int]:
         """Return the axes along which entries may be coupled: classes come second or last."""
         if len(self.shapes) > 1:
-            return []
+            return []  # a grid along an axis is one of a single prediction
         ((i, shape),) = self.shapes.items()
         axes: list[int] = []
         for axis in (1, len(shape) - 1, 0):
@@ -157,9 +163,9 @@ class _Search:
         """Return a guess that agrees with the loss on a probe that it was not made from."""
         if len(self.probes) == 1:
             self.probes.append(self._probe())
-        for v, product in self.probes[1:]:
+        for v, product in self.probes[1:]:  # not the first: guesses are made from it
             guessed = guess.hessian_times(v)
-            error = _largest({i: guessed[i] - product[i] for i in guessed})
+            error = _largest(_plus(guessed, -1.0, product))
             size = _largest(product)
             # From the cheapest bound on: the last two take products of their own, once each.
             if error <= DOUBLE * size or error <= self.rounding * size:
@@ -175,8 +181,9 @@ class _Search:
         A loss that casts its predictions rounds more coarsely than their type says.
         """
         if next(iter(self.loss.predictions.values())).dtype != torch.float64:
-            return SINGLE
+            return SINGLE  # the loss could not be evaluated in float64
         v, product = self.probes[0]
+        # A third has no exact binary form: in a narrower type it rounds differently.
         third = self.loss.hessian_times({i: x / 3 for i, x in v.items()})
         size = _largest(product)
         error = _largest({i: 3 * h - product[i] for i, h in third.items()})
@@ -190,9 +197,10 @@ class _Search:
         (v, of_v), (w, of_w) = self.probes[:2]
         largest = 0.0
         for a in (1.0, -1.0, 0.3):
-            both = self.loss.hessian_times({i: v[i] + a * w[i] for i in v})
-            errors = {i: h - of_v[i] - a * of_w[i] for i, h in both.items() if i in of_v}
-            largest = max(largest, _largest(errors))
+            both = self.loss.hessian_times(_plus(v, a, w))
+            for i, h in both.items():
+                if i in of_v:
+                    largest = max(largest, _largest({i: h - of_v[i] - a * of_w[i]}))
         return largest
 
     # -- the guesses, from the sparsest on --
@@ -211,6 +219,7 @@ class _Search:
         """Guess that H is diagonal: then ``H 1`` is the diagonal."""
         grid = self._grid(SINGLE_ENTRIES)
         ones = {i: torch.ones_like(self.loss.predictions[i]) for i in self.shapes}
+        # A diagonal only if the guess is right, which the second probe tells.
         h = grid.split(self.loss.hessian_times(ones))
         return self._holds(Factor(grid, h.abs().sqrt()[..., None], _sign(h), "of single entries"))
 
@@ -223,7 +232,7 @@ class _Search:
         """
         grid = self._grid(axis)
         p = grid.split(self.loss.predictions).softmax(-1)
-        v, product = (grid.split(x) for x in self.probes[0])
+        v, product = grid.split(self.probes[0][0]), grid.split(self.probes[0][1])
         variance = (p * v * v).sum(-1) - (p * v).sum(-1).square()
         Q = (v * product).sum(-1) / variance.clamp_min(torch.finfo(p.dtype).tiny)
         u, classes = p.sqrt(), p.shape[-1]
@@ -242,6 +251,7 @@ class _Search:
         """Take any symmetric block at each position, by its eigenvectors."""
         grid = self._grid(axis)
         n, t, c = grid.split(self.loss.predictions).shape
+        # One block has to be decomposed, and all of them kept: half a gigabyte.
         if c > LARGEST_BLOCK or n * t * c * c > LARGEST_BLOCK**2 * 64:
             return None
         block = self.probes[0][0][next(iter(self.shapes))].new_zeros(n, t, c, c)
@@ -251,11 +261,14 @@ class _Search:
             unit[..., j] = 1
             block[..., j] = grid.split(self.loss.hessian_times(grid.join(unit)))
         values, vectors = _largest_first(*torch.linalg.eigh((block + block.mT) / 2))
+        # Relative to each block: a sample with a small loss has small eigenvalues.
         size = values.abs()
         nonzero = size > c * torch.finfo(values.dtype).eps * size.amax(-1, keepdim=True)
         values = values * nonzero
         # Blocks of lower rank than the others are filled up with columns of zeros.
-        rank = int(nonzero.sum(-1).max()) if nonzero.numel() else 0
+        rank = 0
+        if nonzero.numel():
+            rank = int(nonzero.sum(-1).max())
         S = (vectors * values.abs().sqrt()[..., None, :])[..., :rank]
         form = "of blocks of all entries of a sample"
         if axis is not None:
@@ -267,6 +280,11 @@ def _largest_first(values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
     """Return eigenpairs ``[.., c]``, ``[.., c, c]`` in the order of the size of their values."""
     order = values.abs().argsort(-1, descending=True)
     return values.gather(-1, order), vectors.gather(-1, order[..., None, :].expand_as(vectors))
+
+
+def _plus(v: Named, a: float, w: Named) -> dict[int, Tensor]:
+    """Return ``v + a w``."""
+    return {i: t + a * w[i] for i, t in v.items()}
 
 
 def _largest(named: Named) -> float:

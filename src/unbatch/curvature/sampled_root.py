@@ -50,6 +50,7 @@ def sampled(exact: Factor, probabilities: Tensor | None, count: int, seed: int) 
 def _gaussian_columns(root: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Return ``S z`` for normal ``z``, ``[n, t, c, count]``: their covariance is ``S Sᵀ = H``."""
     n, t, _, k = root.shape
+    # Drawn in float64: the same draws in every precision.
     normal = torch.randn(
         n, t, k, count, generator=generator, dtype=torch.float64, device=root.device
     )
@@ -67,6 +68,7 @@ def _likelihood_columns(
     flat = probabilities.double().flatten(0, 1)
     labels = torch.multinomial(flat, count, replacement=True, generator=generator)
     one_hot = torch.nn.functional.one_hot(labels, c).mT.view(n, t, c, count).to(root)
+    # Where a softmax is saturated both are zero up to rounding, and so is Q.
     rest = (1 - probabilities.square().sum(-1)).clamp_min(1e-30)
     Q = root.square().sum((2, 3)) / rest
     return (probabilities[..., None] - one_hot) * Q.sqrt()[..., None, None]
