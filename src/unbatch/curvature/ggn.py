@@ -79,11 +79,13 @@ class GGN(Operator):
     space: Space
 
     def __init__(self, point: Point, draws: Draws = None, samples: Tensor | None = None) -> None:
-        self.point, self.draws, self.chosen = point, draws, samples
+        self.point, self.draws, self.subset = point, draws, samples
         self.space = point.request.space
         like = next(iter(point.parameters.values()))
         self.shape = (self.space.size, self.space.size)
         self.dtype, self.device = like.dtype, like.device
+        # Those that are not zero, ascending, by the type that they were computed in.
+        self._eigenvalues: dict[torch.dtype, Tensor] = {}
 
     def __repr__(self) -> str:
         try:
@@ -106,13 +108,13 @@ class GGN(Operator):
         self.point.check_fresh()
         curvature = self.point.curvature
         root = curvature.root(self.draws)
-        if self.chosen is None:
+        if self.subset is None:
             return root
         # Some samples of H exist only where it is block diagonal by samples.
         if self.draws is None or not isinstance(root, Factor):
             root = curvature.components("A choice of samples")
-        weight = self.point.samples / max(len(self.chosen), 1)
-        return root.restricted(self.chosen, weight)
+        weight = self.point.samples / max(len(self.subset), 1)
+        return root.restricted(self.subset, weight)
 
     @property
     def columns(self) -> ColumnMap:
@@ -156,7 +158,7 @@ class GGN(Operator):
     @property
     def _hessian_times(self) -> HessianTimes:
         """Return ``v -> H v``: by double backward, or by the root of a part of H."""
-        if self.draws is None and self.chosen is None:
+        if self.draws is None and self.subset is None:
             return self.point.curvature.loss.hessian_times
         return self.root.hessian_times
 
@@ -286,13 +288,11 @@ class GGN(Operator):
         """Eigenvalues that are not zero, ascending, and ``A`` of eigenvectors ``V A``; float64."""
         return spectrum.spectrum(self._columns_gram, self.root.sigma.double(), self.dtype)
 
-    @cached_property
-    def _eigenvalues(self) -> dict[torch.dtype, Tensor]:
-        """Those that are not zero, ascending, by the type that they were computed in."""
-        return {}  # filled by ``_values``
-
     def _values(self, working: torch.dtype) -> Tensor:
-        """Return the eigenvalues that are not zero, ascending, computed in ``working``."""
+        """Return the eigenvalues that are not zero, ascending, computed in ``working``.
+
+        Determinants need float64, where eigenvalues are shown in the type of the matrix.
+        """
         gram = self._columns_gram
         if (self.root.sigma < 0).any():
             return self._spectrum[0]  # always in float64

@@ -54,22 +54,23 @@ class Grid:
         """Return the predictions of ``[n, t, c]``: the inverse of ``split``."""
         if self.axis is not None and self.axis >= 0:
             ((i, shape),) = self.shapes.items()
-            samples_first = _shape_after_moving(shape, self.dims[i], 0)
-            moved = _shape_after_moving(samples_first, self.axis, -1)
+            samples_first = _without_memory(shape).movedim(self.dims[i], 0)
+            moved = samples_first.movedim(self.axis, -1).shape
             return {i: t.reshape(moved).movedim(-1, self.axis).movedim(0, self.dims[i])}
         flat, start = t.reshape(len(t), -1), 0
         predictions = {}
         for i, shape in self.shapes.items():
-            samples_first = _shape_after_moving(shape, self.dims[i], 0)
-            size = samples_first[1:].numel()
+            moved = _without_memory(shape).movedim(self.dims[i], 0).shape
+            size = moved[1:].numel()
             entries = flat[:, start : start + size]
-            predictions[i] = entries.reshape(samples_first).movedim(0, self.dims[i])
+            predictions[i] = entries.reshape(moved).movedim(0, self.dims[i])
             start += size
         return predictions
 
 
-def _shape_after_moving(shape: tuple[int, ...], source: int, destination: int) -> torch.Size:
-    return torch.empty(shape, device="meta").movedim(source, destination).shape
+def _without_memory(shape: tuple[int, ...]) -> Tensor:
+    """Return a tensor that knows what moving its axes does to a shape, and holds no numbers."""
+    return torch.empty(shape, device="meta")
 
 
 class HessianRoot(ABC):
