@@ -296,7 +296,7 @@ def test_targets_that_are_standardised_over_the_batch_are_said_to_be(loss, liste
         problem.compute(ub.Variance())
     said = [str(w.message) for w in caught if w.category is ub.MixedSamplesWarning]
     assert bool(said) == bool(listens)
-    assert all("losses that listen to no other sample" in text for text in said)
+    assert all("losses that depend on no other sample" in text for text in said)
 
 
 OWN_LOSSES = {

@@ -244,6 +244,12 @@ BAD = [
         ask=lambda p: p.with_batch((torch.zeros(N, D), y())),
     ),
     Bad(
+        "targets for with_batch that are no tensor",
+        lambda: P(model(), loss, (x(), y())),
+        ("y must be a tensor", "got float"),
+        ask=lambda p: p.with_batch(torch.zeros(N, D), 1.0),
+    ),
+    Bad(
         "a quantity of another name",
         lambda: P(model(), loss, (x(), y())),
         ("'GGN diagonals'", "GGN diagonal"),

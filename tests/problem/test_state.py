@@ -119,6 +119,8 @@ QUESTIONS = {
     "trace": lambda problem: problem.ggn().trace(),
     "product": lambda problem: problem.ggn() @ torch.ones(problem.ggn().shape[0]),
     "eigenvalues": lambda problem: problem.ggn().eigvalsh(),
+    "diagonal of blocks": lambda problem: problem.ggn(blocks="module").diag(),
+    "trace of blocks": lambda problem: problem.ggn(blocks="module").trace(),
 }
 CHECKED = 2  # the plain replay and the sweep of a self-check, once for a plan
 

@@ -2,9 +2,13 @@
 
 In reading order:
 
-- ``loss_hessian.py``, ``hessian_root.py``: the second derivative of the loss, and its square root
 - ``ggn.py``: the matrix as an operator, ``Jᵀ H J``; ``block_ggn.py``: its diagonal blocks
+- ``point.py``, ``column_map.py``: where it is taken; the factor V in ``G = V Σ Vᵀ`` as a map
+- ``loss_hessian.py``: the second derivative H of the loss; ``hessian_root.py``: its square root
+  S; ``sampled_root.py``: roots that are drawn
+- ``ggn_quantities.py``, ``gram.py``: quantities of the columns of V, and their inner products
 - ``spectrum.py``: eigenvalues, directions, solves and determinants from the Gram matrix
-- ``ggn_quantities.py``: quantities of the columns; ``strategy.py``: how columns are pulled back, and why
-- ``batch_statistics.py``, ``low_rank.py``: columns through batch statistics, in few directions
+- ``strategy.py``: how columns are pulled back, and why
+- ``batch_statistics.py``, ``low_rank.py``, ``truncation.py``: columns through batch statistics, as
+  a low-rank correction
 """

@@ -1,18 +1,25 @@
-"""What runs through the statistics of batch norms, apart from what does not.
+"""Columns of the Gauss-Newton factor through the statistics of batch norms, and beside them.
 
-With the statistics ``s`` of all batch norms as inputs of their own, ``F_n = f(x_n, θ, s)`` and ``s = S(θ)``, so that a
-column of the Gauss-Newton factor is ``v_nj = p_nj + Bᵀ a_nj``: ``p`` with all statistics held constant, which costs
-one pullback for all samples; ``a_nj = (∂F_n/∂s)ᵀ s_nj`` the *partial* derivative, with the other statistics held;
-``B = dS/dθ`` the *total* one, through the batch norms below. B has R = 2 Σ C_l rows, however many columns there are.
+With the statistics ``s`` of all batch norms as inputs of their own, ``F_n = f(x_n, θ, s)`` and
+``s = S(θ)``, so that a column of the Gauss-Newton factor is
 
-Legend: ``r`` statistic: of every batch norm the means of its channels, then the reciprocals ``ρ`` of their standard
-deviations; ``M`` values that a statistic is taken over.
+    v_nj = p_nj + Bᵀ a_nj
+
+    p_nj = (∂F_n/∂θ)ᵀ s_nj   all statistics held constant: one pullback serves all samples
+    a_nj = (∂F_n/∂s)ᵀ s_nj   the *partial* derivative: the other statistics held constant
+    B    = dS/dθ             the *total* derivative: through the batch norms below
+
+B has R = 2 Σ C_l rows, however many columns there are. What is made of p, a and B stands in
+``low_rank.py``; whether that is cheaper is decided in ``strategy.py``.
+
+Legend: ``r`` statistic: of every batch norm the means of its channels, then the reciprocals ``ρ``
+of their standard deviations; ``M`` values that a statistic is taken over.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -30,10 +37,18 @@ from unbatch.linalg.probes import gaussians_like, seeded
 
 Named = Mapping[int, Tensor]  # by prediction
 
+MATRIX_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+
+# --- one batch norm -------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class BatchNormStatistics:
-    """A batch norm as it ran. ``source``, ``result``: its input and output in the graph; ``at``: where in ``s``."""
+    """A batch norm as it ran, and the derivatives of and by its statistics.
+
+    ``source``, ``result``: its input and output in the graph; ``at``: where in ``s`` its
+    statistics begin.
+    """
 
     call: ExecutedOp
     source: int
@@ -43,7 +58,7 @@ class BatchNormStatistics:
 
     @cached_property
     def moments(self) -> tuple[Tensor, Tensor]:
-        """Means and reciprocal standard deviations, ``[channels]``."""
+        """Means and reciprocal standard deviations, ``[channels]`` each."""
         op = self.call.op
         return moments(op, ops.batch_norm_arguments(op, self.call.arguments), self.call.outputs)
 
@@ -51,35 +66,57 @@ class BatchNormStatistics:
     def channels(self) -> int:
         return len(self.moments[0])
 
+    @property
+    def where(self) -> slice:
+        """Return where in ``s`` its statistics are."""
+        return slice(self.at, self.at + 2 * self.channels)
+
     @cached_property
     def normalised(self) -> Tensor:
+        """The input with mean 0 and variance 1: ``x̂ = (x − mean) ρ``."""
         x, (mean, rstd) = self.call["input"], self.moments
-        return (x - self._wide(mean)) * self._wide(rstd)
+        return (x - self._by_channel(mean)) * self._by_channel(rstd)
 
-    def _wide(self, t: Tensor) -> Tensor:
-        """By channel, beside the input."""
+    def _by_channel(self, t: Tensor) -> Tensor:
+        """Return ``[channels]`` in a shape that broadcasts against the input."""
         return t.reshape(1, -1, *[1] * (self.call["input"].ndim - 2))
 
     def partial(self, g: Tensor) -> Tensor:
-        """``[n, 2c]``: derivatives by both statistics of what has the cotangent ``g`` at the result."""
+        """Return ``[n, 2c]``: derivatives by both statistics, for a cotangent ``g`` of the output.
+
+        Of ``y = γ (x − mean) ρ + β``: by mean ``−γρ Σ g``, by ρ ``γ Σ g (x − mean) = (γ/ρ) Σ g x̂``.
+        """
         gain, rstd = self.call["weight"], self.moments[1]
-        rest = [d for d in range(g.ndim + 1) if d not in (0, 2)]
-        sums = [self.layout.split(t).sum(rest) for t in (g, g * self.normalised)]
-        weight = torch.ones_like(rstd) if gain is None else gain
-        return torch.cat([-sums[0] * (weight * rstd), sums[1] * (weight / rstd)], 1)
+        if gain is None:
+            gain = torch.ones_like(rstd)
+        # Split, a value is [n, blocks of a sample, channels, ..]: sum over all but n and channels.
+        inside = _axes_but(g.ndim + 1, 0, 2)
+        by_mean = self.layout.split(g).sum(inside)
+        by_rstd = self.layout.split(g * self.normalised).sum(inside)
+        return torch.cat([-by_mean * (gain * rstd), by_rstd * (gain / rstd)], 1)
 
     def pulled(self, u: Tensor) -> Tensor:
-        """The cotangent of the input for ``u``, ``[2c]``, at the statistics."""
+        """Return the cotangent of the input for ``u``, ``[2c]``, at the statistics.
+
+        As ``∂mean/∂x = 1/M`` and ``∂ρ/∂x = −ρ² x̂ / M``.
+        """
         (u_mean, u_rstd), rstd = u.chunk(2), self.moments[1]
-        count = self.normalised.numel() // self.channels
-        return (self._wide(u_mean) - self._wide(u_rstd * rstd.square()) * self.normalised) / count
+        M = self.normalised.numel() // self.channels
+        by_rstd = self._by_channel(u_rstd * rstd.square()) * self.normalised
+        return (self._by_channel(u_mean) - by_rstd) / M
 
     def pushed(self, dx: Tensor) -> Tensor:
-        """``[2c]``: how both statistics move with the input."""
-        rest = [d for d in range(dx.ndim) if d != 1]
-        return torch.cat(
-            [dx.mean(rest), -self.moments[1].square() * (dx * self.normalised).mean(rest)]
-        )
+        """Return ``[2c]``: how both statistics move with the input."""
+        inside = _axes_but(dx.ndim, 1)
+        by_rstd = -self.moments[1].square() * (dx * self.normalised).mean(inside)
+        return torch.cat([dx.mean(inside), by_rstd])
+
+
+def _axes_but(ndim: int, *others: int) -> list[int]:
+    return [axis for axis in range(ndim) if axis not in others]
+
+
+# --- what it costs, before anything has run -------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -103,128 +140,214 @@ class Extent:
     @property
     def passes(self) -> float:
         """Return what pulling back all statistics takes, in whole backward passes."""
-        pairs = zip(self.channels, self.shares, strict=True)
-        return sum(2 * channels * share for channels, share in pairs)
+        passes = 0.0
+        for channels, share in zip(self.channels, self.shares, strict=True):
+            passes += 2 * channels * share
+        return passes
 
     @staticmethod
     def of(setting: Context, parameters: Mapping[str, Tensor]) -> Extent | None:
-        """Return None where samples depend on each other in other ways, too, or in half precision."""
-        norms = _norms(setting, parameters)
-        types = {p.dtype for p in parameters.values()}
-        if not norms or len(types) > 1 or not types <= {torch.float32, torch.float64}:
+        """Return None where samples depend on each other in other ways, or in half precision."""
+        norms = _batch_norms(setting, parameters)
+        dtypes = _dtypes(parameters)
+        if not norms or not _is_full_precision(dtypes):
             return None
         graph = setting.graph
         steps = differentiated(graph, setting.route(parameters, "component"))
-        works = {step.index: _work(graph, step) for step in steps}
+        works = {step.index: _multiplications(graph, step) for step in steps}
         work = sum(works.values())
-        below = [sum(w for i, w in works.items() if i < index) for index in norms]
-        channels = tuple(graph.values[source].shape[1] for source, _, _ in norms.values())
-        return Extent(channels, tuple(w / work for w in below), work, types.pop().itemsize)
+        shares, channels = [], []
+        for norm in norms:
+            # A pullback from a batch norm goes through the steps before it only.
+            below = sum(w for index, w in works.items() if index < norm.step)
+            shares.append(below / work)
+            channels.append(graph.values[norm.source].shape[1])
+        return Extent(tuple(channels), tuple(shares), work, dtypes.pop().itemsize)
+
+
+def _dtypes(parameters: Mapping[str, Tensor]) -> set[torch.dtype]:
+    return {p.dtype for p in parameters.values()}
+
+
+def _is_full_precision(dtypes: set[torch.dtype]) -> bool:
+    """Return whether all is in float32, or all in float64."""
+    return len(dtypes) == 1 and dtypes <= {torch.float32, torch.float64}
+
+
+def _multiplications(graph: Graph, step: Step) -> int:
+    """Return about how many multiplications an op takes."""
+    output = step.outs[0]
+    if output is None:
+        return 0
+    entries = math.prod(graph.values[output.index].shape)
+    shapes = [graph.values[ref.index].shape for ref in step.refs()]
+    if step.name == "convolution":
+        # Of every output entry: the input channels of a group times the entries of the kernel.
+        return entries * math.prod(shapes[1][1:])
+    if step.name in MATRIX_PRODUCTS:
+        # Of every output entry: the length of the rows of the right matrix, the last argument.
+        return entries * shapes[-1][-2]
+    return entries  # pointwise, about
+
+
+# --- all batch norms ------------------------------------------------------------------------------
 
 
 class Statistics:
-    """The statistics of all batch norms, by which samples listen to each other and by nothing else."""
+    """The statistics of all batch norms, where nothing else makes samples depend on each other.
+
+    ``free`` is the linear map ``J``, ``frozen`` the one with all statistics held constant; each of
+    them is one forward pass.
+    """
 
     def __init__(
         self, free: LinearisedGraph, frozen: LinearisedGraph, norms: list[BatchNormStatistics]
     ) -> None:
         self.free, self.frozen, self.norms = free, frozen, norms
-        self.size = sum(2 * n.channels for n in norms)
+        self.size = norms[-1].where.stop  # they lie in ``s`` one after the other
 
     @staticmethod
     def of(setting: Context, parameters: Mapping[str, Tensor]) -> Statistics | None:
-        """None where samples listen to each other in other ways, too, or in half precision."""
-        found = _norms(setting, parameters)
-        if not found:
+        """Return None where samples depend on each other in other ways, or in half precision."""
+        places = _batch_norms(setting, parameters)
+        if not places:
             return None
-        sources, results = [s for s, _, _ in found.values()], [r for _, r, _ in found.values()]
+        sources = [place.source for place in places]
+        results = [place.result for place in places]
+        # B is pulled back from the input of a batch norm, a from its output.
         free = LinearisedGraph(setting, parameters, watched=sources)
         frozen = LinearisedGraph(setting, parameters, frozen=True, watched=results)
-        calls = {c.step.index: c for c in free.steps}
-        norms: list[BatchNormStatistics] = []
-        for index, (source, result, layout) in found.items():
-            if index in calls and source in free.edges and result in frozen.edges:
-                at = sum(2 * n.channels for n in norms)
-                norms.append(BatchNormStatistics(calls[index], source, result, layout, at))
-        types = {p.dtype for p in parameters.values()} | {n.moments[0].dtype for n in norms}
-        fits = len(types) == 1 and types <= {torch.float32, torch.float64}
-        made = Statistics(free, frozen, norms) if norms and fits else None
-        return made if made is not None and made.holds() else None
+        norms = _executed(places, free, frozen)
+        dtypes = _dtypes(parameters)
+        for norm in norms:
+            dtypes.add(norm.moments[0].dtype)  # under autocast another than that of the parameters
+        if not norms or not _is_full_precision(dtypes):
+            return None
+        statistics = Statistics(free, frozen, norms)
+        if not statistics.holds():
+            return None
+        return statistics
 
     def holds(self) -> bool:
-        """``Jᵀ u = (∂F/∂θ)ᵀ u + Bᵀ (∂F/∂s)ᵀ u`` for a random u, or it is not believed."""
-        u = gaussians_like(
-            {i: t for i, t in self.free.outputs.items() if t.requires_grad}, seeded(0)
-        )
-        through, held = self.pull(self.coefficients(u).sum(0)), self.frozen.pull(u)
-        expected = self.free.pull(u)
-        size = sum(float(g.norm()) for g in expected.values())
-        off = sum(float((through[n] + held[n] - g).norm()) for n, g in expected.items())
-        return off <= self.free.setting.rounding * size
+        """Return whether the split agrees with J for one random cotangent ``u``.
+
+        ``Jᵀ u = (∂F/∂θ)ᵀ u + Bᵀ (∂F/∂s)ᵀ u``: a self-check, without which it is not used.
+        """
+        outputs = {i: t for i, t in self.free.outputs.items() if t.requires_grad}
+        # One cotangent suffices: two different linear maps agree on it with probability zero.
+        u = gaussians_like(outputs, seeded(0))
+        through = self.pull(self.coefficients(u).sum(0))
+        beside = self.frozen.pull(u)
+        size, error = 0.0, 0.0
+        for name, g in self.free.pull(u).items():
+            size += float(g.norm())
+            error += float((through[name] + beside[name] - g).norm())
+        return error <= self.free.setting.rounding * size
 
     def coefficients(self, cotangents: Named) -> Tensor:
-        """``a``, ``[n, R]``, for one column of every sample."""
-        ends = {i: t for i, t in self.frozen.outputs.items() if i in cotangents and t.requires_grad}
-        edges, gs = [self.frozen.edges[n.result] for n in self.norms], [cotangents[i] for i in ends]
-        found = torch.autograd.grad(
-            list(ends.values()), edges, gs, retain_graph=True, allow_unused=True
+        """Return ``a``, ``[n, R]``, for one column of every sample."""
+        ends, vectors = [], []
+        for i, output in self.frozen.outputs.items():
+            if i in cotangents and output.requires_grad:
+                ends.append(output)
+                vectors.append(cotangents[i])
+        edges = [self.frozen.edges[n.result] for n in self.norms]
+        at_norms: Sequence[Tensor | None] = torch.autograd.grad(
+            ends, edges, vectors, retain_graph=True, allow_unused=True
         )
+        # With statistics constant one pullback keeps all samples apart.
         samples = self.frozen.setting.samples
-        parts = [
-            n.moments[0].new_zeros(samples, 2 * n.channels) if g is None else n.partial(g)
-            for n, g in zip(self.norms, found, strict=True)
-        ]
+        parts = []
+        for norm, g in zip(self.norms, at_norms, strict=True):
+            if g is None:  # no prediction depends on the result of this batch norm
+                parts.append(norm.moments[0].new_zeros(samples, 2 * norm.channels))
+            else:
+                parts.append(norm.partial(g))
         return torch.cat(parts, 1)
 
     def pull(self, u: Tensor) -> dict[str, Tensor]:
-        """``Bᵀ u``, by parameter."""
-        here = [n for n in self.norms if u[n.at : n.at + 2 * n.channels].any()]
-        ends = [self.free.edges[n.source] for n in here]
-        gs = [n.pulled(u[n.at : n.at + 2 * n.channels]) for n in here]
+        """Return ``Bᵀ u``, by parameter."""
+        # A statistic with a zero cotangent is left out: the pullback then begins lower down.
+        ends, vectors = [], []
+        for norm in self.norms:
+            if u[norm.where].any():
+                ends.append(self.free.edges[norm.source])
+                vectors.append(norm.pulled(u[norm.where]))
         leaves = self.free.leaves
-        found = torch.autograd.grad(
-            ends, list(leaves.values()), gs, retain_graph=True, allow_unused=True
+        grads: Sequence[Tensor | None] = torch.autograd.grad(
+            ends, list(leaves.values()), vectors, retain_graph=True, allow_unused=True
         )
-        return {
-            n: torch.zeros_like(p) if g is None else g
-            for (n, p), g in zip(leaves.items(), found, strict=True)
-        }
+        by_name = {}
+        for (name, p), g in zip(leaves.items(), grads, strict=True):
+            # None: no statistic depends on this parameter.
+            by_name[name] = torch.zeros_like(p) if g is None else g
+        return by_name
 
     def push(self, v: Mapping[str, Tensor]) -> Tensor:
-        """``B v``, ``[R]``."""
-        moved = self.free.push(v, [n.source for n in self.norms])
-        return torch.cat([n.pushed(moved[n.source]) for n in self.norms])
+        """Return ``B v``, ``[R]``."""
+        # The jvp may stop at the inputs of the batch norms.
+        tangents = self.free.push(v, [norm.source for norm in self.norms])
+        return torch.cat([norm.pushed(tangents[norm.source]) for norm in self.norms])
 
 
-def _work(graph: Graph, step: Step) -> int:
-    """Multiplications of an op, about."""
-    made = math.prod(graph.values[step.outs[0].index].shape) if step.outs[0] is not None else 0
-    shapes = [graph.values[r.index].shape for r in step.refs()]
-    if step.name == "convolution":
-        return made * math.prod(shapes[1][1:])
-    return made * shapes[-1][-2] if step.name in ("mm", "addmm", "bmm", "baddbmm") else made
+# --- where the batch norms are --------------------------------------------------------------------
 
 
-def _norms(
-    setting: Context, parameters: Mapping[str, Tensor]
-) -> dict[int, tuple[int, int, Layout]]:
-    """By step: input, output, and where the samples lie in it; nothing where anything else makes samples meet."""
+@dataclass(frozen=True)
+class _BatchNorm:
+    """A batch norm in the graph: its step, input, output, and where the samples lie in that."""
+
+    step: int
+    source: int
+    result: int
+    layout: Layout
+
+
+def _batch_norms(setting: Context, parameters: Mapping[str, Tensor]) -> Sequence[_BatchNorm]:
+    """Return the batch norms; none where anything else makes samples depend on each other."""
+    # Two plans: with statistics held constant, and as the model is.
     try:
-        frozen, free = (setting.route(parameters, by).flow for by in ("frozen", "component"))
+        frozen = setting.route(parameters, "frozen").flow
+        free = setting.route(parameters, "component").flow
     except StructureError:
-        return {}
+        return []
     steps = [setting.graph.steps[i] for i in sorted(frozen.frozen_norms)]
-    beside = {r.index for step in steps for r in step.outs[1:] if r is not None}
-    if (frozen.frozen - beside) & free.theta or frozen.by_place:
-        return {}
-    out: dict[int, tuple[int, int, Layout]] = {}
+    # Values that are held constant beside the statistics themselves, and depend on parameters,
+    # are another way for samples to depend on each other.
+    statistics: set[int] = set()
     for step in steps:
-        source, made = step.refs()[0].index, step.outs[0]
-        layout = (
-            layout_of(setting.walk.marks[made.index], setting.samples) if made is not None else None
-        )
-        if source in free.theta:
-            if not isinstance(layout, Layout) or layout.dim == 1 or made is None:
-                return {}
-            out[step.index] = (source, made.index, layout)
-    return out
+        statistics.update(ref.index for ref in step.outs[1:] if ref is not None)
+    if (frozen.frozen - statistics) & free.theta or frozen.by_place:
+        return []
+    norms = []
+    for step in steps:
+        source, result = step.refs()[0].index, step.outs[0]
+        if source not in free.theta:
+            continue  # its statistics do not depend on the parameters
+        if result is None:
+            return []
+        layout = layout_of(setting.walk.marks[result.index], setting.samples)
+        if not isinstance(layout, Layout) or layout.dim == 1:  # 1 is the axis of the channels
+            return []
+        norms.append(_BatchNorm(step.index, source, result.index, layout))
+    return norms
+
+
+def _executed(
+    places: Sequence[_BatchNorm], free: LinearisedGraph, frozen: LinearisedGraph
+) -> list[BatchNormStatistics]:
+    """Return the batch norms that ran, with their places in ``s`` one after the other."""
+    calls = {call.step.index: call for call in free.steps}
+    norms: list[BatchNormStatistics] = []
+    at = 0
+    for place in places:
+        # Left out: a batch norm that no parameter reaches, or whose output reaches no prediction.
+        if place.step not in calls or place.source not in free.edges:
+            continue
+        if place.result not in frozen.edges:
+            continue
+        call = calls[place.step]
+        norm = BatchNormStatistics(call, place.source, place.result, place.layout, at)
+        norms.append(norm)
+        at = norm.where.stop
+    return norms

@@ -1,14 +1,15 @@
-"""The block diagonal of the Gauss-Newton matrix: a matrix for each group of parameters, asked block by block."""
+"""The block diagonal of the Gauss-Newton matrix: a matrix for each group of parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from unbatch.curvature.ggn import GGN, Point
+from unbatch.curvature.ggn import GGN
+from unbatch.curvature.point import Point
 from unbatch.curvature.strategy import Draws
 from unbatch.linalg.operators import Operator
 from unbatch.linalg.solvers import Solved
@@ -16,72 +17,89 @@ from unbatch.linalg.space import Space
 
 
 class BlockGGN(Operator):
-    """The block diagonal of G: ``blocks`` are the matrices of the groups of parameters, in the order of the groups."""
+    """The block diagonal of G, asked block by block.
+
+    ``blocks``: the matrices of the groups of parameters, in the order of the groups. ``whole``: G,
+    of which diagonal and trace are the same, and take one forward pass in place of one a block.
+    """
 
     symmetric = True
     space: Space
 
-    def __init__(self, blocks: Sequence[GGN], space: Space) -> None:
-        self.blocks, self.space = list(blocks), space
-        self.shape = (space.size, space.size)
-        self.dtype, self.device = blocks[0].dtype, blocks[0].device
-
-    def _each(self, v: Tensor, apply: Callable[[GGN, Tensor], Tensor]) -> Tensor:
-        """``[D, ..]`` to the same, block by block."""
-        out = torch.zeros_like(v)
-        for block in self.blocks:
-            index = torch.cat(
-                [
-                    torch.arange(s.start, s.stop)
-                    for s in (self.space.slices[n] for n in block.space.shapes)
-                ]
-            )
-            out[index] = apply(block, v[index])
-        return out
-
-    def _apply(self, v: Tensor) -> Tensor:
-        return self._each(v, lambda block, part: block._apply(part))
-
-    def diag(self) -> Tensor:
-        """The diagonal, which is that of G: ``[D]``."""
-        nothing = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
-        return self._each(nothing, lambda block, _: block.diag())
-
-    def trace(self) -> Tensor:
-        return torch.stack([b.trace() for b in self.blocks]).sum()
-
-    def eigvalsh(self) -> Tensor:
-        """Those of all blocks, ascending."""
-        return torch.cat([b.eigvalsh() for b in self.blocks]).sort().values
-
-    def logdet(self, damping: float) -> Tensor:
-        return torch.stack([b.logdet(damping) for b in self.blocks]).sum()
-
-    def solve(self, b: Any, damping: float, *, info: bool = False, **options: Any) -> Any:
-        """As for ``GGN``, block by block; with ``info`` also how well each block was solved, in their order."""
-        told: list[Solved] = []
-
-        def one(block: GGN, part: Tensor) -> Tensor:
-            x, solved = block.solve(part, damping, info=True, **options)
-            told.append(solved)
-            if not info:
-                solved.check()
-            found: Tensor = x
-            return found
-
-        x = self._each(self._fitting(self.space.flat(b) if isinstance(b, Mapping) else b), one)
-        found = self.space.named(x) if isinstance(b, Mapping) else x
-        return (found, told) if info else found
+    def __init__(self, whole: GGN, blocks: Sequence[GGN]) -> None:
+        self.whole, self.blocks = whole, list(blocks)
+        self.space, self.shape = whole.space, whole.shape
+        self.dtype, self.device = whole.dtype, whole.device
 
     def __repr__(self) -> str:
-        return f"<block diagonal of a Gauss-Newton matrix {tuple(self.shape)}, {len(self.blocks)} blocks>"
+        count = len(self.blocks)
+        return f"<block diagonal of a Gauss-Newton matrix {tuple(self.shape)}, {count} blocks>"
+
+    def _indexed(self) -> Iterator[tuple[GGN, Tensor]]:
+        """Yield every block with the places of its entries in a vector of all."""
+        for block in self.blocks:
+            # The parameters of a group need not be next to each other.
+            places = []
+            for name in block.space.shapes:
+                where = self.space.slices[name]
+                places.append(torch.arange(where.start, where.stop))
+            yield block, torch.cat(places)
+
+    def _apply(self, v: Tensor) -> Tensor:
+        product = torch.zeros_like(v)
+        for block, index in self._indexed():
+            product[index] = block._apply(v[index])
+        return product
+
+    def diag(self) -> Tensor:
+        """Return the diagonal, ``[D]``."""
+        diagonal: Tensor = self.whole.diag()
+        return diagonal
+
+    def trace(self) -> Tensor:
+        """Return the trace, a number."""
+        return self.whole.trace()
+
+    def eigvalsh(self) -> Tensor:
+        """Return the eigenvalues of all blocks, ascending."""
+        return torch.cat([block.eigvalsh() for block in self.blocks]).sort().values
+
+    def logdet(self, damping: float) -> Tensor:
+        """Return ``log det(G + δI)``, the sum over blocks."""
+        return torch.stack([block.logdet(damping) for block in self.blocks]).sum()
+
+    def solve(self, b: Any, damping: float, *, info: bool = False, **options: Any) -> Any:
+        """Return ``(G + δI)⁻¹ b``, block by block; arguments as for ``GGN.solve``.
+
+        ``info``: also how well each block was solved, in their order.
+        """
+        named = isinstance(b, Mapping)
+        right = self._fitting(self.space.flat(b) if named else b)
+        x, reports = self._solve(right, damping, not info, options)
+        solution = self.space.named(x) if named else x
+        if not info:
+            return solution
+        return solution, reports
+
+    def _solve(
+        self, right: Tensor, damping: float, checked: bool, options: Mapping[str, Any]
+    ) -> tuple[Tensor, list[Solved]]:
+        """Return the solution for a flat vector; ``checked``: raise where a block fails."""
+        solution, reports = torch.zeros_like(right), []
+        for block, index in self._indexed():
+            solution[index], report = block.solve(right[index], damping, info=True, **options)
+            if checked:
+                report.check()  # before the next block, which would be solved for nothing
+            reports.append(report)
+        return solution, reports
 
 
-def made_of(
+def matrix_of(
     point: Point, groups: Sequence[Sequence[str]] | None, draws: Draws, samples: Tensor | None
 ) -> GGN | BlockGGN:
-    """The matrix, or its block diagonal by groups of parameters."""
+    """Return the matrix, or its block diagonal by groups of parameters."""
     whole = GGN(point, draws, samples)
     if groups is None:
         return whole
-    return BlockGGN([GGN(point.restricted(names), draws, samples) for names in groups], whole.space)
+    blocks = [GGN(point.restricted(names), draws, samples) for names in groups]
+    return BlockGGN(whole, blocks)

@@ -1,10 +1,10 @@
-"""Square roots of the second derivative of the loss: ``H = S Σ Sᵀ``, with signs Σ where H has negative eigenvalues.
+"""Square roots of the second derivative of the loss: ``H = S Σ Sᵀ``, with signs in Σ.
 
-The columns of S, as cotangents of the predictions, are what the Gauss-Newton matrix is made of. How they are found is
-not said here.
+The columns of S, as cotangents of the predictions, are what the Gauss-Newton matrix is made of. Σ
+holds −1 where H has negative eigenvalues. How a root is computed stands in ``loss_hessian.py``.
 
-Legend: ``n`` sample, ``t`` position (entries at different positions do not meet in H), ``c`` entry at a position, ``k``
-column of the root at a position.
+Legend: ``n`` sample; ``t`` position: H has no entry between two positions of a sample; ``c`` entry
+at a position; ``k`` column of the root at a position.
 """
 
 from __future__ import annotations
@@ -21,13 +21,17 @@ from unbatch.linalg.rows import sum_of
 
 Named = Mapping[int, Tensor]  # by prediction
 
+SINGLE_ENTRIES = -1  # as the axis of a grid
+
+Column = tuple[int, float, dict[int, Tensor]]  # number, sign, cotangents of the predictions
+
 
 @dataclass(frozen=True)
 class Grid:
     """How the entries of the predictions are laid out as ``[n, t, c]``.
 
-    ``axis``: of the only prediction, along which entries meet; -1: an entry meets none but itself; None: all entries
-    of a sample, over all predictions, may meet.
+    ``axis``: of the only prediction, along which H couples entries; -1: every entry is a position
+    of its own, and H is diagonal; None: one position, H may couple all entries of a sample.
     """
 
     shapes: Mapping[int, tuple[int, ...]]
@@ -35,39 +39,45 @@ class Grid:
     axis: int | None
 
     def split(self, v: Named) -> Tensor:
-        """``[n, t, c]``."""
-        rows = {i: v[i].movedim(self.dims[i], 0) for i in self.shapes}
+        """Return ``[n, t, c]``."""
+        rows = [v[i].movedim(self.dims[i], 0) for i in self.shapes]
         if self.axis is not None and self.axis >= 0:
-            (only,) = rows.values()
-            return only.movedim(self.axis, -1).flatten(1, -2) if only.ndim > 2 else only[:, None, :]
-        flat = torch.cat([r.reshape(len(r), -1) for r in rows.values()], 1)
-        return flat[:, :, None] if self.axis == -1 else flat[:, None, :]
+            (only,) = rows
+            if only.ndim == 2:
+                return only[:, None, :]  # [n, c]: one position
+            return only.movedim(self.axis, -1).flatten(1, -2)
+        # All entries of a sample, over all predictions, one after the other.
+        flat = torch.cat([row.reshape(len(row), -1) for row in rows], 1)
+        return flat[:, :, None] if self.axis == SINGLE_ENTRIES else flat[:, None, :]
 
     def join(self, t: Tensor) -> dict[int, Tensor]:
-        """The inverse of ``split``."""
+        """Return the predictions of ``[n, t, c]``: the inverse of ``split``."""
         if self.axis is not None and self.axis >= 0:
             ((i, shape),) = self.shapes.items()
-            moved = list(
-                torch.empty(shape, device="meta")
-                .movedim(self.dims[i], 0)
-                .movedim(self.axis, -1)
-                .shape
-            )
+            samples_first = _without_memory(shape).movedim(self.dims[i], 0)
+            moved = samples_first.movedim(self.axis, -1).shape
             return {i: t.reshape(moved).movedim(-1, self.axis).movedim(0, self.dims[i])}
-        flat, out, start = t.reshape(len(t), -1), {}, 0
+        flat, start = t.reshape(len(t), -1), 0
+        predictions = {}
         for i, shape in self.shapes.items():
-            front = list(torch.empty(shape, device="meta").movedim(self.dims[i], 0).shape)
-            size = torch.Size(front[1:]).numel()
-            out[i] = flat[:, start : start + size].reshape(front).movedim(0, self.dims[i])
+            moved = _without_memory(shape).movedim(self.dims[i], 0).shape
+            size = moved[1:].numel()
+            entries = flat[:, start : start + size]
+            predictions[i] = entries.reshape(moved).movedim(0, self.dims[i])
             start += size
-        return out
+        return predictions
+
+
+def _without_memory(shape: tuple[int, ...]) -> Tensor:
+    """Return a tensor that knows what moving its axes does to a shape, and holds no numbers."""
+    return torch.empty(shape, device="meta")
 
 
 class HessianRoot(ABC):
-    """``H = S Σ Sᵀ`` with ``size`` columns; ``sigma``, ``[size]``, are the signs on the diagonal of Σ.
+    """``H = S Σ Sᵀ`` with ``size`` columns; ``sigma``, ``[size]``: the signs on the diagonal of Σ.
 
-    ``separate``: every column belongs to one sample, and column ``n·columns + j`` is the j-th of sample n. ``form``
-    names what H was found to be; ``sampled`` says that S was drawn, and how.
+    ``separate``: every column belongs to one sample, and column ``n·columns + j`` is the j-th of
+    sample n. ``form`` names what H was found to be; ``sampled`` says that S was drawn, and how.
     """
 
     form: str
@@ -78,42 +88,46 @@ class HessianRoot(ABC):
 
     @property
     def table(self) -> tuple[int, int]:
-        """Samples and columns of each; one sample has them all where they are not separate."""
+        """Return samples, and columns of each; one sample has all that are not separate."""
         return 1, self.size
 
     @abstractmethod
-    def each(self) -> Iterator[tuple[int, float, dict[int, Tensor]]]:
-        """Number, sign and cotangents of columns that are not zero; where they are separate, of all samples at once."""
+    def each(self) -> Iterator[Column]:
+        """Yield number, sign and cotangents of every column that is not zero.
+
+        Where columns are separate, the j-th of all samples come together.
+        """
 
     @abstractmethod
     def times(self, a: Tensor) -> dict[int, Tensor]:
-        """``S a`` for ``a`` ``[size]``: cotangents of the predictions."""
+        """Return ``S a`` for ``a`` ``[size]``: cotangents of the predictions."""
 
     @abstractmethod
     def transposed_times(self, v: Named) -> Tensor:
-        """``Sᵀ v``, ``[size]``."""
+        """Return ``Sᵀ v``, ``[size]``."""
 
     def hessian_times(self, v: Named) -> dict[int, Tensor]:
-        """``H v``."""
+        """Return ``H v = S Σ Sᵀ v``."""
         return self.times(self.transposed_times(v) * self.sigma)
 
     @property
     @abstractmethod
     def rank(self) -> int:
-        """How many columns are not zero: no less than the rank of H."""
+        """Return how many columns are not zero: no less than the rank of H."""
 
     @property
     @abstractmethod
     def lowest(self) -> float:
-        """The lowest eigenvalue of H, or zero where none is below."""
+        """Return the lowest eigenvalue of H, or zero where none is below."""
 
 
 @dataclass(frozen=True, eq=False)
 class Factor(HessianRoot):
-    """H block diagonal by samples: ``root`` is S, ``[n, t, c, k]``, ``signs`` the diagonal of Σ, ``[n, t, k]``.
+    """The root of an H that is block diagonal by samples.
 
-    ``whole``: ``[n, t, c, k]`` with ``S wholeᵀ`` the symmetric choice of S that has as many columns as entries, where
-    that is another one.
+    ``root`` is S, ``[n, t, c, k]``, ``signs`` the diagonal of Σ, ``[n, t, k]``. ``whole``:
+    ``[n, t, c, k]`` such that ``S wholeᵀ`` is the symmetric root, which has as many columns as
+    entries; None where none is known beside S.
     """
 
     grid: Grid
@@ -125,7 +139,7 @@ class Factor(HessianRoot):
 
     @property
     def columns(self) -> int:
-        """How many columns a sample has: ``t·k``."""
+        """Return how many columns a sample has: ``t·k``."""
         return self.root.shape[1] * self.root.shape[3]
 
     @property
@@ -142,47 +156,58 @@ class Factor(HessianRoot):
 
     @property
     def entries(self) -> int:
-        """``C``: entries of the prediction of one sample."""
+        """Return ``C``: entries of the prediction of one sample."""
         return self.root.shape[1] * self.root.shape[2]
 
     @property
     def rank(self) -> int:
-        return int((self.root.abs().amax(2) > 0).sum()) if self.root.numel() else 0
+        if not self.root.numel():
+            return 0
+        return int((self.root.abs().amax(2) > 0).sum())
 
     @cached_property
     def lowest(self) -> float:
         if not (self.signs < 0).any():
             return 0.0
-        blocks = torch.einsum(
-            "ntck,ntk,ntdk->ntcd", self.root.double(), self.signs.double(), self.root.double()
-        )
+        root, signs = self.root.double(), self.signs.double()
+        # The eigenvalues of H are those of its blocks.
+        blocks = torch.einsum("ntck,ntk,ntdk->ntcd", root, signs, root)
         return min(float(torch.linalg.eigvalsh(blocks).min()), 0.0)
 
     def column(self, j: int) -> dict[int, Tensor]:
-        """The ``j``-th column of all samples: cotangents of the predictions."""
+        """Return the ``j``-th column of all samples: cotangents of the predictions."""
+        # Zero at all positions but one: j counts positions, and columns within them.
         t, k = divmod(j, self.root.shape[3])
-        out = self.root.new_zeros(self.root.shape[:3])
-        out[:, t] = self.root[:, t, :, k]
-        return self.grid.join(out)
+        entries = self.root.new_zeros(self.root.shape[:3])
+        entries[:, t] = self.root[:, t, :, k]
+        return self.grid.join(entries)
 
     def sign(self, j: int) -> Tensor:
-        """``[n]``: the signs of the ``j``-th column."""
+        """Return the signs of the ``j``-th column, ``[n]``."""
         t, k = divmod(j, self.root.shape[3])
         return self.signs[:, t, k]
 
-    def each(self) -> Iterator[tuple[int, float, dict[int, Tensor]]]:
-        """Number, sign and cotangents of every column that is not zero; a column of both signs comes in two parts."""
-        felt = self.root.ne(0).any(2)
-        for value in (1.0, -1.0):
-            here = self.signs == value
-            some, alone = ((felt & here).any(0).flatten().tolist(), here.all(0).flatten().tolist())
-            for j in (j for j in range(self.columns) if some[j]):
+    def each(self) -> Iterator[Column]:
+        """Yield columns as above; one with both signs comes twice, zero in samples of the other."""
+        nonzero = self.root.ne(0).any(2)
+        for sign in (1.0, -1.0):
+            has_sign = self.signs == sign
+            # One transfer from the device for all columns, [t·k] each.
+            in_some = (nonzero & has_sign).any(0).flatten().tolist()
+            in_all = has_sign.all(0).flatten().tolist()
+            for j in range(self.columns):
+                if not in_some[j]:
+                    continue
+                # A column with one sign, nearly all of them, is fed as it is.
                 column = self.column(j)
-                yield j, value, column if alone[j] else self._only(column, self.sign(j) == value)
+                if not in_all[j]:
+                    column = self._only(column, self.sign(j) == sign)
+                yield j, sign, column
 
-    def _only(self, column: Named, here: Tensor) -> dict[int, Tensor]:
+    def _only(self, column: Named, samples: Tensor) -> dict[int, Tensor]:
+        """Return a column with zeros in all but these samples, ``[n]`` booleans."""
         split = self.grid.split(column)
-        return self.grid.join(split * here.to(split.dtype)[:, None, None])
+        return self.grid.join(split * samples.to(split.dtype)[:, None, None])
 
     def transposed_times(self, v: Named) -> Tensor:
         return torch.einsum("ntck,ntc->ntk", self.root, self.grid.split(v)).flatten()
@@ -191,19 +216,24 @@ class Factor(HessianRoot):
         return self.grid.join(torch.einsum("ntck,ntk->ntc", self.root, a.view(self.signs.shape)))
 
     def restricted(self, samples: Tensor, weight: float) -> Factor:
-        """The columns of some samples, times ``√weight``; all others zero."""
-        kept = torch.zeros(len(self.root), dtype=self.root.dtype, device=self.root.device)
-        kept[samples] = weight**0.5
-        return replace(self, root=self.root * kept[:, None, None, None])
+        """Return the columns of some samples, times ``√weight``; all others are zero."""
+        # Zero columns keep their numbers, and take no pullback: ``each`` leaves them out.
+        factors = torch.zeros(len(self.root), dtype=self.root.dtype, device=self.root.device)
+        factors[samples] = weight**0.5
+        return replace(self, root=self.root * factors[:, None, None, None])
 
     def to(self, dtype: torch.dtype) -> Factor:
-        whole = self.whole if self.whole is None else self.whole.to(dtype)
+        """Return the same in another floating-point type."""
+        whole = None if self.whole is None else self.whole.to(dtype)
         return replace(self, root=self.root.to(dtype), signs=self.signs.to(dtype), whole=whole)
 
 
 @dataclass(frozen=True, eq=False)
 class Joint(HessianRoot):
-    """Any H: ``vectors`` is S, ``[size, *prediction]`` for every prediction; columns run through all samples."""
+    """The root of any H: its columns run through all samples.
+
+    ``vectors`` is S, ``[size, *prediction]`` for every prediction.
+    """
 
     vectors: Named
     sigma: Tensor
@@ -214,7 +244,7 @@ class Joint(HessianRoot):
     def size(self) -> int:  # type: ignore[override]
         return len(self.sigma)
 
-    def each(self) -> Iterator[tuple[int, float, dict[int, Tensor]]]:
+    def each(self) -> Iterator[Column]:
         for j in range(self.size):
             yield j, float(self.sigma[j]), {i: t[j] for i, t in self.vectors.items()}
 
@@ -230,5 +260,8 @@ class Joint(HessianRoot):
 
     @property
     def lowest(self) -> float:
-        squares = sum_of([t.flatten(1).square().sum(1) for t in self.vectors.values()]) * self.sigma
-        return min(float(squares.min()), 0.0) if self.size else 0.0
+        if not self.size:
+            return 0.0
+        # The columns are orthogonal eigenvectors, so an eigenvalue is the square of its length.
+        squares = sum_of([t.flatten(1).square().sum(1) for t in self.vectors.values()])
+        return min(float((squares * self.sigma).min()), 0.0)

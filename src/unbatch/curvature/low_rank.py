@@ -1,16 +1,24 @@
-"""Columns of the Gauss-Newton factor by way of batch statistics: all of them, or as many directions as are felt.
+"""Columns of the Gauss-Newton factor by way of batch statistics: all of them, or few directions.
 
-``V = P + Bᵀ A`` (``statistics.py``). A costs one pullback for every column of a *sample*, whatever N is, so it is
-known before anything is spent on B; ``A = U diag(σ) Wᵀ``. With all of B, ``R`` pullbacks, V is exact. With ``r``
-pullbacks ``Bᵀ u_j`` of the leading left singular vectors it is ``P + Bᵀ U_r U_rᵀ A``, and what is missing from the
-diagonal of G is ``Σ_{j>r} 2 (Bᵀ u_j) ∘ (P Aᵀ u_j) + σ_j² (Bᵀ u_j)²``: since ``U_rᵀ A Aᵀ u_j = 0`` no other term
-is left. Random signs over the tail estimate it without bias, for two pullbacks a draw.
+Legend: ``V`` the factor, ``P`` its columns with all statistics held constant, ``A`` ``[R, size]``
+and ``B`` ``[R, D]`` as in ``batch_statistics.py``; ``A = U diag(σ) Wᵀ``.
+
+    V = P + Bᵀ A
+
+A costs one pullback for every column of a *sample*, whatever N is, so it is known before anything
+is spent on B. With all of B, ``R`` pullbacks, V is exact. With ``r`` pullbacks ``Bᵀ u_j`` of the
+leading left singular vectors it is ``P + Bᵀ U_r U_rᵀ A``, and what is missing from the diagonal of
+G is
+
+    Σ_{j>r} 2 (Bᵀ u_j) ∘ (P Aᵀ u_j) + σ_j² (Bᵀ u_j)²
+
+since ``U_rᵀ A Aᵀ u_j = 0``: no other term is left. Random signs over the tail estimate it without
+bias, for two pullbacks a draw. How many directions a tolerance needs is found in ``truncation.py``;
+whether this way is taken at all, in ``strategy.py``.
 """
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -21,46 +29,57 @@ from torch import Tensor
 from unbatch.autodiff.contractions.row_block import RowBlock
 from unbatch.autodiff.jvp import Linearised
 from unbatch.curvature.batch_statistics import Extent, Statistics
-from unbatch.curvature.hessian_root import Factor
+from unbatch.curvature.hessian_root import Factor, HessianRoot
 from unbatch.gradients.sources import Chunking, Source, Take
-from unbatch.linalg.probes import random_signs, seeded
 from unbatch.linalg.rows import wide
 from unbatch.linalg.space import Space
 
-START = 8  # directions that are tried first
+# --- directions of the statistics -----------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class Basis:
-    """``B̃ = turnᵀ B``: ``rows`` ``[r, D]``, and ``turn`` ``[R, r]``, so that ``V ≈ P + rowsᵀ (turnᵀ A)``.
+    """Directions of the statistics, pulled back: ``V ≈ P + rowsᵀ (directionsᵀ A)``.
 
-    ``exact``: nothing is missing. ``estimate``: of the relative error (Frobenius norm) of what was asked for; ``cost``:
-    pullbacks and push-forwards that were spent on it, of one backward or forward pass each, or less.
+    ``directions`` ``[R, r]``, orthonormal; ``rows = directionsᵀ B`` ``[r, D]``. ``exact``: nothing
+    is missing. ``estimate``: of the relative error (Frobenius norm) of what was asked for.
+    ``pullbacks``, ``pushes``: backward and forward passes that were spent on it. ``remainder``
+    ``[D]``: an unbiased estimate of what is missing from the diagonal; None where nothing is.
     """
 
-    turn: Tensor
+    directions: Tensor
     rows: Tensor
     exact: bool
     estimate: float
     pullbacks: int
     pushes: int = 0
     seed: int = 0
-    remainder: Tensor | None = (
-        None  # ``[D]``: of the diagonal, an unbiased estimate of what is missing
-    )
+    remainder: Tensor | None = None
 
     @property
     def rank(self) -> int:
-        return self.turn.shape[1]
+        return self.directions.shape[1]
+
+
+def full_basis(statistics: Statistics, space: Space) -> Basis:
+    """Return all statistics, each pulled back on its own, only from where it is taken."""
+    like = statistics.norms[0].moments[0]
+    units = torch.eye(statistics.size, dtype=like.dtype, device=like.device)
+    rows = units.new_empty(statistics.size, space.size)
+    for row, unit in zip(rows, units, strict=True):
+        # Copied into place: a list of rows and their stack would take twice the memory.
+        row.copy_(space.flat(statistics.pull(unit)))
+    return Basis(units, rows, True, 0.0, statistics.size)
 
 
 @dataclass(frozen=True)
 class Compression:
     """How much of what runs through batch statistics is in a result.
 
-    ``rank`` directions of all ``statistics`` were followed (none where columns were pulled back one by one); ``exact``:
-    nothing is missing. ``estimate``: of the relative error (Frobenius norm), from random signs drawn with ``seed``.
-    ``pullbacks`` and ``pushes``: backward and forward passes spent on what runs through the statistics.
+    ``rank`` directions of all ``statistics`` were followed (none where columns were pulled back one
+    by one); ``exact``: nothing is missing. ``estimate``: of the relative error (Frobenius norm),
+    from random signs drawn with ``seed``. ``pullbacks`` and ``pushes``: backward and forward passes
+    spent on what runs through the statistics.
     """
 
     rank: int
@@ -71,235 +90,127 @@ class Compression:
     pushes: int
     seed: int
 
+    @staticmethod
+    def of(basis: Basis | None, root: HessianRoot, estimate: float | None = None) -> Compression:
+        """Return the report of a basis; None for ``basis``: columns were pulled back one by one.
+
+        ``estimate``: of the error of a result, where that is not the one of the basis.
+        """
+        if basis is None:
+            # Separate columns are fed for all samples at once, the zero ones among them, too.
+            columns = root.size if root.separate else root.rank
+            return Compression(0, 0, True, 0.0, columns, 0, 0)
+        return Compression(
+            rank=basis.rank,
+            statistics=len(basis.directions),
+            exact=basis.exact,
+            estimate=basis.estimate if estimate is None else estimate,
+            pullbacks=basis.pullbacks,
+            pushes=basis.pushes,
+            seed=basis.seed,
+        )
+
 
 class CoefficientSVD:
-    """``A``, taken apart: ``u`` ``[R, q]``, ``values`` descending, ``w`` ``[size, q]``; kept for further questions."""
+    """``A = U diag(σ) Wᵀ``, and products with V, P and B; kept for further questions.
+
+    Singular values that are rounding are left out: ``u`` ``[R, q]``, ``values`` descending, ``w``
+    ``[size, q]``.
+    """
 
     def __init__(self, statistics: Statistics, root: Factor, space: Space) -> None:
         self.statistics, self.root, self.space = statistics, root, space
-        self.known, self.rows = (
-            0,
-            root.root.new_empty(0, space.size),
-        )  # ``Bᵀ u_j`` of the first directions
+        self._rows = root.root.new_empty(0, space.size)  # ``Bᵀ u_j``, of which the first
+        self._count = 0  # are computed
 
     @cached_property
-    def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _svd(self) -> tuple[Tensor, Tensor, Tensor]:
         a = self.coefficients().double()
         u, values, wh = torch.linalg.svd(a, full_matrices=False)
-        felt = values > max(a.shape) * torch.finfo(self.root.root.dtype).eps * values[:1]
-        return u[:, felt], values[felt], wh[felt].T
+        # a was computed in the type of the root, whatever the decomposition is taken in.
+        rounding = max(a.shape) * torch.finfo(self.root.root.dtype).eps
+        above = values > rounding * values[:1]
+        return u[:, above], values[above], wh[above].T
 
     @property
     def u(self) -> Tensor:
-        return self._parts[0]
+        return self._svd[0]
 
     @property
     def values(self) -> Tensor:
-        return self._parts[1]
+        return self._svd[1]
 
     @property
     def w(self) -> Tensor:
-        return self._parts[2]
+        return self._svd[2]
 
     def coefficients(self) -> Tensor:
-        """``A``, ``[R, size]``: columns in the order of the root."""
+        """Return ``A``, ``[R, size]``: columns in the order of the root."""
         samples, columns = self.root.table
         a = self.root.root.new_zeros(self.statistics.size, samples, columns)
         for j in range(columns):
+            # One pullback gives the j-th column of all samples.
             a[:, :, j] = self.statistics.coefficients(self.root.column(j)).T
         return a.flatten(1)
 
-    def upto(self, r: int) -> Tensor:
-        """``Bᵀ u_j`` for the first r: ``[r, D]``."""
-        if r > len(self.rows):
-            more = self.rows.new_empty(r, self.space.size)
-            more[: self.known] = self.rows[: self.known]
-            self.rows = more
-        for j in range(self.known, r):
-            self.rows[j] = self.pull(self.u[:, j])
-        self.known = max(self.known, r)
-        return self.rows[:r]
+    def leading_rows(self, r: int) -> Tensor:
+        """Return ``Bᵀ u_j`` for the first r, ``[r, D]``; those of an earlier call are kept."""
+        if r > len(self._rows):
+            # Grown by the caller's steps: a row has as many entries as there are parameters.
+            larger = self._rows.new_empty(r, self.space.size)
+            larger[: self._count] = self._rows[: self._count]
+            self._rows = larger
+        for j in range(self._count, r):
+            self._rows[j] = self.statistics_pull(self.u[:, j])
+        self._count = max(self._count, r)
+        return self._rows[:r]
 
-    def pull(self, u: Tensor) -> Tensor:
-        """``Bᵀ u``."""
+    def statistics_pull(self, u: Tensor) -> Tensor:
+        """Return ``Bᵀ u``, ``[D]``."""
         return self.space.flat(self.statistics.pull(u.to(self.root.root)))
 
-    def frozen(self, a: Tensor) -> Tensor:
-        """``P a`` for ``a`` ``[size]``."""
-        frozen = self.statistics.frozen
-        return self.space.flat(frozen.pull(self.root.times(a.to(self.root.root)))).double()
+    def times(self, a: Tensor) -> Tensor:
+        """Return ``V a`` for ``a`` ``[size]``, in float64."""
+        return self._pull(self.statistics.free, a)
 
-    def column(self, a: Tensor) -> Tensor:
-        """``V a``."""
-        return self.space.flat(
-            self.statistics.free.pull(self.root.times(a.to(self.root.root)))
-        ).double()
+    def frozen_times(self, a: Tensor) -> Tensor:
+        """Return ``P a``."""
+        return self._pull(self.statistics.frozen, a)
 
-    def transposed(self, v: Tensor) -> Tensor:
-        """``Vᵀ v``, ``[size]``."""
-        return self._pushed(self.statistics.free, v)
+    def transposed_times(self, v: Tensor) -> Tensor:
+        """Return ``Vᵀ v``, ``[size]``, in float64."""
+        return self._push(self.statistics.free, v)
 
-    def transposed_frozen(self, v: Tensor) -> Tensor:
-        """``Pᵀ v``."""
-        return self._pushed(self.statistics.frozen, v)
+    def frozen_transposed_times(self, v: Tensor) -> Tensor:
+        """Return ``Pᵀ v``."""
+        return self._push(self.statistics.frozen, v)
 
-    def _pushed(self, linearised: Linearised, v: Tensor) -> Tensor:
-        pushed = linearised.push(self.space.named(v.to(self.root.root)))
-        return self.root.transposed_times(pushed).double()
+    def _pull(self, linearised: Linearised, a: Tensor) -> Tensor:
+        cotangents = self.root.times(a.to(self.root.root))
+        return self.space.flat(linearised.pull(cotangents)).double()
 
-    def tail(self, r: int, z: Tensor) -> Tensor:
-        """One draw of what is missing from the diagonal, for signs ``z`` ``[q - r]``: ``[D]``."""
-        through = self.pull(self.u[:, r:] @ (self.values[r:] * z)).double()
-        return 2 * through * self.frozen(self.w[:, r:] @ z) + through.square()
+    def _push(self, linearised: Linearised, v: Tensor) -> Tensor:
+        tangents = linearised.push(self.space.named(v.to(self.root.root)))
+        return self.root.transposed_times(tangents).double()
 
-    def basis(self, r: int, estimate: float, missing: ResidualEstimator, seed: int) -> Basis:
-        turn, exact = self.u[:, :r].to(self.root.root), r == len(self.values)
-        pullbacks = self.root.table[1] + r + missing.pullbacks
-        remainder = None if exact else missing.remainder
-        return Basis(
-            turn, self.upto(r), exact, estimate, pullbacks, missing.pushes, seed, remainder
-        )
+    def diagonal_residual(self, r: int, signs: Tensor) -> Tensor:
+        """Return one draw of what is missing from the diagonal at rank r, ``[D]``.
 
-
-def everything(statistics: Statistics, space: Space) -> Basis:
-    """All statistics, each pulled back on its own, only from where it is taken."""
-    like = statistics.norms[0].moments[0]
-    turn = torch.eye(statistics.size, dtype=like.dtype, device=like.device)
-    rows = turn.new_empty(statistics.size, space.size)
-    for row, unit in zip(rows, turn, strict=True):
-        row.copy_(space.flat(statistics.pull(unit)))
-    return Basis(turn, rows, True, 0.0, statistics.size)
-
-
-@dataclass(frozen=True)
-class CostEstimate:
-    """What both ways take, in multiplications; true where all statistics are to be pulled back, and not all columns."""
-
-    columns: int
-    statistics: int
-    passes: float  # pullbacks of all statistics, as parts of a whole one: each ends below where its batch norm is
-    by_columns: float
-    by_statistics: float
-    fits: bool
-
-    def __bool__(self) -> bool:
-        return self.fits and self.by_statistics < self.by_columns
-
-    @property
-    def reason(self) -> str:
-        both = (
-            f"Pulling back all {self.statistics} batch statistics ({self.passes:.0f} whole passes) and combining them "
-            f"is counted at {self.by_statistics / self.by_columns:.2g} times what {self.columns} columns below the "
-            "last mixing take."
-        )
-        return both if self.fits else f"{both} It would not fit into the memory budget."
-
-
-def estimate_cost(extent: Extent, columns: int, entries: int, memory: int) -> CostEstimate:
-    """Count what it takes to pull back all statistics, and ``columns``, each below the last mixing.
-
-    A pullback takes two multiplications for each of the forward pass; combining takes one for every statistic, column
-    and parameter entry. ``B`` has to fit into half of ``memory``.
-    """
-    by_columns = 2 * columns * extent.shares[-1] * extent.work
-    by_statistics = 2 * extent.passes * extent.work + extent.size * columns * entries
-    fits = 2 * extent.size * entries * extent.element_size <= memory
-    return CostEstimate(columns, extent.size, extent.passes, by_columns, by_statistics, fits)
-
-
-# --- as many directions as are felt ---------------------------------------------------------------
-
-
-class ResidualEstimator(ABC):
-    """Estimates what is missing at a rank, relative to what was asked for. ``pullbacks``, ``pushes``: spent on that."""
-
-    pullbacks, pushes = 0, 0
-    remainder: Tensor | None = None
-
-    @abstractmethod
-    def __call__(self, r: int) -> float: ...
-
-
-def compressed(
-    spread: CoefficientSVD, missing: ResidualEstimator, rtol: float, seed: int, most_rows: int
-) -> Basis | None:
-    """As few directions as meet ``rtol`` by the estimate, or all; None where they would be more than ``most_rows``.
-
-    The next rank to try is read off the singular values: the error is taken to fall as what is left of ``Σ σ²``.
-    """
-    r, most = min(START, len(spread.values)), len(spread.values)
-    left = spread.values.square().flip(0).cumsum(0).flip(0)  # what is left from rank r on
-    estimate = 0.0
-    while r < most and r <= most_rows:
-        estimate = missing(r)
-        if estimate <= rtol:
-            break
-        goal, estimate = left[r] * (0.7 * rtol / estimate), 0.0
-        r = min(most, max(r + START // 2, int((left > goal).sum())))
-    return spread.basis(r, estimate, missing, seed) if r <= most_rows else None
-
-
-class OfDiagonal(ResidualEstimator):
-    """What is missing from the diagonal of G, from ``draws`` vectors of random signs for every rank that is tried."""
-
-    def __init__(self, spread: CoefficientSVD, draws: int, seed: int) -> None:
-        self.spread, self.draws = spread, draws
-        self.generator = seeded(seed)
-        signs = [self._signs(len(spread.w)) for _ in range(draws)]
-        whole = torch.stack([spread.column(z).square() for z in signs])
-        together = (
-            whole.sum(0).square().sum() - whole.square().sum()
-        )  # of different draws, which are independent
-        self.size = float(
-            (together / (draws * (draws - 1)))
-            .clamp_min(whole.mean(0).square().sum() / draws)
-            .sqrt()
-        )
-        self.pullbacks += draws
-
-    def _signs(self, count: int) -> Tensor:
-        return random_signs(count, self.generator).double().to(self.spread.w.device)
-
-    def __call__(self, r: int) -> float:
-        drawn = [
-            self.spread.tail(r, self._signs(len(self.spread.values) - r)) for _ in range(self.draws)
-        ]
-        self.remainder = torch.stack(drawn).mean(0)
-        self.pullbacks += 2 * self.draws
-        return float(self.remainder.norm()) / max(self.size, torch.finfo(torch.float64).tiny)
-
-
-class OfGram(ResidualEstimator):
-    """What is missing from ``VᵀV``: products with ``draws`` vectors of random signs, true and at rank r."""
-
-    def __init__(self, spread: CoefficientSVD, draws: int, seed: int) -> None:
-        self.spread = spread
-        generator = seeded(seed)
-        self.signs = [random_signs(len(spread.w), generator).double() for _ in range(draws)]
-        self.true = [spread.transposed(spread.column(z)) for z in self.signs]
-        self.held = [spread.frozen(z) for z in self.signs]
-        self.pullbacks, self.pushes = 2 * draws, draws
-
-    def __call__(self, r: int) -> float:
-        spread, rows = self.spread, self.spread.upto(r)
-        w, rows = spread.w[:, :r] * spread.values[:r], rows.double()
-        self.pushes += len(self.signs)
-        off = 0.0
-        for z, true, held in zip(self.signs, self.true, self.held, strict=True):
-            z = z.to(w)
-            v = held + rows.T @ (w.T @ z)
-            off += float((true - spread.transposed_frozen(v) - w @ (rows @ v)).square().sum())
-        return math.sqrt(
-            off
-            / max(sum(float(t.square().sum()) for t in self.true), torch.finfo(torch.float64).tiny)
-        )
+        For random ``signs``, ``[q - r]``: the mean over signs of ``2 (Bᵀ U σ z) ∘ (P W z)`` and
+        ``(Bᵀ U σ z)²``, summed over the tail, are the two terms above.
+        """
+        through = self.statistics_pull(self.u[:, r:] @ (self.values[r:] * signs)).double()
+        return 2 * through * self.frozen_times(self.w[:, r:] @ signs) + through.square()
 
 
 # --- what feeds collectors ------------------------------------------------------------------------
 
 
 class CorrectedSource:
-    """Frozen columns, completed by what runs through the statistics."""
+    """Columns with statistics held constant, plus the low-rank correction through these.
+
+    ``frozen``: what feeds the former.
+    """
 
     def __init__(
         self,
@@ -309,29 +220,84 @@ class CorrectedSource:
         space: Space,
         names: Sequence[str],
     ) -> None:
-        self.inner, self.statistics, self.basis = frozen, statistics, basis
-        self.shapes = {name: space.shapes[name] for name in names}
-        self.rows = {name: basis.rows[:, space.slices[name]] for name in names}
+        self.frozen, self.statistics, self.basis = frozen, statistics, basis
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.rows: dict[str, Tensor] = {}  # of the basis, [r, entries of the parameter]
+        for name in names:
+            self.shapes[name] = space.shapes[name]
+            self.rows[name] = basis.rows[:, space.slices[name]]
 
     def feed(
-        self, plan: Chunking, take: Take, outs: Mapping[str, Tensor], given: Mapping[int, Tensor] | None = None,
+        self,
+        plan: Chunking,
+        take: Take,
+        outs: Mapping[str, Tensor],
+        cotangents: Mapping[int, Tensor],
         last: bool = True,
-    ) -> None:  # fmt: skip
-        assert given is not None
-        a = self.statistics.coefficients(given) @ self.basis.turn
-        seen: set[str] = set()
+    ) -> None:
+        """Feed one column of every sample, for ``cotangents`` of the predictions."""
+        a = self.statistics.coefficients(cotangents) @ self.basis.directions  # [n, r]
+        fed: set[str] = set()
 
-        def completed(name: str, part: RowBlock) -> None:
-            seen.add(name)
-            rows = wide(part.rows())
-            whole = torch.addmm(
-                rows.flatten(1) if rows.ndim > 1 else rows[:, None], a[part.where], self.rows[name]
-            )
-            take(name, RowBlock(part.where, whole.view(len(rows), *self.shapes[name])))
+        def corrected(name: str, block: RowBlock) -> None:
+            fed.add(name)
+            rows = wide(block.rows())
+            flat = rows.flatten(1) if rows.ndim > 1 else rows[:, None]  # a single number
+            whole = torch.addmm(flat, a[block.where], self.rows[name])
+            take(name, RowBlock(block.where, whole.view(len(rows), *self.shapes[name])))
 
-        self.inner.feed(replace(plan, needs=frozenset({"rows"})), completed, {}, given, last)
-        for name in [n for n in self.shapes if n not in seen]:
-            take(
-                name,
-                RowBlock(slice(0, len(a)), (a @ self.rows[name]).view(len(a), *self.shapes[name])),
-            )
+        # The correction is added to rows: what needs none of them cannot be had from the parts.
+        self.frozen.feed(replace(plan, needs=frozenset({"rows"})), corrected, {}, cotangents, last)
+        for name, shape in self.shapes.items():
+            # With statistics constant no prediction depends on these: the correction is all.
+            if name not in fed:
+                rows = (a @ self.rows[name]).view(len(a), *shape)
+                take(name, RowBlock(slice(0, len(a)), rows))
+
+
+# --- what it costs --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CostEstimate:
+    """What both ways take, in multiplications.
+
+    ``passes``: pullbacks of all statistics, as parts of a whole one, as each ends below where its
+    batch norm is. ``fits``: into the memory budget. True where all statistics are to be pulled
+    back, and not all columns.
+    """
+
+    columns: int
+    statistics: int
+    passes: float
+    by_columns: float
+    by_statistics: float
+    fits: bool
+
+    def __bool__(self) -> bool:
+        return self.fits and self.by_statistics < self.by_columns
+
+    @property
+    def reason(self) -> str:
+        """Return the comparison in words."""
+        ratio = self.by_statistics / self.by_columns
+        text = (
+            f"Pulling back all {self.statistics} batch statistics ({self.passes:.0f} whole passes) "
+            f"and combining them is counted at {ratio:.2g} times what {self.columns} columns below "
+            "the last mixing take."
+        )
+        if not self.fits:
+            text += " It would not fit into the memory budget."
+        return text
+
+
+def estimate_cost(extent: Extent, columns: int, entries: int, memory: int) -> CostEstimate:
+    """Count what it takes to pull back all statistics, and ``columns``, each below the last mixing.
+
+    A pullback takes two multiplications for each of the forward pass; combining takes one for every
+    statistic, column and parameter entry. ``B`` has to fit into half of ``memory``.
+    """
+    by_columns = 2 * columns * extent.shares[-1] * extent.work
+    by_statistics = 2 * extent.passes * extent.work + extent.size * columns * entries
+    fits = 2 * extent.size * entries * extent.element_size <= memory
+    return CostEstimate(columns, extent.size, extent.passes, by_columns, by_statistics, fits)

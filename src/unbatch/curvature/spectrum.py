@@ -2,12 +2,12 @@
 
 All of it from the Gram matrix ``VᵀV`` of the columns of V, which is small where there are fewer
 columns than parameters (Dangel, Tatzel, Hennig 2021, "ViViT"). No networks here: V is an operator
-that is known by its products. Spectra of operators without such a factor: ``spectra.py``.
+that is known by its products. Spectra of operators without such a factor: ``linalg/spectra.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,11 +32,12 @@ class Factored:
 
 @dataclass(frozen=True)
 class Directions:
-    """Eigenvectors of G, and what each component has along them.
+    """Eigenvectors of G, and the slope and curvature of each component along them.
 
-    ``values`` ``[k]``, ascending; ``vectors`` ``[D, k]``; ``slopes`` ``γ``, ``[N, k]``, sum over n to the slope of the
-    loss along each direction; ``curvatures`` ``λ``, ``[N, k]``, sum to ``values``. All in the scale of the loss, where
-    those of ViViT are N times as large and average to slope and curvature.
+    ``values`` ``[k]``, ascending; ``vectors`` ``[D, k]``. ``slopes`` ``γ``, ``[N, k]``, sum over n
+    to the slope of the loss along each direction; ``curvatures`` ``λ``, ``[N, k]``, sum to
+    ``values``. All in the scale of the loss, where those of ViViT are N times as large and average
+    to slope and curvature.
     """
 
     values: Tensor
@@ -46,7 +47,7 @@ class Directions:
     space: Space
 
     def named(self) -> dict[str, Tensor]:
-        """The eigenvectors by parameter, ``[*param, k]``."""
+        """Return the eigenvectors by parameter, ``[*param, k]``."""
         return self.space.named(self.vectors)
 
 
@@ -62,17 +63,20 @@ def spectrum(gram: Tensor, signs: Tensor, dtype: torch.dtype) -> tuple[Tensor, T
     """Return eigenvalues that are not zero, ascending, and ``A`` of the eigenvectors ``V A``.
 
     In float64. Where all signs are positive, ``VᵀV`` and ``VVᵀ`` have the same eigenvalues, and an
-    eigenvector ``a`` of the first gives ``V a / √λ`` of the second. With other signs, those of G are
-    those of ``(VᵀV)^½ Σ (VᵀV)^½``, which is symmetric.
+    eigenvector ``a`` of the first gives ``V a / √λ`` of the second. With other signs, those of G
+    are those of ``(VᵀV)^½ Σ (VᵀV)^½``, which is symmetric.
     """
+    # VᵀV = Q Λ Qᵀ
     values, vectors = torch.linalg.eigh(gram)
-    kept = above_rounding(values, dtype)
-    values, vectors = values[kept], vectors[:, kept]
+    nonzero = above_rounding(values, dtype)
+    values, vectors = values[nonzero], vectors[:, nonzero]
     if (signs > 0).all():
         return values, vectors / values.sqrt()
+    # With Λ^½ Qᵀ Σ Q Λ^½ = P Θ Pᵀ, the columns of V Q Λ^-½ P are eigenvectors of G: as V = V Q Qᵀ,
+    # V Σ Vᵀ (V Q Λ^-½ P) = V Q Qᵀ Σ Q Λ^½ P = V Q Λ^-½ P Θ.
     half = vectors * values.sqrt()
-    signed, turn = torch.linalg.eigh(half.T @ (signs[:, None] * half))
-    return signed, (vectors / values.sqrt()) @ turn
+    signed, rotation = torch.linalg.eigh(half.T @ (signs[:, None] * half))
+    return signed, (vectors / values.sqrt()) @ rotation
 
 
 def positive_eigenvalues(gram: Tensor, dtype: torch.dtype) -> Tensor:
@@ -86,6 +90,7 @@ def positive_eigenvalues(gram: Tensor, dtype: torch.dtype) -> Tensor:
 
 def padded(values: Tensor, count: int) -> Tensor:
     """Return the ``count`` largest in size, ascending, with zeros where there are fewer."""
+    # Sorted by size first: with negative ones the largest are at both ends.
     largest = values[values.abs().argsort(descending=True)][:count]
     zeros = values.new_zeros(count - len(largest))
     return torch.cat([largest, zeros]).sort().values
@@ -93,8 +98,11 @@ def padded(values: Tensor, count: int) -> Tensor:
 
 def eigenpairs(factor: Operator, values: Tensor, coefficients: Tensor, k: int | None) -> Eigenpairs:
     """Return the ``k`` largest as vectors ``V a``, by one product for each."""
-    start = 0 if k is None else max(0, len(values) - k)
+    start = 0  # the largest come last
+    if k is not None:
+        start = max(0, len(values) - k)
     vectors = factor @ coefficients[:, start:]
+    # Of unit length up to rounding, which is large for small eigenvalues.
     normalised = torch.nn.functional.normalize(vectors, dim=0)
     return Eigenpairs(values[start:].to(factor.dtype), normalised)
 
@@ -106,9 +114,9 @@ def inner_products(
     parts = []
     for i, left in a.items():
         if i not in b:
-            continue
+            continue  # it does not depend on the parameters
         entries = left * b[i]
-        if entries.ndim > 1:
+        if entries.ndim > 1:  # one number a sample is its own sum
             entries = entries.movedim(dims[i], 0).flatten(1).sum(1)
         parts.append(entries)
     return sum_of(parts)
@@ -137,6 +145,7 @@ def newton_step(pairs: Eigenpairs, gradient: Tensor, damping: float | Tensor) ->
 
 def slogdet(values: Tensor, size: int, damping: float) -> tuple[Tensor, Tensor]:
     """Return sign and logarithm of ``|det(G + δI)|``, from eigenvalues that are not zero."""
+    # All eigenvalues that are not among ``values`` are zero, and δ in G + δI.
     shifted, zeros = values + damping, size - len(values)
     if not zeros:
         return shifted.sign().prod(), shifted.abs().log().sum()
@@ -174,6 +183,12 @@ def by_products(
     if damping < 0:
         raise InputError(MSG_NOT_DEFINITE.format(value=damping))
     return conjugate_gradients(lambda v: G @ v + damping * v, b, rtol, max_iterations)
+
+
+def worst(reports: Sequence[Solved], rtol: float) -> Solved:
+    """Return the report with the largest residual; of no right-hand sides, an empty one."""
+    nothing = Solved("nothing to solve", 0, 0.0, rtol)
+    return max(reports, key=lambda report: report.residual, default=nothing)
 
 
 def explained(report: Solved, rank: int, size: int) -> Solved:

@@ -1,7 +1,9 @@
-"""The second derivative of the loss at a point, roots of it, and the way that columns of the Gauss-Newton factor go.
+"""The second derivative of the loss at a point, and how columns of the factor are pulled back.
 
-A way is chosen by counting: every column on its own below the last place where samples meet, or all batch statistics,
-or as many directions of these as a tolerance needs.
+The route is chosen by counting: every column on its own below the last cross-sample dependence, or
+all batch statistics (``batch_statistics.py``), or as many directions of these as a tolerance needs
+(``low_rank.py``, ``truncation.py``). What is computed from columns stands in
+``ggn_quantities.py``.
 """
 
 from __future__ import annotations
@@ -18,18 +20,17 @@ from unbatch.autodiff.jvp import Linearised, LinearisedGraph, LinearisedModel
 from unbatch.autodiff.loss import LossAt
 from unbatch.curvature.batch_statistics import Extent, Statistics
 from unbatch.curvature.hessian_root import Factor, HessianRoot
-from unbatch.curvature.loss_hessian import factor, joint, likelihood, sampled
+from unbatch.curvature.loss_hessian import factor, joint
 from unbatch.curvature.low_rank import (
     Basis,
     CoefficientSVD,
     CorrectedSource,
     CostEstimate,
-    OfDiagonal,
-    OfGram,
-    compressed,
     estimate_cost,
-    everything,
+    full_basis,
 )
+from unbatch.curvature.sampled_root import likelihood, sampled
+from unbatch.curvature.truncation import DiagonalResidual, GramResidual, truncated_basis
 from unbatch.errors import (
     MSG_NO_BLOCKS,
     MSG_NO_COMPONENTS,
@@ -46,29 +47,48 @@ from unbatch.gradients.request import Request, check_recurrences_of, is_planned,
 from unbatch.gradients.sources import Chunking, Source
 from unbatch.linalg.space import Space
 
-Draws = (
-    tuple[int, int] | None
-)  # how many columns are drawn for each sample, and the seed; None: H itself
-
+# How many columns are drawn for each sample, and the seed; None: H itself.
+Draws = tuple[int, int] | None
 
 DRAWS = 6  # vectors of random signs on which an error is estimated
 
 
 @dataclass(frozen=True)
 class Rtol:
-    """A tolerance for the diagonal, or for the Gram matrix: of the relative error in the Frobenius norm."""
+    """A tolerance: of the relative error in the Frobenius norm.
+
+    ``gram``: of the Gram matrix, and not of the diagonal; ``seed``: of the random signs.
+    """
 
     value: float
     gram: bool = False
     seed: int = 0
 
 
+# --- what a question has at hand ------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class StatisticsRoute:
-    """The way by batch statistics. ``extent``: what it takes; ``request``: of which question."""
+    """The route through batch statistics. ``extent``: what it takes; ``request``: the question."""
 
     extent: Extent
     request: Request
+
+    @staticmethod
+    def of(request: Request) -> StatisticsRoute | None:
+        """Return None where the route does not exist.
+
+        Samples have to depend on each other by batch norms alone, and in more than one place.
+        """
+        # Frozen statistics are constants, and a model that is not replayed has none at hand.
+        if request.by != "component" or not is_planned(request):
+            return None
+        # Below a single batch norm sites are projected: nothing has to be pulled back alone.
+        if not request.setting.route(request.parameters, request.by).flow.columns:
+            return None
+        extent = Extent.of(request.setting, request.parameters)
+        return None if extent is None else StatisticsRoute(extent, request)
 
     @property
     def space(self) -> Space:
@@ -76,20 +96,24 @@ class StatisticsRoute:
 
     @cached_property
     def statistics(self) -> Statistics | None:
-        """Return the statistics after two forward passes; None where they fail their self-check."""
+        """The statistics after two forward passes; None where they fail their self-check."""
         return Statistics.of(self.request.setting, self.request.parameters)
 
     def source(self, parameters: Mapping[str, Tensor]) -> Source:
-        """Return where rows of these parameters with statistics held constant come from."""
+        """Return the source of rows of these parameters with statistics held constant."""
         return source_of(self.request.frozen().of(parameters))
 
-    def counted(self, columns: int) -> CostEstimate:
+    def cost(self, columns: int) -> CostEstimate:
         """Return whether it takes less than to pull back so many columns."""
         return estimate_cost(self.extent, columns, self.space.size, self.request.memory)
 
 
 def linearised_of(request: Request) -> Linearised:
-    """Return the predictions as a linear map of the parameters, after one forward pass."""
+    """Return the predictions as a linear map of the parameters, after one forward pass.
+
+    Raises ``StructureError`` where statistics cannot be held constant, for the model is not
+    replayed.
+    """
     setting, frozen = request.setting, request.by == "frozen"
     check_recurrences_of(request)
     if setting.faithful:
@@ -99,32 +123,23 @@ def linearised_of(request: Request) -> Linearised:
     return LinearisedModel(setting, request.parameters)
 
 
-def through_of(request: Request) -> StatisticsRoute | None:
-    """Return the way by batch statistics; None where it does not exist.
-
-    Samples have to depend on each other by batch norms alone, and in more than one place.
-    """
-    if request.by != "component" or not is_planned(request):
-        return None
-    if not request.setting.route(request.parameters, request.by).flow.columns:
-        return None
-    extent = Extent.of(request.setting, request.parameters)
-    return None if extent is None else StatisticsRoute(extent, request)
+# --- the curvature at a point ---------------------------------------------------------------------
 
 
 class Curvature:
     """The second derivative of the loss at the predictions, and roots of it.
 
-    ``apart``: it is known to be block diagonal by samples. What it takes forward passes to know
-    (the loss at the predictions, the linear map, the batch statistics) is computed when first needed.
+    What takes forward passes (the loss at the predictions, the linear map, the batch statistics) is
+    computed when it is first needed, and kept, as are roots and bases: a matrix is asked many
+    questions, and each of these is a function of the request alone.
     """
 
     def __init__(self, request: Request) -> None:
         self.request = request
         self.memory = request.memory
-        self.roots: dict[Draws, HessianRoot] = {}
-        self.bases: dict[tuple[HessianRoot, Rtol | None], Basis | None] = {}
-        self.spreads: dict[HessianRoot, CoefficientSVD] = {}
+        self._roots: dict[Draws, HessianRoot] = {}
+        self._bases: dict[tuple[HessianRoot, Rtol | None], Basis | None] = {}
+        self._svds: dict[HessianRoot, CoefficientSVD] = {}
         self._loss: LossAt | None = None
         self._linearised: Linearised | None = None
 
@@ -133,13 +148,15 @@ class Curvature:
         return self.request.structure
 
     @property
-    def apart(self) -> bool:
+    def separable(self) -> bool:
+        """Return whether H is block diagonal by samples, as that of a sum over samples is."""
         return bool(self.structure.reduction)
 
     # -- forward passes --
 
     @property
     def linearised(self) -> Linearised:
+        """Return the linear map ``J``."""
         if self._linearised is None:
             self._linearised = linearised_of(self.request)
         return self._linearised
@@ -153,13 +170,13 @@ class Curvature:
         return self._loss
 
     def share_forward(self, source: Source, rows: bool, compressed: bool = False) -> None:
-        """Know the loss from a forward pass that the question needs anyway.
+        """Take the loss from a forward pass that the question needs anyway.
 
         With ``rows``, or where columns are pulled back one by one, that is the pass of ``source``.
-        By way of statistics (always if ``compressed``) it is the one that knows these, which is
-        also the linear map; and where H joins all samples, its columns go through the linear map.
+        By way of statistics (always if ``compressed``) it is the one of these, which is also the
+        linear map; and where H couples all samples, its columns go through the linear map.
         """
-        if self._loss is not None or (not rows and not self.apart):
+        if self._loss is not None or (not rows and not self.separable):
             return
         statistics = None if rows else self._statistics_ahead(compressed)
         if statistics is None:
@@ -168,109 +185,125 @@ class Curvature:
             self._linearised = statistics.free
 
     def _statistics_ahead(self, compressed: bool) -> Statistics | None:
-        """Return them if columns will go by way of them, as far as that can be said before H is known."""
-        if self._through is None:
+        """Return the statistics if columns will go by way of them, guessed before H is known."""
+        if self._route is None:
             return None
+        # A root has no more columns than the predictions have entries.
         entries = sum(math.prod(shape) for shape in self.structure.predictions)
-        return self._through.statistics if compressed or self._through.counted(entries) else None
+        if compressed or self._route.cost(entries):
+            return self._route.statistics
+        return None
 
     @cached_property
     def dims(self) -> dict[int, int]:
-        """Return the axis of the samples of every prediction."""
+        """The axis of the samples of every prediction."""
         axes = self.request.setting.axes
         return {i: dim for i, dim in axes.items() if i in self.loss.predictions}
 
-    @cached_property
-    def _through(self) -> StatisticsRoute | None:
-        return through_of(self.request)
-
-    def basis(self, root: HessianRoot, rtol: Rtol | None = None) -> Basis | None:
-        """How columns go by way of statistics; None: each is pulled back on its own.
-
-        Without ``rtol``, all statistics, where that is counted to take less.
-        """
-        if (root, rtol) not in self.bases:
-            self.bases[root, rtol] = self._basis(root, rtol)
-        return self.bases[root, rtol]
-
-    def _basis(self, root: HessianRoot, rtol: Rtol | None) -> Basis | None:
-        if not isinstance(root, Factor) or not root.size or self._through is None:
-            return None
-        whole = rtol is None or root.lowest < 0
-        if whole and not self._through.counted(root.size):
-            return None
-        statistics, space = self._through.statistics, self._through.space
-        if statistics is None:
-            return None
-        if rtol is None or whole:
-            return everything(statistics, space)
-        spread = self.spreads.setdefault(root, CoefficientSVD(statistics, root, space))
-        missing = (OfGram if rtol.gram else OfDiagonal)(spread, DRAWS, rtol.seed)
-        row = space.size * root.root.element_size()
-        return compressed(spread, missing, rtol.value, rtol.seed, self.memory // (2 * row))
-
-    def plan(self, root: HessianRoot, source: Source, chunks: Chunking) -> tuple[int, str]:
-        """Backward passes in all, and why they are those."""
-        samples, columns = root.table
-        passes, _ = source.pullbacks(chunks)
-        if not root.separate:
-            return (
-                root.rank,
-                "The second derivative of the loss joins all samples: each of its columns is pulled back.",
-            )
-        counted = None if self._through is None else self._through.counted(samples * columns)
-        if self._through is None or counted is None:
-            return columns * passes, f"{columns} columns a sample. {source.reason}"
-        if counted and self._through.statistics is not None:
-            return counted.statistics + 2 * columns, counted.reason
-        return columns * passes, counted.reason
-
-    def columns_of(
-        self, source: Source, basis: Basis | None, parameters: Mapping[str, Tensor]
-    ) -> Source | CorrectedSource:
-        """What feeds columns of these parameters."""
-        through = self._through if basis is not None else None
-        if basis is None or through is None or through.statistics is None:
-            return source
-        return CorrectedSource(
-            through.source(parameters), through.statistics, basis, through.space, list(parameters)
-        )
+    # -- roots of H --
 
     def root(self, draws: Draws = None) -> HessianRoot:
-        """A root of H, or one that is drawn so that it is one on average.
+        """Return a root of H, or one that is drawn so that it is one on average.
 
-        Raises ``StructureError`` where H is too large to be taken apart, or has negative eigenvalues and draws are
-        asked for.
+        Raises ``StructureError`` where H is too large to be decomposed, or has negative eigenvalues
+        and draws are asked for.
         """
-        if draws not in self.roots:
-            self.roots[draws] = self._exact() if draws is None else self._drawn(*draws)
-        return self.roots[draws]
+        if draws not in self._roots:
+            self._roots[draws] = self._exact() if draws is None else self._drawn(*draws)
+        return self._roots[draws]
 
     def _exact(self) -> HessianRoot:
-        found = factor(self.loss, self.dims) if self.apart else joint(self.loss, self.dims)
-        if found is None:
-            sizes = {i: tuple(t.shape) for i, t in self.loss.predictions.items()}
-            raise StructureError(MSG_NO_BLOCKS.format(shapes=list(sizes.values())))
-        if not found.rank:
-            shapes = [tuple(t.shape) for t in self.loss.predictions.values()]
+        form = factor if self.separable else joint
+        root = form(self.loss, self.dims)
+        shapes = [tuple(t.shape) for t in self.loss.predictions.values()]
+        if root is None:
+            raise StructureError(MSG_NO_BLOCKS.format(shapes=shapes))
+        if not root.rank:
+            # No error: a matrix of zeros is the right answer, if hardly the expected one.
             cut, remedy = VANISHING_INSIDE if self.loss.setting.own_loss else VANISHING
             text = MSG_VANISHING.format(cut=cut, shapes=shapes, remedy=remedy)
             warn(text, VanishingCurvatureWarning)
-        return found
+        return root
 
     def _drawn(self, count: int, seed: int) -> HessianRoot:
         exact = self.components("Columns drawn for each sample")
         if exact.lowest < 0:
-            raise StructureError(
-                MSG_NOT_POSITIVE.format(what="Columns drawn at random", lowest=exact.lowest)
-            )
+            text = MSG_NOT_POSITIVE.format(what="Columns drawn at random", lowest=exact.lowest)
+            raise StructureError(text)
         return sampled(exact, likelihood(exact, self.loss), count, seed)
 
     def components(self, what: str) -> Factor:
-        """The root of a sum over samples; raises ``StructureError`` where the loss is none."""
+        """Return the root of a sum over samples.
+
+        ``what``: is asked for, in words. Raises ``StructureError`` where the loss is no such sum.
+        """
         root = self.root()
         if not isinstance(root, Factor):
             reduction = self.structure.reduction
             why = "it fails" if reduction.status == "fails" else "it is unknown"
             raise StructureError(MSG_NO_COMPONENTS.format(what=what, why=why))
         return root
+
+    # -- the route of columns --
+
+    @cached_property
+    def _route(self) -> StatisticsRoute | None:
+        return StatisticsRoute.of(self.request)
+
+    def basis(self, root: HessianRoot, rtol: Rtol | None = None) -> Basis | None:
+        """Return how columns go by way of statistics; None: each is pulled back on its own.
+
+        Without ``rtol``, all statistics, where that is counted to take less.
+        """
+        if (root, rtol) not in self._bases:
+            self._bases[root, rtol] = self._basis(root, rtol)
+        return self._bases[root, rtol]
+
+    def _basis(self, root: HessianRoot, rtol: Rtol | None) -> Basis | None:
+        route = self._route
+        if not isinstance(root, Factor) or not root.size or route is None:
+            return None
+        # Estimates of an error assume that all signs are positive: otherwise nothing is left out.
+        whole = rtol is None or root.lowest < 0
+        if whole and not route.cost(root.size):
+            return None
+        statistics, space = route.statistics, route.space
+        if statistics is None:
+            return None
+        if rtol is None or whole:
+            return full_basis(statistics, space)
+        if root not in self._svds:
+            self._svds[root] = CoefficientSVD(statistics, root, space)
+        svd = self._svds[root]
+        residual = GramResidual if rtol.gram else DiagonalResidual
+        estimator = residual(svd, DRAWS, rtol.seed)
+        # Rows of the basis may take half of the memory.
+        most_rows = self.memory // (2 * space.size * root.root.element_size())
+        return truncated_basis(svd, estimator, rtol.value, rtol.seed, most_rows)
+
+    def columns_of(
+        self, source: Source, basis: Basis | None, parameters: Mapping[str, Tensor]
+    ) -> Source | CorrectedSource:
+        """Return the source that feeds columns of these parameters."""
+        route = self._route
+        if basis is None or route is None or route.statistics is None:
+            return source
+        frozen = route.source(parameters)
+        return CorrectedSource(frozen, route.statistics, basis, route.space, list(parameters))
+
+    def plan(self, root: HessianRoot, source: Source, chunks: Chunking) -> tuple[int, str]:
+        """Return how many backward passes all columns take, and why that many."""
+        samples, columns = root.table
+        passes, _ = source.pullbacks(chunks)
+        if not root.separate:  # through the linear map, whatever the source does
+            return root.rank, (
+                "The second derivative of the loss joins all samples: "
+                "each of its columns is pulled back."
+            )
+        if self._route is None:
+            return columns * passes, f"{columns} columns a sample. {source.reason}"
+        cost = self._route.cost(samples * columns)
+        # Of each column two pullbacks: with statistics constant, and by these.
+        if cost and self._route.statistics is not None:
+            return cost.statistics + 2 * columns, cost.reason
+        return columns * passes, cost.reason

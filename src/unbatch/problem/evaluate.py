@@ -1,6 +1,7 @@
 """From quantities to answers: which rows are formed when, in what chunks, and what they are called.
 
-Quantities are fed with the parts of a source and never see networks.
+Quantities are fed with row blocks of a source and never see networks. Where rows come from is
+decided in ``gradients/request.py``; where columns come from, in ``curvature/strategy.py``.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from unbatch.gradients.quantities import (
 from unbatch.gradients.request import Request, source_of
 from unbatch.gradients.sources import CHUNK, Chunking
 
+FLOAT32 = 4  # bytes
+
 # --- answering ------------------------------------------------------------------------------------
 
 
@@ -35,68 +38,37 @@ def answer(
     request: Request, quantities: Sequence[Quantity], label: Label, out: Mapping[str, Tensor]
 ) -> list[Any]:
     """Feed all quantities from one source; return the results in their order."""
+    # Nothing has run yet but the self-check of a plan: both are lazy, and the forward pass shared.
     source, curvature = source_of(request), Curvature(request)
     about = about_of(request, source, label, out)
-    asked = [_Asked.of(q) for q in quantities]
-    basics = _basics(asked)
-    columns = _of_columns(basics)
+    demand = Demand.of(quantities)
+    columns = demand.of_columns
     if columns:
-        compressed = any(q.tolerance is not None for q in columns)
-        curvature.share_forward(source, len(columns) < len(basics), compressed)
+        # Before any check: what a check needs of H comes from the forward pass shared here.
+        compressed = any(quantity.tolerance is not None for quantity in columns)
+        curvature.share_forward(source, bool(demand.of_rows), compressed)
     for quantity in columns:
         quantity.check(curvature)
-    collectors = {q: q.start(about) for q in basics}
-    rows = {q: c for q, c in collectors.items() if not isinstance(q, ColumnQuantity)}
-    if rows:
-        chunks = _chunks(asked, request.memory)
-        _feed(about, list(rows.values()), chunks, request.parameters, last=not columns)
-    fed = {q: collectors[q] for q in columns}
-    feed_quantities(curvature, source, fed, request.parameters)
-    results: dict[Quantity, Any] = {q: c.finish() for q, c in collectors.items()}
-    return [a.value(results, about) for a in asked]
+    collectors = {basic: basic.start(about) for basic in demand.basics}
+    fed_by_rows, fed_by_columns = [], {}
+    for basic, collector in collectors.items():
+        if isinstance(basic, ColumnQuantity):
+            fed_by_columns[basic] = collector
+        else:
+            fed_by_rows.append(collector)
+    if fed_by_rows:
+        # Rows first: the source may let go of its graph with the last thing it is asked.
+        chunks = demand.chunking(request.memory)
+        _feed_rows(about, fed_by_rows, chunks, request.parameters, last=not columns)
+    feed_quantities(curvature, source, fed_by_columns, request.parameters)
+    # Finished when all are fed: a collector that is late asks the source for weighted sums.
+    results: dict[Quantity, Any] = {}
+    for basic, collector in collectors.items():
+        results[basic] = collector.finish()
+    return [tree.value(results, about) for tree in demand.trees]
 
 
-def _of_columns(basics: Sequence[Basic]) -> list[ColumnQuantity]:
-    return [q for q in basics if isinstance(q, ColumnQuantity)]
-
-
-@dataclass
-class _Asked:
-    """A quantity, and those it is made from, as they were at the start of the question."""
-
-    quantity: Quantity
-    bases: list[_Asked]
-
-    @staticmethod
-    def of(quantity: Quantity) -> _Asked:
-        below = quantity.bases() if isinstance(quantity, Derived) else ()
-        return _Asked(quantity, [_Asked.of(b) for b in below])
-
-    @property
-    def is_late(self) -> bool:
-        return self.quantity.late or any(b.is_late for b in self.bases)
-
-    def basics(self) -> list[Basic]:
-        if isinstance(self.quantity, Basic):
-            return [self.quantity]
-        return [b for asked in self.bases for b in asked.basics()]
-
-    def value(self, found: dict[Quantity, Any], about: About) -> Any:
-        if self.quantity not in found:
-            assert isinstance(self.quantity, Derived)
-            found[self.quantity] = self.quantity.combine(
-                about, *(b.value(found, about) for b in self.bases)
-            )
-        return found[self.quantity]
-
-
-def _basics(asked: Sequence[_Asked]) -> list[Basic]:
-    """The basic quantities behind all that is asked, each once; rows first, so that others find them formed."""
-    found = dict.fromkeys(b for a in asked for b in a.basics())
-    return sorted(found, key=lambda b: b.needs != "rows")
-
-
-def _feed(
+def _feed_rows(
     about: About,
     collectors: Sequence[Collector],
     chunks: Chunking,
@@ -106,71 +78,172 @@ def _feed(
     """Feed all rows; those of parameters that no prediction depends on are zero."""
     fed = set()
 
-    def take(name: str, part: RowBlock) -> None:
+    def take(name: str, block: RowBlock) -> None:
         fed.add(name)
         for collector in collectors:
-            collector.take(name, part)
+            collector.take(name, block)
 
     about.source.feed(chunks, take, about.out, last=last)
+    # Expanded from a single zero, as most quantities only read them.
     for name, p in parameters.items():
         if name in fed:
             continue
-        zero = p.detach().new_zeros(1, *p.shape).expand(about.samples, *p.shape)
-        take(name, RowBlock(slice(0, about.samples), zero.clone() if chunks.keep else zero))
+        zeros = p.detach().new_zeros(1, *p.shape).expand(about.samples, *p.shape)
+        if chunks.keep:
+            zeros = zeros.clone()  # rows that are kept belong to the user, who may write to them
+        take(name, RowBlock(slice(0, about.samples), zeros))
+
+
+# --- what quantities need -------------------------------------------------------------------------
+
+
+@dataclass
+class _QuantityTree:
+    """A quantity with those it is derived from, as they were at the start of the question.
+
+    ``bases()`` of a derived quantity may make new objects at each call, so it is called once.
+    """
+
+    quantity: Quantity
+    bases: list[_QuantityTree]
+
+    @staticmethod
+    def of(quantity: Quantity) -> _QuantityTree:
+        if not isinstance(quantity, Derived):
+            return _QuantityTree(quantity, [])
+        return _QuantityTree(quantity, [_QuantityTree.of(base) for base in quantity.bases()])
+
+    @property
+    def is_late(self) -> bool:
+        """Return whether weighted sums are needed after all rows have been seen."""
+        return self.quantity.late or any(base.is_late for base in self.bases)
+
+    def basics(self) -> list[Basic]:
+        """Return the basic quantities at the leaves, from left to right."""
+        if isinstance(self.quantity, Basic):
+            return [self.quantity]
+        leaves: list[Basic] = []
+        for base in self.bases:
+            leaves += base.basics()
+        return leaves
+
+    def value(self, results: dict[Quantity, Any], about: About) -> Any:
+        """Return the result, combined from those of the bases; ``results`` holds what is ready."""
+        quantity = self.quantity
+        # A base may be shared by several, and is then combined once.
+        if quantity not in results and isinstance(quantity, Derived):
+            bases = [base.value(results, about) for base in self.bases]
+            results[quantity] = quantity.combine(about, *bases)
+        return results[quantity]
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What several quantities need together.
+
+    ``basics``: the basic ones behind them, each once; ``of_rows`` and ``of_columns``: those that
+    are fed with rows of the gradient, and with columns of the Gauss-Newton factor.
+    """
+
+    trees: list[_QuantityTree]
+    basics: list[Basic]
+    of_rows: list[Basic]
+    of_columns: list[ColumnQuantity]
+
+    @staticmethod
+    def of(quantities: Sequence[Quantity]) -> Demand:
+        trees = [_QuantityTree.of(quantity) for quantity in quantities]
+        # Equal quantities are one, whoever asks for them; in the order in which they come up.
+        distinct: dict[Basic, None] = {}
+        for tree in trees:
+            distinct |= dict.fromkeys(tree.basics())
+        # Rows first: a block that has formed its rows serves all others from them.
+        basics = sorted(distinct, key=lambda basic: basic.needs != "rows")
+        of_rows: list[Basic] = []
+        of_columns: list[ColumnQuantity] = []
+        for basic in basics:
+            if isinstance(basic, ColumnQuantity):
+                of_columns.append(basic)
+            else:
+                of_rows.append(basic)
+        return Demand(trees, basics, of_rows, of_columns)
+
+    def chunking(self, memory: int) -> Chunking:
+        """Return in what portions rows are formed."""
+        # Columns do not count: they are fed apart, in chunks of their own.
+        needs: set[str] = set()
+        keep, pairs = False, False
+        for basic in self.of_rows:
+            needs.add(basic.needs)
+            keep |= isinstance(basic, Gradients)
+            pairs |= basic.pairs
+        late = any(tree.is_late for tree in self.trees)
+        return Chunking(frozenset(needs), memory, keep, pairs, late)
+
+
+# --- planning -------------------------------------------------------------------------------------
 
 
 def planned(request: Request, quantities: Sequence[Quantity]) -> Plan:
     """Return what ``answer`` would do, in numbers and words."""
     source, curvature = source_of(request), Curvature(request)
-    parameters, samples, memory = request.parameters, request.samples, request.memory
-    asked = [_Asked.of(q) for q in quantities]
-    chunks, basics = _chunks(asked, memory), _basics(asked)
-    curved = _of_columns(basics)
-    if curved:
+    demand = Demand.of(quantities)
+    chunks, columns = demand.chunking(request.memory), demand.of_columns
+    if columns:
         curvature.share_forward(source, rows=True)  # the plan needs the sites of the source
-    passes, at_once = source.pullbacks(chunks) if len(curved) < len(basics) else (0, 1)
-    reasons = [source.reason] if passes else []
-    for root in dict.fromkeys(q.root_in(curvature) for q in curved):
-        more, why = curvature.plan(root, source, chunks)
-        passes, reasons = passes + more, [*reasons, why]
-    row = sum(p.numel() * p.element_size() for p in parameters.values())
-    largest = max(p.numel() * p.element_size() for p in parameters.values())
-    sizes = {
-        "rows": samples * row,
-        "squared_norms": samples * len(parameters) * 4,
-        "dots": samples**2 * 4,
-    }
-    results = sum(
-        sizes["rows"] if isinstance(q, Gradients) else sizes.get(q.needs, row) for q in basics
-    )
-    formed = (
-        samples * row
-        if chunks.pairs
-        else at_once * row
-        if passes > 1
-        else min(samples * largest, memory, CHUNK)
-    )
-    temporary = 0 if chunks.keep and passes == 1 else formed
-    what = "Rows" if len(curved) < len(basics) else "Columns of the Gauss-Newton factor"
-    sites = tuple(source.sites())
+    passes, at_once, reasons = 0, 1, []
+    # Columns count for themselves, by their roots.
+    if demand.of_rows:
+        passes, at_once = source.pullbacks(chunks)
+    if passes:
+        reasons.append(source.reason)
+    # Quantities of the same root share their columns, so each root counts once.
+    for root in dict.fromkeys(quantity.root_in(curvature) for quantity in columns):
+        more, reason = curvature.plan(root, source, chunks)
+        passes += more
+        reasons.append(reason)
+    what = "Rows" if demand.of_rows else "Columns of the Gauss-Newton factor"
     return Plan(
         request.by,
-        samples,
-        sites,
+        request.samples,
+        tuple(source.sites()),
         passes,
         at_once,
-        results,
-        temporary,
-        memory,
+        _result_bytes(request, demand.basics),
+        _temporary_bytes(request, chunks, passes, at_once),
+        request.memory,
         " ".join(reasons),
         what,
     )
 
 
-def _chunks(asked: Sequence[_Asked], memory: int) -> Chunking:
-    basics = [b for b in _basics(asked) if not isinstance(b, ColumnQuantity)]
-    keep = any(isinstance(q, Gradients) for q in basics)
-    late = any(a.is_late for a in asked)
-    return Chunking(
-        frozenset(q.needs for q in basics), memory, keep, any(q.pairs for q in basics), late
-    )
+def _parameter_bytes(request: Request) -> list[int]:
+    """Return the size of each parameter."""
+    return [p.numel() * p.element_size() for p in request.parameters.values()]
+
+
+def _result_bytes(request: Request, basics: Sequence[Basic]) -> int:
+    """Return about how much memory the results take."""
+    samples, row = request.samples, sum(_parameter_bytes(request))
+    # What is not listed has an entry for each of the parameters.
+    sizes = {
+        "rows": samples * row,
+        "squared_norms": samples * len(request.parameters) * FLOAT32,
+        "dots": samples**2 * FLOAT32,
+    }
+    total = 0
+    for basic in basics:
+        total += sizes.get(basic.needs, row)
+    return total
+
+
+def _temporary_bytes(request: Request, chunks: Chunking, passes: int, at_once: int) -> int:
+    """Return about how much memory rows take while they are contracted."""
+    sizes = _parameter_bytes(request)
+    if chunks.keep and passes == 1:
+        return 0  # rows are formed where they stay
+    if chunks.pairs:  # all rows beside each other
+        return request.samples * sum(sizes)
+    if passes > 1:  # the cotangents of so many samples are pulled back together
+        return at_once * sum(sizes)
+    return min(request.samples * max(sizes), request.memory, CHUNK)

@@ -1,4 +1,4 @@
-"""Which parameters a question is about."""
+"""Which parameters a problem has, and which of them a question is about."""
 
 from __future__ import annotations
 
@@ -13,68 +13,97 @@ from unbatch import errors
 from unbatch.errors import InputError
 from unbatch.linalg.space import names_of
 
-
-def parameters_of(model: Any, loss: Any, given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    out: dict[str, Tensor] = dict(given or {})
-    if given is None and isinstance(model, nn.Module):
-        out |= dict(model.named_parameters())
-    if isinstance(loss, nn.Module):
-        out |= {
-            f"loss.{n}": p
-            for n, p in loss.named_parameters()
-            if not any(p is q for q in out.values())
-        }
-    buffers = [
-        named for m in (model, loss) if isinstance(m, nn.Module) for named in m.named_buffers()
-    ]
-    for what, named in (("Parameter", out.items()), ("Buffer", buffers)):
-        for name, t in named:
-            if t.device.type == "meta":
-                raise InputError(errors.MSG_META.format(what=what, name=name))
-    return out
-
-
 Selection = str | Tensor | Iterable[str | Tensor] | None
 
 
-def select(parameters: Mapping[str, Tensor], wanted: Selection) -> dict[str, Tensor]:
-    """The parameters meant by names, globs (``"layers.*.weight"``) or tensors; all that require gradients by default.
+def parameters_of(model: Any, loss: Any, passed: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """Return the parameters by name: those ``passed``, or those of the model; and of the loss.
 
-    In the order of ``parameters``. Raises ``InputError`` for what is no parameter or does not require a gradient.
+    Raises ``InputError`` where a parameter or a buffer is on the meta device.
     """
-    trained = {n: p for n, p in parameters.items() if p.requires_grad}
+    parameters: dict[str, Tensor] = dict(passed or {})
+    # Passed parameters are all that a function has, even where it is a module.
+    if passed is None and isinstance(model, nn.Module):
+        parameters |= dict(model.named_parameters())
+    if isinstance(loss, nn.Module):
+        parameters |= _parameters_of_loss(loss, parameters)
+    _check_values_exist("Parameter", parameters)
+    # Without values nothing runs, and PyTorch would say so in terms of its own.
+    for function in (model, loss):
+        if isinstance(function, nn.Module):
+            _check_values_exist("Buffer", dict(function.named_buffers()))
+    return parameters
+
+
+def _parameters_of_loss(loss: nn.Module, others: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return those that the loss does not share with the model, which has named them already."""
+    shared = {id(p) for p in others.values()}
+    named: dict[str, Tensor] = {}
+    for name, p in loss.named_parameters():
+        if id(p) not in shared:
+            named[f"loss.{name}"] = p
+    return named
+
+
+def _check_values_exist(what: str, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.device.type == "meta":
+            raise InputError(errors.MSG_META.format(what=what, name=name))
+
+
+def select(parameters: Mapping[str, Tensor], selection: Selection) -> dict[str, Tensor]:
+    """Return the parameters meant by names, globs (``"layers.*.weight"``) or tensors.
+
+    In the order of ``parameters``; by default all that require gradients. Raises ``InputError`` for
+    what is no parameter or does not require a gradient.
+    """
+    trained = {name: p for name, p in parameters.items() if p.requires_grad}
     if not trained:
         raise InputError(errors.MSG_NO_PARAMETERS if parameters else errors.MSG_NO_PARAMETERS_KNOWN)
-    if wanted is None:
+    if selection is None:
         return trained
-    asked: Sequence[str | Tensor] = (
-        [wanted] if isinstance(wanted, str | Tensor) else _listed(wanted, parameters)
-    )
-    chosen = {n for w in asked for n in _meant(w, parameters)}
-    fixed = [n for n in parameters if n in chosen and n not in trained]
-    if fixed:
-        raise InputError(errors.MSG_FIXED_PARAMETER.format(name=fixed[0]))
-    return {n: p for n, p in trained.items() if n in chosen}
+    # Collected first: globs may overlap, and the order is that of the model.
+    names: set[str] = set()
+    for item in _items(selection, parameters):
+        names.update(_matches(item, parameters))
+    # Named and fixed is a mistake, where by default the fixed ones are left out in silence.
+    for name in parameters:
+        if name in names and name not in trained:
+            raise InputError(errors.MSG_FIXED_PARAMETER.format(name=name))
+    return {name: p for name, p in trained.items() if name in names}
 
 
-def _listed(wanted: Iterable[str | Tensor], parameters: Mapping[str, Tensor]) -> list[str | Tensor]:
-    asked = list(wanted) if isinstance(wanted, Iterable) else []
-    if not asked or not all(isinstance(w, str | Tensor) for w in asked):
-        raise InputError(errors.MSG_NO_SELECTION.format(value=wanted, names=names_of(parameters)))
-    return asked
+def _items(selection: Selection, parameters: Mapping[str, Tensor]) -> Sequence[str | Tensor]:
+    """Return the parts of a selection; raise ``InputError`` where it has none."""
+    if isinstance(selection, str | Tensor):
+        return [selection]
+    items = list(selection) if isinstance(selection, Iterable) else []
+    if not items or not all(isinstance(item, str | Tensor) for item in items):
+        text = errors.MSG_NO_SELECTION.format(value=selection, names=names_of(parameters))
+        raise InputError(text)
+    return items
 
 
-def _meant(wanted: str | Tensor, parameters: Mapping[str, Tensor]) -> list[str]:
-    if isinstance(wanted, Tensor):
-        found = [n for n, p in parameters.items() if p is wanted]
-        what = f"a tensor of shape {tuple(wanted.shape)}"
+def _matches(item: str | Tensor, parameters: Mapping[str, Tensor]) -> list[str]:
+    """Return the names that one part of a selection means; raise ``InputError`` for none."""
+    if isinstance(item, Tensor):
+        matches = [name for name, p in parameters.items() if p is item]
+        shown = f"a tensor of shape {tuple(item.shape)}"
     else:
-        found = [n for n in parameters if n == wanted or fnmatchcase(n, wanted)]
-        what = repr(wanted)
-    if not found:
-        close = get_close_matches(str(wanted), parameters, 3) if isinstance(wanted, str) else []
-        hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
-        raise InputError(
-            errors.MSG_NO_SUCH_PARAMETER.format(value=what, names=names_of(parameters)) + hint
-        )
-    return found
+        # A name may hold characters that mean something in a glob, so it is compared as well.
+        matches = [name for name in parameters if name == item or fnmatchcase(name, item)]
+        shown = repr(item)
+    if not matches:
+        text = errors.MSG_NO_SUCH_PARAMETER.format(value=shown, names=names_of(parameters))
+        raise InputError(text + _hint(item, parameters))
+    return matches
+
+
+def _hint(item: str | Tensor, parameters: Mapping[str, Tensor]) -> str:
+    """Return a question with the names that are spelled almost alike; empty for none."""
+    if not isinstance(item, str):
+        return ""
+    close = get_close_matches(item, parameters, 3)
+    if not close:
+        return ""
+    return f" Did you mean {' or '.join(map(repr, close))}?"

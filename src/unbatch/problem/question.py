@@ -1,7 +1,7 @@
-"""One question about gradients or curvature: where its rows, columns and products come from, and what they are called.
+"""One question about gradients or curvature: its context, the warnings, what its rows are called.
 
-What is meant and how it is asked is settled before (``problem.py``); what is answered, after (``gradients.py``,
-``ggn.py``). Which source of rows can answer it is decided in ``request.py``.
+Arguments are valid by then (``problem.py``); which source of rows can answer it is decided in
+``gradients/request.py``, and the answer is made in ``evaluate.py`` or ``curvature/ggn.py``.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from unbatch import errors
 from unbatch.analysis.domain.ownership import Ownership
 from unbatch.analysis.structure import TITLES, Structure
 from unbatch.capture.isolation import outside_inference_mode
-from unbatch.curvature.block_ggn import BlockGGN, made_of
-from unbatch.curvature.ggn import GGN, Point
+from unbatch.curvature.block_ggn import BlockGGN, matrix_of
+from unbatch.curvature.ggn import GGN
+from unbatch.curvature.point import Point
 from unbatch.curvature.strategy import Curvature
 from unbatch.errors import MixedSamplesWarning
 from unbatch.gradients.plan import Plan
@@ -61,56 +62,78 @@ class Question:
         """Return results in this order; warn where one of them is no statistic over samples."""
         analysis = self.session.analysis
         structure = analysis.structure
-        marks = analysis.marks_in_loss if structure.reduction else None
+        # Weights of the losses of samples are read off the marks, and exist for a sum only.
+        marks = None
+        if structure.reduction:
+            marks = analysis.marks_in_loss
         label = label_of(structure, self.by, marks)
-        _warn(structure, quantities, label)
+        _warn_of_moments(structure, quantities, label)
+        # The engine switches gradients on where it needs them, and only there.
         with torch.no_grad(), recorded_precision():
             return answer(self.request, quantities, label, out or {})
 
     def plan(self, quantities: Sequence[Quantity]) -> Plan:
+        """Return what ``answer`` would do."""
         return planned(self.request, quantities)
 
     def ggn(
         self,
         blocks: Sequence[Sequence[str]] | None,
         draws: tuple[int, int] | None,
-        picked: Tensor | None,
+        samples: Tensor | None,
     ) -> GGN | BlockGGN:
+        """Return the matrix at the numbers of this moment; nothing is differentiated yet."""
         request = self.request
+        # One curvature for all blocks: H and the linear map belong to the whole question.
         with recorded_precision():
-            at = Point(request, Curvature(request), self.session.recording.is_stale)
-            return made_of(at, blocks, draws, picked)
+            point = Point(request, Curvature(request), self.session.recording.is_stale)
+            return matrix_of(point, blocks, draws, samples)
 
 
-# --- what rows are called -----------------------------------------------------------------------
+# --- what rows are called -------------------------------------------------------------------------
+
+STATUS = {"fails": "it fails", "unknown": "it is unknown"}
+
+KINDS = {"component": "per-component", "copy": "per-copy", "frozen": "frozen"}
 
 
 def label_of(s: Structure, by: str, marks: Mapping[int, Ownership] | None = None) -> Label:
-    """What the rows are: without mixing the three decompositions are one, and per-sample if the loss is, too."""
-    apart = bool(s.independent_forward) and bool(s.simd_loss)
-    kinds = {"component": "per-component", "copy": "per-copy", "frozen": "frozen"}
-    kind = "per-sample" if apart else kinds[by]
-    factor = apart and not (s.reduction and not s.reduction.weights_depend_on)
-    others = apart and s.simd_loss.weights_depend_on
-    notes = ["up to a factor that depends on the batch"] * factor
-    notes += [f"of losses {s.simd_loss.note}"] * bool(others)
-    return Label(by, kind, ", ".join(notes), marks)
+    """Return what the rows are called.
+
+    Without cross-sample dependence the three decompositions are one; they are per-sample if the
+    loss has the same form for every sample, too.
+    """
+    if not (s.independent_forward and s.simd_loss):
+        return Label(by, KINDS[by], "", marks)
+    notes = []
+    # The loss is no sum of losses of samples, or their weights depend on other samples: a row is
+    # right up to that factor.
+    if not s.reduction or s.reduction.weights_depend_on:
+        notes.append("up to a factor that depends on the batch")
+    if s.simd_loss.weights_depend_on:
+        notes.append(f"of losses {s.simd_loss.note}")
+    return Label(by, "per-sample", ", ".join(notes), marks)
 
 
-def _warn(s: Structure, quantities: Sequence[Quantity], label: Label) -> None:
-    asked = [type(q).__name__ for q in quantities if is_moment(q)]
+def _warn_of_moments(s: Structure, quantities: Sequence[Quantity], label: Label) -> None:
+    """Warn where a statistic over samples is asked for and rows are no samples of anything."""
+    # Sums and norms of rows are exact whatever samples depend on: only moments are affected.
+    moments = [type(quantity).__name__ for quantity in quantities if is_moment(quantity)]
+    lost = _lost_for_moments(s)
+    if moments and lost:
+        text = errors.MSG_MIXED_MOMENT.format(
+            what=", ".join(moments), kind=label.kind, lost=", ".join(lost), n=s.samples
+        )
+        errors.warn(text, MixedSamplesWarning)
+
+
+def _lost_for_moments(s: Structure) -> list[str]:
+    """Return in words the properties that a statistic over samples needs and the loss lacks."""
     needed = (s.simd_forward, s.reduction, s.simd_loss)
-    lost = [
-        f"{TITLES[v.name]} ({'it fails' if v.status == 'fails' else 'it is unknown'})"
-        for v in needed
-        if not v
-    ]
+    lost = [f"{TITLES[v.name]} ({STATUS[v.status]})" for v in needed if not v]
+    # Verdicts that hold may still let other samples in by way of the weights.
     if s.reduction and s.reduction.weights_depend_on:
         lost.append("weights that depend on no other sample (they do)")
     if s.simd_loss.weights_depend_on:
-        lost.append(f"losses that listen to no other sample (they are {s.simd_loss.note})")
-    if asked and lost:
-        text = errors.MSG_MIXED_MOMENT.format(
-            what=", ".join(asked), kind=label.kind, lost=", ".join(lost), n=s.samples
-        )
-        errors.warn(text, MixedSamplesWarning)
+        lost.append(f"losses that depend on no other sample (they are {s.simd_loss.note})")
+    return lost

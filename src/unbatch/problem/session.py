@@ -1,21 +1,17 @@
-"""A program recorded on a batch, what was found out about it, and for how long that is valid.
+"""What is found out about a recording, and for how long that is valid.
 
-Other numbers in parameters, buffers and data leave a recording valid where nothing that Python or a rule has looked at
-is among them; it is then moved to the new numbers, with its structure and its plans, and nothing is recorded again.
+Other numbers in parameters, buffers and data leave a recording valid where nothing that Python or
+a rule has looked at is among them. It is then moved to the new numbers, with its structure and its
+plans, and nothing is recorded again. The recording itself is in ``recording.py``.
 """
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
-
-import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from unbatch import errors
 from unbatch.analysis.domain.ownership import Ownership
@@ -27,112 +23,18 @@ from unbatch.autodiff.context import Context
 from unbatch.capture import control_flow
 from unbatch.capture import program as capture
 from unbatch.capture.graph import Graph, HostRead
-from unbatch.capture.guards import Guard, identity, signature
-from unbatch.capture.isolation import random_state, untouched
+from unbatch.capture.isolation import random_state
 from unbatch.capture.program import Program
-from unbatch.errors import CaptureError, InputError, StructureError, UnbatchError
+from unbatch.errors import StructureError
+from unbatch.problem.recording import Batch, Recording, numbers_of, state_of
 from unbatch.verification.experiment import Experiment
 from unbatch.verification.fidelity import unfaithful
 from unbatch.verification.verify import settle
 
-MOST_NAMED = 4  # places in a message
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Inputs and targets with the axes of their samples, one for every leaf."""
-
-    inputs: Any
-    targets: Any
-    dims: Sequence[int | None]
-    target_dims: Sequence[int | None]
-    samples: int
-
-    @property
-    def signature(self) -> tuple[Any, ...]:
-        return signature(self.inputs, self.targets)
-
-    @property
-    def identity(self) -> tuple[Any, ...]:
-        return identity(self.inputs, self.targets)
-
-
-@dataclass(frozen=True)
-class Recording:
-    """A program as it ran on a batch. ``skeleton``: what it returned, with references in place of tensors."""
-
-    program: Program
-    batch: Batch
-    guard: Guard
-    state: tuple[Any, ...]
-    numbers: tuple[Any, ...]
-    graph: Graph
-    skeleton: Any
-    where: str  # the line of the user to whom verdicts belong
-    connected: bool  # the loss, with what requires a gradient
-    unregistered: str  # tensors whose gradients are overlooked, in words
-    output: Any = None  # what the model returned, where it has run on these numbers
-
-    @staticmethod
-    def of(program: Program, batch: Batch, where: str, call: str) -> Recording:
-        """Run the program once. ``call``: how it is called, for the error message."""
-        guard = Guard.of(program)
-        try:
-            graph, (output, scalar) = capture.record(program, batch.inputs, batch.targets)
-        except UnbatchError:
-            raise
-        except Exception as error:
-            said = str(error).rstrip().removesuffix(".")
-            message = errors.MSG_MODEL_FAILED.format(
-                kind=type(error).__name__, value=said, call=call
-            )
-            swapped = [errors.MSG_SWAPPED] if _looks_swapped(program) else []
-            raise CaptureError(
-                " ".join([message, *getattr(error, "__notes__", ()), *swapped])
-            ) from error
-        _check_scalar(program, graph, output, scalar)
-        guard.watch(graph)
-        refs = iter(graph.predictions)
-        own = capture.own_loss(output) if program.loss is None else None
-        named = lambda t: next(refs) if isinstance(t, Tensor) and t is not own else t  # noqa: E731
-        skeleton = tree_map(named, output)
-        state, loss = _state(guard, batch), scalar if own is None else own
-        return Recording(
-            program,
-            batch,
-            guard,
-            state,
-            _numbers(guard, batch),
-            graph,
-            skeleton,
-            where,
-            loss.requires_grad,
-            _unregistered(graph, where),
-            _cut(output),
-        )
-
-    def is_stale(self) -> bool:
-        """The program, its numbers or the data are not what they were."""
-        return (
-            _state(self.guard, self.batch) != self.state
-            or _numbers(self.guard, self.batch) != self.numbers
-        )
-
-    @cached_property
-    def predictions(self) -> Any:
-        """What the model returns, with the noise of the recording."""
-        if self.output is not None:
-            return self.output
-        with untouched(self.program.modules, self.graph.rng), torch.enable_grad():
-            return _cut(self.program.predict(self.batch.inputs))
-
-
-# --- what is found out about it -------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Inference:
-    """What the rules prove about a recording. ``graph``: the recorded one, with the cut of the loss."""
+    """What the rules prove about a recording. ``graph``: its graph, with the loss cut off."""
 
     recording: Recording
     graph: Graph
@@ -144,26 +46,34 @@ class Inference:
         """Return what runs the program on other batches."""
         recording, batch = self.recording, self.recording.batch
         return Experiment(
-            recording.program, self.graph, batch.inputs, batch.targets, batch.dims, batch.samples, self.findings
-        )  # fmt: skip
+            recording.program,
+            self.graph,
+            batch.inputs,
+            batch.targets,
+            batch.dims,
+            batch.samples,
+            self.findings,
+        )
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How far replays agree with the model: ``values`` and ``gradients`` say why they do not, if so.
+    """How far replays agree with the model.
 
-    ``here``: the same on the batch that was recorded, where values do not agree on another one.
+    ``values``, ``gradients``: in words, why they do not on another batch; empty where they do.
+    ``on_batch``: the same on the recorded batch, where values do not agree on another one.
     """
 
     values: str
     gradients: str
-    here: str
+    on_batch: str
 
     @property
     def unfaithful(self) -> str:
-        """Return why the recording cannot stand for the model's derivatives on its batch, if it cannot."""
-        # Values that differ on another batch are steered by Python: on its own, the recording may be what ran.
-        return self.here if self.values else self.gradients
+        """Return why the recording cannot replace the model on its own batch; empty if it can."""
+        # Values that differ on another batch may do so because Python took another path there:
+        # on the recorded batch, the recording may still be exactly what ran.
+        return self.on_batch if self.values else self.gradients
 
 
 @dataclass(frozen=True)
@@ -173,100 +83,153 @@ class Analysis:
     ``unfaithful``: why replays cannot stand for the model's derivatives, empty where they can.
     """
 
-    interpretation: Inference
+    inference: Inference
     structure: Structure
     unfaithful: str
     setting: Context
 
     @property
     def findings(self) -> AnalysisState:
-        """The walks behind the structure."""
-        return self.interpretation.findings
+        """Return the abstract interpretations behind the structure."""
+        return self.inference.findings
 
     @property
     def marks_in_loss(self) -> Mapping[int, Ownership]:
-        """What is known about the values in the loss, where there is one to judge."""
+        """Return the ownership of the values in the loss, where there is one to judge."""
         loss = self.findings.loss
         return {} if loss is None else loss.marks
 
     def moved(self, recording: Recording, graph: Graph) -> Analysis | None:
-        """Return the same about other numbers; None where a fact that it rests on does not hold for them."""
-        walks = [self.findings.forward, *([self.findings.loss] if self.findings.loss else [])]
-        facts = [fact for walk in walks for fact in walk.facts] + self.setting.facts
-        if not all(fact.holds(graph) for fact in facts):
+        """Return the same about other numbers; None where a fact that it rests on fails there."""
+        if not self._holds_for(graph):
             return None
-        program, batch = recording.program, recording.batch
-        interpretation = replace(self.interpretation, recording=recording, graph=graph)
-        data = {"inputs": batch.inputs, "targets": batch.targets}
-        setting = replace(self.setting, program=program, graph=graph, **data)
-        return replace(self, interpretation=interpretation, setting=setting)
+        inference = replace(self.inference, recording=recording, graph=graph)
+        setting = replace(
+            self.setting,
+            program=recording.program,
+            graph=graph,
+            inputs=recording.batch.inputs,
+            targets=recording.batch.targets,
+        )
+        return replace(self, inference=inference, setting=setting)
+
+    def _holds_for(self, graph: Graph) -> bool:
+        """Return whether every fact about values that a rule or a plan used holds in ``graph``."""
+        # Fresh lists: those of the interpretations are not to grow.
+        facts = [*self.findings.forward.facts]
+        if self.findings.loss is not None:
+            facts += self.findings.loss.facts
+        facts += self.setting.facts
+        return all(fact.holds(graph) for fact in facts)
+
+
+# --- analysing a recording ------------------------------------------------------------------------
 
 
 def analyse(recording: Recording) -> Analysis:
-    """Prove what the rules can, hold replays against the model, and put to a test what is open."""
-    interpretation = infer(recording)
-    fidelity = fidelity_of(interpretation.oracle)
-    structure = verified(interpretation, fidelity)
-    setting = _setting(interpretation, structure, faithful=not fidelity.unfaithful)
-    return Analysis(interpretation, structure, fidelity.unfaithful, setting)
+    """Prove what the rules can, compare replays with the model, and test what is open."""
+    inference = infer(recording)
+    fidelity = fidelity_of(inference.oracle)
+    structure = verified(inference, fidelity)
+    setting = _context(inference, structure, faithful=not fidelity.unfaithful)
+    return Analysis(inference, structure, fidelity.unfaithful, setting)
+
+
+class _OtherPaths:
+    """The execution paths of a program other than the recorded one; searched for at most once."""
+
+    def __init__(self, recording: Recording) -> None:
+        self.recording = recording
+        self.searched = False
+        self.graph: Graph | None = None
+
+    def is_harmless(self, read: HostRead) -> bool:
+        """Return whether Python reading this value leads to an equivalent computation."""
+        return read.answer is not None and self.equivalent() is not None
+
+    def equivalent(self) -> Graph | None:
+        """Return a graph that stands for all paths; None where there is none."""
+        if not self.searched:
+            program, batch = self.recording.program, self.recording.batch
+            self.graph = control_flow.equivalent_on_all_paths(
+                program, batch.inputs, batch.targets, self.recording.graph
+            )
+            self.searched = True
+        return self.graph
 
 
 def infer(recording: Recording) -> Inference:
-    """Return what the rules prove about a recording, on every way that the program may take."""
-    program, batch, graph = recording.program, recording.batch, recording.graph
+    """Return what the rules prove about a recording, on every path the program may take."""
+    program, batch = recording.program, recording.batch
+    # Modules that the user has declared independent, of those that this program has.
     names = program.module_names
     assumed = [names[i] for i in registry.ASSUMED_MODULES if i in names]
-    general = functools.cache(
-        lambda: control_flow.equivalent_on_all_paths(program, batch.inputs, batch.targets, graph)
-    )
+    paths = _OtherPaths(recording)
 
-    def harmless(escape: HostRead) -> bool:
-        return escape.answer is not None and general() is not None
-
-    def judged(graph: Graph) -> tuple[Structure, AnalysisState]:
+    def inferred(graph: Graph) -> tuple[Structure, AnalysisState]:
         return infer_structure(
-            graph, batch.samples, batch.dims, batch.target_dims, assumed, harmless, program.fold
+            graph,
+            batch.samples,
+            batch.dims,
+            batch.target_dims,
+            assumed,
+            paths.is_harmless,
+            program.fold,
         )
 
-    structure, findings = judged(graph)
-    other = general() if general.cache_info().currsize else None  # where it mattered
-    if other is not None and other is not graph:
-        structure = structure.no_more_than(judged(other)[0])
+    structure, findings = inferred(recording.graph)
+    # Where no verdict depended on a host read, the other paths were not searched and do not matter.
+    if paths.graph is not None and paths.graph is not recording.graph:
+        structure = structure.no_more_than(inferred(paths.graph)[0])
     return Inference(recording, findings.forward.graph, structure, findings)
 
 
 def fidelity_of(oracle: Experiment) -> Fidelity:
     """Return how far replays agree with the model, in values and in gradients."""
+    # Compared on another batch than the recorded one, where constants of that batch would show.
     values, gradients = unfaithful(oracle)
-    here = next(filter(None, unfaithful(oracle, here=True)), "") if values else ""
-    return Fidelity(values, gradients, here)
+    if not values:
+        return Fidelity(values, gradients, "")
+    values_on_batch, gradients_on_batch = unfaithful(oracle, here=True)
+    return Fidelity(values, gradients, values_on_batch or gradients_on_batch)
 
 
-def verified(interpretation: Inference, fidelity: Fidelity) -> Structure:
-    """Return the structure with what was open put to a numerical test, and with its notes."""
-    recording, structure = interpretation.recording, interpretation.structure
+def verified(inference: Inference, fidelity: Fidelity) -> Structure:
+    """Return the structure with open verdicts tested numerically, and with its notes."""
+    recording, structure = inference.recording, inference.structure
     # What an assumption hides may well differ on another batch: that refutes nothing.
-    differs = "" if structure.assumptions else fidelity.values
-    structure = settle(structure, interpretation.oracle, recording.predictions, differs)
-    notes = structure.notes
+    differs = fidelity.values
+    if structure.assumptions:
+        differs = ""
+    structure = settle(structure, inference.oracle, recording.predictions, differs)
+    notes = list(structure.notes)
     if recording.unregistered:
-        notes += (recording.unregistered,)
+        notes.append(recording.unregistered)
     if fidelity.gradients:
-        notes += (
-            f"the recorded computation has other derivatives than the model ({fidelity.gradients}): "
-            "derivatives are taken by running the model",
+        notes.append(
+            "the recorded computation has other derivatives than the model "
+            f"({fidelity.gradients}): derivatives are taken by running the model"
         )
-    return replace(structure, notes=notes).located(recording.where)
+    return replace(structure, notes=tuple(notes)).located(recording.where)
 
 
-def _setting(interpretation: Inference, structure: Structure, faithful: bool) -> Context:
-    recording, graph = interpretation.recording, interpretation.graph
-    batch, findings = recording.batch, interpretation.findings
+def _context(inference: Inference, structure: Structure, faithful: bool) -> Context:
+    """Return the recording as the engine sees it."""
+    recording, graph = inference.recording, inference.graph
+    batch, findings = recording.batch, inference.findings
     return Context(
-        recording.program, graph, findings.forward, forward_marks(graph, batch.dims), batch.samples,
-        findings.leading, batch.inputs, batch.targets, recording.skeleton, faithful,
+        recording.program,
+        graph,
+        findings.forward,
+        forward_marks(graph, batch.dims),
+        batch.samples,
+        findings.leading,
+        batch.inputs,
+        batch.targets,
+        recording.skeleton,
+        faithful,
         bool(structure.canonical_split),
-    )  # fmt: skip
+    )
 
 
 # --- what is kept between questions ---------------------------------------------------------------
@@ -281,16 +244,17 @@ class Session:
 
     @property
     def analysis(self) -> Analysis:
+        """Return the analysis. Cost: a few forward passes, the first time."""
         if self._analysis is None:
             self._analysis = analyse(self.recording)
         return self._analysis
 
     @property
     def graph(self) -> Graph:
-        """The recorded computation, with the cut of the loss where that is known."""
-        return (
-            self.recording.graph if self._analysis is None else self._analysis.interpretation.graph
-        )
+        """Return the recorded computation, with the cut of the loss where that is known."""
+        if self._analysis is None:
+            return self.recording.graph
+        return self._analysis.inference.graph
 
     @property
     def batch(self) -> Batch:
@@ -302,17 +266,19 @@ class Session:
 
     @property
     def oracle(self) -> Experiment:
-        return self.analysis.interpretation.oracle
+        """Return what runs the program on other batches."""
+        return self.analysis.inference.oracle
 
     @property
     def predictions(self) -> Any:
-        """What the model returns, with the noise of the recording."""
+        """Return what the model returns, with the noise of the recording."""
         return self.recording.predictions
 
     @property
     def at_the_cut(self) -> Any:
-        """What the loss of a model that brings its own is cut at."""
+        """Return the values that the loss of a model with its own loss is cut at."""
         setting = self.analysis.setting
+        # In the order of their axes of samples, which is that of the structure.
         values = list(setting.numbers(list(setting.axes)).values())
         return values[0] if len(values) == 1 else tuple(values)
 
@@ -320,81 +286,43 @@ class Session:
         """Raise ``StructureError`` where autograd does not reach from the loss to anything."""
         if self.recording.connected:
             return
-        cuts = [
-            s for s in self.recording.graph.steps if s.where and (s.name == "detach" or not s.grad)
-        ]
-        place = f", such as at {os.path.basename(cuts[-1].where)}" if cuts else ""
+        # Which step cut the predictions off is not known: the last one that may have is shown.
+        place = ""
+        for step in self.recording.graph.steps:
+            cuts_off = step.name == "detach" or not step.grad
+            if step.where and cuts_off:
+                place = f", such as at {os.path.basename(step.where)}"
         raise StructureError(errors.MSG_DETACHED.format(place=place))
 
     def at(self, program: Program, batch: Batch) -> Session | None:
-        """Return this, or the same moved to other numbers; None where the program has to be recorded again."""
+        """Return this session, or the same moved to other numbers.
+
+        None where the program has to be recorded again.
+        """
         recording = self.recording
+        # Parameters may be other tensors than those that were recorded, under the same names.
         recording.guard.program = program
-        if _state(recording.guard, batch) != recording.state:
+        if state_of(recording.guard, batch) != recording.state:
             return None
-        numbers = _numbers(recording.guard, batch)
-        return self if numbers == recording.numbers else self._moved(program, batch, numbers)
+        numbers = numbers_of(recording.guard, batch)
+        if numbers == recording.numbers:
+            return self  # the same in every bit
+        return self._moved(program, batch, numbers)
 
     def _moved(self, program: Program, batch: Batch, numbers: tuple[Any, ...]) -> Session | None:
-        graph = self.graph
+        graph = self.graph  # cut, if it has been judged: the cut does not depend on numbers
+        # Python may take another path, or sizes may change, with the new numbers.
         if graph.escapes or graph.dynamic:
             return None
-        rng = random_state() if any(s.noise for s in graph.steps) else graph.rng
+        rng = graph.rng
+        if any(step.noise for step in graph.steps):
+            rng = random_state()  # fresh noise, as another run of the model would have
         graph = capture.moved(graph, program, batch.inputs, batch.targets, rng)
         recording = replace(
             self.recording, program=program, batch=batch, numbers=numbers, graph=graph, output=None
         )
-        analysis = None if self._analysis is None else self._analysis.moved(recording, graph)
+        # The output belongs to the numbers before; verdicts do not, where their facts hold.
+        analysis = None
+        if self._analysis is not None:
+            analysis = self._analysis.moved(recording, graph)
         return Session(recording, analysis)
-
-
-def _unregistered(graph: Graph, where: str) -> str:
-    """In words, the tensors whose gradients are overlooked; empty where there are none."""
-    found = graph.unregistered
-    places = dict.fromkeys(
-        f"{list(v.shape)} ({os.path.basename(s.where or where)})" for v, s in found
-    )
-    listed = ", ".join([*places][:MOST_NAMED]) + (", .." if len(places) > MOST_NAMED else "")
-    count = f"{len(found)} tensor{'s' * (len(found) != 1)}"
-    return errors.MSG_UNREGISTERED.format(count=count, places=listed) if found else ""
-
-
-def _looks_swapped(program: Program) -> bool:
-    """The loss has parameters, and the model has none."""
-    has = [
-        isinstance(m, nn.Module) and any(True for _ in m.parameters())
-        for m in (program.model, program.loss)
-    ]
-    return not program.functional and has == [False, True]
-
-
-def _cut(output: Any) -> Any:
-    """Without the graph that it hangs on, which is as large as the activations."""
-    return tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, output)
-
-
-def _state(guard: Guard, batch: Batch) -> tuple[Any, ...]:
-    """What decides which computation it is."""
-    declared = (
-        tuple(sorted(registry.ASSUMED_MODULES)),
-        tuple((k, id(v)) for k, v in registry.CUSTOM.items()),
-        tuple(registry.ASSUMED),
-    )
-    return guard.state(), batch.signature, declared
-
-
-def _numbers(guard: Guard, batch: Batch) -> tuple[Any, ...]:
-    return guard.numbers(), batch.identity
-
-
-def _check_scalar(program: Program, graph: Graph, output: Any, scalar: Any) -> None:
-    if program.loss is None:
-        if graph.loss is None:
-            raise InputError(errors.MSG_NO_LOSS.format(value=type(output).__name__))
-    elif not isinstance(scalar, Tensor) or scalar.numel() != 1:
-        value = (
-            f"a tensor of shape {tuple(scalar.shape)}"
-            if isinstance(scalar, Tensor)
-            else repr(scalar)
-        )
-        raise InputError(errors.MSG_NOT_SCALAR.format(value=value))

@@ -1,0 +1,94 @@
+"""Where a Gauss-Newton matrix is taken: the question, the curvature there, whether it is stale.
+
+The matrix itself is in ``ggn.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unbatch.curvature.ggn_quantities import ColumnQuantity, evaluate
+from unbatch.curvature.gram import Gram, groups_in_memory
+from unbatch.curvature.strategy import Curvature
+from unbatch.errors import MSG_GGN_STALE, StaleError
+from unbatch.gradients.request import Request, recorded_precision, source_of
+from unbatch.gradients.sources import Source
+from unbatch.linalg.rows import sum_of
+
+
+@dataclass(frozen=True)
+class Point:
+    """The parameters and the batch at which a matrix is taken, and what is computed there.
+
+    ``stale``: whether these have changed since.
+    """
+
+    request: Request
+    curvature: Curvature
+    stale: Callable[[], bool]
+
+    @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        return self.request.parameters
+
+    @property
+    def samples(self) -> int:
+        return self.request.samples
+
+    @property
+    def entries(self) -> int:
+        """Return ``NC``: entries of all predictions."""
+        return sum(p.numel() for p in self.curvature.loss.predictions.values())
+
+    def restricted(self, names: Sequence[str]) -> Point:
+        """Return the same for some of the parameters."""
+        parameters = {name: p for name, p in self.parameters.items() if name in names}
+        return replace(self, request=self.request.of(parameters))
+
+    def check_fresh(self) -> None:
+        """Raise ``StaleError`` where parameters or data have changed."""
+        if self.stale():
+            raise StaleError(MSG_GGN_STALE)
+
+    # -- columns --
+
+    def source(self, compressed: bool = False) -> Source:
+        """Return where columns come from; H is then known from the forward pass these need.
+
+        ``compressed``: they go by way of batch statistics whatever is counted.
+        """
+        self.check_fresh()
+        with torch.no_grad(), recorded_precision():
+            source = source_of(self.request)
+            # H belongs to the whole question: a pass of all parameters knows it, too.
+            if self.parameters.keys() == self.curvature.request.parameters.keys():
+                self.curvature.share_forward(source, False, compressed)
+            return source
+
+    def evaluate(self, quantity: ColumnQuantity, source: Source) -> Any:
+        """Return the result of a quantity of the columns, fed from ``source``."""
+        with torch.no_grad(), recorded_precision():
+            return evaluate(self.curvature, source, quantity, self.parameters)
+
+    def gram(self, quantity: Gram, source: Source) -> Tensor:
+        """Return ``VᵀV`` in float64.
+
+        As a sum over groups of parameters, where memory does not hold the columns of all.
+        """
+        columns = quantity.root.size
+        groups = groups_in_memory(self.parameters, columns, self.request.memory)
+        if len(groups) == 1:
+            result: Tensor = self.evaluate(quantity, source)
+            return result.double()
+        shares = []
+        for group in groups:
+            # A sweep for each group: in time what is saved in memory.
+            with torch.no_grad(), recorded_precision():
+                part = source_of(self.request.of(group))
+                shares.append(evaluate(self.curvature, part, quantity, group))
+        return sum_of(shares).double()

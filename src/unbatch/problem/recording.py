@@ -1,0 +1,219 @@
+"""A program as it ran once on a batch: the graph, and what decides whether it is still valid.
+
+What is found out about a recording, and how long it is kept, is in ``session.py``; recording itself
+is done by ``capture/program.py``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from unbatch import errors
+from unbatch.analysis.rules import registry
+from unbatch.capture import program as capture
+from unbatch.capture.graph import Graph
+from unbatch.capture.guards import Guard, identity, signature
+from unbatch.capture.isolation import untouched
+from unbatch.capture.program import Program
+from unbatch.errors import CaptureError, InputError, UnbatchError
+
+MOST_NAMED = 4  # places in a message
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs and targets with the axes of their samples, one for every leaf."""
+
+    inputs: Any
+    targets: Any
+    dims: Sequence[int | None]
+    target_dims: Sequence[int | None]
+    samples: int
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """Return what decides which computation runs: structure, shapes, types, devices."""
+        return signature(self.inputs, self.targets)
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """Return what changes when any entry of the data changes."""
+        return identity(self.inputs, self.targets)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A program as it ran on a batch.
+
+    ``guard``, ``state``, ``numbers``: what is compared to decide whether the recording is still
+    valid. ``skeleton``: what the model returned, with references in place of tensors.
+    """
+
+    program: Program
+    batch: Batch
+    guard: Guard
+    state: tuple[Any, ...]
+    numbers: tuple[Any, ...]
+    graph: Graph
+    skeleton: Any
+    where: str  # the line of the user to whom verdicts belong
+    connected: bool  # the loss, with what requires a gradient
+    unregistered: str  # tensors whose gradients are overlooked, in words
+    output: Any = None  # what the model returned, where it has run on these numbers
+
+    @staticmethod
+    def of(program: Program, batch: Batch, where: str, call: str) -> Recording:
+        """Run the program once. ``call``: how it is called, for the error message.
+
+        Raises ``CaptureError`` where the program raises, ``InputError`` where it returns no scalar.
+        """
+        guard = Guard.of(program)
+        try:
+            graph, (output, scalar) = capture.record(program, batch.inputs, batch.targets)
+        except UnbatchError:
+            raise  # says already what is wrong, and what to do
+        except Exception as error:
+            _raise_failure(program, error, call)
+        _check_scalar(program, graph, output, scalar)
+        # The guard watches constants of the graph, so its state is read only after that.
+        guard.watch(graph)
+        own_loss: Tensor | None = None
+        loss: Any = scalar
+        if program.loss is None:
+            own_loss = loss = capture.own_loss(output)
+        return Recording(
+            program=program,
+            batch=batch,
+            guard=guard,
+            state=state_of(guard, batch),
+            numbers=numbers_of(guard, batch),
+            graph=graph,
+            skeleton=_skeleton(graph, output, own_loss),
+            where=where,
+            connected=loss.requires_grad,
+            unregistered=_unregistered(graph, where),
+            output=_detached(output),
+        )
+
+    def is_stale(self) -> bool:
+        """Return whether the program, its numbers or the data have changed since."""
+        if state_of(self.guard, self.batch) != self.state:
+            return True
+        return numbers_of(self.guard, self.batch) != self.numbers
+
+    @cached_property
+    def predictions(self) -> Any:
+        """What the model returns, with the noise of the recording."""
+        if self.output is not None:
+            return self.output
+        # Moved to other numbers, a recording has no output of its own.
+        with untouched(self.program.modules, self.graph.rng), torch.enable_grad():
+            return _detached(self.program.predict(self.batch.inputs))
+
+
+# --- what decides whether a recording is valid ----------------------------------------------------
+
+
+def state_of(guard: Guard, batch: Batch) -> tuple[Any, ...]:
+    """Return what decides which computation runs; with another state it is recorded again."""
+    # Rules and assumptions of the user change the verdicts, although the program is the same.
+    declared = (
+        tuple(sorted(registry.ASSUMED_MODULES)),
+        tuple((op, id(rule)) for op, rule in registry.CUSTOM.items()),
+        tuple(registry.ASSUMED),
+    )
+    return guard.state(), batch.signature, declared
+
+
+def numbers_of(guard: Guard, batch: Batch) -> tuple[Any, ...]:
+    """Return what identifies the values of parameters, buffers and data."""
+    return guard.numbers(), batch.identity
+
+
+# --- recording ------------------------------------------------------------------------------------
+
+
+def _skeleton(graph: Graph, output: Any, own_loss: Tensor | None) -> Any:
+    """Return the output with references to values of the graph in place of its tensors."""
+    # The graph lists its predictions in the order in which pytrees visit them.
+    refs = iter(graph.predictions)
+
+    def reference(leaf: Any) -> Any:
+        # The loss that a model returns is no prediction, so the graph has no reference for it.
+        if not isinstance(leaf, Tensor) or leaf is own_loss:
+            return leaf
+        return next(refs)
+
+    return tree_map(reference, output)
+
+
+def _detached(output: Any) -> Any:
+    """Return the output without its autograd graph, which is as large as the activations."""
+
+    def detached(leaf: Any) -> Any:
+        return leaf.detach() if isinstance(leaf, Tensor) else leaf
+
+    return tree_map(detached, output)
+
+
+def _check_scalar(program: Program, graph: Graph, output: Any, scalar: Any) -> None:
+    """Raise ``InputError`` where the loss is no tensor with one entry."""
+    # A model with its own loss was searched for it; a loss that was passed has to return it.
+    if program.loss is None:
+        if graph.loss is None:
+            raise InputError(errors.MSG_NO_LOSS.format(value=type(output).__name__))
+        return
+    if not isinstance(scalar, Tensor):
+        raise InputError(errors.MSG_NOT_SCALAR.format(value=repr(scalar)))
+    if scalar.numel() != 1:
+        value = f"a tensor of shape {tuple(scalar.shape)}"
+        raise InputError(errors.MSG_NOT_SCALAR.format(value=value))
+
+
+def _raise_failure(program: Program, error: Exception, call: str) -> NoReturn:
+    """Raise what the program raised as a ``CaptureError``, with the call and a likely cause."""
+    message = errors.MSG_MODEL_FAILED.format(
+        kind=type(error).__name__, value=str(error).rstrip().removesuffix("."), call=call
+    )
+    # Notes were added where the exception passed: by which call, with what.
+    sentences = [message, *getattr(error, "__notes__", ())]
+    if _looks_swapped(program):
+        sentences.append(errors.MSG_SWAPPED)
+    raise CaptureError(" ".join(sentences)) from error
+
+
+def _looks_swapped(program: Program) -> bool:
+    """Return whether the loss has parameters and the model has none."""
+    if program.functional:
+        return False
+    return _has_parameters(program.loss) and not _has_parameters(program.model)
+
+
+def _has_parameters(function: Any) -> bool:
+    return isinstance(function, nn.Module) and next(function.parameters(), None) is not None
+
+
+def _unregistered(graph: Graph, where: str) -> str:
+    """Return in words which tensors have gradients that are overlooked; empty for none."""
+    tensors = graph.unregistered
+    if not tensors:
+        return ""
+    # Several tensors may be made at one line, with one shape: that place is listed once.
+    places: list[str] = []
+    for value, step in tensors:
+        place = f"{list(value.shape)} ({os.path.basename(step.where or where)})"
+        if place not in places:
+            places.append(place)
+    listed = ", ".join(places[:MOST_NAMED])
+    if len(places) > MOST_NAMED:
+        listed += ", .."
+    count = f"{len(tensors)} tensor{'s' * (len(tensors) != 1)}"
+    return errors.MSG_UNREGISTERED.format(count=count, places=listed)
