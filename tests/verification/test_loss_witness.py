@@ -9,7 +9,7 @@ from torch import nn
 from unbatch.capture.isolation import random_state
 from unbatch.capture.program import Program
 from unbatch.linalg.precision import LOSS_IN_DOUBLE, LOSS_WITH_CASTS
-from unbatch.verification.loss_tests import LossExperiment
+from unbatch.verification.loss_experiment import loss_experiment
 
 N, C = 4, 3
 CONSTANT = torch.ones(C)
@@ -45,10 +45,10 @@ def test_a_loss_is_tested_in_float64_where_it_takes_it(loss):
     """And believed to 16 digits only where its value comes out in float64, too."""
     graph = SimpleNamespace(rng=random_state(), loss_steps=[])
     program = Program(nn.Identity(), loss, {})
-    oracle = SimpleNamespace(
+    experiment = SimpleNamespace(
         program=program, places=[0], out_dims=[0], samples=N, targets=torch.ones(N, C), graph=graph
     )
-    at = LossExperiment(oracle, torch.randn(N, C))
+    at = loss_experiment(experiment, torch.randn(N, C))
     double, fine = LOSSES[loss]
     assert at.double == double
     assert at.tolerances == (LOSS_IN_DOUBLE if fine else LOSS_WITH_CASTS)
