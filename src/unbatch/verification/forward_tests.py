@@ -144,13 +144,15 @@ def not_equivariant(experiment: Experiment) -> Counterexample | None:
     if not experiment.repeatable:
         return None
     base = experiment.rows(experiment.base)
+    if not base.shape[1]:
+        return None
     size = _largest(base) + 1e-37
     for order in _orders(experiment.samples):
         try:
             new = experiment.rows(predict_permuted(experiment, order))
         except Exception:
             continue
-        if new.shape != base.shape or not new.shape[1]:
+        if new.shape != base.shape:
             continue
         amount = float(_largest(new - base[order]) / size)
         if amount <= 10 * experiment.tolerance:
