@@ -60,7 +60,7 @@ def monitor_callback(monitor: Monitor) -> Any:
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             # Here the parameters still are those that the gradient was taken at.
             if state.is_world_process_zero:
-                self.last.step(state.global_step)
+                self.last.step(state)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.last.release()
@@ -92,8 +92,8 @@ class _LastInputs:
         self._hook = None
         self._inputs = None
 
-    def step(self, number: int) -> None:
-        """Run the monitor on the last inputs; warn once where there are none."""
+    def step(self, state: Any) -> None:
+        """Run the monitor on the last inputs, with the trainer's state; warn once without any."""
         if self._inputs is None:
             if not self._warned:
                 warn(MSG_MONITOR_UNSEEN, MonitorWarning)
@@ -102,7 +102,7 @@ class _LastInputs:
         # The monitor calls the model as well, on parts of the batch.
         self._in_step = True
         try:
-            self._monitor.step(self._inputs, step=number)
+            self._monitor.step(self._inputs, step=state.global_step)
         finally:
             self._in_step = False
 

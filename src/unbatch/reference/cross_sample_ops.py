@@ -12,7 +12,7 @@ taken for an operation on each sample alone.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +94,19 @@ def operation(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Opera
 # --- along an axis --------------------------------------------------------------------------------
 
 
+def _if_along(
+    over: Collection[int], statistic: Callable[..., Any], finish: Callable[..., Any]
+) -> Callable[[Axes], Coupling | None]:
+    """Return a coupling for the case that the input is cut along one of some axes."""
+
+    def coupling(axes: Axes) -> Coupling | None:
+        if axes[0] in over:
+            return Coupling(statistic, finish)
+        return None
+
+    return coupling
+
+
 def _reduction(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dim_position: int
 ) -> Operation:
@@ -106,25 +119,26 @@ def _reduction(
     def finish(x: Tensor, reduced: Any) -> Any:
         return reduced
 
-    def coupling(axes: Axes) -> Coupling | None:
-        return Coupling(statistic, finish) if axes[0] in over else None
-
-    return Operation(func.__name__, [x], coupling)
+    return Operation(func.__name__, [x], _if_along(over, statistic, finish))
 
 
 def _dim_argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int) -> Any:
+    # PyTorch takes the name of numpy as well.
     for name in ("dim", "axis"):
         if name in kwargs:
             return kwargs[name]
-    return args[position] if len(args) > position else None
+    if len(args) > position:
+        return args[position]
+    return None
 
 
 def _reduced_axes(dim: Any, ndim: int) -> set[int]:
     """Return the axes that a reduction runs over; all of them where none is named."""
     if dim is None or isinstance(dim, bool) or dim == ():
         return set(range(ndim))
-    dims = dim if isinstance(dim, tuple | list) else [dim]
-    return {d % ndim for d in dims}
+    if isinstance(dim, int):
+        return {dim % ndim}
+    return {d % ndim for d in dim}
 
 
 def _softmax(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation:
@@ -137,12 +151,11 @@ def _softmax(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operat
 
     def finish(x: Tensor, log_total: Tensor) -> Tensor:
         log_softmax = x - log_total
-        return log_softmax if "log" in func.__name__ else log_softmax.exp()
+        if "log" in func.__name__:
+            return log_softmax
+        return log_softmax.exp()
 
-    def coupling(axes: Axes) -> Coupling | None:
-        return Coupling(statistic, finish) if axes[0] == dim % x.ndim else None
-
-    return Operation(func.__name__, [x], coupling)
+    return Operation(func.__name__, [x], _if_along({dim % x.ndim}, statistic, finish))
 
 
 def _batch_norm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation | None:
@@ -154,6 +167,7 @@ def _batch_norm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation | No
     weight, bias = arguments["weight"], arguments["bias"]
     over = [d for d in range(x.ndim) if d != 1]
     channels = [1, -1] + [1] * (x.ndim - 2)
+    # Running statistics are not updated: they do not enter the result.
 
     def statistic(x: Tensor) -> tuple[Tensor, Tensor]:
         return x.mean(over, keepdim=True), x.var(over, unbiased=False, keepdim=True)
@@ -167,10 +181,7 @@ def _batch_norm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation | No
             y = y + bias.reshape(channels)
         return y
 
-    def coupling(axes: Axes) -> Coupling | None:
-        return Coupling(statistic, finish) if axes[0] in over else None
-
-    return Operation("batch_norm", [x], coupling)
+    return Operation("batch_norm", [x], _if_along(over, statistic, finish))
 
 
 # --- products -------------------------------------------------------------------------------------
@@ -215,10 +226,13 @@ def _einsum(args: tuple[Any, ...]) -> Operation:
     def coupling(axes: Axes) -> Coupling | None:
         if None in axes:
             return None
+        # The letters that are cut by samples.
         letters = set()
         for term, axis in zip(inputs.split(","), axes, strict=True):
             letters.add(term[axis])
-        return Coupling(statistic, finish) if letters - set(output) else None
+        if letters <= set(output):
+            return None
+        return Coupling(statistic, finish)
 
     return Operation("einsum", operands, coupling)
 

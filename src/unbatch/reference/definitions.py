@@ -14,7 +14,7 @@ scale in which it enters the loss.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,6 +59,7 @@ def rest(model: nn.Module, loss: Loss, inputs: Any, targets: Any) -> dict[str, T
     with _untouched(model, loss):
         run = run_batch(model, inputs)
         constants = [p.detach() for p in run.predictions]
+        # All other leaves stay connected: they bypass the predictions.
         value = evaluate(loss, run.with_own(constants, detach=False), targets)
         return _by_name(parameters, _grad([value], parameters.values()))
 
@@ -75,6 +76,7 @@ def component(model: nn.Module, loss: Loss, inputs: Any, targets: Any) -> Rows:
         cotangents = _cotangents(run, loss, targets)
         rows = []
         for n in range(run.samples):
+            # Other samples have no cotangent, and still take part: F_n may depend on them.
             of_sample = _only_sample(cotangents, n)
             rows.append(_grad(run.predictions, parameters.values(), of_sample, keep=True))
     return _stacked(parameters, rows)
@@ -100,6 +102,7 @@ def copies(model: nn.Module, loss: Loss, inputs: Any, targets: Any) -> Rows:
         of_ranks = in_lock_step(ranks, run, calls, inputs)
         joined = [torch.cat(slices) for slices in zip(*of_ranks, strict=True)]
         check_same_predictions(run, joined, "copies")
+        # One backward pass reaches the parameters of all ranks, each apart from the others.
         value = evaluate(loss, run.with_own(joined, detach=True), targets)
         theta: list[Tensor] = []
         for rank in ranks:
@@ -127,6 +130,7 @@ def frozen(model: nn.Module, loss: Loss, inputs: Any, targets: Any) -> Rows:
     parameters = _parameters(model, loss)
     with _untouched(model, loss):
         run, calls = record_batch(model, inputs)
+        # At the predictions of the batch: the loss may depend on all of them.
         cotangents = _cotangents(run, loss, targets)
     rows = []
     for n in range(run.samples):
@@ -134,6 +138,7 @@ def frozen(model: nn.Module, loss: Loss, inputs: Any, targets: Any) -> Rows:
             alone = IsolatedSample(n, run.samples, calls, statistics_of_batch(calls))
             predictions = run_alone(model, run, inputs, alone)
             check_same_predictions(run, predictions, "frozen", n)
+            # Alone, the sample is a batch of one.
             of_sample = [v[n : n + 1] for v in cotangents]
             rows.append(_grad(predictions, parameters.values(), of_sample))
     return _stacked(parameters, rows)
@@ -173,6 +178,7 @@ def _jacobian_rows(predictions: list[Tensor], samples: int, parameters: list[Ten
     for n in range(samples):
         for prediction in predictions:
             for entry in range(prediction[n].numel()):
+                # The cotangent of a single entry gives its row of J.
                 one_hot = prediction.new_zeros(prediction.shape)
                 one_hot[n].view(-1)[entry] = 1
                 grads = _grad([prediction], parameters, [one_hot], keep=True)
@@ -239,23 +245,23 @@ def flat(rows: Rows) -> Tensor:
 
 def squared_norms(rows: Rows) -> tuple[dict[str, Tensor], Tensor]:
     """``‖row_n‖²``: per parameter ``{name: [N]}``, and over all of them ``[N]``."""
-    by_parameter = {name: _matrix(row).square().sum(1) for name, row in rows.items()}
+    by_parameter = _each(rows, lambda row: _matrix(row).square().sum(1))
     return by_parameter, flat(rows).square().sum(1)
 
 
 def sum_of_squares(rows: Rows) -> dict[str, Tensor]:
     """``Σ_n row_n²``, entry by entry: ``{name: [*param]}``."""
-    return {name: row.square().sum(0) for name, row in rows.items()}
+    return _each(rows, lambda row: row.square().sum(0))
 
 
 def second_moment(rows: Rows) -> dict[str, Tensor]:
     """``(1/N) Σ_n row_n²``, entry by entry: ``{name: [*param]}``."""
-    return {name: row.square().mean(0) for name, row in rows.items()}
+    return _each(rows, lambda row: row.square().mean(0))
 
 
 def variance(rows: Rows) -> dict[str, Tensor]:
     """``(1/N) Σ_n (row_n - mean row)²``, the biased one, entry by entry: ``{name: [*param]}``."""
-    return {name: (row - row.mean(0)).square().mean(0) for name, row in rows.items()}
+    return _each(rows, lambda row: (row - row.mean(0)).square().mean(0))
 
 
 def dots(rows: Rows) -> Tensor:
@@ -275,6 +281,11 @@ def clipped_sum(rows: Rows, max_norm: float) -> dict[str, Tensor]:
             clipped.append(factor * row_n)
         total[name] = torch.stack(clipped).sum(0)
     return total
+
+
+def _each(rows: Rows, function: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """Return a function of the rows of every parameter."""
+    return {name: function(row) for name, row in rows.items()}
 
 
 def _matrix(row: Tensor) -> Tensor:
@@ -302,28 +313,28 @@ def _trained(model: nn.Module) -> list[Tensor]:
 def _grad(
     outputs: Sequence[Tensor],
     by: Iterable[Tensor],
-    cotangents: Sequence[Tensor] | None = None,
+    cotangents: Sequence[Tensor | None] | None = None,
     keep: bool = False,
 ) -> list[Tensor]:
-    """``autograd.grad``, with zeros where nothing flows; ``keep``: for another call."""
+    """``autograd.grad``, with zeros where nothing flows.
+
+    ``cotangents``: one for each output; outputs that are numbers need none. ``keep``: the graph,
+    for another call.
+    """
     by = list(by)
     if cotangents is None:
-        cotangents = [torch.ones_like(t) for t in outputs]
-    # Autograd refuses outputs that are constants.
+        cotangents = [None] * len(outputs)
     smooth = []
     vectors = []
     for output, cotangent in zip(outputs, cotangents, strict=True):
+        # Autograd refuses outputs that are constants.
         if output.requires_grad:
             smooth.append(output)
             vectors.append(cotangent)
-    grads: Sequence[Tensor | None] = [None] * len(by)
-    if smooth and by:
-        grads = torch.autograd.grad(smooth, by, vectors, retain_graph=keep, allow_unused=True)
-    return [_filled(grad, p) for grad, p in zip(grads, by, strict=True)]
-
-
-def _filled(grad: Tensor | None, p: Tensor) -> Tensor:
-    return torch.zeros_like(p) if grad is None else grad
+    if not smooth or not by:
+        return [torch.zeros_like(p) for p in by]
+    grads = torch.autograd.grad(smooth, by, vectors, retain_graph=keep, materialize_grads=True)
+    return list(grads)
 
 
 def _as_variables(run: BatchRun) -> list[Tensor]:

@@ -93,7 +93,10 @@ def predict(model: nn.Module, inputs: Any) -> Any:
 
 def evaluate(loss: Loss, predictions: Any, targets: Any) -> Tensor:
     """Return the loss; without targets it is a function of the predictions alone."""
-    value: Tensor = loss(predictions) if targets is None else loss(predictions, targets)
+    arguments = [predictions]
+    if targets is not None:
+        arguments.append(targets)
+    value: Tensor = loss(*arguments)
     return value
 
 
@@ -120,7 +123,9 @@ def _has_samples(leaf: Any, samples: int) -> bool:
 
 
 def _detached(leaf: Any) -> Any:
-    return leaf.detach() if isinstance(leaf, Tensor) else leaf
+    if isinstance(leaf, Tensor):
+        return leaf.detach()
+    return leaf
 
 
 # --- its calls are recorded -----------------------------------------------------------------------
@@ -195,6 +200,7 @@ class IsolatedSample(TorchFunctionMode):
         if op is None:
             return func(*args, **kwargs)
         index, call = self._next_call(op.name)
+        # Where an input of the sample is shorter than that of the batch, samples lie.
         axes = []
         for alone, batch in zip(op.inputs, call.inputs, strict=True):
             axes.append(self._sample_axis(alone, batch))
@@ -248,7 +254,10 @@ def run_alone(model: nn.Module, run: BatchRun, inputs: Any, sample: IsolatedSamp
     """
 
     def cut(leaf: Any) -> Any:
-        return leaf[sample.n : sample.n + 1] if _has_samples(leaf, run.samples) else leaf
+        if _has_samples(leaf, run.samples):
+            # A slice and no index: the model takes a batch of one.
+            return leaf[sample.n : sample.n + 1]
+        return leaf
 
     own_inputs = tree_map(cut, inputs)
     with sample:
@@ -329,6 +338,7 @@ class _RankGroup:
             inputs = []
             for i, (own, axis) in enumerate(zip(op.inputs, axes, strict=True)):
                 if axis is None:
+                    # Shared by all samples, and made from the parameters of this rank.
                     inputs.append(own)
                     continue
                 parts = [self.contributions[index, m][i] for m in range(self.size)]

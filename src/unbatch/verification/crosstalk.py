@@ -52,6 +52,7 @@ class Crosstalk:
 def _shades(matrix: Tensor) -> Tensor:
     """Return the index of each entry's shade; only what is zero is blank."""
     largest = float(matrix.max()) or 1.0
+    # 1 for the largest entry, 0 for what is four decades below it and less.
     level = ((matrix / largest).clamp_min(1e-30).log10() / DECADES + 1).clamp(0, 1)
     shade = 1 + (level * (len(SHADES) - 1.001)).floor()
     shade = torch.where(matrix > 0, shade, torch.zeros(()))
@@ -73,9 +74,11 @@ def crosstalk(
     squares = torch.zeros(experiment.samples, experiment.samples, dtype=torch.float64)
     predictions = _predictions_at(experiment, smooth)
     if not predictions.requires_grad:
+        # No input has an effect that autograd knows.
         return Crosstalk(squares, "derivative", True)
     directions = _directions(predictions.shape[1], probes).to(predictions)
     leaves = list(smooth.values())
+    # ‖∂F_n/∂x_m‖² = Σ_u ‖∂(uᵀF_n)/∂x_m‖²: one backward pass for each u and all samples m.
     for n in rows:
         for u in directions:
             with experiment.backward():
@@ -108,7 +111,9 @@ def _predictions_at(experiment: Experiment, smooth: Mapping[int, Tensor]) -> Ten
     for p, dim in zip(predictions, experiment.out_dims, strict=True):
         if dim is not None and p.is_floating_point():
             rows.append(p.movedim(dim, 0).reshape(experiment.samples, -1))
-    return torch.cat(rows, 1) if rows else torch.zeros(experiment.samples, 0)
+    if not rows:
+        return torch.zeros(experiment.samples, 0)
+    return torch.cat(rows, 1)
 
 
 def _directions(entries: int, probes: int | None) -> Tensor:
@@ -120,11 +125,13 @@ def _directions(entries: int, probes: int | None) -> Tensor:
 
 
 def _squares_by_sample(grad: Tensor, dim: int) -> Tensor:
+    """Return the squared norm of each sample's part of a gradient, ``[N]``."""
     rows = grad.movedim(dim, 0)
     return rows.reshape(len(rows), -1).double().pow(2).sum(1).cpu()
 
 
 def _by_replacement(experiment: Experiment, rows: Sequence[int]) -> Tensor:
+    """Return how far each prediction moves when one sample after the other is replaced."""
     base = experiment.rows(experiment.base)
     matrix = torch.zeros(experiment.samples, experiment.samples, dtype=torch.float64)
     for m in range(experiment.samples):

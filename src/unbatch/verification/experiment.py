@@ -61,8 +61,8 @@ class Experiment:
     @cached_property
     def places(self) -> list[int]:
         """The predictions that the loss reads, by their index among all of them."""
-        used = {ref.index for ref in self.graph.used_predictions}
-        return [i for i, ref in enumerate(self.graph.predictions) if ref.index in used]
+        used = self.graph.used_predictions
+        return [i for i, ref in enumerate(self.graph.predictions) if ref in used]
 
     @cached_property
     def out_dims(self) -> list[int | None]:
@@ -119,11 +119,13 @@ class Experiment:
         with self._isolated(self.graph.rng), torch.enable_grad():
             # The model may write to its inputs.
             output = self.program.predict(tree_map(_cloned, inputs))
-            if self.cut_inside_model:
-                loss = own_loss(output)
-                return [] if loss is None else [loss]
-            leaves = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
-            return [leaves[i] for i in self.places if i < len(leaves)]
+            if not self.cut_inside_model:
+                leaves = tensor_leaves(output)
+                return [leaves[i] for i in self.places if i < len(leaves)]
+            loss = own_loss(output)
+            if loss is None:
+                return []
+            return [loss]
 
     def replay(self, inputs: Any, parameters: Mapping[int, Tensor] | None = None) -> list[Tensor]:
         """Return the predictions by the recorded graph; ``parameters`` by their values in it."""
@@ -137,8 +139,12 @@ class Experiment:
 
     def feed(self, inputs: Any) -> dict[int, Tensor]:
         """Return the leaves of other inputs by the values of the graph that they stand for."""
-        pairs = zip(self.graph.inputs, tree_leaves(inputs), strict=True)
-        return {ref.index: leaf for ref, leaf in pairs if ref is not None}
+        values = {}
+        for ref, leaf in zip(self.graph.inputs, tree_leaves(inputs), strict=True):
+            # Inputs that no step reads, and what is no tensor, have no value.
+            if ref is not None:
+                values[ref.index] = leaf
+        return values
 
     def backward(self) -> AbstractContextManager[Any]:
         """Return a context for backward passes through the model: hooks in it may do anything."""
@@ -153,6 +159,7 @@ class Experiment:
         Leaves in which the samples have no place of their own are left out.
         """
         rows = []
+        # In double, so that differences of predictions are not rounded once more.
         for t, dim, in_blocks in zip(predictions, self.out_dims, self.blocks, strict=True):
             if dim is not None:
                 rows.append(_in_double_rows(t.movedim(dim, 0), self.samples))
@@ -197,10 +204,10 @@ class Experiment:
     def with_leaves(self, function: OfLeaf) -> Any:
         """Return the inputs with every tensor replaced by ``function(tensor, its sample axis)``."""
         leaves, spec = tree_flatten(self.inputs)
-        changed = []
-        for x, dim in zip(leaves, self.dims, strict=True):
-            changed.append(function(x, dim) if isinstance(x, Tensor) else x)
-        return tree_unflatten(changed, spec)
+        for i, dim in enumerate(self.dims):
+            if isinstance(leaves[i], Tensor):
+                leaves[i] = function(leaves[i], dim)
+        return tree_unflatten(leaves, spec)
 
     # -- other experiments --
 
@@ -219,7 +226,9 @@ class Experiment:
             least_tolerance=self.tolerance,
             known_tolerance=None,
         )
-        return other if other.runs else self
+        if other.runs:
+            return other
+        return self
 
     def in_double(self) -> Experiment | None:
         """Return the same in float64; None where the program cannot be run so."""
@@ -227,6 +236,7 @@ class Experiment:
         wide = replace(self, inputs=inputs, known_tolerance=FORWARD_IN_DOUBLE)
         try:
             if self.cut_inside_model:
+                # Only the recording can tell what the predictions are.
                 wide = replace(wide, graph=self.graph.in_double())
             else:
                 originals = (*self.originals, *self.program.modules)
@@ -235,9 +245,11 @@ class Experiment:
             return None
         if not wide.runs:
             return None
-        # A cast inside the model takes the digits away again.
-        narrow = [t for t in wide.base if t.is_floating_point() and t.dtype != torch.float64]
-        return None if narrow else wide
+        for t in wide.base:
+            # A cast inside the model takes the digits away again.
+            if t.is_floating_point() and t.dtype != torch.float64:
+                return None
+        return wide
 
     # -- how much is rounding --
 
@@ -249,9 +261,11 @@ class Experiment:
         """
         if self.known_tolerance is not None:
             return self.known_tolerance
+        values = self.graph.values
         dtypes = set()
         for step in self.graph.forward_steps:
-            dtypes |= {self.graph.values[ref.index].dtype for ref in step.outs if ref is not None}
+            # A cast in the middle of a model rounds all that follows.
+            dtypes |= {values[ref.index].dtype for ref in step.outs if ref is not None}
         by_type = tolerance(dtypes, FORWARD)
         return max(self.least_tolerance, by_type, ROUNDINGS * self._rounding())
 
@@ -286,8 +300,8 @@ class Experiment:
         if len(again) != len(self.base):
             return False
         for first, second in zip(self.base, again, strict=True):
-            same_shape = first.shape == second.shape
-            if not same_shape or not torch.equal(first.nan_to_num(), second.nan_to_num()):
+            # Of different shapes, too. What is not a number is the same twice.
+            if not torch.equal(first.nan_to_num(), second.nan_to_num()):
                 return False
         return True
 
@@ -316,10 +330,16 @@ def relative_change(base: Tensor, new: Tensor) -> Tensor:
     return change.amax(1) / (size.amax(1) + 1e-6 * size.amax() + 1e-37)
 
 
+def tensor_leaves(tree: Any) -> list[Tensor]:
+    """Return the tensors in a tree: what else a model returns is no prediction."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
 def _cloned(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+    if isinstance(leaf, Tensor):
+        return leaf.clone()
+    return leaf
 
 
 def _in_double_rows(t: Tensor, samples: int) -> Tensor:
-    dtype = torch.complex128 if t.is_complex() else torch.float64
-    return t.reshape(samples, -1).to(dtype)
+    return t.reshape(samples, -1).to(torch.promote_types(t.dtype, torch.float64))

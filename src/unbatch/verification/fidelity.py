@@ -67,6 +67,7 @@ def unfaithful(experiment: Experiment, here: bool = False) -> tuple[str, str]:
 
 def _trained_parameters(experiment: Experiment) -> dict[int, Tensor]:
     """Return the parameters that require a gradient, by their values in the graph."""
+    # By name first: of tied parameters, one value stands for all.
     refs = {}
     for ref, value in enumerate(experiment.graph.values):
         if value.kind == "parameters":
@@ -81,6 +82,7 @@ def _trained_parameters(experiment: Experiment) -> dict[int, Tensor]:
 
 def _replay(experiment: Experiment, inputs: object, parameters: dict[int, Tensor]) -> list[Tensor]:
     """Return what the model returns, by its recording: predictions, or the loss inside it."""
+    # Of a model that computes its own loss, the predictions cannot be compared: it hides them.
     if not experiment.cut_inside_model:
         return experiment.replay(inputs, parameters)
     graph = experiment.graph
@@ -103,6 +105,7 @@ def _outputs(
     for t, is_smooth, counts in zip(tensors, smooth, counted, strict=True):
         if is_smooth and counts:
             differentiated.append(t)
+    # The same seed for model and replay, so that both have the same cotangents.
     generator = seeded(0)
     cotangents = [gaussian_like(t, generator) for t in differentiated]
     gradients: list[Tensor | None] = [None] * len(parameters)
@@ -126,27 +129,39 @@ def _gradient_difference(
     for in_model, in_replay in zip(eager.smooth, replayed.smooth, strict=True):
         if in_model and not in_replay:
             return "no gradient flows through the replay"
-    if eager.error or replayed.error:
-        return eager.error or replayed.error
-    largest = 0.0
-    for gradient in eager.gradients:
-        if gradient is not None and gradient.numel():
-            largest = max(largest, float(gradient.abs().max()))
+    error = eager.error or replayed.error
+    if error:
+        return error
+    least = NEGLIGIBLE * _largest(eager.gradients)
     for model, replay, p in zip(eager.gradients, replayed.gradients, parameters, strict=True):
-        zeros = torch.zeros_like(p)
-        model = zeros if model is None else model
-        replay = zeros if replay is None else replay
-        difference = _difference(model, replay, tolerance, NEGLIGIBLE * largest)
+        difference = _difference(_filled(model, p), _filled(replay, p), tolerance, least)
         if difference:
             return difference
     return ""
+
+
+def _largest(gradients: Sequence[Tensor | None]) -> float:
+    """Return the largest magnitude of an entry, 0 where there is none."""
+    largest = 0.0
+    for gradient in gradients:
+        if gradient is not None and gradient.numel():
+            largest = max(largest, float(gradient.abs().max()))
+    return largest
+
+
+def _filled(gradient: Tensor | None, p: Tensor) -> Tensor:
+    """Return a gradient, zero where autograd reached nothing."""
+    if gradient is None:
+        return torch.zeros_like(p)
+    return gradient
 
 
 def _difference(model: Tensor, replay: Tensor, tolerance: float, least: float = 0.0) -> str:
     """Return how two tensors differ, relative to their size, which is ``least`` at least."""
     if model.shape != replay.shape:
         return f"shape {tuple(replay.shape)} in place of {tuple(model.shape)}"
-    if not model.numel() or not (model.is_floating_point() or model.is_complex()):
+    has_rounding = model.is_floating_point() or model.is_complex()
+    if not model.numel() or not has_rounding:
         return "" if torch.equal(model, replay) else "other integers"
     model, replay = model.detach(), replay.detach()
     size = float(model.abs().max())
@@ -156,4 +171,6 @@ def _difference(model: Tensor, replay: Tensor, tolerance: float, least: float = 
         size = float(model.abs().nan_to_num(0, 0, 0).max())
         error = float((model - replay).abs().nan_to_num(0, 0, 0).max())
     relative = error / (max(size, least) + 1e-37)
-    return f"off by {relative:.2g} relative" if relative > TOLERANCES * tolerance else ""
+    if relative <= TOLERANCES * tolerance:
+        return ""
+    return f"off by {relative:.2g} relative"

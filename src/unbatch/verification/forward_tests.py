@@ -75,13 +75,18 @@ def partitions(samples: int) -> Iterator[Tensor]:
 
 
 def _moved_prediction(experiment: Experiment) -> Counterexample | None:
+    """Return the first confirmed change of a prediction, over variants and sets of samples."""
     sets = list(partitions(experiment.samples))
     for variant in VARIANTS:
-        # Far from the data one set and its complement have to do.
-        tried = sets if variant in CLOSE_TO_DATA else sets[:2]
+        tried = sets
+        if variant not in CLOSE_TO_DATA:
+            # Far from the data one set and its complement have to do.
+            tried = sets[:2]
         for seed, keep in enumerate(tried):
             change = _largest_change(experiment, variant, seed, keep, keep)
-            if change is None or not _is_confirmed(experiment, variant, seed, keep, change):
+            if change is None:
+                continue
+            if not _is_confirmed(experiment, variant, seed, keep, change):
                 continue
             return _narrowed(experiment, variant, seed, keep, change)
     return None
@@ -101,6 +106,7 @@ def _largest_change(
     base = experiment.rows(experiment.base)
     if new.shape != base.shape:
         return None
+    # What was replaced may change as it likes.
     amounts = torch.where(watched, relative_change(base, new), 0.0)
     worst = int(amounts.argmax())
     if amounts[worst] <= experiment.tolerance * GAIN.get(variant, 1.0):
@@ -154,6 +160,7 @@ def not_equivariant(experiment: Experiment) -> Counterexample | None:
             continue
         if new.shape != base.shape:
             continue
+        # Equivariant: F(X[order]) = F(X)[order].
         amount = float(_largest(new - base[order]) / size)
         if amount <= 10 * experiment.tolerance:
             continue
@@ -163,6 +170,7 @@ def not_equivariant(experiment: Experiment) -> Counterexample | None:
 
 
 def _orders(samples: int) -> Iterator[Tensor]:
+    """Yield permutations: neighbours, distant samples, and what no pattern of indices explains."""
     index = torch.arange(samples)
     yield index.roll(1)
     yield index.flip(0)

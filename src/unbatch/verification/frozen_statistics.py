@@ -19,6 +19,7 @@ from unbatch.capture.graph import Step
 from unbatch.capture.substitutes import norm_held
 from unbatch.verification.experiment import Experiment, Untestable
 from unbatch.verification.forward_tests import partitions
+from unbatch.verification.permutations import results_of
 
 MSG_READ_BY_PYTHON = (
     "statistics of overlapping groups, or values read by Python, cannot be held constant"
@@ -45,7 +46,11 @@ def change_with_frozen_statistics(experiment: Experiment) -> float:
 
 @dataclass(frozen=True)
 class _Frozen:
-    """A replay with constants: ``values`` by value of the graph, ``norms`` by step."""
+    """A replay with constants.
+
+    ``values``: the statistics, by value of the graph. ``norms``: what runs in place of the batch
+    norms, by step.
+    """
 
     experiment: Experiment
     values: dict[int, Tensor]
@@ -68,8 +73,9 @@ def _freeze(experiment: Experiment) -> _Frozen:
         raise Untestable(MSG_READ_BY_PYTHON)
     statistics: set[int] = set()
     for step in graph.forward_steps:
-        statistics.update(_statistics(forward, step))
-    # A batch norm returns its moments beside its result, so pinning them would come too late.
+        statistics |= _statistics(forward, step)
+    # A batch norm returns its moments together with its result, so to pin them would be too late:
+    # another function runs in its place.
     norms = {}
     for step in graph.forward_steps:
         moments = _batch_moments(step, statistics)
@@ -91,17 +97,18 @@ def _freeze(experiment: Experiment) -> _Frozen:
     return _Frozen(experiment, values, held)
 
 
-def _statistics(forward: Interpretation, step: Step) -> list[int]:
-    """Return the results of a step that are batch statistics made there."""
-    results = [ref.index for ref in step.outs if ref is not None]
-    results += [new.index for _, new in step.writes]
-    statistics = []
-    for i in results:
-        ownership = forward.marks.get(i)
+def _statistics(forward: Interpretation, step: Step) -> set[int]:
+    """Return the results of a step that are batch statistics made there.
+
+    What a later step makes of a statistic is none: it follows from the one that is held.
+    """
+    statistics = set()
+    for ref in results_of(step):
+        ownership = forward.marks.get(ref.index)
         if ownership is None or ownership.owned or ownership.mixed:
             continue
-        if forward.made_at(step, i):
-            statistics.append(i)
+        if forward.made_at(step, ref.index):
+            statistics.add(ref.index)
     return statistics
 
 
@@ -116,15 +123,23 @@ def _batch_moments(step: Step, statistics: set[int]) -> tuple[int, int] | None:
     if moments is None:
         return None
     mean, invstd = moments
-    if mean.index not in statistics and invstd.index not in statistics:
+    if statistics.isdisjoint((mean.index, invstd.index)):
         return None
     return mean.index, invstd.index
 
 
 def _hides_statistic(forward: Interpretation, step: Step) -> bool:
     """Return whether a step makes and uses a batch statistic without returning it."""
-    if all(statistic.step != step.index for statistic in forward.algebra.roots):
+    steps = {statistic.step for statistic in forward.algebra.roots}
+    if step.index not in steps:
         return False
-    results = [forward.marks[ref.index] for ref in step.outs if ref is not None]
-    returned = [r for r in results if r.given and not r.owned]
-    return any(r.owned for r in results) and not returned
+    uses, returns = False, False
+    for ref in step.outs:
+        if ref is None:
+            continue
+        ownership = forward.marks[ref.index]
+        if ownership.owned:
+            uses = True
+        elif ownership.given:
+            returns = True
+    return uses and not returns

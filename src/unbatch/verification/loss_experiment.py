@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from unbatch.capture.graph import Ref
 from unbatch.capture.isolation import untouched
 from unbatch.linalg.precision import (
     LOSS_IN_DOUBLE,
@@ -62,7 +63,9 @@ class LossExperiment:
             return self._value_inside_model(predictions)
         leaves = [self._cast(leaf) for leaf in self.leaves]
         for i, p in zip(self.at, predictions, strict=True):
-            leaves[i] = p.to(torch.float64) if self.double and p.is_floating_point() else p
+            leaves[i] = p
+            if self.double and p.is_floating_point():
+                leaves[i] = p.to(torch.float64)
         output = tree_unflatten(leaves, self.spec)
         targets = tree_map(self._cast, self.targets)
         with untouched(program.modules, self.experiment.graph.rng), torch.enable_grad():
@@ -71,8 +74,8 @@ class LossExperiment:
 
     def _value_inside_model(self, predictions: Sequence[Tensor]) -> Tensor:
         graph = self.experiment.graph
-        refs = self.experiment.prediction_refs
-        feed = {**self.boundary, **dict(zip(refs, predictions, strict=True))}
+        feed = dict(self.boundary)
+        feed.update(zip(self.experiment.prediction_refs, predictions, strict=True))
         return graph.run(feed, [_loss_ref(self.experiment)], steps=graph.loss_steps)[0]
 
     def _cast(self, leaf: Any) -> Any:
@@ -103,9 +106,10 @@ class LossExperiment:
         """Return the predictions with some rows multiplied by ``factor``."""
         predictions = self.predictions()
         for t, dim in zip(predictions, self.experiment.out_dims, strict=True):
-            if dim is not None and t.is_floating_point():
-                for n in rows:
-                    t.select(dim, n).mul_(factor)
+            if dim is None or not t.is_floating_point():
+                continue
+            for n in rows:
+                t.select(dim, n).mul_(factor)
         return predictions
 
     def with_targets(self, change: Callable[[Tensor], Tensor]) -> LossExperiment:
@@ -113,8 +117,9 @@ class LossExperiment:
         samples = self.experiment.samples
 
         def changed(leaf: Any) -> Any:
-            of_samples = isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == samples
-            return change(leaf) if of_samples else leaf
+            if isinstance(leaf, Tensor) and leaf.shape[:1] == (samples,):
+                return change(leaf)
+            return leaf
 
         return replace(self, targets=tree_map(changed, self.targets))
 
@@ -122,22 +127,25 @@ class LossExperiment:
 
     def gradient(self, predictions: Sequence[Tensor]) -> Tensor:
         """Return the gradient by the predictions, ``[N, entries]``; zero where nothing flows."""
+        samples = self.experiment.samples
         leaves = [_as_leaf(p) for p in predictions]
         value = self.value(leaves)
-        smooth = [p for p in leaves if p.requires_grad]
+        smooth, dims = [], []
+        for p, dim in zip(leaves, self.experiment.out_dims, strict=True):
+            if p.requires_grad:
+                smooth.append(p)
+                dims.append(dim)
         grads: Sequence[Tensor | None] = [None] * len(smooth)
         if value.requires_grad:
             grads = torch.autograd.grad(value, smooth, allow_unused=True)
-        dims = []
-        for p, dim in zip(leaves, self.experiment.out_dims, strict=True):
-            if p.requires_grad:
-                dims.append(dim)
         rows = []
         for p, grad, dim in zip(smooth, grads, dims, strict=True):
-            if dim is not None:
-                filled = torch.zeros_like(p) if grad is None else grad
-                rows.append(filled.movedim(dim, 0).reshape(self.experiment.samples, -1))
-        return torch.cat(rows, 1) if rows else torch.zeros(self.experiment.samples, 0)
+            if dim is None:
+                continue
+            if grad is None:
+                grad = torch.zeros_like(p)
+            rows.append(grad.movedim(dim, 0).reshape(samples, -1))
+        return torch.cat(rows, 1) if rows else torch.zeros(samples, 0)
 
     def slope(self, predictions: Sequence[Tensor], n: int, entries: int = 6) -> Tensor:
         """Return the first entries of the gradient by prediction n, by central differences.
@@ -170,20 +178,18 @@ class LossExperiment:
 
     @cached_property
     def rounding(self) -> float:
-        """How much the loss changes, relatively, when predictions move by one rounding."""
+        """How much the loss changes, relative to its size, when predictions move by a rounding.
+
+        The largest change of three trials: where values cancel, it is far more than a rounding of
+        the result.
+        """
         generator = torch.Generator().manual_seed(0)
         base = self.predictions()
         here = self.value(base).detach()
         size = float(here.abs()) + TINY
         worst = 0.0
         for _ in range(3):
-            nudged = []
-            for p in base:
-                if p.is_floating_point():
-                    offset = torch.rand(p.shape, generator=generator).to(p) - 0.5
-                    p = p * (1 + torch.finfo(p.dtype).eps * offset)
-                nudged.append(p)
-            there = self.value(nudged).detach()
+            there = self.value([_nudged(p, generator) for p in base]).detach()
             worst = max(worst, float((there - here).abs()) / size)
         return worst
 
@@ -218,19 +224,38 @@ class LossExperiment:
         return max(relative, allowed.size * slope, noise) + TINY
 
 
-def _as_leaf(p: Tensor) -> Tensor:
-    return p.detach().clone().requires_grad_() if p.is_floating_point() else p
+def _nudged(p: Tensor, generator: torch.Generator) -> Tensor:
+    """Return the values moved by up to half a rounding; integers stay."""
+    if not p.is_floating_point():
+        return p
+    offset = torch.rand(p.shape, generator=generator).to(p) - 0.5
+    return p * (1 + torch.finfo(p.dtype).eps * offset)
 
 
 def scaled_by(predictions: Sequence[Tensor], factor: float) -> list[Tensor]:
     """Return the predictions times a number; integers stay."""
-    return [p * factor if p.is_floating_point() else p for p in predictions]
+    return [_times(p, factor) for p in predictions]
+
+
+def _times(p: Tensor, factor: float) -> Tensor:
+    return p * factor if p.is_floating_point() else p
+
+
+def _as_leaf(p: Tensor) -> Tensor:
+    """Return a variable of autograd with the same values; integers stay."""
+    if not p.is_floating_point():
+        return p
+    return p.detach().clone().requires_grad_()
 
 
 def _largest(predictions: Sequence[Tensor]) -> float:
     """Return the largest magnitude of an entry, 1 where there is none."""
-    filled = [p for p in predictions if p.is_floating_point() and p.numel()]
-    return max((float(p.abs().max()) for p in filled), default=1.0)
+    sizes = []
+    for p in predictions:
+        if not p.is_floating_point() or not p.numel():
+            continue
+        sizes.append(float(p.abs().max()))
+    return max(sizes, default=1.0)
 
 
 # --- from an experiment ---------------------------------------------------------------------------
@@ -241,11 +266,14 @@ def loss_experiment(experiment: Experiment, output: Any) -> LossExperiment:
     if experiment.program.loss is None:
         return _inside_model(experiment)
     leaves, spec = tree_flatten(output)
+    # Places count tensors, and a model may return other things as well.
     tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     at = [tensors[i] for i in experiment.places]
     targets = experiment.targets
     wide = LossExperiment(experiment, leaves, spec, at, targets, boundary={}, double=True)
-    return wide if _is_finite(wide) else replace(wide, double=False)
+    if _is_finite(wide):
+        return wide
+    return replace(wide, double=False)
 
 
 def _is_finite(loss: LossExperiment) -> bool:
@@ -259,13 +287,14 @@ def _is_finite(loss: LossExperiment) -> bool:
 def _inside_model(experiment: Experiment) -> LossExperiment:
     """Return the loss that a model computes: its steps alone, from the values that they read."""
     graph = experiment.graph
-    read: set[int] = set()
+    read: set[Ref] = set()
     for step in graph.loss_steps:
-        read.update(ref.index for ref in step.refs())
+        read.update(step.refs())
     boundary: dict[int, Tensor] = {}
 
     def keep(i: int, t: Tensor) -> None:
-        if i in read:
+        if Ref(i) in read:
+            # Later steps may write to it.
             boundary[i] = t.detach().clone()
 
     graph.run({}, [_loss_ref(experiment)], visit=keep)

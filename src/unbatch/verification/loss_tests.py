@@ -9,6 +9,7 @@ A test returns a counterexample, or None, which proves nothing. Directions are u
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -69,17 +70,18 @@ def not_a_sum(loss: LossExperiment) -> Counterexample | None:
 
 
 def _pairs(samples: int) -> list[tuple[int, int]]:
-    pairs = [(a, b) for a in range(samples) for b in range(samples) if a != b]
-    return pairs[:PAIRS]
+    """Return some ordered pairs of different samples."""
+    return list(itertools.permutations(range(samples), 2))[:PAIRS]
 
 
 def _second_difference(loss: LossExperiment, corners: Sequence[list[Tensor]]) -> float:
     """Return the second difference relative to the loss; 0 where a value is not finite."""
-    values = [loss.value(predictions).detach() for predictions in corners]
-    if not all(torch.isfinite(value) for value in values):
+    values = torch.stack([loss.value(predictions).detach() for predictions in corners])
+    if not torch.isfinite(values).all():
         return 0.0
-    size = max(float(value.abs()) for value in values) + TINY
-    return float(values[0] - values[1] - values[2] + values[3]) / size
+    neither, of_a, of_b, both = values
+    size = float(values.abs().max()) + TINY
+    return float(neither - of_a - of_b + both) / size
 
 
 def _is_steady(loss: LossExperiment, corners: Sequence[list[Tensor]]) -> bool:
@@ -137,15 +139,16 @@ def direction_depends_on_predictions(loss: LossExperiment) -> Counterexample | N
 
 def _rolled(samples: int, shift: int, but: int) -> dict[int, int]:
     """Return the swap that gives every sample but one the prediction of the ``shift``-th next."""
-    swap = {}
-    for n in range(samples):
-        if n != but:
-            swap[n] = (n + shift) % samples
+    swap = {n: (n + shift) % samples for n in range(samples)}
+    del swap[but]
     return swap
 
 
 def _turn_by_values(loss: LossExperiment) -> float:
-    """Return how far the row of sample 0 turns, by differences of values."""
+    """Return how far the row of sample 0 turns, by differences of values.
+
+    Where the loss detaches something, its gradient does not show on what it depends.
+    """
     samples = loss.experiment.samples
     size = float(loss.value(loss.predictions()).detach().abs())
     floor = SLOPE + ROUNDED_SLOPE * loss.rounding * size
@@ -200,8 +203,9 @@ def direction_depends_on_index(loss: LossExperiment) -> Counterexample | None:
     for k in range(min(samples, 3)):
         rows = equal.gradient(equal.swapped(dict.fromkeys(range(samples), k)))
         if rows.shape[1] < 2:
+            # A single entry has no direction.
             continue
-        worst = max(sine(rows[0], row, floor) for row in rows)
+        worst = _largest_turn(rows[:1].expand_as(rows), rows, floor)
         if worst > equal.tolerances.direction:
             return Counterexample("gradient rows of equal samples", worst)
     return None
@@ -239,8 +243,7 @@ def direction_depends_on_targets(loss: LossExperiment) -> Counterexample | None:
 def _order_of_targets_matters(loss: LossExperiment, base: Tensor, floor: float) -> bool:
     rolled = loss.with_targets(lambda t: t.roll(1, 0))
     rows = rolled.gradient(rolled.predictions())
-    turns = [sine(a, b, floor) for a, b in zip(base, rows, strict=True)]
-    return max(turns) >= LOSS_WITH_CASTS.direction
+    return _largest_turn(base, rows, floor) >= LOSS_WITH_CASTS.direction
 
 
 def _turn_by_targets(
@@ -266,6 +269,10 @@ def _all_but(n: int, samples: int) -> Tensor:
     return order
 
 
+def _largest_turn(rows: Tensor, others: Tensor, floor: float) -> float:
+    return max(sine(a, b, floor) for a, b in zip(rows, others, strict=True))
+
+
 def sine(a: Tensor, b: Tensor, floor: float) -> float:
     """Return how far two gradients are from multiples of each other; 0 where one of them vanishes.
 
@@ -276,6 +283,7 @@ def sine(a: Tensor, b: Tensor, floor: float) -> float:
     if not torch.isfinite(a).all() or not torch.isfinite(b).all():
         return 0.0
     a, b = a / a.norm(), b / b.norm()
+    # Up to sign: the factor ∂ρ/∂ℓ_n may be negative.
     return float((a - b * torch.sign((a * b).sum())).norm())
 
 
@@ -287,6 +295,7 @@ def parameter_enters(loss: LossExperiment) -> Counterexample | None:
     program = loss.experiment.program
     if program.loss is None or not program.modules:
         return None
+    # Of their own, as a loss may write to what it is given.
     predictions = loss.predictions()
     here = loss.value(loss.predictions()).detach()
     tolerance = max(loss.tolerances.parameter, ROUNDINGS * loss.rounding)

@@ -48,8 +48,7 @@ def predict_permuted(experiment: Experiment, order: Tensor) -> list[Tensor]:
 def _permute_owned(value: Tensor, owners: Owners, order: Tensor) -> Tensor:
     """Return ``value`` where sample n has the elements of sample ``order[n]``, in their order."""
     flat = value.reshape(-1)
-    flat_owners = owners.reshape(-1)
-    places = [torch.from_numpy(np.flatnonzero(flat_owners == n)) for n in range(len(order))]
+    places = [_places(owners, n) for n in range(len(order))]
     out = flat.clone()
     for n, m in enumerate(order.tolist()):
         if len(places[n]) != len(places[m]):
@@ -58,17 +57,27 @@ def _permute_owned(value: Tensor, owners: Owners, order: Tensor) -> Tensor:
     return out.reshape(value.shape)
 
 
+def _places(owners: Owners, n: int) -> Tensor:
+    """Return the places of the elements of sample n, in a flat tensor."""
+    return torch.from_numpy(np.flatnonzero(owners.reshape(-1) == n))
+
+
 # --- which noise belongs to which sample ----------------------------------------------------------
 
 
 def _noise_refs(graph: Graph) -> Iterator[int]:
     """Yield every value of the forward pass that a random op returns or writes."""
     for step in graph.forward_steps:
-        if step.noise:
-            yield from {ref.index for ref in _results(step)}
+        if not step.noise:
+            continue
+        refs: set[int] = set()
+        for ref in results_of(step):
+            refs.add(ref.index)
+        # Some ops return what they write to.
+        yield from refs
 
 
-def _results(step: Step) -> Iterator[Ref]:
+def results_of(step: Step) -> Iterator[Ref]:
     """Yield what a step returns, then what it writes."""
     for ref in step.outs:
         if ref is not None:
@@ -92,16 +101,16 @@ def _owners(graph: Graph, forward: Interpretation, noise: int) -> Owners | None:
     for step in graph.forward_steps:
         if step.index <= drawn.step:
             continue
-        read = carriers & {ref.index for ref in step.refs()}
+        read = [ref.index for ref in step.refs() if ref.index in carriers]
         if not read:
             continue
-        returned = {ref.index for ref in step.outs if ref is not None}
-        for ref in _results(step):
+        for ref in results_of(step):
             ownership = forward.marks[ref.index]
             if ownership.depends_on_batch:
-                if ref.index not in returned:
+                if ref not in step.outs:
+                    # Written into a part of something else.
                     raise Untestable(MSG_NOISE)
-                shape = graph.values[next(iter(read))].shape
+                shape = graph.values[read[0]].shape
                 return _in_drawn_shape(_owners_in_result(ownership, shape), drawn.shape, reshaped)
             carriers.add(ref.index)
             if graph.values[ref.index].shape != drawn.shape and not ops.keeps_order(step.op):
@@ -110,7 +119,10 @@ def _owners(graph: Graph, forward: Interpretation, noise: int) -> Owners | None:
 
 
 def _in_drawn_shape(owners: Owners | None, drawn: tuple[int, ...], reshaped: bool) -> Owners | None:
-    """Return owners of the carrier as those of the noise that it was made from."""
+    """Return owners of the carrier as those of the noise that it was made from.
+
+    Raises ``Untestable`` where their elements are not in the same order.
+    """
     if owners is None or owners.shape == drawn:
         return owners
     if reshaped:

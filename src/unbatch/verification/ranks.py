@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from unbatch.capture.isolation import untouched
+from unbatch.linalg.precision import in_double
 from unbatch.verification.counterexample import Counterexample
-from unbatch.verification.experiment import Experiment, Untestable
+from unbatch.verification.experiment import Experiment, Untestable, tensor_leaves
 
 # Four times as many samples have to give at least three times the rank.
 MANY, FEW, GROWTH = 128, 32, 3
@@ -42,7 +43,11 @@ def growing_rank(experiment: Experiment) -> Counterexample | None:
 
 
 def _full_rank(experiment: Experiment) -> Counterexample | None:
-    """Return that half of the samples need a number each from the others, at one batch size."""
+    """Return that half of the samples need a number each from the others.
+
+    All that can be said at one batch size. Small batches are left out: a rank of two is as large as
+    the batch allows already with a mean and a variance.
+    """
     half = experiment.samples // 2
     if half < 3:
         return None
@@ -50,6 +55,7 @@ def _full_rank(experiment: Experiment) -> Counterexample | None:
         ranks = [_cross_rank(experiment, experiment.samples, seed) for seed in range(5)]
     except Exception:
         return None
+    # A draw may be degenerate by chance; a bound on the rank would hold for each.
     if max(ranks) < half:
         return None
     test = f"rank of the cross-derivatives is as large as the batch allows, {half}"
@@ -57,7 +63,10 @@ def _full_rank(experiment: Experiment) -> Counterexample | None:
 
 
 def _cross_rank(experiment: Experiment, samples: int, seed: int = 1) -> int:
-    """Return the rank of ``D`` for a batch of ``samples`` redrawn samples."""
+    """Return the rank of ``D`` for a batch of ``samples`` redrawn samples.
+
+    Raises what the model does where it does not take so many samples.
+    """
     rows, inputs = _redrawn(experiment, samples, seed)
     generator = torch.Generator().manual_seed(2)
     u = torch.randn(rows.shape[1], generator=generator, dtype=torch.float64)
@@ -70,6 +79,7 @@ def _cross_rank(experiment: Experiment, samples: int, seed: int = 1) -> int:
         shape = x.movedim(dim, 0)[0].shape
         directions.append(torch.randn(shape, generator=generator, dtype=torch.float64))
     half = samples // 2
+    # One backward pass gives a whole row: the derivatives by all samples of the other half.
     D = torch.zeros(half, half, dtype=torch.float64)
     for n in range(half):
         with experiment.backward():
@@ -97,7 +107,7 @@ def _redrawn(experiment: Experiment, samples: int, seed: int) -> tuple[Tensor, l
 
     def redrawn(x: Tensor, dim: int | None) -> Tensor:
         if dim is None:
-            return x.double() if x.is_floating_point() else x
+            return in_double(x)
         chosen = torch.randint(experiment.samples, (samples,), generator=generator)
         x = x.detach().cpu().index_select(dim, chosen)
         if not x.is_floating_point():
@@ -113,7 +123,7 @@ def _redrawn(experiment: Experiment, samples: int, seed: int) -> tuple[Tensor, l
     modules = [*program.modules, *experiment.program.modules, *experiment.originals]
     with untouched(modules, experiment.graph.rng), torch.enable_grad():
         outputs = program.predict(inputs)
-    leaves = [t for t in tree_leaves(outputs) if isinstance(t, Tensor)]
+    leaves = tensor_leaves(outputs)
     rows = []
     for i, dim in zip(experiment.places, experiment.out_dims, strict=True):
         if dim is not None and leaves[i].is_floating_point():

@@ -92,10 +92,12 @@ def settle(
 
 
 def _has_loss(experiment: Experiment) -> bool:
+    """Return whether the analysis found a place to separate model and loss."""
     return experiment.graph.loss is not None and bool(experiment.graph.after_cut)
 
 
 def _withdrawn(structure: Structure, difference: str) -> Structure:
+    """Return the structure with nothing proved about the forward pass."""
     why = WHY["unfaithful"] + f" ({difference})"
     replay = Culprit("", "replay", "", why, REMEDY["unfaithful"])
     verdicts = []
@@ -117,6 +119,11 @@ def _refuted(verdict: Verdict, witness: Counterexample | None) -> Verdict:
 
 
 def _settle_forward(structure: Structure, experiment: Experiment) -> Structure:
+    """Return the structure with counterexamples to the verdicts on the model.
+
+    The tests are costly (some dozens of forward passes), so that one is left out which could not
+    change a verdict any more.
+    """
     independent = structure.independent_forward
     simd = structure.simd_forward
     given = structure.simd_given_statistics
@@ -126,10 +133,12 @@ def _settle_forward(structure: Structure, experiment: Experiment) -> Structure:
         independent = _refuted(independent, dependence)
         simd = _refuted(simd, dependence)
     if given and simd.status != "unknown":
+        # Nothing that permuting the samples could refute is open.
         return structure.with_verdicts(independent, simd, given)
     difference = not_equivariant(experiment)
     simd = _refuted(simd, difference)
     given = _refuted(given, difference)
+    # Ranks say something only about dependence that is known to be there.
     is_open = given.status == "unknown" and independent.status == "fails"
     if is_open and _mixing_is_understood(structure, experiment):
         given = _settle_given_statistics(given, experiment)
@@ -155,6 +164,7 @@ def _mixing_is_understood(structure: Structure, experiment: Experiment) -> bool:
 
 
 def _settle_loss(structure: Structure, loss: LossExperiment) -> Structure:
+    """Return the structure with counterexamples to the verdicts on the loss."""
     split = structure.canonical_split
     reduction = structure.reduction
     simd_loss = structure.simd_loss
@@ -183,7 +193,10 @@ def _difference_between_samples(loss: LossExperiment) -> Counterexample | None:
 
 
 def _noted(verdict: Verdict, note: str) -> Verdict:
-    return replace(verdict, note=note) if verdict.status == "unknown" else verdict
+    """Return an open verdict with a note; one that is given says its own reason."""
+    if verdict.status != "unknown":
+        return verdict
+    return replace(verdict, note=note)
 
 
 def _no_reduction(reduction: Verdict, simd_loss: Verdict) -> Verdict:
@@ -192,6 +205,7 @@ def _no_reduction(reduction: Verdict, simd_loss: Verdict) -> Verdict:
         reduction,
         status="fails",
         basis=simd_loss.basis,
+        # It was proved to be a sum, and the terms are not of the right kind.
         note=NOTE_SUM_OF_OTHERS if reduction else simd_loss.note,
         culprits=reduction.culprits or simd_loss.culprits,
     )
@@ -211,6 +225,7 @@ def verify(structure: Structure, experiment: Experiment, output: Any) -> Verific
 
 
 def _forward_checks(structure: Structure, experiment: Experiment) -> list[Check]:
+    """Return the checks of the verdicts on the model; of a single sample there are none."""
     dependence = cross_sample_dependence(experiment)
     independent = _check(structure.independent_forward, "replace all other samples", dependence)
     witness = dependence or not_equivariant(experiment)
@@ -219,6 +234,7 @@ def _forward_checks(structure: Structure, experiment: Experiment) -> list[Check]
 
 
 def _loss_checks(structure: Structure, loss: LossExperiment) -> list[Check]:
+    """Return the checks of the verdicts on the loss; one that cannot be run says why."""
     tests: list[tuple[Verdict, str, LossTest]] = [
         (
             structure.canonical_split,
@@ -258,13 +274,18 @@ def _check(verdict: Verdict, test: str, witness: Counterexample | None) -> Check
         passed = None
         silence = "no witness against it"
     else:
-        passed = True if witness is not None else None
+        # That this test is silent does not contradict what another one, or a proof, refuted.
+        passed = None if witness is None else True
         silence = verdict.note or "no witness in this test"
     detail = silence if witness is None else str(witness)
     return Check(verdict.name, verdict.status, test, passed, detail, witness)
 
 
 def _check_given_statistics(structure: Structure, experiment: Experiment) -> Check:
+    """Return the check of SIMD given statistics.
+
+    With the statistics held constant, other samples must not change a prediction in a single bit.
+    """
     verdict = structure.simd_given_statistics
     if not verdict:
         return _check(verdict, "permute samples", not_equivariant(experiment))
