@@ -293,12 +293,14 @@ class GGNMP(Extension):
         products = {}
         for block in problem.ggn(blocks="parameter", by=_by_of_columns(by)).blocks:
             if block.space is not None:
+                # One parameter in each block, which has its name.
                 products.update(dict.fromkeys(block.space.shapes, _product_with(block)))
         return products
 
 
 def _product_with(block: Operator) -> Callable[[Tensor], Tensor]:
     def ggnmp(vectors: Tensor) -> Tensor:
+        # Operators take vectors as columns.
         product: Tensor = block @ vectors.reshape(len(vectors), -1).T
         return product.T.reshape(vectors.shape)
 

@@ -68,6 +68,7 @@ def _space(operator: Any, names: Sequence[str]) -> Space:
     if inside != outside:
         raise InputError(MSG_TWO_SPACES.format(inside=inside, outside=outside))
     if len(set(names)) != len(inside):
+        # A name that comes twice would stand for two tensors.
         raise InputError(MSG_NAMES.format(shapes=inside, names=names))
     return Space(dict(zip(names, inside, strict=True)))
 
@@ -105,6 +106,7 @@ def _operator_class() -> type:
             self.inner = inner
             self.SELF_ADJOINT = inner.symmetric
             rows, columns = inner.shape
+            # It maps a vector with as many entries as there are columns.
             super().__init__(_shapes(inner, columns), _shapes(inner, rows))
 
         def _matmat(self, X: list[Tensor]) -> list[Tensor]:

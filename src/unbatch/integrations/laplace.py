@@ -41,6 +41,7 @@ MSG_PREDICTIONS = (
 )
 
 
+# The base classes of backends, so laplace is needed to import this file.
 _curvature: Any = needed("laplace.curvature", "laplace", "laplace-torch")
 
 
@@ -160,6 +161,7 @@ class UnbatchGGN(_Backend, _curvature.GGNInterface):
     def _ggn(self, problem: Problem) -> GGN:
         if not self.stochastic:
             return problem.ggn(parameters=self.params)
+        # From the random state of PyTorch, as laplace's own draws are.
         seed = int(torch.randint(2**31, ()))
         return problem.ggn(parameters=self.params, mc_samples=self.num_samples, seed=seed)
 
@@ -175,6 +177,7 @@ class UnbatchGGN(_Backend, _curvature.GGNInterface):
         problem = self._problem(x, y)
         if self.last_layer:
             raise StructureError(MSG_KRON.format(reason=MSG_KRON_LAST_LAYER))
+        # KFLR is the name of these factors without sampling in the table of consequences.
         follows = consequence("KFLR", problem.structure.statuses)
         if follows.outcome != "exact":
             raise StructureError(MSG_KRON.format(reason=follows.reason))
@@ -197,8 +200,10 @@ class UnbatchGGN(_Backend, _curvature.GGNInterface):
         covered: set[Tensor] = set()
         for layer, inputs in _linear_inputs(self.model, x).items():
             if len(inputs) != 1 or inputs[0].ndim != 2:
+                # Several uses, or several positions in a sample: no single z per sample.
                 continue
             if layer.weight not in names or layer.bias not in names:
+                # Not trained.
                 continue
             weight, bias = diagonals[names[layer.weight]], diagonals[names[layer.bias]]
             if _is_paired(weight, bias, inputs[0]):

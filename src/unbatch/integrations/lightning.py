@@ -38,6 +38,7 @@ def monitor_callback(monitor: Monitor, split: Split | None = None) -> Any:
             # At the start of a batch the parameters are those that its gradient is taken at.
             if not trainer.is_global_zero:
                 return
+            # The precision plugin casts as it does for the training step.
             with trainer.precision_plugin.train_step_context():
                 X, y = split_batch(batch)
                 monitor.step(X, y, step=trainer.global_step)
@@ -50,10 +51,12 @@ def monitor_callback(monitor: Monitor, split: Split | None = None) -> Any:
 
 
 def _all_inputs(batch: Any) -> tuple[Any, Any]:
+    """Return a batch for a model that computes its own loss."""
     return batch, None
 
 
 def _pair(batch: Any) -> tuple[Any, Any]:
+    """Return inputs and targets. Raises ``InputError`` where the batch is no such pair."""
     if not (isinstance(batch, tuple | list) and len(batch) == 2):
         raise InputError(MSG_MONITOR_SPLIT.format(given=in_short(batch)))
     X, y = batch

@@ -103,6 +103,7 @@ def _errors(structure: Structure) -> Iterator[UnsuitableLossError]:
         lines = [MSG_UNSUITABLE.format(title=TITLES[name], status=status, why=why)]
         lines += [_line(culprit) for culprit in verdict.culprits]
         yield UnsuitableLossError("\n  ".join(lines), verdict)
+    # A sum of losses is not enough: its weights must not depend on other samples.
     reduction = structure.reduction
     if reduction and reduction.weights_depend_on:
         what = " and ".join(sorted(reduction.weights_depend_on))
@@ -168,6 +169,7 @@ def write_clipped_gradient(
     unit, scale = 1.0, 1.0
     if loss_reduction == "mean":
         unit, scale = float(samples), 1 / size
+    # In one pass, as the norms are needed for clipping anyway.
     total, squared_norms = problem.compute(ClippedSum(max_grad_norm / unit), SquaredNorms())
     deviation = noise_multiplier * max_grad_norm
     for name, clipped_sum in total.items():
@@ -182,6 +184,7 @@ def write_clipped_gradient(
 
 def _noise(like: Tensor, deviation: float, generator: torch.Generator | None) -> Tensor:
     if generator is None:
+        # A seed that nobody has chosen, and that no other random number depends on.
         generator = torch.Generator(like.device)
         generator.seed()
     normal = torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)

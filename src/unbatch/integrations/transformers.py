@@ -107,5 +107,6 @@ class _LastInputs:
             self._in_step = False
 
     def _keep(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Evaluation in between does not count.
         if model.training and not self._in_step:
             self._inputs = {k: v for k, v in kwargs.items() if k not in NOT_OF_SAMPLES}
