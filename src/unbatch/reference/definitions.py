@@ -135,8 +135,8 @@ def frozen(model: nn.Module, loss: Loss, inputs: Any, targets: Any) -> Rows:
     rows = []
     for n in range(run.samples):
         with _untouched(model, loss):
-            alone = IsolatedSample(n, run.samples, calls, statistics_of_batch(calls))
-            predictions = run_alone(model, run, inputs, alone)
+            sample = IsolatedSample(n, run.samples, calls, statistics_of_batch(calls))
+            predictions = run_alone(model, run, inputs, sample)
             check_same_predictions(run, predictions, "frozen", n)
             # Alone, the sample is a batch of one.
             of_sample = [v[n : n + 1] for v in cotangents]
@@ -166,8 +166,8 @@ def frozen_jacobian(model: nn.Module, loss: Loss, inputs: Any, targets: Any) -> 
     blocks = []
     for n in range(run.samples):
         with _untouched(model, loss):
-            alone = IsolatedSample(n, run.samples, calls, statistics_of_batch(calls))
-            predictions = run_alone(model, run, inputs, alone)
+            sample = IsolatedSample(n, run.samples, calls, statistics_of_batch(calls))
+            predictions = run_alone(model, run, inputs, sample)
             check_same_predictions(run, predictions, "frozen", n)
             blocks.append(_jacobian_rows(predictions, 1, parameters))
     return torch.cat(blocks)
@@ -352,9 +352,9 @@ def _only_sample(cotangents: list[Tensor], n: int) -> list[Tensor]:
     """Return the cotangents of sample n, and zeros for all others."""
     masked = []
     for v in cotangents:
-        alone = torch.zeros_like(v)
-        alone[n] = v[n]
-        masked.append(alone)
+        only_n = torch.zeros_like(v)
+        only_n[n] = v[n]
+        masked.append(only_n)
     return masked
 
 

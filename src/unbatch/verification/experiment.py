@@ -42,7 +42,7 @@ class Experiment:
 
     ``dims``: the sample axis of each leaf of ``inputs``. ``originals``: the modules of which
     ``program`` runs copies; a hook on a copy may reach them, so they are restored as well.
-    ``least_tolerance`` bounds the tolerance from below, ``known_tolerance`` takes its place.
+    ``least_tolerance`` bounds the tolerance from below, ``fixed_tolerance`` takes its place.
     """
 
     program: Program
@@ -54,7 +54,7 @@ class Experiment:
     findings: AnalysisState
     originals: tuple[nn.Module, ...] = ()
     least_tolerance: float = 0.0
-    known_tolerance: float | None = None
+    fixed_tolerance: float | None = None
 
     # -- where the samples lie in the predictions --
 
@@ -224,7 +224,7 @@ class Experiment:
             self,
             inputs=self.with_leaves(scaled),
             least_tolerance=self.tolerance,
-            known_tolerance=None,
+            fixed_tolerance=None,
         )
         if other.runs:
             return other
@@ -233,7 +233,7 @@ class Experiment:
     def in_double(self) -> Experiment | None:
         """Return the same in float64; None where the program cannot be run so."""
         inputs = self.with_leaves(lambda x, _: in_double(x.detach()))
-        wide = replace(self, inputs=inputs, known_tolerance=FORWARD_IN_DOUBLE)
+        wide = replace(self, inputs=inputs, fixed_tolerance=FORWARD_IN_DOUBLE)
         try:
             if self.cut_inside_model:
                 # Only the recording can tell what the predictions are.
@@ -259,8 +259,8 @@ class Experiment:
 
         By the coarsest floating-point type on the way, and not below what rounding the inputs does.
         """
-        if self.known_tolerance is not None:
-            return self.known_tolerance
+        if self.fixed_tolerance is not None:
+            return self.fixed_tolerance
         values = self.graph.values
         dtypes = set()
         for step in self.graph.forward_steps:

@@ -136,9 +136,9 @@ def _narrowed(
     replaced = [int(m) for m in torch.nonzero(~keep)]
     for m in replaced[:CANDIDATES]:
         watched = index == change.prediction
-        alone = _largest_change(experiment, variant, seed, index != m, watched)
-        if alone is not None:
-            return Counterexample(test, alone.amount, change.prediction, m)
+        of_one = _largest_change(experiment, variant, seed, index != m, watched)
+        if of_one is not None:
+            return Counterexample(test, of_one.amount, change.prediction, m)
     return Counterexample(test, change.amount, change.prediction, replaced[0])
 
 

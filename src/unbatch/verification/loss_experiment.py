@@ -184,13 +184,13 @@ class LossExperiment:
         the result.
         """
         generator = torch.Generator().manual_seed(0)
-        base = self.predictions()
-        here = self.value(base).detach()
-        size = float(here.abs()) + TINY
+        predictions = self.predictions()
+        value = self.value(predictions).detach()
+        size = float(value.abs()) + TINY
         worst = 0.0
         for _ in range(3):
-            there = self.value([_nudged(p, generator) for p in base]).detach()
-            worst = max(worst, float((there - here).abs()) / size)
+            nudged_value = self.value([_nudged(p, generator) for p in predictions]).detach()
+            worst = max(worst, float((nudged_value - value).abs()) / size)
         return worst
 
     @cached_property
@@ -216,10 +216,10 @@ class LossExperiment:
         as a whole; and by a trial, as rounding grows inside some losses.
         """
         allowed = self.tolerances
-        here = self.predictions()
-        slope = float(self.value(here).detach().abs()) / (_largest(here) + TINY)
-        nudged = self.gradient(scaled_by(here, 1 + NUDGE))
-        noise = 10 * float((nudged - self.gradient(here)).norm(dim=1).max())
+        predictions = self.predictions()
+        slope = float(self.value(predictions).detach().abs()) / (_largest(predictions) + TINY)
+        nudged = self.gradient(scaled_by(predictions, 1 + NUDGE))
+        noise = 10 * float((nudged - self.gradient(predictions)).norm(dim=1).max())
         relative = allowed.norm * float(gradient.norm(dim=1).max())
         return max(relative, allowed.size * slope, noise) + TINY
 

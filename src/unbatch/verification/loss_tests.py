@@ -86,11 +86,11 @@ def _second_difference(loss: LossExperiment, corners: Sequence[list[Tensor]]) ->
 
 def _is_steady(loss: LossExperiment, corners: Sequence[list[Tensor]]) -> bool:
     """Return whether a difference hardly changes when predictions move: rounding comes out anew."""
-    here = _second_difference(loss, corners)
+    difference = _second_difference(loss, corners)
     for nudge in NUDGES:
         nudged = [scaled_by(predictions, 1 + nudge) for predictions in corners]
-        there = _second_difference(loss, nudged)
-        if abs(here - there) > STEADY * abs(here):
+        nudged_difference = _second_difference(loss, nudged)
+        if abs(difference - nudged_difference) > STEADY * abs(difference):
             return False
     return True
 
@@ -154,9 +154,9 @@ def _turn_by_values(loss: LossExperiment) -> float:
     floor = SLOPE + ROUNDED_SLOPE * loss.rounding * size
     worst = 0.0
     for shift in (1, 2):
-        here = loss.slope(loss.predictions(), 0)
-        there = loss.slope(loss.swapped(_rolled(samples, shift, but=0)), 0)
-        worst = max(worst, sine(here, there, floor))
+        slopes = loss.slope(loss.predictions(), 0)
+        other_slopes = loss.slope(loss.swapped(_rolled(samples, shift, but=0)), 0)
+        worst = max(worst, sine(slopes, other_slopes, floor))
     return worst
 
 
@@ -297,7 +297,7 @@ def parameter_enters(loss: LossExperiment) -> Counterexample | None:
         return None
     # Of their own, as a loss may write to what it is given.
     predictions = loss.predictions()
-    here = loss.value(loss.predictions()).detach()
+    before = loss.value(loss.predictions()).detach()
     tolerance = max(loss.tolerances.parameter, ROUNDINGS * loss.rounding)
     for name, p in program.parameters.items():
         if not p.is_floating_point():
@@ -305,8 +305,8 @@ def parameter_enters(loss: LossExperiment) -> Counterexample | None:
         with untouched(program.modules), torch.no_grad():
             # Not a factor alone: a parameter may be zero.
             p.mul_(1.5).add_(0.1)
-            there = loss.value(predictions).detach()
-        amount = float((there - here).abs()) / (float(here.abs()) + TINY)
+            after = loss.value(predictions).detach()
+        amount = float((after - before).abs()) / (float(before.abs()) + TINY)
         if amount > tolerance:
             test = f"changing the parameter {name!r} with the predictions held fixed"
             return Counterexample(test, amount)

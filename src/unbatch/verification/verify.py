@@ -126,33 +126,33 @@ def _settle_forward(structure: Structure, experiment: Experiment) -> Structure:
     """
     independent = structure.independent_forward
     simd = structure.simd_forward
-    given = structure.simd_given_statistics
+    given_statistics = structure.simd_given_statistics
     if not independent:
         # Samples that depend on each other are not SIMD either.
         dependence = cross_sample_dependence(experiment)
         independent = _refuted(independent, dependence)
         simd = _refuted(simd, dependence)
-    if given and simd.status != "unknown":
+    if given_statistics and simd.status != "unknown":
         # Nothing that permuting the samples could refute is open.
-        return structure.with_verdicts(independent, simd, given)
+        return structure.with_verdicts(independent, simd, given_statistics)
     difference = not_equivariant(experiment)
     simd = _refuted(simd, difference)
-    given = _refuted(given, difference)
+    given_statistics = _refuted(given_statistics, difference)
     # Ranks say something only about dependence that is known to be there.
-    is_open = given.status == "unknown" and independent.status == "fails"
+    is_open = given_statistics.status == "unknown" and independent.status == "fails"
     if is_open and _mixing_is_understood(structure, experiment):
-        given = _settle_given_statistics(given, experiment)
-    return structure.with_verdicts(independent, simd, given)
+        given_statistics = _settle_given_statistics(given_statistics, experiment)
+    return structure.with_verdicts(independent, simd, given_statistics)
 
 
-def _settle_given_statistics(given: Verdict, experiment: Experiment) -> Verdict:
+def _settle_given_statistics(verdict: Verdict, experiment: Experiment) -> Verdict:
     """Return that no number of statistics carries the dependence unless it grows with the batch."""
     if experiment.findings.ranks:
-        return replace(given, status="fails", basis="proved", note=NOTE_PAIRS)
+        return replace(verdict, status="fails", basis="proved", note=NOTE_PAIRS)
     if not experiment.findings.bent:
         # Linear in what was mixed: a matrix of fixed size may well carry it.
-        return given
-    return _refuted(given, growing_rank(experiment))
+        return verdict
+    return _refuted(verdict, growing_rank(experiment))
 
 
 def _mixing_is_understood(structure: Structure, experiment: Experiment) -> bool:
