@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from cases.gradients import CASES, N, Net, by_groups
 from unbatch.reference import definitions as reference
-from unbatch.reference import isolated_samples as lockstep
+from unbatch.reference.cross_sample_ops import NORMS, REDUCTIONS
 
 MODES = ("train", "eval")
 BY_NAME = {case.name: case for case in CASES}
@@ -135,7 +135,7 @@ class Detached(TorchFunctionMode):
         if func is F.batch_norm:
             return normalised(func, *args, **kwargs)
         out = func(*args, **kwargs)
-        if func not in (*lockstep.REDUCTIONS, *lockstep.NORMS):
+        if func not in (*REDUCTIONS, *NORMS):
             return out
         over = next((a for a in args[1:] if isinstance(a, int | tuple)), 0)
         if 0 not in (over if isinstance(over, tuple) else (over,)):

@@ -117,7 +117,7 @@ def test_without_the_package_it_is_said_how_to_get_it(monkeypatch):
     def gone(name):
         raise ImportError(f"No module named {name!r}")
 
-    adapter._foreign.cache_clear()
+    adapter._operator_class.cache_clear()
     monkeypatch.setattr("unbatch.integrations.import_module", gone)
     with pytest.raises(ImportError, match="pip install curvlinops-for-pytorch"):
         to_curvlinops(Dense(torch.eye(2)))

@@ -1,6 +1,9 @@
-"""The tools that people already have: one file for each, which is imported when it is asked for.
+"""Adapters to other tools: one file for each tool, imported when it is first used.
 
-Nothing is computed here that ``Problem`` does not compute; names, shapes and scales are those of the other tool.
+Nothing is computed here that ``Problem`` does not compute; names, shapes and scales are those of
+the other tool. ``backpack`` and ``opacus`` offer the names of these tools without needing them,
+``curvlinops`` and ``laplace`` connect to them, ``lightning`` and ``transformers`` are callbacks for
+a monitor.
 """
 
 from importlib import import_module
@@ -13,7 +16,10 @@ MSG_MISSING = (
 
 
 def needed(module: str, tool: str, package: str) -> Any:
-    """A module of another tool. Raises ``ImportError`` with the command that installs it where it is missing."""
+    """Return a module of another tool.
+
+    Raises ``ImportError`` with the command that installs it where it is missing.
+    """
     try:
         return import_module(module)
     except ImportError as error:
@@ -21,7 +27,8 @@ def needed(module: str, tool: str, package: str) -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    """``unbatch.integrations.laplace`` needs no import of its own, and laplace only then."""
-    if name in TOOLS:
-        return import_module(f"{__name__}.{name}")
-    raise AttributeError(f"unbatch has no integration {name!r}; there are {', '.join(TOOLS)}.")
+    """Return an adapter: ``unbatch.integrations.laplace`` imports laplace when it is used."""
+    if name not in TOOLS:
+        tools = ", ".join(TOOLS)
+        raise AttributeError(f"unbatch has no integration {name!r}; there are {tools}.")
+    return import_module(f"{__name__}.{name}")

@@ -1,9 +1,11 @@
-"""BackPACK's names: the same extensions, saved under the same attributes, in the same shapes and scales.
+"""BackPACK's names: the same extensions, saved under the same attributes, shapes and scales.
 
-BackPACK itself is not needed. Any model will do, not only layers that it knows, and a loss in any scale: ``0.5 * loss``
-halves what it should. What it refuses under batch norm in train mode exists here, as the table of consequences says.
+BackPACK itself is not needed. Any model will do, not only layers that it knows, and a loss in any
+scale: ``0.5 * loss`` halves what it should. What it refuses under batch norm in train mode exists
+here, as the table of consequences says.
 
-Legend: N samples, M draws, C entries of a prediction, ``*p`` the shape of a parameter; a mean loss has its 1/N in it.
+Legend: N samples, M draws, C entries of a prediction, ``*p`` the shape of a parameter; a mean loss
+has its 1/N in it.
 """
 
 from __future__ import annotations
@@ -40,46 +42,66 @@ MSG_DOES_NOT_EXIST = "{name} does not exist for this loss. {reason} See problem.
 MSG_NOT_YET = "{name} exists for this loss, but this release does not compute it. {reason}"
 
 
-Saved = dict[str, dict[str, Any]]
+Saved = dict[str, dict[str, Any]]  # by attribute, then by name of the parameter
 
 
 def attach(problem: Problem, *extensions: Extension, by: str = "component") -> Saved:
-    """Save on every parameter what the extensions find, as ``with backpack(*extensions): loss.backward()`` does.
+    """Save on every parameter what the extensions compute, as ``with backpack(*extensions)`` does.
 
-    ``param.grad_batch`` for ``BatchGrad()``, and so on; also returned, by attribute and name. ``.grad`` stays as it is.
-    ``by``: which rows those extensions take that are made of gradients. Under batch norm in train mode BackPACK's
-    ``grad_batch`` has ``by="copy"``; the default, rows by component, are the gradients of the terms of the loss.
-    Without mixing they are the same. Raises ``InputError`` for what is no extension, ``StructureError`` with the reason
-    for what does not exist, ``NotImplementedError`` for what does but is not computed yet.
+    ``param.grad_batch`` for ``BatchGrad()``, and so on; also returned, by attribute and name.
+    ``.grad`` stays as it is. ``by``: the rows that extensions of first order are made of. Under
+    batch norm in train mode BackPACK's ``grad_batch`` has ``by="copy"``; the default, rows by
+    component, are the gradients of the terms of the loss. Without mixing they are the same.
+
+    Raises ``InputError`` for what is no extension, ``StructureError`` with the reason for what does
+    not exist, ``NotImplementedError`` for what does but is not computed yet.
     """
-    if not extensions or not all(isinstance(e, Extension) for e in extensions):
-        wrong = next((e for e in extensions if not isinstance(e, Extension)), None)
-        raise InputError(MSG_EXTENSION.format(value=wrong))
-    results = _computed(problem, [e for e in extensions if isinstance(e, _Computed)], by)
-    found: Saved = {}
-    for e in extensions:
-        found[e.savefield] = (
-            e.saved(results[e]) if isinstance(e, _Computed) else e.found(problem, by)
-        )
-    for field, by_name in found.items():
+    _check_extensions(extensions)
+    computed = [e for e in extensions if isinstance(e, _Computed)]
+    results = _results(problem, computed, by)
+    saved: Saved = {}
+    for extension in extensions:
+        if isinstance(extension, _Computed):
+            saved[extension.savefield] = extension.saved(results[extension])
+        else:
+            saved[extension.savefield] = extension.direct(problem, by)
+    # Only now: if one of them is refused, no parameter is changed.
+    for attribute, by_name in saved.items():
         for name, value in by_name.items():
-            setattr(problem.program.parameters[name], field, value)
-    return found
+            setattr(problem.program.parameters[name], attribute, value)
+    return saved
 
 
-def _computed(problem: Problem, extensions: Sequence[_Computed], by: str) -> dict[_Computed, Any]:
-    """One question for all that is made of gradients, another for what is made of columns: these know no copies."""
-    asked = {e: e.quantity(problem) for e in extensions}
-    out: dict[_Computed, Any] = {}
-    for of_columns, way in ((False, by), (True, _way_of_columns(by))):
-        group = {e: q for e, q in asked.items() if isinstance(q, ColumnQuantity) == of_columns}
-        if group:
-            answer = problem.compute(*group.values(), by=way)
-            out |= dict(zip(group, answer if len(group) > 1 else (answer,), strict=True))
-    return out
+def _check_extensions(extensions: Sequence[Any]) -> None:
+    for extension in extensions:
+        if not isinstance(extension, Extension):
+            raise InputError(MSG_EXTENSION.format(value=extension))
+    if not extensions:
+        raise InputError(MSG_EXTENSION.format(value=None))
 
 
-def _way_of_columns(by: str) -> str:
+def _results(problem: Problem, extensions: Sequence[_Computed], by: str) -> dict[_Computed, Any]:
+    """Compute what is made of gradients in one pass, and what is made of columns in another."""
+    of_rows: dict[_Computed, Quantity] = {}
+    of_columns: dict[_Computed, Quantity] = {}
+    for extension in extensions:
+        quantity = extension.quantity(problem)
+        group = of_columns if isinstance(quantity, ColumnQuantity) else of_rows
+        group[extension] = quantity
+    return _compute(problem, of_rows, by) | _compute(problem, of_columns, _by_of_columns(by))
+
+
+def _compute(problem: Problem, group: dict[_Computed, Quantity], by: str) -> dict[_Computed, Any]:
+    if not group:
+        return {}
+    answer = problem.compute(*group.values(), by=by)
+    # Of a single quantity the answer is no tuple.
+    answers = answer if len(group) > 1 else (answer,)
+    return dict(zip(group, answers, strict=True))
+
+
+def _by_of_columns(by: str) -> str:
+    """Return the kind of columns: there are no copies of them."""
     return "frozen" if by == "frozen" else "component"
 
 
@@ -88,8 +110,8 @@ class Extension:
 
     savefield: ClassVar[str]
 
-    def found(self, problem: Problem, by: str) -> dict[str, Any]:
-        """By name of the parameter."""
+    def direct(self, problem: Problem, by: str) -> dict[str, Any]:
+        """Return what is saved by name of the parameter, where it is no quantity of ``compute``."""
         raise NotImplementedError
 
 
@@ -98,31 +120,34 @@ class _Computed(Extension, ABC):
 
     @abstractmethod
     def quantity(self, problem: Problem) -> Quantity:
-        """What is asked."""
+        """Return the quantity to compute."""
 
     def saved(self, result: ByParameter) -> dict[str, Any]:
-        """By name of the parameter, from the answer."""
+        """Return what is saved by name of the parameter, from the result."""
         return dict(result)
 
 
-# --- first order ----------------------------------------------------------------------------------------
+# --- first order ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class BatchGrad(_Computed):
-    """``grad_batch``, ``[N, *p]``: rows of the gradient; ``subsampling``: numbers of samples, ``[len, *p]``."""
+    """``grad_batch``, ``[N, *p]``: rows of the gradient.
+
+    ``subsampling``: the indices of some samples, for ``[len(subsampling), *p]``.
+    """
 
     subsampling: tuple[int, ...] | None = None
     savefield: ClassVar[str] = "grad_batch"
 
     def __post_init__(self) -> None:
-        _fixed(self)
+        _make_hashable(self)
 
     def quantity(self, problem: Problem) -> Quantity:
         return quantities.Gradients()
 
     def saved(self, result: ByParameter) -> dict[str, Any]:
-        return {n: _picked(rows, self.subsampling, 0) for n, rows in result.items()}
+        return _subsampled(result, self.subsampling, axis=0)
 
 
 @dataclass(frozen=True)
@@ -155,7 +180,7 @@ class Variance(_Computed):
         return quantities.Variance()
 
 
-# --- second order ---------------------------------------------------------------------------------------
+# --- second order ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -180,7 +205,10 @@ class BatchDiagGGNExact(_Computed):
 
 @dataclass(frozen=True)
 class DiagGGNMC(_Computed):
-    """``diag_ggn_mc``, ``[*p]``, from ``mc_samples`` draws for each sample; the same for the same ``seed``."""
+    """``diag_ggn_mc``, ``[*p]``, from ``mc_samples`` draws for each sample.
+
+    The same for the same ``seed``.
+    """
 
     mc_samples: int = 1
     seed: int = 0
@@ -192,7 +220,10 @@ class DiagGGNMC(_Computed):
 
 @dataclass(frozen=True)
 class BatchDiagGGNMC(_Computed):
-    """``diag_ggn_mc_batch``, ``[N, *p]``, from ``mc_samples`` draws for each sample; the same for the same ``seed``."""
+    """``diag_ggn_mc_batch``, ``[N, *p]``, from ``mc_samples`` draws for each sample.
+
+    The same for the same ``seed``.
+    """
 
     mc_samples: int = 1
     seed: int = 0
@@ -204,7 +235,7 @@ class BatchDiagGGNMC(_Computed):
 
 @dataclass(frozen=True)
 class SqrtGGNExact(_Computed):
-    """``sqrt_ggn_exact``, ``[C, N, *p]``: columns ``V`` of ``G = V Vᵀ``, one for each entry of a prediction.
+    """``sqrt_ggn_exact``, ``[C, N, *p]``: columns ``V`` of ``G = V Vᵀ``, C for each sample.
 
     Raises ``StructureError`` where the second derivative of the loss is not positive semi-definite.
     """
@@ -213,18 +244,26 @@ class SqrtGGNExact(_Computed):
     savefield: ClassVar[str] = "sqrt_ggn_exact"
 
     def __post_init__(self) -> None:
-        _fixed(self)
+        _make_hashable(self)
 
     def quantity(self, problem: Problem) -> Quantity:
-        return _Columns(_positive(problem.ggn().root, type(self).__name__))
+        root = problem.ggn().root
+        if root.lowest < 0:
+            # With signs, G = V Σ Vᵀ.
+            what = f"The columns of {type(self).__name__}"
+            raise StructureError(MSG_NOT_POSITIVE.format(what=what, lowest=root.lowest))
+        return _Columns(root)
 
     def saved(self, result: ByParameter) -> dict[str, Any]:
-        return {n: _picked(columns, self.subsampling, 1) for n, columns in result.items()}
+        return _subsampled(result, self.subsampling, axis=1)
 
 
 @dataclass(frozen=True)
 class SqrtGGNMC(_Computed):
-    """``sqrt_ggn_mc``, ``[M, N, *p]``: columns drawn for each sample; the same for the same ``seed``."""
+    """``sqrt_ggn_mc``, ``[M, N, *p]``: columns drawn for each sample.
+
+    The same for the same ``seed``.
+    """
 
     mc_samples: int = 1
     subsampling: tuple[int, ...] | None = None
@@ -232,58 +271,60 @@ class SqrtGGNMC(_Computed):
     savefield: ClassVar[str] = "sqrt_ggn_mc"
 
     def __post_init__(self) -> None:
-        _fixed(self)
+        _make_hashable(self)
 
     def quantity(self, problem: Problem) -> Quantity:
         return _Columns(problem.ggn(mc_samples=self.mc_samples, seed=self.seed).root)
 
     def saved(self, result: ByParameter) -> dict[str, Any]:
-        return {n: _picked(columns, self.subsampling, 1) for n, columns in result.items()}
+        return _subsampled(result, self.subsampling, axis=1)
 
 
 @dataclass(frozen=True)
 class GGNMP(Extension):
-    """``ggnmp``: a function from ``[V, *p]`` to ``[V, *p]``, the product with the parameter's block of G."""
+    """``ggnmp``: a function from ``[V, *p]`` to ``[V, *p]``.
+
+    It multiplies V vectors by the parameter's block of G.
+    """
 
     savefield: ClassVar[str] = "ggnmp"
 
-    def found(self, problem: Problem, by: str) -> dict[str, Any]:
-        blocks = problem.ggn(blocks="parameter", by=_way_of_columns(by)).blocks
-        return {
-            name: _product(block)
-            for block in blocks
-            if block.space is not None
-            for name in block.space.shapes
-        }
+    def direct(self, problem: Problem, by: str) -> dict[str, Any]:
+        products = {}
+        for block in problem.ggn(blocks="parameter", by=_by_of_columns(by)).blocks:
+            if block.space is not None:
+                # One parameter in each block, which has its name.
+                products.update(dict.fromkeys(block.space.shapes, _product_with(block)))
+        return products
 
 
-def _product(block: Operator) -> Callable[[Tensor], Tensor]:
+def _product_with(block: Operator) -> Callable[[Tensor], Tensor]:
     def ggnmp(vectors: Tensor) -> Tensor:
+        # Operators take vectors as columns.
         product: Tensor = block @ vectors.reshape(len(vectors), -1).T
         return product.T.reshape(vectors.shape)
 
     return ggnmp
 
 
-def _fixed(extension: Any) -> None:
-    """Lists of numbers, as BackPACK takes them, made into what can be a key."""
+def _make_hashable(extension: Any) -> None:
+    """Turn a list of samples, which BackPACK takes, into a tuple: extensions are keys."""
     if extension.subsampling is not None:
         object.__setattr__(extension, "subsampling", tuple(extension.subsampling))
 
 
-def _picked(t: Tensor, samples: Sequence[int] | None, axis: int) -> Tensor:
-    return t if samples is None else t.index_select(axis, torch.tensor(samples, device=t.device))
+def _subsampled(result: ByParameter, samples: Sequence[int] | None, axis: int) -> dict[str, Tensor]:
+    """Return the entries of some samples along an axis; all of them if ``samples`` is None."""
+    if samples is None:
+        return dict(result)
+    of_samples = {}
+    for name, t in result.items():
+        index = torch.tensor(samples, device=t.device)
+        of_samples[name] = t.index_select(axis, index)
+    return of_samples
 
 
-# --- columns --------------------------------------------------------------------------------------------
-
-
-def _positive(root: HessianRoot, what: str) -> HessianRoot:
-    if root.lowest < 0:
-        raise StructureError(
-            MSG_NOT_POSITIVE.format(what=f"The columns of {what}", lowest=root.lowest)
-        )
-    return root
+# --- columns --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -301,51 +342,58 @@ class _Columns(ColumnQuantity):
 
     def start(self, about: About) -> Collector:
         assert isinstance(self.root, Factor)
-        return _Stacked(about, self.root)
+        return _ColumnCollector(about, self.root)
 
 
-class _Stacked(Collector):
+class _ColumnCollector(Collector):
+    """Writes the blocks of columns into one tensor for each parameter."""
+
     def __init__(self, about: About, root: Factor) -> None:
         super().__init__(about)
         self.root = root
         samples, columns = root.table
-        self.found = {
-            n: wide(about.like.new_zeros(columns, samples, *s)) for n, s in about.shapes.items()
-        }
+        self.columns: dict[str, Tensor] = {}
+        for name, shape in about.shapes.items():
+            self.columns[name] = wide(about.like.new_zeros(columns, samples, *shape))
 
     def take(self, name: str, part: RowBlock) -> None:
         if self.root.columns:
-            self.found[name][part.column, part.where] += part.rows()
+            self.columns[name][part.column, part.where] += part.rows()
 
     def finish(self) -> ByParameter:
-        result: ByParameter = self.about.result(
-            {n: self._entrywise(t) for n, t in self.found.items()}
-        )
+        by_name = {name: self._entrywise(t) for name, t in self.columns.items()}
+        result: ByParameter = self.about.result(by_name)
         return result
 
     def _entrywise(self, columns: Tensor) -> Tensor:
-        """From the columns of the root to one for every entry of the predictions, as for ``GGN.gram``."""
+        """Return a column for every entry of the predictions, as for ``GGN.gram``.
+
+        The root has fewer columns where the Hessian is of lower rank (C - 1 for a softmax).
+        ``whole`` takes them to those of the symmetric root, which has the C that BackPACK has.
+        """
         root, whole = self.root, self.root.whole
         if whole is None or root.sampled:
             return columns
+        # Legend of the einsum: t position inside a sample, c entry, k column of the root.
         _, t, _, k = root.root.shape
         split = columns.unflatten(0, (t, k))
         return torch.einsum("ntck,tkn...->tcn...", whole.to(split), split).flatten(0, 1)
 
 
-# --- refused --------------------------------------------------------------------------------------------
+# --- refused --------------------------------------------------------------------------------------
 
 
 class _Refused(Extension):
-    """Not computed: the reason is that of the table of consequences."""
+    """Not computed, for the reason in the table of consequences, where ``row`` is its name."""
 
     row: ClassVar[str]
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
 
-    def found(self, problem: Problem, by: str) -> dict[str, Any]:
-        name, follows = type(self).__name__, consequence(self.row, problem.structure.statuses)
+    def direct(self, problem: Problem, by: str) -> dict[str, Any]:
+        name = type(self).__name__
+        follows = consequence(self.row, problem.structure.statuses)
         if follows.outcome == "none":
             raise StructureError(MSG_DOES_NOT_EXIST.format(name=name, reason=follows.reason))
         raise NotImplementedError(MSG_NOT_YET.format(name=name, reason=follows.reason))

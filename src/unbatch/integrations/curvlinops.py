@@ -1,7 +1,7 @@
 """Operators of this package for curvlinops, and operators of curvlinops for this package.
 
-Both speak of the same matrix, so nothing is scaled: products are equal. curvlinops is imported when an operator is
-handed to it; to take one of its operators it need not be.
+Both are the same matrix, so nothing is scaled: products are equal. curvlinops is imported when an
+operator is handed to it; to take one of its operators it need not be.
 """
 
 from __future__ import annotations
@@ -34,42 +34,55 @@ Shapes = list[tuple[int, ...]]
 
 
 def to_curvlinops(operator: Operator) -> Any:
-    """A ``curvlinops`` ``PyTorchLinearOperator`` of the same matrix, for its estimators, inverses and compositions.
+    """Return a ``curvlinops`` ``PyTorchLinearOperator`` of the same matrix.
 
-    It takes flat tensors, and lists of tensors in the order of the parameters where the operator has names. For linear
-    systems note that by its defaults ``CGInverseLinearOperator`` stops early without saying so; ``GGN.solve`` raises.
+    For the estimators, inverses and compositions of curvlinops. It takes flat tensors, and lists of
+    tensors in the order of the parameters where the operator has names. For linear systems note
+    that by its defaults ``CGInverseLinearOperator`` stops early without saying so; ``GGN.solve``
+    raises.
+
     Raises ``ImportError`` where curvlinops is missing.
     """
-    return _foreign()(operator)
+    return _operator_class()(operator)
 
 
 def from_curvlinops(operator: Any, names: Iterable[str] | None = None) -> Operator:
-    """An ``Operator`` of the same matrix, for ``unbatch.spectra``, compositions and dicts of tensors.
+    """Return an ``Operator`` of the same matrix, for ``unbatch.spectra`` and compositions.
 
-    ``names``: of the tensors that it acts on, in their order; a mapping by name will do. Raises ``InputError`` where
-    there are not as many. What the operator itself does not get right stays so: through layer norm and batch norm in
-    train mode, products of ``HessianLinearOperator`` (curvlinops 3.0) are not those of the Hessian.
+    ``names``: of the tensors that it acts on, in their order, so that it takes dicts of them; a
+    mapping by name will do. What the operator itself does not get right stays so: through layer
+    norm and batch norm in train mode, products of ``HessianLinearOperator`` (curvlinops 3.0) are
+    not those of the Hessian.
+
+    Raises ``InputError`` where there are not as many names as tensors.
     """
-    return _Foreign(operator, None if names is None else _space(operator, list(names)))
+    space = None
+    if names is not None:
+        space = _space(operator, list(names))
+    return _OfCurvlinops(operator, space)
 
 
 def _space(operator: Any, names: Sequence[str]) -> Space:
-    inside, outside = (
-        [tuple(s) for s in shapes] for shapes in (operator._in_shape, operator._out_shape)
-    )
+    inside: Shapes = list(map(tuple, operator._in_shape))
+    outside: Shapes = list(map(tuple, operator._out_shape))
     if inside != outside:
         raise InputError(MSG_TWO_SPACES.format(inside=inside, outside=outside))
     if len(set(names)) != len(inside):
+        # A name that comes twice would stand for two tensors.
         raise InputError(MSG_NAMES.format(shapes=inside, names=names))
     return Space(dict(zip(names, inside, strict=True)))
 
 
-class _Foreign(Operator):
-    """A curvlinops operator."""
+class _OfCurvlinops(Operator):
+    """An operator of curvlinops."""
 
     def __init__(self, inner: Any, space: Space | None) -> None:
-        self.inner, self.space, self.symmetric = inner, space, bool(inner.SELF_ADJOINT)
-        self.shape, self.dtype, self.device = tuple(inner.shape), inner.dtype, inner.device
+        self.inner = inner
+        self.space = space
+        self.symmetric = bool(inner.SELF_ADJOINT)
+        self.shape = tuple(inner.shape)
+        self.dtype = inner.dtype
+        self.device = inner.device
 
     def _apply(self, v: Tensor) -> Tensor:
         product: Tensor = self.inner @ v
@@ -81,24 +94,30 @@ class _Foreign(Operator):
 
 
 @cache
-def _foreign() -> type:
-    base: Any = needed(
-        "curvlinops._torch_base", "curvlinops", "curvlinops-for-pytorch"
-    ).PyTorchLinearOperator
+def _operator_class() -> type:
+    """Return the class of operators for curvlinops, once: it can be defined where that is there."""
+    module = needed("curvlinops._torch_base", "curvlinops", "curvlinops-for-pytorch")
+    base: Any = module.PyTorchLinearOperator
 
     class UnbatchLinearOperator(base):
         """An operator of unbatch."""
 
         def __init__(self, inner: Operator) -> None:
-            self.inner, self.SELF_ADJOINT = inner, inner.symmetric
-            rows, columns = (_shapes(inner, size) for size in inner.shape)
-            super().__init__(columns, rows)
+            self.inner = inner
+            self.SELF_ADJOINT = inner.symmetric
+            rows, columns = inner.shape
+            # It maps a vector with as many entries as there are columns.
+            super().__init__(_shapes(inner, columns), _shapes(inner, rows))
 
         def _matmat(self, X: list[Tensor]) -> list[Tensor]:
+            # A tensor for each parameter, with the columns of the matrix along the last axis.
             columns = X[0].shape[-1]
             product = self.inner @ torch.cat([x.reshape(-1, columns) for x in X])
-            parts = product.split(self._out_shape_flat)
-            return [p.reshape(*s, columns) for p, s in zip(parts, self._out_shape, strict=True)]
+            parts = []
+            rows = product.split(self._out_shape_flat)
+            for part, shape in zip(rows, self._out_shape, strict=True):
+                parts.append(part.reshape(*shape, columns))
+            return parts
 
         def _adjoint(self) -> Any:
             return UnbatchLinearOperator(self.inner.T)
@@ -115,6 +134,10 @@ def _foreign() -> type:
 
 
 def _shapes(operator: Operator, size: int) -> Shapes:
-    """Of the tensors on a side of that size: those of the parameters, or one vector."""
-    shapes = list(operator.space.shapes.values()) if operator.space is not None else []
-    return shapes if sum(map(math.prod, shapes)) == size and shapes else [(size,)]
+    """Return the shapes of the tensors on a side of that size: of the parameters, or one vector."""
+    if operator.space is not None:
+        shapes = list(operator.space.shapes.values())
+        if shapes and sum(map(math.prod, shapes)) == size:
+            return shapes
+    # A side without names, as that of the predictions of a Jacobian.
+    return [(size,)]

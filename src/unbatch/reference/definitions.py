@@ -1,18 +1,20 @@
 """The definitions, slow and plain: what the fast paths are tested against, and what the words mean.
 
-Loops over ``torch.autograd.grad`` and threads, in whatever precision the model has; meant for float64. Nothing here
-knows the recorded graph, its labels or any engine. A model is called as ``model(X)``, ``model(*X)`` for a tuple and
-``model(**X)`` for a dict; samples lie on axis 0 of inputs and predictions; the loss is ``loss(predictions, y)``. Every
-run starts from the buffers and the random state of the moment of the call, and leaves both as they were.
+Loops over ``torch.autograd.grad`` and threads, in whatever precision the model has; meant for
+float64. Nothing here knows the recorded graph of the package, its analysis or any engine. A model
+is called as ``model(X)``, ``model(*X)`` for a tuple and ``model(**X)`` for a dict; samples lie on
+axis 0 of inputs and predictions; the loss is ``loss(predictions, y)``. Every run starts from the
+buffers and the random state of the moment of the call, and leaves both as they were.
 
-Rows are ``{name: [N, *param]}`` over the parameters that require a gradient: those of the model in their own order,
-then those of a loss that is a module, as ``loss.<name>``. Everything is in the scale in which it enters the loss.
+Rows are ``{name: [N, *param]}`` over the parameters that require a gradient: those of the model in
+their own order, then those of a loss that is a module, as ``loss.<name>``. Everything is in the
+scale in which it enters the loss.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,70 +22,20 @@ import torch
 from torch import Tensor, nn
 
 from unbatch.reference.isolated_samples import (
+    BatchRun,
+    IsolatedSample,
     Loss,
-    Replay,
-    Run,
-    alone,
-    check_same,
-    constant,
+    check_same_predictions,
     evaluate,
     in_lock_step,
     predict,
-    recorded,
+    record_batch,
+    run_alone,
     run_batch,
+    statistics_of_batch,
 )
 
 Rows = dict[str, Tensor]
-
-
-def _cotangents(run: Run, loss: Loss, targets: Any) -> list[Tensor]:
-    """``∂L/∂F`` for the predictions that carry samples."""
-    fresh = [run.leaves[i].detach().clone().requires_grad_() for i in run.own]
-    return _grad([evaluate(loss, run.with_own(fresh, detach=True), targets)], fresh)
-
-
-@contextmanager
-def _untouched(*modules: Any) -> Iterator[None]:
-    """Runs get copies of the buffers: writing the old values back would spoil what autograd has saved."""
-    owners = [m for module in modules if isinstance(module, nn.Module) for m in module.modules()]
-    saved = [(m, name, b) for m in owners for name, b in m._buffers.items() if b is not None]
-    clones = {id(b): b.detach().clone() for _, _, b in saved}
-    try:
-        for m, name, b in saved:
-            m._buffers[name] = clones[id(b)]
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            yield
-    finally:
-        for m, name, b in saved:
-            m._buffers[name] = b
-
-
-def _parameters(model: nn.Module, loss: Any) -> dict[str, Tensor]:
-    out: dict[str, Tensor] = dict(model.named_parameters())
-    if isinstance(loss, nn.Module):
-        out |= {
-            f"loss.{n}": p
-            for n, p in loss.named_parameters()
-            if not any(p is q for q in out.values())
-        }
-    return {n: p for n, p in out.items() if p.requires_grad}
-
-
-def _grad(
-    outputs: Sequence[Tensor],
-    by: Iterable[Tensor],
-    cotangents: Sequence[Tensor] | None = None,
-    keep: bool = False,
-) -> list[Tensor]:
-    """``autograd.grad``, with zeros where nothing flows."""
-    by = list(by)
-    cotangents = [torch.ones_like(t) for t in outputs] if cotangents is None else cotangents
-    live = [(t, v) for t, v in zip(outputs, cotangents, strict=True) if t.requires_grad]
-    if not live or not by:
-        return [torch.zeros_like(p) for p in by]
-    ends, vectors = zip(*live, strict=True)
-    grads = torch.autograd.grad(ends, by, vectors, retain_graph=keep, allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(by, grads, strict=True)]
 
 
 # --- the gradient and its decompositions ----------------------------------------------------------
@@ -94,128 +46,143 @@ def gradient(model: nn.Module, loss: Loss, inputs: Any, targets: Any) -> dict[st
     parameters = _parameters(model, loss)
     with _untouched(model, loss):
         value = evaluate(loss, predict(model, inputs), targets)
-        return dict(zip(parameters, _grad([value], parameters.values()), strict=True))
+        return _by_name(parameters, _grad([value], parameters.values()))
 
 
 def rest(model: nn.Module, loss: Loss, inputs: Any, targets: Any) -> dict[str, Tensor]:
-    """The part of ``∇L`` that does not pass through the predictions of samples: ``{name: [*param]}``.
+    """The part of ``∇L`` that bypasses the predictions of samples: ``{name: [*param]}``.
 
-    It is the gradient of L with those predictions held constant: what a weight decay, a parameter of the loss, or a
-    prediction without a sample axis (an auxiliary loss) contributes.
+    It is the gradient of L with those predictions held constant: what a weight decay, a parameter
+    of the loss, or a prediction without a sample axis (an auxiliary loss) contributes.
     """
     parameters = _parameters(model, loss)
     with _untouched(model, loss):
         run = run_batch(model, inputs)
-        constant = [run.leaves[i].detach() for i in run.own]
-        value = evaluate(loss, run.with_own(constant, detach=False), targets)
-        return dict(zip(parameters, _grad([value], parameters.values()), strict=True))
+        constants = [p.detach() for p in run.predictions]
+        # All other leaves stay connected: they bypass the predictions.
+        value = evaluate(loss, run.with_own(constants, detach=False), targets)
+        return _by_name(parameters, _grad([value], parameters.values()))
 
 
 def component(model: nn.Module, loss: Loss, inputs: Any, targets: Any) -> Rows:
-    """Row n is ``(J_θ F_n)ᵀ ∂L/∂F_n``: the cotangent of sample n alone, pulled back through the whole batch.
+    """Row n is ``(J_θ F_n)ᵀ ∂L/∂F_n``: the cotangent of sample n alone, through the whole batch.
 
-    The rows sum to the gradient less its rest. For ``L = Σ w_n ℓ(F_n, y_n)`` row n is the gradient of the n-th term.
+    The rows sum to the gradient less its rest. For ``L = Σ_n w_n ℓ(F_n, y_n)`` row n is the
+    gradient of the n-th term.
     """
     parameters = _parameters(model, loss)
     with _untouched(model, loss):
         run = run_batch(model, inputs)
         cotangents = _cotangents(run, loss, targets)
-        outputs = [run.leaves[i] for i in run.own]
         rows = []
         for n in range(run.samples):
-            masked = [torch.zeros_like(v) for v in cotangents]
-            for mask, v in zip(masked, cotangents, strict=True):
-                mask[n] = v[n]
-            rows.append(_grad(outputs, parameters.values(), masked, keep=True))
+            # Other samples have no cotangent, and still take part: F_n may depend on them.
+            of_sample = _only_sample(cotangents, n)
+            rows.append(_grad(run.predictions, parameters.values(), of_sample, keep=True))
     return _stacked(parameters, rows)
 
 
 def copies(model: nn.Module, loss: Loss, inputs: Any, targets: Any) -> Rows:
-    """Row m is ``∂L/∂θ_m``, with ``θ_m`` the copy of the parameters that rank m of N applies to sample m.
+    """Row m is ``∂L/∂θ_m``, with ``θ_m`` the copy of the parameters that is applied to sample m.
 
-    N ranks run in lock-step, each with one sample and with parameters of its own. What crosses samples is a
-    collective of the activations: every rank contributes its own, and gets the statistic, from which it goes on with
-    its own parameters. This is what rank m holds before the gradients are reduced, under synchronised batch
-    normalisation with one sample per rank. Rows sum to the gradient less its rest.
+    N ranks run in lock-step, each with one sample and with parameters of its own. What crosses
+    samples is a collective of the activations: every rank contributes its own, and gets the
+    statistic, from which it goes on with its own parameters. This is what rank m holds before the
+    gradients are reduced, under synchronised batch normalisation with one sample per rank. Rows sum
+    to the gradient less its rest.
 
     Raises ``ValueError`` for a model whose mixing of samples is not among the known collectives.
     """
     parameters = _parameters(model, loss)
     with _untouched(model, loss):
-        before = copy.deepcopy(model)  # a run may move on the buffers that the next one starts from
-        run, calls = recorded(model, inputs)
+        # A run may move on the buffers that the next one starts from.
+        before = copy.deepcopy(model)
+        run, calls = record_batch(model, inputs)
         ranks = [copy.deepcopy(before) for _ in range(run.samples)]
-        with_grad = [[p for p in rank.parameters() if p.requires_grad] for rank in ranks]
-        parts = in_lock_step(ranks, run, calls, inputs)
-        joined = [torch.cat(part) for part in zip(*parts, strict=True)]
-        check_same(run, joined, "copies")
+        of_ranks = in_lock_step(ranks, run, calls, inputs)
+        joined = [torch.cat(slices) for slices in zip(*of_ranks, strict=True)]
+        check_same_predictions(run, joined, "copies")
+        # One backward pass reaches the parameters of all ranks, each apart from the others.
         value = evaluate(loss, run.with_own(joined, detach=True), targets)
-        grads = iter(_grad([value], [p for rank in with_grad for p in rank]))
-    of_loss = [torch.zeros_like(p) for p in list(parameters.values())[len(with_grad[0]) :]]
-    return _stacked(parameters, [[next(grads) for _ in rank] + of_loss for rank in with_grad])
+        theta: list[Tensor] = []
+        for rank in ranks:
+            theta += _trained(rank)
+        grads = _grad([value], theta)
+    count = len(theta) // run.samples
+    # A parameter of the loss belongs to no rank: what it contributes is in the rest.
+    of_loss = [torch.zeros_like(p) for p in list(parameters.values())[count:]]
+    rows = []
+    for m in range(run.samples):
+        of_rank = grads[m * count : (m + 1) * count]
+        rows.append(of_rank + of_loss)
+    return _stacked(parameters, rows)
 
 
 def frozen(model: nn.Module, loss: Loss, inputs: Any, targets: Any) -> Rows:
     """Row n is the component row of sample n with everything that crosses samples held constant.
 
-    The statistics of the batch are recorded once; sample n then runs alone with them, and ``∂L/∂F_n``, taken at the
-    predictions of the batch, is pulled back. The rows do not sum to the gradient where statistics depend on θ.
+    The statistics of the batch are recorded once; sample n then runs alone with them, and
+    ``∂L/∂F_n``, taken at the predictions of the batch, is pulled back. The rows do not sum to the
+    gradient where statistics depend on θ.
 
-    Raises ``ValueError`` where what crosses samples is no statistic, as in attention between samples.
+    Raises ``ValueError`` where what crosses samples is no statistic, as in attention across them.
     """
     parameters = _parameters(model, loss)
-    rows = []
     with _untouched(model, loss):
-        run, calls = recorded(model, inputs)
+        run, calls = record_batch(model, inputs)
+        # At the predictions of the batch: the loss may depend on all of them.
         cotangents = _cotangents(run, loss, targets)
+    rows = []
     for n in range(run.samples):
         with _untouched(model, loss):
-            own = alone(model, run, inputs, Replay(n, run.samples, calls, constant(calls)))
-            check_same(run, own, "frozen", n)
-            rows.append(_grad(own, parameters.values(), [v[n : n + 1] for v in cotangents]))
+            sample = IsolatedSample(n, run.samples, calls, statistics_of_batch(calls))
+            predictions = run_alone(model, run, inputs, sample)
+            check_same_predictions(run, predictions, "frozen", n)
+            # Alone, the sample is a batch of one.
+            of_sample = [v[n : n + 1] for v in cotangents]
+            rows.append(_grad(predictions, parameters.values(), of_sample))
     return _stacked(parameters, rows)
-
-
-def _stacked(parameters: dict[str, Tensor], rows: list[list[Tensor]]) -> Rows:
-    return {name: torch.stack([row[i] for row in rows]) for i, name in enumerate(parameters)}
 
 
 # --- the Gauss-Newton matrix ----------------------------------------------------------------------
 #
-# D entries of all parameters, M = N·C entries of all predictions: sample by sample, and for each sample leaf by leaf.
+# D entries of all parameters, M = N·C entries of all predictions: sample by sample, and for each
+# sample leaf by leaf.
 
 
 def jacobian(model: nn.Module, loss: Loss, inputs: Any, targets: Any) -> Tensor:
     """``J = ∂F/∂θ``, ``[M, D]``: a backward pass for every entry of the predictions."""
-    parameters = _parameters(model, loss)
+    parameters = list(_parameters(model, loss).values())
     with _untouched(model, loss):
         run = run_batch(model, inputs)
-        return _rows_of([run.leaves[i] for i in run.own], run.samples, list(parameters.values()))
+        return _jacobian_rows(run.predictions, run.samples, parameters)
 
 
 def frozen_jacobian(model: nn.Module, loss: Loss, inputs: Any, targets: Any) -> Tensor:
-    """The same with everything that crosses samples held constant, as for frozen rows; raises as these do."""
-    parameters, rows = _parameters(model, loss), []
+    """``J`` with everything that crosses samples held constant; raises as ``frozen`` does."""
+    parameters = list(_parameters(model, loss).values())
     with _untouched(model, loss):
-        run, calls = recorded(model, inputs)
+        run, calls = record_batch(model, inputs)
+    blocks = []
     for n in range(run.samples):
         with _untouched(model, loss):
-            own = alone(model, run, inputs, Replay(n, run.samples, calls, constant(calls)))
-            check_same(run, own, "frozen", n)
-            rows.append(_rows_of(own, 1, list(parameters.values())))
-    return torch.cat(rows)
+            sample = IsolatedSample(n, run.samples, calls, statistics_of_batch(calls))
+            predictions = run_alone(model, run, inputs, sample)
+            check_same_predictions(run, predictions, "frozen", n)
+            blocks.append(_jacobian_rows(predictions, 1, parameters))
+    return torch.cat(blocks)
 
 
-def _rows_of(outputs: list[Tensor], samples: int, by: list[Tensor]) -> Tensor:
+def _jacobian_rows(predictions: list[Tensor], samples: int, parameters: list[Tensor]) -> Tensor:
     rows = []
     for n in range(samples):
-        for leaf, entries in [(k, t[n].numel()) for k, t in enumerate(outputs)]:
-            for entry in range(entries):
-                cotangents = [t.new_zeros(t.shape) for t in outputs]
-                cotangents[leaf][n].view(-1)[entry] = 1
-                rows.append(
-                    torch.cat([g.reshape(-1) for g in _grad(outputs, by, cotangents, keep=True)])
-                )
+        for prediction in predictions:
+            for entry in range(prediction[n].numel()):
+                # The cotangent of a single entry gives its row of J.
+                one_hot = prediction.new_zeros(prediction.shape)
+                one_hot[n].view(-1)[entry] = 1
+                grads = _grad([prediction], parameters, [one_hot], keep=True)
+                rows.append(torch.cat([g.reshape(-1) for g in grads]))
     return torch.stack(rows)
 
 
@@ -223,42 +190,52 @@ def output_hessian(model: nn.Module, loss: Loss, inputs: Any, targets: Any) -> T
     """``H = ∇²_F L`` at the predictions, ``[M, M]``: double backward, row by row."""
     with _untouched(model, loss):
         run = run_batch(model, inputs)
-        fresh = [run.leaves[i].detach().clone().requires_grad_() for i in run.own]
-        value = evaluate(loss, run.with_own(fresh, detach=True), targets)
-        slopes = torch.autograd.grad(value, fresh, create_graph=True, allow_unused=True)
+        F = _as_variables(run)
+        value = evaluate(loss, run.with_own(F, detach=True), targets)
+        slopes = torch.autograd.grad(value, F, create_graph=True, allow_unused=True)
         rows = []
         for n in range(run.samples):
-            for slope, leaf in zip(slopes, fresh, strict=True):
+            for slope, leaf in zip(slopes, F, strict=True):
                 for entry in range(leaf[n].numel()):
-                    of = [] if slope is None else [slope[n].reshape(-1)[entry]]
-                    rows.append([g.reshape(run.samples, -1) for g in _grad(of, fresh, keep=True)])
-        return torch.stack([torch.cat(row, 1).reshape(-1) for row in rows])
+                    of = []
+                    # Where the loss does not use a leaf, its rows are zero.
+                    if slope is not None:
+                        of = [slope[n].reshape(-1)[entry]]
+                    # By sample first, so that columns are in the order of the rows.
+                    columns = [g.reshape(run.samples, -1) for g in _grad(of, F, keep=True)]
+                    rows.append(torch.cat(columns, 1).reshape(-1))
+        return torch.stack(rows)
 
 
 def ggn(model: nn.Module, loss: Loss, inputs: Any, targets: Any, frozen: bool = False) -> Tensor:
-    """``G = Jᵀ H J``, ``[D, D]`` (Schraudolph 2002); with ``frozen``, J holds what crosses samples constant."""
-    J = (frozen_jacobian if frozen else jacobian)(model, loss, inputs, targets)
-    return J.T @ output_hessian(model, loss, inputs, targets) @ J
+    """``G = Jᵀ H J``, ``[D, D]`` (Schraudolph 2002).
+
+    With ``frozen``, J holds constant what crosses samples.
+    """
+    J_of = frozen_jacobian if frozen else jacobian
+    J = J_of(model, loss, inputs, targets)
+    H = output_hessian(model, loss, inputs, targets)
+    return J.T @ H @ J
 
 
 def ggn_diagonals(model: nn.Module, loss: Loss, inputs: Any, targets: Any) -> Tensor:
-    """``[N, D]``: the diagonal of ``J_nᵀ H_nn J_n`` for every component; where H is block diagonal they sum to G's."""
-    J, H = jacobian(model, loss, inputs, targets), output_hessian(model, loss, inputs, targets)
+    """``[N, D]``: the diagonal of ``J_nᵀ H_nn J_n`` for every component n.
+
+    Where H is block diagonal they sum to the diagonal of G.
+    """
+    J = jacobian(model, loss, inputs, targets)
+    H = output_hessian(model, loss, inputs, targets)
     with _untouched(model, loss):
         samples = run_batch(model, inputs).samples
-    blocks = zip(
-        J.chunk(samples),
-        [h.chunk(samples, 1)[n] for n, h in enumerate(H.chunk(samples))],
-        strict=True,
-    )
-    return torch.stack([(Jn * (Hn @ Jn)).sum(0) for Jn, Hn in blocks])
+    diagonals = []
+    for n in range(samples):
+        J_n = J.chunk(samples)[n]
+        H_nn = H.chunk(samples)[n].chunk(samples, 1)[n]
+        diagonals.append((J_n * (H_nn @ J_n)).sum(0))
+    return torch.stack(diagonals)
 
 
 # --- quantities of rows ---------------------------------------------------------------------------
-
-
-def _matrix(row: Tensor) -> Tensor:
-    return row.reshape(row.shape[0], row.shape[1:].numel())
 
 
 def flat(rows: Rows) -> Tensor:
@@ -268,24 +245,23 @@ def flat(rows: Rows) -> Tensor:
 
 def squared_norms(rows: Rows) -> tuple[dict[str, Tensor], Tensor]:
     """``‖row_n‖²``: per parameter ``{name: [N]}``, and over all of them ``[N]``."""
-    return {name: _matrix(row).square().sum(1) for name, row in rows.items()}, flat(
-        rows
-    ).square().sum(1)
+    by_parameter = _each(rows, lambda row: _matrix(row).square().sum(1))
+    return by_parameter, flat(rows).square().sum(1)
 
 
 def sum_of_squares(rows: Rows) -> dict[str, Tensor]:
     """``Σ_n row_n²``, entry by entry: ``{name: [*param]}``."""
-    return {name: row.square().sum(0) for name, row in rows.items()}
+    return _each(rows, lambda row: row.square().sum(0))
 
 
 def second_moment(rows: Rows) -> dict[str, Tensor]:
     """``(1/N) Σ_n row_n²``, entry by entry: ``{name: [*param]}``."""
-    return {name: row.square().mean(0) for name, row in rows.items()}
+    return _each(rows, lambda row: row.square().mean(0))
 
 
 def variance(rows: Rows) -> dict[str, Tensor]:
     """``(1/N) Σ_n (row_n - mean row)²``, the biased one, entry by entry: ``{name: [*param]}``."""
-    return {name: (row - row.mean(0)).square().mean(0) for name, row in rows.items()}
+    return _each(rows, lambda row: (row - row.mean(0)).square().mean(0))
 
 
 def dots(rows: Rows) -> Tensor:
@@ -294,10 +270,135 @@ def dots(rows: Rows) -> Tensor:
 
 
 def clipped_sum(rows: Rows, max_norm: float) -> dict[str, Tensor]:
-    """``Σ_n row_n min(1, max_norm / ‖row_n‖)``, the norm over all parameters: ``{name: [*param]}``."""
+    """``Σ_n row_n min(1, max_norm / ‖row_n‖)``: ``{name: [*param]}``; norms over all parameters."""
     norms = flat(rows).square().sum(1).sqrt()
-    factors = [min(1.0, max_norm / norm) if norm else 1.0 for norm in norms.tolist()]
-    return {
-        name: torch.stack([f * r for f, r in zip(factors, row, strict=True)]).sum(0)
-        for name, row in rows.items()
-    }
+    total = {}
+    for name, row in rows.items():
+        clipped = []
+        for row_n, norm in zip(row, norms.tolist(), strict=True):
+            # Not divided by a norm of zero.
+            factor = max_norm / norm if norm > max_norm else 1.0
+            clipped.append(factor * row_n)
+        total[name] = torch.stack(clipped).sum(0)
+    return total
+
+
+def _each(rows: Rows, function: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """Return a function of the rows of every parameter."""
+    return {name: function(row) for name, row in rows.items()}
+
+
+def _matrix(row: Tensor) -> Tensor:
+    return row.reshape(row.shape[0], row.shape[1:].numel())
+
+
+# --- parameters, and plain autograd ---------------------------------------------------------------
+
+
+def _parameters(model: nn.Module, loss: Any) -> dict[str, Tensor]:
+    """Return the parameters that require a gradient, by name."""
+    named: dict[str, Tensor] = dict(model.named_parameters())
+    if isinstance(loss, nn.Module):
+        of_model = {id(p) for p in named.values()}
+        for name, p in loss.named_parameters():
+            if id(p) not in of_model:
+                named[f"loss.{name}"] = p
+    return {name: p for name, p in named.items() if p.requires_grad}
+
+
+def _trained(model: nn.Module) -> list[Tensor]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def _grad(
+    outputs: Sequence[Tensor],
+    by: Iterable[Tensor],
+    cotangents: Sequence[Tensor | None] | None = None,
+    keep: bool = False,
+) -> list[Tensor]:
+    """``autograd.grad``, with zeros where nothing flows.
+
+    ``cotangents``: one for each output; outputs that are numbers need none. ``keep``: the graph,
+    for another call.
+    """
+    by = list(by)
+    if cotangents is None:
+        cotangents = [None] * len(outputs)
+    smooth = []
+    vectors = []
+    for output, cotangent in zip(outputs, cotangents, strict=True):
+        # Autograd refuses outputs that are constants.
+        if output.requires_grad:
+            smooth.append(output)
+            vectors.append(cotangent)
+    if not smooth or not by:
+        return [torch.zeros_like(p) for p in by]
+    grads = torch.autograd.grad(smooth, by, vectors, retain_graph=keep, materialize_grads=True)
+    return list(grads)
+
+
+def _as_variables(run: BatchRun) -> list[Tensor]:
+    """Return the predictions as variables of their own, at the same values."""
+    return [p.detach().clone().requires_grad_() for p in run.predictions]
+
+
+def _cotangents(run: BatchRun, loss: Loss, targets: Any) -> list[Tensor]:
+    """``∂L/∂F`` for the predictions that carry samples."""
+    F = _as_variables(run)
+    return _grad([evaluate(loss, run.with_own(F, detach=True), targets)], F)
+
+
+def _only_sample(cotangents: list[Tensor], n: int) -> list[Tensor]:
+    """Return the cotangents of sample n, and zeros for all others."""
+    masked = []
+    for v in cotangents:
+        only_n = torch.zeros_like(v)
+        only_n[n] = v[n]
+        masked.append(only_n)
+    return masked
+
+
+def _by_name(parameters: dict[str, Tensor], grads: list[Tensor]) -> dict[str, Tensor]:
+    return dict(zip(parameters, grads, strict=True))
+
+
+def _stacked(parameters: dict[str, Tensor], rows: list[list[Tensor]]) -> Rows:
+    """Return rows by parameter: ``rows[n][i]`` belongs to sample n and the i-th parameter."""
+    stacks = [torch.stack(of_parameter) for of_parameter in zip(*rows, strict=True)]
+    return _by_name(parameters, stacks)
+
+
+# --- a run changes nothing ------------------------------------------------------------------------
+
+
+@contextmanager
+def _untouched(*modules: Any) -> Iterator[None]:
+    """Runs get copies of the buffers, and a random state that is put back.
+
+    Copies, because writing the old values back would spoil what autograd has saved.
+    """
+    saved = []
+    for module in modules:
+        if isinstance(module, nn.Module):
+            saved += _buffers(module)
+    # A buffer that several modules share has one copy that they share.
+    copies = {}
+    for _, _, buffer in saved:
+        copies[id(buffer)] = buffer.detach().clone()
+    try:
+        for module, name, buffer in saved:
+            module._buffers[name] = copies[id(buffer)]
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            yield
+    finally:
+        for module, name, buffer in saved:
+            module._buffers[name] = buffer
+
+
+def _buffers(model: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+    buffers = []
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                buffers.append((module, name, buffer))
+    return buffers

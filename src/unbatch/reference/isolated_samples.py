@@ -1,12 +1,13 @@
-"""A model run on a batch, on one sample alone, and on all samples alone in lock-step: for the definitions.
+"""A model run on a batch, on one sample of it alone, and on all samples alone in lock-step.
 
-A sample that runs alone is handed what crosses samples: as the batch had it, or from the others, which run beside it.
-Nothing here knows the recorded graph, its labels or any engine.
+A sample that runs alone calls the same functions as the batch did. Where one of these combines
+samples, it needs a statistic of all of them, which it takes from the recorded batch (then it is a
+constant) or from the other samples, which run beside it. Nothing here knows the recorded graph of
+the package, its analysis or any engine.
 """
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,411 +19,352 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from unbatch.reference.cross_sample_ops import Axes, Coupling, Operation, operation
+
 Loss = Callable[..., Any]
 
-
-MSG_PATH = "A sample alone calls {got} where the batch calls {expected}: the model takes other steps for other sizes."
-
-
-MSG_SLICE = "A sample alone has shape {alone} where the batch of {samples} has {batch}: no axis is cut by samples."
-
-
-MSG_DIFFERS = (
-    "A sample alone, given what crosses samples, predicts other values than in the batch (off by {error:.1e}): the "
-    "model mixes samples in a way that {function} does not know. It knows batch_norm, sums, means, variances, amax, "
-    "softmax, matmul and einsum."
+MSG_NO_TENSOR = "There is no tensor among the inputs, so no samples; got {inputs!r}."
+MSG_PATH = (
+    "A sample alone calls {alone} where the batch calls {batch}: the model takes other steps for "
+    "other sizes."
 )
-
-
+MSG_SLICE = (
+    "A sample alone has shape {alone} where the batch of {samples} has {batch}: no axis is cut by "
+    "samples."
+)
+MSG_DIFFERS = (
+    "A sample alone, with the statistics of the batch, predicts other values than in the batch "
+    "(off by {error:.1e}): the model mixes samples in a way that {function} does not know. It "
+    "knows batch_norm, sums, means, variances, amax, softmax, matmul and einsum."
+)
 MSG_NO_STATISTIC = (
     "{name} hands values of all samples on, not a statistic of them: nothing can be held constant."
 )
 
+# Relative to the predictions, in float64: a sample alone sums in another order than the batch.
+ROUNDING = 1e-10
 
-# --- one run --------------------------------------------------------------------------------------
+# Seconds after which a rank no longer waits for the others.
+PATIENCE = 60
+
+
+# --- the batch ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Run:
-    """What a batch gave: ``leaves`` of the predictions, of which ``own`` carry samples; ``∂L/∂F`` for those."""
+class BatchRun:
+    """The predictions of a batch.
+
+    ``leaves``, ``spec``: what the model returned, flattened, and how to put it together again;
+    ``own``: which leaves have the samples along axis 0.
+    """
 
     leaves: list[Any]
     spec: Any
     own: list[int]
     samples: int
 
+    @property
+    def predictions(self) -> list[Any]:
+        """The leaves that have the samples along axis 0."""
+        return [self.leaves[i] for i in self.own]
+
     def with_own(self, values: Sequence[Tensor], detach: bool) -> Any:
-        """The predictions with other values for those that carry samples; the rest detached or as it is."""
-        leaves = [t.detach() if detach and isinstance(t, Tensor) else t for t in self.leaves]
+        """Return the output with other values for the predictions.
+
+        Leaves without samples are held constant if ``detach``.
+        """
+        leaves = list(self.leaves)
+        if detach:
+            leaves = tree_map(_detached, leaves)
         for i, value in zip(self.own, values, strict=True):
             leaves[i] = value
         return tree_unflatten(leaves, self.spec)
 
 
 def predict(model: nn.Module, inputs: Any) -> Any:
+    """Return what the model returns; a tuple of inputs is several arguments, a dict named ones."""
     if isinstance(inputs, tuple):
         return model(*inputs)
-    return model(**inputs) if isinstance(inputs, dict) else model(inputs)
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(inputs)
 
 
 def evaluate(loss: Loss, predictions: Any, targets: Any) -> Tensor:
-    value = loss(predictions) if targets is None else loss(predictions, targets)
-    assert isinstance(value, Tensor)
+    """Return the loss; without targets it is a function of the predictions alone."""
+    arguments = [predictions]
+    if targets is not None:
+        arguments.append(targets)
+    value: Tensor = loss(*arguments)
     return value
 
 
-def run_batch(model: nn.Module, inputs: Any) -> Run:
-    samples = next(t.shape[0] for t in tree_leaves(inputs) if isinstance(t, Tensor))
+def run_batch(model: nn.Module, inputs: Any) -> BatchRun:
+    """Run the model on the batch; the first tensor among the inputs has one entry per sample."""
+    samples = _samples_of(inputs)
     leaves, spec = tree_flatten(predict(model, inputs))
-    own = [
-        i
-        for i, t in enumerate(leaves)
-        if isinstance(t, Tensor) and t.is_floating_point() and t.ndim and t.shape[0] == samples
-    ]
-    return Run(leaves, spec, own, samples)
+    own = []
+    for i, leaf in enumerate(leaves):
+        if _has_samples(leaf, samples) and leaf.is_floating_point():
+            own.append(i)
+    return BatchRun(leaves, spec, own, samples)
 
 
-# --- what crosses samples -------------------------------------------------------------------------
-#
-# Where samples meet, an op is split in two: a statistic of the inputs of all samples, and how a sample's output
-# follows from its own inputs and the statistic. For a reduction the output is the statistic.
+def _samples_of(inputs: Any) -> int:
+    for leaf in tree_leaves(inputs):
+        if isinstance(leaf, Tensor):
+            return len(leaf)
+    raise ValueError(MSG_NO_TENSOR.format(inputs=inputs))
 
 
-Axes = list[int | None]  # per input, the axis that is cut by samples
+def _has_samples(leaf: Any, samples: int) -> bool:
+    return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == samples
 
 
-@dataclass(frozen=True)
-class _Split:
-    statistic: Callable[..., Any]  # of the inputs of all samples
-    finish: Callable[..., Any]  # of one's own inputs, then the statistic
-    bounded: bool = True  # the statistic does not grow with N
+def _detached(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return leaf.detach()
+    return leaf
 
 
-@dataclass(frozen=True)
-class _Op:
-    name: str
-    inputs: list[Tensor]
-    split: Callable[[Axes], _Split | None]  # None where no samples meet
-    dropped: float = 0.0  # of dropout: the probability
+# --- its calls are recorded -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Call:
-    """An op as the batch called it; of dropout, its mask."""
+class RecordedCall:
+    """A call of the batch that may combine samples, with its inputs; of dropout, with its mask."""
 
     name: str
     inputs: list[Tensor]
 
 
-def _named(names: str, *owners: Any) -> list[Any]:
-    return [
-        getattr(owner, name) for owner in owners for name in names.split() if hasattr(owner, name)
-    ]
+def record_batch(model: nn.Module, inputs: Any) -> tuple[BatchRun, list[RecordedCall]]:
+    """Run the model on the batch, and return its calls as well."""
+    with _CallRecorder() as recorder:
+        run = run_batch(model, inputs)
+    return run, recorder.calls
 
 
-REDUCTIONS = _named("mean sum var std var_mean std_mean amax amin prod logsumexp", torch, Tensor)
-
-
-NORMS = [*_named("norm", torch, Tensor), torch.linalg.vector_norm]
-
-
-SOFTMAX = _named("softmax log_softmax", torch, Tensor, F)
-
-
-PRODUCTS = _named("matmul mm __matmul__", torch, Tensor)
-
-
-def _op(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Op | None:
-    """The op behind a call, if samples may meet in it or it draws noise."""
-    if func is F.batch_norm:
-        return _batch_norm(args, kwargs)
-    if func is F.dropout:
-        return _dropout(args, kwargs)
-    if func in REDUCTIONS:
-        return _reduction(func, args, kwargs, _axes(args, kwargs, 1))
-    if func in NORMS:
-        return _reduction(func, args, kwargs, _axes(args, kwargs, 2))
-    if func in SOFTMAX:
-        return _softmax(func, args, kwargs)
-    if func in PRODUCTS:
-        return _product(func, args)
-    return _einsum(args) if func is torch.einsum else None
-
-
-def _axes(args: tuple[Any, ...], kwargs: dict[str, Any], position: int) -> set[int]:
-    """The axes that a reduction runs over; all of them where none is named."""
-    ndim = args[0].ndim
-    dim = kwargs.get("dim", kwargs.get("axis", args[position] if len(args) > position else None))
-    if dim is None or isinstance(dim, bool) or dim == ():
-        return set(range(ndim))
-    return {d % ndim for d in (dim if isinstance(dim, tuple | list) else [dim])}
-
-
-def _reduction(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], over: set[int]) -> _Op:
-    split = _Split(lambda x: func(x, *args[1:], **kwargs), lambda x, statistic: statistic)
-    return _Op(func.__name__, [args[0]], lambda axes: split if axes[0] in over else None)
-
-
-def _softmax(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Op:
-    dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
-    log = "log" in func.__name__
-    split = _Split(
-        lambda x: x.logsumexp(dim, keepdim=True),
-        lambda x, total: x - total if log else (x - total).exp(),
-    )
-    return _Op(
-        func.__name__, [args[0]], lambda axes: split if axes[0] == dim % args[0].ndim else None
-    )
-
-
-def _batch_norm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Op | None:
-    call = inspect.signature(F.batch_norm).bind(*args, **kwargs)
-    call.apply_defaults()
-    x, weight, bias, eps = (call.arguments[k] for k in ("input", "weight", "bias", "eps"))
-    if not call.arguments["training"]:
-        return None
-    over = [d for d in range(x.ndim) if d != 1]
-    channels = [-1 if d == 1 else 1 for d in range(x.ndim)]
-
-    def statistic(x: Tensor) -> tuple[Tensor, Tensor]:
-        return x.mean(over, keepdim=True), x.var(over, unbiased=False, keepdim=True)
-
-    def finish(x: Tensor, mean_and_var: tuple[Tensor, Tensor]) -> Tensor:
-        mean, var = mean_and_var
-        y = (x - mean) / (var + eps).sqrt()
-        y = y if weight is None else y * weight.reshape(channels)
-        return y if bias is None else y + bias.reshape(channels)
-
-    return _Op(
-        "batch_norm", [x], lambda axes: _Split(statistic, finish) if axes[0] in over else None
-    )
-
-
-def _dropout(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Op | None:
-    call = inspect.signature(F.dropout).bind(*args, **kwargs)
-    call.apply_defaults()
-    p = call.arguments["p"]
-    return (
-        _Op("dropout", [call.arguments["input"]], lambda axes: None, p)
-        if call.arguments["training"] and p
-        else None
-    )
-
-
-def _product(func: Any, args: tuple[Any, ...]) -> _Op | None:
-    """``a @ b``: a sum over samples where both carry them on the axis that is summed; else, where both carry them,
-    every sample meets all the ``b`` of the others."""
-    a, b = args
-    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
-        return None
-
-    def split(axes: Axes) -> _Split | None:
-        if None in axes or (
-            a.ndim == b.ndim > 2 and axes[0] == axes[1] == 0
-        ):  # one product per sample
-            return None
-        if axes == [a.ndim - 1, max(b.ndim - 2, 0)]:
-            return _Split(func, lambda a, b, total: total)
-        return _Split(lambda a, b: b, lambda a, b, everyone: func(a, everyone), bounded=False)
-
-    return _Op(func.__name__, [a, b], split)
-
-
-def _einsum(args: tuple[Any, ...]) -> _Op:
-    """A sum over samples where their letter is not in the output; where it is, it stands for one sample at a time."""
-    equation, *operands = args
-    letters, output = equation.replace(" ", "").split("->")
-
-    def split(axes: Axes) -> _Split | None:
-        cut = {term[d] for term, d in zip(letters.split(","), axes, strict=True) if d is not None}
-        summed = _Split(
-            lambda *xs: torch.einsum(equation, *xs), lambda *xs_and_total: xs_and_total[-1]
-        )
-        return summed if cut - set(output) and None not in axes else None
-
-    return _Op("einsum", operands, split)
-
-
-# --- samples on their own -------------------------------------------------------------------------
-
-
-class _Record(TorchFunctionMode):
-    """The batch runs, and the inputs of ops in which samples may meet are kept."""
+class _CallRecorder(TorchFunctionMode):
+    """Keeps the inputs of every operation in which samples may be combined."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[_Call] = []
+        self.calls: list[RecordedCall] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        op = _op(func, args, kwargs or {})
+        kwargs = kwargs or {}
+        op = operation(func, args, kwargs)
         if op is None:
-            return func(*args, **(kwargs or {}))
-        if op.dropped:
-            mask = F.dropout(torch.ones_like(op.inputs[0]), op.dropped)
-            self.calls.append(_Call(op.name, [mask]))
+            return func(*args, **kwargs)
+        if op.drop_probability:
+            # The mask is drawn here, so that a sample alone can be handed its part of it.
+            mask = F.dropout(torch.ones_like(op.inputs[0]), op.drop_probability)
+            self.calls.append(RecordedCall(op.name, [mask]))
             return op.inputs[0] * mask
-        self.calls.append(_Call(op.name, [x.detach().clone() for x in op.inputs]))
-        return func(*args, **(kwargs or {}))
+        # Clones, because the model may go on to write into them.
+        copies = [x.detach().clone() for x in op.inputs]
+        self.calls.append(RecordedCall(op.name, copies))
+        return func(*args, **kwargs)
 
 
-Ask = Callable[[int, _Op, _Split, Axes], Any]
+# --- one sample alone -----------------------------------------------------------------------------
 
 
-class Replay(TorchFunctionMode):
-    """Sample n runs alone, calling the same ops as the batch, and asks for the statistics where samples meet.
+# Where an operation gets its statistic from: by the number of its call, and how it combines samples
+# along which axes.
+StatisticOf = Callable[[int, Operation, Coupling, Axes], Any]
 
-    An axis is cut by samples where the batch is N times as long; so parameters and batch-free values need no mark.
+
+class IsolatedSample(TorchFunctionMode):
+    """Sample n runs alone, and gets the statistics where the batch would combine samples.
+
+    An input is cut by samples along the axis in which the batch is N times as long. So parameters,
+    and values that are the same for all samples, need no mark.
     """
 
-    def __init__(self, n: int, samples: int, calls: list[_Call], ask: Ask) -> None:
+    def __init__(
+        self, n: int, samples: int, calls: list[RecordedCall], statistic_of: StatisticOf
+    ) -> None:
         super().__init__()
-        self.n, self.samples, self.calls, self.ask = n, samples, calls, ask
-        self.index = -1
+        self.n = n
+        self.samples = samples
+        self.calls = calls
+        self.statistic_of = statistic_of
+        self.count = 0  # calls so far
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        op = _op(func, args, kwargs or {})
+        kwargs = kwargs or {}
+        op = operation(func, args, kwargs)
         if op is None:
-            return func(*args, **(kwargs or {}))
-        call = self._next(op.name)
-        axes = [self._cut(x, y) for x, y in zip(op.inputs, call.inputs, strict=True)]
-        if op.dropped:
-            return op.inputs[0] * self._own(call.inputs[0], axes[0])
-        split = op.split(axes)
-        if split is None:
-            return func(*args, **(kwargs or {}))
-        return split.finish(*op.inputs, self.ask(self.index, op, split, axes))
+            return func(*args, **kwargs)
+        index, call = self._next_call(op.name)
+        # Where an input of the sample is shorter than that of the batch, samples lie.
+        axes = []
+        for alone, batch in zip(op.inputs, call.inputs, strict=True):
+            axes.append(self._sample_axis(alone, batch))
+        if op.drop_probability:
+            return op.inputs[0] * self._own_part(call.inputs[0], axes[0])
+        coupling = op.coupling(axes)
+        if coupling is None:
+            return func(*args, **kwargs)
+        statistic = self.statistic_of(index, op, coupling, axes)
+        return coupling.finish(*op.inputs, statistic)
 
-    def finished(self) -> None:
-        """Raise if the batch called more."""
-        if self.index + 1 < len(self.calls):
-            raise ValueError(
-                MSG_PATH.format(got="nothing more", expected=self.calls[self.index + 1].name)
-            )
+    def check_finished(self) -> None:
+        """Raise ``ValueError`` if the batch called more."""
+        if self.count < len(self.calls):
+            expected = self.calls[self.count].name
+            raise ValueError(MSG_PATH.format(alone="nothing more", batch=expected))
 
-    def _next(self, name: str) -> _Call:
-        self.index += 1
-        expected = self.calls[self.index].name if self.index < len(self.calls) else "nothing more"
+    def _next_call(self, name: str) -> tuple[int, RecordedCall]:
+        expected = "nothing more"
+        if self.count < len(self.calls):
+            expected = self.calls[self.count].name
         if name != expected:
-            raise ValueError(MSG_PATH.format(got=name, expected=expected))
-        return self.calls[self.index]
+            raise ValueError(MSG_PATH.format(alone=name, batch=expected))
+        index = self.count
+        self.count += 1
+        return index, self.calls[index]
 
-    def _cut(self, alone: Tensor, batch: Tensor) -> int | None:
+    def _sample_axis(self, alone: Tensor, batch: Tensor) -> int | None:
+        """Return the axis along which the batch is N times as long, None where there is none."""
         if alone.shape == batch.shape:
             return None
-        axes = [d for d in range(min(alone.ndim, batch.ndim)) if alone.shape[d] != batch.shape[d]]
-        if (
-            alone.ndim != batch.ndim
-            or len(axes) != 1
-            or batch.shape[axes[0]] != self.samples * alone.shape[axes[0]]
-        ):
-            shapes = {
-                "alone": tuple(alone.shape),
-                "batch": tuple(batch.shape),
-                "samples": self.samples,
-            }
-            raise ValueError(MSG_SLICE.format(**shapes))
-        return axes[0]
+        dims = range(min(alone.ndim, batch.ndim))
+        axes = [d for d in dims if alone.shape[d] != batch.shape[d]]
+        if alone.ndim == batch.ndim and len(axes) == 1:
+            (axis,) = axes
+            if batch.shape[axis] == self.samples * alone.shape[axis]:
+                return axis
+        shapes = {"alone": tuple(alone.shape), "batch": tuple(batch.shape)}
+        raise ValueError(MSG_SLICE.format(samples=self.samples, **shapes))
 
-    def _own(self, batch: Tensor, axis: int | None) -> Tensor:
-        return batch if axis is None else batch.chunk(self.samples, axis)[self.n]
+    def _own_part(self, batch: Tensor, axis: int | None) -> Tensor:
+        if axis is None:
+            return batch
+        return batch.chunk(self.samples, axis)[self.n]
 
 
-def recorded(model: nn.Module, inputs: Any) -> tuple[Run, list[_Call]]:
-    with _Record() as record:
-        run = run_batch(model, inputs)
-    return run, record.calls
+def run_alone(model: nn.Module, run: BatchRun, inputs: Any, sample: IsolatedSample) -> list[Tensor]:
+    """Return the predictions of one sample, ``[1, ...]`` each.
 
+    Inputs without the sample axis are handed over whole.
+    """
 
-def alone(model: nn.Module, run: Run, inputs: Any, replay: Replay) -> list[Tensor]:
-    """Sample n's predictions, ``[1, ...]`` each; tensors without the sample axis are handed over whole."""
+    def cut(leaf: Any) -> Any:
+        if _has_samples(leaf, run.samples):
+            # A slice and no index: the model takes a batch of one.
+            return leaf[sample.n : sample.n + 1]
+        return leaf
 
-    def cut(x: Any) -> Any:
-        of_samples = isinstance(x, Tensor) and x.ndim and x.shape[0] == run.samples
-        return x[replay.n : replay.n + 1] if of_samples else x
-
-    own = tree_map(cut, inputs)
-    with replay:
-        leaves = tree_leaves(predict(model, own))
-    replay.finished()
+    own_inputs = tree_map(cut, inputs)
+    with sample:
+        leaves = tree_leaves(predict(model, own_inputs))
+    sample.check_finished()
     return [leaves[i] for i in run.own]
 
 
-def constant(calls: list[_Call]) -> Ask:
-    def ask(index: int, op: _Op, split: _Split, axes: Axes) -> Any:
-        if not split.bounded:
+def statistics_of_batch(calls: list[RecordedCall]) -> StatisticOf:
+    """Return the statistics as the batch had them, constants for the sample that runs alone."""
+
+    def statistic_of(index: int, op: Operation, coupling: Coupling, axes: Axes) -> Any:
+        if not coupling.bounded:
             raise ValueError(MSG_NO_STATISTIC.format(name=op.name))
-        return split.statistic(*calls[index].inputs)
+        return coupling.statistic(*calls[index].inputs)
 
-    return ask
+    return statistic_of
 
 
-class _Meeting:
-    """Where the ranks hand over their inputs and wait for those of the others."""
+def check_same_predictions(
+    run: BatchRun, predictions: Sequence[Tensor], function: str, n: int | None = None
+) -> None:
+    """Raise ``ValueError`` where predictions (of sample n) are not those of the batch.
 
-    def __init__(self, samples: int) -> None:
-        self.samples = samples
-        self.barrier = threading.Barrier(samples, timeout=60)
-        self.brought: dict[tuple[int, int], list[Tensor]] = {}
+    Whatever crosses samples without being in the tables shows here.
+    """
+    for value, batch in zip(predictions, run.predictions, strict=True):
+        expected = batch.detach()
+        if n is not None:
+            expected = expected[n : n + 1]
+        if not value.numel():
+            continue
+        error = (value.detach() - expected).abs().max().item()
+        size = expected.abs().max().item()
+        # Not ``>``: an error that is not a number counts.
+        if not error <= ROUNDING * (1 + size):
+            raise ValueError(MSG_DIFFERS.format(error=error, function=function))
+
+
+# --- all samples alone, in lock-step --------------------------------------------------------------
+
+
+def in_lock_step(
+    ranks: list[nn.Module], run: BatchRun, calls: list[RecordedCall], inputs: Any
+) -> list[list[Tensor]]:
+    """Return the predictions of every rank; rank n runs ``ranks[n]`` on sample n alone.
+
+    What crosses samples is a collective of the activations. What all samples share is each rank's
+    own, as it depends on its parameters.
+    """
+    group = _RankGroup(run.samples)
+    predictions: dict[int, list[Tensor]] = {}
+
+    def work(n: int) -> None:
+        sample = IsolatedSample(n, run.samples, calls, group.statistics_for(n))
+        predictions[n] = run_alone(ranks[n], run, inputs, sample)
+
+    group.run(work)
+    return [predictions[n] for n in range(run.samples)]
+
+
+class _RankGroup:
+    """N threads, each of which contributes its inputs to a collective and waits for the others'."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.barrier = threading.Barrier(size, timeout=PATIENCE)
+        self.contributions: dict[tuple[int, int], list[Tensor]] = {}  # by call and rank
         self.errors: list[BaseException] = []
 
-    def ask(self, n: int) -> Ask:
-        def collective(index: int, op: _Op, split: _Split, axes: Axes) -> Any:
-            # Clones, because a rank that goes on may write into its input while another still reads it.
-            self.brought[index, n] = [x.clone() for x in op.inputs]
+    def statistics_for(self, n: int) -> StatisticOf:
+        """Return the statistics as rank n gets them, connected to the inputs of all ranks."""
+
+        def statistic_of(index: int, op: Operation, coupling: Coupling, axes: Axes) -> Any:
+            # Clones, because a rank that goes on may write into its input while another reads it.
+            self.contributions[index, n] = [x.clone() for x in op.inputs]
             self.barrier.wait()
-            everyone = [self.brought[index, m] for m in range(self.samples)]
-            joined = [
-                own if axis is None else torch.cat(parts, axis)
-                for own, axis, parts in zip(
-                    op.inputs, axes, zip(*everyone, strict=True), strict=True
-                )
-            ]
-            return split.statistic(*joined)
+            inputs = []
+            for i, (own, axis) in enumerate(zip(op.inputs, axes, strict=True)):
+                if axis is None:
+                    # Shared by all samples, and made from the parameters of this rank.
+                    inputs.append(own)
+                    continue
+                parts = [self.contributions[index, m][i] for m in range(self.size)]
+                inputs.append(torch.cat(parts, axis))
+            return coupling.statistic(*inputs)
 
-        return collective
+        return statistic_of
 
-    def hold(self, work: Callable[[int], None]) -> None:
-        """Run ``work(rank)`` in one thread per rank; the first error of a rank is raised here."""
-        threads = [
-            threading.Thread(target=self._attend, args=(work, n), daemon=True)
-            for n in range(self.samples)
-        ]
-        for thread in threads:
+    def run(self, work: Callable[[int], None]) -> None:
+        """Run ``work(n)`` in a thread for every rank, and raise the first error of any."""
+        threads = []
+        for n in range(self.size):
+            # A daemon, so that a rank that hangs does not keep Python from ending.
+            thread = threading.Thread(target=self._run_rank, args=(work, n), daemon=True)
+            threads.append(thread)
             thread.start()
         for thread in threads:
             thread.join()
+        # A broken barrier is how the others learn of an error, not its cause.
         causes = [e for e in self.errors if not isinstance(e, threading.BrokenBarrierError)]
         for error in causes or self.errors:
             raise error
 
-    def _attend(self, work: Callable[[int], None], n: int) -> None:
+    def _run_rank(self, work: Callable[[int], None], n: int) -> None:
         try:
             work(n)
         except BaseException as error:
             self.errors.append(error)
             self.barrier.abort()
-
-
-def in_lock_step(
-    ranks: list[nn.Module], run: Run, calls: list[_Call], inputs: Any
-) -> list[list[Tensor]]:
-    """Per rank its predictions. What is shared but depends on parameters is each rank's own."""
-    meeting = _Meeting(run.samples)
-    found: dict[int, list[Tensor]] = {}
-
-    def work(n: int) -> None:
-        replay = Replay(n, run.samples, calls, meeting.ask(n))
-        found[n] = alone(ranks[n], run, inputs, replay)
-
-    meeting.hold(work)
-    return [found[n] for n in range(run.samples)]
-
-
-def check_same(run: Run, found: Sequence[Tensor], function: str, n: int | None = None) -> None:
-    """Whatever crosses samples unseen shows in the predictions."""
-    for i, value in zip(run.own, found, strict=True):
-        batch = run.leaves[i].detach() if n is None else run.leaves[i].detach()[n : n + 1]
-        error = (value.detach() - batch).abs().max().item() if value.numel() else 0.0
-        scale = batch.abs().max().item() if batch.numel() else 0.0
-        if not error <= 1e-10 * (1 + scale):
-            raise ValueError(MSG_DIFFERS.format(error=error, function=function))

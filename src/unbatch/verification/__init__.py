@@ -1,10 +1,15 @@
-"""Verdicts put to the test, by experiments on other batches.
+"""Experiments on other batches, which put the verdicts of the analysis to the test.
 
-In reading order:
+An experiment can refute a verdict or support it; it never proves one. In reading order:
 
-- ``experiment.py``: the program on a batch that differs in chosen samples
-- ``forward_tests.py``, ``loss_tests.py``: counterexamples to verdicts on the model and on the loss
-- ``fidelity.py``: whether the recorded graph may stand for the model
-- ``verify.py``: which verdict is settled, confirmed or contradicted by which experiment
+- ``experiment.py``, ``variants.py``: the program on a batch in which some samples are replaced
+- ``counterexample.py``: what a test returns
+- ``forward_tests.py``: does a prediction depend on other samples, or on its place in the batch
+- ``permutations.py``: predictions for a permuted batch, the noise of each sample included
+- ``ranks.py``: can a number of statistics that does not grow with the batch carry the dependence
+- ``frozen_statistics.py``: predictions for other samples, every batch statistic held constant
+- ``loss_experiment.py``, ``loss_tests.py``: the loss as a function of the predictions
+- ``fidelity.py``: may the recorded graph stand for the model
+- ``verify.py``: which verdict is settled, confirmed or contradicted by which test
 - ``crosstalk.py``: how strongly each prediction depends on each sample
 """

@@ -1,10 +1,9 @@
-"""How strongly each prediction listens to each sample."""
+"""How strongly each prediction depends on each sample: the matrix behind ``Problem.crosstalk``."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,14 +12,16 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from unbatch.verification.experiment import Experiment
 
 SHADES = " ░▒▓█"
+DECADES = 4  # from the darkest shade to the lightest that is not blank
 
 
 @dataclass(frozen=True)
 class Crosstalk:
-    """``matrix[n, m]``: ``‖∂F_n/∂x_m‖`` (Frobenius).
+    """``matrix[n, m]``: ``‖∂F_n/∂x_m‖`` (Frobenius norm).
 
-    For ``by="replacement"`` the change of ``F_n`` when x_m is replaced. ``exact`` is False for an estimate from random
-    probes (unbiased in the squares). Rows of predictions that were not asked for are zero, and no part of ``strength``.
+    For ``by="replacement"`` the change of ``F_n`` when x_m is replaced. ``exact`` is False for an
+    estimate from random probes (unbiased in the squares). Rows of predictions that were not asked
+    for are zero, and no part of ``strength``.
     """
 
     matrix: Tensor
@@ -29,91 +30,112 @@ class Crosstalk:
 
     @property
     def strength(self) -> float:
-        """The share of the off-diagonal part in the whole, by squares: 0 when predictions are independent."""
+        """The share of the off-diagonal part, by squares: 0 when predictions are independent."""
         squares = self.matrix.double() ** 2
-        return (
-            float(1 - squares.diagonal().sum() / squares.sum()) if float(squares.sum()) > 0 else 0.0
-        )
+        total = squares.sum()
+        if not float(total) > 0:
+            return 0.0
+        return float(1 - squares.diagonal().sum() / total)
 
     def __str__(self) -> str:
-        """A picture: row n is a prediction, column m a sample, darker is stronger (on a log scale of 4 decades)."""
-        top = float(self.matrix.max()) or 1.0
-        level = ((self.matrix / top).clamp_min(1e-30).log10() / 4 + 1).clamp(0, 1)
-        shade = (
-            torch.where(
-                self.matrix > 0, 1 + (level * (len(SHADES) - 1.001)).floor(), torch.zeros(())
-            )
-            .clamp_max(len(SHADES) - 1)
-            .long()
-        )
-        lines = ["  ".join(["F\\x", " ".join(f"{m % 100:2d}" for m in range(len(self.matrix)))])]
-        lines += [
-            f"{n:3d}  " + " ".join(SHADES[int(s)] * 2 for s in row) for n, row in enumerate(shade)
-        ]
+        """Return a picture: a row per prediction, a column per sample, darker is stronger (log)."""
+        samples = " ".join(f"{m % 100:2d}" for m in range(len(self.matrix)))
+        lines = [f"F\\x  {samples}"]
+        for n, row in enumerate(_shades(self.matrix).tolist()):
+            cells = " ".join(SHADES[shade] * 2 for shade in row)
+            lines.append(f"{n:3d}  {cells}")
         kind = "" if self.exact else ", estimated"
-        return "\n".join(
-            [*lines, f"off-diagonal share {self.strength:.1%} of the squares (by {self.by}{kind})"]
-        )
+        share = f"off-diagonal share {self.strength:.1%} of the squares (by {self.by}{kind})"
+        return "\n".join([*lines, share])
+
+
+def _shades(matrix: Tensor) -> Tensor:
+    """Return the index of each entry's shade; only what is zero is blank."""
+    largest = float(matrix.max()) or 1.0
+    # 1 for the largest entry, 0 for what is four decades below it and less.
+    level = ((matrix / largest).clamp_min(1e-30).log10() / DECADES + 1).clamp(0, 1)
+    shade = 1 + (level * (len(SHADES) - 1.001)).floor()
+    shade = torch.where(matrix > 0, shade, torch.zeros(()))
+    return shade.clamp_max(len(SHADES) - 1).long()
 
 
 def crosstalk(
-    oracle: Experiment, probes: int | None = None, samples: Sequence[int] | None = None
+    experiment: Experiment, probes: int | None = None, samples: Sequence[int] | None = None
 ) -> Crosstalk:
-    """The ``[N, N]`` matrix; see ``Problem.crosstalk``."""
-    asked = list(range(oracle.samples)) if samples is None else list(samples)
-    leaves, spec = tree_flatten(oracle.inputs)
-    smooth = [
-        i
-        for i, (t, d) in enumerate(zip(leaves, oracle.dims, strict=True))
-        if d is not None and isinstance(t, Tensor) and t.is_floating_point()
-    ]
+    """Return the ``[N, N]`` matrix by derivatives; by replacement where inputs are integers.
+
+    ``probes``: random directions of the predictions; by default every entry. ``samples``: the rows
+    to compute.
+    """
+    rows = list(range(experiment.samples)) if samples is None else list(samples)
+    smooth = _smooth_inputs(experiment)
     if not smooth:
-        return Crosstalk(_by_replacement(oracle, asked), "replacement", True)
-    moving = {i: leaves[i].detach().clone().requires_grad_() for i in smooth}
-    inputs = tree_unflatten([moving.get(i, t) for i, t in enumerate(leaves)], spec)
-    predictions = _rows(oracle, oracle.forward(inputs))
-    squares = torch.zeros(oracle.samples, oracle.samples, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    entries = predictions.shape[1]
-    directions = (
-        torch.eye(entries)
-        if probes is None
-        else torch.randn(probes, entries, generator=generator) / probes**0.5
-    )
+        return Crosstalk(_by_replacement(experiment, rows), "replacement", True)
+    squares = torch.zeros(experiment.samples, experiment.samples, dtype=torch.float64)
+    predictions = _predictions_at(experiment, smooth)
     if not predictions.requires_grad:
+        # No input has an effect that autograd knows.
         return Crosstalk(squares, "derivative", True)
-    for n in asked:
-        for u in directions.to(predictions):
-            with oracle.backward():
-                value, xs = predictions[n] @ u, list(moving.values())
-                grads = torch.autograd.grad(value, xs, retain_graph=True, allow_unused=True)
-            for i, g in zip(moving, grads, strict=True):
-                if g is not None:
-                    squares[n] += (
-                        g.movedim(oracle.dims[i] or 0, 0)
-                        .reshape(oracle.samples, -1)
-                        .double()
-                        .pow(2)
-                        .sum(1)
-                        .cpu()
-                    )
+    directions = _directions(predictions.shape[1], probes).to(predictions)
+    leaves = list(smooth.values())
+    # ‖∂F_n/∂x_m‖² = Σ_u ‖∂(uᵀF_n)/∂x_m‖²: one backward pass for each u and all samples m.
+    for n in rows:
+        for u in directions:
+            with experiment.backward():
+                grads = torch.autograd.grad(
+                    predictions[n] @ u, leaves, retain_graph=True, allow_unused=True
+                )
+            for i, grad in zip(smooth, grads, strict=True):
+                if grad is not None:
+                    squares[n] += _squares_by_sample(grad, experiment.dims[i] or 0)
     return Crosstalk(squares.sqrt(), "derivative", probes is None)
 
 
-def _rows(oracle: Experiment, predictions: list[Tensor]) -> Tensor:
-    rows: list[Any] = [
-        p.movedim(d, 0).reshape(oracle.samples, -1)
-        for p, d in zip(predictions, oracle.out_dims, strict=True)
-        if d is not None and p.is_floating_point()
-    ]
-    return torch.cat(rows, 1) if rows else torch.zeros(oracle.samples, 0)
+def _smooth_inputs(experiment: Experiment) -> dict[int, Tensor]:
+    """Return the floating-point inputs with a sample axis, by leaf, as new leaves of autograd."""
+    leaves, _ = tree_flatten(experiment.inputs)
+    smooth = {}
+    for i, (leaf, dim) in enumerate(zip(leaves, experiment.dims, strict=True)):
+        if dim is not None and isinstance(leaf, Tensor) and leaf.is_floating_point():
+            smooth[i] = leaf.detach().clone().requires_grad_()
+    return smooth
 
 
-def _by_replacement(oracle: Experiment, asked: Sequence[int]) -> Tensor:
-    base = oracle.rows(oracle.base)
-    out = torch.zeros(oracle.samples, oracle.samples, dtype=torch.float64)
-    for m in range(oracle.samples):
-        keep = torch.arange(oracle.samples) != m
-        new = oracle.rows(oracle.predict(oracle.changed(keep, "rolled", m)))
-        out[asked, m] = (new - base)[asked].norm(dim=1).to(out)
-    return out
+def _predictions_at(experiment: Experiment, smooth: Mapping[int, Tensor]) -> Tensor:
+    """Return the predictions as ``[N, entries]``, connected to the inputs in ``smooth``."""
+    leaves, spec = tree_flatten(experiment.inputs)
+    for i, leaf in smooth.items():
+        leaves[i] = leaf
+    predictions = experiment.forward(tree_unflatten(leaves, spec))
+    rows = []
+    for p, dim in zip(predictions, experiment.out_dims, strict=True):
+        if dim is not None and p.is_floating_point():
+            rows.append(p.movedim(dim, 0).reshape(experiment.samples, -1))
+    if not rows:
+        return torch.zeros(experiment.samples, 0)
+    return torch.cat(rows, 1)
+
+
+def _directions(entries: int, probes: int | None) -> Tensor:
+    """Return directions ``u`` of a prediction with ``Σ uuᵀ = I``; of probes, in expectation."""
+    if probes is None:
+        return torch.eye(entries)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(probes, entries, generator=generator) / probes**0.5
+
+
+def _squares_by_sample(grad: Tensor, dim: int) -> Tensor:
+    """Return the squared norm of each sample's part of a gradient, ``[N]``."""
+    rows = grad.movedim(dim, 0)
+    return rows.reshape(len(rows), -1).double().pow(2).sum(1).cpu()
+
+
+def _by_replacement(experiment: Experiment, rows: Sequence[int]) -> Tensor:
+    """Return how far each prediction moves when one sample after the other is replaced."""
+    base = experiment.rows(experiment.base)
+    matrix = torch.zeros(experiment.samples, experiment.samples, dtype=torch.float64)
+    for m in range(experiment.samples):
+        others = torch.arange(experiment.samples) != m
+        new = experiment.rows(experiment.predict(experiment.changed(others, "rolled", m)))
+        matrix[rows, m] = (new - base)[rows].norm(dim=1).to(matrix)
+    return matrix

@@ -1,43 +1,49 @@
-"""The program on other batches: what the witnesses watch.
+"""The program on other batches: what the tests of the verdicts look at.
 
-Replaces, permutes or redraws samples and runs the model itself (or, where its loss lies inside, the recording of it)
-from the random state of the capture, so noise is the same wherever the batch size is. Knows nothing about verdicts.
+An experiment replaces, permutes or rescales samples and runs the model itself or, where the loss
+lies inside the model, the recording of it. Every run starts from the random state of the
+recording, so that noise is the same wherever the size of the batch is the same. Nothing here knows
+verdicts, or what a change of the predictions means.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from unbatch.analysis.domain.sample_layout import contiguous_blocks, prediction_dim
 from unbatch.analysis.inference import AnalysisState
-from unbatch.capture import ops
 from unbatch.capture.graph import Graph
 from unbatch.capture.isolation import untouched
 from unbatch.capture.program import Program, own_loss
 from unbatch.linalg.precision import FORWARD, FORWARD_IN_DOUBLE, in_double, tolerance
+from unbatch.verification.variants import variant_of
 
-VARIANTS = ("rolled", "noisy", "large", "tiny", "zero", "huge")
+# A change of the predictions counts where it exceeds this many times what rounding the inputs does.
+ROUNDINGS = 30
 
-
-GAIN = {"large": 1e2, "huge": 1e4}
+OfLeaf = Callable[[Tensor, int | None], Tensor]  # of an input and its sample axis
 
 
 class Untestable(Exception):
-    """A test that does not apply."""
+    """A test that does not apply to this program."""
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Experiment:
-    """The program and its batch, and how to run them on another one."""
+    """A program with its batch, and how to run it on other ones.
+
+    ``dims``: the sample axis of each leaf of ``inputs``. ``originals``: the modules of which
+    ``program`` runs copies; a hook on a copy may reach them, so they are restored as well.
+    ``least_tolerance`` bounds the tolerance from below, ``fixed_tolerance`` takes its place.
+    """
 
     program: Program
     graph: Graph
@@ -46,380 +52,294 @@ class Experiment:
     dims: Sequence[int | None]
     samples: int
     findings: AnalysisState
-    base: list[Tensor] = field(default_factory=list)
-    out_dims: list[int | None] = field(default_factory=list)
-    blocks: list[bool] = field(default_factory=list)
-    places: list[int] = field(default_factory=list)
-    originals: list[nn.Module] = field(
-        default_factory=list
-    )  # of which it is a copy; hooks may reach them
+    originals: tuple[nn.Module, ...] = ()
     least_tolerance: float = 0.0
-    known_tolerance: float | None = None  # in place of what the types say
+    fixed_tolerance: float | None = None
 
-    def __post_init__(self) -> None:
-        used = {r.index for r in self.graph.used_predictions}
-        self.places = [i for i, r in enumerate(self.graph.predictions) if r.index in used]
-        marks = [self.findings.forward[self.graph.predictions[i]] for i in self.places]
-        self.out_dims = [prediction_dim(m, self.samples, self.findings.leading) for m in marks]
-        self.blocks = [
-            d is None and contiguous_blocks(m, self.samples) is not None
-            for m, d in zip(marks, self.out_dims, strict=True)
-        ]
-        self.base = self.predict(self.inputs)
+    # -- where the samples lie in the predictions --
+
+    @cached_property
+    def places(self) -> list[int]:
+        """The predictions that the loss reads, by their index among all of them."""
+        used = self.graph.used_predictions
+        return [i for i, ref in enumerate(self.graph.predictions) if ref in used]
+
+    @cached_property
+    def out_dims(self) -> list[int | None]:
+        """The sample axis of each prediction, None where it has none."""
+        dims = []
+        for i in self.places:
+            ownership = self.findings.forward[self.graph.predictions[i]]
+            dims.append(prediction_dim(ownership, self.samples, self.findings.leading))
+        return dims
+
+    @cached_property
+    def blocks(self) -> list[bool]:
+        """For each prediction, whether samples are equal blocks along its first axis instead."""
+        in_blocks = []
+        for i, dim in zip(self.places, self.out_dims, strict=True):
+            ownership = self.findings.forward[self.graph.predictions[i]]
+            blocks = contiguous_blocks(ownership, self.samples)
+            in_blocks.append(dim is None and blocks is not None)
+        return in_blocks
+
+    @property
+    def cut_inside_model(self) -> bool:
+        """Whether the model computes its own loss, so that its predictions are not its output."""
+        return self.program.loss is None and bool(self.graph.after_cut)
 
     # -- running --
 
+    @cached_property
+    def base(self) -> list[Tensor]:
+        """The predictions for the batch itself, detached."""
+        return self.predict(self.inputs)
+
+    @cached_property
+    def runs(self) -> bool:
+        """Whether the program takes this batch, and returns as many predictions as recorded."""
+        try:
+            predictions = self.base
+        except Exception:
+            return False
+        return len(predictions) == len(self.places)
+
     def predict(self, inputs: Any) -> list[Tensor]:
-        """The predictions the model makes on other inputs; replayed where they lie inside the model."""
+        """Return the predictions for other inputs, detached."""
         return [t.detach().clone() for t in self.forward(inputs)]
 
     def forward(self, inputs: Any) -> list[Tensor]:
-        """The predictions, connected to ``inputs`` and to the parameters."""
-        return (
-            self.replay(inputs)
-            if self.program.loss is None and self.graph.after_cut
-            else self.eager(inputs)
-        )
+        """Return the predictions, connected to ``inputs`` and to the parameters."""
+        if self.cut_inside_model:
+            return self.replay(inputs)
+        return self.eager(inputs)
 
     def eager(self, inputs: Any) -> list[Tensor]:
-        """What the model itself returns: its predictions, or its loss where it computes one."""
-        with (
-            untouched([*self.program.modules, *self.originals], self.graph.rng),
-            torch.enable_grad(),
-        ):
-            output = self.program.predict(
-                tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, inputs)
-            )
-            leaves = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
-            own = own_loss(output) if self.program.loss is None else None
-            if self.program.loss is None and self.graph.after_cut:
-                return [own] if own is not None else []
-            return [leaves[i] for i in self.places if i < len(leaves)]
+        """Return what the model itself computes: predictions, or the loss where it computes one."""
+        with self._isolated(self.graph.rng), torch.enable_grad():
+            # The model may write to its inputs.
+            output = self.program.predict(tree_map(_cloned, inputs))
+            if not self.cut_inside_model:
+                leaves = tensor_leaves(output)
+                return [leaves[i] for i in self.places if i < len(leaves)]
+            loss = own_loss(output)
+            if loss is None:
+                return []
+            return [loss]
+
+    def replay(self, inputs: Any, parameters: Mapping[int, Tensor] | None = None) -> list[Tensor]:
+        """Return the predictions by the recorded graph; ``parameters`` by their values in it."""
+        feed = self.feed(inputs) | dict(parameters or {})
+        return self.graph.run(feed, self.prediction_refs)
+
+    @property
+    def prediction_refs(self) -> list[int]:
+        """The values of the graph that are the predictions."""
+        return [self.graph.predictions[i].index for i in self.places]
 
     def feed(self, inputs: Any) -> dict[int, Tensor]:
-        """Other inputs by the values of the recording that they stand for."""
-        return {
-            r.index: x
-            for r, x in zip(self.graph.inputs, tree_leaves(inputs), strict=True)
-            if r is not None
-        }
+        """Return the leaves of other inputs by the values of the graph that they stand for."""
+        values = {}
+        for ref, leaf in zip(self.graph.inputs, tree_leaves(inputs), strict=True):
+            # Inputs that no step reads, and what is no tensor, have no value.
+            if ref is not None:
+                values[ref.index] = leaf
+        return values
 
-    def replay(
-        self,
-        inputs: Any,
-        parameters: Mapping[int, Tensor] | None = None,
-        keep: Mapping[int, Tensor] | None = None,
-    ) -> list[Tensor]:
-        feed = self.feed(inputs) | dict(parameters or {})
-        return self.graph.run(
-            feed, [self.graph.predictions[i].index for i in self.places], keep=keep
-        )
+    def backward(self) -> AbstractContextManager[Any]:
+        """Return a context for backward passes through the model: hooks in it may do anything."""
+        return self._isolated()
 
-    def predict_permuted(self, order: Tensor) -> list[Tensor]:
-        """Predictions for the permuted batch, with the noise of every sample permuted along."""
-        inputs = self.permuted(order)
-        noisy = [s for s in self.graph.forward_steps if s.noise]
-        if not noisy:
-            return self.predict(inputs)
-        owners = noise_owners(self.graph, self.findings.forward)
-        if owners is None:
-            raise Untestable(
-                "noise is used in a way in which it cannot be permuted with its samples"
-            )
-        keep = {}
-        for ref, owner in owners.items():
-            value = self.graph.known(ref)
-            assert value is not None
-            moved = permute_owned(value, owner, order)
-            if moved is None:
-                raise Untestable("samples use different amounts of noise")
-            keep[ref] = moved
-        return self.replay(inputs, keep=keep)
+    def _isolated(self, seed: tuple[Any, ...] | None = None) -> AbstractContextManager[Any]:
+        return untouched([*self.program.modules, *self.originals], seed)
 
     def rows(self, predictions: Sequence[Tensor]) -> Tensor:
-        """``[N, entries]`` in float64; leaves without a sample axis are split in blocks or left out."""
-        out = []
-        for t, dim, blocks in zip(predictions, self.out_dims, self.blocks, strict=True):
+        """Return predictions as ``[N, entries]`` in float64 (complex128).
+
+        Leaves in which the samples have no place of their own are left out.
+        """
+        rows = []
+        # In double, so that differences of predictions are not rounded once more.
+        for t, dim, in_blocks in zip(predictions, self.out_dims, self.blocks, strict=True):
             if dim is not None:
-                out.append(t.movedim(dim, 0).reshape(self.samples, -1))
-            elif blocks:
-                out.append(t.reshape(self.samples, -1))
-        wide = [o.to(torch.complex128 if o.is_complex() else torch.float64) for o in out]
-        return torch.cat(wide, 1) if wide else torch.zeros(self.samples, 0, dtype=torch.float64)
+                rows.append(_in_double_rows(t.movedim(dim, 0), self.samples))
+            elif in_blocks:
+                rows.append(_in_double_rows(t, self.samples))
+        if not rows:
+            return torch.zeros(self.samples, 0, dtype=torch.float64)
+        return torch.cat(rows, 1)
 
     # -- changed batches --
 
     def changed(self, keep: Tensor, variant: str, seed: int = 0) -> Any:
-        """The batch with every sample outside ``keep`` replaced by something else of the same kind."""
+        """Return the batch with every sample outside ``keep`` replaced by another one.
+
+        ``keep``: ``[N]``, boolean. ``variant``: one of ``VARIANTS``.
+        """
         generator = torch.Generator().manual_seed(seed)
-        order = torch.arange(self.samples).roll(1 + seed % max(self.samples - 1, 1))
+        # By at least one place and less than N, so that no sample is replaced by itself.
+        shift = 1 + seed % max(self.samples - 1, 1)
+        order = torch.arange(self.samples).roll(shift)
 
         def replaced(x: Tensor, dim: int | None) -> Tensor:
             if dim is None:
                 return x
             rows = x.detach().movedim(dim, 0)
-            new = _variant(rows, rows[order.to(x.device)], variant, generator)
-            keep_ = keep.to(x.device).reshape(-1, *[1] * (rows.ndim - 1))
-            return torch.where(keep_, rows, new).movedim(0, dim).contiguous()
+            new = variant_of(rows, rows[order.to(x.device)], variant, generator)
+            mask = keep.to(x.device).reshape(-1, *[1] * (rows.ndim - 1))
+            return torch.where(mask, rows, new).movedim(0, dim).contiguous()
 
-        return self._map(replaced)
-
-    def stretched(self, factor: float) -> Experiment:
-        """The same program on inputs multiplied by ``factor``; itself where that cannot be run."""
-        inputs = self._map(
-            lambda x, dim: x.detach() * factor if dim is not None and x.is_floating_point() else x
-        )
-        try:
-            # A larger batch is not rounded less: it keeps at least the tolerance of this one.
-            return replace(
-                self, inputs=inputs, least_tolerance=self.tolerance, known_tolerance=None
-            )
-        except Exception:
-            return self
+        return self.with_leaves(replaced)
 
     def permuted(self, order: Tensor) -> Any:
-        return self._map(
-            lambda x, dim: (
-                x.detach() if dim is None else x.detach().index_select(dim, order.to(x.device))
-            )
-        )
+        """Return the batch with sample ``order[n]`` in the place of sample n."""
 
-    def _map(self, function: Callable[[Tensor, int | None], Tensor]) -> Any:
+        def reordered(x: Tensor, dim: int | None) -> Tensor:
+            if dim is None:
+                return x.detach()
+            return x.detach().index_select(dim, order.to(x.device))
+
+        return self.with_leaves(reordered)
+
+    def with_leaves(self, function: OfLeaf) -> Any:
+        """Return the inputs with every tensor replaced by ``function(tensor, its sample axis)``."""
         leaves, spec = tree_flatten(self.inputs)
-        return tree_unflatten(
-            [
-                function(x, d) if isinstance(x, Tensor) else x
-                for x, d in zip(leaves, self.dims, strict=True)
-            ],
-            spec,
-        )
+        for i, dim in enumerate(self.dims):
+            if isinstance(leaves[i], Tensor):
+                leaves[i] = function(leaves[i], dim)
+        return tree_unflatten(leaves, spec)
 
-    def backward(self) -> AbstractContextManager[Any]:
-        """For backward passes through the model itself: hooks in it may do anything."""
-        return untouched([*self.program.modules, *self.originals])
+    # -- other experiments --
+
+    def stretched(self, factor: float) -> Experiment:
+        """Return the same on inputs times ``factor``; itself where the program refuses them."""
+
+        def scaled(x: Tensor, dim: int | None) -> Tensor:
+            if dim is None or not x.is_floating_point():
+                return x
+            return x.detach() * factor
+
+        # A larger batch is not rounded less: it keeps at least the tolerance of this one.
+        other = replace(
+            self,
+            inputs=self.with_leaves(scaled),
+            least_tolerance=self.tolerance,
+            fixed_tolerance=None,
+        )
+        if other.runs:
+            return other
+        return self
+
+    def in_double(self) -> Experiment | None:
+        """Return the same in float64; None where the program cannot be run so."""
+        inputs = self.with_leaves(lambda x, _: in_double(x.detach()))
+        wide = replace(self, inputs=inputs, fixed_tolerance=FORWARD_IN_DOUBLE)
+        try:
+            if self.cut_inside_model:
+                # Only the recording can tell what the predictions are.
+                wide = replace(wide, graph=self.graph.in_double())
+            else:
+                originals = (*self.originals, *self.program.modules)
+                wide = replace(wide, program=self.program.in_double(), originals=originals)
+        except Exception:
+            return None
+        if not wide.runs:
+            return None
+        for t in wide.base:
+            # A cast inside the model takes the digits away again.
+            if t.is_floating_point() and t.dtype != torch.float64:
+                return None
+        return wide
 
     # -- how much is rounding --
 
     @cached_property
     def tolerance(self) -> float:
-        """By the coarsest floating-point type on the way, and never below what one rounding of the inputs does."""
-        if self.known_tolerance is not None:
-            return self.known_tolerance
-        kinds = {
-            self.graph.values[r.index].dtype
-            for s in self.graph.forward_steps
-            for r in s.outs
-            if r is not None
-        }
-        return max(self.least_tolerance, tolerance(kinds, FORWARD), 30 * self._rounding())
+        """The relative change of a prediction that rounding explains.
+
+        By the coarsest floating-point type on the way, and not below what rounding the inputs does.
+        """
+        if self.fixed_tolerance is not None:
+            return self.fixed_tolerance
+        values = self.graph.values
+        dtypes = set()
+        for step in self.graph.forward_steps:
+            # A cast in the middle of a model rounds all that follows.
+            dtypes |= {values[ref.index].dtype for ref in step.outs if ref is not None}
+        by_type = tolerance(dtypes, FORWARD)
+        return max(self.least_tolerance, by_type, ROUNDINGS * self._rounding())
 
     def _rounding(self) -> float:
+        """Return the largest relative change of a prediction when inputs move by one rounding."""
         generator = torch.Generator().manual_seed(0)
 
         def nudged(x: Tensor, dim: int | None) -> Tensor:
             if not x.is_floating_point():
                 return x
-            sign = torch.rand(x.shape, generator=generator).to(x) - 0.5
-            return x.detach() * (1 + 2 * torch.finfo(x.dtype).eps * sign)
+            offset = torch.rand(x.shape, generator=generator).to(x) - 0.5
+            return x.detach() * (1 + 2 * torch.finfo(x.dtype).eps * offset)
 
         try:
-            new = self.rows(self.predict(self._map(nudged)))
+            new = self.rows(self.predict(self.with_leaves(nudged)))
         except Exception:
             return 0.0
         base = self.rows(self.base)
-        return (
-            float(relative_change(base, new).max())
-            if base.shape == new.shape and base.shape[1]
-            else 0.0
-        )
+        if base.shape != new.shape or not base.shape[1]:
+            return 0.0
+        return float(relative_change(base, new).max())
 
     @cached_property
     def repeatable(self) -> bool:
-        """The same batch gives the same predictions: without that, a change proves nothing."""
-        hidden_size = any(
-            r is not None and r.index in self.graph.dynamic
-            for s in self.graph.forward_steps
-            if s.noise
-            for r in s.outs
-        )
+        """Whether the same batch gives the same predictions; if not, a change proves nothing."""
+        if self._noise_of_hidden_size():
+            return False
         try:
             again = self.predict(self.inputs)
         except Exception:
             return False
-        same = all(
-            torch.equal(a.nan_to_num(), b.nan_to_num())
-            for a, b in zip(self.base, again, strict=True)
-            if a.shape == b.shape
-        )
-        return same and not hidden_size
+        if len(again) != len(self.base):
+            return False
+        for first, second in zip(self.base, again, strict=True):
+            # Of different shapes, too. What is not a number is the same twice.
+            if not torch.equal(first.nan_to_num(), second.nan_to_num()):
+                return False
+        return True
 
-    def in_double(self) -> Experiment | None:
-        """The same in float64, where the model can be run so."""
-        wide = self._map(lambda x, _: in_double(x.detach()))
-        try:
-            if self.program.loss is None and self.graph.after_cut:  # predictions are replayed
-                graph = self.graph.in_double()
-                other = replace(self, graph=graph, inputs=wide, known_tolerance=FORWARD_IN_DOUBLE)
-            else:
-                originals = [*self.originals, *self.program.modules]
-                program = self.program.in_double()
-                other = replace(
-                    self,
-                    program=program,
-                    inputs=wide,
-                    originals=originals,
-                    known_tolerance=FORWARD_IN_DOUBLE,
-                )
-        except Exception:
-            return None
-        return (
-            other
-            if all(t.dtype == torch.float64 for t in other.base if t.is_floating_point())
-            else None
-        )
-
-    # -- another number of samples --
-
-    def resized(self, samples: int, seed: int = 1) -> tuple[Tensor, list[Tensor]]:
-        """Predictions (``[samples, entries]``, float64) of redrawn samples, and the inputs they come from."""
-        if self.program.loss is None and self.graph.after_cut:
-            raise Untestable("the predictions lie inside the model")
-        generator = torch.Generator().manual_seed(seed)
-        moving: list[Tensor] = []
-
-        def redrawn(x: Tensor, dim: int | None) -> Tensor:
-            if dim is None:
-                return x.double() if x.is_floating_point() else x
-            pick = torch.randint(self.samples, (samples,), generator=generator)
-            x = x.detach().cpu().index_select(dim, pick)
-            if not x.is_floating_point():
-                return x
-            x = x.double()
-            moving.append(
-                (
-                    x
-                    + x.abs().mean()
-                    * torch.randn(x.shape, generator=generator, dtype=torch.float64)
-                ).requires_grad_()
-            )
-            return moving[-1]
-
-        inputs = self._map(redrawn)
-        program = self.program.in_double()
-        with (
-            untouched([*program.modules, *self.program.modules, *self.originals], self.graph.rng),
-            torch.enable_grad(),
-        ):
-            leaves = [t for t in tree_leaves(program.predict(inputs)) if isinstance(t, Tensor)]
-        rows = [
-            leaves[i].movedim(d, 0).reshape(samples, -1)
-            for i, d in zip(self.places, self.out_dims, strict=True)
-            if d is not None
-        ]
-        return torch.cat([r for r in rows if r.is_floating_point()], 1), moving
+    def _noise_of_hidden_size(self) -> bool:
+        """Return whether the data decide how much noise is drawn: other data would get another."""
+        for step in self.graph.forward_steps:
+            if not step.noise:
+                continue
+            for ref in step.outs:
+                if ref is not None and ref.index in self.graph.dynamic:
+                    return True
+        return False
 
 
 def relative_change(base: Tensor, new: Tensor) -> Tensor:
-    """By how much each row changed, relative to its size; entries that are not finite any more do not count."""
+    """Return by how much each row changed, relative to its size: ``[N]``.
+
+    Entries that are not finite any more do not count.
+    """
     if not base.shape[1]:
         return torch.zeros(len(base), dtype=torch.float64)
     finite = torch.isfinite(new.abs())
     change = torch.where(finite, (new - base).abs(), 0.0)
     size = base.abs().nan_to_num(0, 0, 0)
+    # A row that is zero by cancellation is measured by the largest of all rows.
     return change.amax(1) / (size.amax(1) + 1e-6 * size.amax() + 1e-37)
 
 
-def _variant(rows: Tensor, others: Tensor, variant: str, generator: torch.Generator) -> Tensor:
-    if not rows.is_floating_point():
-        return (
-            others
-            if variant in ("rolled", "noisy") or rows.dtype == torch.bool
-            else torch.where(others == others, others.roll(1, 0), others)
-        )
-    if variant == "rolled":
-        return others
-    noise = torch.randn(rows.shape, generator=generator, dtype=torch.float64).to(rows)
-    spread = rows.abs().mean() + 1e-3
-    return {
-        "noisy": others + 0.5 * spread * noise,
-        "large": 30 * others + 30 * spread * noise,
-        "tiny": 1e-3 * others,
-        "zero": torch.zeros_like(others),
-        "huge": -1e4 * others + 1e4 * spread * noise,
-    }[variant]
+def tensor_leaves(tree: Any) -> list[Tensor]:
+    """Return the tensors in a tree: what else a model returns is no prediction."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def noise_owners(graph: Graph, forward: Any) -> dict[int, Any] | None:
-    """For noise that samples consume elementwise, the owner of each element; None if some is used otherwise."""
-    out = {}
-    for step in (s for s in graph.forward_steps if s.noise):
-        for ref in {
-            r.index for r in [*step.outs, *(new for _, new in step.writes)] if r is not None
-        }:
-            owner = _claimed(graph, forward, ref)
-            if isinstance(owner, str) or graph.known(ref) is None:
-                return None
-            if owner is not None:
-                out[ref] = owner
-    return out
+def _cloned(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return leaf.clone()
+    return leaf
 
 
-def _claimed(graph: Graph, forward: Any, ref: int) -> Any:
-    """Owners of the elements of a noise value; None if it stays shared, a string if it cannot be said."""
-    carrying, turned = {ref}, False
-    shape = graph.values[ref].shape
-    if not graph.values[ref].dtype.is_floating_point:
-        return None  # a drawn order or label: the same for the whole batch
-    for step in (s for s in graph.forward_steps if s.index > graph.values[ref].step):
-        used = carrying & {r.index for r in step.refs()}
-        if not used:
-            continue
-        for out in [*(r for r in step.outs if r), *(new for _, new in step.writes)]:
-            marks = forward.marks[out.index]
-            if not marks.depends_on_batch:
-                carrying.add(out.index)
-                turned = turned or (
-                    not ops.keeps_order(step.op) and graph.values[out.index].shape != shape
-                )
-                continue
-            held = graph.values[next(iter(used))].shape
-            owner = (
-                _owner_of(marks, held)
-                if out.index in {r.index for r in step.outs if r}
-                else "otherwise"
-            )
-            if isinstance(owner, np.ndarray) and held != shape:
-                return "otherwise" if turned else owner.reshape(shape)
-            return owner
-    return None
-
-
-def _owner_of(marks: Any, held: tuple[int, ...]) -> Any:
-    """Whose the elements of noise of shape ``held`` are where it meets samples."""
-    dim = None if marks.mixed else marks.sample_dim()
-    if dim is None:
-        return (
-            np.broadcast_to(marks.owner, held)
-            if not marks.mixed and marks.shape == held
-            else "otherwise"
-        )
-    at = dim - len(marks.shape) + len(held)
-    if at < 0 or held[at] == 1:
-        return None  # broadcast along the samples: the same for all of them
-    if held[at] != marks.shape[dim]:
-        return "otherwise"
-    return np.broadcast_to(
-        np.arange(held[at]).reshape([-1 if d == at else 1 for d in range(len(held))]), held
-    )
-
-
-def permute_owned(value: Tensor, owner: Any, order: Tensor) -> Tensor | None:
-    """Give sample n the elements of sample ``order[n]``, in the order in which they lie."""
-    flat, owners = value.reshape(-1), owner.reshape(-1)
-    places = [torch.from_numpy(np.flatnonzero(owners == n)) for n in range(len(order))]
-    out = flat.clone()
-    for n, m in enumerate(order.tolist()):
-        if len(places[n]) != len(places[m]):
-            return None
-        out[places[n]] = flat[places[m]]
-    return out.reshape(value.shape)
+def _in_double_rows(t: Tensor, samples: int) -> Tensor:
+    return t.reshape(samples, -1).to(torch.promote_types(t.dtype, torch.float64))

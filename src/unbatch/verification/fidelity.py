@@ -1,8 +1,13 @@
-"""Whether the recorded graph may stand for the model: the same values and the same gradients on another batch."""
+"""Whether the recorded graph may stand for the model: the same values and gradients on a batch.
+
+The model and the replay of its recording are run on the same inputs, and compared in what they
+return and in one product of the Jacobian with a random cotangent.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,96 +16,161 @@ from torch import Tensor
 from unbatch.linalg.probes import gaussian_like, seeded
 from unbatch.verification.experiment import Experiment
 
+# Model and replay run the same operations: what differs by more than ten tolerances is another one.
+TOLERANCES = 10
 
-def unfaithful(oracle: Experiment, here: bool = False) -> tuple[str, str]:
-    """Why the recorded computation cannot stand for the model: in values, in gradients (or "").
-
-    On another batch, where what steers the computation shows; or, ``here``, on the one that was recorded.
-    """
-    other = torch.full((oracle.samples,), here, dtype=torch.bool)
-    inputs = oracle.inputs if here else oracle.changed(other, "noisy")
-    graph, program = oracle.graph, oracle.program
-    named = {v.name: i for i, v in enumerate(graph.values) if v.kind == "parameters"}
-    fresh = {
-        i: program.parameters[n].detach().clone().requires_grad_()
-        for n, i in named.items()
-        if program.parameters[n].requires_grad
-    }
-    wanted = [program.parameters[graph.values[i].name] for i in fresh]
-    try:
-        with oracle.backward():
-            eager = _Seen.of(oracle.eager(inputs), wanted)
-    except Exception:
-        return "", ""
-    try:  # after the other is gone: both keep what their backward pass needs
-        if program.loss is None and graph.after_cut:
-            assert graph.loss is not None
-            outputs = graph.run(oracle.feed(inputs) | fresh, [graph.loss.index])
-        else:
-            outputs = oracle.replay(inputs, fresh)
-        replayed = _Seen.of(outputs, list(fresh.values()), eager.moving)
-    except Exception as error:
-        return f"replay raised {type(error).__name__}: {error}"[:120], ""
-    tensors = zip(eager.values, replayed.values, strict=True)
-    values = next((d for a, b in tensors if (d := _apart(a, b, oracle.tolerance))), "")
-    return values, "" if values else _gradients_apart(eager, replayed, wanted, oracle.tolerance)
+# A gradient that is small beside the others is compared with this share of the largest.
+NEGLIGIBLE = 1e-3
 
 
-@dataclass
-class _Seen:
-    """Values, detached, and their gradients for one random cotangent; ``moving`` are those that have any."""
+@dataclass(frozen=True)
+class _Outputs:
+    """What was returned, detached; which of it is ``smooth``, that is, has derivatives."""
 
     values: list[Tensor]
-    moving: list[bool]
+    smooth: list[bool]
     gradients: list[Tensor | None]
-    error: str = ""
+    error: str
 
-    @staticmethod
-    def of(outputs: list[Tensor], leaves: list[Tensor], asked: list[bool] | None = None) -> _Seen:
-        """``asked``: the outputs that count for the gradients; by default all that have any."""
-        moving = [t.requires_grad and t.is_floating_point() for t in outputs]
-        counts = moving if asked is None else [a and b for a, b in zip(asked, moving, strict=True)]
-        live = [t for t, moves in zip(outputs, counts, strict=True) if moves]
-        seen = _Seen([t.detach() for t in outputs], moving, [None] * len(leaves))
-        generator = seeded(0)
-        cotangents = [gaussian_like(t, generator) for t in live]
+
+def unfaithful(experiment: Experiment, here: bool = False) -> tuple[str, str]:
+    """Return why the recording cannot stand for the model: in values, and in gradients.
+
+    Empty where it can, or where the model does not take the batch. On a batch in which every sample
+    is replaced, so that it shows if Python decided by the data; or, with ``here``, on the one that
+    was recorded.
+    """
+    inputs = experiment.inputs
+    if not here:
+        keep = torch.zeros(experiment.samples, dtype=torch.bool)
+        inputs = experiment.changed(keep, "noisy")
+    own = _trained_parameters(experiment)
+    parameters = list(own.values())
+    try:
+        with experiment.backward():
+            eager = _outputs(experiment.eager(inputs), parameters)
+    except Exception:
+        return "", ""
+    # Only now, when the model's graph is gone: both keep what their backward pass needs.
+    fresh = {ref: p.detach().clone().requires_grad_() for ref, p in own.items()}
+    try:
+        outputs = _replay(experiment, inputs, fresh)
+        replayed = _outputs(outputs, list(fresh.values()), eager.smooth)
+    except Exception as error:
+        return f"replay raised {type(error).__name__}: {error}"[:120], ""
+    for model, replay in zip(eager.values, replayed.values, strict=True):
+        difference = _difference(model, replay, experiment.tolerance)
+        if difference:
+            return difference, ""
+    return "", _gradient_difference(eager, replayed, parameters, experiment.tolerance)
+
+
+def _trained_parameters(experiment: Experiment) -> dict[int, Tensor]:
+    """Return the parameters that require a gradient, by their values in the graph."""
+    # By name first: of tied parameters, one value stands for all.
+    refs = {}
+    for ref, value in enumerate(experiment.graph.values):
+        if value.kind == "parameters":
+            refs[value.name] = ref
+    parameters = {}
+    for name, ref in refs.items():
+        parameter = experiment.program.parameters[name]
+        if parameter.requires_grad:
+            parameters[ref] = parameter
+    return parameters
+
+
+def _replay(experiment: Experiment, inputs: object, parameters: dict[int, Tensor]) -> list[Tensor]:
+    """Return what the model returns, by its recording: predictions, or the loss inside it."""
+    # Of a model that computes its own loss, the predictions cannot be compared: it hides them.
+    if not experiment.cut_inside_model:
+        return experiment.replay(inputs, parameters)
+    graph = experiment.graph
+    assert graph.loss is not None
+    return graph.run(experiment.feed(inputs) | parameters, [graph.loss.index])
+
+
+def _outputs(
+    tensors: Sequence[Tensor], parameters: Sequence[Tensor], counted: Sequence[bool] | None = None
+) -> _Outputs:
+    """Return values, and gradients by the parameters for one random cotangent.
+
+    ``counted``: the outputs that count for the gradients; by default all that are smooth. Both
+    sides have to count the same ones, as each draws a part of the cotangent.
+    """
+    smooth = [t.requires_grad and t.is_floating_point() for t in tensors]
+    if counted is None:
+        counted = smooth
+    differentiated = []
+    for t, is_smooth, counts in zip(tensors, smooth, counted, strict=True):
+        if is_smooth and counts:
+            differentiated.append(t)
+    # The same seed for model and replay, so that both have the same cotangents.
+    generator = seeded(0)
+    cotangents = [gaussian_like(t, generator) for t in differentiated]
+    gradients: list[Tensor | None] = [None] * len(parameters)
+    error = ""
+    if differentiated and parameters:
         try:
-            if live and leaves:
-                seen.gradients = list(
-                    torch.autograd.grad(live, leaves, cotangents, allow_unused=True)
-                )
-        except Exception as error:
-            seen.error = f"backward raised {type(error).__name__}"
-        return seen
+            gradients = list(
+                torch.autograd.grad(differentiated, parameters, cotangents, allow_unused=True)
+            )
+        except Exception as raised:
+            error = f"backward raised {type(raised).__name__}"
+    return _Outputs([t.detach() for t in tensors], smooth, gradients, error)
 
 
-def _apart(a: Tensor, b: Tensor, tolerance: float, size: float = 0.0) -> str:
-    """How far two tensors are from each other, relative to the larger of their own size and 1e-3 of ``size``."""
-    if a.shape != b.shape:
-        return f"shape {tuple(b.shape)} in place of {tuple(a.shape)}"
-    if not a.numel() or not (a.is_floating_point() or a.is_complex()):
-        return "" if torch.equal(a, b) else "other integers"
-    a, b = a.detach(), b.detach()
-    largest, off = float(a.abs().max()), float((a - b).abs().max())
-    if not (math.isfinite(largest) and math.isfinite(off)):
-        largest, off = (float(t.abs().nan_to_num(0, 0, 0).max()) for t in (a, a - b))
-    relative = off / (max(largest, 1e-3 * size) + 1e-37)
-    return f"off by {relative:.2g} relative" if relative > 10 * tolerance else ""
-
-
-def _gradients_apart(eager: _Seen, replayed: _Seen, wanted: list[Tensor], tolerance: float) -> str:
-    """Compare gradients by the parameters, for one random cotangent."""
-    if not any(eager.moving) or not wanted:
+def _gradient_difference(
+    eager: _Outputs, replayed: _Outputs, parameters: Sequence[Tensor], tolerance: float
+) -> str:
+    """Return how the gradients by the parameters differ, empty where they agree."""
+    if not any(eager.smooth) or not parameters:
         return ""
-    if not all(b for a, b in zip(eager.moving, replayed.moving, strict=True) if a):
-        return "no gradient flows through the replay"
-    if eager.error or replayed.error:
-        return eager.error or replayed.error
-    largest = max(
-        (float(g.abs().max()) for g in eager.gradients if g is not None and g.numel()), default=0.0
-    )
-    for a, b, p in zip(eager.gradients, replayed.gradients, wanted, strict=True):
-        a, b = (torch.zeros_like(p) if g is None else g for g in (a, b))
-        if why := _apart(a, b, tolerance, largest):
-            return why
+    for in_model, in_replay in zip(eager.smooth, replayed.smooth, strict=True):
+        if in_model and not in_replay:
+            return "no gradient flows through the replay"
+    error = eager.error or replayed.error
+    if error:
+        return error
+    least = NEGLIGIBLE * _largest(eager.gradients)
+    for model, replay, p in zip(eager.gradients, replayed.gradients, parameters, strict=True):
+        difference = _difference(_filled(model, p), _filled(replay, p), tolerance, least)
+        if difference:
+            return difference
     return ""
+
+
+def _largest(gradients: Sequence[Tensor | None]) -> float:
+    """Return the largest magnitude of an entry, 0 where there is none."""
+    largest = 0.0
+    for gradient in gradients:
+        if gradient is not None and gradient.numel():
+            largest = max(largest, float(gradient.abs().max()))
+    return largest
+
+
+def _filled(gradient: Tensor | None, p: Tensor) -> Tensor:
+    """Return a gradient, zero where autograd reached nothing."""
+    if gradient is None:
+        return torch.zeros_like(p)
+    return gradient
+
+
+def _difference(model: Tensor, replay: Tensor, tolerance: float, least: float = 0.0) -> str:
+    """Return how two tensors differ, relative to their size, which is ``least`` at least."""
+    if model.shape != replay.shape:
+        return f"shape {tuple(replay.shape)} in place of {tuple(model.shape)}"
+    has_rounding = model.is_floating_point() or model.is_complex()
+    if not model.numel() or not has_rounding:
+        return "" if torch.equal(model, replay) else "other integers"
+    model, replay = model.detach(), replay.detach()
+    size = float(model.abs().max())
+    error = float((model - replay).abs().max())
+    if not (math.isfinite(size) and math.isfinite(error)):
+        # Values that are infinite in both do not count.
+        size = float(model.abs().nan_to_num(0, 0, 0).max())
+        error = float((model - replay).abs().nan_to_num(0, 0, 0).max())
+    relative = error / (max(size, least) + 1e-37)
+    if relative <= TOLERANCES * tolerance:
+        return ""
+    return f"off by {relative:.2g} relative"

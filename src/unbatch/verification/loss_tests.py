@@ -1,280 +1,110 @@
-"""Numerical witnesses about the loss, as a function of the predictions.
+"""Tests of the verdicts on the loss, as a function of the predictions F.
 
-Second differences over two samples show that a loss is no sum; the direction in which one prediction enters shows
-whether it does so through one scalar of its own. In float64 where the loss takes it; what rounding does is measured.
+    reduction:  L = Σ_n w_n ℓ_n(F_n, y_n)             second differences over two samples vanish
+    SIMD loss:  L = ρ(ℓ(F_1, y_1), .., ℓ(F_N, y_N))    ∂L/∂F_n = (∂ρ/∂ℓ_n) ∇ℓ(F_n, y_n), so other
+                                                      samples scale this row and do not turn it
+
+A test returns a counterexample, or None, which proves nothing. Directions are up to sign.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+import itertools
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from unbatch.capture.isolation import untouched
-from unbatch.linalg.precision import (
-    LOSS_IN_DOUBLE,
-    LOSS_WITH_CASTS,
-    NARROW,
-    LossTolerances,
-    in_double,
-)
-from unbatch.verification.experiment import Experiment
-from unbatch.verification.forward_tests import Counterexample
+from unbatch.linalg.precision import LOSS_WITH_CASTS
+from unbatch.verification.counterexample import Counterexample
+from unbatch.verification.loss_experiment import TINY, LossExperiment, scaled_by
 
+# How many pairs of samples are tried for a second difference.
+PAIRS = 12
 
-@dataclass
-class LossExperiment:
-    """The loss as a function of the rows of the predictions, in float64."""
+# A value that is rounded may be off by this many times what one rounding of the predictions does.
+ROUNDINGS = 100
 
-    oracle: Experiment
-    output: Any
+# A true second difference is the same to this share of it when predictions move by these factors.
+STEADY = 0.1
+NUDGES = (1e-7, -3e-7, 5e-7, -7e-7)
 
-    def __post_init__(self) -> None:
-        self.boundary: dict[int, Tensor] = {}
-        if self.oracle.program.loss is None:
-            self._open_up()
-            return
-        leaves, self.spec = tree_flatten(self.output)
-        at = [i for i, t in enumerate(leaves) if isinstance(t, Tensor)]
-        self.leaves = leaves
-        self.at = [at[i] for i in self.oracle.places]
-        self.double = self._takes_double()
+# Factors for predictions far from where they are, and the second difference that counts there.
+FAR = (30.0, -1e3)
+FAR_DIFFERENCE = 1e-6
 
-    def _open_up(self) -> None:
-        """The loss lies inside the model: run its steps alone, from the values they read."""
-        graph = self.oracle.graph
-        read = {r.index for s in graph.loss_steps for r in s.refs()}
-        assert graph.loss is not None
-        graph.run(
-            {},
-            [graph.loss.index],
-            visit=lambda i, t: (
-                self.boundary.__setitem__(i, t.detach().clone()) if i in read else None
-            ),
-        )
-        self.leaves = [self.boundary[graph.predictions[i].index] for i in self.oracle.places]
-        self.at = list(range(len(self.leaves)))
-        self.double = all(t.dtype == torch.float64 for t in self.leaves)
+# Mixed second derivatives that are of rank one agree to this, relative to their squares.
+RANK_ONE = 1e-8
 
-    def _takes_double(self) -> bool:
-        """The loss can be evaluated in float64, and is finite there."""
-        try:
-            self.__dict__["double"] = True
-            return bool(torch.isfinite(self.value([self.leaves[i] for i in self.at])))
-        except Exception:
-            return False
+# Of gradients by central differences: absolute, and in the rounding of the loss over the step.
+SLOPE, ROUNDED_SLOPE = 1e-6, 1e6
 
-    def _cast(self, t: Any) -> Any:
-        return in_double(t.detach()) if isinstance(t, Tensor) and self.double else t
-
-    def value(self, predictions: Sequence[Tensor]) -> Tensor:
-        graph = self.oracle.graph
-        if self.oracle.program.loss is None:
-            assert graph.loss is not None
-            places = (graph.predictions[i].index for i in self.oracle.places)
-            feed = self.boundary | dict(zip(places, predictions, strict=True))
-            return graph.run(feed, [graph.loss.index], steps=graph.loss_steps)[0]
-        leaves = [self._cast(t) for t in self.leaves]
-        for i, p in zip(self.at, predictions, strict=True):
-            leaves[i] = p.to(torch.float64) if self.double and p.is_floating_point() else p
-        output = tree_unflatten(leaves, self.spec)
-        targets = tree_map(self._cast, self.oracle.targets)
-        program = self.oracle.program
-        with untouched(program.modules, self.oracle.graph.rng), torch.enable_grad():
-            value: Tensor = program.evaluate(output, targets)
-        return value
-
-    def swapped(self, rows: Mapping[int, int]) -> list[Tensor]:
-        """The predictions with the rows of some samples taken from other samples."""
-        out = []
-        for i, dim in zip(self.at, self.oracle.out_dims, strict=True):
-            t = self._cast(self.leaves[i]).detach().clone(memory_format=torch.contiguous_format)
-            if dim is not None:
-                source = t.clone()
-                for n, m in rows.items():
-                    t.select(dim, n).copy_(source.select(dim, m))
-            out.append(t)
-        return out
-
-    def scaled(self, rows: Sequence[int], factor: float) -> list[Tensor]:
-        """The predictions with some rows multiplied by ``factor``."""
-        out = self.swapped({})
-        for t, dim in zip(out, self.oracle.out_dims, strict=True):
-            if dim is not None and t.is_floating_point():
-                for n in rows:
-                    t.select(dim, n).mul_(factor)
-        return out
-
-    def slope(self, predictions: Sequence[Tensor], n: int, entries: int = 6) -> Tensor:
-        """The first entries of the gradient by prediction n, by central differences: sees through ``detach``."""
-        out = []
-        for i, dim in enumerate(self.oracle.out_dims):
-            if dim is None or not predictions[i].is_floating_point():
-                continue
-            for c in range(min(entries, predictions[i].select(dim, n).numel())):
-                pair = []
-                for sign in (1, -1):
-                    moved = [p.clone() for p in predictions]
-                    row = moved[i].select(dim, n)
-                    row.view(-1)[c] += sign * 1e-5 if row.is_contiguous() else 0.0
-                    pair.append(self.value(moved).detach())
-                out.append((pair[0] - pair[1]) / 2e-5)
-        return torch.stack(out).to(torch.float64) if out else torch.zeros(0, dtype=torch.float64)
-
-    def gradient(self, predictions: Sequence[Tensor]) -> Tensor:
-        leaves = [
-            p.detach().clone().requires_grad_() if p.is_floating_point() else p for p in predictions
-        ]
-        value = self.value(leaves)
-        wanted = [p for p in leaves if p.requires_grad]
-        grads = (
-            torch.autograd.grad(value, wanted, allow_unused=True)
-            if value.requires_grad
-            else [None] * len(wanted)
-        )
-        filled = [
-            torch.zeros_like(p) if g is None else g for p, g in zip(wanted, grads, strict=True)
-        ]
-        dims = [d for p, d in zip(leaves, self.oracle.out_dims, strict=True) if p.requires_grad]
-        rows = [
-            g.movedim(d, 0).reshape(self.oracle.samples, -1)
-            for g, d in zip(filled, dims, strict=True)
-            if d is not None
-        ]
-        return torch.cat(rows, 1) if rows else torch.zeros(self.oracle.samples, 0)
-
-    @cached_property
-    def rounding(self) -> float:
-        """How much the value changes, relative to its size, when predictions change by one rounding."""
-        generator = torch.Generator().manual_seed(0)
-        base = self.swapped({})
-        worst, here = 0.0, self.value(base).detach()
-        for _ in range(3):
-            nudged = [
-                p
-                * (
-                    1
-                    + torch.finfo(p.dtype).eps
-                    * (torch.rand(p.shape, generator=generator).to(p) - 0.5)
-                )
-                if p.is_floating_point()
-                else p
-                for p in base
-            ]
-            worst = max(
-                worst,
-                float((self.value(nudged).detach() - here).abs()) / (float(here.abs()) + 1e-300),
-            )
-        return worst
-
-    @property
-    def fine(self) -> bool:
-        """Values are good to float64: nothing on the way is cast to a coarser type."""
-        casts = [
-            s.kwargs.get("dtype") for s in self.oracle.graph.loss_steps if s.name == "_to_copy"
-        ]
-        return (
-            self.double
-            and not any(d in NARROW for d in casts)
-            and self.value(self.swapped({})).dtype == torch.float64
-        )
-
-    @property
-    def tolerances(self) -> LossTolerances:
-        return LOSS_IN_DOUBLE if self.fine else LOSS_WITH_CASTS
-
-    def floor(self, gradient: Tensor) -> float:
-        """Norms below this are rounding: by the other rows, the size of loss and predictions, and a trial."""
-        allowed = self.tolerances
-        here = self.swapped({})
-        size = (
-            max(
-                (float(p.abs().max()) for p in here if p.is_floating_point() and p.numel()),
-                default=1.0,
-            )
-            + 1e-300
-        )
-        slope = float(self.value(here).detach().abs()) / size
-        nudged = self.gradient([p * (1 + 1e-7) if p.is_floating_point() else p for p in here])
-        noise = 10 * float((nudged - self.gradient(here)).norm(dim=1).max())
-        return (
-            max(allowed.norm * float(gradient.norm(dim=1).max()), allowed.size * slope, noise)
-            + 1e-300
-        )
-
-    @contextmanager
-    def targets(self, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """Inside, every per-sample target is changed."""
-        oracle, kept = self.oracle, self.oracle.targets
-        n = oracle.samples
-        try:
-            oracle.targets = tree_map(
-                lambda t: change(t) if isinstance(t, Tensor) and t.ndim and t.shape[0] == n else t,
-                kept,
-            )
-            yield
-        finally:
-            oracle.targets = kept
+Swap = Mapping[int, int]  # which sample gives its prediction in place of which
 
 
 # --- is it a sum? ---------------------------------------------------------------------------------
 
 
 def not_a_sum(loss: LossExperiment) -> Counterexample | None:
-    """A second difference over two samples that does not vanish."""
-    n = loss.oracle.samples
-    if n < 2:
+    """Return a second difference over two samples that does not vanish.
+
+    ``L(F) - L(F_a → ·) - L(F_b → ·) + L(F_a, F_b → ·)``: of a sum over samples every term cancels.
+    """
+    samples = loss.experiment.samples
+    if samples < 2:
         return None
-    pairs = [(a, b) for a in range(n) for b in range(n) if a != b][:12]
-    tolerance = max(loss.tolerances.second_difference, 100 * loss.rounding)
-    for a, b in pairs:
-        rows = [
-            loss.swapped(r)
-            for r in ({}, {a: (a + 1) % n}, {b: (b + 1) % n}, {a: (a + 1) % n, b: (b + 1) % n})
-        ]
-        found = abs(_second_difference(loss, rows))
-        if found > tolerance and _steady(loss, rows):
-            return Counterexample("second difference over two samples", found)
-    far = _stretched(loss, max(tolerance, 1e-6))
-    return Counterexample("second difference over two samples, stretched", far) if far else None
+    tolerance = max(loss.tolerances.second_difference, ROUNDINGS * loss.rounding)
+    for a, b in _pairs(samples):
+        of_a = {a: (a + 1) % samples}
+        of_b = {b: (b + 1) % samples}
+        swaps: list[Swap] = [{}, of_a, of_b, of_a | of_b]
+        corners = [loss.swapped(swap) for swap in swaps]
+        difference = abs(_second_difference(loss, corners))
+        if difference > tolerance and _is_steady(loss, corners):
+            return Counterexample("second difference over two samples", difference)
+    far = _far_difference(loss, max(tolerance, FAR_DIFFERENCE))
+    if not far:
+        return None
+    return Counterexample("second difference over two samples, stretched", far)
 
 
-def _second_difference(loss: LossExperiment, rows: list[list[Tensor]]) -> float:
-    terms = [loss.value(r).detach() for r in rows]
-    if not all(torch.isfinite(t) for t in terms):
+def _pairs(samples: int) -> list[tuple[int, int]]:
+    """Return some ordered pairs of different samples."""
+    return list(itertools.permutations(range(samples), 2))[:PAIRS]
+
+
+def _second_difference(loss: LossExperiment, corners: Sequence[list[Tensor]]) -> float:
+    """Return the second difference relative to the loss; 0 where a value is not finite."""
+    values = torch.stack([loss.value(predictions).detach() for predictions in corners])
+    if not torch.isfinite(values).all():
         return 0.0
-    return float(terms[0] - terms[1] - terms[2] + terms[3]) / (
-        max(float(t.abs()) for t in terms) + 1e-300
-    )
+    neither, of_a, of_b, both = values
+    size = float(values.abs().max()) + TINY
+    return float(neither - of_a - of_b + both) / size
 
 
-def _steady(loss: LossExperiment, rows: list[list[Tensor]]) -> bool:
-    """A true difference hardly changes when predictions move a little; rounding comes out anew."""
-    here = _second_difference(loss, rows)
-    for nudge in (1e-7, -3e-7, 5e-7, -7e-7):
-        there = _second_difference(
-            loss, [[p * (1 + nudge) if p.is_floating_point() else p for p in r] for r in rows]
-        )
-        if abs(here - there) > 0.1 * abs(here):
+def _is_steady(loss: LossExperiment, corners: Sequence[list[Tensor]]) -> bool:
+    """Return whether a difference hardly changes when predictions move: rounding comes out anew."""
+    difference = _second_difference(loss, corners)
+    for nudge in NUDGES:
+        nudged = [scaled_by(predictions, 1 + nudge) for predictions in corners]
+        nudged_difference = _second_difference(loss, nudged)
+        if abs(difference - nudged_difference) > STEADY * abs(difference):
             return False
     return True
 
 
-def _stretched(loss: LossExperiment, tolerance: float) -> float:
-    """The same with rows far from where they are, for branches that rarely fire."""
-    for factor in (30.0, -1e3):
+def _far_difference(loss: LossExperiment, tolerance: float) -> float:
+    """Return a second difference far from the predictions, for branches that are rarely taken."""
+    for factor in FAR:
         try:
-            rows = [loss.scaled(r, factor) for r in ((), (0,), (1,), (0, 1))]
-            found = abs(_second_difference(loss, rows))
-            if found > tolerance and _steady(loss, rows):
-                return found
+            corners = [loss.scaled(rows, factor) for rows in ((), (0,), (1,), (0, 1))]
+            difference = abs(_second_difference(loss, corners))
+            if difference > tolerance and _is_steady(loss, corners):
+                return difference
         except Exception:
+            # It does not take such predictions (a logarithm, an assertion).
             return 0.0
     return 0.0
 
@@ -282,157 +112,202 @@ def _stretched(loss: LossExperiment, tolerance: float) -> float:
 # --- through one scalar of its own? ---------------------------------------------------------------
 
 
-def entangled(loss: LossExperiment) -> Counterexample | None:
-    """The direction in which a prediction enters the loss depends on other predictions."""
-    n = loss.oracle.samples
-    base = loss.gradient(loss.swapped({}))
-    if base.shape[1] < 2 or n < 2:
-        return _entangled_scalars(loss) if base.shape[1] == 1 else None
-    worst, which, floor = 0.0, 0, loss.floor(base)
+def direction_depends_on_predictions(loss: LossExperiment) -> Counterexample | None:
+    """Return that the direction of one gradient row changes when the other predictions change."""
+    samples = loss.experiment.samples
+    base = loss.gradient(loss.predictions())
+    if base.shape[1] == 1:
+        # A single entry has no direction to change.
+        return _mixed_derivatives(loss)
+    if base.shape[1] < 2 or samples < 2:
+        return None
+    floor = loss.floor(base)
+    amount, sample = 0.0, 0
     for shift in (1, 2):
-        for keep in range(n):
-            other = loss.gradient(
-                loss.swapped({m: (m + shift) % n for m in range(n) if m != keep})
-            )[keep]
-            worst, which = max((worst, which), (_sine(base[keep], other, floor), keep))
+        for n in range(samples):
+            others = loss.gradient(loss.swapped(_rolled(samples, shift, but=n)))
+            amount, sample = max((amount, sample), (sine(base[n], others[n], floor), n))
     tolerance = loss.tolerances.direction
-    if worst <= tolerance and loss.fine:
-        worst, which, tolerance = _entangled_values(loss), 0, LOSS_WITH_CASTS.direction
-    return (
-        Counterexample(
-            "direction of the gradient by one prediction when the others change", worst, -1, which
-        )
-        if worst > tolerance
-        else None
-    )
+    if amount <= tolerance and loss.fine:
+        amount, sample = _turn_by_values(loss), 0
+        tolerance = LOSS_WITH_CASTS.direction
+    if amount <= tolerance:
+        return None
+    test = "direction of the gradient by one prediction when the others change"
+    return Counterexample(test, amount, moved_by=sample)
 
 
-def _entangled_values(loss: LossExperiment) -> float:
-    """The same by differences of values, which see through ``detach``."""
-    n = loss.oracle.samples
-    worst, size = 0.0, float(loss.value(loss.swapped({})).detach().abs())
+def _rolled(samples: int, shift: int, but: int) -> dict[int, int]:
+    """Return the swap that gives every sample but one the prediction of the ``shift``-th next."""
+    swap = {n: (n + shift) % samples for n in range(samples)}
+    del swap[but]
+    return swap
+
+
+def _turn_by_values(loss: LossExperiment) -> float:
+    """Return how far the row of sample 0 turns, by differences of values.
+
+    Where the loss detaches something, its gradient does not show on what it depends.
+    """
+    samples = loss.experiment.samples
+    size = float(loss.value(loss.predictions()).detach().abs())
+    floor = SLOPE + ROUNDED_SLOPE * loss.rounding * size
+    worst = 0.0
     for shift in (1, 2):
-        here, there = (
-            loss.slope(loss.swapped(rows), 0)
-            for rows in ({}, {m: (m + shift) % n for m in range(1, n)})
-        )
-        worst = max(worst, _sine(here, there, 1e-6 + 1e6 * loss.rounding * size))
+        slopes = loss.slope(loss.predictions(), 0)
+        other_slopes = loss.slope(loss.swapped(_rolled(samples, shift, but=0)), 0)
+        worst = max(worst, sine(slopes, other_slopes, floor))
     return worst
 
 
-def _entangled_scalars(loss: LossExperiment) -> Counterexample | None:
-    """With one entry per sample: mixed second derivatives that are not of rank one off the diagonal."""
-    n = loss.oracle.samples
-    if n < 4 or not loss.fine:
+def _mixed_derivatives(loss: LossExperiment) -> Counterexample | None:
+    """Return mixed second derivatives that are not of rank one off the diagonal.
+
+    With one entry per prediction ``∂²L/∂F_a∂F_b = (∂²ρ/∂ℓ_a∂ℓ_b) ℓ'_a ℓ'_b`` for a ≠ b. For a ρ of
+    one sum over samples the first factor is the same for every pair, so the minors
+    ``H_ab H_cd - H_ad H_cb`` of four different samples vanish.
+    """
+    samples = loss.experiment.samples
+    if samples < 4 or not loss.fine:
         return None
-    leaves = [p.requires_grad_() for p in loss.swapped({})]
+    leaves = [p.requires_grad_() for p in loss.predictions()]
     value = loss.value(leaves)
     if not value.requires_grad:
         return None
-    (g,) = torch.autograd.grad(value, leaves, create_graph=True)
-    g = g.reshape(-1)
-    if not g.requires_grad:
+    (gradient,) = torch.autograd.grad(value, leaves, create_graph=True)
+    gradient = gradient.reshape(-1)
+    if not gradient.requires_grad:
         return None
-    H = torch.stack(
-        [torch.autograd.grad(g[i], leaves, retain_graph=True)[0].reshape(-1) for i in range(n)]
-    )
-    quadruples = [(0, 1, 2, 3), (0, 2, 1, 3), (0, 1, 3, 2), (n - 1, 0, n - 2, 1)]
-    worst = max(
-        float((H[a, b] * H[c, d] - H[a, d] * H[c, b]).abs()) for a, b, c, d in quadruples
-    ) / (float(H.abs().max()) ** 2 + 1e-300)
-    return Counterexample("mixed second derivatives of the loss", worst) if worst > 1e-8 else None
+    rows = []
+    for n in range(samples):
+        (row,) = torch.autograd.grad(gradient[n], leaves, retain_graph=True)
+        rows.append(row.reshape(-1))
+    H = torch.stack(rows)
+    last = samples - 1
+    worst = 0.0
+    for a, b, c, d in [(0, 1, 2, 3), (0, 2, 1, 3), (0, 1, 3, 2), (last, 0, last - 1, 1)]:
+        worst = max(worst, float((H[a, b] * H[c, d] - H[a, d] * H[c, b]).abs()))
+    amount = worst / (float(H.abs().max()) ** 2 + TINY)
+    if amount <= RANK_ONE:
+        return None
+    return Counterexample("mixed second derivatives of the loss", amount)
 
 
-def index_matters(loss: LossExperiment) -> Counterexample | None:
-    """With equal predictions and targets for all samples, gradient rows still have different directions."""
-    n = loss.oracle.samples
-    if n < 2:
+def direction_depends_on_index(loss: LossExperiment) -> Counterexample | None:
+    """Return that samples with equal predictions and targets have rows of other directions."""
+    samples = loss.experiment.samples
+    if samples < 2:
         return None
-    floor = loss.floor(loss.gradient(loss.swapped({})))
-    with loss.targets(lambda t: t[:1].expand(n, *t.shape[1:]).contiguous()):
-        for k in range(min(n, 3)):
-            rows = loss.gradient(loss.swapped(dict.fromkeys(range(n), k)))
-            worst = max(_sine(rows[0], row, floor) for row in rows) if rows.shape[1] > 1 else 0.0
-            if worst > loss.tolerances.direction:
-                return Counterexample("gradient rows of equal samples", worst)
+    floor = loss.floor(loss.gradient(loss.predictions()))
+    equal = loss.with_targets(lambda t: t[:1].expand(samples, *t.shape[1:]).contiguous())
+    for k in range(min(samples, 3)):
+        rows = equal.gradient(equal.swapped(dict.fromkeys(range(samples), k)))
+        if rows.shape[1] < 2:
+            # A single entry has no direction.
+            continue
+        worst = _largest_turn(rows[:1].expand_as(rows), rows, floor)
+        if worst > equal.tolerances.direction:
+            return Counterexample("gradient rows of equal samples", worst)
     return None
 
 
-def foreign_targets(loss: LossExperiment) -> Counterexample | None:
-    """The direction in which a prediction enters the loss depends on the targets of other samples, and on its own.
+# --- through its own target? ----------------------------------------------------------------------
 
-    Where all targets together are one constant for all samples (their order does not matter), nothing is said.
+
+def direction_depends_on_targets(loss: LossExperiment) -> Counterexample | None:
+    """Return that the direction of one gradient row depends on targets of other samples.
+
+    On its own target as well: where all targets together are one constant that every sample uses
+    (their order does not matter), nothing follows.
     """
-    n = loss.oracle.samples
-    base = loss.gradient(loss.swapped({}))
-    if base.shape[1] < 2 or n < 3:
+    samples = loss.experiment.samples
+    base = loss.gradient(loss.predictions())
+    if base.shape[1] < 2 or samples < 3:
         return None
-    floor, worst, which = loss.floor(base), 0.0, -1
-    with loss.targets(lambda t: t.roll(1, 0)):
-        rolled = loss.gradient(loss.swapped({}))
-    if (
-        max(_sine(a, b, floor) for a, b in zip(base, rolled, strict=True))
-        < LOSS_WITH_CASTS.direction
-    ):
+    floor = loss.floor(base)
+    if not _order_of_targets_matters(loss, base, floor):
         return None
-    for keep in range(n):
-        own = torch.tensor([(keep + 1) % n if m == keep else m for m in range(n)])
-        with loss.targets(lambda t, own=own: t[own.to(t.device)]):  # type: ignore[misc]
-            if (
-                _sine(base[keep], loss.gradient(loss.swapped({}))[keep], floor)
-                < LOSS_WITH_CASTS.direction
-            ):
-                continue
-        order = torch.tensor([m if m == keep else (keep + 1) % n for m in range(n)])
-        with loss.targets(lambda t, order=order: t[order.to(t.device)]):  # type: ignore[misc]
-            worst, which = max(
-                (worst, which),
-                (_sine(base[keep], loss.gradient(loss.swapped({}))[keep], floor), keep),
-            )
-    tolerance = loss.tolerances.direction
-    return (
-        Counterexample(
-            "direction of the gradient by one prediction when targets of others change",
-            worst,
-            -1,
-            which,
-        )
-        if worst > tolerance
-        else None
-    )
+    amount, sample = 0.0, -1
+    for n in range(samples):
+        if _turn_by_targets(loss, base, n, _only(n, samples), floor) < LOSS_WITH_CASTS.direction:
+            # Its own target does not matter to this row.
+            continue
+        turn = _turn_by_targets(loss, base, n, _all_but(n, samples), floor)
+        amount, sample = max((amount, sample), (turn, n))
+    if amount <= loss.tolerances.direction:
+        return None
+    test = "direction of the gradient by one prediction when targets of others change"
+    return Counterexample(test, amount, moved_by=sample)
 
 
-def _sine(a: Tensor, b: Tensor, floor: float) -> float:
-    """How far two gradients are from being multiples of each other; 0 where one of them vanishes."""
-    if (
-        not len(a)
-        or float(min(a.norm(), b.norm())) < floor
-        or not torch.isfinite(b).all()
-        or not torch.isfinite(a).all()
-    ):
+def _order_of_targets_matters(loss: LossExperiment, base: Tensor, floor: float) -> bool:
+    rolled = loss.with_targets(lambda t: t.roll(1, 0))
+    rows = rolled.gradient(rolled.predictions())
+    return _largest_turn(base, rows, floor) >= LOSS_WITH_CASTS.direction
+
+
+def _turn_by_targets(
+    loss: LossExperiment, base: Tensor, n: int, order: Tensor, floor: float
+) -> float:
+    """Return how far row n turns when sample m gets the target of sample ``order[m]``."""
+    other = loss.with_targets(lambda t: t[order.to(t.device)])
+    rows = other.gradient(other.predictions())
+    return sine(base[n], rows[n], floor)
+
+
+def _only(n: int, samples: int) -> Tensor:
+    """Return the order in which sample n, and it alone, gets the target of the next one."""
+    order = torch.arange(samples)
+    order[n] = (n + 1) % samples
+    return order
+
+
+def _all_but(n: int, samples: int) -> Tensor:
+    """Return the order in which all other samples get the target of the one after n."""
+    order = torch.full((samples,), (n + 1) % samples)
+    order[n] = n
+    return order
+
+
+def _largest_turn(rows: Tensor, others: Tensor, floor: float) -> float:
+    return max(sine(a, b, floor) for a, b in zip(rows, others, strict=True))
+
+
+def sine(a: Tensor, b: Tensor, floor: float) -> float:
+    """Return how far two gradients are from multiples of each other; 0 where one of them vanishes.
+
+    For small angles it is their sine.
+    """
+    if not len(a) or float(min(a.norm(), b.norm())) < floor:
+        return 0.0
+    if not torch.isfinite(a).all() or not torch.isfinite(b).all():
         return 0.0
     a, b = a / a.norm(), b / b.norm()
+    # Up to sign: the factor ∂ρ/∂ℓ_n may be negative.
     return float((a - b * torch.sign((a * b).sum())).norm())
 
 
 # --- do parameters enter? -------------------------------------------------------------------------
 
 
-def parameters_matter(loss: LossExperiment) -> Counterexample | None:
-    """With the predictions held fixed, the loss changes when a parameter changes."""
-    program = loss.oracle.program
+def parameter_enters(loss: LossExperiment) -> Counterexample | None:
+    """Return a parameter that changes the loss although the predictions are held fixed."""
+    program = loss.experiment.program
     if program.loss is None or not program.modules:
         return None
-    here, fixed = loss.value(loss.swapped({})).detach(), loss.swapped({})
+    # Of their own, as a loss may write to what it is given.
+    predictions = loss.predictions()
+    before = loss.value(loss.predictions()).detach()
+    tolerance = max(loss.tolerances.parameter, ROUNDINGS * loss.rounding)
     for name, p in program.parameters.items():
         if not p.is_floating_point():
             continue
         with untouched(program.modules), torch.no_grad():
+            # Not a factor alone: a parameter may be zero.
             p.mul_(1.5).add_(0.1)
-            there = loss.value(fixed).detach()
-        off = float((there - here).abs()) / (float(here.abs()) + 1e-300)
-        if off > max(loss.tolerances.parameter, 100 * loss.rounding):
-            return Counterexample(
-                f"changing the parameter {name!r} with the predictions held fixed", off
-            )
+            after = loss.value(predictions).detach()
+        amount = float((after - before).abs()) / (float(before.abs()) + TINY)
+        if amount > tolerance:
+            test = f"changing the parameter {name!r} with the predictions held fixed"
+            return Counterexample(test, amount)
     return None

@@ -1,33 +1,50 @@
-"""Verdicts put to the test: open ones are settled by witnesses, proved ones are checked against them."""
+"""Verdicts put to the test, before and after they are given.
+
+``settle``: what the analysis left open is tested, and *fails* where there is a counterexample.
+``verify``: every verdict is tested, those that were proved as well; a counterexample to one that
+*holds* contradicts the analysis.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from unbatch.analysis.explanations import REMEDY, WHY
 from unbatch.analysis.structure import Culprit, Structure, Verdict
-from unbatch.verification.experiment import Experiment
-from unbatch.verification.forward_tests import (
-    Counterexample,
-    frozen_change,
-    listening,
-    unbounded,
-    uneven,
-)
+from unbatch.verification.counterexample import Counterexample
+from unbatch.verification.experiment import Experiment, Untestable
+from unbatch.verification.forward_tests import cross_sample_dependence, not_equivariant
+from unbatch.verification.frozen_statistics import change_with_frozen_statistics
+from unbatch.verification.loss_experiment import LossExperiment, loss_experiment
 from unbatch.verification.loss_tests import (
-    LossExperiment,
-    entangled,
-    foreign_targets,
-    index_matters,
+    direction_depends_on_index,
+    direction_depends_on_predictions,
+    direction_depends_on_targets,
     not_a_sum,
-    parameters_matter,
+    parameter_enters,
 )
+from unbatch.verification.ranks import growing_rank
+
+# Reasons for mixing that do not say how samples are combined.
+VAGUE = {"no rule", "data-dependent shape", "scattered", "resized", "position"}
+
+NOTE_PAIRS = "each sample is compared with every other: a rank needs the whole batch"
+NOTE_UNTESTED = "the loss could not be tested: {error}: {text}"
+NOTE_SUM_OF_OTHERS = (
+    "a sum over samples, but not of one function of each sample's own prediction and target"
+)
+
+LossTest = Callable[[LossExperiment], Counterexample | None]
 
 
 @dataclass(frozen=True)
 class Check:
-    """One verdict put to the test: ``passed`` is None where no test applies, with the reason in ``detail``."""
+    """One verdict put to the test.
+
+    ``passed`` is None where no test applies, or nothing follows from it; ``detail`` says why.
+    """
 
     name: str
     status: str
@@ -39,12 +56,12 @@ class Check:
 
 @dataclass(frozen=True)
 class Verification:
-    """The checks of all verdicts. True in a boolean context when none of them contradicts its verdict."""
+    """The checks of all verdicts. True in a boolean context when none contradicts its verdict."""
 
     checks: tuple[Check, ...]
 
     def __bool__(self) -> bool:
-        return all(c.passed is not False for c in self.checks)
+        return all(check.passed is not False for check in self.checks)
 
     def __str__(self) -> str:
         words = {True: "passed", None: "not tested", False: "CONTRADICTED"}
@@ -53,186 +70,236 @@ class Verification:
         )
 
 
-# --- settling and verifying -----------------------------------------------------------------------
+# --- what is open is settled ----------------------------------------------------------------------
 
 
-def settle(structure: Structure, oracle: Experiment, output: Any, faithful: str = "") -> Structure:
-    """Open verdicts become "fails" where a witness is found; a replay that strays takes back what was proved."""
-    if faithful:
-        structure = _distrust(structure, faithful)
+def settle(
+    structure: Structure, experiment: Experiment, output: Any, difference: str = ""
+) -> Structure:
+    """Return the structure with counterexamples to what it does not prove.
+
+    ``output``: what the model returns. ``difference``: how the recording differs from the model on
+    another batch; what was proved about the forward pass is unknown then, as another computation
+    may run there.
+    """
+    if difference:
+        structure = _withdrawn(structure, difference)
     if structure.samples > 1:
-        structure = _settle_forward(structure, oracle)
-    if oracle.graph.loss is not None and oracle.graph.after_cut:
-        structure = _settle_loss(structure, LossExperiment(oracle, output), oracle)
+        structure = _settle_forward(structure, experiment)
+    if _has_loss(experiment):
+        structure = _settle_loss(structure, loss_experiment(experiment, output))
     return structure
 
 
-def _distrust(structure: Structure, why: str) -> Structure:
-    blame = Culprit("", "replay", "", WHY["unfaithful"] + f" ({why})", REMEDY["unfaithful"])
-    names = ("independent_forward", "simd_forward", "simd_given_statistics")
-    return structure.with_verdicts(
-        *(Verdict(n, "unknown", culprits=(*getattr(structure, n).culprits, blame)) for n in names)
-    )
+def _has_loss(experiment: Experiment) -> bool:
+    """Return whether the analysis found a place to separate model and loss."""
+    return experiment.graph.loss is not None and bool(experiment.graph.after_cut)
 
 
-def _fails(verdict: Verdict, witness: Counterexample | None) -> Verdict:
-    if witness is None or verdict.status == "holds":
+def _withdrawn(structure: Structure, difference: str) -> Structure:
+    """Return the structure with nothing proved about the forward pass."""
+    why = WHY["unfaithful"] + f" ({difference})"
+    replay = Culprit("", "replay", "", why, REMEDY["unfaithful"])
+    verdicts = []
+    for verdict in (
+        structure.independent_forward,
+        structure.simd_forward,
+        structure.simd_given_statistics,
+    ):
+        culprits = (*verdict.culprits, replay)
+        verdicts.append(Verdict(verdict.name, "unknown", culprits=culprits))
+    return structure.with_verdicts(*verdicts)
+
+
+def _refuted(verdict: Verdict, witness: Counterexample | None) -> Verdict:
+    """Return the verdict as failing where there is a counterexample; one that holds is proved."""
+    if witness is None or verdict:
         return verdict
     return replace(verdict, status="fails", basis="witness", note=str(witness))
 
 
-def _settle_forward(structure: Structure, oracle: Experiment) -> Structure:
-    independent, simd, given = (
-        structure.independent_forward,
-        structure.simd_forward,
-        structure.simd_given_statistics,
-    )
-    witness = None if independent else listening(oracle)
-    independent, simd = _fails(independent, witness), _fails(simd, witness)
-    if given and (simd or simd.status == "fails"):
-        return structure.with_verdicts(independent, simd, given)
-    bent = uneven(oracle)
-    simd, given = _fails(simd, bent), _fails(given, bent)
-    if (
-        given.status == "unknown"
-        and independent.status == "fails"
-        and _all_known(structure, oracle)
-    ):
-        given = _unbounded(given, oracle)
-    return structure.with_verdicts(independent, simd, given)
+def _settle_forward(structure: Structure, experiment: Experiment) -> Structure:
+    """Return the structure with counterexamples to the verdicts on the model.
+
+    The tests are costly (some dozens of forward passes), so that one is left out which could not
+    change a verdict any more.
+    """
+    independent = structure.independent_forward
+    simd = structure.simd_forward
+    given_statistics = structure.simd_given_statistics
+    if not independent:
+        # Samples that depend on each other are not SIMD either.
+        dependence = cross_sample_dependence(experiment)
+        independent = _refuted(independent, dependence)
+        simd = _refuted(simd, dependence)
+    if given_statistics and simd.status != "unknown":
+        # Nothing that permuting the samples could refute is open.
+        return structure.with_verdicts(independent, simd, given_statistics)
+    difference = not_equivariant(experiment)
+    simd = _refuted(simd, difference)
+    given_statistics = _refuted(given_statistics, difference)
+    # Ranks say something only about dependence that is known to be there.
+    is_open = given_statistics.status == "unknown" and independent.status == "fails"
+    if is_open and _mixing_is_understood(structure, experiment):
+        given_statistics = _settle_given_statistics(given_statistics, experiment)
+    return structure.with_verdicts(independent, simd, given_statistics)
 
 
-def _unbounded(given: Verdict, oracle: Experiment) -> Verdict:
-    """Samples meet in pairs: no number of statistics that does not grow with the batch can carry that."""
-    if oracle.findings.ranks:
-        return replace(
-            given,
-            status="fails",
-            basis="proved",
-            note="each sample is compared with every other: a rank needs the whole batch",
-        )
-    return _fails(given, unbounded(oracle)) if oracle.findings.bent else given
+def _settle_given_statistics(verdict: Verdict, experiment: Experiment) -> Verdict:
+    """Return that no number of statistics carries the dependence unless it grows with the batch."""
+    if experiment.findings.ranks:
+        return replace(verdict, status="fails", basis="proved", note=NOTE_PAIRS)
+    if not experiment.findings.bent:
+        # Linear in what was mixed: a matrix of fixed size may well carry it.
+        return verdict
+    return _refuted(verdict, growing_rank(experiment))
 
 
-def _all_known(structure: Structure, oracle: Experiment) -> bool:
-    """Nothing unknown stands behind the mixing: every culprit is an op whose rule says how it mixes."""
-    vague = {"no rule", "data-dependent shape", "scattered", "resized", "position"}
-    births = oracle.findings.forward.algebra.births.values()
-    return not structure.unknown_ops and not oracle.findings.escapes and not vague & set(births)
+def _mixing_is_understood(structure: Structure, experiment: Experiment) -> bool:
+    """Return whether every op that mixes samples has a rule that says how."""
+    if structure.unknown_ops or experiment.findings.escapes:
+        return False
+    reasons = experiment.findings.forward.algebra.births.values()
+    return VAGUE.isdisjoint(reasons)
 
 
-def _settle_loss(structure: Structure, loss: LossExperiment, oracle: Experiment) -> Structure:
-    split, reduction, simd_loss = (
-        structure.canonical_split,
-        structure.reduction,
-        structure.simd_loss,
-    )
+def _settle_loss(structure: Structure, loss: LossExperiment) -> Structure:
+    """Return the structure with counterexamples to the verdicts on the loss."""
+    split = structure.canonical_split
+    reduction = structure.reduction
+    simd_loss = structure.simd_loss
+    # One after the other, so that what was found before a test fails to run is kept.
     try:
-        split = (
-            split
-            if split
-            else _fails(split, parameters_matter(loss))
-            if split.status == "unknown"
-            else split
-        )
-        reduction = reduction if reduction else _fails(reduction, not_a_sum(loss))
-        simd_loss = simd_loss if simd_loss else _fails(simd_loss, entangled(loss))
-        if simd_loss.status == "unknown" and oracle.program.loss is not None:
-            simd_loss = _fails(simd_loss, index_matters(loss) or foreign_targets(loss))
+        if split.status == "unknown":
+            split = _refuted(split, parameter_enters(loss))
+        if not reduction:
+            reduction = _refuted(reduction, not_a_sum(loss))
+        if not simd_loss:
+            simd_loss = _refuted(simd_loss, direction_depends_on_predictions(loss))
+        if simd_loss.status == "unknown" and loss.experiment.program.loss is not None:
+            simd_loss = _refuted(simd_loss, _difference_between_samples(loss))
     except Exception as error:
-        note = f"the loss could not be tested: {type(error).__name__}: {error}"
-        reduction, simd_loss = (
-            v if v.status != "unknown" else replace(v, note=note) for v in (reduction, simd_loss)
-        )
+        note = NOTE_UNTESTED.format(error=type(error).__name__, text=error)
+        reduction = _noted(reduction, note)
+        simd_loss = _noted(simd_loss, note)
     if simd_loss.status == "fails" and reduction.status != "fails":
-        note = (
-            "a sum over samples, but not of one function of each sample's own prediction and target"
-            if reduction
-            else str(simd_loss.note)
-        )
-        reduction = replace(
-            reduction,
-            status="fails",
-            basis=simd_loss.basis,
-            note=note,
-            culprits=reduction.culprits or simd_loss.culprits,
-        )
+        reduction = _no_reduction(reduction, simd_loss)
     return structure.with_verdicts(split, reduction, simd_loss)
 
 
-def verify(structure: Structure, oracle: Experiment, output: Any) -> Verification:
-    """Put every verdict to a numerical test."""
-    checks: list[Check] = []
+def _difference_between_samples(loss: LossExperiment) -> Counterexample | None:
+    """Return that samples enter by different functions, or through each other's targets."""
+    return direction_depends_on_index(loss) or direction_depends_on_targets(loss)
+
+
+def _noted(verdict: Verdict, note: str) -> Verdict:
+    """Return an open verdict with a note; one that is given says its own reason."""
+    if verdict.status != "unknown":
+        return verdict
+    return replace(verdict, note=note)
+
+
+def _no_reduction(reduction: Verdict, simd_loss: Verdict) -> Verdict:
+    """Return the reduction as failing for the reason of the SIMD loss, which it includes."""
+    return replace(
+        reduction,
+        status="fails",
+        basis=simd_loss.basis,
+        # It was proved to be a sum, and the terms are not of the right kind.
+        note=NOTE_SUM_OF_OTHERS if reduction else simd_loss.note,
+        culprits=reduction.culprits or simd_loss.culprits,
+    )
+
+
+# --- every verdict is tested ----------------------------------------------------------------------
+
+
+def verify(structure: Structure, experiment: Experiment, output: Any) -> Verification:
+    """Return a numerical test of every verdict; ``output``: what the model returns."""
+    checks = []
     if structure.samples > 1:
-        witness = listening(oracle)
-        checks.append(_check(structure.independent_forward, "replace all other samples", witness))
-        checks.append(
-            _check(structure.simd_forward, "replace and permute samples", witness or uneven(oracle))
-        )
-        checks.append(_check_given(structure, oracle))
-    if oracle.graph.loss is not None and oracle.graph.after_cut:
-        loss = LossExperiment(oracle, output)
-        for verdict, test, run in (
-            (
-                structure.canonical_split,
-                "change parameters, predictions held fixed",
-                parameters_matter,
-            ),
-            (structure.reduction, "second difference over two samples", not_a_sum),
-            (structure.simd_loss, "direction of one row when the others change", entangled),
-        ):
-            try:
-                checks.append(_check(verdict, test, run(loss)))
-            except Exception as error:
-                checks.append(
-                    Check(verdict.name, verdict.status, test, None, f"could not be run: {error}")
-                )
+        checks += _forward_checks(structure, experiment)
+    if _has_loss(experiment):
+        checks += _loss_checks(structure, loss_experiment(experiment, output))
     return Verification(tuple(checks))
 
 
+def _forward_checks(structure: Structure, experiment: Experiment) -> list[Check]:
+    """Return the checks of the verdicts on the model; of a single sample there are none."""
+    dependence = cross_sample_dependence(experiment)
+    independent = _check(structure.independent_forward, "replace all other samples", dependence)
+    witness = dependence or not_equivariant(experiment)
+    simd = _check(structure.simd_forward, "replace and permute samples", witness)
+    return [independent, simd, _check_given_statistics(structure, experiment)]
+
+
+def _loss_checks(structure: Structure, loss: LossExperiment) -> list[Check]:
+    """Return the checks of the verdicts on the loss; one that cannot be run says why."""
+    tests: list[tuple[Verdict, str, LossTest]] = [
+        (
+            structure.canonical_split,
+            "change parameters, predictions held fixed",
+            parameter_enters,
+        ),
+        (
+            structure.reduction,
+            "second difference over two samples",
+            not_a_sum,
+        ),
+        (
+            structure.simd_loss,
+            "direction of one row when the others change",
+            direction_depends_on_predictions,
+        ),
+    ]
+    checks = []
+    for verdict, words, test in tests:
+        try:
+            checks.append(_check(verdict, words, test(loss)))
+        except Exception as error:
+            detail = f"could not be run: {error}"
+            checks.append(Check(verdict.name, verdict.status, words, None, detail))
+    return checks
+
+
 def _check(verdict: Verdict, test: str, witness: Counterexample | None) -> Check:
-    if verdict.status == "unknown":
-        return Check(
-            verdict.name,
-            verdict.status,
-            test,
-            None,
-            str(witness) if witness else "no witness against it",
-            witness,
-        )
-    if verdict.status == "holds":
-        return Check(
-            verdict.name,
-            verdict.status,
-            test,
-            witness is None,
-            str(witness or "no change beyond rounding"),
-            witness,
-        )
-    if witness is None:
-        return Check(
-            verdict.name, verdict.status, test, None, verdict.note or "no witness in this test"
-        )
-    return Check(verdict.name, verdict.status, test, True, str(witness), witness)
+    """Return what a test says about a verdict.
+
+    Without a counterexample a verdict that holds has passed; of one that fails, nothing follows.
+    """
+    if verdict:
+        passed: bool | None = witness is None
+        silence = "no change beyond rounding"
+    elif verdict.status == "unknown":
+        passed = None
+        silence = "no witness against it"
+    else:
+        # That this test is silent does not contradict what another one, or a proof, refuted.
+        passed = None if witness is None else True
+        silence = verdict.note or "no witness in this test"
+    detail = silence if witness is None else str(witness)
+    return Check(verdict.name, verdict.status, test, passed, detail, witness)
 
 
-def _check_given(structure: Structure, oracle: Experiment) -> Check:
+def _check_given_statistics(structure: Structure, experiment: Experiment) -> Check:
+    """Return the check of SIMD given statistics.
+
+    With the statistics held constant, other samples must not change a prediction in a single bit.
+    """
     verdict = structure.simd_given_statistics
+    if not verdict:
+        return _check(verdict, "permute samples", not_equivariant(experiment))
+    # Permuting may move samples into other groups, which have other statistics.
+    if not any(statistic.grouped for statistic in structure.statistics):
+        difference = not_equivariant(experiment)
+        if difference is not None:
+            return _check(verdict, "permute samples", difference)
     test = "replace all other samples, statistics frozen"
-    if verdict.status != "holds":
-        return _check(verdict, "permute samples", uneven(oracle))
-    bent = None if any(s.grouped for s in structure.statistics) else uneven(oracle)
-    if bent is not None:
-        return _check(verdict, "permute samples", bent)
     if structure.simd_forward:
         return Check(verdict.name, verdict.status, test, True, "no statistics are needed")
-    off = frozen_change(oracle)
-    if isinstance(off, str):
-        return Check(verdict.name, verdict.status, test, None, off)
-    return Check(
-        verdict.name,
-        verdict.status,
-        test,
-        off == 0.0,
-        "bitwise equal" if off == 0.0 else f"moved by {off:.2g}",
-    )
+    try:
+        change = change_with_frozen_statistics(experiment)
+    except Untestable as reason:
+        return Check(verdict.name, verdict.status, test, None, str(reason))
+    detail = "bitwise equal" if change == 0.0 else f"moved by {change:.2g}"
+    return Check(verdict.name, verdict.status, test, change == 0.0, detail)

@@ -1,0 +1,145 @@
+"""Predictions for other samples while every batch statistic keeps its value.
+
+If samples depend on each other through batch statistics alone, then with these held constant the
+other samples may be replaced and a prediction does not change in a single bit. The recorded graph
+is replayed with the same numbers in place of the statistics, on the batch and on changed ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from unbatch.analysis.interpreter import Interpretation
+from unbatch.capture import ops
+from unbatch.capture.graph import Step
+from unbatch.capture.substitutes import norm_held
+from unbatch.verification.experiment import Experiment, Untestable
+from unbatch.verification.forward_tests import partitions
+from unbatch.verification.permutations import results_of
+
+MSG_READ_BY_PYTHON = (
+    "statistics of overlapping groups, or values read by Python, cannot be held constant"
+)
+MSG_HIDDEN = "an op does not return its batch statistic, so it cannot be held constant"
+
+
+def change_with_frozen_statistics(experiment: Experiment) -> float:
+    """Return the largest absolute change of a prediction whose own sample is not replaced.
+
+    Raises ``Untestable`` where statistics cannot be held constant.
+    """
+    frozen = _freeze(experiment)
+    base = frozen.rows({})
+    if not base.shape[1]:
+        return 0.0
+    worst = 0.0
+    for seed, keep in enumerate(partitions(experiment.samples)):
+        new = frozen.rows(experiment.feed(experiment.changed(keep, "noisy", seed)))
+        change = (new - base).abs()[keep].nan_to_num(0, 0, 0)
+        worst = max(worst, float(change.amax()))
+    return worst
+
+
+@dataclass(frozen=True)
+class _Frozen:
+    """A replay with constants.
+
+    ``values``: the statistics, by value of the graph. ``norms``: what runs in place of the batch
+    norms, by step.
+    """
+
+    experiment: Experiment
+    values: dict[int, Tensor]
+    norms: dict[int, Callable[..., Any]]
+
+    def rows(self, feed: dict[int, Tensor]) -> Tensor:
+        """Return the predictions for other inputs."""
+        experiment = self.experiment
+        predictions = experiment.graph.run(
+            feed, experiment.prediction_refs, keep=self.values, instead=self.norms
+        )
+        return experiment.rows(predictions)
+
+
+def _freeze(experiment: Experiment) -> _Frozen:
+    """Replay the batch once, and hold every batch statistic at the value that it has there."""
+    graph = experiment.graph
+    forward = experiment.findings.forward
+    if forward.algebra.overlapping() or graph.escapes:
+        raise Untestable(MSG_READ_BY_PYTHON)
+    statistics: set[int] = set()
+    for step in graph.forward_steps:
+        statistics |= _statistics(forward, step)
+    # A batch norm returns its moments together with its result, so to pin them would be too late:
+    # another function runs in its place.
+    norms = {}
+    for step in graph.forward_steps:
+        moments = _batch_moments(step, statistics)
+        if moments is not None:
+            norms[step.index] = moments
+        elif _hides_statistic(forward, step):
+            raise Untestable(MSG_HIDDEN)
+    values: dict[int, Tensor] = {}
+
+    def keep(i: int, t: Tensor) -> None:
+        if i in statistics:
+            # Later steps may write to it.
+            values[i] = t.clone()
+
+    graph.run({}, experiment.prediction_refs, visit=keep)
+    held = {}
+    for i, (mean, invstd) in norms.items():
+        held[i] = norm_held(graph.steps[i], (values[mean], values[invstd]))
+    return _Frozen(experiment, values, held)
+
+
+def _statistics(forward: Interpretation, step: Step) -> set[int]:
+    """Return the results of a step that are batch statistics made there.
+
+    What a later step makes of a statistic is none: it follows from the one that is held.
+    """
+    statistics = set()
+    for ref in results_of(step):
+        ownership = forward.marks.get(ref.index)
+        if ownership is None or ownership.owned or ownership.mixed:
+            continue
+        if forward.made_at(step, ref.index):
+            statistics.add(ref.index)
+    return statistics
+
+
+def _batch_moments(step: Step, statistics: set[int]) -> tuple[int, int] | None:
+    """Return the values that are mean and ``1/σ`` of a batch norm, where these are of the batch.
+
+    Instance norm is a batch norm by its name, and has moments of its own for every sample.
+    """
+    if not ops.is_training_batch_norm(step):
+        return None
+    moments = ops.batch_moments(step.op, step.outs)
+    if moments is None:
+        return None
+    mean, invstd = moments
+    if statistics.isdisjoint((mean.index, invstd.index)):
+        return None
+    return mean.index, invstd.index
+
+
+def _hides_statistic(forward: Interpretation, step: Step) -> bool:
+    """Return whether a step makes and uses a batch statistic without returning it."""
+    steps = {statistic.step for statistic in forward.algebra.roots}
+    if step.index not in steps:
+        return False
+    uses, returns = False, False
+    for ref in step.outs:
+        if ref is None:
+            continue
+        ownership = forward.marks[ref.index]
+        if ownership.owned:
+            uses = True
+        elif ownership.given:
+            returns = True
+    return uses and not returns

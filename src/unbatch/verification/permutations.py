@@ -1,0 +1,150 @@
+"""Predictions for a permuted batch, with the noise of every sample permuted along.
+
+Dropout gives each sample a mask of its own. If only the samples were permuted, sample n would get
+the mask of another one, and its prediction would change for no reason of the model. So the noise
+that was recorded is permuted, too, wherever the analysis says which sample an element of it is for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unbatch.analysis.domain.ownership import Ownership
+from unbatch.analysis.interpreter import Interpretation
+from unbatch.capture import ops
+from unbatch.capture.graph import Graph, Ref, Step
+from unbatch.verification.experiment import Experiment, Untestable
+
+MSG_NOISE = "noise is used in a way in which it cannot be permuted with its samples"
+MSG_AMOUNTS = "samples use different amounts of noise"
+
+Owners = np.ndarray  # for every element of a tensor, the sample that it belongs to
+
+
+def predict_permuted(experiment: Experiment, order: Tensor) -> list[Tensor]:
+    """Return the predictions with sample ``order[n]``, and its noise, in the place of sample n.
+
+    Raises ``Untestable`` where it cannot be said which noise belongs to which sample.
+    """
+    inputs = experiment.permuted(order)
+    graph = experiment.graph
+    if not any(step.noise for step in graph.forward_steps):
+        return experiment.predict(inputs)
+    noise = {}
+    for ref in _noise_refs(graph):
+        owners = _owners(graph, experiment.findings.forward, ref)
+        value = graph.known(ref)
+        if value is None:
+            raise Untestable(MSG_NOISE)
+        if owners is not None:
+            noise[ref] = _permute_owned(value, owners, order)
+    return graph.run(experiment.feed(inputs), experiment.prediction_refs, keep=noise)
+
+
+def _permute_owned(value: Tensor, owners: Owners, order: Tensor) -> Tensor:
+    """Return ``value`` where sample n has the elements of sample ``order[n]``, in their order."""
+    flat = value.reshape(-1)
+    places = [_places(owners, n) for n in range(len(order))]
+    out = flat.clone()
+    for n, m in enumerate(order.tolist()):
+        if len(places[n]) != len(places[m]):
+            raise Untestable(MSG_AMOUNTS)
+        out[places[n]] = flat[places[m]]
+    return out.reshape(value.shape)
+
+
+def _places(owners: Owners, n: int) -> Tensor:
+    """Return the places of the elements of sample n, in a flat tensor."""
+    return torch.from_numpy(np.flatnonzero(owners.reshape(-1) == n))
+
+
+# --- which noise belongs to which sample ----------------------------------------------------------
+
+
+def _noise_refs(graph: Graph) -> Iterator[int]:
+    """Yield every value of the forward pass that a random op returns or writes."""
+    for step in graph.forward_steps:
+        if not step.noise:
+            continue
+        refs: set[int] = set()
+        for ref in results_of(step):
+            refs.add(ref.index)
+        # Some ops return what they write to.
+        yield from refs
+
+
+def results_of(step: Step) -> Iterator[Ref]:
+    """Yield what a step returns, then what it writes."""
+    for ref in step.outs:
+        if ref is not None:
+            yield ref
+    for _, new in step.writes:
+        yield new
+
+
+def _owners(graph: Graph, forward: Interpretation, noise: int) -> Owners | None:
+    """Return the sample of each element of a noise value, None where all samples share it.
+
+    Noise belongs to nobody when it is drawn. Its owners show at the first step that combines it
+    with samples; until then it is followed through steps that rescale or threshold it (a dropout
+    mask is made of uniform numbers).
+    """
+    drawn = graph.values[noise]
+    if not drawn.dtype.is_floating_point:
+        return None  # an order or a label that was drawn: the same for the whole batch
+    carriers = {noise}
+    reshaped = False
+    for step in graph.forward_steps:
+        if step.index <= drawn.step:
+            continue
+        read = [ref.index for ref in step.refs() if ref.index in carriers]
+        if not read:
+            continue
+        for ref in results_of(step):
+            ownership = forward.marks[ref.index]
+            if ownership.depends_on_batch:
+                if ref not in step.outs:
+                    # Written into a part of something else.
+                    raise Untestable(MSG_NOISE)
+                shape = graph.values[read[0]].shape
+                return _in_drawn_shape(_owners_in_result(ownership, shape), drawn.shape, reshaped)
+            carriers.add(ref.index)
+            if graph.values[ref.index].shape != drawn.shape and not ops.keeps_order(step.op):
+                reshaped = True
+    return None
+
+
+def _in_drawn_shape(owners: Owners | None, drawn: tuple[int, ...], reshaped: bool) -> Owners | None:
+    """Return owners of the carrier as those of the noise that it was made from.
+
+    Raises ``Untestable`` where their elements are not in the same order.
+    """
+    if owners is None or owners.shape == drawn:
+        return owners
+    if reshaped:
+        raise Untestable(MSG_NOISE)
+    return owners.reshape(drawn)
+
+
+def _owners_in_result(ownership: Ownership, shape: tuple[int, ...]) -> Owners | None:
+    """Return the owners of noise of a shape by those of the result that it is combined into."""
+    if ownership.mixed:
+        raise Untestable(MSG_NOISE)
+    dim = ownership.sample_dim()
+    if dim is None:
+        if ownership.shape != shape:
+            raise Untestable(MSG_NOISE)
+        return np.broadcast_to(ownership.owner, shape)
+    # Shapes are broadcast from the right.
+    axis = dim - len(ownership.shape) + len(shape)
+    if axis < 0 or shape[axis] == 1:
+        return None
+    if shape[axis] != ownership.shape[dim]:
+        raise Untestable(MSG_NOISE)
+    along = [1] * len(shape)
+    along[axis] = -1
+    return np.broadcast_to(np.arange(shape[axis]).reshape(along), shape)
