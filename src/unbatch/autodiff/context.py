@@ -14,7 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 from unbatch.analysis.domain.ownership import Ownership
 from unbatch.analysis.domain.sample_layout import prediction_dim
-from unbatch.analysis.interpreter import Fact, Interpretation, interpret
+from unbatch.analysis.interpreter import Interpretation, interpret
+from unbatch.analysis.number_facts import Fact
+from unbatch.analysis.policy import Mixed, Policy
 from unbatch.autodiff.planner import BackwardPlan, plan_backward, spread
 from unbatch.autodiff.schedule import Operands, Schedule
 from unbatch.capture.graph import Graph
@@ -57,9 +59,8 @@ class Context:
         if key not in self.routes:
             seen = self.walk
             if by == "copy" and _mixed(seen):
-                seen = interpret(
-                    self.graph, self.samples, self.given, self.graph.forward_steps, by_place=True
-                )
+                steps, by_place = self.graph.forward_steps, Policy(Mixed.BY_PLACE)
+                seen = interpret(self.graph, self.samples, self.given, steps, policy=by_place)
                 self.facts += seen.facts
             plan = plan_backward(self.graph, seen, self.samples, self.leading, names, by)
             if plan.spanning:
@@ -84,14 +85,14 @@ class Context:
         best = seen
         for value, axes in spread(self.graph, seen, plan):
             for axis in axes:
-                belong, steps = chosen | {value: axis}, self.graph.forward_steps
+                policy = replace(seen.policy, counted=chosen | {value: axis})
+                steps = self.graph.forward_steps
                 trial = interpret(
                     self.graph,
                     self.samples,
                     self.given,
                     steps,
-                    belong=belong,
-                    by_place=seen.by_place,
+                    policy=policy,
                 )
                 if _mixed(trial) <= _mixed(seen):
                     chosen[value] = axis

@@ -6,7 +6,7 @@ What is said of an op is what the verdicts say, no more and no less. How ops bec
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeGuard
 
@@ -14,6 +14,7 @@ from unbatch.analysis.domain.sample_layout import holds_its_place, in_order
 from unbatch.analysis.explanations import culprit
 from unbatch.analysis.inference import AnalysisState
 from unbatch.analysis.interpreter import Interpretation, interpret
+from unbatch.analysis.policy import Mixed, Policy
 from unbatch.analysis.rules.registry import NO_RULE
 from unbatch.analysis.structure import Culprit, Structure
 from unbatch.capture import ops
@@ -201,7 +202,7 @@ def _entering(forward: Interpretation, predictions: list[Ref]) -> set[int]:
     return {forward.algebra.roots[r].step for r in given - heard}
 
 
-def _after(escapes: list[HostRead], steps: list[int]) -> Meetings:
+def _after(escapes: Sequence[HostRead], steps: list[int]) -> Meetings:
     """What Python has read may tell in the first step after it that samples go through."""
     found: Meetings = {}
     for escape in escapes:
@@ -263,7 +264,7 @@ def _after_mixing(graph: Graph, forward: Interpretation, steps: set[int]) -> Mee
         given,
         graph.forward_steps,
         sorted(forward.assumed),
-        afresh=True,
+        policy=Policy(Mixed.AFRESH),
     )
     # Elementwise ops only bring in what has mixed before.
     mixing = {
