@@ -17,12 +17,12 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from unbatch.analysis import consequence_table, consequences
-from unbatch.analysis.consequence_table import Consequence
+from unbatch.analysis import consequence_facts, consequence_table, consequences
+from unbatch.analysis.consequence_facts import PART, Consequence
 from unbatch.errors import InputError
 from unbatch.rendering import as_html, as_text
 
-NAMES = consequence_table.STRUCTURES
+NAMES = consequence_facts.STRUCTURES
 
 
 @dataclass(frozen=True)
@@ -388,7 +388,7 @@ def follows_part(structure: Structure) -> Table:
             if outcome == "renamed":
                 words = "exact"
             names = ", ".join(_starred(c) for c in parts)
-            table.add_row(Text(words + consequence_table.PART, style), names)
+            table.add_row(Text(words + PART, style), names)
     return table
 
 
@@ -398,7 +398,7 @@ def _by_part(
     """Return those of whole quantities, and those of the part through the predictions alone."""
     whole, parts = [], []
     for consequence in consequences_:
-        if consequence.name == consequence.quantity + consequence_table.PART:
+        if consequence.name == consequence.quantity + PART:
             parts.append(consequence)
         else:
             whole.append(consequence)
