@@ -15,22 +15,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import unbatch as ub
-from unbatch.analysis.consequence_table import (
+from unbatch.analysis.consequence_facts import (
     FACTS,
     INDEPENDENT,
-    LOSS,
     OWN_WEIGHTS,
-    SIMD,
-    SITUATIONS,
+    REDUCTION,
+    SIMD_FORWARD,
+    SIMD_LOSS,
     SPLIT,
     STATISTICS,
     STRUCTURES,
-    SUM,
-    TABLE,
     Case,
     Consequence,
     Quantity,
 )
+from unbatch.analysis.consequence_table import SITUATIONS, TABLE
 from unbatch.analysis.consequences import check, consequence, follows, render_markdown, situation
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "consequences.md"
@@ -73,7 +72,7 @@ def replaced(statuses: Statuses, at: int, status: str) -> Statuses:
 def consistent(statuses: Statuses) -> bool:
     """A SIMD forward is independent, and SIMD given statistics (none)."""
     s = dict(zip(STRUCTURES, statuses, strict=True))
-    return s[SIMD] != "holds" or "fails" not in (s[INDEPENDENT], s[STATISTICS])
+    return s[SIMD_FORWARD] != "holds" or "fails" not in (s[INDEPENDENT], s[STATISTICS])
 
 
 @cache
@@ -205,10 +204,15 @@ def test_unknown_is_said_only_where_completions_differ_and_is_settled_by_what_it
 
 
 def test_unknown_depends_only_on_what_matters() -> None:
-    statuses = {**situation(HOLDS), INDEPENDENT: "unknown", SIMD: "unknown", SUM: "unknown"}
-    assert consequence("per-sample gradients", statuses).depends_on == (INDEPENDENT, SUM)
+    statuses = {
+        **situation(HOLDS),
+        INDEPENDENT: "unknown",
+        SIMD_FORWARD: "unknown",
+        REDUCTION: "unknown",
+    }
+    assert consequence("per-sample gradients", statuses).depends_on == (INDEPENDENT, REDUCTION)
     assert consequence("GGN trace", statuses).outcome == "exact"
-    assert consequence("KFRA", {**statuses, SUM: "fails"}).outcome == "none"
+    assert consequence("KFRA", {**statuses, REDUCTION: "fails"}).outcome == "none"
 
 
 def test_own_weights_count_as_holding_unless_told() -> None:
@@ -230,7 +234,7 @@ def test_an_unknown_name_is_refused_with_the_likely_ones() -> None:
         dict.fromkeys(FACTS, "maybe"),
         {**dict.fromkeys(FACTS, "holds"), "linear": "holds"},
         {**dict.fromkeys(FACTS, "holds"), INDEPENDENT: "fails"},
-        {**dict.fromkeys(FACTS, "unknown"), SIMD: "holds", STATISTICS: "fails"},
+        {**dict.fromkeys(FACTS, "unknown"), SIMD_FORWARD: "holds", STATISTICS: "fails"},
     ],
 )
 @pytest.mark.parametrize("ask", [follows, lambda statuses: consequence("gradient", statuses)])
@@ -249,10 +253,10 @@ ALWAYS = Case("exact", "always")
     [
         ((ALWAYS, Case("none", "hidden", fails=(INDEPENDENT,))), "case 1 is never reached"),
         (
-            (Case("none", "never", holds=(SIMD,), fails=(INDEPENDENT,)), ALWAYS),
+            (Case("none", "never", holds=(SIMD_FORWARD,), fails=(INDEPENDENT,)), ALWAYS),
             "case 0 is never reached",
         ),
-        ((Case("exact", "some", holds=(LOSS,)),), "no case for"),
+        ((Case("exact", "some", holds=(SIMD_LOSS,)),), "no case for"),
         ((Case("renamed", "to what?"),), "is 'renamed' and named ''"),
         ((Case("exact", "as itself", "something else"),), "is 'exact' and named 'something else'"),
         ((Case("unknown", "not for a table to say"),), "has outcome 'unknown'"),

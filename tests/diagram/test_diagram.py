@@ -17,7 +17,8 @@ from unbatch.analysis.structure import Culprit
 from unbatch.diagram import figure
 from unbatch.diagram import mixing as meetings
 from unbatch.diagram.diagram import Diagram
-from unbatch.diagram.stages import MOST, Stage, shown
+from unbatch.diagram.stage import Stage, shown
+from unbatch.diagram.stages import MOST
 from unbatch.problem import session as recording
 
 N = 8
@@ -548,11 +549,9 @@ def test_the_same_again_is_told_once():
 
     stages = middle(problem(Siamese(nn.BatchNorm1d(4)), loss).diagram())
     assert {name: (s.runs, s.numbers) for name, s in stages.items()} == {
-        "net.0 Linear": (3, 0),
-        "net.1 BatchNorm1d": (3, 24),
-        "net.2 Linear": (3, 0),
-    }
-    assert stages["net.1 BatchNorm1d"].said == "run 3 times, samples meet in 24 numbers"
+        "net.0 Linear": (3, 0), "net.1 BatchNorm1d": (3, 24), "net.2 Linear": (3, 0)
+    }  # fmt: skip
+    assert stages["net.1 BatchNorm1d"].said == "run 3 times, samples share 24 numbers"
     others = problem(Views(nn.ReLU()), loss).diagram()
     assert [(s.name, s.runs) for s in others.stages if s.role == "module"][:3] == [
         ("net.0 Linear", 1),
@@ -809,9 +808,9 @@ def test_words_that_do_not_fit_beside_each_other_stand_below_each_other():
             return self.head(self.get_submodule(name)(x))
 
     rows = str(problem(Named()).diagram()).splitlines()
-    (at,) = [i for i, row in enumerate(rows) if row.endswith("samples meet in 8 numbers")]
+    (at,) = [i for i, row in enumerate(rows) if row.endswith("samples share 8 numbers")]
     assert rows[at + 1].strip().startswith("native_batch_norm, test_diagram.py:")
-    assert rows[at + 1].index("native") == rows[at].index("samples meet")
+    assert rows[at + 1].index("native") == rows[at].index("samples share")
     assert max(map(len, rows)) <= 110
 
 
@@ -822,7 +821,7 @@ def test_columns():
 
 def test_description_names_the_bands():
     met = problem(NETS["batch norm"][0]).diagram().description
-    assert "1 BatchNorm1d: samples meet in 8 numbers" in met
+    assert "1 BatchNorm1d: samples share 8 numbers" in met
     assert "weighted sum" in met
     assert "stay separate" in problem(NETS["mlp"][0]).diagram().description
 

@@ -108,7 +108,7 @@ def words(ax):
 def test_structure_draws_a_column_for_each_sample_and_the_neck(mixing, apart):
     ax = plot.structure(mixing)
     assert "R = 10" in words(ax)
-    assert "samples meet in 10 numbers" in words(ax)
+    assert "samples share 10 numbers" in words(ax)
     assert [w for w in words(ax) if w.startswith("$x")] == [
         r"$x_{1}$",
         r"$x_{2}$",
@@ -125,7 +125,7 @@ def shapes(ax):
 
 def test_shapes_tell_the_kinds_apart_without_colour(mixing, apart):
     from unbatch.diagram import figure
-    from unbatch.diagram.stages import Stage
+    from unbatch.diagram.stage import Stage
 
     drawn = {}
     for kind in ("separate", "statistics", "mixed", "unknown"):
@@ -242,7 +242,7 @@ def test_committed_figures_are_of_this_code():
     with_, without = (
         (ROOT / "docs" / "figures" / f"{n}_batch_norm.svg").read_text() for n in ("with", "without")
     )
-    assert "1 BatchNorm1d: samples meet in 16 numbers" in with_
+    assert "1 BatchNorm1d: samples share 16 numbers" in with_
     assert "stay separate" in without
 
 

@@ -1,19 +1,20 @@
-"""Which quantities survive the loss of a structure, and why: one table and four functions over it.
+"""Which quantities survive the loss of a structure, and why: functions over one table.
 
-Here live the table (`TABLE`), its reader (`follows`, `consequence`), its checker (`check`) and its
+Here live the reader of the table (`follows`, `consequence`), its checker (`check`) and its
 rendering (`render_markdown`). No tensors, no networks, and no verdicts: those come in as words.
 
-A *world* is the set of facts that hold; a quantity's cases are tried in order and the first one that
-matches the world is its answer. An unknown structure means several worlds: where all of them give the
-same answer it stands, otherwise it is `"unknown"`, together with the fewest facts that would settle it.
+A *world* is the set of facts that hold; a quantity's cases are tried in order and the first one
+that matches the world is its answer. An unknown structure means several worlds: where all of them
+give the same answer it stands, otherwise it is `"unknown"`, together with the fewest facts that
+would settle it.
 
 Legend: `F_n` prediction and `ℓ_n` loss of sample n, `L` the loss, `w_n` its weights, `J = ∂F/∂θ`,
 `H = ∇²_F L` with blocks `H_n`, `G = JᵀHJ = VΣVᵀ` the GGN, `N·C` the number of predicted entries.
 
-Sources: Dangel, "Structural implications of batch normalization" (2021), for the structures and what rests
-on them; Dangel, Kunstner, Hennig, "BackPACK" (2020), and Dangel, Tatzel, Hennig, "ViViT" (2021), for the
-quantities of these packages; Schneider, Dangel, Hennig, "Cockpit" (2021), for the statistics of gradients;
-Chen et al., "BDA-PCH" (2018), for the positive-curvature Hessian.
+Sources: Dangel, "Structural implications of batch normalization" (2021), for the structures and
+what rests on them; Dangel, Kunstner, Hennig, "BackPACK" (2020), and Dangel, Tatzel, Hennig, "ViViT"
+(2021), for the quantities of these packages; Schneider, Dangel, Hennig, "Cockpit" (2021), for the
+statistics of gradients; Chen et al., "BDA-PCH" (2018), for the positive-curvature Hessian.
 """
 
 from __future__ import annotations
@@ -23,78 +24,92 @@ from difflib import get_close_matches
 from functools import cache
 from itertools import combinations
 
-from unbatch.analysis.consequence_table import (
+from unbatch.analysis.consequence_facts import (
     FACTS,
     INDEPENDENT,
-    OUTCOMES,
     OWN_WEIGHTS,
     PART,
-    REST,
-    SIMD,
-    SITUATIONS,
+    SIMD_FORWARD,
     SPLIT,
     STATISTICS,
     STATUSES,
     STRUCTURES,
-    TABLE,
     Case,
     Consequence,
     Outcome,
     Quantity,
     World,
 )
+from unbatch.analysis.consequence_rules import REST
+from unbatch.analysis.consequence_table import OUTCOMES, SITUATIONS, TABLE
 
-"""A fact beside the structures: `w_n` depends on N and on sample n's own target and input, on no others."""
+Answer = tuple[Outcome, str]  # what becomes of a quantity, and its name then
 
 
-# The reasons ------------------------------------------------------------------------------------------
-# The families of rules --------------------------------------------------------------------------------
-# The table --------------------------------------------------------------------------------------------
-# The reader -------------------------------------------------------------------------------------------
+# --- the reader -----------------------------------------------------------------------------------
 
 
 def follows(statuses: Mapping[str, str]) -> tuple[Consequence, ...]:
-    """What follows for every quantity, in the order of the table.
+    """Return what follows for every quantity, in the order of the table.
 
-    `statuses` maps each of `STRUCTURES` to `"holds"`, `"fails"` or `"unknown"`. The entry `"own_weights"`
-    may be left out and then counts as holding: pass it where the weights depend on targets or inputs.
-    Raises `ValueError` for missing or strange entries, and for verdicts that contradict each other.
+    `statuses` maps each of `STRUCTURES` to `"holds"`, `"fails"` or `"unknown"`. The entry
+    `"own_weights"` may be left out and then counts as holding: pass it where the weights depend on
+    targets or inputs. Raises `ValueError` for missing or strange entries, and for verdicts that
+    contradict each other.
     """
-    worlds, unknown = _completions(statuses), [s for s in FACTS if statuses.get(s) == "unknown"]
+    worlds, unknown = _completions(statuses), _unknown_facts(statuses)
     return tuple(_conclude(quantity, worlds, unknown) for quantity in TABLE)
 
 
 def consequence(quantity: str, statuses: Mapping[str, str]) -> Consequence:
-    """What follows for one quantity; `statuses` as in `follows`. Raises `KeyError` for an unknown name."""
-    found = next((q for q in TABLE if q.name == quantity), None)
-    if found is None:
-        names = [q.name for q in TABLE]
+    """Return what follows for one quantity; `statuses` as in `follows`.
+
+    Raises `KeyError` for an unknown name.
+    """
+    by_name = {entry.name: entry for entry in TABLE}
+    if quantity not in by_name:
+        names = list(by_name)
         close = get_close_matches(quantity, names) or names
         raise KeyError(
             f"no quantity is called {quantity!r}; do you mean one of: {', '.join(close)}?"
         )
-    return _conclude(
-        found, _completions(statuses), [s for s in FACTS if statuses.get(s) == "unknown"]
-    )
+    return _conclude(by_name[quantity], _completions(statuses), _unknown_facts(statuses))
+
+
+def _unknown_facts(statuses: Mapping[str, str]) -> list[str]:
+    return [fact for fact in FACTS if statuses.get(fact) == "unknown"]
 
 
 @cache
 def _worlds() -> tuple[World, ...]:
-    """All sets of facts that can hold together: a SIMD forward is independent, and SIMD given no statistics.
+    """Return all sets of facts that can hold together.
 
-    The converse is not used, as statistics may be those of groups, and groups may differ.
+    A SIMD forward is independent, and SIMD given no statistics. The converse is not used, as
+    statistics may be those of groups, and groups may differ.
     """
-    subsets = (frozenset(s) for size in range(len(FACTS) + 1) for s in combinations(FACTS, size))
-    return tuple(w for w in subsets if SIMD not in w or {INDEPENDENT, STATISTICS} <= w)
+    worlds = []
+    for subset in _subsets(FACTS):
+        world = frozenset(subset)
+        if SIMD_FORWARD not in world or {INDEPENDENT, STATISTICS} <= world:
+            worlds.append(world)
+    return tuple(worlds)
+
+
+def _subsets(facts: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """Yield all subsets, small ones first."""
+    for size in range(len(facts) + 1):
+        yield from combinations(facts, size)
 
 
 def _completions(statuses: Mapping[str, str]) -> list[World]:
+    """Return the worlds that agree with what is known."""
     known = {OWN_WEIGHTS: "holds", **statuses}
     if set(known) != set(FACTS) or not set(known.values()) <= set(STATUSES):
         raise ValueError(f"need one of {STATUSES} for each of {STRUCTURES}, got {dict(statuses)}")
-    held = {s for s, status in known.items() if status == "holds"}
-    failed = {s for s, status in known.items() if status == "fails"}
-    worlds = [w for w in _worlds() if held <= w and not failed & w]
+    holding = {fact for fact, status in known.items() if status == "holds"}
+    failing = {fact for fact, status in known.items() if status == "fails"}
+    # Of two unknown facts one may exclude the other: not every completion is a world.
+    worlds = [world for world in _worlds() if holding <= world and world.isdisjoint(failing)]
     if not worlds:
         raise ValueError(
             f"a SIMD forward is independent and SIMD given statistics, but got {dict(statuses)}"
@@ -103,8 +118,11 @@ def _completions(statuses: Mapping[str, str]) -> list[World]:
 
 
 def _decide(quantity: Quantity, world: World) -> Case:
-    """The first case that matches, restricted to the part through the predictions where the split fails."""
-    case = next(c for c in quantity.cases if c.matches(world))
+    """Return the first case that matches.
+
+    Where the split fails it is about the part through the predictions only.
+    """
+    case = next(case for case in quantity.cases if case.matches(world))  # `check` finds gaps
     if SPLIT in world or not quantity.through_predictions or case.outcome == "none":
         return case
     outcome: Outcome = "renamed" if case.outcome == "exact" else case.outcome
@@ -112,52 +130,75 @@ def _decide(quantity: Quantity, world: World) -> Case:
 
 
 def _conclude(quantity: Quantity, worlds: Sequence[World], unknown: Sequence[str]) -> Consequence:
-    cases = {world: _decide(quantity, world) for world in worlds}
-    answers = {world: (case.outcome, _label(quantity, case)) for world, case in cases.items()}
+    """Return the answer that all worlds share, or which facts would settle it."""
+    answers: dict[World, Answer] = {}
+    reasons: dict[str, None] = {}
+    for world in worlds:
+        case = _decide(quantity, world)
+        answers[world] = (case.outcome, _label(quantity, case))
+        reasons[case.reason] = None
     settling = _settling(answers, unknown)
     if settling:
         return _undecided(quantity, sorted(set(answers.values())), settling)
-    outcome, name = next(iter(answers.values()))
-    reason = " Or: ".join(dict.fromkeys(case.reason for case in cases.values()))
+    outcome, name = answers[worlds[0]]
+    reason = " Or: ".join(reasons)
     return Consequence(quantity.name, outcome, name, reason, quantity.peers, quantity.available)
 
 
 def _undecided(
-    quantity: Quantity, answers: list[tuple[Outcome, str]], on: tuple[str, ...]
+    quantity: Quantity, answers: Sequence[Answer], settling: tuple[str, ...]
 ) -> Consequence:
-    told = dict.fromkeys(OUTCOMES[outcome] for outcome, _ in answers)
-    reason = f"Depends on {', '.join(on)}: {' or '.join(told)}."
-    return Consequence(quantity.name, "unknown", "", reason, quantity.peers, quantity.available, on)
+    """Return that the answer is unknown, and which answers are possible."""
+    outcomes = dict.fromkeys(OUTCOMES[outcome] for outcome, _ in answers)
+    return Consequence(
+        quantity=quantity.name,
+        outcome="unknown",
+        name="",
+        reason=f"Depends on {', '.join(settling)}: {' or '.join(outcomes)}.",
+        peers=quantity.peers,
+        available=quantity.available,
+        depends_on=settling,
+    )
 
 
 def _label(quantity: Quantity, case: Case) -> str:
-    return "" if case.outcome == "none" else case.name or quantity.name
+    if case.outcome == "none":
+        return ""
+    return case.name or quantity.name
 
 
-def _settling(
-    answers: Mapping[World, tuple[Outcome, str]], unknown: Sequence[str]
-) -> tuple[str, ...]:
-    """The fewest of the unknown facts of which the answer is a function; none of them if it is constant."""
+def _settling(answers: Mapping[World, Answer], unknown: Sequence[str]) -> tuple[str, ...]:
+    """Return the fewest of the unknown facts of which the answer is a function.
 
-    def settles(subset: tuple[str, ...]) -> bool:
-        seen: dict[World, tuple[Outcome, str]] = {}
-        return all(
-            seen.setdefault(w.intersection(subset), answer) == answer
-            for w, answer in answers.items()
-        )
-
-    subsets = (s for size in range(len(unknown) + 1) for s in combinations(unknown, size))
-    return next(filter(settles, subsets))
+    None of them if the answer is the same in all worlds.
+    """
+    for subset in _subsets(unknown):
+        if _settles(subset, answers):
+            return subset
+    raise AssertionError("all unknown facts together always settle the answer")
 
 
-# The checker ------------------------------------------------------------------------------------------
+def _settles(facts: Sequence[str], answers: Mapping[World, Answer]) -> bool:
+    """Tell whether worlds that agree in these facts agree in the answer."""
+    by_facts: dict[World, Answer] = {}
+    for world, answer in answers.items():
+        if by_facts.setdefault(world.intersection(facts), answer) != answer:
+            return False
+    return True
+
+
+# --- the checker ----------------------------------------------------------------------------------
 
 
 def check(table: Sequence[Quantity]) -> None:
-    """Raise `ValueError` listing every flaw: names given twice, malformed, hidden and missing cases."""
+    """Raise `ValueError` listing every flaw.
+
+    Flaws are names given twice, and malformed, hidden and missing cases.
+    """
     names = [quantity.name for quantity in table]
     flaws = [f"{name}: named twice" for name in dict.fromkeys(names) if names.count(name) > 1]
-    flaws += [f"{quantity.name}: {flaw}" for quantity in table for flaw in _flaws(quantity)]
+    for quantity in table:
+        flaws += [f"{quantity.name}: {flaw}" for flaw in _flaws(quantity)]
     if flaws:
         raise ValueError("the table of consequences is flawed:\n" + "\n".join(flaws))
 
@@ -168,20 +209,25 @@ def _flaws(quantity: Quantity) -> Iterator[str]:
             yield f"case {i} has outcome {case.outcome!r}"
         if case.outcome != "estimate" and bool(case.name) != (case.outcome == "renamed"):
             yield f"case {i} is {case.outcome!r} and named {case.name!r}"
-        if strange := {*case.holds, *case.fails}.difference(FACTS):
+        strange = {*case.holds, *case.fails}.difference(FACTS)
+        if strange:
             yield f"case {i} speaks of {sorted(strange)}"
-    first = [
-        next((i for i, c in enumerate(quantity.cases) if c.matches(w)), None) for w in _worlds()
-    ]
-    yield from (f"case {i} is never reached" for i in range(len(quantity.cases)) if i not in first)
-    if None in first:
-        yield f"no case for {sorted(_worlds()[first.index(None)])}"
+    reached: set[int | None] = set()
+    missing: list[World] = []
+    for world in _worlds():
+        matching = (i for i, case in enumerate(quantity.cases) if case.matches(world))
+        first = next(matching, None)
+        reached.add(first)
+        if first is None:
+            missing.append(world)
+    for i in range(len(quantity.cases)):
+        if i not in reached:
+            yield f"case {i} is never reached"
+    if missing:
+        yield f"no case for {sorted(missing[0])}"
 
 
-# The rendering ----------------------------------------------------------------------------------------
-
-
-"""Typical situations, and the facts that fail in each."""
+# --- the rendering --------------------------------------------------------------------------------
 
 
 INTRO = """# What follows from which structure
@@ -193,46 +239,55 @@ Generated from the table in `unbatch.analysis.consequence_table`.
 - **estimate**: only an estimate can be had, or the quantity is an estimate by definition.
 - **none**: does not exist, and is refused.
 
-*Parameters in the loss*: a weight decay or a temperature, say. *Weights set by other samples* (`own_weights`
-fails): a mean over class weights or unmasked entries, whose denominator the other targets set. A star marks
-what this release computes. Of several cases below the first that matches counts.
+*Parameters in the loss*: a weight decay or a temperature, say. *Weights set by other samples*
+(`own_weights` fails): a mean over class weights or unmasked entries, whose denominator the other
+targets set. A star marks what this release computes. Of several cases below the first that matches
+counts.
 """
 
 
 def situation(name: str) -> dict[str, str]:
-    """The statuses of one of the `SITUATIONS`, by its name."""
-    return {s: "fails" if s in SITUATIONS[name] else "holds" for s in FACTS}
+    """Return the statuses of one of the `SITUATIONS`, by its name."""
+    return {fact: "fails" if fact in SITUATIONS[name] else "holds" for fact in FACTS}
 
 
 def render_markdown() -> str:
-    """The documentation page: quantities against typical situations, and all cases with their reasons."""
-    answers = zip(*(follows(situation(name)) for name in SITUATIONS), strict=True)
-    head = [_line("quantity", *SITUATIONS), _line(*["---"] * (len(SITUATIONS) + 1))]
-    rows = [
-        _line(one[0].quantity + " \\*" * one[0].available, *(c.outcome for c in one))
-        for one in answers
-    ]
-    return "\n".join([INTRO, *head, *rows, "", "## Reasons", "", *map(_section, TABLE)])
+    """Return the documentation page.
+
+    Quantities against typical situations, and all cases with their reasons.
+    """
+    by_situation = [follows(situation(name)) for name in SITUATIONS]
+    lines = [INTRO, _row("quantity", *SITUATIONS), _row(*["---"] * (len(SITUATIONS) + 1))]
+    for answers in zip(*by_situation, strict=True):
+        star = " \\*" * answers[0].available
+        lines.append(_row(answers[0].quantity + star, *(answer.outcome for answer in answers)))
+    return "\n".join([*lines, "", "## Reasons", "", *map(_section, TABLE)])
 
 
-def _line(*cells: str) -> str:
+def _row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
 def _section(quantity: Quantity) -> str:
-    peers = [f"Elsewhere: {', '.join(quantity.peers)}.", ""] if quantity.peers else []
-    cases = [
-        f"- {_condition(case)}: **{_verdict(case)}**. {case.reason}" for case in quantity.cases
-    ]
+    lines = [f"### {quantity.name}", ""]
+    if quantity.peers:
+        lines += [f"Elsewhere: {', '.join(quantity.peers)}.", ""]
+    for case in quantity.cases:
+        condition, outcome = _condition(case), _outcome_in_words(case)
+        lines.append(f"- {condition}: **{outcome}**. {case.reason}")
     if quantity.through_predictions:
-        cases.append(f"- Where `{SPLIT}` fails, of the part through the predictions only.")
-    return "\n".join([f"### {quantity.name}", "", *peers, *cases, ""])
+        lines.append(f"- Where `{SPLIT}` fails, of the part through the predictions only.")
+    return "\n".join([*lines, ""])
 
 
 def _condition(case: Case) -> str:
-    facts = [f"`{s}`" for s in case.holds] + [f"not `{s}`" for s in case.fails]
+    facts = [f"`{fact}`" for fact in case.holds]
+    facts += [f"not `{fact}`" for fact in case.fails]
     return ", ".join(facts) or "otherwise"
 
 
-def _verdict(case: Case) -> str:
-    return f"{OUTCOMES[case.outcome]}, *{case.name}*" if case.name else OUTCOMES[case.outcome]
+def _outcome_in_words(case: Case) -> str:
+    words = OUTCOMES[case.outcome]
+    if case.name:
+        words += f", *{case.name}*"
+    return words

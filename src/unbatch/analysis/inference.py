@@ -1,53 +1,63 @@
-"""What the marks prove about the loss.
+"""From ownership to verdicts: what is proved about model and loss of one recording.
 
-``judge`` says *holds* where the marks of predictions and loss prove it, and leaves the rest open ("unknown") with the
-culprits. Whether an open one *fails* takes a witness, see ``verify.py``.
+``infer_structure`` interprets the forward pass, finds where the loss begins, interprets the loss,
+and collects what the verdicts rest on. The verdicts themselves are read off in
+``forward_inference.py`` and ``loss_inference.py``; whether an open one fails is settled in
+``verification/``.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from unbatch.analysis.domain.ownership import Ownership
-from unbatch.analysis.domain.propagation import Propagation, StatisticUse
-from unbatch.analysis.domain.sample_layout import holds_its_place, uniform
-from unbatch.analysis.explanations import DEFAULT_REMEDY, REMEDY, WHY, culprit, escape_culprit
+from unbatch.analysis.forward_inference import forward_evidence, judge_forward
 from unbatch.analysis.initial import forward_marks, loss_marks, scrambled
 from unbatch.analysis.interpreter import Interpretation, interpret
 from unbatch.analysis.loss_boundary import folded, placed, split
+from unbatch.analysis.loss_inference import LossEvidence, judge_loss, parameters_in_own_loss
 from unbatch.analysis.rules import registry
-from unbatch.analysis.structure import BatchStatistic, Culprit, Structure, Verdict
-from unbatch.capture import ops
+from unbatch.analysis.structure import Structure
 from unbatch.capture.graph import Graph, HostRead, Ref, Step
 from unbatch.capture.sample_axes import SampleAxes
 
-
-def sees(marks: Ownership) -> bool:
-    """The value tells something about the batch."""
-    return marks.depends_on_batch or bool(
-        marks.sources & {"inputs", "targets", "predictions", "internals"}
-    )
+# What the loss may depend on without depending on a prediction.
+CONSTANTS = frozenset({"targets", "inputs"})
 
 
-# --- judging --------------------------------------------------------------------------------------
+# Sources through which a value says something about the batch.
+BATCH_SOURCES = frozenset({"inputs", "targets", "predictions", "internals"})
 
 
-@dataclass
+@dataclass(frozen=True)
 class AnalysisState:
-    """The walks behind a structure; what the witnesses need to know beside it."""
+    """The interpretations behind a structure, and what its numerical tests have to know.
+
+    ``leading``: samples lie along the first axis of every input. ``bent`` and ``ranks``: see
+    ``ForwardEvidence.nonlinear`` and ``ranks``. ``escapes``: host reads that may steer the forward
+    pass.
+    """
 
     forward: Interpretation
     loss: Interpretation | None
     leading: bool
     bent: bool = False
     ranks: bool = False
-    escapes: list[HostRead] = field(default_factory=list)
-    loss_escapes: list[HostRead] = field(default_factory=list)
-    told: frozenset[str] = (
-        frozenset()
-    )  # constants of which the loss looks at more than one sample's at a time
+    escapes: tuple[HostRead, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Assumptions:
+    """What the user has declared, and what was found out about host reads in other ways.
+
+    ``modules``: paths of modules that are assumed to act on each sample alone. ``harmless``: tells
+    of a host read whether the program is the same whatever Python reads there.
+    """
+
+    modules: Sequence[str]
+    harmless: Callable[[HostRead], bool]
 
 
 def infer_structure(
@@ -56,436 +66,237 @@ def infer_structure(
     dims: Sequence[int | None],
     target_dims: Sequence[int | None],
     assumed: Sequence[str] = (),
-    harmless: Callable[[HostRead], bool] = lambda e: False,
+    harmless: Callable[[HostRead], bool] = lambda read: False,
     fold: SampleAxes | None = None,
 ) -> tuple[Structure, AnalysisState]:
-    """Walk over model and loss and say what is proved. Where the model computes its own loss, find the cut first.
+    """Interpret model and loss and return what is proved about them.
 
-    The graph of the findings is the one that the verdicts are about: cut, and with its predictions folded.
+    ``dims`` and ``target_dims``: the sample axis of each input and target, None where it has none.
+    ``assumed``: modules that are declared to act on each sample alone. Where the model computes its
+    own loss, the graph of the state is cut into model and loss, and ``fold`` has been applied to
+    its predictions. Raises ``InputError`` where ``fold`` fits no prediction.
     """
-    own = graph.own_loss and not graph.after_cut
+    assumptions = _Assumptions(assumed, harmless)
     leading = all(d in (0, None) for d in dims)
-    forward = interpret(
-        graph,
-        samples,
-        forward_marks(graph, dims),
-        graph.steps if own else graph.forward_steps,
-        assumed,
-    )
-    entering: list[Step] = []
-    if own:
-        graph, entering = split(graph, forward)
-        forward = replace(forward, graph=graph)
-    if own and fold is not None:
-        graph = folded(graph, forward, fold)
-        forward = interpret(
-            graph, samples, forward_marks(graph, dims), graph.forward_steps, assumed
-        )
-    found = AnalysisState(forward, None, leading)
-    before, after = _asked(graph, forward, own)
-    matters = lambda e, w: _tells(e, w) and not _declared(graph, e, assumed) and not harmless(e)  # noqa: E731
-    found.escapes = [e for e in before if matters(e, forward)]
-    structure = _judge_forward(graph, forward, found, samples)
+    own_loss = graph.own_loss and not graph.after_cut
+    steps = graph.steps if own_loss else graph.forward_steps
+    forward = interpret(graph, samples, forward_marks(graph, dims), steps, assumed)
+    parameter_steps: list[Step] = []
+    if own_loss:
+        forward, parameter_steps = _cut_own_loss(forward, dims, assumed, fold)
+        graph = forward.graph
+    before, after = _reads_by_part(graph, forward, own_loss)
+    reads = _steering(graph, before, forward, assumptions)
+    evidence = forward_evidence(graph, forward, leading, reads)
+    structure = judge_forward(graph, forward, evidence, leading)
+    loss: Interpretation | None = None
     if graph.loss is not None:
         start = loss_marks(graph, forward, target_dims, samples, leading)
-        found.loss = _walk_loss(
-            graph, forward, start, assumed, statistics_of_data(graph, forward) if own else []
-        )
-        read = [e for e in after if matters(e, found.loss)]
-        found.loss_escapes = [e for e in read if e.blind or not constant(e, found.loss)]
-        found.told = frozenset().union(
-            *(found.loss.asked[e].sources for e in read if e not in found.loss_escapes),
-            *(found.loss.marks[i].sources for i in scrambled(graph, forward)),
-        )
-        structure = _judge_loss(graph, found.loss, found, structure)
-        if entering:
-            structure = structure.with_verdicts(_entering(entering))
-        if own:
-            structure = replace(structure, notes=structure.notes + _cut(graph))
-    walks = [forward] + ([found.loss] if found.loss else [])
-    return replace(
-        structure,
-        assumptions=tuple(sorted(set().union(*(w.assumed for w in walks)))),
-        custom_rules=tuple(sorted(set().union(*(w.custom for w in walks)))),
-        unknown_ops=tuple(sorted({op for w in walks for op in w.unknown.values()})),
-    ), found
+        loss = _interpret_loss(graph, forward, start, assumed, own_loss)
+        reads_after = _steering(graph, after, loss, assumptions)
+        verdicts = judge_loss(_loss_evidence(graph, graph.loss, forward, loss, reads_after))
+        structure = structure.with_verdicts(*verdicts)
+    if parameter_steps:
+        structure = structure.with_verdicts(parameters_in_own_loss(parameter_steps))
+    if own_loss and loss is not None:
+        structure = replace(structure, notes=structure.notes + _cut_notes(graph))
+    state = AnalysisState(
+        forward, loss, leading, evidence.nonlinear, evidence.ranks, evidence.reads
+    )
+    return _with_premises(structure, state), state
 
 
-def _walk_loss(
+def _cut_own_loss(
+    forward: Interpretation,
+    dims: Sequence[int | None],
+    assumed: Sequence[str],
+    fold: SampleAxes | None,
+) -> tuple[Interpretation, list[Step]]:
+    """Return the forward pass of a model that computes its own loss, cut where the loss begins.
+
+    The second value are the steps at which parameters enter the loss all the same.
+    """
+    graph, parameter_steps = split(forward.graph, forward)
+    forward = replace(forward, graph=graph)
+    if fold is None:
+        return forward, parameter_steps
+    # Folding inserts steps, so the numbers of all values change with it.
+    graph = folded(graph, forward, fold)
+    start = forward_marks(graph, dims)
+    samples = forward.algebra.samples
+    return interpret(graph, samples, start, graph.forward_steps, assumed), parameter_steps
+
+
+def _interpret_loss(
     graph: Graph,
     forward: Interpretation,
     start: dict[int, Ownership],
     assumed: Sequence[str],
-    before: Sequence[Step],
+    own_loss: bool,
 ) -> Interpretation:
-    steps, samples = [*before, *graph.loss_steps], forward.algebra.samples
-    loss = interpret(graph, samples, start, steps, assumed, ("targets", "inputs"))
-    moved: dict[int, Ownership] = {}
-    while more := {i: m for i, m in placed(graph, forward, start, loss).items() if i not in moved}:
-        moved |= more
-        loss = interpret(graph, samples, start | moved, steps, assumed, ("targets", "inputs"))
-    return loss
+    """Interpret the loss, with each label counted to the sample whose prediction it is set beside.
+
+    Which label that is shows only in an interpretation, and may show for more of them once some are
+    in place: repeated until no label is added.
+    """
+    steps = list(graph.loss_steps)
+    if own_loss:
+        steps = [*statistics_of_data(graph, forward), *steps]
+    labels: dict[int, Ownership] = {}
+    while True:
+        loss = interpret(graph, forward.algebra.samples, start | labels, steps, assumed, CONSTANTS)
+        more = placed(graph, forward, start, loss)
+        if more.keys() <= labels.keys():
+            return loss
+        labels = more | labels
 
 
 def statistics_of_data(graph: Graph, forward: Interpretation) -> list[Step]:
-    """Where a model makes statistics of its inputs alone (how many words a mask leaves), which its loss may use."""
+    """Return the steps of a model that make statistics of its inputs alone, which its loss may use.
 
-    def is_one(ref: Ref | None) -> bool:
-        return (
-            ref is not None
-            and bool(forward[ref].given)
-            and "parameters" not in forward[ref].sources
-        )
-
-    return [
-        s for s in graph.forward_steps if any(map(is_one, [*s.outs, *(new for _, new in s.writes)]))
-    ]
+    How many words a mask leaves, say: in the loss that is a constant of the batch.
+    """
+    steps = []
+    for step in graph.forward_steps:
+        results = [*step.outs, *(new for _, new in step.writes)]
+        if any(_is_data_statistic(forward, ref) for ref in results):
+            steps.append(step)
+    return steps
 
 
-def _asked(
-    graph: Graph, forward: Interpretation, own: bool
+def _is_data_statistic(forward: Interpretation, ref: Ref | None) -> bool:
+    if ref is None:
+        return False
+    return bool(forward[ref].given) and "parameters" not in forward[ref].sources
+
+
+# --- what Python reads ----------------------------------------------------------------------------
+
+
+def sees(marks: Ownership) -> bool:
+    """Tell whether a value says something about the batch."""
+    return marks.depends_on_batch or bool(marks.sources & BATCH_SOURCES)
+
+
+def _reads_by_part(
+    graph: Graph, forward: Interpretation, own_loss: bool
 ) -> tuple[list[HostRead], list[HostRead]]:
-    """What Python reads on the way to the predictions, and what it reads later, which does not lead to them."""
-    last = max(forward.ancestors(graph.used_predictions), default=-1) if own else -1
-    late = lambda e: e.step > last if own else e.in_loss  # noqa: E731
-    return [e for e in graph.escapes if not late(e)], [e for e in graph.escapes if late(e)]
+    """Return the host reads that come before the predictions, and those that cannot steer them.
+
+    A loss of the model's own has no first step in the program: there the last step that the
+    predictions depend on separates the two.
+    """
+    last = -1
+    if own_loss:
+        last = max(forward.ancestors(graph.used_predictions), default=-1)
+    before, after = [], []
+    for read in graph.escapes:
+        is_late = read.step > last if own_loss else read.in_loss
+        if is_late:
+            after.append(read)
+        else:
+            before.append(read)
+    return before, after
 
 
-def _tells(escape: HostRead, walk_: Interpretation) -> bool:
-    """It may tell something about the batch."""
-    return escape.blind or escape not in walk_.asked or sees(walk_.asked[escape])
-
-
-def _declared(graph: Graph, escape: HostRead, assumed: Sequence[str]) -> bool:
-    """The user has declared the module that asks harmless, or the op whose result is told."""
-    maker = graph.values[escape.ref.index].step
-    by_op = maker >= 0 and graph.steps[maker].op in registry.ASSUMED
-    return by_op or any(escape.module == m or escape.module.startswith(m + ".") for m in assumed)
-
-
-def constant(escape: HostRead, loss: Interpretation) -> bool:
-    """What is told is made of targets and inputs alone, which are constants in the loss."""
-    return escape in loss.asked and loss.asked[escape].sources <= {"targets", "inputs"}
-
-
-def _judge_forward(
-    graph: Graph, forward: Interpretation, found: AnalysisState, samples: int
-) -> Structure:
-    algebra, leading = forward.algebra, found.leading
-    used = graph.used_predictions
-    marks = [forward[r] for r in used]
-    steps = forward.ancestors(used)
-    for m in marks:
-        algebra.consume_alone(m)
-    uses = [
-        u for u in algebra.uses.values() if any(algebra.roots[r].step in steps for r in u.roots)
-    ]
-    bent = algebra.bent & steps
-    found.bent = bool(bent)
-    found.ranks = bool(bent) and all(_compares(graph.steps[s], algebra.births.get(s)) for s in bent)
-    in_place = all(holds_its_place(m, samples, leading) for m in marks) and not found.escapes
-    alike = all(uniform(m, samples, leading) for m in marks)
-    bounded = not any(u.long for u in uses) and not algebra.overlapping()
-    independent = in_place and not any(m.given for m in marks)
-    basis = "assumed" if forward.assumed else "proved"
-    statistics = _statistics(graph, algebra, uses)
-    listening = tuple(_statistic_culprit(s, long) for s, long in statistics.items())
-    others = _other_culprits(graph, forward, steps, marks, found)
-    size = sum(s.size for s in statistics)
-    note = (
-        f"R = {size} batch statistics"
-        + (", of groups: s_g(n)" if any(s.grouped for s in statistics) else "")
-        if size
-        else "no statistics are needed"
-    )
-
-    def verdict(name: str, holds: bool, culprits: tuple[Culprit, ...], note: str = "") -> Verdict:
-        if samples == 1:
-            return Verdict(
-                name, "unknown", note="one sample cannot show whether samples listen to each other"
-            )
-        return (
-            Verdict(name, "holds", basis, note=note)
-            if holds
-            else Verdict(name, "unknown", culprits=culprits)
-        )
-
-    open_ = Verdict("", "unknown", note="there is no loss to judge")
-    return Structure(
-        canonical_split=replace(open_, name="canonical_split"),
-        independent_forward=verdict(
-            "independent_forward",
-            independent,
-            tuple(c for c in listening + others if c.why != WHY["uneven"]),
-        ),
-        simd_forward=verdict("simd_forward", independent and alike, listening + others),
-        simd_given_statistics=verdict(
-            "simd_given_statistics",
-            in_place and alike and bounded,
-            others + (() if bounded else listening),
-            note,
-        ),
-        reduction=replace(open_, name="reduction"),
-        simd_loss=replace(open_, name="simd_loss"),
-        samples=samples,
-        predictions=tuple(graph.values[r.index].shape for r in used),
-        statistics=tuple(statistics),
-    )
-
-
-def _compares(step: Step, birth: str | None) -> bool:
-    """Each sample is compared with every other, or ordered twice: what follows is linear in ranks."""
-    return (step.name in ("gt", "ge", "lt", "le") and birth == "pairwise") or step.name in (
-        "sort",
-        "argsort",
-    )
-
-
-def _statistics(
-    graph: Graph, algebra: Propagation, uses: Sequence[StatisticUse]
-) -> dict[BatchStatistic, bool]:
-    """One entry per place in the program where statistics are made; whether they are as long as the batch."""
-    places: dict[tuple[str, str, str], list[StatisticUse]] = {}
-    for use in uses:
-        step = graph.steps[algebra.roots[max(use.roots)].step]
-        places.setdefault((step.module, step.name, step.where), []).append(use)
-    out = {}
-    for (module, op, where), there in places.items():
-        roots = [algebra.roots[r] for u in there for r in u.roots]
-        size, least = sum(u.size for u in there), min(r.samples for r in roots)
-        out[BatchStatistic(module, op, where, size, least, any(r.groups for r in roots))] = any(
-            u.long for u in there
-        )
-    return out
-
-
-def _statistic_culprit(s: BatchStatistic, long: bool) -> Culprit:
-    kind = "long" if long else "group" if s.grouped else "statistic"
-    why = WHY[kind].format(size=s.size, samples=s.samples)
-    return Culprit(s.module, s.op, s.where, why, REMEDY.get(kind, DEFAULT_REMEDY))
-
-
-def _other_culprits(
+def _steering(
     graph: Graph,
-    forward: Interpretation,
-    steps: set[int],
-    marks: Sequence[Ownership],
-    found: AnalysisState,
-) -> tuple[Culprit, ...]:
-    algebra = forward.algebra
-    mixing = [
-        culprit(graph.steps[s], algebra.births[s])
-        for s in sorted(frozenset().union(*(m.mixers for m in marks)) & steps)
-        if s in algebra.births
-    ]
-    uneven = [culprit(graph.steps[s], "uneven") for s in sorted(algebra.uneven & steps)]
-    escaped = [escape_culprit(e) for e in found.escapes]
-    if not mixing + escaped + uneven and not all(
-        holds_its_place(m, algebra.samples, found.leading) for m in marks
-    ):
-        return (_last(graph, "place"),)
-    return tuple(mixing + escaped + uneven)
+    reads: Sequence[HostRead],
+    interpretation: Interpretation,
+    assumptions: _Assumptions,
+) -> list[HostRead]:
+    """Return the host reads through which the batch may steer the program.
+
+    ``harmless`` comes last: it may have to record every path that the program can take.
+    """
+    steering = []
+    for read in reads:
+        if not _reads_batch(read, interpretation):
+            continue
+        if _is_declared(graph, read, assumptions.modules) or assumptions.harmless(read):
+            continue
+        steering.append(read)
+    return steering
 
 
-def _last(graph: Graph, kind: str) -> Culprit:
-    steps = graph.forward_steps
-    return culprit(steps[-1], kind) if steps else Culprit("", "", "", WHY[kind], REMEDY[kind])
-
-
-# --- the loss -------------------------------------------------------------------------------------
-
-
-def _judge_loss(
-    graph: Graph, loss: Interpretation, found: AnalysisState, structure: Structure
-) -> Structure:
-    assert graph.loss is not None
-    marks, algebra = loss[graph.loss], loss.algebra
-    steps = loss.ancestors([graph.loss])
-    split_ = _judge_split(graph, loss, steps, found)
-    clean = not found.loss_escapes
-    separate = "predictions" in marks.sources or not marks.depends_on_batch
-    additive = (
-        clean and (marks.additive or (structure.samples == 1 and not marks.mixed)) and separate
-    )
-    symmetric = not marks.mixed and (marks.additive or not marks.grouped)
-    one_scalar = (
-        clean
-        and symmetric
-        and len(marks.atoms) <= 1
-        and (not algebra.given_predictions(marks) or len(marks.atoms) == 1)
-    )
-    basis = "assumed" if loss.assumed else "proved"
-    blame = _loss_culprits(graph, loss, steps, marks, found)
-    depends, listens = (
-        _constants(algebra, marks, True) | found.told,
-        _constants(algebra, marks, False),
-    )
-    note = f"weights depend on {' and '.join(sorted(depends))}" if depends else ""
-    given = (
-        f"given statistics of the {' and '.join(sorted(listens))} of all samples" if listens else ""
-    )
-    return structure.with_verdicts(
-        split_,
-        Verdict("reduction", "holds", basis, note=note, weights_depend_on=depends)
-        if additive and one_scalar
-        else Verdict("reduction", "unknown", culprits=blame, weights_depend_on=depends),
-        Verdict("simd_loss", "holds", basis, note=given, weights_depend_on=listens)
-        if one_scalar
-        else Verdict("simd_loss", "unknown", culprits=blame),
-    )
-
-
-def _constants(algebra: Propagation, marks: Ownership, factors: bool) -> frozenset[str]:
-    """Which constants of the whole batch enter the loss beside predictions: as factors of terms, or inside of them."""
-    roots = [algebra.roots[r] for r in marks.given if (r in algebra.factors) == factors]
-    sources = [r.sources for r in roots if "predictions" not in r.sources]
-    return frozenset().union(*sources) & {"targets", "inputs"}
-
-
-def _judge_split(
-    graph: Graph, loss: Interpretation, steps: set[int], found: AnalysisState
-) -> Verdict:
-    """No parameter, and nothing of the model but its predictions, may enter after the cut."""
-    predicted = {p.index for p in graph.predictions}
-    culprits = []
-    for step in (graph.steps[s] for s in sorted(steps & graph.after_cut)):
-        for ref in step.refs():
-            value = graph.values[ref.index]
-            if ops.reads_shape_only(step.op):
-                continue
-            if value.kind == "parameters":
-                culprits.append(_split_culprit(step, f"the parameter {value.name!r}"))
-            inner = (
-                value.kind == "step"
-                and value.step not in graph.after_cut
-                and ref.index not in predicted
-            )
-            if inner and found.forward.marks[ref.index].sources & {"parameters"}:
-                culprits.append(_split_culprit(step, "an inner value of the model"))
-    if culprits:
-        return Verdict(
-            "canonical_split",
-            "fails",
-            "proved",
-            tuple(dict.fromkeys(culprits)),
-            "that part of the gradient is carried as `rest`",
-        )
-    told = [e for e in graph.escapes if e.in_loss and _tells_parameters(graph, loss, found, e)]
-    if told:
-        return Verdict(
-            "canonical_split", "unknown", culprits=tuple(escape_culprit(e) for e in told)
-        )
-    return Verdict("canonical_split", "holds", "proved")
-
-
-def _tells_parameters(
-    graph: Graph, loss: Interpretation, found: AnalysisState, escape: HostRead
-) -> bool:
-    """Python learns a parameter, or something made from one, and may use it in the loss."""
-    if escape.blind or graph.values[escape.ref.index].kind == "parameters":
+def _reads_batch(read: HostRead, interpretation: Interpretation) -> bool:
+    """Tell whether what Python reads may say something about the batch; unknown values may."""
+    if read.blind or read not in interpretation.asked:
         return True
-    marks = loss.marks.get(escape.ref.index) or found.forward.marks.get(escape.ref.index)
-    return marks is None or bool(marks.sources & {"parameters", "internals"})
+    return sees(interpretation.asked[read])
 
 
-def _cut(graph: Graph) -> tuple[str, ...]:
-    """Where a model that computes its own loss was cut, in words."""
-    out = []
+def _is_declared(graph: Graph, read: HostRead, modules: Sequence[str]) -> bool:
+    """Tell whether the user has declared the module that reads, or the op that made the value."""
+    maker = graph.values[read.ref.index].step
+    if maker >= 0 and graph.steps[maker].op in registry.ASSUMED:
+        return True
+    return any(read.module == m or read.module.startswith(m + ".") for m in modules)
+
+
+def constant(read: HostRead, loss: Interpretation) -> bool:
+    """Tell whether what is read is made of targets and inputs alone: constants in the loss."""
+    return read in loss.asked and loss.asked[read].sources <= CONSTANTS
+
+
+def _loss_evidence(
+    graph: Graph,
+    scalar: Ref,
+    forward: Interpretation,
+    loss: Interpretation,
+    reads: Sequence[HostRead],
+) -> LossEvidence:
+    """Return what the loss at ``scalar`` rests on.
+
+    A constant that is read steers nothing in the loss; that it is read of the whole batch is kept.
+    """
+    steering = []
+    constants_read: set[str] = set()
+    for read in reads:
+        if read.blind or not constant(read, loss):
+            steering.append(read)
+        else:
+            constants_read |= loss.asked[read].sources
+    for value in scrambled(graph, forward):
+        constants_read |= loss.marks[value].sources
+    return LossEvidence(
+        graph=graph,
+        forward=forward,
+        loss=loss,
+        marks=loss[scalar],
+        steps=frozenset(loss.ancestors([scalar])),
+        reads=tuple(steering),
+        constants_read=frozenset(constants_read),
+    )
+
+
+# --- what the verdicts rest on --------------------------------------------------------------------
+
+
+def _with_premises(structure: Structure, state: AnalysisState) -> Structure:
+    """Return the structure with assumptions, rules from outside, and ops that have no rule."""
+    assumed: set[str] = set()
+    custom: set[str] = set()
+    unknown: set[str] = set()
+    for interpretation in (state.forward, state.loss):
+        if interpretation is not None:
+            assumed |= interpretation.assumed
+            custom |= interpretation.custom
+            unknown.update(interpretation.unknown.values())
+    return replace(
+        structure,
+        assumptions=tuple(sorted(assumed)),
+        custom_rules=tuple(sorted(custom)),
+        unknown_ops=tuple(sorted(unknown)),
+    )
+
+
+def _cut_notes(graph: Graph) -> tuple[str, ...]:
+    """Return in words where a model that computes its own loss was cut."""
+    notes = []
     for ref in graph.used_predictions:
         value = graph.values[ref.index]
         step = graph.steps[value.step]
         place = f"{step.module or 'the model'}, {os.path.basename(step.where) or step.name}"
-        out.append(f"cut into model and loss at a value of shape {list(value.shape)} ({place})")
-    return tuple(out)
-
-
-def _entering(steps: Sequence[Step]) -> Verdict:
-    culprits = tuple(_split_culprit(s, "a parameter") for s in steps)
-    return Verdict(
-        "canonical_split",
-        "fails",
-        "proved",
-        culprits,
-        "that part of the gradient is carried as `rest`",
-    )
-
-
-def _split_culprit(step: Step, what: str) -> Culprit:
-    why = f"{what} enters the loss beside the predictions"
-    return Culprit(
-        step.module,
-        step.name,
-        step.where,
-        why,
-        "Move it into the model, or keep it: its part of the gradient is reported as `rest`.",
-    )
-
-
-def _loss_culprits(
-    graph: Graph, loss: Interpretation, steps: set[int], marks: Ownership, found: AnalysisState
-) -> tuple[Culprit, ...]:
-    algebra = loss.algebra
-    births = found.forward.algebra.births | algebra.births
-    mixing = [
-        _meeting(graph, graph.steps[s], births[s]) for s in sorted(marks.mixers) if s in births
-    ]
-    escaped = [escape_culprit(e) for e in found.loss_escapes]
-    among = [
-        u
-        for u in algebra.uses.values()
-        if any("predictions" in algebra.roots[r].sources for r in u.roots)
-    ]
-    uses = [_statistic_culprit(s, long) for s, long in _statistics(graph, algebra, among).items()]
-    given = {r for r in marks.given if "predictions" in algebra.roots[r].sources}
-    bent = given & _bent_totals(graph, loss, steps) or given
-    totals = [] if mixing or uses else [_total_culprit(graph, algebra, r) for r in sorted(bent)]
-    return tuple(mixing + escaped + uses + totals)
-
-
-def _meeting(graph: Graph, step: Step, how: str) -> Culprit:
-    """Where samples meet; predictions ``[N, 1]`` beside targets ``[N]`` are what happens most often."""
-    shapes = list(
-        dict.fromkeys(str(list(graph.values[_unspread(graph, r).index].shape)) for r in step.refs())
-    )
-    spread = (
-        how == "pairwise"
-        and len(shapes) > 1
-        and (ops.is_pointwise(step.op) or "_loss" in step.name)
-    )
-    return culprit(step, "broadcast", shapes=" and ".join(shapes)) if spread else culprit(step, how)
-
-
-def _unspread(graph: Graph, ref: Ref) -> Ref:
-    """What a loss has broadcast before it compares."""
-    maker = graph.makers.get(ref.index)
-    return maker.refs()[0] if maker is not None and maker.name == "expand" else ref
-
-
-def _bent_totals(graph: Graph, loss: Interpretation, steps: set[int]) -> frozenset[int]:
-    """The totals over samples from which something is made that is no sum over samples any more.
-
-    A total that is only added to such a thing, as a cross-entropy to a dice loss, is none of them.
-    """
-    bent: set[int] = set()
-    for step in (graph.steps[s] for s in steps & graph.after_cut):
-        made = [loss.marks[r.index] for r in step.outs if r is not None and r.index in loss.marks]
-        if any(m.given and not m.additive for m in made):
-            totals = [
-                m for r in step.refs() if (m := loss.marks.get(r.index)) is not None and m.given
-            ]
-            adds = ops.base_name(step.op) in ("add", "sub", "rsub", "cat", "stack", "sum", "mean")
-            if not adds or all(m.additive for m in totals):
-                bent.update(*(m.given for m in totals if m.additive))
-    return frozenset(bent)
-
-
-def _total_culprit(graph: Graph, algebra: Propagation, root: int) -> Culprit:
-    step = graph.steps[algebra.roots[root].step]
-    why = "a total over the samples enters the loss in more than a linear way"
-    return Culprit(
-        step.module,
-        step.name,
-        step.where,
-        why,
-        "Reduce the losses of the samples by a (weighted) sum or mean.",
-    )
+        notes.append(f"cut into model and loss at a value of shape {list(value.shape)} ({place})")
+    return tuple(notes)

@@ -11,7 +11,8 @@ import numpy as np
 
 from unbatch.analysis.domain.ownership import Ownership, batched, code, shared
 from unbatch.analysis.domain.sample_layout import prediction_dim
-from unbatch.analysis.interpreter import Interpretation, alike
+from unbatch.analysis.interpreter import Interpretation
+from unbatch.analysis.number_facts import alike
 from unbatch.capture.graph import Graph, Ref
 
 

@@ -1,490 +1,479 @@
-"""One walk over the recorded computation: graph x rules to marks.
+"""Abstract interpretation of a recording: one pass over its steps, with ownership for values.
 
-Here lives what a walk starts from (inputs, predictions), the order of steps, ops that are taken apart, and memory:
-writes in place that are seen through other views. What the marks mean for the loss is read off in ``structure.py``.
+Here live the order of steps, ops without a rule that are taken apart, host reads, and writes to
+memory that other views show. What an op does to ownership is its rule (``rules/``), what a pass
+starts from is in ``initial.py``, and what the result means for the loss is read off in
+``inference.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from unbatch import errors
+from unbatch.analysis.decomposition import recorded_body
 from unbatch.analysis.domain.ownership import (
-    MIXED,
     Ownership,
     batched,
     code,
-    compress,
     mix,
     moved,
     shared,
     spell_out,
 )
 from unbatch.analysis.domain.propagation import Propagation
+from unbatch.analysis.memory import is_whole, overwritten, scrambled_bytes
+from unbatch.analysis.number_facts import Fact, Numbers, alike, exact_numbers
+from unbatch.analysis.policy import PROVED_ONLY, Mixed, Policy
 from unbatch.analysis.rules import registry
-from unbatch.analysis.rules.permutations import Arranged, Ends, follow
+from unbatch.analysis.rules.permutations import Arranged, Ends, Outcome, follow
 from unbatch.analysis.rules.reductions import running_statistics
-from unbatch.capture import ops
 from unbatch.capture.aliasing import Window, places
-from unbatch.capture.graph import Graph, HostRead, Ref, Step
-from unbatch.capture.tracer import Recorder
+from unbatch.capture.graph import Graph, HostRead, ModuleCall, Ref, Step, is_ref
 
-# --- the walk -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Fact:
-    """What a walk has seen in the numbers of a value, and relies on."""
-
-    value: int
-    look: Callable[[Tensor | None], Any]
-    seen: Any
-
-    def holds(self, graph: Graph) -> bool:
-        return _equal(self.look(graph.known(self.value)), self.seen)
-
-
-class Numbers(Mapping[str, Any]):
-    """The integers and booleans of the arguments of a step, where they are known; to look at one is to rely on it."""
-
-    def __init__(self, walk: Interpretation, arguments: Mapping[str, Any]) -> None:
-        self.walk, self.arguments = walk, {n: a for n, a in arguments.items() if _has_ref(a)}
-
-    def __getitem__(self, name: str) -> Any:
-        return self.look(name, lambda numbers: numbers)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.arguments)
-
-    def __len__(self) -> int:
-        return len(self.arguments)
-
-    def look(self, name: str, function: Callable[[Any], Any]) -> Any:
-        """At a function of an argument's numbers."""
-        one = lambda a: self.walk.rely(a.index, function) if isinstance(a, Ref) else None  # noqa: E731
-        return tree_map(one, self.arguments.get(name), is_leaf=lambda a: isinstance(a, Ref))
+# --- the interpretation ---------------------------------------------------------------------------
 
 
 @dataclass
 class Interpretation:
-    """Marks of every value of a graph, and the algebra that made them."""
+    """Ownership of every value of a graph, filled in step by step, and the algebra that made it.
+
+    ``unknown``: ops without a rule, by step. ``assumed`` and ``custom``: modules and ops that were
+    declared independent, and ops whose rule was registered from outside. ``arranged``: values whose
+    rows the batch has put into an order of its own. ``asked``: what Python read, as it was at that
+    moment. ``above``: for the body of an op that is taken apart, the interpretation that it is part
+    of, and the number there of each of its inputs.
+    """
 
     graph: Graph
     algebra: Propagation
     marks: dict[int, Ownership]
-    unknown: dict[int, str] = field(default_factory=dict)  # step -> op without a rule
+    unknown: dict[int, str] = field(default_factory=dict)
     assumed: set[str] = field(default_factory=set)
     custom: set[str] = field(default_factory=set)
     arranged: dict[int, Arranged | Ends] = field(default_factory=dict)
-    belong: Mapping[int, int] = field(default_factory=dict)
-    by_place: bool = False
-    afresh: bool = False
+    policy: Policy = PROVED_ONLY
     facts: list[Fact] = field(default_factory=list)
-    asked: dict[HostRead, Ownership] = field(
-        default_factory=dict
-    )  # what Python was told, at the moment when it asked
-    above: tuple[Interpretation, Mapping[int, int]] | None = (
-        None  # the walk that this is part of, and its names of values
-    )
-
-    def rely(self, i: int, function: Callable[[Any], Any]) -> Any:
-        """A function of the integers or booleans that a value holds (of None if they are not known)."""
-        if self.above is not None and i in self.above[1]:
-            return self.above[0].rely(self.above[1][i], function)
-        look = lambda t: function(_exact(t))  # noqa: E731
-        seen = look(self.graph.known(i))
-        if self.above is None:  # copied: the memory may be written to later
-            self.facts.append(Fact(i, look, seen.copy() if isinstance(seen, np.ndarray) else seen))
-        return seen
+    asked: dict[HostRead, Ownership] = field(default_factory=dict)
+    above: tuple[Interpretation, Mapping[int, int]] | None = None
 
     def __getitem__(self, ref: Ref) -> Ownership:
         return self.marks[ref.index]
 
-    def made_at(self, step: Step, value: int) -> frozenset[int]:
-        """The statistics that a step makes, as far as one of its results rests on them; what it read had none of them.
+    @property
+    def by_place(self) -> bool:
+        """Slice n of a value in which samples are mixed counts as sample n's."""
+        return self.policy.mixed is Mixed.BY_PLACE
 
-        A window on memory that samples were written to makes none, even if it shows what belongs to nobody.
+    def rely(self, value: int, function: Callable[[Any], Any]) -> Any:
+        """Return a function of the integers or booleans of a value, and rely on the result.
+
+        The function gets None where they are not known.
         """
-        read: frozenset[int] = frozenset().union(*(self[r].given for r in step.refs()))
+        if self.above is not None and value in self.above[1]:
+            outer, names = self.above
+            return outer.rely(names[value], function)
+
+        def look(t: Tensor | None) -> Any:
+            return function(exact_numbers(t))
+
+        seen = look(self.graph.known(value))
+        if self.above is None:  # the numbers inside of an op do not change with the batch
+            self.facts.append(Fact(value, look, _copied(seen)))
+        return seen
+
+    def made_at(self, step: Step, value: int) -> frozenset[int]:
+        """Return the statistics that a step makes, as far as one of its results rests on them.
+
+        A window on memory that samples were written to makes none, even if it shows what belongs to
+        nobody: what the step read had its statistics already.
+        """
+        read: set[int] = set()
+        for ref in step.refs():
+            read |= self[ref].given
         return self.marks[value].given - read
 
     def ancestors(self, refs: Iterable[Ref]) -> set[int]:
-        """Steps that the values in ``refs`` depend on, through data and through memory."""
-        wanted = {r.index for r in refs}
+        """Return the steps that these values depend on, through data and through memory."""
+        values = self.graph.values
+        needed = {r.index for r in refs}
         steps: set[int] = set()
-        storages = {self.graph.values[w].storage for w in wanted}
+        storages = {values[i].storage for i in needed}
         for step in reversed(self.graph.steps):
-            made = {r.index for r in step.outs if r} | {new.index for _, new in step.writes}
-            written = {self.graph.values[new.index].storage for _, new in step.writes}
-            if made & wanted or written & storages:
-                steps.add(step.index)
-                read = [r.index for r in step.refs()]
-                wanted.update(read)
-                storages.update(
-                    self.graph.values[r].storage
-                    for r in read
-                    if self.graph.values[r].kind == "step"
-                )
+            written = [new.index for _, new in step.writes]
+            made = {r.index for r in step.outs if r is not None}
+            made.update(written)
+            writes_needed = storages.intersection(values[i].storage for i in written)
+            if not writes_needed and not made & needed:
+                continue
+            steps.add(step.index)
+            for ref in step.refs():
+                needed.add(ref.index)
+                # Memory that is there from the start was written before the recording.
+                if values[ref.index].kind == "step":
+                    storages.add(values[ref.index].storage)
         return steps
+
+
+def _copied(seen: Any) -> Any:
+    """Return an array that stays as it is when its memory is written to."""
+    if isinstance(seen, np.ndarray):
+        return seen.copy()
+    return seen
 
 
 def interpret(
     graph: Graph,
     samples: int,
-    given: Mapping[int, Ownership],
+    start: Mapping[int, Ownership],
     steps: Sequence[Step],
     assumed: Sequence[str] = (),
     constant: Iterable[str] = (),
-    belong: Mapping[int, int] | None = None,
-    by_place: bool = False,
-    afresh: bool = False,
+    policy: Policy = PROVED_ONLY,
 ) -> Interpretation:
-    """Propagate marks through ``steps``; ``given`` are the marks of what they start from.
+    """Propagate ownership through ``steps``; ``start``: that of the values they begin with.
 
-    ``belong``: shared values, and the axis along which their entries are to count as those of the samples.
-    ``by_place``: where samples meet in no symmetric way, slice n of the result counts as sample n's all the same.
-    ``afresh``: likewise, but only where it is beyond doubt which axis has such slices.
+    ``assumed``: paths of modules whose outputs are declared to depend, slice by slice, on their
+    inputs. ``constant``: sources that count as known ("targets", "inputs" in a loss).
     """
     algebra = Propagation(samples, constant=frozenset(constant))
-    out = Interpretation(
-        graph, algebra, dict(given), belong=belong or {}, by_place=by_place, afresh=afresh
-    )
-    outside = [i for i in given if graph.values[i].kind in ("buffers", "constants")]
-    out.facts += [
-        Fact(i, alike, seen) for i in outside if (seen := alike(graph.values[i].concrete))
-    ]
-    last, waiting = _last_uses(graph), sorted(graph.escapes, key=lambda e: e.step)
+    interpretation = Interpretation(graph, algebra, dict(start), policy=policy)
+    _rely_on_constants(interpretation, start)
+    calls = _assumed_calls(graph, assumed)
+    last_uses = _last_uses(graph)
+    waiting = sorted(graph.escapes, key=lambda read: read.step)
     for step in steps:
-        _ask(out, waiting, step.index)
-        out.algebra.step = step.index
-        _step(out, step, last)
-        for call in graph.calls:
-            if call.stop == step.index + 1 and call.module in assumed:
-                _assume(out, call)
-    _ask(out, waiting, len(graph.steps))
-    return out
+        # Before the step: it may write to the memory of what was read.
+        waiting = _note_host_reads(interpretation, waiting, step.index)
+        algebra.step = step.index
+        _step(interpretation, step, last_uses)
+        for call in calls.get(step.index + 1, ()):
+            _assume_independent(interpretation, call)
+    _note_host_reads(interpretation, waiting, len(graph.steps))
+    return interpretation
 
 
-def _ask(out: Interpretation, waiting: list[HostRead], step: int) -> None:
-    """Before a step: its memory may be written to."""
-    while waiting and waiting[0].step <= step:
-        escape = waiting.pop(0)
-        if escape.ref.index in out.marks:
-            out.asked[escape] = out.marks[escape.ref.index]
+def _rely_on_constants(interpretation: Interpretation, start: Mapping[int, Ownership]) -> None:
+    """Note along which axes constants are all alike, which their ownership rests on."""
+    graph = interpretation.graph
+    for value in start:
+        if graph.values[value].kind in ("buffers", "constants"):
+            dims = alike(graph.values[value].concrete)
+            if dims:
+                interpretation.facts.append(Fact(value, alike, dims))
 
 
-def _assume(out: Interpretation, call: Any) -> None:
-    out.assumed.add(call.module)
-    inputs = [out.marks[r.index] for r in call.inputs if r.index in out.marks]
+def _assumed_calls(graph: Graph, assumed: Sequence[str]) -> dict[int, list[ModuleCall]]:
+    """Return the runs of modules that are declared independent, by the step after their last."""
+    calls: dict[int, list[ModuleCall]] = {}
+    for call in graph.calls:
+        if call.module in assumed:
+            calls.setdefault(call.stop, []).append(call)
+    return calls
+
+
+def _note_host_reads(
+    interpretation: Interpretation, waiting: list[HostRead], step: int
+) -> list[HostRead]:
+    """Note what Python has read up to a step, and return the reads that come later."""
+    for number, read in enumerate(waiting):
+        if read.step > step:
+            return waiting[number:]
+        if read.ref.index in interpretation.marks:
+            interpretation.asked[read] = interpretation[read.ref]
+    return []
+
+
+def _assume_independent(interpretation: Interpretation, call: ModuleCall) -> None:
+    """Replace what was found out about the outputs of a module by what the user declares."""
+    interpretation.assumed.add(call.module)
+    inputs = [interpretation[r] for r in call.inputs if r.index in interpretation.marks]
     for ref in call.outputs:
-        shape = out.graph.values[ref.index].shape
-        out.marks[ref.index] = registry.assumed(
-            out.algebra, inputs, shape, ("assumed", call.module)
+        shape = interpretation.graph.values[ref.index].shape
+        interpretation.marks[ref.index] = registry.assumed(
+            interpretation.algebra, inputs, shape, ("assumed", call.module)
         )
 
 
 def _last_uses(graph: Graph) -> dict[int, int]:
-    last = {r.index: step.index for step in graph.steps for r in step.refs()}
-    outputs = [*graph.predictions, *([graph.loss] if graph.loss else [])]
-    return last | {r.index: len(graph.steps) for r in outputs}
+    """Return for each value the last step that reads it; outputs are read after the last step."""
+    last: dict[int, int] = {}
+    for step in graph.steps:
+        for ref in step.refs():
+            last[ref.index] = step.index
+    for ref in graph.predictions:
+        last[ref.index] = len(graph.steps)
+    if graph.loss is not None:
+        last[graph.loss.index] = len(graph.steps)
+    return last
 
 
-def _step(out: Interpretation, step: Step, last: Mapping[int, int]) -> None:
-    graph = out.graph
-    call = _call(out, step)
-    results = _apply(out, call, step)
-    new = {n.index: o for o, n in step.writes}
+# --- one step -------------------------------------------------------------------------------------
+
+
+def _step(interpretation: Interpretation, step: Step, last_uses: Mapping[int, int]) -> None:
+    """Work out the ownership of what a step returns, and of what it writes."""
+    call = _rule_context(interpretation, step)
+    results = _apply(interpretation, call, step)
     for ref, marks in zip(step.outs, results, strict=False):
         if ref is not None and marks is not None:
-            shape = graph.values[ref.index].shape
-            if marks.shape != shape:
-                marks = registry.mixed(call, shape, registry.NO_RULE)
-                out.unknown.setdefault(step.index, f"{step.name} (its rule gave another shape)")
-            if out.belong and not marks.depends_on_batch:
-                marks = _counted(out, ref, marks, step)
-            if out.by_place and marks.mixed:
-                marks = _by_place(call, marks, ref)
-            if out.afresh and marks.mixed:
-                marks = _afresh(call, marks, ref)
-            out.marks[ref.index] = marks
-    _follow_order(out, call, step)
-    hidden = (
-        running_statistics(call)
-        if step.writes
-        and not any(r and r.index in new for r in step.outs)
-        and call["running_mean"] is not None
-        else {}
-    )
-    for old, fresh in step.writes:
-        if fresh.index not in out.marks:
-            matching = [m for m in hidden.values() if m.shape == graph.values[fresh.index].shape]
-            out.marks[fresh.index] = (
-                matching[0]
-                if matching
-                else registry.mixed(call, graph.values[fresh.index].shape, registry.NO_RULE)
-            )
-        _through_views(out, old, fresh, step.index, last)
+            interpretation.marks[ref.index] = _settled(interpretation, call, step, ref, marks)
+    _follow_order(interpretation, call, step)
+    hidden = _running_statistics(call, step)
+    for old, new in step.writes:
+        if new.index not in interpretation.marks:
+            shape = interpretation.graph.values[new.index].shape
+            interpretation.marks[new.index] = _written(call, hidden, shape)
+        _through_views(interpretation, old, new, step.index, last_uses)
 
 
-def _counted(out: Interpretation, ref: Ref, marks: Ownership, step: Step) -> Ownership:
-    """A shared value that is to count as the samples', or is written into one that does."""
-    if ref.index in out.belong:
-        return batched(marks.shape, out.belong[ref.index], ("spread", ref.index), marks.sources)
-    old = next((o for o, n in step.writes if n.index == ref.index), None)
-    if old is None or not out.marks[old.index].owned or not _belongs(out, ref):
-        return marks
-    there = out.marks[old.index]
-    return replace(
-        there, key=mix(there.key, code("written", ref.index)), sources=there.sources | marks.sources
+def _rule_context(interpretation: Interpretation, step: Step) -> registry.RuleContext:
+    """Return the arguments of a step as its rule sees them: ownership in place of tensors."""
+    arguments = dict.fromkeys(step.parameters) | step.defaults | step.named
+
+    def marks(leaf: Any) -> Any:
+        if isinstance(leaf, Ref):
+            return interpretation.marks[leaf.index]
+        return leaf
+
+    owned: dict[str, Any] = {}
+    tensors: dict[str, Any] = {}
+    for name, argument in arguments.items():
+        owned[name] = tree_map(marks, argument, is_leaf=is_ref)
+        if any(is_ref(leaf) for leaf in tree_leaves(argument, is_leaf=is_ref)):
+            tensors[name] = argument
+    shapes = [interpretation.graph.values[r.index].shape for r in step.outs if r is not None]
+    numbers = Numbers(interpretation.rely, tensors)
+    return registry.RuleContext(
+        interpretation.algebra, step.op, owned, shapes, numbers, numbers.look
     )
 
 
-def _belongs(out: Interpretation, ref: Ref) -> bool:
-    storage = out.graph.values[ref.index].storage
-    return any(out.graph.values[i].storage == storage for i in out.belong)
+def _settled(
+    interpretation: Interpretation,
+    call: registry.RuleContext,
+    step: Step,
+    ref: Ref,
+    marks: Ownership,
+) -> Ownership:
+    """Return the ownership of a result by the policy; mixed where the rule gives another shape."""
+    shape, policy = interpretation.graph.values[ref.index].shape, interpretation.policy
+    if marks.shape != shape:
+        marks = registry.mixed(call, shape, registry.NO_RULE)
+        text = f"{step.name} (its rule gave another shape)"
+        interpretation.unknown.setdefault(step.index, text)
+    if policy.counted and not marks.depends_on_batch:
+        marks = _counted(interpretation, ref, marks, step)
+    if marks.mixed:
+        marks = policy.of_mixed(call, marks, ref)
+    return marks
 
 
-def _by_place(call: registry.RuleContext, marks: Ownership, ref: Ref) -> Ownership:
-    """Each sample's slice of a result is its own, along the axis of the first operand's samples or the first that fits.
+def _counted(interpretation: Interpretation, ref: Ref, marks: Ownership, step: Step) -> Ownership:
+    """Return the ownership of a shared result that is to count as the samples'.
 
-    As if every rank gathered the other operands: what it computes from them is its own use of the parameters.
+    A result that is written into such a value belongs to the samples that the value belonged to.
     """
-    n = call.algebra.samples
-    axes = [x.sample_dim() for x in call.marks if x.owned]
-    fitting = [
-        d
-        for d in [*axes[:1], *range(len(marks.shape))]
-        if d is not None and marks.shape[d : d + 1] == (n,)
-    ]
-    return (
-        batched(marks.shape, fitting[0], ("place", ref.index), marks.sources) if fitting else marks
-    )
+    counted = interpretation.policy.counted
+    if ref.index in counted:
+        return batched(marks.shape, counted[ref.index], ("spread", ref.index), marks.sources)
+    for old, new in step.writes:
+        if new == ref:
+            before = interpretation[old]
+            if not before.owned or not _in_counted_memory(interpretation, ref):
+                return marks
+            key = mix(before.key, code("written", ref.index))
+            return replace(before, key=key, sources=before.sources | marks.sources)
+    return marks
 
 
-def _afresh(call: registry.RuleContext, marks: Ownership, ref: Ref) -> Ownership:
-    """A result in which samples have met as one of new samples, along the axis that was that of the first operand's.
-
-    Not if that is its last axis, which most operations take for features; of a view of what is mixed, the first.
-    """
-    first = next((x for x in call.marks if x.owned), None)
-    views = ops.is_view(call.op)
-    axis = first.sample_dim() if first is not None else 0 if views else None
-    last = len(marks.shape if first is None else first.shape) - 1
-    kept = (
-        axis is not None and axis < last and marks.shape[axis : axis + 1] == (call.algebra.samples,)
-    )
-    return (
-        batched(marks.shape, axis, ("afresh", ref.index), marks.sources)
-        if axis is not None and kept
-        else marks
-    )
+def _in_counted_memory(interpretation: Interpretation, ref: Ref) -> bool:
+    values = interpretation.graph.values
+    storages = {values[i].storage for i in interpretation.policy.counted}
+    return values[ref.index].storage in storages
 
 
-def _follow_order(out: Interpretation, call: registry.RuleContext, step: Step) -> None:
-    """Keep track of rows that the batch has put into an order of its own, and of their return."""
-    known = {
-        n: out.arranged[r.index]
-        for n, a in step.named.items()
-        if (r := _only_ref(a)) is not None and r.index in out.arranged
-    }
+def _running_statistics(call: registry.RuleContext, step: Step) -> list[Ownership]:
+    """Return what a batch norm writes to its running statistics, which no result of its rule is."""
+    results = [ref for ref in step.outs if ref is not None]
+    returned = any(new in results for _, new in step.writes)
+    if not step.writes or returned or call["running_mean"] is None:
+        return []
+    return list(running_statistics(call).values())
+
+
+def _written(
+    call: registry.RuleContext, hidden: Sequence[Ownership], shape: tuple[int, ...]
+) -> Ownership:
+    """Return what an op writes that is no result of its rule; mixed where that is not known."""
+    for marks in hidden:
+        if marks.shape == shape:
+            return marks
+    return registry.mixed(call, shape, registry.NO_RULE)
+
+
+def _apply(
+    interpretation: Interpretation, call: registry.RuleContext, step: Step
+) -> list[Ownership | None]:
+    """Return the ownership of each result of a step: by its rule, or by its parts, or unknown."""
+    if call.name == "as_strided":
+        return [_restrided(interpretation, call, step)]
+    if call.op in registry.CUSTOM:
+        interpretation.custom.add(str(call.op))
+    elif call.op in registry.ASSUMED:
+        interpretation.assumed.add(str(call.op))
+    rule = registry.lookup(call.op)
+    if rule is None:
+        of_parts = _decompose(interpretation, call, step)
+        if of_parts is not None:
+            return of_parts
+        has_result = any(ref is not None for ref in step.outs)
+        if has_result and any(m.depends_on_batch for m in call.marks):
+            interpretation.unknown[step.index] = step.name
+        rule = registry.unknown
+    results = iter(_by_rule(interpretation, call, step, rule))
+    return [None if ref is None else next(results, None) for ref in step.outs]
+
+
+def _by_rule(
+    interpretation: Interpretation, call: registry.RuleContext, step: Step, rule: registry.Rule
+) -> list[Ownership]:
+    """Return what a rule says; a rule that raises counts as none, except in our own tests."""
     try:
-        outcomes = follow(call, step.index, known, registry.lookup(call.op))
+        result = rule(call)
+    except Exception as error:
+        if errors.STRICT:
+            raise
+        reason = f"{step.name} (its rule raised {type(error).__name__})"
+        interpretation.unknown[step.index] = reason
+        result = registry.unknown(call)
+    if isinstance(result, list | tuple):
+        return list(result)
+    return [result]
+
+
+# --- ops that are taken apart ---------------------------------------------------------------------
+
+
+def _decompose(
+    interpretation: Interpretation, call: registry.RuleContext, step: Step
+) -> list[Ownership | None] | None:
+    """Return what PyTorch's own definition of an op does; None where there is none that helps.
+
+    The definition runs on tensors without contents and is recorded, and what it does is interpreted
+    as a part of this interpretation.
+    """
+    body = registry.decomposition(call.op)
+    if body is None:
+        return None
+    recorded = recorded_body(interpretation.graph, body, step)
+    if recorded is None:
+        return None
+    graph, inputs, outputs = recorded
+    marks = {inner: interpretation.marks[outer] for inner, outer in inputs.items()}
+    part = Interpretation(graph, interpretation.algebra, marks, above=(interpretation, inputs))
+    for index, value in enumerate(graph.values):
+        if value.kind == "constants":
+            part.marks[index] = shared(value.shape, ("constant", step.index, index))
+    last_uses = _last_uses(graph)
+    for inner_step in graph.steps:
+        _step(part, inner_step, last_uses)
+        if part.unknown:
+            return None
+    return [None if ref is None else part[ref] for ref in outputs]
+
+
+# --- orders that depend on the data ---------------------------------------------------------------
+
+
+def _follow_order(interpretation: Interpretation, call: registry.RuleContext, step: Step) -> None:
+    """Keep track of rows that the batch has put into an order of its own, and of their return."""
+    arranged = _arranged_arguments(interpretation, step)
+    try:
+        outcomes = follow(call, step.index, arranged, registry.lookup(call.op))
     except Exception:
         if errors.STRICT:
             raise
         return
     if outcomes:
-        out.unknown.pop(step.index, None)
+        interpretation.unknown.pop(step.index, None)
+    refs = [ref for ref in step.outs if ref is not None]
     for outcome in outcomes:
-        refs = [r for r in step.outs if r is not None]
         if outcome.slot < len(refs):
-            ref = refs[outcome.slot]
-            made, shape = outcome.arranged, out.graph.values[ref.index].shape
-            if made is not None and (isinstance(made, Ends) or made.under.shape == shape):
-                out.arranged[ref.index] = made
-            if (
-                outcome.marks is not None
-                and outcome.marks.shape == out.graph.values[ref.index].shape
-            ):
-                out.marks[ref.index] = outcome.marks
+            _note_order(interpretation, refs[outcome.slot], outcome)
 
 
-def _only_ref(a: Any) -> Ref | None:
-    refs = [r for r in (a if isinstance(a, list | tuple) else [a]) if r is not None]
-    return (
-        refs[0]
-        if len(refs) == 1
-        and isinstance(refs[0], Ref)
-        and (not isinstance(a, list | tuple) or a[0] is refs[0])
-        else None
-    )
+def _arranged_arguments(interpretation: Interpretation, step: Step) -> dict[str, Arranged | Ends]:
+    """Return those arguments of a step whose rows are in an order of the batch's own, by name."""
+    arranged: dict[str, Arranged | Ends] = {}
+    for name, argument in step.named.items():
+        ref = _single_ref(argument)
+        if ref is not None and ref.index in interpretation.arranged:
+            arranged[name] = interpretation.arranged[ref.index]
+    return arranged
 
 
-def _call(out: Interpretation, step: Step) -> registry.RuleContext:
-    arguments = dict.fromkeys(step.parameters) | step.defaults | step.named
-    is_ref = {"is_leaf": lambda a: isinstance(a, Ref)}
-    numbers = Numbers(out, arguments)
-    marked = {
-        n: tree_map(lambda a: out.marks[a.index] if isinstance(a, Ref) else a, a, **is_ref)
-        for n, a in arguments.items()
-    }
-    shapes = [out.graph.values[r.index].shape for r in step.outs if r]
-    return registry.RuleContext(out.algebra, step.op, marked, shapes, numbers, numbers.look)
-
-
-def _has_ref(a: Any) -> bool:
-    return any(
-        isinstance(leaf, Ref) for leaf in tree_leaves(a, is_leaf=lambda x: isinstance(x, Ref))
-    )
-
-
-def _exact(t: Tensor | None) -> Any:
-    """Integers and booleans as an array."""
-    if t is None or t.is_floating_point() or t.is_complex() or t.device.type == "meta":
-        return None
-    return t.detach().cpu().numpy()
-
-
-def _equal(a: Any, b: Any) -> bool:
-    arrays = isinstance(a, np.ndarray) and isinstance(b, np.ndarray)
-    return bool(np.array_equal(a, b)) if arrays else type(a) is type(b) and bool(a == b)
-
-
-def alike(t: Tensor | None) -> tuple[int, ...]:
-    """The dims along which all entries are equal."""
-    if t is None or not t.numel() or t.device.type == "meta":
-        return ()
-    return tuple(
-        d for d in range(t.ndim) if t.shape[d] > 1 and bool((t == t.narrow(d, 0, 1)).all())
-    )
-
-
-def _apply(out: Interpretation, call: registry.RuleContext, step: Step) -> list[Ownership | None]:
-    if call.name == "as_strided":
-        return [_restrided(out, call, step)]
-    if call.op in registry.CUSTOM:
-        out.custom.add(str(call.op))
-    if call.op in registry.ASSUMED and call.op not in registry.CUSTOM:
-        out.assumed.add(str(call.op))
-    function = registry.lookup(call.op)
-    if function is None:
-        taken_apart = _decompose(out, call, step)
-        if taken_apart is not None:
-            return taken_apart
-        if any(r is not None for r in step.outs) and any(m.depends_on_batch for m in call.marks):
-            out.unknown[step.index] = step.name
-        function = registry.unknown
-    try:
-        result = function(call)
-    except Exception as error:
-        if errors.STRICT:
-            raise
-        out.unknown[step.index] = f"{step.name} (its rule raised {type(error).__name__})"
-        result = registry.unknown(call)
-    results = list(result) if isinstance(result, list | tuple) else [result]
-    placed = iter(results)
-    return [next(placed, None) if ref is not None else None for ref in step.outs]
-
-
-def _decompose(
-    out: Interpretation, call: registry.RuleContext, step: Step
-) -> list[Ownership | None] | None:
-    """Run PyTorch's own definition of the op on tensors without contents and walk over what it does."""
-    body = registry.decomposition(call.op)
-    if body is None:
-        return None
-    recorder = Recorder({})
-    stand_ins = {r.index: registry.stand_in(out.graph.values[r.index]) for r in step.refs()}
-    swap = lambda a: stand_ins[a.index] if isinstance(a, Ref) else a  # noqa: E731
-    args, kwargs = tree_map(swap, (step.args, step.kwargs), is_leaf=lambda a: isinstance(a, Ref))
-    try:
-        with recorder:
-            refs = {i: recorder.declare(t, "inputs", str(i)) for i, t in stand_ins.items()}
-            result = body(*args, **kwargs)
-        if any(s.op is step.op for s in recorder.graph.steps):
+def _single_ref(argument: Any) -> Ref | None:
+    """Return the value that an argument is, or the first of a list with no other (``x[index]``)."""
+    if isinstance(argument, list | tuple):
+        first, others = argument[:1], argument[1:]
+        if not first or any(other is not None for other in others):
             return None
-        outputs = [
-            recorder.ref(t) if isinstance(t, torch.Tensor) else None
-            for t in (result if isinstance(result, tuple | list) else [result])
-        ]
-    except Exception:
-        return None
-    names = {ref.index: i for i, ref in refs.items()}
-    inner = Interpretation(
-        recorder.graph,
-        out.algebra,
-        {ref.index: out.marks[i] for i, ref in refs.items()},
-        above=(out, names),
-    )
-    for value, v in enumerate(recorder.graph.values):
-        if v.kind == "constants":
-            inner.marks[value] = shared(v.shape, ("constant", step.index, value))
-    last = _last_uses(recorder.graph)
-    for s in recorder.graph.steps:
-        _step(inner, s, last)
-        if inner.unknown:
-            return None
-    return [inner.marks[r.index] if r else None for r in outputs]
+        argument = first[0]
+    return argument if isinstance(argument, Ref) else None
+
+
+def _note_order(interpretation: Interpretation, ref: Ref, outcome: Outcome) -> None:
+    """Note an order, or plain ownership again, where it fits the shape that was recorded."""
+    shape = interpretation.graph.values[ref.index].shape
+    order = outcome.arranged
+    if isinstance(order, Ends) or (order is not None and order.under.shape == shape):
+        interpretation.arranged[ref.index] = order
+    if outcome.marks is not None and outcome.marks.shape == shape:
+        interpretation.marks[ref.index] = outcome.marks
 
 
 # --- memory: a write through one view is seen through the others ----------------------------------
 
 
 def _through_views(
-    out: Interpretation, old: Ref, fresh: Ref, step: int, last: Mapping[int, int]
+    interpretation: Interpretation, old: Ref, new: Ref, step: int, last_uses: Mapping[int, int]
 ) -> None:
-    graph = out.graph
-    storage = graph.values[fresh.index].storage
-    others = [
-        i
-        for i, v in enumerate(graph.values[: fresh.index])
-        if v.storage == storage and i in out.marks and i != old.index and last.get(i, -1) > step
-    ]
-    if not others:
+    """Bring what was written to ``old`` (``new`` from there on) to views that are read later."""
+    values, marks = interpretation.graph.values, interpretation.marks
+    written = values[new.index]
+    views = []
+    for index, value in enumerate(values[: new.index]):
+        same_memory = value.storage == written.storage and index != old.index
+        if same_memory and index in marks and last_uses.get(index, -1) > step:
+            views.append(index)
+    if not views:
         return
-    new = spell_out(out.marks[fresh.index])
-    windows = [Window.of(graph.values[i]) for i in others]
-    hits = places(Window.of(graph.values[fresh.index]), windows)
-    new_owner, new_key = (np.broadcast_to(a, new.shape).reshape(-1) for a in (new.owner, new.key))
-    for i, hit in zip(others, hits, strict=True):
-        if graph.values[i].dtype.itemsize != graph.values[fresh.index].dtype.itemsize:
-            out.arranged.pop(i, None)
-            view = [1] * len(graph.values[i].shape)
-            owner, key = np.full(view, MIXED, dtype=np.int32), np.broadcast_to(code("bytes"), view)
-            out.marks[i] = out.algebra.result(
-                graph.values[i].shape, owner, key, [out.marks[i], new], "written through a view"
-            )
-            continue
-        if (hit < 0).all():
-            continue
-        out.arranged.pop(i, None)
-        was = out.marks[i]
-        if was.shape == new.shape and np.array_equal(hit.reshape(-1), np.arange(hit.size)):
-            out.marks[i] = out.marks[fresh.index]
-            continue
-        full = spell_out(was)
-        owner = np.where(hit >= 0, new_owner[hit], np.broadcast_to(full.owner, was.shape)).astype(
-            np.int32
-        )
-        key = np.where(hit >= 0, new_key[hit], np.broadcast_to(full.key, was.shape))
-        out.marks[i] = compress(
-            out.algebra.result(was.shape, owner, key, [was, new], "written through a view")
-        )
+    update = spell_out(marks[new.index])
+    hits = places(Window.of(written), [Window.of(values[i]) for i in views])
+    for view, hit in zip(views, hits, strict=True):
+        if values[view].dtype.itemsize != written.dtype.itemsize:
+            interpretation.arranged.pop(view, None)
+            marks[view] = scrambled_bytes(interpretation.algebra, marks[view], update)
+        elif (hit >= 0).any():
+            interpretation.arranged.pop(view, None)
+            if is_whole(hit, marks[view], update):
+                marks[view] = marks[new.index]
+            else:
+                marks[view] = overwritten(interpretation.algebra, marks[view], update, hit)
 
 
-def _restrided(out: Interpretation, call: registry.RuleContext, step: Step) -> Ownership:
-    """A window on the memory of a value, element by element."""
-    source, target = (
-        out.graph.values[step.refs()[0].index],
-        out.graph.values[step.outs[0].index if step.outs[0] else 0],
-    )
+def _restrided(interpretation: Interpretation, call: registry.RuleContext, step: Step) -> Ownership:
+    """Return the ownership of a window on the memory of a value, element by element."""
+    values, (window,) = interpretation.graph.values, step.outs
+    source = values[step.refs()[0].index]
+    target = values[window.index if window is not None else 0]
     (place,) = places(Window.of(source), [Window.of(target)])
     if (place < 0).any() or source.dtype.itemsize != target.dtype.itemsize:
         return registry.mixed(call, target.shape, "resized")

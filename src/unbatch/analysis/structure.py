@@ -1,6 +1,7 @@
-"""The answer to a structure question: six verdicts, culprits with a reason and a remedy, and batch statistics.
+"""The answer to a structure question: six verdicts, their culprits, and the batch statistics.
 
-Frozen data only, and the texts that explain a culprit. Nothing is computed here.
+Frozen data first, then the parts of the printed report. Nothing is inferred here, see
+``inference.py``, and the texts that explain a culprit stand in ``explanations.py``.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import html
 import os
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, overload
 
@@ -15,16 +17,20 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from unbatch.analysis import consequence_table, consequences
+from unbatch.analysis import consequence_facts, consequence_table, consequences
+from unbatch.analysis.consequence_facts import PART, Consequence
 from unbatch.errors import InputError
 from unbatch.rendering import as_html, as_text
 
-NAMES = consequence_table.STRUCTURES
+NAMES = consequence_facts.STRUCTURES
 
 
 @dataclass(frozen=True)
 class Culprit:
-    """One place in the user's program that stands in the way of a structure, and what to do about it."""
+    """One place in the user's program that stands in the way of a structure, and the remedy.
+
+    ``module``: its path in the model. ``where``: file and line, "" where the user has none there.
+    """
 
     module: str
     op: str
@@ -36,15 +42,18 @@ class Culprit:
     def short(self) -> str:
         """File and line without the folders in front."""
         file, _, line = self.where.rpartition(":")
-        return f"{os.path.basename(file)}:{line}" if file else ""
+        if not file:
+            return ""
+        return f"{os.path.basename(file)}:{line}"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """``status`` is "holds", "fails" or "unknown"; ``basis`` "proved", "witness" or "assumed" ("" where unknown).
+    """The answer about one structure; true in a boolean context only where it holds.
 
-    ``weights_depend_on``: what of other samples ("targets", "inputs") enters the weights of a reduction; in SIMD loss,
-    the terms. True in a boolean context only when it holds.
+    ``status``: "holds", "fails" or "unknown". ``basis``: "proved", "witness" or "assumed", "" where
+    the status is unknown. ``weights_depend_on``: what of other samples ("targets", "inputs") enters
+    the weights of a reduction; in the verdict on the SIMD loss, its terms.
     """
 
     name: str
@@ -58,17 +67,40 @@ class Verdict:
         return self.status == "holds"
 
     def __str__(self) -> str:
-        said = f"{TITLES.get(self.name, self.name.replace('_', ' '))}: {self.status}"
-        return (
-            said
-            + (f" ({self.basis})" if self.basis else "")
-            + (f", {self.note}" if self.note else "")
-        )
+        title = TITLES.get(self.name, self.name.replace("_", " "))
+        text = f"{title}: {self.status}"
+        if self.basis:
+            text += f" ({self.basis})"
+        if self.note:
+            text += f", {self.note}"
+        return text
+
+    def located(self, where: str) -> Verdict:
+        """Return the verdict with ``where`` as the place of culprits that have none."""
+        culprits = []
+        for culprit in self.culprits:
+            if not culprit.where:
+                culprit = replace(culprit, where=where)
+            culprits.append(culprit)
+        return replace(self, culprits=tuple(culprits))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the verdict as plain data, for JSON."""
+        return {
+            "status": self.status,
+            "basis": self.basis,
+            "note": self.note,
+            "culprits": [vars(c) for c in self.culprits],
+            "weights_depend_on": sorted(self.weights_depend_on),
+        }
 
 
 @dataclass(frozen=True)
 class BatchStatistic:
-    """Numbers through which samples listen to each other: ``size`` of them, each over ``samples`` samples."""
+    """Numbers through which samples interact: ``size`` of them, each over ``samples`` samples.
+
+    ``grouped``: these are not the whole batch.
+    """
 
     module: str
     op: str
@@ -80,7 +112,12 @@ class BatchStatistic:
 
 @dataclass(frozen=True, repr=False)
 class Structure:
-    """Everything known about the structure of one loss on one batch."""
+    """The structure of one loss on one batch.
+
+    ``predictions``: their shapes. ``assumptions``: modules and ops that the user declared to act on
+    each sample alone. ``custom_rules``: ops whose rule was registered from outside.
+    ``unknown_ops``: ops without a rule.
+    """
 
     canonical_split: Verdict
     independent_forward: Verdict
@@ -103,26 +140,28 @@ class Structure:
 
     @property
     def statistics_size(self) -> int:
-        """R: how many batch statistics there are in all."""
+        """R: how many numbers the batch statistics are in all."""
         return sum(s.size for s in self.statistics)
 
     @property
     def statuses(self) -> dict[str, str]:
         """The verdicts as the table of consequences takes them."""
-        out = {v.name: v.status for v in self.verdicts}
-        others = self.reduction.weights_depend_on | self.simd_loss.weights_depend_on
-        return out | {"own_weights": "fails" if others else "holds"}
+        statuses = {v.name: v.status for v in self.verdicts}
+        depends = self.reduction.weights_depend_on or self.simd_loss.weights_depend_on
+        statuses["own_weights"] = "fails" if depends else "holds"
+        return statuses
 
     @overload
-    def follows(self, quantity: None = None) -> tuple[consequence_table.Consequence, ...]: ...
+    def follows(self, quantity: None = None) -> tuple[Consequence, ...]: ...
 
     @overload
-    def follows(self, quantity: str) -> consequence_table.Consequence: ...
+    def follows(self, quantity: str) -> Consequence: ...
 
     def follows(self, quantity: str | None = None) -> Any:
-        """Which quantities exist, under which name, exact or not, and why; or that for the one called ``quantity``.
+        """Return which quantities exist, under which name, exact or not, and why.
 
-        ``print(structure)`` has them as a table. Raises ``InputError`` where no quantity has this name.
+        With ``quantity`` only that one. ``print(structure)`` has them as a table. Raises
+        ``InputError`` where no quantity has this name.
         """
         if quantity is None:
             return consequences.follows(self.statuses)
@@ -132,75 +171,68 @@ class Structure:
             raise InputError(error.args[0]) from None
 
     def with_verdicts(self, *verdicts: Verdict) -> Structure:
+        """Return the structure with these verdicts in place of those of the same name."""
         changes: dict[str, Any] = {v.name: v for v in verdicts}
         return replace(self, **changes)
 
     def no_more_than(self, other: Structure) -> Structure:
-        """Where ``other``, of a recording that stands for this one too, shows less, so much and no more."""
-        theirs = {v.name: v for v in other.verdicts}
-        return self.with_verdicts(
-            *(theirs[v.name] for v in self.verdicts if v and not theirs[v.name])
-        )
+        """Return the structure with only those verdicts holding that hold in ``other``, too.
+
+        ``other`` is of a recording that stands for this one as well, on another execution path.
+        """
+        weaker: list[Verdict] = []
+        for verdict, theirs in zip(self.verdicts, other.verdicts, strict=True):
+            if verdict and not theirs:
+                weaker.append(theirs)
+        return self.with_verdicts(*weaker)
 
     def located(self, where: str) -> Structure:
-        """Culprits without a line of the user's code (a model made of library modules only) point to ``where``."""
-        found = (
-            replace(
-                v, culprits=tuple(c if c.where else replace(c, where=where) for c in v.culprits)
-            )
-            for v in self.verdicts
-        )
-        return self.with_verdicts(*found)
+        """Return the structure with ``where`` as the place of culprits that have none.
+
+        A model that is made of library modules only has no line of the user's code.
+        """
+        return self.with_verdicts(*(verdict.located(where) for verdict in self.verdicts))
 
     def __rich__(self) -> Group:
         return Group(*render(self))
 
     def __repr__(self) -> str:
-        said = ", ".join(f"{TITLES[v.name]} {MARKS[v.status]}" for v in self.verdicts)
-        return f"Structure({self.samples} samples: {said}; print it for the report)"
+        marks = ", ".join(f"{TITLES[v.name]} {MARKS[v.status]}" for v in self.verdicts)
+        return f"Structure({self.samples} samples: {marks}; print it for the report)"
 
     def __str__(self) -> str:
         return as_text(self.__rich__())
 
     def _repr_html_(self) -> str:
         """The printed report, in a notebook."""
-        said = html.escape("; ".join(map(str, self.verdicts)), quote=True)
-        return as_html(self.__rich__(), f"Structure of the loss: {said}")
+        label = html.escape("; ".join(map(str, self.verdicts)), quote=True)
+        return as_html(self.__rich__(), f"Structure of the loss: {label}")
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain data, for JSON."""
+        """Return the structure as plain data, for JSON."""
         return {
             "samples": self.samples,
-            "predictions": [list(p) for p in self.predictions],
-            "verdicts": {v.name: _verdict_dict(v) for v in self.verdicts},
+            "predictions": [list(shape) for shape in self.predictions],
+            "verdicts": {v.name: v.to_dict() for v in self.verdicts},
             "statistics": [vars(s) for s in self.statistics],
             "statistics_size": self.statistics_size,
             "assumptions": list(self.assumptions),
             "custom_rules": list(self.custom_rules),
             "unknown_ops": list(self.unknown_ops),
             "notes": list(self.notes),
-            "follows": [
-                {
-                    "quantity": c.quantity,
-                    "outcome": c.outcome,
-                    "name": c.name,
-                    "reason": c.reason,
-                    "peers": list(c.peers),
-                    "available": c.available,
-                    "depends_on": list(c.depends_on),
-                }
-                for c in self.follows()
-            ],
+            "follows": [_consequence_dict(c) for c in self.follows()],
         }
 
 
-def _verdict_dict(v: Verdict) -> dict[str, Any]:
+def _consequence_dict(consequence: Consequence) -> dict[str, Any]:
     return {
-        "status": v.status,
-        "basis": v.basis,
-        "note": v.note,
-        "culprits": [vars(c) for c in v.culprits],
-        "weights_depend_on": sorted(v.weights_depend_on),
+        "quantity": consequence.quantity,
+        "outcome": consequence.outcome,
+        "name": consequence.name,
+        "reason": consequence.reason,
+        "peers": list(consequence.peers),
+        "available": consequence.available,
+        "depends_on": list(consequence.depends_on),
     }
 
 
@@ -218,7 +250,7 @@ STYLES = {
 }
 
 
-NAMED = 4  # modules in a row of culprits
+NAMED = 4  # modules in a row of culprits; more are counted
 
 
 MARKS = {"holds": "✓", "fails": "✗", "unknown": "?"}
@@ -235,7 +267,10 @@ TITLES = {
 
 
 def render(structure: Structure) -> list[Any]:
-    """The parts of the printed report: heading, verdicts, culprits, assumptions and notes, what follows."""
+    """Return the parts of the printed report.
+
+    They are heading, verdicts, culprits, assumptions and notes, and what follows.
+    """
     return [
         heading(structure),
         verdict_table(structure),
@@ -246,70 +281,95 @@ def render(structure: Structure) -> list[Any]:
 
 
 def heading(structure: Structure) -> Text:
-    shapes = ", ".join(str(list(p)) for p in structure.predictions)
+    """Return what the structure is of: the batch and the predictions."""
+    shapes = ", ".join(str(list(shape)) for shape in structure.predictions)
     return Text(f"Structure of the loss on a batch of {structure.samples}; predictions {shapes}")
 
 
 def verdict_table(structure: Structure) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for column in ("structure", "verdict", "basis", "note"):
+    """Return one row for each of the six verdicts."""
+    table = _plain_table("structure", "verdict", "basis", "note")
+    for verdict in structure.verdicts:
+        status = Text(f"{MARKS[verdict.status]} {verdict.status}", STYLES[verdict.status])
+        table.add_row(TITLES[verdict.name], status, verdict.basis, verdict.note)
+    return table
+
+
+def _plain_table(*columns: str, title: str | None = None) -> Table:
+    table = Table(box=None, pad_edge=False, title=title, title_justify="left")
+    for column in columns:
         table.add_column(column, overflow="fold")
-    for v in structure.verdicts:
-        table.add_row(
-            TITLES[v.name], Text(f"{MARKS[v.status]} {v.status}", STYLES[v.status]), v.basis, v.note
-        )
     return table
 
 
 def by_kind(structure: Structure) -> list[tuple[list[Culprit], list[str]]]:
-    """Culprits that are alike but for where they stand, and the titles of the structures that they are against."""
+    """Return culprits of one kind together, and the titles of the structures that they are against.
+
+    Of one kind are culprits that differ in where they stand and in the numbers of their text.
+    """
     kinds: dict[tuple[str, str, str], tuple[list[Culprit], list[str]]] = {}
-    for v in structure.verdicts:
-        for c in v.culprits:
-            found, against = kinds.setdefault((c.op, re.sub(r"\d+", "", c.why), c.remedy), ([], []))
-            found.append(c) if c not in found else None
-            against.append(TITLES[v.name]) if TITLES[v.name] not in against else None
+    for verdict in structure.verdicts:
+        title = TITLES[verdict.name]
+        for culprit in verdict.culprits:
+            # How many statistics there are, say, is no reason for a row of its own.
+            kind = (culprit.op, re.sub(r"\d+", "", culprit.why), culprit.remedy)
+            culprits, against = kinds.setdefault(kind, ([], []))
+            if culprit not in culprits:
+                culprits.append(culprit)
+            if title not in against:
+                against.append(title)
     return list(kinds.values())
 
 
 def culprit_part(structure: Structure, most: int = 12) -> list[Any]:
-    """Each kind of culprit once, with the places where it stands and the structures it stands in the way of."""
+    """Return a table with each kind of culprit once; nothing where there is none.
+
+    A row has the places of its kind, and the structures that it stands in the way of.
+    """
     kinds = by_kind(structure)
     if not kinds:
         return []
-    table = Table(box=None, pad_edge=False, title="culprits", title_justify="left")
-    for column in ("module", "op", "where", "why, and what to do", "against"):
-        table.add_column(column, overflow="fold")
-    for found, against in kinds[:most]:
-        first, modules = found[0], list(dict.fromkeys(c.module or "-" for c in found))
-        more = len(found) - len(modules[:NAMED])
-        named = modules[:NAMED] + ([f"+{more} more"] if more else [])
+    table = _plain_table(
+        "module", "op", "where", "why, and what to do", "against", title="culprits"
+    )
+    for culprits, against in kinds[:most]:
+        first = culprits[0]
+        explanation = f"{first.why}. {first.remedy}"
         table.add_row(
-            "\n".join(named),
-            first.op,
-            first.short or "-",
-            f"{first.why}. {first.remedy}",
-            ", ".join(against),
+            _module_names(culprits), first.op, first.short or "-", explanation, ", ".join(against)
         )
     if len(kinds) > most:
-        table.add_row(
-            "…", "", "", f"and {len(kinds) - most} more kinds, see the verdicts' `.culprits`", ""
-        )
+        more = f"and {len(kinds) - most} more kinds, see the verdicts' `.culprits`"
+        table.add_row("…", "", "", more, "")
     return [table]
 
 
+def _module_names(culprits: Sequence[Culprit]) -> str:
+    """Return the first modules of the culprits, one a line, and how many culprits are left out."""
+    modules = list(dict.fromkeys(c.module or "-" for c in culprits))[:NAMED]
+    more = len(culprits) - len(modules)
+    if more:
+        modules.append(f"+{more} more")
+    return "\n".join(modules)
+
+
 def remarks(structure: Structure) -> list[Text]:
+    """Return what the verdicts rest on beside the rules of this package, and their notes."""
     entries = {
         "assumed": structure.assumptions,
         "rules of your own": structure.custom_rules,
         "ops without a rule": structure.unknown_ops,
     }
-    listed = [Text(f"{title}: {', '.join(found)}") for title, found in entries.items() if found]
-    return listed + [Text(f"note: {note}") for note in structure.notes]
+    lines = []
+    for title, names in entries.items():
+        if names:
+            lines.append(Text(f"{title}: {', '.join(names)}"))
+    lines.extend(Text(f"note: {note}") for note in structure.notes)
+    return lines
 
 
 def follows_part(structure: Structure) -> Table:
-    """Quantities by what becomes of them; the star marks what this release computes."""
+    """Return the quantities by what becomes of them; the star marks what this release computes."""
     table = Table(
         box=None,
         pad_edge=False,
@@ -319,26 +379,38 @@ def follows_part(structure: Structure) -> Table:
     table.add_column("", overflow="fold", min_width=24)
     table.add_column("", overflow="fold")
     for outcome, words in consequence_table.OUTCOMES.items():
-        found = [c for c in structure.follows() if c.outcome == outcome]
-        parts = [c for c in found if c.name == c.quantity + consequence_table.PART]
-        names = [
-            _named(c) + (f" (as {c.name})" if outcome == "renamed" else "")
-            for c in found
-            if c not in parts
-        ]
         style = STYLES.get(outcome, "yellow")
-        if names:
-            table.add_row(Text(words, style), ", ".join(names))
+        whole, parts = _by_part(c for c in structure.follows() if c.outcome == outcome)
+        if whole:
+            table.add_row(Text(words, style), ", ".join(_starred_name(c) for c in whole))
         if parts:
-            words = "exact" if outcome == "renamed" else words
-            table.add_row(
-                Text(words + consequence_table.PART, style), ", ".join(map(_named, parts))
-            )
+            # Their long name stands in front of the row, once for all of them.
+            if outcome == "renamed":
+                words = "exact"
+            names = ", ".join(_starred(c) for c in parts)
+            table.add_row(Text(words + PART, style), names)
     return table
 
 
-def _named(c: consequence_table.Consequence) -> str:
-    return c.quantity + "*" * c.available
+def _by_part(
+    consequences_: Iterable[Consequence],
+) -> tuple[list[Consequence], list[Consequence]]:
+    """Return those of whole quantities, and those of the part through the predictions alone."""
+    whole, parts = [], []
+    for consequence in consequences_:
+        if consequence.name == consequence.quantity + PART:
+            parts.append(consequence)
+        else:
+            whole.append(consequence)
+    return whole, parts
 
 
-# --- why, and what to do --------------------------------------------------------------------------
+def _starred(consequence: Consequence) -> str:
+    return consequence.quantity + "*" * consequence.available
+
+
+def _starred_name(consequence: Consequence) -> str:
+    """Return the quantity with the name that its result carries where that is another."""
+    if consequence.outcome == "renamed":
+        return f"{_starred(consequence)} (as {consequence.name})"
+    return _starred(consequence)

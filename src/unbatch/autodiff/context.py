@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from unbatch.analysis.domain.ownership import Ownership
 from unbatch.analysis.domain.sample_layout import prediction_dim
 from unbatch.analysis.interpreter import Fact, Interpretation, interpret
+from unbatch.analysis.policy import Mixed, Policy
 from unbatch.autodiff.planner import BackwardPlan, plan_backward, spread
 from unbatch.autodiff.schedule import Operands, Schedule
 from unbatch.capture.graph import Graph, Value
@@ -189,7 +190,7 @@ def _plan(context: Context, key: Key) -> tuple[BackwardPlan, list[Fact]]:
             context.samples,
             context.given,
             context.graph.forward_steps,
-            by_place=True,
+            policy=Policy(Mixed.BY_PLACE),
         )
         facts += walk.facts
     plan = plan_backward(context.graph, walk, context.samples, context.leading, names, by)
@@ -222,8 +223,7 @@ def _with_spanning_owned(
                 context.samples,
                 context.given,
                 context.graph.forward_steps,
-                belong={**owned, value: axis},
-                by_place=walk.by_place,
+                policy=replace(walk.policy, counted={**owned, value: axis}),
             )
             if _mixed(trial) <= mixed_before:
                 owned[value] = axis

@@ -1,3 +1,6 @@
-"""The picture of a structure: ``mixing.py`` finds where samples mix, ``stages.py`` folds the graph into a few stages,
-``figure.py`` draws, ``diagram.py`` is what a user gets.
+"""The picture of a structure.
+
+- ``mixing.py``: at which ops samples interact
+- ``stage.py``, ``stages.py``: one row of the picture, and the ops as a few such rows
+- ``figure.py``: the drawing; ``diagram.py``: what a user gets, and its text
 """

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from unbatch.analysis.structure import MARKS, STYLES, TITLES, Structure
 from unbatch.diagram import figure
-from unbatch.diagram.stages import Stage, shown
+from unbatch.diagram.stage import Stage, shown
 from unbatch.rendering import as_text
 
 STEP = 5  # characters from one column to the next

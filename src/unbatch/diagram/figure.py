@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unbatch.diagram.stages import Stage, shown
+from unbatch.diagram.stage import Stage, shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,21 +1,24 @@
-"""At which ops on the way from inputs to predictions samples meet: read off a recording, and held against the verdicts.
+"""At which ops between inputs and predictions samples interact, in agreement with the verdicts.
 
-What is said of an op is what the verdicts say, no more and no less. How ops become the stages of a picture is in
-``stages.py``.
+What the interpretation shows for each op is collected first. The verdict on the forward pass then
+says how much of it stands: a picture says neither more nor less than the verdicts. How ops become
+the stages of a picture is in ``stages.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeGuard
 
+from unbatch.analysis.domain.propagation import StatisticUse
 from unbatch.analysis.domain.sample_layout import holds_its_place, in_order
 from unbatch.analysis.explanations import culprit
 from unbatch.analysis.inference import AnalysisState
 from unbatch.analysis.interpreter import Interpretation, interpret
+from unbatch.analysis.policy import Mixed, Policy
 from unbatch.analysis.rules.registry import NO_RULE
-from unbatch.analysis.structure import Culprit, Structure
+from unbatch.analysis.structure import Culprit, Structure, Verdict
 from unbatch.capture import ops
 from unbatch.capture.graph import Graph, HostRead, Ref, Step
 
@@ -23,7 +26,7 @@ from unbatch.capture.graph import Graph, HostRead, Ref, Step
 KINDS = {
     "separate": "each sample on its own",
     "uneven": "each sample on its own, but what is done depends on its place in the batch",
-    "statistics": "samples meet, in a few numbers",
+    "statistics": "samples interact, through a few numbers",
     "moved": "samples change places: slice n belongs to another sample than n",
     "unknown": "not established",
     "mixed": "samples mix",
@@ -49,9 +52,12 @@ STRAYED = "not established: the recording is not all of the model"
 
 
 @dataclass(frozen=True)
-class Part:
-    """One op on the way of the samples. ``kind``: a key of ``KINDS``; ``note``: what to say in place of "not
-    established"; ``numbers`` and ``group`` as in ``Stage``."""
+class PathOp:
+    """One op between inputs and predictions; ``path``: of its module.
+
+    ``kind``: a key of ``KINDS``. ``note``: what to say in place of "not established". ``numbers``
+    and ``group`` as in ``Stage``.
+    """
 
     path: tuple[str, ...]
     op: str
@@ -63,248 +69,346 @@ class Part:
 
     @property
     def apart(self) -> bool:
+        """Every sample is on its own here."""
         return self.kind in APART
 
-    def unsettled(self, note: str, culprits: tuple[Culprit, ...] = ()) -> Part:
-        return Part(self.path, self.op, "unknown", culprits=culprits, note=note)
+    def unsettled(self, note: str, culprits: tuple[Culprit, ...] = ()) -> PathOp:
+        """Return the op as one about which it is not established what it does to samples."""
+        return PathOp(self.path, self.op, "unknown", culprits=culprits, note=note)
 
 
-def parts(
+def path_ops(
     graph: Graph, findings: AnalysisState, structure: Structure, classes: Mapping[str, str]
-) -> list[Part]:
-    """The ops that samples go through, in order. ``classes``: module path -> name of its class."""
-    return _held(_found(graph, findings, structure, classes), structure)
+) -> list[PathOp]:
+    """Return the ops that samples go through, in order; ``classes``: module path -> its class."""
+    recorded = _recorded_ops(graph, findings, structure, classes)
+    return _within_verdict(recorded, structure)
 
 
 # --- what the recording shows ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Meeting:
-    """What is known against one step."""
+class Interaction:
+    """How samples interact at one step; ``reads``: what Python reads right before it."""
 
     kind: str = "separate"
     numbers: int = 0
     group: int = 0
-    escapes: tuple[HostRead, ...] = ()
+    reads: tuple[HostRead, ...] = ()
 
-    def __or__(self, other: _Meeting) -> _Meeting:
-        grave = max(self.kind, other.kind, key=GRAVITY.index)
-        numbers, group = self.numbers + other.numbers, max(self.group, other.group)
-        return _Meeting(grave, numbers, group, self.escapes + other.escapes)
+    def __or__(self, other: Interaction) -> Interaction:
+        """Both at the same step: the graver kind, and all numbers."""
+        return Interaction(
+            kind=max(self.kind, other.kind, key=GRAVITY.index),
+            numbers=self.numbers + other.numbers,
+            group=max(self.group, other.group),
+            reads=self.reads + other.reads,
+        )
 
 
-Meetings = dict[int, _Meeting]  # by step
+Interactions = dict[int, Interaction]  # by step
 
 
-def _found(
+def _add(interactions: Interactions, step: int, interaction: Interaction) -> None:
+    interactions[step] = interactions.get(step, Interaction()) | interaction
+
+
+def _recorded_ops(
     graph: Graph, findings: AnalysisState, structure: Structure, classes: Mapping[str, str]
-) -> list[Part]:
+) -> list[PathOp]:
+    """Return the ops with what the interpretation shows, whatever the verdict on it."""
     forward = findings.forward
     steps = forward.ancestors(graph.used_predictions) - graph.after_cut
-    carrying = {
-        s
-        for s in steps
-        if any(forward[r].depends_on_batch for r in graph.steps[s].outs if _known(r, forward))
-    }
-    met = _meetings(graph, findings, steps, carrying)
+    carrying = {s for s in steps if _carries_samples(forward, graph.steps[s])}
+    interactions = _interactions(graph, findings, steps, carrying)
     verdicts = (
         structure.independent_forward,
         structure.simd_forward,
         structure.simd_given_statistics,
     )
-    culprits = tuple(dict.fromkeys(c for v in verdicts for c in v.culprits))
-    out = []
-    for step in (graph.steps[s] for s in sorted(carrying | met.keys())):
-        here = met.get(step.index, _Meeting())
-        mine = tuple(
-            c for c in culprits if here.kind not in ("separate", "moved") and _at(c, step, here)
+    culprits: dict[Culprit, None] = {}
+    for verdict in verdicts:
+        culprits |= dict.fromkeys(verdict.culprits)
+    path_ops_ = []
+    for index in sorted(carrying | interactions.keys()):
+        step = graph.steps[index]
+        interaction = interactions.get(index, Interaction())
+        blame = _culprits_at(culprits, step, interaction)
+        if not blame:
+            blame = _own_culprit(step, interaction, index in forward.unknown)
+        path: tuple[str, ...] = ()
+        if step.module and step.module in classes:
+            path = tuple(step.module.split("."))
+        path_ops_.append(
+            PathOp(path, step.name, interaction.kind, interaction.numbers, interaction.group, blame)
         )
-        mine = mine or _own_culprit(step, here, step.index in forward.unknown)
-        path = tuple(step.module.split(".")) if step.module in classes and step.module else ()
-        out.append(Part(path, step.name, here.kind, here.numbers, here.group, mine))
-    return out
+    return path_ops_
 
 
-def _known(ref: Ref | None, forward: Interpretation) -> TypeGuard[Ref]:
+def _carries_samples(forward: Interpretation, step: Step) -> bool:
+    """Tell whether something that a step returns depends on the batch."""
+    return any(_interpreted(r, forward) and forward[r].depends_on_batch for r in step.outs)
+
+
+def _interpreted(ref: Ref | None, forward: Interpretation) -> TypeGuard[Ref]:
     return ref is not None and ref.index in forward.marks
 
 
-def _own_culprit(step: Step, here: _Meeting, no_rule: bool) -> tuple[Culprit, ...]:
-    """For a step that the verdicts do not name: theirs are where samples meet first, and where predictions end."""
-    kinds = {
-        "moved": "place",
-        "mixed": "joined",
-        "statistics": "group" if here.group else "statistic",
-    }
-    why = kinds.get(here.kind, NO_RULE if no_rule else "")
-    return (culprit(step, why, size=here.numbers, samples=here.group),) if why else ()
+def _culprits_at(
+    culprits: Iterable[Culprit], step: Step, interaction: Interaction
+) -> tuple[Culprit, ...]:
+    """Return those culprits of the verdicts that this step is.
+
+    No verdict says of a step that it moves samples, only that predictions are not in their places.
+    """
+    if interaction.kind in ("separate", "moved"):
+        return ()
+    return tuple(c for c in culprits if _is_at(c, step, interaction))
 
 
-def _at(culprit: Culprit, step: Step, here: _Meeting) -> bool:
-    """A culprit without a line of its own points to where the problem was made."""
+def _is_at(culprit: Culprit, step: Step, interaction: Interaction) -> bool:
+    """Tell whether a culprit is this step; without a line of its own it has that of the problem."""
     if culprit.op == "escape":
-        return any(
-            (e.module, e.where or culprit.where) == (culprit.module, culprit.where)
-            for e in here.escapes
-        )
-    same = culprit.module == step.module and culprit.where == (step.where or culprit.where)
-    return same and culprit.op == step.name
+        for read in interaction.reads:
+            if (read.module, read.where or culprit.where) == (culprit.module, culprit.where):
+                return True
+        return False
+    same_place = culprit.module == step.module and culprit.where == (step.where or culprit.where)
+    return same_place and culprit.op == step.name
 
 
-def _meetings(
+def _own_culprit(step: Step, interaction: Interaction, no_rule: bool) -> tuple[Culprit, ...]:
+    """Return a culprit for a step that the verdicts do not name.
+
+    They name where samples interact first, and where predictions end.
+    """
+    if interaction.kind == "statistics":
+        why = "group" if interaction.group else "statistic"
+    elif interaction.kind == "moved":
+        why = "place"
+    elif interaction.kind == "mixed":
+        why = "joined"
+    elif no_rule:
+        why = NO_RULE
+    else:
+        return ()
+    return (culprit(step, why, size=interaction.numbers, samples=interaction.group),)
+
+
+def _interactions(
     graph: Graph, findings: AnalysisState, steps: set[int], carrying: set[int]
-) -> Meetings:
-    """The steps at which samples are not simply separate."""
-    forward, predictions = (
-        findings.forward,
-        [r for r in graph.used_predictions if _known(r, findings.forward)],
-    )
-    found: Meetings = {}
-    mixers = (
-        frozenset().union(*(forward[r].mixers for r in predictions)) & forward.algebra.births.keys()
-    )
-    for more in (
-        _listening(forward, steps),
-        dict.fromkeys(
-            steps & (mixers - forward.unknown.keys() | _entering(forward, predictions)),
-            _Meeting("mixed"),
-        ),
-        dict.fromkeys(steps & forward.unknown.keys(), _Meeting("unknown")),
-        _after(findings.escapes, sorted(carrying) or sorted(steps)),
-        dict.fromkeys(
-            steps & _displacing(graph, forward, predictions, findings.leading), _Meeting("moved")
-        ),
+) -> Interactions:
+    """Return the steps at which samples are not simply separate."""
+    forward = findings.forward
+    predictions = [r for r in graph.used_predictions if _interpreted(r, forward)]
+    displacing = _displacing(graph, forward, predictions, findings.leading)
+    sources = (
+        _through_statistics(forward, steps),
+        dict.fromkeys(steps & _mixing(forward, predictions), Interaction("mixed")),
+        dict.fromkeys(steps & forward.unknown.keys(), Interaction("unknown")),
+        _after_reads(findings.escapes, sorted(carrying) or sorted(steps)),
+        dict.fromkeys(steps & displacing, Interaction("moved")),
         _after_mixing(graph, forward, steps),
-    ):
-        for step, meeting in more.items():
-            found[step] = found.get(step, _Meeting()) | meeting
-    return found
+    )
+    interactions: Interactions = {}
+    for source in sources:
+        for step, interaction in source.items():
+            _add(interactions, step, interaction)
+    return interactions
 
 
-def _listening(forward: Interpretation, steps: set[int]) -> Meetings:
-    """Where statistics are made that samples listen to, and where it matters which place a sample has."""
+def _through_statistics(forward: Interpretation, steps: set[int]) -> Interactions:
+    """Return where statistics are made that samples use, or where the place of a sample matters."""
+    interactions = dict.fromkeys(forward.algebra.uneven & steps, Interaction("uneven"))
+    for use in forward.algebra.uses.values():
+        _add_use(interactions, forward, use, steps)
+    return interactions
+
+
+def _add_use(
+    interactions: Interactions, forward: Interpretation, use: StatisticUse, steps: set[int]
+) -> None:
+    """Count what is made of several statistics where the last of them is made."""
+    roots = forward.algebra.roots
+    if not any(roots[r].step in steps for r in use.roots):
+        return
+    last = roots[max(use.roots)]
+    _add(
+        interactions,
+        last.step,
+        Interaction(
+            kind="mixed" if use.long else "statistics",
+            numbers=use.size,
+            group=last.samples if last.groups else 0,
+        ),
+    )
+
+
+def _mixing(forward: Interpretation, predictions: Sequence[Ref]) -> set[int]:
+    """Return the steps that mix samples on their way to predictions.
+
+    Some predictions contain totals over samples as they are, which nothing else uses: where these
+    are made counts, too. A step without a rule is unknown, not mixing.
+    """
     algebra = forward.algebra
-    found: Meetings = dict.fromkeys(algebra.uneven & steps, _Meeting("uneven"))
+    mixers: set[int] = set()
+    statistics: set[int] = set()
+    for ref in predictions:
+        mixers |= forward[ref].mixers
+        statistics |= forward[ref].given
     for use in algebra.uses.values():
-        if any(algebra.roots[r].step in steps for r in use.roots):
-            root = algebra.roots[max(use.roots)]
-            kind, group = "mixed" if use.long else "statistics", root.samples if root.groups else 0
-            found[root.step] = found.get(root.step, _Meeting()) | _Meeting(kind, use.size, group)
-    return found
+        statistics -= use.roots
+    mixing = (mixers & algebra.births.keys()) - forward.unknown.keys()
+    return mixing | {algebra.roots[r].step for r in statistics}
 
 
-def _entering(forward: Interpretation, predictions: list[Ref]) -> set[int]:
-    """Where totals over samples are made that predictions contain as they are, and that nothing else listens to."""
-    heard = frozenset().union(*(use.roots for use in forward.algebra.uses.values()))
-    given = frozenset().union(*(forward[r].given for r in predictions))
-    return {forward.algebra.roots[r].step for r in given - heard}
-
-
-def _after(escapes: list[HostRead], steps: list[int]) -> Meetings:
-    """What Python has read may tell in the first step after it that samples go through."""
-    found: Meetings = {}
-    for escape in escapes:
-        for step in [s for s in steps if s >= escape.step][:1] or steps[-1:]:
-            found[step] = found.get(step, _Meeting()) | _Meeting("unknown", escapes=(escape,))
-    return found
+def _after_reads(reads: Sequence[HostRead], steps: Sequence[int]) -> Interactions:
+    """Count what Python reads at the first step after it that samples go through."""
+    interactions: Interactions = {}
+    for read in reads:
+        later = [s for s in steps if s >= read.step][:1]
+        for step in later or steps[-1:]:
+            _add(interactions, step, Interaction("unknown", reads=(read,)))
+    return interactions
 
 
 def _displacing(
-    graph: Graph, forward: Interpretation, predictions: list[Ref], leading: bool
+    graph: Graph, forward: Interpretation, predictions: Sequence[Ref], leading: bool
 ) -> set[int]:
-    """The steps at which samples lose their places for good: what these read is in order still."""
+    """Return the steps at which samples lose their places for good: what they read is in order.
+
+    Followed from the predictions upwards, as long as there is an operand that is out of order.
+    """
     samples = forward.algebra.samples
-    waiting = [
-        r
-        for r in predictions
-        if forward[r].separate and not holds_its_place(forward[r], samples, leading)
-    ]
-    seen, found = set[int](), set[int]()
+    waiting = []
+    for ref in predictions:
+        marks = forward[ref]
+        if marks.separate and not holds_its_place(marks, samples, leading):
+            waiting.append(ref)
+    visited: set[int] = set()
+    displacing: set[int] = set()
     while waiting:
         ref = waiting.pop()
-        if ref.index in seen or ref.index not in graph.makers:
+        if ref.index in visited or ref.index not in graph.makers:
             continue
-        seen.add(ref.index)
-        maker = graph.makers[ref.index]
-        step = _written_by(graph, ref, maker) or maker
-        known = [r for r in step.refs() if _known(r, forward) and r.index not in seen]
-        before = [r for r in known if forward[r].separate and not in_order(forward[r], samples)]
-        waiting += before
-        found |= set() if before else {step.index}
-    return found
+        visited.add(ref.index)
+        step = _last_writer(graph, ref)
+        out_of_order = []
+        for operand in step.refs():
+            if operand.index in visited or operand.index not in forward.marks:
+                continue
+            if forward[operand].separate and not in_order(forward[operand], samples):
+                out_of_order.append(operand)
+        waiting += out_of_order
+        if not out_of_order:
+            displacing.add(step.index)
+    return displacing
 
 
-def _written_by(graph: Graph, ref: Ref, maker: Step) -> Step | None:
-    """The last write through another view to the memory of a value, after it was made."""
-    memory = graph.values[ref.index].storage
-    later = graph.steps[maker.index + 1 :] if graph.written(ref.index) else []
-    writes = [
-        s
-        for s in later
-        if any(graph.values[o.index].storage == memory and o != ref for o, _ in s.writes)
-    ]
-    return writes[-1] if writes else None
+def _last_writer(graph: Graph, ref: Ref) -> Step:
+    """Return the last step that writes to a value, through another view, or else its maker."""
+    maker = graph.makers[ref.index]
+    writer = maker
+    if graph.written(ref.index):
+        memory = graph.values[ref.index].storage
+        for step in graph.steps[maker.index + 1 :]:
+            for old, _ in step.writes:
+                if old != ref and graph.values[old.index].storage == memory:
+                    writer = step
+    return writer
 
 
-def _after_mixing(graph: Graph, forward: Interpretation, steps: set[int]) -> Meetings:
-    """Where samples that have mixed meet again, as if each slice were the sample's own from there on."""
-    mixed = {
-        s
-        for s in steps
-        if any(_known(r, forward) and forward[r].mixed for r in graph.steps[s].refs())
-    }
+def _after_mixing(graph: Graph, forward: Interpretation, steps: set[int]) -> Interactions:
+    """Return where samples that are mixed already interact again.
+
+    Found by a second interpretation in which each slice counts as a sample's own after the mixing.
+    """
+    mixed = {s for s in steps if _reads_mixed(forward, graph.steps[s])}
     if not mixed:
         return {}
-    given = {i: m for i, m in forward.marks.items() if graph.values[i].kind != "step"}
+    start = {i: m for i, m in forward.marks.items() if graph.values[i].kind != "step"}
     again = interpret(
         graph,
         forward.algebra.samples,
-        given,
+        start,
         graph.forward_steps,
         sorted(forward.assumed),
-        afresh=True,
+        policy=Policy(Mixed.AFRESH),
     )
-    # Elementwise ops only bring in what has mixed before.
-    mixing = {
-        s for s in mixed & again.algebra.births.keys() if not ops.is_pointwise(graph.steps[s].op)
-    }
-    listening = {
-        s: m for s, m in _listening(again, steps).items() if s in mixed and m.kind != "uneven"
-    }
-    return listening | dict.fromkeys(mixing - forward.unknown.keys(), _Meeting("mixed"))
+    interactions: Interactions = {}
+    for step, interaction in _through_statistics(again, steps).items():
+        if step in mixed and interaction.kind != "uneven":
+            interactions[step] = interaction
+    for step in (mixed & again.algebra.births.keys()) - forward.unknown.keys():
+        # Elementwise ops only bring in what is mixed before.
+        if not ops.is_pointwise(graph.steps[step].op):
+            interactions[step] = Interaction("mixed")
+    return interactions
+
+
+def _reads_mixed(forward: Interpretation, step: Step) -> bool:
+    return any(_interpreted(r, forward) and forward[r].mixed for r in step.refs())
 
 
 # --- what the verdicts say ------------------------------------------------------------------------
 
 
-def _held(found: list[Part], structure: Structure) -> list[Part]:
-    """As much of it as the verdict on the forward pass says."""
+def _within_verdict(recorded: list[PathOp], structure: Structure) -> list[PathOp]:
+    """Return as much of what the recording shows as the verdict on the forward pass says."""
     verdict = structure.independent_forward
     if verdict:
-        return [p if p.kind == "uneven" else Part(p.path, p.op) for p in found]
+        return [op if op.kind == "uneven" else PathOp(op.path, op.op) for op in recorded]
     if structure.samples == 1:
-        return [p.unsettled(ONE_SAMPLE) for p in found]
-    unseen = not any(
-        p.kind == "unknown" for p in found
-    )  # what is known to be unknown may well be why it strays
-    strayed = tuple(c for c in verdict.culprits if c.op == "replay" and unseen)
-    if all(p.apart for p in found):
-        note = SOMEWHERE if verdict.status == "fails" else STRAYED if strayed else ""
-        return [p.unsettled(note, verdict.culprits) for p in found]
+        return [op.unsettled(ONE_SAMPLE) for op in recorded]
+    strayed = _replay_culprits(recorded, verdict.culprits)
+    if all(op.apart for op in recorded):
+        return _anywhere(recorded, verdict, bool(strayed))
+    fails = verdict.status == "fails"
+    settled = []
+    for op in _witnessed(recorded) if fails else recorded:
+        if op.apart:
+            # What is not in the recording may interact at any of its ops.
+            op = op.unsettled(STRAYED, strayed) if strayed else op
+        elif not fails:
+            op = replace(op, kind="unknown")
+        settled.append(op)
+    return settled
+
+
+def _anywhere(recorded: list[PathOp], verdict: Verdict, strayed: bool) -> list[PathOp]:
+    """Return the ops where nothing in the recording explains why the verdict does not hold."""
+    note = STRAYED if strayed else ""
     if verdict.status == "fails":
-        found = _witnessed(found)
-    else:
-        found = [p if p.apart else replace(p, kind="unknown") for p in found]
-    return [p.unsettled(STRAYED, strayed) if strayed and p.apart else p for p in found]
+        note = SOMEWHERE
+    return [op.unsettled(note, verdict.culprits) for op in recorded]
 
 
-def _witnessed(found: list[Part]) -> list[Part]:
-    """Samples were seen to meet. Where they can do so in one place only, that is where."""
-    suspects = [p for p in found if not p.apart]
-    if any(p.kind != "unknown" for p in suspects):
-        return found
-    places = {p.culprits for p in suspects}
-    if len(suspects) == 1 or (len(places) == 1 and () not in places):
-        return [replace(p, kind="mixed") if not p.apart else p for p in found]
-    return [p if p.apart else replace(p, note=SOMEWHERE) for p in found]
+def _replay_culprits(
+    recorded: Sequence[PathOp], culprits: Iterable[Culprit]
+) -> tuple[Culprit, ...]:
+    """Return the culprits that say that the recording does not follow the model on other batches.
+
+    None where an op is known to be unknown: that may well be why.
+    """
+    if any(op.kind == "unknown" for op in recorded):
+        return ()
+    return tuple(c for c in culprits if c.op == "replay")
+
+
+def _witnessed(recorded: list[PathOp]) -> list[PathOp]:
+    """Return the ops where a witness shows that samples mix.
+
+    Where they can do so in one place only, that is where; of several nobody knows which.
+    """
+    suspects = [op for op in recorded if not op.apart]
+    if any(op.kind != "unknown" for op in suspects):
+        return recorded
+    places = {op.culprits for op in suspects}
+    one_place = len(suspects) == 1 or (len(places) == 1 and () not in places)
+    settled = []
+    for op in recorded:
+        if not op.apart:
+            op = replace(op, kind="mixed") if one_place else replace(op, note=SOMEWHERE)
+        settled.append(op)
+    return settled

@@ -1,0 +1,289 @@
+"""What ownership proves about the loss: whether it can be split off, is a sum, and is SIMD.
+
+``judge_loss`` says *holds* where it is proved and leaves the rest open, with culprits. One verdict
+can fail here: a parameter that enters the loss refutes the canonical split for good.
+
+Vocabulary, of ``domain/propagation.py``: an *atom* is a scalar per sample through which predictions
+enter the loss; the loss is *additive* where it is a sum over samples of such scalars.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from unbatch.analysis.domain.ownership import Ownership
+from unbatch.analysis.domain.propagation import Propagation
+from unbatch.analysis.explanations import culprit, escape_culprit
+from unbatch.analysis.forward_inference import statistic_culprits
+from unbatch.analysis.interpreter import Interpretation
+from unbatch.analysis.structure import Culprit, Verdict
+from unbatch.capture import ops
+from unbatch.capture.graph import Graph, HostRead, Ref, Step
+
+REST_NOTE = "that part of the gradient is carried as `rest`"
+
+
+# Ops that only put totals together, as the sum of two losses does.
+SUMS = ("add", "sub", "rsub", "cat", "stack", "sum", "mean")
+
+
+@dataclass(frozen=True)
+class LossEvidence:
+    """The interpretation of a loss, and what Python reads while it is computed.
+
+    ``steps``: those that the loss depends on. ``reads``: host reads that may steer the loss.
+    ``constants_read``: sources ("targets", "inputs") of which more than one sample's are read.
+    """
+
+    graph: Graph
+    forward: Interpretation
+    loss: Interpretation
+    marks: Ownership
+    steps: frozenset[int]
+    reads: tuple[HostRead, ...]
+    constants_read: frozenset[str]
+
+    @property
+    def algebra(self) -> Propagation:
+        return self.loss.algebra
+
+    @property
+    def steps_after_cut(self) -> list[Step]:
+        """The steps from the predictions to the loss, in order."""
+        return [self.graph.steps[s] for s in sorted(self.steps & self.graph.after_cut)]
+
+
+def judge_loss(evidence: LossEvidence) -> tuple[Verdict, Verdict, Verdict]:
+    """Return the verdicts on canonical split, reduction and SIMD loss."""
+    marks, algebra = evidence.marks, evidence.algebra
+    basis = "assumed" if evidence.loss.assumed else "proved"
+    culprits = _loss_culprits(evidence)
+    simd = _is_simd(evidence)
+    factors = _batch_constants(algebra, marks, as_factors=True) | evidence.constants_read
+    terms = _batch_constants(algebra, marks, as_factors=False)
+    reduction = Verdict("reduction", "unknown", culprits=culprits, weights_depend_on=factors)
+    if simd and _is_additive(evidence):
+        note = ""
+        if factors:
+            note = f"weights depend on {' and '.join(sorted(factors))}"
+        reduction = Verdict("reduction", "holds", basis, note=note, weights_depend_on=factors)
+    simd_loss = Verdict("simd_loss", "unknown", culprits=culprits)
+    if simd:
+        note = ""
+        if terms:
+            note = f"given statistics of the {' and '.join(sorted(terms))} of all samples"
+        simd_loss = Verdict("simd_loss", "holds", basis, note=note, weights_depend_on=terms)
+    return _judge_split(evidence), reduction, simd_loss
+
+
+def _is_additive(evidence: LossEvidence) -> bool:
+    """Tell whether the loss is proved to be a sum over the samples; of one sample any loss is."""
+    marks = evidence.marks
+    if evidence.reads:
+        return False
+    if marks.depends_on_batch and "predictions" not in marks.sources:
+        return False
+    return marks.additive or (evidence.algebra.samples == 1 and not marks.mixed)
+
+
+def _is_simd(evidence: LossEvidence) -> bool:
+    """Tell whether predictions enter through one scalar per sample, by the same function for all.
+
+    Equal atoms are the same function, so one atom says both. Without any, no prediction may enter.
+    """
+    marks = evidence.marks
+    if evidence.reads or marks.mixed:
+        return False
+    if marks.grouped and not marks.additive:
+        return False
+    if not marks.atoms:
+        return not evidence.algebra.given_predictions(marks)
+    return len(marks.atoms) == 1
+
+
+def _batch_constants(algebra: Propagation, marks: Ownership, as_factors: bool) -> frozenset[str]:
+    """Return of which constants statistics over the batch enter the loss.
+
+    ``as_factors``: as factors of its terms, which makes them weights; otherwise inside of terms.
+    """
+    sources: set[str] = set()
+    for root in marks.given:
+        statistic = algebra.roots[root]
+        is_factor = root in algebra.factors
+        if is_factor == as_factors and "predictions" not in statistic.sources:
+            sources |= statistic.sources
+    return frozenset(sources & {"targets", "inputs"})
+
+
+# --- the canonical split --------------------------------------------------------------------------
+
+
+def _judge_split(evidence: LossEvidence) -> Verdict:
+    """Return whether only predictions, and nothing else made of parameters, enter the loss."""
+    culprits = []
+    for step in evidence.steps_after_cut:
+        if not ops.reads_shape_only(step.op):
+            culprits += _parameters_entering(evidence, step)
+    if culprits:
+        return _split_fails(dict.fromkeys(culprits))
+    reads = [e for e in evidence.graph.escapes if e.in_loss and _reads_parameters(evidence, e)]
+    if reads:
+        return Verdict(
+            "canonical_split", "unknown", culprits=tuple(escape_culprit(read) for read in reads)
+        )
+    return Verdict("canonical_split", "holds", "proved")
+
+
+def _parameters_entering(evidence: LossEvidence, step: Step) -> list[Culprit]:
+    """Return a culprit for each operand of a step that brings parameters past the predictions."""
+    graph = evidence.graph
+    culprits = []
+    for ref in step.refs():
+        value = graph.values[ref.index]
+        if value.kind == "parameters":
+            culprits.append(_split_culprit(step, f"the parameter {value.name!r}"))
+        elif _is_inner_value(graph, ref) and "parameters" in evidence.forward[ref].sources:
+            culprits.append(_split_culprit(step, "an inner value of the model"))
+    return culprits
+
+
+def _is_inner_value(graph: Graph, ref: Ref) -> bool:
+    """Tell whether the model computes this value and does not return it as a prediction."""
+    value = graph.values[ref.index]
+    if value.kind != "step" or value.step in graph.after_cut:
+        return False
+    return ref not in graph.predictions
+
+
+def _reads_parameters(evidence: LossEvidence, read: HostRead) -> bool:
+    """Tell whether Python reads something made of parameters, and may use it in the loss."""
+    index = read.ref.index
+    if read.blind or evidence.graph.values[index].kind == "parameters":
+        return True
+    marks = evidence.loss.marks.get(index) or evidence.forward.marks.get(index)
+    if marks is None:
+        return True
+    return bool(marks.sources & {"parameters", "internals"})
+
+
+def parameters_in_own_loss(steps: Sequence[Step]) -> Verdict:
+    """Return the verdict where a loss inside the model takes a parameter at each of ``steps``."""
+    return _split_fails(_split_culprit(step, "a parameter") for step in steps)
+
+
+def _split_fails(culprits: Iterable[Culprit]) -> Verdict:
+    return Verdict("canonical_split", "fails", "proved", tuple(culprits), REST_NOTE)
+
+
+def _split_culprit(step: Step, what: str) -> Culprit:
+    return Culprit(
+        step.module,
+        step.name,
+        step.where,
+        f"{what} enters the loss beside the predictions",
+        "Move it into the model, or keep it: its part of the gradient is reported as `rest`.",
+    )
+
+
+# --- the culprits ---------------------------------------------------------------------------------
+
+
+def _loss_culprits(evidence: LossEvidence) -> tuple[Culprit, ...]:
+    """Return where the loss makes predictions of different samples interact."""
+    graph, algebra, marks = evidence.graph, evidence.algebra, evidence.marks
+    births = evidence.forward.algebra.births | algebra.births
+    mixing = []
+    for index in sorted(marks.mixers & births.keys()):
+        step = graph.steps[index]
+        mixing.append(_mixing_culprit(graph, step, births[index]))
+    reads = [escape_culprit(read) for read in evidence.reads]
+    uses = [use for use in algebra.uses.values() if _of_predictions(algebra, use.roots)]
+    statistics = statistic_culprits(graph, algebra, uses)
+    totals: list[Culprit] = []
+    if not mixing and not statistics:
+        totals = _total_culprits(evidence)
+    return tuple(mixing + reads + statistics + totals)
+
+
+def _of_predictions(algebra: Propagation, roots: Iterable[int]) -> frozenset[int]:
+    """Return those of the statistics that are made of predictions."""
+    return frozenset(r for r in roots if "predictions" in algebra.roots[r].sources)
+
+
+def _mixing_culprit(graph: Graph, step: Step, how: str) -> Culprit:
+    """Return a step that mixes samples as a culprit.
+
+    Predictions ``[N, 1]`` beside targets ``[N]`` are what happens most often: broadcasting sets
+    every sample beside every other, and the two shapes explain it better than any word.
+    """
+    if how == "pairwise" and (ops.is_pointwise(step.op) or "_loss" in step.name):
+        shapes: dict[str, None] = {}
+        for ref in step.refs():
+            operand = _before_expand(graph, ref)
+            shapes[str(list(graph.values[operand.index].shape))] = None
+        if len(shapes) > 1:
+            return culprit(step, "broadcast", shapes=" and ".join(shapes))
+    return culprit(step, how)
+
+
+def _before_expand(graph: Graph, ref: Ref) -> Ref:
+    """Return what a loss has expanded before it compares."""
+    maker = graph.makers.get(ref.index)
+    if maker is not None and maker.name == "expand":
+        return maker.refs()[0]
+    return ref
+
+
+def _total_culprits(evidence: LossEvidence) -> list[Culprit]:
+    """Return the totals over samples that the loss is not linear in, or all if none stands out."""
+    totals = _of_predictions(evidence.algebra, evidence.marks.given)
+    nonlinear = totals & _nonlinear_totals(evidence)
+    culprits = []
+    for root in sorted(nonlinear or totals):
+        step = evidence.graph.steps[evidence.algebra.roots[root].step]
+        culprits.append(
+            Culprit(
+                step.module,
+                step.name,
+                step.where,
+                "a total over the samples enters the loss in more than a linear way",
+                "Reduce the losses of the samples by a (weighted) sum or mean.",
+            )
+        )
+    return culprits
+
+
+def _nonlinear_totals(evidence: LossEvidence) -> frozenset[int]:
+    """Return the totals over samples from which something is made that is no sum over samples.
+
+    A total that is only added to such a thing, as a cross-entropy to a dice loss, is none of them.
+    """
+    nonlinear: set[int] = set()
+    for step in evidence.steps_after_cut:
+        if not _makes_no_sum(evidence.loss, step):
+            continue
+        operands = _totals_among(evidence.loss, step.refs())
+        all_sums = all(m.additive for m in operands)
+        if all_sums or ops.base_name(step.op) not in SUMS:
+            for operand in operands:
+                if operand.additive:
+                    nonlinear |= operand.given
+    return frozenset(nonlinear)
+
+
+def _makes_no_sum(loss: Interpretation, step: Step) -> bool:
+    """Tell whether a result of the step rests on totals over samples and is no sum itself."""
+    return any(not m.additive for m in _totals_among(loss, step.outs))
+
+
+def _totals_among(loss: Interpretation, refs: Iterable[Ref | None]) -> list[Ownership]:
+    """Return the ownership of those values that rest on totals over the samples."""
+    totals = []
+    for ref in refs:
+        if ref is None:
+            continue
+        marks = loss.marks.get(ref.index)
+        if marks is not None and marks.given:
+            totals.append(marks)
+    return totals

@@ -1,0 +1,94 @@
+"""What an interpretation relies on in the numbers of a value: another batch is held to it.
+
+An index or a mask may decide which sample an element belongs to. The interpretation then looks at
+the integers or booleans that were recorded, and what it saw becomes a ``Fact``: where another batch
+has the same facts, it has the same ownership. Nothing here knows about rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from unbatch.capture.graph import Graph, Ref, is_ref
+
+
+@dataclass(frozen=True)
+class Fact:
+    """``look`` at the numbers of ``value`` (None where they are not known) returned ``seen``."""
+
+    value: int
+    look: Callable[[Tensor | None], Any]
+    seen: Any
+
+    def holds(self, graph: Graph) -> bool:
+        """Tell whether the numbers in another graph show the same."""
+        return _equal(self.look(graph.known(self.value)), self.seen)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return np.array_equal(a, b)
+    return type(a) is type(b) and bool(a == b)
+
+
+class Numbers(Mapping[str, Any]):
+    """The integers and booleans of the tensor arguments of a step; to look at one is to rely on it.
+
+    ``rely``: takes the number of a value and a function of its numbers, and returns the result.
+    """
+
+    def __init__(
+        self,
+        rely: Callable[[int, Callable[[Any], Any]], Any],
+        arguments: Mapping[str, Any],
+    ) -> None:
+        self.rely = rely
+        self.arguments = arguments
+
+    def __getitem__(self, name: str) -> Any:
+        return self.look(name, lambda numbers: numbers)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.arguments)
+
+    def __len__(self) -> int:
+        return len(self.arguments)
+
+    def look(self, name: str, function: Callable[[Any], Any]) -> Any:
+        """Return a function of the numbers of an argument, and rely on no more than its result.
+
+        An argument that is a list of tensors gives a list; what is no tensor gives None.
+        """
+
+        def result(leaf: Any) -> Any:
+            if isinstance(leaf, Ref):
+                return self.rely(leaf.index, function)
+            return None
+
+        return tree_map(result, self.arguments.get(name), is_leaf=is_ref)
+
+
+def exact_numbers(t: Tensor | None) -> Any:
+    """Return integers and booleans as an array; None for other numbers, or where not known."""
+    if t is None or t.device.type == "meta":
+        return None
+    if t.is_floating_point() or t.is_complex():
+        return None
+    return t.detach().cpu().numpy()
+
+
+def alike(t: Tensor | None) -> tuple[int, ...]:
+    """Return the dims along which all entries are equal; none where the numbers are not known."""
+    if t is None or t.device.type == "meta" or not t.numel():
+        return ()
+    dims = []
+    for dim, size in enumerate(t.shape):
+        if size > 1 and bool((t == t.narrow(dim, 0, 1)).all()):
+            dims.append(dim)
+    return tuple(dims)
