@@ -178,10 +178,7 @@ def power(call: RuleContext) -> Ownership:
     """Whole powers of what is mixed are still polynomials of it."""
     exponent = 2 if call.name == "square" else call["exponent"]
     whole = isinstance(exponent, int | float) and exponent == int(exponent) and exponent > 0
-    bent = set(call.algebra.bent)
-    out = call.algebra.pointwise(call.title, *call.marks)
-    call.algebra.bent = bent if whole else call.algebra.bent
-    return out
+    return call.algebra.pointwise(call.title, *call.marks, polynomial=whole)
 
 
 # --- reductions -----------------------------------------------------------------------------------

@@ -219,7 +219,7 @@ def scattered(
             spot = spots[run[0]]
             owners = np.append(new_owner[run], owner[spot])[None]
             keys = np.append(new_key[run], key[spot])[None]
-            o, k, met = algebra.meet(owners, keys)
+            o, k, met = algebra.sets.combine(owners, keys)
             owner[spot], key[spot], joined = o[0], k[0], joined or met
     else:
         owner[spots], key[spots] = new_owner, new_key
