@@ -21,7 +21,7 @@ the key, and the samples differ from there on.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -73,14 +73,25 @@ def absorb(x: Ownership) -> Ownership:
 
 def absorb_unless_linear(operands: Sequence[Ownership], kind: str) -> list[Ownership]:
     """Absorb weights where an operation of this kind is not linear in what they multiply."""
-    entering = sum("predictions" in x.sources for x in operands)
-    linear = kind in ("add", "sub") or (kind == "scale" and entering <= 1)
-    if linear:
+    if kind in ("add", "sub"):
+        return list(operands)
+    if kind == "scale" and len(_entering(operands)) <= 1:
+        # Linear in the one operand that depends on predictions, the others being its factors.
         return list(operands)
     return [absorb(x) for x in operands]
 
 
+def any_weighted(xs: Iterable[Ownership]) -> bool:
+    """Tell whether any value carries factors per sample."""
+    return any(x.weighted for x in xs)
+
+
 # --- scalars, and sums of them --------------------------------------------------------------------
+
+
+def _entering(operands: Sequence[Ownership]) -> list[Ownership]:
+    """The operands through which predictions enter."""
+    return [x for x in operands if "predictions" in x.sources]
 
 
 def one_element_each(x: Ownership) -> bool:
@@ -115,25 +126,43 @@ def of_linear(
     It is additive if every operand through which predictions enter is so, or (in a sum) belongs
     to one sample alone. ``weighted``: one of the operands is a weight per sample.
     """
-    entering = [x for x in operands if "predictions" in x.sources]
+    entering = _entering(operands)
     if not entering or (kind == "scale" and len(entering) > 1):
+        # No prediction enters, or a product of predictions, which is linear in neither.
         return replace(out, weighted=False)
     if kind == "scale":
-        for x in operands:
-            if "predictions" not in x.sources:
-                record.factors |= x.given
+        record.factors |= _statistics_of_factors(operands)
     additive = not out.owned and all(_adds_up(x, kind, record) for x in entering)
-    weighted = weighted or any(x.weighted for x in entering)
-    if weighted and kind != "scale" and len(operands) > 1 and not additive:
+    weighted = weighted or any_weighted(entering)
+    if weighted and not additive and kind != "scale" and len(operands) > 1:
         # The terms may have different weights, and then there is no common factor.
         return absorb(replace(out, weighted=True))
     atoms = out.atoms
-    one_each = len(entering) > 1 and all(len(x.atoms) == 1 for x in entering)
-    if additive and one_each and not weighted:
-        # sum_n a_n + sum_n b_n = sum_n (a_n + b_n): one scalar per sample again.
-        names = [sorted(x.atoms) for x in entering]
-        atoms = frozenset([int(code(kind, *names))])
+    if additive and not weighted and len(entering) > 1:
+        atoms = _sum_of_atoms(entering, kind) or atoms
     return replace(out, additive=additive, weighted=weighted, atoms=atoms)
+
+
+def _statistics_of_factors(operands: Sequence[Ownership]) -> set[int]:
+    """The statistics by which something of the predictions is multiplied."""
+    statistics: set[int] = set()
+    for x in operands:
+        if "predictions" not in x.sources:
+            statistics |= x.given
+    return statistics
+
+
+def _sum_of_atoms(terms: Sequence[Ownership], kind: str) -> frozenset[int]:
+    """The one scalar of a sum of sums over samples, if each of these has one.
+
+    sum_n a_n + sum_n b_n = sum_n (a_n + b_n): per sample it is a_n + b_n, again one.
+    """
+    names = []
+    for x in terms:
+        if len(x.atoms) != 1:
+            return frozenset()
+        names.append(sorted(x.atoms))
+    return frozenset([int(code(kind, *names))])
 
 
 def _adds_up(x: Ownership, kind: str, record: DependenceRecord) -> bool:

@@ -75,6 +75,28 @@ def follow_samples(owner: Array, dim: int, samples: int) -> bool:
     return bool(((owner == sample) | (owner == SHARED)).all())
 
 
+# --- shapes ---------------------------------------------------------------------------------------
+
+
+def with_one(shape: Dims, dims: Iterable[int]) -> tuple[int, ...]:
+    """Return ``shape`` with one entry along ``dims``."""
+    sizes = list(shape)
+    for d in dims:
+        sizes[d] = 1
+    return tuple(sizes)
+
+
+def without_dims(shape: Dims, dims: Iterable[int]) -> tuple[int, ...]:
+    """Return ``shape`` without the entries for ``dims``."""
+    removed = set(dims)
+    return tuple(size for d, size in enumerate(shape) if d not in removed)
+
+
+def normal_dims(dims: Iterable[int], ndim: int) -> list[int]:
+    """Return dims, which may count from the end, in order and each once."""
+    return sorted({d % ndim for d in dims})
+
+
 def _along(size: int, dim: int, ndim: int) -> list[int]:
     """The shape that has ``size`` entries along ``dim`` and one along the others."""
     shape = [1] * ndim
@@ -240,7 +262,8 @@ def shared(
     """Return a value that no sample owns; along ``constant_along`` its elements are equal."""
     constant = set(constant_along)
     ones = [1] * len(shape)
-    stored = [size if d in constant else 1 for d, size in enumerate(shape)]
+    plain = [d for d in range(len(shape)) if d not in constant]
+    stored = with_one(shape, plain)
     owner = np.broadcast_to(np.full(ones, SHARED, dtype=np.int32), stored)
     key = np.broadcast_to(code("shared", name).reshape(ones), stored)
     return Ownership(tuple(shape), owner, key, sources=frozenset(sources))
@@ -339,7 +362,7 @@ def unsqueeze(x: Ownership, dim: int) -> Ownership:
 def squeeze(x: Ownership, dims: Iterable[int]) -> Ownership:
     """Remove dims of size one."""
     removed = tuple(dims)
-    shape = tuple(size for d, size in enumerate(x.shape) if d not in removed)
+    shape = without_dims(x.shape, removed)
     return replace(x, shape=shape, owner=x.owner.squeeze(removed), key=x.key.squeeze(removed))
 
 
@@ -379,15 +402,16 @@ def reshape(x: Ownership, shape: Dims) -> Ownership:
         return shared(shape, "empty", x.sources)
     runs = list(_runs(x.shape, shape))
     x = _spell_out_regrouped(x, runs)
-    stored: list[int] = []
-    regrouped: list[int] = []
+    stored: list[int] = []  # the shape of the arrays
+    regrouped: list[int] = []  # dims that may be compressed again
     renamed = []
     for old, new in runs:
         before = [x.shape[d] for d in old]
         after = [shape[d] for d in new]
         if x.explicit(old):
             stored += after
-            regrouped += new if _regroups(old, new) else []
+            if _regroups(old, new):
+                regrouped += new
             continue
         stored += [1] * len(new)
         if _without_ones(before) != _without_ones(after):
@@ -408,6 +432,7 @@ def _runs(old: Dims, new: Dims) -> Iterator[tuple[list[int], list[int]]]:
         left: list[int] = []
         right: list[int] = []
         a = b = 1
+        # A run is complete when both products agree; dims of size one make runs of their own.
         while not (left or right) or a != b:
             if i < len(old) and (a <= b or j == len(new)):
                 a *= old[i]
@@ -456,8 +481,7 @@ def moved(x: Ownership, run: Callable[[Array], Array], shape: Dims) -> Ownership
 
 def collapse(x: Ownership, dims: list[int], keepdim: bool) -> Ownership:
     """Drop dims over which a scan has made everything alike."""
-    shape = tuple(1 if d in dims else size for d, size in enumerate(x.shape))
-    x = replace(x, shape=shape)
+    x = replace(x, shape=with_one(x.shape, dims))
     if keepdim:
         return x
     return squeeze(x, dims)

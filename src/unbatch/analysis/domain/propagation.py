@@ -30,6 +30,7 @@ from unbatch.analysis.domain.dependence import DependenceRecord, StatisticDef, S
 from unbatch.analysis.domain.linearity import (
     absorb,
     absorb_unless_linear,
+    any_weighted,
     of_linear,
     of_reduction,
     sample_weight,
@@ -49,11 +50,14 @@ from unbatch.analysis.domain.ownership import (
     is_group,
     is_sample,
     mix,
+    normal_dims,
     permute,
     squeeze,
     total,
     unsqueeze,
     varies,
+    with_one,
+    without_dims,
 )
 from unbatch.analysis.domain.sample_sets import SampleSets, several_owners, single_owner
 
@@ -132,48 +136,33 @@ class Propagation:
         root: int | None = None,
         linear: bool = False,
     ) -> Ownership:
-        """Return the ownership of an output, and note what it says about dependence between samples.
+        """Return the ownership of an output, and note how samples depend on each other there.
 
         ``how``: the way in which samples became mixed, if they did here. ``root``: the statistic
         that the output is. ``linear``: it is so in the operands, whose weights per sample then
         stay factors.
         """
-        if not linear and any(x.weighted for x in operands):
+        if not linear and any_weighted(operands):
             key = weighted_key(owner, key)
-        out = Ownership(
-            tuple(shape),
-            owner,
-            key,
-            given=self._statistics(operands, how, root),
-            sources=_union(x.sources for x in operands),
-            mixers=self._mixers(owner, operands, how),
-            atoms=_union(x.atoms for x in operands),
-        )
+        given, sources, mixers, atoms = _origins(operands)
+        if _becomes_mixed(owner, operands):
+            self.record.mixing[self.step] = how
+            mixers |= {self.step}
+        if root is not None:
+            given = self._with_statistic(given, root, how)
+        out = Ownership(tuple(shape), owner, key, given, sources, mixers, atoms)
         self._note_uses(out, operands)
         return with_atom(out, self.record)
 
-    def _mixers(self, owner: Array, operands: Sequence[Ownership], how: str) -> frozenset[int]:
-        """The steps at which samples became mixed, this one among them if no operand was mixed."""
-        mixers = _union(x.mixers for x in operands)
-        if not (owner == MIXED).any() or any(x.mixed for x in operands):
-            return mixers
-        self.record.mixing[self.step] = how
-        return mixers | {self.step}
-
-    def _statistics(
-        self, operands: Sequence[Ownership], how: str, root: int | None
-    ) -> frozenset[int]:
-        """The statistics that an output rests on.
+    def _with_statistic(self, given: frozenset[int], root: int, how: str) -> frozenset[int]:
+        """The statistics that an output rests on, which is the statistic ``root`` itself.
 
         Adding up samples one by one defines a statistic at every step, each a part of the next.
         Only the last of them counts, so the partial sums are dropped when the sum goes on.
         """
-        statistics = _union(x.given for x in operands)
-        if root is None:
-            return statistics
         if how == "pairwise":
-            statistics = frozenset(r for r in statistics if not self._is_partial_sum(r))
-        return statistics | {root}
+            given = frozenset(r for r in given if not self._is_partial_sum(r))
+        return given | {root}
 
     def _is_partial_sum(self, root: int) -> bool:
         definition = self.record.definitions[root]
@@ -185,7 +174,10 @@ class Propagation:
             return
         for x in operands:
             self.consume_alone(x)
-        if _uneven(out) and not any(x.owned and _uneven(x) for x in operands):
+        if not _uneven(out):
+            return
+        # Only where it begins: later steps inherit it, and are not to blame.
+        if not any(x.owned and _uneven(x) for x in operands):
             self.record.uneven.add(self.step)
 
     def consume_alone(self, x: Ownership) -> None:
@@ -209,7 +201,7 @@ class Propagation:
         ``owner``: the owners of its elements. None if none of them is shared or of a set: then
         samples were mixed, or none took part, and there is no statistic.
         """
-        groups = frozenset(int(o) for o in np.unique(owner) if is_group(o))
+        groups = frozenset(np.unique(owner[is_group(owner)]).tolist())
         if not groups and not (owner == SHARED).any():
             return None
         members = self.samples
@@ -243,27 +235,25 @@ class Propagation:
         shape = np.broadcast_shapes(*(x.shape for x in terms))
         aligned = [align(x, len(shape)) for x in terms]
         explicit = _explicit_dims(aligned, shape)
+        # From here on plain dims are plain in all operands that have them, or in none.
         arrays = [explicit_arrays(x, explicit) for x in aligned]
-
         owner = arrays[0][0]
-        for other, _ in arrays[1:]:
-            owner = self.join(owner, other)
         key = np.broadcast_to(code("pointwise", name), [1] * len(shape))
-        for position, x in enumerate(aligned):
-            implicit = [d for d in range(len(shape)) if x.plain(d) and d not in explicit]
-            key = mix(key, code(implicit))
-            # A weight per sample is left out of the key: it is kept apart, as ``weighted``.
-            own_key = code("weight") if position == factor else arrays[position][1]
-            key = mix(key, own_key)
+        for position, (x, (x_owner, x_key)) in enumerate(zip(aligned, arrays, strict=True)):
+            if position == factor:
+                # A weight per sample is left out of the key: it is kept apart, as ``weighted``.
+                x_key = code("weight")
+            if position:
+                owner = self.join(owner, x_owner)
+            key = mix(mix(key, code(_implicit_dims(x, explicit))), x_key)
         owner, key = np.broadcast_arrays(owner, key)
 
         root = None
-        mixing = bool((owner == MIXED).any()) and not any(x.mixed for x in terms)
-        if kind == "add" and mixing and len(terms) == 2:
-            became_mixed = owner == MIXED
+        if kind == "add" and len(terms) == 2 and _becomes_mixed(owner, terms):
+            mixed = owner == MIXED
             owner, key = self._add_samples(owner, key, arrays)
-            sources = _union(x.sources for x in terms)
-            root = self.statistic("sum", owner[became_mixed], math.prod(shape), sources)
+            sources = terms[0].sources | terms[1].sources
+            root = self.statistic("sum", owner[mixed], math.prod(shape), sources)
         out = self.result(shape, owner, key, terms, "pairwise", root, bool(kind))
         if kind:
             return of_linear(out, terms, kind, factor is not None, self.record)
@@ -321,11 +311,9 @@ class Propagation:
         if not linear:
             x = absorb(x)
         ndim = len(x.shape)
-        axes = list(range(ndim))
-        if dims is not None:
-            axes = sorted({d % ndim for d in dims})
+        axes = normal_dims(range(ndim) if dims is None else dims, ndim)
         owner, key, combined = self._reduced(name, x, axes)
-        shape = [1 if d in axes else size for d, size in enumerate(x.shape)]
+        shape = with_one(x.shape, axes)
         root = None
         if combined:
             entries = math.prod(x.shape if long else shape)
@@ -338,7 +326,7 @@ class Propagation:
         return squeeze(out, axes)
 
     def _reduced(self, name: object, x: Ownership, axes: list[int]) -> tuple[Array, Array, bool]:
-        """Owners and keys over ``axes``, which are left with one entry; whether samples were combined.
+        """Owners and keys with one entry over ``axes``; whether samples were combined.
 
         Two names enter the key. Before the elements are combined, which plain dims there are, and
         which of them are reduced: by these an element's index takes part. Afterwards, how many
@@ -346,16 +334,16 @@ class Propagation:
         five.
         """
         ndim = len(x.shape)
-        rest = [d for d in range(ndim) if d not in axes]
+        rest = without_dims(range(ndim), axes)
         order = [*rest, *axes]
-        rows = [x.key.shape[d] for d in rest]
+        rows = without_dims(x.key.shape, axes)
         owner = x.owner.transpose(order).reshape(*rows, -1)
         key = x.key.transpose(order).reshape(*rows, -1)
         plain = [(x.shape[d], d in axes) for d in range(ndim) if x.plain(d)]
         counts = [x.shape[d] for d in axes if x.key.shape[d] > 1]
         key = mix(key, code("reduce", name, plain))
         owner, key, combined = self.sets.combine(owner, key)
-        stored = [1 if d in axes else size for d, size in enumerate(x.key.shape)]
+        stored = with_one(x.key.shape, axes)
         key = mix(key.reshape(stored), code("reduced", name, counts))
         return owner.reshape(stored), key, combined
 
@@ -378,7 +366,7 @@ class Propagation:
         if x.mixed:
             self.record.nonlinear.add(self.step)
         ndim = len(x.shape)
-        axes = sorted({d % ndim for d in dims})
+        axes = normal_dims(dims, ndim)
         owner, key = x.owner, x.key
         for d in axes:
             if key.shape[d] > 1:
@@ -400,10 +388,15 @@ class Propagation:
         letters = "".join(dict.fromkeys("".join(indices)))
         spread = [_spread(x, i, letters) for x, i in zip(operands, indices, strict=True)]
         product = self.pointwise((name, tuple(indices), out), *spread, kind="scale")
-        summed = [d for d, letter in enumerate(letters) if letter not in out]
+        summed = []
+        left = []
+        for d, letter in enumerate(letters):
+            if letter in out:
+                left.append(letter)
+            else:
+                summed.append(d)
         if summed:
             product = self.reduce("sum", product, summed)
-        left = [letter for letter in letters if letter in out]
         return permute(product, [left.index(letter) for letter in out], record=False)
 
 
@@ -416,8 +409,25 @@ def _uneven(x: Ownership) -> bool:
     return dim is not None and varies(x.key, dim)
 
 
-def _union(sets: Iterable[frozenset]) -> frozenset:
-    return frozenset().union(*sets)
+def _origins(
+    operands: Sequence[Ownership],
+) -> tuple[frozenset[int], frozenset[str], frozenset[int], frozenset[int]]:
+    """What an output takes over from all operands: ``given, sources, mixers, atoms``."""
+    given: frozenset[int] = frozenset()
+    sources: frozenset[str] = frozenset()
+    mixers: frozenset[int] = frozenset()
+    atoms: frozenset[int] = frozenset()
+    for x in operands:
+        given |= x.given
+        sources |= x.sources
+        mixers |= x.mixers
+        atoms |= x.atoms
+    return given, sources, mixers, atoms
+
+
+def _becomes_mixed(owner: Array, operands: Sequence[Ownership]) -> bool:
+    """Tell whether elements with these owners are mixed, while the operands were not."""
+    return bool((owner == MIXED).any()) and not any(x.mixed for x in operands)
 
 
 def _explicit_dims(xs: Sequence[Ownership], shape: Dims) -> set[int]:
@@ -428,13 +438,22 @@ def _explicit_dims(xs: Sequence[Ownership], shape: Dims) -> set[int]:
     """
     explicit = set()
     for d in range(len(shape)):
-        stored = [x for x in xs if x.key.shape[d] > 1]
-        if not stored:
-            continue
-        beside_plain = any(x.plain(d) for x in xs)
-        if not beside_plain or any(x.varies(d) for x in stored):
+        stored = []
+        beside_plain = False
+        for x in xs:
+            if x.key.shape[d] > 1:
+                stored.append(x)
+            elif x.shape[d] > 1:
+                beside_plain = True
+        # Whether it varies is asked last, as it compares elements.
+        if stored and (not beside_plain or any(x.varies(d) for x in stored)):
             explicit.add(d)
     return explicit
+
+
+def _implicit_dims(x: Ownership, explicit: set[int]) -> list[int]:
+    """The dims along which an element's index takes part in its key without being spelled out."""
+    return [d for d in range(len(x.shape)) if x.plain(d) and d not in explicit]
 
 
 def _spread(x: Ownership, index: str, letters: str) -> Ownership:

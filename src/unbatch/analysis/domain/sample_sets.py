@@ -136,7 +136,7 @@ class SampleSets:
 
 
 def single_owner(owner: Array, dim: int, keepdims: bool = False) -> Array:
-    """Return the one owner along ``dim``, shared elements aside; meaningless if there are several."""
+    """Return the one owner along ``dim``, beside shared elements; meaningless for several."""
     none = np.iinfo(np.int32).max
     lowest = np.where(owner == SHARED, none, owner).min(axis=dim, keepdims=keepdims)
     return np.where(lowest == none, SHARED, lowest).astype(np.int32)
