@@ -115,7 +115,8 @@ def blind_to_views(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def every_meeting_is_symmetric(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        Propagation, "_meet_row", lambda self, owner, key: (SHARED, int(key.sum(dtype=np.uint64)))
+        "unbatch.analysis.domain.sample_sets.SampleSets._combine_several",
+        lambda self, owner, key: (SHARED, int(key.sum(dtype=np.uint64))),
     )
 
 

@@ -1,6 +1,10 @@
 """What each operation does to ownership: importing this package registers every rule.
 
-``registry.py`` has the table and the words in which rules are written; the others are one family each.
+``registry.py`` has the table, what a rule sees, and words that many rules use. Then come, one
+family each: ``elementwise.py``, ``reductions.py``, ``layers.py``, ``windows.py``,
+``recurrences.py`` and ``losses.py`` (values are computed), ``views.py``, ``indexing.py`` and
+``writes.py`` (they change place). ``permutations.py`` follows rows through an order that depends
+on the batch.
 """
 
 from unbatch.analysis.rules import (
@@ -12,6 +16,8 @@ from unbatch.analysis.rules import (
     recurrences,
     reductions,
     views,
+    windows,
+    writes,
 )
 
 __all__ = [
@@ -23,4 +29,6 @@ __all__ = [
     "recurrences",
     "reductions",
     "views",
+    "windows",
+    "writes",
 ]

@@ -1,11 +1,18 @@
-"""Values whose rows stand in an order that depends on the batch, as in mixture-of-experts routing.
+"""Rows permuted by a permutation that depends on the batch, as in mixture-of-experts routing.
 
-Sorting tokens by expert permutes them in a way in which every token takes part, and undoing the permutation makes each
-row belong to its sample again. A value ``v = u[p]`` with a permutation ``p`` of the batch's making is remembered as the
-marks of ``u`` together with the name of ``p``. Ops that act on each row alone act on ``u``; a lookup by the inverse
-permutation (or a scatter to ``p``) gives back ``u``; everything else sees a mixed value. How many rows each expert got,
-and where its rows end, is remembered as ``Ends``: a product with the matrices of all experts, in which the ends say
-whose turn it is, takes for each row the matrix of its own number.
+Sorting tokens by expert permutes them in a way in which every token takes part; undoing the
+permutation makes each row belong to its sample again. So beside its ownership, which is mixed, a
+value ``v = u[p]`` with a permutation ``p`` of the batch's making is remembered as *permuted rows*:
+the ownership of ``u``, with the name of ``p``.
+
+    order = argsort(experts)          the permutation p
+    x = tokens[order]                 rows of tokens, permuted by p
+    y = f(x)                          acts on each row alone: rows of f(tokens), permuted by p
+    out[order] = y                    written to where they came from: f(tokens) itself
+
+Whatever else happens to ``v``, it sees a mixed value. How many rows each expert got, and where
+its rows end, is remembered as ``Ends``: a product with the matrices of all experts, in which the
+ends say whose turn it is, takes for each row the matrix of its own number.
 """
 
 from __future__ import annotations
@@ -18,316 +25,386 @@ import numpy as np
 import torch
 
 from unbatch.analysis.domain.ownership import Ownership, shared, unsqueeze
+from unbatch.analysis.rules.indexing import is_mask
 from unbatch.analysis.rules.registry import Rule, RuleContext
 from unbatch.capture import ops
 from unbatch.capture.ops import Moves
 
-SMALL = 1 << 24  # numbers below are exact in each of these types
-
-
+# Types in which whole numbers below SMALL are exact (None: the type stays as it is).
+SMALL = 1 << 24
 EXACT = (None, torch.int32, torch.int64, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
 class Arranged:
-    """``v = under[p]`` (or by the inverse of p). ``values``: the numbers of ``under``, where they are known."""
+    """A value ``v = under[p]``, or ``under`` by the inverse of p, with the rows of ``under``.
+
+    ``permutation``: the step that made p. ``values``: the numbers of ``under``, where known.
+    ``numbered``: they are non-negative integers, and ascending in ``v``: rows are sorted by them.
+    """
 
     under: Ownership
     permutation: int
     inverse: bool
     values: Any = None
-    numbered: bool = False  # non-negative integers in ascending order: rows are sorted by them
+    numbered: bool = False
 
     @property
     def order(self) -> tuple[int, bool]:
+        """The order in which the rows are; values of the same order agree row by row."""
         return self.permutation, self.inverse
 
     @property
     def is_permutation(self) -> bool:
+        """Whether ``v`` is p itself: the rows under it are counted through."""
         n = self.under.shape[0]
-        return (
-            self.values is not None
-            and self.values.shape == (n,)
-            and np.array_equal(self.values, np.arange(n))
-        )
+        if self.values is None or self.values.shape != (n,):
+            return False
+        return np.array_equal(self.values, np.arange(n))
 
 
 @dataclass(frozen=True)
 class Ends:
-    """How often each of the ``numbers`` occurs by which rows are sorted; summed up, where its rows end."""
+    """How often each of the ``numbers`` occurs by which rows are sorted; summed up, their ends."""
 
     numbers: Arranged
     summed: bool = False
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a step made: an arranged value, or plain marks again (``marks``), for its ``slot``-th output."""
+class OutputRows:
+    """What is known about the ``slot``-th output of a step: permuted rows, or plain ownership."""
 
     slot: int
     arranged: Arranged | Ends | None = None
     marks: Ownership | None = None
 
 
+Permuted = Mapping[str, Arranged]  # the arguments of a step that are permuted rows, by name
+
+
 def follow(
     call: RuleContext, step: int, all_known: Mapping[str, Arranged | Ends], rule: Rule | None
-) -> list[Outcome]:
-    """What is known about the outputs of a step, given which of its arguments are arranged (by argument name)."""
-    ends = {k: a for k, a in all_known.items() if isinstance(a, Ends)}
-    known = {k: a for k, a in all_known.items() if isinstance(a, Arranged)}
+) -> list[OutputRows]:
+    """Return what is known about the outputs of a step beyond what its rule says.
+
+    ``all_known``: those of its arguments that are permuted rows, or counts of them, by name.
+    """
+    ends = {name: a for name, a in all_known.items() if isinstance(a, Ends)}
+    rows = {name: a for name, a in all_known.items() if isinstance(a, Arranged)}
     if call.name in ("sort", "argsort"):
-        return _sorted(call, step, known)
-    if ends or call.name in ("histc", "bincount"):
-        return _by_groups(call, known, ends)
-    if not known or rule is None:
+        return _sorted(call, step, rows)
+    if call.name in ("histc", "bincount"):
+        return _counted(call, rows)
+    if ends:
+        return _by_ends(call, rows, ends)
+    if not rows or rule is None:
         return []
     if call.name in ("index", "index_select"):
-        return _looked_up(call, known, rule)
+        return _looked_up(call, rows, rule)
     if call.name in ("index_put", "index_copy", "index_add", "scatter", "_index_put_impl"):
-        return _written(call, known, rule)
-    if len({a.order for a in known.values()}) > 1:
+        return _written(call, rows, rule)
+    return _row_by_row(call, rows, rule)
+
+
+# --- ops that act on each row alone ---------------------------------------------------------------
+
+
+def _row_by_row(call: RuleContext, rows: Permuted, rule: Rule) -> list[OutputRows]:
+    """Ops that act on each row alone act on what was permuted; sums forget the order."""
+    first = next(iter(rows.values()))
+    if any(a.order != first.order for a in rows.values()):
         return []
-    first = next(iter(known.values()))
-    if _row_by_row(call, known, first.under.shape[0]):
-        results = _under(call, known, rule)
-        same = first.numbered and ops.moves(call.op) is Moves.SAME and call["dtype"] in EXACT
-        return [
-            Outcome(i, Arranged(m, *first.order, _numbers(call, known), same))
-            for i, m in enumerate(results)
-        ]
-    if call.name in ("sum", "mean") and list(known) == ["self"] and len(call.shapes) == 1:
-        return [Outcome(0, marks=_under(call, known, rule)[0])]
+    if _acts_on_rows(call, rows, first.under.shape[0]):
+        sorted_still = first.numbered and _keeps_numbers(call)
+        values = _numbers(call, rows)
+        outputs = []
+        for slot, marks in enumerate(_under(call, rows, rule)):
+            out = Arranged(marks, *first.order, values, sorted_still)
+            outputs.append(OutputRows(slot, out))
+        return outputs
+    if call.name in ("sum", "mean") and list(rows) == ["self"] and len(call.shapes) == 1:
+        return [OutputRows(0, marks=_under(call, rows, rule)[0])]
     return []
+
+
+def _keeps_numbers(call: RuleContext) -> bool:
+    """Tell whether the op only copies, into a type in which small whole numbers are exact."""
+    return ops.moves(call.op) is Moves.SAME and call["dtype"] in EXACT
+
+
+def _under(call: RuleContext, rows: Permuted, rule: Rule) -> list[Ownership]:
+    """The rule of the op, applied to the values before they were permuted."""
+    arguments, values = dict(call.arguments), dict(call.values)
+    for name, a in rows.items():
+        arguments[name] = a.under
+        values[name] = a.values
+    result = rule(replace(call, arguments=arguments, values=values))
+    if isinstance(result, list | tuple):
+        return list(result)
+    return [result]
+
+
+def _numbers(call: RuleContext, rows: Permuted) -> Any:
+    """The op on the known numbers before they were permuted: integer arithmetic on indices."""
+    if len(call.shapes) != 1:
+        return None
+    arguments = dict(call.arguments)
+    for name, argument in call.arguments.items():
+        if not isinstance(argument, Ownership):
+            continue
+        known = rows[name].values if name in rows else call.values.get(name)
+        if known is None:
+            return None
+        arguments[name] = torch.as_tensor(known)
+    out = call.op(**arguments)
+    if out.is_floating_point():
+        return None
+    return out.numpy()
+
+
+def _left_only(call: RuleContext, rows: Permuted) -> bool:
+    """Rows times a matrix, with a bias that is the same for all rows."""
+    left = {"mm": "self", "addmm": "mat1", "linear": "input"}[call.name]
+    if set(rows) != {left} or len(call[left].shape) < 2:
+        return False
+    if call.name != "addmm":
+        return True
+    bias = call["self"].shape
+    return len(bias) < 2 or bias[0] == 1
+
+
+def _all_tensors(call: RuleContext, rows: Permuted) -> bool:
+    return len(rows) == len(call.marks)
+
+
+def _other_dims(call: RuleContext, rows: Permuted) -> bool:
+    """The op acts along dims other than the first."""
+    x = call["self"] if call["self"] is not None else call["input"]
+    dim = call["dim"]
+    if dim is None:
+        return False
+    dims = dim if isinstance(dim, list | tuple) else [dim]
+    return all(d % len(x.shape) != 0 for d in dims)
+
+
+def _in_order(call: RuleContext, rows: Permuted) -> bool:
+    """All entries stay in their order: as many rows as before are the same rows."""
+    return True
+
+
+def _expands_rows(call: RuleContext, rows: Permuted) -> bool:
+    return len(call["self"].shape) == len(call.shape)
+
+
+def _inserts_behind(call: RuleContext, rows: Permuted) -> bool:
+    return call["dim"] % (len(call["self"].shape) + 1) != 0
+
+
+def _permutes_behind(call: RuleContext, rows: Permuted) -> bool:
+    return call["dims"][0] == 0
+
+
+def _transposes_behind(call: RuleContext, rows: Permuted) -> bool:
+    ndim = len(call["self"].shape)
+    return call["dim0"] % ndim != 0 and call["dim1"] % ndim != 0
+
+
+def _pads_behind(call: RuleContext, rows: Permuted) -> bool:
+    return len(call["pad"]) < 2 * len(call["self"].shape)
+
+
+def _normalises_rows(call: RuleContext, rows: Permuted) -> bool:
+    return set(rows) == {"input"} and len(call["normalized_shape"]) < len(call["input"].shape)
+
+
+# Which ops act on each row alone, and when. Ops that are pointwise need no entry.
+ALONG_DIMS = (
+    "_softmax _log_softmax sum mean amax amin logsumexp select slice squeeze "
+    "split chunk split_with_sizes unbind"
+)
+IN_ORDER = ops.names(lambda row: row.moves in (Moves.SAME, Moves.RESHAPED))
+
+ROWS: dict[str, Callable[[RuleContext, Permuted], bool]] = {
+    **dict.fromkeys(IN_ORDER, _in_order),
+    **dict.fromkeys(ALONG_DIMS.split(), _other_dims),
+    **dict.fromkeys(["mm", "addmm", "linear"], _left_only),
+    **dict.fromkeys(["bmm", "baddbmm"], _all_tensors),
+    "expand": _expands_rows,
+    "unsqueeze": _inserts_behind,
+    "permute": _permutes_behind,
+    "transpose": _transposes_behind,
+    "constant_pad_nd": _pads_behind,
+    "native_layer_norm": _normalises_rows,
+}
+
+
+def _acts_on_rows(call: RuleContext, rows: Permuted, count: int) -> bool:
+    """Tell whether row i of every output is a function of row i of the permuted arguments."""
+    for shape in call.shapes:
+        if shape[:1] != (count,):
+            return False
+    if call.name in ROWS:
+        return ROWS[call.name](call, rows)
+    if not ops.is_pointwise(call.op):
+        return False
+    ndim = len(call.shape)
+    for name, argument in call.arguments.items():
+        if name in rows:
+            aligned = len(rows[name].under.shape) == ndim
+        elif isinstance(argument, Ownership):
+            # Anything else has to be the same for all rows.
+            aligned = len(argument.shape) < ndim or argument.shape[0] == 1
+        else:
+            continue
+        if not aligned:
+            return False
+    return True
+
+
+# --- sorting --------------------------------------------------------------------------------------
 
 
 def _permutation(n: int, name: int, inverse: bool) -> Arranged:
     return Arranged(shared((n,), "arange"), name, inverse, np.arange(n))
 
 
-def _sorted(call: RuleContext, step: int, known: Mapping[str, Arranged]) -> list[Outcome]:
-    x, slot = call["self"], len(call.shapes) - 1
+def _sorted(call: RuleContext, step: int, rows: Permuted) -> list[OutputRows]:
+    """Sorting makes a permutation; sorting a permutation gives its inverse.
+
+    The last output is where the values were, the first (of two) the values in order.
+    """
+    x, last = call["self"], len(call.shapes) - 1
     if len(x.shape) != 1:
         return []
-    if "self" in known:
-        was = known["self"]
-        return (
-            [Outcome(slot, _permutation(x.shape[0], was.permutation, not was.inverse))]
-            if was.is_permutation and not call["descending"]
-            else []
-        )
+    if "self" in rows:
+        p = rows["self"]
+        if call["descending"] or not p.is_permutation:
+            return []
+        return [OutputRows(last, _permutation(x.shape[0], p.permutation, not p.inverse))]
     if x.mixed:
         return []
-    small = lambda v: v is not None and v.min(initial=0) >= 0 and v.max(initial=0) < SMALL  # noqa: E731
-    numbered = not call["descending"] and call.sees("self", small)
-    values = [Outcome(0, Arranged(x, step, False, numbered=numbered))] if slot else []
-    return [*values, Outcome(slot, _permutation(x.shape[0], step, False))]
+    positions = OutputRows(last, _permutation(x.shape[0], step, False))
+    numbered = not call["descending"] and call.sees("self", _small_and_whole)
+    if last == 0:
+        return [positions]
+    return [OutputRows(0, Arranged(x, step, False, numbered=numbered)), positions]
 
 
-def _under(call: RuleContext, known: Mapping[str, Arranged], rule: Rule) -> list[Ownership]:
-    """The rule of the op, applied to the values before they were permuted."""
-    marks = {k: known[k].under if k in known else a for k, a in call.arguments.items()}
-    values = {k: known[k].values if k in known else v for k, v in call.values.items()}
-    result = rule(replace(call, arguments=marks, values=values))
-    return list(result) if isinstance(result, list | tuple) else [result]
-
-
-def _numbers(call: RuleContext, known: Mapping[str, Arranged]) -> Any:
-    """The op on the known numbers before they were permuted, for integer arithmetic on indices."""
-    tensors = [k for k, a in call.arguments.items() if isinstance(a, Ownership)]
-    numbers = {k: known[k].values if k in known else call.values.get(k) for k in tensors}
-    if len(call.shapes) != 1 or any(v is None for v in numbers.values()):
-        return None
-    arguments = {
-        k: torch.as_tensor(numbers[k]) if k in numbers else a for k, a in call.arguments.items()
-    }
-    out = call.op(**arguments)
-    return out.numpy() if not out.is_floating_point() else None
+def _small_and_whole(values: Any) -> bool:
+    """Known numbers are integers, and here none is negative or too large to be exact."""
+    return values is not None and values.min(initial=0) >= 0 and values.max(initial=0) < SMALL
 
 
 # --- matrices that rows choose by number ----------------------------------------------------------
 
 
-def _by_groups(
-    call: RuleContext, known: Mapping[str, Arranged], ends: Mapping[str, Ends]
-) -> list[Outcome]:
-    """Counts of numbers, their sums, and products with the matrix of each row's number."""
-    if call.name in ("histc", "bincount"):
-        numbers, counts = known.get("self"), call.shape[0]
-        every = call.name == "bincount" or (call["bins"], call["min"], call["max"]) == (
-            counts,
-            0,
-            counts - 1,
-        )
-        every = every and call["weights"] is None
-        ok = set(known) == {"self"} and numbers is not None and numbers.numbered and every
-        return [Outcome(0, Ends(numbers))] if ok and numbers is not None else []
-    if call.name == "cumsum" and not ends["self"].summed:
-        return [Outcome(0, replace(ends["self"], summed=True))]
-    if ops.moves(call.op) is Moves.SAME and call["dtype"] in EXACT:
-        return [Outcome(0, ends["self"])]
-    if (
-        call.name != "_grouped_mm"
-        or set(known) != {"self"}
-        or "offs" not in ends
-        or call["bias"] is not None
-    ):
+def _counted(call: RuleContext, rows: Permuted) -> list[OutputRows]:
+    """How often each number occurs by which rows are sorted."""
+    if set(rows) != {"self"} or not rows["self"].numbered or call["weights"] is not None:
         return []
-    x, matrices, groups = known["self"], call["mat2"], ends["offs"]
-    if (
-        not groups.summed
-        or groups.numbers.order != x.order
-        or matrices.depends_on_batch
-        or len(matrices.shape) != 3
-    ):
+    if call.name == "histc":
+        # One bin for each number.
+        counts = call.shape[0]
+        if (call["bins"], call["min"], call["max"]) != (counts, 0, counts - 1):
+            return []
+    return [OutputRows(0, Ends(rows["self"]))]
+
+
+def _by_ends(call: RuleContext, rows: Permuted, ends: Mapping[str, Ends]) -> list[OutputRows]:
+    """Counts of rows are summed up, copied, and used in a product."""
+    if call.name == "cumsum" and not ends["self"].summed:
+        return [OutputRows(0, replace(ends["self"], summed=True))]
+    if _keeps_numbers(call):
+        return [OutputRows(0, ends["self"])]
+    if call.name == "_grouped_mm" and set(rows) == {"self"} and "offs" in ends:
+        return _grouped_product(call, rows["self"], ends["offs"])
+    return []
+
+
+def _grouped_product(call: RuleContext, x: Arranged, ends: Ends) -> list[OutputRows]:
+    """Rows times the matrix of their number, [e, i, o]: before they were permuted, and of any e.
+
+    Rows between two ends are those of one number, as long as rows and numbers are in one order.
+    """
+    matrices = call["mat2"]
+    if call["bias"] is not None or len(matrices.shape) != 3 or matrices.depends_on_batch:
+        return []
+    if not ends.summed or ends.numbers.order != x.order:
         return []
     a = call.algebra
-    product = a.contract(call.name, [x.under, a.reduce("sum", matrices, [0])], ["no", "oi"], "ni")
-    chosen = a.pointwise("matrix by number", product, unsqueeze(groups.numbers.under, 1))
-    return [Outcome(0, Arranged(chosen, *x.order))]
-
-
-# --- which ops act on each row alone --------------------------------------------------------------
-
-
-def _other_dims(call: RuleContext) -> bool:
-    x = call["self"] if call["self"] is not None else call["input"]
-    dim = call["dim"]
-    dims = dim if isinstance(dim, list | tuple) else [dim]
-    return dim is not None and all(d % len(x.shape) != 0 for d in dims)
-
-
-def _left_only(call: RuleContext, known: Mapping[str, Arranged]) -> bool:
-    left = {"mm": "self", "addmm": "mat1", "linear": "input"}[call.name]
-    bias: tuple[int, ...] = call["self"].shape if call.name == "addmm" else ()
-    return set(known) == {left} and len(call[left].shape) > 1 and (len(bias) < 2 or bias[0] == 1)
-
-
-# All entries in their order, so that as many rows as before are the same rows. Those that add an axis, or drop one, are
-# asked which.
-IN_ORDER = ops.names(lambda row: row.moves in (Moves.SAME, Moves.RESHAPED))
-
-
-ROWS: dict[str, Callable[[RuleContext, Mapping[str, Arranged]], bool]] = {
-    **dict.fromkeys(["mm", "addmm", "linear"], _left_only),
-    **dict.fromkeys(["bmm", "baddbmm"], lambda c, k: len(k) == len(c.marks)),
-    **dict.fromkeys(
-        ["_softmax", "_log_softmax", "sum", "mean", "amax", "amin", "logsumexp", "select", "slice"],
-        lambda c, k: _other_dims(c),
-    ),
-    **dict.fromkeys(["split", "chunk", "split_with_sizes", "unbind"], lambda c, k: _other_dims(c)),
-    **dict.fromkeys(IN_ORDER, lambda c, k: True),
-    "expand": lambda c, k: len(c["self"].shape) == len(c.shape),
-    "unsqueeze": lambda c, k: c["dim"] % (len(c["self"].shape) + 1) != 0,
-    "squeeze": lambda c, k: _other_dims(c),
-    "permute": lambda c, k: c["dims"][0] == 0,
-    "transpose": lambda c, k: (
-        0 not in (c["dim0"] % len(c["self"].shape), c["dim1"] % len(c["self"].shape))
-    ),
-    "constant_pad_nd": lambda c, k: len(c["pad"]) < 2 * len(c["self"].shape),
-    "native_layer_norm": lambda c, k: (
-        set(k) == {"input"} and len(c["normalized_shape"]) < len(c["input"].shape)
-    ),
-}
-
-
-def _row_by_row(call: RuleContext, known: Mapping[str, Arranged], rows: int) -> bool:
-    if any(not s or s[0] != rows for s in call.shapes):
-        return False
-    if call.name in ROWS:
-        return ROWS[call.name](call, known)
-    if not ops.is_pointwise(call.op):
-        return False
-    ndim = len(call.shape)
-    others = [m for k, m in call.arguments.items() if isinstance(m, Ownership) and k not in known]
-    return all(len(a.under.shape) == ndim for a in known.values()) and all(
-        len(m.shape) < ndim or m.shape[0] == 1 for m in others
-    )
+    any_matrix = a.reduce("sum", matrices, [0])
+    product = a.contract(call.name, [x.under, any_matrix], ["no", "oi"], "ni")
+    chosen = a.pointwise("matrix by number", product, unsqueeze(ends.numbers.under, 1))
+    return [OutputRows(0, Arranged(chosen, *x.order))]
 
 
 # --- lookups and writes ---------------------------------------------------------------------------
 
 
-def _index_of(call: RuleContext, known: Mapping[str, Arranged]) -> Arranged | None:
-    """The one index along dim 0, if it is arranged."""
-    return (
-        known.get("index")
-        if call["dim"] in (0, None) and call.name != "index"
-        else known.get("indices")
-    )
-
-
-def _looked_up(call: RuleContext, known: Mapping[str, Arranged], rule: Rule) -> list[Outcome]:
-    index = _index_of(call, known)
-    if index is None or _is_mask(index):
+def _looked_up(call: RuleContext, rows: Permuted, rule: Rule) -> list[OutputRows]:
+    """``x[p]`` is rows of x; ``x[p]`` where x is permuted by the inverse of p is what it was."""
+    index = rows.get("indices" if call.name == "index" else "index")
+    along_rows = call.name == "index" or call["dim"] in (0, None)
+    if index is None or not along_rows or is_mask(index.values):
         return []
-    if "self" not in known:
-        return [
-            Outcome(
-                0,
-                Arranged(
-                    _with_index(call, {k: a for k, a in known.items() if k != "self"}, rule),
-                    *index.order,
-                ),
-            )
-        ]
-    x = known["self"]
-    if index.is_permutation and x.permutation == index.permutation and x.inverse != index.inverse:
-        return [Outcome(0, marks=x.under)]
+    x = rows.get("self")
+    if x is None:
+        return [OutputRows(0, Arranged(_with_index(call, rows, rule), *index.order))]
+    undone = x.permutation == index.permutation and x.inverse != index.inverse
+    if index.is_permutation and undone:
+        return [OutputRows(0, marks=x.under)]
     return []
 
 
-def _is_mask(index: Arranged) -> bool:
-    return index.values is not None and index.values.dtype == bool
-
-
-def _with_index(call: RuleContext, known: Mapping[str, Arranged], rule: Rule) -> Ownership:
-    """The rule with a list of one index replaced by what it was before it was permuted."""
+def _with_index(call: RuleContext, rows: Permuted, rule: Rule) -> Ownership:
+    """The rule with an index (also in a list of one) as it was before it was permuted."""
     arguments, values = dict(call.arguments), dict(call.values)
-    for k, a in known.items():
-        as_list = isinstance(arguments[k], list | tuple)
-        arguments[k] = [a.under] if as_list else a.under
-        values[k] = [a.values] if as_list else a.values
+    for name, a in rows.items():
+        as_list = isinstance(arguments[name], list | tuple)
+        arguments[name] = [a.under] if as_list else a.under
+        values[name] = [a.values] if as_list else a.values
     result = rule(replace(call, arguments=arguments, values=values))
-    return result[0] if isinstance(result, list | tuple) else result
+    if isinstance(result, list | tuple):
+        return result[0]
+    return result
 
 
-def _written(call: RuleContext, known: Mapping[str, Arranged], rule: Rule) -> list[Outcome]:
+def _written(call: RuleContext, rows: Permuted, rule: Rule) -> list[OutputRows]:
     """Rows written to (or added at) the places they came from: the order no longer matters."""
-    index = known.get("indices") if call["indices"] is not None else known.get("index")
-    source = next((k for k in ("values", "source", "src") if isinstance(call[k], Ownership)), None)
-    if (
-        index is None
-        or source is None
-        or "self" in known
-        or call["dim"] not in (0, None)
-        or _is_mask(index)
-    ):
+    index = rows.get("index" if call["indices"] is None else "indices")
+    source = _source_name(call)
+    if index is None or source is None or "self" in rows:
         return []
-    if len(index.under.shape) != 1 or call[source].shape != (
-        *index.under.shape,
-        *call["self"].shape[1:],
-    ):
+    if call["dim"] not in (0, None) or is_mask(index.values) or len(index.under.shape) != 1:
         return []
-    rows = known.get(source)
+    count = index.under.shape[0]
+    if call[source].shape != (count, *call["self"].shape[1:]):
+        return []
     adding = call.name == "index_add" or bool(call["accumulate"])
-    if rows is None:
-        counting = (
-            not adding
-            and not call["reduce"]
-            and call[source].shape == index.under.shape
-            and call.values.get(source) is not None
-        )
-        if (
-            counting
-            and index.is_permutation
-            and np.array_equal(call.values[source], np.arange(index.under.shape[0]))
-        ):
-            return [
-                Outcome(0, _permutation(index.under.shape[0], index.permutation, not index.inverse))
-            ]
+    if source not in rows:
+        overwrites = not adding and not call["reduce"]
+        if overwrites and index.is_permutation and _counts_through(call, source, count):
+            # The inverse of p, made by writing 0, 1, .. to where p says.
+            return [OutputRows(0, _permutation(count, index.permutation, not index.inverse))]
         return []
-    if rows.order != index.order or (index.values is None) or not (adding or index.is_permutation):
+    if rows[source].order != index.order or index.values is None:
         return []
-    return [
-        Outcome(0, marks=_with_index(call, {k: a for k, a in known.items() if k != "self"}, rule))
-    ]
+    if not adding and not index.is_permutation:
+        return []  # one row may overwrite another
+    return [OutputRows(0, marks=_with_index(call, rows, rule))]
+
+
+def _source_name(call: RuleContext) -> str | None:
+    for name in ("values", "source", "src"):
+        if isinstance(call[name], Ownership):
+            return name
+    return None
+
+
+def _counts_through(call: RuleContext, name: str, count: int) -> bool:
+    """Tell whether an argument is known to be ``arange(count)``."""
+    if call[name].shape != (count,):
+        return False
+    known = call.values.get(name)
+    return known is not None and np.array_equal(known, np.arange(count))

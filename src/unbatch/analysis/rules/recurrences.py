@@ -3,6 +3,8 @@
 Time runs inside, sequences are left alone. Every step of a sequence is taken to depend on all of
 that sequence, its first states and all weights: what is told apart is whose the values are, not
 when.
+
+Index letters: n sample (a sequence), t time, i/o input and output feature.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ import numpy as np
 
 from unbatch.analysis.domain.ownership import (
     Ownership,
-    collapse,
     expand_plain,
     mix,
     moved,
@@ -26,100 +27,116 @@ from unbatch.analysis.domain.ownership import (
     unsqueeze,
 )
 from unbatch.analysis.rules.elementwise import noise
-from unbatch.analysis.rules.registry import RuleContext, numbered, rule, unknown
+from unbatch.analysis.rules.registry import (
+    RuleContext,
+    known_for_every_batch,
+    numbered,
+    rule,
+    stack,
+    summary,
+    unknown,
+)
 
-
-def alike(call: RuleContext, name: str, x: Ownership, dims: Sequence[int]) -> Ownership:
-    """Everything along ``dims`` depends on everything along them."""
-    return collapse(call.algebra.scan(name, x, dims), list(dims), True)
+# --- recurrences ----------------------------------------------------------------------------------
 
 
 def whole(call: RuleContext, weights: Sequence[Ownership]) -> list[Ownership]:
-    """Weights that every step of every sequence reads as a whole."""
-    out = []
-    for w in weights:
-        dims = list(range(len(w.shape)))
-        out.append(collapse(call.algebra.scan("weight", w, dims), dims, False))
-    return out
+    """Return weights of which every step of every sequence reads all."""
+    return [summary(call, "weight", w, range(len(w.shape))) for w in weights]
 
 
 @rule("mkldnn_rnn_layer")
 def mkldnn_layer(call: RuleContext) -> Any:
     """A recurrence over the first dim; the second dim is left alone."""
-    seen = alike(call, "time", call["input"], [0, 2])
+    sequences = summary(call, "time", call["input"], [0, 2], True)
     states = []
-    for name in ("hx_", "cx_"):
-        state = call[name]
-        state = unsqueeze(state, 0) if len(state.shape) == 2 else state
-        states.append(alike(call, "state", state, [0, 2]))
-    weights = whole(call, [call[f"weight{i}"] for i in range(4) if call[f"weight{i}"] is not None])
-    out = call.algebra.pointwise(call.title, seen, *states, *weights)
-    return numbered([_of_layer(out, s) for s in call.shapes])
+    for state in (call["hx_"], call["cx_"]):
+        if len(state.shape) == 2:
+            state = unsqueeze(state, 0)
+        states.append(summary(call, "state", state, [0, 2], True))
+    weights = whole(call, call.tensors("weight0", "weight1", "weight2", "weight3"))
+    out = call.algebra.pointwise(call.title, sequences, *states, *weights)
+    return numbered([_of_layer(out, shape) for shape in call.shapes])
 
 
 def _of_layer(out: Ownership, shape: tuple[int, ...]) -> Ownership:
+    """An output of a layer: steps [t, n, o], a state [n, o], or memory for the backward pass."""
     if len(shape) == 3:
         return expand_plain(out, shape)
-    return expand_plain(squeeze(out, [0]), shape) if len(shape) == 2 else shared(shape, "workspace")
+    if len(shape) == 2:
+        return expand_plain(squeeze(out, [0]), shape)
+    return shared(shape, "workspace")
 
 
 @rule("_cudnn_rnn", "miopen_rnn")
 def device_recurrence(call: RuleContext) -> Any:
-    """All layers, directions and steps at once: [time, n, i], or [n, time, i], or packed; states are [layer, n, o]."""
+    """All layers, directions and steps at once.
+
+    Inputs are [t, n, i], or [n, t, i], or packed; states are [layer, n, o].
+    """
     weights = whole(call, call["weight"])
-    states = [alike(call, "state", h, [0, 2]) for h in (call["hx"], call["cx"]) if h is not None]
+    states = [summary(call, "state", h, [0, 2], True) for h in call.tensors("hx", "cx")]
     if call["train"] and call["dropout"]:
         weights.append(noise(replace(call, shapes=[()])))
     if call["batch_sizes"]:
         last, steps = _packed(call, states, weights)
+    elif call["batch_first"]:
+        sequences = permute(summary(call, "time", call["input"], [1, 2], True), [1, 0, 2])
+        last = call.algebra.pointwise(call.title, sequences, *states, *weights)
+        steps = permute(last, [1, 0, 2])
     else:
-        seen = alike(call, "time", call["input"], [1, 2] if call["batch_first"] else [0, 2])
-        seen = permute(seen, [1, 0, 2]) if call["batch_first"] else seen
-        last = call.algebra.pointwise(call.title, seen, *states, *weights)
-        steps = permute(last, [1, 0, 2]) if call["batch_first"] else last
+        sequences = summary(call, "time", call["input"], [0, 2], True)
+        last = steps = call.algebra.pointwise(call.title, sequences, *states, *weights)
     out, hy, cy, *rest = call.shapes
-    parts = [expand_plain(steps, out), expand_plain(last, hy)]
-    parts.append(expand_plain(last, cy) if call["cx"] is not None else shared(cy, "no cell"))
-    return numbered([*parts, *(shared(s, "workspace", ["parameters"]) for s in rest)])
+    cell = shared(cy, "no cell")
+    if call["cx"] is not None:
+        cell = expand_plain(last, cy)
+    workspace = [shared(shape, "workspace", ["parameters"]) for shape in rest]
+    return numbered([expand_plain(steps, out), expand_plain(last, hy), cell, *workspace])
 
 
 def _packed(
     call: RuleContext, states: Sequence[Ownership], weights: Sequence[Ownership]
 ) -> tuple[Ownership, Ownership]:
-    """Step t holds the first ``batch_sizes[t]`` sequences, one row each. Returns sequences, and the rows."""
+    """Return the last states [1, n, 1] of packed sequences, and their rows.
+
+    Step t holds one row of each of the first ``batch_sizes[t]`` sequences: lengths 3 and 1 are
+    packed as the rows (n=0, t=0), (n=1, t=0), (n=0, t=1), (n=0, t=2), with batch sizes 2, 1, 1.
+    """
     a, sizes = call.algebra, call["batch_sizes"]
-    rows = spell_out(alike(call, "features", call["input"], [1]))
-    member = np.concatenate([np.arange(size) for size in sizes])  # whose a row is
-    moment = np.repeat(np.arange(len(sizes)), sizes)
+    rows = spell_out(summary(call, "features", call["input"], [1], True))
+    n_of_row = np.concatenate([np.arange(size) for size in sizes])
+    t_of_row = np.repeat(np.arange(len(sizes)), sizes)
     sequences = []
     for n in range(sizes[0]):
-        own = member == n
+        own = n_of_row == n
         part = replace(rows, shape=(int(own.sum()), 1), owner=rows.owner[own], key=rows.key[own])
-        sequences.append(collapse(a.scan("time", part, [0]), [0, 1], False))
-    owner, key = np.stack([s.owner for s in sequences]), np.stack([s.key for s in sequences])
-    seen = a.result((len(sequences),), owner, key, sequences, "joined")
-    last = a.pointwise(call.title, unsqueeze(unsqueeze(seen, 0), 2), *states, *weights)
-    by_row = spell_out(moved(squeeze(last, [0, 2]), lambda place: place[member], (len(member),)))
-    by_row = replace(by_row, key=mix(by_row.key, moment.astype(np.uint64)))
+        sequences.append(squeeze(summary(call, "time", part, [0], True), [0, 1]))
+    joined = stack(a, sequences)
+    last = a.pointwise(call.title, unsqueeze(unsqueeze(joined, 0), 2), *states, *weights)
+
+    by_sequence = squeeze(last, [0, 2])
+    by_row = spell_out(moved(by_sequence, lambda place: place[n_of_row], n_of_row.shape))
+    by_row = replace(by_row, key=mix(by_row.key, t_of_row.astype(np.uint64)))
     return last, unsqueeze(by_row, 1)
 
 
 @rule("_pack_padded_sequence")
 def packing(call: RuleContext) -> Any:
-    """Rows of the steps of sequences, longest first, without what is padded; the lengths have to be constants."""
+    """Rows of the steps of sequences, longest first, without what is padded.
+
+    The lengths have to be constants, since they decide which row is whose.
+    """
     x, lengths = call["input"], call.values.get("lengths")
-    if (
-        lengths is None
-        or call["lengths"].depends_on_batch
-        or call["lengths"].sources & {"inputs", "targets"}
-    ):
+    if lengths is None or not known_for_every_batch(call["lengths"]):
         return unknown(call)
     if call["batch_first"]:
         x = permute(x, [1, 0, *range(2, len(x.shape))])
     steps, batch = x.shape[:2]
-    running = np.asarray(lengths)[None] > np.arange(steps)[:, None]
+    running = np.asarray(lengths)[None] > np.arange(steps)[:, None]  # [t, n]
     rows = np.flatnonzero(running)
-    data = moved(x, lambda place: place.reshape(steps * batch, *x.shape[2:])[rows], call.shape)
+    flat = (steps * batch, *x.shape[2:])
+    data = moved(x, lambda place: place.reshape(flat)[rows], call.shape)
     return [data, shared(call.shapes[1], call.title)]
 
 
@@ -135,22 +152,28 @@ def encoder_layer(call: RuleContext) -> Ownership:
 @rule("_native_multi_head_attention")
 def multi_head_attention(call: RuleContext) -> Any:
     """Attention with its projections; [n, t, i], and attention weights."""
-    encoded = [call["query"], call["key"], call["value"]]
-    seen = [alike(call, "sequence", x, [1, 2]) for x in encoded]
-    out = _encoded(call, call.algebra.pointwise("attended", *seen), call.marks[3:])
+    parts = [summary(call, "sequence", call[k], [1, 2], True) for k in ("query", "key", "value")]
+    attended = call.algebra.pointwise("attended", *parts)
+    out = _encoded(call, attended, call.marks[3:])
     results = [expand_plain(out, call.shape)]
     for shape in call.shapes[1:]:
-        weights = out if len(shape) == 3 else unsqueeze(out, 3)
-        known = len(shape) > 2
-        results.append(expand_plain(weights, shape) if known else shared(shape, "no weights"))
+        if len(shape) == 3:
+            results.append(expand_plain(out, shape))
+        elif len(shape) == 4:  # for each head
+            results.append(expand_plain(unsqueeze(out, 3), shape))
+        else:
+            results.append(shared(shape, "no weights"))
     return numbered(results)
 
 
 def _encoded(call: RuleContext, x: Ownership, others: Sequence[Ownership]) -> Ownership:
-    seen = alike(call, "sequence", x, [1, 2])
-    masks = [] if call["mask"] is None else [_mask(call)]
+    """A function of each sequence as a whole, of its mask, and of all weights."""
+    sequences = summary(call, "sequence", x, [1, 2], True)
     weights = whole(call, [w for w in others if w is not call["mask"]])
-    return call.algebra.pointwise(call.title, seen, *weights, *masks)
+    masks = []
+    if call["mask"] is not None:
+        masks.append(_mask(call))
+    return call.algebra.pointwise(call.title, sequences, *weights, *masks)
 
 
 def _mask(call: RuleContext) -> Ownership:
@@ -158,6 +181,5 @@ def _mask(call: RuleContext) -> Ownership:
     mask = call["mask"]
     if call["mask_type"] == 0:
         return whole(call, [mask])[0]
-    seen = alike(call, "mask", mask, range(1, len(mask.shape)))
-    by_sample = squeeze(seen, range(1, len(mask.shape)))
+    by_sample = summary(call, "mask", mask, range(1, len(mask.shape)))
     return unsqueeze(unsqueeze(by_sample, 1), 1)

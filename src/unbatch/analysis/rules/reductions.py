@@ -1,4 +1,7 @@
-"""Rules of reductions and of layers that are made of them: sums, sorting, softmax, normalisation."""
+"""Rules for reductions and layers made of them: sums, sorting, softmax, normalisation.
+
+Index letters: n sample (here: any leading dim), c channel.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,12 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from unbatch.analysis.domain.ownership import Ownership, collapse, reshape, shared, squeeze
+from unbatch.analysis.domain.ownership import Ownership, reshape, shared, squeeze
 from unbatch.analysis.rules.elementwise import cast
-from unbatch.analysis.rules.registry import RuleContext, numbered, pointwise, rule
+from unbatch.analysis.rules.registry import RuleContext, numbered, pointwise, rule, summary
 from unbatch.capture import ops
+
+# --- reductions -----------------------------------------------------------------------------------
 
 
 @rule(
@@ -20,27 +25,27 @@ def monoid(call: RuleContext) -> Ownership:
     x = call["self"]
     if call["dtype"] is not None:
         x = cast(call, x)
-    name: Any = (
-        call.name
-        if call.name in ("sum", "mean")
-        else (call.name, repr(call["ord"] if call["ord"] is not None else call["p"]))
-    )
-    if not x.shape:
-        return x if name in ("sum", "mean") else call.algebra.pointwise(name, x)
-    return call.algebra.reduce(name, x, call.dims(), bool(call["keepdim"]), monoid=True)
+    linear = call.name in ("sum", "mean")
+    name: Any = call.name
+    if not linear:
+        order = call["p"] if call["ord"] is None else call["ord"]
+        name = (call.name, repr(order))
+    if x.shape:
+        return call.algebra.reduce(name, x, call.dims(), bool(call["keepdim"]), monoid=True)
+    if linear:
+        return x
+    return call.algebra.pointwise(name, x)
 
 
 @rule("var std var_mean std_mean")
 def moments(call: RuleContext) -> Any:
+    """Functions of all elements at once, in no order."""
     x, dims, keepdim = call["self"], call.dims(), bool(call["keepdim"])
-    first = call.algebra.reduce(
-        (call.name, repr(call["correction"]), repr(call["unbiased"])), x, dims, keepdim
-    )
-    return (
-        [first, call.algebra.reduce("mean", x, dims, keepdim)]
-        if call.name.endswith("_mean")
-        else first
-    )
+    name = (call.name, repr(call["correction"]), repr(call["unbiased"]))
+    spread = call.algebra.reduce(name, x, dims, keepdim)
+    if not call.name.endswith("_mean"):
+        return spread
+    return [spread, call.algebra.reduce("mean", x, dims, keepdim)]
 
 
 @rule("max min median nanmedian mode kthvalue aminmax argmax argmin")
@@ -56,139 +61,140 @@ def selection(call: RuleContext) -> Any:
     values = call.algebra.reduce(title, x, dims, keepdim, monoid=call.name in ("max", "min"))
     if call.name == "aminmax":
         return [values, values.with_key("max")]
-    if len(call.shapes) == 1 and not call.name.startswith("arg"):
+    position_only = call.name.startswith("arg")
+    if len(call.shapes) == 1 and not position_only:
         return values
-    places = collapse(call.algebra.scan(title, x, dims, "position"), dims, keepdim)
-    return places if call.name.startswith("arg") else numbered([values, places])
+    positions = summary(call, title, x, dims, keepdim, "position")
+    if position_only:
+        return positions
+    return numbered([values, positions])
 
 
 @rule("sort topk msort argsort")
 def ordering(call: RuleContext) -> Any:
-    """Sorted over the samples, values are symmetric in them (and as many as samples); the order itself is not."""
-    x = call["self"]
+    """Sorted over the samples, values are symmetric in them, and as many as samples.
+
+    The order itself, which says where each value was, is not symmetric.
+    """
+    a, x, all_values = call.algebra, call["self"], call["k"] is None
     if not x.shape:
-        return numbered([call.algebra.pointwise(call.title, x)] * len(call.shapes))
-    dim = call.dims()[0] if call["dim"] is not None else len(x.shape) - 1
-    places = call.algebra.scan(
-        (call.name, repr(call["descending"])),
-        x,
-        [dim],
-        "order" if call["k"] is None else "position",
-        shape=call.shapes[-1],
-    )
+        return numbered([a.pointwise(call.title, x)] * len(call.shapes))
+    # Unless it is said, along the last dim.
+    dim = len(x.shape) - 1
+    if call["dim"] is not None:
+        dim = call.dims()[0]
+    name = (call.name, repr(call["descending"]))
+    how = "order" if all_values else "position"
+    positions = a.scan(name, x, [dim], how, shape=call.shapes[-1])
     if not x.owner_varies(dim):
-        return numbered([call.algebra.scan(call.title, x, [dim], shape=s) for s in call.shapes])
-    whole = call.algebra.reduce(
-        (call.name, repr(call["descending"] or call["largest"])),
-        x,
-        [dim],
-        True,
-        long=call["k"] is None,
-    )
-    stored = list(whole.key.shape)
-    values = replace(
-        whole, shape=call.shape, owner=whole.owner.reshape(stored), key=whole.key.reshape(stored)
-    )
-    return numbered([values, places])[-len(call.shapes) :]
+        # Within a sample the order is the sample's own affair.
+        return _scanned(call, [dim])
+    name = (call.name, repr(call["descending"] or call["largest"]))
+    values = replace(a.reduce(name, x, [dim], True, long=all_values), shape=call.shape)
+    return numbered([values, positions])[-len(call.shapes) :]
 
 
 @rule("cumsum cumprod cummax cummin logcumsumexp _fft_r2c _fft_c2r _fft_c2c diff")
 def ordered(call: RuleContext) -> Any:
-    dims = call.dims() if call["dim"] is not None else [0]
-    return numbered(
-        [call.algebra.scan(call.title, call["self"], dims, shape=s) for s in call.shapes]
-    )
+    """Functions along an axis that know the order."""
+    if call["dim"] is None:
+        return _scanned(call, [0])
+    return _scanned(call, call.dims())
+
+
+def _scanned(call: RuleContext, dims: list[int]) -> list[Ownership]:
+    x = call["self"]
+    return numbered([call.algebra.scan(call.title, x, dims, shape=shape) for shape in call.shapes])
 
 
 @rule("_softmax _log_softmax _safe_softmax softmax log_softmax")
 def softmax(call: RuleContext) -> Ownership:
-    x = call["self"]
+    """An elementwise function of an entry and of the logsumexp of all."""
+    a, x = call.algebra, call["self"]
     if not x.shape:
-        return call.algebra.pointwise(call.name, x)
-    return call.algebra.pointwise(
-        call.name, x, call.algebra.reduce("logsumexp", x, call.dims(), True, monoid=True)
-    )
+        return a.pointwise(call.name, x)
+    normalisation = a.reduce("logsumexp", x, call.dims(), True, monoid=True)
+    return a.pointwise(call.name, x, normalisation)
 
 
 @rule("_softmax_backward_data", "_log_softmax_backward_data")
 def softmax_backward(call: RuleContext) -> Ownership:
-    a = call.algebra
-    product = a.pointwise("mul", call["grad_output"], call["output"])
-    return a.pointwise(
-        call.name,
-        call["grad_output"],
-        call["output"],
-        a.reduce("sum", product, call.dims(of="output"), True),
-    )
+    """The vjp of a softmax ``s`` is ``s * (g - sum(g * s))``."""
+    a, g, s = call.algebra, call["grad_output"], call["output"]
+    inner = a.reduce("sum", a.pointwise("mul", g, s), call.dims(of="output"), True)
+    return a.pointwise(call.name, g, s, inner)
+
+
+# --- normalisations -------------------------------------------------------------------------------
 
 
 def channelwise(
     call: RuleContext, name: Any, x: Ownership, *channels: Ownership | None
 ) -> Ownership:
-    """An elementwise function of ``x`` and of vectors along its second dim."""
-    trailing = [1] * (len(x.shape) - 2)
-    return call.algebra.pointwise(
-        name, x, *(reshape(p, (*p.shape, *trailing)) for p in channels if p is not None)
-    )
+    """Return an elementwise function of ``x`` and of vectors along its second dim."""
+    ones = [1] * (len(x.shape) - 2)
+    vectors = [reshape(vector, (*vector.shape, *ones)) for vector in channels if vector is not None]
+    return call.algebra.pointwise(name, x, *vectors)
 
 
 @rule("native_layer_norm _fused_rms_norm layer_norm rms_norm")
 def layer_norm(call: RuleContext) -> Any:
+    """Moments over the last dims."""
     a, x = call.algebra, call["input"]
     dims = range(len(x.shape) - len(call["normalized_shape"]), len(x.shape))
-    names = ["mean", "var"] if "layer" in call.name else ["mean square"]
-    spread = [a.reduce(name, x, dims, True) for name in names]
-    affine = [p for p in (call["weight"], call["bias"]) if p is not None]
-    return numbered(
-        [
-            a.pointwise((call.name, call["eps"]), x, *spread, *affine),
-            *spread[: len(call.shapes) - 1],
-        ]
-    )
+    if "layer" in call.name:
+        spread = [a.reduce("mean", x, dims, True), a.reduce("var", x, dims, True)]
+    else:
+        spread = [a.reduce("mean square", x, dims, True)]
+    y = a.pointwise((call.name, call["eps"]), x, *spread, *call.tensors("weight", "bias"))
+    return numbered([y, *spread[: len(call.shapes) - 1]])
 
 
 @rule("native_group_norm", "group_norm")
 def group_norm(call: RuleContext) -> Any:
-    a, x = call.algebra, call["input"]
-    groups = call["group"]
+    """Moments over groups of channels and all positions of a sample."""
+    a, x, groups = call.algebra, call["input"], call["group"]
     parts = reshape(x, (x.shape[0], groups, math.prod(x.shape[1:]) // groups))
-    spread = [a.reduce(name, parts, [2], True) for name in ("mean", "var")]
+    spread = [a.reduce("mean", parts, [2], True), a.reduce("var", parts, [2], True)]
     y = reshape(a.pointwise((call.name, call["eps"]), parts, *spread), x.shape)
     y = channelwise(call, "affine", y, call["weight"], call["bias"])
-    return numbered([y, *(squeeze(s, [2]) for s in spread[: len(call.shapes) - 1])])
+    by_group = [squeeze(m, [2]) for m in spread]
+    return numbered([y, *by_group[: len(call.shapes) - 1]])
 
 
 @rule(*ops.names(lambda row: row.batch_norm))
 def batch_norm(call: RuleContext) -> Any:
-    """Statistics over all dims but the second; whether they mix samples is for the marks to say."""
-    norm, outputs = (
-        ops.batch_norm_arguments(call.op, call.arguments),
-        ops.traits(call.op).batch_norm,
-    )
-    assert outputs is not None
-    out = [shared(shape, "unused") for shape in call.shapes]
-    moments_, title = [norm.running_mean, norm.running_var], "batch_norm in eval"
-    if norm.training:
-        moments_, title = _batch_moments(call), "batch_norm"
-    out[0] = channelwise(call, (title, norm.eps), norm.input, *moments_, norm.weight, norm.bias)
-    if norm.training and outputs.mean is not None and outputs.invstd is not None:
-        out[outputs.mean], out[outputs.invstd] = moments_
-    after = running_statistics(call) if norm.training and outputs.running else {}
+    """Moments over all dims but the second; whether samples mix there shows in their owners."""
+    norm = ops.batch_norm_arguments(call.op, call.arguments)
+    outputs = ops.traits(call.op).batch_norm
+    assert outputs is not None  # the rule is registered for batch norms
+    results = [shared(shape, "unused") for shape in call.shapes]
+    if not norm.training:
+        title, spread = "batch_norm in eval", [norm.running_mean, norm.running_var]
+    else:
+        title, spread = "batch_norm", _batch_moments(call)
+        if outputs.mean is not None and outputs.invstd is not None:
+            results[outputs.mean], results[outputs.invstd] = spread
+    results[0] = channelwise(call, (title, norm.eps), norm.input, *spread, norm.weight, norm.bias)
+    after = {}
+    if norm.training and outputs.running:
+        after = running_statistics(call)
+    # Most variants write running statistics in place; these return them, changed or not.
     for place, name in zip(outputs.running, ops.RUNNING, strict=False):
-        out[place] = after.get(name, call[name])
-    return out
+        results[place] = after.get(name, call[name])
+    return results
 
 
 def _batch_moments(call: RuleContext) -> list[Ownership]:
     x = call["input"]
-    dims = [d for d in range(len(x.shape)) if d != 1]
-    return [call.algebra.reduce(name, x, dims) for name in ("mean", "var")]
+    dims = [0, *range(2, len(x.shape))]
+    return [call.algebra.reduce("mean", x, dims), call.algebra.reduce("var", x, dims)]
 
 
 def running_statistics(call: RuleContext) -> dict[str, Ownership]:
     """Return what a training batch norm leaves in its running statistics."""
-    out = {}
+    after = {}
     for name, moment in zip(ops.RUNNING, _batch_moments(call), strict=True):
         if call[name] is not None:
-            out[name] = call.algebra.pointwise("momentum", call[name], moment)
-    return out
+            after[name] = call.algebra.pointwise("momentum", call[name], moment)
+    return after

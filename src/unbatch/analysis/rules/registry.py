@@ -1,14 +1,14 @@
-"""Which rule an op follows: the registry, what a rule gets to see, and how ops without one are treated.
+"""Which rule an op follows: the registry, what a rule gets to see, and ops without a rule.
 
-A rule is a function from a ``Call`` to the marks of its outputs; it speaks in the operations of ``algebra.py``. The
-rules themselves live in ``families.py``, ``layers.py`` and ``loss_rules.py`` (values are computed), ``moves.py`` and
-``indexing.py`` (values change place). An op that has no rule is decomposed; one that cannot be decomposed is
-*unknown*, never assumed harmless.
+A rule is a function from a ``RuleContext`` to the ownership of its outputs; it speaks in the four
+operations of ``domain/propagation.py``. The rules themselves live in the other files of this
+folder. An op that has no rule is decomposed; one that cannot be decomposed is *unknown*, never
+assumed harmless.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from unbatch import errors
-from unbatch.analysis.domain.ownership import MIXED, Ownership, code, shared, total
+from unbatch.analysis.domain.ownership import (
+    MIXED,
+    Ownership,
+    batched,
+    code,
+    collapse,
+    expand_plain,
+    shared,
+    total,
+)
 from unbatch.analysis.domain.propagation import Propagation
 from unbatch.capture import ops
 from unbatch.capture.ops import base_name
@@ -25,27 +34,28 @@ from unbatch.errors import InputError
 
 Rule = Callable[["RuleContext"], Any]
 
+# By the name of an ATen op, without overload and without a trailing underscore.
+RULES: dict[str, Rule] = {}
 
-RULES: dict[
-    str, Rule
-] = {}  # by the name of an ATen op, without overload and without a trailing underscore
+# By op overload, registered from outside.
+CUSTOM: dict[Any, Rule] = {}
 
-
-CUSTOM: dict[Any, Rule] = {}  # by op overload, registered from outside
-
-
-ASSUMED: dict[Any, str] = {}  # ops declared to act on each sample alone
-
+# Ops declared to act on each sample alone.
+ASSUMED: dict[Any, str] = {}
 
 NO_RULE = "no rule"
 
 
+# --- what a rule sees -----------------------------------------------------------------------------
+
+
 @dataclass
 class RuleContext:
-    """One op at work: its arguments by schema name (marks in place of tensors) and the shapes it returned.
+    """One op at work: its arguments by schema name and the shapes it returned.
 
-    ``values[name]`` holds the concrete integers and booleans of an argument, where the recorder kept them. A rule that
-    looks at them makes the result depend on them; ``occurs`` looks at less.
+    ``arguments``: with ownership in place of tensors. ``values[name]``: the concrete integers and
+    booleans of an argument, where the recorder kept them. A rule that looks at them makes the
+    result depend on them. ``look``: at a function of some values, and at no more of them.
     """
 
     algebra: Propagation
@@ -53,66 +63,80 @@ class RuleContext:
     arguments: dict[str, Any]
     shapes: list[tuple[int, ...]]
     values: Mapping[str, Any] = field(default_factory=dict)
-    look: Callable[[str, Callable[[Any], Any]], Any] | None = (
-        None  # at a function of some values, and no more of them
-    )
+    look: Callable[[str, Callable[[Any], Any]], Any] | None = None
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments.get(name)
 
     def occurs(self, name: str, number: int) -> bool:
-        """Whether a number is among the values of an argument; True where they are not known."""
+        """Tell whether a number is among the values of an argument; True if they are not known."""
 
-        return self.sees(
-            name, lambda values: values is None or bool((np.asarray(values) == number).any())
-        )
+        def contains(values: Any) -> bool:
+            return values is None or bool((np.asarray(values) == number).any())
 
-    def sees(self, name: str, what: Callable[[Any], bool]) -> bool:
-        """What a function finds in the values of an argument; it gets None where they are not known."""
-        return bool(self.look(name, what) if self.look is not None else what(self.values.get(name)))
+        return self.sees(name, contains)
+
+    def sees(self, name: str, predicate: Callable[[Any], bool]) -> bool:
+        """Tell whether a predicate holds of the values of an argument (of None if not known)."""
+        if self.look is not None:
+            return bool(self.look(name, predicate))
+        return bool(predicate(self.values.get(name)))
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The shape of the first output."""
         return self.shapes[0]
 
     @property
     def name(self) -> str:
+        """The name of the op, without overload and trailing underscore."""
         return base_name(self.op)
 
     @property
     def marks(self) -> list[Ownership]:
-        """All tensor arguments, in order."""
-        return [
-            m
-            for a in self.arguments.values()
-            for m in (a if isinstance(a, list | tuple) else [a])
-            if isinstance(m, Ownership)
-        ]
+        """The ownership of all tensor arguments, in order."""
+        tensors: list[Ownership] = []
+        for argument in self.arguments.values():
+            if isinstance(argument, Ownership):
+                tensors.append(argument)
+            elif isinstance(argument, list | tuple):
+                tensors += [m for m in argument if isinstance(m, Ownership)]
+        return tensors
+
+    def tensors(self, *names: str) -> list[Ownership]:
+        """Return the ownership of the arguments with these names, as far as they are tensors."""
+        return [self[name] for name in names if isinstance(self[name], Ownership)]
 
     @property
     def constants(self) -> tuple[Any, ...]:
         """All other arguments; part of what function the op is."""
-        return tuple((k, repr(a)) for k, a in self.arguments.items() if not _has_marks(a))
+        return tuple((k, repr(a)) for k, a in self.arguments.items() if not _has_tensors(a))
 
     @property
     def title(self) -> tuple[Any, ...]:
+        """The name of the function that the op is of its tensors."""
         return (self.name, self.constants)
 
     def dims(self, name: str = "dim", of: str = "self") -> list[int]:
-        """A dim argument as a list of non-negative ints; all dims where it is absent or empty."""
+        """Return a dim argument as a list of non-negative ints; all dims if absent or empty."""
         ndim = len(self[of].shape)
         dim = self[name]
         if dim is None or dim == []:
             return list(range(ndim))
-        return [d % ndim if ndim else 0 for d in (dim if isinstance(dim, list | tuple) else [dim])][
-            : max(ndim, 0)
-        ]
+        if not ndim:
+            return []
+        if isinstance(dim, int):
+            return [dim % ndim]
+        return [d % ndim for d in dim]
 
 
-def _has_marks(a: Any) -> bool:
-    return isinstance(a, Ownership) or (
-        isinstance(a, list | tuple) and any(isinstance(m, Ownership) for m in a)
-    )
+def _has_tensors(argument: Any) -> bool:
+    if isinstance(argument, list | tuple):
+        return any(isinstance(m, Ownership) for m in argument)
+    return isinstance(argument, Ownership)
+
+
+# --- the registry ---------------------------------------------------------------------------------
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -130,19 +154,22 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 def register_rule(op: Any, function: Rule, *, replace: bool = False) -> None:
     """Teach the analyser an op of your own.
 
-    ``op``: a ``torch._ops.OpOverload`` such as ``torch.ops.mylib.op.default``. ``function`` gets a ``Call`` and returns
-    the marks of the output (a list for several outputs), made with ``call.algebra``: ``pointwise(name, *marks)``,
-    ``reduce(name, marks, dims, keepdim)``, ``scan(name, marks, dims)``, ``contract(...)``. The structures that rest on
-    it list it. Raises ``InputError`` for something that is not an op, or has a rule already.
+    ``op``: a ``torch._ops.OpOverload`` such as ``torch.ops.mylib.op.default``. ``function`` takes a
+    ``RuleContext`` and returns the ownership of the output (a list for several outputs), made with
+    ``call.algebra``: ``pointwise(name, *marks)``, ``reduce(name, marks, dims, keepdim)``,
+    ``scan(name, marks, dims)``, ``contract(...)``. The structures that rest on it list it. Raises
+    ``InputError`` for something that is not an op, or has a rule already.
     """
     if not isinstance(op, torch._ops.OpOverload):
         raise errors.InputError(errors.MSG_UNKNOWN_RULE.format(value=op))
-    if not replace and (op in CUSTOM or (op.namespace == "aten" and base_name(op) in RULES)):
+    has_rule = op in CUSTOM or (op.namespace == "aten" and base_name(op) in RULES)
+    if has_rule and not replace:
         raise errors.InputError(errors.MSG_RULE_TAKEN.format(value=op))
     CUSTOM[op] = function
 
 
 def lookup(op: Any) -> Rule | None:
+    """Return the rule of an op; None if it has none and is to be decomposed."""
     if op in CUSTOM:
         return CUSTOM[op]
     if op in ASSUMED:
@@ -152,84 +179,174 @@ def lookup(op: Any) -> Rule | None:
         return RULES[name]
     if ops.is_pointwise(op):
         return pointwise
-    return unknown if answers(op) else None
+    if answers(op):
+        return unknown
+    return None
 
 
 def answers(op: Any) -> bool:
-    """The op tells Python a boolean about its operands (``torch.equal``), and that is all it does."""
+    """Tell whether the op does nothing but give Python a boolean (``torch.equal``)."""
     return [str(r.type) for r in op._schema.returns] == ["bool"]
+
+
+# --- words that many rules use --------------------------------------------------------------------
 
 
 @rule("floor_divide")  # which lacks the tag
 def pointwise(call: RuleContext) -> Any:
-    out = (
-        call.algebra.pointwise(call.title, *call.marks)
-        if call.marks
-        else shared(call.shape, call.title, (), range(len(call.shape)))
-    )
+    """Every output is one function of the elements at its place."""
+    if call.marks:
+        out = call.algebra.pointwise(call.title, *call.marks)
+    else:
+        out = filled(call.shape, call.title)
     return numbered([out] * len(call.shapes))
 
 
+def filled(shape: Sequence[int], name: object, sources: Iterable[str] = ()) -> Ownership:
+    """Return a shared value whose elements are all equal (or, for noise, equally distributed)."""
+    return shared(shape, name, sources, range(len(shape)))
+
+
+def summary(
+    call: RuleContext,
+    name: object,
+    x: Ownership,
+    dims: Iterable[int],
+    keepdim: bool = False,
+    how: str = "ordered",
+) -> Ownership:
+    """Return one entry in place of ``dims``, which depends on all that lies along them."""
+    dims = list(dims)
+    return collapse(call.algebra.scan(name, x, dims, how), dims, keepdim)
+
+
+def unused(call: RuleContext) -> list[Ownership]:
+    """Return all outputs but the first as memory of a kernel, which says nothing of samples."""
+    return [shared(shape, "unused") for shape in call.shapes[1:]]
+
+
+def plain_outputs(call: RuleContext, out: Ownership) -> list[Ownership]:
+    """Return every output with its shape, and all elements depending on what ``out`` does."""
+    return numbered([expand_plain(out, shape) for shape in call.shapes])
+
+
+def stack(algebra: Propagation, scalars: Sequence[Ownership]) -> Ownership:
+    """Return a vector of scalars."""
+    owner = np.stack([s.owner for s in scalars])
+    key = np.stack([s.key for s in scalars])
+    return algebra.result((len(scalars),), owner, key, scalars, "joined")
+
+
 def numbered(outputs: Sequence[Ownership]) -> list[Ownership]:
-    """The outputs of one op are different functions, also where they have the same owners."""
-    return [m.with_key(("output", i)) if i else m for i, m in enumerate(outputs)]
+    """Return the outputs of one op as different functions, also where they have the same owners."""
+    others = [m.with_key(("output", i)) for i, m in enumerate(outputs[1:], 1)]
+    return [*outputs[:1], *others]
+
+
+def digest(x: Ownership) -> int:
+    """Return one number for all keys of a value."""
+    return int(total(x.key.reshape(-1), 0))
+
+
+def known_for_every_batch(x: Ownership) -> bool:
+    """Tell whether a value, and with it its numbers, is the same for every batch."""
+    return not x.depends_on_batch and not x.sources & {"inputs", "targets"}
 
 
 def unknown(call: RuleContext) -> list[Ownership]:
-    """No rule: shared where all it reads is shared, and otherwise samples may have met in any way."""
-    if not any(m.depends_on_batch for m in call.marks):
-        sources = frozenset().union(*(m.sources for m in call.marks))
-        return [
-            shared(
-                s, (call.title, [int(total(m.key.reshape(-1), 0)) for m in call.marks], i), sources
-            )
-            for i, s in enumerate(call.shapes)
-        ]
-    return [mixed(call, s, NO_RULE) for s in call.shapes]
+    """No rule: shared if all it reads is shared; otherwise samples may be mixed in any way."""
+    if any(m.depends_on_batch for m in call.marks):
+        return all_mixed(call, NO_RULE)
+    return all_shared(call)
+
+
+def all_shared(call: RuleContext) -> list[Ownership]:
+    """Return outputs about which is known that no sample enters, and what they are made from."""
+    sources: frozenset[str] = frozenset()
+    keys = []
+    for m in call.marks:
+        sources |= m.sources
+        keys.append(digest(m))
+    return [shared(s, (call.title, keys, i), sources) for i, s in enumerate(call.shapes)]
+
+
+def all_mixed(call: RuleContext, how: str) -> list[Ownership]:
+    """Return outputs about whose elements nothing is known."""
+    return [mixed(call, shape, how) for shape in call.shapes]
 
 
 def mixed(call: RuleContext, shape: Sequence[int], how: str) -> Ownership:
-    """A value about whose elements nothing is known."""
+    """Return a value about whose elements nothing is known; ``how`` samples became mixed."""
     ones = np.ones([1] * len(shape), dtype=np.int32)
     key = np.broadcast_to(code(call.title), ones.shape)
     return call.algebra.result(shape, ones * MIXED, key, call.marks, how)
 
 
+# --- what the user declares -----------------------------------------------------------------------
+
+
+ASSUMED_MODULES: dict[int, nn.Module] = {}
+
+
 def independent(call: RuleContext) -> list[Ownership]:
-    """Declared by the user: slice n of every output with a sample axis depends on slice n of the inputs only."""
-    return [assumed(call.algebra, call.marks, s, call.title) for s in call.shapes]
+    """Slice n of every output with a sample axis depends on slice n of the inputs only."""
+    return [assumed(call.algebra, call.marks, shape, call.title) for shape in call.shapes]
 
 
 def assumed(
     algebra: Propagation, inputs: Sequence[Ownership], shape: Sequence[int], title: object
 ) -> Ownership:
-    """The marks of an output under the assumption of independence, or mixed where it has no sample axis."""
-    dims = [m.sample_dim() for m in inputs if m.owned]
-    dim = next(
-        (d for d in dims if d is not None and d < len(shape) and shape[d] == algebra.samples), None
-    )
-    joint = [m for m in inputs if not m.mixed]
-    view = [1] * len(shape)
+    """Return an output under the assumption of independence; mixed if it has no sample axis."""
+    dim = _declared_dim(algebra, inputs, shape)
     if dim is None:
-        return algebra.result(
-            shape,
-            np.full(view, MIXED, dtype=np.int32),
-            np.broadcast_to(code(title), view),
-            inputs,
-            "assumed",
+        view = [1] * len(shape)
+        owner = np.full(view, MIXED, dtype=np.int32)
+        key = np.broadcast_to(code(title), view)
+        return algebra.result(shape, owner, key, inputs, "assumed")
+    out = batched(shape, dim, title)
+    key = np.broadcast_to(code("assumed", title), out.owner.shape)
+    # What was mixed among the inputs is separate by declaration, and is not handed on.
+    separate = [m for m in inputs if not m.mixed]
+    return algebra.result(shape, out.owner, key, separate, "assumed")
+
+
+def _declared_dim(
+    algebra: Propagation, inputs: Sequence[Ownership], shape: Sequence[int]
+) -> int | None:
+    """The first sample axis of an input that an output can have as well."""
+    for m in inputs:
+        if not m.owned:
+            continue
+        dim = m.sample_dim()
+        if dim is not None and dim < len(shape) and shape[dim] == algebra.samples:
+            return dim
+    return None
+
+
+def assume_independent(what: Any) -> None:
+    """Declare that a module, or an op, acts on each sample alone.
+
+    ``what``: an ``nn.Module`` inside a model, or an op such as ``torch.ops.my.op.default``.
+    Verdicts that rest on the declaration say so: their ``basis`` is "assumed", and
+    ``structure.assumptions`` lists it. Raises ``InputError`` for anything else.
+    """
+    if isinstance(what, nn.Module):
+        ASSUMED_MODULES[id(what)] = what
+    elif isinstance(what, torch._ops.OpOverload):
+        ASSUMED[what] = str(what)
+    else:
+        raise InputError(
+            "assume_independent takes an nn.Module or an op such as torch.ops.my.op.default; "
+            f"got {what!r}."
         )
-    view[dim] = algebra.samples
-    owner = np.arange(algebra.samples, dtype=np.int32).reshape(view)
-    return algebra.result(
-        shape, owner, np.broadcast_to(code("assumed", title), view), joint, "assumed"
-    )
 
 
 # --- ops without a rule are taken apart -----------------------------------------------------------
 
 
 def decomposition(op: Any) -> Callable[..., Any] | None:
-    """PyTorch's own definition of an op in terms of simpler ones."""
+    """Return PyTorch's own definition of an op in terms of simpler ones, if there is one."""
+    # Imported late: the table is large, and most programs consist of ops with rules.
     from torch._decomp import decomposition_table
 
     if op in decomposition_table:
@@ -240,25 +357,5 @@ def decomposition(op: Any) -> Callable[..., Any] | None:
 
 
 def stand_in(meta: Any) -> Tensor:
-    """A tensor without contents of the same shape, dtype and strides."""
+    """Return a tensor without contents of the same shape, dtype and strides."""
     return torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, device="meta")
-
-
-ASSUMED_MODULES: dict[int, nn.Module] = {}
-
-
-def assume_independent(what: Any) -> None:
-    """Declare that a module, or an op, acts on each sample alone.
-
-    ``what``: an ``nn.Module`` inside a model, or an op such as ``torch.ops.my.op.default``. Verdicts that rest on the
-    declaration say so: their ``basis`` is "assumed", and ``structure.assumptions`` lists it. Raises ``InputError`` for
-    anything else.
-    """
-    if isinstance(what, nn.Module):
-        ASSUMED_MODULES[id(what)] = what
-    elif isinstance(what, torch._ops.OpOverload):
-        ASSUMED[what] = str(what)
-    else:
-        raise InputError(
-            f"assume_independent takes an nn.Module or an op such as torch.ops.my.op.default; got {what!r}."
-        )

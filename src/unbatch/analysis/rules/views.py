@@ -1,13 +1,14 @@
 """Rules for ops that move elements: views, slices, shifts and joins.
 
-Where samples do not lie along the dims that are moved, only the index of an element changes and its key is renamed.
-Where they do, the op itself is run on an integer tensor of positions, and owners follow.
+Where samples do not lie along the dims that are moved (these are plain), only the index of an
+element changes, and its key is renamed. Where they do, the op itself is run on an integer tensor of
+positions, and owners follow. Lookups by tensors of indices are in ``indexing.py``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 
 from unbatch.analysis.domain.ownership import (
     MIXED,
+    Array,
     Ownership,
     code,
     compress,
@@ -30,192 +32,177 @@ from unbatch.analysis.domain.ownership import (
 )
 from unbatch.analysis.rules.registry import RuleContext, mixed, rule
 
+# --- the same elements in another shape -----------------------------------------------------------
+
 
 @rule("view _unsafe_view reshape _reshape_alias flatten unflatten _reshape_copy view_copy resize")
 def view(call: RuleContext) -> Ownership:
+    """The same elements in row-major order; with a type, the same bytes."""
     x = call["self"]
-    if call["dtype"] is not None:
-        return (
-            call.algebra.pointwise(call.title, x)
-            if x.shape == call.shape
-            else mixed(call, call.shape, "resized")
-        )
-    if math.prod(x.shape) != math.prod(call.shape):
+    if call["dtype"] is not None and x.shape == call.shape:
+        return call.algebra.pointwise(call.title, x)
+    if call["dtype"] is not None or math.prod(x.shape) != math.prod(call.shape):
         return mixed(call, call.shape, "resized")
     return reshape(x, call.shape)
 
 
 @rule("permute t transpose movedim mT numpy_T swapaxes")
 def transposition(call: RuleContext) -> Ownership:
+    """The dims in another order."""
     x = call["self"]
+    order = list(range(len(x.shape)))
     if call.name == "t":
-        order = list(range(len(x.shape)))[::-1]
-    elif call.name == "transpose":
-        order = list(range(len(x.shape)))
-        i, j = call["dim0"], call["dim1"]
-        if order:
-            order[i], order[j] = order[j], order[i]
-    else:
+        order.reverse()
+    elif call.name != "transpose":
         order = [d % len(x.shape) for d in call["dims"]]
+    elif order:
+        i, j = call["dim0"], call["dim1"]
+        order[i], order[j] = order[j], order[i]
     return permute(x, order)
 
 
 @rule("expand", "expand_copy", "broadcast_to")
 def expansion(call: RuleContext) -> Ownership:
+    """Elements repeated."""
     return expand(call["self"], call.shape)
 
 
 @rule("squeeze unsqueeze squeeze_copy unsqueeze_copy atleast_1d")
 def sizes_of_one(call: RuleContext) -> Ownership:
+    """Dims of size one come and go."""
     return reshape(call["self"], call.shape)
 
 
 @rule("view_as_complex", "view_as_real")
 def as_complex(call: RuleContext) -> Ownership:
+    """Pairs along the last dim, which become one number, or come from one."""
     x = call["self"]
+    last = len(x.shape)
     if call.name == "view_as_real":
-        return replace(unsqueeze(x, len(x.shape)), shape=tuple(call.shape))
-    last = len(x.shape) - 1
-    return squeeze(
-        replace(call.algebra.scan("complex", x, [last]), shape=(*x.shape[:-1], 1)), [last]
-    )
+        return replace(unsqueeze(x, last), shape=tuple(call.shape))
+    pairs = call.algebra.scan("complex", x, [last - 1])
+    return squeeze(replace(pairs, shape=(*x.shape[:-1], 1)), [last - 1])
 
 
 # --- moves along some dims ------------------------------------------------------------------------
 
 
-def shifted(call: RuleContext, x: Ownership, dims: Iterable[int]) -> Ownership:
-    """``x`` after an op that moves elements along ``dims`` only."""
-    if not any(x.key.shape[d] > 1 for d in dims):
-        return replace(x.with_key((call.title, tuple(dims))), shape=tuple(call.shape))
-    return moved(x, lambda place: _run(call, place), call.shape)
-
-
-def _run(call: RuleContext, place: np.ndarray) -> np.ndarray:
-    """The op itself on an integer tensor in place of its one tensor argument."""
-    arguments = {
-        k: torch.from_numpy(place) if isinstance(a, Ownership) else a
-        for k, a in call.arguments.items()
-    }
-    out = call.op(**arguments)
-    return (out if isinstance(out, torch.Tensor) else out[0]).contiguous().numpy()
+@rule("flip", "roll", "fliplr", "flipud")
+def shift(call: RuleContext) -> Ownership:
+    """Moves along ``dims`` only; without dims, along any."""
+    x = call["self"]
+    if not call["dims"]:
+        return anywhere(call, x)
+    dims = call.dims("dims")
+    if x.explicit(dims):
+        return moved(x, lambda place: _run(call, place), call.shape)
+    return replace(x.with_key((call.title, tuple(dims))), shape=tuple(call.shape))
 
 
 @rule("pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle")
 def shuffle(call: RuleContext) -> Ownership:
+    """Moves between channels and positions, the last three dims."""
     x = call["self"]
-    lead = len(x.shape) - 3
-    if any(k > 1 for k in x.key.shape[max(lead, 0) :]):
+    ndim = len(x.shape)
+    if x.explicit(range(max(ndim - 3, 0), ndim)):
         return moved(x, lambda place: _run(call, place), call.shape)
     return replace(x.with_key(call.title), shape=tuple(call.shape))
 
 
-@rule(
-    "slice flip roll unfold repeat tril triu constant_pad_nd rot90 diagonal narrow slice_copy tile diag "
-    "diag_embed fliplr flipud unfold_copy diagonal_copy"
-)
+@rule("unfold rot90 diagonal narrow tile diag diag_embed unfold_copy diagonal_copy")
 def movement(call: RuleContext) -> Ownership:
-    x = call["self"]
-    name = call.name.removesuffix("_copy")
-    if name == "slice":
-        return _slice(call, x)
-    if name in ("flip", "roll") and call["dims"]:
-        return shifted(call, x, call.dims("dims"))
-    if name == "constant_pad_nd":
-        pads = call["pad"]
-        dims = [
-            len(x.shape) - 1 - i for i in range(len(pads) // 2) if pads[2 * i] or pads[2 * i + 1]
-        ]
-        return _padded(call, x, dims)
-    if name in ("tril", "triu"):
-        dims = [len(x.shape) - 2, len(x.shape) - 1]
-        return (
-            x.with_key(call.title)
-            if not any(x.key.shape[d] > 1 for d in dims)
-            else _masked(call, x)
-        )
-    if name == "repeat":
-        return _repeat(call, reshape(x, (*[1] * (len(call["repeats"]) - len(x.shape)), *x.shape)))
-    if not any(k > 1 for k in x.key.shape) and (x.size != 1 or not x.shape):
-        return (
-            shared(call.shape, (call.title, int(x.key.reshape(-1)[0])), x.sources)
-            if not x.depends_on_batch
-            else _spread_out(call, x)
-        )
-    return moved(x, lambda place: _run(call, place), call.shape)
+    """Moves of whatever kind."""
+    return anywhere(call, call["self"])
 
 
-def _spread_out(call: RuleContext, x: Ownership) -> Ownership:
-    """All elements plain, of a statistic: the elements of the result are plain too."""
-    view = [1] * len(call.shape)
-    key = mix(x.key.reshape(()), code(call.title)).reshape(view)
-    return replace(x, shape=tuple(call.shape), owner=x.owner.reshape(view), key=key)
+def anywhere(call: RuleContext, x: Ownership) -> Ownership:
+    """Return ``x`` after an op that may move any of its elements anywhere."""
+    all_plain = not x.explicit(range(len(x.shape)))
+    if not all_plain or (x.shape and x.size == 1):
+        return moved(x, lambda place: _run(call, place), call.shape)
+    if not x.depends_on_batch:
+        return shared(call.shape, (call.title, int(x.key.reshape(-1)[0])), x.sources)
+    # One key, of which every element is another index: so it is with the elements of the result.
+    ones = [1] * len(call.shape)
+    key = mix(x.key.reshape(()), code(call.title)).reshape(ones)
+    return replace(x, shape=tuple(call.shape), owner=x.owner.reshape(ones), key=key)
 
 
-def _slice(call: RuleContext, x: Ownership) -> Ownership:
-    dim = call["dim"] % len(x.shape)
-    if call.shape == x.shape:
-        return x
-    start, stop, step = slice(call["start"], call["end"], call["step"]).indices(x.shape[dim])
-    if x.key.shape[dim] == 1:
-        return replace(
-            x.with_key((dim, start, step)) if x.plain(dim) else x, shape=tuple(call.shape)
-        )
-    cut = tuple(slice(start, stop, step) if d == dim else slice(None) for d in range(len(x.shape)))
-    return replace(x, shape=tuple(call.shape), owner=x.owner[cut], key=x.key[cut])
+def _run(call: RuleContext, place: Array) -> Array:
+    """The op itself on an integer tensor in place of its one tensor argument."""
+    arguments = {}
+    for name, argument in call.arguments.items():
+        is_tensor = isinstance(argument, Ownership)
+        arguments[name] = torch.from_numpy(place) if is_tensor else argument
+    out = call.op(**arguments)
+    if not isinstance(out, torch.Tensor):
+        out = out[0]
+    return out.contiguous().numpy()
 
 
-def _padded(call: RuleContext, x: Ownership, dims: list[int]) -> Ownership:
-    if not any(x.key.shape[d] > 1 for d in dims):
+@rule("constant_pad_nd")
+def padding(call: RuleContext) -> Ownership:
+    """New elements around old ones. ``pad``: two widths for each dim, from the last on."""
+    x, pad = call["self"], call["pad"]
+    last = len(x.shape) - 1
+    dims = [last - i for i in range(len(pad) // 2) if pad[2 * i] or pad[2 * i + 1]]
+    if not x.explicit(dims):
         return replace(x.with_key(call.title), shape=tuple(call.shape))
 
-    def run(place: np.ndarray) -> np.ndarray:
-        return torch.ops.aten.constant_pad_nd(torch.from_numpy(place), call["pad"], -1).numpy()
+    def run(place: Array) -> Array:
+        # Filled with -1, which is how ``moved`` knows what is new.
+        return torch.ops.aten.constant_pad_nd(torch.from_numpy(place), pad, -1).numpy()
 
     return moved(x, run, call.shape)
 
 
-def _masked(call: RuleContext, x: Ownership) -> Ownership:
-    """Part of the elements become zero, by their index."""
+@rule("tril", "triu")
+def triangle(call: RuleContext) -> Ownership:
+    """Part of the elements of a matrix become zero, by their index."""
+    x = call["self"]
+    ndim = len(x.shape)
+    if not x.explicit([ndim - 2, ndim - 1]):
+        return x.with_key(call.title)
 
-    def run(place: np.ndarray) -> np.ndarray:
+    def run(place: Array) -> Array:
+        # Counted from one, so that the zeros become -1.
         return call.op(torch.from_numpy(place + 1), call["diagonal"]).numpy() - 1
 
     return moved(x, run, call.shape)
 
 
-def _repeat(call: RuleContext, x: Ownership) -> Ownership:
-    dims = [d for d, r in enumerate(call["repeats"]) if r > 1]
-    if all(x.shape[d] == 1 for d in dims):
+@rule("repeat")
+def repetition(call: RuleContext) -> Ownership:
+    """Copies along some dims, and new dims at the front."""
+    x, repeats = call["self"], call["repeats"]
+    x = reshape(x, (*[1] * (len(repeats) - len(x.shape)), *x.shape))
+    if all(x.shape[d] == 1 for d, count in enumerate(repeats) if count > 1):
         return expand(x, call.shape)
     return moved(x, lambda place: _run(call, place), call.shape)
 
 
-@rule("select", "select_copy")
-def select(call: RuleContext) -> Ownership:
-    x, dim = call["self"], call["dim"] % len(call["self"].shape)
-    return bounded(call, _take(x, dim, call["index"] % x.shape[dim]), x)
+# --- parts ----------------------------------------------------------------------------------------
 
 
-def bounded(call: RuleContext, out: Ownership, x: Ownership) -> Ownership:
-    """A fixed number of entries picked from a statistic that is as long as the batch is a statistic of fixed size."""
-    roots = call.algebra.roots
-    if x.owned or x.mixed or out.size >= x.size or not any(roots[r].long for r in x.given):
-        return out
-    root = call.algebra.statistic("picked", out.owner, out.size, x.sources)
-    kept = frozenset(r for r in x.given if not roots[r].long)
-    return replace(out, given=kept if root is None else kept | {root})
+@rule("slice", "slice_copy")
+def part(call: RuleContext) -> Ownership:
+    """A slice along one dim."""
+    x = call["self"]
+    dim = call["dim"] % len(x.shape)
+    if call.shape == x.shape:
+        return x
+    bounds = slice(call["start"], call["end"], call["step"])
+    return _slice(x, dim, slice(*bounds.indices(x.shape[dim])), call.shape)
 
 
-def _take(x: Ownership, dim: int, index: int) -> Ownership:
+def _slice(x: Ownership, dim: int, entries: slice, shape: Sequence[int]) -> Ownership:
+    """``x`` with some entries along ``dim``, of which ``shape`` is left."""
     if x.key.shape[dim] > 1:
-        owner, key = x.owner.take(index, axis=dim), x.key.take(index, axis=dim)
-    else:
-        owner, key = x.owner.take(0, axis=dim), x.key.take(0, axis=dim)
-        key = mix(key, code("index", dim, index)) if x.plain(dim) else key
-    return replace(
-        x, shape=tuple(s for d, s in enumerate(x.shape) if d != dim), owner=owner, key=key
-    )
+        where = (*[slice(None)] * dim, entries)
+        return replace(x, shape=tuple(shape), owner=x.owner[where], key=x.key[where])
+    if x.plain(dim):
+        x = x.with_key((dim, entries.start, entries.step))
+    return replace(x, shape=tuple(shape))
 
 
 @rule(
@@ -223,20 +210,54 @@ def _take(x: Ownership, dim: int, index: int) -> Ownership:
     "unsafe_split unsafe_chunk unsafe_split_with_sizes"
 )
 def pieces(call: RuleContext) -> list[Ownership]:
-    x, dim = call["self"], (call["dim"] or 0) % len(call["self"].shape)
+    """Slices that follow on each other, or one entry each."""
+    x = call["self"]
+    dim = (call["dim"] or 0) % len(x.shape)
     if call.name.startswith("unbind"):
-        return [_take(x, dim, i) for i in range(x.shape[dim])]
-    out, start = [], 0
+        return [_entry(x, dim, i) for i in range(x.shape[dim])]
+    slices = []
+    start = 0
     for shape in call.shapes:
-        cut = tuple(
-            slice(start, start + shape[dim]) if d == dim else slice(None) for d in range(len(shape))
-        )
-        if x.key.shape[dim] > 1:
-            out.append(replace(x, shape=shape, owner=x.owner[cut], key=x.key[cut]))
-        else:
-            out.append(replace(x.with_key((dim, start, 1)) if x.plain(dim) else x, shape=shape))
-        start += shape[dim]
-    return out
+        stop = start + shape[dim]
+        slices.append(_slice(x, dim, slice(start, stop, 1), shape))
+        start = stop
+    return slices
+
+
+@rule("select", "select_copy")
+def select(call: RuleContext) -> Ownership:
+    """One entry along a dim, which goes."""
+    x = call["self"]
+    dim = call["dim"] % len(x.shape)
+    return bounded(call, _entry(x, dim, call["index"] % x.shape[dim]), x)
+
+
+def _entry(x: Ownership, dim: int, index: int) -> Ownership:
+    shape = (*x.shape[:dim], *x.shape[dim + 1 :])
+    stored = index if x.key.shape[dim] > 1 else 0
+    key = x.key.take(stored, axis=dim)
+    if x.plain(dim):
+        key = mix(key, code("index", dim, index))
+    return replace(x, shape=shape, owner=x.owner.take(stored, axis=dim), key=key)
+
+
+def bounded(call: RuleContext, out: Ownership, x: Ownership) -> Ownership:
+    """Return ``out``, picked from ``x``, as a statistic of fixed size if ``x`` is a long one.
+
+    A statistic with an entry for every sample (sorted values) grows with the batch. A fixed number
+    of its entries (the median) does not.
+    """
+    definitions = call.algebra.record.definitions
+    if x.owned or x.mixed or out.size >= x.size:
+        return out
+    long = {r for r in x.given if definitions[r].long}
+    if not long:
+        return out
+    picked = call.algebra.statistic("picked", out.owner, out.size, x.sources)
+    statistics = x.given - long
+    if picked is not None:
+        statistics |= {picked}
+    return replace(out, given=statistics)
 
 
 # --- joins ----------------------------------------------------------------------------------------
@@ -244,49 +265,76 @@ def pieces(call: RuleContext) -> list[Ownership]:
 
 @rule("cat stack concat hstack vstack")
 def join(call: RuleContext) -> Ownership:
-    parts = [m for m in call["tensors"] if call.name == "stack" or m.shape != (0,)]
+    """Values side by side."""
+    parts = call["tensors"]
     ndim = len(call.shape)
     dim = (call["dim"] or 0) % ndim
     if call.name == "stack":
         parts = [unsqueeze(m, dim) for m in parts]
+    else:
+        parts = [m for m in parts if m.shape != (0,)]  # which PyTorch leaves out
     if len(parts) == 1:
         return parts[0]
-    if (
-        not any(m.key.shape[dim] > 1 for m in parts)
-        and (together := _side_by_side(call, parts, dim)) is not None
-    ):
-        return together
+    if not any(m.key.shape[dim] > 1 for m in parts):
+        together = _side_by_side(call, parts, dim)
+        if together is not None:
+            return together
+    return _concatenated(call, parts, dim)
+
+
+def _concatenated(call: RuleContext, parts: list[Ownership], dim: int) -> Ownership:
+    """Parts spelled out, and their arrays side by side."""
+    ndim = len(call.shape)
     stored = [max(m.key.shape[d] for m in parts) for d in range(ndim)]
-    spelled = [spell_out(m, [d for d in range(ndim) if d == dim or stored[d] > 1]) for m in parts]
-    view = [[m.shape[d] if d == dim else stored[d] for d in range(ndim)] for m in parts]
-    owner = np.concatenate(
-        [np.broadcast_to(m.owner, v) for m, v in zip(spelled, view, strict=True)], axis=dim
-    )
-    key = np.concatenate(
-        [np.broadcast_to(m.key, v) for m, v in zip(spelled, view, strict=True)], axis=dim
-    )
+    explicit = [d for d in range(ndim) if d == dim or stored[d] > 1]
+    owners = []
+    keys = []
+    for m in parts:
+        view = list(stored)
+        view[dim] = m.shape[dim]
+        spelled = spell_out(m, explicit)
+        owners.append(np.broadcast_to(spelled.owner, view))
+        keys.append(np.broadcast_to(spelled.key, view))
+    owner, key = np.concatenate(owners, axis=dim), np.concatenate(keys, axis=dim)
     out = call.algebra.result(call.shape, owner, key, parts, "joined")
     return compress(out, [dim])
 
 
 def _side_by_side(call: RuleContext, parts: list[Ownership], dim: int) -> Ownership | None:
-    """Parts whose owners agree: along ``dim`` the elements of the result differ by their index."""
-    ones = [
-        replace(m, shape=tuple(1 if d == dim else s for d, s in enumerate(m.shape))) for m in parts
-    ]
-    owner = ones[0].owner
-    for m in ones[1:]:
-        if not all(a == b or 1 in (a, b) for a, b in zip(owner.shape, m.owner.shape, strict=True)):
-            return None
-        agreed = call.algebra.join(owner, m.owner)
-        if ((agreed == MIXED) & (owner != MIXED) & (m.owner != MIXED)).any():
-            return None
-        owner = agreed
-    if (
-        all(not m.owned for m in parts)
-        and any(m.given for m in parts)
-        and not all(m.given for m in parts)
-    ):
+    """Parts whose owners agree: along ``dim`` the elements of the result differ by their index.
+
+    None where they do not agree, so that the result has to say which element is whose.
+    """
+    uses_statistics = [bool(m.given) for m in parts]
+    some_do = any(uses_statistics) and not all(uses_statistics)
+    if some_do and not any(m.owned for m in parts):
+        # Joined as one value, all would count as statistics, also what is a constant.
         return None
-    out = call.algebra.pointwise((call.name, dim, [m.shape[dim] for m in parts]), *ones)
-    return replace(out, shape=tuple(call.shape))
+    if not _owners_agree(call, parts):
+        return None
+    entries = [_one_entry(m, dim) for m in parts]
+    name = (call.name, dim, [m.shape[dim] for m in parts])
+    return replace(call.algebra.pointwise(name, *entries), shape=tuple(call.shape))
+
+
+def _one_entry(x: Ownership, dim: int) -> Ownership:
+    """A value plain along ``dim`` as if it had one entry there."""
+    return replace(x, shape=(*x.shape[:dim], 1, *x.shape[dim + 1 :]))
+
+
+def _owners_agree(call: RuleContext, parts: list[Ownership]) -> bool:
+    """Tell whether parts can be joined without samples becoming mixed by it."""
+    owner = parts[0].owner
+    for m in parts[1:]:
+        if not _broadcasts(owner.shape, m.owner.shape):
+            return False
+        joined = call.algebra.join(owner, m.owner)
+        became_mixed = (joined == MIXED) & (owner != MIXED) & (m.owner != MIXED)
+        if became_mixed.any():
+            return False
+        owner = joined
+    return True
+
+
+def _broadcasts(a: Iterable[int], b: Iterable[int]) -> bool:
+    return all(i == j or 1 in (i, j) for i, j in zip(a, b, strict=True))

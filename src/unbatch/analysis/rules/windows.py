@@ -1,0 +1,82 @@
+"""Rules for windows and grids: pooling, resampling, padding by reflection, and the like.
+
+Positions are the last dims, and each is taken to see all of them along which samples lie; leading
+dims are left alone. Convolutions are in ``layers.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from unbatch.analysis.domain.ownership import (
+    Ownership,
+    expand_plain,
+    permute,
+    squeeze,
+    unsqueeze,
+)
+from unbatch.analysis.rules.layers import with_new_dims
+from unbatch.analysis.rules.registry import RuleContext, rule, summary
+
+# How many dims at the end are positions.
+POSITIONS = {
+    1: (
+        "avg_pool1d max_pool1d upsample_nearest1d upsample_linear1d _upsample_nearest_exact1d "
+        "reflection_pad1d replication_pad1d"
+    ),
+    2: (
+        "avg_pool2d max_pool2d_with_indices _adaptive_avg_pool2d adaptive_max_pool2d "
+        "upsample_nearest2d upsample_bilinear2d upsample_bicubic2d _upsample_bilinear2d_aa "
+        "_upsample_bicubic2d_aa _upsample_nearest_exact2d reflection_pad2d replication_pad2d "
+        "col2im max_unpool2d mkldnn_max_pool2d mkldnn_adaptive_avg_pool2d fractional_max_pool2d"
+    ),
+    3: (
+        "avg_pool3d max_pool3d_with_indices _adaptive_avg_pool3d adaptive_max_pool3d "
+        "upsample_nearest3d upsample_trilinear3d reflection_pad3d replication_pad3d im2col"
+    ),
+}
+
+SPATIAL = {name: dims for dims, names in POSITIONS.items() for name in names.split()}
+
+
+@rule(*SPATIAL)
+def windows(call: RuleContext) -> Any:
+    """Positions see windows of positions."""
+    a, (x, *others) = call.algebra, call.marks
+    count = min(SPATIAL[call.name], len(x.shape))
+    lead = len(x.shape) - count
+    seen = a.scan(call.title, x, range(lead, len(x.shape)))
+    if others:
+        # Positions to which values go, or samples of a fractional window: one for each position.
+        indices = [a.scan("index", m, range(len(m.shape) - count, len(m.shape))) for m in others]
+        seen = a.pointwise(call.title, seen, *indices)
+    return [window_result(seen, s, lead).with_key(i) for i, s in enumerate(call.shapes)]
+
+
+def window_result(x: Ownership, shape: tuple[int, ...], lead: int) -> Ownership:
+    """Return ``x``, scanned behind ``lead`` dims, with the positions of ``shape`` there."""
+    ndim = len(x.shape)
+    x = replace(x, shape=(*x.shape[:lead], *[1] * (ndim - lead)))
+    x = squeeze(x, range(lead, ndim))
+    for _ in range(len(shape) - lead):
+        x = unsqueeze(x, len(x.shape))
+    return expand_plain(x, shape)
+
+
+@rule("grid_sampler_2d", "grid_sampler_3d")
+def grid_sample(call: RuleContext) -> Ownership:
+    """Every point of a grid [n, .., 2 or 3] looks anywhere into an image [n, c, ..]."""
+    x, grid = call["input"], call["grid"]
+    image = summary(call, "space", x, range(2, len(x.shape)), True)
+    last = len(grid.shape) - 1
+    points = permute(grid, [0, last, *range(1, last)])
+    points = summary(call, "point", points, [1], True)
+    return call.algebra.pointwise(call.title, image, points)
+
+
+@rule("affine_grid_generator")
+def affine_grid(call: RuleContext) -> Ownership:
+    """A grid for each matrix [n, 2, 3]."""
+    theta = summary(call, call.title, call["theta"], [1, 2])
+    return with_new_dims(theta, call.shape, 1, 0)

@@ -1,0 +1,230 @@
+"""Rules for writes by index: ``index_put``, ``scatter``, and their relatives.
+
+An index that is the same for every batch says which element is overwritten by which. One that
+depends on data may let anything land anywhere along its dim. Lookups are in ``indexing.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from unbatch.analysis.domain.ownership import (
+    SHARED,
+    Array,
+    Ownership,
+    compress,
+    expand,
+    reshape,
+    shared,
+    spell_out,
+)
+from unbatch.analysis.domain.propagation import Propagation
+from unbatch.analysis.rules.indexing import as_mask, crop, exact, is_mask
+from unbatch.analysis.rules.registry import RuleContext, filled, mixed, rule
+
+# --- at places that are known ---------------------------------------------------------------------
+
+
+def scattered(
+    algebra: Propagation, base: Ownership, place: Array, src: Ownership, accumulate: bool
+) -> Ownership:
+    """Return ``base`` with ``src`` written to its flat positions ``place``, one for each element.
+
+    Where ``accumulate``, what lands at a position is added to what is there.
+    """
+    base, src = spell_out(base), spell_out(src)
+    owner = np.broadcast_to(base.owner, base.shape).reshape(-1).copy()
+    key = np.broadcast_to(base.key, base.shape).reshape(-1).copy()
+    spots = place.reshape(-1)
+    src_owner = np.broadcast_to(src.owner, src.shape).reshape(-1)
+    src_key = np.broadcast_to(src.key, src.shape).reshape(-1)
+    root = None
+    if not accumulate:
+        owner[spots], key[spots] = src_owner, src_key
+    else:
+        sums_samples = False
+        for run in _equal_runs(spots):
+            spot = spots[run[0]]
+            owners = np.append(src_owner[run], owner[spot])[None]
+            keys = np.append(src_key[run], key[spot])[None]
+            sum_owner, sum_key, several = algebra.sets.combine(owners, keys)
+            owner[spot], key[spot] = sum_owner[0], sum_key[0]
+            sums_samples = sums_samples or several
+        if sums_samples:
+            root = algebra.statistic("sum", owner, owner.size, base.sources | src.sources)
+    owner, key = owner.reshape(base.shape), key.reshape(base.shape)
+    out = algebra.result(base.shape, owner, key, [base, src], "scattered", root)
+    return compress(out)
+
+
+def _equal_runs(spots: Array) -> list[Array]:
+    """The indices of equal entries of ``spots``, one array for each value that occurs."""
+    if not len(spots):
+        return []
+    order = np.argsort(spots, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(spots[order])) + 1)
+
+
+def _positions(x: Ownership) -> Array:
+    """The flat position of every element."""
+    return np.arange(math.prod(x.shape)).reshape(x.shape)
+
+
+@rule("slice_scatter", "select_scatter", "diagonal_scatter")
+def scatter_view(call: RuleContext) -> Ownership:
+    """A copy in which a view has been overwritten."""
+    x = call["self"]
+    place = _view(call, _positions(x))
+    return scattered(call.algebra, x, place, expand(call["src"], place.shape), accumulate=False)
+
+
+def _view(call: RuleContext, place: Array) -> Array:
+    if call.name == "select_scatter":
+        entry = torch.from_numpy(place).select(call["dim"], call["index"])
+        return entry.contiguous().numpy()
+    dim = call["dim"] or 0
+    where = [slice(None)] * place.ndim
+    where[dim] = slice(call["start"], call["end"], call["step"] or 1)
+    return np.ascontiguousarray(place[tuple(where)])
+
+
+# --- along one dim --------------------------------------------------------------------------------
+
+
+ADDING = ("scatter_add", "index_add", "scatter_reduce", "index_reduce")
+PUTS = ("index_put", "_unsafe_index_put", "_index_put_impl")
+
+
+@rule(
+    "scatter scatter_add scatter_reduce index_add index_copy index_put index_fill "
+    "_unsafe_index_put index_reduce _index_put_impl masked_scatter put"
+)
+def scatter(call: RuleContext) -> Ownership:
+    """Values written to (or added at) the places that an index says.
+
+    ``index_add`` and its like have one index for whole slices; ``scatter`` has one for each
+    element.
+    """
+    x, index = call["self"], call["index"]
+    accumulate = call.name in ADDING or bool(call["accumulate"]) or bool(call["reduce"])
+    if call.name in PUTS:
+        return _index_put(call, x, accumulate)
+    if call["dim"] is None:
+        return mixed(call, call.shape, "scattered")
+    dim = call.dims()[0]
+    by_slice = call.name.startswith("index_")
+    numbers: Any = call.values.get("index")
+    src = _source(call, () if by_slice else index.shape)
+    if not exact(call, index, numbers):
+        return _scatter_anywhere(call, dim, src, by_slice)
+    if by_slice:
+        place = _positions(x).take(numbers.reshape(-1), axis=dim)
+    else:
+        place = np.take_along_axis(crop(_positions(x), index.shape, dim), numbers, dim)
+        src = _head(src, index.shape)
+    return scattered(call.algebra, x, place, expand(src, place.shape), accumulate)
+
+
+def _source(call: RuleContext, shape: Sequence[int]) -> Ownership:
+    """What is written: a tensor, or a number that stands for a tensor of ``shape``."""
+    sources = call.tensors("src", "source", "value")
+    if not sources:
+        return filled(shape, ("value", repr(call["value"])))
+    return sources[0].with_key((call.name, repr(call["alpha"]), repr(call["reduce"])))
+
+
+def _head(x: Ownership, shape: Sequence[int]) -> Ownership:
+    """The first elements along each dim, as many as an index has; a scalar stays one."""
+    if not x.shape:
+        return x
+    return replace(x, shape=tuple(shape), owner=crop(x.owner, shape), key=crop(x.key, shape))
+
+
+def _scatter_anywhere(call: RuleContext, dim: int, src: Ownership, by_slice: bool) -> Ownership:
+    """Any source element along ``dim`` may land anywhere along it.
+
+    So each element there depends on all pairs of an index and what it places.
+    """
+    a, x, index = call.algebra, call["self"], call["index"]
+    if by_slice:
+        shape = [1] * len(x.shape)
+        if index.shape:
+            shape[dim] = index.shape[0]
+        index = reshape(index, shape)
+    else:
+        src = _head(src, index.shape)
+    pairs = a.pointwise("place", index, src)
+    landed = a.scan("landing", pairs, [dim], "scattered")
+    shape = list(landed.shape)
+    shape[dim] = x.shape[dim]
+    landed = replace(landed, shape=tuple(shape))
+    if landed.shape != x.shape:
+        landed = _pad_to(landed, x.shape)
+    return a.pointwise(call.title, x, landed)
+
+
+def _pad_to(x: Ownership, sizes: Sequence[int]) -> Ownership:
+    """A source that covers only the head of some dims: beyond it nothing lands."""
+    x = spell_out(x)
+    widths = [(0, size - old) for size, old in zip(sizes, x.shape, strict=True)]
+    owner = np.pad(np.broadcast_to(x.owner, x.shape), widths, constant_values=SHARED)
+    key = np.pad(np.broadcast_to(x.key, x.shape), widths, constant_values=0)
+    return compress(replace(x, shape=tuple(sizes), owner=owner, key=key))
+
+
+# --- by a list of indices -------------------------------------------------------------------------
+
+
+def _index_put(call: RuleContext, x: Ownership, accumulate: bool) -> Ownership:
+    """``x[indices] = values``."""
+    indices = list(call["indices"])
+    numbers = [as_mask(known) for known in call.values["indices"]]
+    fixed = []
+    loose = []
+    for d, index in enumerate(indices):
+        if index is not None and exact(call, index, numbers[d]):
+            fixed.append(d)
+        elif index is not None:
+            loose.append(d)
+    if not loose:
+        where = tuple(slice(None) if known is None else known for known in numbers)
+        place = _positions(x)[where]
+        return scattered(call.algebra, x, place, expand(call["values"], place.shape), accumulate)
+    one_mask = len(indices) == 1 and is_mask(numbers[0])
+    if one_mask and not call["values"].shape:
+        mask = indices[0]
+        mask = reshape(mask, (*mask.shape, *[1] * (len(x.shape) - len(mask.shape))))
+        return call.algebra.pointwise("where", x, mask, call["values"])
+    indexed = [*fixed, *loose]
+    rank = max(len(indices[d].shape) for d in indexed)
+    any_mask = any(is_mask(numbers[d]) for d in indexed)
+    if any_mask or len(fixed) != 1 or rank != 1:
+        return mixed(call, call.shape, "scattered")
+    return _put_anywhere(call, fixed[0], numbers[fixed[0]].reshape(-1), loose)
+
+
+def _put_anywhere(call: RuleContext, dim: int, rows: Array, loose: list[int]) -> Ownership:
+    """A vector of values, at ``rows`` along ``dim``, and anywhere along the dims in ``loose``.
+
+    An example, ``x[arange(n), y] = 1`` for labels ``y``: row n depends on label n, as a whole.
+    """
+    a, x, values = call.algebra, call["self"], call["values"]
+    operands = [call["indices"][d] for d in loose]
+    if len(values.shape) > 1:
+        a.pointwise("place", *operands)
+        return mixed(call, call.shape, "scattered")
+    landing = expand(a.pointwise("place", *operands, values), (len(rows),))
+    by_row = scattered(a, shared((x.shape[dim],), "nothing"), rows, landing, accumulate=True)
+    column = [1] * len(x.shape)
+    column[dim] = x.shape[dim]
+    by_row = reshape(by_row, column)
+    shape = list(column)
+    for d in loose:
+        shape[d] = x.shape[d]
+    return a.pointwise(call.title, x, replace(by_row, shape=tuple(shape)))
