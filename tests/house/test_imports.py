@@ -66,8 +66,8 @@ OWNERS = {
     "lightning": ("integrations.lightning",),
     "transformers": ("integrations.transformers",),
     "pytorch_lightning": ("integrations.lightning",),
-    "tensorboard": ("monitoring.monitor",),
-    "torch.utils.tensorboard": ("monitoring.monitor",),
+    "tensorboard": ("monitoring.log",),
+    "torch.utils.tensorboard": ("monitoring.log",),
 }
 
 Sources = Mapping[str, str]
