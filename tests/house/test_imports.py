@@ -57,7 +57,7 @@ OWNERS = {
     "torch.fx": ("capture",),
     "torch.export": ("capture",),
     "torch.distributed": ("capture.distributed",),
-    "matplotlib": ("diagram.figure", "report.plot"),
+    "matplotlib": ("diagram.figure", "report.plot", "report.curvature_plot", "report.style"),
     "jinja2": ("report.page",),
     "scipy": ("linalg.operators",),
     "curvlinops": ("integrations.curvlinops",),
