@@ -1,6 +1,7 @@
-"""Errors of the package, and the long messages that teach.
+"""Classes of errors and warnings, and the messages that several wings share or that run long.
 
-A message states the rule, the offending value, and the remedy. Nothing is raised from here.
+A message states the rule, the offending value and the remedy, in this order where it can. Messages
+are format strings that the caller fills in. Nothing is raised from here.
 """
 
 from __future__ import annotations
@@ -10,10 +11,15 @@ import sys
 import warnings
 from types import FrameType
 
+# The folder of the package, by which a warning tells our frames from those of the user.
 HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 
-STRICT = False  # let errors inside rules through instead of treating the op as unknown (for tests)
+# Tests set this: an error inside a rule then propagates. Users get "unknown" for the op instead.
+STRICT = False
+
+
+# --- classes --------------------------------------------------------------------------------------
 
 
 class UnbatchError(Exception):
@@ -25,7 +31,7 @@ class InputError(UnbatchError, ValueError):
 
 
 class StructureError(UnbatchError, RuntimeError):
-    """What is asked for does not exist, because the loss lacks the structure that it rests on."""
+    """The requested quantity does not exist, because the loss lacks the structure it relies on."""
 
 
 class CaptureError(UnbatchError, RuntimeError):
@@ -33,132 +39,192 @@ class CaptureError(UnbatchError, RuntimeError):
 
 
 class StaleError(UnbatchError, RuntimeError):
-    """Parameters or data have changed under something that was made from them."""
+    """Parameters or data have changed since an object was made from them."""
 
 
 class ConvergenceError(UnbatchError, RuntimeError):
-    """An iteration did not reach the accuracy that was asked for."""
+    """An iterative method did not reach the requested accuracy."""
 
 
 class MixedSamplesWarning(UserWarning):
-    """A number is exact, but it is no statistic over samples, because samples mix or the loss is no sum over them.
+    """A number is exact, but not a statistic over samples: samples mix, or the loss is not a sum.
 
     To make it an error: ``warnings.simplefilter("error", unbatch.MixedSamplesWarning)``.
     """
 
 
 class VanishingCurvatureWarning(UserWarning):
-    """The Gauss-Newton matrix is zero, because the loss is linear in its predictions, or in what was taken for them."""
+    """The Gauss-Newton matrix is zero, because the loss is linear in its predictions.
+
+    Of a model that computes its own loss: linear in the values that were taken for predictions.
+    """
 
 
 class UnregisteredParameterWarning(UserWarning):
-    """Tensors that require a gradient take part in the loss, but are no parameters of the problem."""
-
-
-def warn(message: str, category: type[Warning]) -> None:
-    """Warn at the line from which the package was called."""
-    frame: FrameType | None = sys._getframe(1)
-    level = 2
-    while frame is not None and frame.f_code.co_filename.startswith(HERE):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, category, stacklevel=level)
+    """Tensors that require a gradient take part in the loss, but are no parameters of the model."""
 
 
 class MonitorWarning(UserWarning):
-    """A monitor could not answer a question, or could not write the answer down; the training goes on.
+    """A monitor could not compute a quantity, or could not write it down; the training goes on.
 
     To stop there instead: ``warnings.simplefilter("error", unbatch.MonitorWarning)``.
     """
 
 
-MSG_NOT_SCALAR = (
-    "The loss must be a scalar tensor, because its gradient is what gets split over samples; it returned {value}. "
-    "Reduce it, e.g. `lambda p, y: loss(p, y).mean()`, or pass reduction='mean' to the loss."
+def warn(message: str, category: type[Warning]) -> None:
+    """Warn at the line of the user's code that called the package."""
+    frame: FrameType | None = sys._getframe(1)
+    level = 2
+    while frame is not None and frame.f_code.co_filename.startswith(HERE):
+        frame = frame.f_back
+        level += 1
+    warnings.warn(message, category, stacklevel=level)
+
+
+# --- the batch: tensors, sample axes, devices -----------------------------------------------------
+
+
+MSG_NOT_TENSOR = (
+    "{what} must be a tensor or a pytree of tensors; got {value}. "
+    "Convert it with torch.as_tensor first."
 )
 
 
-MSG_NOT_TENSOR = "{what} must be a tensor or a pytree of tensors; got {value}. Convert it with torch.as_tensor first."
-
-
 MSG_SIZES = (
-    "Every per-sample input and target needs the same number of samples; {first} has {n} along axis {axis}, "
-    "{other} has {m} along axis {other_axis}. If one of them is not per-sample, say so by None in its place: "
-    "in_dims=(0, None) where it is y, in_dims=((0, None), 0) where it is the second of two inputs."
+    "Every per-sample input and target needs the same number of samples; {first} has {n} along "
+    "axis {axis}, {other} has {m} along axis {other_axis}. If one of them is not per-sample, put "
+    "None in its place: in_dims=(0, None) for y, in_dims=((0, None), 0) for the second of two "
+    "inputs."
 )
 
 
 MSG_NO_AXIS = (
-    "{what} has shape {shape} and no axis {axis} to hold samples. Give it a batch axis, or pass an `in_dims` pytree "
-    "with None for tensors that are not per-sample."
+    "{what} has shape {shape} and no axis {axis} to hold samples. Give it a batch axis, or pass an "
+    "`in_dims` pytree with None for tensors that are not per-sample."
 )
 
 
+MSG_NO_BATCH = (
+    "No input is per-sample: every entry of in_dims is None. At least one input must have a sample "
+    "axis; pass its number in in_dims."
+)
+
+
+MSG_EMPTY = "{what} holds no samples (shape {shape}). Pass a batch of at least one sample."
+
+
+MSG_NAN = (
+    "{what} contains {count} values that are NaN (first at sample {sample}), so runs cannot be "
+    "compared. Drop or impute these samples."
+)
+
+
+MSG_DEVICE = (
+    "{what} is on {device}, the model's parameters are on {model}. "
+    "Move one of them: x.to({model!r})."
+)
+
+
+# `fold`: several axes that together count samples, flattened into one.
+
 MSG_FOLD = (
-    "sample_dims takes two or more different axes that together tell samples apart, such as (0, 1) for the tokens of "
-    "sentences or (0, -2, -1) for pixels; got {value!r}. For samples along one axis there is in_dims."
+    "sample_dims takes two or more different axes that together count samples, such as (0, 1) for "
+    "the tokens of sentences or (0, -2, -1) for pixels; got {value!r}. For samples along one axis "
+    "use in_dims."
 )
 
 
 MSG_FOLD_SHAPE = (
-    "sample_dims={dims} with sizes {sizes} says where samples lie in every tensor of X and y (in front, where one has "
-    "fewer axes), but {what} has a tensor of shape {shape}."
+    "sample_dims={dims} with sizes {sizes} must fit every tensor of X and y (in tensors with fewer "
+    "axes, the leading ones), but {what} has a tensor of shape {shape}."
 )
 
 
 MSG_FOLD_OUTPUT = (
-    "The model returns tensors of shapes {shapes}, of which none has the samples that sample_dims={dims} tells apart, "
-    "of sizes {sizes}. Predictions need an entry for every sample."
+    "Predictions need an entry for every sample, but the model returns tensors of shapes {shapes}, "
+    "none of which has the sample axes of sample_dims={dims}, of sizes {sizes}."
 )
 
 
 MSG_FOLD_CUT = (
-    "The model computes its own loss, which is cut at values of shapes {shapes}; they do not have the samples that "
-    "sample_dims={dims} tells apart, of sizes {sizes}, or not in a known order. Let the model return its predictions "
-    "and pass the loss: Problem(model, loss, (X, y), sample_dims={dims})."
+    "The model computes its own loss, which is cut at values of shapes {shapes}; they do not have "
+    "the sample axes of sample_dims={dims}, of sizes {sizes}, or not in a known order. Let the "
+    "model return its predictions and pass the loss: "
+    "Problem(model, loss, (X, y), sample_dims={dims})."
 )
 
 
-MSG_FOLD_BOTH = "sample_dims={dims} says where all samples lie; leave out in_dims={in_dims!r}."
+MSG_FOLD_BOTH = "sample_dims={dims} already names all sample axes; leave out in_dims={in_dims!r}."
 
 
-MSG_NO_BATCH = "No input is per-sample: every entry of in_dims is None. At least one input must carry the sample axis."
+# --- model and loss -------------------------------------------------------------------------------
 
 
-MSG_EMPTY = "{what} holds no samples (shape {shape}). Statements about samples need at least one."
-
-
-MSG_NAN = (
-    "{what} contains {count} values that are NaN. Comparing runs cannot work with them; drop or impute these samples "
-    "(first at sample {sample})."
+MSG_NOT_SCALAR = (
+    "The loss must be a scalar tensor, because its gradient is split over samples; it returned "
+    "{value}. Reduce it, e.g. `lambda p, y: loss(p, y).mean()`, or pass reduction='mean' to the "
+    "loss."
 )
-
-
-MSG_DEVICE = "{what} is on {device}, the model's parameters are on {model}. Move one of them: x.to({model!r})."
 
 
 MSG_NO_LOSS = (
     "Neither a loss nor a model that returns one: the model's output {value} has no scalar `loss`. "
-    "Pass Problem(model, loss, (X, y)), or inputs (such as labels) with which the model returns its own loss."
+    "Pass Problem(model, loss, (X, y)), or inputs (such as labels) with which the model returns "
+    "its own loss."
 )
+
+
+MSG_MODEL_FAILED = (
+    "The model or the loss raised {kind} on this batch: {value}. Raised by {call}. "
+    "Your model is unmodified."
+)
+
+
+MSG_SWAPPED = (
+    "Are model and loss swapped? Problem takes the model first; "
+    "here it is the loss that has parameters."
+)
+
+
+MSG_INNER_LOSS = (
+    "The model computes its own loss, and the derivatives of the recorded computation do not agree "
+    "with the model's; in a run of the model itself its predictions could not be identified "
+    "({why}). Return the predictions and pass the loss: Problem(model, loss, (X, y))."
+)
+
+
+MSG_PROCESSES = (
+    "The model or the loss communicates with other processes, {others} of them ({op}{place}). "
+    "They may not issue the same collective, which would deadlock; refused. SyncBatchNorm "
+    "communicates in train mode and not after .eval(); losses over all processes and sharded "
+    "parameters always do. Run in a process of its own, or with a model that stays in one "
+    "process: BatchNorm in place of SyncBatchNorm, for instance."
+)
+
+
+MSG_RECURRENT_DROPOUT = (
+    "{place} drops entries between its layers (dropout={dropout}) in a GPU kernel whose random "
+    "state cannot be set, so its noise cannot be drawn again. Set dropout=0, or stack single "
+    "layers with nn.Dropout between them; or disable the kernel: "
+    "torch.backends.cudnn.flags(enabled=False)."
+)
+
+
+MSG_RECURRENT_EVAL = (
+    "{place} runs in eval mode in a GPU kernel that has no backward pass there, in PyTorch as "
+    "well. Keep this module in train mode, which changes nothing where its dropout is 0; or "
+    "disable the kernel: torch.backends.cudnn.flags(enabled=False)."
+)
+
+
+# --- parameters -----------------------------------------------------------------------------------
 
 
 MSG_NO_PARAMETERS_KNOWN = (
-    "The model has no parameters that it knows of, so there is nothing to take the gradient by. A function as model "
-    "takes them as parameters={name: tensor} and is called as f(parameters, X); pass the module itself where there is "
-    "one. Modules in a plain list are not registered: use nn.ModuleList. Structure questions still work."
-)
-
-
-MSG_UNREGISTERED = (
-    "{count} that require a gradient take part without being parameters of this problem: {places}. What of the "
-    "gradient is theirs is in no row and no matrix. Register them with the model (nn.ModuleList in place of a list, an "
-    "nn.Module as loss), pass a function f(parameters, X) with parameters={{name: tensor}}, or `requires_grad_(False)`."
-)
-
-
-MSG_DETACHED = (
-    "The loss is connected to no parameter, so backward() would raise, and there is no gradient to take apart: its "
-    "predictions were cut off by detach(), .data, numpy or torch.no_grad(){place}. Keep the way to the loss attached."
+    "The model has no registered parameters, so there is nothing to take the gradient by. For a "
+    "function as model pass parameters={name: tensor}; it is called as f(parameters, X). Where "
+    "there is a module, pass the module itself. Modules in a plain list are not registered: use "
+    "nn.ModuleList. Structure questions still work."
 )
 
 
@@ -168,10 +234,19 @@ MSG_NO_PARAMETERS = (
 )
 
 
-MSG_MODEL_FAILED = "The model or the loss raised {kind} on this batch: {value}. Nothing was changed. It was {call}."
+MSG_UNREGISTERED = (
+    "{count} that require a gradient take part without being parameters of this problem: {places}. "
+    "Their part of the gradient is in no row and no matrix. Register them with the model "
+    "(nn.ModuleList in place of a list, an nn.Module as loss), pass a function f(parameters, X) "
+    "with parameters={{name: tensor}}, or `requires_grad_(False)`."
+)
 
 
-MSG_SWAPPED = "Are model and loss swapped? Problem takes the model first; here it is the loss that has parameters."
+MSG_DETACHED = (
+    "The loss is connected to no parameter, so backward() would raise and there is no gradient: "
+    "its predictions were cut off by detach(), .data, numpy or torch.no_grad(){place}. Remove the "
+    "cut between parameters and loss."
+)
 
 
 MSG_META = (
@@ -180,58 +255,78 @@ MSG_META = (
 )
 
 
-MSG_UNKNOWN_RULE = "There is no op named {value!r} to register a rule for; pass an OpOverload such as torch.ops.my.op.default."
+MSG_NO_SUCH_PARAMETER = (
+    "{value} matches no parameter of this problem. parameters= takes names, globs such as "
+    "'layers.*.weight', or the tensors themselves; there are {names}."
+)
+
+
+MSG_FIXED_PARAMETER = (
+    "Parameter {name!r} does not require a gradient. Set `requires_grad_(True)` on it, or leave it "
+    "out of parameters=."
+)
+
+
+MSG_NO_SELECTION = (
+    "parameters= names nothing; got {value!r}. It takes names, globs such as 'layers.*.weight', or "
+    "the tensors themselves; there are {names}. Leave it out for all that require a gradient."
+)
+
+
+MSG_COMPLEX = (
+    "Parameter {name!r} is complex ({dtype}), but the Gauss-Newton matrix is defined for real "
+    "parameters. Leave it out with parameters=, or make its real and imaginary parts "
+    "(torch.view_as_real) the parameter; gradients accept complex parameters."
+)
+
+
+# --- rules ----------------------------------------------------------------------------------------
+
+
+MSG_UNKNOWN_RULE = (
+    "There is no op named {value!r} to register a rule for; pass an OpOverload such as "
+    "torch.ops.my.op.default."
+)
 
 
 MSG_RULE_TAKEN = "{value} already has a rule; pass replace=True to override it."
 
 
-MSG_NOT_COPY = (
-    "There are no rows by copy here: at {place} samples meet in a way that gives each of them no use of the parameters "
-    "of its own. Ask for by='component', which exists for every loss with a sample axis on its predictions."
-)
-
-
-MSG_NOT_FROZEN = (
-    "There are no rows with frozen statistics here: at {place} samples listen to each other by more than statistics, "
-    "so holding those constant does not separate them. Ask for by='component'."
-)
-
-
-MSG_NO_SUCH_PARAMETER = (
-    "{value} matches no parameter of this problem. parameters= takes names, globs such as 'layers.*.weight', or the "
-    "tensors themselves; there are {names}."
-)
-
-
-MSG_FIXED_PARAMETER = "Parameter {name!r} does not require a gradient. Set `requires_grad_(True)` on it, or leave it out of parameters=."
+# --- rows of the gradient and quantities ----------------------------------------------------------
 
 
 MSG_BY = "by is 'component', 'copy' or 'frozen'; got {value!r}."
 
 
+MSG_NOT_COPY = (
+    "by='copy' does not exist here: at {place} samples interact in a way that does not give each "
+    "of them its own use of the parameters. Use by='component', which exists for every loss whose "
+    "predictions have a sample axis."
+)
+
+
+MSG_NOT_FROZEN = (
+    "by='frozen' does not exist here: at {place} samples interact by more than statistics, so "
+    "holding those constant does not separate them. Use by='component'."
+)
+
+
 MSG_NO_ROWS = (
-    "No prediction has a sample axis, so there is nothing to take rows of: the predictions have shapes {shapes} for "
-    "{n} samples. Return one prediction per sample; `problem.gradient()` gives the sum."
+    "No prediction has a sample axis, so there are no rows: the predictions have shapes {shapes} "
+    "for {n} samples. Return one prediction per sample; `problem.gradient()` gives the sum."
 )
 
 
 MSG_NOT_REPLAYED = (
-    "Rows by {by!r} need the derivatives of the recorded computation, which cannot stand for the model ({why}); where "
-    "samples mix they cannot be had by running the model. Ask for by='component'."
-)
-
-
-MSG_INNER_LOSS = (
-    "The model computes its own loss, and the derivatives of the recorded computation cannot stand for it; where the "
-    "model itself ran, its predictions could not be told ({why}). Return the predictions and pass the loss: "
-    "Problem(model, loss, (X, y))."
+    "by={by!r} is not available: the derivatives of the recorded computation do not agree with the "
+    "model's ({why}), and where samples mix, running the model itself cannot give these rows. Use "
+    "by='component'."
 )
 
 
 MSG_OUT = (
-    "out= does not fit: {what}. It takes an earlier result of the same question, or a mapping from parameter name to a "
-    "tensor of shape [N, *param] of the parameter's dtype and device."
+    "out= does not fit: {what}. It takes an earlier result of the same question, or a mapping from "
+    "parameter name to a tensor of shape [N, *param] of the parameter's dtype and device."
 )
 
 
@@ -239,15 +334,15 @@ MSG_MEMORY = "memory= is a number of bytes greater than zero; got {value!r}."
 
 
 MSG_QUANTITY = (
-    "compute takes quantities such as unbatch.SquaredNorms() or unbatch.Variance(), at least one; got {value!r}. "
-    "For the rows themselves call gradients()."
+    "compute takes quantities such as unbatch.SquaredNorms() or unbatch.Variance(), at least one; "
+    "got {value!r}. For the rows themselves call gradients()."
 )
 
 
 MSG_MIXED_MOMENT = (
-    "{what}: the number is exact for the {kind} rows of this batch of {n}, but it is no statistic over samples. For "
-    "that the loss lacks {lost}; see problem.structure. The rows are parts of one sum: in another batch the same "
-    "samples would have others."
+    "{what}: the number is exact for the {kind} rows of this batch of {n}, but not a statistic "
+    "over samples. For that the loss lacks {lost}; see problem.structure. The same sample would "
+    "get a different row in another batch."
 )
 
 
@@ -259,120 +354,151 @@ MSG_HISTOGRAM = (
 MSG_MAX_NORM = "max_norm is a number greater than zero, in the scale of the rows; got {value!r}."
 
 
-MSG_NO_SELECTION = (
-    "parameters= names nothing; got {value!r}. It takes names, globs such as 'layers.*.weight', or the tensors "
-    "themselves; there are {names}. Leave it out for all that require a gradient."
-)
+MSG_SAMPLES = "samples= takes sample numbers from 0 to {last}, at least one; got {value!r}."
 
 
-MSG_VECTOR = "A vector of parameters by name needs {name!r} in shape {shape}; got {got}. Pass one tensor for each parameter."
+MSG_DRAWS = "{what} is a whole number of at least {least}; got {value!r}."
 
 
-MSG_OPERATOR_VECTOR = "This operator takes a vector of length {size}, or a matrix with so many rows; got {got}, and {what}."
+MSG_POSITIVE = "{what} is a finite number greater than zero; got {value!r}."
 
 
-MSG_OPERATOR_SHAPES = (
-    "Operators of the shapes {shapes} cannot be used together: to {what} them they have to fit."
-)
+# --- derivatives of the loss and of the model -----------------------------------------------------
 
 
 MSG_NO_SECOND_DERIVATIVE = (
-    "The loss has no second derivative by the predictions in PyTorch ({error}), so there is no Gauss-Newton matrix to "
-    "be had from it. Use a loss that can be differentiated twice, or one written in terms of such functions."
+    "The loss has no second derivative by the predictions in PyTorch ({error}), so there is no "
+    "Gauss-Newton matrix. Use a loss that can be differentiated twice, or write it in terms of "
+    "functions that can."
 )
 
 
 MSG_BACKWARD_INSIDE = (
-    "The loss takes derivatives ({op}, {where}), and it draws noise or reads more of the model than its predictions. "
-    "So it would have to be replayed, but a recorded backward pass does not have the derivatives of the one that ran. "
-    "Take the derivatives in the model and return them beside the predictions, or hand over the noise with the data."
+    "The loss takes derivatives ({op}, {where}), and it draws noise or reads more of the "
+    "model than its predictions. It would have to be replayed, but a recorded backward pass has no "
+    "derivatives of its own. Take the derivatives in the model and return them with the "
+    "predictions, or pass the noise with the data."
 )
 
 
+# This stands in for {error} in MSG_NO_SECOND_DERIVATIVE.
 MSG_NO_GRAPH = (
-    "{names} comes with a backward pass of its own, whose derivative in PyTorch is not how the gradient changes with "
-    "the predictions"
-)
-
-
-MSG_RECURRENT_DROPOUT = (
-    "{place} drops entries between its layers (dropout={dropout}) in a kernel of the GPU whose random state cannot be "
-    "set, so nothing that it draws can be drawn again. Give it dropout=0, or build it of layers of its own with "
-    "nn.Dropout between them; or disable the kernel: torch.backends.cudnn.flags(enabled=False)."
-)
-
-
-MSG_RECURRENT_EVAL = (
-    "{place} runs in eval mode in a kernel of the GPU that has no backward pass there, in PyTorch as well. Keep this "
-    "module in train mode, which changes nothing where its dropout is 0; or disable the kernel: "
-    "torch.backends.cudnn.flags(enabled=False)."
+    "{names} defines its own backward pass, whose derivative in PyTorch is not the change of the "
+    "gradient with the predictions"
 )
 
 
 MSG_NO_TANGENT = (
-    "Tangents cannot be pushed through {place}: PyTorch has no forward mode and no second derivative for it ({error}). "
-    "Products with the Gauss-Newton matrix need one of them; factors, diagonals and Gram matrices do not."
+    "Products with the Gauss-Newton matrix need tangents through {place}, for which PyTorch has no "
+    "forward mode and no second derivative ({error}). Factors, diagonals and Gram matrices do not "
+    "need them: use `ggn().diag()`, `.eigvalsh()` or `.trace()`."
 )
+
+
+# --- curvature ------------------------------------------------------------------------------------
 
 
 MSG_VANISHING = (
-    "On this batch the loss is linear in {cut} ({shapes}), so the Gauss-Newton matrix is zero: it is J^T H J, "
-    "and H, the second derivative of the loss, vanishes there. {remedy}"
+    "On this batch the loss is linear in {cut} ({shapes}), so the Gauss-Newton matrix is zero: it "
+    "is J^T H J, and H, the second derivative of the loss, vanishes there. {remedy}"
 )
 
 
+# {cut} and {remedy} of MSG_VANISHING for a model that computes its own loss ...
 VANISHING_INSIDE = (
-    "the values that were taken for its predictions, the last ones that parameters made",
-    "To cut the model elsewhere, let it return its logits and pass the loss beside it: Problem(model, loss, (X, y)).",
+    "the values taken for its predictions, the last ones that parameters produced",
+    "To cut the model elsewhere, let it return its logits and pass the loss separately: "
+    "Problem(model, loss, (X, y)).",
 )
 
 
+# ... and for a loss that was passed.
 VANISHING = (
-    "its predictions, as absolute, hinge and, far out, Huber losses are, and nll_loss in log-probabilities",
-    "For curvature take a loss that bends there, or cut elsewhere: cross_entropy in logits has what nll_loss has not.",
+    "its predictions, as absolute, hinge and, far out, Huber losses are, and nll_loss in "
+    "log-probabilities",
+    "Use a loss with a non-zero second derivative, e.g. cross_entropy on logits in place of "
+    "nll_loss.",
 )
 
 
 MSG_NO_BLOCKS = (
-    "The second derivative of the loss by predictions of the shapes {shapes} is too large to be taken apart, or the "
-    "loss rounds it too coarsely (bfloat16) for its form to be seen, so its columns are not to be had. Products "
-    "(G @ v) and what is made of them are: see unbatch.spectra."
+    "The second derivative of the loss by predictions of the shapes {shapes} is too large to be "
+    "factored, or the loss rounds it too coarsely (bfloat16) to recognise its form, so its columns "
+    "are not available. Use products (G @ v) and what is built on them: see unbatch.spectra."
 )
 
 
 MSG_NO_COMPONENTS = (
-    "{what} would need a loss that is a sum over the samples (reduction: {why}, see problem.structure): the second "
-    "derivative of this one does not fall into parts that belong to samples. What belongs to the whole batch exists."
+    "{what} would need a loss that is a sum over the samples (reduction: {why}, see "
+    "problem.structure): the second derivative of this loss has no parts that belong to samples. "
+    "Quantities of the whole batch exist."
 )
 
 
 MSG_NOT_POSITIVE = (
-    "{what} need a second derivative of the loss that is positive semi-definite; its lowest eigenvalue here is "
-    "{lowest:.3g}. Ask for the exact quantity, which has signs."
+    "{what} need a second derivative of the loss that is positive semi-definite; its lowest "
+    "eigenvalue here is {lowest:.3g}. Use the exact quantity, which may have negative entries."
 )
 
 
 MSG_GGN_STALE = (
-    "Parameters, buffers or data have changed since this matrix was made from them, and products would mix the two. "
-    "Ask for it again: `problem.ggn()`."
+    "Parameters, buffers or data have changed since this matrix was made from them, and products "
+    "would mix the two. Make it again: `problem.ggn()`."
+)
+
+
+MSG_BY_OF_COLUMNS = (
+    "A Gauss-Newton matrix is built from derivatives of predictions, which do not exist for "
+    "by={value!r}. Use by='component', or by='frozen', a different matrix, in which batch "
+    "statistics are held constant."
+)
+
+
+MSG_UNBIASED = (
+    "The correction from random signs exists for the whole diagonal, not for single components. "
+    "Pass only one of per_component=True and unbiased=True."
+)
+
+
+MSG_BLOCKS = (
+    "blocks is 'parameter', 'module', or a list of groups of parameters, each of them in one "
+    "group; got {value!r}."
+)
+
+
+# --- linear systems and operators -----------------------------------------------------------------
+
+
+MSG_VECTOR = (
+    "A vector of parameters by name needs {name!r} in shape {shape}; got {got}. "
+    "Pass one tensor for each parameter."
+)
+
+
+MSG_OPERATOR_VECTOR = "Pass a tensor of shape [{size}] or [{size}, K] ({what}); got {got}."
+
+
+MSG_OPERATOR_SHAPES = (
+    "Cannot {what} operators of shapes {shapes}: to add them their shapes must be equal, to "
+    "multiply them the columns of each must match the rows of the next."
 )
 
 
 MSG_DAMPING = (
-    "The damping has to make every eigenvalue that is used positive: one number, or one for each of the {count} "
-    "directions, greater than {lowest:.3g} below zero; got {value}."
+    "damping must be a number, or {count} numbers (one per direction), greater than minus the "
+    "smallest eigenvalue used ({lowest:.3g}); got {value}."
 )
 
 
 MSG_NO_DAMPING = (
-    "By the Gram matrix a system is solved with damping only: (G + δI) has no inverse at δ = 0 unless G has full rank. "
-    "Pass damping= other than zero, or method='cg'."
+    "method='woodbury' solves (G + δI) x = b through the Gram matrix, with damping only: at δ = 0 "
+    "there is no inverse unless G has full rank. Pass damping= other than zero, or method='cg'."
 )
 
 
 MSG_SINGULAR = (
-    " At damping=0 there is a solution only where b is in the range of G, whose rank is at most {rank} of {size}: pass "
-    "damping= greater than zero."
+    " At damping=0 there is a solution only where b is in the range of G, whose rank is at most "
+    "{rank} of {size}: pass damping= greater than zero."
 )
 
 
@@ -380,133 +506,113 @@ MSG_METHOD = "method is 'woodbury' or 'cg', or left out; got {value!r}."
 
 
 MSG_NOT_DEFINITE = (
-    "Conjugate gradients need a positive definite matrix; with damping={value} this is none."
+    "Conjugate gradients need a positive definite matrix, which damping={value} does not give. "
+    "Pass damping= of zero or more."
 )
 
 
 MSG_NOT_CONVERGED = (
-    "The linear system was not solved: after {iterations} iterations of {method} the relative residual is "
-    "{residual:.2e} where rtol={rtol:.2e} was asked for. Raise max_iterations, rtol or the damping, or pass info=True "
-    "to take the result as it is, with its residual."
+    "The linear system was not solved: after {iterations} iterations of {method} the relative "
+    "residual is {residual:.2e}, above rtol={rtol:.2e}. Raise max_iterations, rtol or the damping, "
+    "or pass info=True for the unfinished result with its residual."
 )
 
 
 MSG_WHICH = (
-    "{value!r} is none of the ways: eigenpairs come by 'largest' or 'magnitude', traces by 'xtrace', 'hutch++' or "
-    "'hutchinson'."
+    "which= must be 'largest' or 'magnitude' (eigenpairs), method= 'xtrace', 'hutch++' or "
+    "'hutchinson' (traces); got {value!r}."
 )
-
-
-MSG_BLOCKS = "blocks is 'parameter', 'module', or a list of groups of parameters, each of them in one group; got {value!r}."
-
-
-MSG_SAMPLES = "samples= takes numbers of samples from 0 to {last}, at least one; got {value!r}."
-
-
-MSG_BY_OF_COLUMNS = (
-    "A Gauss-Newton matrix is made of derivatives of predictions: by={value!r} has none. Ask for by='component', or "
-    "for by='frozen', with batch statistics held constant, which is another matrix."
-)
-
-
-MSG_COMPLEX = (
-    "Parameter {name!r} is complex ({dtype}), and the Gauss-Newton matrix is that of real parameters. Leave it out "
-    "with parameters=, or make its real and imaginary parts (torch.view_as_real) the parameter; gradients take it as "
-    "it is."
-)
-
-
-MSG_UNBIASED = (
-    "What random signs say is missing is known for the whole diagonal, not for every component. Ask for one of "
-    "per_component=True and unbiased=True."
-)
-
-
-MSG_DRAWS = "{what} is a whole number of at least {least}; got {value!r}."
 
 
 MSG_SQUARE = (
-    "Spectra are those of a symmetric operator of shape [D, D] with D > 0 and real floating-point entries; this one "
-    "has shape {shape} and dtype {dtype}. For a factor V of other shape pass the operator V @ V.T."
+    "Spectra need a symmetric operator of shape [D, D] with D > 0 and real floating-point entries; "
+    "got shape {shape} and dtype {dtype}. For a factor V of another shape pass the operator "
+    "V @ V.T."
 )
 
 
 MSG_NOT_SYMMETRIC = (
-    "This operator is not symmetric: two products disagree by {gap:.1e} of its norm. Pass a symmetric one, such as "
-    "0.5 * (A + A.T)."
+    "This operator is not symmetric: two products disagree by {gap:.1e} of its norm. Pass a "
+    "symmetric one, such as 0.5 * (A + A.T)."
 )
 
 
 MSG_NOT_FINITE = (
-    "A product with this operator has entries that are not finite. Look for NaN or infinite values in parameters and "
-    "data, or for an overflow: products in float64 have more room."
+    "A product with this operator has entries that are not finite. Look for NaN or infinite values "
+    "in parameters and data, or for an overflow, which float64 may avoid."
 )
-
-
-MSG_POSITIVE = "{what} is a finite number greater than zero; got {value!r}."
 
 
 MSG_EIGENPAIRS = (
-    "The eigenpairs were not found: after {products} products {near} of {k} have a residual within rtol={rtol:.2e} of "
-    "the norm (the largest is {worst:.2e}), and the search for overlooked ones {found}. Raise max_products, basis or "
-    "rtol, or pass info=True to take the result as it is, with its residuals."
+    "The eigenpairs did not converge: after {products} products {near} of {k} have a residual "
+    "within rtol={rtol:.2e} of the norm (the largest is {worst:.2e}), and the search for missed "
+    "ones {found}. Raise max_products, basis or rtol, or pass info=True for the unfinished result "
+    "with its residuals."
 )
+
+
+# --- pictures, pages and the monitor --------------------------------------------------------------
 
 
 MSG_GIVEN = "{call} takes {takes}; got {value}. Pass the problem itself: {call}({arguments})."
 
 
 MSG_REPORT_FILE = (
-    "The report cannot be written to {path}: {reason}. Name a file that can be written (`--output FILE` in a shell); "
-    "folders above it are made where they are missing."
+    "The report cannot be written to {path}: {reason}. Name a file that can be written "
+    "(`--output FILE` in a shell); missing folders are created."
 )
 
 
 MSG_MONITOR_FILE = (
-    "The monitor cannot write to {path}: {reason}. Pass path= a file that can be written and that holds nothing, or "
-    "what a monitor wrote before; the folders above it are made where they are missing."
+    "The monitor cannot write to {path}: {reason}. Pass path= a writable file that is new, empty "
+    "or was written by a monitor; missing folders are created."
 )
 
 
-MSG_MONITOR_QUANTITY = "A monitor takes quantities such as unbatch.SquaredNorms(), each once, or their names, out of {names}; got {value!r}."
+MSG_MONITOR_QUANTITY = (
+    "A monitor takes quantities such as unbatch.SquaredNorms(), each once, or their names, out of "
+    "{names}; got {value!r}."
+)
 
 
 MSG_MONITOR_COPY = (
-    "{names} of a Gauss-Newton matrix, which is made of derivatives of predictions: by='copy' has none. Ask for "
-    "by='component', or without, quantities={rest!r}."
+    "by='copy' does not exist for {names}: a Gauss-Newton matrix is built from derivatives of "
+    "predictions. Use by='component', or leave them out: quantities={rest!r}."
 )
 
 
 MSG_MONITOR_EVERY = (
-    "every= is 'auto', or how many calls there are from one question to the next, a whole number of at least 1; got "
-    "{value!r}."
+    "every= is 'auto', or the number of calls from one measurement to the next, a whole number of "
+    "at least 1; got {value!r}."
 )
 
 
-MSG_MONITOR_STEP = "step= is a whole number, such as that of the optimizer step; got {value!r}."
+MSG_MONITOR_STEP = (
+    "step= is a whole number, such as the number of the optimizer step; got {value!r}."
+)
 
 
 MSG_MONITOR_TARGETS = (
-    "The loss {loss} takes targets beside the predictions, and step was given {given} alone. Pass them apart, "
-    "monitor.step(X, y), of a pair monitor.step(*batch). A model that computes its own loss from all of it goes "
-    "without one: Monitor(model)."
+    "The loss {loss} takes targets as well as predictions, but step got {given} alone. Pass them "
+    "as a second argument: monitor.step(X, y), or monitor.step(*batch) for a pair. For a model "
+    "that computes its own loss leave out the loss: Monitor(model)."
 )
 
 
 MSG_MONITOR_NO_TARGETS = (
-    "The loss {loss} takes predictions alone, and step was given targets: {given}. Leave them out."
+    "The loss {loss} takes predictions alone, but step got targets: {given}. Leave them out."
 )
 
 
 MSG_MONITOR_OWN_LOSS = (
-    "A monitor without a loss takes what a model needs to compute its own, targets among it: monitor.step(inputs); got "
-    "targets apart: {given}. For a loss beside the model pass it, Monitor(model, loss)."
+    "Without a loss the model computes its own from monitor.step(inputs), targets included; got "
+    "separate targets: {given}. For a loss outside the model pass it: Monitor(model, loss)."
 )
 
 
 MSG_MONITOR_FAILED = (
-    "The monitor could not tell {what} at step {step} (training goes on; monitor.failed counts, this is said once): "
-    "{error}"
+    "The monitor could not compute {what} at step {step} (training goes on; later failures of this "
+    "kind are only counted, in monitor.failed): {error}"
 )
 
 
@@ -514,29 +620,24 @@ MSG_MONITOR_WRITE = "The monitor could not write down step {step} (training goes
 
 
 MSG_MONITOR_SPLIT = (
-    "With a loss a monitor takes a pair (X, y), and this batch is {given}. Say how to make one of it: "
-    "monitor_callback(monitor, split=lambda batch: (batch['x'], batch['y'])), for instance."
+    "A monitor with a loss needs a pair (X, y), and this batch is {given}. Say how to make a pair "
+    "of it, for instance: monitor_callback(monitor, split=lambda batch: (batch['x'], batch['y']))."
 )
 
 
 MSG_MONITOR_TRAINER = (
-    "With Transformers' Trainer a monitor watches a model that computes its own loss, and this one was made with "
-    "{loss}: leave it out, Monitor(model)."
+    "With Transformers' Trainer a monitor watches a model that computes its own loss, and this one "
+    "was made with {loss}: leave it out, Monitor(model)."
 )
 
 
 MSG_MONITOR_UNSEEN = (
-    "Training goes on without the monitor's model being called, so there is nothing to ask about. Make the monitor "
-    "with the model that the Trainer is given: Monitor(model)."
+    "Training never calls the monitor's model, so there is nothing to measure. Make the monitor "
+    "with the model that the Trainer trains: Monitor(model)."
 )
 
 
-MSG_EXTRA = "{what} needs {package}, which is not installed. Install it with `pip install 'unbatch[{extra}]'`."
-
-
-MSG_PROCESSES = (
-    "The model or the loss talks to other processes, of which there are {others} ({op}{place}). Nothing says that "
-    "they ask the same, and they would be waited for forever, so it was stopped there. SyncBatchNorm talks in train "
-    "mode and not after .eval(); losses over all processes and parameters spread over them always do. Ask in a process "
-    "of its own, or about a model that keeps to one: with BatchNorm in place of SyncBatchNorm, for instance."
+MSG_EXTRA = (
+    "{what} needs {package}, which is not installed. "
+    "Install it with `pip install 'unbatch[{extra}]'`."
 )

@@ -1,22 +1,46 @@
-"""Text and HTML of what rich can render."""
+"""Tables of the terminal, and text and HTML of what rich can render.
+
+What stands in a table is decided by the wing that shows it; how all of them look, here.
+"""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
+
+WIDTH = 110  # characters, where there is no terminal whose width could be asked for
 
 
-def as_text(renderable: Any, width: int = 110) -> str:
+def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
+    """Return a table without lines; ``columns`` are its headings, none for a table without a head.
+
+    Cells are text, with the markup of rich, or what rich can render. Long ones are folded, because
+    the end of a place or a name is the part that tells it from others.
+    """
+    shown = Table(box=None, pad_edge=False, show_header=bool(columns))
+    for column in columns:
+        shown.add_column(column, overflow="fold")
+    for row in rows:
+        shown.add_row(*row)
+    return shown
+
+
+def as_text(renderable: Any, width: int = WIDTH) -> str:
+    """Return plain text, without colours and without spaces at the ends of lines."""
     console = Console(width=width, color_system=None, force_terminal=False, highlight=False)
     with console.capture() as captured:
         console.print(renderable)
-    return "\n".join(line.rstrip() for line in captured.get().rstrip("\n").split("\n"))
+    lines = captured.get().rstrip("\n").split("\n")
+    return "\n".join(line.rstrip() for line in lines)
 
 
-def as_html(renderable: Any, label: str, width: int = 110) -> str:
-    """Coloured text; ``label`` is what a screen reader says in its place."""
+def as_html(renderable: Any, label: str, width: int = WIDTH) -> str:
+    """Return coloured text as HTML; ``label`` is what a screen reader reads in its place."""
+    # A console that records also prints; what it prints goes nowhere.
     console = Console(width=width, record=True, file=io.StringIO(), highlight=False)
     console.print(renderable)
     opening = f'<pre role="img" aria-label="{label}" style="line-height: 1.25; overflow-x: auto">'

@@ -192,7 +192,7 @@ def found(tmp_path_factory):
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_would_wait_is_refused(found, name):
-    assert found[name].startswith("CaptureError: The model or the loss talks to other processes")
+    assert found[name].startswith("CaptureError: The model or the loss communicates with other processes")
 
 
 def test_the_place_is_named(found):
@@ -211,7 +211,7 @@ def test_a_monitor_in_one_process_leaves_training_as_it_is(found):
     assert "value" in answered["line"]["quantities"]["trace"]
     assert answered["told"] == []
     assert refused["line"]["error"].startswith(
-        "CaptureError: The model or the loss talks to other processes"
+        "CaptureError: The model or the loss communicates with other processes"
     )
     assert len(refused["told"]) == 1
 

@@ -160,7 +160,7 @@ def test_unknown():
 def test_one_sample_is_unknown_and_says_why():
     result = inspected("nets.py:linear", "--input", "1,4", "--loss", "mse")
     assert result.exit_code == cli.UNKNOWN
-    assert report.NO_TEST["one sample"] in result.stdout
+    assert report.NO_TEST_OF_ONE_SAMPLE in result.stdout
 
 
 def test_a_contradiction_is_a_failure():

@@ -57,7 +57,7 @@ OWNERS = {
     "torch.fx": ("capture",),
     "torch.export": ("capture",),
     "torch.distributed": ("capture.distributed",),
-    "matplotlib": ("diagram.figure", "report.plot"),
+    "matplotlib": ("diagram.figure", "report.plot", "report.curvature_plot", "report.style"),
     "jinja2": ("report.page",),
     "scipy": ("linalg.operators",),
     "curvlinops": ("integrations.curvlinops",),
@@ -66,8 +66,8 @@ OWNERS = {
     "lightning": ("integrations.lightning",),
     "transformers": ("integrations.transformers",),
     "pytorch_lightning": ("integrations.lightning",),
-    "tensorboard": ("monitoring.monitor",),
-    "torch.utils.tensorboard": ("monitoring.monitor",),
+    "tensorboard": ("monitoring.log",),
+    "torch.utils.tensorboard": ("monitoring.log",),
 }
 
 Sources = Mapping[str, str]

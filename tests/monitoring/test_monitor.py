@@ -29,8 +29,8 @@ from torch.nn import functional as F
 
 import unbatch as ub
 from unbatch.gradients.quantities import Derived
-from unbatch.monitoring import metrics as answers
-from unbatch.monitoring.monitor import Account
+from unbatch.monitoring import metrics
+from unbatch.monitoring.account import Account
 from unbatch.reference import definitions as reference
 
 N, D, C = 6, 4, 3
@@ -153,7 +153,7 @@ RUNS = {
         noisy, momentum, fails="planted", options=(("quantities", [ub.SquaredNorms(), Broken()]),)
     ),
     "all that has a name": Run(
-        normed, momentum, options=(("quantities", [*answers.OF_ROWS, *answers.ALONE]),)
+        normed, momentum, options=(("quantities", [*metrics.ROW_METRICS, *metrics.BATCH_METRICS]),)
     ),
     "copy rows": Run(
         noisy, momentum, options=(("by", "copy"), ("quantities", ["variance", "crosstalk"]))
@@ -368,14 +368,14 @@ def test_numbers_are_those_of_a_fresh_problem_and_of_the_definitions(make, tmp_p
         close(found["noise_scale"]["value"], problem.compute(ub.NoiseScale()))
         close(found["crosstalk"]["value"], problem.crosstalk(probes=1).strength)
         close(found["trace"]["value"], problem.ggn().trace())
-        close(found["top_eigenvalues"]["value"], problem.ggn().eigvalsh()[-answers.TOP :])
+        close(found["top_eigenvalues"]["value"], problem.ggn().eigvalsh()[-metrics.TOP :])
         # the same by the definitions
         norms = reference.squared_norms(reference.component(frozen, F.cross_entropy, X, y))[1]
         G = reference.ggn(frozen, F.cross_entropy, X, y)
         for name, value in summary(norms).items():
             close(found["squared_norms"]["value"][name], value)
         close(found["trace"]["value"], G.trace())
-        close(found["top_eigenvalues"]["value"], torch.linalg.eigvalsh(G)[-answers.TOP :])
+        close(found["top_eigenvalues"]["value"], torch.linalg.eigvalsh(G)[-metrics.TOP :])
 
 
 @pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])
@@ -430,7 +430,7 @@ def test_where_columns_are_many_curvature_is_estimated_and_says_so(monkeypatch):
     net, (X, y) = normed().double(), batches()[0]
     X = X.double()
     exact = ub.Monitor(net, F.cross_entropy).step(X, y)["quantities"]
-    monkeypatch.setattr(answers, "LARGEST_GRAM", 4)
+    monkeypatch.setattr(metrics, "LARGEST_GRAM", 4)
     found = ub.Monitor(net, F.cross_entropy).step(X, y)["quantities"]
     assert "estimated" in found["trace"]["note"]
     off = abs(found["trace"]["value"] - exact["trace"]["value"])
@@ -611,14 +611,14 @@ def test_what_fails_alike_is_told_together_and_once(monkeypatch):
 
     seen: list[str] = []
     for name in ("trace", "crosstalk"):
-        monkeypatch.setitem(answers.ALONE, name, fails)
+        monkeypatch.setitem(metrics.BATCH_METRICS, name, fails)
     monitor = ub.Monitor(normed(), F.cross_entropy, every=1, quantities=["trace", "crosstalk"])
     with session() as shown:
         for X, y in batches(3):
             seen.append("asked")
             monitor.step(X, y)
     (warning,) = shown
-    assert "could not tell trace, crosstalk at step 0" in str(warning.message)
+    assert "could not compute trace, crosstalk at step 0" in str(warning.message)
     assert str(warning.message).endswith("RuntimeError: no 1 bytes left")
     assert monitor.failed == 6
 
@@ -759,12 +759,11 @@ def test_a_board_that_fails_is_a_warning():
         ({"quantities": [ub.SquaredNorms]}, "Norms"),
         (
             {"by": "copy"},
-            r"trace, top_eigenvalues of a Gauss-Newton "
-            r".*'squared_norms', 'noise_scale', 'crosstalk'",
+            r"trace, top_eigenvalues: a Gauss-Newton .*'squared_norms', 'noise_scale', 'crosstalk'",
         ),
         (
             {"by": "copy", "quantities": [ub.SquaredNorms(), ub.DiagGGN()]},
-            "diag_ggn of a Gauss-Newton matrix",
+            "by='copy' does not exist for diag_ggn: a Gauss-Newton matrix",
         ),
     ],
 )
@@ -796,7 +795,7 @@ WRONG: dict[str, tuple[Any, Any, str]] = {
     "targets beside a model's own loss": (
         None,
         ({"x": X0}, Y0),
-        r"targets apart: a tensor of shape \[6\]",
+        r"separate targets: a tensor of shape \[6\]",
     ),
     "no loss at all": (None, (X0,), "Neither a loss nor a model that returns one"),
     "sizes that differ": (F.cross_entropy, (X0, Y0[:-1]), "same number of samples"),
@@ -827,7 +826,7 @@ def test_parameters_that_are_not_there_are_refused_at_the_first_call():
 def test_a_wrong_call_later_on_is_a_warning():
     monitor = ub.Monitor(normed(), F.cross_entropy, quantities=["squared_norms"], every=1)
     monitor.step(X0, Y0)
-    with pytest.warns(ub.MonitorWarning, match="could not tell anything at step 1"):
+    with pytest.warns(ub.MonitorWarning, match="could not compute anything at step 1"):
         assert "error" in monitor.step((X0, Y0))
 
 
@@ -875,10 +874,10 @@ def asked_at(
     """The calls at which a question was asked, each of which takes what ``costs`` says."""
     found = []
     for i in range(calls):
-        arrived, asked = account.arrive(), account.due()
-        clock.now += next(costs) if asked else 0.0
-        account.leave(arrived, asked)
-        found += [i] if asked else []
+        start, due = account.start_call(), account.is_due()
+        clock.now += next(costs) if due else 0.0
+        account.end_call(start, due)
+        found += [i] if due else []
         clock.now += train
     return found
 
@@ -888,15 +887,15 @@ def test_the_account_adds_up():
     account = Account(2, 0.1, clock)
     assert account.overhead is None  # there is nothing yet to compare with
     assert asked_at(account, clock, iter([3.0, 1.0]), 5.0, 4) == [0, 2]
-    assert (account.asking, account.training) == (
+    assert (account.measuring, account.training) == (
         4.0,
         15.0,
     )  # what follows the last call is not known yet
     assert account.overhead == pytest.approx(4 / 15)
-    arrived = account.arrive()
+    start = account.start_call()
     assert account.training == 20.0
     clock.now += 2
-    assert account.so_far(arrived) == {"seconds": 2.0, "overhead": pytest.approx(6 / 20)}
+    assert account.report(start) == {"seconds": 2.0, "overhead": pytest.approx(6 / 20)}
 
 
 def test_auto_keeps_within_the_share():
@@ -907,7 +906,7 @@ def test_auto_keeps_within_the_share():
     # then every 20
     assert found[:5] == [0, 80, 81, 100, 120]
     assert account.overhead <= 0.1
-    assert account.asking > 0.09 * account.training
+    assert account.measuring > 0.09 * account.training
 
 
 def test_auto_pays_for_the_first_question_and_then_stays_within_the_share():
@@ -944,8 +943,8 @@ def test_overhead_is_that_of_the_clock_given(tmp_path):
     lines = read(path)
     assert [line["overhead"] is None for line in lines] == [True, False, False]
     assert monitor.account.training == 40.0  # not what was before the first call
-    assert monitor.account.asking == sum(line["seconds"] for line in lines) > 0
-    assert monitor.overhead == lines[-1]["overhead"] == monitor.account.asking / 40
+    assert monitor.account.measuring == sum(line["seconds"] for line in lines) > 0
+    assert monitor.overhead == lines[-1]["overhead"] == monitor.account.measuring / 40
 
 
 # ---------------------------------------------------------------- TensorBoard
@@ -1193,7 +1192,8 @@ def test_the_page_shows_runs_that_work(tool, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(code, f"{tool}_run.py", "exec"), {"__name__": "page"})
     (line,) = read(tmp_path / f"{tool}.jsonl")
-    assert [name for name, a in line["quantities"].items() if "value" in a] == list(answers.USUAL)
+    measured = [name for name, entry in line["quantities"].items() if "value" in entry]
+    assert measured == list(metrics.DEFAULT_METRICS)
 
 
 def test_the_trainer_of_transformers_takes_no_loss_apart():
@@ -1220,7 +1220,7 @@ def test_the_trainer_of_transformers_says_where_another_model_is_trained():
             callback.on_pre_optimizer_step(None, state, None)
     callback.on_train_end(None, state, None)
     assert [w.category for w in shown] == [ub.MonitorWarning]
-    assert "without the monitor's model being called" in str(shown[0].message)
+    assert "Training never calls the monitor's model" in str(shown[0].message)
     assert not net._forward_pre_hooks
 
 

@@ -15,7 +15,7 @@ import unbatch as ub
 from unbatch.diagram import figure as figure_module
 from unbatch.errors import InputError, StructureError
 from unbatch.linalg import spectra
-from unbatch.report import plot
+from unbatch.report import plot, style
 
 pytest.importorskip("matplotlib")
 from matplotlib.colors import to_hex
@@ -530,7 +530,7 @@ def test_a_budget_that_is_near_is_drawn(mixing):
 
 def test_colours_are_those_of_okabe_and_ito():
     known = {"#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"}
-    assert set(plot.COLOURS) == known
+    assert set(style.COLOURS) == known
 
 
 def test_a_permuted_matrix_would_be_noticed(mixing):

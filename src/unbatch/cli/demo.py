@@ -31,7 +31,7 @@ from unbatch.analysis.structure import (
     remarks,
     verdict_table,
 )
-from unbatch.report import page, plot, tables
+from unbatch.report import page, tables
 
 MSG_NO_SKLEARN = (
     "The demo trains on the handwritten digits that come with scikit-learn, which is not installed. "
@@ -376,7 +376,7 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
 
 def _norms(rows: Mapping[str, ub.Rows], gradient: Mapping[str, Tensor]) -> Table:
     whole = torch.cat([g.flatten() for g in gradient.values()])
-    return _table(tables.NORMS, [tables.norms(by, r, whole) for by, r in rows.items()])
+    return _table(tables.NORM_COLUMNS, [tables.norm_cells(by, r, whole) for by, r in rows.items()])
 
 
 def _distances(rows: Mapping[str, ub.Rows]) -> Table:
@@ -397,7 +397,7 @@ def _noise_scale(problem: ub.Problem) -> list[Text]:
 
 def _curvature(out: Console, model: Net, problem: ub.Problem) -> None:
     G: Any = problem.ggn()
-    values, directions = plot.told(G.eigvalsh()), G.directions(SHOWN)
+    values, directions = tables.nonzero(G.eigvalsh()), G.directions(SHOWN)
     before = [_spectrum(problem, G, values), Text(SPECTRUM), _histogram(values)]
     steps = [Text(NEWTON), _steps(model, problem, G)]
     _part(
@@ -449,7 +449,7 @@ def _histogram(values: Tensor) -> Table:
 def _shares(problem: ub.Problem, found: Any) -> list[Any]:
     """What digits have of slope and curvature along eigenvectors, the most curved first; and what that sums to."""
     table = _table(
-        tables.SHARES, [tables.shares(found, i) for i in reversed(range(len(found.values)))]
+        tables.SHARE_COLUMNS, [tables.share_cells(found, i) for i in reversed(range(len(found.values)))]
     )
     gradient = torch.cat([g.flatten() for g in problem.gradient().values()])
     curved = tables.share((found.curvatures.sum(0) / found.values - 1).abs().max())

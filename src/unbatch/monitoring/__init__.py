@@ -1,1 +1,6 @@
-"""Questions asked while a model trains: ``monitor.py`` says when, ``metrics.py`` what, ``log.py`` writes it down."""
+"""Measurements while a model trains.
+
+In reading order: ``monitor.py`` is called at each step and calls the rest; ``account.py`` decides
+when to measure, and keeps the cost; ``metrics.py`` measures a batch; ``messages.py`` knows what was
+said before; ``log.py`` writes the lines, to a file and to TensorBoard.
+"""

@@ -1,10 +1,13 @@
-"""What a monitor can ask about a batch, and the answers as plain data, with their names and how exact they are."""
+"""What a monitor can measure on a batch, as plain data: a value, its kind, its samples and a note.
+
+Everything is computed by ``Problem``; when to measure is decided in ``account.py``.
+"""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -27,181 +30,229 @@ from unbatch.problem.validation import check_by_of_columns
 TOP = 3  # eigenvalues
 
 
-LISTENERS = 8  # samples whose crosstalk is looked at, unless samples= says otherwise
+CROSSTALK_SAMPLES = 8  # rows of the crosstalk, unless samples= says otherwise
 
 
-PRODUCTS = 20  # for a trace that is estimated
-
-
-RTOL = 1e-2  # of eigenvalues that are searched for by products
+# Of a matrix whose Gram matrix is too large: products for its trace, and the relative residual at
+# which an eigenvalue counts as found.
+TRACE_PRODUCTS = 20
+EIGENVALUE_RTOL = 1e-2
 
 
 MATRICES = {"component": "GGN", "frozen": "GGN with frozen statistics"}
 
 
-Answer = dict[str, Any]
+Entry = dict[str, Any]  # one metric in a line: "value" with "kind" and "samples", or "error"
+
+
+# --- one batch ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Asked:
-    """One batch, and how it is asked about."""
+class Measurement:
+    """One batch, and how it is measured.
+
+    ``by`` and ``parameters`` as for ``Problem``; ``samples``: at most so many components, the first
+    ones, enter curvature and crosstalk; None for all.
+    """
 
     problem: Problem
     by: str
     samples: int | None
     parameters: Selection
 
+    # Cached: metrics ask one after the other, and each of them may be the one that fails.
     @cached_property
     def structure(self) -> Structure:
+        """The verdicts on this batch."""
         return self.problem.structure
 
     @cached_property
     def ggn(self) -> GGN:
+        """The Gauss-Newton matrix, made once for all metrics that need it."""
         check_by_of_columns(self.by)
-        chosen = None if self.samples is None else range(min(self.samples, self.problem.samples))
-        return self.problem.ggn(self.parameters, by=self.by, samples=chosen)
+        samples = None
+        if self.samples is not None:
+            # The last batch of an epoch may be smaller than samples=.
+            samples = range(min(self.samples, self.problem.samples))
+        return self.problem.ggn(self.parameters, by=self.by, samples=samples)
 
     @property
     def columns(self) -> int:
-        """Of the factor of the Gauss-Newton matrix, at most: entries of the predictions of the samples asked about."""
-        entries = sum(math.prod(shape) for shape in self.structure.predictions)
-        some = self.samples is not None and self.samples < self.problem.samples
-        return entries * self.samples // self.problem.samples if some and self.samples else entries
+        """Columns of the factor of the matrix, at most: one for each entry of the predictions."""
+        entries = 0
+        for shape in self.structure.predictions:
+            entries += math.prod(shape)
+        if self.samples is None or self.samples >= self.problem.samples:
+            return entries
+        return entries * self.samples // self.problem.samples
 
-    def rows(self, wanted: Mapping[str, Quantity]) -> dict[str, Answer]:
-        """Quantities of gradients taken apart, from one sweep over the whole batch."""
-        found = self.problem.compute(*wanted.values(), by=self.by, parameters=self.parameters)
-        results = found if len(wanted) > 1 else (found,)
-        return {
-            n: {"value": summed_up(r)} | self._about(q)
-            for (n, q), r in zip(wanted.items(), results, strict=True)
-        }
+    def rows(self, metrics: Mapping[str, Quantity]) -> dict[str, Entry]:
+        """Return quantities of the rows of the gradient, from one sweep over the whole batch."""
+        results = self.problem.compute(*metrics.values(), by=self.by, parameters=self.parameters)
+        if len(metrics) == 1:  # compute returns a tuple for several quantities only
+            results = (results,)
+        entries = {}
+        for (name, quantity), result in zip(metrics.items(), results, strict=True):
+            entries[name] = {"value": plain(result)} | self._origin(quantity)
+        return entries
 
-    def _about(self, quantity: Quantity) -> Answer:
+    def _origin(self, quantity: Quantity) -> Entry:
+        """Return which rows a number is taken of, with a note where their name needs one."""
         if isinstance(quantity, ColumnQuantity):
             return {"kind": MATRICES[self.by], "samples": self.problem.samples}
         label = label_of(self.structure, self.by)
-        return {"kind": label.kind, "samples": self.problem.samples} | (
-            {"note": label.note} if label.note else {}
-        )
+        origin: Entry = {"kind": label.kind, "samples": self.problem.samples}
+        if label.note:
+            origin["note"] = label.note
+        return origin
 
-    def trace(self) -> Answer:
+    def trace(self) -> Entry:
+        """Return the trace of the Gauss-Newton matrix, exact where its columns fit."""
+        # A Gram matrix of more columns costs more than the products that estimate the trace.
         if self.columns <= LARGEST_GRAM:
-            return {"value": summed_up(self.ggn.trace())} | self._of_ggn("exact")
-        found = spectra.trace(self.ggn, min(PRODUCTS, self.ggn.shape[0]))
-        error = {"standard_error": summed_up(found.standard_errors)}
-        return (
-            {"value": summed_up(found.values)} | error | self._of_ggn(f"estimated, {found.method}")
-        )
+            return {"value": plain(self.ggn.trace())} | self._matrix_origin("exact")
+        estimate = spectra.trace(self.ggn, min(TRACE_PRODUCTS, self.ggn.shape[0]))
+        entry = {
+            "value": plain(estimate.values),
+            "standard_error": plain(estimate.standard_errors),
+        }
+        return entry | self._matrix_origin(f"estimated, {estimate.method}")
 
-    def top_eigenvalues(self) -> Answer:
+    def top_eigenvalues(self) -> Entry:
+        """Return the largest eigenvalues, ascending, exact where the columns of the matrix fit."""
         if self.columns <= LARGEST_GRAM:
-            return {"value": numbers(self.ggn.eigvalsh()[-TOP:])} | self._of_ggn("exact")
-        found = spectra.eigh(self.ggn, min(TOP, self.ggn.shape[0]), rtol=RTOL)
-        return {"value": numbers(found.values)} | self._of_ggn(
-            f"by products, residuals within {RTOL:g}"
-        )
+            values = self.ggn.eigvalsh()[-TOP:]
+            return {"value": values.tolist()} | self._matrix_origin("exact")
+        pairs = spectra.eigh(self.ggn, min(TOP, self.ggn.shape[0]), rtol=EIGENVALUE_RTOL)
+        note = f"by products, residuals within {EIGENVALUE_RTOL:g}"
+        return {"value": pairs.values.tolist()} | self._matrix_origin(note)
 
-    def _of_ggn(self, how: str) -> Answer:
-        taken = min(self.samples or self.problem.samples, self.problem.samples)
-        return {"kind": MATRICES[self.by], "samples": taken, "note": how}
+    def _matrix_origin(self, note: str) -> Entry:
+        samples = min(self.samples or self.problem.samples, self.problem.samples)
+        return {"kind": MATRICES[self.by], "samples": samples, "note": note}
 
-    def crosstalk(self) -> Answer:
-        rows = min(self.samples or LISTENERS, self.problem.samples)
-        found = self.problem.crosstalk(probes=1, samples=range(rows))
-        how = "exact" if found.exact else "estimated, one random probe"
-        return {"value": found.strength, "kind": found.by, "samples": rows, "note": how}
+    def crosstalk(self) -> Entry:
+        """Return the part of the squares of the crosstalk that stands off its diagonal."""
+        # One random backward pass for a row, in place of one for each entry of its prediction.
+        rows = min(self.samples or CROSSTALK_SAMPLES, self.problem.samples)
+        result = self.problem.crosstalk(probes=1, samples=range(rows))
+        note = "exact" if result.exact else "estimated, one random probe"
+        return {"value": result.strength, "kind": result.by, "samples": rows, "note": note}
 
 
-def spelled(cls: type) -> str:
-    """Return the name by which a quantity is asked for: ``NoiseScale`` is "noise_scale"."""
+# --- metrics by name ------------------------------------------------------------------------------
+
+
+def name_of_quantity(cls: type) -> str:
+    """Return the name by which a quantity is selected: ``NoiseScale`` is "noise_scale"."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.__name__).lower()
 
 
-OF_ROWS: dict[str, Quantity] = {
-    spelled(cls): cls()
-    for cls in (
-        quantities.SquaredNorms, diagnostics.NoiseScale, diagnostics.NormTest, diagnostics.InnerProductTest,
-        diagnostics.OrthogonalityTest, diagnostics.EarlyStopping, quantities.Variance, diagnostics.SignalToNoise,
-    )
-}  # fmt: skip
+ROW_QUANTITIES = (
+    quantities.SquaredNorms,
+    diagnostics.NoiseScale,
+    diagnostics.NormTest,
+    diagnostics.InnerProductTest,
+    diagnostics.OrthogonalityTest,
+    diagnostics.EarlyStopping,
+    quantities.Variance,
+    diagnostics.SignalToNoise,
+)
 
 
-ALONE: dict[str, Callable[[Asked], Answer]] = {
-    "trace": Asked.trace,
-    "top_eigenvalues": Asked.top_eigenvalues,
-    "crosstalk": Asked.crosstalk,
+# Measured together, in one sweep.
+ROW_METRICS: dict[str, Quantity] = {name_of_quantity(cls): cls() for cls in ROW_QUANTITIES}
+
+
+# Each measured on its own.
+BATCH_METRICS: dict[str, Callable[[Measurement], Entry]] = {
+    "trace": Measurement.trace,
+    "top_eigenvalues": Measurement.top_eigenvalues,
+    "crosstalk": Measurement.crosstalk,
 }
 
 
 OF_GGN = ("trace", "top_eigenvalues")
 
 
-USUAL = ("squared_norms", "noise_scale", *ALONE)
+DEFAULT_METRICS = ("squared_norms", "noise_scale", *BATCH_METRICS)
 
 
-def chosen(wanted: Sequence[str | Quantity]) -> dict[str, Quantity | None]:
-    """By name; None where a question of its own stands behind the name."""
-    out: dict[str, Quantity | None] = {}
-    for w in [wanted] if isinstance(wanted, str | Quantity) else wanted:
-        name = w if isinstance(w, str) else spelled(type(w))
-        if name in out or not (isinstance(w, Quantity) or w in OF_ROWS or w in ALONE):
-            raise InputError(
-                MSG_MONITOR_QUANTITY.format(names=", ".join([*OF_ROWS, *ALONE]), value=w)
-            )
-        out[name] = w if isinstance(w, Quantity) else OF_ROWS.get(w)
-    return out
+def metrics_by_name(
+    selection: str | Quantity | Sequence[str | Quantity],
+) -> dict[str, Quantity | None]:
+    """Return what is measured, by name; None for what is measured on its own, by ``BATCH_METRICS``.
+
+    Raises ``InputError`` for a name that does not exist or stands twice.
+    """
+    if isinstance(selection, str | Quantity):
+        selection = [selection]
+    metrics: dict[str, Quantity | None] = {}
+    for choice in selection:
+        if isinstance(choice, Quantity):
+            name, quantity = name_of_quantity(type(choice)), choice
+        elif isinstance(choice, str) and choice in ROW_METRICS:
+            name, quantity = choice, ROW_METRICS[choice]
+        elif isinstance(choice, str) and choice in BATCH_METRICS:
+            name, quantity = choice, None
+        else:
+            raise _no_metric(choice)
+        if name in metrics:
+            raise _no_metric(choice)
+        metrics[name] = quantity
+    return metrics
 
 
-def of_columns(name: str, quantity: Quantity | None) -> bool:
-    """Whether it is made of derivatives of predictions, which no copy has for itself."""
-    return isinstance(quantity, ColumnQuantity) if quantity is not None else name in OF_GGN
+def _no_metric(choice: Any) -> InputError:
+    names = ", ".join([*ROW_METRICS, *BATCH_METRICS])
+    return InputError(MSG_MONITOR_QUANTITY.format(names=names, value=choice))
 
 
-# --- answers as plain data ------------------------------------------------------------------------
+def needs_predictions(name: str, quantity: Quantity | None) -> bool:
+    """Return whether a metric is built from derivatives of predictions, which no copy has."""
+    if quantity is None:
+        return name in OF_GGN
+    return isinstance(quantity, ColumnQuantity)
 
 
-def summed_up(result: Any) -> Any:
-    """A number as it is; of many their mean, median, least and largest, squared norms over all parameters."""
+# --- results as plain data ------------------------------------------------------------------------
+
+# A line has to stay readable for models of any size, so tensors are summarised.
+
+
+def plain(result: Any) -> Any:
+    """Return a number as it is, and of many numbers their mean, median, least and largest.
+
+    Squared norms are those over all parameters; histograms keep their counts.
+    """
+    # Subclasses of ByParameter before ByParameter.
     if isinstance(result, SquaredNormsByParameter):
         return _summary(result.total)
     if isinstance(result, Histograms):
         return {name: counts.tolist() for name, counts in result.items()}
     if isinstance(result, ByParameter):
-        return {name: _summary(t) for name, t in result.items()}
+        return {name: _summary(tensor) for name, tensor in result.items()}
     if isinstance(result, Tensor):
-        return result.item() if result.ndim == 0 else _summary(result)
-    return result if isinstance(result, int | float | str) else repr(result)
+        if result.ndim == 0:
+            return result.item()
+        return _summary(result)
+    if isinstance(result, int | float | str):
+        return result
+    return repr(result)
 
 
-def numbers(values: Tensor) -> list[float]:
-    found: list[float] = values.tolist()
-    return found
-
-
-def _summary(t: Tensor) -> dict[str, float]:
-    t = t.detach().flatten().abs() if t.is_complex() else t.detach().flatten()
-    t = t.double()
-    found = (
-        {"mean": t.mean(), "median": t.median(), "min": t.min(), "max": t.max()} if len(t) else {}
-    )
-    return {name: float(x) for name, x in found.items()}
-
-
-def scalars(line: Mapping[str, Any], prefix: str = "unbatch") -> Iterator[tuple[str, float]]:
-    """The numbers of a line, with a path for each."""
-    for name, answer in line.get("quantities", {}).items():
-        yield from _numbers(f"{prefix}/{name}", answer.get("value"))
-    if line["overhead"] is not None:
-        yield f"{prefix}/overhead", line["overhead"]
-
-
-def _numbers(path: str, value: Any) -> Iterator[tuple[str, float]]:
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _numbers(f"{path}/{name}", inner)
-    elif isinstance(value, int | float):
-        yield path, value
-    elif isinstance(value, list) and len(value) <= TOP:
-        for i, inner in enumerate(reversed(value), 1):
-            yield from _numbers(f"{path}/{i}", inner)
+def _summary(values: Tensor) -> dict[str, float]:
+    """Return statistics of all entries, of their magnitudes where they are complex."""
+    values = values.detach().flatten()
+    if values.is_complex():
+        values = values.abs()
+    values = values.double()
+    if not len(values):
+        return {}
+    return {
+        "mean": float(values.mean()),
+        "median": float(values.median()),
+        "min": float(values.min()),
+        "max": float(values.max()),
+    }

@@ -1,7 +1,7 @@
-"""Questions asked now and then while a model trains, and the answers on file.
+"""The monitor: measures a loss now and then while a model trains, and writes one line each time.
 
-A monitor decides when to ask, keeps account of what that costs, and writes one JSON object for each time it asked.
-What it says is what ``Problem`` says; nothing is computed here, and nothing in training changes because of it.
+When it is time is decided in ``account.py``, numbers come from ``metrics.py``, lines go through
+``log.py``. Nothing is computed here, and nothing in training changes because of it.
 """
 
 from __future__ import annotations
@@ -9,11 +9,10 @@ from __future__ import annotations
 import inspect
 import math
 import operator
-import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,112 +20,101 @@ import torch
 from torch import nn
 
 from unbatch import errors
-from unbatch.analysis.structure import TITLES
 from unbatch.capture.isolation import random_state, set_random_state
 from unbatch.capture.program import name_of
 from unbatch.errors import InputError, MonitorWarning
 from unbatch.gradients.quantities import Quantity
-from unbatch.monitoring.log import Journal
-from unbatch.monitoring.metrics import ALONE, USUAL, Answer, Asked, chosen, of_columns, scalars
+from unbatch.monitoring.account import SHARE, Account, clock_of, interval
+from unbatch.monitoring.log import Journal, board_at, write_to_board
+from unbatch.monitoring.messages import SeenMessages, error_text, failures, warning_text
+from unbatch.monitoring.metrics import (
+    BATCH_METRICS,
+    DEFAULT_METRICS,
+    Entry,
+    Measurement,
+    metrics_by_name,
+    needs_predictions,
+)
 from unbatch.problem.parameters import Selection, select
 from unbatch.problem.problem import Problem
 from unbatch.problem.validation import check_by, check_callable
 
-SHARE = 0.08  # of the time that training takes, for every="auto"; what caches lose on top leaves it below a tenth
+# What is written for one measurement. JSON all the way down: the file, the board and the caller of
+# ``step`` get the same one.
+Line = dict[str, Any]
 
 
-NUMBER = re.compile(r"\d+(\.\d+)?")
+# --- what is measured -----------------------------------------------------------------------------
 
 
-# --- when, and what it costs ----------------------------------------------------------------------
+@dataclass(frozen=True)
+class Settings:
+    """What is measured on every batch; checked when a monitor is made, fixed from then on.
 
-
-def every_of(value: Any) -> int | None:
-    """None for "auto"."""
-    if value == "auto":
-        return None
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(errors.MSG_MONITOR_EVERY.format(value=value))
-    return value
-
-
-@dataclass
-class Account:
-    """Seconds of the process that went into questions, and into everything between the calls of the monitor.
-
-    ``every``: calls from one question to the next; None: at the first call, and then as soon as another question like
-    the last would leave the ``share`` within its bound. What the first one costs is known only when it was asked.
+    ``metrics`` by name: a quantity of the rows, or None for what is measured on its own.
     """
 
-    every: int | None
-    share: float
-    clock: Callable[[], float]
-    asking: float = 0.0
-    training: float = 0.0
-    calls: int = 0
-    cost: float = 0.0  # of the last question
-    left: float | None = None  # when the monitor last gave way to training
+    metrics: Mapping[str, Quantity | None]
+    by: str
+    samples: int | None
+    parameters: Selection
+    in_dims: Any
+    sample_dims: Sequence[int] | None
 
-    def arrive(self) -> float:
-        now = self.clock()
-        self.training += now - self.left if self.left is not None else 0.0
-        return now
-
-    def due(self) -> bool:
-        if self.every is not None:
-            return self.calls % self.every == 0
-        return self.calls == 0 or self.asking + self.cost <= self.share * self.training
-
-    def so_far(self, arrived: float) -> dict[str, float | None]:
-        seconds = self.clock() - arrived
-        return {"seconds": seconds, "overhead": self._share_of(self.asking + seconds)}
-
-    def leave(self, arrived: float, asked: bool) -> None:
-        self.left, self.calls = self.clock(), self.calls + 1
-        spent = self.left - arrived
-        self.asking, self.cost = self.asking + spent, spent if asked else self.cost
+    # Here and not at the first batch: a long job should not start with a typo in it.
+    def __post_init__(self) -> None:
+        """Raise ``InputError`` for values that no batch can go with."""
+        if self.samples is not None and (not isinstance(self.samples, int) or self.samples < 1):
+            raise InputError(errors.MSG_DRAWS.format(what="samples", least=1, value=self.samples))
+        check_by(self.by)
+        if self.by == "copy":
+            check_exists_by_copy(self.metrics)
 
     @property
-    def overhead(self) -> float | None:
-        return self._share_of(self.asking)
+    def row_metrics(self) -> dict[str, Quantity]:
+        """Quantities of the rows, which are computed together."""
+        return {name: q for name, q in self.metrics.items() if q is not None}
 
-    def _share_of(self, asking: float) -> float | None:
-        return asking / self.training if self.training else None
+    def at(self, problem: Problem) -> Measurement:
+        """Return how a batch is measured."""
+        return Measurement(problem, self.by, self.samples, self.parameters)
 
 
-def clock_of(model: Any) -> Callable[[], float]:
-    """CPU time of the process; on an accelerator the time of day, with its queue emptied before."""
-    device = (
-        next((p.device for p in model.parameters()), None) if isinstance(model, nn.Module) else None
-    )
-    return time.process_time if device is None or device.type == "cpu" else time.perf_counter
+def check_exists_by_copy(metrics: Mapping[str, Quantity | None]) -> None:
+    """Raise ``InputError`` where something is built from derivatives of predictions."""
+    refused = [name for name, quantity in metrics.items() if needs_predictions(name, quantity)]
+    if refused:
+        rest = [name for name in metrics if name not in refused]
+        raise InputError(errors.MSG_MONITOR_COPY.format(names=", ".join(refused), rest=rest))
 
 
 # --- whether a call is right ----------------------------------------------------------------------
 
 
 def check_call(loss: Callable[..., Any] | None, inputs: Any, targets: Any) -> None:
-    """Whether there are targets just where the loss takes some. Raises ``InputError`` where not."""
+    """Raise ``InputError`` unless there are targets exactly where the loss takes some."""
     if loss is None:
         if targets is not None:
             raise InputError(errors.MSG_MONITOR_OWN_LOSS.format(given=in_short(targets)))
-    elif targets is None and not _takes(loss, 1):
-        raise InputError(
-            errors.MSG_MONITOR_TARGETS.format(loss=name_of(loss), given=in_short(inputs))
-        )
-    elif targets is not None and not _takes(loss, 2):
-        raise InputError(
-            errors.MSG_MONITOR_NO_TARGETS.format(loss=name_of(loss), given=in_short(targets))
-        )
+        return
+    if targets is None:
+        if not _takes(loss, 1):
+            text = errors.MSG_MONITOR_TARGETS.format(loss=name_of(loss), given=in_short(inputs))
+            raise InputError(text)
+        return
+    if not _takes(loss, 2):
+        text = errors.MSG_MONITOR_NO_TARGETS.format(loss=name_of(loss), given=in_short(targets))
+        raise InputError(text)
 
 
 def _takes(function: Callable[..., Any], count: int) -> bool:
-    """Whether it can be called with so many arguments, as far as can be seen without calling it."""
+    """Return whether a function takes so many arguments, as far as its signature shows."""
+    # The signature of a module is that of Module.__call__, which takes anything.
+    if isinstance(function, nn.Module):
+        function = function.forward
     try:
-        signature = inspect.signature(
-            function.forward if isinstance(function, nn.Module) else function
-        )
-    except (TypeError, ValueError):  # of what is not written in Python
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # not written in Python: it may
         return True
     try:
         signature.bind(*range(count))
@@ -136,7 +124,7 @@ def _takes(function: Callable[..., Any], count: int) -> bool:
 
 
 def in_short(value: Any) -> str:
-    """What a batch is, in a few words."""
+    """Return what a batch is, in a few words."""
     if isinstance(value, torch.Tensor):
         return f"a tensor of shape {list(value.shape)}"
     if isinstance(value, Mapping):
@@ -149,60 +137,34 @@ def in_short(value: Any) -> str:
 # --- the monitor ----------------------------------------------------------------------------------
 
 
-@dataclass
-class SeenMessages:
-    """What was said before, so that it is said once, whatever the numbers in it."""
-
-    said: set[str] = field(default_factory=set)
-    verdicts: dict[str, str] = field(default_factory=dict)
-
-    def changes(self, verdicts: dict[str, str]) -> list[str]:
-        """In words, which verdicts are not what they were."""
-        before, self.verdicts = self.verdicts, verdicts
-        differ = [name for name in verdicts if before.get(name, verdicts[name]) != verdicts[name]]
-        return [f"{TITLES[name]}: {before[name]} → {verdicts[name]}" for name in differ]
-
-    def is_new(self, text: str) -> bool:
-        key = NUMBER.sub("0", text)
-        new = key not in self.said
-        self.said.add(key)
-        return new
-
-
-def failures(line: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Reasons why something in a line has no answer, and what."""
-    found: dict[str, list[str]] = {line["error"]: ["anything"]} if "error" in line else {}
-    for name, answer in line.get("quantities", {}).items():
-        if "error" in answer:
-            found.setdefault(answer["error"], []).append(name)
-    return found
-
-
 class Monitor:
-    """Asks about the loss while a model trains, and writes down what it was told.
+    """Measures the loss of a model while it trains, and writes the results down.
 
-    ``monitor = Monitor(model, loss, path="run.jsonl")`` before the loop and ``monitor.step(X, y)`` in it, wherever the
-    batch is at hand; a model that has its own loss goes without ``loss``, and its inputs without y.
+    ``monitor = Monitor(model, loss, path="run.jsonl")`` before the loop and ``monitor.step(X, y)``
+    in it, wherever the batch is at hand; for a model that computes its own loss leave out ``loss``
+    and y.
 
-    ``quantities``: names and quantities such as ``unbatch.SquaredNorms()``; the structure always is among them. ``every``:
-    calls from one question to the next, or "auto": the first call, and then whenever one more question like the last
-    leaves ``overhead`` within ``share``. ``by``, ``parameters``, ``in_dims``, ``sample_dims``: as for ``Problem``.
-    ``samples``: curvature and crosstalk are those of so many components, the first, of the whole batch; by default of
-    all, and of 8 for crosstalk. ``path``: of a file that is appended to; ``tensorboard``: a folder, or a
-    ``SummaryWriter``.
+    ``quantities``: names and quantities such as ``unbatch.SquaredNorms()``; the structure is always
+    among them. ``every``: calls from one measurement to the next, or "auto": the first call, and
+    then whenever one more measurement, at the cost of the last, keeps ``overhead`` within
+    ``share``. ``by``, ``parameters``, ``in_dims``, ``sample_dims``: as for ``Problem``.
+    ``samples``: how many components of the batch, the first ones, enter curvature and crosstalk; by
+    default all, and 8 for crosstalk. ``path``: a file that is appended to; ``tensorboard``: a
+    folder, or a ``SummaryWriter``.
 
-    Training goes as it would without: parameters, buffers, gradients and random states are left as they were. What
-    cannot be is refused at once with an ``InputError``: here, a file that cannot be written too, and at the first
-    ``step``. From then on nothing stops training: what has no answer is written down with the reason, counted in
-    ``failed``, and told once by a ``MonitorWarning``.
+    Training goes as it would without: parameters, buffers, gradients and random states are left as
+    they were. Invalid arguments and unwritable files raise ``InputError`` here, and an invalid call
+    of ``step`` at the first one. From then on nothing stops training: what cannot be measured is
+    written down with the reason, counted in ``failed``, and reported once by a ``MonitorWarning``.
+    ``last`` is the last line.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         model: Callable[..., Any],
         loss: Callable[..., Any] | None = None,
         *,
-        quantities: Sequence[str | Quantity] = USUAL,
+        quantities: Sequence[str | Quantity] = DEFAULT_METRICS,
         every: int | str = "auto",
         share: float = SHARE,
         samples: int | None = None,
@@ -217,65 +179,77 @@ class Monitor:
         check_callable("model", model)
         if loss is not None:
             check_callable("loss", loss)
-        if samples is not None and (not isinstance(samples, int) or samples < 1):
-            raise InputError(errors.MSG_DRAWS.format(what="samples", least=1, value=samples))
         if not 0 < share < math.inf:
             raise InputError(errors.MSG_POSITIVE.format(what="share", value=share))
-        self.model, self.loss, self.wanted = model, loss, chosen(quantities)
-        check_rows(by, self.wanted)
-        self.samples, self.by = samples, by
-        self.parameters = list(parameters) if isinstance(parameters, Iterator) else parameters
-        self.dims = {"in_dims": in_dims, "sample_dims": sample_dims}
-        self.account = Account(every_of(every), share, clock or time.process_time)
+        if isinstance(parameters, Iterator):
+            parameters = list(parameters)  # it is read again for every batch
+        metrics = metrics_by_name(quantities)
+        self.model, self.loss = model, loss
+        self.settings = Settings(metrics, by, samples, parameters, in_dims, sample_dims)
+        self.account = Account(interval(every), share, clock or time.process_time)
         self.own_clock = clock is None
-        self.journal = Journal(path) if path is not None else None
-        before = self.journal.last if self.journal is not None else {}
-        self.start = before.get("step", -1) + 1
-        self.told = SeenMessages(verdicts=before.get("structure", {}))
-        self.board, self.own_board = board(tensorboard), isinstance(tensorboard, str | Path)
+        # Files come last: what is refused above leaves none behind.
+        self.journal: Journal | None = None
+        last_line: Line = {}
+        if path is not None:
+            self.journal = Journal(path)
+            last_line = self.journal.last
+        self.start = last_line.get("step", -1) + 1
+        self.messages = SeenMessages(verdicts=last_line.get("structure", {}))
+        self.board = board_at(tensorboard)
+        self.own_board = isinstance(tensorboard, str | Path)
         self.failed = 0
-        self.last: dict[str, Any] = {}
+        self.last: Line = {}
         self._problem: Problem | None = None
         self._begun = False
 
     def __repr__(self) -> str:
-        known = "not known" if self.overhead is None else f"{self.overhead:.1%}"
-        failed = f", {self.failed} questions failed" if self.failed else ""
-        return (
-            f"Monitor({name_of(self.model)}, {self.account.calls} steps, overhead {known}{failed})"
-        )
+        overhead = "not known"
+        if self.overhead is not None:
+            overhead = f"{self.overhead:.1%}"
+        text = f"{name_of(self.model)}, {self.account.calls} steps, overhead {overhead}"
+        if self.failed:
+            text += f", {self.failed} questions failed"
+        return f"Monitor({text})"
 
     @property
     def overhead(self) -> float | None:
-        """Time spent here, by the time spent on everything else from the first call on; None before there is any."""
+        """Time spent here, by the time spent on everything else since the first call.
+
+        None before there is any.
+        """
         return self.account.overhead
 
     def step(
         self, inputs: Any, targets: Any = None, *, step: int | None = None
     ) -> dict[str, Any] | None:
-        """One step of training, on this batch; the line that was written, or None where nothing was asked.
+        """Take note of one training step on this batch; return the line that was written, if any.
 
         ``step``: its number, by default counted from 0, or from the last line of the file on.
 
-        The first call raises ``InputError`` where it is wrong as such: targets missing or not wanted, and what
-        ``Problem`` refuses. Later calls raise nothing of the kind, whatever the batch is like. Warnings that questions
-        give rise to are given once.
+        The first call raises ``InputError`` where it is invalid: targets missing or not wanted, and
+        what ``Problem`` refuses. Later calls raise nothing of the kind, whatever the batch is like.
+        Warnings that measuring gives rise to are given once.
         """
         number = self._number(step)
-        if not self._begun:
-            self._begin(inputs, targets)
+        problem = self._problem
+        if problem is None or not self._begun:
+            problem = self._first_problem(inputs, targets)
+            self._problem = problem
         self._wait()
-        arrived, asked = self.account.arrive(), self._due()
+        start = self.account.start_call()
+        due = self._is_due()
         try:
-            if not asked:
+            if not due:
                 return None
-            answers, caught = self._ask(inputs, targets)
-            line = {"step": number} | self.account.so_far(arrived) | answers
+            results, caught = self._measure(problem, inputs, targets)
+            line = {"step": number} | self.account.report(start) | results
             self._begun = True
             problems = self._write(line)
         finally:
-            self.account.leave(arrived, asked)
-        self._tell(line, caught, problems)
+            self.account.end_call(start, due)
+        # Outside the account, and last: a user may have turned warnings into errors.
+        self._warn(line, caught, problems)
         return line
 
     __call__ = step
@@ -294,167 +268,152 @@ class Monitor:
     # -- the call --
 
     def _number(self, step: Any) -> int:
+        """Return the number of a step; raises ``InputError`` for what is no whole number."""
+        if step is None:
+            return self.start + self.account.calls
         try:
-            return self.start + self.account.calls if step is None else operator.index(step)
+            return operator.index(step)
         except TypeError:
             raise InputError(errors.MSG_MONITOR_STEP.format(value=step)) from None
 
-    def _begin(self, inputs: Any, targets: Any) -> None:
-        """What can be seen to be wrong without running anything. By now the model is where it is trained."""
+    def _first_problem(self, inputs: Any, targets: Any) -> Problem:
+        """Return the problem of the first batch; raises ``InputError`` without running anything."""
         check_call(self.loss, inputs, targets)
-        data = {"batch": inputs} if self.loss is None else {"data": (inputs, targets)}
-        self._problem = Problem(self.model, self.loss, **data, **self.dims)
-        if self.parameters is not None:
-            select(self._problem.program.parameters, self.parameters)
+        data: dict[str, Any] = {"data": (inputs, targets)}
+        if self.loss is None:
+            data = {"batch": inputs}
+        dims = {"in_dims": self.settings.in_dims, "sample_dims": self.settings.sample_dims}
+        problem = Problem(self.model, self.loss, **data, **dims)
+        if self.settings.parameters is not None:
+            select(problem.program.parameters, self.settings.parameters)
+        # Not earlier: by now the model is on the device where it is trained.
         if self.own_clock:
             self.account.clock = clock_of(self.model)
+        return problem
 
-    def _due(self) -> bool:
-        return not self._begun or self.account.due()
+    def _is_due(self) -> bool:
+        return not self._begun or self.account.is_due()
 
-    # -- asking --
+    def _wait(self) -> None:
+        """Wait for what training has queued on an accelerator, or its time would count as ours."""
+        # Only before a measurement: to wait at every step would slow the training down.
+        if self.account.clock is not time.perf_counter or not self._is_due():
+            return
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
 
-    def _ask(
-        self, inputs: Any, targets: Any
-    ) -> tuple[dict[str, Any], list[warnings.WarningMessage]]:
-        """All questions, whatever becomes of them: random states stay inside, and errors after the first call."""
+    # -- measuring --
+
+    def _measure(
+        self, problem: Problem, inputs: Any, targets: Any
+    ) -> tuple[Line, list[warnings.WarningMessage]]:
+        """Return what was measured, with the warnings that are new.
+
+        Random states are set back. Errors end up in the line, but for an ``InputError`` of the
+        first call, which is the user's.
+        """
+        # Replays and probes draw random numbers, which training must not miss. Inference mode is
+        # switched off because a loop in it may still measure, which takes derivatives.
         before = random_state()
         with warnings.catch_warnings(record=True) as caught, torch.inference_mode(False):
             warnings.simplefilter("always")
             try:
-                line = self._answers(inputs, targets)
+                line = self._results(problem, inputs, targets)
             except Exception as error:
                 if isinstance(error, InputError) and not self._begun:
                     raise
-                line = {"error": _words(error)}
+                line = {"error": error_text(error)}
             finally:
                 set_random_state(before)
-        self.failed += sum(map(len, failures(line).values()))
-        new = [w for w in caught if self.told.is_new(_said(w))]
-        return line | ({"warnings": list(map(_said, new))} if new else {}), new
+        for names in failures(line).values():
+            self.failed += len(names)
+        new = [w for w in caught if self.messages.is_new(warning_text(w))]
+        if new:
+            line["warnings"] = [warning_text(w) for w in new]
+        return line, new
 
-    def _answers(self, inputs: Any, targets: Any) -> dict[str, Any]:
-        asked = Asked(self._at(inputs, targets), self.by, self.samples, self.parameters)
-        verdicts = {v.name: v.status for v in asked.structure.verdicts}
-        changes = self.told.changes(verdicts)
-        rows = {name: q for name, q in self.wanted.items() if q is not None}
-        found = self._rows(asked, rows) | {
-            name: self._one(asked, name) for name in self.wanted if name not in rows
-        }
-        ordered = {name: found[name] for name in self.wanted}
-        return (
-            {"structure": verdicts}
-            | ({"changes": changes} if changes else {})
-            | {"quantities": ordered}
-        )
+    def _results(self, problem: Problem, inputs: Any, targets: Any) -> Line:
+        """Return verdicts, what has changed in them, and the metrics in the order asked for."""
+        # The next batch starts from this one's problem, whose recording it may be able to use.
+        self._problem = problem.with_batch(inputs, targets)
+        measurement = self.settings.at(self._problem)
+        verdicts = {v.name: v.status for v in measurement.structure.verdicts}
+        line: Line = {"structure": verdicts}
+        changes = self.messages.changes(verdicts)
+        if changes:
+            line["changes"] = changes
+        rows = self._rows(measurement, self.settings.row_metrics)
+        entries = {}
+        for name, quantity in self.settings.metrics.items():
+            if quantity is None:
+                entries[name] = self._alone(measurement, name)
+            else:
+                entries[name] = rows[name]
+        line["quantities"] = entries
+        return line
 
-    def _at(self, inputs: Any, targets: Any) -> Problem:
-        """The problem on this batch, with the recording of the last one."""
-        assert self._problem is not None
-        self._problem = self._problem.with_batch(inputs, targets)
-        return self._problem
+    def _rows(self, measurement: Measurement, metrics: Mapping[str, Quantity]) -> dict[str, Entry]:
+        """Return quantities of rows from one sweep, or one by one where that fails.
 
-    def _rows(self, asked: Asked, wanted: Mapping[str, Quantity]) -> dict[str, Answer]:
-        """Together; where that fails, one by one, so that each has its own reason."""
-        if not wanted:
+        One by one, each has its own result or its own reason.
+        """
+        if not metrics:
             return {}
         try:
-            return asked.rows(wanted)
+            return measurement.rows(metrics)
         except Exception as error:
-            if len(wanted) == 1:
-                return {name: {"error": _words(error)} for name in wanted}
-            return {
-                n: a for name, q in wanted.items() for n, a in self._rows(asked, {name: q}).items()
-            }
+            if len(metrics) == 1:
+                return {name: {"error": error_text(error)} for name in metrics}
+        entries: dict[str, Entry] = {}
+        for name, quantity in metrics.items():
+            entries |= self._rows(measurement, {name: quantity})
+        return entries
 
-    def _one(self, asked: Asked, name: str) -> Answer:
+    def _alone(self, measurement: Measurement, name: str) -> Entry:
+        # Any error: what one metric cannot do must not keep the others from the line.
         try:
-            return ALONE[name](asked)
+            return BATCH_METRICS[name](measurement)
         except Exception as error:
-            return {"error": _words(error)}
+            return {"error": error_text(error)}
 
-    # -- what is told, and where --
+    # -- writing and warning --
 
-    def _write(self, line: dict[str, Any]) -> list[str]:
-        """To file and board; what went wrong with that."""
-        self.last, problems = line, []
-        for way in (self._to_file, self._to_board):
+    def _write(self, line: Line) -> list[str]:
+        """Write a line to file and board; return in words what failed of that."""
+        self.last = line
+        # One after the other, each with its own error: a full disk leaves the board alone.
+        problems = []
+        for write in (self._to_file, self._to_board):
             try:
-                way(line)
+                write(line)
             except Exception as error:
-                problems.append(
-                    errors.MSG_MONITOR_WRITE.format(step=line["step"], error=_words(error))
-                )
+                text = errors.MSG_MONITOR_WRITE.format(step=line["step"], error=error_text(error))
+                problems.append(text)
         return problems
 
-    def _to_file(self, line: dict[str, Any]) -> None:
+    def _to_file(self, line: Line) -> None:
         if self.journal is not None:
             self.journal.write(line)
 
-    def _to_board(self, line: dict[str, Any]) -> None:
-        if self.board is None:
-            return
-        for path, value in scalars(line):
-            self.board.add_scalar(path, value, line["step"])
-        for kind in ("changes", "warnings"):
-            for text in line.get(kind, ()):
-                self.board.add_text(f"unbatch/{kind}", text, line["step"])
+    def _to_board(self, line: Line) -> None:
+        if self.board is not None:
+            write_to_board(self.board, line)
 
-    def _tell(
+    def _warn(
         self,
-        line: dict[str, Any],
+        line: Line,
         caught: Sequence[warnings.WarningMessage],
         problems: Sequence[str],
     ) -> None:
-        """In the session; last of all, because a user may have made errors of warnings."""
-        failed = {error: ", ".join(names) for error, names in failures(line).items()}
-        texts = [
-            errors.MSG_MONITOR_FAILED.format(what=what, step=line["step"], error=error)
-            for error, what in failed.items()
-            if self.told.is_new(f"{what}: {error}")
-        ]
-        for text in [*texts, *filter(self.told.is_new, problems)]:
+        """Warn of what failed, and give the warnings that measuring gave rise to."""
+        texts = []
+        for error, names in failures(line).items():
+            what, step = ", ".join(names), line["step"]
+            texts.append(errors.MSG_MONITOR_FAILED.format(what=what, step=step, error=error))
+        # All are remembered before one is given: where warnings are errors, the first one raises.
+        new = [text for text in [*texts, *problems] if self.messages.is_new(text)]
+        for text in new:
             errors.warn(text, MonitorWarning)
+        # Each at the line where it arose, as if it had not been caught.
         for w in caught:
             warnings.warn_explicit(w.message, w.category, w.filename, w.lineno, source=w.source)
-
-    def _wait(self) -> None:
-        """Until what training has queued on an accelerator is done, so that its time is not taken for ours."""
-        if (
-            self.account.clock is time.perf_counter
-            and self._due()
-            and torch.accelerator.is_available()
-        ):
-            torch.accelerator.synchronize()
-
-
-def check_rows(by: str, wanted: Mapping[str, Quantity | None]) -> None:
-    check_by(by)
-    none = [
-        name for name, quantity in wanted.items() if by == "copy" and of_columns(name, quantity)
-    ]
-    if none:
-        rest = [name for name in wanted if name not in none]
-        raise InputError(errors.MSG_MONITOR_COPY.format(names=", ".join(none), rest=rest))
-
-
-def _words(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
-
-
-def _said(warning: warnings.WarningMessage) -> str:
-    return f"{warning.category.__name__}: {warning.message}"
-
-
-def board(where: Any) -> Any:
-    """A writer to a folder; what can write already is taken as it is."""
-    if not isinstance(where, str | Path):
-        return where
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        message = errors.MSG_EXTRA.format(
-            what="Writing for TensorBoard", package="tensorboard", extra="tensorboard"
-        )
-        raise ImportError(message) from error
-    return SummaryWriter(str(where))
