@@ -11,7 +11,7 @@ from unbatch.analysis.rules.registry import RuleContext, assume_independent, reg
 from unbatch.autodiff.contractions.contraction import Contraction
 from unbatch.autodiff.contractions.registry import contraction_kind
 from unbatch.autodiff.contractions.row_block import RowBlock
-from unbatch.capture.graph import ExecutedOp
+from unbatch.capture.steps import ExecutedOp
 from unbatch.gradients.quantities import About, Basic, Collector, Derived, Quantity
 
 __all__ = [

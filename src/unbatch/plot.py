@@ -3,15 +3,8 @@
 from __future__ import annotations
 
 from unbatch.diagram.figure import save
-from unbatch.report.plot import (
-    crosstalk,
-    density,
-    directions,
-    gradient_norms,
-    plan,
-    spectrum,
-    structure,
-)
+from unbatch.report.curvature_plot import directions
+from unbatch.report.plot import crosstalk, density, gradient_norms, plan, spectrum, structure
 
 __all__ = [
     "crosstalk",

@@ -192,7 +192,9 @@ def found(tmp_path_factory):
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_would_wait_is_refused(found, name):
-    assert found[name].startswith("CaptureError: The model or the loss communicates with other processes")
+    assert found[name].startswith(
+        "CaptureError: The model or the loss communicates with other processes"
+    )
 
 
 def test_the_place_is_named(found):

@@ -197,7 +197,9 @@ def disagreements(text: str, page: Path) -> list[str]:
     """Rows of numbers that are printed and stand on the page, with other digits in one of them."""
     printed = {tuple(re.split(r"\s\s+", line.strip())) for line in text.splitlines()}
     names = {"component", "copy", "frozen"}
-    shared = [row for row in rows_of(page) if row[0] in names or len(row) == len(report.SHARE_COLUMNS)]
+    shared = [
+        row for row in rows_of(page) if row[0] in names or len(row) == len(report.SHARE_COLUMNS)
+    ]
     assert len(shared) == len(names) + demo.SHOWN + 1
     return [" ".join(row) for row in shared if tuple(row) not in printed]
 

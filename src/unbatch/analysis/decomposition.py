@@ -12,7 +12,8 @@ import torch
 from torch.utils._pytree import tree_map
 
 from unbatch.analysis.rules.registry import stand_in
-from unbatch.capture.graph import Graph, Ref, Step, is_ref
+from unbatch.capture.graph import Graph
+from unbatch.capture.steps import Ref, Step, is_ref
 from unbatch.capture.tracer import Recorder
 
 

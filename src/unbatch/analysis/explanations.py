@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from unbatch.analysis.rules.registry import NO_RULE
 from unbatch.analysis.structure import Culprit
-from unbatch.capture.graph import HostRead, Step
+from unbatch.capture.graph import HostRead
+from unbatch.capture.steps import Step
 
 WHY = {
     "statistic": "a statistic over all samples ({size} numbers) flows back into every sample",

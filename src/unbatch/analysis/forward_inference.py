@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from unbatch.analysis.domain.dependence import StatisticUse
 from unbatch.analysis.domain.ownership import Ownership
-from unbatch.analysis.domain.propagation import Propagation, StatisticUse
+from unbatch.analysis.domain.propagation import Propagation
 from unbatch.analysis.domain.sample_layout import holds_its_place, uniform
 from unbatch.analysis.explanations import (
     DEFAULT_REMEDY,
@@ -21,7 +22,8 @@ from unbatch.analysis.explanations import (
 )
 from unbatch.analysis.interpreter import Interpretation
 from unbatch.analysis.structure import BatchStatistic, Culprit, Structure, Verdict
-from unbatch.capture.graph import Graph, HostRead, Step
+from unbatch.capture.graph import Graph, HostRead
+from unbatch.capture.steps import Step
 
 COMPARISONS = ("gt", "ge", "lt", "le")
 

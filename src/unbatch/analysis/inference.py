@@ -20,8 +20,9 @@ from unbatch.analysis.loss_boundary import folded, placed, split
 from unbatch.analysis.loss_inference import LossEvidence, judge_loss, parameters_in_own_loss
 from unbatch.analysis.rules import registry
 from unbatch.analysis.structure import Structure
-from unbatch.capture.graph import Graph, HostRead, Ref, Step
+from unbatch.capture.graph import Graph, HostRead
 from unbatch.capture.sample_axes import SampleAxes
+from unbatch.capture.steps import Ref, Step
 
 # What the loss may depend on without depending on a prediction.
 CONSTANTS = frozenset({"targets", "inputs"})

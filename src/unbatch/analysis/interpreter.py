@@ -32,10 +32,11 @@ from unbatch.analysis.memory import is_whole, overwritten, scrambled_bytes
 from unbatch.analysis.number_facts import Fact, Numbers, alike, exact_numbers
 from unbatch.analysis.policy import PROVED_ONLY, Mixed, Policy
 from unbatch.analysis.rules import registry
-from unbatch.analysis.rules.permutations import Arranged, Ends, Outcome, follow
+from unbatch.analysis.rules.permutations import Arranged, Ends, OutputRows, follow
 from unbatch.analysis.rules.reductions import running_statistics
 from unbatch.capture.aliasing import Window, places
-from unbatch.capture.graph import Graph, HostRead, ModuleCall, Ref, Step, is_ref
+from unbatch.capture.graph import Graph, HostRead, ModuleCall
+from unbatch.capture.steps import Ref, Step, is_ref
 
 # --- the interpretation ---------------------------------------------------------------------------
 
@@ -429,7 +430,7 @@ def _single_ref(argument: Any) -> Ref | None:
     return argument if isinstance(argument, Ref) else None
 
 
-def _note_order(interpretation: Interpretation, ref: Ref, outcome: Outcome) -> None:
+def _note_order(interpretation: Interpretation, ref: Ref, outcome: OutputRows) -> None:
     """Note an order, or plain ownership again, where it fits the shape that was recorded."""
     shape = interpretation.graph.values[ref.index].shape
     order = outcome.arranged

@@ -19,8 +19,9 @@ from unbatch.analysis.initial import scrambled
 from unbatch.analysis.interpreter import Interpretation
 from unbatch.analysis.rules.registry import stand_in
 from unbatch.capture import ops
-from unbatch.capture.graph import Graph, Ref, Step
+from unbatch.capture.graph import Graph
 from unbatch.capture.sample_axes import SampleAxes
+from unbatch.capture.steps import Ref, Step
 from unbatch.capture.tracer import Recorder
 from unbatch.errors import MSG_FOLD_CUT, InputError
 

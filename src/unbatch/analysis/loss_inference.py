@@ -19,7 +19,8 @@ from unbatch.analysis.forward_inference import statistic_culprits
 from unbatch.analysis.interpreter import Interpretation
 from unbatch.analysis.structure import Culprit, Verdict
 from unbatch.capture import ops
-from unbatch.capture.graph import Graph, HostRead, Ref, Step
+from unbatch.capture.graph import Graph, HostRead
+from unbatch.capture.steps import Ref, Step
 
 REST_NOTE = "that part of the gradient is carried as `rest`"
 

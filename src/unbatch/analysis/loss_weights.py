@@ -16,7 +16,8 @@ from torch import Tensor
 
 from unbatch.analysis.domain.ownership import Ownership
 from unbatch.capture import ops
-from unbatch.capture.graph import Graph, Ref, Step
+from unbatch.capture.graph import Graph
+from unbatch.capture.steps import Ref, Step
 
 MEAN, SUM = 1, 2
 

@@ -15,7 +15,8 @@ import numpy as np
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from unbatch.capture.graph import Graph, Ref, is_ref
+from unbatch.capture.graph import Graph
+from unbatch.capture.steps import Ref, is_ref
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from enum import Enum
 from unbatch.analysis.domain.ownership import Ownership, batched
 from unbatch.analysis.rules.registry import RuleContext
 from unbatch.capture import ops
-from unbatch.capture.graph import Ref
+from unbatch.capture.steps import Ref
 
 
 class Mixed(Enum):

@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 from unbatch.analysis.domain.ownership import Ownership
 from unbatch.analysis.domain.sample_layout import prediction_dim
-from unbatch.analysis.interpreter import Fact, Interpretation, interpret
+from unbatch.analysis.interpreter import Interpretation, interpret
+from unbatch.analysis.number_facts import Fact
 from unbatch.analysis.policy import Mixed, Policy
 from unbatch.autodiff.planner import BackwardPlan, plan_backward, spread
 from unbatch.autodiff.schedule import Operands, Schedule

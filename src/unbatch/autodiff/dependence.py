@@ -21,7 +21,8 @@ from unbatch.analysis.domain.ownership import Ownership
 from unbatch.analysis.domain.sample_layout import Layout, Scattered, holds_its_place, layout_of
 from unbatch.analysis.interpreter import Interpretation
 from unbatch.capture import ops
-from unbatch.capture.graph import Graph, Step
+from unbatch.capture.graph import Graph
+from unbatch.capture.steps import Step
 
 Key = TypeVar("Key", int, str)  # the number of a value, or the name of a parameter
 

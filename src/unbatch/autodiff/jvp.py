@@ -43,8 +43,9 @@ from unbatch.autodiff.planner import BackwardPlan
 from unbatch.autodiff.schedule import Schedule
 from unbatch.autodiff.tangent_store import TangentStore
 from unbatch.capture.aliasing import Window, seen_through_older_windows
-from unbatch.capture.graph import ExecutedOp, Graph, Step, flat
+from unbatch.capture.graph import Graph, flat
 from unbatch.capture.isolation import untouched
+from unbatch.capture.steps import ExecutedOp, Step
 from unbatch.capture.substitutes import held, laid_out, norm_held, unmoved
 from unbatch.errors import MSG_NO_TANGENT, StructureError
 from unbatch.linalg.probes import gaussians_like, seeded

@@ -18,8 +18,9 @@ from torch.utils._pytree import tree_map
 
 from unbatch.autodiff.autograd import detached, or_zeros, pick, solid
 from unbatch.autodiff.context import Context
-from unbatch.capture.graph import Graph, Ref, Step, is_ref
+from unbatch.capture.graph import Graph
 from unbatch.capture.isolation import untouched
+from unbatch.capture.steps import Ref, Step, is_ref
 from unbatch.errors import (
     MSG_BACKWARD_INSIDE,
     MSG_NO_GRAPH,

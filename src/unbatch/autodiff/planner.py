@@ -30,7 +30,8 @@ from unbatch.autodiff.dependence import (
 )
 from unbatch.capture import ops
 from unbatch.capture.aliasing import by_memory
-from unbatch.capture.graph import Graph, Ref, Step, is_ref
+from unbatch.capture.graph import Graph
+from unbatch.capture.steps import Ref, Step, is_ref
 from unbatch.errors import MSG_NOT_COPY, MSG_NOT_FROZEN, StructureError
 
 # An example, by component in train mode. Linear → BN → ReLU → Linear → BN → ReLU → Linear:

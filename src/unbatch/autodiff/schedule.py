@@ -21,8 +21,9 @@ from unbatch.autodiff.contractions.row_block import RowBlockView
 from unbatch.autodiff.dependence import values_read, values_returned, within
 from unbatch.autodiff.planner import BackwardPlan, Site
 from unbatch.capture import ops
-from unbatch.capture.graph import Graph, Ref, Step, is_ref
+from unbatch.capture.graph import Graph
 from unbatch.capture.ops import Moves
+from unbatch.capture.steps import Ref, Step, is_ref
 from unbatch.capture.substitutes import norm_evaluated, norm_held, replayed
 
 # A matrix product with a parameter: the arguments that may be the parameter.

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from unbatch.autodiff.dependence import values_read
 from unbatch.capture.aliasing import Window
-from unbatch.capture.graph import Graph, Ref, Step
+from unbatch.capture.graph import Graph
+from unbatch.capture.steps import Ref, Step
 
 
 @dataclass

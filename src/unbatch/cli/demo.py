@@ -449,7 +449,8 @@ def _histogram(values: Tensor) -> Table:
 def _shares(problem: ub.Problem, found: Any) -> list[Any]:
     """What digits have of slope and curvature along eigenvectors, the most curved first; and what that sums to."""
     table = _table(
-        tables.SHARE_COLUMNS, [tables.share_cells(found, i) for i in reversed(range(len(found.values)))]
+        tables.SHARE_COLUMNS,
+        [tables.share_cells(found, i) for i in reversed(range(len(found.values)))],
     )
     gradient = torch.cat([g.flatten() for g in problem.gradient().values()])
     curved = tables.share((found.curvatures.sum(0) / found.values - 1).abs().max())

@@ -30,7 +30,8 @@ from unbatch.analysis.domain.sample_layout import Layout, layout_of
 from unbatch.autodiff.context import Context
 from unbatch.autodiff.jvp import LinearisedGraph, differentiated
 from unbatch.capture import ops
-from unbatch.capture.graph import ExecutedOp, Graph, Step
+from unbatch.capture.graph import Graph
+from unbatch.capture.steps import ExecutedOp, Step
 from unbatch.capture.substitutes import moments
 from unbatch.errors import StructureError
 from unbatch.linalg.probes import gaussians_like, seeded

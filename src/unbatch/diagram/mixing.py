@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeGuard
 
-from unbatch.analysis.domain.propagation import StatisticUse
+from unbatch.analysis.domain.dependence import StatisticUse
 from unbatch.analysis.domain.sample_layout import holds_its_place, in_order
 from unbatch.analysis.explanations import culprit
 from unbatch.analysis.inference import AnalysisState
@@ -20,7 +20,8 @@ from unbatch.analysis.policy import Mixed, Policy
 from unbatch.analysis.rules.registry import NO_RULE
 from unbatch.analysis.structure import Culprit, Structure, Verdict
 from unbatch.capture import ops
-from unbatch.capture.graph import Graph, HostRead, Ref, Step
+from unbatch.capture.graph import Graph, HostRead
+from unbatch.capture.steps import Ref, Step
 
 # What an op or a stage can be, the gravest last: that of a stage is the gravest of its ops.
 KINDS = {

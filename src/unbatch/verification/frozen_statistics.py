@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unbatch.analysis.interpreter import Interpretation
 from unbatch.capture import ops
-from unbatch.capture.graph import Step
+from unbatch.capture.steps import Step
 from unbatch.capture.substitutes import norm_held
 from unbatch.verification.experiment import Experiment, Untestable
 from unbatch.verification.forward_tests import partitions

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from unbatch.capture.graph import Ref
 from unbatch.capture.isolation import untouched
+from unbatch.capture.steps import Ref
 from unbatch.linalg.precision import (
     LOSS_IN_DOUBLE,
     LOSS_WITH_CASTS,

@@ -16,7 +16,8 @@ from torch import Tensor
 from unbatch.analysis.domain.ownership import Ownership
 from unbatch.analysis.interpreter import Interpretation
 from unbatch.capture import ops
-from unbatch.capture.graph import Graph, Ref, Step
+from unbatch.capture.graph import Graph
+from unbatch.capture.steps import Ref, Step
 from unbatch.verification.experiment import Experiment, Untestable
 
 MSG_NOISE = "noise is used in a way in which it cannot be permuted with its samples"

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from unbatch.capture import ops
-from unbatch.capture.graph import ExecutedOp
+from unbatch.capture.steps import ExecutedOp
 from unbatch.linalg.rows import fill, squares, total_of_squares, vectors, wide
 
 
