@@ -1,4 +1,8 @@
-"""Why a structure fails, and what to do about it, in words."""
+"""Why a structure does not hold, and what to do about it, in words.
+
+One entry for each kind of culprit: how samples are mixed at a step (as the rules call it), or what
+else stands in the way. Which step is a culprit is decided where verdicts are judged.
+"""
 
 from __future__ import annotations
 
@@ -9,61 +13,74 @@ from unbatch.capture.steps import Step
 
 WHY = {
     "statistic": "a statistic over all samples ({size} numbers) flows back into every sample",
-    "group": "statistics over groups of {samples} samples ({size} numbers) flow back into the samples of the group",
+    "group": "statistics over groups of {samples} samples ({size} numbers) flow back into the "
+    "samples of the group",
     "long": "a statistic with as many entries as there are samples flows back into every sample",
     "pairwise": "values of different samples are combined with each other",
-    "unsymmetric": "values of different samples are combined with weights that depend on their position in the batch",
+    "unsymmetric": "values of different samples are combined with weights that depend on their "
+    "position in the batch",
     "ordered": "a computation runs along the axis that carries the samples",
-    "broadcast": "tensors of the shapes {shapes} are broadcast, which sets every sample beside every other",
+    "broadcast": "tensors of the shapes {shapes} are broadcast, which combines every sample with "
+    "every other",
     "looked up": "an index that depends on data picks values from other samples",
     "position": "the position of an extreme value in the batch is used",
     "order": "the order of the samples by their values is used",
     "scattered": "values of different samples are written to the same place",
-    "written through a view": "values of different samples meet in memory that is written in place",
+    "written through a view": "values of different samples are written to the same memory",
     "joined": "values of different samples are joined",
     "data-dependent shape": "how many values there are depends on the data",
     "resized": "memory is reinterpreted in another size",
     "assumed": "the output of something declared independent has no sample axis",
-    NO_RULE: "the op has no rule and no known decomposition, so nothing is known about what it does to samples",
+    NO_RULE: "the op has no rule and no known decomposition, so nothing is known about what it "
+    "does to samples",
     "uneven": "what is done to a sample depends on its index in the batch",
     "place": "slice n of the prediction belongs to another sample than n",
-    "escape": "Python reads a value that depends on the batch ({how}); what follows may depend on it",
+    "escape": "Python reads a value that depends on the batch ({how}); what follows may depend on "
+    "it",
     "unfaithful": "on another batch the recorded computation gives other values than the model: "
     "something steers it that was not seen",
 }
 
 
 REMEDY = {
-    "statistic": "Evaluate with fixed statistics (`.eval()`), or normalise within a sample (GroupNorm, LayerNorm); "
-    "sums and the GGN stay exact as they are.",
-    "group": "Same as for batch norm: `.eval()` or a norm within the sample; within a group sums stay exact.",
-    "escape": "Keep it a tensor (`torch.where` in place of `if`), "
-    "or declare the module that asks harmless: `unbatch.assume_independent(module)`.",
-    NO_RULE: "Register a rule (`unbatch.register_rule(op, rule)`) or declare it: `unbatch.assume_independent(op)`.",
+    "statistic": "Evaluate with fixed statistics (`.eval()`), or normalise within a sample "
+    "(GroupNorm, LayerNorm); sums and the GGN stay exact as they are.",
+    "group": "Same as for batch norm: `.eval()` or a norm within the sample; within a group sums "
+    "stay exact.",
+    "escape": "Keep it a tensor (`torch.where` in place of `if`), or declare that the module which "
+    "reads it is harmless: `unbatch.assume_independent(module)`.",
+    NO_RULE: "Register a rule (`unbatch.register_rule(op, rule)`) or declare it: "
+    "`unbatch.assume_independent(op)`.",
     "uneven": "Draw what differs between samples from the inputs, not from the index.",
     "place": "Return predictions in the order of the inputs, samples on axis 0.",
-    "unfaithful": "Look for Python state, numpy or a branch in the forward pass and keep it in tensors.",
-    "ordered": "Check which axis carries the samples (batch_first, dim=, sample_dims): what reads neighbours along it, "
-    "as convolutions, recurrences and attention do, makes the whole of them one sample.",
-    "broadcast": "If each prediction is meant for its own target, give both the same shape, for instance by "
-    "`y.unsqueeze(1)` or `predictions.squeeze(1)`.",
-    "data-dependent shape": "Use a mask of fixed shape in place of a selection, or `unbatch.assume_independent(...)`.",
+    "unfaithful": "Look for Python state, numpy or a branch in the forward pass and keep it in "
+    "tensors.",
+    "ordered": "Check which axis carries the samples (batch_first, dim=, sample_dims): what reads "
+    "neighbours along it, as convolutions, recurrences and attention do, makes the whole of them "
+    "one sample.",
+    "broadcast": "If each prediction is meant for its own target, give both the same shape, for "
+    "instance by `y.unsqueeze(1)` or `predictions.squeeze(1)`.",
+    "data-dependent shape": "Use a mask of fixed shape in place of a selection, or "
+    "`unbatch.assume_independent(...)`.",
 }
 
 
-DEFAULT_REMEDY = "Check the axes and the order of `view` and `reshape`; if it is meant, ask for per-component quantities."
+DEFAULT_REMEDY = (
+    "Check the axes and the order of `view` and `reshape`; if it is meant, ask for per-component "
+    "quantities."
+)
 
 
 def culprit(step: Step, kind: str, **facts: object) -> Culprit:
+    """Return a step as a culprit; ``facts`` fill in what the text leaves open.
+
+    ``kind``: a key of ``WHY``, or a reason in the words of a rule from outside.
+    """
     why = WHY.get(kind, kind).format(**facts)
     return Culprit(step.module, step.name, step.where, why, REMEDY.get(kind, DEFAULT_REMEDY))
 
 
-def escape_culprit(escape: HostRead) -> Culprit:
-    return Culprit(
-        escape.module,
-        "escape",
-        escape.where,
-        WHY["escape"].format(how=escape.how),
-        REMEDY["escape"],
-    )
+def escape_culprit(read: HostRead) -> Culprit:
+    """Return a host read as a culprit."""
+    why = WHY["escape"].format(how=read.how)
+    return Culprit(read.module, "escape", read.where, why, REMEDY["escape"])

@@ -1,11 +1,14 @@
-"""What a walk starts from: the marks of inputs, targets, parameters and constants, and of predictions for the loss."""
+"""What an interpretation starts from: the ownership of values that are there before its first step.
+
+For the forward pass these are inputs, parameters and constants; for the loss targets, predictions,
+and what else it reads of the model.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -13,16 +16,24 @@ from unbatch.analysis.domain.ownership import Ownership, batched, code, shared
 from unbatch.analysis.domain.sample_layout import prediction_dim
 from unbatch.analysis.interpreter import Interpretation
 from unbatch.analysis.number_facts import alike
+<<<<<<< HEAD
 from unbatch.capture.graph import Graph
 from unbatch.capture.steps import Ref
+=======
+from unbatch.capture.graph import Graph, Ref, Value
+
+OUTSIDE = ("parameters", "buffers", "constants", "inputs", "targets")
+>>>>>>> w-analysis
 
 
 def forward_marks(graph: Graph, dims: Sequence[int | None]) -> dict[int, Ownership]:
-    """Inputs belong to their samples; everything else that exists before the model runs is shared."""
+    """Return what the forward pass starts from.
+
+    Inputs belong to their samples along ``dims`` (None: to none); everything else that exists
+    before the model runs is shared.
+    """
     marks = _outside(graph)
-    for i, (ref, dim) in enumerate(zip(graph.inputs, dims, strict=True)):
-        if ref is not None:
-            marks[ref.index] = _leaf(graph, ref, dim, i, "inputs")
+    marks.update(_data(graph, graph.inputs, dims, "inputs"))
     return marks
 
 
@@ -33,79 +44,111 @@ def loss_marks(
     samples: int,
     leading: bool = True,
 ) -> dict[int, Ownership]:
-    """Predictions are fresh and belong to their samples; targets too, as constants; model internals are shared."""
+    """Return what the loss starts from; ``targets``: their sample axes.
+
+    Predictions are fresh: each belongs to its sample and depends on nothing else. Targets belong to
+    their samples as constants, inner values of the model are shared, and what the model makes of
+    its inputs alone stays what it is.
+    """
     marks = _outside(graph)
-    for i, (ref, dim) in enumerate(zip(graph.targets, targets, strict=True)):
-        if ref is not None:
-            marks[ref.index] = _leaf(graph, ref, dim, i, "targets")
-    numbers = scrambled(graph, forward)
-    for i, known in forward.marks.items():
-        if i in numbers:
-            marks[i] = shared(known.shape, ("numbers", i), known.sources)
-        elif graph.values[i].kind == "step":
-            inner = "parameters" in known.sources
-            marks[i] = (
-                shared(known.shape, ("internal", i), ["internals"])
-                if inner
-                else replace(known, given=frozenset())
-            )
-        elif graph.values[i].kind == "inputs":
-            marks[i] = known
+    marks.update(_data(graph, graph.targets, targets, "targets"))
+    numbers = set(scrambled(graph, forward))
+    for index, value in forward.marks.items():
+        kind = graph.values[index].kind
+        if index in numbers:
+            marks[index] = shared(value.shape, ("numbers", index), value.sources)
+        elif kind == "inputs":
+            marks[index] = value
+        elif kind == "step" and "parameters" in value.sources:
+            marks[index] = shared(value.shape, ("internal", index), ["internals"])
+        elif kind == "step":
+            # Made of data alone: a statistic of these is a constant in the loss.
+            marks[index] = replace(value, given=frozenset())
     for i, ref in enumerate(graph.predictions):
         marks[ref.index] = fresh_prediction(forward[ref], i, samples, leading)
     return marks
 
 
 def scrambled(graph: Graph, forward: Interpretation) -> list[int]:
-    """Integers that a loss of the model's own reads, made of data alone, in no order of samples: which labels count.
+    """Return integers made of data alone, in no order of samples, that a model's own loss reads.
 
-    In the loss they are constants whose numbers are known.
+    Which labels count, say. In the loss they are constants whose numbers are known.
     """
     if not graph.own_loss:
         return []
-    read = dict.fromkeys(r.index for s in graph.loss_steps for r in s.refs())
-    return [
-        i
-        for i in read
-        if i in forward.marks and graph.values[i].step not in graph.after_cut and graph.values[i].kind == "step"
-        and forward.marks[i].mixed and "parameters" not in forward.marks[i].sources and graph.known(i) is not None
-    ]  # fmt: skip
+    read: dict[int, None] = {}
+    for step in graph.loss_steps:
+        read.update(dict.fromkeys(ref.index for ref in step.refs()))
+    return [index for index in read if _is_scrambled(graph, forward, index)]
 
 
-def fresh_prediction(known: Ownership, leaf: int, samples: int, leading: bool = True) -> Ownership:
-    """A prediction as the loss sees it: slice n belongs to sample n and depends on nothing else."""
-    dim = prediction_dim(known, samples, leading)
-    if dim is None:
-        if known.owned and not known.mixed:
-            marks = Ownership(known.shape, known.owner, known.key)
-        else:
-            return shared(known.shape, ("prediction", leaf), ["predictions"])
+def _is_scrambled(graph: Graph, forward: Interpretation, index: int) -> bool:
+    value, marks = graph.values[index], forward.marks.get(index)
+    if marks is None or value.kind != "step" or value.step in graph.after_cut:
+        return False
+    of_data = "parameters" not in marks.sources
+    return marks.mixed and of_data and graph.known(index) is not None
+
+
+def fresh_prediction(
+    prediction: Ownership, leaf: int, samples: int, leading: bool = True
+) -> Ownership:
+    """Return a prediction as the loss sees it: slice n is sample n's and depends on nothing else.
+
+    ``leaf``: its number among the predictions. One that no sample can be found in is shared.
+    """
+    dim = prediction_dim(prediction, samples, leading)
+    if dim is not None:
+        marks = batched(prediction.shape, dim, ("prediction", leaf))
+    elif prediction.owned and not prediction.mixed:
+        marks = Ownership(prediction.shape, prediction.owner, prediction.key)
     else:
-        marks = batched(known.shape, dim, ("prediction", leaf))
+        return shared(prediction.shape, ("prediction", leaf), ["predictions"])
+    atoms = _atoms(marks, leaf, samples)
+    return replace(marks, sources=frozenset(["predictions"]), atoms=atoms)
+
+
+def _atoms(marks: Ownership, leaf: int, samples: int) -> frozenset[int]:
+    """Return the scalars per sample that a prediction is.
+
+    A single one is itself an atom. Of more than one, two atoms stand for all: the loss is SIMD only
+    if a single scalar per sample, made of them, enters it.
+    """
     keys = np.unique(marks.key)
-    alone = marks.owner.size == math.prod(marks.shape) == samples and len(keys) == 1
-    atoms = [int(keys[0])] if alone else [int(code("prediction", leaf, part)) for part in (0, 1)]
-    return replace(marks, sources=frozenset(["predictions"]), atoms=frozenset(atoms))
+    one_each = marks.owner.size == math.prod(marks.shape) == samples
+    if one_each and len(keys) == 1:
+        return frozenset([int(keys[0])])
+    return frozenset(int(code("prediction", leaf, part)) for part in (0, 1))
 
 
 def _outside(graph: Graph) -> dict[int, Ownership]:
-    return {
-        i: _constant(v, i)
-        for i, v in enumerate(graph.values)
-        if v.kind in ("parameters", "buffers", "constants", "inputs", "targets")
-    }
+    """Return what exists before model and loss run, as shared."""
+    marks = {}
+    for index, value in enumerate(graph.values):
+        if value.kind in OUTSIDE:
+            marks[index] = _constant(value, index)
+    return marks
 
 
-def _constant(value: Any, index: int) -> Ownership:
+def _constant(value: Value, index: int) -> Ownership:
     if value.kind == "parameters":
         return shared(value.shape, ("parameter", value.name), ["parameters"])
+    # Equal entries are the same constant, whatever their index.
     return shared(value.shape, (value.kind, value.name or index), (), alike(value.concrete))
 
 
-def _leaf(graph: Graph, ref: Ref, dim: int | None, i: int, kind: str) -> Ownership:
-    shape = graph.values[ref.index].shape
-    return (
-        shared(shape, (kind, i), [kind])
-        if dim is None
-        else batched(shape, dim % max(len(shape), 1), (kind, i), [kind])
-    )
+def _data(
+    graph: Graph, refs: Sequence[Ref | None], dims: Sequence[int | None], kind: str
+) -> dict[int, Ownership]:
+    """Return the ownership of inputs or targets with these sample axes; None: shared."""
+    marks = {}
+    for i, (ref, dim) in enumerate(zip(refs, dims, strict=True)):
+        if ref is None:
+            continue
+        shape = graph.values[ref.index].shape
+        if dim is None:
+            marks[ref.index] = shared(shape, (kind, i), [kind])
+        else:
+            axis = dim % max(len(shape), 1)
+            marks[ref.index] = batched(shape, axis, (kind, i), [kind])
+    return marks

@@ -1,7 +1,7 @@
 """The weights ``w_n`` of ``L = Σ w_n ℓ_n``, read off the last steps of the loss.
 
-The convention: ``ℓ_n`` sums over the entries of a sample, so the mean of N·C squared errors has ``w = 1/(N·C)``. What
-cannot be read off is None, never a guess.
+The convention: ``ℓ_n`` sums over the entries of a sample, so the mean of N·C squared errors has
+``w = 1/(N·C)``. What cannot be read off is None, never a guess.
 """
 
 from __future__ import annotations
@@ -19,18 +19,22 @@ from unbatch.capture import ops
 from unbatch.capture.graph import Graph
 from unbatch.capture.steps import Ref, Step
 
-MEAN, SUM = 1, 2
+MEAN, SUM = 1, 2  # reductions, as ATen numbers them
 
 
 def weights(graph: Graph, marks: Mapping[int, Ownership], samples: int) -> Tensor | None:
-    """``[N]``, or None. ``marks``: of the values in a loss of which it is known that it is a sum over the samples."""
+    """Return the weights ``[N]``, or None where they cannot be read off.
+
+    ``marks``: the ownership of the values in a loss that is known to be a sum over the samples.
+    """
+    # From the loss upwards: steps that scale it, until the one that sums over the samples.
     factor, ref = 1.0, graph.loss
     while ref is not None and ref.index in graph.makers:
         step = graph.makers[ref.index]
         share = _share(step, graph)
-        if share is not None and not _treats_alike(step, marks, samples):
-            return None
         if share is not None:
+            if not _treats_alike(step, marks, samples):
+                return None
             return torch.full((samples,), factor * share, dtype=torch.float64)
         scale = _scale(step)
         if scale is None:
@@ -41,64 +45,119 @@ def weights(graph: Graph, marks: Mapping[int, Ownership], samples: int) -> Tenso
 
 
 def _treats_alike(step: Step, marks: Mapping[int, Ownership], samples: int) -> bool:
-    """Every sample has the same part in what a step sums up: none left out, counted twice, or scaled by its place."""
-    seen = [marks[r.index] for r in step.refs()]
-    owned = [m for m in seen if m.owned]
-    entrywise = ops.traits(step.op).entrywise_loss
-    others = (
-        [m for m in seen if not m.owned] if entrywise else []
-    )  # of likelihoods, one entry for each class
-    places = [d - len(m.shape) for m in owned for d in range(len(m.shape)) if m.owner_varies(d)]
-    by_place = any(len(m.shape) >= -d and m.shape[d] > 1 for m in others for d in places)
-    return bool(owned) and not by_place and all(_even(m, samples) for m in owned)
+    """Tell whether every sample has the same part in what a step sums up.
+
+    Not where some are left out, counted twice, or scaled by their place.
+    """
+    owned, others = [], []
+    for ref in step.refs():
+        operand = marks[ref.index]
+        if operand.owned:
+            owned.append(operand)
+        else:
+            others.append(operand)
+    # Beside a likelihood others have one entry for each class, not for each sample.
+    if ops.traits(step.op).entrywise_loss and _varies_over_samples(others, owned):
+        return False
+    return bool(owned) and all(_even(operand, samples) for operand in owned)
+
+
+def _varies_over_samples(others: list[Ownership], owned: list[Ownership]) -> bool:
+    """Tell whether an operand that belongs to no sample has entries along an axis of samples.
+
+    Axes are counted from the last, as broadcasting does.
+    """
+    axes = []
+    for operand in owned:
+        rank = len(operand.shape)
+        axes += [d - rank for d in range(rank) if operand.owner_varies(d)]
+    for operand in others:
+        for axis in axes:
+            if len(operand.shape) >= -axis and operand.shape[axis] > 1:
+                return True
+    return False
 
 
 def _even(marks: Ownership, samples: int) -> bool:
-    """Every sample owns as many elements, of the same functions, with no factor that only some of them have."""
+    """Tell whether every sample owns as many elements, of the same functions.
+
+    A factor that only some of them have is in no key, but ``weighted`` or a statistic.
+    """
+    if marks.weighted or marks.given:
+        return False
     owner = np.broadcast_to(marks.owner, marks.key.shape)
-    of_first, *others = (np.sort(marks.key[owner == n]) for n in range(samples))
-    return not (marks.weighted or marks.given) and all(
-        np.array_equal(of_first, keys) for keys in others
-    )
+    of_first, *of_others = [np.sort(marks.key[owner == n]) for n in range(samples)]
+    return all(np.array_equal(of_first, keys) for keys in of_others)
 
 
 def _scale(step: Step) -> float | None:
-    """A step from scalar to scalar that multiplies by a number; what is a matter of sign belongs to the loss."""
-    arguments = step.defaults | step.named
-    other = arguments.get("other")
+    """Return by what number a step from scalar to scalar multiplies, without its sign.
+
+    What is a matter of sign belongs to the loss of a sample. None: it does something else.
+    """
     name = ops.base_name(step.op)
     if ops.keeps_order(step.op) or name == "neg":
         return 1.0
+    other = (step.defaults | step.named).get("other")
     if not isinstance(other, int | float) or not other:
         return None
-    return {"mul": abs(other), "div": 1 / abs(other)}.get(name)
+    if name == "mul":
+        return abs(other)
+    if name == "div":
+        return 1 / abs(other)
+    return None
 
 
 def _share(step: Step, graph: Graph) -> float | None:
-    """What each entry is multiplied by in the step that sums over the samples."""
+    """Return what each entry is multiplied by in the step that sums over the samples.
+
+    None where the step is no such sum.
+    """
     arguments = step.defaults | step.named
     refs = step.refs()
-    entries = math.prod(graph.values[refs[0].index].shape) if refs else 0
-    whole = step.outs[0] is not None and math.prod(graph.values[step.outs[0].index].shape) == 1
-    if step.name in ("sum", "mean") and whole and entries > 1:
+    entries = 0
+    if refs:
+        entries = math.prod(graph.values[refs[0].index].shape)
+    if step.name in ("sum", "mean") and entries > 1 and _returns_scalar(step, graph):
         return 1.0 if step.name == "sum" else 1 / entries
     if ops.traits(step.op).entrywise_loss and arguments["reduction"] in (MEAN, SUM):
         return 1.0 if arguments["reduction"] == SUM else 1 / entries
     if step.name in ("nll_loss_forward", "nll_loss2d_forward"):
-        return _of_likelihood(arguments, graph)
+        return _share_of_likelihood(arguments, graph)
     return None
 
 
-def _of_likelihood(arguments: dict[str, Any], graph: Graph) -> float | None:
+def _returns_scalar(step: Step, graph: Graph) -> bool:
+    out = step.outs[0]
+    return out is not None and math.prod(graph.values[out.index].shape) == 1
+
+
+def _share_of_likelihood(arguments: dict[str, Any], graph: Graph) -> float | None:
+    """Return one over the number of labels that count, or over their class weights.
+
+    Both are numbers of the targets: where these are not known, None.
+    """
     if arguments["reduction"] == SUM:
         return 1.0
-    target, classes = arguments["target"], arguments["weight"]
-    labels = graph.known(target.index) if isinstance(target, Ref) else None
-    if arguments["reduction"] != MEAN or labels is None:
+    if arguments["reduction"] != MEAN:
         return None
-    kept = labels[labels != arguments["ignore_index"]]
-    if classes is None:
-        return 1 / kept.numel() if kept.numel() else None
-    table = graph.known(classes.index) if isinstance(classes, Ref) else None
-    total = None if table is None else float(table.double()[kept].sum())
-    return 1 / total if total else None
+    labels = _known(arguments["target"], graph)
+    if labels is None:
+        return None
+    counted = labels[labels != arguments["ignore_index"]]
+    total = float(counted.numel())
+    if arguments["weight"] is not None:
+        table = _known(arguments["weight"], graph)
+        if table is None:
+            return None
+        total = float(table.double()[counted].sum())
+    if not total:
+        return None
+    return 1 / total
+
+
+def _known(argument: Any, graph: Graph) -> Tensor | None:
+    """Return the numbers of an argument where they are known."""
+    if isinstance(argument, Ref):
+        return graph.known(argument.index)
+    return None

@@ -1,6 +1,7 @@
-"""The structure of a loss as a picture: frozen data, and what it looks like in a terminal and in a notebook.
+"""The structure of a loss as a picture: frozen data, and what it looks like in a terminal.
 
-Columns are samples, rows are the stages from inputs to loss (``stages.py``). Drawing proper is in ``figure.py``.
+Columns are samples, rows are the stages from inputs to loss (``stages.py``). Drawing proper, which
+a notebook shows, is in ``figure.py``.
 """
 
 from __future__ import annotations
@@ -23,10 +24,15 @@ STEP = 5  # characters from one column to the next
 WIDTH, GAP = 110, 2  # characters of a line, and between its columns
 
 
-LOOKS = {"statistics": "cyan", "moved": "red", "mixed": "red", "unknown": "yellow", "whole": "red"}
-
-
-LOOKS |= {"uneven": "magenta"}
+# Colour of a row by its kind.
+LOOKS = {
+    "uneven": "magenta",
+    "statistics": "cyan",
+    "moved": "red",
+    "mixed": "red",
+    "unknown": "yellow",
+    "whole": "red",
+}
 
 
 ENDS = {
@@ -38,9 +44,10 @@ ENDS = {
 
 @dataclass(frozen=True)
 class Diagram:
-    """Columns are ``samples``, rows are ``stages``; ``verdicts``: title and status of each structure.
+    """The picture: columns are ``samples``, rows are ``stages``.
 
-    Print it for a terminal; a notebook shows a drawing; ``unbatch.plot.structure`` draws on axes of your own.
+    ``verdicts``: title and status of each structure. Print it for a terminal; a notebook shows a
+    drawing; ``unbatch.plot.structure`` draws on axes of your own.
     """
 
     samples: int
@@ -49,9 +56,9 @@ class Diagram:
 
     @classmethod
     def of(cls, structure: Structure, stages: tuple[Stage, ...]) -> Diagram:
-        return cls(
-            structure.samples, stages, tuple((TITLES[v.name], v.status) for v in structure.verdicts)
-        )
+        """Return the picture of a structure with these stages."""
+        verdicts = tuple((TITLES[v.name], v.status) for v in structure.verdicts)
+        return cls(structure.samples, stages, verdicts)
 
     @property
     def bands(self) -> tuple[Stage, ...]:
@@ -61,11 +68,16 @@ class Diagram:
     @property
     def description(self) -> str:
         """The picture in words, for who cannot see it."""
-        met = [f"{s.name}: {s.remark}." for s in self.bands]
-        ends = [ENDS[s.kind] for s in self.stages if s.role == "loss"]
-        apart = [] if met else ["The samples stay separate up to their losses."]
         samples = f"{self.samples} sample{'s' * (self.samples != 1)}"
-        return " ".join([f"The way of {samples} from inputs to loss.", *apart, *met, *ends])
+        sentences = [f"The way of {samples} from inputs to loss."]
+        if not self.bands:
+            sentences.append("The samples stay separate up to their losses.")
+        for stage in self.stages:
+            if stage.role == "loss":
+                sentences.append(ENDS[stage.kind])
+            elif not stage.apart:
+                sentences.append(f"{stage.name}: {stage.remark}.")
+        return " ".join(sentences)
 
     def __rich__(self) -> Group:
         table = Table(box=None, pad_edge=False, show_header=False)
@@ -73,49 +85,47 @@ class Diagram:
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")
         table.add_row("sample", columns(shown(self.samples)), "")
-        room = (
-            WIDTH
-            - max(len(s.name) for s in self.stages)
-            - STEP * len(shown(self.samples))
-            - 2 * GAP
-        )
+        names = max(len(stage.name) for stage in self.stages)
+        room = WIDTH - names - STEP * len(shown(self.samples)) - 2 * GAP
         for stage in self.stages:
-            style = LOOKS.get(stage.kind, "")
-            remark = (
-                stage.remark
-                if len(stage.remark) <= room
-                else f"{stage.said}\n{stage.blamed}".strip()
-            )
-            table.add_row(
-                stage.name, Text(picture(stage, self.samples), style), Text(remark, style)
-            )
-        words = [
-            Text(f"{MARKS[status]} {title}", STYLES[status]) for title, status in self.verdicts
-        ]
-        return Group(table, Text("  ").join(words))
+            style, remark = LOOKS.get(stage.kind, ""), stage.remark
+            if len(remark) > room:
+                # Broken where it is meant to be, and not where the line ends.
+                remark = f"{stage.said}\n{stage.blamed}".strip()
+            row = Text(picture(stage, self.samples), style)
+            table.add_row(stage.name, row, Text(remark, style))
+        verdicts = []
+        for title, status in self.verdicts:
+            verdicts.append(Text(f"{MARKS[status]} {title}", STYLES[status]))
+        return Group(table, Text("  ").join(verdicts))
 
     def __str__(self) -> str:
         return as_text(self.__rich__(), WIDTH)
 
     def _repr_html_(self) -> str:
         """The drawing, where matplotlib is there, or else the text."""
-        said = html.escape(self.description, quote=True)
-        drawn = figure.svg(self.stages, self.samples, self.description)
-        return drawn or f'<pre role="img" aria-label="{said}">{html.escape(str(self))}</pre>'
+        drawing = figure.svg(self.stages, self.samples, self.description)
+        if drawing:
+            return drawing
+        label = html.escape(self.description, quote=True)
+        return f'<pre role="img" aria-label="{label}">{html.escape(str(self))}</pre>'
 
 
 def columns(marks: list[str]) -> str:
+    """Return the marks, each in the middle of its column."""
     return "".join(mark.center(STEP) for mark in marks)
 
 
 def picture(stage: Stage, samples: int) -> str:
-    """One row: a mark in each column, or a band across all of them."""
+    """Return one row: a mark in each column, or a band across all of them."""
     marks = shown(samples)
-    width, reach = STEP * len(marks), STEP * len(marks) - STEP + 1
+    width = STEP * len(marks)
+    reach = width - STEP + 1  # from the first to the last mark
     if stage.role == "loss":
         sign = {"sum": " L = Σ wₙ ℓₙ ", "whole": " L ", "unknown": " L ? "}[stage.kind]
-        sign = sign if samples > 1 else sign.partition("=")[0]  # of one there is no sum
-        return (f"└{sign.center(reach - 2, '─')}┘" if samples > 1 else sign).center(width)
+        if samples == 1:
+            return sign.partition("=")[0].center(width)  # of one there is no sum
+        return f"└{sign.center(reach - 2, '─')}┘".center(width)
     if stage.apart:
         mark = {"inputs": "x", "predictions": "F", "losses": "ℓ"}.get(stage.role, "│")
         return columns([m if m == "⋯" else mark for m in marks])

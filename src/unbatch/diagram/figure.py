@@ -1,8 +1,9 @@
-"""Drawing: the structure of a loss as a figure, the palette of all figures, and how they are written to files.
+"""The structure of a loss as a figure; the palette of all figures, and how they are saved.
 
-This and ``plot.py`` are the only files that know matplotlib, which is imported when something is drawn. Figures are
-made without pyplot: nothing is left open, and no backend is chosen. Colours are those of Okabe and Ito (2008), which
-the colour-blind can tell apart, on a white card; whatever a colour says, a shape or a hatching says as well.
+This and ``plot.py`` are the only files that know matplotlib, which is imported when something is
+drawn. Figures are made without pyplot: nothing is left open, and no backend is chosen. Colours are
+those of Okabe and Ito (2008), which the colour-blind can tell apart, on a white card; whatever a
+colour says, a shape or a hatching says as well.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ if TYPE_CHECKING:
     from matplotlib.transforms import Bbox
 
 
-MSG_NO_MATPLOTLIB = "Figures need matplotlib, which is not installed. Install it with `pip install 'unbatch[plot]'`."
+MSG_NO_MATPLOTLIB = (
+    "Figures need matplotlib, which is not installed. "
+    "Install it with `pip install 'unbatch[plot]'`."
+)
 
 
 # Okabe and Ito, "Color universal design" (2008).
@@ -42,12 +46,8 @@ INK, PALE, GREY = "#222222", "#DCEBF5", "#6E6E6E"
 INCH = 0.62  # of one unit of the picture
 
 
-HEIGHTS = {
-    "statistics": 1.55,
-    "moved": 1.05,
-    "mixed": 1.05,
-    "unknown": 1.05,
-}  # of stages; others have 0.8
+# Of stages by kind; others have 0.8.
+HEIGHTS = {"statistics": 1.55, "moved": 1.05, "mixed": 1.05, "unknown": 1.05}
 
 
 BOX = (0.7, 0.44)  # of a sample
@@ -66,7 +66,10 @@ SLACK = 1.05  # letters are a little wider in pixels than in outline
 
 
 def blank(ax: Axes | None, width: float = 5.0, height: float = 3.6) -> Axes:
-    """The given axes, or those of a new figure of so many inches. Raises ``ImportError`` without matplotlib."""
+    """Return the given axes, or those of a new figure of so many inches.
+
+    Raises ``ImportError`` without matplotlib.
+    """
     if ax is not None:
         return ax
     _needed()
@@ -85,23 +88,26 @@ def _needed() -> None:
 def save(ax: Axes, path: str | Path, description: str = "") -> None:
     """Write the figure of ``ax`` to an SVG, PNG or PDF file: the same bytes for the same picture.
 
-    ``description`` tells the picture to who cannot see it; it becomes the label of an SVG. By default that of a
-    structure in words, or what is drawn against what.
+    ``description``: the picture in words, for who cannot see it; it becomes the label of an SVG. By
+    default that of a structure, or what is drawn against what.
     """
-    figure = whole(ax)
-    description = (
-        description or str(ax.get_label()) or f"{ax.get_ylabel()} against {ax.get_xlabel()}"
-    )
-    if Path(path).suffix == ".svg":
+    figure, suffix = whole(ax), Path(path).suffix
+    if not description:
+        description = str(ax.get_label()) or f"{ax.get_ylabel()} against {ax.get_xlabel()}"
+    if suffix == ".svg":
         Path(path).write_text(as_svg(figure, description), encoding="utf-8")
-    else:
-        undated: dict[str, Any] = {".png": {"Software": None}, ".pdf": {"CreationDate": None}}.get(
-            Path(path).suffix, {}
-        )
-        figure.savefig(path, dpi=200, metadata=undated or None)
+        return
+    # What would differ from run to run, or with the version of matplotlib, is left out.
+    metadata: dict[str, Any] | None = None
+    if suffix == ".png":
+        metadata = {"Software": None}
+    elif suffix == ".pdf":
+        metadata = {"CreationDate": None}
+    figure.savefig(path, dpi=200, metadata=metadata)
 
 
 def whole(ax: Axes) -> Figure:
+    """Return the figure that axes are in, at the root of all subfigures."""
     figure = ax.get_figure(root=True)
     assert figure is not None
     return figure
@@ -109,9 +115,10 @@ def whole(ax: Axes) -> Figure:
 
 @dataclass
 class Adjusted:
-    """Where axes lie, and ``adjust``, done when that is asked: before axes are drawn, nobody knows how large they are.
+    """A locator of axes that calls ``adjust`` when matplotlib asks where they lie.
 
-    Done once for each size, because every change asks a window to draw again.
+    Before axes are drawn, nobody knows how large they are. Done once for each size (``seen``: the
+    last), because every change asks a window to draw again.
     """
 
     adjust: Callable[[Axes, Bbox, Any], None]
@@ -120,14 +127,14 @@ class Adjusted:
 
     @classmethod
     def whenever(cls, ax: Axes, adjust: Callable[[Axes, Bbox, Any], None]) -> None:
-        """Call ``adjust`` with the place of ``ax`` in pixels and a renderer before ``ax`` is drawn or measured."""
+        """Call ``adjust`` with the place of ``ax`` in pixels before it is drawn or measured."""
         locator: Any = cls(adjust, ax.get_axes_locator())
         ax.set_axes_locator(locator)
 
     def __call__(self, ax: Axes, renderer: Any) -> Bbox:
-        place = (
-            self.before(ax, renderer) if self.before is not None else ax.get_position(original=True)
-        )
+        place = ax.get_position(original=True)
+        if self.before is not None:
+            place = self.before(ax, renderer)
         holder = ax.get_figure()
         assert holder is not None
         pixels = place.transformed(holder.transSubfigure)
@@ -139,7 +146,10 @@ class Adjusted:
 
 
 def clear_of(ax: Axes, legend: Legend) -> None:
-    """Raise the upper limit of ``ax``, which is to be linear, so that a legend at its top lies above the data."""
+    """Raise the upper limit of ``ax`` so that a legend at its top lies above the data.
+
+    The axis has to be linear.
+    """
     Adjusted.whenever(ax, partial(_raise, legend, ax.get_ylim()))
 
 
@@ -155,19 +165,17 @@ def _raise(
 
 
 def as_svg(figure: Figure, description: str) -> str:
-    """Without a date, and with names that do not change from run to run."""
+    """Return a figure as SVG, without a date, and with names that do not change from run to run."""
     import matplotlib as mpl
 
     with mpl.rc_context({"svg.hashsalt": "unbatch"}), io.StringIO() as out:
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
         text = out.getvalue()
-    label = (
-        f'role="img" aria-label="{html.escape(description, quote=True)}" ' if description else ""
-    )
-    lines = (
-        line.rstrip()
-        for line in text[text.index("<svg") :].replace("<svg ", f"<svg {label}", 1).splitlines()
-    )
+    text = text[text.index("<svg") :]
+    if description:
+        label = html.escape(description, quote=True)
+        text = text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+    lines = [line.rstrip() for line in text.splitlines()]
     return "\n".join(lines) + "\n"
 
 
@@ -196,17 +204,18 @@ def draw(stages: Sequence[Stage], samples: int, ax: Axes | None = None) -> Axes:
 
 
 def _scale(words: Sequence[tuple[Text, float]], ax: Axes, place: Bbox, renderer: Any) -> None:
-    """Letters as large as they should be to the rest of the picture, where that is smaller than intended.
+    """Make letters smaller where the picture is, so that they fit the rest of it.
 
-    Small letters are drawn wider than they should be, so they shrink until they have room, or cannot be read.
+    Small letters are drawn wider than they should be, so they shrink until they have room, or
+    cannot be read.
     """
     (left, right), (low, high) = ax.get_xlim(), ax.get_ylim()
     unit = min(place.width / (right - left), place.height / (high - low))  # in pixels
     for text, size in words:
         x, side = text.get_position()[0], text.get_horizontalalignment()
         room = unit * {"right": x - left, "left": right - x}.get(side, math.inf)
-        wanted = size * min(unit / whole(ax).dpi / INCH, 1.0)
-        text.set(fontsize=max(wanted, SMALLEST), visible=wanted >= SMALLEST)
+        points = size * min(unit / whole(ax).dpi / INCH, 1.0)
+        text.set(fontsize=max(points, SMALLEST), visible=points >= SMALLEST)
         while text.get_visible() and text.get_window_extent(renderer).width > room:
             text.set(fontsize=0.9 * _points(text), visible=0.9 * _points(text) >= SMALLEST)
 
@@ -216,7 +225,7 @@ def _points(text: Text) -> float:
 
 
 def _width(text: str, points: float, weight: str = "normal") -> float:
-    """Of so large letters, in units of the picture."""
+    """Return the width of a text in letters of so many points, in units of the picture."""
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import TextPath
 
@@ -234,7 +243,7 @@ def _words(ax: Axes, stage: Stage, left: float, right: float, y: float) -> None:
 
 
 def svg(stages: Sequence[Stage], samples: int, description: str) -> str:
-    """The drawing as text; empty where matplotlib is missing."""
+    """Return the drawing as SVG; empty where matplotlib is missing."""
     try:
         return as_svg(whole(draw(stages, samples)), description)
     except ImportError:
@@ -248,23 +257,19 @@ def _height(stage: Stage) -> float:
 def _stage(
     ax: Axes, stage: Stage, before: Stage | None, labels: Sequence[str], top: float, middle: float
 ) -> None:
+    """Draw one row from ``top`` on, with its boxes at height ``middle``."""
     bottom, columns = top - _height(stage), [x for x, label in enumerate(labels) if label != "⋯"]
     last = len(labels) - 1
     if stage.role == "loss":
         _reduce(ax, stage, before, columns, top, middle, last / 2)
         return
-    for x in columns:  # the way of each sample
-        start, end = (
-            middle if stage.role == "inputs" else top,
-            middle if stage.role == "losses" else bottom,
-        )
-        ax.plot(
-            [x, x],
-            [start, bottom if stage.apart or stage.role != "losses" else end],
-            color=INK,
-            lw=1.1,
-            zorder=1,
-        )
+    # The lines of the samples: they begin at the inputs, and end at losses that are mixed.
+    start = middle if stage.role == "inputs" else top
+    end = bottom
+    if stage.role == "losses" and not stage.apart:
+        end = middle
+    for x in columns:
+        ax.plot([x, x], [start, end], color=INK, lw=1.1, zorder=1)
     if stage.apart:
         for x in range(last + 1):
             _sample(ax, stage, x, middle, labels[x], last)
@@ -299,7 +304,7 @@ def _sample(ax: Axes, stage: Stage, x: float, y: float, label: str, last: int) -
 
 
 def _neck(ax: Axes, stage: Stage, top: float, bottom: float, last: int) -> None:
-    """All samples flow into a few numbers, and these into all samples."""
+    """Draw how all samples flow into a few numbers, and these into all samples."""
     from matplotlib.patches import FancyBboxPatch, PathPatch
     from matplotlib.path import Path as Curve
 
@@ -347,7 +352,10 @@ def _neck(ax: Axes, stage: Stage, top: float, bottom: float, last: int) -> None:
 def _block(
     ax: Axes, stage: Stage, columns: Sequence[int], top: float, bottom: float, last: int
 ) -> None:
-    """A band in which every sample may reach every other, or another; hatched where that is not established."""
+    """Draw a band in which every sample may reach every other, or another.
+
+    It is hatched where that is not established.
+    """
     from matplotlib.patches import Rectangle
 
     known = stage.kind != "unknown"
@@ -392,7 +400,7 @@ def _reduce(
     middle: float,
     center: float,
 ) -> None:
-    """From the losses of all samples, or from what mixed them, to one number."""
+    """Draw the lines from the losses of all samples, or from what mixed them, to one number."""
     joined = before is not None and not before.apart
     card = {"boxstyle": "round,pad=0.35", "lw": 1.3, "facecolor": "white"}
     dashed = "--" if stage.kind == "unknown" else "-"
@@ -403,7 +411,6 @@ def _reduce(
     if stage.kind == "whole" and not joined:
         word = r"$L=R(\ell_1, .., \ell_N)$"
     edge = {"sum": BLUE, "whole": VERMILLION, "unknown": GREY}[stage.kind]
-    ax.text(
-        center, middle, word, ha="center", va="center", fontsize=10, color=INK, zorder=3,
-        bbox=card | {"edgecolor": edge, "linestyle": dashed},
-    )  # fmt: skip
+    box = card | {"edgecolor": edge, "linestyle": dashed}
+    style: dict[str, Any] = {"fontsize": 10, "color": INK, "zorder": 3}
+    ax.text(center, middle, word, ha="center", va="center", bbox=box, **style)
