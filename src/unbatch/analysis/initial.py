@@ -16,14 +16,9 @@ from unbatch.analysis.domain.ownership import Ownership, batched, code, shared
 from unbatch.analysis.domain.sample_layout import prediction_dim
 from unbatch.analysis.interpreter import Interpretation
 from unbatch.analysis.number_facts import alike
-<<<<<<< HEAD
-from unbatch.capture.graph import Graph
-from unbatch.capture.steps import Ref
-=======
 from unbatch.capture.graph import Graph, Ref, Value
 
 OUTSIDE = ("parameters", "buffers", "constants", "inputs", "targets")
->>>>>>> w-analysis
 
 
 def forward_marks(graph: Graph, dims: Sequence[int | None]) -> dict[int, Ownership]:
