@@ -52,13 +52,13 @@ class Replay:
 
         ``last_uses``: step -> the values that no later one reads, whose memory is free then.
         """
-        needed = set(wanted)
+        tensors, needed = self.tensors, set(wanted)
         for step in steps:
             self._store(step, self._call(step))
             # By the whole recording: of a part of the steps no value goes too early.
             for index in last_uses.get(step.index, ()):
                 if index not in needed:
-                    self.tensors.pop(index, None)
+                    tensors.pop(index, None)
         return [self.tensor(Ref(index)) for index in wanted]
 
     def tensor(self, ref: Ref) -> Tensor:
@@ -105,14 +105,12 @@ class Replay:
         """Enter what a step returned, and new versions of what it wrote to."""
         tensors = self.tensors
         for ref, out in zip(step.outs, outs, strict=False):
-            if ref is None or not isinstance(out, Tensor):
-                continue
-            # The op has run all the same: it may write to other values, and draw.
-            if ref.index in self.pinned:
-                out = self._own(ref.index, self.pinned[ref.index])
-            tensors[ref.index] = out
-            if self.visit is not None:
-                self.visit(ref.index, out)
+            if ref is not None and isinstance(out, Tensor):
+                tensors[ref.index] = out
+        if self.pinned:
+            self._pin(step)
+        if self.visit is not None:
+            self._show(step, self.visit)
         for old, new in step.writes:
             if new.index in self.pinned:
                 tensors[old.index].copy_(self.pinned[new.index])
@@ -122,3 +120,18 @@ class Replay:
                 tensors[old.index] = tensors[new.index]
             else:
                 tensors[new.index] = tensors[old.index]
+
+    def _pin(self, step: Step) -> None:
+        """Put pinned tensors in place of what a step returned.
+
+        The op has run all the same: it may write to other values, and draw.
+        """
+        for ref in step.outs:
+            if ref is not None and ref.index in self.pinned and ref.index in self.tensors:
+                self.tensors[ref.index] = self._own(ref.index, self.pinned[ref.index])
+
+    def _show(self, step: Step, visit: Visit) -> None:
+        """Call ``visit`` with what a step returned."""
+        for ref in step.outs:
+            if ref is not None and ref.index in self.tensors:
+                visit(ref.index, self.tensors[ref.index])
