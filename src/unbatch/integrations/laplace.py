@@ -262,8 +262,10 @@ class UnbatchEF(_Backend, _curvature.EFInterface):
 
 def _sum_of_entry(f: Tensor, c: Tensor) -> Tensor:
     """``Σ_n F_nc``, with c as a target of every sample."""
-    # Of another shape they are refused later, with a message.
-    return f.gather(1, c).sum() if f.ndim == 2 else f.sum()
+    if f.ndim != 2:
+        # Refused later, with a message.
+        return f.sum()
+    return f.gather(1, c).sum()
 
 
 def _samples(x: Any) -> int:

@@ -70,6 +70,7 @@ def crosstalk(
     rows = list(range(experiment.samples)) if samples is None else list(samples)
     smooth = _smooth_inputs(experiment)
     if not smooth:
+        # Tokens have no derivatives.
         return Crosstalk(_by_replacement(experiment, rows), "replacement", True)
     squares = torch.zeros(experiment.samples, experiment.samples, dtype=torch.float64)
     predictions = _predictions_at(experiment, smooth)

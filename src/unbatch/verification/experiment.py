@@ -61,6 +61,7 @@ class Experiment:
     @cached_property
     def places(self) -> list[int]:
         """The predictions that the loss reads, by their index among all of them."""
+        # A model may return more than the loss reads (features, a cache): that is not compared.
         used = self.graph.used_predictions
         return [i for i, ref in enumerate(self.graph.predictions) if ref in used]
 
@@ -129,6 +130,7 @@ class Experiment:
 
     def replay(self, inputs: Any, parameters: Mapping[int, Tensor] | None = None) -> list[Tensor]:
         """Return the predictions by the recorded graph; ``parameters`` by their values in it."""
+        # What is not fed keeps the value that it had in the recording.
         feed = self.feed(inputs) | dict(parameters or {})
         return self.graph.run(feed, self.prediction_refs)
 
@@ -151,6 +153,7 @@ class Experiment:
         return self._isolated()
 
     def _isolated(self, seed: tuple[Any, ...] | None = None) -> AbstractContextManager[Any]:
+        """Return a context that leaves nothing changed; ``seed``: the random state inside."""
         return untouched([*self.program.modules, *self.originals], seed)
 
     def rows(self, predictions: Sequence[Tensor]) -> Tensor:
@@ -183,6 +186,7 @@ class Experiment:
 
         def replaced(x: Tensor, dim: int | None) -> Tensor:
             if dim is None:
+                # The same for all samples.
                 return x
             rows = x.detach().movedim(dim, 0)
             new = variant_of(rows, rows[order.to(x.device)], variant, generator)
@@ -276,6 +280,7 @@ class Experiment:
         def nudged(x: Tensor, dim: int | None) -> Tensor:
             if not x.is_floating_point():
                 return x
+            # Every entry by an amount of its own, as rounding does.
             offset = torch.rand(x.shape, generator=generator).to(x) - 0.5
             return x.detach() * (1 + 2 * torch.finfo(x.dtype).eps * offset)
 
@@ -325,6 +330,7 @@ def relative_change(base: Tensor, new: Tensor) -> Tensor:
         return torch.zeros(len(base), dtype=torch.float64)
     finite = torch.isfinite(new.abs())
     change = torch.where(finite, (new - base).abs(), 0.0)
+    # Nor do they in the size: an infinite entry would hide all others.
     size = base.abs().nan_to_num(0, 0, 0)
     # A row that is zero by cancellation is measured by the largest of all rows.
     return change.amax(1) / (size.amax(1) + 1e-6 * size.amax() + 1e-37)
@@ -342,4 +348,5 @@ def _cloned(leaf: Any) -> Any:
 
 
 def _in_double_rows(t: Tensor, samples: int) -> Tensor:
+    """Return ``[N, entries]`` of a tensor whose first axis has the samples, one or several each."""
     return t.reshape(samples, -1).to(torch.promote_types(t.dtype, torch.float64))

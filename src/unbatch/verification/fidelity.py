@@ -50,6 +50,7 @@ def unfaithful(experiment: Experiment, here: bool = False) -> tuple[str, str]:
         with experiment.backward():
             eager = _outputs(experiment.eager(inputs), parameters)
     except Exception:
+        # The model refuses this batch (an index out of range, say): nothing can be compared.
         return "", ""
     # Only now, when the model's graph is gone: both keep what their backward pass needs.
     fresh = {ref: p.detach().clone().requires_grad_() for ref, p in own.items()}
@@ -58,6 +59,7 @@ def unfaithful(experiment: Experiment, here: bool = False) -> tuple[str, str]:
         replayed = _outputs(outputs, list(fresh.values()), eager.smooth)
     except Exception as error:
         return f"replay raised {type(error).__name__}: {error}"[:120], ""
+    # Other values have other gradients, too, so these are only compared if values agree.
     for model, replay in zip(eager.values, replayed.values, strict=True):
         difference = _difference(model, replay, experiment.tolerance)
         if difference:
@@ -110,6 +112,7 @@ def _outputs(
     cotangents = [gaussian_like(t, generator) for t in differentiated]
     gradients: list[Tensor | None] = [None] * len(parameters)
     error = ""
+    # Autograd refuses an empty list of either.
     if differentiated and parameters:
         try:
             gradients = list(
@@ -125,6 +128,7 @@ def _gradient_difference(
 ) -> str:
     """Return how the gradients by the parameters differ, empty where they agree."""
     if not any(eager.smooth) or not parameters:
+        # There are no gradients to compare.
         return ""
     for in_model, in_replay in zip(eager.smooth, replayed.smooth, strict=True):
         if in_model and not in_replay:

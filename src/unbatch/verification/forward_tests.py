@@ -122,6 +122,7 @@ def _is_confirmed(
         return True
     wide = experiment.in_double()
     if wide is None:
+        # No second look is possible: small changes are believed of a model in float64 alone.
         return experiment.tolerance <= COMPUTED_IN_DOUBLE
     again = _largest_change(wide, variant, seed, keep, keep)
     return again is not None and again.amount > SURVIVES * change.amount

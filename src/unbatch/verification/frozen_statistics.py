@@ -38,7 +38,9 @@ def change_with_frozen_statistics(experiment: Experiment) -> float:
         return 0.0
     worst = 0.0
     for seed, keep in enumerate(partitions(experiment.samples)):
+        # Constants are those of the batch, and only the other samples change.
         new = frozen.rows(experiment.feed(experiment.changed(keep, "noisy", seed)))
+        # Entries that are not finite do not count.
         change = (new - base).abs()[keep].nan_to_num(0, 0, 0)
         worst = max(worst, float(change.amax()))
     return worst
@@ -105,6 +107,7 @@ def _statistics(forward: Interpretation, step: Step) -> set[int]:
     statistics = set()
     for ref in results_of(step):
         ownership = forward.marks.get(ref.index)
+        # What belongs to a sample, or mixes samples without being a statistic, is recomputed.
         if ownership is None or ownership.owned or ownership.mixed:
             continue
         if forward.made_at(step, ref.index):
@@ -139,6 +142,7 @@ def _hides_statistic(forward: Interpretation, step: Step) -> bool:
             continue
         ownership = forward.marks[ref.index]
         if ownership.owned:
+            # A value of each sample that rests on a statistic made in this step.
             uses = True
         elif ownership.given:
             returns = True

@@ -61,6 +61,7 @@ class LossExperiment:
         program = self.experiment.program
         if program.loss is None:
             return self._value_inside_model(predictions)
+        # All that the model returned, as a loss may read more than the predictions.
         leaves = [self._cast(leaf) for leaf in self.leaves]
         for i, p in zip(self.at, predictions, strict=True):
             leaves[i] = p
@@ -73,12 +74,14 @@ class LossExperiment:
         return value
 
     def _value_inside_model(self, predictions: Sequence[Tensor]) -> Tensor:
+        """Return the loss by its recorded steps: there is no function to call."""
         graph = self.experiment.graph
         feed = dict(self.boundary)
         feed.update(zip(self.experiment.prediction_refs, predictions, strict=True))
         return graph.run(feed, [_loss_ref(self.experiment)], steps=graph.loss_steps)[0]
 
     def _cast(self, leaf: Any) -> Any:
+        """Return a leaf of predictions or targets in the precision of the test."""
         if self.double and isinstance(leaf, Tensor):
             return in_double(leaf.detach())
         return leaf
@@ -94,8 +97,10 @@ class LossExperiment:
         predictions = []
         for i, dim in zip(self.at, self.experiment.out_dims, strict=True):
             leaf = self._cast(self.leaves[i]).detach()
+            # Rows are written to in place, and the model may return an expanded tensor.
             t = leaf.clone(memory_format=torch.contiguous_format)
             if dim is not None:
+                # Read from a copy: samples may be swapped in a circle.
                 source = t.clone()
                 for n, m in rows.items():
                     t.select(dim, n).copy_(source.select(dim, m))
@@ -152,6 +157,7 @@ class LossExperiment:
 
         Differences of values see through ``detach``, which hides a dependence from autograd.
         """
+        # Few entries, as each takes two evaluations of the loss.
         slopes = []
         for i, dim in enumerate(self.experiment.out_dims):
             if dim is None or not predictions[i].is_floating_point():
@@ -217,6 +223,7 @@ class LossExperiment:
         """
         allowed = self.tolerances
         predictions = self.predictions()
+        # A typical slope: the loss over the size of what it is a function of.
         slope = float(self.value(predictions).detach().abs()) / (_largest(predictions) + TINY)
         nudged = self.gradient(scaled_by(predictions, 1 + NUDGE))
         noise = 10 * float((nudged - self.gradient(predictions)).norm(dim=1).max())
@@ -305,6 +312,7 @@ def _inside_model(experiment: Experiment) -> LossExperiment:
 
 
 def _loss_ref(experiment: Experiment) -> int:
+    """Return the value of the graph that is the loss; experiments on the loss are made of one."""
     loss = experiment.graph.loss
     assert loss is not None
     return loss.index

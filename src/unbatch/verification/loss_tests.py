@@ -85,7 +85,10 @@ def _second_difference(loss: LossExperiment, corners: Sequence[list[Tensor]]) ->
 
 
 def _is_steady(loss: LossExperiment, corners: Sequence[list[Tensor]]) -> bool:
-    """Return whether a difference hardly changes when predictions move: rounding comes out anew."""
+    """Return whether a difference hardly changes when predictions move.
+
+    Of rounding every value is another draw, so that it comes out anew.
+    """
     difference = _second_difference(loss, corners)
     for nudge in NUDGES:
         nudged = [scaled_by(predictions, 1 + nudge) for predictions in corners]
@@ -128,6 +131,7 @@ def direction_depends_on_predictions(loss: LossExperiment) -> Counterexample | N
             others = loss.gradient(loss.swapped(_rolled(samples, shift, but=n)))
             amount, sample = max((amount, sample), (sine(base[n], others[n], floor), n))
     tolerance = loss.tolerances.direction
+    # Differences of values have half of the digits, so only values that are good to float64 do.
     if amount <= tolerance and loss.fine:
         amount, sample = _turn_by_values(loss), 0
         tolerance = LOSS_WITH_CASTS.direction
@@ -199,6 +203,7 @@ def direction_depends_on_index(loss: LossExperiment) -> Counterexample | None:
     if samples < 2:
         return None
     floor = loss.floor(loss.gradient(loss.predictions()))
+    # All samples get the target of the first, and then the prediction of sample k.
     equal = loss.with_targets(lambda t: t[:1].expand(samples, *t.shape[1:]).contiguous())
     for k in range(min(samples, 3)):
         rows = equal.gradient(equal.swapped(dict.fromkeys(range(samples), k)))
@@ -241,6 +246,7 @@ def direction_depends_on_targets(loss: LossExperiment) -> Counterexample | None:
 
 
 def _order_of_targets_matters(loss: LossExperiment, base: Tensor, floor: float) -> bool:
+    """Return whether a row turns when every sample gets the target of another one."""
     rolled = loss.with_targets(lambda t: t.roll(1, 0))
     rows = rolled.gradient(rolled.predictions())
     return _largest_turn(base, rows, floor) >= LOSS_WITH_CASTS.direction
@@ -270,6 +276,7 @@ def _all_but(n: int, samples: int) -> Tensor:
 
 
 def _largest_turn(rows: Tensor, others: Tensor, floor: float) -> float:
+    """Return the largest angle between a row and its counterpart, by its sine."""
     return max(sine(a, b, floor) for a, b in zip(rows, others, strict=True))
 
 

@@ -70,6 +70,7 @@ def _cross_rank(experiment: Experiment, samples: int, seed: int = 1) -> int:
     rows, inputs = _redrawn(experiment, samples, seed)
     generator = torch.Generator().manual_seed(2)
     u = torch.randn(rows.shape[1], generator=generator, dtype=torch.float64)
+    # The sample axes of the inputs that can be differentiated by, in their order.
     dims = []
     for dim, x in zip(experiment.dims, tree_leaves(experiment.inputs), strict=True):
         if dim is not None and x.is_floating_point():
@@ -89,6 +90,7 @@ def _cross_rank(experiment: Experiment, samples: int, seed: int = 1) -> int:
                 others = grad.movedim(dim, 0)[half:]
                 D[n] += (others * v).reshape(samples - half, -1).sum(1)
     values = torch.linalg.svdvals(D)
+    # No derivative at all: the dependence, if any, is not smooth.
     if float(values[0]) == 0:
         return 0
     return int((values > NEGLIGIBLE * values[0]).sum())
@@ -111,6 +113,7 @@ def _redrawn(experiment: Experiment, samples: int, seed: int) -> tuple[Tensor, l
         chosen = torch.randint(experiment.samples, (samples,), generator=generator)
         x = x.detach().cpu().index_select(dim, chosen)
         if not x.is_floating_point():
+            # Tokens and labels are redrawn, and have no derivatives.
             return x
         x = x.double()
         noise = torch.randn(x.shape, generator=generator, dtype=torch.float64)

@@ -85,6 +85,7 @@ def settle(
     if difference:
         structure = _withdrawn(structure, difference)
     if structure.samples > 1:
+        # A single sample has no others to depend on.
         structure = _settle_forward(structure, experiment)
     if _has_loss(experiment):
         structure = _settle_loss(structure, loss_experiment(experiment, output))
@@ -92,7 +93,7 @@ def settle(
 
 
 def _has_loss(experiment: Experiment) -> bool:
-    """Return whether the analysis found a place to separate model and loss."""
+    """Return whether there is a loss, and a place that separates it from the model."""
     return experiment.graph.loss is not None and bool(experiment.graph.after_cut)
 
 
@@ -176,6 +177,7 @@ def _settle_loss(structure: Structure, loss: LossExperiment) -> Structure:
             reduction = _refuted(reduction, not_a_sum(loss))
         if not simd_loss:
             simd_loss = _refuted(simd_loss, direction_depends_on_predictions(loss))
+        # Targets can be changed only where they are arguments of the loss.
         if simd_loss.status == "unknown" and loss.experiment.program.loss is not None:
             simd_loss = _refuted(simd_loss, _difference_between_samples(loss))
     except Exception as error:
@@ -228,6 +230,7 @@ def _forward_checks(structure: Structure, experiment: Experiment) -> list[Check]
     """Return the checks of the verdicts on the model; of a single sample there are none."""
     dependence = cross_sample_dependence(experiment)
     independent = _check(structure.independent_forward, "replace all other samples", dependence)
+    # The second test is run only if the first has not refuted the verdict already.
     witness = dependence or not_equivariant(experiment)
     simd = _check(structure.simd_forward, "replace and permute samples", witness)
     return [independent, simd, _check_given_statistics(structure, experiment)]
