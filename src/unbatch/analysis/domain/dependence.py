@@ -78,6 +78,15 @@ class DependenceRecord:
         """Tell whether any of ``statistics`` is one of the predictions."""
         return any("predictions" in self.definitions[s].sources for s in statistics)
 
+    def partial_sums(self, statistics: frozenset[int]) -> frozenset[int]:
+        """Return those of ``statistics`` that are sums over a part of the batch."""
+        partial = set()
+        for s in statistics:
+            definition = self.definitions[s]
+            if definition.kind == "sum" and definition.groups:
+                partial.add(s)
+        return frozenset(partial)
+
     def groups_used(self) -> frozenset[int]:
         """Return the owners of the sets of samples whose statistics are used."""
         groups: set[int] = set()

@@ -69,7 +69,7 @@ def matmul(call: RuleContext) -> Ownership:
 def linear(call: RuleContext) -> Ownership:
     """A product with a matrix over the last dim."""
     x, w = call["input"], call["weight"]
-    lead = "abdefgh"[: len(x.shape) - 1]
+    lead = "abdefgh"[: len(x.shape) - 1]  # all letters but those of features
     out = call.algebra.contract("mul", [x, w], (lead + "i", "oi"), lead + "o")
     if call["bias"] is None:
         return out
@@ -172,8 +172,8 @@ def _attention_state(
     lead = len(normalisation.shape) - 1
     if len(shape) <= lead or shape[:lead] != normalisation.shape[:lead]:
         return shared(shape, "state", ["noise"])
-    kept = summary(call, "kept", normalisation, [lead])
-    return with_new_dims(kept, shape, lead, "kept")
+    rows = summary(call, "kept", normalisation, [lead])
+    return with_new_dims(rows, shape, lead, "kept")
 
 
 # --- convolutions ---------------------------------------------------------------------------------
@@ -191,6 +191,8 @@ def convolution(call: RuleContext) -> Ownership:
     """
     a, x, groups = call.algebra, call["input"], call["groups"]
     space = range(2, len(x.shape))
+    # Plain positions need no scan: all are functions of the same samples, by index, and so are
+    # windows of them. Only where samples lie along a position does a window mix them.
     if _reaches_out(call, x):
         x = a.scan("window", x, [d for d in space if x.key.shape[d] > 1])
     n, channels = x.shape[:2]
@@ -206,14 +208,17 @@ def convolution(call: RuleContext) -> Ownership:
 
 def _reaches_out(call: RuleContext, x: Ownership) -> bool:
     """Some window reaches beyond its own position along a dim where samples lie."""
-    explicit = [d for d in range(2, len(x.shape)) if x.key.shape[d] > 1]
-    if not explicit:
+    space = range(2, len(x.shape))
+    if not x.explicit(space):
         return False
     for name, plain in (("stride", 1), ("padding", 0), ("output_padding", 0)):
         widths = call[name] or []  # an op may lack the argument
         if any(width != plain for width in widths):
             return True
-    return any(call["weight"].shape[d] > 1 or call.shape[d] != x.shape[d] for d in explicit)
+    for d in space:
+        if x.key.shape[d] > 1 and (call["weight"].shape[d] > 1 or call.shape[d] != x.shape[d]):
+            return True
+    return False
 
 
 def _grouped_weight(call: RuleContext, inputs: int) -> Ownership:
@@ -234,15 +239,18 @@ def convolution_backward(call: RuleContext) -> Any:
     """By the input: a convolution again. By the weight and the bias: sums over the leading dim."""
     a, g, x, w = call.algebra, call["grad_output"], call["input"], call["weight"]
     space = range(2, len(g.shape))
+    # Channels would be contracted within groups, and windows would mix samples: not followed.
     if call["groups"] != 1 or g.explicit(space) or x.explicit(space):
         return [mixed(call, s, NO_RULE) if s else None for s in call.shapes]
-    g, x, w = (summary(call, "window", m, space) for m in (g, x, w))
+    g, x = summary(call, "window", g, space), summary(call, "window", x, space)
+    w = summary(call, "window", w, space)
     oi = "io" if call["transposed"] else "oi"
     gradients = (
         a.contract((call.title, 0), [g, w], ("no", oi), "ni"),
         a.contract((call.title, 1), [g, x], ("no", "ni"), oi),
         a.reduce("sum", g, [0]),
     )
+    # Of the three gradients those with a mask of True are returned.
     shapes = iter(call.shapes)
     results = []
     for m, used in zip(gradients, call["output_mask"], strict=True):
@@ -285,7 +293,7 @@ def with_new_dims(x: Ownership, shape: tuple[int, ...], lead: int, name: object)
 
 @rule("linalg_solve_triangular triangular_solve cholesky_solve _linalg_solve_ex linalg_lu_solve")
 def solve(call: RuleContext) -> Any:
-    """The columns of the right-hand side (its rows, if it stands on the left) are solved apart."""
+    """Columns of the right-hand side (rows, if it stands on the left) are solved one by one."""
     rhs = call["self"] if call["B"] is None else call["B"]
     ndim = len(rhs.shape)
     if ndim < 2:
@@ -332,7 +340,7 @@ def embedding_bag(call: RuleContext) -> Any:
     """Rows of a table, summed over the runs of a flat index that fixed offsets mark."""
     a, index, offsets = call.algebra, call["indices"], call.values.get("offsets")
     if offsets is None or not known_for_every_batch(call["offsets"]):
-        if any(m.depends_on_batch for m in call.marks):
+        if call.depends_on_batch:
             return all_mixed(call, NO_RULE)
         return [shared(shape, call.title) for shape in call.shapes]
     row = summary(call, "rows", call["weight"], [0])

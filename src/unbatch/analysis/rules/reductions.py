@@ -28,6 +28,7 @@ def monoid(call: RuleContext) -> Ownership:
     linear = call.name in ("sum", "mean")
     name: Any = call.name
     if not linear:
+        # Norms of another order are other functions.
         order = call["p"] if call["ord"] is None else call["ord"]
         name = (call.name, repr(order))
     if x.shape:
@@ -89,6 +90,7 @@ def ordering(call: RuleContext) -> Any:
     if not x.owner_varies(dim):
         # Within a sample the order is the sample's own affair.
         return _scanned(call, [dim])
+    # All samples as one statistic: as many numbers as entries for ``sort``, k of them for ``topk``.
     name = (call.name, repr(call["descending"] or call["largest"]))
     values = replace(a.reduce(name, x, [dim], True, long=all_values), shape=call.shape)
     return numbered([values, positions])[-len(call.shapes) :]
@@ -113,6 +115,7 @@ def softmax(call: RuleContext) -> Ownership:
     a, x = call.algebra, call["self"]
     if not x.shape:
         return a.pointwise(call.name, x)
+    # Not by the maximum and a sum, as kernels do: one statistic instead of two.
     normalisation = a.reduce("logsumexp", x, call.dims(), True, monoid=True)
     return a.pointwise(call.name, x, normalisation)
 
@@ -154,6 +157,7 @@ def layer_norm(call: RuleContext) -> Any:
 def group_norm(call: RuleContext) -> Any:
     """Moments over groups of channels and all positions of a sample."""
     a, x, groups = call.algebra, call["input"], call["group"]
+    # Groups and positions become dims of their own, so that moments are over the last alone.
     parts = reshape(x, (x.shape[0], groups, math.prod(x.shape[1:]) // groups))
     spread = [a.reduce("mean", parts, [2], True), a.reduce("var", parts, [2], True)]
     y = reshape(a.pointwise((call.name, call["eps"]), parts, *spread), x.shape)
