@@ -68,6 +68,7 @@ class DependenceRecord:
         A statistic is used at several places, in whole or in part: the largest use is the one
         that counts.
         """
+        # Sizes are not added: parts of a statistic that are used apart may be the same numbers.
         before = self.uses.get(statistics)
         if before is not None:
             size = max(size, before.size)

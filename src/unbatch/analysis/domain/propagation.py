@@ -142,9 +142,11 @@ class Propagation:
         that the output is. ``linear``: it is so in the operands, whose weights per sample then
         stay factors.
         """
+        # Factors per sample stay factors in what is linear; elsewhere they make functions differ.
         if not linear and any_weighted(operands):
             key = weighted_key(owner, key)
         statistics, sources, mixers, atoms = _origins(operands)
+        # Only the step at which samples become mixed is noted: that one is to blame.
         if _becomes_mixed(owner, operands):
             self.record.mixing[self.step] = how
             mixers |= {self.step}
@@ -255,6 +257,7 @@ class Propagation:
             sources = terms[0].sources | terms[1].sources
             root = self.statistic("sum", owner[mixed], math.prod(shape), sources)
         out = self.result(shape, owner, key, terms, "pairwise", root, bool(kind))
+        # What is linear keeps a sum over samples a sum; anything else on mixed values does not.
         if kind:
             return of_linear(out, terms, kind, factor is not None, self.record)
         if out.mixed and not polynomial:
@@ -318,6 +321,7 @@ class Propagation:
         shape = with_one(x.shape, axes)
         root = None
         if combined:
+            # Sorted values are as many as there were, all others one for each place that is left.
             entries = math.prod(x.shape if long else shape)
             root = self.statistic(name, owner, entries, x.sources, long)
         out = self.result(shape, owner, key, [x], "unsymmetric", root, linear)
@@ -336,6 +340,7 @@ class Propagation:
         five.
         """
         ndim = len(x.shape)
+        # Elements to be combined along one last axis.
         rest = without_dims(range(ndim), axes)
         order = [*rest, *axes]
         rows = without_dims(x.key.shape, axes)

@@ -148,6 +148,7 @@ def prediction_dim(value: Ownership, samples: int, leading: bool = True) -> int 
     """
     if leading and value.shape[:1] == (samples,):
         return 0
+    # Elsewhere slice n is sample n's by its owners alone, so these have to say so.
     dim = value.sample_dim()
     if dim is not None and value.shape[dim] == samples:
         return dim
@@ -159,7 +160,7 @@ def prediction_dim(value: Ownership, samples: int, leading: bool = True) -> int 
 def holds_its_place(value: Ownership, samples: int, leading: bool) -> bool:
     """Tell whether slice n of a prediction belongs to sample n (or to none)."""
     if value.coupled:
-        return False
+        return False  # an element of several samples has no place among them
     if not value.owned:
         return True
     dim = prediction_dim(value, samples, leading)

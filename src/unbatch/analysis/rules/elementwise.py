@@ -82,6 +82,7 @@ def fused_dropout(call: RuleContext) -> Any:
     x = call.marks[0]
     if call["train"] is False:
         return [x, filled(call.shape, "all kept")]
+    # The mask is an output of its own, read again by the backward pass.
     mask = noise(call)
     return [call.algebra.pointwise(call.title, x, mask), mask]
 
@@ -94,6 +95,7 @@ def addition(call: RuleContext) -> Ownership:
     """A sum is followed as one, so that a loop over samples is recognised as one."""
     other = call["other"]
     is_tensor = isinstance(other, Ownership)
+    # As ``sum()`` of a list begins: what is added to zero is itself.
     adds_zero = not is_tensor and other == 0 and call.name != "rsub"
     if adds_zero and len(call.marks) == 1:
         return call.marks[0]
@@ -170,6 +172,7 @@ def among(call: RuleContext) -> Ownership:
 
 
 def _value_and_table(call: RuleContext) -> tuple[Any, Any]:
+    """What is compared, and the list it is compared with; each may be a number."""
     if call.name == "isin":
         return call["elements"], call["test_elements"]
     if call.name == "searchsorted":

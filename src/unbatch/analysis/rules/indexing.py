@@ -233,6 +233,8 @@ def _selected(call: RuleContext, selection: Selection) -> Ownership:
     x, rank, before = selection.x, selection.rank, selection.position
     dims = selection.fixed_dims
     numbers = [index.numbers for index in selection.followed if index.dim in dims]
+    # The dims of the index, as far as they are known to differ: with loose indices alone there are
+    # none, and ``pointwise`` brings them in below.
     picked = np.broadcast_shapes(*(array.shape for array in numbers))
     picked = (1,) * (rank - len(picked)) + picked
     shape = (*call.shape[:before], *picked, *call.shape[before + rank :])
@@ -245,6 +247,7 @@ def _selected(call: RuleContext, selection: Selection) -> Ownership:
         where = selection.where([])
         out = replace(x, shape=shape, owner=x.owner[where], key=x.key[where])
         if selection.followed:
+            # Which entries were picked is part of what an index means now.
             names = [index.name for index in selection.followed]
             out = replace(out, key=mix(out.key, code("index", names)))
         if numbers:
@@ -277,6 +280,7 @@ def _repeated(out: Ownership, numbers: list[Array], end: int) -> Ownership:
 
 
 def _constant_along(array: Array, dim: int) -> bool:
+    """Tell whether all entries along a dim are equal."""
     return bool((array == array.take([0], axis=dim)).all())
 
 
@@ -290,6 +294,7 @@ def _gather(call: RuleContext) -> Ownership:
     if not own_choice(x, dim, index):
         numbers = call.values.get("index")
     follows = exact(call, index, numbers)
+    # With samples somewhere among the elements, each place is looked up.
     if follows and x.explicit(range(len(x.shape))):
 
         def run(place: Array) -> Array:
@@ -332,6 +337,7 @@ def counts(call: RuleContext) -> Ownership:
     operands = [m for m in call.marks if m.shape == x.shape]
     if len(operands) > 1:
         x = call.algebra.pointwise("weigh", *operands)
+    # One statistic of all values; the counts of the numbers are told apart by their index.
     whole = call.algebra.reduce(call.title, x)
     return replace(whole, shape=call.shape, owner=whole.owner.reshape(1), key=whole.key.reshape(1))
 

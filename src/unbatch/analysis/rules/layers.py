@@ -134,6 +134,8 @@ def attention(call: RuleContext) -> Any:
     a, q = call.algebra, call["query"]
     k, v = _repeat_heads(call["key"], q), _repeat_heads(call["value"], q)
     lead = "bhgef"[: len(q.shape) - 2]
+    # The contraction over s below makes each position a function of all others: no mixing, as long
+    # as samples lie along ``lead``.
     scores = a.contract("mul", [q, k], (f"{lead}td", f"{lead}sd"), f"{lead}ts")
     scores = _masked(call, scores)
     weights = a.pointwise("softmax", scores, a.reduce("logsumexp", scores, [-1], True))
@@ -146,6 +148,7 @@ def attention(call: RuleContext) -> Any:
 
 
 def _masked(call: RuleContext, scores: Ownership) -> Ownership:
+    """Scores with what masks add to them; the causal mask is a constant of two positions."""
     masks = call.tensors("attn_mask", "attn_bias")  # kernels call it one or the other
     if masks:
         scores = call.algebra.pointwise("mask", scores, masks[0])
@@ -156,6 +159,7 @@ def _masked(call: RuleContext, scores: Ownership) -> Ownership:
 
 def _repeat_heads(x: Ownership, q: Ownership) -> Ownership:
     """Keys or values of grouped heads: each is that of several heads of queries."""
+    # As many heads as queries have, or no dim of heads at all.
     if len(x.shape) < 3 or x.shape[-3] == q.shape[-3]:
         return x
     repeats = q.shape[-3] // x.shape[-3]
@@ -199,6 +203,7 @@ def convolution(call: RuleContext) -> Ownership:
     x = replace(x, shape=(n, channels, *call.shape[2:]))
     x = reshape(x, (n, groups, channels // groups, *x.shape[2:]))
     w = _grouped_weight(call, channels // groups)
+    # All taps of a weight are used for each output, in an order that is part of the op's name.
     w = summary(call, "taps", w, range(3, len(w.shape)))
     name = (call.name, repr([call[k] for k in CONVOLUTION]))
     letters = "xyz"[: len(space)]
@@ -303,6 +308,7 @@ def solve(call: RuleContext) -> Any:
     if call["left"] is False:
         along = ndim - 1
     columns = summary(call, "solve", rhs, [along], True)
+    # Everything else is used as a whole for each column.
     whole = [_solver_operand(call, m, ndim) for m in others]
     out = call.algebra.pointwise(call.title, columns, *whole)
     results = []
@@ -329,6 +335,7 @@ def _solver_operand(call: RuleContext, m: Ownership, ndim: int) -> Ownership:
 def embedding(call: RuleContext) -> Ownership:
     """Each index takes a row of the table, whichever it is."""
     indices, table = call["indices"], call["weight"]
+    # A table made from the batch is used as a whole by samples that look something up in it.
     if indices.owned:
         call.algebra.consume_alone(table)
     row = summary(call, "rows", table, [0])

@@ -60,6 +60,7 @@ def nll_loss(call: RuleContext) -> Any:
         amount = a.reduce("sum", amounts)
     if call["reduction"] == NONE or not loss.shape:
         return [loss, amount]
+    # The mean of PyTorch divides by the sum of weights, and not by the number of samples.
     out = a.reduce("sum", loss)
     if call["reduction"] == MEAN:
         out = a.pointwise("div", out, amount, kind="scale")

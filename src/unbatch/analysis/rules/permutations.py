@@ -181,6 +181,7 @@ def _left_only(call: RuleContext, rows: Permuted) -> bool:
 
 
 def _all_tensors(call: RuleContext, rows: Permuted) -> bool:
+    """All factors of a batched product are permuted alike."""
     return len(rows) == len(call.marks)
 
 
@@ -198,27 +199,33 @@ def _in_order(call: RuleContext, rows: Permuted) -> bool:
 
 
 def _expands_rows(call: RuleContext, rows: Permuted) -> bool:
+    """No dim comes before that of the rows."""
     return len(call["self"].shape) == len(call.shape)
 
 
 def _inserts_behind(call: RuleContext, rows: Permuted) -> bool:
+    """The new dim comes behind that of the rows."""
     return call["dim"] % (len(call["self"].shape) + 1) != 0
 
 
 def _permutes_behind(call: RuleContext, rows: Permuted) -> bool:
+    """Rows stay the first dim."""
     return call["dims"][0] == 0
 
 
 def _transposes_behind(call: RuleContext, rows: Permuted) -> bool:
+    """Two dims are exchanged, neither of them that of the rows."""
     ndim = len(call["self"].shape)
     return call["dim0"] % ndim != 0 and call["dim1"] % ndim != 0
 
 
 def _pads_behind(call: RuleContext, rows: Permuted) -> bool:
+    """No rows are added: the pads, given from the last dim on, do not go as far as the first."""
     return len(call["pad"]) < 2 * len(call["self"].shape)
 
 
 def _normalises_rows(call: RuleContext, rows: Permuted) -> bool:
+    """Moments are taken within a row, with weights that are the same for all rows."""
     return set(rows) == {"input"} and len(call["normalized_shape"]) < len(call["input"].shape)
 
 
@@ -270,6 +277,7 @@ def _acts_on_rows(call: RuleContext, rows: Permuted, count: int) -> bool:
 
 
 def _permutation(n: int, name: int, inverse: bool) -> Arranged:
+    """The permutation of n rows that a step made, or its inverse: 0, 1, .. permuted by it."""
     return Arranged(shared((n,), "arange"), name, inverse, np.arange(n))
 
 
@@ -408,6 +416,7 @@ def _one_row_each(call: RuleContext, index: Arranged, source: str) -> bool:
 
 
 def _source_name(call: RuleContext) -> str | None:
+    """The name of the argument that is written."""
     for name in ("values", "source", "src"):
         if isinstance(call[name], Ownership):
             return name

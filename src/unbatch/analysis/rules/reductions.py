@@ -65,6 +65,7 @@ def selection(call: RuleContext) -> Any:
     position_only = call.name.startswith("arg")
     if len(call.shapes) == 1 and not position_only:
         return values
+    # The position knows the order: over the samples it is mixed.
     positions = summary(call, title, x, dims, keepdim, "position")
     if position_only:
         return positions
@@ -105,6 +106,7 @@ def ordered(call: RuleContext) -> Any:
 
 
 def _scanned(call: RuleContext, dims: list[int]) -> list[Ownership]:
+    """Every output along ``dims`` as a function of all inputs there."""
     x = call["self"]
     return numbered([call.algebra.scan(call.title, x, dims, shape=shape) for shape in call.shapes])
 
@@ -124,6 +126,7 @@ def softmax(call: RuleContext) -> Ownership:
 def softmax_backward(call: RuleContext) -> Ownership:
     """The vjp of a softmax ``s`` is ``s * (g - sum(g * s))``."""
     a, g, s = call.algebra, call["grad_output"], call["output"]
+    # A sum within the sample, as the softmax is over classes or positions.
     inner = a.reduce("sum", a.pointwise("mul", g, s), call.dims(of="output"), True)
     return a.pointwise(call.name, g, s, inner)
 
@@ -190,6 +193,7 @@ def batch_norm(call: RuleContext) -> Any:
 
 
 def _batch_moments(call: RuleContext) -> list[Ownership]:
+    """Mean and variance of each channel: batch statistics, if samples are among the other dims."""
     x = call["input"]
     dims = [0, *range(2, len(x.shape))]
     return [call.algebra.reduce("mean", x, dims), call.algebra.reduce("var", x, dims)]
@@ -198,6 +202,7 @@ def _batch_moments(call: RuleContext) -> list[Ownership]:
 def running_statistics(call: RuleContext) -> dict[str, Ownership]:
     """Return what a training batch norm leaves in its running statistics."""
     after = {}
+    # The old value and the new one, weighted by the momentum; without running statistics, nothing.
     for name, moment in zip(ops.RUNNING, _batch_moments(call), strict=True):
         if call[name] is not None:
             after[name] = call.algebra.pointwise("momentum", call[name], moment)

@@ -142,6 +142,7 @@ class RuleContext:
 
 
 def _has_tensors(argument: Any) -> bool:
+    """Tell whether an argument is a tensor, or a list with one."""
     if isinstance(argument, list | tuple):
         return any(isinstance(m, Ownership) for m in argument)
     return isinstance(argument, Ownership)
@@ -173,6 +174,7 @@ def register_rule(op: Any, function: Rule, *, replace: bool = False) -> None:
     """
     if not isinstance(op, torch._ops.OpOverload):
         raise errors.InputError(errors.MSG_UNKNOWN_RULE.format(value=op))
+    # An op of a user's may bear the name of an ATen op, which then is another op.
     has_rule = op in CUSTOM or (op.namespace == "aten" and base_name(op) in RULES)
     if has_rule and not replace:
         raise errors.InputError(errors.MSG_RULE_TAKEN.format(value=op))
@@ -182,7 +184,7 @@ def register_rule(op: Any, function: Rule, *, replace: bool = False) -> None:
 def lookup(op: Any) -> Rule | None:
     """Return the rule of an op; None if it has none and is to be decomposed."""
     if op in CUSTOM:
-        return CUSTOM[op]
+        return CUSTOM[op]  # before all else, so that a rule can be replaced
     if op in ASSUMED:
         return independent
     name = base_name(op)

@@ -139,6 +139,7 @@ def _run(call: RuleContext, place: Array) -> Array:
     for name, argument in call.arguments.items():
         is_tensor = isinstance(argument, Ownership)
         arguments[name] = torch.from_numpy(place) if is_tensor else argument
+    # The numbers of elements go where the elements would; so no rule has to know how an op moves.
     out = call.op(**arguments)
     if not isinstance(out, torch.Tensor):
         out = out[0]
@@ -198,12 +199,14 @@ def part(call: RuleContext) -> Ownership:
     dim = call["dim"] % len(x.shape)
     if call.shape == x.shape:
         return x
+    # As slices in Python, bounds may be absent, negative, or beyond the end.
     bounds = slice(call["start"], call["end"], call["step"])
     return _slice(x, dim, slice(*bounds.indices(x.shape[dim])), call.shape)
 
 
 def _slice(x: Ownership, dim: int, entries: slice, shape: Sequence[int]) -> Ownership:
     """``x`` with some entries along ``dim``, of which ``shape`` is left."""
+    # Where samples (or anything that differs) lie along the dim, arrays are sliced as the value is.
     if x.key.shape[dim] > 1:
         where = (*[slice(None)] * dim, entries)
         return replace(x, shape=tuple(shape), owner=x.owner[where], key=x.key[where])
@@ -262,6 +265,7 @@ def bounded(call: RuleContext, out: Ownership, x: Ownership) -> Ownership:
     long = {r for r in x.given if definitions[r].long}
     if not long:
         return out
+    # What is picked is defined anew, of a fixed size, in place of what it was picked from.
     picked = call.algebra.statistic("picked", out.owner, out.size, x.sources)
     statistics = x.given - long
     if picked is not None:

@@ -38,6 +38,7 @@ def scattered(
 
     Where ``accumulate``, what lands at a position is added to what is there.
     """
+    # Element by element, since any of them may be overwritten by any other.
     base, src = spell_out(base), spell_out(src)
     owner = np.broadcast_to(base.owner, base.shape).reshape(-1).copy()
     key = np.broadcast_to(base.key, base.shape).reshape(-1).copy()
@@ -122,6 +123,7 @@ def scatter(call: RuleContext) -> Ownership:
     dim = call.dims()[0]
     by_slice = call.name.startswith("index_")
     numbers: Any = call.values.get("index")
+    # Without a tensor a number is written, the same at each place.
     src = _source(call, () if by_slice else index.shape)
     if not exact(call, index, numbers):
         return _scatter_anywhere(call, dim, src, by_slice)
@@ -193,6 +195,7 @@ def _index_put(call: RuleContext, x: Ownership, accumulate: bool) -> Ownership:
         where: list[Any] = [slice(None)] * len(indices)
         for d in fixed:
             where[d] = numbers[d]
+        # Numpy's indexing of positions says where PyTorch's would write.
         place = _positions(x)[tuple(where)]
         return scattered(call.algebra, x, place, expand(values, place.shape), accumulate)
     if len(indices) == 1 and is_mask(numbers[0]) and not values.shape:
