@@ -393,19 +393,21 @@ def _written(call: RuleContext, rows: Permuted, rule: Rule) -> list[OutputRows]:
         return []
     adding = call.name == "index_add" or bool(call["accumulate"])
     if source not in rows:
-        overwrites = not adding and not call["reduce"]
-        if overwrites and index.is_permutation and _counts_through(call, source):
-            # The inverse of p, made by writing 0, 1, .. to where p says.
-            count = index.under.shape[0]
-            inverse = _permutation(count, index.permutation, not index.inverse)
-            return [OutputRows(0, inverse)]
-        return []
+        return [] if adding else _inverse_by_write(call, index, source)
     if rows[source].order != index.order or index.values is None:
         return []
     if adding or index.is_permutation:
         return [OutputRows(0, marks=_with_index(call, rows, rule))]
     # Where a place is written to twice, which row is left depends on the order after all.
     return []
+
+
+def _inverse_by_write(call: RuleContext, index: Arranged, source: str) -> list[OutputRows]:
+    """The inverse of p, made by writing 0, 1, .. to where p says."""
+    if call["reduce"] or not index.is_permutation or not _counts_through(call, source):
+        return []
+    count = index.under.shape[0]
+    return [OutputRows(0, _permutation(count, index.permutation, not index.inverse))]
 
 
 def _one_row_each(call: RuleContext, index: Arranged, source: str) -> bool:

@@ -174,8 +174,7 @@ def register_rule(op: Any, function: Rule, *, replace: bool = False) -> None:
     """
     if not isinstance(op, torch._ops.OpOverload):
         raise errors.InputError(errors.MSG_UNKNOWN_RULE.format(value=op))
-    # An op of a user's may bear the name of an ATen op, which then is another op.
-    has_rule = op in CUSTOM or (op.namespace == "aten" and base_name(op) in RULES)
+    has_rule = op in CUSTOM or base_name(op) in RULES
     if has_rule and not replace:
         raise errors.InputError(errors.MSG_RULE_TAKEN.format(value=op))
     CUSTOM[op] = function
