@@ -7,6 +7,7 @@ the loss (reduction, SIMD loss): h holds, f fails, a dot where nothing is demand
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -56,6 +57,13 @@ def overwritten_while_sorted(h):
     y = h[order(h)].clone()
     y[0] = 0
     return y[order(h).argsort()]
+
+
+def mask_of_bytes(h):
+    """PyTorch takes bytes for a mask, so every row becomes that of sample 1."""
+    y = h.clone()
+    y[torch.ones(N, dtype=torch.uint8)] = h[1:2]
+    return y
 
 
 def queries(h):
@@ -228,6 +236,26 @@ def test_an_index_whose_numbers_are_not_known_may_hit_any_sample():
         {"self": x_, "indices": [index]},
         [(N, D)],
         {"indices": [None]},
+    )
+    assert RULES["index"](call).mixed
+
+
+@pytest.mark.filterwarnings("ignore:indexing with dtype torch.uint8:UserWarning")
+def test_a_mask_of_bytes_is_a_mask_in_a_write():
+    structure = ub.Problem(Forward(mask_of_bytes), lambda p: 0 * p.sum(), (x(), None)).structure
+    check(structure, FORWARD, "fff")
+
+
+def test_a_mask_of_another_batch_forgets_no_index_beside_it():
+    """How many entries there are depends on the inputs, and which of them on the samples."""
+    table, index = shared((N, D), "table"), batched((N,), 0, "x")
+    mask = shared((D,), "mask", ["inputs"])
+    call = RuleContext(
+        Propagation(N),
+        torch.ops.aten.index.Tensor,
+        {"self": table, "indices": [index, mask]},
+        [(N,)],
+        {"indices": [None, np.ones(D, dtype=bool)]},
     )
     assert RULES["index"](call).mixed
 

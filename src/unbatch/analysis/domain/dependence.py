@@ -68,6 +68,7 @@ class DependenceRecord:
         A statistic is used at several places, in whole or in part: the largest use is the one
         that counts.
         """
+        # Sizes are not added: parts of a statistic that are used apart may be the same numbers.
         before = self.uses.get(statistics)
         if before is not None:
             size = max(size, before.size)
@@ -77,6 +78,15 @@ class DependenceRecord:
     def of_predictions(self, statistics: frozenset[int]) -> bool:
         """Tell whether any of ``statistics`` is one of the predictions."""
         return any("predictions" in self.definitions[s].sources for s in statistics)
+
+    def partial_sums(self, statistics: frozenset[int]) -> frozenset[int]:
+        """Return those of ``statistics`` that are sums over a part of the batch."""
+        partial = set()
+        for s in statistics:
+            definition = self.definitions[s]
+            if definition.kind == "sum" and definition.groups:
+                partial.add(s)
+        return frozenset(partial)
 
     def groups_used(self) -> frozenset[int]:
         """Return the owners of the sets of samples whose statistics are used."""

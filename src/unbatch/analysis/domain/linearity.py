@@ -108,6 +108,7 @@ def with_atom(out: Ownership, record: DependenceRecord) -> Ownership:
         return out
     if record.of_predictions(out.given):
         return out
+    # Scalars of different functions are not one scalar of the samples.
     keys = np.unique(out.key)
     if len(keys) != 1:
         return out
@@ -183,6 +184,7 @@ def of_reduction(
     has.
     """
     linear, monoid = name
+    # What is summed depends on one sample each, and on no other through a statistic.
     separate = combined and not x.mixed and not record.of_predictions(x.given)
     atoms = out.atoms
     if separate and monoid and not out.mixed and math.prod(out.shape) == 1:

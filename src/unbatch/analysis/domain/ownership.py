@@ -109,6 +109,7 @@ def _along(size: int, dim: int, ndim: int) -> list[int]:
 
 def code(*things: object) -> Array:
     """Return a 64-bit hash of the printed form of ``things``."""
+    # Not Python's own hash, which differs from run to run.
     digest = hashlib.blake2b(repr(things).encode(), digest_size=8).digest()
     return np.frombuffer(digest, dtype=np.uint64).reshape(())
 
@@ -170,6 +171,7 @@ class Ownership:
     weighted: bool = False
 
     def __post_init__(self) -> None:
+        # Both arrays have one shape, and a dim for each dim of the value.
         assert self.owner.shape == self.key.shape
         assert self.owner.ndim == len(self.shape)
 
@@ -303,6 +305,7 @@ def explicit_arrays(x: Ownership, explicit: Iterable[int]) -> tuple[Array, Array
             key = mix(key, index_along(x.shape[d], d, len(x.shape)))
         elif d not in dims and key.shape[d] > 1:
             owner, key = owner.take([0], axis=d), key.take([0], axis=d)
+    # The keys may have got more entries than the owners have; both are of one shape again.
     owner = np.broadcast_to(owner, np.broadcast_shapes(owner.shape, key.shape))
     return owner, key
 
@@ -318,6 +321,7 @@ def compress(x: Ownership, dims: Iterable[int] | None = None) -> Ownership:
     if not key.size:
         return shared(x.shape, "empty", x.sources)
     candidates = range(len(x.shape)) if dims is None else dims
+    # From the last dim on, since the hash of a dim's keys goes into those of the dims before it.
     for d in sorted(candidates, reverse=True):
         if key.shape[d] == 1 or varies(owner, d):
             continue
@@ -346,6 +350,7 @@ def permute(x: Ownership, order: Sequence[int], record: bool = True) -> Ownershi
     """
     key = x.key
     plain = [d for d in order if x.plain(d)]
+    # Explicit dims have their index in the keys of the elements already, or do without.
     if record and plain != sorted(plain):
         key = mix(key, code("permute", tuple(np.argsort(plain))))
     shape = tuple(x.shape[d] for d in order)

@@ -142,31 +142,29 @@ class Propagation:
         that the output is. ``linear``: it is so in the operands, whose weights per sample then
         stay factors.
         """
+        # Factors per sample stay factors in what is linear; elsewhere they make functions differ.
         if not linear and any_weighted(operands):
             key = weighted_key(owner, key)
-        given, sources, mixers, atoms = _origins(operands)
+        statistics, sources, mixers, atoms = _origins(operands)
+        # Only the step at which samples become mixed is noted: that one is to blame.
         if _becomes_mixed(owner, operands):
             self.record.mixing[self.step] = how
             mixers |= {self.step}
         if root is not None:
-            given = self._with_statistic(given, root, how)
-        out = Ownership(tuple(shape), owner, key, given, sources, mixers, atoms)
+            statistics = self._with_statistic(statistics, root, how)
+        out = Ownership(tuple(shape), owner, key, statistics, sources, mixers, atoms)
         self._note_uses(out, operands)
         return with_atom(out, self.record)
 
-    def _with_statistic(self, given: frozenset[int], root: int, how: str) -> frozenset[int]:
+    def _with_statistic(self, statistics: frozenset[int], root: int, how: str) -> frozenset[int]:
         """The statistics that an output rests on, which is the statistic ``root`` itself.
 
         Adding up samples one by one defines a statistic at every step, each a part of the next.
         Only the last of them counts, so the partial sums are dropped when the sum goes on.
         """
         if how == "pairwise":
-            given = frozenset(r for r in given if not self._is_partial_sum(r))
-        return given | {root}
-
-    def _is_partial_sum(self, root: int) -> bool:
-        definition = self.record.definitions[root]
-        return definition.kind == "sum" and bool(definition.groups)
+            statistics -= self.record.partial_sums(statistics)
+        return statistics | {root}
 
     def _note_uses(self, out: Ownership, operands: Sequence[Ownership]) -> None:
         """Note the statistics that samples use here, and whether samples begin to differ here."""
@@ -185,8 +183,11 @@ class Propagation:
         if not x.given or x.owned or x.mixed:
             return
         # A long statistic stays bounded where no more than one sample's share of it is used.
-        definitions = [self.record.definitions[r] for r in x.given]
-        long = any(d.long and x.size > d.size // self.samples for d in definitions)
+        long = False
+        for r in x.given:
+            definition = self.record.definitions[r]
+            if definition.long and x.size > definition.size // self.samples:
+                long = True
         self.record.use(x.given, x.size, long)
 
     def given_predictions(self, x: Ownership) -> bool:
@@ -204,9 +205,10 @@ class Propagation:
         groups = frozenset(np.unique(owner[is_group(owner)]).tolist())
         if not groups and not (owner == SHARED).any():
             return None
+        # Of several sets the smallest counts: the fewer samples, the more each of them matters.
         members = self.samples
-        if groups:
-            members = int(min(self.sets.members(group).sum() for group in groups))
+        for group in groups:
+            members = min(members, int(self.sets.members(group).sum()))
         return self.record.define(
             StatisticDef(self.step, str(name), size, members, sources, long, groups)
         )
@@ -241,7 +243,7 @@ class Propagation:
         key = np.broadcast_to(code("pointwise", name), [1] * len(shape))
         for position, (x, (x_owner, x_key)) in enumerate(zip(aligned, arrays, strict=True)):
             if position == factor:
-                # A weight per sample is left out of the key: it is kept apart, as ``weighted``.
+                # A weight per sample is left out of the key; ``weighted`` says that there is one.
                 x_key = code("weight")
             if position:
                 owner = self.join(owner, x_owner)
@@ -255,6 +257,7 @@ class Propagation:
             sources = terms[0].sources | terms[1].sources
             root = self.statistic("sum", owner[mixed], math.prod(shape), sources)
         out = self.result(shape, owner, key, terms, "pairwise", root, bool(kind))
+        # What is linear keeps a sum over samples a sum; anything else on mixed values does not.
         if kind:
             return of_linear(out, terms, kind, factor is not None, self.record)
         if out.mixed and not polynomial:
@@ -278,6 +281,8 @@ class Propagation:
             as_sum = mix(full_key, code("sum over samples"))
             owners.append(full_owner)
             sums.append(np.where(is_sample(full_owner), as_sum, full_key))
+        # Sums are of one function if their keys agree, and over disjoint sets if no sample is in
+        # both. Anything else stays mixed.
         for place in np.argwhere((owner == MIXED) & (sums[0] == sums[1])):
             at = tuple(place)
             left = self.sets.members(int(owners[0][at]))
@@ -316,6 +321,7 @@ class Propagation:
         shape = with_one(x.shape, axes)
         root = None
         if combined:
+            # Sorted values are as many as there were, all others one for each place that is left.
             entries = math.prod(x.shape if long else shape)
             root = self.statistic(name, owner, entries, x.sources, long)
         out = self.result(shape, owner, key, [x], "unsymmetric", root, linear)
@@ -334,13 +340,19 @@ class Propagation:
         five.
         """
         ndim = len(x.shape)
+        # Elements to be combined along one last axis.
         rest = without_dims(range(ndim), axes)
         order = [*rest, *axes]
         rows = without_dims(x.key.shape, axes)
         owner = x.owner.transpose(order).reshape(*rows, -1)
         key = x.key.transpose(order).reshape(*rows, -1)
-        plain = [(x.shape[d], d in axes) for d in range(ndim) if x.plain(d)]
-        counts = [x.shape[d] for d in axes if x.key.shape[d] > 1]
+        plain = []
+        counts = []
+        for d in range(ndim):
+            if x.plain(d):
+                plain.append((x.shape[d], d in axes))
+            elif d in axes and x.key.shape[d] > 1:
+                counts.append(x.shape[d])
         key = mix(key, code("reduce", name, plain))
         owner, key, combined = self.sets.combine(owner, key)
         stored = with_one(x.key.shape, axes)
@@ -375,6 +387,7 @@ class Propagation:
                 one = single_owner(owner, d, True)
                 owner = np.where(several_owners(owner, d, True), MIXED, one).astype(np.int32)
         key = mix(key, code("scan", name, axes))
+        # Another shape may be given: as an output is plain along ``dims``, it has any size there.
         if shape is None:
             shape = x.shape
         return self.result(shape, owner, key, [x], how)
@@ -385,7 +398,9 @@ class Propagation:
         self, name: object, operands: Sequence[Ownership], indices: Sequence[str], out: str
     ) -> Ownership:
         """A sum of products, in einsum's letters: ``(("ni", "oi"), "no")`` is ``x @ w.T``."""
-        letters = "".join(dict.fromkeys("".join(indices)))
+        letters = "".join(dict.fromkeys("".join(indices)))  # each once, in order
+        # As einsum is defined: all products by broadcasting, then sums. Arrays are compressed, so
+        # the products are few, whatever the sizes of the values.
         spread = [_spread(x, i, letters) for x, i in zip(operands, indices, strict=True)]
         product = self.pointwise((name, tuple(indices), out), *spread, kind="scale")
         summed = []
@@ -413,16 +428,16 @@ def _origins(
     operands: Sequence[Ownership],
 ) -> tuple[frozenset[int], frozenset[str], frozenset[int], frozenset[int]]:
     """What an output takes over from all operands: ``given, sources, mixers, atoms``."""
-    given: frozenset[int] = frozenset()
+    statistics: frozenset[int] = frozenset()
     sources: frozenset[str] = frozenset()
     mixers: frozenset[int] = frozenset()
     atoms: frozenset[int] = frozenset()
     for x in operands:
-        given |= x.given
+        statistics |= x.given
         sources |= x.sources
         mixers |= x.mixers
         atoms |= x.atoms
-    return given, sources, mixers, atoms
+    return statistics, sources, mixers, atoms
 
 
 def _becomes_mixed(owner: Array, operands: Sequence[Ownership]) -> bool:

@@ -93,20 +93,20 @@ class Scattered:
         return torch.stack([torch.where(owner == n, t, 0) for n in range(first, last)])
 
 
-def layout_of(marks: Ownership, samples: int) -> Layout | None:
+def layout_of(value: Ownership, samples: int) -> Layout | None:
     """Return where the samples lie in a value.
 
     None where they share an axis unevenly, lie along several axes, or depend on each other.
     """
-    if not marks.separate:
+    if not value.separate:
         return None
-    dims = _sample_dims(marks, samples)
+    dims = _sample_dims(value, samples)
     if len(dims) != 1:
         return None
     (dim,) = dims
-    size, stored = marks.shape[dim], marks.owner.shape[dim]
+    size, stored = value.shape[dim], value.owner.shape[dim]
     # Owners as [entries along dim, everything else]: a line of owners, if it is one and the same.
-    lines = np.moveaxis(marks.owner, dim, 0).reshape(stored, -1)
+    lines = np.moveaxis(value.owner, dim, 0).reshape(stored, -1)
     if size == samples and follow_samples(lines, 0, samples):
         return Layout(dim, samples)
     owner = lines[:, 0]
@@ -115,12 +115,12 @@ def layout_of(marks: Ownership, samples: int) -> Layout | None:
     return _even_layout(owner, dim, samples)
 
 
-def _sample_dims(marks: Ownership, samples: int) -> list[int]:
+def _sample_dims(value: Ownership, samples: int) -> list[int]:
     """The axes on which samples lie. With one sample in the batch, the first that has its size."""
-    ndim = len(marks.shape)
+    ndim = len(value.shape)
     if samples == 1:
-        return [d for d in range(ndim) if marks.shape[d] == 1][:1]
-    return [d for d in range(ndim) if marks.owner_varies(d)]
+        return [d for d in range(ndim) if value.shape[d] == 1][:1]
+    return [d for d in range(ndim) if value.owner_varies(d)]
 
 
 def _even_layout(owner: Array, dim: int, samples: int) -> Layout | None:
@@ -140,61 +140,62 @@ def _even_layout(owner: Array, dim: int, samples: int) -> Layout | None:
 # --- of predictions -------------------------------------------------------------------------------
 
 
-def prediction_dim(marks: Ownership, samples: int, leading: bool = True) -> int | None:
+def prediction_dim(value: Ownership, samples: int, leading: bool = True) -> int | None:
     """Return the sample axis of a prediction.
 
     It is the first, unless the inputs carry samples elsewhere (not ``leading``). Then the owners
     say which, and for a prediction that no sample owns, the first axis of the right size.
     """
-    if leading and marks.shape[:1] == (samples,):
+    if leading and value.shape[:1] == (samples,):
         return 0
-    dim = marks.sample_dim()
-    if dim is not None and marks.shape[dim] == samples:
+    # Elsewhere slice n is sample n's by its owners alone, so these have to say so.
+    dim = value.sample_dim()
+    if dim is not None and value.shape[dim] == samples:
         return dim
-    if leading or marks.owned or samples not in marks.shape:
+    if leading or value.owned or samples not in value.shape:
         return None
-    return marks.shape.index(samples)
+    return value.shape.index(samples)
 
 
-def holds_its_place(marks: Ownership, samples: int, leading: bool) -> bool:
+def holds_its_place(value: Ownership, samples: int, leading: bool) -> bool:
     """Tell whether slice n of a prediction belongs to sample n (or to none)."""
-    if marks.coupled:
-        return False
-    if not marks.owned:
+    if value.coupled:
+        return False  # an element of several samples has no place among them
+    if not value.owned:
         return True
-    dim = prediction_dim(marks, samples, leading)
+    dim = prediction_dim(value, samples, leading)
     if dim is not None:
-        return follow_samples(marks.owner, dim, samples)
-    return contiguous_blocks(marks, samples) is not None
+        return follow_samples(value.owner, dim, samples)
+    return contiguous_blocks(value, samples) is not None
 
 
-def contiguous_blocks(marks: Ownership, samples: int) -> Array | None:
+def contiguous_blocks(value: Ownership, samples: int) -> Array | None:
     """Return keys as ``[samples, ..]`` if samples lie in equal blocks along the first axis."""
-    if not marks.shape or marks.shape[0] % samples or marks.key.shape[0] == 1:
+    if not value.shape or value.shape[0] % samples or value.key.shape[0] == 1:
         return None
-    if not follow_samples(marks.owner.reshape(samples, -1), 0, samples):
+    if not follow_samples(value.owner.reshape(samples, -1), 0, samples):
         return None
-    return marks.key.reshape(samples, -1)
+    return value.key.reshape(samples, -1)
 
 
-def uniform(marks: Ownership, samples: int, leading: bool) -> bool:
+def uniform(value: Ownership, samples: int, leading: bool) -> bool:
     """Tell whether slice n is the same function for every n."""
-    dim = prediction_dim(marks, samples, leading)
+    dim = prediction_dim(value, samples, leading)
     if dim is not None:
-        key = np.moveaxis(marks.key, dim, 0)
+        key = np.moveaxis(value.key, dim, 0)
         # Along a plain axis the index takes part in the keys, so the functions are different.
-        return not marks.plain(dim) and bool((key == key[:1]).all())
-    blocks = contiguous_blocks(marks, samples)
+        return not value.plain(dim) and bool((key == key[:1]).all())
+    blocks = contiguous_blocks(value, samples)
     return blocks is not None and bool((blocks == blocks[:1]).all())
 
 
-def in_order(marks: Ownership, samples: int) -> bool:
+def in_order(value: Ownership, samples: int) -> bool:
     """Tell whether samples follow on each other along some axis.
 
     They may do so once, each as often as it likes, or (interleaved with something else) again and
     again, each once.
     """
-    owner = np.atleast_1d(marks.owner)
+    owner = np.atleast_1d(value.owner)
     for dim in range(owner.ndim):
         line = np.moveaxis(owner, dim, 0).reshape(-1)
         owned = line[line != SHARED]

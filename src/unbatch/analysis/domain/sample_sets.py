@@ -83,6 +83,7 @@ class SampleSets:
         Shared with anything is that thing; equal owners stay; a sample with a set that it belongs
         to is the sample's, which uses a statistic of its set; everything else is mixed.
         """
+        # For single samples and SHARED first, which is all there is without sets.
         equal_or_alone = np.where((b == SHARED) | (a == b), a, MIXED)
         joined = np.where(a == SHARED, b, equal_or_alone).astype(np.int32)
         if not len(self):
@@ -97,6 +98,7 @@ class SampleSets:
         The third says whether several owners were combined in any of them.
         """
         out_owner, out_key = single_owner(owner, -1), total(key, axis=-1)
+        # Most rows have one owner at most (a reduction within samples), and need no further look.
         several = several_owners(owner, -1)
         if not several.any():
             return out_owner, out_key, False

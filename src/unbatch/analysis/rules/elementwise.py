@@ -30,6 +30,7 @@ def constant(call: RuleContext) -> Ownership:
         value = call[name]
         if value is not None and not isinstance(value, Ownership):
             numbers.append(repr(value))
+    # However a tensor of ones is made, it is the same function of nothing.
     name = call.name.removeprefix("new_").removesuffix("_like")
     base = filled(call.shape, (name, numbers))
     if not fills:
@@ -64,6 +65,7 @@ def shaped_noise(call: RuleContext) -> Ownership:
     if reads_self:
         shaping += call.tensors("self")
     if call.name in ("multinomial", "_sample_dirichlet"):
+        # A draw depends on all probabilities of its row.
         last = [len(call["self"].shape) - 1]
         shaping = [summary(call, call.title, m, last, True) for m in shaping]
         if shaping and shaping[0].shape[:-1] == call.shape[:-1]:
@@ -80,6 +82,7 @@ def fused_dropout(call: RuleContext) -> Any:
     x = call.marks[0]
     if call["train"] is False:
         return [x, filled(call.shape, "all kept")]
+    # The mask is an output of its own, read again by the backward pass.
     mask = noise(call)
     return [call.algebra.pointwise(call.title, x, mask), mask]
 
@@ -89,9 +92,10 @@ def fused_dropout(call: RuleContext) -> Any:
 
 @rule("add", "sub", "rsub")
 def addition(call: RuleContext) -> Ownership:
-    """A sum is followed as one, so that a loop over samples is found out; see ``pointwise``."""
+    """A sum is followed as one, so that a loop over samples is recognised as one."""
     other = call["other"]
     is_tensor = isinstance(other, Ownership)
+    # As ``sum()`` of a list begins: what is added to zero is itself.
     adds_zero = not is_tensor and other == 0 and call.name != "rsub"
     if adds_zero and len(call.marks) == 1:
         return call.marks[0]
@@ -106,17 +110,20 @@ def addition(call: RuleContext) -> Ownership:
 )
 def scaling(call: RuleContext) -> Ownership:
     """Products with factors, and copies."""
-    marks = call.marks
-    if not marks:
+    tensors = call.marks
+    if not tensors:
         return shared(call.shape, call.title)
-    by_predictions = call.name == "div" and len(marks) == 2 and "predictions" in marks[1].sources
+    by_predictions = (
+        call.name == "div" and len(tensors) == 2 and "predictions" in tensors[1].sources
+    )
     if by_predictions or call["rounding_mode"] is not None:
-        return call.algebra.pointwise(call.title, *marks)  # not linear
-    if len(marks) > 1 or call.name in ("mul", "div", "neg"):
-        return call.algebra.pointwise(call.title, *marks, kind="scale")
+        return call.algebra.pointwise(call.title, *tensors)  # not linear
+    # With a number for a factor there is one tensor, and the number is in the title.
+    if len(tensors) > 1 or call.name in ("mul", "div", "neg"):
+        return call.algebra.pointwise(call.title, *tensors, kind="scale")
     if call["dtype"] is not None or call.name == "_conj":
-        return cast(call, marks[0])
-    return marks[0]
+        return cast(call, tensors[0])
+    return tensors[0]
 
 
 def cast(call: RuleContext, x: Ownership) -> Ownership:
@@ -154,6 +161,7 @@ def among(call: RuleContext) -> Ownership:
     tensors = [m for m in (x, table) if isinstance(m, Ownership)]
     if not isinstance(table, Ownership):
         return call.algebra.pointwise(call.title, *tensors)
+    # Sorted lists row by row belong to the rows of the values; any other is read as a whole.
     by_row = call.name == "searchsorted" and len(table.shape) > 1 and isinstance(x, Ownership)
     if by_row:
         last = [len(table.shape) - 1]
@@ -164,6 +172,7 @@ def among(call: RuleContext) -> Ownership:
 
 
 def _value_and_table(call: RuleContext) -> tuple[Any, Any]:
+    """What is compared, and the list it is compared with; each may be a number."""
     if call.name == "isin":
         return call["elements"], call["test_elements"]
     if call.name == "searchsorted":

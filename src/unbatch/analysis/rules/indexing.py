@@ -32,6 +32,7 @@ from unbatch.analysis.rules.registry import (
     all_mixed,
     all_shared,
     digest,
+    known_for_every_batch,
     mixed,
     rule,
 )
@@ -110,9 +111,19 @@ class Selection:
     loose: list[Ownership]
 
     @property
+    def indexed_dims(self) -> list[int]:
+        """The dims of ``x`` that have an index."""
+        return [d for d, rank in enumerate(self.ranks) if rank is not None]
+
+    @property
+    def fixed_dims(self) -> list[int]:
+        """The dims whose index is followed. An empty index selects nothing, and is left out."""
+        return [index.dim for index in self.followed if index.numbers.size]
+
+    @property
     def rank(self) -> int:
         """How many dims the indices have, broadcast."""
-        return max((rank for rank in self.ranks if rank is not None), default=0)
+        return max((self.ranks[d] or 0 for d in self.indexed_dims), default=0)
 
     @property
     def position(self) -> int:
@@ -120,10 +131,24 @@ class Selection:
 
         In place of the dims that are indexed, if these are adjacent; otherwise at the front.
         """
-        dims = [d for d, rank in enumerate(self.ranks) if rank is not None]
+        dims = self.indexed_dims
         if dims and dims == list(range(dims[0], dims[-1] + 1)):
             return dims[0]
         return 0
+
+    def where(self, dims: list[int]) -> tuple[Any, ...]:
+        """Return an index for owners and keys: by the numbers along ``dims``.
+
+        Along the other dims with an index all entries are alike, and the first stands for them.
+        """
+        first = np.zeros((1,) * self.rank, dtype=np.int64)
+        where: list[Any] = [slice(None)] * len(self.ranks)
+        for d in self.indexed_dims:
+            where[d] = first
+        for index in self.followed:
+            if index.dim in dims:
+                where[index.dim] = index.numbers
+        return tuple(where)
 
 
 @rule("index _unsafe_index index_select gather take_along_dim take")
@@ -148,7 +173,7 @@ def indexed(call: RuleContext, x: Ownership, indices: list[Any], values: list[An
     if selection is not None:
         return _selected(call, selection)
     # A mask that depends on data: how many elements there are does, too.
-    if x.depends_on_batch or any(i is not None and i.depends_on_batch for i in indices):
+    if call.depends_on_batch:
         return mixed(call, call.shape, "data-dependent shape")
     return shared(call.shape, call.title)
 
@@ -160,15 +185,16 @@ def _sorted_by_knowledge(
     ranks: list[int | None] = []
     followed: list[FollowedIndex] = []
     loose: list[Ownership] = []
-    for index, known in zip(indices, values, strict=True):
+    for index, number in zip(indices, values, strict=True):
         dim = len(ranks)
         if index is None:
             ranks.append(None)
             continue
-        numbers = as_mask(known)
+        numbers = as_mask(number)
         if exact(call, index, numbers) and not own_choice(x, dim, index):
             x = _with_choice(call, x, index)
-            # A mask of several dims acts as one index along each of them.
+            # A mask of several dims acts as one index along each of them. Negative numbers count
+            # from the end.
             parts = np.nonzero(numbers) if is_mask(numbers) else (numbers,)
             for part in parts:
                 size = max(x.shape[len(ranks)], 1)
@@ -177,6 +203,7 @@ def _sorted_by_knowledge(
         elif is_mask(numbers):
             return None
         else:
+            # Any entry along the dim may be hit, so each result depends on all of them.
             use_whole(call.algebra, x, index)
             x = call.algebra.scan("lookup", x, [dim], "looked up")
             loose.append(index)
@@ -204,43 +231,37 @@ def _selected(call: RuleContext, selection: Selection) -> Ownership:
     are looked up.
     """
     x, rank, before = selection.x, selection.rank, selection.position
-    # An empty index selects nothing, so nothing has to be looked up.
-    fixed = [index for index in selection.followed if index.numbers.size]
-    dims = [index.dim for index in fixed]
-    look_up = x.explicit(dims)
-    if look_up:
-        x = spell_out(x, dims)
-    owner, key = _entries(selection, x, fixed if look_up else [])
-    if selection.followed and not look_up:
-        key = mix(key, code("index", [index.name for index in selection.followed]))
-    picked = np.broadcast_shapes(*(index.numbers.shape for index in fixed))
+    dims = selection.fixed_dims
+    numbers = [index.numbers for index in selection.followed if index.dim in dims]
+    # The dims of the index, as far as they are known to differ: with loose indices alone there are
+    # none, and ``pointwise`` brings them in below.
+    picked = np.broadcast_shapes(*(array.shape for array in numbers))
     picked = (1,) * (rank - len(picked)) + picked
     shape = (*call.shape[:before], *picked, *call.shape[before + rank :])
-    out = replace(x, shape=shape, owner=owner, key=key)
-    if look_up:
+    if x.explicit(dims):
+        x = spell_out(x, dims)
+        where = selection.where(dims)
+        out = replace(x, shape=shape, owner=x.owner[where], key=x.key[where])
         out = compress(out, range(before, before + rank))
-    elif fixed:
-        out = _repeated(out, [index.numbers for index in fixed], before + rank)
+    else:
+        where = selection.where([])
+        out = replace(x, shape=shape, owner=x.owner[where], key=x.key[where])
+        if selection.followed:
+            # Which entries were picked is part of what an index means now.
+            names = [index.name for index in selection.followed]
+            out = replace(out, key=mix(out.key, code("index", names)))
+        if numbers:
+            out = _repeated(out, numbers, before + rank)
     out = bounded(call, out, x)
     if not selection.loose:
         return out
+    # What a loose index says is part of the result, at the place of the index.
     ones_after = [1] * (len(shape) - before - rank)
     operands = []
     for index in selection.loose:
         ones_before = [1] * (rank - len(index.shape))
         operands.append(reshape(index, (*ones_before, *index.shape, *ones_after)))
     return call.algebra.pointwise("lookup", out, *operands)
-
-
-def _entries(
-    selection: Selection, x: Ownership, looked_up: list[FollowedIndex]
-) -> tuple[Array, Array]:
-    """Owners and keys at the indices; the first entry stands for dims that are not looked up."""
-    first = np.zeros((1,) * selection.rank, dtype=np.int64)
-    where: list[Any] = [slice(None) if rank is None else first for rank in selection.ranks]
-    for index in looked_up:
-        where[index.dim] = index.numbers
-    return x.owner[tuple(where)], x.key[tuple(where)]
 
 
 def _repeated(out: Ownership, numbers: list[Array], end: int) -> Ownership:
@@ -259,6 +280,7 @@ def _repeated(out: Ownership, numbers: list[Array], end: int) -> Ownership:
 
 
 def _constant_along(array: Array, dim: int) -> bool:
+    """Tell whether all entries along a dim are equal."""
     return bool((array == array.take([0], axis=dim)).all())
 
 
@@ -272,6 +294,7 @@ def _gather(call: RuleContext) -> Ownership:
     if not own_choice(x, dim, index):
         numbers = call.values.get("index")
     follows = exact(call, index, numbers)
+    # With samples somewhere among the elements, each place is looked up.
     if follows and x.explicit(range(len(x.shape))):
 
         def run(place: Array) -> Array:
@@ -280,6 +303,7 @@ def _gather(call: RuleContext) -> Ownership:
         return moved(x, run, call.shape)
     if not follows:
         use_whole(call.algebra, x, index)
+    # Along ``dim`` one entry is left that depends on all; it is combined with the index.
     scanned = call.algebra.scan("lookup", x, [dim], "looked up")
     shape = list(index.shape)
     shape[dim] = 1
@@ -313,6 +337,7 @@ def counts(call: RuleContext) -> Ownership:
     operands = [m for m in call.marks if m.shape == x.shape]
     if len(operands) > 1:
         x = call.algebra.pointwise("weigh", *operands)
+    # One statistic of all values; the counts of the numbers are told apart by their index.
     whole = call.algebra.reduce(call.title, x)
     return replace(whole, shape=call.shape, owner=whole.owner.reshape(1), key=whole.key.reshape(1))
 
@@ -323,7 +348,6 @@ def data_dependent(call: RuleContext) -> Any:
     if call.name == "repeat_interleave" and call.marks and not call.marks[0].depends_on_batch:
         name = (call.title, digest(call.marks[0]))
         return [shared(shape, name) for shape in call.shapes]
-    for m in call.marks:
-        if m.depends_on_batch or m.sources & {"inputs", "targets"}:
-            return all_mixed(call, "data-dependent shape")
-    return all_shared(call)
+    if all(known_for_every_batch(m) for m in call.marks):
+        return all_shared(call)
+    return all_mixed(call, "data-dependent shape")

@@ -69,7 +69,7 @@ def matmul(call: RuleContext) -> Ownership:
 def linear(call: RuleContext) -> Ownership:
     """A product with a matrix over the last dim."""
     x, w = call["input"], call["weight"]
-    lead = "abdefgh"[: len(x.shape) - 1]
+    lead = "abdefgh"[: len(x.shape) - 1]  # all letters but those of features
     out = call.algebra.contract("mul", [x, w], (lead + "i", "oi"), lead + "o")
     if call["bias"] is None:
         return out
@@ -134,6 +134,8 @@ def attention(call: RuleContext) -> Any:
     a, q = call.algebra, call["query"]
     k, v = _repeat_heads(call["key"], q), _repeat_heads(call["value"], q)
     lead = "bhgef"[: len(q.shape) - 2]
+    # The contraction over s below makes each position a function of all others: no mixing, as long
+    # as samples lie along ``lead``.
     scores = a.contract("mul", [q, k], (f"{lead}td", f"{lead}sd"), f"{lead}ts")
     scores = _masked(call, scores)
     weights = a.pointwise("softmax", scores, a.reduce("logsumexp", scores, [-1], True))
@@ -146,6 +148,7 @@ def attention(call: RuleContext) -> Any:
 
 
 def _masked(call: RuleContext, scores: Ownership) -> Ownership:
+    """Scores with what masks add to them; the causal mask is a constant of two positions."""
     masks = call.tensors("attn_mask", "attn_bias")  # kernels call it one or the other
     if masks:
         scores = call.algebra.pointwise("mask", scores, masks[0])
@@ -156,6 +159,7 @@ def _masked(call: RuleContext, scores: Ownership) -> Ownership:
 
 def _repeat_heads(x: Ownership, q: Ownership) -> Ownership:
     """Keys or values of grouped heads: each is that of several heads of queries."""
+    # As many heads as queries have, or no dim of heads at all.
     if len(x.shape) < 3 or x.shape[-3] == q.shape[-3]:
         return x
     repeats = q.shape[-3] // x.shape[-3]
@@ -172,8 +176,8 @@ def _attention_state(
     lead = len(normalisation.shape) - 1
     if len(shape) <= lead or shape[:lead] != normalisation.shape[:lead]:
         return shared(shape, "state", ["noise"])
-    kept = summary(call, "kept", normalisation, [lead])
-    return with_new_dims(kept, shape, lead, "kept")
+    rows = summary(call, "kept", normalisation, [lead])
+    return with_new_dims(rows, shape, lead, "kept")
 
 
 # --- convolutions ---------------------------------------------------------------------------------
@@ -191,12 +195,15 @@ def convolution(call: RuleContext) -> Ownership:
     """
     a, x, groups = call.algebra, call["input"], call["groups"]
     space = range(2, len(x.shape))
+    # Plain positions need no scan: all are functions of the same samples, by index, and so are
+    # windows of them. Only where samples lie along a position does a window mix them.
     if _reaches_out(call, x):
         x = a.scan("window", x, [d for d in space if x.key.shape[d] > 1])
     n, channels = x.shape[:2]
     x = replace(x, shape=(n, channels, *call.shape[2:]))
     x = reshape(x, (n, groups, channels // groups, *x.shape[2:]))
     w = _grouped_weight(call, channels // groups)
+    # All taps of a weight are used for each output, in an order that is part of the op's name.
     w = summary(call, "taps", w, range(3, len(w.shape)))
     name = (call.name, repr([call[k] for k in CONVOLUTION]))
     letters = "xyz"[: len(space)]
@@ -206,14 +213,17 @@ def convolution(call: RuleContext) -> Ownership:
 
 def _reaches_out(call: RuleContext, x: Ownership) -> bool:
     """Some window reaches beyond its own position along a dim where samples lie."""
-    explicit = [d for d in range(2, len(x.shape)) if x.key.shape[d] > 1]
-    if not explicit:
+    space = range(2, len(x.shape))
+    if not x.explicit(space):
         return False
     for name, plain in (("stride", 1), ("padding", 0), ("output_padding", 0)):
         widths = call[name] or []  # an op may lack the argument
         if any(width != plain for width in widths):
             return True
-    return any(call["weight"].shape[d] > 1 or call.shape[d] != x.shape[d] for d in explicit)
+    for d in space:
+        if x.key.shape[d] > 1 and (call["weight"].shape[d] > 1 or call.shape[d] != x.shape[d]):
+            return True
+    return False
 
 
 def _grouped_weight(call: RuleContext, inputs: int) -> Ownership:
@@ -234,15 +244,18 @@ def convolution_backward(call: RuleContext) -> Any:
     """By the input: a convolution again. By the weight and the bias: sums over the leading dim."""
     a, g, x, w = call.algebra, call["grad_output"], call["input"], call["weight"]
     space = range(2, len(g.shape))
+    # Channels would be contracted within groups, and windows would mix samples: not followed.
     if call["groups"] != 1 or g.explicit(space) or x.explicit(space):
         return [mixed(call, s, NO_RULE) if s else None for s in call.shapes]
-    g, x, w = (summary(call, "window", m, space) for m in (g, x, w))
+    g, x = summary(call, "window", g, space), summary(call, "window", x, space)
+    w = summary(call, "window", w, space)
     oi = "io" if call["transposed"] else "oi"
     gradients = (
         a.contract((call.title, 0), [g, w], ("no", oi), "ni"),
         a.contract((call.title, 1), [g, x], ("no", "ni"), oi),
         a.reduce("sum", g, [0]),
     )
+    # Of the three gradients those with a mask of True are returned.
     shapes = iter(call.shapes)
     results = []
     for m, used in zip(gradients, call["output_mask"], strict=True):
@@ -285,7 +298,7 @@ def with_new_dims(x: Ownership, shape: tuple[int, ...], lead: int, name: object)
 
 @rule("linalg_solve_triangular triangular_solve cholesky_solve _linalg_solve_ex linalg_lu_solve")
 def solve(call: RuleContext) -> Any:
-    """The columns of the right-hand side (its rows, if it stands on the left) are solved apart."""
+    """Columns of the right-hand side (rows, if it stands on the left) are solved one by one."""
     rhs = call["self"] if call["B"] is None else call["B"]
     ndim = len(rhs.shape)
     if ndim < 2:
@@ -295,6 +308,7 @@ def solve(call: RuleContext) -> Any:
     if call["left"] is False:
         along = ndim - 1
     columns = summary(call, "solve", rhs, [along], True)
+    # Everything else is used as a whole for each column.
     whole = [_solver_operand(call, m, ndim) for m in others]
     out = call.algebra.pointwise(call.title, columns, *whole)
     results = []
@@ -321,6 +335,7 @@ def _solver_operand(call: RuleContext, m: Ownership, ndim: int) -> Ownership:
 def embedding(call: RuleContext) -> Ownership:
     """Each index takes a row of the table, whichever it is."""
     indices, table = call["indices"], call["weight"]
+    # A table made from the batch is used as a whole by samples that look something up in it.
     if indices.owned:
         call.algebra.consume_alone(table)
     row = summary(call, "rows", table, [0])
@@ -332,7 +347,7 @@ def embedding_bag(call: RuleContext) -> Any:
     """Rows of a table, summed over the runs of a flat index that fixed offsets mark."""
     a, index, offsets = call.algebra, call["indices"], call.values.get("offsets")
     if offsets is None or not known_for_every_batch(call["offsets"]):
-        if any(m.depends_on_batch for m in call.marks):
+        if call.depends_on_batch:
             return all_mixed(call, NO_RULE)
         return [shared(shape, call.title) for shape in call.shapes]
     row = summary(call, "rows", call["weight"], [0])

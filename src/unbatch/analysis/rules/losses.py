@@ -43,7 +43,7 @@ def nll_loss(call: RuleContext) -> Any:
     With a weight for each class, or with ignored labels, that sum depends on the targets.
     """
     a, p, y, weight = call.algebra, call["self"], call["target"], call["weight"]
-    classes = 1 if len(p.shape) > 1 else 0
+    classes = 1 if len(p.shape) > 1 else 0  # [n, c, ..], or [c] for one sample
     if p.explicit([classes]):
         p = a.scan("classes", p, [classes])
     picked = collapse(p.with_key("pick"), [classes], False)
@@ -54,11 +54,13 @@ def nll_loss(call: RuleContext) -> Any:
     loss = a.pointwise(("nll", ignored), picked, y, *weights)
     amounts = a.pointwise(("weight", ignored), y, *weights)
     depends = weight is not None or ignored >= 0 or _ignored_unevenly(call, ignored)
+    # PyTorch's default label to ignore is negative: it is no class, and may not occur at all.
     amount = shared((), "count")
     if depends and amounts.shape:
         amount = a.reduce("sum", amounts)
     if call["reduction"] == NONE or not loss.shape:
         return [loss, amount]
+    # The mean of PyTorch divides by the sum of weights, and not by the number of samples.
     out = a.reduce("sum", loss)
     if call["reduction"] == MEAN:
         out = a.pointwise("div", out, amount, kind="scale")
@@ -102,6 +104,7 @@ def ctc_loss(call: RuleContext) -> Any:
     paths = summary(call, "path", call["log_probs"], [0, 2])
     if not all(_is_own_target(call, m) for m in call.marks[1:]):
         return all_mixed(call, NO_RULE)
+    # Each sample has labels of its own; of which kind is the same for all.
     labels = shared(paths.shape, "labels", (), [0])
     name = (call.name, call["blank"], call["zero_infinity"])
     loss = call.algebra.pointwise(name, paths, labels)

@@ -30,7 +30,8 @@ from unbatch.analysis.rules.registry import Rule, RuleContext
 from unbatch.capture import ops
 from unbatch.capture.ops import Moves
 
-# Types in which whole numbers below SMALL are exact (None: the type stays as it is).
+# Numbers of experts, and counts of them, may be cast on the way (``histc`` wants floats). In these
+# types whole numbers below SMALL stay exact; None: the type stays as it is.
 SMALL = 1 << 24
 EXACT = (None, torch.int32, torch.int64, torch.float32, torch.float64)
 
@@ -84,14 +85,19 @@ Permuted = Mapping[str, Arranged]  # the arguments of a step that are permuted r
 
 
 def follow(
-    call: RuleContext, step: int, all_known: Mapping[str, Arranged | Ends], rule: Rule | None
+    call: RuleContext, step: int, arguments: Mapping[str, Arranged | Ends], rule: Rule | None
 ) -> list[OutputRows]:
     """Return what is known about the outputs of a step beyond what its rule says.
 
-    ``all_known``: those of its arguments that are permuted rows, or counts of them, by name.
+    ``arguments``: those of its arguments that are permuted rows, or counts of them, by name.
     """
-    ends = {name: a for name, a in all_known.items() if isinstance(a, Ends)}
-    rows = {name: a for name, a in all_known.items() if isinstance(a, Arranged)}
+    rows: dict[str, Arranged] = {}
+    ends: dict[str, Ends] = {}
+    for name, argument in arguments.items():
+        if isinstance(argument, Ends):
+            ends[name] = argument
+        else:
+            rows[name] = argument
     if call.name in ("sort", "argsort"):
         return _sorted(call, step, rows)
     if call.name in ("histc", "bincount"):
@@ -153,10 +159,10 @@ def _numbers(call: RuleContext, rows: Permuted) -> Any:
     for name, argument in call.arguments.items():
         if not isinstance(argument, Ownership):
             continue
-        known = rows[name].values if name in rows else call.values.get(name)
-        if known is None:
+        numbers = rows[name].values if name in rows else call.values.get(name)
+        if numbers is None:
             return None
-        arguments[name] = torch.as_tensor(known)
+        arguments[name] = torch.as_tensor(numbers)
     out = call.op(**arguments)
     if out.is_floating_point():
         return None
@@ -175,17 +181,16 @@ def _left_only(call: RuleContext, rows: Permuted) -> bool:
 
 
 def _all_tensors(call: RuleContext, rows: Permuted) -> bool:
+    """All factors of a batched product are permuted alike."""
     return len(rows) == len(call.marks)
 
 
 def _other_dims(call: RuleContext, rows: Permuted) -> bool:
     """The op acts along dims other than the first."""
-    x = call["self"] if call["self"] is not None else call["input"]
-    dim = call["dim"]
-    if dim is None:
+    if call["dim"] is None:
         return False
-    dims = dim if isinstance(dim, list | tuple) else [dim]
-    return all(d % len(x.shape) != 0 for d in dims)
+    of = "input" if call["self"] is None else "self"
+    return 0 not in call.dims(of=of)
 
 
 def _in_order(call: RuleContext, rows: Permuted) -> bool:
@@ -194,27 +199,33 @@ def _in_order(call: RuleContext, rows: Permuted) -> bool:
 
 
 def _expands_rows(call: RuleContext, rows: Permuted) -> bool:
+    """No dim comes before that of the rows."""
     return len(call["self"].shape) == len(call.shape)
 
 
 def _inserts_behind(call: RuleContext, rows: Permuted) -> bool:
+    """The new dim comes behind that of the rows."""
     return call["dim"] % (len(call["self"].shape) + 1) != 0
 
 
 def _permutes_behind(call: RuleContext, rows: Permuted) -> bool:
+    """Rows stay the first dim."""
     return call["dims"][0] == 0
 
 
 def _transposes_behind(call: RuleContext, rows: Permuted) -> bool:
+    """Two dims are exchanged, neither of them that of the rows."""
     ndim = len(call["self"].shape)
     return call["dim0"] % ndim != 0 and call["dim1"] % ndim != 0
 
 
 def _pads_behind(call: RuleContext, rows: Permuted) -> bool:
+    """No rows are added: the pads, given from the last dim on, do not go as far as the first."""
     return len(call["pad"]) < 2 * len(call["self"].shape)
 
 
 def _normalises_rows(call: RuleContext, rows: Permuted) -> bool:
+    """Moments are taken within a row, with weights that are the same for all rows."""
     return set(rows) == {"input"} and len(call["normalized_shape"]) < len(call["input"].shape)
 
 
@@ -266,6 +277,7 @@ def _acts_on_rows(call: RuleContext, rows: Permuted, count: int) -> bool:
 
 
 def _permutation(n: int, name: int, inverse: bool) -> Arranged:
+    """The permutation of n rows that a step made, or its inverse: 0, 1, .. permuted by it."""
     return Arranged(shared((n,), "arange"), name, inverse, np.arange(n))
 
 
@@ -292,7 +304,7 @@ def _sorted(call: RuleContext, step: int, rows: Permuted) -> list[OutputRows]:
 
 
 def _small_and_whole(values: Any) -> bool:
-    """Known numbers are integers, and here none is negative or too large to be exact."""
+    """Tell whether numbers are known, not negative, and not too large to be exact."""
     return values is not None and values.min(initial=0) >= 0 and values.max(initial=0) < SMALL
 
 
@@ -361,9 +373,10 @@ def _with_index(call: RuleContext, rows: Permuted, rule: Rule) -> Ownership:
     """The rule with an index (also in a list of one) as it was before it was permuted."""
     arguments, values = dict(call.arguments), dict(call.values)
     for name, a in rows.items():
-        as_list = isinstance(arguments[name], list | tuple)
-        arguments[name] = [a.under] if as_list else a.under
-        values[name] = [a.values] if as_list else a.values
+        if isinstance(arguments[name], list | tuple):
+            arguments[name], values[name] = [a.under], [a.values]
+        else:
+            arguments[name], values[name] = a.under, a.values
     result = rule(replace(call, arguments=arguments, values=values))
     if isinstance(result, list | tuple):
         return result[0]
@@ -374,37 +387,47 @@ def _written(call: RuleContext, rows: Permuted, rule: Rule) -> list[OutputRows]:
     """Rows written to (or added at) the places they came from: the order no longer matters."""
     index = rows.get("index" if call["indices"] is None else "indices")
     source = _source_name(call)
-    if index is None or source is None or "self" in rows:
+    if index is None or source is None or not _one_row_each(call, index, source):
         return []
-    if call["dim"] not in (0, None) or is_mask(index.values) or len(index.under.shape) != 1:
-        return []
-    count = index.under.shape[0]
-    if call[source].shape != (count, *call["self"].shape[1:]):
+    if "self" in rows:
         return []
     adding = call.name == "index_add" or bool(call["accumulate"])
     if source not in rows:
-        overwrites = not adding and not call["reduce"]
-        if overwrites and index.is_permutation and _counts_through(call, source, count):
-            # The inverse of p, made by writing 0, 1, .. to where p says.
-            return [OutputRows(0, _permutation(count, index.permutation, not index.inverse))]
-        return []
+        return [] if adding else _inverse_by_write(call, index, source)
     if rows[source].order != index.order or index.values is None:
         return []
-    if not adding and not index.is_permutation:
-        return []  # one row may overwrite another
-    return [OutputRows(0, marks=_with_index(call, rows, rule))]
+    if adding or index.is_permutation:
+        return [OutputRows(0, marks=_with_index(call, rows, rule))]
+    # Where a place is written to twice, which row is left depends on the order after all.
+    return []
+
+
+def _inverse_by_write(call: RuleContext, index: Arranged, source: str) -> list[OutputRows]:
+    """The inverse of p, made by writing 0, 1, .. to where p says."""
+    if call["reduce"] or not index.is_permutation or not _counts_through(call, source):
+        return []
+    count = index.under.shape[0]
+    return [OutputRows(0, _permutation(count, index.permutation, not index.inverse))]
+
+
+def _one_row_each(call: RuleContext, index: Arranged, source: str) -> bool:
+    """Tell whether a vector of indices along the first dim has a row of the source each."""
+    if call["dim"] not in (0, None) or is_mask(index.values) or len(index.under.shape) != 1:
+        return False
+    return call[source].shape == (*index.under.shape, *call["self"].shape[1:])
 
 
 def _source_name(call: RuleContext) -> str | None:
+    """The name of the argument that is written."""
     for name in ("values", "source", "src"):
         if isinstance(call[name], Ownership):
             return name
     return None
 
 
-def _counts_through(call: RuleContext, name: str, count: int) -> bool:
-    """Tell whether an argument is known to be ``arange(count)``."""
-    if call[name].shape != (count,):
+def _counts_through(call: RuleContext, name: str) -> bool:
+    """Tell whether an argument is known to be the vector 0, 1, 2, .."""
+    if len(call[name].shape) != 1:
         return False
-    known = call.values.get(name)
-    return known is not None and np.array_equal(known, np.arange(count))
+    numbers = call.values.get(name)
+    return numbers is not None and np.array_equal(numbers, np.arange(len(numbers)))

@@ -1,8 +1,7 @@
 """Rules for whole layers that are one op, recurrent ones and encoders.
 
 Time runs inside, sequences are left alone. Every step of a sequence is taken to depend on all of
-that sequence, its first states and all weights: what is told apart is whose the values are, not
-when.
+that sequence, its first states and all weights: the rules say whose the values are, not when.
 
 Index letters: n sample (a sequence), t time, i/o input and output feature.
 """
@@ -77,6 +76,7 @@ def device_recurrence(call: RuleContext) -> Any:
     weights = whole(call, call["weight"])
     states = [summary(call, "state", h, [0, 2], True) for h in call.tensors("hx", "cx")]
     if call["train"] and call["dropout"]:
+        # Dropout between layers: noise of every sample's own, which one scalar stands for.
         weights.append(noise(replace(call, shapes=[()])))
     if call["batch_sizes"]:
         last, steps = _packed(call, states, weights)
@@ -115,6 +115,7 @@ def _packed(
     joined = stack(a, sequences)
     last = a.pointwise(call.title, unsqueeze(unsqueeze(joined, 0), 2), *states, *weights)
 
+    # A row is its sequence's, and differs from the other rows of it by its step.
     by_sequence = squeeze(last, [0, 2])
     by_row = spell_out(moved(by_sequence, lambda place: place[n_of_row], n_of_row.shape))
     by_row = replace(by_row, key=mix(by_row.key, t_of_row.astype(np.uint64)))
@@ -133,6 +134,7 @@ def packing(call: RuleContext) -> Any:
     if call["batch_first"]:
         x = permute(x, [1, 0, *range(2, len(x.shape))])
     steps, batch = x.shape[:2]
+    # Step by step, the sequences that are not over yet.
     running = np.asarray(lengths)[None] > np.arange(steps)[:, None]  # [t, n]
     rows = np.flatnonzero(running)
     flat = (steps * batch, *x.shape[2:])
@@ -152,8 +154,9 @@ def encoder_layer(call: RuleContext) -> Ownership:
 @rule("_native_multi_head_attention")
 def multi_head_attention(call: RuleContext) -> Any:
     """Attention with its projections; [n, t, i], and attention weights."""
-    parts = [summary(call, "sequence", call[k], [1, 2], True) for k in ("query", "key", "value")]
-    attended = call.algebra.pointwise("attended", *parts)
+    operands = call.tensors("query", "key", "value")
+    sequences = [summary(call, "sequence", x, [1, 2], True) for x in operands]
+    attended = call.algebra.pointwise("attended", *sequences)
     out = _encoded(call, attended, call.marks[3:])
     results = [expand_plain(out, call.shape)]
     for shape in call.shapes[1:]:

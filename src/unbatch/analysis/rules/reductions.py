@@ -28,6 +28,7 @@ def monoid(call: RuleContext) -> Ownership:
     linear = call.name in ("sum", "mean")
     name: Any = call.name
     if not linear:
+        # Norms of another order are other functions.
         order = call["p"] if call["ord"] is None else call["ord"]
         name = (call.name, repr(order))
     if x.shape:
@@ -64,6 +65,7 @@ def selection(call: RuleContext) -> Any:
     position_only = call.name.startswith("arg")
     if len(call.shapes) == 1 and not position_only:
         return values
+    # The position knows the order: over the samples it is mixed.
     positions = summary(call, title, x, dims, keepdim, "position")
     if position_only:
         return positions
@@ -89,6 +91,7 @@ def ordering(call: RuleContext) -> Any:
     if not x.owner_varies(dim):
         # Within a sample the order is the sample's own affair.
         return _scanned(call, [dim])
+    # All samples as one statistic: as many numbers as entries for ``sort``, k of them for ``topk``.
     name = (call.name, repr(call["descending"] or call["largest"]))
     values = replace(a.reduce(name, x, [dim], True, long=all_values), shape=call.shape)
     return numbered([values, positions])[-len(call.shapes) :]
@@ -103,6 +106,7 @@ def ordered(call: RuleContext) -> Any:
 
 
 def _scanned(call: RuleContext, dims: list[int]) -> list[Ownership]:
+    """Every output along ``dims`` as a function of all inputs there."""
     x = call["self"]
     return numbered([call.algebra.scan(call.title, x, dims, shape=shape) for shape in call.shapes])
 
@@ -113,6 +117,7 @@ def softmax(call: RuleContext) -> Ownership:
     a, x = call.algebra, call["self"]
     if not x.shape:
         return a.pointwise(call.name, x)
+    # Not by the maximum and a sum, as kernels do: one statistic instead of two.
     normalisation = a.reduce("logsumexp", x, call.dims(), True, monoid=True)
     return a.pointwise(call.name, x, normalisation)
 
@@ -121,6 +126,7 @@ def softmax(call: RuleContext) -> Ownership:
 def softmax_backward(call: RuleContext) -> Ownership:
     """The vjp of a softmax ``s`` is ``s * (g - sum(g * s))``."""
     a, g, s = call.algebra, call["grad_output"], call["output"]
+    # A sum within the sample, as the softmax is over classes or positions.
     inner = a.reduce("sum", a.pointwise("mul", g, s), call.dims(of="output"), True)
     return a.pointwise(call.name, g, s, inner)
 
@@ -154,6 +160,7 @@ def layer_norm(call: RuleContext) -> Any:
 def group_norm(call: RuleContext) -> Any:
     """Moments over groups of channels and all positions of a sample."""
     a, x, groups = call.algebra, call["input"], call["group"]
+    # Groups and positions become dims of their own, so that moments are over the last alone.
     parts = reshape(x, (x.shape[0], groups, math.prod(x.shape[1:]) // groups))
     spread = [a.reduce("mean", parts, [2], True), a.reduce("var", parts, [2], True)]
     y = reshape(a.pointwise((call.name, call["eps"]), parts, *spread), x.shape)
@@ -186,6 +193,7 @@ def batch_norm(call: RuleContext) -> Any:
 
 
 def _batch_moments(call: RuleContext) -> list[Ownership]:
+    """Mean and variance of each channel: batch statistics, if samples are among the other dims."""
     x = call["input"]
     dims = [0, *range(2, len(x.shape))]
     return [call.algebra.reduce("mean", x, dims), call.algebra.reduce("var", x, dims)]
@@ -194,6 +202,7 @@ def _batch_moments(call: RuleContext) -> list[Ownership]:
 def running_statistics(call: RuleContext) -> dict[str, Ownership]:
     """Return what a training batch norm leaves in its running statistics."""
     after = {}
+    # The old value and the new one, weighted by the momentum; without running statistics, nothing.
     for name, moment in zip(ops.RUNNING, _batch_moments(call), strict=True):
         if call[name] is not None:
             after[name] = call.algebra.pointwise("momentum", call[name], moment)

@@ -103,9 +103,19 @@ class RuleContext:
                 tensors += [m for m in argument if isinstance(m, Ownership)]
         return tensors
 
+    @property
+    def depends_on_batch(self) -> bool:
+        """Whether any tensor argument would be another in another batch."""
+        return any(m.depends_on_batch for m in self.marks)
+
     def tensors(self, *names: str) -> list[Ownership]:
         """Return the ownership of the arguments with these names, as far as they are tensors."""
-        return [self[name] for name in names if isinstance(self[name], Ownership)]
+        tensors = []
+        for name in names:
+            argument = self.arguments.get(name)
+            if isinstance(argument, Ownership):
+                tensors.append(argument)
+        return tensors
 
     @property
     def constants(self) -> tuple[Any, ...]:
@@ -127,10 +137,12 @@ class RuleContext:
             return []
         if isinstance(dim, int):
             return [dim % ndim]
+        # In the order given: some ops (roll, permute) pair dims with something.
         return [d % ndim for d in dim]
 
 
 def _has_tensors(argument: Any) -> bool:
+    """Tell whether an argument is a tensor, or a list with one."""
     if isinstance(argument, list | tuple):
         return any(isinstance(m, Ownership) for m in argument)
     return isinstance(argument, Ownership)
@@ -162,7 +174,7 @@ def register_rule(op: Any, function: Rule, *, replace: bool = False) -> None:
     """
     if not isinstance(op, torch._ops.OpOverload):
         raise errors.InputError(errors.MSG_UNKNOWN_RULE.format(value=op))
-    has_rule = op in CUSTOM or (op.namespace == "aten" and base_name(op) in RULES)
+    has_rule = op in CUSTOM or base_name(op) in RULES
     if has_rule and not replace:
         raise errors.InputError(errors.MSG_RULE_TAKEN.format(value=op))
     CUSTOM[op] = function
@@ -171,7 +183,7 @@ def register_rule(op: Any, function: Rule, *, replace: bool = False) -> None:
 def lookup(op: Any) -> Rule | None:
     """Return the rule of an op; None if it has none and is to be decomposed."""
     if op in CUSTOM:
-        return CUSTOM[op]
+        return CUSTOM[op]  # before all else, so that a rule can be replaced
     if op in ASSUMED:
         return independent
     name = base_name(op)
@@ -186,7 +198,8 @@ def lookup(op: Any) -> Rule | None:
 
 def answers(op: Any) -> bool:
     """Tell whether the op does nothing but give Python a boolean (``torch.equal``)."""
-    return [str(r.type) for r in op._schema.returns] == ["bool"]
+    returns = op._schema.returns
+    return len(returns) == 1 and str(returns[0].type) == "bool"
 
 
 # --- words that many rules use --------------------------------------------------------------------
@@ -195,6 +208,7 @@ def answers(op: Any) -> bool:
 @rule("floor_divide")  # which lacks the tag
 def pointwise(call: RuleContext) -> Any:
     """Every output is one function of the elements at its place."""
+    # An op of numbers alone makes elements that are all alike.
     if call.marks:
         out = call.algebra.pointwise(call.title, *call.marks)
     else:
@@ -232,15 +246,20 @@ def plain_outputs(call: RuleContext, out: Ownership) -> list[Ownership]:
 
 def stack(algebra: Propagation, scalars: Sequence[Ownership]) -> Ownership:
     """Return a vector of scalars."""
-    owner = np.stack([s.owner for s in scalars])
-    key = np.stack([s.key for s in scalars])
-    return algebra.result((len(scalars),), owner, key, scalars, "joined")
+    owners = []
+    keys = []
+    for s in scalars:
+        owners.append(s.owner)
+        keys.append(s.key)
+    return algebra.result((len(scalars),), np.stack(owners), np.stack(keys), scalars, "joined")
 
 
 def numbered(outputs: Sequence[Ownership]) -> list[Ownership]:
     """Return the outputs of one op as different functions, also where they have the same owners."""
-    others = [m.with_key(("output", i)) for i, m in enumerate(outputs[1:], 1)]
-    return [*outputs[:1], *others]
+    named = list(outputs)
+    for i in range(1, len(named)):
+        named[i] = named[i].with_key(("output", i))
+    return named
 
 
 def digest(x: Ownership) -> int:
@@ -255,7 +274,7 @@ def known_for_every_batch(x: Ownership) -> bool:
 
 def unknown(call: RuleContext) -> list[Ownership]:
     """No rule: shared if all it reads is shared; otherwise samples may be mixed in any way."""
-    if any(m.depends_on_batch for m in call.marks):
+    if call.depends_on_batch:
         return all_mixed(call, NO_RULE)
     return all_shared(call)
 
@@ -277,6 +296,7 @@ def all_mixed(call: RuleContext, how: str) -> list[Ownership]:
 
 def mixed(call: RuleContext, shape: Sequence[int], how: str) -> Ownership:
     """Return a value about whose elements nothing is known; ``how`` samples became mixed."""
+    # One entry for all elements: which of them depends on which samples is not known anyway.
     ones = np.ones([1] * len(shape), dtype=np.int32)
     key = np.broadcast_to(code(call.title), ones.shape)
     return call.algebra.result(shape, ones * MIXED, key, call.marks, how)
@@ -341,7 +361,7 @@ def assume_independent(what: Any) -> None:
         )
 
 
-# --- ops without a rule are taken apart -----------------------------------------------------------
+# --- ops without a rule are decomposed ------------------------------------------------------------
 
 
 def decomposition(op: Any) -> Callable[..., Any] | None:

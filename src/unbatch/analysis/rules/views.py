@@ -29,6 +29,8 @@ from unbatch.analysis.domain.ownership import (
     spell_out,
     squeeze,
     unsqueeze,
+    with_one,
+    without_dims,
 )
 from unbatch.analysis.rules.registry import RuleContext, mixed, rule
 
@@ -40,6 +42,7 @@ def view(call: RuleContext) -> Ownership:
     """The same elements in row-major order; with a type, the same bytes."""
     x = call["self"]
     if call["dtype"] is not None and x.shape == call.shape:
+        # Types of one size: each element is read as another number.
         return call.algebra.pointwise(call.title, x)
     if call["dtype"] is not None or math.prod(x.shape) != math.prod(call.shape):
         return mixed(call, call.shape, "resized")
@@ -55,7 +58,7 @@ def transposition(call: RuleContext) -> Ownership:
         order.reverse()
     elif call.name != "transpose":
         order = [d % len(x.shape) for d in call["dims"]]
-    elif order:
+    elif order:  # a scalar has no dims to exchange
         i, j = call["dim0"], call["dim1"]
         order[i], order[j] = order[j], order[i]
     return permute(x, order)
@@ -79,6 +82,7 @@ def as_complex(call: RuleContext) -> Ownership:
     x = call["self"]
     last = len(x.shape)
     if call.name == "view_as_real":
+        # The new dim is plain: by its index the real or the imaginary part.
         return replace(unsqueeze(x, last), shape=tuple(call.shape))
     pairs = call.algebra.scan("complex", x, [last - 1])
     return squeeze(replace(pairs, shape=(*x.shape[:-1], 1)), [last - 1])
@@ -121,6 +125,7 @@ def anywhere(call: RuleContext, x: Ownership) -> Ownership:
     if not all_plain or (x.shape and x.size == 1):
         return moved(x, lambda place: _run(call, place), call.shape)
     if not x.depends_on_batch:
+        # Elements of a constant that differ by index do so after any movement.
         return shared(call.shape, (call.title, int(x.key.reshape(-1)[0])), x.sources)
     # One key, of which every element is another index: so it is with the elements of the result.
     ones = [1] * len(call.shape)
@@ -134,6 +139,7 @@ def _run(call: RuleContext, place: Array) -> Array:
     for name, argument in call.arguments.items():
         is_tensor = isinstance(argument, Ownership)
         arguments[name] = torch.from_numpy(place) if is_tensor else argument
+    # The numbers of elements go where the elements would; so no rule has to know how an op moves.
     out = call.op(**arguments)
     if not isinstance(out, torch.Tensor):
         out = out[0]
@@ -175,10 +181,12 @@ def triangle(call: RuleContext) -> Ownership:
 def repetition(call: RuleContext) -> Ownership:
     """Copies along some dims, and new dims at the front."""
     x, repeats = call["self"], call["repeats"]
+    # Repeats may be more than dims: then they are for new dims at the front.
     x = reshape(x, (*[1] * (len(repeats) - len(x.shape)), *x.shape))
-    if all(x.shape[d] == 1 for d, count in enumerate(repeats) if count > 1):
-        return expand(x, call.shape)
-    return moved(x, lambda place: _run(call, place), call.shape)
+    for size, count in zip(x.shape, repeats, strict=True):
+        if count > 1 and size > 1:
+            return moved(x, lambda place: _run(call, place), call.shape)
+    return expand(x, call.shape)
 
 
 # --- parts ----------------------------------------------------------------------------------------
@@ -191,12 +199,14 @@ def part(call: RuleContext) -> Ownership:
     dim = call["dim"] % len(x.shape)
     if call.shape == x.shape:
         return x
+    # As slices in Python, bounds may be absent, negative, or beyond the end.
     bounds = slice(call["start"], call["end"], call["step"])
     return _slice(x, dim, slice(*bounds.indices(x.shape[dim])), call.shape)
 
 
 def _slice(x: Ownership, dim: int, entries: slice, shape: Sequence[int]) -> Ownership:
     """``x`` with some entries along ``dim``, of which ``shape`` is left."""
+    # Where samples (or anything that differs) lie along the dim, arrays are sliced as the value is.
     if x.key.shape[dim] > 1:
         where = (*[slice(None)] * dim, entries)
         return replace(x, shape=tuple(shape), owner=x.owner[where], key=x.key[where])
@@ -216,7 +226,7 @@ def pieces(call: RuleContext) -> list[Ownership]:
     if call.name.startswith("unbind"):
         return [_entry(x, dim, i) for i in range(x.shape[dim])]
     slices = []
-    start = 0
+    start = 0  # where the last one ended
     for shape in call.shapes:
         stop = start + shape[dim]
         slices.append(_slice(x, dim, slice(start, stop, 1), shape))
@@ -233,7 +243,9 @@ def select(call: RuleContext) -> Ownership:
 
 
 def _entry(x: Ownership, dim: int, index: int) -> Ownership:
-    shape = (*x.shape[:dim], *x.shape[dim + 1 :])
+    """``x`` at one index along ``dim``."""
+    shape = without_dims(x.shape, [dim])
+    # Along a plain dim one entry stands for all, and along an expanded one all are equal.
     stored = index if x.key.shape[dim] > 1 else 0
     key = x.key.take(stored, axis=dim)
     if x.plain(dim):
@@ -253,6 +265,7 @@ def bounded(call: RuleContext, out: Ownership, x: Ownership) -> Ownership:
     long = {r for r in x.given if definitions[r].long}
     if not long:
         return out
+    # What is picked is defined anew, of a fixed size, in place of what it was picked from.
     picked = call.algebra.statistic("picked", out.owner, out.size, x.sources)
     statistics = x.given - long
     if picked is not None:
@@ -272,21 +285,20 @@ def join(call: RuleContext) -> Ownership:
     if call.name == "stack":
         parts = [unsqueeze(m, dim) for m in parts]
     else:
-        parts = [m for m in parts if m.shape != (0,)]  # which PyTorch leaves out
+        parts = [m for m in parts if m.shape != (0,)]  # these PyTorch leaves out
     if len(parts) == 1:
         return parts[0]
-    if not any(m.key.shape[dim] > 1 for m in parts):
-        together = _side_by_side(call, parts, dim)
-        if together is not None:
-            return together
+    together = _side_by_side(call, parts, dim)
+    if together is not None:
+        return together
     return _concatenated(call, parts, dim)
 
 
 def _concatenated(call: RuleContext, parts: list[Ownership], dim: int) -> Ownership:
     """Parts spelled out, and their arrays side by side."""
-    ndim = len(call.shape)
-    stored = [max(m.key.shape[d] for m in parts) for d in range(ndim)]
-    explicit = [d for d in range(ndim) if d == dim or stored[d] > 1]
+    # A dim that is explicit in one part has to be so in all; along ``dim`` it is anyway.
+    stored = list(np.max([m.key.shape for m in parts], axis=0).tolist())
+    explicit = [d for d, size in enumerate(stored) if d == dim or size > 1]
     owners = []
     keys = []
     for m in parts:
@@ -305,9 +317,10 @@ def _side_by_side(call: RuleContext, parts: list[Ownership], dim: int) -> Owners
 
     None where they do not agree, so that the result has to say which element is whose.
     """
-    uses_statistics = [bool(m.given) for m in parts]
-    some_do = any(uses_statistics) and not all(uses_statistics)
-    if some_do and not any(m.owned for m in parts):
+    if any(m.explicit([dim]) for m in parts):
+        return None
+    using = sum(bool(m.given) for m in parts)
+    if 0 < using < len(parts) and not any(m.owned for m in parts):
         # Joined as one value, all would count as statistics, also what is a constant.
         return None
     if not _owners_agree(call, parts):
@@ -319,7 +332,7 @@ def _side_by_side(call: RuleContext, parts: list[Ownership], dim: int) -> Owners
 
 def _one_entry(x: Ownership, dim: int) -> Ownership:
     """A value plain along ``dim`` as if it had one entry there."""
-    return replace(x, shape=(*x.shape[:dim], 1, *x.shape[dim + 1 :]))
+    return replace(x, shape=with_one(x.shape, [dim]))
 
 
 def _owners_agree(call: RuleContext, parts: list[Ownership]) -> bool:
@@ -328,6 +341,8 @@ def _owners_agree(call: RuleContext, parts: list[Ownership]) -> bool:
     for m in parts[1:]:
         if not _broadcasts(owner.shape, m.owner.shape):
             return False
+        # Side by side nothing is combined: joined owners only say whether one array can stand for
+        # all parts, which it can where none of them has another owner than the others.
         joined = call.algebra.join(owner, m.owner)
         became_mixed = (joined == MIXED) & (owner != MIXED) & (m.owner != MIXED)
         if became_mixed.any():
@@ -337,4 +352,5 @@ def _owners_agree(call: RuleContext, parts: list[Ownership]) -> bool:
 
 
 def _broadcasts(a: Iterable[int], b: Iterable[int]) -> bool:
+    """Tell whether shapes of equally many dims go together."""
     return all(i == j or 1 in (i, j) for i, j in zip(a, b, strict=True))

@@ -46,12 +46,12 @@ def windows(call: RuleContext) -> Any:
     a, (x, *others) = call.algebra, call.marks
     count = min(SPATIAL[call.name], len(x.shape))
     lead = len(x.shape) - count
-    seen = a.scan(call.title, x, range(lead, len(x.shape)))
+    windowed = a.scan(call.title, x, range(lead, len(x.shape)))
     if others:
         # Positions to which values go, or samples of a fractional window: one for each position.
         indices = [a.scan("index", m, range(len(m.shape) - count, len(m.shape))) for m in others]
-        seen = a.pointwise(call.title, seen, *indices)
-    return [window_result(seen, s, lead).with_key(i) for i, s in enumerate(call.shapes)]
+        windowed = a.pointwise(call.title, windowed, *indices)
+    return [window_result(windowed, s, lead).with_key(i) for i, s in enumerate(call.shapes)]
 
 
 def window_result(x: Ownership, shape: tuple[int, ...], lead: int) -> Ownership:

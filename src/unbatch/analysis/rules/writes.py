@@ -38,6 +38,7 @@ def scattered(
 
     Where ``accumulate``, what lands at a position is added to what is there.
     """
+    # Element by element, since any of them may be overwritten by any other.
     base, src = spell_out(base), spell_out(src)
     owner = np.broadcast_to(base.owner, base.shape).reshape(-1).copy()
     key = np.broadcast_to(base.key, base.shape).reshape(-1).copy()
@@ -50,6 +51,7 @@ def scattered(
     else:
         sums_samples = False
         for run in _equal_runs(spots):
+            # All that lands at one place, and what was there: a sum over their samples.
             spot = spots[run[0]]
             owners = np.append(src_owner[run], owner[spot])[None]
             keys = np.append(src_key[run], key[spot])[None]
@@ -85,6 +87,7 @@ def scatter_view(call: RuleContext) -> Ownership:
 
 
 def _view(call: RuleContext, place: Array) -> Array:
+    """The positions that a view shows, which are those to be overwritten."""
     if call.name == "select_scatter":
         entry = torch.from_numpy(place).select(call["dim"], call["index"])
         return entry.contiguous().numpy()
@@ -120,6 +123,7 @@ def scatter(call: RuleContext) -> Ownership:
     dim = call.dims()[0]
     by_slice = call.name.startswith("index_")
     numbers: Any = call.values.get("index")
+    # Without a tensor a number is written, the same at each place.
     src = _source(call, () if by_slice else index.shape)
     if not exact(call, index, numbers):
         return _scatter_anywhere(call, dim, src, by_slice)
@@ -160,6 +164,7 @@ def _scatter_anywhere(call: RuleContext, dim: int, src: Ownership, by_slice: boo
     else:
         src = _head(src, index.shape)
     pairs = a.pointwise("place", index, src)
+    # ``pairs`` has the length of the index along ``dim``; what may land has that of ``x``.
     landed = a.scan("landing", pairs, [dim], "scattered")
     shape = list(landed.shape)
     shape[dim] = x.shape[dim]
@@ -183,30 +188,45 @@ def _pad_to(x: Ownership, sizes: Sequence[int]) -> Ownership:
 
 def _index_put(call: RuleContext, x: Ownership, accumulate: bool) -> Ownership:
     """``x[indices] = values``."""
-    indices = list(call["indices"])
-    numbers = [as_mask(known) for known in call.values["indices"]]
-    fixed = []
-    loose = []
-    for d, index in enumerate(indices):
-        if index is not None and exact(call, index, numbers[d]):
-            fixed.append(d)
-        elif index is not None:
-            loose.append(d)
+    indices, values = call["indices"], call["values"]
+    numbers = [as_mask(array) for array in call.values["indices"]]
+    fixed, loose = _split(call, numbers)
     if not loose:
-        where = tuple(slice(None) if known is None else known for known in numbers)
-        place = _positions(x)[where]
-        return scattered(call.algebra, x, place, expand(call["values"], place.shape), accumulate)
-    one_mask = len(indices) == 1 and is_mask(numbers[0])
-    if one_mask and not call["values"].shape:
+        where: list[Any] = [slice(None)] * len(indices)
+        for d in fixed:
+            where[d] = numbers[d]
+        # Numpy's indexing of positions says where PyTorch's would write.
+        place = _positions(x)[tuple(where)]
+        return scattered(call.algebra, x, place, expand(values, place.shape), accumulate)
+    if len(indices) == 1 and is_mask(numbers[0]) and not values.shape:
+        # A scalar where a mask says so: place by place, whatever the mask is.
         mask = indices[0]
         mask = reshape(mask, (*mask.shape, *[1] * (len(x.shape) - len(mask.shape))))
-        return call.algebra.pointwise("where", x, mask, call["values"])
-    indexed = [*fixed, *loose]
-    rank = max(len(indices[d].shape) for d in indexed)
-    any_mask = any(is_mask(numbers[d]) for d in indexed)
-    if any_mask or len(fixed) != 1 or rank != 1:
-        return mixed(call, call.shape, "scattered")
-    return _put_anywhere(call, fixed[0], numbers[fixed[0]].reshape(-1), loose)
+        return call.algebra.pointwise("where", x, mask, values)
+    if len(fixed) == 1 and _are_vectors(call, numbers, [*fixed, *loose]):
+        return _put_anywhere(call, fixed[0], numbers[fixed[0]].reshape(-1), loose)
+    return mixed(call, call.shape, "scattered")
+
+
+def _split(call: RuleContext, numbers: list[Any]) -> tuple[list[int], list[int]]:
+    """The dims whose indices are followed, and those whose indices may hit anything."""
+    fixed = []
+    loose = []
+    for d, index in enumerate(call["indices"]):
+        if index is None:
+            continue
+        if exact(call, index, numbers[d]):
+            fixed.append(d)
+        else:
+            loose.append(d)
+    return fixed, loose
+
+
+def _are_vectors(call: RuleContext, numbers: list[Any], dims: list[int]) -> bool:
+    """Tell whether the indices at ``dims`` are numbers (and no masks), at most in a row."""
+    if any(is_mask(numbers[d]) for d in dims):
+        return False
+    return max(len(call["indices"][d].shape) for d in dims) == 1
 
 
 def _put_anywhere(call: RuleContext, dim: int, rows: Array, loose: list[int]) -> Ownership:
@@ -217,10 +237,12 @@ def _put_anywhere(call: RuleContext, dim: int, rows: Array, loose: list[int]) ->
     a, x, values = call.algebra, call["self"], call["values"]
     operands = [call["indices"][d] for d in loose]
     if len(values.shape) > 1:
+        # What decides the place still counts as used by samples.
         a.pointwise("place", *operands)
         return mixed(call, call.shape, "scattered")
     landing = expand(a.pointwise("place", *operands, values), (len(rows),))
     by_row = scattered(a, shared((x.shape[dim],), "nothing"), rows, landing, accumulate=True)
+    # By row, and plain along the loose dims: each entry there may be hit, by its index.
     column = [1] * len(x.shape)
     column[dim] = x.shape[dim]
     by_row = reshape(by_row, column)
