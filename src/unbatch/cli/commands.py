@@ -58,6 +58,7 @@ def main() -> None:
 
 
 def _show_version(wanted: bool) -> None:
+    """Print the version and end."""
     if wanted:
         typer.echo(f"unbatch {unbatch.__version__}")
         raise typer.Exit
@@ -303,6 +304,7 @@ def exit_status(structure: Structure, verification: Verification | None) -> int:
 
 
 def _complain(message: str) -> NoReturn:
+    """Print a message as the command does, and end with the status of a wrong call."""
     typer.echo(f"unbatch: {message}", err=True)
     raise typer.Exit(WRONG_CALL)
 
@@ -320,6 +322,7 @@ def _spinner(what: str) -> AbstractContextManager[Any]:
 
 
 def _print(facts: dict[str, str], structure: Structure, verification: Verification | None) -> None:
+    """Print the facts, the verdicts and the outcome of their test."""
     from unbatch.report import tables
 
     console = tables.console()

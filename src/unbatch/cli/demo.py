@@ -122,6 +122,7 @@ def _part(out: Console, title: str, paragraph: str, *shown: Any) -> None:
 
 
 def _report(out: Console, problem: ub.Problem, path: Path) -> None:
+    """Write the page and print where it is."""
     facts = {"data": "handwritten digits of scikit-learn"}
     written = ub.write_report(problem, path, "Digits", facts)
     out.print(f"\n{ON_A_PAGE}: {written.resolve()}", markup=False, soft_wrap=True)
@@ -131,6 +132,7 @@ def _report(out: Console, problem: ub.Problem, path: Path) -> None:
 
 
 def _train(out: Console, model: Net, digits: Digits, epochs: int) -> None:
+    """Train the net and print how well it reads."""
     _part(out, "1. A trained net", texts.TRAINING)
     out.print()
     reached = train(model, digits, epochs, out)
@@ -139,6 +141,7 @@ def _train(out: Console, model: Net, digits: Digits, epochs: int) -> None:
 
 
 def _structure(out: Console, structure: ub.Structure) -> None:
+    """Print the verdicts with what each of them says."""
     meanings = []
     for name, meaning in tables.MEANINGS.items():
         meanings.append((TITLES[name], Text(meaning, "dim")))
@@ -164,6 +167,7 @@ def _crosstalk(problem: ub.Problem, rows: int) -> list[Text]:
 
 
 def _off_diagonal(result: ub.Crosstalk, rows: int) -> Text:
+    """Return the strength of the crosstalk in a sentence."""
     return Text(
         f"In the rows of the first {rows} predictions {result.strength:.1%} of the squares stand "
         "off the diagonal."
@@ -208,6 +212,7 @@ def _gained(before: ub.Structure, after: ub.Structure) -> Text:
 
 
 def _exact(structure: ub.Structure) -> list[str]:
+    """Return the quantities that exist under their own names."""
     return [c.quantity for c in structure.follows() if c.outcome == "exact"]
 
 
@@ -215,10 +220,12 @@ def _exact(structure: ub.Structure) -> list[str]:
 
 
 def _rows(problem: ub.Problem) -> dict[str, ub.Rows]:
+    """Return the rows of the gradient by each decomposition."""
     return {by: problem.gradients(by=by) for by in DECOMPOSITIONS}
 
 
 def _gradients(out: Console, problem: ub.Problem) -> None:
+    """Print norms, sums and distances of the rows, and a statistic over them."""
     rows = _rows(problem)
     gradient = _flat(problem.gradient())
     norms = [tables.norm_cells(by, r, gradient) for by, r in rows.items()]
@@ -235,10 +242,12 @@ def _gradients(out: Console, problem: ub.Problem) -> None:
 
 
 def _flat(gradient: Mapping[str, Tensor]) -> Tensor:
+    """Return a gradient as one vector, in the order of the parameters."""
     return torch.cat([g.flatten() for g in gradient.values()])
 
 
 def _distances(rows: Mapping[str, ub.Rows]) -> Table:
+    """Return how far each pair of decompositions is apart, relative to the first."""
     cells = []
     for a, b in combinations(rows, 2):
         distance = tables.share(tables.distance(rows[a], rows[b]))
@@ -260,6 +269,7 @@ def _noise_scale(problem: ub.Problem) -> list[Text]:
 
 
 def _curvature(out: Console, model: Net, problem: ub.Problem) -> None:
+    """Print the spectrum, the digits along eigenvectors, and steps that use both."""
     G: Any = problem.ggn()
     values = tables.nonzero(G.eigvalsh())
     _part(

@@ -141,12 +141,14 @@ class Shape:
 
 
 def _is_integral(dtype: torch.dtype | None) -> bool:
+    """Return whether a dtype has integers in it, other than booleans."""
     if dtype is None or dtype == torch.bool:
         return False
     return not (dtype.is_floating_point or dtype.is_complex)
 
 
 def _dtype(name: str, text: str, option: str) -> torch.dtype:
+    """Return the dtype of a name; raises ``InputError`` with names that look like it."""
     dtype = getattr(torch, name, None)
     if isinstance(dtype, torch.dtype):
         return dtype
@@ -241,6 +243,7 @@ def _load_file(path: Path) -> ModuleType:
 
 
 def _load_module(name: str) -> ModuleType:
+    """Import a module by its name, from the current directory as well."""
     _make_importable(Path.cwd())
     try:
         return importlib.import_module(name)
@@ -255,6 +258,7 @@ def _load_module(name: str) -> ModuleType:
 
 
 def _make_importable(folder: Path) -> None:
+    """Put a folder first where Python looks for modules."""
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 

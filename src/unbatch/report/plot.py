@@ -155,6 +155,7 @@ def gradient_norms(
 
 
 def _draw_histograms(ax: Axes, norms: Mapping[str, Tensor], edges: list[float]) -> None:
+    """Draw bars side by side, each group with a colour and a hatching of its own."""
     labels = [f"{name}{_zeros(values, edges[0])}" for name, values in norms.items()]
     side_by_side = [values.numpy() for values in norms.values()]
     look: dict[str, Any] = {"edgecolor": INK, "lw": 0.7}
@@ -209,6 +210,7 @@ def _norms_of_results(given: Any) -> dict[str, Tensor]:
 
 
 def _squared_norms(result: Rows | SquaredNormsByParameter) -> Tensor:
+    """Return the squared norm of each row."""
     if isinstance(result, SquaredNormsByParameter):
         return result.total
     return result.flat().abs().square().sum(1)
