@@ -65,6 +65,7 @@ def load() -> Digits:
     data = load_digits()
     X = torch.as_tensor(data.images, dtype=torch.get_default_dtype()).unsqueeze(1) / 16
     y = torch.as_tensor(data.target)
+    # Of a generator of its own: the split is the same whatever was drawn before.
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
     held_out, learned = order[: len(y) // 5], order[len(y) // 5 :]
     return Digits(X[learned], y[learned], X[held_out], y[held_out])

@@ -132,6 +132,7 @@ def draw_targets(
         return shape.draw(generator), f"{shape}, drawn at random"
     if not loss.kind and _takes_one(loss.function):
         return None, "none, the loss takes predictions only"
+    # By a problem, which leaves running statistics and random states of the model as they were.
     predictions = Problem(model, _zero, (X, None)).predictions()
     if not isinstance(predictions, Tensor):
         kind = kind_of(predictions)

@@ -221,6 +221,7 @@ def _crosstalk(problem: Problem) -> Iterator[Block]:
 
 def _gradients(problem: Problem) -> Iterator[Block]:
     """Yield norms of rows and how far the decompositions are apart."""
+    # One by one: where copies do not exist, the components are still shown.
     gradient = flat(problem.gradient())
     rows: dict[str, Rows] = {}
     for by in DECOMPOSITIONS:
@@ -264,6 +265,7 @@ def _curvature(problem: Problem) -> Iterator[Block]:
     """Yield facts about the matrix, its spectrum, and the samples along eigenvectors."""
     G: Any = problem.ggn()
     rank = G.rank_bound
+    # The cost of all eigenvalues grows with the cube of the columns, that of the trace does not.
     whole = rank <= WHOLE_SPECTRUM
     facts = [("parameters, D", f"{G.shape[0]:,}"), ("rank at most", f"{rank:,}")]
     if whole:

@@ -174,6 +174,7 @@ def _norms_of_problem(problem: Problem) -> tuple[dict[str, Tensor], list[str]]:
     """Return norms by the kind of their rows, and the decompositions that do not exist."""
     norms: dict[str, Tensor] = {}
     missing: list[str] = []
+    # Squared norms, because they do not need the rows themselves in memory.
     for by in HATCHES:
         try:
             squared = problem.compute(SquaredNorms(), by=by)
