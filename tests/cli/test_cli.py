@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import unbatch
 from unbatch.cli import commands as cli
 from unbatch.cli import demo
-from unbatch.cli import parsing as arguments
+from unbatch.cli import losses
 from unbatch.cli.parsing import Shape
 from unbatch.errors import InputError
 from unbatch.report import tables as report
@@ -284,10 +284,10 @@ def test_targets_fit_the_loss_and_are_said(loss, said):
 
 
 def test_every_loss_runs_on_the_targets_drawn_for_it():
-    for name in arguments.KINDS:
-        loss = arguments.find_loss(name)
+    for name in losses.KINDS:
+        loss = losses.find_loss(name)
         model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Sigmoid())
-        y, _ = arguments.draw_targets(
+        y, _ = losses.draw_targets(
             loss, None, model, torch.randn(6, 4), torch.Generator().manual_seed(0)
         )
         assert torch.isfinite(loss.function(model(torch.randn(6, 4)), y)), name

@@ -1,7 +1,8 @@
-"""The command `unbatch`: what is typed becomes a question, and the structure an exit status.
+"""The command ``unbatch``: what is typed becomes a question, and the structure an exit status.
 
-How words become models and tensors is in `arguments.py`; how results look, in `verdicts.py` and `report.py`. All that
-imports torch is imported by the command that needs it, so that help and completion come at once.
+How words become models and tensors is in ``parsing.py`` and ``losses.py``; how results look, in
+``report/tables.py``. Whatever imports torch is imported by the command that needs it, so that help
+and completion come at once.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -23,10 +25,14 @@ if TYPE_CHECKING:
     from unbatch.verification.verify import Verification
 
 
+# Exit statuses.
 HOLDS, FAILS, WRONG_CALL, UNKNOWN = 0, 1, 2, 3
 
 
-MSG_ONE_LOSS = "Say where the loss comes from: either --loss NAME, or --own-loss for a model that returns its own{got}."
+MSG_ONE_LOSS = (
+    "Name one source of the loss: either --loss NAME, or --own-loss for a model that returns its "
+    "own{got}."
+)
 
 
 MSG_OWN_TARGETS = (
@@ -34,7 +40,7 @@ MSG_OWN_TARGETS = (
 )
 
 
-TOUR = Path("demo-out/report.html")  # where the page of the tour goes
+TOUR_PAGE = Path("demo-out/report.html")  # where the page of the tour goes
 
 
 app = typer.Typer(
@@ -46,20 +52,19 @@ app = typer.Typer(
 )
 
 
-# --- commands -------------------------------------------------------------------------------------
-
-
 def main() -> None:
-    """The entry point of the installed command."""
+    """Run the installed command."""
     app(prog_name="unbatch")
 
 
 def _show_version(wanted: bool) -> None:
+    """Print the version and end."""
     if wanted:
         typer.echo(f"unbatch {unbatch.__version__}")
         raise typer.Exit
 
 
+# typer takes the options that stand before a subcommand from a function of this kind.
 @app.callback()
 def _options(
     version: Annotated[
@@ -68,6 +73,9 @@ def _options(
     ] = False,
 ) -> None:
     pass
+
+
+# --- demo -----------------------------------------------------------------------------------------
 
 
 @app.command()
@@ -85,17 +93,22 @@ def demo(
             "--output",
             "-o",
             metavar="FILE",
-            help=f"Where the page is written; without --quick, {TOUR}.",
+            help=f"Where the page is written; without --quick, {TOUR_PAGE}.",
         ),
     ] = None,
 ) -> None:
-    """A tour on real data: a small net with batch normalization, in train mode and after .eval()."""
+    """A tour on real data: a small net with batch norm, in train mode and after .eval()."""
     from unbatch.cli import demo as tour
 
+    if output is None and not quick:
+        output = TOUR_PAGE
     try:
-        tour.main(quick, report_to=output or (None if quick else TOUR))
+        tour.main(quick, report_to=output)
     except (ImportError, OSError) as error:
-        _complain(_said(error))
+        _complain(_message(error))
+
+
+# --- inspect and report ---------------------------------------------------------------------------
 
 
 Target = Annotated[
@@ -112,7 +125,8 @@ Inputs = Annotated[
         "--input",
         "-i",
         metavar="[NAME=]SHAPE[:DTYPE]",
-        help="A random input, for each argument of the model: 8,3,32,32 or '8,9:int64<50' or mask=8,9:bool.",
+        help="A random input, for each argument of the model: 8,3,32,32 or '8,9:int64<50' or "
+        "mask=8,9:bool.",
     ),
 ]
 
@@ -156,10 +170,32 @@ Output = Annotated[
 Seed = Annotated[int, typer.Option(help="For the parameters, the inputs and the targets.")]
 
 
+@dataclass(frozen=True)
+class Call:
+    """What was typed about a model, its loss and its batch; "" for what was not typed."""
+
+    target: str
+    inputs: Sequence[str]
+    loss: str
+    targets: str
+    own_loss: bool
+    eval_mode: bool
+    seed: int
+
+    def check(self) -> None:
+        """Raise ``InputError`` unless there is one loss, and targets only where it takes them."""
+        if bool(self.loss) == self.own_loss:
+            raise InputError(MSG_ONE_LOSS.format(got=", not both" if self.loss else ""))
+        if self.own_loss and self.targets:
+            raise InputError(MSG_OWN_TARGETS)
+
+
+# The arguments are the options of the command, of which typer reads names, types and defaults.
 @app.command(
-    epilog="Exit status: 0 all structures hold, 1 one fails, 2 wrong call, 3 none fails but one is unknown."
+    epilog="Exit status: 0 all structures hold, 1 one fails, 2 wrong call, 3 none fails but one is "
+    "unknown."
 )
-def inspect(
+def inspect(  # noqa: PLR0913
     target: Target,
     inputs: Inputs,
     loss: LossName = "",
@@ -171,20 +207,23 @@ def inspect(
     seed: Seed = 0,
 ) -> None:
     """Print the structure of a model's loss on a random batch, and put it to a numerical test."""
+    call = Call(target, inputs, loss, targets, own_loss, eval_mode, seed)
+    verification = None
     try:
-        with _working("reading the computation"):
-            problem, said = _problem(target, inputs, loss, targets, own_loss, eval_mode, seed)
+        with _spinner("reading the computation"):
+            problem, facts = problem_of(call)
             structure = problem.structure
-        with _working("testing the verdicts"):
-            verification = problem.verify() if verify else None
+        if verify:
+            with _spinner("testing the verdicts"):
+                verification = problem.verify()
     except (InputError, CaptureError) as error:
         _complain(str(error))
     if as_json:
-        from unbatch.report import tables as report
+        from unbatch.report import tables
 
-        typer.echo(json.dumps(said | report.as_dict(structure, verification), indent=2))
+        typer.echo(json.dumps(facts | tables.as_dict(structure, verification), indent=2))
     else:
-        _print(said, structure, verification)
+        _print(facts, structure, verification)
     raise typer.Exit(exit_status(structure, verification))
 
 
@@ -202,85 +241,96 @@ def write_report(
     """Write all that is to be known about a model's loss on a random batch to one HTML file."""
     from unbatch.report.page import check_writable
 
+    call = Call(target, inputs, loss, targets, own_loss, eval_mode, seed)
     try:
-        with _working("asking everything"):
+        with _spinner("computing the report"):
+            # Before the model is even imported: a report takes a while, and a typo does not.
             check_writable(output)
-            problem, said = _problem(target, inputs, loss, targets, own_loss, eval_mode, seed)
-            written = unbatch.write_report(problem, output, said=said)
+            problem, facts = problem_of(call)
+            path = unbatch.write_report(problem, output, said=facts)
     except (InputError, CaptureError, ImportError, OSError) as error:
-        _complain(_said(error))
-    typer.echo(f"The report is {written.resolve()}")
+        _complain(_message(error))
+    typer.echo(f"The report is {path.resolve()}")
+
+
+def problem_of(call: Call) -> tuple[Problem, dict[str, str]]:
+    """Return the problem, and in words what was drawn for it, by name.
+
+    Raises ``InputError`` for what makes no sense, ``CaptureError`` where the model raises.
+    """
+    call.check()
+    import torch
+
+    from unbatch.cli.losses import draw_targets, find_loss
+    from unbatch.cli.parsing import Shape, as_inputs, make_model
+    from unbatch.problem.problem import Problem
+
+    # All that is typed is read before the model is made, which may take long.
+    shapes = [Shape.parse(text, "--input") for text in call.inputs]
+    target_shape = Shape.parse(call.targets, "--targets") if call.targets else None
+    loss = None if call.own_loss else find_loss(call.loss)
+    model = make_model(call.target, call.seed)
+    if call.eval_mode:
+        model = model.eval()
+    generator = torch.Generator().manual_seed(call.seed)
+    X = as_inputs(shapes, generator)
+    mode = "train" if model.training else "eval"
+    facts = {
+        "model": f"{call.target} ({type(model).__name__}, {mode} mode)",
+        "inputs": f"{', '.join(map(str, shapes))}, drawn at random",
+    }
+    if loss is None:
+        return Problem(model, batch=X), facts | {"loss": "the model's own"}
+    y, drawn = draw_targets(loss, target_shape, model, X, generator)
+    facts |= {"loss": loss.words, "targets": drawn}
+    return Problem(model, loss.function, (X, y)), facts
 
 
 def exit_status(structure: Structure, verification: Verification | None) -> int:
-    """1 where a structure fails or a witness contradicts a verdict, else 3 where one is unknown, else 0."""
+    """Return the exit status.
+
+    1 where a structure fails or a verdict is contradicted, else 3 where one is unknown, else 0.
+    """
     statuses = {v.status for v in structure.verdicts}
-    if "fails" in statuses or (verification is not None and not verification):
+    contradicted = verification is not None and not verification
+    if "fails" in statuses or contradicted:
         return FAILS
-    return UNKNOWN if "unknown" in statuses else HOLDS
+    if "unknown" in statuses:
+        return UNKNOWN
+    return HOLDS
+
+
+# --- what is printed ------------------------------------------------------------------------------
 
 
 def _complain(message: str) -> NoReturn:
+    """Print a message as the command does, and end with the status of a wrong call."""
     typer.echo(f"unbatch: {message}", err=True)
     raise typer.Exit(WRONG_CALL)
 
 
-def _said(error: Exception) -> str:
-    """The message of an error, without the number that the operating system gives it."""
+def _message(error: Exception) -> str:
+    """Return the message of an error, without the number that the operating system gives it."""
     return getattr(error, "strerror", None) or str(error)
 
 
-def _working(what: str) -> AbstractContextManager[Any]:
-    """A sign of life on a terminal; nothing elsewhere."""
+def _spinner(what: str) -> AbstractContextManager[Any]:
+    """Return a sign of life on a terminal; elsewhere it prints nothing."""
     from rich.console import Console
 
     return Console(stderr=True).status(f"{what} ...")
 
 
-def _print(said: dict[str, str], structure: Structure, verification: Verification | None) -> None:
-    from unbatch.report import tables as report
+def _print(facts: dict[str, str], structure: Structure, verification: Verification | None) -> None:
+    """Print the facts, the verdicts and the outcome of their test."""
+    from unbatch.report import tables
 
-    console = report.console()
-    for title, text in said.items():
+    console = tables.console()
+    # Paths and shapes hold brackets, which rich would read as markup.
+    for title, text in facts.items():
         console.print(f"{title}: {text}", markup=False)
     console.print()
     console.print(structure)
     if verification is not None:
         console.print("\nput to a numerical test")
-        console.print(report.verification_table(structure, verification))
-
-
-def _problem(
-    target: str,
-    inputs: Sequence[str],
-    loss: str,
-    targets: str,
-    own_loss: bool,
-    eval_mode: bool,
-    seed: int,
-) -> tuple[Problem, dict[str, str]]:
-    """The problem, and in words what was made up for it. Raises ``InputError`` or ``CaptureError``."""
-    if bool(loss) == own_loss:
-        raise InputError(MSG_ONE_LOSS.format(got=", not both" if loss else ""))
-    if own_loss and targets:
-        raise InputError(MSG_OWN_TARGETS)
-    import torch
-
-    from unbatch.cli.parsing import Shape, as_inputs, draw_targets, find_loss, make_model
-    from unbatch.problem.problem import Problem
-
-    named = [Shape.parse(text, "--input") for text in inputs]
-    wanted = Shape.parse(targets, "--targets") if targets else None
-    chosen = None if own_loss else find_loss(loss)
-    model = make_model(target, seed)
-    model = model.eval() if eval_mode else model
-    generator = torch.Generator().manual_seed(seed)
-    X = as_inputs(named, generator)
-    said = {
-        "model": f"{target} ({type(model).__name__}, {'train' if model.training else 'eval'} mode)",
-        "inputs": f"{', '.join(map(str, named))}, drawn at random",
-    }
-    if chosen is None:
-        return Problem(model, batch=X), said | {"loss": "the model's own"}
-    y, drawn = draw_targets(chosen, wanted, model, X, generator)
-    return Problem(model, chosen.function, (X, y)), said | {"loss": chosen.words, "targets": drawn}
+        console.print(tables.verification_table(structure, verification))

@@ -65,6 +65,7 @@ def spectrum(given: Problem | GGN | BlockGGN | Eigenpairs | Tensor, ax: Axes | N
 
 
 def _draw_spectrum(ax: Axes, curve: Spectrum, i: int) -> None:
+    """Draw one curve, with hollow markers for negative eigenvalues."""
     values = nonzero(curve.values)
     ranks = torch.arange(1, len(values) + 1).numpy()
     sizes = values.abs().numpy()
@@ -95,6 +96,7 @@ def _spectra(given: Any) -> list[Spectrum]:
 
 
 def _spectrum_of_block(block: GGN) -> Spectrum:
+    """Return the curve of a block, with its bound in its name."""
     name = f"{_block_name(block)} (rank ≤ {block.rank_bound})"
     return Spectrum(name, block.eigvalsh(), block.rank_bound)
 
@@ -146,6 +148,7 @@ def directions(given: Problem | GGN | Directions, k: int = 4, ax: Axes | None = 
 
 
 def _draw_direction(ax: Axes, x: Tensor, y: Tensor, i: int, label: str) -> None:
+    """Draw the samples along one eigenvector, with their mean and its bars."""
     ax.scatter(x.numpy(), y.numpy(), s=16, marker=marker(i), c=colour(i), alpha=0.45, linewidths=0)
     look: dict[str, Any] = {"fmt": marker(i), "color": colour(i), "ms": 9, "mec": INK}
     look |= {"ecolor": INK, "elinewidth": 0.9, "zorder": 3}

@@ -80,6 +80,7 @@ def page(problem: Problem, title: str, said: Mapping[str, str]) -> str:
 
 
 def _template() -> Any:
+    """Return the template, strict about names that are missing."""
     environment = Environment(
         loader=PackageLoader("unbatch.report", "."),
         autoescape=True,
@@ -94,6 +95,8 @@ def _template() -> Any:
 
 
 def _is_a(kind: type) -> Callable[[Any], bool]:
+    """Return a test of a class for the template."""
+
     def test(value: Any) -> bool:
         return isinstance(value, kind)
 

@@ -132,6 +132,7 @@ def dtypes(tensors: Iterable[Any]) -> str:
 
 
 def _picture(ax: Any, alt: str, caption: str) -> Picture:
+    """Return a drawing with how to read it."""
     drawing = figure.as_svg(figure.whole(ax), "")
     # All drawings stand in one document, and matplotlib calls things alike in each: the caption in
     # front makes ids unique.
@@ -143,6 +144,7 @@ def _picture(ax: Any, alt: str, caption: str) -> Picture:
 
 
 def _structure(problem: Problem) -> Iterator[Block]:
+    """Yield verdicts, the figure, batch statistics, culprits and notes."""
     structure = problem.structure
     rows = []
     for v in structure.verdicts:
@@ -161,6 +163,7 @@ def _structure(problem: Problem) -> Iterator[Block]:
 
 
 def _statistics(problem: Problem) -> Table:
+    """Return the numbers through which samples interact, a row for each op that has some."""
     structure = problem.structure
     rows = [(s.module, s.op, s.where.rpartition("/")[2], str(s.size)) for s in structure.statistics]
     caption = f"Batch statistics, R = {structure.statistics_size} numbers"
@@ -188,6 +191,7 @@ STATUS_OF_OUTCOME = {True: "holds", False: "fails", None: "unknown"}
 
 
 def _verification(problem: Problem) -> Iterator[Block]:
+    """Yield the outcome of the experiment on each verdict."""
     rows = []
     for check in tables.checks_of_all(problem.structure, problem.verify()):
         outcome = Status(tables.outcome(check), STATUS_OF_OUTCOME[check.passed])
@@ -196,6 +200,7 @@ def _verification(problem: Problem) -> Iterator[Block]:
 
 
 def _crosstalk(problem: Problem) -> Iterator[Block]:
+    """Yield the matrix as a picture, or how to compute one that is too large for a page."""
     n = problem.samples
     if n > CROSSTALK:
         yield (
@@ -215,6 +220,8 @@ def _crosstalk(problem: Problem) -> Iterator[Block]:
 
 
 def _gradients(problem: Problem) -> Iterator[Block]:
+    """Yield norms of rows and how far the decompositions are apart."""
+    # One by one: where copies do not exist, the components are still shown.
     gradient = flat(problem.gradient())
     rows: dict[str, Rows] = {}
     for by in DECOMPOSITIONS:
@@ -236,6 +243,7 @@ def _gradients(problem: Problem) -> Iterator[Block]:
 
 
 def _distances(rows: Mapping[str, Rows]) -> list[tuple[str, str]]:
+    """Return the relative distance of each pair of decompositions."""
     distances = []
     for a in rows:
         for b in rows:
@@ -254,8 +262,10 @@ def flat(gradient: Mapping[str, Tensor]) -> Tensor:
 
 
 def _curvature(problem: Problem) -> Iterator[Block]:
+    """Yield facts about the matrix, its spectrum, and the samples along eigenvectors."""
     G: Any = problem.ggn()
     rank = G.rank_bound
+    # The cost of all eigenvalues grows with the cube of the columns, that of the trace does not.
     whole = rank <= WHOLE_SPECTRUM
     facts = [("parameters, D", f"{G.shape[0]:,}"), ("rank at most", f"{rank:,}")]
     if whole:
@@ -280,6 +290,7 @@ def _curvature(problem: Problem) -> Iterator[Block]:
 
 
 def _eigenvalue_facts(G: Any) -> list[tuple[str, str]]:
+    """Return how many eigenvalues there are, and the two ends of the spectrum."""
     values = tables.nonzero(G.eigvalsh())
     facts = [(f"eigenvalues above rounding ({dtypes([G])})", str(len(values)))]
     if len(values):
@@ -290,6 +301,7 @@ def _eigenvalue_facts(G: Any) -> list[tuple[str, str]]:
 
 
 def _negative(semidefinite: Verdict) -> str:
+    """Return whether there may be negative eigenvalues, and why."""
     if semidefinite:
         return "none, because the second derivative of the loss by the predictions has none"
     return f"possible, because {semidefinite.note}"
@@ -299,6 +311,7 @@ def _negative(semidefinite: Verdict) -> str:
 
 
 def _follows(problem: Problem) -> Iterator[Block]:
+    """Yield a folded table for each fate that a quantity can have."""
     consequences = problem.structure.follows()
     for kind, words in consequence_table.OUTCOMES.items():
         rows = []

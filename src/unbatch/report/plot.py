@@ -155,6 +155,7 @@ def gradient_norms(
 
 
 def _draw_histograms(ax: Axes, norms: Mapping[str, Tensor], edges: list[float]) -> None:
+    """Draw bars side by side, each group with a colour and a hatching of its own."""
     labels = [f"{name}{_zeros(values, edges[0])}" for name, values in norms.items()]
     side_by_side = [values.numpy() for values in norms.values()]
     look: dict[str, Any] = {"edgecolor": INK, "lw": 0.7}
@@ -173,6 +174,7 @@ def _norms_of_problem(problem: Problem) -> tuple[dict[str, Tensor], list[str]]:
     """Return norms by the kind of their rows, and the decompositions that do not exist."""
     norms: dict[str, Tensor] = {}
     missing: list[str] = []
+    # Squared norms, because they do not need the rows themselves in memory.
     for by in HATCHES:
         try:
             squared = problem.compute(SquaredNorms(), by=by)
@@ -209,6 +211,7 @@ def _norms_of_results(given: Any) -> dict[str, Tensor]:
 
 
 def _squared_norms(result: Rows | SquaredNormsByParameter) -> Tensor:
+    """Return the squared norm of each row."""
     if isinstance(result, SquaredNormsByParameter):
         return result.total
     return result.flat().abs().square().sum(1)

@@ -63,6 +63,7 @@ VERIFICATION_COLUMNS = ("structure", "verdict", "test", "what was done and seen"
 
 def checks_of_all(structure: Structure, verification: Verification) -> list[Check]:
     """Return a check for each verdict, in the order of the verdicts, tested or not."""
+    # A verification has checks of what could be tested only; a table has a row for every verdict.
     tested = {check.name: check for check in verification.checks}
     checks = []
     for name in NAMES:
@@ -160,6 +161,8 @@ def share(x: Tensor | float) -> str:
 
 def norm_cells(by: str, rows: Rows, gradient: Tensor) -> tuple[str, ...]:
     """Return how large rows are, and how far their sum is from the gradient."""
+    # Relative to the gradient: frozen rows are off by what flows through statistics, others by
+    # rounding.
     flat = rows.flat()
     sizes = flat.norm(dim=1)
     difference = (flat.sum(0) - gradient).norm() / gradient.norm()
