@@ -24,8 +24,8 @@ from cases.function_net import D, N, Net, T, flat
 from unbatch.capture import graph as graph_module
 from unbatch.capture import isolation
 from unbatch.capture import program as capture
-from unbatch.capture.steps import Step
 from unbatch.capture.program import Program
+from unbatch.capture.steps import Step
 
 # ---------------------------------------------------------------- programs
 

@@ -14,8 +14,7 @@ from typer.testing import CliRunner
 
 import unbatch
 from unbatch.cli import commands as cli
-from unbatch.cli import demo
-from unbatch.cli import losses
+from unbatch.cli import demo, losses
 from unbatch.cli.parsing import Shape
 from unbatch.errors import InputError
 from unbatch.report import tables as report

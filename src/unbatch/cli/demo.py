@@ -313,13 +313,6 @@ def _histogram(values: Tensor) -> Table:
     return rendering.table((), reversed(rows))
 
 
-<<<<<<< HEAD
-def _shares(problem: ub.Problem, found: Any) -> list[Any]:
-    """What digits have of slope and curvature along eigenvectors, the most curved first; and what that sums to."""
-    table = _table(
-        tables.SHARE_COLUMNS,
-        [tables.share_cells(found, i) for i in reversed(range(len(found.values)))],
-=======
 def _shares(problem: ub.Problem, directions: Any) -> list[Any]:
     """Return the digits' slopes and curvatures along eigenvectors, and what these sum to.
 
@@ -334,7 +327,6 @@ def _shares(problem: ub.Problem, directions: Any) -> list[Any]:
     sums = (
         f"Σ λ_n is the eigenvalue ({tables.share(curvature_gap)} off), Σ γ_n the slope of the loss "
         f"({tables.share(slope_gap)} off)."
->>>>>>> w-edge
     )
     return [table, Text(sums)]
 
