@@ -1,4 +1,5 @@
-"""Formulas for the browser: what `pymdownx.arithmatex` marks in a page becomes MathML when the page is built.
+"""Formulas for the browser: what `pymdownx.arithmatex` marks in a page becomes MathML when the page
+is built.
 
 Browsers show MathML by themselves, so that a page asks nobody for a script or a font. mkdocs calls
 ``on_page_content``.
@@ -15,7 +16,9 @@ LEFT_OVER = re.compile(r"\\[a-zA-Z]+|<mi>&</mi>")
 
 
 def mathml(latex: str, display: str = "inline") -> str:
-    """One formula as a `<math>` element. Raises ``ValueError`` for what the conversion leaves as it is."""
+    """One formula as a `<math>` element. Raises ``ValueError`` for what the conversion leaves as it
+    is.
+    """
     found: str = convert(latex, display=display)
     if unknown := LEFT_OVER.findall(found):
         raise ValueError(

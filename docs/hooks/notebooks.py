@@ -1,4 +1,5 @@
-"""Notebooks as pages: each `.ipynb` below `docs` becomes a Markdown page of the same name when the site is built.
+"""Notebooks as pages: each `.ipynb` below `docs` becomes a Markdown page of the same name when the
+site is built.
 
 The text of its cells and what they print are shown as stored; nothing is run here. mkdocs calls
 ``on_files``.

@@ -1,7 +1,7 @@
 """unbatch: proves which structure a loss has, and computes what that structure allows.
 
-The names are those of `public.py`, which is imported when the first of them is asked for: torch takes seconds to
-import, and `unbatch --help`, `--version` and completion in a shell have no need of it.
+The names are those of `public.py`, which is imported when the first of them is asked for: torch
+takes seconds to import, and `unbatch --help`, `--version` and completion in a shell do without it.
 """
 
 import sys

@@ -2,7 +2,8 @@
 
 - a rule for an operation: ``register_rule``, with ``RuleContext`` in and ``Ownership`` out; or
   ``assume_independent`` where the operation is known to act on each sample alone
-- a quantity of gradients: ``Derived`` over others, or ``Basic`` with a ``Collector`` of ``RowBlock``s
+- a quantity of gradients: ``Derived`` over others, or ``Basic`` with a ``Collector`` that takes
+  ``RowBlock``
 - a contraction for an operation: ``Contraction`` and ``contraction_kind``
 """
 

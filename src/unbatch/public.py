@@ -1,6 +1,7 @@
 """What the package offers: every public name, which `import unbatch` has as its own.
 
-It stands apart from `__init__.py` so that importing the package does not import torch. Nothing is defined here.
+It stands apart from `__init__.py` so that importing the package does not import torch. Nothing is
+defined here.
 """
 
 from unbatch.analysis.rules.registry import assume_independent, register_rule

@@ -199,8 +199,13 @@ def test_refused(name):
 
 def test_predictions_without_these_samples_are_refused():
     x, y = torch.randn(B, T, D), torch.randint(C, (B, T))
-    problem = ub.Problem(lambda p, x: (x @ p["w"]).mean(1), lambda p, y: p.sum(), (x, y), sample_dims=(0, 1),
-                         parameters={"w": torch.randn(D, C, requires_grad=True)})  # fmt: skip
+    problem = ub.Problem(
+        lambda p, x: (x @ p["w"]).mean(1),
+        lambda p, y: p.sum(),
+        (x, y),
+        sample_dims=(0, 1),
+        parameters={"w": torch.randn(D, C, requires_grad=True)},
+    )
     with pytest.raises(ub.InputError, match="none of which has the sample axes of"):
         problem.gradients()
 

@@ -549,8 +549,10 @@ def test_the_same_again_is_told_once():
 
     stages = middle(problem(Siamese(nn.BatchNorm1d(4)), loss).diagram())
     assert {name: (s.runs, s.numbers) for name, s in stages.items()} == {
-        "net.0 Linear": (3, 0), "net.1 BatchNorm1d": (3, 24), "net.2 Linear": (3, 0)
-    }  # fmt: skip
+        "net.0 Linear": (3, 0),
+        "net.1 BatchNorm1d": (3, 24),
+        "net.2 Linear": (3, 0),
+    }
     assert stages["net.1 BatchNorm1d"].said == "run 3 times, samples share 24 numbers"
     others = problem(Views(nn.ReLU()), loss).diagram()
     assert [(s.name, s.runs) for s in others.stages if s.role == "module"][:3] == [

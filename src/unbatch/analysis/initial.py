@@ -16,7 +16,8 @@ from unbatch.analysis.domain.ownership import Ownership, batched, code, shared
 from unbatch.analysis.domain.sample_layout import prediction_dim
 from unbatch.analysis.interpreter import Interpretation
 from unbatch.analysis.number_facts import alike
-from unbatch.capture.graph import Graph, Value
+from unbatch.capture.graph import Graph
+from unbatch.capture.steps import Value
 from unbatch.capture.steps import Ref
 
 OUTSIDE = ("parameters", "buffers", "constants", "inputs", "targets")

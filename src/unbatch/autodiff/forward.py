@@ -25,7 +25,8 @@ from unbatch.autodiff.contractions.contraction import Contraction, OperandUse
 from unbatch.autodiff.contractions.registry import contraction_for, projected
 from unbatch.autodiff.planner import Site
 from unbatch.autodiff.schedule import Hook, Schedule
-from unbatch.capture.graph import Graph, flat
+from unbatch.capture.graph import Graph
+from unbatch.capture.trees import flat
 from unbatch.capture.steps import Ref, Step
 from unbatch.capture.substitutes import held
 

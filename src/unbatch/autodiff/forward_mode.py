@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from unbatch.autodiff.autograd import forward_mode, solid, zero_leaves
 from unbatch.autodiff.compositions import SPELLED_OUT, Composition
 from unbatch.capture import ops
-from unbatch.capture.graph import flat
+from unbatch.capture.trees import flat
 from unbatch.capture.steps import ExecutedOp, Ref
 from unbatch.errors import MSG_NO_TANGENT, StructureError
 
