@@ -17,8 +17,7 @@ from unbatch.analysis.domain.sample_layout import prediction_dim
 from unbatch.analysis.interpreter import Interpretation
 from unbatch.analysis.number_facts import alike
 from unbatch.capture.graph import Graph
-from unbatch.capture.steps import Value
-from unbatch.capture.steps import Ref
+from unbatch.capture.steps import Ref, Value
 
 OUTSIDE = ("parameters", "buffers", "constants", "inputs", "targets")
 

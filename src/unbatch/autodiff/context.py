@@ -25,8 +25,8 @@ from unbatch.analysis.policy import Mixed, Policy
 from unbatch.autodiff.planner import BackwardPlan, plan_backward, spread
 from unbatch.autodiff.schedule import Operands, Schedule
 from unbatch.capture.graph import Graph
-from unbatch.capture.steps import Value
 from unbatch.capture.program import Program
+from unbatch.capture.steps import Value
 from unbatch.linalg.precision import BACKWARD, in_double, tolerance
 
 Key = tuple[

@@ -26,9 +26,9 @@ from unbatch.autodiff.contractions.registry import contraction_for, projected
 from unbatch.autodiff.planner import Site
 from unbatch.autodiff.schedule import Hook, Schedule
 from unbatch.capture.graph import Graph
-from unbatch.capture.trees import flat
 from unbatch.capture.steps import Ref, Step
 from unbatch.capture.substitutes import held
+from unbatch.capture.trees import flat
 
 # What takes the cotangents of a step's outputs. Autograd's graph holds the hooks that call it, and
 # would keep alive what holds the graph: so it is held by a weak reference, which this is.

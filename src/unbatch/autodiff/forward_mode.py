@@ -17,8 +17,8 @@ from torch.autograd import forward_ad
 from unbatch.autodiff.autograd import forward_mode, solid, zero_leaves
 from unbatch.autodiff.compositions import SPELLED_OUT, Composition
 from unbatch.capture import ops
-from unbatch.capture.trees import flat
 from unbatch.capture.steps import ExecutedOp, Ref
+from unbatch.capture.trees import flat
 from unbatch.errors import MSG_NO_TANGENT, StructureError
 
 Tangents = list[Tensor | None]  # of the outputs of an op; None for what does not move

@@ -44,10 +44,10 @@ from unbatch.autodiff.schedule import Schedule
 from unbatch.autodiff.tangent_store import TangentStore
 from unbatch.capture.aliasing import Window, seen_through_older_windows
 from unbatch.capture.graph import Graph
-from unbatch.capture.trees import flat
 from unbatch.capture.isolation import untouched
 from unbatch.capture.steps import ExecutedOp, Step
 from unbatch.capture.substitutes import held, laid_out, norm_held, unmoved
+from unbatch.capture.trees import flat
 from unbatch.errors import MSG_NO_TANGENT, StructureError
 from unbatch.linalg.probes import gaussians_like, seeded
 

@@ -25,9 +25,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from unbatch.autodiff.autograd import or_zeros
 from unbatch.autodiff.forward_mode import Tangents, through_op
 from unbatch.capture import ops
-from unbatch.capture.trees import flat
 from unbatch.capture.steps import ExecutedOp, Ref, Step, is_ref
 from unbatch.capture.substitutes import moments
+from unbatch.capture.trees import flat
 
 aten = torch.ops.aten
 
