@@ -135,6 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--workloads", default=",".join(SMALL))
     parser.add_argument("--quantities", default=",".join(QUANTITIES))
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--pairs", type=int, default=3, help="of processes")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.work:
@@ -142,12 +143,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if options.base is None or not (options.base / "src" / "unbatch").is_dir():
         parser.error(f"--base takes a checkout that holds src/unbatch; got {options.base}")
-    here, base = Worker(ROOT), Worker(options.base.resolve())
-    print("| workload | question | seconds | by the other's |\n|---|---|---|---|")
+    print("| workload | question | seconds | by the other's | by pair |\n|---|---|---|---|---|")
     for name in options.workloads.split(","):
-        for quantity in options.quantities.split(","):
-            by, own = ratio(here, base, (name, SMALL[name], quantity), options.rounds)
-            print(f"| {name} | {quantity} | {own:.4f} | {by:.3f} |", flush=True)
+        found: dict[str, list[tuple[float, float]]] = {}
+        for _ in range(options.pairs):
+            here, base = Worker(ROOT), Worker(options.base.resolve())
+            for quantity in options.quantities.split(","):
+                measured = ratio(here, base, (name, SMALL[name], quantity), options.rounds)
+                found.setdefault(quantity, []).append(measured)
+            here.process.terminate()
+            base.process.terminate()
+        for quantity, pairs in found.items():
+            ratios = [by for by, _ in pairs]
+            own = statistics.median(seconds for _, seconds in pairs)
+            listed = " ".join(f"{by:.2f}" for by in ratios)
+            middle = statistics.median(ratios)
+            print(f"| {name} | {quantity} | {own:.4f} | {middle:.3f} | {listed} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ parameters, is not known here.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -36,15 +35,22 @@ class RowBlock:
 
     def with_total(self, total: Callable[[], Tensor]) -> RowBlock:
         """Return the same block that knows the sum of all rows, which ``total`` gives."""
-        # A copy: the one who fed the block may hand it to others without the total.
-        block = copy.copy(self)
+        # A twin: the one who fed the block may hand it to others without the total.
+        block = self._twin()
         block.beyond = total
         return block
 
     def of_column(self, number: int, sign: float) -> RowBlock:
         """Return the same block as rows of a column of a factor, with its sign in the matrix."""
-        block = copy.copy(self)
+        block = self._twin()
         block.column, block.sign = number, sign
+        return block
+
+    def _twin(self) -> RowBlock:
+        """Return another block of the same rows."""
+        # As copy.copy does, in a fifth of its time: there is one for every column and parameter.
+        block = object.__new__(type(self))
+        block.__dict__.update(self.__dict__)
         return block
 
     def rows(self) -> Tensor:
