@@ -596,7 +596,7 @@ BAD = {
     "groups that leave something out": (lambda p: p.ggn(blocks=[["0.*"]]), "one group"),
     "no draws": (lambda p: p.ggn(mc_samples=0), "mc_samples"),
     "a sample that is not there": (lambda p: p.ggn(samples=[7]), "from 0 to 6"),
-    "a vector of another length": (lambda p: p.ggn() @ torch.ones(3), "length"),
+    "a vector of another length": (lambda p: p.ggn() @ torch.ones(3), r"shape \(3,\)"),
     "a dict that lacks something": (lambda p: p.ggn() @ {"0.weight": torch.ones(8, 6)}, "0.bias"),
     "no damping": (
         lambda p: p.ggn().solve(torch.ones(p.ggn().shape[0]), 0.0, method="woodbury"),
