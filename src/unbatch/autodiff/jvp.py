@@ -120,14 +120,14 @@ class LinearisedGraph(Linearised):
 
     def __init__(
         self,
-        setting: Context,
+        context: Context,
         parameters: Mapping[str, Tensor],
         frozen: bool = False,
         watched: Sequence[int] = (),
     ) -> None:
-        self.setting, self.parameters, self.frozen = setting, parameters, frozen
+        self.context, self.parameters, self.frozen = context, parameters, frozen
         self.watched = watched
-        self.route = setting.route(parameters, "frozen" if frozen else "component")
+        self.route = context.route(parameters, "frozen" if frozen else "component")
         self.flow = self.route.flow
         self.leaves = leaves_of(parameters)
         self.edges: dict[int, GradientEdge] = {}
@@ -138,10 +138,10 @@ class LinearisedGraph(Linearised):
         self._run()
 
     def _run(self) -> None:
-        graph = self.setting.graph
+        graph = self.context.graph
         with torch.enable_grad():
             tensors = graph.run(
-                self.setting.data | self.flow.by_number(self.leaves),
+                self.context.data | self.flow.by_number(self.leaves),
                 self.route.wanted,
                 visit=self._visit,
                 instead=self._recording_substitutes(),
@@ -155,7 +155,7 @@ class LinearisedGraph(Linearised):
             self.all_outputs[ref.index] = values[ref.index].detach()
 
     def _visit(self, i: int, value: Tensor) -> None:
-        storage = self.setting.graph.values[i].storage
+        storage = self.context.graph.values[i].storage
         # The window is that of the tensor at hand: a replay may lay values out otherwise.
         if storage in self._shared:
             self.windows[i] = Window.of_tensor(value)
@@ -167,11 +167,11 @@ class LinearisedGraph(Linearised):
     @cached_property
     def _shared(self) -> frozenset[int]:
         """Memories that are written to and seen through several windows."""
-        return seen_through_older_windows(self.setting.graph, self.flow.predictions)
+        return seen_through_older_windows(self.context.graph, self.flow.predictions)
 
     def _recording_substitutes(self) -> dict[int, Callable[..., Any]]:
         """Return what keeps the arguments of every step that derivatives go through."""
-        graph = self.setting.graph
+        graph = self.context.graph
         instead: dict[int, Callable[..., Any]] = {}
         for step in graph.forward_steps:
             if step.index in self.flow.frozen_norms:
@@ -185,7 +185,7 @@ class LinearisedGraph(Linearised):
 
     def _record(self, step: Step, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a step and keep its arguments, as copies if one of them is ever written to."""
-        graph = self.setting.graph
+        graph = self.context.graph
         keep = _detached
         if any(map(graph.written, values_read(step))):
             keep = _copied
@@ -225,9 +225,9 @@ class LinearisedGraph(Linearised):
         are not believed.
         """
         key = tuple(self.parameters), self.frozen
-        if key not in self.setting.forward_modes:
-            self.setting.forward_modes[key] = self._find_mode()
-        return self.setting.forward_modes[key]
+        if key not in self.context.forward_modes:
+            self.context.forward_modes[key] = self._find_mode()
+        return self.context.forward_modes[key]
 
     def _find_mode(self) -> bool:
         """Return whether forward mode of the whole graph is needed; raise if that is wrong, too."""
@@ -248,7 +248,7 @@ class LinearisedGraph(Linearised):
             push = self._push_at_once if at_once else self._push_by_steps
             pushed = push(v)
             size = sum(float(u[i].norm() * pushed[i].norm()) for i in u)
-            if abs(_inner_product(u, pushed) - expected) <= self.setting.rounding * size + least:
+            if abs(_inner_product(u, pushed) - expected) <= self.context.rounding * size + least:
                 return at_once
         contradiction = "its rules contradict its backward pass"
         raise StructureError(MSG_NO_TANGENT.format(place="the model", error=contradiction))
@@ -257,7 +257,7 @@ class LinearisedGraph(Linearised):
         self, tangents: Mapping[str, Tensor], at: Sequence[int] = ()
     ) -> dict[int, Tensor]:
         """Push tangents through one recorded op after the other."""
-        moving = TangentStore(self.setting.graph, self.windows, self.sizes)
+        moving = TangentStore(self.context.graph, self.windows, self.sizes)
         for i, name in self.flow.parameters.items():
             if name in tangents:
                 moving.values[i] = tangents[name]
@@ -284,7 +284,7 @@ class LinearisedGraph(Linearised):
 
     def _zero(self, i: int) -> Tensor:
         """Return the tangent of a prediction that does not move."""
-        value = self.setting.graph.values[i]
+        value = self.context.graph.values[i]
         like = next(iter(self.outputs.values())).detach()
         return like.new_zeros(value.shape, dtype=value.dtype)
 
@@ -295,7 +295,7 @@ class LinearisedGraph(Linearised):
 
         It runs again, and knows about memory by itself.
         """
-        setting, graph = self.setting, self.setting.graph
+        context, graph = self.context, self.context.graph
         wanted = list(at or self.outputs)
         # Tangents go along in forward mode even where no gradients are recorded.
         with torch.no_grad(), forward_mode():
@@ -306,7 +306,7 @@ class LinearisedGraph(Linearised):
             instead = self._forward_mode_substitutes()
             try:
                 duals = graph.run(
-                    setting.data | live, wanted, instead=instead, steps=graph.forward_steps
+                    context.data | live, wanted, instead=instead, steps=graph.forward_steps
                 )
             except (NotImplementedError, RuntimeError) as error:
                 message = MSG_NO_TANGENT.format(place="the model", error=error)
@@ -316,7 +316,7 @@ class LinearisedGraph(Linearised):
 
     def _forward_mode_substitutes(self) -> dict[int, Callable[..., Any]]:
         """Return what runs in place of steps in forward mode; later entries take precedence."""
-        graph = self.setting.graph
+        graph = self.context.graph
         instead: dict[int, Callable[..., Any]] = {}
         for step in graph.forward_steps:
             if step.name in SPELLED_OUT:
@@ -340,7 +340,7 @@ class LinearisedGraph(Linearised):
         def run(*args: Any, **kwargs: Any) -> Any:
             arguments = dict(zip(step.parameters, args, strict=False)) | kwargs
             first, *others = flat(SPELLED_OUT[step.name](arguments))
-            return laid_out(first, self.setting.graph.values[out.index].stride), *others
+            return laid_out(first, self.context.graph.values[out.index].stride), *others
 
         return run
 
@@ -368,16 +368,16 @@ def _copied(t: Any) -> Any:
 class LinearisedModel(Linearised):
     """The model itself, run when this is made; tangents are pushed by double backward."""
 
-    def __init__(self, setting: Context, parameters: Mapping[str, Tensor]) -> None:
-        ran = eager.run(setting, parameters, twice=True)
-        self.setting = setting
+    def __init__(self, context: Context, parameters: Mapping[str, Tensor]) -> None:
+        ran = eager.run(context, parameters, twice=True)
+        self.context = context
         self.leaves, self.outputs, self.inner = dict(parameters), ran.predictions, ran.inner
         self.all_outputs = detached(ran.values)
         self._random_state = ran.state
 
     def _untouched(self) -> AbstractContextManager[object]:
         """Hooks in the model may do anything, and backward passes may draw random numbers."""
-        return untouched(self.setting.program.modules, self._random_state)
+        return untouched(self.context.program.modules, self._random_state)
 
     def pull(
         self, cotangents: Mapping[int, Tensor], names: Iterable[str] | None = None

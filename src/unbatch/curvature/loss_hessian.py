@@ -91,8 +91,8 @@ def factor(loss: LossAt, dims: Mapping[int, int]) -> Factor | None:
     The form is kept with the context of the loss, and is tried first on the next batch.
     """
     search = _Search(loss.in_double() or loss, dims)
-    form, root = search.run(loss.setting.last_form)
-    loss.setting.last_form = form
+    form, root = search.run(loss.context.last_form)
+    loss.context.last_form = form
     if root is None:
         return None
     return root.to(next(iter(loss.predictions.values())).dtype)

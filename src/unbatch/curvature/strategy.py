@@ -85,9 +85,9 @@ class StatisticsRoute:
         if request.by != "component" or not is_planned(request):
             return None
         # Below a single batch norm sites are projected: nothing has to be pulled back alone.
-        if not request.setting.route(request.parameters, request.by).flow.columns:
+        if not request.context.route(request.parameters, request.by).flow.columns:
             return None
-        extent = Extent.of(request.setting, request.parameters)
+        extent = Extent.of(request.context, request.parameters)
         return None if extent is None else StatisticsRoute(extent, request)
 
     @property
@@ -97,7 +97,7 @@ class StatisticsRoute:
     @cached_property
     def statistics(self) -> Statistics | None:
         """The statistics after two forward passes; None where they fail their self-check."""
-        return Statistics.of(self.request.setting, self.request.parameters)
+        return Statistics.of(self.request.context, self.request.parameters)
 
     def source(self, parameters: Mapping[str, Tensor]) -> Source:
         """Return the source of rows of these parameters with statistics held constant."""
@@ -114,13 +114,13 @@ def linearised_of(request: Request) -> Linearised:
     Raises ``StructureError`` where statistics cannot be held constant, for the model is not
     replayed.
     """
-    setting, frozen = request.setting, request.by == "frozen"
+    context, frozen = request.context, request.by == "frozen"
     check_recurrences_of(request)
-    if setting.faithful:
-        return LinearisedGraph(setting, request.parameters, frozen)
+    if context.faithful:
+        return LinearisedGraph(context, request.parameters, frozen)
     if frozen and not request.structure.independent_forward:
         raise StructureError(MSG_NOT_REPLAYED.format(by=request.by, why=request.unfaithful))
-    return LinearisedModel(setting, request.parameters)
+    return LinearisedModel(context, request.parameters)
 
 
 # --- the curvature at a point ---------------------------------------------------------------------
@@ -166,7 +166,7 @@ class Curvature:
         """Return the loss at the predictions."""
         if self._loss is None:
             lin = self.linearised
-            self._loss = LossAt(self.request.setting, lin.predictions, lin.inner, lin.all_outputs)
+            self._loss = LossAt(self.request.context, lin.predictions, lin.inner, lin.all_outputs)
         return self._loss
 
     def share_forward(self, source: Source, rows: bool, compressed: bool = False) -> None:
@@ -197,7 +197,7 @@ class Curvature:
     @cached_property
     def dims(self) -> dict[int, int]:
         """The axis of the samples of every prediction."""
-        axes = self.request.setting.axes
+        axes = self.request.context.axes
         return {i: dim for i, dim in axes.items() if i in self.loss.predictions}
 
     # -- roots of H --
@@ -220,7 +220,7 @@ class Curvature:
             raise StructureError(MSG_NO_BLOCKS.format(shapes=shapes))
         if not root.rank:
             # No error: a matrix of zeros is the right answer, if hardly the expected one.
-            cut, remedy = VANISHING_INSIDE if self.loss.setting.own_loss else VANISHING
+            cut, remedy = VANISHING_INSIDE if self.loss.context.own_loss else VANISHING
             text = MSG_VANISHING.format(cut=cut, shapes=shapes, remedy=remedy)
             warn(text, VanishingCurvatureWarning)
         return root

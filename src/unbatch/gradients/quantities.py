@@ -79,7 +79,7 @@ class About:
         """Return the weights ``w_n`` of the losses of samples, ``[N]``; None if unknown."""
         if self.label.marks is None:
             return None
-        return weights(self.source.setting.graph, self.label.marks, self.samples)
+        return weights(self.source.context.graph, self.label.marks, self.samples)
 
     def gradient(self) -> Mapping[str, Tensor]:
         """Return ``Σ_n r_n`` by parameter."""

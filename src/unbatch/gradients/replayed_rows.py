@@ -100,14 +100,14 @@ class ReplayedRows(Source):
 
     def __init__(
         self,
-        setting: Context,
+        context: Context,
         parameters: Mapping[str, Tensor],
         by: str,
         cotangents: Mapping[int, Tensor] | None = None,
     ) -> None:
         """``cotangents``: those of the predictions; by default those of the loss."""
-        self.setting, self.parameters = setting, parameters
-        self.route = setting.route(parameters, by)
+        self.context, self.parameters = context, parameters
+        self.route = context.route(parameters, by)
         self.flow = self.route.flow
         self._chosen_cotangents = cotangents
         self._sweep: Sweep | None = None
@@ -124,7 +124,7 @@ class ReplayedRows(Source):
     def sweep(self) -> Sweep:
         """Return the last sweep, after its forward pass at least."""
         if self._sweep is None:
-            self._sweep = Sweep(self.route, self.setting.graph, self.parameters, self.setting.data)
+            self._sweep = Sweep(self.route, self.context.graph, self.parameters, self.context.data)
             self._sweep.forward()
         return self._sweep
 
@@ -161,13 +161,13 @@ class ReplayedRows(Source):
     @property
     def loss(self) -> LossAt:
         sweep = self.sweep
-        return LossAt(self.setting, _fixed_predictions(sweep), sweep.inner, sweep.outputs)
+        return LossAt(self.context, _fixed_predictions(sweep), sweep.inner, sweep.outputs)
 
     def _ones(self) -> Tensor:
         """Return weights that count every sample once, ``[N]``."""
         like = next(iter(self.parameters.values()))
         dtype = real(like.dtype)
-        return torch.full((self.setting.samples,), 1, dtype=dtype, device=like.device)
+        return torch.full((self.context.samples,), 1, dtype=dtype, device=like.device)
 
     # -- row blocks --
 
@@ -216,7 +216,7 @@ class ReplayedRows(Source):
             size *= 2  # rows of operands are formed first, and those of parameters from them
         elif forms_rows:
             portion = group.only[0].portion
-        for where in chunks.of(self.setting.samples, size, group.lean, portion):
+        for where in chunks.of(self.context.samples, size, group.lean, portion):
             out = None
             if group.only is not None and forms_rows:
                 out = self._row_memory(delivery, group.together.names[0], where)
@@ -237,7 +237,7 @@ class ReplayedRows(Source):
         if delivery.chunks.keep or delivery.chunks.pairs:
             return None
         like = self.parameters[name].detach()
-        return self.setting.scratch((where.stop - where.start, *like.shape), like)
+        return self.context.scratch((where.stop - where.start, *like.shape), like)
 
     # -- columns --
 
@@ -245,7 +245,7 @@ class ReplayedRows(Source):
         """Hand out the blocks of parameters below the mixing frontier, some samples at a time."""
         at_once = self.columns_at_once(delivery.chunks)
         totals = _Totals(partial(self._sum_with_columns, tied))
-        for where in slices_of(self.setting.samples, at_once):
+        for where in slices_of(self.context.samples, at_once):
             outs = {name: out[where] for name, out in delivery.outs.items()}
             local = self._local_rows(tied, where)
             for name, block in self._columns_and_local(where, local, outs):
@@ -290,7 +290,7 @@ class ReplayedRows(Source):
             return 1
         column = self._row_bytes(self.route.below) + self.route.column_bytes
         fitting = min(chunks.memory, CHUNK) // max(column, 1)
-        return int(max(1, min(self.setting.samples, fitting)))
+        return int(max(1, min(self.context.samples, fitting)))
 
     def _row_bytes(self, names: Sequence[str]) -> int:
         """Return the bytes of one row of some parameters, in float32 at least."""
@@ -343,7 +343,7 @@ class ReplayedRows(Source):
         return [self._site_plan(site) for site in self.flow.sites]
 
     def _site_plan(self, site: Site) -> SitePlan:
-        step = self.setting.graph.steps[site.step]
+        step = self.context.graph.steps[site.step]
         parameters = tuple(self.route.operands.made_from(site.operand))
         kind, way = self._kind_and_way(site)
         return SitePlan(parameters, step.module, step.name, kind, way)
@@ -364,7 +364,7 @@ class ReplayedRows(Source):
         # One pass carries all samples down to the mixing frontier, and one more each column.
         columns = 0
         if self._has_columns(self.whole):
-            columns = self.setting.samples
+            columns = self.context.samples
         return 1 + columns, min(self.columns_at_once(chunks), max(columns, 1))
 
     # -- the rest of the gradient --
@@ -374,28 +374,28 @@ class ReplayedRows(Source):
 
         Parameters that stand in the loss itself, and what else it reads of the model.
         """
-        setting = self.setting
+        context = self.context
         # With the split, and every prediction among those that are pulled back, nothing is left.
-        if setting.split and self._splits_all_predictions():
+        if context.split and self._splits_all_predictions():
             return {}
         # The loss is called if predictions are all that it needs, and replayed otherwise.
-        if not by_graph(setting, self.sweep.inner):
-            return rest_of_loss(setting, self.sweep.outputs, self.parameters)
+        if not by_graph(context, self.sweep.inner):
+            return rest_of_loss(context, self.sweep.outputs, self.parameters)
         leaves = leaves_of(self.parameters)
         with torch.enable_grad():
             value = self._loss_with_fixed_predictions(leaves)
         return nonzero_gradients(value, leaves)
 
     def _splits_all_predictions(self) -> bool:
-        used = self.setting.graph.used_predictions
+        used = self.context.graph.used_predictions
         return all(ref.index in self.flow.predictions for ref in used)
 
     def _loss_with_fixed_predictions(self, leaves: Mapping[str, Tensor]) -> Tensor:
         """Return the loss as a function of ``leaves`` alone; there has to be one in the graph."""
-        setting, graph, sweep = self.setting, self.setting.graph, self.sweep
+        context, graph, sweep = self.context, self.context.graph, self.sweep
         if graph.loss is None:
             raise ValueError("The recorded graph has no loss.")
-        feed = setting.data | {i: leaves[name] for i, name in self.flow.parameters.items()}
+        feed = context.data | {i: leaves[name] for i, name in self.flow.parameters.items()}
         fixed = _fixed_predictions(sweep)
         inner = list(sweep.inner)
         read: list[Tensor] = []

@@ -36,7 +36,7 @@ NO_DOUBLE = (RuntimeError, TypeError, NotImplementedError, IndexError)
 CANCELLATION = 1e-3
 
 
-def trusted(setting: Context, parameters: Mapping[str, Tensor], by: str, memory: int) -> bool:
+def trusted(context: Context, parameters: Mapping[str, Tensor], by: str, memory: int) -> bool:
     """Return whether the planned backward pass gives what a plain one gives.
 
     In float64 where the computation can be run in it and ``memory`` allows, so that small gradients
@@ -44,33 +44,33 @@ def trusted(setting: Context, parameters: Mapping[str, Tensor], by: str, memory:
     """
     # Plans are made for a set of parameters and a decomposition, and so are answers.
     key = (tuple(parameters), by)
-    if key not in setting.trust:
-        plan = setting.route(parameters, by).flow
-        setting.trust[key] = plan.divisible and _passes(setting, parameters, by, memory)
-    return setting.trust[key]
+    if key not in context.trust:
+        plan = context.route(parameters, by).flow
+        context.trust[key] = plan.divisible and _passes(context, parameters, by, memory)
+    return context.trust[key]
 
 
-def _passes(setting: Context, parameters: Mapping[str, Tensor], by: str, memory: int) -> bool:
+def _passes(context: Context, parameters: Mapping[str, Tensor], by: str, memory: int) -> bool:
     # Forward and backward together take about three times the values, as measured.
-    fits = 3 * setting.values_in_double <= max(memory, ALWAYS)
+    fits = 3 * context.values_in_double <= max(memory, ALWAYS)
     # Where float64 does not fit, float32 may do; if that fails, rounding may be to blame, and
     # float64 decides all the same.
-    if not fits and _agrees(setting, parameters, by, setting.rounding):
+    if not fits and _agrees(context, parameters, by, context.rounding):
         return True
     try:
         doubles = {name: in_double(p.detach()) for name, p in parameters.items()}
-        return _agrees(setting.in_double(), doubles, by, DOUBLE)
+        return _agrees(context.in_double(), doubles, by, DOUBLE)
     except NO_DOUBLE:
-        return fits and _agrees(setting, parameters, by, setting.rounding)
+        return fits and _agrees(context, parameters, by, context.rounding)
 
 
-def _agrees(setting: Context, parameters: Mapping[str, Tensor], by: str, bound: float) -> bool:
+def _agrees(context: Context, parameters: Mapping[str, Tensor], by: str, bound: float) -> bool:
     """Return whether a trial agrees with a plain backward pass, up to a relative error."""
-    weights = _random_weights(setting, parameters, by)
-    route = setting.route(parameters, by)
-    cotangents, expected = _plain_sum(route, parameters, setting.data, weights)
-    rows = ReplayedRows(setting, parameters, by, cotangents)
-    trial = rows.trial(weights, setting.samples // 2)
+    weights = _random_weights(context, parameters, by)
+    route = context.route(parameters, by)
+    cotangents, expected = _plain_sum(route, parameters, context.data, weights)
+    rows = ReplayedRows(context, parameters, by, cotangents)
+    trial = rows.trial(weights, context.samples // 2)
     scale = _largest(cotangents)
     norms, magnitudes, roots = {}, {}, {}
     for name, row in trial.of_sample.items():
@@ -86,12 +86,12 @@ def _agrees(setting: Context, parameters: Mapping[str, Tensor], by: str, bound: 
     )
 
 
-def _random_weights(setting: Context, parameters: Mapping[str, Tensor], by: str) -> Tensor:
+def _random_weights(context: Context, parameters: Mapping[str, Tensor], by: str) -> Tensor:
     """Return weights of samples, ``[N]``; ones for copy rows, of which only the sum can be
     compared.
     """
     # Between 0.5 and 1.5: no sample is lost, and no two weigh the same.
-    weights = torch.rand(setting.samples, generator=seeded(0), dtype=torch.float64) + 0.5
+    weights = torch.rand(context.samples, generator=seeded(0), dtype=torch.float64) + 0.5
     if by == "copy":
         weights = torch.ones_like(weights)
     like = next(iter(parameters.values()))

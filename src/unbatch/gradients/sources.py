@@ -72,7 +72,7 @@ class Source(ABC):
     plan.
     """
 
-    setting: Context
+    context: Context
     note = ""
     reason = "One backward pass serves all samples."
 

@@ -48,7 +48,7 @@ class Question:
         """Return the question as the engine sees it."""
         analysis = self.session.analysis
         return Request(
-            analysis.setting,
+            analysis.context,
             analysis.structure,
             self.parameters,
             self.by,

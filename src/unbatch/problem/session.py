@@ -86,7 +86,7 @@ class Analysis:
     inference: Inference
     structure: Structure
     unfaithful: str
-    setting: Context
+    context: Context
 
     @property
     def findings(self) -> AnalysisState:
@@ -104,14 +104,14 @@ class Analysis:
         if not self._holds_for(graph):
             return None
         inference = replace(self.inference, recording=recording, graph=graph)
-        setting = replace(
-            self.setting,
+        context = replace(
+            self.context,
             program=recording.program,
             graph=graph,
             inputs=recording.batch.inputs,
             targets=recording.batch.targets,
         )
-        return replace(self, inference=inference, setting=setting)
+        return replace(self, inference=inference, context=context)
 
     def _holds_for(self, graph: Graph) -> bool:
         """Return whether every fact about values that a rule or a plan used holds in ``graph``."""
@@ -119,7 +119,7 @@ class Analysis:
         facts = [*self.findings.forward.facts]
         if self.findings.loss is not None:
             facts += self.findings.loss.facts
-        facts += self.setting.facts
+        facts += self.context.facts
         return all(fact.holds(graph) for fact in facts)
 
 
@@ -131,8 +131,8 @@ def analyse(recording: Recording) -> Analysis:
     inference = infer(recording)
     fidelity = fidelity_of(inference.oracle)
     structure = verified(inference, fidelity)
-    setting = _context(inference, structure, faithful=not fidelity.unfaithful)
-    return Analysis(inference, structure, fidelity.unfaithful, setting)
+    context = _context(inference, structure, faithful=not fidelity.unfaithful)
+    return Analysis(inference, structure, fidelity.unfaithful, context)
 
 
 class _OtherPaths:
@@ -277,9 +277,9 @@ class Session:
     @property
     def at_the_cut(self) -> Any:
         """Return the values that the loss of a model with its own loss is cut at."""
-        setting = self.analysis.setting
+        context = self.analysis.context
         # In the order of their axes of samples, which is that of the structure.
-        values = list(setting.numbers(list(setting.axes)).values())
+        values = list(context.numbers(list(context.axes)).values())
         return values[0] if len(values) == 1 else tuple(values)
 
     def check_connected(self) -> None:
