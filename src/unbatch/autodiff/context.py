@@ -83,7 +83,7 @@ class Context:
     def in_double(self) -> Context:
         """Return the same problem and plans in float64; nothing of it was tested yet."""
         graph = self.graph.in_double()
-        routes = {key: Schedule(graph, r.flow, r.operands) for key, r in self.routes.items()}
+        routes = {key: Schedule(graph, r.plan, r.operands) for key, r in self.routes.items()}
         return replace(
             self,
             graph=graph,

@@ -62,7 +62,7 @@ class ForwardPass:
     @cached_property
     def operands(self) -> dict[int, Tensor]:
         """Parameters, and what is made of them without samples, connected to the leaves."""
-        return self.schedule.flow.by_number(self.leaves)
+        return self.schedule.plan.by_number(self.leaves)
 
     @cached_property
     def anchor(self) -> Tensor:
@@ -72,7 +72,7 @@ class ForwardPass:
     def run(self) -> None:
         """Run the model."""
         schedule, graph = self.schedule, self.graph
-        constants = detached(schedule.flow.by_number(self.parameters))
+        constants = detached(schedule.plan.by_number(self.parameters))
         # A graph with other numbers shares the steps of the one that the schedule was made for.
         steps = schedule.steps
         if graph.steps is not schedule.graph.steps:
@@ -86,7 +86,7 @@ class ForwardPass:
                 steps=steps,
             )
         values = dict(zip(schedule.wanted, tensors, strict=True))
-        self.predictions = subset(values, schedule.flow.predictions)
+        self.predictions = subset(values, schedule.plan.predictions)
         self.inner = detached(subset(values, schedule.inner))
         for ref in graph.predictions:
             self.outputs[ref.index] = values[ref.index].detach()
@@ -243,7 +243,7 @@ class ForwardPass:
         self, hook: Hook, kept: dict[str, Any], outputs: tuple[Tensor, ...]
     ) -> None:
         """Contract the sites below a batch norm by its closed form."""
-        layout = Layout(0, self.schedule.flow.samples)
+        layout = Layout(0, self.schedule.plan.samples)
         norm = OperandUse(hook.step, kept, outputs, outputs[0], "", (layout,))
         for site in list(self._below_norm):
             if site.step in hook.projecting:

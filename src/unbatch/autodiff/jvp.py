@@ -100,7 +100,7 @@ def moves(step: Step, plan: BackwardPlan) -> bool:
 
 def differentiated(graph: Graph, schedule: Schedule) -> list[Step]:
     """Return the steps of the forward pass that tangents go through."""
-    plan, steps = schedule.flow, []
+    plan, steps = schedule.plan, []
     for step in graph.forward_steps:
         # A batch norm with constant statistics is cut off from these alone.
         cut = step.index in schedule.cut_numbers and step.index not in plan.frozen_norms
@@ -128,7 +128,7 @@ class LinearisedGraph(Linearised):
         self.context, self.parameters, self.frozen = context, parameters, frozen
         self.watched = watched
         self.route = context.route(parameters, "frozen" if frozen else "component")
-        self.flow = self.route.flow
+        self.plan = self.route.plan
         self.leaves = leaves_of(parameters)
         self.edges: dict[int, GradientEdge] = {}
         self.steps: list[ExecutedOp] = []
@@ -141,14 +141,14 @@ class LinearisedGraph(Linearised):
         graph = self.context.graph
         with torch.enable_grad():
             tensors = graph.run(
-                self.context.data | self.flow.by_number(self.leaves),
+                self.context.data | self.plan.by_number(self.leaves),
                 self.route.wanted,
                 visit=self._visit,
                 instead=self._recording_substitutes(),
                 steps=graph.forward_steps,
             )
         values = dict(zip(self.route.wanted, tensors, strict=True))
-        self.outputs = subset(values, self.flow.predictions)
+        self.outputs = subset(values, self.plan.predictions)
         self.inner = detached(subset(values, self.route.inner))
         self.all_outputs = {}
         for ref in graph.predictions:
@@ -167,19 +167,19 @@ class LinearisedGraph(Linearised):
     @cached_property
     def _shared(self) -> frozenset[int]:
         """Memories that are written to and seen through several windows."""
-        return seen_through_older_windows(self.context.graph, self.flow.predictions)
+        return seen_through_older_windows(self.context.graph, self.plan.predictions)
 
     def _recording_substitutes(self) -> dict[int, Callable[..., Any]]:
         """Return what keeps the arguments of every step that derivatives go through."""
         graph = self.context.graph
         instead: dict[int, Callable[..., Any]] = {}
         for step in graph.forward_steps:
-            if step.index in self.flow.frozen_norms:
-                if step.grad and moves(step, self.flow):
+            if step.index in self.plan.frozen_norms:
+                if step.grad and moves(step, self.plan):
                     instead[step.index] = partial(self._record, step, norm_held(step))
             elif step.index in self.route.cut_numbers:
                 instead[step.index] = held(step.op)
-            elif step.grad and moves(step, self.flow):
+            elif step.grad and moves(step, self.plan):
                 instead[step.index] = partial(self._record, step, step.op)
         return instead
 
@@ -258,7 +258,7 @@ class LinearisedGraph(Linearised):
     ) -> dict[int, Tensor]:
         """Push tangents through one recorded op after the other."""
         moving = TangentStore(self.context.graph, self.windows, self.sizes)
-        for i, name in self.flow.parameters.items():
+        for i, name in self.plan.parameters.items():
             if name in tangents:
                 moving.values[i] = tangents[name]
         with torch.no_grad():
@@ -267,7 +267,7 @@ class LinearisedGraph(Linearised):
                 of_arguments = moving.of_arguments(step)
                 if not of_arguments:
                     continue
-                if step.index in self.flow.frozen_norms:
+                if step.index in self.plan.frozen_norms:
                     outs = through_op(call, norm_held(step), of_arguments)
                 else:
                     outs = push_through(call, of_arguments)
@@ -299,8 +299,8 @@ class LinearisedGraph(Linearised):
         wanted = list(at or self.outputs)
         # Tangents go along in forward mode even where no gradients are recorded.
         with torch.no_grad(), forward_mode():
-            live = detached(self.flow.by_number(self.parameters))
-            for i, name in self.flow.parameters.items():
+            live = detached(self.plan.by_number(self.parameters))
+            for i, name in self.plan.parameters.items():
                 if name in tangents:
                     live[i] = forward_ad.make_dual(live[i], tangents[name].contiguous())
             instead = self._forward_mode_substitutes()
@@ -325,7 +325,7 @@ class LinearisedGraph(Linearised):
                 instead[step.index] = unmoved(step.op)
         for step in self.route.cut_off:
             instead[step.index] = held(step.op)
-        for i in self.flow.frozen_norms:
+        for i in self.plan.frozen_norms:
             instead[i] = norm_held(graph.steps[i])
         return instead
 

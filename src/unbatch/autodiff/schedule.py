@@ -41,7 +41,7 @@ class Operands:
     """
 
     graph: Graph
-    flow: BackwardPlan
+    plan: BackwardPlan
     shapes: Mapping[str, tuple[int, ...]]
     _views: dict[int, RowBlockView | None] = field(default_factory=dict)
 
@@ -55,9 +55,9 @@ class Operands:
             if value in visited:
                 continue
             visited.add(value)
-            if value in self.flow.parameters:
-                names.append(self.flow.parameters[value])
-            elif value in self.flow.direct:
+            if value in self.plan.parameters:
+                names.append(self.plan.parameters[value])
+            elif value in self.plan.direct:
                 queue += values_read(self.graph.makers[value])
         return names
 
@@ -86,7 +86,7 @@ class Operands:
     def _path(self, value: int) -> list[Step] | None:
         """Return the steps by which a value is a view of a parameter; None if it is not."""
         path: list[Step] = []
-        while value not in self.flow.parameters:
+        while value not in self.plan.parameters:
             step = self.graph.makers.get(value)
             if step is None or not _rearranges(step):
                 return None
@@ -188,7 +188,7 @@ class Schedule:
     """What a backward plan means for every step of a graph."""
 
     graph: Graph
-    flow: BackwardPlan
+    plan: BackwardPlan
     operands: Operands
 
     @cached_property
@@ -199,19 +199,19 @@ class Schedule:
     @cached_property
     def inner(self) -> list[int]:
         """Values beside the predictions that the loss reads."""
-        return self.graph.read_by_loss(self.flow.predictions)
+        return self.graph.read_by_loss(self.plan.predictions)
 
     @cached_property
     def wanted(self) -> list[int]:
         """All values of the model that are read after it has run."""
-        wanted = [*self.flow.predictions, *self.inner]
+        wanted = [*self.plan.predictions, *self.inner]
         wanted += [ref.index for ref in self.graph.predictions]
         return list(dict.fromkeys(wanted))
 
     @cached_property
     def cut_off(self) -> list[Step]:
         """Steps whose results are held constant."""
-        frozen = self.flow.frozen
+        frozen = self.plan.frozen
         return [step for step in self.steps if not frozen.isdisjoint(values_returned(step))]
 
     @cached_property
@@ -225,7 +225,7 @@ class Schedule:
 
         Seeds, from which columns start, and the values at which pools take the columns' cotangents.
         """
-        values = set(self.flow.seeds)
+        values = set(self.plan.seeds)
         for pool in self.pools.values():
             values.add(pool.out)
         return frozenset(values)
@@ -235,14 +235,14 @@ class Schedule:
     @cached_property
     def hooks(self) -> dict[int, Hook]:
         """By step."""
-        flow = self.flow
-        numbers = {*flow.frozen_norms, *flow.gates, *flow.projections.values()}
-        for site in flow.sites:
+        plan = self.plan
+        numbers = {*plan.frozen_norms, *plan.gates, *plan.projections.values()}
+        for site in plan.sites:
             numbers.add(site.step)
         for step in self.steps:
             # In place, a seed is one tensor with the value before it: its edge has to be that after
             # the step.
-            if step.writes and within(values_returned(step), flow.seeds):
+            if step.writes and within(values_returned(step), plan.seeds):
                 numbers.add(step.index)
         return {number: self._hook(self.graph.steps[number]) for number in sorted(numbers)}
 
@@ -250,7 +250,7 @@ class Schedule:
         """Return what is done at one step."""
         uses: list[Use] = []
         by_autograd: set[int] = set()
-        for site in self.flow.sites:
+        for site in self.plan.sites:
             if site.step != step.index:
                 continue
             # At a pool, columns end: its contraction takes them from there.
@@ -263,7 +263,7 @@ class Schedule:
             if self._last_write(value) >= step.index:
                 overwritten.add(value)
         projecting: set[int] = set()
-        for below, norm in self.flow.projections.items():
+        for below, norm in self.plan.projections.items():
             if norm == step.index:
                 projecting.add(below)
         in_place = None
@@ -274,7 +274,7 @@ class Schedule:
             self._substitute(step),
             tuple(uses),
             frozenset(by_autograd),
-            frozenset(self.flow.gates.get(step.index, ())),
+            frozenset(self.plan.gates.get(step.index, ())),
             frozenset(projecting),
             frozenset(overwritten),
             in_place,
@@ -282,7 +282,7 @@ class Schedule:
 
     def _substitute(self, step: Step) -> Callable[..., Any]:
         """Return what runs in place of a step: a batch norm may have constants for statistics."""
-        if step.index in self.flow.frozen_norms:
+        if step.index in self.plan.frozen_norms:
             return norm_held(step)
         if ops.is_batch_norm(step.op) and not ops.is_training_batch_norm(step):
             return norm_evaluated(step)
@@ -292,7 +292,7 @@ class Schedule:
     def _use(self, step: Step, site: Site) -> Use:
         leaves = tree_leaves(step.named[site.name], is_leaf=is_ref)
         # An argument may be a list of tensors (of a ``cat``), and the operand one of them.
-        layouts = tuple(map(self.flow.layouts.get, values_returned(step)))
+        layouts = tuple(map(self.plan.layouts.get, values_returned(step)))
         group = -1
         for number, together in enumerate(self.groups):
             if site in together.sites:
@@ -340,12 +340,12 @@ class Schedule:
             if alone and group.view is not None:
                 viewed.add(group.operands[0])
         wanted: set[int] = set()
-        for site in self.flow.sites:
+        for site in self.plan.sites:
             if site.way == "columns" or site.operand not in viewed:
                 wanted.add(site.operand)
         chain: dict[int, bool] = {}
         # From the last step to the first, so that what makes an operand comes after the operand.
-        for number, moving in sorted(self.flow.chain.items(), reverse=True):
+        for number, moving in sorted(self.plan.chain.items(), reverse=True):
             step = self.graph.steps[number]
             if moving or not wanted.isdisjoint(values_returned(step)):
                 chain[number] = moving
@@ -357,7 +357,7 @@ class Schedule:
     @cached_property
     def groups(self) -> list[Together]:
         """The parameters of all sites above the mixing frontier."""
-        local, operands = self.flow.local, self.operands
+        local, operands = self.plan.local, self.operands
         groups = []
         for values, names in operands.together(dict.fromkeys(s.operand for s in local)):
             view = None
@@ -375,11 +375,11 @@ class Schedule:
         """By site."""
         # With another site, a parameter has rows from elsewhere that would have to be added.
         sites_of: dict[str, int] = {}
-        for site in self.flow.sites:
+        for site in self.plan.sites:
             for name in self.operands.made_from(site.operand):
                 sites_of[name] = sites_of.get(name, 0) + 1
         pools: dict[Site, Pool] = {}
-        for site in self.flow.columns:
+        for site in self.plan.columns:
             step, view = self.graph.steps[site.step], self.operands.view(site.operand)
             if view is None or site.name not in MATRICES.get(step.name, ()):
                 continue
@@ -393,7 +393,7 @@ class Schedule:
     def below(self) -> list[str]:
         """The parameters that columns reach by autograd."""
         names: set[str] = set()
-        for site in self.flow.columns:
+        for site in self.plan.columns:
             if site not in self.pools:
                 names.update(self.operands.made_from(site.operand))
         return within(self.operands.shapes, names)
@@ -415,7 +415,7 @@ class Schedule:
     @cached_property
     def _lowest(self) -> int:
         """The first step with a site that columns reach."""
-        return min((s.step for s in self.flow.columns), default=0)
+        return min((s.step for s in self.plan.columns), default=0)
 
     @cached_property
     def column_bytes(self) -> int:
@@ -424,7 +424,7 @@ class Schedule:
         Measured, it is about four times the largest value that it passes.
         """
         largest = 0
-        for i in self.flow.theta:
+        for i in self.plan.theta:
             value = self.graph.values[i]
             if value.step >= self._lowest:
                 largest = max(largest, math.prod(value.shape) * value.dtype.itemsize)

@@ -123,9 +123,9 @@ class Sweep:
     _under_way: _BackwardPass | None = None
 
     @property
-    def flow(self) -> BackwardPlan:
+    def plan(self) -> BackwardPlan:
         """The plan that the schedule was made for."""
-        return self.route.flow
+        return self.route.plan
 
     # -- forward --
 
@@ -186,13 +186,13 @@ class Sweep:
 
         Those of the sites are handed over by hooks on the way, or at the end.
         """
-        flow, forward = self.flow, self._forward
+        plan, forward = self.plan, self._forward
         ends, gs = [], []
         for i, cotangent in cotangents.items():
             if self.predictions[i].requires_grad:
                 ends.append(self.predictions[i])
                 gs.append(cotangent)
-        seeds = within(flow.seeds, forward.edges)
+        seeds = within(plan.seeds, forward.edges)
         edges: list[Any] = pick(forward.edges, seeds)
         for _, of_outputs in forward.without_hook:
             edges += of_outputs.values()
@@ -200,7 +200,7 @@ class Sweep:
         if ends:
             # The anchor is an input of the whole computation: with it, all sites are passed.
             inputs = [*edges, forward.anchor]
-            retain = bool(flow.columns) or not last
+            retain = bool(plan.columns) or not last
             found = torch.autograd.grad(ends, inputs, gs, retain_graph=retain, allow_unused=True)
         others = iter(found[len(seeds) :])
         for hook, of_outputs in forward.without_hook:
@@ -243,13 +243,13 @@ class Sweep:
         self, cotangents: Mapping[int, Tensor], at_seeds: Mapping[int, Tensor | None]
     ) -> list[Seed]:
         """Return what columns start from; a prediction that is not separate is a seed itself."""
-        flow, seeds = self.flow, []
+        plan, seeds = self.plan, []
         for i, g in at_seeds.items():
             if g is not None:
-                seeds.append(Seed(self._forward.edges[i], flow.layouts[i], g.detach()))
+                seeds.append(Seed(self._forward.edges[i], plan.layouts[i], g.detach()))
         for i, g in cotangents.items():
-            if i in flow.unsplit and self.predictions[i].requires_grad:
-                layout = Layout(flow.predictions[i], flow.samples)
+            if i in plan.unsplit and self.predictions[i].requires_grad:
+                layout = Layout(plan.predictions[i], plan.samples)
                 seeds.append(Seed(self.predictions[i], layout, g))
         return seeds
 
@@ -336,7 +336,7 @@ class Sweep:
 
     def rows(self, group: Group, where: slice) -> dict[str, Tensor]:
         """Return rows of the parameters of a group, summed over their sites."""
-        first, last, _ = where.indices(self.flow.samples)
+        first, last, _ = where.indices(self.plan.samples)
         # Rows of operands are summed first: the way to the parameters is then taken once.
         sums: dict[int, Tensor] = {}
         for operand, contractions in group.meetings.items():
@@ -359,7 +359,7 @@ class Sweep:
         """Return ``Σ_n c_n row_n`` of the parameters of a group, without the columns below."""
         if group.only is not None:
             # Some contractions have weighted sums without rows.
-            blocks = self.parts(group, slice(0, self.flow.samples), None)
+            blocks = self.parts(group, slice(0, self.plan.samples), None)
             return {name: block.weighted_sum(weights) for name, block in blocks}
         sums: dict[int, Tensor] = {}
         for operand, contractions in group.meetings.items():
@@ -378,8 +378,8 @@ class Sweep:
         made, cotangents = [], []
         for operand, of_operand in sums.items():
             # An operand may be a parameter itself, used beside others that are made of it (tied).
-            if operand in self.flow.parameters:
-                rows[self.flow.parameters[operand]] = of_operand
+            if operand in self.plan.parameters:
+                rows[self.plan.parameters[operand]] = of_operand
             else:
                 made.append(self._forward.operands[operand])
                 cotangents.append(of_operand)

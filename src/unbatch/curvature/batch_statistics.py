@@ -308,8 +308,8 @@ def _batch_norms(context: Context, parameters: Mapping[str, Tensor]) -> Sequence
     """Return the batch norms; none where anything else makes samples depend on each other."""
     # Two plans: with statistics held constant, and as the model is.
     try:
-        frozen = context.route(parameters, "frozen").flow
-        free = context.route(parameters, "component").flow
+        frozen = context.route(parameters, "frozen").plan
+        free = context.route(parameters, "component").plan
     except StructureError:
         return []
     steps = [context.graph.steps[i] for i in sorted(frozen.frozen_norms)]

@@ -108,14 +108,14 @@ class ReplayedRows(Source):
         """``cotangents``: those of the predictions; by default those of the loss."""
         self.context, self.parameters = context, parameters
         self.route = context.route(parameters, by)
-        self.flow = self.route.flow
+        self.plan = self.route.plan
         self._chosen_cotangents = cotangents
         self._sweep: Sweep | None = None
-        if self.flow.by_place:
+        if self.plan.by_place:
             self.note = BY_PLACE
-        if self.flow.columns:
+        if self.plan.columns:
             self.reason = REASON_COLUMNS
-        elif self.flow.projections:
+        elif self.plan.projections:
             self.reason = REASON_PROJECTED
 
     # -- the forward pass, and cotangents --
@@ -202,7 +202,7 @@ class ReplayedRows(Source):
 
     def _has_columns(self, sweep: Sweep) -> bool:
         """Return whether anything is left to be pulled back column by column."""
-        return bool(sweep.seeds) and bool(self.flow.columns)
+        return bool(sweep.seeds) and bool(self.plan.columns)
 
     def _deliver(self, delivery: _Delivery, group: Group) -> None:
         """Hand out the blocks of a group whose cotangents are all there."""
@@ -340,7 +340,7 @@ class ReplayedRows(Source):
         return self.whole.weighted_sum(weights)
 
     def sites(self) -> list[SitePlan]:
-        return [self._site_plan(site) for site in self.flow.sites]
+        return [self._site_plan(site) for site in self.plan.sites]
 
     def _site_plan(self, site: Site) -> SitePlan:
         step = self.context.graph.steps[site.step]
@@ -388,14 +388,14 @@ class ReplayedRows(Source):
 
     def _splits_all_predictions(self) -> bool:
         used = self.context.graph.used_predictions
-        return all(ref.index in self.flow.predictions for ref in used)
+        return all(ref.index in self.plan.predictions for ref in used)
 
     def _loss_with_fixed_predictions(self, leaves: Mapping[str, Tensor]) -> Tensor:
         """Return the loss as a function of ``leaves`` alone; there has to be one in the graph."""
         context, graph, sweep = self.context, self.context.graph, self.sweep
         if graph.loss is None:
             raise ValueError("The recorded graph has no loss.")
-        feed = context.data | {i: leaves[name] for i, name in self.flow.parameters.items()}
+        feed = context.data | {i: leaves[name] for i, name in self.plan.parameters.items()}
         fixed = _fixed_predictions(sweep)
         inner = list(sweep.inner)
         read: list[Tensor] = []

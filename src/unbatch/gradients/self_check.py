@@ -45,7 +45,7 @@ def trusted(context: Context, parameters: Mapping[str, Tensor], by: str, memory:
     # Plans are made for a set of parameters and a decomposition, and so are answers.
     key = (tuple(parameters), by)
     if key not in context.trust:
-        plan = context.route(parameters, by).flow
+        plan = context.route(parameters, by).plan
         context.trust[key] = plan.divisible and _passes(context, parameters, by, memory)
     return context.trust[key]
 
@@ -105,7 +105,7 @@ def _plain_sum(
 
     By one backward pass of a plain replay in which what a decomposition holds constant is constant.
     """
-    graph, plan = route.graph, route.flow
+    graph, plan = route.graph, route.plan
     leaves = leaves_of(parameters)
     live = {i: leaves[name] for i, name in plan.parameters.items()}
     # The replay knows nothing of sites, contractions or columns: an independent definition.
