@@ -55,7 +55,7 @@ class Context:
     faithful: bool
     split: bool
     # Found out by questions, and kept for the next one.
-    routes: dict[Key, Schedule] = field(default_factory=dict)
+    schedules: dict[Key, Schedule] = field(default_factory=dict)
     trust: dict[Key, bool] = field(default_factory=dict)  # whether a plan passed its self-check
     forward_modes: dict[Any, bool] = field(
         default_factory=dict
@@ -66,29 +66,29 @@ class Context:
 
     # -- plans --
 
-    def route(self, parameters: Mapping[str, Tensor], by: str) -> Schedule:
+    def schedule(self, parameters: Mapping[str, Tensor], by: str) -> Schedule:
         """Return the schedule of a backward pass, made when it is first asked for.
 
         Raises ``StructureError`` where rows by ``by`` do not exist.
         """
         key = (tuple(parameters), by)
-        if key not in self.routes:
+        if key not in self.schedules:
             plan, facts = _plan(self, key)
             self.facts += facts
             shapes = {name: tuple(p.shape) for name, p in parameters.items()}
             operands = Operands(self.graph, plan, shapes)
-            self.routes[key] = Schedule(self.graph, plan, operands)
-        return self.routes[key]
+            self.schedules[key] = Schedule(self.graph, plan, operands)
+        return self.schedules[key]
 
     def in_double(self) -> Context:
         """Return the same problem and plans in float64; nothing of it was tested yet."""
         graph = self.graph.in_double()
-        routes = {key: Schedule(graph, r.plan, r.operands) for key, r in self.routes.items()}
+        schedules = {key: Schedule(graph, s.plan, s.operands) for key, s in self.schedules.items()}
         return replace(
             self,
             graph=graph,
             inputs=in_double(self.inputs),
-            routes=routes,
+            schedules=schedules,
             trust={},
             forward_modes={},
             buffer=None,

@@ -127,8 +127,8 @@ class LinearisedGraph(Linearised):
     ) -> None:
         self.context, self.parameters, self.frozen = context, parameters, frozen
         self.watched = watched
-        self.route = context.route(parameters, "frozen" if frozen else "component")
-        self.plan = self.route.plan
+        self.schedule = context.schedule(parameters, "frozen" if frozen else "component")
+        self.plan = self.schedule.plan
         self.leaves = leaves_of(parameters)
         self.edges: dict[int, GradientEdge] = {}
         self.steps: list[ExecutedOp] = []
@@ -142,14 +142,14 @@ class LinearisedGraph(Linearised):
         with torch.enable_grad():
             tensors = graph.run(
                 self.context.data | self.plan.by_number(self.leaves),
-                self.route.wanted,
+                self.schedule.wanted,
                 visit=self._visit,
                 instead=self._recording_substitutes(),
                 steps=graph.forward_steps,
             )
-        values = dict(zip(self.route.wanted, tensors, strict=True))
+        values = dict(zip(self.schedule.wanted, tensors, strict=True))
         self.outputs = subset(values, self.plan.predictions)
-        self.inner = detached(subset(values, self.route.inner))
+        self.inner = detached(subset(values, self.schedule.inner))
         self.all_outputs = {}
         for ref in graph.predictions:
             self.all_outputs[ref.index] = values[ref.index].detach()
@@ -177,7 +177,7 @@ class LinearisedGraph(Linearised):
             if step.index in self.plan.frozen_norms:
                 if step.grad and moves(step, self.plan):
                     instead[step.index] = partial(self._record, step, norm_held(step))
-            elif step.index in self.route.cut_numbers:
+            elif step.index in self.schedule.cut_numbers:
                 instead[step.index] = held(step.op)
             elif step.grad and moves(step, self.plan):
                 instead[step.index] = partial(self._record, step, step.op)
@@ -323,7 +323,7 @@ class LinearisedGraph(Linearised):
                 instead[step.index] = self._composition(step)
             elif not step.grad:
                 instead[step.index] = unmoved(step.op)
-        for step in self.route.cut_off:
+        for step in self.schedule.cut_off:
             instead[step.index] = held(step.op)
         for i in self.plan.frozen_norms:
             instead[i] = norm_held(graph.steps[i])

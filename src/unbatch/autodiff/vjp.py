@@ -110,7 +110,7 @@ class _BackwardPass:
 class Sweep:
     """The forward pass of one question, and its backward passes."""
 
-    route: Schedule
+    schedule: Schedule
     graph: Graph
     parameters: Mapping[str, Tensor]
     feed: Mapping[int, Tensor]
@@ -125,14 +125,14 @@ class Sweep:
     @property
     def plan(self) -> BackwardPlan:
         """The plan that the schedule was made for."""
-        return self.route.plan
+        return self.schedule.plan
 
     # -- forward --
 
     @cached_property
     def _forward(self) -> ForwardPass:
         ready = weakref.WeakMethod(self._gradient_ready)
-        return ForwardPass(self.route, self.graph, self.parameters, self.feed, ready)
+        return ForwardPass(self.schedule, self.graph, self.parameters, self.feed, ready)
 
     def forward(self) -> None:
         """Run the model."""
@@ -167,7 +167,7 @@ class Sweep:
         groups that are tied to columns, or all if there is no ``take``, stay in ``groups``.
         ``last``: no other backward pass will follow, and what has been contracted need not be kept.
         """
-        self.groups = [Group(g, waiting=len(g.sites)) for g in self.route.groups]
+        self.groups = [Group(g, waiting=len(g.sites)) for g in self.schedule.groups]
         self.spent = last
         self._under_way = _BackwardPass(take, last)
         at_seeds = self._backward(cotangents, last)
@@ -219,7 +219,7 @@ class Sweep:
         if all(g is None for g in received):
             return
         contractions = self._forward.contractions
-        for site, number in self.route.contracted[hook.step.index]:
+        for site, number in self.schedule.contracted[hook.step.index]:
             # A contraction takes one cotangent: for more backward passes, it is kept as it is.
             last = under_way.last
             contraction = contractions.pop(site) if last else contractions[site].again()
@@ -304,9 +304,9 @@ class Sweep:
         Return rows by parameter, and for pools the cotangents of their outputs: ``[count, *shape]``
         each.
         """
-        forward, below = self._forward, self.route.below
+        forward, below = self._forward, self.schedule.below
         # A pool whose product depends on no seed has no edge, and no rows from here.
-        pools = [p for p in self.route.pools.values() if p.out in forward.edges]
+        pools = [p for p in self.schedule.pools.values() if p.out in forward.edges]
         inputs: list[GradientEdge | Tensor] = []
         inputs += pick(forward.leaves, below)
         for pool in pools:

@@ -154,7 +154,7 @@ class Extent:
         if not norms or not _is_full_precision(dtypes):
             return None
         graph = context.graph
-        steps = differentiated(graph, context.route(parameters, "component"))
+        steps = differentiated(graph, context.schedule(parameters, "component"))
         works = {step.index: _multiplications(graph, step) for step in steps}
         work = sum(works.values())
         shares, channels = [], []
@@ -308,8 +308,8 @@ def _batch_norms(context: Context, parameters: Mapping[str, Tensor]) -> Sequence
     """Return the batch norms; none where anything else makes samples depend on each other."""
     # Two plans: with statistics held constant, and as the model is.
     try:
-        frozen = context.route(parameters, "frozen").plan
-        free = context.route(parameters, "component").plan
+        frozen = context.schedule(parameters, "frozen").plan
+        free = context.schedule(parameters, "component").plan
     except StructureError:
         return []
     steps = [context.graph.steps[i] for i in sorted(frozen.frozen_norms)]

@@ -85,7 +85,7 @@ class StatisticsRoute:
         if request.by != "component" or not is_planned(request):
             return None
         # Below a single batch norm sites are projected: nothing has to be pulled back alone.
-        if not request.context.route(request.parameters, request.by).plan.columns:
+        if not request.context.schedule(request.parameters, request.by).plan.columns:
             return None
         extent = Extent.of(request.context, request.parameters)
         return None if extent is None else StatisticsRoute(extent, request)

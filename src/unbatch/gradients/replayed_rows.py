@@ -107,8 +107,8 @@ class ReplayedRows(Source):
     ) -> None:
         """``cotangents``: those of the predictions; by default those of the loss."""
         self.context, self.parameters = context, parameters
-        self.route = context.route(parameters, by)
-        self.plan = self.route.plan
+        self.schedule = context.schedule(parameters, by)
+        self.plan = self.schedule.plan
         self._chosen_cotangents = cotangents
         self._sweep: Sweep | None = None
         if self.plan.by_place:
@@ -124,7 +124,9 @@ class ReplayedRows(Source):
     def sweep(self) -> Sweep:
         """Return the last sweep, after its forward pass at least."""
         if self._sweep is None:
-            self._sweep = Sweep(self.route, self.context.graph, self.parameters, self.context.data)
+            self._sweep = Sweep(
+                self.schedule, self.context.graph, self.parameters, self.context.data
+            )
             self._sweep.forward()
         return self._sweep
 
@@ -286,9 +288,9 @@ class ReplayedRows(Source):
 
         One where convolutions are pulled through, as nothing is gained there by more.
         """
-        if self.route.convolves:
+        if self.schedule.convolves:
             return 1
-        column = self._row_bytes(self.route.below) + self.route.column_bytes
+        column = self._row_bytes(self.schedule.below) + self.schedule.column_bytes
         fitting = min(chunks.memory, CHUNK) // max(column, 1)
         return int(max(1, min(self.context.samples, fitting)))
 
@@ -344,13 +346,13 @@ class ReplayedRows(Source):
 
     def _site_plan(self, site: Site) -> SitePlan:
         step = self.context.graph.steps[site.step]
-        parameters = tuple(self.route.operands.made_from(site.operand))
+        parameters = tuple(self.schedule.operands.made_from(site.operand))
         kind, way = self._kind_and_way(site)
         return SitePlan(parameters, step.module, step.name, kind, way)
 
     def _kind_and_way(self, site: Site) -> tuple[str, str]:
         """Return how a site is contracted, and where it stands (a key of ``plan.WAYS``)."""
-        if site in self.route.pools:
+        if site in self.schedule.pools:
             return "linear", "pooled"
         # How a site is contracted is known once its cotangent has come.
         kinds = self.whole.kinds

@@ -45,7 +45,7 @@ def trusted(context: Context, parameters: Mapping[str, Tensor], by: str, memory:
     # Plans are made for a set of parameters and a decomposition, and so are answers.
     key = (tuple(parameters), by)
     if key not in context.trust:
-        plan = context.route(parameters, by).plan
+        plan = context.schedule(parameters, by).plan
         context.trust[key] = plan.divisible and _passes(context, parameters, by, memory)
     return context.trust[key]
 
@@ -67,8 +67,8 @@ def _passes(context: Context, parameters: Mapping[str, Tensor], by: str, memory:
 def _agrees(context: Context, parameters: Mapping[str, Tensor], by: str, bound: float) -> bool:
     """Return whether a trial agrees with a plain backward pass, up to a relative error."""
     weights = _random_weights(context, parameters, by)
-    route = context.route(parameters, by)
-    cotangents, expected = _plain_sum(route, parameters, context.data, weights)
+    schedule = context.schedule(parameters, by)
+    cotangents, expected = _plain_sum(schedule, parameters, context.data, weights)
     rows = ReplayedRows(context, parameters, by, cotangents)
     trial = rows.trial(weights, context.samples // 2)
     scale = _largest(cotangents)
@@ -99,18 +99,21 @@ def _random_weights(context: Context, parameters: Mapping[str, Tensor], by: str)
 
 
 def _plain_sum(
-    route: Schedule, parameters: Mapping[str, Tensor], feed: Mapping[int, Tensor], weights: Tensor
+    schedule: Schedule,
+    parameters: Mapping[str, Tensor],
+    feed: Mapping[int, Tensor],
+    weights: Tensor,
 ) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
     """Return random cotangents of the predictions, and ``Σ_n c_n row_n`` for them.
 
     By one backward pass of a plain replay in which what a decomposition holds constant is constant.
     """
-    graph, plan = route.graph, route.plan
+    graph, plan = schedule.graph, schedule.plan
     leaves = leaves_of(parameters)
     live = {i: leaves[name] for i, name in plan.parameters.items()}
     # The replay knows nothing of sites, contractions or columns: an independent definition.
     constant: dict[int, Callable[..., Any]] = {}
-    for step in route.cut_off:
+    for step in schedule.cut_off:
         constant[step.index] = held(step.op)
     for i in plan.frozen_norms:
         constant[i] = norm_held(graph.steps[i])
