@@ -180,7 +180,7 @@ class Together:
     operands: tuple[int, ...]
     sites: tuple[Site, ...]
     view: RowBlockView | None  # how the one operand is seen in the one parameter
-    tied: bool  # columns reach some of them, too
+    reached_by_columns: bool  # columns reach some of them, too
 
 
 @dataclass(frozen=True)
@@ -336,7 +336,7 @@ class Schedule:
         """
         viewed: set[int] = set()
         for group in self.groups:
-            alone = len(group.sites) == 1 and not group.tied
+            alone = len(group.sites) == 1 and not group.reached_by_columns
             if alone and group.view is not None:
                 viewed.add(group.operands[0])
         wanted: set[int] = set()
@@ -364,8 +364,8 @@ class Schedule:
             if len(values) == len(names) == 1:
                 view = operands.view(values[0])
             sites = tuple(s for s in local if s.operand in values)
-            tied = not set(names).isdisjoint(self.reached)
-            groups.append(Together(tuple(names), tuple(values), sites, view, tied))
+            reached = not set(names).isdisjoint(self.reached)
+            groups.append(Together(tuple(names), tuple(values), sites, view, reached))
         return groups
 
     # -- below the mixing frontier --
@@ -390,7 +390,7 @@ class Schedule:
         return pools
 
     @cached_property
-    def below(self) -> list[str]:
+    def by_autograd(self) -> list[str]:
         """The parameters that columns reach by autograd."""
         names: set[str] = set()
         for site in self.plan.columns:
@@ -401,7 +401,7 @@ class Schedule:
     @cached_property
     def reached(self) -> list[str]:
         """The parameters that columns reach, by autograd or by a contraction."""
-        names = set(self.below)
+        names = set(self.by_autograd)
         for pool in self.pools.values():
             names.add(pool.name)
         return within(self.operands.shapes, names)

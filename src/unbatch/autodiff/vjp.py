@@ -57,37 +57,37 @@ class Group:
     """
 
     together: Together
-    meetings: dict[int, list[Contraction]] = field(default_factory=dict)  # by operand
+    contractions: dict[int, list[Contraction]] = field(default_factory=dict)  # by operand
     waiting: int = 0  # for the cotangents of so many sites
     # The one contraction, and how its operand is seen in the one parameter, if that is all there
     # is.
-    only: tuple[Contraction, RowBlockView] | None = None
+    single: tuple[Contraction, RowBlockView] | None = None
 
     def add(self, operand: int, contraction: Contraction) -> None:
         """Take the contraction of one more site, which has received its cotangent."""
-        self.meetings.setdefault(operand, []).append(contraction)
+        self.contractions.setdefault(operand, []).append(contraction)
         self.waiting -= 1
 
     def complete(self) -> None:
         """Get ready to be read: no more cotangents will come."""
         self.waiting = 0
         contractions: list[Contraction] = []
-        for operand, of_operand in self.meetings.items():
-            self.meetings[operand] = _joined(of_operand)
-            contractions += self.meetings[operand]
+        for operand, of_operand in self.contractions.items():
+            self.contractions[operand] = _joined(of_operand)
+            contractions += self.contractions[operand]
         if self.together.view is not None and len(contractions) == 1:
-            self.only = contractions[0], self.together.view
+            self.single = contractions[0], self.together.view
 
     def free(self) -> None:
         """Let go of the cotangents, and of what the contractions kept of the forward pass."""
-        self.meetings, self.only = {}, None
+        self.contractions, self.single = {}, None
 
     @property
     def lean(self) -> frozenset[str]:
         """What can be had without rows."""
-        if self.only is None:
+        if self.single is None:
             return frozenset()
-        return self.only[0].lean
+        return self.single[0].lean
 
 
 class Seed(NamedTuple):
@@ -174,7 +174,7 @@ class Sweep:
         # Groups with all their cotangents were completed on the way, by the hooks.
         # Sites that the loss does not depend on have no cotangents to wait for.
         for group in self.groups:
-            if group.meetings and group.waiting:
+            if group.contractions and group.waiting:
                 self._complete(group)
         self._under_way = (
             None  # ``take`` may hold this sweep, and hooks have to rest while columns are pulled
@@ -196,19 +196,19 @@ class Sweep:
         edges: list[Any] = pick(forward.edges, seeds)
         for _, of_outputs in forward.without_hook:
             edges += of_outputs.values()
-        found: Sequence[Tensor | None] = [None] * len(edges)
+        at_edges: Sequence[Tensor | None] = [None] * len(edges)
         if ends:
             # The anchor is an input of the whole computation: with it, all sites are passed.
             inputs = [*edges, forward.anchor]
             retain = bool(plan.columns) or not last
-            found = torch.autograd.grad(ends, inputs, gs, retain_graph=retain, allow_unused=True)
-        others = iter(found[len(seeds) :])
+            at_edges = torch.autograd.grad(ends, inputs, gs, retain_graph=retain, allow_unused=True)
+        others = iter(at_edges[len(seeds) :])
         for hook, of_outputs in forward.without_hook:
             received: list[Tensor | None] = [None] * (max(of_outputs) + 1)
             for k in of_outputs:
                 received[k] = next(others)
             self._gradient_ready(hook, received)
-        return dict(zip(seeds, found, strict=False))
+        return dict(zip(seeds, at_edges, strict=False))
 
     def _gradient_ready(self, hook: Hook, cotangents: Sequence[Tensor | None]) -> None:
         """Contract the sites of a step whose outputs have their cotangents."""
@@ -234,7 +234,7 @@ class Sweep:
         """Contract a group that has all its cotangents, and free it, if somebody takes it."""
         group.complete()
         under_way = self._under_way
-        if under_way is None or under_way.take is None or group.together.tied:
+        if under_way is None or under_way.take is None or group.together.reached_by_columns:
             return
         under_way.take(group)
         group.free()
@@ -304,32 +304,32 @@ class Sweep:
         Return rows by parameter, and for pools the cotangents of their outputs: ``[count, *shape]``
         each.
         """
-        forward, below = self._forward, self.schedule.below
+        forward, names = self._forward, self.schedule.by_autograd
         # A pool whose product depends on no seed has no edge, and no rows from here.
         pools = [p for p in self.schedule.pools.values() if p.out in forward.edges]
         inputs: list[GradientEdge | Tensor] = []
-        inputs += pick(forward.leaves, below)
+        inputs += pick(forward.leaves, names)
         for pool in pools:
             inputs.append(forward.edges[pool.out])
         with Gate.shut():
-            found = batched_grad([seed.edge for seed in self.seeds], inputs, cotangents, count)
-        at_leaves = zip(below, found[: len(below)], strict=True)
-        at_pools = zip(pools, found[len(below) :], strict=True)
+            at_inputs = batched_grad([seed.edge for seed in self.seeds], inputs, cotangents, count)
+        at_leaves = zip(names, at_inputs[: len(names)], strict=True)
+        at_pools = zip(pools, at_inputs[len(names) :], strict=True)
         rows = {name: r for name, r in at_leaves if r is not None}
         return rows, [(pool, g) for pool, g in at_pools if g is not None]
 
     # -- from operands to parameters --
 
-    def parts(
+    def blocks(
         self, group: Group, where: slice, out: Tensor | None
     ) -> Iterator[tuple[str, RowBlock]]:
         """Iterate over the row blocks of a group, for a slice of samples.
 
         The rows of a single parameter are formed in ``out``, if that is given.
         """
-        if group.only is not None:
+        if group.single is not None:
             (name,) = group.together.names
-            yield name, LazyRowBlock(where, *group.only, out, self.parameters[name].detach())
+            yield name, LazyRowBlock(where, *group.single, out, self.parameters[name].detach())
             return
         for name, rows in self.rows(group, where).items():
             yield name, RowBlock(where, rows)
@@ -339,7 +339,7 @@ class Sweep:
         first, last, _ = where.indices(self.plan.samples)
         # Rows of operands are summed first: the way to the parameters is then taken once.
         sums: dict[int, Tensor] = {}
-        for operand, contractions in group.meetings.items():
+        for operand, contractions in group.contractions.items():
             sums[operand] = sum_of([c.rows(where) for c in contractions])
         return self._to_parameters(group, sums, last - first)
 
@@ -350,19 +350,19 @@ class Sweep:
         """
         totals = {n: torch.zeros_like(p) for n, p in self.parameters.items()}
         for group in self.groups:
-            if group.meetings:
+            if group.contractions:
                 _add(totals, self.group_sum(group, weights))
         _add(totals, self.sum_of_columns(weights))
         return totals
 
     def group_sum(self, group: Group, weights: Tensor) -> dict[str, Tensor]:
         """Return ``Σ_n c_n row_n`` of the parameters of a group, without the columns below."""
-        if group.only is not None:
+        if group.single is not None:
             # Some contractions have weighted sums without rows.
-            blocks = self.parts(group, slice(0, self.plan.samples), None)
+            blocks = self.blocks(group, slice(0, self.plan.samples), None)
             return {name: block.weighted_sum(weights) for name, block in blocks}
         sums: dict[int, Tensor] = {}
-        for operand, contractions in group.meetings.items():
+        for operand, contractions in group.contractions.items():
             sums[operand] = sum_of([c.weighted_sum(weights) for c in contractions])[None]
         # A weighted sum goes to the parameters as a single row.
         return _only_row(self._to_parameters(group, sums, 1))

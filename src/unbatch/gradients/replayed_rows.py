@@ -185,7 +185,7 @@ class ReplayedRows(Source):
         if chunks.late and cotangents is None:
             # Weighted sums follow and need every group: nothing is freed on the way.
             for group in self.whole.groups:
-                if group.meetings and not group.together.tied:
+                if group.contractions and not group.together.reached_by_columns:
                     self._deliver(delivery, group)
         else:
             self._pull(partial(self._deliver, delivery), cotangents, last)
@@ -200,7 +200,9 @@ class ReplayedRows(Source):
     def _tied_groups(self) -> list[Group]:
         """Return groups whose parameters have columns as well, which have to be added."""
         groups = self.sweep.groups
-        return [group for group in groups if group.meetings and group.together.tied]
+        return [
+            group for group in groups if group.contractions and group.together.reached_by_columns
+        ]
 
     def _has_columns(self, sweep: Sweep) -> bool:
         """Return whether anything is left to be pulled back column by column."""
@@ -214,15 +216,15 @@ class ReplayedRows(Source):
         # Rows are formed in portions that suit the contraction, unless the blocks do without them.
         size, portion = self._row_bytes(group.together.names), CHUNK
         forms_rows = not chunks.needs <= group.lean
-        if group.only is None:
+        if group.single is None:
             size *= 2  # rows of operands are formed first, and those of parameters from them
         elif forms_rows:
-            portion = group.only[0].portion
+            portion = group.single[0].portion
         for where in chunks.of(self.context.samples, size, group.lean, portion):
             out = None
-            if group.only is not None and forms_rows:
+            if group.single is not None and forms_rows:
                 out = self._row_memory(delivery, group.together.names[0], where)
-            for name, block in self.sweep.parts(group, where, out):
+            for name, block in self.sweep.blocks(group, where, out):
                 delivery.hand_out(name, block, totals)
 
     def _sum_of_group(self, group: Group) -> dict[str, Tensor]:
@@ -290,7 +292,7 @@ class ReplayedRows(Source):
         """
         if self.schedule.convolves:
             return 1
-        column = self._row_bytes(self.schedule.below) + self.schedule.column_bytes
+        column = self._row_bytes(self.schedule.by_autograd) + self.schedule.column_bytes
         fitting = min(chunks.memory, CHUNK) // max(column, 1)
         return int(max(1, min(self.context.samples, fitting)))
 
@@ -317,14 +319,14 @@ class ReplayedRows(Source):
 
         def take(group: Group) -> None:
             trial.add(sweep.group_sum(group, weights), sweep.group_sum(group, only_n))
-            if not group.together.tied:
-                for name, block in sweep.parts(group, where, None):
+            if not group.together.reached_by_columns:
+                for name, block in sweep.blocks(group, where, None):
                     trial.add_block(name, block)
 
         # Groups above the mixing frontier are taken on the way, the others afterwards, as in
         # ``feed``.
         self._pull(take)
-        tied = [group for group in sweep.groups if group.meetings]
+        tied = [group for group in sweep.groups if group.contractions]
         # Tied groups have no blocks of their own: their rows are added to those of columns.
         local = self._local_rows(tied, where)
         for group in tied:
