@@ -113,7 +113,12 @@ class BackwardPlan:
 
 
 def plan_backward(
-    graph: Graph, walk: Interpretation, samples: int, leading: bool, names: Iterable[str], by: str
+    graph: Graph,
+    interpretation: Interpretation,
+    samples: int,
+    leading: bool,
+    names: Iterable[str],
+    by: str,
 ) -> BackwardPlan:
     """Return the plan for the parameters ``names``, by ``by``.
 
@@ -127,10 +132,10 @@ def plan_backward(
             parameters[i] = value.name
     predictions: dict[int, int] = {}
     for ref in graph.used_predictions:
-        dim = prediction_dim(walk[ref], samples, leading)
+        dim = prediction_dim(interpretation[ref], samples, leading)
         if dim is not None:
             predictions[ref.index] = dim
-    owned = OwnedGraph(graph, walk, samples, leading)
+    owned = OwnedGraph(graph, interpretation, samples, leading)
     dependence = find_dependence(owned, parameters, predictions, freeze=by == "frozen")
     return _Planner(owned, dependence, by, parameters, predictions).plan()
 
@@ -167,7 +172,7 @@ class _Planner:
             unsplit += [p for p in self.predictions if not self.dependence.is_separate(p)]
         return BackwardPlan(
             by=self.by,
-            by_place=self.owned.walk.by_place,
+            by_place=self.owned.interpretation.by_place,
             samples=self.owned.samples,
             parameters=self.parameters,
             predictions=self.predictions,
@@ -347,7 +352,7 @@ class _Planner:
         """Tell whether a value is written into a memory that holds values of samples, too."""
         values = self.owned.graph.values
         storage = values[value].storage
-        for i, owners in self.owned.walk.marks.items():
+        for i, owners in self.owned.interpretation.marks.items():
             if owners.owned and values[i].storage == storage:
                 return True
         return False
@@ -391,7 +396,9 @@ def _can_be_projected(step: Step, outs: Sequence[int]) -> bool:
 # --- where shared values got their entry for every sample -----------------------------------------
 
 
-def spread(graph: Graph, walk: Interpretation, plan: BackwardPlan) -> list[tuple[int, list[int]]]:
+def spread(
+    graph: Graph, interpretation: Interpretation, plan: BackwardPlan
+) -> list[tuple[int, list[int]]]:
     """Return the values that first had an entry for every sample, and the axes that may hold them.
 
     An ``expand`` (or ``zeros``, ..) that makes as many entries as there are samples has no samples
@@ -414,7 +421,11 @@ def spread(graph: Graph, walk: Interpretation, plan: BackwardPlan) -> list[tuple
         if graph.written(value):
             sources += in_memory[graph.values[value].storage]
         for i in sources:
-            if i not in visited and i in walk.marks and _may_span(walk.marks[i]):
+            if (
+                i not in visited
+                and i in interpretation.marks
+                and _may_span(interpretation.marks[i])
+            ):
                 visited.add(i)
                 queue.append(i)
     return sorted(origins)

@@ -45,7 +45,7 @@ class Operands:
     shapes: Mapping[str, tuple[int, ...]]
     _views: dict[int, RowBlockView | None] = field(default_factory=dict)
 
-    def made_from(self, operand: int) -> list[str]:
+    def parameters_of(self, operand: int) -> list[str]:
         """Return the parameters that an operand is made from."""
         names = []
         # Steps without samples lead from parameters to the operand, and only these are followed.
@@ -68,7 +68,7 @@ class Operands:
         return self._views[operand]
 
     def _view(self, operand: int) -> RowBlockView | None:
-        path, names = self._path(operand), self.made_from(operand)
+        path, names = self._path(operand), self.parameters_of(operand)
         if path is None or len(names) != 1:
             return None
         # A view of the parameter as it lies in memory need not be one of rows, which lie in order.
@@ -102,7 +102,7 @@ class Operands:
         """
         groups: list[tuple[set[int], set[str]]] = []
         for operand in operands:
-            values, names = {operand}, set(self.made_from(operand))
+            values, names = {operand}, set(self.parameters_of(operand))
             # The groups so far have no parameter in common: those that share one with the operand
             # become one group, the others stay.
             apart = []
@@ -376,14 +376,14 @@ class Schedule:
         # With another site, a parameter has rows from elsewhere that would have to be added.
         sites_of: dict[str, int] = {}
         for site in self.plan.sites:
-            for name in self.operands.made_from(site.operand):
+            for name in self.operands.parameters_of(site.operand):
                 sites_of[name] = sites_of.get(name, 0) + 1
         pools: dict[Site, Pool] = {}
         for site in self.plan.columns:
             step, view = self.graph.steps[site.step], self.operands.view(site.operand)
             if view is None or site.name not in MATRICES.get(step.name, ()):
                 continue
-            (name,) = self.operands.made_from(site.operand)
+            (name,) = self.operands.parameters_of(site.operand)
             out = step.outs[0]
             if sites_of[name] == 1 and out is not None and not step.writes:
                 pools[site] = Pool(site, name, view, out.index)
@@ -395,7 +395,7 @@ class Schedule:
         names: set[str] = set()
         for site in self.plan.columns:
             if site not in self.pools:
-                names.update(self.operands.made_from(site.operand))
+                names.update(self.operands.parameters_of(site.operand))
         return within(self.operands.shapes, names)
 
     @cached_property

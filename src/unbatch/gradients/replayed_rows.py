@@ -348,7 +348,7 @@ class ReplayedRows(Source):
 
     def _site_plan(self, site: Site) -> SitePlan:
         step = self.context.graph.steps[site.step]
-        parameters = tuple(self.schedule.operands.made_from(site.operand))
+        parameters = tuple(self.schedule.operands.parameters_of(site.operand))
         kind, way = self._kind_and_way(site)
         return SitePlan(parameters, step.module, step.name, kind, way)
 
