@@ -119,7 +119,7 @@ def linearised_of(request: Request) -> Linearised:
     if context.faithful:
         return LinearisedGraph(context, request.parameters, frozen)
     if frozen and not request.structure.independent_forward:
-        raise StructureError(MSG_NOT_REPLAYED.format(by=request.by, why=request.unfaithful))
+        raise StructureError(MSG_NOT_REPLAYED.format(by=request.by, why=request.replay_difference))
     return LinearisedModel(context, request.parameters)
 
 

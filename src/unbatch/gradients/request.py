@@ -32,7 +32,8 @@ REFUTED = "the backward plan for it does not reproduce its gradient"
 class Request:
     """What is asked: ``by`` which decomposition, with ``memory`` bytes for temporaries.
 
-    ``unfaithful``: why the recording cannot stand for the model's derivatives, empty where it can.
+    ``replay_difference``: why the recording cannot stand for the model's derivatives, empty where
+    it can.
     """
 
     context: Context
@@ -40,7 +41,7 @@ class Request:
     parameters: Mapping[str, Tensor]
     by: str
     memory: int
-    unfaithful: str
+    replay_difference: str
 
     @property
     def samples(self) -> int:
@@ -89,7 +90,7 @@ def source_of(request: Request) -> Source:
     if is_planned(request):
         return ReplayedRows(context, request.parameters, by)
     # No plan: say why, and refuse decompositions that only a plan can give.
-    why = request.unfaithful
+    why = request.replay_difference
     if request.samples > 1 and context.faithful:
         why = REFUTED
     if by != "component" and not request.samples_are_independent:

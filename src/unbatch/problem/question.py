@@ -53,7 +53,7 @@ class Question:
             self.parameters,
             self.by,
             self.memory,
-            analysis.unfaithful,
+            analysis.replay_difference,
         )
 
     def answer(
