@@ -356,9 +356,9 @@ class _ColumnCollector(Collector):
         for name, shape in about.shapes.items():
             self.columns[name] = wide(about.like.new_zeros(columns, samples, *shape))
 
-    def take(self, name: str, part: RowBlock) -> None:
+    def take(self, name: str, block: RowBlock) -> None:
         if self.root.columns:
-            self.columns[name][part.column, part.where] += part.rows()
+            self.columns[name][block.column, block.where] += block.rows()
 
     def finish(self) -> ByParameter:
         by_name = {name: self._entrywise(t) for name, t in self.columns.items()}
