@@ -181,16 +181,15 @@ class _Diagonal(Collector):
         super().__init__(about)
         self.diagonal: dict[str, Tensor] = {}
         self.gathering: dict[str, Gathering] = {}
-        self.first: dict[str, RowBlock] = {}  # has the shape that a gathering is brought to
 
     def take(self, name: str, block: RowBlock) -> None:
         if name not in self.gathering:
             gathering = block.gathering(self.about.memory)
             if gathering is not None:
-                self.gathering[name], self.first[name] = gathering, block
+                self.gathering[name] = gathering
         # Once begun, a gathering takes all columns of its parameter, with their signs.
         if name in self.gathering:
-            block.gather(self.gathering[name])
+            self.gathering[name].add(block, block.where, block.sign)
         else:
             self._add(name, block.sum_of_squares(), block.sign)
 
@@ -203,7 +202,7 @@ class _Diagonal(Collector):
         for name in list(self.gathering):
             # Popped, so that the cotangents of one parameter are freed before the next.
             gathering = self.gathering.pop(name)
-            self._add(name, self.first[name].gathered(gathering), 1.0)
+            self._add(name, gathering.total(), 1.0)
         result: ByParameter = self.about.result(self.diagonal)
         return result
 

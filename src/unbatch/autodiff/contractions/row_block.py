@@ -62,18 +62,9 @@ class RowBlock:
     def gathering(self, memory: int) -> Gathering | None:
         """Return what sums the squares of many columns, where they are best taken together.
 
-        None where adding up what each column gives is as good. Takes blocks of this parameter by
-        ``gather``.
+        None where adding up what each column gives is as good. Takes blocks of this parameter.
         """
         return None
-
-    def gather(self, into: Gathering) -> None:
-        """Add this block's squares to what a block of the same parameter gave as ``gathering``."""
-        into.add(self, self.where, self.sign)
-
-    def gathered(self, from_: Gathering) -> Tensor:
-        """Return the sum of squares, ``[*param]``."""
-        return from_.total()
 
     def scatter(self, mean: Tensor | None = None) -> Tensor:
         """Return ``Σ_n (row_n − mean)²``, ``[*param]``; by default around their own mean."""
