@@ -222,7 +222,7 @@ class Sweep:
         for site, number in self.schedule.contracted[hook.step.index]:
             # A contraction takes one cotangent: for more backward passes, it is kept as it is.
             last = under_way.last
-            contraction = contractions.pop(site) if last else contractions[site].again()
+            contraction = contractions.pop(site) if last else contractions[site].fresh_copy()
             contraction.receive(received)
             self.kinds[site] = contraction.kind
             group = self.groups[number]

@@ -92,7 +92,7 @@ class _Gram(Collector):
             return
         # Column j of sample n has the number n·columns + j; a block holds one j of some samples.
         numbers = torch.arange(samples)[block.where] * columns + block.column
-        self.columns.setdefault(name, []).append(Columns(numbers, block.kept()))
+        self.columns.setdefault(name, []).append(Columns(numbers, block.stored()))
 
     def finish(self) -> Tensor:
         total = wide(self.about.like.new_zeros(self.root.size, self.root.size))

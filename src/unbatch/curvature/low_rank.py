@@ -229,7 +229,7 @@ class CorrectedSource:
 
     def feed(
         self,
-        plan: Chunking,
+        chunks: Chunking,
         take: Take,
         outs: Mapping[str, Tensor],
         cotangents: Mapping[int, Tensor],
@@ -247,7 +247,9 @@ class CorrectedSource:
             take(name, RowBlock(block.where, whole.view(len(rows), *self.shapes[name])))
 
         # The correction is added to rows: what needs none of them cannot be had from the parts.
-        self.frozen.feed(replace(plan, needs=frozenset({"rows"})), corrected, {}, cotangents, last)
+        self.frozen.feed(
+            replace(chunks, needs=frozenset({"rows"})), corrected, {}, cotangents, last
+        )
         for name, shape in self.shapes.items():
             # With statistics constant no prediction depends on these: the correction is all.
             if name not in fed:

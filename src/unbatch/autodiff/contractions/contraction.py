@@ -80,7 +80,7 @@ class Contraction(ABC):
         """Return the name that a plan prints."""
         return type(self).__name__.lower()
 
-    def again(self) -> Self:
+    def fresh_copy(self) -> Self:
         """Return the same site, for another cotangent."""
         # A contraction is made once, at the forward pass, and receives once for each backward pass.
         # A shallow copy by hand: copy.copy takes as long as a small contraction, and this runs for

@@ -96,7 +96,7 @@ class RowBlock:
         flat = self.coordinates()
         return flat @ flat.T
 
-    def kept(self) -> Tensor | Contraction:
+    def stored(self) -> Tensor | Contraction:
         """Return what inner products can be had from later, in memory of its own.
 
         Coordinates ``[k, q]``, or the contraction itself where that is smaller.
@@ -215,12 +215,12 @@ class LazyRowBlock(RowBlock):
             return self.site.dots()
         return super().dots()
 
-    def kept(self) -> Tensor | Contraction:
+    def stored(self) -> Tensor | Contraction:
         if self._all_samples and self.site.compact:
             return self.site
         if self._without_rows("coordinates"):
             return self.coordinates()  # fresh memory already
-        return super().kept()
+        return super().stored()
 
 
 class _InParameter(Gathering):
