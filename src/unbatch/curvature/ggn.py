@@ -224,7 +224,7 @@ class GGN(Operator):
         if control is not None:
             # The same signs through the J of the other matrix: with the root of this one.
             others = ColumnMap(control.linearised, self.root, control.space, control)
-            variate = Control(lambda z: others @ z, control.diag(), self.root.table[1])
+            variate = Control(lambda z: others @ z, control.diag(), self.root.layout[1])
         columns = self.columns
         return from_signs(
             lambda z: columns @ z, self.root.size, draws, seed, self.space.slices, variate

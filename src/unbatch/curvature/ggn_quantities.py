@@ -106,14 +106,14 @@ def feed_columns(
 
     if root.separate:
         # The last one is known beforehand: after it the source lets go of its graph.
-        columns = list(root.each())
+        columns = list(root.column_batches())
         for at, (j, sign, cotangents) in enumerate(columns):
             last = at == len(columns) - 1
             source.feed(chunks, partial(take, j, sign), {}, cotangents, last=last)
         samples = len(next(iter(curvature.loss.predictions.values())))
     else:
         # A column runs through all samples: it is one vector, and so one row.
-        for j, sign, cotangents in root.each():
+        for j, sign, cotangents in root.column_batches():
             for name, v in curvature.linearised.pull(cotangents, parameters).items():
                 take(j, sign, name, RowBlock(slice(0, 1), v[None]))
         samples = 1
@@ -250,7 +250,7 @@ class _ColumnNorms(Collector):
 
     def __init__(self, about: About, root: HessianRoot) -> None:
         super().__init__(about)
-        self.norms = wide(about.like.new_zeros(*root.table))
+        self.norms = wide(about.like.new_zeros(*root.layout))
 
     def take(self, name: str, block: RowBlock) -> None:
         if self.norms.shape[1]:  # parameters without columns are fed zeros as column 0

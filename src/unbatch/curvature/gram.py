@@ -87,7 +87,7 @@ class _Gram(Collector):
         self.blocks: dict[tuple[int, ...], Tensor] = {}
 
     def take(self, name: str, block: RowBlock) -> None:
-        samples, columns = self.root.table
+        samples, columns = self.root.layout
         if not columns:
             return
         # Column j of sample n has the number n·columns + j; a block holds one j of some samples.
@@ -188,7 +188,7 @@ def entrywise(gram: Tensor, root: HessianRoot, entries: int) -> Tensor:
         return gram
     n, t, c, k = root.root.shape
     # Without ``whole`` it is S itself, filled up with columns of zeros.
-    W = torch.eye(c, k).expand(n, t, c, k) if root.whole is None else root.whole
+    W = torch.eye(c, k).expand(n, t, c, k) if root.to_entries is None else root.to_entries
     W, size = W.to(gram), n * t * c
     half = torch.einsum("ntck,ntkx->ntcx", W, gram.view(n, t, k, root.size)).reshape(size, -1)
     return torch.einsum("ntck,xntk->xntc", W, half.view(size, n, t, k)).reshape(size, size)

@@ -245,7 +245,7 @@ class _Search:
         B = torch.eye(classes, dtype=p.dtype, device=p.device)[:, :-1] - reflected
         S = Q.abs().sqrt()[..., None, None] * u[..., None] * B
         signs = _sign(Q)[..., None].expand(*S.shape[:2], S.shape[3])
-        return self._holds(Factor(grid, S, signs, SOFTMAX, whole=B))
+        return self._holds(Factor(grid, S, signs, SOFTMAX, to_entries=B))
 
     def _blocks(self, axis: int | None) -> Factor | None:
         """Take any symmetric block at each position, by its eigenvectors."""

@@ -146,7 +146,7 @@ class CoefficientSVD:
 
     def coefficients(self) -> Tensor:
         """Return ``A``, ``[R, size]``: columns in the order of the root."""
-        samples, columns = self.root.table
+        samples, columns = self.root.layout
         a = self.root.root.new_zeros(self.statistics.size, samples, columns)
         for j in range(columns):
             # One pullback gives the j-th column of all samples.

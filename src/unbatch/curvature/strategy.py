@@ -293,7 +293,7 @@ class Curvature:
 
     def plan(self, root: HessianRoot, source: Source, chunks: Chunking) -> tuple[int, str]:
         """Return how many backward passes all columns take, and why that many."""
-        samples, columns = root.table
+        samples, columns = root.layout
         passes, _ = source.pullbacks(chunks)
         if not root.separate:  # through the linear map, whatever the source does
             return root.rank, (

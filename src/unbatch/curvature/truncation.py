@@ -71,7 +71,7 @@ def _basis(
         rows=svd.leading_rows(r),
         exact=exact,
         estimate=error,
-        pullbacks=svd.root.table[1] + r + estimator.pullbacks,
+        pullbacks=svd.root.layout[1] + r + estimator.pullbacks,
         pushes=estimator.pushes,
         seed=seed,
         remainder=None if exact else estimator.remainder,
