@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from unbatch.analysis.domain.sample_layout import Layout
 from unbatch.autodiff.autograd import Gate, attached, detached, leaves_of, subset
-from unbatch.autodiff.contractions.batch_norm import Pooled
+from unbatch.autodiff.contractions.batch_norm import PooledRows
 from unbatch.autodiff.contractions.contraction import Contraction, OperandUse
 from unbatch.autodiff.contractions.registry import contraction_for, projected
 from unbatch.autodiff.planner import Site
@@ -231,8 +231,8 @@ class ForwardPass:
             if site.way == "projected":
                 self._below_norm[site] = call
                 continue
-            if site in self.schedule.pools:
-                self.contractions[site] = Pooled(call)
+            if site in self.schedule.pooled_sites:
+                self.contractions[site] = PooledRows(call)
             else:
                 self.contractions[site] = contraction_for(call)
             call.outputs = ()  # read while a contraction is chosen, and not later

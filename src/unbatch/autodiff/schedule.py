@@ -159,7 +159,7 @@ class Hook:
 
 
 @dataclass(frozen=True)
-class Pool:
+class PooledSite:
     """A matrix product below the mixing frontier whose operand is a parameter's only use.
 
     The operand is a view of the parameter, and its rows come from the columns' cotangents ``out``
@@ -223,11 +223,12 @@ class Schedule:
     def watched(self) -> frozenset[int]:
         """Values whose edge in the autograd graph is kept.
 
-        Seeds, from which columns start, and the values at which pools take the columns' cotangents.
+        Seeds, from which columns start, and the values at which pooled sites take the cotangents
+        of columns.
         """
         values = set(self.plan.seeds)
-        for pool in self.pools.values():
-            values.add(pool.out)
+        for pooled in self.pooled_sites.values():
+            values.add(pooled.out)
         return frozenset(values)
 
     # -- steps at which something is done --
@@ -253,8 +254,8 @@ class Schedule:
         for site in self.plan.sites:
             if site.step != step.index:
                 continue
-            # At a pool, columns end: its contraction takes them from there.
-            if site.way == "columns" and site not in self.pools:
+            # At a pooled site, columns end: its contraction takes them from there.
+            if site.way == "columns" and site not in self.pooled_sites:
                 by_autograd.add(site.operand)
             else:
                 uses.append(self._use(step, site))
@@ -371,14 +372,14 @@ class Schedule:
     # -- below the mixing frontier --
 
     @cached_property
-    def pools(self) -> dict[Site, Pool]:
+    def pooled_sites(self) -> dict[Site, PooledSite]:
         """By site."""
         # With another site, a parameter has rows from elsewhere that would have to be added.
         sites_of: dict[str, int] = {}
         for site in self.plan.sites:
             for name in self.operands.parameters_of(site.operand):
                 sites_of[name] = sites_of.get(name, 0) + 1
-        pools: dict[Site, Pool] = {}
+        by_site: dict[Site, PooledSite] = {}
         for site in self.plan.columns:
             step, view = self.graph.steps[site.step], self.operands.view(site.operand)
             if view is None or site.name not in MATRICES.get(step.name, ()):
@@ -386,15 +387,15 @@ class Schedule:
             (name,) = self.operands.parameters_of(site.operand)
             out = step.outs[0]
             if sites_of[name] == 1 and out is not None and not step.writes:
-                pools[site] = Pool(site, name, view, out.index)
-        return pools
+                by_site[site] = PooledSite(site, name, view, out.index)
+        return by_site
 
     @cached_property
     def by_autograd(self) -> list[str]:
         """The parameters that columns reach by autograd."""
         names: set[str] = set()
         for site in self.plan.columns:
-            if site not in self.pools:
+            if site not in self.pooled_sites:
                 names.update(self.operands.parameters_of(site.operand))
         return within(self.operands.shapes, names)
 
@@ -402,8 +403,8 @@ class Schedule:
     def reached(self) -> list[str]:
         """The parameters that columns reach, by autograd or by a contraction."""
         names = set(self.by_autograd)
-        for pool in self.pools.values():
-            names.add(pool.name)
+        for pooled in self.pooled_sites.values():
+            names.add(pooled.name)
         return within(self.operands.shapes, names)
 
     @cached_property

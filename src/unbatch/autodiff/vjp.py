@@ -23,14 +23,14 @@ from torch.autograd.graph import GradientEdge
 
 from unbatch.analysis.domain.sample_layout import Layout, Scattered
 from unbatch.autodiff.autograd import Gate, batched_grad, pick, solid
-from unbatch.autodiff.contractions.batch_norm import Pooled
+from unbatch.autodiff.contractions.batch_norm import PooledRows
 from unbatch.autodiff.contractions.contraction import Contraction
 from unbatch.autodiff.contractions.matmul import Linear
 from unbatch.autodiff.contractions.row_block import LazyRowBlock, RowBlock, RowBlockView
 from unbatch.autodiff.dependence import within
 from unbatch.autodiff.forward import ForwardPass
 from unbatch.autodiff.planner import BackwardPlan, Site
-from unbatch.autodiff.schedule import Hook, Pool, Schedule, Together
+from unbatch.autodiff.schedule import Hook, PooledSite, Schedule, Together
 from unbatch.capture.graph import Graph
 from unbatch.linalg.rows import sum_of
 
@@ -264,12 +264,12 @@ class Sweep:
         """
         where = slice(first, last)
         alone = [seed.layout.only(seed.cotangent, first, last) for seed in self.seeds]
-        rows, at_pools = self._from_seeds(alone, last - first)
+        rows, at_pooled = self._from_seeds(alone, last - first)
         for name in list(rows):
             yield name, RowBlock(where, rows.pop(name))
-        for pool, g in at_pools:
-            contraction = self._pooled(pool.site).of(g, first)
-            yield pool.name, self._pool_block(pool, contraction, where, outs.get(pool.name))
+        for pooled, g in at_pooled:
+            contraction = self._pooled_rows(pooled.site).of(g, first)
+            yield pooled.name, self._pooled_block(pooled, contraction, where, outs.get(pooled.name))
 
     def sum_of_columns(self, weights: Tensor) -> dict[str, Tensor]:
         """Return ``Σ_n c_n row_n``, as far as rows come from below the frontier.
@@ -277,46 +277,46 @@ class Sweep:
         At the price of one backward pass.
         """
         scaled = [seed.layout.scaled(seed.cotangent, weights)[None] for seed in self.seeds]
-        rows, at_pools = self._from_seeds(scaled, 1)
+        rows, at_pooled = self._from_seeds(scaled, 1)
         sums = _only_row(rows)
-        for pool, g in at_pools:
-            contraction = self._pooled(pool.site).of(g, 0)
-            block = self._pool_block(pool, contraction, slice(0, 1), None)
-            sums[pool.name] = block.rows()[0]
+        for pooled, g in at_pooled:
+            contraction = self._pooled_rows(pooled.site).of(g, 0)
+            block = self._pooled_block(pooled, contraction, slice(0, 1), None)
+            sums[pooled.name] = block.rows()[0]
         return sums
 
-    def _pooled(self, site: Site) -> Pooled:
+    def _pooled_rows(self, site: Site) -> PooledRows:
         contraction = self._forward.contractions[site]
-        assert isinstance(contraction, Pooled)
+        assert isinstance(contraction, PooledRows)
         return contraction
 
-    def _pool_block(
-        self, pool: Pool, contraction: Contraction, where: slice, out: Tensor | None
+    def _pooled_block(
+        self, pooled: PooledSite, contraction: Contraction, where: slice, out: Tensor | None
     ) -> LazyRowBlock:
-        like = self.parameters[pool.name].detach()
-        return LazyRowBlock(where, contraction, pool.view, out, like)
+        like = self.parameters[pooled.name].detach()
+        return LazyRowBlock(where, contraction, pooled.view, out, like)
 
     def _from_seeds(
         self, cotangents: Sequence[Tensor], count: int
-    ) -> tuple[dict[str, Tensor], list[tuple[Pool, Tensor]]]:
+    ) -> tuple[dict[str, Tensor], list[tuple[PooledSite, Tensor]]]:
         """Pull columns back, ``count`` of them, from their cotangents at the seeds.
 
-        Return rows by parameter, and for pools the cotangents of their outputs: ``[count, *shape]``
-        each.
+        Return rows by parameter, and for pooled sites the cotangents of their outputs:
+        ``[count, *shape]`` each.
         """
         forward, names = self._forward, self.schedule.by_autograd
-        # A pool whose product depends on no seed has no edge, and no rows from here.
-        pools = [p for p in self.schedule.pools.values() if p.out in forward.edges]
+        # A pooled site whose product depends on no seed has no edge, and no rows from here.
+        pooled_sites = [p for p in self.schedule.pooled_sites.values() if p.out in forward.edges]
         inputs: list[GradientEdge | Tensor] = []
         inputs += pick(forward.leaves, names)
-        for pool in pools:
-            inputs.append(forward.edges[pool.out])
+        for pooled in pooled_sites:
+            inputs.append(forward.edges[pooled.out])
         with Gate.shut():
             at_inputs = batched_grad([seed.edge for seed in self.seeds], inputs, cotangents, count)
         at_leaves = zip(names, at_inputs[: len(names)], strict=True)
-        at_pools = zip(pools, at_inputs[len(names) :], strict=True)
+        at_pooled = zip(pooled_sites, at_inputs[len(names) :], strict=True)
         rows = {name: r for name, r in at_leaves if r is not None}
-        return rows, [(pool, g) for pool, g in at_pools if g is not None]
+        return rows, [(pooled, g) for pooled, g in at_pooled if g is not None]
 
     # -- from operands to parameters --
 

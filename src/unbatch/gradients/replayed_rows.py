@@ -354,7 +354,7 @@ class ReplayedRows(Source):
 
     def _kind_and_way(self, site: Site) -> tuple[str, str]:
         """Return how a site is contracted, and where it stands (a key of ``plan.WAYS``)."""
-        if site in self.schedule.pools:
+        if site in self.schedule.pooled_sites:
             return "linear", "pooled"
         # How a site is contracted is known once its cotangent has come.
         kinds = self.whole.kinds
