@@ -34,7 +34,7 @@ from unbatch.autodiff.autograd import (
     subset,
     zero_leaves,
 )
-from unbatch.autodiff.compositions import SPELLED_OUT
+from unbatch.autodiff.compositions import COMPOSITIONS
 from unbatch.autodiff.context import Context
 from unbatch.autodiff.dependence import values_read, values_returned, within
 from unbatch.autodiff.forward_mode import through_op
@@ -46,7 +46,7 @@ from unbatch.capture.aliasing import Window, seen_through_older_windows
 from unbatch.capture.graph import Graph
 from unbatch.capture.isolation import untouched
 from unbatch.capture.steps import ExecutedOp, Step
-from unbatch.capture.substitutes import held, laid_out, norm_held, unmoved
+from unbatch.capture.substitutes import held, laid_out, norm_with_constant_statistics, unmoved
 from unbatch.capture.trees import flat
 from unbatch.errors import MSG_NO_TANGENT, StructureError
 from unbatch.linalg.probes import gaussians_like, seeded
@@ -176,7 +176,9 @@ class LinearisedGraph(Linearised):
         for step in graph.forward_steps:
             if step.index in self.plan.frozen_norms:
                 if step.grad and moves(step, self.plan):
-                    instead[step.index] = partial(self._record, step, norm_held(step))
+                    instead[step.index] = partial(
+                        self._record, step, norm_with_constant_statistics(step)
+                    )
             elif step.index in self.schedule.cut_numbers:
                 instead[step.index] = held(step.op)
             elif step.grad and moves(step, self.plan):
@@ -268,7 +270,7 @@ class LinearisedGraph(Linearised):
                 if not of_arguments:
                     continue
                 if step.index in self.plan.frozen_norms:
-                    outs = through_op(call, norm_held(step), of_arguments)
+                    outs = through_op(call, norm_with_constant_statistics(step), of_arguments)
                 else:
                     outs = push_through(call, of_arguments)
                 # Rules may leave out outputs at the end that never move.
@@ -319,14 +321,14 @@ class LinearisedGraph(Linearised):
         graph = self.context.graph
         instead: dict[int, Callable[..., Any]] = {}
         for step in graph.forward_steps:
-            if step.name in SPELLED_OUT:
+            if step.name in COMPOSITIONS:
                 instead[step.index] = self._composition(step)
             elif not step.grad:
                 instead[step.index] = unmoved(step.op)
         for step in self.schedule.cut_off:
             instead[step.index] = held(step.op)
         for i in self.plan.frozen_norms:
-            instead[i] = norm_held(graph.steps[i])
+            instead[i] = norm_with_constant_statistics(graph.steps[i])
         return instead
 
     def _composition(self, step: Step) -> Callable[..., Any]:
@@ -339,7 +341,7 @@ class LinearisedGraph(Linearised):
 
         def run(*args: Any, **kwargs: Any) -> Any:
             arguments = dict(zip(step.parameters, args, strict=False)) | kwargs
-            first, *others = flat(SPELLED_OUT[step.name](arguments))
+            first, *others = flat(COMPOSITIONS[step.name](arguments))
             return laid_out(first, self.context.graph.values[out.index].stride), *others
 
         return run

@@ -24,7 +24,7 @@ from unbatch.capture import ops
 from unbatch.capture.graph import Graph
 from unbatch.capture.ops import Moves
 from unbatch.capture.steps import Ref, Step, is_ref
-from unbatch.capture.substitutes import norm_evaluated, norm_held, replayed
+from unbatch.capture.substitutes import norm_in_eval_mode, norm_with_constant_statistics, replayed
 
 # A matrix product with a parameter: the arguments that may be the parameter.
 MATRICES = {"mm": ("self", "mat2"), "addmm": ("mat1", "mat2")}
@@ -284,9 +284,9 @@ class Schedule:
     def _substitute(self, step: Step) -> Callable[..., Any]:
         """Return what runs in place of a step: a batch norm may have constants for statistics."""
         if step.index in self.plan.frozen_norms:
-            return norm_held(step)
+            return norm_with_constant_statistics(step)
         if ops.is_batch_norm(step.op) and not ops.is_training_batch_norm(step):
-            return norm_evaluated(step)
+            return norm_in_eval_mode(step)
         run: Callable[..., Any] = step.op
         return run
 

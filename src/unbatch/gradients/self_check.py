@@ -20,7 +20,7 @@ from unbatch.analysis.domain.sample_layout import Layout
 from unbatch.autodiff.autograd import gradients
 from unbatch.autodiff.context import Context
 from unbatch.autodiff.schedule import Schedule
-from unbatch.capture.substitutes import held, norm_held
+from unbatch.capture.substitutes import held, norm_with_constant_statistics
 from unbatch.gradients.replayed_rows import ReplayedRows
 from unbatch.gradients.sources import leaves_of
 from unbatch.linalg.precision import DOUBLE, in_double
@@ -116,7 +116,7 @@ def _plain_sum(
     for step in schedule.cut_off:
         constant[step.index] = held(step.op)
     for i in plan.frozen_norms:
-        constant[i] = norm_held(graph.steps[i])
+        constant[i] = norm_with_constant_statistics(graph.steps[i])
     with torch.enable_grad():
         outputs = graph.run(
             {**feed, **live}, list(plan.predictions), instead=constant, steps=graph.forward_steps
