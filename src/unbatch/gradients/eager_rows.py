@@ -15,14 +15,14 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from unbatch.analysis.domain.sample_layout import Layout
 from unbatch.autodiff import eager
-from unbatch.autodiff.autograd import gradients
+from unbatch.autodiff.autograd import gradients, leaves_of
 from unbatch.autodiff.context import Context
 from unbatch.autodiff.contractions.row_block import RowBlock
 from unbatch.autodiff.loss import LossAt, loss_of, nonzero_gradients
 from unbatch.capture.isolation import untouched
 from unbatch.gradients.plan import SitePlan
 from unbatch.gradients.replayed_rows import ReplayedRows
-from unbatch.gradients.sources import Chunking, Source, Take, leaves_of
+from unbatch.gradients.sources import Chunking, Source, Take
 from unbatch.linalg.rows import real
 
 

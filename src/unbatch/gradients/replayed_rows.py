@@ -14,13 +14,14 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
+from unbatch.autodiff.autograd import detached, leaves_of
 from unbatch.autodiff.context import Context
 from unbatch.autodiff.contractions.row_block import RowBlock
 from unbatch.autodiff.loss import LossAt, by_graph, noise, nonzero_gradients, rest_of_loss
 from unbatch.autodiff.planner import Site
 from unbatch.autodiff.vjp import Group, Sweep
 from unbatch.gradients.plan import SitePlan
-from unbatch.gradients.sources import CHUNK, Chunking, Source, Take, leaves_of, slices_of
+from unbatch.gradients.sources import CHUNK, Chunking, Source, Take, slices_of
 from unbatch.linalg.rows import real
 
 BY_PLACE = (
@@ -399,7 +400,7 @@ class ReplayedRows(Source):
         context, graph, sweep = self.context, self.context.graph, self.sweep
         if graph.loss is None:
             raise ValueError("The recorded graph has no loss.")
-        feed = context.data | {i: leaves[name] for i, name in self.plan.parameters.items()}
+        feed = context.data | self.plan.by_number(leaves)
         fixed = _fixed_predictions(sweep)
         inner = list(sweep.inner)
         read: list[Tensor] = []
@@ -425,4 +426,4 @@ def _add_into(sums: dict[str, Tensor], share: Mapping[str, Tensor]) -> None:
 
 def _fixed_predictions(sweep: Sweep) -> dict[int, Tensor]:
     """Return the predictions as constants."""
-    return {i: t.detach() for i, t in sweep.predictions.items()}
+    return detached(sweep.predictions)

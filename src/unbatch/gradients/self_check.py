@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 from unbatch.analysis.domain.sample_layout import Layout
-from unbatch.autodiff.autograd import gradients
+from unbatch.autodiff.autograd import detached, gradients, leaves_of
 from unbatch.autodiff.context import Context
 from unbatch.autodiff.schedule import Schedule
 from unbatch.capture.substitutes import held, norm_with_constant_statistics
 from unbatch.gradients.replayed_rows import ReplayedRows
-from unbatch.gradients.sources import leaves_of
 from unbatch.linalg.precision import DOUBLE, in_double
 from unbatch.linalg.probes import gaussians_like, seeded
 from unbatch.linalg.rows import real, squares
@@ -110,7 +109,7 @@ def _plain_sum(
     """
     graph, plan = schedule.graph, schedule.plan
     leaves = leaves_of(parameters)
-    live = {i: leaves[name] for i, name in plan.parameters.items()}
+    live = plan.by_number(leaves)
     # The replay knows nothing of sites, contractions or columns: an independent definition.
     constant: dict[int, Callable[..., Any]] = {}
     for step in schedule.cut_off:
@@ -130,7 +129,7 @@ def _plain_sum(
     for i, g in cotangents.items():
         scaled.append(Layout(plan.predictions[i], plan.samples).scaled(g, weights))
     total = gradients(list(predictions.values()), leaves, scaled)
-    return cotangents, {name: t.detach() for name, t in total.items()}
+    return cotangents, detached(total)
 
 
 def _largest(tensors: Mapping[Any, Tensor], least: float = 0.0) -> float:
