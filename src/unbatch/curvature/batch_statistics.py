@@ -121,7 +121,7 @@ def _axes_but(ndim: int, *others: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Extent:
+class StatisticsCost:
     """What it takes to go by way of batch statistics, from shapes alone: nothing has run for it.
 
     ``shares``: what part of a backward pass it takes to pull a statistic of each batch norm down
@@ -147,7 +147,7 @@ class Extent:
         return passes
 
     @staticmethod
-    def of(context: Context, parameters: Mapping[str, Tensor]) -> Extent | None:
+    def of(context: Context, parameters: Mapping[str, Tensor]) -> StatisticsCost | None:
         """Return None where samples depend on each other in other ways, or in half precision."""
         norms = _batch_norms(context, parameters)
         dtypes = _dtypes(parameters)
@@ -163,7 +163,7 @@ class Extent:
             below = sum(w for index, w in works.items() if index < norm.step)
             shares.append(below / work)
             channels.append(graph.values[norm.source].shape[1])
-        return Extent(tuple(channels), tuple(shares), work, dtypes.pop().itemsize)
+        return StatisticsCost(tuple(channels), tuple(shares), work, dtypes.pop().itemsize)
 
 
 def _dtypes(parameters: Mapping[str, Tensor]) -> set[torch.dtype]:

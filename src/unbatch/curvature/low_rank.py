@@ -28,7 +28,7 @@ from torch import Tensor
 
 from unbatch.autodiff.contractions.row_block import RowBlock
 from unbatch.autodiff.jvp import Linearised
-from unbatch.curvature.batch_statistics import Extent, Statistics
+from unbatch.curvature.batch_statistics import StatisticsCost, Statistics
 from unbatch.curvature.hessian_root import Factor, HessianRoot
 from unbatch.gradients.sources import Chunking, Source, Take
 from unbatch.linalg.rows import wide
@@ -293,13 +293,13 @@ class CostEstimate:
         return text
 
 
-def estimate_cost(extent: Extent, columns: int, entries: int, memory: int) -> CostEstimate:
+def estimate_cost(cost: StatisticsCost, columns: int, entries: int, memory: int) -> CostEstimate:
     """Count what it takes to pull back all statistics, and ``columns``, each below the last mixing.
 
     A pullback takes two multiplications for each of the forward pass; combining takes one for every
     statistic, column and parameter entry. ``B`` has to fit into half of ``memory``.
     """
-    by_columns = 2 * columns * extent.shares[-1] * extent.work
-    by_statistics = 2 * extent.passes * extent.work + extent.size * columns * entries
-    fits = 2 * extent.size * entries * extent.element_size <= memory
-    return CostEstimate(columns, extent.size, extent.passes, by_columns, by_statistics, fits)
+    by_columns = 2 * columns * cost.shares[-1] * cost.work
+    by_statistics = 2 * cost.passes * cost.work + cost.size * columns * entries
+    fits = 2 * cost.size * entries * cost.element_size <= memory
+    return CostEstimate(columns, cost.size, cost.passes, by_columns, by_statistics, fits)

@@ -18,7 +18,7 @@ from torch import Tensor
 from unbatch.analysis.structure import Structure
 from unbatch.autodiff.jvp import Linearised, LinearisedGraph, LinearisedModel
 from unbatch.autodiff.loss import LossAt
-from unbatch.curvature.batch_statistics import Extent, Statistics
+from unbatch.curvature.batch_statistics import StatisticsCost, Statistics
 from unbatch.curvature.hessian_root import Factor, HessianRoot
 from unbatch.curvature.loss_hessian import factor, joint
 from unbatch.curvature.low_rank import (
@@ -70,9 +70,9 @@ class Rtol:
 
 @dataclass(frozen=True)
 class StatisticsRoute:
-    """The route through batch statistics. ``extent``: what it takes; ``request``: the question."""
+    """The route through batch statistics. ``request``: the question it answers."""
 
-    extent: Extent
+    statistics_cost: StatisticsCost
     request: Request
 
     @staticmethod
@@ -87,8 +87,8 @@ class StatisticsRoute:
         # Below a single batch norm sites are projected: nothing has to be pulled back alone.
         if not request.context.schedule(request.parameters, request.by).plan.columns:
             return None
-        extent = Extent.of(request.context, request.parameters)
-        return None if extent is None else StatisticsRoute(extent, request)
+        cost = StatisticsCost.of(request.context, request.parameters)
+        return None if cost is None else StatisticsRoute(cost, request)
 
     @property
     def space(self) -> Space:
@@ -105,7 +105,7 @@ class StatisticsRoute:
 
     def cost(self, columns: int) -> CostEstimate:
         """Return whether it takes less than to pull back so many columns."""
-        return estimate_cost(self.extent, columns, self.space.size, self.request.memory)
+        return estimate_cost(self.statistics_cost, columns, self.space.size, self.request.memory)
 
 
 def linearised_of(request: Request) -> Linearised:
