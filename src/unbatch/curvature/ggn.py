@@ -40,7 +40,7 @@ from unbatch.errors import (
     UnbatchError,
 )
 from unbatch.gradients.sources import Source
-from unbatch.linalg.estimates import Control, DiagonalEstimate, from_signs
+from unbatch.linalg.estimates import Control, DiagonalEstimate, estimate_diagonal
 from unbatch.linalg.operators import Operator
 from unbatch.linalg.solvers import Solved
 from unbatch.linalg.space import Space
@@ -226,7 +226,7 @@ class GGN(Operator):
             others = ColumnMap(control.linearised, self.root, control.space, control)
             variate = Control(lambda z: others @ z, control.diag(), self.root.layout[1])
         columns = self.columns
-        return from_signs(
+        return estimate_diagonal(
             lambda z: columns @ z, self.root.size, draws, seed, self.space.slices, variate
         )
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from unbatch.autodiff.contractions.row_block import RowBlock
 from unbatch.autodiff.jvp import Linearised
-from unbatch.curvature.batch_statistics import StatisticsCost, Statistics
+from unbatch.curvature.batch_statistics import Statistics, StatisticsCost
 from unbatch.curvature.hessian_root import Factor, HessianRoot
 from unbatch.gradients.sources import Chunking, Source, Take
 from unbatch.linalg.rows import wide

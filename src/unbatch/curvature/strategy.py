@@ -18,7 +18,7 @@ from torch import Tensor
 from unbatch.analysis.structure import Structure
 from unbatch.autodiff.jvp import Linearised, LinearisedGraph, LinearisedModel
 from unbatch.autodiff.loss import LossAt
-from unbatch.curvature.batch_statistics import StatisticsCost, Statistics
+from unbatch.curvature.batch_statistics import Statistics, StatisticsCost
 from unbatch.curvature.hessian_root import Factor, HessianRoot
 from unbatch.curvature.loss_hessian import factor, joint
 from unbatch.curvature.low_rank import (

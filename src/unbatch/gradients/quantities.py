@@ -32,14 +32,14 @@ from unbatch.linalg.rows import Moments, real, vectors, wide
 
 @dataclass(frozen=True)
 class Label:
-    """What rows are called. ``marks``: ownership of the values in a loss that is a sum over
+    """What rows are called. ``ownership``: that of the values in a loss that is a sum over
     samples.
     """
 
     by: str
     kind: str
     note: str = ""
-    marks: Mapping[int, Ownership] | None = None
+    ownership: Mapping[int, Ownership] | None = None
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,9 @@ class About:
     @property
     def weights(self) -> Tensor | None:
         """Return the weights ``w_n`` of the losses of samples, ``[N]``; None if unknown."""
-        if self.label.marks is None:
+        if self.label.ownership is None:
             return None
-        return weights(self.source.context.graph, self.label.marks, self.samples)
+        return weights(self.source.context.graph, self.label.ownership, self.samples)
 
     def gradient(self) -> Mapping[str, Tensor]:
         """Return ``Σ_n r_n`` by parameter."""

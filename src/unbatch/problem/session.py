@@ -95,7 +95,7 @@ class Analysis:
         return self.inference.findings
 
     @property
-    def marks_in_loss(self) -> Mapping[int, Ownership]:
+    def ownership_in_loss(self) -> Mapping[int, Ownership]:
         """Return the ownership of the values in the loss, where there is one to judge."""
         loss = self.findings.loss
         return {} if loss is None else loss.marks
