@@ -155,12 +155,12 @@ class Context:
                 tensors[i] = self.program.parameters[value.name].detach()
         return tensors
 
-    def numbers(self, wanted: Sequence[int]) -> dict[int, Tensor]:
+    def numbers(self, values: Sequence[int]) -> dict[int, Tensor]:
         """Return values of the forward pass, by their number in the graph."""
         feed, steps = self.data | self.constants, self.graph.forward_steps
         with torch.no_grad():
-            tensors = self.graph.run(feed, wanted, steps=steps)
-        return dict(zip(wanted, tensors, strict=True))
+            tensors = self.graph.run(feed, values, steps=steps)
+        return dict(zip(values, tensors, strict=True))
 
     def scratch(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """Return memory for rows that nobody keeps: the same each time.

@@ -146,9 +146,9 @@ def _carries_the_gradient(
     with untouched(modules, model.state):
         through = gradients(ends, parameters, cotangents, retain=True)
     with untouched(modules, model.state):
-        whole = gradients([loss], parameters, retain=True)
+        at_once = gradients([loss], parameters, retain=True)
     size, errors = 0.0, []
-    for name, g in whole.items():
+    for name, g in at_once.items():
         if g.numel():
             size = max(size, float(g.abs().max()))
             errors.append(float((through[name] - g).abs().max()))

@@ -80,12 +80,12 @@ class ForwardPass:
         with torch.enable_grad():
             tensors = graph.run(
                 {**self.feed, **constants},
-                schedule.wanted,
+                schedule.read_afterwards,
                 visit=self._keep_edge,
                 instead=self._substitutes(),
                 steps=steps,
             )
-        values = dict(zip(schedule.wanted, tensors, strict=True))
+        values = dict(zip(schedule.read_afterwards, tensors, strict=True))
         self.predictions = subset(values, schedule.plan.predictions)
         self.inner = detached(subset(values, schedule.inner))
         for ref in graph.predictions:

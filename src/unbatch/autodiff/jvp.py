@@ -92,10 +92,10 @@ def moves(step: Step, plan: BackwardPlan) -> bool:
     """Tell whether a step makes something that depends on the parameters of something that does."""
     if plan.theta.isdisjoint(values_read(step)):
         return False
-    made = values_returned(step)
+    results = values_returned(step)
     for _, new in step.writes:
-        made.append(new.index)
-    return not plan.theta.isdisjoint(made)
+        results.append(new.index)
+    return not plan.theta.isdisjoint(results)
 
 
 def differentiated(graph: Graph, schedule: Schedule) -> list[Step]:
@@ -142,12 +142,12 @@ class LinearisedGraph(Linearised):
         with torch.enable_grad():
             tensors = graph.run(
                 self.context.data | self.plan.by_number(self.leaves),
-                self.schedule.wanted,
+                self.schedule.read_afterwards,
                 visit=self._visit,
                 instead=self._recording_substitutes(),
                 steps=graph.forward_steps,
             )
-        values = dict(zip(self.schedule.wanted, tensors, strict=True))
+        values = dict(zip(self.schedule.read_afterwards, tensors, strict=True))
         self.outputs = subset(values, self.plan.predictions)
         self.inner = detached(subset(values, self.schedule.inner))
         self.all_outputs = {}

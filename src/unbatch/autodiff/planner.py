@@ -125,10 +125,10 @@ def plan_backward(
     Raises ``StructureError`` where copy or frozen rows do not exist, naming the step that is in the
     way (or leaves it in ``refused``).
     """
-    wanted = set(names)
+    chosen = set(names)
     parameters: dict[int, str] = {}
     for i, value in enumerate(graph.values):
-        if value.kind == "parameters" and value.name in wanted:
+        if value.kind == "parameters" and value.name in chosen:
             parameters[i] = value.name
     predictions: dict[int, int] = {}
     for ref in graph.used_predictions:
@@ -365,9 +365,9 @@ class _Planner:
         if not isinstance(layout, Layout) or operand in self.parameters:
             return
         values = self.owned.graph.values
-        shape, whole = values[operand].shape, values[out].shape
-        dim = layout.dim - len(whole) + len(shape)  # broadcasting aligns shapes at their end
-        if 0 <= dim < len(shape) and shape[dim] == whole[layout.dim] > 1:
+        shape, out_shape = values[operand].shape, values[out].shape
+        dim = layout.dim - len(out_shape) + len(shape)  # broadcasting aligns shapes at their end
+        if 0 <= dim < len(shape) and shape[dim] == out_shape[layout.dim] > 1:
             self.spanning.add(operand)
 
 

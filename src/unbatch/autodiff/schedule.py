@@ -105,21 +105,21 @@ class Operands:
             values, names = {operand}, set(self.parameters_of(operand))
             # The groups so far have no parameter in common: those that share one with the operand
             # become one group, the others stay.
-            apart = []
+            others = []
             for group in groups:
                 if group[1] & names:
                     values |= group[0]
                     names |= group[1]
                 else:
-                    apart.append(group)
-            groups = [*apart, (values, names)]
+                    others.append(group)
+            groups = [*others, (values, names)]
         return [(sorted(values), within(self.shapes, names)) for values, names in groups]
 
 
 def _rearranges(step: Step) -> bool:
     """Tell whether a step is a differentiable view that shows every entry of what it reads once."""
-    whole = ops.moves(step.op) in (Moves.SAME, Moves.RESHAPED, Moves.PERMUTED)
-    return whole and ops.is_view(step.op) and not ops.traits(step.op).cuts
+    shows_all = ops.moves(step.op) in (Moves.SAME, Moves.RESHAPED, Moves.PERMUTED)
+    return shows_all and ops.is_view(step.op) and not ops.traits(step.op).cuts
 
 
 # --- the schedule ---------------------------------------------------------------------------------
@@ -202,11 +202,11 @@ class Schedule:
         return self.graph.read_by_loss(self.plan.predictions)
 
     @cached_property
-    def wanted(self) -> list[int]:
+    def read_afterwards(self) -> list[int]:
         """All values of the model that are read after it has run."""
-        wanted = [*self.plan.predictions, *self.inner]
-        wanted += [ref.index for ref in self.graph.predictions]
-        return list(dict.fromkeys(wanted))
+        values = [*self.plan.predictions, *self.inner]
+        values += [ref.index for ref in self.graph.predictions]
+        return list(dict.fromkeys(values))
 
     @cached_property
     def cut_off(self) -> list[Step]:
@@ -340,17 +340,17 @@ class Schedule:
             alone = len(group.sites) == 1 and not group.reached_by_columns
             if alone and group.view is not None:
                 viewed.add(group.operands[0])
-        wanted: set[int] = set()
+        needed: set[int] = set()
         for site in self.plan.sites:
             if site.way == "columns" or site.operand not in viewed:
-                wanted.add(site.operand)
+                needed.add(site.operand)
         chain: dict[int, bool] = {}
         # From the last step to the first, so that what makes an operand comes after the operand.
         for number, moving in sorted(self.plan.chain.items(), reverse=True):
             step = self.graph.steps[number]
-            if moving or not wanted.isdisjoint(values_returned(step)):
+            if moving or not needed.isdisjoint(values_returned(step)):
                 chain[number] = moving
-                wanted.update(values_read(step))
+                needed.update(values_read(step))
         return chain
 
     # -- which parameters go together --

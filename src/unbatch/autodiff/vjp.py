@@ -375,19 +375,19 @@ class Sweep:
         ``sums``: by operand, ``count`` rows each.
         """
         rows: dict[str, Tensor] = {}
-        made, cotangents = [], []
+        operands, cotangents = [], []
         for operand, of_operand in sums.items():
             # An operand may be a parameter itself, used beside others that are made of it (tied).
             if operand in self.plan.parameters:
                 rows[self.plan.parameters[operand]] = of_operand
             else:
-                made.append(self._forward.operands[operand])
+                operands.append(self._forward.operands[operand])
                 cotangents.append(of_operand)
-        if not made:
+        if not operands:
             return rows
         names = group.together.names
         leaves = pick(self._forward.leaves, names)
-        for name, r in zip(names, batched_grad(made, leaves, cotangents, count), strict=True):
+        for name, r in zip(names, batched_grad(operands, leaves, cotangents, count), strict=True):
             if r is None:
                 continue
             if name in rows:
@@ -401,8 +401,8 @@ class Sweep:
 
 
 def _add(totals: dict[str, Tensor], share: Mapping[str, Tensor]) -> None:
-    for name, one in share.items():
-        totals[name] += one
+    for name, t in share.items():
+        totals[name] += t
 
 
 def _only_row(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -258,13 +258,13 @@ class Statistics:
         )
         # With statistics constant one pullback keeps all samples apart.
         samples = self.frozen.context.samples
-        parts = []
+        partials = []
         for norm, g in zip(self.norms, at_norms, strict=True):
             if g is None:  # no prediction depends on the result of this batch norm
-                parts.append(norm.moments[0].new_zeros(samples, 2 * norm.channels))
+                partials.append(norm.moments[0].new_zeros(samples, 2 * norm.channels))
             else:
-                parts.append(norm.partial(g))
-        return torch.cat(parts, 1)
+                partials.append(norm.partial(g))
+        return torch.cat(partials, 1)
 
     def pull(self, u: Tensor) -> dict[str, Tensor]:
         """Return ``Bᵀ u``, by parameter."""

@@ -201,8 +201,8 @@ class GGN(Operator):
         estimate = None
         if missing is not None:
             # Relative to what is in the diagonal: the basis has estimated its norm, too.
-            whole = flat.sum(0) if per_component else flat
-            estimate = float(missing.norm() / whole.double().norm())
+            diagonal = flat.sum(0) if per_component else flat
+            estimate = float(missing.norm() / diagonal.double().norm())
         return result, Compression.of(basis, self.root, estimate)
 
     def estimate_diag(

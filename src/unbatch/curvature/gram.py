@@ -133,12 +133,12 @@ class _Gram(Collector):
         """Yield groups, as many at a time as memory holds the rows of twice."""
         group: list[Columns] = []
         size = 0
-        for one in columns:
-            more = 2 * one.bytes
+        for column in columns:
+            more = 2 * column.bytes
             if group and size + more > self.about.memory:
                 yield group
                 group, size = [], 0
-            group.append(one)
+            group.append(column)
             size += more
         yield group
 
@@ -146,18 +146,18 @@ class _Gram(Collector):
 def _without_rows(columns: Sequence[Columns]) -> Tensor | None:
     """Return the inner products of sites that have them without forming rows."""
     # All of them, or none: rows cannot be multiplied with what has none.
-    sites = [one.content for one in columns if isinstance(one.content, Contraction)]
+    sites = [column.content for column in columns if isinstance(column.content, Contraction)]
     if not sites or len(sites) < len(columns):
         return None
     return sites[0].dots_of(sites)
 
 
 def _numbers(columns: Sequence[Columns]) -> Tensor:
-    return torch.cat([one.numbers for one in columns])
+    return torch.cat([column.numbers for column in columns])
 
 
 def _rows(columns: Sequence[Columns]) -> Tensor:
-    return torch.cat([one.rows for one in columns])
+    return torch.cat([column.rows for column in columns])
 
 
 def symmetric_product(a: Tensor) -> Tensor:

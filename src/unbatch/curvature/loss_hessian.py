@@ -52,8 +52,8 @@ def joint(loss: LossAt, dims: Mapping[int, int]) -> Joint | None:
     for unit in torch.eye(total, dtype=like.dtype, device=like.device):
         product = at.hessian_times(_cut(unit, shapes))
         rows.append(torch.cat([product[i].reshape(-1) for i in shapes]))
-    whole = torch.stack(rows)  # symmetric, up to rounding
-    values, vectors = torch.linalg.eigh((whole + whole.mT) / 2)
+    hessian = torch.stack(rows)  # symmetric, up to rounding
+    values, vectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
     size = values.abs()
     nonzero = size > total * torch.finfo(values.dtype).eps * size.max()
     columns = (vectors[:, nonzero] * values[nonzero].abs().sqrt()).T

@@ -243,8 +243,8 @@ class CorrectedSource:
             fed.add(name)
             rows = wide(block.rows())
             flat = rows.flatten(1) if rows.ndim > 1 else rows[:, None]  # a single number
-            whole = torch.addmm(flat, a[block.where], self.rows[name])
-            take(name, RowBlock(block.where, whole.view(len(rows), *self.shapes[name])))
+            complete = torch.addmm(flat, a[block.where], self.rows[name])
+            take(name, RowBlock(block.where, complete.view(len(rows), *self.shapes[name])))
 
         # The correction is added to rows: what needs none of them cannot be had from the parts.
         self.frozen.feed(

@@ -264,13 +264,13 @@ class Curvature:
         if not isinstance(root, Factor) or not root.size or route is None:
             return None
         # Estimates of an error assume that all signs are positive: otherwise nothing is left out.
-        whole = rtol is None or root.lowest < 0
-        if whole and not route.cost(root.size):
+        takes_all = rtol is None or root.lowest < 0
+        if takes_all and not route.cost(root.size):
             return None
         statistics, space = route.statistics, route.space
         if statistics is None:
             return None
-        if rtol is None or whole:
+        if rtol is None or takes_all:
             return full_basis(statistics, space)
         if root not in self._svds:
             self._svds[root] = CoefficientSVD(statistics, root, space)

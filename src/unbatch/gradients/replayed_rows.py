@@ -132,7 +132,7 @@ class ReplayedRows(Source):
         return self._sweep
 
     @cached_property
-    def whole(self) -> Sweep:
+    def full_sweep(self) -> Sweep:
         """Return a sweep after a backward pass that has kept everything."""
         return self._pull(None)
 
@@ -185,7 +185,7 @@ class ReplayedRows(Source):
         delivery = _Delivery(chunks, take, outs)
         if chunks.late and cotangents is None:
             # Weighted sums follow and need every group: nothing is freed on the way.
-            for group in self.whole.groups:
+            for group in self.full_sweep.groups:
                 if group.contractions and not group.together.reached_by_columns:
                     self._deliver(delivery, group)
         else:
@@ -342,7 +342,7 @@ class ReplayedRows(Source):
     # -- sums, and what a plan prints --
 
     def weighted_sum(self, weights: Tensor) -> dict[str, Tensor]:
-        return self.whole.weighted_sum(weights)
+        return self.full_sweep.weighted_sum(weights)
 
     def sites(self) -> list[SitePlan]:
         return [self._site_plan(site) for site in self.plan.sites]
@@ -358,7 +358,7 @@ class ReplayedRows(Source):
         if site in self.schedule.pooled_sites:
             return "linear", "pooled"
         # How a site is contracted is known once its cotangent has come.
-        kinds = self.whole.kinds
+        kinds = self.full_sweep.kinds
         if site in kinds:
             return kinds[site], site.way
         if site.way == "columns":
@@ -368,7 +368,7 @@ class ReplayedRows(Source):
     def pullbacks(self, chunks: Chunking) -> tuple[int, int]:
         # One pass carries all samples down to the mixing frontier, and one more each column.
         columns = 0
-        if self._has_columns(self.whole):
+        if self._has_columns(self.full_sweep):
             columns = self.context.samples
         return 1 + columns, min(self.columns_at_once(chunks), max(columns, 1))
 

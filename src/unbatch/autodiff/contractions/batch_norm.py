@@ -142,8 +142,8 @@ class ProjectedRows(Contraction):
         """Return ``Σ_n row_n²`` for squares ``l2`` ``[n, o]`` of ``L``, in which it is linear."""
         x, c = self.xhat[where], self.centred[where]
         mixed = (l2 * x).T @ c * self.slope * 2
-        whole = l2.T @ c.square() - mixed + (l2 * x.square()).sum(0)[:, None] * self.slope.square()
-        return whole.T
+        total = l2.T @ c.square() - mixed + (l2 * x.square()).sum(0)[:, None] * self.slope.square()
+        return total.T
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         scaled = self.l * weights.to(self.l.dtype)[:, None]
