@@ -202,8 +202,8 @@ def _plan(context: Context, key: Key) -> tuple[BackwardPlan, list[Fact]]:
         plan = plan_backward(
             context.graph, interpretation, context.samples, context.leading, names, by
         )
-    if plan.refused is not None:
-        raise plan.refused
+    if plan.refusal is not None:
+        raise plan.refusal
     return plan, facts
 
 

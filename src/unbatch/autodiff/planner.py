@@ -65,7 +65,7 @@ class Site:
 class BackwardPlan:
     """What a backward pass does at which step. Values and steps by their number in the graph.
 
-    ``refused``: why rows do not exist, unless the values ``spanning`` are counted to the samples
+    ``refusal``: why rows do not exist, unless the values ``spanning`` are counted to the samples
     (``spread``).
     """
 
@@ -90,7 +90,7 @@ class BackwardPlan:
     # Where the samples lie in the values at sites and seeds.
     layouts: Mapping[int, Layout | Scattered]
     spanning: frozenset[int]  # shared values, in part or whole, with an entry for every sample
-    refused: StructureError | None
+    refusal: StructureError | None
 
     @property
     def local(self) -> list[Site]:
@@ -123,7 +123,7 @@ def plan_backward(
     """Return the plan for the parameters ``names``, by ``by``.
 
     Raises ``StructureError`` where copy or frozen rows do not exist, naming the step that is in the
-    way (or leaves it in ``refused``).
+    way (or leaves it in ``refusal``).
     """
     chosen = set(names)
     parameters: dict[int, str] = {}
@@ -156,7 +156,7 @@ class _Planner:
     gates: dict[int, tuple[int, ...]] = field(default_factory=dict)
     direct: set[int] = field(default_factory=set)
     spanning: set[int] = field(default_factory=set)
-    refused: StructureError | None = None
+    refusal: StructureError | None = None
 
     def plan(self) -> BackwardPlan:
         """Go through the steps, and return what was found."""
@@ -188,7 +188,7 @@ class _Planner:
             gates=self.gates,
             layouts=self._layouts(),
             spanning=frozenset(self.spanning),
-            refused=self.refused,
+            refusal=self.refusal,
         )
 
     def _layouts(self) -> dict[int, Layout | Scattered]:
@@ -238,7 +238,7 @@ class _Planner:
         reads_samples = not owned.all_shared(reads)
         moving = bool(owned.moving(outs))
         if self.by != "component" and reads_samples:
-            raise self._refusal(step)
+            raise _refusal(self.by, step)
         separate = self.dependence.all_separate(outs)
         by_columns = self.by == "component" and moving and (reads_samples or not separate)
         if by_columns:
@@ -247,11 +247,6 @@ class _Planner:
         else:
             self.chain[step.index] = moving and self.by != "frozen"
             self.direct.update(owned.results(step))
-
-    def _refusal(self, step: Step) -> StructureError:
-        """Return the error for rows that do not exist."""
-        message = MSG_NOT_COPY if self.by == "copy" else MSG_NOT_FROZEN
-        return StructureError(message.format(place=step.place))
 
     # -- sites --
 
@@ -272,9 +267,9 @@ class _Planner:
         elif self.spanning:
             # The values that span the samples may be counted to them, and the rows exist then: not
             # raised yet.
-            self.refused = self._refusal(step)
+            self.refusal = _refusal(self.by, step)
         else:
-            raise self._refusal(step)
+            raise _refusal(self.by, step)
 
     def _add_by_columns(self, step: Step, operand: int, way: str) -> None:
         """Add a site below the mixing frontier.
@@ -369,6 +364,12 @@ class _Planner:
         dim = layout.dim - len(out_shape) + len(shape)  # broadcasting aligns shapes at their end
         if 0 <= dim < len(shape) and shape[dim] == out_shape[layout.dim] > 1:
             self.spanning.add(operand)
+
+
+def _refusal(by: str, step: Step) -> StructureError:
+    """Return the error for rows that do not exist."""
+    message = MSG_NOT_COPY if by == "copy" else MSG_NOT_FROZEN
+    return StructureError(message.format(place=step.place))
 
 
 def _argument_name(step: Step, operand: int) -> str | None:
