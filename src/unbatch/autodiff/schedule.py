@@ -94,7 +94,7 @@ class Operands:
             value = step.refs()[0].index
         return path
 
-    def together(self, operands: Collection[int]) -> list[tuple[list[int], list[str]]]:
+    def groups(self, operands: Collection[int]) -> list[tuple[list[int], list[str]]]:
         """Return operands and parameters in groups that are contracted together.
 
         Operands that are made from a common parameter are in one group, and so is all that it is
@@ -173,7 +173,7 @@ class PooledSite:
 
 
 @dataclass(frozen=True)
-class Together:
+class GroupMembers:
     """Parameters that are contracted together, because their sites share an operand."""
 
     names: tuple[str, ...]
@@ -295,8 +295,8 @@ class Schedule:
         # An argument may be a list of tensors (of a ``cat``), and the operand one of them.
         layouts = tuple(map(self.plan.layouts.get, values_returned(step)))
         group = -1
-        for number, together in enumerate(self.groups):
-            if site in together.sites:
+        for number, members in enumerate(self.groups):
+            if site in members.sites:
                 group = number
                 break
         return Use(site, leaves.index(Ref(site.operand)), layouts, group)
@@ -356,17 +356,17 @@ class Schedule:
     # -- which parameters go together --
 
     @cached_property
-    def groups(self) -> list[Together]:
+    def groups(self) -> list[GroupMembers]:
         """The parameters of all sites above the mixing frontier."""
         local, operands = self.plan.local, self.operands
         groups = []
-        for values, names in operands.together(dict.fromkeys(s.operand for s in local)):
+        for values, names in operands.groups(dict.fromkeys(s.operand for s in local)):
             view = None
             if len(values) == len(names) == 1:
                 view = operands.view(values[0])
             sites = tuple(s for s in local if s.operand in values)
             reached = not set(names).isdisjoint(self.reached)
-            groups.append(Together(tuple(names), tuple(values), sites, view, reached))
+            groups.append(GroupMembers(tuple(names), tuple(values), sites, view, reached))
         return groups
 
     # -- below the mixing frontier --

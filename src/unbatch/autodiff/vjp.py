@@ -30,7 +30,7 @@ from unbatch.autodiff.contractions.row_block import LazyRowBlock, RowBlock, RowB
 from unbatch.autodiff.dependence import within
 from unbatch.autodiff.forward import ForwardPass
 from unbatch.autodiff.planner import BackwardPlan, Site
-from unbatch.autodiff.schedule import Hook, PooledSite, Schedule, Together
+from unbatch.autodiff.schedule import GroupMembers, Hook, PooledSite, Schedule
 from unbatch.capture.graph import Graph
 from unbatch.linalg.rows import sum_of
 
@@ -56,7 +56,7 @@ class Group:
     With the contractions of their sites in one backward pass, as they get their cotangents.
     """
 
-    together: Together
+    members: GroupMembers
     contractions: dict[int, list[Contraction]] = field(default_factory=dict)  # by operand
     waiting: int = 0  # for the cotangents of so many sites
     # The one contraction, and how its operand is seen in the one parameter, if that is all there
@@ -75,8 +75,8 @@ class Group:
         for operand, of_operand in self.contractions.items():
             self.contractions[operand] = _joined(of_operand)
             contractions += self.contractions[operand]
-        if self.together.view is not None and len(contractions) == 1:
-            self.single = contractions[0], self.together.view
+        if self.members.view is not None and len(contractions) == 1:
+            self.single = contractions[0], self.members.view
 
     def free(self) -> None:
         """Let go of the cotangents, and of what the contractions kept of the forward pass."""
@@ -234,7 +234,7 @@ class Sweep:
         """Contract a group that has all its cotangents, and free it, if somebody takes it."""
         group.complete()
         under_way = self._under_way
-        if under_way is None or under_way.take is None or group.together.reached_by_columns:
+        if under_way is None or under_way.take is None or group.members.reached_by_columns:
             return
         under_way.take(group)
         group.free()
@@ -328,7 +328,7 @@ class Sweep:
         The rows of a single parameter are formed in ``out``, if that is given.
         """
         if group.single is not None:
-            (name,) = group.together.names
+            (name,) = group.members.names
             yield name, LazyRowBlock(where, *group.single, out, self.parameters[name].detach())
             return
         for name, rows in self.rows(group, where).items():
@@ -385,7 +385,7 @@ class Sweep:
                 cotangents.append(of_operand)
         if not operands:
             return rows
-        names = group.together.names
+        names = group.members.names
         leaves = pick(self._forward.leaves, names)
         for name, r in zip(names, batched_grad(operands, leaves, cotangents, count), strict=True):
             if r is None:

@@ -186,7 +186,7 @@ class ReplayedRows(Source):
         if chunks.late and cotangents is None:
             # Weighted sums follow and need every group: nothing is freed on the way.
             for group in self.full_sweep.groups:
-                if group.contractions and not group.together.reached_by_columns:
+                if group.contractions and not group.members.reached_by_columns:
                     self._deliver(delivery, group)
         else:
             self._pull(partial(self._deliver, delivery), cotangents, last)
@@ -202,7 +202,7 @@ class ReplayedRows(Source):
         """Return groups whose parameters have columns as well, which have to be added."""
         groups = self.sweep.groups
         return [
-            group for group in groups if group.contractions and group.together.reached_by_columns
+            group for group in groups if group.contractions and group.members.reached_by_columns
         ]
 
     def _has_columns(self, sweep: Sweep) -> bool:
@@ -215,7 +215,7 @@ class ReplayedRows(Source):
         # No total is computed unless a quantity asks for it, and then once for all slices.
         totals = _Totals(partial(self._sum_of_group, group))
         # Rows are formed in portions that suit the contraction, unless the blocks do without them.
-        size, portion = self._row_bytes(group.together.names), CHUNK
+        size, portion = self._row_bytes(group.members.names), CHUNK
         forms_rows = not chunks.needs <= group.lean
         if group.single is None:
             size *= 2  # rows of operands are formed first, and those of parameters from them
@@ -224,7 +224,7 @@ class ReplayedRows(Source):
         for where in chunks.of(self.context.samples, size, group.lean, portion):
             out = None
             if group.single is not None and forms_rows:
-                out = self._row_memory(delivery, group.together.names[0], where)
+                out = self._row_memory(delivery, group.members.names[0], where)
             for name, block in self.sweep.blocks(group, where, out):
                 delivery.hand_out(name, block, totals)
 
@@ -320,7 +320,7 @@ class ReplayedRows(Source):
 
         def take(group: Group) -> None:
             trial.add(sweep.group_sum(group, weights), sweep.group_sum(group, only_n))
-            if not group.together.reached_by_columns:
+            if not group.members.reached_by_columns:
                 for name, block in sweep.blocks(group, where, None):
                     trial.add_block(name, block)
 
