@@ -110,7 +110,7 @@ def problem_of(name: str) -> ub.Problem:
 
 def measured(name: str, problem: ub.Problem) -> Iterator[Point]:
     G = problem.ggn()
-    columns = G.root.table[1]
+    columns = G.root.layout[1]
     exact, told = G.diag(info=True)
     size = exact.double().norm()
     off = lambda d: float((d.double() - exact.double()).norm() / size)  # noqa: E731

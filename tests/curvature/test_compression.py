@@ -65,7 +65,7 @@ def test_some_of_the_cases_do_go_that_way(always):
 def test_products_with_the_derivative_of_the_statistics():
     _, problem = net()
     G = problem.ggn()
-    statistics = Statistics.of(problem._session.analysis.setting, G.point.parameters)
+    statistics = Statistics.of(problem._session.analysis.context, G.point.parameters)
     assert statistics.size == 2 * (4 + 5 + 6)
     generator = torch.Generator().manual_seed(0)
     u = torch.randn(statistics.size, generator=generator, dtype=torch.float64)

@@ -627,7 +627,7 @@ def stacked_diagonal(problem):
     """As tools do that carry one column per class for all samples, each in its own slot."""
     model, X = problem.program.model, problem.inputs
     total = 0.0
-    for _, _, column in problem.ggn().root.each():
+    for _, _, column in problem.ggn().root.column_batches():
         (s,) = column.values()
         rows = ub.Problem(model, lambda p, t: (p * t).sum(), (X, s)).gradients(by="copy")
         total = total + rows.flat().square().sum(0)

@@ -356,7 +356,7 @@ def test_a_witness_without_a_place(monkeypatch):
 
 @pytest.mark.parametrize("norm", [nn.ReLU(), nn.BatchNorm1d(4)])
 def test_a_recording_that_is_not_the_model_establishes_nothing(norm, monkeypatch):
-    monkeypatch.setattr(recording, "unfaithful", lambda *_, **__: ("off by 1", ""))
+    monkeypatch.setattr(recording, "replay_difference", lambda *_, **__: ("off by 1", ""))
     p = problem(around(norm, nn.ReLU()))
     assert all(not s.apart for s in middle(p.diagram()).values())
     doubtful = [s for s in p.diagram().bands if s.kind != "statistics"]

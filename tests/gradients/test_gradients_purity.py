@@ -392,7 +392,7 @@ def test_stopping_in_a_model_that_is_run_itself_changes_nothing(error, monkeypat
 
 @dataclass(frozen=True)
 class Stopping(Basic):
-    """A quantity of the user's that stops at the given part."""
+    """A quantity of the user's that stops at the given block."""
 
     error: type[BaseException]
     at: int
@@ -406,8 +406,8 @@ class _Stopping(Collector):
         super().__init__(about)
         self.countdown = countdown
 
-    def take(self, name: str, part: RowBlock) -> None:
-        part.rows()
+    def take(self, name: str, block: RowBlock) -> None:
+        block.rows()
         self.countdown.tick()
 
     def finish(self) -> Any:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import unbatch as ub
-from unbatch.autodiff.contractions.batch_norm import Pooled
+from unbatch.autodiff.contractions.batch_norm import PooledRows
 from unbatch.autodiff.contractions.matmul import Linear
 from unbatch.reference import definitions as reference
 
@@ -366,7 +366,7 @@ def test_a_wrong_contraction_is_noticed(monkeypatch, method):
 def test_a_wrong_norm_is_noticed(monkeypatch):
     net, loss, x, y = built("an lstm below batch norm")
     monkeypatch.setattr(
-        Pooled, "squared_norms", lambda self, where: self.g.new_ones(where.stop - where.start)
+        PooledRows, "squared_norms", lambda self, where: self.g.new_ones(where.stop - where.start)
     )
     problem = ub.Problem(net, loss, (x, y))
     rows = problem.gradients()

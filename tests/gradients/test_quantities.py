@@ -679,8 +679,8 @@ class _Largest(Collector):
         super().__init__(about)
         self.found = {n: about.like.new_zeros(about.samples) for n in about.shapes}
 
-    def take(self, name: str, part: RowBlock) -> None:
-        self.found[name][part.where] = part.rows().flatten(1).abs().amax(1)
+    def take(self, name: str, block: RowBlock) -> None:
+        self.found[name][block.where] = block.rows().flatten(1).abs().amax(1)
 
     def finish(self) -> Any:
         return self.about.result(self.found)

@@ -24,7 +24,7 @@ Arguments = Mapping[str, Any]
 Composition = Callable[[Arguments], Any]
 
 
-SPELLED_OUT: dict[str, Composition] = {}
+COMPOSITIONS: dict[str, Composition] = {}
 
 
 NO_MASK = (
@@ -44,7 +44,7 @@ def composition(names: str) -> Callable[[Composition], Composition]:
 
     def register(function: Composition) -> Composition:
         for name in names.split():
-            SPELLED_OUT[name] = function
+            COMPOSITIONS[name] = function
         return function
 
     return register

@@ -29,24 +29,23 @@ from unbatch.capture.program import Program
 from unbatch.capture.steps import Value
 from unbatch.linalg.precision import BACKWARD, in_double, tolerance
 
-Key = tuple[
-    tuple[str, ...], str
-]  # of a plan: the names of the parameters, and by which decomposition
+# Of a plan: the names of the parameters, and by which decomposition.
+Key = tuple[tuple[str, ...], str]
 
 
 @dataclass
 class Context:
     """A recording with its interpretation and its batch, and what is known of its derivatives.
 
-    ``given``: the owners of the values that the recording starts from; ``leading``: samples lie
+    ``owners``: those of the values that the recording starts from; ``leading``: samples lie
     along the first axis of the inputs. ``faithful``: the recording has the derivatives of the
     model; ``split``: parameters reach the loss through the predictions only.
     """
 
     program: Program
     graph: Graph
-    walk: Interpretation
-    given: Mapping[int, Ownership]
+    interpretation: Interpretation
+    owners: Mapping[int, Ownership]
     samples: int
     leading: bool
     inputs: Any
@@ -55,40 +54,40 @@ class Context:
     faithful: bool
     split: bool
     # Found out by questions, and kept for the next one.
-    routes: dict[Key, Schedule] = field(default_factory=dict)
+    schedules: dict[Key, Schedule] = field(default_factory=dict)
     trust: dict[Key, bool] = field(default_factory=dict)  # whether a plan passed its self-check
-    forward_modes: dict[Any, bool] = field(
-        default_factory=dict
-    )  # whether tangents go by whole graph
+    # Whether tangents go by the whole graph.
+    forward_modes: dict[Any, bool] = field(default_factory=dict)
     last_form: Any = None  # of the second derivative of the loss: the guess that is tried first
-    facts: list[Fact] = field(default_factory=list)  # on which plans rely, beside those of the walk
+    # On which plans rely, beside those of the interpretation.
+    facts: list[Fact] = field(default_factory=list)
     buffer: Tensor | None = None  # memory of ``scratch``
 
     # -- plans --
 
-    def route(self, parameters: Mapping[str, Tensor], by: str) -> Schedule:
+    def schedule(self, parameters: Mapping[str, Tensor], by: str) -> Schedule:
         """Return the schedule of a backward pass, made when it is first asked for.
 
         Raises ``StructureError`` where rows by ``by`` do not exist.
         """
         key = (tuple(parameters), by)
-        if key not in self.routes:
+        if key not in self.schedules:
             plan, facts = _plan(self, key)
             self.facts += facts
             shapes = {name: tuple(p.shape) for name, p in parameters.items()}
             operands = Operands(self.graph, plan, shapes)
-            self.routes[key] = Schedule(self.graph, plan, operands)
-        return self.routes[key]
+            self.schedules[key] = Schedule(self.graph, plan, operands)
+        return self.schedules[key]
 
     def in_double(self) -> Context:
         """Return the same problem and plans in float64; nothing of it was tested yet."""
         graph = self.graph.in_double()
-        routes = {key: Schedule(graph, r.flow, r.operands) for key, r in self.routes.items()}
+        schedules = {key: Schedule(graph, s.plan, s.operands) for key, s in self.schedules.items()}
         return replace(
             self,
             graph=graph,
             inputs=in_double(self.inputs),
-            routes=routes,
+            schedules=schedules,
             trust={},
             forward_modes={},
             buffer=None,
@@ -101,7 +100,7 @@ class Context:
         """Prediction -> the axis along which its samples lie."""
         axes: dict[int, int] = {}
         for ref in self.graph.used_predictions:
-            dim = prediction_dim(self.walk[ref], self.samples, self.leading)
+            dim = prediction_dim(self.interpretation[ref], self.samples, self.leading)
             if dim is not None:
                 axes[ref.index] = dim
         return axes
@@ -156,12 +155,12 @@ class Context:
                 tensors[i] = self.program.parameters[value.name].detach()
         return tensors
 
-    def numbers(self, wanted: Sequence[int]) -> dict[int, Tensor]:
+    def numbers(self, values: Sequence[int]) -> dict[int, Tensor]:
         """Return values of the forward pass, by their number in the graph."""
         feed, steps = self.data | self.constants, self.graph.forward_steps
         with torch.no_grad():
-            tensors = self.graph.run(feed, wanted, steps=steps)
-        return dict(zip(wanted, tensors, strict=True))
+            tensors = self.graph.run(feed, values, steps=steps)
+        return dict(zip(values, tensors, strict=True))
 
     def scratch(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """Return memory for rows that nobody keeps: the same each time.
@@ -183,31 +182,33 @@ def _plan(context: Context, key: Key) -> tuple[BackwardPlan, list[Fact]]:
     Raises ``StructureError`` where the rows do not exist.
     """
     names, by = key
-    walk, facts = context.walk, list[Fact]()
-    if by == "copy" and _mixed(walk):
+    interpretation, facts = context.interpretation, list[Fact]()
+    if by == "copy" and _mixed(interpretation):
         # In a copy of the model for sample n, slice n of whatever the samples were mixed into is
         # sample n's own.
-        walk = interpret(
+        interpretation = interpret(
             context.graph,
             context.samples,
-            context.given,
+            context.owners,
             context.graph.forward_steps,
             policy=Policy(Mixed.BY_PLACE),
         )
-        facts += walk.facts
-    plan = plan_backward(context.graph, walk, context.samples, context.leading, names, by)
+        facts += interpretation.facts
+    plan = plan_backward(context.graph, interpretation, context.samples, context.leading, names, by)
     if plan.spanning:
-        origins = spread(context.graph, walk, plan)
-        walk, more = _with_spanning_owned(context, walk, origins)
+        origins = spread(context.graph, interpretation, plan)
+        interpretation, more = _with_spanning_owned(context, interpretation, origins)
         facts += more
-        plan = plan_backward(context.graph, walk, context.samples, context.leading, names, by)
-    if plan.refused is not None:
-        raise plan.refused
+        plan = plan_backward(
+            context.graph, interpretation, context.samples, context.leading, names, by
+        )
+    if plan.refusal is not None:
+        raise plan.refusal
     return plan, facts
 
 
 def _with_spanning_owned(
-    context: Context, walk: Interpretation, origins: Iterable[tuple[int, list[int]]]
+    context: Context, interpretation: Interpretation, origins: Iterable[tuple[int, list[int]]]
 ) -> tuple[Interpretation, list[Fact]]:
     """Return an interpretation that counts some shared values to the samples, and its facts.
 
@@ -215,17 +216,17 @@ def _with_spanning_owned(
     lie. What a value holds for sample n is read by sample n alone exactly if no value is mixed then
     that was not mixed before; otherwise it stays shared.
     """
-    mixed_before = _mixed(walk)
-    best, facts = walk, list[Fact]()
+    mixed_before = _mixed(interpretation)
+    best, facts = interpretation, list[Fact]()
     owned: dict[int, int] = {}
     for value, axes in origins:
         for axis in axes:
             trial = interpret(
                 context.graph,
                 context.samples,
-                context.given,
+                context.owners,
                 context.graph.forward_steps,
-                policy=replace(walk.policy, counted={**owned, value: axis}),
+                policy=replace(interpretation.policy, counted={**owned, value: axis}),
             )
             if _mixed(trial) <= mixed_before:
                 owned[value] = axis
@@ -235,6 +236,6 @@ def _with_spanning_owned(
     return best, facts
 
 
-def _mixed(walk: Interpretation) -> set[int]:
+def _mixed(interpretation: Interpretation) -> set[int]:
     """Return the values in which samples are mixed."""
-    return {i for i, owners in walk.marks.items() if owners.coupled}
+    return {i for i, owners in interpretation.marks.items() if owners.coupled}

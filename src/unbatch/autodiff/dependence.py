@@ -60,7 +60,7 @@ class OwnedGraph:
     """
 
     graph: Graph
-    walk: Interpretation
+    interpretation: Interpretation
     samples: int
     leading: bool
 
@@ -82,7 +82,7 @@ class OwnedGraph:
 
     def owners(self, value: int) -> Ownership:
         """Return who owns the elements of a value."""
-        return self.walk.marks[value]
+        return self.interpretation.marks[value]
 
     def layout(self, value: int) -> Layout | Scattered | None:
         """Return where the samples lie in a value.
@@ -99,7 +99,7 @@ class OwnedGraph:
     def is_differentiable(self, value: int) -> bool:
         """Tell whether a value can have a cotangent: integers and booleans have none."""
         dtype = self.graph.values[value].dtype
-        return (dtype.is_floating_point or dtype.is_complex) and value in self.walk.marks
+        return (dtype.is_floating_point or dtype.is_complex) and value in self.interpretation.marks
 
     def is_shared(self, value: int) -> bool:
         """Tell whether a value belongs to no sample: one of parameters and batch statistics."""
@@ -207,7 +207,7 @@ def _statistics(owned: OwnedGraph) -> tuple[frozenset[int], frozenset[int]]:
     for step in owned.graph.forward_steps:
         for i in owned.results(step):
             # What was a statistic before this step is held constant where it came up.
-            if not owned.walk.made_at(step, i):
+            if not owned.interpretation.made_at(step, i):
                 continue
             if ops.is_batch_norm(step.op) and owned.owners(i).owned:
                 norms.add(step.index)
@@ -237,7 +237,7 @@ def _reached(
                 reached_nodes.add(nodes[i])
     # Through a memory that is written to, a value may depend on parameters that were written after
     # it was made.
-    for i in owned.walk.marks:
+    for i in owned.interpretation.marks:
         if nodes[i] in reached_nodes and owned.is_differentiable(i) and i not in frozen:
             reached.add(i)
     return frozenset(reached)

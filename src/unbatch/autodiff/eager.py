@@ -39,7 +39,7 @@ class EagerModel:
     the same each time; None if they draw none.
     """
 
-    setting: Context
+    context: Context
     output: Any
     values: dict[int, Tensor]
     inner: dict[int, Tensor]
@@ -48,15 +48,15 @@ class EagerModel:
     @property
     def predictions(self) -> dict[int, Tensor]:
         """Those with an axis of samples, connected to the parameters."""
-        return {i: self.values[i] for i in self.setting.axes if self.values[i].requires_grad}
+        return {i: self.values[i] for i in self.context.axes if self.values[i].requires_grad}
 
     @property
     def loss(self) -> LossAt:
         """The loss at these predictions."""
-        return LossAt(self.setting, detached(self.predictions), self.inner, detached(self.values))
+        return LossAt(self.context, detached(self.predictions), self.inner, detached(self.values))
 
 
-def run(setting: Context, parameters: Mapping[str, Tensor], twice: bool = False) -> EagerModel:
+def run(context: Context, parameters: Mapping[str, Tensor], twice: bool = False) -> EagerModel:
     """Run the model on its batch.
 
     ``twice``: so that there are second derivatives, which fused attention has not. Raises
@@ -64,52 +64,52 @@ def run(setting: Context, parameters: Mapping[str, Tensor], twice: bool = False)
     at.
     """
     with sdpa_kernel(SDPBackend.MATH) if twice else nullcontext():
-        if setting.own_loss:
-            return _run_with_loss(setting, parameters)
-        return _run(setting)
+        if context.own_loss:
+            return _run_with_loss(context, parameters)
+        return _run(context)
 
 
-def _run(setting: Context) -> EagerModel:
+def _run(context: Context) -> EagerModel:
     """Run a model that returns its predictions."""
-    output, state = _predict(setting)
+    output, state = _predict(context)
     tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
-    numbers = [ref.index for ref in setting.graph.predictions]
-    return EagerModel(setting, output, dict(zip(numbers, tensors, strict=True)), {}, state)
+    numbers = [ref.index for ref in context.graph.predictions]
+    return EagerModel(context, output, dict(zip(numbers, tensors, strict=True)), {}, state)
 
 
-def _predict(setting: Context) -> tuple[Any, tuple[Any, ...]]:
+def _predict(context: Context) -> tuple[Any, tuple[Any, ...]]:
     """Return the model's output, and the random state after it."""
-    with untouched(setting.program.modules, setting.graph.rng), torch.enable_grad():
-        return setting.program.on_copies().predict(setting.inputs), random_state()
+    with untouched(context.program.modules, context.graph.rng), torch.enable_grad():
+        return context.program.on_copies().predict(context.inputs), random_state()
 
 
 # --- models with their own loss -------------------------------------------------------------------
 
 
-def _run_with_loss(setting: Context, parameters: Mapping[str, Tensor]) -> EagerModel:
+def _run_with_loss(context: Context, parameters: Mapping[str, Tensor]) -> EagerModel:
     """Run a model that returns its loss, and find its predictions on the way.
 
     Raises ``StructureError`` where they are not found, or the gradient bypasses them.
     """
-    graph = setting.graph
-    if not setting.split:
+    graph = context.graph
+    if not context.split:
         raise StructureError(
             MSG_INNER_LOSS.format(why="parameters reach the loss beside them as well")
         )
-    inner = graph.read_by_loss(setting.axes)
+    inner = graph.read_by_loss(context.axes)
     # Predictions whose sample axes were flattened lie in the model as they were before.
-    in_model = {i: graph.folded.get(i, i) for i in setting.axes}
-    numbers = setting.numbers([*in_model.values(), *inner])
+    in_model = {i: graph.folded.get(i, i) for i in context.axes}
+    numbers = context.numbers([*in_model.values(), *inner])
     finder = ValueFinder(subset(numbers, in_model.values()))
     # Nothing is known of where in the model they are: every result is compared.
     with finder:
-        output, state = _predict(setting)
+        output, state = _predict(context)
     predictions: dict[int, Tensor] = {}
     for i, original in in_model.items():
         if original in finder.tensors:
-            predictions[i] = _as_predicted(setting, i, finder.tensors[original])
-    model = EagerModel(setting, output, predictions, subset(numbers, inner), state)
-    if len(predictions) < len(setting.axes):
+            predictions[i] = _as_predicted(context, i, finder.tensors[original])
+    model = EagerModel(context, output, predictions, subset(numbers, inner), state)
+    if len(predictions) < len(context.axes):
         raise StructureError(
             MSG_INNER_LOSS.format(why="no tensor in the model has their recorded values")
         )
@@ -122,10 +122,10 @@ def _run_with_loss(setting: Context, parameters: Mapping[str, Tensor]) -> EagerM
     return model
 
 
-def _as_predicted(setting: Context, i: int, t: Tensor) -> Tensor:
+def _as_predicted(context: Context, i: int, t: Tensor) -> Tensor:
     """Return prediction ``i``, from what the model has in its place."""
-    fold = setting.program.fold
-    if fold is None or i not in setting.graph.folded:
+    fold = context.program.fold
+    if fold is None or i not in context.graph.folded:
         return t
     # Connected to the parameters, as the derivatives of what follows go through it.
     with torch.enable_grad():
@@ -141,18 +141,18 @@ def _carries_the_gradient(
     slope = model.loss.slope
     connected = within(slope, model.predictions)
     ends, cotangents = pick(model.predictions, connected), pick(slope, connected)
-    modules = model.setting.program.modules
+    modules = model.context.program.modules
     # From the same random state, so that both passes draw what the other one draws.
     with untouched(modules, model.state):
         through = gradients(ends, parameters, cotangents, retain=True)
     with untouched(modules, model.state):
-        whole = gradients([loss], parameters, retain=True)
+        at_once = gradients([loss], parameters, retain=True)
     size, errors = 0.0, []
-    for name, g in whole.items():
+    for name, g in at_once.items():
         if g.numel():
             size = max(size, float(g.abs().max()))
             errors.append(float((through[name] - g).abs().max()))
-    allowed = model.setting.rounding * size
+    allowed = model.context.rounding * size
     return all(error <= allowed for error in errors)  # false for NaN
 
 

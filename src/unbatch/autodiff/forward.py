@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from unbatch.analysis.domain.sample_layout import Layout
 from unbatch.autodiff.autograd import Gate, attached, detached, leaves_of, subset
-from unbatch.autodiff.contractions.batch_norm import Pooled
+from unbatch.autodiff.contractions.batch_norm import PooledRows
 from unbatch.autodiff.contractions.contraction import Contraction, OperandUse
 from unbatch.autodiff.contractions.registry import contraction_for, projected
 from unbatch.autodiff.planner import Site
@@ -62,7 +62,7 @@ class ForwardPass:
     @cached_property
     def operands(self) -> dict[int, Tensor]:
         """Parameters, and what is made of them without samples, connected to the leaves."""
-        return self.schedule.flow.by_number(self.leaves)
+        return self.schedule.plan.by_number(self.leaves)
 
     @cached_property
     def anchor(self) -> Tensor:
@@ -72,7 +72,7 @@ class ForwardPass:
     def run(self) -> None:
         """Run the model."""
         schedule, graph = self.schedule, self.graph
-        constants = detached(schedule.flow.by_number(self.parameters))
+        constants = detached(schedule.plan.by_number(self.parameters))
         # A graph with other numbers shares the steps of the one that the schedule was made for.
         steps = schedule.steps
         if graph.steps is not schedule.graph.steps:
@@ -80,13 +80,13 @@ class ForwardPass:
         with torch.enable_grad():
             tensors = graph.run(
                 {**self.feed, **constants},
-                schedule.wanted,
+                schedule.read_afterwards,
                 visit=self._keep_edge,
                 instead=self._substitutes(),
                 steps=steps,
             )
-        values = dict(zip(schedule.wanted, tensors, strict=True))
-        self.predictions = subset(values, schedule.flow.predictions)
+        values = dict(zip(schedule.read_afterwards, tensors, strict=True))
+        self.predictions = subset(values, schedule.plan.predictions)
         self.inner = detached(subset(values, schedule.inner))
         for ref in graph.predictions:
             self.outputs[ref.index] = values[ref.index].detach()
@@ -151,9 +151,9 @@ class ForwardPass:
             connect = partial(self._connect, hook)
             args = _map_with_refs(connect, step.args, args)
             kwargs = _map_with_refs(connect, step.kwargs, kwargs)
-        kept: dict[str, Any] = {}
+        arguments: dict[str, Any] = {}
         if hook.keeps_arguments:
-            kept = self._kept_arguments(hook, args, kwargs)
+            arguments = self._kept_arguments(hook, args, kwargs)
         # The hooks below are for the result alone; the tensor that is written to has a history
         # before it.
         if written is not None:
@@ -166,7 +166,7 @@ class ForwardPass:
             is_several = isinstance(result, tuple | list)
             result = tuple(outs) if is_several else outs[0]
         if hook.keeps_arguments:
-            self._prepare_contractions(hook, kept, outs)
+            self._prepare_contractions(hook, arguments, outs)
             self._register_gradient_hooks(hook, outs)
         if written is None or hook.in_place is None:
             return result
@@ -193,13 +193,13 @@ class ForwardPass:
         """
         step = hook.step
         named = dict(zip(step.parameters, args, strict=False)) | kwargs
-        kept: dict[str, Any] = {}
+        arguments: dict[str, Any] = {}
         if step.plain and not hook.overwritten:
             for name, value in named.items():
-                kept[name] = value
+                arguments[name] = value
                 if isinstance(value, Tensor) and value.requires_grad:
-                    kept[name] = value.detach()
-            return kept
+                    arguments[name] = value.detach()
+            return arguments
         # One tensor for each value: contractions find their operand among the arguments by
         # identity.
         by_value: dict[int, Tensor] = {}
@@ -216,35 +216,35 @@ class ForwardPass:
             return by_value[ref.index]
 
         for name, value in named.items():
-            kept[name] = _map_with_refs(keep, step.named.get(name), value)
-        return kept
+            arguments[name] = _map_with_refs(keep, step.named.get(name), value)
+        return arguments
 
-    def _prepare_contractions(self, hook: Hook, kept: dict[str, Any], outs: list[Any]) -> None:
+    def _prepare_contractions(self, hook: Hook, arguments: dict[str, Any], outs: list[Any]) -> None:
         """Keep what the contractions need of the step that just ran, and no more."""
         outputs = tuple(o.detach() for o in outs if isinstance(o, Tensor))
         for use in hook.uses:
             site = use.site
-            operand = kept[site.name]
+            operand = arguments[site.name]
             if not isinstance(operand, Tensor):
                 operand = tree_leaves(operand)[use.at]
-            call = OperandUse(hook.step, kept, outputs, operand, site.name, use.layouts)
+            call = OperandUse(hook.step, arguments, outputs, operand, site.name, use.layouts)
             if site.way == "projected":
                 self._below_norm[site] = call
                 continue
-            if site in self.schedule.pools:
-                self.contractions[site] = Pooled(call)
+            if site in self.schedule.pooled_sites:
+                self.contractions[site] = PooledRows(call)
             else:
                 self.contractions[site] = contraction_for(call)
             call.outputs = ()  # read while a contraction is chosen, and not later
         if hook.projecting:
-            self._prepare_projected(hook, kept, outputs)
+            self._prepare_projected(hook, arguments, outputs)
 
     def _prepare_projected(
-        self, hook: Hook, kept: dict[str, Any], outputs: tuple[Tensor, ...]
+        self, hook: Hook, arguments: dict[str, Any], outputs: tuple[Tensor, ...]
     ) -> None:
         """Contract the sites below a batch norm by its closed form."""
-        layout = Layout(0, self.schedule.flow.samples)
-        norm = OperandUse(hook.step, kept, outputs, outputs[0], "", (layout,))
+        layout = Layout(0, self.schedule.plan.samples)
+        norm = OperandUse(hook.step, arguments, outputs, outputs[0], "", (layout,))
         for site in list(self._below_norm):
             if site.step in hook.projecting:
                 call = self._below_norm.pop(site)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from unbatch.autodiff.autograd import forward_mode, solid, zero_leaves
-from unbatch.autodiff.compositions import SPELLED_OUT, Composition
+from unbatch.autodiff.compositions import COMPOSITIONS, Composition
 from unbatch.capture import ops
 from unbatch.capture.steps import ExecutedOp, Ref
 from unbatch.capture.trees import flat
@@ -33,7 +33,7 @@ def through_op(call: ExecutedOp, op: Any, tangents: Mapping[int, Tensor]) -> Tan
     try:
         return _by_forward_mode(call, op, tangents)
     except (NotImplementedError, RuntimeError) as error:
-        composition, missing = SPELLED_OUT.get(call.step.name), error
+        composition, missing = COMPOSITIONS.get(call.step.name), error
     try:
         if composition is not None:
             return _by_forward_mode(call, partial(_composed, composition), tangents)

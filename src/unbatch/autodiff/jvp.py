@@ -34,7 +34,7 @@ from unbatch.autodiff.autograd import (
     subset,
     zero_leaves,
 )
-from unbatch.autodiff.compositions import SPELLED_OUT
+from unbatch.autodiff.compositions import COMPOSITIONS
 from unbatch.autodiff.context import Context
 from unbatch.autodiff.dependence import values_read, values_returned, within
 from unbatch.autodiff.forward_mode import through_op
@@ -46,7 +46,7 @@ from unbatch.capture.aliasing import Window, seen_through_older_windows
 from unbatch.capture.graph import Graph
 from unbatch.capture.isolation import untouched
 from unbatch.capture.steps import ExecutedOp, Step
-from unbatch.capture.substitutes import held, laid_out, norm_held, unmoved
+from unbatch.capture.substitutes import held, laid_out, norm_with_constant_statistics, unmoved
 from unbatch.capture.trees import flat
 from unbatch.errors import MSG_NO_TANGENT, StructureError
 from unbatch.linalg.probes import gaussians_like, seeded
@@ -92,15 +92,15 @@ def moves(step: Step, plan: BackwardPlan) -> bool:
     """Tell whether a step makes something that depends on the parameters of something that does."""
     if plan.theta.isdisjoint(values_read(step)):
         return False
-    made = values_returned(step)
+    results = values_returned(step)
     for _, new in step.writes:
-        made.append(new.index)
-    return not plan.theta.isdisjoint(made)
+        results.append(new.index)
+    return not plan.theta.isdisjoint(results)
 
 
 def differentiated(graph: Graph, schedule: Schedule) -> list[Step]:
     """Return the steps of the forward pass that tangents go through."""
-    plan, steps = schedule.flow, []
+    plan, steps = schedule.plan, []
     for step in graph.forward_steps:
         # A batch norm with constant statistics is cut off from these alone.
         cut = step.index in schedule.cut_numbers and step.index not in plan.frozen_norms
@@ -120,15 +120,15 @@ class LinearisedGraph(Linearised):
 
     def __init__(
         self,
-        setting: Context,
+        context: Context,
         parameters: Mapping[str, Tensor],
         frozen: bool = False,
         watched: Sequence[int] = (),
     ) -> None:
-        self.setting, self.parameters, self.frozen = setting, parameters, frozen
+        self.context, self.parameters, self.frozen = context, parameters, frozen
         self.watched = watched
-        self.route = setting.route(parameters, "frozen" if frozen else "component")
-        self.flow = self.route.flow
+        self.schedule = context.schedule(parameters, "frozen" if frozen else "component")
+        self.plan = self.schedule.plan
         self.leaves = leaves_of(parameters)
         self.edges: dict[int, GradientEdge] = {}
         self.steps: list[ExecutedOp] = []
@@ -138,24 +138,24 @@ class LinearisedGraph(Linearised):
         self._run()
 
     def _run(self) -> None:
-        graph = self.setting.graph
+        graph = self.context.graph
         with torch.enable_grad():
             tensors = graph.run(
-                self.setting.data | self.flow.by_number(self.leaves),
-                self.route.wanted,
+                self.context.data | self.plan.by_number(self.leaves),
+                self.schedule.read_afterwards,
                 visit=self._visit,
                 instead=self._recording_substitutes(),
                 steps=graph.forward_steps,
             )
-        values = dict(zip(self.route.wanted, tensors, strict=True))
-        self.outputs = subset(values, self.flow.predictions)
-        self.inner = detached(subset(values, self.route.inner))
+        values = dict(zip(self.schedule.read_afterwards, tensors, strict=True))
+        self.outputs = subset(values, self.plan.predictions)
+        self.inner = detached(subset(values, self.schedule.inner))
         self.all_outputs = {}
         for ref in graph.predictions:
             self.all_outputs[ref.index] = values[ref.index].detach()
 
     def _visit(self, i: int, value: Tensor) -> None:
-        storage = self.setting.graph.values[i].storage
+        storage = self.context.graph.values[i].storage
         # The window is that of the tensor at hand: a replay may lay values out otherwise.
         if storage in self._shared:
             self.windows[i] = Window.of_tensor(value)
@@ -167,25 +167,27 @@ class LinearisedGraph(Linearised):
     @cached_property
     def _shared(self) -> frozenset[int]:
         """Memories that are written to and seen through several windows."""
-        return seen_through_older_windows(self.setting.graph, self.flow.predictions)
+        return seen_through_older_windows(self.context.graph, self.plan.predictions)
 
     def _recording_substitutes(self) -> dict[int, Callable[..., Any]]:
         """Return what keeps the arguments of every step that derivatives go through."""
-        graph = self.setting.graph
+        graph = self.context.graph
         instead: dict[int, Callable[..., Any]] = {}
         for step in graph.forward_steps:
-            if step.index in self.flow.frozen_norms:
-                if step.grad and moves(step, self.flow):
-                    instead[step.index] = partial(self._record, step, norm_held(step))
-            elif step.index in self.route.cut_numbers:
+            if step.index in self.plan.frozen_norms:
+                if step.grad and moves(step, self.plan):
+                    instead[step.index] = partial(
+                        self._record, step, norm_with_constant_statistics(step)
+                    )
+            elif step.index in self.schedule.cut_numbers:
                 instead[step.index] = held(step.op)
-            elif step.grad and moves(step, self.flow):
+            elif step.grad and moves(step, self.plan):
                 instead[step.index] = partial(self._record, step, step.op)
         return instead
 
     def _record(self, step: Step, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a step and keep its arguments, as copies if one of them is ever written to."""
-        graph = self.setting.graph
+        graph = self.context.graph
         keep = _detached
         if any(map(graph.written, values_read(step))):
             keep = _copied
@@ -225,9 +227,9 @@ class LinearisedGraph(Linearised):
         are not believed.
         """
         key = tuple(self.parameters), self.frozen
-        if key not in self.setting.forward_modes:
-            self.setting.forward_modes[key] = self._find_mode()
-        return self.setting.forward_modes[key]
+        if key not in self.context.forward_modes:
+            self.context.forward_modes[key] = self._find_mode()
+        return self.context.forward_modes[key]
 
     def _find_mode(self) -> bool:
         """Return whether forward mode of the whole graph is needed; raise if that is wrong, too."""
@@ -248,7 +250,7 @@ class LinearisedGraph(Linearised):
             push = self._push_at_once if at_once else self._push_by_steps
             pushed = push(v)
             size = sum(float(u[i].norm() * pushed[i].norm()) for i in u)
-            if abs(_inner_product(u, pushed) - expected) <= self.setting.rounding * size + least:
+            if abs(_inner_product(u, pushed) - expected) <= self.context.rounding * size + least:
                 return at_once
         contradiction = "its rules contradict its backward pass"
         raise StructureError(MSG_NO_TANGENT.format(place="the model", error=contradiction))
@@ -257,8 +259,8 @@ class LinearisedGraph(Linearised):
         self, tangents: Mapping[str, Tensor], at: Sequence[int] = ()
     ) -> dict[int, Tensor]:
         """Push tangents through one recorded op after the other."""
-        moving = TangentStore(self.setting.graph, self.windows, self.sizes)
-        for i, name in self.flow.parameters.items():
+        moving = TangentStore(self.context.graph, self.windows, self.sizes)
+        for i, name in self.plan.parameters.items():
             if name in tangents:
                 moving.values[i] = tangents[name]
         with torch.no_grad():
@@ -267,8 +269,8 @@ class LinearisedGraph(Linearised):
                 of_arguments = moving.of_arguments(step)
                 if not of_arguments:
                     continue
-                if step.index in self.flow.frozen_norms:
-                    outs = through_op(call, norm_held(step), of_arguments)
+                if step.index in self.plan.frozen_norms:
+                    outs = through_op(call, norm_with_constant_statistics(step), of_arguments)
                 else:
                     outs = push_through(call, of_arguments)
                 # Rules may leave out outputs at the end that never move.
@@ -284,7 +286,7 @@ class LinearisedGraph(Linearised):
 
     def _zero(self, i: int) -> Tensor:
         """Return the tangent of a prediction that does not move."""
-        value = self.setting.graph.values[i]
+        value = self.context.graph.values[i]
         like = next(iter(self.outputs.values())).detach()
         return like.new_zeros(value.shape, dtype=value.dtype)
 
@@ -295,18 +297,18 @@ class LinearisedGraph(Linearised):
 
         It runs again, and knows about memory by itself.
         """
-        setting, graph = self.setting, self.setting.graph
+        context, graph = self.context, self.context.graph
         wanted = list(at or self.outputs)
         # Tangents go along in forward mode even where no gradients are recorded.
         with torch.no_grad(), forward_mode():
-            live = detached(self.flow.by_number(self.parameters))
-            for i, name in self.flow.parameters.items():
+            live = detached(self.plan.by_number(self.parameters))
+            for i, name in self.plan.parameters.items():
                 if name in tangents:
                     live[i] = forward_ad.make_dual(live[i], tangents[name].contiguous())
             instead = self._forward_mode_substitutes()
             try:
                 duals = graph.run(
-                    setting.data | live, wanted, instead=instead, steps=graph.forward_steps
+                    context.data | live, wanted, instead=instead, steps=graph.forward_steps
                 )
             except (NotImplementedError, RuntimeError) as error:
                 message = MSG_NO_TANGENT.format(place="the model", error=error)
@@ -316,17 +318,17 @@ class LinearisedGraph(Linearised):
 
     def _forward_mode_substitutes(self) -> dict[int, Callable[..., Any]]:
         """Return what runs in place of steps in forward mode; later entries take precedence."""
-        graph = self.setting.graph
+        graph = self.context.graph
         instead: dict[int, Callable[..., Any]] = {}
         for step in graph.forward_steps:
-            if step.name in SPELLED_OUT:
+            if step.name in COMPOSITIONS:
                 instead[step.index] = self._composition(step)
             elif not step.grad:
                 instead[step.index] = unmoved(step.op)
-        for step in self.route.cut_off:
+        for step in self.schedule.cut_off:
             instead[step.index] = held(step.op)
-        for i in self.flow.frozen_norms:
-            instead[i] = norm_held(graph.steps[i])
+        for i in self.plan.frozen_norms:
+            instead[i] = norm_with_constant_statistics(graph.steps[i])
         return instead
 
     def _composition(self, step: Step) -> Callable[..., Any]:
@@ -339,8 +341,8 @@ class LinearisedGraph(Linearised):
 
         def run(*args: Any, **kwargs: Any) -> Any:
             arguments = dict(zip(step.parameters, args, strict=False)) | kwargs
-            first, *others = flat(SPELLED_OUT[step.name](arguments))
-            return laid_out(first, self.setting.graph.values[out.index].stride), *others
+            first, *others = flat(COMPOSITIONS[step.name](arguments))
+            return laid_out(first, self.context.graph.values[out.index].stride), *others
 
         return run
 
@@ -368,16 +370,16 @@ def _copied(t: Any) -> Any:
 class LinearisedModel(Linearised):
     """The model itself, run when this is made; tangents are pushed by double backward."""
 
-    def __init__(self, setting: Context, parameters: Mapping[str, Tensor]) -> None:
-        ran = eager.run(setting, parameters, twice=True)
-        self.setting = setting
+    def __init__(self, context: Context, parameters: Mapping[str, Tensor]) -> None:
+        ran = eager.run(context, parameters, twice=True)
+        self.context = context
         self.leaves, self.outputs, self.inner = dict(parameters), ran.predictions, ran.inner
         self.all_outputs = detached(ran.values)
         self._random_state = ran.state
 
     def _untouched(self) -> AbstractContextManager[object]:
         """Hooks in the model may do anything, and backward passes may draw random numbers."""
-        return untouched(self.setting.program.modules, self._random_state)
+        return untouched(self.context.program.modules, self._random_state)
 
     def pull(
         self, cotangents: Mapping[int, Tensor], names: Iterable[str] | None = None

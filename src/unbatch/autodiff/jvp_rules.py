@@ -95,13 +95,13 @@ def linear(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents | None:
     for _, argument in others:
         if any(t is not None for t in tree_leaves(argument)):
             return None
-    return flat(call.with_({first: tangent}))
+    return flat(call.run_with({first: tangent}))
 
 
 @rule("_pack_padded_sequence")
 def packing(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
     """Rows are moved; the counts beside them do not depend on values."""
-    return [flat(call.with_({"input": moving["input"]}))[0], None]
+    return [flat(call.run_with({"input": moving["input"]}))[0], None]
 
 
 @rule(" ".join(ops.names(lambda row: row.takes_shape)))
@@ -136,14 +136,14 @@ def lookup(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
     table, padding = moving["weight"], call.arguments.get("padding_idx", -1)
     if padding >= 0:
         table = table.index_fill(0, torch.tensor([padding], device=table.device), 0)
-    return [call.with_({"weight": table})]
+    return [call.run_with({"weight": table})]
 
 
 @rule("cat stack")
 def joining(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
     """Linear in all tensors together; those that do not move are zero."""
     tensors = or_zeros(moving["tensors"], call.arguments["tensors"])
-    return [call.with_({"tensors": tensors})]
+    return [call.run_with({"tensors": tensors})]
 
 
 # --- bilinear ops ---------------------------------------------------------------------------------
@@ -203,12 +203,12 @@ def convolution(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
     dx, dw, db = moving["input"], moving["weight"], moving["bias"]
     by_input = by_weight = None
     if dx is not None:
-        by_input = call.with_({"input": dx, "bias": db})
+        by_input = call.run_with({"input": dx, "bias": db})
         db = None
     if dw is not None or db is not None:
         if dw is None:
             dw = torch.zeros_like(call.arguments["weight"])
-        by_weight = call.with_({"weight": dw, "bias": db})
+        by_weight = call.run_with({"weight": dw, "bias": db})
     return [_sum(by_input, by_weight)]
 
 

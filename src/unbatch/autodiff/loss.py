@@ -45,7 +45,7 @@ class LossAt:
     ``replayed``: from the recording, although the loss could be called.
     """
 
-    setting: Context
+    context: Context
     predictions: Named
     inner: Named
     outputs: Named
@@ -59,7 +59,7 @@ class LossAt:
         return _gradient(*self._value(), create_graph=False)
 
     def _value(self) -> tuple[Tensor, dict[int, Tensor]]:
-        return loss_value(self.setting, self.predictions, self.inner, self.outputs, self.replayed)
+        return loss_value(self.context, self.predictions, self.inner, self.outputs, self.replayed)
 
     # -- second derivative --
 
@@ -124,7 +124,7 @@ class LossAt:
 
     def in_double(self) -> LossAt | None:
         """Return the same in float64; None where the loss does not take it."""
-        replayed = by_graph(self.setting, self.inner)
+        replayed = by_graph(self.context, self.inner)
         casts = replayed and self._casts_to_narrow_types()
         if _all_double(self.predictions.values()) and not casts:
             return self
@@ -136,7 +136,7 @@ class LossAt:
         # The loss may hold numbers of its own in another precision. Replayed, they are in float64
         # as well; but a recording has not the derivatives that were written by hand, or taken
         # inside the loss.
-        if own_derivatives(self._value()[0]) or _backward_inside(self.setting):
+        if own_derivatives(self._value()[0]) or _backward_inside(self.context):
             return None
         other = self._as_double(replayed=True)
         if other is None or not self._agrees(other.slope):
@@ -145,7 +145,7 @@ class LossAt:
 
     def _casts_to_narrow_types(self) -> bool:
         """Tell whether the recorded loss computes in less than float64."""
-        graph = self.setting.graph
+        graph = self.context.graph
         for step in graph.loss_steps:
             for ref in step.outs:
                 if ref is not None and graph.values[ref.index].dtype in NARROW:
@@ -157,11 +157,11 @@ class LossAt:
 
         None if it does not take that, or its gradient is in another type all the same.
         """
-        setting = self.setting
+        context = self.context
         if replayed:
-            setting = setting.in_double()
+            context = context.in_double()
         other = LossAt(
-            replace(setting, targets=in_double(self.setting.targets)),
+            replace(context, targets=in_double(self.context.targets)),
             in_double(dict(self.predictions)),
             in_double(dict(self.inner)),
             in_double(dict(self.outputs)),
@@ -179,7 +179,7 @@ class LossAt:
         """Tell whether a gradient is this one, up to rounding."""
         if slope.keys() != self.slope.keys():
             return False
-        allowed = self.setting.rounding * _largest(self.slope.values())
+        allowed = self.context.rounding * _largest(self.slope.values())
         return all(_largest([slope[i] - g]) <= allowed for i, g in self.slope.items())
 
 
@@ -255,7 +255,7 @@ def _all_double(tensors: Iterable[Tensor]) -> bool:
 
 
 def loss_value(
-    setting: Context, predictions: Named, inner: Named, outputs: Named, replayed: bool = False
+    context: Context, predictions: Named, inner: Named, outputs: Named, replayed: bool = False
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """Return the loss at these predictions, and the leaves in their place that it depends on."""
     leaves: dict[int, Tensor] = {}
@@ -264,47 +264,47 @@ def loss_value(
             leaves[i] = t.detach().requires_grad_()
     # The caller may be in ``no_grad``; the loss as a function of the leaves is not.
     with torch.enable_grad():
-        if replayed or by_graph(setting, inner):
-            return _replayed(setting, {**predictions, **leaves}, inner), leaves
+        if replayed or by_graph(context, inner):
+            return _replayed(context, {**predictions, **leaves}, inner), leaves
         # What the loss writes to is not a leaf.
         ends = leaves
-        if _loss_writes(setting):
+        if _loss_writes(context):
             ends = _cloned(leaves)
-        return loss_of(setting, output_of(setting, {**outputs, **ends})), leaves
+        return loss_of(context, output_of(context, {**outputs, **ends})), leaves
 
 
-def _replayed(setting: Context, predictions: Named, inner: Named) -> Tensor:
+def _replayed(context: Context, predictions: Named, inner: Named) -> Tensor:
     """Return the loss from its recorded steps, with the noise that was drawn then."""
-    graph = setting.graph
+    graph = context.graph
     assert graph.loss is not None
-    feed = {**setting.constants, **setting.data, **detached(inner), **predictions}
+    feed = {**context.constants, **context.data, **detached(inner), **predictions}
     (value,) = graph.run(feed, [graph.loss.index], keep=noise(graph), steps=graph.loss_steps)
     return value
 
 
-def by_graph(setting: Context, inner: Mapping[int, Tensor]) -> bool:
+def by_graph(context: Context, inner: Mapping[int, Tensor]) -> bool:
     """Tell whether the loss has to be replayed, as it cannot be called with predictions alone.
 
     It reads something else of the model, or draws noise. Raises ``StructureError`` where a replay
     would not give its derivatives: a backward pass, once recorded, takes for constants what it was
     handed by the forward pass. (Of a model with its own loss, the whole recording is tested.)
     """
-    replayed = setting.own_loss or bool(inner) or _loss_draws(setting)
-    inside = _backward_inside(setting)
-    if replayed and inside is not None and not setting.own_loss:
+    replayed = context.own_loss or bool(inner) or _loss_draws(context)
+    inside = _backward_inside(context)
+    if replayed and inside is not None and not context.own_loss:
         raise StructureError(MSG_BACKWARD_INSIDE.format(op=inside.name, where=inside.where))
     return replayed
 
 
-def _backward_inside(setting: Context) -> Step | None:
+def _backward_inside(context: Context) -> Step | None:
     """Return the first step of the loss that is a derivative, None if it takes none."""
-    for step in setting.graph.loss_steps:
+    for step in context.graph.loss_steps:
         if "_backward" in step.name:
             return step
     return None
 
 
-def output_of(setting: Context, values: Mapping[int, Tensor]) -> Any:
+def output_of(context: Context, values: Mapping[int, Tensor]) -> Any:
     """Return the output of the model with these tensors in it."""
 
     def filled(leaf: Any) -> Any:
@@ -312,36 +312,36 @@ def output_of(setting: Context, values: Mapping[int, Tensor]) -> Any:
             return values[leaf.index]
         return leaf
 
-    return tree_map(filled, setting.skeleton, is_leaf=is_ref)
+    return tree_map(filled, context.skeleton, is_leaf=is_ref)
 
 
-def loss_of(setting: Context, output: Any) -> Tensor:
+def loss_of(context: Context, output: Any) -> Tensor:
     """Return the loss of an output, with everything else left as it is."""
-    with _protected(setting), torch.enable_grad():
-        value = setting.program.evaluate(output, setting.targets)
+    with _protected(context), torch.enable_grad():
+        value = context.program.evaluate(output, context.targets)
     assert isinstance(value, Tensor)
     return value
 
 
-def _protected(setting: Context) -> AbstractContextManager[object]:
+def _protected(context: Context) -> AbstractContextManager[object]:
     """Return what keeps a loss from changing itself and random states.
 
     Nothing, where it can change neither: the guard costs more than most losses.
     """
-    loss = setting.program.loss
+    loss = context.program.loss
     if isinstance(loss, torch.nn.Module):
         return untouched([loss])
-    if _loss_draws(setting) or _loss_writes(setting):
+    if _loss_draws(context) or _loss_writes(context):
         return untouched([])
     return nullcontext()
 
 
-def _loss_writes(setting: Context) -> bool:
-    return any(step.writes for step in setting.graph.loss_steps)
+def _loss_writes(context: Context) -> bool:
+    return any(step.writes for step in context.graph.loss_steps)
 
 
-def _loss_draws(setting: Context) -> bool:
-    return any(step.noise for step in setting.graph.loss_steps)
+def _loss_draws(context: Context) -> bool:
+    return any(step.noise for step in context.graph.loss_steps)
 
 
 def _cloned(tensors: Named) -> dict[int, Tensor]:
@@ -364,13 +364,13 @@ def noise(graph: Graph) -> dict[int, Tensor]:
 
 
 def rest_of_loss(
-    setting: Context, outputs: Named, parameters: Mapping[str, Tensor]
+    context: Context, outputs: Named, parameters: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Return the gradient that bypasses the predictions: by parameters that the loss reads itself.
 
     All outputs of the model are held constant.
     """
     fixed = detached(outputs)
-    if _loss_writes(setting):
+    if _loss_writes(context):
         fixed = _cloned(fixed)
-    return nonzero_gradients(loss_of(setting, output_of(setting, fixed)), parameters)
+    return nonzero_gradients(loss_of(context, output_of(context, fixed)), parameters)

@@ -65,7 +65,7 @@ class Site:
 class BackwardPlan:
     """What a backward pass does at which step. Values and steps by their number in the graph.
 
-    ``refused``: why rows do not exist, unless the values ``spanning`` are counted to the samples
+    ``refusal``: why rows do not exist, unless the values ``spanning`` are counted to the samples
     (``spread``).
     """
 
@@ -90,7 +90,7 @@ class BackwardPlan:
     # Where the samples lie in the values at sites and seeds.
     layouts: Mapping[int, Layout | Scattered]
     spanning: frozenset[int]  # shared values, in part or whole, with an entry for every sample
-    refused: StructureError | None
+    refusal: StructureError | None
 
     @property
     def local(self) -> list[Site]:
@@ -113,24 +113,29 @@ class BackwardPlan:
 
 
 def plan_backward(
-    graph: Graph, walk: Interpretation, samples: int, leading: bool, names: Iterable[str], by: str
+    graph: Graph,
+    interpretation: Interpretation,
+    samples: int,
+    leading: bool,
+    names: Iterable[str],
+    by: str,
 ) -> BackwardPlan:
     """Return the plan for the parameters ``names``, by ``by``.
 
     Raises ``StructureError`` where copy or frozen rows do not exist, naming the step that is in the
-    way (or leaves it in ``refused``).
+    way (or leaves it in ``refusal``).
     """
-    wanted = set(names)
+    chosen = set(names)
     parameters: dict[int, str] = {}
     for i, value in enumerate(graph.values):
-        if value.kind == "parameters" and value.name in wanted:
+        if value.kind == "parameters" and value.name in chosen:
             parameters[i] = value.name
     predictions: dict[int, int] = {}
     for ref in graph.used_predictions:
-        dim = prediction_dim(walk[ref], samples, leading)
+        dim = prediction_dim(interpretation[ref], samples, leading)
         if dim is not None:
             predictions[ref.index] = dim
-    owned = OwnedGraph(graph, walk, samples, leading)
+    owned = OwnedGraph(graph, interpretation, samples, leading)
     dependence = find_dependence(owned, parameters, predictions, freeze=by == "frozen")
     return _Planner(owned, dependence, by, parameters, predictions).plan()
 
@@ -151,7 +156,7 @@ class _Planner:
     gates: dict[int, tuple[int, ...]] = field(default_factory=dict)
     direct: set[int] = field(default_factory=set)
     spanning: set[int] = field(default_factory=set)
-    refused: StructureError | None = None
+    refusal: StructureError | None = None
 
     def plan(self) -> BackwardPlan:
         """Go through the steps, and return what was found."""
@@ -167,7 +172,7 @@ class _Planner:
             unsplit += [p for p in self.predictions if not self.dependence.is_separate(p)]
         return BackwardPlan(
             by=self.by,
-            by_place=self.owned.walk.by_place,
+            by_place=self.owned.interpretation.by_place,
             samples=self.owned.samples,
             parameters=self.parameters,
             predictions=self.predictions,
@@ -183,7 +188,7 @@ class _Planner:
             gates=self.gates,
             layouts=self._layouts(),
             spanning=frozenset(self.spanning),
-            refused=self.refused,
+            refusal=self.refusal,
         )
 
     def _layouts(self) -> dict[int, Layout | Scattered]:
@@ -233,7 +238,7 @@ class _Planner:
         reads_samples = not owned.all_shared(reads)
         moving = bool(owned.moving(outs))
         if self.by != "component" and reads_samples:
-            raise self._refusal(step)
+            raise _refusal(self.by, step)
         separate = self.dependence.all_separate(outs)
         by_columns = self.by == "component" and moving and (reads_samples or not separate)
         if by_columns:
@@ -242,11 +247,6 @@ class _Planner:
         else:
             self.chain[step.index] = moving and self.by != "frozen"
             self.direct.update(owned.results(step))
-
-    def _refusal(self, step: Step) -> StructureError:
-        """Return the error for rows that do not exist."""
-        message = MSG_NOT_COPY if self.by == "copy" else MSG_NOT_FROZEN
-        return StructureError(message.format(place=step.place))
 
     # -- sites --
 
@@ -267,9 +267,9 @@ class _Planner:
         elif self.spanning:
             # The values that span the samples may be counted to them, and the rows exist then: not
             # raised yet.
-            self.refused = self._refusal(step)
+            self.refusal = _refusal(self.by, step)
         else:
-            raise self._refusal(step)
+            raise _refusal(self.by, step)
 
     def _add_by_columns(self, step: Step, operand: int, way: str) -> None:
         """Add a site below the mixing frontier.
@@ -347,7 +347,7 @@ class _Planner:
         """Tell whether a value is written into a memory that holds values of samples, too."""
         values = self.owned.graph.values
         storage = values[value].storage
-        for i, owners in self.owned.walk.marks.items():
+        for i, owners in self.owned.interpretation.marks.items():
             if owners.owned and values[i].storage == storage:
                 return True
         return False
@@ -360,10 +360,16 @@ class _Planner:
         if not isinstance(layout, Layout) or operand in self.parameters:
             return
         values = self.owned.graph.values
-        shape, whole = values[operand].shape, values[out].shape
-        dim = layout.dim - len(whole) + len(shape)  # broadcasting aligns shapes at their end
-        if 0 <= dim < len(shape) and shape[dim] == whole[layout.dim] > 1:
+        shape, out_shape = values[operand].shape, values[out].shape
+        dim = layout.dim - len(out_shape) + len(shape)  # broadcasting aligns shapes at their end
+        if 0 <= dim < len(shape) and shape[dim] == out_shape[layout.dim] > 1:
             self.spanning.add(operand)
+
+
+def _refusal(by: str, step: Step) -> StructureError:
+    """Return the error for rows that do not exist."""
+    message = MSG_NOT_COPY if by == "copy" else MSG_NOT_FROZEN
+    return StructureError(message.format(place=step.place))
 
 
 def _argument_name(step: Step, operand: int) -> str | None:
@@ -391,7 +397,9 @@ def _can_be_projected(step: Step, outs: Sequence[int]) -> bool:
 # --- where shared values got their entry for every sample -----------------------------------------
 
 
-def spread(graph: Graph, walk: Interpretation, plan: BackwardPlan) -> list[tuple[int, list[int]]]:
+def spread(
+    graph: Graph, interpretation: Interpretation, plan: BackwardPlan
+) -> list[tuple[int, list[int]]]:
     """Return the values that first had an entry for every sample, and the axes that may hold them.
 
     An ``expand`` (or ``zeros``, ..) that makes as many entries as there are samples has no samples
@@ -414,7 +422,11 @@ def spread(graph: Graph, walk: Interpretation, plan: BackwardPlan) -> list[tuple
         if graph.written(value):
             sources += in_memory[graph.values[value].storage]
         for i in sources:
-            if i not in visited and i in walk.marks and _may_span(walk.marks[i]):
+            if (
+                i not in visited
+                and i in interpretation.marks
+                and _may_span(interpretation.marks[i])
+            ):
                 visited.add(i)
                 queue.append(i)
     return sorted(origins)

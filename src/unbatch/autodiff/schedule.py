@@ -24,7 +24,7 @@ from unbatch.capture import ops
 from unbatch.capture.graph import Graph
 from unbatch.capture.ops import Moves
 from unbatch.capture.steps import Ref, Step, is_ref
-from unbatch.capture.substitutes import norm_evaluated, norm_held, replayed
+from unbatch.capture.substitutes import norm_in_eval_mode, norm_with_constant_statistics, replayed
 
 # A matrix product with a parameter: the arguments that may be the parameter.
 MATRICES = {"mm": ("self", "mat2"), "addmm": ("mat1", "mat2")}
@@ -41,11 +41,11 @@ class Operands:
     """
 
     graph: Graph
-    flow: BackwardPlan
+    plan: BackwardPlan
     shapes: Mapping[str, tuple[int, ...]]
     _views: dict[int, RowBlockView | None] = field(default_factory=dict)
 
-    def made_from(self, operand: int) -> list[str]:
+    def parameters_of(self, operand: int) -> list[str]:
         """Return the parameters that an operand is made from."""
         names = []
         # Steps without samples lead from parameters to the operand, and only these are followed.
@@ -55,9 +55,9 @@ class Operands:
             if value in visited:
                 continue
             visited.add(value)
-            if value in self.flow.parameters:
-                names.append(self.flow.parameters[value])
-            elif value in self.flow.direct:
+            if value in self.plan.parameters:
+                names.append(self.plan.parameters[value])
+            elif value in self.plan.direct:
                 queue += values_read(self.graph.makers[value])
         return names
 
@@ -68,7 +68,7 @@ class Operands:
         return self._views[operand]
 
     def _view(self, operand: int) -> RowBlockView | None:
-        path, names = self._path(operand), self.made_from(operand)
+        path, names = self._path(operand), self.parameters_of(operand)
         if path is None or len(names) != 1:
             return None
         # A view of the parameter as it lies in memory need not be one of rows, which lie in order.
@@ -86,7 +86,7 @@ class Operands:
     def _path(self, value: int) -> list[Step] | None:
         """Return the steps by which a value is a view of a parameter; None if it is not."""
         path: list[Step] = []
-        while value not in self.flow.parameters:
+        while value not in self.plan.parameters:
             step = self.graph.makers.get(value)
             if step is None or not _rearranges(step):
                 return None
@@ -94,7 +94,7 @@ class Operands:
             value = step.refs()[0].index
         return path
 
-    def together(self, operands: Collection[int]) -> list[tuple[list[int], list[str]]]:
+    def groups(self, operands: Collection[int]) -> list[tuple[list[int], list[str]]]:
         """Return operands and parameters in groups that are contracted together.
 
         Operands that are made from a common parameter are in one group, and so is all that it is
@@ -102,24 +102,24 @@ class Operands:
         """
         groups: list[tuple[set[int], set[str]]] = []
         for operand in operands:
-            values, names = {operand}, set(self.made_from(operand))
+            values, names = {operand}, set(self.parameters_of(operand))
             # The groups so far have no parameter in common: those that share one with the operand
             # become one group, the others stay.
-            apart = []
+            others = []
             for group in groups:
                 if group[1] & names:
                     values |= group[0]
                     names |= group[1]
                 else:
-                    apart.append(group)
-            groups = [*apart, (values, names)]
+                    others.append(group)
+            groups = [*others, (values, names)]
         return [(sorted(values), within(self.shapes, names)) for values, names in groups]
 
 
 def _rearranges(step: Step) -> bool:
     """Tell whether a step is a differentiable view that shows every entry of what it reads once."""
-    whole = ops.moves(step.op) in (Moves.SAME, Moves.RESHAPED, Moves.PERMUTED)
-    return whole and ops.is_view(step.op) and not ops.traits(step.op).cuts
+    shows_all = ops.moves(step.op) in (Moves.SAME, Moves.RESHAPED, Moves.PERMUTED)
+    return shows_all and ops.is_view(step.op) and not ops.traits(step.op).cuts
 
 
 # --- the schedule ---------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ class Hook:
 
 
 @dataclass(frozen=True)
-class Pool:
+class PooledSite:
     """A matrix product below the mixing frontier whose operand is a parameter's only use.
 
     The operand is a view of the parameter, and its rows come from the columns' cotangents ``out``
@@ -173,14 +173,14 @@ class Pool:
 
 
 @dataclass(frozen=True)
-class Together:
+class GroupMembers:
     """Parameters that are contracted together, because their sites share an operand."""
 
     names: tuple[str, ...]
     operands: tuple[int, ...]
     sites: tuple[Site, ...]
     view: RowBlockView | None  # how the one operand is seen in the one parameter
-    tied: bool  # columns reach some of them, too
+    reached_by_columns: bool  # columns reach some of them, too
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ class Schedule:
     """What a backward plan means for every step of a graph."""
 
     graph: Graph
-    flow: BackwardPlan
+    plan: BackwardPlan
     operands: Operands
 
     @cached_property
@@ -199,19 +199,19 @@ class Schedule:
     @cached_property
     def inner(self) -> list[int]:
         """Values beside the predictions that the loss reads."""
-        return self.graph.read_by_loss(self.flow.predictions)
+        return self.graph.read_by_loss(self.plan.predictions)
 
     @cached_property
-    def wanted(self) -> list[int]:
+    def read_afterwards(self) -> list[int]:
         """All values of the model that are read after it has run."""
-        wanted = [*self.flow.predictions, *self.inner]
-        wanted += [ref.index for ref in self.graph.predictions]
-        return list(dict.fromkeys(wanted))
+        values = [*self.plan.predictions, *self.inner]
+        values += [ref.index for ref in self.graph.predictions]
+        return list(dict.fromkeys(values))
 
     @cached_property
     def cut_off(self) -> list[Step]:
         """Steps whose results are held constant."""
-        frozen = self.flow.frozen
+        frozen = self.plan.frozen
         return [step for step in self.steps if not frozen.isdisjoint(values_returned(step))]
 
     @cached_property
@@ -223,11 +223,12 @@ class Schedule:
     def watched(self) -> frozenset[int]:
         """Values whose edge in the autograd graph is kept.
 
-        Seeds, from which columns start, and the values at which pools take the columns' cotangents.
+        Seeds, from which columns start, and the values at which pooled sites take the cotangents
+        of columns.
         """
-        values = set(self.flow.seeds)
-        for pool in self.pools.values():
-            values.add(pool.out)
+        values = set(self.plan.seeds)
+        for pooled in self.pooled_sites.values():
+            values.add(pooled.out)
         return frozenset(values)
 
     # -- steps at which something is done --
@@ -235,14 +236,14 @@ class Schedule:
     @cached_property
     def hooks(self) -> dict[int, Hook]:
         """By step."""
-        flow = self.flow
-        numbers = {*flow.frozen_norms, *flow.gates, *flow.projections.values()}
-        for site in flow.sites:
+        plan = self.plan
+        numbers = {*plan.frozen_norms, *plan.gates, *plan.projections.values()}
+        for site in plan.sites:
             numbers.add(site.step)
         for step in self.steps:
             # In place, a seed is one tensor with the value before it: its edge has to be that after
             # the step.
-            if step.writes and within(values_returned(step), flow.seeds):
+            if step.writes and within(values_returned(step), plan.seeds):
                 numbers.add(step.index)
         return {number: self._hook(self.graph.steps[number]) for number in sorted(numbers)}
 
@@ -250,11 +251,11 @@ class Schedule:
         """Return what is done at one step."""
         uses: list[Use] = []
         by_autograd: set[int] = set()
-        for site in self.flow.sites:
+        for site in self.plan.sites:
             if site.step != step.index:
                 continue
-            # At a pool, columns end: its contraction takes them from there.
-            if site.way == "columns" and site not in self.pools:
+            # At a pooled site, columns end: its contraction takes them from there.
+            if site.way == "columns" and site not in self.pooled_sites:
                 by_autograd.add(site.operand)
             else:
                 uses.append(self._use(step, site))
@@ -263,7 +264,7 @@ class Schedule:
             if self._last_write(value) >= step.index:
                 overwritten.add(value)
         projecting: set[int] = set()
-        for below, norm in self.flow.projections.items():
+        for below, norm in self.plan.projections.items():
             if norm == step.index:
                 projecting.add(below)
         in_place = None
@@ -274,7 +275,7 @@ class Schedule:
             self._substitute(step),
             tuple(uses),
             frozenset(by_autograd),
-            frozenset(self.flow.gates.get(step.index, ())),
+            frozenset(self.plan.gates.get(step.index, ())),
             frozenset(projecting),
             frozenset(overwritten),
             in_place,
@@ -282,20 +283,20 @@ class Schedule:
 
     def _substitute(self, step: Step) -> Callable[..., Any]:
         """Return what runs in place of a step: a batch norm may have constants for statistics."""
-        if step.index in self.flow.frozen_norms:
-            return norm_held(step)
+        if step.index in self.plan.frozen_norms:
+            return norm_with_constant_statistics(step)
         if ops.is_batch_norm(step.op) and not ops.is_training_batch_norm(step):
-            return norm_evaluated(step)
+            return norm_in_eval_mode(step)
         run: Callable[..., Any] = step.op
         return run
 
     def _use(self, step: Step, site: Site) -> Use:
         leaves = tree_leaves(step.named[site.name], is_leaf=is_ref)
         # An argument may be a list of tensors (of a ``cat``), and the operand one of them.
-        layouts = tuple(map(self.flow.layouts.get, values_returned(step)))
+        layouts = tuple(map(self.plan.layouts.get, values_returned(step)))
         group = -1
-        for number, together in enumerate(self.groups):
-            if site in together.sites:
+        for number, members in enumerate(self.groups):
+            if site in members.sites:
                 group = number
                 break
         return Use(site, leaves.index(Ref(site.operand)), layouts, group)
@@ -336,74 +337,74 @@ class Schedule:
         """
         viewed: set[int] = set()
         for group in self.groups:
-            alone = len(group.sites) == 1 and not group.tied
+            alone = len(group.sites) == 1 and not group.reached_by_columns
             if alone and group.view is not None:
                 viewed.add(group.operands[0])
-        wanted: set[int] = set()
-        for site in self.flow.sites:
+        needed: set[int] = set()
+        for site in self.plan.sites:
             if site.way == "columns" or site.operand not in viewed:
-                wanted.add(site.operand)
+                needed.add(site.operand)
         chain: dict[int, bool] = {}
         # From the last step to the first, so that what makes an operand comes after the operand.
-        for number, moving in sorted(self.flow.chain.items(), reverse=True):
+        for number, moving in sorted(self.plan.chain.items(), reverse=True):
             step = self.graph.steps[number]
-            if moving or not wanted.isdisjoint(values_returned(step)):
+            if moving or not needed.isdisjoint(values_returned(step)):
                 chain[number] = moving
-                wanted.update(values_read(step))
+                needed.update(values_read(step))
         return chain
 
     # -- which parameters go together --
 
     @cached_property
-    def groups(self) -> list[Together]:
+    def groups(self) -> list[GroupMembers]:
         """The parameters of all sites above the mixing frontier."""
-        local, operands = self.flow.local, self.operands
+        local, operands = self.plan.local, self.operands
         groups = []
-        for values, names in operands.together(dict.fromkeys(s.operand for s in local)):
+        for values, names in operands.groups(dict.fromkeys(s.operand for s in local)):
             view = None
             if len(values) == len(names) == 1:
                 view = operands.view(values[0])
             sites = tuple(s for s in local if s.operand in values)
-            tied = not set(names).isdisjoint(self.reached)
-            groups.append(Together(tuple(names), tuple(values), sites, view, tied))
+            reached = not set(names).isdisjoint(self.reached)
+            groups.append(GroupMembers(tuple(names), tuple(values), sites, view, reached))
         return groups
 
     # -- below the mixing frontier --
 
     @cached_property
-    def pools(self) -> dict[Site, Pool]:
+    def pooled_sites(self) -> dict[Site, PooledSite]:
         """By site."""
         # With another site, a parameter has rows from elsewhere that would have to be added.
         sites_of: dict[str, int] = {}
-        for site in self.flow.sites:
-            for name in self.operands.made_from(site.operand):
+        for site in self.plan.sites:
+            for name in self.operands.parameters_of(site.operand):
                 sites_of[name] = sites_of.get(name, 0) + 1
-        pools: dict[Site, Pool] = {}
-        for site in self.flow.columns:
+        by_site: dict[Site, PooledSite] = {}
+        for site in self.plan.columns:
             step, view = self.graph.steps[site.step], self.operands.view(site.operand)
             if view is None or site.name not in MATRICES.get(step.name, ()):
                 continue
-            (name,) = self.operands.made_from(site.operand)
+            (name,) = self.operands.parameters_of(site.operand)
             out = step.outs[0]
             if sites_of[name] == 1 and out is not None and not step.writes:
-                pools[site] = Pool(site, name, view, out.index)
-        return pools
+                by_site[site] = PooledSite(site, name, view, out.index)
+        return by_site
 
     @cached_property
-    def below(self) -> list[str]:
+    def by_autograd(self) -> list[str]:
         """The parameters that columns reach by autograd."""
         names: set[str] = set()
-        for site in self.flow.columns:
-            if site not in self.pools:
-                names.update(self.operands.made_from(site.operand))
+        for site in self.plan.columns:
+            if site not in self.pooled_sites:
+                names.update(self.operands.parameters_of(site.operand))
         return within(self.operands.shapes, names)
 
     @cached_property
     def reached(self) -> list[str]:
         """The parameters that columns reach, by autograd or by a contraction."""
-        names = set(self.below)
-        for pool in self.pools.values():
-            names.add(pool.name)
+        names = set(self.by_autograd)
+        for pooled in self.pooled_sites.values():
+            names.add(pooled.name)
         return within(self.operands.shapes, names)
 
     @cached_property
@@ -415,7 +416,7 @@ class Schedule:
     @cached_property
     def _lowest(self) -> int:
         """The first step with a site that columns reach."""
-        return min((s.step for s in self.flow.columns), default=0)
+        return min((s.step for s in self.plan.columns), default=0)
 
     @cached_property
     def column_bytes(self) -> int:
@@ -424,7 +425,7 @@ class Schedule:
         Measured, it is about four times the largest value that it passes.
         """
         largest = 0
-        for i in self.flow.theta:
+        for i in self.plan.theta:
             value = self.graph.values[i]
             if value.step >= self._lowest:
                 largest = max(largest, math.prod(value.shape) * value.dtype.itemsize)

@@ -23,14 +23,14 @@ from torch.autograd.graph import GradientEdge
 
 from unbatch.analysis.domain.sample_layout import Layout, Scattered
 from unbatch.autodiff.autograd import Gate, batched_grad, pick, solid
-from unbatch.autodiff.contractions.batch_norm import Pooled
+from unbatch.autodiff.contractions.batch_norm import PooledRows
 from unbatch.autodiff.contractions.contraction import Contraction
 from unbatch.autodiff.contractions.matmul import Linear
 from unbatch.autodiff.contractions.row_block import LazyRowBlock, RowBlock, RowBlockView
 from unbatch.autodiff.dependence import within
 from unbatch.autodiff.forward import ForwardPass
 from unbatch.autodiff.planner import BackwardPlan, Site
-from unbatch.autodiff.schedule import Hook, Pool, Schedule, Together
+from unbatch.autodiff.schedule import GroupMembers, Hook, PooledSite, Schedule
 from unbatch.capture.graph import Graph
 from unbatch.linalg.rows import sum_of
 
@@ -56,38 +56,38 @@ class Group:
     With the contractions of their sites in one backward pass, as they get their cotangents.
     """
 
-    together: Together
-    meetings: dict[int, list[Contraction]] = field(default_factory=dict)  # by operand
+    members: GroupMembers
+    contractions: dict[int, list[Contraction]] = field(default_factory=dict)  # by operand
     waiting: int = 0  # for the cotangents of so many sites
     # The one contraction, and how its operand is seen in the one parameter, if that is all there
     # is.
-    only: tuple[Contraction, RowBlockView] | None = None
+    single: tuple[Contraction, RowBlockView] | None = None
 
     def add(self, operand: int, contraction: Contraction) -> None:
         """Take the contraction of one more site, which has received its cotangent."""
-        self.meetings.setdefault(operand, []).append(contraction)
+        self.contractions.setdefault(operand, []).append(contraction)
         self.waiting -= 1
 
     def complete(self) -> None:
         """Get ready to be read: no more cotangents will come."""
         self.waiting = 0
         contractions: list[Contraction] = []
-        for operand, of_operand in self.meetings.items():
-            self.meetings[operand] = _joined(of_operand)
-            contractions += self.meetings[operand]
-        if self.together.view is not None and len(contractions) == 1:
-            self.only = contractions[0], self.together.view
+        for operand, of_operand in self.contractions.items():
+            self.contractions[operand] = _joined(of_operand)
+            contractions += self.contractions[operand]
+        if self.members.view is not None and len(contractions) == 1:
+            self.single = contractions[0], self.members.view
 
     def free(self) -> None:
         """Let go of the cotangents, and of what the contractions kept of the forward pass."""
-        self.meetings, self.only = {}, None
+        self.contractions, self.single = {}, None
 
     @property
     def lean(self) -> frozenset[str]:
         """What can be had without rows."""
-        if self.only is None:
+        if self.single is None:
             return frozenset()
-        return self.only[0].lean
+        return self.single[0].lean
 
 
 class Seed(NamedTuple):
@@ -110,7 +110,7 @@ class _BackwardPass:
 class Sweep:
     """The forward pass of one question, and its backward passes."""
 
-    route: Schedule
+    schedule: Schedule
     graph: Graph
     parameters: Mapping[str, Tensor]
     feed: Mapping[int, Tensor]
@@ -123,16 +123,16 @@ class Sweep:
     _under_way: _BackwardPass | None = None
 
     @property
-    def flow(self) -> BackwardPlan:
+    def plan(self) -> BackwardPlan:
         """The plan that the schedule was made for."""
-        return self.route.flow
+        return self.schedule.plan
 
     # -- forward --
 
     @cached_property
     def _forward(self) -> ForwardPass:
         ready = weakref.WeakMethod(self._gradient_ready)
-        return ForwardPass(self.route, self.graph, self.parameters, self.feed, ready)
+        return ForwardPass(self.schedule, self.graph, self.parameters, self.feed, ready)
 
     def forward(self) -> None:
         """Run the model."""
@@ -167,14 +167,14 @@ class Sweep:
         groups that are tied to columns, or all if there is no ``take``, stay in ``groups``.
         ``last``: no other backward pass will follow, and what has been contracted need not be kept.
         """
-        self.groups = [Group(g, waiting=len(g.sites)) for g in self.route.groups]
+        self.groups = [Group(g, waiting=len(g.sites)) for g in self.schedule.groups]
         self.spent = last
         self._under_way = _BackwardPass(take, last)
         at_seeds = self._backward(cotangents, last)
         # Groups with all their cotangents were completed on the way, by the hooks.
         # Sites that the loss does not depend on have no cotangents to wait for.
         for group in self.groups:
-            if group.meetings and group.waiting:
+            if group.contractions and group.waiting:
                 self._complete(group)
         self._under_way = (
             None  # ``take`` may hold this sweep, and hooks have to rest while columns are pulled
@@ -186,29 +186,29 @@ class Sweep:
 
         Those of the sites are handed over by hooks on the way, or at the end.
         """
-        flow, forward = self.flow, self._forward
+        plan, forward = self.plan, self._forward
         ends, gs = [], []
         for i, cotangent in cotangents.items():
             if self.predictions[i].requires_grad:
                 ends.append(self.predictions[i])
                 gs.append(cotangent)
-        seeds = within(flow.seeds, forward.edges)
+        seeds = within(plan.seeds, forward.edges)
         edges: list[Any] = pick(forward.edges, seeds)
         for _, of_outputs in forward.without_hook:
             edges += of_outputs.values()
-        found: Sequence[Tensor | None] = [None] * len(edges)
+        at_edges: Sequence[Tensor | None] = [None] * len(edges)
         if ends:
             # The anchor is an input of the whole computation: with it, all sites are passed.
             inputs = [*edges, forward.anchor]
-            retain = bool(flow.columns) or not last
-            found = torch.autograd.grad(ends, inputs, gs, retain_graph=retain, allow_unused=True)
-        others = iter(found[len(seeds) :])
+            retain = bool(plan.columns) or not last
+            at_edges = torch.autograd.grad(ends, inputs, gs, retain_graph=retain, allow_unused=True)
+        others = iter(at_edges[len(seeds) :])
         for hook, of_outputs in forward.without_hook:
             received: list[Tensor | None] = [None] * (max(of_outputs) + 1)
             for k in of_outputs:
                 received[k] = next(others)
             self._gradient_ready(hook, received)
-        return dict(zip(seeds, found, strict=False))
+        return dict(zip(seeds, at_edges, strict=False))
 
     def _gradient_ready(self, hook: Hook, cotangents: Sequence[Tensor | None]) -> None:
         """Contract the sites of a step whose outputs have their cotangents."""
@@ -219,10 +219,10 @@ class Sweep:
         if all(g is None for g in received):
             return
         contractions = self._forward.contractions
-        for site, number in self.route.contracted[hook.step.index]:
+        for site, number in self.schedule.contracted[hook.step.index]:
             # A contraction takes one cotangent: for more backward passes, it is kept as it is.
             last = under_way.last
-            contraction = contractions.pop(site) if last else contractions[site].again()
+            contraction = contractions.pop(site) if last else contractions[site].fresh_copy()
             contraction.receive(received)
             self.kinds[site] = contraction.kind
             group = self.groups[number]
@@ -234,7 +234,7 @@ class Sweep:
         """Contract a group that has all its cotangents, and free it, if somebody takes it."""
         group.complete()
         under_way = self._under_way
-        if under_way is None or under_way.take is None or group.together.tied:
+        if under_way is None or under_way.take is None or group.members.reached_by_columns:
             return
         under_way.take(group)
         group.free()
@@ -243,13 +243,13 @@ class Sweep:
         self, cotangents: Mapping[int, Tensor], at_seeds: Mapping[int, Tensor | None]
     ) -> list[Seed]:
         """Return what columns start from; a prediction that is not separate is a seed itself."""
-        flow, seeds = self.flow, []
+        plan, seeds = self.plan, []
         for i, g in at_seeds.items():
             if g is not None:
-                seeds.append(Seed(self._forward.edges[i], flow.layouts[i], g.detach()))
+                seeds.append(Seed(self._forward.edges[i], plan.layouts[i], g.detach()))
         for i, g in cotangents.items():
-            if i in flow.unsplit and self.predictions[i].requires_grad:
-                layout = Layout(flow.predictions[i], flow.samples)
+            if i in plan.unsplit and self.predictions[i].requires_grad:
+                layout = Layout(plan.predictions[i], plan.samples)
                 seeds.append(Seed(self.predictions[i], layout, g))
         return seeds
 
@@ -264,12 +264,12 @@ class Sweep:
         """
         where = slice(first, last)
         alone = [seed.layout.only(seed.cotangent, first, last) for seed in self.seeds]
-        rows, at_pools = self._from_seeds(alone, last - first)
+        rows, at_pooled = self._from_seeds(alone, last - first)
         for name in list(rows):
             yield name, RowBlock(where, rows.pop(name))
-        for pool, g in at_pools:
-            contraction = self._pooled(pool.site).of(g, first)
-            yield pool.name, self._pool_block(pool, contraction, where, outs.get(pool.name))
+        for pooled, g in at_pooled:
+            contraction = self._pooled_rows(pooled.site).of(g, first)
+            yield pooled.name, self._pooled_block(pooled, contraction, where, outs.get(pooled.name))
 
     def sum_of_columns(self, weights: Tensor) -> dict[str, Tensor]:
         """Return ``Σ_n c_n row_n``, as far as rows come from below the frontier.
@@ -277,69 +277,69 @@ class Sweep:
         At the price of one backward pass.
         """
         scaled = [seed.layout.scaled(seed.cotangent, weights)[None] for seed in self.seeds]
-        rows, at_pools = self._from_seeds(scaled, 1)
+        rows, at_pooled = self._from_seeds(scaled, 1)
         sums = _only_row(rows)
-        for pool, g in at_pools:
-            contraction = self._pooled(pool.site).of(g, 0)
-            block = self._pool_block(pool, contraction, slice(0, 1), None)
-            sums[pool.name] = block.rows()[0]
+        for pooled, g in at_pooled:
+            contraction = self._pooled_rows(pooled.site).of(g, 0)
+            block = self._pooled_block(pooled, contraction, slice(0, 1), None)
+            sums[pooled.name] = block.rows()[0]
         return sums
 
-    def _pooled(self, site: Site) -> Pooled:
+    def _pooled_rows(self, site: Site) -> PooledRows:
         contraction = self._forward.contractions[site]
-        assert isinstance(contraction, Pooled)
+        assert isinstance(contraction, PooledRows)
         return contraction
 
-    def _pool_block(
-        self, pool: Pool, contraction: Contraction, where: slice, out: Tensor | None
+    def _pooled_block(
+        self, pooled: PooledSite, contraction: Contraction, where: slice, out: Tensor | None
     ) -> LazyRowBlock:
-        like = self.parameters[pool.name].detach()
-        return LazyRowBlock(where, contraction, pool.view, out, like)
+        like = self.parameters[pooled.name].detach()
+        return LazyRowBlock(where, contraction, pooled.view, out, like)
 
     def _from_seeds(
         self, cotangents: Sequence[Tensor], count: int
-    ) -> tuple[dict[str, Tensor], list[tuple[Pool, Tensor]]]:
+    ) -> tuple[dict[str, Tensor], list[tuple[PooledSite, Tensor]]]:
         """Pull columns back, ``count`` of them, from their cotangents at the seeds.
 
-        Return rows by parameter, and for pools the cotangents of their outputs: ``[count, *shape]``
-        each.
+        Return rows by parameter, and for pooled sites the cotangents of their outputs:
+        ``[count, *shape]`` each.
         """
-        forward, below = self._forward, self.route.below
-        # A pool whose product depends on no seed has no edge, and no rows from here.
-        pools = [p for p in self.route.pools.values() if p.out in forward.edges]
+        forward, names = self._forward, self.schedule.by_autograd
+        # A pooled site whose product depends on no seed has no edge, and no rows from here.
+        pooled_sites = [p for p in self.schedule.pooled_sites.values() if p.out in forward.edges]
         inputs: list[GradientEdge | Tensor] = []
-        inputs += pick(forward.leaves, below)
-        for pool in pools:
-            inputs.append(forward.edges[pool.out])
+        inputs += pick(forward.leaves, names)
+        for pooled in pooled_sites:
+            inputs.append(forward.edges[pooled.out])
         with Gate.shut():
-            found = batched_grad([seed.edge for seed in self.seeds], inputs, cotangents, count)
-        at_leaves = zip(below, found[: len(below)], strict=True)
-        at_pools = zip(pools, found[len(below) :], strict=True)
+            at_inputs = batched_grad([seed.edge for seed in self.seeds], inputs, cotangents, count)
+        at_leaves = zip(names, at_inputs[: len(names)], strict=True)
+        at_pooled = zip(pooled_sites, at_inputs[len(names) :], strict=True)
         rows = {name: r for name, r in at_leaves if r is not None}
-        return rows, [(pool, g) for pool, g in at_pools if g is not None]
+        return rows, [(pooled, g) for pooled, g in at_pooled if g is not None]
 
     # -- from operands to parameters --
 
-    def parts(
+    def blocks(
         self, group: Group, where: slice, out: Tensor | None
     ) -> Iterator[tuple[str, RowBlock]]:
         """Iterate over the row blocks of a group, for a slice of samples.
 
         The rows of a single parameter are formed in ``out``, if that is given.
         """
-        if group.only is not None:
-            (name,) = group.together.names
-            yield name, LazyRowBlock(where, *group.only, out, self.parameters[name].detach())
+        if group.single is not None:
+            (name,) = group.members.names
+            yield name, LazyRowBlock(where, *group.single, out, self.parameters[name].detach())
             return
         for name, rows in self.rows(group, where).items():
             yield name, RowBlock(where, rows)
 
     def rows(self, group: Group, where: slice) -> dict[str, Tensor]:
         """Return rows of the parameters of a group, summed over their sites."""
-        first, last, _ = where.indices(self.flow.samples)
+        first, last, _ = where.indices(self.plan.samples)
         # Rows of operands are summed first: the way to the parameters is then taken once.
         sums: dict[int, Tensor] = {}
-        for operand, contractions in group.meetings.items():
+        for operand, contractions in group.contractions.items():
             sums[operand] = sum_of([c.rows(where) for c in contractions])
         return self._to_parameters(group, sums, last - first)
 
@@ -350,19 +350,19 @@ class Sweep:
         """
         totals = {n: torch.zeros_like(p) for n, p in self.parameters.items()}
         for group in self.groups:
-            if group.meetings:
+            if group.contractions:
                 _add(totals, self.group_sum(group, weights))
         _add(totals, self.sum_of_columns(weights))
         return totals
 
     def group_sum(self, group: Group, weights: Tensor) -> dict[str, Tensor]:
         """Return ``Σ_n c_n row_n`` of the parameters of a group, without the columns below."""
-        if group.only is not None:
+        if group.single is not None:
             # Some contractions have weighted sums without rows.
-            blocks = self.parts(group, slice(0, self.flow.samples), None)
+            blocks = self.blocks(group, slice(0, self.plan.samples), None)
             return {name: block.weighted_sum(weights) for name, block in blocks}
         sums: dict[int, Tensor] = {}
-        for operand, contractions in group.meetings.items():
+        for operand, contractions in group.contractions.items():
             sums[operand] = sum_of([c.weighted_sum(weights) for c in contractions])[None]
         # A weighted sum goes to the parameters as a single row.
         return _only_row(self._to_parameters(group, sums, 1))
@@ -375,19 +375,19 @@ class Sweep:
         ``sums``: by operand, ``count`` rows each.
         """
         rows: dict[str, Tensor] = {}
-        made, cotangents = [], []
+        operands, cotangents = [], []
         for operand, of_operand in sums.items():
             # An operand may be a parameter itself, used beside others that are made of it (tied).
-            if operand in self.flow.parameters:
-                rows[self.flow.parameters[operand]] = of_operand
+            if operand in self.plan.parameters:
+                rows[self.plan.parameters[operand]] = of_operand
             else:
-                made.append(self._forward.operands[operand])
+                operands.append(self._forward.operands[operand])
                 cotangents.append(of_operand)
-        if not made:
+        if not operands:
             return rows
-        names = group.together.names
+        names = group.members.names
         leaves = pick(self._forward.leaves, names)
-        for name, r in zip(names, batched_grad(made, leaves, cotangents, count), strict=True):
+        for name, r in zip(names, batched_grad(operands, leaves, cotangents, count), strict=True):
             if r is None:
                 continue
             if name in rows:
@@ -401,8 +401,8 @@ class Sweep:
 
 
 def _add(totals: dict[str, Tensor], share: Mapping[str, Tensor]) -> None:
-    for name, one in share.items():
-        totals[name] += one
+    for name, t in share.items():
+        totals[name] += t
 
 
 def _only_row(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:

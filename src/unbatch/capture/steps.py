@@ -141,7 +141,7 @@ class ExecutedOp:
     def __getitem__(self, name: str) -> Any:
         return self.arguments.get(name)
 
-    def with_(self, changes: Mapping[str, Any]) -> Any:
+    def run_with(self, changes: Mapping[str, Any]) -> Any:
         """Return the result of the op with some other arguments."""
         return self.op(**{**self.arguments, **changes})
 

@@ -118,7 +118,9 @@ def standardised(
     return torch.addcmul(shift.reshape(view), x.to(gain.dtype), gain.reshape(view))
 
 
-def norm_held(step: Step, constants: Moments | None = None) -> Callable[..., Any]:
+def norm_with_constant_statistics(
+    step: Step, constants: Moments | None = None
+) -> Callable[..., Any]:
     """Return the batch norm of a step with its statistics held constant.
 
     At ``constants``; by default at those of its input.
@@ -151,7 +153,7 @@ class _Scaled(torch.autograd.Function):
         return g * gain, None, None
 
 
-def norm_evaluated(step: Step) -> Callable[..., Any]:
+def norm_in_eval_mode(step: Step) -> Callable[..., Any]:
     """Return the batch norm of a step that normalises with constants.
 
     Its own derivative is slower, and keeps its input.

@@ -121,7 +121,7 @@ def _axes_but(ndim: int, *others: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Extent:
+class StatisticsCost:
     """What it takes to go by way of batch statistics, from shapes alone: nothing has run for it.
 
     ``shares``: what part of a backward pass it takes to pull a statistic of each batch norm down
@@ -147,14 +147,14 @@ class Extent:
         return passes
 
     @staticmethod
-    def of(setting: Context, parameters: Mapping[str, Tensor]) -> Extent | None:
+    def of(context: Context, parameters: Mapping[str, Tensor]) -> StatisticsCost | None:
         """Return None where samples depend on each other in other ways, or in half precision."""
-        norms = _batch_norms(setting, parameters)
+        norms = _batch_norms(context, parameters)
         dtypes = _dtypes(parameters)
         if not norms or not _is_full_precision(dtypes):
             return None
-        graph = setting.graph
-        steps = differentiated(graph, setting.route(parameters, "component"))
+        graph = context.graph
+        steps = differentiated(graph, context.schedule(parameters, "component"))
         works = {step.index: _multiplications(graph, step) for step in steps}
         work = sum(works.values())
         shares, channels = [], []
@@ -163,7 +163,7 @@ class Extent:
             below = sum(w for index, w in works.items() if index < norm.step)
             shares.append(below / work)
             channels.append(graph.values[norm.source].shape[1])
-        return Extent(tuple(channels), tuple(shares), work, dtypes.pop().itemsize)
+        return StatisticsCost(tuple(channels), tuple(shares), work, dtypes.pop().itemsize)
 
 
 def _dtypes(parameters: Mapping[str, Tensor]) -> set[torch.dtype]:
@@ -208,16 +208,16 @@ class Statistics:
         self.size = norms[-1].where.stop  # they lie in ``s`` one after the other
 
     @staticmethod
-    def of(setting: Context, parameters: Mapping[str, Tensor]) -> Statistics | None:
+    def of(context: Context, parameters: Mapping[str, Tensor]) -> Statistics | None:
         """Return None where samples depend on each other in other ways, or in half precision."""
-        places = _batch_norms(setting, parameters)
+        places = _batch_norms(context, parameters)
         if not places:
             return None
         sources = [place.source for place in places]
         results = [place.result for place in places]
         # B is pulled back from the input of a batch norm, a from its output.
-        free = LinearisedGraph(setting, parameters, watched=sources)
-        frozen = LinearisedGraph(setting, parameters, frozen=True, watched=results)
+        free = LinearisedGraph(context, parameters, watched=sources)
+        frozen = LinearisedGraph(context, parameters, frozen=True, watched=results)
         norms = _executed(places, free, frozen)
         dtypes = _dtypes(parameters)
         for norm in norms:
@@ -243,7 +243,7 @@ class Statistics:
         for name, g in self.free.pull(u).items():
             size += float(g.norm())
             error += float((through[name] + beside[name] - g).norm())
-        return error <= self.free.setting.rounding * size
+        return error <= self.free.context.rounding * size
 
     def coefficients(self, cotangents: Named) -> Tensor:
         """Return ``a``, ``[n, R]``, for one column of every sample."""
@@ -257,14 +257,14 @@ class Statistics:
             ends, edges, vectors, retain_graph=True, allow_unused=True
         )
         # With statistics constant one pullback keeps all samples apart.
-        samples = self.frozen.setting.samples
-        parts = []
+        samples = self.frozen.context.samples
+        partials = []
         for norm, g in zip(self.norms, at_norms, strict=True):
             if g is None:  # no prediction depends on the result of this batch norm
-                parts.append(norm.moments[0].new_zeros(samples, 2 * norm.channels))
+                partials.append(norm.moments[0].new_zeros(samples, 2 * norm.channels))
             else:
-                parts.append(norm.partial(g))
-        return torch.cat(parts, 1)
+                partials.append(norm.partial(g))
+        return torch.cat(partials, 1)
 
     def pull(self, u: Tensor) -> dict[str, Tensor]:
         """Return ``Bᵀ u``, by parameter."""
@@ -304,15 +304,15 @@ class _BatchNorm:
     layout: Layout
 
 
-def _batch_norms(setting: Context, parameters: Mapping[str, Tensor]) -> Sequence[_BatchNorm]:
+def _batch_norms(context: Context, parameters: Mapping[str, Tensor]) -> Sequence[_BatchNorm]:
     """Return the batch norms; none where anything else makes samples depend on each other."""
     # Two plans: with statistics held constant, and as the model is.
     try:
-        frozen = setting.route(parameters, "frozen").flow
-        free = setting.route(parameters, "component").flow
+        frozen = context.schedule(parameters, "frozen").plan
+        free = context.schedule(parameters, "component").plan
     except StructureError:
         return []
-    steps = [setting.graph.steps[i] for i in sorted(frozen.frozen_norms)]
+    steps = [context.graph.steps[i] for i in sorted(frozen.frozen_norms)]
     # Values that are held constant beside the statistics themselves, and depend on parameters,
     # are another way for samples to depend on each other.
     statistics: set[int] = set()
@@ -327,7 +327,7 @@ def _batch_norms(setting: Context, parameters: Mapping[str, Tensor]) -> Sequence
             continue  # its statistics do not depend on the parameters
         if result is None:
             return []
-        layout = layout_of(setting.walk.marks[result.index], setting.samples)
+        layout = layout_of(context.interpretation.marks[result.index], context.samples)
         if not isinstance(layout, Layout) or layout.dim == 1:  # 1 is the axis of the channels
             return []
         norms.append(_BatchNorm(step.index, source, result.index, layout))

@@ -74,7 +74,7 @@ class BlockGGN(Operator):
         ``info``: also how well each block was solved, in their order.
         """
         named = isinstance(b, Mapping)
-        right = self._fitting(self.space.flat(b) if named else b)
+        right = self._converted(self.space.flat(b) if named else b)
         x, reports = self._solve(right, damping, not info, options)
         solution = self.space.named(x) if named else x
         if not info:

@@ -40,7 +40,7 @@ from unbatch.errors import (
     UnbatchError,
 )
 from unbatch.gradients.sources import Source
-from unbatch.linalg.estimates import Control, DiagonalEstimate, from_signs
+from unbatch.linalg.estimates import Control, DiagonalEstimate, estimate_diagonal
 from unbatch.linalg.operators import Operator
 from unbatch.linalg.solvers import Solved
 from unbatch.linalg.space import Space
@@ -201,8 +201,8 @@ class GGN(Operator):
         estimate = None
         if missing is not None:
             # Relative to what is in the diagonal: the basis has estimated its norm, too.
-            whole = flat.sum(0) if per_component else flat
-            estimate = float(missing.norm() / whole.double().norm())
+            diagonal = flat.sum(0) if per_component else flat
+            estimate = float(missing.norm() / diagonal.double().norm())
         return result, Compression.of(basis, self.root, estimate)
 
     def estimate_diag(
@@ -224,9 +224,9 @@ class GGN(Operator):
         if control is not None:
             # The same signs through the J of the other matrix: with the root of this one.
             others = ColumnMap(control.linearised, self.root, control.space, control)
-            variate = Control(lambda z: others @ z, control.diag(), self.root.table[1])
+            variate = Control(lambda z: others @ z, control.diag(), self.root.layout[1])
         columns = self.columns
-        return from_signs(
+        return estimate_diagonal(
             lambda z: columns @ z, self.root.size, draws, seed, self.space.slices, variate
         )
 

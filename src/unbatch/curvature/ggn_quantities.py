@@ -106,14 +106,14 @@ def feed_columns(
 
     if root.separate:
         # The last one is known beforehand: after it the source lets go of its graph.
-        columns = list(root.each())
+        columns = list(root.column_batches())
         for at, (j, sign, cotangents) in enumerate(columns):
             last = at == len(columns) - 1
             source.feed(chunks, partial(take, j, sign), {}, cotangents, last=last)
         samples = len(next(iter(curvature.loss.predictions.values())))
     else:
         # A column runs through all samples: it is one vector, and so one row.
-        for j, sign, cotangents in root.each():
+        for j, sign, cotangents in root.column_batches():
             for name, v in curvature.linearised.pull(cotangents, parameters).items():
                 take(j, sign, name, RowBlock(slice(0, 1), v[None]))
         samples = 1
@@ -181,16 +181,15 @@ class _Diagonal(Collector):
         super().__init__(about)
         self.diagonal: dict[str, Tensor] = {}
         self.gathering: dict[str, Gathering] = {}
-        self.first: dict[str, RowBlock] = {}  # has the shape that a gathering is brought to
 
     def take(self, name: str, block: RowBlock) -> None:
         if name not in self.gathering:
             gathering = block.gathering(self.about.memory)
             if gathering is not None:
-                self.gathering[name], self.first[name] = gathering, block
+                self.gathering[name] = gathering
         # Once begun, a gathering takes all columns of its parameter, with their signs.
         if name in self.gathering:
-            block.gather(self.gathering[name])
+            self.gathering[name].add(block, block.where, block.sign)
         else:
             self._add(name, block.sum_of_squares(), block.sign)
 
@@ -203,7 +202,7 @@ class _Diagonal(Collector):
         for name in list(self.gathering):
             # Popped, so that the cotangents of one parameter are freed before the next.
             gathering = self.gathering.pop(name)
-            self._add(name, self.first[name].gathered(gathering), 1.0)
+            self._add(name, gathering.total(), 1.0)
         result: ByParameter = self.about.result(self.diagonal)
         return result
 
@@ -251,7 +250,7 @@ class _ColumnNorms(Collector):
 
     def __init__(self, about: About, root: HessianRoot) -> None:
         super().__init__(about)
-        self.norms = wide(about.like.new_zeros(*root.table))
+        self.norms = wide(about.like.new_zeros(*root.layout))
 
     def take(self, name: str, block: RowBlock) -> None:
         if self.norms.shape[1]:  # parameters without columns are fed zeros as column 0

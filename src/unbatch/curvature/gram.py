@@ -87,12 +87,12 @@ class _Gram(Collector):
         self.blocks: dict[tuple[int, ...], Tensor] = {}
 
     def take(self, name: str, block: RowBlock) -> None:
-        samples, columns = self.root.table
+        samples, columns = self.root.layout
         if not columns:
             return
         # Column j of sample n has the number n·columns + j; a block holds one j of some samples.
         numbers = torch.arange(samples)[block.where] * columns + block.column
-        self.columns.setdefault(name, []).append(Columns(numbers, block.kept()))
+        self.columns.setdefault(name, []).append(Columns(numbers, block.stored()))
 
     def finish(self) -> Tensor:
         total = wide(self.about.like.new_zeros(self.root.size, self.root.size))
@@ -133,12 +133,12 @@ class _Gram(Collector):
         """Yield groups, as many at a time as memory holds the rows of twice."""
         group: list[Columns] = []
         size = 0
-        for one in columns:
-            more = 2 * one.bytes
+        for column in columns:
+            more = 2 * column.bytes
             if group and size + more > self.about.memory:
                 yield group
                 group, size = [], 0
-            group.append(one)
+            group.append(column)
             size += more
         yield group
 
@@ -146,18 +146,18 @@ class _Gram(Collector):
 def _without_rows(columns: Sequence[Columns]) -> Tensor | None:
     """Return the inner products of sites that have them without forming rows."""
     # All of them, or none: rows cannot be multiplied with what has none.
-    sites = [one.content for one in columns if isinstance(one.content, Contraction)]
+    sites = [column.content for column in columns if isinstance(column.content, Contraction)]
     if not sites or len(sites) < len(columns):
         return None
     return sites[0].dots_of(sites)
 
 
 def _numbers(columns: Sequence[Columns]) -> Tensor:
-    return torch.cat([one.numbers for one in columns])
+    return torch.cat([column.numbers for column in columns])
 
 
 def _rows(columns: Sequence[Columns]) -> Tensor:
-    return torch.cat([one.rows for one in columns])
+    return torch.cat([column.rows for column in columns])
 
 
 def symmetric_product(a: Tensor) -> Tensor:
@@ -188,7 +188,7 @@ def entrywise(gram: Tensor, root: HessianRoot, entries: int) -> Tensor:
         return gram
     n, t, c, k = root.root.shape
     # Without ``whole`` it is S itself, filled up with columns of zeros.
-    W = torch.eye(c, k).expand(n, t, c, k) if root.whole is None else root.whole
+    W = torch.eye(c, k).expand(n, t, c, k) if root.to_entries is None else root.to_entries
     W, size = W.to(gram), n * t * c
     half = torch.einsum("ntck,ntkx->ntcx", W, gram.view(n, t, k, root.size)).reshape(size, -1)
     return torch.einsum("ntck,xntk->xntc", W, half.view(size, n, t, k)).reshape(size, size)

@@ -87,12 +87,12 @@ class HessianRoot(ABC):
     sigma: Tensor
 
     @property
-    def table(self) -> tuple[int, int]:
+    def layout(self) -> tuple[int, int]:
         """Return samples, and columns of each; one sample has all that are not separate."""
         return 1, self.size
 
     @abstractmethod
-    def each(self) -> Iterator[Column]:
+    def column_batches(self) -> Iterator[Column]:
         """Yield number, sign and cotangents of every column that is not zero.
 
         Where columns are separate, the j-th of all samples come together.
@@ -125,8 +125,8 @@ class HessianRoot(ABC):
 class Factor(HessianRoot):
     """The root of an H that is block diagonal by samples.
 
-    ``root`` is S, ``[n, t, c, k]``, ``signs`` the diagonal of Σ, ``[n, t, k]``. ``whole``:
-    ``[n, t, c, k]`` such that ``S wholeᵀ`` is the symmetric root, which has as many columns as
+    ``root`` is S, ``[n, t, c, k]``, ``signs`` the diagonal of Σ, ``[n, t, k]``. ``to_entries``:
+    ``[n, t, c, k]`` such that ``S to_entriesᵀ`` is the symmetric root, which has as many columns as
     entries; None where none is known beside S.
     """
 
@@ -134,7 +134,7 @@ class Factor(HessianRoot):
     root: Tensor
     signs: Tensor
     form: str
-    whole: Tensor | None = None
+    to_entries: Tensor | None = None
     sampled: str = ""
 
     @property
@@ -143,7 +143,7 @@ class Factor(HessianRoot):
         return self.root.shape[1] * self.root.shape[3]
 
     @property
-    def table(self) -> tuple[int, int]:
+    def layout(self) -> tuple[int, int]:
         return len(self.root), self.columns
 
     @property
@@ -187,7 +187,7 @@ class Factor(HessianRoot):
         t, k = divmod(j, self.root.shape[3])
         return self.signs[:, t, k]
 
-    def each(self) -> Iterator[Column]:
+    def column_batches(self) -> Iterator[Column]:
         """Yield columns as above; one with both signs comes twice, zero in samples of the other."""
         nonzero = self.root.ne(0).any(2)
         for sign in (1.0, -1.0):
@@ -217,15 +217,17 @@ class Factor(HessianRoot):
 
     def restricted(self, samples: Tensor, weight: float) -> Factor:
         """Return the columns of some samples, times ``√weight``; all others are zero."""
-        # Zero columns keep their numbers, and take no pullback: ``each`` leaves them out.
+        # Zero columns keep their numbers, and take no pullback: ``column_batches`` leaves them out.
         factors = torch.zeros(len(self.root), dtype=self.root.dtype, device=self.root.device)
         factors[samples] = weight**0.5
         return replace(self, root=self.root * factors[:, None, None, None])
 
     def to(self, dtype: torch.dtype) -> Factor:
         """Return the same in another floating-point type."""
-        whole = None if self.whole is None else self.whole.to(dtype)
-        return replace(self, root=self.root.to(dtype), signs=self.signs.to(dtype), whole=whole)
+        to_entries = None if self.to_entries is None else self.to_entries.to(dtype)
+        return replace(
+            self, root=self.root.to(dtype), signs=self.signs.to(dtype), to_entries=to_entries
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,7 +246,7 @@ class Joint(HessianRoot):
     def size(self) -> int:  # type: ignore[override]
         return len(self.sigma)
 
-    def each(self) -> Iterator[Column]:
+    def column_batches(self) -> Iterator[Column]:
         for j in range(self.size):
             yield j, float(self.sigma[j]), {i: t[j] for i, t in self.vectors.items()}
 

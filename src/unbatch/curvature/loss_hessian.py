@@ -52,8 +52,8 @@ def joint(loss: LossAt, dims: Mapping[int, int]) -> Joint | None:
     for unit in torch.eye(total, dtype=like.dtype, device=like.device):
         product = at.hessian_times(_cut(unit, shapes))
         rows.append(torch.cat([product[i].reshape(-1) for i in shapes]))
-    whole = torch.stack(rows)  # symmetric, up to rounding
-    values, vectors = torch.linalg.eigh((whole + whole.mT) / 2)
+    hessian = torch.stack(rows)  # symmetric, up to rounding
+    values, vectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
     size = values.abs()
     nonzero = size > total * torch.finfo(values.dtype).eps * size.max()
     columns = (vectors[:, nonzero] * values[nonzero].abs().sqrt()).T
@@ -91,8 +91,8 @@ def factor(loss: LossAt, dims: Mapping[int, int]) -> Factor | None:
     The form is kept with the context of the loss, and is tried first on the next batch.
     """
     search = _Search(loss.in_double() or loss, dims)
-    form, root = search.run(loss.setting.last_form)
-    loss.setting.last_form = form
+    form, root = search.run(loss.context.last_form)
+    loss.context.last_form = form
     if root is None:
         return None
     return root.to(next(iter(loss.predictions.values())).dtype)
@@ -245,7 +245,7 @@ class _Search:
         B = torch.eye(classes, dtype=p.dtype, device=p.device)[:, :-1] - reflected
         S = Q.abs().sqrt()[..., None, None] * u[..., None] * B
         signs = _sign(Q)[..., None].expand(*S.shape[:2], S.shape[3])
-        return self._holds(Factor(grid, S, signs, SOFTMAX, whole=B))
+        return self._holds(Factor(grid, S, signs, SOFTMAX, to_entries=B))
 
     def _blocks(self, axis: int | None) -> Factor | None:
         """Take any symmetric block at each position, by its eigenvectors."""

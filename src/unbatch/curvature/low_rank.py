@@ -28,7 +28,7 @@ from torch import Tensor
 
 from unbatch.autodiff.contractions.row_block import RowBlock
 from unbatch.autodiff.jvp import Linearised
-from unbatch.curvature.batch_statistics import Extent, Statistics
+from unbatch.curvature.batch_statistics import Statistics, StatisticsCost
 from unbatch.curvature.hessian_root import Factor, HessianRoot
 from unbatch.gradients.sources import Chunking, Source, Take
 from unbatch.linalg.rows import wide
@@ -146,7 +146,7 @@ class CoefficientSVD:
 
     def coefficients(self) -> Tensor:
         """Return ``A``, ``[R, size]``: columns in the order of the root."""
-        samples, columns = self.root.table
+        samples, columns = self.root.layout
         a = self.root.root.new_zeros(self.statistics.size, samples, columns)
         for j in range(columns):
             # One pullback gives the j-th column of all samples.
@@ -229,7 +229,7 @@ class CorrectedSource:
 
     def feed(
         self,
-        plan: Chunking,
+        chunks: Chunking,
         take: Take,
         outs: Mapping[str, Tensor],
         cotangents: Mapping[int, Tensor],
@@ -243,11 +243,13 @@ class CorrectedSource:
             fed.add(name)
             rows = wide(block.rows())
             flat = rows.flatten(1) if rows.ndim > 1 else rows[:, None]  # a single number
-            whole = torch.addmm(flat, a[block.where], self.rows[name])
-            take(name, RowBlock(block.where, whole.view(len(rows), *self.shapes[name])))
+            complete = torch.addmm(flat, a[block.where], self.rows[name])
+            take(name, RowBlock(block.where, complete.view(len(rows), *self.shapes[name])))
 
         # The correction is added to rows: what needs none of them cannot be had from the parts.
-        self.frozen.feed(replace(plan, needs=frozenset({"rows"})), corrected, {}, cotangents, last)
+        self.frozen.feed(
+            replace(chunks, needs=frozenset({"rows"})), corrected, {}, cotangents, last
+        )
         for name, shape in self.shapes.items():
             # With statistics constant no prediction depends on these: the correction is all.
             if name not in fed:
@@ -291,13 +293,13 @@ class CostEstimate:
         return text
 
 
-def estimate_cost(extent: Extent, columns: int, entries: int, memory: int) -> CostEstimate:
+def estimate_cost(cost: StatisticsCost, columns: int, entries: int, memory: int) -> CostEstimate:
     """Count what it takes to pull back all statistics, and ``columns``, each below the last mixing.
 
     A pullback takes two multiplications for each of the forward pass; combining takes one for every
     statistic, column and parameter entry. ``B`` has to fit into half of ``memory``.
     """
-    by_columns = 2 * columns * extent.shares[-1] * extent.work
-    by_statistics = 2 * extent.passes * extent.work + extent.size * columns * entries
-    fits = 2 * extent.size * entries * extent.element_size <= memory
-    return CostEstimate(columns, extent.size, extent.passes, by_columns, by_statistics, fits)
+    by_columns = 2 * columns * cost.shares[-1] * cost.work
+    by_statistics = 2 * cost.passes * cost.work + cost.size * columns * entries
+    fits = 2 * cost.size * entries * cost.element_size <= memory
+    return CostEstimate(columns, cost.size, cost.passes, by_columns, by_statistics, fits)

@@ -89,6 +89,6 @@ class Point:
         for group in groups:
             # A sweep for each group: in time what is saved in memory.
             with torch.no_grad(), recorded_precision():
-                part = source_of(self.request.of(group))
-                shares.append(evaluate(self.curvature, part, quantity, group))
+                rows_of_group = source_of(self.request.of(group))
+                shares.append(evaluate(self.curvature, rows_of_group, quantity, group))
         return sum_of(shares).double()

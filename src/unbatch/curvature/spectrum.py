@@ -111,15 +111,15 @@ def inner_products(
     a: Mapping[int, Tensor], b: Mapping[int, Tensor], dims: Mapping[int, int]
 ) -> Tensor:
     """Return the inner product of what belongs to each sample, ``[N]``, over all predictions."""
-    parts = []
+    of_predictions = []
     for i, left in a.items():
         if i not in b:
             continue  # it does not depend on the parameters
         entries = left * b[i]
         if entries.ndim > 1:  # one number a sample is its own sum
             entries = entries.movedim(dims[i], 0).flatten(1).sum(1)
-        parts.append(entries)
-    return sum_of(parts)
+        of_predictions.append(entries)
+    return sum_of(of_predictions)
 
 
 # --- Newton steps, determinants and solves --------------------------------------------------------

@@ -18,7 +18,7 @@ from torch import Tensor
 from unbatch.analysis.structure import Structure
 from unbatch.autodiff.jvp import Linearised, LinearisedGraph, LinearisedModel
 from unbatch.autodiff.loss import LossAt
-from unbatch.curvature.batch_statistics import Extent, Statistics
+from unbatch.curvature.batch_statistics import Statistics, StatisticsCost
 from unbatch.curvature.hessian_root import Factor, HessianRoot
 from unbatch.curvature.loss_hessian import factor, joint
 from unbatch.curvature.low_rank import (
@@ -70,9 +70,9 @@ class Rtol:
 
 @dataclass(frozen=True)
 class StatisticsRoute:
-    """The route through batch statistics. ``extent``: what it takes; ``request``: the question."""
+    """The route through batch statistics. ``request``: the question it answers."""
 
-    extent: Extent
+    statistics_cost: StatisticsCost
     request: Request
 
     @staticmethod
@@ -85,10 +85,10 @@ class StatisticsRoute:
         if request.by != "component" or not is_planned(request):
             return None
         # Below a single batch norm sites are projected: nothing has to be pulled back alone.
-        if not request.setting.route(request.parameters, request.by).flow.columns:
+        if not request.context.schedule(request.parameters, request.by).plan.columns:
             return None
-        extent = Extent.of(request.setting, request.parameters)
-        return None if extent is None else StatisticsRoute(extent, request)
+        cost = StatisticsCost.of(request.context, request.parameters)
+        return None if cost is None else StatisticsRoute(cost, request)
 
     @property
     def space(self) -> Space:
@@ -97,7 +97,7 @@ class StatisticsRoute:
     @cached_property
     def statistics(self) -> Statistics | None:
         """The statistics after two forward passes; None where they fail their self-check."""
-        return Statistics.of(self.request.setting, self.request.parameters)
+        return Statistics.of(self.request.context, self.request.parameters)
 
     def source(self, parameters: Mapping[str, Tensor]) -> Source:
         """Return the source of rows of these parameters with statistics held constant."""
@@ -105,7 +105,7 @@ class StatisticsRoute:
 
     def cost(self, columns: int) -> CostEstimate:
         """Return whether it takes less than to pull back so many columns."""
-        return estimate_cost(self.extent, columns, self.space.size, self.request.memory)
+        return estimate_cost(self.statistics_cost, columns, self.space.size, self.request.memory)
 
 
 def linearised_of(request: Request) -> Linearised:
@@ -114,13 +114,13 @@ def linearised_of(request: Request) -> Linearised:
     Raises ``StructureError`` where statistics cannot be held constant, for the model is not
     replayed.
     """
-    setting, frozen = request.setting, request.by == "frozen"
+    context, frozen = request.context, request.by == "frozen"
     check_recurrences_of(request)
-    if setting.faithful:
-        return LinearisedGraph(setting, request.parameters, frozen)
+    if context.faithful:
+        return LinearisedGraph(context, request.parameters, frozen)
     if frozen and not request.structure.independent_forward:
-        raise StructureError(MSG_NOT_REPLAYED.format(by=request.by, why=request.unfaithful))
-    return LinearisedModel(setting, request.parameters)
+        raise StructureError(MSG_NOT_REPLAYED.format(by=request.by, why=request.replay_difference))
+    return LinearisedModel(context, request.parameters)
 
 
 # --- the curvature at a point ---------------------------------------------------------------------
@@ -166,7 +166,7 @@ class Curvature:
         """Return the loss at the predictions."""
         if self._loss is None:
             lin = self.linearised
-            self._loss = LossAt(self.request.setting, lin.predictions, lin.inner, lin.all_outputs)
+            self._loss = LossAt(self.request.context, lin.predictions, lin.inner, lin.all_outputs)
         return self._loss
 
     def share_forward(self, source: Source, rows: bool, compressed: bool = False) -> None:
@@ -197,7 +197,7 @@ class Curvature:
     @cached_property
     def dims(self) -> dict[int, int]:
         """The axis of the samples of every prediction."""
-        axes = self.request.setting.axes
+        axes = self.request.context.axes
         return {i: dim for i, dim in axes.items() if i in self.loss.predictions}
 
     # -- roots of H --
@@ -220,7 +220,7 @@ class Curvature:
             raise StructureError(MSG_NO_BLOCKS.format(shapes=shapes))
         if not root.rank:
             # No error: a matrix of zeros is the right answer, if hardly the expected one.
-            cut, remedy = VANISHING_INSIDE if self.loss.setting.own_loss else VANISHING
+            cut, remedy = VANISHING_INSIDE if self.loss.context.own_loss else VANISHING
             text = MSG_VANISHING.format(cut=cut, shapes=shapes, remedy=remedy)
             warn(text, VanishingCurvatureWarning)
         return root
@@ -264,13 +264,13 @@ class Curvature:
         if not isinstance(root, Factor) or not root.size or route is None:
             return None
         # Estimates of an error assume that all signs are positive: otherwise nothing is left out.
-        whole = rtol is None or root.lowest < 0
-        if whole and not route.cost(root.size):
+        takes_all = rtol is None or root.lowest < 0
+        if takes_all and not route.cost(root.size):
             return None
         statistics, space = route.statistics, route.space
         if statistics is None:
             return None
-        if rtol is None or whole:
+        if rtol is None or takes_all:
             return full_basis(statistics, space)
         if root not in self._svds:
             self._svds[root] = CoefficientSVD(statistics, root, space)
@@ -293,7 +293,7 @@ class Curvature:
 
     def plan(self, root: HessianRoot, source: Source, chunks: Chunking) -> tuple[int, str]:
         """Return how many backward passes all columns take, and why that many."""
-        samples, columns = root.table
+        samples, columns = root.layout
         passes, _ = source.pullbacks(chunks)
         if not root.separate:  # through the linear map, whatever the source does
             return root.rank, (

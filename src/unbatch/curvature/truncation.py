@@ -45,16 +45,16 @@ def truncated_basis(
     None where they would be more than ``most_rows``. The next rank to try is read off the singular
     values: the error is taken to fall as what is left of ``Σ σ²``.
     """
-    r, most = min(START, len(svd.values)), len(svd.values)
+    r, full = min(START, len(svd.values)), len(svd.values)
     left = svd.values.square().flip(0).cumsum(0).flip(0)  # what is left from rank r on
     error = 0.0
     # Rows of an earlier rank are kept, so every direction is pulled back once.
-    while r < most and r <= most_rows:
+    while r < full and r <= most_rows:
         error = estimator.relative_error(r)
         if error <= rtol:
             break
         goal = left[r] * (SAFETY * rtol / error)
-        r = min(most, max(r + START // 2, int((left > goal).sum())))
+        r = min(full, max(r + START // 2, int((left > goal).sum())))
         error = 0.0  # of all directions, if that is what r is now
     if r > most_rows:
         return None
@@ -71,7 +71,7 @@ def _basis(
         rows=svd.leading_rows(r),
         exact=exact,
         estimate=error,
-        pullbacks=svd.root.table[1] + r + estimator.pullbacks,
+        pullbacks=svd.root.layout[1] + r + estimator.pullbacks,
         pushes=estimator.pushes,
         seed=seed,
         remainder=None if exact else estimator.remainder,

@@ -128,8 +128,8 @@ class NoiseScale(Derived):
         # ‖g‖² of one sample, on average, and ‖ḡ‖² of all N, are ‖G‖² + tr(Σ) and ‖G‖² + tr(Σ)/N on
         # average: two equations for the two unknowns.
         n, (norms, gradient) = about.samples, results
-        single, whole = n**2 * norms.total.mean(), _squared(gradient)
-        return _unless_alone(about, n * (single - whole) / (n * whole - single))
+        of_sample, of_batch = n**2 * norms.total.mean(), _squared(gradient)
+        return _unless_alone(about, n * (of_sample - of_batch) / (n * of_batch - of_sample))
 
 
 def _ratios(
@@ -139,8 +139,8 @@ def _ratios(
     gradient: ByParameter,
 ) -> tuple[Tensor, Tensor]:
     """Return ``Σ‖g_n‖²/‖ḡ‖²`` and ``Σ⟨g_n, ḡ⟩²/‖ḡ‖⁴``."""
-    whole = _squared(gradient)
-    return n**2 * norms.total.sum() / whole, n**2 * projections.total.square().sum() / whole**2
+    size = _squared(gradient)
+    return n**2 * norms.total.sum() / size, n**2 * projections.total.square().sum() / size**2
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,14 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from unbatch.analysis.domain.sample_layout import Layout
 from unbatch.autodiff import eager
-from unbatch.autodiff.autograd import gradients
+from unbatch.autodiff.autograd import gradients, leaves_of
 from unbatch.autodiff.context import Context
 from unbatch.autodiff.contractions.row_block import RowBlock
 from unbatch.autodiff.loss import LossAt, loss_of, nonzero_gradients
 from unbatch.capture.isolation import untouched
 from unbatch.gradients.plan import SitePlan
 from unbatch.gradients.replayed_rows import ReplayedRows
-from unbatch.gradients.sources import Chunking, Source, Take, leaves_of
+from unbatch.gradients.sources import Chunking, Source, Take
 from unbatch.linalg.rows import real
 
 
@@ -35,21 +35,21 @@ class EagerRows(Source):
 
     def __init__(
         self,
-        setting: Context,
+        context: Context,
         parameters: Mapping[str, Tensor],
         replayed: bool = False,
         why: str = "",
     ) -> None:
-        self.setting, self.parameters, self.replayed = setting, parameters, replayed
+        self.context, self.parameters, self.replayed = context, parameters, replayed
         why = why or "there is only one"
         self.reason = f"Every sample is pulled back through the whole model: {why}."
         self._totals: dict[str, Tensor] = {}
         if replayed:
             # The replay is connected to leaves of its own, by which it is differentiated.
             self.parameters = leaves_of(parameters)
-            ran = _replay(setting, self.parameters)
+            ran = _replay(context, self.parameters)
         else:
-            ran = eager.run(setting, parameters)
+            ran = eager.run(context, parameters)
         self.output, self.predictions = ran.output, ran.predictions
         self.at, self._random_state = ran.loss, ran.state
         self.cotangents = self.at.slope
@@ -69,7 +69,7 @@ class EagerRows(Source):
         if cotangents is None:
             cotangents = self.cotangents
         # The cotangents of all other samples are zero: exact, at the price of N backward passes.
-        for n in range(self.setting.samples):
+        for n in range(self.context.samples):
             of_sample = {}
             for i, g in cotangents.items():
                 if i in self.predictions:  # it depends on parameters
@@ -85,13 +85,13 @@ class EagerRows(Source):
         # Kept, as every block of a sample asks for the same sum.
         if not self._totals:
             like = next(iter(self.parameters.values()))
-            ones = like.new_ones(self.setting.samples, dtype=real(like.dtype))
+            ones = like.new_ones(self.context.samples, dtype=real(like.dtype))
             self._totals = self.weighted_sum(ones)
         return self._totals[name]
 
     def _layout(self, i: int) -> Layout:
         """Return where the samples lie in prediction ``i``."""
-        return Layout(self.setting.axes[i], self.setting.samples)
+        return Layout(self.context.axes[i], self.context.samples)
 
     def _pull(self, cotangents: Mapping[int, Tensor]) -> dict[str, Tensor]:
         """Return the gradient by parameter for cotangents of the predictions."""
@@ -105,7 +105,7 @@ class EagerRows(Source):
         """
         if self._random_state is None:
             return nullcontext()
-        return untouched(self.setting.program.modules, self._random_state)
+        return untouched(self.context.program.modules, self._random_state)
 
     def weighted_sum(self, weights: Tensor) -> dict[str, Tensor]:
         scaled = {}
@@ -117,44 +117,44 @@ class EagerRows(Source):
         return [SitePlan((name,), "", "", "by autograd", "model") for name in self.parameters]
 
     def pullbacks(self, chunks: Chunking) -> tuple[int, int]:
-        return self.setting.samples, 1
+        return self.context.samples, 1
 
     def rest(self) -> dict[str, Tensor]:
-        if self.setting.split:
+        if self.context.split:
             return {}
         # The rest does not depend on the plan, so that a replay gives it where one is faithful.
         if self.replayed:
-            return ReplayedRows(self.setting, self.parameters, "component").rest()
+            return ReplayedRows(self.context, self.parameters, "component").rest()
         output = self._with_constant_predictions()
-        with untouched(self.setting.program.modules):
-            return nonzero_gradients(loss_of(self.setting, output), self.parameters)
+        with untouched(self.context.program.modules):
+            return nonzero_gradients(loss_of(self.context, output), self.parameters)
 
     def _with_constant_predictions(self) -> Any:
         """Return the model's output with every prediction of samples detached."""
         # The loss sees the same structure; what is no prediction of samples stays connected.
         leaves, spec = tree_flatten(self.output)
         # The graph lists the predictions in the order of the tensors among the leaves.
-        indices = iter(ref.index for ref in self.setting.graph.predictions)
+        indices = iter(ref.index for ref in self.context.graph.predictions)
         detached = []
         for leaf in leaves:
-            if isinstance(leaf, Tensor) and next(indices) in self.setting.axes:
+            if isinstance(leaf, Tensor) and next(indices) in self.context.axes:
                 leaf = leaf.detach()
             detached.append(leaf)
         return tree_unflatten(detached, spec)
 
 
-def _replay(setting: Context, leaves: Mapping[str, Tensor]) -> eager.EagerModel:
+def _replay(context: Context, leaves: Mapping[str, Tensor]) -> eager.EagerModel:
     """Return the recorded model after a forward pass, connected to ``leaves``."""
-    graph = setting.graph
-    feed = dict(setting.data)
+    graph = context.graph
+    feed = dict(context.data)
     for i, value in enumerate(graph.values):
         if value.kind == "parameters" and value.name in leaves:
             feed[i] = leaves[value.name]
     # Predictions with a sample axis, what the loss reads beside them, and all that is returned.
-    read = graph.read_by_loss(setting.axes)
+    read = graph.read_by_loss(context.axes)
     predictions = [ref.index for ref in graph.predictions]
-    indices = list(dict.fromkeys([*setting.axes, *read, *predictions]))
+    indices = list(dict.fromkeys([*context.axes, *read, *predictions]))
     with torch.enable_grad():
         outputs = graph.run(feed, indices, steps=graph.forward_steps)
     values = dict(zip(indices, outputs, strict=True))
-    return eager.EagerModel(setting, None, values, {i: values[i] for i in read}, None)
+    return eager.EagerModel(context, None, values, {i: values[i] for i in read}, None)

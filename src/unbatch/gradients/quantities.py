@@ -32,14 +32,14 @@ from unbatch.linalg.rows import Moments, real, vectors, wide
 
 @dataclass(frozen=True)
 class Label:
-    """What rows are called. ``marks``: ownership of the values in a loss that is a sum over
+    """What rows are called. ``ownership``: that of the values in a loss that is a sum over
     samples.
     """
 
     by: str
     kind: str
     note: str = ""
-    marks: Mapping[int, Ownership] | None = None
+    ownership: Mapping[int, Ownership] | None = None
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,9 @@ class About:
     @property
     def weights(self) -> Tensor | None:
         """Return the weights ``w_n`` of the losses of samples, ``[N]``; None if unknown."""
-        if self.label.marks is None:
+        if self.label.ownership is None:
             return None
-        return weights(self.source.setting.graph, self.label.marks, self.samples)
+        return weights(self.source.context.graph, self.label.ownership, self.samples)
 
     def gradient(self) -> Mapping[str, Tensor]:
         """Return ``Σ_n r_n`` by parameter."""
@@ -153,8 +153,8 @@ class Collector(ABC):
         self.about = about
 
     @abstractmethod
-    def take(self, name: str, part: RowBlock) -> None:
-        """Take rows of one parameter for the samples ``part.where``.
+    def take(self, name: str, block: RowBlock) -> None:
+        """Take rows of one parameter for the samples ``block.where``.
 
         They are overwritten afterwards: copy what is kept.
         """
@@ -196,15 +196,15 @@ class _Rows(Collector):
         super().__init__(about)
         self.rows: dict[str, Tensor] = dict(about.out)
 
-    def take(self, name: str, part: RowBlock) -> None:
-        rows = part.rows()
-        first, last, _ = part.where.indices(self.about.samples)
+    def take(self, name: str, block: RowBlock) -> None:
+        rows = block.rows()
+        first, last, _ = block.where.indices(self.about.samples)
         if name not in self.rows:
             if last - first == self.about.samples:  # all of them, in memory of their own
                 self.rows[name] = rows
                 return
             self.rows[name] = rows.new_empty(self.about.samples, *self.about.shapes[name])
-        target = self.rows[name][part.where]
+        target = self.rows[name][block.where]
         # Where the caller gave memory, the rows may have been formed in it already.
         if target.data_ptr() != rows.data_ptr() or target.stride() != rows.stride():
             target.copy_(rows)
@@ -225,8 +225,8 @@ class SquaredNorms(Basic):
         return _PerSample(about, _squared_norms)
 
 
-def _squared_norms(part: RowBlock) -> Tensor:
-    return part.squared_norms()
+def _squared_norms(block: RowBlock) -> Tensor:
+    return block.squared_norms()
 
 
 class _PerSample(Collector):
@@ -237,12 +237,12 @@ class _PerSample(Collector):
         self.numbers_of = numbers_of
         self.numbers: dict[str, Tensor] = {}
 
-    def take(self, name: str, part: RowBlock) -> None:
-        numbers = self.numbers_of(part)
+    def take(self, name: str, block: RowBlock) -> None:
+        numbers = self.numbers_of(block)
         # Samples that no block covers keep a zero.
         if name not in self.numbers:
             self.numbers[name] = numbers.new_zeros(self.about.samples)
-        self.numbers[name][part.where] = numbers
+        self.numbers[name][block.where] = numbers
 
     def finish(self) -> SquaredNormsByParameter:
         result: SquaredNormsByParameter = self.about.result(self.numbers, SquaredNormsByParameter)
@@ -257,8 +257,8 @@ class Projections(Basic):
         return _PerSample(about, _projections)
 
 
-def _projections(part: RowBlock) -> Tensor:
-    return vectors(part.rows()) @ vectors(part.total()[None])[0]
+def _projections(block: RowBlock) -> Tensor:
+    return vectors(block.rows()) @ vectors(block.total()[None])[0]
 
 
 # --- sums over samples ----------------------------------------------------------------------------
@@ -283,9 +283,9 @@ class _Total(Collector):
         super().__init__(about)
         self.totals: dict[str, Tensor] = {}
 
-    def take(self, name: str, part: RowBlock) -> None:
+    def take(self, name: str, block: RowBlock) -> None:
         if name not in self.totals:  # any block knows the sum over all of them
-            self.totals[name] = part.total()
+            self.totals[name] = block.total()
 
     def finish(self) -> ByParameter:
         result: ByParameter = self.about.result(self.totals)
@@ -310,8 +310,8 @@ class _SumOfSquares(Collector):
         self.factor = factor
         self.sums: dict[str, Tensor] = {}
 
-    def take(self, name: str, part: RowBlock) -> None:
-        share = part.sum_of_squares()
+    def take(self, name: str, block: RowBlock) -> None:
+        share = block.sum_of_squares()
         if name in self.sums:
             self.sums[name].add_(share)
         else:
@@ -359,14 +359,14 @@ class _Scatter(Collector):
         self.scatter: dict[str, Tensor] = {}
         self.moments: dict[str, Moments] = {}
 
-    def take(self, name: str, part: RowBlock) -> None:
+    def take(self, name: str, block: RowBlock) -> None:
         # All rows at once may do without forming them; slices cannot, as each needs its mean.
-        first, last, _ = part.where.indices(self.about.samples)
+        first, last, _ = block.where.indices(self.about.samples)
         if last - first == self.about.samples:
-            self.scatter[name] = part.scatter()
+            self.scatter[name] = block.scatter()
             return
         moments = self.moments.setdefault(name, Moments())
-        moments.add(part.rows())
+        moments.add(block.rows())
         self.scatter[name] = moments.scatter
 
     def finish(self) -> ByParameter:
@@ -398,13 +398,13 @@ class _Dots(Collector):
         self.total = wide(about.like.new_zeros(about.samples, about.samples)).clone()
         self.slices: dict[str, list[tuple[slice, Tensor]]] = {}
 
-    def take(self, name: str, part: RowBlock) -> None:
-        samples, where = self.about.samples, part.where
+    def take(self, name: str, block: RowBlock) -> None:
+        samples, where = self.about.samples, block.where
         if where.indices(samples)[:2] == (0, samples):
-            self.total += part.dots()
+            self.total += block.dots()
             return
         # A slice meets itself, and every slice of the same parameter that came before.
-        rows = part.coordinates()
+        rows = block.coordinates()
         self.total[where, where] += rows @ rows.T
         earlier = self.slices.setdefault(name, [])
         for other, other_rows in earlier:
@@ -450,10 +450,10 @@ class _Histogram(Collector):
         self.counts: dict[str, Tensor] = {}
         self.outside: dict[str, int] = {}
 
-    def take(self, name: str, part: RowBlock) -> None:
+    def take(self, name: str, block: RowBlock) -> None:
         bins = self.bins
         # In the scale of one sample's own loss, as in Cockpit.
-        entries = vectors(part.rows()).flatten() * self.about.samples
+        entries = vectors(block.rows()).flatten() * self.about.samples
         inside = torch.histc(entries, bins.bins, bins.low, bins.high).long()
         if name in self.counts:
             self.counts[name] += inside

@@ -14,13 +14,14 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
+from unbatch.autodiff.autograd import detached, leaves_of
 from unbatch.autodiff.context import Context
 from unbatch.autodiff.contractions.row_block import RowBlock
 from unbatch.autodiff.loss import LossAt, by_graph, noise, nonzero_gradients, rest_of_loss
 from unbatch.autodiff.planner import Site
 from unbatch.autodiff.vjp import Group, Sweep
 from unbatch.gradients.plan import SitePlan
-from unbatch.gradients.sources import CHUNK, Chunking, Source, Take, leaves_of, slices_of
+from unbatch.gradients.sources import CHUNK, Chunking, Source, Take, slices_of
 from unbatch.linalg.rows import real
 
 BY_PLACE = (
@@ -100,22 +101,22 @@ class ReplayedRows(Source):
 
     def __init__(
         self,
-        setting: Context,
+        context: Context,
         parameters: Mapping[str, Tensor],
         by: str,
         cotangents: Mapping[int, Tensor] | None = None,
     ) -> None:
         """``cotangents``: those of the predictions; by default those of the loss."""
-        self.setting, self.parameters = setting, parameters
-        self.route = setting.route(parameters, by)
-        self.flow = self.route.flow
+        self.context, self.parameters = context, parameters
+        self.schedule = context.schedule(parameters, by)
+        self.plan = self.schedule.plan
         self._chosen_cotangents = cotangents
         self._sweep: Sweep | None = None
-        if self.flow.by_place:
+        if self.plan.by_place:
             self.note = BY_PLACE
-        if self.flow.columns:
+        if self.plan.columns:
             self.reason = REASON_COLUMNS
-        elif self.flow.projections:
+        elif self.plan.projections:
             self.reason = REASON_PROJECTED
 
     # -- the forward pass, and cotangents --
@@ -124,12 +125,14 @@ class ReplayedRows(Source):
     def sweep(self) -> Sweep:
         """Return the last sweep, after its forward pass at least."""
         if self._sweep is None:
-            self._sweep = Sweep(self.route, self.setting.graph, self.parameters, self.setting.data)
+            self._sweep = Sweep(
+                self.schedule, self.context.graph, self.parameters, self.context.data
+            )
             self._sweep.forward()
         return self._sweep
 
     @cached_property
-    def whole(self) -> Sweep:
+    def full_sweep(self) -> Sweep:
         """Return a sweep after a backward pass that has kept everything."""
         return self._pull(None)
 
@@ -161,13 +164,13 @@ class ReplayedRows(Source):
     @property
     def loss(self) -> LossAt:
         sweep = self.sweep
-        return LossAt(self.setting, _fixed_predictions(sweep), sweep.inner, sweep.outputs)
+        return LossAt(self.context, _fixed_predictions(sweep), sweep.inner, sweep.outputs)
 
     def _ones(self) -> Tensor:
         """Return weights that count every sample once, ``[N]``."""
         like = next(iter(self.parameters.values()))
         dtype = real(like.dtype)
-        return torch.full((self.setting.samples,), 1, dtype=dtype, device=like.device)
+        return torch.full((self.context.samples,), 1, dtype=dtype, device=like.device)
 
     # -- row blocks --
 
@@ -182,8 +185,8 @@ class ReplayedRows(Source):
         delivery = _Delivery(chunks, take, outs)
         if chunks.late and cotangents is None:
             # Weighted sums follow and need every group: nothing is freed on the way.
-            for group in self.whole.groups:
-                if group.meetings and not group.together.tied:
+            for group in self.full_sweep.groups:
+                if group.contractions and not group.members.reached_by_columns:
                     self._deliver(delivery, group)
         else:
             self._pull(partial(self._deliver, delivery), cotangents, last)
@@ -198,11 +201,13 @@ class ReplayedRows(Source):
     def _tied_groups(self) -> list[Group]:
         """Return groups whose parameters have columns as well, which have to be added."""
         groups = self.sweep.groups
-        return [group for group in groups if group.meetings and group.together.tied]
+        return [
+            group for group in groups if group.contractions and group.members.reached_by_columns
+        ]
 
     def _has_columns(self, sweep: Sweep) -> bool:
         """Return whether anything is left to be pulled back column by column."""
-        return bool(sweep.seeds) and bool(self.flow.columns)
+        return bool(sweep.seeds) and bool(self.plan.columns)
 
     def _deliver(self, delivery: _Delivery, group: Group) -> None:
         """Hand out the blocks of a group whose cotangents are all there."""
@@ -210,17 +215,17 @@ class ReplayedRows(Source):
         # No total is computed unless a quantity asks for it, and then once for all slices.
         totals = _Totals(partial(self._sum_of_group, group))
         # Rows are formed in portions that suit the contraction, unless the blocks do without them.
-        size, portion = self._row_bytes(group.together.names), CHUNK
+        size, portion = self._row_bytes(group.members.names), CHUNK
         forms_rows = not chunks.needs <= group.lean
-        if group.only is None:
+        if group.single is None:
             size *= 2  # rows of operands are formed first, and those of parameters from them
         elif forms_rows:
-            portion = group.only[0].portion
-        for where in chunks.of(self.setting.samples, size, group.lean, portion):
+            portion = group.single[0].portion
+        for where in chunks.of(self.context.samples, size, group.lean, portion):
             out = None
-            if group.only is not None and forms_rows:
-                out = self._row_memory(delivery, group.together.names[0], where)
-            for name, block in self.sweep.parts(group, where, out):
+            if group.single is not None and forms_rows:
+                out = self._row_memory(delivery, group.members.names[0], where)
+            for name, block in self.sweep.blocks(group, where, out):
                 delivery.hand_out(name, block, totals)
 
     def _sum_of_group(self, group: Group) -> dict[str, Tensor]:
@@ -237,7 +242,7 @@ class ReplayedRows(Source):
         if delivery.chunks.keep or delivery.chunks.pairs:
             return None
         like = self.parameters[name].detach()
-        return self.setting.scratch((where.stop - where.start, *like.shape), like)
+        return self.context.scratch((where.stop - where.start, *like.shape), like)
 
     # -- columns --
 
@@ -245,7 +250,7 @@ class ReplayedRows(Source):
         """Hand out the blocks of parameters below the mixing frontier, some samples at a time."""
         at_once = self.columns_at_once(delivery.chunks)
         totals = _Totals(partial(self._sum_with_columns, tied))
-        for where in slices_of(self.setting.samples, at_once):
+        for where in slices_of(self.context.samples, at_once):
             outs = {name: out[where] for name, out in delivery.outs.items()}
             local = self._local_rows(tied, where)
             for name, block in self._columns_and_local(where, local, outs):
@@ -286,11 +291,11 @@ class ReplayedRows(Source):
 
         One where convolutions are pulled through, as nothing is gained there by more.
         """
-        if self.route.convolves:
+        if self.schedule.convolves:
             return 1
-        column = self._row_bytes(self.route.below) + self.route.column_bytes
+        column = self._row_bytes(self.schedule.by_autograd) + self.schedule.column_bytes
         fitting = min(chunks.memory, CHUNK) // max(column, 1)
-        return int(max(1, min(self.setting.samples, fitting)))
+        return int(max(1, min(self.context.samples, fitting)))
 
     def _row_bytes(self, names: Sequence[str]) -> int:
         """Return the bytes of one row of some parameters, in float32 at least."""
@@ -315,14 +320,14 @@ class ReplayedRows(Source):
 
         def take(group: Group) -> None:
             trial.add(sweep.group_sum(group, weights), sweep.group_sum(group, only_n))
-            if not group.together.tied:
-                for name, block in sweep.parts(group, where, None):
+            if not group.members.reached_by_columns:
+                for name, block in sweep.blocks(group, where, None):
                     trial.add_block(name, block)
 
         # Groups above the mixing frontier are taken on the way, the others afterwards, as in
         # ``feed``.
         self._pull(take)
-        tied = [group for group in sweep.groups if group.meetings]
+        tied = [group for group in sweep.groups if group.contractions]
         # Tied groups have no blocks of their own: their rows are added to those of columns.
         local = self._local_rows(tied, where)
         for group in tied:
@@ -337,23 +342,23 @@ class ReplayedRows(Source):
     # -- sums, and what a plan prints --
 
     def weighted_sum(self, weights: Tensor) -> dict[str, Tensor]:
-        return self.whole.weighted_sum(weights)
+        return self.full_sweep.weighted_sum(weights)
 
     def sites(self) -> list[SitePlan]:
-        return [self._site_plan(site) for site in self.flow.sites]
+        return [self._site_plan(site) for site in self.plan.sites]
 
     def _site_plan(self, site: Site) -> SitePlan:
-        step = self.setting.graph.steps[site.step]
-        parameters = tuple(self.route.operands.made_from(site.operand))
+        step = self.context.graph.steps[site.step]
+        parameters = tuple(self.schedule.operands.parameters_of(site.operand))
         kind, way = self._kind_and_way(site)
         return SitePlan(parameters, step.module, step.name, kind, way)
 
     def _kind_and_way(self, site: Site) -> tuple[str, str]:
         """Return how a site is contracted, and where it stands (a key of ``plan.WAYS``)."""
-        if site in self.route.pools:
+        if site in self.schedule.pooled_sites:
             return "linear", "pooled"
         # How a site is contracted is known once its cotangent has come.
-        kinds = self.whole.kinds
+        kinds = self.full_sweep.kinds
         if site in kinds:
             return kinds[site], site.way
         if site.way == "columns":
@@ -363,8 +368,8 @@ class ReplayedRows(Source):
     def pullbacks(self, chunks: Chunking) -> tuple[int, int]:
         # One pass carries all samples down to the mixing frontier, and one more each column.
         columns = 0
-        if self._has_columns(self.whole):
-            columns = self.setting.samples
+        if self._has_columns(self.full_sweep):
+            columns = self.context.samples
         return 1 + columns, min(self.columns_at_once(chunks), max(columns, 1))
 
     # -- the rest of the gradient --
@@ -374,28 +379,28 @@ class ReplayedRows(Source):
 
         Parameters that stand in the loss itself, and what else it reads of the model.
         """
-        setting = self.setting
+        context = self.context
         # With the split, and every prediction among those that are pulled back, nothing is left.
-        if setting.split and self._splits_all_predictions():
+        if context.split and self._splits_all_predictions():
             return {}
         # The loss is called if predictions are all that it needs, and replayed otherwise.
-        if not by_graph(setting, self.sweep.inner):
-            return rest_of_loss(setting, self.sweep.outputs, self.parameters)
+        if not by_graph(context, self.sweep.inner):
+            return rest_of_loss(context, self.sweep.outputs, self.parameters)
         leaves = leaves_of(self.parameters)
         with torch.enable_grad():
             value = self._loss_with_fixed_predictions(leaves)
         return nonzero_gradients(value, leaves)
 
     def _splits_all_predictions(self) -> bool:
-        used = self.setting.graph.used_predictions
-        return all(ref.index in self.flow.predictions for ref in used)
+        used = self.context.graph.used_predictions
+        return all(ref.index in self.plan.predictions for ref in used)
 
     def _loss_with_fixed_predictions(self, leaves: Mapping[str, Tensor]) -> Tensor:
         """Return the loss as a function of ``leaves`` alone; there has to be one in the graph."""
-        setting, graph, sweep = self.setting, self.setting.graph, self.sweep
+        context, graph, sweep = self.context, self.context.graph, self.sweep
         if graph.loss is None:
             raise ValueError("The recorded graph has no loss.")
-        feed = setting.data | {i: leaves[name] for i, name in self.flow.parameters.items()}
+        feed = context.data | self.plan.by_number(leaves)
         fixed = _fixed_predictions(sweep)
         inner = list(sweep.inner)
         read: list[Tensor] = []
@@ -421,4 +426,4 @@ def _add_into(sums: dict[str, Tensor], share: Mapping[str, Tensor]) -> None:
 
 def _fixed_predictions(sweep: Sweep) -> dict[int, Tensor]:
     """Return the predictions as constants."""
-    return {i: t.detach() for i, t in sweep.predictions.items()}
+    return detached(sweep.predictions)

@@ -32,19 +32,20 @@ REFUTED = "the backward plan for it does not reproduce its gradient"
 class Request:
     """What is asked: ``by`` which decomposition, with ``memory`` bytes for temporaries.
 
-    ``unfaithful``: why the recording cannot stand for the model's derivatives, empty where it can.
+    ``replay_difference``: why the recording cannot stand for the model's derivatives, empty where
+    it can.
     """
 
-    setting: Context
+    context: Context
     structure: Structure
     parameters: Mapping[str, Tensor]
     by: str
     memory: int
-    unfaithful: str
+    replay_difference: str
 
     @property
     def samples(self) -> int:
-        return self.setting.samples
+        return self.context.samples
 
     @property
     def space(self) -> Space:
@@ -69,10 +70,10 @@ def is_planned(request: Request) -> bool:
     """Return whether a backward plan of the recorded graph answers it: one that is trusted."""
     # One sample's rows are the gradient, and a recording with other derivatives cannot be pulled
     # back.
-    if request.samples == 1 or not request.setting.faithful:
+    if request.samples == 1 or not request.context.faithful:
         return False
     with recorded_precision():
-        return trusted(request.setting, request.parameters, request.by, request.memory)
+        return trusted(request.context, request.parameters, request.by, request.memory)
 
 
 def source_of(request: Request) -> Source:
@@ -81,25 +82,25 @@ def source_of(request: Request) -> Source:
     Raises ``StructureError`` where no prediction has a sample axis, or where rows by this
     decomposition need the recording and cannot have it.
     """
-    setting, by = request.setting, request.by
+    context, by = request.context, request.by
     check_recurrences_of(request)
-    if not setting.axes:
+    if not context.axes:
         shapes = list(request.structure.predictions)
         raise StructureError(MSG_NO_ROWS.format(shapes=shapes, n=request.samples))
     if is_planned(request):
-        return ReplayedRows(setting, request.parameters, by)
+        return ReplayedRows(context, request.parameters, by)
     # No plan: say why, and refuse decompositions that only a plan can give.
-    why = request.unfaithful
-    if request.samples > 1 and setting.faithful:
+    why = request.replay_difference
+    if request.samples > 1 and context.faithful:
         why = REFUTED
     if by != "component" and not request.samples_are_independent:
         raise StructureError(MSG_NOT_REPLAYED.format(by=by, why=why))
-    return EagerRows(setting, request.parameters, setting.faithful, why)
+    return EagerRows(context, request.parameters, context.faithful, why)
 
 
 def check_recurrences_of(request: Request) -> None:
     """Raise ``StructureError`` for a recurrence on a GPU that cannot be replayed."""
-    graph = request.setting.graph
+    graph = request.context.graph
     check_recurrences(graph.forward_steps, lambda weight: graph.values[weight.index].requires_grad)
 
 

@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 from unbatch.analysis.domain.sample_layout import Layout
-from unbatch.autodiff.autograd import gradients
+from unbatch.autodiff.autograd import detached, gradients, leaves_of
 from unbatch.autodiff.context import Context
 from unbatch.autodiff.schedule import Schedule
-from unbatch.capture.substitutes import held, norm_held
+from unbatch.capture.substitutes import held, norm_with_constant_statistics
 from unbatch.gradients.replayed_rows import ReplayedRows
-from unbatch.gradients.sources import leaves_of
 from unbatch.linalg.precision import DOUBLE, in_double
 from unbatch.linalg.probes import gaussians_like, seeded
 from unbatch.linalg.rows import real, squares
@@ -36,7 +35,7 @@ NO_DOUBLE = (RuntimeError, TypeError, NotImplementedError, IndexError)
 CANCELLATION = 1e-3
 
 
-def trusted(setting: Context, parameters: Mapping[str, Tensor], by: str, memory: int) -> bool:
+def trusted(context: Context, parameters: Mapping[str, Tensor], by: str, memory: int) -> bool:
     """Return whether the planned backward pass gives what a plain one gives.
 
     In float64 where the computation can be run in it and ``memory`` allows, so that small gradients
@@ -44,33 +43,33 @@ def trusted(setting: Context, parameters: Mapping[str, Tensor], by: str, memory:
     """
     # Plans are made for a set of parameters and a decomposition, and so are answers.
     key = (tuple(parameters), by)
-    if key not in setting.trust:
-        plan = setting.route(parameters, by).flow
-        setting.trust[key] = plan.divisible and _passes(setting, parameters, by, memory)
-    return setting.trust[key]
+    if key not in context.trust:
+        plan = context.schedule(parameters, by).plan
+        context.trust[key] = plan.divisible and _passes(context, parameters, by, memory)
+    return context.trust[key]
 
 
-def _passes(setting: Context, parameters: Mapping[str, Tensor], by: str, memory: int) -> bool:
+def _passes(context: Context, parameters: Mapping[str, Tensor], by: str, memory: int) -> bool:
     # Forward and backward together take about three times the values, as measured.
-    fits = 3 * setting.values_in_double <= max(memory, ALWAYS)
+    fits = 3 * context.values_in_double <= max(memory, ALWAYS)
     # Where float64 does not fit, float32 may do; if that fails, rounding may be to blame, and
     # float64 decides all the same.
-    if not fits and _agrees(setting, parameters, by, setting.rounding):
+    if not fits and _agrees(context, parameters, by, context.rounding):
         return True
     try:
         doubles = {name: in_double(p.detach()) for name, p in parameters.items()}
-        return _agrees(setting.in_double(), doubles, by, DOUBLE)
+        return _agrees(context.in_double(), doubles, by, DOUBLE)
     except NO_DOUBLE:
-        return fits and _agrees(setting, parameters, by, setting.rounding)
+        return fits and _agrees(context, parameters, by, context.rounding)
 
 
-def _agrees(setting: Context, parameters: Mapping[str, Tensor], by: str, bound: float) -> bool:
+def _agrees(context: Context, parameters: Mapping[str, Tensor], by: str, bound: float) -> bool:
     """Return whether a trial agrees with a plain backward pass, up to a relative error."""
-    weights = _random_weights(setting, parameters, by)
-    route = setting.route(parameters, by)
-    cotangents, expected = _plain_sum(route, parameters, setting.data, weights)
-    rows = ReplayedRows(setting, parameters, by, cotangents)
-    trial = rows.trial(weights, setting.samples // 2)
+    weights = _random_weights(context, parameters, by)
+    schedule = context.schedule(parameters, by)
+    cotangents, expected = _plain_sum(schedule, parameters, context.data, weights)
+    rows = ReplayedRows(context, parameters, by, cotangents)
+    trial = rows.trial(weights, context.samples // 2)
     scale = _largest(cotangents)
     norms, magnitudes, roots = {}, {}, {}
     for name, row in trial.of_sample.items():
@@ -86,12 +85,12 @@ def _agrees(setting: Context, parameters: Mapping[str, Tensor], by: str, bound: 
     )
 
 
-def _random_weights(setting: Context, parameters: Mapping[str, Tensor], by: str) -> Tensor:
+def _random_weights(context: Context, parameters: Mapping[str, Tensor], by: str) -> Tensor:
     """Return weights of samples, ``[N]``; ones for copy rows, of which only the sum can be
     compared.
     """
     # Between 0.5 and 1.5: no sample is lost, and no two weigh the same.
-    weights = torch.rand(setting.samples, generator=seeded(0), dtype=torch.float64) + 0.5
+    weights = torch.rand(context.samples, generator=seeded(0), dtype=torch.float64) + 0.5
     if by == "copy":
         weights = torch.ones_like(weights)
     like = next(iter(parameters.values()))
@@ -99,21 +98,24 @@ def _random_weights(setting: Context, parameters: Mapping[str, Tensor], by: str)
 
 
 def _plain_sum(
-    route: Schedule, parameters: Mapping[str, Tensor], feed: Mapping[int, Tensor], weights: Tensor
+    schedule: Schedule,
+    parameters: Mapping[str, Tensor],
+    feed: Mapping[int, Tensor],
+    weights: Tensor,
 ) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
     """Return random cotangents of the predictions, and ``Σ_n c_n row_n`` for them.
 
     By one backward pass of a plain replay in which what a decomposition holds constant is constant.
     """
-    graph, plan = route.graph, route.flow
+    graph, plan = schedule.graph, schedule.plan
     leaves = leaves_of(parameters)
-    live = {i: leaves[name] for i, name in plan.parameters.items()}
+    live = plan.by_number(leaves)
     # The replay knows nothing of sites, contractions or columns: an independent definition.
     constant: dict[int, Callable[..., Any]] = {}
-    for step in route.cut_off:
+    for step in schedule.cut_off:
         constant[step.index] = held(step.op)
     for i in plan.frozen_norms:
-        constant[i] = norm_held(graph.steps[i])
+        constant[i] = norm_with_constant_statistics(graph.steps[i])
     with torch.enable_grad():
         outputs = graph.run(
             {**feed, **live}, list(plan.predictions), instead=constant, steps=graph.forward_steps
@@ -127,7 +129,7 @@ def _plain_sum(
     for i, g in cotangents.items():
         scaled.append(Layout(plan.predictions[i], plan.samples).scaled(g, weights))
     total = gradients(list(predictions.values()), leaves, scaled)
-    return cotangents, {name: t.detach() for name, t in total.items()}
+    return cotangents, detached(total)
 
 
 def _largest(tensors: Mapping[Any, Tensor], least: float = 0.0) -> float:

@@ -60,11 +60,6 @@ class Chunking:
         return slices_of(count, size)
 
 
-def leaves_of(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return parameters as leaves of a graph of their own, by which it is differentiated."""
-    return {name: p.detach().requires_grad_() for name, p in parameters.items()}
-
-
 class Source(ABC):
     """Where rows come from.
 
@@ -72,7 +67,7 @@ class Source(ABC):
     plan.
     """
 
-    setting: Context
+    context: Context
     note = ""
     reason = "One backward pass serves all samples."
 

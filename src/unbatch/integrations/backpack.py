@@ -351,14 +351,14 @@ class _ColumnCollector(Collector):
     def __init__(self, about: About, root: Factor) -> None:
         super().__init__(about)
         self.root = root
-        samples, columns = root.table
+        samples, columns = root.layout
         self.columns: dict[str, Tensor] = {}
         for name, shape in about.shapes.items():
             self.columns[name] = wide(about.like.new_zeros(columns, samples, *shape))
 
-    def take(self, name: str, part: RowBlock) -> None:
+    def take(self, name: str, block: RowBlock) -> None:
         if self.root.columns:
-            self.columns[name][part.column, part.where] += part.rows()
+            self.columns[name][block.column, block.where] += block.rows()
 
     def finish(self) -> ByParameter:
         by_name = {name: self._entrywise(t) for name, t in self.columns.items()}
@@ -369,15 +369,15 @@ class _ColumnCollector(Collector):
         """Return a column for every entry of the predictions, as for ``GGN.gram``.
 
         The root has fewer columns where the Hessian is of lower rank (C - 1 for a softmax).
-        ``whole`` takes them to those of the symmetric root, which has the C that BackPACK has.
+        ``to_entries`` takes them to those of the symmetric root, which has the C that BackPACK has.
         """
-        root, whole = self.root, self.root.whole
-        if whole is None or root.sampled:
+        root, to_entries = self.root, self.root.to_entries
+        if to_entries is None or root.sampled:
             return columns
         # Legend of the einsum: t position inside a sample, c entry, k column of the root.
         _, t, _, k = root.root.shape
         split = columns.unflatten(0, (t, k))
-        return torch.einsum("ntck,tkn...->tcn...", whole.to(split), split).flatten(0, 1)
+        return torch.einsum("ntck,tkn...->tcn...", to_entries.to(split), split).flatten(0, 1)
 
 
 # --- refused --------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ class Control:
     pullbacks: int
 
 
-def from_signs(
+def estimate_diagonal(
     pull: Pull,
     size: int,
     draws: int,

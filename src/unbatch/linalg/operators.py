@@ -72,7 +72,7 @@ class Operator(ABC):
             return self._times_named(v, size, apply)
         if not isinstance(v, Tensor) or v.ndim not in (1, 2) or v.shape[0] != size:
             raise InputError(self._no_vector(v, size))
-        v = self._fitting(v)
+        v = self._converted(v)
         if v.ndim == 2:
             return apply(v)
         return apply(v[:, None])[:, 0]
@@ -82,7 +82,7 @@ class Operator(ABC):
         if self.space is None:
             text = MSG_OPERATOR_VECTOR.format(got="a dict", size=size, what="it has no names")
             raise InputError(text)
-        column = self._fitting(self.space.flat(v))[:, None]
+        column = self._converted(self.space.flat(v))[:, None]
         return self.space.named(apply(column)[:, 0])
 
     def _no_vector(self, v: Any, size: int) -> str:
@@ -95,7 +95,7 @@ class Operator(ABC):
             what = "dicts by name are understood, too"
         return MSG_OPERATOR_VECTOR.format(got=got, size=size, what=what)
 
-    def _fitting(self, v: Tensor) -> Tensor:
+    def _converted(self, v: Tensor) -> Tensor:
         """Return a vector on the operator's device and in its dtype."""
         return v.detach().to(self.device, self.dtype)
 
@@ -152,7 +152,7 @@ class Operator(ABC):
     def _numpy(self, apply: Apply, v: Any) -> Any:
         """Return a product with an array, ``[n]`` or ``[n, K]``, as an array."""
         # SciPy passes what it likes, of any dtype; the result has the operator's.
-        columns = self._fitting(torch.as_tensor(v).reshape(len(v), -1))
+        columns = self._converted(torch.as_tensor(v).reshape(len(v), -1))
         return apply(columns).reshape(-1, *v.shape[1:]).cpu().numpy()
 
 

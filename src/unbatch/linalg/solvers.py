@@ -40,18 +40,18 @@ class Solved:
 
 
 def conjugate_gradients(
-    times: Callable[[Tensor], Tensor], b: Tensor, rtol: float, most: int
+    times: Callable[[Tensor], Tensor], b: Tensor, rtol: float, limit: int
 ) -> tuple[Tensor, Solved]:
     """Return ``x`` with ``A x = b``, ``[n]``, for symmetric positive definite A, and how well it
     was solved.
 
-    Conjugate gradients (Hestenes and Stiefel 1952), with at most ``most`` products ``times``.
+    Conjugate gradients (Hestenes and Stiefel 1952), with at most ``limit`` products ``times``.
     """
     x, r = torch.zeros_like(b), b.clone()
     direction, size = r.clone(), b.norm()
     squared, iterations = r @ r, 0
     # The recursion's residual drifts from the true one: it is brought to half of what is allowed.
-    while iterations < most and squared.sqrt() > 0.5 * rtol * size:
+    while iterations < limit and squared.sqrt() > 0.5 * rtol * size:
         forward = times(direction)
         curvature = direction @ forward
         if not curvature > 0:  # rounding, or A is not positive definite

@@ -200,7 +200,7 @@ class Problem:
         Cost: some dozens of forward passes.
         """
         session = self._recorded()
-        return verify(session.structure, session.oracle, session.predictions)
+        return verify(session.structure, session.experiment, session.predictions)
 
     def crosstalk(
         self, probes: int | None = None, *, samples: Sequence[int] | Tensor | None = None
@@ -216,7 +216,7 @@ class Problem:
         rows: list[int] | None = None
         if index is not None:
             rows = index.tolist()
-        return crosstalk(self._recorded().oracle, probes, rows)
+        return crosstalk(self._recorded().experiment, probes, rows)
 
     def predictions(self) -> Any:
         """Return ``F``, what the model predicts on the batch, with the noise of the recorded run.

@@ -48,12 +48,12 @@ class Question:
         """Return the question as the engine sees it."""
         analysis = self.session.analysis
         return Request(
-            analysis.setting,
+            analysis.context,
             analysis.structure,
             self.parameters,
             self.by,
             self.memory,
-            analysis.unfaithful,
+            analysis.replay_difference,
         )
 
     def answer(
@@ -62,11 +62,11 @@ class Question:
         """Return results in this order; warn where one of them is no statistic over samples."""
         analysis = self.session.analysis
         structure = analysis.structure
-        # Weights of the losses of samples are read off the marks, and exist for a sum only.
-        marks = None
+        # Weights of the losses of samples are read off the ownership, and exist for a sum only.
+        ownership = None
         if structure.reduction:
-            marks = analysis.marks_in_loss
-        label = label_of(structure, self.by, marks)
+            ownership = analysis.ownership_in_loss
+        label = label_of(structure, self.by, ownership)
         _warn_of_moments(structure, quantities, label)
         # The engine switches gradients on where it needs them, and only there.
         with torch.no_grad(), recorded_precision():
@@ -97,14 +97,14 @@ STATUS = {"fails": "it fails", "unknown": "it is unknown"}
 KINDS = {"component": "per-component", "copy": "per-copy", "frozen": "frozen"}
 
 
-def label_of(s: Structure, by: str, marks: Mapping[int, Ownership] | None = None) -> Label:
+def label_of(s: Structure, by: str, ownership: Mapping[int, Ownership] | None = None) -> Label:
     """Return what the rows are called.
 
     Without cross-sample dependence the three decompositions are one; they are per-sample if the
     loss has the same form for every sample, too.
     """
     if not (s.independent_forward and s.simd_loss):
-        return Label(by, KINDS[by], "", marks)
+        return Label(by, KINDS[by], "", ownership)
     notes = []
     # The loss is no sum of losses of samples, or their weights depend on other samples: a row is
     # right up to that factor.
@@ -112,7 +112,7 @@ def label_of(s: Structure, by: str, marks: Mapping[int, Ownership] | None = None
         notes.append("up to a factor that depends on the batch")
     if s.simd_loss.weights_depend_on:
         notes.append(f"of losses {s.simd_loss.note}")
-    return Label(by, "per-sample", ", ".join(notes), marks)
+    return Label(by, "per-sample", ", ".join(notes), ownership)
 
 
 def _warn_of_moments(s: Structure, quantities: Sequence[Quantity], label: Label) -> None:

@@ -28,7 +28,7 @@ from unbatch.capture.program import Program
 from unbatch.errors import StructureError
 from unbatch.problem.recording import Batch, Recording, numbers_of, state_of
 from unbatch.verification.experiment import Experiment
-from unbatch.verification.fidelity import unfaithful
+from unbatch.verification.fidelity import replay_difference
 from unbatch.verification.verify import settle
 
 
@@ -42,7 +42,7 @@ class Inference:
     findings: AnalysisState
 
     @cached_property
-    def oracle(self) -> Experiment:
+    def experiment(self) -> Experiment:
         """Return what runs the program on other batches."""
         recording, batch = self.recording, self.recording.batch
         return Experiment(
@@ -69,7 +69,7 @@ class Fidelity:
     on_batch: str
 
     @property
-    def unfaithful(self) -> str:
+    def replay_difference(self) -> str:
         """Return why the recording cannot replace the model on its own batch; empty if it can."""
         # Values that differ on another batch may do so because Python took another path there:
         # on the recorded batch, the recording may still be exactly what ran.
@@ -80,13 +80,14 @@ class Fidelity:
 class Analysis:
     """A recording with its verdicts, and as the engine sees it.
 
-    ``unfaithful``: why replays cannot stand for the model's derivatives, empty where they can.
+    ``replay_difference``: why replays cannot stand for the model's derivatives, empty where they
+    can.
     """
 
     inference: Inference
     structure: Structure
-    unfaithful: str
-    setting: Context
+    replay_difference: str
+    context: Context
 
     @property
     def findings(self) -> AnalysisState:
@@ -94,7 +95,7 @@ class Analysis:
         return self.inference.findings
 
     @property
-    def marks_in_loss(self) -> Mapping[int, Ownership]:
+    def ownership_in_loss(self) -> Mapping[int, Ownership]:
         """Return the ownership of the values in the loss, where there is one to judge."""
         loss = self.findings.loss
         return {} if loss is None else loss.marks
@@ -104,14 +105,14 @@ class Analysis:
         if not self._holds_for(graph):
             return None
         inference = replace(self.inference, recording=recording, graph=graph)
-        setting = replace(
-            self.setting,
+        context = replace(
+            self.context,
             program=recording.program,
             graph=graph,
             inputs=recording.batch.inputs,
             targets=recording.batch.targets,
         )
-        return replace(self, inference=inference, setting=setting)
+        return replace(self, inference=inference, context=context)
 
     def _holds_for(self, graph: Graph) -> bool:
         """Return whether every fact about values that a rule or a plan used holds in ``graph``."""
@@ -119,7 +120,7 @@ class Analysis:
         facts = [*self.findings.forward.facts]
         if self.findings.loss is not None:
             facts += self.findings.loss.facts
-        facts += self.setting.facts
+        facts += self.context.facts
         return all(fact.holds(graph) for fact in facts)
 
 
@@ -129,10 +130,10 @@ class Analysis:
 def analyse(recording: Recording) -> Analysis:
     """Prove what the rules can, compare replays with the model, and test what is open."""
     inference = infer(recording)
-    fidelity = fidelity_of(inference.oracle)
+    fidelity = fidelity_of(inference.experiment)
     structure = verified(inference, fidelity)
-    setting = _context(inference, structure, faithful=not fidelity.unfaithful)
-    return Analysis(inference, structure, fidelity.unfaithful, setting)
+    context = _context(inference, structure, faithful=not fidelity.replay_difference)
+    return Analysis(inference, structure, fidelity.replay_difference, context)
 
 
 class _OtherPaths:
@@ -184,13 +185,13 @@ def infer(recording: Recording) -> Inference:
     return Inference(recording, findings.forward.graph, structure, findings)
 
 
-def fidelity_of(oracle: Experiment) -> Fidelity:
+def fidelity_of(experiment: Experiment) -> Fidelity:
     """Return how far replays agree with the model, in values and in gradients."""
     # Compared on another batch than the recorded one, where constants of that batch would show.
-    values, gradients = unfaithful(oracle)
+    values, gradients = replay_difference(experiment)
     if not values:
         return Fidelity(values, gradients, "")
-    values_on_batch, gradients_on_batch = unfaithful(oracle, here=True)
+    values_on_batch, gradients_on_batch = replay_difference(experiment, on_recorded_batch=True)
     return Fidelity(values, gradients, values_on_batch or gradients_on_batch)
 
 
@@ -201,7 +202,7 @@ def verified(inference: Inference, fidelity: Fidelity) -> Structure:
     differs = fidelity.values
     if structure.assumptions:
         differs = ""
-    structure = settle(structure, inference.oracle, recording.predictions, differs)
+    structure = settle(structure, inference.experiment, recording.predictions, differs)
     notes = list(structure.notes)
     if recording.unregistered:
         notes.append(recording.unregistered)
@@ -265,9 +266,9 @@ class Session:
         return self.analysis.structure
 
     @property
-    def oracle(self) -> Experiment:
+    def experiment(self) -> Experiment:
         """Return what runs the program on other batches."""
-        return self.analysis.inference.oracle
+        return self.analysis.inference.experiment
 
     @property
     def predictions(self) -> Any:
@@ -277,9 +278,9 @@ class Session:
     @property
     def at_the_cut(self) -> Any:
         """Return the values that the loss of a model with its own loss is cut at."""
-        setting = self.analysis.setting
+        context = self.analysis.context
         # In the order of their axes of samples, which is that of the structure.
-        values = list(setting.numbers(list(setting.axes)).values())
+        values = list(context.numbers(list(context.axes)).values())
         return values[0] if len(values) == 1 else tuple(values)
 
     def check_connected(self) -> None:

@@ -407,14 +407,14 @@ def _is_dense(t: Tensor) -> bool:
 # --- pictures and reports -------------------------------------------------------------------------
 
 
-def check_given(fits: bool, given: Any, call: str, takes: str, arguments: str = "problem") -> None:
+def check_shown(fits: bool, value: Any, call: str, takes: str, arguments: str = "problem") -> None:
     """Raise ``InputError`` where no picture or report can be made of something.
 
     ``takes`` says of what it can.
     """
     if fits:
         return
-    text = errors.MSG_GIVEN.format(call=call, takes=takes, value=_kind(given), arguments=arguments)
+    text = errors.MSG_GIVEN.format(call=call, takes=takes, value=_kind(value), arguments=arguments)
     raise InputError(text)
 
 

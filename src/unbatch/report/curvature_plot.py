@@ -17,7 +17,7 @@ from unbatch.diagram.figure import BLUE, GREY, INK, SKY, blank
 from unbatch.errors import InputError
 from unbatch.linalg.spectra import Density, Eigenpairs
 from unbatch.problem.problem import Problem
-from unbatch.problem.validation import check_given
+from unbatch.problem.validation import check_shown
 from unbatch.report.style import colour, count_along, finish, line, marker
 from unbatch.report.tables import nonzero
 
@@ -91,7 +91,7 @@ def _spectra(given: Any) -> list[Spectrum]:
         return [Spectrum("eigenvalues", source.values)]
     takes = "a Problem, what problem.ggn() returns, eigenpairs, or a 1-d tensor of real eigenvalues"
     fits = isinstance(source, Tensor) and source.ndim == 1 and source.is_floating_point()
-    check_given(fits, given, "plot.spectrum", takes)
+    check_shown(fits, given, "plot.spectrum", takes)
     return [Spectrum("eigenvalues", source)]
 
 
@@ -128,7 +128,7 @@ def directions(given: Problem | GGN | Directions, k: int = 4, ax: Axes | None = 
     if isinstance(source, Problem):
         source = source.ggn()
     takes = "a Problem, what problem.ggn() returns, or its directions(k)"
-    check_given(isinstance(source, GGN | Directions), source, "plot.directions", takes)
+    check_shown(isinstance(source, GGN | Directions), source, "plot.directions", takes)
     if isinstance(source, GGN):
         source = source.directions(k)
     ax = blank(ax)

@@ -20,7 +20,7 @@ from markupsafe import Markup, escape
 from unbatch.capture.program import name_of
 from unbatch.errors import MSG_REPORT_FILE, UnbatchError
 from unbatch.problem.problem import Problem
-from unbatch.problem.validation import check_given
+from unbatch.problem.validation import check_shown
 from unbatch.report.parts import PARTS, Block, Part, Picture, Status, Table, dtypes
 
 FILE = Path("unbatch-report.html")
@@ -41,7 +41,7 @@ def write_report(
     Raises ``OSError`` where the file cannot be written, before anything is computed, and
     ``InputError`` for what is no problem.
     """
-    check_given(isinstance(problem, Problem), problem, "write_report", "a Problem", "problem, path")
+    check_shown(isinstance(problem, Problem), problem, "write_report", "a Problem", "problem, path")
     path = Path(path)
     check_writable(path)
     path.write_text(page(problem, title, said or {}), encoding="utf-8")

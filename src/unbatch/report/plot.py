@@ -23,7 +23,7 @@ from unbatch.gradients.plan import Plan
 from unbatch.gradients.quantities import SquaredNorms
 from unbatch.gradients.results import Rows, SquaredNormsByParameter
 from unbatch.problem.problem import Problem
-from unbatch.problem.validation import check_given
+from unbatch.problem.validation import check_shown
 from unbatch.report.curvature_plot import density, directions, spectrum
 from unbatch.report.style import HATCHES, colour, count_along, finish, hatch
 from unbatch.verification.crosstalk import Crosstalk
@@ -64,7 +64,7 @@ def structure(given: Problem | Diagram, ax: Axes | None = None) -> Axes:
     what cannot be drawn, as all functions here do.
     """
     fits = isinstance(given, Problem | Diagram)
-    check_given(fits, given, "plot.structure", "a Problem, or what problem.diagram() returns")
+    check_shown(fits, given, "plot.structure", "a Problem, or what problem.diagram() returns")
     diagram = given.diagram() if isinstance(given, Problem) else given
     ax = figure.draw(diagram.stages, diagram.samples, ax)
     ax.set_label(diagram.description)
@@ -80,7 +80,7 @@ def crosstalk(given: Problem | Crosstalk, ax: Axes | None = None) -> Axes:
     Of a problem, ``problem.crosstalk()`` is computed: for every prediction and every sample.
     """
     fits = isinstance(given, Problem | Crosstalk)
-    check_given(fits, given, "plot.crosstalk", "a Problem, or what problem.crosstalk() returns")
+    check_shown(fits, given, "plot.crosstalk", "a Problem, or what problem.crosstalk() returns")
     result = given.crosstalk() if isinstance(given, Problem) else given
     ax = blank(ax, 4.6, 3.8)
     count_along(ax.xaxis, ax.yaxis)
@@ -203,7 +203,7 @@ def _norms_of_results(given: Any) -> dict[str, Tensor]:
     # All are checked before the first is computed with.
     for result in results.values():
         fits = isinstance(result, Rows | SquaredNormsByParameter)
-        check_given(fits, result, "plot.gradient_norms", takes)
+        check_shown(fits, result, "plot.gradient_norms", takes)
     norms = {}
     for name, result in results.items():
         norms[name] = _squared_norms(result).detach().sqrt().double().cpu()

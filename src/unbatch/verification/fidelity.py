@@ -33,15 +33,15 @@ class _Outputs:
     error: str
 
 
-def unfaithful(experiment: Experiment, here: bool = False) -> tuple[str, str]:
+def replay_difference(experiment: Experiment, on_recorded_batch: bool = False) -> tuple[str, str]:
     """Return why the recording cannot stand for the model: in values, and in gradients.
 
     Empty where it can, or where the model does not take the batch. On a batch in which every sample
-    is replaced, so that it shows if Python decided by the data; or, with ``here``, on the one that
-    was recorded.
+    is replaced, so that it shows if Python decided by the data; or, with ``on_recorded_batch``, on
+    the one that was recorded.
     """
     inputs = experiment.inputs
-    if not here:
+    if not on_recorded_batch:
         keep = torch.zeros(experiment.samples, dtype=torch.bool)
         inputs = experiment.changed(keep, "noisy")
     own = _trained_parameters(experiment)

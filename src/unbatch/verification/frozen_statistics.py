@@ -16,7 +16,7 @@ from torch import Tensor
 from unbatch.analysis.interpreter import Interpretation
 from unbatch.capture import ops
 from unbatch.capture.steps import Step
-from unbatch.capture.substitutes import norm_held
+from unbatch.capture.substitutes import norm_with_constant_statistics
 from unbatch.verification.experiment import Experiment, Untestable
 from unbatch.verification.forward_tests import partitions
 from unbatch.verification.permutations import results_of
@@ -95,7 +95,7 @@ def _freeze(experiment: Experiment) -> _Frozen:
     graph.run({}, experiment.prediction_refs, visit=keep)
     held = {}
     for i, (mean, invstd) in norms.items():
-        held[i] = norm_held(graph.steps[i], (values[mean], values[invstd]))
+        held[i] = norm_with_constant_statistics(graph.steps[i], (values[mean], values[invstd]))
     return _Frozen(experiment, values, held)
 
 

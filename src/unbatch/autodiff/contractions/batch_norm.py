@@ -2,7 +2,7 @@
 
 Right below the topmost batch norm its closed form serves all samples at once (``Projected``, and
 ``ProjectedRows`` where that factorizes). Further down every sample is a column of its own, and a
-column sums over the positions of all samples (``Pooled``). The scale and shift of a batch norm
+column sums over the positions of all samples (``PooledRows``). The scale and shift of a batch norm
 itself are ordinary broadcasts (``broadcast.py``).
 
 Legend: ``n`` sample, ``k`` column, ``o``/``i`` output and input feature, ``c`` channel; ``x̂`` the
@@ -142,8 +142,8 @@ class ProjectedRows(Contraction):
         """Return ``Σ_n row_n²`` for squares ``l2`` ``[n, o]`` of ``L``, in which it is linear."""
         x, c = self.xhat[where], self.centred[where]
         mixed = (l2 * x).T @ c * self.slope * 2
-        whole = l2.T @ c.square() - mixed + (l2 * x.square()).sum(0)[:, None] * self.slope.square()
-        return whole.T
+        total = l2.T @ c.square() - mixed + (l2 * x.square()).sum(0)[:, None] * self.slope.square()
+        return total.T
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         scaled = self.l * weights.to(self.l.dtype)[:, None]
@@ -176,7 +176,7 @@ class _SquaredCotangents(Gathering):
         return self.first.sum_of_squares_for(self.squares, slice(0, self.first.samples))
 
 
-class Pooled(Contraction):
+class PooledRows(Contraction):
     """A matrix product below the last place of mixing: a row sums over all samples.
 
     ``row_k = Σ_m G_km ⊗ X_m`` with ``m`` the positions of all samples, and the same ``X`` for all
@@ -195,7 +195,7 @@ class Pooled(Contraction):
         self.first = 0  # number of the first column that was received
         self.shared = self  # holds what all columns have in common
 
-    def of(self, g: Tensor, first: int) -> Pooled:
+    def of(self, g: Tensor, first: int) -> PooledRows:
         """Return this for cotangents ``[k, *output]`` of columns numbered from ``first``."""
         other = copy.copy(self)
         other.shared = self
@@ -257,11 +257,11 @@ class _SecondMoments(Gathering):
     With fewer positions than input features this takes less than forming the rows.
     """
 
-    def __init__(self, first: Pooled) -> None:
+    def __init__(self, first: PooledRows) -> None:
         g = wide(first.g)
         self.moments, self.first = g.new_zeros(g.shape[2], g.shape[1], g.shape[1]), first
 
-    def add(self, contraction: Pooled, where: slice, sign: float) -> None:
+    def add(self, contraction: PooledRows, where: slice, sign: float) -> None:
         g = wide(contraction._columns(where))
         columns, positions, features = g.shape
         # ``[o, k, m]``, so that one batched product sums over columns for every feature.

@@ -80,7 +80,7 @@ class Contraction(ABC):
         """Return the name that a plan prints."""
         return type(self).__name__.lower()
 
-    def again(self) -> Self:
+    def fresh_copy(self) -> Self:
         """Return the same site, for another cotangent."""
         # A contraction is made once, at the forward pass, and receives once for each backward pass.
         # A shallow copy by hand: copy.copy takes as long as a small contraction, and this runs for
@@ -205,20 +205,20 @@ def detached(
 ) -> dict[str, Any]:
     """Return arguments of an op with every tensor but one detached, and copied if ``copy``."""
 
-    def one(a: Any) -> Any:
+    def detach(a: Any) -> Any:
         if not isinstance(a, Tensor) or a is but:
             return a
         if copy:
             return a.detach().clone()
         return a.detach()
 
-    return {name: tree_map(one, value) for name, value in arguments.items()}
+    return {name: tree_map(detach, value) for name, value in arguments.items()}
 
 
 def _replaced(arguments: Mapping[str, Any], old: Tensor, new: Tensor) -> dict[str, Any]:
     """Return arguments with one tensor in the place of another, also inside lists."""
 
-    def one(a: Any) -> Any:
+    def replace(a: Any) -> Any:
         return new if a is old else a
 
-    return {name: tree_map(one, value) for name, value in arguments.items()}
+    return {name: tree_map(replace, value) for name, value in arguments.items()}

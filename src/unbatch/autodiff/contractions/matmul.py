@@ -76,10 +76,10 @@ class Linear(Contraction):
 
         A recurrent weight has a use for every step.
         """
-        whole = copy.copy(contractions[0])
-        whole.g = torch.cat([c.g for c in contractions], 1)
-        whole.x = torch.cat([c.x for c in contractions], 1)
-        return whole
+        product = copy.copy(contractions[0])
+        product.g = torch.cat([c.g for c in contractions], 1)
+        product.x = torch.cat([c.x for c in contractions], 1)
+        return product
 
     @property
     def one_position(self) -> bool:

@@ -68,18 +68,9 @@ class RowBlock:
     def gathering(self, memory: int) -> Gathering | None:
         """Return what sums the squares of many columns, where they are best taken together.
 
-        None where adding up what each column gives is as good. Takes blocks of this parameter by
-        ``gather``.
+        None where adding up what each column gives is as good. Takes blocks of this parameter.
         """
         return None
-
-    def gather(self, into: Gathering) -> None:
-        """Add this block's squares to what a block of the same parameter gave as ``gathering``."""
-        into.add(self, self.where, self.sign)
-
-    def gathered(self, from_: Gathering) -> Tensor:
-        """Return the sum of squares, ``[*param]``."""
-        return from_.total()
 
     def scatter(self, mean: Tensor | None = None) -> Tensor:
         """Return ``Σ_n (row_n − mean)²``, ``[*param]``; by default around their own mean."""
@@ -111,7 +102,7 @@ class RowBlock:
         flat = self.coordinates()
         return flat @ flat.T
 
-    def kept(self) -> Tensor | Contraction:
+    def stored(self) -> Tensor | Contraction:
         """Return what inner products can be had from later, in memory of its own.
 
         Coordinates ``[k, q]``, or the contraction itself where that is smaller.
@@ -230,12 +221,12 @@ class LazyRowBlock(RowBlock):
             return self.site.dots()
         return super().dots()
 
-    def kept(self) -> Tensor | Contraction:
+    def stored(self) -> Tensor | Contraction:
         if self._all_samples and self.site.compact:
             return self.site
         if self._without_rows("coordinates"):
             return self.coordinates()  # fresh memory already
-        return super().kept()
+        return super().stored()
 
 
 class _InParameter(Gathering):
