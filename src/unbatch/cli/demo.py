@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 import unbatch as ub
 from unbatch import rendering
-from unbatch.analysis.structure import (
+from unbatch.analysis.structure_tables import (
     TITLES,
     culprit_part,
     follows_part,

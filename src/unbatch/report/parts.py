@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from unbatch.analysis import consequence_table
-from unbatch.analysis.structure import MARKS, NAMED, TITLES, Culprit, Verdict, by_kind
+from unbatch.analysis.structure import Culprit, Verdict
+from unbatch.analysis.structure_tables import MARKS, NAMED, TITLES, by_kind
 from unbatch.diagram import figure
 from unbatch.errors import UnbatchError
 from unbatch.gradients.results import Rows

@@ -1,0 +1,193 @@
+"""The printed report of a structure: its parts as tables, and the words and marks in them.
+
+The report in a notebook, the command line and the HTML report are made of these parts. What they
+show is in ``structure.py``, which imports this file; so the types come in for the checker alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+from rich.text import Text
+
+from unbatch.analysis import consequence_table
+from unbatch.analysis.consequence_facts import PART, Consequence
+
+if TYPE_CHECKING:
+    from unbatch.analysis.structure import Culprit, Structure
+
+STYLES = {
+    "holds": "green",
+    "fails": "red",
+    "unknown": "yellow",
+    "exact": "green",
+    "renamed": "cyan",
+    "estimate": "yellow",
+    "none": "red",
+}
+
+NAMED = 4  # modules in a row of culprits; more are counted
+
+MARKS = {"holds": "✓", "fails": "✗", "unknown": "?"}
+
+TITLES = {
+    "canonical_split": "canonical split",
+    "independent_forward": "independent forward",
+    "simd_forward": "SIMD forward",
+    "simd_given_statistics": "SIMD given statistics",
+    "reduction": "reduction",
+    "simd_loss": "SIMD loss",
+}
+
+
+def render(structure: Structure) -> list[Any]:
+    """Return the parts of the printed report.
+
+    They are heading, verdicts, culprits, assumptions and notes, and what follows.
+    """
+    return [
+        heading(structure),
+        verdict_table(structure),
+        *culprit_part(structure),
+        *remarks(structure),
+        follows_part(structure),
+    ]
+
+
+def heading(structure: Structure) -> Text:
+    """Return what the structure is of: the batch and the predictions."""
+    shapes = ", ".join(str(list(shape)) for shape in structure.predictions)
+    return Text(f"Structure of the loss on a batch of {structure.samples}; predictions {shapes}")
+
+
+def verdict_table(structure: Structure) -> Table:
+    """Return one row for each of the six verdicts."""
+    table = _plain_table("structure", "verdict", "basis", "note")
+    for verdict in structure.verdicts:
+        status = Text(f"{MARKS[verdict.status]} {verdict.status}", STYLES[verdict.status])
+        table.add_row(TITLES[verdict.name], status, verdict.basis, verdict.note)
+    return table
+
+
+def _plain_table(*columns: str, title: str | None = None) -> Table:
+    table = Table(box=None, pad_edge=False, title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def by_kind(structure: Structure) -> list[tuple[list[Culprit], list[str]]]:
+    """Return culprits of one kind together, and the titles of the structures that they are against.
+
+    Of one kind are culprits that differ in where they stand and in the numbers of their text.
+    """
+    kinds: dict[tuple[str, str, str], tuple[list[Culprit], list[str]]] = {}
+    for verdict in structure.verdicts:
+        title = TITLES[verdict.name]
+        for culprit in verdict.culprits:
+            # How many statistics there are, say, is no reason for a row of its own.
+            kind = (culprit.op, re.sub(r"\d+", "", culprit.why), culprit.remedy)
+            culprits, against = kinds.setdefault(kind, ([], []))
+            if culprit not in culprits:
+                culprits.append(culprit)
+            if title not in against:
+                against.append(title)
+    return list(kinds.values())
+
+
+def culprit_part(structure: Structure, most: int = 12) -> list[Any]:
+    """Return a table with each kind of culprit once; nothing where there is none.
+
+    A row has the places of its kind, and the structures that it stands in the way of.
+    """
+    kinds = by_kind(structure)
+    if not kinds:
+        return []
+    table = _plain_table(
+        "module", "op", "where", "why, and what to do", "against", title="culprits"
+    )
+    for culprits, against in kinds[:most]:
+        first = culprits[0]
+        explanation = f"{first.why}. {first.remedy}"
+        table.add_row(
+            _module_names(culprits), first.op, first.short or "-", explanation, ", ".join(against)
+        )
+    if len(kinds) > most:
+        more = f"and {len(kinds) - most} more kinds, see the verdicts' `.culprits`"
+        table.add_row("…", "", "", more, "")
+    return [table]
+
+
+def _module_names(culprits: Sequence[Culprit]) -> str:
+    """Return the first modules of the culprits, one a line, and how many culprits are left out."""
+    modules = list(dict.fromkeys(c.module or "-" for c in culprits))[:NAMED]
+    more = len(culprits) - len(modules)
+    if more:
+        modules.append(f"+{more} more")
+    return "\n".join(modules)
+
+
+def remarks(structure: Structure) -> list[Text]:
+    """Return what the verdicts rest on beside the rules of this package, and their notes."""
+    entries = {
+        "assumed": structure.assumptions,
+        "rules of your own": structure.custom_rules,
+        "ops without a rule": structure.unknown_ops,
+    }
+    lines = []
+    for title, names in entries.items():
+        if names:
+            lines.append(Text(f"{title}: {', '.join(names)}"))
+    lines.extend(Text(f"note: {note}") for note in structure.notes)
+    return lines
+
+
+def follows_part(structure: Structure) -> Table:
+    """Return the quantities by what becomes of them; the star marks what this release computes."""
+    table = Table(
+        box=None,
+        pad_edge=False,
+        title="what follows (* computed by this release)",
+        title_justify="left",
+    )
+    table.add_column("", overflow="fold", min_width=24)
+    table.add_column("", overflow="fold")
+    for outcome, words in consequence_table.OUTCOMES.items():
+        style = STYLES.get(outcome, "yellow")
+        whole, parts = _by_part(c for c in structure.follows() if c.outcome == outcome)
+        if whole:
+            table.add_row(Text(words, style), ", ".join(_starred_name(c) for c in whole))
+        if parts:
+            # Their long name stands in front of the row, once for all of them.
+            if outcome == "renamed":
+                words = "exact"
+            names = ", ".join(_starred(c) for c in parts)
+            table.add_row(Text(words + PART, style), names)
+    return table
+
+
+def _by_part(
+    consequences_: Iterable[Consequence],
+) -> tuple[list[Consequence], list[Consequence]]:
+    """Return those of whole quantities, and those of the part through the predictions alone."""
+    whole, parts = [], []
+    for consequence in consequences_:
+        if consequence.name == consequence.quantity + PART:
+            parts.append(consequence)
+        else:
+            whole.append(consequence)
+    return whole, parts
+
+
+def _starred(consequence: Consequence) -> str:
+    return consequence.quantity + "*" * consequence.available
+
+
+def _starred_name(consequence: Consequence) -> str:
+    """Return the quantity with the name that its result carries where that is another."""
+    if consequence.outcome == "renamed":
+        return f"{_starred(consequence)} (as {consequence.name})"
+    return _starred(consequence)
