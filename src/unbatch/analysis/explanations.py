@@ -80,7 +80,7 @@ def culprit(step: Step, kind: str, **facts: object) -> Culprit:
     return Culprit(step.module, step.name, step.where, why, REMEDY.get(kind, DEFAULT_REMEDY))
 
 
-def escape_culprit(read: HostRead) -> Culprit:
+def host_read_culprit(read: HostRead) -> Culprit:
     """Return a host read as a culprit."""
     why = WHY["escape"].format(how=read.how)
     return Culprit(read.module, "escape", read.where, why, REMEDY["escape"])

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from unbatch.analysis.domain.dependence import StatisticUse
 from unbatch.analysis.domain.ownership import Ownership
 from unbatch.analysis.domain.propagation import Propagation
-from unbatch.analysis.domain.sample_layout import holds_its_place, uniform
+from unbatch.analysis.domain.sample_layout import in_its_place, uniform
 from unbatch.analysis.explanations import (
     DEFAULT_REMEDY,
     REMEDY,
     WHY,
     culprit,
-    escape_culprit,
+    host_read_culprit,
 )
 from unbatch.analysis.interpreter import Interpretation
 from unbatch.analysis.structure import BatchStatistic, Culprit, Structure, Verdict
@@ -55,7 +55,7 @@ class ForwardEvidence:
     @property
     def uses_statistics(self) -> bool:
         """Some prediction depends on other samples through a statistic."""
-        return any(m.given for m in self.marks)
+        return any(m.statistics for m in self.marks)
 
 
 def forward_evidence(
@@ -70,14 +70,14 @@ def forward_evidence(
     # A prediction that is a statistic itself is a use of it, which the algebra has to know before
     # its uses are read.
     for marks in predictions:
-        algebra.consume_alone(marks)
+        algebra.note_use(marks)
     steps = forward.ancestors(graph.used_predictions)
     in_place, alike = not reads, True
     for marks in predictions:
-        in_place = in_place and holds_its_place(marks, samples, leading)
+        in_place = in_place and in_its_place(marks, samples, leading)
         alike = alike and uniform(marks, samples, leading)
     uses = _uses_in(algebra, steps)
-    nonlinear = algebra.bent & steps
+    nonlinear = algebra.record.nonlinear & steps
     return ForwardEvidence(
         marks=tuple(predictions),
         steps=frozenset(steps),
@@ -85,7 +85,7 @@ def forward_evidence(
         reads=tuple(reads),
         in_place=in_place,
         uniform=alike,
-        bounded=not any(use.long for use in uses) and not algebra.overlapping(),
+        bounded=not any(use.long for use in uses) and not algebra.uses_overlapping_sets(),
         nonlinear=bool(nonlinear),
         ranks=bool(nonlinear) and _only_ranks(graph, algebra, nonlinear),
     )
@@ -94,8 +94,8 @@ def forward_evidence(
 def _uses_in(algebra: Propagation, steps: set[int]) -> list[StatisticUse]:
     """Return the uses of statistics that are made in ``steps``."""
     uses = []
-    for use in algebra.uses.values():
-        made_at = {algebra.roots[r].step for r in use.roots}
+    for use in algebra.record.uses.values():
+        made_at = {algebra.record.definitions[r].step for r in use.definitions}
         if made_at & steps:
             uses.append(use)
     return uses
@@ -103,7 +103,7 @@ def _uses_in(algebra: Propagation, steps: set[int]) -> list[StatisticUse]:
 
 def _only_ranks(graph: Graph, algebra: Propagation, steps: set[int]) -> bool:
     """Tell whether all of the steps do no more than compare or order samples."""
-    return all(_compares_samples(graph.steps[s], algebra.births.get(s)) for s in steps)
+    return all(_compares_samples(graph.steps[s], algebra.record.mixing.get(s)) for s in steps)
 
 
 def _compares_samples(step: Step, birth: str | None) -> bool:
@@ -192,7 +192,7 @@ def batch_statistics(
     places: dict[tuple[str, str, str], list[StatisticUse]] = {}
     for use in uses:
         # What is made of several statistics is counted where the last of them is made.
-        step = graph.steps[algebra.roots[max(use.roots)].step]
+        step = graph.steps[algebra.record.definitions[max(use.definitions)].step]
         places.setdefault((step.module, step.name, step.where), []).append(use)
     statistics: dict[BatchStatistic, bool] = {}
     for place, there in places.items():
@@ -209,9 +209,9 @@ def _statistic_at(
     samples: list[int] = []
     for use in uses:
         size += use.size
-        for root in use.roots:
-            samples.append(algebra.roots[root].samples)
-            grouped = grouped or bool(algebra.roots[root].groups)
+        for root in use.definitions:
+            samples.append(algebra.record.definitions[root].samples)
+            grouped = grouped or bool(algebra.record.definitions[root].groups)
     return BatchStatistic(*place, size=size, samples=min(samples), grouped=grouped)
 
 
@@ -247,13 +247,13 @@ def _other_culprits(
     in_place = True
     for marks in evidence.marks:
         mixers |= marks.mixers
-        in_place = in_place and holds_its_place(marks, algebra.samples, leading)
+        in_place = in_place and in_its_place(marks, algebra.samples, leading)
     culprits: list[Culprit] = []
-    for index in sorted(mixers & evidence.steps & algebra.births.keys()):
-        how = algebra.births[index]
+    for index in sorted(mixers & evidence.steps & algebra.record.mixing.keys()):
+        how = algebra.record.mixing[index]
         culprits.append(culprit(graph.steps[index], how))
-    culprits.extend(map(escape_culprit, evidence.reads))
-    for index in sorted(algebra.uneven & evidence.steps):
+    culprits.extend(map(host_read_culprit, evidence.reads))
+    for index in sorted(algebra.record.uneven & evidence.steps):
         step = graph.steps[index]
         culprits.append(culprit(step, "uneven"))
     if culprits or in_place:

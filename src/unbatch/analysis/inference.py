@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from unbatch.analysis.domain.ownership import Ownership
 from unbatch.analysis.forward_inference import forward_evidence, judge_forward
-from unbatch.analysis.initial import forward_marks, loss_marks, scrambled
+from unbatch.analysis.initial import initial_ownership, loss_marks, scrambled
 from unbatch.analysis.interpreter import Interpretation, interpret
 from unbatch.analysis.loss_boundary import folded, placed, split
 from unbatch.analysis.loss_inference import LossEvidence, judge_loss, parameters_in_own_loss
@@ -36,17 +36,17 @@ BATCH_SOURCES = frozenset({"inputs", "targets", "predictions", "internals"})
 class AnalysisState:
     """The interpretations behind a structure, and what its numerical tests have to know.
 
-    ``leading``: samples lie along the first axis of every input. ``bent`` and ``ranks``: see
-    ``ForwardEvidence.nonlinear`` and ``ranks``. ``escapes``: host reads that may steer the forward
+    ``leading``: samples lie along the first axis of every input. ``nonlinear`` and ``ranks``: see
+    ``ForwardEvidence.nonlinear`` and ``ranks``. ``host_reads``: those that may steer the forward
     pass.
     """
 
     forward: Interpretation
     loss: Interpretation | None
     leading: bool
-    bent: bool = False
+    nonlinear: bool = False
     ranks: bool = False
-    escapes: tuple[HostRead, ...] = ()
+    host_reads: tuple[HostRead, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def infer_structure(
     leading = all(d in (0, None) for d in dims)
     own_loss = graph.own_loss and not graph.after_cut
     steps = graph.steps if own_loss else graph.forward_steps
-    forward = interpret(graph, samples, forward_marks(graph, dims), steps, assumed)
+    forward = interpret(graph, samples, initial_ownership(graph, dims), steps, assumed)
     parameter_steps: list[Step] = []
     if own_loss:
         forward, parameter_steps = _cut_own_loss(forward, dims, assumed, fold)
@@ -123,7 +123,7 @@ def _cut_own_loss(
         return forward, parameter_steps
     # Folding inserts steps, so the numbers of all values change with it.
     graph = folded(graph, forward, fold)
-    start = forward_marks(graph, dims)
+    start = initial_ownership(graph, dims)
     samples = forward.algebra.samples
     return interpret(graph, samples, start, graph.forward_steps, assumed), parameter_steps
 
@@ -168,7 +168,7 @@ def statistics_of_data(graph: Graph, forward: Interpretation) -> list[Step]:
 def _is_data_statistic(forward: Interpretation, ref: Ref | None) -> bool:
     if ref is None:
         return False
-    return bool(forward[ref].given) and "parameters" not in forward[ref].sources
+    return bool(forward[ref].statistics) and "parameters" not in forward[ref].sources
 
 
 # --- what Python reads ----------------------------------------------------------------------------
@@ -191,7 +191,7 @@ def _reads_by_part(
     if own_loss:
         last = max(forward.ancestors(graph.used_predictions), default=-1)
     before, after = [], []
-    for read in graph.escapes:
+    for read in graph.host_reads:
         is_late = read.step > last if own_loss else read.in_loss
         if is_late:
             after.append(read)
@@ -222,9 +222,9 @@ def _steering(
 
 def _reads_batch(read: HostRead, interpretation: Interpretation) -> bool:
     """Tell whether what Python reads may say something about the batch; unknown values may."""
-    if read.blind or read not in interpretation.asked:
+    if read.blind or read not in interpretation.host_reads:
         return True
-    return sees(interpretation.asked[read])
+    return sees(interpretation.host_reads[read])
 
 
 def _is_declared(graph: Graph, read: HostRead, modules: Sequence[str]) -> bool:
@@ -237,7 +237,7 @@ def _is_declared(graph: Graph, read: HostRead, modules: Sequence[str]) -> bool:
 
 def constant(read: HostRead, loss: Interpretation) -> bool:
     """Tell whether what is read is made of targets and inputs alone: constants in the loss."""
-    return read in loss.asked and loss.asked[read].sources <= CONSTANTS
+    return read in loss.host_reads and loss.host_reads[read].sources <= CONSTANTS
 
 
 def _loss_evidence(
@@ -257,9 +257,9 @@ def _loss_evidence(
         if read.blind or not constant(read, loss):
             steering.append(read)
         else:
-            constants_read |= loss.asked[read].sources
+            constants_read |= loss.host_reads[read].sources
     for value in scrambled(graph, forward):
-        constants_read |= loss.marks[value].sources
+        constants_read |= loss.ownership[value].sources
     return LossEvidence(
         graph=graph,
         forward=forward,

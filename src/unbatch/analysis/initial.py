@@ -22,7 +22,7 @@ from unbatch.capture.steps import Ref, Value
 OUTSIDE = ("parameters", "buffers", "constants", "inputs", "targets")
 
 
-def forward_marks(graph: Graph, dims: Sequence[int | None]) -> dict[int, Ownership]:
+def initial_ownership(graph: Graph, dims: Sequence[int | None]) -> dict[int, Ownership]:
     """Return what the forward pass starts from.
 
     Inputs belong to their samples along ``dims`` (None: to none); everything else that exists
@@ -49,7 +49,7 @@ def loss_marks(
     marks = _outside(graph)
     marks.update(_data(graph, graph.targets, targets, "targets"))
     numbers = set(scrambled(graph, forward))
-    for index, value in forward.marks.items():
+    for index, value in forward.ownership.items():
         kind = graph.values[index].kind
         if index in numbers:
             marks[index] = shared(value.shape, ("numbers", index), value.sources)
@@ -59,7 +59,7 @@ def loss_marks(
             marks[index] = shared(value.shape, ("internal", index), ["internals"])
         elif kind == "step":
             # Made of data alone: a statistic of these is a constant in the loss.
-            marks[index] = replace(value, given=frozenset())
+            marks[index] = replace(value, statistics=frozenset())
     for i, ref in enumerate(graph.predictions):
         marks[ref.index] = fresh_prediction(forward[ref], i, samples, leading)
     return marks
@@ -79,7 +79,7 @@ def scrambled(graph: Graph, forward: Interpretation) -> list[int]:
 
 
 def _is_scrambled(graph: Graph, forward: Interpretation, index: int) -> bool:
-    value, marks = graph.values[index], forward.marks.get(index)
+    value, marks = graph.values[index], forward.ownership.get(index)
     if marks is None or value.kind != "step" or value.step in graph.after_cut:
         return False
     of_data = "parameters" not in marks.sources

@@ -32,7 +32,7 @@ from unbatch.analysis.memory import is_whole, overwritten, scrambled_bytes
 from unbatch.analysis.number_facts import Fact, Numbers, alike, exact_numbers
 from unbatch.analysis.policy import PROVED_ONLY, Mixed, Policy
 from unbatch.analysis.rules import registry
-from unbatch.analysis.rules.permutations import Arranged, Ends, OutputRows, follow
+from unbatch.analysis.rules.permutations import OutputRows, PermutedRows, RowCounts, follow
 from unbatch.analysis.rules.reductions import running_statistics
 from unbatch.capture.aliasing import Window, places
 from unbatch.capture.graph import Graph, HostRead, ModuleCall
@@ -46,26 +46,26 @@ class Interpretation:
     """Ownership of every value of a graph, filled in step by step, and the algebra that made it.
 
     ``unknown``: ops without a rule, by step. ``assumed`` and ``custom``: modules and ops that were
-    declared independent, and ops whose rule was registered from outside. ``arranged``: values whose
-    rows the batch has put into an order of its own. ``asked``: what Python read, as it was at that
-    moment. ``above``: for the body of an op that is taken apart, the interpretation that it is part
-    of, and the number there of each of its inputs.
+    declared independent, and ops whose rule was registered from outside. ``permuted``: values whose
+    rows the batch has put into an order of its own. ``host_reads``: what Python read, as it was at
+    that moment. ``above``: for the body of an op that is taken apart, the interpretation that it is
+    part of, and the number there of each of its inputs.
     """
 
     graph: Graph
     algebra: Propagation
-    marks: dict[int, Ownership]
+    ownership: dict[int, Ownership]
     unknown: dict[int, str] = field(default_factory=dict)
     assumed: set[str] = field(default_factory=set)
     custom: set[str] = field(default_factory=set)
-    arranged: dict[int, Arranged | Ends] = field(default_factory=dict)
+    permuted: dict[int, PermutedRows | RowCounts] = field(default_factory=dict)
     policy: Policy = PROVED_ONLY
     facts: list[Fact] = field(default_factory=list)
-    asked: dict[HostRead, Ownership] = field(default_factory=dict)
+    host_reads: dict[HostRead, Ownership] = field(default_factory=dict)
     above: tuple[Interpretation, Mapping[int, int]] | None = None
 
     def __getitem__(self, ref: Ref) -> Ownership:
-        return self.marks[ref.index]
+        return self.ownership[ref.index]
 
     @property
     def by_place(self) -> bool:
@@ -97,8 +97,8 @@ class Interpretation:
         """
         read: set[int] = set()
         for ref in step.refs():
-            read |= self[ref].given
-        return self.marks[value].given - read
+            read |= self[ref].statistics
+        return self.ownership[value].statistics - read
 
     def ancestors(self, refs: Iterable[Ref]) -> set[int]:
         """Return the steps that these values depend on, through data and through memory."""
@@ -148,7 +148,7 @@ def interpret(
     _rely_on_constants(interpretation, start)
     calls = _assumed_calls(graph, assumed)
     last_uses = _last_uses(graph)
-    waiting = sorted(graph.escapes, key=lambda read: read.step)
+    waiting = sorted(graph.host_reads, key=lambda read: read.step)
     for step in steps:
         # Before the step: it may write to the memory of what was read.
         waiting = _note_host_reads(interpretation, waiting, step.index)
@@ -186,18 +186,18 @@ def _note_host_reads(
     for number, read in enumerate(waiting):
         if read.step > step:
             return waiting[number:]
-        if read.ref.index in interpretation.marks:
-            interpretation.asked[read] = interpretation[read.ref]
+        if read.ref.index in interpretation.ownership:
+            interpretation.host_reads[read] = interpretation[read.ref]
     return []
 
 
 def _assume_independent(interpretation: Interpretation, call: ModuleCall) -> None:
     """Replace what was found out about the outputs of a module by what the user declares."""
     interpretation.assumed.add(call.module)
-    inputs = [interpretation[r] for r in call.inputs if r.index in interpretation.marks]
+    inputs = [interpretation[r] for r in call.inputs if r.index in interpretation.ownership]
     for ref in call.outputs:
         shape = interpretation.graph.values[ref.index].shape
-        interpretation.marks[ref.index] = registry.assumed(
+        interpretation.ownership[ref.index] = registry.assumed(
             interpretation.algebra, inputs, shape, ("assumed", call.module)
         )
 
@@ -224,13 +224,13 @@ def _step(interpretation: Interpretation, step: Step, last_uses: Mapping[int, in
     results = _apply(interpretation, call, step)
     for ref, marks in zip(step.outs, results, strict=False):
         if ref is not None and marks is not None:
-            interpretation.marks[ref.index] = _settled(interpretation, call, step, ref, marks)
+            interpretation.ownership[ref.index] = _settled(interpretation, call, step, ref, marks)
     _follow_order(interpretation, call, step)
     hidden = _running_statistics(call, step)
     for old, new in step.writes:
-        if new.index not in interpretation.marks:
+        if new.index not in interpretation.ownership:
             shape = interpretation.graph.values[new.index].shape
-            interpretation.marks[new.index] = _written(call, hidden, shape)
+            interpretation.ownership[new.index] = _written(call, hidden, shape)
         _through_views(interpretation, old, new, step.index, last_uses)
 
 
@@ -240,7 +240,7 @@ def _rule_context(interpretation: Interpretation, step: Step) -> registry.RuleCo
 
     def marks(leaf: Any) -> Any:
         if isinstance(leaf, Ref):
-            return interpretation.marks[leaf.index]
+            return interpretation.ownership[leaf.index]
         return leaf
 
     owned: dict[str, Any] = {}
@@ -335,7 +335,7 @@ def _apply(
         if of_parts is not None:
             return of_parts
         has_result = any(ref is not None for ref in step.outs)
-        if has_result and any(m.depends_on_batch for m in call.marks):
+        if has_result and any(m.depends_on_batch for m in call.tensors):
             interpretation.unknown[step.index] = step.name
         rule = registry.unknown
     results = iter(_by_rule(interpretation, call, step, rule))
@@ -377,11 +377,11 @@ def _decompose(
     if recorded is None:
         return None
     graph, inputs, outputs = recorded
-    marks = {inner: interpretation.marks[outer] for inner, outer in inputs.items()}
+    marks = {inner: interpretation.ownership[outer] for inner, outer in inputs.items()}
     part = Interpretation(graph, interpretation.algebra, marks, above=(interpretation, inputs))
     for index, value in enumerate(graph.values):
         if value.kind == "constants":
-            part.marks[index] = shared(value.shape, ("constant", step.index, index))
+            part.ownership[index] = shared(value.shape, ("constant", step.index, index))
     last_uses = _last_uses(graph)
     for inner_step in graph.steps:
         _step(part, inner_step, last_uses)
@@ -395,9 +395,9 @@ def _decompose(
 
 def _follow_order(interpretation: Interpretation, call: registry.RuleContext, step: Step) -> None:
     """Keep track of rows that the batch has put into an order of its own, and of their return."""
-    arranged = _arranged_arguments(interpretation, step)
+    permuted = _permuted_arguments(interpretation, step)
     try:
-        outcomes = follow(call, step.index, arranged, registry.lookup(call.op))
+        outcomes = follow(call, step.index, permuted, registry.lookup(call.op))
     except Exception:
         if errors.STRICT:
             raise
@@ -410,14 +410,16 @@ def _follow_order(interpretation: Interpretation, call: registry.RuleContext, st
             _note_order(interpretation, refs[outcome.slot], outcome)
 
 
-def _arranged_arguments(interpretation: Interpretation, step: Step) -> dict[str, Arranged | Ends]:
+def _permuted_arguments(
+    interpretation: Interpretation, step: Step
+) -> dict[str, PermutedRows | RowCounts]:
     """Return those arguments of a step whose rows are in an order of the batch's own, by name."""
-    arranged: dict[str, Arranged | Ends] = {}
+    permuted: dict[str, PermutedRows | RowCounts] = {}
     for name, argument in step.named.items():
         ref = _single_ref(argument)
-        if ref is not None and ref.index in interpretation.arranged:
-            arranged[name] = interpretation.arranged[ref.index]
-    return arranged
+        if ref is not None and ref.index in interpretation.permuted:
+            permuted[name] = interpretation.permuted[ref.index]
+    return permuted
 
 
 def _single_ref(argument: Any) -> Ref | None:
@@ -433,11 +435,11 @@ def _single_ref(argument: Any) -> Ref | None:
 def _note_order(interpretation: Interpretation, ref: Ref, outcome: OutputRows) -> None:
     """Note an order, or plain ownership again, where it fits the shape that was recorded."""
     shape = interpretation.graph.values[ref.index].shape
-    order = outcome.arranged
-    if isinstance(order, Ends) or (order is not None and order.under.shape == shape):
-        interpretation.arranged[ref.index] = order
-    if outcome.marks is not None and outcome.marks.shape == shape:
-        interpretation.marks[ref.index] = outcome.marks
+    order = outcome.rows
+    if isinstance(order, RowCounts) or (order is not None and order.original.shape == shape):
+        interpretation.permuted[ref.index] = order
+    if outcome.ownership is not None and outcome.ownership.shape == shape:
+        interpretation.ownership[ref.index] = outcome.ownership
 
 
 # --- memory: a write through one view is seen through the others ----------------------------------
@@ -447,7 +449,7 @@ def _through_views(
     interpretation: Interpretation, old: Ref, new: Ref, step: int, last_uses: Mapping[int, int]
 ) -> None:
     """Bring what was written to ``old`` (``new`` from there on) to views that are read later."""
-    values, marks = interpretation.graph.values, interpretation.marks
+    values, marks = interpretation.graph.values, interpretation.ownership
     written = values[new.index]
     views = []
     for index, value in enumerate(values[: new.index]):
@@ -460,10 +462,10 @@ def _through_views(
     hits = places(Window.of(written), [Window.of(values[i]) for i in views])
     for view, hit in zip(views, hits, strict=True):
         if values[view].dtype.itemsize != written.dtype.itemsize:
-            interpretation.arranged.pop(view, None)
+            interpretation.permuted.pop(view, None)
             marks[view] = scrambled_bytes(interpretation.algebra, marks[view], update)
         elif (hit >= 0).any():
-            interpretation.arranged.pop(view, None)
+            interpretation.permuted.pop(view, None)
             if is_whole(hit, marks[view], update):
                 marks[view] = marks[new.index]
             else:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from unbatch.analysis.domain.ownership import Ownership
 from unbatch.analysis.domain.propagation import Propagation
-from unbatch.analysis.explanations import culprit, escape_culprit
+from unbatch.analysis.explanations import culprit, host_read_culprit
 from unbatch.analysis.forward_inference import statistic_culprits
 from unbatch.analysis.interpreter import Interpretation
 from unbatch.analysis.structure import Culprit, Verdict
@@ -99,7 +99,7 @@ def _is_simd(evidence: LossEvidence) -> bool:
     if marks.grouped and not marks.additive:
         return False
     if not marks.atoms:
-        return not evidence.algebra.given_predictions(marks)
+        return not evidence.algebra.uses_predictions(marks)
     return len(marks.atoms) == 1
 
 
@@ -109,9 +109,9 @@ def _batch_constants(algebra: Propagation, marks: Ownership, as_factors: bool) -
     ``as_factors``: as factors of its terms, which makes them weights; otherwise inside of terms.
     """
     sources: set[str] = set()
-    for root in marks.given:
-        statistic = algebra.roots[root]
-        is_factor = root in algebra.factors
+    for root in marks.statistics:
+        statistic = algebra.record.definitions[root]
+        is_factor = root in algebra.record.factors
         if is_factor == as_factors and "predictions" not in statistic.sources:
             sources |= statistic.sources
     return frozenset(sources & {"targets", "inputs"})
@@ -128,10 +128,10 @@ def _judge_split(evidence: LossEvidence) -> Verdict:
             culprits += _parameters_entering(evidence, step)
     if culprits:
         return _split_fails(dict.fromkeys(culprits))
-    reads = [e for e in evidence.graph.escapes if e.in_loss and _reads_parameters(evidence, e)]
+    reads = [e for e in evidence.graph.host_reads if e.in_loss and _reads_parameters(evidence, e)]
     if reads:
         return Verdict(
-            "canonical_split", "unknown", culprits=tuple(escape_culprit(read) for read in reads)
+            "canonical_split", "unknown", culprits=tuple(host_read_culprit(read) for read in reads)
         )
     return Verdict("canonical_split", "holds", "proved")
 
@@ -162,7 +162,7 @@ def _reads_parameters(evidence: LossEvidence, read: HostRead) -> bool:
     index = read.ref.index
     if read.blind or evidence.graph.values[index].kind == "parameters":
         return True
-    marks = evidence.loss.marks.get(index) or evidence.forward.marks.get(index)
+    marks = evidence.loss.ownership.get(index) or evidence.forward.ownership.get(index)
     if marks is None:
         return True
     return bool(marks.sources & {"parameters", "internals"})
@@ -193,13 +193,15 @@ def _split_culprit(step: Step, what: str) -> Culprit:
 def _loss_culprits(evidence: LossEvidence) -> tuple[Culprit, ...]:
     """Return where the loss makes predictions of different samples interact."""
     graph, algebra, marks = evidence.graph, evidence.algebra, evidence.marks
-    births = evidence.forward.algebra.births | algebra.births
+    mixing_steps = evidence.forward.algebra.record.mixing | algebra.record.mixing
     mixing = []
-    for index in sorted(marks.mixers & births.keys()):
+    for index in sorted(marks.mixers & mixing_steps.keys()):
         step = graph.steps[index]
-        mixing.append(_mixing_culprit(graph, step, births[index]))
-    reads = [escape_culprit(read) for read in evidence.reads]
-    uses = [use for use in algebra.uses.values() if _of_predictions(algebra, use.roots)]
+        mixing.append(_mixing_culprit(graph, step, mixing_steps[index]))
+    reads = [host_read_culprit(read) for read in evidence.reads]
+    uses = [
+        use for use in algebra.record.uses.values() if _of_predictions(algebra, use.definitions)
+    ]
     statistics = statistic_culprits(graph, algebra, uses)
     totals: list[Culprit] = []
     if not mixing and not statistics:
@@ -209,7 +211,7 @@ def _loss_culprits(evidence: LossEvidence) -> tuple[Culprit, ...]:
 
 def _of_predictions(algebra: Propagation, roots: Iterable[int]) -> frozenset[int]:
     """Return those of the statistics that are made of predictions."""
-    return frozenset(r for r in roots if "predictions" in algebra.roots[r].sources)
+    return frozenset(r for r in roots if "predictions" in algebra.record.definitions[r].sources)
 
 
 def _mixing_culprit(graph: Graph, step: Step, how: str) -> Culprit:
@@ -238,11 +240,11 @@ def _before_expand(graph: Graph, ref: Ref) -> Ref:
 
 def _total_culprits(evidence: LossEvidence) -> list[Culprit]:
     """Return the totals over samples that the loss is not linear in, or all if none stands out."""
-    totals = _of_predictions(evidence.algebra, evidence.marks.given)
+    totals = _of_predictions(evidence.algebra, evidence.marks.statistics)
     nonlinear = totals & _nonlinear_totals(evidence)
     culprits = []
     for root in sorted(nonlinear or totals):
-        step = evidence.graph.steps[evidence.algebra.roots[root].step]
+        step = evidence.graph.steps[evidence.algebra.record.definitions[root].step]
         culprits.append(
             Culprit(
                 step.module,
@@ -269,7 +271,7 @@ def _nonlinear_totals(evidence: LossEvidence) -> frozenset[int]:
         if all_sums or ops.base_name(step.op) not in SUMS:
             for operand in operands:
                 if operand.additive:
-                    nonlinear |= operand.given
+                    nonlinear |= operand.statistics
     return frozenset(nonlinear)
 
 
@@ -284,7 +286,7 @@ def _totals_among(loss: Interpretation, refs: Iterable[Ref | None]) -> list[Owne
     for ref in refs:
         if ref is None:
             continue
-        marks = loss.marks.get(ref.index)
-        if marks is not None and marks.given:
+        marks = loss.ownership.get(ref.index)
+        if marks is not None and marks.statistics:
             totals.append(marks)
     return totals

@@ -83,7 +83,7 @@ def _even(marks: Ownership, samples: int) -> bool:
 
     A factor that only some of them have is in no key, but ``weighted`` or a statistic.
     """
-    if marks.weighted or marks.given:
+    if marks.weighted or marks.statistics:
         return False
     owner = np.broadcast_to(marks.owner, marks.key.shape)
     of_first, *of_others = [np.sort(marks.key[owner == n]) for n in range(samples)]

@@ -51,7 +51,7 @@ PROVED_ONLY = Policy()
 
 def _by_place(call: RuleContext, marks: Ownership, ref: Ref) -> Ownership:
     """Count slices to samples along the axis of the first operand's, or the first that fits."""
-    candidates: list[int | None] = [x.sample_dim() for x in call.marks if x.owned][:1]
+    candidates: list[int | None] = [x.sample_dim() for x in call.tensors if x.owned][:1]
     candidates += range(len(marks.shape))
     for axis in candidates:
         if axis is not None and _has_slices(marks, axis, call.algebra.samples):
@@ -65,7 +65,7 @@ def _afresh(call: RuleContext, marks: Ownership, ref: Ref) -> Ownership:
     Not if that is its last axis, which most operations take for features. A view of what is mixed
     has no such operand: there it is the first axis.
     """
-    operand = next((x for x in call.marks if x.owned), None)
+    operand = next((x for x in call.tensors if x.owned), None)
     if operand is not None:
         axis, features = operand.sample_dim(), len(operand.shape) - 1
     elif ops.is_view(call.op):

@@ -237,4 +237,4 @@ def _with_spanning_owned(
 
 def _mixed(walk: Interpretation) -> set[int]:
     """Return the values in which samples are mixed."""
-    return {i for i, owners in walk.marks.items() if owners.coupled}
+    return {i for i, owners in walk.ownership.items() if owners.coupled}

@@ -347,7 +347,7 @@ class _Planner:
         """Tell whether a value is written into a memory that holds values of samples, too."""
         values = self.owned.graph.values
         storage = values[value].storage
-        for i, owners in self.owned.walk.marks.items():
+        for i, owners in self.owned.walk.ownership.items():
             if owners.owned and values[i].storage == storage:
                 return True
         return False
@@ -414,7 +414,7 @@ def spread(graph: Graph, walk: Interpretation, plan: BackwardPlan) -> list[tuple
         if graph.written(value):
             sources += in_memory[graph.values[value].storage]
         for i in sources:
-            if i not in visited and i in walk.marks and _may_span(walk.marks[i]):
+            if i not in visited and i in walk.ownership and _may_span(walk.ownership[i]):
                 visited.add(i)
                 queue.append(i)
     return sorted(origins)

@@ -327,7 +327,7 @@ def _batch_norms(setting: Context, parameters: Mapping[str, Tensor]) -> Sequence
             continue  # its statistics do not depend on the parameters
         if result is None:
             return []
-        layout = layout_of(setting.walk.marks[result.index], setting.samples)
+        layout = layout_of(setting.walk.ownership[result.index], setting.samples)
         if not isinstance(layout, Layout) or layout.dim == 1:  # 1 is the axis of the channels
             return []
         norms.append(_BatchNorm(step.index, source, result.index, layout))

@@ -150,7 +150,7 @@ def _settle_given_statistics(verdict: Verdict, experiment: Experiment) -> Verdic
     """Return that no number of statistics carries the dependence unless it grows with the batch."""
     if experiment.findings.ranks:
         return replace(verdict, status="fails", basis="proved", note=NOTE_PAIRS)
-    if not experiment.findings.bent:
+    if not experiment.findings.nonlinear:
         # Linear in what was mixed: a matrix of fixed size may well carry it.
         return verdict
     return _refuted(verdict, growing_rank(experiment))
@@ -158,9 +158,9 @@ def _settle_given_statistics(verdict: Verdict, experiment: Experiment) -> Verdic
 
 def _mixing_is_understood(structure: Structure, experiment: Experiment) -> bool:
     """Return whether every op that mixes samples has a rule that says how."""
-    if structure.unknown_ops or experiment.findings.escapes:
+    if structure.unknown_ops or experiment.findings.host_reads:
         return False
-    reasons = experiment.findings.forward.algebra.births.values()
+    reasons = experiment.findings.forward.algebra.record.mixing.values()
     return VAGUE.isdisjoint(reasons)
 
 

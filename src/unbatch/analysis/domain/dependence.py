@@ -31,9 +31,9 @@ class StatisticDef:
 
 @dataclass(frozen=True)
 class StatisticUse:
-    """A batch statistic (made from ``roots``) where values of samples use it: ``size`` numbers."""
+    """What values of samples use: ``size`` numbers, made from the statistics ``definitions``."""
 
-    roots: frozenset[int]
+    definitions: frozenset[int]
     size: int
     long: bool
 
@@ -42,8 +42,8 @@ class StatisticUse:
 class DependenceRecord:
     """What propagation notes on its way, in six tables that only grow.
 
-    ``definitions``: all batch statistics; ``Ownership.given`` names them by their place in this
-    list. ``uses``: those that values of samples use, by the set of definitions they are made
+    ``definitions``: all batch statistics; ``Ownership.statistics`` names them by their place in
+    this list. ``uses``: those that values of samples use, by the set of definitions they are made
     from. ``mixing``: for a step at which samples became mixed, how. ``nonlinear``: steps that are
     no polynomial in values already mixed. ``uneven``: steps whose function depends on the index
     of the sample: not permutation-equivariant. ``factors``: statistics by which something of the
@@ -92,6 +92,6 @@ class DependenceRecord:
         """Return the owners of the sets of samples whose statistics are used."""
         groups: set[int] = set()
         for use in self.uses.values():
-            for root in use.roots:
+            for root in use.definitions:
                 groups |= self.definitions[root].groups
         return frozenset(groups)

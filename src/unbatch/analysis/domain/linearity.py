@@ -106,7 +106,7 @@ def with_atom(out: Ownership, record: DependenceRecord) -> Ownership:
     """
     if "predictions" not in out.sources or out.mixed or not one_element_each(out):
         return out
-    if record.of_predictions(out.given):
+    if record.of_predictions(out.statistics):
         return out
     # Scalars of different functions are not one scalar of the samples.
     keys = np.unique(out.key)
@@ -149,7 +149,7 @@ def _statistics_of_factors(operands: Sequence[Ownership]) -> set[int]:
     statistics: set[int] = set()
     for x in operands:
         if "predictions" not in x.sources:
-            statistics |= x.given
+            statistics |= x.statistics
     return statistics
 
 
@@ -170,7 +170,7 @@ def _adds_up(x: Ownership, kind: str, record: DependenceRecord) -> bool:
     """Tell whether a term is a sum over samples, or (not times a factor) of one sample alone."""
     if x.additive:
         return True
-    return kind != "scale" and not x.mixed and not record.of_predictions(x.given)
+    return kind != "scale" and not x.mixed and not record.of_predictions(x.statistics)
 
 
 def of_reduction(
@@ -185,7 +185,7 @@ def of_reduction(
     """
     linear, monoid = name
     # What is summed depends on one sample each, and on no other through a statistic.
-    separate = combined and not x.mixed and not record.of_predictions(x.given)
+    separate = combined and not x.mixed and not record.of_predictions(x.statistics)
     atoms = out.atoms
     if separate and monoid and not out.mixed and math.prod(out.shape) == 1:
         is_scalar = one_element_each(x) and len(x.atoms) == 1

@@ -153,17 +153,17 @@ def varies(array: Array, dim: int) -> bool:
 class Ownership:
     """Owners and keys of the elements of one value, and what the value as a whole comes from.
 
-    ``given``: statistics it uses. ``sources``: subset of ``{"inputs", "targets", "parameters",
-    "noise", "predictions"}``. ``mixers``: steps at which samples became mixed. ``atoms``: the
-    scalars per sample through which predictions enter it. ``additive``: it is a sum over samples
-    of such scalars. ``weighted``: its elements carry factors that differ from sample to sample
-    and are not part of their keys.
+    ``statistics``: the batch statistics it uses, by number. ``sources``: subset of ``{"inputs",
+    "targets", "parameters", "noise", "predictions"}``. ``mixers``: steps at which samples became
+    mixed. ``atoms``: the scalars per sample through which predictions enter it. ``additive``: it is
+    a sum over samples of such scalars. ``weighted``: its elements carry factors that differ from
+    sample to sample and are not part of their keys.
     """
 
     shape: tuple[int, ...]
     owner: Array
     key: Array
-    given: frozenset[int] = frozenset()
+    statistics: frozenset[int] = frozenset()
     sources: frozenset[str] = frozenset()
     mixers: frozenset[int] = frozenset()
     atoms: frozenset[int] = frozenset()
@@ -213,7 +213,7 @@ class Ownership:
     @property
     def depends_on_batch(self) -> bool:
         """Some element would be another in another batch."""
-        return self.owned or self.mixed or bool(self.given)
+        return self.owned or self.mixed or bool(self.statistics)
 
     def plain(self, dim: int) -> bool:
         """Tell whether elements along ``dim`` differ by their index only, which stands for them."""

@@ -157,7 +157,7 @@ def prediction_dim(value: Ownership, samples: int, leading: bool = True) -> int 
     return value.shape.index(samples)
 
 
-def holds_its_place(value: Ownership, samples: int, leading: bool) -> bool:
+def in_its_place(value: Ownership, samples: int, leading: bool) -> bool:
     """Tell whether slice n of a prediction belongs to sample n (or to none)."""
     if value.coupled:
         return False  # an element of several samples has no place among them

@@ -66,7 +66,7 @@ def own_choice(x: Ownership, dim: int, index: Ownership) -> bool:
 def use_whole(algebra: Propagation, x: Ownership, index: Ownership) -> None:
     """Note that samples use all of a statistic in which they look something up."""
     if index.owned:
-        algebra.consume_alone(x)
+        algebra.note_use(x)
 
 
 def as_mask(values: Any) -> Any:
@@ -219,7 +219,7 @@ def _with_choice(call: RuleContext, x: Ownership, index: Ownership) -> Ownership
     if root is None:
         return x
     call.algebra.record.factors.add(root)
-    return replace(x, given=x.given | {root})
+    return replace(x, statistics=x.statistics | {root})
 
 
 def _selected(call: RuleContext, selection: Selection) -> Ownership:
@@ -334,7 +334,7 @@ def crop(array: Array, shape: Sequence[int], dim: int | None = None) -> Array:
 def counts(call: RuleContext) -> Ownership:
     """How often each value occurs does not depend on the order."""
     x = call["self"]
-    operands = [m for m in call.marks if m.shape == x.shape]
+    operands = [m for m in call.tensors if m.shape == x.shape]
     if len(operands) > 1:
         x = call.algebra.pointwise("weigh", *operands)
     # One statistic of all values; the counts of the numbers are told apart by their index.
@@ -345,9 +345,9 @@ def counts(call: RuleContext) -> Ownership:
 @rule("nonzero masked_select _unique2 unique_dim unique_consecutive repeat_interleave")
 def data_dependent(call: RuleContext) -> Any:
     """How many elements there are depends on the values, and so does which is whose."""
-    if call.name == "repeat_interleave" and call.marks and not call.marks[0].depends_on_batch:
-        name = (call.title, digest(call.marks[0]))
+    if call.name == "repeat_interleave" and call.tensors and not call.tensors[0].depends_on_batch:
+        name = (call.title, digest(call.tensors[0]))
         return [shared(shape, name) for shape in call.shapes]
-    if all(known_for_every_batch(m) for m in call.marks):
+    if all(known_for_every_batch(m) for m in call.tensors):
         return all_shared(call)
     return all_mixed(call, "data-dependent shape")

@@ -56,7 +56,7 @@ CONTRACTIONS = {name: letters for letters, names in PRODUCTS.items() for name in
 @rule(*CONTRACTIONS)
 def matmul(call: RuleContext) -> Ownership:
     """A product of two matrices or vectors, added to a third argument, if there is one."""
-    *added, left, right = call.marks
+    *added, left, right = call.tensors
     left_letters, right_letters, out = CONTRACTIONS[call.name]
     product = call.algebra.contract("mul", (left, right), (left_letters, right_letters), out)
     if not added:
@@ -94,7 +94,7 @@ def trilinear(call: RuleContext) -> Ownership:
 @rule("_cdist_forward", "_euclidean_dist", "cdist")
 def distances(call: RuleContext) -> Ownership:
     """The distance of each row of one value to each row of the other."""
-    x, y = call.marks
+    x, y = call.tensors
     lead = "abef"[: len(call.shape) - 2]
     product = call.algebra.contract(call.title, [x, y], (f"{lead}ni", f"{lead}mi"), f"{lead}nm")
     return call.algebra.pointwise("distance", product)
@@ -112,7 +112,7 @@ def fused_cell(call: RuleContext) -> Any:
     """One step of a recurrence: gates [n, o], and their biases."""
     gates = []
     biases = []
-    for m in call.marks:
+    for m in call.tensors:
         if len(m.shape) == 2:
             gates.append(summary(call, "gates", m, [1], True))
         elif len(m.shape) == 1:
@@ -149,7 +149,7 @@ def attention(call: RuleContext) -> Any:
 
 def _masked(call: RuleContext, scores: Ownership) -> Ownership:
     """Scores with what masks add to them; the causal mask is a constant of two positions."""
-    masks = call.tensors("attn_mask", "attn_bias")  # kernels call it one or the other
+    masks = call.named("attn_mask", "attn_bias")  # kernels call it one or the other
     if masks:
         scores = call.algebra.pointwise("mask", scores, masks[0])
     if call["is_causal"]:
@@ -275,7 +275,7 @@ def convolution_backward(call: RuleContext) -> Any:
 def matrices(call: RuleContext) -> Any:
     """Functions of the matrices in the last two dims, separately for each index before them."""
     whole = []
-    for m in call.marks:
+    for m in call.tensors:
         if len(m.shape) < 2:
             m = unsqueeze(m, len(m.shape))
         whole.append(_whole_matrix(call, "matrix", m))
@@ -303,7 +303,7 @@ def solve(call: RuleContext) -> Any:
     ndim = len(rhs.shape)
     if ndim < 2:
         return matrices(call)
-    others = [m for m in call.marks if m is not rhs]
+    others = [m for m in call.tensors if m is not rhs]
     along = ndim - 2
     if call["left"] is False:
         along = ndim - 1
@@ -337,7 +337,7 @@ def embedding(call: RuleContext) -> Ownership:
     indices, table = call["indices"], call["weight"]
     # A table made from the batch is used as a whole by samples that look something up in it.
     if indices.owned:
-        call.algebra.consume_alone(table)
+        call.algebra.note_use(table)
     row = summary(call, "rows", table, [0])
     return call.algebra.pointwise("embedding", unsqueeze(indices, len(indices.shape)), row)
 

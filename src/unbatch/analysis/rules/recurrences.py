@@ -53,7 +53,7 @@ def mkldnn_layer(call: RuleContext) -> Any:
         if len(state.shape) == 2:
             state = unsqueeze(state, 0)
         states.append(summary(call, "state", state, [0, 2], True))
-    weights = whole(call, call.tensors("weight0", "weight1", "weight2", "weight3"))
+    weights = whole(call, call.named("weight0", "weight1", "weight2", "weight3"))
     out = call.algebra.pointwise(call.title, sequences, *states, *weights)
     return numbered([_of_layer(out, shape) for shape in call.shapes])
 
@@ -74,7 +74,7 @@ def device_recurrence(call: RuleContext) -> Any:
     Inputs are [t, n, i], or [n, t, i], or packed; states are [layer, n, o].
     """
     weights = whole(call, call["weight"])
-    states = [summary(call, "state", h, [0, 2], True) for h in call.tensors("hx", "cx")]
+    states = [summary(call, "state", h, [0, 2], True) for h in call.named("hx", "cx")]
     if call["train"] and call["dropout"]:
         # Dropout between layers: noise of every sample's own, which one scalar stands for.
         weights.append(noise(replace(call, shapes=[()])))
@@ -148,16 +148,16 @@ def packing(call: RuleContext) -> Any:
 @rule("_transformer_encoder_layer_fwd")
 def encoder_layer(call: RuleContext) -> Ownership:
     """A whole encoder layer; [n, t, i]."""
-    return expand_plain(_encoded(call, call["src"], call.marks[1:]), call.shape)
+    return expand_plain(_encoded(call, call["src"], call.tensors[1:]), call.shape)
 
 
 @rule("_native_multi_head_attention")
 def multi_head_attention(call: RuleContext) -> Any:
     """Attention with its projections; [n, t, i], and attention weights."""
-    operands = call.tensors("query", "key", "value")
+    operands = call.named("query", "key", "value")
     sequences = [summary(call, "sequence", x, [1, 2], True) for x in operands]
     attended = call.algebra.pointwise("attended", *sequences)
-    out = _encoded(call, attended, call.marks[3:])
+    out = _encoded(call, attended, call.tensors[3:])
     results = [expand_plain(out, call.shape)]
     for shape in call.shapes[1:]:
         if len(shape) == 3:

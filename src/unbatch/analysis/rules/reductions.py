@@ -152,7 +152,7 @@ def layer_norm(call: RuleContext) -> Any:
         spread = [a.reduce("mean", x, dims, True), a.reduce("var", x, dims, True)]
     else:
         spread = [a.reduce("mean square", x, dims, True)]
-    y = a.pointwise((call.name, call["eps"]), x, *spread, *call.tensors("weight", "bias"))
+    y = a.pointwise((call.name, call["eps"]), x, *spread, *call.named("weight", "bias"))
     return numbered([y, *spread[: len(call.shapes) - 1]])
 
 

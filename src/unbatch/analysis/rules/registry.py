@@ -93,7 +93,7 @@ class RuleContext:
         return base_name(self.op)
 
     @property
-    def marks(self) -> list[Ownership]:
+    def tensors(self) -> list[Ownership]:
         """The ownership of all tensor arguments, in order."""
         tensors: list[Ownership] = []
         for argument in self.arguments.values():
@@ -106,9 +106,9 @@ class RuleContext:
     @property
     def depends_on_batch(self) -> bool:
         """Whether any tensor argument would be another in another batch."""
-        return any(m.depends_on_batch for m in self.marks)
+        return any(m.depends_on_batch for m in self.tensors)
 
-    def tensors(self, *names: str) -> list[Ownership]:
+    def named(self, *names: str) -> list[Ownership]:
         """Return the ownership of the arguments with these names, as far as they are tensors."""
         tensors = []
         for name in names:
@@ -209,8 +209,8 @@ def answers(op: Any) -> bool:
 def pointwise(call: RuleContext) -> Any:
     """Every output is one function of the elements at its place."""
     # An op of numbers alone makes elements that are all alike.
-    if call.marks:
-        out = call.algebra.pointwise(call.title, *call.marks)
+    if call.tensors:
+        out = call.algebra.pointwise(call.title, *call.tensors)
     else:
         out = filled(call.shape, call.title)
     return numbered([out] * len(call.shapes))
@@ -283,7 +283,7 @@ def all_shared(call: RuleContext) -> list[Ownership]:
     """Return outputs about which is known that no sample enters, and what they are made from."""
     sources: frozenset[str] = frozenset()
     keys = []
-    for m in call.marks:
+    for m in call.tensors:
         sources |= m.sources
         keys.append(digest(m))
     return [shared(s, (call.title, keys, i), sources) for i, s in enumerate(call.shapes)]
@@ -299,7 +299,7 @@ def mixed(call: RuleContext, shape: Sequence[int], how: str) -> Ownership:
     # One entry for all elements: which of them depends on which samples is not known anyway.
     ones = np.ones([1] * len(shape), dtype=np.int32)
     key = np.broadcast_to(code(call.title), ones.shape)
-    return call.algebra.result(shape, ones * MIXED, key, call.marks, how)
+    return call.algebra.result(shape, ones * MIXED, key, call.tensors, how)
 
 
 # --- what the user declares -----------------------------------------------------------------------
@@ -310,7 +310,7 @@ ASSUMED_MODULES: dict[int, nn.Module] = {}
 
 def independent(call: RuleContext) -> list[Ownership]:
     """Slice n of every output with a sample axis depends on slice n of the inputs only."""
-    return [assumed(call.algebra, call.marks, shape, call.title) for shape in call.shapes]
+    return [assumed(call.algebra, call.tensors, shape, call.title) for shape in call.shapes]
 
 
 def assumed(

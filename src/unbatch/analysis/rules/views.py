@@ -262,15 +262,15 @@ def bounded(call: RuleContext, out: Ownership, x: Ownership) -> Ownership:
     definitions = call.algebra.record.definitions
     if x.owned or x.mixed or out.size >= x.size:
         return out
-    long = {r for r in x.given if definitions[r].long}
+    long = {r for r in x.statistics if definitions[r].long}
     if not long:
         return out
     # What is picked is defined anew, of a fixed size, in place of what it was picked from.
     picked = call.algebra.statistic("picked", out.owner, out.size, x.sources)
-    statistics = x.given - long
+    statistics = x.statistics - long
     if picked is not None:
         statistics |= {picked}
-    return replace(out, given=statistics)
+    return replace(out, statistics=statistics)
 
 
 # --- joins ----------------------------------------------------------------------------------------
@@ -319,7 +319,7 @@ def _side_by_side(call: RuleContext, parts: list[Ownership], dim: int) -> Owners
     """
     if any(m.explicit([dim]) for m in parts):
         return None
-    using = sum(bool(m.given) for m in parts)
+    using = sum(bool(m.statistics) for m in parts)
     if 0 < using < len(parts) and not any(m.owned for m in parts):
         # Joined as one value, all would count as statistics, also what is a constant.
         return None

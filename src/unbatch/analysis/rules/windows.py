@@ -43,7 +43,7 @@ SPATIAL = {name: dims for dims, names in POSITIONS.items() for name in names.spl
 @rule(*SPATIAL)
 def windows(call: RuleContext) -> Any:
     """Positions see windows of positions."""
-    a, (x, *others) = call.algebra, call.marks
+    a, (x, *others) = call.algebra, call.tensors
     count = min(SPATIAL[call.name], len(x.shape))
     lead = len(x.shape) - count
     windowed = a.scan(call.title, x, range(lead, len(x.shape)))

@@ -137,7 +137,7 @@ def scatter(call: RuleContext) -> Ownership:
 
 def _source(call: RuleContext, shape: Sequence[int]) -> Ownership:
     """What is written: a tensor, or a number that stands for a tensor of ``shape``."""
-    sources = call.tensors("src", "source", "value")
+    sources = call.named("src", "source", "value")
     if not sources:
         return filled(shape, ("value", repr(call["value"])))
     return sources[0].with_key((call.name, repr(call["alpha"]), repr(call["reduce"])))
