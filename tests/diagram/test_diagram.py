@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 import unbatch as ub
 from cases.models import FAMILIES, MODELS
-from unbatch.analysis.structure import Culprit
+from unbatch.analysis.verdict import Culprit
 from unbatch.diagram import figure
 from unbatch.diagram import mixing as meetings
 from unbatch.diagram.diagram import Diagram

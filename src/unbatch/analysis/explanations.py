@@ -7,7 +7,7 @@ else stands in the way. Which step is a culprit is decided where verdicts are ju
 from __future__ import annotations
 
 from unbatch.analysis.rules.registry import NO_RULE
-from unbatch.analysis.structure import Culprit
+from unbatch.analysis.verdict import Culprit
 from unbatch.capture.graph import HostRead
 from unbatch.capture.steps import Step
 

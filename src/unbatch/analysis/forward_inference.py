@@ -21,7 +21,8 @@ from unbatch.analysis.explanations import (
     host_read_culprit,
 )
 from unbatch.analysis.interpreter import Interpretation
-from unbatch.analysis.structure import BatchStatistic, Culprit, Structure, Verdict
+from unbatch.analysis.structure import BatchStatistic, Structure
+from unbatch.analysis.verdict import Culprit, Verdict
 from unbatch.capture.graph import Graph, HostRead
 from unbatch.capture.steps import Step
 

@@ -17,7 +17,7 @@ from unbatch.analysis.domain.propagation import Propagation
 from unbatch.analysis.explanations import culprit, host_read_culprit
 from unbatch.analysis.forward_inference import statistic_culprits
 from unbatch.analysis.interpreter import Interpretation
-from unbatch.analysis.structure import Culprit, Verdict
+from unbatch.analysis.verdict import Culprit, Verdict
 from unbatch.capture import ops
 from unbatch.capture.graph import Graph, HostRead
 from unbatch.capture.steps import Ref, Step

@@ -7,7 +7,6 @@ in ``explanations.py``, and the printed report in ``structure_tables.py``.
 from __future__ import annotations
 
 import html
-import os
 from dataclasses import dataclass, replace
 from typing import Any, overload
 
@@ -15,81 +14,19 @@ from rich.console import Group
 
 from unbatch.analysis import consequence_facts, consequences
 from unbatch.analysis.consequence_facts import Consequence
-from unbatch.analysis.structure_tables import MARKS, TITLES, render
+from unbatch.analysis.structure_tables import (
+    MARKS,
+    culprit_part,
+    follows_part,
+    heading,
+    remarks,
+    verdict_table,
+)
+from unbatch.analysis.verdict import TITLES, Verdict
 from unbatch.errors import InputError
 from unbatch.rendering import as_html, as_text
 
 NAMES = consequence_facts.STRUCTURES
-
-
-@dataclass(frozen=True)
-class Culprit:
-    """One place in the user's program that stands in the way of a structure, and the remedy.
-
-    ``module``: its path in the model. ``where``: file and line, "" where the user has none there.
-    """
-
-    module: str
-    op: str
-    where: str
-    why: str
-    remedy: str
-
-    @property
-    def short(self) -> str:
-        """File and line without the folders in front."""
-        file, _, line = self.where.rpartition(":")
-        if not file:
-            return ""
-        return f"{os.path.basename(file)}:{line}"
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The answer about one structure; true in a boolean context only where it holds.
-
-    ``status``: "holds", "fails" or "unknown". ``basis``: "proved", "witness" or "assumed", "" where
-    the status is unknown. ``weights_depend_on``: what of other samples ("targets", "inputs") enters
-    the weights of a reduction; in the verdict on the SIMD loss, its terms.
-    """
-
-    name: str
-    status: str
-    basis: str = ""
-    culprits: tuple[Culprit, ...] = ()
-    note: str = ""
-    weights_depend_on: frozenset[str] = frozenset()
-
-    def __bool__(self) -> bool:
-        return self.status == "holds"
-
-    def __str__(self) -> str:
-        title = TITLES.get(self.name, self.name.replace("_", " "))
-        text = f"{title}: {self.status}"
-        if self.basis:
-            text += f" ({self.basis})"
-        if self.note:
-            text += f", {self.note}"
-        return text
-
-    def located(self, where: str) -> Verdict:
-        """Return the verdict with ``where`` as the place of culprits that have none."""
-        culprits = []
-        for culprit in self.culprits:
-            if not culprit.where:
-                culprit = replace(culprit, where=where)
-            culprits.append(culprit)
-        return replace(self, culprits=tuple(culprits))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the verdict as plain data, for JSON."""
-        return {
-            "status": self.status,
-            "basis": self.basis,
-            "note": self.note,
-            "culprits": [vars(c) for c in self.culprits],
-            "weights_depend_on": sorted(self.weights_depend_on),
-        }
 
 
 @dataclass(frozen=True)
@@ -191,7 +128,13 @@ class Structure:
         return self.with_verdicts(*(verdict.located(where) for verdict in self.verdicts))
 
     def __rich__(self) -> Group:
-        return Group(*render(self))
+        return Group(
+            heading(self.samples, self.predictions),
+            verdict_table(self.verdicts),
+            *culprit_part(self.verdicts),
+            *remarks(self.assumptions, self.custom_rules, self.unknown_ops, self.notes),
+            follows_part(self.follows()),
+        )
 
     def __repr__(self) -> str:
         marks = ", ".join(f"{TITLES[v.name]} {MARKS[v.status]}" for v in self.verdicts)

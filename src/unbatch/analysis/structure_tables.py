@@ -1,23 +1,21 @@
 """The printed report of a structure: its parts as tables, and the words and marks in them.
 
 The report in a notebook, the command line and the HTML report are made of these parts. What they
-show is in ``structure.py``, which imports this file; so the types come in for the checker alone.
+show is the frozen data of ``verdict.py`` and ``consequence_facts.py``.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
 from unbatch.analysis import consequence_table
 from unbatch.analysis.consequence_facts import PART, Consequence
-
-if TYPE_CHECKING:
-    from unbatch.analysis.structure import Culprit, Structure
+from unbatch.analysis.verdict import TITLES, Culprit, Verdict
 
 STYLES = {
     "holds": "green",
@@ -33,40 +31,17 @@ NAMED = 4  # modules in a row of culprits; more are counted
 
 MARKS = {"holds": "✓", "fails": "✗", "unknown": "?"}
 
-TITLES = {
-    "canonical_split": "canonical split",
-    "independent_forward": "independent forward",
-    "simd_forward": "SIMD forward",
-    "simd_given_statistics": "SIMD given statistics",
-    "reduction": "reduction",
-    "simd_loss": "SIMD loss",
-}
+
+def heading(samples: int, predictions: Iterable[tuple[int, ...]]) -> Text:
+    """Return what a structure is of: the batch, and the shapes of the predictions."""
+    shapes = ", ".join(str(list(shape)) for shape in predictions)
+    return Text(f"Structure of the loss on a batch of {samples}; predictions {shapes}")
 
 
-def render(structure: Structure) -> list[Any]:
-    """Return the parts of the printed report.
-
-    They are heading, verdicts, culprits, assumptions and notes, and what follows.
-    """
-    return [
-        heading(structure),
-        verdict_table(structure),
-        *culprit_part(structure),
-        *remarks(structure),
-        follows_part(structure),
-    ]
-
-
-def heading(structure: Structure) -> Text:
-    """Return what the structure is of: the batch and the predictions."""
-    shapes = ", ".join(str(list(shape)) for shape in structure.predictions)
-    return Text(f"Structure of the loss on a batch of {structure.samples}; predictions {shapes}")
-
-
-def verdict_table(structure: Structure) -> Table:
+def verdict_table(verdicts: Iterable[Verdict]) -> Table:
     """Return one row for each of the six verdicts."""
     table = _plain_table("structure", "verdict", "basis", "note")
-    for verdict in structure.verdicts:
+    for verdict in verdicts:
         status = Text(f"{MARKS[verdict.status]} {verdict.status}", STYLES[verdict.status])
         table.add_row(TITLES[verdict.name], status, verdict.basis, verdict.note)
     return table
@@ -79,13 +54,13 @@ def _plain_table(*columns: str, title: str | None = None) -> Table:
     return table
 
 
-def by_kind(structure: Structure) -> list[tuple[list[Culprit], list[str]]]:
+def by_kind(verdicts: Iterable[Verdict]) -> list[tuple[list[Culprit], list[str]]]:
     """Return culprits of one kind together, and the titles of the structures that they are against.
 
     Of one kind are culprits that differ in where they stand and in the numbers of their text.
     """
     kinds: dict[tuple[str, str, str], tuple[list[Culprit], list[str]]] = {}
-    for verdict in structure.verdicts:
+    for verdict in verdicts:
         title = TITLES[verdict.name]
         for culprit in verdict.culprits:
             # How many statistics there are, say, is no reason for a row of its own.
@@ -98,12 +73,12 @@ def by_kind(structure: Structure) -> list[tuple[list[Culprit], list[str]]]:
     return list(kinds.values())
 
 
-def culprit_part(structure: Structure, most: int = 12) -> list[Any]:
+def culprit_part(verdicts: Iterable[Verdict], most: int = 12) -> list[Any]:
     """Return a table with each kind of culprit once; nothing where there is none.
 
     A row has the places of its kind, and the structures that it stands in the way of.
     """
-    kinds = by_kind(structure)
+    kinds = by_kind(verdicts)
     if not kinds:
         return []
     table = _plain_table(
@@ -130,22 +105,27 @@ def _module_names(culprits: Sequence[Culprit]) -> str:
     return "\n".join(modules)
 
 
-def remarks(structure: Structure) -> list[Text]:
+def remarks(
+    assumptions: Sequence[str],
+    custom_rules: Sequence[str],
+    unknown_ops: Sequence[str],
+    notes: Iterable[str],
+) -> list[Text]:
     """Return what the verdicts rest on beside the rules of this package, and their notes."""
     entries = {
-        "assumed": structure.assumptions,
-        "rules of your own": structure.custom_rules,
-        "ops without a rule": structure.unknown_ops,
+        "assumed": assumptions,
+        "rules of your own": custom_rules,
+        "ops without a rule": unknown_ops,
     }
     lines = []
     for title, names in entries.items():
         if names:
             lines.append(Text(f"{title}: {', '.join(names)}"))
-    lines.extend(Text(f"note: {note}") for note in structure.notes)
+    lines.extend(Text(f"note: {note}") for note in notes)
     return lines
 
 
-def follows_part(structure: Structure) -> Table:
+def follows_part(consequences: Sequence[Consequence]) -> Table:
     """Return the quantities by what becomes of them; the star marks what this release computes."""
     table = Table(
         box=None,
@@ -157,7 +137,7 @@ def follows_part(structure: Structure) -> Table:
     table.add_column("", overflow="fold")
     for outcome, words in consequence_table.OUTCOMES.items():
         style = STYLES.get(outcome, "yellow")
-        whole, parts = _by_part(c for c in structure.follows() if c.outcome == outcome)
+        whole, parts = _by_part(consequences, outcome)
         if whole:
             table.add_row(Text(words, style), ", ".join(_starred_name(c) for c in whole))
         if parts:
@@ -170,11 +150,13 @@ def follows_part(structure: Structure) -> Table:
 
 
 def _by_part(
-    consequences_: Iterable[Consequence],
+    consequences: Iterable[Consequence], outcome: str
 ) -> tuple[list[Consequence], list[Consequence]]:
-    """Return those of whole quantities, and those of the part through the predictions alone."""
+    """Return those with one outcome: of whole quantities, and of parts through the predictions."""
     whole, parts = [], []
-    for consequence in consequences_:
+    for consequence in consequences:
+        if consequence.outcome != outcome:
+            continue
         if consequence.name == consequence.quantity + PART:
             parts.append(consequence)
         else:

@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from unbatch.analysis.structure import Structure
-from unbatch.analysis.structure_tables import MARKS, STYLES, TITLES
+from unbatch.analysis.structure_tables import MARKS, STYLES
+from unbatch.analysis.verdict import TITLES
 from unbatch.diagram import figure
 from unbatch.diagram.stage import Stage, shown
 from unbatch.rendering import as_text

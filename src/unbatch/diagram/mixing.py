@@ -18,7 +18,8 @@ from unbatch.analysis.inference import AnalysisState
 from unbatch.analysis.interpreter import Interpretation, interpret
 from unbatch.analysis.policy import Mixed, Policy
 from unbatch.analysis.rules.registry import NO_RULE
-from unbatch.analysis.structure import Culprit, Structure, Verdict
+from unbatch.analysis.structure import Structure
+from unbatch.analysis.verdict import Culprit, Verdict
 from unbatch.capture import ops
 from unbatch.capture.graph import Graph, HostRead
 from unbatch.capture.steps import Ref, Step

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from unbatch.analysis.structure import Culprit, Structure, Verdict
+from unbatch.analysis.structure import Structure
+from unbatch.analysis.verdict import Culprit, Verdict
 from unbatch.diagram.mixing import APART
 
 NAMED = 3  # places that are named before the others are counted

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from unbatch import rendering
 from unbatch.analysis.structure import NAMES, Structure
-from unbatch.analysis.structure_tables import MARKS, STYLES, TITLES
+from unbatch.analysis.structure_tables import MARKS, STYLES
+from unbatch.analysis.verdict import TITLES
 from unbatch.curvature.spectrum import Directions
 from unbatch.gradients.results import Rows
 from unbatch.verification.verify import Check, Verification

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from unbatch.analysis.explanations import REMEDY, WHY
-from unbatch.analysis.structure import Culprit, Structure, Verdict
+from unbatch.analysis.structure import Structure
+from unbatch.analysis.verdict import Culprit, Verdict
 from unbatch.verification.counterexample import Counterexample
 from unbatch.verification.experiment import Experiment, Untestable
 from unbatch.verification.forward_tests import cross_sample_dependence, not_equivariant
