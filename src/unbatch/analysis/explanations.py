@@ -11,6 +11,9 @@ from unbatch.analysis.verdict import Culprit
 from unbatch.capture.graph import HostRead
 from unbatch.capture.steps import Step
 
+# The keys are the words with which rules say how samples became mixed, and a few kinds that only
+# the verdicts know: "statistic", "group", "long", "broadcast", "uneven", "place", "escape" and
+# "unfaithful". A rule from outside may use words of its own; they are shown as they are.
 WHY = {
     "statistic": "a statistic over all samples ({size} numbers) flows back into every sample",
     "group": "statistics over groups of {samples} samples ({size} numbers) flow back into the "
@@ -42,6 +45,7 @@ WHY = {
 }
 
 
+# What to do about each kind; for kinds that are not listed the default.
 REMEDY = {
     "statistic": "Evaluate with fixed statistics (`.eval()`), or normalise within a sample "
     "(GroupNorm, LayerNorm); sums and the GGN stay exact as they are.",
@@ -76,6 +80,7 @@ def culprit(step: Step, kind: str, **facts: object) -> Culprit:
 
     ``kind``: a key of ``WHY``, or a reason in the words of a rule from outside.
     """
+    # A reason without braces takes any facts, so that all kinds can be called alike.
     why = WHY.get(kind, kind).format(**facts)
     return Culprit(step.module, step.name, step.where, why, REMEDY.get(kind, DEFAULT_REMEDY))
 

@@ -6,7 +6,7 @@ open, with culprits. Nothing is refuted here: that takes a counterexample, see `
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from unbatch.analysis.domain.dependence import StatisticUse
@@ -67,12 +67,15 @@ def forward_evidence(
     ``leading``: samples lie along the first axis of every input.
     """
     algebra, samples = forward.algebra, forward.algebra.samples
+    # Predictions that the loss does not read prove nothing about it, and refute nothing.
     predictions = [forward[r] for r in graph.used_predictions]
     # A prediction that is a statistic itself is a use of it, which the algebra has to know before
     # its uses are read.
     for marks in predictions:
         algebra.note_use(marks)
     steps = forward.ancestors(graph.used_predictions)
+    # A read that may steer the program proves nothing of the other paths: no structure holds then,
+    # not even given the statistics.
     in_place, alike = not reads, True
     for marks in predictions:
         in_place = in_place and in_its_place(marks, samples, leading)
@@ -94,17 +97,23 @@ def forward_evidence(
 
 def _uses_in(algebra: Propagation, steps: set[int]) -> list[StatisticUse]:
     """Return the uses of statistics that are made in ``steps``."""
-    uses = []
-    for use in algebra.record.uses.values():
-        made_at = {algebra.record.definitions[r].step for r in use.definitions}
-        if made_at & steps:
-            uses.append(use)
-    return uses
+    return [use for use in algebra.record.uses.values() if _is_made_in(steps, algebra, use)]
+
+
+def _is_made_in(steps: set[int], algebra: Propagation, use: StatisticUse) -> bool:
+    # Of several statistics one suffices: what is made of them depends on it.
+    for definition in use.definitions:
+        if algebra.record.definitions[definition].step in steps:
+            return True
+    return False
 
 
 def _only_ranks(graph: Graph, algebra: Propagation, steps: set[int]) -> bool:
     """Tell whether all of the steps do no more than compare or order samples."""
-    return all(_compares_samples(graph.steps[s], algebra.record.mixing.get(s)) for s in steps)
+    for index in steps:
+        if not _compares_samples(graph.steps[index], algebra.record.mixing.get(index)):
+            return False
+    return True
 
 
 def _compares_samples(step: Step, birth: str | None) -> bool:
@@ -112,6 +121,8 @@ def _compares_samples(step: Step, birth: str | None) -> bool:
 
     ``birth``: how it mixes samples, None where they were mixed before.
     """
+    # Sorting what is mixed already gives ranks as well, as the argsort of an argsort does. A
+    # comparison counts only where it is the one that sets samples beside each other.
     if step.name in ORDERINGS:
         return True
     return step.name in COMPARISONS and birth == "pairwise"
@@ -126,7 +137,7 @@ def judge_forward(
     """Return the structure with its verdicts on the forward pass; those on the loss are open."""
     samples = forward.algebra.samples
     statistics = batch_statistics(graph, forward.algebra, evidence.uses)
-    through_statistics = tuple(_statistic_culprit(s, long) for s, long in statistics.items())
+    through_statistics = tuple(_culprits_of(statistics))
     others = _other_culprits(graph, forward, evidence, leading)
     independent = evidence.in_place and not evidence.uses_statistics
     simd = independent and evidence.uniform
@@ -137,9 +148,11 @@ def judge_forward(
     against_simd_given = others
     if not evidence.bounded:
         against_simd_given = others + through_statistics
+    # One declaration anywhere is enough, whether the predictions depend on its module or not.
     basis = "assumed" if forward.assumed else "proved"
 
     def verdict(name: str, holds: bool, culprits: tuple[Culprit, ...], note: str = "") -> Verdict:
+        # Trivially true of one sample, but the question is about batches of this program.
         if samples == 1:
             return Verdict(name, "unknown", note="one sample cannot show whether samples interact")
         if holds:
@@ -198,6 +211,7 @@ def batch_statistics(
     statistics: dict[BatchStatistic, bool] = {}
     for place, there in places.items():
         statistic = _statistic_at(place, algebra, there)
+        # One long statistic is enough for the numbers of this place to grow with the batch.
         statistics[statistic] = any(use.long for use in there)
     return statistics
 
@@ -220,11 +234,15 @@ def statistic_culprits(
     graph: Graph, algebra: Propagation, uses: Sequence[StatisticUse]
 ) -> list[Culprit]:
     """Return a culprit for each place where statistics are made."""
-    statistics = batch_statistics(graph, algebra, uses)
+    return _culprits_of(batch_statistics(graph, algebra, uses))
+
+
+def _culprits_of(statistics: Mapping[BatchStatistic, bool]) -> list[Culprit]:
     return [_statistic_culprit(statistic, long) for statistic, long in statistics.items()]
 
 
 def _statistic_culprit(statistic: BatchStatistic, long: bool) -> Culprit:
+    # A long statistic comes first: that it grows is what stands in the way, grouped or not.
     kind = "statistic"
     if long:
         kind = "long"
@@ -250,6 +268,7 @@ def _other_culprits(
         mixers |= marks.mixers
         in_place = in_place and in_its_place(marks, algebra.samples, leading)
     culprits: list[Culprit] = []
+    # By index, which is the order of the program: the first culprit is where it begins.
     for index in sorted(mixers & evidence.steps & algebra.record.mixing.keys()):
         how = algebra.record.mixing[index]
         culprits.append(culprit(graph.steps[index], how))

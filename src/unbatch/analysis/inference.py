@@ -79,6 +79,8 @@ def infer_structure(
     """
     assumptions = _Assumptions(assumed, harmless)
     leading = all(d in (0, None) for d in dims)
+    # A model that computes its own loss is interpreted as a whole, cut, and from then on treated as
+    # any other. One that has been cut already (``after_cut``) is two parts from the start.
     own_loss = graph.own_loss and not graph.after_cut
     steps = graph.steps if own_loss else graph.forward_steps
     forward = interpret(graph, samples, initial_ownership(graph, dims), steps, assumed)
@@ -86,6 +88,7 @@ def infer_structure(
     if own_loss:
         forward, parameter_steps = _cut_own_loss(forward, dims, assumed, fold)
         graph = forward.graph
+    # After the cut, which decides to which of the two parts a read belongs.
     before, after = _reads_by_part(graph, forward, own_loss)
     reads = _steering(graph, before, forward, assumptions)
     evidence = forward_evidence(graph, forward, leading, reads)
@@ -97,6 +100,7 @@ def infer_structure(
         reads_after = _steering(graph, after, loss, assumptions)
         verdicts = judge_loss(_loss_evidence(graph, graph.loss, forward, loss, reads_after))
         structure = structure.with_verdicts(*verdicts)
+    # Whatever the verdict on the loss: these parameters enter it past the cut.
     if parameter_steps:
         structure = structure.with_verdicts(parameters_in_own_loss(parameter_steps))
     if own_loss and loss is not None:
@@ -141,11 +145,14 @@ def _interpret_loss(
     in place: repeated until no label is added.
     """
     steps = list(graph.loss_steps)
+    # A mean over unmasked words, say: the model counts them, and its loss divides by the count.
+    # Interpreting these steps once more defines the count in the record of the loss as well.
     if own_loss:
         steps = [*statistics_of_data(graph, forward), *steps]
     labels: dict[int, Ownership] = {}
     while True:
         loss = interpret(graph, forward.algebra.samples, start | labels, steps, assumed, CONSTANTS)
+        # Ends, as labels are only added and there are finitely many.
         more = placed(graph, forward, start, loss)
         if more.keys() <= labels.keys():
             return loss
@@ -214,6 +221,8 @@ def _steering(
     for read in reads:
         if not _reads_batch(read, interpretation):
             continue
+        # A declaration excuses a read whatever it says of the batch, and ``harmless`` is not
+        # asked.
         if _is_declared(graph, read, assumptions.modules) or assumptions.harmless(read):
             continue
         steering.append(read)
@@ -229,6 +238,7 @@ def _reads_batch(read: HostRead, interpretation: Interpretation) -> bool:
 
 def _is_declared(graph: Graph, read: HostRead, modules: Sequence[str]) -> bool:
     """Tell whether the user has declared the module that reads, or the op that made the value."""
+    # -1 for a value that no step has made, an input say.
     maker = graph.values[read.ref.index].step
     if maker >= 0 and graph.steps[maker].op in registry.ASSUMED:
         return True
@@ -251,6 +261,8 @@ def _loss_evidence(
 
     A constant that is read steers nothing in the loss; that it is read of the whole batch is kept.
     """
+    # ``if y.max() > 1`` in a loss looks at targets, and in the loss these are what they are: no
+    # other branch has to be considered. But a weight may now depend on the targets of all samples.
     steering = []
     constants_read: set[str] = set()
     for read in reads:
@@ -276,6 +288,7 @@ def _loss_evidence(
 
 def _with_premises(structure: Structure, state: AnalysisState) -> Structure:
     """Return the structure with assumptions, rules from outside, and ops that have no rule."""
+    # Over both passes, and sorted: what is printed must not depend on the order of sets.
     assumed: set[str] = set()
     custom: set[str] = set()
     unknown: set[str] = set()

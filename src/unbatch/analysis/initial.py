@@ -28,6 +28,7 @@ def initial_ownership(graph: Graph, dims: Sequence[int | None]) -> dict[int, Own
     Inputs belong to their samples along ``dims`` (None: to none); everything else that exists
     before the model runs is shared.
     """
+    # Inputs are among what is there before the model runs: these marks replace the shared ones.
     marks = _outside(graph)
     marks.update(_data(graph, graph.inputs, dims, "inputs"))
     return marks
@@ -48,6 +49,8 @@ def loss_marks(
     """
     marks = _outside(graph)
     marks.update(_data(graph, graph.targets, targets, "targets"))
+    # Predictions come last, and overrule what the forward pass has proved of them: however the
+    # model mixes samples, the loss is judged as a function of predictions that are there.
     numbers = set(scrambled(graph, forward))
     for index, value in forward.ownership.items():
         kind = graph.values[index].kind
@@ -72,9 +75,11 @@ def scrambled(graph: Graph, forward: Interpretation) -> list[int]:
     """
     if not graph.own_loss:
         return []
+    # In the order of the program, each once.
     read: dict[int, None] = {}
     for step in graph.loss_steps:
-        read.update(dict.fromkeys(ref.index for ref in step.refs()))
+        for ref in step.refs():
+            read[ref.index] = None
     return [index for index in read if _is_scrambled(graph, forward, index)]
 
 
@@ -93,6 +98,8 @@ def fresh_prediction(
 
     ``leaf``: its number among the predictions. One that no sample can be found in is shared.
     """
+    # By its axis where it has one; otherwise by its owners, as where [n t, c] has n t rows. What
+    # belongs to no sample, or is mixed, is shared.
     dim = prediction_dim(prediction, samples, leading)
     if dim is not None:
         marks = batched(prediction.shape, dim, ("prediction", leaf))
@@ -114,7 +121,7 @@ def _atoms(marks: Ownership, leaf: int, samples: int) -> frozenset[int]:
     one_each = marks.owner.size == math.prod(marks.shape) == samples
     if one_each and len(keys) == 1:
         return frozenset([int(keys[0])])
-    return frozenset(int(code("prediction", leaf, part)) for part in (0, 1))
+    return frozenset({int(code("prediction", leaf, 0)), int(code("prediction", leaf, 1))})
 
 
 def _outside(graph: Graph) -> dict[int, Ownership]:

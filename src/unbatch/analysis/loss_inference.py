@@ -59,8 +59,13 @@ def judge_loss(evidence: LossEvidence) -> tuple[Verdict, Verdict, Verdict]:
     """Return the verdicts on canonical split, reduction and SIMD loss."""
     marks, algebra = evidence.marks, evidence.algebra
     basis = "assumed" if evidence.loss.assumed else "proved"
+    # One list for both open verdicts: whatever couples the samples in the loss stands in the way of
+    # a sum over them and of one function for all of them.
     culprits = _loss_culprits(evidence)
     simd = _is_simd(evidence)
+    # An example: a mean over the labels that are not ignored divides by their number. That is a
+    # statistic of the targets and a factor of every term: the loss is a weighted sum all the same,
+    # but with weights that depend on the targets of others. What Python has read may be a factor.
     factors = _batch_constants(algebra, marks, as_factors=True) | evidence.constants_read
     terms = _batch_constants(algebra, marks, as_factors=False)
     reduction = Verdict("reduction", "unknown", culprits=culprits, weights_depend_on=factors)
@@ -83,6 +88,7 @@ def _is_additive(evidence: LossEvidence) -> bool:
     marks = evidence.marks
     if evidence.reads:
         return False
+    # A function of the targets alone is no loss of the samples' predictions.
     if marks.depends_on_batch and "predictions" not in marks.sources:
         return False
     return marks.additive or (evidence.algebra.samples == 1 and not marks.mixed)
@@ -96,6 +102,7 @@ def _is_simd(evidence: LossEvidence) -> bool:
     marks = evidence.marks
     if evidence.reads or marks.mixed:
         return False
+    # A statistic of some of the samples is no one function of all, unless it is a sum over them.
     if marks.grouped and not marks.additive:
         return False
     if not marks.atoms:
@@ -122,17 +129,19 @@ def _batch_constants(algebra: Propagation, marks: Ownership, as_factors: bool) -
 
 def _judge_split(evidence: LossEvidence) -> Verdict:
     """Return whether only predictions, and nothing else made of parameters, enter the loss."""
+    # Parameters first, and reads second: a parameter in the loss refutes the split, whatever Python
+    # has read, and what was read only leaves it open.
     culprits = []
     for step in evidence.steps_after_cut:
+        # ``ones_like(parameter)`` takes nothing of the parameter but its shape.
         if not ops.reads_shape_only(step.op):
             culprits += _parameters_entering(evidence, step)
     if culprits:
+        # Each place once, in order: one step may take a parameter twice.
         return _split_fails(dict.fromkeys(culprits))
     reads = [e for e in evidence.graph.host_reads if e.in_loss and _reads_parameters(evidence, e)]
     if reads:
-        return Verdict(
-            "canonical_split", "unknown", culprits=tuple(host_read_culprit(read) for read in reads)
-        )
+        return Verdict("canonical_split", "unknown", culprits=tuple(map(host_read_culprit, reads)))
     return Verdict("canonical_split", "holds", "proved")
 
 
@@ -162,6 +171,7 @@ def _reads_parameters(evidence: LossEvidence, read: HostRead) -> bool:
     index = read.ref.index
     if read.blind or evidence.graph.values[index].kind == "parameters":
         return True
+    # The loss has the later word on a value that both know. What neither knows may be anything.
     marks = evidence.loss.ownership.get(index) or evidence.forward.ownership.get(index)
     if marks is None:
         return True
@@ -193,16 +203,20 @@ def _split_culprit(step: Step, what: str) -> Culprit:
 def _loss_culprits(evidence: LossEvidence) -> tuple[Culprit, ...]:
     """Return where the loss makes predictions of different samples interact."""
     graph, algebra, marks = evidence.graph, evidence.algebra, evidence.marks
+    # Steps of the forward pass as well: what it makes of the inputs alone keeps its mixing when
+    # the loss reads it.
     mixing_steps = evidence.forward.algebra.record.mixing | algebra.record.mixing
     mixing = []
     for index in sorted(marks.mixers & mixing_steps.keys()):
         step = graph.steps[index]
         mixing.append(_mixing_culprit(graph, step, mixing_steps[index]))
-    reads = [host_read_culprit(read) for read in evidence.reads]
+    reads = [*map(host_read_culprit, evidence.reads)]
     uses = [
         use for use in algebra.record.uses.values() if _of_predictions(algebra, use.definitions)
     ]
     statistics = statistic_culprits(graph, algebra, uses)
+    # A total that enters nonlinearly is blamed last: where samples are mixed, or share statistics,
+    # that is the nearer reason.
     totals: list[Culprit] = []
     if not mixing and not statistics:
         totals = _total_culprits(evidence)
@@ -267,8 +281,9 @@ def _nonlinear_totals(evidence: LossEvidence) -> frozenset[int]:
         if not _makes_no_sum(evidence.loss, step):
             continue
         operands = _totals_among(evidence.loss, step.refs())
-        all_sums = all(m.additive for m in operands)
-        if all_sums or ops.base_name(step.op) not in SUMS:
+        # Where an operand is no sum already, an op that only puts totals together is not to blame;
+        # the step that made that operand is.
+        if _all_sums(operands) or ops.base_name(step.op) not in SUMS:
             for operand in operands:
                 if operand.additive:
                     nonlinear |= operand.statistics
@@ -277,7 +292,11 @@ def _nonlinear_totals(evidence: LossEvidence) -> frozenset[int]:
 
 def _makes_no_sum(loss: Interpretation, step: Step) -> bool:
     """Tell whether a result of the step rests on totals over samples and is no sum itself."""
-    return any(not m.additive for m in _totals_among(loss, step.outs))
+    return not _all_sums(_totals_among(loss, step.outs))
+
+
+def _all_sums(totals: Iterable[Ownership]) -> bool:
+    return all(m.additive for m in totals)
 
 
 def _totals_among(loss: Interpretation, refs: Iterable[Ref | None]) -> list[Ownership]:

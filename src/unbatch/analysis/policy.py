@@ -46,11 +46,13 @@ class Policy:
         return marks
 
 
+# What all verdicts rest on. The others may count wrongly without a verdict being wrong.
 PROVED_ONLY = Policy()
 
 
 def _by_place(call: RuleContext, marks: Ownership, ref: Ref) -> Ownership:
     """Count slices to samples along the axis of the first operand's, or the first that fits."""
+    # The first operand's axis first: where several axes have N entries, it is the likeliest.
     candidates: list[int | None] = [x.sample_dim() for x in call.tensors if x.owned][:1]
     candidates += range(len(marks.shape))
     for axis in candidates:
@@ -72,6 +74,7 @@ def _afresh(call: RuleContext, marks: Ownership, ref: Ref) -> Ownership:
         axis, features = 0, len(marks.shape) - 1
     else:
         return marks
+    # Without doubt means: known from an operand, not the features, and of the right size.
     if axis is None or axis >= features or not _has_slices(marks, axis, call.algebra.samples):
         return marks
     return batched(marks.shape, axis, ("afresh", ref.index), marks.sources)

@@ -26,6 +26,7 @@ from unbatch.analysis.verdict import TITLES, Verdict
 from unbatch.errors import InputError
 from unbatch.rendering import as_html, as_text
 
+# The order of the report: the split, then the forward pass, then the loss.
 NAMES = consequence_facts.STRUCTURES
 
 
@@ -75,12 +76,17 @@ class Structure:
     @property
     def statistics_size(self) -> int:
         """R: how many numbers the batch statistics are in all."""
-        return sum(s.size for s in self.statistics)
+        size = 0
+        for statistic in self.statistics:
+            size += statistic.size
+        return size
 
     @property
     def statuses(self) -> dict[str, str]:
         """The verdicts as the table of consequences takes them."""
         statuses = {v.name: v.status for v in self.verdicts}
+        # The one fact of the table that is no verdict: what of other samples enters weights or
+        # terms.
         depends = self.reduction.weights_depend_on or self.simd_loss.weights_depend_on
         statuses["own_weights"] = "fails" if depends else "holds"
         return statuses
@@ -97,11 +103,13 @@ class Structure:
         With ``quantity`` only that one. ``print(structure)`` has them as a table. Raises
         ``InputError`` where no quantity has this name.
         """
+        # Worked out anew each time: the table is small, and a structure stays plain data.
         if quantity is None:
             return consequences.follows(self.statuses)
         try:
             return consequences.consequence(quantity, self.statuses)
         except KeyError as error:
+            # ``str`` of a KeyError is the repr of its message: quotation marks around a sentence.
             raise InputError(error.args[0]) from None
 
     def with_verdicts(self, *verdicts: Verdict) -> Structure:
@@ -114,6 +122,7 @@ class Structure:
 
         ``other`` is of a recording that stands for this one as well, on another execution path.
         """
+        # The verdict of the other path as it stands, with its culprits: there they are true.
         weaker: list[Verdict] = []
         for verdict, theirs in zip(self.verdicts, other.verdicts, strict=True):
             if verdict and not theirs:
@@ -125,7 +134,8 @@ class Structure:
 
         A model that is made of library modules only has no line of the user's code.
         """
-        return self.with_verdicts(*(verdict.located(where) for verdict in self.verdicts))
+        verdicts = [verdict.located(where) for verdict in self.verdicts]
+        return self.with_verdicts(*verdicts)
 
     def __rich__(self) -> Group:
         return Group(
@@ -137,8 +147,9 @@ class Structure:
         )
 
     def __repr__(self) -> str:
-        marks = ", ".join(f"{TITLES[v.name]} {MARKS[v.status]}" for v in self.verdicts)
-        return f"Structure({self.samples} samples: {marks}; print it for the report)"
+        # One line, for lists and tracebacks: the whole report is what ``print`` shows.
+        marks = [f"{TITLES[v.name]} {MARKS[v.status]}" for v in self.verdicts]
+        return f"Structure({self.samples} samples: {', '.join(marks)}; print it for the report)"
 
     def __str__(self) -> str:
         return as_text(self.__rich__())

@@ -40,6 +40,7 @@ def heading(samples: int, predictions: Iterable[tuple[int, ...]]) -> Text:
 
 def verdict_table(verdicts: Iterable[Verdict]) -> Table:
     """Return one row for each of the six verdicts."""
+    # Mark and word both: colours are lost in a file, and marks alone have to be learned.
     table = _plain_table("structure", "verdict", "basis", "note")
     for verdict in verdicts:
         status = Text(f"{MARKS[verdict.status]} {verdict.status}", STYLES[verdict.status])
@@ -49,6 +50,7 @@ def verdict_table(verdicts: Iterable[Verdict]) -> Table:
 
 def _plain_table(*columns: str, title: str | None = None) -> Table:
     table = Table(box=None, pad_edge=False, title=title, title_justify="left")
+    # Folded, not cut off: a reason without its end is none.
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
@@ -59,6 +61,8 @@ def by_kind(verdicts: Iterable[Verdict]) -> list[tuple[list[Culprit], list[str]]
 
     Of one kind are culprits that differ in where they stand and in the numbers of their text.
     """
+    # An example: a net with twenty batch norms has twenty culprits against the same structures.
+    # They are one row, with the places in it.
     kinds: dict[tuple[str, str, str], tuple[list[Culprit], list[str]]] = {}
     for verdict in verdicts:
         title = TITLES[verdict.name]
@@ -98,6 +102,7 @@ def culprit_part(verdicts: Iterable[Verdict], most: int = 12) -> list[Any]:
 
 def _module_names(culprits: Sequence[Culprit]) -> str:
     """Return the first modules of the culprits, one a line, and how many culprits are left out."""
+    # Culprits are counted, not modules: several may stand in one module.
     modules = list(dict.fromkeys(c.module or "-" for c in culprits))[:NAMED]
     more = len(culprits) - len(modules)
     if more:
@@ -119,6 +124,7 @@ def remarks(
     }
     lines = []
     for title, names in entries.items():
+        # Nothing is said of what there is not: most reports have none of these lines.
         if names:
             lines.append(Text(f"{title}: {', '.join(names)}"))
     lines.extend(Text(f"note: {note}") for note in notes)
@@ -136,6 +142,7 @@ def follows_part(consequences: Sequence[Consequence]) -> Table:
     table.add_column("", overflow="fold", min_width=24)
     table.add_column("", overflow="fold")
     for outcome, words in consequence_table.OUTCOMES.items():
+        # In the order of the outcomes, the best first; one that no quantity has gets no row.
         style = STYLES.get(outcome, "yellow")
         whole, parts = _by_part(consequences, outcome)
         if whole:

@@ -58,6 +58,8 @@ class Verdict:
     note: str = ""
     weights_depend_on: frozenset[str] = frozenset()
 
+    # "unknown" is false as "fails" is: code that asks ``if structure.reduction`` is safe without
+    # knowing that there are three answers.
     def __bool__(self) -> bool:
         return self.status == "holds"
 
@@ -72,6 +74,7 @@ class Verdict:
 
     def located(self, where: str) -> Verdict:
         """Return the verdict with ``where`` as the place of culprits that have none."""
+        # A place that is known is nearer to the fault than the one that all would get.
         culprits = []
         for culprit in self.culprits:
             if not culprit.where:
