@@ -81,6 +81,10 @@ def forward_evidence(
         in_place = in_place and in_its_place(marks, samples, leading)
         alike = alike and uniform(marks, samples, leading)
     uses = _uses_in(algebra, steps)
+    # A sample that is in two sets couples these, and so on: the sets grow together with the batch.
+    bounded = not algebra.uses_overlapping_sets()
+    for use in uses:
+        bounded = bounded and not use.long
     nonlinear = algebra.record.nonlinear & steps
     return ForwardEvidence(
         marks=tuple(predictions),
@@ -89,7 +93,7 @@ def forward_evidence(
         reads=tuple(reads),
         in_place=in_place,
         uniform=alike,
-        bounded=not any(use.long for use in uses) and not algebra.uses_overlapping_sets(),
+        bounded=bounded,
         nonlinear=bool(nonlinear),
         ranks=bool(nonlinear) and _only_ranks(graph, algebra, nonlinear),
     )

@@ -166,7 +166,9 @@ def statistics_of_data(graph: Graph, forward: Interpretation) -> list[Step]:
     """
     steps = []
     for step in graph.forward_steps:
-        results = [*step.outs, *(new for _, new in step.writes)]
+        results = list(step.outs)
+        for _, new in step.writes:
+            results.append(new)
         if any(_is_data_statistic(forward, ref) for ref in results):
             steps.append(step)
     return steps

@@ -165,8 +165,12 @@ def folded(graph: Graph, forward: Interpretation, fold: SampleAxes) -> Graph:
         # A first axis that has their number by chance would be taken for that of the samples.
         elif value.shape[:1] == (samples,) and forward[ref].sample_dim() != 0:
             raise _no_fold(fold, [tuple(value.shape)])
-    shapes = [graph.values[ref.index].shape for ref in graph.predictions]
-    folds_one = any(shape[:1] == (samples,) for shape in shapes)
+    shapes = []
+    folds_one = False
+    for ref in graph.predictions:
+        shape = graph.values[ref.index].shape
+        shapes.append(shape)
+        folds_one = folds_one or shape[:1] == (samples,)
     # Without a cut there is no prediction to fold.
     if not graph.after_cut or not folds_one:
         raise _no_fold(fold, shapes)

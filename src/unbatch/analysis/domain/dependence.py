@@ -34,7 +34,7 @@ class StatisticUse:
     """What values of samples use: ``size`` numbers, made from the statistics ``definitions``."""
 
     definitions: frozenset[int]
-    size: int
+    size: int  # of what is used, which may be less than the statistic has
     long: bool
 
 
@@ -59,6 +59,7 @@ class DependenceRecord:
 
     def define(self, statistic: StatisticDef) -> int:
         """Enter a statistic, and return the number by which values refer to it."""
+        # Never removed, and never the same twice: the number stays valid for the whole pass.
         self.definitions.append(statistic)
         return len(self.definitions) - 1
 
@@ -81,6 +82,7 @@ class DependenceRecord:
 
     def partial_sums(self, statistics: frozenset[int]) -> frozenset[int]:
         """Return those of ``statistics`` that are sums over a part of the batch."""
+        # A sum over the whole batch has no groups, and is a statistic in its own right.
         partial = set()
         for s in statistics:
             definition = self.definitions[s]

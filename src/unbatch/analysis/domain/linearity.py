@@ -36,6 +36,7 @@ def sample_weight(operands: Sequence[Ownership], samples: int) -> int | None:
     """Return which of two operands is a constant factor that differs from sample to sample."""
     if len(operands) != 2:
         return None
+    # Of two weights for each other neither is one: each would have to be without predictions.
     left, right = operands
     if _weighs(left, right, samples):
         return 0
@@ -45,6 +46,8 @@ def sample_weight(operands: Sequence[Ownership], samples: int) -> int | None:
 
 
 def _weighs(weight: Ownership, value: Ownership, samples: int) -> bool:
+    # Constant for the loss, and an owner for the value only: a weight is shared, with N entries along the
+    # axis of the samples.
     if "predictions" in weight.sources or "predictions" not in value.sources:
         return False
     if not value.owned or weight.owned or weight.mixed:
@@ -66,6 +69,7 @@ def weighted_key(owner: Array, key: Array) -> Array:
 
 def absorb(x: Ownership) -> Ownership:
     """Return ``x`` with its factors per sample, if it has any, as part of the function."""
+    # An example: (w_n l_n)^2 is another function for each n; with w_n in the key that shows.
     if not x.weighted:
         return x
     return replace(x, key=weighted_key(x.owner, x.key), weighted=False)
@@ -158,6 +162,7 @@ def _sum_of_atoms(terms: Sequence[Ownership], kind: str) -> frozenset[int]:
 
     sum_n a_n + sum_n b_n = sum_n (a_n + b_n): per sample it is a_n + b_n, again one.
     """
+    # With two scalars in one term there is no a_n, and the sum has at least these two.
     names = []
     for x in terms:
         if len(x.atoms) != 1:

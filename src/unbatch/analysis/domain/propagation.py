@@ -136,6 +136,7 @@ class Propagation:
         """Note the statistics that samples use here, and whether samples begin to differ here."""
         if not out.owned:
             return
+        # Here a shared statistic becomes part of a sample: until then nothing depends on other samples.
         for x in operands:
             self.note_use(x)
         if not _uneven(out):
@@ -371,6 +372,7 @@ class Propagation:
         product = self.pointwise((name, tuple(indices), out), *spread, kind="scale")
         summed = []
         left = []
+        # What is left keeps the order of ``letters``, and is brought into that of ``out`` at the end.
         for d, letter in enumerate(letters):
             if letter in out:
                 left.append(letter)
@@ -439,6 +441,7 @@ def _implicit_dims(x: Ownership, explicit: set[int]) -> list[int]:
 
 def _spread(x: Ownership, index: str, letters: str) -> Ownership:
     """Permute and pad with size-one dims so that the dims follow ``letters``."""
+    # First into the order of ``letters``, so that the missing ones can be inserted from the left.
     present = [index.index(letter) for letter in letters if letter in index]
     x = permute(x, present, record=False)
     for d, letter in enumerate(letters):

@@ -121,6 +121,7 @@ def scaling(call: RuleContext) -> Ownership:
     # With a number for a factor there is one tensor, and the number is in the title.
     if len(tensors) > 1 or call.name in ("mul", "div", "neg"):
         return call.algebra.pointwise(call.title, *tensors, kind="scale")
+    # A cast is noted, since one to integers is no linear function.
     if call["dtype"] is not None or call.name == "_conj":
         return cast(call, tensors[0])
     return tensors[0]
@@ -192,6 +193,7 @@ def power(call: RuleContext) -> Ownership:
     exponent = 2 if call.name == "square" else call["exponent"]
     whole = False
     if isinstance(exponent, int | float):
+        # 2.0 is whole as well; 0.5 and -1 are not.
         whole = exponent == int(exponent) and exponent > 0
     return call.algebra.pointwise(call.title, *call.tensors, polynomial=whole)
 

@@ -121,6 +121,7 @@ def follow(
 
 def _row_by_row(call: RuleContext, rows: Permuted, rule: Rule) -> list[OutputRows]:
     """Ops that act on each row alone act on what was permuted; sums forget the order."""
+    # Rows in two orders do not belong together: row i of the one is not that of the other.
     first = next(iter(rows.values()))
     if any(a.order != first.order for a in rows.values()):
         return []
@@ -132,6 +133,7 @@ def _row_by_row(call: RuleContext, rows: Permuted, rule: Rule) -> list[OutputRow
             out = PermutedRows(marks, *first.order, values, sorted_still)
             outputs.append(OutputRows(slot, out))
         return outputs
+    # A sum over the rows is the same in any order: that of u.
     if call.name in ("sum", "mean") and list(rows) == ["self"] and len(call.shapes) == 1:
         return [OutputRows(0, ownership=_of_originals(call, rows, rule)[0])]
     return []
@@ -144,6 +146,7 @@ def _keeps_numbers(call: RuleContext) -> bool:
 
 def _of_originals(call: RuleContext, rows: Permuted, rule: Rule) -> list[Ownership]:
     """The rule of the op, applied to the values before they were permuted."""
+    # f acts on each row alone, so f(u[p]) = f(u)[p]: the rule is asked about u, and p stays.
     arguments, values = dict(call.arguments), dict(call.values)
     for name, a in rows.items():
         arguments[name] = a.original
@@ -166,6 +169,7 @@ def _numbers(call: RuleContext, rows: Permuted) -> Any:
         if numbers is None:
             return None
         arguments[name] = torch.as_tensor(numbers)
+    # Numbers have to stay numbers of rows: what becomes a fraction is of no use as an index.
     out = call.op(**arguments)
     if out.is_floating_point():
         return None
@@ -255,6 +259,7 @@ ROWS: dict[str, Callable[[RuleContext, Permuted], bool]] = {
 
 def _acts_on_rows(call: RuleContext, rows: Permuted, count: int) -> bool:
     """Tell whether row i of every output is a function of row i of the permuted arguments."""
+    # Every output, as one that has no rows could not be put back into their order.
     for shape in call.shapes:
         if shape[:1] != (count,):
             return False
@@ -292,6 +297,7 @@ def _sorted(call: RuleContext, step: int, rows: Permuted) -> list[OutputRows]:
     x, last = call["self"], len(call.shapes) - 1
     if len(x.shape) != 1:
         return []
+    # argsort(p) is the inverse of p; sorted downwards it is that inverse, reversed: not followed.
     if "self" in rows:
         p = rows["self"]
         if call["descending"] or not p.is_permutation:
@@ -300,6 +306,7 @@ def _sorted(call: RuleContext, step: int, rows: Permuted) -> list[OutputRows]:
     if x.mixed:
         return []
     positions = OutputRows(last, _permutation(x.shape[0], step, False))
+    # Rows sorted by small whole numbers can be counted by number later, as experts are.
     numbered = not call["descending"] and call.sees("self", _small_and_whole)
     if last == 0:
         return [positions]
@@ -316,6 +323,7 @@ def _small_and_whole(values: Any) -> bool:
 
 def _counted(call: RuleContext, rows: Permuted) -> list[OutputRows]:
     """How often each number occurs by which rows are sorted."""
+    # With weights it is no count. Without an order nothing would say which rows the counts are of.
     if set(rows) != {"self"} or not rows["self"].numbered or call["weights"] is not None:
         return []
     if call.name == "histc":
@@ -328,6 +336,7 @@ def _counted(call: RuleContext, rows: Permuted) -> list[OutputRows]:
 
 def _by_ends(call: RuleContext, rows: Permuted, ends: Mapping[str, RowCounts]) -> list[OutputRows]:
     """Counts of rows are summed up, copied, and used in a product."""
+    # Counts 2, 0, 3 have the ends 2, 2, 5: rows 0 and 1 are of number 0, rows 2 to 4 of number 2.
     if call.name == "cumsum" and not ends["self"].summed:
         return [OutputRows(0, replace(ends["self"], summed=True))]
     if _keeps_numbers(call):
@@ -348,6 +357,8 @@ def _grouped_product(call: RuleContext, x: PermutedRows, ends: RowCounts) -> lis
     if not ends.summed or ends.numbers.order != x.order:
         return []
     a = call.algebra
+    # Which of the matrices a row is multiplied by depends on its number alone: so it is the
+    # product with any of them, and then a function of that and of the number.
     any_matrix = a.reduce("sum", matrices, [0])
     product = a.contract(call.name, [x.original, any_matrix], ["no", "oi"], "ni")
     chosen = a.pointwise("matrix by number", product, unsqueeze(ends.numbers.original, 1))
@@ -366,6 +377,7 @@ def _looked_up(call: RuleContext, rows: Permuted, rule: Rule) -> list[OutputRows
     x = rows.get("self")
     if x is None:
         return [OutputRows(0, PermutedRows(_with_index(call, rows, rule), *index.order))]
+    # u[p][q] with q the inverse of p is u; any other order of an order is not followed.
     undone = x.permutation == index.permutation and x.inverse != index.inverse
     if index.is_permutation and undone:
         return [OutputRows(0, ownership=x.original)]
@@ -392,6 +404,7 @@ def _written(call: RuleContext, rows: Permuted, rule: Rule) -> list[OutputRows]:
     source = _source_name(call)
     if index is None or source is None or not _one_row_each(call, index, source):
         return []
+    # What is written into is in place: permuted itself, it would have to be put back first.
     if "self" in rows:
         return []
     adding = call.name == "index_add" or bool(call["accumulate"])
@@ -407,6 +420,7 @@ def _written(call: RuleContext, rows: Permuted, rule: Rule) -> list[OutputRows]:
 
 def _inverse_by_write(call: RuleContext, index: PermutedRows, source: str) -> list[OutputRows]:
     """The inverse of p, made by writing 0, 1, .. to where p says."""
+    # ``inverse[p] = arange(n)``, which is how programs undo a sort without sorting again.
     if call["reduce"] or not index.is_permutation or not _counts_through(call, source):
         return []
     count = index.original.shape[0]

@@ -72,6 +72,7 @@ class RuleContext:
         """Tell whether a number is among the values of an argument; True if they are not known."""
 
         def contains(values: Any) -> bool:
+            # Not known means that it may occur.
             return values is None or bool((np.asarray(values) == number).any())
 
         return self.sees(name, contains)
@@ -100,6 +101,7 @@ class RuleContext:
             if isinstance(argument, Ownership):
                 tensors.append(argument)
             elif isinstance(argument, list | tuple):
+                # Lists of indices have None for a dim without, and lists of sizes have numbers.
                 tensors += [m for m in argument if isinstance(m, Ownership)]
         return tensors
 
@@ -120,6 +122,7 @@ class RuleContext:
     @property
     def constants(self) -> tuple[Any, ...]:
         """All other arguments; part of what function the op is."""
+        # Printed, since arguments such as lists cannot be hashed.
         return tuple((k, repr(a)) for k, a in self.arguments.items() if not _has_tensors(a))
 
     @property
@@ -174,6 +177,7 @@ def register_rule(op: Any, function: Rule, *, replace: bool = False) -> None:
     """
     if not isinstance(op, torch._ops.OpOverload):
         raise errors.InputError(errors.MSG_UNKNOWN_RULE.format(value=op))
+    # By its base name, as a rule of ours serves all overloads of an op, and its in-place variants.
     has_rule = op in CUSTOM or base_name(op) in RULES
     if has_rule and not replace:
         raise errors.InputError(errors.MSG_RULE_TAKEN.format(value=op))
@@ -182,6 +186,8 @@ def register_rule(op: Any, function: Rule, *, replace: bool = False) -> None:
 
 def lookup(op: Any) -> Rule | None:
     """Return the rule of an op; None if it has none and is to be decomposed."""
+    # From what the user says to what PyTorch says: a rule of the user's, a declaration, a rule of
+    # ours, the tag "pointwise". What gives Python a boolean has no elements to own.
     if op in CUSTOM:
         return CUSTOM[op]  # before all else, so that a rule can be replaced
     if op in ASSUMED:
@@ -236,7 +242,12 @@ def summary(
 
 def unused(call: RuleContext) -> list[Ownership]:
     """Return all outputs but the first as memory of a kernel, which says nothing of samples."""
-    return [shared(shape, "unused") for shape in call.shapes[1:]]
+    return shared_outputs(call, "unused")[1:]
+
+
+def shared_outputs(call: RuleContext, name: object) -> list[Ownership]:
+    """Return all outputs as constants of one name."""
+    return [shared(shape, name) for shape in call.shapes]
 
 
 def plain_outputs(call: RuleContext, out: Ownership) -> list[Ownership]:
@@ -274,6 +285,8 @@ def known_for_every_batch(x: Ownership) -> bool:
 
 def unknown(call: RuleContext) -> list[Ownership]:
     """No rule: shared if all it reads is shared; otherwise samples may be mixed in any way."""
+    # The one thing that is sure of any op: made of what no sample enters, its results have no
+    # sample in them either.
     if call.depends_on_batch:
         return all_mixed(call, NO_RULE)
     return all_shared(call)
@@ -305,6 +318,7 @@ def mixed(call: RuleContext, shape: Sequence[int], how: str) -> Ownership:
 # --- what the user declares -----------------------------------------------------------------------
 
 
+# By identity; the module is kept, so that no other one gets its number.
 ASSUMED_MODULES: dict[int, nn.Module] = {}
 
 
@@ -323,6 +337,7 @@ def assumed(
         owner = np.full(view, MIXED, dtype=np.int32)
         key = np.broadcast_to(code(title), view)
         return algebra.result(shape, owner, key, inputs, "assumed")
+    # One key for all samples: declared is also that slices are the same function of their samples.
     out = batched(shape, dim, title)
     key = np.broadcast_to(code("assumed", title), out.owner.shape)
     # What was mixed among the inputs is separate by declaration, and is not handed on.
