@@ -81,7 +81,7 @@ def forward_evidence(
         in_place = in_place and in_its_place(marks, samples, leading)
         alike = alike and uniform(marks, samples, leading)
     uses = _uses_in(algebra, steps)
-    # A sample that is in two sets couples these, and so on: the sets grow together with the batch.
+    # Of sets that overlap, as neighbourhoods do, there may be as many as there are samples.
     bounded = not algebra.uses_overlapping_sets()
     for use in uses:
         bounded = bounded and not use.long

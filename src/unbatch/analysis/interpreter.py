@@ -435,12 +435,14 @@ def _decompose(
 def _follow_order(interpretation: Interpretation, call: registry.RuleContext, step: Step) -> None:
     """Keep track of rows that the batch has put into an order of its own, and of their return."""
     permuted = _permuted_arguments(interpretation, step)
+    # An order is extra knowledge: where following it fails, the rule's answer stands.
     try:
         outcomes = follow(call, step.index, permuted, registry.lookup(call.op))
     except Exception:
         if errors.STRICT:
             raise
         return
+    # What an op without a rule does to rows may be known all the same (a grouped product, say).
     if outcomes:
         interpretation.unknown.pop(step.index, None)
     refs = [ref for ref in step.outs if ref is not None]

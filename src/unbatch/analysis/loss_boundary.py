@@ -50,6 +50,7 @@ def split(graph: Graph, forward: Interpretation) -> tuple[Graph, list[Step]]:
             continue
         visited.add(ref.index)
         if _takes_parameters(step, forward):
+            # The search ends at the first such value on each way up: what lies behind is the model.
             if _can_be_prediction(ref, forward):
                 cut.append(_unflattened(ref, graph))
                 continue
@@ -97,6 +98,7 @@ def _unflattened(ref: Ref, graph: Graph) -> Ref:
     The layer flattens its input and unflattens its output: the value it means is the latter.
     """
     users = [step for step in graph.steps if ref in step.refs()]
+    # With several users the value is seen in its own shape by some of them.
     if len(users) != 1 or not ops.traits(users[0].op).takes_shape:
         return ref
     reshaped = users[0].outs[0]
@@ -203,6 +205,7 @@ def _folded_prediction(graph: Graph, ref: Ref, fold: SampleAxes, axes: tuple[int
 
 def _laid_out(t: Tensor, like: Tensor) -> Tensor:
     """Return a tensor that lies in memory as ``like`` does: what is recorded as a view stays."""
+    # A loss that takes a view of what the model made has to find memory laid out for that view.
     if t.stride() == like.stride():
         return t
     order = sorted(range(t.ndim), key=like.stride().__getitem__, reverse=True)

@@ -246,6 +246,7 @@ def _mixing_culprit(graph: Graph, step: Step, how: str) -> Culprit:
 
 def _before_expand(graph: Graph, ref: Ref) -> Ref:
     """Return what a loss has expanded before it compares."""
+    # One step back: PyTorch's loss functions expand their two arguments right before they compare.
     maker = graph.makers.get(ref.index)
     if maker is not None and maker.name == "expand":
         return maker.refs()[0]

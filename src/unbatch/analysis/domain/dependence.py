@@ -59,7 +59,7 @@ class DependenceRecord:
 
     def define(self, statistic: StatisticDef) -> int:
         """Enter a statistic, and return the number by which values refer to it."""
-        # Never removed, and never the same twice: the number stays valid for the whole pass.
+        # Only ever appended to, so that a number stays valid for the whole pass.
         self.definitions.append(statistic)
         return len(self.definitions) - 1
 

@@ -36,7 +36,7 @@ def sample_weight(operands: Sequence[Ownership], samples: int) -> int | None:
     """Return which of two operands is a constant factor that differs from sample to sample."""
     if len(operands) != 2:
         return None
-    # Of two weights for each other neither is one: each would have to be without predictions.
+    # At most one of them can be: a weight has no predictions, and what it weighs has.
     left, right = operands
     if _weighs(left, right, samples):
         return 0
@@ -46,8 +46,8 @@ def sample_weight(operands: Sequence[Ownership], samples: int) -> int | None:
 
 
 def _weighs(weight: Ownership, value: Ownership, samples: int) -> bool:
-    # Constant for the loss, and an owner for the value only: a weight is shared, with N entries along the
-    # axis of the samples.
+    # Constant for the loss, and an owner for the value only: a weight is shared, with N entries
+    # along the axis of the samples.
     if "predictions" in weight.sources or "predictions" not in value.sources:
         return False
     if not value.owned or weight.owned or weight.mixed:
@@ -162,7 +162,7 @@ def _sum_of_atoms(terms: Sequence[Ownership], kind: str) -> frozenset[int]:
 
     sum_n a_n + sum_n b_n = sum_n (a_n + b_n): per sample it is a_n + b_n, again one.
     """
-    # With two scalars in one term there is no a_n, and the sum has at least these two.
+    # With two scalars in one term there is no a_n, and the sum keeps all of them.
     names = []
     for x in terms:
         if len(x.atoms) != 1:

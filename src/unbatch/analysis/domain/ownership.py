@@ -265,8 +265,8 @@ def shared(
 ) -> Ownership:
     """Return a value that no sample owns; along ``constant_along`` its elements are equal."""
     constant = set(constant_along)
-    # Two kinds of dims: plain, with one entry whose index counts, and constant, stored in full by strides
-    # of zero, where it does not.
+    # Two kinds of dims: plain, with one entry whose index counts, and constant, stored in full by
+    # strides of zero, where it does not.
     ones = [1] * len(shape)
     plain = [d for d in range(len(shape)) if d not in constant]
     stored = with_one(shape, plain)
@@ -277,7 +277,7 @@ def shared(
 
 def batched(shape: Dims, dim: int, name: object, sources: Iterable[str] = ()) -> Ownership:
     """Return a value whose slice n along ``dim`` belongs to sample n."""
-    # One key for all samples: slice n is one function of sample n, its own value. Other dims are plain.
+    # One key for all samples: slice n is one function of its own sample. Other dims are plain.
     view = _along(shape[dim], dim, len(shape))
     owner = np.arange(shape[dim], dtype=np.int32).reshape(view)
     key = np.broadcast_to(code("batched", name).reshape([1] * len(shape)), view)
@@ -358,7 +358,8 @@ def permute(x: Ownership, order: Sequence[int], record: bool = True) -> Ownershi
     # Explicit dims have their index in the keys of the elements already, or do without.
     if record and plain != sorted(plain):
         key = mix(key, code("permute", tuple(np.argsort(plain))))
-    # An example: [2, 3] with plain features, transposed, keeps one plain dim, in its order: no new name.
+    # An example: [2, 3] with plain features, transposed, keeps one plain dim, in its order: no new
+    # name.
     shape = tuple(x.shape[d] for d in order)
     return replace(x, shape=shape, owner=x.owner.transpose(order), key=key.transpose(order))
 
@@ -481,8 +482,8 @@ def moved(x: Ownership, run: Callable[[Array], Array], shape: Dims) -> Ownership
     ``run`` acts on an integer array of the value's shape, which numbers the elements; it returns
     the numbers in their new places, of shape ``shape``, and -1 where an element is new.
     """
-    # What the movement is need not be known: it is run on the numbers of the elements, and each number
-    # says which owner and key stand at its place afterwards.
+    # What the movement is need not be known: it is run on the numbers of the elements, and each
+    # number says which owner and key stand at its place afterwards.
     full = spell_out(x)
     place = run(np.arange(full.key.size, dtype=np.int64).reshape(x.shape)).reshape(tuple(shape))
     # Padding is put behind the last element, which is where the index -1 finds it.

@@ -136,7 +136,8 @@ class Propagation:
         """Note the statistics that samples use here, and whether samples begin to differ here."""
         if not out.owned:
             return
-        # Here a shared statistic becomes part of a sample: until then nothing depends on other samples.
+        # Here a shared statistic becomes part of a sample: until then nothing depends on other
+        # samples.
         for x in operands:
             self.note_use(x)
         if not _uneven(out):
@@ -372,7 +373,8 @@ class Propagation:
         product = self.pointwise((name, tuple(indices), out), *spread, kind="scale")
         summed = []
         left = []
-        # What is left keeps the order of ``letters``, and is brought into that of ``out`` at the end.
+        # What is left keeps the order of ``letters``, and is brought into that of ``out`` at the
+        # end.
         for d, letter in enumerate(letters):
             if letter in out:
                 left.append(letter)

@@ -126,7 +126,8 @@ def _sample_dims(value: Ownership, samples: int) -> list[int]:
 
 def _even_layout(owner: Array, dim: int, samples: int) -> Layout | None:
     """Where samples lie along an axis, given the sample of every entry; None if unevenly."""
-    # For two samples of two entries: 0 0 1 1 is "nt", 0 1 0 1 is "tn", and 0 1 1 0 has the order 0 3 1 2.
+    # For two samples of two entries: 0 0 1 1 is "nt", 0 1 0 1 is "tn", and 0 1 1 0 has the order 0
+    # 3 1 2.
     block = len(owner) // samples
     sample = np.arange(samples)
     if (owner == np.repeat(sample, block)).all():
@@ -175,7 +176,7 @@ def contiguous_blocks(value: Ownership, samples: int) -> Array | None:
     """Return keys as ``[samples, ..]`` if samples lie in equal blocks along the first axis."""
     if not value.shape or value.shape[0] % samples or value.key.shape[0] == 1:
         return None
-    # A stored first dim, so that the owners of a block can be brought side by side.
+    # The first dim is stored in full here, so each row of the reshaped owners is one block.
     if not follow_samples(value.owner.reshape(samples, -1), 0, samples):
         return None
     return value.key.reshape(samples, -1)

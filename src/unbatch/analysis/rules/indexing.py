@@ -35,6 +35,7 @@ from unbatch.analysis.rules.registry import (
     known_for_every_batch,
     mixed,
     rule,
+    shared_outputs,
 )
 from unbatch.analysis.rules.views import bounded
 

@@ -34,6 +34,7 @@ from unbatch.analysis.rules.registry import (
     numbered,
     plain_outputs,
     rule,
+    shared_outputs,
     stack,
     summary,
     unused,

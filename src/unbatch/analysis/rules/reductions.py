@@ -16,6 +16,7 @@ from unbatch.analysis.rules.registry import (
     numbered,
     pointwise,
     rule,
+    shared_outputs,
     summary,
 )
 from unbatch.capture import ops
