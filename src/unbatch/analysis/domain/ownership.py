@@ -358,8 +358,7 @@ def permute(x: Ownership, order: Sequence[int], record: bool = True) -> Ownershi
     # Explicit dims have their index in the keys of the elements already, or do without.
     if record and plain != sorted(plain):
         key = mix(key, code("permute", tuple(np.argsort(plain))))
-    # An example: [2, 3] with plain features, transposed, keeps one plain dim, in its order: no new
-    # name.
+    # [2, 3] with plain features, transposed, keeps its one plain dim: no new name.
     shape = tuple(x.shape[d] for d in order)
     return replace(x, shape=shape, owner=x.owner.transpose(order), key=key.transpose(order))
 

@@ -126,8 +126,7 @@ def _sample_dims(value: Ownership, samples: int) -> list[int]:
 
 def _even_layout(owner: Array, dim: int, samples: int) -> Layout | None:
     """Where samples lie along an axis, given the sample of every entry; None if unevenly."""
-    # For two samples of two entries: 0 0 1 1 is "nt", 0 1 0 1 is "tn", and 0 1 1 0 has the order 0
-    # 3 1 2.
+    # For two samples 0 0 1 1 is "nt", 0 1 0 1 is "tn", and 0 1 1 0 has the order (0, 3, 1, 2).
     block = len(owner) // samples
     sample = np.arange(samples)
     if (owner == np.repeat(sample, block)).all():

@@ -125,6 +125,7 @@ def _packed(
     last = a.pointwise(call.title, unsqueeze(unsqueeze(joined, 0), 2), *states, *weights)
 
     # A row is its sequence's, and differs from the other rows of it by its step.
+    # Taken from the last states, which depend on all that any row of the sequence depends on.
     by_sequence = squeeze(last, [0, 2])
     by_row = spell_out(moved(by_sequence, lambda place: place[n_of_row], n_of_row.shape))
     by_row = replace(by_row, key=mix(by_row.key, t_of_row.astype(np.uint64)))

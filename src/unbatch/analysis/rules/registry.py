@@ -171,9 +171,9 @@ def register_rule(op: Any, function: Rule, *, replace: bool = False) -> None:
 
     ``op``: a ``torch._ops.OpOverload`` such as ``torch.ops.mylib.op.default``. ``function`` takes a
     ``RuleContext`` and returns the ownership of the output (a list for several outputs), made with
-    ``call.algebra``: ``pointwise(name, *marks)``, ``reduce(name, marks, dims, keepdim)``,
-    ``scan(name, marks, dims)``, ``contract(...)``. The structures that rest on it list it. Raises
-    ``InputError`` for something that is not an op, or has a rule already.
+    ``call.algebra``: ``pointwise(name, *arguments)``, ``reduce(name, argument, dims, keepdim)``,
+    ``scan(name, argument, dims)``, ``contract(...)``. The structures that rest on it list it.
+    Raises ``InputError`` for something that is not an op, or has a rule already.
     """
     if not isinstance(op, torch._ops.OpOverload):
         raise errors.InputError(errors.MSG_UNKNOWN_RULE.format(value=op))
@@ -236,6 +236,7 @@ def summary(
     how: str = "ordered",
 ) -> Ownership:
     """Return one entry in place of ``dims``, which depends on all that lies along them."""
+    # A scan makes the entries along ``dims`` alike but for their index, so one can stand for all.
     dims = list(dims)
     return collapse(call.algebra.scan(name, x, dims, how), dims, keepdim)
 
@@ -267,6 +268,8 @@ def stack(algebra: Propagation, scalars: Sequence[Ownership]) -> Ownership:
 
 def numbered(outputs: Sequence[Ownership]) -> list[Ownership]:
     """Return the outputs of one op as different functions, also where they have the same owners."""
+    # The first keeps its key: an op with one output is the same function as one that returns more
+    # beside it.
     named = list(outputs)
     for i in range(1, len(named)):
         named[i] = named[i].with_key(("output", i))
