@@ -36,7 +36,9 @@ import unbatch as ub  # noqa: E402
 from cases.zoo import ENTRIES, N, ZooEntry, entry  # noqa: E402
 from lib import exam  # noqa: E402
 from lib.exam import QUESTIONS, Answer, Exam  # noqa: E402
-from unbatch.analysis.structure import MARKS, NAMES, TITLES  # noqa: E402
+from unbatch.analysis.structure import NAMES  # noqa: E402
+from unbatch.analysis.structure_tables import MARKS  # noqa: E402
+from unbatch.analysis.verdict import TITLES  # noqa: E402
 
 DOCS = ROOT / "docs" / "benchmarks" / "zoo.md"
 RESULTS = ROOT / "benchmarks" / "results" / "zoo.json"

@@ -5,7 +5,8 @@ defined here.
 """
 
 from unbatch.analysis.rules.registry import assume_independent, register_rule
-from unbatch.analysis.structure import Culprit, Structure, Verdict
+from unbatch.analysis.structure import Structure
+from unbatch.analysis.verdict import Culprit, Verdict
 from unbatch.curvature.ggn import GGN
 from unbatch.curvature.ggn_quantities import DiagGGN
 from unbatch.curvature.low_rank import Compression

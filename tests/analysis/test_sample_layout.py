@@ -16,7 +16,7 @@ from unbatch.analysis.domain.ownership import (
 from unbatch.analysis.domain.sample_layout import (
     Layout,
     contiguous_blocks,
-    holds_its_place,
+    in_its_place,
     in_order,
     layout_of,
     prediction_dim,
@@ -45,7 +45,7 @@ VALUES = {
     "shared": shared([N, 2], "w"),
 }
 
-# by value: sample_dim, prediction_dim, holds_its_place, layout_of, in_order
+# by value: sample_dim, prediction_dim, in_its_place, layout_of, in_order
 ANSWERS = {
     "one slice each": (0, 0, True, Layout(0, N), True),
     "along the second axis": (1, 1, True, Layout(1, N), True),
@@ -67,7 +67,7 @@ def test_the_answers_fit_together(name):
     sample_dim, dim, in_place, layout, order = ANSWERS[name]
     assert value.sample_dim() == sample_dim
     assert prediction_dim(value, N) == dim
-    assert holds_its_place(value, N, leading=True) == in_place
+    assert in_its_place(value, N, leading=True) == in_place
     assert layout_of(value, N) == layout
     if order is not None:
         assert in_order(value, N) == order

@@ -575,8 +575,8 @@ FOLLOWED = [by_item, by_item_arithmetic, by_tolist, by_tensor_of_list]
 def test_escapes_are_recorded(run):
     problem = ub.Problem(Net(run), lambda p: p.sum(), (flat(), None))
     graph, _ = capture.record(problem.program, problem.inputs, None)
-    assert graph.escapes
-    for escape in graph.escapes:
+    assert graph.host_reads
+    for escape in graph.host_reads:
         file, _, line = escape.where.rpartition(":")
         first = run.__code__.co_firstlineno
         assert file == __file__, escape
@@ -591,7 +591,7 @@ def test_escapes_are_recorded(run):
 def test_numbers_are_followed(run):
     problem = ub.Problem(Net(run), lambda p: p.sum(), (flat(), None))
     graph, _ = capture.record(problem.program, problem.inputs, None)
-    assert not graph.escapes
+    assert not graph.host_reads
     assert problem.structure.independent_forward.status == "fails"
     assert problem.structure.simd_given_statistics.status == "holds"
 

@@ -105,7 +105,7 @@ BREACHES = {
         "are none of the",
     ),
     "an escape before its value": (
-        lambda g: replace(g, escapes=[HostRead(last_value(g), "read", 0, "", "")]),
+        lambda g: replace(g, host_reads=[HostRead(last_value(g), "read", 0, "", "")]),
         "was read by Python before step 0",
     ),
     "a call that ends after the last step": (

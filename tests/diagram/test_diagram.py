@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 import unbatch as ub
 from cases.models import FAMILIES, MODELS
-from unbatch.analysis.structure import Culprit
+from unbatch.analysis.verdict import Culprit
 from unbatch.diagram import figure
 from unbatch.diagram import mixing as meetings
 from unbatch.diagram.diagram import Diagram
@@ -158,7 +158,7 @@ def disagreements(diagram, structure):
         found.append(
             "bands although samples are independent, or none although they are not known to be"
         )
-    told = kinds & {"statistics", "moved", "mixed"} or any("witness" in s.said for s in forward)
+    told = kinds & {"statistics", "moved", "mixed"} or any("witness" in s.summary for s in forward)
     if structure.independent_forward.status == "fails" and not told:
         found.append("no band for samples that meet")
     if structure.independent_forward.status == "unknown" and "unknown" not in kinds:
@@ -238,7 +238,7 @@ def test_the_place_is_found_where_only_a_witness_knew(name):
     (band,) = p.diagram().bands
     assert (band.name, band.kind, band.culprits[0].op) == PLACES[name]
     assert disagreements(p.diagram(), p.structure) == []
-    assert any(f"{family}.py:" in band.blamed for family in FAMILIES), band.blamed
+    assert any(f"{family}.py:" in band.places for family in FAMILIES), band.places
 
 
 def test_what_python_reads_in_one_place_is_that_place():
@@ -310,7 +310,7 @@ def test_statistics_within_the_only_sample_are_not_told():
     net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 3))
     p = ub.Problem(net, F.cross_entropy, (torch.randn(1, 1, 4, 4), torch.randint(3, (1,))))
     (only,) = middle(p.diagram()).values()
-    assert (only.numbers, only.culprits, only.blamed) == (0, (), "")
+    assert (only.numbers, only.culprits, only.places) == (0, (), "")
 
 
 # --- what only a witness knows --------------------------------------------------------------------
@@ -324,7 +324,7 @@ def test_one_of_several_unknown_ops_mixes():
         ("1 Opaque", "unknown"),
         ("3 Rolled", "unknown"),
     ]
-    assert all("here or at another “?”: shown by a witness" in s.said for s in p.diagram().bands)
+    assert all("here or at another “?”: shown by a witness" in s.summary for s in p.diagram().bands)
     assert disagreements(p.diagram(), p.structure) == []
 
 
@@ -334,7 +334,7 @@ def test_several_unknown_ops_in_one_stage():
             return rolled(opaque(x))
 
     (band,) = problem(around(Both())).diagram().bands
-    assert (band.name, band.said) == ("1 Both", "samples mix somewhere here: shown by a witness")
+    assert (band.name, band.summary) == ("1 Both", "samples mix somewhere here: shown by a witness")
 
 
 def test_only_one_op_can_be_it():
@@ -350,7 +350,7 @@ def test_a_witness_without_a_place(monkeypatch):
     p = problem(nn.Sequential(nn.Linear(4, 3), Overwritten()))
     (band,) = p.diagram().bands
     assert (band.name, band.kind) == ("0 Linear … 1 Overwritten", "unknown")
-    assert band.said == "samples mix somewhere here: shown by a witness"
+    assert band.summary == "samples mix somewhere here: shown by a witness"
     assert disagreements(p.diagram(), p.structure) == []
 
 
@@ -364,7 +364,7 @@ def test_a_recording_that_is_not_the_model_establishes_nothing(norm, monkeypatch
         ["0 Linear … 3 Linear"],
         ["0 Linear", "2 ReLU … 3 Linear"],
     )
-    assert all("not all of the model" in s.said for s in doubtful)
+    assert all("not all of the model" in s.summary for s in doubtful)
     assert disagreements(p.diagram(), p.structure) == []
 
 
@@ -379,7 +379,7 @@ def test_samples_that_have_mixed_may_mix_again():
         ("3 BatchNorm1d", "statistics", 8),
         ("4 Pairwise", "mixed", 0),
     ]
-    assert [s.blamed.split(",")[0] for s in bands] == ["mm", "native_batch_norm", "mm"]
+    assert [s.places.split(",")[0] for s in bands] == ["mm", "native_batch_norm", "mm"]
 
 
 def test_attention_among_tokens_mixes_them_in_every_block():
@@ -553,7 +553,7 @@ def test_the_same_again_is_told_once():
         "net.1 BatchNorm1d": (3, 24),
         "net.2 Linear": (3, 0),
     }
-    assert stages["net.1 BatchNorm1d"].said == "run 3 times, samples share 24 numbers"
+    assert stages["net.1 BatchNorm1d"].summary == "run 3 times, samples share 24 numbers"
     others = problem(Views(nn.ReLU()), loss).diagram()
     assert [(s.name, s.runs) for s in others.stages if s.role == "module"][:3] == [
         ("net.0 Linear", 1),
@@ -649,7 +649,7 @@ def test_a_band_of_statistics_and_unknown_ops_says_that_samples_mix():
 def test_what_is_proved_harmless_is_not_blamed():
     """Rows are sorted and come back into their order."""
     assert all(
-        not s.blamed
+        not s.places
         for s in hard("mixture of experts by a grouped product, unsorted").diagram().stages
     )
 
@@ -687,7 +687,7 @@ def blamed(*modules, op="native_batch_norm", path="", repeats=1, lines=None):
     culprits = tuple(Culprit(m, op, w, "", "") for m, w in zip(modules, where, strict=True))
     return Stage(
         "module", "m", "statistics", 8, path=path, repeats=repeats, culprits=culprits
-    ).blamed
+    ).places
 
 
 def test_up_to_three_modules_are_named():
@@ -735,7 +735,7 @@ def test_a_block_with_several_norms_names_them():
     )
     (band,) = problem(deep).diagram().bands
     assert (band.name, band.numbers) == ("0–7 Sequential", 8 * 16)
-    assert " in .1.norm1, .1.norm2, test_diagram.py:" in band.blamed
+    assert " in .1.norm1, .1.norm2, test_diagram.py:" in band.places
 
 
 @pytest.mark.parametrize("samples", [2, N])

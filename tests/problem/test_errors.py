@@ -651,7 +651,7 @@ class Custom(nn.Module):
 
 
 def centring(call: rules.RuleContext) -> Any:
-    z = call.marks[0]
+    z = call.tensors[0]
     return call.algebra.pointwise(
         "centre", z, call.algebra.reduce("mean", z, [0], keepdim=True), kind="sub"
     )

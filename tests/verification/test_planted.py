@@ -98,7 +98,7 @@ def constant_arange(call: RuleContext):
 
 
 def linear_root(call: RuleContext):
-    return call.algebra.pointwise("sqrt", *call.marks, kind="scale")
+    return call.algebra.pointwise("sqrt", *call.tensors, kind="scale")
 
 
 def batch_norm_without_statistics(call: RuleContext):

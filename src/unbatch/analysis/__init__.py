@@ -8,6 +8,7 @@ In reading order:
   graph; ``policy.py``, ``number_facts.py``, ``decomposition.py``, ``memory.py``: its parts
 - ``loss_boundary.py``, ``loss_weights.py``: where the loss begins, and the weights of its terms
 - ``inference.py``: from ownership to verdicts, with ``forward_inference.py``, ``loss_inference.py``
-- ``structure.py``: the verdicts as data; ``explanations.py``: their reasons in words
+- ``verdict.py``, ``structure.py``: the verdicts as data; ``explanations.py``: their reasons in
+  words; ``structure_tables.py``: the printed report
 - ``consequence_table.py``, ``consequences.py``: which quantity exists under which structure
 """

@@ -12,6 +12,7 @@ from typing import Literal
 Outcome = Literal["exact", "renamed", "estimate", "none", "unknown"]
 
 
+# A frozenset, so that worlds can be keys: answers are compared world by world.
 World = frozenset[str]
 
 
@@ -43,6 +44,7 @@ OWN_WEIGHTS = "own_weights"
 FACTS = (*STRUCTURES, OWN_WEIGHTS)
 
 
+# "unknown" is no fact about the program, but about us: it stands for both of the others.
 STATUSES = ("holds", "fails", "unknown")
 
 

@@ -81,6 +81,9 @@ def rows(what: str, exact: str, lost: str = "") -> tuple[Case, ...]:
 
     `lost`: what no longer follows where the row is no gradient of one sample.
     """
+    # From the worst fault to the mildest. Where samples mix, the row is no gradient of a sample at
+    # all, whatever the loss does; where only the weight is set by others, it is one up to a
+    # factor.
     component, scaled = f"{what} per component", f"{what} per sample{FACTOR}"
     return (
         Case("exact", exact, holds=(INDEPENDENT, REDUCTION, SIMD_LOSS, OWN_WEIGHTS)),
@@ -101,6 +104,8 @@ def moments(what: str, exact: str) -> tuple[Case, ...]:
 
     It is a statistic over samples only if the rows are made alike and apart.
     """
+    # No case has the reduction alone: as for the weights, one name serves for all that couples
+    # rows.
     spread = "a spread over the parts of a sum, not over samples; computed with a warning."
     name = f"{what} over components"
     return (
@@ -121,6 +126,7 @@ def parts(what: str, kept: Outcome, whole: tuple[Case, ...]) -> tuple[Case, ...]
 
     `kept`: the outcome where it exists. `whole`: what is left where G has no parts.
     """
+    # Estimates stay estimates under another name: "renamed" promises an exact number.
     other: Outcome = "estimate" if kept == "estimate" else "renamed"
     note = f" {LIKELIHOOD}" if kept == "estimate" else ""
     component, scaled = f"{what} per component", f"{what} per sample{FACTOR}"
@@ -151,6 +157,8 @@ def joint(name: str) -> tuple[Case, ...]:
 
 def whole(what: str) -> tuple[Case, ...]:
     """Return the cases of a function of G itself: it always exists, only the shortcuts go."""
+    # Three ways to compute one number: with stacked samples, in blocks without stacking, and with
+    # H as a whole.
     return (
         Case("exact", f"{what} {BLOCKS}", holds=(INDEPENDENT, REDUCTION, SIMD_LOSS)),
         Case("exact", f"{what} {BLOCKS} {STACKING}", holds=(REDUCTION, SIMD_LOSS)),
@@ -191,6 +199,7 @@ def kronecker(kept: Outcome, how: str) -> tuple[Case, ...]:
         " A Kronecker product can still be fitted to the exact block; that is another "
         "approximation."
     )
+    # The frozen statistics are named only where they exist, before the general case.
     return (
         Case(
             kept,

@@ -52,12 +52,14 @@ OUTCOMES: Mapping[str, str] = MappingProxyType(
 
 
 TABLE: tuple[Quantity, ...] = (
+    # --- sums that need no structure, and what the forward pass alone decides ---------------------
     Quantity(
         "gradient",
         (Case("exact", "Backpropagation needs no structure."),),
         through_predictions=False,
         available=True,
     ),
+    # No case asks for the reduction: ℓ_n exists, whatever L makes of it.
     Quantity(
         "losses",
         (
@@ -71,6 +73,7 @@ TABLE: tuple[Quantity, ...] = (
             Case("none", COUPLED),
         ),
     ),
+    # Defined by the forward pass alone: parameters in the loss leave nothing out.
     Quantity(
         "crosstalk",
         (
@@ -86,6 +89,9 @@ TABLE: tuple[Quantity, ...] = (
         ("laplace jacobians",),
         through_predictions=False,
     ),
+    # --- rows: one for each sample, or for what takes its place -----------------------------------
+    # Where samples mix, three things take their place, each an entry of its own below: component,
+    # copy and frozen rows. Where they do not, all are the same.
     Quantity(
         "per-sample gradients",
         rows(
@@ -94,6 +100,8 @@ TABLE: tuple[Quantity, ...] = (
         ("BackPACK BatchGrad", "Opacus grad_sample", "ASDL batch gradients"),
         available=True,
     ),
+    # Never refused: the rows are defined by the predictions alone. What may be lost is only that
+    # each is the gradient of a term of the loss.
     Quantity(
         "component rows",
         (
@@ -111,6 +119,8 @@ TABLE: tuple[Quantity, ...] = (
         ),
         available=True,
     ),
+    # The other way to divide the gradient where samples mix: by whose use of the parameters, and
+    # not by whose prediction.
     Quantity(
         "copy rows",
         (
@@ -125,6 +135,7 @@ TABLE: tuple[Quantity, ...] = (
         ),
         available=True,
     ),
+    # The only rows that do not sum to the gradient: what flows through the statistics is left out.
     Quantity(
         "frozen rows",
         (
@@ -146,6 +157,8 @@ TABLE: tuple[Quantity, ...] = (
         ),
         available=True,
     ),
+    # --- functions of the rows, one entry for each row or pair of rows ----------------------------
+    # They exist wherever rows do, and take over what the rows have to be called.
     Quantity(
         "squared gradient norms",
         rows("squared norms of gradients", "Entry n is the squared norm of w_n ∇ℓ_n."),
@@ -169,6 +182,8 @@ TABLE: tuple[Quantity, ...] = (
         ("Cockpit GradHist1d",),
         available=True,
     ),
+    # A sum, and still under the rule of rows: clipping acts on one row at a time, so it matters
+    # whose the row is.
     Quantity(
         "clipped sum",
         rows(
@@ -185,6 +200,9 @@ TABLE: tuple[Quantity, ...] = (
         ("ViViT DirectionalDerivativesComputation (slopes)",),
         available=True,
     ),
+    # --- moments: statistics over the rows --------------------------------------------------------
+    # Not linear in the rows, so that another way to divide one gradient gives another number: the
+    # rule asks for a SIMD forward, and not for independence alone.
     Quantity(
         "second moment of gradients",
         moments("second moment", "The rows are made alike and apart."),
@@ -218,6 +236,7 @@ TABLE: tuple[Quantity, ...] = (
         ("Cockpit EarlyStopping",),
         available=True,
     ),
+    # Under the rule of moments: up to a factor its diagonal is the second moment of the rows.
     Quantity(
         "empirical Fisher",
         moments(
@@ -226,6 +245,9 @@ TABLE: tuple[Quantity, ...] = (
         ),
         ("curvlinops EFLinearOperator", "laplace EFInterface"),
     ),
+    # --- the GGN as a whole -----------------------------------------------------------------------
+    # G exists in every world, and none of these is refused. What goes with the structures is the
+    # cheap way: by blocks of H, and by stacked samples.
     Quantity(
         "GGN product",
         whole("Exists for every twice differentiable loss, and depends on the cut."),
@@ -271,6 +293,8 @@ TABLE: tuple[Quantity, ...] = (
         ("ViViT DirectionalDampedNewtonComputation",),
         available=True,
     ),
+    # Each block of H bounds the rank of one part of G. Without blocks the number of predicted
+    # entries is left.
     Quantity(
         "GGN rank bound",
         (
@@ -281,6 +305,9 @@ TABLE: tuple[Quantity, ...] = (
         ),
         available=True,
     ),
+    # --- the GGN, sample by sample ----------------------------------------------------------------
+    # Factors come before parts: where G has no parts it still has a factor, whose columns are no
+    # sample's.
     Quantity(
         "GGN factor",
         parts("GGN factor", "exact", joint("joint GGN factor")),
@@ -305,6 +332,8 @@ TABLE: tuple[Quantity, ...] = (
         ("ViViT DirectionalDerivativesComputation (curvatures)",),
         available=True,
     ),
+    # Draws come from the likelihood of a sample. Without one, random signs are left, an entry of
+    # its own.
     Quantity(
         "sampled GGN factor",
         parts("sampled GGN factor", "estimate", NO_DRAWS),
@@ -317,6 +346,7 @@ TABLE: tuple[Quantity, ...] = (
         ("BackPACK BatchDiagGGNMC",),
         available=True,
     ),
+    # A sum over samples, and so no part is needed: random signs estimate it in every world.
     Quantity(
         "sampled GGN diagonal",
         (
@@ -334,6 +364,9 @@ TABLE: tuple[Quantity, ...] = (
             ),
         ),
     ),
+    # --- Kronecker factors ------------------------------------------------------------------------
+    # They need more than G has: what enters a layer, beside what comes back to it, sample by
+    # sample.
     Quantity("KFAC", kronecker("estimate", "with sampled output gradients."), ("BackPACK KFAC",)),
     Quantity(
         "KFLR",
@@ -345,6 +378,9 @@ TABLE: tuple[Quantity, ...] = (
         kronecker("exact", "by averaging from layer to layer; needs a plain chain of layers."),
         ("BackPACK KFRA",),
     ),
+    # --- the Hessian ------------------------------------------------------------------------------
+    # By double backward through the loss as well, so that parameters in it are seen: these are not
+    # about the part through the predictions.
     Quantity(
         "Hessian product",
         (Case("exact", "Double backward needs no structure."),),
@@ -357,6 +393,8 @@ TABLE: tuple[Quantity, ...] = (
         ("BackPACK HMP",),
         through_predictions=False,
     ),
+    # An exception: it is built from H and from what each module adds, on the way through the
+    # predictions.
     Quantity(
         "block-diagonal positive-curvature Hessian product",
         (
@@ -382,6 +420,8 @@ TABLE: tuple[Quantity, ...] = (
         ("BackPACK DiagHessian",),
         through_predictions=False,
     ),
+    # Whether there is an ℓ_n comes first, then whether they add up to L, then whose each of them
+    # is, and last who set its weight.
     Quantity(
         "per-sample Hessian diagonals",
         (
@@ -407,6 +447,7 @@ TABLE: tuple[Quantity, ...] = (
         ),
         ("BackPACK BatchDiagHessian",),
     ),
+    # --- beyond the batch -------------------------------------------------------------------------
     Quantity(
         "data-set sum",
         (
@@ -427,6 +468,8 @@ TABLE: tuple[Quantity, ...] = (
 
 
 # Typical situations, and the facts that fail in each.
+# Facts fail together: without independence there is no SIMD forward, and a loss that is no
+# function of one scalar per sample is no sum of such scalars either.
 SITUATIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "everything holds": (),

@@ -66,18 +66,22 @@ def consequence(quantity: str, statuses: Mapping[str, str]) -> Consequence:
 
     Raises `KeyError` for an unknown name.
     """
-    by_name = {entry.name: entry for entry in TABLE}
-    if quantity not in by_name:
-        names = list(by_name)
-        close = get_close_matches(quantity, names) or names
-        raise KeyError(
-            f"no quantity is called {quantity!r}; do you mean one of: {', '.join(close)}?"
-        )
-    return _conclude(by_name[quantity], _completions(statuses), _unknown_facts(statuses))
+    for entry in TABLE:
+        if entry.name == quantity:
+            return _conclude(entry, _completions(statuses), _unknown_facts(statuses))
+    names = [entry.name for entry in TABLE]
+    close = get_close_matches(quantity, names) or names
+    raise KeyError(f"no quantity is called {quantity!r}; do you mean one of: {', '.join(close)}?")
 
 
 def _unknown_facts(statuses: Mapping[str, str]) -> list[str]:
-    return [fact for fact in FACTS if statuses.get(fact) == "unknown"]
+    # In the order of FACTS, which decides which of two smallest settling sets is named.
+    return _facts_with(statuses, "unknown")
+
+
+def _facts_with(statuses: Mapping[str, str], status: str) -> list[str]:
+    """Return the facts of this status, in the order of ``FACTS``."""
+    return [fact for fact in FACTS if statuses.get(fact) == status]
 
 
 @cache
@@ -106,10 +110,12 @@ def _completions(statuses: Mapping[str, str]) -> list[World]:
     known = {OWN_WEIGHTS: "holds", **statuses}
     if set(known) != set(FACTS) or not set(known.values()) <= set(STATUSES):
         raise ValueError(f"need one of {STATUSES} for each of {STRUCTURES}, got {dict(statuses)}")
-    holding = {fact for fact, status in known.items() if status == "holds"}
-    failing = {fact for fact, status in known.items() if status == "fails"}
+    holding = _facts_with(known, "holds")
+    failing = _facts_with(known, "fails")
     # Of two unknown facts one may exclude the other: not every completion is a world.
-    worlds = [world for world in _worlds() if holding <= world and world.isdisjoint(failing)]
+    worlds = [w for w in _worlds() if w.issuperset(holding) and w.isdisjoint(failing)]
+    # No world is left where the verdicts contradict each other. No answer is better than one of
+    # them: the fault is in who judged.
     if not worlds:
         raise ValueError(
             f"a SIMD forward is independent and SIMD given statistics, but got {dict(statuses)}"
@@ -122,11 +128,20 @@ def _decide(quantity: Quantity, world: World) -> Case:
 
     Where the split fails it is about the part through the predictions only.
     """
-    case = next(case for case in quantity.cases if case.matches(world))  # `check` finds gaps
+    case = _first_match(quantity, world)
+    # What does not exist has no part through the predictions either. What sees all parameters
+    # loses nothing where the split fails.
     if SPLIT in world or not quantity.through_predictions or case.outcome == "none":
         return case
     outcome: Outcome = "renamed" if case.outcome == "exact" else case.outcome
     return Case(outcome, f"{case.reason} {REST}", (case.name or quantity.name) + PART)
+
+
+def _first_match(quantity: Quantity, world: World) -> Case:
+    for case in quantity.cases:
+        if case.matches(world):
+            return case
+    raise AssertionError(f"no case of {quantity.name} for {sorted(world)}: see `check`")
 
 
 def _conclude(quantity: Quantity, worlds: Sequence[World], unknown: Sequence[str]) -> Consequence:
@@ -137,6 +152,7 @@ def _conclude(quantity: Quantity, worlds: Sequence[World], unknown: Sequence[str
         case = _decide(quantity, world)
         answers[world] = (case.outcome, _label(quantity, case))
         reasons[case.reason] = None
+    # Two worlds may have one answer for different reasons: it stands, with all of these.
     settling = _settling(answers, unknown)
     if settling:
         return _undecided(quantity, sorted(set(answers.values())), settling)
@@ -149,7 +165,9 @@ def _undecided(
     quantity: Quantity, answers: Sequence[Answer], settling: tuple[str, ...]
 ) -> Consequence:
     """Return that the answer is unknown, and which answers are possible."""
-    outcomes = dict.fromkeys(OUTCOMES[outcome] for outcome, _ in answers)
+    outcomes: dict[str, None] = {}
+    for outcome, _ in answers:
+        outcomes[OUTCOMES[outcome]] = None
     return Consequence(
         quantity=quantity.name,
         outcome="unknown",
@@ -172,6 +190,8 @@ def _settling(answers: Mapping[World, Answer], unknown: Sequence[str]) -> tuple[
 
     None of them if the answer is the same in all worlds.
     """
+    # An example: of a clipped sum, with only ``reduction`` and ``simd_loss`` unknown, both are
+    # named, since the answer is exact if both hold and carries one of two other names otherwise.
     for subset in _subsets(unknown):
         if _settles(subset, answers):
             return subset
@@ -195,9 +215,13 @@ def check(table: Sequence[Quantity]) -> None:
 
     Flaws are names given twice, and malformed, hidden and missing cases.
     """
-    names = [quantity.name for quantity in table]
-    flaws = [f"{name}: named twice" for name in dict.fromkeys(names) if names.count(name) > 1]
+    flaws: list[str] = []
+    names: set[str] = set()
     for quantity in table:
+        # By its name a quantity is asked for, so that a second one would never be reached.
+        if quantity.name in names:
+            flaws.append(f"{quantity.name}: named twice")
+        names.add(quantity.name)
         flaws += [f"{quantity.name}: {flaw}" for flaw in _flaws(quantity)]
     if flaws:
         raise ValueError("the table of consequences is flawed:\n" + "\n".join(flaws))
@@ -207,6 +231,8 @@ def _flaws(quantity: Quantity) -> Iterator[str]:
     for i, case in enumerate(quantity.cases):
         if case.outcome not in OUTCOMES or case.outcome == "unknown":
             yield f"case {i} has outcome {case.outcome!r}"
+        # What is exact bears the quantity's own name, and what does not exist bears none. Only an
+        # estimate may do either: it may estimate another quantity.
         if case.outcome != "estimate" and bool(case.name) != (case.outcome == "renamed"):
             yield f"case {i} is {case.outcome!r} and named {case.name!r}"
         strange = {*case.holds, *case.fails}.difference(FACTS)
@@ -215,16 +241,23 @@ def _flaws(quantity: Quantity) -> Iterator[str]:
     reached: set[int | None] = set()
     missing: list[World] = []
     for world in _worlds():
-        matching = (i for i, case in enumerate(quantity.cases) if case.matches(world))
-        first = next(matching, None)
+        first = _index_of_match(quantity, world)
         reached.add(first)
         if first is None:
             missing.append(world)
+    # A case behind a wider one is dead text, however true.
     for i in range(len(quantity.cases)):
         if i not in reached:
             yield f"case {i} is never reached"
     if missing:
         yield f"no case for {sorted(missing[0])}"
+
+
+def _index_of_match(quantity: Quantity, world: World) -> int | None:
+    for i, case in enumerate(quantity.cases):
+        if case.matches(world):
+            return i
+    return None
 
 
 # --- the rendering --------------------------------------------------------------------------------
@@ -248,7 +281,10 @@ counts.
 
 def situation(name: str) -> dict[str, str]:
     """Return the statuses of one of the `SITUATIONS`, by its name."""
-    return {fact: "fails" if fact in SITUATIONS[name] else "holds" for fact in FACTS}
+    statuses = dict.fromkeys(FACTS, "holds")
+    for fact in SITUATIONS[name]:
+        statuses[fact] = "fails"
+    return statuses
 
 
 def render_markdown() -> str:
@@ -260,7 +296,8 @@ def render_markdown() -> str:
     lines = [INTRO, _row("quantity", *SITUATIONS), _row(*["---"] * (len(SITUATIONS) + 1))]
     for answers in zip(*by_situation, strict=True):
         star = " \\*" * answers[0].available
-        lines.append(_row(answers[0].quantity + star, *(answer.outcome for answer in answers)))
+        outcomes = [answer.outcome for answer in answers]
+        lines.append(_row(answers[0].quantity + star, *outcomes))
     return "\n".join([*lines, "", "## Reasons", "", *map(_section, TABLE)])
 
 

@@ -40,10 +40,16 @@ def recorded_body(
             for index, tensor in stand_ins.items():
                 inputs[recorder.declare(tensor, "inputs", str(index)).index] = index
             result = body(*args, **kwargs)
+        # A definition that calls the op itself defines nothing.
         if any(s.op is step.op for s in recorder.graph.steps):
             return None
         results = result if isinstance(result, tuple | list) else [result]
-        outputs = [recorder.ref(t) if isinstance(t, torch.Tensor) else None for t in results]
+        outputs: list[Ref | None] = []
+        for t in results:
+            if isinstance(t, torch.Tensor):
+                outputs.append(recorder.ref(t))
+            else:
+                outputs.append(None)
     except Exception:
         # Definitions may do anything, and without numbers much of it fails. Then the op stays
         # unknown, which is never wrong.

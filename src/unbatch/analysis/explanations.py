@@ -7,10 +7,13 @@ else stands in the way. Which step is a culprit is decided where verdicts are ju
 from __future__ import annotations
 
 from unbatch.analysis.rules.registry import NO_RULE
-from unbatch.analysis.structure import Culprit
+from unbatch.analysis.verdict import Culprit
 from unbatch.capture.graph import HostRead
 from unbatch.capture.steps import Step
 
+# The keys are the words with which rules say how samples became mixed, and a few kinds that only
+# the verdicts know: "statistic", "group", "long", "broadcast", "uneven", "place", "escape" and
+# "unfaithful". A rule from outside may use words of its own; they are shown as they are.
 WHY = {
     "statistic": "a statistic over all samples ({size} numbers) flows back into every sample",
     "group": "statistics over groups of {samples} samples ({size} numbers) flow back into the "
@@ -42,6 +45,7 @@ WHY = {
 }
 
 
+# What to do about each kind; for kinds that are not listed the default.
 REMEDY = {
     "statistic": "Evaluate with fixed statistics (`.eval()`), or normalise within a sample "
     "(GroupNorm, LayerNorm); sums and the GGN stay exact as they are.",
@@ -76,11 +80,12 @@ def culprit(step: Step, kind: str, **facts: object) -> Culprit:
 
     ``kind``: a key of ``WHY``, or a reason in the words of a rule from outside.
     """
+    # A reason without braces takes any facts, so that all kinds can be called alike.
     why = WHY.get(kind, kind).format(**facts)
     return Culprit(step.module, step.name, step.where, why, REMEDY.get(kind, DEFAULT_REMEDY))
 
 
-def escape_culprit(read: HostRead) -> Culprit:
+def host_read_culprit(read: HostRead) -> Culprit:
     """Return a host read as a culprit."""
     why = WHY["escape"].format(how=read.how)
     return Culprit(read.module, "escape", read.where, why, REMEDY["escape"])

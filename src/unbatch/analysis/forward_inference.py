@@ -6,22 +6,23 @@ open, with culprits. Nothing is refuted here: that takes a counterexample, see `
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from unbatch.analysis.domain.dependence import StatisticUse
 from unbatch.analysis.domain.ownership import Ownership
 from unbatch.analysis.domain.propagation import Propagation
-from unbatch.analysis.domain.sample_layout import holds_its_place, uniform
+from unbatch.analysis.domain.sample_layout import in_its_place, uniform
 from unbatch.analysis.explanations import (
     DEFAULT_REMEDY,
     REMEDY,
     WHY,
     culprit,
-    escape_culprit,
+    host_read_culprit,
 )
 from unbatch.analysis.interpreter import Interpretation
-from unbatch.analysis.structure import BatchStatistic, Culprit, Structure, Verdict
+from unbatch.analysis.structure import BatchStatistic, Structure
+from unbatch.analysis.verdict import Culprit, Verdict
 from unbatch.capture.graph import Graph, HostRead
 from unbatch.capture.steps import Step
 
@@ -55,7 +56,7 @@ class ForwardEvidence:
     @property
     def uses_statistics(self) -> bool:
         """Some prediction depends on other samples through a statistic."""
-        return any(m.given for m in self.marks)
+        return any(m.statistics for m in self.marks)
 
 
 def forward_evidence(
@@ -66,18 +67,25 @@ def forward_evidence(
     ``leading``: samples lie along the first axis of every input.
     """
     algebra, samples = forward.algebra, forward.algebra.samples
+    # Predictions that the loss does not read prove nothing about it, and refute nothing.
     predictions = [forward[r] for r in graph.used_predictions]
     # A prediction that is a statistic itself is a use of it, which the algebra has to know before
     # its uses are read.
     for marks in predictions:
-        algebra.consume_alone(marks)
+        algebra.note_use(marks)
     steps = forward.ancestors(graph.used_predictions)
+    # A read that may steer the program proves nothing of the other paths: no structure holds then,
+    # not even given the statistics.
     in_place, alike = not reads, True
     for marks in predictions:
-        in_place = in_place and holds_its_place(marks, samples, leading)
+        in_place = in_place and in_its_place(marks, samples, leading)
         alike = alike and uniform(marks, samples, leading)
     uses = _uses_in(algebra, steps)
-    nonlinear = algebra.bent & steps
+    # Of sets that overlap, as neighbourhoods do, there may be as many as there are samples.
+    bounded = not algebra.uses_overlapping_sets()
+    for use in uses:
+        bounded = bounded and not use.long
+    nonlinear = algebra.record.nonlinear & steps
     return ForwardEvidence(
         marks=tuple(predictions),
         steps=frozenset(steps),
@@ -85,7 +93,7 @@ def forward_evidence(
         reads=tuple(reads),
         in_place=in_place,
         uniform=alike,
-        bounded=not any(use.long for use in uses) and not algebra.overlapping(),
+        bounded=bounded,
         nonlinear=bool(nonlinear),
         ranks=bool(nonlinear) and _only_ranks(graph, algebra, nonlinear),
     )
@@ -93,17 +101,23 @@ def forward_evidence(
 
 def _uses_in(algebra: Propagation, steps: set[int]) -> list[StatisticUse]:
     """Return the uses of statistics that are made in ``steps``."""
-    uses = []
-    for use in algebra.uses.values():
-        made_at = {algebra.roots[r].step for r in use.roots}
-        if made_at & steps:
-            uses.append(use)
-    return uses
+    return [use for use in algebra.record.uses.values() if _is_made_in(steps, algebra, use)]
+
+
+def _is_made_in(steps: set[int], algebra: Propagation, use: StatisticUse) -> bool:
+    # Of several statistics one suffices: what is made of them depends on it.
+    for definition in use.definitions:
+        if algebra.record.definitions[definition].step in steps:
+            return True
+    return False
 
 
 def _only_ranks(graph: Graph, algebra: Propagation, steps: set[int]) -> bool:
     """Tell whether all of the steps do no more than compare or order samples."""
-    return all(_compares_samples(graph.steps[s], algebra.births.get(s)) for s in steps)
+    for index in steps:
+        if not _compares_samples(graph.steps[index], algebra.record.mixing.get(index)):
+            return False
+    return True
 
 
 def _compares_samples(step: Step, birth: str | None) -> bool:
@@ -111,6 +125,8 @@ def _compares_samples(step: Step, birth: str | None) -> bool:
 
     ``birth``: how it mixes samples, None where they were mixed before.
     """
+    # Sorting what is mixed already gives ranks as well, as the argsort of an argsort does. A
+    # comparison counts only where it is the one that sets samples beside each other.
     if step.name in ORDERINGS:
         return True
     return step.name in COMPARISONS and birth == "pairwise"
@@ -125,7 +141,7 @@ def judge_forward(
     """Return the structure with its verdicts on the forward pass; those on the loss are open."""
     samples = forward.algebra.samples
     statistics = batch_statistics(graph, forward.algebra, evidence.uses)
-    through_statistics = tuple(_statistic_culprit(s, long) for s, long in statistics.items())
+    through_statistics = tuple(_culprits_of(statistics))
     others = _other_culprits(graph, forward, evidence, leading)
     independent = evidence.in_place and not evidence.uses_statistics
     simd = independent and evidence.uniform
@@ -136,9 +152,11 @@ def judge_forward(
     against_simd_given = others
     if not evidence.bounded:
         against_simd_given = others + through_statistics
+    # One declaration anywhere is enough, whether the predictions depend on its module or not.
     basis = "assumed" if forward.assumed else "proved"
 
     def verdict(name: str, holds: bool, culprits: tuple[Culprit, ...], note: str = "") -> Verdict:
+        # Trivially true of one sample, but the question is about batches of this program.
         if samples == 1:
             return Verdict(name, "unknown", note="one sample cannot show whether samples interact")
         if holds:
@@ -192,11 +210,12 @@ def batch_statistics(
     places: dict[tuple[str, str, str], list[StatisticUse]] = {}
     for use in uses:
         # What is made of several statistics is counted where the last of them is made.
-        step = graph.steps[algebra.roots[max(use.roots)].step]
+        step = graph.steps[algebra.record.definitions[max(use.definitions)].step]
         places.setdefault((step.module, step.name, step.where), []).append(use)
     statistics: dict[BatchStatistic, bool] = {}
     for place, there in places.items():
         statistic = _statistic_at(place, algebra, there)
+        # One long statistic is enough for the numbers of this place to grow with the batch.
         statistics[statistic] = any(use.long for use in there)
     return statistics
 
@@ -209,9 +228,9 @@ def _statistic_at(
     samples: list[int] = []
     for use in uses:
         size += use.size
-        for root in use.roots:
-            samples.append(algebra.roots[root].samples)
-            grouped = grouped or bool(algebra.roots[root].groups)
+        for root in use.definitions:
+            samples.append(algebra.record.definitions[root].samples)
+            grouped = grouped or bool(algebra.record.definitions[root].groups)
     return BatchStatistic(*place, size=size, samples=min(samples), grouped=grouped)
 
 
@@ -219,11 +238,15 @@ def statistic_culprits(
     graph: Graph, algebra: Propagation, uses: Sequence[StatisticUse]
 ) -> list[Culprit]:
     """Return a culprit for each place where statistics are made."""
-    statistics = batch_statistics(graph, algebra, uses)
+    return _culprits_of(batch_statistics(graph, algebra, uses))
+
+
+def _culprits_of(statistics: Mapping[BatchStatistic, bool]) -> list[Culprit]:
     return [_statistic_culprit(statistic, long) for statistic, long in statistics.items()]
 
 
 def _statistic_culprit(statistic: BatchStatistic, long: bool) -> Culprit:
+    # A long statistic comes first: that it grows is what stands in the way, grouped or not.
     kind = "statistic"
     if long:
         kind = "long"
@@ -247,13 +270,14 @@ def _other_culprits(
     in_place = True
     for marks in evidence.marks:
         mixers |= marks.mixers
-        in_place = in_place and holds_its_place(marks, algebra.samples, leading)
+        in_place = in_place and in_its_place(marks, algebra.samples, leading)
     culprits: list[Culprit] = []
-    for index in sorted(mixers & evidence.steps & algebra.births.keys()):
-        how = algebra.births[index]
+    # By index, which is the order of the program: the first culprit is where it begins.
+    for index in sorted(mixers & evidence.steps & algebra.record.mixing.keys()):
+        how = algebra.record.mixing[index]
         culprits.append(culprit(graph.steps[index], how))
-    culprits.extend(map(escape_culprit, evidence.reads))
-    for index in sorted(algebra.uneven & evidence.steps):
+    culprits.extend(map(host_read_culprit, evidence.reads))
+    for index in sorted(algebra.record.uneven & evidence.steps):
         step = graph.steps[index]
         culprits.append(culprit(step, "uneven"))
     if culprits or in_place:

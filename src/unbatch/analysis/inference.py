@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from unbatch.analysis.domain.ownership import Ownership
 from unbatch.analysis.forward_inference import forward_evidence, judge_forward
-from unbatch.analysis.initial import forward_marks, loss_marks, scrambled
+from unbatch.analysis.initial import initial_ownership, loss_marks, scrambled
 from unbatch.analysis.interpreter import Interpretation, interpret
 from unbatch.analysis.loss_boundary import folded, placed, split
 from unbatch.analysis.loss_inference import LossEvidence, judge_loss, parameters_in_own_loss
@@ -36,17 +36,17 @@ BATCH_SOURCES = frozenset({"inputs", "targets", "predictions", "internals"})
 class AnalysisState:
     """The interpretations behind a structure, and what its numerical tests have to know.
 
-    ``leading``: samples lie along the first axis of every input. ``bent`` and ``ranks``: see
-    ``ForwardEvidence.nonlinear`` and ``ranks``. ``escapes``: host reads that may steer the forward
+    ``leading``: samples lie along the first axis of every input. ``nonlinear`` and ``ranks``: see
+    ``ForwardEvidence.nonlinear`` and ``ranks``. ``host_reads``: those that may steer the forward
     pass.
     """
 
     forward: Interpretation
     loss: Interpretation | None
     leading: bool
-    bent: bool = False
+    nonlinear: bool = False
     ranks: bool = False
-    escapes: tuple[HostRead, ...] = ()
+    host_reads: tuple[HostRead, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,16 @@ def infer_structure(
     """
     assumptions = _Assumptions(assumed, harmless)
     leading = all(d in (0, None) for d in dims)
+    # A model that computes its own loss is interpreted as a whole, cut, and from then on treated as
+    # any other. One that has been cut already (``after_cut``) is two parts from the start.
     own_loss = graph.own_loss and not graph.after_cut
     steps = graph.steps if own_loss else graph.forward_steps
-    forward = interpret(graph, samples, forward_marks(graph, dims), steps, assumed)
+    forward = interpret(graph, samples, initial_ownership(graph, dims), steps, assumed)
     parameter_steps: list[Step] = []
     if own_loss:
         forward, parameter_steps = _cut_own_loss(forward, dims, assumed, fold)
         graph = forward.graph
+    # After the cut, which decides to which of the two parts a read belongs.
     before, after = _reads_by_part(graph, forward, own_loss)
     reads = _steering(graph, before, forward, assumptions)
     evidence = forward_evidence(graph, forward, leading, reads)
@@ -97,6 +100,7 @@ def infer_structure(
         reads_after = _steering(graph, after, loss, assumptions)
         verdicts = judge_loss(_loss_evidence(graph, graph.loss, forward, loss, reads_after))
         structure = structure.with_verdicts(*verdicts)
+    # Whatever the verdict on the loss: these parameters enter it past the cut.
     if parameter_steps:
         structure = structure.with_verdicts(parameters_in_own_loss(parameter_steps))
     if own_loss and loss is not None:
@@ -123,7 +127,7 @@ def _cut_own_loss(
         return forward, parameter_steps
     # Folding inserts steps, so the numbers of all values change with it.
     graph = folded(graph, forward, fold)
-    start = forward_marks(graph, dims)
+    start = initial_ownership(graph, dims)
     samples = forward.algebra.samples
     return interpret(graph, samples, start, graph.forward_steps, assumed), parameter_steps
 
@@ -141,11 +145,14 @@ def _interpret_loss(
     in place: repeated until no label is added.
     """
     steps = list(graph.loss_steps)
+    # A mean over unmasked words, say: the model counts them, and its loss divides by the count.
+    # Interpreting these steps once more defines the count in the record of the loss as well.
     if own_loss:
         steps = [*statistics_of_data(graph, forward), *steps]
     labels: dict[int, Ownership] = {}
     while True:
         loss = interpret(graph, forward.algebra.samples, start | labels, steps, assumed, CONSTANTS)
+        # Ends, as labels are only added and there are finitely many.
         more = placed(graph, forward, start, loss)
         if more.keys() <= labels.keys():
             return loss
@@ -159,7 +166,9 @@ def statistics_of_data(graph: Graph, forward: Interpretation) -> list[Step]:
     """
     steps = []
     for step in graph.forward_steps:
-        results = [*step.outs, *(new for _, new in step.writes)]
+        results = list(step.outs)
+        for _, new in step.writes:
+            results.append(new)
         if any(_is_data_statistic(forward, ref) for ref in results):
             steps.append(step)
     return steps
@@ -168,7 +177,7 @@ def statistics_of_data(graph: Graph, forward: Interpretation) -> list[Step]:
 def _is_data_statistic(forward: Interpretation, ref: Ref | None) -> bool:
     if ref is None:
         return False
-    return bool(forward[ref].given) and "parameters" not in forward[ref].sources
+    return bool(forward[ref].statistics) and "parameters" not in forward[ref].sources
 
 
 # --- what Python reads ----------------------------------------------------------------------------
@@ -191,7 +200,7 @@ def _reads_by_part(
     if own_loss:
         last = max(forward.ancestors(graph.used_predictions), default=-1)
     before, after = [], []
-    for read in graph.escapes:
+    for read in graph.host_reads:
         is_late = read.step > last if own_loss else read.in_loss
         if is_late:
             after.append(read)
@@ -214,6 +223,8 @@ def _steering(
     for read in reads:
         if not _reads_batch(read, interpretation):
             continue
+        # A declaration excuses a read whatever it says of the batch, and ``harmless`` is not
+        # asked.
         if _is_declared(graph, read, assumptions.modules) or assumptions.harmless(read):
             continue
         steering.append(read)
@@ -222,13 +233,14 @@ def _steering(
 
 def _reads_batch(read: HostRead, interpretation: Interpretation) -> bool:
     """Tell whether what Python reads may say something about the batch; unknown values may."""
-    if read.blind or read not in interpretation.asked:
+    if read.blind or read not in interpretation.host_reads:
         return True
-    return sees(interpretation.asked[read])
+    return sees(interpretation.host_reads[read])
 
 
 def _is_declared(graph: Graph, read: HostRead, modules: Sequence[str]) -> bool:
     """Tell whether the user has declared the module that reads, or the op that made the value."""
+    # -1 for a value that no step has made, an input say.
     maker = graph.values[read.ref.index].step
     if maker >= 0 and graph.steps[maker].op in registry.ASSUMED:
         return True
@@ -237,7 +249,7 @@ def _is_declared(graph: Graph, read: HostRead, modules: Sequence[str]) -> bool:
 
 def constant(read: HostRead, loss: Interpretation) -> bool:
     """Tell whether what is read is made of targets and inputs alone: constants in the loss."""
-    return read in loss.asked and loss.asked[read].sources <= CONSTANTS
+    return read in loss.host_reads and loss.host_reads[read].sources <= CONSTANTS
 
 
 def _loss_evidence(
@@ -251,15 +263,17 @@ def _loss_evidence(
 
     A constant that is read steers nothing in the loss; that it is read of the whole batch is kept.
     """
+    # ``if y.max() > 1`` in a loss looks at targets, and in the loss these are what they are: no
+    # other branch has to be considered. But a weight may now depend on the targets of all samples.
     steering = []
     constants_read: set[str] = set()
     for read in reads:
         if read.blind or not constant(read, loss):
             steering.append(read)
         else:
-            constants_read |= loss.asked[read].sources
+            constants_read |= loss.host_reads[read].sources
     for value in scrambled(graph, forward):
-        constants_read |= loss.marks[value].sources
+        constants_read |= loss.ownership[value].sources
     return LossEvidence(
         graph=graph,
         forward=forward,
@@ -276,6 +290,7 @@ def _loss_evidence(
 
 def _with_premises(structure: Structure, state: AnalysisState) -> Structure:
     """Return the structure with assumptions, rules from outside, and ops that have no rule."""
+    # Over both passes, and sorted: what is printed must not depend on the order of sets.
     assumed: set[str] = set()
     custom: set[str] = set()
     unknown: set[str] = set()

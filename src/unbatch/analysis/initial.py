@@ -22,12 +22,13 @@ from unbatch.capture.steps import Ref, Value
 OUTSIDE = ("parameters", "buffers", "constants", "inputs", "targets")
 
 
-def forward_marks(graph: Graph, dims: Sequence[int | None]) -> dict[int, Ownership]:
+def initial_ownership(graph: Graph, dims: Sequence[int | None]) -> dict[int, Ownership]:
     """Return what the forward pass starts from.
 
     Inputs belong to their samples along ``dims`` (None: to none); everything else that exists
     before the model runs is shared.
     """
+    # Inputs are among what is there before the model runs: these marks replace the shared ones.
     marks = _outside(graph)
     marks.update(_data(graph, graph.inputs, dims, "inputs"))
     return marks
@@ -48,8 +49,10 @@ def loss_marks(
     """
     marks = _outside(graph)
     marks.update(_data(graph, graph.targets, targets, "targets"))
+    # Predictions come last, and overrule what the forward pass has proved of them: however the
+    # model mixes samples, the loss is judged as a function of predictions that are there.
     numbers = set(scrambled(graph, forward))
-    for index, value in forward.marks.items():
+    for index, value in forward.ownership.items():
         kind = graph.values[index].kind
         if index in numbers:
             marks[index] = shared(value.shape, ("numbers", index), value.sources)
@@ -59,7 +62,7 @@ def loss_marks(
             marks[index] = shared(value.shape, ("internal", index), ["internals"])
         elif kind == "step":
             # Made of data alone: a statistic of these is a constant in the loss.
-            marks[index] = replace(value, given=frozenset())
+            marks[index] = replace(value, statistics=frozenset())
     for i, ref in enumerate(graph.predictions):
         marks[ref.index] = fresh_prediction(forward[ref], i, samples, leading)
     return marks
@@ -72,14 +75,16 @@ def scrambled(graph: Graph, forward: Interpretation) -> list[int]:
     """
     if not graph.own_loss:
         return []
+    # In the order of the program, each once.
     read: dict[int, None] = {}
     for step in graph.loss_steps:
-        read.update(dict.fromkeys(ref.index for ref in step.refs()))
+        for ref in step.refs():
+            read[ref.index] = None
     return [index for index in read if _is_scrambled(graph, forward, index)]
 
 
 def _is_scrambled(graph: Graph, forward: Interpretation, index: int) -> bool:
-    value, marks = graph.values[index], forward.marks.get(index)
+    value, marks = graph.values[index], forward.ownership.get(index)
     if marks is None or value.kind != "step" or value.step in graph.after_cut:
         return False
     of_data = "parameters" not in marks.sources
@@ -93,6 +98,8 @@ def fresh_prediction(
 
     ``leaf``: its number among the predictions. One that no sample can be found in is shared.
     """
+    # By its axis where it has one; otherwise by its owners, as where [n t, c] has n t rows. What
+    # belongs to no sample, or is mixed, is shared.
     dim = prediction_dim(prediction, samples, leading)
     if dim is not None:
         marks = batched(prediction.shape, dim, ("prediction", leaf))
@@ -114,7 +121,7 @@ def _atoms(marks: Ownership, leaf: int, samples: int) -> frozenset[int]:
     one_each = marks.owner.size == math.prod(marks.shape) == samples
     if one_each and len(keys) == 1:
         return frozenset([int(keys[0])])
-    return frozenset(int(code("prediction", leaf, part)) for part in (0, 1))
+    return frozenset({int(code("prediction", leaf, 0)), int(code("prediction", leaf, 1))})
 
 
 def _outside(graph: Graph) -> dict[int, Ownership]:

@@ -32,7 +32,7 @@ from unbatch.analysis.memory import is_whole, overwritten, scrambled_bytes
 from unbatch.analysis.number_facts import Fact, Numbers, alike, exact_numbers
 from unbatch.analysis.policy import PROVED_ONLY, Mixed, Policy
 from unbatch.analysis.rules import registry
-from unbatch.analysis.rules.permutations import Arranged, Ends, OutputRows, follow
+from unbatch.analysis.rules.permutations import OutputRows, PermutedRows, RowCounts, follow
 from unbatch.analysis.rules.reductions import running_statistics
 from unbatch.capture.aliasing import Window, places
 from unbatch.capture.graph import Graph, HostRead, ModuleCall
@@ -46,26 +46,26 @@ class Interpretation:
     """Ownership of every value of a graph, filled in step by step, and the algebra that made it.
 
     ``unknown``: ops without a rule, by step. ``assumed`` and ``custom``: modules and ops that were
-    declared independent, and ops whose rule was registered from outside. ``arranged``: values whose
-    rows the batch has put into an order of its own. ``asked``: what Python read, as it was at that
-    moment. ``above``: for the body of an op that is taken apart, the interpretation that it is part
-    of, and the number there of each of its inputs.
+    declared independent, and ops whose rule was registered from outside. ``permuted``: values whose
+    rows the batch has put into an order of its own. ``host_reads``: what Python read, as it was at
+    that moment. ``above``: for the body of an op that is taken apart, the interpretation that it is
+    part of, and the number there of each of its inputs.
     """
 
     graph: Graph
     algebra: Propagation
-    marks: dict[int, Ownership]
+    ownership: dict[int, Ownership]
     unknown: dict[int, str] = field(default_factory=dict)
     assumed: set[str] = field(default_factory=set)
     custom: set[str] = field(default_factory=set)
-    arranged: dict[int, Arranged | Ends] = field(default_factory=dict)
+    permuted: dict[int, PermutedRows | RowCounts] = field(default_factory=dict)
     policy: Policy = PROVED_ONLY
     facts: list[Fact] = field(default_factory=list)
-    asked: dict[HostRead, Ownership] = field(default_factory=dict)
+    host_reads: dict[HostRead, Ownership] = field(default_factory=dict)
     above: tuple[Interpretation, Mapping[int, int]] | None = None
 
     def __getitem__(self, ref: Ref) -> Ownership:
-        return self.marks[ref.index]
+        return self.ownership[ref.index]
 
     @property
     def by_place(self) -> bool:
@@ -77,6 +77,8 @@ class Interpretation:
 
         The function gets None where they are not known.
         """
+        # What an op is taken apart into sees the inputs of the op: the numbers are those outside,
+        # and the fact is one about the value outside, however deep ops are nested.
         if self.above is not None and value in self.above[1]:
             outer, names = self.above
             return outer.rely(names[value], function)
@@ -84,6 +86,8 @@ class Interpretation:
         def look(t: Tensor | None) -> Any:
             return function(exact_numbers(t))
 
+        # Only the answer becomes a fact. A rule that asks whether -100 occurs among the labels
+        # holds another batch to the answer, and not to the labels.
         seen = look(self.graph.known(value))
         if self.above is None:  # the numbers inside of an op do not change with the batch
             self.facts.append(Fact(value, look, _copied(seen)))
@@ -97,21 +101,26 @@ class Interpretation:
         """
         read: set[int] = set()
         for ref in step.refs():
-            read |= self[ref].given
-        return self.marks[value].given - read
+            read |= self[ref].statistics
+        return self.ownership[value].statistics - read
 
     def ancestors(self, refs: Iterable[Ref]) -> set[int]:
         """Return the steps that these values depend on, through data and through memory."""
         values = self.graph.values
-        needed = {r.index for r in refs}
+        needed: set[int] = set()
+        storages: set[int] = set()
+        for ref in refs:
+            needed.add(ref.index)
+            storages.add(values[ref.index].storage)
         steps: set[int] = set()
-        storages = {values[i].storage for i in needed}
+        # Backwards, so that all who need a value come before the step that makes it.
         for step in reversed(self.graph.steps):
-            written = [new.index for _, new in step.writes]
-            made = {r.index for r in step.outs if r is not None}
-            made.update(written)
-            writes_needed = storages.intersection(values[i].storage for i in written)
-            if not writes_needed and not made & needed:
+            # A write changes what every view of the memory shows, also those that were made before
+            # it: so a step counts by the memory it writes, and not by its results alone.
+            written = {new.index for _, new in step.writes}
+            makes_needed = not needed.isdisjoint(written.union(_indices(step.outs)))
+            writes_needed = any(values[i].storage in storages for i in written)
+            if not makes_needed and not writes_needed:
                 continue
             steps.add(step.index)
             for ref in step.refs():
@@ -120,6 +129,11 @@ class Interpretation:
                 if values[ref.index].kind == "step":
                     storages.add(values[ref.index].storage)
         return steps
+
+
+def _indices(refs: Iterable[Ref | None]) -> list[int]:
+    """Return the numbers of the values among the results of a step."""
+    return [ref.index for ref in refs if ref is not None]
 
 
 def _copied(seen: Any) -> Any:
@@ -145,15 +159,18 @@ def interpret(
     """
     algebra = Propagation(samples, constant=frozenset(constant))
     interpretation = Interpretation(graph, algebra, dict(start), policy=policy)
+    # Buffers and constants may have other numbers in another recording.
     _rely_on_constants(interpretation, start)
     calls = _assumed_calls(graph, assumed)
     last_uses = _last_uses(graph)
-    waiting = sorted(graph.escapes, key=lambda read: read.step)
+    waiting = sorted(graph.host_reads, key=lambda read: read.step)
     for step in steps:
         # Before the step: it may write to the memory of what was read.
         waiting = _note_host_reads(interpretation, waiting, step.index)
         algebra.step = step.index
         _step(interpretation, step, last_uses)
+        # After the last step of a module: what its inner steps did to samples is overruled as a
+        # whole. Their mixing stays in the record, where no prediction refers to it any more.
         for call in calls.get(step.index + 1, ()):
             _assume_independent(interpretation, call)
     _note_host_reads(interpretation, waiting, len(graph.steps))
@@ -183,27 +200,30 @@ def _note_host_reads(
     interpretation: Interpretation, waiting: list[HostRead], step: int
 ) -> list[HostRead]:
     """Note what Python has read up to a step, and return the reads that come later."""
+    # Sorted by step, so the first that comes later ends the search. A value that this pass does
+    # not reach (one of the loss, in a forward pass) is left out, and counts as unknown.
     for number, read in enumerate(waiting):
         if read.step > step:
             return waiting[number:]
-        if read.ref.index in interpretation.marks:
-            interpretation.asked[read] = interpretation[read.ref]
+        if read.ref.index in interpretation.ownership:
+            interpretation.host_reads[read] = interpretation[read.ref]
     return []
 
 
 def _assume_independent(interpretation: Interpretation, call: ModuleCall) -> None:
     """Replace what was found out about the outputs of a module by what the user declares."""
     interpretation.assumed.add(call.module)
-    inputs = [interpretation[r] for r in call.inputs if r.index in interpretation.marks]
+    inputs = [interpretation[r] for r in call.inputs if r.index in interpretation.ownership]
     for ref in call.outputs:
         shape = interpretation.graph.values[ref.index].shape
-        interpretation.marks[ref.index] = registry.assumed(
+        interpretation.ownership[ref.index] = registry.assumed(
             interpretation.algebra, inputs, shape, ("assumed", call.module)
         )
 
 
 def _last_uses(graph: Graph) -> dict[int, int]:
     """Return for each value the last step that reads it; outputs are read after the last step."""
+    # Of all steps, not of those that are interpreted alone: the loss reads values of the model.
     last: dict[int, int] = {}
     for step in graph.steps:
         for ref in step.refs():
@@ -222,38 +242,48 @@ def _step(interpretation: Interpretation, step: Step, last_uses: Mapping[int, in
     """Work out the ownership of what a step returns, and of what it writes."""
     call = _rule_context(interpretation, step)
     results = _apply(interpretation, call, step)
+    # A rule may return fewer results than the op does; the others then have no ownership.
     for ref, marks in zip(step.outs, results, strict=False):
         if ref is not None and marks is not None:
-            interpretation.marks[ref.index] = _settled(interpretation, call, step, ref, marks)
+            interpretation.ownership[ref.index] = _settled(interpretation, call, step, ref, marks)
+    # After the rule, which knows nothing of orders and calls permuted rows mixed: its answer is
+    # replaced where the rows have come back to their places.
     _follow_order(interpretation, call, step)
     hidden = _running_statistics(call, step)
+    # A write that is also a result (``add_`` returns what it writes) has its ownership by now.
     for old, new in step.writes:
-        if new.index not in interpretation.marks:
+        if new.index not in interpretation.ownership:
             shape = interpretation.graph.values[new.index].shape
-            interpretation.marks[new.index] = _written(call, hidden, shape)
+            interpretation.ownership[new.index] = _written(call, hidden, shape)
         _through_views(interpretation, old, new, step.index, last_uses)
 
 
 def _rule_context(interpretation: Interpretation, step: Step) -> registry.RuleContext:
     """Return the arguments of a step as its rule sees them: ownership in place of tensors."""
+    # All parameters by name, whether given by place, by name or not at all: a rule has one way to
+    # ask for an argument, and the title of an op does not depend on how it was called.
     arguments = dict.fromkeys(step.parameters) | step.defaults | step.named
 
     def marks(leaf: Any) -> Any:
         if isinstance(leaf, Ref):
-            return interpretation.marks[leaf.index]
+            return interpretation.ownership[leaf.index]
         return leaf
 
     owned: dict[str, Any] = {}
     tensors: dict[str, Any] = {}
     for name, argument in arguments.items():
         owned[name] = tree_map(marks, argument, is_leaf=is_ref)
-        if any(is_ref(leaf) for leaf in tree_leaves(argument, is_leaf=is_ref)):
+        if _has_refs(argument):
             tensors[name] = argument
-    shapes = [interpretation.graph.values[r.index].shape for r in step.outs if r is not None]
+    shapes = [interpretation.graph.values[index].shape for index in _indices(step.outs)]
     numbers = Numbers(interpretation.rely, tensors)
     return registry.RuleContext(
         interpretation.algebra, step.op, owned, shapes, numbers, numbers.look
     )
+
+
+def _has_refs(argument: Any) -> bool:
+    return any(is_ref(leaf) for leaf in tree_leaves(argument, is_leaf=is_ref))
 
 
 def _settled(
@@ -265,6 +295,8 @@ def _settled(
 ) -> Ownership:
     """Return the ownership of a result by the policy; mixed where the rule gives another shape."""
     shape, policy = interpretation.graph.values[ref.index].shape, interpretation.policy
+    # What a rule says of another shape says nothing of this value: it counts as an op without a
+    # rule.
     if marks.shape != shape:
         marks = registry.mixed(call, shape, registry.NO_RULE)
         text = f"{step.name} (its rule gave another shape)"
@@ -281,6 +313,8 @@ def _counted(interpretation: Interpretation, ref: Ref, marks: Ownership, step: S
 
     A result that is written into such a value belongs to the samples that the value belonged to.
     """
+    # An example: a table of zeros whose rows count as the samples'. Filled in place with
+    # constants, it depends on no sample by the rules; its rows count as theirs all the same.
     counted = interpretation.policy.counted
     if ref.index in counted:
         return batched(marks.shape, counted[ref.index], ("spread", ref.index), marks.sources)
@@ -302,8 +336,8 @@ def _in_counted_memory(interpretation: Interpretation, ref: Ref) -> bool:
 
 def _running_statistics(call: registry.RuleContext, step: Step) -> list[Ownership]:
     """Return what a batch norm writes to its running statistics, which no result of its rule is."""
-    results = [ref for ref in step.outs if ref is not None]
-    returned = any(new in results for _, new in step.writes)
+    # Some variants return what they write, and then the rule has said it already.
+    returned = any(new in step.outs for _, new in step.writes)
     if not step.writes or returned or call["running_mean"] is None:
         return []
     return list(running_statistics(call).values())
@@ -313,6 +347,7 @@ def _written(
     call: registry.RuleContext, hidden: Sequence[Ownership], shape: tuple[int, ...]
 ) -> Ownership:
     """Return what an op writes that is no result of its rule; mixed where that is not known."""
+    # Mean and variance have one shape. Which of the two it is makes no difference to whose it is.
     for marks in hidden:
         if marks.shape == shape:
             return marks
@@ -323,6 +358,7 @@ def _apply(
     interpretation: Interpretation, call: registry.RuleContext, step: Step
 ) -> list[Ownership | None]:
     """Return the ownership of each result of a step: by its rule, or by its parts, or unknown."""
+    # Its result depends on how memory is laid out, which no rule gets to see.
     if call.name == "as_strided":
         return [_restrided(interpretation, call, step)]
     if call.op in registry.CUSTOM:
@@ -334,8 +370,8 @@ def _apply(
         of_parts = _decompose(interpretation, call, step)
         if of_parts is not None:
             return of_parts
-        has_result = any(ref is not None for ref in step.outs)
-        if has_result and any(m.depends_on_batch for m in call.marks):
+        # Without a result there is nothing to be wrong about, and made of constants it is constant.
+        if _indices(step.outs) and call.depends_on_batch:
             interpretation.unknown[step.index] = step.name
         rule = registry.unknown
     results = iter(_by_rule(interpretation, call, step, rule))
@@ -370,6 +406,8 @@ def _decompose(
     The definition runs on tensors without contents and is recorded, and what it does is interpreted
     as a part of this interpretation.
     """
+    # Three ways out, all to "unknown": there is no definition, it cannot be recorded, or it has an
+    # op without a rule inside.
     body = registry.decomposition(call.op)
     if body is None:
         return None
@@ -377,11 +415,12 @@ def _decompose(
     if recorded is None:
         return None
     graph, inputs, outputs = recorded
-    marks = {inner: interpretation.marks[outer] for inner, outer in inputs.items()}
+    marks = {inner: interpretation.ownership[outer] for inner, outer in inputs.items()}
     part = Interpretation(graph, interpretation.algebra, marks, above=(interpretation, inputs))
     for index, value in enumerate(graph.values):
         if value.kind == "constants":
-            part.marks[index] = shared(value.shape, ("constant", step.index, index))
+            part.ownership[index] = shared(value.shape, ("constant", step.index, index))
+    # The same algebra at the same ``step``: what happens inside is noted at the op of the user.
     last_uses = _last_uses(graph)
     for inner_step in graph.steps:
         _step(part, inner_step, last_uses)
@@ -395,35 +434,41 @@ def _decompose(
 
 def _follow_order(interpretation: Interpretation, call: registry.RuleContext, step: Step) -> None:
     """Keep track of rows that the batch has put into an order of its own, and of their return."""
-    arranged = _arranged_arguments(interpretation, step)
+    permuted = _permuted_arguments(interpretation, step)
+    # An order is extra knowledge: where following it fails, the rule's answer stands.
     try:
-        outcomes = follow(call, step.index, arranged, registry.lookup(call.op))
+        outcomes = follow(call, step.index, permuted, registry.lookup(call.op))
     except Exception:
         if errors.STRICT:
             raise
         return
+    # What an op without a rule does to rows may be known all the same (a grouped product, say).
     if outcomes:
         interpretation.unknown.pop(step.index, None)
     refs = [ref for ref in step.outs if ref is not None]
+    # Slots count the results that exist, as the shapes do that a rule gets.
     for outcome in outcomes:
         if outcome.slot < len(refs):
             _note_order(interpretation, refs[outcome.slot], outcome)
 
 
-def _arranged_arguments(interpretation: Interpretation, step: Step) -> dict[str, Arranged | Ends]:
+def _permuted_arguments(
+    interpretation: Interpretation, step: Step
+) -> dict[str, PermutedRows | RowCounts]:
     """Return those arguments of a step whose rows are in an order of the batch's own, by name."""
-    arranged: dict[str, Arranged | Ends] = {}
+    permuted: dict[str, PermutedRows | RowCounts] = {}
     for name, argument in step.named.items():
         ref = _single_ref(argument)
-        if ref is not None and ref.index in interpretation.arranged:
-            arranged[name] = interpretation.arranged[ref.index]
-    return arranged
+        if ref is not None and ref.index in interpretation.permuted:
+            permuted[name] = interpretation.permuted[ref.index]
+    return permuted
 
 
 def _single_ref(argument: Any) -> Ref | None:
     """Return the value that an argument is, or the first of a list with no other (``x[index]``)."""
     if isinstance(argument, list | tuple):
         first, others = argument[:1], argument[1:]
+        # [index] or [index, None, ..]; with two indices rows are not followed.
         if not first or any(other is not None for other in others):
             return None
         argument = first[0]
@@ -433,11 +478,13 @@ def _single_ref(argument: Any) -> Ref | None:
 def _note_order(interpretation: Interpretation, ref: Ref, outcome: OutputRows) -> None:
     """Note an order, or plain ownership again, where it fits the shape that was recorded."""
     shape = interpretation.graph.values[ref.index].shape
-    order = outcome.arranged
-    if isinstance(order, Ends) or (order is not None and order.under.shape == shape):
-        interpretation.arranged[ref.index] = order
-    if outcome.marks is not None and outcome.marks.shape == shape:
-        interpretation.marks[ref.index] = outcome.marks
+    # Rows may have been followed in another form than was recorded: then nothing is noted, and the
+    # value stays as its rule says.
+    order = outcome.rows
+    if isinstance(order, RowCounts) or (order is not None and order.original.shape == shape):
+        interpretation.permuted[ref.index] = order
+    if outcome.ownership is not None and outcome.ownership.shape == shape:
+        interpretation.ownership[ref.index] = outcome.ownership
 
 
 # --- memory: a write through one view is seen through the others ----------------------------------
@@ -447,8 +494,10 @@ def _through_views(
     interpretation: Interpretation, old: Ref, new: Ref, step: int, last_uses: Mapping[int, int]
 ) -> None:
     """Bring what was written to ``old`` (``new`` from there on) to views that are read later."""
-    values, marks = interpretation.graph.values, interpretation.marks
+    values, marks = interpretation.graph.values, interpretation.ownership
     written = values[new.index]
+    # Views made later start from ``new``. Of those made before, only the ones that are read again
+    # matter.
     views = []
     for index, value in enumerate(values[: new.index]):
         same_memory = value.storage == written.storage and index != old.index
@@ -459,11 +508,15 @@ def _through_views(
     update = spell_out(marks[new.index])
     hits = places(Window.of(written), [Window.of(values[i]) for i in views])
     for view, hit in zip(views, hits, strict=True):
+        # Places are counted in items. Of bytes seen as items of another size nothing is known,
+        # wherever the write was.
         if values[view].dtype.itemsize != written.dtype.itemsize:
-            interpretation.arranged.pop(view, None)
+            interpretation.permuted.pop(view, None)
             marks[view] = scrambled_bytes(interpretation.algebra, marks[view], update)
         elif (hit >= 0).any():
-            interpretation.arranged.pop(view, None)
+            interpretation.permuted.pop(view, None)
+            # A view of all that was written, in order, is just that: nothing has to be spelled
+            # out.
             if is_whole(hit, marks[view], update):
                 marks[view] = marks[new.index]
             else:
@@ -475,6 +528,7 @@ def _restrided(interpretation: Interpretation, call: registry.RuleContext, step:
     values, (window,) = interpretation.graph.values, step.outs
     source = values[step.refs()[0].index]
     target = values[window.index if window is not None else 0]
+    # A window may reach beyond the value, into memory beside it, and whose that is is not known.
     (place,) = places(Window.of(source), [Window.of(target)])
     if (place < 0).any() or source.dtype.itemsize != target.dtype.itemsize:
         return registry.mixed(call, target.shape, "resized")

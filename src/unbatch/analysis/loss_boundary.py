@@ -50,10 +50,13 @@ def split(graph: Graph, forward: Interpretation) -> tuple[Graph, list[Step]]:
             continue
         visited.add(ref.index)
         if _takes_parameters(step, forward):
+            # The search ends at the first such value on each way up: what lies behind is the model.
             if _can_be_prediction(ref, forward):
                 cut.append(_unflattened(ref, graph))
                 continue
             parameter_steps.append(step)
+        # Only what carries samples is followed: a regulariser of parameters alone is no way to a
+        # prediction.
         queue += [operand for operand in step.refs() if forward[operand].depends_on_batch]
     if not cut:
         return graph, parameter_steps
@@ -69,6 +72,7 @@ def _takes_parameters(step: Step, forward: Interpretation) -> bool:
     takes_samples, takes_parameters = False, False
     for ref in step.refs():
         marks = forward[ref]
+        # A value of both, as every inner value of a model is, counts as one of samples.
         if marks.depends_on_batch:
             takes_samples = True
         elif "parameters" in marks.sources:
@@ -94,6 +98,7 @@ def _unflattened(ref: Ref, graph: Graph) -> Ref:
     The layer flattens its input and unflattens its output: the value it means is the latter.
     """
     users = [step for step in graph.steps if ref in step.refs()]
+    # With several users the value is seen in its own shape by some of them.
     if len(users) != 1 or not ops.traits(users[0].op).takes_shape:
         return ref
     reshaped = users[0].outs[0]
@@ -103,23 +108,30 @@ def _unflattened(ref: Ref, graph: Graph) -> Ref:
     return reshaped if has_more_axes else ref
 
 
+def _read(step: Step) -> set[int]:
+    """Return the numbers of the values that a step reads."""
+    return {ref.index for ref in step.refs()}
+
+
 def _made(step: Step) -> set[int]:
     """Return the numbers of the values that a step returns or writes."""
-    made = {ref.index for ref in step.outs if ref is not None}
+    refs = [*step.outs]
     for _, new in step.writes:
-        made.add(new.index)
-    return made
+        refs.append(new)
+    return {ref.index for ref in refs if ref is not None}
 
 
 def _downstream(graph: Graph, cut: Iterable[Ref]) -> frozenset[int]:
     """Return the steps that depend on the cut, and are not needed for it."""
     reached = {ref.index for ref in cut}
+    # One prediction may be made of another: the steps between the two belong to the model, though
+    # they are downstream of the cut as well.
     needed = _upstream(graph, reached)
     steps = set()
     for step in graph.steps:
         if step.index in needed:
             continue
-        if any(ref.index in reached for ref in step.refs()):
+        if not reached.isdisjoint(_read(step)):
             steps.add(step.index)
             reached |= _made(step)
     return frozenset(steps)
@@ -132,7 +144,7 @@ def _upstream(graph: Graph, values: Iterable[int]) -> set[int]:
     for step in reversed(graph.steps):
         if needed & _made(step):
             steps.add(step.index)
-            needed.update(ref.index for ref in step.refs())
+            needed |= _read(step)
     return steps
 
 
@@ -152,10 +164,16 @@ def folded(graph: Graph, forward: Interpretation, fold: SampleAxes) -> Graph:
         axes = fold.axes(value)
         if axes is not None:
             graph = _folded_prediction(graph, ref, fold, axes)
+        # A first axis that has their number by chance would be taken for that of the samples.
         elif value.shape[:1] == (samples,) and forward[ref].sample_dim() != 0:
             raise _no_fold(fold, [tuple(value.shape)])
-    shapes = [graph.values[ref.index].shape for ref in graph.predictions]
-    folds_one = any(shape[:1] == (samples,) for shape in shapes)
+    shapes = []
+    folds_one = False
+    for ref in graph.predictions:
+        shape = graph.values[ref.index].shape
+        shapes.append(shape)
+        folds_one = folds_one or shape[:1] == (samples,)
+    # Without a cut there is no prediction to fold.
     if not graph.after_cut or not folds_one:
         raise _no_fold(fold, shapes)
     return graph
@@ -171,19 +189,23 @@ def _folded_prediction(graph: Graph, ref: Ref, fold: SampleAxes, axes: tuple[int
     The cut lies between the two.
     """
     recorder, value = Recorder({}), stand_in(graph.values[ref.index])
+    # The steps are recorded on their own and put into the graph, which renumbers its values.
     recorder.declare(value, "step", "")
     with recorder:
         rows = fold.folded(value, [axes])
         front, cut = recorder.ref(rows).index, len(recorder.graph.steps)
         back = recorder.ref(_laid_out(fold.unfolded(rows, [axes]), value))
     inserted, names = graph.inserted(recorder.graph, ref, back, cut)
-    predictions = [names[front] if r == ref else r for r in graph.predictions]
+    # In its place among the predictions, of which a loss may have several.
+    predictions = list(graph.predictions)
+    predictions[predictions.index(ref)] = names[front]
     origins = {**graph.folded, names[front].index: ref.index}
     return replace(inserted, predictions=predictions, folded=origins)
 
 
 def _laid_out(t: Tensor, like: Tensor) -> Tensor:
     """Return a tensor that lies in memory as ``like`` does: what is recorded as a view stays."""
+    # A loss that takes a view of what the model made has to find memory laid out for that view.
     if t.stride() == like.stride():
         return t
     order = sorted(range(t.ndim), key=like.stride().__getitem__, reverse=True)
@@ -235,6 +257,7 @@ def _single_prediction(step: Step, loss: Interpretation) -> Ownership | None:
 
 def _one_by_one(step: Step, prediction: Ownership) -> bool:
     """Tell whether each label is set beside the entries of one prediction."""
+    # ``gather`` picks the entry of a class by its label. Along the samples it would pick others'.
     if step.name == "gather":
         return not prediction.owner_varies(step.named["dim"] % len(prediction.shape))
     return ops.is_pointwise(step.op) or step.name.startswith("nll_loss")
@@ -254,12 +277,17 @@ def _beside(label: Ownership, prediction: Ownership) -> Array | None:
         if not varies(owner, dim):
             owner = owner.take([0], axis=dim)
     shape = label.owner.shape if label.owned else label.shape
-    if [size for size in owner.shape if size > 1] != [size for size in shape if size > 1]:
+    # [n, 1, t] and [n, t] hold the same entries in the same order.
+    if _without_ones(owner.shape) != _without_ones(shape):
         return None
     owner = owner.reshape(shape)
     if not is_sample(owner).all() or (owner == label.owner).all():
         return None
     return owner
+
+
+def _without_ones(shape: Iterable[int]) -> list[int]:
+    return [size for size in shape if size > 1]
 
 
 def _of_one_kind(label: Ownership) -> bool:

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 from unbatch.analysis.domain.ownership import Ownership
 from unbatch.analysis.domain.propagation import Propagation
-from unbatch.analysis.explanations import culprit, escape_culprit
+from unbatch.analysis.explanations import culprit, host_read_culprit
 from unbatch.analysis.forward_inference import statistic_culprits
 from unbatch.analysis.interpreter import Interpretation
-from unbatch.analysis.structure import Culprit, Verdict
+from unbatch.analysis.verdict import Culprit, Verdict
 from unbatch.capture import ops
 from unbatch.capture.graph import Graph, HostRead
 from unbatch.capture.steps import Ref, Step
@@ -59,8 +59,13 @@ def judge_loss(evidence: LossEvidence) -> tuple[Verdict, Verdict, Verdict]:
     """Return the verdicts on canonical split, reduction and SIMD loss."""
     marks, algebra = evidence.marks, evidence.algebra
     basis = "assumed" if evidence.loss.assumed else "proved"
+    # One list for both open verdicts: whatever couples the samples in the loss stands in the way of
+    # a sum over them and of one function for all of them.
     culprits = _loss_culprits(evidence)
     simd = _is_simd(evidence)
+    # An example: a mean over the labels that are not ignored divides by their number. That is a
+    # statistic of the targets and a factor of every term: the loss is a weighted sum all the same,
+    # but with weights that depend on the targets of others. What Python has read may be a factor.
     factors = _batch_constants(algebra, marks, as_factors=True) | evidence.constants_read
     terms = _batch_constants(algebra, marks, as_factors=False)
     reduction = Verdict("reduction", "unknown", culprits=culprits, weights_depend_on=factors)
@@ -83,6 +88,7 @@ def _is_additive(evidence: LossEvidence) -> bool:
     marks = evidence.marks
     if evidence.reads:
         return False
+    # A function of the targets alone is no loss of the samples' predictions.
     if marks.depends_on_batch and "predictions" not in marks.sources:
         return False
     return marks.additive or (evidence.algebra.samples == 1 and not marks.mixed)
@@ -96,10 +102,11 @@ def _is_simd(evidence: LossEvidence) -> bool:
     marks = evidence.marks
     if evidence.reads or marks.mixed:
         return False
+    # A statistic of some of the samples is no one function of all, unless it is a sum over them.
     if marks.grouped and not marks.additive:
         return False
     if not marks.atoms:
-        return not evidence.algebra.given_predictions(marks)
+        return not evidence.algebra.uses_predictions(marks)
     return len(marks.atoms) == 1
 
 
@@ -109,9 +116,9 @@ def _batch_constants(algebra: Propagation, marks: Ownership, as_factors: bool) -
     ``as_factors``: as factors of its terms, which makes them weights; otherwise inside of terms.
     """
     sources: set[str] = set()
-    for root in marks.given:
-        statistic = algebra.roots[root]
-        is_factor = root in algebra.factors
+    for root in marks.statistics:
+        statistic = algebra.record.definitions[root]
+        is_factor = root in algebra.record.factors
         if is_factor == as_factors and "predictions" not in statistic.sources:
             sources |= statistic.sources
     return frozenset(sources & {"targets", "inputs"})
@@ -122,17 +129,19 @@ def _batch_constants(algebra: Propagation, marks: Ownership, as_factors: bool) -
 
 def _judge_split(evidence: LossEvidence) -> Verdict:
     """Return whether only predictions, and nothing else made of parameters, enter the loss."""
+    # Parameters first, and reads second: a parameter in the loss refutes the split, whatever Python
+    # has read, and what was read only leaves it open.
     culprits = []
     for step in evidence.steps_after_cut:
+        # ``ones_like(parameter)`` takes nothing of the parameter but its shape.
         if not ops.reads_shape_only(step.op):
             culprits += _parameters_entering(evidence, step)
     if culprits:
+        # Each place once, in order: one step may take a parameter twice.
         return _split_fails(dict.fromkeys(culprits))
-    reads = [e for e in evidence.graph.escapes if e.in_loss and _reads_parameters(evidence, e)]
+    reads = [e for e in evidence.graph.host_reads if e.in_loss and _reads_parameters(evidence, e)]
     if reads:
-        return Verdict(
-            "canonical_split", "unknown", culprits=tuple(escape_culprit(read) for read in reads)
-        )
+        return Verdict("canonical_split", "unknown", culprits=tuple(map(host_read_culprit, reads)))
     return Verdict("canonical_split", "holds", "proved")
 
 
@@ -162,7 +171,8 @@ def _reads_parameters(evidence: LossEvidence, read: HostRead) -> bool:
     index = read.ref.index
     if read.blind or evidence.graph.values[index].kind == "parameters":
         return True
-    marks = evidence.loss.marks.get(index) or evidence.forward.marks.get(index)
+    # The loss has the later word on a value that both know. What neither knows may be anything.
+    marks = evidence.loss.ownership.get(index) or evidence.forward.ownership.get(index)
     if marks is None:
         return True
     return bool(marks.sources & {"parameters", "internals"})
@@ -193,14 +203,20 @@ def _split_culprit(step: Step, what: str) -> Culprit:
 def _loss_culprits(evidence: LossEvidence) -> tuple[Culprit, ...]:
     """Return where the loss makes predictions of different samples interact."""
     graph, algebra, marks = evidence.graph, evidence.algebra, evidence.marks
-    births = evidence.forward.algebra.births | algebra.births
+    # Steps of the forward pass as well: what it makes of the inputs alone keeps its mixing when
+    # the loss reads it.
+    mixing_steps = evidence.forward.algebra.record.mixing | algebra.record.mixing
     mixing = []
-    for index in sorted(marks.mixers & births.keys()):
+    for index in sorted(marks.mixers & mixing_steps.keys()):
         step = graph.steps[index]
-        mixing.append(_mixing_culprit(graph, step, births[index]))
-    reads = [escape_culprit(read) for read in evidence.reads]
-    uses = [use for use in algebra.uses.values() if _of_predictions(algebra, use.roots)]
+        mixing.append(_mixing_culprit(graph, step, mixing_steps[index]))
+    reads = [*map(host_read_culprit, evidence.reads)]
+    uses = [
+        use for use in algebra.record.uses.values() if _of_predictions(algebra, use.definitions)
+    ]
     statistics = statistic_culprits(graph, algebra, uses)
+    # A total that enters nonlinearly is blamed last: where samples are mixed, or share statistics,
+    # that is the nearer reason.
     totals: list[Culprit] = []
     if not mixing and not statistics:
         totals = _total_culprits(evidence)
@@ -209,7 +225,7 @@ def _loss_culprits(evidence: LossEvidence) -> tuple[Culprit, ...]:
 
 def _of_predictions(algebra: Propagation, roots: Iterable[int]) -> frozenset[int]:
     """Return those of the statistics that are made of predictions."""
-    return frozenset(r for r in roots if "predictions" in algebra.roots[r].sources)
+    return frozenset(r for r in roots if "predictions" in algebra.record.definitions[r].sources)
 
 
 def _mixing_culprit(graph: Graph, step: Step, how: str) -> Culprit:
@@ -230,6 +246,7 @@ def _mixing_culprit(graph: Graph, step: Step, how: str) -> Culprit:
 
 def _before_expand(graph: Graph, ref: Ref) -> Ref:
     """Return what a loss has expanded before it compares."""
+    # One step back: PyTorch's loss functions expand their two arguments right before they compare.
     maker = graph.makers.get(ref.index)
     if maker is not None and maker.name == "expand":
         return maker.refs()[0]
@@ -238,11 +255,11 @@ def _before_expand(graph: Graph, ref: Ref) -> Ref:
 
 def _total_culprits(evidence: LossEvidence) -> list[Culprit]:
     """Return the totals over samples that the loss is not linear in, or all if none stands out."""
-    totals = _of_predictions(evidence.algebra, evidence.marks.given)
+    totals = _of_predictions(evidence.algebra, evidence.marks.statistics)
     nonlinear = totals & _nonlinear_totals(evidence)
     culprits = []
     for root in sorted(nonlinear or totals):
-        step = evidence.graph.steps[evidence.algebra.roots[root].step]
+        step = evidence.graph.steps[evidence.algebra.record.definitions[root].step]
         culprits.append(
             Culprit(
                 step.module,
@@ -265,17 +282,22 @@ def _nonlinear_totals(evidence: LossEvidence) -> frozenset[int]:
         if not _makes_no_sum(evidence.loss, step):
             continue
         operands = _totals_among(evidence.loss, step.refs())
-        all_sums = all(m.additive for m in operands)
-        if all_sums or ops.base_name(step.op) not in SUMS:
+        # Where an operand is no sum already, an op that only puts totals together is not to blame;
+        # the step that made that operand is.
+        if _all_sums(operands) or ops.base_name(step.op) not in SUMS:
             for operand in operands:
                 if operand.additive:
-                    nonlinear |= operand.given
+                    nonlinear |= operand.statistics
     return frozenset(nonlinear)
 
 
 def _makes_no_sum(loss: Interpretation, step: Step) -> bool:
     """Tell whether a result of the step rests on totals over samples and is no sum itself."""
-    return any(not m.additive for m in _totals_among(loss, step.outs))
+    return not _all_sums(_totals_among(loss, step.outs))
+
+
+def _all_sums(totals: Iterable[Ownership]) -> bool:
+    return all(m.additive for m in totals)
 
 
 def _totals_among(loss: Interpretation, refs: Iterable[Ref | None]) -> list[Ownership]:
@@ -284,7 +306,7 @@ def _totals_among(loss: Interpretation, refs: Iterable[Ref | None]) -> list[Owne
     for ref in refs:
         if ref is None:
             continue
-        marks = loss.marks.get(ref.index)
-        if marks is not None and marks.given:
+        marks = loss.ownership.get(ref.index)
+        if marks is not None and marks.statistics:
             totals.append(marks)
     return totals

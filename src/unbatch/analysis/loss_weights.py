@@ -28,6 +28,8 @@ def weights(graph: Graph, marks: Mapping[int, Ownership], samples: int) -> Tenso
     ``marks``: the ownership of the values in a loss that is known to be a sum over the samples.
     """
     # From the loss upwards: steps that scale it, until the one that sums over the samples.
+    # An example: ``F.mse_loss(F, y) / 2`` on N·C entries. The division scales by 1/2, the loss op
+    # shares by 1/(N·C), and w_n = 1/(2·N·C).
     factor, ref = 1.0, graph.loss
     while ref is not None and ref.index in graph.makers:
         step = graph.makers[ref.index]
@@ -36,6 +38,7 @@ def weights(graph: Graph, marks: Mapping[int, Ownership], samples: int) -> Tenso
             if not _treats_alike(step, marks, samples):
                 return None
             return torch.full((samples,), factor * share, dtype=torch.float64)
+        # A sum of two losses, say: there are two ways up, and no one weight.
         scale = _scale(step)
         if scale is None:
             return None
@@ -59,7 +62,9 @@ def _treats_alike(step: Step, marks: Mapping[int, Ownership], samples: int) -> b
     # Beside a likelihood others have one entry for each class, not for each sample.
     if ops.traits(step.op).entrywise_loss and _varies_over_samples(others, owned):
         return False
-    return bool(owned) and all(_even(operand, samples) for operand in owned)
+    if not owned:
+        return False
+    return all(_even(operand, samples) for operand in owned)
 
 
 def _varies_over_samples(others: list[Ownership], owned: list[Ownership]) -> bool:
@@ -83,8 +88,9 @@ def _even(marks: Ownership, samples: int) -> bool:
 
     A factor that only some of them have is in no key, but ``weighted`` or a statistic.
     """
-    if marks.weighted or marks.given:
+    if marks.weighted or marks.statistics:
         return False
+    # Sorted, as the order of a sample's elements makes no difference to what they add up to.
     owner = np.broadcast_to(marks.owner, marks.key.shape)
     of_first, *of_others = [np.sort(marks.key[owner == n]) for n in range(samples)]
     return all(np.array_equal(of_first, keys) for keys in of_others)
@@ -144,6 +150,7 @@ def _share_of_likelihood(arguments: dict[str, Any], graph: Graph) -> float | Non
     labels = _known(arguments["target"], graph)
     if labels is None:
         return None
+    # PyTorch's mean divides by the weights of the labels that count, and not by N.
     counted = labels[labels != arguments["ignore_index"]]
     total = float(counted.numel())
     if arguments["weight"] is not None:
@@ -151,6 +158,7 @@ def _share_of_likelihood(arguments: dict[str, Any], graph: Graph) -> float | Non
         if table is None:
             return None
         total = float(table.double()[counted].sum())
+    # All labels ignored: PyTorch's mean is then 0/0.
     if not total:
         return None
     return 1 / total

@@ -40,11 +40,13 @@ def overwritten(
 
     ``hit``: for each of its entries the place in what was written (``update``), -1 where it is not.
     """
+    # Element by element, since a view may show any part of what was written, in any order.
     new_owner = np.broadcast_to(update.owner, update.shape).reshape(-1)
     new_key = np.broadcast_to(update.key, update.shape).reshape(-1)
     full = spell_out(before)
     old_owner = np.broadcast_to(full.owner, before.shape)
     old_key = np.broadcast_to(full.key, before.shape)
+    # Where nothing was hit the index -1 takes the last element, and ``where`` drops it again.
     owner = np.where(hit >= 0, new_owner[hit], old_owner).astype(np.int32)
     key = np.where(hit >= 0, new_key[hit], old_key)
     return compress(algebra.result(before.shape, owner, key, [before, update], HOW))

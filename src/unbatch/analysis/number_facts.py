@@ -35,6 +35,7 @@ class Fact:
 def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
         return np.array_equal(a, b)
+    # By type too: 1 == True, and None means "not known".
     return type(a) is type(b) and bool(a == b)
 
 
@@ -53,6 +54,7 @@ class Numbers(Mapping[str, Any]):
         self.arguments = arguments
 
     def __getitem__(self, name: str) -> Any:
+        # The most that can be relied on: another batch has to have the very same numbers.
         return self.look(name, lambda numbers: numbers)
 
     def __iter__(self) -> Iterator[str]:
@@ -77,6 +79,7 @@ class Numbers(Mapping[str, Any]):
 
 def exact_numbers(t: Tensor | None) -> Any:
     """Return integers and booleans as an array; None for other numbers, or where not known."""
+    # An index or a mask decides whose an element is, and both are integers or booleans.
     if t is None or t.device.type == "meta":
         return None
     if t.is_floating_point() or t.is_complex():
@@ -90,6 +93,7 @@ def alike(t: Tensor | None) -> tuple[int, ...]:
         return ()
     dims = []
     for dim, size in enumerate(t.shape):
+        # Along a dim of one entry there is nothing to be alike.
         if size > 1 and bool((t == t.narrow(dim, 0, 1)).all()):
             dims.append(dim)
     return tuple(dims)

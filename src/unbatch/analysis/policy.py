@@ -46,12 +46,14 @@ class Policy:
         return marks
 
 
+# What all verdicts rest on. The others may count wrongly without a verdict being wrong.
 PROVED_ONLY = Policy()
 
 
 def _by_place(call: RuleContext, marks: Ownership, ref: Ref) -> Ownership:
     """Count slices to samples along the axis of the first operand's, or the first that fits."""
-    candidates: list[int | None] = [x.sample_dim() for x in call.marks if x.owned][:1]
+    # The first operand's axis first: where several axes have N entries, it is the likeliest.
+    candidates: list[int | None] = [x.sample_dim() for x in call.tensors if x.owned][:1]
     candidates += range(len(marks.shape))
     for axis in candidates:
         if axis is not None and _has_slices(marks, axis, call.algebra.samples):
@@ -65,13 +67,14 @@ def _afresh(call: RuleContext, marks: Ownership, ref: Ref) -> Ownership:
     Not if that is its last axis, which most operations take for features. A view of what is mixed
     has no such operand: there it is the first axis.
     """
-    operand = next((x for x in call.marks if x.owned), None)
+    operand = next((x for x in call.tensors if x.owned), None)
     if operand is not None:
         axis, features = operand.sample_dim(), len(operand.shape) - 1
     elif ops.is_view(call.op):
         axis, features = 0, len(marks.shape) - 1
     else:
         return marks
+    # Without doubt means: known from an operand, not the features, and of the right size.
     if axis is None or axis >= features or not _has_slices(marks, axis, call.algebra.samples):
         return marks
     return batched(marks.shape, axis, ("afresh", ref.index), marks.sources)

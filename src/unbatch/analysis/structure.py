@@ -1,98 +1,33 @@
 """The answer to a structure question: six verdicts, their culprits, and the batch statistics.
 
-Frozen data first, then the parts of the printed report. Nothing is inferred here, see
-``inference.py``, and the texts that explain a culprit stand in ``explanations.py``.
+Frozen data. Nothing is inferred here, see ``inference.py``; the texts that explain a culprit stand
+in ``explanations.py``, and the printed report in ``structure_tables.py``.
 """
 
 from __future__ import annotations
 
 import html
-import os
-import re
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, overload
 
 from rich.console import Group
-from rich.table import Table
-from rich.text import Text
 
-from unbatch.analysis import consequence_facts, consequence_table, consequences
-from unbatch.analysis.consequence_facts import PART, Consequence
+from unbatch.analysis import consequence_facts, consequences
+from unbatch.analysis.consequence_facts import Consequence
+from unbatch.analysis.structure_tables import (
+    MARKS,
+    culprit_part,
+    follows_part,
+    heading,
+    remarks,
+    verdict_table,
+)
+from unbatch.analysis.verdict import TITLES, Verdict
 from unbatch.errors import InputError
 from unbatch.rendering import as_html, as_text
 
+# The order of the report: the split, then the forward pass, then the loss.
 NAMES = consequence_facts.STRUCTURES
-
-
-@dataclass(frozen=True)
-class Culprit:
-    """One place in the user's program that stands in the way of a structure, and the remedy.
-
-    ``module``: its path in the model. ``where``: file and line, "" where the user has none there.
-    """
-
-    module: str
-    op: str
-    where: str
-    why: str
-    remedy: str
-
-    @property
-    def short(self) -> str:
-        """File and line without the folders in front."""
-        file, _, line = self.where.rpartition(":")
-        if not file:
-            return ""
-        return f"{os.path.basename(file)}:{line}"
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The answer about one structure; true in a boolean context only where it holds.
-
-    ``status``: "holds", "fails" or "unknown". ``basis``: "proved", "witness" or "assumed", "" where
-    the status is unknown. ``weights_depend_on``: what of other samples ("targets", "inputs") enters
-    the weights of a reduction; in the verdict on the SIMD loss, its terms.
-    """
-
-    name: str
-    status: str
-    basis: str = ""
-    culprits: tuple[Culprit, ...] = ()
-    note: str = ""
-    weights_depend_on: frozenset[str] = frozenset()
-
-    def __bool__(self) -> bool:
-        return self.status == "holds"
-
-    def __str__(self) -> str:
-        title = TITLES.get(self.name, self.name.replace("_", " "))
-        text = f"{title}: {self.status}"
-        if self.basis:
-            text += f" ({self.basis})"
-        if self.note:
-            text += f", {self.note}"
-        return text
-
-    def located(self, where: str) -> Verdict:
-        """Return the verdict with ``where`` as the place of culprits that have none."""
-        culprits = []
-        for culprit in self.culprits:
-            if not culprit.where:
-                culprit = replace(culprit, where=where)
-            culprits.append(culprit)
-        return replace(self, culprits=tuple(culprits))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the verdict as plain data, for JSON."""
-        return {
-            "status": self.status,
-            "basis": self.basis,
-            "note": self.note,
-            "culprits": [vars(c) for c in self.culprits],
-            "weights_depend_on": sorted(self.weights_depend_on),
-        }
 
 
 @dataclass(frozen=True)
@@ -141,12 +76,17 @@ class Structure:
     @property
     def statistics_size(self) -> int:
         """R: how many numbers the batch statistics are in all."""
-        return sum(s.size for s in self.statistics)
+        size = 0
+        for statistic in self.statistics:
+            size += statistic.size
+        return size
 
     @property
     def statuses(self) -> dict[str, str]:
         """The verdicts as the table of consequences takes them."""
         statuses = {v.name: v.status for v in self.verdicts}
+        # The one fact of the table that is no verdict: what of other samples enters weights or
+        # terms.
         depends = self.reduction.weights_depend_on or self.simd_loss.weights_depend_on
         statuses["own_weights"] = "fails" if depends else "holds"
         return statuses
@@ -163,11 +103,13 @@ class Structure:
         With ``quantity`` only that one. ``print(structure)`` has them as a table. Raises
         ``InputError`` where no quantity has this name.
         """
+        # Worked out anew each time: the table is small, and a structure stays plain data.
         if quantity is None:
             return consequences.follows(self.statuses)
         try:
             return consequences.consequence(quantity, self.statuses)
         except KeyError as error:
+            # ``str`` of a KeyError is the repr of its message: quotation marks around a sentence.
             raise InputError(error.args[0]) from None
 
     def with_verdicts(self, *verdicts: Verdict) -> Structure:
@@ -180,6 +122,7 @@ class Structure:
 
         ``other`` is of a recording that stands for this one as well, on another execution path.
         """
+        # The verdict of the other path as it stands, with its culprits: there they are true.
         weaker: list[Verdict] = []
         for verdict, theirs in zip(self.verdicts, other.verdicts, strict=True):
             if verdict and not theirs:
@@ -191,14 +134,22 @@ class Structure:
 
         A model that is made of library modules only has no line of the user's code.
         """
-        return self.with_verdicts(*(verdict.located(where) for verdict in self.verdicts))
+        verdicts = [verdict.located(where) for verdict in self.verdicts]
+        return self.with_verdicts(*verdicts)
 
     def __rich__(self) -> Group:
-        return Group(*render(self))
+        return Group(
+            heading(self.samples, self.predictions),
+            verdict_table(self.verdicts),
+            *culprit_part(self.verdicts),
+            *remarks(self.assumptions, self.custom_rules, self.unknown_ops, self.notes),
+            follows_part(self.follows()),
+        )
 
     def __repr__(self) -> str:
-        marks = ", ".join(f"{TITLES[v.name]} {MARKS[v.status]}" for v in self.verdicts)
-        return f"Structure({self.samples} samples: {marks}; print it for the report)"
+        # One line, for lists and tracebacks: the whole report is what ``print`` shows.
+        marks = [f"{TITLES[v.name]} {MARKS[v.status]}" for v in self.verdicts]
+        return f"Structure({self.samples} samples: {', '.join(marks)}; print it for the report)"
 
     def __str__(self) -> str:
         return as_text(self.__rich__())
@@ -234,183 +185,3 @@ def _consequence_dict(consequence: Consequence) -> dict[str, Any]:
         "available": consequence.available,
         "depends_on": list(consequence.depends_on),
     }
-
-
-# --- as text --------------------------------------------------------------------------------------
-
-
-STYLES = {
-    "holds": "green",
-    "fails": "red",
-    "unknown": "yellow",
-    "exact": "green",
-    "renamed": "cyan",
-    "estimate": "yellow",
-    "none": "red",
-}
-
-
-NAMED = 4  # modules in a row of culprits; more are counted
-
-
-MARKS = {"holds": "✓", "fails": "✗", "unknown": "?"}
-
-
-TITLES = {
-    "canonical_split": "canonical split",
-    "independent_forward": "independent forward",
-    "simd_forward": "SIMD forward",
-    "simd_given_statistics": "SIMD given statistics",
-    "reduction": "reduction",
-    "simd_loss": "SIMD loss",
-}
-
-
-def render(structure: Structure) -> list[Any]:
-    """Return the parts of the printed report.
-
-    They are heading, verdicts, culprits, assumptions and notes, and what follows.
-    """
-    return [
-        heading(structure),
-        verdict_table(structure),
-        *culprit_part(structure),
-        *remarks(structure),
-        follows_part(structure),
-    ]
-
-
-def heading(structure: Structure) -> Text:
-    """Return what the structure is of: the batch and the predictions."""
-    shapes = ", ".join(str(list(shape)) for shape in structure.predictions)
-    return Text(f"Structure of the loss on a batch of {structure.samples}; predictions {shapes}")
-
-
-def verdict_table(structure: Structure) -> Table:
-    """Return one row for each of the six verdicts."""
-    table = _plain_table("structure", "verdict", "basis", "note")
-    for verdict in structure.verdicts:
-        status = Text(f"{MARKS[verdict.status]} {verdict.status}", STYLES[verdict.status])
-        table.add_row(TITLES[verdict.name], status, verdict.basis, verdict.note)
-    return table
-
-
-def _plain_table(*columns: str, title: str | None = None) -> Table:
-    table = Table(box=None, pad_edge=False, title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
-
-
-def by_kind(structure: Structure) -> list[tuple[list[Culprit], list[str]]]:
-    """Return culprits of one kind together, and the titles of the structures that they are against.
-
-    Of one kind are culprits that differ in where they stand and in the numbers of their text.
-    """
-    kinds: dict[tuple[str, str, str], tuple[list[Culprit], list[str]]] = {}
-    for verdict in structure.verdicts:
-        title = TITLES[verdict.name]
-        for culprit in verdict.culprits:
-            # How many statistics there are, say, is no reason for a row of its own.
-            kind = (culprit.op, re.sub(r"\d+", "", culprit.why), culprit.remedy)
-            culprits, against = kinds.setdefault(kind, ([], []))
-            if culprit not in culprits:
-                culprits.append(culprit)
-            if title not in against:
-                against.append(title)
-    return list(kinds.values())
-
-
-def culprit_part(structure: Structure, most: int = 12) -> list[Any]:
-    """Return a table with each kind of culprit once; nothing where there is none.
-
-    A row has the places of its kind, and the structures that it stands in the way of.
-    """
-    kinds = by_kind(structure)
-    if not kinds:
-        return []
-    table = _plain_table(
-        "module", "op", "where", "why, and what to do", "against", title="culprits"
-    )
-    for culprits, against in kinds[:most]:
-        first = culprits[0]
-        explanation = f"{first.why}. {first.remedy}"
-        table.add_row(
-            _module_names(culprits), first.op, first.short or "-", explanation, ", ".join(against)
-        )
-    if len(kinds) > most:
-        more = f"and {len(kinds) - most} more kinds, see the verdicts' `.culprits`"
-        table.add_row("…", "", "", more, "")
-    return [table]
-
-
-def _module_names(culprits: Sequence[Culprit]) -> str:
-    """Return the first modules of the culprits, one a line, and how many culprits are left out."""
-    modules = list(dict.fromkeys(c.module or "-" for c in culprits))[:NAMED]
-    more = len(culprits) - len(modules)
-    if more:
-        modules.append(f"+{more} more")
-    return "\n".join(modules)
-
-
-def remarks(structure: Structure) -> list[Text]:
-    """Return what the verdicts rest on beside the rules of this package, and their notes."""
-    entries = {
-        "assumed": structure.assumptions,
-        "rules of your own": structure.custom_rules,
-        "ops without a rule": structure.unknown_ops,
-    }
-    lines = []
-    for title, names in entries.items():
-        if names:
-            lines.append(Text(f"{title}: {', '.join(names)}"))
-    lines.extend(Text(f"note: {note}") for note in structure.notes)
-    return lines
-
-
-def follows_part(structure: Structure) -> Table:
-    """Return the quantities by what becomes of them; the star marks what this release computes."""
-    table = Table(
-        box=None,
-        pad_edge=False,
-        title="what follows (* computed by this release)",
-        title_justify="left",
-    )
-    table.add_column("", overflow="fold", min_width=24)
-    table.add_column("", overflow="fold")
-    for outcome, words in consequence_table.OUTCOMES.items():
-        style = STYLES.get(outcome, "yellow")
-        whole, parts = _by_part(c for c in structure.follows() if c.outcome == outcome)
-        if whole:
-            table.add_row(Text(words, style), ", ".join(_starred_name(c) for c in whole))
-        if parts:
-            # Their long name stands in front of the row, once for all of them.
-            if outcome == "renamed":
-                words = "exact"
-            names = ", ".join(_starred(c) for c in parts)
-            table.add_row(Text(words + PART, style), names)
-    return table
-
-
-def _by_part(
-    consequences_: Iterable[Consequence],
-) -> tuple[list[Consequence], list[Consequence]]:
-    """Return those of whole quantities, and those of the part through the predictions alone."""
-    whole, parts = [], []
-    for consequence in consequences_:
-        if consequence.name == consequence.quantity + PART:
-            parts.append(consequence)
-        else:
-            whole.append(consequence)
-    return whole, parts
-
-
-def _starred(consequence: Consequence) -> str:
-    return consequence.quantity + "*" * consequence.available
-
-
-def _starred_name(consequence: Consequence) -> str:
-    """Return the quantity with the name that its result carries where that is another."""
-    if consequence.outcome == "renamed":
-        return f"{_starred(consequence)} (as {consequence.name})"
-    return _starred(consequence)

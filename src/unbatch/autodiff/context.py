@@ -238,4 +238,4 @@ def _with_spanning_owned(
 
 def _mixed(interpretation: Interpretation) -> set[int]:
     """Return the values in which samples are mixed."""
-    return {i for i, owners in interpretation.marks.items() if owners.coupled}
+    return {i for i, owners in interpretation.ownership.items() if owners.coupled}

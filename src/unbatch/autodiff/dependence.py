@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from unbatch.analysis.domain.ownership import Ownership
-from unbatch.analysis.domain.sample_layout import Layout, Scattered, holds_its_place, layout_of
+from unbatch.analysis.domain.sample_layout import Layout, Scattered, in_its_place, layout_of
 from unbatch.analysis.interpreter import Interpretation
 from unbatch.capture import ops
 from unbatch.capture.graph import Graph
@@ -82,7 +82,7 @@ class OwnedGraph:
 
     def owners(self, value: int) -> Ownership:
         """Return who owns the elements of a value."""
-        return self.interpretation.marks[value]
+        return self.interpretation.ownership[value]
 
     def layout(self, value: int) -> Layout | Scattered | None:
         """Return where the samples lie in a value.
@@ -99,7 +99,7 @@ class OwnedGraph:
     def is_differentiable(self, value: int) -> bool:
         """Tell whether a value can have a cotangent: integers and booleans have none."""
         dtype = self.graph.values[value].dtype
-        return (dtype.is_floating_point or dtype.is_complex) and value in self.interpretation.marks
+        return (dtype.is_floating_point or dtype.is_complex) and value in self.interpretation.ownership
 
     def is_shared(self, value: int) -> bool:
         """Tell whether a value belongs to no sample: one of parameters and batch statistics."""
@@ -237,7 +237,7 @@ def _reached(
                 reached_nodes.add(nodes[i])
     # Through a memory that is written to, a value may depend on parameters that were written after
     # it was made.
-    for i in owned.interpretation.marks:
+    for i in owned.interpretation.ownership:
         if nodes[i] in reached_nodes and owned.is_differentiable(i) and i not in frozen:
             reached.add(i)
     return frozenset(reached)
@@ -259,7 +259,7 @@ def _separate(
     """
     separation = _Separation(owned, theta, frozen_norms)
     for p in predictions:
-        in_place = holds_its_place(owned.owners(p), owned.samples, owned.leading)
+        in_place = in_its_place(owned.owners(p), owned.samples, owned.leading)
         separation.add_path(p, in_place)
     for step in reversed(owned.graph.forward_steps):
         if has_derivatives(step):
@@ -327,5 +327,5 @@ class _Separation:
         # others.
         older: set[int] = set()
         for i in values_read(step):
-            older |= owned.owners(i).given
-        return all(owned.owners(o).given <= older for o in outs)
+            older |= owned.owners(i).statistics
+        return all(owned.owners(o).statistics <= older for o in outs)

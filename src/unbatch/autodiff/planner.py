@@ -347,7 +347,7 @@ class _Planner:
         """Tell whether a value is written into a memory that holds values of samples, too."""
         values = self.owned.graph.values
         storage = values[value].storage
-        for i, owners in self.owned.interpretation.marks.items():
+        for i, owners in self.owned.interpretation.ownership.items():
             if owners.owned and values[i].storage == storage:
                 return True
         return False
@@ -424,8 +424,8 @@ def spread(
         for i in sources:
             if (
                 i not in visited
-                and i in interpretation.marks
-                and _may_span(interpretation.marks[i])
+                and i in interpretation.ownership
+                and _may_span(interpretation.ownership[i])
             ):
                 visited.add(i)
                 queue.append(i)

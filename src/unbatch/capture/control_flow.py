@@ -91,7 +91,7 @@ def _forks(path: Graph, settled: int) -> tuple[list[Answers], bool]:
     table = ExprTable()
     answers: list[bool] = []
     others: list[Answers] = []
-    for i, read in enumerate(path.escapes):
+    for i, read in enumerate(path.host_reads):
         # Read anew each time: what is assumed by now may simplify what comes.
         expr = SymbolicRun(path, table).host_reads[i]
         # What depends on parameters alone is the same for all data: no other path there.
@@ -120,7 +120,7 @@ def _computes(one: Graph, other: Graph) -> bool:
     """Tell whether ``one`` gives what ``other`` does, for all data that take the other's path."""
     # One table for both, under the assumptions of ``other``: what is equal has one expression.
     table = ExprTable()
-    for i, read in enumerate(other.escapes):
+    for i, read in enumerate(other.host_reads):
         if read.answer is not None:
             table.assume(SymbolicRun(other, table).host_reads[i], read.answer)
     return _results(one, table) == _results(other, table)

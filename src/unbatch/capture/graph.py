@@ -86,14 +86,14 @@ class ModuleCall:
 class Graph:
     """A recorded computation.
 
-    ``escapes``: what Python read. ``after_cut``: the steps of the loss; all others are the model's.
-    ``own_loss``: whether the model computes the loss itself. ``model_steps``: how many steps there
-    were when the model returned. ``rng``: the random state at the beginning.
+    ``host_reads``: what Python read. ``after_cut``: the steps of the loss; all others are the
+    model's. ``own_loss``: whether the model computes the loss itself. ``model_steps``: how many
+    steps there were when the model returned. ``rng``: the random state at the beginning.
     """
 
     values: list[Value] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
-    escapes: list[HostRead] = field(default_factory=list)
+    host_reads: list[HostRead] = field(default_factory=list)
     calls: list[ModuleCall] = field(default_factory=list)
     inputs: list[Ref | None] = field(default_factory=list)
     targets: list[Ref | None] = field(default_factory=list)
@@ -300,7 +300,7 @@ class Graph:
             self,
             values=insertion.values(),
             steps=steps,
-            escapes=[replace(e, step=insertion.later(e.step)) for e in self.escapes],
+            host_reads=[replace(e, step=insertion.later(e.step)) for e in self.host_reads],
             calls=[insertion.shifted(call) for call in self.calls],
             model_steps=insertion.later(self.model_steps),
             after_cut=frozenset(after_cut),

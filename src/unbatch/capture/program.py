@@ -196,7 +196,7 @@ def record(program: Program, inputs: Any, targets: Any) -> tuple[Graph, Any]:
     # A second run tells tensors that the program keeps from those that it makes out of sight.
     if graph.foreign:
         again, _ = _record(program, inputs, targets, follow)
-        graph.escapes += _made_out_of_sight(graph, again)
+        graph.host_reads += _made_out_of_sight(graph, again)
     return graph, output
 
 

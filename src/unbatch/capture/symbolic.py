@@ -46,7 +46,7 @@ class SymbolicRun:
             if value.kind != "step":
                 self._enter(i, self._outside(i, value))
         # In the order of steps, as they were noted.
-        waiting = list(graph.escapes)
+        waiting = list(graph.host_reads)
         for step in graph.steps:
             self._read_before(step.index, waiting)
             self._run(step)

@@ -329,7 +329,7 @@ class Recorder(TorchDispatchMode):
             ref = self.ref(tensor)
         step = len(self.graph.steps)
         read = HostRead(ref, how, step, self._module(), users_line(), answer, self.in_loss)
-        self.graph.escapes.append(read)
+        self.graph.host_reads.append(read)
 
     def branch(self, tensor: Tensor, how: str, value: Any) -> Any:
         """Note that Python read ``value`` of a tensor, and return what to give it.

@@ -24,14 +24,14 @@ from torch.nn import functional as F
 
 import unbatch as ub
 from unbatch import rendering
-from unbatch.analysis.structure import (
-    TITLES,
+from unbatch.analysis.structure_tables import (
     culprit_part,
     follows_part,
     heading,
     remarks,
     verdict_table,
 )
+from unbatch.analysis.verdict import TITLES
 from unbatch.cli import texts
 from unbatch.cli.digits import CLASSES, Digits, Net, load, train
 from unbatch.cli.texts import BATCH, DAMPING, FEW, ON_A_PAGE
@@ -96,7 +96,7 @@ def _tour(out: Console, digits: Digits, quick: bool) -> ub.Problem:
     problem = ub.Problem(model.double(), F.cross_entropy, data)
     in_train_mode = problem.structure
     _structure(out, in_train_mode)
-    _part(out, "3. What follows", texts.FOLLOWS, follows_part(in_train_mode))
+    _part(out, "3. What follows", texts.FOLLOWS, follows_part(in_train_mode.follows()))
     # The page computes the whole matrix, with which a quick tour has nothing to compare.
     crosstalk = _crosstalk(problem, FEW if quick else BATCH)
     _part(out, "4. Crosstalk", texts.CROSSTALK, *crosstalk)
@@ -150,10 +150,12 @@ def _structure(out: Console, structure: ub.Structure) -> None:
         "2. Structure in train mode",
         texts.ASKED,
         rendering.table((), meanings),
-        heading(structure),
-        verdict_table(structure),
-        *culprit_part(structure),
-        *remarks(structure),
+        heading(structure.samples, structure.predictions),
+        verdict_table(structure.verdicts),
+        *culprit_part(structure.verdicts),
+        *remarks(
+            structure.assumptions, structure.custom_rules, structure.unknown_ops, structure.notes
+        ),
     )
 
 
@@ -188,8 +190,8 @@ def _in_eval_mode(out: Console, before: ub.Structure, problem: ub.Problem) -> No
         out,
         "7. Structure in eval mode",
         texts.EVAL,
-        heading(after),
-        verdict_table(after),
+        heading(after.samples, after.predictions),
+        verdict_table(after.verdicts),
         _gained(before, after),
         _off_diagonal(problem.crosstalk(samples=range(FEW)), FEW),
         Text(same),

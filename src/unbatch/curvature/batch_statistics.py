@@ -327,7 +327,7 @@ def _batch_norms(context: Context, parameters: Mapping[str, Tensor]) -> Sequence
             continue  # its statistics do not depend on the parameters
         if result is None:
             return []
-        layout = layout_of(context.interpretation.marks[result.index], context.samples)
+        layout = layout_of(context.interpretation.ownership[result.index], context.samples)
         if not isinstance(layout, Layout) or layout.dim == 1:  # 1 is the axis of the channels
             return []
         norms.append(_BatchNorm(step.index, source, result.index, layout))

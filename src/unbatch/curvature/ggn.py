@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unbatch.analysis.structure import Verdict
+from unbatch.analysis.verdict import Verdict
 from unbatch.autodiff.jvp import Linearised
 from unbatch.capture.isolation import outside_inference_mode
 from unbatch.curvature import spectrum

@@ -13,7 +13,9 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from unbatch.analysis.structure import MARKS, STYLES, TITLES, Structure
+from unbatch.analysis.structure import Structure
+from unbatch.analysis.structure_tables import MARKS, STYLES
+from unbatch.analysis.verdict import TITLES
 from unbatch.diagram import figure
 from unbatch.diagram.stage import Stage, shown
 from unbatch.rendering import as_text
@@ -91,7 +93,7 @@ class Diagram:
             style, remark = LOOKS.get(stage.kind, ""), stage.remark
             if len(remark) > room:
                 # Broken where it is meant to be, and not where the line ends.
-                remark = f"{stage.said}\n{stage.blamed}".strip()
+                remark = f"{stage.summary}\n{stage.places}".strip()
             row = Text(picture(stage, self.samples), style)
             table.add_row(stage.name, row, Text(remark, style))
         verdicts = []

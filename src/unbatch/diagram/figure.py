@@ -188,7 +188,9 @@ def draw(stages: Sequence[Stage], samples: int, ax: Axes | None = None) -> Axes:
     last = len(shown(samples)) - 1
     margin = max(0.65, 1.0 - last / 2)
     left = -margin - 0.1 - max(_width(s.name, 8) for s in stages)
-    right = last + margin + 0.1 + max(max(_width(s.said, 8), _width(s.blamed, 7)) for s in stages)
+    right = (
+        last + margin + 0.1 + max(max(_width(s.summary, 8), _width(s.places, 7)) for s in stages)
+    )
     height = sum(map(_height, stages)) + 0.3
     ax = blank(ax, (right - left) * INCH, height * INCH)
     ax.set(xlim=(left, right), ylim=(-height + 0.15, 0.15), aspect="equal")
@@ -236,10 +238,10 @@ def _width(text: str, points: float, weight: str = "normal") -> float:
 
 
 def _words(ax: Axes, stage: Stage, left: float, right: float, y: float) -> None:
-    up, down = (0.15, 0.17) if stage.said and stage.blamed else (0, 0)
+    up, down = (0.15, 0.17) if stage.summary and stage.places else (0, 0)
     ax.text(left, y, stage.name, ha="right", va="center", fontsize=8, color=INK)
-    ax.text(right, y + up, stage.said, ha="left", va="center", fontsize=8, color=INK)
-    ax.text(right, y - down, stage.blamed, ha="left", va="center", fontsize=7, color=GREY)
+    ax.text(right, y + up, stage.summary, ha="left", va="center", fontsize=8, color=INK)
+    ax.text(right, y - down, stage.places, ha="left", va="center", fontsize=7, color=GREY)
 
 
 def svg(stages: Sequence[Stage], samples: int, description: str) -> str:

@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 from typing import TypeGuard
 
 from unbatch.analysis.domain.dependence import StatisticUse
-from unbatch.analysis.domain.sample_layout import holds_its_place, in_order
+from unbatch.analysis.domain.sample_layout import in_its_place, in_order
 from unbatch.analysis.explanations import culprit
 from unbatch.analysis.inference import AnalysisState
 from unbatch.analysis.interpreter import Interpretation, interpret
 from unbatch.analysis.policy import Mixed, Policy
 from unbatch.analysis.rules.registry import NO_RULE
-from unbatch.analysis.structure import Culprit, Structure, Verdict
+from unbatch.analysis.structure import Structure
+from unbatch.analysis.verdict import Culprit, Verdict
 from unbatch.capture import ops
 from unbatch.capture.graph import Graph, HostRead
 from unbatch.capture.steps import Ref, Step
@@ -153,7 +154,7 @@ def _carries_samples(forward: Interpretation, step: Step) -> bool:
 
 
 def _interpreted(ref: Ref | None, forward: Interpretation) -> TypeGuard[Ref]:
-    return ref is not None and ref.index in forward.marks
+    return ref is not None and ref.index in forward.ownership
 
 
 def _culprits_at(
@@ -208,7 +209,7 @@ def _interactions(
         _through_statistics(forward, steps),
         dict.fromkeys(steps & _mixing(forward, predictions), Interaction("mixed")),
         dict.fromkeys(steps & forward.unknown.keys(), Interaction("unknown")),
-        _after_reads(findings.escapes, sorted(carrying) or sorted(steps)),
+        _after_reads(findings.host_reads, sorted(carrying) or sorted(steps)),
         dict.fromkeys(steps & displacing, Interaction("moved")),
         _after_mixing(graph, forward, steps),
     )
@@ -221,8 +222,8 @@ def _interactions(
 
 def _through_statistics(forward: Interpretation, steps: set[int]) -> Interactions:
     """Return where statistics are made that samples use, or where the place of a sample matters."""
-    interactions = dict.fromkeys(forward.algebra.uneven & steps, Interaction("uneven"))
-    for use in forward.algebra.uses.values():
+    interactions = dict.fromkeys(forward.algebra.record.uneven & steps, Interaction("uneven"))
+    for use in forward.algebra.record.uses.values():
         _add_use(interactions, forward, use, steps)
     return interactions
 
@@ -231,10 +232,10 @@ def _add_use(
     interactions: Interactions, forward: Interpretation, use: StatisticUse, steps: set[int]
 ) -> None:
     """Count what is made of several statistics where the last of them is made."""
-    roots = forward.algebra.roots
-    if not any(roots[r].step in steps for r in use.roots):
+    roots = forward.algebra.record.definitions
+    if not any(roots[r].step in steps for r in use.definitions):
         return
-    last = roots[max(use.roots)]
+    last = roots[max(use.definitions)]
     _add(
         interactions,
         last.step,
@@ -257,11 +258,11 @@ def _mixing(forward: Interpretation, predictions: Sequence[Ref]) -> set[int]:
     statistics: set[int] = set()
     for ref in predictions:
         mixers |= forward[ref].mixers
-        statistics |= forward[ref].given
-    for use in algebra.uses.values():
-        statistics -= use.roots
-    mixing = (mixers & algebra.births.keys()) - forward.unknown.keys()
-    return mixing | {algebra.roots[r].step for r in statistics}
+        statistics |= forward[ref].statistics
+    for use in algebra.record.uses.values():
+        statistics -= use.definitions
+    mixing = (mixers & algebra.record.mixing.keys()) - forward.unknown.keys()
+    return mixing | {algebra.record.definitions[r].step for r in statistics}
 
 
 def _after_reads(reads: Sequence[HostRead], steps: Sequence[int]) -> Interactions:
@@ -285,7 +286,7 @@ def _displacing(
     waiting = []
     for ref in predictions:
         marks = forward[ref]
-        if marks.separate and not holds_its_place(marks, samples, leading):
+        if marks.separate and not in_its_place(marks, samples, leading):
             waiting.append(ref)
     visited: set[int] = set()
     displacing: set[int] = set()
@@ -297,7 +298,7 @@ def _displacing(
         step = _last_writer(graph, ref)
         out_of_order = []
         for operand in step.refs():
-            if operand.index in visited or operand.index not in forward.marks:
+            if operand.index in visited or operand.index not in forward.ownership:
                 continue
             if forward[operand].separate and not in_order(forward[operand], samples):
                 out_of_order.append(operand)
@@ -328,7 +329,7 @@ def _after_mixing(graph: Graph, forward: Interpretation, steps: set[int]) -> Int
     mixed = {s for s in steps if _reads_mixed(forward, graph.steps[s])}
     if not mixed:
         return {}
-    start = {i: m for i, m in forward.marks.items() if graph.values[i].kind != "step"}
+    start = {i: m for i, m in forward.ownership.items() if graph.values[i].kind != "step"}
     again = interpret(
         graph,
         forward.algebra.samples,
@@ -341,7 +342,7 @@ def _after_mixing(graph: Graph, forward: Interpretation, steps: set[int]) -> Int
     for step, interaction in _through_statistics(again, steps).items():
         if step in mixed and interaction.kind != "uneven":
             interactions[step] = interaction
-    for step in (mixed & again.algebra.births.keys()) - forward.unknown.keys():
+    for step in (mixed & again.algebra.record.mixing.keys()) - forward.unknown.keys():
         # Elementwise ops only bring in what is mixed before.
         if not ops.is_pointwise(graph.steps[step].op):
             interactions[step] = Interaction("mixed")

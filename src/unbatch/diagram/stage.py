@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from unbatch.analysis.structure import Culprit, Structure, Verdict
+from unbatch.analysis.structure import Structure
+from unbatch.analysis.verdict import Culprit, Verdict
 from unbatch.diagram.mixing import APART
 
 NAMED = 3  # places that are named before the others are counted
@@ -53,7 +54,7 @@ class Stage:
         return self.kind in APART
 
     @property
-    def said(self) -> str:
+    def summary(self) -> str:
         """What there is to say about the stage beside its name."""
         phrases = []
         if self.repeats > 1:
@@ -83,7 +84,7 @@ class Stage:
         return words_of_kind.get(self.kind, "")
 
     @property
-    def blamed(self) -> str:
+    def places(self) -> str:
         """Where the user's program does it: op, file and line; the modules, if in several."""
         places: dict[tuple[str, str, str], None] = {}
         for culprit in self.culprits:
@@ -119,7 +120,7 @@ class Stage:
     @property
     def remark(self) -> str:
         """What there is to say, and where it is done, in one line."""
-        return " · ".join(filter(None, (self.said, self.blamed)))
+        return " · ".join(filter(None, (self.summary, self.places)))
 
 
 def distinct_names(names: Iterable[str]) -> list[str]:

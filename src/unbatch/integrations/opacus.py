@@ -14,7 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from unbatch.analysis.structure import TITLES, Culprit, Structure, Verdict
+from unbatch.analysis.structure import Structure
+from unbatch.analysis.verdict import TITLES, Culprit, Verdict
 from unbatch.errors import InputError, StructureError
 from unbatch.gradients.diagnostics import ClippedSum
 from unbatch.gradients.quantities import SquaredNorms

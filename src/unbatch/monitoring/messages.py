@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from unbatch.analysis.structure import TITLES
+from unbatch.analysis.verdict import TITLES
 
 NUMBER = re.compile(r"\d+(\.\d+)?")
 

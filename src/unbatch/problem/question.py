@@ -15,7 +15,8 @@ from torch import Tensor
 
 from unbatch import errors
 from unbatch.analysis.domain.ownership import Ownership
-from unbatch.analysis.structure import TITLES, Structure
+from unbatch.analysis.structure import Structure
+from unbatch.analysis.verdict import TITLES
 from unbatch.capture.isolation import outside_inference_mode
 from unbatch.curvature.block_ggn import BlockGGN, matrix_of
 from unbatch.curvature.ggn import GGN

@@ -16,7 +16,7 @@ from typing import Any
 from unbatch import errors
 from unbatch.analysis.domain.ownership import Ownership
 from unbatch.analysis.inference import AnalysisState, infer_structure
-from unbatch.analysis.initial import forward_marks
+from unbatch.analysis.initial import initial_ownership
 from unbatch.analysis.rules import registry
 from unbatch.analysis.structure import Structure
 from unbatch.autodiff.context import Context
@@ -98,7 +98,7 @@ class Analysis:
     def ownership_in_loss(self) -> Mapping[int, Ownership]:
         """Return the ownership of the values in the loss, where there is one to judge."""
         loss = self.findings.loss
-        return {} if loss is None else loss.marks
+        return {} if loss is None else loss.ownership
 
     def moved(self, recording: Recording, graph: Graph) -> Analysis | None:
         """Return the same about other numbers; None where a fact that it rests on fails there."""
@@ -222,7 +222,7 @@ def _context(inference: Inference, structure: Structure, faithful: bool) -> Cont
         recording.program,
         graph,
         findings.forward,
-        forward_marks(graph, batch.dims),
+        initial_ownership(graph, batch.dims),
         batch.samples,
         findings.leading,
         batch.inputs,
@@ -313,7 +313,7 @@ class Session:
     def _moved(self, program: Program, batch: Batch, numbers: tuple[Any, ...]) -> Session | None:
         graph = self.graph  # cut, if it has been judged: the cut does not depend on numbers
         # Python may take another path, or sizes may change, with the new numbers.
-        if graph.escapes or graph.dynamic:
+        if graph.host_reads or graph.dynamic:
             return None
         rng = graph.rng
         if any(step.noise for step in graph.steps):

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from unbatch.analysis import consequence_table
-from unbatch.analysis.structure import MARKS, NAMED, TITLES, Culprit, Verdict, by_kind
+from unbatch.analysis.structure_tables import MARKS, NAMED, by_kind
+from unbatch.analysis.verdict import TITLES, Culprit, Verdict
 from unbatch.diagram import figure
 from unbatch.errors import UnbatchError
 from unbatch.gradients.results import Rows
@@ -155,7 +156,7 @@ def _structure(problem: Problem) -> Iterator[Block]:
     yield _picture(plot.structure(diagram), diagram.description, "From samples to loss")
     if structure.statistics:
         yield _statistics(problem)
-    culprits = [_culprit(group, against) for group, against in by_kind(structure)]
+    culprits = [_culprit(group, against) for group, against in by_kind(structure.verdicts)]
     if culprits:
         columns = ("module", "op", "where", "why", "what to do", "against")
         yield Table("Culprits", columns, culprits)

@@ -15,7 +15,9 @@ from rich.text import Text
 from torch import Tensor
 
 from unbatch import rendering
-from unbatch.analysis.structure import MARKS, NAMES, STYLES, TITLES, Structure
+from unbatch.analysis.structure import NAMES, Structure
+from unbatch.analysis.structure_tables import MARKS, STYLES
+from unbatch.analysis.verdict import TITLES
 from unbatch.curvature.spectrum import Directions
 from unbatch.gradients.results import Rows
 from unbatch.verification.verify import Check, Verification

@@ -71,7 +71,7 @@ def _freeze(experiment: Experiment) -> _Frozen:
     """Replay the batch once, and hold every batch statistic at the value that it has there."""
     graph = experiment.graph
     forward = experiment.findings.forward
-    if forward.algebra.overlapping() or graph.escapes:
+    if forward.algebra.uses_overlapping_sets() or graph.host_reads:
         raise Untestable(MSG_READ_BY_PYTHON)
     statistics: set[int] = set()
     for step in graph.forward_steps:
@@ -106,7 +106,7 @@ def _statistics(forward: Interpretation, step: Step) -> set[int]:
     """
     statistics = set()
     for ref in results_of(step):
-        ownership = forward.marks.get(ref.index)
+        ownership = forward.ownership.get(ref.index)
         # What belongs to a sample, or mixes samples without being a statistic, is recomputed.
         if ownership is None or ownership.owned or ownership.mixed:
             continue
@@ -133,17 +133,17 @@ def _batch_moments(step: Step, statistics: set[int]) -> tuple[int, int] | None:
 
 def _hides_statistic(forward: Interpretation, step: Step) -> bool:
     """Return whether a step makes and uses a batch statistic without returning it."""
-    steps = {statistic.step for statistic in forward.algebra.roots}
+    steps = {statistic.step for statistic in forward.algebra.record.definitions}
     if step.index not in steps:
         return False
     uses, returns = False, False
     for ref in step.outs:
         if ref is None:
             continue
-        ownership = forward.marks[ref.index]
+        ownership = forward.ownership[ref.index]
         if ownership.owned:
             # A value of each sample that rests on a statistic made in this step.
             uses = True
-        elif ownership.given:
+        elif ownership.statistics:
             returns = True
     return uses and not returns

@@ -106,7 +106,7 @@ def _owners(graph: Graph, forward: Interpretation, noise: int) -> Owners | None:
         if not read:
             continue
         for ref in results_of(step):
-            ownership = forward.marks[ref.index]
+            ownership = forward.ownership[ref.index]
             if ownership.depends_on_batch:
                 if ref not in step.outs:
                     # Written into a part of something else.

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from unbatch.analysis.explanations import REMEDY, WHY
-from unbatch.analysis.structure import Culprit, Structure, Verdict
+from unbatch.analysis.structure import Structure
+from unbatch.analysis.verdict import Culprit, Verdict
 from unbatch.verification.counterexample import Counterexample
 from unbatch.verification.experiment import Experiment, Untestable
 from unbatch.verification.forward_tests import cross_sample_dependence, not_equivariant
@@ -150,7 +151,7 @@ def _settle_given_statistics(verdict: Verdict, experiment: Experiment) -> Verdic
     """Return that no number of statistics carries the dependence unless it grows with the batch."""
     if experiment.findings.ranks:
         return replace(verdict, status="fails", basis="proved", note=NOTE_PAIRS)
-    if not experiment.findings.bent:
+    if not experiment.findings.nonlinear:
         # Linear in what was mixed: a matrix of fixed size may well carry it.
         return verdict
     return _refuted(verdict, growing_rank(experiment))
@@ -158,9 +159,9 @@ def _settle_given_statistics(verdict: Verdict, experiment: Experiment) -> Verdic
 
 def _mixing_is_understood(structure: Structure, experiment: Experiment) -> bool:
     """Return whether every op that mixes samples has a rule that says how."""
-    if structure.unknown_ops or experiment.findings.escapes:
+    if structure.unknown_ops or experiment.findings.host_reads:
         return False
-    reasons = experiment.findings.forward.algebra.births.values()
+    reasons = experiment.findings.forward.algebra.record.mixing.values()
     return VAGUE.isdisjoint(reasons)
 
 

@@ -31,10 +31,10 @@ class StatisticDef:
 
 @dataclass(frozen=True)
 class StatisticUse:
-    """A batch statistic (made from ``roots``) where values of samples use it: ``size`` numbers."""
+    """What values of samples use: ``size`` numbers, made from the statistics ``definitions``."""
 
-    roots: frozenset[int]
-    size: int
+    definitions: frozenset[int]
+    size: int  # of what is used, which may be less than the statistic has
     long: bool
 
 
@@ -42,8 +42,8 @@ class StatisticUse:
 class DependenceRecord:
     """What propagation notes on its way, in six tables that only grow.
 
-    ``definitions``: all batch statistics; ``Ownership.given`` names them by their place in this
-    list. ``uses``: those that values of samples use, by the set of definitions they are made
+    ``definitions``: all batch statistics; ``Ownership.statistics`` names them by their place in
+    this list. ``uses``: those that values of samples use, by the set of definitions they are made
     from. ``mixing``: for a step at which samples became mixed, how. ``nonlinear``: steps that are
     no polynomial in values already mixed. ``uneven``: steps whose function depends on the index
     of the sample: not permutation-equivariant. ``factors``: statistics by which something of the
@@ -59,6 +59,7 @@ class DependenceRecord:
 
     def define(self, statistic: StatisticDef) -> int:
         """Enter a statistic, and return the number by which values refer to it."""
+        # Only ever appended to, so that a number stays valid for the whole pass.
         self.definitions.append(statistic)
         return len(self.definitions) - 1
 
@@ -81,6 +82,7 @@ class DependenceRecord:
 
     def partial_sums(self, statistics: frozenset[int]) -> frozenset[int]:
         """Return those of ``statistics`` that are sums over a part of the batch."""
+        # A sum over the whole batch has no groups, and is a statistic in its own right.
         partial = set()
         for s in statistics:
             definition = self.definitions[s]
@@ -92,6 +94,6 @@ class DependenceRecord:
         """Return the owners of the sets of samples whose statistics are used."""
         groups: set[int] = set()
         for use in self.uses.values():
-            for root in use.roots:
+            for root in use.definitions:
                 groups |= self.definitions[root].groups
         return frozenset(groups)

@@ -36,6 +36,7 @@ def sample_weight(operands: Sequence[Ownership], samples: int) -> int | None:
     """Return which of two operands is a constant factor that differs from sample to sample."""
     if len(operands) != 2:
         return None
+    # At most one of them can be: a weight has no predictions, and what it weighs has.
     left, right = operands
     if _weighs(left, right, samples):
         return 0
@@ -45,6 +46,8 @@ def sample_weight(operands: Sequence[Ownership], samples: int) -> int | None:
 
 
 def _weighs(weight: Ownership, value: Ownership, samples: int) -> bool:
+    # Constant for the loss, and an owner for the value only: a weight is shared, with N entries
+    # along the axis of the samples.
     if "predictions" in weight.sources or "predictions" not in value.sources:
         return False
     if not value.owned or weight.owned or weight.mixed:
@@ -66,6 +69,7 @@ def weighted_key(owner: Array, key: Array) -> Array:
 
 def absorb(x: Ownership) -> Ownership:
     """Return ``x`` with its factors per sample, if it has any, as part of the function."""
+    # An example: (w_n l_n)^2 is another function for each n; with w_n in the key that shows.
     if not x.weighted:
         return x
     return replace(x, key=weighted_key(x.owner, x.key), weighted=False)
@@ -106,7 +110,7 @@ def with_atom(out: Ownership, record: DependenceRecord) -> Ownership:
     """
     if "predictions" not in out.sources or out.mixed or not one_element_each(out):
         return out
-    if record.of_predictions(out.given):
+    if record.of_predictions(out.statistics):
         return out
     # Scalars of different functions are not one scalar of the samples.
     keys = np.unique(out.key)
@@ -149,7 +153,7 @@ def _statistics_of_factors(operands: Sequence[Ownership]) -> set[int]:
     statistics: set[int] = set()
     for x in operands:
         if "predictions" not in x.sources:
-            statistics |= x.given
+            statistics |= x.statistics
     return statistics
 
 
@@ -158,6 +162,7 @@ def _sum_of_atoms(terms: Sequence[Ownership], kind: str) -> frozenset[int]:
 
     sum_n a_n + sum_n b_n = sum_n (a_n + b_n): per sample it is a_n + b_n, again one.
     """
+    # With two scalars in one term there is no a_n, and the sum keeps all of them.
     names = []
     for x in terms:
         if len(x.atoms) != 1:
@@ -170,7 +175,7 @@ def _adds_up(x: Ownership, kind: str, record: DependenceRecord) -> bool:
     """Tell whether a term is a sum over samples, or (not times a factor) of one sample alone."""
     if x.additive:
         return True
-    return kind != "scale" and not x.mixed and not record.of_predictions(x.given)
+    return kind != "scale" and not x.mixed and not record.of_predictions(x.statistics)
 
 
 def of_reduction(
@@ -185,7 +190,7 @@ def of_reduction(
     """
     linear, monoid = name
     # What is summed depends on one sample each, and on no other through a statistic.
-    separate = combined and not x.mixed and not record.of_predictions(x.given)
+    separate = combined and not x.mixed and not record.of_predictions(x.statistics)
     atoms = out.atoms
     if separate and monoid and not out.mixed and math.prod(out.shape) == 1:
         is_scalar = one_element_each(x) and len(x.atoms) == 1

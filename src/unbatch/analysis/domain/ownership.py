@@ -56,6 +56,7 @@ def group_owner(number: int) -> int:
 
 def group_number(owner: Array | int) -> Array:
     """Return the numbers of the sets of samples; 0 where the owner is none, see ``is_group``."""
+    # 0 is a valid number, so that the answer can be used as an index before it is dropped.
     return np.where(is_group(owner), _FIRST_GROUP - owner, 0)
 
 
@@ -153,17 +154,17 @@ def varies(array: Array, dim: int) -> bool:
 class Ownership:
     """Owners and keys of the elements of one value, and what the value as a whole comes from.
 
-    ``given``: statistics it uses. ``sources``: subset of ``{"inputs", "targets", "parameters",
-    "noise", "predictions"}``. ``mixers``: steps at which samples became mixed. ``atoms``: the
-    scalars per sample through which predictions enter it. ``additive``: it is a sum over samples
-    of such scalars. ``weighted``: its elements carry factors that differ from sample to sample
-    and are not part of their keys.
+    ``statistics``: the batch statistics it uses, by number. ``sources``: subset of ``{"inputs",
+    "targets", "parameters", "noise", "predictions"}``. ``mixers``: steps at which samples became
+    mixed. ``atoms``: the scalars per sample through which predictions enter it. ``additive``: it is
+    a sum over samples of such scalars. ``weighted``: its elements carry factors that differ from
+    sample to sample and are not part of their keys.
     """
 
     shape: tuple[int, ...]
     owner: Array
     key: Array
-    given: frozenset[int] = frozenset()
+    statistics: frozenset[int] = frozenset()
     sources: frozenset[str] = frozenset()
     mixers: frozenset[int] = frozenset()
     atoms: frozenset[int] = frozenset()
@@ -213,7 +214,7 @@ class Ownership:
     @property
     def depends_on_batch(self) -> bool:
         """Some element would be another in another batch."""
-        return self.owned or self.mixed or bool(self.given)
+        return self.owned or self.mixed or bool(self.statistics)
 
     def plain(self, dim: int) -> bool:
         """Tell whether elements along ``dim`` differ by their index only, which stands for them."""
@@ -234,6 +235,7 @@ class Ownership:
     @property
     def size(self) -> int:
         """How many different elements it has (an expanded value counts once)."""
+        # Along plain dims all elements differ; elsewhere as many as there are keys.
         implicit = 1
         for size, stored in zip(self.shape, self.key.shape, strict=True):
             if stored == 1:
@@ -263,6 +265,8 @@ def shared(
 ) -> Ownership:
     """Return a value that no sample owns; along ``constant_along`` its elements are equal."""
     constant = set(constant_along)
+    # Two kinds of dims: plain, with one entry whose index counts, and constant, stored in full by
+    # strides of zero, where it does not.
     ones = [1] * len(shape)
     plain = [d for d in range(len(shape)) if d not in constant]
     stored = with_one(shape, plain)
@@ -273,6 +277,7 @@ def shared(
 
 def batched(shape: Dims, dim: int, name: object, sources: Iterable[str] = ()) -> Ownership:
     """Return a value whose slice n along ``dim`` belongs to sample n."""
+    # One key for all samples: slice n is one function of its own sample. Other dims are plain.
     view = _along(shape[dim], dim, len(shape))
     owner = np.arange(shape[dim], dtype=np.int32).reshape(view)
     key = np.broadcast_to(code("batched", name).reshape([1] * len(shape)), view)
@@ -353,6 +358,7 @@ def permute(x: Ownership, order: Sequence[int], record: bool = True) -> Ownershi
     # Explicit dims have their index in the keys of the elements already, or do without.
     if record and plain != sorted(plain):
         key = mix(key, code("permute", tuple(np.argsort(plain))))
+    # [2, 3] with plain features, transposed, keeps its one plain dim: no new name.
     shape = tuple(x.shape[d] for d in order)
     return replace(x, shape=shape, owner=x.owner.transpose(order), key=key.transpose(order))
 
@@ -475,6 +481,8 @@ def moved(x: Ownership, run: Callable[[Array], Array], shape: Dims) -> Ownership
     ``run`` acts on an integer array of the value's shape, which numbers the elements; it returns
     the numbers in their new places, of shape ``shape``, and -1 where an element is new.
     """
+    # What the movement is need not be known: it is run on the numbers of the elements, and each
+    # number says which owner and key stand at its place afterwards.
     full = spell_out(x)
     place = run(np.arange(full.key.size, dtype=np.int64).reshape(x.shape)).reshape(tuple(shape))
     # Padding is put behind the last element, which is where the index -1 finds it.

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from unbatch.analysis.domain.dependence import DependenceRecord, StatisticDef, StatisticUse
+from unbatch.analysis.domain.dependence import DependenceRecord, StatisticDef
 from unbatch.analysis.domain.linearity import (
     absorb,
     absorb_unless_linear,
@@ -61,8 +61,6 @@ from unbatch.analysis.domain.ownership import (
 )
 from unbatch.analysis.domain.sample_sets import SampleSets, several_owners, single_owner
 
-__all__ = ["Propagation", "StatisticDef", "StatisticUse"]
-
 LINEAR = ("sum", "mean")  # names of the reductions that are linear
 
 
@@ -84,39 +82,7 @@ class Propagation:
     def __post_init__(self) -> None:
         self.sets = SampleSets(self.samples)
 
-    # -- the record, read by who judges --
-
-    @property
-    def roots(self) -> list[StatisticDef]:
-        """The batch statistics that were defined."""
-        return self.record.definitions
-
-    @property
-    def uses(self) -> dict[frozenset[int], StatisticUse]:
-        """The batch statistics that values of samples use."""
-        return self.record.uses
-
-    @property
-    def births(self) -> dict[int, str]:
-        """How samples became mixed, by step."""
-        return self.record.mixing
-
-    @property
-    def bent(self) -> set[int]:
-        """Steps that are nonlinear in values already mixed."""
-        return self.record.nonlinear
-
-    @property
-    def uneven(self) -> set[int]:
-        """Steps whose function depends on the index of the sample."""
-        return self.record.uneven
-
-    @property
-    def factors(self) -> set[int]:
-        """Statistics by which something of the predictions was multiplied."""
-        return self.record.factors
-
-    def overlapping(self) -> bool:
+    def uses_overlapping_sets(self) -> bool:
         """Tell whether statistics are used of sets that share samples without being equal."""
         return self.sets.overlap(self.record.groups_used())
 
@@ -170,29 +136,31 @@ class Propagation:
         """Note the statistics that samples use here, and whether samples begin to differ here."""
         if not out.owned:
             return
+        # Here a shared statistic becomes part of a sample: until then nothing depends on other
+        # samples.
         for x in operands:
-            self.consume_alone(x)
+            self.note_use(x)
         if not _uneven(out):
             return
         # Only where it begins: later steps inherit it, and are not to blame.
         if not any(x.owned and _uneven(x) for x in operands):
             self.record.uneven.add(self.step)
 
-    def consume_alone(self, x: Ownership) -> None:
+    def note_use(self, x: Ownership) -> None:
         """Note that values of samples use ``x``, if ``x`` is a statistic on its own."""
-        if not x.given or x.owned or x.mixed:
+        if not x.statistics or x.owned or x.mixed:
             return
         # A long statistic stays bounded where no more than one sample's share of it is used.
         long = False
-        for r in x.given:
+        for r in x.statistics:
             definition = self.record.definitions[r]
             if definition.long and x.size > definition.size // self.samples:
                 long = True
-        self.record.use(x.given, x.size, long)
+        self.record.use(x.statistics, x.size, long)
 
-    def given_predictions(self, x: Ownership) -> bool:
+    def uses_predictions(self, x: Ownership) -> bool:
         """Tell whether ``x`` rests on a statistic of the predictions."""
-        return self.record.of_predictions(x.given)
+        return self.record.of_predictions(x.statistics)
 
     def statistic(
         self, name: object, owner: Array, size: int, sources: frozenset[str], long: bool = False
@@ -405,6 +373,8 @@ class Propagation:
         product = self.pointwise((name, tuple(indices), out), *spread, kind="scale")
         summed = []
         left = []
+        # What is left keeps the order of ``letters``, and is brought into that of ``out`` at the
+        # end.
         for d, letter in enumerate(letters):
             if letter in out:
                 left.append(letter)
@@ -427,13 +397,13 @@ def _uneven(x: Ownership) -> bool:
 def _origins(
     operands: Sequence[Ownership],
 ) -> tuple[frozenset[int], frozenset[str], frozenset[int], frozenset[int]]:
-    """What an output takes over from all operands: ``given, sources, mixers, atoms``."""
+    """What an output takes over from all operands: ``statistics, sources, mixers, atoms``."""
     statistics: frozenset[int] = frozenset()
     sources: frozenset[str] = frozenset()
     mixers: frozenset[int] = frozenset()
     atoms: frozenset[int] = frozenset()
     for x in operands:
-        statistics |= x.given
+        statistics |= x.statistics
         sources |= x.sources
         mixers |= x.mixers
         atoms |= x.atoms
@@ -473,6 +443,7 @@ def _implicit_dims(x: Ownership, explicit: set[int]) -> list[int]:
 
 def _spread(x: Ownership, index: str, letters: str) -> Ownership:
     """Permute and pad with size-one dims so that the dims follow ``letters``."""
+    # First into the order of ``letters``, so that the missing ones can be inserted from the left.
     present = [index.index(letter) for letter in letters if letter in index]
     x = permute(x, present, record=False)
     for d, letter in enumerate(letters):

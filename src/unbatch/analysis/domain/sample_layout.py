@@ -109,6 +109,7 @@ def layout_of(value: Ownership, samples: int) -> Layout | None:
     lines = np.moveaxis(value.owner, dim, 0).reshape(stored, -1)
     if size == samples and follow_samples(lines, 0, samples):
         return Layout(dim, samples)
+    # Each line has one owner, or the samples lie along another axis as well.
     owner = lines[:, 0]
     if size % samples or not is_sample(owner).all() or (lines != owner[:, None]).any():
         return None
@@ -125,6 +126,7 @@ def _sample_dims(value: Ownership, samples: int) -> list[int]:
 
 def _even_layout(owner: Array, dim: int, samples: int) -> Layout | None:
     """Where samples lie along an axis, given the sample of every entry; None if unevenly."""
+    # For two samples 0 0 1 1 is "nt", 0 1 0 1 is "tn", and 0 1 1 0 has the order (0, 3, 1, 2).
     block = len(owner) // samples
     sample = np.arange(samples)
     if (owner == np.repeat(sample, block)).all():
@@ -157,7 +159,7 @@ def prediction_dim(value: Ownership, samples: int, leading: bool = True) -> int 
     return value.shape.index(samples)
 
 
-def holds_its_place(value: Ownership, samples: int, leading: bool) -> bool:
+def in_its_place(value: Ownership, samples: int, leading: bool) -> bool:
     """Tell whether slice n of a prediction belongs to sample n (or to none)."""
     if value.coupled:
         return False  # an element of several samples has no place among them
@@ -173,6 +175,7 @@ def contiguous_blocks(value: Ownership, samples: int) -> Array | None:
     """Return keys as ``[samples, ..]`` if samples lie in equal blocks along the first axis."""
     if not value.shape or value.shape[0] % samples or value.key.shape[0] == 1:
         return None
+    # The first dim is stored in full here, so each row of the reshaped owners is one block.
     if not follow_samples(value.owner.reshape(samples, -1), 0, samples):
         return None
     return value.key.reshape(samples, -1)
@@ -197,6 +200,7 @@ def in_order(value: Ownership, samples: int) -> bool:
     """
     owner = np.atleast_1d(value.owner)
     for dim in range(owner.ndim):
+        # Read with this axis slowest; what no sample owns may stand anywhere.
         line = np.moveaxis(owner, dim, 0).reshape(-1)
         owned = line[line != SHARED]
         if (np.diff(owned) >= 0).all():

@@ -44,6 +44,8 @@ class SampleSets:
 
     def owner_of(self, members: Array) -> int:
         """Return the owner of a symmetric function of ``members``, one for equal sets."""
+        # A function of all samples is the same for each of them, as a constant is; that it depends
+        # on the batch is noted in ``Ownership.statistics``.
         if members.all():
             return SHARED
         equal = np.flatnonzero((self.membership == members).all(axis=1))
@@ -119,6 +121,8 @@ class SampleSets:
         It is symmetric in the samples if ``M_n`` is the same for all of them. Then it belongs to
         their set; otherwise exchanging two samples changes it, and it is mixed.
         """
+        # For the keys [a, b] of sample 0 and [b, a] of sample 1: M_0 = M_1 = {a, b}, so their sum
+        # is a statistic. With [a, b] and [a, a] it is mixed.
         names, inverse = np.unique(owner, return_inverse=True)
         contributions = np.zeros(len(names), dtype=np.uint64)  # hashes of M_n, by owner
         with np.errstate(over="ignore"):
@@ -139,6 +143,8 @@ class SampleSets:
 
 def single_owner(owner: Array, dim: int, keepdims: bool = False) -> Array:
     """Return the one owner along ``dim``, beside shared elements; meaningless for several."""
+    # Larger than any sample, so that the minimum passes over what is shared. MIXED and the sets
+    # are lower than any sample, and win.
     none = np.iinfo(np.int32).max
     lowest = np.where(owner == SHARED, none, owner).min(axis=dim, keepdims=keepdims)
     return np.where(lowest == none, SHARED, lowest).astype(np.int32)

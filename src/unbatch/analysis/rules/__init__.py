@@ -7,6 +7,7 @@ family each: ``elementwise.py``, ``reductions.py``, ``layers.py``, ``windows.py`
 on the batch.
 """
 
+# Each import registers the rules of its file; the order makes no difference, as no op has two.
 from unbatch.analysis.rules import (
     elementwise,
     indexing,

@@ -24,7 +24,7 @@ FILLS = ("value", "fill_value", "s")  # arguments that say with what a tensor is
 )
 def constant(call: RuleContext) -> Ownership:
     """All elements equal. A tensor may be filled with the value of another."""
-    fills = call.tensors(*FILLS)
+    fills = call.named(*FILLS)
     numbers = []
     for name in FILLS:
         value = call[name]
@@ -59,11 +59,11 @@ def noise(call: RuleContext) -> Ownership:
 @rule("bernoulli normal poisson binomial _standard_gamma _sample_dirichlet multinomial")
 def shaped_noise(call: RuleContext) -> Ownership:
     """Noise whose distribution may depend on values."""
-    shaping = call.tensors("p", "mean", "std", "count", "prob")
+    shaping = call.named("p", "mean", "std", "count", "prob")
     # Filled in place, what was there before does not matter; nor does it where p is a number.
     reads_self = not ops.writes_in_place(call.op) and not isinstance(call["p"], float)
     if reads_self:
-        shaping += call.tensors("self")
+        shaping += call.named("self")
     if call.name in ("multinomial", "_sample_dirichlet"):
         # A draw depends on all probabilities of its row.
         last = [len(call["self"].shape) - 1]
@@ -79,7 +79,7 @@ def shaped_noise(call: RuleContext) -> Ownership:
 @rule("native_dropout", "_fused_dropout")
 def fused_dropout(call: RuleContext) -> Any:
     """Values that noise lets through, and that noise."""
-    x = call.marks[0]
+    x = call.tensors[0]
     if call["train"] is False:
         return [x, filled(call.shape, "all kept")]
     # The mask is an output of its own, read again by the backward pass.
@@ -97,11 +97,11 @@ def addition(call: RuleContext) -> Ownership:
     is_tensor = isinstance(other, Ownership)
     # As ``sum()`` of a list begins: what is added to zero is itself.
     adds_zero = not is_tensor and other == 0 and call.name != "rsub"
-    if adds_zero and len(call.marks) == 1:
-        return call.marks[0]
+    if adds_zero and len(call.tensors) == 1:
+        return call.tensors[0]
     if is_tensor and call.name == "add" and call["alpha"] in (None, 1):
-        return call.algebra.pointwise("add", *call.marks, kind="add")
-    return call.algebra.pointwise(call.title, *call.marks, kind="sub")
+        return call.algebra.pointwise("add", *call.tensors, kind="add")
+    return call.algebra.pointwise(call.title, *call.tensors, kind="sub")
 
 
 @rule(
@@ -110,7 +110,7 @@ def addition(call: RuleContext) -> Ownership:
 )
 def scaling(call: RuleContext) -> Ownership:
     """Products with factors, and copies."""
-    tensors = call.marks
+    tensors = call.tensors
     if not tensors:
         return shared(call.shape, call.title)
     by_predictions = (
@@ -121,6 +121,7 @@ def scaling(call: RuleContext) -> Ownership:
     # With a number for a factor there is one tensor, and the number is in the title.
     if len(tensors) > 1 or call.name in ("mul", "div", "neg"):
         return call.algebra.pointwise(call.title, *tensors, kind="scale")
+    # A cast is noted, since one to integers is no linear function.
     if call["dtype"] is not None or call.name == "_conj":
         return cast(call, tensors[0])
     return tensors[0]
@@ -192,8 +193,9 @@ def power(call: RuleContext) -> Ownership:
     exponent = 2 if call.name == "square" else call["exponent"]
     whole = False
     if isinstance(exponent, int | float):
+        # 2.0 is whole as well; 0.5 and -1 are not.
         whole = exponent == int(exponent) and exponent > 0
-    return call.algebra.pointwise(call.title, *call.marks, polynomial=whole)
+    return call.algebra.pointwise(call.title, *call.tensors, polynomial=whole)
 
 
 @rule("eq", "ne")
@@ -203,4 +205,4 @@ def comparison(call: RuleContext) -> Ownership:
     is_ignored_label = not isinstance(other, Ownership) and other == -100
     if is_ignored_label and not call.occurs("self", -100):
         return filled(call.shape, "nothing ignored")
-    return call.algebra.pointwise(call.title, *call.marks)
+    return call.algebra.pointwise(call.title, *call.tensors)

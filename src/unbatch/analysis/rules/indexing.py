@@ -35,6 +35,7 @@ from unbatch.analysis.rules.registry import (
     known_for_every_batch,
     mixed,
     rule,
+    shared_outputs,
 )
 from unbatch.analysis.rules.views import bounded
 
@@ -48,6 +49,8 @@ def exact(call: RuleContext, index: Ownership, values: Any) -> bool:
     """
     if values is None:
         return False
+    # ``log_p[arange(n), y]`` in a loss: the labels are what they are, so the entries that they
+    # pick can be followed. In a forward pass the same lookup depends on its indices.
     into_predictions = "predictions" in call["self"].sources
     if into_predictions and index.sources and index.sources <= call.algebra.constant:
         return True
@@ -60,13 +63,14 @@ def own_choice(x: Ownership, dim: int, index: Ownership) -> bool:
 
     Whatever they choose is theirs then, and the numbers of the index do not matter.
     """
+    # One owner along ``dim``, and no element shared: any choice is the sample's own.
     return index.owned and not index.mixed and x.owner.shape[dim] == 1 and x.all_owned
 
 
 def use_whole(algebra: Propagation, x: Ownership, index: Ownership) -> None:
     """Note that samples use all of a statistic in which they look something up."""
     if index.owned:
-        algebra.consume_alone(x)
+        algebra.note_use(x)
 
 
 def as_mask(values: Any) -> Any:
@@ -123,7 +127,10 @@ class Selection:
     @property
     def rank(self) -> int:
         """How many dims the indices have, broadcast."""
-        return max((self.ranks[d] or 0 for d in self.indexed_dims), default=0)
+        rank = 0
+        for dim_rank in self.ranks:
+            rank = max(rank, dim_rank or 0)
+        return rank
 
     @property
     def position(self) -> int:
@@ -169,6 +176,7 @@ def lookup(call: RuleContext) -> Ownership:
 
 def indexed(call: RuleContext, x: Ownership, indices: list[Any], values: list[Any]) -> Ownership:
     """Return ``x[indices]``, with the numbers of the indices in ``values`` where known."""
+    # First all indices are sorted, since where the dims of the result go depends on all of them.
     selection = _sorted_by_knowledge(call, x, indices, values)
     if selection is not None:
         return _selected(call, selection)
@@ -213,13 +221,15 @@ def _sorted_by_knowledge(
 
 def _with_choice(call: RuleContext, x: Ownership, index: Ownership) -> Ownership:
     """What is selected by constants of the batch depends on these constants, as on weights."""
+    # Which words count in a loss, say, is read off a mask of targets. It acts as a factor of zero
+    # or one does: entered among the factors, it leaves the loss a weighted sum.
     if not index.depends_on_batch:
         return x
     root = call.algebra.statistic("selected", np.full(1, SHARED), 1, index.sources)
     if root is None:
         return x
     call.algebra.record.factors.add(root)
-    return replace(x, given=x.given | {root})
+    return replace(x, statistics=x.statistics | {root})
 
 
 def _selected(call: RuleContext, selection: Selection) -> Ownership:
@@ -232,10 +242,15 @@ def _selected(call: RuleContext, selection: Selection) -> Ownership:
     """
     x, rank, before = selection.x, selection.rank, selection.position
     dims = selection.fixed_dims
-    numbers = [index.numbers for index in selection.followed if index.dim in dims]
+    numbers = []
+    shapes = []
+    for followed in selection.followed:
+        if followed.dim in dims:
+            numbers.append(followed.numbers)
+            shapes.append(followed.numbers.shape)
     # The dims of the index, as far as they are known to differ: with loose indices alone there are
     # none, and ``pointwise`` brings them in below.
-    picked = np.broadcast_shapes(*(array.shape for array in numbers))
+    picked = np.broadcast_shapes(*shapes)
     picked = (1,) * (rank - len(picked)) + picked
     shape = (*call.shape[:before], *picked, *call.shape[before + rank :])
     if x.explicit(dims):
@@ -258,6 +273,7 @@ def _selected(call: RuleContext, selection: Selection) -> Ownership:
     # What a loose index says is part of the result, at the place of the index.
     ones_after = [1] * (len(shape) - before - rank)
     operands = []
+    # Aligned with the dims of the index in ``out``, as broadcasting would not do by itself.
     for index in selection.loose:
         ones_before = [1] * (rank - len(index.shape))
         operands.append(reshape(index, (*ones_before, *index.shape, *ones_after)))
@@ -269,14 +285,21 @@ def _repeated(out: Ownership, numbers: list[Array], end: int) -> Ownership:
 
     The elements there are equal, as in an expanded value. The dims of the index end before ``end``.
     """
+    # An example: ``x[:, [3, 3]]`` with plain features. By their index the two columns would count
+    # as different functions, and they are one.
     owner, key = out.owner, out.key
     broadcast = np.broadcast_arrays(*numbers)
     for d in range(-broadcast[0].ndim, 0):
-        if broadcast[0].shape[d] > 1 and all(_constant_along(array, d) for array in broadcast):
+        if broadcast[0].shape[d] > 1 and _all_constant_along(broadcast, d):
             stored = list(key.shape)
             stored[end + d] = out.shape[end + d]
             owner, key = np.broadcast_to(owner, stored), np.broadcast_to(key, stored)
     return replace(out, owner=owner, key=key)
+
+
+def _all_constant_along(arrays: Sequence[Array], dim: int) -> bool:
+    """Tell whether each array repeats itself along a dim: then so does what they pick together."""
+    return all(_constant_along(array, dim) for array in arrays)
 
 
 def _constant_along(array: Array, dim: int) -> bool:
@@ -334,7 +357,7 @@ def crop(array: Array, shape: Sequence[int], dim: int | None = None) -> Array:
 def counts(call: RuleContext) -> Ownership:
     """How often each value occurs does not depend on the order."""
     x = call["self"]
-    operands = [m for m in call.marks if m.shape == x.shape]
+    operands = [m for m in call.tensors if m.shape == x.shape]
     if len(operands) > 1:
         x = call.algebra.pointwise("weigh", *operands)
     # One statistic of all values; the counts of the numbers are told apart by their index.
@@ -345,9 +368,12 @@ def counts(call: RuleContext) -> Ownership:
 @rule("nonzero masked_select _unique2 unique_dim unique_consecutive repeat_interleave")
 def data_dependent(call: RuleContext) -> Any:
     """How many elements there are depends on the values, and so does which is whose."""
-    if call.name == "repeat_interleave" and call.marks and not call.marks[0].depends_on_batch:
-        name = (call.title, digest(call.marks[0]))
-        return [shared(shape, name) for shape in call.shapes]
-    if all(known_for_every_batch(m) for m in call.marks):
-        return all_shared(call)
-    return all_mixed(call, "data-dependent shape")
+    if call.name == "repeat_interleave" and call.tensors and not call.tensors[0].depends_on_batch:
+        name = (call.title, digest(call.tensors[0]))
+        return shared_outputs(call, name)
+    # Where every batch has the same values it has the same shape; else not even the number of
+    # elements can be relied on.
+    for m in call.tensors:
+        if not known_for_every_batch(m):
+            return all_mixed(call, "data-dependent shape")
+    return all_shared(call)

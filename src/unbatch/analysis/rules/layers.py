@@ -9,6 +9,7 @@ t/s positions, b further leading dims, g group of channels, h head.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +34,7 @@ from unbatch.analysis.rules.registry import (
     numbered,
     plain_outputs,
     rule,
+    shared_outputs,
     stack,
     summary,
     unused,
@@ -56,11 +58,13 @@ CONTRACTIONS = {name: letters for letters, names in PRODUCTS.items() for name in
 @rule(*CONTRACTIONS)
 def matmul(call: RuleContext) -> Ownership:
     """A product of two matrices or vectors, added to a third argument, if there is one."""
-    *added, left, right = call.marks
+    # Factors come last in all of these ops, and what is added first.
+    *added, left, right = call.tensors
     left_letters, right_letters, out = CONTRACTIONS[call.name]
     product = call.algebra.contract("mul", (left, right), (left_letters, right_letters), out)
     if not added:
         return product
+    # The activation after the sum makes it a function like any other.
     kind = "" if call.name == "_addmm_activation" else "sub"
     return call.algebra.pointwise(call.title, *added, product, kind=kind)
 
@@ -94,8 +98,9 @@ def trilinear(call: RuleContext) -> Ownership:
 @rule("_cdist_forward", "_euclidean_dist", "cdist")
 def distances(call: RuleContext) -> Ownership:
     """The distance of each row of one value to each row of the other."""
-    x, y = call.marks
+    x, y = call.tensors
     lead = "abef"[: len(call.shape) - 2]
+    # Which norm it is makes no difference to who enters: each pair of rows, with all their entries.
     product = call.algebra.contract(call.title, [x, y], (f"{lead}ni", f"{lead}mi"), f"{lead}nm")
     return call.algebra.pointwise("distance", product)
 
@@ -103,6 +108,7 @@ def distances(call: RuleContext) -> Ownership:
 @rule("_pdist_forward")
 def pair_distances(call: RuleContext) -> Ownership:
     """The distances of all pairs of rows, one after the other."""
+    # The rows of a pair are not told apart: if samples are rows, every distance counts as mixed.
     pairs = summary(call, "pairs", call["self"], [0, 1], how="pairwise")
     return expand_plain(unsqueeze(pairs, 0), call.shape)
 
@@ -112,7 +118,7 @@ def fused_cell(call: RuleContext) -> Any:
     """One step of a recurrence: gates [n, o], and their biases."""
     gates = []
     biases = []
-    for m in call.marks:
+    for m in call.tensors:
         if len(m.shape) == 2:
             gates.append(summary(call, "gates", m, [1], True))
         elif len(m.shape) == 1:
@@ -149,7 +155,7 @@ def attention(call: RuleContext) -> Any:
 
 def _masked(call: RuleContext, scores: Ownership) -> Ownership:
     """Scores with what masks add to them; the causal mask is a constant of two positions."""
-    masks = call.tensors("attn_mask", "attn_bias")  # kernels call it one or the other
+    masks = call.named("attn_mask", "attn_bias")  # kernels call it one or the other
     if masks:
         scores = call.algebra.pointwise("mask", scores, masks[0])
     if call["is_causal"]:
@@ -198,7 +204,7 @@ def convolution(call: RuleContext) -> Ownership:
     # Plain positions need no scan: all are functions of the same samples, by index, and so are
     # windows of them. Only where samples lie along a position does a window mix them.
     if _reaches_out(call, x):
-        x = a.scan("window", x, [d for d in space if x.key.shape[d] > 1])
+        x = a.scan("window", x, _stored(x, space))
     n, channels = x.shape[:2]
     x = replace(x, shape=(n, channels, *call.shape[2:]))
     x = reshape(x, (n, groups, channels // groups, *x.shape[2:]))
@@ -217,13 +223,18 @@ def _reaches_out(call: RuleContext, x: Ownership) -> bool:
     if not x.explicit(space):
         return False
     for name, plain in (("stride", 1), ("padding", 0), ("output_padding", 0)):
-        widths = call[name] or []  # an op may lack the argument
-        if any(width != plain for width in widths):
+        widths = set(call[name] or [])  # an op may lack the argument
+        if not widths <= {plain}:
             return True
-    for d in space:
-        if x.key.shape[d] > 1 and (call["weight"].shape[d] > 1 or call.shape[d] != x.shape[d]):
+    for d in _stored(x, space):
+        if call["weight"].shape[d] > 1 or call.shape[d] != x.shape[d]:
             return True
     return False
+
+
+def _stored(x: Ownership, dims: Iterable[int]) -> list[int]:
+    """The dims along which something is stored: samples lie there, or keys that differ."""
+    return [d for d in dims if x.key.shape[d] > 1]
 
 
 def _grouped_weight(call: RuleContext, inputs: int) -> Ownership:
@@ -275,12 +286,13 @@ def convolution_backward(call: RuleContext) -> Any:
 def matrices(call: RuleContext) -> Any:
     """Functions of the matrices in the last two dims, separately for each index before them."""
     whole = []
-    for m in call.marks:
+    for m in call.tensors:
         if len(m.shape) < 2:
             m = unsqueeze(m, len(m.shape))
         whole.append(_whole_matrix(call, "matrix", m))
     out = call.algebra.pointwise(call.title, *whole)
     lead = len(out.shape)
+    # Whatever comes out (factors, eigenvalues, a number), each entry depends on the whole matrix.
     return [with_new_dims(out, shape, lead, i) for i, shape in enumerate(call.shapes)]
 
 
@@ -303,7 +315,8 @@ def solve(call: RuleContext) -> Any:
     ndim = len(rhs.shape)
     if ndim < 2:
         return matrices(call)
-    others = [m for m in call.marks if m is not rhs]
+    # By identity, as the argument's name differs from op to op.
+    others = [m for m in call.tensors if m is not rhs]
     along = ndim - 2
     if call["left"] is False:
         along = ndim - 1
@@ -337,7 +350,7 @@ def embedding(call: RuleContext) -> Ownership:
     indices, table = call["indices"], call["weight"]
     # A table made from the batch is used as a whole by samples that look something up in it.
     if indices.owned:
-        call.algebra.consume_alone(table)
+        call.algebra.note_use(table)
     row = summary(call, "rows", table, [0])
     return call.algebra.pointwise("embedding", unsqueeze(indices, len(indices.shape)), row)
 
@@ -349,7 +362,7 @@ def embedding_bag(call: RuleContext) -> Any:
     if offsets is None or not known_for_every_batch(call["offsets"]):
         if call.depends_on_batch:
             return all_mixed(call, NO_RULE)
-        return [shared(shape, call.title) for shape in call.shapes]
+        return shared_outputs(call, call.title)
     row = summary(call, "rows", call["weight"], [0])
     if call["per_sample_weights"] is not None:
         index = a.pointwise("weigh", index, call["per_sample_weights"])

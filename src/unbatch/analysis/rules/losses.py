@@ -32,7 +32,7 @@ def reduced(call: RuleContext, loss: Ownership, reduction: int) -> Ownership:
 def elementwise_loss(call: RuleContext) -> Ownership:
     """One loss per entry of the predictions."""
     name = (call.name, repr(call["beta"] or call["delta"]))
-    loss = call.algebra.pointwise(name, *call.tensors("self", "target", "weight"))
+    loss = call.algebra.pointwise(name, *call.named("self", "target", "weight"))
     return reduced(call, loss, call["reduction"])
 
 
@@ -44,6 +44,7 @@ def nll_loss(call: RuleContext) -> Any:
     """
     a, p, y, weight = call.algebra, call["self"], call["target"], call["weight"]
     classes = 1 if len(p.shape) > 1 else 0  # [n, c, ..], or [c] for one sample
+    # Plain classes need no scan: the label picks one of them, whichever, and all are the sample's.
     if p.explicit([classes]):
         p = a.scan("classes", p, [classes])
     picked = collapse(p.with_key("pick"), [classes], False)
@@ -102,8 +103,10 @@ def margin_loss(call: RuleContext) -> Any:
 def ctc_loss(call: RuleContext) -> Any:
     """Log-probabilities are [time, n, class]; the op gives every sample its labels and lengths."""
     paths = summary(call, "path", call["log_probs"], [0, 2])
-    if not all(_is_own_target(call, m) for m in call.marks[1:]):
-        return all_mixed(call, NO_RULE)
+    # Labels may be joined in one vector, [n t]: then nobody knows which sample each belongs to.
+    for m in call.tensors[1:]:
+        if not _is_own_target(call, m):
+            return all_mixed(call, NO_RULE)
     # Each sample has labels of its own; of which kind is the same for all.
     labels = shared(paths.shape, "labels", (), [0])
     name = (call.name, call["blank"], call["zero_infinity"])

@@ -11,8 +11,8 @@ the ownership of ``u``, with the name of ``p``.
     out[order] = y                    written to where they came from: f(tokens) itself
 
 Whatever else happens to ``v``, it sees a mixed value. How many rows each expert got, and where
-its rows end, is remembered as ``Ends``: a product with the matrices of all experts, in which the
-ends say whose turn it is, takes for each row the matrix of its own number.
+its rows end, is remembered as ``RowCounts``: a product with the matrices of all experts, in which
+the ends say whose turn it is, takes for each row the matrix of its own number.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ EXACT = (None, torch.int32, torch.int64, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
-class Arranged:
-    """A value ``v = under[p]``, or ``under`` by the inverse of p, with the rows of ``under``.
+class PermutedRows:
+    """A value ``v = original[p]``, or ``original`` permuted by the inverse of p.
 
-    ``permutation``: the step that made p. ``values``: the numbers of ``under``, where known.
+    ``permutation``: the step that made p. ``values``: the numbers of ``original``, where known.
     ``numbered``: they are non-negative integers, and ascending in ``v``: rows are sorted by them.
     """
 
-    under: Ownership
+    original: Ownership
     permutation: int
     inverse: bool
     values: Any = None
@@ -58,17 +58,17 @@ class Arranged:
     @property
     def is_permutation(self) -> bool:
         """Whether ``v`` is p itself: the rows under it are counted through."""
-        n = self.under.shape[0]
+        n = self.original.shape[0]
         if self.values is None or self.values.shape != (n,):
             return False
         return np.array_equal(self.values, np.arange(n))
 
 
 @dataclass(frozen=True)
-class Ends:
+class RowCounts:
     """How often each of the ``numbers`` occurs by which rows are sorted; summed up, their ends."""
 
-    numbers: Arranged
+    numbers: PermutedRows
     summed: bool = False
 
 
@@ -77,24 +77,27 @@ class OutputRows:
     """What is known about the ``slot``-th output of a step: permuted rows, or plain ownership."""
 
     slot: int
-    arranged: Arranged | Ends | None = None
-    marks: Ownership | None = None
+    rows: PermutedRows | RowCounts | None = None
+    ownership: Ownership | None = None
 
 
-Permuted = Mapping[str, Arranged]  # the arguments of a step that are permuted rows, by name
+Permuted = Mapping[str, PermutedRows]  # the arguments of a step that are permuted rows, by name
 
 
 def follow(
-    call: RuleContext, step: int, arguments: Mapping[str, Arranged | Ends], rule: Rule | None
+    call: RuleContext,
+    step: int,
+    arguments: Mapping[str, PermutedRows | RowCounts],
+    rule: Rule | None,
 ) -> list[OutputRows]:
     """Return what is known about the outputs of a step beyond what its rule says.
 
     ``arguments``: those of its arguments that are permuted rows, or counts of them, by name.
     """
-    rows: dict[str, Arranged] = {}
-    ends: dict[str, Ends] = {}
+    rows: dict[str, PermutedRows] = {}
+    ends: dict[str, RowCounts] = {}
     for name, argument in arguments.items():
-        if isinstance(argument, Ends):
+        if isinstance(argument, RowCounts):
             ends[name] = argument
         else:
             rows[name] = argument
@@ -118,19 +121,21 @@ def follow(
 
 def _row_by_row(call: RuleContext, rows: Permuted, rule: Rule) -> list[OutputRows]:
     """Ops that act on each row alone act on what was permuted; sums forget the order."""
+    # Rows in two orders do not belong together: row i of the one is not that of the other.
     first = next(iter(rows.values()))
     if any(a.order != first.order for a in rows.values()):
         return []
-    if _acts_on_rows(call, rows, first.under.shape[0]):
+    if _acts_on_rows(call, rows, first.original.shape[0]):
         sorted_still = first.numbered and _keeps_numbers(call)
         values = _numbers(call, rows)
         outputs = []
-        for slot, marks in enumerate(_under(call, rows, rule)):
-            out = Arranged(marks, *first.order, values, sorted_still)
+        for slot, marks in enumerate(_of_originals(call, rows, rule)):
+            out = PermutedRows(marks, *first.order, values, sorted_still)
             outputs.append(OutputRows(slot, out))
         return outputs
+    # A sum over the rows is the same in any order: that of u.
     if call.name in ("sum", "mean") and list(rows) == ["self"] and len(call.shapes) == 1:
-        return [OutputRows(0, marks=_under(call, rows, rule)[0])]
+        return [OutputRows(0, ownership=_of_originals(call, rows, rule)[0])]
     return []
 
 
@@ -139,11 +144,12 @@ def _keeps_numbers(call: RuleContext) -> bool:
     return ops.moves(call.op) is Moves.SAME and call["dtype"] in EXACT
 
 
-def _under(call: RuleContext, rows: Permuted, rule: Rule) -> list[Ownership]:
+def _of_originals(call: RuleContext, rows: Permuted, rule: Rule) -> list[Ownership]:
     """The rule of the op, applied to the values before they were permuted."""
+    # f acts on each row alone, so f(u[p]) = f(u)[p]: the rule is asked about u, and p stays.
     arguments, values = dict(call.arguments), dict(call.values)
     for name, a in rows.items():
-        arguments[name] = a.under
+        arguments[name] = a.original
         values[name] = a.values
     result = rule(replace(call, arguments=arguments, values=values))
     if isinstance(result, list | tuple):
@@ -163,6 +169,7 @@ def _numbers(call: RuleContext, rows: Permuted) -> Any:
         if numbers is None:
             return None
         arguments[name] = torch.as_tensor(numbers)
+    # Numbers have to stay numbers of rows: what becomes a fraction is of no use as an index.
     out = call.op(**arguments)
     if out.is_floating_point():
         return None
@@ -182,7 +189,7 @@ def _left_only(call: RuleContext, rows: Permuted) -> bool:
 
 def _all_tensors(call: RuleContext, rows: Permuted) -> bool:
     """All factors of a batched product are permuted alike."""
-    return len(rows) == len(call.marks)
+    return len(rows) == len(call.tensors)
 
 
 def _other_dims(call: RuleContext, rows: Permuted) -> bool:
@@ -252,6 +259,7 @@ ROWS: dict[str, Callable[[RuleContext, Permuted], bool]] = {
 
 def _acts_on_rows(call: RuleContext, rows: Permuted, count: int) -> bool:
     """Tell whether row i of every output is a function of row i of the permuted arguments."""
+    # Every output, as one that has no rows could not be put back into their order.
     for shape in call.shapes:
         if shape[:1] != (count,):
             return False
@@ -262,7 +270,7 @@ def _acts_on_rows(call: RuleContext, rows: Permuted, count: int) -> bool:
     ndim = len(call.shape)
     for name, argument in call.arguments.items():
         if name in rows:
-            aligned = len(rows[name].under.shape) == ndim
+            aligned = len(rows[name].original.shape) == ndim
         elif isinstance(argument, Ownership):
             # Anything else has to be the same for all rows.
             aligned = len(argument.shape) < ndim or argument.shape[0] == 1
@@ -276,9 +284,9 @@ def _acts_on_rows(call: RuleContext, rows: Permuted, count: int) -> bool:
 # --- sorting --------------------------------------------------------------------------------------
 
 
-def _permutation(n: int, name: int, inverse: bool) -> Arranged:
+def _permutation(n: int, name: int, inverse: bool) -> PermutedRows:
     """The permutation of n rows that a step made, or its inverse: 0, 1, .. permuted by it."""
-    return Arranged(shared((n,), "arange"), name, inverse, np.arange(n))
+    return PermutedRows(shared((n,), "arange"), name, inverse, np.arange(n))
 
 
 def _sorted(call: RuleContext, step: int, rows: Permuted) -> list[OutputRows]:
@@ -289,6 +297,7 @@ def _sorted(call: RuleContext, step: int, rows: Permuted) -> list[OutputRows]:
     x, last = call["self"], len(call.shapes) - 1
     if len(x.shape) != 1:
         return []
+    # argsort(p) is the inverse of p; sorted downwards it is that inverse, reversed: not followed.
     if "self" in rows:
         p = rows["self"]
         if call["descending"] or not p.is_permutation:
@@ -297,10 +306,11 @@ def _sorted(call: RuleContext, step: int, rows: Permuted) -> list[OutputRows]:
     if x.mixed:
         return []
     positions = OutputRows(last, _permutation(x.shape[0], step, False))
+    # Rows sorted by small whole numbers can be counted by number later, as experts are.
     numbered = not call["descending"] and call.sees("self", _small_and_whole)
     if last == 0:
         return [positions]
-    return [OutputRows(0, Arranged(x, step, False, numbered=numbered)), positions]
+    return [OutputRows(0, PermutedRows(x, step, False, numbered=numbered)), positions]
 
 
 def _small_and_whole(values: Any) -> bool:
@@ -313,6 +323,7 @@ def _small_and_whole(values: Any) -> bool:
 
 def _counted(call: RuleContext, rows: Permuted) -> list[OutputRows]:
     """How often each number occurs by which rows are sorted."""
+    # With weights it is no count. Without an order nothing would say which rows the counts are of.
     if set(rows) != {"self"} or not rows["self"].numbered or call["weights"] is not None:
         return []
     if call.name == "histc":
@@ -320,11 +331,12 @@ def _counted(call: RuleContext, rows: Permuted) -> list[OutputRows]:
         counts = call.shape[0]
         if (call["bins"], call["min"], call["max"]) != (counts, 0, counts - 1):
             return []
-    return [OutputRows(0, Ends(rows["self"]))]
+    return [OutputRows(0, RowCounts(rows["self"]))]
 
 
-def _by_ends(call: RuleContext, rows: Permuted, ends: Mapping[str, Ends]) -> list[OutputRows]:
+def _by_ends(call: RuleContext, rows: Permuted, ends: Mapping[str, RowCounts]) -> list[OutputRows]:
     """Counts of rows are summed up, copied, and used in a product."""
+    # Counts 2, 0, 3 have the ends 2, 2, 5: rows 0 and 1 are of number 0, rows 2 to 4 of number 2.
     if call.name == "cumsum" and not ends["self"].summed:
         return [OutputRows(0, replace(ends["self"], summed=True))]
     if _keeps_numbers(call):
@@ -334,7 +346,7 @@ def _by_ends(call: RuleContext, rows: Permuted, ends: Mapping[str, Ends]) -> lis
     return []
 
 
-def _grouped_product(call: RuleContext, x: Arranged, ends: Ends) -> list[OutputRows]:
+def _grouped_product(call: RuleContext, x: PermutedRows, ends: RowCounts) -> list[OutputRows]:
     """Rows times the matrix of their number, [e, i, o]: before they were permuted, and of any e.
 
     Rows between two ends are those of one number, as long as rows and numbers are in one order.
@@ -345,10 +357,12 @@ def _grouped_product(call: RuleContext, x: Arranged, ends: Ends) -> list[OutputR
     if not ends.summed or ends.numbers.order != x.order:
         return []
     a = call.algebra
+    # Which of the matrices a row is multiplied by depends on its number alone: so it is the
+    # product with any of them, and then a function of that and of the number.
     any_matrix = a.reduce("sum", matrices, [0])
-    product = a.contract(call.name, [x.under, any_matrix], ["no", "oi"], "ni")
-    chosen = a.pointwise("matrix by number", product, unsqueeze(ends.numbers.under, 1))
-    return [OutputRows(0, Arranged(chosen, *x.order))]
+    product = a.contract(call.name, [x.original, any_matrix], ["no", "oi"], "ni")
+    chosen = a.pointwise("matrix by number", product, unsqueeze(ends.numbers.original, 1))
+    return [OutputRows(0, PermutedRows(chosen, *x.order))]
 
 
 # --- lookups and writes ---------------------------------------------------------------------------
@@ -362,10 +376,11 @@ def _looked_up(call: RuleContext, rows: Permuted, rule: Rule) -> list[OutputRows
         return []
     x = rows.get("self")
     if x is None:
-        return [OutputRows(0, Arranged(_with_index(call, rows, rule), *index.order))]
+        return [OutputRows(0, PermutedRows(_with_index(call, rows, rule), *index.order))]
+    # u[p][q] with q the inverse of p is u; any other order of an order is not followed.
     undone = x.permutation == index.permutation and x.inverse != index.inverse
     if index.is_permutation and undone:
-        return [OutputRows(0, marks=x.under)]
+        return [OutputRows(0, ownership=x.original)]
     return []
 
 
@@ -374,9 +389,9 @@ def _with_index(call: RuleContext, rows: Permuted, rule: Rule) -> Ownership:
     arguments, values = dict(call.arguments), dict(call.values)
     for name, a in rows.items():
         if isinstance(arguments[name], list | tuple):
-            arguments[name], values[name] = [a.under], [a.values]
+            arguments[name], values[name] = [a.original], [a.values]
         else:
-            arguments[name], values[name] = a.under, a.values
+            arguments[name], values[name] = a.original, a.values
     result = rule(replace(call, arguments=arguments, values=values))
     if isinstance(result, list | tuple):
         return result[0]
@@ -389,6 +404,7 @@ def _written(call: RuleContext, rows: Permuted, rule: Rule) -> list[OutputRows]:
     source = _source_name(call)
     if index is None or source is None or not _one_row_each(call, index, source):
         return []
+    # What is written into is in place: permuted itself, it would have to be put back first.
     if "self" in rows:
         return []
     adding = call.name == "index_add" or bool(call["accumulate"])
@@ -397,24 +413,25 @@ def _written(call: RuleContext, rows: Permuted, rule: Rule) -> list[OutputRows]:
     if rows[source].order != index.order or index.values is None:
         return []
     if adding or index.is_permutation:
-        return [OutputRows(0, marks=_with_index(call, rows, rule))]
+        return [OutputRows(0, ownership=_with_index(call, rows, rule))]
     # Where a place is written to twice, which row is left depends on the order after all.
     return []
 
 
-def _inverse_by_write(call: RuleContext, index: Arranged, source: str) -> list[OutputRows]:
+def _inverse_by_write(call: RuleContext, index: PermutedRows, source: str) -> list[OutputRows]:
     """The inverse of p, made by writing 0, 1, .. to where p says."""
+    # ``inverse[p] = arange(n)``, which is how programs undo a sort without sorting again.
     if call["reduce"] or not index.is_permutation or not _counts_through(call, source):
         return []
-    count = index.under.shape[0]
+    count = index.original.shape[0]
     return [OutputRows(0, _permutation(count, index.permutation, not index.inverse))]
 
 
-def _one_row_each(call: RuleContext, index: Arranged, source: str) -> bool:
+def _one_row_each(call: RuleContext, index: PermutedRows, source: str) -> bool:
     """Tell whether a vector of indices along the first dim has a row of the source each."""
-    if call["dim"] not in (0, None) or is_mask(index.values) or len(index.under.shape) != 1:
+    if call["dim"] not in (0, None) or is_mask(index.values) or len(index.original.shape) != 1:
         return False
-    return call[source].shape == (*index.under.shape, *call["self"].shape[1:])
+    return call[source].shape == (*index.original.shape, *call["self"].shape[1:])
 
 
 def _source_name(call: RuleContext) -> str | None:

@@ -48,14 +48,21 @@ def whole(call: RuleContext, weights: Sequence[Ownership]) -> list[Ownership]:
 def mkldnn_layer(call: RuleContext) -> Any:
     """A recurrence over the first dim; the second dim is left alone."""
     sequences = summary(call, "time", call["input"], [0, 2], True)
-    states = []
-    for state in (call["hx_"], call["cx_"]):
-        if len(state.shape) == 2:
-            state = unsqueeze(state, 0)
-        states.append(summary(call, "state", state, [0, 2], True))
-    weights = whole(call, call.tensors("weight0", "weight1", "weight2", "weight3"))
+    states = _states(call, [call["hx_"], call["cx_"]])
+    weights = whole(call, call.named("weight0", "weight1", "weight2", "weight3"))
     out = call.algebra.pointwise(call.title, sequences, *states, *weights)
     return numbered([_of_layer(out, shape) for shape in call.shapes])
+
+
+def _states(call: RuleContext, states: Sequence[Ownership]) -> list[Ownership]:
+    """First states [layer, n, o], or [n, o] of a single layer, as [1, n, 1]."""
+    whole_states = []
+    for state in states:
+        if len(state.shape) == 2:
+            state = unsqueeze(state, 0)
+        # All layers and features: which of them a step reads is not told apart.
+        whole_states.append(summary(call, "state", state, [0, 2], True))
+    return whole_states
 
 
 def _of_layer(out: Ownership, shape: tuple[int, ...]) -> Ownership:
@@ -74,7 +81,7 @@ def device_recurrence(call: RuleContext) -> Any:
     Inputs are [t, n, i], or [n, t, i], or packed; states are [layer, n, o].
     """
     weights = whole(call, call["weight"])
-    states = [summary(call, "state", h, [0, 2], True) for h in call.tensors("hx", "cx")]
+    states = _states(call, call.named("hx", "cx"))
     if call["train"] and call["dropout"]:
         # Dropout between layers: noise of every sample's own, which one scalar stands for.
         weights.append(noise(replace(call, shapes=[()])))
@@ -91,6 +98,7 @@ def device_recurrence(call: RuleContext) -> Any:
     cell = shared(cy, "no cell")
     if call["cx"] is not None:
         cell = expand_plain(last, cy)
+    # Memory for the backward pass, which no model reads.
     workspace = [shared(shape, "workspace", ["parameters"]) for shape in rest]
     return numbered([expand_plain(steps, out), expand_plain(last, hy), cell, *workspace])
 
@@ -105,6 +113,7 @@ def _packed(
     """
     a, sizes = call.algebra, call["batch_sizes"]
     rows = spell_out(summary(call, "features", call["input"], [1], True))
+    # For sizes 2, 1, 1: n_of_row = [0, 1, 0, 0] and t_of_row = [0, 0, 1, 2].
     n_of_row = np.concatenate([np.arange(size) for size in sizes])
     t_of_row = np.repeat(np.arange(len(sizes)), sizes)
     sequences = []
@@ -116,6 +125,7 @@ def _packed(
     last = a.pointwise(call.title, unsqueeze(unsqueeze(joined, 0), 2), *states, *weights)
 
     # A row is its sequence's, and differs from the other rows of it by its step.
+    # Taken from the last states, which depend on all that any row of the sequence depends on.
     by_sequence = squeeze(last, [0, 2])
     by_row = spell_out(moved(by_sequence, lambda place: place[n_of_row], n_of_row.shape))
     by_row = replace(by_row, key=mix(by_row.key, t_of_row.astype(np.uint64)))
@@ -136,6 +146,7 @@ def packing(call: RuleContext) -> Any:
     steps, batch = x.shape[:2]
     # Step by step, the sequences that are not over yet.
     running = np.asarray(lengths)[None] > np.arange(steps)[:, None]  # [t, n]
+    # In row-major order of [t, n], which is the order of a packed sequence.
     rows = np.flatnonzero(running)
     flat = (steps * batch, *x.shape[2:])
     data = moved(x, lambda place: place.reshape(flat)[rows], call.shape)
@@ -148,16 +159,16 @@ def packing(call: RuleContext) -> Any:
 @rule("_transformer_encoder_layer_fwd")
 def encoder_layer(call: RuleContext) -> Ownership:
     """A whole encoder layer; [n, t, i]."""
-    return expand_plain(_encoded(call, call["src"], call.marks[1:]), call.shape)
+    return expand_plain(_encoded(call, call["src"], call.tensors[1:]), call.shape)
 
 
 @rule("_native_multi_head_attention")
 def multi_head_attention(call: RuleContext) -> Any:
     """Attention with its projections; [n, t, i], and attention weights."""
-    operands = call.tensors("query", "key", "value")
+    operands = call.named("query", "key", "value")
     sequences = [summary(call, "sequence", x, [1, 2], True) for x in operands]
     attended = call.algebra.pointwise("attended", *sequences)
-    out = _encoded(call, attended, call.marks[3:])
+    out = _encoded(call, attended, call.tensors[3:])
     results = [expand_plain(out, call.shape)]
     for shape in call.shapes[1:]:
         if len(shape) == 3:
@@ -172,6 +183,7 @@ def multi_head_attention(call: RuleContext) -> Any:
 def _encoded(call: RuleContext, x: Ownership, others: Sequence[Ownership]) -> Ownership:
     """A function of each sequence as a whole, of its mask, and of all weights."""
     sequences = summary(call, "sequence", x, [1, 2], True)
+    # The mask is no weight: it may be the samples', and is left with an axis for them.
     weights = whole(call, [w for w in others if w is not call["mask"]])
     masks = []
     if call["mask"] is not None:

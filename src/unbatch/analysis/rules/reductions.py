@@ -9,9 +9,16 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from unbatch.analysis.domain.ownership import Ownership, reshape, shared, squeeze
+from unbatch.analysis.domain.ownership import Ownership, reshape, squeeze
 from unbatch.analysis.rules.elementwise import cast
-from unbatch.analysis.rules.registry import RuleContext, numbered, pointwise, rule, summary
+from unbatch.analysis.rules.registry import (
+    RuleContext,
+    numbered,
+    pointwise,
+    rule,
+    shared_outputs,
+    summary,
+)
 from unbatch.capture import ops
 
 # --- reductions -----------------------------------------------------------------------------------
@@ -43,6 +50,7 @@ def moments(call: RuleContext) -> Any:
     """Functions of all elements at once, in no order."""
     x, dims, keepdim = call["self"], call.dims(), bool(call["keepdim"])
     name = (call.name, repr(call["correction"]), repr(call["unbiased"]))
+    # No monoid: the variance over a batch is not made of the variances within its samples.
     spread = call.algebra.reduce(name, x, dims, keepdim)
     if not call.name.endswith("_mean"):
         return spread
@@ -139,6 +147,7 @@ def channelwise(
 ) -> Ownership:
     """Return an elementwise function of ``x`` and of vectors along its second dim."""
     ones = [1] * (len(x.shape) - 2)
+    # [c] as [c, 1, ..], which broadcasting aligns with the dims behind the first.
     vectors = [reshape(vector, (*vector.shape, *ones)) for vector in channels if vector is not None]
     return call.algebra.pointwise(name, x, *vectors)
 
@@ -152,7 +161,7 @@ def layer_norm(call: RuleContext) -> Any:
         spread = [a.reduce("mean", x, dims, True), a.reduce("var", x, dims, True)]
     else:
         spread = [a.reduce("mean square", x, dims, True)]
-    y = a.pointwise((call.name, call["eps"]), x, *spread, *call.tensors("weight", "bias"))
+    y = a.pointwise((call.name, call["eps"]), x, *spread, *call.named("weight", "bias"))
     return numbered([y, *spread[: len(call.shapes) - 1]])
 
 
@@ -175,7 +184,7 @@ def batch_norm(call: RuleContext) -> Any:
     norm = ops.batch_norm_arguments(call.op, call.arguments)
     outputs = ops.traits(call.op).batch_norm
     assert outputs is not None  # the rule is registered for batch norms
-    results = [shared(shape, "unused") for shape in call.shapes]
+    results = shared_outputs(call, "unused")
     if not norm.training:
         title, spread = "batch_norm in eval", [norm.running_mean, norm.running_var]
     else:

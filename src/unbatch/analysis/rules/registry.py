@@ -72,6 +72,7 @@ class RuleContext:
         """Tell whether a number is among the values of an argument; True if they are not known."""
 
         def contains(values: Any) -> bool:
+            # Not known means that it may occur.
             return values is None or bool((np.asarray(values) == number).any())
 
         return self.sees(name, contains)
@@ -93,22 +94,23 @@ class RuleContext:
         return base_name(self.op)
 
     @property
-    def marks(self) -> list[Ownership]:
+    def tensors(self) -> list[Ownership]:
         """The ownership of all tensor arguments, in order."""
         tensors: list[Ownership] = []
         for argument in self.arguments.values():
             if isinstance(argument, Ownership):
                 tensors.append(argument)
             elif isinstance(argument, list | tuple):
+                # Lists of indices have None for a dim without, and lists of sizes have numbers.
                 tensors += [m for m in argument if isinstance(m, Ownership)]
         return tensors
 
     @property
     def depends_on_batch(self) -> bool:
         """Whether any tensor argument would be another in another batch."""
-        return any(m.depends_on_batch for m in self.marks)
+        return any(m.depends_on_batch for m in self.tensors)
 
-    def tensors(self, *names: str) -> list[Ownership]:
+    def named(self, *names: str) -> list[Ownership]:
         """Return the ownership of the arguments with these names, as far as they are tensors."""
         tensors = []
         for name in names:
@@ -120,6 +122,7 @@ class RuleContext:
     @property
     def constants(self) -> tuple[Any, ...]:
         """All other arguments; part of what function the op is."""
+        # Printed, since arguments such as lists cannot be hashed.
         return tuple((k, repr(a)) for k, a in self.arguments.items() if not _has_tensors(a))
 
     @property
@@ -168,12 +171,13 @@ def register_rule(op: Any, function: Rule, *, replace: bool = False) -> None:
 
     ``op``: a ``torch._ops.OpOverload`` such as ``torch.ops.mylib.op.default``. ``function`` takes a
     ``RuleContext`` and returns the ownership of the output (a list for several outputs), made with
-    ``call.algebra``: ``pointwise(name, *marks)``, ``reduce(name, marks, dims, keepdim)``,
-    ``scan(name, marks, dims)``, ``contract(...)``. The structures that rest on it list it. Raises
-    ``InputError`` for something that is not an op, or has a rule already.
+    ``call.algebra``: ``pointwise(name, *arguments)``, ``reduce(name, argument, dims, keepdim)``,
+    ``scan(name, argument, dims)``, ``contract(...)``. The structures that rest on it list it.
+    Raises ``InputError`` for something that is not an op, or has a rule already.
     """
     if not isinstance(op, torch._ops.OpOverload):
         raise errors.InputError(errors.MSG_UNKNOWN_RULE.format(value=op))
+    # By its base name, as a rule of ours serves all overloads of an op, and its in-place variants.
     has_rule = op in CUSTOM or base_name(op) in RULES
     if has_rule and not replace:
         raise errors.InputError(errors.MSG_RULE_TAKEN.format(value=op))
@@ -182,6 +186,8 @@ def register_rule(op: Any, function: Rule, *, replace: bool = False) -> None:
 
 def lookup(op: Any) -> Rule | None:
     """Return the rule of an op; None if it has none and is to be decomposed."""
+    # From what the user says to what PyTorch says: a rule of the user's, a declaration, a rule of
+    # ours, the tag "pointwise". What gives Python a boolean has no elements to own.
     if op in CUSTOM:
         return CUSTOM[op]  # before all else, so that a rule can be replaced
     if op in ASSUMED:
@@ -209,8 +215,8 @@ def answers(op: Any) -> bool:
 def pointwise(call: RuleContext) -> Any:
     """Every output is one function of the elements at its place."""
     # An op of numbers alone makes elements that are all alike.
-    if call.marks:
-        out = call.algebra.pointwise(call.title, *call.marks)
+    if call.tensors:
+        out = call.algebra.pointwise(call.title, *call.tensors)
     else:
         out = filled(call.shape, call.title)
     return numbered([out] * len(call.shapes))
@@ -230,13 +236,19 @@ def summary(
     how: str = "ordered",
 ) -> Ownership:
     """Return one entry in place of ``dims``, which depends on all that lies along them."""
+    # A scan makes the entries along ``dims`` alike but for their index, so one can stand for all.
     dims = list(dims)
     return collapse(call.algebra.scan(name, x, dims, how), dims, keepdim)
 
 
 def unused(call: RuleContext) -> list[Ownership]:
     """Return all outputs but the first as memory of a kernel, which says nothing of samples."""
-    return [shared(shape, "unused") for shape in call.shapes[1:]]
+    return shared_outputs(call, "unused")[1:]
+
+
+def shared_outputs(call: RuleContext, name: object) -> list[Ownership]:
+    """Return all outputs as constants of one name."""
+    return [shared(shape, name) for shape in call.shapes]
 
 
 def plain_outputs(call: RuleContext, out: Ownership) -> list[Ownership]:
@@ -256,6 +268,8 @@ def stack(algebra: Propagation, scalars: Sequence[Ownership]) -> Ownership:
 
 def numbered(outputs: Sequence[Ownership]) -> list[Ownership]:
     """Return the outputs of one op as different functions, also where they have the same owners."""
+    # The first keeps its key: an op with one output is the same function as one that returns more
+    # beside it.
     named = list(outputs)
     for i in range(1, len(named)):
         named[i] = named[i].with_key(("output", i))
@@ -274,6 +288,8 @@ def known_for_every_batch(x: Ownership) -> bool:
 
 def unknown(call: RuleContext) -> list[Ownership]:
     """No rule: shared if all it reads is shared; otherwise samples may be mixed in any way."""
+    # The one thing that is sure of any op: made of what no sample enters, its results have no
+    # sample in them either.
     if call.depends_on_batch:
         return all_mixed(call, NO_RULE)
     return all_shared(call)
@@ -283,7 +299,7 @@ def all_shared(call: RuleContext) -> list[Ownership]:
     """Return outputs about which is known that no sample enters, and what they are made from."""
     sources: frozenset[str] = frozenset()
     keys = []
-    for m in call.marks:
+    for m in call.tensors:
         sources |= m.sources
         keys.append(digest(m))
     return [shared(s, (call.title, keys, i), sources) for i, s in enumerate(call.shapes)]
@@ -299,18 +315,19 @@ def mixed(call: RuleContext, shape: Sequence[int], how: str) -> Ownership:
     # One entry for all elements: which of them depends on which samples is not known anyway.
     ones = np.ones([1] * len(shape), dtype=np.int32)
     key = np.broadcast_to(code(call.title), ones.shape)
-    return call.algebra.result(shape, ones * MIXED, key, call.marks, how)
+    return call.algebra.result(shape, ones * MIXED, key, call.tensors, how)
 
 
 # --- what the user declares -----------------------------------------------------------------------
 
 
+# By identity; the module is kept, so that no other one gets its number.
 ASSUMED_MODULES: dict[int, nn.Module] = {}
 
 
 def independent(call: RuleContext) -> list[Ownership]:
     """Slice n of every output with a sample axis depends on slice n of the inputs only."""
-    return [assumed(call.algebra, call.marks, shape, call.title) for shape in call.shapes]
+    return [assumed(call.algebra, call.tensors, shape, call.title) for shape in call.shapes]
 
 
 def assumed(
@@ -323,6 +340,7 @@ def assumed(
         owner = np.full(view, MIXED, dtype=np.int32)
         key = np.broadcast_to(code(title), view)
         return algebra.result(shape, owner, key, inputs, "assumed")
+    # One key for all samples: declared is also that slices are the same function of their samples.
     out = batched(shape, dim, title)
     key = np.broadcast_to(code("assumed", title), out.owner.shape)
     # What was mixed among the inputs is separate by declaration, and is not handed on.

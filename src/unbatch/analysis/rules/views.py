@@ -262,15 +262,15 @@ def bounded(call: RuleContext, out: Ownership, x: Ownership) -> Ownership:
     definitions = call.algebra.record.definitions
     if x.owned or x.mixed or out.size >= x.size:
         return out
-    long = {r for r in x.given if definitions[r].long}
+    long = {r for r in x.statistics if definitions[r].long}
     if not long:
         return out
     # What is picked is defined anew, of a fixed size, in place of what it was picked from.
     picked = call.algebra.statistic("picked", out.owner, out.size, x.sources)
-    statistics = x.given - long
+    statistics = x.statistics - long
     if picked is not None:
         statistics |= {picked}
-    return replace(out, given=statistics)
+    return replace(out, statistics=statistics)
 
 
 # --- joins ----------------------------------------------------------------------------------------
@@ -282,6 +282,7 @@ def join(call: RuleContext) -> Ownership:
     parts = call["tensors"]
     ndim = len(call.shape)
     dim = (call["dim"] or 0) % ndim
+    # A stack of [n, c] is a join of [n, 1, c]: what follows knows one op only.
     if call.name == "stack":
         parts = [unsqueeze(m, dim) for m in parts]
     else:
@@ -317,16 +318,26 @@ def _side_by_side(call: RuleContext, parts: list[Ownership], dim: int) -> Owners
 
     None where they do not agree, so that the result has to say which element is whose.
     """
-    if any(m.explicit([dim]) for m in parts):
-        return None
-    using = sum(bool(m.given) for m in parts)
-    if 0 < using < len(parts) and not any(m.owned for m in parts):
+    using = 0
+    owned = False
+    for m in parts:
+        if m.explicit([dim]):
+            return None
+        using += bool(m.statistics)
+        owned = owned or m.owned
+    if 0 < using < len(parts) and not owned:
         # Joined as one value, all would count as statistics, also what is a constant.
         return None
     if not _owners_agree(call, parts):
         return None
-    entries = [_one_entry(m, dim) for m in parts]
-    name = (call.name, dim, [m.shape[dim] for m in parts])
+    # One function of what stands at each place of the parts; by its index along ``dim`` an element
+    # is of one of the parts. Their sizes say where one ends and the next begins.
+    entries = []
+    sizes = []
+    for m in parts:
+        entries.append(_one_entry(m, dim))
+        sizes.append(m.shape[dim])
+    name = (call.name, dim, sizes)
     return replace(call.algebra.pointwise(name, *entries), shape=tuple(call.shape))
 
 

@@ -43,7 +43,7 @@ SPATIAL = {name: dims for dims, names in POSITIONS.items() for name in names.spl
 @rule(*SPATIAL)
 def windows(call: RuleContext) -> Any:
     """Positions see windows of positions."""
-    a, (x, *others) = call.algebra, call.marks
+    a, (x, *others) = call.algebra, call.tensors
     count = min(SPATIAL[call.name], len(x.shape))
     lead = len(x.shape) - count
     windowed = a.scan(call.title, x, range(lead, len(x.shape)))
@@ -56,6 +56,8 @@ def windows(call: RuleContext) -> Any:
 
 def window_result(x: Ownership, shape: tuple[int, ...], lead: int) -> Ownership:
     """Return ``x``, scanned behind ``lead`` dims, with the positions of ``shape`` there."""
+    # A scan leaves all positions alike but for their index, so one of them stands for any number
+    # of them, in any number of dims: what counts is whom they depend on.
     ndim = len(x.shape)
     x = replace(x, shape=(*x.shape[:lead], *[1] * (ndim - lead)))
     x = squeeze(x, range(lead, ndim))
@@ -67,6 +69,7 @@ def window_result(x: Ownership, shape: tuple[int, ...], lead: int) -> Ownership:
 @rule("grid_sampler_2d", "grid_sampler_3d")
 def grid_sample(call: RuleContext) -> Ownership:
     """Every point of a grid [n, .., 2 or 3] looks anywhere into an image [n, c, ..]."""
+    # The image is read as a whole at each point, since where a point looks depends on numbers.
     x, grid = call["input"], call["grid"]
     image = summary(call, "space", x, range(2, len(x.shape)), True)
     last = len(grid.shape) - 1

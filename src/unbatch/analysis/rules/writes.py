@@ -69,6 +69,7 @@ def _equal_runs(spots: Array) -> list[Array]:
     """The indices of equal entries of ``spots``, one array for each value that occurs."""
     if not len(spots):
         return []
+    # [5, 2, 5] gives [1] and [0, 2]: what lands at one place is added up in one go, as by ``sum``.
     order = np.argsort(spots, kind="stable")
     return np.split(order, np.flatnonzero(np.diff(spots[order])) + 1)
 
@@ -118,6 +119,7 @@ def scatter(call: RuleContext) -> Ownership:
     accumulate = call.name in ADDING or bool(call["accumulate"]) or bool(call["reduce"])
     if call.name in PUTS:
         return _index_put(call, x, accumulate)
+    # ``put`` and ``masked_scatter`` count through all elements: not followed.
     if call["dim"] is None:
         return mixed(call, call.shape, "scattered")
     dim = call.dims()[0]
@@ -137,7 +139,9 @@ def scatter(call: RuleContext) -> Ownership:
 
 def _source(call: RuleContext, shape: Sequence[int]) -> Ownership:
     """What is written: a tensor, or a number that stands for a tensor of ``shape``."""
-    sources = call.tensors("src", "source", "value")
+    # With the name of the op and its factor: the sum of an element and of twice an element are
+    # different functions of it.
+    sources = call.named("src", "source", "value")
     if not sources:
         return filled(shape, ("value", repr(call["value"])))
     return sources[0].with_key((call.name, repr(call["alpha"]), repr(call["reduce"])))
@@ -176,6 +180,7 @@ def _scatter_anywhere(call: RuleContext, dim: int, src: Ownership, by_slice: boo
 
 def _pad_to(x: Ownership, sizes: Sequence[int]) -> Ownership:
     """A source that covers only the head of some dims: beyond it nothing lands."""
+    # A write of three columns into five: nothing of the source can land in the other two.
     x = spell_out(x)
     widths = [(0, size - old) for size, old in zip(sizes, x.shape, strict=True)]
     owner = np.pad(np.broadcast_to(x.owner, x.shape), widths, constant_values=SHARED)
@@ -224,9 +229,12 @@ def _split(call: RuleContext, numbers: list[Any]) -> tuple[list[int], list[int]]
 
 def _are_vectors(call: RuleContext, numbers: list[Any], dims: list[int]) -> bool:
     """Tell whether the indices at ``dims`` are numbers (and no masks), at most in a row."""
-    if any(is_mask(numbers[d]) for d in dims):
-        return False
-    return max(len(call["indices"][d].shape) for d in dims) == 1
+    rank = 0
+    for d in dims:
+        if is_mask(numbers[d]):
+            return False
+        rank = max(rank, len(call["indices"][d].shape))
+    return rank == 1
 
 
 def _put_anywhere(call: RuleContext, dim: int, rows: Array, loose: list[int]) -> Ownership:
