@@ -189,7 +189,7 @@ def as_svg(figure: Figure, description: str) -> str:
         label = html.escape(description, quote=True)
         text = text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
     # Spaces at line ends would be stripped from a committed drawing by hooks and editors.
-    lines = [line.rstrip() for line in text.splitlines()]
+    lines = map(str.rstrip, text.splitlines())
     return "\n".join(lines) + "\n"
 
 

@@ -357,9 +357,13 @@ def _after_mixing(graph: Graph, forward: Interpretation, steps: set[int]) -> Int
     """
     # The first interpretation shows only that samples are mixed from there on. A picture that ends
     # there would be silent about a batch norm after an attention across samples.
-    mixed = {s for s in steps if _reads_mixed(forward, graph.steps[s])}
+    mixed: set[int] = set()
+    for index in steps:
+        if _reads_mixed(forward, graph.steps[index]):
+            mixed.add(index)
     if not mixed:
         return {}
+    # Inputs and parameters begin with the same marks as before; what steps make is found anew.
     start = {i: m for i, m in forward.marks.items() if graph.values[i].kind != "step"}
     again = interpret(
         graph,
