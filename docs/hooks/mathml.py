@@ -22,7 +22,8 @@ def mathml(latex: str, display: str = "inline") -> str:
     found: str = convert(latex, display=display)
     if unknown := LEFT_OVER.findall(found):
         raise ValueError(
-            f"no MathML for {', '.join(unknown)} in the formula {latex!r}; write it in other commands"
+            f"no MathML for {', '.join(unknown)} in the formula {latex!r}; "
+            "write it in other commands"
         )
     return found
 
