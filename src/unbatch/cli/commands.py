@@ -341,6 +341,7 @@ def _print(facts: dict[str, str], structure: Structure, verification: Verificati
         console.print(f"{title}: {text}", markup=False)
     console.print()
     console.print(structure)
+    # --no-verify leaves the test out.
     if verification is not None:
         console.print("\nput to a numerical test")
         console.print(tables.verification_table(structure, verification))

@@ -145,6 +145,7 @@ def _train(out: Console, model: Net, digits: Digits, epochs: int) -> None:
 
 def _structure(out: Console, structure: ub.Structure) -> None:
     """Print the verdicts with what each of them says."""
+    # What each verdict says stands above the verdicts, for a reader who has not met the words.
     meanings = []
     for name, meaning in tables.MEANINGS.items():
         meanings.append((TITLES[name], Text(meaning, "dim")))

@@ -95,6 +95,7 @@ def train(model: Net, digits: Digits, epochs: int, out: Console) -> float:
 def _whole_batches(count: int) -> Iterator[Tensor]:
     """Yield the indices of batches in random order, without the rest that fills none."""
     for batch in torch.randperm(count).split(BATCH):
+        # The statistics of a few leftover samples would disturb the running ones.
         if len(batch) == BATCH:
             yield batch
 

@@ -96,6 +96,7 @@ class Diagram:
         table.add_column(justify="right", no_wrap=True)
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")
+        # The labels of the columns stand above the first stage.
         table.add_row("sample", columns(shown(self.samples)), "")
         room = self._room_for_remarks()
         for stage in self.stages:

@@ -248,6 +248,7 @@ def _scale(words: Sequence[tuple[Text, float]], ax: Axes, place: Bbox, renderer:
     cannot be read.
     """
     (left, right), (low, high) = ax.get_xlim(), ax.get_ylim()
+    # The smaller one, because units are square and axes need not have the shape of the picture.
     unit = min(place.width / (right - left), place.height / (high - low))  # in pixels
     for text, size in words:
         x, side = text.get_position()[0], text.get_horizontalalignment()

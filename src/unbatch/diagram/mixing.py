@@ -319,6 +319,7 @@ def _displacing(
     displacing: set[int] = set()
     while waiting:
         ref = waiting.pop()
+        # Several paths may lead to a value; inputs have no step that could have moved them.
         if ref.index in visited or ref.index not in graph.makers:
             continue
         visited.add(ref.index)

@@ -56,6 +56,7 @@ class Stage:
     def said(self) -> str:
         """What there is to say about the stage beside its name."""
         phrases = []
+        # Repetitions first: what follows is about all of them.
         if self.repeats > 1:
             phrases.append(f"{self.repeats} blocks")
         if self.runs > 1:

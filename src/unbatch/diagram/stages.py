@@ -214,6 +214,7 @@ def _op_names(run: Sequence[PathOp]) -> str:
     computing = [op for op in run if not _only_moves(op)] or run
     # In place or not, internal or not: ``add_`` and ``_softmax`` are called add and softmax.
     names = distinct_names(op.op.strip("_") for op in computing)
+    # Three names fit beside the picture.
     text = ", ".join(names[:3])
     if len(names) > 3:
         text += ", …"
