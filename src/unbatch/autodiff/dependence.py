@@ -99,7 +99,9 @@ class OwnedGraph:
     def is_differentiable(self, value: int) -> bool:
         """Tell whether a value can have a cotangent: integers and booleans have none."""
         dtype = self.graph.values[value].dtype
-        return (dtype.is_floating_point or dtype.is_complex) and value in self.interpretation.ownership
+        return (
+            dtype.is_floating_point or dtype.is_complex
+        ) and value in self.interpretation.ownership
 
     def is_shared(self, value: int) -> bool:
         """Tell whether a value belongs to no sample: one of parameters and batch statistics."""

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from unbatch.verification.verify import Verification
 
 
-# Exit statuses.
+# Exit statuses. A script can tell what fails from what is not established; 2 is also what typer
+# returns for options that it does not know.
 HOLDS, FAILS, WRONG_CALL, UNKNOWN = 0, 1, 2, 3
 
 
@@ -47,7 +48,9 @@ app = typer.Typer(
     help="Proves which structure a loss has, and says what may be computed because of it.",
     context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
+    # An exception that comes this far is a bug: its traceback is printed as Python does it.
     pretty_exceptions_enable=False,
+    # Brackets in help texts, as in [NAME=]SHAPE, are no markup.
     rich_markup_mode=None,
 )
 
@@ -100,6 +103,7 @@ def demo(
     """A tour on real data: a small net with batch norm, in train mode and after .eval()."""
     from unbatch.cli import demo as tour
 
+    # A quick tour writes a page only where it is told to.
     if output is None and not quick:
         output = TOUR_PAGE
     try:
@@ -110,6 +114,8 @@ def demo(
 
 # --- inspect and report ---------------------------------------------------------------------------
 
+
+# The options of both commands, written once.
 
 Target = Annotated[
     str,
@@ -184,6 +190,7 @@ class Call:
 
     def check(self) -> None:
         """Raise ``InputError`` unless there is one loss, and targets only where it takes them."""
+        # Both were typed, or neither was.
         if bool(self.loss) == self.own_loss:
             raise InputError(MSG_ONE_LOSS.format(got=", not both" if self.loss else ""))
         if self.own_loss and self.targets:
@@ -219,6 +226,7 @@ def inspect(  # noqa: PLR0913
     except (InputError, CaptureError) as error:
         _complain(str(error))
     if as_json:
+        # Alone on standard output, for a pipe; whatever else is printed goes to standard error.
         from unbatch.report import tables
 
         typer.echo(json.dumps(facts | tables.as_dict(structure, verification), indent=2))
@@ -272,6 +280,7 @@ def problem_of(call: Call) -> tuple[Problem, dict[str, str]]:
     model = make_model(call.target, call.seed)
     if call.eval_mode:
         model = model.eval()
+    # A generator of its own: what is drawn does not change with what the model draws when made.
     generator = torch.Generator().manual_seed(call.seed)
     X = as_inputs(shapes, generator)
     mode = "train" if model.training else "eval"
@@ -292,6 +301,7 @@ def exit_status(structure: Structure, verification: Verification | None) -> int:
     1 where a structure fails or a verdict is contradicted, else 3 where one is unknown, else 0.
     """
     statuses = {v.status for v in structure.verdicts}
+    # A verdict that is contradicted may hold by its own words, and yet must not pass.
     contradicted = verification is not None and not verification
     if "fails" in statuses or contradicted:
         return FAILS
@@ -331,6 +341,7 @@ def _print(facts: dict[str, str], structure: Structure, verification: Verificati
         console.print(f"{title}: {text}", markup=False)
     console.print()
     console.print(structure)
+    # --no-verify leaves the test out.
     if verification is not None:
         console.print("\nput to a numerical test")
         console.print(tables.verification_table(structure, verification))

@@ -70,6 +70,7 @@ def main(
         page.check_writable(report_to)
     digits = load()
     threads = torch.get_num_threads()
+    # No devices: all is done on the CPU, and the states of GPUs need not be saved.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         # Sums in another order round differently: on one thread the tour prints the same anywhere.
@@ -92,6 +93,7 @@ def _tour(out: Console, digits: Digits, quick: bool) -> ub.Problem:
     """Print all parts; return the problem, in train mode and float64."""
     model = Net()
     _train(out, model, digits, epochs=1 if quick else EPOCHS)
+    # Trained in float32, as is usual; in float64 comparisons show differences and no rounding.
     data = (digits.X[:BATCH].double(), digits.y[:BATCH])
     problem = ub.Problem(model.double(), F.cross_entropy, data)
     in_train_mode = problem.structure
@@ -103,6 +105,7 @@ def _tour(out: Console, digits: Digits, quick: bool) -> ub.Problem:
     checks = tables.verification_table(in_train_mode, problem.verify())
     _part(out, "5. Verification", texts.VERIFIED, checks)
     _gradients(out, problem)
+    # The problem stays the same object: it notices that the mode changed, and records again.
     model.eval()
     _in_eval_mode(out, in_train_mode, problem)
     model.train()
@@ -142,6 +145,7 @@ def _train(out: Console, model: Net, digits: Digits, epochs: int) -> None:
 
 def _structure(out: Console, structure: ub.Structure) -> None:
     """Print the verdicts with what each of them says."""
+    # What each verdict says stands above the verdicts, for a reader who has not met the words.
     meanings = []
     for name, meaning in tables.MEANINGS.items():
         meanings.append((TITLES[name], Text(meaning, "dim")))
@@ -203,6 +207,7 @@ def _in_eval_mode(out: Console, before: ub.Structure, problem: ub.Problem) -> No
 def _gained(before: ub.Structure, after: ub.Structure) -> Text:
     """Return in words how many quantities have become what their names say."""
     exact_before, exact_after = _exact(before), _exact(after)
+    # Quantities of single samples are what most readers know by name.
     new = [name for name in exact_after if name not in exact_before and "sample" in name]
     examples = ""
     if new:
@@ -259,6 +264,8 @@ def _distances(rows: Mapping[str, ub.Rows]) -> Table:
 
 def _noise_scale(problem: ub.Problem) -> list[Text]:
     """Return how many samples make a gradient half noise, and the warnings that come with it."""
+    # Warnings are printed as a part of the tour. Always, because Python shows the same warning
+    # once, and the tour may have been run before.
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ub.MixedSamplesWarning)
         scale = problem.compute(ub.NoiseScale())
@@ -310,8 +317,10 @@ def _histogram(values: Tensor) -> Table:
     most = int(counts.max())
     rows = []
     for power, count in zip(powers.tolist(), counts.tolist(), strict=True):
+        # One block at least: a single eigenvalue should be seen.
         bar = "█" * max(1, round(BAR * count / most))
         rows.append((f"1e{power:+d}", Text(bar), str(count)))
+    # ``unique`` ascends, and a spectrum is read from the largest value down.
     return rendering.table((), reversed(rows))
 
 
@@ -335,6 +344,7 @@ def _shares(problem: ub.Problem, directions: Any) -> list[Any]:
 
 def _steps(model: Net, problem: ub.Problem, G: Any) -> Table:
     """Return the loss on the batch, before and after a step of each kind."""
+    # The best of several sizes, so that the comparison with Newton's step is fair.
     gradient = problem.gradient()
     losses = {}
     for size in STEP_SIZES:

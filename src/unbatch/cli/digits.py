@@ -63,6 +63,7 @@ def load() -> Digits:
     except ImportError as error:
         raise ImportError(MSG_NO_SKLEARN) from error
     data = load_digits()
+    # Grey values go from 0 to 16.
     X = torch.as_tensor(data.images, dtype=torch.get_default_dtype()).unsqueeze(1) / 16
     y = torch.as_tensor(data.target)
     # Of a generator of its own: the split is the same whatever was drawn before.
@@ -94,6 +95,7 @@ def train(model: Net, digits: Digits, epochs: int, out: Console) -> float:
 def _whole_batches(count: int) -> Iterator[Tensor]:
     """Yield the indices of batches in random order, without the rest that fills none."""
     for batch in torch.randperm(count).split(BATCH):
+        # The statistics of a few leftover samples would disturb the running ones.
         if len(batch) == BATCH:
             yield batch
 
@@ -110,6 +112,8 @@ def _step(model: Net, X: Tensor, y: Tensor) -> None:
 
 def accuracy(model: Net, digits: Digits) -> float:
     """Return the share of held-out digits that the model, in eval mode, reads correctly."""
+    # In train mode, held-out digits would be normalised by each other, and would move the running
+    # statistics.
     model.eval()
     with torch.no_grad():
         right = model(digits.X_held_out).argmax(1) == digits.y_held_out

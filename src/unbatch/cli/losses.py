@@ -65,6 +65,7 @@ KINDS = {
 }
 
 
+# Short names in common use, without "_loss".
 ALIASES = {
     "bce": "binary_cross_entropy",
     "bce_with_logits": "binary_cross_entropy_with_logits",
@@ -81,10 +82,12 @@ def find_loss(value: str) -> Loss:
 
     Raises ``InputError`` for what is neither.
     """
+    # No name in torch has a colon.
     if ":" in value:
         return _loss_at(value)
     name = _full_name(value)
     if name not in KINDS:
+        # Without the suffix, as they are usually typed.
         names = [n.removesuffix("_loss") for n in KINDS]
         hint = suggestion(value, [*names, *ALIASES], "")
         raise InputError(MSG_LOSS.format(value=value, hint=hint, names=", ".join(names)))
@@ -128,6 +131,7 @@ def draw_targets(
     ``shape``: as typed; without a dtype it gives the sizes only. Raises ``InputError`` where the
     predictions do not determine which targets fit, ``CaptureError`` where the model raises.
     """
+    # For a loss of the table sizes alone do not say what to draw: labels have to be in range.
     if shape is not None and (shape.dtype is not None or not loss.kind):
         return shape.draw(generator), f"{shape}, drawn at random"
     if not loss.kind and _takes_one(loss.function):
@@ -159,6 +163,7 @@ def _takes_one(function: Callable[..., Any]) -> bool:
     """Return whether a loss takes predictions and nothing else, as far as its signature shows."""
     if isinstance(function, nn.Module):
         function = function.forward
+    # Binding counts the arguments, and calls nothing.
     try:
         inspect.signature(function).bind(None, None)
     except TypeError:
@@ -204,6 +209,7 @@ def _counts(sizes: tuple[int, ...], like: Tensor, generator: torch.Generator) ->
 
 
 def _probabilities(sizes: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Drawn:
+    # A softmax sums to one along the classes, as kl_div takes its targets.
     scores = torch.randn(sizes, generator=generator).to(like.dtype)
     class_axis = min(1, len(sizes) - 1)
     return scores.softmax(class_axis), "random probabilities along the class axis"

@@ -117,6 +117,7 @@ class Shape:
         if match is None:
             raise InputError(MSG_SHAPE.format(option=option, value=text))
         sizes = tuple(int(size) for size in match["sizes"].split(","))
+        # The pattern lets zeros pass, which leave nothing to draw.
         bound = int(match["bound"] or DEFAULT_BOUND)
         if 0 in sizes or bound == 0:
             raise InputError(MSG_SHAPE.format(option=option, value=text))
@@ -205,10 +206,12 @@ def named(target: str, what: str) -> Any:
 
     ``what``: the argument in which it was typed.
     """
+    # From the right, because a path may hold a colon itself, as on Windows.
     place, colon, name = target.rpartition(":")
     if not (colon and place and name):
         raise InputError(MSG_TARGET.format(what=what, value=target))
     module = _load_file(Path(place)) if place.endswith(".py") else _load_module(place)
+    # Dots reach into what the module defines, as in mylib:Nets.small.
     value: Any = module
     for part in name.split("."):
         if not hasattr(value, part):
@@ -259,6 +262,7 @@ def _load_module(name: str) -> ModuleType:
 
 def _make_importable(folder: Path) -> None:
     """Put a folder first where Python looks for modules."""
+    # First, as when Python runs a file in that folder; once, however many files are loaded.
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 

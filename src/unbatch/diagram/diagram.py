@@ -26,7 +26,7 @@ STEP = 5  # characters from one column to the next
 WIDTH, GAP = 110, 2  # characters of a line, and between its columns
 
 
-# Colour of a row by its kind.
+# Colour of a row by its kind; rows of separate samples have none, so that the others catch the eye.
 LOOKS = {
     "uneven": "magenta",
     "statistics": "cyan",
@@ -37,6 +37,7 @@ LOOKS = {
 }
 
 
+# The last sentence of a description, by the kind of the loss.
 ENDS = {
     "sum": "The loss is a weighted sum of those of the samples.",
     "whole": "The loss is no sum over samples.",
@@ -49,7 +50,8 @@ class Diagram:
     """The picture: columns are ``samples``, rows are ``stages``.
 
     ``verdicts``: title and status of each structure. Print it for a terminal; a notebook shows a
-    drawing; ``unbatch.plot.structure`` draws on axes of your own.
+    drawing; ``unbatch.plot.structure`` draws on axes of your own. It holds neither model nor
+    tensors, so it can be kept and compared with that of another day.
     """
 
     samples: int
@@ -58,19 +60,28 @@ class Diagram:
 
     @classmethod
     def of(cls, structure: Structure, stages: tuple[Stage, ...]) -> Diagram:
-        """Return the picture of a structure with these stages."""
+        """Return the picture of a structure with these stages.
+
+        They have to come from the same structure: ``stages`` keeps them within its verdicts.
+        """
         verdicts = tuple((TITLES[v.name], v.status) for v in structure.verdicts)
         return cls(structure.samples, stages, verdicts)
 
     @property
     def bands(self) -> tuple[Stage, ...]:
         """The stages in which samples are not separate, or not known to be."""
+        # The loss has kinds of its own, and is one number in any case.
         return tuple(s for s in self.stages if s.role != "loss" and not s.apart)
 
     @property
     def description(self) -> str:
-        """The picture in words, for who cannot see it."""
-        samples = f"{self.samples} sample{'s' * (self.samples != 1)}"
+        """The picture in words, for who cannot see it.
+
+        It names the stages in which samples are not separate, and how the loss is made.
+        """
+        samples = f"{self.samples} samples"
+        if self.samples == 1:
+            samples = "1 sample"
         sentences = [f"The way of {samples} from inputs to loss."]
         if not self.bands:
             sentences.append("The samples stay separate up to their losses.")
@@ -82,26 +93,35 @@ class Diagram:
         return " ".join(sentences)
 
     def __rich__(self) -> Group:
+        """Return the picture for a terminal: a row for each stage, and the verdicts below."""
         table = Table(box=None, pad_edge=False, show_header=False)
         table.add_column(justify="right", no_wrap=True)
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")
+        # The labels of the columns stand above the first stage.
         table.add_row("sample", columns(shown(self.samples)), "")
-        names = max(len(stage.name) for stage in self.stages)
-        room = WIDTH - names - STEP * len(shown(self.samples)) - 2 * GAP
+        room = self._room_for_remarks()
         for stage in self.stages:
             style, remark = LOOKS.get(stage.kind, ""), stage.remark
             if len(remark) > room:
-                # Broken where it is meant to be, and not where the line ends.
+                # Broken between what is done and where, not wherever the line ends.
                 remark = f"{stage.summary}\n{stage.places}".strip()
             row = Text(picture(stage, self.samples), style)
             table.add_row(stage.name, row, Text(remark, style))
+        # A sign beside each title, because colours are lost in a file.
         verdicts = []
         for title, status in self.verdicts:
             verdicts.append(Text(f"{MARKS[status]} {title}", STYLES[status]))
         return Group(table, Text("  ").join(verdicts))
 
+    def _room_for_remarks(self) -> int:
+        """Return how many characters of a line are left beside the names and the picture."""
+        names = max(len(stage.name) for stage in self.stages)
+        picture_width = STEP * len(shown(self.samples))
+        return WIDTH - names - picture_width - 2 * GAP
+
     def __str__(self) -> str:
+        # A width of its own: what a log or a doctest holds is the same on every terminal.
         return as_text(self.__rich__(), WIDTH)
 
     def _repr_html_(self) -> str:
@@ -119,7 +139,10 @@ def columns(marks: list[str]) -> str:
 
 
 def picture(stage: Stage, samples: int) -> str:
-    """Return one row: a mark in each column, or a band across all of them."""
+    """Return one row: a mark in each column, or a band across all of them.
+
+    A row is as wide as all columns, so that rows stand below each other.
+    """
     marks = shown(samples)
     width = STEP * len(marks)
     reach = width - STEP + 1  # from the first to the last mark
@@ -129,9 +152,21 @@ def picture(stage: Stage, samples: int) -> str:
             return sign.partition("=")[0].center(width)  # of one there is no sum
         return f"└{sign.center(reach - 2, '─')}┘".center(width)
     if stage.apart:
-        mark = {"inputs": "x", "predictions": "F", "losses": "ℓ"}.get(stage.role, "│")
-        return columns([m if m == "⋯" else mark for m in marks])
+        return columns(_own_marks(stage, marks))
     if stage.kind == "statistics":
         return f"├{f'>{stage.numbers}<'.center(reach - 2, '─')}┤".center(width)
     fill, sign = {"unknown": ("░", " ? "), "moved": ("╳", "")}.get(stage.kind, ("█", ""))
     return sign.center(reach, fill).center(width)
+
+
+def _own_marks(stage: Stage, labels: list[str]) -> list[str]:
+    """Return the letter of a stage, or a line, for each sample that has a column."""
+    letter = {"inputs": "x", "predictions": "F", "losses": "ℓ"}.get(stage.role, "│")
+    marks = []
+    for label in labels:
+        # The ellipsis stands for samples without a column, and stays.
+        mark = letter
+        if label == "⋯":
+            mark = label
+        marks.append(mark)
+    return marks

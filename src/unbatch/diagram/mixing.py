@@ -7,6 +7,7 @@ the stages of a picture is in ``stages.py``.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeGuard
@@ -35,7 +36,7 @@ KINDS = {
 }
 
 
-GRAVITY = list(KINDS)
+GRAVITY = list(KINDS)  # "mixed" after "unknown": a doubt adds nothing where samples mix anyway
 
 
 APART = ("separate", "uneven")
@@ -71,18 +72,25 @@ class PathOp:
 
     @property
     def apart(self) -> bool:
-        """Every sample is on its own here."""
+        """Whether every sample is on its own here."""
         return self.kind in APART
 
     def unsettled(self, note: str, culprits: tuple[Culprit, ...] = ()) -> PathOp:
-        """Return the op as one about which it is not established what it does to samples."""
+        """Return the op as one about which it is not established what it does to samples.
+
+        Counts of statistics are dropped: a number that is not established is none.
+        """
         return PathOp(self.path, self.op, "unknown", culprits=culprits, note=note)
 
 
 def path_ops(
     graph: Graph, findings: AnalysisState, structure: Structure, classes: Mapping[str, str]
 ) -> list[PathOp]:
-    """Return the ops that samples go through, in order; ``classes``: module path -> its class."""
+    """Return the ops that samples go through, in the order in which they run.
+
+    ``findings``: of the interpretation behind ``structure``. ``classes``: module path -> its class.
+    Ops outside of these modules belong to the model itself and have the path ``()``.
+    """
     recorded = _recorded_ops(graph, findings, structure, classes)
     return _within_verdict(recorded, structure)
 
@@ -113,6 +121,7 @@ Interactions = dict[int, Interaction]  # by step
 
 
 def _add(interactions: Interactions, step: int, interaction: Interaction) -> None:
+    """Add an interaction to those of a step."""
     interactions[step] = interactions.get(step, Interaction()) | interaction
 
 
@@ -122,7 +131,10 @@ def _recorded_ops(
     """Return the ops with what the interpretation shows, whatever the verdict on it."""
     forward = findings.forward
     steps = forward.ancestors(graph.used_predictions) - graph.after_cut
-    carrying = {s for s in steps if _carries_samples(forward, graph.steps[s])}
+    carrying: set[int] = set()
+    for index in steps:
+        if _carries_samples(forward, graph.steps[index]):
+            carrying.add(index)
     interactions = _interactions(graph, findings, steps, carrying)
     verdicts = (
         structure.independent_forward,
@@ -132,6 +144,7 @@ def _recorded_ops(
     culprits: dict[Culprit, None] = {}
     for verdict in verdicts:
         culprits |= dict.fromkeys(verdict.culprits)
+    # Steps that carry samples, and those that only Python reads or statistics are made at.
     path_ops_ = []
     for index in sorted(carrying | interactions.keys()):
         step = graph.steps[index]
@@ -154,6 +167,7 @@ def _carries_samples(forward: Interpretation, step: Step) -> bool:
 
 
 def _interpreted(ref: Ref | None, forward: Interpretation) -> TypeGuard[Ref]:
+    """Tell whether there is an abstract value of that tensor."""
     return ref is not None and ref.index in forward.ownership
 
 
@@ -186,7 +200,9 @@ def _own_culprit(step: Step, interaction: Interaction, no_rule: bool) -> tuple[C
     They name where samples interact first, and where predictions end.
     """
     if interaction.kind == "statistics":
-        why = "group" if interaction.group else "statistic"
+        why = "statistic"
+        if interaction.group:
+            why = "group"
     elif interaction.kind == "moved":
         why = "place"
     elif interaction.kind == "mixed":
@@ -201,9 +217,14 @@ def _own_culprit(step: Step, interaction: Interaction, no_rule: bool) -> tuple[C
 def _interactions(
     graph: Graph, findings: AnalysisState, steps: set[int], carrying: set[int]
 ) -> Interactions:
-    """Return the steps at which samples are not simply separate."""
+    """Return the steps at which samples are not simply separate.
+
+    ``steps``: those that predictions are computed by; ``carrying``: the ones of them whose results
+    depend on the batch.
+    """
     forward = findings.forward
     predictions = [r for r in graph.used_predictions if _interpreted(r, forward)]
+    # One step can be several of these; what it is then, ``Interaction`` decides.
     displacing = _displacing(graph, forward, predictions, findings.leading)
     sources = (
         _through_statistics(forward, steps),
@@ -236,15 +257,13 @@ def _add_use(
     if not any(roots[r].step in steps for r in use.definitions):
         return
     last = roots[max(use.definitions)]
-    _add(
-        interactions,
-        last.step,
-        Interaction(
-            kind="mixed" if use.long else "statistics",
-            numbers=use.size,
-            group=last.samples if last.groups else 0,
-        ),
-    )
+    kind, group = "statistics", 0
+    if use.long:
+        # With an entry for every sample it can hand on all of them: nothing is bounded.
+        kind = "mixed"
+    if last.groups:
+        group = last.samples
+    _add(interactions, last.step, Interaction(kind, use.size, group))
 
 
 def _mixing(forward: Interpretation, predictions: Sequence[Ref]) -> set[int]:
@@ -259,19 +278,28 @@ def _mixing(forward: Interpretation, predictions: Sequence[Ref]) -> set[int]:
     for ref in predictions:
         mixers |= forward[ref].mixers
         statistics |= forward[ref].statistics
+    # What samples use is counted as statistics, with its numbers, by ``_through_statistics``.
     for use in algebra.record.uses.values():
         statistics -= use.definitions
     mixing = (mixers & algebra.record.mixing.keys()) - forward.unknown.keys()
-    return mixing | {algebra.record.definitions[r].step for r in statistics}
+    for root in statistics:
+        mixing.add(algebra.record.definitions[root].step)
+    return mixing
 
 
 def _after_reads(reads: Sequence[HostRead], steps: Sequence[int]) -> Interactions:
-    """Count what Python reads at the first step after it that samples go through."""
+    """Count what Python reads at the first step after it that samples go through.
+
+    ``steps``: ascending. What Python does with a value is not recorded, so any sample may have
+    decided what comes next.
+    """
     interactions: Interactions = {}
+    if not steps:
+        return interactions
     for read in reads:
-        later = [s for s in steps if s >= read.step][:1]
-        for step in later or steps[-1:]:
-            _add(interactions, step, Interaction("unknown", reads=(read,)))
+        # After the last step there is none later: then what was read may have chosen the output.
+        place = min(bisect_left(steps, read.step), len(steps) - 1)
+        _add(interactions, steps[place], Interaction("unknown", reads=(read,)))
     return interactions
 
 
@@ -292,6 +320,7 @@ def _displacing(
     displacing: set[int] = set()
     while waiting:
         ref = waiting.pop()
+        # Several paths may lead to a value; inputs have no step that could have moved them.
         if ref.index in visited or ref.index not in graph.makers:
             continue
         visited.add(ref.index)
@@ -303,6 +332,7 @@ def _displacing(
             if forward[operand].separate and not in_order(forward[operand], samples):
                 out_of_order.append(operand)
         waiting += out_of_order
+        # All operands are in order and the result is not: here it happens.
         if not out_of_order:
             displacing.add(step.index)
     return displacing
@@ -310,6 +340,7 @@ def _displacing(
 
 def _last_writer(graph: Graph, ref: Ref) -> Step:
     """Return the last step that writes to a value, through another view, or else its maker."""
+    # A view is made by one step, and filled by others, which write to the memory it looks at.
     maker = graph.makers[ref.index]
     writer = maker
     if graph.written(ref.index):
@@ -326,9 +357,15 @@ def _after_mixing(graph: Graph, forward: Interpretation, steps: set[int]) -> Int
 
     Found by a second interpretation in which each slice counts as a sample's own after the mixing.
     """
-    mixed = {s for s in steps if _reads_mixed(forward, graph.steps[s])}
+    # The first interpretation shows only that samples are mixed from there on. A picture that ends
+    # there would be silent about a batch norm after an attention across samples.
+    mixed: set[int] = set()
+    for index in steps:
+        if _reads_mixed(forward, graph.steps[index]):
+            mixed.add(index)
     if not mixed:
         return {}
+    # Inputs and parameters begin with the same marks as before; what steps make is found anew.
     start = {i: m for i, m in forward.ownership.items() if graph.values[i].kind != "step"}
     again = interpret(
         graph,
@@ -350,6 +387,7 @@ def _after_mixing(graph: Graph, forward: Interpretation, steps: set[int]) -> Int
 
 
 def _reads_mixed(forward: Interpretation, step: Step) -> bool:
+    """Tell whether an operand of a step has mixed samples in it."""
     return any(_interpreted(r, forward) and forward[r].mixed for r in step.refs())
 
 
@@ -360,22 +398,47 @@ def _within_verdict(recorded: list[PathOp], structure: Structure) -> list[PathOp
     """Return as much of what the recording shows as the verdict on the forward pass says."""
     verdict = structure.independent_forward
     if verdict:
-        return [op if op.kind == "uneven" else PathOp(op.path, op.op) for op in recorded]
+        return [_as_separate(op) for op in recorded]
     if structure.samples == 1:
         return [op.unsettled(ONE_SAMPLE) for op in recorded]
     strayed = _replay_culprits(recorded, verdict.culprits)
-    if all(op.apart for op in recorded):
+    if not _suspects(recorded):
         return _anywhere(recorded, verdict, bool(strayed))
     fails = verdict.status == "fails"
-    settled = []
-    for op in _witnessed(recorded) if fails else recorded:
-        if op.apart:
-            # What is not in the recording may interact at any of its ops.
-            op = op.unsettled(STRAYED, strayed) if strayed else op
-        elif not fails:
-            op = replace(op, kind="unknown")
-        settled.append(op)
-    return settled
+    if fails:
+        recorded = _witnessed(recorded)
+    return [_within_doubt(op, fails, strayed) for op in recorded]
+
+
+def _suspects(recorded: Sequence[PathOp]) -> list[PathOp]:
+    """Return the ops at which samples interact or may interact."""
+    return [op for op in recorded if not op.apart]
+
+
+def _as_separate(op: PathOp) -> PathOp:
+    """Return an op of a computation whose samples are proved to be separate.
+
+    The place in the batch may still matter, which is no dependence on another sample.
+    """
+    if op.kind == "uneven":
+        return op
+    return PathOp(op.path, op.op)
+
+
+def _within_doubt(op: PathOp, fails: bool, strayed: tuple[Culprit, ...]) -> PathOp:
+    """Return an op where the verdict does not hold.
+
+    ``fails``: it is refuted, not only unproved. ``strayed``: culprits for what the recording lacks.
+    """
+    if op.apart:
+        # What is not in the recording may interact at any of its ops.
+        if strayed:
+            return op.unsettled(STRAYED, strayed)
+        return op
+    if fails:
+        return op
+    # The verdict is unknown: an interaction that the recording shows may cancel.
+    return replace(op, kind="unknown")
 
 
 def _anywhere(recorded: list[PathOp], verdict: Verdict, strayed: bool) -> list[PathOp]:
@@ -393,8 +456,9 @@ def _replay_culprits(
 
     None where an op is known to be unknown: that may well be why.
     """
-    if any(op.kind == "unknown" for op in recorded):
-        return ()
+    for op in recorded:
+        if op.kind == "unknown":
+            return ()
     return tuple(c for c in culprits if c.op == "replay")
 
 
@@ -403,14 +467,22 @@ def _witnessed(recorded: list[PathOp]) -> list[PathOp]:
 
     Where they can do so in one place only, that is where; of several nobody knows which.
     """
-    suspects = [op for op in recorded if not op.apart]
-    if any(op.kind != "unknown" for op in suspects):
-        return recorded
-    places = {op.culprits for op in suspects}
-    one_place = len(suspects) == 1 or (len(places) == 1 and () not in places)
+    places: set[tuple[Culprit, ...]] = set()
+    count = 0
+    for op in _suspects(recorded):
+        if op.kind != "unknown":
+            # There is an interaction that the recording shows, which explains the witness.
+            return recorded
+        places.add(op.culprits)
+        count += 1
+    # Several ops with the same culprits are one place; ops without any may be anywhere.
+    one_place = count == 1 or (len(places) == 1 and () not in places)
     settled = []
     for op in recorded:
-        if not op.apart:
-            op = replace(op, kind="mixed") if one_place else replace(op, note=SOMEWHERE)
-        settled.append(op)
+        if op.apart:
+            settled.append(op)
+        elif one_place:
+            settled.append(replace(op, kind="mixed"))
+        else:
+            settled.append(replace(op, note=SOMEWHERE))
     return settled

@@ -18,7 +18,7 @@ from unbatch.diagram.mixing import APART
 NAMED = 3  # places that are named before the others are counted
 
 
-# Culprits that are no ops, in words.
+# Culprits that are no ops, in words: their names are those of the package, not of torch.
 WORDS = {
     "escape": "read by Python",
     "replay": "replayed on another batch",
@@ -50,13 +50,14 @@ class Stage:
 
     @property
     def apart(self) -> bool:
-        """Every sample has a column of its own here."""
+        """Whether every sample has a column of its own here."""
         return self.kind in APART
 
     @property
     def summary(self) -> str:
         """What there is to say about the stage beside its name."""
         phrases = []
+        # Repetitions first: what follows is about all of them.
         if self.repeats > 1:
             phrases.append(f"{self.repeats} blocks")
         if self.runs > 1:
@@ -65,11 +66,14 @@ class Stage:
         return ", ".join(filter(None, phrases))
 
     def _kind_in_words(self) -> str:
+        """Return what the samples do to each other, and nothing where they are separate."""
         if self.role == "loss":
+            # The picture of it says whether it is a sum.
             return ""
         if self.kind == "statistics":
-            plural = "s" * (self.numbers != 1)
-            words = f"samples share {self.numbers} number{plural}"
+            words = f"samples share {self.numbers} numbers"
+            if self.numbers == 1:
+                words = "samples share 1 number"
             if self.group:
                 words += f", in each group of {self.group} samples"
             return words
@@ -86,6 +90,7 @@ class Stage:
     @property
     def places(self) -> str:
         """Where the user's program does it: op, file and line; the modules, if in several."""
+        # A dict for a set in order: blocks that look alike have the same places, once each.
         places: dict[tuple[str, str, str], None] = {}
         for culprit in self.culprits:
             op = WORDS.get(culprit.op, culprit.op)
@@ -94,6 +99,7 @@ class Stage:
             return ""
         modules, ops, lines = map(distinct_names, zip(*places, strict=True))
         if len(modules) < 2:
+            # One op is named with its line, and others are counted: a remark is one short line.
             text = ", ".join([*ops[:1], *lines[:1]])
             if len(places) > 1:
                 text += f", and {len(places) - 1} more"
@@ -114,8 +120,10 @@ class Stage:
         name = ".".join(module.split(".")[depth:])
         if not name[:1].isdigit():
             return name
-        above = "" if self.repeats > 1 else self.path
-        return f"{above}.{name}"
+        if self.repeats > 1:
+            # The path would be that of one block of several; the dot shows that something is above.
+            return f".{name}"
+        return f"{self.path}.{name}"
 
     @property
     def remark(self) -> str:
@@ -129,6 +137,7 @@ def distinct_names(names: Iterable[str]) -> list[str]:
 
 
 def _listed(names: Sequence[str]) -> str:
+    """Return the first few names with commas, and how many more there are."""
     text = ", ".join(names[:NAMED])
     if len(names) > NAMED:
         text += f" and {len(names) - NAMED} more"
@@ -140,6 +149,7 @@ def shown(samples: int) -> list[str]:
 
     A few from both ends do, with an ellipsis for all others.
     """
+    # Up to five are no wider than these, so nothing is gained by leaving one out.
     if samples > 5:
         return ["1", "2", "⋯", "N−1", "N"]
     return [str(n) for n in range(1, samples + 1)]
@@ -153,10 +163,12 @@ def loss_stages(structure: Structure, name: str) -> tuple[Stage, Stage]:
     simd, split = structure.simd_loss, structure.canonical_split
     notes = {"holds": "", "fails": "parameters enter beside the predictions"}
     kinds = {"holds": "separate", "fails": "mixed", "unknown": "unknown"}
+    # What Python calls an anonymous function says nothing to a reader.
     name = name.replace("<lambda>", "loss")
     if name == "loss" and not simd:
         # Its value is what is called loss below.
         name = "loss function"
+    # The canonical split is noted here, because it is in the loss that parameters would enter.
     losses = Stage(
         "losses",
         name,
@@ -168,10 +180,15 @@ def loss_stages(structure: Structure, name: str) -> tuple[Stage, Stage]:
 
 
 def _reduction(reduction: Verdict, simd: Verdict) -> Stage:
-    """Return the stage at which the losses of the samples become one number."""
-    if not simd:  # the stage above is already no loss of single samples
+    """Return the stage at which the losses of the samples become one number.
+
+    It says no more than the two verdicts: a sum only where the terms are those of single samples.
+    """
+    if not simd:
+        # The stage above has no losses of single samples that this one could sum.
         return Stage("loss", "loss", "whole")
     if reduction:
+        # Weights of samples by their targets, as with class weights, keep it a sum.
         note = ""
         if reduction.weights_depend_on:
             note = f"weights depend on {' and '.join(sorted(reduction.weights_depend_on))}"

@@ -13,6 +13,7 @@ from itertools import groupby
 
 from unbatch.analysis.inference import AnalysisState
 from unbatch.analysis.structure import Structure
+from unbatch.analysis.verdict import Culprit
 from unbatch.capture import ops
 from unbatch.capture.graph import Graph
 from unbatch.diagram.mixing import GRAVITY, HERE_OR_THERE, SOMEWHERE, PathOp, path_ops
@@ -26,6 +27,7 @@ from unbatch.diagram.stage import (
 MOST = 14  # stages between inputs and predictions that fit on a page
 
 
+# Modules that compute nothing themselves: what they hold says more than their own name.
 CONTAINERS = {"Sequential", "ModuleList", "ModuleDict"}
 
 
@@ -39,7 +41,8 @@ def stages(
 ) -> tuple[Stage, ...]:
     """Return the stages from inputs to loss, with at most ``most`` between inputs and predictions.
 
-    ``classes``: module path -> name of its class. ``loss``: what the loss is called.
+    ``classes``: module path -> name of its class. ``loss``: what the loss is called. Where even the
+    coarsest grouping has more stages than ``most``, all of them are returned.
     """
     shapes = ", ".join(str(list(shape)) for shape in structure.predictions)
     few = _few(path_ops(graph, findings, structure, classes), classes, most)
@@ -53,6 +56,7 @@ def stages(
 
 def _few(path: Sequence[PathOp], classes: Mapping[str, str], most: int) -> list[Stage]:
     """Return the most detailed grouping that fits on a page, or the coarsest where none does."""
+    # What the coarsest grouping has too many of is shown all the same: a long picture is no error.
     grouping: list[Stage] = []
     for grouping in _groupings(path, classes):
         if len(grouping) <= most:
@@ -68,15 +72,20 @@ def _groupings(path: Sequence[PathOp], classes: Mapping[str, str]) -> Iterator[l
     last.
     """
     leaves = {".".join(leaf) for leaf in _leaves(classes)}
-    deepest = max((len(op.path) for op in path), default=0)
+    deepest = 1
+    for op in path:
+        deepest = max(deepest, len(op.path))
     cuts = []
-    for depth in range(max(deepest, 1), 0, -1):
+    for depth in range(deepest, 0, -1):
+        # Opened first, because to show what a container holds is more detailed.
         for opened in (True, False):
             blocks = _like_blocks_joined(_cut(path, classes, depth, opened), leaves)
             cuts.append(_reruns_joined(blocks))
+    # All of a kind before the first of the next: a cut less deep keeps more of what is there than
+    # one in which stages of different modules are thrown together.
     yield from cuts
     yield from map(_separate_joined, cuts)
-    bands = [_one_band(cut) for cut in cuts]
+    bands = list(map(_one_band, cuts))
     yield from bands
     yield from map(_separate_joined, bands)
 
@@ -98,10 +107,13 @@ def _cut(
         to = depth
         if opened:
             to = _below_containers(op.path, classes, depth)
-        between_modules = op.path not in leaves and len(op.path) < to
-        return op.path[:to], op.kind if between_modules else ""
+        if op.path not in leaves and len(op.path) < to:
+            # Between modules: only like ops are one stage.
+            return op.path[:to], op.kind
+        return op.path[:to], ""
 
     runs = [(key, list(run)) for key, run in groupby(path, place)]
+    # ``groupby`` joins neighbours only, so a module that is called twice has two runs.
     computing = []
     for key, run in runs:
         if key[1] != "separate" or not all(map(_only_moves, run)):
@@ -125,11 +137,19 @@ def _below_containers(path: tuple[str, ...], classes: Mapping[str, str], depth: 
 
 def _leaves(classes: Mapping[str, str]) -> set[tuple[str, ...]]:
     """Return the paths of modules without modules in them; ``classes``: path -> class."""
-    paths = {tuple(name.split(".")) for name in classes if name}
-    return paths - {path[:-1] for path in paths} - {()}
+    paths: set[tuple[str, ...]] = set()
+    parents: set[tuple[str, ...]] = set()
+    for name in classes:
+        # The root has the name "", and is no leaf even where it holds no modules.
+        if name:
+            path = tuple(name.split("."))
+            paths.add(path)
+            parents.add(path[:-1])
+    return paths - parents
 
 
 def _only_moves(op: PathOp) -> bool:
+    """Tell whether an op moves entries without computing anything, as a reshape does."""
     return ops.by_name(op.op).moves is not None
 
 
@@ -139,14 +159,20 @@ def _stage(
     classes: Mapping[str, str],
     leaves: Container[tuple[str, ...]],
 ) -> Stage:
-    """Return a run of ops as a stage: as the module that they are in, or else as the ops."""
-    below = any(op.path[: len(path)] == path and op.path != path for op in run)
-    if not below and path not in leaves:
-        return _summary(run, _op_names(run))
+    """Return a run of ops as a stage: as the module that they are in, or else as the ops.
+
+    ``path``: of the module that the run was cut at; ``leaves``: modules without modules in them.
+    """
     module = ".".join(path)
-    if not module:
+    # Ops that a module does itself, between those of its own modules, are not the whole module.
+    if not module or not (path in leaves or _enters_below(path, run)):
         return _summary(run, _op_names(run))
     return _summary(run, f"{module} {classes[module]}", module)
+
+
+def _enters_below(path: tuple[str, ...], run: Sequence[PathOp]) -> bool:
+    """Tell whether an op of the run is in a module below that path."""
+    return any(op.path != path and op.path[: len(path)] == path for op in run)
 
 
 def _summary(some: Sequence[PathOp] | Sequence[Stage], name: str, path: str = "") -> Stage:
@@ -155,7 +181,17 @@ def _summary(some: Sequence[PathOp] | Sequence[Stage], name: str, path: str = ""
     Samples that interact, with something unknown beside that, are samples that mix: no number
     bounds what passes between them.
     """
-    kinds = {s.kind for s in some}
+    kinds: set[str] = set()
+    notes: list[str] = []
+    culprits: list[Culprit] = []
+    numbers, group = 0, 0
+    for stage in some:
+        kinds.add(stage.kind)
+        notes.append(stage.note)
+        culprits += stage.culprits
+        # Numbers add up; of groups, the largest bounds how far a number reaches.
+        numbers += stage.numbers
+        group = max(group, stage.group)
     kind = max(kinds, key=GRAVITY.index)
     if "unknown" in kinds and kinds & {"statistics", "moved"}:
         kind = "mixed"
@@ -163,10 +199,10 @@ def _summary(some: Sequence[PathOp] | Sequence[Stage], name: str, path: str = ""
         "module",
         name,
         kind,
-        sum(s.numbers for s in some),
-        max(s.group for s in some),
-        note=", ".join(distinct_names(s.note for s in some)),
-        culprits=distinct_culprits(c for s in some for c in s.culprits),
+        numbers,
+        group,
+        note=", ".join(distinct_names(notes)),
+        culprits=distinct_culprits(culprits),
         path=path,
     )
 
@@ -177,7 +213,9 @@ def _op_names(run: Sequence[PathOp]) -> str:
     What only moves things is left out where more is done.
     """
     computing = [op for op in run if not _only_moves(op)] or run
+    # In place or not, internal or not: ``add_`` and ``_softmax`` are called add and softmax.
     names = distinct_names(op.op.strip("_") for op in computing)
+    # Three names fit beside the picture.
     text = ", ".join(names[:3])
     if len(names) > 3:
         text += ", …"
@@ -222,15 +260,20 @@ def _follows(last: Stage, stage: Stage) -> bool:
     next_series, next_number = _numbered(stage.path)
     if not number or not next_number or int(next_number) != int(number) + 1:
         return False
+    # Equal looks are necessary: a block that mixes must not vanish among those that do not.
     last_class, class_ = last.name.partition(" ")[2], stage.name.partition(" ")[2]
     if (series, last_class) != (next_series, class_):
         return False
+    # ``last`` may stand for several blocks already, and its numbers are those of all of them.
     looks = (last.kind, last.group, last.note, last.numbers / last.repeats)
     return looks == (stage.kind, stage.group, stage.note, stage.numbers)
 
 
 def _reruns_joined(stages_: Sequence[Stage]) -> list[Stage]:
-    """Return stages that are run again, in a row and in the same order, once."""
+    """Return stages that are run again, in a row and in the same order, once.
+
+    As a recurrent net does, whose cell is called at every step.
+    """
     joined: list[Stage] = []
     start = 0
     while start < len(stages_):
@@ -243,7 +286,8 @@ def _reruns_joined(stages_: Sequence[Stage]) -> list[Stage]:
 
 
 def _cycle(stages_: Sequence[Stage]) -> tuple[int, int]:
-    """Return how many stages, from the first on, are repeated how often."""
+    """Return how many stages, from the first on, are repeated how often; 1 and 1 where none are."""
+    # The shortest first: what is repeated four times is not two things repeated twice.
     for size in range(1, min(len(stages_) // 2, MOST) + 1):
         times = 1
         while stages_[times * size : (times + 1) * size] == stages_[:size]:
@@ -261,7 +305,9 @@ def _separate_joined(stages_: Sequence[Stage]) -> list[Stage]:
     joined: list[Stage] = []
     for kind, group in groupby(stages_, lambda stage: stage.kind):
         run = list(group)
-        joined += _as_one(run) if kind == "separate" else run
+        if kind == "separate":
+            run = _as_one(run)
+        joined += run
     return joined
 
 
@@ -287,14 +333,21 @@ def _doubts_joined(stages_: Sequence[Stage]) -> list[Stage]:
     Where samples mix in one of several such places, each says that it may be another.
     """
     joined: list[Stage] = []
-    for reason, group in groupby(stages_, lambda s: (s.kind == "unknown", s.note, s.culprits)):
-        unknown, run = reason[0], list(group)
-        joined += _as_one(run) if unknown else run
+    for reason, group in groupby(stages_, _doubt):
+        run = list(group)
+        if reason[0]:
+            run = _as_one(run)
+        joined += run
     suspects = [i for i, stage in enumerate(joined) if stage.note == SOMEWHERE]
     if len(suspects) > 1:
         for i in suspects:
             joined[i] = replace(joined[i], note=HERE_OR_THERE)
     return joined
+
+
+def _doubt(stage: Stage) -> tuple[bool, str, tuple[Culprit, ...]]:
+    """Return whether a stage is in doubt, and why."""
+    return stage.kind == "unknown", stage.note, stage.culprits
 
 
 def _from_to(run: Sequence[Stage]) -> str:

@@ -58,7 +58,7 @@ def rest(model: nn.Module, loss: Loss, inputs: Any, targets: Any) -> dict[str, T
     parameters = _parameters(model, loss)
     with _untouched(model, loss):
         run = run_batch(model, inputs)
-        constants = [p.detach() for p in run.predictions]
+        constants = list(map(Tensor.detach, run.predictions))
         # All other leaves stay connected: they bypass the predictions.
         value = evaluate(loss, run.with_own(constants, detach=False), targets)
         return _by_name(parameters, _grad([value], parameters.values()))
@@ -100,17 +100,17 @@ def copies(model: nn.Module, loss: Loss, inputs: Any, targets: Any) -> Rows:
         run, calls = record_batch(model, inputs)
         ranks = [copy.deepcopy(before) for _ in range(run.samples)]
         of_ranks = in_lock_step(ranks, run, calls, inputs)
-        joined = [torch.cat(slices) for slices in zip(*of_ranks, strict=True)]
+        joined = _transposed(of_ranks, torch.cat)
         check_same_predictions(run, joined, "copies")
         # One backward pass reaches the parameters of all ranks, each apart from the others.
         value = evaluate(loss, run.with_own(joined, detach=True), targets)
         theta: list[Tensor] = []
         for rank in ranks:
-            theta += _trained(rank)
+            theta += _parameters(rank, loss=None).values()
         grads = _grad([value], theta)
     count = len(theta) // run.samples
     # A parameter of the loss belongs to no rank: what it contributes is in the rest.
-    of_loss = [torch.zeros_like(p) for p in list(parameters.values())[count:]]
+    of_loss = _zeros(list(parameters.values())[count:])
     rows = []
     for m in range(run.samples):
         of_rank = grads[m * count : (m + 1) * count]
@@ -212,8 +212,10 @@ def ggn(model: nn.Module, loss: Loss, inputs: Any, targets: Any, frozen: bool = 
 
     With ``frozen``, J holds constant what crosses samples.
     """
-    J_of = frozen_jacobian if frozen else jacobian
-    J = J_of(model, loss, inputs, targets)
+    if frozen:
+        J = frozen_jacobian(model, loss, inputs, targets)
+    else:
+        J = jacobian(model, loss, inputs, targets)
     H = output_hessian(model, loss, inputs, targets)
     return J.T @ H @ J
 
@@ -276,8 +278,10 @@ def clipped_sum(rows: Rows, max_norm: float) -> dict[str, Tensor]:
     for name, row in rows.items():
         clipped = []
         for row_n, norm in zip(row, norms.tolist(), strict=True):
-            # Not divided by a norm of zero.
-            factor = max_norm / norm if norm > max_norm else 1.0
+            # Only a row that is too long is divided by its norm, which may be zero otherwise.
+            factor = 1.0
+            if norm > max_norm:
+                factor = max_norm / norm
             clipped.append(factor * row_n)
         total[name] = torch.stack(clipped).sum(0)
     return total
@@ -299,15 +303,12 @@ def _parameters(model: nn.Module, loss: Any) -> dict[str, Tensor]:
     """Return the parameters that require a gradient, by name."""
     named: dict[str, Tensor] = dict(model.named_parameters())
     if isinstance(loss, nn.Module):
-        of_model = {id(p) for p in named.values()}
+        # A loss may hold the model, whose parameters keep the names that they have there.
+        of_model = set(map(id, named.values()))
         for name, p in loss.named_parameters():
             if id(p) not in of_model:
                 named[f"loss.{name}"] = p
     return {name: p for name, p in named.items() if p.requires_grad}
-
-
-def _trained(model: nn.Module) -> list[Tensor]:
-    return [p for p in model.parameters() if p.requires_grad]
 
 
 def _grad(
@@ -332,7 +333,7 @@ def _grad(
             smooth.append(output)
             vectors.append(cotangent)
     if not smooth or not by:
-        return [torch.zeros_like(p) for p in by]
+        return _zeros(by)
     grads = torch.autograd.grad(smooth, by, vectors, retain_graph=keep, materialize_grads=True)
     return list(grads)
 
@@ -364,8 +365,17 @@ def _by_name(parameters: dict[str, Tensor], grads: list[Tensor]) -> dict[str, Te
 
 def _stacked(parameters: dict[str, Tensor], rows: list[list[Tensor]]) -> Rows:
     """Return rows by parameter: ``rows[n][i]`` belongs to sample n and the i-th parameter."""
-    stacks = [torch.stack(of_parameter) for of_parameter in zip(*rows, strict=True)]
-    return _by_name(parameters, stacks)
+    return _by_name(parameters, _transposed(rows, torch.stack))
+
+
+def _transposed(rows: list[list[Tensor]], join: Callable[..., Tensor]) -> list[Tensor]:
+    """Return the i-th entries of all rows, joined, for every i."""
+    return [join(entries) for entries in zip(*rows, strict=True)]
+
+
+def _zeros(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return zeros in the shapes of tensors."""
+    return list(map(torch.zeros_like, tensors))
 
 
 # --- a run changes nothing ------------------------------------------------------------------------

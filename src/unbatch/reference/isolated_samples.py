@@ -333,7 +333,7 @@ class _RankGroup:
 
         def statistic_of(index: int, op: Operation, coupling: Coupling, axes: Axes) -> Any:
             # Clones, because a rank that goes on may write into its input while another reads it.
-            self.contributions[index, n] = [x.clone() for x in op.inputs]
+            self.contributions[index, n] = list(map(torch.clone, op.inputs))
             self.barrier.wait()
             inputs = []
             for i, (own, axis) in enumerate(zip(op.inputs, axes, strict=True)):

@@ -73,6 +73,7 @@ def _draw_spectrum(ax: Axes, curve: Spectrum, i: int) -> None:
     ax.plot(ranks, sizes, line(i), label=curve.name, **look)
     if not (values < 0).any():
         return
+    # Hollow markers are drawn over the others: one curve has one filling.
     fills = ["white" if value < 0 else colour(i) for value in values.tolist()]
     look = {"marker": marker(i), "edgecolors": colour(i), "s": 18, "zorder": 3}
     ax.scatter(ranks, sizes, c=fills, **look)

@@ -105,17 +105,20 @@ def _is_a(kind: type) -> Callable[[Any], bool]:
 
 def _with_code(text: str) -> Markup:
     """Return text as HTML, in which what stands between backticks is code."""
+    # Escaped first: the tags that are put in are meant as tags.
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _blocks(part: Part, problem: Problem) -> Iterator[Block]:
     """Yield what a part shows, as far as it gets, and its warnings, each text once."""
+    # Whatever filters a user has set, a page says what its numbers are worth.
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             yield from part.shows(problem)
         except (UnbatchError, ImportError) as error:
             yield f"Not shown: {error}"
+    # By text, because a part asks several questions, and each may warn of the same.
     texts = {}
     for w in caught:
         texts[str(w.message)] = f"{w.category.__name__}: {w.message}"

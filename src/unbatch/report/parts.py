@@ -166,6 +166,7 @@ def _structure(problem: Problem) -> Iterator[Block]:
 def _statistics(problem: Problem) -> Table:
     """Return the numbers through which samples interact, a row for each op that has some."""
     structure = problem.structure
+    # Files without their folders, which are different on every machine.
     rows = [(s.module, s.op, s.where.rpartition("/")[2], str(s.size)) for s in structure.statistics]
     caption = f"Batch statistics, R = {structure.statistics_size} numbers"
     return Table(caption, ("module", "op", "where", "numbers"), rows)
@@ -174,6 +175,7 @@ def _statistics(problem: Problem) -> Table:
 def _culprit(group: Sequence[Culprit], against: Sequence[str]) -> tuple[str, ...]:
     """Return the cells of culprits that are alike but for the module they stand in."""
     first = group[0]
+    # A dash for what stands in no module: an empty cell looks like a mistake.
     modules = list(dict.fromkeys(c.module or "–" for c in group))
     names = modules[:NAMED]
     if len(modules) > NAMED:
@@ -188,6 +190,7 @@ def _culprit(group: Sequence[Culprit], against: Sequence[str]) -> tuple[str, ...
     )
 
 
+# Outcomes of tests are shown with the signs and colours of verdicts.
 STATUS_OF_OUTCOME = {True: "holds", False: "fails", None: "unknown"}
 
 
@@ -248,6 +251,7 @@ def _distances(rows: Mapping[str, Rows]) -> list[tuple[str, str]]:
     distances = []
     for a in rows:
         for b in rows:
+            # Each pair once, and none of a decomposition with itself.
             if a < b:
                 distance = tables.share(tables.distance(rows[a], rows[b]))
                 distances.append((f"{a} and {b}", distance))
@@ -320,6 +324,7 @@ def _follows(problem: Problem) -> Iterator[Block]:
             if c.outcome == kind:
                 computed = "yes" if c.available else "not yet"
                 rows.append((c.quantity, computed, c.name, c.reason))
+        # An outcome that no quantity has would be an empty table.
         if rows:
             columns = ("quantity", "computed", "as", "why")
             yield Table(f"{words}: {len(rows)} quantities", columns, rows, folded=True)

@@ -146,6 +146,7 @@ def gradient_norms(
     edges = _edges(torch.cat(list(norms.values())), bins)
     _draw_histograms(ax, norms, edges)
     for by in missing:
+        # An empty curve, whose name stands in the legend.
         ax.plot([], [], " ", label=f"{by}: does not exist here")
     if len(edges) > 2 and edges[-1] / max(edges[0], 1e-300) > WIDE:
         ax.set_xscale("log")
@@ -195,6 +196,7 @@ def _norms_of_results(given: Any) -> dict[str, Tensor]:
         "a Problem, Rows, what problem.compute(SquaredNorms()) returns, or a mapping from names to "
         "the last two"
     )
+    # What is none of these is checked below, and refused there.
     results = {"": given}
     if isinstance(given, Rows | SquaredNormsByParameter):
         results = {given.kind or given.by: given}
@@ -228,6 +230,7 @@ def _edges(values: Tensor, bins: int) -> list[float]:
         edges = torch.logspace(start, end, bins + 1, dtype=torch.float64).tolist()
         # Rounded logarithms must not leave out the smallest and the largest norm.
         return [min(low, edges[0]), *edges[1:-1], max(high, edges[-1])]
+    # On a linear scale zeros have a place as well.
     low = min(low, float(values.min()))
     if high <= low:
         high = low + 1
@@ -272,7 +275,9 @@ def plan(given: Plan | Mapping[str, Plan], ax: Axes | None = None) -> Axes:
     for row, p in zip(rows, plans.values(), strict=True):
         _annotate(ax, row, p, most)
     ax.set_yticks(list(rows), list(plans))
+    # The first plan on top, as in a table.
     ax.invert_yaxis()
+    # Room at the right for the pullbacks; any width where no plan takes memory.
     ax.set(xlabel="MiB", xlim=(0, 1.45 * most or 1.0))
     return finish(ax, above=True)
 

@@ -33,6 +33,7 @@ MEANINGS = {
 }
 
 
+# The signs of verdicts, so that colour is not all that tells outcomes apart.
 OUTCOMES = {
     True: Text("✓ passed", "green"),
     None: Text("– not tested", "yellow"),
@@ -202,6 +203,7 @@ def share_cells(directions: Directions, i: int) -> tuple[str, ...]:
 def share_rows(directions: Directions) -> list[tuple[str, ...]]:
     """Return the cells of all eigenvectors, those with the largest eigenvalue first."""
     count = len(directions.values)
+    # Eigenvalues of directions ascend.
     return [share_cells(directions, i) for i in reversed(range(count))]
 
 
@@ -210,6 +212,7 @@ def nonzero(values: Tensor) -> Tensor:
 
     An eigenvalue of D is rounded by about D times the machine precision, relative to the largest.
     """
+    # Nothing is the largest of no eigenvalues.
     if not len(values):
         return values.detach().double().cpu()
     rounding = len(values) * torch.finfo(values.dtype).eps * values.abs().max()
