@@ -85,7 +85,8 @@ class BatchNormStatistics:
     def partial(self, g: Tensor) -> Tensor:
         """Return ``[n, 2c]``: derivatives by both statistics, for a cotangent ``g`` of the output.
 
-        Of ``y = γ (x − mean) ρ + β``: by mean ``−γρ Σ g``, by ρ ``γ Σ g (x − mean) = (γ/ρ) Σ g x̂``.
+        Of ``y = γ (x − mean) ρ + β``: by mean ``−γρ Σ g``, by ρ ``γ Σ g (x − mean)``, which is
+        ``(γ/ρ) Σ g x̂``.
         """
         gain, rstd = self.call["weight"], self.moments[1]
         if gain is None:
