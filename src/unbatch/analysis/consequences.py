@@ -19,6 +19,7 @@ statistics of gradients; Chen et al., "BDA-PCH" (2018), for the positive-curvatu
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
@@ -328,3 +329,7 @@ def _outcome_in_words(case: Case) -> str:
     if case.name:
         words += f", *{case.name}*"
     return words
+
+
+if __name__ == "__main__":
+    sys.stdout.write(render_markdown())

@@ -2,7 +2,8 @@
 
 A quantity is a frozen description. A *basic* one gives a collector, which is fed with row blocks,
 one parameter and slice of samples at a time; a *derived* one is a few lines over the results of
-others (``diagnostics.py``). To add one, write such a class; nothing else needs to know.
+others (``diagnostics.py``). To add one from outside the
+package, write such a class; inside it, CONTRIBUTING says what else.
 
 Legend: ``r_n`` row of sample n as it enters the loss, ``ḡ = Σ_n r_n`` the gradient (without the
 part that does not pass through predictions), ``g_n = N·r_n``, so that ``ḡ`` is the mean of the
