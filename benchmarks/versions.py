@@ -77,6 +77,8 @@ def work() -> None:
 
     warnings.simplefilter("ignore")
     keep_memory()
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # both on the same core
     asked: dict[tuple[str, int], dict[str, Callable[[], Any]]] = {}
     for line in sys.stdin:
         name, samples, quantity = line.rstrip("\n").split("\t")
@@ -118,11 +120,13 @@ def ratio(
     for worker in pair:
         worker.seconds(*question)  # buffers and caches
     ratios, own = [], []
-    for number in range(rounds):
-        order = pair if number % 2 else pair[::-1]
-        times = {worker: worker.seconds(*question) for worker in order}
-        ratios.append(times[here] / times[base])
-        own.append(times[here])
+    for _ in range(rounds):
+        # Who answers second is some per cent slower, so that a round asks in both orders.
+        times: dict[Worker, float] = dict.fromkeys(pair, 1.0)
+        for worker in (*pair, *pair[::-1]):
+            times[worker] *= worker.seconds(*question)
+        ratios.append((times[here] / times[base]) ** 0.5)
+        own.append(times[here] ** 0.5)
     return statistics.median(ratios), statistics.median(own)
 
 
@@ -135,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--workloads", default=",".join(SMALL))
     parser.add_argument("--quantities", default=",".join(QUANTITIES))
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--pairs", type=int, default=3, help="of processes")
+    parser.add_argument("--pairs", type=int, default=4, help="of processes")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.work:
@@ -146,8 +150,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("| workload | question | seconds | by the other's | by pair |\n|---|---|---|---|---|")
     for name in options.workloads.split(","):
         found: dict[str, list[tuple[float, float]]] = {}
-        for _ in range(options.pairs):
-            here, base = Worker(ROOT), Worker(options.base.resolve())
+        for number in range(options.pairs):
+            # The process that is started second is some per cent faster: they take turns.
+            if number % 2:
+                base = Worker(options.base.resolve())
+                here = Worker(ROOT)
+            else:
+                here = Worker(ROOT)
+                base = Worker(options.base.resolve())
             for quantity in options.quantities.split(","):
                 measured = ratio(here, base, (name, SMALL[name], quantity), options.rounds)
                 found.setdefault(quantity, []).append(measured)
