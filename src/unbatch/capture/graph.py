@@ -15,23 +15,8 @@ from torch import Tensor
 
 from unbatch.capture.isolation import random_state, set_random_state
 from unbatch.capture.replay import Replay, Visit
-from unbatch.capture.steps import ExecutedOp, Ref, Step, Value, filled, indices, is_ref
-from unbatch.capture.trees import flat
+from unbatch.capture.steps import Ref, Step, Value, filled, indices
 from unbatch.linalg.precision import double_dtype, in_double
-
-# What other wings import from here: a graph, and what it is made of.
-__all__ = [
-    "ExecutedOp",
-    "Graph",
-    "HostRead",
-    "ModuleCall",
-    "Ref",
-    "Step",
-    "Value",
-    "filled",
-    "flat",
-    "is_ref",
-]
 
 # The grammar of a recording; ``check_graph`` in ``check.py`` holds it.
 #
