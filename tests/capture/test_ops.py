@@ -228,7 +228,9 @@ def faults_of(op, norm):
 
 
 def wrong_argument_names(rows):
-    """What a row says of dropout, recurrences and answers is about arguments that there are."""
+    """What a row says of dropout, recurrences, attention and answers is about arguments that there
+    are.
+    """
     complaints = []
     for name, row in rows.items():
         for op in overloads(name):
@@ -245,6 +247,10 @@ def named_arguments(row):
     if row.recurrence is not None:
         recurrence = row.recurrence
         names |= {recurrence.weights, recurrence.training, recurrence.dropout, recurrence.packed}
+    if row.attention:
+        names |= {"query", "key", "value", "dropout_p", "is_causal", "scale"}
+    if row.cell is not None:
+        names |= {"input_gates", "hidden_gates", "cx" if row.cell == "LSTM" else "hx"}
     return names - {""}
 
 
@@ -284,6 +290,18 @@ def unlisted_recurrences(rows):
     return sorted(complaints)
 
 
+def unlisted_attention(rows):
+    """Every kernel of attention that PyTorch may pick is in the table; its plain form is none."""
+    complaints = set()
+    for schema in torch._C._jit_get_all_schemas():
+        space, _, name = schema.name.partition("::")
+        forward = name.startswith("_scaled_dot_product_") and "backward" not in name
+        kernel = forward and "_attention_math" not in name
+        if space == "aten" and kernel and (name not in rows or not rows[name].attention):
+            complaints.add(f"{name}: attention without a row")
+    return sorted(complaints)
+
+
 def unlisted_batch_norms(rows):
     """Every op with a batch norm's arguments is in the table."""
     complaints = set()
@@ -311,6 +329,7 @@ CHECKS = [
     wrong_argument_names,
     wrong_dropouts,
     useless_answers,
+    unlisted_attention,
     unlisted_batch_norms,
     unlisted_recurrences,
 ]
@@ -361,6 +380,8 @@ PLANTED = {
     ),
     "no lengths": (wrong_argument_names, {"_ctc_loss": Traits(answers_from=("lengths",))}),
     "no mask": (wrong_dropouts, {"bernoulli": Traits(dropout=Dropout(alone=True))}),
+    "no query": (wrong_argument_names, {"_native_multi_head_attention": Traits(attention=True)}),
+    "no cell": (wrong_argument_names, {"_thnn_fused_gru_cell": Traits(cell="LSTM")}),
     "no draws": (wrong_dropouts, {"frexp": Traits(dropout=Dropout(alone=True))}),
     "no answers": (useless_answers, {"relu": Traits(answers_from=())}),
 }
@@ -372,10 +393,13 @@ def test_a_wrong_row_is_caught(name):
     assert check(rows)
 
 
-@pytest.mark.parametrize("check", [untold_shapes, unlisted_batch_norms, unlisted_recurrences])
+@pytest.mark.parametrize(
+    "check", [untold_shapes, unlisted_attention, unlisted_batch_norms, unlisted_recurrences]
+)
 def test_a_missing_row_is_caught(check):
     rows = dict(ops.TRAITS)
     del rows["zeros_like"], rows["miopen_batch_norm"], rows["miopen_rnn"]
+    del rows["_scaled_dot_product_cudnn_attention"]
     assert len(check(rows)) == 1
 
 

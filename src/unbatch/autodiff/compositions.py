@@ -1,7 +1,7 @@
 """Fused ops as compositions of plain ones, which have the forward mode that the fused op lacks.
 
 A composition takes the arguments that its op was given, by their names in the op's schema, and
-returns the op's results, or the first of them. Knows tensors only.
+returns the op's results, or the first of them. Knows ops and tensors only.
 
 Legend of a recurrence: ``x`` the input, ``h`` the state and ``c`` the cell of every sequence; a
 *gate* is what a weight makes of one of them before the nonlinearity.
@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from unbatch.capture import ops
 
 aten = torch.ops.aten
 
@@ -39,11 +41,11 @@ NO_BAGS = "bags by their largest entries, scaled by frequency, or with padding"
 RELU, LSTM, GRU = 0, 2, 3  # the modes of cuDNN and of MIOpen; 1 is tanh
 
 
-def composition(names: str) -> Callable[[Composition], Composition]:
-    """Register a composition of ops (space-separated)."""
+def composition(*names: str) -> Callable[[Composition], Composition]:
+    """Register a composition of ops."""
 
     def register(function: Composition) -> Composition:
-        for name in names.split():
+        for name in names:
             COMPOSITIONS[name] = function
         return function
 
@@ -53,11 +55,7 @@ def composition(names: str) -> Callable[[Composition], Composition]:
 # --- attention ------------------------------------------------------------------------------------
 
 
-@composition(
-    "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention "
-    "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention "
-    "_scaled_dot_product_fused_attention_overrideable"
-)
+@composition(*ops.names(lambda row: row.attention))
 def attention(arguments: Arguments) -> Any:
     """Products and a softmax; without dropout, whose mask the fused kernels do not return."""
     if arguments.get("dropout_p", 0.0):
@@ -78,7 +76,7 @@ def attention(arguments: Arguments) -> Any:
 # --- recurrences ----------------------------------------------------------------------------------
 
 
-@composition("_cudnn_rnn miopen_rnn")
+@composition(*ops.names(lambda row: row.recurrence))
 def recurrence(arguments: Arguments) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs of the last layer, and last states and cells of all layers.
 
@@ -188,14 +186,14 @@ def _cell(
     return h, h
 
 
-@composition("_thnn_fused_lstm_cell")
+@composition(*ops.names(lambda row: row.cell == "LSTM"))
 def lstm_cell(arguments: Arguments) -> tuple[Tensor, Tensor]:
     """State and cell after one step."""
     gates, recurrent = _gates(arguments)
     return _cell(gates, recurrent, arguments["cx"], arguments["cx"], LSTM)
 
 
-@composition("_thnn_fused_gru_cell")
+@composition(*ops.names(lambda row: row.cell == "GRU"))
 def gru_cell(arguments: Arguments) -> Tensor:
     """State after one step."""
     gates, recurrent = _gates(arguments)
@@ -225,7 +223,7 @@ def packed_sequence(arguments: Arguments) -> tuple[Tensor, Tensor]:
 # --- tables and norms -----------------------------------------------------------------------------
 
 
-@composition("_embedding_bag _embedding_bag_forward_only")
+@composition("_embedding_bag", "_embedding_bag_forward_only")
 def bags(arguments: Arguments) -> Any:
     """Sums (mode 0) or means (mode 1) of rows of a table over the runs of a flat index."""
     mode = arguments.get("mode", 0)

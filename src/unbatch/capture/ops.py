@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -114,6 +114,10 @@ class Traits:
     overwrites: bool = False
     # One number for each entry, added up as its argument ``reduction`` says.
     entrywise_loss: bool = False
+    # softmax(q kᵀ + mask) v by a fused kernel; its schema says what it drops (``dropout_p``).
+    attention: bool = False
+    # One step of a recurrence of this kind, from its gates.
+    cell: Literal["LSTM", "GRU"] | None = None
     # The arguments whose entries decide the numbers and booleans among its results; None: any.
     answers_from: tuple[str, ...] | None = None
     hidden_writes: HiddenWrites | None = None
@@ -225,7 +229,7 @@ register(
 
 register("instance_norm", Traits(hidden_writes=HiddenWrites(RUNNING, "use_input_stats")))
 
-# What a GPU runs in one op. Attention says in its schema what it drops (``dropout_p``).
+# What a GPU runs in one op.
 register("native_dropout", Traits(dropout=Dropout(when="train", alone=True)))
 
 register("_fused_dropout", Traits(dropout=Dropout(alone=True)))
@@ -236,11 +240,25 @@ register("_cudnn_rnn", Traits(dropout=IN_LAYERS, recurrence=Recurrence(packed="w
 
 register("miopen_rnn", Traits(dropout=IN_LAYERS, recurrence=Recurrence()))
 
+register("_thnn_fused_lstm_cell", Traits(cell="LSTM"))
+
+register("_thnn_fused_gru_cell", Traits(cell="GRU"))
+
+# The kernels of attention that PyTorch may pick, which compute the same up to rounding.
+register(
+    "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_efficient_attention",
+    Traits(attention=True),
+)
+
 # The numbers among their results are about shapes, types and the backend.
 register(
     "_scaled_dot_product_flash_attention _scaled_dot_product_cudnn_attention "
-    "_scaled_dot_product_fused_attention_overrideable _cudnn_attention_forward "
-    "_efficient_attention_forward _fused_sdp_choice",
+    "_scaled_dot_product_fused_attention_overrideable",
+    Traits(attention=True, answers_from=()),
+)
+
+register(
+    "_cudnn_attention_forward _efficient_attention_forward _fused_sdp_choice",
     Traits(answers_from=()),
 )
 

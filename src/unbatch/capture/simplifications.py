@@ -243,20 +243,10 @@ def _for_each_head(table: ExprTable, x: Expr, heads: int) -> Expr:
     return result_of(table, Operation("reshape", {"self": x}, merged, dtype))
 
 
-# The kernels that PyTorch may pick, which compute the same up to rounding.
-ATTENTION = (
-    "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_flash_attention_for_cpu",
-    "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_cudnn_attention",
-    "_scaled_dot_product_fused_attention_overrideable",
-)
-
-
 SIMPLER: dict[str, Simpler] = {
     **dict.fromkeys(ops.names(lambda row: row.moves is Moves.SAME and not row.rounds), _copied),
     **dict.fromkeys(ops.names(lambda row: row.moves is Moves.RESHAPED), _reshaped),
-    **dict.fromkeys(ATTENTION, _attention),
+    **dict.fromkeys(ops.names(lambda row: row.attention), _attention),
     "_to_copy": _cast,
     "expand": _expanded,
     "slice": _sliced,

@@ -76,7 +76,7 @@ def shaped_noise(call: RuleContext) -> Ownership:
     return call.algebra.pointwise(call.title, fresh, *shaping)
 
 
-@rule("native_dropout", "_fused_dropout")
+@rule(*ops.names(lambda row: row.dropout and row.dropout.alone))
 def fused_dropout(call: RuleContext) -> Any:
     """Values that noise lets through, and that noise."""
     x = call.tensors[0]

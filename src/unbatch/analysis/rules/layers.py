@@ -39,6 +39,7 @@ from unbatch.analysis.rules.registry import (
     summary,
     unused,
 )
+from unbatch.capture import ops
 
 # --- contractions ---------------------------------------------------------------------------------
 
@@ -113,7 +114,7 @@ def pair_distances(call: RuleContext) -> Ownership:
     return expand_plain(unsqueeze(pairs, 0), call.shape)
 
 
-@rule("_thnn_fused_lstm_cell", "_thnn_fused_gru_cell")
+@rule(*ops.names(lambda row: row.cell))
 def fused_cell(call: RuleContext) -> Any:
     """One step of a recurrence: gates [n, o], and their biases."""
     gates = []
@@ -130,10 +131,8 @@ def fused_cell(call: RuleContext) -> Any:
 
 
 @rule(
-    "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention "
-    "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention "
-    "_scaled_dot_product_fused_attention_overrideable _scaled_dot_product_attention_math "
-    "scaled_dot_product_attention"
+    *ops.names(lambda row: row.attention),
+    "_scaled_dot_product_attention_math scaled_dot_product_attention",
 )
 def attention(call: RuleContext) -> Any:
     """softmax(q kᵀ + mask) v over the positions of a sequence, with what a kernel keeps beside."""

@@ -35,6 +35,7 @@ from unbatch.analysis.rules.registry import (
     summary,
     unknown,
 )
+from unbatch.capture import ops
 
 # --- recurrences ----------------------------------------------------------------------------------
 
@@ -74,7 +75,7 @@ def _of_layer(out: Ownership, shape: tuple[int, ...]) -> Ownership:
     return shared(shape, "workspace")
 
 
-@rule("_cudnn_rnn", "miopen_rnn")
+@rule(*ops.names(lambda row: row.recurrence))
 def device_recurrence(call: RuleContext) -> Any:
     """All layers, directions and steps at once.
 
