@@ -6,17 +6,28 @@ through the backward op that this formula names. The kernels are there inside ``
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cases.device_rows import RULE, Family, lent
+
 aten = torch.ops.aten
 ALL = [True, True, True]  # gradients by input, weight and bias
 
+BATCH_NORMS = Family()
+NORMS = ("tests/gradients/test_device_norms.py",)
 
+
+@BATCH_NORMS.kernel("cudnn_batch_norm", "`nn.BatchNorm2d`", RULE, NORMS)
+def cudnn_batch_norm(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """Return a reserve as well, for the backward op, which is no number to derive by."""
+    return *miopen_batch_norm(x, *arguments), x.new_empty(16, dtype=torch.uint8)
+
+
+@BATCH_NORMS.kernel("miopen_batch_norm", "the same on ROCm", RULE, NORMS)
 def miopen_batch_norm(
     x: Tensor,
     weight: Tensor,
@@ -33,11 +44,7 @@ def miopen_batch_norm(
     return result
 
 
-def cudnn_batch_norm(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """Return a reserve as well, for the backward op, which is no number to derive by."""
-    return *miopen_batch_norm(x, *arguments), x.new_empty(16, dtype=torch.uint8)
-
-
+@BATCH_NORMS.backward("miopen_batch_norm_backward")
 def miopen_batch_norm_backward(
     x: Tensor,
     g: Tensor,
@@ -53,24 +60,13 @@ def miopen_batch_norm_backward(
     return result
 
 
+@BATCH_NORMS.backward("cudnn_batch_norm_backward")
 def cudnn_batch_norm_backward(x: Tensor, g: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *arguments, reserve = arguments
     assert reserve.dtype == torch.uint8, "the reserve of the forward op comes back"
     return miopen_batch_norm_backward(x, g, *arguments)
 
 
-KERNELS = [
-    cudnn_batch_norm,
-    cudnn_batch_norm_backward,
-    miopen_batch_norm,
-    miopen_batch_norm_backward,
-]
-
-
-@contextmanager
-def registered() -> Iterator[None]:
+def registered() -> AbstractContextManager[None]:
     """Inside, a CPU has the batch norms of a GPU."""
-    with torch.library._scoped_library("aten", "IMPL") as library:
-        for kernel in KERNELS:
-            library.impl(kernel.__name__, kernel, "CPU")
-        yield
+    return lent(BATCH_NORMS)

@@ -1,5 +1,5 @@
 """The ops that PyTorch picks on a GPU, run on a CPU: kernels of the CPU registered under their
-names.
+names. At each stands what the page on ops of a GPU says of its op.
 
 A call goes the whole way that it goes on a GPU: through PyTorch's own autograd formula for the op,
 and through the backward op that this formula names. Where that backward op has no derivative on a
@@ -10,37 +10,30 @@ some of these ops exist on a CPU as compositions.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cases.device_rows import APART, PLAIN, REFUSED, RULE, Decorator, Family, Row, lent
+
 aten = torch.ops.aten
-KERNELS: dict[str, Callable[..., Any]] = {}
 AUTOGRAD_KEYS = (torch._C.DispatchKey.AutogradCPU, torch._C.DispatchKey.ADInplaceOrView)
 
 RNN_MODES = {0: torch._VF.rnn_relu, 1: torch._VF.rnn_tanh, 2: torch._VF.lstm, 3: torch._VF.gru}
 LSTM = 2
 
 
-def kernel(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a function as the CPU's kernel of an op."""
+DROPOUT, RECURRENCES, CELLS, ATTENTION = Family(), Family(), Family(), Family()
+LOSSES, NORMALISATION, GRIDS, CONVOLUTIONS = Family(), Family(), Family(), Family()
 
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        KERNELS[name] = function
-        return function
-
-    return register
+FAMILIES = (DROPOUT, RECURRENCES, CELLS, ATTENTION, LOSSES, NORMALISATION, GRIDS, CONVOLUTIONS)
 
 
-@contextmanager
-def registered() -> Iterator[None]:
+def registered() -> AbstractContextManager[None]:
     """Inside, a CPU has the ops of a GPU."""
-    with torch.library._scoped_library("aten", "IMPL") as library:
-        for name, function in KERNELS.items():
-            library.impl(name, function, "CPU")
-        yield
+    return lent(*FAMILIES)
 
 
 @contextmanager
@@ -85,19 +78,21 @@ def _seeds() -> tuple[Tensor, Tensor]:
 # --- dropout --------------------------------------------------------------------------------------
 
 
-@kernel("_fused_dropout")
+@DROPOUT.kernel("_fused_dropout", "called by name", APART, note="what was drawn, and a product")
 def fused_dropout(x: Tensor, p: float, generator: Any = None) -> tuple[Tensor, Tensor]:
     """``p`` is the probability to keep an element."""
     mask = torch.bernoulli(torch.full_like(x, p), generator=generator)
     return x * mask / p, mask.to(torch.uint8)
 
 
-@kernel("_masked_scale")
+@DROPOUT.backward("_masked_scale", arises="the backward pass of `_fused_dropout`")
 def masked_scale(x: Tensor, mask: Tensor, scale: float) -> Tensor:
     return x * mask * scale
 
 
 # --- recurrences ----------------------------------------------------------------------------------
+
+TANGENTS = "no second derivative: tangents take plain ops"
 
 
 def recurrence(
@@ -157,7 +152,11 @@ def _back(
     return dx, dhx, dcx, zeros
 
 
-@kernel("_cudnn_rnn")
+@RECURRENCES.kernel(
+    "_cudnn_rnn",
+    "`nn.LSTM`, `nn.GRU`, `nn.RNN`",
+    tests=("_cudnn_rnn", "test_a_window_on_all_weights"),
+)
 def cudnn_rnn(
     x,
     weights,
@@ -192,7 +191,25 @@ def cudnn_rnn(
     )
 
 
-@kernel("_cudnn_rnn_backward")
+RECURRENCES.rows += [
+    Row(
+        "_cudnn_rnn with dropout",
+        "`nn.LSTM(.., dropout=p)` in train mode",
+        REFUSED,
+        ("test_dropout_inside_a_recurrence_is_refused_by_name",),
+        "its random state cannot be set; the structure is judged",
+    ),
+    Row(
+        "_cudnn_rnn in eval mode",
+        "`nn.LSTM(..).eval()` with trained weights",
+        REFUSED,
+        ("test_a_recurrence_in_eval_mode",),
+        "no backward pass in PyTorch either; the structure is judged",
+    ),
+]
+
+
+@RECURRENCES.backward("_cudnn_rnn_backward", note=TANGENTS)
 def cudnn_rnn_backward(
     x,
     weights,
@@ -221,7 +238,7 @@ def cudnn_rnn_backward(
     return _back(x, weights, stride, hx, cx, (gy, ghy, gcy), train, how)
 
 
-@kernel("miopen_rnn")
+@RECURRENCES.kernel("miopen_rnn", "the same on ROCm")
 def miopen_rnn(
     x,
     weights,
@@ -254,7 +271,7 @@ def miopen_rnn(
     )
 
 
-@kernel("miopen_rnn_backward")
+@RECURRENCES.backward("miopen_rnn_backward", note=TANGENTS)
 def miopen_rnn_backward(
     x,
     weights,
@@ -297,7 +314,7 @@ def lstm_cell(
     return out.sigmoid() * cy.tanh(), cy
 
 
-@kernel("_thnn_fused_lstm_cell")
+@CELLS.kernel("_thnn_fused_lstm_cell", "`nn.LSTMCell`")
 def fused_lstm_cell(by_input, by_hidden, cx, input_bias=None, hidden_bias=None):
     gates = _biased(_biased(by_input + by_hidden, input_bias), hidden_bias)
     enter, forget, cell, out = gates.chunk(4, 1)
@@ -305,7 +322,7 @@ def fused_lstm_cell(by_input, by_hidden, cx, input_bias=None, hidden_bias=None):
     return *lstm_cell(by_input, by_hidden, cx, input_bias, hidden_bias), workspace
 
 
-@kernel("_thnn_fused_lstm_cell_backward_impl")
+@CELLS.backward("_thnn_fused_lstm_cell_backward_impl")
 def fused_lstm_cell_backward(ghy, gcy, cx, cy, workspace, has_bias):
     """From the gates as they were; the formula of an LSTM cell."""
     enter, forget, cell, out = workspace.chunk(4, 1)
@@ -333,7 +350,7 @@ def gru_cell(
     return (hx - new) * update + new
 
 
-@kernel("_thnn_fused_gru_cell")
+@CELLS.kernel("_thnn_fused_gru_cell", "`nn.GRUCell`")
 def fused_gru_cell(by_input, by_hidden, hx, input_bias=None, hidden_bias=None):
     r, z, n = _biased(by_input, input_bias).chunk(3, 1)
     hr, hz, hn = _biased(by_hidden, hidden_bias).chunk(3, 1)
@@ -342,7 +359,7 @@ def fused_gru_cell(by_input, by_hidden, hx, input_bias=None, hidden_bias=None):
     return gru_cell(by_input, by_hidden, hx, input_bias, hidden_bias), workspace
 
 
-@kernel("_thnn_fused_gru_cell_backward")
+@CELLS.backward("_thnn_fused_gru_cell_backward")
 def fused_gru_cell_backward(ghy, workspace, has_bias):
     reset, update, new, hx, hn = workspace.chunk(5, 1)
     gupdate = ghy * (hx - new) * update * (1 - update)
@@ -355,6 +372,15 @@ def fused_gru_cell_backward(ghy, workspace, has_bias):
 
 
 # --- attention ------------------------------------------------------------------------------------
+
+NOT_TWICE = "no second derivative"
+
+
+def attention_kernel(op: str, arises: str = "`scaled_dot_product_attention`") -> Decorator:
+    """Register a kernel of attention."""
+    refused = "test_products_through_attention_that_drops_are_refused"
+    note = "with dropout, products with the GGN are refused"
+    return ATTENTION.kernel(op, arises, RULE, (op, refused), note)
 
 
 def attention(
@@ -398,19 +424,19 @@ def _attended_back(
     return tuple(pulled_back(run, [q, k, v, bias], [g]))
 
 
-@kernel("_scaled_dot_product_flash_attention")
+@attention_kernel("_scaled_dot_product_flash_attention")
 def flash(q, k, v, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):
     return _attended(q, k, v, None, is_causal, scale)
 
 
-@kernel("_scaled_dot_product_flash_attention_backward")
+@ATTENTION.backward("_scaled_dot_product_flash_attention_backward", NOT_TWICE)
 def flash_backward(
     g, q, k, v, out, rest, cq, ck, mq, mk, p, is_causal, seed, offset, *, scale=None
 ):
     return _attended_back(g, q, k, v, None, is_causal, scale)[:3]
 
 
-@kernel("_scaled_dot_product_efficient_attention")
+@attention_kernel("_scaled_dot_product_efficient_attention")
 def efficient(q, k, v, bias, compute_log_sumexp, dropout_p=0.0, is_causal=False, *, scale=None):
     rest = (
         _logsumexp(q, k, bias, is_causal, scale)
@@ -420,7 +446,7 @@ def efficient(q, k, v, bias, compute_log_sumexp, dropout_p=0.0, is_causal=False,
     return attention(q, k, v, bias, is_causal, scale), rest, *_seeds()
 
 
-@kernel("_scaled_dot_product_efficient_attention_backward")
+@ATTENTION.backward("_scaled_dot_product_efficient_attention_backward", NOT_TWICE)
 def efficient_backward(
     g, q, k, v, bias, out, rest, seed, offset, p, mask, is_causal=False, *, scale=None
 ):
@@ -428,7 +454,7 @@ def efficient_backward(
     return tuple(g if wanted else None for g, wanted in zip(grads, mask, strict=True))
 
 
-@kernel("_scaled_dot_product_cudnn_attention")
+@attention_kernel("_scaled_dot_product_cudnn_attention")
 def cudnn(
     q,
     k,
@@ -444,21 +470,24 @@ def cudnn(
     return _attended(q, k, v, bias, is_causal, scale)
 
 
-@kernel("_scaled_dot_product_cudnn_attention_backward")
+@ATTENTION.backward("_scaled_dot_product_cudnn_attention_backward", NOT_TWICE)
 def cudnn_backward(
     g, q, k, v, out, rest, seed, offset, bias, cq, ck, mq, mk, p, is_causal, *, scale=None
 ):
     return _attended_back(g, q, k, v, bias, is_causal, scale)[:3]
 
 
-@kernel("_scaled_dot_product_fused_attention_overrideable")
+@attention_kernel(
+    "_scaled_dot_product_fused_attention_overrideable",
+    "`scaled_dot_product_attention` of a backend outside of PyTorch",
+)
 def overrideable(
     q, k, v, bias=None, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None
 ):
     return _attended(q, k, v, bias, is_causal, scale)
 
 
-@kernel("_scaled_dot_product_fused_attention_overrideable_backward")
+@ATTENTION.unlisted("_scaled_dot_product_fused_attention_overrideable_backward")
 def overrideable_backward(
     g, q, k, v, bias, mask, out, rest, cq, ck, mq, mk, p, is_causal, seed, offset, *, scale=None
 ):
@@ -466,6 +495,9 @@ def overrideable_backward(
 
 
 # --- losses ---------------------------------------------------------------------------------------
+
+CTC_TESTS = ("test_ctc_loss",)
+CTC_NOTE = "`_ctc_loss`; it has no second derivative, which is refused by name"
 
 
 def _ctc(
@@ -477,32 +509,32 @@ def _ctc(
     return loss, pulled_back(run, [log_probs], [torch.ones_like(loss)])[0]
 
 
-@kernel("_cudnn_ctc_loss")
+@LOSSES.kernel("_cudnn_ctc_loss", "`F.ctc_loss`", PLAIN, CTC_TESTS, CTC_NOTE)
 def cudnn_ctc(log_probs, targets, inputs, labels, blank, deterministic, zero_infinity):
     return _ctc(log_probs, targets, inputs, labels, blank, zero_infinity)
 
 
-@kernel("_cudnn_ctc_loss.Tensor")
+@LOSSES.unlisted("_cudnn_ctc_loss.Tensor")
 def cudnn_ctc_tensor(log_probs, targets, inputs, labels, blank, deterministic, zero_infinity):
     return _ctc(log_probs, targets, inputs.tolist(), labels.tolist(), blank, zero_infinity)
 
 
-@kernel("miopen_ctc_loss")
+@LOSSES.kernel("miopen_ctc_loss", "the same on ROCm", PLAIN, CTC_TESTS, CTC_NOTE)
 def miopen_ctc(log_probs, targets, inputs, labels, blank, deterministic, zero_infinity):
     return _ctc(log_probs, targets, inputs, labels, blank, zero_infinity)
 
 
-@kernel("miopen_ctc_loss.Tensor")
+@LOSSES.unlisted("miopen_ctc_loss.Tensor")
 def miopen_ctc_tensor(log_probs, targets, inputs, labels, blank, deterministic, zero_infinity):
     return _ctc(log_probs, targets, inputs.tolist(), labels.tolist(), blank, zero_infinity)
 
 
-@kernel("_use_cudnn_ctc_loss")
+@LOSSES.kernel("_use_cudnn_ctc_loss", "`F.ctc_loss`", RULE, CTC_TESTS, "reads lengths and shapes")
 def use_cudnn_ctc(log_probs, targets, inputs, labels, blank):
     return True
 
 
-@kernel("_use_cudnn_ctc_loss.Tensor")
+@LOSSES.unlisted("_use_cudnn_ctc_loss.Tensor")
 def use_cudnn_ctc_tensor(log_probs, targets, inputs, labels, blank):
     return True
 
@@ -520,12 +552,12 @@ def rms_norm(
     return (y if weight is None else y * weight), rstd
 
 
-@kernel("_fused_rms_norm")
+@NORMALISATION.kernel("_fused_rms_norm", "`nn.RMSNorm`")
 def fused_rms_norm(x, shape, weight, eps):
     return rms_norm(x, shape, weight, eps)
 
 
-@kernel("_fused_rms_norm_backward")
+@NORMALISATION.backward("_fused_rms_norm_backward")
 def fused_rms_norm_backward(g, x, shape, rstd, weight, mask):
     """From ``1/rms`` as it was, as the kernel of a GPU works."""
     dims = list(range(-len(shape), 0))
@@ -540,7 +572,13 @@ def fused_rms_norm_backward(g, x, shape, rstd, weight, mask):
 # --- convolutions and grids -----------------------------------------------------------------------
 
 
-@kernel("cudnn_convolution")
+def convolution_kernel(op: str) -> Decorator:
+    """Register a kernel of a convolution."""
+    arises = "called by name; below `convolution`"
+    return CONVOLUTIONS.kernel(op, arises, PLAIN, note="`convolution`")
+
+
+@convolution_kernel("cudnn_convolution")
 def cudnn_convolution(
     x, weight, padding, stride, dilation, groups, benchmark, deterministic, allow_tf32
 ):
@@ -549,50 +587,57 @@ def cudnn_convolution(
     )
 
 
-@kernel("cudnn_convolution_transpose")
+@convolution_kernel("cudnn_convolution_transpose")
 def cudnn_convolution_transpose(
     x, weight, padding, out_padding, stride, dilation, groups, *settings
 ):
     return aten.convolution(x, weight, None, stride, padding, dilation, True, out_padding, groups)
 
 
-@kernel("miopen_convolution")
+@convolution_kernel("miopen_convolution")
 def miopen_convolution(x, weight, bias, padding, stride, dilation, groups, *settings):
     return aten.convolution(
         x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups
     )
 
 
-@kernel("miopen_depthwise_convolution")
-def miopen_depthwise_convolution(x, weight, bias, padding, stride, dilation, groups, *settings):
-    return aten.convolution(
-        x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups
-    )
-
-
-@kernel("miopen_convolution_transpose")
+@convolution_kernel("miopen_convolution_transpose")
 def miopen_convolution_transpose(
     x, weight, bias, padding, out_padding, stride, dilation, groups, *settings
 ):
     return aten.convolution(x, weight, bias, stride, padding, dilation, True, out_padding, groups)
 
 
-@kernel("cudnn_grid_sampler")
+@convolution_kernel("miopen_depthwise_convolution")
+def miopen_depthwise_convolution(x, weight, bias, padding, stride, dilation, groups, *settings):
+    return aten.convolution(
+        x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups
+    )
+
+
+@GRIDS.kernel(
+    "cudnn_grid_sampler",
+    "`F.grid_sample(.., align_corners=True)`",
+    PLAIN,
+    note="`grid_sampler_2d`",
+)
 def cudnn_grid_sampler(x, grid):
     return aten.grid_sampler_2d(x, grid, 0, 0, True)
 
 
-@kernel("cudnn_grid_sampler_backward")
+@GRIDS.backward("cudnn_grid_sampler_backward")
 def cudnn_grid_sampler_backward(x, grid, g):
     return aten.grid_sampler_2d_backward(g, x, grid, 0, 0, True, [True, True])
 
 
-@kernel("cudnn_affine_grid_generator")
+@GRIDS.kernel(
+    "cudnn_affine_grid_generator", "called by name", PLAIN, note="`affine_grid_generator`"
+)
 def cudnn_affine_grid_generator(theta, n, c, h, w):
     return aten.affine_grid_generator(theta, [n, c, h, w], True)
 
 
-@kernel("cudnn_affine_grid_generator_backward")
+@GRIDS.backward("cudnn_affine_grid_generator_backward")
 def cudnn_affine_grid_generator_backward(g, n, c, h, w):
     run = lambda theta: aten.affine_grid_generator(theta, [n, c, h, w], True)  # noqa: E731
     return pulled_back(run, [g.new_zeros(n, 2, 3)], [g])[0]

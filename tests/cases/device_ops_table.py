@@ -1,28 +1,40 @@
 """What becomes of each op that PyTorch has for GPUs only: the one table behind
 ``docs/reference/device_ops.md``.
 
-`python tests/cases/device_ops_table.py` writes the page.
-A test holds the page to the table, and the table to PyTorch's list
-of native functions.
+`PYTHONPATH=tests python -m cases.device_ops_table` writes the page. The row of an op that has a
+kernel stands at its kernel; here are those of the others. A test holds the page to the table, and
+the table to PyTorch's list of native functions.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
-PAGE = Path(__file__).parents[2] / "docs" / "reference" / "device_ops.md"
-
-RULE, PLAIN, APART, REFUSED, UNKNOWN, BELOW, BACKWARD, NOT_FORWARD = (
-    "rule",
-    "written down as",
-    "taken apart",
-    "refused by name",
-    "unknown",
-    "below",
-    "backward",
-    "no forward pass",
+from cases.device_kernels import BATCH_NORMS, NORMS
+from cases.device_kernels_other import (
+    ATTENTION,
+    CELLS,
+    CONVOLUTIONS,
+    DROPOUT,
+    FAMILIES,
+    GRIDS,
+    LOSSES,
+    NORMALISATION,
+    RECURRENCES,
 )
+from cases.device_rows import (
+    APART,
+    BACKWARD,
+    BELOW,
+    NOT_FORWARD,
+    PLAIN,
+    REFUSED,
+    RULE,
+    UNKNOWN,
+    Row,
+)
+
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "device_ops.md"
 
 DECISIONS = {
     RULE: "it has a rule of its own, and everything that can be asked is answered",
@@ -36,24 +48,10 @@ DECISIONS = {
     NOT_FORWARD: "it is met in no forward pass of a model that is trained",
 }
 
-
-@dataclass(frozen=True)
-class Row:
-    """An op. ``tests``: prefixes of cases of ``tests/gradients/test_device_ops.py``, or names of
-    tests there.
-    """
-
-    op: str
-    arises: str
-    decision: str
-    tests: tuple[str, ...] = ()
-    note: str = ""
-
-
 TYPED = "the overload that is given a type; structure only"
-NORMS = ("tests/gradients/test_device_norms.py",)
 
-ROWS = (
+# Of forward passes, and of what runs in no pass of a model.
+FORWARD = (
     Row(
         "native_dropout",
         "`F.dropout` in train mode",
@@ -61,82 +59,16 @@ ROWS = (
         ("native_dropout",),
         "what was drawn, and a product",
     ),
-    Row(
-        "_fused_dropout",
-        "called by name",
-        APART,
-        ("_fused_dropout",),
-        "what was drawn, and a product",
-    ),
-    Row(
-        "_cudnn_rnn",
-        "`nn.LSTM`, `nn.GRU`, `nn.RNN`",
-        RULE,
-        ("_cudnn_rnn", "test_a_window_on_all_weights"),
-    ),
-    Row(
-        "_cudnn_rnn with dropout",
-        "`nn.LSTM(.., dropout=p)` in train mode",
-        REFUSED,
-        ("test_dropout_inside_a_recurrence_is_refused_by_name",),
-        "its random state cannot be set; the structure is judged",
-    ),
-    Row(
-        "_cudnn_rnn in eval mode",
-        "`nn.LSTM(..).eval()` with trained weights",
-        REFUSED,
-        ("test_a_recurrence_in_eval_mode",),
-        "no backward pass in PyTorch either; the structure is judged",
-    ),
-    Row("miopen_rnn", "the same on ROCm", RULE, ("miopen_rnn",)),
+    *DROPOUT.rows,
+    *RECURRENCES.rows,
     Row(
         "_pack_padded_sequence",
         "`pack_padded_sequence`; on a CPU as well",
         RULE,
         ("_cudnn_rnn: packed",),
     ),
-    Row("_thnn_fused_lstm_cell", "`nn.LSTMCell`", RULE, ("_thnn_fused_lstm_cell",)),
-    Row("_thnn_fused_gru_cell", "`nn.GRUCell`", RULE, ("_thnn_fused_gru_cell",)),
-    Row(
-        "_scaled_dot_product_flash_attention",
-        "`scaled_dot_product_attention`",
-        RULE,
-        (
-            "_scaled_dot_product_flash_attention",
-            "test_products_through_attention_that_drops_are_refused",
-        ),
-        "with dropout, products with the GGN are refused",
-    ),
-    Row(
-        "_scaled_dot_product_efficient_attention",
-        "`scaled_dot_product_attention`",
-        RULE,
-        (
-            "_scaled_dot_product_efficient_attention",
-            "test_products_through_attention_that_drops_are_refused",
-        ),
-        "with dropout, products with the GGN are refused",
-    ),
-    Row(
-        "_scaled_dot_product_cudnn_attention",
-        "`scaled_dot_product_attention`",
-        RULE,
-        (
-            "_scaled_dot_product_cudnn_attention",
-            "test_products_through_attention_that_drops_are_refused",
-        ),
-        "with dropout, products with the GGN are refused",
-    ),
-    Row(
-        "_scaled_dot_product_fused_attention_overrideable",
-        "`scaled_dot_product_attention` of a backend outside of PyTorch",
-        RULE,
-        (
-            "_scaled_dot_product_fused_attention_overrideable",
-            "test_products_through_attention_that_drops_are_refused",
-        ),
-        "with dropout, products with the GGN are refused",
-    ),
+    *CELLS.rows,
+    *ATTENTION.rows,
     Row(
         "_scaled_dot_product_attention_math",
         "`scaled_dot_product_attention`",
@@ -164,25 +96,9 @@ ROWS = (
     Row("_cudnn_attention_forward", "called by name, nested tensors", UNKNOWN),
     Row("_triton_multi_head_attention", "called by name", UNKNOWN),
     Row("_triton_scaled_dot_attention", "called by name", UNKNOWN),
-    Row(
-        "_cudnn_ctc_loss",
-        "`F.ctc_loss`",
-        PLAIN,
-        ("test_ctc_loss",),
-        "`_ctc_loss`; it has no second derivative, which is refused by name",
-    ),
-    Row(
-        "miopen_ctc_loss",
-        "the same on ROCm",
-        PLAIN,
-        ("test_ctc_loss",),
-        "`_ctc_loss`; it has no second derivative, which is refused by name",
-    ),
-    Row(
-        "_use_cudnn_ctc_loss", "`F.ctc_loss`", RULE, ("test_ctc_loss",), "reads lengths and shapes"
-    ),
+    *LOSSES.rows,
     Row("_use_miopen_ctc_loss", "the same on ROCm", RULE, (), "reads lengths and shapes"),
-    Row("_fused_rms_norm", "`nn.RMSNorm`", RULE, ("_fused_rms_norm",)),
+    *NORMALISATION.rows,
     Row(
         "_weight_norm_interface",
         "`weight_norm`; on a CPU as well",
@@ -190,63 +106,15 @@ ROWS = (
         ("_weight_norm_interface",),
         "by PyTorch",
     ),
-    Row(
-        "cudnn_grid_sampler",
-        "`F.grid_sample(.., align_corners=True)`",
-        PLAIN,
-        ("cudnn_grid_sampler",),
-        "`grid_sampler_2d`",
-    ),
-    Row(
-        "cudnn_affine_grid_generator",
-        "called by name",
-        PLAIN,
-        ("cudnn_affine_grid_generator",),
-        "`affine_grid_generator`",
-    ),
-    Row(
-        "cudnn_convolution",
-        "called by name; below `convolution`",
-        PLAIN,
-        ("cudnn_convolution",),
-        "`convolution`",
-    ),
-    Row(
-        "cudnn_convolution_transpose",
-        "called by name; below `convolution`",
-        PLAIN,
-        ("cudnn_convolution_transpose",),
-        "`convolution`",
-    ),
-    Row(
-        "miopen_convolution",
-        "called by name; below `convolution`",
-        PLAIN,
-        ("miopen_convolution",),
-        "`convolution`",
-    ),
-    Row(
-        "miopen_convolution_transpose",
-        "called by name; below `convolution`",
-        PLAIN,
-        ("miopen_convolution_transpose",),
-        "`convolution`",
-    ),
-    Row(
-        "miopen_depthwise_convolution",
-        "called by name; below `convolution`",
-        PLAIN,
-        ("miopen_depthwise_convolution",),
-        "`convolution`",
-    ),
+    *GRIDS.rows,
+    *CONVOLUTIONS.rows,
     Row("_conv_depthwise2d", "`nn.Conv2d(.., groups=channels)`", BELOW, (), "`convolution`"),
     Row("conv_depthwise3d", "`nn.Conv3d(.., groups=channels)`", BELOW, (), "`convolution`"),
     Row("cudnn_convolution_relu", "fused for inference", NOT_FORWARD),
     Row("cudnn_convolution_add_relu", "fused for inference", NOT_FORWARD),
     Row("miopen_convolution_relu", "fused for inference", NOT_FORWARD),
     Row("miopen_convolution_add_relu", "fused for inference", NOT_FORWARD),
-    Row("cudnn_batch_norm", "`nn.BatchNorm2d`", RULE, NORMS),
-    Row("miopen_batch_norm", "the same on ROCm", RULE, NORMS),
+    *BATCH_NORMS.rows,
     Row("batch_norm_stats", "`nn.SyncBatchNorm`", RULE, NORMS),
     Row("batch_norm_elemt", "`nn.SyncBatchNorm`", RULE, NORMS),
     Row("batch_norm_gather_stats", "`nn.SyncBatchNorm`", RULE, NORMS),
@@ -270,7 +138,6 @@ ROWS = (
     Row("_philox_normal_", "`torch.func` random keys", UNKNOWN),
     Row("_philox_uniform_", "`torch.func` random keys", UNKNOWN),
     Row("_fill_mem_eff_dropout_mask_", "tests of PyTorch", NOT_FORWARD),
-    Row("_masked_scale", "the backward pass of `_fused_dropout`", BACKWARD),
     Row("_mixed_dtypes_linear", "weights in eight bits", NOT_FORWARD),
     Row("_convert_weight_to_int4pack", "weights in four bits", NOT_FORWARD),
     Row("_weight_int4pack_mm", "weights in four bits", NOT_FORWARD),
@@ -287,26 +154,27 @@ ROWS = (
     Row("_sparse_semi_structured_tile", "semi-structured sparsity", UNKNOWN),
     Row("_to_sparse_semi_structured", "semi-structured sparsity", UNKNOWN),
     Row("record_stream", "copies between streams", UNKNOWN, (), "it returns nothing"),
+)
+
+# What runs in backward passes without a kernel of ours.
+BACKWARD_ONLY = (
     Row("_cudnn_attention_backward", "", BACKWARD),
-    Row("_cudnn_rnn_backward", "", BACKWARD, (), "no second derivative: tangents take plain ops"),
     Row("_efficient_attention_backward", "", BACKWARD),
     Row("_flash_attention_backward", "", BACKWARD),
-    Row("_fused_rms_norm_backward", "", BACKWARD),
-    Row("_scaled_dot_product_cudnn_attention_backward", "", BACKWARD, (), "no second derivative"),
-    Row(
-        "_scaled_dot_product_efficient_attention_backward", "", BACKWARD, (), "no second derivative"
-    ),
-    Row("_scaled_dot_product_flash_attention_backward", "", BACKWARD, (), "no second derivative"),
-    Row("_thnn_fused_gru_cell_backward", "", BACKWARD),
-    Row("_thnn_fused_lstm_cell_backward_impl", "", BACKWARD),
     Row("batch_norm_backward_elemt", "", BACKWARD),
     Row("batch_norm_backward_reduce", "", BACKWARD),
-    Row("cudnn_affine_grid_generator_backward", "", BACKWARD),
-    Row("cudnn_batch_norm_backward", "", BACKWARD),
-    Row("cudnn_grid_sampler_backward", "", BACKWARD),
-    Row("miopen_batch_norm_backward", "", BACKWARD),
-    Row("miopen_rnn_backward", "", BACKWARD, (), "no second derivative: tangents take plain ops"),
 )
+
+
+def backward_rows() -> list[Row]:
+    """The rows of all ops of backward passes, by name."""
+    rows = list(BACKWARD_ONLY)
+    for family in (*FAMILIES, BATCH_NORMS):
+        rows += family.backward_rows
+    return sorted(rows, key=lambda row: row.op)
+
+
+ROWS = (*FORWARD, *backward_rows())
 
 HEAD = """# Ops of a GPU
 
