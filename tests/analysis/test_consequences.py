@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import unbatch as ub
+from cases.quantities import ASKED
 from unbatch.analysis.consequence_facts import (
     FACTS,
     INDEPENDENT,
@@ -297,23 +298,18 @@ ROWS: Mapping[str, str] = {
     "copy rows": "copy",
     "frozen rows": "frozen",
 }
-COMPUTED: Mapping[str, tuple[Any, ...]] = {
-    "squared gradient norms": (ub.SquaredNorms(),),
-    "Gram matrix of gradients": (ub.Dots(),),
-    "sum of squared gradients": (ub.SumOfSquares(),),
-    "gradient histogram": (ub.Histogram(),),
-    "clipped sum": (ub.ClippedSum(1.0),),
-    "second moment of gradients": (ub.SecondMoment(),),
-    "gradient variance": (ub.Variance(),),
-    "signal-to-noise": (ub.SignalToNoise(),),
-    "gradient noise scale": (ub.NoiseScale(),),
-    "norm, inner product and orthogonality tests": (
-        ub.NormTest(),
-        ub.InnerProductTest(),
-        ub.OrthogonalityTest(),
-    ),
-    "early stopping criterion": (ub.EarlyStopping(),),
-}
+
+
+def computed() -> Mapping[str, list[Any]]:
+    """The quantities of rows, by their row in the table."""
+    quantities: dict[str, list[Any]] = {}
+    for asked in ASKED:
+        if asked.row:
+            quantities.setdefault(asked.row, []).append(asked.quantity)
+    return quantities
+
+
+COMPUTED = computed()
 
 
 def ones(problem: ub.Problem) -> Tensor:

@@ -1,16 +1,14 @@
-"""Quantities of rows against their definitions, written here in plain lines from the rows of the
+"""Quantities of rows against their definitions in `cases/quantities.py`, from the rows of the
 reference.
 
-Where definitions in the papers are in the scale of a mean loss, `g_n = N·r_n`: their mean is the
-gradient. What is compared is relative to the largest entry expected, with a floor from the largest
-entry of all rows, because some rows are zero by cancellation.
+What is compared is relative to the largest entry expected, with a floor from the largest entry of
+all rows, because some rows are zero by cancellation.
 """
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -20,156 +18,24 @@ from torch.nn import functional as F
 
 import unbatch as ub
 from cases.gradients import CASES
+from cases.quantities import (
+    ASKED,
+    BINS,
+    CLIP,
+    EDGES,
+    HIGH,
+    LOW,
+    Plain,
+    early_stopping,
+    histogram,
+    norm_test,
+    per_loss,
+)
 from unbatch.autodiff.contractions.row_block import RowBlock
-from unbatch.gradients.quantities import About, Basic, Collector, Derived, Projections, Quantity
+from unbatch.gradients.quantities import About, Basic, Collector, Derived, Quantity
 from unbatch.reference import definitions as reference
 
 EXACT, FLOOR = 1e-9, 1e-12
-Plain = dict[str, Tensor]
-
-# ---------------------------------------------------------------- definitions
-
-
-def per_loss(rows: Plain) -> Tensor:
-    """`g_n`, `[N, D]`: as if the loss were the mean of the terms that the rows belong to."""
-    return len(next(iter(rows.values()))) * reference.flat(rows)
-
-
-def projections(rows: Plain) -> Plain:
-    """Of every row on the sum of all, parameter by parameter."""
-    return {k: torch.stack([(row * r.sum(0)).sum() for row in r]) for k, r in rows.items()}
-
-
-def signal_to_noise(rows: Plain) -> Plain:
-    """Liu et al. 2020 (GSNR): squared mean over variance; biased, as Cockpit's, and without its
-    1e-5.
-    """
-    return {k: r.mean(0).square() / (r - r.mean(0)).square().mean(0) for k, r in rows.items()}
-
-
-def noise_scale(rows: Plain) -> Tensor:
-    """McCandlish et al. 2018, section 2.2 and appendix A.1, for the batch sizes 1 and N."""
-    g = per_loss(rows)
-    n = len(g)
-    small, big = g.square().sum(1).mean(), g.mean(0).square().sum()
-    squared_gradient = (n * big - 1 * small) / (n - 1)
-    trace = (small - big) / (1 / 1 - 1 / n)
-    return trace / squared_gradient
-
-
-def norm_test(rows: Plain) -> Tensor:
-    """Byrd et al. 2012, equation 3.9: sample variance over N, per squared gradient. Cockpit returns
-    the root of it.
-    """
-    g = per_loss(rows)
-    mean = g.mean(0)
-    variance = (g - mean).square().sum() / (len(g) - 1)
-    return variance / len(g) / mean.square().sum()
-
-
-def inner_product_test(rows: Plain) -> Tensor:
-    """Bollapragada et al. 2018, equation 2.6: sample variance of ⟨g_n, ḡ⟩. Cockpit returns the root
-    of it.
-    """
-    g = per_loss(rows)
-    mean = g.mean(0)
-    variance = (g @ mean - mean @ mean).square().sum() / (len(g) - 1)
-    return variance / len(g) / (mean @ mean).square()
-
-
-def orthogonality_test(rows: Plain) -> Tensor:
-    """Bollapragada et al. 2018, equation 3.3: variance of what is orthogonal to ḡ. Cockpit returns
-    the root of it.
-    """
-    g = per_loss(rows)
-    mean = g.mean(0)
-    variance = sum((row - (row @ mean) / (mean @ mean) * mean).square().sum() for row in g) / (
-        len(g) - 1
-    )
-    return variance / len(g) / mean.square().sum()
-
-
-def early_stopping(rows: Plain) -> Tensor:
-    """Mahsereci et al. 2017: `1 − N · mean over entries of ḡ²/s²`; Cockpit divides by `s² + 1e-5`
-    and counts all.
-    """
-    g = per_loss(rows)
-    noise = g.var(0, unbiased=True)
-    noisy = noise > 0
-    return 1 - len(g) * (g.mean(0)[noisy].square() / noise[noisy]).mean()
-
-
-BINS, LOW, HIGH = 7, -0.5, 1.0
-EDGES = [LOW + (HIGH - LOW) * i / BINS for i in range(BINS + 1)]
-
-
-def histogram(rows: Plain) -> Plain:
-    """Cockpit's, of `g_n`, for each parameter; what lies beyond the edges is not moved into the
-    outer bins.
-    """
-    n = len(next(iter(rows.values())))
-    counted = {}
-    for k, r in rows.items():
-        bins = [((n * r >= low) & (n * r < high)).sum() for low, high in pairwise(EDGES)]
-        counted[k] = torch.stack(bins)
-    return counted
-
-
-CLIP = 0.3
-
-
-def clipped_sum(rows: Plain) -> Plain:
-    """Abadi et al. 2016, algorithm 1: every row divided by `max(1, ‖row‖/C)`."""
-    norms = reference.flat(rows).norm(dim=1)
-    return {
-        k: sum(row / max(1.0, norm / CLIP) for row, norm in zip(r, norms, strict=True))
-        for k, r in rows.items()
-    }
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A quantity, its definition, and of which degree in the rows it is."""
-
-    quantity: Quantity
-    definition: Callable[[Plain], Any]
-    degree: int
-    ratio: bool = (
-        False  # of entries, one by one: those that are zero but for rounding have no ratio
-    )
-
-    @property
-    def name(self) -> str:
-        return type(self.quantity).__name__
-
-
-ASKED = [
-    Asked(ub.Gradients(), lambda rows: rows, 1),
-    Asked(ub.SquaredNorms(), lambda rows: reference.squared_norms(rows)[0], 2),
-    Asked(Projections(), projections, 2),
-    Asked(ub.SumOfSquares(), reference.sum_of_squares, 2),
-    Asked(ub.SecondMoment(), reference.second_moment, 2),
-    Asked(ub.Variance(), reference.variance, 2),
-    Asked(ub.Dots(), reference.dots, 2),
-    Asked(ub.SignalToNoise(), signal_to_noise, 0, ratio=True),
-    Asked(ub.Histogram(BINS, LOW, HIGH), histogram, 0),
-    Asked(ub.NoiseScale(), noise_scale, 0),
-    Asked(ub.NormTest(), norm_test, 0),
-    Asked(ub.InnerProductTest(), inner_product_test, 0),
-    Asked(ub.OrthogonalityTest(), orthogonality_test, 0),
-    Asked(ub.EarlyStopping(), early_stopping, 0, ratio=True),
-    Asked(ub.ClippedSum(CLIP), clipped_sum, 1),
-]
-MOMENTS = {
-    "SecondMoment",
-    "Variance",
-    "SignalToNoise",
-    "NoiseScale",
-    "NormTest",
-    "InnerProductTest",
-    "OrthogonalityTest",
-    "EarlyStopping",
-}
 EVERY = pytest.mark.parametrize("asked", ASKED, ids=lambda a: a.name)
 
 # ---------------------------------------------------------------- cases
@@ -274,6 +140,16 @@ def beyond_rounding(rows: Plain) -> Plain:
     size = FLOOR * largest(rows)
     apart = {k: (r - r.mean(0)).square().mean(0).sqrt() for k, r in rows.items()}
     return {k: r for k, r in rows.items() if bool(((apart[k] > size) | (r == 0).all(0)).all())}
+
+
+def test_every_public_quantity_is_in_the_table():
+    public = set()
+    for name in ub.__all__:
+        offered = getattr(ub, name)
+        if isinstance(offered, type) and issubclass(offered, Basic | Derived):
+            public.add(name)
+    # The one that is fed with columns of the GGN's factor instead of rows of a gradient.
+    assert public - {"DiagGGN"} == {asked.name for asked in ASKED if asked.row}
 
 
 @MEMORY
@@ -639,7 +515,7 @@ def test_nothing_warns_where_samples_are_apart(name, asked):
 @pytest.mark.parametrize("name", MEANINGLESS)
 def test_statistics_warn_where_rows_are_no_samples_of_anything(name, asked):
     caught = warnings_of(problem(name), asked.quantity)
-    if asked.name not in MOMENTS:
+    if not asked.moment:
         assert not caught
         return
     (warning,) = caught
@@ -656,7 +532,7 @@ def test_warnings_are_errors_where_the_user_wants_them_to_be():
     with warnings.catch_warnings():
         warnings.simplefilter("error", ub.MixedSamplesWarning)
         for asked in ASKED:
-            if asked.name in MOMENTS:
+            if asked.moment:
                 with pytest.raises(ub.MixedSamplesWarning, match=asked.name):
                     question.compute(ub.SquaredNorms(), asked.quantity)
             else:
