@@ -119,7 +119,16 @@ def check_listed(page: str, names: list[str]) -> None:
 
 
 def test_public_names_are_on_the_page_once():
-    check_listed((ROOT / "docs/reference/api.md").read_text(encoding="utf-8"), unbatch.__all__)
+    page = (ROOT / "docs/reference/api.md").read_text(encoding="utf-8")
+    check_listed(load("docs/hooks/api.py").spelled_out(page), unbatch.__all__)
+
+
+def test_a_module_on_the_page_stands_for_its_public_names():
+    spelled_out = load("docs/hooks/api.py").spelled_out
+    page = spelled_out("::: unbatch.gradients.results.*\n\n::: unbatch.Dots\n")
+    assert page == "::: unbatch.Rows\n\n::: unbatch.Dots\n"
+    with pytest.raises(ValueError, match=r"imports nothing from unbatch\.gradients\.sources"):
+        spelled_out("::: unbatch.gradients.sources.*\n")
 
 
 def test_public_names_have_a_docstring():
