@@ -180,6 +180,13 @@ MSG_MODEL_FAILED = (
 )
 
 
+MSG_ITERATOR = (
+    "The program takes the next item of {name!r}, an iterator of type {kind}, which cannot be put "
+    "back afterwards. Keep what it yields in a list and step through that by index, or pass the "
+    "item as part of the batch."
+)
+
+
 MSG_SWAPPED = (
     "Are model and loss swapped? Problem takes the model first; "
     "here it is the loss that has parameters."

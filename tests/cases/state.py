@@ -4,6 +4,7 @@ change it while they run.
 
 import random
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -231,14 +232,16 @@ def stateful_problem(make: Callable[[], nn.Module]) -> ub.Problem:
 
 
 class Countdown:
-    """Counts runs outside of the model, whose own attributes are put back, and raises from run `at`
-    on.
-    """
+    """Counts runs out of reach of what puts attributes back, and raises from run `at` on."""
 
     def __init__(self, at: int, error: type[BaseException]):
-        self.at, self.error, self.runs = at, error, 0
+        self.at, self.error, self.count = at, error, ContextVar("count", default=0)
+
+    @property
+    def runs(self) -> int:
+        return self.count.get()
 
     def tick(self) -> None:
-        self.runs += 1
+        self.count.set(self.runs + 1)
         if self.runs >= self.at:
             raise self.error(f"in run {self.runs}")

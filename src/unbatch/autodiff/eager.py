@@ -22,7 +22,7 @@ from unbatch.autodiff.autograd import detached, gradients, pick, subset
 from unbatch.autodiff.context import Context
 from unbatch.autodiff.dependence import within
 from unbatch.autodiff.loss import LossAt
-from unbatch.capture.isolation import random_state, untouched
+from unbatch.capture.isolation import random_state
 from unbatch.capture.program import own_loss
 from unbatch.errors import MSG_INNER_LOSS, StructureError
 
@@ -79,7 +79,7 @@ def _run(context: Context) -> EagerModel:
 
 def _predict(context: Context) -> tuple[Any, tuple[Any, ...]]:
     """Return the model's output, and the random state after it."""
-    with untouched(context.program.modules, context.graph.rng), torch.enable_grad():
+    with context.program.untouched(context.graph.rng), torch.enable_grad():
         return context.program.on_copies().predict(context.inputs), random_state()
 
 
@@ -141,11 +141,11 @@ def _carries_the_gradient(
     slope = model.loss.slope
     connected = within(slope, model.predictions)
     ends, cotangents = pick(model.predictions, connected), pick(slope, connected)
-    modules = model.context.program.modules
+    program = model.context.program
     # From the same random state, so that both passes draw what the other one draws.
-    with untouched(modules, model.state):
+    with program.untouched(model.state):
         through = gradients(ends, parameters, cotangents, retain=True)
-    with untouched(modules, model.state):
+    with program.untouched(model.state):
         at_once = gradients([loss], parameters, retain=True)
     size, errors = 0.0, []
     for name, g in at_once.items():

@@ -44,7 +44,6 @@ from unbatch.autodiff.schedule import Schedule
 from unbatch.autodiff.tangent_store import TangentStore
 from unbatch.capture.aliasing import Window, seen_through_older_windows
 from unbatch.capture.graph import Graph
-from unbatch.capture.isolation import untouched
 from unbatch.capture.steps import ExecutedOp, Step
 from unbatch.capture.substitutes import held, laid_out, norm_with_constant_statistics, unmoved
 from unbatch.capture.trees import flat
@@ -379,7 +378,7 @@ class LinearisedModel(Linearised):
 
     def _untouched(self) -> AbstractContextManager[object]:
         """Hooks in the model may do anything, and backward passes may draw random numbers."""
-        return untouched(self.context.program.modules, self._random_state)
+        return self.context.program.untouched(self._random_state)
 
     def pull(
         self, cotangents: Mapping[int, Tensor], names: Iterable[str] | None = None

@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_map
 from unbatch.autodiff.autograd import detached, or_zeros, pick, solid
 from unbatch.autodiff.context import Context
 from unbatch.capture.graph import Graph
-from unbatch.capture.isolation import untouched
 from unbatch.capture.steps import Ref, Step, is_ref
 from unbatch.errors import (
     MSG_BACKWARD_INSIDE,
@@ -329,10 +328,10 @@ def _protected(context: Context) -> AbstractContextManager[object]:
     Nothing, where it can change neither: the guard costs more than most losses.
     """
     loss = context.program.loss
-    if isinstance(loss, torch.nn.Module):
-        return untouched([loss])
-    if _loss_draws(context) or _loss_writes(context):
-        return untouched([])
+    if isinstance(loss, torch.nn.Module) or _loss_draws(context) or _loss_writes(context):
+        return context.program.untouched()
+    if context.program.reachable.leaves_traces:
+        return context.program.untouched()
     return nullcontext()
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unbatch.capture.isolation import random_state, set_random_state
+from unbatch.capture.isolation import generators_in, random_state, set_random_state
 from unbatch.capture.replay import Replay, Visit
 from unbatch.capture.steps import Ref, Step, Value, filled, indices
 from unbatch.linalg.precision import double_dtype, in_double
@@ -230,7 +230,7 @@ class Graph:
         replay = Replay(self.values, self._overwritten, feed, keep or {}, instead or {}, visit)
         if not self.rng or not any(s.noise for s in steps):
             return replay.run(steps, wanted, self._last_uses)
-        before = random_state()
+        before = random_state(generators_in(self.rng))
         try:
             set_random_state(self.rng)
             return replay.run(steps, wanted, self._last_uses)

@@ -1,71 +1,62 @@
 """What a recording depends on besides its arguments, and whether that is still what it was.
 
-The *state* of a program decides what is computed: flags and attributes of modules, hooks, types and
-devices, and what functions of the user read from outside, as far as names tell. Its *numbers* are
-the contents of parameters and buffers: other ones leave a recording valid, but not what was
-computed with it.
+The *state* of a program decides what is computed: all that it can reach (``reachable.py``) and the
+settings of the process (``switches.py``). Its *numbers* are the contents of parameters, buffers and
+other tensors that it uses: other ones leave a recording valid, but not what was computed with it.
 """
 
 from __future__ import annotations
 
-import functools
-import sysconfig
-import types
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from unbatch.capture.graph import Graph
-from unbatch.capture.isolation import storage_of
+from unbatch.capture.holders import PLAIN
+from unbatch.capture.isolation import is_strided, storage_of
 from unbatch.capture.program import Program
-from unbatch.capture.tracer import LIBRARY
+from unbatch.capture.reachable import Reachable
+from unbatch.capture.switches import settings
 
-PLAIN = (int, float, bool, str, bytes, type(None))
+# Of a tensor with at most so many entries all are looked at; of a larger one, about so many.
+SOME = 256
 
-FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial)
-
-# Code from here is no user's, and is not read.
-INSTALLED = (sysconfig.get_paths()["purelib"], sysconfig.get_paths()["stdlib"], *LIBRARY)
-
-# The attributes that every module has.
-OWN_ATTRIBUTES = set(nn.Module().__dict__)
-
-# How many entries of a tensor, or items of a container, are looked at.
+# How many items of a container in the data are compared one by one.
 FEW = 8
-
-# A namespace (attributes, globals, a closure) or container, and a name or an index in it.
-Place = tuple[Any, Any]
 
 
 @dataclass
 class Guard:
     """Where to look; ``state`` and ``numbers`` are to be compared with what they were.
 
-    ``reads``: the places that functions of the user read. ``constants``: attributes that hold
-    tensors which the recording took for constants.
+    ``marks``: how each place was. ``idle``: what the program writes itself and does not depend on,
+    by the number of the holder. ``constants``: tensors that the recording took for constants.
     """
 
     program: Program
-    modules: list[nn.Module] = field(default_factory=list)
-    reads: list[Place] = field(default_factory=list)
-    constants: list[Place] = field(default_factory=list)
-    # Views of a few entries, and the tensors that they were made for.
+    reached: Reachable
+    marks: list[Any] = field(default_factory=list)
+    idle: dict[int, set[Hashable]] = field(default_factory=dict)
+    constants: list[Tensor] = field(default_factory=list)
+    # Views of some entries, and the tensors that they were made for.
     _views: tuple[Any, list[Tensor]] = (None, [])
 
     @staticmethod
     def of(program: Program) -> Guard:
-        """Return the guard of a program, from what its model and its loss read."""
-        guard, visited = Guard(program), set[int]()
-        guard._follow_all((program.model, program.loss), visited)
-        return guard
+        """Return the guard of a program, from what its model and its loss can reach."""
+        reached = program.reachable
+        # What is written from here on, the recorded run writes.
+        reached.written.clear()
+        reached.draws = False
+        return Guard(program, reached, [holder.mark() for holder in reached.holders])
 
     def watch(self, graph: Graph) -> None:
-        """Watch the tensors, in attributes of modules, that a recording took for constants."""
+        """Watch the contents of tensors that a recording took for constants."""
         constants = {v.storage for v in graph.values if v.kind == "constants"}
         memories = set()
         for value in graph.values:
@@ -73,104 +64,60 @@ class Guard:
             if value.storage in constants and value.concrete is not None:
                 memories.add(storage_of(value.concrete))
         self.constants = []
-        for module in self.modules:
-            for name, attribute in module.__dict__.items():
-                if isinstance(attribute, Tensor) and storage_of(attribute) in memories:
-                    self.constants.append((module.__dict__, name))
-
-    # -- where to look --
-
-    def _follow_all(self, values: Iterable[Any], visited: set[int]) -> None:
-        """Follow several values. ``visited``: by id, as programs refer to themselves."""
-        for value in values:
-            self._follow(value, visited)
-
-    def _follow(self, value: Any, visited: set[int]) -> None:
-        """Follow what the user wrote to the names that it reads, and to what they stand for."""
-        if id(value) in visited:
-            return
-        visited.add(id(value))
-        if isinstance(value, nn.Module):
-            self._follow_module(value, visited)
-        elif isinstance(value, functools.partial):
-            self._follow_all((value.func, *value.args, *value.keywords.values()), visited)
-        elif isinstance(value, types.MethodType):
-            self._follow_all((value.__self__, value.__func__), visited)
-        elif isinstance(value, dict):
-            self._follow_places(_places(value, list(value)[:FEW]), visited)
-        elif isinstance(value, list | tuple):
-            self._follow_places(_places(value, range(min(len(value), FEW))), visited)
-        elif isinstance(value, types.FunctionType):
-            # What is installed does not change while a program runs.
-            if not value.__code__.co_filename.startswith(INSTALLED):
-                self._follow_places(list(_names(value)), visited)
-        elif _is_callable_object(value):
-            self._follow_all(_methods(type(value)), visited)
-            self._follow_places(_places(value.__dict__, value.__dict__), visited)
-
-    def _follow_places(self, places: list[Place], visited: set[int]) -> None:
-        """Note places that are read, and follow what is in them."""
-        self.reads += places
-        self._follow_all(map(_look, places), visited)
-
-    def _follow_module(self, top: nn.Module, visited: set[int]) -> None:
-        """Note a module and what is inside it, and follow its methods and containers."""
-        # Each class once: a network has many modules of few classes.
-        known = {id(module) for module in self.modules}
-        fresh = [module for module in top.modules() if id(module) not in known]
-        self.modules += fresh
-        methods: dict[int, Any] = {}
-        for module in fresh:
-            for method in _methods(type(module)):
-                methods[id(method)] = method
-        self._follow_all(methods.values(), visited)
-        for module in fresh:
-            for name, attribute in module.__dict__.items():
-                if name not in OWN_ATTRIBUTES and isinstance(attribute, list | dict):
-                    self._follow(attribute, visited)
+        for tensor in self.reached.tensors:
+            if storage_of(tensor) in memories and is_strided(tensor):
+                self.constants.append(tensor)
 
     # -- what there is --
 
     def state(self) -> tuple[Any, ...]:
         """Return what stays equal as long as the same is computed."""
-        modules = [list(_decisive(module)) for module in self.modules]
-        tensors = list(map(_kind_of, self._tensors()))
-        reads = [_identity_of(_look(place)) for place in self.reads]
-        constants = [id(_look(place)) for place in self.constants]
-        return modules, tensors, reads, constants
+        kinds = list(map(_kind_of, self._tensors()))
+        # A constant in another memory is another constant: recordings refer to the old one.
+        addresses = [t.data_ptr() for t in self.constants]
+        return self.changes(), kinds, addresses, settings()
+
+    def changes(self) -> list[tuple[int, Hashable]]:
+        """Return the places that are not as they were: the holder and the name."""
+        differing: list[tuple[int, Hashable]] = []
+        for i, (holder, mark) in enumerate(zip(self.reached.holders, self.marks, strict=True)):
+            if holder.same(mark):
+                continue
+            idle = self.idle.get(i, ())
+            differing += [(i, name) for name in holder.changed(mark) if name not in idle]
+        return differing
 
     def numbers(self) -> tuple[Any, ...]:
         """Return what stays equal as long as nothing writes to parameters, buffers or constants."""
-        tensors = self._tensors()
+        tensors = [t for t in (*self._tensors(), *self.constants) if t.layout == torch.strided]
         versions, addresses = [], []
         for t in tensors:
             versions.append(t._version)
             addresses.append(t.data_ptr())
-        constants = [_look(place)._version for place in self.constants]
-        return versions, addresses, self._few_entries(tensors, addresses), constants
+        return versions, addresses, self._some_entries(tensors, addresses)
 
     def _tensors(self) -> list[Tensor]:
-        """Return parameters and buffers; those that are sparse have no address to look at."""
+        """Return parameters and buffers."""
         tensors = list(self.program.parameters.values())
-        for module in self.modules:
+        for module in self.reached.modules:
             tensors.extend(b for b in module._buffers.values() if b is not None)
-        return [t for t in tensors if t.layout == torch.strided]
+        return tensors
 
-    def _few_entries(self, tensors: list[Tensor], addresses: list[int]) -> list[Any]:
-        """Return a few entries of each tensor.
+    def _some_entries(self, tensors: list[Tensor], addresses: list[int]) -> list[Any]:
+        """Return some entries of each tensor, all of a small one.
 
         They show changes that leave no trace in the version (``.data.mul_(2)``).
         """
         places = list(zip(map(id, tensors), addresses, strict=True))
         # Views are made once, and show later contents until a tensor gets another memory.
         if self._views[0] != places:
-            views = [_few(t) for t in tensors if t.numel() and t.device.type != "meta"]
+            views = [_some(t) for t in tensors if t.numel() and t.device.type != "meta"]
             self._views = places, views
         # One read for all of a kind: each read of a GPU waits for what runs there.
         by_kind: dict[Any, list[Tensor]] = {}
         for view in self._views[1]:
             by_kind.setdefault((view.dtype, view.device), []).append(view)
-        return [_bits(torch.cat(views)) for views in by_kind.values()]
+        return [_bits(torch.cat([v.reshape(-1) for v in views])) for views in by_kind.values()]
 
 
 class TensorMark:
@@ -217,98 +164,31 @@ def signature(*trees: Any) -> tuple[Any, ...]:
 
 def _kind_of(t: Tensor) -> tuple[Any, ...]:
     """Return what decides what is computed with a tensor, but its contents."""
-    return id(t), t.requires_grad, t.dtype, t.device, t.shape
+    hooks = tuple(t._backward_hooks.values()) if t._backward_hooks else ()
+    return id(t), t.requires_grad, t.dtype, t.device, t.shape, hooks
 
 
-def _few(t: Tensor) -> Tensor:
-    """Return a view of a few entries, spread evenly if they lie in order."""
+def _some(t: Tensor) -> Tensor:
+    """Return a view of some entries, spread evenly if they lie in order."""
     t = t.detach()
     if t.is_complex():
         t = torch.view_as_real(t)
+    if t.numel() <= SOME:
+        return t
     if t.is_contiguous():
-        return t.view(-1)[:: max(1, t.numel() // FEW)]
+        return t.view(-1)[:: max(1, t.numel() // SOME)]
     sizes = list(t.shape)
     longest = sizes.index(max(sizes))
     along = t.as_strided((sizes[longest],), (t.stride(longest),), t.storage_offset())
-    return along[: FEW + 1]
+    return along[:SOME]
 
 
-def _bits(t: Tensor) -> Any:
-    """Return the entries so that equal ones compare equal, NaN included where it is cheap."""
-    if t.dtype in (torch.float32, torch.float64) and not t.is_cuda:
-        return t.numpy().tobytes()
-    return t.tolist()
+def _bits(t: Tensor) -> bytes:
+    """Return the entries so that equal ones compare equal, NaN included."""
+    return bytes(t.cpu().view(torch.uint8).numpy())
 
 
-# --- what the user wrote --------------------------------------------------------------------------
-
-
-def _is_callable_object(value: Any) -> bool:
-    """Tell whether a value is an object with ``__call__`` and attributes; no class or module."""
-    if isinstance(value, type | types.ModuleType):
-        return False
-    return callable(value) and hasattr(value, "__dict__")
-
-
-def _methods(kind: type) -> list[types.FunctionType]:
-    """Return the functions of a class and its bases."""
-    functions: list[types.FunctionType] = []
-    for base in kind.__mro__:
-        members = vars(base).values()
-        functions.extend(m for m in members if isinstance(m, types.FunctionType))
-    return functions
-
-
-def _names(function: types.FunctionType) -> Iterator[Place]:
-    """Yield what a function reads from outside: its closure, its defaults, and globals.
-
-    Globals also as far as functions inside it read them.
-    """
-    for cells in (function.__closure__, function.__defaults__):
-        for i in range(len(cells or ())):
-            yield cells, i
-    names: dict[str, None] = {}
-    for code in _codes(function.__code__):
-        names.update(dict.fromkeys(code.co_names))
-    for name in names:
-        if name in function.__globals__:
-            yield function.__globals__, name
-
-
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    """Yield the code of a function and of all functions that are defined inside."""
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _codes(constant)
-
-
-def _decisive(module: nn.Module) -> Iterator[Place]:
-    """Yield flags, functions that the module was given (``act=F.relu``), parts, and hooks.
-
-    With their names. The objects and not their ids: another could get the id of one that is gone.
-    """
-    yield "hooks", len(module._forward_hooks) + len(module._forward_pre_hooks)
-    for name, value in module.__dict__.items():
-        if isinstance(value, PLAIN + FUNCTIONS):
-            yield name, value
-    yield from module._modules.items()
-
-
-def _places(space: Any, names: Iterable[Any]) -> list[Place]:
-    return [(space, name) for name in names]
-
-
-def _look(place: Place) -> Any:
-    """Return what is in a place; None if it has been taken away, or a cell is empty."""
-    space, name = place
-    try:
-        value = space[name]
-        if isinstance(value, types.CellType):
-            return value.cell_contents
-    except (KeyError, IndexError, ValueError):
-        return None
-    return value
+# --- data -----------------------------------------------------------------------------------------
 
 
 def _identity_of(value: Any) -> Any:

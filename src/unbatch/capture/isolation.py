@@ -1,15 +1,21 @@
 """Asking changes nothing.
 
 Tensors that existed before are copied when a program first writes to them and put back at the end,
-also after an exception; so are module attributes, gradients, hooks, flags and random states. Other
-processes are not kept waiting.
+also after an exception; so is all else that it can reach (``reachable.py``), with settings of the
+process and random states. Other processes are not kept waiting; other threads are, as settings
+belong to all of them.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
+import itertools
+import pickle
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+import warnings
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FunctionType
@@ -17,14 +23,19 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map
 
 from unbatch.capture import ops
 from unbatch.capture.distributed import check_alone
+from unbatch.capture.holders import Holder, contents, restore
+from unbatch.capture.python_values import Exports
+from unbatch.capture.reachable import Reachable
+from unbatch.capture.switches import all_settings, set_back
 from unbatch.capture.trees import tensors_in
+from unbatch.errors import MSG_ITERATOR, CaptureError
 
 C = TypeVar("C")
 
@@ -32,62 +43,111 @@ C = TypeVar("C")
 # that, which takes a second and 70 MiB. Nobody compiles what runs in a mode of ours.
 SKIPS_COMPILER = False
 
-# How deep the containers in the attributes of a module are looked at.
-DEPTH = 6
+# Questions take turns: random states, settings and hooks of all modules belong to the process.
+TURN = threading.RLock()
 
 
 @contextmanager
 def untouched(
-    modules: Sequence[nn.Module], seed: tuple[Any, ...] | None = None
+    where: Reachable | Sequence[Any], seed: tuple[Any, ...] | None = None
 ) -> Iterator[tuple[Any, ...]]:
-    """Leave modules and random states as they were, whatever happens inside.
+    """Leave as it was all that can be reached, and random states, whatever happens inside.
 
-    Yields the random state; with ``seed`` the inside starts from that one instead.
+    ``where``: what is reached, or objects to begin a walk at. Yields the random state; with
+    ``seed`` the inside starts from that one instead.
     """
-    before = random_state()
-    states = _states_of(modules)
+    reached = where
+    if not isinstance(reached, Reachable):
+        reached = Reachable(reached)
+    before, settings = random_state(reached.generators), all_settings()
+    places, kept = reached.holders, contents(reached.holders)
+    tensors = [_TensorState.of(t) for t in reached.tensors]
     writes = _Writes()
     try:
         if seed is not None:
             set_random_state(seed)
-        with writes:
+        replaced = _replace_iterators(reached)
+        with writes, Exports(writes.save_unseen):
             yield seed or before
     finally:
         # Contents first, while tensors still lie where they were written to.
         writes.undo()
-        for state in states:
+        set_back(settings)
+        _put_back_iterators(replaced)
+        _note_written(reached, restore(places, kept))
+        for state in tensors:
             state.restore()
+        reached.draws |= _draws_in_python(seed or before, random_state(reached.generators))
         set_random_state(before)
 
 
-# --- modules --------------------------------------------------------------------------------------
+@contextmanager
+def contents_untouched() -> Iterator[None]:
+    """Leave the contents of all tensors as they were, and nothing else."""
+    writes = _Writes()
+    try:
+        with writes, Exports(writes.save_unseen):
+            yield
+    finally:
+        writes.undo()
 
 
-@dataclass(frozen=True)
-class _ModuleState:
-    """The attributes of a module, and the containers among them with what they held."""
+def _note_written(reached: Reachable, written: dict[int, set[Hashable]]) -> None:
+    """Note what the program itself changes: whether it reads that, too, is another question."""
+    for i, names in written.items():
+        reached.written.setdefault(i, set()).update(names)
 
-    module: nn.Module
-    attributes: dict[str, Any]
-    containers: list[tuple[Any, Any]]
 
-    @staticmethod
-    def of(module: nn.Module) -> _ModuleState:
-        attributes = module.__dict__
-        return _ModuleState(module, dict(attributes), _containers(attributes, DEPTH))
+# --- iterators ------------------------------------------------------------------------------------
 
-    def restore(self) -> None:
-        """Put attributes back, and into each container what it held."""
-        # ``setattr`` would do more than that: register parameters, call setters of the user.
-        self.module.__dict__.clear()
-        self.module.__dict__.update(self.attributes)
-        for container, content in self.containers:
-            _refill(container, content)
+# Copies of these go on where the original is, and leave that where it is.
+EMPTY: tuple[Iterable[Any], ...] = ([], (), range(0), "", b"", {}, set())
+COPIED = (*map(type, map(iter, EMPTY)), itertools.count, itertools.cycle, itertools.repeat)
+
+
+class Exhaustible:
+    """Stands for an iterator that cannot be copied: it refuses before that is advanced."""
+
+    def __init__(self, iterator: Any, name: Hashable) -> None:
+        self.iterator, self.name = iterator, name
+
+    def __iter__(self) -> Exhaustible:
+        return self
+
+    def __next__(self) -> Any:
+        kind = type(self.iterator).__name__
+        raise CaptureError(MSG_ITERATOR.format(kind=kind, name=self.name))
+
+    def send(self, value: Any) -> Any:
+        """Refuse, as ``next`` does."""
+        return next(self)
+
+
+def _replace_iterators(reached: Reachable) -> list[tuple[Holder, Any, Any]]:
+    """Put copies in place of iterators; return the originals with their places."""
+    replaced = []
+    for holder, name, iterator in reached.iterators:
+        if isinstance(iterator, COPIED):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # newer Pythons will copy fewer kinds
+                holder.put(name, copy.copy(iterator))
+        else:
+            holder.put(name, Exhaustible(iterator, name))
+        replaced.append((holder, name, iterator))
+    return replaced
+
+
+def _put_back_iterators(replaced: list[tuple[Holder, Any, Any]]) -> None:
+    for holder, name, iterator in replaced:
+        holder.put(name, iterator)
+
+
+# --- tensors --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _TensorState:
-    """What a parameter or buffer has besides its contents."""
+    """What a tensor has besides its contents."""
 
     tensor: Tensor
     requires_grad: bool
@@ -103,10 +163,11 @@ class _TensorState:
     def restore(self) -> None:
         """Put all of it back; only what has changed is written to, which others may see."""
         t = self.tensor
-        if t.data_ptr() != self.data.data_ptr() or t.shape != self.data.shape:
+        if is_strided(t) and (t.data_ptr(), t.shape) != (self.data.data_ptr(), self.data.shape):
             t.data = self.data
         if t.is_leaf:
-            t.requires_grad_(self.requires_grad)
+            if t.requires_grad != self.requires_grad:
+                t.requires_grad_(self.requires_grad)
             if t.grad is not self.grad:
                 t.grad = self.grad
         if t._backward_hooks is not None and dict(t._backward_hooks) != self.hooks:
@@ -114,77 +175,73 @@ class _TensorState:
             t._backward_hooks.update(self.hooks)
 
 
-def _states_of(modules: Sequence[nn.Module]) -> list[_ModuleState | _TensorState]:
-    """Return the states of modules and what is inside them, each module once, then of tensors."""
-    every: dict[int, nn.Module] = {}
-    for top in modules:
-        for module in top.modules():
-            every[id(module)] = module
-    states: list[_ModuleState | _TensorState] = [_ModuleState.of(m) for m in every.values()]
-    for module in every.values():
-        tensors = (*module._parameters.values(), *module._buffers.values())
-        states.extend(_TensorState.of(t) for t in tensors if t is not None)
-    return states
-
-
-def _containers(container: Any, depth: int) -> list[tuple[Any, Any]]:
-    """Return containers inside a container, at any depth, with copies of what they hold."""
-    # By their own ``copy``, as a container may be of a class of its own (hooks are ordered dicts).
-    entries = container
-    if isinstance(container, dict):
-        entries = container.values()
-    out: list[tuple[Any, Any]] = []
-    for entry in entries:
-        if isinstance(entry, dict | list | set):
-            out.append((entry, entry.copy()))
-            if depth:
-                out += _containers(entry, depth - 1)
-    return out
-
-
-def _refill(container: Any, content: Any) -> None:
-    if _holds(container, content):
-        return  # a container of a class of its own may notice that it is written to
-    container.clear()
-    if isinstance(container, list):
-        container.extend(content)
-    else:
-        container.update(content)
-
-
-def _holds(container: Any, content: Any) -> bool:
-    """Tell whether a container holds these very objects, in the same order."""
-    if len(container) != len(content):
-        return False
-    if isinstance(container, set):
-        return bool(container == content)
-    if isinstance(container, dict):
-        if list(container) != list(content):
-            return False
-        container, content = container.values(), content.values()
-    return all(x is y for x, y in zip(container, content, strict=True))
-
-
 # --- random states --------------------------------------------------------------------------------
 
 
-def random_state() -> tuple[Any, ...]:
-    """Return the states of all generators: PyTorch's on CPU and GPU, numpy's and Python's."""
+def random_state(own: Iterable[Any] = ()) -> tuple[Any, ...]:
+    """Return the states of all generators: PyTorch's on CPU and GPU, numpy's and Python's.
+
+    ``own``: generators of the program's own.
+    """
     # Asking a GPU that nobody has used yet would start it.
     cuda = []
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         cuda = torch.cuda.get_rng_state_all()
-    return torch.get_rng_state(), cuda, np.random.get_state(), random.getstate()
+    states = []
+    for generator in own:
+        states.append((generator, _state_of_generator(generator)))
+    return torch.get_rng_state(), cuda, np.random.get_state(), random.getstate(), states
 
 
 def set_random_state(state: tuple[Any, ...]) -> None:
     """Set the states of all generators to those that ``random_state`` returned."""
-    cpu, cuda, numpys, pythons = state
+    cpu, cuda, numpys, pythons, own = state
     torch.set_rng_state(cpu)
     if cuda:
         torch.cuda.set_rng_state_all(cuda)
     np.random.set_state(numpys)
     random.setstate(pythons)
+    for generator, its_state in own:
+        _set_generator(generator, its_state)
+
+
+def _draws_in_python(before: tuple[Any, ...], after: tuple[Any, ...]) -> bool:
+    """Return whether a generator that is not PyTorch's has moved on."""
+    if _bare(before[2:4]) != _bare(after[2:4]):
+        return True
+    for (generator, old), (_, new) in zip(before[4], after[4], strict=False):
+        if not isinstance(generator, torch.Generator) and _bare(old) != _bare(new):
+            return True
+    return False
+
+
+def _bare(state: Any) -> bytes:
+    """Return a state as bytes: arrays of numpy do not compare to one truth."""
+    return pickle.dumps(state)
+
+
+def generators_in(state: tuple[Any, ...]) -> list[Any]:
+    """Return the generators of the program's own whose states are there."""
+    return [generator for generator, _ in state[4]]
+
+
+def _state_of_generator(generator: Any) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if isinstance(generator, np.random.RandomState):
+        return generator.get_state()
+    return generator.bit_generator.state
+
+
+def _set_generator(generator: Any, state: Any) -> None:
+    if isinstance(generator, torch.Generator | np.random.RandomState):
+        generator.set_state(state)
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    else:
+        generator.bit_generator.state = state
 
 
 # --- inference mode -------------------------------------------------------------------------------
@@ -217,7 +274,7 @@ def _outside(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        with torch.inference_mode(False):
+        with TURN, torch.inference_mode(False):
             return function(*tree_map(_ordinary, args), **kwargs)
 
     return run
@@ -263,14 +320,19 @@ class _Writes(TorchDispatchMode):
         check_alone(func, types)
         # Before it runs: afterwards the old contents are gone.
         for tensor in mutated(func, args, kwargs):
-            self._save(tensor)
+            self.save(tensor)
         out = func(*args, **kwargs)
         # What an op in place returns is what it was given.
         if not func._schema.is_mutable:
             self._note_new(out, (args, kwargs))
         return out
 
-    def _save(self, tensor: Tensor) -> None:
+    def save_unseen(self, tensor: Tensor) -> None:
+        """Copy the memory of a tensor as no part of what is running."""
+        with _disable_current_modes():
+            self.save(tensor)
+
+    def save(self, tensor: Tensor) -> None:
         """Copy the memory of a tensor from outside, unless it has been copied."""
         if not is_strided(tensor):
             return

@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from unbatch.capture.graph import Graph, HostRead
 from unbatch.capture.isolation import storage_of, untouched
 from unbatch.capture.python_values import Functions
+from unbatch.capture.reachable import Reachable
 from unbatch.capture.sample_axes import SampleAxes
 from unbatch.capture.steps import Ref, Step
 from unbatch.capture.tracer import Recorder, entry
@@ -39,6 +41,8 @@ class Program:
     parameters: Mapping[str, Tensor]
     functional: bool = False
     fold: SampleAxes | None = None
+    # The last walk from here: kept, as a look whether it is still right costs less than another.
+    _walks: dict[str, Reachable] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -49,6 +53,28 @@ class Program:
     def inside(self) -> Callable[..., Any]:
         """The model without what is wrapped around it for training."""
         return inside(self.model)
+
+    @property
+    def reachable(self) -> Reachable:
+        """What the program can reach at this moment."""
+        roots: list[Any] = [self.inside, self.loss]
+        if self.functional:
+            roots += self.parameters.values()
+        last = self._walks.get("last")
+        if last is None or not last.is_of(roots) or not last.is_current():
+            last = self._walks["last"] = Reachable(roots)
+        return last
+
+    def untouched(
+        self, seed: tuple[Any, ...] | None = None, others: Sequence[nn.Module] = ()
+    ) -> AbstractContextManager[tuple[Any, ...]]:
+        """Return a context that leaves all as it was that the program can reach.
+
+        ``seed``: the random state inside. ``others``: modules that it reaches in other ways.
+        """
+        if others:
+            return untouched([*self.reachable.roots, *others], seed)
+        return untouched(self.reachable, seed)
 
     @property
     def names(self) -> tuple[str, str]:
@@ -75,7 +101,7 @@ class Program:
         model = self.inside
         if not isinstance(model, nn.Module):
             return self
-        return replace(self, model=copy.deepcopy(model).double())
+        return replace(self, model=copy.deepcopy(model).double(), _walks={})
 
     def on_copies(self) -> Program:
         """Return the same program on copies of its parameters (connected to them) and buffers.
@@ -224,7 +250,7 @@ def _run(
 ) -> tuple[Graph, Any]:
     graph = recorder.graph
     loss = None
-    with untouched(program.modules) as state, torch.enable_grad(), recorder.tracked():
+    with program.untouched() as state, torch.enable_grad(), recorder.tracked():
         graph.rng = state
         # Aliases: what the program does to the tensors themselves ends with the recording.
         inputs, targets = tree_map(_alias, (inputs, targets))

@@ -29,6 +29,9 @@ ESCAPES = {
     "_typed_storage",
 }
 
+# Those whose memory other code may write to without PyTorch seeing it.
+EXPORTS = frozenset([Tensor.numpy, Tensor.__array__, Tensor.__dlpack__])
+
 # Methods that read a tensor to print it.
 PRINTS = {"__repr__", "__str__", "__format__"}
 
@@ -47,6 +50,19 @@ class Listener(Protocol):
     def branch(self, tensor: Tensor, how: str, value: Any) -> Any: ...
     def shape_read(self, tensor: Any) -> None: ...
     def paused(self) -> Any: ...
+
+
+class Exports(TorchFunctionMode):
+    """Shows a tensor to ``save`` before its memory is handed to what writes without PyTorch."""
+
+    def __init__(self, save: Callable[[Tensor], None]) -> None:
+        super().__init__()
+        self.save = save
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in EXPORTS:
+            self.save(args[0])
+        return func(*args, **(kwargs or {}))
 
 
 class Number:

@@ -19,7 +19,6 @@ from unbatch.autodiff.autograd import gradients, leaves_of
 from unbatch.autodiff.context import Context
 from unbatch.autodiff.contractions.row_block import RowBlock
 from unbatch.autodiff.loss import LossAt, loss_of, nonzero_gradients
-from unbatch.capture.isolation import untouched
 from unbatch.gradients.plan import SitePlan
 from unbatch.gradients.replayed_rows import ReplayedRows
 from unbatch.gradients.sources import Chunking, Source, Take
@@ -105,7 +104,7 @@ class EagerRows(Source):
         """
         if self._random_state is None:
             return nullcontext()
-        return untouched(self.context.program.modules, self._random_state)
+        return self.context.program.untouched(self._random_state)
 
     def weighted_sum(self, weights: Tensor) -> dict[str, Tensor]:
         scaled = {}
@@ -126,7 +125,7 @@ class EagerRows(Source):
         if self.replayed:
             return ReplayedRows(self.context, self.parameters, "component").rest()
         output = self._with_constant_predictions()
-        with untouched(self.context.program.modules):
+        with self.context.program.untouched():
             return nonzero_gradients(loss_of(self.context, output), self.parameters)
 
     def _with_constant_predictions(self) -> Any:

@@ -10,6 +10,7 @@ import copy
 import html
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from operator import is_
 from typing import Any, TypedDict, Unpack, cast, overload
 
 import torch
@@ -21,7 +22,7 @@ from unbatch.analysis.structure import Structure
 from unbatch.autodiff.autograd import gradients
 from unbatch.capture import program as capture
 from unbatch.capture import tracer
-from unbatch.capture.isolation import outside_inference_mode, untouched
+from unbatch.capture.isolation import outside_inference_mode
 from unbatch.capture.program import Program
 from unbatch.capture.sample_axes import SampleAxes
 from unbatch.curvature.block_ggn import BlockGGN
@@ -37,6 +38,7 @@ from unbatch.problem.parameters import Selection, parameters_of, select
 from unbatch.problem.question import Question
 from unbatch.problem.recording import Batch, Recording
 from unbatch.problem.session import Session
+from unbatch.problem.spot_check import SpotChecks
 from unbatch.problem.validation import (
     check_by,
     check_by_of_columns,
@@ -127,6 +129,7 @@ class Problem:
         self._target_dims = parse_dims("y", targets, y_dims)
         self._use(inputs, targets)
         self._session: Session | None = None
+        self._checks = SpotChecks()
         self._where = tracer.users_line()  # for verdicts that belong to no line of the model
 
     def _use(self, inputs: Any, targets: Any) -> None:
@@ -237,10 +240,9 @@ class Problem:
         In the scale in which it enters the loss. Raises ``InputError`` when no parameter requires a
         gradient.
         """
-        trained = select(self.program.parameters, None)
-        session = self._derivable()
+        session, trained = self._asked(None)
         # Plain autograd with the recorded noise, so that rows of a question sum to this.
-        with untouched(self.program.modules, session.graph.rng), torch.enable_grad():
+        with self.program.untouched(session.graph.rng), torch.enable_grad():
             loss = self._loss_of(self.program.predict(self.inputs))
             return gradients([loss], trained)
 
@@ -361,22 +363,30 @@ class Problem:
         if of_columns:
             check_by_of_columns(by)
         check_by(by)
+        session, selected = self._asked(parameters, of_columns, memory)
+        budget = parse_memory(memory, next(iter(selected.values())).device)
+        return Question(session, selected, by, budget)
+
+    def _asked(
+        self, parameters: Selection, of_columns: bool = False, memory: int | None = None
+    ) -> tuple[Session, dict[str, Tensor]]:
+        """Return the session, and the parameters that a question about derivatives means.
+
+        Raises for a loss that has no gradient, and warns where part of it is left out.
+        """
+        # Selected from those of this moment: the model may have others than before.
         program = self._refreshed()
         selected = select(program.parameters, parameters)
         if of_columns:
             check_real(selected)
-        budget = parse_memory(memory, next(iter(selected.values())).device)
-        return Question(self._derivable(program), selected, by, budget)
-
-    def _derivable(self, program: Program | None = None) -> Session:
-        """Return the session of a loss that has a gradient; warn where part of that is left out."""
+        parse_memory(memory, next(iter(selected.values())).device)
         session = self._recorded(program)
         session.check_connected()
         unregistered = session.recording.unregistered
         # A function takes other tensors than its parameters on purpose.
         if unregistered and not self.program.functional:
             errors.warn(unregistered, UnregisteredParameterWarning)
-        return session
+        return session, selected
 
     def _recorded(self, program: Program | None = None) -> Session:
         """Return the session about the numbers of this moment, recorded anew only if it must be."""
@@ -387,8 +397,11 @@ class Problem:
             session = self._session.at(program, batch)
         if session is None or session is not self._session:
             check_values(self.inputs, self._dims)  # these numbers have not been looked at before
+        if session is not None and self._checks.are_due() and not self._checks.agrees(session):
+            session = None  # something has changed that nobody watches
         if session is None:  # never recorded, or another computation than then
             session = Session(Recording.of(program, batch, self._where, self._call_text()))
+            self._checks.begin()
         self._session = session
         return session
 
@@ -397,7 +410,9 @@ class Problem:
         if not self.program.functional:
             # Parameters may have been replaced by other tensors, added or renamed.
             named = parameters_of(self.program.model, self.program.loss, None)
-            self.program = replace(self.program, parameters=named)
+            old = self.program.parameters
+            if list(named) != list(old) or not all(map(is_, named.values(), old.values())):
+                self.program = replace(self.program, parameters=named)
         return self.program
 
     def _loss_of(self, output: Any) -> Tensor:

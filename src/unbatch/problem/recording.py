@@ -21,8 +21,9 @@ from unbatch.analysis.rules import registry
 from unbatch.capture import program as capture
 from unbatch.capture.graph import Graph
 from unbatch.capture.guards import Guard, identity, signature
-from unbatch.capture.isolation import untouched
+from unbatch.capture.own_writes import idle
 from unbatch.capture.program import Program
+from unbatch.capture.trees import tensors_in
 from unbatch.errors import CaptureError, InputError, UnbatchError
 
 MOST_NAMED = 4  # places in a message
@@ -68,6 +69,7 @@ class Recording:
     connected: bool  # the loss, with what requires a gradient
     unregistered: str  # tensors whose gradients are overlooked, in words
     output: Any = None  # what the model returned, where it has run on these numbers
+    outcome: list[Tensor] | None = None  # its tensors, and the loss; or a loss of its own alone
 
     @staticmethod
     def of(program: Program, batch: Batch, where: str, call: str) -> Recording:
@@ -85,6 +87,7 @@ class Recording:
         _check_scalar(program, graph, output, scalar)
         # The guard watches constants of the graph, so its state is read only after that.
         guard.watch(graph)
+        guard.idle = idle(program, batch.inputs, batch.targets, graph.rng)
         own_loss: Tensor | None = None
         loss: Any = scalar
         if program.loss is None:
@@ -101,6 +104,7 @@ class Recording:
             connected=loss.requires_grad,
             unregistered=_unregistered(graph, where),
             output=_detached(output),
+            outcome=_outcome(output, own_loss, scalar),
         )
 
     def is_stale(self) -> bool:
@@ -115,7 +119,7 @@ class Recording:
         if self.output is not None:
             return self.output
         # Moved to other numbers, a recording has no output of its own.
-        with untouched(self.program.modules, self.graph.rng), torch.enable_grad():
+        with self.program.untouched(self.graph.rng), torch.enable_grad():
             return _detached(self.program.predict(self.batch.inputs))
 
 
@@ -153,6 +157,14 @@ def _skeleton(graph: Graph, output: Any, own_loss: Tensor | None) -> Any:
         return next(refs)
 
     return tree_map(reference, output)
+
+
+def _outcome(output: Any, own_loss: Tensor | None, scalar: Any) -> list[Tensor]:
+    """Return what another run of the program is compared with."""
+    outcome: list[Tensor] = tensors_in(_detached((output, scalar)))
+    if own_loss is not None:
+        outcome = [own_loss.detach()]
+    return outcome
 
 
 def _detached(output: Any) -> Any:

@@ -13,6 +13,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from unbatch import errors
 from unbatch.analysis.domain.ownership import Ownership
 from unbatch.analysis.inference import AnalysisState, infer_structure
@@ -23,9 +26,10 @@ from unbatch.autodiff.context import Context
 from unbatch.capture import control_flow
 from unbatch.capture import program as capture
 from unbatch.capture.graph import Graph, HostRead
-from unbatch.capture.isolation import random_state
+from unbatch.capture.isolation import generators_in, random_state
 from unbatch.capture.program import Program
 from unbatch.errors import StructureError
+from unbatch.gradients.request import recorded_precision
 from unbatch.problem.recording import Batch, Recording, numbers_of, state_of
 from unbatch.verification.experiment import Experiment
 from unbatch.verification.fidelity import replay_difference
@@ -276,6 +280,23 @@ class Session:
         return self.recording.predictions
 
     @property
+    def replay_difference(self) -> str:
+        """Return why replays cannot stand for the model; empty if they can, as far as is known."""
+        return self._analysis.replay_difference if self._analysis is not None else ""
+
+    def outcome(self) -> list[Tensor]:
+        """Return what the model returns, and the loss, as the recording has them."""
+        recording, graph = self.recording, self.graph
+        if recording.outcome is not None:
+            return recording.outcome
+        assert graph.loss is not None
+        wanted = [graph.loss.index]
+        if recording.program.loss is not None:
+            wanted = [ref.index for ref in graph.predictions] + wanted
+        with torch.no_grad(), recorded_precision():
+            return graph.run({}, wanted)
+
+    @property
     def at_the_cut(self) -> Any:
         """Return the values that the loss of a model with its own loss is cut at."""
         context = self.analysis.context
@@ -313,14 +334,21 @@ class Session:
     def _moved(self, program: Program, batch: Batch, numbers: tuple[Any, ...]) -> Session | None:
         graph = self.graph  # cut, if it has been judged: the cut does not depend on numbers
         # Python may take another path, or sizes may change, with the new numbers.
-        if graph.host_reads or graph.dynamic:
+        if graph.host_reads or graph.dynamic or self.recording.guard.reached.draws:
             return None
         rng = graph.rng
         if any(step.noise for step in graph.steps):
-            rng = random_state()  # fresh noise, as another run of the model would have
+            # Fresh noise, as another run of the model would have.
+            rng = random_state(generators_in(graph.rng))
         graph = capture.moved(graph, program, batch.inputs, batch.targets, rng)
         recording = replace(
-            self.recording, program=program, batch=batch, numbers=numbers, graph=graph, output=None
+            self.recording,
+            program=program,
+            batch=batch,
+            numbers=numbers,
+            graph=graph,
+            output=None,
+            outcome=None,
         )
         # The output belongs to the numbers before; verdicts do not, where their facts hold.
         analysis = None

@@ -21,7 +21,6 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from unbatch.analysis.domain.sample_layout import contiguous_blocks, prediction_dim
 from unbatch.analysis.inference import AnalysisState
 from unbatch.capture.graph import Graph
-from unbatch.capture.isolation import untouched
 from unbatch.capture.program import Program, own_loss
 from unbatch.linalg.precision import FORWARD, FORWARD_IN_DOUBLE, in_double, tolerance
 from unbatch.verification.variants import variant_of
@@ -154,7 +153,7 @@ class Experiment:
 
     def _isolated(self, seed: tuple[Any, ...] | None = None) -> AbstractContextManager[Any]:
         """Return a context that leaves nothing changed; ``seed``: the random state inside."""
-        return untouched([*self.program.modules, *self.originals], seed)
+        return self.program.untouched(seed, self.originals)
 
     def rows(self, predictions: Sequence[Tensor]) -> Tensor:
         """Return predictions as ``[N, entries]`` in float64 (complex128).

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from unbatch.capture.isolation import untouched
 from unbatch.capture.steps import Ref
 from unbatch.linalg.precision import (
     LOSS_IN_DOUBLE,
@@ -69,7 +68,7 @@ class LossExperiment:
                 leaves[i] = p.to(torch.float64)
         output = tree_unflatten(leaves, self.spec)
         targets = tree_map(self._cast, self.targets)
-        with untouched(program.modules, self.experiment.graph.rng), torch.enable_grad():
+        with program.untouched(self.experiment.graph.rng), torch.enable_grad():
             value: Tensor = program.evaluate(output, targets)
         return value
 

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from unbatch.capture.isolation import untouched
 from unbatch.linalg.precision import LOSS_WITH_CASTS
 from unbatch.verification.counterexample import Counterexample
 from unbatch.verification.loss_experiment import TINY, LossExperiment, scaled_by
@@ -309,7 +308,7 @@ def parameter_enters(loss: LossExperiment) -> Counterexample | None:
     for name, p in program.parameters.items():
         if not p.is_floating_point():
             continue
-        with untouched(program.modules), torch.no_grad():
+        with program.untouched(), torch.no_grad():
             # Not a factor alone: a parameter may be zero.
             p.mul_(1.5).add_(0.1)
             after = loss.value(predictions).detach()

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from unbatch.capture.isolation import untouched
 from unbatch.linalg.precision import in_double
 from unbatch.verification.counterexample import Counterexample
 from unbatch.verification.experiment import Experiment, Untestable, tensor_leaves
@@ -123,8 +122,8 @@ def _redrawn(experiment: Experiment, samples: int, seed: int) -> tuple[Tensor, l
 
     inputs = experiment.with_leaves(redrawn)
     program = experiment.program.in_double()
-    modules = [*program.modules, *experiment.program.modules, *experiment.originals]
-    with untouched(modules, experiment.graph.rng), torch.enable_grad():
+    originals = [*experiment.program.modules, *experiment.originals]
+    with program.untouched(experiment.graph.rng, originals), torch.enable_grad():
         outputs = program.predict(inputs)
     leaves = tensor_leaves(outputs)
     rows = []

@@ -1,0 +1,90 @@
+"""Settings of the process that decide what is computed, in one table: how to read and set each."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.utils._device
+from torch.backends import cuda, mha
+
+C = torch._C
+
+# Name -> how to read, and how to set what was read.
+SWITCHES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    "default device": (lambda: torch.utils._device.CURRENT_DEVICE, torch.set_default_device),
+    "deterministic": (
+        lambda: (C._get_deterministic_algorithms(), C._get_deterministic_algorithms_warn_only()),
+        lambda old: torch.use_deterministic_algorithms(old[0], warn_only=old[1]),
+    ),
+    "fill memory": (
+        C._get_deterministic_fill_uninitialized_memory,
+        C._set_deterministic_fill_uninitialized_memory,
+    ),
+    "matmul precision": (
+        torch.get_float32_matmul_precision,
+        torch.set_float32_matmul_precision,
+    ),
+    "cudnn": (C._get_cudnn_enabled, C._set_cudnn_enabled),
+    "cudnn benchmark": (C._get_cudnn_benchmark, C._set_cudnn_benchmark),
+    "cudnn deterministic": (C._get_cudnn_deterministic, C._set_cudnn_deterministic),
+    "mkldnn": (C._get_mkldnn_enabled, C._set_mkldnn_enabled),
+    "flash attention": (cuda.flash_sdp_enabled, cuda.enable_flash_sdp),
+    "lean attention": (cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp),
+    "plain attention": (cuda.math_sdp_enabled, cuda.enable_math_sdp),
+    "cudnn attention": (cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp),
+    "fast path": (mha.get_fastpath_enabled, mha.set_fastpath_enabled),
+    "autocast cpu": (
+        lambda: torch.is_autocast_enabled("cpu"),
+        lambda old: torch.set_autocast_enabled("cpu", old),
+    ),
+    "autocast cpu to": (
+        lambda: torch.get_autocast_dtype("cpu"),
+        lambda old: torch.set_autocast_dtype("cpu", old),
+    ),
+    "autocast cuda": (
+        lambda: torch.is_autocast_enabled("cuda"),
+        lambda old: torch.set_autocast_enabled("cuda", old),
+    ),
+    "autocast cuda to": (
+        lambda: torch.get_autocast_dtype("cuda"),
+        lambda old: torch.set_autocast_dtype("cuda", old),
+    ),
+    "floating point errors": (np.geterr, lambda old: np.seterr(**old)),
+}
+
+# What decides nothing, and is put back all the same.
+TRACES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "threads": (torch.get_num_threads, torch.set_num_threads),
+    "anomalies": (torch.is_anomaly_enabled, torch.set_anomaly_enabled),
+    "warnings": (lambda: list(warnings.filters), lambda old: _set_filters(old)),
+}
+
+
+def settings() -> tuple[Any, ...]:
+    """Return all that decides what is computed."""
+    return tuple([read() for read, _ in SWITCHES.values()])
+
+
+def all_settings() -> list[Any]:
+    """Return what ``set_back`` takes."""
+    tables = (*SWITCHES.values(), *TRACES.values())
+    return [read() for read, _ in tables]
+
+
+def set_back(before: list[Any]) -> None:
+    """Set what has changed since."""
+    tables = (*SWITCHES.values(), *TRACES.values())
+    for (read, write), old in zip(tables, before, strict=True):
+        if read() != old:
+            write(old)
+
+
+def _set_filters(old: list[Any]) -> None:
+    warnings.filters[:] = old  # type: ignore[index]
+    # Python keeps what it has warned of by version.
+    warnings._filters_mutated()  # type: ignore[attr-defined]

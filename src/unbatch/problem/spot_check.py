@@ -1,0 +1,102 @@
+"""Holding a recording that is used again against the model itself, on its own batch.
+
+What decides whether a recording is valid is watched (``capture/guards.py``); this is a net under
+it, for changes that nobody watches. A recording is checked when it is first used again, and then
+whenever all checks together have taken less than a small share of the time since it was made: in a
+training loop now and then, and at each question that comes after a pause.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from unbatch.capture.program import own_loss
+from unbatch.capture.trees import tensors_in
+from unbatch.linalg.precision import FORWARD, tolerance
+from unbatch.problem.session import Session
+
+# Of the time since the recording was made.
+SHARE = 0.02
+
+# A program that differs from its recording each time it is checked does not repeat itself.
+MOST_FAILURES = 3
+
+
+class SpotChecks:
+    """When to check, and what came of it; one for all problems that share a recording.
+
+    ``share``: of the time, by ``clock``, in seconds.
+    """
+
+    def __init__(self, share: float | None = None, clock: Callable[[], float] | None = None):
+        self.share = share
+        self.clock = clock or time.perf_counter
+        self.recorded = 0.0  # when
+        self.spent = 0.0
+        self.count = 0
+        self.failures = 0
+
+    def begin(self) -> None:
+        """Note that there is a new recording."""
+        self.recorded, self.spent, self.count = self.clock(), 0.0, 0
+
+    def are_due(self) -> bool:
+        """Return whether there is time for a check."""
+        share = SHARE if self.share is None else self.share
+        if not share or self.failures >= MOST_FAILURES:
+            return False
+        return not self.count or self.spent <= share * (self.clock() - self.recorded)
+
+    def agrees(self, session: Session) -> bool:
+        """Return whether the model does what its recording says; note what that took."""
+        begin, first = self.clock(), not self.count
+        agreed = _agree(session)
+        self.spent += self.clock() - begin
+        self.count += 1
+        if agreed:
+            self.failures = 0
+        elif first:
+            self.failures += 1  # nothing can have changed much since it was recorded
+        return agreed
+
+
+def _agree(session: Session) -> bool:
+    """Return whether a plain run of the program has the values that its recording has."""
+    recording = session.recording
+    program, batch = recording.program, recording.batch
+    if session.replay_difference:
+        return True  # it does not stand for the model, and the model is run for each question
+    expected = session.outcome()
+    try:
+        with program.untouched(session.graph.rng), torch.enable_grad():
+            output = program.predict(batch.inputs)
+            if program.loss is None:
+                values = tensors_in(own_loss(output))
+            else:
+                # Before the loss runs, which may write to what the model returned.
+                values = [t.detach().clone() for t in tensors_in(output)]
+                values += tensors_in(program.evaluate(output, batch.targets))
+    except Exception:
+        return False  # recording it again says what is wrong
+    if len(values) != len(expected):
+        return False
+    return all(map(_close, values, expected))
+
+
+def _close(value: Tensor, expected: Tensor) -> bool:
+    """Return whether two tensors differ by no more than rounding."""
+    if value.shape != expected.shape or value.dtype != expected.dtype:
+        return False
+    if not value.numel() or not (value.is_floating_point() or value.is_complex()):
+        return torch.equal(value, expected)
+    value = value.detach()
+    if torch.equal(value, expected):
+        return True
+    size = float(expected.abs().nan_to_num(0, 0, 0).max())
+    error = float((value - expected).abs().nan_to_num(0, 0, 0).max())
+    same_nan = torch.equal(value.isnan(), expected.isnan())
+    return same_nan and error <= tolerance([value.dtype], FORWARD) * size
