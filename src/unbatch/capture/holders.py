@@ -261,6 +261,24 @@ class Cell(Names):
         del self.space.cell_contents
 
 
+class Classes(Holder):
+    """The classes of objects."""
+
+    def __init__(self, objects: list[Any]) -> None:
+        self.objects = objects
+
+    def content(self) -> list[type]:
+        return list(map(type, self.objects))
+
+    def same(self, mark: list[type]) -> bool:
+        return all(map(is_, map(type, self.objects), mark))
+
+    def restore(self, content: list[type]) -> None:
+        for value, kind in zip(self.objects, content, strict=True):
+            if type(value) is not kind:
+                value.__class__ = kind
+
+
 # --- containers without names ---------------------------------------------------------------------
 
 

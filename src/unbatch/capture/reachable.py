@@ -37,6 +37,7 @@ from unbatch.capture.holders import (
     Attributes,
     Bytes,
     Cell,
+    Classes,
     Elements,
     Empty,
     Entries,
@@ -180,10 +181,10 @@ def _values_at(holder: Holder, mark: Any) -> Iterator[Any]:
     for name in holder.changed(mark):
         if name in now:
             yield now[name]
-        elif name is WHOLE:
+        elif name is WHOLE and now:
             yield from now.values()
-        elif isinstance(holder, Empty):
-            yield holder  # no longer
+        elif isinstance(holder, Empty | Classes):
+            yield holder  # there is something new in it
 
 
 class _Walk:
@@ -201,6 +202,7 @@ class _Walk:
         # The names that functions read in each namespace, by its id.
         self.globals: dict[int, tuple[Any, dict[str, None]]] = {}
         self.empty: list[dict[Any, Any]] = []
+        self.objects: list[Any] = []
 
     def run(self) -> None:
         """Fill the lists of what is reached afresh."""
@@ -217,8 +219,8 @@ class _Walk:
                 self.look_into(value, depth)
             if not self.follow_globals():
                 break
-        if self.empty:
-            reached.holders.append(Empty(self.empty))
+        reached.holders.append(Empty(self.empty))
+        reached.holders.append(Classes(self.objects))
 
     # -- one object --
 
@@ -398,6 +400,7 @@ class _Walk:
     def attributes(self, value: Any, always: Iterable[str], depth: int) -> None:
         """Note the attributes that code may read; ``always``: names of some that it does."""
         kind = type(value)
+        self.objects.append(value)
         everything = self.any_name or self.reads_all(kind)
         space = getattr(value, "__dict__", None)
         if isinstance(space, dict):
