@@ -323,8 +323,7 @@ class _Walk:
         self.follow_all(function.__defaults__ or ())
         self.follow_all((function.__kwdefaults__ or {},))
         self.follow_all(function.__closure__ or ())
-        if function.__dict__:
-            self.dictionary(function.__dict__, 0)
+        self.dictionary(function.__dict__, 0)
         reads = names_in(function.__code__)
         self.found.add(reads)
         space = function.__globals__
