@@ -262,6 +262,17 @@ MSG_META = (
 )
 
 
+MSG_LAZY = (
+    "{what} {name!r} has no shape yet, as its layer is lazy. Run the model once on a batch first."
+)
+
+
+MSG_NESTED = (
+    "{what} is a nested tensor, whose samples lie along no axis. Pass a padded tensor and a mask: "
+    "`x.to_padded_tensor(0.0)`."
+)
+
+
 MSG_NO_SUCH_PARAMETER = (
     "{value} matches no parameter of this problem. parameters= takes names, globs such as "
     "'layers.*.weight', or the tensors themselves; there are {names}."

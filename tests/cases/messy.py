@@ -249,10 +249,7 @@ MESSY: dict[str, Case] = {
     "default type": (net(lambda n: torch.set_default_dtype(torch.float64)), settings),
     "determinism": (net(lambda n: torch.use_deterministic_algorithms(True)), settings),
     "several settings": (net(several), settings),
-    "autocast": (
-        own(lambda n, x: (n.linear(x), torch.set_autocast_enabled("cpu", True))[0]),
-        settings,
-    ),
+    "autocast": (net(lambda n: torch.set_autocast_dtype("cpu", torch.float16)), settings),
     "filters of warnings": (net(lambda n: warnings.simplefilter("ignore")), settings),
     "errors of numpy": (net(lambda n: np.seterr(all="ignore")), settings),
     "a hook on all modules": (

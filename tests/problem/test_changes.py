@@ -5,16 +5,20 @@ The spot checks are switched off where the watch is tried, and the watch where t
 """
 
 from collections.abc import Iterator
+from contextvars import ContextVar
+from itertools import count
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import unbatch as ub
 from cases import changes
-from cases.changes import CHANGES, LOSSES, SETTINGS_OF_PROCESS, D, N, squares
+from cases.changes import CHANGES, LOSSES, SETTINGS_OF_PROCESS, D, N, Net, squares
+from unbatch.capture import guards, holders, reachable
 from unbatch.problem import spot_check
+from unbatch.problem.spot_check import SpotChecks
 
 
 @pytest.fixture
@@ -107,3 +111,132 @@ def test_a_change_before_any_question_about_a_gradient(watch_alone):
         out = getattr(problem, ask)()
         assert list(out) == ["0.weight", "0.bias", "1.weight", "1.bias"]
         assert all(bool(g.any()) for g in out.values())
+
+
+# --- the spot checks ------------------------------------------------------------------------------
+
+
+def hidden(net: Net, x: Tensor) -> Tensor:
+    """Read what no walk of objects reaches."""
+    return net.linear(x) * HIDDEN.get()
+
+
+HIDDEN = ContextVar("hidden", default=1.0)
+
+
+def hidden_problem(**options: Any) -> ub.Problem:
+    """A problem that has been asked nothing yet, with spot checks of its own."""
+    torch.manual_seed(0)
+    data = (torch.randn(N, D), torch.randn(N, D))
+    problem = ub.Problem(Net(hidden), squares, data)
+    problem._checks = SpotChecks(**options)
+    return problem
+
+
+@pytest.fixture
+def unhide() -> Iterator[None]:
+    yield
+    HIDDEN.set(1.0)
+
+
+def test_what_nobody_watches_is_seen_at_the_next_question(unhide):
+    """After a pause, of which a check takes a small share."""
+    now = count()
+    problem = hidden_problem(clock=lambda: 100.0 * next(now), share=1.0)
+    answers(problem)
+    for scale in (3.0, 5.0):
+        HIDDEN.set(scale)
+        check_fresh(problem)
+
+
+def test_what_nobody_watches_is_seen_at_other_numbers(unhide):
+    problem = hidden_problem(share=1e9)
+    answers(problem)
+    HIDDEN.set(3.0)
+    with torch.no_grad():
+        problem.program.model.linear.weight.mul_(2)
+    check_fresh(problem)
+
+
+def test_the_first_use_of_a_recording_is_checked_whatever_the_time(unhide):
+    problem = hidden_problem(clock=lambda: 0.0)
+    assert problem.structure
+    HIDDEN.set(3.0)
+    check_fresh(problem)
+
+
+def test_without_spot_checks_it_is_not_seen(unhide):
+    problem = hidden_problem(share=0.0)
+    answers(problem)
+    HIDDEN.set(3.0)
+    with pytest.raises(AssertionError):
+        check_fresh(problem)
+
+
+def test_checks_take_their_share_of_the_time():
+    """A loop of questions that take a second each, with checks of half a second."""
+    time = [0.0]
+    checks = SpotChecks(share=0.02, clock=lambda: time[0])
+    checks.begin()
+    made = 0
+    for _ in range(1000):
+        time[0] += 1.0
+        if checks.are_due():
+            checks.spent += 0.5
+            checks.count += 1
+            made += 1
+            time[0] += 0.5
+    assert 30 <= made <= 45
+
+
+def test_a_program_that_never_repeats_itself_is_checked_a_few_times(unhide):
+    def run(net, x):
+        HIDDEN.set(HIDDEN.get() + 1)
+        return net.linear(x) * HIDDEN.get()
+
+    problem = ub.Problem(Net(run), squares, (torch.randn(N, D), torch.randn(N, D)))
+    for _ in range(10):
+        problem.predictions()
+    assert problem._checks.failures == spot_check.MOST_FAILURES
+    assert not problem._checks.are_due()
+
+
+# --- planted --------------------------------------------------------------------------------------
+
+FORGOTTEN = {
+    "dicts": (holders.Entries, "entry nine of a dict"),
+    "lists": (holders.Items, "a list appended to"),
+    "attributes": (holders.Attributes, "an attribute of a dataclass"),
+    "names": (holders.Names, "an attribute of a Python module"),
+    "members": (holders.Members, "an attribute of a class"),
+    "arrays": (holders.Array, "an array of numpy"),
+    "hooks that were none": (holders.Empty, "a hook"),
+    "classes": (holders.Classes, "the class of a module"),
+}
+
+
+@pytest.mark.parametrize("kind", FORGOTTEN)
+def test_a_kind_of_place_that_is_forgotten_is_caught(kind, watch_alone, monkeypatch):
+    holder, name = FORGOTTEN[kind]
+    monkeypatch.setattr(holder, "same", lambda self, mark: True)
+    monkeypatch.setattr(holder, "changed", lambda self, mark: iter(()))
+    with pytest.raises((AssertionError, ub.UnbatchError)):
+        test_a_change_is_seen_at_once(name, None)
+
+
+def test_settings_that_are_forgotten_are_caught(watch_alone, monkeypatch):
+    monkeypatch.setattr(guards, "settings", tuple)
+    with pytest.raises(AssertionError):
+        test_a_setting_of_the_process_is_seen_at_once("determinism", None)
+
+
+def test_objects_of_libraries_that_are_not_read_are_caught(watch_alone, monkeypatch):
+    monkeypatch.setattr(reachable._Walk, "reads_all", lambda self, kind: False)
+    with pytest.raises(AssertionError):
+        test_a_change_is_seen_at_once("the dilation of a layer", None)
+
+
+def test_a_selection_before_the_program_is_refreshed_is_caught(monkeypatch):
+    monkeypatch.setattr(ub.Problem, "_refreshed", lambda self: self.program)
+    with pytest.raises((AssertionError, ub.UnregisteredParameterWarning)):
+        test_a_change_before_any_question_about_a_gradient(None)

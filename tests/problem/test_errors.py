@@ -701,3 +701,42 @@ def test_built_in_rules_are_kept():
         ub.register_rule(torch.ops.aten.mean.dim, rules.pointwise)
     with pytest.raises(ub.InputError, match=r"OpOverload|\.default"):
         ub.register_rule("my::op", rules.pointwise)
+
+
+# ---------------------------------------------------------------- tensors of other kinds
+
+
+def test_a_sparse_embedding_has_dense_gradients():
+    def problem(sparse: bool) -> ub.Problem:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Embedding(9, 4, sparse=sparse), nn.Linear(4, 3))
+        words = torch.randint(9, (6,))
+        return ub.Problem(net, F.cross_entropy, (words, torch.arange(6) % 3))
+
+    sparse, dense = problem(True), problem(False)
+    torch.testing.assert_close(sparse.gradients().flat(), dense.gradients().flat())
+    torch.testing.assert_close(sparse.gradient(), dense.gradient())
+    torch.testing.assert_close(sparse.ggn().diag(), dense.ggn().diag())
+    assert sparse.structure.independent_forward
+
+
+def test_a_lazy_layer_is_refused_in_words():
+    with pytest.raises(ub.InputError, match="lazy"):
+        ub.Problem(nn.LazyLinear(3), F.cross_entropy, (torch.randn(6, 4), torch.arange(6) % 3))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_refused_in_words():
+    nested = torch.nested.nested_tensor([torch.randn(2, 4), torch.randn(3, 4)])
+    with pytest.raises(ub.InputError, match="nested"):
+        ub.Problem(nn.Linear(4, 3), lambda o: o.sum(), (nested, None))
+
+
+def test_parameters_swapped_in_place_are_seen():
+    net = nn.Sequential(nn.Linear(4, 3))
+    data = (torch.randn(6, 4), torch.arange(6) % 3)
+    problem = ub.Problem(net, F.cross_entropy, data)
+    problem.gradients()
+    torch.utils.swap_tensors(net[0].weight, nn.Parameter(torch.randn(3, 4)))
+    fresh = ub.Problem(net, F.cross_entropy, data)
+    torch.testing.assert_close(problem.gradients().flat(), fresh.gradients().flat())

@@ -146,6 +146,8 @@ def or_zeros(grads: Iterable[Tensor | None], like: Iterable[Tensor]) -> list[Ten
     for grad, t in zip(grads, like, strict=True):
         if grad is None:
             grad = torch.zeros_like(t)
+        if grad.layout != t.layout:
+            grad = grad.to_dense()  # an embedding may leave out what is zero
         filled.append(solid(grad))
     return filled
 

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from unbatch import errors
 from unbatch.errors import InputError
@@ -47,6 +48,8 @@ def _parameters_of_loss(loss: nn.Module, others: Mapping[str, Tensor]) -> dict[s
 
 def _check_values_exist(what: str, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
+        if is_lazy(tensor):
+            raise InputError(errors.MSG_LAZY.format(what=what, name=name))
         if tensor.device.type == "meta":
             raise InputError(errors.MSG_META.format(what=what, name=name))
 

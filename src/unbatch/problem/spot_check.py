@@ -70,8 +70,8 @@ def _agree(session: Session) -> bool:
     program, batch = recording.program, recording.batch
     if session.replay_difference:
         return True  # it does not stand for the model, and the model is run for each question
-    expected = session.outcome()
     try:
+        expected = session.outcome()
         with program.untouched(session.graph.rng), torch.enable_grad():
             output = program.predict(batch.inputs)
             if program.loss is None:

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 from unbatch import errors
 from unbatch.capture.program import Program
 from unbatch.capture.sample_axes import SampleAxes
+from unbatch.capture.trees import tensors_in
 from unbatch.errors import InputError
 from unbatch.gradients.quantities import Quantity
 from unbatch.problem.parameters import select
@@ -198,6 +199,9 @@ def count_samples(
 
 def _sized(what: str, tree: Any, dims: Sequence[int | None]) -> list[tuple[str, Any, int]]:
     """Return name, tensor and axis of every leaf that has samples."""
+    for leaf in tensors_in(tree):
+        if leaf.is_nested and leaf.layout == torch.strided:
+            raise InputError(errors.MSG_NESTED.format(what=what))
     sized = []
     for i, (leaf, d) in enumerate(zip(tree_leaves(tree), dims, strict=True)):
         if d is not None:

@@ -115,12 +115,18 @@ def _outputs(
     # Autograd refuses an empty list of either.
     if differentiated and parameters:
         try:
-            gradients = list(
-                torch.autograd.grad(differentiated, parameters, cotangents, allow_unused=True)
-            )
+            found = torch.autograd.grad(differentiated, parameters, cotangents, allow_unused=True)
+            gradients = list(map(_dense, found))
         except Exception as raised:
             error = f"backward raised {type(raised).__name__}"
     return _Outputs([t.detach() for t in tensors], smooth, gradients, error)
+
+
+def _dense(gradient: Tensor | None) -> Tensor | None:
+    """Return a gradient with all its entries, as an embedding may leave out those that are zero."""
+    if gradient is None or gradient.layout == torch.strided:
+        return gradient
+    return gradient.to_dense()
 
 
 def _gradient_difference(
