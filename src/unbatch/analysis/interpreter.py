@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from unbatch import errors
+from unbatch.analysis.completeness import as_list, completed
 from unbatch.analysis.decomposition import recorded_body
 from unbatch.analysis.domain.ownership import (
     Ownership,
@@ -34,9 +35,11 @@ from unbatch.analysis.policy import PROVED_ONLY, Mixed, Policy
 from unbatch.analysis.rules import registry
 from unbatch.analysis.rules.permutations import OutputRows, PermutedRows, RowCounts, follow
 from unbatch.analysis.rules.reductions import running_statistics
+from unbatch.capture import ops
 from unbatch.capture.aliasing import Window, places
 from unbatch.capture.graph import Graph, HostRead, ModuleCall
 from unbatch.capture.steps import Ref, Step, is_ref
+from unbatch.capture.tracer import sizes_itself
 
 # --- the interpretation ---------------------------------------------------------------------------
 
@@ -48,7 +51,7 @@ class Interpretation:
     ``unknown``: ops without a rule, by step. ``assumed`` and ``custom``: modules and ops that were
     declared independent, and ops whose rule was registered from outside. ``permuted``: values whose
     rows the batch has put into an order of its own. ``host_reads``: what Python read, as it was at
-    that moment. ``above``: for the body of an op that is taken apart, the interpretation that it is
+    that moment. ``sized``: values whose size depends on the batch. ``above``: for the body of an op that is taken apart, the interpretation that it is
     part of, and the number there of each of its inputs.
     """
 
@@ -62,6 +65,7 @@ class Interpretation:
     policy: Policy = PROVED_ONLY
     facts: list[Fact] = field(default_factory=list)
     host_reads: dict[HostRead, Ownership] = field(default_factory=dict)
+    sized: set[int] = field(default_factory=set)
     above: tuple[Interpretation, Mapping[int, int]] | None = None
 
     def __getitem__(self, ref: Ref) -> Ownership:
@@ -242,6 +246,7 @@ def _step(interpretation: Interpretation, step: Step, last_uses: Mapping[int, in
     """Work out the ownership of what a step returns, and of what it writes."""
     call = _rule_context(interpretation, step)
     results = _apply(interpretation, call, step)
+    _note_sizes(interpretation, call, step)
     # A rule may return fewer results than the op does; the others then have no ownership.
     for ref, marks in zip(step.outs, results, strict=False):
         if ref is not None and marks is not None:
@@ -263,6 +268,9 @@ def _rule_context(interpretation: Interpretation, step: Step) -> registry.RuleCo
     # All parameters by name, whether given by place, by name or not at all: a rule has one way to
     # ask for an argument, and the title of an op does not depend on how it was called.
     arguments = dict.fromkeys(step.parameters) | step.defaults | step.named
+    # Memory for results (``out=``): what was in it before does not matter.
+    for name in ops.results_given(step.op):
+        del arguments[name]
 
     def marks(leaf: Any) -> Any:
         if isinstance(leaf, Ref):
@@ -278,7 +286,7 @@ def _rule_context(interpretation: Interpretation, step: Step) -> registry.RuleCo
     shapes = [interpretation.graph.values[index].shape for index in _indices(step.outs)]
     numbers = Numbers(interpretation.rely, tensors)
     return registry.RuleContext(
-        interpretation.algebra, step.op, owned, shapes, numbers, numbers.look
+        interpretation.algebra, step.op, owned, shapes, numbers, numbers.look, step.function
     )
 
 
@@ -301,6 +309,8 @@ def _settled(
         marks = registry.mixed(call, shape, registry.NO_RULE)
         text = f"{step.name} (its rule gave another shape)"
         interpretation.unknown.setdefault(step.index, text)
+    if interpretation.sized and not marks.depends_on_batch:
+        marks = _of_size(interpretation, call, step, marks)
     if policy.counted and not marks.depends_on_batch:
         marks = _counted(interpretation, ref, marks, step)
     if marks.mixed:
@@ -325,6 +335,38 @@ def _counted(interpretation: Interpretation, ref: Ref, marks: Ownership, step: S
                 return marks
             key = mix(before.key, code("written", ref.index))
             return replace(before, key=key, sources=before.sources | marks.sources)
+    return marks
+
+
+def _note_sizes(interpretation: Interpretation, call: registry.RuleContext, step: Step) -> None:
+    """Note which results have a size that depends on the batch, as what is selected by a mask."""
+    graph = interpretation.graph
+    made = [ref.index for ref in step.made()]
+    if graph.dynamic.isdisjoint(made):
+        return
+    # The recorder knows where sizes depend on values; whether these depend on the batch is said by
+    # their ownership.
+    selects = sizes_itself(step.op, step.args, graph) and not all(
+        registry.known_for_every_batch(m) for m in call.tensors
+    )
+    if selects or _sized_operands(interpretation, step):
+        interpretation.sized.update(i for i in made if graph.values[i].shape)
+
+
+def _sized_operands(interpretation: Interpretation, step: Step) -> list[Ownership]:
+    """Return the ownership of what a step reads whose size depends on the batch."""
+    return [interpretation[ref] for ref in step.refs() if ref.index in interpretation.sized]
+
+
+def _of_size(
+    interpretation: Interpretation, call: registry.RuleContext, step: Step, marks: Ownership
+) -> Ownership:
+    """Return what is made of a size alone (ones, noise): it depends on what the size depends on."""
+    for operand in _sized_operands(interpretation, step):
+        if not operand.statistics or operand.coupled or operand.owned:
+            return registry.mixed(call, marks.shape, "data-dependent shape")
+        statistics = marks.statistics | operand.statistics
+        marks = replace(marks, statistics=statistics, sources=marks.sources | operand.sources)
     return marks
 
 
@@ -366,10 +408,12 @@ def _apply(
     elif call.op in registry.ASSUMED:
         interpretation.assumed.add(str(call.op))
     rule = registry.lookup(call.op)
-    if rule is None:
+    # What PyTorch itself takes apart has the rules of its parts. Inference mode shows such ops.
+    if rule is None or registry.is_composite(call.op):
         of_parts = _decompose(interpretation, call, step)
         if of_parts is not None:
             return of_parts
+    if rule is None:
         # Without a result there is nothing to be wrong about, and made of constants it is constant.
         if _indices(step.outs) and call.depends_on_batch:
             interpretation.unknown[step.index] = step.name
@@ -380,19 +424,24 @@ def _apply(
 
 def _by_rule(
     interpretation: Interpretation, call: registry.RuleContext, step: Step, rule: registry.Rule
-) -> list[Ownership]:
+) -> Sequence[Ownership | None]:
     """Return what a rule says; a rule that raises counts as none, except in our own tests."""
+    # Rules from outside, and what is declared, are taken at their word.
+    declared = call.op in registry.CUSTOM or call.op in registry.ASSUMED
     try:
-        result = rule(call)
+        if declared or rule is registry.unknown:
+            return as_list(rule(call))
+        results, forgotten = completed(call, rule, step.defaults)
     except Exception as error:
         if errors.STRICT:
             raise
         reason = f"{step.name} (its rule raised {type(error).__name__})"
         interpretation.unknown[step.index] = reason
-        result = registry.unknown(call)
-    if isinstance(result, list | tuple):
-        return list(result)
-    return [result]
+        return registry.unknown(call)
+    if forgotten:
+        names = " and ".join(sorted(forgotten))
+        interpretation.unknown[step.index] = f"{step.name} (its rule does not look at {names})"
+    return results
 
 
 # --- ops that are taken apart ---------------------------------------------------------------------

@@ -139,10 +139,21 @@ def _judge_split(evidence: LossEvidence) -> Verdict:
     if culprits:
         # Each place once, in order: one step may take a parameter twice.
         return _split_fails(dict.fromkeys(culprits))
-    reads = [e for e in evidence.graph.host_reads if e.in_loss and _reads_parameters(evidence, e)]
+    reads = [e for e in evidence.graph.host_reads if _may_enter_loss(evidence, e)]
     if reads:
         return Verdict("canonical_split", "unknown", culprits=tuple(map(host_read_culprit, reads)))
     return Verdict("canonical_split", "holds", "proved")
+
+
+def _may_enter_loss(evidence: LossEvidence, read: HostRead) -> bool:
+    """Tell whether Python may bring a number made of parameters into the loss.
+
+    What the forward pass reads the loss may read from where it was kept. Booleans and integers do
+    not matter there: they do not change with a small step of the parameters.
+    """
+    if not read.in_loss and not evidence.graph.values[read.ref.index].dtype.is_floating_point:
+        return False
+    return _reads_parameters(evidence, read)
 
 
 def _parameters_entering(evidence: LossEvidence, step: Step) -> list[Culprit]:

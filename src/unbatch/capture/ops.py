@@ -421,6 +421,14 @@ def declared_writes(op: Any) -> tuple[str, ...]:
     )
 
 
+@cache
+def results_given(op: Any) -> tuple[str, ...]:
+    """Return the arguments into which a variant writes its results (``out=``)."""
+    return tuple(
+        a.name for a in op._schema.arguments if a.kwarg_only and a.name in declared_writes(op)
+    )
+
+
 def written(op: Any, arguments: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the arguments that an op writes to, when it is given ``arguments`` by name."""
     hidden = traits(op).hidden_writes

@@ -40,11 +40,13 @@ class Listener(Protocol):
     """What reads of values are reported to: the recorder.
 
     ``dynamic``: the values with a size that depends on data. ``checks`` is above zero inside
-    functions that read values only to validate them.
+    functions that read values only to validate them. ``function``: the function of PyTorch that
+    the program has called, by name, while it runs.
     """
 
     dynamic: set[int]
     checks: int
+    function: str
 
     def escape(self, tensor: Tensor, how: str, answer: bool | None = None) -> None: ...
     def branch(self, tensor: Tensor, how: str, value: Any) -> Any: ...
@@ -172,7 +174,11 @@ class Functions(TorchFunctionMode):
                 return func(*args, **kwargs)
         # Before the call: what it makes itself is for the next one to read.
         sized_by_data = bool(self.recorder.dynamic)
-        out = self._called(func, name, args, kwargs)
+        outer, self.recorder.function = self.recorder.function, name
+        try:
+            out = self._called(func, name, args, kwargs)
+        finally:
+            self.recorder.function = outer
         if sized_by_data and name != "__set__":
             self._report_sizes(out, args, kwargs)
         return out
@@ -211,6 +217,13 @@ class Functions(TorchFunctionMode):
         # With a number of classes, ``one_hot`` reads its labels only to check them.
         if name == "one_hot" and len(args) + len(kwargs) > 1:
             return self._unchecked(func, args, kwargs)
+        # PyTorch reads in memory where to split, which dispatches nothing.
+        if name == "tensor_split":
+            for place in tree_leaves((args[1:], kwargs)):
+                if isinstance(place, Tensor):
+                    self.recorder.escape(place, "read as places to split at")
+        if name == "__deepcopy__":
+            return _deep_copy(*args, **kwargs)
         if name in CONSTRUCTORS:
             assembled = self._constructed(args, kwargs)
             if assembled is not None:
@@ -282,6 +295,16 @@ class Functions(TorchFunctionMode):
             # The type that PyTorch gives them together.
             dtype = torch.stack([torch.zeros((), dtype=p.dtype) for p in parts]).dtype
         return torch.stack([p.to(dtype) for p in parts])
+
+
+def _deep_copy(tensor: Tensor, memo: dict[int, Any]) -> Any:
+    """Return what ``copy.deepcopy`` does of a tensor, by an op that is seen."""
+    if id(tensor) not in memo:
+        copied = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+        if isinstance(tensor, torch.nn.Parameter):
+            copied = torch.nn.Parameter(copied, tensor.requires_grad)
+        memo[id(tensor)] = copied
+    return memo[id(tensor)]
 
 
 def _holds(kinds: type | tuple[type, ...], tree: Any) -> bool:

@@ -52,7 +52,8 @@ class Step:
 
     ``writes`` pairs each value that the op writes to with the version of it that it leaves.
     ``grad``: whether gradients were enabled; ``module`` and ``where``: the module that was running,
-    and file and line of the user's program; ``noise``: whether it drew random numbers.
+    and file and line of the user's program; ``noise``: whether it drew random numbers;
+    ``function``: the function of PyTorch that was called, of which the op is a part.
     """
 
     index: int
@@ -65,6 +66,7 @@ class Step:
     module: str
     where: str
     noise: bool = False
+    function: str = ""
 
     @property
     def name(self) -> str:

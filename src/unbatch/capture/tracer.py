@@ -85,6 +85,7 @@ class Recorder(TorchDispatchMode):
         # Above zero: nothing is recorded (``off``), or a function only validates (``checks``).
         self.off = 0
         self.checks = 0
+        self.function = ""
         # Tensors that came up in the middle of the run, and values whose shape depends on others.
         self.foreign: list[int] = []
         self.dynamic: set[int] = set()
@@ -203,9 +204,10 @@ class Recorder(TorchDispatchMode):
             module=self._module(),
             where=users_line(),
             noise=noise,
+            function=self.function,
         )
         self.graph.steps.append(step)
-        if _sizes_itself(op, args, self.graph) or self._reads_dynamic(step):
+        if sizes_itself(op, args, self.graph) or self._reads_dynamic(step):
             self.dynamic.update(indices(step.made()))
         return outs[0] if outs else None
 
@@ -423,7 +425,7 @@ def entry(function: Callable[P, T]) -> Callable[P, T]:
     return function
 
 
-def _sizes_itself(op: Any, args: Any, graph: Graph) -> bool:
+def sizes_itself(op: Any, args: Any, graph: Graph) -> bool:
     """Tell whether the shape of an op's result depends on values."""
     if torch.Tag.dynamic_output_shape not in op.tags:
         return False

@@ -8,7 +8,11 @@ way. Who notes it, and when, is in ``propagation.py``; what follows for the stru
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+# How many ranks of a batch are no share of it, and how many times more samples than more ranks.
+FEW_RANKS = 2
 
 
 @dataclass(frozen=True)
@@ -31,11 +35,31 @@ class StatisticDef:
 
 @dataclass(frozen=True)
 class StatisticUse:
-    """What values of samples use: ``size`` numbers, made from the statistics ``definitions``."""
+    """What values of samples use: ``size`` numbers, made from the statistics ``definitions``.
+
+    ``pieces``: how many numbers each use has, by the keys of its entries: what is used twice counts
+    once. ``keys``: of all of them; of a long statistic each rank has its own. ``long``: so many
+    ranks of a statistic are used that their number may grow with the batch.
+    """
 
     definitions: frozenset[int]
+    pieces: Mapping[frozenset[int], int]
     size: int  # of what is used, which may be less than the statistic has
     long: bool
+
+    @property
+    def keys(self) -> frozenset[int]:
+        """The keys of all entries that are used."""
+        return frozenset().union(*self.pieces)
+
+
+def _may_grow(ranks: int, samples: int) -> bool:
+    """Tell whether so many ranks (largest, median, ..) may be as many as a batch has samples.
+
+    One batch cannot tell a fixed number of them from a share of the batch. A few are taken for a
+    fixed number, if they are few among the samples as well.
+    """
+    return ranks > FEW_RANKS and ranks * FEW_RANKS > samples
 
 
 @dataclass
@@ -63,18 +87,26 @@ class DependenceRecord:
         self.definitions.append(statistic)
         return len(self.definitions) - 1
 
-    def use(self, statistics: frozenset[int], size: int, long: bool) -> None:
+    def use(self, statistics: frozenset[int], keys: frozenset[int], size: int) -> None:
         """Enter that values of samples use ``size`` numbers made from ``statistics``.
 
-        A statistic is used at several places, in whole or in part: the largest use is the one
-        that counts.
+        ``keys``: of their entries. Parts of a statistic that are used apart add up, to no more
+        numbers than the statistics have.
         """
-        # Sizes are not added: parts of a statistic that are used apart may be the same numbers.
+        pieces = {keys: size}
         before = self.uses.get(statistics)
         if before is not None:
-            size = max(size, before.size)
-            long = long or before.long
-        self.uses[statistics] = StatisticUse(statistics, size, long)
+            pieces = {**before.pieces, keys: size}
+        available, samples, long = 0, 0, False
+        for s in statistics:
+            definition = self.definitions[s]
+            available += definition.size
+            samples = max(samples, definition.samples)
+            long = long or definition.long
+        use = StatisticUse(statistics, pieces, 0, False)
+        size = max(max(pieces.values()), min(sum(pieces.values()), available))
+        long = long and _may_grow(len(use.keys), samples)
+        self.uses[statistics] = replace(use, size=size, long=long)
 
     def of_predictions(self, statistics: frozenset[int]) -> bool:
         """Tell whether any of ``statistics`` is one of the predictions."""

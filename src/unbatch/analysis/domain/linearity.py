@@ -27,7 +27,7 @@ from dataclasses import replace
 import numpy as np
 
 from unbatch.analysis.domain.dependence import DependenceRecord
-from unbatch.analysis.domain.ownership import Array, Ownership, code, mix
+from unbatch.analysis.domain.ownership import Array, Ownership, code, digest, mix
 
 # --- weights of samples ---------------------------------------------------------------------------
 
@@ -144,7 +144,7 @@ def of_linear(
         return absorb(replace(out, weighted=True))
     atoms = out.atoms
     if additive and not weighted and len(entering) > 1:
-        atoms = _sum_of_atoms(entering, kind) or atoms
+        atoms = _sum_of_atoms(out, entering, kind) or atoms
     return replace(out, additive=additive, weighted=weighted, atoms=atoms)
 
 
@@ -157,18 +157,20 @@ def _statistics_of_factors(operands: Sequence[Ownership]) -> set[int]:
     return statistics
 
 
-def _sum_of_atoms(terms: Sequence[Ownership], kind: str) -> frozenset[int]:
+def _sum_of_atoms(out: Ownership, terms: Sequence[Ownership], kind: str) -> frozenset[int]:
     """The one scalar of a sum of sums over samples, if each of these has one.
 
     sum_n a_n + sum_n b_n = sum_n (a_n + b_n): per sample it is a_n + b_n, again one.
     """
     # With two scalars in one term there is no a_n, and the sum keeps all of them.
-    names = []
-    for x in terms:
-        if len(x.atoms) != 1:
-            return frozenset()
-        names.append(sorted(x.atoms))
-    return frozenset([int(code(kind, *names))])
+    if any(len(x.atoms) != 1 for x in terms):
+        return frozenset()
+    # By the keys of the terms and not by their scalars, as a + b and a + 2 b are two scalars.
+    if kind == "add":
+        names = sorted(digest(x) for x in terms)
+    else:
+        names = [digest(out)]
+    return frozenset([int(code("sum of terms", *names))])
 
 
 def _adds_up(x: Ownership, kind: str, record: DependenceRecord) -> bool:

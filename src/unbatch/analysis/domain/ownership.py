@@ -42,6 +42,9 @@ import numpy as np
 SHARED, MIXED = -1, -2  # owners beside the samples 0..N-1
 _FIRST_GROUP = -3  # and below: a statistic of a set of samples
 
+# Among sources, while a rule is at work: an argument of its op.
+ARGUMENT = "argument "
+
 Array = np.ndarray
 Dims = Sequence[int]
 
@@ -138,6 +141,12 @@ def index_along(size: int, dim: int, ndim: int) -> Array:
     return np.arange(size, dtype=np.uint64).reshape(_along(size, dim, ndim))
 
 
+def _place_along(size: int, dim: int, ndim: int) -> Array:
+    """Return a hash of the index of every element along ``dim``, and of ``dim`` itself."""
+    # Counted from the end, as broadcasting aligns dims: a row of biases has the dim of its columns.
+    return mix(index_along(size, dim, ndim), code("along", dim - ndim))
+
+
 def varies(array: Array, dim: int) -> bool:
     """Tell whether the entries along ``dim`` differ."""
     # A stride of zero is numpy's mark of an expanded dim: nothing has to be compared.
@@ -158,7 +167,8 @@ class Ownership:
     "targets", "parameters", "noise", "predictions"}``. ``mixers``: steps at which samples became
     mixed. ``atoms``: the scalars per sample through which predictions enter it. ``additive``: it is
     a sum over samples of such scalars. ``weighted``: its elements carry factors that differ from
-    sample to sample and are not part of their keys.
+    sample to sample and are not part of their keys. ``ranked``: entries with keys of their own are
+    values of different ranks, which are counted, and so stay stored.
     """
 
     shape: tuple[int, ...]
@@ -170,6 +180,7 @@ class Ownership:
     atoms: frozenset[int] = frozenset()
     additive: bool = False
     weighted: bool = False
+    ranked: bool = False
 
     def __post_init__(self) -> None:
         # Both arrays have one shape, and a dim for each dim of the value.
@@ -246,7 +257,10 @@ class Ownership:
 
     def with_key(self, name: object) -> Ownership:
         """Return the same owners with another function of each element, named ``name``."""
-        return replace(self, key=mix(self.key, code(name)))
+        # Strides of zero are kept: one entry stands for all along such a dim.
+        repeated = [slice(0, 1) if s == 0 else slice(None) for s in self.key.strides]
+        renamed = mix(self.key[tuple(repeated)], code(name))
+        return replace(self, key=np.broadcast_to(renamed, self.key.shape))
 
     def sample_dim(self) -> int | None:
         """Return the axis along which slice n belongs to sample n (or to none), if there is one."""
@@ -284,6 +298,11 @@ def batched(shape: Dims, dim: int, name: object, sources: Iterable[str] = ()) ->
     return Ownership(tuple(shape), owner, key, sources=frozenset(sources))
 
 
+def digest(x: Ownership) -> int:
+    """Return one number for all keys of a value."""
+    return int(total(x.key.reshape(-1), 0))
+
+
 # --- explicit dims and plain ones -----------------------------------------------------------------
 
 
@@ -307,7 +326,7 @@ def explicit_arrays(x: Ownership, explicit: Iterable[int]) -> tuple[Array, Array
     dims = set(explicit)
     for d in range(len(x.shape)):
         if d in dims and x.plain(d):
-            key = mix(key, index_along(x.shape[d], d, len(x.shape)))
+            key = mix(key, _place_along(x.shape[d], d, len(x.shape)))
         elif d not in dims and key.shape[d] > 1:
             owner, key = owner.take([0], axis=d), key.take([0], axis=d)
     # The keys may have got more entries than the owners have; both are of one shape again.
@@ -325,6 +344,8 @@ def compress(x: Ownership, dims: Iterable[int] | None = None) -> Ownership:
     owner, key = x.owner, x.key
     if not key.size:
         return shared(x.shape, "empty", x.sources)
+    if x.ranked:
+        return x
     candidates = range(len(x.shape)) if dims is None else dims
     # From the last dim on, since the hash of a dim's keys goes into those of the dims before it.
     for d in sorted(candidates, reverse=True):

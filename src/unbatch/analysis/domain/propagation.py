@@ -38,6 +38,7 @@ from unbatch.analysis.domain.linearity import (
     with_atom,
 )
 from unbatch.analysis.domain.ownership import (
+    ARGUMENT,
     MIXED,
     SHARED,
     Array,
@@ -82,6 +83,10 @@ class Propagation:
     def __post_init__(self) -> None:
         self.sets = SampleSets(self.samples)
 
+    def is_constant(self, x: Ownership) -> bool:
+        """Tell whether a value is made of what counts as known alone."""
+        return all(s in self.constant or s.startswith(ARGUMENT) for s in x.sources)
+
     def uses_overlapping_sets(self) -> bool:
         """Tell whether statistics are used of sets that share samples without being equal."""
         return self.sets.overlap(self.record.groups_used())
@@ -118,7 +123,8 @@ class Propagation:
             mixers |= {self.step}
         if root is not None:
             statistics = self._with_statistic(statistics, root, how)
-        out = Ownership(tuple(shape), owner, key, statistics, sources, mixers, atoms)
+        ranked = any(x.ranked for x in operands)
+        out = Ownership(tuple(shape), owner, key, statistics, sources, mixers, atoms, ranked=ranked)
         self._note_uses(out, operands)
         return with_atom(out, self.record)
 
@@ -150,13 +156,7 @@ class Propagation:
         """Note that values of samples use ``x``, if ``x`` is a statistic on its own."""
         if not x.statistics or x.owned or x.mixed:
             return
-        # A long statistic stays bounded where no more than one sample's share of it is used.
-        long = False
-        for r in x.statistics:
-            definition = self.record.definitions[r]
-            if definition.long and x.size > definition.size // self.samples:
-                long = True
-        self.record.use(x.statistics, x.size, long)
+        self.record.use(x.statistics, frozenset(np.unique(x.key).tolist()), x.size)
 
     def uses_predictions(self, x: Ownership) -> bool:
         """Tell whether ``x`` rests on a statistic of the predictions."""
@@ -354,7 +354,9 @@ class Propagation:
                 key = total(mix(key, index_along(key.shape[d], d, ndim)), axis=d, keepdims=True)
                 one = single_owner(owner, d, True)
                 owner = np.where(several_owners(owner, d, True), MIXED, one).astype(np.int32)
-        key = mix(key, code("scan", name, axes))
+        # How many entries there are decides what the last of them is, and an index from the end.
+        sizes = [x.shape[d] for d in axes if x.plain(d)]
+        key = mix(key, code("scan", name, axes, sizes))
         # Another shape may be given: as an output is plain along ``dims``, it has any size there.
         if shape is None:
             shape = x.shape

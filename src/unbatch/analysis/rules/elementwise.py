@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from unbatch.analysis.domain.ownership import Ownership, expand, shared
-from unbatch.analysis.rules.registry import RuleContext, filled, pointwise, rule, summary
+from unbatch.analysis.rules.registry import EVERY, RuleContext, filled, pointwise, rule, summary
 from unbatch.capture import ops
 
 # --- values from nowhere --------------------------------------------------------------------------
@@ -20,7 +20,9 @@ FILLS = ("value", "fill_value", "s")  # arguments that say with what a tensor is
 
 @rule(
     "zeros ones full empty scalar_tensor zeros_like ones_like full_like empty_like new_zeros "
-    "new_ones new_full new_empty empty_strided new_empty_strided zero fill empty_permuted"
+    "new_ones new_full new_empty empty_strided new_empty_strided zero fill empty_permuted",
+    counted="size stride physical_layout value fill_value s",
+    ignored="self",
 )
 def constant(call: RuleContext) -> Ownership:
     """All elements equal. A tensor may be filled with the value of another."""
@@ -40,23 +42,44 @@ def constant(call: RuleContext) -> Ownership:
 
 @rule("arange linspace logspace eye tril_indices triu_indices hann_window hamming_window")
 def sequence(call: RuleContext) -> Ownership:
-    """Numbers by their index, the same for every batch."""
-    return shared(call.shape, call.title)
+    """Numbers by their index, the same for every batch but for ends that are tensors."""
+    by_index = shared(call.shape, call.title)
+    if not call.tensors:
+        return by_index
+    return call.algebra.pointwise(call.title, by_index, *call.tensors)
+
+
+# What the same law is called in other forms: into a new tensor, or into one that is there.
+LAWS = {
+    "rand": "uniform",
+    "rand_like": "uniform",
+    "randn": "normal",
+    "randn_like": "normal",
+    "normal_functional": "normal",
+    "randint": "random",
+    "randint_like": "random",
+}
 
 
 @rule(
     "rand randn randint rand_like randn_like randint_like uniform exponential random randperm "
-    "log_normal cauchy geometric normal_functional"
+    "log_normal cauchy geometric normal_functional",
+    counted="size self",
+    ignored="self",
 )
 def noise(call: RuleContext) -> Ownership:
     """Fresh and identically distributed.
 
-    Whatever sample consumes an element, it becomes part of that sample; so all elements are alike.
+    Whatever sample consumes an element, it becomes part of that sample; so all elements of one law
+    are alike. The law is the kind of noise, and the arguments that are not at their defaults.
     """
-    return filled(call.shape, "noise", ["noise"])
+    return filled(call.shape, ("noise", LAWS.get(call.name, call.name)), ["noise"])
 
 
-@rule("bernoulli normal poisson binomial _standard_gamma _sample_dirichlet multinomial")
+@rule(
+    "bernoulli normal poisson binomial _standard_gamma _sample_dirichlet multinomial",
+    ignored="self",
+)
 def shaped_noise(call: RuleContext) -> Ownership:
     """Noise whose distribution may depend on values."""
     shaping = call.named("p", "mean", "std", "count", "prob")
@@ -76,7 +99,7 @@ def shaped_noise(call: RuleContext) -> Ownership:
     return call.algebra.pointwise(call.title, fresh, *shaping)
 
 
-@rule(*ops.names(lambda row: row.dropout and row.dropout.alone))
+@rule(*ops.names(lambda row: row.dropout and row.dropout.alone), apart={1: "input self"})
 def fused_dropout(call: RuleContext) -> Any:
     """Values that noise lets through, and that noise."""
     x = call.tensors[0]
@@ -90,7 +113,7 @@ def fused_dropout(call: RuleContext) -> Any:
 # --- elementwise ----------------------------------------------------------------------------------
 
 
-@rule("add", "sub", "rsub")
+@rule("add", "sub", "rsub", counted=EVERY)
 def addition(call: RuleContext) -> Ownership:
     """A sum is followed as one, so that a loop over samples is recognised as one."""
     other = call["other"]
@@ -106,7 +129,8 @@ def addition(call: RuleContext) -> Ownership:
 
 @rule(
     "mul div neg _to_copy clone detach alias positive lift_fresh lift_fresh_copy true_divide _conj "
-    "view_as_real_copy to contiguous lift _lazy_clone"
+    "view_as_real_copy to contiguous lift _lazy_clone",
+    counted=EVERY,
 )
 def scaling(call: RuleContext) -> Ownership:
     """Products with factors, and copies."""
@@ -136,7 +160,7 @@ def cast(call: RuleContext, x: Ownership) -> Ownership:
     return call.algebra.pointwise((call.name, repr(dtype)), x, kind=kind)
 
 
-@rule("copy")
+@rule("copy", ignored="self")
 def overwrite(call: RuleContext) -> Ownership:
     """What was there before does not matter."""
     return expand(call["src"], call.shape)
@@ -148,7 +172,8 @@ def overwrite(call: RuleContext) -> Ownership:
     "hardtanh_backward hardswish hardswish_backward log_sigmoid_backward hardsigmoid_backward "
     "mish_backward quantize_per_tensor dequantize fake_quantize_per_tensor_affine_cachemask celu "
     "softshrink softshrink_backward isclose real imag threshold glu_jvp special_erf nan_to_num "
-    "frexp erfinv logit lgamma where masked_fill clamp xlogy special_log_softmax"
+    "frexp erfinv logit lgamma where masked_fill clamp xlogy",
+    counted=EVERY,
 )
 def elementwise(call: RuleContext) -> Any:
     """Elementwise functions that lack PyTorch's tag for them."""
@@ -196,13 +221,3 @@ def power(call: RuleContext) -> Ownership:
         # 2.0 is whole as well; 0.5 and -1 are not.
         whole = exponent == int(exponent) and exponent > 0
     return call.algebra.pointwise(call.title, *call.tensors, polynomial=whole)
-
-
-@rule("eq", "ne")
-def comparison(call: RuleContext) -> Ownership:
-    """Targets compared with PyTorch's ignored label, where it does not occur, are all alike."""
-    other = call["other"]
-    is_ignored_label = not isinstance(other, Ownership) and other == -100
-    if is_ignored_label and not call.occurs("self", -100):
-        return filled(call.shape, "nothing ignored")
-    return call.algebra.pointwise(call.title, *call.tensors)

@@ -28,6 +28,7 @@ from unbatch.analysis.domain.ownership import (
 )
 from unbatch.analysis.domain.propagation import Propagation
 from unbatch.analysis.rules.registry import (
+    EVERY,
     RuleContext,
     all_mixed,
     all_shared,
@@ -37,7 +38,6 @@ from unbatch.analysis.rules.registry import (
     rule,
     shared_outputs,
 )
-from unbatch.analysis.rules.views import bounded
 
 # --- which indices are followed -------------------------------------------------------------------
 
@@ -52,7 +52,7 @@ def exact(call: RuleContext, index: Ownership, values: Any) -> bool:
     # ``log_p[arange(n), y]`` in a loss: the labels are what they are, so the entries that they
     # pick can be followed. In a forward pass the same lookup depends on its indices.
     into_predictions = "predictions" in call["self"].sources
-    if into_predictions and index.sources and index.sources <= call.algebra.constant:
+    if into_predictions and index.sources and call.algebra.is_constant(index):
         return True
     changing = {"inputs", "targets", "predictions", "internals"}
     return not index.depends_on_batch and not index.sources & changing
@@ -158,7 +158,7 @@ class Selection:
         return tuple(where)
 
 
-@rule("index _unsafe_index index_select gather take_along_dim take")
+@rule("index _unsafe_index index_select gather take_along_dim take", counted=EVERY)
 def lookup(call: RuleContext) -> Ownership:
     """Elements of a value at the places that indices say."""
     x = call["self"]
@@ -267,7 +267,6 @@ def _selected(call: RuleContext, selection: Selection) -> Ownership:
             out = replace(out, key=mix(out.key, code("index", names)))
         if numbers:
             out = _repeated(out, numbers, before + rank)
-    out = bounded(call, out, x)
     if not selection.loose:
         return out
     # What a loose index says is part of the result, at the place of the index.
@@ -337,7 +336,7 @@ def _gather(call: RuleContext) -> Ownership:
         key=crop(scanned.key, index.shape, dim),
     )
     if follows:
-        out = bounded(call, replace(out, shape=call.shape), x)
+        out = replace(out, shape=call.shape)
         index = index.with_key(numbers.tobytes())
     return call.algebra.pointwise("lookup", out, index)
 
@@ -353,7 +352,7 @@ def crop(array: Array, shape: Sequence[int], dim: int | None = None) -> Array:
 # --- shapes that depend on data -------------------------------------------------------------------
 
 
-@rule("bincount", "histc")
+@rule("bincount", "histc", counted=EVERY)
 def counts(call: RuleContext) -> Ownership:
     """How often each value occurs does not depend on the order."""
     x = call["self"]
@@ -365,7 +364,9 @@ def counts(call: RuleContext) -> Ownership:
     return replace(whole, shape=call.shape, owner=whole.owner.reshape(1), key=whole.key.reshape(1))
 
 
-@rule("nonzero masked_select _unique2 unique_dim unique_consecutive repeat_interleave")
+@rule(
+    "nonzero masked_select _unique2 unique_dim unique_consecutive repeat_interleave", counted=EVERY
+)
 def data_dependent(call: RuleContext) -> Any:
     """How many elements there are depends on the values, and so does which is whose."""
     if call.name == "repeat_interleave" and call.tensors and not call.tensors[0].depends_on_batch:

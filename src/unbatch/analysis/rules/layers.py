@@ -26,6 +26,7 @@ from unbatch.analysis.domain.ownership import (
 )
 from unbatch.analysis.rules.reductions import channelwise
 from unbatch.analysis.rules.registry import (
+    EVERY,
     NO_RULE,
     RuleContext,
     all_mixed,
@@ -49,7 +50,7 @@ PRODUCTS = {
     ("bni", "bio", "bno"): "bmm baddbmm",
     ("bni", "bio", "no"): "addbmm",
     ("ni", "i", "n"): "mv addmv",
-    ("i", "i", ""): "dot vdot",
+    ("i", "i", ""): "dot",
     ("n", "o", "no"): "addr ger",
 }
 
@@ -70,7 +71,13 @@ def matmul(call: RuleContext) -> Ownership:
     return call.algebra.pointwise(call.title, *added, product, kind=kind)
 
 
-@rule("linear")
+@rule("vdot")
+def conjugate_product(call: RuleContext) -> Ownership:
+    """A product of two vectors, of which the first is conjugated."""
+    return call.algebra.contract("vdot", [call["self"], call["other"]], ("i", "i"), "")
+
+
+@rule("linear", counted=EVERY)
 def linear(call: RuleContext) -> Ownership:
     """A product with a matrix over the last dim."""
     x, w = call["input"], call["weight"]
@@ -81,7 +88,7 @@ def linear(call: RuleContext) -> Ownership:
     return call.algebra.pointwise("bias", out, call["bias"])
 
 
-@rule("_trilinear")
+@rule("_trilinear", counted=EVERY)
 def trilinear(call: RuleContext) -> Ownership:
     """A product of three values with dims inserted, summed over some dims."""
     factors = []
@@ -133,6 +140,7 @@ def fused_cell(call: RuleContext) -> Any:
 @rule(
     *ops.names(lambda row: row.attention),
     "_scaled_dot_product_attention_math scaled_dot_product_attention",
+    apart=dict.fromkeys(range(1, 10), EVERY),
 )
 def attention(call: RuleContext) -> Any:
     """softmax(q kᵀ + mask) v over the positions of a sequence, with what a kernel keeps beside."""
@@ -210,7 +218,7 @@ def convolution(call: RuleContext) -> Ownership:
     w = _grouped_weight(call, channels // groups)
     # All taps of a weight are used for each output, in an order that is part of the op's name.
     w = summary(call, "taps", w, range(3, len(w.shape)))
-    name = (call.name, repr([call[k] for k in CONVOLUTION]))
+    name = (call.name, repr([call[k] for k in CONVOLUTION]), call["input"].shape[2:])
     letters = "xyz"[: len(space)]
     y = a.contract(name, [x, w], (f"ngi{letters}", "goi"), f"ngo{letters}")
     return channelwise(call, "bias", reshape(y, call.shape), call["bias"])
@@ -249,7 +257,7 @@ def _grouped_weight(call: RuleContext, inputs: int) -> Ownership:
     return permute(w, [0, 2, 1, *range(3, len(w.shape))])
 
 
-@rule("convolution_backward")
+@rule("convolution_backward", apart={0: "input", 1: "weight", 2: "input weight"})
 def convolution_backward(call: RuleContext) -> Any:
     """By the input: a convolution again. By the weight and the bias: sums over the leading dim."""
     a, g, x, w = call.algebra, call["grad_output"], call["input"], call["weight"]
@@ -307,7 +315,10 @@ def with_new_dims(x: Ownership, shape: tuple[int, ...], lead: int, name: object)
     return expand_plain(x, shape).with_key(name)
 
 
-@rule("linalg_solve_triangular triangular_solve cholesky_solve _linalg_solve_ex linalg_lu_solve")
+@rule(
+    "linalg_solve_triangular triangular_solve cholesky_solve _linalg_solve_ex linalg_lu_solve",
+    apart=dict.fromkeys(range(1, 4), "B self"),
+)
 def solve(call: RuleContext) -> Any:
     """Columns of the right-hand side (rows, if it stands on the left) are solved one by one."""
     rhs = call["self"] if call["B"] is None else call["B"]
@@ -343,7 +354,7 @@ def _solver_operand(call: RuleContext, m: Ownership, ndim: int) -> Ownership:
 # --- lookups in a table ---------------------------------------------------------------------------
 
 
-@rule("embedding")
+@rule("embedding", counted="padding_idx scale_grad_by_freq sparse")
 def embedding(call: RuleContext) -> Ownership:
     """Each index takes a row of the table, whichever it is."""
     indices, table = call["indices"], call["weight"]
@@ -354,7 +365,12 @@ def embedding(call: RuleContext) -> Ownership:
     return call.algebra.pointwise("embedding", unsqueeze(indices, len(indices.shape)), row)
 
 
-@rule("_embedding_bag", "_embedding_bag_forward_only")
+@rule(
+    "_embedding_bag",
+    "_embedding_bag_forward_only",
+    counted="offsets scale_grad_by_freq sparse",
+    apart={1: EVERY, 2: EVERY, 3: EVERY},
+)
 def embedding_bag(call: RuleContext) -> Any:
     """Rows of a table, summed over the runs of a flat index that fixed offsets mark."""
     a, index, offsets = call.algebra, call["indices"], call.values.get("offsets")

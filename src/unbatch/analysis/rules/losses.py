@@ -5,13 +5,29 @@ Losses that PyTorch composes of simpler ops (cross-entropy, for one) need no rul
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from unbatch.analysis.domain.ownership import Ownership, collapse, shared
-from unbatch.analysis.rules.registry import NO_RULE, RuleContext, all_mixed, rule, summary, unused
+from unbatch.analysis.rules.layers import with_new_dims
+from unbatch.analysis.rules.registry import (
+    EVERY,
+    NO_RULE,
+    RuleContext,
+    all_mixed,
+    filled,
+    rule,
+    summary,
+)
 from unbatch.analysis.rules.windows import window_result
+
+# Of the loss and of the sum of weights, which no prediction enters.
+NLL: dict[str, Any] = {"counted": "ignore_index reduction", "apart": {1: EVERY}}
+
+# What PyTorch's function is called, with Python's part of it and without.
+CROSS_ENTROPY = ("cross_entropy", "cross_entropy_loss")
 
 NONE, MEAN = 0, 1  # of PyTorch's numbers for reductions
 
@@ -27,16 +43,23 @@ def reduced(call: RuleContext, loss: Ownership, reduction: int) -> Ownership:
 
 @rule(
     "mse_loss smooth_l1_loss huber_loss binary_cross_entropy soft_margin_loss l1_loss "
-    "poisson_nll_loss hinge_embedding_loss"
+    "poisson_nll_loss hinge_embedding_loss",
+    counted="reduction beta delta",
 )
 def elementwise_loss(call: RuleContext) -> Ownership:
     """One loss per entry of the predictions."""
     name = (call.name, repr(call["beta"] or call["delta"]))
-    loss = call.algebra.pointwise(name, *call.named("self", "target", "weight"))
+    loss = call.algebra.pointwise(name, *call.named("self", "input", "target", "weight"))
     return reduced(call, loss, call["reduction"])
 
 
-@rule("nll_loss_forward", "nll_loss2d_forward", "nll_loss_nd")
+@rule(
+    "nll_loss_forward",
+    "nll_loss2d_forward",
+    "nll_loss_nd",
+    counted="ignore_index reduction",
+    apart={1: EVERY},
+)
 def nll_loss(call: RuleContext) -> Any:
     """Pick the target's entry; the mean divides by the weights of the targets.
 
@@ -86,7 +109,13 @@ def _ignored_unevenly(call: RuleContext, number: int) -> bool:
     return call.sees("target", uneven)
 
 
-@rule("multi_margin_loss", "multilabel_margin_loss_forward", "multilabel_margin_loss")
+@rule(
+    "multi_margin_loss",
+    "multilabel_margin_loss_forward",
+    "multilabel_margin_loss",
+    counted="p margin reduction",
+    apart={1: "self"},
+)
 def margin_loss(call: RuleContext) -> Any:
     """All classes of a sample are compared with its target, or with each of its targets."""
     p, y = call["self"], call["target"]
@@ -95,11 +124,16 @@ def margin_loss(call: RuleContext) -> Any:
     if len(y.shape) != len(classes.shape):
         y = summary(call, "classes", y, last)
     name = (call.name, repr(call["p"]), repr(call["margin"]))
-    loss = call.algebra.pointwise(name, classes, y)
-    return [reduced(call, loss, call["reduction"]), *unused(call)]
+    weights = []
+    if call["weight"] is not None:
+        weights.append(summary(call, "classes", call["weight"], [0]))
+    loss = call.algebra.pointwise(name, classes, y, *weights)
+    # Which classes are targets, of the forms that return it.
+    is_target = [with_new_dims(y, shape, len(y.shape), "target") for shape in call.shapes[1:]]
+    return [reduced(call, loss, call["reduction"]), *is_target]
 
 
-@rule("_ctc_loss")
+@rule("_ctc_loss", counted="blank zero_infinity")
 def ctc_loss(call: RuleContext) -> Any:
     """Log-probabilities are [time, n, class]; the op gives every sample its labels and lengths."""
     paths = summary(call, "path", call["log_probs"], [0, 2])
@@ -107,15 +141,35 @@ def ctc_loss(call: RuleContext) -> Any:
     for m in call.tensors[1:]:
         if not _is_own_target(call, m):
             return all_mixed(call, NO_RULE)
-    # Each sample has labels of its own; of which kind is the same for all.
-    labels = shared(paths.shape, "labels", (), [0])
+    # Lengths may be constants; of which kind is the same for all samples.
+    labels = [_own_labels(call, m, paths.shape) for m in call.tensors[1:]]
     name = (call.name, call["blank"], call["zero_infinity"])
-    loss = call.algebra.pointwise(name, paths, labels)
+    loss = call.algebra.pointwise(name, paths, *labels)
     return [loss, *(window_result(loss, shape, 1) for shape in call.shapes[1:])]
+
+
+def _own_labels(call: RuleContext, m: Ownership, shape: tuple[int, ...]) -> Ownership:
+    """All labels of each sample as one, or a constant in place of what no sample owns."""
+    if m.owned:
+        return summary(call, "labels", m, range(1, len(m.shape)))
+    return replace(shared(shape, "labels", (), [0]), sources=m.sources, statistics=m.statistics)
 
 
 def _is_own_target(call: RuleContext, m: Ownership) -> bool:
     """Tell whether targets, or lengths, are constants or have samples along the first axis."""
     if "predictions" in m.sources:
         return False
-    return not m.depends_on_batch or m.sample_dim() == 0 or m.sources <= call.algebra.constant
+    return not m.depends_on_batch or m.sample_dim() == 0 or call.algebra.is_constant(m)
+
+
+@rule("eq", "ne", counted=EVERY, ignored="self")
+def comparison(call: RuleContext) -> Ownership:
+    """Inside PyTorch's cross-entropy, whether a label is the one to ignore.
+
+    None is, where that number does not occur. What a program asks itself is no such default.
+    """
+    other = call["other"]
+    is_number = not isinstance(other, Ownership)
+    if call.function in CROSS_ENTROPY and is_number and not call.occurs("self", other):
+        return filled(call.shape, "nothing ignored")
+    return call.algebra.pointwise(call.title, *call.tensors)

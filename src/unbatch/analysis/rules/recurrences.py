@@ -27,6 +27,7 @@ from unbatch.analysis.domain.ownership import (
 )
 from unbatch.analysis.rules.elementwise import noise
 from unbatch.analysis.rules.registry import (
+    EVERY,
     RuleContext,
     known_for_every_batch,
     numbered,
@@ -45,7 +46,7 @@ def whole(call: RuleContext, weights: Sequence[Ownership]) -> list[Ownership]:
     return [summary(call, "weight", w, range(len(w.shape))) for w in weights]
 
 
-@rule("mkldnn_rnn_layer")
+@rule("mkldnn_rnn_layer", apart={3: EVERY})
 def mkldnn_layer(call: RuleContext) -> Any:
     """A recurrence over the first dim; the second dim is left alone."""
     sequences = summary(call, "time", call["input"], [0, 2], True)
@@ -75,7 +76,12 @@ def _of_layer(out: Ownership, shape: tuple[int, ...]) -> Ownership:
     return shared(shape, "workspace")
 
 
-@rule(*ops.names(lambda row: row.recurrence))
+@rule(
+    *ops.names(lambda row: row.recurrence),
+    counted="batch_sizes batch_first",
+    ignored="weight_buf dropout_state",
+    apart={3: EVERY, 4: EVERY},
+)
 def device_recurrence(call: RuleContext) -> Any:
     """All layers, directions and steps at once.
 
@@ -133,7 +139,7 @@ def _packed(
     return last, unsqueeze(by_row, 1)
 
 
-@rule("_pack_padded_sequence")
+@rule("_pack_padded_sequence", counted="lengths batch_first", apart={1: "input"})
 def packing(call: RuleContext) -> Any:
     """Rows of the steps of sequences, longest first, without what is padded.
 

@@ -9,9 +9,10 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from unbatch.analysis.domain.ownership import Ownership, reshape, squeeze
+from unbatch.analysis.domain.ownership import Ownership, reshape, spell_out, squeeze
 from unbatch.analysis.rules.elementwise import cast
 from unbatch.analysis.rules.registry import (
+    EVERY,
     RuleContext,
     numbered,
     pointwise,
@@ -25,7 +26,9 @@ from unbatch.capture import ops
 
 
 @rule(
-    "sum mean amax amin prod logsumexp any all nansum nanmean norm linalg_vector_norm count_nonzero"
+    "sum mean amax amin prod logsumexp any all nansum nanmean norm linalg_vector_norm "
+    "count_nonzero",
+    counted="dim keepdim",
 )
 def monoid(call: RuleContext) -> Ownership:
     """Reductions that can be taken sample by sample first."""
@@ -45,7 +48,7 @@ def monoid(call: RuleContext) -> Ownership:
     return call.algebra.pointwise(name, x)
 
 
-@rule("var std var_mean std_mean")
+@rule("var std var_mean std_mean", counted="dim keepdim")
 def moments(call: RuleContext) -> Any:
     """Functions of all elements at once, in no order."""
     x, dims, keepdim = call["self"], call.dims(), bool(call["keepdim"])
@@ -57,7 +60,7 @@ def moments(call: RuleContext) -> Any:
     return [spread, call.algebra.reduce("mean", x, dims, keepdim)]
 
 
-@rule("max min median nanmedian mode kthvalue aminmax argmax argmin")
+@rule("max min median nanmedian mode kthvalue aminmax argmax argmin", counted="dim keepdim")
 def selection(call: RuleContext) -> Any:
     """The extreme or middle value; its *position* is no symmetric function of the samples."""
     x = call["self"]
@@ -80,7 +83,7 @@ def selection(call: RuleContext) -> Any:
     return numbered([values, positions])
 
 
-@rule("sort topk msort argsort")
+@rule("sort topk msort argsort", counted="dim")
 def ordering(call: RuleContext) -> Any:
     """Sorted over the samples, values are symmetric in them, and as many as samples.
 
@@ -91,7 +94,9 @@ def ordering(call: RuleContext) -> Any:
         return numbered([a.pointwise(call.title, x)] * len(call.shapes))
     # Unless it is said, along the last dim.
     dim = len(x.shape) - 1
-    if call["dim"] is not None:
+    if call.name == "msort":
+        dim = 0
+    elif call["dim"] is not None:
         dim = call.dims()[0]
     name = (call.name, repr(call["descending"]))
     how = "order" if all_values else "position"
@@ -101,11 +106,13 @@ def ordering(call: RuleContext) -> Any:
         return _scanned(call, [dim])
     # All samples as one statistic: as many numbers as entries for ``sort``, k of them for ``topk``.
     name = (call.name, repr(call["descending"] or call["largest"]))
-    values = replace(a.reduce(name, x, [dim], True, long=all_values), shape=call.shape)
+    # Each rank has a key of its own, so that those that are used can be counted.
+    values = replace(a.reduce(name, x, [dim], True, long=True), shape=call.shape)
+    values = replace(spell_out(values, [dim]), ranked=True)
     return numbered([values, positions])[-len(call.shapes) :]
 
 
-@rule("cumsum cumprod cummax cummin logcumsumexp _fft_r2c _fft_c2r _fft_c2c diff")
+@rule("cumsum cumprod cummax cummin logcumsumexp _fft_r2c _fft_c2r _fft_c2c diff", counted="dim")
 def ordered(call: RuleContext) -> Any:
     """Functions along an axis that know the order."""
     if call["dim"] is None:
@@ -119,7 +126,10 @@ def _scanned(call: RuleContext, dims: list[int]) -> list[Ownership]:
     return numbered([call.algebra.scan(call.title, x, dims, shape=shape) for shape in call.shapes])
 
 
-@rule("_softmax _log_softmax _safe_softmax softmax log_softmax")
+@rule(
+    "_softmax _log_softmax _safe_softmax softmax log_softmax special_log_softmax",
+    counted="dim half_to_float",
+)
 def softmax(call: RuleContext) -> Ownership:
     """An elementwise function of an entry and of the logsumexp of all."""
     a, x = call.algebra, call["self"]
@@ -130,7 +140,7 @@ def softmax(call: RuleContext) -> Ownership:
     return a.pointwise(call.name, x, normalisation)
 
 
-@rule("_softmax_backward_data", "_log_softmax_backward_data")
+@rule("_softmax_backward_data", "_log_softmax_backward_data", counted="dim input_dtype")
 def softmax_backward(call: RuleContext) -> Ownership:
     """The vjp of a softmax ``s`` is ``s * (g - sum(g * s))``."""
     a, g, s = call.algebra, call["grad_output"], call["output"]
@@ -152,7 +162,11 @@ def channelwise(
     return call.algebra.pointwise(name, x, *vectors)
 
 
-@rule("native_layer_norm _fused_rms_norm layer_norm rms_norm")
+@rule(
+    "native_layer_norm _fused_rms_norm layer_norm rms_norm",
+    counted="normalized_shape",
+    apart={1: "weight bias", 2: "weight bias"},
+)
 def layer_norm(call: RuleContext) -> Any:
     """Moments over the last dims."""
     a, x = call.algebra, call["input"]
@@ -165,7 +179,12 @@ def layer_norm(call: RuleContext) -> Any:
     return numbered([y, *spread[: len(call.shapes) - 1]])
 
 
-@rule("native_group_norm", "group_norm")
+@rule(
+    "native_group_norm",
+    "group_norm",
+    counted="N C HxW group",
+    apart={1: "weight bias", 2: "weight bias"},
+)
 def group_norm(call: RuleContext) -> Any:
     """Moments over groups of channels and all positions of a sample."""
     a, x, groups = call.algebra, call["input"], call["group"]
@@ -178,7 +197,11 @@ def group_norm(call: RuleContext) -> Any:
     return numbered([y, *by_group[: len(call.shapes) - 1]])
 
 
-@rule(*ops.names(lambda row: row.batch_norm))
+@rule(
+    *ops.names(lambda row: row.batch_norm),
+    ignored="running_mean running_var",
+    apart=dict.fromkeys(range(1, 6), EVERY),
+)
 def batch_norm(call: RuleContext) -> Any:
     """Moments over all dims but the second; whether samples mix there shows in their owners."""
     norm = ops.batch_norm_arguments(call.op, call.arguments)

@@ -23,9 +23,9 @@ from unbatch.analysis.domain.ownership import (
     batched,
     code,
     collapse,
+    digest,
     expand_plain,
     shared,
-    total,
 )
 from unbatch.analysis.domain.propagation import Propagation
 from unbatch.capture import ops
@@ -45,6 +45,35 @@ ASSUMED: dict[Any, str] = {}
 
 NO_RULE = "no rule"
 
+EVERY = "*"  # all arguments of an op
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Which arguments a rule takes account of itself; all others enter the keys of the results.
+
+    ``counted``: they need not enter, since the rule says what they do to each element (as dims and
+    shapes do). ``ignored``: tensors whose contents do not matter, even if they depend on the batch.
+    ``apart``: by place of a result, tensors that have no part in that one.
+    """
+
+    counted: frozenset[str] = frozenset()
+    ignored: frozenset[str] = frozenset()
+    apart: Mapping[int, frozenset[str]] = field(default_factory=dict)
+
+    def counts(self, name: str) -> bool:
+        """Tell whether the rule takes account of an argument."""
+        return name in self.counted or EVERY in self.counted
+
+    def leaves_out(self, name: str, place: int) -> bool:
+        """Tell whether a tensor has no part in a result, whatever it depends on."""
+        named = self.ignored | self.apart.get(place, frozenset())
+        return name in named or EVERY in named
+
+
+# By rule; one that is not here has to be told of nothing.
+ARGUMENTS: dict[Rule, Arguments] = {}
+
 
 # --- what a rule sees -----------------------------------------------------------------------------
 
@@ -56,6 +85,7 @@ class RuleContext:
     ``arguments``: with ownership in place of tensors. ``values[name]``: the concrete integers and
     booleans of an argument, where the recorder kept them. A rule that looks at them makes the
     result depend on them. ``look``: at a function of some values, and at no more of them.
+    ``function``: the function of PyTorch that the program called, of which the op is a part.
     """
 
     algebra: Propagation
@@ -64,6 +94,7 @@ class RuleContext:
     shapes: list[tuple[int, ...]]
     values: Mapping[str, Any] = field(default_factory=dict)
     look: Callable[[str, Callable[[Any], Any]], Any] | None = None
+    function: str = ""
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments.get(name)
@@ -123,7 +154,7 @@ class RuleContext:
     def constants(self) -> tuple[Any, ...]:
         """All other arguments; part of what function the op is."""
         # Printed, since arguments such as lists cannot be hashed.
-        return tuple((k, repr(a)) for k, a in self.arguments.items() if not _has_tensors(a))
+        return tuple((k, repr(a)) for k, a in self.arguments.items() if not has_tensors(a))
 
     @property
     def title(self) -> tuple[Any, ...]:
@@ -144,7 +175,7 @@ class RuleContext:
         return [d % ndim for d in dim]
 
 
-def _has_tensors(argument: Any) -> bool:
+def has_tensors(argument: Any) -> bool:
     """Tell whether an argument is a tensor, or a list with one."""
     if isinstance(argument, list | tuple):
         return any(isinstance(m, Ownership) for m in argument)
@@ -154,10 +185,18 @@ def _has_tensors(argument: Any) -> bool:
 # --- the registry ---------------------------------------------------------------------------------
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a rule for ATen ops, named in words; a second rule for the same name is refused."""
+def rule(
+    *names: str, counted: str = "", ignored: str = "", apart: Mapping[int, str] | None = None
+) -> Callable[[Rule], Rule]:
+    """Register a rule for ATen ops, named in words; a second rule for the same name is refused.
+
+    ``counted``, ``ignored``, ``apart``: names of arguments, in words, see ``Arguments``.
+    """
+    results = {place: frozenset(words.split()) for place, words in (apart or {}).items()}
+    arguments = Arguments(frozenset(counted.split()), frozenset(ignored.split()), results)
 
     def register(function: Rule) -> Rule:
+        ARGUMENTS[function] = arguments
         for name in " ".join(names).split():
             assert name not in RULES, f"two rules for {name}"
             RULES[name] = function
@@ -211,7 +250,7 @@ def answers(op: Any) -> bool:
 # --- words that many rules use --------------------------------------------------------------------
 
 
-@rule("floor_divide")  # which lacks the tag
+@rule("floor_divide", counted=EVERY)  # which lacks the tag
 def pointwise(call: RuleContext) -> Any:
     """Every output is one function of the elements at its place."""
     # An op of numbers alone makes elements that are all alike.
@@ -274,11 +313,6 @@ def numbered(outputs: Sequence[Ownership]) -> list[Ownership]:
     for i in range(1, len(named)):
         named[i] = named[i].with_key(("output", i))
     return named
-
-
-def digest(x: Ownership) -> int:
-    """Return one number for all keys of a value."""
-    return int(total(x.key.reshape(-1), 0))
 
 
 def known_for_every_batch(x: Ownership) -> bool:
@@ -392,6 +426,13 @@ def decomposition(op: Any) -> Callable[..., Any] | None:
     if torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd"):
         return op.decompose
     return None
+
+
+def is_composite(op: Any) -> bool:
+    """Tell whether PyTorch takes an op apart, and nobody has said what it does as a whole."""
+    if op in CUSTOM or op in ASSUMED or not isinstance(op, torch._ops.OpOverload):
+        return False
+    return torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
 
 
 def stand_in(meta: Any) -> Tensor:

@@ -32,12 +32,15 @@ from unbatch.analysis.domain.ownership import (
     with_one,
     without_dims,
 )
-from unbatch.analysis.rules.registry import RuleContext, mixed, rule
+from unbatch.analysis.rules.registry import EVERY, RuleContext, mixed, rule
 
 # --- the same elements in another shape -----------------------------------------------------------
 
 
-@rule("view _unsafe_view reshape _reshape_alias flatten unflatten _reshape_copy view_copy resize")
+@rule(
+    "view _unsafe_view reshape _reshape_alias flatten unflatten _reshape_copy view_copy resize",
+    counted=EVERY,
+)
 def view(call: RuleContext) -> Ownership:
     """The same elements in row-major order; with a type, the same bytes."""
     x = call["self"]
@@ -49,7 +52,7 @@ def view(call: RuleContext) -> Ownership:
     return reshape(x, call.shape)
 
 
-@rule("permute t transpose movedim mT numpy_T swapaxes")
+@rule("permute t transpose movedim mT numpy_T swapaxes", counted=EVERY)
 def transposition(call: RuleContext) -> Ownership:
     """The dims in another order."""
     x = call["self"]
@@ -64,19 +67,19 @@ def transposition(call: RuleContext) -> Ownership:
     return permute(x, order)
 
 
-@rule("expand", "expand_copy", "broadcast_to")
+@rule("expand", "expand_copy", "broadcast_to", counted=EVERY)
 def expansion(call: RuleContext) -> Ownership:
     """Elements repeated."""
     return expand(call["self"], call.shape)
 
 
-@rule("squeeze unsqueeze squeeze_copy unsqueeze_copy atleast_1d")
+@rule("squeeze unsqueeze squeeze_copy unsqueeze_copy atleast_1d", counted=EVERY)
 def sizes_of_one(call: RuleContext) -> Ownership:
     """Dims of size one come and go."""
     return reshape(call["self"], call.shape)
 
 
-@rule("view_as_complex", "view_as_real")
+@rule("view_as_complex", "view_as_real", counted=EVERY)
 def as_complex(call: RuleContext) -> Ownership:
     """Pairs along the last dim, which become one number, or come from one."""
     x = call["self"]
@@ -91,7 +94,7 @@ def as_complex(call: RuleContext) -> Ownership:
 # --- moves along some dims ------------------------------------------------------------------------
 
 
-@rule("flip", "roll", "fliplr", "flipud")
+@rule("flip", "roll", "fliplr", "flipud", counted=EVERY)
 def shift(call: RuleContext) -> Ownership:
     """Moves along ``dims`` only; without dims, along any."""
     x = call["self"]
@@ -100,20 +103,20 @@ def shift(call: RuleContext) -> Ownership:
     dims = call.dims("dims")
     if x.explicit(dims):
         return moved(x, lambda place: _run(call, place), call.shape)
-    return replace(x.with_key((call.title, tuple(dims))), shape=tuple(call.shape))
+    return replace(x.with_key((call.title, tuple(dims), x.shape)), shape=tuple(call.shape))
 
 
-@rule("pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle")
+@rule("pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle", counted=EVERY)
 def shuffle(call: RuleContext) -> Ownership:
     """Moves between channels and positions, the last three dims."""
     x = call["self"]
     ndim = len(x.shape)
     if x.explicit(range(max(ndim - 3, 0), ndim)):
         return moved(x, lambda place: _run(call, place), call.shape)
-    return replace(x.with_key(call.title), shape=tuple(call.shape))
+    return replace(x.with_key((call.title, x.shape)), shape=tuple(call.shape))
 
 
-@rule("unfold rot90 diagonal narrow tile diag diag_embed unfold_copy diagonal_copy")
+@rule("unfold rot90 diagonal narrow tile diag diag_embed unfold_copy diagonal_copy", counted=EVERY)
 def movement(call: RuleContext) -> Ownership:
     """Moves of whatever kind."""
     return anywhere(call, call["self"])
@@ -126,10 +129,10 @@ def anywhere(call: RuleContext, x: Ownership) -> Ownership:
         return moved(x, lambda place: _run(call, place), call.shape)
     if not x.depends_on_batch:
         # Elements of a constant that differ by index do so after any movement.
-        return shared(call.shape, (call.title, int(x.key.reshape(-1)[0])), x.sources)
+        return shared(call.shape, (call.title, x.shape, int(x.key.reshape(-1)[0])), x.sources)
     # One key, of which every element is another index: so it is with the elements of the result.
     ones = [1] * len(call.shape)
-    key = mix(x.key.reshape(()), code(call.title)).reshape(ones)
+    key = mix(x.key.reshape(()), code(call.title, x.shape)).reshape(ones)
     return replace(x, shape=tuple(call.shape), owner=x.owner.reshape(ones), key=key)
 
 
@@ -138,22 +141,23 @@ def _run(call: RuleContext, place: Array) -> Array:
     arguments = {}
     for name, argument in call.arguments.items():
         is_tensor = isinstance(argument, Ownership)
-        arguments[name] = torch.from_numpy(place) if is_tensor else argument
+        # Counted from one, so that zeros beside the elements become -1: these are new.
+        arguments[name] = torch.from_numpy(place + 1) if is_tensor else argument
     # The numbers of elements go where the elements would; so no rule has to know how an op moves.
     out = call.op(**arguments)
     if not isinstance(out, torch.Tensor):
         out = out[0]
-    return out.contiguous().numpy()
+    return out.contiguous().numpy() - 1
 
 
-@rule("constant_pad_nd")
+@rule("constant_pad_nd", counted="pad")
 def padding(call: RuleContext) -> Ownership:
     """New elements around old ones. ``pad``: two widths for each dim, from the last on."""
     x, pad = call["self"], call["pad"]
     last = len(x.shape) - 1
     dims = [last - i for i in range(len(pad) // 2) if pad[2 * i] or pad[2 * i + 1]]
     if not x.explicit(dims):
-        return replace(x.with_key(call.title), shape=tuple(call.shape))
+        return replace(x.with_key((call.title, x.shape)), shape=tuple(call.shape))
 
     def run(place: Array) -> Array:
         # Filled with -1, which is how ``moved`` knows what is new.
@@ -162,22 +166,17 @@ def padding(call: RuleContext) -> Ownership:
     return moved(x, run, call.shape)
 
 
-@rule("tril", "triu")
+@rule("tril", "triu", counted=EVERY)
 def triangle(call: RuleContext) -> Ownership:
     """Part of the elements of a matrix become zero, by their index."""
     x = call["self"]
     ndim = len(x.shape)
     if not x.explicit([ndim - 2, ndim - 1]):
         return x.with_key(call.title)
-
-    def run(place: Array) -> Array:
-        # Counted from one, so that the zeros become -1.
-        return call.op(torch.from_numpy(place + 1), call["diagonal"]).numpy() - 1
-
-    return moved(x, run, call.shape)
+    return moved(x, lambda place: _run(call, place), call.shape)
 
 
-@rule("repeat")
+@rule("repeat", counted=EVERY)
 def repetition(call: RuleContext) -> Ownership:
     """Copies along some dims, and new dims at the front."""
     x, repeats = call["self"], call["repeats"]
@@ -192,7 +191,7 @@ def repetition(call: RuleContext) -> Ownership:
 # --- parts ----------------------------------------------------------------------------------------
 
 
-@rule("slice", "slice_copy")
+@rule("slice", "slice_copy", counted=EVERY)
 def part(call: RuleContext) -> Ownership:
     """A slice along one dim."""
     x = call["self"]
@@ -217,7 +216,8 @@ def _slice(x: Ownership, dim: int, entries: slice, shape: Sequence[int]) -> Owne
 
 @rule(
     "split split_with_sizes chunk unbind tensor_split split_copy split_with_sizes_copy unbind_copy "
-    "unsafe_split unsafe_chunk unsafe_split_with_sizes"
+    "unsafe_split unsafe_chunk unsafe_split_with_sizes",
+    counted="dim split_size split_sizes chunks sections indices split_size_or_sections",
 )
 def pieces(call: RuleContext) -> list[Ownership]:
     """Slices that follow on each other, or one entry each."""
@@ -234,12 +234,12 @@ def pieces(call: RuleContext) -> list[Ownership]:
     return slices
 
 
-@rule("select", "select_copy")
+@rule("select", "select_copy", counted=EVERY)
 def select(call: RuleContext) -> Ownership:
     """One entry along a dim, which goes."""
     x = call["self"]
     dim = call["dim"] % len(x.shape)
-    return bounded(call, _entry(x, dim, call["index"] % x.shape[dim]), x)
+    return _entry(x, dim, call["index"] % x.shape[dim])
 
 
 def _entry(x: Ownership, dim: int, index: int) -> Ownership:
@@ -253,30 +253,10 @@ def _entry(x: Ownership, dim: int, index: int) -> Ownership:
     return replace(x, shape=shape, owner=x.owner.take(stored, axis=dim), key=key)
 
 
-def bounded(call: RuleContext, out: Ownership, x: Ownership) -> Ownership:
-    """Return ``out``, picked from ``x``, as a statistic of fixed size if ``x`` is a long one.
-
-    A statistic with an entry for every sample (sorted values) grows with the batch. A fixed number
-    of its entries (the median) does not.
-    """
-    definitions = call.algebra.record.definitions
-    if x.owned or x.mixed or out.size >= x.size:
-        return out
-    long = {r for r in x.statistics if definitions[r].long}
-    if not long:
-        return out
-    # What is picked is defined anew, of a fixed size, in place of what it was picked from.
-    picked = call.algebra.statistic("picked", out.owner, out.size, x.sources)
-    statistics = x.statistics - long
-    if picked is not None:
-        statistics |= {picked}
-    return replace(out, statistics=statistics)
-
-
 # --- joins ----------------------------------------------------------------------------------------
 
 
-@rule("cat stack concat hstack vstack")
+@rule("cat stack concat", counted=EVERY)
 def join(call: RuleContext) -> Ownership:
     """Values side by side."""
     parts = call["tensors"]
@@ -286,7 +266,10 @@ def join(call: RuleContext) -> Ownership:
     if call.name == "stack":
         parts = [unsqueeze(m, dim) for m in parts]
     else:
-        parts = [m for m in parts if m.shape != (0,)]  # these PyTorch leaves out
+        # Empty ones of one dim PyTorch leaves out, and of others nothing is left.
+        parts = [m for m in parts if m.shape != (0,) and m.shape[dim]]
+    if not parts:
+        return shared(call.shape, "empty")
     if len(parts) == 1:
         return parts[0]
     together = _side_by_side(call, parts, dim)

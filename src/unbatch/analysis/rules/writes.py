@@ -26,7 +26,7 @@ from unbatch.analysis.domain.ownership import (
 )
 from unbatch.analysis.domain.propagation import Propagation
 from unbatch.analysis.rules.indexing import as_mask, crop, exact, is_mask
-from unbatch.analysis.rules.registry import RuleContext, filled, mixed, rule
+from unbatch.analysis.rules.registry import EVERY, RuleContext, filled, mixed, rule
 
 # --- at places that are known ---------------------------------------------------------------------
 
@@ -79,7 +79,7 @@ def _positions(x: Ownership) -> Array:
     return np.arange(math.prod(x.shape)).reshape(x.shape)
 
 
-@rule("slice_scatter", "select_scatter", "diagonal_scatter")
+@rule("slice_scatter", "select_scatter", "diagonal_scatter", counted=EVERY)
 def scatter_view(call: RuleContext) -> Ownership:
     """A copy in which a view has been overwritten."""
     x = call["self"]
@@ -92,6 +92,9 @@ def _view(call: RuleContext, place: Array) -> Array:
     if call.name == "select_scatter":
         entry = torch.from_numpy(place).select(call["dim"], call["index"])
         return entry.contiguous().numpy()
+    if call.name == "diagonal_scatter":
+        dims = (call["offset"], call["dim1"], call["dim2"])
+        return torch.from_numpy(place).diagonal(*dims).contiguous().numpy()
     dim = call["dim"] or 0
     where = [slice(None)] * place.ndim
     where[dim] = slice(call["start"], call["end"], call["step"] or 1)
@@ -107,7 +110,8 @@ PUTS = ("index_put", "_unsafe_index_put", "_index_put_impl")
 
 @rule(
     "scatter scatter_add scatter_reduce index_add index_copy index_put index_fill "
-    "_unsafe_index_put index_reduce _index_put_impl masked_scatter put"
+    "_unsafe_index_put index_reduce _index_put_impl masked_scatter put",
+    counted="dim index indices value",
 )
 def scatter(call: RuleContext) -> Ownership:
     """Values written to (or added at) the places that an index says.
@@ -173,7 +177,9 @@ def _scatter_anywhere(call: RuleContext, dim: int, src: Ownership, by_slice: boo
     shape = list(landed.shape)
     shape[dim] = x.shape[dim]
     landed = replace(landed, shape=tuple(shape))
-    if landed.shape != x.shape:
+    if by_slice:
+        landed = expand(landed, x.shape)
+    elif landed.shape != x.shape:
         landed = _pad_to(landed, x.shape)
     return a.pointwise(call.title, x, landed)
 

@@ -1,0 +1,135 @@
+"""Every argument of an op counts, unless its rule says in so many words that it does not.
+
+A rule that forgets an argument would prove too much: that samples are apart where the argument
+joins them, or alike where it tells them apart. So tensors carry a token through a rule: a result
+that lacks one is mixed if the tensor depends on the batch, and else gets the tensor into its keys.
+So does every other argument that is not at its default. What a rule takes account of in a way of
+its own it names where it is registered, see ``registry.Arguments``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from unbatch.analysis.domain.dependence import StatisticDef
+from unbatch.analysis.domain.ownership import ARGUMENT, MIXED, Ownership, code, mix
+from unbatch.analysis.rules import registry
+from unbatch.analysis.rules.registry import Arguments, Rule, RuleContext, digest
+
+# Where results lie, and whether they take a gradient: no number depends on it. What a type does to
+# numbers is seen by the types of the results.
+IMMATERIAL = frozenset(
+    {
+        "device",
+        "dtype",
+        "generator",
+        "implicit",
+        "layout",
+        "memory_format",
+        "non_blocking",
+        "pin_memory",
+        "requires_grad",
+    }
+)
+
+
+@dataclass
+class _Tokens:
+    """Tensor arguments, each with a word of its own among its sources.
+
+    ``given``: by token, the name of the argument and its ownership without the token.
+    """
+
+    given: dict[str, tuple[str, Ownership]] = field(default_factory=dict)
+
+    def put(self, name: str, argument: Any) -> Any:
+        """Return an argument with a token on every tensor; ``name``: of the argument."""
+        if isinstance(argument, list | tuple):
+            return [self.put(name, part) for part in argument]
+        # What has no elements has no part in any result.
+        if not isinstance(argument, Ownership) or 0 in argument.shape:
+            return argument
+        token = f"{ARGUMENT}{len(self.given)}"
+        self.given[token] = name, argument
+        return replace(argument, sources=argument.sources | {token})
+
+    def take(self, x: Any) -> Any:
+        """Return a result, or a statistic, without tokens."""
+        return replace(x, sources=x.sources - self.given.keys())
+
+    def missing(
+        self, result: Ownership, definitions: Sequence[StatisticDef]
+    ) -> list[tuple[str, Ownership]]:
+        """Return names and ownership of the tensors that a result does not come from.
+
+        ``definitions``: of all statistics; what a statistic comes from, its users come from.
+        """
+        sources = result.sources.union(*(definitions[s].sources for s in result.statistics))
+        return [tensor for token, tensor in self.given.items() if token not in sources]
+
+
+def completed(
+    call: RuleContext, rule: Rule, defaults: Mapping[str, Any]
+) -> tuple[list[Ownership | None], frozenset[str]]:
+    """Return the results of a rule as functions of all arguments, and what it had forgotten.
+
+    ``defaults``: by name, the values of arguments that a call does not give. The second value names
+    the arguments that depend on the batch and are missing from a result, which is mixed therefore.
+    """
+    counted = registry.ARGUMENTS.get(rule, Arguments())
+    tokens = _Tokens()
+    arguments = {name: tokens.put(name, a) for name, a in call.arguments.items()}
+    definitions = call.algebra.record.definitions
+    first = len(definitions)
+    results = as_list(rule(replace(call, arguments=arguments)))
+    by_result = [None if r is None else tokens.missing(r, definitions) for r in results]
+    definitions[first:] = [tokens.take(d) for d in definitions[first:]]
+    constants = _other_constants(call, counted, defaults)
+    forgotten: set[str] = set()
+    for place, (result, absent) in enumerate(zip(results, by_result, strict=True)):
+        if result is None or absent is None or 0 in result.shape:
+            continue
+        plain = tokens.take(result)
+        missing = [(name, marks) for name, marks in absent if not counted.leaves_out(name, place)]
+        joining = {name for name, marks in missing if marks.depends_on_batch}
+        if joining and not (result.owner == MIXED).all():
+            forgotten |= joining
+            results[place] = registry.mixed(call, result.shape, registry.NO_RULE)
+            continue
+        tensors = [(name, digest(m)) for name, m in missing if not counted.counts(name)]
+        results[place] = _renamed(plain, tensors + constants)
+    return results, frozenset(forgotten)
+
+
+def as_list(results: Any) -> list[Ownership | None]:
+    """Return what a rule returns as a list: one result may come alone."""
+    if isinstance(results, list | tuple):
+        return list(results)
+    return [results]
+
+
+def _other_constants(
+    call: RuleContext, counted: Arguments, defaults: Mapping[str, Any]
+) -> list[tuple[str, Any]]:
+    """Return names and values of the arguments, other than tensors, that a key has to say."""
+    constants = []
+    for name, argument in call.arguments.items():
+        if name in IMMATERIAL or counted.counts(name) or registry.has_tensors(argument):
+            continue
+        value = repr(argument)
+        if value != repr(defaults.get(name)):
+            constants.append((name, value))
+    return constants
+
+
+def _renamed(x: Ownership, names: list[tuple[str, Any]]) -> Ownership:
+    """Return ``x`` as another function of each element, and of each scalar of the samples."""
+    if not names:
+        return x
+    # As the keys are renamed: the scalar that an element is keeps the name of its key.
+    atoms = [int(mix(np.uint64(atom), code(names))) for atom in x.atoms]
+    return replace(x.with_key(names), atoms=frozenset(atoms))
