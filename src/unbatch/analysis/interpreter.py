@@ -51,8 +51,9 @@ class Interpretation:
     ``unknown``: ops without a rule, by step. ``assumed`` and ``custom``: modules and ops that were
     declared independent, and ops whose rule was registered from outside. ``permuted``: values whose
     rows the batch has put into an order of its own. ``host_reads``: what Python read, as it was at
-    that moment. ``sized``: values whose size depends on the batch. ``above``: for the body of an op that is taken apart, the interpretation that it is
-    part of, and the number there of each of its inputs.
+    that moment. ``sized``: values whose size depends on the batch. ``above``: for the body of an op
+    that is taken apart, the interpretation that it is part of, and the number there of each of its
+    inputs.
     """
 
     graph: Graph

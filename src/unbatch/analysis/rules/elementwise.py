@@ -167,11 +167,11 @@ def overwrite(call: RuleContext) -> Ownership:
 
 
 @rule(
-    "dropout rrelu_with_noise rrelu_with_noise_functional complex polar view_as_complex_copy "
+    "dropout rrelu_with_noise rrelu_with_noise_functional complex polar "
     "log_sigmoid_forward prelu _prelu_kernel softplus_backward elu_backward leaky_relu_backward "
     "hardtanh_backward hardswish hardswish_backward log_sigmoid_backward hardsigmoid_backward "
     "mish_backward quantize_per_tensor dequantize fake_quantize_per_tensor_affine_cachemask celu "
-    "softshrink softshrink_backward isclose real imag threshold glu_jvp special_erf nan_to_num "
+    "softshrink softshrink_backward isclose real imag threshold special_erf nan_to_num "
     "frexp erfinv logit lgamma where masked_fill clamp xlogy",
     counted=EVERY,
 )
@@ -210,6 +210,16 @@ def _value_and_table(call: RuleContext) -> tuple[Any, Any]:
 def gated(call: RuleContext) -> Ownership:
     """One half of the entries along an axis gates the other."""
     return call.algebra.scan(call.title, call["self"], call.dims(), shape=call.shape)
+
+
+@rule("glu_jvp")
+def gated_tangent(call: RuleContext) -> Ownership:
+    """The tangent of ``glu``: of its result, and of both halves of the entries along an axis."""
+    halves = [
+        call.algebra.scan(call.title, m, call.dims(of="x"), shape=call.shape)
+        for m in call.named("x", "dx")
+    ]
+    return call.algebra.pointwise(call.title, call["glu"], *halves)
 
 
 @rule("pow", "square", "float_power")

@@ -15,13 +15,13 @@ from typing import Any
 
 from unbatch.analysis.domain.ownership import (
     Ownership,
-    collapse,
     expand,
     expand_plain,
     permute,
     reshape,
     shared,
     spell_out,
+    squeeze,
     unsqueeze,
 )
 from unbatch.analysis.rules.reductions import channelwise
@@ -206,7 +206,10 @@ def convolution(call: RuleContext) -> Ownership:
     With ``x`` as [n, g, i, ..] and the taps of ``w`` [g, o, i, ..] taken together, a convolution is
     ``ngi.., goi -> ngo..``. The leading dim is left alone.
     """
-    a, x, groups = call.algebra, call["input"], call["groups"]
+    a, groups = call.algebra, call["groups"]
+    # MKL's form calls its input otherwise.
+    x = call["self"] if call["input"] is None else call["input"]
+    sizes = x.shape[2:]
     space = range(2, len(x.shape))
     # Plain positions need no scan: all are functions of the same samples, by index, and so are
     # windows of them. Only where samples lie along a position does a window mix them.
@@ -218,7 +221,7 @@ def convolution(call: RuleContext) -> Ownership:
     w = _grouped_weight(call, channels // groups)
     # All taps of a weight are used for each output, in an order that is part of the op's name.
     w = summary(call, "taps", w, range(3, len(w.shape)))
-    name = (call.name, repr([call[k] for k in CONVOLUTION]), call["input"].shape[2:])
+    name = (call.name, repr([call[k] for k in CONVOLUTION]), sizes)
     letters = "xyz"[: len(space)]
     y = a.contract(name, [x, w], (f"ngi{letters}", "goi"), f"ngo{letters}")
     return channelwise(call, "bias", reshape(y, call.shape), call["bias"])
@@ -322,33 +325,32 @@ def with_new_dims(x: Ownership, shape: tuple[int, ...], lead: int, name: object)
 def solve(call: RuleContext) -> Any:
     """Columns of the right-hand side (rows, if it stands on the left) are solved one by one."""
     rhs = call["self"] if call["B"] is None else call["B"]
-    ndim = len(rhs.shape)
-    if ndim < 2:
-        return matrices(call)
     # By identity, as the argument's name differs from op to op.
     others = [m for m in call.tensors if m is not rhs]
-    along = ndim - 2
+    is_vector = call.name == "_linalg_solve_ex" and rhs.shape == others[0].shape[:-1]
+    if is_vector:
+        rhs = unsqueeze(rhs, len(rhs.shape))
+    along = len(rhs.shape) - 2
     if call["left"] is False:
-        along = ndim - 1
+        along += 1
     columns = summary(call, "solve", rhs, [along], True)
     # Everything else is used as a whole for each column.
-    whole = [_solver_operand(call, m, ndim) for m in others]
-    out = call.algebra.pointwise(call.title, columns, *whole)
-    results = []
-    for shape in call.shapes:
-        if shape == rhs.shape:
-            results.append(expand_plain(out, shape))
-        else:
-            # What a solver returns beside the solution comes from the matrix alone.
-            factors = _whole_matrix(call, "factors", others[0])
-            results.append(with_new_dims(factors, shape, len(others[0].shape) - 2, 0))
-    return numbered(results)
+    whole = [_solver_operand(call, m) for m in others]
+    solution = call.algebra.pointwise(call.title, columns, *whole)
+    if is_vector:
+        solution = squeeze(solution, [len(solution.shape) - 1])
+    # What a solver returns beside the solution comes from the matrix alone.
+    factors = _whole_matrix(call, "factors", others[0])
+    lead = len(factors.shape)
+    beside = [with_new_dims(factors, shape, lead, 0) for shape in call.shapes[1:]]
+    return numbered([expand_plain(solution, call.shape), *beside])
 
 
-def _solver_operand(call: RuleContext, m: Ownership, ndim: int) -> Ownership:
-    """A matrix (or the pivots of its factors) with one entry left in its last dims."""
-    scan = call.algebra.scan("matrix", m, range(max(len(m.shape) - 2, 0), len(m.shape)))
-    return collapse(scan, [ndim - 2, ndim - 1][-len(m.shape) :], True)
+def _solver_operand(call: RuleContext, m: Ownership) -> Ownership:
+    """A matrix (or the pivots of its factors) with one entry left in its last two dims."""
+    if m is call["pivots"]:
+        m = unsqueeze(m, len(m.shape))
+    return summary(call, "matrix", m, [len(m.shape) - 2, len(m.shape) - 1], True)
 
 
 # --- lookups in a table ---------------------------------------------------------------------------

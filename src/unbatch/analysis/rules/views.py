@@ -79,7 +79,7 @@ def sizes_of_one(call: RuleContext) -> Ownership:
     return reshape(call["self"], call.shape)
 
 
-@rule("view_as_complex", "view_as_real", counted=EVERY)
+@rule("view_as_complex view_as_complex_copy view_as_real", counted=EVERY)
 def as_complex(call: RuleContext) -> Ownership:
     """Pairs along the last dim, which become one number, or come from one."""
     x = call["self"]

@@ -49,9 +49,19 @@ def windows(call: RuleContext) -> Any:
     windowed = a.scan(call.title, x, range(lead, len(x.shape)))
     if others:
         # Positions to which values go, or samples of a fractional window: one for each position.
-        indices = [a.scan("index", m, range(len(m.shape) - count, len(m.shape))) for m in others]
+        indices = [_indices(call, m, len(x.shape), count) for m in others]
         windowed = a.pointwise(call.title, windowed, *indices)
     return [window_result(windowed, s, lead).with_key(i) for i, s in enumerate(call.shapes)]
+
+
+def _indices(call: RuleContext, m: Ownership, ndim: int, count: int) -> Ownership:
+    """Positions to which values go, or numbers that shift the windows of a sample's channel."""
+    if len(m.shape) == ndim:
+        return call.algebra.scan("index", m, range(ndim - count, ndim))
+    m = summary(call, "shifts", m, [len(m.shape) - 1])
+    for _ in range(ndim - len(m.shape)):
+        m = unsqueeze(m, len(m.shape))
+    return m
 
 
 def window_result(x: Ownership, shape: tuple[int, ...], lead: int) -> Ownership:
