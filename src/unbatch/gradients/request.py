@@ -26,6 +26,7 @@ from unbatch.linalg.space import Space
 
 # Why a plan is not used: its self-check failed.
 REFUTED = "the backward plan for it does not reproduce its gradient"
+UNTESTED = "its gradient is not finite, so that a backward plan for it cannot be tested"
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,11 @@ def is_planned(request: Request) -> bool:
     # back.
     if request.samples == 1 or not request.context.faithful:
         return False
+    return bool(_trust(request))
+
+
+def _trust(request: Request) -> bool | None:
+    """Return whether the plan passes its self-check; None where nothing can be compared."""
     with recorded_precision():
         return trusted(request.context, request.parameters, request.by, request.memory)
 
@@ -92,10 +98,11 @@ def source_of(request: Request) -> Source:
     # No plan: say why, and refuse decompositions that only a plan can give.
     why = request.replay_difference
     if request.samples > 1 and context.faithful:
-        why = REFUTED
+        why = UNTESTED if _trust(request) is None else REFUTED
     if by != "component" and not request.samples_are_independent:
         raise StructureError(MSG_NOT_REPLAYED.format(by=by, why=why))
-    return EagerRows(context, request.parameters, context.faithful, why)
+    independent = request.samples_are_independent
+    return EagerRows(context, request.parameters, context.faithful, why, independent)
 
 
 def check_recurrences_of(request: Request) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from unbatch.linalg.precision import largest
 from unbatch.linalg.probes import gaussian_like, seeded
 from unbatch.verification.experiment import Experiment
 
@@ -136,21 +137,16 @@ def _gradient_difference(
     error = eager.error or replayed.error
     if error:
         return error
-    least = NEGLIGIBLE * _largest(eager.gradients)
+    known = [gradient for gradient in eager.gradients if gradient is not None]
+    finite = [gradient[gradient.isfinite()] for gradient in known]
+    if any(g.numel() for g in known) and not any(g.numel() for g in finite):
+        return "its gradients are not finite, so nothing can be compared"
+    least = NEGLIGIBLE * largest(finite)
     for model, replay, p in zip(eager.gradients, replayed.gradients, parameters, strict=True):
         difference = _difference(_filled(model, p), _filled(replay, p), tolerance, least)
         if difference:
             return difference
     return ""
-
-
-def _largest(gradients: Sequence[Tensor | None]) -> float:
-    """Return the largest magnitude of an entry, 0 where there is none."""
-    largest = 0.0
-    for gradient in gradients:
-        if gradient is not None and gradient.numel():
-            largest = max(largest, float(gradient.abs().max()))
-    return largest
 
 
 def _filled(gradient: Tensor | None, p: Tensor) -> Tensor:
@@ -168,12 +164,15 @@ def _difference(model: Tensor, replay: Tensor, tolerance: float, least: float = 
     if not model.numel() or not has_rounding:
         return "" if torch.equal(model, replay) else "other integers"
     model, replay = model.detach(), replay.detach()
-    size = float(model.abs().max())
-    error = float((model - replay).abs().max())
+    size = largest([model])
+    error = largest([model - replay])
     if not (math.isfinite(size) and math.isfinite(error)):
-        # Values that are infinite in both do not count.
-        size = float(model.abs().nan_to_num(0, 0, 0).max())
-        error = float((model - replay).abs().nan_to_num(0, 0, 0).max())
+        # What is not finite has to be so in both; all else is compared.
+        finite = model.isfinite()
+        if not finite.equal(replay.isfinite()):
+            return "not finite in other places"
+        size = largest([model[finite]])
+        error = largest([(model - replay)[finite]])
     relative = error / (max(size, least) + 1e-37)
     if relative <= TOLERANCES * tolerance:
         return ""
