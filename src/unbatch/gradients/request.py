@@ -58,6 +58,18 @@ class Request:
         """Return whether all decompositions are one, because no sample depends on another."""
         return self.samples == 1 or bool(self.structure.independent_forward)
 
+    @property
+    def planned_by(self) -> str:
+        """Return the decomposition that a backward plan is made for.
+
+        Without dependence all decompositions are one. That by component knows to whom the rows of a
+        layer belong from what the predictions make of them, and not from their places: inside a
+        layer, samples may be in another order.
+        """
+        if self.samples_are_independent:
+            return "component"
+        return self.by
+
     def of(self, parameters: Mapping[str, Tensor]) -> Request:
         """Return the same question about these parameters."""
         return replace(self, parameters=parameters)
@@ -79,7 +91,7 @@ def is_planned(request: Request) -> bool:
 def _trust(request: Request) -> bool | None:
     """Return whether the plan passes its self-check; None where nothing can be compared."""
     with recorded_precision():
-        return trusted(request.context, request.parameters, request.by, request.memory)
+        return trusted(request.context, request.parameters, request.planned_by, request.memory)
 
 
 def source_of(request: Request) -> Source:
@@ -94,7 +106,7 @@ def source_of(request: Request) -> Source:
         shapes = list(request.structure.predictions)
         raise StructureError(MSG_NO_ROWS.format(shapes=shapes, n=request.samples))
     if is_planned(request):
-        return ReplayedRows(context, request.parameters, by)
+        return ReplayedRows(context, request.parameters, request.planned_by)
     # No plan: say why, and refuse decompositions that only a plan can give.
     why = request.replay_difference
     if request.samples > 1 and context.faithful:

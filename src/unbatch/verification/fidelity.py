@@ -137,16 +137,26 @@ def _gradient_difference(
     error = eager.error or replayed.error
     if error:
         return error
-    known = [gradient for gradient in eager.gradients if gradient is not None]
-    finite = [gradient[gradient.isfinite()] for gradient in known]
-    if any(g.numel() for g in known) and not any(g.numel() for g in finite):
+    finite = _finite_entries(eager.gradients)
+    if finite is None:
         return "its gradients are not finite, so nothing can be compared"
-    least = NEGLIGIBLE * largest(finite)
+    least = NEGLIGIBLE * largest([finite])
     for model, replay, p in zip(eager.gradients, replayed.gradients, parameters, strict=True):
         difference = _difference(_filled(model, p), _filled(replay, p), tolerance, least)
         if difference:
             return difference
     return ""
+
+
+def _finite_entries(gradients: Sequence[Tensor | None]) -> Tensor | None:
+    """Return all entries that are finite; None where there are entries, and none of these is."""
+    entries = torch.zeros(0)
+    for gradient in gradients:
+        if gradient is not None and gradient.numel():
+            finite = gradient[gradient.isfinite()].abs().cpu()
+            entries = torch.cat([entries, finite])
+    found = any(gradient is not None and gradient.numel() for gradient in gradients)
+    return None if found and not len(entries) else entries
 
 
 def _filled(gradient: Tensor | None, p: Tensor) -> Tensor:
