@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -34,6 +35,8 @@ AXES_TRIED = 2  # along which entries of a sample may be coupled
 
 # Relative to the gradient: a smaller second derivative may be rounding alone, which is then tried.
 DOUBTFUL = 1e-12
+
+CANCELLED = 100  # units in the last place that are left over where large terms cancel
 
 # Odd numbers, by which a vector is divided and its product multiplied again: what is a derivative
 # stays as it is, and what is left over by rounding comes out otherwise.
@@ -213,10 +216,11 @@ class _Search:
             # Every sample in its own scale: one with a steep loss does not hide the others.
             error = self._sizes(_plus(guessed, -1.0, product))
             size = self._sizes(product)
-            # From the cheapest bound on: the last two take products of their own, once each.
+            # From the cheapest bound on: the others take products of their own, once each.
             if _within(error, DOUBLE * size) or _within(error, self.rounding * size):
                 continue
-            if not _within(error, self.rounding * size + 10 * self._noise):
+            allowed = self.rounding * size + 10 * self._noise
+            if not _within(error, allowed) and not _within(error, allowed + self._cancelled):
                 return None
         return guess
 
@@ -248,6 +252,19 @@ class _Search:
             differences = {i: h - of_v[i] - a * of_w[i] for i, h in both.items()}
             largest = torch.maximum(largest, self._sizes(differences))
         return largest
+
+    @cached_property
+    def _cancelled(self) -> Tensor:
+        """What rounding leaves over where terms of the size of other places cancel, ``[n]``.
+
+        A saturated softmax has next to no curvature, and PyTorch has it as the difference of terms
+        as large as where it is not: at predictions of zero.
+        """
+        zeros = {i: torch.zeros_like(t) for i, t in self.loss.predictions.items()}
+        v, product = self.probes[1]
+        elsewhere = self._sizes(replace(self.loss, predictions=zeros).hessian_times(v))
+        terms = torch.maximum(self._sizes(product), elsewhere.nan_to_num(0, 0, 0))
+        return CANCELLED * torch.finfo(terms.dtype).eps * terms
 
     # -- the guesses, from the sparsest on --
 
