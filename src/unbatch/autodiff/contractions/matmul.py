@@ -263,6 +263,8 @@ def balanced(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
     Otherwise squares of a side may overflow or vanish, where those of the products do not.
     """
+    if not b.shape[1]:  # nothing has no largest entry
+        return a, b
     size = b.abs().amax(1, keepdim=True)
     size = torch.where((size > 0) & size.isfinite(), size, 1)
     return a * size, b / size
