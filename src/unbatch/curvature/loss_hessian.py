@@ -202,7 +202,12 @@ class _Search:
         sizes: Tensor | None = None
         for i in self.dims:
             t = named[i].abs().movedim(self.dims[i], 0)
-            here = t if t.ndim == 1 else t.flatten(1).amax(1)
+            if not t.numel():  # predictions without entries
+                here = t.new_zeros(len(t))
+            elif t.ndim == 1:
+                here = t
+            else:
+                here = t.flatten(1).amax(1)
             sizes = here if sizes is None else torch.maximum(sizes, here)
         assert sizes is not None
         return sizes if self._all_finite else sizes[self.finite]
