@@ -36,6 +36,8 @@ FULL = {
     "test_wheel": "builds the wheel and an environment to install it in",
     "test_properties::test_forward_programs": "200 random programs; those found wrong are quick",
     "test_properties::test_loss_programs": "150 random programs; those found wrong are quick",
+    "test_hard::test_rows_are_the_definition": "the planted bugs run the cases once found wrong",
+    "test_hard::test_the_matrix_is_the_definition": "likewise",
     "test_fuzz::test_random_nets": "random nets; those found wrong are quick",
 }
 

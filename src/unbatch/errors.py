@@ -413,6 +413,12 @@ MSG_NO_TANGENT = (
 )
 
 
+MSG_TANGENT_NOT_FINITE = (
+    "Products with the Gauss-Newton matrix are not finite (not a number, or infinite), whatever "
+    "the batch: look for parameters that are not finite."
+)
+
+
 # --- curvature ------------------------------------------------------------------------------------
 
 
@@ -443,6 +449,19 @@ MSG_NO_BLOCKS = (
     "The second derivative of the loss by predictions of the shapes {shapes} is too large to be "
     "factored, or the loss rounds it too coarsely (bfloat16) to recognise its form, so its columns "
     "are not available. Use products (G @ v) and what is built on them: see unbatch.spectra."
+)
+
+
+MSG_HESSIAN_NOT_FINITE = (
+    "The second derivative of the loss is not finite {which} on this batch (not a number, or "
+    "infinite), so there is no Gauss-Newton matrix. Look for what is not finite in inputs, targets "
+    "and parameters, or for an overflow, as with torch.autograd.detect_anomaly()."
+)
+
+
+MSG_MATRIX_NOT_FINITE = (
+    "{what} of the Gauss-Newton matrix do not exist on this batch: some of its entries are not "
+    "finite. `ggn().diag(per_component=True)` shows which samples they come from."
 )
 
 

@@ -10,6 +10,7 @@ Legend: ``v`` a tangent of the parameters, ``u`` a cotangent of the predictions.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -39,6 +40,7 @@ from unbatch.autodiff.context import Context
 from unbatch.autodiff.dependence import values_read, values_returned, within
 from unbatch.autodiff.forward_mode import through_op
 from unbatch.autodiff.jvp_rules import NEED_OUTPUTS, push_through
+from unbatch.autodiff.other_batches import finite_batches, is_finite
 from unbatch.autodiff.planner import BackwardPlan
 from unbatch.autodiff.schedule import Schedule
 from unbatch.autodiff.tangent_store import TangentStore
@@ -47,7 +49,7 @@ from unbatch.capture.graph import Graph
 from unbatch.capture.steps import ExecutedOp, Step
 from unbatch.capture.substitutes import held, laid_out, norm_with_constant_statistics, unmoved
 from unbatch.capture.trees import flat
-from unbatch.errors import MSG_NO_TANGENT, StructureError
+from unbatch.errors import MSG_NO_TANGENT, MSG_TANGENT_NOT_FINITE, StructureError
 from unbatch.linalg.probes import gaussians_like, seeded
 
 
@@ -232,11 +234,25 @@ class LinearisedGraph(Linearised):
 
     def _find_mode(self) -> bool:
         """Return whether forward mode of the whole graph is needed; raise if that is wrong, too."""
+        mode = self._mode()
+        if mode is not None:
+            return mode
+        # A sample that is not finite is in every product: the rules are tried without it.
+        for other in finite_batches(self.context, self.predictions):
+            mode = LinearisedGraph(other, self.parameters, self.frozen)._mode()
+            if mode is not None:
+                return mode
+        raise StructureError(MSG_TANGENT_NOT_FINITE)
+
+    def _mode(self) -> bool | None:
+        """Return the same on this batch; None where nothing can be compared."""
         generator = seeded(0)
         v = gaussians_like(self.parameters, generator)
         moving = {i: t for i, t in self.outputs.items() if t.requires_grad}
         u = gaussians_like(moving, generator)
         pulled = self.pull(u)
+        if not is_finite(pulled):
+            return None
         expected = _inner_product(v, pulled)
         # Where J is zero (a bias below a batch norm), both are what rounding leaves of larger
         # numbers.
@@ -244,13 +260,21 @@ class LinearisedGraph(Linearised):
         for i, t in self.predictions.items():
             if i in u:
                 least += 1e3 * torch.finfo(t.dtype).eps * float(u[i].norm() * t.norm())
+        if not math.isfinite(least):
+            return None
         # By steps first: it computes no value again.
+        compared = False
         for at_once in (False, True):
             push = self._push_at_once if at_once else self._push_by_steps
             pushed = push(v)
+            if not is_finite(pushed):
+                continue
+            compared = True
             size = sum(float(u[i].norm() * pushed[i].norm()) for i in u)
             if abs(_inner_product(u, pushed) - expected) <= self.context.rounding * size + least:
                 return at_once
+        if not compared:
+            return None
         contradiction = "its rules contradict its backward pass"
         raise StructureError(MSG_NO_TANGENT.format(place="the model", error=contradiction))
 

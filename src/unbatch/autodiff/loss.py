@@ -26,7 +26,13 @@ from unbatch.errors import (
     MSG_NO_SECOND_DERIVATIVE,
     StructureError,
 )
-from unbatch.linalg.precision import DIFFERENCES_IN_DOUBLE, DIFFERENCES_IN_SINGLE, NARROW, in_double
+from unbatch.linalg.precision import (
+    DIFFERENCES_IN_DOUBLE,
+    DIFFERENCES_IN_SINGLE,
+    NARROW,
+    in_double,
+    largest,
+)
 from unbatch.linalg.probes import gaussians_like, seeded
 
 Named = Mapping[int, Tensor]  # tensors by the number of a value in the graph
@@ -100,16 +106,19 @@ class LossAt:
         if _all_double(leaves.values()):
             precision = DIFFERENCES_IN_DOUBLE
         step, relative, rounding = precision
-        step *= max(1.0, _largest(leaves.values()))
+        # Where the gradient itself is not finite, there is nothing to compare.
+        finite = _finite_entries(slope, leaves)
+        step *= max(1.0, largest(_entries(leaves, finite).values()))
         # One random direction: a product that is wrong is wrong along almost all of them.
         v = gaussians_like(leaves, seeded(0))
         product = _derivative_along(slope, leaves, v)
         ahead, behind = self._slope_at(leaves, v, step), self._slope_at(leaves, v, -step)
         difference = {i: (ahead[i] - behind[i]) / (2 * step) for i in leaves}
+        product, difference = _entries(product, finite), _entries(difference, finite)
         # A difference loses digits to its step, in proportion to the gradient that it is taken of.
-        allowed = relative * _largest([*product.values(), *difference.values()])
-        allowed += rounding / step * _largest(slope.values())
-        if _largest(product[i] - difference[i] for i in leaves) > allowed:
+        allowed = relative * largest([*product.values(), *difference.values()])
+        allowed += rounding / step * largest(_entries(slope, finite).values())
+        if not largest(product[i] - difference[i] for i in leaves) <= allowed:
             reason = MSG_NO_GRAPH.format(names=names)
             raise StructureError(MSG_NO_SECOND_DERIVATIVE.format(error=reason))
 
@@ -178,8 +187,8 @@ class LossAt:
         """Tell whether a gradient is this one, up to rounding."""
         if slope.keys() != self.slope.keys():
             return False
-        allowed = self.context.rounding * _largest(self.slope.values())
-        return all(_largest([slope[i] - g]) <= allowed for i, g in self.slope.items())
+        allowed = self.context.rounding * largest(self.slope.values())
+        return all(largest([slope[i] - g]) <= allowed for i, g in self.slope.items())
 
 
 # --- derivatives of a value -----------------------------------------------------------------------
@@ -242,8 +251,17 @@ def own_derivatives(value: Tensor) -> list[str]:
     return names
 
 
-def _largest(tensors: Iterable[Tensor]) -> float:
-    return max((float(t.detach().abs().max()) for t in tensors if t.numel()), default=0.0)
+def _finite_entries(slope: Named, leaves: Named) -> dict[int, Tensor]:
+    """Return which entries of a gradient are finite; a leaf without a gradient has a zero one."""
+    finite: dict[int, Tensor] = {}
+    for i, leaf in leaves.items():
+        finite[i] = slope.get(i, leaf).detach().isfinite()
+    return finite
+
+
+def _entries(tensors: Named, which: Named) -> dict[int, Tensor]:
+    """Return some entries of each tensor, in one dimension."""
+    return {i: t.detach()[which[i]] for i, t in tensors.items()}
 
 
 def _all_double(tensors: Iterable[Tensor]) -> bool:

@@ -286,14 +286,15 @@ class GGN(Operator):
     @cached_property
     def _spectrum(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues that are not zero, ascending, and ``A`` of eigenvectors ``V A``; float64."""
-        return spectrum.spectrum(self._columns_gram, self.root.sigma.double(), self.dtype)
+        gram = spectrum.checked(self._columns_gram, "Eigenvalues and eigenvectors")
+        return spectrum.spectrum(gram, self.root.sigma.double(), self.dtype)
 
     def _values(self, working: torch.dtype) -> Tensor:
         """Return the eigenvalues that are not zero, ascending, computed in ``working``.
 
         Determinants need float64, where eigenvalues are shown in the type of the matrix.
         """
-        gram = self._columns_gram
+        gram = spectrum.checked(self._columns_gram, "Eigenvalues")
         if (self.root.sigma < 0).any():
             return self._spectrum[0]  # always in float64
         if working not in self._eigenvalues:
@@ -314,6 +315,7 @@ class GGN(Operator):
             # With negative signs the eigenvalues are not those of the Gram matrix.
             if self.root.lowest >= 0:
                 gram, report = self._compressed_gram(rtol, seed, source)
+                gram = spectrum.checked(gram, "Eigenvalues")
                 values = torch.linalg.eigvalsh(gram.to(working))
         if values is None:
             values = self._values(working)
@@ -401,7 +403,8 @@ class GGN(Operator):
             for column in right.unbind(1):
                 # Chosen for each column: with none to solve for, no Gram matrix is built.
                 if self._is_by_woodbury(method, damping):
-                    factored = Factored(self.columns, self._columns_gram, self.root.sigma)
+                    gram = spectrum.checked(self._columns_gram, "Solutions")
+                    factored = Factored(self.columns, gram, self.root.sigma)
                     x, report = spectrum.woodbury(self, factored, column, damping, rtol)
                 else:
                     x, report = self._by_products(column, damping, rtol, max_iterations)

@@ -163,7 +163,7 @@ class Factor(HessianRoot):
     def rank(self) -> int:
         if not self.root.numel():
             return 0
-        return int((self.root.abs().amax(2) > 0).sum())
+        return int(self.root.ne(0).any(2).sum())  # what is not a number is not zero
 
     @cached_property
     def lowest(self) -> float:
@@ -172,6 +172,10 @@ class Factor(HessianRoot):
         root, signs = self.root.double(), self.signs.double()
         # The eigenvalues of H are those of its blocks.
         blocks = torch.einsum("ntck,ntk,ntdk->ntcd", root, signs, root)
+        # A block that is not finite has no eigenvalues.
+        blocks = blocks[blocks.flatten(1).isfinite().all(1)]
+        if not blocks.numel():
+            return 0.0
         return min(float(torch.linalg.eigvalsh(blocks).min()), 0.0)
 
     def column(self, j: int) -> dict[int, Tensor]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from unbatch.autodiff.loss import LossAt
 from unbatch.curvature.hessian_root import SINGLE_ENTRIES, Factor, Grid, Joint, Named
-from unbatch.linalg.precision import DOUBLE, SINGLE
+from unbatch.errors import MSG_HESSIAN_NOT_FINITE, StructureError
+from unbatch.linalg.precision import DOUBLE, SINGLE, largest
 from unbatch.linalg.probes import gaussian_like, seeded
 
 SOFTMAX = "of a softmax"
@@ -31,7 +33,14 @@ LARGEST_JOINT = 4096  # entries of all predictions whose Hessian is formed
 
 AXES_TRIED = 2  # along which entries of a sample may be coupled
 
-VANISHING = 1e-12  # relative to the gradient: a smaller second derivative is zero
+# Relative to the gradient: a smaller second derivative may be rounding alone, which is then tried.
+DOUBTFUL = 1e-12
+
+CANCELLED = 100  # units in the last place that are left over where large terms cancel
+
+# Odd numbers, by which a vector is divided and its product multiplied again: what is a derivative
+# stays as it is, and what is left over by rounding comes out otherwise.
+SCALINGS = range(3, 33, 2)
 
 # --- the whole Hessian ----------------------------------------------------------------------------
 
@@ -47,6 +56,7 @@ def joint(loss: LossAt, dims: Mapping[int, int]) -> Joint | None:
     total = sum(math.prod(s) for s in shapes.values())
     if total > LARGEST_JOINT:
         return None
+    _check_finite(at, dims)
     like = next(iter(at.predictions.values()))
     rows = []
     for unit in torch.eye(total, dtype=like.dtype, device=like.device):
@@ -59,6 +69,13 @@ def joint(loss: LossAt, dims: Mapping[int, int]) -> Joint | None:
     columns = (vectors[:, nonzero] * values[nonzero].abs().sqrt()).T
     dtype = next(iter(loss.predictions.values())).dtype
     return Joint(_by_prediction(columns.to(dtype), shapes), _sign(values[nonzero]).to(dtype))
+
+
+def _check_finite(loss: LossAt, dims: Mapping[int, int]) -> None:
+    """Raise ``StructureError`` where the loss joins all samples, and one of them is not finite."""
+    slope = {i: g for i, g in loss.slope.items() if i in dims}
+    if not all(bool(g.isfinite().all()) for g in slope.values()):
+        raise StructureError(MSG_HESSIAN_NOT_FINITE.format(which="of the predictions"))
 
 
 def _cut(flat: Tensor, shapes: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
@@ -88,9 +105,13 @@ def factor(loss: LossAt, dims: Mapping[int, int]) -> Factor | None:
     """Return a root by the sparsest form that stands the test.
 
     ``dims``: the sample axis of each prediction. None where blocks are too large to be decomposed.
-    The form is kept with the context of the loss, and is tried first on the next batch.
+    The form is kept with the context of the loss, and is tried first on the next batch. Where the
+    second derivative is not finite for some samples, their columns are not either, and it is the
+    others that a form has to stand the test of. Raises ``StructureError`` where it is for none.
     """
     search = _Search(loss.in_double() or loss, dims)
+    if not len(search.finite):
+        raise StructureError(MSG_HESSIAN_NOT_FINITE.format(which="of any sample"))
     form, root = search.run(loss.context.last_form)
     loss.context.last_form = form
     if root is None:
@@ -159,61 +180,128 @@ class _Search:
         v = {i: gaussian_like(self.loss.predictions[i], self.generator) for i in self.dims}
         return v, self.loss.hessian_times(v)
 
+    @cached_property
+    def finite(self) -> Tensor:
+        """The samples whose second derivative is finite; each has one of its own."""
+        product = self.probes[0][1]
+        finite: Tensor | None = None
+        for i, t in product.items():
+            of_samples = t.movedim(self.dims[i], 0).flatten(1) if t.ndim > 1 else t[:, None]
+            here = of_samples.isfinite().all(1)
+            finite = here if finite is None else finite & here
+        assert finite is not None
+        return finite.nonzero()[:, 0]
+
+    @cached_property
+    def _all_finite(self) -> bool:
+        product = next(iter(self.probes[0][1].items()))
+        return len(self.finite) == product[1].shape[self.dims[product[0]]]
+
+    def _sizes(self, named: Named) -> Tensor:
+        """Return the largest entry in size of each sample that is finite, ``[n]``."""
+        sizes: Tensor | None = None
+        for i in self.dims:
+            t = named[i].abs().movedim(self.dims[i], 0)
+            if not t.numel():  # predictions without entries
+                here = t.new_zeros(len(t))
+            elif t.ndim == 1:
+                here = t
+            else:
+                here = t.flatten(1).amax(1)
+            sizes = here if sizes is None else torch.maximum(sizes, here)
+        assert sizes is not None
+        return sizes if self._all_finite else sizes[self.finite]
+
     def _holds(self, guess: Factor) -> Factor | None:
         """Return a guess that agrees with the loss on a probe that it was not made from."""
         if len(self.probes) == 1:
             self.probes.append(self._probe())
         for v, product in self.probes[1:]:  # not the first: guesses are made from it
             guessed = guess.hessian_times(v)
-            error = _largest(_plus(guessed, -1.0, product))
-            size = _largest(product)
-            # From the cheapest bound on: the last two take products of their own, once each.
-            if error <= DOUBLE * size or error <= self.rounding * size:
+            # Every sample in its own scale: one with a steep loss does not hide the others.
+            error = self._sizes(_plus(guessed, -1.0, product))
+            size = self._sizes(product)
+            # From the cheapest bound on: the others take products of their own, once each.
+            if _within(error, DOUBLE * size) or _within(error, self.rounding * size):
                 continue
-            if error > self.rounding * size + 10 * self._noise:
+            allowed = self.rounding * size + 10 * self._noise
+            if not _within(error, allowed) and not _within(error, allowed + self._cancelled):
                 return None
         return guess
 
     @cached_property
-    def rounding(self) -> float:
+    def rounding(self) -> Tensor:
         """The relative error of products that rounding explains, from how far H is from linear.
 
-        A loss that casts its predictions rounds more coarsely than their type says.
+        Of each sample, ``[n]``. A loss that casts its predictions rounds more coarsely than their
+        type says.
         """
-        if next(iter(self.loss.predictions.values())).dtype != torch.float64:
-            return SINGLE  # the loss could not be evaluated in float64
         v, product = self.probes[0]
+        size = self._sizes(product)
+        if next(iter(self.loss.predictions.values())).dtype != torch.float64:
+            return torch.full_like(size, SINGLE)  # the loss could not be evaluated in float64
         # A third has no exact binary form: in a narrower type it rounds differently.
         third = self.loss.hessian_times({i: x / 3 for i, x in v.items()})
-        size = _largest(product)
-        error = _largest({i: 3 * h - product[i] for i, h in third.items()})
-        if error <= DOUBLE / 1e3 * size:
-            return DOUBLE
-        return min(SINGLE, 1e3 * error / size)
+        error = self._sizes({i: 3 * h - product[i] for i, h in third.items()})
+        # Where the product is zero, so is the error, or it is no relative one.
+        relative = 1e3 * error / size.clamp_min(torch.finfo(size.dtype).tiny)
+        return relative.clamp(DOUBLE, SINGLE)
 
     @cached_property
-    def _noise(self) -> float:
-        """How far products are from additive: much, where a softmax is saturated."""
+    def _noise(self) -> Tensor:
+        """How far products are from additive: much, where a softmax is saturated. ``[n]``."""
         (v, of_v), (w, of_w) = self.probes[:2]
-        largest = 0.0
+        largest = torch.zeros_like(self._sizes(of_v))
         for a in (1.0, -1.0, 0.3):
             both = self.loss.hessian_times(_plus(v, a, w))
-            for i, h in both.items():
-                if i in of_v:
-                    largest = max(largest, _largest({i: h - of_v[i] - a * of_w[i]}))
+            differences = {i: h - of_v[i] - a * of_w[i] for i, h in both.items()}
+            largest = torch.maximum(largest, self._sizes(differences))
         return largest
+
+    @cached_property
+    def _cancelled(self) -> Tensor:
+        """What rounding leaves over where terms of the size of other places cancel, ``[n]``.
+
+        A saturated softmax has next to no curvature, and PyTorch has it as the difference of terms
+        as large as where it is not: at predictions of zero.
+        """
+        zeros = {i: torch.zeros_like(t) for i, t in self.loss.predictions.items()}
+        v, product = self.probes[1]
+        elsewhere = self._sizes(replace(self.loss, predictions=zeros).hessian_times(v))
+        terms = torch.maximum(self._sizes(product), elsewhere.nan_to_num(0, 0, 0))
+        return CANCELLED * torch.finfo(terms.dtype).eps * terms
 
     # -- the guesses, from the sparsest on --
 
     def _zero(self, _: int | None) -> Factor | None:
         """Guess that the loss is linear in the predictions."""
-        largest = max(_largest(product) for _, product in self.probes)
-        if largest > VANISHING * _largest(self.loss.slope):
+        if not self._all_finite:
+            return None
+        vanishes = not any(bool(self._sizes(product).any()) for _, product in self.probes)
+        if not vanishes and not self._is_rounding():
             return None
         grid = self._grid(SINGLE_ENTRIES)
         split = grid.split(self.probes[0][0])
         empty = split.new_zeros(*split.shape, 0)  # no columns
         return Factor(grid, empty, empty.sum(2), "zero")
+
+    def _is_rounding(self) -> bool:
+        """Tell whether all of a product is what rounding leaves over where terms cancel.
+
+        How steep the loss is says nothing of that: the slope at a far target is as large as one
+        likes, and the curvature there what it is elsewhere.
+        """
+        v, product = self.probes[0]
+        slope = _largest(self.loss.slope)
+        if not _largest(product) <= DOUBTFUL * slope:
+            return False
+        spread = {i: torch.zeros_like(t) for i, t in product.items()}
+        for s in SCALINGS:
+            scaled = self.loss.hessian_times({i: x / s for i, x in v.items()})
+            for i, h in scaled.items():
+                spread[i] = torch.maximum(spread[i], (s * h - product[i]).abs())
+        # A derivative comes out the same but for its last digits, entry by entry.
+        return all(bool((t.abs() <= 4 * spread[i]).all()) for i, t in product.items())
 
     def _of_entries(self, _: int | None) -> Factor | None:
         """Guess that H is diagonal: then ``H 1`` is the diagonal."""
@@ -236,7 +324,7 @@ class _Search:
         variance = (p * v * v).sum(-1) - (p * v).sum(-1).square()
         Q = (v * product).sum(-1) / variance.clamp_min(torch.finfo(p.dtype).tiny)
         u, classes = p.sqrt(), p.shape[-1]
-        if classes < 2 or not Q.isfinite().all():
+        if classes < 2 or not Q[self.finite].isfinite().all():
             return None
         # The reflection is I − w wᵀ / w_c with w = u + e_c, of which the last column is left out.
         w = u.clone()
@@ -260,6 +348,9 @@ class _Search:
             unit = block.new_zeros(n, t, c)
             unit[..., j] = 1
             block[..., j] = grid.split(self.loss.hessian_times(grid.join(unit)))
+        lost = torch.ones(n, dtype=torch.bool, device=block.device)
+        lost[self.finite] = False
+        block[lost] = 0  # there are no eigenvalues of what is not finite
         values, vectors = _largest_first(*torch.linalg.eigh((block + block.mT) / 2))
         # Relative to each block: a sample with a small loss has small eigenvalues.
         size = values.abs()
@@ -270,6 +361,7 @@ class _Search:
         if nonzero.numel():
             rank = int(nonzero.sum(-1).max())
         S = (vectors * values.abs().sqrt()[..., None, :])[..., :rank]
+        S[lost] = torch.nan
         form = "of blocks of all entries of a sample"
         if axis is not None:
             form = f"of blocks along axis {axis}"
@@ -287,9 +379,14 @@ def _plus(v: Named, a: float, w: Named) -> dict[int, Tensor]:
     return {i: t + a * w[i] for i, t in v.items()}
 
 
+def _within(error: Tensor, allowed: Tensor) -> bool:
+    """Tell whether no sample has an error that is larger than allowed, or not a number."""
+    return bool((error <= allowed).all())
+
+
 def _largest(named: Named) -> float:
-    """Return the largest entry in size."""
-    return max((float(t.abs().max()) for t in named.values()), default=0.0)
+    """Return the largest entry in size; not a number where an entry is not."""
+    return largest(named.values())
 
 
 def _sign(t: Tensor) -> Tensor:

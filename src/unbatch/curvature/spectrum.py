@@ -13,7 +13,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from unbatch.errors import MSG_DAMPING, MSG_NO_DAMPING, MSG_NOT_DEFINITE, MSG_SINGULAR, InputError
+from unbatch.errors import (
+    MSG_DAMPING,
+    MSG_MATRIX_NOT_FINITE,
+    MSG_NO_DAMPING,
+    MSG_NOT_DEFINITE,
+    MSG_SINGULAR,
+    InputError,
+    StructureError,
+)
 from unbatch.linalg.operators import Operator
 from unbatch.linalg.rows import sum_of
 from unbatch.linalg.solvers import Solved, conjugate_gradients
@@ -52,6 +60,17 @@ class Directions:
 
 
 # --- eigenvalues and eigenvectors -----------------------------------------------------------------
+
+
+def checked(gram: Tensor, what: str) -> Tensor:
+    """Return a Gram matrix whose entries are finite.
+
+    ``what``: is asked for, in words. Raises ``StructureError`` where they are not: decompositions
+    fail then, or return anything.
+    """
+    if not gram.isfinite().all():
+        raise StructureError(MSG_MATRIX_NOT_FINITE.format(what=what))
+    return gram
 
 
 def above_rounding(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -32,6 +32,7 @@ from unbatch.curvature.low_rank import (
 from unbatch.curvature.sampled_root import likelihood, sampled
 from unbatch.curvature.truncation import DiagonalResidual, GramResidual, truncated_basis
 from unbatch.errors import (
+    MSG_MATRIX_NOT_FINITE,
     MSG_NO_BLOCKS,
     MSG_NO_COMPONENTS,
     MSG_NOT_POSITIVE,
@@ -227,6 +228,8 @@ class Curvature:
 
     def _drawn(self, count: int, seed: int) -> HessianRoot:
         exact = self.components("Columns drawn for each sample")
+        if not exact.root.isfinite().all():
+            raise StructureError(MSG_MATRIX_NOT_FINITE.format(what="Columns drawn at random"))
         if exact.lowest < 0:
             text = MSG_NOT_POSITIVE.format(what="Columns drawn at random", lowest=exact.lowest)
             raise StructureError(text)

@@ -24,6 +24,7 @@ from unbatch.gradients.quantities import (
     Variance,
 )
 from unbatch.gradients.results import ByParameter, SquaredNormsByParameter
+from unbatch.linalg.precision import largest
 from unbatch.linalg.rows import wide
 
 
@@ -90,11 +91,12 @@ def _above_rounding(moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
     A bias right below a batch norm, say, has rows that are zero but for rounding: its signal and
     its noise are nothing.
     """
-    largest = max((float(m.max()) for m in moments.values() if m.numel()), default=0.0)
+    # What is not finite is no rounding, and does not say how large rounding is.
+    size = largest(m[m.isfinite()] for m in moments.values())
     significant = {}
     for name, moment in moments.items():
-        rounding = (ROUNDING * torch.finfo(moment.dtype).eps) ** 2 * largest
-        significant[name] = moment > rounding
+        rounding = (ROUNDING * torch.finfo(moment.dtype).eps) ** 2 * size
+        significant[name] = ~(moment <= rounding)
     return significant
 
 

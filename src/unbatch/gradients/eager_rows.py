@@ -19,6 +19,7 @@ from unbatch.autodiff.autograd import gradients, leaves_of
 from unbatch.autodiff.context import Context
 from unbatch.autodiff.contractions.row_block import RowBlock
 from unbatch.autodiff.loss import LossAt, loss_of, nonzero_gradients
+from unbatch.autodiff.other_batches import filled_with, is_finite
 from unbatch.gradients.plan import SitePlan
 from unbatch.gradients.replayed_rows import ReplayedRows
 from unbatch.gradients.sources import Chunking, Source, Take
@@ -29,7 +30,7 @@ class EagerRows(Source):
     """Rows by one backward pass through the whole model for every sample.
 
     The model is run once; or its recording is, if ``replayed``: then its derivatives are right, and
-    only the plan was not.
+    only the plan was not. ``independent``: no sample depends on another.
     """
 
     def __init__(
@@ -38,20 +39,25 @@ class EagerRows(Source):
         parameters: Mapping[str, Tensor],
         replayed: bool = False,
         why: str = "",
+        independent: bool = False,
     ) -> None:
         self.context, self.parameters, self.replayed = context, parameters, replayed
+        self.independent = independent
         why = why or "there is only one"
         self.reason = f"Every sample is pulled back through the whole model: {why}."
         self._totals: dict[str, Tensor] = {}
         if replayed:
             # The replay is connected to leaves of its own, by which it is differentiated.
             self.parameters = leaves_of(parameters)
-            ran = _replay(context, self.parameters)
-        else:
-            ran = eager.run(context, parameters)
+        ran = self._run(context)
         self.output, self.predictions = ran.output, ran.predictions
         self.at, self._random_state = ran.loss, ran.state
         self.cotangents = self.at.slope
+
+    def _run(self, context: Context) -> eager.EagerModel:
+        if self.replayed:
+            return _replay(context, self.parameters)
+        return eager.run(context, self.parameters)
 
     @property
     def loss(self) -> LossAt:
@@ -73,9 +79,20 @@ class EagerRows(Source):
             for i, g in cotangents.items():
                 if i in self.predictions:  # it depends on parameters
                     of_sample[i] = self._layout(i).only(g, n, n + 1)[0]
-            for name, g in self._pull(of_sample).items():
+            for name, g in self._row(n, of_sample).items():
                 block = RowBlock(slice(n, n + 1), g[None])
                 take(name, block.with_total(partial(self._total, name)))
+
+    def _row(self, n: int, of_sample: Mapping[int, Tensor]) -> dict[str, Tensor]:
+        """Return the row of sample n, for cotangents that are zero for all others."""
+        row = self._pull(of_sample, self.predictions)
+        # Zero times what is not finite is not a number: another sample may be in this row. Where
+        # it has no part in it, there is a batch without it.
+        if self.independent and not is_finite(row):
+            alone = filled_with(self.context, n)
+            if alone is not None:
+                row = self._pull(of_sample, self._run(alone).predictions)
+        return row
 
     def _total(self, name: str) -> Tensor:
         """Return the sum of all rows of a parameter; the first call computes those of all
@@ -92,9 +109,11 @@ class EagerRows(Source):
         """Return where the samples lie in prediction ``i``."""
         return Layout(self.context.axes[i], self.context.samples)
 
-    def _pull(self, cotangents: Mapping[int, Tensor]) -> dict[str, Tensor]:
+    def _pull(
+        self, cotangents: Mapping[int, Tensor], predictions: Mapping[int, Tensor]
+    ) -> dict[str, Tensor]:
         """Return the gradient by parameter for cotangents of the predictions."""
-        outputs = [self.predictions[i] for i in cotangents]
+        outputs = [predictions[i] for i in cotangents]
         with self._same_draws():
             return gradients(outputs, self.parameters, list(cotangents.values()), retain=True)
 
@@ -110,7 +129,7 @@ class EagerRows(Source):
         scaled = {}
         for i, g in self.cotangents.items():
             scaled[i] = self._layout(i).scaled(g, weights)
-        return self._pull(scaled)
+        return self._pull(scaled, self.predictions)
 
     def sites(self) -> list[SitePlan]:
         return [SitePlan((name,), "", "", "by autograd", "model") for name in self.parameters]

@@ -28,7 +28,7 @@ from unbatch.errors import MSG_HISTOGRAM, InputError
 from unbatch.gradients.request import Request
 from unbatch.gradients.results import ByParameter, Histograms, Rows, SquaredNormsByParameter
 from unbatch.gradients.sources import Source
-from unbatch.linalg.rows import Moments, real, vectors, wide
+from unbatch.linalg.rows import Moments, real, vectors
 
 
 @dataclass(frozen=True)
@@ -396,7 +396,10 @@ class _Dots(Collector):
 
     def __init__(self, about: About) -> None:
         super().__init__(about)
-        self.total = wide(about.like.new_zeros(about.samples, about.samples)).clone()
+        # Inner products are real ones, of complex rows as well (``vectors``).
+        self.total = about.like.new_zeros(
+            about.samples, about.samples, dtype=real(about.like.dtype)
+        )
         self.slices: dict[str, list[tuple[slice, Tensor]]] = {}
 
     def take(self, name: str, block: RowBlock) -> None:

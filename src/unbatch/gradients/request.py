@@ -26,6 +26,7 @@ from unbatch.linalg.space import Space
 
 # Why a plan is not used: its self-check failed.
 REFUTED = "the backward plan for it does not reproduce its gradient"
+UNTESTED = "its gradient is not finite, so that a backward plan for it cannot be tested"
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,18 @@ class Request:
         """Return whether all decompositions are one, because no sample depends on another."""
         return self.samples == 1 or bool(self.structure.independent_forward)
 
+    @property
+    def planned_by(self) -> str:
+        """Return the decomposition that a backward plan is made for.
+
+        Without dependence all decompositions are one. That by component knows to whom the rows of a
+        layer belong from what the predictions make of them, and not from their places: inside a
+        layer, samples may be in another order.
+        """
+        if self.samples_are_independent:
+            return "component"
+        return self.by
+
     def of(self, parameters: Mapping[str, Tensor]) -> Request:
         """Return the same question about these parameters."""
         return replace(self, parameters=parameters)
@@ -72,8 +85,13 @@ def is_planned(request: Request) -> bool:
     # back.
     if request.samples == 1 or not request.context.faithful:
         return False
+    return bool(_trust(request))
+
+
+def _trust(request: Request) -> bool | None:
+    """Return whether the plan passes its self-check; None where nothing can be compared."""
     with recorded_precision():
-        return trusted(request.context, request.parameters, request.by, request.memory)
+        return trusted(request.context, request.parameters, request.planned_by, request.memory)
 
 
 def source_of(request: Request) -> Source:
@@ -88,14 +106,15 @@ def source_of(request: Request) -> Source:
         shapes = list(request.structure.predictions)
         raise StructureError(MSG_NO_ROWS.format(shapes=shapes, n=request.samples))
     if is_planned(request):
-        return ReplayedRows(context, request.parameters, by)
+        return ReplayedRows(context, request.parameters, request.planned_by)
     # No plan: say why, and refuse decompositions that only a plan can give.
     why = request.replay_difference
     if request.samples > 1 and context.faithful:
-        why = REFUTED
+        why = UNTESTED if _trust(request) is None else REFUTED
     if by != "component" and not request.samples_are_independent:
         raise StructureError(MSG_NOT_REPLAYED.format(by=by, why=why))
-    return EagerRows(context, request.parameters, context.faithful, why)
+    independent = request.samples_are_independent
+    return EagerRows(context, request.parameters, context.faithful, why, independent)
 
 
 def check_recurrences_of(request: Request) -> None:

@@ -4,12 +4,11 @@ Rows by component are linear in the cotangents of the samples. So if ``Σ_n c_n 
 plain backward pass for one random choice of weights and cotangents, it agrees for all but a set of
 measure zero. One sample's row, its norm and its squares are then held against the sum in which all
 others weigh nothing. Frozen rows are compared with a replay whose statistics are frozen, copy rows
-by their sum.
+by their sum. Where a sum is not finite, another batch takes the place of this one.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,10 +18,11 @@ from torch import Tensor
 from unbatch.analysis.domain.sample_layout import Layout
 from unbatch.autodiff.autograd import detached, gradients, leaves_of
 from unbatch.autodiff.context import Context
+from unbatch.autodiff.other_batches import finite_batches, is_finite
 from unbatch.autodiff.schedule import Schedule
 from unbatch.capture.substitutes import held, norm_with_constant_statistics
 from unbatch.gradients.replayed_rows import ReplayedRows
-from unbatch.linalg.precision import DOUBLE, in_double
+from unbatch.linalg.precision import DOUBLE, in_double, largest
 from unbatch.linalg.probes import gaussians_like, seeded
 from unbatch.linalg.rows import real, squares
 
@@ -35,21 +35,29 @@ NO_DOUBLE = (RuntimeError, TypeError, NotImplementedError, IndexError)
 CANCELLATION = 1e-3
 
 
-def trusted(context: Context, parameters: Mapping[str, Tensor], by: str, memory: int) -> bool:
+def trusted(
+    context: Context, parameters: Mapping[str, Tensor], by: str, memory: int
+) -> bool | None:
     """Return whether the planned backward pass gives what a plain one gives.
 
     In float64 where the computation can be run in it and ``memory`` allows, so that small gradients
-    count as much as large ones. The answer is kept with the plan.
+    count as much as large ones. The answer is kept with the plan. None where nothing can be
+    compared, because parameters are not finite, say.
     """
     # Plans are made for a set of parameters and a decomposition, and so are answers.
     key = (tuple(parameters), by)
     if key not in context.trust:
         plan = context.schedule(parameters, by).plan
-        context.trust[key] = plan.divisible and _passes(context, parameters, by, memory)
+        passes = plan.divisible and _passes(context, parameters, by, memory)
+        if passes is None:
+            return None  # on another batch it may be found out
+        context.trust[key] = passes
     return context.trust[key]
 
 
-def _passes(context: Context, parameters: Mapping[str, Tensor], by: str, memory: int) -> bool:
+def _passes(
+    context: Context, parameters: Mapping[str, Tensor], by: str, memory: int
+) -> bool | None:
     # Forward and backward together take about three times the values, as measured.
     fits = 3 * context.values_in_double <= max(memory, ALWAYS)
     # Where float64 does not fit, float32 may do; if that fails, rounding may be to blame, and
@@ -60,29 +68,62 @@ def _passes(context: Context, parameters: Mapping[str, Tensor], by: str, memory:
         doubles = {name: in_double(p.detach()) for name, p in parameters.items()}
         return _agrees(context.in_double(), doubles, by, DOUBLE)
     except NO_DOUBLE:
-        return fits and _agrees(context, parameters, by, context.rounding)
+        if not fits:
+            return False
+        return _agrees(context, parameters, by, context.rounding)
 
 
-def _agrees(context: Context, parameters: Mapping[str, Tensor], by: str, bound: float) -> bool:
-    """Return whether a trial agrees with a plain backward pass, up to a relative error."""
-    weights = _random_weights(context, parameters, by)
-    schedule = context.schedule(parameters, by)
-    cotangents, expected = _plain_sum(schedule, parameters, context.data, weights)
-    rows = ReplayedRows(context, parameters, by, cotangents)
-    trial = rows.trial(weights, context.samples // 2)
-    scale = _largest(cotangents)
-    norms, magnitudes, roots = {}, {}, {}
-    for name, row in trial.of_sample.items():
-        norms[name] = squares(row[None]).sqrt()
-        magnitudes[name] = row.abs()
-        # Roots, because errors of squares would be held against the squares of small numbers.
-        roots[name] = trial.squares[name].sqrt()
-    return (
-        _close(trial.weighted, expected, bound, scale)
-        and _close(trial.row, trial.of_sample, bound, scale)
-        and _close(trial.norm, norms, bound, scale)
-        and _close(roots, magnitudes, bound, scale)
-    )
+def _agrees(
+    context: Context, parameters: Mapping[str, Tensor], by: str, bound: float
+) -> bool | None:
+    """Return whether a trial agrees with a plain backward pass, up to a relative error.
+
+    None where no plain backward pass is finite, on this batch or on others in its place.
+    """
+    trial = _Trial(context, parameters, by)
+    if trial.is_finite:
+        return trial.agrees(bound)
+    # What one sample has that is not finite is in every sum, and hides all others.
+    for other in finite_batches(context, trial.predictions):
+        trial = _Trial(other, parameters, by)
+        if trial.is_finite:
+            return trial.agrees(bound)
+    return None
+
+
+class _Trial:
+    """A plain backward pass, with random cotangents, to hold a planned one against."""
+
+    def __init__(self, context: Context, parameters: Mapping[str, Tensor], by: str) -> None:
+        self.context, self.parameters, self.by = context, parameters, by
+        self.weights = _random_weights(context, parameters, by)
+        schedule = context.schedule(parameters, by)
+        self.predictions, self.cotangents, self.expected = _plain_sum(
+            schedule, parameters, context.data, self.weights
+        )
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether there is something to compare."""
+        return is_finite(self.expected)
+
+    def agrees(self, bound: float) -> bool:
+        """Return whether the planned pass agrees with it, up to a relative error."""
+        rows = ReplayedRows(self.context, self.parameters, self.by, self.cotangents)
+        trial = rows.trial(self.weights, self.context.samples // 2)
+        scale = largest(self.cotangents.values())
+        norms, magnitudes, roots = {}, {}, {}
+        for name, row in trial.of_sample.items():
+            norms[name] = squares(row[None]).sqrt()
+            magnitudes[name] = row.abs()
+            # Roots, because errors of squares would be held against the squares of small numbers.
+            roots[name] = trial.squares[name].sqrt()
+        return (
+            _close(trial.weighted, self.expected, bound, scale)
+            and _close(trial.row, trial.of_sample, bound, scale)
+            and _close(trial.norm, norms, bound, scale)
+            and _close(roots, magnitudes, bound, scale)
+        )
 
 
 def _random_weights(context: Context, parameters: Mapping[str, Tensor], by: str) -> Tensor:
@@ -102,8 +143,8 @@ def _plain_sum(
     parameters: Mapping[str, Tensor],
     feed: Mapping[int, Tensor],
     weights: Tensor,
-) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
-    """Return random cotangents of the predictions, and ``Σ_n c_n row_n`` for them.
+) -> tuple[dict[int, Tensor], dict[int, Tensor], dict[str, Tensor]]:
+    """Return predictions, random cotangents of them, and ``Σ_n c_n row_n`` for these.
 
     By one backward pass of a plain replay in which what a decomposition holds constant is constant.
     """
@@ -129,16 +170,7 @@ def _plain_sum(
     for i, g in cotangents.items():
         scaled.append(Layout(plan.predictions[i], plan.samples).scaled(g, weights))
     total = gradients(list(predictions.values()), leaves, scaled)
-    return cotangents, detached(total)
-
-
-def _largest(tensors: Mapping[Any, Tensor], least: float = 0.0) -> float:
-    """Return the largest magnitude of all entries, or ``least`` if that is larger."""
-    largest = least
-    for t in tensors.values():
-        if t.numel():
-            largest = max(largest, float(t.abs().max()))
-    return largest
+    return detached(predictions), cotangents, detached(total)
 
 
 def _close(
@@ -148,13 +180,11 @@ def _close(
 
     Of that there is more where what is large cancels, as in biases right below batch norms.
     """
-    largest = _largest(expected, scale)
-    if not math.isfinite(largest):
-        return True  # nothing can be compared, and a plain backward pass would be no better
+    size = max(largest(expected.values()), scale)
     for name, reference in expected.items():
         if not reference.numel():
             continue
-        allowed = bound * (float(reference.abs().max()) + CANCELLATION * largest)
+        allowed = bound * (float(reference.abs().max()) + CANCELLATION * size)
         error = float((computed[name] - reference).abs().max())
         if not error <= allowed:  # true for not a number as well
             return False

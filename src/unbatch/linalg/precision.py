@@ -8,6 +8,7 @@ where it is measured.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -41,6 +42,27 @@ def double_dtype(dtype: torch.dtype) -> torch.dtype:
     if dtype in NARROW:
         return torch.float64
     return dtype
+
+
+# --- sizes ----------------------------------------------------------------------------------------
+
+
+def largest(tensors: Iterable[Tensor]) -> float:
+    """Return the largest magnitude of an entry, 0.0 where there is none.
+
+    Not a number where one of them is not, wherever it stands: of Python's ``max`` that would depend
+    on the order. A test that accepts has to be written so that it fails for such a size.
+    """
+    size = 0.0
+    for t in tensors:
+        if not t.numel():
+            continue
+        here = float(t.detach().abs().max())
+        if here > size or math.isnan(here):
+            size = here
+        if math.isnan(size):
+            break
+    return size
 
 
 # --- by floating-point type -----------------------------------------------------------------------

@@ -130,6 +130,7 @@ class Problem:
         self._use(inputs, targets)
         self._session: Session | None = None
         self._checks = SpotChecks()
+        self._compared: Session | None = None  # whose inputs were found free of NaN
         self._where = tracer.users_line()  # for verdicts that belong to no line of the model
 
     def _use(self, inputs: Any, targets: Any) -> None:
@@ -177,7 +178,7 @@ class Problem:
 
         Cost: a few forward passes, once.
         """
-        return self._recorded().structure
+        return self._comparable().structure
 
     def diagram(self) -> Diagram:
         """Return the structure as a picture.
@@ -186,7 +187,7 @@ class Problem:
         Text when printed, a drawing in a notebook (with ``pip install 'unbatch[plot]'``), see
         ``unbatch.plot``. Cost: as for ``structure``, which holds all that it shows.
         """
-        session = self._recorded()
+        session = self._comparable()
         # Judged first: that is what cuts the graph into model and loss.
         structure = session.structure
         classes: dict[str, str] = {}
@@ -202,7 +203,7 @@ class Problem:
 
         Cost: some dozens of forward passes.
         """
-        session = self._recorded()
+        session = self._comparable()
         return verify(session.structure, session.experiment, session.predictions)
 
     def crosstalk(
@@ -219,7 +220,7 @@ class Problem:
         rows: list[int] | None = None
         if index is not None:
             rows = index.tolist()
-        return crosstalk(self._recorded().experiment, probes, rows)
+        return crosstalk(self._comparable().experiment, probes, rows)
 
     def predictions(self) -> Any:
         """Return ``F``, what the model predicts on the batch, with the noise of the recorded run.
@@ -395,14 +396,23 @@ class Problem:
         session = None
         if self._session is not None:
             session = self._session.at(program, batch)
-        if session is None or session is not self._session:
-            check_values(self.inputs, self._dims)  # these numbers have not been looked at before
         if session is not None and self._checks.are_due() and not self._checks.agrees(session):
             session = None  # something has changed that nobody watches
         if session is None:  # never recorded, or another computation than then
             session = Session(Recording.of(program, batch, self._where, self._call_text()))
             self._checks.begin()
         self._session = session
+        return session
+
+    def _comparable(self) -> Session:
+        """Return the session of a batch on which runs can be compared.
+
+        Of rows and sums that is not asked: there, what is not a number stays with its sample.
+        """
+        session = self._recorded()
+        if session is not self._compared:
+            check_values(self.inputs, self._dims)  # these numbers have not been looked at before
+            self._compared = session
         return session
 
     def _refreshed(self) -> Program:

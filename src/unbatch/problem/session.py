@@ -33,6 +33,7 @@ from unbatch.gradients.request import recorded_precision
 from unbatch.problem.recording import Batch, Recording, numbers_of, state_of
 from unbatch.verification.experiment import Experiment
 from unbatch.verification.fidelity import replay_difference
+from unbatch.verification.variants import without_nan
 from unbatch.verification.verify import settle
 
 
@@ -52,7 +53,7 @@ class Inference:
         return Experiment(
             recording.program,
             self.graph,
-            batch.inputs,
+            without_nan(batch.inputs, batch.dims, batch.samples),
             batch.targets,
             batch.dims,
             batch.samples,

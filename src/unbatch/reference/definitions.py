@@ -238,6 +238,9 @@ def ggn_diagonals(model: nn.Module, loss: Loss, inputs: Any, targets: Any) -> Te
 
 
 # --- quantities of rows ---------------------------------------------------------------------------
+#
+# A complex entry counts as two real ones, its real and its imaginary part: its square is that of
+# its magnitude, and an inner product is the real part of the one with a conjugate.
 
 
 def flat(rows: Rows) -> Tensor:
@@ -247,33 +250,34 @@ def flat(rows: Rows) -> Tensor:
 
 def squared_norms(rows: Rows) -> tuple[dict[str, Tensor], Tensor]:
     """``‖row_n‖²``: per parameter ``{name: [N]}``, and over all of them ``[N]``."""
-    by_parameter = _each(rows, lambda row: _matrix(row).square().sum(1))
-    return by_parameter, flat(rows).square().sum(1)
+    by_parameter = _each(rows, lambda row: _matrix(row).abs().square().sum(1))
+    return by_parameter, flat(rows).abs().square().sum(1)
 
 
 def sum_of_squares(rows: Rows) -> dict[str, Tensor]:
     """``Σ_n row_n²``, entry by entry: ``{name: [*param]}``."""
-    return _each(rows, lambda row: row.square().sum(0))
+    return _each(rows, lambda row: row.abs().square().sum(0))
 
 
 def second_moment(rows: Rows) -> dict[str, Tensor]:
     """``(1/N) Σ_n row_n²``, entry by entry: ``{name: [*param]}``."""
-    return _each(rows, lambda row: row.square().mean(0))
+    return _each(rows, lambda row: row.abs().square().mean(0))
 
 
 def variance(rows: Rows) -> dict[str, Tensor]:
     """``(1/N) Σ_n (row_n - mean row)²``, the biased one, entry by entry: ``{name: [*param]}``."""
-    return _each(rows, lambda row: (row - row.mean(0)).square().mean(0))
+    return _each(rows, lambda row: (row - row.mean(0)).abs().square().mean(0))
 
 
 def dots(rows: Rows) -> Tensor:
     """``⟨row_n, row_m⟩``, over all parameters: ``[N, N]``."""
-    return flat(rows) @ flat(rows).T
+    products = flat(rows) @ flat(rows).mH
+    return products.real
 
 
 def clipped_sum(rows: Rows, max_norm: float) -> dict[str, Tensor]:
     """``Σ_n row_n min(1, max_norm / ‖row_n‖)``: ``{name: [*param]}``; norms over all parameters."""
-    norms = flat(rows).square().sum(1).sqrt()
+    norms = flat(rows).abs().square().sum(1).sqrt()
     total = {}
     for name, row in rows.items():
         clipped = []

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from unbatch.linalg.precision import largest
 from unbatch.linalg.probes import gaussian_like, seeded
 from unbatch.verification.experiment import Experiment
 
@@ -142,7 +143,10 @@ def _gradient_difference(
     error = eager.error or replayed.error
     if error:
         return error
-    least = NEGLIGIBLE * _largest(eager.gradients)
+    finite = _finite_entries(eager.gradients)
+    if finite is None:
+        return "its gradients are not finite, so nothing can be compared"
+    least = NEGLIGIBLE * largest([finite])
     for model, replay, p in zip(eager.gradients, replayed.gradients, parameters, strict=True):
         difference = _difference(_filled(model, p), _filled(replay, p), tolerance, least)
         if difference:
@@ -150,13 +154,15 @@ def _gradient_difference(
     return ""
 
 
-def _largest(gradients: Sequence[Tensor | None]) -> float:
-    """Return the largest magnitude of an entry, 0 where there is none."""
-    largest = 0.0
+def _finite_entries(gradients: Sequence[Tensor | None]) -> Tensor | None:
+    """Return all entries that are finite; None where there are entries, and none of these is."""
+    entries = torch.zeros(0)
     for gradient in gradients:
         if gradient is not None and gradient.numel():
-            largest = max(largest, float(gradient.abs().max()))
-    return largest
+            finite = gradient[gradient.isfinite()].abs().cpu()
+            entries = torch.cat([entries, finite])
+    found = any(gradient is not None and gradient.numel() for gradient in gradients)
+    return None if found and not len(entries) else entries
 
 
 def _filled(gradient: Tensor | None, p: Tensor) -> Tensor:
@@ -174,12 +180,15 @@ def _difference(model: Tensor, replay: Tensor, tolerance: float, least: float = 
     if not model.numel() or not has_rounding:
         return "" if torch.equal(model, replay) else "other integers"
     model, replay = model.detach(), replay.detach()
-    size = float(model.abs().max())
-    error = float((model - replay).abs().max())
+    size = largest([model])
+    error = largest([model - replay])
     if not (math.isfinite(size) and math.isfinite(error)):
-        # Values that are infinite in both do not count.
-        size = float(model.abs().nan_to_num(0, 0, 0).max())
-        error = float((model - replay).abs().nan_to_num(0, 0, 0).max())
+        # What is not finite has to be so in both; all else is compared.
+        finite = model.isfinite()
+        if not finite.equal(replay.isfinite()):
+            return "not finite in other places"
+        size = largest([model[finite]])
+        error = largest([(model - replay)[finite]])
     relative = error / (max(size, least) + 1e-37)
     if relative <= TOLERANCES * tolerance:
         return ""

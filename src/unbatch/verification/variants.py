@@ -5,8 +5,12 @@ Knows tensors with samples along the first axis, and nothing about programs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 # Moderate values first. The others are there for branches that are only taken far from the data: a
 # clamp that saturates, a threshold, a ``where`` on the size of an activation.
@@ -39,6 +43,29 @@ def variant_of(rows: Tensor, others: Tensor, variant: str, generator: torch.Gene
     if variant == "zero":
         return torch.zeros_like(others)
     return -1e4 * others + 1e4 * spread * noise
+
+
+def without_nan(inputs: Any, dims: Sequence[int | None], samples: int) -> Any:
+    """Return inputs with other samples in the place of those that hold NaN.
+
+    Runs cannot be compared on these. The same inputs where there are none, or no others; ``dims``:
+    the sample axis of each leaf.
+    """
+    leaves, spec = tree_flatten(inputs)
+    bad = torch.zeros(samples, dtype=torch.bool)
+    for leaf, dim in zip(leaves, dims, strict=True):
+        if dim is not None and isinstance(leaf, Tensor) and leaf.is_floating_point():
+            rows = leaf.detach().movedim(dim, 0)
+            bad |= rows.isnan().reshape(samples, -1).any(1).cpu()
+    if not bad.any() or bad.all():
+        return inputs
+    order = torch.arange(samples)
+    good = (~bad).nonzero()[:, 0]
+    order[bad] = good[torch.arange(int(bad.sum())) % len(good)]
+    for i, dim in enumerate(dims):
+        if dim is not None and isinstance(leaves[i], Tensor):
+            leaves[i] = leaves[i].detach().index_select(dim, order.to(leaves[i].device))
+    return tree_unflatten(leaves, spec)
 
 
 def _other_labels(rows: Tensor, others: Tensor, variant: str) -> Tensor:

@@ -27,7 +27,7 @@ from unbatch.autodiff.contractions.contraction import (
     OperandUse,
     only_cotangent,
 )
-from unbatch.linalg.rows import fill, same_dtype, squares, wide
+from unbatch.linalg.rows import fill, same_dtype, wide
 
 BLOCK = 64  # features, the least that a matrix product is efficient for
 
@@ -124,7 +124,8 @@ class Linear(Contraction):
             return super().squared_norms(where)
         a, b = self._wide_sides(where)
         if self.one_position:
-            return squares(a) * squares(b)
+            # Squared last: the squares of the sides may be out of range where that of a row is not.
+            return (_norms(a) * _norms(b)).square_()
         return (torch.bmm(a, a.mT) * torch.bmm(b, b.mT)).sum((1, 2))
 
     def _wide_sides(self, where: slice) -> tuple[Tensor, Tensor]:
@@ -134,7 +135,8 @@ class Linear(Contraction):
     def sum_of_squares(self, where: slice) -> Tensor:
         if self.one_position:
             a, b = self._wide_sides(where)
-            return self._product(a[:, 0].square(), b[:, 0].square())
+            a, b = balanced(a[:, 0], b[:, 0])
+            return self._product(a.square(), b.square())
 
         def sum_up(rows: Tensor) -> Tensor:
             return rows.square_().sum(0)
@@ -246,8 +248,26 @@ class Linear(Contraction):
         if "dots" not in self.lean:
             return super().dots()
         a, b = self.sides
-        a, b = wide(a)[:, 0], wide(b)[:, 0]
+        a, b = balanced(wide(a)[:, 0], wide(b)[:, 0])
         return (a @ a.T) * (b @ b.T)
+
+
+def _norms(side: Tensor) -> Tensor:
+    """Return the norm of each ``[1, o]`` of ``[n, 1, o]``."""
+    norms: Tensor = torch.linalg.vector_norm(side.flatten(1), dim=1)
+    return norms
+
+
+def balanced(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return sides ``[n, o]``, ``[n, i]`` of the same outer products, the second no larger than 1.
+
+    Otherwise squares of a side may overflow or vanish, where those of the products do not.
+    """
+    if not b.shape[1]:  # nothing has no largest entry
+        return a, b
+    size = b.abs().amax(1, keepdim=True)
+    size = torch.where((size > 0) & size.isfinite(), size, 1)
+    return a * size, b / size
 
 
 def _at_once(features: int, fitting: int) -> int:
