@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from unbatch.analysis.domain.dependence import StatisticDef
-from unbatch.analysis.domain.ownership import ARGUMENT, MIXED, Ownership, code, mix
+from unbatch.analysis.domain.ownership import ARGUMENT, MIXED, Ownership, code, digest, mix
 from unbatch.analysis.rules import registry
-from unbatch.analysis.rules.registry import Arguments, Rule, RuleContext, digest
+from unbatch.analysis.rules.registry import Arguments, Rule, RuleContext
 
 # Where results lie, and whether they take a gradient: no number depends on it. What a type does to
 # numbers is seen by the types of the results.
@@ -131,5 +131,5 @@ def _renamed(x: Ownership, names: list[tuple[str, Any]]) -> Ownership:
     if not names:
         return x
     # As the keys are renamed: the scalar that an element is keeps the name of its key.
-    atoms = [int(mix(np.uint64(atom), code(names))) for atom in x.atoms]
+    atoms = [int(mix(np.asarray(atom, dtype=np.uint64), code(names))) for atom in x.atoms]
     return replace(x.with_key(names), atoms=frozenset(atoms))
