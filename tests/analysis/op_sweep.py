@@ -17,11 +17,55 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from cases.ops import calls, roles
+from cases.ops import aten, calls, roles
 from cases.ops.calls import Sample
-from cases.ops.claims import INVALID, RAISED, WRONG, Outcome, Recorded, Trial, judge, recording_of
+from cases.ops.claims import (
+    IMPRECISE,
+    INVALID,
+    MIXING,
+    RAISED,
+    REFUSED,
+    RIGHT,
+    UNKNOWN,
+    WRONG,
+    Outcome,
+    Recorded,
+    Trial,
+    judge,
+    recording_of,
+)
+from cases.ops.known import LEFT_OUT, OWN_ARGUMENTS, UNCHECKED
 from cases.ops.roles import Call
 from cases.ops.table import op_table
+
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "ops.md"
+
+STATUSES = (RIGHT, MIXING, IMPRECISE, UNKNOWN, REFUSED)
+TITLES = ("right", "mixed on purpose", "mixed, though nothing mixes", "unknown", "refused")
+
+HEAD = """# Ops and their rules
+
+How each op passes on which sample owns what is a *rule*. This table holds the rules against the
+ops themselves. Each op of PyTorch's own table of ops runs on the inputs that PyTorch tests it on,
+with samples along one axis of one or several arguments, or with a statistic or a mixture of the
+samples for an argument; plain, in place, into a buffer, backward, backward twice, and in
+inference mode; with real, complex, integer and boolean numbers. Samples are then replaced and put
+into other orders. *Right* means: what the rule says of each number (whose it is, and which
+function of its sample) held. Numbers count such runs by argument: `0+1` says that the first two
+arguments depended on samples, `0 statistic` that the first was a statistic of the batch.
+
+- **mixed on purpose**: numbers depend on several samples, in no symmetric way, and the rule says
+  so
+- **mixed, though nothing mixes**: the rule says so where numbers depended on one sample each:
+  verdicts become unknown
+- **unknown**: no rule, or a number that Python read
+- **refused**: the question is refused, with a message
+
+`python tests/analysis/op_sweep.py` writes this page, and a test holds it to what the sweep says.
+"""
+
+FOOT = """Ops without a line take no tensor that may hold samples, accept no other samples, or
+draw as many random numbers as their arguments say, so that two runs cannot be compared:"""
 
 DTYPES = (torch.float64, torch.complex128, torch.int64, torch.bool)
 MOST_SAMPLES = {torch.float64: 3, torch.complex128: 1, torch.int64: 1, torch.bool: 1}
@@ -115,6 +159,9 @@ def forms(op: Any, draws: list[Sample], first: bool) -> Iterator[tuple[str, Call
     """The forms in which one sample input of an op is run, with the trials of each."""
     call = calls.plain(op.op, draws)
     yield "plain", call, plain_trials
+    sizes = calls.of_many_sizes(call)
+    if sizes is not None:
+        yield "sizes", sizes, few_trials
     if not first:
         return
     yield "inference", calls.inference(call), few_trials
@@ -165,7 +212,9 @@ def _constants(op: Any, drawn: Sequence[list[Sample]], row: Row, session: Sessio
     groups = sorted(calls.by_signature(drawn), key=len, reverse=True)
     for group in groups[:2]:
         draws = group[0]
-        changed = calls.variants([d[0] for d in group])
+        changed = [d[0] for d in group]
+        if op.name not in UNCHECKED:
+            changed = calls.variants(changed)
         changed = calls.accepted(op.op, changed, draws)
         if len(changed) < 2:
             continue
@@ -182,21 +231,82 @@ def described(sample: Sample) -> str:
     return f"({', '.join(parts)})"
 
 
-if __name__ == "__main__":
-    import time
+# --- ops of ATen called directly ------------------------------------------------------------------
 
+
+def sweep_aten(name: str) -> Row:
+    """Run trials of all overloads of an op of ATen, with arguments made from its schema."""
+    row, session = Row(f"aten.{name}"), Session()
+    for op in aten.overloads(name):
+        for attempt in aten.attempts(op):
+            for trial, shares in plain_trials(attempt.call):
+                row.add(f"{op} {attempt.title}", trial.what, session.judge(trial, shares))
+    return row
+
+
+def row_of(name: str) -> Row:
+    """Return the row of an op, by its name in the page."""
+    if name.startswith("aten."):
+        return sweep_aten(name.removeprefix("aten."))
+    return sweep(name)
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+
+def cell(counts: Counter[str]) -> str:
+    """Return counts by argument: "0: 12, 1: 8"."""
+    return ", ".join(f"{name}: {count}" for name, count in sorted(counts.items()))
+
+
+def line_of(row: Row) -> str:
+    cells = [f"`{row.op}`"]
+    for status in STATUSES:
+        cells.append(cell(row.counts.get(status, Counter())))
+    return f"| {' | '.join(cells)} |"
+
+
+def statuses_in(line: str) -> dict[str, set[str]]:
+    """Return which arguments a line of the page has under each status."""
+    cells = [part.strip() for part in line.strip().strip("|").split(" | ")]
+    cells += [""] * (1 + len(STATUSES) - len(cells))
+    found = {}
+    for status, text in zip(STATUSES, cells[1:], strict=False):
+        found[status] = {part.split(":")[0] for part in text.split(", ") if part}
+    return found
+
+
+def lines_of_page() -> dict[str, str]:
+    """Return the lines of the table in the page, by op."""
+    lines = {}
+    for line in PAGE.read_text(encoding="utf-8").splitlines():
+        if line.startswith("| `"):
+            lines[line.split("`")[1]] = line
+    return lines
+
+
+def write_page(names: Sequence[str]) -> None:
+    """Run all sweeps and write the page; what is wrong goes to the terminal."""
+    lines, idle = [], []
+    for name in names:
+        row = row_of(name)
+        if row.faulty:
+            sys.stdout.write("\n".join(row.findings[:2])[:1500] + "\n")
+        elif any(row.counts.get(status) for status in STATUSES):
+            lines.append(line_of(row))
+        else:
+            idle.append(f"`{name}`")
+    text = [HEAD, f"| op | {' | '.join(TITLES)} |", "|---" * (1 + len(TITLES)) + "|", *lines]
+    text += ["", FOOT, "", ", ".join(idle) + "."]
+    PAGE.write_text("\n".join(text) + "\n", encoding="utf-8")
+
+
+def names_of_sweeps() -> list[str]:
+    """Return the ops of PyTorch's table, and those with a rule that it does not reach."""
+    names = [name for name in op_table() if name not in LEFT_OUT]
+    return names + [f"aten.{name}" for name in OWN_ARGUMENTS]
+
+
+if __name__ == "__main__":
     torch.set_num_threads(1)
-    names = sys.argv[2:] or list(op_table())
-    with open(sys.argv[1], "a") as log:
-        for name in names:
-            begun = time.time()
-            try:
-                row = sweep(name)
-            except Exception as error:
-                log.write(f"CRASH | {name} | {type(error).__name__} {error}\n")
-                continue
-            log.write(f"ROW | {name} | {dict(row.counts)} | {time.time() - begun:.1f}\n")
-            log.write(f"OPS | {name} | {' '.join(sorted(row.ops))}\n")
-            for finding in row.findings:
-                log.write(finding[:1500].replace("\n", " ") + "\n")
-            log.flush()
+    write_page(names_of_sweeps())

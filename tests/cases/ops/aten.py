@@ -15,13 +15,10 @@ from torch import Tensor
 
 from cases.ops.roles import Call
 from cases.ops.warned import quietly
-from unbatch.analysis.rules.registry import RULES
-from unbatch.capture.ops import base_name
 
 DRAWS = 3
 SHAPES = ((4, 4), (3, 4, 4), (2, 4, 3, 4), (4,), (2, 4, 3, 4, 4))
 INDICES = ("index", "indices", "mask", "target", "offsets", "repeats", "condition", "count")
-SKIPPED = ("set_", "resize", "_foreach", "_fused_ada", "_fused_sgd", "_test", "sparse", "_values")
 
 
 @dataclass(frozen=True)
@@ -49,6 +46,13 @@ class Attempt:
         return Call(run, self.draws, self.names)
 
     @property
+    def title(self) -> str:
+        """The arguments in short."""
+        shapes = [f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in self.draws[0]]
+        others = {name: v for name, v in self.arguments.items() if v is not ...}
+        return f"({', '.join(shapes)}) {others}"
+
+    @property
     def runs(self) -> bool:
         """Tell whether the op accepts the arguments."""
         try:
@@ -59,20 +63,19 @@ class Attempt:
         return True
 
 
-def ops_with_rules() -> Iterator[Any]:
-    """Return all overloads of ATen's ops that have a rule and are no in-place or out variants."""
-    for name in dir(torch.ops.aten):
-        packet = getattr(torch.ops.aten, name)
-        if not isinstance(packet, torch._ops.OpOverloadPacket) or name.startswith(SKIPPED):
-            continue
-        for overload in packet.overloads():
-            op = getattr(packet, overload)
-            if base_name(op) in RULES and not op._schema.is_mutable:
-                yield op
+def overloads(name: str) -> list[Any]:
+    """Return all overloads of an op of ATen that write nothing."""
+    packet = getattr(torch.ops.aten, name)
+    found = []
+    for overload in packet.overloads():
+        op = getattr(packet, overload)
+        if not op._schema.is_mutable:
+            found.append(op)
+    return found
 
 
 def tensor(shape: Sequence[int], kind: str, seed: int) -> Tensor:
-    """Return numbers between 0.1 and 0.9, or integers from 0 to 2, or a matrix to be solved with."""
+    """Return numbers between 0.1 and 0.9, integers from 0 to 2, or a positive definite matrix."""
     chance = torch.Generator().manual_seed(seed)
     if kind == "int":
         return torch.randint(0, 3, tuple(shape), generator=chance)
@@ -90,7 +93,8 @@ def number_of(argument: Any, ndim: int) -> Any:
     """Return a value for a required argument that is no tensor; raises KeyError if there is none."""
     name, kind = argument.name, str(argument.type)
     if "SymInt[]" in kind or "List[int]" in kind:
-        return [1] * (argument.N or {"dim": 1, "dims": 1}.get(name, ndim))
+        count = argument.N or {"dim": 1, "dims": 1}.get(name, ndim)
+        return [1] * count
     values = {"int": 1, "SymInt": 1, "number": 0.7, "Scalar": 0.7, "float": 0.7, "bool": True}
     if name == "dim":
         return 0

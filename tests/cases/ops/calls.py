@@ -1,4 +1,4 @@
-"""An op as calls: its sample inputs, the forms in which it comes, and arguments that are no tensors.
+"""An op as calls: its sample inputs, its forms, and arguments that are no tensors.
 
 The forms: plain, in place, with ``out=``, backward (once and twice), and in inference mode.
 """
@@ -25,7 +25,7 @@ LOOKED_AT = 120  # sample inputs of an op
 
 @dataclass(frozen=True)
 class Sample:
-    """One way to call an op: leaves of its arguments, tensors among them, and how they are nested."""
+    """One way to call an op: leaves of its arguments, and how they are nested."""
 
     leaves: tuple[Any, ...]
     spec: Any
@@ -297,6 +297,56 @@ def several(function: Callable[..., Any], samples: Sequence[Sample], draws: Sequ
 
     tensors = [[t.detach() for t in sample.tensors] for sample in draws]
     return Call(run, tensors, names_of(draws[0]))
+
+
+# --- other sizes ----------------------------------------------------------------------------------
+
+
+def narrowed(t: Tensor, dims: Sequence[int]) -> Tensor:
+    """Return a tensor without its last entry along some dims."""
+    for d in dims:
+        t = t.narrow(d, 0, t.shape[d] - 1)
+    return t
+
+
+def windows_of(tensors: Sequence[Tensor], most: int = 8) -> list[list[list[int]]]:
+    """Return which dims of each tensor are to be one shorter: all of one size, or a single one."""
+    found = [[[] for _ in tensors]]
+    for size in sorted({size for t in tensors for size in t.shape if size > 2}):
+        found.append([[d for d, s in enumerate(t.shape) if s == size] for t in tensors])
+    for i, t in enumerate(tensors):
+        for d, size in enumerate(t.shape):
+            if size > 2:
+                found.append([[d] if j == i else [] for j in range(len(tensors))])
+    different = []
+    for dims in found:
+        if dims not in different:
+            different.append(dims)
+    return different[:most]
+
+
+def of_many_sizes(call: Call) -> Call | None:
+    """One program that makes the same call on its tensors and on windows of them, as far as the op
+    accepts these; None if it accepts none.
+    """
+    kept = []
+    for dims in windows_of(call.tensors):
+        tensors = [narrowed(t, d) for t, d in zip(call.tensors, dims, strict=True)]
+        try:
+            with quietly():
+                call.function(*[t.clone() for t in tensors])
+        except Exception:
+            continue
+        kept.append(dims)
+
+    def run(*tensors: Tensor) -> Any:
+        results = []
+        for dims in kept:
+            windows = [narrowed(t, d) for t, d in zip(tensors, dims, strict=True)]
+            results.append(call.function(*windows))
+        return results
+
+    return replace(call, function=run) if len(kept) > 1 else None
 
 
 def accepted(function: Callable[..., Any], samples: Sequence[Sample], draws: Any) -> list[Sample]:

@@ -176,8 +176,10 @@ class Claim:
     @staticmethod
     def of(marks: Ownership, interpretation: Interpretation) -> Claim:
         full = spell_out(marks)
-        owner = np.broadcast_to(full.owner, marks.shape).reshape(-1)
-        key = np.broadcast_to(full.key, marks.shape).reshape(-1)
+        owner, key = np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.uint64)
+        if 0 not in marks.shape:
+            owner = np.broadcast_to(full.owner, marks.shape).reshape(-1)
+            key = np.broadcast_to(full.key, marks.shape).reshape(-1)
         record, sets = interpretation.algebra.record, interpretation.algebra.sets
         whole = False
         groups = []
@@ -198,11 +200,12 @@ class Claim:
         if is_group(owner):
             members = self.sets[int(group_number(owner))]
             return everything, "group", tuple(sorted(candidates[members]))
-        used = set()
-        for members in self.groups:
+        used = {}
+        for number, members in enumerate(self.groups):
             if members[owner]:
-                used.add(tuple(sorted(candidates[members].tolist())))
-        return everything, batch[owner], tuple(sorted(used))
+                used[tuple(sorted(candidates[members].tolist()))] = number
+        # Of several sets that overlap, a key does not say which is which.
+        return everything, batch[owner], tuple(used.items() if len(used) > 1 else used)
 
 
 # --- numbers --------------------------------------------------------------------------------------
@@ -358,8 +361,6 @@ def mixes(claims: Sequence[Claim], runs: Sequence[Numbers], samples: int) -> boo
             differ = ~np.isclose(run.outputs[leaf][at], base.outputs[leaf][at], equal_nan=True)
             if len(changed) == 1:
                 counts += differ
-            elif sorted(run.batch) == list(range(samples)) and samples == 2:
-                counts += differ
         moved_by.append(set(counts.tolist()))
     return any(max(counts, default=0) > 1 for counts in moved_by)
 
@@ -415,9 +416,7 @@ def claims_of(run: Recorded, found: Interpretation) -> list[Claim]:
     return [Claim.of(found[ref], found) for ref in run.graph.predictions]
 
 
-def conflict_of(
-    trial: Trial, run: Recorded, found: Interpretation, runs: Sequence[Numbers]
-) -> str:
+def conflict_of(trial: Trial, run: Recorded, found: Interpretation, runs: Sequence[Numbers]) -> str:
     """Return in words how numbers contradict the claims; "" if they do not."""
     claims, scales = claims_of(run, found), [tolerance(t) for t in run.outputs]
     wrong = enter(Entries(), claims, runs, scales, run.noisy).conflict()
