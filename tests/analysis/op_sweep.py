@@ -35,6 +35,7 @@ from cases.ops.claims import (
     recording_of,
 )
 from cases.ops.known import LEFT_OUT, OWN_ARGUMENTS, UNCHECKED
+from cases.ops.own import OWN
 from cases.ops.roles import Call
 from cases.ops.table import op_table
 
@@ -244,10 +245,23 @@ def sweep_aten(name: str) -> Row:
     return row
 
 
+def sweep_own(name: str) -> Row:
+    """Run trials of a call written by hand."""
+    row, session = Row(f"own.{name}"), Session()
+    for own in OWN:
+        if own.name == name:
+            for trial, shares in plain_trials(own.call):
+                row.add("", trial.what, session.judge(trial, shares))
+    return row
+
+
 def row_of(name: str) -> Row:
     """Return the row of an op, by its name in the page."""
-    if name.startswith("aten."):
-        return sweep_aten(name.removeprefix("aten."))
+    kind, _, rest = name.partition(".")
+    if kind == "aten":
+        return sweep_aten(rest)
+    if kind == "own":
+        return sweep_own(rest)
     return sweep(name)
 
 
@@ -304,7 +318,8 @@ def write_page(names: Sequence[str]) -> None:
 def names_of_sweeps() -> list[str]:
     """Return the ops of PyTorch's table, and those with a rule that it does not reach."""
     names = [name for name in op_table() if name not in LEFT_OUT]
-    return names + [f"aten.{name}" for name in OWN_ARGUMENTS]
+    names += [f"aten.{name}" for name in OWN_ARGUMENTS]
+    return names + [f"own.{own.name}" for own in OWN]
 
 
 if __name__ == "__main__":

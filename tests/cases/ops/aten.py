@@ -90,7 +90,7 @@ def tensor(shape: Sequence[int], kind: str, seed: int) -> Tensor:
 
 
 def number_of(argument: Any, ndim: int) -> Any:
-    """Return a value for a required argument that is no tensor; raises KeyError if there is none."""
+    """Return a required argument that is no tensor; raises KeyError if there is none."""
     name, kind = argument.name, str(argument.type)
     if "SymInt[]" in kind or "List[int]" in kind:
         count = argument.N or {"dim": 1, "dims": 1}.get(name, ndim)
