@@ -139,16 +139,16 @@ def plain_trials(call: Call) -> Iterator[tuple[Trial, bool]]:
     """All roles of a call. With each: whether it is the program itself, so that one recording
     serves all.
     """
-    yield from _shared(islice(roles.owned_alone(call), 8))
-    yield from _shared(roles.owned_in_pairs(call, 4))
+    yield from _shared(islice(roles.owned_alone(call), 6))
+    yield from _shared(roles.owned_in_pairs(call, 3))
     yield from _shared(islice(roles.owned_together(call), 1))
-    yield from ((trial, False) for trial in islice(roles.statistics(call), 4))
-    yield from ((trial, False) for trial in islice(roles.mixtures(call), 3))
+    yield from ((trial, False) for trial in islice(roles.statistics(call), 3))
+    yield from ((trial, False) for trial in islice(roles.mixtures(call), 2))
 
 
 def few_trials(call: Call) -> Iterator[tuple[Trial, bool]]:
-    yield from _shared(islice(roles.owned_alone(call), 5))
-    yield from _shared(roles.owned_in_pairs(call, 2))
+    yield from _shared(islice(roles.owned_alone(call), 4))
+    yield from _shared(roles.owned_in_pairs(call, 1))
 
 
 def _shared(trials: Iterable[Trial]) -> Iterator[tuple[Trial, bool]]:
@@ -160,11 +160,11 @@ def forms(op: Any, draws: list[Sample], first: bool) -> Iterator[tuple[str, Call
     """The forms in which one sample input of an op is run, with the trials of each."""
     call = calls.plain(op.op, draws)
     yield "plain", call, plain_trials
+    if not first:
+        return
     sizes = calls.of_many_sizes(call)
     if sizes is not None:
         yield "sizes", sizes, few_trials
-    if not first:
-        return
     yield "inference", calls.inference(call), few_trials
     if op.inplace_variant is not None:
         yield "in place", calls.in_place(op.inplace_variant, call, draws), few_trials

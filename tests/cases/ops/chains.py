@@ -186,6 +186,23 @@ x.movedim(0, 1)
 x.narrow(0, 1, 2).repeat(2, 1)
 torch.vander(x[:, 0], 4)
 x.renorm(2, 0, 0.5)
+x + x[:2].mean(0)
+torch.cat([x[:2] - x[:2].mean(0), x[2:] - x[2:].mean(0)])
+torch.cat([x[:, :2] - x[:, :2].mean(1, True), x[:, 2:] - x[:, 2:].mean(1, True)], 1)
+x.reshape(2, 2, 4).mean(1).repeat_interleave(2, 0) + x
+x.reshape(4, 2, 2).mean(2).repeat_interleave(2, 1) + x
+x - x.reshape(2, 2, 4).mean(0).repeat(2, 1)
+x - x.reshape(2, 2, 4).amax(0).repeat(2, 1)
+torch.cat([x[:, :2].flip(1), x[:, 2:].flip(1)], 1)
+torch.cat([x[:3].flip(0), x[3:]])
+torch.cat([x[:, :3].sort(1).values[:, :2], x[:, :2].sort(1).values], 1)
+torch.cat([x[:, :3].cumsum(1)[:, :2], x[:, :2].cumsum(1)], 1)
+torch.stack([x[:, :3].sum(1), x[:, :2].sum(1), x[:, 1:].sum(1), x.sum(1)], 1)
+torch.stack([x[:3].sum(0), x[:2].sum(0), x[1:].sum(0), x.sum(0)])
+sum(x.unbind(0)) + x
+sum(x.unbind(1))[:, None] + x
+x.repeat_interleave(2, 1)[:, :4]
+x.repeat_interleave(2, 0)[:4]
 """
 
 

@@ -186,7 +186,10 @@ class Claim:
         for number in sorted(marks.statistics):
             definition = record.definitions[number]
             whole = whole or not definition.groups
-            groups += [sets.members(g) for g in sorted(definition.groups)]
+            for group in sorted(definition.groups):
+                members = sets.members(group)
+                if not any((members == known).all() for known in groups):
+                    groups.append(members)
         return Claim(owner, key, whole, tuple(groups), sets.membership)
 
     def context(self, owner: int, batch: Sequence[int]) -> tuple[Any, ...]:
@@ -200,12 +203,15 @@ class Claim:
         if is_group(owner):
             members = self.sets[int(group_number(owner))]
             return everything, "group", tuple(sorted(candidates[members]))
-        used = {}
-        for number, members in enumerate(self.groups):
+        used = []
+        for members in self.groups:
             if members[owner]:
-                used[tuple(sorted(candidates[members].tolist()))] = number
-        # Of several sets that overlap, a key does not say which is which.
-        return everything, batch[owner], tuple(used.items() if len(used) > 1 else used)
+                used.append(tuple(sorted(candidates[members].tolist())))
+        return everything, batch[owner], tuple(used)
+
+    def overlaps(self, owner: int) -> bool:
+        """Tell whether a sample uses statistics of several sets: a key does not say of which."""
+        return owner >= 0 and sum(bool(members[owner]) for members in self.groups) > 1
 
 
 # --- numbers --------------------------------------------------------------------------------------
@@ -329,9 +335,11 @@ def enter(
             for owner in np.unique(claim.owner[known]).tolist():
                 context[claim.owner == owner] = code(claim.context(owner, run.batch))
             functions = mix(claim.key, context)
-            if by_place:
-                functions = mix(functions, np.arange(len(values), dtype=np.uint64))
-                functions = mix(functions, code(leaf))
+            at_place = mix(mix(functions, np.arange(len(values), dtype=np.uint64)), code(leaf))
+            apart = np.full(len(values), by_place)
+            for owner in np.unique(claim.owner[known]).tolist():
+                apart[claim.owner == owner] |= claim.overlaps(owner)
+            functions = np.where(apart, at_place, functions)
             entries.functions.append(functions[known])
             entries.values.append(values[known])
             entries.scales.append(np.full(int(known.sum()), scales[leaf]))
