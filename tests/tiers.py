@@ -28,6 +28,7 @@ SHARED = 100  # values from which on a parameter is a table that test functions 
 ONCE = {
     "test_zoo": "published models, seconds each; small ones of each kind are in the other tables",
     "test_notebooks": "each starts a kernel",
+    "test_op_sweep::test_ops_do_not_share_keys": "hundreds of ops each",
     "test_op_sweep::test_chains_of_two_ops": "300 random chains each",
     "test_op_sweep::test_chains_of_four_ops": "100 random chains each",
     "test_plot::test_files_are_the_same_for_the_same_picture": "each draws a picture several times",

@@ -11,6 +11,7 @@ from op_sweep import line_of, lines_of_page, names_of_sweeps, row_of, statuses_i
 
 from cases.ops.chains import chains, links
 from cases.ops.claims import RAISED, WRONG, judge
+from cases.ops.collisions import collision
 from cases.ops.known import KNOWN_WRONG
 
 EVERY = 8  # the quick tier takes every eighth op
@@ -63,3 +64,11 @@ def test_chains_of_four_ops(seed):
 
 def test_links_are_many():
     assert len(links()) > 150
+
+
+@pytest.mark.parametrize("kind", ["float", "int", "complex"])
+@pytest.mark.parametrize("shapes", [[(4, 4)], [(4,), (4,)], [(2, 4, 4), (4,)]], ids=str)
+def test_ops_do_not_share_keys(kind, shapes):
+    found, count = collision(shapes, kind)
+    assert count > 50
+    assert not found

@@ -384,6 +384,8 @@ def judge(trial: Trial, run: Recorded | None = None) -> Outcome:
         return Outcome(INVALID, "how many numbers are drawn depends on values", run.ops)
     found = interpreted(run, trial)
     raised = "; ".join(text for text in found.unknown.values() if "(its rule" in text)
+    if misshapen(run, found):
+        return Outcome(RAISED, misshapen(run, found), run.ops)
     for read, marks in found.host_reads.items():
         if marks.depends_on_batch:
             return Outcome(UNKNOWN, f"host read: {read.how}", run.ops, raised)
@@ -418,6 +420,16 @@ def runs_of(trial: Trial, run: Recorded) -> list[Numbers]:
     if runs[0] is None:
         return []
     return [numbers for numbers in runs if numbers is not None]
+
+
+def misshapen(run: Recorded, found: Interpretation) -> str:
+    """Return in words which output has owners that do not fit its shape; "" if all do."""
+    for ref in run.graph.predictions:
+        marks = found[ref]
+        for size, stored in zip(marks.shape, marks.key.shape, strict=True):
+            if stored not in (1, size):
+                return f"owners of shape {marks.key.shape} for a value of shape {marks.shape}"
+    return ""
 
 
 def claims_of(run: Recorded, found: Interpretation) -> list[Claim]:
