@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from cases.ops.roles import Call
+from cases.ops.roles import LONGEST, Call, axes
 from cases.ops.warned import quietly
 
 DRAWS = 3
 ENTRIES = 700  # the largest tensor of a call
 LOOKED_AT = 120  # sample inputs of an op
+SHORT = 4  # what is left of long axes
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,18 @@ class Sample:
         for t in self.tensors:
             if t.layout != torch.strided or t.is_nested or t.numel() > ENTRIES or not t.numel():
                 return False
-            fits = fits or any(2 <= size <= 12 for size in t.shape)
+            fits = fits or bool(axes(t))
         return fits
+
+    def shortened(self) -> Sample:
+        """Return the same call on the first few entries along axes that are long."""
+        leaves = []
+        for leaf in self.leaves:
+            if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
+                for d, size in enumerate(leaf.shape):
+                    leaf = leaf.narrow(d, 0, min(size, SHORT)) if size > LONGEST else leaf
+            leaves.append(leaf)
+        return replace(self, leaves=tuple(leaves))
 
     def filled(self, tensors: Sequence[Tensor]) -> tuple[Any, Any]:
         """Return the arguments with other tensors in the places of tensors."""
@@ -94,6 +105,8 @@ def samples_of(op: Any, dtype: torch.dtype, seed: int) -> list[Sample]:
 def drawn(op: Any, dtype: torch.dtype) -> list[list[Sample]]:
     """Return sample inputs of an op, each as a list of draws of its tensors."""
     draws = [samples_of(op, dtype, seed) for seed in range(DRAWS)]
+    if not any(sample.usable for sample in draws[0]):
+        draws = [[sample.shortened() for sample in samples] for samples in draws]
     drawn = []
     for number, first in enumerate(draws[0]):
         if not first.usable:

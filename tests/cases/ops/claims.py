@@ -235,6 +235,8 @@ def numbers_of(trial: Trial, batch: list[int], noisy: bool, signed: bool) -> Num
             tensors = tensors_in(trial.function(*trial.tensors(batch)))
     except Exception:
         return None
+    if any(t.layout != torch.strided or t.is_quantized for t in tensors):
+        return None
     outputs = []
     shapes = []
     for t in tensors:
@@ -247,6 +249,8 @@ def numbers_of(trial: Trial, batch: list[int], noisy: bool, signed: bool) -> Num
 def flat_numbers(t: Tensor) -> np.ndarray:
     """Return the numbers of a tensor in double precision."""
     t = t.detach().resolve_conj().resolve_neg()
+    if t._is_zerotensor():
+        t = torch.zeros(t.shape, dtype=t.dtype)
     dtype = torch.complex128 if t.is_complex() else torch.float64
     return t.to(dtype).reshape(-1).numpy().astype(np.complex128)
 
@@ -390,7 +394,7 @@ def judge(trial: Trial, run: Recorded | None = None) -> Outcome:
         if marks.depends_on_batch:
             return Outcome(UNKNOWN, f"host read: {read.how}", run.ops, raised)
     runs = runs_of(trial, run)
-    if len(runs) < 3:
+    if len(runs) < 3:  # a mask that nothing passes, a matrix with no inverse, a sparse result
         return Outcome(INVALID, "other samples are not accepted", run.ops, raised)
     wrong = conflict_of(trial, run, found, runs)
     if wrong:
