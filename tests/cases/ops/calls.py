@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -315,10 +316,10 @@ def several(function: Callable[..., Any], samples: Sequence[Sample], draws: Sequ
 # --- other sizes ----------------------------------------------------------------------------------
 
 
-def narrowed(t: Tensor, dims: Sequence[int]) -> Tensor:
-    """Return a tensor without its last entry along some dims."""
+def narrowed(t: Tensor, dims: Sequence[int], cut: int) -> Tensor:
+    """Return a tensor without its last entries along some dims."""
     for d in dims:
-        t = t.narrow(d, 0, t.shape[d] - 1)
+        t = t.narrow(d, 0, t.shape[d] - cut)
     return t
 
 
@@ -343,19 +344,20 @@ def of_many_sizes(call: Call) -> Call | None:
     accepts these; None if it accepts none.
     """
     kept = []
-    for dims in windows_of(call.tensors):
-        tensors = [narrowed(t, d) for t, d in zip(call.tensors, dims, strict=True)]
+    # Two windows of each kind: a whole value has another name than a part of it anyway.
+    for dims, cut in product(windows_of(call.tensors), (1, 2)):
+        tensors = [narrowed(t, d, cut) for t, d in zip(call.tensors, dims, strict=True)]
         try:
             with quietly():
                 call.function(*[t.clone() for t in tensors])
         except Exception:
             continue
-        kept.append(dims)
+        kept.append((dims, cut))
 
     def run(*tensors: Tensor) -> Any:
         results = []
-        for dims in kept:
-            windows = [narrowed(t, d) for t, d in zip(tensors, dims, strict=True)]
+        for dims, cut in kept:
+            windows = [narrowed(t, d, cut) for t, d in zip(tensors, dims, strict=True)]
             results.append(call.function(*windows))
         return results
 
