@@ -162,7 +162,9 @@ def forms(op: Any, draws: list[Sample], first: bool) -> Iterator[tuple[str, Call
     yield "plain", call, plain_trials
     if not first:
         return
-    sizes = calls.of_many_sizes(call)
+    sizes = None
+    if op.name not in UNCHECKED:
+        sizes = calls.of_many_sizes(call)
     if sizes is not None:
         yield "sizes", sizes, few_trials
     yield "inference", calls.inference(call), few_trials

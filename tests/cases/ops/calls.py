@@ -324,14 +324,15 @@ def narrowed(t: Tensor, dims: Sequence[int], cut: int) -> Tensor:
 
 
 def windows_of(tensors: Sequence[Tensor], most: int = 8) -> list[list[list[int]]]:
-    """Return which dims of each tensor are to be one shorter: all of one size, or a single one."""
+    """Return which dims of each tensor are to be one shorter: all of one size, or one."""
     found = [[[] for _ in tensors]]
     for size in sorted({size for t in tensors for size in t.shape if size > 2}):
         found.append([[d for d, s in enumerate(t.shape) if s == size] for t in tensors])
-    for i, t in enumerate(tensors):
-        for d, size in enumerate(t.shape):
+    # Of several tensors one alone does not fit the others, which not every op checks.
+    if len(tensors) == 1:
+        for d, size in enumerate(tensors[0].shape):
             if size > 2:
-                found.append([[d] if j == i else [] for j in range(len(tensors))])
+                found.append([[d]])
     different = []
     for dims in found:
         if dims not in different:

@@ -166,8 +166,16 @@ OWN_ARGUMENTS = [
     "view_as_real_copy",
 ]
 
-# Ops that take any number for a mode, and read anywhere for one that there is not.
-UNCHECKED = ("grid_sampler_2d", "grid_sampler_3d")
+# Ops that take any number for a mode or a size, and read or write anywhere if it does not fit.
+UNCHECKED = (
+    "grid_sampler_2d",
+    "grid_sampler_3d",
+    "native_group_norm",
+    "native_layer_norm",
+    "native_batch_norm",
+    "_native_batch_norm_legit",
+    "_batch_norm_with_update",
+)
 
 # Links of chains whose rules are wrong; random chains go without them.
 KNOWN_WRONG_LINKS = (
