@@ -34,7 +34,7 @@ from cases.ops.claims import (
     judge,
     recording_of,
 )
-from cases.ops.known import LEFT_OUT, OWN_ARGUMENTS, UNCHECKED
+from cases.ops.known import LEFT_OUT, OWN_ARGUMENTS, UNCHECKED_INTEGERS, UNCHECKED_SIZES
 from cases.ops.own import OWN
 from cases.ops.roles import Call
 from cases.ops.table import op_table
@@ -163,7 +163,7 @@ def forms(op: Any, draws: list[Sample], first: bool) -> Iterator[tuple[str, Call
     if not first:
         return
     sizes = None
-    if op.name not in UNCHECKED:
+    if op.name not in UNCHECKED_SIZES:
         sizes = calls.of_many_sizes(call)
     if sizes is not None:
         yield "sizes", sizes, few_trials
@@ -215,9 +215,8 @@ def _constants(op: Any, drawn: Sequence[list[Sample]], row: Row, session: Sessio
     groups = sorted(calls.by_signature(drawn), key=len, reverse=True)
     for group in groups[:2]:
         draws = group[0]
-        changed = [d[0] for d in group]
-        if op.name not in UNCHECKED:
-            changed = calls.variants(changed)
+        integers = op.name not in UNCHECKED_INTEGERS
+        changed = calls.variants([d[0] for d in group], integers)
         changed = calls.accepted(op.op, changed, draws)
         if len(changed) < 2:
             continue

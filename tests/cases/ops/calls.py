@@ -286,13 +286,15 @@ def neighbours(leaf: Any) -> list[Any]:
     return []
 
 
-def variants(group: Sequence[Sample], most: int = 24) -> list[Sample]:
+def variants(group: Sequence[Sample], integers: bool, most: int = 24) -> list[Sample]:
     """Return calls that differ in arguments that are no tensors: those of a group of samples with
     tensors of the same shapes, and such with one argument changed.
     """
     found = {sample.constants: sample for sample in group[:most]}
     for sample in group[:3]:
         for place, leaf in enumerate(sample.leaves):
+            if not integers and isinstance(leaf, int) and not isinstance(leaf, bool):
+                continue
             for other in neighbours(leaf):
                 changed = sample.with_leaf(place, other)
                 found.setdefault(changed.constants, changed)
