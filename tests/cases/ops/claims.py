@@ -185,9 +185,10 @@ class Claim:
         groups = []
         for number in sorted(marks.statistics):
             definition = record.definitions[number]
-            whole = whole or not definition.groups
-            for group in sorted(definition.groups):
-                members = sets.members(group)
+            # It may have entries over sets and over the whole batch, and does not say so.
+            parts = [sets.members(group) for group in sorted(definition.groups)]
+            whole = whole or not (np.sum(parts, axis=0) == 1).all()
+            for members in parts:
                 if not any((members == known).all() for known in groups):
                     groups.append(members)
         return Claim(owner, key, whole, tuple(groups), sets.membership)
