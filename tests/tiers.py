@@ -28,6 +28,9 @@ SHARED = 100  # values from which on a parameter is a table that test functions 
 ONCE = {
     "test_zoo": "published models, seconds each; small ones of each kind are in the other tables",
     "test_notebooks": "each starts a kernel",
+    "test_op_sweep::test_ops_do_not_share_keys": "hundreds of ops each",
+    "test_op_sweep::test_chains_of_two_ops": "300 random chains each",
+    "test_op_sweep::test_chains_of_four_ops": "100 random chains each",
     "test_plot::test_files_are_the_same_for_the_same_picture": "each draws a picture several times",
     "test_wrapped::test_what_is_wrapped_is_as_the_plain_model": "each compiles or wraps a model",
 }
@@ -37,7 +40,9 @@ FULL = {
     "test_properties::test_forward_programs": "200 random programs; those found wrong are quick",
     "test_properties::test_loss_programs": "150 random programs; those found wrong are quick",
     "test_hard::test_rows_are_the_definition": "the planted bugs run the cases once found wrong",
-    "test_hard::test_the_matrix_is_the_definition": "likewise",
+    "test_hard::test_the_matrix_is_the_definition": "the planted bugs run the cases once found wrong",
+    "test_op_sweep::test_the_other_ops": "a second each; every eighth op of the table is quick",
+    "test_op_sweep::test_what_is_known_to_be_wrong_is_wrong": "some seconds each",
     "test_fuzz::test_random_nets": "random nets; those found wrong are quick",
 }
 

@@ -1,0 +1,74 @@
+"""The sweep over PyTorch's table of ops: no rule is wrong, and the page says what came of it."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from op_sweep import line_of, lines_of_page, names_of_sweeps, row_of, statuses_in
+
+from cases.ops.chains import chains, links
+from cases.ops.claims import RAISED, WRONG, judge
+from cases.ops.collisions import collision
+from cases.ops.known import KNOWN_WRONG
+
+EVERY = 8  # the quick tier takes every eighth op
+LINES = lines_of_page()
+
+
+def check_op(name: str) -> None:
+    """Raise where a rule is wrong, or the page says something else of the op."""
+    row = row_of(name)
+    assert not row.faulty, row.findings[0]
+    assert statuses_in(line_of(row)) == statuses_in(LINES[name]), "the page is out of date"
+
+
+@pytest.mark.parametrize("name", list(LINES)[::EVERY])
+def test_some_ops(name):
+    check_op(name)
+
+
+@pytest.mark.parametrize("name", [n for i, n in enumerate(LINES) if i % EVERY])
+def test_the_other_ops(name):
+    check_op(name)
+
+
+@pytest.mark.parametrize("name", KNOWN_WRONG)
+def test_what_is_known_to_be_wrong_is_wrong(name):
+    """An op that has become right leaves the list, and gets a line in the page."""
+    assert row_of(name).faulty, "right by now: take it out of KNOWN_WRONG"
+
+
+def test_the_page_leaves_no_op_out():
+    page = Path(__file__).parents[2] / "docs" / "reference" / "ops.md"
+    named = page.read_text(encoding="utf-8")
+    missing = [n for n in names_of_sweeps() if f"`{n}`" not in named and n not in KNOWN_WRONG]
+    assert not missing
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_chains_of_two_ops(seed):
+    for trial in chains(300, seed):
+        outcome = judge(trial)
+        assert outcome.status not in (WRONG, RAISED), f"{trial.what}: {outcome.why}"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_chains_of_four_ops(seed):
+    for trial in chains(100, seed, 4):
+        outcome = judge(trial)
+        assert outcome.status not in (WRONG, RAISED), f"{trial.what}: {outcome.why}"
+
+
+def test_links_are_many():
+    assert len(links()) > 150
+
+
+@pytest.mark.parametrize("kind", ["float", "int", "complex"])
+@pytest.mark.parametrize("shapes", [[(4, 4)], [(4,), (4,)], [(2, 4, 4), (4,)]], ids=str)
+def test_ops_do_not_share_keys(kind, shapes):
+    found, count = collision(shapes, kind)
+    assert count > 50
+    assert not found
