@@ -53,6 +53,8 @@ class Inference:
             batch.dims,
             batch.samples,
             self.findings,
+            batch.target_dims,
+            recording.output,
         )
 
 

@@ -19,7 +19,7 @@ from unbatch.capture.steps import Step
 from unbatch.capture.substitutes import norm_with_constant_statistics
 from unbatch.verification.experiment import Experiment, Untestable
 from unbatch.verification.forward_tests import partitions
-from unbatch.verification.permutations import results_of
+from unbatch.verification.noise import recorded_noise, results_of, stream_depends_on_data
 
 MSG_READ_BY_PYTHON = (
     "statistics of overlapping groups, or values read by Python, cannot be held constant"
@@ -93,6 +93,9 @@ def _freeze(experiment: Experiment) -> _Frozen:
             values[i] = t.clone()
 
     graph.run({}, experiment.prediction_refs, visit=keep)
+    if stream_depends_on_data(graph):
+        # Other samples would draw other noise for all.
+        values |= recorded_noise(graph)
     held = {}
     for i, (mean, invstd) in norms.items():
         held[i] = norm_with_constant_statistics(graph.steps[i], (values[mean], values[invstd]))

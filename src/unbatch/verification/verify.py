@@ -26,6 +26,7 @@ from unbatch.verification.loss_tests import (
     not_a_sum,
     parameter_enters,
 )
+from unbatch.verification.noise import stream_depends_on_data
 from unbatch.verification.ranks import growing_rank
 
 # Reasons for mixing that do not say how samples are combined.
@@ -85,8 +86,11 @@ def settle(
     """
     if difference:
         structure = _withdrawn(structure, difference)
-    if structure.samples > 1:
-        # A single sample has no others to depend on.
+    # Noise that other samples would change is replayed; a replay that differs from the model says
+    # nothing about it.
+    is_testable = not (difference and stream_depends_on_data(experiment.graph))
+    # A single sample has no others to depend on.
+    if structure.samples > 1 and is_testable:
         structure = _settle_forward(structure, experiment)
     if _has_loss(experiment):
         structure = _settle_loss(structure, loss_experiment(experiment, output))
