@@ -227,6 +227,14 @@ class Experiment:
 
         return self.with_leaves(reordered)
 
+    def shuffled(self, order: Tensor, keep: Tensor, variant: str, seed: int) -> Any:
+        """Return the batch with samples outside ``keep`` replaced, and then permuted."""
+        return self.on(self.changed(keep, variant, seed)).permuted(order)
+
+    def on(self, inputs: Any) -> Experiment:
+        """Return the same on other inputs of these shapes."""
+        return replace(self, inputs=inputs, output=None)
+
     def with_leaves(self, function: OfLeaf) -> Any:
         """Return the inputs with every tensor replaced by ``function(tensor, its sample axis)``."""
         leaves, spec = tree_flatten(self.inputs)
@@ -271,6 +279,21 @@ class Experiment:
             if t.is_floating_point() and t.dtype != torch.float64:
                 return None
         return wide
+
+    @cached_property
+    def wide_replay(self) -> Experiment | None:
+        """The recording in float64, in place of the model; None where it cannot be run so."""
+        inputs = self.with_leaves(lambda x, _: in_double(x.detach()))
+        graph = self.graph.in_double()
+        wide = replace(
+            self,
+            inputs=inputs,
+            graph=graph,
+            output=None,
+            by_replay=True,
+            fixed_tolerance=FORWARD_IN_DOUBLE,
+        )
+        return wide if wide.runs else None
 
     def _in_double(self) -> Experiment:
         """Return the same in float64, whether the program takes it or not."""

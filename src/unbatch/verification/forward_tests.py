@@ -73,10 +73,11 @@ class Replacement(NamedTuple):
 
 
 class Change(NamedTuple):
-    """A prediction that changed, and by how much relative to its size."""
+    """A prediction that changed, by how much relative to its size, and in each of its entries."""
 
     prediction: int
     amount: float
+    difference: Tensor
 
 
 def cross_sample_dependence(experiment: Experiment) -> Counterexample | None:
@@ -173,7 +174,7 @@ def _largest_change(
     is_obvious = amount > OBVIOUS * replacement.gain and experiment.wide is not None
     if not is_obvious and amount <= experiment.tolerance * replacement.gain:
         return None
-    return Change(worst, amount)
+    return Change(worst, amount, (rows[1] - rows[0])[worst])
 
 
 def _rows_of(experiment: Experiment, replacement: Replacement) -> tuple[Tensor, Tensor] | None:
@@ -203,14 +204,13 @@ def _is_confirmed(experiment: Experiment, replacement: Replacement, change: Chan
     inputs = replacement.inputs(at)
     # The same change in two precisions is none of rounding.
     if wide is not None and experiment.by_type > COMPUTED_IN_DOUBLE:
-        narrow = _rows_of(experiment, replacement)
-        agrees = narrow is not None and _agree(narrow[1] - narrow[0], rows[1] - rows[0], n)
+        agrees = _agree(change.difference, (rows[1] - rows[0])[n])
         if agrees and not _unequal(at, inputs, rows):
             return True
-    return _is_above(amount, torch.maximum(at.roundings(at.inputs), at.roundings(inputs))[n])
+    return is_above(amount, torch.maximum(at.roundings(at.inputs), at.roundings(inputs))[n])
 
 
-def _is_above(amount: float, rounding: Tensor) -> bool:
+def is_above(amount: float, rounding: Tensor) -> bool:
     """Return whether a change is more than rounding on the way explains."""
     return amount > ROUNDINGS * float(rounding) and float(rounding) <= LOST
 
@@ -222,9 +222,9 @@ def _is_believed_in_one_precision(experiment: Experiment, amount: float) -> bool
     return amount > max(100 * experiment.tolerance, OBVIOUS)
 
 
-def _agree(a: Tensor, b: Tensor, n: int) -> bool:
-    """Return whether two precisions show the same change of prediction n."""
-    a, b = a[n].nan_to_num(0, 0, 0), b[n].nan_to_num(0, 0, 0)
+def _agree(a: Tensor, b: Tensor) -> bool:
+    """Return whether two precisions show the same change of a prediction."""
+    a, b = a.nan_to_num(0, 0, 0), b.nan_to_num(0, 0, 0)
     return float((a - b).abs().max()) <= AGREE * float(b.abs().max())
 
 
@@ -325,10 +325,10 @@ def _is_confirmed_for(experiment: Experiment, order: Tensor, amount: float) -> b
         narrow = experiment.rows(predict_permuted(experiment, order))
         worst = int((new - base[order]).abs().nan_to_num(0, 0, 0).amax(1).argmax())
         change = narrow - experiment.rows(experiment.base)[order]
-        agrees = _agree(change, new - base[order], worst)
+        agrees = _agree(change[worst], (new - base[order])[worst])
         if agrees and not _unequal(at, at.inputs, (base, new)):
             return True
-    return _is_above(again, at.roundings(at.inputs).max())
+    return is_above(again, at.roundings(at.inputs).max())
 
 
 def _largest(rows: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from unbatch.verification.loss_tests import (
 )
 from unbatch.verification.noise import stream_depends_on_data
 from unbatch.verification.ranks import growing_rank
+from unbatch.verification.trial import tried
 
 # Reasons for mixing that do not say how samples are combined.
 VAGUE = {"no rule", "data-dependent shape", "scattered", "resized", "position"}
@@ -92,9 +93,12 @@ def settle(
     # A single sample has no others to depend on.
     if structure.samples > 1 and is_testable:
         structure = _settle_forward(structure, experiment)
+    loss: LossExperiment | None = None
     if _has_loss(experiment):
-        structure = _settle_loss(structure, loss_experiment(experiment, output))
-    return structure
+        loss = loss_experiment(experiment, output)
+        structure = _settle_loss(structure, loss)
+    # What is proved is not handed out untried.
+    return tried(structure, experiment, loss)
 
 
 def _has_loss(experiment: Experiment) -> bool:
