@@ -24,7 +24,7 @@ from unbatch.verification.noise import recorded_noise, results_of, stream_depend
 MSG_READ_BY_PYTHON = (
     "statistics of overlapping groups, or values read by Python, cannot be held constant"
 )
-MSG_HIDDEN = "an op does not return its batch statistic, so it cannot be held constant"
+MSG_HIDDEN = "an op uses a batch statistic of its own making, so it cannot be held constant"
 
 
 def change_with_frozen_statistics(experiment: Experiment) -> float:
@@ -97,6 +97,9 @@ def freeze(experiment: Experiment, inputs: Any, noise: Mapping[int, Tensor]) -> 
             norms[step.index] = moments
         elif _hides_statistic(forward, step):
             raise Untestable(MSG_HIDDEN)
+    held_at = {graph.values[i].step for i in statistics} | norms.keys()
+    if not _steps_of_statistics(experiment) <= held_at:
+        raise Untestable(MSG_HIDDEN)
     values: dict[int, Tensor] = {}
 
     def keep(i: int, t: Tensor) -> None:
@@ -112,6 +115,15 @@ def freeze(experiment: Experiment, inputs: Any, noise: Mapping[int, Tensor]) -> 
     for i, (mean, invstd) in norms.items():
         held[i] = norm_with_constant_statistics(graph.steps[i], (values[mean], values[invstd]))
     return Frozen(experiment, values | dict(noise), held, before)
+
+
+def _steps_of_statistics(experiment: Experiment) -> set[int]:
+    """Return the steps that make the statistics which predictions rest on."""
+    forward = experiment.findings.forward
+    roots: set[int] = set()
+    for ref in experiment.prediction_refs:
+        roots |= forward.ownership[ref].statistics
+    return {forward.algebra.record.definitions[root].step for root in roots}
 
 
 def _statistics(forward: Interpretation, step: Step) -> set[int]:
@@ -147,18 +159,8 @@ def _batch_moments(step: Step, statistics: set[int]) -> tuple[int, int] | None:
 
 
 def _hides_statistic(forward: Interpretation, step: Step) -> bool:
-    """Return whether a step makes and uses a batch statistic without returning it."""
+    """Return whether a step makes a batch statistic and uses it: to hold it is too late then."""
     steps = {statistic.step for statistic in forward.algebra.record.definitions}
     if step.index not in steps:
         return False
-    uses, returns = False, False
-    for ref in step.outs:
-        if ref is None:
-            continue
-        ownership = forward.ownership[ref.index]
-        if ownership.owned:
-            # A value of each sample that rests on a statistic made in this step.
-            uses = True
-        elif ownership.statistics:
-            returns = True
-    return uses and not returns
+    return any(ref is not None and forward.ownership[ref.index].owned for ref in step.outs)

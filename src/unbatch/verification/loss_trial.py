@@ -138,8 +138,8 @@ def _try_second_derivatives(loss: LossExperiment) -> Outcome:
 
 def _against_one_function(loss: LossExperiment, rows: Tensor) -> dict[str, Contradiction]:
     """Return that equal samples have rows of other directions, where they have."""
-    if rows.shape[1] < 2:
-        # A single entry has no direction.
+    # A single entry has no direction.
+    if rows.shape[1] < 2 or not _are_equal_by_arguments(loss):
         return {}
     samples = loss.experiment.samples
     equal = loss.with_targets(lambda t: t[:1].expand(samples, *t.shape[1:]).contiguous())
@@ -151,6 +151,28 @@ def _against_one_function(loss: LossExperiment, rows: Tensor) -> dict[str, Contr
     if witness is None:
         return {}
     return {"simd_loss": Contradiction(UNEQUAL, witness)}
+
+
+def _are_equal_by_arguments(loss: LossExperiment) -> bool:
+    """Return whether samples with equal predictions and targets are equal in all.
+
+    They are not where the loss has noise, or constants for each sample (lengths, a table).
+    """
+    graph, samples = loss.experiment.graph, loss.experiment.samples
+    if loss.experiment.program.loss is None:
+        return False
+    allowed = {ref.index for ref in (*graph.targets, *graph.predictions) if ref is not None}
+    for step in graph.loss_steps:
+        allowed.update(ref.index for ref in step.made())
+    for step in graph.loss_steps:
+        if step.noise:
+            return False
+        for ref in step.refs():
+            if ref.index not in allowed and samples in graph.values[ref.index].shape:
+                return False
+        if any(isinstance(a, list | tuple) and len(a) == samples for a in step.named.values()):
+            return False
+    return True
 
 
 def _turned(loss: LossExperiment, rows: Tensor, others: Tensor, watched: Tensor) -> float:

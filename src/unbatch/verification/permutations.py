@@ -107,7 +107,8 @@ def _owners(graph: Graph, forward: Interpretation, noise: int) -> Owners | None:
             continue
         for ref in results_of(step):
             ownership = forward.ownership[ref.index]
-            if ownership.depends_on_batch:
+            # Noise times a statistic is still nobody's.
+            if ownership.owned or ownership.mixed:
                 if ref not in step.outs:
                     # Written into a part of something else.
                     raise Untestable(MSG_NOISE)
