@@ -64,6 +64,13 @@ class UnregisteredParameterWarning(UserWarning):
     """Tensors that require a gradient take part in the loss, but are no parameters of the model."""
 
 
+class ContradictedProofWarning(UserWarning):
+    """A structure was proved, and a trial on another batch contradicts it: a bug of this package.
+
+    The verdict is then what the trial leaves of it, "fails" or "unknown".
+    """
+
+
 class MonitorWarning(UserWarning):
     """A monitor could not compute a quantity, or could not write it down; the training goes on.
 
@@ -79,6 +86,15 @@ def warn(message: str, category: type[Warning]) -> None:
         frame = frame.f_back
         level += 1
     warnings.warn(message, category, stacklevel=level)
+
+
+# --- structures -----------------------------------------------------------------------------------
+
+
+MSG_CONTRADICTED = (
+    "{what} was proved, and a trial on another batch contradicts it ({detail}). {verdict}. "
+    "This is a bug of unbatch{custom}: please report it, with the program."
+)
 
 
 # --- the batch: tensors, sample axes, devices -----------------------------------------------------

@@ -12,6 +12,7 @@ from unbatch.curvature.ggn_quantities import DiagGGN
 from unbatch.curvature.low_rank import Compression
 from unbatch.errors import (
     CaptureError,
+    ContradictedProofWarning,
     ConvergenceError,
     InputError,
     MixedSamplesWarning,
@@ -51,6 +52,7 @@ __all__ = [
     "CaptureError",
     "ClippedSum",
     "Compression",
+    "ContradictedProofWarning",
     "ConvergenceError",
     "Crosstalk",
     "Culprit",

@@ -46,7 +46,13 @@ def test_a_loss_is_tested_in_float64_where_it_takes_it(loss):
     graph = SimpleNamespace(rng=random_state(), loss_steps=[])
     program = Program(nn.Identity(), loss, {})
     experiment = SimpleNamespace(
-        program=program, places=[0], out_dims=[0], samples=N, targets=torch.ones(N, C), graph=graph
+        program=program,
+        places=[0],
+        out_dims=[0],
+        samples=N,
+        targets=torch.ones(N, C),
+        graph=graph,
+        target_dims=[0],
     )
     at = loss_experiment(experiment, torch.randn(N, C))
     double, fine = LOSSES[loss]
@@ -71,6 +77,7 @@ def test_slopes_are_those_of_the_gradient_wherever_the_samples_lie(dim):
         samples=N,
         targets=torch.ones(shape, dtype=torch.float64),
         graph=graph,
+        target_dims=[0],
     )
     at = loss_experiment(experiment, predictions)
     gradient = at.gradient(at.predictions())

@@ -44,7 +44,7 @@ def verdict_table(verdicts: Iterable[Verdict]) -> Table:
     table = _plain_table("structure", "verdict", "basis", "note")
     for verdict in verdicts:
         status = Text(f"{MARKS[verdict.status]} {verdict.status}", STYLES[verdict.status])
-        table.add_row(TITLES[verdict.name], status, verdict.basis, verdict.note)
+        table.add_row(TITLES[verdict.name], status, verdict.shown_basis, verdict.note)
     return table
 
 

@@ -48,7 +48,9 @@ class Verdict:
 
     ``status``: "holds", "fails" or "unknown". ``basis``: "proved", "witness" or "assumed", "" where
     the status is unknown. ``weights_depend_on``: what of other samples ("targets", "inputs") enters
-    the weights of a reduction; in the verdict on the SIMD loss, its terms.
+    the weights of a reduction; in the verdict on the SIMD loss, its terms. ``trial``: "passed"
+    where what is proved was tried on another batch, else why that was not possible; "" where
+    nothing is proved.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Verdict:
     culprits: tuple[Culprit, ...] = ()
     note: str = ""
     weights_depend_on: frozenset[str] = frozenset()
+    trial: str = ""
 
     # "unknown" is false as "fails" is: code that asks ``if structure.reduction`` is safe without
     # knowing that there are three answers.
@@ -67,10 +70,17 @@ class Verdict:
         title = TITLES.get(self.name, self.name.replace("_", " "))
         text = f"{title}: {self.status}"
         if self.basis:
-            text += f" ({self.basis})"
+            text += f" ({self.shown_basis})"
         if self.note:
             text += f", {self.note}"
         return text
+
+    @property
+    def shown_basis(self) -> str:
+        """The basis as people read it: with the reason why it was not tried, if it was not."""
+        if self.trial in ("", "passed"):
+            return self.basis
+        return f"{self.basis}, not tried: {self.trial}"
 
     def located(self, where: str) -> Verdict:
         """Return the verdict with ``where`` as the place of culprits that have none."""
@@ -87,6 +97,7 @@ class Verdict:
         return {
             "status": self.status,
             "basis": self.basis,
+            "trial": self.trial,
             "note": self.note,
             "culprits": [vars(c) for c in self.culprits],
             "weights_depend_on": sorted(self.weights_depend_on),

@@ -21,6 +21,9 @@ import torch
 # Arguments that say where and how a result is kept, and nothing about its numbers.
 PLACEMENT = ("device", "layout", "pin_memory", "memory_format", "non_blocking")
 
+# Ops that draw until a number is accepted: how often depends on their arguments.
+REJECTION = ("poisson", "_standard_gamma", "_sample_dirichlet", "binomial")
+
 
 class Moves(Enum):
     """Which entries of its operand an op that computes nothing returns, and in which order."""
@@ -380,6 +383,11 @@ def reads_shape_only(op: Any) -> bool:
 def draws(op: Any) -> bool:
     """Tell whether an op may draw random numbers; with dropout switched off it does not."""
     return torch.Tag.nondeterministic_seeded in op.tags
+
+
+def draws_by_rejection(op: Any) -> bool:
+    """Tell whether an op's arguments decide how many random numbers it draws."""
+    return base_name(op) in REJECTION
 
 
 def is_dropout(op: Any) -> bool:

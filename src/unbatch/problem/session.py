@@ -58,6 +58,8 @@ class Inference:
             batch.dims,
             batch.samples,
             self.findings,
+            batch.target_dims,
+            recording.output,
         )
 
 

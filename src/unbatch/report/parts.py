@@ -150,7 +150,7 @@ def _structure(problem: Problem) -> Iterator[Block]:
     rows = []
     for v in structure.verdicts:
         status = Status(v.status, v.status)
-        rows.append((TITLES[v.name], tables.MEANINGS[v.name], status, v.basis, v.note))
+        rows.append((TITLES[v.name], tables.MEANINGS[v.name], status, v.shown_basis, v.note))
     yield Table("Verdicts", ("structure", "which says", "verdict", "basis", "note"), rows)
     diagram = problem.diagram()
     yield _picture(plot.structure(diagram), diagram.description, "From samples to loss")

@@ -9,6 +9,8 @@ An experiment can refute a verdict or support it; it never proves one. In readin
 - ``ranks.py``: can a number of statistics that does not grow with the batch carry the dependence
 - ``frozen_statistics.py``: predictions for other samples, every batch statistic held constant
 - ``loss_experiment.py``, ``loss_tests.py``: the loss as a function of the predictions
+- ``noise.py``: the noise of a recording, and whether other samples would get another one
+- ``trial.py``, ``forward_trial.py``, ``loss_trial.py``: what is proved, tried before it is given
 - ``fidelity.py``: may the recorded graph stand for the model
 - ``verify.py``: which verdict is settled, confirmed or contradicted by which test
 - ``crosstalk.py``: how strongly each prediction depends on each sample

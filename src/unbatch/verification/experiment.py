@@ -23,6 +23,7 @@ from unbatch.analysis.inference import AnalysisState
 from unbatch.capture.graph import Graph
 from unbatch.capture.program import Program, own_loss
 from unbatch.linalg.precision import FORWARD, FORWARD_IN_DOUBLE, in_double, tolerance
+from unbatch.verification.noise import draws, recorded_noise, stream_depends_on_data
 from unbatch.verification.variants import variant_of
 
 # A change of the predictions counts where it exceeds this many times what rounding the inputs does.
@@ -39,8 +40,10 @@ class Untestable(Exception):
 class Experiment:
     """A program with its batch, and how to run it on other ones.
 
-    ``dims``: the sample axis of each leaf of ``inputs``. ``originals``: the modules of which
-    ``program`` runs copies; a hook on a copy may reach them, so they are restored as well.
+    ``dims``: the sample axis of each leaf of ``inputs``; ``target_dims``: of each target, None
+    where they are not known. ``output``: what the model returned in the recording, if it is kept.
+    ``originals``: the modules of which ``program`` runs copies; a hook on a copy may reach them, so
+    they are restored as well. ``by_replay``: the recording is run in place of the model.
     ``least_tolerance`` bounds the tolerance from below, ``fixed_tolerance`` takes its place.
     """
 
@@ -51,7 +54,10 @@ class Experiment:
     dims: Sequence[int | None]
     samples: int
     findings: AnalysisState
+    target_dims: Sequence[int | None] | None = None
+    output: Any = None
     originals: tuple[nn.Module, ...] = ()
+    by_replay: bool = False
     least_tolerance: float = 0.0
     fixed_tolerance: float | None = None
 
@@ -110,9 +116,21 @@ class Experiment:
 
     def forward(self, inputs: Any) -> list[Tensor]:
         """Return the predictions, connected to ``inputs`` and to the parameters."""
+        if self.by_replay or self._noise_would_change:
+            # The noise of the recording by its values: drawn anew, it would be another one.
+            return self.replayed(inputs, self._noise)
         if self.cut_inside_model:
             return self.replay(inputs)
         return self.eager(inputs)
+
+    @cached_property
+    def _noise_would_change(self) -> bool:
+        """Whether other samples get other noise because one of them is replaced."""
+        return stream_depends_on_data(self.graph)
+
+    @cached_property
+    def _noise(self) -> dict[int, Tensor]:
+        return recorded_noise(self.graph)
 
     def eager(self, inputs: Any) -> list[Tensor]:
         """Return what the model itself computes: predictions, or the loss where it computes one."""
@@ -132,6 +150,10 @@ class Experiment:
         # What is not fed keeps the value that it had in the recording.
         feed = self.feed(inputs) | dict(parameters or {})
         return self.graph.run(feed, self.prediction_refs)
+
+    def replayed(self, inputs: Any, values: Mapping[int, Tensor]) -> list[Tensor]:
+        """Return the predictions by the recorded graph, some ``values`` of it held."""
+        return self.graph.run(self.feed(inputs), self.prediction_refs, keep=values)
 
     @property
     def prediction_refs(self) -> list[int]:
@@ -204,6 +226,14 @@ class Experiment:
 
         return self.with_leaves(reordered)
 
+    def shuffled(self, order: Tensor, keep: Tensor, variant: str, seed: int) -> Any:
+        """Return the batch with samples outside ``keep`` replaced, and then permuted."""
+        return self.on(self.changed(keep, variant, seed)).permuted(order)
+
+    def on(self, inputs: Any) -> Experiment:
+        """Return the same on other inputs of these shapes."""
+        return replace(self, inputs=inputs, output=None)
+
     def with_leaves(self, function: OfLeaf) -> Any:
         """Return the inputs with every tensor replaced by ``function(tensor, its sample axis)``."""
         leaves, spec = tree_flatten(self.inputs)
@@ -226,6 +256,7 @@ class Experiment:
         other = replace(
             self,
             inputs=self.with_leaves(scaled),
+            output=None,
             least_tolerance=self.tolerance,
             fixed_tolerance=None,
         )
@@ -233,17 +264,11 @@ class Experiment:
             return other
         return self
 
-    def in_double(self) -> Experiment | None:
-        """Return the same in float64; None where the program cannot be run so."""
-        inputs = self.with_leaves(lambda x, _: in_double(x.detach()))
-        wide = replace(self, inputs=inputs, fixed_tolerance=FORWARD_IN_DOUBLE)
+    @cached_property
+    def wide(self) -> Experiment | None:
+        """The same in float64; None where the program cannot be run so."""
         try:
-            if self.cut_inside_model:
-                # Only the recording can tell what the predictions are.
-                wide = replace(wide, graph=self.graph.in_double())
-            else:
-                originals = (*self.originals, *self.program.modules)
-                wide = replace(wide, program=self.program.in_double(), originals=originals)
+            wide = self._in_double()
         except Exception:
             return None
         if not wide.runs:
@@ -253,6 +278,32 @@ class Experiment:
             if t.is_floating_point() and t.dtype != torch.float64:
                 return None
         return wide
+
+    @cached_property
+    def wide_replay(self) -> Experiment | None:
+        """The recording in float64, in place of the model; None where it cannot be run so."""
+        inputs = self.with_leaves(lambda x, _: in_double(x.detach()))
+        graph = self.graph.in_double()
+        wide = replace(
+            self,
+            inputs=inputs,
+            graph=graph,
+            output=None,
+            by_replay=True,
+            fixed_tolerance=FORWARD_IN_DOUBLE,
+        )
+        return wide if wide.runs else None
+
+    def _in_double(self) -> Experiment:
+        """Return the same in float64, whether the program takes it or not."""
+        inputs = self.with_leaves(lambda x, _: in_double(x.detach()))
+        other = replace(self, inputs=inputs, output=None, fixed_tolerance=FORWARD_IN_DOUBLE)
+        # Only the recording can tell what predictions inside a model are, and only there is the
+        # noise what it was: numbers of another type are drawn in another way.
+        if self.cut_inside_model or draws(self.graph):
+            return replace(other, graph=self.graph.in_double(), by_replay=True)
+        originals = (*self.originals, *self.program.modules)
+        return replace(other, program=self.program.in_double(), originals=originals)
 
     # -- how much is rounding --
 
@@ -264,13 +315,19 @@ class Experiment:
         """
         if self.fixed_tolerance is not None:
             return self.fixed_tolerance
+        return max(self.least_tolerance, self.by_type, ROUNDINGS * self._rounding())
+
+    @cached_property
+    def by_type(self) -> float:
+        """The relative change below which nothing is looked at, by the coarsest type on the way."""
+        if self.fixed_tolerance is not None:
+            return self.fixed_tolerance
         values = self.graph.values
         dtypes = set()
         for step in self.graph.forward_steps:
             # A cast in the middle of a model rounds all that follows.
             dtypes |= {values[ref.index].dtype for ref in step.outs if ref is not None}
-        by_type = tolerance(dtypes, FORWARD)
-        return max(self.least_tolerance, by_type, ROUNDINGS * self._rounding())
+        return tolerance(dtypes, FORWARD)
 
     def _rounding(self) -> float:
         """Return the largest relative change of a prediction when inputs move by one rounding."""
@@ -292,18 +349,72 @@ class Experiment:
             return 0.0
         return float(relative_change(base, new).max())
 
+    def roundings(self, inputs: Any) -> Tensor:
+        """Return by how much predictions move when every value on the way is rounded anew.
+
+        ``[N]``, relative to the predictions for the batch itself. A change of the inputs alone does
+        not show what is lost on the way: where a small number is added to a large one and that is
+        subtracted again, say. By replays; zero where the recording cannot be run on these inputs.
+        """
+        graph = self.graph
+        if self.fixed_tolerance is not None:
+            # In float64 only the inputs and the copy of the model are.
+            graph = graph.in_double()
+        generator = torch.Generator().manual_seed(0)
+        ownership = self.findings.forward.ownership
+        noise = self._noise
+
+        def rounded(i: int, t: Tensor) -> None:
+            marks = ownership.get(i)
+            if i in noise or marks is None or not (t.is_floating_point() or t.is_complex()):
+                return
+            # What is the same for all samples may be a parameter, which is not to be written to,
+            # and its rounding is that of all batches.
+            if not marks.depends_on_batch or 0 in t.stride():
+                return
+            offset = 4 * torch.rand(t.shape, generator=generator, dtype=torch.float64) - 2
+            offset = offset.to(t.device)
+            # Counts, places and masks are whole numbers, and exact.
+            is_exact = (t == t.real.round()) & (t.abs() < 2**20)
+            t.mul_(torch.where(is_exact, 1.0, 1 + torch.finfo(t.dtype).eps * offset))
+
+        feed = {i: t.detach().clone() for i, t in self.feed(inputs).items()}
+        refs = self.prediction_refs
+        try:
+            with torch.no_grad():
+                plain = graph.run(feed, refs, keep=noise)
+                moved = graph.run(feed, refs, keep=noise, visit=rounded)
+        except Exception:
+            return torch.zeros(self.samples, dtype=torch.float64)
+        base = self.rows(self.base)
+        return relative_change(base, base + self.rows(moved) - self.rows(plain))
+
     @cached_property
     def repeatable(self) -> bool:
         """Whether the same batch gives the same predictions; if not, a change proves nothing."""
         if self._noise_of_hidden_size():
             return False
         try:
-            again = self.predict(self.inputs)
+            # The recording was a first run already.
+            if self._equals_base(self._recorded):
+                return True
+            return self._equals_base(self.predict(self.inputs))
         except Exception:
             return False
-        if len(again) != len(self.base):
+
+    @property
+    def _recorded(self) -> list[Tensor]:
+        """The predictions that the model returned in the recording, if these are kept."""
+        if self.output is None or self.cut_inside_model:
+            return []
+        leaves = tensor_leaves(self.output)
+        return [leaves[i] for i in self.places]
+
+    def _equals_base(self, predictions: Sequence[Tensor]) -> bool:
+        """Return whether predictions are those of the batch, in every bit."""
+        if len(predictions) != len(self.base):
             return False
-        for first, second in zip(self.base, again, strict=True):
+        for first, second in zip(self.base, predictions, strict=True):
             # Of different shapes, too. What is not a number is the same twice.
             if not torch.equal(first.nan_to_num(), second.nan_to_num()):
                 return False

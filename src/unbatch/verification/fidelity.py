@@ -62,10 +62,10 @@ def replay_difference(experiment: Experiment, on_recorded_batch: bool = False) -
         return f"replay raised {type(error).__name__}: {error}"[:120], ""
     # Other values have other gradients, too, so these are only compared if values agree.
     for model, replay in zip(eager.values, replayed.values, strict=True):
-        difference = _difference(model, replay, experiment.tolerance)
+        difference = _difference(model, replay, experiment)
         if difference:
             return difference, ""
-    return "", _gradient_difference(eager, replayed, parameters, experiment.tolerance)
+    return "", _gradient_difference(eager, replayed, parameters, experiment)
 
 
 def _trained_parameters(experiment: Experiment) -> dict[int, Tensor]:
@@ -131,7 +131,7 @@ def _dense(gradient: Tensor | None) -> Tensor | None:
 
 
 def _gradient_difference(
-    eager: _Outputs, replayed: _Outputs, parameters: Sequence[Tensor], tolerance: float
+    eager: _Outputs, replayed: _Outputs, parameters: Sequence[Tensor], experiment: Experiment
 ) -> str:
     """Return how the gradients by the parameters differ, empty where they agree."""
     if not any(eager.smooth) or not parameters:
@@ -148,7 +148,7 @@ def _gradient_difference(
         return "its gradients are not finite, so nothing can be compared"
     least = NEGLIGIBLE * largest([finite])
     for model, replay, p in zip(eager.gradients, replayed.gradients, parameters, strict=True):
-        difference = _difference(_filled(model, p), _filled(replay, p), tolerance, least)
+        difference = _difference(_filled(model, p), _filled(replay, p), experiment, least)
         if difference:
             return difference
     return ""
@@ -172,7 +172,7 @@ def _filled(gradient: Tensor | None, p: Tensor) -> Tensor:
     return gradient
 
 
-def _difference(model: Tensor, replay: Tensor, tolerance: float, least: float = 0.0) -> str:
+def _difference(model: Tensor, replay: Tensor, experiment: Experiment, least: float = 0.0) -> str:
     """Return how two tensors differ, relative to their size, which is ``least`` at least."""
     if model.shape != replay.shape:
         return f"shape {tuple(replay.shape)} in place of {tuple(model.shape)}"
@@ -190,6 +190,9 @@ def _difference(model: Tensor, replay: Tensor, tolerance: float, least: float = 
         size = largest([model[finite]])
         error = largest([(model - replay)[finite]])
     relative = error / (max(size, least) + 1e-37)
-    if relative <= TOLERANCES * tolerance:
+    # The tolerance is no smaller than that by type, and takes a forward pass.
+    if relative <= TOLERANCES * experiment.by_type:
+        return ""
+    if relative <= TOLERANCES * experiment.tolerance:
         return ""
     return f"off by {relative:.2g} relative"

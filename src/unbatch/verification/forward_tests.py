@@ -1,25 +1,26 @@
 """Tests of the verdicts on the model: counterexamples to independence and to equivariance.
 
 A test returns a counterexample, or None. It can show that a structure *fails* (replacing sample m
-moved prediction n), never that it holds. A change that may be rounding is looked at again in
-float64 before it is believed.
+moved prediction n), never that it holds. A change is believed where it is still there in float64,
+and is more than rounding of the values on the way.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from unbatch.verification.counterexample import Counterexample
 from unbatch.verification.experiment import Experiment, relative_change
 from unbatch.verification.permutations import predict_permuted
 from unbatch.verification.variants import CLOSE_TO_DATA, GAIN, VARIANTS
 
-# Changes above this are no rounding in any precision: they are believed without a second look.
+# Changes above this are believed of a model that cannot be run in float64.
 OBVIOUS = 1e-2
 
 # In float64 at least this share of a true change is still there; of rounding, nothing is.
@@ -28,18 +29,55 @@ SURVIVES = 1e-2
 # Tolerances up to this are those of a model that computes in float64 already.
 COMPUTED_IN_DOUBLE = 1e-9
 
-# How many samples are replaced one by one in search of the one that moved a prediction.
-CANDIDATES = 16
+# In float64 a true change is what it was to this share of it; rounding is another one.
+AGREE = 0.1
+
+# Where rounding on the way moves predictions by more than this, no digit is left to compare.
+LOST = 1e-3
+
+# Samples whose sizes are further apart than this may lose digits in float64 as well.
+UNEQUAL = 1e4
+
+# A change counts where it is more than this many times what rounding on the way does.
+ROUNDINGS = 30
+
+# How many samples are replaced one by one in search of the one that moved a prediction, and how
+# often a set of samples is made smaller.
+CANDIDATES, REDUCTIONS = 16, 64
 
 
 # --- independence ---------------------------------------------------------------------------------
 
 
+class Replacement(NamedTuple):
+    """Other samples in place of all outside ``keep``: ``[N]``, boolean."""
+
+    variant: str
+    seed: int
+    keep: Tensor
+
+    def inputs(self, experiment: Experiment) -> Any:
+        """Return the changed batch."""
+        return experiment.changed(self.keep, self.variant, self.seed)
+
+    @property
+    def gain(self) -> float:
+        """By how much more the results are rounded than those of the batch."""
+        return GAIN.get(self.variant, 1.0)
+
+    def only(self, replaced: Sequence[int]) -> Replacement:
+        """Return the replacement of some of the samples that this one replaces, by the same."""
+        keep = torch.ones_like(self.keep)
+        keep[list(replaced)] = False
+        return self._replace(keep=keep)
+
+
 class Change(NamedTuple):
-    """The prediction that changed most, and by how much relative to its size."""
+    """A prediction that changed, by how much relative to its size, and in each of its entries."""
 
     prediction: int
     amount: float
+    difference: Tensor
 
 
 def cross_sample_dependence(experiment: Experiment) -> Counterexample | None:
@@ -51,12 +89,11 @@ def cross_sample_dependence(experiment: Experiment) -> Counterexample | None:
     """
     if not experiment.repeatable:
         return None
-    wide = experiment.in_double()
     counterexample = _moved_prediction(experiment)
     if counterexample is None:
         counterexample = _moved_prediction(experiment.stretched(100.0))
-    if counterexample is None and wide is not None:
-        counterexample = _moved_prediction(wide)
+    if counterexample is None and experiment.wide is not None:
+        counterexample = _moved_prediction(experiment.wide)
     return counterexample
 
 
@@ -83,64 +120,157 @@ def _moved_prediction(experiment: Experiment) -> Counterexample | None:
             # Far from the data one set and its complement have to do.
             tried = sets[:2]
         for seed, keep in enumerate(tried):
-            change = _largest_change(experiment, variant, seed, keep, keep)
-            if change is None:
-                continue
-            if not _is_confirmed(experiment, variant, seed, keep, change):
-                continue
-            return _narrowed(experiment, variant, seed, keep, change)
+            witness = witness_of(experiment, Replacement(variant, seed, keep))
+            if witness is not None:
+                return witness
     return None
 
 
+def witness_of(experiment: Experiment, replacement: Replacement) -> Counterexample | None:
+    """Return the prediction that a replacement moves most, and the fewest samples that move it.
+
+    None where nothing moves, or what moves may be rounding.
+    """
+    change = _largest_change(experiment, replacement, replacement.keep)
+    if change is None:
+        return None
+    # First in the precision of the model, and where float64 does not agree, in float64.
+    for at in (experiment, experiment.wide):
+        if at is None:
+            continue
+        replaced, of_these = _narrowed(at, replacement, change)
+        if _is_confirmed(experiment, replacement.only(replaced), of_these):
+            return _counterexample(replaced, of_these)
+        if not _is_confirmed(experiment, replacement, change):
+            return None
+    return _counterexample([int(m) for m in torch.nonzero(~replacement.keep)], change)
+
+
+def _counterexample(replaced: Sequence[int], change: Change) -> Counterexample:
+    """Return the change of a prediction by samples that were replaced."""
+    together = tuple(replaced) if len(replaced) > 1 else ()
+    return Counterexample(
+        "replacing other samples", change.amount, change.prediction, replaced[0], together
+    )
+
+
 def _largest_change(
-    experiment: Experiment, variant: str, seed: int, keep: Tensor, watched: Tensor
+    experiment: Experiment, replacement: Replacement, watched: Tensor
 ) -> Change | None:
-    """Return the largest change of a watched prediction when all samples outside ``keep`` change.
+    """Return the largest change of a watched prediction.
 
     None where nothing changes beyond rounding, or the model does not take that batch.
     """
+    rows = _rows_of(experiment, replacement)
+    if rows is None:
+        return None
+    # What was replaced may change as it likes.
+    amounts = torch.where(watched, relative_change(*rows), 0.0)
+    worst = int(amounts.argmax())
+    amount = float(amounts[worst])
+    if amount <= experiment.by_type * replacement.gain:
+        return None
+    # What rounding of the inputs does takes a forward pass: an obvious change is held to float64.
+    is_obvious = amount > OBVIOUS * replacement.gain and experiment.wide is not None
+    if not is_obvious and amount <= experiment.tolerance * replacement.gain:
+        return None
+    return Change(worst, amount, (rows[1] - rows[0])[worst])
+
+
+def _rows_of(experiment: Experiment, replacement: Replacement) -> tuple[Tensor, Tensor] | None:
+    """Return predictions before and after; None where the model does not take that batch."""
     try:
-        new = experiment.rows(experiment.predict(experiment.changed(keep, variant, seed)))
+        new = experiment.rows(experiment.predict(replacement.inputs(experiment)))
     except Exception:
         return None
     base = experiment.rows(experiment.base)
     if new.shape != base.shape:
         return None
-    # What was replaced may change as it likes.
-    amounts = torch.where(watched, relative_change(base, new), 0.0)
-    worst = int(amounts.argmax())
-    if amounts[worst] <= experiment.tolerance * GAIN.get(variant, 1.0):
-        return None
-    return Change(worst, float(amounts[worst]))
+    return base, new
 
 
-def _is_confirmed(
-    experiment: Experiment, variant: str, seed: int, keep: Tensor, change: Change
-) -> bool:
-    """Return whether a change is far above rounding, or still there in float64."""
-    if change.amount > max(100 * experiment.tolerance, OBVIOUS):
+def _is_confirmed(experiment: Experiment, replacement: Replacement, change: Change) -> bool:
+    """Return whether a change is there in float64, and more than rounding on the way."""
+    wide, n = experiment.wide, change.prediction
+    if wide is None and not _is_believed_in_one_precision(experiment, change.amount):
+        return False
+    at = wide or experiment
+    rows = _rows_of(at, replacement)
+    if rows is None:
+        return False
+    amount = float(relative_change(*rows)[n])
+    if wide is not None and amount <= max(SURVIVES * change.amount, wide.by_type):
+        return False
+    inputs = replacement.inputs(at)
+    # The same change in two precisions is none of rounding.
+    if wide is not None and experiment.by_type > COMPUTED_IN_DOUBLE:
+        agrees = _agree(change.difference, (rows[1] - rows[0])[n])
+        if agrees and not _unequal(at, inputs, rows):
+            return True
+    return is_above(amount, torch.maximum(at.roundings(at.inputs), at.roundings(inputs))[n])
+
+
+def is_above(amount: float, rounding: Tensor) -> bool:
+    """Return whether a change is more than rounding on the way explains."""
+    return amount > ROUNDINGS * float(rounding) and float(rounding) <= LOST
+
+
+def _is_believed_in_one_precision(experiment: Experiment, amount: float) -> bool:
+    """Return whether a change counts although float64 cannot be asked."""
+    if experiment.tolerance <= COMPUTED_IN_DOUBLE:
         return True
-    wide = experiment.in_double()
-    if wide is None:
-        # No second look is possible: small changes are believed of a model in float64 alone.
-        return experiment.tolerance <= COMPUTED_IN_DOUBLE
-    again = _largest_change(wide, variant, seed, keep, keep)
-    return again is not None and again.amount > SURVIVES * change.amount
+    return amount > max(100 * experiment.tolerance, OBVIOUS)
+
+
+def _agree(a: Tensor, b: Tensor) -> bool:
+    """Return whether two precisions show the same change of a prediction."""
+    a, b = a.nan_to_num(0, 0, 0), b.nan_to_num(0, 0, 0)
+    return float((a - b).abs().max()) <= AGREE * float(b.abs().max())
+
+
+def _unequal(experiment: Experiment, inputs: Any, rows: Sequence[Tensor]) -> bool:
+    """Return whether samples, or their predictions, are of very different size."""
+    sizes = [t.abs().flatten(1).amax(1) for t in rows if t.numel()]
+    for batch in (experiment.inputs, inputs):
+        for x, dim in zip(tree_leaves(batch), experiment.dims, strict=True):
+            if dim is not None and x.is_floating_point() and x.numel():
+                sizes.append(x.detach().abs().movedim(dim, 0).flatten(1).amax(1).to(sizes[0]))
+    all_sizes = torch.cat(sizes).nan_to_num(0, 0, 0)
+    # Samples of zeros, such as padding, are no question of digits.
+    present = all_sizes[all_sizes > 0]
+    return bool(len(present)) and float(present.max()) > UNEQUAL * float(present.min())
 
 
 def _narrowed(
-    experiment: Experiment, variant: str, seed: int, keep: Tensor, change: Change
-) -> Counterexample:
-    """Return one sample whose replacement alone moves the prediction, where there is one."""
-    test = "replacing other samples"
-    index = torch.arange(experiment.samples)
-    replaced = [int(m) for m in torch.nonzero(~keep)]
+    experiment: Experiment, replacement: Replacement, change: Change
+) -> tuple[list[int], Change]:
+    """Return the fewest samples found whose replacement moves a prediction, and that change.
+
+    One where one alone does, of the first few; else a set of which none can be left out, or the
+    search for it has become long.
+    """
+    watched = torch.arange(experiment.samples) == change.prediction
+    replaced = [int(m) for m in torch.nonzero(~replacement.keep)]
     for m in replaced[:CANDIDATES]:
-        watched = index == change.prediction
-        of_one = _largest_change(experiment, variant, seed, index != m, watched)
+        of_one = _largest_change(experiment, replacement.only([m]), watched)
         if of_one is not None:
-            return Counterexample(test, of_one.amount, change.prediction, m)
-    return Counterexample(test, change.amount, change.prediction, replaced[0])
+            return [m], of_one
+    # By halves first, then by ever smaller parts: a part is left out where the rest still moves it.
+    part, tries = len(replaced) // 2, 0
+    while part and tries < REDUCTIONS:
+        start = 0
+        while start < len(replaced) and tries < REDUCTIONS:
+            rest = replaced[:start] + replaced[start + part :]
+            tries += 1
+            of_rest = None
+            if rest:
+                of_rest = _largest_change(experiment, replacement.only(rest), watched)
+            if of_rest is None:
+                start += part
+            else:
+                replaced, change = rest, of_rest
+        part //= 2
+    return replaced, change
 
 
 # --- equivariance ---------------------------------------------------------------------------------
@@ -163,9 +293,11 @@ def not_equivariant(experiment: Experiment) -> Counterexample | None:
             continue
         # Equivariant: F(X[order]) = F(X)[order].
         amount = float(_largest(new - base[order]) / size)
-        if amount <= 10 * experiment.tolerance:
+        if amount <= 10 * experiment.by_type:
             continue
-        if amount > OBVIOUS or _is_confirmed_for(experiment, order, amount):
+        if amount <= OBVIOUS and amount <= 10 * experiment.tolerance:
+            continue
+        if _is_confirmed_for(experiment, order, amount):
             return Counterexample("permuting the samples", amount)
     return None
 
@@ -180,12 +312,23 @@ def _orders(samples: int) -> Iterator[Tensor]:
 
 def _is_confirmed_for(experiment: Experiment, order: Tensor, amount: float) -> bool:
     """Return whether a difference between permuted predictions is still there in float64."""
-    wide = experiment.in_double()
-    if wide is None:
-        return amount > 100 * experiment.tolerance
-    base = wide.rows(wide.base)
-    new = wide.rows(predict_permuted(wide, order))
-    return float(_largest(new - base[order])) > SURVIVES * amount * float(_largest(base))
+    wide = experiment.wide
+    if wide is None and amount <= max(100 * experiment.tolerance, OBVIOUS):
+        return False
+    at = wide or experiment
+    base = at.rows(at.base)
+    new = at.rows(predict_permuted(at, order))
+    again = float(_largest(new - base[order]) / (_largest(base) + 1e-37))
+    if wide is not None and again <= SURVIVES * amount:
+        return False
+    if wide is not None and experiment.by_type > COMPUTED_IN_DOUBLE:
+        narrow = experiment.rows(predict_permuted(experiment, order))
+        worst = int((new - base[order]).abs().nan_to_num(0, 0, 0).amax(1).argmax())
+        change = narrow - experiment.rows(experiment.base)[order]
+        agrees = _agree(change[worst], (new - base[order])[worst])
+        if agrees and not _unequal(at, at.inputs, (base, new)):
+            return True
+    return is_above(again, at.roundings(at.inputs).max())
 
 
 def _largest(rows: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ is replayed with the same numbers in place of the statistics, on the batch and o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +19,12 @@ from unbatch.capture.steps import Step
 from unbatch.capture.substitutes import norm_with_constant_statistics
 from unbatch.verification.experiment import Experiment, Untestable
 from unbatch.verification.forward_tests import partitions
-from unbatch.verification.permutations import results_of
+from unbatch.verification.noise import recorded_noise, results_of, stream_depends_on_data
 
 MSG_READ_BY_PYTHON = (
     "statistics of overlapping groups, or values read by Python, cannot be held constant"
 )
-MSG_HIDDEN = "an op does not return its batch statistic, so it cannot be held constant"
+MSG_HIDDEN = "an op uses a batch statistic of its own making, so it cannot be held constant"
 
 
 def change_with_frozen_statistics(experiment: Experiment) -> float:
@@ -32,14 +32,18 @@ def change_with_frozen_statistics(experiment: Experiment) -> float:
 
     Raises ``Untestable`` where statistics cannot be held constant.
     """
-    frozen = _freeze(experiment)
-    base = frozen.rows({})
+    noise = {}
+    if stream_depends_on_data(experiment.graph):
+        # Other samples would draw other noise for all.
+        noise = recorded_noise(experiment.graph)
+    frozen = freeze(experiment, experiment.inputs, noise)
+    base = frozen.rows(experiment.inputs)
     if not base.shape[1]:
         return 0.0
     worst = 0.0
     for seed, keep in enumerate(partitions(experiment.samples)):
         # Constants are those of the batch, and only the other samples change.
-        new = frozen.rows(experiment.feed(experiment.changed(keep, "noisy", seed)))
+        new = frozen.rows(experiment.changed(keep, "noisy", seed))
         # Entries that are not finite do not count.
         change = (new - base).abs()[keep].nan_to_num(0, 0, 0)
         worst = max(worst, float(change.amax()))
@@ -47,28 +51,36 @@ def change_with_frozen_statistics(experiment: Experiment) -> float:
 
 
 @dataclass(frozen=True)
-class _Frozen:
+class Frozen:
     """A replay with constants.
 
-    ``values``: the statistics, by value of the graph. ``norms``: what runs in place of the batch
-    norms, by step.
+    ``values``: the statistics, and noise that is held, by value of the graph. ``norms``: what runs
+    in place of the batch norms, by step. ``before``: the predictions for the batch of which the
+    statistics are.
     """
 
     experiment: Experiment
     values: dict[int, Tensor]
     norms: dict[int, Callable[..., Any]]
+    before: Tensor
 
-    def rows(self, feed: dict[int, Tensor]) -> Tensor:
+    def rows(self, inputs: Any) -> Tensor:
         """Return the predictions for other inputs."""
         experiment = self.experiment
         predictions = experiment.graph.run(
-            feed, experiment.prediction_refs, keep=self.values, instead=self.norms
+            experiment.feed(inputs),
+            experiment.prediction_refs,
+            keep=self.values,
+            instead=self.norms,
         )
         return experiment.rows(predictions)
 
 
-def _freeze(experiment: Experiment) -> _Frozen:
-    """Replay the batch once, and hold every batch statistic at the value that it has there."""
+def freeze(experiment: Experiment, inputs: Any, noise: Mapping[int, Tensor]) -> Frozen:
+    """Replay a batch once, and hold every batch statistic at the value that it has there.
+
+    ``noise``: held in that replay, and in all that follow. Raises ``Untestable``.
+    """
     graph = experiment.graph
     forward = experiment.findings.forward
     if forward.algebra.uses_overlapping_sets() or graph.host_reads:
@@ -85,6 +97,9 @@ def _freeze(experiment: Experiment) -> _Frozen:
             norms[step.index] = moments
         elif _hides_statistic(forward, step):
             raise Untestable(MSG_HIDDEN)
+    held_at = {graph.values[i].step for i in statistics} | norms.keys()
+    if not _steps_of_statistics(experiment) <= held_at:
+        raise Untestable(MSG_HIDDEN)
     values: dict[int, Tensor] = {}
 
     def keep(i: int, t: Tensor) -> None:
@@ -92,11 +107,23 @@ def _freeze(experiment: Experiment) -> _Frozen:
             # Later steps may write to it.
             values[i] = t.clone()
 
-    graph.run({}, experiment.prediction_refs, visit=keep)
+    predictions = graph.run(
+        experiment.feed(inputs), experiment.prediction_refs, keep=noise, visit=keep
+    )
+    before = experiment.rows(predictions)
     held = {}
     for i, (mean, invstd) in norms.items():
         held[i] = norm_with_constant_statistics(graph.steps[i], (values[mean], values[invstd]))
-    return _Frozen(experiment, values, held)
+    return Frozen(experiment, values | dict(noise), held, before)
+
+
+def _steps_of_statistics(experiment: Experiment) -> set[int]:
+    """Return the steps that make the statistics which predictions rest on."""
+    forward = experiment.findings.forward
+    roots: set[int] = set()
+    for ref in experiment.prediction_refs:
+        roots |= forward.ownership[ref].statistics
+    return {forward.algebra.record.definitions[root].step for root in roots}
 
 
 def _statistics(forward: Interpretation, step: Step) -> set[int]:
@@ -132,18 +159,8 @@ def _batch_moments(step: Step, statistics: set[int]) -> tuple[int, int] | None:
 
 
 def _hides_statistic(forward: Interpretation, step: Step) -> bool:
-    """Return whether a step makes and uses a batch statistic without returning it."""
+    """Return whether a step makes a batch statistic and uses it: to hold it is too late then."""
     steps = {statistic.step for statistic in forward.algebra.record.definitions}
     if step.index not in steps:
         return False
-    uses, returns = False, False
-    for ref in step.outs:
-        if ref is None:
-            continue
-        ownership = forward.ownership[ref.index]
-        if ownership.owned:
-            # A value of each sample that rests on a statistic made in this step.
-            uses = True
-        elif ownership.statistics:
-            returns = True
-    return uses and not returns
+    return any(ref is not None and forward.ownership[ref.index].owned for ref in step.outs)

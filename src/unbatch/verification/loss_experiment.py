@@ -117,15 +117,23 @@ class LossExperiment:
         return predictions
 
     def with_targets(self, change: Callable[[Tensor], Tensor]) -> LossExperiment:
-        """Return the same with ``change`` made to each target whose first axis has the samples."""
+        """Return the same with ``change`` made to each target, its samples along the first axis."""
+        leaves, spec = tree_flatten(self.targets)
+        for i, dim in enumerate(self._target_dims(leaves)):
+            if dim is not None:
+                leaves[i] = change(leaves[i].movedim(dim, 0)).movedim(0, dim)
+        return replace(self, targets=tree_unflatten(leaves, spec))
+
+    def _target_dims(self, leaves: Sequence[Any]) -> Sequence[int | None]:
+        """Return the sample axis of each target; the first where that is not known and fits."""
+        if self.experiment.target_dims is not None:
+            return self.experiment.target_dims
         samples = self.experiment.samples
-
-        def changed(leaf: Any) -> Any:
-            if isinstance(leaf, Tensor) and leaf.shape[:1] == (samples,):
-                return change(leaf)
-            return leaf
-
-        return replace(self, targets=tree_map(changed, self.targets))
+        dims: list[int | None] = []
+        for leaf in leaves:
+            fits = isinstance(leaf, Tensor) and leaf.shape[:1] == (samples,)
+            dims.append(0 if fits else None)
+        return dims
 
     # -- derivatives --
 

@@ -120,7 +120,7 @@ def direction_depends_on_predictions(loss: LossExperiment) -> Counterexample | N
     base = loss.gradient(loss.predictions())
     if base.shape[1] == 1:
         # A single entry has no direction to change.
-        return _mixed_derivatives(loss)
+        return mixed_derivatives(loss)
     if base.shape[1] < 2 or samples < 2:
         return None
     floor = loss.floor(base)
@@ -163,7 +163,7 @@ def _turn_by_values(loss: LossExperiment) -> float:
     return worst
 
 
-def _mixed_derivatives(loss: LossExperiment) -> Counterexample | None:
+def mixed_derivatives(loss: LossExperiment) -> Counterexample | None:
     """Return mixed second derivatives that are not of rank one off the diagonal.
 
     With one entry per prediction ``∂²L/∂F_a∂F_b = (∂²ρ/∂ℓ_a∂ℓ_b) ℓ'_a ℓ'_b`` for a ≠ b. For a ρ of

@@ -7,8 +7,6 @@ that was recorded is permuted, too, wherever the analysis says which sample an e
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,8 +15,8 @@ from unbatch.analysis.domain.ownership import Ownership
 from unbatch.analysis.interpreter import Interpretation
 from unbatch.capture import ops
 from unbatch.capture.graph import Graph
-from unbatch.capture.steps import Ref, Step
 from unbatch.verification.experiment import Experiment, Untestable
+from unbatch.verification.noise import draws, noise_refs, results_of
 
 MSG_NOISE = "noise is used in a way in which it cannot be permuted with its samples"
 MSG_AMOUNTS = "samples use different amounts of noise"
@@ -32,22 +30,34 @@ def predict_permuted(experiment: Experiment, order: Tensor) -> list[Tensor]:
     Raises ``Untestable`` where it cannot be said which noise belongs to which sample.
     """
     inputs = experiment.permuted(order)
-    graph = experiment.graph
-    if not any(step.noise for step in graph.forward_steps):
+    if not draws(experiment.graph):
         return experiment.predict(inputs)
+    return experiment.replayed(inputs, permuted_noise(experiment, order))
+
+
+def permuted_noise(experiment: Experiment, order: Tensor) -> dict[int, Tensor]:
+    """Return all noise of the recording by value, that of sample ``order[n]`` in the place of n.
+
+    Raises ``Untestable`` where it cannot be said which noise belongs to which sample.
+    """
+    graph = experiment.graph
     noise = {}
-    for ref in _noise_refs(graph):
+    for ref in noise_refs(graph):
         owners = _owners(graph, experiment.findings.forward, ref)
         value = graph.known(ref)
         if value is None:
             raise Untestable(MSG_NOISE)
+        noise[ref] = value
         if owners is not None:
             noise[ref] = _permute_owned(value, owners, order)
-    return graph.run(experiment.feed(inputs), experiment.prediction_refs, keep=noise)
+    return noise
 
 
 def _permute_owned(value: Tensor, owners: Owners, order: Tensor) -> Tensor:
     """Return ``value`` where sample n has the elements of sample ``order[n]``, in their order."""
+    axis = _axis(owners, len(order))
+    if axis is not None:
+        return value.index_select(axis, order.to(value.device))
     flat = value.reshape(-1)
     places = [_places(owners, n) for n in range(len(order))]
     out = flat.clone()
@@ -58,33 +68,23 @@ def _permute_owned(value: Tensor, owners: Owners, order: Tensor) -> Tensor:
     return out.reshape(value.shape)
 
 
+def _axis(owners: Owners, samples: int) -> int | None:
+    """Return the axis along which the samples lie, by the strides of what was broadcast."""
+    axes = [axis for axis, stride in enumerate(owners.strides) if stride and owners.shape[axis] > 1]
+    if len(axes) != 1:
+        return None
+    line = np.moveaxis(owners, axes[0], 0).reshape(owners.shape[axes[0]], -1)[:, 0]
+    if not np.array_equal(line, np.arange(samples)):
+        return None
+    return axes[0]
+
+
 def _places(owners: Owners, n: int) -> Tensor:
     """Return the places of the elements of sample n, in a flat tensor."""
     return torch.from_numpy(np.flatnonzero(owners.reshape(-1) == n))
 
 
 # --- which noise belongs to which sample ----------------------------------------------------------
-
-
-def _noise_refs(graph: Graph) -> Iterator[int]:
-    """Yield every value of the forward pass that a random op returns or writes."""
-    for step in graph.forward_steps:
-        if not step.noise:
-            continue
-        refs: set[int] = set()
-        for ref in results_of(step):
-            refs.add(ref.index)
-        # Some ops return what they write to.
-        yield from refs
-
-
-def results_of(step: Step) -> Iterator[Ref]:
-    """Yield what a step returns, then what it writes."""
-    for ref in step.outs:
-        if ref is not None:
-            yield ref
-    for _, new in step.writes:
-        yield new
 
 
 def _owners(graph: Graph, forward: Interpretation, noise: int) -> Owners | None:
@@ -107,7 +107,8 @@ def _owners(graph: Graph, forward: Interpretation, noise: int) -> Owners | None:
             continue
         for ref in results_of(step):
             ownership = forward.ownership[ref.index]
-            if ownership.depends_on_batch:
+            # Noise times a statistic is still nobody's.
+            if ownership.owned or ownership.mixed:
                 if ref not in step.outs:
                     # Written into a part of something else.
                     raise Untestable(MSG_NOISE)

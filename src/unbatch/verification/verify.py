@@ -26,7 +26,9 @@ from unbatch.verification.loss_tests import (
     not_a_sum,
     parameter_enters,
 )
+from unbatch.verification.noise import stream_depends_on_data
 from unbatch.verification.ranks import growing_rank
+from unbatch.verification.trial import tried
 
 # Reasons for mixing that do not say how samples are combined.
 VAGUE = {"no rule", "data-dependent shape", "scattered", "resized", "position"}
@@ -85,12 +87,18 @@ def settle(
     """
     if difference:
         structure = _withdrawn(structure, difference)
-    if structure.samples > 1:
-        # A single sample has no others to depend on.
+    # Noise that other samples would change is replayed; a replay that differs from the model says
+    # nothing about it.
+    is_testable = not (difference and stream_depends_on_data(experiment.graph))
+    # A single sample has no others to depend on.
+    if structure.samples > 1 and is_testable:
         structure = _settle_forward(structure, experiment)
+    loss: LossExperiment | None = None
     if _has_loss(experiment):
-        structure = _settle_loss(structure, loss_experiment(experiment, output))
-    return structure
+        loss = loss_experiment(experiment, output)
+        structure = _settle_loss(structure, loss)
+    # What is proved is not handed out untried.
+    return tried(structure, experiment, loss)
 
 
 def _has_loss(experiment: Experiment) -> bool:
