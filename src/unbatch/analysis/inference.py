@@ -20,7 +20,7 @@ from unbatch.analysis.loss_boundary import folded, placed, split
 from unbatch.analysis.loss_inference import LossEvidence, judge_loss, parameters_in_own_loss
 from unbatch.analysis.rules import registry
 from unbatch.analysis.structure import Structure
-from unbatch.capture.graph import Graph, HostRead
+from unbatch.capture.graph import SIZE_READ, Graph, HostRead
 from unbatch.capture.sample_axes import SampleAxes
 from unbatch.capture.steps import Ref, Step
 
@@ -235,6 +235,9 @@ def _reads_batch(read: HostRead, interpretation: Interpretation) -> bool:
     """Tell whether what Python reads may say something about the batch; unknown values may."""
     if read.blind or read not in interpretation.host_reads:
         return True
+    # The recorder takes every value that was made of a selection for one of a size of its own.
+    if read.how == SIZE_READ and read.ref.index not in interpretation.sized:
+        return False
     return sees(interpretation.host_reads[read])
 
 

@@ -41,6 +41,23 @@ from unbatch.capture.graph import Graph, HostRead, ModuleCall
 from unbatch.capture.steps import Ref, Step, is_ref
 from unbatch.capture.tracer import sizes_itself
 
+# Ops that write into a copy of their first argument, which has the size of the result.
+KEEP_SIZE = frozenset(
+    {
+        "_unsafe_index_put",
+        "index_add",
+        "index_copy",
+        "index_fill",
+        "index_put",
+        "index_reduce",
+        "masked_fill",
+        "masked_scatter",
+        "scatter",
+        "scatter_add",
+        "scatter_reduce",
+    }
+)
+
 # --- the interpretation ---------------------------------------------------------------------------
 
 
@@ -355,8 +372,14 @@ def _note_sizes(interpretation: Interpretation, call: registry.RuleContext, step
 
 
 def _sized_operands(interpretation: Interpretation, step: Step) -> list[Ownership]:
-    """Return the ownership of what a step reads whose size depends on the batch."""
-    return [interpretation[ref] for ref in step.refs() if ref.index in interpretation.sized]
+    """Return the ownership of what a step reads whose size depends on the batch.
+
+    Of the operands whose size is that of the result: a write leaves the size of what it writes to.
+    """
+    refs = step.refs()
+    if ops.base_name(step.op) in KEEP_SIZE or ops.writes_in_place(step.op):
+        refs = refs[:1]
+    return [interpretation[ref] for ref in refs if ref.index in interpretation.sized]
 
 
 def _of_size(

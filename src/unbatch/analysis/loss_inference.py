@@ -19,7 +19,7 @@ from unbatch.analysis.forward_inference import statistic_culprits
 from unbatch.analysis.interpreter import Interpretation
 from unbatch.analysis.verdict import Culprit, Verdict
 from unbatch.capture import ops
-from unbatch.capture.graph import Graph, HostRead
+from unbatch.capture.graph import SIZE_READ, Graph, HostRead
 from unbatch.capture.steps import Ref, Step
 
 REST_NOTE = "that part of the gradient is carried as `rest`"
@@ -151,7 +151,8 @@ def _may_enter_loss(evidence: LossEvidence, read: HostRead) -> bool:
     What the forward pass reads the loss may read from where it was kept. Booleans and integers do
     not matter there: they do not change with a small step of the parameters.
     """
-    if not read.in_loss and not evidence.graph.values[read.ref.index].dtype.is_floating_point:
+    is_number = evidence.graph.values[read.ref.index].dtype.is_floating_point
+    if not read.in_loss and (not is_number or read.how == SIZE_READ):
         return False
     return _reads_parameters(evidence, read)
 

@@ -38,6 +38,10 @@ from unbatch.linalg.precision import double_dtype, in_double
 # they make, and the predictions are made outside of them.
 
 
+# How Python reads a size.
+SIZE_READ = "its size read by Python, which depends on data"
+
+
 @dataclass(frozen=True)
 class HostRead:
     """A tensor value that Python read in a way that cannot be followed, before step ``step``.

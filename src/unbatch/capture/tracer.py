@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from unbatch.capture import ops
 from unbatch.capture.device_ops import decisive_arguments, same_as, without_packed_weights
 from unbatch.capture.distributed import check_alone
-from unbatch.capture.graph import Graph, HostRead, ModuleCall
+from unbatch.capture.graph import SIZE_READ, Graph, HostRead, ModuleCall
 from unbatch.capture.isolation import SKIPS_COMPILER, is_strided, mutated, storage_of
 from unbatch.capture.steps import Ref, Step, Value, indices, is_ref
 from unbatch.capture.trees import flat, tensors_in
@@ -354,7 +354,7 @@ class Recorder(TorchDispatchMode):
         """Note that Python read the size of a tensor, if that depends on data."""
         ref = self.find(tensor)
         if ref is not None and ref.index in self.dynamic:
-            self.escape(tensor, "its size read by Python, which depends on data")
+            self.escape(tensor, SIZE_READ)
 
     # -- around the run --
 
