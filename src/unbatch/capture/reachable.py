@@ -562,6 +562,9 @@ def _slots(kind: type) -> list[str]:
 
 def _is_iterator(value: Any) -> bool:
     """Return whether a value is used up as it is read, and has no attributes that could be seen."""
-    if not hasattr(type(value), "__next__") or isinstance(value, io.IOBase):
+    # A weak proxy has every method in its type, whatever it stands for.
+    if isinstance(value, (io.IOBase, *weakref.ProxyTypes)):
+        return False
+    if not hasattr(type(value), "__next__"):
         return False
     return isinstance(value, types.GeneratorType) or is_installed_class(type(value))

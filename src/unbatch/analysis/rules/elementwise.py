@@ -6,6 +6,7 @@ and what is made of them are in ``reductions.py``.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from unbatch.analysis.domain.ownership import Ownership, expand, shared
@@ -227,7 +228,7 @@ def power(call: RuleContext) -> Ownership:
     """Whole powers of what is mixed are still polynomials of it."""
     exponent = 2 if call.name == "square" else call["exponent"]
     whole = False
-    if isinstance(exponent, int | float):
+    if isinstance(exponent, int | float) and math.isfinite(exponent):
         # 2.0 is whole as well; 0.5 and -1 are not.
         whole = exponent == int(exponent) and exponent > 0
     return call.algebra.pointwise(call.title, *call.tensors, polynomial=whole)

@@ -150,7 +150,7 @@ def ctc_loss(call: RuleContext) -> Any:
 
 def _own_labels(call: RuleContext, m: Ownership, shape: tuple[int, ...]) -> Ownership:
     """All labels of each sample as one, or a constant in place of what no sample owns."""
-    if m.owned:
+    if m.sample_dim() == 0:
         return summary(call, "labels", m, range(1, len(m.shape)))
     return replace(shared(shape, "labels", (), [0]), sources=m.sources, statistics=m.statistics)
 
