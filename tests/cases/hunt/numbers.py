@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from cases.hunt.table import table
-from cases.models.table import INDEXED, MIXED, N, SIMD, STATISTICS
+from cases.models.table import INDEXED, MIXED, SIMD, STATISTICS, N
 
 
 def is_a_float(net, x):

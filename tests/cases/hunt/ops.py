@@ -360,5 +360,5 @@ SCRIPTED = torch.jit.script(torch.nn.Softmax(1))
 
 
 @torch.jit.script
-def SCRIPTED_MEAN(x):  # noqa: N802
+def SCRIPTED_MEAN(x):
     return x - x.mean(0)
