@@ -1,0 +1,64 @@
+"""The models and losses of the hunt: every verdict is the truth, or an allowed "unknown"."""
+
+import pytest
+
+import unbatch as ub
+from cases.hunt import LOSSES, MODELS
+from cases.hunt.changes import CHANGES
+from cases.hunt.known import WRONG_TODAY
+from cases.hunt.messy import MESSY
+from cases.losses import LossCase
+from cases.models import ModelCase
+from cases.verdicts import check, check_weights, structure_of, truth_of
+
+# A wrong verdict, and errors that are none of the program.
+WRONG = (AssertionError, KeyError, OverflowError, ValueError, ub.CaptureError)
+
+TABLES = {
+    "model": [case.name for case in MODELS],
+    "loss": [case.name for case in LOSSES],
+    "change": list(CHANGES),
+    "messy": list(MESSY),
+}
+
+
+def named(cases: list) -> list:
+    return [pytest.param(case, id=case.name) for case in cases]
+
+
+def judge(case: ModelCase | LossCase) -> None:
+    """Raise where a verdict is wrong."""
+    structure = structure_of(case)
+    check(structure, truth_of(case), case.accept_unknown)
+    if isinstance(case, LossCase):
+        check_weights(structure, case.weights_depend_on_targets)
+
+
+def check_case(case: ModelCase | LossCase, kind: str) -> None:
+    """Raise where a case is wrong, or is so no longer and is listed as wrong."""
+    if f"{kind}: {case.name}" not in WRONG_TODAY:
+        judge(case)
+        return
+    with pytest.raises(WRONG):
+        judge(case)
+
+
+@pytest.mark.parametrize("case", named(MODELS))
+def test_verdicts_on_the_forward_pass(case):
+    check_case(case, "model")
+
+
+@pytest.mark.parametrize("case", named(LOSSES))
+def test_verdicts_on_the_loss(case):
+    check_case(case, "loss")
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_names_are_unique(kind):
+    names = TABLES[kind]
+    assert len(names) == len(set(names)), sorted({n for n in names if names.count(n) > 1})
+
+
+def test_what_is_listed_as_wrong_exists():
+    known = {f"{kind}: {name}" for kind, names in TABLES.items() for name in names}
+    assert known >= WRONG_TODAY, WRONG_TODAY - known

@@ -1,0 +1,131 @@
+"""Cases of the hunt that are wrong yet, by cause; the list shrinks as causes are mended."""
+
+WRONG_TODAY = frozenset(
+    [
+        # An op that raises by its data, and a program that catches that: no read is seen.
+        "model: a Cholesky factor that fails",
+        "model: a lookup out of range",
+        "model: a class out of range",
+        "model: a one-hot that refuses",
+        "model: a solver that refuses",
+        "model: a gather that fails",
+        "model: a scatter that fails",
+        "model: a selection that fails",
+        "model: a likelihood that fails",
+        "loss: a class out of range in the loss",
+        # The number of entries of a sparse matrix is a size that depends on data.
+        "model: entries of a sparse matrix by row",
+        # A tensor's memory exchanged by `.data =` is no step.
+        "model: data exchanged for centred data",
+        "model: data exchanged for flipped data",
+        # `int(inf)` in the rule for powers.
+        "model: infinite power",
+        # `copy_` into another type is no cast.
+        "loss: total copied into integers",
+        # Labels that are mixed count as constants of the sample.
+        "loss: paths to labels mixed with those of others",
+        "loss: paths to labels mixed, in one vector",
+        "loss: labels made of own and the next",
+        # Labels in one vector are taken for one of each sample.
+        "loss: paths to labels in one vector",
+        # Behind a weak reference, a proxy or a bound method.
+        "change: an entry behind a proxy of a dict",
+        "change: an attribute behind a weak reference",
+        "change: an attribute behind a weak proxy",
+        "change: the dict of a bound method",
+        "change: the list of a bound method",
+        "change: the array of a bound method",
+        "messy: an attribute behind a weak reference",
+        "messy: a list behind a weak reference",
+        "messy: a list of a bound method",
+        "messy: a dict of a bound method",
+        "messy: a deque of a bound method in a partial",
+        "messy: an iterator in a partial",
+        "messy: an iterator of a bound method",
+        # Names of attributes kept in objects of C.
+        "change: an attribute of an own object by an attrgetter",
+        "change: a method by a methodcaller",
+        # In an object of C, or in a class of a closed book.
+        "change: a variable of a thread",
+        "change: a variable of a context",
+        "change: a flag of a thread's event",
+        "change: a number of C",
+        "change: a structure of C",
+        "change: an array of C",
+        "change: bytes behind a memoryview",
+        "messy: a variable of a thread",
+        "messy: a variable of a context",
+        "messy: a number of C",
+        "messy: a structure of C",
+        "messy: an array of C",
+        "messy: bytes behind a memoryview",
+        "messy: a number shared by processes",
+        "messy: a flag of an event",
+        "messy: a simple queue",
+        # Classes of leaves: members of enums, tuples, floats, tensors, classes of classes.
+        "change: a global that a method of an enum reads",
+        "change: an attribute of an enum",
+        "change: a global that a method of a named tuple reads",
+        "change: a global that a method of a float reads",
+        "change: a global that a property of a metaclass reads",
+        "change: a global that an overriding object reads",
+        "change: a global that a method of a tensor reads",
+        "messy: an attribute of an enum",
+        "messy: a global written by an enum",
+        "messy: a global written by a float",
+        # Attributes of tensors and of scripted modules.
+        "change: an attribute of a parameter",
+        "change: an attribute of a scripted module",
+        "messy: an attribute of a parameter",
+        "messy: an attribute of a buffer in a list",
+        # Looked up by a name that is data, or in a library's table.
+        "change: a variable of the environment",
+        "change: a namespace nested five times",
+        "change: an attribute of a Python module, by a name that is data",
+        "change: an entry of a Python module's namespace",
+        "change: an object in a Python module",
+        "change: a global by a name that is data",
+        "change: a global by the table of modules",
+        "change: a global in an expression that is text",
+        "messy: a variable of the environment",
+        "messy: the path of imports",
+        "messy: an attribute of a Python module, by a name that is data",
+        "messy: a global by a name that is data",
+        # Deep, long or large.
+        "change: entry fifteen hundred of a list",
+        "change: entry fifteen hundred of a dict",
+        "change: one entry of a large array",
+        "change: one entry of a large weight, through data",
+        "messy: a namespace nested five times",
+        # Iterators, where no holder has them, and where others advance them.
+        "change: an iterator advanced",
+        "change: a cycle advanced",
+        "messy: an iterator in a tuple",
+        "messy: a count in a default",
+        # What a program writes and depends on later.
+        "change: every third step, two steps on",
+        "change: every hundredth step",
+        "change: a history longer than five",
+        "change: a countdown",
+        "change: a temperature",
+        "change: a word that grows",
+        "change: a place in a ring",
+        # Caches, and what has been written to files.
+        "messy: a cache of results",
+        "messy: a cache of an object's own",
+        "messy: a file written to",
+        "messy: a file of bytes written to",
+        # Settings of the process that nobody reads.
+        "messy: the precision of decimals",
+        "messy: the way tensors are printed",
+        "messy: the way arrays are printed",
+        "messy: checks of laws",
+        "messy: checks of sparse tensors",
+        "messy: the level of a logger",
+        "messy: the collector of garbage",
+        "messy: the limit of recursion",
+        # Others.
+        "change: the default of a dict",
+        "messy: the name of a function",
+    ]
+)
