@@ -81,7 +81,7 @@ def sum_that_forgets_an_axis(call: RuleContext):
         owner=owner,
         key=key,
     )
-    return kept if call["keepdim"] else shared(call.shape, "sum")
+    return kept if call["keepdim"] else shared(call.shape, "sum", call["self"].sources)
 
 
 def pointwise_mean(call: RuleContext):

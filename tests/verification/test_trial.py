@@ -38,7 +38,7 @@ def first_owner(call):
 
 
 def constant(call):
-    return shared(call.shape, call.name, ["inputs"])
+    return shared(call.shape, call.name, call["self"].sources)
 
 
 def rolled(net, x):
