@@ -21,7 +21,7 @@ from unbatch.analysis.rules import registry
 from unbatch.analysis.rules.registry import Arguments, Rule, RuleContext
 
 # Where results lie, and whether they take a gradient: no number depends on it. What a type does to
-# numbers is seen by the types of the results.
+# numbers is seen by the types of the results, see ``_conversion``.
 IMMATERIAL = frozenset(
     {
         "device",
@@ -35,6 +35,9 @@ IMMATERIAL = frozenset(
         "requires_grad",
     }
 )
+
+# Arguments that say which numbers are taken, and are none of them.
+CHOOSING = frozenset({"index", "indices", "mask", "condition"})
 
 
 @dataclass
@@ -101,7 +104,8 @@ def completed(
             results[place] = registry.mixed(call, result.shape, registry.NO_RULE)
             continue
         tensors = [(name, digest(m)) for name, m in missing if not counted.counts(name)]
-        results[place] = _renamed(plain, tensors + constants)
+        converted = _conversion(call, counted, place)
+        results[place] = _renamed(plain, tensors + constants + converted)
     return results, frozenset(forgotten)
 
 
@@ -126,10 +130,36 @@ def _other_constants(
     return constants
 
 
+def _conversion(call: RuleContext, counted: Arguments, place: int) -> list[tuple[str, Any]]:
+    """Return the family of a result's type where the arguments of an op do not decide it.
+
+    By the families of the arguments the keys of these differ already.
+    """
+    if place >= len(call.families.results):
+        return []
+    result = call.families.results[place]
+    read: set[str] = set()
+    for name, families in call.families.arguments.items():
+        if name not in CHOOSING and not counted.leaves_out(name, place):
+            read |= families
+    # 0.7 in a tensor of floats, and one copied into whole numbers. Sums of small and large integers
+    # are of either type, by the number of dims.
+    whole = result not in ("floating", "complex")
+    if result in read and not (whole and len(read) > 1):
+        return []
+    if not read and result == "floating":
+        return []
+    return [("type", result)]
+
+
 def _renamed(x: Ownership, names: list[tuple[str, Any]]) -> Ownership:
     """Return ``x`` as another function of each element, and of each scalar of the samples."""
     if not names:
         return x
-    # As the keys are renamed: the scalar that an element is keeps the name of its key.
-    atoms = [int(mix(np.asarray(atom, dtype=np.uint64), code(names))) for atom in x.atoms]
+    # A scalar that is such an element keeps the name of its key. Others only enter.
+    atoms = set()
+    for atom in x.atoms:
+        key = np.asarray(atom, dtype=np.uint64)
+        renamed = bool((x.key == key).any())
+        atoms.add(int(mix(key, code(names))) if renamed else atom)
     return replace(x.with_key(names), atoms=frozenset(atoms))

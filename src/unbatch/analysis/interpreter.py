@@ -304,8 +304,25 @@ def _rule_context(interpretation: Interpretation, step: Step) -> registry.RuleCo
     shapes = [interpretation.graph.values[index].shape for index in _indices(step.outs)]
     numbers = Numbers(interpretation.rely, tensors)
     return registry.RuleContext(
-        interpretation.algebra, step.op, owned, shapes, numbers, numbers.look, step.function
+        interpretation.algebra,
+        step.op,
+        owned,
+        shapes,
+        numbers,
+        numbers.look,
+        step.function,
+        _families(interpretation.graph, step, tensors),
     )
+
+
+def _families(graph: Graph, step: Step, tensors: Mapping[str, Any]) -> registry.Families:
+    """Return the families of the types of what a step reads and returns."""
+
+    def of(refs: Iterable[Any]) -> list[str]:
+        return [registry.family(graph.values[r.index].dtype) for r in refs if is_ref(r)]
+
+    arguments = {name: frozenset(of(tree_leaves(a, is_leaf=is_ref))) for name, a in tensors.items()}
+    return registry.Families(arguments, of(step.outs))
 
 
 def _has_refs(argument: Any) -> bool:
@@ -488,13 +505,17 @@ def _decompose(
     if recorded is None:
         return None
     graph, inputs, outputs = recorded
+    # Without contents some ops return other sizes.
+    if [graph.values[i].shape for i in _indices(outputs)] != call.shapes:
+        return None
     marks = {inner: interpretation.ownership[outer] for inner, outer in inputs.items()}
     part = Interpretation(graph, interpretation.algebra, marks, above=(interpretation, inputs))
     for index, value in enumerate(graph.values):
         if value.kind == "constants":
             part.ownership[index] = shared(value.shape, ("constant", step.index, index))
     # The same algebra at the same ``step``: what happens inside is noted at the op of the user.
-    last_uses = _last_uses(graph)
+    # What it returns is read after the last step, which may write to it.
+    last_uses = _last_uses(graph) | dict.fromkeys(_indices(outputs), len(graph.steps))
     for inner_step in graph.steps:
         _step(part, inner_step, last_uses)
         if part.unknown:

@@ -130,7 +130,7 @@ def addition(call: RuleContext) -> Ownership:
 
 @rule(
     "mul div neg _to_copy clone detach alias positive lift_fresh lift_fresh_copy true_divide _conj "
-    "view_as_real_copy to contiguous lift _lazy_clone",
+    "to contiguous lift _lazy_clone",
     counted=EVERY,
 )
 def scaling(call: RuleContext) -> Ownership:
@@ -164,7 +164,13 @@ def cast(call: RuleContext, x: Ownership) -> Ownership:
 @rule("copy", ignored="self")
 def overwrite(call: RuleContext) -> Ownership:
     """What was there before does not matter."""
-    return expand(call["src"], call.shape)
+    src = call["src"]
+    (target,) = call.families.results or ("floating",)
+    if target not in call.families.arguments.get("src", [target]):
+        # As a cast: linear where the numbers stay as they are.
+        kind = "scale" if target == "floating" else ""
+        src = call.algebra.pointwise(("copy", target), src, kind=kind)
+    return expand(src, call.shape)
 
 
 @rule(

@@ -30,6 +30,7 @@ from unbatch.analysis.rules.registry import (
     NO_RULE,
     RuleContext,
     all_mixed,
+    filled,
     known_for_every_batch,
     mixed,
     numbered,
@@ -296,8 +297,10 @@ def convolution_backward(call: RuleContext) -> Any:
 def matrices(call: RuleContext) -> Any:
     """Functions of the matrices in the last two dims, separately for each index before them."""
     whole = []
+    ndim = len(call.tensors[0].shape)
     for m in call.tensors:
-        if len(m.shape) < 2:
+        # Beside matrices: a number for each, as a tolerance is.
+        while len(m.shape) < ndim:
             m = unsqueeze(m, len(m.shape))
         whole.append(_whole_matrix(call, "matrix", m))
     out = call.algebra.pointwise(call.title, *whole)
@@ -368,8 +371,7 @@ def embedding(call: RuleContext) -> Ownership:
 
 
 @rule(
-    "_embedding_bag",
-    "_embedding_bag_forward_only",
+    "_embedding_bag _embedding_bag_forward_only embedding_bag",
     counted="offsets scale_grad_by_freq sparse",
     apart={1: EVERY, 2: EVERY, 3: EVERY},
 )
@@ -385,11 +387,13 @@ def embedding_bag(call: RuleContext) -> Any:
         index = a.pointwise("weigh", index, call["per_sample_weights"])
     flat = spell_out(index)
     stops = [*offsets[1:].tolist(), index.shape[0]]
+    if call["include_last_offset"]:  # the end of the last bag is no bag of its own
+        stops.pop()
     bags = []
-    # There may be one offset more than bags, where the last one ends; then its run is empty.
+    empty = filled((), "empty bag")
     for start, stop in zip(offsets, stops, strict=False):
         run = slice(start, stop)
         members = replace(flat, shape=(stop - start,), owner=flat.owner[run], key=flat.key[run])
-        bags.append(a.reduce("bag", members))
+        bags.append(a.reduce("bag", members) if stop > start else empty)
     out = a.pointwise(call.title, unsqueeze(stack(a, bags), 1), row)
     return [out, *unused(call)]

@@ -5,12 +5,13 @@ Losses that PyTorch composes of simpler ops (cross-entropy, for one) need no rul
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from unbatch.analysis.domain.ownership import Ownership, collapse, shared
+from unbatch.analysis.domain.ownership import Ownership, code, collapse, shared
 from unbatch.analysis.rules.layers import with_new_dims
 from unbatch.analysis.rules.registry import (
     EVERY,
@@ -18,6 +19,7 @@ from unbatch.analysis.rules.registry import (
     RuleContext,
     all_mixed,
     filled,
+    known_for_every_batch,
     rule,
     summary,
 )
@@ -141,8 +143,10 @@ def ctc_loss(call: RuleContext) -> Any:
     for m in call.tensors[1:]:
         if not _is_own_target(call, m):
             return all_mixed(call, NO_RULE)
-    # Lengths may be constants; of which kind is the same for all samples.
     labels = [_own_labels(call, m, paths.shape) for m in call.tensors[1:]]
+    for name in ("input_lengths", "target_lengths"):
+        if not isinstance(call[name], Ownership):
+            labels.append(_listed(call[name]))
     name = (call.name, call["blank"], call["zero_infinity"])
     loss = call.algebra.pointwise(name, paths, *labels)
     return [loss, *(window_result(loss, shape, 1) for shape in call.shapes[1:])]
@@ -150,9 +154,16 @@ def ctc_loss(call: RuleContext) -> Any:
 
 def _own_labels(call: RuleContext, m: Ownership, shape: tuple[int, ...]) -> Ownership:
     """All labels of each sample as one, or a constant in place of what no sample owns."""
-    if m.sample_dim() == 0:
+    if m.sample_dim() == 0 or known_for_every_batch(m):
         return summary(call, "labels", m, range(1, len(m.shape)))
+    # Targets, which count as constants: of which kind is the same for all samples.
     return replace(shared(shape, "labels", (), [0]), sources=m.sources, statistics=m.statistics)
+
+
+def _listed(lengths: Sequence[int]) -> Ownership:
+    """Numbers of a list as a shared vector, of which equal entries are one function."""
+    keys = np.stack([code("length", length) for length in lengths])
+    return replace(shared(keys.shape, "lengths", (), [0]), key=keys)
 
 
 def _is_own_target(call: RuleContext, m: Ownership) -> bool:

@@ -78,6 +78,26 @@ ARGUMENTS: dict[Rule, Arguments] = {}
 # --- what a rule sees -----------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Families:
+    """Families of the types of an op's tensors: numbers pass between two of them changed.
+
+    ``arguments``: by name, of the tensors there. ``results``: of each result.
+    """
+
+    arguments: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    results: Sequence[str] = ()
+
+
+def family(dtype: torch.dtype) -> str:
+    """Return the family of a type: floating-point types are one, each integer type is its own."""
+    if dtype.is_floating_point:
+        return "floating"
+    if dtype.is_complex:
+        return "complex"
+    return str(dtype)
+
+
 @dataclass
 class RuleContext:
     """One op at work: its arguments by schema name and the shapes it returned.
@@ -86,6 +106,7 @@ class RuleContext:
     booleans of an argument, where the recorder kept them. A rule that looks at them makes the
     result depend on them. ``look``: at a function of some values, and at no more of them.
     ``function``: the function of PyTorch that the program called, of which the op is a part.
+    ``families``: of the types of tensors.
     """
 
     algebra: Propagation
@@ -95,6 +116,7 @@ class RuleContext:
     values: Mapping[str, Any] = field(default_factory=dict)
     look: Callable[[str, Callable[[Any], Any]], Any] | None = None
     function: str = ""
+    families: Families = field(default_factory=Families)
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments.get(name)

@@ -33,6 +33,7 @@ from unbatch.analysis.domain.ownership import (
     without_dims,
 )
 from unbatch.analysis.rules.registry import EVERY, RuleContext, mixed, rule
+from unbatch.capture import ops
 
 # --- the same elements in another shape -----------------------------------------------------------
 
@@ -79,12 +80,12 @@ def sizes_of_one(call: RuleContext) -> Ownership:
     return reshape(call["self"], call.shape)
 
 
-@rule("view_as_complex view_as_complex_copy view_as_real", counted=EVERY)
+@rule("view_as_complex view_as_complex_copy view_as_real view_as_real_copy", counted=EVERY)
 def as_complex(call: RuleContext) -> Ownership:
     """Pairs along the last dim, which become one number, or come from one."""
     x = call["self"]
     last = len(x.shape)
-    if call.name == "view_as_real":
+    if call.name.startswith("view_as_real"):
         # The new dim is plain: by its index the real or the imaginary part.
         return replace(unsqueeze(x, last), shape=tuple(call.shape))
     pairs = call.algebra.scan("complex", x, [last - 1])
@@ -143,6 +144,8 @@ def _run(call: RuleContext, place: Array) -> Array:
         is_tensor = isinstance(argument, Ownership)
         # Counted from one, so that zeros beside the elements become -1: these are new.
         arguments[name] = torch.from_numpy(place + 1) if is_tensor else argument
+    for name in ops.results_given(call.op):
+        arguments[name] = torch.empty(0, dtype=torch.int64)
     # The numbers of elements go where the elements would; so no rule has to know how an op moves.
     out = call.op(**arguments)
     if not isinstance(out, torch.Tensor):
@@ -180,6 +183,8 @@ def triangle(call: RuleContext) -> Ownership:
 def repetition(call: RuleContext) -> Ownership:
     """Copies along some dims, and new dims at the front."""
     x, repeats = call["self"], call["repeats"]
+    if 0 in call.shape:
+        return shared(call.shape, "empty", x.sources)
     # Repeats may be more than dims: then they are for new dims at the front.
     x = reshape(x, (*[1] * (len(repeats) - len(x.shape)), *x.shape))
     for size, count in zip(x.shape, repeats, strict=True):
