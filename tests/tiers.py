@@ -42,7 +42,6 @@ FULL = {
     "test_hard::test_rows_are_the_definition": "the planted bugs run the cases once found wrong",
     "test_hard::test_the_matrix_is_the_definition": "as the definition of rows, likewise",
     "test_op_sweep::test_the_other_ops": "a second each; every eighth op of the table is quick",
-    "test_op_sweep::test_what_is_known_to_be_wrong_is_wrong": "some seconds each",
     "test_fuzz::test_random_nets": "random nets; those found wrong are quick",
 }
 

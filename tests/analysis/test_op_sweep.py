@@ -12,7 +12,6 @@ from op_sweep import line_of, lines_of_page, names_of_sweeps, row_of, statuses_i
 from cases.ops.chains import chains, links
 from cases.ops.claims import RAISED, WRONG, judge
 from cases.ops.collisions import collision
-from cases.ops.known import KNOWN_WRONG
 
 EVERY = 8  # the quick tier takes every eighth op
 LINES = lines_of_page()
@@ -35,16 +34,10 @@ def test_the_other_ops(name):
     check_op(name)
 
 
-@pytest.mark.parametrize("name", KNOWN_WRONG)
-def test_what_is_known_to_be_wrong_is_wrong(name):
-    """An op that has become right leaves the list, and gets a line in the page."""
-    assert row_of(name).faulty, "right by now: take it out of KNOWN_WRONG"
-
-
 def test_the_page_leaves_no_op_out():
     page = Path(__file__).parents[2] / "docs" / "reference" / "ops.md"
     named = page.read_text(encoding="utf-8")
-    missing = [n for n in names_of_sweeps() if f"`{n}`" not in named and n not in KNOWN_WRONG]
+    missing = [n for n in names_of_sweeps() if f"`{n}`" not in named]
     assert not missing
 
 

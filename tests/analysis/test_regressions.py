@@ -465,3 +465,59 @@ def test_many_right_sides_are_solved_and_those_that_do_not_fit_are_refused():
     for wrong in (torch.randn(20), torch.randn(2, 15), torch.randn(15, 2, 2), [1.0] * 15):
         with pytest.raises(ub.InputError, match=r"shape \[15\]"):
             G.solve(wrong, 0.1)
+
+
+# --- the kind of a type ---------------------------------------------------------------------------
+
+
+def whole_numbers_of_a_copy(h):
+    return torch.empty_like(h, dtype=torch.int32).copy_(h)
+
+
+def whole_numbers_of_a_fill(h):
+    return torch.full_like(h, 0.7, dtype=torch.int64) * h
+
+
+def booleans_of_a_fill(h):
+    return torch.empty_like(h, dtype=torch.bool).fill_(0.7) * h
+
+
+@pytest.mark.parametrize(
+    ("whole", "broken"),
+    [
+        (whole_numbers_of_a_copy, lambda h: h.clone()),
+        (whole_numbers_of_a_fill, lambda h: torch.full_like(h, 0.7) * h),
+        (booleans_of_a_fill, lambda h: torch.full_like(h, 0.7) * h),
+    ],
+)
+def test_numbers_of_another_kind_are_another_function(whole, broken):
+    """Half of the samples as whole numbers, and the others as they are."""
+
+    def forward(x):
+        h = x.exp()
+        return torch.cat([whole(h[: N // 2]).to(h.dtype), broken(h[N // 2 :])])
+
+    structure = ub.Problem(Forward(forward), lambda p: 0 * p.sum(), (x(), None)).structure
+    assert structure.simd_forward.status != "holds"
+
+
+def test_a_total_copied_into_whole_numbers_is_no_sum_over_samples():
+    def loss(p):
+        return torch.zeros((), dtype=torch.int64).copy_(p.sum()) * p.new_ones(())
+
+    structure = ub.Problem(
+        Forward(torch.exp), lambda p: loss(p) + 0 * p.sum(), (x(), None)
+    ).structure
+    assert structure.reduction.status != "holds"
+
+
+def test_what_an_op_writes_last_is_in_what_it_returns():
+    """An op that inference mode shows whole: its body writes to its result after all else."""
+
+    def forward(x):
+        with torch.inference_mode():
+            wide = F.pad(x[None], (1, 2), mode="circular")[0]
+        return torch.stack([wide[n, D + 1 + n % 2] for n in range(N)])[:, None]
+
+    structure = ub.Problem(Forward(forward), lambda p: 0 * p.sum(), (x(), None)).structure
+    assert structure.simd_forward.status != "holds"

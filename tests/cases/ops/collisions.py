@@ -23,7 +23,7 @@ from cases.ops.claims import (
     runs_of,
     tolerance,
 )
-from cases.ops.known import KNOWN_WRONG, LEFT_OUT
+from cases.ops.known import LEFT_OUT
 from cases.ops.roles import Call, owned
 from cases.ops.table import op_table
 from cases.ops.warned import quietly
@@ -35,12 +35,12 @@ SKIPPED = ("set_", "resize", "_foreach", "_fused", "_test", "sparse", "_values",
 def functions() -> Iterator[tuple[str, Callable[..., Any]]]:
     """PyTorch's table, and all ops of ATen that write nothing."""
     for name, op in op_table().items():
-        if name not in LEFT_OUT and name not in KNOWN_WRONG:
+        if name not in LEFT_OUT:
             yield name, op.op
     for name in dir(torch.ops.aten):
         packet = getattr(torch.ops.aten, name)
-        known = name in KNOWN_WRONG or name in LEFT_OUT or name.startswith(SKIPPED)
-        if known or not isinstance(packet, torch._ops.OpOverloadPacket):
+        left_out = name in LEFT_OUT or name.startswith(SKIPPED)
+        if left_out or not isinstance(packet, torch._ops.OpOverloadPacket):
             continue
         for overload in packet.overloads():
             op = getattr(packet, overload)

@@ -286,6 +286,8 @@ class Propagation:
         ndim = len(x.shape)
         axes = normal_dims(range(ndim) if dims is None else dims, ndim)
         owner, key, combined = self._reduced(name, x, axes)
+        if combined and x.owned:
+            owner = self._across_sets(owner, x)
         shape = with_one(x.shape, axes)
         root = None
         if combined:
@@ -326,6 +328,25 @@ class Propagation:
         stored = with_one(x.key.shape, axes)
         key = mix(key.reshape(stored), code("reduced", name, counts))
         return owner.reshape(stored), key, combined
+
+    def _across_sets(self, owner: Array, x: Ownership) -> Array:
+        """Owners of functions of several samples, each of which may use a statistic of a set.
+
+        Over samples of several such sets it is mixed: exchanging two of them, of different sets,
+        changes both statistics.
+        """
+        groups: set[int] = set()
+        for statistic in x.statistics:
+            groups |= self.record.definitions[statistic].groups
+        for result in np.unique(owner[(owner == SHARED) | is_group(owner)]).tolist():
+            members = np.ones(self.samples, dtype=bool)
+            if result != SHARED:
+                members = self.sets.members(result)
+            for group in groups:
+                inside = self.sets.members(group)[members]
+                if inside.any() and not inside.all():
+                    owner = np.where(owner == result, MIXED, owner).astype(np.int32)
+        return owner
 
     # -- along an axis, with order --
 

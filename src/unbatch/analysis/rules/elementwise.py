@@ -179,7 +179,8 @@ def overwrite(call: RuleContext) -> Ownership:
     "hardtanh_backward hardswish hardswish_backward log_sigmoid_backward hardsigmoid_backward "
     "mish_backward quantize_per_tensor dequantize fake_quantize_per_tensor_affine_cachemask celu "
     "softshrink softshrink_backward isclose real imag threshold special_erf nan_to_num "
-    "frexp erfinv logit lgamma where masked_fill clamp xlogy",
+    "frexp erfinv logit lgamma where masked_fill clamp xlogy copysign hardshrink "
+    "hardshrink_backward",
     counted=EVERY,
 )
 def elementwise(call: RuleContext) -> Any:

@@ -292,21 +292,28 @@ def convolution_backward(call: RuleContext) -> Any:
 @rule(
     "cholesky linalg_cholesky_ex linalg_inv_ex _linalg_eigh linalg_qr _linalg_svd _linalg_det "
     "_linalg_slogdet linalg_lu_factor_ex linalg_matrix_exp cholesky_inverse linalg_lu linalg_pinv "
-    "linalg_eig _linalg_eigvals linalg_ldl_factor_ex"
+    "linalg_eig _linalg_eigvals linalg_ldl_factor_ex lu_unpack linalg_householder_product ormqr "
+    "geqrf linalg_lstsq"
 )
 def matrices(call: RuleContext) -> Any:
     """Functions of the matrices in the last two dims, separately for each index before them."""
     whole = []
-    ndim = len(call.tensors[0].shape)
+    ndim = max(2, *(len(m.shape) for m in call.tensors))
     for m in call.tensors:
-        # Beside matrices: a number for each, as a tolerance is.
+        # Beside matrices: a vector for each, as pivots are, or a number, as a tolerance is.
         while len(m.shape) < ndim:
             m = unsqueeze(m, len(m.shape))
         whole.append(_whole_matrix(call, "matrix", m))
     out = call.algebra.pointwise(call.title, *whole)
     lead = len(out.shape)
     # Whatever comes out (factors, eigenvalues, a number), each entry depends on the whole matrix.
-    return [with_new_dims(out, shape, lead, i) for i, shape in enumerate(call.shapes)]
+    results = []
+    for i, shape in enumerate(call.shapes):
+        if 0 in shape:
+            results.append(shared(shape, "empty"))
+        else:
+            results.append(with_new_dims(out, shape, lead, i))
+    return results
 
 
 def _whole_matrix(call: RuleContext, name: str, m: Ownership) -> Ownership:

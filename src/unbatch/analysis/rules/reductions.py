@@ -9,7 +9,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from unbatch.analysis.domain.ownership import Ownership, reshape, spell_out, squeeze
+from unbatch.analysis.domain.ownership import Ownership, reshape, spell_out, squeeze, with_one
 from unbatch.analysis.rules.elementwise import cast
 from unbatch.analysis.rules.registry import (
     EVERY,
@@ -112,7 +112,11 @@ def ordering(call: RuleContext) -> Any:
     return numbered([values, positions])[-len(call.shapes) :]
 
 
-@rule("cumsum cumprod cummax cummin logcumsumexp _fft_r2c _fft_c2r _fft_c2c diff", counted="dim")
+@rule(
+    "cumsum cumprod cummax cummin logcumsumexp _fft_r2c _fft_c2r _fft_c2c diff fft_fft fft_ifft "
+    "fft_rfft fft_irfft fft_hfft fft_ihfft",
+    counted="dim",
+)
 def ordered(call: RuleContext) -> Any:
     """Functions along an axis that know the order."""
     if call["dim"] is None:
@@ -124,6 +128,20 @@ def _scanned(call: RuleContext, dims: list[int]) -> list[Ownership]:
     """Every output along ``dims`` as a function of all inputs there."""
     x = call["self"]
     return numbered([call.algebra.scan(call.title, x, dims, shape=shape) for shape in call.shapes])
+
+
+@rule("segment_reduce", counted="axis")
+def segments(call: RuleContext) -> Ownership:
+    """Reductions of runs along an axis, which lengths or offsets mark: any entry may be in any."""
+    a, data, axis = call.algebra, call["data"], call["axis"]
+    out = a.scan("run", data, [axis])
+    for m in call.named("lengths", "offsets"):
+        runs = a.scan("run", m, [axis])
+        runs = replace(runs, shape=with_one(runs.shape, [axis]))
+        runs = reshape(runs, (*runs.shape, *[1] * (len(data.shape) - len(runs.shape))))
+        out = replace(out, shape=with_one(out.shape, [axis]))
+        out = a.pointwise(call.title, out, runs)
+    return replace(out, shape=tuple(call.shape))
 
 
 @rule(

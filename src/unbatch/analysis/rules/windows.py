@@ -33,7 +33,8 @@ POSITIONS = {
     ),
     3: (
         "avg_pool3d max_pool3d_with_indices _adaptive_avg_pool3d adaptive_max_pool3d "
-        "upsample_nearest3d upsample_trilinear3d reflection_pad3d replication_pad3d im2col"
+        "upsample_nearest3d upsample_trilinear3d reflection_pad3d replication_pad3d im2col "
+        "fractional_max_pool3d"
     ),
 }
 
@@ -74,6 +75,35 @@ def window_result(x: Ownership, shape: tuple[int, ...], lead: int) -> Ownership:
     for _ in range(len(shape) - lead):
         x = unsqueeze(x, len(x.shape))
     return expand_plain(x, shape)
+
+
+# The vjps of ops on windows of which PyTorch has no definition in simpler ones.
+VJPS = {
+    1: "reflection_pad1d_backward replication_pad1d_backward",
+    2: (
+        "avg_pool2d_backward reflection_pad2d_backward replication_pad2d_backward "
+        "_adaptive_avg_pool2d_backward adaptive_max_pool2d_backward fractional_max_pool2d_backward"
+    ),
+    3: (
+        "avg_pool3d_backward reflection_pad3d_backward replication_pad3d_backward "
+        "_adaptive_avg_pool3d_backward adaptive_max_pool3d_backward fractional_max_pool3d_backward "
+        "max_pool3d_with_indices_backward"
+    ),
+}
+
+SPATIAL_VJPS = {name: dims for dims, names in VJPS.items() for name in names.split()}
+
+
+@rule(*SPATIAL_VJPS, ignored="self")
+def window_vjps(call: RuleContext) -> Ownership:
+    """Positions of the input see windows of cotangents; of the input its sizes alone count."""
+    a, x, g = call.algebra, call["self"], call["grad_output"]
+    lead = len(x.shape) - min(SPATIAL_VJPS[call.name], len(x.shape))
+    name = (call.title, x.shape[lead:])
+    # The positions of the greatest entries, where there are any.
+    seen = [a.scan(name, m, range(lead, len(m.shape))) for m in (g, *call.named("indices"))]
+    seen = [window_result(m, (*m.shape[:lead], *[1] * (len(x.shape) - lead)), lead) for m in seen]
+    return window_result(a.pointwise(name, *seen), call.shape, lead)
 
 
 @rule("grid_sampler_2d", "grid_sampler_3d")
