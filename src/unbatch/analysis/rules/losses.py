@@ -144,9 +144,9 @@ def ctc_loss(call: RuleContext) -> Any:
         if not _is_own_target(call, m):
             return all_mixed(call, NO_RULE)
     labels = [_own_labels(call, m, paths.shape) for m in call.tensors[1:]]
-    for name in ("input_lengths", "target_lengths"):
-        if not isinstance(call[name], Ownership):
-            labels.append(_listed(call[name]))
+    for lengths in ("input_lengths", "target_lengths"):
+        if not isinstance(call[lengths], Ownership):
+            labels.append(_listed(call[lengths]))
     name = (call.name, call["blank"], call["zero_infinity"])
     loss = call.algebra.pointwise(name, paths, *labels)
     return [loss, *(window_result(loss, shape, 1) for shape in call.shapes[1:])]
