@@ -143,10 +143,10 @@ def _gradient_difference(
     error = eager.error or replayed.error
     if error:
         return error
-    finite = _finite_entries(eager.gradients)
-    if finite is None:
+    size = _largest_finite(eager.gradients)
+    if size is None:
         return "its gradients are not finite, so nothing can be compared"
-    least = NEGLIGIBLE * largest([finite])
+    least = NEGLIGIBLE * size
     for model, replay, p in zip(eager.gradients, replayed.gradients, parameters, strict=True):
         difference = _difference(_filled(model, p), _filled(replay, p), experiment, least)
         if difference:
@@ -154,15 +154,25 @@ def _gradient_difference(
     return ""
 
 
-def _finite_entries(gradients: Sequence[Tensor | None]) -> Tensor | None:
-    """Return all entries that are finite; None where there are entries, and none of these is."""
-    entries = torch.zeros(0)
+def _largest_finite(gradients: Sequence[Tensor | None]) -> float | None:
+    """Return the largest finite entry; None where there are entries, and none of these is."""
+    sizes = []
+    has_entries = False
     for gradient in gradients:
-        if gradient is not None and gradient.numel():
-            finite = gradient[gradient.isfinite()].abs().cpu()
-            entries = torch.cat([entries, finite])
-    found = any(gradient is not None and gradient.numel() for gradient in gradients)
-    return None if found and not len(entries) else entries
+        if gradient is None or not gradient.numel():
+            continue
+        has_entries = True
+        size = largest([gradient])
+        # Most are finite throughout: only of others a copy is made.
+        if not math.isfinite(size):
+            finite = gradient[gradient.isfinite()]
+            if not finite.numel():
+                continue
+            size = largest([finite])
+        sizes.append(size)
+    if has_entries and not sizes:
+        return None
+    return max(sizes, default=0.0)
 
 
 def _filled(gradient: Tensor | None, p: Tensor) -> Tensor:
