@@ -1,8 +1,9 @@
 """Which tests are the quick tier, and the order in which tests run.
 
 `pytest --tier quick` runs every test function, and every value that a test function is called with,
-at least once; `--tier rest` runs what that leaves out; without the option everything runs. What is
-quick follows from the parameters:
+at least once; `--tier rest` runs what that leaves out, but for sweeps that take as long as all
+others together (`SWEEPS`); without the option everything runs. What is quick follows from the
+parameters:
 
 - A test with parameters runs as often as its longest parameter has values, each once. The values of
   the other parameters take turns, so that all of them, and pairs of them, come up.
@@ -41,8 +42,12 @@ FULL = {
     "test_properties::test_loss_programs": "150 random programs; those found wrong are quick",
     "test_hard::test_rows_are_the_definition": "the planted bugs run the cases once found wrong",
     "test_hard::test_the_matrix_is_the_definition": "as the definition of rows, likewise",
-    "test_op_sweep::test_the_other_ops": "a second each; every eighth op of the table is quick",
     "test_fuzz::test_random_nets": "random nets; those found wrong are quick",
+}
+
+# Neither quick nor in the rest: half an hour, of which `make test-all` is the place.
+SWEEPS = {
+    "test_op_sweep::test_every_op_is_as_the_page_says": "seconds for each of 700 ops",
 }
 
 
@@ -153,7 +158,7 @@ def _covering(function: Function, every: int, place: int) -> list[int]:
     not come up is added.
     """
     calls = function.calls
-    if listed(calls[0], FULL):
+    if listed(calls[0], FULL) or listed(calls[0], SWEEPS):
         return []
     if listed(calls[0], ONCE):
         return [0]
@@ -180,8 +185,9 @@ def of_tier(items: Sequence[pytest.Item], tier: str) -> tuple[list[pytest.Item],
     if tier == "all":
         return list(items), []
     kept, left = [], []
-    for item, is_quick in zip(items, quick([call_of(item) for item in items]), strict=True):
-        if is_quick == (tier == "quick"):
+    calls = [call_of(item) for item in items]
+    for item, call, is_quick in zip(items, calls, quick(calls), strict=True):
+        if is_quick == (tier == "quick") and not listed(call, SWEEPS):
             kept.append(item)
         else:
             left.append(item)
