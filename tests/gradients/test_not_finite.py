@@ -1,6 +1,7 @@
 """One sample that is not finite harms no other, where samples are independent."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -198,8 +199,10 @@ def test_sizes_see_what_is_not_a_number_wherever_it_stands():
 
 
 def test_a_replay_that_is_finite_where_the_model_is_not_differs():
-    assert _difference(torch.tensor([1.0, torch.nan]), torch.ones(2), 1e-9)
-    assert not _difference(torch.tensor([1.0, torch.inf]), torch.tensor([1.0, torch.inf]), 1e-9)
+    experiment = SimpleNamespace(by_type=1e-9, tolerance=1e-9)
+    infinite = torch.tensor([1.0, torch.inf])
+    assert _difference(torch.tensor([1.0, torch.nan]), torch.ones(2), experiment)
+    assert not _difference(infinite, infinite.clone(), experiment)
 
 
 # ---------------------------------------------------------------- planted bugs

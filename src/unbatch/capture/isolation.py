@@ -16,7 +16,7 @@ import random
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, TypeVar
@@ -67,7 +67,9 @@ def untouched(
         if seed is not None:
             set_random_state(seed)
         replaced = _replace_iterators(reached)
-        with writes, Exports(writes.save_unseen):
+        # Not always: PyTorch takes no fast path (of transformers, say) where such a mode is on.
+        exports = Exports(writes.save_unseen) if reached.exports else nullcontext()
+        with writes, exports:
             yield seed or before
     finally:
         # Contents first, while tensors still lie where they were written to.

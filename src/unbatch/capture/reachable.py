@@ -95,6 +95,23 @@ PLAIN_BASES = {"builtins", "abc", "typing", "enum", "torch.nn.modules.module"}
 # The attributes that every module has.
 OWN_ATTRIBUTES = frozenset(nn.Module().__dict__)
 
+# Code that names one of these may hand the memory of a tensor to numpy, or to others.
+EXPORTING = frozenset(
+    {
+        "__array__",
+        "__dlpack__",
+        "array",
+        "asarray",
+        "ascontiguousarray",
+        "copyto",
+        "frombuffer",
+        "from_dlpack",
+        "getattr",
+        "np",
+        "numpy",
+    }
+)
+
 # Code that names one of these may read any attribute.
 DYNAMIC = frozenset(
     [
@@ -145,6 +162,7 @@ class Reachable:
         # and whether it drew random numbers that are not PyTorch's.
         self.written: dict[int, set[Hashable]] = {}
         self.draws = False
+        # ``exports``: whether code may hand out the memory of tensors.
         # Code that is reached names more attributes, behind which there may be more code.
         names = Reads()
         while True:
@@ -153,6 +171,7 @@ class Reachable:
             if not names.add(walk.found):
                 break
         self.marks = [holder.mark() for holder in self.holders]
+        self.exports = not EXPORTING.isdisjoint(names.attributes | names.globals)
 
     @property
     def leaves_traces(self) -> bool:

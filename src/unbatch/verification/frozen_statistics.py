@@ -15,6 +15,7 @@ from torch import Tensor
 
 from unbatch.analysis.interpreter import Interpretation
 from unbatch.capture import ops
+from unbatch.capture.graph import Graph
 from unbatch.capture.steps import Step
 from unbatch.capture.substitutes import norm_with_constant_statistics
 from unbatch.verification.experiment import Experiment, Untestable
@@ -94,6 +95,8 @@ def freeze(experiment: Experiment, inputs: Any, noise: Mapping[int, Tensor]) -> 
     for step in graph.forward_steps:
         moments = _batch_moments(step, statistics)
         if moments is not None:
+            if _is_read_elsewhere(graph, step):
+                raise Untestable(MSG_HIDDEN)
             norms[step.index] = moments
         elif _hides_statistic(forward, step):
             raise Untestable(MSG_HIDDEN)
@@ -115,6 +118,20 @@ def freeze(experiment: Experiment, inputs: Any, noise: Mapping[int, Tensor]) -> 
     for i, (mean, invstd) in norms.items():
         held[i] = norm_with_constant_statistics(graph.steps[i], (values[mean], values[invstd]))
     return Frozen(experiment, values | dict(noise), held, before)
+
+
+def _is_read_elsewhere(graph: Graph, norm: Step) -> bool:
+    """Tell whether anything but batch norms reads what one leaves in its running statistics.
+
+    The function in its place leaves nothing there.
+    """
+    written = {new.index for _, new in norm.writes}
+    for step in graph.forward_steps:
+        if ops.is_batch_norm(step.op):
+            continue
+        if any(ref.index in written for ref in step.refs()):
+            return True
+    return any(ref.index in written for ref in graph.predictions)
 
 
 def _steps_of_statistics(experiment: Experiment) -> set[int]:

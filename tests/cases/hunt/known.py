@@ -14,12 +14,9 @@ WRONG_TODAY = frozenset(
         # A tensor's memory exchanged by `.data =` is no step.
         "model: data exchanged for centred data",
         "model: data exchanged for flipped data",
-        # `copy_` into another type is no cast.
-        "loss: total copied into integers",
         # Labels that are mixed count as constants of the sample.
         "loss: paths to labels mixed with those of others",
         "loss: paths to labels mixed, in one vector",
-        "loss: labels made of own and the next",
         # Behind a weak reference, a proxy or a bound method.
         "change: an entry behind a proxy of a dict",
         "change: an attribute behind a weak reference",

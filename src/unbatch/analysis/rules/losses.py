@@ -145,7 +145,8 @@ def ctc_loss(call: RuleContext) -> Any:
             return all_mixed(call, NO_RULE)
     labels = [_own_labels(call, m, paths.shape) for m in call.tensors[1:]]
     for lengths in ("input_lengths", "target_lengths"):
-        if not isinstance(call[lengths], Ownership):
+        # In a loss, targets count as constants, and lengths with them.
+        if not isinstance(call[lengths], Ownership) and not call.algebra.constant:
             labels.append(_listed(call[lengths]))
     name = (call.name, call["blank"], call["zero_infinity"])
     loss = call.algebra.pointwise(name, paths, *labels)
@@ -154,7 +155,9 @@ def ctc_loss(call: RuleContext) -> Any:
 
 def _own_labels(call: RuleContext, m: Ownership, shape: tuple[int, ...]) -> Ownership:
     """All labels of each sample as one, or a constant in place of what no sample owns."""
-    if m.sample_dim() == 0 or known_for_every_batch(m):
+    # In a loss, lengths are constants as targets are, whatever their numbers.
+    is_loss = bool(call.algebra.constant)
+    if m.sample_dim() == 0 or (known_for_every_batch(m) and not is_loss):
         return summary(call, "labels", m, range(1, len(m.shape)))
     # Targets, which count as constants: of which kind is the same for all samples.
     return replace(shared(shape, "labels", (), [0]), sources=m.sources, statistics=m.statistics)
