@@ -250,6 +250,7 @@ def swapped():
     forget()
 
 
+@pytest.mark.filterwarnings("ignore:.*a trial on another batch contradicts")
 def test_a_wrong_row_is_caught(swapped):
     """By the plan, which fails its own check and falls back: numbers are right even so."""
     answer = FACTS["plan of the diagonal"]

@@ -4,11 +4,11 @@ import warnings
 
 import pytest
 import torch
-from test_planted import PLANTED, Net, as_rule, linear_loss
 from torch import nn
 from torch.nn import functional as F
 
 import unbatch as ub
+from cases.planted import PLANTED, Net, as_rule, linear_loss
 from unbatch.analysis import loss_inference
 from unbatch.analysis.domain.ownership import shared
 from unbatch.analysis.rules import registry
