@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from unbatch.capture.holders import Holder
 from unbatch.capture.isolation import contents_untouched, set_random_state
 from unbatch.capture.program import Program
+from unbatch.capture.trees import copied
 
 # How far counters are moved: beyond any warm-up.
 FAR = 10**7
@@ -67,11 +68,7 @@ def _run(program: Program, inputs: Any, targets: Any) -> list[Any]:
         results = tree_leaves(output)
         if program.loss is not None:
             results += tree_leaves(program.evaluate(output, targets))
-        return [_own(result) for result in results]
-
-
-def _own(result: Any) -> Any:
-    return result.detach().clone() if isinstance(result, Tensor) else result
+        return [copied(result) for result in results]
 
 
 def _equal(first: list[Any], second: list[Any]) -> bool:

@@ -13,6 +13,11 @@ def tensors_in(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
+def copied(leaf: Any) -> Any:
+    """Return a tensor as one of its own, cut off from its derivatives; anything else as it is."""
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+
+
 def flat(out: Any) -> list[Any]:
     """Return the results of an op as one list, however they are nested.
 

@@ -25,6 +25,7 @@ from unbatch.capture import tracer
 from unbatch.capture.isolation import outside_inference_mode
 from unbatch.capture.program import Program
 from unbatch.capture.sample_axes import SampleAxes
+from unbatch.capture.trees import copied
 from unbatch.curvature.block_ggn import BlockGGN
 from unbatch.curvature.ggn import GGN
 from unbatch.curvature.ggn_quantities import ColumnQuantity
@@ -231,7 +232,7 @@ class Problem:
         session = self._recorded()
         output = session.at_the_cut if self.program.loss is None else session.predictions
         # Copied: what the session keeps must not change when the user writes to the result.
-        return tree_map(_own_copy, output)
+        return tree_map(copied, output)
 
     # -- gradients --
 
@@ -241,7 +242,7 @@ class Problem:
         In the scale in which it enters the loss. Raises ``InputError`` when no parameter requires a
         gradient.
         """
-        session, trained = self._asked(None)
+        session, trained, _ = self._asked(None)
         # Plain autograd with the recorded noise, so that rows of a question sum to this.
         with self.program.untouched(session.graph.rng), torch.enable_grad():
             loss = self._loss_of(self.program.predict(self.inputs))
@@ -364,14 +365,13 @@ class Problem:
         if of_columns:
             check_by_of_columns(by)
         check_by(by)
-        session, selected = self._asked(parameters, of_columns, memory)
-        budget = parse_memory(memory, next(iter(selected.values())).device)
+        session, selected, budget = self._asked(parameters, of_columns, memory)
         return Question(session, selected, by, budget)
 
     def _asked(
         self, parameters: Selection, of_columns: bool = False, memory: int | None = None
-    ) -> tuple[Session, dict[str, Tensor]]:
-        """Return the session, and the parameters that a question about derivatives means.
+    ) -> tuple[Session, dict[str, Tensor], int]:
+        """Return the session, and the parameters and the bytes of a question about derivatives.
 
         Raises for a loss that has no gradient, and warns where part of it is left out.
         """
@@ -380,14 +380,14 @@ class Problem:
         selected = select(program.parameters, parameters)
         if of_columns:
             check_real(selected)
-        parse_memory(memory, next(iter(selected.values())).device)
+        budget = parse_memory(memory, next(iter(selected.values())).device)
         session = self._recorded(program)
         session.check_connected()
         unregistered = session.recording.unregistered
         # A function takes other tensors than its parameters on purpose.
         if unregistered and not self.program.functional:
             errors.warn(unregistered, UnregisteredParameterWarning)
-        return session, selected
+        return session, selected, budget
 
     def _recorded(self, program: Program | None = None) -> Session:
         """Return the session about the numbers of this moment, recorded anew only if it must be."""
@@ -438,10 +438,6 @@ class Problem:
         if fold is not None:
             inputs = fold.unfolded(inputs, fold.inputs)
         return f"{model} on inputs {capture.shown(inputs)}"
-
-
-def _own_copy(leaf: Any) -> Any:
-    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
 
 
 def _folded(fold: SampleAxes | None, inputs: Any, targets: Any) -> tuple[Any, Any]:

@@ -9,13 +9,14 @@ permuted predictions. What differs is looked at again in float64, and then by th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from unbatch.capture.graph import Graph
+from unbatch.capture.steps import Step
 from unbatch.verification.counterexample import Counterexample
 from unbatch.verification.experiment import Experiment, Untestable, relative_change
 from unbatch.verification.forward_tests import (
@@ -32,7 +33,6 @@ from unbatch.verification.trial_result import Contradiction, Outcome
 
 NO_PLACE = "no prediction has a place of its own for each sample"
 NOT_TAKEN = "the program takes no other batch of this size"
-NOT_REPEATABLE = "the same batch gives other predictions"
 
 MOVED = "predictions of samples that were kept moved by {amount:.2g} of their size"
 
@@ -202,23 +202,23 @@ def _shuffles(experiment: Experiment, keep: Tensor, seed: int, permute: bool) ->
     if permute:
         orders.insert(0, _order(experiment.samples))
     changes: list[tuple[str, int | None]] = [("noisy", None), ("rolled", None)]
-    marker = _marker(experiment.graph)
-    if marker is not None:
+    for marker in markers(experiment.graph, experiment.graph.forward_steps)[:1]:
         changes.insert(0, ("noisy", marker))
     for order in orders:
         for variant, value in changes:
             yield Shuffle(order, keep, variant, seed, value)
 
 
-def _marker(graph: Graph) -> int | None:
-    """Return an integer that the model compares integers with, None where there is none."""
-    for step in graph.forward_steps:
+def markers(graph: Graph, steps: Iterable[Step]) -> list[int]:
+    """Return the integers that steps compare integers with: labels to ignore, say."""
+    found: dict[int, None] = {}
+    for step in steps:
         other = step.named.get("other")
         if step.name not in COMPARISONS or not isinstance(other, int) or isinstance(other, bool):
             continue
         if all(not graph.values[ref.index].dtype.is_floating_point for ref in step.refs()):
-            return other
-    return None
+            found[other] = None
+    return list(found)
 
 
 def _first_that_runs(

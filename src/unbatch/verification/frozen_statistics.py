@@ -92,10 +92,12 @@ def freeze(experiment: Experiment, inputs: Any, noise: Mapping[int, Tensor]) -> 
     # A batch norm returns its moments together with its result, so to pin them would be too late:
     # another function runs in its place.
     norms = {}
+    read = _read_beside_norms(graph)
     for step in graph.forward_steps:
         moments = _batch_moments(step, statistics)
         if moments is not None:
-            if _is_read_elsewhere(graph, step):
+            # The function in its place leaves nothing in the running statistics.
+            if any(new.index in read for _, new in step.writes):
                 raise Untestable(MSG_HIDDEN)
             norms[step.index] = moments
         elif _hides_statistic(forward, step):
@@ -120,18 +122,13 @@ def freeze(experiment: Experiment, inputs: Any, noise: Mapping[int, Tensor]) -> 
     return Frozen(experiment, values | dict(noise), held, before)
 
 
-def _is_read_elsewhere(graph: Graph, norm: Step) -> bool:
-    """Tell whether anything but batch norms reads what one leaves in its running statistics.
-
-    The function in its place leaves nothing there.
-    """
-    written = {new.index for _, new in norm.writes}
+def _read_beside_norms(graph: Graph) -> set[int]:
+    """Return the values that are predictions, or are read by anything but batch norms."""
+    read = {ref.index for ref in graph.predictions}
     for step in graph.forward_steps:
-        if ops.is_batch_norm(step.op):
-            continue
-        if any(ref.index in written for ref in step.refs()):
-            return True
-    return any(ref.index in written for ref in graph.predictions)
+        if not ops.is_batch_norm(step.op):
+            read.update(ref.index for ref in step.refs())
+    return read
 
 
 def _steps_of_statistics(experiment: Experiment) -> set[int]:

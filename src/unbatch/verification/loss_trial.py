@@ -11,7 +11,7 @@ from __future__ import annotations
 import builtins
 import functools
 from collections.abc import Callable, Iterator
-from types import CodeType, FunctionType, ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map, tree_unflatten
 
 from unbatch.analysis.structure import Structure
-from unbatch.capture.isolation import untouched
-from unbatch.capture.steps import Step
+from unbatch.capture.reachable import codes_in
+from unbatch.capture.trees import copied
 from unbatch.linalg.precision import LOSS_WITH_CASTS
 from unbatch.verification.counterexample import Counterexample
+from unbatch.verification.forward_trial import markers
 from unbatch.verification.loss_experiment import TINY, LossExperiment
 from unbatch.verification.loss_tests import (
     direction_depends_on_index,
@@ -231,7 +232,8 @@ def _with_other_targets(loss: LossExperiment) -> Iterator[tuple[bool, LossExperi
     # weights depend on no others, whether it looks for them by a comparison or not.
     if _is_library(loss.experiment.program.loss):
         return
-    for marker in _markers(loss):
+    graph = loss.experiment.graph
+    for marker in markers(graph, graph.loss_steps):
         other = loss.with_targets(functools.partial(_with_marker, marker=marker))
         if _is_taken(other):
             yield True, other
@@ -244,21 +246,6 @@ def _with_marker(t: Tensor, marker: int) -> Tensor:
     t = t.clone()
     t[0] = marker
     return t
-
-
-def _markers(loss: LossExperiment) -> set[int]:
-    """Return the integers that the loss compares integers with: labels to ignore, say."""
-    markers = set()
-    for step in loss.experiment.graph.loss_steps:
-        other = step.named.get("other")
-        if step.name in ("eq", "ne") and type(other) is int and _of_integers(loss, step):
-            markers.add(other)
-    return markers
-
-
-def _of_integers(loss: LossExperiment, step: Step) -> bool:
-    values = loss.experiment.graph.values
-    return all(not values[ref.index].dtype.is_floating_point for ref in step.refs())
 
 
 def _is_taken(loss: LossExperiment) -> bool:
@@ -313,19 +300,15 @@ def _loss_before(loss: LossExperiment) -> Tensor:
 def _loss_after(loss: LossExperiment, factor: float, offset: float) -> Tensor:
     """Return the loss at the batch's predictions, after a run with other parameters."""
     program, experiment = loss.experiment.program, loss.experiment
-    with untouched(program.modules, experiment.graph.rng):
+    with program.untouched(experiment.graph.rng):
         with torch.no_grad():
             for p in program.parameters.values():
                 if p.is_floating_point() and factor != 1.0:
                     p.mul_(factor).add_(offset)
-        program.predict(tree_map(_copy, experiment.inputs))
-        output = tree_unflatten([_copy(leaf) for leaf in loss.leaves], loss.spec)
-        value: Tensor = program.evaluate(output, tree_map(_copy, experiment.targets))
+        program.predict(tree_map(copied, experiment.inputs))
+        output = tree_unflatten([copied(leaf) for leaf in loss.leaves], loss.spec)
+        value: Tensor = program.evaluate(output, tree_map(copied, experiment.targets))
     return value.detach()
-
-
-def _copy(leaf: Any) -> Any:
-    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
 
 
 def _change(before: Tensor, after: Tensor) -> float:
@@ -345,7 +328,10 @@ def reads_only_arguments(loss: Callable[..., Any]) -> bool:
         return False
     if loss.__closure__ or loss.__defaults__ or loss.__kwdefaults__:
         return False
-    return all(_is_of_library(loss, name) for name in _names(loss.__code__))
+    for code in codes_in(loss.__code__):
+        if not all(_is_of_library(loss, name) for name in code.co_names):
+            return False
+    return True
 
 
 def _is_library(loss: Callable[..., Any]) -> bool:
@@ -354,14 +340,6 @@ def _is_library(loss: Callable[..., Any]) -> bool:
         return _is_library(loss.func)
     owner = type(loss) if isinstance(loss, nn.Module) else loss
     return (getattr(owner, "__module__", None) or "").startswith("torch.")
-
-
-def _names(code: CodeType) -> Iterator[str]:
-    """Yield the names of globals and attributes in a code, functions inside it included."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _names(constant)
 
 
 def _is_of_library(loss: FunctionType, name: str) -> bool:
