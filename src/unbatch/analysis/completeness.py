@@ -89,15 +89,18 @@ def completed(
     definitions = call.algebra.record.definitions
     first = len(definitions)
     results = as_list(rule(replace(call, arguments=arguments)))
-    by_result = [None if r is None else tokens.missing(r, definitions) for r in results]
-    definitions[first:] = [tokens.take(d) for d in definitions[first:]]
     constants = _other_constants(call, counted, defaults)
     forgotten: set[str] = set()
-    for place, (result, absent) in enumerate(zip(results, by_result, strict=True)):
-        if result is None or absent is None or 0 in result.shape:
+    for place, result in enumerate(results):
+        if result is None:
             continue
-        plain = tokens.take(result)
-        missing = [(name, marks) for name, marks in absent if not counted.leaves_out(name, place)]
+        results[place] = plain = tokens.take(result)
+        if 0 in result.shape:
+            continue
+        missing = []
+        for name, marks in tokens.missing(result, definitions):
+            if not counted.leaves_out(name, place):
+                missing.append((name, marks))
         joining = {name for name, marks in missing if marks.depends_on_batch}
         if joining and not (result.owner == MIXED).all():
             forgotten |= joining
@@ -106,6 +109,8 @@ def completed(
         tensors = [(name, digest(m)) for name, m in missing if not counted.counts(name)]
         converted = _conversion(call, counted, place)
         results[place] = _renamed(plain, tensors + constants + converted)
+    # Only now, as a result may come from an argument by way of a statistic.
+    definitions[first:] = [tokens.take(d) for d in definitions[first:]]
     return results, frozenset(forgotten)
 
 

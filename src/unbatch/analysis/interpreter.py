@@ -41,23 +41,6 @@ from unbatch.capture.graph import Graph, HostRead, ModuleCall
 from unbatch.capture.steps import Ref, Step, is_ref
 from unbatch.capture.tracer import sizes_itself
 
-# Ops that write into a copy of their first argument, which has the size of the result.
-KEEP_SIZE = frozenset(
-    {
-        "_unsafe_index_put",
-        "index_add",
-        "index_copy",
-        "index_fill",
-        "index_put",
-        "index_reduce",
-        "masked_fill",
-        "masked_scatter",
-        "scatter",
-        "scatter_add",
-        "scatter_reduce",
-    }
-)
-
 # --- the interpretation ---------------------------------------------------------------------------
 
 
@@ -394,7 +377,7 @@ def _sized_operands(interpretation: Interpretation, step: Step) -> list[Ownershi
     Of the operands whose size is that of the result: a write leaves the size of what it writes to.
     """
     refs = step.refs()
-    if ops.base_name(step.op) in KEEP_SIZE or ops.writes_in_place(step.op):
+    if ops.keeps_size(step.op):
         refs = refs[:1]
     return [interpretation[ref] for ref in refs if ref.index in interpretation.sized]
 
@@ -450,7 +433,8 @@ def _apply(
         interpretation.assumed.add(str(call.op))
     rule = registry.lookup(call.op)
     # What PyTorch itself takes apart has the rules of its parts. Inference mode shows such ops.
-    if rule is None or registry.is_composite(call.op):
+    is_composite = registry.is_composite(call.op) and not registry.is_declared(call.op)
+    if rule is None or is_composite:
         of_parts = _decompose(interpretation, call, step)
         if of_parts is not None:
             return of_parts
@@ -468,9 +452,8 @@ def _by_rule(
 ) -> Sequence[Ownership | None]:
     """Return what a rule says; a rule that raises counts as none, except in our own tests."""
     # Rules from outside, and what is declared, are taken at their word.
-    declared = call.op in registry.CUSTOM or call.op in registry.ASSUMED
     try:
-        if declared or rule is registry.unknown:
+        if registry.is_declared(call.op) or rule is registry.unknown:
             return as_list(rule(call))
         results, forgotten = completed(call, rule, step.defaults)
     except Exception as error:

@@ -405,6 +405,23 @@ def drops(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     return bool(arguments.get("dropout_p", True))
 
 
+# Forms that are not in place of ops that write by an index or a mask.
+WRITES_A_COPY = frozenset(
+    {
+        "_unsafe_index_put",
+        "index_add",
+        "index_copy",
+        "index_fill",
+        "index_put",
+        "index_reduce",
+        "masked_fill",
+        "masked_scatter",
+        "scatter",
+        "scatter_add",
+        "scatter_reduce",
+    }
+)
+
 # --- what an op writes to -------------------------------------------------------------------------
 
 
@@ -419,6 +436,12 @@ def writes_in_place(op: Any) -> bool:
     """Tell whether an op returns its first argument, which it has written to."""
     first = argument_names(op)[:1]
     return bool(first) and first[0] in declared_writes(op)
+
+
+@cache
+def keeps_size(op: Any) -> bool:
+    """Tell whether an op writes to its first argument or to a copy: the result has its size."""
+    return writes_in_place(op) or base_name(op) in WRITES_A_COPY
 
 
 @cache

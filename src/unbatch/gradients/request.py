@@ -81,15 +81,15 @@ class Request:
 
 def is_planned(request: Request) -> bool:
     """Return whether a backward plan of the recorded graph answers it: one that is trusted."""
-    # One sample's rows are the gradient, and a recording with other derivatives cannot be pulled
-    # back.
-    if request.samples == 1 or not request.context.faithful:
-        return False
     return bool(_trust(request))
 
 
 def _trust(request: Request) -> bool | None:
-    """Return whether the plan passes its self-check; None where nothing can be compared."""
+    """Return whether there is a plan that passes its self-check; None where it cannot be tried."""
+    # One sample's rows are the gradient, and a recording with other derivatives cannot be pulled
+    # back.
+    if request.samples == 1 or not request.context.faithful:
+        return False
     with recorded_precision():
         return trusted(request.context, request.parameters, request.planned_by, request.memory)
 
@@ -105,12 +105,13 @@ def source_of(request: Request) -> Source:
     if not context.axes:
         shapes = list(request.structure.predictions)
         raise StructureError(MSG_NO_ROWS.format(shapes=shapes, n=request.samples))
-    if is_planned(request):
+    trust = _trust(request)
+    if trust:
         return ReplayedRows(context, request.parameters, request.planned_by)
     # No plan: say why, and refuse decompositions that only a plan can give.
     why = request.replay_difference
     if request.samples > 1 and context.faithful:
-        why = UNTESTED if _trust(request) is None else REFUTED
+        why = UNTESTED if trust is None else REFUTED
     if by != "component" and not request.samples_are_independent:
         raise StructureError(MSG_NOT_REPLAYED.format(by=by, why=why))
     independent = request.samples_are_independent

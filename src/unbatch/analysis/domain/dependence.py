@@ -9,7 +9,7 @@ way. Who notes it, and when, is in ``propagation.py``; what follows for the stru
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 # How many ranks of a batch are no share of it, and how many times more samples than more ranks.
 FEW_RANKS = 2
@@ -38,19 +38,13 @@ class StatisticUse:
     """What values of samples use: ``size`` numbers, made from the statistics ``definitions``.
 
     ``pieces``: how many numbers each use has, by the keys of its entries: what is used twice counts
-    once. ``keys``: of all of them; of a long statistic each rank has its own. ``long``: so many
-    ranks of a statistic are used that their number may grow with the batch.
+    once. ``long``: so many ranks of a statistic are used that their number may grow with the batch.
     """
 
     definitions: frozenset[int]
     pieces: Mapping[frozenset[int], int]
     size: int  # of what is used, which may be less than the statistic has
     long: bool
-
-    @property
-    def keys(self) -> frozenset[int]:
-        """The keys of all entries that are used."""
-        return frozenset().union(*self.pieces)
 
 
 def _may_grow(ranks: int, samples: int) -> bool:
@@ -103,10 +97,11 @@ class DependenceRecord:
             available += definition.size
             samples = max(samples, definition.samples)
             long = long or definition.long
-        use = StatisticUse(statistics, pieces, 0, False)
         size = max(max(pieces.values()), min(sum(pieces.values()), available))
-        long = long and _may_grow(len(use.keys), samples)
-        self.uses[statistics] = replace(use, size=size, long=long)
+        # Of a long statistic each rank has a key of its own.
+        ranks = len(frozenset().union(*pieces))
+        long = long and _may_grow(ranks, samples)
+        self.uses[statistics] = StatisticUse(statistics, pieces, size, long)
 
     def of_predictions(self, statistics: frozenset[int]) -> bool:
         """Tell whether any of ``statistics`` is one of the predictions."""

@@ -25,9 +25,6 @@ from unbatch.analysis.rules.registry import (
 )
 from unbatch.analysis.rules.windows import window_result
 
-# Of the loss and of the sum of weights, which no prediction enters.
-NLL: dict[str, Any] = {"counted": "ignore_index reduction", "apart": {1: EVERY}}
-
 # What PyTorch's function is called, with Python's part of it and without.
 CROSS_ENTROPY = ("cross_entropy", "cross_entropy_loss")
 

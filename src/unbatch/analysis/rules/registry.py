@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -445,16 +446,20 @@ def decomposition(op: Any) -> Callable[..., Any] | None:
 
     if op in decomposition_table:
         return decomposition_table[op]
-    if torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd"):
+    if is_composite(op):
         return op.decompose
     return None
 
 
+@cache
 def is_composite(op: Any) -> bool:
-    """Tell whether PyTorch takes an op apart, and nobody has said what it does as a whole."""
-    if op in CUSTOM or op in ASSUMED or not isinstance(op, torch._ops.OpOverload):
-        return False
+    """Tell whether PyTorch itself takes an op apart where it is differentiated."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
+
+
+def is_declared(op: Any) -> bool:
+    """Tell whether the user says what an op does, by a rule or by a declaration."""
+    return op in CUSTOM or op in ASSUMED
 
 
 def stand_in(meta: Any) -> Tensor:
