@@ -5,7 +5,8 @@
 
 One process for each checkout, on one thread. In every round both answer the same question one after
 the other, in alternating order, and the figure is the median over the rounds of the ratio of their
-CPU times. "first" makes a new problem on a new copy of the model, records, judges and answers; all
+CPU times. "first" makes a new problem on a new copy of the model, records, judges and answers; a
+"loop" trains a copy for some steps and asks for squared norms at each, on a batch of its own; all
 others are asked again of the same problem.
 """
 
@@ -34,7 +35,10 @@ QUANTITIES = (
     "diagonal",
     "product",
     "spectrum",
+    "loop",
+    "copy loop",
 )
+STEPS = 10  # of a training loop
 SMALL = {"W6": 16, "W5": 8, "W1": 64, "W2": 32, "W3": 32, "W4": 32, "W7": 8}  # samples
 
 
@@ -65,7 +69,31 @@ def questions(workload: Any, samples: int) -> dict[str, Callable[[], Any]]:
         "diagonal": lambda: problem.compute(ub.DiagGGN()),
         "product": lambda: G @ v,
         "spectrum": lambda: problem.ggn().eigvalsh(),
+        "loop": training(workload, samples, squared_norms()),
+        "copy loop": training(workload, samples, squared_norms(), by="copy"),
     }
+
+
+def training(workload: Any, samples: int, norms: Any, **how: str) -> Callable[[], None]:
+    """Return what trains a model for some steps and asks for squared norms at each."""
+    import torch
+    import torch.nn.functional as F
+
+    import unbatch as ub
+
+    model, X, y = workload.build(samples)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    problem = ub.Problem(model, F.cross_entropy, (X, y))
+
+    def train() -> None:
+        for step in range(STEPS):
+            batch = X.roll(step, 0), y.roll(step, 0)
+            problem.with_batch(*batch).compute(norms, **how)
+            optimizer.zero_grad()
+            F.cross_entropy(model(batch[0]), batch[1]).backward()
+            optimizer.step()
+
+    return train
 
 
 def work() -> None:

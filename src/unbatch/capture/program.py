@@ -41,8 +41,9 @@ class Program:
     parameters: Mapping[str, Tensor]
     functional: bool = False
     fold: SampleAxes | None = None
-    # The last walk from here: kept, as a look whether it is still right costs less than another.
-    _walks: dict[str, Reachable] = field(default_factory=dict, repr=False, compare=False)
+    # The last walks from here, by how many objects each began at: kept, as a look whether one is
+    # still right costs less than another.
+    _walks: dict[int, Reachable] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -57,12 +58,17 @@ class Program:
     @property
     def reachable(self) -> Reachable:
         """What the program can reach at this moment."""
+        return self._reached()
+
+    def _reached(self, others: Sequence[nn.Module] = ()) -> Reachable:
+        """Return what the program and others can reach at this moment."""
         roots: list[Any] = [self.inside, self.loss]
         if self.functional:
             roots += self.parameters.values()
-        last = self._walks.get("last")
+        roots += others
+        last = self._walks.get(len(roots))
         if last is None or not last.is_of(roots) or not last.is_current():
-            last = self._walks["last"] = Reachable(roots)
+            last = self._walks[len(roots)] = Reachable(roots)
         return last
 
     def untouched(
@@ -72,9 +78,7 @@ class Program:
 
         ``seed``: the random state inside. ``others``: modules that it reaches in other ways.
         """
-        if others:
-            return untouched([*self.reachable.roots, *others], seed)
-        return untouched(self.reachable, seed)
+        return untouched(self._reached(others), seed)
 
     @property
     def names(self) -> tuple[str, str]:

@@ -38,8 +38,9 @@ LOST = 1e-3
 # Samples whose sizes are further apart than this may lose digits in float64 as well.
 UNEQUAL = 1e4
 
-# A change counts where it is more than this many times what rounding on the way does.
-ROUNDINGS = 30
+# A change counts where it is more than this many times what rounding on the way does, and where it
+# is more than that many times, float64 need not be asked.
+ROUNDINGS, FAR = 30, 1000
 
 # How many samples are replaced one by one in search of the one that moved a prediction, and how
 # often a set of samples is made smaller.
@@ -135,7 +136,8 @@ def witness_of(experiment: Experiment, replacement: Replacement) -> Counterexamp
     if change is None:
         return None
     # First in the precision of the model, and where float64 does not agree, in float64.
-    for at in (experiment, experiment.wide):
+    for in_double in (False, True):
+        at = experiment.wide if in_double else experiment
         if at is None:
             continue
         replaced, of_these = _narrowed(at, replacement, change)
@@ -170,8 +172,9 @@ def _largest_change(
     amount = float(amounts[worst])
     if amount <= experiment.by_type * replacement.gain:
         return None
-    # What rounding of the inputs does takes a forward pass: an obvious change is held to float64.
-    is_obvious = amount > OBVIOUS * replacement.gain and experiment.wide is not None
+    # What rounding of the inputs does takes a forward pass, and an obvious change is held to that of
+    # all values on the way later.
+    is_obvious = amount > OBVIOUS * replacement.gain
     if not is_obvious and amount <= experiment.tolerance * replacement.gain:
         return None
     return Change(worst, amount, (rows[1] - rows[0])[worst])
@@ -191,6 +194,8 @@ def _rows_of(experiment: Experiment, replacement: Replacement) -> tuple[Tensor, 
 
 def _is_confirmed(experiment: Experiment, replacement: Replacement, change: Change) -> bool:
     """Return whether a change is there in float64, and more than rounding on the way."""
+    if _is_far_above(experiment, replacement, change):
+        return True
     wide, n = experiment.wide, change.prediction
     if wide is None and not _is_believed_in_one_precision(experiment, change.amount):
         return False
@@ -208,6 +213,20 @@ def _is_confirmed(experiment: Experiment, replacement: Replacement, change: Chan
         if agrees and not _unequal(at, inputs, rows):
             return True
     return is_above(amount, torch.maximum(at.roundings(at.inputs), at.roundings(inputs))[n])
+
+
+def _is_far_above(experiment: Experiment, replacement: Replacement, change: Change) -> bool:
+    """Return whether an obvious change is so far above rounding that one precision shows it."""
+    if change.amount <= OBVIOUS * replacement.gain:
+        return False
+    rounding = 0.0
+    for inputs in (experiment.inputs, replacement.inputs(experiment)):
+        of_this = float(experiment.roundings(inputs)[change.prediction])
+        # None at all: the recording cannot be run on it, or computes with whole numbers.
+        if not of_this:
+            return False
+        rounding = max(rounding, of_this)
+    return change.amount > FAR * rounding
 
 
 def is_above(amount: float, rounding: Tensor) -> bool:
