@@ -9,6 +9,8 @@ import unittest
 from functools import cache
 from typing import Any
 
+import torch
+
 
 @cache
 def op_table() -> dict[str, Any]:
@@ -20,6 +22,8 @@ def op_table() -> dict[str, Any]:
         sys.modules["expecttest"] = stand_in
     from torch.testing._internal.common_methods_invocations import op_db
 
+    # Its import forbids everybody in this process to set flags of backends.
+    vars(torch.backends)["__allow_nonbracketed_mutation_flag"] = True
     table = {}
     for op in op_db:
         name = op.name
