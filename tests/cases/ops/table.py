@@ -8,6 +8,7 @@ import types
 import unittest
 from functools import cache
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -20,10 +21,10 @@ def op_table() -> dict[str, Any]:
         stand_in: Any = types.ModuleType("expecttest")
         stand_in.TestCase = unittest.TestCase
         sys.modules["expecttest"] = stand_in
-    from torch.testing._internal.common_methods_invocations import op_db
+    # The import would forbid everybody in this process to set flags of backends.
+    with mock.patch.object(torch.backends, "disable_global_flags"):
+        from torch.testing._internal.common_methods_invocations import op_db
 
-    # Its import forbids everybody in this process to set flags of backends.
-    vars(torch.backends)["__allow_nonbracketed_mutation_flag"] = True
     table = {}
     for op in op_db:
         name = op.name
