@@ -87,9 +87,11 @@ def training(workload: Any, samples: int, norms: Any, **how: str) -> Callable[[]
     problem.compute(norms, **how)
 
     def train() -> None:
+        nonlocal problem
         for step in range(STEPS):
             batch = X.roll(step, 0), y.roll(step, 0)
-            problem.with_batch(*batch).compute(norms, **how)
+            problem = problem.with_batch(*batch)
+            problem.compute(norms, **how)
             optimizer.zero_grad()
             F.cross_entropy(model(batch[0]), batch[1]).backward()
             optimizer.step()

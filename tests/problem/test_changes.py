@@ -17,7 +17,7 @@ import unbatch as ub
 from cases import changes
 from cases.changes import CHANGES, LOSSES, SETTINGS_OF_PROCESS, D, N, Net, squares
 from unbatch.capture import guards, holders, program, reachable
-from unbatch.problem import spot_check
+from unbatch.problem import session, spot_check
 from unbatch.problem.spot_check import SpotChecks
 
 
@@ -132,6 +132,20 @@ def test_a_problem_that_was_asked_nothing_records_its_batches_once(monkeypatch):
     answers(problem)
     # Twice by the program, and by the fresh problem of each comparison.
     assert len(recorded) == 2 + 3
+
+
+def test_a_training_loop_judges_its_batches_once(monkeypatch):
+    """But for the first step, after which running statistics are no zeros and ones any more."""
+    judged: list[int] = []
+    analyse = session.analyse
+    monkeypatch.setattr(session, "analyse", lambda *args: judged.append(1) or analyse(*args))
+    model = nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D), nn.Linear(D, D))
+    problem = ub.Problem(model, squares, (torch.randn(N, D), torch.randn(N, D)))
+    assert problem.gradients()
+    for _ in range(4):
+        model(torch.randn(N, D))
+        assert problem.with_batch(torch.randn(N, D), torch.randn(N, D)).gradients()
+    assert len(judged) == 2
 
 
 # --- the spot checks ------------------------------------------------------------------------------

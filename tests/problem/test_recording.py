@@ -18,6 +18,7 @@ from cases.classifier import C, D, N, loss, model, with_nan, x, y
 from unbatch.capture import guards as guard
 from unbatch.capture import isolation
 from unbatch.capture import program as capture
+from unbatch.problem import spot_check
 
 
 @pytest.fixture
@@ -462,6 +463,7 @@ def test_noise_in_the_loss_is_drawn_once():
 )
 def test_a_guard_that_does_not_look_is_caught(blind, change, monkeypatch):
     monkeypatch.setattr(guard.Guard, blind, lambda self: ())
+    monkeypatch.setattr(spot_check, "SHARE", 0.0)  # which would see it as well
     same = asked(model().eval())
     change(same.program.model)
     with pytest.raises(AssertionError):

@@ -408,8 +408,8 @@ class Problem:
         if session is None:  # never recorded, or another computation than then
             session = Session(Recording.of(program, batch, self._where, self._call_text()))
             self._checks.begin()
-            if origin is not None and origin._session is last:
-                origin._session = session  # so that the next batch need not be recorded, too
+        if origin is not None and origin._session is last and not session.is_judged:
+            origin._session = session  # so that the next batch need not be judged, too
         self._session = session
         return session
 

@@ -258,6 +258,11 @@ class Session:
         return self._analysis
 
     @property
+    def is_judged(self) -> bool:
+        """Return whether the analysis is there, made for this recording or for other numbers."""
+        return self._analysis is not None
+
+    @property
     def graph(self) -> Graph:
         """Return the recorded computation, with the cut of the loss where that is known."""
         if self._analysis is None:

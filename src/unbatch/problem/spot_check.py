@@ -20,7 +20,7 @@ from unbatch.linalg.precision import FORWARD, tolerance
 from unbatch.problem.session import Session
 
 # Of the time since the recording was made.
-SHARE = 0.02
+SHARE = 0.01
 
 # So often a recording is checked whatever that takes: a script asks, changes something, asks again.
 FIRST = 4
