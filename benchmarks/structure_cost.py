@@ -181,7 +181,8 @@ same batch. The first question consists of capture, static analysis and experime
 static analysis are also measured alone, and the rest is the cost of the experiments: the recording
 is compared with the model on a second batch, in values and in one gradient, and the model is run on
 changed batches. Then the same question is asked again, and for another batch of the same shapes
-through `with_batch`. The target is at most {target} plain steps for capture plus static analysis.
+through `with_batch`. In both, most is one forward pass of the model: the first few times that a
+recording is used again it is held against the model, later for one percent of the time. The target is at most {target} plain steps for capture plus static analysis.
 
 Process CPU time on one thread, all measurements in one process and interleaved, medians of {rounds}
 rounds after one to warm up; torch {torch}. Both models are in train mode and in float32. Nothing
