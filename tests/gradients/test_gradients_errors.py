@@ -227,7 +227,8 @@ REFUSALS = [
         "no quantity", quantity(), ("at least one", "None", "unbatch.SquaredNorms()", "gradients()")
     ),
     Refusal("a word as a quantity", quantity("norms"), ("'norms'", "unbatch.SquaredNorms()")),
-    Refusal("a class as a quantity", quantity(ub.Variance), ("Variance", "unbatch.Variance()")),
+    Refusal("a class without its arguments", quantity(ub.ClippedSum), ("ClippedSum takes",)),
+    Refusal("a class of no quantity", quantity(ub.Problem), ("Problem", "takes quantities")),
     Refusal(
         "a list of quantities",
         quantity([ub.SquaredNorms()]),

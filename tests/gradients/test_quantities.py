@@ -239,6 +239,14 @@ def test_the_same_quantity_twice_is_answered_twice():
     assert set(other) == set(first)
 
 
+def test_a_quantity_may_be_given_by_its_class():
+    asked = problem("mlp, ce")
+    by_class, variance = asked.compute(ub.SquaredNorms, ub.Variance())
+    assert torch.equal(by_class.flat(), asked.compute(ub.SquaredNorms()).flat())
+    assert torch.equal(variance.flat(), asked.compute(ub.Variance).flat())
+    assert str(asked.plan(ub.SquaredNorms)) == str(asked.plan(ub.SquaredNorms()))
+
+
 def test_one_quantity_is_no_tuple():
     assert isinstance(problem("mlp, ce").compute(ub.Dots()), Tensor)
 

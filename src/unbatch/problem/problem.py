@@ -47,7 +47,6 @@ from unbatch.problem.validation import (
     check_callable,
     check_devices,
     check_dims,
-    check_quantities,
     check_real,
     check_values,
     count_samples,
@@ -57,6 +56,7 @@ from unbatch.problem.validation import (
     parse_draws,
     parse_memory,
     parse_out,
+    parse_quantities,
     parse_sample_axes,
     parse_samples,
     parse_tree,
@@ -278,7 +278,7 @@ class Problem:
 
     def compute(
         self,
-        *quantities: Quantity,
+        *quantities: Quantity | type[Quantity],
         by: str = "component",
         parameters: Selection = None,
         memory: int | None = None,
@@ -290,15 +290,15 @@ class Problem:
         over them, those are no samples of anything, and a ``MixedSamplesWarning`` says so. Raises
         as ``gradients`` does.
         """
-        check_quantities(quantities)
+        asked = parse_quantities(quantities)
         # Columns do not exist by copy, nor of complex parameters: refused before anything runs.
-        of_columns = any(isinstance(quantity, ColumnQuantity) for quantity in quantities)
-        results = self._question(by, parameters, memory, of_columns).answer(quantities)
+        of_columns = any(isinstance(quantity, ColumnQuantity) for quantity in asked)
+        results = self._question(by, parameters, memory, of_columns).answer(asked)
         return results[0] if len(results) == 1 else tuple(results)
 
     def plan(
         self,
-        *quantities: Quantity,
+        *quantities: Quantity | type[Quantity],
         by: str = "component",
         parameters: Selection = None,
         memory: int | None = None,
@@ -308,7 +308,8 @@ class Problem:
         By default of the rows themselves, as ``gradients``. Cost: one forward and one backward
         pass.
         """
-        return self._question(by, parameters, memory).plan(quantities or [Gradients()])
+        asked = parse_quantities(quantities or [Gradients()])
+        return self._question(by, parameters, memory).plan(asked)
 
     # -- curvature --
 

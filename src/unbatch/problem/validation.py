@@ -234,21 +234,28 @@ def check_real(parameters: Mapping[str, Tensor]) -> None:
             raise InputError(errors.MSG_COMPLEX.format(name=name, dtype=p.dtype))
 
 
-def check_quantities(quantities: Sequence[Any]) -> None:
-    """Raise ``InputError`` for no quantities at all, or for the first argument that is none."""
-    others = [quantity for quantity in quantities if not isinstance(quantity, Quantity)]
-    if quantities and not others:
-        return
-    wrong = None
-    if others:
-        wrong = others[0]
-    # The two mistakes that are made: the class without parentheses, and a list.
+def parse_quantities(quantities: Sequence[Any]) -> list[Quantity]:
+    """Return quantities; one that takes no arguments may be given by its class.
+
+    Raises ``InputError`` for none at all, or for the first argument that is none.
+    """
+    if not quantities:
+        raise InputError(errors.MSG_QUANTITY.format(value=None))
+    return [_parse_quantity(quantity) for quantity in quantities]
+
+
+def _parse_quantity(value: Any) -> Quantity:
+    if isinstance(value, Quantity):
+        return value
     hint = ""
-    if isinstance(wrong, type):
-        hint = f" Did you mean {wrong.__name__}()?"
-    elif isinstance(wrong, list | tuple):
+    if isinstance(value, list | tuple):
         hint = " Write them one after the other, without a list."
-    raise InputError(errors.MSG_QUANTITY.format(value=wrong) + hint)
+    elif isinstance(value, type) and issubclass(value, Quantity):
+        try:
+            return value()
+        except TypeError:
+            hint = f" {value.__name__} takes arguments."
+    raise InputError(errors.MSG_QUANTITY.format(value=value) + hint)
 
 
 def parse_draws(mc_samples: int | None, seed: int) -> tuple[int, int] | None:
