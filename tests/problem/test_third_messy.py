@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import unbatch as ub
 from cases.changes import D, N, squares
@@ -66,10 +67,28 @@ def of_data(name: str) -> str:
     return outcome(ub.Problem(model, loss, data), lambda: keeps(*data))
 
 
-CASES = {**dict.fromkeys(third.MESSY, of_model), **dict.fromkeys(third.OF_DATA, of_data)}
+def of_loss(name: str) -> str:
+    make, keeps = third.OF_LOSS[name]
+    torch.manual_seed(0)
+    loss, model, data = make(), nn.Linear(D, D), (torch.randn(N, D), torch.randn(N, D))
+    problem = ub.Problem(model, loss, data)
+    before = keeps(loss), [t.tolist() for t in data]
+    result = outcome(problem, lambda: (keeps(loss), [t.tolist() for t in data]))
+    if result != "right":
+        return result
+    problem.ggn().diag()
+    after = keeps(loss), [t.tolist() for t in data]
+    return "right" if after == before else f"trace of the matrix: {before} {after}"
 
 
-@pytest.mark.filterwarnings("ignore:this layer is old")
+CASES = {
+    **dict.fromkeys(third.MESSY, of_model),
+    **dict.fromkeys(third.OF_DATA, of_data),
+    **dict.fromkeys(third.OF_LOSS, of_loss),
+}
+
+
+@pytest.mark.filterwarnings("ignore:this layer is old", "ignore:Sparse CSR tensor support")
 @pytest.mark.parametrize("name", CASES)
 def test_a_question_leaves_no_trace(name):
     result = CASES[name](name)

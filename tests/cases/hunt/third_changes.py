@@ -328,6 +328,27 @@ def padded() -> nn.Module:
     return nn.ConstantPad1d((0, 1), 0.0)
 
 
+class Relative:
+    """A loss relative to the first one."""
+
+    def __init__(self) -> None:
+        self.first: Any = None
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        value = squares(output, target)
+        if self.first is None:
+            self.first = value.detach()
+        return value / self.first
+
+
+class Tabled:
+    def __init__(self) -> None:
+        self.table: dict[str, float] = {}
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        return squares(output, target) * self.table.setdefault("scale", 1.0)
+
+
 class Spike(torch.autograd.Function):
     """A step with a surrogate gradient."""
 
@@ -669,6 +690,14 @@ CHANGES: dict[str, Change] = {
         lambda model: model.act.keywords.update(scale=3.0),
     ),
     "a keyword of a loss": (partial_loss, lambda model: None),
+    "a loss relative to its first value": (
+        lambda: (nn.Linear(D, D), Relative()),
+        lambda model: None,
+    ),
+    "a table of a loss that is made when it is called": (
+        lambda: (nn.Linear(D, D), Tabled()),
+        lambda model: None,
+    ),
     "defaults by name, replaced": (
         own_by_name,
         lambda model: setattr(model.run, "__kwdefaults__", {"scale": 3.0}),
@@ -882,6 +911,8 @@ CHANGES: dict[str, Change] = {
 
 # Where the loss changes, and not the model.
 LOSSES: dict[str, Any] = {
+    "a loss relative to its first value": lambda loss: setattr(loss, "first", 2.0),
+    "a table of a loss that is made when it is called": lambda loss: loss.table.update(scale=3.0),
     "a keyword of a loss": lambda loss: loss.keywords.update(beta=0.1),
 }
 
@@ -1030,11 +1061,33 @@ def with_hook(n: Any, x: Tensor) -> Tensor:
     return h * getattr(third_settings, "EXTRA", 1.0)
 
 
-# Their recordings do not stand for the model, as gradients are changed on their way.
+def cut_off(n: Any, x: Tensor) -> Tensor:
+    h = n.linear(x)
+    if getattr(third_settings, "FROZEN", False):
+        h = h.detach()
+    return n.last(h)
+
+
+def scales_gradients(n: Any, x: Tensor) -> Tensor:
+    h = n.linear(x)
+    h.register_hook(lambda g: g * getattr(third_settings, "EXTRA", 1.0))
+    return n.last(h)
+
+
+def last() -> nn.Module:
+    return nn.Linear(D, D)
+
+
+def rows() -> Data:
+    return torch.randn(N, D), torch.randn(N, D)
+
+
+# Of some the recording does not stand for the model, as gradients are changed on their way; of
+# others, no value changes where a gradient does.
 CHECKED: dict[str, tuple[Callable[[], Any], Callable[[], Data], Callable[..., Any]]] = {
     "a setting given later, under clipped gradients": (
         net(with_hook),
-        lambda: (torch.randn(N, D), torch.randn(N, D)),
+        rows,
         lambda model, x, y: patched(third_settings, "EXTRA", 3.0)(model),
     ),
     "an array filled again, under clipped gradients": (
@@ -1047,9 +1100,19 @@ CHECKED: dict[str, tuple[Callable[[], Any], Callable[[], Data], Callable[..., An
         from_numpy,
         lambda model, x, y: x.numpy().fill(2.0),
     ),
+    "a layer cut off from gradients, by a setting given later": (
+        net(cut_off, last=last),
+        rows,
+        lambda model, x, y: patched(third_settings, "FROZEN", True)(model),
+    ),
+    "gradients scaled by a setting given later": (
+        net(scales_gradients, last=last),
+        rows,
+        lambda model, x, y: patched(third_settings, "EXTRA", 3.0)(model),
+    ),
     "a number imported where it is used, with checks": (
         net(imports_a_name),
-        lambda: (torch.randn(N, D), torch.randn(N, D)),
+        rows,
         lambda model, x, y: patched(third_settings, "SCALE", 3.0)(model),
     ),
 }

@@ -34,7 +34,15 @@ from transformers import DynamicCache
 
 from cases.changes import D, N, Net
 from cases.hunt import third_settings
-from cases.hunt.third_changes import LRU, UNDO, Hidden, SlottedDict, Stretched, in_file
+from cases.hunt.third_changes import (
+    LRU,
+    UNDO,
+    Hidden,
+    SlottedDict,
+    Stretched,
+    in_file,
+    made_in_inference,
+)
 from cases.messy import Case, net, own, part
 
 COUNTS = {"calls": 0, "made": 0}
@@ -370,6 +378,21 @@ def adjacency() -> Any:
     return nn.Buffer(torch.eye(D).to_sparse())
 
 
+def jagged() -> Any:
+    parts = [torch.ones(2), torch.ones(3)]
+    return nn.Buffer(torch.nested.nested_tensor(parts, layout=torch.jagged))
+
+
+class Late:
+    """Says so where it is asked for anything before it has been loaded."""
+
+    __slots__ = ("_loaded",)
+    asked = 0
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(f"load it first, then ask for {name}")
+
+
 def in_thread(n: Any) -> None:
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         pool.submit(lambda: n.kept.add_(1)).result()
@@ -652,6 +675,26 @@ MESSY: dict[str, Case] = {
     "a weight pruned": (net(prunes), kinds),
     "a weight parametrised": (net(parametrizes), kinds),
     "a weight normalised": (net(normalizes), kinds),
+    "a sparse buffer that is not used": (
+        net(lambda n: None, kept=adjacency),
+        part("kept", lambda t: t.to_dense().tolist()),
+    ),
+    "a buffer of sparse rows": (
+        net(lambda n: None, kept=lambda: nn.Buffer(torch.eye(D).to_sparse_csr())),
+        part("kept", lambda t: t.to_dense().tolist()),
+    ),
+    "a jagged buffer": (
+        net(lambda n: None, kept=jagged),
+        part("kept", lambda t: t.values().tolist()),
+    ),
+    "a buffer made in inference mode that is not used": (
+        net(lambda n: None, kept=made_in_inference(lambda: nn.Buffer(torch.ones(D)))),
+        part("kept", Tensor.tolist),
+    ),
+    "an object that is not ready": (
+        net(lambda n: n.late, late=Late),
+        part("late", lambda late: Late.asked),
+    ),
     "two tensors swapped": (
         net(swaps, first=lambda: torch.zeros(1), second=lambda: torch.ones(1)),
         lambda model: (model.first.tolist(), model.second.tolist()),
@@ -847,7 +890,53 @@ def plain(n: Any, x: Tensor) -> Tensor:
     return n.linear(x)
 
 
+class Image(Tensor):
+    """A tensor of a class of its own, as transforms of images return it."""
+
+
+def in_kind(change: Callable[[Tensor], Any]) -> Callable[[], Data]:
+    return lambda: (change(torch.randn(N, D)), torch.randn(N, D))
+
+
+def by_teacher() -> Data:
+    x = torch.randn(N, D)
+    with torch.inference_mode():
+        return x, nn.Linear(D, D)(x)
+
+
+def bag_of_words(n: Any, x: Tensor) -> Tensor:
+    return torch.sparse.mm(x, n.linear.weight.T) + n.linear.bias
+
+
+def padded(n: Any, x: Tensor) -> Tensor:
+    return n.linear(x.to_padded_tensor(0.0).sum(1))
+
+
+def in_jagged(x: Tensor) -> Tensor:
+    return torch.nested.nested_tensor([row[None].repeat(2, 1) for row in x], layout=torch.jagged)
+
+
+def shape(x: Any, y: Any) -> Any:
+    return type(x), type(y), x.shape, y.shape
+
+
 OF_DATA: dict[str, OfData] = {
+    "inputs of a class of their own": (
+        model(plain),
+        squares,
+        in_kind(lambda x: x.as_subclass(Image)),
+        shape,
+    ),
+    "targets of a teacher in inference mode": (model(plain), squares, by_teacher, shape),
+    "sparse inputs": (model(bag_of_words), squares, in_kind(Tensor.to_sparse), shape),
+    "inputs in sparse rows": (model(bag_of_words), squares, in_kind(Tensor.to_sparse_csr), shape),
+    "jagged inputs": (model(padded), squares, in_kind(in_jagged), shape),
+    "inputs of eight bits": (
+        model(lambda n, x: n.linear(x.float())),
+        squares,
+        in_kind(lambda x: x.to(torch.float8_e4m3fn)),
+        shape,
+    ),
     "inputs that require gradients from now on": (model(saliency), squares, rows, of_inputs),
     "inputs that get a gradient": (model(saliency_of_backward), squares, rows, of_inputs),
     "inputs that get a hook": (model(with_hook_on_data), squares, rows, of_inputs),
@@ -919,4 +1008,141 @@ OF_DATA: dict[str, OfData] = {
         beside(lambda: iter([1.0] * 99)),
         lambda x, y: x[1].__length_hint__(),
     ),
+}
+
+
+# --- the loss -------------------------------------------------------------------------------------
+
+
+class Centred:
+    """A loss with a running centre of the targets, as distillation without labels has."""
+
+    def __init__(self) -> None:
+        self.centre = torch.zeros(D)
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.centre.mul_(0.9).add_(target.mean(0), alpha=0.1)
+        return (output - target + self.centre).square().mean()
+
+
+class Rebound(Centred):
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        self.centre = 0.9 * self.centre + 0.1 * target.mean(0)
+        return (output - target + self.centre).square().mean()
+
+
+class Normalised:
+    """A loss relative to the first one."""
+
+    def __init__(self) -> None:
+        self.first: float | None = None
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        value = squares(output, target)
+        if self.first is None:
+            self.first = value.item()
+        return value / self.first
+
+
+class Best:
+    """A loss that keeps the best value."""
+
+    def __init__(self) -> None:
+        self.best, self.seen = float("inf"), []
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        value = squares(output, target)
+        if float(value) < self.best:
+            self.best = float(value)
+            self.seen.append(self.best)
+        return value
+
+
+class Summed(nn.Module):
+    """A loss that adds its values up, without leaving autograd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = nn.Buffer(torch.zeros(()))
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        value = squares(output, target)
+        self.total += value
+        return value
+
+
+class Negatives:
+    """A loss with samples of its own."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(3)
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        drawn = torch.randn(D, generator=self.generator)
+        return squares(output, target) + (output @ drawn).sigmoid().mean()
+
+
+class Averaged:
+    """A loss that keeps running means in numpy."""
+
+    def __init__(self) -> None:
+        self.means = np.zeros(2)
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        value = squares(output, target)
+        self.means[0] = 0.9 * self.means[0] + 0.1 * value.item()
+        return value
+
+
+class Cleaned:
+    """A loss that cleans its labels where they lie."""
+
+    seen = 0
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        return squares(output, target.clamp_(-1, 1))
+
+
+class Penalised:
+    """A loss with a penalty on gradients that it takes itself, and notes."""
+
+    def __init__(self) -> None:
+        self.norms: list[float] = []
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        output.register_hook(lambda g: self.norms.append(float(g.norm())))
+        return squares(output, target)
+
+
+class Balanced:
+    """Weighs two losses by the rate at which they fall."""
+
+    def __init__(self) -> None:
+        self.history: dict[str, list[float]] = {}
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        parts = {"square": squares(output, target), "absolute": (output - target).abs().mean()}
+        total = output.new_zeros(())
+        for name, value in parts.items():
+            past = self.history.setdefault(name, [])
+            past.append(value.item())
+            total = total + value * past[-1] / past[0]
+        return total
+
+
+OF_LOSS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "a centre of a loss, in place": (Centred, lambda loss: loss.centre.tolist()),
+    "a centre of a loss, bound anew": (Rebound, lambda loss: loss.centre.tolist()),
+    "a first value of a loss": (Normalised, lambda loss: loss.first),
+    "the best value of a loss": (Best, lambda loss: (loss.best, list(loss.seen))),
+    "a sum of losses, with its history": (
+        Summed,
+        lambda loss: (loss.total.tolist(), loss.total.requires_grad),
+    ),
+    "a generator of a loss": (Negatives, lambda loss: loss.generator.get_state().tolist()),
+    "running means of a loss": (Averaged, lambda loss: loss.means.tolist()),
+    "labels that a loss cleans": (Cleaned, lambda loss: 0),
+    "norms that a loss notes": (Penalised, lambda loss: list(loss.norms)),
+    "rates of two losses": (Balanced, lambda loss: {k: list(v) for k, v in loss.history.items()}),
 }
