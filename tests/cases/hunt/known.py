@@ -168,6 +168,8 @@ WRONG_THIRD = frozenset(
         "messy: a buffer added to with its history",
         "messy: a sum of losses, with its history",
         "messy: the history of a weight that is made once",
+        "messy: weights that are cached for a while",
+        "messy: the cache of weights",
         "messy: a state cut from its history",
         "messy: a state decayed in place",
         "messy: a hook after the gradient of a weight",

@@ -360,6 +360,29 @@ def can_be_differentiated(model: Any) -> bool:
     return True
 
 
+def parametrized() -> nn.Module:
+    """A model whose weights PyTorch makes once, as long as a context is open."""
+    layers = nn.Sequential(nn.Linear(D, D), nn.Tanh())
+    parametrizations.weight_norm(layers[0])
+    context = parametrize.cached()
+    context.__enter__()
+    UNDO.append(lambda: context.__exit__(None, None, None))
+    return layers
+
+
+def can_be_trained(layers: Any) -> bool:
+    try:
+        loss = layers(torch.ones(N, D)).sum()
+        torch.autograd.grad(loss, list(layers.parameters()), retain_graph=True)
+    except RuntimeError:
+        return False
+    return True
+
+
+def cached_weights(layers: Any) -> Any:
+    return len(parametrize._cache)
+
+
 def history(name: str) -> Any:
     return part(name, lambda t: (t.requires_grad, type(t.grad_fn).__name__, t.tolist()))
 
@@ -627,6 +650,8 @@ MESSY: dict[str, Case] = {
     "a state cut from its history": (with_history, history("hidden")),
     "a state decayed in place": (decaying, history("memory")),
     "the history of a weight that is made once": (prepared, can_be_differentiated),
+    "weights that are cached for a while": (parametrized, can_be_trained),
+    "the cache of weights": (parametrized, cached_weights),
     "a buffer added to with its history": (
         own(loads, usage=lambda: nn.Buffer(torch.zeros(D))),
         history("usage"),
