@@ -1,0 +1,124 @@
+"""The changes of the third hunt: an answer is about the program, and the data, as they are."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import unbatch as ub
+from cases.changes import D, N, squares
+from cases.hunt import third_changes as third
+from cases.hunt.known import WRONG_TODAY
+from unbatch.errors import UnbatchError
+from unbatch.problem import spot_check
+
+
+@pytest.fixture(autouse=True)
+def as_they_were(monkeypatch) -> Iterator[None]:
+    """The watch is alone, and what cases share is put back."""
+    monkeypatch.setattr(spot_check, "SHARE", 0.0)
+    yield
+    put_back()
+
+
+def put_back() -> None:
+    while third.UNDO:
+        third.UNDO.pop()()
+
+
+def answers(problem: ub.Problem) -> list[Any]:
+    torch.manual_seed(2)
+    return [problem.predictions(), problem.gradients().flat(), *problem.gradient().values()]
+
+
+def equal(a: list[Any], b: list[Any], close: Callable[..., bool]) -> bool:
+    return len(a) == len(b) and all(map(close, a, b))
+
+
+def outcome(
+    model: Any, loss: Any, data: Any, changes: list[Callable[[], Any]], **options: Any
+) -> str:
+    """Say whether the answers after each change are right, stale, refused, or an error."""
+    problem = ub.Problem(model, loss, data, **options)
+    try:
+        before = answers(problem)
+        for change in changes:
+            change()
+            now = answers(ub.Problem(model, loss, data, **options))
+            assert not equal(before, now, torch.equal), "no change"
+            if not equal(answers(problem), now, torch.allclose):
+                return "stale"
+            before = now
+    except UnbatchError as error:
+        # No program of the tables raises anything.
+        return "blamed" if "raised" in str(error) else "refused"
+    except AssertionError:
+        raise
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "right"
+
+
+def of_model(name: str) -> str:
+    torch.manual_seed(0)
+    model, loss = third.CHANGES[name][0]()
+    change = third.CHANGES[name][1]
+    of_loss = third.LOSSES.get(name, lambda loss: None)
+    data = torch.randn(N, D), torch.randn(N, D)
+    return outcome(model, loss, data, [lambda: (change(model), of_loss(loss))])
+
+
+def of_two(name: str) -> str:
+    torch.manual_seed(0)
+    make, first, second = third.TWICE[name]
+    model, loss = make()
+    data = torch.randn(N, D), torch.randn(N, D)
+    return outcome(model, loss, data, [lambda: first(model), lambda: second(model)])
+
+
+def of_data(name: str) -> str:
+    torch.manual_seed(0)
+    make, make_data, change = third.OF_DATA[name]
+    model, loss = make()
+    data = make_data()
+    return outcome(model, loss, data, [lambda: change(*data)])
+
+
+def of_function(name: str) -> str:
+    torch.manual_seed(0)
+    function, change = third.FUNCTIONS[name]
+    parameters = {"w": third.matrix()}
+    data = torch.randn(N, D), torch.randn(N, D)
+    changes = [lambda: change(parameters)]
+    return outcome(function, squares, data, changes, parameters=parameters)
+
+
+def of_checked(name: str) -> str:
+    torch.manual_seed(0)
+    make, make_data, change = third.CHECKED[name]
+    model, loss = make()
+    data = make_data()
+    return outcome(model, loss, data, [lambda: change(model, *data)])
+
+
+CASES = {
+    **dict.fromkeys(third.CHANGES, of_model),
+    **dict.fromkeys(third.TWICE, of_two),
+    **dict.fromkeys(third.OF_DATA, of_data),
+    **dict.fromkeys(third.FUNCTIONS, of_function),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_change_is_seen(name):
+    result = CASES[name](name)
+    wrong = result not in ("right", "refused")
+    assert wrong == (f"change: {name}" in WRONG_TODAY), result
+
+
+@pytest.mark.parametrize("name", third.CHECKED)
+def test_a_change_is_seen_with_checks(name, monkeypatch):
+    monkeypatch.setattr(spot_check, "SHARE", 0.02)
+    wrong = of_checked(name) not in ("right", "refused")
+    assert wrong == (f"change: {name}" in WRONG_TODAY)

@@ -1,0 +1,96 @@
+"""The messy programs of the third hunt: a question leaves no trace of them."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import unbatch as ub
+from cases.changes import D, N, squares
+from cases.hunt import third_messy as third
+from cases.hunt import third_settings
+from cases.hunt.known import WRONG_TODAY
+from unbatch.errors import UnbatchError
+
+
+@pytest.fixture(autouse=True)
+def as_they_were() -> Iterator[None]:
+    """What cases share is put back."""
+    yield
+    put_back()
+
+
+def put_back() -> None:
+    while third.UNDO:
+        third.UNDO.pop()()
+    third.COUNTS.update(calls=0, made=0)
+    third.MADE.clear()
+    third.Tracked.calls = third_settings.CALLS = 0
+    vars(third).pop("__warningregistry__", None)
+
+
+def ask(problem: ub.Problem) -> list[Any]:
+    assert problem.structure.samples == N
+    return [problem.predictions(), problem.gradients().flat(), *problem.gradient().values()]
+
+
+def outcome(problem: ub.Problem, keeps: Callable[[], Any]) -> str:
+    """Say whether a question left all as it was, was refused, left a trace, or failed."""
+    before, result = keeps(), "right"
+    try:
+        ask(problem)
+    except UnbatchError as error:
+        # No program of the tables raises anything.
+        result = f"blamed: {error}" if "raised" in str(error) else "refused"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    after = keeps()
+    if after != before:
+        return f"trace: {before} {after}"
+    return result
+
+
+def of_model(name: str) -> str:
+    make, keeps = third.MESSY[name]
+    torch.manual_seed(0)
+    model = make()
+    problem = ub.Problem(model, squares, (torch.randn(N, D), torch.randn(N, D)))
+    return outcome(problem, lambda: keeps(model))
+
+
+def of_data(name: str) -> str:
+    make, loss, make_data, keeps = third.OF_DATA[name]
+    torch.manual_seed(0)
+    model, data = make(), make_data()
+    return outcome(ub.Problem(model, loss, data), lambda: keeps(*data))
+
+
+def of_loss(name: str) -> str:
+    make, keeps = third.OF_LOSS[name]
+    torch.manual_seed(0)
+    loss, model, data = make(), nn.Linear(D, D), (torch.randn(N, D), torch.randn(N, D))
+    problem = ub.Problem(model, loss, data)
+    before = keeps(loss), [t.tolist() for t in data]
+    result = outcome(problem, lambda: (keeps(loss), [t.tolist() for t in data]))
+    if result != "right":
+        return result
+    problem.ggn().diag()
+    after = keeps(loss), [t.tolist() for t in data]
+    return "right" if after == before else f"trace of the matrix: {before} {after}"
+
+
+CASES = {
+    **dict.fromkeys(third.MESSY, of_model),
+    **dict.fromkeys(third.OF_DATA, of_data),
+    **dict.fromkeys(third.OF_LOSS, of_loss),
+}
+
+
+@pytest.mark.filterwarnings("ignore:this layer is old", "ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize("name", CASES)
+def test_a_question_leaves_no_trace(name):
+    result = CASES[name](name)
+    wrong = result not in ("right", "refused")
+    assert wrong == (f"messy: {name}" in WRONG_TODAY), result
