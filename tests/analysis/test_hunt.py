@@ -9,6 +9,7 @@ from cases.hunt import LOSSES, MODELS
 from cases.hunt.changes import CHANGES
 from cases.hunt.known import WRONG_TODAY
 from cases.hunt.messy import MESSY
+from cases.hunt.third_losses import OWN, OwnLossCase
 from cases.losses import LossCase
 from cases.models import ModelCase
 from cases.verdicts import check, check_weights, structure_of, truth_of
@@ -27,6 +28,7 @@ WRONG = (
 TABLES = {
     "model": [case.name for case in MODELS],
     "loss": [case.name for case in LOSSES],
+    "own": [case.name for case in OWN],
     "change": list(CHANGES),
     "messy": list(MESSY),
 }
@@ -36,18 +38,23 @@ def named(cases: list) -> list:
     return [pytest.param(case, id=case.name) for case in cases]
 
 
-def judge(case: ModelCase | LossCase) -> bool:
+Case = ModelCase | LossCase | OwnLossCase
+
+
+def judge(case: Case) -> bool:
     """Raise where a verdict is wrong; return whether one was proved that a trial took back."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ContradictedProofWarning)
-        structure = structure_of(case)
-    check(structure, truth_of(case), case.accept_unknown)
+        is_own = isinstance(case, OwnLossCase)
+        structure = case.structure() if is_own else structure_of(case)
+    truth = case.truth() if is_own else truth_of(case)
+    check(structure, truth, case.accept_unknown)
     if isinstance(case, LossCase):
         check_weights(structure, case.weights_depend_on_targets)
     return any(issubclass(w.category, ContradictedProofWarning) for w in caught)
 
 
-def check_case(case: ModelCase | LossCase, kind: str) -> None:
+def check_case(case: Case, kind: str) -> None:
     """Raise where a case is wrong, or is so no longer and is listed as wrong."""
     if f"{kind}: {case.name}" not in WRONG_TODAY:
         judge(case)
@@ -67,6 +74,11 @@ def test_verdicts_on_the_forward_pass(case):
 @pytest.mark.parametrize("case", named(LOSSES))
 def test_verdicts_on_the_loss(case):
     check_case(case, "loss")
+
+
+@pytest.mark.parametrize("case", named(OWN))
+def test_verdicts_on_a_loss_of_the_models_own(case):
+    check_case(case, "own")
 
 
 @pytest.mark.parametrize("kind", TABLES)
