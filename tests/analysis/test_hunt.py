@@ -10,6 +10,7 @@ from cases.hunt.changes import CHANGES
 from cases.hunt.known import WRONG_TODAY
 from cases.hunt.messy import MESSY
 from cases.hunt.third_losses import OWN, OwnLossCase
+from cases.hunt.third_statistics import SIZES
 from cases.losses import LossCase
 from cases.models import ModelCase
 from cases.verdicts import check, check_weights, structure_of, truth_of
@@ -29,6 +30,7 @@ TABLES = {
     "model": [case.name for case in MODELS],
     "loss": [case.name for case in LOSSES],
     "own": [case.name for case in OWN],
+    "size": [case.name for case in SIZES],
     "change": list(CHANGES),
     "messy": list(MESSY),
 }
@@ -79,6 +81,13 @@ def test_verdicts_on_the_loss(case):
 @pytest.mark.parametrize("case", named(OWN))
 def test_verdicts_on_a_loss_of_the_models_own(case):
     check_case(case, "own")
+
+
+@pytest.mark.parametrize("case", named(SIZES))
+def test_sizes_of_statistics(case):
+    is_right = case.found() == case.size
+    is_listed = f"size: {case.name}" in WRONG_TODAY
+    assert is_right != is_listed, (case.found(), case.size, is_listed)
 
 
 @pytest.mark.parametrize("kind", TABLES)

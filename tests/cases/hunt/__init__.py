@@ -11,7 +11,7 @@ from cases.hunt.table import MODELS
 __all__ = ["LOSSES", "MODELS"]
 
 SECOND = ("escapes", "ops", "numbers")
-THIRD = ("third_models", "third_noise", "third_sizes", "third_losses")
+THIRD = ("third_models", "third_noise", "third_sizes", "third_statistics", "third_losses")
 
 for part in (*SECOND, *THIRD):
     import_module(f"cases.hunt.{part}")

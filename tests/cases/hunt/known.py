@@ -144,6 +144,7 @@ WRONG_THIRD = frozenset(
         "model: words replaced by drawn ones",
         "model: one token each, drawn",
         "model: one token each, gathered",
+        "model: rows and their whole factors",
         # Noise of no sample counts as theirs where one of its axes has their number.
         "model: weights drawn",
         "model: weights drawn thrice",
@@ -151,11 +152,20 @@ WRONG_THIRD = frozenset(
         "model: a projection drawn",
         "model: a table dropped",
         "model: a kernel drawn",
+        "model: a reflection drawn",
+        "model: features of Fourier, drawn",
+        "model: an orthogonal matrix drawn",
         # Noise that changes place before it meets its samples is taken for that of its old places.
         "model: noise flipped",
         "model: noise rolled",
         "model: noise transposed",
         "model: noise by time and sample",
+        # Noise that is written into a part of something, or through ``.data``, is lost sight of.
+        "model: noise into the data of a buffer",
+        "model: noise into a part of a buffer",
+        "model: noise into every second column",
+        "model: noise in place of two columns",
+        "model: noise row by row into a buffer",
         # All draws of one law have one key: which of them it is does not count.
         "model: noise drawn once, or twice",
         # A sum over all samples and one over some of them make one scalar of both.
@@ -201,6 +211,30 @@ WRONG_THIRD = frozenset(
         "model: centred in parts of four and two",
         "model: pairs averaged, and given back to both",
         "model: the mean of a group for all of it",
+        # A scan or a search leaves of all ranks one number, or so many without names.
+        "model: a Lorenz curve",
+        "model: sums of ranks from above",
+        "model: ranks smoothed",
+        "model: the spectrum of ranks",
+        "model: ranks summed by logarithms",
+        "model: a rank by searching",
+        "model: a rank by buckets",
+        "model: the sum up to the own rank",
+        "model: normal scores",
+        # What is read as a whole counts as one number.
+        "size: quartiles as buckets",
+        "size: sorted means as buckets",
+        "size: a matrix that is solved",
+        "size: a factor that is solved",
+        "size: a triangle that is solved",
+        "size: a matrix as an image",
+        "size: weights of classes",
+        "size: a kernel with three taps",
+        # Reductions of nothing raise in their rule.
+        "model: a penalty on no terms",
+        "model: no tokens in front",
+        "model: no samples left",
+        "model: no mask at all",
         # Totals over samples of several groups, but for those that a reduction makes.
         "model: ghost norm, then pooled by index_add",
         "model: ghost norm, then summed by Python",

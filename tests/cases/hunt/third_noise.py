@@ -232,6 +232,104 @@ table(
 )
 
 
+# ---------------------------------------------------------------- noise that is written
+
+
+def into_a_buffer(net, x):
+    net.noise.normal_(0, 0.3)
+    return net.linear(x) + net.noise
+
+
+def into_the_data_of_a_buffer(net, x):
+    net.noise.data.normal_(0, 0.3)
+    return net.linear(x) + net.noise
+
+
+def into_a_part_of_a_buffer(net, x):
+    net.longer[: len(x)].normal_(0, 0.3)
+    return net.linear(x) + net.longer[: len(x)]
+
+
+def into_every_second_column(net, x):
+    e = torch.zeros(N, D)
+    e[:, ::2].normal_()
+    return net.linear(x) + e
+
+
+def in_place_of_two_columns(net, x):
+    h = net.linear(x).clone()
+    h[:, :2].normal_()
+    return h
+
+
+def added_to_two_columns(net, x):
+    h = net.linear(x).clone()
+    h[:, :2] += torch.randn(N, 2)
+    return h
+
+
+def row_by_row(net, x):
+    e = torch.empty(N, D)
+    for row in e:
+        row.normal_()
+    return net.linear(x) + e
+
+
+def into_out(net, x):
+    e = torch.empty(N, D)
+    torch.randn(N, D, out=e)
+    return net.linear(x) + e
+
+
+def kept(*shape):
+    return lambda: nn.Parameter(torch.zeros(shape), requires_grad=False)
+
+
+def reflected(net, x):
+    """A reflection at a plane that is drawn for the whole batch."""
+    v = F.normalize(torch.randn(D), dim=0)
+    return net.linear(x) - 2 * (x @ v)[:, None] * v
+
+
+table(
+    SIMD,
+    {
+        "noise into a buffer": into_a_buffer,
+        "noise into the data of a buffer": into_the_data_of_a_buffer,
+        "noise into a part of a buffer": into_a_part_of_a_buffer,
+        "noise into every second column": into_every_second_column,
+        "noise in place of two columns": in_place_of_two_columns,
+        "noise added to two columns": added_to_two_columns,
+        "noise row by row into a buffer": row_by_row,
+        "noise into out": into_out,
+        "a reflection drawn": reflected,
+        "features of Fourier, drawn": lambda n, x: (n.linear(x) @ torch.randn(D, 5)).cos(),
+        "an orthogonal matrix drawn": lambda n, x: (
+            n.linear(x) @ torch.linalg.qr(torch.randn(D, D))[0]
+        ),
+        "rows and their whole factors": lambda n, x: torch.stack(
+            [n.linear(row) * torch.randint(0, 5, (1,)) for row in x]
+        ),
+        "noise of a generator of its own": lambda n, x: (
+            n.linear(x) + torch.randn(N, D, generator=n.generator)
+        ),
+        "noise by vmap": lambda n, x: torch.func.vmap(
+            lambda row: n.linear(row) + torch.randn(D), randomness="different"
+        )(x),
+        "noise of several draws averaged": lambda n, x: (
+            (n.linear(x)[None] + torch.randn(N, N, D)).relu().mean(0)
+        ),
+        "noise in the flat batch": lambda n, x: (n.linear(x).flatten() + torch.randn(N * D)).view(
+            N, D
+        ),
+    },
+    accept_unknown=True,
+    noise=kept(N, D),
+    longer=kept(N + 2, D),
+    generator=lambda: torch.Generator().manual_seed(0),
+)
+
+
 # ---------------------------------------------------------------- laws
 
 

@@ -336,6 +336,26 @@ table(
 table(STATISTICS, {"a running sum, kept": accumulator_kept}, FLAT, accept_unknown=True)
 
 
+# ---------------------------------------------------------------- nothing at all
+
+
+table(
+    SIMD,
+    {
+        "a penalty on no terms": lambda n, x: n.linear(x) + torch.zeros(0).sum(),
+        "no tokens in front": lambda n, x: n.linear(x) + x.new_zeros(N, 0, D).sum(1),
+        "no features left": lambda n, x: n.linear(x) + x[:, D:].sum(1, keepdim=True),
+        "no samples left": lambda n, x: torch.cat([n.linear(x), n.linear(x[N:])]),
+        "no rows of a table": lambda n, x: n.linear(x) + n.linear.weight[:0].sum(0),
+        "a product of no features": lambda n, x: n.linear(x) + x[:, :0] @ n.linear.weight[:0],
+        "no mask at all": lambda n, x: (
+            n.linear(x) * (1 + torch.zeros(0, dtype=torch.bool).any().float())
+        ),
+    },
+    accept_unknown=True,
+)
+
+
 # ---------------------------------------------------------------- numbers that grow
 
 
