@@ -9,7 +9,7 @@ from cases.hunt import LOSSES, MODELS
 from cases.hunt.changes import CHANGES
 from cases.hunt.known import WRONG_TODAY
 from cases.hunt.messy import MESSY
-from cases.hunt.third_losses import OWN, OwnLossCase
+from cases.hunt.third_losses import OWN, SPLITS, OwnLossCase, SplitCase
 from cases.hunt.third_statistics import SIZES
 from cases.losses import LossCase
 from cases.models import ModelCase
@@ -30,6 +30,7 @@ TABLES = {
     "model": [case.name for case in MODELS],
     "loss": [case.name for case in LOSSES],
     "own": [case.name for case in OWN],
+    "split": [case.name for case in SPLITS],
     "size": [case.name for case in SIZES],
     "change": list(CHANGES),
     "messy": list(MESSY),
@@ -40,14 +41,14 @@ def named(cases: list) -> list:
     return [pytest.param(case, id=case.name) for case in cases]
 
 
-Case = ModelCase | LossCase | OwnLossCase
+Case = ModelCase | LossCase | OwnLossCase | SplitCase
 
 
 def judge(case: Case) -> bool:
     """Raise where a verdict is wrong; return whether one was proved that a trial took back."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ContradictedProofWarning)
-        is_own = isinstance(case, OwnLossCase)
+        is_own = isinstance(case, OwnLossCase | SplitCase)
         structure = case.structure() if is_own else structure_of(case)
     truth = case.truth() if is_own else truth_of(case)
     check(structure, truth, case.accept_unknown)
@@ -81,6 +82,11 @@ def test_verdicts_on_the_loss(case):
 @pytest.mark.parametrize("case", named(OWN))
 def test_verdicts_on_a_loss_of_the_models_own(case):
     check_case(case, "own")
+
+
+@pytest.mark.parametrize("case", named(SPLITS))
+def test_verdicts_on_the_canonical_split(case):
+    check_case(case, "split")
 
 
 @pytest.mark.parametrize("case", named(SIZES))

@@ -206,6 +206,10 @@ WRONG_THIRD = frozenset(
         "model: half of the rows kept in bfloat16",
         "model: half of the rows kept in float16",
         "model: the last rows from a cache in float16",
+        "model: a product into less precision",
+        # Booleans and integers that the forward pass reads of parameters, and keeps for the loss.
+        "split: the sign of a weight, kept",
+        "split: large weights counted, kept",
         # Groups of unequal size, and statistics of groups that are predictions themselves.
         "model: ghost batch norm of four and two",
         "model: centred in parts of four and two",

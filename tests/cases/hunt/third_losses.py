@@ -504,3 +504,117 @@ own(
     {"own: contrast with a learned scale": contrast_with_a_learned_scale},
     scale=lambda: nn.Parameter(torch.zeros(())),
 )
+
+
+# ---------------------------------------------------------------- the canonical split
+
+
+@dataclass(frozen=True)
+class SplitCase:
+    """A model that may keep something for its loss, and whether parameters enter the loss so.
+
+    ``kept``: of the net, its inputs and its predictions what is kept; ``loss``: of the net,
+    predictions and targets.
+    """
+
+    name: str
+    split: str
+    loss: Callable[[Net, Tensor, Tensor], Tensor]
+    kept: Callable[[Net, Tensor, Tensor], Any] | None = None
+    accept_unknown: bool = True
+
+    def structure(self) -> Structure:
+        torch.manual_seed(0)
+        net = Net(self.forward, {"inner": linear(), "head": linear()})
+        loss = lambda p, y: self.loss(net, p, y)  # noqa: E731
+        return ub.Problem(net, loss, VALUES()).structure
+
+    def forward(self, net: Net, x: Tensor) -> Tensor:
+        p = predict(net, x)
+        if self.kept is not None:
+            net.kept = self.kept(net, x, p)
+        return p
+
+    def truth(self) -> dict[str, str]:
+        return {"canonical_split": self.split}
+
+
+SPLITS: list[SplitCase] = []
+
+
+def split(truth: str, losses: dict[str, Any]) -> None:
+    for name, parts in losses.items():
+        SPLITS.append(SplitCase(name, truth, *parts))
+
+
+def error(p, y):
+    return squares(p, y).mean()
+
+
+def gradient_norm(loss, parameter):
+    (g,) = torch.autograd.grad(loss, parameter, create_graph=True)
+    return g.square().sum()
+
+
+def weighed_by_gradients(net, p, y):
+    """The weight of a second loss, by the gradients of both (as in a VQGAN)."""
+    a, b = error(p, y), p.abs().mean()
+    w = net.head.weight
+    ratio = gradient_norm(a, w).sqrt() / gradient_norm(b, w).sqrt()
+    return a + ratio.detach() * b
+
+
+split(
+    "fails",
+    {
+        "a penalty on gradients by inner weights": (
+            lambda n, p, y: error(p, y) + 0.1 * gradient_norm(error(p, y), n.inner.weight),
+        ),
+        "a second loss weighed by gradients": (weighed_by_gradients,),
+        "the sign of a weight": (lambda n, p, y: error(p, y) * (2 if n.head.bias[0] > 0 else 1),),
+        "the sign of a weight, kept": (
+            lambda n, p, y: error(p, y) * (2 if n.kept else 1),
+            lambda n, x, p: bool(n.head.bias[0] > 0),
+        ),
+        "large weights counted, kept": (
+            lambda n, p, y: error(p, y) * (1 + n.kept),
+            lambda n, x, p: int((n.head.weight.abs() > 0.2).sum()),
+        ),
+        "large weights counted as an item, kept": (
+            lambda n, p, y: error(p, y) * (1 + n.kept),
+            lambda n, x, p: (n.head.weight.abs() > 0.2).sum().item(),
+        ),
+        "hidden values, kept": (
+            lambda n, p, y: error(p, y) + n.kept.abs().mean(),
+            lambda n, x, p: n.inner(x),
+        ),
+        "weights by their dict": (
+            lambda n, p, y: error(p, y) + sum(w.square().sum() for w in n.state_dict().values()),
+        ),
+        "weights through numpy": (
+            lambda n, p, y: error(p, y) + float((n.head.weight.detach().numpy() ** 2).sum()),
+        ),
+        "weights as one vector": (
+            lambda n, p, y: error(p, y) + nn.utils.parameters_to_vector(n.parameters()).norm(),
+        ),
+    },
+)
+split(
+    "holds",
+    {
+        "a norm of the inputs, kept": (
+            lambda n, p, y: (squares(p, y) * n.kept).mean(),
+            lambda n, x, p: x.square().sum(1),
+        ),
+        "how many weights there are": (
+            lambda n, p, y: error(p, y) * sum(w.numel() for w in n.parameters()),
+        ),
+        "a penalty on gradients by predictions": (
+            lambda n, p, y: error(p, y) + 0.1 * gradient_norm(error(p, y), p),
+        ),
+        "the shape of a weight": (lambda n, p, y: error(p, y) / n.head.weight.shape[0],),
+        "a penalty on gradients by the last bias": (
+            lambda n, p, y: error(p, y) + 0.1 * gradient_norm(error(p, y), n.head.bias),
+        ),
+    },
+)

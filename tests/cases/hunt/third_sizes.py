@@ -209,6 +209,15 @@ def last_rows_from_a_cache(net, x):
     return out * net.linear.bias
 
 
+def product_into_less_precision(net, x):
+    h = net.linear(x).detach()
+    low = torch.empty(3, D, dtype=torch.bfloat16)
+    torch.mul(h[:3], 0.5, out=low)
+    out = 0.5 * h
+    out[:3] = low
+    return out * net.linear.bias
+
+
 def all_rows_from_a_cache(net, x):
     h = net.linear(x).detach()
     cache = torch.zeros(N, D, dtype=torch.float16)
@@ -303,6 +312,7 @@ table(
         "half of the rows kept in float16": rows_kept_in(torch.float16),
         "half of the rows kept in integers": rows_kept_in(torch.int32),
         "the last rows from a cache in float16": last_rows_from_a_cache,
+        "a product into less precision": product_into_less_precision,
         "bits of half of the rows cut": bits_cut_in_half_of_the_rows,
         "a diagonal zeroed in the flat batch": flat_diagonal_zeroed,
     },
