@@ -279,6 +279,64 @@ def data_flipped(net, x):
     return h
 
 
+def data_exchanged_and_used(net, x):
+    h = net.linear(x)
+    h.data = h.data.flip(0)
+    return h * 2
+
+
+def data_of_a_view(net, x):
+    h = net.linear(x).detach().clone()
+    row = h[0]
+    row.data = h[1]
+    row += h[2]
+    return h * net.linear.weight.sum()
+
+
+def data_exchanged_back(net, x):
+    h = net.linear(x)
+    kept = h.data
+    h.data = h.data.flip(0)
+    h.data = kept
+    return h
+
+
+def data_of_the_input(net, x):
+    x.data = x.data - x.data.mean(0)
+    return net.linear(x)
+
+
+def data_by_setattr(net, x):
+    h = net.linear(x)
+    setattr(h, "data", h.detach().roll(1, 0))  # noqa: B010
+    return h
+
+
+def data_written_later(net, x):
+    h, other = net.linear(x), torch.zeros(6, 6)
+    h.data = other
+    other += x.flip(0)
+    return h
+
+
+def data_of_the_own(net, x):
+    h = net.linear(x)
+    h.data = h.data * 2
+    return h.tanh()
+
+
+def data_of_another_shape(net, x):
+    h = torch.empty(0)
+    h.data = net.linear(x).detach().flip(0)
+    return h * net.linear.weight.sum()
+
+
+def data_in_a_tuple(net, x):
+    a, b = net.linear(x), x * 1
+    a.data, b.data = b.data.flip(0), a.data.flip(0)
+    return a, b
+
+
 def data_of_a_buffer(net, x):
     net.linear.bias.data = x.mean(0)
     return net.linear(x)
@@ -402,6 +460,7 @@ table(
     {
         "data exchanged for centred data": data_exchanged,
         "data of a bias set to the mean": data_of_a_buffer,
+        "data of the input centred": data_of_the_input,
         "centred through numpy": numpy_in_place,
         "centred through a transposed view": view_centred,
         "centred by foreach": foreach_in_place,
@@ -415,6 +474,12 @@ table(
     MIXED,
     {
         "data exchanged for flipped data": data_flipped,
+        "data flipped and used": data_exchanged_and_used,
+        "data of a row exchanged, and written to": data_of_a_view,
+        "data rolled by setattr": data_by_setattr,
+        "data written to after it was given": data_written_later,
+        "data of an empty tensor": data_of_another_shape,
+        "data exchanged for that of each other": data_in_a_tuple,
         "one row copied through numpy": numpy_row_copied,
         "one row moved in memory": memory_moved,
         "memory copied from a flipped one": storage_copied,
@@ -429,7 +494,15 @@ table(
     },
     accept_unknown=True,
 )
-table(SIMD, {"set to its own memory": set_to_storage}, accept_unknown=True)
+table(
+    SIMD,
+    {
+        "set to its own memory": set_to_storage,
+        "data exchanged and given back": data_exchanged_back,
+        "data exchanged for its double": data_of_the_own,
+    },
+    accept_unknown=True,
+)
 table(INDEXED, {"row two zeroed through a view": unbound_zeroed})
 
 

@@ -2,9 +2,6 @@
 
 WRONG_TODAY = frozenset(
     [
-        # A tensor's memory exchanged by `.data =` is no step.
-        "model: data exchanged for centred data",
-        "model: data exchanged for flipped data",
         # The noise of `rrelu` is not moved along with its samples where proofs are tried.
         "model: random slopes",
         # Labels that are mixed count as constants of the sample.
