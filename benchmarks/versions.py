@@ -84,6 +84,7 @@ def training(workload: Any, samples: int, norms: Any, **how: str) -> Callable[[]
     model, X, y = workload.build(samples)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     problem = ub.Problem(model, F.cross_entropy, (X, y))
+    problem.compute(norms, **how)
 
     def train() -> None:
         for step in range(STEPS):

@@ -157,20 +157,20 @@ def _covering(function: Function, every: int, place: int) -> list[int]:
     The calls of a value take turns, so that the other parameters vary; a value of these that did
     not come up is added.
     """
-    calls = function.calls
+    calls, table = function.calls, function.table
     if listed(calls[0], FULL) or listed(calls[0], SWEEPS):
         return []
     if listed(calls[0], ONCE):
         return [0]
     chosen = []
-    groups = list(function.values_of(function.table).values())
+    groups = list(function.values_of(table).values())
     for turn, group in enumerate(groups[place % len(groups) :: every]):
         chosen.append(group[(turn + place) % len(group)])
     covered: set[tuple[str, Hashable]] = set()
     for i in chosen:
         covered.update(calls[i].values)
     for i, call in enumerate(calls):
-        others = [value for value in call.values if value[0] != function.table]
+        others = [value for value in call.values if value[0] != table]
         if not covered.issuperset(others):
             chosen.append(i)
             covered.update(call.values)

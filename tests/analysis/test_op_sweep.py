@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -28,6 +29,12 @@ def test_every_op_is_as_the_page_says(name):
     row = row_of(name)
     assert not row.faulty, row.findings[0]
     assert statuses_in(line_of(row)) == statuses_in(LINES[name]), "the page is out of date"
+
+
+def test_the_table_of_ops_leaves_settings_as_they_were():
+    """Other tests of this process, and libraries that they try, may set flags of backends."""
+    assert names_of_sweeps()
+    assert not torch.backends.flags_frozen()
 
 
 def test_the_page_leaves_no_op_out():

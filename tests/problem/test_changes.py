@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import unbatch as ub
 from cases import changes
 from cases.changes import CHANGES, LOSSES, SETTINGS_OF_PROCESS, D, N, Net, squares
-from unbatch.capture import guards, holders, reachable
+from unbatch.capture import guards, holders, program, reachable
 from unbatch.problem import spot_check
 from unbatch.problem.spot_check import SpotChecks
 
@@ -113,6 +113,27 @@ def test_a_change_before_any_question_about_a_gradient(watch_alone):
         assert all(bool(g.any()) for g in out.values())
 
 
+# --- many batches ---------------------------------------------------------------------------------
+
+
+def test_a_problem_that_was_asked_nothing_records_its_batches_once(monkeypatch):
+    """Each batch begins at the problem itself, and what one records serves the next."""
+    recorded: list[int] = []
+    record = program.record
+    monkeypatch.setattr(program, "record", lambda *args: recorded.append(1) or record(*args))
+    model = nn.Linear(D, D)
+    problem = ub.Problem(model, squares, (torch.randn(N, D), torch.randn(N, D)))
+    for _ in range(3):
+        answers(problem.with_batch(torch.randn(N, D), torch.randn(N, D)))
+    assert len(recorded) == 1
+    model.register_forward_hook(lambda module, inputs, output: 2 * output)
+    for _ in range(3):
+        check_fresh(problem.with_batch(torch.randn(N, D), torch.randn(N, D)))
+    answers(problem)
+    # Twice by the program, and by the fresh problem of each comparison.
+    assert len(recorded) == 2 + 3
+
+
 # --- the spot checks ------------------------------------------------------------------------------
 
 
@@ -158,9 +179,11 @@ def test_what_nobody_watches_is_seen_at_other_numbers(unhide):
     check_fresh(problem)
 
 
-def test_the_first_use_of_a_recording_is_checked_whatever_the_time(unhide):
+@pytest.mark.parametrize("asked", range(1, spot_check.FIRST + 1))
+def test_the_first_uses_of_a_recording_are_checked_whatever_the_time(unhide, asked):
     problem = hidden_problem(clock=lambda: 0.0)
-    assert problem.structure
+    for _ in range(asked):
+        assert problem.structure
     HIDDEN.set(3.0)
     check_fresh(problem)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import html
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from operator import is_
@@ -131,6 +132,7 @@ class Problem:
         self._use(inputs, targets)
         self._session: Session | None = None
         self._checks = SpotChecks()
+        self._origin: Callable[[], Problem | None] = lambda: None  # the same on the data before
         self._compared: Session | None = None  # whose inputs were found free of NaN
         self._where = tracer.users_line()  # for verdicts that belong to no line of the model
 
@@ -157,6 +159,7 @@ class Problem:
         check_dims("X", inputs, self._dims)
         check_dims("y", targets, self._target_dims)
         other._use(inputs, targets)
+        other._origin = weakref.ref(self)  # of many in a row none is kept
         return other
 
     def __repr__(self) -> str:
@@ -394,13 +397,19 @@ class Problem:
         program = program or self._refreshed()
         batch = Batch(self.inputs, self.targets, self._dims, self._target_dims, self.samples)
         session = None
-        if self._session is not None:
-            session = self._session.at(program, batch)
+        origin = self._origin()
+        last = self._session
+        if last is None and origin is not None:
+            last = origin._session  # of a batch that was asked about since
+        if last is not None:
+            session = last.at(program, batch)
         if session is not None and self._checks.are_due() and not self._checks.agrees(session):
             session = None  # something has changed that nobody watches
         if session is None:  # never recorded, or another computation than then
             session = Session(Recording.of(program, batch, self._where, self._call_text()))
             self._checks.begin()
+            if origin is not None and origin._session is last:
+                origin._session = session  # so that the next batch need not be recorded, too
         self._session = session
         return session
 

@@ -1,9 +1,9 @@
 """Holding a recording that is used again against the model itself, on its own batch.
 
 What decides whether a recording is valid is watched (``capture/guards.py``); this is a net under
-it, for changes that nobody watches. A recording is checked when it is first used again, and then
-whenever all checks together have taken less than a small share of the time since it was made: in a
-training loop now and then, and at each question that comes after a pause.
+it, for changes that nobody watches. A recording is checked the first few times that it is used
+again, and then whenever all checks together have taken less than a small share of the time since it
+was made: in a training loop now and then, and at each question that comes after a pause.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from unbatch.problem.session import Session
 
 # Of the time since the recording was made.
 SHARE = 0.02
+
+# So often a recording is checked whatever that takes: a script asks, changes something, asks again.
+FIRST = 4
 
 # A program that differs from its recording each time it is checked does not repeat itself.
 MOST_FAILURES = 3
@@ -49,7 +52,7 @@ class SpotChecks:
         share = SHARE if self.share is None else self.share
         if not share or self.failures >= MOST_FAILURES:
             return False
-        return not self.count or self.spent <= share * (self.clock() - self.recorded)
+        return self.count < FIRST or self.spent <= share * (self.clock() - self.recorded)
 
     def agrees(self, session: Session) -> bool:
         """Return whether the model does what its recording says; note what that took."""

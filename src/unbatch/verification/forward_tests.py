@@ -172,8 +172,8 @@ def _largest_change(
     amount = float(amounts[worst])
     if amount <= experiment.by_type * replacement.gain:
         return None
-    # What rounding of the inputs does takes a forward pass, and an obvious change is held to that of
-    # all values on the way later.
+    # To know what rounding of the inputs does takes a forward pass. An obvious change is held to
+    # rounding of all values on the way, later.
     is_obvious = amount > OBVIOUS * replacement.gain
     if not is_obvious and amount <= experiment.tolerance * replacement.gain:
         return None

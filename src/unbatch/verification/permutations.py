@@ -7,6 +7,8 @@ that was recorded is permuted, too, wherever the analysis says which sample an e
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from unbatch.analysis.domain.ownership import Ownership
 from unbatch.analysis.interpreter import Interpretation
 from unbatch.capture import ops
 from unbatch.capture.graph import Graph
+from unbatch.capture.steps import Ref, Step
 from unbatch.verification.experiment import Experiment, Untestable
 from unbatch.verification.noise import draws, noise_refs, results_of
 
@@ -22,6 +25,12 @@ MSG_NOISE = "noise is used in a way in which it cannot be permuted with its samp
 MSG_AMOUNTS = "samples use different amounts of noise"
 
 Owners = np.ndarray  # for every element of a tensor, the sample that it belongs to
+Origins = np.ndarray  # for every element of a tensor, the number of an element of the noise
+
+# Ops that draw an order: of features, say.
+ORDERS = ("randperm",)
+
+NOBODY = -1
 
 
 def predict_permuted(experiment: Experiment, order: Tensor) -> list[Tensor]:
@@ -95,14 +104,15 @@ def _owners(graph: Graph, forward: Interpretation, noise: int) -> Owners | None:
     mask is made of uniform numbers).
     """
     drawn = graph.values[noise]
-    if not drawn.dtype.is_floating_point:
-        return None  # an order or a label that was drawn: the same for the whole batch
-    carriers = {noise}
-    reshaped = False
+    if graph.steps[drawn.step].name in ORDERS:
+        return None  # the same for the whole batch
+    # Of every element of a value that is made of the noise alone, the number of the one it is from;
+    # None where that is not known.
+    origins: dict[int, Origins | None] = {noise: _numbered(drawn.shape)}
     for step in graph.forward_steps:
         if step.index <= drawn.step:
             continue
-        read = [ref.index for ref in step.refs() if ref.index in carriers]
+        read = [ref.index for ref in step.refs() if ref.index in origins]
         if not read:
             continue
         for ref in results_of(step):
@@ -112,24 +122,61 @@ def _owners(graph: Graph, forward: Interpretation, noise: int) -> Owners | None:
                 if ref not in step.outs:
                     # Written into a part of something else.
                     raise Untestable(MSG_NOISE)
-                shape = graph.values[read[0]].shape
-                return _in_drawn_shape(_owners_in_result(ownership, shape), drawn.shape, reshaped)
-            carriers.add(ref.index)
-            if graph.values[ref.index].shape != drawn.shape and not ops.keeps_order(step.op):
-                reshaped = True
+                owners = _owners_in_result(ownership, graph.values[read[0]].shape)
+                return _of_drawn(owners, origins[read[0]], drawn.shape)
+            shape = graph.values[ref.index].shape
+            origins[ref.index] = _carried(step, read[0], origins[read[0]], shape)
+    if any(ref.index in origins for ref in graph.predictions):
+        raise Untestable(MSG_NOISE)  # predictions are made of noise alone, which nobody owns
     return None
 
 
-def _in_drawn_shape(owners: Owners | None, drawn: tuple[int, ...], reshaped: bool) -> Owners | None:
-    """Return owners of the carrier as those of the noise that it was made from.
+def _numbered(shape: tuple[int, ...]) -> Origins:
+    return np.arange(math.prod(shape)).reshape(shape)
 
-    Raises ``Untestable`` where their elements are not in the same order.
+
+def _carried(
+    step: Step, read: int, origins: Origins | None, shape: tuple[int, ...]
+) -> Origins | None:
+    """Return the origins of what a step makes of noise; None where they are not known."""
+    if origins is None:
+        return None
+    if ops.keeps_order(step.op):
+        return origins.reshape(shape)
+    if ops.is_pointwise(step.op):
+        return np.broadcast_to(origins, shape)
+    if _looks_up(step, read):
+        wide = origins.reshape(*origins.shape, *[1] * (len(shape) - origins.ndim))
+        return np.broadcast_to(wide, shape)
+    return None
+
+
+def _looks_up(step: Step, read: int) -> bool:
+    """Return whether noise chooses rows of a table: its dims lead in the result."""
+    table = step.named.get("weight") if step.name == "embedding" else step.named.get("self")
+    if isinstance(table, Ref) and table.index == read:
+        return False
+    if step.name == "embedding":
+        return True
+    return step.name == "index" and len(step.named["indices"]) == 1
+
+
+def _of_drawn(
+    owners: Owners | None, origins: Origins | None, drawn: tuple[int, ...]
+) -> Owners | None:
+    """Return owners of what was made of noise as those of the noise.
+
+    Raises ``Untestable`` where an element of it would have several, or it is not known which.
     """
     if owners is None or owners.shape == drawn:
         return owners
-    if reshaped:
+    if origins is None:
         raise Untestable(MSG_NOISE)
-    return owners.reshape(drawn)
+    of_drawn = np.full(math.prod(drawn), NOBODY)
+    of_drawn[origins.reshape(-1)] = owners.reshape(-1)
+    if not np.array_equal(of_drawn[origins], owners):
+        raise Untestable(MSG_NOISE)
+    return of_drawn.reshape(drawn)
 
 
 def _owners_in_result(ownership: Ownership, shape: tuple[int, ...]) -> Owners | None:

@@ -192,3 +192,45 @@ def _(net, x):
 def _(net, x):
     noise = torch.randn(N, D)
     return net.linear(x) + noise.mean(0)
+
+
+@forward("a diffusion at a random time for each sample", SIMD, rates=lambda: torch.rand(10))
+def _(net, x):
+    time = torch.randint(0, 10, (len(x),))
+    return net.linear(net.rates[time][:, None] * x + torch.randn_like(x))
+
+
+@forward("the embedding of a random time", SIMD, embed=lambda: nn.Embedding(10, D))
+def _(net, x):
+    return net.linear(x) + net.embed(torch.randint(0, 10, (len(x),)))
+
+
+@forward("a random time for the whole batch", SIMD, embed=lambda: nn.Embedding(10, D))
+def _(net, x):
+    return net.linear(x) + net.embed(torch.randint(0, 10, (1,)).expand(len(x)))
+
+
+@forward("a random time as a number", SIMD)
+def _(net, x):
+    return net.linear(x) * (torch.randint(0, 10, (len(x),)) / 10)[:, None]
+
+
+@forward("a random word, one-hot", SIMD)
+def _(net, x):
+    return net.linear(x) + F.one_hot(torch.randint(0, D, (len(x),)), D)
+
+
+@forward("features rolled by a random number", SIMD, accept_unknown=True)
+def _(net, x):
+    places = (torch.arange(D) + torch.randint(0, D, (len(x), 1))) % D
+    return net.linear(x).gather(1, places)
+
+
+@forward("noise alone, through a layer", SIMD)
+def _(net, x):
+    return net.linear(torch.randn_like(x))
+
+
+@forward("a random partner for each sample", MIXED, accept_unknown=True)
+def _(net, x):
+    return net.linear(x - x[torch.randint(0, len(x), (len(x),))])

@@ -58,6 +58,14 @@ def exact(call: RuleContext, index: Ownership, values: Any) -> bool:
     return not index.depends_on_batch and not index.sources & changing
 
 
+def by_chance(x: Ownership, index: Ownership, values: Any) -> bool:
+    """Tell whether chance chooses rows of a table, as the time of a diffusion.
+
+    It does so by one law for all samples, whatever it chose this time.
+    """
+    return "noise" in index.sources and not x.depends_on_batch and not is_mask(values)
+
+
 def own_choice(x: Ownership, dim: int, index: Ownership) -> bool:
     """Tell whether samples choose among what is theirs, as a label does among classes.
 
@@ -199,7 +207,8 @@ def _sorted_by_knowledge(
             ranks.append(None)
             continue
         numbers = as_mask(number)
-        if exact(call, index, numbers) and not own_choice(x, dim, index):
+        chosen = own_choice(x, dim, index) or by_chance(x, index, numbers)
+        if exact(call, index, numbers) and not chosen:
             x = _with_choice(call, x, index)
             # A mask of several dims acts as one index along each of them. Negative numbers count
             # from the end.
@@ -315,7 +324,7 @@ def _gather(call: RuleContext) -> Ownership:
     numbers: Any = None
     if not own_choice(x, dim, index):
         numbers = call.values.get("index")
-    follows = exact(call, index, numbers)
+    follows = exact(call, index, numbers) and not by_chance(x, index, numbers)
     # With samples somewhere among the elements, each place is looked up.
     if follows and x.explicit(range(len(x.shape))):
 

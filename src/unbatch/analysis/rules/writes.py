@@ -26,7 +26,7 @@ from unbatch.analysis.domain.ownership import (
     spell_out,
 )
 from unbatch.analysis.domain.propagation import Propagation
-from unbatch.analysis.rules.indexing import as_mask, crop, exact, is_mask
+from unbatch.analysis.rules.indexing import as_mask, by_chance, crop, exact, is_mask
 from unbatch.analysis.rules.registry import EVERY, RuleContext, filled, mixed, rule
 
 # --- at places that are known ---------------------------------------------------------------------
@@ -134,7 +134,8 @@ def scatter(call: RuleContext) -> Ownership:
     numbers: Any = call.values.get("index")
     # Without a tensor a number is written, the same at each place.
     src = _source(call, () if by_slice else index.shape)
-    if not exact(call, index, numbers):
+    chosen = by_chance(x, index, numbers) and not src.depends_on_batch
+    if chosen or not exact(call, index, numbers):
         return _scatter_anywhere(call, dim, src, by_slice)
     if by_slice:
         place = _positions(x).take(numbers.reshape(-1), axis=dim)
