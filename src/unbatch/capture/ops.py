@@ -21,8 +21,9 @@ import torch
 # Arguments that say where and how a result is kept, and nothing about its numbers.
 PLACEMENT = ("device", "layout", "pin_memory", "memory_format", "non_blocking")
 
-# Ops that draw until a number is accepted: how often depends on their arguments.
-REJECTION = ("poisson", "_standard_gamma", "_sample_dirichlet", "binomial")
+# Ops that draw until a number is accepted, or a slope for each number below zero: how often depends
+# on their arguments.
+REJECTION = ("poisson", "_standard_gamma", "_sample_dirichlet", "binomial", "rrelu_with_noise")
 
 
 class Moves(Enum):

@@ -2,8 +2,6 @@
 
 WRONG_TODAY = frozenset(
     [
-        # The noise of `rrelu` is not moved along with its samples where proofs are tried.
-        "model: random slopes",
         # Labels that are mixed count as constants of the sample.
         "loss: paths to labels mixed with those of others",
         "loss: paths to labels of others",
