@@ -2,10 +2,6 @@
 
 WRONG_TODAY = frozenset(
     [
-        # Labels that are mixed count as constants of the sample.
-        "loss: paths to labels mixed with those of others",
-        "loss: paths to labels of others",
-        "loss: paths to labels mixed, in one vector",
         # Behind a weak reference, a proxy or a bound method.
         "change: an entry behind a proxy of a dict",
         "change: an attribute behind a weak reference",
