@@ -61,6 +61,18 @@ MOVES_MEMORY = frozenset([aten.set_.source_Storage, aten.set_.source_Storage_sto
 SIZED_BY_MASKS = ("index", "repeat_interleave")
 
 
+# How many entries they keep depends on values, as no tag says.
+SPARSE = (
+    "_to_sparse",
+    "_to_sparse_csr",
+    "_to_sparse_csc",
+    "_to_sparse_bsr",
+    "_to_sparse_bsc",
+    "_coalesce",
+    "_sparse_sparse_matmul",
+)
+
+
 class Recorder(TorchDispatchMode):
     """Writes every op into a ``Graph``. Use inside ``untouched``.
 
@@ -452,6 +464,8 @@ def entry(function: Callable[P, T]) -> Callable[P, T]:
 
 def sizes_itself(op: Any, args: Any, graph: Graph) -> bool:
     """Tell whether the shape of an op's result depends on values."""
+    if ops.full_name(op) in SPARSE:
+        return True
     if torch.Tag.dynamic_output_shape not in op.tags:
         return False
     if ops.full_name(op) not in SIZED_BY_MASKS:

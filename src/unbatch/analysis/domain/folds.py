@@ -101,9 +101,11 @@ def with_linear(
 
     ``root``: the statistic that a sum of several samples defines.
     """
+    if not out.grouped:
+        return out
     grouped = [x for x in operands if x.grouped]
     kinds = {_kind(x) for x in grouped}
-    if not out.grouped or not kinds <= {SUM, AFFINE}:
+    if not kinds <= {SUM, AFFINE}:
         return out
     if kind == "scale":
         if len(grouped) > 1:

@@ -298,7 +298,7 @@ class Propagation:
         ndim = len(x.shape)
         axes = normal_dims(range(ndim) if dims is None else dims, ndim)
         owner, key, combined = self._reduced(name, x, axes)
-        if combined:
+        if combined and len(self.sets):
             owner = self.across_sets(owner, [x])
         shape = with_one(x.shape, axes)
         root = None
@@ -307,7 +307,8 @@ class Propagation:
             entries = math.prod(x.shape if long else shape)
             root = self.statistic(name, owner, entries, x.sources, long)
         out = self.result(shape, owner, key, [x], "unsymmetric", root, linear)
-        out = folds.with_reduction(out, x, name, root)
+        if len(self.sets):
+            out = folds.with_reduction(out, x, name, root)
         if "predictions" in x.sources:
             out = of_reduction(out, x, combined, (linear, monoid or linear), self.record)
         if keepdim:
