@@ -498,11 +498,6 @@ def linear_moments(net, x):
     return net.linear(x) - (x.sort(0).values * order[:, None]).mean(0)
 
 
-def median_of_means(net, x):
-    means = torch.stack([part.mean(0) for part in x.chunk(3)])
-    return net.linear(x) - means.median(0).values
-
-
 def mean_of_means(net, x):
     return net.linear(x) - (x[:3].mean(0) + x[3:].mean(0)) / 2
 
@@ -563,7 +558,6 @@ table(
         "an inner step by backward()": inner_step_by_backward,
         "spectral norm of the batch": power_iteration,
         "linear moments": linear_moments,
-        "median of the means of parts": median_of_means,
         "mean of the means of halves": mean_of_means,
         "soft clusters of the batch": clustered,
         "linear attention among samples": kernel_of_features,
