@@ -285,20 +285,9 @@ WRONG_THIRD = frozenset(
         # All draws of one law have one key: which of them it is does not count.
         "model: noise drawn once, or twice",
         # A sum over all samples and one over some of them make one scalar of both.
-        "loss: labels for half, certainty for all",
-        "loss: boundary and interior",
-        "loss: less for some",
-        "loss: a penalty on every second",
-        "loss: boundary and interior of a scalar",
-        "loss: a penalty on the first scalars",
         "own: own: labels for half, certainty for all",
-        "own: own: boundary and interior",
         "own: own: next word, and a penalty on all",
         # Second derivatives of a function of scalars need no rank of one.
-        "loss: spread of scalar residuals",
-        "loss: mean and spread of scalar losses",
-        "loss: scalar losses weighted by their softmax",
-        "loss: pairs of scalars",
         # The width of a one-hot is read from the labels, and counts as a check of them.
         "model: classes counted by a one-hot",
         "model: width of a one-hot",
