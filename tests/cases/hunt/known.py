@@ -289,17 +289,9 @@ WRONG_THIRD = frozenset(
         "own: own: next word, and a penalty on all",
         # Second derivatives of a function of scalars need no rank of one.
         # The width of a one-hot is read from the labels, and counts as a check of them.
-        "model: classes counted by a one-hot",
-        "model: width of a one-hot",
-        "model: smoothed labels of unknown width",
-        "loss: over the width of a one-hot",
-        "loss: smoothed by the width of a one-hot",
         # Sizes of selections that PyTorch reads itself.
         "model: ones expanded as the outliers",
-        "model: a bias expanded as a selection",
-        "model: resized as a selection",
         "model: resized as the outliers",
-        "loss: over ones expanded as the kept",
         # Old constructors read tensors in a list unseen.
         "model: a count in a LongTensor",
         "model: a count in an IntTensor",
@@ -313,8 +305,6 @@ WRONG_THIRD = frozenset(
         "model: the last rows from a cache in float16",
         "model: a product into less precision",
         # Booleans and integers that the forward pass reads of parameters, and keeps for the loss.
-        "split: the sign of a weight, kept",
-        "split: large weights counted, kept",
         # Groups of unequal size, and statistics of groups that are predictions themselves.
         "model: ghost batch norm of four and two",
         "model: centred in parts of four and two",
