@@ -10,5 +10,5 @@ from cases.hunt.table import MODELS
 
 __all__ = ["LOSSES", "MODELS"]
 
-for part in ("arguments", "escapes", "ops", "noise", "numbers", "sets"):
+for part in ("arguments", "escapes", "ops", "noise", "numbers", "reductions", "sets"):
     import_module(f"cases.hunt.{part}")
