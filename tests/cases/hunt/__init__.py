@@ -10,5 +10,5 @@ from cases.hunt.table import MODELS
 
 __all__ = ["LOSSES", "MODELS"]
 
-for part in ("arguments", "escapes", "ops", "noise", "numbers", "reductions", "sets"):
+for part in ("arguments", "escapes", "ops", "noise", "numbers", "reductions", "sets", "ways"):
     import_module(f"cases.hunt.{part}")
