@@ -10,7 +10,7 @@ from cases.hunt.table import MODELS
 
 __all__ = ["LOSSES", "MODELS"]
 
-SECOND = ("arguments", "escapes", "ops", "noise", "numbers", "sets")
+SECOND = ("arguments", "escapes", "ops", "noise", "numbers", "reductions", "sets", "ways")
 THIRD = ("third_models", "third_noise", "third_sizes", "third_statistics", "third_losses")
 
 for part in (*SECOND, *THIRD):

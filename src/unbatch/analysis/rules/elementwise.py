@@ -10,7 +10,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from unbatch.analysis.domain.ownership import Ownership, expand, shared
+from unbatch.analysis.domain.ownership import SHARED, Ownership, expand, shared
 from unbatch.analysis.rules.registry import EVERY, RuleContext, filled, pointwise, rule, summary
 from unbatch.capture import ops
 
@@ -125,8 +125,17 @@ def addition(call: RuleContext) -> Ownership:
     if adds_zero and len(call.tensors) == 1:
         return call.tensors[0]
     if is_tensor and call.name == "add" and call["alpha"] in (None, 1):
+        for zeros, x in (call.tensors, call.tensors[::-1]):
+            if _is_zero(zeros):
+                return expand(x, call.shape)
         return call.algebra.pointwise("add", *call.tensors, kind="add")
     return call.algebra.pointwise(call.title, *call.tensors, kind="sub")
+
+
+def _is_zero(x: Ownership) -> bool:
+    """Tell whether a value was made as zeros, as a loop begins that adds up."""
+    zero = filled((), ("zeros", [])).key
+    return not x.statistics and bool(((x.key == zero) & (x.owner == SHARED)).all())
 
 
 @rule(
