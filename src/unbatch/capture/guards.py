@@ -23,7 +23,8 @@ from unbatch.capture.program import Program
 from unbatch.capture.reachable import Reachable
 from unbatch.capture.switches import settings
 
-# Of a tensor with at most so many entries all are looked at; of a larger one, about so many.
+# Of a tensor with at most so many entries all are looked at; of a larger one, about some.
+SMALL = 4096
 SOME = 256
 
 # How many items of a container in the data are compared one by one.
@@ -173,7 +174,7 @@ def _some(t: Tensor) -> Tensor:
     t = t.detach()
     if t.is_complex():
         t = torch.view_as_real(t)
-    if t.numel() <= SOME:
+    if t.numel() <= SMALL:
         return t
     if t.is_contiguous():
         return t.view(-1)[:: max(1, t.numel() // SOME)]

@@ -286,7 +286,9 @@ class _Walk:
 
     def look_into(self, value: Any, depth: int) -> None:
         """Note the places in an object, by what kind of object it is."""
-        if isinstance(value, weakref.ReferenceType) or type(value) in weakref.ProxyTypes:
+        if type(value) is dict:
+            self.dictionary(value, depth)  # most are
+        elif isinstance(value, weakref.ReferenceType) or type(value) in weakref.ProxyTypes:
             self.weak.append(value)
         elif isinstance(value, Tensor):
             self.tensor(value, depth)
@@ -371,15 +373,14 @@ class _Walk:
         return False
 
     def dictionary(self, value: dict[Any, Any], depth: int) -> None:
-        if value is sys.modules:
-            self.by_table = True
-            return
         if isinstance(value, defaultdict):
             self.hold(Slots(value, ("default_factory",)))
-        if value:
-            self.hold(Entries(value), depth)
-        else:
+        if not value:
             self.empty.append(value)
+        elif value is sys.modules:
+            self.by_table = True
+        else:
+            self.hold(Entries(value), depth)
 
     # -- code --
 
