@@ -25,9 +25,6 @@ from torch import Tensor
 
 from unbatch.capture.holders import LARGEST_ARRAY, MISSING, Entries, Holder, Names, Slots, alike
 
-# Bytes of the memory of a file that are kept, and put back.
-LARGEST_FILE = LARGEST_ARRAY
-
 # What all numbers, structures, arrays and pointers of ``ctypes`` are.
 CDATA: type = ctypes.c_int.__mro__[2]
 
@@ -35,64 +32,61 @@ CDATA: type = ctypes.c_int.__mro__[2]
 # --- files ----------------------------------------------------------------------------------------
 
 
-class File(Holder):
+class File(Names):
     """Where in a file the next read or write begins, and where it ends.
 
     What a program appends is cut off again; what it writes over an older part of a file stays.
     """
 
     def __init__(self, file: Any) -> None:
-        self.file = file
+        super().__init__(file, ("position", "end"))
 
-    def content(self) -> tuple[int, int | None] | None:
+    def content(self) -> list[Any]:
         with contextlib.suppress(OSError, ValueError):
-            if self.file.seekable():
-                return int(self.file.tell()), self._size()
-        return None
+            if self.space.seekable():
+                return [int(self.space.tell()), self._end()]
+        return [None, None]
 
-    def same(self, mark: tuple[int, int | None] | None) -> bool:
+    def same(self, mark: list[Any]) -> bool:
         return self.content() == mark
 
-    def restore(self, content: tuple[int, int | None] | None) -> None:
-        if content is None or self.content() == content:
+    def restore(self, content: list[Any]) -> None:
+        position, end = content
+        if position is None or self.same(content):
             return
-        position, size = content
-        now = self._size()
-        if size is not None and now is not None and now > size:
-            self.file.truncate(size)
-        self.file.seek(position)
+        now = self._end()
+        if end is not None and now is not None and now > end:
+            self.space.truncate(end)
+        self.space.seek(position)
 
-    def _size(self) -> int | None:
+    def values(self) -> Iterable[tuple[Hashable, Any]]:
+        return ()
+
+    def _end(self) -> int | None:
         """Return how long the file is, where it may be written to."""
         with contextlib.suppress(OSError, ValueError):
-            if self.file.writable():
-                self.file.flush()
-                return os.fstat(self.file.fileno()).st_size
+            if self.space.writable():
+                self.space.flush()
+                return os.fstat(self.space.fileno()).st_size
         return None
 
 
-class InMemory(Holder):
-    """A file in memory: where in it the next read or write begins, and all that it holds."""
+class InMemory(File):
+    """A file in memory: all that it holds is put back."""
 
-    def __init__(self, file: io.StringIO | io.BytesIO) -> None:
-        self.file: Any = file
+    def content(self) -> list[Any]:
+        if self.space.closed:
+            return [None, None]
+        return [self.space.tell(), self.space.getvalue()]
 
-    def content(self) -> tuple[int, Any] | None:
-        if self.file.closed:
-            return None
-        return self.file.tell(), self.file.getvalue()
-
-    def same(self, mark: Any) -> bool:
-        return self.content() == mark
-
-    def restore(self, content: tuple[int, Any] | None) -> None:
-        if content is None or self.content() == content:
-            return
+    def restore(self, content: list[Any]) -> None:
         position, value = content
-        self.file.seek(0)
-        self.file.truncate()
-        self.file.write(value)
-        self.file.seek(position)
+        if position is None or self.same(content):
+            return
+        self.space.seek(0)
+        self.space.truncate()
+        self.space.write(value)
+        self.space.seek(position)
 
 
 # --- memory ---------------------------------------------------------------------------------------
