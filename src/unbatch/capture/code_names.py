@@ -44,7 +44,7 @@ DYNAMIC = frozenset(
 )
 
 # Code that names one of these may read any name of its module.
-NAMESPACES = frozenset(["globals", "vars", "locals", "eval", "exec"])
+NAMESPACES = frozenset(["globals", "eval", "exec"])
 
 GLOBAL_NAMES = frozenset(["LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL", "LOAD_NAME"])
 
