@@ -40,6 +40,7 @@ from unbatch.capture.code_names import (
     names_in,
 )
 from unbatch.capture.foreign import (
+    CDATA,
     FOREIGN,
     Cache,
     Environment,
@@ -143,6 +144,16 @@ LEAVES = PLAIN_TYPES | VALUE_TYPES | {types.CodeType, type(...), type(NotImpleme
 
 # What of a function can be exchanged.
 FUNCTION_PARTS = ("__code__", "__defaults__", "__kwdefaults__", "__name__", "__qualname__")
+
+# A list or a dict inside any object of C but these is its own, and nobody else may write to it.
+TRANSPARENT = (
+    types.MappingProxyType,
+    *map(type, ({}.keys(), {}.values(), {}.items())),
+    *map(type, map(iter, ([], {}, set(), deque()))),
+    type(reversed([])),
+    CDATA,
+)
+PRIVATE = (dict, list, set)
 
 # What looks up attributes by names that it was made with.
 GETTERS = (operator.attrgetter, operator.methodcaller)
@@ -313,7 +324,7 @@ class _Walk:
         if isinstance(value, COPIED):
             self.reached.holders.append(Position(value))
         if not isinstance(value, types.GeneratorType):
-            self.follow_all(gc.get_referents(value), depth)
+            self.referents(value, depth)
 
     def follow_weak(self) -> bool:
         """Follow what is reached by weak references alone; return whether there was anything."""
@@ -342,6 +353,9 @@ class _Walk:
             self.hold(Array(value), depth)
         elif isinstance(value, types.CellType):
             self.hold(Cell(value), depth)
+        elif isinstance(value, type(os.environ)):
+            self.hold(Environment())
+            return True
         elif not self.memory(value, depth) and not self.foreign(value, depth):
             return False
         # A container of a class of its own may have methods and attributes as well.
@@ -357,6 +371,9 @@ class _Walk:
             self.hold(Bytes(value))
         elif isinstance(value, memoryview):
             self.follow(value.obj)
+        elif isinstance(value, CDATA):
+            self.hold(Memory(value))
+            self.referents(value, depth)
         elif isinstance(value, mmap.mmap):
             self.hold(Memory(value))
         else:
@@ -365,15 +382,21 @@ class _Walk:
 
     def foreign(self, value: Any, depth: int) -> bool:
         """Look into an object that has a holder of its own kind; return whether it is one."""
-        if isinstance(value, type(os.environ)):
-            self.hold(Environment())
-            return True
         for kind, holder in FOREIGN:
             if isinstance(value, kind):
                 self.hold(holder(value), depth)
-                self.follow_all(gc.get_referents(value), depth)
                 return True
         return False
+
+    def referents(self, value: Any, depth: int) -> None:
+        """Follow what an object of C refers to: the collector of garbage knows."""
+        for part in gc.get_referents(value):
+            if isinstance(value, TRANSPARENT):
+                self.follow(part, depth)
+            elif type(part) in PRIVATE:
+                self.follow_all(_inside(part), depth)
+            else:
+                self.follow(part, depth)
 
     def dictionary(self, value: dict[Any, Any], depth: int) -> None:
         if isinstance(value, defaultdict):
@@ -417,8 +440,9 @@ class _Walk:
         self.follow(value.__wrapped__)
         code = getattr(value.__wrapped__, "__code__", None)
         if code is None or not is_installed(code.co_filename):
-            self.hold(Cache(value))
-            self.follow_all(gc.get_referents(value))
+            holder = Cache(value)
+            self.hold(holder)
+            self.follow_all(holder.results())
 
     def user_function(self, function: types.FunctionType) -> None:
         """Follow what a function of the user reads from outside."""
@@ -551,8 +575,7 @@ class _Walk:
         if depth <= DEEPEST:
             self.attributes(value, (), depth)
             if not hasattr(value, "__dict__"):
-                # An object of C: what it refers to, the collector of garbage knows.
-                self.follow_all(gc.get_referents(value), depth)
+                self.referents(value, depth)
 
     def closed_book(self, value: Any) -> None:
         """Note the few attributes that decide something."""
@@ -639,6 +662,13 @@ def _slots(kind: type) -> list[str]:
             slots = (slots,)
         names += [n for n in slots if isinstance(vars(base).get(n), types.MemberDescriptorType)]
     return names
+
+
+def _inside(container: Any) -> list[Any]:
+    """Return what is in a dict, a list or a set."""
+    if isinstance(container, dict):
+        return list(container.values())
+    return list(container)
 
 
 def _imported(name: str, space: dict[str, Any]) -> list[types.ModuleType]:
