@@ -246,7 +246,7 @@ class _Walk:
         self.empty: list[dict[Any, Any]] = []
         self.of_tensors: list[dict[str, Any]] = []
         self.objects: list[Any] = []
-        # Weak references, and what is reached by them alone.
+        # Weak references, and what is reached by them alone: but for tensors, it does not live on.
         self.weak: list[Any] = []
         self.weakly: set[int] = set()
         # Modules of Python of which any name may be read, by the number of their namespace.
@@ -556,7 +556,8 @@ class _Walk:
 
     def module(self, module: nn.Module) -> None:
         """Note a module: all that its class may read, and its parts."""
-        self.reached.modules.append(module)
+        if id(module) not in self.weakly:
+            self.reached.modules.append(module)
         self.follow(type(module))
         if isinstance(module, torch.jit.ScriptModule):
             self.reached.holders.append(Scripted(module))

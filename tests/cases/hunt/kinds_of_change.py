@@ -296,6 +296,20 @@ CHANGES: dict[str, Change] = {
         net(times(lambda n: n.ask()()), ask=lambda: weakref.WeakMethod(kept_alive(Owner()).get)),
         lambda model: setattr(model.ask().__self__, "scale", 3.0),
     ),
+    "an object behind a weak reference that is gone": (
+        net(
+            times(lambda n: 3.0 if n.owner() is None else n.owner().scale),
+            owner=lambda: weakref.ref(kept_alive(Owner())),
+        ),
+        lambda model: KEPT.clear(),
+    ),
+    "a module behind a weak reference that is gone": (
+        net(
+            times(lambda n: 3.0 if n.owner() is None else 1.0),
+            owner=lambda: weakref.ref(kept_alive(torch.nn.Linear(2, 2))),
+        ),
+        lambda model: KEPT.clear(),
+    ),
     "a list behind a partial of a bound method": (
         net(times(lambda n: n.at()), at=lambda: functools.partial([1.0].__getitem__, 0)),
         lambda model: model.at.func.__self__.__setitem__(0, 3.0),
