@@ -222,6 +222,7 @@ def _values_at(holder: Holder, mark: Any) -> Iterator[Any]:
     for name in holder.changed(mark):
         if name in now:
             yield now[name]
+            yield name  # a key of a dict may be an object
         elif name is WHOLE and now:
             yield from now.values()
         elif isinstance(holder, Empty | Classes):
@@ -407,6 +408,9 @@ class _Walk:
             self.by_table = True
         else:
             self.hold(Entries(value), depth)
+            for key in value:
+                if type(key) is not str:
+                    self.follow(key, depth)
 
     # -- code --
 

@@ -122,6 +122,11 @@ def cached(size: int) -> float:
     return SCALE
 
 
+class SimpleKey:
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+
 class Owner:
     scale = 1.0
 
@@ -328,6 +333,20 @@ CHANGES: dict[str, Change] = {
     "a dict behind its values": (
         net(times(lambda n: max(n.view)), view=lambda: kept_alive({"scale": 1.0}).values()),
         lambda model: KEPT[-1].__setitem__("scale", 3.0),
+    ),
+    "an object that is the key of a dict": (
+        net(
+            times(lambda n: next(iter(n.table)).scale),
+            table=lambda: {SimpleKey(1.0): None, (SimpleKey(1.0), 2): None},
+        ),
+        lambda model: setattr(next(iter(model.table)), "scale", 3.0),
+    ),
+    "an object in a tuple that is the key of a dict": (
+        net(
+            times(lambda n: next(iter(n.table))[0].scale),
+            table=lambda: {(SimpleKey(1.0), 2): None},
+        ),
+        lambda model: setattr(next(iter(model.table))[0], "scale", 3.0),
     ),
     # Getters.
     "an inner attribute by an attrgetter": (
