@@ -20,17 +20,5 @@ WRONG_TODAY = frozenset(
         "loss: paths to labels mixed with those of others",
         "loss: paths to labels of others",
         "loss: paths to labels mixed, in one vector",
-        # Behind a weak reference, a proxy or a bound method.
-        # Names of attributes kept in objects of C.
-        # In an object of C, or in a class of a closed book.
-        # Classes of leaves: members of enums, tuples, floats, tensors, classes of classes.
-        # Attributes of tensors and of scripted modules.
-        # Looked up by a name that is data, or in a library's table.
-        # Deep, long or large.
-        # Iterators, where no holder has them, and where others advance them.
-        # What a program writes and depends on later.
-        # Caches, and what has been written to files.
-        # Settings of the process that nobody reads.
-        # Others.
     ]
 )
