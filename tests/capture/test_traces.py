@@ -2,8 +2,12 @@
 is refused before it changes.
 """
 
+import io
+import itertools
 import threading
 import warnings
+from collections import deque
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +16,7 @@ import torch
 import unbatch as ub
 from cases.changes import D, N, Net, squares
 from cases.messy import MESSY, REFUSED, Meter
-from unbatch.capture import holders, isolation, program, reachable, switches
+from unbatch.capture import foreign, holders, isolation, program, reachable, switches
 
 
 def problem_of(make: Any) -> ub.Problem:
@@ -96,6 +100,64 @@ def test_a_counter_makes_no_question_record_again(monkeypatch):
     assert len(recorded) == 1
 
 
+def printing(net, x):
+    net.calls += 1
+    net.text = f"call {net.calls}"
+    if net.calls % 100 == 0:
+        net.shown = net.text
+    return net.linear(x)
+
+
+def measuring(net, x):
+    out = net.linear(x)
+    net.meter.update(out.detach().mean().item())
+    net.average = 0.9 * net.average + 0.1 * out.detach().mean()
+    return out
+
+
+def keeping(net, x):
+    net.last = SimpleNamespace(out=net.linear(x), calls=net.last.calls + 1)
+    net.recent.append(net.last.calls)
+    return net.last.out
+
+
+def warming(net, x):
+    net.calls += 1
+    return net.linear(x) * (0.5 if net.calls < 1000 else 1.0)
+
+
+def numbering(net, x):
+    net.last = next(net.numbers)
+    return net.linear(x)
+
+
+def writing(net, x):
+    net.file.write("a line")
+    return net.linear(x)
+
+
+COUNTING = {
+    "a text every hundredth time": lambda: Net(printing, calls=0, text=""),
+    "means": lambda: Net(measuring, meter=Meter(), average=torch.zeros(())),
+    "the last results": lambda: Net(keeping, last=SimpleNamespace(calls=0), recent=deque(maxlen=3)),
+    "a warm-up that lasts": lambda: Net(warming, calls=0),
+    "an iterator that counts": lambda: Net(numbering, numbers=itertools.count(), last=0),
+    "a file": lambda: Net(writing, file=io.StringIO()),
+}
+
+
+@pytest.mark.parametrize("name", COUNTING)
+def test_what_does_not_matter_makes_no_question_record_again(name, monkeypatch):
+    recorded: list[int] = []
+    record = program.record
+    monkeypatch.setattr(program, "record", lambda *args: recorded.append(1) or record(*args))
+    problem = problem_of(COUNTING[name])
+    for _ in range(4):
+        ask(problem)
+        problem.program.model(problem.inputs)
+    assert len(recorded) == 1
+
+
 def test_a_counter_that_decides_is_seen():
     """Also one that decides nothing yet."""
     model = Net(warms_up, calls=0)
@@ -142,7 +204,7 @@ PLANTED = {
     "lists and deques": (holders.Items, "a deque"),
     "attributes": (holders.Attributes, "a plain object"),
     "members of classes": (holders.Names, "a class"),
-    "files": (holders.File, "a file"),
+    "files": (foreign.InMemory, "a file"),
 }
 
 
