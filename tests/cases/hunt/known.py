@@ -181,8 +181,6 @@ WRONG_TODAY = frozenset(
         # All draws of one law have one key: which of them it is does not count.
         "model: noise drawn once, or twice",
         # A sum over all samples and one over some of them make one scalar of both.
-        "own: own: labels for half, certainty for all",
-        "own: own: next word, and a penalty on all",
         # Second derivatives of a function of scalars need no rank of one.
         # The width of a one-hot is read from the labels, and counts as a check of them.
         # Sizes of selections that PyTorch reads itself.
