@@ -305,9 +305,9 @@ def _loss_after(loss: LossExperiment, factor: float, offset: float) -> Tensor:
             for p in program.parameters.values():
                 if p.is_floating_point() and factor != 1.0:
                     p.mul_(factor).add_(offset)
-        program.predict(tree_map(copied, experiment.inputs))
+        program.predict(experiment.inputs)
         output = tree_unflatten([copied(leaf) for leaf in loss.leaves], loss.spec)
-        value: Tensor = program.evaluate(output, tree_map(copied, experiment.targets))
+        value: Tensor = program.evaluate(output, experiment.targets)
     return value.detach()
 
 
