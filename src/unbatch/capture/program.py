@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from unbatch.capture.data import handed_out, repacked
 from unbatch.capture.graph import Graph, HostRead
 from unbatch.capture.isolation import storage_of, untouched
 from unbatch.capture.python_values import Functions
@@ -24,7 +25,7 @@ from unbatch.capture.reachable import Reachable
 from unbatch.capture.sample_axes import SampleAxes
 from unbatch.capture.steps import Ref, Step
 from unbatch.capture.tracer import Recorder, entry
-from unbatch.capture.trees import handed_out, tensors_in
+from unbatch.capture.trees import tensors_in
 from unbatch.capture.wrappers import inside, plainly
 
 
@@ -41,7 +42,7 @@ class Program:
     parameters: Mapping[str, Tensor]
     functional: bool = False
     fold: SampleAxes | None = None
-    data: tuple[Any, ...] = ()
+    data: Sequence[Any] = ()
     # The last walks from here, by how many objects each began at: kept, as a look whether one is
     # still right costs less than another.
     _walks: dict[int, Reachable] = field(default_factory=dict, repr=False, compare=False)
@@ -66,7 +67,8 @@ class Program:
         roots: list[Any] = [self.inside, self.loss]
         if self.functional:
             roots += self.parameters.values()
-        roots += self.data
+        if self.data:
+            roots.append(self.data)
         roots += others
         last = self._walks.get(len(roots))
         if last is None or not last.is_of(roots) or not last.is_current():
@@ -132,7 +134,8 @@ class Program:
         return self.forward(handed_out(inputs))
 
     def forward(self, inputs: Any) -> Any:
-        """Return the same on inputs that are our own: the model may change them."""
+        """Return the same on tensors that are our own: the model may change them."""
+        inputs = repacked(inputs)
         if self.fold is None:
             return self._called(inputs)
         output = self._called(self.fold.unfolded(inputs, self.fold.inputs))
@@ -152,14 +155,14 @@ class Program:
             return self.inside(inputs)
 
     def evaluate(self, output: Any, targets: Any) -> Any:
-        """Return the loss at what the model returned and targets of the user; there has to be one.
-        """
+        """Return the loss of what the model returned and of targets of the user."""
         return self.loss_at(output, handed_out(targets))
 
     def loss_at(self, output: Any, targets: Any) -> Any:
-        """Return the same for targets that are our own: the loss may change them."""
+        """Return the same for tensors that are our own: the loss may change them."""
         if self.loss is None:
             raise ValueError(f"{name_of(self.model)} computes its own loss: there is no other one")
+        targets = repacked(targets)
         # The loss gets the axes that the model returned, and y as the user has it.
         if self.fold is not None:
             output = self.fold.unfolded(output, self.fold.outputs)
@@ -267,7 +270,7 @@ def _run(
     loss = None
     with program.untouched() as state, torch.enable_grad(), recorder.tracked():
         graph.rng = state
-        # Aliases: what the program does to the tensors themselves ends with the recording.
+        # What the program does to containers and tensors themselves ends with the recording.
         inputs, targets = handed_out((inputs, targets))
         graph.inputs = _declared(recorder, inputs, "inputs")
         graph.targets = _declared(recorder, targets, "targets")

@@ -5,29 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
     """Return the tensors among the leaves of a tree."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def handed_out(tree: Any) -> Any:
-    """Return data for a program that may change it: containers of their own, aliases of tensors.
-
-    What the program writes into the memory of the tensors is put back elsewhere, as are objects.
-    """
-    return tree_map(_alias, tree)
-
-
-def _alias(leaf: Any) -> Any:
-    """Return another tensor on the same memory, without history."""
-    if not isinstance(leaf, Tensor):
-        return leaf
-    if leaf.is_inference():
-        return leaf.clone()  # autograd keeps none that was made there
-    return leaf.detach()
 
 
 def copied(leaf: Any) -> Any:
