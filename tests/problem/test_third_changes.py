@@ -9,6 +9,7 @@ import torch
 import unbatch as ub
 from cases.changes import D, N, squares
 from cases.hunt import third_changes as third
+from cases.hunt.changes import CHANGES
 from cases.hunt.known import WRONG_TODAY
 from unbatch.errors import UnbatchError
 from unbatch.problem import spot_check
@@ -122,3 +123,9 @@ def test_a_change_is_seen_with_checks(name, monkeypatch):
     monkeypatch.setattr(spot_check, "SHARE", 0.02)
     wrong = of_checked(name) not in ("right", "refused")
     assert wrong == (f"change: {name}" in WRONG_TODAY)
+
+
+def test_what_is_listed_as_wrong_exists():
+    known = {f"change: {name}" for name in [*CHANGES, *CASES, *third.CHECKED]}
+    listed = {name for name in WRONG_TODAY if name.startswith("change: ")}
+    assert known >= listed, listed - known

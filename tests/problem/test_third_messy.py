@@ -12,6 +12,7 @@ from cases.changes import D, N, squares
 from cases.hunt import third_messy as third
 from cases.hunt import third_settings
 from cases.hunt.known import WRONG_TODAY
+from cases.hunt.messy import MESSY
 from unbatch.errors import UnbatchError
 
 
@@ -98,3 +99,9 @@ def test_a_question_leaves_no_trace(name):
     result = CASES[name](name)
     wrong = result not in ("right", "refused")
     assert wrong == (f"messy: {name}" in WRONG_TODAY), result
+
+
+def test_what_is_listed_as_wrong_exists():
+    known = {f"messy: {name}" for name in [*MESSY, *CASES]}
+    listed = {name for name in WRONG_TODAY if name.startswith("messy: ")}
+    assert known >= listed, listed - known

@@ -51,6 +51,7 @@ class Listener(Protocol):
     def escape(self, tensor: Tensor, how: str, answer: bool | None = None) -> None: ...
     def branch(self, tensor: Tensor, how: str, value: Any) -> Any: ...
     def shape_read(self, tensor: Any) -> None: ...
+    def catches(self) -> bool: ...
     def paused(self) -> Any: ...
 
 
@@ -215,7 +216,7 @@ class Functions(TorchFunctionMode):
     def _called(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         """Call a function of PyTorch with tensors in place of numbers, if it takes them."""
         # With a number of classes, ``one_hot`` reads its labels only to check them.
-        if name == "one_hot" and len(args) + len(kwargs) > 1:
+        if name == "one_hot" and len(args) + len(kwargs) > 1 and not self.recorder.catches():
             return self._unchecked(func, args, kwargs)
         # PyTorch reads in memory where to split, which dispatches nothing.
         if name == "tensor_split":

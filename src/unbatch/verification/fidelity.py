@@ -23,6 +23,8 @@ TOLERANCES = 10
 # A gradient that is small beside the others is compared with this share of the largest.
 NEGLIGIBLE = 1e-3
 
+NOT_FINITE = "its gradients are not finite, so nothing can be compared"
+
 
 @dataclass(frozen=True)
 class _Outputs:
@@ -152,7 +154,7 @@ def _gradient_difference(
         return error
     size = _largest_finite(eager.gradients)
     if size is None:
-        return "its gradients are not finite, so nothing can be compared"
+        return NOT_FINITE
     least = NEGLIGIBLE * size
     for model, replay, p in zip(eager.gradients, replayed.gradients, parameters, strict=True):
         difference = _difference(_filled(model, p), _filled(replay, p), experiment, least)

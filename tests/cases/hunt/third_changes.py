@@ -1068,6 +1068,30 @@ def cut_off(n: Any, x: Tensor) -> Tensor:
     return n.last(h)
 
 
+def cut_off_by_file(n: Any, x: Tensor) -> Tensor:
+    h = n.linear(x)
+    if float(Path(n.path).read_text()) > 1:
+        h = h.detach()
+    return n.last(h)
+
+
+def all_cut_off_by_file(n: Any, x: Tensor) -> Tensor:
+    h = n.linear(x)
+    return h.detach() if float(Path(n.path).read_text()) > 1 else h
+
+
+def scaled_by_file(n: Any, x: Tensor) -> Tensor:
+    h = n.linear(x)
+    if h.requires_grad:
+        factor = float(Path(n.path).read_text())
+        h.register_hook(lambda g: g * factor)
+    return n.last(h)
+
+
+def rewritten(model: Any, x: Tensor, y: Tensor) -> None:
+    Path(model.path).write_text("3.0")
+
+
 def scales_gradients(n: Any, x: Tensor) -> Tensor:
     h = n.linear(x)
     h.register_hook(lambda g: g * getattr(third_settings, "EXTRA", 1.0))
@@ -1109,6 +1133,21 @@ CHECKED: dict[str, tuple[Callable[[], Any], Callable[[], Data], Callable[..., An
         net(scales_gradients, last=last),
         rows,
         lambda model, x, y: patched(third_settings, "EXTRA", 3.0)(model),
+    ),
+    "a layer cut off from gradients, by a file": (
+        net(cut_off_by_file, last=last, path=in_file),
+        rows,
+        rewritten,
+    ),
+    "a model cut off from gradients, by a file": (
+        net(all_cut_off_by_file, path=in_file),
+        rows,
+        rewritten,
+    ),
+    "gradients scaled by a file": (
+        net(scaled_by_file, last=last, path=in_file),
+        rows,
+        rewritten,
     ),
     "a number imported where it is used, with checks": (
         net(imports_a_name),

@@ -7,6 +7,7 @@ and what is made of them are in ``reductions.py``.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from unbatch.analysis.domain.ownership import Ownership, expand, shared
@@ -145,7 +146,9 @@ def scaling(call: RuleContext) -> Ownership:
         return call.algebra.pointwise(call.title, *tensors)  # not linear
     # With a number for a factor there is one tensor, and the number is in the title.
     if len(tensors) > 1 or call.name in ("mul", "div", "neg"):
-        return call.algebra.pointwise(call.title, *tensors, kind="scale")
+        out = call.algebra.pointwise(call.title, *tensors, kind="scale")
+        divides = "div" in call.name and len(tensors) == 2 and tensors[1].grouped
+        return replace(out, fold=None) if divides else out
     # A cast is noted, since one to integers is no linear function.
     if call["dtype"] is not None or call.name == "_conj":
         return cast(call, tensors[0])
