@@ -3,7 +3,8 @@
 What decides whether a recording is valid is watched (``capture/guards.py``); this is a net under
 it, for changes that nobody watches. A recording is checked the first few times that it is used
 again, and then whenever all checks together have taken less than a small share of the time since it
-was made: in a training loop now and then, and at each question that comes after a pause.
+was made: in a training loop now and then, and at each question that comes after a pause. Where
+derivatives are taken by the recording, they are compared as well.
 """
 
 from __future__ import annotations
@@ -65,10 +66,7 @@ class SpotChecks:
     def agrees(self, session: Session) -> bool:
         """Return whether the model does what its recording says; note what that took."""
         begin, first = self.clock(), not self.count
-        agreed = _agree(session)
-        # That takes some passes more, so it is done once for certain.
-        if agreed and (first or self._has_time()):
-            agreed = _derivatives_agree(session)
+        agreed = _agree(session) and _derivatives_agree(session)
         self.spent += self.clock() - begin
         self.count += 1
         if agreed:
