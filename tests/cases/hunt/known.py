@@ -73,7 +73,6 @@ WRONG_THIRD = frozenset(
         "messy: a buffer of sparse rows",
         "messy: a jagged buffer",
         "messy: an object that is not ready",
-        "messy: inputs of a class of their own",
         "messy: sparse inputs",
         "messy: inputs in sparse rows",
         "messy: jagged inputs",
