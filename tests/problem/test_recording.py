@@ -462,7 +462,7 @@ def test_noise_in_the_loss_is_drawn_once():
     [("state", lambda net: net.train()), ("numbers", lambda net: net[0].bias.data.add_(1))],
 )
 def test_a_guard_that_does_not_look_is_caught(blind, change, monkeypatch):
-    monkeypatch.setattr(guard.Guard, blind, lambda self: ())
+    monkeypatch.setattr(guard.Guard, blind, lambda self, data=(): ())
     monkeypatch.setattr(spot_check, "SHARE", 0.0)  # which would see it as well
     same = asked(model().eval())
     change(same.program.model)

@@ -89,7 +89,11 @@ CASES = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:this layer is old", "ignore:Sparse CSR tensor support")
+@pytest.mark.filterwarnings(
+    "ignore:this layer is old",
+    "ignore:Sparse CSR tensor support",
+    "ignore:.* take part without being parameters",
+)
 @pytest.mark.parametrize("name", CASES)
 def test_a_question_leaves_no_trace(name):
     result = CASES[name](name)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from unbatch.autodiff.autograd import detached, gradients, pick, subset
 from unbatch.autodiff.context import Context
@@ -24,6 +24,7 @@ from unbatch.autodiff.dependence import within
 from unbatch.autodiff.loss import LossAt
 from unbatch.capture.isolation import random_state
 from unbatch.capture.program import own_loss
+from unbatch.capture.trees import copied
 from unbatch.errors import MSG_INNER_LOSS, StructureError
 
 # Of the largest entry, in units of rounding: two implementations of attention differ by less.
@@ -80,7 +81,9 @@ def _run(context: Context) -> EagerModel:
 def _predict(context: Context) -> tuple[Any, tuple[Any, ...]]:
     """Return the model's output, and the random state after it."""
     with context.program.untouched(context.graph.rng), torch.enable_grad():
-        return context.program.on_copies().predict(context.inputs), random_state()
+        # Copies of all that the model may write to, which have to last for the derivatives.
+        inputs = tree_map(copied, context.inputs)
+        return context.program.on_copies().forward(inputs), random_state()
 
 
 # --- models with their own loss -------------------------------------------------------------------

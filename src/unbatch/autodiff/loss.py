@@ -20,6 +20,7 @@ from unbatch.autodiff.autograd import detached, or_zeros, pick, solid
 from unbatch.autodiff.context import Context
 from unbatch.capture.graph import Graph
 from unbatch.capture.steps import Ref, Step, is_ref
+from unbatch.capture.trees import copied
 from unbatch.errors import (
     MSG_BACKWARD_INSIDE,
     MSG_NO_GRAPH,
@@ -219,11 +220,17 @@ def _derivative_along(slope: Named, leaves: Named, v: Named) -> dict[int, Tensor
     return detached(dict(zip(leaves, product, strict=True)))
 
 
-def nonzero_gradients(value: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the gradient of a value by name, without what is zero."""
+def nonzero_gradients(
+    value: Tensor, leaves: Mapping[str, Tensor], retain: bool = False
+) -> dict[str, Tensor]:
+    """Return the gradient of a value by name, without what is zero.
+
+    ``retain``: another backward pass will follow.
+    """
     if not value.requires_grad:
         return {}
-    grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+    wanted = list(leaves.values())
+    grads = torch.autograd.grad(value, wanted, retain_graph=retain, allow_unused=True)
     by_name = zip(leaves, grads, strict=True)
     return {n: g for n, g in by_name if g is not None and bool((g != 0).any())}
 
@@ -334,8 +341,11 @@ def output_of(context: Context, values: Mapping[int, Tensor]) -> Any:
 
 def loss_of(context: Context, output: Any) -> Tensor:
     """Return the loss of an output, with everything else left as it is."""
+    targets = context.targets
     with _protected(context), torch.enable_grad():
-        value = context.program.evaluate(output, context.targets)
+        if _loss_writes(context):
+            targets = tree_map(copied, targets)  # what it writes has to last for the derivatives
+        value = context.program.evaluate(output, targets)
     assert isinstance(value, Tensor)
     return value
 
@@ -354,7 +364,7 @@ def _protected(context: Context) -> AbstractContextManager[object]:
 
 
 def _loss_writes(context: Context) -> bool:
-    return any(step.writes for step in context.graph.loss_steps)
+    return context.graph.loss_writes
 
 
 def _loss_draws(context: Context) -> bool:
@@ -390,4 +400,5 @@ def rest_of_loss(
     fixed = detached(outputs)
     if _loss_writes(context):
         fixed = _cloned(fixed)
-    return nonzero_gradients(loss_of(context, output_of(context, fixed)), parameters)
+    value = loss_of(context, output_of(context, fixed))
+    return nonzero_gradients(value, parameters, context.graph.has_history)

@@ -10,9 +10,11 @@ In reading order:
 - ``catching.py``: whether the program goes on where an op raises an error
 - ``device_ops.py``: fused ops of a GPU, as they are recorded
 - ``program.py``: the model with its loss, and the ways to record them
+- ``data.py``: what the program is given, each time it runs
 - ``sample_axes.py``, ``wrappers.py``: samples along several axes; what stands around a model
 - ``isolation.py``, ``distributed.py``: no trace is left, and no other process is kept waiting
 - ``holders.py``, ``foreign.py``, ``iterators.py``: places where a program keeps something
+- ``histories.py``: tensors that it keeps with what autograd knows of them
 - ``code_names.py``, ``reachable.py``: what its code names, and the walk that finds the places
 - ``switches.py``: settings of the process that decide what is computed
 - ``own_writes.py``, ``counters.py``: what a program writes without depending on it

@@ -140,6 +140,19 @@ class Graph:
                     users.setdefault(ref.index, step)
         return [(self.values[i], step) for i, step in users.items()]
 
+    @property
+    def loss_writes(self) -> bool:
+        """Whether the loss writes to what it is given, or to what it makes."""
+        return any(step.writes for step in self.loss_steps)
+
+    @property
+    def has_history(self) -> bool:
+        """Whether a backward pass may lead on into what others have computed, and still need."""
+        for value in self.values:
+            if value.requires_grad and value.kind in ("constants", "buffers"):
+                return True
+        return False
+
     def read_by_loss(self, but: Collection[int]) -> list[int]:
         """Return values that the model makes and the loss reads, except ``but``."""
         made: set[int] = set()

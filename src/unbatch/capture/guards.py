@@ -8,13 +8,13 @@ other tensors that it uses: other ones leave a recording valid, but not what was
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from unbatch.capture.graph import Graph
 from unbatch.capture.holders import PLAIN
@@ -90,14 +90,17 @@ class Guard:
             return differing
         return self.idle.without(differing)
 
-    def numbers(self) -> tuple[Any, ...]:
-        """Return what stays equal as long as nothing writes to parameters, buffers or constants."""
+    def numbers(self, data: Sequence[Tensor] = ()) -> tuple[Any, ...]:
+        """Return what stays equal as long as nothing writes to parameters, buffers or constants.
+
+        Of tensors in ``data`` some entries are among it.
+        """
         tensors = [t for t in (*self._tensors(), *self.constants) if t.layout == torch.strided]
         versions, addresses = [], []
         for t in tensors:
-            versions.append(t._version)
+            versions.append(version_of(t))
             addresses.append(t.data_ptr())
-        return versions, addresses, self._some_entries(tensors, addresses)
+        return versions, addresses, self._some_entries(tensors, addresses, data)
 
     def _tensors(self) -> list[Tensor]:
         """Return parameters and buffers."""
@@ -106,19 +109,21 @@ class Guard:
             tensors.extend(b for b in module._buffers.values() if b is not None)
         return tensors
 
-    def _some_entries(self, tensors: list[Tensor], addresses: list[int]) -> list[Any]:
+    def _some_entries(
+        self, tensors: list[Tensor], addresses: list[int], data: Sequence[Tensor]
+    ) -> list[Any]:
         """Return some entries of each tensor, all of a small one.
 
-        They show changes that leave no trace in the version (``.data.mul_(2)``).
+        They show changes that leave no trace in the version (``.data.mul_(2)``, or an array of
+        numpy that is filled again).
         """
         places = list(zip(map(id, tensors), addresses, strict=True))
         # Views are made once, and show later contents until a tensor gets another memory.
         if self._views[0] != places:
-            views = [_some(t) for t in tensors if t.numel() and t.device.type != "meta"]
-            self._views = places, views
+            self._views = places, _views_of(tensors)
         # One read for all of a kind: each read of a GPU waits for what runs there.
         by_kind: dict[Any, list[Tensor]] = {}
-        for view in self._views[1]:
+        for view in (*self._views[1], *_views_of(data)):
             by_kind.setdefault((view.dtype, view.device), []).append(view)
         return [_bits(torch.cat([v.reshape(-1) for v in views])) for views in by_kind.values()]
 
@@ -130,7 +135,7 @@ class TensorMark:
     """
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor, self.mark = weakref.ref(tensor), (tensor._version, storage_of(tensor))
+        self.tensor, self.mark = weakref.ref(tensor), (version_of(tensor), storage_of(tensor))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, TensorMark) or self.mark != other.mark:
@@ -153,8 +158,9 @@ def identity(*trees: Any) -> tuple[Any, ...]:
 
 def signature(*trees: Any) -> tuple[Any, ...]:
     """Return what is equal for data of the same shapes and types, and equal in all else."""
-    kinds: list[Any] = []
-    for leaf in tree_leaves(trees):
+    leaves, structure = tree_flatten(trees)
+    kinds: list[Any] = [structure]
+    for leaf in leaves:
         if isinstance(leaf, Tensor):
             kinds.append((leaf.shape, leaf.dtype, leaf.device))
         else:
@@ -171,11 +177,25 @@ def _kind_of(t: Tensor) -> tuple[Any, ...]:
     return id(t), t.requires_grad, t.dtype, t.device, t.shape, hooks
 
 
+def version_of(t: Tensor) -> int:
+    """Return the number of writes to a tensor; there is none of those made in inference mode."""
+    return -1 if t.is_inference() else t._version
+
+
+def _views_of(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return views of some entries of the tensors that have any."""
+    views = []
+    for t in tensors:
+        if is_strided(t) and t.numel() and t.device.type != "meta":
+            views.append(_some(t))
+    return views
+
+
 def _some(t: Tensor) -> Tensor:
     """Return a view of some entries, spread evenly if they lie in order."""
     t = t.detach()
     if t.is_complex():
-        t = torch.view_as_real(t)
+        t = torch.view_as_real(t.conj() if t.is_conj() else t)
     if t.numel() <= SMALL:
         return t
     if t.is_contiguous():

@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_map
 
 from unbatch.capture import ops
 from unbatch.capture.distributed import check_alone
+from unbatch.capture.histories import put_back_histories, replace_histories
 from unbatch.capture.holders import contents, restore
 from unbatch.capture.iterators import put_back_iterators, replace_iterators
 from unbatch.capture.python_values import Exports
@@ -64,6 +65,7 @@ def untouched(
         if seed is not None:
             set_random_state(seed)
         replaced = replace_iterators(reached.iterators)
+        histories = replace_histories(reached.kept)
         # Not always: PyTorch takes no fast path (of transformers, say) where such a mode is on.
         exports = Exports(writes.save_unseen) if reached.exports else nullcontext()
         with writes, exports:
@@ -73,6 +75,7 @@ def untouched(
         writes.undo()
         set_back(settings)
         put_back_iterators(replaced)
+        put_back_histories(histories)
         _note_written(reached, restore(places, kept))
         for state in tensors:
             state.restore()
@@ -109,25 +112,37 @@ class _TensorState:
     grad: Tensor | None
     data: Tensor
     hooks: dict[int, Any]
+    later_hooks: dict[int, Any]
+    is_leaf: bool
 
     @staticmethod
     def of(t: Tensor) -> _TensorState:
         grad = t.grad if t.is_leaf else None
-        return _TensorState(t, t.requires_grad, grad, t.data, dict(t._backward_hooks or {}))
+        hooks, later_hooks = t._backward_hooks, t._post_accumulate_grad_hooks
+        return _TensorState(
+            t, t.requires_grad, grad, t.data, dict(hooks or {}), dict(later_hooks or {}), t.is_leaf
+        )
 
     def restore(self) -> None:
         """Put all of it back; only what has changed is written to, which others may see."""
         t = self.tensor
         if is_strided(t) and (t.data_ptr(), t.shape) != (self.data.data_ptr(), self.data.shape):
             t.data = self.data
+        if self.is_leaf and not t.is_leaf and not t._is_view():
+            t.detach_()  # something was added to it that has a history
         if t.is_leaf:
             if t.requires_grad != self.requires_grad:
                 t.requires_grad_(self.requires_grad)
             if t.grad is not self.grad:
                 t.grad = self.grad
-        if t._backward_hooks is not None and dict(t._backward_hooks) != self.hooks:
-            t._backward_hooks.clear()
-            t._backward_hooks.update(self.hooks)
+        _put_back_hooks(t._backward_hooks, self.hooks)
+        _put_back_hooks(t._post_accumulate_grad_hooks, self.later_hooks)
+
+
+def _put_back_hooks(hooks: dict[int, Any] | None, before: dict[int, Any]) -> None:
+    if hooks is not None and dict(hooks) != before:
+        hooks.clear()
+        hooks.update(before)
 
 
 # --- random states --------------------------------------------------------------------------------

@@ -124,6 +124,11 @@ def put_back_iterators(replaced: Iterable[Replaced]) -> None:
         holder.put(name, value)
 
 
+def with_copies(value: Any) -> Any:
+    """Return a value with copies of the iterators in it."""
+    return _copied(value, type(value).__name__, {})
+
+
 def _copied(value: Any, name: Hashable, copies: dict[int, Any]) -> Any:
     """Return a value with copies of its iterators; one that is met twice has one copy."""
     if not holds_iterator(value):

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
+from unbatch.capture.data import handed_out, repacked
 from unbatch.capture.graph import Graph, HostRead
 from unbatch.capture.isolation import storage_of, untouched
 from unbatch.capture.python_values import Functions
@@ -33,7 +34,7 @@ class Program:
     """What there is to run: a model, a loss, and the parameters that they come with.
 
     ``functional``: the model is called as ``model(parameters, inputs)``. ``fold``: the axes of the
-    samples if there are several.
+    samples if there are several. ``data``: the objects among the data that are no tensors.
     """
 
     model: Callable[..., Any]
@@ -41,6 +42,7 @@ class Program:
     parameters: Mapping[str, Tensor]
     functional: bool = False
     fold: SampleAxes | None = None
+    data: Sequence[Any] = ()
     # The last walks from here, by how many objects each began at: kept, as a look whether one is
     # still right costs less than another.
     _walks: dict[int, Reachable] = field(default_factory=dict, repr=False, compare=False)
@@ -65,6 +67,8 @@ class Program:
         roots: list[Any] = [self.inside, self.loss]
         if self.functional:
             roots += self.parameters.values()
+        if self.data:
+            roots.append(self.data)
         roots += others
         last = self._walks.get(len(roots))
         if last is None or not last.is_of(roots) or not last.is_current():
@@ -126,7 +130,12 @@ class Program:
         return replace(self, model=run)
 
     def predict(self, inputs: Any) -> Any:
-        """Return what the model returns, with the samples along one axis."""
+        """Return what the model returns on data of the user, with the samples along one axis."""
+        return self.forward(handed_out(inputs))
+
+    def forward(self, inputs: Any) -> Any:
+        """Return the same on tensors that are our own: the model may change them."""
+        inputs = repacked(inputs)
         if self.fold is None:
             return self._called(inputs)
         output = self._called(self.fold.unfolded(inputs, self.fold.inputs))
@@ -146,9 +155,14 @@ class Program:
             return self.inside(inputs)
 
     def evaluate(self, output: Any, targets: Any) -> Any:
-        """Return the loss at what the model returned; there has to be one."""
+        """Return the loss of what the model returned and of targets of the user."""
+        return self.loss_at(output, handed_out(targets))
+
+    def loss_at(self, output: Any, targets: Any) -> Any:
+        """Return the same for tensors that are our own: the loss may change them."""
         if self.loss is None:
             raise ValueError(f"{name_of(self.model)} computes its own loss: there is no other one")
+        targets = repacked(targets)
         # The loss gets the axes that the model returned, and y as the user has it.
         if self.fold is not None:
             output = self.fold.unfolded(output, self.fold.outputs)
@@ -256,15 +270,15 @@ def _run(
     loss = None
     with program.untouched() as state, torch.enable_grad(), recorder.tracked():
         graph.rng = state
-        # Aliases: what the program does to the tensors themselves ends with the recording.
-        inputs, targets = tree_map(_alias, (inputs, targets))
+        # What the program does to containers and tensors themselves ends with the recording.
+        inputs, targets = handed_out((inputs, targets))
         graph.inputs = _declared(recorder, inputs, "inputs")
         graph.targets = _declared(recorder, targets, "targets")
         for kind, name, tensor in outside(program):
             recorder.declare(tensor, kind, name)
         # The function mode sees calls of Python, and the recorder the ops that they dispatch.
         with recorder, Functions(recorder, follow):
-            output = program.predict(inputs)
+            output = program.forward(inputs)
             if program.loss is not None:
                 # Before the loss runs, which may write to what the model returned. A tensor that
                 # was given another memory (``x.data = y``) enters as a step, which is the model's.
@@ -272,7 +286,7 @@ def _run(
                     graph.predictions = _refs(recorder, output, None)
             graph.model_steps, recorder.in_loss = len(graph.steps), True
             if program.loss is not None:
-                loss = program.evaluate(output, targets)
+                loss = program.loss_at(output, targets)
         # Where a loss of the model's own begins, the analysis finds (``loss_boundary.py``).
         if program.loss is None:
             own = own_loss(output)
@@ -285,11 +299,6 @@ def _run(
         graph.dynamic = frozenset(recorder.dynamic)
         graph.foreign = tuple(v for v in recorder.foreign if not _made_from_numbers(graph, v))
     return graph, (output, loss)
-
-
-def _alias(x: Any) -> Any:
-    """Return another tensor on the same memory."""
-    return x.detach() if isinstance(x, Tensor) else x
 
 
 def _declared(recorder: Recorder, tree: Any, kind: str) -> list[Ref | None]:

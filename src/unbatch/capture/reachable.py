@@ -50,6 +50,7 @@ from unbatch.capture.foreign import (
     Scripted,
     referent,
 )
+from unbatch.capture.histories import Kept, Weights
 from unbatch.capture.holders import (
     PLAIN_TYPES,
     VALUE_TYPES,
@@ -170,7 +171,8 @@ class Reachable:
 
     ``holders``: places; ``tensors``: also those that are neither parameters nor buffers;
     ``generators``: of random numbers, beside those of the process; ``iterators``: with the holder
-    and the name of each; ``codes``: of functions of the user.
+    and the name of each; ``kept``: the same of tensors that may have a history; ``codes``: of
+    functions of the user.
     """
 
     def __init__(self, roots: Sequence[Any]) -> None:
@@ -180,6 +182,7 @@ class Reachable:
         self.modules: list[nn.Module] = []
         self.generators: list[Any] = []
         self.iterators: list[tuple[Holder, Hashable, Any]] = []
+        self.kept: list[Kept] = []
         # What the program itself was seen to change: the number of the holder, and names in it;
         # and whether it drew random numbers that are not PyTorch's.
         self.written: dict[int, set[Hashable]] = {}
@@ -261,9 +264,10 @@ class _Walk:
         """Fill the lists of what is reached afresh."""
         reached = self.reached
         reached.holders, reached.tensors, reached.modules = [], [], []
-        reached.generators, reached.iterators = [], []
+        reached.generators, reached.iterators, reached.kept = [], [], []
         for hooks in GLOBAL_HOOKS:
             self.follow(hooks)
+        self.hold(Weights())
         for root in reached.roots:
             self.follow(root)
         while True:
@@ -297,7 +301,14 @@ class _Walk:
                 continue
             if holds_iterator(value):
                 self.reached.iterators.append((holder, name, value))
+            elif isinstance(value, Tensor) and type(value) is not nn.Parameter:
+                self.keep(holder, name, value)
             self.follow(value, depth)
+
+    def keep(self, holder: Holder, name: Hashable, value: Tensor) -> None:
+        """Note a tensor that may have a history, where another one can be put in its place."""
+        if type(holder).put is not Holder.put:
+            self.reached.kept.append((holder, name, value))
 
     def look_into(self, value: Any, depth: int) -> None:
         """Note the places in an object, by what kind of object it is."""

@@ -145,7 +145,8 @@ class EagerRows(Source):
             return ReplayedRows(self.context, self.parameters, "component").rest()
         output = self._with_constant_predictions()
         with self.context.program.untouched():
-            return nonzero_gradients(loss_of(self.context, output), self.parameters)
+            value = loss_of(self.context, output)
+            return nonzero_gradients(value, self.parameters, self.context.graph.has_history)
 
     def _with_constant_predictions(self) -> Any:
         """Return the model's output with every prediction of samples detached."""

@@ -23,6 +23,8 @@ from unbatch.analysis.structure import Structure
 from unbatch.autodiff.autograd import gradients
 from unbatch.capture import program as capture
 from unbatch.capture import tracer
+from unbatch.capture.data import objects_in
+from unbatch.capture.guards import signature
 from unbatch.capture.isolation import outside_inference_mode
 from unbatch.capture.program import Program
 from unbatch.capture.sample_axes import SampleAxes
@@ -115,18 +117,22 @@ class Problem:
         in_dims: Any = 0,
         sample_dims: Sequence[int] | None = None,
     ) -> None:
-        inputs, targets = parse_data(data, batch)
+        given = parse_data(data, batch)
+        inputs, targets = map(parse_tree, given)
         check_callable("model", model)
         if loss is not None:
             check_callable("loss", loss)
         fold = parse_sample_axes(sample_dims, in_dims, inputs, targets)
         named = parameters_of(model, loss, parameters)
         self.program = Program(model, loss, named, parameters is not None, fold)
+        # As they were passed: containers may have other entries when a question is asked.
+        self._given, self._passed = given, parameters
         inputs, targets = _folded(fold, inputs, targets)
         # A pair is one for X and one for y; of a model with its own loss it is one for X.
         x_dims, y_dims = in_dims, in_dims
         if data is not None and isinstance(in_dims, tuple) and len(in_dims) == 2:
             x_dims, y_dims = in_dims
+        self._in_dims = x_dims, y_dims
         self._dims = parse_dims("X", inputs, x_dims)
         self._target_dims = parse_dims("y", targets, y_dims)
         self._use(inputs, targets)
@@ -141,6 +147,10 @@ class Problem:
         self.samples = count_samples(inputs, self._dims, targets, self._target_dims)
         check_devices(self.program, inputs, targets)
         self.inputs, self.targets = inputs, targets
+        self._kind = signature(*map(parse_tree, self._given))
+        objects = objects_in((inputs, targets))
+        if objects or self.program.data:
+            self.program = replace(self.program, data=objects)
 
     def with_batch(self, inputs: Any, targets: Any = None) -> Problem:
         """Return the same problem on other data, without recording it again where that is possible.
@@ -148,7 +158,8 @@ class Problem:
         Where shapes differ, or Python reads values of tensors, it records afresh when asked. Raises
         ``InputError`` where the data have another structure.
         """
-        inputs, targets = parse_tree(inputs), parse_tree(targets)
+        given = inputs, targets
+        inputs, targets = map(parse_tree, given)
         other = copy.copy(self)  # with the recording, which the first question moves or drops
         fold = self.program.fold
         if fold is not None:
@@ -156,6 +167,7 @@ class Problem:
             fold = SampleAxes.of(fold.dims, inputs, targets)
             inputs, targets = _folded(fold, inputs, targets)
             other.program = replace(self.program, fold=fold)
+        other._given = given
         check_dims("X", inputs, self._dims)
         check_dims("y", targets, self._target_dims)
         other._use(inputs, targets)
@@ -249,7 +261,7 @@ class Problem:
         # Plain autograd with the recorded noise, so that rows of a question sum to this.
         with self.program.untouched(session.graph.rng), torch.enable_grad():
             loss = self._loss_of(self.program.predict(self.inputs))
-            return gradients([loss], trained)
+            return gradients([loss], trained, retain=session.graph.has_history)
 
     def gradients(
         self,
@@ -396,7 +408,9 @@ class Problem:
     def _recorded(self, program: Program | None = None) -> Session:
         """Return the session about the numbers of this moment, recorded anew only if it must be."""
         program = program or self._refreshed()
-        batch = Batch(self.inputs, self.targets, self._dims, self._target_dims, self.samples)
+        batch = Batch(
+            self._given, self.inputs, self.targets, self._dims, self._target_dims, self.samples
+        )
         session = None
         origin = self._origin()
         last = self._session
@@ -426,14 +440,30 @@ class Problem:
         return session
 
     def _refreshed(self) -> Program:
-        """Return the program with the parameters that the model has at this moment."""
-        if not self.program.functional:
-            # Parameters may have been replaced by other tensors, added or renamed.
-            named = parameters_of(self.program.model, self.program.loss, None)
-            old = self.program.parameters
-            if list(named) != list(old) or not all(map(is_, named.values(), old.values())):
-                self.program = replace(self.program, parameters=named)
+        """Return the program with the parameters and the data that there are at this moment."""
+        self._read_data()
+        # Parameters may have been replaced by other tensors, added or renamed.
+        named = parameters_of(self.program.model, self.program.loss, self._passed)
+        old = self.program.parameters
+        if list(named) != list(old) or not all(map(is_, named.values(), old.values())):
+            self.program = replace(self.program, parameters=named)
         return self.program
+
+    def _read_data(self) -> None:
+        """Read the containers of the data again, which may have got other entries."""
+        inputs, targets = map(parse_tree, self._given)
+        fold = self.program.fold
+        if signature(inputs, targets) == self._kind:
+            self.inputs, self.targets = _folded(fold, inputs, targets)
+            return
+        if fold is not None:
+            fold = SampleAxes.of(fold.dims, inputs, targets)
+            self.program = replace(self.program, fold=fold)
+            inputs, targets = _folded(fold, inputs, targets)
+        x_dims, y_dims = self._in_dims
+        self._dims = parse_dims("X", inputs, x_dims)
+        self._target_dims = parse_dims("y", targets, y_dims)
+        self._use(inputs, targets)
 
     def _loss_of(self, output: Any) -> Tensor:
         """Return the loss; that it is a scalar tensor was checked when the program was recorded."""

@@ -25,14 +25,19 @@ from unbatch.capture.own_writes import idle
 from unbatch.capture.program import Program
 from unbatch.capture.trees import tensors_in
 from unbatch.errors import CaptureError, InputError, UnbatchError
+from unbatch.problem.validation import parse_tree
 
 MOST_NAMED = 4  # places in a message
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs and targets with the axes of their samples, one for every leaf."""
+    """Inputs and targets with the axes of their samples, one for every leaf.
 
+    ``given``: both as the user has them, in containers that may change.
+    """
+
+    given: tuple[Any, Any]
     inputs: Any
     targets: Any
     dims: Sequence[int | None]
@@ -42,12 +47,17 @@ class Batch:
     @property
     def signature(self) -> tuple[Any, ...]:
         """Return what decides which computation runs: structure, shapes, types, devices."""
-        return signature(self.inputs, self.targets)
+        return signature(*map(parse_tree, self.given))
 
     @property
     def identity(self) -> tuple[Any, ...]:
         """Return what changes when any entry of the data changes."""
-        return identity(self.inputs, self.targets)
+        return identity(*map(parse_tree, self.given))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors in the data, as the user has them."""
+        return tensors_in(list(map(parse_tree, self.given)))
 
 
 @dataclass(frozen=True)
@@ -140,7 +150,7 @@ def state_of(guard: Guard, batch: Batch) -> tuple[Any, ...]:
 
 def numbers_of(guard: Guard, batch: Batch) -> tuple[Any, ...]:
     """Return what identifies the values of parameters, buffers and data."""
-    return guard.numbers(), batch.identity
+    return guard.numbers(batch.tensors), batch.identity
 
 
 # --- recording ------------------------------------------------------------------------------------

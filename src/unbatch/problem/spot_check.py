@@ -3,7 +3,8 @@
 What decides whether a recording is valid is watched (``capture/guards.py``); this is a net under
 it, for changes that nobody watches. A recording is checked the first few times that it is used
 again, and then whenever all checks together have taken less than a small share of the time since it
-was made: in a training loop now and then, and at each question that comes after a pause.
+was made: in a training loop now and then, and at each question that comes after a pause. Where
+derivatives are taken by the recording, they are compared as well.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from unbatch.capture.program import own_loss
 from unbatch.capture.trees import tensors_in
 from unbatch.linalg.precision import FORWARD, tolerance
 from unbatch.problem.session import Session
+from unbatch.verification.fidelity import NOT_FINITE, replay_difference
 
 # Of the time since the recording was made.
 SHARE = 0.01
@@ -49,15 +51,22 @@ class SpotChecks:
 
     def are_due(self) -> bool:
         """Return whether there is time for a check."""
-        share = SHARE if self.share is None else self.share
-        if not share or self.failures >= MOST_FAILURES:
+        if not self._share or self.failures >= MOST_FAILURES:
             return False
-        return self.count < FIRST or self.spent <= share * (self.clock() - self.recorded)
+        return self.count < FIRST or self._has_time()
+
+    @property
+    def _share(self) -> float:
+        return SHARE if self.share is None else self.share
+
+    def _has_time(self) -> bool:
+        """Return whether checks have taken no more than their share."""
+        return self.spent <= self._share * (self.clock() - self.recorded)
 
     def agrees(self, session: Session) -> bool:
         """Return whether the model does what its recording says; note what that took."""
         begin, first = self.clock(), not self.count
-        agreed = _agree(session)
+        agreed = _agree(session) and _derivatives_agree(session)
         self.spent += self.clock() - begin
         self.count += 1
         if agreed:
@@ -87,7 +96,18 @@ def _agree(session: Session) -> bool:
         return False  # recording it again says what is wrong
     if len(values) != len(expected):
         return False
+    # The loss comes last.
+    if values and values[-1].requires_grad != recording.connected:
+        return False
     return all(map(_close, values, expected))
+
+
+def _derivatives_agree(session: Session) -> bool:
+    """Return whether the program has the derivatives of its recording, where these are used."""
+    if not session.is_judged or session.analysis.replay_difference:
+        return True
+    values, gradients = replay_difference(session.experiment, on_recorded_batch=True)
+    return not values and gradients in ("", NOT_FINITE)
 
 
 def _close(value: Tensor, expected: Tensor) -> bool:

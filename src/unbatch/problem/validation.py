@@ -40,21 +40,21 @@ def check_callable(what: str, function: Any) -> None:
 
 
 def parse_data(data: Any, batch: Any) -> tuple[Any, Any]:
-    """Return inputs and targets; no targets where a model that has its own loss takes ``batch``."""
+    """Return inputs and targets as they were passed; no targets where a model has its own loss."""
     if (data is None) == (batch is None):
         raise InputError(
             "Pass either data=(X, y) together with a loss, "
             "or batch=inputs for a model that returns its own loss."
         )
     if data is None:
-        return parse_tree(batch), None
+        return batch, None
     if not isinstance(data, tuple | list) or len(data) != 2:
         raise InputError(
             f"data is a pair (X, y); got {type(data).__name__}. "
             "For a model with its own loss use batch=inputs."
         )
     inputs, targets = data
-    return parse_tree(inputs), parse_tree(targets)
+    return inputs, targets
 
 
 def parse_tree(tree: Any) -> Any:

@@ -135,8 +135,8 @@ class Experiment:
     def eager(self, inputs: Any) -> list[Tensor]:
         """Return what the model itself computes: predictions, or the loss where it computes one."""
         with self._isolated(self.graph.rng), torch.enable_grad():
-            # The model may write to its inputs.
-            output = self.program.predict(tree_map(_cloned, inputs))
+            # The model may write to its inputs, and that has to last for the derivatives.
+            output = self.program.forward(tree_map(_cloned, inputs))
             if not self.cut_inside_model:
                 leaves = tensor_leaves(output)
                 return [leaves[i] for i in self.places if i < len(leaves)]

@@ -23,6 +23,8 @@ TOLERANCES = 10
 # A gradient that is small beside the others is compared with this share of the largest.
 NEGLIGIBLE = 1e-3
 
+NOT_FINITE = "its gradients are not finite, so nothing can be compared"
+
 
 @dataclass(frozen=True)
 class _Outputs:
@@ -49,15 +51,16 @@ def replay_difference(experiment: Experiment, on_recorded_batch: bool = False) -
     parameters = list(own.values())
     try:
         with experiment.backward():
-            eager = _outputs(experiment.eager(inputs), parameters)
+            outputs = experiment.eager(inputs)
+            eager = _outputs(outputs, parameters, retain=experiment.graph.has_history)
     except Exception:
         # The model refuses this batch (an index out of range, say): nothing can be compared.
         return "", ""
     # Only now, when the model's graph is gone: both keep what their backward pass needs.
     fresh = {ref: p.detach().clone().requires_grad_() for ref, p in own.items()}
     try:
-        outputs = _replay(experiment, inputs, fresh)
-        replayed = _outputs(outputs, list(fresh.values()), eager.smooth)
+        again = _replay(experiment, inputs, fresh)
+        replayed = _outputs(again, list(fresh.values()), eager.smooth)
     except Exception as error:
         return f"replay raised {type(error).__name__}: {error}"[:120], ""
     # Other values have other gradients, too, so these are only compared if values agree.
@@ -94,12 +97,16 @@ def _replay(experiment: Experiment, inputs: object, parameters: dict[int, Tensor
 
 
 def _outputs(
-    tensors: Sequence[Tensor], parameters: Sequence[Tensor], counted: Sequence[bool] | None = None
+    tensors: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    counted: Sequence[bool] | None = None,
+    retain: bool = False,
 ) -> _Outputs:
     """Return values, and gradients by the parameters for one random cotangent.
 
     ``counted``: the outputs that count for the gradients; by default all that are smooth. Both
-    sides have to count the same ones, as each draws a part of the cotangent.
+    sides have to count the same ones, as each draws a part of the cotangent. ``retain``: another
+    backward pass may follow.
     """
     smooth = [t.requires_grad and t.is_floating_point() for t in tensors]
     if counted is None:
@@ -116,7 +123,9 @@ def _outputs(
     # Autograd refuses an empty list of either.
     if differentiated and parameters:
         try:
-            found = torch.autograd.grad(differentiated, parameters, cotangents, allow_unused=True)
+            found = torch.autograd.grad(
+                differentiated, parameters, cotangents, retain_graph=retain, allow_unused=True
+            )
             gradients = list(map(_dense, found))
         except Exception as raised:
             error = f"backward raised {type(raised).__name__}"
@@ -145,7 +154,7 @@ def _gradient_difference(
         return error
     size = _largest_finite(eager.gradients)
     if size is None:
-        return "its gradients are not finite, so nothing can be compared"
+        return NOT_FINITE
     least = NEGLIGIBLE * size
     for model, replay, p in zip(eager.gradients, replayed.gradients, parameters, strict=True):
         difference = _difference(_filled(model, p), _filled(replay, p), experiment, least)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from unbatch.capture.steps import Ref
+from unbatch.capture.trees import copied
 from unbatch.linalg.precision import (
     LOSS_IN_DOUBLE,
     LOSS_WITH_CASTS,
@@ -69,6 +70,8 @@ class LossExperiment:
         output = tree_unflatten(leaves, self.spec)
         targets = tree_map(self._cast, self.targets)
         with program.untouched(self.experiment.graph.rng), torch.enable_grad():
+            if self.experiment.graph.loss_writes:
+                targets = tree_map(copied, targets)  # what it writes lasts for the derivatives
             value: Tensor = program.evaluate(output, targets)
         return value
 

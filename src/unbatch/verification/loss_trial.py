@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map, tree_unflatten
+from torch.utils._pytree import tree_unflatten
 
 from unbatch.analysis.structure import Structure
 from unbatch.capture.code_names import codes_in
@@ -293,9 +293,9 @@ def _loss_after(loss: LossExperiment, factor: float, offset: float) -> Tensor:
             for p in program.parameters.values():
                 if p.is_floating_point() and factor != 1.0:
                     p.mul_(factor).add_(offset)
-        program.predict(tree_map(copied, experiment.inputs))
+        program.predict(experiment.inputs)
         output = tree_unflatten([copied(leaf) for leaf in loss.leaves], loss.spec)
-        value: Tensor = program.evaluate(output, tree_map(copied, experiment.targets))
+        value: Tensor = program.evaluate(output, experiment.targets)
     return value.detach()
 
 

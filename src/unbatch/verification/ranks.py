@@ -108,7 +108,7 @@ def _redrawn(experiment: Experiment, samples: int, seed: int) -> tuple[Tensor, l
 
     def redrawn(x: Tensor, dim: int | None) -> Tensor:
         if dim is None:
-            return in_double(x)
+            return in_double(x.detach())
         chosen = torch.randint(experiment.samples, (samples,), generator=generator)
         x = x.detach().cpu().index_select(dim, chosen)
         if not x.is_floating_point():
@@ -124,7 +124,7 @@ def _redrawn(experiment: Experiment, samples: int, seed: int) -> tuple[Tensor, l
     program = experiment.program.in_double()
     originals = [*experiment.program.modules, *experiment.originals]
     with program.untouched(experiment.graph.rng, originals), torch.enable_grad():
-        outputs = program.predict(inputs)
+        outputs = program.forward(inputs)
     leaves = tensor_leaves(outputs)
     rows = []
     for i, dim in zip(experiment.places, experiment.out_dims, strict=True):

@@ -1043,6 +1043,36 @@ OF_DATA: dict[str, tuple[Callable[[], Any], Callable[[], Data], Callable[[Any, A
         lambda: (BatchEncoding({"x": torch.randn(N, D)}), torch.randn(N, D)),
         lambda x, y: x.update(x=torch.ones(N, D)),
     ),
+    "an array that the targets lie in, filled again": (
+        net(lambda n, x: n.linear(x)),
+        lambda: from_numpy()[::-1],
+        lambda x, y: y.numpy().fill(2.0),
+    ),
+    "an entry of a list of inputs": (
+        net(lambda n, batch: n.linear(batch[0])),
+        lambda: (([torch.randn(N, D)],), torch.randn(N, D)),
+        lambda x, y: x[0].__setitem__(0, torch.ones(N, D)),
+    ),
+    "an entry more of a dict of inputs": (
+        net(lambda n, batch: n.linear(batch["x"]) + batch.get("more", 0.0)),
+        lambda: (({"x": torch.randn(N, D)},), torch.randn(N, D)),
+        lambda x, y: x[0].update(more=torch.ones(N, D)),
+    ),
+    "another name in a dict of inputs": (
+        net(lambda n, batch: n.linear(batch.get("x", 0.0) + 2 * batch.get("z", 0.0))),
+        lambda: (({"x": torch.randn(N, D)},), torch.randn(N, D)),
+        lambda x, y: x[0].update(z=x[0].pop("x")),
+    ),
+    "a tensor of an object among the inputs": (
+        pair(lambda n, x, other: n.linear(x) * other.scale),
+        beside(lambda: SimpleNamespace(scale=torch.ones(D))),
+        lambda x, y: x[1].scale.mul_(3),
+    ),
+    "an entry of a dict of an object among the inputs": (
+        pair(lambda n, x, other: n.linear(x) * other.kept["scale"]),
+        beside(lambda: SimpleNamespace(kept={"scale": 1.0})),
+        lambda x, y: x[1].kept.update(scale=3.0),
+    ),
     "an entry of the inputs, in place": (
         net(lambda n, x: n.linear(x)),
         lambda: (torch.randn(N, D), torch.randn(N, D)),
@@ -1066,6 +1096,30 @@ def cut_off(n: Any, x: Tensor) -> Tensor:
     if getattr(third_settings, "FROZEN", False):
         h = h.detach()
     return n.last(h)
+
+
+def cut_off_by_file(n: Any, x: Tensor) -> Tensor:
+    h = n.linear(x)
+    if float(Path(n.path).read_text()) > 1:
+        h = h.detach()
+    return n.last(h)
+
+
+def all_cut_off_by_file(n: Any, x: Tensor) -> Tensor:
+    h = n.linear(x)
+    return h.detach() if float(Path(n.path).read_text()) > 1 else h
+
+
+def scaled_by_file(n: Any, x: Tensor) -> Tensor:
+    h = n.linear(x)
+    if h.requires_grad:
+        factor = float(Path(n.path).read_text())
+        h.register_hook(lambda g: g * factor)
+    return n.last(h)
+
+
+def rewritten(model: Any, x: Tensor, y: Tensor) -> None:
+    Path(model.path).write_text("3.0")
 
 
 def scales_gradients(n: Any, x: Tensor) -> Tensor:
@@ -1109,6 +1163,21 @@ CHECKED: dict[str, tuple[Callable[[], Any], Callable[[], Data], Callable[..., An
         net(scales_gradients, last=last),
         rows,
         lambda model, x, y: patched(third_settings, "EXTRA", 3.0)(model),
+    ),
+    "a layer cut off from gradients, by a file": (
+        net(cut_off_by_file, last=last, path=in_file),
+        rows,
+        rewritten,
+    ),
+    "a model cut off from gradients, by a file": (
+        net(all_cut_off_by_file, path=in_file),
+        rows,
+        rewritten,
+    ),
+    "gradients scaled by a file": (
+        net(scaled_by_file, last=last, path=in_file),
+        rows,
+        rewritten,
     ),
     "a number imported where it is used, with checks": (
         net(imports_a_name),

@@ -344,6 +344,27 @@ def decay(n: Any, x: Tensor) -> Tensor:
     return n.linear(x) + n.memory
 
 
+def with_states() -> nn.Module:
+    def run(n: Any, x: Tensor) -> Tensor:
+        n.states[0].mul_(0.5)
+        n.states.append(n.linear(x).tanh())
+        return n.states[-1] + n.states[0]
+
+    model = Net(run)
+    model.states = [model.linear(torch.ones(N, D)).tanh()]
+    return model
+
+
+def carrying() -> nn.Module:
+    def run(n: Any, x: Tensor) -> Tensor:
+        n.hidden = n.linear(x + n.hidden.detach_()).tanh()
+        return n.hidden
+
+    model = Net(run)
+    model.hidden = model.linear(torch.ones(N, D)).tanh()
+    return model
+
+
 def prepared() -> nn.Module:
     """A weight that is made once for many runs."""
     model = Net(lambda n, x: n.linear(x) @ n.made)
@@ -642,6 +663,20 @@ MESSY: dict[str, Case] = {
     "a gradient added to one that is there": (
         with_gradient,
         part("linear.weight", lambda w: (id(w.grad), w.grad.tolist())),
+    ),
+    "a list of states with their history": (
+        lambda: with_states(),
+        lambda model: [
+            (t.requires_grad, type(t.grad_fn).__name__, t.tolist()) for t in model.states
+        ],
+    ),
+    "a state rebound, with its history": (
+        lambda: carrying(),
+        lambda model: (
+            id(model.hidden),
+            type(model.hidden.grad_fn).__name__,
+            model.hidden.tolist(),
+        ),
     ),
     "a hook after the gradient of a weight": (
         net(hooks_after),
@@ -1026,6 +1061,24 @@ OF_DATA: dict[str, OfData] = {
         squares,
         beside(lambda: random.Random(1)),
         lambda x, y: x[1].getstate(),
+    ),
+    "an entry of a dict of an object among the inputs": (
+        model(lambda n, x, other: n.linear(x) + other.kept.pop("offset")),
+        squares,
+        beside(lambda: SimpleNamespace(kept={"offset": 1.0})),
+        lambda x, y: dict(x[1].kept),
+    ),
+    "a generator of numpy among the inputs": (
+        model(draws),
+        squares,
+        beside(lambda: np.random.default_rng(1)),
+        lambda x, y: x[1].bit_generator.state,
+    ),
+    "targets that are clamped and kept": (
+        model(plain),
+        lambda output, target: F.mse_loss(output, target.clamp_(-1, 1)),
+        rows,
+        of_targets,
     ),
     "an iterator among the inputs": (
         model(advances),

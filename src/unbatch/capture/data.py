@@ -1,0 +1,52 @@
+"""The data of the user, as a program is given it, and what is in it besides tensors.
+
+A program may take an entry out of a dict, give a tensor another axis, or ask for its gradient.
+Every run gets containers and tensors of its own, so that all that ends with the run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from unbatch.capture.iterators import holds_iterator, with_copies
+from unbatch.capture.reachable import LEAVES
+
+
+def handed_out(tree: Any) -> Any:
+    """Return data with aliases of its tensors, in containers of its own.
+
+    What is written into the memory of the tensors, or into objects, is put back elsewhere
+    (``isolation.py``).
+    """
+    return tree_map(_alias, tree)
+
+
+def repacked(tree: Any) -> Any:
+    """Return the same tensors in containers of their own, with copies of iterators."""
+    return tree_map(_copied, tree)
+
+
+def _copied(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor) or not holds_iterator(leaf):
+        return leaf
+    return with_copies(leaf)
+
+
+def _alias(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    if leaf.is_inference():
+        return leaf.clone()  # autograd keeps nothing that was made there
+    return leaf.detach()
+
+
+def objects_in(tree: Any) -> list[Any]:
+    """Return what there is in data besides tensors, numbers and words."""
+    objects = []
+    for leaf in tree_leaves(tree):
+        if not isinstance(leaf, Tensor) and type(leaf) not in LEAVES:
+            objects.append(leaf)
+    return objects
