@@ -1,8 +1,8 @@
 """Which noise belongs to which sample, as far as it is proved.
 
 Where noise is used says whose it may be (``noise_use.py``): a guess, since an axis may be as long
-as the batch for other reasons. Then the noise counts as data of these samples, and the analysis has
-to find that every prediction depends on its own alone.
+as the batch for other reasons. Where there is doubt, the noise counts as data of these samples, and
+the analysis has to find that every prediction depends on its own alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from unbatch.capture.graph import Graph
 from unbatch.capture.steps import Ref, Step
 from unbatch.verification.experiment import Experiment, Untestable
 from unbatch.verification.noise import noise_refs
-from unbatch.verification.noise_use import MSG_NOISE, ORDERS, Owners, owners_by_use
+from unbatch.verification.noise_use import MSG_NOISE, ORDERS, Owners, is_aligned, owners_by_use
 
 
 def owners_of_noise(experiment: Experiment) -> Mapping[int, Owners | None]:
@@ -47,6 +47,8 @@ def _proved_owners(experiment: Experiment) -> dict[int, Owners | None] | None:
         owners = {ref: owners_by_use(graph, forward, ref) for ref in noise_refs(graph)}
     except Untestable:
         return None
+    if all(is_aligned(graph, forward, ref) for ref in owners):
+        return owners
     return owners if _is_proved(experiment, owners) else None
 
 

@@ -68,6 +68,47 @@ def owners_by_use(graph: Graph, forward: Interpretation, noise: int) -> Owners |
     return owners[0]
 
 
+def is_aligned(graph: Graph, forward: Interpretation, noise: int) -> bool:
+    """Return whether noise is combined with samples entry by entry, and nothing else is done to it.
+
+    As in dropout. Then whose it is needs no proof: it never leaves its place.
+    """
+    drawn, marks = graph.values[noise], forward.ownership[noise]
+    if marks.owned or graph.steps[drawn.step].name in ORDERS:
+        return marks.all_owned
+    in_place = {noise}
+    for step in graph.forward_steps:
+        if step.index <= drawn.step:
+            continue
+        read = [ref for ref in step.refs() if _shows(graph, ref, drawn, in_place)]
+        if not read:
+            continue
+        by_entry = ops.is_pointwise(step.op) or ops.moves(step.op) is ops.Moves.SAME
+        if not by_entry or any(ref.index not in in_place for ref in read):
+            return False
+        for ref in results_of(step):
+            if forward[ref].all_owned:
+                continue
+            if not _stays_in_place(graph, forward, step, ref, drawn):
+                return False
+            in_place.add(ref.index)
+    return not any(_shows(graph, ref, drawn, in_place) for ref in graph.predictions)
+
+
+def _shows(graph: Graph, ref: Ref, drawn: Value, in_place: set[int]) -> bool:
+    return ref.index in in_place or graph.values[ref.index].storage == drawn.storage
+
+
+def _stays_in_place(
+    graph: Graph, forward: Interpretation, step: Step, ref: Ref, drawn: Value
+) -> bool:
+    """Return whether a result has one entry for each of the noise, in memory of its own."""
+    value, marks = graph.values[ref.index], forward[ref]
+    if marks.owned or marks.mixed or value.shape != drawn.shape:
+        return False
+    return not step.writes or value.storage == drawn.storage
+
+
 def _owners_at_uses(graph: Graph, forward: Interpretation, noise: int) -> Iterator[Owners | None]:
     """Yield the owners of noise at each step that combines it, or what is made of it, with samples.
 
