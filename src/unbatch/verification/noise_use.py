@@ -78,21 +78,31 @@ def is_aligned(graph: Graph, forward: Interpretation, noise: int) -> bool:
         return marks.all_owned
     in_place = {noise}
     for step in graph.forward_steps:
-        if step.index <= drawn.step:
-            continue
-        read = [ref for ref in step.refs() if _shows(graph, ref, drawn, in_place)]
-        if not read:
-            continue
-        by_entry = ops.is_pointwise(step.op) or ops.moves(step.op) is ops.Moves.SAME
-        if not by_entry or any(ref.index not in in_place for ref in read):
+        if step.index > drawn.step and not _keeps_in_place(graph, forward, step, drawn, in_place):
             return False
-        for ref in results_of(step):
-            if forward[ref].all_owned:
-                continue
-            if not _stays_in_place(graph, forward, step, ref, drawn):
-                return False
-            in_place.add(ref.index)
     return not any(_shows(graph, ref, drawn, in_place) for ref in graph.predictions)
+
+
+def _keeps_in_place(
+    graph: Graph, forward: Interpretation, step: Step, drawn: Value, in_place: set[int]
+) -> bool:
+    """Return whether a step uses noise entry by entry, if at all.
+
+    ``in_place``: the values that are made of the noise alone; what the step makes is added.
+    """
+    read = [ref.index for ref in step.refs() if _shows(graph, ref, drawn, in_place)]
+    if not read:
+        return True
+    by_entry = ops.is_pointwise(step.op) or ops.moves(step.op) is ops.Moves.SAME
+    if not by_entry or not in_place.issuperset(read):
+        return False
+    for ref in results_of(step):
+        if forward[ref].all_owned:
+            continue
+        if not _stays_in_place(graph, forward, step, ref, drawn):
+            return False
+        in_place.add(ref.index)
+    return True
 
 
 def _shows(graph: Graph, ref: Ref, drawn: Value, in_place: set[int]) -> bool:
