@@ -251,7 +251,8 @@ def _step(interpretation: Interpretation, step: Step, last_uses: Mapping[int, in
     # A rule may return fewer results than the op does; the others then have no ownership.
     for ref, marks in zip(step.outs, results, strict=False):
         if ref is not None and marks is not None:
-            interpretation.ownership[ref.index] = _settled(interpretation, call, step, ref, marks)
+            settled = _settled(interpretation, call, step, ref, marks)
+            interpretation.ownership[ref.index] = interpretation.policy.held.get(ref.index, settled)
     # After the rule, which knows nothing of orders and calls permuted rows mixed: its answer is
     # replaced where the rows have come back to their places.
     _follow_order(interpretation, call, step)
@@ -261,6 +262,8 @@ def _step(interpretation: Interpretation, step: Step, last_uses: Mapping[int, in
         if new.index not in interpretation.ownership:
             shape = interpretation.graph.values[new.index].shape
             interpretation.ownership[new.index] = _written(call, hidden, shape)
+        if new.index in interpretation.policy.held:
+            interpretation.ownership[new.index] = interpretation.policy.held[new.index]
         _through_views(interpretation, old, new, step.index, last_uses)
 
 

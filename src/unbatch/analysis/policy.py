@@ -32,10 +32,15 @@ class Mixed(Enum):
 
 @dataclass(frozen=True)
 class Policy:
-    """``counted``: shared values whose entries along this axis count as those of the samples."""
+    """``counted``: shared values whose entries along this axis count as those of the samples.
+
+    ``held``: values that have this ownership, whatever the rules say: noise that belongs to samples
+    from the moment on when it is drawn.
+    """
 
     mixed: Mixed = Mixed.KEEP
     counted: Mapping[int, int] = field(default_factory=dict)
+    held: Mapping[int, Ownership] = field(default_factory=dict)
 
     def of_mixed(self, call: RuleContext, marks: Ownership, ref: Ref) -> Ownership:
         """Return the ownership of a mixed result of an op under this policy."""

@@ -5,6 +5,7 @@ An experiment can refute a verdict or support it; it never proves one. In readin
 - ``experiment.py``, ``variants.py``: the program on a batch in which some samples are replaced
 - ``counterexample.py``: what a test returns
 - ``forward_tests.py``: does a prediction depend on other samples, or on its place in the batch
+- ``noise_use.py``, ``noise_owners.py``: which noise belongs to which sample
 - ``permutations.py``: predictions for a permuted batch, the noise of each sample included
 - ``ranks.py``: can a number of statistics that does not grow with the batch carry the dependence
 - ``frozen_statistics.py``: predictions for other samples, every batch statistic held constant

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -45,6 +45,7 @@ class Experiment:
     ``originals``: the modules of which ``program`` runs copies; a hook on a copy may reach them, so
     they are restored as well. ``by_replay``: the recording is run in place of the model.
     ``least_tolerance`` bounds the tolerance from below, ``fixed_tolerance`` takes its place.
+    ``noise_owners``: whose the noise is, once that has been asked (``noise_owners.py``).
     """
 
     program: Program
@@ -60,6 +61,8 @@ class Experiment:
     by_replay: bool = False
     least_tolerance: float = 0.0
     fixed_tolerance: float | None = None
+    # One for all experiments that are made of this one: they have the same steps.
+    noise_owners: dict[str, Any] = field(default_factory=dict)
 
     # -- where the samples lie in the predictions --
 

@@ -1,6 +1,6 @@
 """The noise of a recording: which values it is, and whether other data would draw another one.
 
-Knows recordings, and nothing about samples: whose noise is whose stands in ``permutations.py``.
+Knows recordings, and nothing about samples: whose noise is whose stands in ``noise_owners.py``.
 """
 
 from __future__ import annotations

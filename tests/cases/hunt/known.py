@@ -105,21 +105,6 @@ WRONG_TODAY = frozenset(
         "messy: a dict that makes what is looked at",
         # Whole numbers and booleans that are drawn are not moved along with their samples.
         "model: one token each, drawn",
-        # Noise of no sample counts as theirs where one of its axes has their number.
-        "model: weights drawn",
-        "model: weights drawn thrice",
-        "model: weights dropped",
-        "model: a projection drawn",
-        "model: a table dropped",
-        "model: a kernel drawn",
-        "model: features of Fourier, drawn",
-        # Noise that changes place before it meets its samples is taken for that of its old places.
-        # Noise that is written into a part of something, or through ``.data``, is lost sight of.
-        "model: noise into the data of a buffer",
-        "model: noise into a part of a buffer",
-        "model: noise into every second column",
-        "model: noise in place of two columns",
-        "model: noise row by row into a buffer",
         # All draws of one law have one key: which of them it is does not count.
         "model: noise drawn once, or twice",
         # A sum over all samples and one over some of them make one scalar of both.

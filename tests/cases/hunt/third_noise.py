@@ -285,6 +285,52 @@ def kept(*shape):
     return lambda: nn.Parameter(torch.zeros(shape), requires_grad=False)
 
 
+def twice_into_a_part(net, x):
+    """What is drawn first is lost where the second draw is written."""
+    e = torch.randn(N, D)
+    e[:, :3].normal_()
+    return net.linear(x) + e
+
+
+def columns_exchanged(net, x):
+    e = torch.empty(D, N)
+    e[0].normal_()
+    e[1:].normal_()
+    return net.linear(x) + e.flip(0).T
+
+
+def with_that_of_the_column(net, x):
+    e = torch.randn(N, D)
+    return net.linear(x) + e + e.T
+
+
+def by_an_order(net, x):
+    return net.linear(x) + net.longer[torch.randperm(N)]
+
+
+def by_an_order_in_each(net, x):
+    return net.linear(x) * x[torch.arange(N), torch.randperm(N)][:, None]
+
+
+def weights_and_rows(net, x):
+    weights = net.linear.weight + 0.3 * torch.randn(N, D)
+    return F.dropout(F.linear(x, weights), 0.3)
+
+
+def weights_by_bmm(net, x):
+    drawn = torch.randn(D, D).expand(N, D, D)
+    return net.linear(x) + torch.bmm(x[:, None], drawn)[:, 0]
+
+
+def weights_of_each(net, x):
+    return net.linear(x) + torch.bmm(x[:, None], torch.randn(N, D, D))[:, 0]
+
+
+def a_kernel_for_channels(net, x):
+    drawn = torch.randn(D, 1, 3)
+    return net.linear(x) + F.conv1d(x[:, :, None].expand(N, D, 3), drawn, groups=D)[:, :, 0]
+
+
 def reflected(net, x):
     """A reflection at a plane that is drawn for the whole batch."""
     v = F.normalize(torch.randn(D), dim=0)
@@ -302,6 +348,18 @@ table(
         "noise added to two columns": added_to_two_columns,
         "noise row by row into a buffer": row_by_row,
         "noise into out": into_out,
+        "noise into a part, twice": twice_into_a_part,
+        "noise written by columns, in their order reversed": columns_exchanged,
+        "noise, and that of the column": with_that_of_the_column,
+        "rows of a table in an order drawn": by_an_order,
+        "a feature each, in an order drawn": by_an_order_in_each,
+        "an order drawn, as numbers": lambda n, x: n.linear(x) + torch.randperm(N)[:, None] / N,
+        "weights drawn, and rows dropped": weights_and_rows,
+        "weights drawn for all, by bmm": weights_by_bmm,
+        "weights drawn for each, by bmm": weights_of_each,
+        "a kernel drawn for each channel": a_kernel_for_channels,
+        "noise rolled by columns": lambda n, x: n.linear(x) + torch.randn(N, D).roll(2, 1),
+        "noise of the whole batch, summed": lambda n, x: n.linear(x) + torch.randn(N, D).sum(0),
         "a reflection drawn": reflected,
         "features of Fourier, drawn": lambda n, x: (n.linear(x) @ torch.randn(D, 5)).cos(),
         "an orthogonal matrix drawn": lambda n, x: (
@@ -389,6 +447,15 @@ def noise_drawn_once_or_twice(net, x):
 
 
 table(INDEXED, {"noise drawn once, or twice": noise_drawn_once_or_twice}, accept_unknown=True)
+table(
+    INDEXED,
+    {
+        "dropout, and places": lambda n, x: F.dropout(n.linear(x), 0.3) * n.places,
+        "weights drawn, and places": lambda n, x: bayesian(n, x) * n.places,
+    },
+    accept_unknown=True,
+    places=lambda: nn.Parameter(torch.arange(1.0, N + 1)[:, None]),
+)
 table(
     MIXED,
     {
