@@ -60,9 +60,9 @@ class _Tokens:
         self.given[token] = name, argument
         return replace(argument, sources=argument.sources | {token})
 
-    def take(self, x: Any) -> Any:
-        """Return a result, or a statistic, without tokens."""
-        return replace(x, sources=x.sources - self.given.keys())
+    def take(self, sources: frozenset[str]) -> frozenset[str]:
+        """Return sources without tokens."""
+        return sources - self.given.keys()
 
     def missing(
         self, result: Ownership, definitions: Sequence[StatisticDef]
@@ -94,7 +94,9 @@ def completed(
     for place, result in enumerate(results):
         if result is None:
             continue
-        results[place] = plain = tokens.take(result)
+        # What a rule returns are the numbers themselves, and stands for no others.
+        plain = replace(result, sources=tokens.take(result.sources), stands_for=None)
+        results[place] = plain
         if 0 in result.shape:
             continue
         missing = []
@@ -110,7 +112,7 @@ def completed(
         converted = _conversion(call, counted, place)
         results[place] = _renamed(plain, tensors + constants + converted)
     # Only now, as a result may come from an argument by way of a statistic.
-    definitions[first:] = [tokens.take(d) for d in definitions[first:]]
+    definitions[first:] = [replace(d, sources=tokens.take(d.sources)) for d in definitions[first:]]
     return results, frozenset(forgotten)
 
 

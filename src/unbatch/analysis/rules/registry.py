@@ -9,7 +9,7 @@ assumed harmless.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -300,7 +300,15 @@ def summary(
     """Return one entry in place of ``dims``, which depends on all that lies along them."""
     # A scan makes the entries along ``dims`` alike but for their index, so one can stand for all.
     dims = list(dims)
-    return collapse(call.algebra.scan(name, x, dims, how), dims, keepdim)
+    out = collapse(call.algebra.scan(name, x, dims, how), dims, keepdim)
+    return standing_for(out, x)
+
+
+def standing_for(out: Ownership, x: Ownership) -> Ownership:
+    """Return ``out`` as what stands for ``x``: who uses it uses all numbers of ``x``."""
+    if not x.statistics:
+        return out
+    return replace(out, stands_for=x.stands_for or x)
 
 
 def unused(call: RuleContext) -> list[Ownership]:
