@@ -318,11 +318,6 @@ WRONG_THIRD = frozenset(
         "model: outliers counted in a LongTensor",
         "model: outliers in a BoolTensor",
         "loss: over a count in a LongTensor",
-        # A copy into less precision is no copy.
-        "model: half of the rows kept in bfloat16",
-        "model: half of the rows kept in float16",
-        "model: the last rows from a cache in float16",
-        "model: a product into less precision",
         # Booleans and integers that the forward pass reads of parameters, and keeps for the loss.
         "split: the sign of a weight, kept",
         "split: large weights counted, kept",
@@ -331,12 +326,6 @@ WRONG_THIRD = frozenset(
         "model: centred in parts of four and two",
         "model: pairs averaged, and given back to both",
         "model: the mean of a group for all of it",
-        # Reductions of nothing raise in their rule.
-        "model: a penalty on no terms",
-        "model: no tokens in front",
-        "model: no samples left",
-        "model: no mask at all",
-        # Totals over samples of several groups, but for those that a reduction makes.
     ]
 )
 

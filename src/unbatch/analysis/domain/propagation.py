@@ -55,6 +55,7 @@ from unbatch.analysis.domain.ownership import (
     mix,
     normal_dims,
     permute,
+    shared,
     squeeze,
     total,
     unsqueeze,
@@ -302,6 +303,9 @@ class Propagation:
             x = absorb(x)
         ndim = len(x.shape)
         axes = normal_dims(range(ndim) if dims is None else dims, ndim)
+        if not x.key.size:
+            shape = with_one(x.shape, axes) if keepdim else without_dims(x.shape, axes)
+            return _of_nothing(name, x, shape)
         owner, key, combined = self._reduced(name, x, axes)
         if combined and len(self.sets):
             owner = self.across_sets(owner, [x])
@@ -391,6 +395,8 @@ class Propagation:
         x = absorb(x)
         if x.mixed:
             self.record.nonlinear.add(self.step)
+        if not x.key.size:
+            return shared(x.shape if shape is None else shape, ("empty", name), x.sources)
         ndim = len(x.shape)
         axes = normal_dims(dims, ndim)
         owner, key, ranked = x.owner, x.key, x.ranked
@@ -436,6 +442,11 @@ class Propagation:
 
 
 # --- parts of the operations ----------------------------------------------------------------------
+
+
+def _of_nothing(name: object, x: Ownership, shape: Dims) -> Ownership:
+    """What is made of no elements: a constant, whatever they would be; ``x`` has none."""
+    return shared(shape, ("empty", name), x.sources, range(len(shape)))
 
 
 def _uneven(x: Ownership) -> bool:
