@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from unbatch.analysis.domain.dependence import StatisticDef
 from unbatch.analysis.domain.ownership import ARGUMENT, MIXED, Ownership, code, digest, mix
@@ -39,6 +40,9 @@ IMMATERIAL = frozenset(
 # Arguments that say which numbers are taken, and are none of them.
 CHOOSING = frozenset({"index", "indices", "mask", "condition"})
 
+# Types in which numbers of Python are what they are, or as good as.
+WIDE = (torch.float32, torch.float64)
+
 
 @dataclass
 class _Tokens:
@@ -60,9 +64,9 @@ class _Tokens:
         self.given[token] = name, argument
         return replace(argument, sources=argument.sources | {token})
 
-    def take(self, x: Any) -> Any:
-        """Return a result, or a statistic, without tokens."""
-        return replace(x, sources=x.sources - self.given.keys())
+    def take(self, sources: frozenset[str]) -> frozenset[str]:
+        """Return sources without tokens."""
+        return sources - self.given.keys()
 
     def missing(
         self, result: Ownership, definitions: Sequence[StatisticDef]
@@ -94,7 +98,9 @@ def completed(
     for place, result in enumerate(results):
         if result is None:
             continue
-        results[place] = plain = tokens.take(result)
+        # What a rule returns are the numbers themselves, and stands for no others.
+        plain = replace(result, sources=tokens.take(result.sources), stands_for=None)
+        results[place] = plain
         if 0 in result.shape:
             continue
         missing = []
@@ -110,7 +116,7 @@ def completed(
         converted = _conversion(call, counted, place)
         results[place] = _renamed(plain, tensors + constants + converted)
     # Only now, as a result may come from an argument by way of a statistic.
-    definitions[first:] = [tokens.take(d) for d in definitions[first:]]
+    definitions[first:] = [replace(d, sources=tokens.take(d.sources)) for d in definitions[first:]]
     return results, frozenset(forgotten)
 
 
@@ -136,25 +142,30 @@ def _other_constants(
 
 
 def _conversion(call: RuleContext, counted: Arguments, place: int) -> list[tuple[str, Any]]:
-    """Return the family of a result's type where the arguments of an op do not decide it.
+    """Return a result's type where it rounds, or is of a family that no argument is of.
 
     By the families of the arguments the keys of these differ already.
     """
-    if place >= len(call.families.results):
+    if place >= len(call.types.results):
         return []
-    result = call.families.results[place]
-    read: set[str] = set()
-    for name, families in call.families.arguments.items():
+    dtype = call.types.results[place]
+    types: set[torch.dtype] = set()
+    for name, of_argument in call.types.arguments.items():
         if name not in CHOOSING and not counted.leaves_out(name, place):
-            read |= families
+            types |= of_argument
+    # Sums of what is rounded are sums still, but for rounding, and of other numbers.
+    if any(registry.rounds(dtype, source) for source in types):
+        return [("type", str(dtype))]
+    result = registry.family(dtype)
+    read = {registry.family(source) for source in types}
     # 0.7 in a tensor of floats, and one copied into whole numbers. Sums of small and large integers
     # are of either type, by the number of dims.
     whole = result not in ("floating", "complex")
     if result in read and not (whole and len(read) > 1):
         return []
-    if not read and result == "floating":
+    if not read and dtype in WIDE:
         return []
-    return [("type", result)]
+    return [("type", str(dtype))]
 
 
 def _renamed(x: Ownership, names: list[tuple[str, Any]]) -> Ownership:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -297,18 +298,18 @@ def _rule_context(interpretation: Interpretation, step: Step) -> registry.RuleCo
         numbers,
         numbers.look,
         step.function,
-        _families(interpretation.graph, step, tensors),
+        _types(interpretation.graph, step, tensors),
     )
 
 
-def _families(graph: Graph, step: Step, tensors: Mapping[str, Any]) -> registry.Families:
-    """Return the families of the types of what a step reads and returns."""
+def _types(graph: Graph, step: Step, tensors: Mapping[str, Any]) -> registry.Types:
+    """Return the types of what a step reads and returns."""
 
-    def of(refs: Iterable[Any]) -> list[str]:
-        return [registry.family(graph.values[r.index].dtype) for r in refs if is_ref(r)]
+    def of(refs: Iterable[Any]) -> list[torch.dtype]:
+        return [graph.values[r.index].dtype for r in refs if is_ref(r)]
 
     arguments = {name: frozenset(of(tree_leaves(a, is_leaf=is_ref))) for name, a in tensors.items()}
-    return registry.Families(arguments, of(step.outs))
+    return registry.Types(arguments, of(step.outs))
 
 
 def _has_refs(argument: Any) -> bool:

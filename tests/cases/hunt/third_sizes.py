@@ -218,6 +218,33 @@ def product_into_less_precision(net, x):
     return out * net.linear.bias
 
 
+def written_to(make, write):
+    """The first rows are written into one tensor that is made, the last ones into another."""
+
+    def forward(net, x):
+        h = net.linear(x).detach()
+        low, wide = make(torch.bfloat16), make(torch.float32)
+        write(low, h[:3])
+        write(wide, h[3:])
+        return torch.cat([low.float(), wide]) * net.linear.bias
+
+    return forward
+
+
+def zeros(dtype):
+    return torch.zeros(3, D, dtype=dtype)
+
+
+def tenths(dtype):
+    return torch.full((3, D), 0.1, dtype=dtype)
+
+
+def all_rows_added_into_less_precision(net, x):
+    low = torch.zeros(N, D, dtype=torch.bfloat16)
+    low += net.linear(x).detach()
+    return low.float() * net.linear.bias
+
+
 def all_rows_from_a_cache(net, x):
     h = net.linear(x).detach()
     cache = torch.zeros(N, D, dtype=torch.float16)
@@ -313,6 +340,17 @@ table(
         "half of the rows kept in integers": rows_kept_in(torch.int32),
         "the last rows from a cache in float16": last_rows_from_a_cache,
         "a product into less precision": product_into_less_precision,
+        "half of the rows kept in bits of eight": rows_kept_in(torch.float8_e4m3fn),
+        "half of the rows added in bfloat16": written_to(zeros, lambda out, h: out.add_(h)),
+        "half of the rows joined in bfloat16": written_to(
+            zeros, lambda out, h: torch.cat([h], out=out)
+        ),
+        "half of the rows summed in bfloat16": written_to(
+            zeros, lambda out, h: torch.sum(h[None], 0, out=out)
+        ),
+        "a tenth in less precision for half of the rows": written_to(
+            tenths, lambda out, h: out.copy_(out * h.to(out.dtype).sign())
+        ),
         "bits of half of the rows cut": bits_cut_in_half_of_the_rows,
         "a diagonal zeroed in the flat batch": flat_diagonal_zeroed,
     },
@@ -322,6 +360,7 @@ table(
     SIMD,
     {
         "all rows from a cache in float16": all_rows_from_a_cache,
+        "all rows added in bfloat16": all_rows_added_into_less_precision,
         "bits cut": bits_cut,
         "resized and back": resized_and_back,
         "a scratch buffer used again": scratch_used_again,
@@ -358,6 +397,21 @@ table(
         "no samples left": lambda n, x: torch.cat([n.linear(x), n.linear(x[N:])]),
         "no rows of a table": lambda n, x: n.linear(x) + n.linear.weight[:0].sum(0),
         "a product of no features": lambda n, x: n.linear(x) + x[:, :0] @ n.linear.weight[:0],
+        "sums along no features": lambda n, x: n.linear(x) + x[:, :0].cumsum(1).sum(1, True),
+        "a product of nothing": lambda n, x: n.linear(x) * x[:, :0].prod(1, keepdim=True),
+        "the length of nothing": lambda n, x: n.linear(x) + x[:, :0].norm(dim=1, keepdim=True),
+        "shares of nothing": lambda n, x: n.linear(x) + x[:, :0].softmax(1).sum(1, True),
+        "nothing in order": lambda n, x: n.linear(x) + x[:, :0].sort(1).values.sum(1, True),
+        "distances to no samples": lambda n, x: n.linear(x) + torch.cdist(x, x[N:]).sum(1, True),
+        "no words": lambda n, x: (
+            n.linear(x) + F.embedding(torch.zeros(N, 0, dtype=torch.int64), n.linear.weight).sum(1)
+        ),
+        "an empty chunk": lambda n, x: torch.cat(
+            [n.linear(chunk).softmax(1) for chunk in (x[:4], x[4:], x[N:])]
+        ),
+        "a loss of no samples": lambda n, x: (
+            n.linear(x) + F.mse_loss(x[N:], 2 * x[N:], reduction="sum")
+        ),
         "no mask at all": lambda n, x: (
             n.linear(x) * (1 + torch.zeros(0, dtype=torch.bool).any().float())
         ),

@@ -15,6 +15,7 @@ from cases.verdicts import nothing
 
 D = N = 6
 NO_STATISTICS = ("fails", "fails", "fails")
+TAPS = torch.tensor([[[0.25, 0.5, 0.2]]])
 QUARTILES = torch.tensor([0.25, 0.5, 0.75])
 
 
@@ -52,6 +53,33 @@ def normal_scores(net, x):
     return net.linear(torch.special.ndtri((ranks + 0.5) / N))
 
 
+def cumulated_one_after_the_other(net, x):
+    out, sums = net.linear(x), ranked(x).cumsum(0)
+    for k in range(N):
+        out = out * (x[:, :1] - sums[k]).tanh()
+    return out
+
+
+def between_ranks(net, x):
+    image = ranked(x).expand(N, 1, 1, N)
+    grid = x[:, None, None, :2]
+    return net.linear(x) * F.grid_sample(image, grid, align_corners=False)[:, 0, 0]
+
+
+def filtered_by_ranks(net, x):
+    return net.linear(x) * F.conv1d(x[:, None], ranked(x)[None, None])[:, 0]
+
+
+def solved_with_ranks(net, x):
+    outer = torch.outer(ranked(x), ranked(x)) + torch.eye(N)
+    return torch.linalg.solve(outer, net.linear(x).T).T
+
+
+def sorted_features(function):
+    """A model with numbers made of the sorted values of each feature."""
+    return lambda net, x: net.linear(x) * function(x.sort(0).values)
+
+
 def sparse_over_samples(net, x):
     """A sparse softmax over the batch: its threshold is one number for each feature."""
     z = net.linear(x)
@@ -78,10 +106,51 @@ table(
         "a rank by buckets": rank_by_buckets,
         "the sum up to the own rank": sum_up_to_the_own_rank,
         "normal scores": normal_scores,
+        "sums of ranks one after the other": cumulated_one_after_the_other,
+        "ranks convolved": one_by_one(lambda s: F.conv1d(s[None, None], TAPS, padding=1)[0, 0]),
+        "ranks resampled": one_by_one(
+            lambda s: F.interpolate(s[None, None], size=N, mode="linear")[0, 0]
+        ),
+        "a factor of ranks": one_by_one(
+            lambda s: torch.linalg.cholesky(torch.outer(s, s) + torch.eye(N))[:, 0]
+        ),
+        "all ranks by topk": one_by_one(lambda s: s.topk(N).values),
+        "between ranks": between_ranks,
+        "filtered by ranks": filtered_by_ranks,
+        "solved with ranks": solved_with_ranks,
+        "among ranks": lambda n, x: n.linear(x) * (1 + torch.isin(x[:, :1] + 0, ranked(x))),
+        "ranks as weights of a norm": lambda n, x: F.layer_norm(n.linear(x), (N,), ranked(x)),
+        "ranks looked up": lambda n, x: (
+            n.linear(x) * F.embedding((x[:, 0] > 0).long(), ranked(x)[:, None])
+        ),
     },
     accept_unknown=True,
 )
 table(STATISTICS, {"a sparse softmax over samples": sparse_over_samples}, accept_unknown=True)
+table(
+    STATISTICS,
+    {
+        "a Gini coefficient": lambda n, x: (
+            n.linear(x) * (ranked(x).cumsum(0).sum() / ranked(x).sum())
+        ),
+        "Gini coefficients": sorted_features(lambda s: s.cumsum(0).sum(0) / s.sum(0)),
+        "the last of a Lorenz curve": sorted_features(lambda s: s.cumsum(0)[-1]),
+        "the largest gap between ranks": sorted_features(lambda s: s.diff(dim=0).amax(0)),
+        "an L-moment": sorted_features(lambda s: (s * torch.arange(N)[:, None]).mean(0)),
+        "a distance to a uniform law": sorted_features(
+            lambda s: (s - torch.linspace(-1, 1, N)[:, None]).abs().mean(0)
+        ),
+        "energy of the spectrum of ranks": lambda n, x: (
+            n.linear(x) * torch.fft.rfft(ranked(x)).abs().sum()
+        ),
+        "the median of smoothed ranks": lambda n, x: (
+            n.linear(x) * F.avg_pool1d(ranked(x)[None], 3, 1, 1).median()
+        ),
+        "medians as buckets": lambda n, x: (
+            n.linear(x) * torch.bucketize(x, x.median(0).values.sort().values)
+        ),
+    },
+)
 
 
 # ---------------------------------------------------------------- how many numbers
@@ -167,6 +236,24 @@ sizes(
             2 * D,
         ),
         "weights of classes": (labels_of_one_class, D),
+        "quartiles looked up": (
+            lambda n, x: n.linear(x) * x[:, 0].quantile(QUARTILES)[(x > 0).long()],
+            3,
+        ),
+        "quartiles as an image": (
+            lambda n, x: F.grid_sample(
+                x[:, 0].quantile(QUARTILES).expand(N, 1, 1, 3),
+                x[:, None, None, :2],
+                align_corners=False,
+            )[:, 0, 0],
+            3,
+        ),
+        "a mean of weights of a recurrence": (
+            lambda n, x: torch.gru_cell(
+                x, x, gram(x).repeat(3, 1), n.linear.weight.repeat(3, 1), None, None
+            ),
+            D * D,
+        ),
         "a mean as weights of a norm": (lambda n, x: F.layer_norm(x, (D,), x.mean(0)), D),
     }
 )

@@ -39,11 +39,13 @@ class StatisticUse:
     """What values of samples use: ``size`` numbers, made from the statistics ``definitions``.
 
     ``pieces``: how many numbers each use has, by the keys of its entries: what is used twice counts
-    once. ``long``: so many ranks of a statistic are used that their number may grow with the batch.
+    once. ``ranks``: of a long statistic, how many ranks a key stands for. ``long``: so many of them
+    are used that their number may grow with the batch.
     """
 
     definitions: frozenset[int]
     pieces: Mapping[frozenset[int], int]
+    ranks: Mapping[int, int]
     size: int  # of what is used, which may be less than the statistic has
     long: bool
 
@@ -55,6 +57,11 @@ def _may_grow(ranks: int, samples: int) -> bool:
     fixed number, if they are few among the samples as well.
     """
     return ranks > FEW_RANKS and ranks * FEW_RANKS >= samples
+
+
+def _larger(counts: Mapping[int, int], others: Mapping[int, int]) -> dict[int, int]:
+    """Return the counts, or those of ``others`` where these are larger."""
+    return {key: max(count, others.get(key, 0)) for key, count in counts.items()}
 
 
 @dataclass
@@ -82,16 +89,19 @@ class DependenceRecord:
         self.definitions.append(statistic)
         return len(self.definitions) - 1
 
-    def use(self, statistics: frozenset[int], keys: frozenset[int], size: int) -> None:
+    def use(self, statistics: frozenset[int], keys: frozenset[int], size: int, ranked: int) -> None:
         """Enter that values of samples use ``size`` numbers made from ``statistics``.
 
-        ``keys``: of their entries. Parts of a statistic that are used apart add up, to no more
-        numbers than the statistics have.
+        ``keys``: of their entries. ``ranked``: how many ranks each key may stand for. Parts of a
+        statistic that are used apart add up, to no more numbers than the statistics have.
         """
         pieces = {keys: size}
+        # Of a long statistic each rank has a key, or a key stands for as many as it has entries.
+        ranks = dict.fromkeys(keys, min(ranked, size // len(keys)))
         before = self.uses.get(statistics)
         if before is not None:
             pieces = {**before.pieces, keys: size}
+            ranks = {**before.ranks, **_larger(ranks, before.ranks)}
         available, samples, long = 0, 0, False
         for s in statistics:
             definition = self.definitions[s]
@@ -99,10 +109,8 @@ class DependenceRecord:
             samples = max(samples, definition.samples)
             long = long or definition.long
         size = max(max(pieces.values()), min(sum(pieces.values()), available))
-        # Of a long statistic each rank has a key of its own.
-        ranks = len(frozenset().union(*pieces))
-        long = long and _may_grow(ranks, samples)
-        self.uses[statistics] = StatisticUse(statistics, pieces, size, long)
+        long = long and _may_grow(sum(ranks.values()), samples)
+        self.uses[statistics] = StatisticUse(statistics, pieces, ranks, size, long)
 
     def of_predictions(self, statistics: frozenset[int]) -> bool:
         """Tell whether any of ``statistics`` is one of the predictions."""

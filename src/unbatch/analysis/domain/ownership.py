@@ -178,9 +178,10 @@ class Ownership:
     "targets", "parameters", "noise", "predictions"}``. ``mixers``: steps at which samples became
     mixed. ``atoms``: the scalars per sample through which predictions enter it. ``additive``: it is
     a sum over samples of such scalars. ``weighted``: its elements carry factors that differ from
-    sample to sample and are not part of their keys. ``ranked``: entries with keys of their own are
-    values of different ranks, which are counted, and so stay stored. ``fold``: by which reduction
-    its statistics of sets were made, None where that is lost.
+    sample to sample and are not part of their keys. ``ranked``: if not zero, entries with keys of
+    their own are values of different ranks, which are counted, and so stay stored; of so many ranks
+    at most is what has one key. ``fold``: by which reduction its statistics of sets were made, None
+    where that is lost. ``stands_for``: inside a rule, the value of which it is a summary.
     """
 
     shape: tuple[int, ...]
@@ -192,8 +193,9 @@ class Ownership:
     atoms: frozenset[int] = frozenset()
     additive: bool = False
     weighted: bool = False
-    ranked: bool = False
+    ranked: int = 0
     fold: Fold | None = None
+    stands_for: Ownership | None = None
 
     def __post_init__(self) -> None:
         # Both arrays have one shape, and a dim for each dim of the value.

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -55,6 +55,7 @@ from unbatch.analysis.domain.ownership import (
     mix,
     normal_dims,
     permute,
+    shared,
     squeeze,
     total,
     unsqueeze,
@@ -123,7 +124,7 @@ class Propagation:
             mixers |= {self.step}
         if root is not None:
             statistics = self._with_statistic(statistics, root, how, operands)
-        ranked = any(x.ranked for x in operands)
+        ranked = max((x.ranked for x in operands), default=0)
         out = Ownership(tuple(shape), owner, key, statistics, sources, mixers, atoms, ranked=ranked)
         self._note_uses(out, operands)
         return with_atom(out, self.record)
@@ -159,7 +160,12 @@ class Propagation:
         """Note that values of samples use ``x``, if ``x`` is a statistic on its own."""
         if not x.statistics or x.owned or x.mixed:
             return
-        self.record.use(x.statistics, frozenset(np.unique(x.key).tolist()), x.size)
+        # Where one entry stands for many numbers, these are what is used.
+        used = x.stands_for or x
+        # What is not ranked has as many ranks as keys.
+        ranked = max(used.ranked, 1)
+        keys = frozenset(np.unique(used.key).tolist())
+        self.record.use(used.statistics, keys, used.size, ranked)
 
     def uses_predictions(self, x: Ownership) -> bool:
         """Tell whether ``x`` rests on a statistic of the predictions."""
@@ -297,6 +303,9 @@ class Propagation:
             x = absorb(x)
         ndim = len(x.shape)
         axes = normal_dims(range(ndim) if dims is None else dims, ndim)
+        if not x.key.size:
+            shape = with_one(x.shape, axes) if keepdim else without_dims(x.shape, axes)
+            return _of_nothing(name, x, shape)
         owner, key, combined = self._reduced(name, x, axes)
         if combined and len(self.sets):
             owner = self.across_sets(owner, [x])
@@ -380,16 +389,20 @@ class Propagation:
         """Each output element along ``dims`` depends, by its index, on all inputs along ``dims``.
 
         The output is plain along ``dims``. Where several owners lie there it is mixed: a function
-        that knows the order of samples is not symmetric in them.
+        that knows the order of samples is not symmetric in them. Where ranks do, each entry may
+        be another number made of all of them.
         """
         x = absorb(x)
         if x.mixed:
             self.record.nonlinear.add(self.step)
+        if not x.key.size:
+            return shared(x.shape if shape is None else shape, ("empty", name), x.sources)
         ndim = len(x.shape)
         axes = normal_dims(dims, ndim)
-        owner, key = x.owner, x.key
+        owner, key, ranked = x.owner, x.key, x.ranked
         for d in axes:
             if key.shape[d] > 1:
+                ranked *= key.shape[d]
                 # Hashed with their places, so that the order counts in a hash that knows none.
                 key = total(mix(key, index_along(key.shape[d], d, ndim)), axis=d, keepdims=True)
                 one = single_owner(owner, d, True)
@@ -400,7 +413,8 @@ class Propagation:
         # Another shape may be given: as an output is plain along ``dims``, it has any size there.
         if shape is None:
             shape = x.shape
-        return self.result(shape, owner, key, [x], how)
+        out = self.result(shape, owner, key, [x], how)
+        return replace(out, ranked=ranked) if ranked else out
 
     # -- contractions --
 
@@ -428,6 +442,11 @@ class Propagation:
 
 
 # --- parts of the operations ----------------------------------------------------------------------
+
+
+def _of_nothing(name: object, x: Ownership, shape: Dims) -> Ownership:
+    """What is made of no elements: a constant, whatever they would be; ``x`` has none."""
+    return shared(shape, ("empty", name), x.sources, range(len(shape)))
 
 
 def _uneven(x: Ownership) -> bool:

@@ -10,8 +10,21 @@ import math
 from dataclasses import replace
 from typing import Any
 
+<<<<<<< HEAD
 from unbatch.analysis.domain.ownership import SHARED, Ownership, expand, shared
 from unbatch.analysis.rules.registry import EVERY, RuleContext, filled, pointwise, rule, summary
+=======
+from unbatch.analysis.domain.ownership import Ownership, expand, shared
+from unbatch.analysis.rules.registry import (
+    EVERY,
+    RuleContext,
+    family,
+    filled,
+    pointwise,
+    rule,
+    summary,
+)
+>>>>>>> ranks
 from unbatch.capture import ops
 
 # --- values from nowhere --------------------------------------------------------------------------
@@ -177,11 +190,12 @@ def cast(call: RuleContext, x: Ownership) -> Ownership:
 def overwrite(call: RuleContext) -> Ownership:
     """What was there before does not matter."""
     src = call["src"]
-    (target,) = call.families.results or ("floating",)
-    if target not in call.families.arguments.get("src", [target]):
-        # As a cast: linear where the numbers stay as they are.
-        kind = "scale" if target == "floating" else ""
-        src = call.algebra.pointwise(("copy", target), src, kind=kind)
+    families = {family(t) for t in call.types.arguments.get("src", ())}
+    for target in map(family, call.types.results):
+        if families and target not in families:
+            # As a cast: linear where the numbers stay as they are.
+            kind = "scale" if target == "floating" else ""
+            src = call.algebra.pointwise(("copy", target), src, kind=kind)
     return expand(src, call.shape)
 
 

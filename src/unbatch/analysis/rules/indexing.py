@@ -38,6 +38,7 @@ from unbatch.analysis.rules.registry import (
     mixed,
     rule,
     shared_outputs,
+    standing_for,
 )
 
 # --- which indices are followed -------------------------------------------------------------------
@@ -76,10 +77,11 @@ def own_choice(x: Ownership, dim: int, index: Ownership) -> bool:
     return index.owned and not index.mixed and x.owner.shape[dim] == 1 and x.all_owned
 
 
-def use_whole(algebra: Propagation, x: Ownership, index: Ownership) -> None:
-    """Note that samples use all of a statistic in which they look something up."""
-    if index.owned:
-        algebra.note_use(x)
+def any_entry(algebra: Propagation, x: Ownership, dim: int) -> Ownership:
+    """Return what may be any entry along ``dim``: samples that look it up use all of them."""
+    scanned = algebra.scan("lookup", x, [dim], "looked up")
+    # One of all, so no more numbers than the index has: by its keys these are counted.
+    return standing_for(replace(scanned, ranked=x.ranked), x)
 
 
 def as_mask(values: Any) -> Any:
@@ -225,8 +227,7 @@ def _sorted_by_knowledge(
             return None
         else:
             # Any entry along the dim may be hit, so each result depends on all of them.
-            use_whole(call.algebra, x, index)
-            x = call.algebra.scan("lookup", x, [dim], "looked up")
+            x = any_entry(call.algebra, x, dim)
             loose.append(index)
             ranks.append(len(index.shape))
     return Selection(x, ranks, followed, loose)
@@ -361,10 +362,8 @@ def _gather(call: RuleContext) -> Ownership:
             return np.take_along_axis(crop(place, index.shape, dim), numbers, dim)
 
         return moved(x, run, call.shape)
-    if not follows:
-        use_whole(call.algebra, x, index)
     # Along ``dim`` one entry is left that depends on all; it is combined with the index.
-    scanned = call.algebra.scan("lookup", x, [dim], "looked up")
+    scanned = any_entry(call.algebra, x, dim)
     shape = list(index.shape)
     shape[dim] = 1
     out = replace(

@@ -370,9 +370,6 @@ def _solver_operand(call: RuleContext, m: Ownership) -> Ownership:
 def embedding(call: RuleContext) -> Ownership:
     """Each index takes a row of the table, whichever it is."""
     indices, table = call["indices"], call["weight"]
-    # A table made from the batch is used as a whole by samples that look something up in it.
-    if indices.owned:
-        call.algebra.note_use(table)
     row = summary(call, "rows", table, [0])
     return call.algebra.pointwise("embedding", unsqueeze(indices, len(indices.shape)), row)
 

@@ -108,7 +108,7 @@ def ordering(call: RuleContext) -> Any:
     name = (call.name, repr(call["descending"] or call["largest"]))
     # Each rank has a key of its own, so that those that are used can be counted.
     values = replace(a.reduce(name, x, [dim], True, long=True), shape=call.shape)
-    values = replace(spell_out(values, [dim]), ranked=True)
+    values = replace(spell_out(values, [dim]), ranked=1)
     return numbered([values, positions])[-len(call.shapes) :]
 
 
@@ -127,7 +127,12 @@ def ordered(call: RuleContext) -> Any:
 def _scanned(call: RuleContext, dims: list[int]) -> list[Ownership]:
     """Every output along ``dims`` as a function of all inputs there."""
     x = call["self"]
-    return numbered([call.algebra.scan(call.title, x, dims, shape=shape) for shape in call.shapes])
+    outs = [call.algebra.scan(call.title, x, dims, shape=shape) for shape in call.shapes]
+    if x.ranked:
+        # One number for each rank, or as many: with keys of their own they are counted.
+        stored = [d for d in dims if x.key.shape[d] > 1]
+        outs = [replace(spell_out(out, stored), ranked=x.ranked) for out in outs]
+    return numbered(outs)
 
 
 @rule("segment_reduce", counted="axis")

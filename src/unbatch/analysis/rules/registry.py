@@ -9,7 +9,7 @@ assumed harmless.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -80,14 +80,14 @@ ARGUMENTS: dict[Rule, Arguments] = {}
 
 
 @dataclass(frozen=True)
-class Families:
-    """Families of the types of an op's tensors: numbers pass between two of them changed.
+class Types:
+    """The types of an op's tensors: numbers may pass between two of them changed.
 
     ``arguments``: by name, of the tensors there. ``results``: of each result.
     """
 
-    arguments: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    results: Sequence[str] = ()
+    arguments: Mapping[str, frozenset[torch.dtype]] = field(default_factory=dict)
+    results: Sequence[torch.dtype] = ()
 
 
 def family(dtype: torch.dtype) -> str:
@@ -99,6 +99,20 @@ def family(dtype: torch.dtype) -> str:
     return str(dtype)
 
 
+@cache
+def rounds(dtype: torch.dtype, source: torch.dtype) -> bool:
+    """Tell whether numbers of ``source`` are rounded, or overflow, in another type."""
+    if not _is_rounded(dtype) or not _is_rounded(source):
+        return False
+    # Neither of bfloat16 and float16 holds the numbers of the other.
+    there, here = torch.finfo(dtype), torch.finfo(source)
+    return there.eps > here.eps or there.max < here.max
+
+
+def _is_rounded(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point or dtype.is_complex
+
+
 @dataclass
 class RuleContext:
     """One op at work: its arguments by schema name and the shapes it returned.
@@ -107,7 +121,7 @@ class RuleContext:
     booleans of an argument, where the recorder kept them. A rule that looks at them makes the
     result depend on them. ``look``: at a function of some values, and at no more of them.
     ``function``: the function of PyTorch that the program called, of which the op is a part.
-    ``families``: of the types of tensors.
+    ``types``: of tensors.
     """
 
     algebra: Propagation
@@ -117,7 +131,7 @@ class RuleContext:
     values: Mapping[str, Any] = field(default_factory=dict)
     look: Callable[[str, Callable[[Any], Any]], Any] | None = None
     function: str = ""
-    families: Families = field(default_factory=Families)
+    types: Types = field(default_factory=Types)
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments.get(name)
@@ -300,7 +314,15 @@ def summary(
     """Return one entry in place of ``dims``, which depends on all that lies along them."""
     # A scan makes the entries along ``dims`` alike but for their index, so one can stand for all.
     dims = list(dims)
-    return collapse(call.algebra.scan(name, x, dims, how), dims, keepdim)
+    out = collapse(call.algebra.scan(name, x, dims, how), dims, keepdim)
+    return standing_for(out, x)
+
+
+def standing_for(out: Ownership, x: Ownership) -> Ownership:
+    """Return ``out`` as what stands for ``x``: who uses it uses all numbers of ``x``."""
+    if not x.statistics:
+        return out
+    return replace(out, stands_for=x.stands_for or x)
 
 
 def unused(call: RuleContext) -> list[Ownership]:
