@@ -12,7 +12,7 @@ import torch
 import unbatch as ub
 from cases.changes import D, N, Net, squares
 from cases.messy import MESSY, REFUSED, Meter
-from unbatch.capture import holders, isolation, program, reachable, switches
+from unbatch.capture import foreign, holders, isolation, program, reachable, switches
 
 
 def problem_of(make: Any) -> ub.Problem:
@@ -142,7 +142,7 @@ PLANTED = {
     "lists and deques": (holders.Items, "a deque"),
     "attributes": (holders.Attributes, "a plain object"),
     "members of classes": (holders.Names, "a class"),
-    "files": (holders.File, "a file"),
+    "files": (foreign.InMemory, "a file"),
 }
 
 

@@ -9,15 +9,18 @@ import torch
 
 import unbatch as ub
 from cases.changes import D, N
-from cases.hunt import changes
+from cases.hunt import changes, kinds_of_change
 from cases.hunt.known import WRONG_TODAY
 from unbatch.problem import spot_check
+
+CHANGES = {**changes.CHANGES, **kinds_of_change.CHANGES}
 
 
 @pytest.fixture(autouse=True)
 def as_they_were(monkeypatch) -> Iterator[None]:
     """The watch is alone, and what cases share is put back."""
     monkeypatch.setattr(spot_check, "SHARE", 0.0)
+    kinds_of_change.reset()
     token = changes.LEVEL.set(1.0)
     yield
     changes.LEVEL.reset(token)
@@ -33,7 +36,7 @@ def answers(problem: ub.Problem) -> list[Any]:
 
 def is_fresh(name: str) -> bool:
     """Tell whether the answers after a change are those of a problem made afresh."""
-    make, change = changes.CHANGES[name]
+    make, change = CHANGES[name]
     torch.manual_seed(0)
     model, loss = make()
     data = torch.randn(N, D), torch.randn(N, D)
@@ -51,7 +54,7 @@ def is_fresh(name: str) -> bool:
     return len(again) == len(now) and all(map(torch.allclose, again, now))
 
 
-@pytest.mark.parametrize("name", changes.CHANGES)
+@pytest.mark.parametrize("name", CHANGES)
 def test_a_change_is_seen(name):
     assert is_fresh(name) != (f"change: {name}" in WRONG_TODAY), (
         "take it out of WRONG_TODAY, or put it in"

@@ -13,22 +13,28 @@ import torch
 
 import unbatch as ub
 from cases.changes import D, N, squares
-from cases.hunt import messy
+from cases.hunt import kinds_of_trace, messy
 from cases.hunt.known import WRONG_TODAY
+
+MESSY = {**messy.MESSY, **kinds_of_trace.MESSY}
 
 
 @pytest.fixture(autouse=True)
 def as_they_were() -> Iterator[None]:
     """What belongs to the process is put back after each."""
     path, limit = list(sys.path), sys.getrecursionlimit()
+    context, environment = decimal.getcontext().copy(), dict(os.environ)
+    kinds_of_trace.reset()
     token = messy.COUNT.set(0)
     yield
     messy.COUNT.reset(token)
     sys.path[:] = path
     sys.setrecursionlimit(limit)
     gc.enable()
-    decimal.getcontext().prec = 28
-    os.environ.pop("UNBATCH_CALLS", None)
+    decimal.setcontext(context)
+    os.environ.clear()
+    os.environ.update(environment)
+    kinds_of_trace.reset()
     torch.set_printoptions(profile="default")
     np.set_printoptions(precision=8)
     torch.set_grad_enabled(True)
@@ -45,7 +51,7 @@ def ask(problem: ub.Problem) -> list[Any]:
 
 
 def leaves_no_trace(name: str) -> bool:
-    make, keeps = messy.MESSY[name]
+    make, keeps = MESSY[name]
     torch.manual_seed(0)
     model = make()
     problem = ub.Problem(model, squares, (torch.randn(N, D), torch.randn(N, D)))
@@ -57,8 +63,18 @@ def leaves_no_trace(name: str) -> bool:
     return bool(keeps(model) == before)
 
 
-@pytest.mark.parametrize("name", messy.MESSY)
+@pytest.mark.parametrize("name", MESSY)
 def test_a_question_leaves_no_trace(name):
     assert leaves_no_trace(name) != (f"messy: {name}" in WRONG_TODAY), (
         "take it out of WRONG_TODAY, or put it in"
     )
+
+
+@pytest.mark.parametrize("name", kinds_of_trace.MESSY)
+def test_the_programs_do_leave_one(name):
+    """Run plainly, each changes what it is said to change."""
+    make, keeps = MESSY[name]
+    model = make()
+    before = keeps(model)
+    model(torch.randn(N, D))
+    assert keeps(model) != before

@@ -11,9 +11,10 @@ In reading order:
 - ``program.py``: the model with its loss, and the ways to record them
 - ``sample_axes.py``, ``wrappers.py``: samples along several axes; what stands around a model
 - ``isolation.py``, ``distributed.py``: no trace is left, and no other process is kept waiting
-- ``holders.py``, ``reachable.py``: places that a program reaches, and the walk that finds them
+- ``holders.py``, ``foreign.py``, ``iterators.py``: places where a program keeps something
+- ``code_names.py``, ``reachable.py``: what its code names, and the walk that finds the places
 - ``switches.py``: settings of the process that decide what is computed
-- ``own_writes.py``: what a program writes without depending on it
+- ``own_writes.py``, ``counters.py``: what a program writes without depending on it
 - ``guards.py``: how long a recording is valid
 - ``expressions.py``, ``simplifications.py``, ``symbolic.py``, ``control_flow.py``: proofs that all
   execution paths compute the same

@@ -19,11 +19,13 @@ from torch.utils._pytree import tree_leaves
 from unbatch.capture.graph import Graph
 from unbatch.capture.holders import PLAIN
 from unbatch.capture.isolation import is_strided, storage_of
+from unbatch.capture.own_writes import Idle
 from unbatch.capture.program import Program
 from unbatch.capture.reachable import Reachable
 from unbatch.capture.switches import settings
 
-# Of a tensor with at most so many entries all are looked at; of a larger one, about so many.
+# Of a tensor with at most so many entries all are looked at; of a larger one, about some.
+SMALL = 4096
 SOME = 256
 
 # How many items of a container in the data are compared one by one.
@@ -34,14 +36,14 @@ FEW = 8
 class Guard:
     """Where to look; ``state`` and ``numbers`` are to be compared with what they were.
 
-    ``marks``: how each place was. ``idle``: what the program writes itself and does not depend on,
-    by the number of the holder. ``constants``: tensors that the recording took for constants.
+    ``marks``: how each place was. ``idle``: what the program writes itself and does not depend on.
+    ``constants``: tensors that the recording took for constants.
     """
 
     program: Program
     reached: Reachable
     marks: list[Any] = field(default_factory=list)
-    idle: dict[int, set[Hashable]] = field(default_factory=dict)
+    idle: Idle = field(default_factory=Idle)
     constants: list[Tensor] = field(default_factory=list)
     # Views of some entries, and the tensors that they were made for.
     _views: tuple[Any, list[Tensor]] = (None, [])
@@ -83,9 +85,10 @@ class Guard:
         for i, (holder, mark) in enumerate(zip(self.reached.holders, self.marks, strict=True)):
             if holder.same(mark):
                 continue
-            idle = self.idle.get(i, ())
-            differing += [(i, name) for name in holder.changed(mark) if name not in idle]
-        return differing
+            differing += [(i, name) for name in holder.changed(mark)]
+        if not differing:
+            return differing
+        return self.idle.without(differing)
 
     def numbers(self) -> tuple[Any, ...]:
         """Return what stays equal as long as nothing writes to parameters, buffers or constants."""
@@ -173,7 +176,7 @@ def _some(t: Tensor) -> Tensor:
     t = t.detach()
     if t.is_complex():
         t = torch.view_as_real(t)
-    if t.numel() <= SOME:
+    if t.numel() <= SMALL:
         return t
     if t.is_contiguous():
         return t.view(-1)[:: max(1, t.numel() // SOME)]

@@ -20,16 +20,24 @@ import torch
 
 PLAIN = (int, float, bool, complex, str, bytes, type(None), np.generic)
 
+# The same as exact types: an object of a class derived from them may have attributes.
+PLAIN_TYPES = frozenset([*PLAIN[:-1], *np.sctypeDict.values()])
+
 # Equal ones are interchangeable, as numbers are; there may be several objects of one value.
-VALUES = (torch.dtype, torch.device, torch.layout, torch.memory_format, slice, range)
+VALUE_TYPES = frozenset(
+    [torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size, slice, range]
+)
 
 # A name under which there is nothing, and the name for the order of a dict or for all of a holder.
 MISSING: Any = type("Missing", (), {"__repr__": lambda self: "nothing"})()
 ORDER: Any = "(order)"
 WHOLE: Any = "(content)"
 
-# Items of a container, or entries of an array, of which all are looked at; of more, so many.
-MANY = 1024
+# Items of a container of which all are looked at; of more, so many.
+MANY = 2**14
+
+# Bytes of an array of which all are looked at; of more, some entries.
+SMALL_ARRAY = 2**22
 
 # Arrays up to so many bytes are put back.
 LARGEST_ARRAY = 2**26
@@ -302,8 +310,12 @@ class Items(Holder):
     def changed(self, mark: list[Any]) -> Iterator[Hashable]:
         if self.same(mark):
             return
-        if len(self.space) != len(mark) or not all(map(alike, mark, self.space)):
+        if len(self.space) != len(mark):
             yield WHOLE
+            return
+        for i, (before, now) in enumerate(zip(mark, self.space, strict=True)):
+            if not alike(before, now):
+                yield i
 
     def restore(self, content: list[Any]) -> None:
         if len(self.space) == len(content) and all(map(is_, self.space, content)):
@@ -336,7 +348,12 @@ class Elements(Holder):
             self.space.update(content)
 
     def values(self) -> Iterable[tuple[Hashable, Any]]:
-        return list(enumerate(islice(self.space, MANY)))
+        elements = list(islice(self.space, MANY))
+        return list(zip(elements, elements, strict=True))
+
+    def put(self, name: Any, value: Any) -> None:
+        self.space.discard(name)
+        self.space.add(value)
 
 
 class Bytes(Holder):
@@ -374,8 +391,8 @@ class Array(Holder):
         # One that is too large to be put back counts as what it is.
         array = self.array if content is None else content
         entries: Any = array
-        if array.size > MANY:
-            entries = array.flat[:: array.size // MANY]
+        if array.nbytes > SMALL_ARRAY:
+            entries = array.flat[:: max(1, array.size // MANY)]
         # The bytes, as not-a-numbers are not equal to themselves.
         values: Any = entries.tobytes()
         if array.dtype.hasobject:
@@ -402,26 +419,6 @@ class Array(Holder):
         return list(enumerate(islice(self.array.flat, MANY)))
 
 
-class File(Holder):
-    """Where in a file the next read begins."""
-
-    def __init__(self, file: Any) -> None:
-        self.file = file
-
-    def content(self) -> int | None:
-        with contextlib.suppress(OSError, ValueError):
-            if self.file.seekable():
-                return int(self.file.tell())
-        return None
-
-    def same(self, mark: int | None) -> bool:
-        return self.content() == mark
-
-    def restore(self, content: int | None) -> None:
-        if content is not None and self.content() != content:
-            self.file.seek(content)
-
-
 # --- comparing ------------------------------------------------------------------------------------
 
 
@@ -434,13 +431,14 @@ def alike(a: Any, b: Any) -> bool:
     """Return whether two objects are one, or values that nothing can tell apart."""
     if a is b:
         return True
-    if type(a) is not type(b):
+    kind = type(a)
+    if kind is not type(b):
         return False
-    if isinstance(a, PLAIN):
+    if kind in PLAIN_TYPES:
         return repr(a) == repr(b)  # tells zeros of either sign apart, and nan is nan
-    if isinstance(a, VALUES):
+    if kind in VALUE_TYPES:
         return bool(a == b)
-    if isinstance(a, tuple):
+    if isinstance(a, tuple) and not hasattr(a, "__dict__"):
         return len(a) == len(b) and all(map(alike, a, b))
     if isinstance(a, MethodType):
         return a.__func__ is b.__func__ and a.__self__ is b.__self__

@@ -8,13 +8,10 @@ belong to all of them.
 
 from __future__ import annotations
 
-import copy
 import functools
-import itertools
 import pickle
 import random
 import threading
-import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -30,12 +27,12 @@ from torch.utils._pytree import tree_map
 
 from unbatch.capture import ops
 from unbatch.capture.distributed import check_alone
-from unbatch.capture.holders import Holder, contents, restore
+from unbatch.capture.holders import contents, restore
+from unbatch.capture.iterators import put_back_iterators, replace_iterators
 from unbatch.capture.python_values import Exports
 from unbatch.capture.reachable import Reachable
 from unbatch.capture.switches import all_settings, set_back
 from unbatch.capture.trees import tensors_in
-from unbatch.errors import MSG_ITERATOR, CaptureError
 
 C = TypeVar("C")
 
@@ -66,7 +63,7 @@ def untouched(
     try:
         if seed is not None:
             set_random_state(seed)
-        replaced = _replace_iterators(reached)
+        replaced = replace_iterators(reached.iterators)
         # Not always: PyTorch takes no fast path (of transformers, say) where such a mode is on.
         exports = Exports(writes.save_unseen) if reached.exports else nullcontext()
         with writes, exports:
@@ -75,7 +72,7 @@ def untouched(
         # Contents first, while tensors still lie where they were written to.
         writes.undo()
         set_back(settings)
-        _put_back_iterators(replaced)
+        put_back_iterators(replaced)
         _note_written(reached, restore(places, kept))
         for state in tensors:
             state.restore()
@@ -98,50 +95,6 @@ def _note_written(reached: Reachable, written: dict[int, set[Hashable]]) -> None
     """Note what the program itself changes: whether it reads that, too, is another question."""
     for i, names in written.items():
         reached.written.setdefault(i, set()).update(names)
-
-
-# --- iterators ------------------------------------------------------------------------------------
-
-# Copies of these go on where the original is, and leave that where it is.
-EMPTY: tuple[Iterable[Any], ...] = ([], (), range(0), "", b"", {}, set())
-COPIED = (*map(type, map(iter, EMPTY)), itertools.count, itertools.cycle, itertools.repeat)
-
-
-class Exhaustible:
-    """Stands for an iterator that cannot be copied: it refuses before that is advanced."""
-
-    def __init__(self, iterator: Any, name: Hashable) -> None:
-        self.iterator, self.name = iterator, name
-
-    def __iter__(self) -> Exhaustible:
-        return self
-
-    def __next__(self) -> Any:
-        kind = type(self.iterator).__name__
-        raise CaptureError(MSG_ITERATOR.format(kind=kind, name=self.name))
-
-    def send(self, value: Any) -> Any:
-        """Refuse, as ``next`` does."""
-        return next(self)
-
-
-def _replace_iterators(reached: Reachable) -> list[tuple[Holder, Any, Any]]:
-    """Put copies in place of iterators; return the originals with their places."""
-    replaced = []
-    for holder, name, iterator in reached.iterators:
-        if isinstance(iterator, COPIED):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # newer Pythons will copy fewer kinds
-                holder.put(name, copy.copy(iterator))
-        else:
-            holder.put(name, Exhaustible(iterator, name))
-        replaced.append((holder, name, iterator))
-    return replaced
-
-
-def _put_back_iterators(replaced: list[tuple[Holder, Any, Any]]) -> None:
-    for holder, name, iterator in replaced:
-        holder.put(name, iterator)
 
 
 # --- tensors --------------------------------------------------------------------------------------

@@ -10,17 +10,19 @@ what the program changed in them (``isolation.py``).
 from __future__ import annotations
 
 import array
-import dis
-import enum
 import functools
-import io
+import gc
+import importlib
+import mmap
+import operator
+import os
 import random
 import sys
-import sysconfig
 import types
 import weakref
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from itertools import repeat
 from operator import is_
 from typing import Any
 
@@ -28,10 +30,28 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from unbatch.capture.code_names import (
+    DYNAMIC,
+    NAMESPACES,
+    Reads,
+    is_installed,
+    is_installed_class,
+    is_installed_module,
+    names_in,
+)
+from unbatch.capture.foreign import (
+    FOREIGN,
+    Cache,
+    Environment,
+    Memory,
+    Namespace,
+    Referent,
+    Scripted,
+    referent,
+)
 from unbatch.capture.holders import (
-    MANY,
-    PLAIN,
-    VALUES,
+    PLAIN_TYPES,
+    VALUE_TYPES,
     WHOLE,
     Array,
     Attributes,
@@ -41,7 +61,6 @@ from unbatch.capture.holders import (
     Elements,
     Empty,
     Entries,
-    File,
     Holder,
     Items,
     Members,
@@ -49,15 +68,7 @@ from unbatch.capture.holders import (
     Slots,
     spread,
 )
-from unbatch.errors import HERE
-
-# Code from here is no user's, and is not read.
-INSTALLED: tuple[str, ...] = (
-    sysconfig.get_paths()["purelib"],
-    sysconfig.get_paths()["stdlib"],
-    HERE,
-)
-INSTALLED += (torch.__path__[0],)
+from unbatch.capture.iterators import BOUND, COPIED, Position, holds_iterator, is_iterator
 
 # Objects of these packages are watched as what they are, and not looked into: they change while a
 # program runs and do not decide what it computes.
@@ -68,7 +79,6 @@ CLOSED_BOOKS = (
     "multiprocessing",
     "concurrent",
     "asyncio",
-    "weakref",
     "unbatch",
     "lightning",
     "pytorch_lightning",
@@ -86,11 +96,20 @@ CLOSED_BOOKS = (
     "torch.utils.hooks",
 )
 
-# How many objects of installed classes may lie inside one another.
+# Attributes of objects of these packages that code may read all the same.
+OPEN_PAGES = ("_flag", "_value", "_obj", "_mmap")
+
+# How many objects of installed classes may lie inside one another, but those that are mere data.
 DEEPEST = 3
+DATA_MODULES = ("builtins", "types", "argparse", "collections")
+DATA_KINDS = (dict, list, tuple, set, deque, Tensor, np.ndarray)
+
+# Values of modules of Python's own that are followed: by them, others are looked up.
+LOOKED_UP = (sys.modules, os.environ, os.getenv, importlib.import_module)
 
 # Bases whose code reads no attribute but those that every module has.
 PLAIN_BASES = {"builtins", "abc", "typing", "enum", "torch.nn.modules.module"}
+PLAIN_BASES |= {"torch", "torch._C", "torch.nn.parameter"}
 
 # The attributes that every module has.
 OWN_ATTRIBUTES = frozenset(nn.Module().__dict__)
@@ -112,29 +131,21 @@ EXPORTING = frozenset(
     }
 )
 
-# Code that names one of these may read any attribute.
-DYNAMIC = frozenset(
-    [
-        "vars",
-        "__dict__",
-        "getattr",
-        "setattr",
-        "asdict",
-        "astuple",
-        "fields",
-        "attrgetter",
-        "deepcopy",
-    ]
-)
-
 # Methods that make, copy or print objects: a program that runs does not call them unnamed.
 NOT_CALLED = ("__init__", "__post_init__", "__repr__", "__str__", "__reduce__", "__deepcopy__")
 
-GLOBAL_NAMES = frozenset(["LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL", "LOAD_NAME"])
+METHODS = (types.FunctionType, types.MethodType)
 
 GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 
-LEAVES = (*PLAIN, *VALUES, torch.Size, types.BuiltinFunctionType, types.CodeType, enum.Enum)
+# There is nothing in these. By exact type: an object of a class derived from one is looked into.
+LEAVES = PLAIN_TYPES | VALUE_TYPES | {types.CodeType, type(...), type(NotImplemented)}
+
+# What of a function can be exchanged.
+FUNCTION_PARTS = ("__code__", "__defaults__", "__kwdefaults__", "__name__", "__qualname__")
+
+# What looks up attributes by names that it was made with.
+GETTERS = (operator.attrgetter, operator.methodcaller)
 
 GLOBAL_HOOKS = [
     hooks
@@ -187,7 +198,7 @@ class Reachable:
         for i, holder in enumerate(self.holders):
             if holder.same(self.marks[i]):
                 continue
-            if not all(isinstance(v, LEAVES) for v in _values_at(holder, self.marks[i])):
+            if not all(type(v) in LEAVES for v in _values_at(holder, self.marks[i])):
                 return False
             # Numbers alone differ, where nothing lies behind.
             self.marks[i] = holder.mark()
@@ -222,6 +233,15 @@ class _Walk:
         self.globals: dict[int, tuple[Any, dict[str, None]]] = {}
         self.empty: list[dict[Any, Any]] = []
         self.objects: list[Any] = []
+        # Weak references, and what is reached by them alone.
+        self.weak: list[Any] = []
+        self.weakly: set[int] = set()
+        # Modules of Python of which any name may be read, by the number of their namespace.
+        self.spaces: dict[int, dict[str, Any]] = {}
+        # Those of the functions that were read, and whether they are looked up by their names.
+        self.whole: set[int] = set()
+        self.own_spaces: dict[int, dict[str, Any]] = {}
+        self.by_table = False
 
     def run(self) -> None:
         """Fill the lists of what is reached afresh."""
@@ -236,7 +256,7 @@ class _Walk:
             while self.queue:
                 value, depth = self.queue.popleft()
                 self.look_into(value, depth)
-            if not self.follow_globals():
+            if not (self.follow_globals() or self.follow_spaces() or self.follow_weak()):
                 break
         reached.holders.append(Empty(self.empty))
         reached.holders.append(Classes(self.objects))
@@ -245,7 +265,7 @@ class _Walk:
 
     def follow(self, value: Any, depth: int = 0) -> None:
         """Look into an object later, if there may be something in it."""
-        if isinstance(value, LEAVES) or id(value) in self.visited:
+        if type(value) in LEAVES or id(value) in self.visited:
             return
         self.visited[id(value)] = value
         self.queue.append((value, depth))
@@ -258,15 +278,20 @@ class _Walk:
         """Note a place, and follow what is in it."""
         self.reached.holders.append(holder)
         for name, value in holder.values():
-            if _is_iterator(value):
+            if type(value) in LEAVES:
+                continue
+            if holds_iterator(value):
                 self.reached.iterators.append((holder, name, value))
-            else:
-                self.follow(value, depth)
+            self.follow(value, depth)
 
     def look_into(self, value: Any, depth: int) -> None:
         """Note the places in an object, by what kind of object it is."""
-        if isinstance(value, Tensor):
-            self.reached.tensors.append(value)
+        if type(value) is dict:
+            self.dictionary(value, depth)  # most are
+        elif isinstance(value, weakref.ReferenceType) or type(value) in weakref.ProxyTypes:
+            self.weak.append(value)
+        elif isinstance(value, Tensor):
+            self.tensor(value, depth)
         elif isinstance(value, nn.Module):
             self.module(value)
         elif isinstance(value, GENERATORS):
@@ -275,8 +300,30 @@ class _Walk:
             self.user_class(value)
         elif isinstance(value, types.ModuleType):
             pass  # by the names that functions read of it
+        elif is_iterator(value):
+            self.iterator(value, depth)
         elif not self.function(value, depth) and not self.container(value, depth):
             self.plain_object(value, depth)
+
+    def iterator(self, value: Any, depth: int) -> None:
+        """Note how far an iterator is, and what it yields."""
+        if isinstance(value, COPIED):
+            self.reached.holders.append(Position(value))
+        if not isinstance(value, types.GeneratorType):
+            self.follow_all(gc.get_referents(value), depth)
+
+    def follow_weak(self) -> bool:
+        """Follow what is reached by weak references alone; return whether there was anything."""
+        references, self.weak = self.weak, []
+        for reference in references:
+            self.reached.holders.append(Referent(reference))
+            value = referent(reference)
+            if value is not None and id(value) not in self.visited:
+                self.weakly.add(id(value))
+                self.follow(value)
+        return bool(self.queue)
+
+    # -- containers --
 
     def container(self, value: Any, depth: int) -> bool:
         """Look into a container; return whether it is one."""
@@ -288,28 +335,52 @@ class _Walk:
             self.follow_all(spread(value), depth)
         elif isinstance(value, set):
             self.hold(Elements(value), depth)
-        elif isinstance(value, bytearray | array.array):
-            self.hold(Bytes(value))
         elif isinstance(value, np.ndarray):
             self.hold(Array(value), depth)
-        elif isinstance(value, types.MappingProxyType):
-            self.follow_all(list(value.values())[:MANY], depth)
-        elif isinstance(value, io.IOBase):
-            self.reached.holders.append(File(value))
-        elif not isinstance(value, types.CellType):
-            return False
-        else:
+        elif isinstance(value, types.CellType):
             self.hold(Cell(value), depth)
-        # A container of a class of its own may have attributes as well.
+        elif not self.memory(value, depth) and not self.foreign(value, depth):
+            return False
+        # A container of a class of its own may have methods and attributes as well.
+        if not is_installed_class(type(value)):
+            self.follow(type(value))
         if type(value).__module__ != "builtins" and hasattr(value, "__dict__"):
             self.plain_object(value, depth)
         return True
 
-    def dictionary(self, value: dict[Any, Any], depth: int) -> None:
-        if value:
-            self.hold(Entries(value), depth)
+    def memory(self, value: Any, depth: int) -> bool:
+        """Look into what bytes are written to; return whether it is that."""
+        if isinstance(value, bytearray | array.array):
+            self.hold(Bytes(value))
+        elif isinstance(value, memoryview):
+            self.follow(value.obj)
+        elif isinstance(value, mmap.mmap):
+            self.hold(Memory(value))
         else:
+            return False
+        return True
+
+    def foreign(self, value: Any, depth: int) -> bool:
+        """Look into an object that has a holder of its own kind; return whether it is one."""
+        if isinstance(value, type(os.environ)):
+            self.hold(Environment())
+            return True
+        for kind, holder in FOREIGN:
+            if isinstance(value, kind):
+                self.hold(holder(value), depth)
+                self.follow_all(gc.get_referents(value), depth)
+                return True
+        return False
+
+    def dictionary(self, value: dict[Any, Any], depth: int) -> None:
+        if isinstance(value, defaultdict):
+            self.hold(Slots(value, ("default_factory",)))
+        if not value:
             self.empty.append(value)
+        elif value is sys.modules:
+            self.by_table = True
+        else:
+            self.hold(Entries(value), depth)
 
     # -- code --
 
@@ -319,6 +390,9 @@ class _Walk:
             self.user_function(value)
         elif isinstance(value, types.MethodType):
             self.follow_all((value.__self__, value.__func__))
+        elif isinstance(value, BOUND):
+            if not isinstance(value.__self__, types.ModuleType):
+                self.follow(value.__self__, depth)
         elif isinstance(value, staticmethod | classmethod):
             self.follow(value.__func__)
         elif isinstance(value, property):
@@ -326,21 +400,32 @@ class _Walk:
         elif isinstance(value, functools.cached_property):
             self.follow(value.func)
         elif isinstance(value, functools.partial):
-            self.follow_all((value.func, *value.args, *value.keywords.values()))
+            self.follow_all((value.func, value.args, value.keywords))
         elif isinstance(value, functools._lru_cache_wrapper):
-            self.follow(value.__wrapped__)
+            self.cache(value)
+        elif isinstance(value, GETTERS):
+            self.found.attributes.add("attrgetter")
         else:
             return False
         return True
 
+    def cache(self, value: Any) -> None:
+        """Look into a function of the user that keeps its results."""
+        self.follow(value.__wrapped__)
+        code = getattr(value.__wrapped__, "__code__", None)
+        if code is None or not is_installed(code.co_filename):
+            self.hold(Cache(value))
+            self.follow_all(gc.get_referents(value))
+
     def user_function(self, function: types.FunctionType) -> None:
         """Follow what a function of the user reads from outside."""
         if is_installed(function.__code__.co_filename):
+            self.by_table |= function is importlib.import_module
+            if function is os.getenv:
+                self.follow(os.environ)
             self.closure_of_installed(function)
             return
-        self.reached.holders.append(Names(_Code(function), ("__code__", "__defaults__")))
-        self.follow_all(function.__defaults__ or ())
-        self.follow_all((function.__kwdefaults__ or {},))
+        self.hold(Names(_Code(function), FUNCTION_PARTS))
         self.follow_all(function.__closure__ or ())
         self.dictionary(function.__dict__, 0)
         reads = names_in(function.__code__)
@@ -348,6 +433,11 @@ class _Walk:
         space = function.__globals__
         _, names = self.globals.setdefault(id(space), (space, {}))
         names.update(dict.fromkeys(reads.globals))
+        if not NAMESPACES.isdisjoint(reads.globals):
+            self.spaces[id(space)] = space
+        self.own_spaces[id(space)] = space
+        for name in reads.imported:
+            self.follow_all(_imported(name, space))
 
     def closure_of_installed(self, function: types.FunctionType) -> None:
         """Follow what an installed decorator holds: the function of the user inside it."""
@@ -363,22 +453,38 @@ class _Walk:
             known.update(fresh)
             if not fresh:
                 continue
-            holder = Names(space, fresh)
-            self.hold(holder)
-            for _, value in holder.values():
-                if isinstance(value, type) and not is_installed_class(value):
-                    self.follow(vars(value).get("__init__"))  # objects of it may be made
+            self.hold_named(Names(space, fresh))
+        if self.by_table:
+            for space in self.own_spaces.values():
+                self.follow(sys.modules.get(space.get("__name__", "")))
         # Attributes of Python modules are read by name, and any of the code may do so.
         modules = [m for m in self.visited.values() if isinstance(m, types.ModuleType)]
         for module in modules:
             self.python_module(module)
         return bool(self.queue or self.globals)
 
+    def hold_named(self, holder: Holder) -> None:
+        """Note names of a module, and follow what they stand for."""
+        self.hold(holder)
+        for _, value in holder.values():
+            if isinstance(value, type) and not is_installed_class(value):
+                self.follow(vars(value).get("__init__"))  # objects of it may be made
+
+    def follow_spaces(self) -> bool:
+        """Follow all names of modules where any may be read; return whether there was any new."""
+        for space in self.spaces.values():
+            if -id(space) not in self.whole:
+                self.whole.add(-id(space))
+                self.hold_named(Namespace(space))
+        return bool(self.queue)
+
     def python_module(self, module: types.ModuleType) -> None:
         """Note the names in a Python module that code reads."""
         if module.__name__.startswith("unbatch"):
             return
         space = vars(module)
+        if self.any_name and not is_installed_module(module):
+            self.any_name_of(space)
         known = self.visited.setdefault(-id(space), (space, set()))[1]
         named = self.found.attributes | self.found.stored
         fresh = [name for name in named if name in space and name not in known]
@@ -386,39 +492,75 @@ class _Walk:
         if not fresh:
             return
         holder = Names(space, fresh)
-        if not _is_installed_module(module):
+        if not is_installed_module(module):
             self.hold(holder)
             return
         # Functions of a library are watched, as they may be exchanged; they are not read.
         self.reached.holders.append(holder)
         for _, value in holder.values():
-            if isinstance(value, types.ModuleType):
+            if isinstance(value, types.ModuleType) or any(map(is_, LOOKED_UP, repeat(value))):
+                self.follow(value)
+
+    def any_name_of(self, space: dict[str, Any]) -> None:
+        """Note all names of a module of the user's, and follow those that stand for data."""
+        if -id(space) in self.whole:
+            return
+        self.whole.add(-id(space))
+        holder = Namespace(space)
+        self.reached.holders.append(holder)
+        for _, value in holder.values():
+            if isinstance(value, DATA_KINDS) or type(value).__module__ in DATA_MODULES:
                 self.follow(value)
 
     # -- objects --
+
+    def tensor(self, value: Tensor, depth: int) -> None:
+        """Note a tensor, and its attributes where it has any."""
+        self.reached.tensors.append(value)
+        if type(value) not in (Tensor, nn.Parameter):
+            self.follow(type(value))
+        space = getattr(value, "__dict__", None)
+        if space:
+            self.attributes(value, (), depth)
+        elif space is not None:
+            self.empty.append(space)
 
     def module(self, module: nn.Module) -> None:
         """Note a module: all that its class may read, and its parts."""
         self.reached.modules.append(module)
         self.follow(type(module))
+        if isinstance(module, torch.jit.ScriptModule):
+            self.reached.holders.append(Scripted(module))
         self.attributes(module, (*OWN_ATTRIBUTES, "forward"), 0)
 
     def plain_object(self, value: Any, depth: int) -> None:
         """Note the attributes of an object."""
         kind = type(value)
         if kind.__module__.startswith(CLOSED_BOOKS):
+            self.closed_book(value)
             return
-        if is_installed_class(kind):
-            depth += 1
-        else:
+        if not is_installed_class(kind):
             self.follow(kind)
+        elif kind.__module__ not in DATA_MODULES:
+            depth += 1
         if depth <= DEEPEST:
             self.attributes(value, (), depth)
+            if not hasattr(value, "__dict__"):
+                # An object of C: what it refers to, the collector of garbage knows.
+                self.follow_all(gc.get_referents(value), depth)
+
+    def closed_book(self, value: Any) -> None:
+        """Note the few attributes that decide something."""
+        space = getattr(value, "__dict__", {})
+        names = [name for name in OPEN_PAGES if name in space]
+        if names:
+            self.hold(Names(space, names))
 
     def attributes(self, value: Any, always: Iterable[str], depth: int) -> None:
         """Note the attributes that code may read; ``always``: names of some that it does."""
         kind = type(value)
-        self.objects.append(value)
+        if id(value) not in self.weakly:
+            self.objects.append(value)  # else it would live as long as this does
         everything = self.any_name or self.reads_all(kind)
         space = getattr(value, "__dict__", None)
         if isinstance(space, dict):
@@ -445,6 +587,7 @@ class _Walk:
 
     def user_class(self, kind: type) -> None:
         """Note what a class has that is the user's, as far as code names it."""
+        self.follow(type(kind))
         for base in kind.__mro__:
             if not is_installed_class(base):
                 self.hold(Members(base, [n for n in vars(base) if self.is_asked_for(kind, n)]))
@@ -454,7 +597,7 @@ class _Walk:
     def is_asked_for(self, kind: type, name: str) -> bool:
         """Return whether anybody may ask a class for this."""
         if name.startswith("__"):
-            return name not in NOT_CALLED and isinstance(getattr(kind, name), types.FunctionType)
+            return name not in NOT_CALLED and isinstance(getattr(kind, name), METHODS)
         if self.any_name or self.is_named(name):
             return True
         # A method in place of one of a library's is called from there.
@@ -482,92 +625,6 @@ class _Code(dict[str, Any]):
         setattr(self.function, name, value)
 
 
-# --- code -----------------------------------------------------------------------------------------
-
-
-class Reads:
-    """The names in some code.
-
-    ``globals``: read or written; ``attributes``: read, also in ``words``, as for ``getattr``;
-    ``stored``: attributes that are written.
-    """
-
-    def __init__(self) -> None:
-        self.globals: set[str] = set()
-        self.attributes: set[str] = set()
-        self.words: set[str] = set()
-        self.stored: set[str] = set()
-
-    def add(self, other: Reads) -> bool:
-        """Add other names; return whether there were any new ones among them."""
-        fresh = False
-        for kind, names in vars(other).items():
-            mine = getattr(self, kind)
-            fresh |= not names <= mine
-            mine |= names
-        return fresh
-
-
-_READS: weakref.WeakKeyDictionary[types.CodeType, Reads] = weakref.WeakKeyDictionary()
-
-
-def names_in(code: types.CodeType) -> Reads:
-    """Return the names in code, and in that of the functions defined inside it."""
-    if code in _READS:
-        return _READS[code]
-    reads = Reads()
-    for part in codes_in(code):
-        for instruction in dis.get_instructions(part):
-            if instruction.opname in GLOBAL_NAMES:
-                reads.globals.add(instruction.argval)
-            elif instruction.opname == "STORE_ATTR":
-                reads.stored.add(instruction.argval)
-            elif instruction.opcode in dis.hasname:
-                reads.attributes.add(instruction.argval)
-        for constant in part.co_consts:
-            if isinstance(constant, str) and constant.isidentifier():
-                reads.words.add(constant)
-    # What looks attributes up by other means is a global function.
-    reads.attributes |= reads.words | (reads.globals & DYNAMIC)
-    _READS[code] = reads
-    return reads
-
-
-def codes_in(code: types.CodeType) -> Iterator[types.CodeType]:
-    """Yield the code of a function and of all functions that are defined inside."""
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from codes_in(constant)
-
-
-# --- what is whose --------------------------------------------------------------------------------
-
-
-def is_installed(file: str | None) -> bool:
-    """Return whether code in a file is no user's."""
-    return file is None or file.startswith((*INSTALLED, "<frozen"))
-
-
-@functools.cache
-def _module_is_installed(name: str) -> bool:
-    if name == "__main__":
-        return False
-    module = sys.modules.get(name)
-    if module is None:
-        return False  # made while the program runs
-    return _is_installed_module(module)
-
-
-def _is_installed_module(module: types.ModuleType) -> bool:
-    return is_installed(getattr(module, "__file__", None)) and module.__name__ != "__main__"
-
-
-def is_installed_class(kind: type) -> bool:
-    """Return whether a class is no user's."""
-    return _module_is_installed(kind.__module__)
-
-
 def _slots(kind: type) -> list[str]:
     """Return the names of the slots of a class of the user's."""
     names: list[str] = []
@@ -579,11 +636,8 @@ def _slots(kind: type) -> list[str]:
     return names
 
 
-def _is_iterator(value: Any) -> bool:
-    """Return whether a value is used up as it is read, and has no attributes that could be seen."""
-    # A weak proxy has every method in its type, whatever it stands for.
-    if isinstance(value, (io.IOBase, *weakref.ProxyTypes)):
-        return False
-    if not hasattr(type(value), "__next__"):
-        return False
-    return isinstance(value, types.GeneratorType) or is_installed_class(type(value))
+def _imported(name: str, space: dict[str, Any]) -> list[types.ModuleType]:
+    """Return the modules that a function imports by a name while it runs, with their packages."""
+    package = space.get("__package__") or ""
+    names = (name, name.partition(".")[0], f"{package}.{name}".strip("."))
+    return [sys.modules[name] for name in names if name in sys.modules]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import decimal
+import gc
+import logging
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.utils._device
+from torch import _tensor_str
 from torch.backends import cuda, mha
+from torch.distributions import Distribution
 
 C = torch._C
 
@@ -54,6 +60,7 @@ SWITCHES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
         lambda: torch.get_autocast_dtype("cuda"),
         lambda old: torch.set_autocast_dtype("cuda", old),
     ),
+    "decimals": (lambda: _decimals(), lambda old: _set_decimals(old)),
     "floating point errors": (np.geterr, lambda old: np.seterr(**old)),
 }
 
@@ -62,6 +69,25 @@ TRACES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "threads": (torch.get_num_threads, torch.set_num_threads),
     "anomalies": (torch.is_anomaly_enabled, torch.set_anomaly_enabled),
     "warnings": (lambda: list(warnings.filters), lambda old: _set_filters(old)),
+    "checks of laws": (
+        lambda: Distribution._validate_args,
+        Distribution.set_default_validate_args,
+    ),
+    "checks of sparse tensors": (
+        C._check_sparse_tensor_invariants,
+        C._set_check_sparse_tensor_invariants,
+    ),
+    "printing of tensors": (
+        lambda: dict(vars(_tensor_str.PRINT_OPTS)),
+        lambda old: vars(_tensor_str.PRINT_OPTS).update(old),
+    ),
+    "printing of arrays": (np.get_printoptions, lambda old: np.set_printoptions(**old)),
+    "path of imports": (lambda: list(sys.path), lambda old: _set_items(sys.path, old)),
+    "limit of recursion": (sys.getrecursionlimit, sys.setrecursionlimit),
+    "collector of garbage": (gc.isenabled, lambda old: _set_collector(old)),
+    "thresholds of the collector": (gc.get_threshold, lambda old: gc.set_threshold(*old)),
+    "silent loggers": (lambda: logging.root.manager.disable, logging.disable),
+    "signals of decimals": (lambda: _signals(), lambda old: _set_signals(old)),
 }
 
 
@@ -82,6 +108,48 @@ def set_back(before: list[Any]) -> None:
     for (read, write), old in zip(tables, before, strict=True):
         if read() != old:
             write(old)
+
+
+def _set_items(space: list[Any], old: list[Any]) -> None:
+    space[:] = old
+
+
+def _set_collector(enabled: bool) -> None:
+    if enabled:
+        gc.enable()
+    else:
+        gc.disable()
+
+
+# What of the arithmetic of decimals decides a result, in the order in which a context is copied.
+OF_DECIMALS = ("prec", "rounding", "Emin", "Emax", "capitals", "clamp")
+
+
+def _context() -> tuple[Any, ...]:
+    """Return all of the context of decimals: reading its parts by name takes 20 times as long."""
+    parts: tuple[Any, ...] = decimal.getcontext().__reduce__()[1]
+    return parts
+
+
+def _decimals() -> tuple[Any, ...]:
+    return _context()[: len(OF_DECIMALS)]
+
+
+def _set_decimals(old: tuple[Any, ...]) -> None:
+    for name, value in zip(OF_DECIMALS, old, strict=True):
+        setattr(decimal.getcontext(), name, value)
+
+
+def _signals() -> tuple[Any, ...]:
+    """Return what has happened in the arithmetic of decimals, and what of that raises."""
+    return _context()[len(OF_DECIMALS) :]
+
+
+def _set_signals(old: tuple[Any, ...]) -> None:
+    context = decimal.getcontext()
+    for now, before in zip((context.flags, context.traps), old, strict=True):
+        for signal in now:
+            now[signal] = signal in before
 
 
 def _set_filters(old: list[Any]) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map, tree_unflatten
 
 from unbatch.analysis.structure import Structure
-from unbatch.capture.reachable import codes_in
+from unbatch.capture.code_names import codes_in
 from unbatch.capture.trees import copied
 from unbatch.linalg.precision import LOSS_WITH_CASTS
 from unbatch.verification.counterexample import Counterexample
