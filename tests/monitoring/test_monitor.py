@@ -6,7 +6,6 @@ everything that a run leaves behind: weights, buffers, gradients, momentum, rand
 losses on the way.
 """
 
-import contextvars
 import copy
 import importlib.util
 import json
@@ -864,18 +863,10 @@ def test_steps_are_whole_numbers(tmp_path):
 class Clock:
     """A clock whose time questions do not put back, as they do with plain attributes."""
 
-    time: contextvars.ContextVar[float] = contextvars.ContextVar("time")
+    __module__ = "concurrent"  # a package whose objects nobody looks into
 
     def __init__(self) -> None:
         self.now = 100.0
-
-    @property
-    def now(self) -> float:
-        return self.time.get()
-
-    @now.setter
-    def now(self, time: float) -> None:
-        self.time.set(time)
 
     def __call__(self) -> float:
         return self.now

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from itertools import islice, repeat
 from operator import eq, is_
 from types import CellType, MethodType
@@ -149,6 +149,54 @@ class Empty(Holder):
     def restore(self, content: None) -> None:
         for space in filter(None, self.spaces):
             space.clear()
+
+
+class OfTensors(Holder):
+    """The attributes of tensors, of which most have none: those that code names are looked at.
+
+    Libraries leave their own results there. ``names``: None for all.
+    """
+
+    def __init__(self, spaces: list[dict[str, Any]], names: Collection[str] | None) -> None:
+        self.spaces = spaces
+        self.names = names
+
+    def content(self) -> dict[int, dict[str, Any]]:
+        if not any(self.spaces):
+            return {}
+        return {i: dict(space) for i, space in enumerate(self.spaces) if space}
+
+    def mark(self) -> dict[Any, Any]:
+        return self.mark_of(self.content())
+
+    def mark_of(self, content: dict[int, dict[str, Any]]) -> dict[Any, Any]:
+        mark = {}
+        for i, space in content.items():
+            for name, value in space.items():
+                if self.names is None or name in self.names:
+                    mark[i, name] = value
+        return mark
+
+    def same(self, mark: dict[Any, Any]) -> bool:
+        if not any(self.spaces):
+            return not mark
+        return Entries(self.mark()).same(mark)
+
+    def changed(self, mark: dict[Any, Any]) -> Iterator[Hashable]:
+        return Entries(self.mark()).changed(mark)
+
+    def restore(self, content: dict[int, dict[str, Any]]) -> None:
+        if not content and not any(self.spaces):
+            return
+        for i, space in enumerate(self.spaces):
+            Entries(space).restore(content.get(i, {}))
+
+    def values(self) -> Iterable[tuple[Hashable, Any]]:
+        return list(self.mark().items())
+
+    def put(self, name: Any, value: Any) -> None:
+        i, name = name
+        self.spaces[i][name] = value
 
 
 class Names(Holder):

@@ -10,6 +10,7 @@ that, the spot checks are for.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from unbatch.capture.foreign import Memory, Queue, Scripted
 from unbatch.capture.holders import (
     MISSING,
     PLAIN_TYPES,
+    WHOLE,
     Array,
     Bytes,
     Elements,
@@ -36,7 +38,9 @@ from unbatch.capture.holders import (
     alike,
 )
 from unbatch.capture.isolation import contents_untouched, set_random_state
+from unbatch.capture.iterators import Position
 from unbatch.capture.program import Program
+from unbatch.capture.reachable import Reachable
 from unbatch.capture.trees import copied
 
 # How often what a program keeps is repeated, and how far numbers are moved.
@@ -63,6 +67,23 @@ class Place:
 
     def value(self) -> Any:
         return dict(self.holder.values()).get(self.name, MISSING)
+
+    def put(self, value: Any) -> None:
+        self.holder.put(self.name, value)
+
+
+@dataclass(frozen=True)
+class Count(Place):
+    """An ``itertools.count``: the program is given copies, which go on from another number."""
+
+    iterator: Any
+
+    def value(self) -> Any:
+        return self.iterator.__reduce__()[1][0]
+
+    def put(self, value: Any) -> None:
+        _, (_, *step) = self.iterator.__reduce__()
+        self.holder.put(self.name, itertools.count(value, *step))
 
 
 @dataclass(frozen=True)
@@ -98,21 +119,25 @@ def idle(program: Program, inputs: Any, targets: Any, rng: tuple[Any, ...]) -> I
     for i, names in reached.written.items():
         if not isinstance(reached.holders[i], UNTRIED):
             written[i] = set(names)
-    if not written:
+    counts = list(_counts(reached))
+    if not written and not counts:
         return Idle()
     try:
-        return _idle(written, reached.holders, _Trial(program, inputs, targets, rng))
+        return _idle(written, reached.holders, counts, _Trial(program, inputs, targets, rng))
     except (AttributeError, TypeError, ValueError):
         return Idle()  # a class of its own lets nothing be put there
 
 
-def _idle(written: Written, holders: Sequence[Holder], trial: _Trial) -> Idle:
+def _idle(
+    written: Written, holders: Sequence[Holder], counts: Sequence[Place], trial: _Trial
+) -> Idle:
     with trial.program.untouched(trial.rng), torch.enable_grad():
         if not (trial.begins() and trial.agrees()):
             return Idle()
         places = list(_places(holders, written))
         numbers = [place for place in places if _is_number(place.value())]
         others = [place for place in places if place not in numbers]
+        numbers += counts
         if not _may_be_exchanged(others, trial):
             written = _without(written, others)
         uses = _uses_of(numbers, trial)
@@ -167,7 +192,7 @@ def _uses_of(numbers: Sequence[Place], trial: _Trial) -> Uses | None:
     uses = Uses()
     counters = uses.counters([place.value() for place in numbers])
     for place, counter in zip(numbers, counters, strict=True):
-        place.holder.put(place.name, counter)
+        place.put(counter)
     if not trial.agrees():
         return None
     return uses
@@ -181,7 +206,7 @@ def _may_be_moved(numbers: Sequence[Place], trial: _Trial) -> bool:
         starts = [place.value() for place in numbers]
         for distance in FAR:
             for place, start in zip(numbers, starts, strict=True):
-                place.holder.put(place.name, start + distance)
+                place.put(start + distance)
             if not trial.agrees():
                 return False
     return True
@@ -206,6 +231,16 @@ def _places(holders: Sequence[Holder], written: Written) -> Iterator[Place]:
         for name in names:
             if name in there or isinstance(holder, Items | Elements | Array):
                 yield Place(i, name, holder, name)
+
+
+def _counts(reached: Reachable) -> Iterator[Count]:
+    """Yield the iterators that count."""
+    for holder, name, value in reached.iterators:
+        if type(value) is not itertools.count:
+            continue
+        for i, position in enumerate(reached.holders):
+            if isinstance(position, Position) and position.iterator is value:
+                yield Count(i, WHOLE, holder, name, value)
 
 
 def _without(written: Written, places: Sequence[Place]) -> dict[int, set[Hashable]]:
@@ -237,7 +272,7 @@ def _exchange(place: Place, exchange: Callable[[Any], Any]) -> bool:
     if is_whole:
         holder.restore(other)
     else:
-        holder.put(place.name, other)
+        place.put(other)
     return True
 
 

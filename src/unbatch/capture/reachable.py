@@ -65,6 +65,7 @@ from unbatch.capture.holders import (
     Items,
     Members,
     Names,
+    OfTensors,
     Slots,
     spread,
 )
@@ -109,7 +110,6 @@ LOOKED_UP = (sys.modules, os.environ, os.getenv, importlib.import_module)
 
 # Bases whose code reads no attribute but those that every module has.
 PLAIN_BASES = {"builtins", "abc", "typing", "enum", "torch.nn.modules.module"}
-PLAIN_BASES |= {"torch", "torch._C", "torch.nn.parameter"}
 
 # The attributes that every module has.
 OWN_ATTRIBUTES = frozenset(nn.Module().__dict__)
@@ -224,6 +224,7 @@ class _Walk:
         self.reached = reached
         self.names = names
         self.any_name = not DYNAMIC.isdisjoint(names.attributes)
+        self.named = None if self.any_name else names.attributes | names.stored
         self.found = Reads()
         # By id, with the object, so that no other one gets the id.
         self.visited: dict[int, Any] = {}
@@ -232,6 +233,7 @@ class _Walk:
         # The names that functions read in each namespace, by its id.
         self.globals: dict[int, tuple[Any, dict[str, None]]] = {}
         self.empty: list[dict[Any, Any]] = []
+        self.of_tensors: list[dict[str, Any]] = []
         self.objects: list[Any] = []
         # Weak references, and what is reached by them alone.
         self.weak: list[Any] = []
@@ -258,6 +260,7 @@ class _Walk:
                 self.look_into(value, depth)
             if not (self.follow_globals() or self.follow_spaces() or self.follow_weak()):
                 break
+        self.hold(OfTensors(self.of_tensors, self.named))
         reached.holders.append(Empty(self.empty))
         reached.holders.append(Classes(self.objects))
 
@@ -520,10 +523,12 @@ class _Walk:
         if type(value) not in (Tensor, nn.Parameter):
             self.follow(type(value))
         space = getattr(value, "__dict__", None)
-        if space:
-            self.attributes(value, (), depth)
-        elif space is not None:
-            self.empty.append(space)
+        if space is None:
+            return
+        self.of_tensors.append(space)
+        for name, attribute in space.items():
+            if self.named is None or name in self.named:
+                self.follow(attribute, depth)
 
     def module(self, module: nn.Module) -> None:
         """Note a module: all that its class may read, and its parts."""

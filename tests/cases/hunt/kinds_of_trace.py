@@ -60,6 +60,7 @@ def reset() -> None:
     few_results.cache_clear()
     logging.disable(logging.NOTSET)
     gc.set_threshold(700, 10, 10)
+    decimal.getcontext().clear_flags()
 
 
 class Word(enum.StrEnum):
