@@ -23,6 +23,7 @@ from unbatch.capture.own_writes import Idle
 from unbatch.capture.program import Program
 from unbatch.capture.reachable import Reachable
 from unbatch.capture.switches import settings
+from unbatch.capture.trees import parts_of, version_of
 
 # Of a tensor with at most so many entries all are looked at; of a larger one, about some.
 SMALL = 4096
@@ -67,7 +68,8 @@ class Guard:
                 memories.add(storage_of(value.concrete))
         self.constants = []
         for tensor in self.reached.tensors:
-            if storage_of(tensor) in memories and is_strided(tensor):
+            # What a sparse one is made of, is no value of a graph.
+            if storage_of(tensor) in memories or not is_strided(tensor):
                 self.constants.append(tensor)
 
     # -- what there is --
@@ -76,7 +78,7 @@ class Guard:
         """Return what stays equal as long as the same is computed."""
         kinds = list(map(_kind_of, self._tensors()))
         # A constant in another memory is another constant: recordings refer to the old one.
-        addresses = [t.data_ptr() for t in self.constants]
+        addresses = [t.data_ptr() for t in _in_parts(self.constants)]
         return self.changes(), kinds, addresses, settings()
 
     def changes(self) -> list[tuple[int, Hashable]]:
@@ -92,10 +94,10 @@ class Guard:
 
     def numbers(self) -> tuple[Any, ...]:
         """Return what stays equal as long as nothing writes to parameters, buffers or constants."""
-        tensors = [t for t in (*self._tensors(), *self.constants) if t.layout == torch.strided]
+        tensors = _in_parts([*self._tensors(), *self.constants])
         versions, addresses = [], []
         for t in tensors:
-            versions.append(t._version)
+            versions.append(version_of(t))
             addresses.append(t.data_ptr())
         return versions, addresses, self._some_entries(tensors, addresses)
 
@@ -130,7 +132,7 @@ class TensorMark:
     """
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor, self.mark = weakref.ref(tensor), (tensor._version, storage_of(tensor))
+        self.tensor, self.mark = weakref.ref(tensor), (version_of(tensor), storage_of(tensor))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, TensorMark) or self.mark != other.mark:
@@ -171,11 +173,23 @@ def _kind_of(t: Tensor) -> tuple[Any, ...]:
     return id(t), t.requires_grad, t.dtype, t.device, t.shape, hooks
 
 
+def _in_parts(tensors: list[Tensor]) -> list[Tensor]:
+    """Return tensors with what they are made of in place of sparse ones."""
+    parts: list[Tensor] = []
+    for t in tensors:
+        if is_strided(t):
+            parts.append(t)
+        else:
+            parts.extend(parts_of(t))
+    return parts
+
+
 def _some(t: Tensor) -> Tensor:
     """Return a view of some entries, spread evenly if they lie in order."""
     t = t.detach()
     if t.is_complex():
-        t = torch.view_as_real(t)
+        # Numbers that are marked as conjugated lie in memory as they were before.
+        t = torch.view_as_real(t.conj() if t.is_conj() else t)
     if t.numel() <= SMALL:
         return t
     if t.is_contiguous():

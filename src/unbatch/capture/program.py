@@ -26,6 +26,7 @@ from unbatch.capture.steps import Ref, Step
 from unbatch.capture.tracer import Recorder, entry
 from unbatch.capture.trees import tensors_in
 from unbatch.capture.wrappers import inside, plainly
+from unbatch.errors import MSG_SCRIPTED, CaptureError
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,10 @@ class Program:
         """Return the same program on copies of its parameters (connected to them) and buffers.
 
         What the model writes to them then stays as it is until derivatives have been taken.
+        Raises ``CaptureError`` for a scripted model, whose parameters cannot be exchanged.
         """
+        if isinstance(self.inside, torch.jit.ScriptModule):
+            raise CaptureError(MSG_SCRIPTED)
         copies = {name: p.clone() for name, p in self.parameters.items()}
         model = self.inside
         if self.functional or not isinstance(model, nn.Module):
@@ -286,8 +290,14 @@ def _run(
 
 
 def _alias(x: Any) -> Any:
-    """Return another tensor on the same memory."""
-    return x.detach() if isinstance(x, Tensor) else x
+    """Return another tensor on the same memory; of PyTorch's own class, whose ops are seen."""
+    if not isinstance(x, Tensor):
+        return x
+    # Unless it is one that does all of its ops itself, as nested tensors are.
+    is_derived = type(x) not in (Tensor, nn.Parameter)
+    if is_derived and type(x).__torch_dispatch__ is Tensor.__torch_dispatch__:
+        x = x.as_subclass(Tensor)
+    return x.detach()
 
 
 def _declared(recorder: Recorder, tree: Any, kind: str) -> list[Ref | None]:
