@@ -2,8 +2,12 @@
 is refused before it changes.
 """
 
+import io
+import itertools
 import threading
 import warnings
+from collections import deque
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -93,6 +97,64 @@ def test_a_counter_makes_no_question_record_again(monkeypatch):
         ask(problem)
         model(problem.inputs)
     assert model.calls == len(model.history) == 4
+    assert len(recorded) == 1
+
+
+def printing(net, x):
+    net.calls += 1
+    net.text = f"call {net.calls}"
+    if net.calls % 100 == 0:
+        net.shown = net.text
+    return net.linear(x)
+
+
+def measuring(net, x):
+    out = net.linear(x)
+    net.meter.update(out.detach().mean().item())
+    net.average = 0.9 * net.average + 0.1 * out.detach().mean()
+    return out
+
+
+def keeping(net, x):
+    net.last = SimpleNamespace(out=net.linear(x), calls=net.last.calls + 1)
+    net.recent.append(net.last.calls)
+    return net.last.out
+
+
+def warming(net, x):
+    net.calls += 1
+    return net.linear(x) * (0.5 if net.calls < 1000 else 1.0)
+
+
+def numbering(net, x):
+    net.last = next(net.numbers)
+    return net.linear(x)
+
+
+def writing(net, x):
+    net.file.write("a line")
+    return net.linear(x)
+
+
+COUNTING = {
+    "a text every hundredth time": lambda: Net(printing, calls=0, text=""),
+    "means": lambda: Net(measuring, meter=Meter(), average=torch.zeros(())),
+    "the last results": lambda: Net(keeping, last=SimpleNamespace(calls=0), recent=deque(maxlen=3)),
+    "a warm-up that lasts": lambda: Net(warming, calls=0),
+    "an iterator that counts": lambda: Net(numbering, numbers=itertools.count(), last=0),
+    "a file": lambda: Net(writing, file=io.StringIO()),
+}
+
+
+@pytest.mark.parametrize("name", COUNTING)
+def test_what_does_not_matter_makes_no_question_record_again(name, monkeypatch):
+    recorded: list[int] = []
+    record = program.record
+    monkeypatch.setattr(program, "record", lambda *args: recorded.append(1) or record(*args))
+    problem = problem_of(COUNTING[name])
+    for _ in range(4):
+        ask(problem)
+        problem.program.model(problem.inputs)
     assert len(recorded) == 1
 
 

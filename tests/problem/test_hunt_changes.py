@@ -11,6 +11,7 @@ import unbatch as ub
 from cases.changes import D, N
 from cases.hunt import changes, kinds_of_change
 from cases.hunt.known import WRONG_TODAY
+from unbatch.capture import foreign, holders, iterators, own_writes, reachable
 from unbatch.problem import spot_check
 
 CHANGES = {**changes.CHANGES, **kinds_of_change.CHANGES}
@@ -59,3 +60,46 @@ def test_a_change_is_seen(name):
     assert is_fresh(name) != (f"change: {name}" in WRONG_TODAY), (
         "take it out of WRONG_TODAY, or put it in"
     )
+
+
+# --- planted --------------------------------------------------------------------------------------
+
+FORGOTTEN = {
+    "a number of C": foreign.Memory,
+    "a variable of a context": foreign.Variable,
+    "a dict in a variable of a context": foreign.Variable,
+    "an entry of a Python module's namespace": foreign.Namespace,
+    "an item of a simple queue": foreign.Queue,
+    "an attribute of a scripted module": foreign.Scripted,
+    "what a file in memory holds": foreign.InMemory,
+    "a variable of the environment": foreign.Environment,
+    "an attribute of a parameter": holders.OfTensors,
+    "a count advanced": iterators.Position,
+}
+
+
+@pytest.mark.parametrize("name", FORGOTTEN)
+def test_a_kind_of_place_that_is_forgotten_is_caught(name, monkeypatch):
+    holder = FORGOTTEN[name]
+    monkeypatch.setattr(holder, "same", lambda self, mark: True)
+    if name != "a dict in a variable of a context":
+        assert not is_fresh(name)
+        return
+    # What lies behind a place is another one.
+    assert is_fresh(name)
+
+
+REFERENCES = {
+    "an attribute behind a weak reference": (reachable._Walk, "follow_weak", False),
+    "a global that a property of a metaclass reads": (reachable._Walk, "user_class", None),
+    "a global of a module imported inside": (reachable, "_imported", ()),
+    "a rest of a division": (own_writes.Idle, "agrees", True),
+    "the sum of a history": (own_writes, "_may_be_exchanged", True),
+}
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_a_step_of_the_walk_that_is_left_out_is_caught(name, monkeypatch):
+    place, function, result = REFERENCES[name]
+    monkeypatch.setattr(place, function, lambda *args: result)
+    assert not is_fresh(name)

@@ -15,6 +15,7 @@ import unbatch as ub
 from cases.changes import D, N, squares
 from cases.hunt import kinds_of_trace, messy
 from cases.hunt.known import WRONG_TODAY
+from unbatch.capture import foreign, holders
 
 MESSY = {**messy.MESSY, **kinds_of_trace.MESSY}
 
@@ -78,3 +79,24 @@ def test_the_programs_do_leave_one(name):
     before = keeps(model)
     model(torch.randn(N, D))
     assert keeps(model) != before
+
+
+PLANTED = {
+    "an array of C": foreign.Memory,
+    "a variable of a context": foreign.Variable,
+    "a new global": holders.Names,
+    "a global by a name that is data": foreign.Namespace,
+    "a simple queue": foreign.Queue,
+    "a file on a disk": foreign.File,
+    "a file in memory that is cut": foreign.InMemory,
+    "a variable of the environment": foreign.Environment,
+    "an attribute of a parameter": holders.OfTensors,
+    "a cache of results that has some": foreign.Cache,
+    "the level of a logger": foreign.Level,
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_place_that_is_not_put_back_is_caught(name, monkeypatch):
+    monkeypatch.setattr(PLANTED[name], "restore", lambda self, content: None)
+    assert not leaves_no_trace(name)

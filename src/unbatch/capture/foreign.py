@@ -326,11 +326,15 @@ class Cache(Holder):
         self.function = function
         # No method gives them. The collector of garbage does: the table is named before the
         # function is.
-        parts = gc.get_referents(function)
+        self.parts = gc.get_referents(function)
         self.table: dict[Any, Any] = {}
-        for table, part in itertools.pairwise(parts):
+        for table, part in itertools.pairwise(self.parts):
             if part is function.__wrapped__ and isinstance(table, dict):
                 self.table = table
+
+    def results(self) -> list[Any]:
+        """Return what is kept, among others."""
+        return [part for part in self.parts if part is not self.table]
 
     def content(self) -> tuple[bool, dict[Any, Any]]:
         info = self.function.cache_info()
@@ -361,7 +365,6 @@ FOREIGN: tuple[tuple[type, Callable[[Any], Holder]], ...] = (
     (io.StringIO, InMemory),
     (io.BytesIO, InMemory),
     (io.IOBase, File),
-    (CDATA, Memory),
     (threading.local, Local),
     (contextvars.ContextVar, Variable),
     (queue.SimpleQueue, Queue),

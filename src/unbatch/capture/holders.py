@@ -200,6 +200,8 @@ class OfTensors(Holder):
         return Entries(self.mark()).same(mark)
 
     def changed(self, mark: dict[Any, Any]) -> Iterator[Hashable]:
+        if self.same(mark):
+            return iter(())
         return Entries(self.mark()).changed(mark)
 
     def restore(self, content: dict[int, dict[str, Any]]) -> None:

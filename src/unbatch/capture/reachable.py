@@ -14,6 +14,7 @@ import concurrent.futures
 import functools
 import gc
 import importlib
+import logging
 import mmap
 import operator
 import os
@@ -45,6 +46,7 @@ from unbatch.capture.code_names import (
     names_in,
 )
 from unbatch.capture.foreign import (
+    CDATA,
     FOREIGN,
     Cache,
     Environment,
@@ -75,6 +77,7 @@ from unbatch.capture.holders import (
     Patchable,
     Slots,
     attributes_of,
+    methods_of,
     spread,
 )
 from unbatch.capture.iterators import BOUND, COPIED, Position, holds_iterator, is_iterator
@@ -168,6 +171,16 @@ NUMBERS = LEAVES - {types.CodeType}
 # What of a function can be exchanged.
 FUNCTION_PARTS = ("__code__", "__defaults__", "__kwdefaults__", "__name__", "__qualname__")
 
+# A list or a dict inside any object of C but these is its own, and nobody else may write to it.
+TRANSPARENT = (
+    types.MappingProxyType,
+    *map(type, ({}.keys(), {}.values(), {}.items())),
+    *map(type, map(iter, ([], {}, set(), deque()))),
+    type(reversed([])),
+    CDATA,
+)
+PRIVATE = (dict, list, set)
+
 # What looks up attributes by names that it was made with.
 GETTERS = (operator.attrgetter, operator.methodcaller)
 
@@ -238,6 +251,7 @@ def _values_at(holder: Holder, mark: Any) -> Iterator[Any]:
     for name in holder.changed(mark):
         if name in now:
             yield now[name]
+            yield name  # a key of a dict may be an object
         elif name is WHOLE and now:
             yield from now.values()
         elif isinstance(holder, Empty | Classes | Absent):
@@ -262,7 +276,7 @@ class _Walk:
         self.empty: list[dict[Any, Any]] = []
         self.of_tensors: list[dict[str, Any]] = []
         self.objects: list[Any] = []
-        # Weak references, and what is reached by them alone.
+        # Weak references, and what is reached by them alone: but for tensors, it does not live on.
         self.weak: list[Any] = []
         self.weakly: set[int] = set()
         # Modules of Python of which any name may be read, by the number of their namespace.
@@ -354,7 +368,7 @@ class _Walk:
         if isinstance(value, COPIED):
             self.reached.holders.append(Position(value))
         if not isinstance(value, types.GeneratorType):
-            self.follow_all(gc.get_referents(value), depth)
+            self.referents(value, depth)
 
     def follow_weak(self) -> bool:
         """Follow what is reached by weak references alone; return whether there was anything."""
@@ -383,6 +397,9 @@ class _Walk:
             self.hold(Array(value), depth)
         elif isinstance(value, types.CellType):
             self.hold(Cell(value), depth)
+        elif isinstance(value, type(os.environ)):
+            self.hold(Environment())
+            return True
         elif not self.memory(value, depth) and not self.foreign(value, depth):
             return False
         if type(value) is OrderedDict:
@@ -401,6 +418,9 @@ class _Walk:
             self.hold(Bytes(value))
         elif isinstance(value, memoryview):
             self.follow(value.obj)
+        elif isinstance(value, CDATA):
+            self.hold(Memory(value))
+            self.referents(value, depth)
         elif isinstance(value, mmap.mmap):
             self.hold(Memory(value))
         else:
@@ -409,15 +429,23 @@ class _Walk:
 
     def foreign(self, value: Any, depth: int) -> bool:
         """Look into an object that has a holder of its own kind; return whether it is one."""
-        if isinstance(value, type(os.environ)):
-            self.hold(Environment())
-            return True
         for kind, holder in FOREIGN:
             if isinstance(value, kind):
                 self.hold(holder(value), depth)
-                self.follow_all(gc.get_referents(value), depth)
+                if kind is logging.Logger:
+                    self.follow(value.handlers)
                 return True
         return False
+
+    def referents(self, value: Any, depth: int) -> None:
+        """Follow what an object of C refers to: the collector of garbage knows."""
+        for part in gc.get_referents(value):
+            if isinstance(value, TRANSPARENT):
+                self.follow(part, depth)
+            elif type(part) in PRIVATE:
+                self.follow_all(_inside(part), depth)
+            else:
+                self.follow(part, depth)
 
     def dictionary(self, value: dict[Any, Any], depth: int) -> None:
         if isinstance(value, defaultdict):
@@ -428,6 +456,9 @@ class _Walk:
             self.by_table = True
         else:
             self.hold(Entries(value), depth)
+            for key in methods_of(value).keys(value):
+                if type(key) is not str:
+                    self.follow(key, depth)
 
     # -- code --
 
@@ -461,8 +492,9 @@ class _Walk:
         self.follow(value.__wrapped__)
         code = getattr(value.__wrapped__, "__code__", None)
         if code is None or not is_installed(code.co_filename):
-            self.hold(Cache(value))
-            self.follow_all(gc.get_referents(value))
+            holder = Cache(value)
+            self.hold(holder)
+            self.follow_all(holder.results())
 
     def user_function(self, function: types.FunctionType) -> None:
         """Follow what a function of the user reads from outside."""
@@ -590,7 +622,8 @@ class _Walk:
 
     def module(self, module: nn.Module) -> None:
         """Note a module: all that its class may read, and its parts."""
-        self.reached.modules.append(module)
+        if id(module) not in self.weakly:
+            self.reached.modules.append(module)
         self.user_class(type(module))
         if isinstance(module, torch.jit.ScriptModule):
             self.reached.holders.append(Scripted(module))
@@ -610,8 +643,7 @@ class _Walk:
         if depth <= DEEPEST:
             self.attributes(value, (), depth)
             if attributes_of(value) is None:
-                # An object of C: what it refers to, the collector of garbage knows.
-                self.follow_all(gc.get_referents(value), depth)
+                self.referents(value, depth)
 
     def closed_book(self, value: Any) -> None:
         """Note the few attributes that decide something."""
@@ -741,6 +773,13 @@ def _mangled(name: str, kind: type) -> str:
 
 def _has_attributes(value: Any) -> bool:
     return attributes_of(value) is not None or bool(_slots(type(value)))
+
+
+def _inside(container: Any) -> list[Any]:
+    """Return what is in a dict, a list or a set."""
+    if isinstance(container, dict):
+        return list(container.values())
+    return list(container)
 
 
 def _imported(name: str, space: dict[str, Any]) -> list[types.ModuleType]:

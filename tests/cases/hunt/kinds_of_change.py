@@ -122,6 +122,11 @@ def cached(size: int) -> float:
     return SCALE
 
 
+class SimpleKey:
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+
 class Owner:
     scale = 1.0
 
@@ -296,6 +301,20 @@ CHANGES: dict[str, Change] = {
         net(times(lambda n: n.ask()()), ask=lambda: weakref.WeakMethod(kept_alive(Owner()).get)),
         lambda model: setattr(model.ask().__self__, "scale", 3.0),
     ),
+    "an object behind a weak reference that is gone": (
+        net(
+            times(lambda n: 3.0 if n.owner() is None else n.owner().scale),
+            owner=lambda: weakref.ref(kept_alive(Owner())),
+        ),
+        lambda model: KEPT.clear(),
+    ),
+    "a module behind a weak reference that is gone": (
+        net(
+            times(lambda n: 3.0 if n.owner() is None else 1.0),
+            owner=lambda: weakref.ref(kept_alive(torch.nn.Linear(2, 2))),
+        ),
+        lambda model: KEPT.clear(),
+    ),
     "a list behind a partial of a bound method": (
         net(times(lambda n: n.at()), at=lambda: functools.partial([1.0].__getitem__, 0)),
         lambda model: model.at.func.__self__.__setitem__(0, 3.0),
@@ -314,6 +333,20 @@ CHANGES: dict[str, Change] = {
     "a dict behind its values": (
         net(times(lambda n: max(n.view)), view=lambda: kept_alive({"scale": 1.0}).values()),
         lambda model: KEPT[-1].__setitem__("scale", 3.0),
+    ),
+    "an object that is the key of a dict": (
+        net(
+            times(lambda n: next(iter(n.table)).scale),
+            table=lambda: {SimpleKey(1.0): None, (SimpleKey(1.0), 2): None},
+        ),
+        lambda model: setattr(next(iter(model.table)), "scale", 3.0),
+    ),
+    "an object in a tuple that is the key of a dict": (
+        net(
+            times(lambda n: next(iter(n.table))[0].scale),
+            table=lambda: {(SimpleKey(1.0), 2): None},
+        ),
+        lambda model: setattr(next(iter(model.table))[0], "scale", 3.0),
     ),
     # Getters.
     "an inner attribute by an attrgetter": (

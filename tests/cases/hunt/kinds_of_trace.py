@@ -253,6 +253,13 @@ MESSY: dict[str, Case] = {
         ),
         part("table", lambda table: list(table["seen"])),
     ),
+    "a list in a key of a dict": (
+        net(
+            lambda n: next(iter(n.table)).seen.append(1),
+            table=lambda: {Owner(): None},
+        ),
+        part("table", lambda table: list(next(iter(table)).seen)),
+    ),
     # Memory of C.
     "an array in a structure of C": (
         net(lambda n: add_to(n.pair.inner, 1), pair=Pair),
