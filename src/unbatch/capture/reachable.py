@@ -402,9 +402,6 @@ class _Walk:
             return True
         elif not self.memory(value, depth) and not self.foreign(value, depth):
             return False
-        if type(value) is OrderedDict:
-            self.dictionary(attributes_of(value), depth)
-            return True
         # A container of a class of its own may have methods and attributes as well.
         if not is_installed_class(type(value)):
             self.user_class(type(value))
@@ -432,7 +429,7 @@ class _Walk:
         for kind, holder in FOREIGN:
             if isinstance(value, kind):
                 self.hold(holder(value), depth)
-                if kind is logging.Logger:
+                if isinstance(value, logging.Logger):
                     self.follow(value.handlers)
                 return True
         return False
@@ -632,6 +629,9 @@ class _Walk:
     def plain_object(self, value: Any, depth: int) -> None:
         """Note the attributes of an object."""
         kind = type(value)
+        if kind is OrderedDict:
+            self.dictionary(attributes_of(value), depth)
+            return
         if _is_closed(kind.__module__):
             self.has_workers |= isinstance(value, WORKERS)
             self.closed_book(value)
