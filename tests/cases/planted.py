@@ -13,6 +13,7 @@ import unbatch as ub
 from cases.experiments import check_forward, check_loss
 from cases.verdicts import check
 from unbatch.analysis import interpreter as walk
+from unbatch.analysis.domain import folds
 from unbatch.analysis.domain.ownership import SHARED, shared
 from unbatch.analysis.domain.propagation import Propagation
 from unbatch.analysis.rules import registry as rules
@@ -111,8 +112,12 @@ def blind_to_views(monkeypatch: pytest.MonkeyPatch) -> None:
 def every_meeting_is_symmetric(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "unbatch.analysis.domain.sample_sets.SampleSets._combine_several",
-        lambda self, owner, key: (SHARED, int(key.sum(dtype=np.uint64))),
+        lambda self, owner, key, of_sets: (SHARED, int(key.sum(dtype=np.uint64))),
     )
+
+
+def every_fold_is_a_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folds, "ASSOCIATIVE", dict.fromkeys(folds.ASSOCIATIVE, folds.SUM))
 
 
 def join_that_keeps_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,6 +174,11 @@ def weighted_by_position(net, x):
     return h - net.linear.bias @ h
 
 
+def largest_sum(net, x):
+    h = net.linear(x)
+    return h - h.view(2, 2, D).sum(1).amax(0)
+
+
 def blended(net, x):
     h = net.linear(x)
     return h + h.roll(1, 0)
@@ -215,6 +225,12 @@ PLANTED = [
         "every meeting is symmetric",
         every_meeting_is_symmetric,
         weighted_by_position,
+        "simd_given_statistics",
+    ),
+    Planted(
+        "a largest sum is one of all samples",
+        every_fold_is_a_sum,
+        largest_sum,
         "simd_given_statistics",
     ),
     Planted("a pair belongs to its first sample", join_that_keeps_the_first, blended),

@@ -10,11 +10,12 @@ import unbatch as ub
 from cases.changes import D, N, squares
 from cases.hunt import kinds_of_place
 from cases.hunt import third_changes as third
+from cases.hunt.changes import CHANGES
 from cases.hunt.known import WRONG_TODAY
 from unbatch.errors import UnbatchError
 from unbatch.problem import spot_check
 
-CHANGES = {**third.CHANGES, **kinds_of_place.CHANGES}
+PROGRAMS = {**third.CHANGES, **kinds_of_place.CHANGES}
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +66,7 @@ def outcome(
 
 def of_model(name: str) -> str:
     torch.manual_seed(0)
-    make, change = CHANGES[name]
+    make, change = PROGRAMS[name]
     model, loss = make()
     of_loss = third.LOSSES.get(name, lambda loss: None)
     data = torch.randn(N, D), torch.randn(N, D)
@@ -106,7 +107,7 @@ def of_checked(name: str) -> str:
 
 
 CASES = {
-    **dict.fromkeys(CHANGES, of_model),
+    **dict.fromkeys(PROGRAMS, of_model),
     **dict.fromkeys(third.TWICE, of_two),
     **dict.fromkeys(third.OF_DATA, of_data),
     **dict.fromkeys(third.FUNCTIONS, of_function),
@@ -125,3 +126,9 @@ def test_a_change_is_seen_with_checks(name, monkeypatch):
     monkeypatch.setattr(spot_check, "SHARE", 0.02)
     wrong = of_checked(name) not in ("right", "refused")
     assert wrong == (f"change: {name}" in WRONG_TODAY)
+
+
+def test_what_is_listed_as_wrong_exists():
+    known = {f"change: {name}" for name in [*CHANGES, *CASES, *third.CHECKED]}
+    listed = {name for name in WRONG_TODAY if name.startswith("change: ")}
+    assert known >= listed, listed - known

@@ -12,9 +12,10 @@ from cases.changes import D, N, squares
 from cases.hunt import kinds_of_place, third_settings
 from cases.hunt import third_messy as third
 from cases.hunt.known import WRONG_TODAY
+from cases.hunt.messy import MESSY
 from unbatch.errors import UnbatchError
 
-MESSY = {**third.MESSY, **kinds_of_place.MESSY}
+PROGRAMS = {**third.MESSY, **kinds_of_place.MESSY}
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +58,7 @@ def outcome(problem: ub.Problem, keeps: Callable[[], Any]) -> str:
 
 
 def of_model(name: str) -> str:
-    make, keeps = MESSY[name]
+    make, keeps = PROGRAMS[name]
     torch.manual_seed(0)
     model = make()
     problem = ub.Problem(model, squares, (torch.randn(N, D), torch.randn(N, D)))
@@ -90,7 +91,7 @@ def of_loss(name: str) -> str:
 
 
 CASES = {
-    **dict.fromkeys(MESSY, of_model),
+    **dict.fromkeys(PROGRAMS, of_model),
     **dict.fromkeys(third.OF_DATA, of_data),
     **dict.fromkeys(third.OF_LOSS, of_loss),
 }
@@ -102,3 +103,9 @@ def test_a_question_leaves_no_trace(name):
     result = CASES[name](name)
     wrong = result not in ("right", "refused")
     assert wrong == (f"messy: {name}" in WRONG_TODAY), result
+
+
+def test_what_is_listed_as_wrong_exists():
+    known = {f"messy: {name}" for name in [*MESSY, *CASES]}
+    listed = {name for name in WRONG_TODAY if name.startswith("messy: ")}
+    assert known >= listed, listed - known

@@ -167,4 +167,4 @@ def _renamed(x: Ownership, names: list[tuple[str, Any]]) -> Ownership:
         key = np.asarray(atom, dtype=np.uint64)
         renamed = bool((x.key == key).any())
         atoms.add(int(mix(key, code(names))) if renamed else atom)
-    return replace(x.with_key(names), atoms=frozenset(atoms))
+    return replace(x.with_name(names), atoms=frozenset(atoms))

@@ -148,11 +148,9 @@ def _judge_split(evidence: LossEvidence) -> Verdict:
 def _may_enter_loss(evidence: LossEvidence, read: HostRead) -> bool:
     """Tell whether Python may bring a number made of parameters into the loss.
 
-    What the forward pass reads the loss may read from where it was kept. Booleans and integers do
-    not matter there: they do not change with a small step of the parameters.
+    What the forward pass reads the loss may read from where it was kept. Sizes do not matter there.
     """
-    is_number = evidence.graph.values[read.ref.index].dtype.is_floating_point
-    if not read.in_loss and (not is_number or read.how == SIZE_READ):
+    if not read.in_loss and read.how == SIZE_READ:
         return False
     return _reads_parameters(evidence, read)
 

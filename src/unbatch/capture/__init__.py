@@ -7,6 +7,7 @@ In reading order:
 - ``replay.py``, ``substitutes.py``: recorded steps run again, and what runs in place of some
 - ``aliasing.py``: values that share memory
 - ``tracer.py``, ``python_values.py``: the recorder, and what Python reads of tensors
+- ``catching.py``: whether the program goes on where an op raises an error
 - ``device_ops.py``: fused ops of a GPU, as they are recorded
 - ``program.py``: the model with its loss, and the ways to record them
 - ``sample_axes.py``, ``wrappers.py``: samples along several axes; what stands around a model

@@ -15,6 +15,7 @@ import torch
 
 from unbatch.capture import ops
 from unbatch.capture.steps import Step
+from unbatch.capture.trees import tensors_in
 from unbatch.errors import MSG_RECURRENT_DROPOUT, MSG_RECURRENT_EVAL, StructureError
 
 aten = torch.ops.aten
@@ -31,6 +32,18 @@ def decisive_arguments(op: Any, args: Any, kwargs: Any) -> tuple[Any, ...]:
         return args, kwargs
     arguments = ops.bound(op, args, kwargs)
     return tuple(arguments[name] for name in names)
+
+
+def decisive_for_errors(op: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
+    """Return the tensors by whose numbers an op may raise an error."""
+    names = ops.raises_by(op)
+    if not names:
+        return []
+    arguments = ops.by_argument(op, args, kwargs)
+    tensors = tensors_in([arguments.get(name) for name in names])
+    if ops.base_name(op) in ops.DIVIDES:
+        return [t for t in tensors if not (t.is_floating_point() or t.is_complex())]
+    return list(tensors)
 
 
 def without_packed_weights(op: Any, args: Any) -> Any:

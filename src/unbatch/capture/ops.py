@@ -21,8 +21,9 @@ import torch
 # Arguments that say where and how a result is kept, and nothing about its numbers.
 PLACEMENT = ("device", "layout", "pin_memory", "memory_format", "non_blocking")
 
-# Ops that draw until a number is accepted: how often depends on their arguments.
-REJECTION = ("poisson", "_standard_gamma", "_sample_dirichlet", "binomial")
+# Ops that draw until a number is accepted, or a slope for each number below zero: how often depends
+# on their arguments.
+REJECTION = ("poisson", "_standard_gamma", "_sample_dirichlet", "binomial", "rrelu_with_noise")
 
 
 class Moves(Enum):
@@ -421,6 +422,46 @@ WRITES_A_COPY = frozenset(
         "scatter_reduce",
     }
 )
+
+# --- what an op raises errors by ------------------------------------------------------------------
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# Arguments whose numbers have to be in range, or in order.
+IN_RANGE = _words(
+    "index indices target targets lengths input_lengths target_lengths offsets batch_sizes "
+    "pivots LU_pivots repeats info"
+)
+
+# Ops that raise errors by any of their numbers; so do those of linear algebra.
+RAISES = _words(
+    "cholesky cholesky_inverse lobpcg multinomial bernoulli normal poisson binomial "
+    "_standard_gamma _sample_dirichlet bincount histc _histogramdd_bin_edges "
+    "_histogramdd_from_bin_cts binary_cross_entropy _assert_async _functional_assert_async "
+    "fake_quantize_per_channel_affine quantize_per_channel quantile nanquantile one_hot "
+    "tensor_split segment_reduce masked_scatter"
+)
+
+# These divide, and whole numbers are not divided by zero.
+DIVIDES = _words("div floor_divide remainder fmod true_divide gcd lcm pow")
+
+
+@cache
+def raises_by(op: Any) -> tuple[str, ...]:
+    """Return the arguments by whose numbers an op may raise an error."""
+    name, arguments = base_name(op), argument_names(op)
+    if name.startswith(("linalg_", "_linalg_")) or name in RAISES:
+        # What was there before an op writes noise over it does not matter.
+        return arguments[1:] if writes_in_place(op) and traits(op).overwrites else arguments
+    if name in DIVIDES:
+        return ("other", "exponent")
+    if traits(op).entrywise_loss:  # whatever the targets are
+        return ()
+    return tuple(a for a in arguments if a in IN_RANGE)
+
 
 # --- what an op writes to -------------------------------------------------------------------------
 

@@ -269,11 +269,13 @@ def _run(
         # The function mode sees calls of Python, and the recorder the ops that they dispatch.
         with recorder, Functions(recorder, follow):
             output = program.predict(inputs)
-            graph.model_steps, recorder.in_loss = len(graph.steps), True
             if program.loss is not None:
-                # Before the loss runs, which may write to what the model returned.
+                # Before the loss runs, which may write to what the model returned. A tensor that
+                # was given another memory (``x.data = y``) enters as a step, which is the model's.
                 with recorder.paused():
                     graph.predictions = _refs(recorder, output, None)
+            graph.model_steps, recorder.in_loss = len(graph.steps), True
+            if program.loss is not None:
                 loss = program.evaluate(output, targets)
         # Where a loss of the model's own begins, the analysis finds (``loss_boundary.py``).
         if program.loss is None:

@@ -18,6 +18,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 # Functions that make a tensor of numbers, by name: they would read each ``Number``.
 CONSTRUCTORS = {"tensor", "as_tensor", "asarray", "new_tensor"}
 
+# Functions whose result has the size of another tensor.
+AS_ANOTHER = {"expand_as", "view_as", "reshape_as", "resize_as_", "resize_as_sparse_"}
+
 # Methods that hand out the memory of a tensor: what is read there, nobody sees.
 ESCAPES = {
     "numpy",
@@ -60,6 +63,7 @@ class Listener(Protocol):
     def escape(self, tensor: Tensor, how: str, answer: bool | None = None) -> None: ...
     def branch(self, tensor: Tensor, how: str, value: Any) -> Any: ...
     def shape_read(self, tensor: Any) -> None: ...
+    def catches(self) -> bool: ...
     def paused(self) -> Any: ...
 
 
@@ -223,9 +227,12 @@ class Functions(TorchFunctionMode):
 
     def _called(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         """Call a function of PyTorch with tensors in place of numbers, if it takes them."""
-        # With a number of classes, ``one_hot`` reads its labels only to check them.
-        if name == "one_hot" and len(args) + len(kwargs) > 1:
+        if name == "one_hot" and _has_classes(*args, **kwargs) and not self.recorder.catches():
             return self._unchecked(func, args, kwargs)
+        # The size of what comes out is that of another tensor, which is no operand of any op.
+        if name in AS_ANOTHER:
+            for tensor in tree_leaves((args[1:], kwargs)):
+                self.recorder.shape_read(tensor)
         # PyTorch reads in memory where to split, which dispatches nothing.
         if name == "tensor_split":
             for place in tree_leaves((args[1:], kwargs)):
@@ -318,6 +325,11 @@ def _deep_copy(tensor: Tensor, memo: dict[int, Any]) -> Any:
 
 def _holds(kinds: type | tuple[type, ...], tree: Any) -> bool:
     return any(isinstance(leaf, kinds) for leaf in tree_leaves(tree, is_leaf=_is_number))
+
+
+def _has_classes(_labels: Any, num_classes: Any = -1) -> bool:
+    """Return whether ``one_hot`` reads its labels only to check them, and not to count classes."""
+    return isinstance(num_classes, int) and num_classes >= 0
 
 
 def _is_number(x: Any) -> bool:

@@ -23,7 +23,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from unbatch.capture import ops
-from unbatch.capture.device_ops import decisive_arguments, same_as, without_packed_weights
+from unbatch.capture.catching import errors_are_caught
+from unbatch.capture.device_ops import (
+    decisive_arguments,
+    decisive_for_errors,
+    same_as,
+    without_packed_weights,
+)
 from unbatch.capture.distributed import check_alone
 from unbatch.capture.graph import SIZE_READ, Graph, HostRead, ModuleCall
 from unbatch.capture.isolation import SKIPS_COMPILER, is_strided, mutated, storage_of
@@ -53,6 +59,18 @@ MOVES_MEMORY = frozenset([aten.set_.source_Storage, aten.set_.source_Storage_sto
 
 # Tagged as having a shape that depends on values, which it does only if they say so by their type.
 SIZED_BY_MASKS = ("index", "repeat_interleave")
+
+
+# How many entries they keep depends on values, as no tag says.
+SPARSE = (
+    "_to_sparse",
+    "_to_sparse_csr",
+    "_to_sparse_csc",
+    "_to_sparse_bsr",
+    "_to_sparse_bsc",
+    "_coalesce",
+    "_sparse_sparse_matmul",
+)
 
 
 class Recorder(TorchDispatchMode):
@@ -261,6 +279,7 @@ class Recorder(TorchDispatchMode):
         # Before it runs: afterwards they are other versions. Each once, however often it is given.
         writes = list({id(t): t for t in mutated(func, args, kwargs)}.values())
         olds = [self.ref(t) for t in writes]
+        self._note_chance_of_error(func, args, kwargs)
         try:
             out = func(*args, **kwargs)
         except Exception:  # which a ``try`` of the program may turn into another path
@@ -277,6 +296,19 @@ class Recorder(TorchDispatchMode):
         if not isinstance(out, bool):
             self._step(func, refs, named, out, writes, olds)
         return out
+
+    def _note_chance_of_error(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Note what decides whether an op raises, where the program would catch that and go on."""
+        tensors = decisive_for_errors(func, args, kwargs)
+        # Sizes have to fit each other, in any op.
+        if (tensors or self.dynamic) and self.catches():
+            self._read(tensors, {}, "whether an op raises")
+            for tensor in tensors_in((args, kwargs)):
+                self.shape_read(tensor)
+
+    def catches(self) -> bool:
+        """Tell whether the program would catch an error and go on."""
+        return errors_are_caught(_is_users, ENTRIES)
 
     def _ref_of(self, a: Any) -> Any:
         return self.ref(a) if isinstance(a, Tensor) else a
@@ -412,11 +444,16 @@ def users_line() -> str:
     while frame is not None:
         if frame.f_code in ENTRIES:
             return ""
-        file = frame.f_code.co_filename
-        if file == USER or not file.startswith(INTERNAL):
-            return f"{file}:{frame.f_lineno}"
+        if _is_users(frame):
+            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
         frame = frame.f_back
     return ""
+
+
+def _is_users(frame: FrameType) -> bool:
+    """Tell whether a function that is running is neither PyTorch's nor this package's."""
+    file = frame.f_code.co_filename
+    return file == USER or not file.startswith(INTERNAL)
 
 
 def entry(function: Callable[P, T]) -> Callable[P, T]:
@@ -427,6 +464,8 @@ def entry(function: Callable[P, T]) -> Callable[P, T]:
 
 def sizes_itself(op: Any, args: Any, graph: Graph) -> bool:
     """Tell whether the shape of an op's result depends on values."""
+    if ops.full_name(op) in SPARSE:
+        return True
     if torch.Tag.dynamic_output_shape not in op.tags:
         return False
     if ops.full_name(op) not in SIZED_BY_MASKS:

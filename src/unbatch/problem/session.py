@@ -85,16 +85,17 @@ class Fidelity:
 
 @dataclass(frozen=True)
 class Analysis:
-    """A recording with its verdicts, and as the engine sees it.
-
-    ``replay_difference``: why replays cannot stand for the model's derivatives, empty where they
-    can.
-    """
+    """A recording with its verdicts, and as the engine sees it."""
 
     inference: Inference
     structure: Structure
-    replay_difference: str
+    fidelity: Fidelity
     context: Context
+
+    @property
+    def replay_difference(self) -> str:
+        """Return why replays cannot stand for the model's derivatives; empty where they can."""
+        return self.fidelity.replay_difference
 
     @property
     def findings(self) -> AnalysisState:
@@ -140,7 +141,7 @@ def analyse(recording: Recording) -> Analysis:
     fidelity = fidelity_of(inference.experiment)
     structure = verified(inference, fidelity)
     context = _context(inference, structure, faithful=not fidelity.replay_difference)
-    return Analysis(inference, structure, fidelity.replay_difference, context)
+    return Analysis(inference, structure, fidelity, context)
 
 
 class _OtherPaths:
@@ -287,16 +288,16 @@ class Session:
         """Return what the model returns, with the noise of the recording."""
         return self.recording.predictions
 
-    @property
-    def replay_difference(self) -> str:
-        """Return why replays cannot stand for the model; empty if they can, as far as is known."""
-        return self._analysis.replay_difference if self._analysis is not None else ""
+    def outcome(self) -> list[Tensor] | None:
+        """Return what the model returns, and the loss, as the recording has them.
 
-    def outcome(self) -> list[Tensor]:
-        """Return what the model returns, and the loss, as the recording has them."""
+        None where replays have other values than the model.
+        """
         recording, graph = self.recording, self.graph
         if recording.outcome is not None:
             return recording.outcome
+        if self._analysis is not None and self._analysis.fidelity.values:
+            return None
         assert graph.loss is not None
         wanted = [graph.loss.index]
         if recording.program.loss is not None:

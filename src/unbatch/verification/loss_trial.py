@@ -28,7 +28,6 @@ from unbatch.verification.loss_experiment import TINY, LossExperiment
 from unbatch.verification.loss_tests import (
     direction_depends_on_index,
     direction_depends_on_predictions,
-    mixed_derivatives,
     not_a_sum,
     parameter_enters,
     sine,
@@ -45,9 +44,6 @@ ENTERS = "other parameters changed the loss at the same predictions by {amount:.
 
 # A change that counts is this many times what rounding does.
 ROUNDINGS = 10
-
-# With one entry per prediction, the second derivatives of this many samples are affordable.
-FEW = 16
 
 
 def try_loss(structure: Structure, loss: LossExperiment) -> Outcome:
@@ -119,22 +115,14 @@ def _uses_targets_of_others(structure: Structure) -> bool:
 def _try_directions(structure: Structure, loss: LossExperiment, rows: Tensor) -> Outcome:
     """Return what came of the trial of a SIMD loss that is no sum: rows keep their direction."""
     if rows.shape[1] == 1:
-        return _try_second_derivatives(loss)
+        # A single number has no direction, and any function of the numbers is one of theirs alone.
+        return {}
     others = loss.gradient(_mixed(loss))
     amount = _turned(loss, rows, others, _kept(loss))
     if amount:
         witness = direction_depends_on_predictions(loss)
         return {"simd_loss": Contradiction(TURNED.format(amount=amount), witness)}
     return _against_one_function(loss, rows)
-
-
-def _try_second_derivatives(loss: LossExperiment) -> Outcome:
-    if loss.experiment.samples > FEW:
-        return {}
-    witness = mixed_derivatives(loss)
-    if witness is None:
-        return {}
-    return {"simd_loss": Contradiction(str(witness), witness)}
 
 
 def _against_one_function(loss: LossExperiment, rows: Tensor) -> dict[str, Contradiction]:

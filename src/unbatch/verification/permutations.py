@@ -8,6 +8,7 @@ that was recorded is permuted, too, wherever the analysis says which sample an e
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from unbatch.analysis.domain.ownership import Ownership
 from unbatch.analysis.interpreter import Interpretation
 from unbatch.capture import ops
 from unbatch.capture.graph import Graph
-from unbatch.capture.steps import Ref, Step
+from unbatch.capture.steps import Ref, Step, filled
 from unbatch.verification.experiment import Experiment, Untestable
 from unbatch.verification.noise import draws, noise_refs, results_of
 
@@ -106,6 +107,24 @@ def _owners(graph: Graph, forward: Interpretation, noise: int) -> Owners | None:
     drawn = graph.values[noise]
     if graph.steps[drawn.step].name in ORDERS:
         return None  # the same for the whole batch
+    marks = forward.ownership[noise]
+    if marks.owned or marks.mixed:
+        # Drawn by the samples' own values, and made with them in one op.
+        return _owners_in_result(marks, drawn.shape)
+    owners = list(_owners_by_use(graph, forward, noise))
+    if not owners:
+        return None
+    if any(not _equal(other, owners[0]) for other in owners):
+        raise Untestable(MSG_NOISE)  # one sample's here, and another's there
+    return owners[0]
+
+
+def _owners_by_use(graph: Graph, forward: Interpretation, noise: int) -> Iterator[Owners | None]:
+    """Yield the owners of noise at each step that combines it, or what is made of it, with samples.
+
+    Raises ``Untestable`` where these cannot be told.
+    """
+    drawn = graph.values[noise]
     # Of every element of a value that is made of the noise alone, the number of the one it is from;
     # None where that is not known.
     origins: dict[int, Origins | None] = {noise: _numbered(drawn.shape)}
@@ -115,20 +134,33 @@ def _owners(graph: Graph, forward: Interpretation, noise: int) -> Owners | None:
         read = [ref.index for ref in step.refs() if ref.index in origins]
         if not read:
             continue
+        of_read = _same([origins[r] for r in read])
         for ref in results_of(step):
             ownership = forward.ownership[ref.index]
             # Noise times a statistic is still nobody's.
-            if ownership.owned or ownership.mixed:
-                if ref not in step.outs:
-                    # Written into a part of something else.
-                    raise Untestable(MSG_NOISE)
-                owners = _owners_in_result(ownership, graph.values[read[0]].shape)
-                return _of_drawn(owners, origins[read[0]], drawn.shape)
-            shape = graph.values[ref.index].shape
-            origins[ref.index] = _carried(step, read[0], origins[read[0]], shape)
+            if not ownership.owned and not ownership.mixed:
+                shape = graph.values[ref.index].shape
+                origins[ref.index] = _carried(step, read[0], of_read, shape)
+                continue
+            if ref not in step.outs:
+                # Written into a part of something else.
+                raise Untestable(MSG_NOISE)
+            owners = _owners_in_result(ownership, graph.values[read[0]].shape)
+            yield _of_drawn(owners, of_read, drawn.shape)
     if any(ref.index in origins for ref in graph.predictions):
         raise Untestable(MSG_NOISE)  # predictions are made of noise alone, which nobody owns
-    return None
+
+
+def _equal(a: np.ndarray | None, b: np.ndarray | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return np.array_equal(a, b)
+
+
+def _same(origins: list[Origins | None]) -> Origins | None:
+    """Return the origins of all values of noise that a step reads; None where they differ."""
+    first = origins[0]
+    return first if all(_equal(o, first) for o in origins) else None
 
 
 def _numbered(shape: tuple[int, ...]) -> Origins:
@@ -145,6 +177,10 @@ def _carried(
         return origins.reshape(shape)
     if ops.is_pointwise(step.op):
         return np.broadcast_to(origins, shape)
+    if ops.moves(step.op) is not None and len(step.outs) == 1:
+        numbers = torch.from_numpy(np.ascontiguousarray(origins))
+        moved: Tensor = step.op(*filled(step.args, lambda _: numbers), **step.kwargs)
+        return moved.numpy()
     if _looks_up(step, read):
         wide = origins.reshape(*origins.shape, *[1] * (len(shape) - origins.ndim))
         return np.broadcast_to(wide, shape)
@@ -168,8 +204,8 @@ def _of_drawn(
 
     Raises ``Untestable`` where an element of it would have several, or it is not known which.
     """
-    if owners is None or owners.shape == drawn:
-        return owners
+    if owners is None:
+        return None
     if origins is None:
         raise Untestable(MSG_NOISE)
     of_drawn = np.full(math.prod(drawn), NOBODY)

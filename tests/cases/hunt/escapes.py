@@ -1,5 +1,6 @@
 """Models whose samples meet where no op of PyTorch is seen: in Python, memory and threads."""
 
+import contextlib
 import copy
 import ctypes
 import io
@@ -278,6 +279,64 @@ def data_flipped(net, x):
     return h
 
 
+def data_exchanged_and_used(net, x):
+    h = net.linear(x)
+    h.data = h.data.flip(0)
+    return h * 2
+
+
+def data_of_a_view(net, x):
+    h = net.linear(x).detach().clone()
+    row = h[0]
+    row.data = h[1]
+    row += h[2]
+    return h * net.linear.weight.sum()
+
+
+def data_exchanged_back(net, x):
+    h = net.linear(x)
+    kept = h.data
+    h.data = h.data.flip(0)
+    h.data = kept
+    return h
+
+
+def data_of_the_input(net, x):
+    x.data = x.data - x.data.mean(0)
+    return net.linear(x)
+
+
+def data_by_setattr(net, x):
+    h = net.linear(x)
+    setattr(h, "data", h.detach().roll(1, 0))  # noqa: B010
+    return h
+
+
+def data_written_later(net, x):
+    h, other = net.linear(x), torch.zeros(6, 6)
+    h.data = other
+    other += x.flip(0)
+    return h
+
+
+def data_of_the_own(net, x):
+    h = net.linear(x)
+    h.data = h.data * 2
+    return h.tanh()
+
+
+def data_of_another_shape(net, x):
+    h = torch.empty(0)
+    h.data = net.linear(x).detach().flip(0)
+    return h * net.linear.weight.sum()
+
+
+def data_in_a_tuple(net, x):
+    a, b = net.linear(x), x * 1
+    a.data, b.data = b.data.flip(0), a.data.flip(0)
+    return a, b
+
+
 def data_of_a_buffer(net, x):
     net.linear.bias.data = x.mean(0)
     return net.linear(x)
@@ -401,6 +460,7 @@ table(
     {
         "data exchanged for centred data": data_exchanged,
         "data of a bias set to the mean": data_of_a_buffer,
+        "data of the input centred": data_of_the_input,
         "centred through numpy": numpy_in_place,
         "centred through a transposed view": view_centred,
         "centred by foreach": foreach_in_place,
@@ -414,6 +474,12 @@ table(
     MIXED,
     {
         "data exchanged for flipped data": data_flipped,
+        "data flipped and used": data_exchanged_and_used,
+        "data of a row exchanged, and written to": data_of_a_view,
+        "data rolled by setattr": data_by_setattr,
+        "data written to after it was given": data_written_later,
+        "data of an empty tensor": data_of_another_shape,
+        "data exchanged for that of each other": data_in_a_tuple,
         "one row copied through numpy": numpy_row_copied,
         "one row moved in memory": memory_moved,
         "memory copied from a flipped one": storage_copied,
@@ -428,5 +494,137 @@ table(
     },
     accept_unknown=True,
 )
-table(SIMD, {"set to its own memory": set_to_storage}, accept_unknown=True)
+table(
+    SIMD,
+    {
+        "set to its own memory": set_to_storage,
+        "data exchanged and given back": data_exchanged_back,
+        "data exchanged for its double": data_of_the_own,
+    },
+    accept_unknown=True,
+)
 table(INDEXED, {"row two zeroed through a view": unbound_zeroed})
+
+
+# ---------------------------------------------------------------- errors that are caught, or not
+
+
+def tries(attempt, errors=Exception):
+    """Twice the predictions where an attempt raises an error."""
+
+    def forward(net, x):
+        try:
+            attempt(net, x)
+        except errors:
+            return 2 * net.linear(x)
+        return net.linear(x)
+
+    return forward
+
+
+def suppresses(net, x):
+    scale = 1.0
+    with contextlib.suppress(RuntimeError):
+        torch.linalg.inv(x.T @ x)
+        scale = 2.0
+    return net.linear(x) * scale
+
+
+def tried_in_a_block(net, x):
+    try:
+        with torch.no_grad():
+            torch.linalg.eigh(x.T @ x)
+        scale = 2.0
+    except:  # noqa: E722
+        scale = 1.0
+    return net.linear(x) * scale
+
+
+def tried_further_up(net, x):
+    def count(rows):
+        return rows.sum(0).bincount()
+
+    try:
+        scale = len(count((x > 0).long()))
+    except (RuntimeError, TypeError) as error:
+        scale = len(str(error))
+    return net.linear(x) * (1 + 0 * scale)
+
+
+def sizes_that_fit(net, x):
+    try:
+        x[x[:, 0] > 0] + x[x[:, 0] <= 0]
+        scale = 2.0
+    except RuntimeError:
+        scale = 1.0
+    return net.linear(x) * scale
+
+
+def tried_and_cleaned(net, x):
+    try:
+        return net.linear(x) @ torch.linalg.inv(net.linear.weight)
+    finally:
+        net.calls = 1
+
+
+def tried_with_parameters(net, x):
+    try:
+        factor = torch.linalg.cholesky(net.linear.weight @ net.linear.weight.T + torch.eye(6))
+    except RuntimeError:
+        factor = torch.eye(6)
+    return net.linear(x) @ factor
+
+
+def tried_as_a_whole(net, x):
+    try:
+        return net.linear(x).tanh().softmax(1)
+    except RuntimeError:
+        return net.linear(x)
+
+
+def looked_up_in_a_constant_try(net, x):
+    try:
+        return net.linear(x)[:, torch.tensor([2, 1, 0])]
+    except IndexError:
+        return net.linear(x)
+
+
+table(
+    STATISTICS,
+    {
+        "a factor tried": tries(lambda n, x: torch.linalg.cholesky(x.T @ x)),
+        "an LU factor tried": tries(lambda n, x: torch.linalg.lu_factor(x.T @ x), RuntimeError),
+        "a pseudo-inverse tried": tries(lambda n, x: torch.linalg.pinv(x)),
+        "singular values tried": tries(lambda n, x: torch.linalg.svdvals(x)),
+        "least squares tried": tries(lambda n, x: torch.linalg.lstsq(x, x)),
+        "an addition by index tried": tries(
+            lambda n, x: torch.zeros(9).index_add(0, (x > 0).sum(0), x[0])
+        ),
+        "a put tried": tries(lambda n, x: torch.zeros(9).put((x > 0).sum(0), x[0])),
+        "a take tried": tries(lambda n, x: torch.zeros(9).take((x > 0).sum(0))),
+        "whole numbers divided, tried": tries(lambda n, x: 6 // (x > 0).sum(0)),
+        "Bernoulli numbers tried": tries(lambda n, x: torch.bernoulli(x.abs().mean(0) / 2)),
+        "Poisson numbers tried": tries(lambda n, x: torch.poisson(x.mean(0) + 1)),
+        "a one-hot tried": tries(lambda n, x: F.one_hot((x > 0).sum(0), 7)),
+        "a margin tried": tries(
+            lambda n, x: F.multi_margin_loss(torch.zeros(6, 7), (x > 0).sum(0))
+        ),
+        "bags of rows tried": tries(
+            lambda n, x: F.embedding_bag((x > 0).sum(0)[None], torch.zeros(7, 2))
+        ),
+        "an inverse whose failure is suppressed": suppresses,
+        "eigenvalues tried in a block": tried_in_a_block,
+        "sizes that fit, tried": sizes_that_fit,
+    },
+    accept_unknown=True,
+)
+table(SIMD, {"counts tried further up, unused": tried_further_up}, accept_unknown=True)
+table(
+    SIMD,
+    {
+        "an inverse, and cleaning up": tried_and_cleaned,
+        "a factor of parameters tried": tried_with_parameters,
+        "ordinary ops tried": tried_as_a_whole,
+        "a constant lookup tried": looked_up_in_a_constant_try,
+    },
+)

@@ -226,10 +226,71 @@ table(
     SUM, ctc_inputs, {"paths to labels in one vector": ctc(lambda y: y, True)}, accept_unknown=True
 )
 table(SUM, ctc_inputs, {"paths to labels of own lengths": ctc_lengths}, accept_unknown=True)
+
+
+def ctc_vector():
+    return torch.randn(N, 4 * D), torch.randint(1, D, (2 * N,))
+
+
+def ctc_masked(p, y):
+    log_p = p.view(N, 4, D).transpose(0, 1).log_softmax(2)
+    mask = (y > 2) | (torch.arange(2) == 0)
+    return F.ctc_loss(log_p, y[mask], lengths(N, 4), mask.sum(1), reduction="sum")
+
+
+def ctc_selected(p, y):
+    log_p = p.view(N, 4, D).transpose(0, 1).log_softmax(2)
+    mask = (y > 2) | (torch.arange(2) == 0)
+    return F.ctc_loss(log_p, y.masked_select(mask), lengths(N, 4), mask.sum(1), reduction="sum")
+
+
+def ctc_selected_from_others(p, y):
+    log_p = p.view(N, 4, D).transpose(0, 1).log_softmax(2)
+    mask = (y > 2) | (torch.arange(2) == 0)
+    flat = y.masked_select(mask).flip(0)
+    return F.ctc_loss(log_p, flat, lengths(N, 4), mask.sum(1), reduction="sum")
+
+
+def ctc_as_lists(labels: Callable[[Any], Any]) -> Any:
+    def loss(p, y):
+        log_p = p.view(N, 4, D).transpose(0, 1).log_softmax(2)
+        flat = labels(y).flatten()
+        return F.ctc_loss(log_p, flat, [4] * N, [2] * N, reduction="mean")
+
+    return loss
+
+
+def ctc_uneven(p, y):
+    """The second sample is compared with a label of the first, too."""
+    log_p = p.view(N, 4, D).transpose(0, 1).log_softmax(2)
+    return F.ctc_loss(log_p, y.flatten(), [4] * N, [1, 3, 2, 2, 2, 2], reduction="sum")
+
+
+table(
+    SUM,
+    ctc_inputs,
+    {
+        "paths to labels by a mask": ctc_masked,
+        "paths to selected labels": ctc_selected,
+        "paths, by lists": ctc_as_lists(lambda y: y),
+    },
+    accept_unknown=True,
+)
+# A vector of targets has no sample axis: each sample has its own function.
+table(
+    INDEXED,
+    ctc_vector,
+    {"paths to labels given in one vector": ctc(lambda y: y)},
+    accept_unknown=True,
+)
 table(
     TANGLED,
     ctc_inputs,
     {
+        "paths of uneven lengths": ctc_uneven,
+        "paths to selected labels of others": ctc_selected_from_others,
+        "paths to flipped labels, by lists": ctc_as_lists(lambda y: y.flip(0)),
+        "paths to sorted labels": ctc(lambda y: y.sort(0)[0]),
         "paths to labels of others": ctc(lambda y: y.roll(1, 0)),
         "paths to labels mixed with those of others": ctc(lambda y: (y + y.roll(1, 0)) % 4 + 1),
         "paths to labels mixed, in one vector": ctc(lambda y: (y + y.roll(1, 0)) % 4 + 1, True),

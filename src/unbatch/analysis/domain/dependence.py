@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-# How many ranks of a batch are no share of it, and how many times more samples than more ranks.
+# So many ranks are no share of a batch; more of them are one in batches of up to so many times more
+# samples.
 FEW_RANKS = 2
 
 
@@ -53,7 +54,7 @@ def _may_grow(ranks: int, samples: int) -> bool:
     One batch cannot tell a fixed number of them from a share of the batch. A few are taken for a
     fixed number, if they are few among the samples as well.
     """
-    return ranks > FEW_RANKS and ranks * FEW_RANKS > samples
+    return ranks > FEW_RANKS and ranks * FEW_RANKS >= samples
 
 
 @dataclass

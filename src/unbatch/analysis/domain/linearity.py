@@ -158,10 +158,13 @@ def _statistics_of_factors(operands: Sequence[Ownership]) -> set[int]:
 
 
 def _sum_of_atoms(out: Ownership, terms: Sequence[Ownership], kind: str) -> frozenset[int]:
-    """The one scalar of a sum of sums over samples, if each of these has one.
+    """The one scalar of a sum of sums over the same samples, if each of these has one.
 
-    sum_n a_n + sum_n b_n = sum_n (a_n + b_n): per sample it is a_n + b_n, again one.
+    sum_n a_n + sum_n b_n = sum_n (a_n + b_n): per sample it is a_n + b_n, again one. Where only
+    some samples have a b_n, it is not one function of a sample.
     """
+    if len({_owners(x) for x in terms}) > 1:
+        return frozenset()
     # With two scalars in one term there is no a_n, and the sum keeps all of them.
     if any(len(x.atoms) != 1 for x in terms):
         return frozenset()
@@ -171,6 +174,11 @@ def _sum_of_atoms(out: Ownership, terms: Sequence[Ownership], kind: str) -> froz
     else:
         names = [digest(out)]
     return frozenset([int(code("sum of terms", *names))])
+
+
+def _owners(x: Ownership) -> bytes:
+    """Return all owners of elements, sorted."""
+    return np.unique(x.owner).tobytes()
 
 
 def _adds_up(x: Ownership, kind: str, record: DependenceRecord) -> bool:

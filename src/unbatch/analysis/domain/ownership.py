@@ -160,6 +160,17 @@ def varies(array: Array, dim: int) -> bool:
 
 
 @dataclass(frozen=True)
+class Fold:
+    """By which reduction over their samples statistics of sets were made, see ``folds.py``.
+
+    ``roots``: the statistics that they are.
+    """
+
+    kind: str
+    roots: frozenset[int]
+
+
+@dataclass(frozen=True)
 class Ownership:
     """Owners and keys of the elements of one value, and what the value as a whole comes from.
 
@@ -168,7 +179,8 @@ class Ownership:
     mixed. ``atoms``: the scalars per sample through which predictions enter it. ``additive``: it is
     a sum over samples of such scalars. ``weighted``: its elements carry factors that differ from
     sample to sample and are not part of their keys. ``ranked``: entries with keys of their own are
-    values of different ranks, which are counted, and so stay stored.
+    values of different ranks, which are counted, and so stay stored. ``fold``: by which reduction
+    its statistics of sets were made, None where that is lost.
     """
 
     shape: tuple[int, ...]
@@ -181,6 +193,7 @@ class Ownership:
     additive: bool = False
     weighted: bool = False
     ranked: bool = False
+    fold: Fold | None = None
 
     def __post_init__(self) -> None:
         # Both arrays have one shape, and a dim for each dim of the value.
@@ -257,6 +270,10 @@ class Ownership:
 
     def with_key(self, name: object) -> Ownership:
         """Return the same owners with another function of each element, named ``name``."""
+        return replace(self.with_name(name), fold=None)
+
+    def with_name(self, name: object) -> Ownership:
+        """Return the same with ``name`` in the keys: elements that are others, by their index."""
         # Strides of zero are kept: one entry stands for all along such a dim.
         repeated = [slice(0, 1) if s == 0 else slice(None) for s in self.key.strides]
         renamed = mix(self.key[tuple(repeated)], code(name))

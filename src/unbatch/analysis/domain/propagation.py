@@ -26,7 +26,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from unbatch.analysis.domain import folds
 from unbatch.analysis.domain.dependence import DependenceRecord, StatisticDef
+from unbatch.analysis.domain.folds import LINEAR
 from unbatch.analysis.domain.linearity import (
     absorb,
     absorb_unless_linear,
@@ -61,8 +63,6 @@ from unbatch.analysis.domain.ownership import (
     without_dims,
 )
 from unbatch.analysis.domain.sample_sets import SampleSets, several_owners, single_owner
-
-LINEAR = ("sum", "mean")  # names of the reductions that are linear
 
 
 @dataclass
@@ -122,21 +122,24 @@ class Propagation:
             self.record.mixing[self.step] = how
             mixers |= {self.step}
         if root is not None:
-            statistics = self._with_statistic(statistics, root, how)
+            statistics = self._with_statistic(statistics, root, how, operands)
         ranked = any(x.ranked for x in operands)
         out = Ownership(tuple(shape), owner, key, statistics, sources, mixers, atoms, ranked=ranked)
         self._note_uses(out, operands)
         return with_atom(out, self.record)
 
-    def _with_statistic(self, statistics: frozenset[int], root: int, how: str) -> frozenset[int]:
+    def _with_statistic(
+        self, statistics: frozenset[int], root: int, how: str, operands: Sequence[Ownership]
+    ) -> frozenset[int]:
         """The statistics that an output rests on, which is the statistic ``root`` itself.
 
         Adding up samples one by one defines a statistic at every step, each a part of the next.
-        Only the last of them counts, so the partial sums are dropped when the sum goes on.
+        Only the last of them counts, so the partial sums are dropped when the sum goes on. So are
+        the statistics of sets when they become one of all samples in them.
         """
-        if how == "pairwise":
+        if how == "pairwise" and any(map(folds.is_loss, operands)):
             statistics -= self.record.partial_sums(statistics)
-        return statistics | {root}
+        return statistics - folds.roots_of(operands) | {root}
 
     def _note_uses(self, out: Ownership, operands: Sequence[Ownership]) -> None:
         """Note the statistics that samples use here, and whether samples begin to differ here."""
@@ -221,44 +224,53 @@ class Propagation:
         root = None
         if kind == "add" and len(terms) == 2 and _becomes_mixed(owner, terms):
             mixed = owner == MIXED
-            owner, key = self._add_samples(owner, key, arrays)
+            owner, key = self._add_samples(owner, key, terms, arrays)
             sources = terms[0].sources | terms[1].sources
             root = self.statistic("sum", owner[mixed], math.prod(shape), sources)
         out = self.result(shape, owner, key, terms, "pairwise", root, bool(kind))
         # What is linear keeps a sum over samples a sum; anything else on mixed values does not.
         if kind:
+            out = folds.with_linear(out, terms, kind, root)
             return of_linear(out, terms, kind, factor is not None, self.record)
         if out.mixed and not polynomial:
             self.record.nonlinear.add(self.step)
         return out
 
     def _add_samples(
-        self, owner: Array, key: Array, terms: Sequence[tuple[Array, Array]]
+        self,
+        owner: Array,
+        key: Array,
+        terms: Sequence[Ownership],
+        arrays: Sequence[tuple[Array, Array]],
     ) -> tuple[Array, Array]:
         """Owners and keys of ``a + b`` where these are the same function of different samples.
 
         ``f(x_0) + f(x_1)`` is the sum of f over {0, 1}, and adding ``f(x_2)`` gives that over {0,
         1, 2}: so a loop over samples becomes the statistic that ``sum`` would be. A single sample
-        counts as the sum over itself, hence the name mixed into its key.
+        counts as the sum over itself, hence the name mixed into its key. ``arrays``: owners and
+        keys of the terms.
         """
+        if not all(folds.is_sum(x) for x in terms):
+            return owner, key
+        mixed = owner == MIXED
         owner, key = owner.copy(), key.copy()
         owners = []
         sums = []
-        for term_owner, term_key in terms:
+        for term_owner, term_key in arrays:
             full_owner, full_key, _ = np.broadcast_arrays(term_owner, term_key, owner)
             as_sum = mix(full_key, code("sum over samples"))
             owners.append(full_owner)
             sums.append(np.where(is_sample(full_owner), as_sum, full_key))
         # Sums are of one function if their keys agree, and over disjoint sets if no sample is in
         # both. Anything else stays mixed.
-        for place in np.argwhere((owner == MIXED) & (sums[0] == sums[1])):
+        for place in np.argwhere(mixed & (sums[0] == sums[1])):
             at = tuple(place)
             left = self.sets.members(int(owners[0][at]))
             right = self.sets.members(int(owners[1][at]))
             if not (left & right).any():
                 owner[at] = self.sets.owner_of(left | right)
                 key[at] = sums[0][at]
-        return owner, key
+        return np.where(mixed, self.across_sets(owner, terms), owner), key
 
     # -- reductions --
 
@@ -286,8 +298,8 @@ class Propagation:
         ndim = len(x.shape)
         axes = normal_dims(range(ndim) if dims is None else dims, ndim)
         owner, key, combined = self._reduced(name, x, axes)
-        if combined and x.owned:
-            owner = self._across_sets(owner, x)
+        if combined and len(self.sets):
+            owner = self.across_sets(owner, [x])
         shape = with_one(x.shape, axes)
         root = None
         if combined:
@@ -295,6 +307,8 @@ class Propagation:
             entries = math.prod(x.shape if long else shape)
             root = self.statistic(name, owner, entries, x.sources, long)
         out = self.result(shape, owner, key, [x], "unsymmetric", root, linear)
+        if len(self.sets):
+            out = folds.with_reduction(out, x, name, root)
         if "predictions" in x.sources:
             out = of_reduction(out, x, combined, (linear, monoid or linear), self.record)
         if keepdim:
@@ -324,19 +338,24 @@ class Propagation:
             elif d in axes and x.key.shape[d] > 1:
                 counts.append(x.shape[d])
         key = mix(key, code("reduce", name, plain))
-        owner, key, combined = self.sets.combine(owner, key)
+        owner, key, combined = self.sets.combine(owner, key, folds.continues(x, name))
         stored = with_one(x.key.shape, axes)
         key = mix(key.reshape(stored), code("reduced", name, counts))
         return owner.reshape(stored), key, combined
 
-    def _across_sets(self, owner: Array, x: Ownership) -> Array:
+    def across_sets(self, owner: Array, xs: Sequence[Ownership]) -> Array:
         """Owners of functions of several samples, each of which may use a statistic of a set.
 
         Over samples of several such sets it is mixed: exchanging two of them, of different sets,
-        changes both statistics.
+        changes both statistics. The statistics that are combined are no such.
         """
+        xs = [x for x in xs if x.owned or not folds.is_loss(x)]
+        used: set[int] = set()
+        for x in xs:
+            used |= x.statistics
+        used -= folds.roots_of(xs)
         groups: set[int] = set()
-        for statistic in x.statistics:
+        for statistic in used:
             groups |= self.record.definitions[statistic].groups
         for result in np.unique(owner[(owner == SHARED) | is_group(owner)]).tolist():
             members = np.ones(self.samples, dtype=bool)

@@ -94,10 +94,11 @@ class SampleSets:
             joined = np.where(self.contains(group, sample), sample, joined)
         return joined
 
-    def combine(self, owner: Array, key: Array) -> tuple[Array, Array, bool]:
+    def combine(self, owner: Array, key: Array, of_sets: bool = False) -> tuple[Array, Array, bool]:
         """Return owners and keys of symmetric functions of the elements along the last axis.
 
-        The third says whether several owners were combined in any of them.
+        The third says whether several owners were combined in any of them. ``of_sets``: a function
+        of statistics of several sets is one of all samples in them.
         """
         out_owner, out_key = single_owner(owner, -1), total(key, axis=-1)
         # Most rows have one owner at most (a reduction within samples), and need no further look.
@@ -107,14 +108,14 @@ class SampleSets:
         owners = []
         keys = []
         for row_owner, row_key in zip(owner[several], key[several], strict=True):
-            one_owner, one_key = self._combine_several(row_owner, row_key)
+            one_owner, one_key = self._combine_several(row_owner, row_key, of_sets)
             owners.append(one_owner)
             keys.append(one_key)
         out_owner[several] = owners
         out_key[several] = keys
         return out_owner, out_key, True
 
-    def _combine_several(self, owner: Array, key: Array) -> tuple[int, int]:
+    def _combine_several(self, owner: Array, key: Array, of_sets: bool) -> tuple[int, int]:
         """Owner and key of a symmetric function of one row of elements, of several owners.
 
         The function is one of the multiset ``M_n`` of keys that sample n contributes, for each n.
@@ -129,6 +130,9 @@ class SampleSets:
             np.add.at(contributions, inverse, mix(key, code("element")))
         owned = names != SHARED
         if MIXED in names or len(np.unique(contributions[owned])) > 1:
+            return MIXED, 0
+        if is_group(names).any() and not of_sets:
+            # The sum of their squares, say: exchanging samples of two sets changes it.
             return MIXED, 0
         members = [self.members(int(name)) for name in names[owned]]
         if np.sum(members, axis=0).max() > 1:

@@ -7,9 +7,10 @@ and what is made of them are in ``reductions.py``.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
-from unbatch.analysis.domain.ownership import Ownership, expand, shared
+from unbatch.analysis.domain.ownership import SHARED, Ownership, expand, shared
 from unbatch.analysis.rules.registry import EVERY, RuleContext, filled, pointwise, rule, summary
 from unbatch.capture import ops
 
@@ -124,8 +125,17 @@ def addition(call: RuleContext) -> Ownership:
     if adds_zero and len(call.tensors) == 1:
         return call.tensors[0]
     if is_tensor and call.name == "add" and call["alpha"] in (None, 1):
+        for zeros, x in (call.tensors, call.tensors[::-1]):
+            if _is_zero(zeros):
+                return expand(x, call.shape)
         return call.algebra.pointwise("add", *call.tensors, kind="add")
     return call.algebra.pointwise(call.title, *call.tensors, kind="sub")
+
+
+def _is_zero(x: Ownership) -> bool:
+    """Tell whether a value was made as zeros, as a loop begins that adds up."""
+    zero = filled((), ("zeros", [])).key
+    return not x.statistics and bool(((x.key == zero) & (x.owner == SHARED)).all())
 
 
 @rule(
@@ -145,7 +155,9 @@ def scaling(call: RuleContext) -> Ownership:
         return call.algebra.pointwise(call.title, *tensors)  # not linear
     # With a number for a factor there is one tensor, and the number is in the title.
     if len(tensors) > 1 or call.name in ("mul", "div", "neg"):
-        return call.algebra.pointwise(call.title, *tensors, kind="scale")
+        out = call.algebra.pointwise(call.title, *tensors, kind="scale")
+        divides = "div" in call.name and len(tensors) == 2 and tensors[1].grouped
+        return replace(out, fold=None) if divides else out
     # A cast is noted, since one to integers is no linear function.
     if call["dtype"] is not None or call.name == "_conj":
         return cast(call, tensors[0])

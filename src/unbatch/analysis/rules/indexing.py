@@ -26,6 +26,7 @@ from unbatch.analysis.domain.ownership import (
     reshape,
     shared,
     spell_out,
+    total,
 )
 from unbatch.analysis.domain.propagation import Propagation
 from unbatch.analysis.rules.registry import (
@@ -188,6 +189,9 @@ def indexed(call: RuleContext, x: Ownership, indices: list[Any], values: list[An
     selection = _sorted_by_knowledge(call, x, indices, values)
     if selection is not None:
         return _selected(call, selection)
+    chosen = _chosen_constants(call, x, indices[0], values[0])
+    if chosen is not None:
+        return chosen
     # A mask that depends on data: how many elements there are does, too.
     if call.depends_on_batch:
         return mixed(call, call.shape, "data-dependent shape")
@@ -315,6 +319,31 @@ def _constant_along(array: Array, dim: int) -> bool:
     return bool((array == array.take([0], axis=dim)).all())
 
 
+def _chosen_constants(
+    call: RuleContext, x: Ownership, mask: Ownership | None, numbers: Any
+) -> Ownership | None:
+    """Return what a mask selects, element by element, where both are constants of a loss.
+
+    Labels without those that only fill up, say. An element is the first, second, .. that is chosen
+    of what belongs to its owner. None where it is not so.
+    """
+    a = call.algebra
+    if mask is None or not is_mask(numbers) or len(call.shape) != 1:
+        return None
+    if not a.constant or not (a.is_constant(x) and a.is_constant(mask)):
+        return None
+    candidates = spell_out(a.pointwise("chosen", x, mask))
+    owner = np.broadcast_to(candidates.owner, candidates.shape)
+    key = np.broadcast_to(candidates.key, candidates.shape)
+    chosen = np.broadcast_to(numbers, candidates.shape)
+    keys = np.zeros(call.shape, dtype=np.uint64)
+    for one in np.unique(owner[chosen]).tolist():
+        places = np.flatnonzero(owner[chosen] == one)
+        order = np.arange(len(places), dtype=np.uint64)
+        keys[places] = mix(total(key[owner == one], 0), order)
+    return replace(candidates, shape=call.shape, owner=owner[chosen], key=keys)
+
+
 # --- lookups along one dim ------------------------------------------------------------------------
 
 
@@ -381,6 +410,11 @@ def data_dependent(call: RuleContext) -> Any:
     if call.name == "repeat_interleave" and call.tensors and not call.tensors[0].depends_on_batch:
         name = (call.title, digest(call.tensors[0]))
         return shared_outputs(call, name)
+    if call.name == "masked_select":
+        numbers = as_mask(call.values.get("mask"))
+        chosen = _chosen_constants(call, call["self"], call["mask"], numbers)
+        if chosen is not None:
+            return chosen
     # Where every batch has the same values it has the same shape; else not even the number of
     # elements can be relied on.
     for m in call.tensors:

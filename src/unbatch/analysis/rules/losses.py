@@ -11,7 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from unbatch.analysis.domain.ownership import Ownership, code, collapse, shared
+from unbatch.analysis.domain.ownership import (
+    MIXED,
+    SHARED,
+    Array,
+    Ownership,
+    code,
+    collapse,
+    index_along,
+    mix,
+    shared,
+    spell_out,
+    total,
+)
 from unbatch.analysis.rules.layers import with_new_dims
 from unbatch.analysis.rules.registry import (
     EVERY,
@@ -136,11 +148,12 @@ def margin_loss(call: RuleContext) -> Any:
 def ctc_loss(call: RuleContext) -> Any:
     """Log-probabilities are [time, n, class]; the op gives every sample its labels and lengths."""
     paths = summary(call, "path", call["log_probs"], [0, 2])
-    # Labels may be joined in one vector, [n t]: then nobody knows which sample each belongs to.
+    labels = []
     for m in call.tensors[1:]:
-        if not _is_own_target(call, m):
+        own = _own_labels(call, _by_sample(call, m), paths.shape)
+        if own is None:
             return all_mixed(call, NO_RULE)
-    labels = [_own_labels(call, m, paths.shape) for m in call.tensors[1:]]
+        labels.append(own)
     for lengths in ("input_lengths", "target_lengths"):
         # In a loss, targets count as constants, and lengths with them.
         if not isinstance(call[lengths], Ownership) and not call.algebra.constant:
@@ -150,12 +163,62 @@ def ctc_loss(call: RuleContext) -> Any:
     return [loss, *(window_result(loss, shape, 1) for shape in call.shapes[1:])]
 
 
-def _own_labels(call: RuleContext, m: Ownership, shape: tuple[int, ...]) -> Ownership:
-    """All labels of each sample as one, or a constant in place of what no sample owns."""
+def _by_sample(call: RuleContext, m: Ownership) -> Ownership:
+    """Return labels that are joined in one vector, [n t], with those of a sample as one: [n].
+
+    Others are returned as they are, and so are those of which lengths do not say whose they are.
+    """
+    lengths = call["target_lengths"]
+    if isinstance(lengths, Ownership):
+        lengths = call.values.get("target_lengths")
+    if m is not call["targets"] or len(m.shape) != 1 or lengths is None or not _has_places(m):
+        return m
+    flat = spell_out(m)
+    owner, key = np.broadcast_to(flat.owner, m.shape), np.broadcast_to(flat.key, m.shape)
+    owners = []
+    keys = []
+    start = 0
+    for length in lengths:
+        run = slice(start, start + length)
+        owners.append(_one_owner(owner[run]))
+        keys.append(key[run])
+        start += length
+    # Fewer labels than others have are no other function: how many there are is an argument, too.
+    whole = max(keys, key=len)
+    is_argument = isinstance(call["target_lengths"], Ownership)
+    if is_argument and all(np.array_equal(k, whole[: len(k)]) for k in keys):
+        keys = [whole] * len(keys)
+    by_sample = [total(mix(k, index_along(len(k), 0, 1)), 0) for k in keys]
+    return replace(flat, shape=(len(keys),), owner=np.array(owners), key=np.array(by_sample))
+
+
+def _one_owner(owners: Array) -> int:
+    """Return whose all labels of a run are; nobody's where there are none, or nobody owns them."""
+    names = np.unique(owners)
+    if len(names) > 1:
+        return MIXED
+    return int(names[0]) if len(names) else SHARED
+
+
+def _has_places(m: Ownership) -> bool:
+    """Tell whether labels are those of samples, or of a batch, by their places in it."""
+    return m.owned or bool(m.statistics) or "targets" in m.sources
+
+
+def _own_labels(call: RuleContext, m: Ownership, shape: tuple[int, ...]) -> Ownership | None:
+    """Return all labels of each sample as one, or a constant in place of what no sample owns.
+
+    None where they may be those of others.
+    """
+    if "predictions" in m.sources:
+        return None
     # In a loss, lengths are constants as targets are, whatever their numbers.
     is_loss = bool(call.algebra.constant)
-    if m.sample_dim() == 0 or (known_for_every_batch(m) and not is_loss):
+    known = known_for_every_batch(m) and not is_loss
+    if m.sample_dim() == 0 or known or (_has_places(m) and not m.owned and not m.coupled):
         return summary(call, "labels", m, range(1, len(m.shape)))
+    if m.owned or m.coupled or (m.depends_on_batch and not call.algebra.is_constant(m)):
+        return None
     # Targets, which count as constants: of which kind is the same for all samples.
     return replace(shared(shape, "labels", (), [0]), sources=m.sources, statistics=m.statistics)
 
@@ -164,13 +227,6 @@ def _listed(lengths: Sequence[int]) -> Ownership:
     """Numbers of a list as a shared vector, of which equal entries are one function."""
     keys = np.stack([code("length", length) for length in lengths])
     return replace(shared(keys.shape, "lengths", (), [0]), key=keys)
-
-
-def _is_own_target(call: RuleContext, m: Ownership) -> bool:
-    """Tell whether targets, or lengths, are constants or have samples along the first axis."""
-    if "predictions" in m.sources:
-        return False
-    return not m.depends_on_batch or m.sample_dim() == 0 or call.algebra.is_constant(m)
 
 
 @rule("eq", "ne", counted=EVERY, ignored="self")

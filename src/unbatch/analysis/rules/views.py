@@ -14,6 +14,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from unbatch.analysis.domain import folds
 from unbatch.analysis.domain.ownership import (
     MIXED,
     Array,
@@ -104,7 +105,7 @@ def shift(call: RuleContext) -> Ownership:
     dims = call.dims("dims")
     if x.explicit(dims):
         return moved(x, lambda place: _run(call, place), call.shape)
-    return replace(x.with_key((call.title, tuple(dims), x.shape)), shape=tuple(call.shape))
+    return replace(x.with_name((call.title, tuple(dims), x.shape)), shape=tuple(call.shape))
 
 
 @rule("pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle", counted=EVERY)
@@ -114,7 +115,7 @@ def shuffle(call: RuleContext) -> Ownership:
     ndim = len(x.shape)
     if x.explicit(range(max(ndim - 3, 0), ndim)):
         return moved(x, lambda place: _run(call, place), call.shape)
-    return replace(x.with_key((call.title, x.shape)), shape=tuple(call.shape))
+    return replace(x.with_name((call.title, x.shape)), shape=tuple(call.shape))
 
 
 @rule("unfold rot90 diagonal narrow tile diag diag_embed unfold_copy diagonal_copy", counted=EVERY)
@@ -215,7 +216,7 @@ def _slice(x: Ownership, dim: int, entries: slice, shape: Sequence[int]) -> Owne
         where = (*[slice(None)] * dim, entries)
         return replace(x, shape=tuple(shape), owner=x.owner[where], key=x.key[where])
     if x.plain(dim):
-        x = x.with_key((dim, entries.start, entries.step))
+        x = x.with_name((dim, entries.start, entries.step))
     return replace(x, shape=tuple(shape))
 
 
@@ -298,7 +299,7 @@ def _concatenated(call: RuleContext, parts: list[Ownership], dim: int) -> Owners
         keys.append(np.broadcast_to(spelled.key, view))
     owner, key = np.concatenate(owners, axis=dim), np.concatenate(keys, axis=dim)
     out = call.algebra.result(call.shape, owner, key, parts, "joined")
-    return compress(out, [dim])
+    return compress(replace(out, fold=folds.of_parts(parts)), [dim])
 
 
 def _side_by_side(call: RuleContext, parts: list[Ownership], dim: int) -> Ownership | None:
@@ -326,7 +327,8 @@ def _side_by_side(call: RuleContext, parts: list[Ownership], dim: int) -> Owners
         entries.append(_one_entry(m, dim))
         sizes.append(m.shape[dim])
     name = (call.name, dim, sizes)
-    return replace(call.algebra.pointwise(name, *entries), shape=tuple(call.shape))
+    together = call.algebra.pointwise(name, *entries)
+    return replace(together, shape=tuple(call.shape), fold=folds.of_parts(parts))
 
 
 def _one_entry(x: Ownership, dim: int) -> Ownership:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from unbatch.analysis.domain.folds import is_sum
 from unbatch.analysis.domain.ownership import (
     SHARED,
     Array,
@@ -49,16 +50,18 @@ def scattered(
     if not accumulate:
         owner[spots], key[spots] = src_owner, src_key
     else:
-        sums_samples = False
+        sums = np.zeros(len(owner), dtype=bool)
+        of_sets = is_sum(base) and is_sum(src)
         for run in _equal_runs(spots):
             # All that lands at one place, and what was there: a sum over their samples.
             spot = spots[run[0]]
             owners = np.append(src_owner[run], owner[spot])[None]
             keys = np.append(src_key[run], key[spot])[None]
-            sum_owner, sum_key, several = algebra.sets.combine(owners, keys)
+            sum_owner, sum_key, several = algebra.sets.combine(owners, keys, of_sets)
             owner[spot], key[spot] = sum_owner[0], sum_key[0]
-            sums_samples = sums_samples or several
-        if sums_samples:
+            sums[spot] = several
+        if sums.any():
+            owner = np.where(sums, algebra.across_sets(owner, [base, src]), owner)
             root = algebra.statistic("sum", owner, owner.size, base.sources | src.sources)
     owner, key = owner.reshape(base.shape), key.reshape(base.shape)
     out = algebra.result(base.shape, owner, key, [base, src], "scattered", root)
