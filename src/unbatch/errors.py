@@ -203,6 +203,45 @@ MSG_ITERATOR = (
 )
 
 
+MSG_SYSTEM_RANDOM = (
+    "The program draws random numbers of the system ({name!r}, a random.SystemRandom), and nobody "
+    "can draw the same ones twice. Use torch's, or a random.Random with a seed."
+)
+
+
+MSG_LARGE_ARRAY = (
+    "The program writes to an array of {size} bytes, which is too large to be copied beforehand: "
+    "what was written to it has not been put back. Keep what forward writes in smaller arrays, or "
+    "in tensors."
+)
+
+
+MSG_LAYOUT = (
+    "The program writes to a tensor of layout {layout}, which cannot be put back afterwards. "
+    "Write to a dense copy of it: `x.to_dense()`."
+)
+
+
+MSG_NOT_PUT_BACK = (
+    "Something that the program changed could not be put back, as putting it back raised {kind}: "
+    "{value}. All else is as it was."
+)
+
+
+MSG_SPARSE = (
+    "{what} is a tensor of layout {layout}, whose samples cannot be exchanged for others. Pass a "
+    "dense one: `x.to_dense()`; or one that is not per-sample, with None in its place: "
+    "in_dims=((0, None), 0)."
+)
+
+
+MSG_SCRIPTED = (
+    "The model is compiled by TorchScript, the recording of it does not stand for it, and its "
+    "parameters cannot be exchanged for copies to run it by itself. Pass the module as it was "
+    "before torch.jit.script or torch.jit.trace."
+)
+
+
 MSG_SWAPPED = (
     "Are model and loss swapped? Problem takes the model first; "
     "here it is the loss that has parameters."

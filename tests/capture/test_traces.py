@@ -10,6 +10,7 @@ from collections import deque
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -228,3 +229,42 @@ def test_settings_that_are_not_set_back_are_caught(monkeypatch):
     with pytest.raises(AssertionError):
         test_a_question_leaves_no_trace("default type")
     switches.set_back(before)
+
+
+class Sealed(type):
+    """Lets nobody set an attribute of its classes by the usual way."""
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        raise TypeError("it is sealed")
+
+
+class Counts(metaclass=Sealed):
+    seen = 0
+
+
+def counts_in_spite(net: Any, x: torch.Tensor) -> torch.Tensor:
+    type.__setattr__(Counts, "seen", Counts.seen + 1)
+    net.kept.append(torch.rand(()))
+    return net.linear(x)
+
+
+def test_all_is_tried_where_something_cannot_be_put_back():
+    model = Net(counts_in_spite, kept=[])
+    problem = ub.Problem(model, squares, (torch.randn(N, D), torch.randn(N, D)))
+    random_state = torch.get_rng_state()
+    with pytest.raises(ub.CaptureError, match="it is sealed"):
+        problem.gradients()
+    assert model.kept == []
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_a_write_to_an_array_too_large_to_be_copied_is_an_error(monkeypatch):
+    def writes(net: Any, x: torch.Tensor) -> torch.Tensor:
+        net.kept[0] += 1
+        return net.linear(x)
+
+    monkeypatch.setattr(holders, "LARGEST_ARRAY", 2**10)
+    model = Net(writes, kept=np.zeros(2**10))
+    problem = ub.Problem(model, squares, (torch.randn(N, D), torch.randn(N, D)))
+    with pytest.raises(ub.CaptureError, match="array of 8192 bytes"):
+        problem.gradients()

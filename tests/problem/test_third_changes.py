@@ -8,11 +8,14 @@ import torch
 
 import unbatch as ub
 from cases.changes import D, N, squares
+from cases.hunt import kinds_of_place
 from cases.hunt import third_changes as third
 from cases.hunt.changes import CHANGES
 from cases.hunt.known import WRONG_TODAY
 from unbatch.errors import UnbatchError
 from unbatch.problem import spot_check
+
+PROGRAMS = {**third.CHANGES, **kinds_of_place.CHANGES}
 
 
 @pytest.fixture(autouse=True)
@@ -63,8 +66,8 @@ def outcome(
 
 def of_model(name: str) -> str:
     torch.manual_seed(0)
-    model, loss = third.CHANGES[name][0]()
-    change = third.CHANGES[name][1]
+    make, change = PROGRAMS[name]
+    model, loss = make()
     of_loss = third.LOSSES.get(name, lambda loss: None)
     data = torch.randn(N, D), torch.randn(N, D)
     return outcome(model, loss, data, [lambda: (change(model), of_loss(loss))])
@@ -104,7 +107,7 @@ def of_checked(name: str) -> str:
 
 
 CASES = {
-    **dict.fromkeys(third.CHANGES, of_model),
+    **dict.fromkeys(PROGRAMS, of_model),
     **dict.fromkeys(third.TWICE, of_two),
     **dict.fromkeys(third.OF_DATA, of_data),
     **dict.fromkeys(third.FUNCTIONS, of_function),

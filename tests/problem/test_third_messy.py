@@ -9,11 +9,13 @@ from torch import nn
 
 import unbatch as ub
 from cases.changes import D, N, squares
+from cases.hunt import kinds_of_place, third_settings
 from cases.hunt import third_messy as third
-from cases.hunt import third_settings
 from cases.hunt.known import WRONG_TODAY
 from cases.hunt.messy import MESSY
 from unbatch.errors import UnbatchError
+
+PROGRAMS = {**third.MESSY, **kinds_of_place.MESSY}
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +30,8 @@ def put_back() -> None:
         third.UNDO.pop()()
     third.COUNTS.update(calls=0, made=0)
     third.MADE.clear()
+    kinds_of_place.MADE.clear()
+    kinds_of_place.Noisy.looks = 0
     third.Tracked.calls = third_settings.CALLS = 0
     vars(third).pop("__warningregistry__", None)
 
@@ -54,7 +58,7 @@ def outcome(problem: ub.Problem, keeps: Callable[[], Any]) -> str:
 
 
 def of_model(name: str) -> str:
-    make, keeps = third.MESSY[name]
+    make, keeps = PROGRAMS[name]
     torch.manual_seed(0)
     model = make()
     problem = ub.Problem(model, squares, (torch.randn(N, D), torch.randn(N, D)))
@@ -65,7 +69,11 @@ def of_data(name: str) -> str:
     make, loss, make_data, keeps = third.OF_DATA[name]
     torch.manual_seed(0)
     model, data = make(), make_data()
-    return outcome(ub.Problem(model, loss, data), lambda: keeps(*data))
+    try:
+        problem = ub.Problem(model, loss, data)
+    except ub.InputError:
+        return "refused"
+    return outcome(problem, lambda: keeps(*data))
 
 
 def of_loss(name: str) -> str:
@@ -83,7 +91,7 @@ def of_loss(name: str) -> str:
 
 
 CASES = {
-    **dict.fromkeys(third.MESSY, of_model),
+    **dict.fromkeys(PROGRAMS, of_model),
     **dict.fromkeys(third.OF_DATA, of_data),
     **dict.fromkeys(third.OF_LOSS, of_loss),
 }

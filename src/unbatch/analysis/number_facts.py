@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -91,6 +92,8 @@ def alike(t: Tensor | None) -> tuple[int, ...]:
     """Return the dims along which all entries are equal; none where the numbers are not known."""
     if t is None or t.device.type == "meta" or not t.numel():
         return ()
+    if t.is_nested or t.layout != torch.strided:
+        return ()  # nobody looks into these
     dims = []
     for dim, size in enumerate(t.shape):
         # Along a dim of one entry there is nothing to be alike.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.nn import Parameter
 from torch.utils._pytree import tree_leaves, tree_map
 
 from unbatch.capture.iterators import holds_iterator, with_copies
@@ -38,6 +39,10 @@ def _copied(leaf: Any) -> Any:
 def _alias(leaf: Any) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
+    # Of PyTorch's own class, whose ops are seen; unless it does all of its ops itself.
+    is_derived = type(leaf) not in (Tensor, Parameter)
+    if is_derived and type(leaf).__torch_dispatch__ is Tensor.__torch_dispatch__:
+        leaf = leaf.as_subclass(Tensor)
     if leaf.is_inference():
         return leaf.clone()  # autograd keeps nothing that was made there
     return leaf.detach()

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unbatch.capture.holders import LARGEST_ARRAY, MISSING, Entries, Holder, Names, Slots, alike
+from unbatch.capture.holders import LARGEST_ARRAY, MISSING, Entries, Holder, Names, alike
 
 # What all numbers, structures, arrays and pointers of ``ctypes`` are.
 CDATA: type = ctypes.c_int.__mro__[2]
@@ -135,11 +135,15 @@ class Variable(Names):
             self.space.set(contextvars.Context().run(self.space.get))
 
 
-class Level(Slots):
+class Level(Names):
     """The level of a logger, which keeps what it has decided by it."""
 
     def __init__(self, space: logging.Logger) -> None:
         super().__init__(space, ("level",))
+
+    def look_up(self) -> Callable[[str, Any], Any]:
+        look_up: Callable[[str, Any], Any] = vars(self.space).get
+        return look_up
 
     def put(self, name: Any, value: Any) -> None:
         self.space.setLevel(value)
@@ -187,8 +191,10 @@ class Local(Entries):
 class Environment(Entries):
     """The variables of the environment; libraries of C read a copy, which is written to as well."""
 
+    methods = type(os.environ)
+
     def __init__(self) -> None:
-        super().__init__(os.environ)  # type: ignore[arg-type]
+        self.space = os.environ  # type: ignore[assignment]
 
     def same(self, mark: dict[str, str]) -> bool:
         return dict(self.space) == mark

@@ -23,6 +23,7 @@ from unbatch.capture.own_writes import Idle
 from unbatch.capture.program import Program
 from unbatch.capture.reachable import Reachable
 from unbatch.capture.switches import settings
+from unbatch.capture.trees import parts_of, version_of
 
 # Of a tensor with at most so many entries all are looked at; of a larger one, about some.
 SMALL = 4096
@@ -67,7 +68,8 @@ class Guard:
                 memories.add(storage_of(value.concrete))
         self.constants = []
         for tensor in self.reached.tensors:
-            if storage_of(tensor) in memories and is_strided(tensor):
+            # What a sparse one is made of, is no value of a graph.
+            if storage_of(tensor) in memories or not is_strided(tensor):
                 self.constants.append(tensor)
 
     # -- what there is --
@@ -76,7 +78,7 @@ class Guard:
         """Return what stays equal as long as the same is computed."""
         kinds = list(map(_kind_of, self._tensors()))
         # A constant in another memory is another constant: recordings refer to the old one.
-        addresses = [t.data_ptr() for t in self.constants]
+        addresses = [t.data_ptr() for t in _in_parts(self.constants)]
         return self.changes(), kinds, addresses, settings()
 
     def changes(self) -> list[tuple[int, Hashable]]:
@@ -95,7 +97,7 @@ class Guard:
 
         Of tensors in ``data`` some entries are among it.
         """
-        tensors = [t for t in (*self._tensors(), *self.constants) if t.layout == torch.strided]
+        tensors = _in_parts([*self._tensors(), *self.constants])
         versions, addresses = [], []
         for t in tensors:
             versions.append(version_of(t))
@@ -177,24 +179,31 @@ def _kind_of(t: Tensor) -> tuple[Any, ...]:
     return id(t), t.requires_grad, t.dtype, t.device, t.shape, hooks
 
 
-def version_of(t: Tensor) -> int:
-    """Return the number of writes to a tensor; there is none of those made in inference mode."""
-    return -1 if t.is_inference() else t._version
-
-
 def _views_of(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return views of some entries of the tensors that have any."""
     views = []
-    for t in tensors:
-        if is_strided(t) and t.numel() and t.device.type != "meta":
+    for t in _in_parts(tensors):
+        if t.numel() and t.device.type != "meta":
             views.append(_some(t))
     return views
+
+
+def _in_parts(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return tensors with what they are made of in place of sparse ones."""
+    parts: list[Tensor] = []
+    for t in tensors:
+        if is_strided(t):
+            parts.append(t)
+        else:
+            parts.extend(parts_of(t))
+    return parts
 
 
 def _some(t: Tensor) -> Tensor:
     """Return a view of some entries, spread evenly if they lie in order."""
     t = t.detach()
     if t.is_complex():
+        # Numbers that are marked as conjugated lie in memory as they were before.
         t = torch.view_as_real(t.conj() if t.is_conj() else t)
     if t.numel() <= SMALL:
         return t

@@ -33,7 +33,7 @@ class Weights(Entries):
 Kept = tuple[Holder, Hashable, Tensor]
 
 # Beside it, what stands there for a while.
-Replaced = tuple[Holder, Hashable, Tensor, Tensor]
+WithHistory = tuple[Holder, Hashable, Tensor, Tensor]
 
 
 class _Connected(torch.autograd.Function):
@@ -48,10 +48,9 @@ class _Connected(torch.autograd.Function):
         return g
 
 
-def replace_histories(places: Iterable[Kept]) -> list[Replaced]:
-    """Put others in place of tensors that have a history."""
+def replace_histories(places: Iterable[Kept], replaced: list[WithHistory]) -> None:
+    """Put others in place of tensors that have a history; note which in ``replaced``."""
     others: dict[int, Tensor] = {}
-    replaced = []
     for holder, name, t in places:
         if t.grad_fn is None:
             continue
@@ -60,10 +59,9 @@ def replace_histories(places: Iterable[Kept]) -> list[Replaced]:
                 others[id(t)] = _Connected.apply(t)
         holder.put(name, others[id(t)])
         replaced.append((holder, name, t, others[id(t)]))
-    return replaced
 
 
-def put_back_histories(replaced: Iterable[Replaced]) -> None:
+def put_back_histories(replaced: Iterable[WithHistory]) -> None:
     """Put the tensors back, but where the program has put something else."""
     for holder, name, t, other in replaced:
         if dict(holder.values()).get(name, MISSING) is other:

@@ -8,15 +8,19 @@ the place is as it was (``mark``, ``same``). Which places a program reaches is f
 from __future__ import annotations
 
 import contextlib
-from collections import deque
+import warnings
+from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from itertools import islice, repeat
-from operator import eq, is_
-from types import CellType, MethodType
+from operator import is_
+from types import CellType, FunctionType, MemberDescriptorType, MethodType
 from typing import Any
 
 import numpy as np
 import torch
+
+from unbatch import errors
+from unbatch.errors import CaptureError
 
 PLAIN = (int, float, bool, complex, str, bytes, type(None), np.generic)
 
@@ -39,8 +43,11 @@ MANY = 2**14
 # Bytes of an array of which all are looked at; of more, some entries.
 SMALL_ARRAY = 2**22
 
-# Arrays up to so many bytes are put back.
-LARGEST_ARRAY = 2**26
+# Arrays up to so many bytes are put back; for a program to write to a larger one is an error.
+LARGEST_ARRAY = 2**30
+
+# Containers of Python's own, from the most special one.
+CONTAINERS = (OrderedDict, dict, list, deque, set)
 
 
 class Holder:
@@ -87,46 +94,56 @@ class Holder:
 
 
 class Entries(Holder):
-    """A dict with all its entries, in their order."""
+    """A dict with all its entries, in their order.
+
+    ``methods``: the class whose methods are called on it.
+    """
+
+    methods: Any = dict
 
     def __init__(self, space: dict[Any, Any]) -> None:
         self.space = space
+        if type(space) is not dict:
+            self.methods = methods_of(space)
 
     def content(self) -> dict[Any, Any]:
-        return dict(self.space)
+        return dict(self.methods.items(self.space))
 
     def same(self, mark: dict[Any, Any]) -> bool:
-        space = self.space
-        if len(space) != len(mark):
+        space, methods = self.space, self.methods
+        if methods.__len__(space) != len(mark):
             return False
-        if len(space) > MANY:
-            return all(space.get(key, MISSING) is mark[key] for key in spread(mark))
-        return all(map(is_, space.values(), mark.values())) and all(map(eq, space, mark))
+        if len(mark) > MANY:
+            return all(methods.get(space, key, MISSING) is mark[key] for key in spread(mark))
+        if not all(map(is_, methods.values(space), mark.values())):
+            return False
+        return same_keys(methods.keys(space), mark.keys())
 
     def changed(self, mark: dict[Any, Any]) -> Iterator[Hashable]:
-        space = self.space
         if self.same(mark):
             return
+        space = self.content()
         for key in {**mark, **space}:
             if not alike(mark.get(key, MISSING), space.get(key, MISSING)):
                 yield key
         common = [key for key in space if key in mark]
-        if common != [key for key in mark if key in space]:
+        if not same_keys(common, [key for key in mark if key in space]):
             yield ORDER
 
     def restore(self, content: dict[Any, Any]) -> None:
-        space = self.space
-        unchanged = len(space) == len(content) and all(map(is_, space.values(), content.values()))
-        if unchanged and all(map(eq, space, content)):
+        now = self.content()
+        unchanged = len(now) == len(content) and all(map(is_, now.values(), content.values()))
+        if unchanged and same_keys(now, content):
             return  # a container of a class of its own may notice that it is written to
-        space.clear()
-        space.update(content)
+        self.methods.clear(self.space)
+        for key, value in content.items():
+            self.put(key, value)
 
     def values(self) -> Iterable[tuple[Hashable, Any]]:
-        return list(islice(self.space.items(), MANY))
+        return list(islice(self.methods.items(self.space), MANY))
 
     def put(self, name: Any, value: Any) -> None:
-        self.space[name] = value
+        self.methods.__setitem__(self.space, name, value)
 
 
 class Empty(Holder):
@@ -281,12 +298,99 @@ class Members(Names):
         delattr(self.space, name)
 
 
+class Absent(Holder):
+    """Names that a class or a module does not have, and may come to have."""
+
+    def __init__(self, owner: Any, names: Iterable[str]) -> None:
+        self.owner = owner
+        self.names = frozenset(names).difference(vars(owner))
+
+    def content(self) -> dict[str, Any]:
+        space = vars(self.owner)
+        return {name: space[name] for name in self.names.intersection(space)}
+
+    def same(self, mark: dict[str, Any]) -> bool:
+        if self.names.isdisjoint(vars(self.owner)):
+            return not mark
+        return not any(self.changed(mark))
+
+    def changed(self, mark: dict[str, Any]) -> Iterator[str]:
+        now = self.content()
+        for name in {**mark, **now}:
+            if mark.get(name, MISSING) is not now.get(name, MISSING):
+                yield name
+
+    def restore(self, content: dict[str, Any]) -> None:
+        for name in set(self.changed(content)):
+            if name in content:
+                self.put(name, content[name])
+            else:
+                delattr(self.owner, name)
+
+    def values(self) -> Iterable[tuple[Hashable, Any]]:
+        return list(self.content().items())
+
+    def put(self, name: Any, value: Any) -> None:
+        setattr(self.owner, name, value)
+
+
+class Patchable(Holder):
+    """All names of an installed class or module, in which others may exchange functions."""
+
+    def __init__(self, owner: Any) -> None:
+        self.owner = owner
+
+    def content(self) -> dict[str, Any]:
+        return vars(self.owner).copy()
+
+    def mark(self) -> tuple[list[Any], dict[str, Any]]:
+        return self.mark_of(self.content())
+
+    def mark_of(self, content: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+        return list(content.values()), content
+
+    def same(self, mark: tuple[list[Any], dict[str, Any]]) -> bool:
+        # One comparison of two lists: there are hundreds of names, and each question looks.
+        with contextlib.suppress(Exception):
+            return list(vars(self.owner).values()) == mark[0]
+        return False
+
+    def changed(self, mark: tuple[list[Any], dict[str, Any]]) -> Iterator[str]:
+        before, now = mark[1], vars(self.owner)
+        if self.same(mark):
+            return
+        for name in {**before, **now}:
+            if not alike(before.get(name, MISSING), now.get(name, MISSING)):
+                yield name
+
+    def restore(self, content: dict[str, Any]) -> None:
+        for name in list(self.changed(self.mark_of(content))):
+            if name in content:
+                self.put(name, content[name])
+            else:
+                delattr(self.owner, name)
+
+    def values(self) -> Iterable[tuple[Hashable, Any]]:
+        names = vars(self.owner).items()
+        return [(name, value) for name, value in names if isinstance(value, FunctionType)]
+
+    def put(self, name: Any, value: Any) -> None:
+        setattr(self.owner, name, value)
+
+
 class Slots(Names):
-    """The slots of an object."""
+    """The slots of an object: what their descriptors say, and no ``__getattr__`` of its class."""
+
+    def __init__(self, space: Any, names: Iterable[str]) -> None:
+        super().__init__(space, names)
+        self.slots = slots_of(type(space))
 
     def look_up(self) -> Callable[[str, Any], Any]:
         def look_up(name: str, default: Any) -> Any:
-            return getattr(self.space, name, default)
+            try:
+                return self.slots[name].__get__(self.space)
+            except AttributeError:  # nothing has been assigned yet
+                return default
 
         return look_up
 
@@ -341,43 +445,47 @@ class Classes(Holder):
 
 
 class Items(Holder):
-    """A list or a deque."""
+    """A list or a deque. ``methods``: the class whose methods are called on it."""
 
     def __init__(self, space: list[Any] | deque[Any]) -> None:
         self.space = space
+        self.methods = methods_of(space)
 
     def content(self) -> list[Any]:
-        return list(self.space)
+        return list(self.methods.__iter__(self.space))
 
     def same(self, mark: list[Any]) -> bool:
-        space = self.space
-        if len(space) != len(mark):
+        space, methods = self.space, self.methods
+        if methods.__len__(space) != len(mark):
             return False
         if len(mark) > MANY:
-            return all(space[i] is mark[i] for i in spread(range(len(mark))))
-        return all(map(is_, space, mark))
+            item = methods.__getitem__
+            return all(item(space, i) is mark[i] for i in spread(range(len(mark))))
+        return all(map(is_, methods.__iter__(space), mark))
 
     def changed(self, mark: list[Any]) -> Iterator[Hashable]:
         if self.same(mark):
             return
-        if len(self.space) != len(mark):
+        items = self.content()
+        if len(items) != len(mark):
             yield WHOLE
             return
-        for i, (before, now) in enumerate(zip(mark, self.space, strict=True)):
+        for i, (before, now) in enumerate(zip(mark, items, strict=True)):
             if not alike(before, now):
                 yield i
 
     def restore(self, content: list[Any]) -> None:
-        if len(self.space) == len(content) and all(map(is_, self.space, content)):
+        now = self.content()
+        if len(now) == len(content) and all(map(is_, now, content)):
             return
-        self.space.clear()
-        self.space.extend(content)
+        self.methods.clear(self.space)
+        self.methods.extend(self.space, content)
 
     def values(self) -> Iterable[tuple[Hashable, Any]]:
-        return list(enumerate(islice(self.space, MANY)))
+        return list(enumerate(islice(self.methods.__iter__(self.space), MANY)))
 
     def put(self, name: Any, value: Any) -> None:
-        self.space[name] = value
+        self.methods.__setitem__(self.space, name, value)
 
 
 class Elements(Holder):
@@ -387,23 +495,23 @@ class Elements(Holder):
         self.space = space
 
     def content(self) -> set[Any]:
-        return set(self.space)
+        return set(set.__iter__(self.space))
 
     def same(self, mark: set[Any]) -> bool:
-        return len(self.space) == len(mark) and self.space == mark
+        return set.__eq__(self.space, mark)
 
     def restore(self, content: set[Any]) -> None:
-        if self.space != content:
-            self.space.clear()
-            self.space.update(content)
+        if not self.same(content):
+            set.clear(self.space)
+            set.update(self.space, content)
 
     def values(self) -> Iterable[tuple[Hashable, Any]]:
-        elements = list(islice(self.space, MANY))
+        elements = list(islice(set.__iter__(self.space), MANY))
         return list(zip(elements, elements, strict=True))
 
     def put(self, name: Any, value: Any) -> None:
-        self.space.discard(name)
-        self.space.add(value)
+        set.discard(self.space, name)
+        set.add(self.space, value)
 
 
 class Bytes(Holder):
@@ -424,44 +532,53 @@ class Bytes(Holder):
 
 
 class Array(Holder):
-    """An array of numpy; of a large one, some entries are looked at."""
+    """An array of numpy; of a large one, some entries are looked at.
+
+    The content is a copy that is as locked as the array is; none of what is too large to copy.
+    """
 
     def __init__(self, array: np.ndarray[Any, Any]) -> None:
         self.array = array
 
-    def content(self) -> np.ndarray[Any, Any] | None:
+    def content(self) -> np.ndarray[Any, Any] | tuple[Any, ...]:
         if self.array.nbytes > LARGEST_ARRAY:
-            return None
-        return self.array.copy()
+            return self.mark()
+        copy = self.array.copy()
+        copy.flags.writeable = self.array.flags.writeable
+        return copy
 
     def mark(self) -> tuple[Any, ...]:
         return self.mark_of(self.array)
 
-    def mark_of(self, content: np.ndarray[Any, Any] | None) -> tuple[Any, ...]:
-        # One that is too large to be put back counts as what it is.
-        array = self.array if content is None else content
-        entries: Any = array
-        if array.nbytes > SMALL_ARRAY:
-            entries = array.flat[:: max(1, array.size // MANY)]
+    def mark_of(self, content: np.ndarray[Any, Any] | tuple[Any, ...]) -> tuple[Any, ...]:
+        if isinstance(content, tuple):
+            return content
+        entries: Any = content
+        if content.nbytes > SMALL_ARRAY:
+            entries = content.flat[:: max(1, content.size // MANY)]
         # The bytes, as not-a-numbers are not equal to themselves.
         values: Any = entries.tobytes()
-        if array.dtype.hasobject:
+        if content.dtype.hasobject:
             values = tuple(map(id, entries.flat))
-        return array.shape, array.dtype, values
+        return content.shape, content.dtype, values
 
     def same(self, mark: tuple[Any, ...]) -> bool:
         return self.mark() == mark
 
-    def restore(self, content: np.ndarray[Any, Any] | None) -> None:
-        array = self.array
-        if content is None or not array.flags.writeable:
+    def restore(self, content: np.ndarray[Any, Any] | tuple[Any, ...]) -> None:
+        if isinstance(content, tuple):
+            if not self.same(content):
+                raise CaptureError(errors.MSG_LARGE_ARRAY.format(size=self.array.nbytes))
             return
-        if array.shape != content.shape or array.dtype != content.dtype:
-            # Resized or viewed in place: only that can be undone which leaves the memory alone.
-            with contextlib.suppress(ValueError):
-                array.resize(content.shape, refcheck=False)
-        if array.tobytes() != content.tobytes():
-            array[...] = content
+        array = self.array
+        with contextlib.suppress(ValueError):  # of locked memory of others
+            if not _has_bytes_of(array, content):
+                if not array.flags.writeable:
+                    array.setflags(write=True)
+                _reshape(array, content)
+                array[...] = content
+            if array.flags.writeable != content.flags.writeable:
+                array.setflags(write=content.flags.writeable)
 
     def values(self) -> Iterable[tuple[Hashable, Any]]:
         if not self.array.dtype.hasobject:
@@ -469,7 +586,58 @@ class Array(Holder):
         return list(enumerate(islice(self.array.flat, MANY)))
 
 
+def _has_bytes_of(array: np.ndarray[Any, Any], content: np.ndarray[Any, Any]) -> bool:
+    if array.shape != content.shape or array.dtype != content.dtype:
+        return False
+    return array.tobytes() == content.tobytes()
+
+
+def _reshape(array: np.ndarray[Any, Any], content: np.ndarray[Any, Any]) -> None:
+    """Give an array the type and the shape of another, as far as its memory stays where it is."""
+    with contextlib.suppress(ValueError), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        if array.dtype != content.dtype:
+            array.dtype = content.dtype  # type: ignore[misc]
+        if array.shape != content.shape:
+            array.resize(content.shape, refcheck=False)
+
+
+# --- looking without calling code of the user -----------------------------------------------------
+
+
+def methods_of(space: Any) -> Any:
+    """Return the class of Python's own that a container is of: one derived from it may do more."""
+    for kind in type(space).__mro__:
+        if kind in CONTAINERS:
+            return kind
+    return type(space)
+
+
+def attributes_of(value: Any) -> Any:
+    """Return the dict with the attributes of an object; None if it has none."""
+    try:
+        return object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return None
+
+
+def slots_of(kind: type) -> dict[str, Any]:
+    """Return the slots of a class by their names."""
+    slots: dict[str, Any] = {}
+    for base in kind.__mro__:
+        for name, member in vars(base).items():
+            if isinstance(member, MemberDescriptorType):
+                slots.setdefault(name, member)
+    return slots
+
+
 # --- comparing ------------------------------------------------------------------------------------
+
+
+def same_keys(a: Iterable[Any], b: Iterable[Any]) -> bool:
+    """Return whether keys, of which there are equally many, are the same ones in one order."""
+    # Tensors, say, do not compare to one truth.
+    return all(map(is_, a, b)) or all(map(alike, a, b))
 
 
 def spread(items: Any) -> Iterator[Any]:
@@ -500,12 +668,20 @@ def contents(holders: Sequence[Holder]) -> list[Any]:
     return [holder.content() for holder in holders]
 
 
-def restore(holders: Sequence[Holder], before: Sequence[Any]) -> dict[int, set[Hashable]]:
-    """Put contents back, and return the names of what was changed, by the number of the holder."""
+def restore(
+    holders: Sequence[Holder], before: Sequence[Any], failures: list[Exception]
+) -> dict[int, set[Hashable]]:
+    """Put contents back, and return the names of what was changed, by the number of the holder.
+
+    What cannot be put back keeps nothing else from it: it is noted among the ``failures``.
+    """
     written: dict[int, set[Hashable]] = {}
     for i, (holder, content) in enumerate(zip(holders, before, strict=True)):
-        names = set(holder.changed(holder.mark_of(content)))
-        if names:
-            written[i] = names
-        holder.restore(content)
+        try:
+            names = set(holder.changed(holder.mark_of(content)))
+            if names:
+                written[i] = names
+            holder.restore(content)
+        except Exception as error:
+            failures.append(error)
     return written

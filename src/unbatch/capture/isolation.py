@@ -12,7 +12,8 @@ import functools
 import pickle
 import random
 import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FunctionType
@@ -27,13 +28,14 @@ from torch.utils._pytree import tree_map
 
 from unbatch.capture import ops
 from unbatch.capture.distributed import check_alone
-from unbatch.capture.histories import put_back_histories, replace_histories
+from unbatch.capture.histories import WithHistory, put_back_histories, replace_histories
 from unbatch.capture.holders import contents, restore
-from unbatch.capture.iterators import put_back_iterators, replace_iterators
+from unbatch.capture.iterators import Replaced, put_back_iterators, replace_iterators
 from unbatch.capture.python_values import Exports
 from unbatch.capture.reachable import Reachable
 from unbatch.capture.switches import all_settings, set_back
-from unbatch.capture.trees import tensors_in
+from unbatch.capture.trees import parts_of, tensors_in, version_of
+from unbatch.errors import MSG_LAYOUT, MSG_NOT_PUT_BACK, CaptureError
 
 C = TypeVar("C")
 
@@ -58,29 +60,35 @@ def untouched(
     if not isinstance(reached, Reachable):
         reached = Reachable(reached)
     before, settings = random_state(reached.generators), all_settings()
-    places, kept = reached.holders, contents(reached.holders)
+    kept = contents(reached.holders)
     tensors = [_TensorState.of(t) for t in reached.tensors]
     writes = _Writes()
+    replaced: list[Replaced] = []
+    histories: list[WithHistory] = []
     try:
         if seed is not None:
             set_random_state(seed)
-        replaced = replace_iterators(reached.iterators)
-        histories = replace_histories(reached.kept)
+        if reached.threads:
+            # A mode is a thread's own: what another one writes, it does not see.
+            for tensor in reached.tensors:
+                writes.save(tensor)
+        replace_iterators(reached.iterators, replaced)
+        replace_histories(reached.kept, histories)
         # Not always: PyTorch takes no fast path (of transformers, say) where such a mode is on.
         exports = Exports(writes.save_unseen) if reached.exports else nullcontext()
         with writes, exports:
             yield seed or before
     finally:
-        # Contents first, while tensors still lie where they were written to.
-        writes.undo()
-        set_back(settings)
-        put_back_iterators(replaced)
-        put_back_histories(histories)
-        _note_written(reached, restore(places, kept))
-        for state in tensors:
-            state.restore()
-        reached.draws |= _draws_in_python(seed or before, random_state(reached.generators))
-        set_random_state(before)
+        _put_all_back(
+            # Contents first, while tensors still lie where they were written to.
+            lambda _: writes.undo(),
+            lambda _: set_back(settings),
+            lambda _: put_back_iterators(replaced),
+            lambda _: put_back_histories(histories),
+            lambda failures: _put_places_back(reached, kept, failures),
+            lambda _: _put_tensors_back(tensors),
+            lambda _: _put_random_state_back(reached, before, seed or before),
+        )
 
 
 @contextmanager
@@ -94,10 +102,44 @@ def contents_untouched() -> Iterator[None]:
         writes.undo()
 
 
-def _note_written(reached: Reachable, written: dict[int, set[Hashable]]) -> None:
-    """Note what the program itself changes: whether it reads that, too, is another question."""
-    for i, names in written.items():
+def _put_all_back(*acts: Callable[[list[Exception]], None]) -> None:
+    """Put all back, and only then raise ``CaptureError`` where some of it cannot be.
+
+    An act raises, or notes among the failures that it is given, what went wrong.
+    """
+    failures: list[Exception] = []
+    for act in acts:
+        try:
+            act(failures)
+        except Exception as error:
+            failures.append(error)
+    if not failures:
+        return
+    first = failures[0]
+    if isinstance(first, CaptureError):
+        raise first  # says already what it is about
+    message = MSG_NOT_PUT_BACK.format(kind=type(first).__name__, value=first)
+    raise CaptureError(message) from first
+
+
+def _put_places_back(reached: Reachable, kept: list[Any], failures: list[Exception]) -> None:
+    """Put places back, and note what the program itself changes in them.
+
+    Whether it reads that, too, is another question.
+    """
+    for i, names in restore(reached.holders, kept, failures).items():
         reached.written.setdefault(i, set()).update(names)
+
+
+def _put_tensors_back(tensors: list[_TensorState]) -> None:
+    for state in tensors:
+        state.restore()
+
+
+def _put_random_state_back(reached: Reachable, before: Any, start: Any) -> None:
+    """Put random states back; note whether the program drew numbers in Python."""
+    reached.draws |= _draws_in_python(start, random_state(reached.generators))
+    set_random_state(before)
 
 
 # --- tensors --------------------------------------------------------------------------------------
@@ -126,7 +168,7 @@ class _TensorState:
     def restore(self) -> None:
         """Put all of it back; only what has changed is written to, which others may see."""
         t = self.tensor
-        if is_strided(t) and (t.data_ptr(), t.shape) != (self.data.data_ptr(), self.data.shape):
+        if _geometry(t) != _geometry(self.data):
             t.data = self.data
         if self.is_leaf and not t.is_leaf and not t._is_view():
             t.detach_()  # something was added to it that has a history
@@ -143,6 +185,16 @@ def _put_back_hooks(hooks: dict[int, Any] | None, before: dict[int, Any]) -> Non
     if hooks is not None and dict(hooks) != before:
         hooks.clear()
         hooks.update(before)
+
+
+def _geometry(t: Tensor) -> tuple[Any, ...]:
+    """Return where in memory a tensor lies, and how."""
+    if is_strided(t):
+        return t.data_ptr(), t.shape, t.stride()
+    if t.is_nested:
+        return ()  # its data cannot be exchanged
+    parts = parts_of(t)
+    return t.shape, [part.data_ptr() for part in parts], [part.shape for part in parts]
 
 
 # --- random states --------------------------------------------------------------------------------
@@ -199,19 +251,37 @@ def _state_of_generator(generator: Any) -> Any:
     if isinstance(generator, torch.Generator):
         return generator.get_state()
     if isinstance(generator, random.Random):
-        return generator.getstate()
+        # A class derived from it may do more.
+        return random.Random.getstate(generator)
     if isinstance(generator, np.random.RandomState):
         return generator.get_state()
-    return generator.bit_generator.state
+    if isinstance(generator, np.random.SeedSequence):
+        return generator.__reduce__()[2]  # the only way to how many children it has
+    if isinstance(generator, np.random.BitGenerator):
+        return generator.state, _state_of_seeds(generator)
+    return _state_of_generator(generator.bit_generator)
+
+
+def _state_of_seeds(bits: np.random.BitGenerator) -> Any:
+    """Return the state of the seeds of a generator, by which it makes others."""
+    if isinstance(bits.seed_seq, np.random.SeedSequence):
+        return _state_of_generator(bits.seed_seq)
+    return None
 
 
 def _set_generator(generator: Any, state: Any) -> None:
     if isinstance(generator, torch.Generator | np.random.RandomState):
         generator.set_state(state)
     elif isinstance(generator, random.Random):
-        generator.setstate(state)
+        random.Random.setstate(generator, state)
+    elif isinstance(generator, np.random.SeedSequence):
+        generator.__setstate__(state)  # type: ignore[attr-defined]
+    elif isinstance(generator, np.random.BitGenerator):
+        generator.state, of_seeds = state
+        if of_seeds is not None:
+            _set_generator(generator.seed_seq, of_seeds)
     else:
-        generator.bit_generator.state = state
+        _set_generator(generator.bit_generator, state)
 
 
 # --- inference mode -------------------------------------------------------------------------------
@@ -283,7 +353,7 @@ class _Writes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.saved: dict[int, tuple[Tensor, Tensor, Tensor, int]] = {}
-        self.own: dict[int, StorageWeakRef] = {}
+        self.own: dict[int, StorageWeakRef | weakref.ref[Tensor]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -304,7 +374,8 @@ class _Writes(TorchDispatchMode):
 
     def save(self, tensor: Tensor) -> None:
         """Copy the memory of a tensor from outside, unless it has been copied."""
-        if not is_strided(tensor):
+        if tensor.layout != torch.strided or tensor.is_nested:
+            self._save_parts(tensor)
             return
         storage = tensor.untyped_storage()
         if storage._cdata in self.own or storage._cdata in self.saved:
@@ -312,13 +383,27 @@ class _Writes(TorchDispatchMode):
         # All of the memory: other tensors may be windows on it, and the next write through them.
         entries = storage.nbytes() // tensor.element_size()
         whole = tensor.detach().as_strided((entries,), (1,), 0)
-        self.saved[storage._cdata] = (tensor, whole, whole.clone(), tensor._version)
+        self.saved[storage._cdata] = (tensor, whole, whole.clone(), version_of(tensor))
+
+    def _save_parts(self, tensor: Tensor) -> None:
+        """Copy the memories of a tensor that has several, as a sparse one."""
+        if -id(tensor) in self.own:
+            return
+        parts = parts_of(tensor)
+        if not parts:
+            raise CaptureError(MSG_LAYOUT.format(layout=tensor.layout))
+        for part in parts:
+            self.save(part)
 
     def _note_new(self, out: Any, arguments: Any) -> None:
         """Note the memories of results that are not those of arguments: views are not new."""
-        memories = set(map(storage_of, tensors_in(arguments)))
+        memories: set[int] = set()
+        for argument in tensors_in(arguments):
+            memories.update(_memories(argument))
         for result in tensors_in(out):
             if not is_strided(result):
+                if memories.isdisjoint(_memories(result)):
+                    self.own[-id(result)] = weakref.ref(result)
                 continue
             storage = result.untyped_storage()
             if storage._cdata not in memories:
@@ -328,10 +413,26 @@ class _Writes(TorchDispatchMode):
         """Put the contents back, with the versions that tell autograd of no write."""
         with torch.no_grad():
             for tensor, whole, content, version in self.saved.values():
-                whole.copy_(content)
-                torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
+                _put_content_back(whole, content)
+                if not tensor.is_inference():
+                    torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
         self.saved.clear()
         self.own.clear()
+
+
+def _put_content_back(whole: Tensor, content: Tensor) -> None:
+    storage = whole.untyped_storage()
+    if storage.nbytes() < content.nbytes:
+        storage.resize_(content.nbytes)  # it has been freed
+    with torch.inference_mode(whole.is_inference()):
+        whole.copy_(content)
+
+
+def _memories(tensor: Tensor) -> list[int]:
+    """Return a number for each memory that a tensor lies in, or one for the tensor itself."""
+    if is_strided(tensor):
+        return [tensor.untyped_storage()._cdata]
+    return [part.untyped_storage()._cdata for part in parts_of(tensor)] or [-id(tensor)]
 
 
 def is_strided(tensor: Tensor) -> bool:

@@ -11,6 +11,7 @@ import copy
 import functools
 import io
 import itertools
+import random
 import types
 import warnings
 import weakref
@@ -19,7 +20,7 @@ from typing import Any
 
 from unbatch.capture.code_names import is_installed_class
 from unbatch.capture.holders import MANY, Holder, alike
-from unbatch.errors import MSG_ITERATOR, CaptureError
+from unbatch.errors import MSG_ITERATOR, MSG_SYSTEM_RANDOM, CaptureError
 
 # Copies of these go on where the original is, and leave that where it is.
 EMPTY: tuple[Iterable[Any], ...] = ([], (), range(0), "", b"", {}, set())
@@ -47,6 +48,16 @@ class Exhaustible:
 
     # Each of them would use it up.
     send = throw = close = __next__
+
+
+class Unrepeatable:
+    """Stands for what draws its numbers from the system: it refuses before it draws any."""
+
+    def __init__(self, name: Hashable) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        raise CaptureError(MSG_SYSTEM_RANDOM.format(name=self._name))
 
 
 class Position(Holder):
@@ -87,12 +98,22 @@ def is_iterator(value: Any) -> bool:
     # A weak proxy has every method in its type, whatever it stands for.
     if kind in weakref.ProxyTypes or issubclass(kind, io.IOBase):
         return False
-    return issubclass(kind, types.GeneratorType) or is_installed_class(kind)
+    if issubclass(kind, types.GeneratorType):
+        return True
+    # One that has attributes is an object like others: what it goes through is among them. Loaders
+    # of data have processes as well.
+    has_attributes = kind.__dictoffset__ != 0 and not kind.__module__.startswith("torch.utils.data")
+    return is_installed_class(kind) and not has_attributes
+
+
+def is_used_up(value: Any) -> bool:
+    """Return whether a value changes as it is read, in a way that nothing can undo."""
+    return isinstance(value, random.SystemRandom) or is_iterator(value)
 
 
 def holds_iterator(value: Any) -> bool:
     """Return whether a value is an iterator, or has one inside that cannot be exchanged there."""
-    return is_iterator(value) or any(map(holds_iterator, _parts(value)))
+    return is_used_up(value) or any(map(holds_iterator, _parts(value)))
 
 
 def _parts(value: Any) -> tuple[Any, ...]:
@@ -108,14 +129,12 @@ def _parts(value: Any) -> tuple[Any, ...]:
     return ()
 
 
-def replace_iterators(places: Iterable[Replaced]) -> list[Replaced]:
-    """Put copies in place of iterators; return the originals with their places."""
+def replace_iterators(places: Iterable[Replaced], replaced: list[Replaced]) -> None:
+    """Put copies in place of iterators; note the originals with their places."""
     copies: dict[int, Any] = {}
-    replaced = []
     for holder, name, value in places:
         holder.put(name, _copied(value, name, copies))
         replaced.append((holder, name, value))
-    return replaced
 
 
 def put_back_iterators(replaced: Iterable[Replaced]) -> None:
@@ -142,6 +161,8 @@ def _made_again(value: Any, name: Hashable, copies: dict[int, Any]) -> Any:
     def copied(part: Any) -> Any:
         return _copied(part, name, copies)
 
+    if isinstance(value, random.SystemRandom):
+        return Unrepeatable(name)
     if is_iterator(value):
         # Newer Pythons copy fewer kinds: they warn of it, and then refuse.
         with warnings.catch_warnings(), contextlib.suppress(TypeError):

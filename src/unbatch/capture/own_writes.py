@@ -36,6 +36,7 @@ from unbatch.capture.holders import (
     Holder,
     Items,
     alike,
+    attributes_of,
 )
 from unbatch.capture.isolation import contents_untouched, set_random_state
 from unbatch.capture.iterators import Position
@@ -124,8 +125,8 @@ def idle(program: Program, inputs: Any, targets: Any, rng: tuple[Any, ...]) -> I
         return Idle()
     try:
         return _idle(written, reached.holders, counts, _Trial(program, inputs, targets, rng))
-    except (AttributeError, TypeError, ValueError):
-        return Idle()  # a class of its own lets nothing be put there
+    except Exception:
+        return Idle()  # a class of its own lets nothing be put there, or copies itself its own way
 
 
 def _idle(
@@ -306,7 +307,7 @@ def _moved(value: Any, sign: int, depth: int = 0) -> Any:
         return dict(zip(value, map(moved, value.values()), strict=True))
     if _is_changeable(value):
         return value + sign * FAR[2]
-    if type(getattr(value, "__dict__", None)) is dict and not isinstance(value, Tensor):
+    if type(attributes_of(value)) is dict and not isinstance(value, Tensor):
         return _with_moved_attributes(value, moved)
     return value
 

@@ -27,6 +27,7 @@ from unbatch.capture.steps import Ref, Step
 from unbatch.capture.tracer import Recorder, entry
 from unbatch.capture.trees import tensors_in
 from unbatch.capture.wrappers import inside, plainly
+from unbatch.errors import MSG_SCRIPTED, CaptureError
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,10 @@ class Program:
         """Return the same program on copies of its parameters (connected to them) and buffers.
 
         What the model writes to them then stays as it is until derivatives have been taken.
+        Raises ``CaptureError`` for a scripted model, whose parameters cannot be exchanged.
         """
+        if isinstance(self.inside, torch.jit.ScriptModule):
+            raise CaptureError(MSG_SCRIPTED)
         copies = {name: p.clone() for name, p in self.parameters.items()}
         model = self.inside
         if self.functional or not isinstance(model, nn.Module):

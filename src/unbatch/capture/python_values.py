@@ -33,7 +33,16 @@ ESCAPES = {
 }
 
 # Those whose memory other code may write to without PyTorch seeing it.
-EXPORTS = frozenset([Tensor.numpy, Tensor.__array__, Tensor.__dlpack__])
+EXPORTS = frozenset(
+    [
+        Tensor.numpy,
+        Tensor.__array__,
+        Tensor.__dlpack__,
+        Tensor.storage,
+        Tensor.untyped_storage,
+        Tensor._typed_storage,
+    ]
+)
 
 # Methods that read a tensor to print it.
 PRINTS = {"__repr__", "__str__", "__format__"}

@@ -10,17 +10,20 @@ what the program changed in them (``isolation.py``).
 from __future__ import annotations
 
 import array
+import concurrent.futures
 import functools
 import gc
 import importlib
+import logging
 import mmap
 import operator
 import os
 import random
 import sys
+import threading
 import types
 import weakref
-from collections import defaultdict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from itertools import repeat
 from operator import is_
@@ -29,14 +32,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._library.custom_ops import OPDEFS
 
 from unbatch.capture.code_names import (
     DYNAMIC,
     NAMESPACES,
+    THREADS,
     Reads,
     is_installed,
     is_installed_class,
     is_installed_module,
+    lies_in,
     names_in,
 )
 from unbatch.capture.foreign import (
@@ -55,6 +61,7 @@ from unbatch.capture.holders import (
     PLAIN_TYPES,
     VALUE_TYPES,
     WHOLE,
+    Absent,
     Array,
     Attributes,
     Bytes,
@@ -68,7 +75,10 @@ from unbatch.capture.holders import (
     Members,
     Names,
     OfTensors,
+    Patchable,
     Slots,
+    attributes_of,
+    methods_of,
     spread,
 )
 from unbatch.capture.iterators import BOUND, COPIED, Position, holds_iterator, is_iterator
@@ -130,18 +140,34 @@ EXPORTING = frozenset(
         "getattr",
         "np",
         "numpy",
+        "storage",
+        "untyped_storage",
     }
 )
 
 # Methods that make, copy or print objects: a program that runs does not call them unnamed.
-NOT_CALLED = ("__init__", "__post_init__", "__repr__", "__str__", "__reduce__", "__deepcopy__")
+NOT_CALLED = ("__repr__", "__str__", "__format__", "__reduce__", "__deepcopy__")
+MAKING = ("__init__", "__post_init__")
 
 METHODS = (types.FunctionType, types.MethodType)
 
-GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
+GENERATORS = (
+    torch.Generator,
+    random.Random,
+    np.random.Generator,
+    np.random.RandomState,
+    np.random.BitGenerator,
+    np.random.SeedSequence,
+)
+
+# What runs something in other threads.
+WORKERS = (threading.Thread, concurrent.futures.Executor)
 
 # There is nothing in these. By exact type: an object of a class derived from one is looked into.
 LEAVES = PLAIN_TYPES | VALUE_TYPES | {types.CodeType, type(...), type(NotImplemented)}
+
+# Of these, one is as good as another: code is not.
+NUMBERS = LEAVES - {types.CodeType}
 
 # What of a function can be exchanged.
 FUNCTION_PARTS = ("__code__", "__defaults__", "__kwdefaults__", "__name__", "__qualname__")
@@ -187,7 +213,8 @@ class Reachable:
         # and whether it drew random numbers that are not PyTorch's.
         self.written: dict[int, set[Hashable]] = {}
         self.draws = False
-        # ``exports``: whether code may hand out the memory of tensors.
+        # ``exports``: whether code may hand out the memory of tensors. ``threads``: whether other
+        # threads may write to them.
         # Code that is reached names more attributes, behind which there may be more code.
         names = Reads()
         while True:
@@ -197,6 +224,8 @@ class Reachable:
                 break
         self.marks = [holder.mark() for holder in self.holders]
         self.exports = not EXPORTING.isdisjoint(names.attributes | names.globals)
+        self.threads = walk.has_workers
+        self.threads |= not THREADS.isdisjoint(names.attributes | names.globals)
 
     @property
     def leaves_traces(self) -> bool:
@@ -212,7 +241,7 @@ class Reachable:
         for i, holder in enumerate(self.holders):
             if holder.same(self.marks[i]):
                 continue
-            if not all(type(v) in LEAVES for v in _values_at(holder, self.marks[i])):
+            if not all(type(v) in NUMBERS for v in _values_at(holder, self.marks[i])):
                 return False
             # Numbers alone differ, where nothing lies behind.
             self.marks[i] = holder.mark()
@@ -228,7 +257,7 @@ def _values_at(holder: Holder, mark: Any) -> Iterator[Any]:
             yield name  # a key of a dict may be an object
         elif name is WHOLE and now:
             yield from now.values()
-        elif isinstance(holder, Empty | Classes):
+        elif isinstance(holder, Empty | Classes | Absent):
             yield holder  # there is something new in it
 
 
@@ -259,6 +288,10 @@ class _Walk:
         self.whole: set[int] = set()
         self.own_spaces: dict[int, dict[str, Any]] = {}
         self.by_table = False
+        self.has_workers = False
+        # Classes that were looked into, and installed ones that methods may be given to.
+        self.kinds: dict[int, type] = {}
+        self.patchable: dict[int, type] = {}
 
     def run(self) -> None:
         """Fill the lists of what is reached afresh."""
@@ -268,6 +301,7 @@ class _Walk:
         for hooks in GLOBAL_HOOKS:
             self.follow(hooks)
         self.hold(Weights())
+        self.functions_of(nn.functional)
         for root in reached.roots:
             self.follow(root)
         while True:
@@ -277,6 +311,7 @@ class _Walk:
             if not (self.follow_globals() or self.follow_spaces() or self.follow_weak()):
                 break
         self.hold(OfTensors(self.of_tensors, self.named))
+        self.watch_missing_names()
         reached.holders.append(Empty(self.empty))
         reached.holders.append(Classes(self.objects))
 
@@ -321,14 +356,22 @@ class _Walk:
         elif isinstance(value, nn.Module):
             self.module(value)
         elif isinstance(value, GENERATORS):
-            self.reached.generators.append(value)
+            self.generator(value, depth)
         elif isinstance(value, type):
             self.user_class(value)
+            self.making(value)
         elif isinstance(value, types.ModuleType):
             pass  # by the names that functions read of it
         elif is_iterator(value):
             self.iterator(value, depth)
         elif not self.function(value, depth) and not self.container(value, depth):
+            self.plain_object(value, depth)
+
+    def generator(self, value: Any, depth: int) -> None:
+        """Note a generator of random numbers, and its attributes if its class is the user's."""
+        if not isinstance(value, random.SystemRandom):
+            self.reached.generators.append(value)
+        if not is_installed_class(type(value)):
             self.plain_object(value, depth)
 
     def iterator(self, value: Any, depth: int) -> None:
@@ -372,8 +415,8 @@ class _Walk:
             return False
         # A container of a class of its own may have methods and attributes as well.
         if not is_installed_class(type(value)):
-            self.follow(type(value))
-        if type(value).__module__ != "builtins" and hasattr(value, "__dict__"):
+            self.user_class(type(value))
+        if type(value).__module__ != "builtins" and _has_attributes(value):
             self.plain_object(value, depth)
         return True
 
@@ -397,6 +440,8 @@ class _Walk:
         for kind, holder in FOREIGN:
             if isinstance(value, kind):
                 self.hold(holder(value), depth)
+                if isinstance(value, logging.Logger):
+                    self.follow(value.handlers)
                 return True
         return False
 
@@ -413,13 +458,13 @@ class _Walk:
     def dictionary(self, value: dict[Any, Any], depth: int) -> None:
         if isinstance(value, defaultdict):
             self.hold(Slots(value, ("default_factory",)))
-        if not value:
+        if type(value) in (dict, OrderedDict) and not value:
             self.empty.append(value)
         elif value is sys.modules:
             self.by_table = True
         else:
             self.hold(Entries(value), depth)
-            for key in value:
+            for key in methods_of(value).keys(value):
                 if type(key) is not str:
                     self.follow(key, depth)
 
@@ -495,38 +540,53 @@ class _Walk:
             known.update(fresh)
             if not fresh:
                 continue
-            self.hold_named(Names(space, fresh))
+            self.hold(Names(space, fresh))
         if self.by_table:
             for space in self.own_spaces.values():
                 self.follow(sys.modules.get(space.get("__name__", "")))
+        if "ops" in self.found.attributes:
+            self.own_ops()
         # Attributes of Python modules are read by name, and any of the code may do so.
         modules = [m for m in self.visited.values() if isinstance(m, types.ModuleType)]
         for module in modules:
             self.python_module(module)
         return bool(self.queue or self.globals)
 
-    def hold_named(self, holder: Holder) -> None:
-        """Note names of a module, and follow what they stand for."""
-        self.hold(holder)
-        for _, value in holder.values():
-            if isinstance(value, type) and not is_installed_class(value):
-                self.follow(vars(value).get("__init__"))  # objects of it may be made
+    def own_ops(self) -> None:
+        """Follow the bodies of the ops that the user has registered and that code names."""
+        for name, op in list(OPDEFS.items()):
+            if self.found.attributes.issuperset(name.split("::")):
+                self.follow(op)
 
     def follow_spaces(self) -> bool:
         """Follow all names of modules where any may be read; return whether there was any new."""
         for space in self.spaces.values():
             if -id(space) not in self.whole:
                 self.whole.add(-id(space))
-                self.hold_named(Namespace(space))
+                self.hold(Namespace(space))
         return bool(self.queue)
+
+    def watch_missing_names(self) -> None:
+        """Note the names that code reads and that classes and the user's modules do not have."""
+        owners: dict[int, Any] = {}
+        for value in self.visited.values():
+            if isinstance(value, types.ModuleType) and not is_installed_module(value):
+                owners[id(value)] = value
+        for kind in self.kinds.values():
+            bases = [base for base in kind.__mro__ if not is_installed_class(base)]
+            owners.update(zip(map(id, bases), bases, strict=True))
+        named = self.names.attributes | self.names.stored
+        self.reached.holders += [Absent(owner, named) for owner in owners.values()]
 
     def python_module(self, module: types.ModuleType) -> None:
         """Note the names in a Python module that code reads."""
-        if module.__name__.startswith("unbatch"):
+        if lies_in(module.__name__, ("unbatch",)):
             return
         space = vars(module)
         if self.any_name and not is_installed_module(module):
             self.any_name_of(space)
+        if not is_installed_module(module):
+            self.follow(space.get("__getattr__"))
         known = self.visited.setdefault(-id(space), (space, set()))[1]
         named = self.found.attributes | self.found.stored
         fresh = [name for name in named if name in space and name not in known]
@@ -559,9 +619,8 @@ class _Walk:
     def tensor(self, value: Tensor, depth: int) -> None:
         """Note a tensor, and its attributes where it has any."""
         self.reached.tensors.append(value)
-        if type(value) not in (Tensor, nn.Parameter):
-            self.follow(type(value))
-        space = getattr(value, "__dict__", None)
+        self.user_class(type(value))
+        space = attributes_of(value)
         if space is None:
             return
         self.of_tensors.append(space)
@@ -573,7 +632,7 @@ class _Walk:
         """Note a module: all that its class may read, and its parts."""
         if id(module) not in self.weakly:
             self.reached.modules.append(module)
-        self.follow(type(module))
+        self.user_class(type(module))
         if isinstance(module, torch.jit.ScriptModule):
             self.reached.holders.append(Scripted(module))
         self.attributes(module, (*OWN_ATTRIBUTES, "forward"), 0)
@@ -581,21 +640,25 @@ class _Walk:
     def plain_object(self, value: Any, depth: int) -> None:
         """Note the attributes of an object."""
         kind = type(value)
-        if kind.__module__.startswith(CLOSED_BOOKS):
+        if kind is OrderedDict:
+            self.dictionary(attributes_of(value), depth)
+            return
+        if _is_closed(kind.__module__):
+            self.has_workers |= isinstance(value, WORKERS)
             self.closed_book(value)
             return
         if not is_installed_class(kind):
-            self.follow(kind)
+            self.user_class(kind)
         elif kind.__module__ not in DATA_MODULES:
             depth += 1
         if depth <= DEEPEST:
             self.attributes(value, (), depth)
-            if not hasattr(value, "__dict__"):
+            if attributes_of(value) is None:
                 self.referents(value, depth)
 
     def closed_book(self, value: Any) -> None:
         """Note the few attributes that decide something."""
-        space = getattr(value, "__dict__", {})
+        space = attributes_of(value) or {}
         names = [name for name in OPEN_PAGES if name in space]
         if names:
             self.hold(Names(space, names))
@@ -606,7 +669,7 @@ class _Walk:
         if id(value) not in self.weakly:
             self.objects.append(value)  # else it would live as long as this does
         everything = self.any_name or self.reads_all(kind)
-        space = getattr(value, "__dict__", None)
+        space = attributes_of(value)
         if isinstance(space, dict):
             if everything:
                 self.dictionary(space, depth)
@@ -631,17 +694,43 @@ class _Walk:
 
     def user_class(self, kind: type) -> None:
         """Note what a class has that is the user's, as far as code names it."""
+        if id(kind) in self.kinds:
+            return
+        self.kinds[id(kind)] = kind
+        self.has_workers |= issubclass(kind, WORKERS)
         self.follow(type(kind))
         for base in kind.__mro__:
             if not is_installed_class(base):
                 self.hold(Members(base, [n for n in vars(base) if self.is_asked_for(kind, n)]))
-            elif issubclass(base, nn.Module) and base is not nn.Module:
-                self.reached.holders.append(Members(base, ["forward"]))
+                if self.is_named("__match_args__"):
+                    self.found.add_words(vars(base).get("__match_args__", ()))
+            elif id(base) not in self.patchable and issubclass(base, (nn.Module, Tensor)):
+                self.patchable[id(base)] = base
+                self.functions_of(base)
+
+    def making(self, kind: type) -> None:
+        """Note what is called where an object of a class is made, as whoever has it may do."""
+        for base in kind.__mro__:
+            if not is_installed_class(base):
+                self.hold(Members(base, [name for name in MAKING if name in vars(base)]))
+
+    def functions_of(self, owner: Any) -> None:
+        """Note the functions of an installed class or module, and read those that are the user's.
+
+        They may be exchanged, as patches of libraries are.
+        """
+        holder = Patchable(owner)
+        self.reached.holders.append(holder)
+        for _, function in holder.values():
+            if not is_installed(function.__code__.co_filename):
+                self.follow(function)
 
     def is_asked_for(self, kind: type, name: str) -> bool:
         """Return whether anybody may ask a class for this."""
         if name.startswith("__"):
-            return name not in NOT_CALLED and isinstance(getattr(kind, name), METHODS)
+            if name in MAKING or (name in NOT_CALLED and name not in self.names.attributes):
+                return False
+            return isinstance(getattr(kind, name), METHODS)
         if self.any_name or self.is_named(name):
             return True
         # A method in place of one of a library's is called from there.
@@ -653,6 +742,11 @@ class _Walk:
             if is_installed_class(base) and base.__module__ not in PLAIN_BASES:
                 return True
         return False
+
+
+@functools.cache
+def _is_closed(module: str) -> bool:
+    return lies_in(module, CLOSED_BOOKS)
 
 
 class _Code(dict[str, Any]):
@@ -676,8 +770,20 @@ def _slots(kind: type) -> list[str]:
         slots = vars(base).get("__slots__", ())
         if isinstance(slots, str):
             slots = (slots,)
-        names += [n for n in slots if isinstance(vars(base).get(n), types.MemberDescriptorType)]
+        mangled = [_mangled(name, base) for name in slots]
+        names += [n for n in mangled if isinstance(vars(base).get(n), types.MemberDescriptorType)]
     return names
+
+
+def _mangled(name: str, kind: type) -> str:
+    """Return the name that Python gives to a private attribute of a class."""
+    if name.startswith("__") and not name.endswith("__"):
+        return f"_{kind.__name__.lstrip('_')}{name}"
+    return name
+
+
+def _has_attributes(value: Any) -> bool:
+    return attributes_of(value) is not None or bool(_slots(type(value)))
 
 
 def _inside(container: Any) -> list[Any]:

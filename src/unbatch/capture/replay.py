@@ -82,6 +82,9 @@ class Replay:
         """Return a tensor of the caller, or a copy of it if the steps will write to its memory."""
         if self.values[index].storage in self.overwritten:
             return tensor.clone()
+        # What a sparse tensor is made of lies in other memories than its own.
+        if self.overwritten and tensor.layout != torch.strided:
+            return tensor.clone()
         return tensor
 
     def _call(self, step: Step) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -11,6 +12,30 @@ from torch.utils._pytree import tree_leaves
 def tensors_in(tree: Any) -> list[Tensor]:
     """Return the tensors among the leaves of a tree."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def parts_of(tensor: Any) -> list[Tensor]:
+    """Return the tensors, each on one memory, that a tensor is made of; none where nobody knows.
+
+    That is the tensor itself unless it is sparse or nested.
+    """
+    if tensor.is_nested:
+        return [tensor.values(), tensor.offsets()] if tensor.layout == torch.jagged else []
+    layout = tensor.layout
+    if layout == torch.strided:
+        return [tensor]
+    if layout == torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return []
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return how often PyTorch saw a tensor written to; it does not count in inference mode."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def copied(leaf: Any) -> Any:

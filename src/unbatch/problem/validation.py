@@ -204,8 +204,13 @@ def _sized(what: str, tree: Any, dims: Sequence[int | None]) -> list[tuple[str, 
             raise InputError(errors.MSG_NESTED.format(what=what))
     sized = []
     for i, (leaf, d) in enumerate(zip(tree_leaves(tree), dims, strict=True)):
-        if d is not None:
-            sized.append((f"{what}[{i}]", leaf, d))
+        if d is None:
+            continue
+        if leaf.is_nested:
+            raise InputError(errors.MSG_NESTED.format(what=what))
+        if leaf.layout != torch.strided:
+            raise InputError(errors.MSG_SPARSE.format(what=f"{what}[{i}]", layout=leaf.layout))
+        sized.append((f"{what}[{i}]", leaf, d))
     return sized
 
 

@@ -32,6 +32,9 @@ def variant_of(rows: Tensor, others: Tensor, variant: str, generator: torch.Gene
         return _other_labels(rows, others, variant)
     if variant == "rolled":
         return others
+    if rows.dtype.itemsize == 1:
+        # PyTorch does no arithmetic with numbers of eight bits.
+        return variant_of(rows.float(), others.float(), variant, generator).to(rows.dtype)
     noise = torch.randn(rows.shape, generator=generator, dtype=torch.float64).to(rows)
     spread = rows.abs().mean() + 1e-3
     if variant == "noisy":

@@ -10,11 +10,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
-<<<<<<< HEAD
 from unbatch.analysis.domain.ownership import SHARED, Ownership, expand, shared
-from unbatch.analysis.rules.registry import EVERY, RuleContext, filled, pointwise, rule, summary
-=======
-from unbatch.analysis.domain.ownership import Ownership, expand, shared
 from unbatch.analysis.rules.registry import (
     EVERY,
     RuleContext,
@@ -24,7 +20,6 @@ from unbatch.analysis.rules.registry import (
     rule,
     summary,
 )
->>>>>>> ranks
 from unbatch.capture import ops
 
 # --- values from nowhere --------------------------------------------------------------------------
