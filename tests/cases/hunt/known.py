@@ -265,8 +265,6 @@ WRONG_THIRD = frozenset(
         # Methods of the user that looking and putting back call.
         "messy: a list that refuses to forget",
         "messy: a dict that makes what is looked at",
-        # Whole numbers and booleans that are drawn are not moved along with their samples.
-        "model: one token each, drawn",
         # All draws of one law have one key: which of them it is does not count.
         "model: noise drawn once, or twice",
         # A sum over all samples and one over some of them make one scalar of both.
@@ -311,11 +309,6 @@ WRONG_THIRD = frozenset(
         # Booleans and integers that the forward pass reads of parameters, and keeps for the loss.
         "split: the sign of a weight, kept",
         "split: large weights counted, kept",
-        # Groups of unequal size, and statistics of groups that are predictions themselves.
-        "model: ghost batch norm of four and two",
-        "model: centred in parts of four and two",
-        "model: pairs averaged, and given back to both",
-        "model: the mean of a group for all of it",
         # A scan or a search leaves of all ranks one number, or so many without names.
         "model: a Lorenz curve",
         "model: sums of ranks from above",
