@@ -16,12 +16,14 @@ from unbatch.analysis.domain.ownership import (
 from unbatch.analysis.domain.sample_layout import (
     Layout,
     contiguous_blocks,
+    in_its_group,
     in_its_place,
     in_order,
     layout_of,
     prediction_dim,
     uniform,
 )
+from unbatch.analysis.domain.sample_sets import SampleSets
 
 N = 3
 
@@ -71,6 +73,16 @@ def test_the_answers_fit_together(name):
     assert layout_of(value, N) == layout
     if order is not None:
         assert in_order(value, N) == order
+
+
+def test_a_set_is_in_place_where_its_samples_are():
+    sets = SampleSets(N)
+    pair = sets.owner_of(np.array([True, False, True]))
+    assert in_its_group(owned_by(pair, 1, pair), sets, leading=True)
+    assert in_its_group(owned_by(pair, SHARED, 2), sets, leading=True)
+    assert not in_its_group(owned_by(pair, pair, 2), sets, leading=True)
+    assert not in_its_group(owned_by(pair, MIXED, 2), sets, leading=True)
+    assert not in_its_group(owned_by(2, 1, 0), sets, leading=True)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from unbatch.analysis.domain.sample_layout import in_its_group
 from unbatch.analysis.explanations import REMEDY, WHY
 from unbatch.analysis.structure import Structure
 from unbatch.analysis.verdict import Culprit, Verdict
@@ -147,12 +148,28 @@ def _settle_forward(structure: Structure, experiment: Experiment) -> Structure:
         return structure.with_verdicts(independent, simd, given_statistics)
     difference = not_equivariant(experiment)
     simd = _refuted(simd, difference)
-    given_statistics = _refuted(given_statistics, difference)
+    if not _is_grouped(structure, experiment):
+        given_statistics = _refuted(given_statistics, difference)
     # Ranks say something only about dependence that is known to be there.
     is_open = given_statistics.status == "unknown" and independent.status == "fails"
     if is_open and _mixing_is_understood(structure, experiment):
         given_statistics = _settle_given_statistics(given_statistics, experiment)
     return structure.with_verdicts(independent, simd, given_statistics)
+
+
+def _is_grouped(structure: Structure, experiment: Experiment) -> bool:
+    """Return whether predictions depend on statistics of the groups that their samples are in.
+
+    Samples that change places may then change groups, which says nothing against statistics.
+    """
+    if not any(statistic.grouped for statistic in structure.statistics):
+        return False
+    forward, leading = experiment.findings.forward, experiment.findings.leading
+    algebra = forward.algebra
+    if algebra.uses_overlapping_sets():
+        return False
+    predictions = [forward[ref] for ref in experiment.graph.used_predictions]
+    return all(in_its_group(marks, algebra.sets, leading) for marks in predictions)
 
 
 def _settle_given_statistics(verdict: Verdict, experiment: Experiment) -> Verdict:
@@ -299,13 +316,11 @@ def _check_given_statistics(structure: Structure, experiment: Experiment) -> Che
     With the statistics held constant, other samples must not change a prediction in a single bit.
     """
     verdict = structure.simd_given_statistics
-    if not verdict:
-        return _check(verdict, "permute samples", not_equivariant(experiment))
-    # Permuting may move samples into other groups, which have other statistics.
-    if not any(statistic.grouped for statistic in structure.statistics):
+    difference = None
+    if not _is_grouped(structure, experiment):
         difference = not_equivariant(experiment)
-        if difference is not None:
-            return _check(verdict, "permute samples", difference)
+    if not verdict or difference is not None:
+        return _check(verdict, "permute samples", difference)
     test = "replace all other samples, statistics frozen"
     if structure.simd_forward:
         return Check(verdict.name, verdict.status, test, True, "no statistics are needed")

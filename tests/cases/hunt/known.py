@@ -39,7 +39,6 @@ WRONG_TODAY = frozenset(
         # Generators beside those that are known; arrays but for their entries.
         # Methods of the user that looking and putting back call.
         # Whole numbers and booleans that are drawn are not moved along with their samples.
-        "model: one token each, drawn",
         # All draws of one law have one key: which of them it is does not count.
         "model: noise drawn once, or twice",
         # A sum over all samples and one over some of them make one scalar of both.
@@ -55,12 +54,5 @@ WRONG_TODAY = frozenset(
         "model: outliers counted in a LongTensor",
         "model: outliers in a BoolTensor",
         "loss: over a count in a LongTensor",
-        # A copy into less precision is no copy.
-        # Booleans and integers that the forward pass reads of parameters, and keeps for the loss.
-        # Groups of unequal size, and statistics of groups that are predictions themselves.
-        "model: ghost batch norm of four and two",
-        "model: centred in parts of four and two",
-        "model: pairs averaged, and given back to both",
-        "model: the mean of a group for all of it",
     ]
 )

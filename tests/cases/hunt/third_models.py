@@ -638,6 +638,15 @@ def centred_in_four_and_two(net, x):
     return torch.cat([part - part.mean(0) for part in net.linear(x).split(4)])
 
 
+def pairs_of_neighbours(net, x):
+    return net.linear(x).view(3, 2, D).mean(1).repeat_interleave(2, 0)
+
+
+def centred_by_the_other_half(net, x):
+    h = net.linear(x)
+    return torch.cat([h[:3] - h[3:].mean(0), h[3:] - h[:3].mean(0)])
+
+
 def standardised_in_groups(net, x):
     h = net.linear(x).view(2, 3, D)
     return (h - h.mean(1, keepdim=True)).relu().view(N, D)
@@ -665,12 +674,14 @@ table(
         "pairs averaged, and given back to both": pairs_given_back,
         "the mean of a group for all of it": group_mean_alone,
         "views centred by their mean": mean_of_views,
+        "pairs of neighbours averaged": pairs_of_neighbours,
         "ghost batch norm of four and two": group_of_four_and_two,
         "centred in parts of four and two": centred_in_four_and_two,
     },
     accept_unknown=True,
     norm=norm(),
 )
+table(MIXED, {"centred by the other half": centred_by_the_other_half}, accept_unknown=True)
 # A sum over samples of several groups is no symmetric function of them.
 table(
     NO_STATISTICS,

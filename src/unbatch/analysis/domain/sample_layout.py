@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from unbatch.analysis.domain.ownership import SHARED, Array, Ownership, follow_samples, is_sample
+from unbatch.analysis.domain.sample_sets import SampleSets
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,27 @@ def in_its_place(value: Ownership, samples: int, leading: bool) -> bool:
     if dim is not None:
         return follow_samples(value.owner, dim, samples)
     return contiguous_blocks(value, samples) is not None
+
+
+def in_its_group(value: Ownership, sets: SampleSets, leading: bool) -> bool:
+    """Tell whether slice n of a prediction belongs to sample n, to a set that it is in, or to none.
+
+    As a prediction does that is the mean of the sample's group.
+    """
+    if value.mixed:
+        return False
+    if not value.grouped:
+        return in_its_place(value, sets.samples, leading)
+    dim = prediction_dim(value, sets.samples, leading)
+    # One owner for all slices is no set that all of them are in: that would be the whole batch.
+    if dim is None or value.owner.shape[dim] != sets.samples:
+        return False
+    slices = np.moveaxis(value.owner, dim, 0)
+    for n in range(sets.samples):
+        for owner in np.unique(slices[n]):
+            if owner != SHARED and not sets.members(owner)[n]:
+                return False
+    return True
 
 
 def contiguous_blocks(value: Ownership, samples: int) -> Array | None:
