@@ -158,10 +158,10 @@ class Propagation:
 
     def note_use(self, x: Ownership) -> None:
         """Note that values of samples use ``x``, if ``x`` is a statistic on its own."""
-        if not x.statistics or x.owned or x.mixed:
+        if not x.statistics or x.owned or x.mixed or not x.key.size:
             return
         # Where one entry stands for many numbers, these are what is used.
-        used = x.stands_for or x
+        used = _with_entries(x.stands_for or x)
         # What is not ranked has as many ranks as keys.
         ranked = max(used.ranked, 1)
         keys = frozenset(np.unique(used.key).tolist())
@@ -441,10 +441,12 @@ class Propagation:
 
 
 def _with_entries(x: Ownership) -> Ownership:
-    """``x``, or a constant if it has no elements: what is made of none is one."""
+    """``x``, or with one shared entry if it has no elements: what is made of none is alike."""
     if x.key.size:
         return x
-    return shared(x.shape, "empty", x.sources, np.flatnonzero(x.shape).tolist())
+    empty = shared(x.shape, "empty", (), np.flatnonzero(x.shape).tolist())
+    # That there are none may depend on the batch.
+    return replace(x, owner=empty.owner, key=empty.key)
 
 
 def _uneven(x: Ownership) -> bool:
