@@ -420,6 +420,24 @@ table(
 )
 
 
+# In another batch there may be some.
+table(
+    STATISTICS,
+    {
+        "the sum of no outliers": lambda n, x: n.linear(x) * (1 + outliers(x).sum()),
+        "the product of no outliers": lambda n, x: n.linear(x) * outliers(x).prod(),
+        "ones for no outliers": lambda n, x: n.linear(x) * (1 + torch.ones_like(outliers(x)).sum()),
+        "squares of no outliers, repeated": lambda n, x: (
+            n.linear(x) * (1 + outliers(x).expand(3, -1).reshape(-1).square().sum())
+        ),
+        "ones for no large mean": lambda n, x: (
+            n.linear(x) * (1 + torch.ones_like(x.mean(0)[x.mean(0) > 10]).sum())
+        ),
+    },
+    accept_unknown=True,
+)
+
+
 # ---------------------------------------------------------------- numbers that grow
 
 

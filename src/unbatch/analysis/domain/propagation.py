@@ -158,10 +158,10 @@ class Propagation:
 
     def note_use(self, x: Ownership) -> None:
         """Note that values of samples use ``x``, if ``x`` is a statistic on its own."""
-        if not x.statistics or x.owned or x.mixed:
+        if not x.statistics or x.owned or x.mixed or not x.key.size:
             return
         # Where one entry stands for many numbers, these are what is used.
-        used = x.stands_for or x
+        used = _with_entries(x.stands_for or x)
         # What is not ranked has as many ranks as keys.
         ranked = max(used.ranked, 1)
         keys = frozenset(np.unique(used.key).tolist())
@@ -301,11 +301,9 @@ class Propagation:
             self.record.nonlinear.add(self.step)
         if not linear:
             x = absorb(x)
+        x = _with_entries(x)
         ndim = len(x.shape)
         axes = normal_dims(range(ndim) if dims is None else dims, ndim)
-        if not x.key.size:
-            shape = with_one(x.shape, axes) if keepdim else without_dims(x.shape, axes)
-            return _of_nothing(name, x, shape)
         owner, key, combined = self._reduced(name, x, axes)
         if combined and len(self.sets):
             owner = self.across_sets(owner, [x])
@@ -392,11 +390,9 @@ class Propagation:
         that knows the order of samples is not symmetric in them. Where ranks do, each entry may
         be another number made of all of them.
         """
-        x = absorb(x)
+        x = _with_entries(absorb(x))
         if x.mixed:
             self.record.nonlinear.add(self.step)
-        if not x.key.size:
-            return shared(x.shape if shape is None else shape, ("empty", name), x.sources)
         ndim = len(x.shape)
         axes = normal_dims(dims, ndim)
         owner, key, ranked = x.owner, x.key, x.ranked
@@ -444,9 +440,13 @@ class Propagation:
 # --- parts of the operations ----------------------------------------------------------------------
 
 
-def _of_nothing(name: object, x: Ownership, shape: Dims) -> Ownership:
-    """What is made of no elements: a constant, whatever they would be; ``x`` has none."""
-    return shared(shape, ("empty", name), x.sources, range(len(shape)))
+def _with_entries(x: Ownership) -> Ownership:
+    """``x``, or with one shared entry if it has no elements: what is made of none is alike."""
+    if x.key.size:
+        return x
+    empty = shared(x.shape, "empty", (), np.flatnonzero(x.shape).tolist())
+    # That there are none may depend on the batch.
+    return replace(x, owner=empty.owner, key=empty.key)
 
 
 def _uneven(x: Ownership) -> bool:
