@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import _disable_current_modes
 
 from unbatch.capture.holders import MISSING, Entries, Holder
 
@@ -55,7 +54,7 @@ def replace_histories(places: Iterable[Kept], replaced: list[WithHistory]) -> No
         if t.grad_fn is None:
             continue
         if id(t) not in others:
-            with _disable_current_modes(), torch.enable_grad():
+            with torch.enable_grad():
                 others[id(t)] = _Connected.apply(t)
         holder.put(name, others[id(t)])
         replaced.append((holder, name, t, others[id(t)]))
