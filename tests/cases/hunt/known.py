@@ -27,9 +27,6 @@ WRONG_TODAY = frozenset(
         "messy: norms that a loss notes",
         # All draws of one law have one key: which of them it is does not count.
         "model: noise drawn once, or twice",
-        # Sizes of selections that PyTorch reads itself.
-        "model: ones expanded as the outliers",
-        "model: resized as the outliers",
         # Old constructors read tensors in a list unseen.
         "model: a count in a LongTensor",
         "model: a count in an IntTensor",
