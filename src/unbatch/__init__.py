@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+RENAMED = {"Norms": "SquaredNorms"}  # names of before, which go on working
+
 if TYPE_CHECKING:
     from unbatch import integrations as integrations
     from unbatch import plot as plot
@@ -25,6 +27,7 @@ else:  # a type checker takes a module that has `__getattr__` to have every attr
         if find_spec(f"{__name__}.{name}"):
             return import_module(f"{__name__}.{name}")
         public = import_module(f"{__name__}.public")
+        name = RENAMED.get(name, name)
         if name not in ("__all__", *public.__all__):
             here = sys.modules[__name__]
             raise AttributeError(

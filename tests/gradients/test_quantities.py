@@ -239,6 +239,10 @@ def test_the_same_quantity_twice_is_answered_twice():
     assert set(other) == set(first)
 
 
+def test_a_name_of_before_goes_on_working():
+    assert ub.Norms is ub.SquaredNorms
+
+
 def test_a_quantity_may_be_given_by_its_class():
     asked = problem("mlp, ce")
     by_class, variance = asked.compute(ub.SquaredNorms, ub.Variance())
