@@ -24,6 +24,7 @@ from unbatch.autodiff.contractions import matmul as products
 from unbatch.autodiff.contractions.row_block import RowBlock
 from unbatch.gradients import replayed_rows
 from unbatch.gradients.quantities import About, Basic, Collector
+from unbatch.problem import spot_check
 
 # ---------------------------------------------------------------- what must not change
 
@@ -351,6 +352,7 @@ def test_stopping_inside_the_engine_changes_nothing(by, place, at, error, monkey
     _ = problem.structure  # so that it is the sweep that stops
     countdown = Countdown(at, error)
     with monkeypatch.context() as patched:
+        patched.setattr(spot_check, "SHARE", 0.0)  # and no spot check before it
         patched.setattr(
             place.owner,
             place.name,
