@@ -124,7 +124,7 @@ def test_a_change_is_seen(name):
 
 @pytest.mark.parametrize("name", third.CHECKED)
 def test_a_change_is_seen_with_checks(name, monkeypatch):
-    monkeypatch.setattr(spot_check, "SHARE", 0.02)
+    monkeypatch.setattr(spot_check, "SHARE", 1e9)  # as after a pause
     wrong = of_checked(name) not in ("right", "refused")
     assert wrong == (f"change: {name}" in WRONG_TODAY)
 
