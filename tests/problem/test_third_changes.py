@@ -114,7 +114,7 @@ CASES = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
+@pytest.mark.filterwarnings("ignore:Sparse CS. tensor support is in beta:UserWarning")
 @pytest.mark.parametrize("name", CASES)
 def test_a_change_is_seen(name):
     result = CASES[name](name)
