@@ -16,8 +16,24 @@ import torch.utils._device
 from torch import _tensor_str
 from torch.backends import cuda, mha
 from torch.distributions import Distribution
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 C = torch._C
+
+
+def _modes() -> list[Any]:
+    """Return what changes functions and ops around a question, by class and plain attributes."""
+    modes = []
+    for mode in (*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()):
+        if type(mode).__module__.startswith("unbatch."):
+            continue  # sees, and changes nothing
+        attributes = {k: v for k, v in vars(mode).items() if isinstance(v, SIMPLE)}
+        modes.append((type(mode), attributes))
+    return modes
+
+
+SIMPLE = (int, float, bool, str, type(None), torch.device, torch.dtype)
 
 # Name -> how to read, and how to set what was read.
 SWITCHES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
@@ -61,6 +77,8 @@ SWITCHES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
         lambda old: torch.set_autocast_dtype("cuda", old),
     ),
     "decimals": (lambda: getcontext().__reduce__()[1][:6], lambda old: _set_decimals(old)),
+    # What a program enters it leaves itself: nothing is set back.
+    "modes": (_modes, lambda _: None),
     "floating point errors": (np.geterr, lambda old: np.seterr(**old)),
 }
 

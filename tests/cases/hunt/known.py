@@ -20,8 +20,6 @@ WRONG_TODAY = frozenset(
         "messy: a line added to a file",
         "messy: a file that is made",
         # Modes and settings around a question.
-        "change: a mode of functions",
-        "change: a mode of ops",
         "change: small numbers flushed",
         # Backward passes through a loss, outside of what puts back.
         "messy: norms that a loss notes",
