@@ -52,8 +52,13 @@ WINGS = {
 
 # Whatever starts with the key is known to these modules only.
 OWNERS = {
-    "torch.utils._python_dispatch": ("capture.tracer", "capture.isolation"),
-    "torch.overrides": ("capture.python_values", "autodiff.eager", "reference.isolated_samples"),
+    "torch.utils._python_dispatch": ("capture.tracer", "capture.isolation", "capture.switches"),
+    "torch.overrides": (
+        "capture.python_values",
+        "capture.switches",
+        "autodiff.eager",
+        "reference.isolated_samples",
+    ),
     "torch.fx": ("capture",),
     "torch.export": ("capture",),
     "torch.distributed": ("capture.distributed",),
