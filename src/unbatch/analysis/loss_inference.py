@@ -148,9 +148,13 @@ def _judge_split(evidence: LossEvidence) -> Verdict:
 def _may_enter_loss(evidence: LossEvidence, read: HostRead) -> bool:
     """Tell whether Python may bring a number made of parameters into the loss.
 
-    What the forward pass reads the loss may read from where it was kept. Sizes do not matter there.
+    What the forward pass reads the loss may read from where it was kept. Booleans and integers
+    matter there only if the program was seen to keep anything; sizes do not.
     """
-    if not read.in_loss and read.how == SIZE_READ:
+    graph = evidence.graph
+    is_number = graph.values[read.ref.index].dtype.is_floating_point
+    kept = graph.keeps and not graph.own_loss
+    if not read.in_loss and (read.how == SIZE_READ or not (is_number or kept)):
         return False
     return _reads_parameters(evidence, read)
 

@@ -100,6 +100,8 @@ class Graph:
     stale: bool = False
     # What ended the run before its end.
     stopped: Exception | None = None
+    # Whether the program was seen to keep something in a place of its own.
+    keeps: bool = False
     # Prediction -> the value that it is in the model, where samples were flattened behind that.
     folded: dict[int, int] = field(default_factory=dict)
 
