@@ -188,3 +188,10 @@ def moved(asked: ub.Problem, prediction: int, replaced, seed: int) -> bool:
     new = asked.program.model(experiment.changed(keep, "rolled", seed))[prediction]
     old = asked.program.model(asked.inputs)[prediction]
     return not torch.allclose(new, old, rtol=1e-4)
+
+
+def test_samples_of_one_number_each():
+    """The inputs have no axis but that of the samples."""
+    weights = torch.arange(1.0, N + 1)
+    asked = ub.Problem(lambda x: x * weights, lambda p, *_: p.sum(), (torch.randn(N), None))
+    assert asked.structure.simd_forward.status == "fails"

@@ -249,15 +249,20 @@ def _agree(a: Tensor, b: Tensor) -> bool:
 
 def _unequal(experiment: Experiment, inputs: Any, rows: Sequence[Tensor]) -> bool:
     """Return whether samples, or their predictions, are of very different size."""
-    sizes = [t.abs().flatten(1).amax(1) for t in rows if t.numel()]
+    sizes = [_size_of_each(t) for t in rows if t.numel()]
     for batch in (experiment.inputs, inputs):
         for x, dim in zip(tree_leaves(batch), experiment.dims, strict=True):
             if dim is not None and x.is_floating_point() and x.numel():
-                sizes.append(x.detach().abs().movedim(dim, 0).flatten(1).amax(1).to(sizes[0]))
+                sizes.append(_size_of_each(x.detach().movedim(dim, 0)).to(sizes[0]))
     all_sizes = torch.cat(sizes).nan_to_num(0, 0, 0)
     # Samples of zeros, such as padding, are no question of digits.
     present = all_sizes[all_sizes > 0]
     return bool(len(present)) and float(present.max()) > UNEQUAL * float(present.min())
+
+
+def _size_of_each(x: Tensor) -> Tensor:
+    """Return the largest magnitude of each sample; its entries may be a single number."""
+    return x.abs().reshape(len(x), -1).amax(1)
 
 
 def _narrowed(
