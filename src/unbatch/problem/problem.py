@@ -161,12 +161,7 @@ class Problem:
         given = inputs, targets
         inputs, targets = map(parse_tree, given)
         other = copy.copy(self)  # with the recording, which the first question moves or drops
-        fold = self.program.fold
-        if fold is not None:
-            # The sizes of the axes belong to the data.
-            fold = SampleAxes.of(fold.dims, inputs, targets)
-            inputs, targets = _folded(fold, inputs, targets)
-            other.program = replace(self.program, fold=fold)
+        inputs, targets = other._with_own_sizes(inputs, targets)
         other._given = given
         check_dims("X", inputs, self._dims)
         check_dims("y", targets, self._target_dims)
@@ -452,18 +447,22 @@ class Problem:
     def _read_data(self) -> None:
         """Read the containers of the data again, which may have got other entries."""
         inputs, targets = map(parse_tree, self._given)
-        fold = self.program.fold
         if signature(inputs, targets) == self._kind:
-            self.inputs, self.targets = _folded(fold, inputs, targets)
+            self.inputs, self.targets = _folded(self.program.fold, inputs, targets)
             return
-        if fold is not None:
-            fold = SampleAxes.of(fold.dims, inputs, targets)
-            self.program = replace(self.program, fold=fold)
-            inputs, targets = _folded(fold, inputs, targets)
+        inputs, targets = self._with_own_sizes(inputs, targets)
         x_dims, y_dims = self._in_dims
         self._dims = parse_dims("X", inputs, x_dims)
         self._target_dims = parse_dims("y", targets, y_dims)
         self._use(inputs, targets)
+
+    def _with_own_sizes(self, inputs: Any, targets: Any) -> tuple[Any, Any]:
+        """Return data with several axes of samples as one; their sizes belong to the data."""
+        fold = self.program.fold
+        if fold is not None:
+            fold = SampleAxes.of(fold.dims, inputs, targets)
+            self.program = replace(self.program, fold=fold)
+        return _folded(fold, inputs, targets)
 
     def _loss_of(self, output: Any) -> Tensor:
         """Return the loss; that it is a scalar tensor was checked when the program was recorded."""

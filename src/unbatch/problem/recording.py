@@ -47,17 +47,11 @@ class Batch:
     @property
     def signature(self) -> tuple[Any, ...]:
         """Return what decides which computation runs: structure, shapes, types, devices."""
-        return signature(*map(parse_tree, self.given))
+        return signature(*self.read())
 
-    @property
-    def identity(self) -> tuple[Any, ...]:
-        """Return what changes when any entry of the data changes."""
-        return identity(*map(parse_tree, self.given))
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """Return the tensors in the data, as the user has them."""
-        return tensors_in(list(map(parse_tree, self.given)))
+    def read(self) -> list[Any]:
+        """Return inputs and targets as the user has them at this moment."""
+        return list(map(parse_tree, self.given))
 
 
 @dataclass(frozen=True)
@@ -150,7 +144,8 @@ def state_of(guard: Guard, batch: Batch) -> tuple[Any, ...]:
 
 def numbers_of(guard: Guard, batch: Batch) -> tuple[Any, ...]:
     """Return what identifies the values of parameters, buffers and data."""
-    return guard.numbers(batch.tensors), batch.identity
+    data = batch.read()
+    return guard.numbers(tensors_in(data)), identity(*data)
 
 
 # --- recording ------------------------------------------------------------------------------------
