@@ -9,17 +9,16 @@ some of these ops exist on a CPU as compositions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cases.device_rows import APART, PLAIN, REFUSED, RULE, Decorator, Family, Row, lent
+from cases.device_rows import APART, PLAIN, REFUSED, RULE, Decorator, Family, Row, lent, pulled_back
 
 aten = torch.ops.aten
-AUTOGRAD_KEYS = (torch._C.DispatchKey.AutogradCPU, torch._C.DispatchKey.ADInplaceOrView)
 
 RNN_MODES = {0: torch._VF.rnn_relu, 1: torch._VF.rnn_tanh, 2: torch._VF.lstm, 3: torch._VF.gru}
 LSTM = 2
@@ -34,40 +33,6 @@ FAMILIES = (DROPOUT, RECURRENCES, CELLS, ATTENTION, LOSSES, NORMALISATION, GRIDS
 def registered() -> AbstractContextManager[None]:
     """Inside, a CPU has the ops of a GPU."""
     return lent(*FAMILIES)
-
-
-@contextmanager
-def autograd_inside() -> Iterator[None]:
-    """Record operations inside of a kernel, which runs below autograd otherwise."""
-    excluded = torch._C._dispatch_tls_local_exclude_set()
-    for key in AUTOGRAD_KEYS:
-        excluded = excluded.remove(key)
-    with (
-        torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded),
-        torch.enable_grad(),
-    ):
-        yield
-
-
-def pulled_back(
-    function: Callable[..., Any],
-    inputs: Sequence[Tensor | None],
-    cotangents: Sequence[Tensor | None],
-) -> list[Tensor | None]:
-    """Return the vjp of a composition of plain ops."""
-    with autograd_inside():
-        leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
-        outputs = function(*leaves)
-        if isinstance(outputs, Tensor):
-            outputs = [outputs]
-        pairs = [(o, g) for o, g in zip(outputs, cotangents, strict=False) if g is not None]
-        moving = [x for x in leaves if x is not None]
-        grads = iter(
-            torch.autograd.grad(
-                [o for o, _ in pairs], moving, [g for _, g in pairs], allow_unused=True
-            )
-        )
-    return [None if x is None else next(grads) for x in inputs]
 
 
 def _seeds() -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cases.device_kernels import BATCH_NORMS, NORMS
+from cases.device_kernels_composed import BACKWARD_ONLY, COMPOSED, UNKNOWN_ROWS
 from cases.device_kernels_other import (
     ATTENTION,
     CELLS,
@@ -69,6 +70,7 @@ FORWARD = (
     ),
     *CELLS.rows,
     *ATTENTION.rows,
+    *COMPOSED.rows,
     Row(
         "_scaled_dot_product_attention_math",
         "`scaled_dot_product_attention`",
@@ -90,12 +92,6 @@ FORWARD = (
         ("test_the_fast_path_of_transformers",),
         "structure; it has no derivatives",
     ),
-    Row("_flash_attention_forward", "called by name, `varlen_attn`, nested tensors", UNKNOWN),
-    Row("_flash_attention_forward_no_dropout_inplace", "called by name", UNKNOWN),
-    Row("_efficient_attention_forward", "called by name, nested tensors", UNKNOWN),
-    Row("_cudnn_attention_forward", "called by name, nested tensors", UNKNOWN),
-    Row("_triton_multi_head_attention", "called by name", UNKNOWN),
-    Row("_triton_scaled_dot_attention", "called by name", UNKNOWN),
     *LOSSES.rows,
     Row("_use_miopen_ctc_loss", "the same on ROCm", RULE, (), "reads lengths and shapes"),
     *NORMALISATION.rows,
@@ -124,52 +120,20 @@ FORWARD = (
     Row("addmm", "`torch.addmm(.., out_dtype=)`", RULE, (), TYPED),
     Row("baddbmm", "`torch.baddbmm(.., out_dtype=)`", RULE, (), TYPED),
     Row(
-        "_cudnn_init_dropout_state",
-        "`nn.LSTM(.., dropout=p)`",
-        UNKNOWN,
-        (),
-        "it depends on no batch",
-    ),
-    Row(
         "_cudnn_rnn_flatten_weight", "`flatten_parameters`, outside of a forward pass", NOT_FORWARD
     ),
-    Row("_philox_key_fold_in", "`torch.func` random keys", UNKNOWN),
-    Row("_philox_key_split", "`torch.func` random keys", UNKNOWN),
-    Row("_philox_normal_", "`torch.func` random keys", UNKNOWN),
-    Row("_philox_uniform_", "`torch.func` random keys", UNKNOWN),
     Row("_fill_mem_eff_dropout_mask_", "tests of PyTorch", NOT_FORWARD),
     Row("_mixed_dtypes_linear", "weights in eight bits", NOT_FORWARD),
     Row("_convert_weight_to_int4pack", "weights in four bits", NOT_FORWARD),
     Row("_weight_int4pack_mm", "weights in four bits", NOT_FORWARD),
-    Row("_scaled_grouped_mm", "products in eight bits", UNKNOWN),
-    Row("_scaled_grouped_mm_v2", "products in eight bits", UNKNOWN),
-    Row("_cslt_compress", "semi-structured sparsity", UNKNOWN),
-    Row("_cslt_sparse_mm", "semi-structured sparsity", UNKNOWN),
-    Row("_cslt_sparse_mm_search", "semi-structured sparsity", UNKNOWN),
-    Row("_sparse_semi_structured_addmm", "semi-structured sparsity", UNKNOWN),
-    Row("_sparse_semi_structured_apply", "semi-structured sparsity", UNKNOWN),
-    Row("_sparse_semi_structured_apply_dense", "semi-structured sparsity", UNKNOWN),
-    Row("_sparse_semi_structured_linear", "semi-structured sparsity", UNKNOWN),
-    Row("_sparse_semi_structured_mm", "semi-structured sparsity", UNKNOWN),
-    Row("_sparse_semi_structured_tile", "semi-structured sparsity", UNKNOWN),
-    Row("_to_sparse_semi_structured", "semi-structured sparsity", UNKNOWN),
-    Row("record_stream", "copies between streams", UNKNOWN, (), "it returns nothing"),
-)
-
-# What runs in backward passes without a kernel of ours.
-BACKWARD_ONLY = (
-    Row("_cudnn_attention_backward", "", BACKWARD),
-    Row("_efficient_attention_backward", "", BACKWARD),
-    Row("_flash_attention_backward", "", BACKWARD),
-    Row("batch_norm_backward_elemt", "", BACKWARD),
-    Row("batch_norm_backward_reduce", "", BACKWARD),
+    *UNKNOWN_ROWS,
 )
 
 
 def backward_rows() -> list[Row]:
     """The rows of all ops of backward passes, by name."""
     rows = list(BACKWARD_ONLY)
-    for family in (*FAMILIES, BATCH_NORMS):
+    for family in (COMPOSED, *FAMILIES, BATCH_NORMS):
         rows += family.backward_rows
     return sorted(rows, key=lambda row: row.op)
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,15 @@ from torch import Tensor, nn
 
 import unbatch as ub
 from cases.device_kernels import BATCH_NORMS, NORMS
-from cases.device_kernels_other import FAMILIES, registered
+from cases.device_kernels_composed import COMPOSED
+from cases.device_kernels_other import FAMILIES
+from cases.device_nets import Net
 from cases.device_ops_table import PAGE, ROWS, page
-from cases.device_rows import Row
+from cases.device_rows import Case, E, H, N, Row, T, lent
 from unbatch.analysis import interpreter
 from unbatch.analysis.completeness import as_list
 from unbatch.analysis.rules import recurrences
-from unbatch.capture import ops
+from unbatch.capture import device_ops, ops
 from unbatch.capture.device_ops import SAME_AS
 from unbatch.errors import StructureError
 from unbatch.verification import verify
@@ -35,7 +38,6 @@ from unbatch.verification import verify
 F = nn.functional
 aten = torch.ops.aten
 
-N, T, E, H = 5, 4, 3, 3
 VERDICTS = (
     "independent_forward",
     "simd_forward",
@@ -51,34 +53,8 @@ MIXING: dict[str, Any] = {}
 
 @pytest.fixture(autouse=True)
 def _device_ops() -> Iterator[None]:
-    with registered():
+    with lent(COMPOSED, *FAMILIES):
         yield
-
-
-class Net(nn.Module):
-    """Modules that cases share. ``device``: with the op of a GPU; ``centred``: behind a mean over
-    the batch.
-    """
-
-    def __init__(self, forward: Any, device: bool, centred: bool = False, **rnn: Any) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.run, self.device, self.centred = forward, device, centred
-        kind = rnn.pop("kind", None)
-        if kind is not None:
-            self.rnn = kind(E, H, **rnn)
-        self.inner = nn.Linear(E, E)
-        self.weight = nn.Parameter(torch.randn(E, 1, 3, 3))
-        self.gain = nn.Parameter(torch.rand(E) + 0.5)
-        self.matrix = nn.Parameter(torch.randn(4 * E, E))
-        self.shift = nn.Parameter(torch.randn(4 * E))
-        self.out = nn.LazyLinear(3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.inner(x)
-        if self.centred:
-            h = h - h.mean(0)
-        return self.out(self.run(self, h).flatten(1))
 
 
 def case(name: str, **rnn: Any) -> Callable[[Any], Any]:
@@ -508,6 +484,22 @@ def _(net, x):
     return F.affine_grid(theta, [N, 1, 2, 3], align_corners=True)
 
 
+# --- ops that are recorded as plain ones: their cases stand at their kernels ----------------------
+
+
+def switched(one: Case) -> Any:
+    """A case with the op, or with its kernel as plain PyTorch."""
+    op, kernel = getattr(aten, one.op), COMPOSED.kernels[one.op]
+    return lambda net, x: one.call(net, x, op if net.device else kernel)
+
+
+for name_, one_ in COMPOSED.cases.items():
+    case(name_)(switched(one_))
+
+for name_, one_ in COMPOSED.mixing_cases.items():
+    mixing(name_)(switched(one_))
+
+
 # --- every case against plain ops -----------------------------------------------------------------
 
 QUESTIONS: dict[str, Callable[[ub.Problem], Tensor]] = {
@@ -765,6 +757,97 @@ def test_weights_of_onednn_that_are_made_of_a_sample() -> None:
     assert asked.structure.independent_forward.status != "holds"
 
 
+# --- what is recorded as plain ops ----------------------------------------------------------------
+
+
+def flash_attention(**changes: Any) -> ub.Problem:
+    """A model with one head of attention; ``changes``: of the arguments of the op."""
+    how = {"dropout_p": 0.0, "is_causal": False, "return_debug_mask": False, **changes}
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        q = x.unsqueeze(2)
+        return aten._flash_attention_forward(q, q, q, None, None, T, T, **how)[0]
+
+    return problem(run, {}, True)
+
+
+@pytest.mark.parametrize("changes", [{"window_size_left": 1}, {"dropout_p": 0.5}], ids=str)
+def test_a_call_that_is_no_such_function_is_unknown(changes: dict[str, Any]) -> None:
+    assert flash_attention().structure.independent_forward.basis == "proved"
+    found = flash_attention(**changes).structure
+    assert "_flash_attention_forward" in str(found.unknown_ops)
+    assert found.independent_forward.basis != "proved"
+
+
+def test_notes_of_a_library_that_a_model_reads_are_unknown() -> None:
+    def run(net: Any, x: Tensor) -> Tensor:
+        q = x.unsqueeze(2)
+        out, normalisation, *_ = aten._flash_attention_forward(
+            q, q, q, None, None, T, T, 0.0, False, False
+        )
+        return out.squeeze(2) * normalisation.sum()
+
+    assert problem(run, {}, True).structure.independent_forward.status != "holds"
+
+
+def test_a_composition_that_is_another_function_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the comparison of a recording with its model, before anything is derived from it."""
+    row = SAME_AS["_flash_attention_forward"]
+    forgets = replace(row, ignored=row.ignored | {"is_causal"}, taken=row.taken - {"is_causal"})
+    function = partial(row.function, is_causal=False)
+    monkeypatch.setitem(SAME_AS, "_flash_attention_forward", replace(forgets, function=function))
+    true = CASES["_flash_attention_forward causal"][0]
+    asked, plain = problem(true, {}, True), problem(true, {}, False)
+    assert "off by" in asked.plan(ub.DiagGGN()).reason
+    torch.testing.assert_close(asked.gradients().flat(), plain.gradients().flat())
+
+
+def test_results_of_a_composition_have_their_own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written to them afterwards is written to no operand. The grid of one point is where
+    the origin goes, which is a window on ``theta``.
+    """
+    row = SAME_AS["cudnn_affine_grid_generator"]
+    window = replace(
+        row,
+        function=lambda theta: theta[:, None, None, :, 2],
+        taken=frozenset({"theta"}),
+        ignored=frozenset("NCHW"),
+    )
+    monkeypatch.setitem(SAME_AS, "cudnn_affine_grid_generator", window)
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        # In memory the origins of all samples lie together, as a grid does.
+        theta = (x[:, :2] * net.gain).permute(2, 0, 1).contiguous().permute(1, 2, 0)
+        grid = theta[:, None, None, :, 2].clone()
+        if net.device:
+            grid = aten.cudnn_affine_grid_generator(theta, N, 1, 1, 1)
+        grid.mul_(2)
+        return torch.cat([grid.flatten(1), theta.tanh().flatten(1)], 1)
+
+    ours, plain = problem(run, {}, True), problem(run, {}, False)
+    assert ours.plan(ub.DiagGGN()).reason == plain.plan(ub.DiagGGN()).reason
+    for question in ("component", "product", "diagonal"):
+        torch.testing.assert_close(QUESTIONS[question](ours), QUESTIONS[question](plain))
+
+
+@pytest.mark.parametrize("name", SAME_AS)
+def test_a_composition_names_arguments_of_its_ops(name: str) -> None:
+    """A word that no op of the row knows is a mistake: the argument it means is ignored."""
+    row, known = SAME_AS[name], set()
+    for other, shared in SAME_AS.items():
+        if shared is row:
+            packet = getattr(aten, other)
+            for overload in packet.overloads():
+                known |= set(ops.argument_names(getattr(packet, overload)))
+    assert row.taken - known == set()
+    assert name.startswith(("cudnn_", "miopen_", "_cudnn_")) or row.ignored - known == set()
+
+
+def test_a_second_composition_of_an_op_is_refused() -> None:
+    with pytest.raises(ValueError, match="_cudnn_ctc_loss"):
+        device_ops.same_as("_cudnn_ctc_loss")(lambda log_probs: log_probs)
+
+
 # --- the table ------------------------------------------------------------------------------------
 
 
@@ -789,6 +872,13 @@ def unlisted(rows: Iterable[Row]) -> list[str]:
 
 def test_the_table_has_every_op_that_only_a_gpu_has() -> None:
     assert unlisted(ROWS) == []
+
+
+def test_no_op_has_two_rows() -> None:
+    """An op that has a kernel now is unknown no more: its other row goes."""
+    listed = [row.op for row in ROWS]
+    twice = {op for op in listed if listed.count(op) > 1}
+    assert not twice, f"{twice}: take the row at the end of device_kernels_composed.py out"
 
 
 def test_an_op_that_the_table_leaves_out_is_seen() -> None:
@@ -833,6 +923,6 @@ def test_every_kernel_and_every_translation_is_in_the_table() -> None:
     listed = {row.op for row in ROWS}
     known_backward = {"_scaled_dot_product_fused_attention_overrideable_backward"}
     named = set(SAME_AS)
-    for family in (*FAMILIES, BATCH_NORMS):
+    for family in (COMPOSED, *FAMILIES, BATCH_NORMS):
         named |= {name.split(".")[0] for name in family.kernels}
     assert named - listed - known_backward == set()

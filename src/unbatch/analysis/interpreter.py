@@ -437,7 +437,7 @@ def _apply(
         interpretation.assumed.add(str(call.op))
     rule = registry.lookup(call.op)
     # What PyTorch itself takes apart has the rules of its parts. Inference mode shows such ops.
-    is_composite = registry.is_composite(call.op) and not registry.is_declared(call.op)
+    is_composite = ops.is_composite(call.op) and not registry.is_declared(call.op)
     if rule is None or is_composite:
         of_parts = _decompose(interpretation, call, step)
         if of_parts is not None:

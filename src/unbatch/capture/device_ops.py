@@ -1,17 +1,20 @@
 """How the ops that PyTorch picks on a GPU are recorded and replayed.
 
-A GPU runs one fused op where a CPU runs several. Facts about them are rows of the table in
-``ops.py``, and their rules stand with those of other ops. Here is what needs code: which of their
-arguments matter, which op of PyTorch they are, and which of them cannot be run again.
+A GPU runs one fused op where a CPU runs several. Here stands which plain ops a fused one is the
+same as: it is recorded as those, so that whatever is known of them holds for it. Those that are
+recorded as they are have rows in ``ops.py``, and rules with those of other ops. Beside that: which
+of their arguments matter, and which of them cannot be run again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import inspect
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from unbatch.capture import ops
 from unbatch.capture.steps import Step
@@ -85,71 +88,219 @@ def check_recurrences(steps: Iterable[Step], trained: Callable[[Any], bool]) -> 
             raise StructureError(MSG_RECURRENT_EVAL.format(place=place))
 
 
-# --- ops of a library that are ops of PyTorch under another name ----------------------------------
+# --- what an op of a GPU is the same as -----------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Call:
-    """An op, and its arguments by place: what a step records."""
+class Composition:
+    """A function of plain PyTorch that computes what an op does.
 
-    op: Any
-    args: tuple[Any, ...]
+    ``taken``: the arguments of the op that it takes, by their names in the op's schema.
+    ``ignored``: those on which no number depends.
+    """
 
-
-Translation = Callable[[Mapping[str, Any]], Call]
-
-
-def _convolution(a: Mapping[str, Any]) -> Call:
-    # Only the transposed forms have an output padding.
-    transposed = "output_padding" in a
-    output_padding = a.get("output_padding", [0] * len(a["stride"]))
-    tensors = a["self"], a["weight"], a.get("bias")
-    geometry = a["stride"], a["padding"], a["dilation"], transposed, output_padding
-    return Call(aten.convolution.default, (*tensors, *geometry, a["groups"]))
+    function: Callable[..., Any]
+    taken: frozenset[str]
+    ignored: frozenset[str]
 
 
-def _ctc(a: Mapping[str, Any]) -> Call:
-    """Return the loss whose second derivative is missing with an error.
+SAME_AS: dict[str, Composition] = {}
+
+
+def same_as(names: str, ignored: str = "") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Enter a function as what ops (space-separated, without ``aten::``) are the same as.
+
+    It names its arguments as the op does, and returns the op's results in order; it leaves out the
+    last ones, or returns None for one, where they are a library's own notes. It may return
+    ``NotImplemented`` for a call that it is not the same as, before it runs anything.
+
+    An argument that it does not take has to be None, or at its default, unless it is ``ignored``:
+    otherwise the call is recorded as it is, and unknown.
+    """
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        taken = frozenset(inspect.signature(function).parameters)
+        composition = Composition(function, taken, frozenset(ignored.split()))
+        for name in names.split():
+            if name in SAME_AS:
+                raise ValueError(f"{name!r} is the same as {SAME_AS[name].function} already")
+            SAME_AS[name] = composition
+        return function
+
+    return register
+
+
+def is_composed(op: Any) -> bool:
+    """Tell whether an op is the same as a function of plain PyTorch."""
+    return ops.full_name(op) in SAME_AS
+
+
+def composed(op: Any, args: Any, kwargs: Any) -> Any:
+    """Return what plain ops make of a call; ``NotImplemented`` where they are not the same."""
+    composition, defaults = SAME_AS[ops.full_name(op)], ops.defaults(op)
+    taken = {}
+    for name, argument in ops.bound(op, args, kwargs).items():
+        if name in composition.taken:
+            taken[name] = argument
+        elif name not in composition.ignored and not _left_out(argument, defaults.get(name)):
+            return NotImplemented
+    return composition.function(**taken)
+
+
+def _left_out(argument: Any, default: Any) -> bool:
+    if isinstance(argument, Tensor):
+        return False
+    return argument is None or argument == default
+
+
+SETTINGS = "benchmark deterministic allow_tf32"  # of a library: how it computes, not what
+
+
+@same_as("cudnn_convolution miopen_convolution miopen_depthwise_convolution", SETTINGS)
+def _convolution(
+    self: Tensor,
+    weight: Tensor,
+    padding: Any,
+    stride: Any,
+    dilation: Any,
+    groups: int,
+    bias: Tensor | None = None,
+) -> Tensor:
+    still = [0] * len(stride)
+    return aten.convolution(self, weight, bias, stride, padding, dilation, False, still, groups)
+
+
+@same_as("cudnn_convolution_transpose miopen_convolution_transpose", SETTINGS)
+def _transposed_convolution(
+    self: Tensor,
+    weight: Tensor,
+    padding: Any,
+    output_padding: Any,
+    stride: Any,
+    dilation: Any,
+    groups: int,
+    bias: Tensor | None = None,
+) -> Tensor:
+    geometry = stride, padding, dilation, True, output_padding
+    return aten.convolution(self, weight, bias, *geometry, groups)
+
+
+@same_as("_cudnn_ctc_loss miopen_ctc_loss", SETTINGS)
+def _ctc_loss(
+    log_probs: Tensor,
+    targets: Tensor,
+    input_lengths: Any,
+    target_lengths: Any,
+    blank: int,
+    zero_infinity: bool,
+) -> Tensor:
+    """The loss whose second derivative is missing with an error.
 
     The library's is zero without saying so.
     """
-    lengths = a["input_lengths"], a["target_lengths"]
-    op = aten._ctc_loss.default
-    if isinstance(lengths[0], torch.Tensor):
-        op = aten._ctc_loss.Tensor
-    return Call(op, (a["log_probs"], a["targets"], *lengths, a["blank"], a["zero_infinity"]))
+    # The library may want labels on the CPU.
+    labels, lengths = targets.to(log_probs.device), (input_lengths, target_lengths)
+    if isinstance(input_lengths, Tensor):
+        lengths = input_lengths.to(log_probs.device), target_lengths.to(log_probs.device)
+    return aten._ctc_loss(log_probs, labels, *lengths, blank, zero_infinity)[0]
 
 
-def _grid_sampler(a: Mapping[str, Any]) -> Call:
+@same_as("cudnn_grid_sampler")
+def _grid_sampler(self: Tensor, grid: Tensor) -> Tensor:
     # The library has one form, which other names fix: the one with these arguments.
     bilinear, zeros, corners_aligned = 0, 0, True
-    args = a["self"], a["grid"], bilinear, zeros, corners_aligned
-    return Call(aten.grid_sampler_2d.default, args)
+    return aten.grid_sampler_2d(self, grid, bilinear, zeros, corners_aligned)
 
 
-def _affine_grid(a: Mapping[str, Any]) -> Call:
+@same_as("cudnn_affine_grid_generator")
+def _affine_grid(theta: Tensor, N: int, C: int, H: int, W: int) -> Tensor:
     corners_aligned = True
-    size = [a["N"], a["C"], a["H"], a["W"]]
-    return Call(aten.affine_grid_generator.default, (a["theta"], size, corners_aligned))
+    return aten.affine_grid_generator(theta, [N, C, H, W], corners_aligned)
 
 
-# Only ops whose first result is the same; the others of a library are its own notes.
-SAME_AS: dict[str, Translation] = {
-    "cudnn_convolution": _convolution,
-    "cudnn_convolution_transpose": _convolution,
-    "miopen_convolution": _convolution,
-    "miopen_convolution_transpose": _convolution,
-    "miopen_depthwise_convolution": _convolution,
-    "_cudnn_ctc_loss": _ctc,
-    "miopen_ctc_loss": _ctc,
-    "cudnn_grid_sampler": _grid_sampler,
-    "cudnn_affine_grid_generator": _affine_grid,
-}
+# --- attention ------------------------------------------------------------------------------------
 
 
-def same_as(op: Any, args: Any, kwargs: Any) -> Call | None:
-    """Return the call of PyTorch that a call of a library's op is, or None."""
-    translate = SAME_AS.get(ops.full_name(op))
-    if translate is None:
-        return None
-    return translate(ops.bound(op, args, kwargs))
+@same_as("_flash_attention_forward", ignored="max_q max_k return_debug_mask num_splits")
+def _flash_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+) -> Any:
+    """Attention of [n, t, head, d]; several heads of queries may share one of keys."""
+    # It does not say what it drops, and counts from the last position where lengths differ.
+    if dropout_p or (is_causal and query.shape[1] != key.shape[1]):
+        return NotImplemented
+    heads = [x.transpose(1, 2) for x in (query, key, value)]
+    how = None, 0.0, is_causal
+    attended = aten._scaled_dot_product_attention_math(*heads, *how, scale=scale, enable_gqa=True)
+    return attended[0].transpose(1, 2)
+
+
+# --- one step of a recurrence ---------------------------------------------------------------------
+
+
+RELU, LSTM, GRU = 0, 2, 3  # the modes of cuDNN and of MIOpen; 1 is tanh
+
+# One step of each kind, with the gates of input and state added up unless they are named x and h:
+#
+#     LSTM   c′ = σ(forget) c + σ(enter) tanh(cell)            h′ = σ(out) tanh(c′)
+#     GRU    n = tanh(new_x + σ(reset) new_h)                  h′ = n + σ(update) (h − n)
+#     plain                                                    h′ = tanh(gates), or relu(gates)
+
+
+def recurrent_step(
+    gates: Tensor, recurrent: Tensor, h: Tensor, c: Tensor, mode: int
+) -> tuple[Tensor, Tensor]:
+    """Return state and cell after one step, before any projection.
+
+    Where there is no cell, it is the state. A *gate* is what a weight makes of input or state
+    before the nonlinearity.
+    """
+    if mode == LSTM:
+        enter, forget, cell, out = (gates + recurrent).chunk(4, -1)
+        c = forget.sigmoid() * c + enter.sigmoid() * cell.tanh()
+        return out.sigmoid() * c.tanh(), c
+    if mode == GRU:
+        reset, update, new = gates.chunk(3, -1)
+        by_reset, by_update, by_new = recurrent.chunk(3, -1)
+        update = (update + by_update).sigmoid()
+        new = (new + (reset + by_reset).sigmoid() * by_new).tanh()
+        h = new + update * (h - new)
+        return h, h
+    h = gates + recurrent
+    h = h.relu() if mode == RELU else h.tanh()
+    return h, h
+
+
+@same_as("_thnn_fused_lstm_cell")
+def _lstm_cell(
+    input_gates: Tensor,
+    hidden_gates: Tensor,
+    cx: Tensor,
+    input_bias: Tensor | None,
+    hidden_bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    gates, recurrent = _biased(input_gates, input_bias), _biased(hidden_gates, hidden_bias)
+    return recurrent_step(gates, recurrent, cx, cx, LSTM)
+
+
+@same_as("_thnn_fused_gru_cell")
+def _gru_cell(
+    input_gates: Tensor,
+    hidden_gates: Tensor,
+    hx: Tensor,
+    input_bias: Tensor | None,
+    hidden_bias: Tensor | None,
+) -> Tensor:
+    gates, recurrent = _biased(input_gates, input_bias), _biased(hidden_gates, hidden_bias)
+    return recurrent_step(gates, recurrent, hx, hx, GRU)[0]
+
+
+def _biased(gates: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is None:
+        return gates
+    return gates + bias

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -120,8 +120,6 @@ class Traits:
     entrywise_loss: bool = False
     # softmax(q kᵀ + mask) v by a fused kernel; its schema says what it drops (``dropout_p``).
     attention: bool = False
-    # One step of a recurrence of this kind, from its gates.
-    cell: Literal["LSTM", "GRU"] | None = None
     # The arguments whose entries decide the numbers and booleans among its results; None: any.
     answers_from: tuple[str, ...] | None = None
     hidden_writes: HiddenWrites | None = None
@@ -244,10 +242,6 @@ register("_cudnn_rnn", Traits(dropout=IN_LAYERS, recurrence=Recurrence(packed="w
 
 register("miopen_rnn", Traits(dropout=IN_LAYERS, recurrence=Recurrence()))
 
-register("_thnn_fused_lstm_cell", Traits(cell="LSTM"))
-
-register("_thnn_fused_gru_cell", Traits(cell="GRU"))
-
 # The kernels of attention that PyTorch may pick, which compute the same up to rounding.
 register(
     "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_efficient_attention",
@@ -366,6 +360,12 @@ def is_view(op: Any) -> bool:
             return False
         shows_memory = True
     return shows_memory
+
+
+@cache
+def is_composite(op: Any) -> bool:
+    """Tell whether PyTorch itself takes an op apart where it is differentiated."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
 
 
 def is_pointwise(op: Any) -> bool:

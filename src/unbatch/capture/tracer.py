@@ -25,15 +25,17 @@ from torch.utils._pytree import tree_leaves, tree_map
 from unbatch.capture import ops
 from unbatch.capture.catching import errors_are_caught
 from unbatch.capture.device_ops import (
+    composed,
     decisive_arguments,
     decisive_for_errors,
-    same_as,
+    is_composed,
     without_packed_weights,
 )
 from unbatch.capture.distributed import check_alone
 from unbatch.capture.graph import SIZE_READ, Graph, HostRead, ModuleCall
 from unbatch.capture.isolation import SKIPS_COMPILER, is_strided, mutated, storage_of
 from unbatch.capture.steps import Ref, Step, Value, indices, is_ref
+from unbatch.capture.substitutes import laid_out
 from unbatch.capture.trees import flat, tensors_in
 from unbatch.errors import HERE
 
@@ -103,6 +105,8 @@ class Recorder(TorchDispatchMode):
         # Above zero: nothing is recorded (``off``), or a function only validates (``checks``).
         self.off = 0
         self.checks = 0
+        # Inside an op of a GPU, which is recorded as the plain ops that it is the same as.
+        self.inside_fused_op = False
         self.function = ""
         # Tensors that came up in the middle of the run, and values whose shape depends on others.
         self.foreign: list[int] = []
@@ -266,9 +270,14 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)  # ``ref`` sees that the tensor lies elsewhere
         if ops.is_dropout(func) and ops.drops(func, args, kwargs):
             return self._note_dropout(func, args, kwargs)
-        plain = same_as(func, args, kwargs)
-        if plain is not None:
-            return self._note_as(plain.op, self._in_one_place(plain.args), func(*args, **kwargs))
+        if is_composed(func):
+            out = self._note_composed(func, args, kwargs)
+            if out is not NotImplemented:
+                return out
+        # Below autograd, where PyTorch takes nothing apart by itself.
+        if self.inside_fused_op and ops.is_composite(func):
+            with self:
+                return func.decompose(*args, **kwargs)
         return self._note(func, without_packed_weights(func, args), kwargs)
 
     def _note(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -318,24 +327,52 @@ class Recorder(TorchDispatchMode):
         value = self.graph.values[ref.index]
         self.graph.values[ref.index] = replace(value, concrete=tensor.detach().clone())
 
-    def _note_as(self, op: Any, args: Any, out: Any) -> Any:
-        """Enter a GPU library's form of an op as that op of PyTorch.
+    def _note_composed(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an op of a GPU, and enter the plain ops that it is the same as.
 
-        Only the first result is the same in both.
+        Returns their results. Where they have none it is the op's own, which counts as made out of
+        sight, and as read by Python if it is a number.
         """
-        refs = tree_map(self._ref_of, args)
-        self._step(op, refs, {}, flat(out)[:1])
-        return out
+        with self._inside_fused_op():
+            plain = composed(func, args, kwargs)
+            if plain is NotImplemented:
+                return plain
+            with self.paused():
+                out = func(*args, **kwargs)
+            own, plain = flat(out), flat(plain)
+            results = self._in_place_of(own, plain, tensors_in((args, kwargs)))
+        plain += [None] * (len(own) - len(plain))
+        left_out = [result for result, ours in zip(own, plain, strict=True) if ours is None]
+        if _holds_numbers(left_out):
+            how = f"the result of {ops.full_name(func)}"
+            self._read(decisive_arguments(func, args, kwargs), {}, how)
+        return results[0] if isinstance(out, Tensor) else tuple(results)
 
-    def _in_one_place(self, args: Any) -> Any:
-        """Return arguments on the device of the first: a library may want labels on the CPU."""
-        device = args[0].device
-        moved = []
-        for a in args:
-            if isinstance(a, Tensor) and a.device != device:
-                a = self._note(aten._to_copy.default, (a,), {"device": device})
-            moved.append(a)
-        return tuple(moved)
+    def _in_place_of(
+        self, own: Sequence[Any], plain: Sequence[Any], operands: Sequence[Tensor]
+    ) -> list[Any]:
+        """Return plain results, each in a memory of its own, as the op would lay it out."""
+        results = list(own)
+        memories = {storage_of(t) for t in operands}
+        for i, result in enumerate(plain):
+            if isinstance(result, Tensor):
+                if storage_of(result) in memories:
+                    result = result.clone()
+                memories.add(storage_of(result))
+                results[i] = laid_out(result.to(own[i].dtype), own[i].stride())
+            elif result is not None:
+                results[i] = result
+        return results
+
+    @contextmanager
+    def _inside_fused_op(self) -> Iterator[None]:
+        """Record what runs inside, taken apart."""
+        before, self.inside_fused_op = self.inside_fused_op, True
+        try:
+            with self:
+                yield
+        finally:
+            self.inside_fused_op = before
 
     def _note_dropout(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run dropout in one op, and enter it as what was drawn and a product with it.

@@ -34,7 +34,6 @@ from unbatch.analysis.rules.registry import (
     known_for_every_batch,
     mixed,
     numbered,
-    plain_outputs,
     rule,
     shared_outputs,
     stack,
@@ -120,19 +119,6 @@ def pair_distances(call: RuleContext) -> Ownership:
     # The rows of a pair are not told apart: if samples are rows, every distance counts as mixed.
     pairs = summary(call, "pairs", call["self"], [0, 1], how="pairwise")
     return expand_plain(unsqueeze(pairs, 0), call.shape)
-
-
-@rule(*ops.names(lambda row: row.cell))
-def fused_cell(call: RuleContext) -> Any:
-    """One step of a recurrence: gates [n, o], and their biases."""
-    gates = []
-    biases = []
-    for m in call.tensors:
-        if len(m.shape) == 2:
-            gates.append(summary(call, "gates", m, [1], True))
-        elif len(m.shape) == 1:
-            biases.append(summary(call, "gates", m, [0], True))
-    return plain_outputs(call, call.algebra.pointwise(call.title, *gates, *biases))
 
 
 # --- attention ------------------------------------------------------------------------------------

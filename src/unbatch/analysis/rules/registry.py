@@ -25,7 +25,6 @@ from unbatch.analysis.domain.ownership import (
     code,
     collapse,
     digest,
-    expand_plain,
     shared,
 )
 from unbatch.analysis.domain.propagation import Propagation
@@ -335,11 +334,6 @@ def shared_outputs(call: RuleContext, name: object) -> list[Ownership]:
     return [shared(shape, name) for shape in call.shapes]
 
 
-def plain_outputs(call: RuleContext, out: Ownership) -> list[Ownership]:
-    """Return every output with its shape, and all elements depending on what ``out`` does."""
-    return numbered([expand_plain(out, shape) for shape in call.shapes])
-
-
 def stack(algebra: Propagation, scalars: Sequence[Ownership]) -> Ownership:
     """Return a vector of scalars."""
     owners = []
@@ -468,15 +462,9 @@ def decomposition(op: Any) -> Callable[..., Any] | None:
 
     if op in decomposition_table:
         return decomposition_table[op]
-    if is_composite(op):
+    if ops.is_composite(op):
         return op.decompose
     return None
-
-
-@cache
-def is_composite(op: Any) -> bool:
-    """Tell whether PyTorch itself takes an op apart where it is differentiated."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
 
 
 def is_declared(op: Any) -> bool:
