@@ -135,6 +135,12 @@ MSG_NAN = (
 )
 
 
+MSG_COMPOSITION = (
+    "what an operation of a GPU is the same as has a result of shape {ours}, and the operation one "
+    "of {own}; mend its function in capture/device_ops.py."
+)
+
+
 MSG_DEVICE = (
     "{what} is on {device}, the model's parameters are on {model}. "
     "Move one of them: x.to({model!r})."

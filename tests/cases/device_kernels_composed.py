@@ -56,11 +56,45 @@ def _(net, x, op):
     return op(*across, None, None, N, N, 0.0, False, False)[0].transpose(0, 1)
 
 
+@COMPOSED.definition(
+    "_efficient_attention_forward",
+    "called by name, nested tensors",
+    "products and a softmax; *unknown* with dropout, windows or packed sequences",
+    backward="_efficient_attention_backward",
+)
+def efficient(query, key, value, bias, custom_mask_type, scale):
+    """Of [n, t, head, d]; the bias of [n, head, t, s]."""
+    scores = torch.einsum("nthd,nshd->nhts", query, key)
+    scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if bias is not None:
+        scores = scores + bias
+    if custom_mask_type == 1:
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        scores = scores.masked_fill(hidden, -torch.inf)
+    return torch.einsum("nhts,nshd->nthd", scores.softmax(-1), value)
+
+
+@COMPOSED.case("_efficient_attention_forward", "causal")
+def _(net, x, op):
+    return op(*heads(net, x), None, None, None, None, None, 0.0, 1)[0]
+
+
+@COMPOSED.case("_efficient_attention_forward", "with a bias")
+def _(net, x, op):
+    bias = net.matrix.sum() * x[:, None, :, :1] * x[:, None, :, 1:2].mT
+    return op(*heads(net, x), bias, None, None, None, None, 0.0, 0, scale=0.3)[0]
+
+
+@COMPOSED.mixing("_efficient_attention_forward", "with the keys of one sample")
+def _(net, x, op):
+    q, k, v = heads(net, x)
+    return op(q, k[:1].expand(N, -1, -1, -1), v, None, None, None, None, None, 0.0, 0)[0]
+
+
 # --- ops of which nothing is known: a row goes when its op gets a kernel above --------------------
 
 UNKNOWN_ROWS = (
     Row("_flash_attention_forward_no_dropout_inplace", "called by name", UNKNOWN),
-    Row("_efficient_attention_forward", "called by name, nested tensors", UNKNOWN),
     Row("_cudnn_attention_forward", "called by name, nested tensors", UNKNOWN),
     Row("_triton_multi_head_attention", "called by name", UNKNOWN),
     Row("_triton_scaled_dot_attention", "called by name", UNKNOWN),
@@ -93,7 +127,6 @@ UNKNOWN_ROWS = (
 # What runs in backward passes without a kernel of ours.
 BACKWARD_ONLY = (
     Row("_cudnn_attention_backward", "", BACKWARD),
-    Row("_efficient_attention_backward", "", BACKWARD),
     Row("batch_norm_backward_elemt", "", BACKWARD),
     Row("batch_norm_backward_reduce", "", BACKWARD),
 )

@@ -279,7 +279,7 @@ def lstm_cell(
     return out.sigmoid() * cy.tanh(), cy
 
 
-@CELLS.kernel("_thnn_fused_lstm_cell", "`nn.LSTMCell`")
+@CELLS.kernel("_thnn_fused_lstm_cell", "`nn.LSTMCell`", APART, note="one step of it")
 def fused_lstm_cell(by_input, by_hidden, cx, input_bias=None, hidden_bias=None):
     gates = _biased(_biased(by_input + by_hidden, input_bias), hidden_bias)
     enter, forget, cell, out = gates.chunk(4, 1)
@@ -315,7 +315,7 @@ def gru_cell(
     return (hx - new) * update + new
 
 
-@CELLS.kernel("_thnn_fused_gru_cell", "`nn.GRUCell`")
+@CELLS.kernel("_thnn_fused_gru_cell", "`nn.GRUCell`", APART, note="one step of it")
 def fused_gru_cell(by_input, by_hidden, hx, input_bias=None, hidden_bias=None):
     r, z, n = _biased(by_input, input_bias).chunk(3, 1)
     hr, hz, hn = _biased(by_hidden, hidden_bias).chunk(3, 1)

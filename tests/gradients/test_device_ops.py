@@ -32,7 +32,7 @@ from unbatch.analysis.completeness import as_list
 from unbatch.analysis.rules import recurrences
 from unbatch.capture import device_ops, ops
 from unbatch.capture.device_ops import SAME_AS
-from unbatch.errors import StructureError
+from unbatch.errors import CaptureError, StructureError
 from unbatch.verification import verify
 
 F = nn.functional
@@ -800,6 +800,14 @@ def test_a_composition_that_is_another_function_is_seen(monkeypatch: pytest.Monk
     asked, plain = problem(true, {}, True), problem(true, {}, False)
     assert "off by" in asked.plan(ub.DiagGGN()).reason
     torch.testing.assert_close(asked.gradients().flat(), plain.gradients().flat())
+
+
+def test_a_composition_of_another_shape_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = SAME_AS["_flash_attention_forward"]
+    flat = replace(row, function=lambda **how: row.function(**how).flatten(1))
+    monkeypatch.setitem(SAME_AS, "_flash_attention_forward", flat)
+    with pytest.raises(CaptureError, match=r"\[5, 12\].*\[5, 4, 1, 3\].*device_ops"):
+        _ = flash_attention().structure
 
 
 def test_results_of_a_composition_have_their_own_memory(monkeypatch: pytest.MonkeyPatch) -> None:

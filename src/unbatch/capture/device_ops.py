@@ -110,9 +110,10 @@ SAME_AS: dict[str, Composition] = {}
 def same_as(names: str, ignored: str = "") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Enter a function as what ops (space-separated, without ``aten::``) are the same as.
 
-    It names its arguments as the op does, and returns the op's results in order; it leaves out the
-    last ones, or returns None for one, where they are a library's own notes. It may return
-    ``NotImplemented`` for a call that it is not the same as, before it runs anything.
+    It names its arguments as the op does, and returns the op's results in order, tensors and
+    numbers; it leaves out the last ones, or returns None for one, where they are a library's own
+    notes. It may return ``NotImplemented`` for a call that it is not the same as, before it runs
+    anything.
 
     An argument that it does not take has to be None, or at its default, unless it is ``ignored``:
     otherwise the call is recorded as it is, and unknown.
@@ -238,6 +239,29 @@ def _flash_attention(
     how = None, 0.0, is_causal
     attended = aten._scaled_dot_product_attention_math(*heads, *how, scale=scale, enable_gqa=True)
     return attended[0].transpose(1, 2)
+
+
+@same_as("_efficient_attention_forward", "max_seqlen_q max_seqlen_k compute_log_sumexp")
+def _efficient_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    dropout_p: float,
+    custom_mask_type: int,
+    scale: float | None,
+) -> Any:
+    """Attention of [n, t, head, d]."""
+    # Masks: none, and causal counted from the first or from the last position.
+    longest = query.shape[1], key.shape[1]
+    is_causal = custom_mask_type > 0
+    if dropout_p or (custom_mask_type == 2 and longest[0] != longest[1]):
+        return NotImplemented
+    if bias is not None and is_causal:
+        return NotImplemented
+    heads = [x.transpose(1, 2) for x in (query, key, value)]
+    attended = aten._scaled_dot_product_attention_math(*heads, bias, 0.0, is_causal, scale=scale)
+    return attended[0].transpose(1, 2), None, None, None, *longest
 
 
 # --- one step of a recurrence ---------------------------------------------------------------------

@@ -37,7 +37,7 @@ from unbatch.capture.isolation import SKIPS_COMPILER, is_strided, mutated, stora
 from unbatch.capture.steps import Ref, Step, Value, indices, is_ref
 from unbatch.capture.substitutes import laid_out
 from unbatch.capture.trees import flat, tensors_in
-from unbatch.errors import HERE
+from unbatch.errors import HERE, MSG_COMPOSITION
 
 aten = torch.ops.aten
 
@@ -356,6 +356,9 @@ class Recorder(TorchDispatchMode):
         memories = {storage_of(t) for t in operands}
         for i, result in enumerate(plain):
             if isinstance(result, Tensor):
+                if result.shape != own[i].shape:
+                    shapes = {"ours": list(result.shape), "own": list(own[i].shape)}
+                    raise ValueError(MSG_COMPOSITION.format(**shapes))
                 if storage_of(result) in memories:
                     result = result.clone()
                 memories.add(storage_of(result))
