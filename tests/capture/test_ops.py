@@ -249,8 +249,6 @@ def named_arguments(row):
         names |= {recurrence.weights, recurrence.training, recurrence.dropout, recurrence.packed}
     if row.attention:
         names |= {"query", "key", "value", "dropout_p", "is_causal", "scale"}
-    if row.cell is not None:
-        names |= {"input_gates", "hidden_gates", "cx" if row.cell == "LSTM" else "hx"}
     return names - {""}
 
 
@@ -381,7 +379,6 @@ PLANTED = {
     "no lengths": (wrong_argument_names, {"_ctc_loss": Traits(answers_from=("lengths",))}),
     "no mask": (wrong_dropouts, {"bernoulli": Traits(dropout=Dropout(alone=True))}),
     "no query": (wrong_argument_names, {"_native_multi_head_attention": Traits(attention=True)}),
-    "no cell": (wrong_argument_names, {"_thnn_fused_gru_cell": Traits(cell="LSTM")}),
     "no draws": (wrong_dropouts, {"frexp": Traits(dropout=Dropout(alone=True))}),
     "no answers": (useless_answers, {"relu": Traits(answers_from=())}),
 }

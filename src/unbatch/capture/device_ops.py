@@ -157,7 +157,7 @@ def _left_out(argument: Any, default: Any) -> bool:
 SETTINGS = "benchmark deterministic allow_tf32"  # of a library: how it computes, not what
 
 
-@same_as("cudnn_convolution miopen_convolution miopen_depthwise_convolution", SETTINGS)
+@same_as("cudnn_convolution miopen_convolution miopen_depthwise_convolution", ignored=SETTINGS)
 def _convolution(
     self: Tensor,
     weight: Tensor,
@@ -171,7 +171,7 @@ def _convolution(
     return aten.convolution(self, weight, bias, stride, padding, dilation, False, still, groups)
 
 
-@same_as("cudnn_convolution_transpose miopen_convolution_transpose", SETTINGS)
+@same_as("cudnn_convolution_transpose miopen_convolution_transpose", ignored=SETTINGS)
 def _transposed_convolution(
     self: Tensor,
     weight: Tensor,
@@ -186,7 +186,7 @@ def _transposed_convolution(
     return aten.convolution(self, weight, bias, *geometry, groups)
 
 
-@same_as("_cudnn_ctc_loss miopen_ctc_loss", SETTINGS)
+@same_as("_cudnn_ctc_loss miopen_ctc_loss", ignored="deterministic")
 def _ctc_loss(
     log_probs: Tensor,
     targets: Tensor,
@@ -241,7 +241,7 @@ def _flash_attention(
     return attended[0].transpose(1, 2)
 
 
-@same_as("_efficient_attention_forward", "max_seqlen_q max_seqlen_k compute_log_sumexp")
+@same_as("_efficient_attention_forward", ignored="max_seqlen_q max_seqlen_k compute_log_sumexp")
 def _efficient_attention(
     query: Tensor,
     key: Tensor,
