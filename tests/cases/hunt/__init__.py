@@ -1,4 +1,4 @@
-"""Programs of a second hunt, a third and a fourth, each with its truth; `known.py` has those still wrong.
+"""Programs of a second, third and fourth hunt, each with its truth; `known.py`: those still wrong.
 
 `MODELS` are entered when their modules are imported.
 """

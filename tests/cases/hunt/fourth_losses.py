@@ -203,9 +203,7 @@ table(
     True,
     accept_unknown=True,
 )
-table(
-    SUM, BITS, {"positives weighed by the batch": positives_weighed}, True, accept_unknown=True
-)
+table(SUM, BITS, {"positives weighed by the batch": positives_weighed}, True, accept_unknown=True)
 # A weight for each entry, by its own target and those of all.
 table(SUM, BITS, {"edges in balance": edges_in_balance}, None, accept_unknown=True)
 # A factor that is the same for all entries, given as their weight.
@@ -253,7 +251,9 @@ table(
         "by einsum": by_einsum,
         "boxes and backgrounds": boxes_and_backgrounds,
         "confident ones alone": confident_alone,
-        "a Gaussian of fixed width": lambda p, y: F.gaussian_nll_loss(p, y, torch.full((N, D), 0.5)),
+        "a Gaussian of fixed width": lambda p, y: F.gaussian_nll_loss(
+            p, y, torch.full((N, D), 0.5)
+        ),
         "Poisson counts": lambda p, y: F.poisson_nll_loss(p, y.abs().round()),
         "cosines to targets": lambda p, y: (1 - F.cosine_similarity(p, y)).mean(),
         "cosines to targets, by labels": lambda p, y: F.cosine_embedding_loss(
@@ -570,9 +570,7 @@ table(
     INDEXED,
     TWO_SCALARS,
     {
-        "weights of two kinds": lambda p, y: (
-            (RISING * p[0]).sum() + (RISING.flip(0) * p[1]).sum()
-        ),
+        "weights of two kinds": lambda p, y: (RISING * p[0]).sum() + (RISING.flip(0) * p[1]).sum(),
         "weights of one of two": lambda p, y: (RISING * p[0]).sum() + p[1].sum(),
     },
     None,
@@ -612,12 +610,10 @@ table(
         "largest row sum": lambda p, y: torch.linalg.matrix_norm(p - y, float("inf")),
         "fourth norm": lambda p, y: (p - y).flatten().norm(4),
         "clipped total": lambda p, y: squares(p, y).mean().clamp(max=1e4),
-        "over what it was": lambda p, y: (
-            squares(p, y).mean() / (0.9 + 0.1 * squares(p, y).mean())
-        ),
+        "over what it was": lambda p, y: squares(p, y).mean() / (0.9 + 0.1 * squares(p, y).mean()),
         "differences of pairs of losses": lambda p, y: (
-            squares(p, y)[:3] - squares(p, y)[3:]
-        ).abs().sum(),
+            (squares(p, y)[:3] - squares(p, y)[3:]).abs().sum()
+        ),
         "by the next one's loss": lambda p, y: (
             squares(p, y) * squares(p, y).detach().roll(1)
         ).sum(),

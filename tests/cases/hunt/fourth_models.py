@@ -1,7 +1,5 @@
 """Models as research code has them: sequences, sets, images, normalisations, samples in pairs."""
 
-import math
-
 import einops
 import torch
 from torch import nn
@@ -9,10 +7,8 @@ from torch.nn import functional as F
 
 from cases.hunt.table import table
 from cases.models.table import (
-    FLAT,
     GROUPS,
     IMAGE,
-    INDEXED,
     MIXED,
     SEQUENCE,
     SIMD,
@@ -348,8 +344,8 @@ table(
         "a softmax over samples by oversight": lambda n, x: (
             n.linear(x).mean(2).softmax(0)[..., None] * x
         ),
-        "features normalised along samples by oversight": lambda n, x: (
-            F.normalize(n.linear(x), dim=0)
+        "features normalised along samples by oversight": lambda n, x: F.normalize(
+            n.linear(x), dim=0
         ),
         "loudness relative to the loudest of the batch": lambda n, x: (
             n.linear(x) / x.abs().max().clamp(min=1e-5)

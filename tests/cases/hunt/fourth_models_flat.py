@@ -13,13 +13,11 @@ from cases.hunt.table import table
 from cases.models.table import (
     FLAT,
     GROUPS,
-    IMAGE,
     INDEXED,
     MIXED,
     SEQUENCE,
     SIMD,
     STATISTICS,
-    integers,
     linear,
     norm,
     weight,
@@ -782,7 +780,7 @@ def cells_in_a_loop(net, x):
 
 
 LAYERS = {
-    "adaptive": lambda: nn.AdaptiveLogSoftmaxWithLoss(D, 10, [3, 6]),
+    "adaptive": lambda: nn.AdaptiveLogSoftmaxWithLoss(D, 10, [3, 6], div_value=2.0),
     "bilinear": lambda: nn.Bilinear(3, 3, 4),
     "cell": lambda: nn.LSTMCell(D, D),
 }
@@ -818,9 +816,7 @@ table(
 
 def padded_and_packed(net, x, lengths):
     packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
-    out, _ = nn.utils.rnn.pad_packed_sequence(
-        net.gru(packed)[0], batch_first=True, total_length=4
-    )
+    out, _ = nn.utils.rnn.pad_packed_sequence(net.gru(packed)[0], batch_first=True, total_length=4)
     return out
 
 

@@ -1,6 +1,7 @@
 """Models by odd parts of the library, pairs of samples that cancel, and groups in many forms."""
 
 import functools
+import warnings
 
 import torch
 import torch.nn.utils.prune
@@ -64,18 +65,22 @@ def nested_before_the_layer(net, x):
     return net.linear(rows).to_padded_tensor(0.0)
 
 
+def positive(x):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a prototype
+        return masked_tensor(x, x > 0)
+
+
 def masked_sum(net, x):
-    return net.linear(x) * masked_tensor(x, x > 0).sum(1).to_tensor(0.0)[:, None]
+    return net.linear(x) * positive(x).sum(1).to_tensor(0.0)[:, None]
 
 
 def masked_mean_of_the_batch(net, x):
-    return net.linear(x) - masked_tensor(x, x > 0).mean(0).to_tensor(0.0)
+    return net.linear(x) - positive(x).mean(0).to_tensor(0.0)
 
 
 def short_transform(net, x):
-    return torch.stft(
-        net.linear(x), 8, 2, window=torch.hann_window(8), return_complex=True
-    ).abs()
+    return torch.stft(net.linear(x), 8, 2, window=torch.hann_window(8), return_complex=True).abs()
 
 
 def inverse_transform(net, x):
@@ -85,11 +90,16 @@ def inverse_transform(net, x):
     return torch.istft(spectrum, 8, 2, window=window)
 
 
+def traced():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, and in use
+        layers = nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D))
+        return torch.jit.trace(layers, torch.randn(N, D))
+
+
 LIBRARY = {
     "norm": norm(),
-    "traced": lambda: torch.jit.trace(
-        nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D)).train(), torch.randn(N, D)
-    ),
+    "traced": traced,
     "by_fx": lambda: torch.fx.symbolic_trace(nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D))),
     "pruned": lambda: nn.utils.prune.l1_unstructured(nn.Linear(D, D), "weight", 0.3),
     "old_spectral": lambda: nn.utils.spectral_norm(nn.Linear(D, D)),
@@ -162,7 +172,9 @@ table(
         "centred by a fork": lambda n, x: n.linear(x) + centred_by_a_fork(x),
         "a traced batch norm": lambda n, x: n.traced(x),
         "a batch norm by fx": lambda n, x: n.by_fx(x),
-        "a recomputed batch norm": lambda n, x: checkpoint(n.norm, n.linear(x), use_reentrant=False),
+        "a recomputed batch norm": lambda n, x: checkpoint(
+            n.norm, n.linear(x), use_reentrant=False
+        ),
         "a subclass that is centred": lambda n, x: n.linear(x).as_subclass(Ordinary) - x.mean(0),
         "mean where masked": lambda n, x: n.linear(x) - torch.masked.mean(x, 0, mask=x > 0),
         "spread where masked": lambda n, x: n.linear(x) - torch.masked.std(x, 0, mask=x > -1),
@@ -170,7 +182,9 @@ table(
         "covariance by its function": lambda n, x: n.linear(x) @ torch.cov(x.T),
         "correlations by their function": lambda n, x: n.linear(x) @ torch.corrcoef(x.T),
         "second of each feature": lambda n, x: n.linear(x) - x.kthvalue(2, 0).values,
-        "distance of the batch to zero": lambda n, x: n.linear(x) * torch.dist(x, torch.zeros(N, D)),
+        "distance of the batch to zero": lambda n, x: (
+            n.linear(x) * torch.dist(x, torch.zeros(N, D))
+        ),
         "mean of all distances": lambda n, x: n.linear(x) * torch.pdist(x).mean(),
         "the largest so far, at the end": lambda n, x: n.linear(x) - x.cummax(0).values[-1],
         "bins between extremes": lambda n, x: (
@@ -322,9 +336,9 @@ table(
         ),
         "means of pairs by a convolution": lambda n, x: (
             n.linear(x)
-            - F.conv1d(x.T[:, None], torch.full((1, 1, 2), 0.5), stride=2)[:, 0].T.repeat_interleave(
-                2, 0
-            )
+            - F.conv1d(x.T[:, None], torch.full((1, 1, 2), 0.5), stride=2)[
+                :, 0
+            ].T.repeat_interleave(2, 0)
         ),
         "largest of threes by pooling": lambda n, x: (
             n.linear(x) - F.max_pool1d(x.T[None], 3)[0].T.repeat_interleave(3, 0)
@@ -455,10 +469,9 @@ along(
 along(
     "domains as data",
     STATISTICS,
-    lambda n, x, g: torch.where(
-        (g == 0)[:, None], x - x[g == 0].mean(0), x - x[g == 1].mean(0)
-    )
-    + n.linear.bias,
+    lambda n, x, g: (
+        torch.where((g == 0)[:, None], x - x[g == 0].mean(0), x - x[g == 1].mean(0)) + n.linear.bias
+    ),
     (N, D),
     lambda: torch.tensor([0, 1, 1, 0, 1, 0]),
     in_dims=0,

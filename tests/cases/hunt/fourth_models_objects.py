@@ -1,7 +1,7 @@
 """Models that return their predictions, or get their data, in objects that PyTorch does not open.
 
-A law of `torch.distributions`, a dataclass, an object with attributes: what a loss reads of them are
-the predictions, and what lies in them along the samples is data.
+A law of `torch.distributions`, a dataclass, an object with attributes: what a loss reads of them
+are the predictions, and what lies in them along the samples is data.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
-"""Models made with the source in hand: flat batches, repeats, writes, constants, odd forms of ops."""
+"""Models made with the source in hand: flat batches, repeats, writes, constants, odd ops."""
 
 import operator
-from functools import partial, reduce
+from functools import reduce
 
 import torch
 from torch import nn
@@ -9,16 +9,13 @@ from torch.nn import functional as F
 
 from cases.hunt.table import table
 from cases.models.table import (
-    FLAT,
     GROUPS,
-    IMAGE,
     INDEXED,
     MIXED,
     SEQUENCE,
     SIMD,
     STATISTICS,
     integers,
-    linear,
     norm,
     weight,
 )
@@ -101,9 +98,7 @@ table(
     accept_unknown=True,
     kernel=weight(5, 1, T * D),
 )
-table(
-    STATISTICS, {"nodes of all graphs normalised": graph_norm}, SEQUENCE, norm=norm()
-)
+table(STATISTICS, {"nodes of all graphs normalised": graph_norm}, SEQUENCE, norm=norm())
 table(
     MIXED,
     {
@@ -186,7 +181,9 @@ table(
         "folded and unfolded": folded_and_unfolded,
         "rolled all the way": lambda n, x: n.linear(x).roll(N, 0),
         "turned all the way": lambda n, x: n.linear(x).rot90(4),
-        "diagonal of all products": lambda n, x: torch.einsum("ni,mi->nm", n.linear(x), x).diagonal(),
+        "diagonal of all products": lambda n, x: torch.einsum(
+            "ni,mi->nm", n.linear(x), x
+        ).diagonal(),
         "its own by a mask": lambda n, x: (
             (x @ x.T).masked_fill(~torch.eye(N, dtype=torch.bool), -torch.inf).softmax(1)
             @ n.linear(x)
@@ -210,10 +207,10 @@ table(
         "folded and left so": folded_and_left,
         "rows stacked from the last": lambda n, x: torch.stack(n.linear(x).unbind()[::-1]),
         "a view in place of a transpose": lambda n, x: n.linear(x).T.reshape(N, D),
-        "a square mixed by a fixed matrix": lambda n, x: torch.fft.fft(torch.eye(N)).real @ n.linear(x),
-        "pairs by combinations": lambda n, x: (
-            n.linear(x) + torch.combinations(x[:, 0])[:N, 1:]
+        "a square mixed by a fixed matrix": lambda n, x: (
+            torch.fft.fft(torch.eye(N)).real @ n.linear(x)
         ),
+        "pairs by combinations": lambda n, x: n.linear(x) + torch.combinations(x[:, 0])[:N, 1:],
         "neighbours by a sparse matrix": lambda n, x: torch.sparse.mm(
             torch.eye(N).roll(1, 0).to_sparse(), n.linear(x)
         ),
@@ -501,15 +498,13 @@ table(
         "adversarial by sign": adversarial,
         "a product with second derivatives": product_with_second_derivatives,
         "its own part of a Jacobian": own_jacobian,
-        "imaginary parts of conjugates": lambda n, x: (
-            torch.complex(n.linear(x), x).conj().imag * 2
+        "imaginary parts of conjugates": lambda n, x: torch.complex(n.linear(x), x).conj().imag * 2,
+        "eigenvalues of own matrices": lambda n, x: torch.linalg.eigvals(
+            x[:, :, None] * n.linear(x)[:, None] + torch.eye(D)
+        ).abs(),
+        "solved for columns": lambda n, x: (
+            torch.linalg.solve(n.linear.weight + 3 * torch.eye(D), x.T).T
         ),
-        "eigenvalues of own matrices": lambda n, x: (
-            torch.linalg.eigvals(x[:, :, None] * n.linear(x)[:, None] + torch.eye(D)).abs()
-        ),
-        "solved for columns": lambda n, x: torch.linalg.solve(
-            n.linear.weight + 3 * torch.eye(D), x.T
-        ).T,
         "solved from the right": lambda n, x: torch.linalg.solve(
             n.linear.weight + 3 * torch.eye(D), x, left=False
         ),
