@@ -77,6 +77,10 @@ returned(
     {
         "own: a law is returned": (lambda n, x: normal(n.linear(x)), likelihood),
         "own: a dataclass is returned": (lambda n, x: Output(n.linear(x)), of_logits),
+        "own: a sparse tensor is returned": (
+            lambda n, x: n.linear(x).relu().to_sparse(),
+            lambda p, y: F.mse_loss(p.to_dense(), y),
+        ),
         "own: a pair is returned": (
             lambda n, x: (n.linear(x), "words"),
             lambda p, y: F.mse_loss(p[0], y),
