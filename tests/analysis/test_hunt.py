@@ -19,6 +19,7 @@ WRONG = (
     AssertionError,
     KeyError,
     OverflowError,
+    RuntimeError,
     ValueError,
     ub.CaptureError,
     ContradictedProofWarning,

@@ -1,4 +1,4 @@
-"""Programs of a second hunt and of a third, each with its truth; `known.py` has those still wrong.
+"""Programs of a second, third and fourth hunt, each with its truth; `known.py`: those still wrong.
 
 `MODELS` are entered when their modules are imported.
 """
@@ -12,6 +12,14 @@ __all__ = ["LOSSES", "MODELS"]
 
 SECOND = ("arguments", "escapes", "ops", "noise", "numbers", "reductions", "sets", "ways")
 THIRD = ("third_models", "third_noise", "third_sizes", "third_statistics", "third_losses")
+FOURTH = (
+    "fourth_models",
+    "fourth_models_flat",
+    "fourth_models_source",
+    "fourth_models_library",
+    "fourth_models_objects",
+    "fourth_losses",
+)
 
-for part in (*SECOND, *THIRD):
+for part in (*SECOND, *THIRD, *FOURTH):
     import_module(f"cases.hunt.{part}")
