@@ -1,4 +1,4 @@
-"""The messy programs of the third hunt: a question leaves no trace of them."""
+"""The messy programs of the third hunt, and of the fourth: a question leaves no trace of them."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,13 +9,15 @@ from torch import nn
 
 import unbatch as ub
 from cases.changes import D, N, squares
-from cases.hunt import kinds_of_place, third_settings
+from cases.hunt import fourth_messy as fourth
+from cases.hunt import fourth_settings, kinds_of_place, third_settings
 from cases.hunt import third_messy as third
 from cases.hunt.known import WRONG_TODAY
 from cases.hunt.messy import MESSY
 from unbatch.errors import UnbatchError
 
-PROGRAMS = {**third.MESSY, **kinds_of_place.MESSY}
+PROGRAMS = {**third.MESSY, **kinds_of_place.MESSY, **fourth.MESSY}
+OF_LOSS = {**third.OF_LOSS, **fourth.OF_LOSS}
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +31,8 @@ def put_back() -> None:
     while third.UNDO:
         third.UNDO.pop()()
     third.COUNTS.update(calls=0, made=0)
+    fourth.COUNTS.update(calls=0)
+    fourth_settings.CALLS = 0
     third.MADE.clear()
     kinds_of_place.MADE.clear()
     kinds_of_place.Noisy.looks = 0
@@ -77,7 +81,7 @@ def of_data(name: str) -> str:
 
 
 def of_loss(name: str) -> str:
-    make, keeps = third.OF_LOSS[name]
+    make, keeps = OF_LOSS[name]
     torch.manual_seed(0)
     loss, model, data = make(), nn.Linear(D, D), (torch.randn(N, D), torch.randn(N, D))
     problem = ub.Problem(model, loss, data)
@@ -93,7 +97,7 @@ def of_loss(name: str) -> str:
 CASES = {
     **dict.fromkeys(PROGRAMS, of_model),
     **dict.fromkeys(third.OF_DATA, of_data),
-    **dict.fromkeys(third.OF_LOSS, of_loss),
+    **dict.fromkeys(OF_LOSS, of_loss),
 }
 
 
