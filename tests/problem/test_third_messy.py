@@ -1,5 +1,6 @@
 """The messy programs of the third hunt, and of the fourth: a question leaves no trace of them."""
 
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -94,8 +95,22 @@ def of_loss(name: str) -> str:
     return "right" if after == before else f"trace of the matrix: {before} {after}"
 
 
+def of_verified(name: str) -> str:
+    make, keeps = fourth.VERIFIED[name]
+    torch.manual_seed(0)
+    model = make()
+    problem = ub.Problem(model, squares, (torch.randn(N, D), torch.randn(N, D)))
+    before = keeps(model)
+    problem.verify()
+    del problem
+    gc.collect()
+    after = keeps(model)
+    return "right" if after == before else f"trace: {before} {after}"
+
+
 CASES = {
     **dict.fromkeys(PROGRAMS, of_model),
+    **dict.fromkeys(fourth.VERIFIED, of_verified),
     **dict.fromkeys(third.OF_DATA, of_data),
     **dict.fromkeys(OF_LOSS, of_loss),
 }
@@ -105,6 +120,7 @@ CASES = {
     "ignore:this layer is old",
     "ignore:Sparse CSR tensor support",
     "ignore:.* take part without being parameters",
+    "ignore:torch.quantize_per_tensor",
 )
 @pytest.mark.parametrize("name", CASES)
 def test_a_question_leaves_no_trace(name):

@@ -14,10 +14,12 @@ import inspect
 import io
 import pickle
 from abc import ABC
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from decimal import Decimal
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import joblib
 import networkx as nx
 import numpy as np
 import scipy.sparse
@@ -174,6 +176,65 @@ def inject(model: Any) -> None:
 
 class Settings(BaseModel):
     scale: float = 1.0
+
+
+class Named:
+    """Reads attributes by names that it makes."""
+
+    def __init__(self) -> None:
+        self.scale_0, self.scale_1 = 1.0, 1.0
+
+    def scale(self, i: int) -> float:
+        return self.__getattribute__(f"scale_{i}")
+
+
+def by_flag(n: Any, x: Tensor) -> Tensor:
+    h = n.linear(x)
+    return 3 * h if hasattr(n.config, n.flag) else h
+
+
+def by_hash(n: Any, x: Tensor) -> Tensor:
+    """Look a factor up by the hash of the settings."""
+    return n.linear(x) * n.factors.get(joblib.hash(n.box), 1.0)
+
+
+class Registry:
+    """Functions by their names."""
+
+    def __init__(self) -> None:
+        self.functions: dict[str, Any] = {}
+
+    def register(self, function: Any) -> Any:
+        self.functions[function.__name__] = function
+        return function
+
+    def __getattr__(self, name: str) -> Any:
+        return self.functions[name]
+
+
+REGISTRY = Registry()
+
+
+@REGISTRY.register
+def tripled(x: Tensor) -> Tensor:
+    return x * GAIN
+
+
+class Dispatching:
+    @functools.singledispatchmethod
+    def scaled(self, x: Any) -> Any:
+        return x
+
+    @scaled.register
+    def _(self, x: Tensor) -> Tensor:
+        return x * GAIN
+
+
+CALLBACK = ctypes.CFUNCTYPE(ctypes.c_double, ctypes.c_double)
+
+
+def own_callback() -> Any:
+    return CALLBACK(lambda value: value * GAIN)
 
 
 class Singleton:
@@ -423,6 +484,91 @@ def larger_batch(model: Any) -> None:
     model(10 * torch.randn(N, D))
 
 
+class State(NamedTuple):
+    step: int = 0
+    scale: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SlottedState:
+    step: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenState:
+    step: int = 0
+
+
+def in_tuple(n: Any, x: Tensor) -> Tensor:
+    """Go on with another state, as functional code does."""
+    n.state = n.state._replace(step=n.state.step + 1)
+    return n.linear(x) * (3.0 if n.state.step > 4 else 1.0)
+
+
+def in_replaced(n: Any, x: Tensor) -> Tensor:
+    n.state = dataclasses.replace(n.state, step=n.state.step + 1)
+    return n.linear(x) * (3.0 if n.state.step > 4 else 1.0)
+
+
+def in_plain_tuple(n: Any, x: Tensor) -> Tensor:
+    step, scale = n.state
+    n.state = step + 1, scale
+    return n.linear(x) * (3.0 if step + 1 == 5 else 1.0)
+
+
+def in_frozen_set(n: Any, x: Tensor) -> Tensor:
+    n.seen = n.seen | {len(n.seen)}
+    return n.linear(x) * (3.0 if len(n.seen) > 4 else 1.0)
+
+
+def in_counter(n: Any, x: Tensor) -> Tensor:
+    n.counts = n.counts + Counter("a")
+    return n.linear(x) * (3.0 if n.counts["a"] > 4 else 1.0)
+
+
+def in_decimals(n: Any, x: Tensor) -> Tensor:
+    n.rate = n.rate * Decimal("0.5")
+    return n.linear(x) * (3.0 if n.rate < Decimal("0.05") else 1.0)
+
+
+def in_namespace(n: Any, x: Tensor) -> Tensor:
+    n.meter.steps += 1
+    n.meter.history.append(n.meter.steps)
+    return n.linear(x) * (3.0 if n.meter.history[-1] == 5 else 1.0)
+
+
+class Averager:
+    """Counts and averages, as in scripts for ImageNet."""
+
+    def __init__(self) -> None:
+        self.sum, self.count, self.history = 0.0, 0, []
+        self.steps = 0
+
+    def update(self, value: float) -> None:
+        self.sum += value
+        self.count += 1
+
+
+def by_average(n: Any, x: Tensor) -> Tensor:
+    n.meter.update(1.0 if n.meter.count < 4 else 9.0)
+    return n.linear(x) * (3.0 if n.meter.sum / n.meter.count > 2.0 else 1.0)
+
+
+def patience(n: Any, x: Tensor) -> Tensor:
+    """Lower the scale where there has been no progress three times."""
+    size = float(n.linear.weight.detach().norm())
+    n.waited = 0 if size < n.lowest else n.waited + 1
+    n.lowest = min(n.lowest, size)
+    if n.waited >= 3:
+        n.factor, n.waited = n.factor * 0.5, 0
+    return n.linear(x) * n.factor
+
+
+def alternates(n: Any, x: Tensor) -> Tensor:
+    n.turn = next(n.turns)
+    return n.linear(x) * (3.0 if n.turn == "discriminator" else 1.0)
+
+
 # --- parameters that Python reads, and a step -----------------------------------------------------
 
 
@@ -436,7 +582,7 @@ def reading(read: Any) -> Any:
 
 def saved_and_loaded(t: Tensor) -> Tensor:
     file = io.BytesIO()
-    torch.save(t, file)
+    torch.save(t.detach(), file)
     file.seek(0)
     return torch.load(file)
 
@@ -538,7 +684,9 @@ def by_words(n: Any, x: Tensor) -> Tensor:
 
 def with_hook_of_inputs() -> Any:
     model, loss = straight()
-    model[2].register_forward_pre_hook(lambda m, args, kwargs: ((args[0] * GAIN,), kwargs), with_kwargs=True)
+    model[2].register_forward_pre_hook(
+        lambda m, args, kwargs: ((args[0] * GAIN,), kwargs), with_kwargs=True
+    )
     return model, loss
 
 
@@ -707,6 +855,18 @@ CHANGES: dict[str, Change] = {
         lambda model: Marker.register(Piece) and None,
     ),
     "the bases of a class": (net(times(lambda n: n.mixed.factor()), mixed=Mixed), inject),
+    "an attribute by a name that is made": (
+        net(times(lambda n: n.named.scale(1)), named=Named),
+        put("named.scale_1", 3.0),
+    ),
+    "a flag whose name is data": (
+        net(by_flag, config=Config, flag=lambda: "fl" + "ag"),
+        put("config.flag", True),
+    ),
+    "settings by their hash": (
+        net(by_hash, box=Box, factors=lambda: {joblib.hash(Box()): 2.0}),
+        put("box.content", "aaa"),
+    ),
     "a setting of pydantic": (
         net(times(lambda n: n.config.scale), config=Settings),
         put("config.scale", 3.0),
@@ -740,6 +900,33 @@ CHANGES: dict[str, Change] = {
         net(lambda n, x: ACT2FN["fourth"](n.linear(x))),
         gain,
     ),
+    "a global that a registered function reads": (
+        net(lambda n, x: REGISTRY.tripled(n.linear(x))),
+        gain,
+    ),
+    "a function registered anew": (
+        net(lambda n, x: REGISTRY.tripled(n.linear(x))),
+        entry(REGISTRY.functions, "tripled", lambda x: 5 * x),
+    ),
+    "a global of a method by dispatch": (
+        net(lambda n, x: n.part.scaled(n.linear(x)), part=Dispatching),
+        gain,
+    ),
+    "a global of a function made for arrays": (
+        net(
+            times(lambda n: float(n.scale(1.0))),
+            scale=lambda: np.frompyfunc(lambda v: v * GAIN, 1, 1),
+        ),
+        gain,
+    ),
+    "a global that a callback of C reads": (
+        net(times(lambda n: n.callback(1.0)), callback=own_callback),
+        gain,
+    ),
+    "a class of layers that is made in forward": (
+        net(lambda n, x: nn.LayerNorm(D)(n.linear(x))),
+        patched(nn.LayerNorm, "forward", lambda self, x: 3 * x),
+    ),
     "a global that a decorating object reads": (net(lambda n, x: metered(n.linear(x))), gain),
     "an attribute of a decorated function": (
         net(lambda n, x: decorated(n.linear(x))),
@@ -771,6 +958,27 @@ CHANGES: dict[str, Change] = {
         plain(5),
     ),
     "phases, one after the other": (net(in_phases, phase=lambda: Phase(0)), plain(7)),
+    "steps in a named tuple": (net(in_tuple, state=State), plain(6)),
+    "steps in a state with slots": (net(in_replaced, state=SlottedState), plain(6)),
+    "steps in a frozen state": (net(in_replaced, state=FrozenState), plain(6)),
+    "the fifth step, in a tuple": (net(in_plain_tuple, state=lambda: (0, 1.0)), plain(4)),
+    "more than four of a frozen set": (net(in_frozen_set, seen=frozenset), plain(6)),
+    "counts that are added": (net(in_counter, counts=Counter), plain(6)),
+    "a rate in decimals": (net(in_decimals, rate=lambda: Decimal(1)), plain(6)),
+    "the last of a history": (net(in_namespace, meter=Averager), plain(4)),
+    "an average of a meter": (net(by_average, meter=Averager), plain(8)),
+    "patience": (
+        net(patience, waited=lambda: 0, lowest=lambda: float("inf"), factor=lambda: 1.0),
+        plain(4),
+    ),
+    "turns of two players": (
+        net(
+            alternates,
+            turn=lambda: "",
+            turns=lambda: iter(["generator"] * 3 + ["discriminator"] * 99),
+        ),
+        lambda model: [next(model.turns) for _ in range(4)] and None,
+    ),
     "a metric's count": (net(by_metric, metric=MeanMetric), plain(6)),
     "a warm-up": (net(warm_up, step=lambda: 0), plain(2)),
     "a layer frozen after some calls": (
@@ -806,6 +1014,18 @@ CHANGES: dict[str, Change] = {
     # Weights.
     "a square weight transposed": (net(lambda n, x: n.linear(x)), transposed),
     "a square weight of a layer transposed": (straight, transposed_entries),
+    "a square buffer transposed": (
+        net(
+            lambda n, x: n.linear(x) @ n.kept, kept=lambda: nn.Buffer(torch.arange(16.0).view(D, D))
+        ),
+        lambda model: model.kept.t_(),
+    ),
+    "a square buffer of other strides": (
+        net(
+            lambda n, x: n.linear(x) @ n.kept, kept=lambda: nn.Buffer(torch.arange(16.0).view(D, D))
+        ),
+        lambda model: setattr(model.kept, "data", model.kept.data.T),
+    ),
     "adapters of low rank": (straight, with_lora),
     "weights tied": (straight, tied),
     "parameters from a vector": (straight, from_vector),
@@ -921,6 +1141,31 @@ OF_DATA: dict[str, tuple[Callable[[], Any], Callable[[], Data], Callable[[Any, A
         net(lambda n, x: n.linear(x)),
         lambda: (torch.randn(2 * N, D)[::2], torch.randn(N, D)),
         lambda x, y: x._base.fill_(1.0),
+    ),
+    "a number among inputs": (
+        net(lambda n, batch: n.linear(batch["x"]) * batch["scale"]),
+        lambda: (({"x": torch.randn(N, D), "scale": 1.0},), torch.randn(N, D)),
+        lambda x, y: x[0].update(scale=3.0),
+    ),
+    "a flag among inputs": (
+        net(lambda n, batch: n.linear(batch["x"]) * (3.0 if batch["double"] else 1.0)),
+        lambda: (({"x": torch.randn(N, D), "double": False},), torch.randn(N, D)),
+        lambda x, y: x[0].update(double=True),
+    ),
+    "nothing among inputs, and then a mask": (
+        net(lambda n, batch: n.linear(batch["x"]) * (1.0 if batch["m"] is None else batch["m"])),
+        lambda: (({"x": torch.randn(N, D), "m": None},), torch.randn(N, D)),
+        lambda x, y: x[0].update(m=torch.full((N, D), 2.0)),
+    ),
+    "a list of words among inputs": (
+        net(lambda n, batch: n.linear(batch["x"]) * float(len(batch["words"][0]))),
+        lambda: (({"x": torch.randn(N, D), "words": ["a"] * N},), torch.randn(N, D)),
+        lambda x, y: x[0]["words"].__setitem__(0, "aaa"),
+    ),
+    "the real part of a kind of numbers": (
+        net(lambda n, batch: n.linear(batch["x"]) * abs(batch["z"])),
+        lambda: (({"x": torch.randn(N, D), "z": 1 + 0j},), torch.randn(N, D)),
+        lambda x, y: x[0].update(z=3 + 4j),
     ),
     "classes that one batch has seen": (
         net(masks_unseen, seen=set),

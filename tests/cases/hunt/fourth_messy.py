@@ -16,9 +16,12 @@ import multiprocessing
 import os
 import pstats
 import random
+import shutil
 import signal
 import sqlite3
+import tempfile
 import tracemalloc
+import weakref
 from collections import ChainMap, OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,6 +35,7 @@ import numpy as np
 import torch
 import torchmetrics
 import tqdm
+import transformers
 from sklearn.cluster import MiniBatchKMeans
 from sklearn.linear_model import SGDRegressor
 from sklearn.preprocessing import StandardScaler
@@ -40,9 +44,9 @@ from torch import distributions as laws
 from torch.distributions.kl import register_kl
 from torch.nn import functional as F
 from torch.utils.data import RandomSampler
-from transformers import EncoderDecoderCache, DynamicCache
+from transformers import DynamicCache, EncoderDecoderCache
 
-from cases.changes import D, N, Net, squares
+from cases.changes import D, N, squares
 from cases.hunt import fourth_settings
 from cases.hunt.third_changes import UNDO
 from cases.messy import Case, net, own, part
@@ -97,11 +101,16 @@ def lazy_logger(n: Any) -> None:
     n.log.debug("step")
 
 
+def put_back(log: logging.Logger) -> None:
+    state = dict(vars(log))
+    UNDO.append(lambda: vars(log).update(state))
+
+
 def loggers(model: Any) -> Any:
     log = logging.getLogger("fourth.model")
     root = logging.getLogger()
-    for one in (log, root):
-        UNDO.append(lambda one=one, state=dict(vars(one)): vars(one).update(state))
+    put_back(log)
+    put_back(root)
     return (
         (log.name, log.level, log.disabled, log.propagate, len(log.handlers)),
         (root.level, root.disabled, list(root.handlers)),
@@ -195,6 +204,54 @@ def lazy_head(n: Any, x: Tensor) -> Tensor:
     return n.head(n.linear(x))
 
 
+class Folder:
+    """A folder that goes with the object."""
+
+    def __init__(self) -> None:
+        self.path = tempfile.mkdtemp()
+
+    def __del__(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def folders() -> Any:
+    return [Folder(), Folder()]
+
+
+def next_folder(n: Any) -> None:
+    n.turn = (n.turn + 1) % 2
+    n.folder = n.folders[n.turn]
+
+
+def folders_left(model: Any) -> Any:
+    return [os.path.exists(folder.path) for folder in model.folders]
+
+
+class Node:
+    """Has a number of its own, also as a copy."""
+
+    made = 0
+
+    def __init__(self) -> None:
+        Node.made += 1
+        self.number = Node.made
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return Node()
+
+
+class Noted(list):
+    """A list that counts how often it is copied."""
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        count()
+        return Noted(self)
+
+
+def plain_net(**parts: Callable[[], Any]) -> Callable[[], nn.Module]:
+    return own(lambda n, x: n.linear(x), **parts)
+
+
 # --- logs -----------------------------------------------------------------------------------------
 
 
@@ -250,6 +307,35 @@ def to_table(n: Any) -> None:
     n.base.execute("insert into losses values (1.0)")
 
 
+def quiet(n: Any) -> None:
+    """Silence a library that talks too much."""
+    logging.getLogger("fourth.noisy").setLevel(logging.ERROR)
+
+
+def level_of_noisy(model: Any) -> Any:
+    log = logging.getLogger("fourth.noisy")
+    UNDO.append(lambda: log.setLevel(logging.NOTSET))
+    return log.level
+
+
+def quiet_transformers(n: Any) -> None:
+    transformers.logging.set_verbosity_error()
+
+
+def verbosity(model: Any) -> Any:
+    UNDO.append(transformers.logging.set_verbosity_warning)
+    return transformers.logging.get_verbosity()
+
+
+def captures_warnings(n: Any) -> None:
+    logging.captureWarnings(True)
+
+
+def captured(model: Any) -> Any:
+    UNDO.append(lambda: logging.captureWarnings(False))
+    return logging._warnings_showwarning is not None  # type: ignore[attr-defined]
+
+
 def base() -> Any:
     made = sqlite3.connect(":memory:")
     made.execute("create table losses (value real)")
@@ -275,6 +361,51 @@ def profiled(profile: Any) -> Any:
 
 def bar() -> Any:
     return tqdm.tqdm(total=99, file=io.StringIO(), mininterval=0)
+
+
+@functools.lru_cache(maxsize=1)
+def positions(size: int) -> Tensor:
+    return torch.arange(size)
+
+
+def other_size(n: Any) -> None:
+    positions(D + 1)
+
+
+def with_positions() -> nn.Module:
+    positions(D)
+    return net(other_size)()
+
+
+def kept_positions(model: Any) -> Any:
+    return positions.cache_info().currsize
+
+
+def on_torch(n: Any) -> None:
+    torch.fourth_calls = getattr(torch, "fourth_calls", 0) + 1  # type: ignore[attr-defined]
+
+
+def calls_on_torch(model: Any) -> Any:
+    UNDO.append(lambda: vars(torch).pop("fourth_calls", None))
+    return getattr(torch, "fourth_calls", 0)
+
+
+def on_function(n: Any) -> None:
+    F.relu.calls = getattr(F.relu, "calls", 0) + 1
+
+
+def calls_on_function(model: Any) -> Any:
+    UNDO.append(lambda: vars(F.relu).pop("calls", None))
+    return getattr(F.relu, "calls", 0)
+
+
+def on_layers(n: Any) -> None:
+    nn.GELU.calls = getattr(nn.GELU, "calls", 0) + 1
+
+
+def calls_on_layers(model: Any) -> Any:
+    UNDO.append(lambda: vars(nn.GELU).get("calls") and delattr(nn.GELU, "calls"))
+    return getattr(nn.GELU, "calls", 0)
 
 
 # --- threads and processes ------------------------------------------------------------------------
@@ -619,7 +750,9 @@ def hooked() -> nn.Module:
     model = nn.Sequential(nn.Linear(D, D), nn.Tanh())
     model.activations = {}
     model[0].register_forward_hook(lambda m, i, o: model.activations.update(first=o))
-    model[1].register_forward_hook(lambda m, i, o: model.activations.setdefault("all", []).append(o))
+    model[1].register_forward_hook(
+        lambda m, i, o: model.activations.setdefault("all", []).append(o)
+    )
     return model
 
 
@@ -768,6 +901,18 @@ MESSY: dict[str, Case] = {
         net(takes_next, turn=lambda: 0, lease=lambda: None),
         lambda model: (COUNTS["calls"], [lease.held for lease in LEASES]),
     ),
+    "folders in turn": (
+        net(next_folder, folders=folders, turn=lambda: 0, folder=lambda: None),
+        folders_left,
+    ),
+    "members of a weak set": (
+        net(lambda n: n.seen.add(n.linear), seen=weakref.WeakSet),
+        part("seen", len),
+    ),
+    "a cache of one result": (with_positions, kept_positions),
+    "a count on a library": (net(on_torch), calls_on_torch),
+    "a count on a function of a library": (net(on_function), calls_on_function),
+    "a count on a class of layers": (net(on_layers), calls_on_layers),
     "a table that is made late": (net(own_table), lambda model: hasattr(model, "table")),
     "a cached property of a plan": (
         net(lambda n: n.plan.table, plan=Plan),
@@ -784,7 +929,10 @@ MESSY: dict[str, Case] = {
         part("log", lambda log: len(log.handlers[0].buffer)),
     ),
     "a handler of the root": (without_handlers, lambda model: len(logging.getLogger().handlers)),
-    "a handler more": (net(adds_handler, log=lambda: logging.Logger("a")), part("log", handlers_of)),
+    "a handler more": (
+        net(adds_handler, log=lambda: logging.Logger("a")),
+        part("log", handlers_of),
+    ),
     "a filter more": (
         net(adds_filter, log=lambda: logging.Logger("a")),
         part("log", lambda log: len(log.filters)),
@@ -793,6 +941,9 @@ MESSY: dict[str, Case] = {
         net(silences, log=lambda: logging.Logger("a")),
         part("log", lambda log: (log.propagate, log.disabled)),
     ),
+    "the level of a logger by its name": (net(quiet), level_of_noisy),
+    "how much a library says": (net(quiet_transformers), verbosity),
+    "warnings that are logged": (net(captures_warnings), captured),
     "rows of a database in memory": (net(to_table, base=base), part("base", rows_of)),
     "calls in a profile": (net(profiles, profile=cProfile.Profile), part("profile", profiled)),
     "the progress of a bar": (
@@ -800,7 +951,10 @@ MESSY: dict[str, Case] = {
         part("bar", lambda b: (b.n, b.fp.getvalue() if hasattr(b.fp, "getvalue") else None)),
     ),
     # Threads and processes.
-    "a note by a pool that nobody waits for": (net(notes_later, seen=list), part("seen", waited_for)),
+    "a note by a pool that nobody waits for": (
+        net(notes_later, seen=list),
+        part("seen", waited_for),
+    ),
     "a result that is awaited": (net(resolves, result=Future), part("result", Future.done)),
     "a count under a lock of processes": (
         net(guarded, lock=lock, calls=lambda: 0),
@@ -908,7 +1062,10 @@ MESSY: dict[str, Case] = {
         part("law", made_of),
     ),
     # Kinds of tensors and of objects.
-    "a table of few bits": (own(rounds, kept=quantised_table), part("kept", lambda t: t.int_repr().tolist())),
+    "a table of few bits": (
+        own(rounds, kept=quantised_table),
+        part("kept", lambda t: t.int_repr().tolist()),
+    ),
     "pairs of pairs": (net(chains, pairs=chained), part("pairs", depth)),
     "a chain of objects": (
         net(pushes, chain=chain),
@@ -1017,4 +1174,23 @@ OF_LOSS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     ),
     "a loss that learns": (Learned, lambda loss: (loss.calls, loss.logs.tolist())),
     "records of a loss": (Logged, lambda loss: len(loss.log.handlers[0].buffer)),
+}
+
+
+# --- what is tested -------------------------------------------------------------------------------
+
+# Of models that are independent, and verified.
+VERIFIED: dict[str, Case] = {
+    "a folder that goes with an object": (
+        plain_net(folders=lambda: [Folder()]),
+        folders_left,
+    ),
+    "numbers of nodes": (plain_net(node=Node), lambda model: Node.made),
+    "how often a list is copied": (plain_net(seen=Noted), counts),
+    "a buffer that is written to": (net(by_out, kept=ones), part("kept", Tensor.tolist)),
+    "an enum's phases": (net(to_next_phase, phase=lambda: Phase.WARM), phases),
+    "a count under a lock": (
+        net(guarded, lock=lock, calls=lambda: 0),
+        lambda model: model.calls,
+    ),
 }

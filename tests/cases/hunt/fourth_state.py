@@ -49,17 +49,13 @@ def trimmed_and_masked(net, x):
 
 
 def packed(net, x):
-    sequence = rnn.pack_padded_sequence(
-        x, lengths(x).cpu(), batch_first=True, enforce_sorted=False
-    )
+    sequence = rnn.pack_padded_sequence(x, lengths(x).cpu(), batch_first=True, enforce_sorted=False)
     _, last = net.gru(sequence)
     return last[0]
 
 
 def packed_and_averaged(net, x):
-    sequence = rnn.pack_padded_sequence(
-        x, lengths(x).cpu(), batch_first=True, enforce_sorted=False
-    )
+    sequence = rnn.pack_padded_sequence(x, lengths(x).cpu(), batch_first=True, enforce_sorted=False)
     out, _ = rnn.pad_packed_sequence(net.gru(sequence)[0], batch_first=True)
     return out.mean(1)
 
@@ -178,12 +174,16 @@ table(
 table(
     SIMD,
     {
-        "a second layer for hard samples": only_hard,
         "in chunks of four": in_chunks,
         "padded to a multiple of four": padded_to_multiple,
         "a capacity of the size of the batch": rounded_up,
     },
+)
+table(
+    SIMD,
+    {"a second layer for hard samples": only_hard},
     second=linear(),
+    accept_unknown=True,
 )
 table(
     STATISTICS,
@@ -296,6 +296,9 @@ table(
         "noise by vmap, another each": by_vmap,
         "half of the features masked": masked_share,
         "noisy gates": noisy_gates,
+        "noise made standard": standard_noise,
+        "the sample with the largest number": largest_noise,
+        "samples below the median number": rank_of_noise,
         "noise that is kept": noise_kept,
         "noise kept in a buffer of the batch's size": noise_kept_in_a_buffer,
     },
@@ -306,12 +309,9 @@ table(
 table(
     STATISTICS,
     {
-        "noise made standard": standard_noise,
         "noise of a common size": noise_of_common_size,
         "uniform numbers up to the largest": uniform_up_to_the_largest,
         "a mean in an order drawn": mean_in_an_order_drawn,
-        "the sample with the largest number": largest_noise,
-        "samples below the median number": rank_of_noise,
         "dropped, and centred": dropped_and_centred,
     },
     accept_unknown=True,
@@ -419,7 +419,7 @@ def in_default(net, x, memo={}):  # noqa: B006
     return net.linear(x - memo["mean"])
 
 
-class Told(Exception):  # noqa: N818
+class Told(Exception):
     pass
 
 
@@ -721,7 +721,9 @@ table(
         "the sum of sorted ones": lambda n, x: n.linear(x) - x.sort(0).values.sum(0),
         "a mean of rolled samples": lambda n, x: n.linear(x) - x.roll(1, 0).mean(0),
         "a softmax over samples": lambda n, x: n.linear(x) * x.softmax(0),
-        "an angle to the mean": lambda n, x: n.linear(x) * F.cosine_similarity(x, x.mean(0))[:, None],
+        "an angle to the mean": lambda n, x: (
+            n.linear(x) * F.cosine_similarity(x, x.mean(0))[:, None]
+        ),
         "correlations of features": lambda n, x: n.linear(x) @ torch.corrcoef(x.T),
         "a histogram": lambda n, x: n.linear(x) * torch.histc(x.detach(), 6, -3, 3),
         "smallest and largest": lambda n, x: n.linear((x - x.aminmax().min) / x.max()),
