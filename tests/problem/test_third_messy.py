@@ -108,8 +108,23 @@ def of_verified(name: str) -> str:
     return "right" if after == before else f"trace: {before} {after}"
 
 
+def of_rows(name: str) -> str:
+    torch.manual_seed(0)
+    problem = ub.Problem(fourth.ROWS[name](), squares, (torch.randn(N, D), torch.randn(N, D)))
+    try:
+        rows, gradient = problem.gradients(), problem.gradient()
+    except UnbatchError:
+        return "refused"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    sums = {key: rows[key].sum(0) for key in gradient}
+    right = [torch.allclose(sums[key], gradient[key], atol=1e-5) for key in gradient]
+    return "right" if all(right) else "wrong rows"
+
+
 CASES = {
     **dict.fromkeys(PROGRAMS, of_model),
+    **dict.fromkeys(fourth.ROWS, of_rows),
     **dict.fromkeys(fourth.VERIFIED, of_verified),
     **dict.fromkeys(third.OF_DATA, of_data),
     **dict.fromkeys(OF_LOSS, of_loss),

@@ -5,6 +5,7 @@ As in `cases/messy.py`: a function that makes a model, and one that returns what
 right, too.
 """
 
+import asyncio
 import cProfile
 import ctypes
 import enum
@@ -15,6 +16,7 @@ import logging.handlers
 import multiprocessing
 import os
 import pstats
+import queue
 import random
 import shutil
 import signal
@@ -32,6 +34,7 @@ from typing import Any
 import matplotlib
 import networkx as nx
 import numpy as np
+import opacus
 import torch
 import torchmetrics
 import tqdm
@@ -886,6 +889,43 @@ def pushes(n: Any) -> None:
     n.chain.after.value += 1
 
 
+def waits(n: Any) -> None:
+    n.queue.put_nowait((1, 2))
+
+
+def mapped_file() -> Any:
+    return np.memmap(tempfile.TemporaryFile(), dtype=np.float32, shape=(3,), mode="w+")
+
+
+def spectral() -> nn.Module:
+    return nn.Sequential(nn.utils.spectral_norm(nn.Linear(D, D)), nn.Tanh())
+
+
+def of_spectral(model: Any) -> Any:
+    return model[0].weight_u.tolist(), model[0].weight.tolist(), sorted(vars(model[0]))
+
+
+def spikes(n: Any, x: Tensor) -> Tensor:
+    """A potential that leaks, and fires."""
+    n.potential = n.potential * 0.5 + n.linear(x)
+    spike = (n.potential > 0).float() + n.potential - n.potential.detach()
+    n.potential = n.potential - spike.detach()
+    return spike
+
+
+def exported() -> nn.Module:
+    layers = nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D))
+    return torch.export.export(layers, (torch.randn(N, D),)).module()
+
+
+def in_parallel() -> nn.Module:
+    return nn.DataParallel(nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D)))
+
+
+def of_state(model: Any) -> Any:
+    return {name: t.tolist() for name, t in model.state_dict().items()}
+
+
 MESSY: dict[str, Case] = {
     # What is made when it is first needed, or exchanged for another.
     "phases of an enum": (net(to_next_phase, phase=lambda: Phase.WARM), phases),
@@ -955,6 +995,22 @@ MESSY: dict[str, Case] = {
         net(notes_later, seen=list),
         part("seen", waited_for),
     ),
+    "a queue of tasks": (net(waits, queue=asyncio.Queue), part("queue", asyncio.Queue.qsize)),
+    "a queue by priority": (
+        net(waits, queue=queue.PriorityQueue),
+        part("queue", queue.PriorityQueue.qsize),
+    ),
+    "an array in a file": (
+        net(lambda n: n.sums.__iadd__(1), sums=mapped_file),
+        part("sums", np.ndarray.tolist),
+    ),
+    "a power iteration": (spectral, of_spectral),
+    "a potential that leaks": (
+        own(spikes, potential=lambda: 0.0),
+        lambda model: type(model.potential),
+    ),
+    "an exported model": (exported, of_state),
+    "a model in parallel": (in_parallel, of_state),
     "a result that is awaited": (net(resolves, result=Future), part("result", Future.done)),
     "a count under a lock of processes": (
         net(guarded, lock=lock, calls=lambda: 0),
@@ -1193,4 +1249,98 @@ VERIFIED: dict[str, Case] = {
         net(guarded, lock=lock, calls=lambda: 0),
         lambda model: model.calls,
     ),
+}
+
+
+# --- models that are run on copies of their parameters --------------------------------------------
+
+
+class Surrogate(torch.autograd.Function):
+    """A step with the derivative of something else, so that a recording does not do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.round(x * 4) / 4
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * 0.5
+
+
+def surrogate(factor: Callable[[Any], Any], **parts: Callable[[], Any]) -> Callable[[], nn.Module]:
+    """A net with a surrogate gradient, and a factor read from it."""
+    return own(lambda n, x: Surrogate.apply(n.linear(x)) * factor(n), **parts)
+
+
+def masked() -> nn.Module:
+    """A mask for each parameter, as in pruning and continual learning."""
+    model = own(lambda n, x: Surrogate.apply(x @ (n.linear.weight * n.masks[n.linear.weight]).T))()
+    model.masks = {p: torch.ones_like(p) for p in model.parameters()}
+    return model
+
+
+def tagged(read: Callable[[Any], Any]) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        model = surrogate(read)()
+        model.linear.weight.gain = 2.0
+        return model
+
+    return make
+
+
+def by_id() -> nn.Module:
+    model = surrogate(lambda n: n.gains.get(id(n.linear.weight), 1.0))()
+    model.gains = {id(model.linear.weight): 2.0}
+    return model
+
+
+def by_optimizer() -> nn.Module:
+    """A factor of how often the optimizer has stepped."""
+    model = surrogate(lambda n: 1.0 + n.steps.get(n.linear.weight, 0))()
+    model.steps = {model.linear.weight: 1}
+    return model
+
+
+def in_list() -> nn.Module:
+    model = own(lambda n, x: Surrogate.apply(F.linear(x, *n.weights)))()
+    model.weights = [model.linear.weight, model.linear.bias]
+    return model
+
+
+def in_closure() -> nn.Module:
+    layer = nn.Linear(D, D)
+    model = own(lambda n, x: Surrogate.apply(layer(n.linear(x))))()
+    model.layer = layer
+    return model
+
+
+def follows(n: Any, x: Tensor) -> Tensor:
+    ema(n)
+    return Surrogate.apply(n.linear(x)) - n.teacher(x)
+
+
+def private() -> nn.Module:
+    return opacus.GradSampleModule(nn.Sequential(nn.Linear(D, D), nn.Tanh()))
+
+
+# The rows of each must sum to its gradient.
+ROWS: dict[str, Callable[[], nn.Module]] = {
+    "a surrogate gradient": surrogate(lambda n: 1.0),
+    "a mask by parameter, under a surrogate": masked,
+    "an attribute of a parameter, under a surrogate": tagged(lambda n: n.linear.weight.gain),
+    "an attribute asked for, under a surrogate": tagged(
+        lambda n: getattr(n.linear.weight, "gain", 1.0)
+    ),
+    "a number by parameter, under a surrogate": by_id,
+    "steps by parameter, under a surrogate": by_optimizer,
+    "whether it is a parameter, under a surrogate": surrogate(
+        lambda n: 2.0 if isinstance(n.linear.weight, nn.Parameter) else 1.0
+    ),
+    "whether it is a leaf, under a surrogate": surrogate(
+        lambda n: 2.0 if n.linear.weight.is_leaf else 1.0
+    ),
+    "parameters in a list, under a surrogate": in_list,
+    "a layer of a closure, under a surrogate": in_closure,
+    "a teacher that follows, under a surrogate": own(follows, teacher=teacher),
+    "a model made private": private,
 }

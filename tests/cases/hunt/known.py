@@ -112,6 +112,7 @@ WRONG_FOURTH = frozenset(
         "messy: calls in a profile",
         "messy: a result that is awaited",
         "messy: a generator of a sampler",
+        "messy: a queue of tasks",
         "messy: a cache of one result",
         # What runs on when a question has been answered.
         "messy: a note by a pool that nobody waits for",
@@ -129,6 +130,15 @@ WRONG_FOURTH = frozenset(
         "messy: a count on a library",
         "messy: a count on a function of a library",
         "messy: a count on a class of layers",
+        # Runs on copies of parameters, which are no parameters and have no attributes.
+        "messy: a model made private",
+        "messy: a mask by parameter, under a surrogate",
+        "messy: an attribute of a parameter, under a surrogate",
+        "messy: an attribute asked for, under a surrogate",
+        "messy: a number by parameter, under a surrogate",
+        "messy: steps by parameter, under a surrogate",
+        "messy: whether it is a parameter, under a surrogate",
+        "messy: whether it is a leaf, under a surrogate",
         # Errors of the walk itself.
         "messy: pairs of pairs",
         "messy: a dict that is made when it is needed",
