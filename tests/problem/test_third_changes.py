@@ -110,8 +110,31 @@ def of_checked(name: str) -> str:
     return outcome(model, loss, data, [lambda: change(model, *data)])
 
 
+def of_batches(name: str) -> str:
+    torch.manual_seed(0)
+    make, first, second = fourth.BATCHES[name]
+    model, loss = make()
+    x, other, y = first(), second(), torch.randn(N, D)
+    try:
+        problem = ub.Problem(model, loss, (x, y))
+        answers(problem)
+        now = answers(ub.Problem(model, loss, (other, y)))
+        moved = answers(problem.with_batch(other, y))
+    except UnbatchError:
+        return "refused"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "right" if equal(moved, now, close) else "stale"
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Compare but for the order in which numbers are added up."""
+    return a.shape == b.shape and torch.allclose(a, b, atol=1e-5)
+
+
 CASES = {
     **dict.fromkeys(PROGRAMS, of_model),
+    **dict.fromkeys(fourth.BATCHES, of_batches),
     **dict.fromkeys(third.TWICE, of_two),
     **dict.fromkeys(OF_DATA, of_data),
     **dict.fromkeys(third.FUNCTIONS, of_function),

@@ -39,7 +39,15 @@ from transformers.activations import ACT2FN
 from cases.changes import Change, D, N, Net, layers, net, put, squares
 from cases.hunt import fourth_settings
 from cases.hunt.changes import counting, plain, times
-from cases.hunt.third_changes import UNDO, Data, entry, patched, rows, step
+from cases.hunt.third_changes import (
+    UNDO,
+    Data,
+    entry,
+    made_in_inference,
+    patched,
+    rows,
+    step,
+)
 
 GAIN = 1.0
 TABLE = {"scale": 1.0}
@@ -1183,4 +1191,121 @@ OF_DATA: dict[str, tuple[Callable[[], Any], Callable[[], Data], Callable[[Any, A
 BESIDE: dict[str, Any] = {
     "classes that one batch has seen": all_classes,
     "classes that one batch has counted": all_classes,
+}
+
+
+# --- another batch --------------------------------------------------------------------------------
+
+
+def channels_last() -> Tensor:
+    return torch.randn(N, 3, 4, 4).to(memory_format=torch.channels_last)
+
+
+def image_net(run: Any) -> Callable[[], Any]:
+    return lambda: (Net(run, head=nn.Linear(48, D), conv=nn.Conv2d(3, 3, 3, padding=1)), squares)
+
+
+def transposed_rows() -> Tensor:
+    return torch.randn(D, N).T
+
+
+def windows(n: Any, x: Tensor) -> Tensor:
+    """Sums of neighbours, by a view with overlaps."""
+    pairs = x.as_strided((len(x), D - 1, 2), (x.stride(0), x.stride(1), x.stride(1)))
+    return n.linear(torch.cat([pairs.sum(2), x[:, :1]], 1))
+
+
+def by_layout(n: Any, x: Tensor) -> Tensor:
+    h = n.linear(x)
+    return h if x.is_contiguous() else 2 * h
+
+
+def plain_rows() -> Tensor:
+    return torch.randn(N, D)
+
+
+def plain_images() -> Tensor:
+    return torch.randn(N, 3, 4, 4)
+
+
+def gains(n: Any, batch: dict[str, Any]) -> Tensor:
+    return n.linear(batch["x"]) * batch["gain"]
+
+
+def with_gain(gain: float) -> Callable[[], Any]:
+    return lambda: ({"x": torch.randn(N, D), "gain": gain},)
+
+
+# A model, and two batches: what is said of the second must be what is said of it alone.
+BATCHES: dict[str, tuple[Callable[[], Any], Callable[[], Any], Callable[[], Any]]] = {
+    "images by channel, flattened": (
+        image_net(lambda n, x: n.head(x.flatten(1))),
+        plain_images,
+        channels_last,
+    ),
+    "images by channel, reshaped": (
+        image_net(lambda n, x: n.head(x.reshape(len(x), -1))),
+        plain_images,
+        channels_last,
+    ),
+    "images by channel, unflattened": (
+        image_net(lambda n, x: n.head(nn.Flatten()(x))),
+        channels_last,
+        plain_images,
+    ),
+    "images by channel, convolved": (
+        image_net(lambda n, x: n.conv(x).mean((2, 3)).repeat(1, 2)[:, :D]),
+        plain_images,
+        channels_last,
+    ),
+    "images by channel, convolved and flattened": (
+        image_net(lambda n, x: n.head(n.conv(x).relu().flatten(1))),
+        plain_images,
+        channels_last,
+    ),
+    "patches of images by channel": (
+        image_net(lambda n, x: n.head(F.unfold(x, 4).flatten(1))),
+        plain_images,
+        channels_last,
+    ),
+    "transposed rows": (net(lambda n, x: n.linear(x)), plain_rows, transposed_rows),
+    "transposed rows, one after the other": (
+        net(lambda n, x: n.linear(x.reshape(-1).view(N, D))),
+        plain_rows,
+        transposed_rows,
+    ),
+    "transposed rows in windows": (net(windows), plain_rows, transposed_rows),
+    "transposed rows that decide": (net(by_layout), plain_rows, transposed_rows),
+    "rows of a larger batch": (
+        net(lambda n, x: n.linear(x)),
+        plain_rows,
+        lambda: torch.randn(2 * N, D)[::2],
+    ),
+    "one row, expanded": (
+        net(lambda n, x: n.linear(x.reshape(-1).view(N, D))),
+        plain_rows,
+        lambda: torch.randn(1, D).expand(N, D),
+    ),
+    "another number beside": (net(gains), with_gain(1.0), with_gain(3.0)),
+    "a whole number beside": (net(gains), with_gain(1.0), with_gain(3)),
+    "rows that require gradients": (
+        net(lambda n, x: n.linear(x)),
+        plain_rows,
+        lambda: torch.randn(N, D, requires_grad=True),
+    ),
+    "rows in inference mode": (
+        net(lambda n, x: n.linear(x)),
+        plain_rows,
+        made_in_inference(plain_rows),
+    ),
+    "sorted by what is first": (
+        net(lambda n, x: n.linear(x)[:, sorted(range(D), key=lambda i: float(x[0, i]))]),
+        plain_rows,
+        plain_rows,
+    ),
+    "a path by the largest": (
+        net(lambda n, x: n.linear(x) if x.max() < 5 else n.linear(x.clamp(max=5))),
+        plain_rows,
+        lambda: 10 * torch.randn(N, D),
+    ),
 }

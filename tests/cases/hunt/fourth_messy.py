@@ -894,7 +894,10 @@ def waits(n: Any) -> None:
 
 
 def mapped_file() -> Any:
-    return np.memmap(tempfile.TemporaryFile(), dtype=np.float32, shape=(3,), mode="w+")
+    handle, path = tempfile.mkstemp()
+    os.close(handle)
+    UNDO.append(lambda: os.remove(path))
+    return np.memmap(path, dtype=np.float32, shape=(3,), mode="w+")
 
 
 def spectral() -> nn.Module:
