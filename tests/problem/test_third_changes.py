@@ -1,4 +1,4 @@
-"""The changes of the third hunt: an answer is about the program, and the data, as they are."""
+"""The changes of the third and the fourth hunt: an answer is about program and data as they are."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -8,6 +8,7 @@ import torch
 
 import unbatch as ub
 from cases.changes import D, N, squares
+from cases.hunt import fourth_changes as fourth
 from cases.hunt import kinds_of_place
 from cases.hunt import third_changes as third
 from cases.hunt.changes import CHANGES
@@ -15,7 +16,9 @@ from cases.hunt.known import WRONG_TODAY
 from unbatch.errors import UnbatchError
 from unbatch.problem import spot_check
 
-PROGRAMS = {**third.CHANGES, **kinds_of_place.CHANGES}
+PROGRAMS = {**third.CHANGES, **kinds_of_place.CHANGES, **fourth.CHANGES}
+OF_LOSSES = {**third.LOSSES, **fourth.LOSSES}
+OF_DATA = {**third.OF_DATA, **fourth.OF_DATA}
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +71,7 @@ def of_model(name: str) -> str:
     torch.manual_seed(0)
     make, change = PROGRAMS[name]
     model, loss = make()
-    of_loss = third.LOSSES.get(name, lambda loss: None)
+    of_loss = OF_LOSSES.get(name, lambda loss: None)
     data = torch.randn(N, D), torch.randn(N, D)
     return outcome(model, loss, data, [lambda: (change(model), of_loss(loss))])
 
@@ -83,10 +86,11 @@ def of_two(name: str) -> str:
 
 def of_data(name: str) -> str:
     torch.manual_seed(0)
-    make, make_data, change = third.OF_DATA[name]
+    make, make_data, change = OF_DATA[name]
+    beside = fourth.BESIDE.get(name, lambda model: None)
     model, loss = make()
     data = make_data()
-    return outcome(model, loss, data, [lambda: change(*data)])
+    return outcome(model, loss, data, [lambda: (change(*data), beside(model))])
 
 
 def of_function(name: str) -> str:
@@ -106,10 +110,33 @@ def of_checked(name: str) -> str:
     return outcome(model, loss, data, [lambda: change(model, *data)])
 
 
+def of_batches(name: str) -> str:
+    torch.manual_seed(0)
+    make, first, second = fourth.BATCHES[name]
+    model, loss = make()
+    x, other, y = first(), second(), torch.randn(N, D)
+    try:
+        problem = ub.Problem(model, loss, (x, y))
+        answers(problem)
+        now = answers(ub.Problem(model, loss, (other, y)))
+        moved = answers(problem.with_batch(other, y))
+    except UnbatchError:
+        return "refused"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "right" if equal(moved, now, close) else "stale"
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Compare but for the order in which numbers are added up."""
+    return a.shape == b.shape and torch.allclose(a, b, atol=1e-5)
+
+
 CASES = {
     **dict.fromkeys(PROGRAMS, of_model),
+    **dict.fromkeys(fourth.BATCHES, of_batches),
     **dict.fromkeys(third.TWICE, of_two),
-    **dict.fromkeys(third.OF_DATA, of_data),
+    **dict.fromkeys(OF_DATA, of_data),
     **dict.fromkeys(third.FUNCTIONS, of_function),
 }
 

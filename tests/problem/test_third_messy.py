@@ -1,5 +1,6 @@
-"""The messy programs of the third hunt: a question leaves no trace of them."""
+"""The messy programs of the third hunt, and of the fourth: a question leaves no trace of them."""
 
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,13 +10,15 @@ from torch import nn
 
 import unbatch as ub
 from cases.changes import D, N, squares
-from cases.hunt import kinds_of_place, third_settings
+from cases.hunt import fourth_messy as fourth
+from cases.hunt import fourth_settings, kinds_of_place, third_settings
 from cases.hunt import third_messy as third
 from cases.hunt.known import WRONG_TODAY
 from cases.hunt.messy import MESSY
 from unbatch.errors import UnbatchError
 
-PROGRAMS = {**third.MESSY, **kinds_of_place.MESSY}
+PROGRAMS = {**third.MESSY, **kinds_of_place.MESSY, **fourth.MESSY}
+OF_LOSS = {**third.OF_LOSS, **fourth.OF_LOSS}
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +32,8 @@ def put_back() -> None:
     while third.UNDO:
         third.UNDO.pop()()
     third.COUNTS.update(calls=0, made=0)
+    fourth.COUNTS.update(calls=0)
+    fourth_settings.CALLS = 0
     third.MADE.clear()
     kinds_of_place.MADE.clear()
     kinds_of_place.Noisy.looks = 0
@@ -77,7 +82,7 @@ def of_data(name: str) -> str:
 
 
 def of_loss(name: str) -> str:
-    make, keeps = third.OF_LOSS[name]
+    make, keeps = OF_LOSS[name]
     torch.manual_seed(0)
     loss, model, data = make(), nn.Linear(D, D), (torch.randn(N, D), torch.randn(N, D))
     problem = ub.Problem(model, loss, data)
@@ -90,10 +95,39 @@ def of_loss(name: str) -> str:
     return "right" if after == before else f"trace of the matrix: {before} {after}"
 
 
+def of_verified(name: str) -> str:
+    make, keeps = fourth.VERIFIED[name]
+    torch.manual_seed(0)
+    model = make()
+    problem = ub.Problem(model, squares, (torch.randn(N, D), torch.randn(N, D)))
+    before = keeps(model)
+    problem.verify()
+    del problem
+    gc.collect()
+    after = keeps(model)
+    return "right" if after == before else f"trace: {before} {after}"
+
+
+def of_rows(name: str) -> str:
+    torch.manual_seed(0)
+    problem = ub.Problem(fourth.ROWS[name](), squares, (torch.randn(N, D), torch.randn(N, D)))
+    try:
+        rows, gradient = problem.gradients(), problem.gradient()
+    except UnbatchError:
+        return "refused"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    sums = {key: rows[key].sum(0) for key in gradient}
+    right = [torch.allclose(sums[key], gradient[key], atol=1e-5) for key in gradient]
+    return "right" if all(right) else "wrong rows"
+
+
 CASES = {
     **dict.fromkeys(PROGRAMS, of_model),
+    **dict.fromkeys(fourth.ROWS, of_rows),
+    **dict.fromkeys(fourth.VERIFIED, of_verified),
     **dict.fromkeys(third.OF_DATA, of_data),
-    **dict.fromkeys(third.OF_LOSS, of_loss),
+    **dict.fromkeys(OF_LOSS, of_loss),
 }
 
 
@@ -101,6 +135,7 @@ CASES = {
     "ignore:this layer is old",
     "ignore:Sparse CSR tensor support",
     "ignore:.* take part without being parameters",
+    "ignore:torch.quantize_per_tensor",
 )
 @pytest.mark.parametrize("name", CASES)
 def test_a_question_leaves_no_trace(name):
