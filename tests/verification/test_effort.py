@@ -100,19 +100,19 @@ def squares(outputs, _):
 ENDLESS = "Newton's method in the loss"  # where the number is large: that near it never comes
 
 LOOPS = {
-    "Newton's method in the loss": (nn.Linear(3, 1), newton),
-    "bisection in the loss": (nn.Linear(3, 2), logarithm),
-    "a series in the loss": (nn.Linear(3, 2), series),
-    "a fixed point in the model": (FixedPoint(3, 3), squares),
-    "an integrator in the model": (Steps(3, 3), squares),
+    "Newton's method in the loss": (nn.Linear, 1, newton),
+    "bisection in the loss": (nn.Linear, 2, logarithm),
+    "a series in the loss": (nn.Linear, 2, series),
+    "a fixed point in the model": (FixedPoint, 3, squares),
+    "an integrator in the model": (Steps, 3, squares),
 }
 
 
 def asked(name, samples=4):
     torch.manual_seed(0)
-    model, loss = LOOPS[name]
+    kind, size, loss = LOOPS[name]
     data = torch.randn(samples, 3).double(), torch.zeros(samples)
-    return ub.Problem(model.double(), loss, data)
+    return ub.Problem(kind(3, size).double(), loss, data)
 
 
 @pytest.mark.parametrize("name", LOOPS)
