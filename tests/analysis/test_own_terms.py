@@ -17,10 +17,14 @@ OWN = [c for c in LOSSES if (c.reduction, c.simd_loss) == INDEXED and c.name != 
 NOT_TRIED = ("largest", "maximum", "worst", "rare where")
 JOINED = []
 for case in LOSSES:
-    if (case.reduction, case.simd_loss) != TANGLED or any(w in case.name for w in NOT_TRIED):
+    # Both fail, too, for terms that read targets of others, of which a trial says nothing.
+    if (
+        case.accept_unknown
+        or (case.reduction, case.simd_loss) != TANGLED
+        or any(w in case.name for w in NOT_TRIED)
+    ):
         continue
     JOINED.append(case)
-OF_OTHERS = [case for case in OWN if case.weights_depend_on_targets]
 
 
 def asked(case):
@@ -70,18 +74,14 @@ def test_what_belongs_to_a_sample_is_exact(case):
 
 
 @pytest.mark.parametrize("case", OWN, ids=lambda case: case.name)
-def test_rows_are_named_by_what_they_depend_on(case):
-    rows = asked(case)[3].gradients()
-    own = not case.weights_depend_on_targets
-    assert rows.kind == ("per-sample" if own else "per-component")
+def test_rows_are_those_of_samples(case):
+    assert asked(case)[3].gradients().kind == "per-sample"
 
 
-def test_terms_that_depend_on_targets_of_others_say_so():
-    assert OF_OTHERS
-    for case in OF_OTHERS:
-        reduction = asked(case)[3].structure.reduction
-        assert "targets" in reduction.weights_depend_on
-        assert "targets" in reduction.note
+def test_terms_that_read_targets_of_others_are_not_called_terms_of_one_sample():
+    net, X, y = nn.Linear(4, 3), torch.randn(6, 4), torch.randn(6, 3)
+    problem = ub.Problem(net, lambda F, t: (F - t.roll(1, 0)).square().sum(), (X, y))
+    assert problem.structure.reduction.status == "unknown"
 
 
 def test_the_report_says_what_to_hand_over():
@@ -99,9 +99,8 @@ def test_a_variance_over_own_terms_warns():
         problem.compute(ub.Variance())
 
 
+@pytest.mark.filterwarnings("ignore::unbatch.ContradictedProofWarning")
 @pytest.mark.parametrize("case", JOINED[:30], ids=lambda case: case.name)
 def test_a_rule_that_takes_everything_for_a_sum_is_contradicted(case, monkeypatch):
     monkeypatch.setattr("unbatch.analysis.loss_inference._is_additive", lambda evidence: True)
-    problem = asked(case)[3]
-    with pytest.warns(ub.ContradictedProofWarning):
-        assert not problem.structure.reduction
+    assert not asked(case)[3].structure.reduction

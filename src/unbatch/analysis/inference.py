@@ -17,12 +17,7 @@ from unbatch.analysis.forward_inference import forward_evidence, judge_forward
 from unbatch.analysis.initial import initial_ownership, loss_marks, scrambled
 from unbatch.analysis.interpreter import Interpretation, interpret
 from unbatch.analysis.loss_boundary import folded, placed, split
-from unbatch.analysis.loss_inference import (
-    LossEvidence,
-    given_targets,
-    judge_loss,
-    parameters_in_own_loss,
-)
+from unbatch.analysis.loss_inference import LossEvidence, judge_loss, parameters_in_own_loss
 from unbatch.analysis.rules import registry
 from unbatch.analysis.structure import Structure
 from unbatch.capture.graph import SIZE_READ, Graph, HostRead
@@ -105,13 +100,6 @@ def infer_structure(
         reads_after = _steering(graph, after, loss, assumptions)
         verdicts = judge_loss(_loss_evidence(graph, graph.loss, forward, loss, reads_after))
         structure = structure.with_verdicts(*verdicts)
-        # Labels of a loss of the model's own are inputs, and stay what the forward pass says.
-        if not structure.reduction and not own_loss:
-            # As a sum it may still have terms that read targets of several samples.
-            given = loss_marks(graph, forward, [None] * len(target_dims), samples, leading)
-            again = _interpret_loss(graph, forward, given, assumed, own_loss)
-            found = _loss_evidence(graph, graph.loss, forward, again, reads_after)
-            structure = structure.with_verdicts(given_targets(structure.reduction, found))
     # Whatever the verdict on the loss: these parameters enter it past the cut.
     if parameter_steps:
         structure = structure.with_verdicts(parameters_in_own_loss(parameter_steps))

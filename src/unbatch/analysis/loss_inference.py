@@ -74,30 +74,16 @@ def judge_loss(evidence: LossEvidence) -> tuple[Verdict, Verdict, Verdict]:
             note = f"given statistics of the {' and '.join(sorted(terms))} of all samples"
         simd_loss = Verdict("simd_loss", "holds", basis, note=note, weights_depend_on=terms)
     reduction = Verdict("reduction", "unknown", culprits=culprits, weights_depend_on=factors)
-    if _is_additive(evidence):
+    # A term that reads targets of other samples is no term of its sample alone. What one function
+    # of all reads of them is told by the SIMD loss.
+    if _is_additive(evidence) and (simd_loss or not terms):
         if not simd_loss:
             simd_loss = replace(simd_loss, culprits=_own_terms(culprits))
-            # What enters the terms of single samples is told by the SIMD loss, where it holds.
-            factors |= terms
         note = ""
         if factors:
             note = f"weights depend on {' and '.join(sorted(factors))}"
         reduction = Verdict("reduction", "holds", basis, note=note, weights_depend_on=factors)
     return _judge_split(evidence), reduction, simd_loss
-
-
-def given_targets(reduction: Verdict, evidence: LossEvidence) -> Verdict:
-    """Return the reduction of a loss that may be a sum for targets that are what they are.
-
-    ``evidence``: of the loss with all targets as constants, which any of its terms may read.
-    """
-    if not _is_additive(evidence):
-        return reduction
-    depends = _batch_constants(evidence.algebra, evidence.marks, as_factors=True)
-    depends |= evidence.constants_read | {"targets"}
-    basis = "assumed" if evidence.loss.assumed else "proved"
-    note = f"terms depend on {' and '.join(sorted(depends))} of other samples"
-    return Verdict("reduction", "holds", basis, note=note, weights_depend_on=depends)
 
 
 def _own_terms(culprits: Sequence[Culprit]) -> tuple[Culprit, ...]:
