@@ -64,7 +64,7 @@ OWN_TERMS = (
 )
 
 
-FOREIGN = "The n-th term of L also depends on targets or masks of other samples."
+FOREIGN = "The n-th term of L, or its weight, depends on targets or masks of other samples."
 
 
 BLOCKS = "H is block diagonal, so `G = Σ_n J_nᵀ H_n J_n`."
