@@ -409,6 +409,9 @@ MSG_OUT = (
 )
 
 
+MSG_EFFORT = "effort= is a number of plain steps greater than zero; got {value!r}."
+
+
 MSG_MEMORY = "memory= is a number of bytes greater than zero; got {value!r}."
 
 

@@ -39,7 +39,7 @@ HOLDS = "everything holds"
 NORM = "batch norm in train mode"
 MIXED = "samples mixed arbitrarily"
 NO_SUM = "reduction is not a sum"
-NO_LOSS = "loss not SIMD"
+NO_LOSS = "loss joins samples"
 WEIGHTS = "weights set by other samples"
 NO_SPLIT = "parameters in the loss"
 

@@ -164,12 +164,12 @@ def per_sample(p):
 
 LOSSES = {
     "two constants in a product": (lambda p: (p + 1).pow(2).sum() * (p + 2).pow(2).sum(), "ff"),
-    "weights joined, then bent": (lambda p: torch.cat([W * per_sample(p)] * 2).sin().sum(), "ff"),
+    "weights joined, then bent": (lambda p: torch.cat([W * per_sample(p)] * 2).sin().sum(), "hf"),
     "weights scattered, then bent": (
         lambda p: torch.zeros(N).index_add(0, torch.arange(N), W * per_sample(p)).exp().sum(),
-        "ff",
+        "hf",
     ),
-    "weights squared": (lambda p: ((1 + (W * per_sample(p)) ** 2).sqrt() * p.sum(1)).sum(), "ff"),
+    "weights squared": (lambda p: ((1 + (W * per_sample(p)) ** 2).sqrt() * p.sum(1)).sum(), "hf"),
     "activation inside a product": (
         lambda p: torch._addmm_activation(torch.zeros(D), torch.ones(1, N), p).sum(),
         "f.",

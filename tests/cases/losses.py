@@ -29,11 +29,9 @@ class LossCase:
 
 SUM = ("holds", "holds")  # a weighted sum of one loss per sample
 SEPARATE = ("fails", "holds")  # another function of one loss per sample
-INDEXED = (
-    "fails",
-    "fails",
-)  # a sum, but of losses that differ from sample to sample: no one function to sum
+INDEXED = ("holds", "fails")  # a sum, of terms that are another function from sample to sample
 TANGLED = ("fails", "fails")
+FOREIGN = ("fails", "fails")  # terms that read targets of others: no term of one sample alone
 
 LOSSES: list[LossCase] = []
 
@@ -577,6 +575,52 @@ def _(p, y):
 case(
     "a temperature by index", INDEXED, CLASSES, lambda p, y: F.cross_entropy(p * RISING[:, None], y)
 )
+
+CLOSED_OVER = torch.arange(N) % D
+
+
+@case("labels in a closure", INDEXED, VALUES)
+def _(p, y):
+    return F.cross_entropy(p, CLOSED_OVER)
+
+
+@case("a loop over samples, of two functions in turns", INDEXED, VALUES)
+def _(p, y):
+    total = p.new_zeros(())
+    for n in range(N):
+        total = total + (p[n].square().sum() if n % 2 else p[n].exp().sum() / 8)
+    return total
+
+
+@case("cross-entropy for one half, squares for the other", INDEXED, CLASSES)
+def _(p, y):
+    return F.cross_entropy(p[:3], y[:3]) + p[3:].square().mean()
+
+
+@case("bits by the place in the batch", INDEXED, VALUES)
+def _(p, y):
+    return F.binary_cross_entropy_with_logits(p, (RISING[:, None] > 3).to(p).expand_as(p))
+
+
+@case("largest of terms by index", TANGLED, VALUES)
+def _(p, y):
+    return (RISING[:, None] * p).max() + p.square().sum()
+
+
+@case("root of a sum of terms by index", TANGLED, VALUES)
+def _(p, y):
+    return (p - RISING[:, None]).square().sum().sqrt()
+
+
+@case("product of a sum of terms by index and a sum", TANGLED, VALUES)
+def _(p, y):
+    return (p - RISING[:, None]).square().sum() * p.sum()
+
+
+@case("sums of terms by index stacked with a maximum", TANGLED, VALUES)
+def _(p, y):
+    return torch.stack([(RISING[:, None] * p.square()).sum(), p[:, 0].max()]).sum()
+
 
 # --------------------------------------------------------------- other functions of separate losses
 
@@ -1335,6 +1379,6 @@ def _(p, y):
     return proximal(*p, actions, old, advantages, returns)
 
 
-@case("labels mixed with those of other samples", TANGLED, CLASSES)
+@case("labels mixed with those of other samples", FOREIGN, CLASSES, accept_unknown=True)
 def _(p, y):
     return 0.7 * F.cross_entropy(p, y) + 0.3 * F.cross_entropy(p, y.flip(0))

@@ -32,7 +32,10 @@ MIXED = (
 )
 
 
-COUPLED = "F_n does not enter L through one scalar of its own, by the same function for every n."
+COUPLED = (
+    "L is no sum over samples, and F_n does not enter it through one scalar of its own, by the "
+    "same function for every n."
+)
 
 
 SCALED = (
@@ -53,6 +56,15 @@ CURVED = (
     "L is not linear in the losses: `H = blockdiag(R'_n H_n) + U R'' Uᵀ`, and the last term "
     "belongs to no single sample. The GGNs of the separate ℓ_n exist but leave it out."
 )
+
+
+OWN_TERMS = (
+    "L is a sum with one term for each sample, but not one function of all: labels or weights go "
+    "by the place in the batch."
+)
+
+
+FOREIGN = "The n-th term of L, or its weight, depends on targets or masks of other samples."
 
 
 BLOCKS = "H is block diagonal, so `G = Σ_n J_nᵀ H_n J_n`."
@@ -86,15 +98,16 @@ def rows(what: str, exact: str, lost: str = "") -> tuple[Case, ...]:
     # factor.
     component, scaled = f"{what} per component", f"{what} per sample{FACTOR}"
     return (
-        Case("exact", exact, holds=(INDEPENDENT, REDUCTION, SIMD_LOSS, OWN_WEIGHTS)),
+        Case("exact", exact, holds=(INDEPENDENT, REDUCTION, OWN_WEIGHTS)),
         Case("renamed", MIXED + lost, component, fails=(INDEPENDENT,)),
         Case(
             "renamed",
             f"{COUPLED} The part through F_n is exact.{lost}",
             component,
-            fails=(SIMD_LOSS,),
+            fails=(SIMD_LOSS, REDUCTION),
         ),
         Case("renamed", SCALED + lost, scaled, fails=(REDUCTION,)),
+        Case("renamed", FOREIGN + lost, component, fails=(SIMD_LOSS,)),
         Case("renamed", WEIGHED + lost, scaled, fails=(OWN_WEIGHTS,)),
     )
 
@@ -117,6 +130,7 @@ def moments(what: str, exact: str) -> tuple[Case, ...]:
             name,
             fails=(SIMD_FORWARD,),
         ),
+        Case("renamed", f"{OWN_TERMS} So it is {spread}", name, (REDUCTION, OWN_WEIGHTS)),
         Case("renamed", f"The loss, or its weights, couples the rows: {spread}", name),
     )
 
@@ -130,17 +144,18 @@ def parts(what: str, kept: Outcome, whole: tuple[Case, ...]) -> tuple[Case, ...]
     other: Outcome = "estimate" if kept == "estimate" else "renamed"
     note = f" {LIKELIHOOD}" if kept == "estimate" else ""
     component, scaled = f"{what} per component", f"{what} per sample{FACTOR}"
-    separate = (REDUCTION, SIMD_LOSS)
+    separate = (REDUCTION,)
     return (
-        Case(kept, BLOCKS + note, holds=(INDEPENDENT, *separate, OWN_WEIGHTS)),
+        Case(kept, BLOCKS + note, holds=(INDEPENDENT, REDUCTION, OWN_WEIGHTS)),
         Case(other, f"{BLOCKS} {MIXED} {STACKING}{note}", component, separate, (INDEPENDENT,)),
+        Case(other, f"{BLOCKS} {FOREIGN}{note}", component, separate, (SIMD_LOSS,)),
         Case(other, f"{BLOCKS} {WEIGHED}{note}", scaled, separate, (OWN_WEIGHTS,)),
         *whole,
     )
 
 
 NO_PARTS = (
-    Case("none", NOT_BLOCKS + COUPLED, fails=(SIMD_LOSS,)),
+    Case("none", NOT_BLOCKS + COUPLED, fails=(SIMD_LOSS, REDUCTION)),
     Case("none", CURVED, fails=(REDUCTION,)),
 )
 
@@ -160,8 +175,8 @@ def whole(what: str) -> tuple[Case, ...]:
     # Three ways to compute one number: with stacked samples, in blocks without stacking, and with
     # H as a whole.
     return (
-        Case("exact", f"{what} {BLOCKS}", holds=(INDEPENDENT, REDUCTION, SIMD_LOSS)),
-        Case("exact", f"{what} {BLOCKS} {STACKING}", holds=(REDUCTION, SIMD_LOSS)),
+        Case("exact", f"{what} {BLOCKS}", holds=(INDEPENDENT, REDUCTION)),
+        Case("exact", f"{what} {BLOCKS} {STACKING}", holds=(REDUCTION,)),
         Case("exact", f"{what} {DENSE}"),
     )
 
@@ -204,10 +219,10 @@ def kronecker(kept: Outcome, how: str) -> tuple[Case, ...]:
         Case(
             kept,
             f"An approximation of each layer's block of G, {how}",
-            holds=(INDEPENDENT, REDUCTION, SIMD_LOSS),
+            holds=(INDEPENDENT, REDUCTION),
         ),
         Case("none", lost + frozen + nearest, holds=(STATISTICS,), fails=(INDEPENDENT,)),
         Case("none", lost + nearest, fails=(INDEPENDENT,)),
-        Case("none", f"{NOT_BLOCKS}{COUPLED}", fails=(SIMD_LOSS,)),
+        Case("none", f"{NOT_BLOCKS}{COUPLED}", fails=(SIMD_LOSS, REDUCTION)),
         Case("none", CURVED, fails=(REDUCTION,)),
     )

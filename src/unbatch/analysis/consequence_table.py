@@ -24,10 +24,12 @@ from unbatch.analysis.consequence_facts import (
 from unbatch.analysis.consequence_rules import (
     BLOCKS,
     COUPLED,
+    FOREIGN,
     LIKELIHOOD,
     MIXED,
     NO_DRAWS,
     NO_PARTS,
+    OWN_TERMS,
     SIGNS,
     WEIGHED,
     hessian,
@@ -59,7 +61,7 @@ TABLE: tuple[Quantity, ...] = (
         through_predictions=False,
         available=True,
     ),
-    # No case asks for the reduction: ℓ_n exists, whatever L makes of it.
+    # ℓ_n exists where L is a function of one scalar per sample, and where it is a sum.
     Quantity(
         "losses",
         (
@@ -70,6 +72,7 @@ TABLE: tuple[Quantity, ...] = (
                 "losses per component",
                 holds=(SIMD_LOSS,),
             ),
+            Case("renamed", OWN_TERMS, "terms of the loss", holds=(REDUCTION,)),
             Case("none", COUPLED),
         ),
     ),
@@ -109,7 +112,7 @@ TABLE: tuple[Quantity, ...] = (
                 "exact",
                 "Row n is `J_nᵀ ∂L/∂F_n`, the gradient w_n ∇ℓ_n of the n-th loss term; the sum is "
                 "∇L.",
-                holds=(REDUCTION, SIMD_LOSS),
+                holds=(REDUCTION,),
             ),
             Case(
                 "exact",
@@ -298,9 +301,7 @@ TABLE: tuple[Quantity, ...] = (
     Quantity(
         "GGN rank bound",
         (
-            Case(
-                "exact", f"{BLOCKS} So rank G ≤ min(D, Σ_n rank H_n).", holds=(REDUCTION, SIMD_LOSS)
-            ),
+            Case("exact", f"{BLOCKS} So rank G ≤ min(D, Σ_n rank H_n).", holds=(REDUCTION,)),
             Case("renamed", "rank G ≤ rank H ≤ N·C, from the shape of H alone.", "rank bound N·C"),
         ),
         available=True,
@@ -350,7 +351,7 @@ TABLE: tuple[Quantity, ...] = (
     Quantity(
         "sampled GGN diagonal",
         (
-            Case("estimate", LIKELIHOOD, holds=(REDUCTION, SIMD_LOSS)),
+            Case("estimate", LIKELIHOOD, holds=(REDUCTION,)),
             Case("estimate", SIGNS, "GGN diagonal by random signs"),
         ),
         ("BackPACK DiagGGNMC",),
@@ -428,9 +429,9 @@ TABLE: tuple[Quantity, ...] = (
             Case(
                 "exact",
                 "The Hessian of L is the sum of those of w_n ℓ_n.",
-                holds=(INDEPENDENT, REDUCTION, SIMD_LOSS, OWN_WEIGHTS),
+                holds=(INDEPENDENT, REDUCTION, OWN_WEIGHTS),
             ),
-            Case("none", COUPLED, fails=(SIMD_LOSS,)),
+            Case("none", COUPLED, fails=(SIMD_LOSS, REDUCTION)),
             Case(
                 "renamed",
                 "The Hessian of ℓ_n exists, but that of L also has terms across the losses.",
@@ -443,6 +444,7 @@ TABLE: tuple[Quantity, ...] = (
                 "Hessian diagonals per component",
                 fails=(INDEPENDENT,),
             ),
+            Case("renamed", FOREIGN, "Hessian diagonals per component", fails=(SIMD_LOSS,)),
             Case("renamed", WEIGHED, f"Hessian diagonals per sample{FACTOR}", fails=(OWN_WEIGHTS,)),
         ),
         ("BackPACK BatchDiagHessian",),
@@ -468,15 +470,15 @@ TABLE: tuple[Quantity, ...] = (
 
 
 # Typical situations, and the facts that fail in each.
-# Facts fail together: without independence there is no SIMD forward, and a loss that is no
-# function of one scalar per sample is no sum of such scalars either.
+# Facts fail together: without independence there is no SIMD forward.
 SITUATIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "everything holds": (),
         "batch norm in train mode": (INDEPENDENT, SIMD_FORWARD),
         "samples mixed arbitrarily": (INDEPENDENT, SIMD_FORWARD, STATISTICS),
         "reduction is not a sum": (REDUCTION,),
-        "loss not SIMD": (SIMD_LOSS, REDUCTION),
+        "loss joins samples": (SIMD_LOSS, REDUCTION),
+        "a loss of its own for each sample": (SIMD_LOSS,),
         "weights set by other samples": (OWN_WEIGHTS,),
         "parameters in the loss": (SPLIT,),
     }

@@ -37,6 +37,8 @@ WHY = {
     NO_RULE: "the op has no rule and no known decomposition, so nothing is known about what it "
     "does to samples",
     "uneven": "what is done to a sample depends on its index in the batch",
+    "own terms": "the loss is a sum with one term for each sample, and these are not one function: "
+    "something in them goes by the index in the batch",
     "place": "slice n of the prediction belongs to another sample than n",
     "escape": "Python reads a value that depends on the batch ({how}); what follows may depend on "
     "it",
@@ -55,6 +57,8 @@ REMEDY = {
     "reads it is harmless: `unbatch.assume_independent(module)`.",
     NO_RULE: "Register a rule (`unbatch.register_rule(op, rule)`) or declare it: "
     "`unbatch.assume_independent(op)`.",
+    "own terms": "Hand over what differs between samples (labels, weights, masks) as a part of the "
+    "batch: `Problem(model, loss, (X, y))`, where y may be a dict or a tuple.",
     "uneven": "Draw what differs between samples from the inputs, not from the index.",
     "place": "Return predictions in the order of the inputs, samples on axis 0.",
     "unfaithful": "Look for Python state, numpy or a branch in the forward pass and keep it in "

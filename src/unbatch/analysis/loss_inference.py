@@ -10,11 +10,11 @@ enter the loss; the loss is *additive* where it is a sum over samples of such sc
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from unbatch.analysis.domain.ownership import Ownership
 from unbatch.analysis.domain.propagation import Propagation
-from unbatch.analysis.explanations import culprit, host_read_culprit
+from unbatch.analysis.explanations import REMEDY, WHY, culprit, host_read_culprit
 from unbatch.analysis.forward_inference import statistic_culprits
 from unbatch.analysis.interpreter import Interpretation
 from unbatch.analysis.verdict import Culprit, Verdict
@@ -59,28 +59,37 @@ def judge_loss(evidence: LossEvidence) -> tuple[Verdict, Verdict, Verdict]:
     """Return the verdicts on canonical split, reduction and SIMD loss."""
     marks, algebra = evidence.marks, evidence.algebra
     basis = "assumed" if evidence.loss.assumed else "proved"
-    # One list for both open verdicts: whatever couples the samples in the loss stands in the way of
-    # a sum over them and of one function for all of them.
-    culprits = _loss_culprits(evidence)
-    simd = _is_simd(evidence)
     # An example: a mean over the labels that are not ignored divides by their number. That is a
     # statistic of the targets and a factor of every term: the loss is a weighted sum all the same,
     # but with weights that depend on the targets of others. What Python has read may be a factor.
     factors = _batch_constants(algebra, marks, as_factors=True) | evidence.constants_read
     terms = _batch_constants(algebra, marks, as_factors=False)
-    reduction = Verdict("reduction", "unknown", culprits=culprits, weights_depend_on=factors)
-    if simd and _is_additive(evidence):
-        note = ""
-        if factors:
-            note = f"weights depend on {' and '.join(sorted(factors))}"
-        reduction = Verdict("reduction", "holds", basis, note=note, weights_depend_on=factors)
+    # One list for both open verdicts: whatever couples the samples in the loss stands in the way of
+    # a sum over them and of one function for all of them.
+    culprits = _loss_culprits(evidence)
     simd_loss = Verdict("simd_loss", "unknown", culprits=culprits)
-    if simd:
+    if _is_simd(evidence):
         note = ""
         if terms:
             note = f"given statistics of the {' and '.join(sorted(terms))} of all samples"
         simd_loss = Verdict("simd_loss", "holds", basis, note=note, weights_depend_on=terms)
+    reduction = Verdict("reduction", "unknown", culprits=culprits, weights_depend_on=factors)
+    # A term that reads targets of other samples is no term of its sample alone. What one function
+    # of all reads of them is told by the SIMD loss.
+    if _is_additive(evidence) and (simd_loss or not terms):
+        if not simd_loss:
+            simd_loss = replace(simd_loss, culprits=_own_terms(culprits))
+        note = ""
+        if factors:
+            note = f"weights depend on {' and '.join(sorted(factors))}"
+        reduction = Verdict("reduction", "holds", basis, note=note, weights_depend_on=factors)
     return _judge_split(evidence), reduction, simd_loss
+
+
+def _own_terms(culprits: Sequence[Culprit]) -> tuple[Culprit, ...]:
+    """Return the culprits of a sum over samples of which each has a term of its own."""
+    why, remedy = WHY["own terms"], REMEDY["own terms"]
+    return tuple(replace(found, why=why, remedy=remedy) for found in culprits)
 
 
 def _is_additive(evidence: LossEvidence) -> bool:

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from unbatch import errors
+from unbatch.capture.effort import OutOfEffort
 from unbatch.capture.expressions import Contradiction, Expr, ExprTable
 from unbatch.capture.graph import Graph, HostRead
 from unbatch.capture.program import Program, record_answered
@@ -55,7 +56,7 @@ def equivalent_on_all_paths(
         for path in paths:
             if all(path is other or _computes(path, other) for other in paths):
                 return path
-    except Undecided:
+    except (Undecided, OutOfEffort):
         return None
     except Exception:  # a value that no rule here was made for: nothing is proved
         if errors.STRICT:

@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_map
 
 from unbatch.capture import ops
 from unbatch.capture.distributed import check_alone
+from unbatch.capture.effort import spend
 from unbatch.capture.histories import WithHistory, put_back_histories, replace_histories
 from unbatch.capture.holders import contents, restore
 from unbatch.capture.iterators import Replaced, put_back_iterators, replace_iterators
@@ -354,10 +355,13 @@ class _Writes(TorchDispatchMode):
         super().__init__()
         self.saved: dict[int, tuple[Tensor, Tensor, Tensor, int]] = {}
         self.own: dict[int, StorageWeakRef | weakref.ref[Tensor]] = {}
+        self.count = 0  # of ops
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         check_alone(func, types)
+        self.count += 1
+        spend(1, self.count)
         # Before it runs: afterwards the old contents are gone.
         for tensor in mutated(func, args, kwargs):
             self.save(tensor)

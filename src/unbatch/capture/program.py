@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from unbatch.capture.data import handed_out, repacked
+from unbatch.capture.effort import PLAIN_STEPS
 from unbatch.capture.graph import Graph, HostRead
 from unbatch.capture.isolation import storage_of, untouched
 from unbatch.capture.python_values import Functions
@@ -36,6 +37,7 @@ class Program:
 
     ``functional``: the model is called as ``model(parameters, inputs)``. ``fold``: the axes of the
     samples if there are several. ``data``: the objects among the data that are no tensors.
+    ``effort``: how many plain steps the experiments of a question may take.
     """
 
     model: Callable[..., Any]
@@ -44,6 +46,7 @@ class Program:
     functional: bool = False
     fold: SampleAxes | None = None
     data: Sequence[Any] = ()
+    effort: float = PLAIN_STEPS
     # The last walks from here, by how many objects each began at: kept, as a look whether one is
     # still right costs less than another.
     _walks: dict[int, Reachable] = field(default_factory=dict, repr=False, compare=False)

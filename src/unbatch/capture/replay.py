@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unbatch.capture.effort import spend
 from unbatch.capture.steps import Ref, Step, Value, filled
 from unbatch.capture.trees import flat
 
@@ -52,6 +53,7 @@ class Replay:
 
         ``last_uses``: step -> the values that no later one reads, whose memory is free then.
         """
+        spend(len(steps))
         tensors, needed = self.tensors, set(wanted)
         for step in steps:
             self._store(step, self._call(step))

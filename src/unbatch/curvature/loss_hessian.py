@@ -271,6 +271,14 @@ class _Search:
         terms = torch.maximum(self._sizes(product), elsewhere.nan_to_num(0, 0, 0))
         return CANCELLED * torch.finfo(terms.dtype).eps * terms
 
+    def _left_over(self, samples: int) -> Tensor:
+        """Return ``_cancelled`` for every sample, and zero for those that are not finite."""
+        if len(self.probes) == 1:
+            self.probes.append(self._probe())
+        left_over = self._cancelled.new_zeros(samples)
+        left_over[self.finite] = self._cancelled
+        return left_over
+
     # -- the guesses, from the sparsest on --
 
     def _zero(self, _: int | None) -> Factor | None:
@@ -355,6 +363,10 @@ class _Search:
         # Relative to each block: a sample with a small loss has small eigenvalues.
         size = values.abs()
         nonzero = size > c * torch.finfo(values.dtype).eps * size.amax(-1, keepdim=True)
+        # One of the other sign than the largest may be what is left over where terms cancel.
+        other_sign = values.sign() != values[..., :1].sign()
+        if (nonzero & other_sign).any():
+            nonzero &= ~other_sign | (size > self._left_over(n)[:, None, None])
         values = values * nonzero
         # Blocks of lower rank than the others are filled up with columns of zeros.
         rank = 0

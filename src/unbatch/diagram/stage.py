@@ -163,6 +163,10 @@ def loss_stages(structure: Structure, name: str) -> tuple[Stage, Stage]:
     simd, split = structure.simd_loss, structure.canonical_split
     notes = {"holds": "", "fails": "parameters enter beside the predictions"}
     kinds = {"holds": "separate", "fails": "mixed", "unknown": "unknown"}
+    kind = kinds[simd.status]
+    # A sum with one term for each sample keeps them apart, whatever these terms are.
+    if structure.reduction and not simd:
+        kind = "uneven"
     # What Python calls an anonymous function says nothing to a reader.
     name = name.replace("<lambda>", "loss")
     if name == "loss" and not simd:
@@ -172,7 +176,7 @@ def loss_stages(structure: Structure, name: str) -> tuple[Stage, Stage]:
     losses = Stage(
         "losses",
         name,
-        kinds[simd.status],
+        kind,
         note=notes.get(split.status, "whether parameters enter is not established"),
         culprits=distinct_culprits((*simd.culprits, *split.culprits)),
     )
@@ -184,7 +188,7 @@ def _reduction(reduction: Verdict, simd: Verdict) -> Stage:
 
     It says no more than the two verdicts: a sum only where the terms are those of single samples.
     """
-    if not simd:
+    if not simd and not reduction:
         # The stage above has no losses of single samples that this one could sum.
         return Stage("loss", "loss", "whole")
     if reduction:

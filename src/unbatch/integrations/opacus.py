@@ -30,8 +30,8 @@ MSG_REQUIRED = {
     "the gradients of the others, and clipping bounds none of that.",
     "reduction": "the loss is no weighted sum of the losses of the samples, so the gradient of one "
     "depends on the losses of the others.",
-    "simd_loss": "the loss joins the predictions of different samples, so no part of the gradient "
-    "belongs to one.",
+    "simd_loss": "the loss joins samples, or has a function of its own for each by the place in "
+    "the batch, so a sample that is exchanged for another one keeps the loss of the first.",
 }
 
 

@@ -24,6 +24,7 @@ from unbatch.autodiff.autograd import gradients
 from unbatch.capture import program as capture
 from unbatch.capture import tracer
 from unbatch.capture.data import objects_in
+from unbatch.capture.effort import PLAIN_STEPS, metered
 from unbatch.capture.guards import signature
 from unbatch.capture.isolation import outside_inference_mode
 from unbatch.capture.program import Program
@@ -56,6 +57,7 @@ from unbatch.problem.validation import (
     parse_data,
     parse_dims,
     parse_draws,
+    parse_effort,
     parse_memory,
     parse_out,
     parse_quantities,
@@ -99,6 +101,10 @@ class Problem:
     changes anything: parameters, buffers, gradients, flags and random states are afterwards as they
     were.
 
+    ``effort``: how many plain steps (a forward and a backward pass) the experiments of one question
+    may take, or five seconds where that is more. What they were to find out is unknown then, and
+    the report says so.
+
     Raises ``InputError`` where shapes, devices or the call do not fit together.
     """
 
@@ -116,6 +122,7 @@ class Problem:
         parameters: Mapping[str, Tensor] | None = None,
         in_dims: Any = 0,
         sample_dims: Sequence[int] | None = None,
+        effort: float = PLAIN_STEPS,
     ) -> None:
         given = parse_data(data, batch)
         inputs, targets = map(parse_tree, given)
@@ -124,7 +131,9 @@ class Problem:
             check_callable("loss", loss)
         fold = parse_sample_axes(sample_dims, in_dims, inputs, targets)
         named = parameters_of(model, loss, parameters)
-        self.program = Program(model, loss, named, parameters is not None, fold)
+        self.program = Program(
+            model, loss, named, parameters is not None, fold, effort=parse_effort(effort)
+        )
         # As they were passed: containers may have other entries when a question is asked.
         self._given, self._passed = given, parameters
         inputs, targets = _folded(fold, inputs, targets)
@@ -212,10 +221,11 @@ class Problem:
     def verify(self) -> Verification:
         """Test every verdict numerically, the proved ones too.
 
-        Cost: some dozens of forward passes.
+        Cost: some dozens of forward passes, no more than ``effort`` allows.
         """
         session = self._comparable()
-        return verify(session.structure, session.experiment, session.predictions)
+        with metered(len(session.graph.steps), self.program.effort):
+            return verify(session.structure, session.experiment, session.predictions)
 
     def crosstalk(
         self, probes: int | None = None, *, samples: Sequence[int] | Tensor | None = None

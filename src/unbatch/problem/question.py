@@ -102,11 +102,14 @@ def label_of(s: Structure, by: str, ownership: Mapping[int, Ownership] | None = 
     """Return what the rows are called.
 
     Without cross-sample dependence the three decompositions are one; they are per-sample if the
-    loss has the same form for every sample, too.
+    loss has the same form for every sample, or is a sum of a term for each.
     """
-    if not (s.independent_forward and s.simd_loss):
+    own_terms = s.reduction and not s.reduction.weights_depend_on
+    if not (s.independent_forward and (s.simd_loss or own_terms)):
         return Label(by, KINDS[by], "", ownership)
     notes = []
+    if not s.simd_loss:
+        notes.append("of losses of their own")
     # The loss is no sum of losses of samples, or their weights depend on other samples: a row is
     # right up to that factor.
     if not s.reduction or s.reduction.weights_depend_on:

@@ -25,6 +25,7 @@ from unbatch.analysis.structure import Structure
 from unbatch.autodiff.context import Context
 from unbatch.capture import control_flow
 from unbatch.capture import program as capture
+from unbatch.capture.effort import metered
 from unbatch.capture.graph import Graph, HostRead
 from unbatch.capture.isolation import generators_in, random_state
 from unbatch.capture.program import Program
@@ -137,9 +138,12 @@ class Analysis:
 
 def analyse(recording: Recording) -> Analysis:
     """Prove what the rules can, compare replays with the model, and test what is open."""
-    inference = infer(recording)
-    fidelity = fidelity_of(inference.experiment)
-    structure = verified(inference, fidelity)
+    with metered(len(recording.graph.steps), recording.program.effort) as meter:
+        inference = infer(recording)
+        fidelity = fidelity_of(inference.experiment)
+        structure = verified(inference, fidelity)
+    if meter.stopped:
+        structure = replace(structure, notes=(*structure.notes, meter.stopped))
     context = _context(inference, structure, faithful=not fidelity.replay_difference)
     return Analysis(inference, structure, fidelity, context)
 

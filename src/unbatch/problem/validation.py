@@ -325,6 +325,13 @@ def _by_module(names: Iterable[str]) -> list[list[str]]:
 # --- memory ---------------------------------------------------------------------------------------
 
 
+def parse_effort(effort: float) -> float:
+    """Return how many plain steps experiments may take; raise ``InputError`` for no number."""
+    if isinstance(effort, bool) or not isinstance(effort, int | float) or not effort > 0:
+        raise InputError(errors.MSG_EFFORT.format(value=effort))
+    return float(effort)
+
+
 def parse_memory(memory: int | None, device: torch.device) -> int:
     """Return a budget in bytes, by default what ``available_memory`` says."""
     if memory is None:

@@ -36,9 +36,6 @@ VAGUE = {"no rule", "data-dependent shape", "scattered", "resized", "position"}
 
 NOTE_PAIRS = "each sample is compared with every other: a rank needs the whole batch"
 NOTE_UNTESTED = "the loss could not be tested: {error}: {text}"
-NOTE_SUM_OF_OTHERS = (
-    "a sum over samples, but not of one function of each sample's own prediction and target"
-)
 
 LossTest = Callable[[LossExperiment], Counterexample | None]
 
@@ -203,6 +200,8 @@ def _settle_loss(structure: Structure, loss: LossExperiment) -> Structure:
             reduction = _refuted(reduction, not_a_sum(loss))
         if not simd_loss:
             simd_loss = _refuted(simd_loss, direction_depends_on_predictions(loss))
+            # A row that turns with the predictions of others is that of no sum over samples.
+            reduction = _no_reduction(reduction, simd_loss)
         # Targets can be changed only where they are arguments of the loss.
         if simd_loss.status == "unknown" and loss.experiment.program.loss is not None:
             simd_loss = _refuted(simd_loss, _difference_between_samples(loss))
@@ -210,8 +209,6 @@ def _settle_loss(structure: Structure, loss: LossExperiment) -> Structure:
         note = NOTE_UNTESTED.format(error=type(error).__name__, text=error)
         reduction = _noted(reduction, note)
         simd_loss = _noted(simd_loss, note)
-    if simd_loss.status == "fails" and reduction.status != "fails":
-        reduction = _no_reduction(reduction, simd_loss)
     return structure.with_verdicts(split, reduction, simd_loss)
 
 
@@ -228,13 +225,14 @@ def _noted(verdict: Verdict, note: str) -> Verdict:
 
 
 def _no_reduction(reduction: Verdict, simd_loss: Verdict) -> Verdict:
-    """Return the reduction as failing for the reason of the SIMD loss, which it includes."""
+    """Return an open reduction as failing for the reason for which a SIMD loss does, if it does."""
+    if reduction.status != "unknown" or simd_loss.status != "fails":
+        return reduction
     return replace(
         reduction,
         status="fails",
         basis=simd_loss.basis,
-        # It was proved to be a sum, and the terms are not of the right kind.
-        note=NOTE_SUM_OF_OTHERS if reduction else simd_loss.note,
+        note=simd_loss.note,
         culprits=reduction.culprits or simd_loss.culprits,
     )
 
