@@ -141,6 +141,9 @@ class Problem:
         x_dims, y_dims = in_dims, in_dims
         if data is not None and isinstance(in_dims, tuple) and len(in_dims) == 2:
             x_dims, y_dims = in_dims
+        # Where there are no targets, nothing is said of them.
+        if targets is None:
+            y_dims = None
         self._in_dims = x_dims, y_dims
         self._dims = parse_dims("X", inputs, x_dims)
         self._target_dims = parse_dims("y", targets, y_dims)

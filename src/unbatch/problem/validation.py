@@ -146,7 +146,8 @@ def _broadcast_dims(what: str, dims: Any, spec: Any) -> list[int | None]:
     if axes is None:
         raise InputError(
             f"in_dims for {what} is {dims!r}, which does not fit its structure {spec}. "
-            "Use an int, None, or the same nesting."
+            "Use an int, None, or the same nesting; for X and y of their own, a pair of these: "
+            "in_dims=(for X, for y)."
         )
     return list(axes)
 
