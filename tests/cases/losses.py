@@ -576,6 +576,44 @@ case(
     "a temperature by index", INDEXED, CLASSES, lambda p, y: F.cross_entropy(p * RISING[:, None], y)
 )
 
+SOME_LABELLED = with_targets(lambda *_: torch.tensor([0, 1, -1, 2, 1, -1]), N, D)
+
+
+@case("labelled samples by their places", SUM, SOME_LABELLED, None, True)
+def _(p, y):
+    places = (y >= 0).nonzero()[:, 0]
+    return F.cross_entropy(p[places], y[places])
+
+
+@case("labelled samples by where", SUM, SOME_LABELLED, None, True)
+def _(p, y):
+    return F.cross_entropy(p[torch.where(y >= 0)], y[torch.where(y >= 0)])
+
+
+@case("labelled samples by a selection of rows", SUM, SOME_LABELLED, None, True)
+def _(p, y):
+    places = (y >= 0).nonzero().squeeze(1)
+    return F.cross_entropy(p.index_select(0, places), y.index_select(0, places))
+
+
+@case("entries by a selection of a mask", SUM, SOME_LABELLED, None, True)
+def _(p, y):
+    kept = (y >= 0)[:, None].expand_as(p)
+    return p.masked_select(kept).square().mean()
+
+
+@case("places of labels, moved by one", FOREIGN, SOME_LABELLED, accept_unknown=True)
+def _(p, y):
+    places = (y >= 0).nonzero()[:, 0]
+    return F.cross_entropy(p[places], y.clamp(min=0)[(places + 1) % N])
+
+
+@case("places of labels, in turned order", FOREIGN, SOME_LABELLED, accept_unknown=True)
+def _(p, y):
+    places = (y >= 0).nonzero()[:, 0]
+    return F.cross_entropy(p[places], y[places.flip(0)])
+
+
 CLOSED_OVER = torch.arange(N) % D
 
 

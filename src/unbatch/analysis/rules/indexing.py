@@ -21,6 +21,8 @@ from unbatch.analysis.domain.ownership import (
     code,
     compress,
     digest,
+    follow_samples,
+    is_sample,
     mix,
     moved,
     reshape,
@@ -94,6 +96,23 @@ def as_mask(values: Any) -> Any:
 def is_mask(values: Any) -> bool:
     """Tell whether an index is known to be a mask."""
     return values is not None and values.dtype == bool
+
+
+# The key of an index that says at which place of the batch its own sample lies; and as it is once
+# the integers have been told from the mask that they were made of.
+PLACE = code("own place")
+OWN_PLACE = mix(PLACE, code([("type", "torch.int64")]))
+
+
+def is_own_place(x: Ownership, dim: int, index: Ownership) -> bool:
+    """Tell whether each entry of an index picks along ``dim`` what is its own sample's."""
+    if not index.key.size or not (index.key == OWN_PLACE).all():
+        return False
+    return bool(is_sample(_owners(index)).all()) and x.sample_dim() == dim
+
+
+def _owners(x: Ownership) -> Array:
+    return np.broadcast_to(spell_out(x).owner, x.shape)
 
 
 # --- lookups by a list of indices -----------------------------------------------------------------
@@ -213,6 +232,12 @@ def _sorted_by_knowledge(
             ranks.append(None)
             continue
         numbers = as_mask(number)
+        if is_own_place(x, dim, index):
+            # Whatever the numbers are on other batches: each says where its own sample lies.
+            x = _with_choice(call, x, index)
+            followed.append(FollowedIndex(dim, _owners(index).astype(np.int64)))
+            ranks.append(len(index.shape))
+            continue
         chosen = own_choice(x, dim, index) or by_chance(x, index, numbers)
         if exact(call, index, numbers) and not chosen:
             x = _with_choice(call, x, index)
@@ -386,6 +411,35 @@ def crop(array: Array, shape: Sequence[int], dim: int | None = None) -> Array:
     return array[tuple(where)]
 
 
+def _places_of_chosen(call: RuleContext) -> Ownership | None:
+    """Return ``nonzero(mask)`` where the mask is a constant of a loss, with a row for each sample's.
+
+    Along the samples it says where the own sample lies, on any batch. Along other dims an entry is
+    the first, second, .. place of what belongs to its owner. None where it is not so.
+    """
+    a, mask, numbers = call.algebra, call["self"], call.values.get("self")
+    if numbers is None or not a.constant or not a.is_constant(mask):
+        return None
+    spelled = spell_out(mask)
+    owner = np.broadcast_to(spelled.owner, mask.shape)
+    key = np.broadcast_to(spelled.key, mask.shape)
+    chosen = np.asarray(numbers).astype(bool)
+    if not is_sample(owner).all() or len(call.shape) != 2:
+        return None
+    keys = np.zeros(call.shape, dtype=np.uint64)
+    for d in range(call.shape[1]):
+        if follow_samples(owner, d, a.samples):
+            keys[:, d] = PLACE
+            continue
+        for one in np.unique(owner[chosen]).tolist():
+            rows = np.flatnonzero(owner[chosen] == one)
+            order = np.arange(len(rows), dtype=np.uint64)
+            of_mask = mix(total(key[owner == one], 0), code("place", d))
+            keys[rows, d] = mix(of_mask, order)
+    owners = np.broadcast_to(owner[chosen][:, None], call.shape)
+    return replace(spelled, shape=call.shape, owner=owners, key=keys)
+
+
 # --- shapes that depend on data -------------------------------------------------------------------
 
 
@@ -414,6 +468,13 @@ def data_dependent(call: RuleContext) -> Any:
         chosen = _chosen_constants(call, call["self"], call["mask"], numbers)
         if chosen is not None:
             return chosen
+        x, mask = call["self"], call["mask"]
+        if x.shape == mask.shape and exact(call, mask, numbers):
+            return indexed(call, x, [mask], [numbers])
+    if call.name == "nonzero":
+        places = _places_of_chosen(call)
+        if places is not None:
+            return places
     # Where every batch has the same values it has the same shape; else not even the number of
     # elements can be relied on.
     for m in call.tensors:
