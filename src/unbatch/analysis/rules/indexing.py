@@ -412,7 +412,7 @@ def crop(array: Array, shape: Sequence[int], dim: int | None = None) -> Array:
 
 
 def _places_of_chosen(call: RuleContext) -> Ownership | None:
-    """Return ``nonzero(mask)`` where the mask is a constant of a loss, with a row for each sample's.
+    """Return ``nonzero(mask)`` where the mask is a constant of a loss, each row a sample's.
 
     Along the samples it says where the own sample lies, on any batch. Along other dims an entry is
     the first, second, .. place of what belongs to its owner. None where it is not so.
