@@ -2,7 +2,7 @@
 
 In reading order:
 
-- ``ops.py``: the facts about operations, one row each
+- ``forms.py``, ``ops.py``: the names of operations, and the facts about them, one row each
 - ``steps.py``, ``graph.py``: what a recording is made of, and its grammar; ``check.py`` holds that
 - ``replay.py``, ``substitutes.py``: recorded steps run again, and what runs in place of some
 - ``aliasing.py``: values that share memory
