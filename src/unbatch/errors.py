@@ -446,6 +446,13 @@ MSG_NO_SECOND_DERIVATIVE = (
 )
 
 
+MSG_THIRD_DERIVATIVE = (
+    "The program takes second derivatives through {op}{place}, so its gradient is a third "
+    "derivative, which PyTorch has wrong or not at all. Write this norm in plain operations: "
+    "`(x - mean) / (var + eps).sqrt()`, with `x.mean` and `x.var(unbiased=False)` over its axes."
+)
+
+
 MSG_BACKWARD_INSIDE = (
     "The loss takes derivatives ({op}, {where}), and it draws noise or reads more of the "
     "model than its predictions. It would have to be replayed, but a recorded backward pass has no "
