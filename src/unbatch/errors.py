@@ -446,6 +446,14 @@ MSG_NO_SECOND_DERIVATIVE = (
 )
 
 
+MSG_NO_DERIVATIVE = (
+    "A gradient of this program goes through {op}, of which PyTorch has no derivative (derivative "
+    "is not implemented): the program takes derivatives itself, or uses an op that has none. "
+    "Use another form of it, or plain operations; for attention, "
+    "`with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):` around it."
+)
+
+
 MSG_THIRD_DERIVATIVE = (
     "The program takes second derivatives through {op}{place}, so its gradient is a third "
     "derivative, which PyTorch has wrong or not at all. Write this norm in plain operations: "

@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
 import unbatch as ub
@@ -835,6 +836,34 @@ def test_second_derivatives_of_norms_are_right(norm):
     expected = Expected(*args)
     check_gradients(expected, problem)
     check_matrix(expected, problem)
+
+
+class Attends(nn.Module):
+    """Predicts the slopes of an attention by its inputs, computed by one of PyTorch's kernels."""
+
+    def __init__(self, backend: SDPBackend):
+        super().__init__()
+        self.layer, self.backend = nn.Linear(2, 2), backend
+
+    def forward(self, x):
+        x = x.detach().requires_grad_()
+        h = self.layer(x)[:, None]
+        with sdpa_kernel(self.backend):
+            u = F.scaled_dot_product_attention(h, h, h)
+            return torch.autograd.grad(u.square().sum(), x, create_graph=True)[0]
+
+
+def test_an_op_without_a_derivative_is_refused_by_name():
+    def problem(backend: SDPBackend) -> ub.Problem:
+        return ub.Problem(
+            Attends(backend), F.mse_loss, (torch.randn(N, 3, 2), torch.randn(N, 3, 2))
+        )
+
+    fused, plain = problem(SDPBackend.FLASH_ATTENTION), problem(SDPBackend.MATH)
+    plain.ggn().diag()
+    for ask in (fused.gradient, fused.gradients, lambda: fused.ggn().diag()):
+        with pytest.raises(ub.StructureError, match=r"flash_attention_for_cpu_backward.*MATH"):
+            ask()
 
 
 class Sloped(nn.Module):

@@ -27,8 +27,12 @@ TIERS = ("quick", "rest")
 
 # What answers differ in, by what brings it about.
 DIFFERENCES = {
-    "batch norm, third derivatives": "PyTorch 2.13 returns wrong numbers without a word, and "
-    "raises from 2.14 on.",
+    "second derivatives of `cdist` and `pdist`": "PyTorch 2.13 has none; from 2.14 on, losses on "
+    "such distances have a Gauss-Newton matrix.",
+    "attention without an axis of heads": "from PyTorch 2.14 on a fused kernel computes it, which "
+    "has no second derivative; models that differentiate it are refused, and told of the remedy.",
+    "third derivatives of batch norm": "PyTorch 2.13 has wrong ones, later versions raise (those "
+    "of layer norm are wrong in all); gradients that need them are refused under each.",
 }
 
 HEAD = """# Versions of PyTorch

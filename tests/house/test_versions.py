@@ -126,11 +126,18 @@ def test_forward_mode_warns_of_nothing():
 # --- the page -------------------------------------------------------------------------------------
 
 
-def test_the_page_is_what_was_counted():
+@pytest.fixture
+def written(request):
+    """The page and the counts, which are not written yet where a run is counted."""
+    if request.config.getoption("--record"):
+        pytest.skip("the page is written after this run")
+
+
+def test_the_page_is_what_was_counted(written):
     assert table.PAGE.read_text(encoding="utf-8") == table.page()
 
 
-def test_what_was_counted_is_what_the_package_says_was_tested():
+def test_what_was_counted_is_what_the_package_says_was_tested(written):
     assert tuple(table.minors()) == TESTED
 
 
