@@ -43,8 +43,9 @@ these runs.
 """
 
 TAIL = """
-`import unbatch` warns once under a minor version that is not listed. What the package knows of an operation it reads from the
-operation's schema, so that an overload that a later version brings is *unknown*, and never taken for another.
+`import unbatch` warns once under a minor version that is not listed. What is known of an operation holds for the forms of it
+(overloads, with their arguments) that were looked at. One that a later version brings is *unknown*, and never taken for
+another.
 
 `make test TORCH={newest}` builds an environment of its own for a version, `.venv-{newest}`, and runs the tests there; a CUDA
 build takes some 6 GB. `make versions TORCH={newest}` runs both tiers, and writes this page.
@@ -104,7 +105,9 @@ def _row(of_version: Mapping[str, Any]) -> str:
     failed = []
     for tier in TIERS:
         failed += of_version.get(tier, {}).get("failed", [])
-    names = ", ".join(f"`{name}`" for name in failed) or "none"
+    names = ", ".join(f"`{name}`" for name in failed)
+    if not failed and any(tier in of_version for tier in TIERS):
+        names = "none"
     return f"| {of_version['build']} | {of_version['python']} | {' | '.join(cells)} | {names} |"
 
 
