@@ -3,11 +3,19 @@
 
 PYTHON ?= python3
 VENV   := .venv
+PINS   := constraints.txt
+
+# `make test TORCH=2.14.1` runs under another version of PyTorch, in an environment of its own.
+ifdef TORCH
+VENV := .venv-$(TORCH)
+PINS := $(VENV)/constraints.txt
+endif
+
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.stamp
-PIP    := $(BIN)/pip --disable-pip-version-check install -q -c constraints.txt
+PIP    := $(BIN)/pip --disable-pip-version-check install -q -c $(PINS)
 
-.PHONY: demo test test-rest test-all check bench bench-gradients bench-ggn bench-accuracy bench-monitor zoo figures format clean
+.PHONY: demo test test-rest test-all versions check bench bench-gradients bench-ggn bench-accuracy bench-monitor zoo figures format clean
 
 demo: $(STAMP)
 	$(BIN)/unbatch demo
@@ -25,6 +33,12 @@ test-rest: $(STAMP)
 
 test-all: $(STAMP)
 	$(PYTEST)
+
+# Both tiers, and the page that says which versions of PyTorch were tested with what result.
+versions: $(STAMP)
+	-$(PYTEST) --tier quick --record
+	-$(PYTEST) --tier rest --record
+	PYTHONPATH=tests $(BIN)/python -m cases.versions
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -75,10 +89,15 @@ PEERS := backpack-for-pytorch unfoldNd vivit-for-pytorch curvlinops-for-pytorch 
 	opt_einsum opacus laplace-torch asdfghjkl torchmetrics lightning-utilities pytorch-lightning accelerate
 
 # torch comes first, so that nothing else gets to choose its build.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(PINS)
 	@echo "Building $(VENV) with the versions of constraints.txt (a minute or two) ..."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) torch==2.13.0
+	$(PIP) torch==$(or $(TORCH),2.13.0)
 	$(PIP) -e '.[dev]'
 	$(PIP) --no-deps pytorchcv $(PEERS)
 	touch $@
+
+# The pins of an environment for another version of PyTorch, all others as in constraints.txt.
+.venv-%/constraints.txt: constraints.txt
+	mkdir -p $(@D)
+	sed 's/^torch==.*/torch==$*/' $< > $@

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from cases import versions
 from cases.recordings import Recordings, check_asks_only
 from tiers import COLLECTED, TIERS, by_recording, call_of, of_tier
 from unbatch import errors
@@ -78,6 +79,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--tier", choices=TIERS, default="all", help="which tests to run, see tests/README.md"
     )
+    parser.addoption(
+        "--record", action="store_true", help="write the counts to tests/versions.json"
+    )
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    if config.getoption("--record"):
+        versions.record(config.getoption("--tier"), terminalreporter.stats)
 
 
 @pytest.hookimpl(tryfirst=True)

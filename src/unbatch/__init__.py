@@ -9,9 +9,13 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from unbatch.versions import warn_of_untested
+
 __version__ = "0.1.0"
 
 RENAMED = {"Norms": "SquaredNorms"}  # names of before, which go on working
+
+warn_of_untested()
 
 if TYPE_CHECKING:
     from unbatch import integrations as integrations

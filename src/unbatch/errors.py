@@ -455,6 +455,21 @@ MSG_NO_SECOND_DERIVATIVE = (
 )
 
 
+MSG_NO_DERIVATIVE = (
+    "A gradient of this program goes through {op}, of which PyTorch has no derivative (derivative "
+    "is not implemented): the program takes derivatives itself, or uses an op that has none. "
+    "Use another form of it, or plain operations; for attention, "
+    "`with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):` around it."
+)
+
+
+MSG_THIRD_DERIVATIVE = (
+    "The program takes second derivatives through {op}{place}, so its gradient is a third "
+    "derivative, which PyTorch has wrong or not at all. Write this norm in plain operations: "
+    "`(x - mean) / (var + eps).sqrt()`, with `x.mean` and `x.var(unbiased=False)` over its axes."
+)
+
+
 MSG_BACKWARD_INSIDE = (
     "The loss takes derivatives ({op}, {where}), and it draws noise or reads more of the "
     "model than its predictions. It would have to be replayed, but a recorded backward pass has no "

@@ -1,6 +1,7 @@
 """A sweep over PyTorch's own table of ops: each rule is held against what the op does to numbers.
 
-`python tests/analysis/op_sweep.py` writes the page ``docs/reference/ops.md``.
+`python tests/analysis/op_sweep.py` writes the page ``docs/reference/ops.md``; with names behind it,
+the lines of these ops alone. What the installed PyTorch does not have keeps its line.
 """
 
 from __future__ import annotations
@@ -300,19 +301,28 @@ def lines_of_page() -> dict[str, str]:
     return lines
 
 
+def idle_on_page() -> list[str]:
+    """Return the ops without a line, which stand at the end of the page."""
+    _, _, names = PAGE.read_text(encoding="utf-8").partition(FOOT)
+    return names.split("`")[1::2]
+
+
 def write_page(names: Sequence[str]) -> None:
-    """Run all sweeps and write the page; what is wrong goes to the terminal."""
-    lines, idle = [], []
+    """Run the sweeps of these ops and write the page; what is wrong goes to the terminal."""
+    lines, idle = lines_of_page(), dict.fromkeys(idle_on_page())
     for name in names:
         row = row_of(name)
+        idle.pop(name, None)
         if row.faulty:
+            lines.pop(name, None)
             sys.stdout.write("\n".join(row.findings[:2])[:1500] + "\n")
         elif any(row.counts.get(status) for status in STATUSES):
-            lines.append(line_of(row))
+            lines[name] = line_of(row)
         else:
-            idle.append(f"`{name}`")
-    text = [HEAD, f"| op | {' | '.join(TITLES)} |", "|---" * (1 + len(TITLES)) + "|", *lines]
-    text += ["", FOOT, "", ", ".join(idle) + "."]
+            lines.pop(name, None)
+            idle[name] = None
+    text = [HEAD, f"| op | {' | '.join(TITLES)} |", "|---" * (1 + len(TITLES)) + "|"]
+    text += [*lines.values(), "", FOOT, "", ", ".join(f"`{name}`" for name in idle) + "."]
     PAGE.write_text("\n".join(text) + "\n", encoding="utf-8")
 
 
@@ -325,4 +335,4 @@ def names_of_sweeps() -> list[str]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    write_page(names_of_sweeps())
+    write_page(sys.argv[1:] or names_of_sweeps())

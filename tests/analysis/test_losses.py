@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
 import unbatch as ub
@@ -43,6 +44,7 @@ from cases.losses import (
 )
 from cases.verdicts import LOSS, check, check_weights, truth_of
 from unbatch.reference import definitions as reference
+from unbatch.versions import minor
 
 EXACT = 1e-9
 TORCHS = (
@@ -428,11 +430,12 @@ def check_refusal_of_matrix(problem: ub.Problem) -> None:
 
 NOT_TWICE = ["MultiMarginLoss", "MultiLabelMarginLoss", "CTCLoss"]
 NOT_TWICE += ["multi-class margin", "multi-label margin", "connectionist temporal classification"]
-NOT_TWICE += [
-    "moments matched with a kernel",
-    "distances matched",
-    "triplets of the batch, hardest ones",
-]
+if minor(torch.__version__) == "2.13":  # which has no second derivative of `cdist`
+    NOT_TWICE += [
+        "moments matched with a kernel",
+        "distances matched",
+        "triplets of the batch, hardest ones",
+    ]
 
 
 def twice_differentiable(case: LossCase) -> bool:
@@ -740,9 +743,19 @@ def test_without_the_differences_it_would_be_wrong(monkeypatch):
 # ---------------------------------------------------------------- derivatives inside, noise inside
 
 
+class PlainNorm(nn.BatchNorm1d):
+    """A batch norm in plain operations, which can be differentiated as often as one likes."""
+
+    def forward(self, x):
+        var, mean = torch.var_mean(x, 0, unbiased=False)
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+        return (x - mean) / (var + self.eps).sqrt() * self.weight + self.bias
+
+
 def body(norm: bool) -> nn.Sequential:
     return nn.Sequential(
-        nn.Linear(2, 4), *([nn.BatchNorm1d(4)] if norm else []), nn.Tanh(), nn.Linear(4, 1)
+        nn.Linear(2, 4), *([PlainNorm(4)] if norm else []), nn.Tanh(), nn.Linear(4, 1)
     )
 
 
@@ -800,6 +813,74 @@ class Residual(nn.Module):
         return F.mse_loss(p[:, 0], y) + residual(
             solution(self.net, self.points), torch.zeros(len(self.points))
         )
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.LayerNorm])
+def test_third_derivatives_of_norms_are_refused(norm, own):
+    """Some versions of PyTorch return wrong numbers for them, and some raise."""
+    model = Solver(norm=True, own=own)
+    model.body[1] = norm(4)
+    if own:
+        problem = ub.Problem(model, batch=torch.randn(N, 2))
+    else:
+        problem = ub.Problem(model, residual, (torch.randn(N, 2), torch.randn(N)))
+    assert problem.structure.canonical_split.status != "fails"
+    for ask in (problem.gradient, problem.gradients, problem.ggn):
+        with pytest.raises(ub.StructureError, match=r"a third derivative, which PyTorch has wrong"):
+            ask()
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.LayerNorm])
+def test_second_derivatives_of_norms_are_right(norm):
+    """As they are where the model takes first derivatives, or second ones that it detaches."""
+    model = Sloped(norm(4))
+    args = (model, F.mse_loss, torch.randn(N, 2), torch.randn(N, 2))
+    problem = ub.Problem(args[0], args[1], args[2:])
+    expected = Expected(*args)
+    check_gradients(expected, problem)
+    check_matrix(expected, problem)
+
+
+class Attends(nn.Module):
+    """Predicts the slopes of an attention by its inputs, computed by one of PyTorch's kernels."""
+
+    def __init__(self, backend: SDPBackend):
+        super().__init__()
+        self.layer, self.backend = nn.Linear(2, 2), backend
+
+    def forward(self, x):
+        x = x.detach().requires_grad_()
+        h = self.layer(x)[:, None]
+        with sdpa_kernel(self.backend):
+            u = F.scaled_dot_product_attention(h, h, h)
+            return torch.autograd.grad(u.square().sum(), x, create_graph=True)[0]
+
+
+def test_an_op_without_a_derivative_is_refused_by_name():
+    def problem(backend: SDPBackend) -> ub.Problem:
+        return ub.Problem(
+            Attends(backend), F.mse_loss, (torch.randn(N, 3, 2), torch.randn(N, 3, 2))
+        )
+
+    fused, plain = problem(SDPBackend.FLASH_ATTENTION), problem(SDPBackend.MATH)
+    plain.ggn().diag()
+    for ask in (fused.gradient, fused.gradients, lambda: fused.ggn().diag()):
+        with pytest.raises(ub.StructureError, match=r"flash_attention_for_cpu_backward.*MATH"):
+            ask()
+
+
+class Sloped(nn.Module):
+    """Predicts a function and its slope, weighted by a second derivative that is constant."""
+
+    def __init__(self, norm: nn.Module):
+        super().__init__()
+        self.body = body(norm=True)
+        self.body[1] = norm
+
+    def forward(self, x):
+        u, slope, curvature = solution(self.body, x)
+        return torch.stack([u, slope], 1) * (1 + curvature.detach().square()[:, None])
 
 
 def with_residual(norm: bool) -> tuple:

@@ -709,6 +709,30 @@ case("largest loss", SEPARATE, CLASSES, lambda p, y: surprise(p, y).max())
 case("median loss", SEPARATE, CLASSES, lambda p, y: surprise(p, y).median())
 case("quantile of the losses", SEPARATE, CLASSES, lambda p, y: surprise(p, y).quantile(0.8))
 case(
+    "largest loss, and a mean of exponentials",
+    SEPARATE,
+    CLASSES,
+    lambda p, y: surprise(p, y).exp().mean() * surprise(p, y).max(),
+)
+case(
+    "losses over the largest root of one",
+    SEPARATE,
+    CLASSES,
+    lambda p, y: surprise(p, y).mean() / surprise(p, y).sqrt().max(),
+)
+case(
+    "a sum for one factor, a length for the other",
+    TANGLED,
+    VALUES,
+    lambda p, y: p.sum(1).exp().mean() * p.norm(dim=1).max(),
+)
+case(
+    "losses by exponentials, and by another scalar",
+    TANGLED,
+    CLASSES,
+    lambda p, y: surprise(p, y).exp().mean() * p.square().sum(1).sqrt().mean(),
+)
+case(
     "losses weighted by their rank",
     SEPARATE,
     CLASSES,

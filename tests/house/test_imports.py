@@ -22,6 +22,7 @@ PACKAGE = "unbatch"
 WINGS = {
     # the ground
     "errors": "",
+    "versions": "errors",
     "rendering": "",
     "reference": "",
     "linalg": "errors",
@@ -45,7 +46,7 @@ WINGS = {
     "plot": "report",
     "extend": "problem",
     "integrations": "monitoring",
-    "__init__": "public spectra plot extend integrations",
+    "__init__": "versions public spectra plot extend integrations",
     "cli": "report __init__",
     "__main__": "cli",
 }

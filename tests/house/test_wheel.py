@@ -54,7 +54,7 @@ def missing(wheel: Path, files: set[str]) -> set[str]:
 
 def of_the_package() -> set[str]:
     folder = ROOT / "src"
-    paths = [*folder.rglob("*.py"), *folder.rglob("py.typed")]
+    paths = [*folder.rglob("*.py"), *folder.rglob("*.txt"), *folder.rglob("py.typed")]
     return {path.relative_to(folder).as_posix() for path in paths}
 
 

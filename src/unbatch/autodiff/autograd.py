@@ -5,6 +5,7 @@ Knows ops and tensors, and nothing about samples or plans.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -18,6 +19,8 @@ from torch.autograd.graph import GradientEdge
 Key = TypeVar("Key", str, int)  # the name of a parameter, or the number of a value in a graph
 
 Value = TypeVar("Value")
+
+FORWARD_MODE_SCRIPTS = "torch._decomp.decompositions_for_jvp"  # a module, loaded at the first dual
 
 
 # --- tensors by name or number --------------------------------------------------------------------
@@ -210,9 +213,20 @@ def _grad(
 
 @contextmanager
 def forward_mode() -> Iterator[None]:
-    """Open a level of forward mode; the first one loads scripts that PyTorch itself warns about."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*torch.jit.script.*", DeprecationWarning)
-        forward_ad._maybe_load_decompositions()
+    """Open a level of forward mode."""
+    _load_forward_mode()
     with forward_ad.dual_level():
         yield
+
+
+def _load_forward_mode() -> None:
+    """Load what PyTorch's forward mode needs before its first use.
+
+    It is loaded by `torch.jit.script`, which warns that it is deprecated: a ``DeprecationWarning``
+    in PyTorch 2.13, a ``FutureWarning`` since, and none of it is about what a user has written.
+    """
+    if FORWARD_MODE_SCRIPTS in sys.modules:
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r".torch\.jit\.script. is")
+        forward_ad._maybe_load_decompositions()

@@ -2,13 +2,14 @@
 
 In reading order:
 
-- ``ops.py``: the facts about operations, one row each
+- ``forms.py``, ``ops.py``: the names of operations, and the facts about them, one row each
 - ``steps.py``, ``graph.py``: what a recording is made of, and its grammar; ``check.py`` holds that
 - ``replay.py``, ``substitutes.py``: recorded steps run again, and what runs in place of some
 - ``aliasing.py``: values that share memory
 - ``tracer.py``, ``python_values.py``: the recorder, and what Python reads of tensors
 - ``catching.py``: whether the program goes on where an op raises an error
 - ``device_ops.py``: fused ops of a GPU, as they are recorded
+- ``missing_derivatives.py``, ``third_order.py``: derivatives that PyTorch does not have
 - ``program.py``: the model with its loss, and the ways to record them
 - ``data.py``: what the program is given, each time it runs
 - ``sample_axes.py``, ``wrappers.py``: samples along several axes; what stands around a model

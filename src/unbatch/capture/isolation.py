@@ -32,6 +32,7 @@ from unbatch.capture.effort import spend
 from unbatch.capture.histories import WithHistory, put_back_histories, replace_histories
 from unbatch.capture.holders import contents, restore
 from unbatch.capture.iterators import Replaced, put_back_iterators, replace_iterators
+from unbatch.capture.missing_derivatives import refused_if_missing
 from unbatch.capture.python_values import Exports
 from unbatch.capture.reachable import Reachable
 from unbatch.capture.switches import all_settings, set_back
@@ -292,7 +293,8 @@ def outside_inference_mode(*others: str) -> Callable[[type[C]], type[C]]:
     """Let a class leave inference mode in its public methods and properties, and ``others``.
 
     Autograd keeps nothing there, and derivatives would come out as zero. Tensors that were made
-    there cannot take part in derivatives; those among the arguments are copied.
+    there cannot take part in derivatives; those among the arguments are copied. What needs a
+    derivative that PyTorch does not have is refused.
     """
 
     def decorate(cls: type[C]) -> type[C]:
@@ -315,7 +317,7 @@ def _outside(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        with TURN, torch.inference_mode(False):
+        with TURN, torch.inference_mode(False), refused_if_missing():
             return function(*tree_map(_ordinary, args), **kwargs)
 
     return run

@@ -5,7 +5,8 @@ norm, and under which names a GPU runs it. What follows from that for samples, d
 pictures stands where it is needed.
 
 A row is looked up by the base name of an op: ``aten::add_`` and ``aten::add.Tensor`` are both
-"add". Where a schema or a tag says it, it is read from there, and there is no row.
+"add", if ``forms.txt`` has them. Where a schema or a tag says it, it is read from there, and there
+is no row.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+
+from unbatch.capture.forms import full_name as full_name
 
 # Arguments that say where and how a result is kept, and nothing about its numbers.
 PLACEMENT = ("device", "layout", "pin_memory", "memory_format", "non_blocking")
@@ -269,12 +272,6 @@ register(
 # --- names ----------------------------------------------------------------------------------------
 
 
-def full_name(op: Any) -> str:
-    """Return the name of an op without its overload, and without ``aten::``."""
-    name: str = op._schema.name
-    return name.removeprefix("aten::")
-
-
 def stripped(name: str) -> str:
     """Return the name of an op without the underscore of in place (not so ``__and__``)."""
     if name.startswith("__"):
@@ -284,11 +281,11 @@ def stripped(name: str) -> str:
 
 @cache
 def base_name(op: Any) -> str:
-    """Return the name under which everything that is known of an op is kept."""
-    space, _, name = op._schema.name.partition("::")
-    if space == "aten":
-        return stripped(name)
-    return f"{space}::{stripped(name)}"
+    """Return the name under which everything that is known of an op is kept.
+
+    That of a form that was not known when the tables were written is in none of them.
+    """
+    return stripped(full_name(op))
 
 
 def names(has: Callable[[Traits], Any]) -> list[str]:

@@ -407,6 +407,7 @@ class Problem:
         budget = parse_memory(memory, next(iter(selected.values())).device)
         session = self._recorded(program)
         session.check_connected()
+        session.check_third_derivatives()
         unregistered = session.recording.unregistered
         # A function takes other tensors than its parameters on purpose.
         if unregistered and not self.program.functional:

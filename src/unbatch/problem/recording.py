@@ -23,6 +23,8 @@ from unbatch.capture.graph import Graph
 from unbatch.capture.guards import Guard, identity, signature
 from unbatch.capture.own_writes import idle
 from unbatch.capture.program import Program
+from unbatch.capture.steps import Step
+from unbatch.capture.third_order import norm_without_gradient
 from unbatch.capture.trees import tensors_in
 from unbatch.errors import CaptureError, InputError, UnbatchError
 from unbatch.problem.validation import parse_tree
@@ -116,6 +118,11 @@ class Recording:
         if state_of(self.guard, self.batch) != self.state:
             return True
         return numbers_of(self.guard, self.batch) != self.numbers
+
+    @cached_property
+    def norm_without_gradient(self) -> Step | None:
+        """The norm whose third derivative the gradient would be; None without one."""
+        return norm_without_gradient(self.graph)
 
     @cached_property
     def predictions(self) -> Any:

@@ -317,6 +317,14 @@ class Session:
         values = list(context.numbers(list(context.axes)).values())
         return values[0] if len(values) == 1 else tuple(values)
 
+    def check_third_derivatives(self) -> None:
+        """Raise ``StructureError`` where the gradient is one that PyTorch does not have."""
+        norm = self.recording.norm_without_gradient
+        if norm is None:
+            return
+        place = f" ({norm.where})" if norm.where else ""
+        raise StructureError(errors.MSG_THIRD_DERIVATIVE.format(op=norm.name, place=place))
+
     def check_connected(self) -> None:
         """Raise ``StructureError`` where autograd does not reach from the loss to anything."""
         if self.recording.connected:

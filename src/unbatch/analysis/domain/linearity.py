@@ -103,10 +103,11 @@ def one_element_each(x: Ownership) -> bool:
     return x.owned and math.prod(x.shape) == x.owner.size == len(np.unique(x.owner))
 
 
-def with_atom(out: Ownership, record: DependenceRecord) -> Ownership:
+def with_atom(out: Ownership, operands: Sequence[Ownership], record: DependenceRecord) -> Ownership:
     """Return ``out`` as the scalar of its samples, if it is one element each, the same function.
 
-    What entered before is forgotten: a loss of many logits enters through one number per sample.
+    What entered before is forgotten: a loss of many logits enters through one number per sample. A
+    function of such a number alone adds none: where the number is known, so is the function.
     """
     if "predictions" not in out.sources or out.mixed or not one_element_each(out):
         return out
@@ -114,9 +115,17 @@ def with_atom(out: Ownership, record: DependenceRecord) -> Ownership:
         return out
     # Scalars of different functions are not one scalar of the samples.
     keys = np.unique(out.key)
-    if len(keys) != 1:
+    if len(keys) != 1 or _is_one_scalar(operands):
         return out
     return replace(out, atoms=frozenset([int(keys[0])]))
+
+
+def _is_one_scalar(operands: Sequence[Ownership]) -> bool:
+    """Tell whether there is one operand, which is a scalar of the samples itself."""
+    if len(operands) != 1:
+        return False
+    (x,) = operands
+    return one_element_each(x) and len(x.atoms) == 1 and not x.weighted
 
 
 def of_linear(

@@ -127,7 +127,7 @@ class Propagation:
         ranked = max((x.ranked for x in operands), default=0)
         out = Ownership(tuple(shape), owner, key, statistics, sources, mixers, atoms, ranked=ranked)
         self._note_uses(out, operands)
-        return with_atom(out, self.record)
+        return with_atom(out, operands, self.record)
 
     def _with_statistic(
         self, statistics: frozenset[int], root: int, how: str, operands: Sequence[Ownership]

@@ -279,7 +279,7 @@ def convolution_backward(call: RuleContext) -> Any:
     "cholesky linalg_cholesky_ex linalg_inv_ex _linalg_eigh linalg_qr _linalg_svd _linalg_det "
     "_linalg_slogdet linalg_lu_factor_ex linalg_matrix_exp cholesky_inverse linalg_lu linalg_pinv "
     "linalg_eig _linalg_eigvals linalg_ldl_factor_ex lu_unpack linalg_householder_product ormqr "
-    "geqrf linalg_lstsq"
+    "geqrf linalg_lstsq linalg_polar linalg_matrix_sqrth"
 )
 def matrices(call: RuleContext) -> Any:
     """Functions of the matrices in the last two dims, separately for each index before them."""
