@@ -107,15 +107,6 @@ WRONG_FOURTH = frozenset(
         "change: the vector of a word",
         "change: one pixel of the data of the inputs",
         # Loggers, but for their levels, and what their handlers keep; those that nobody holds.
-        "messy: lines in the stream of a handler",
-        "messy: records in the buffer of a handler",
-        "messy: records of a loss",
-        "messy: a handler of the root",
-        "messy: a filter more",
-        "messy: a silent logger",
-        "messy: the level of a logger by its name",
-        "messy: how much a library says",
-        "messy: warnings that are logged",
         # Copies of a model, outside of what puts back, with what they do when they are gone.
         "messy: a folder that goes with an object",
         "messy: numbers of nodes",
@@ -134,16 +125,7 @@ WRONG_FOURTH = frozenset(
         # What runs on when a question has been answered.
         "messy: a note by a pool that nobody waits for",
         # Settings of the process, and attributes of libraries.
-        "messy: flags of reproducible runs",
-        "messy: paths of products",
-        "messy: the cache of autocast",
-        "messy: sums in less precision",
-        "messy: warnings each time",
         "messy: a setting of the compiler",
-        "messy: a setting of plots",
-        "messy: the folder of the process",
-        "messy: traces of memory",
-        "messy: a handler of signals",
         "messy: a count on a library",
         "messy: a count on a function of a library",
         "messy: a count on a class of layers",
