@@ -94,7 +94,7 @@ REFERENCES = {
     "a global that a property of a metaclass reads": (reachable._Walk, "user_class", None),
     "a global of a module imported inside": (reachable, "_imported", ()),
     "a rest of a division": (own_writes.Idle, "agrees", True),
-    "the sum of a history": (own_writes, "_may_be_exchanged", True),
+    "the sum of a history": (own_writes, "_containers", ()),
 }
 
 

@@ -23,7 +23,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unbatch.capture.holders import LARGEST_ARRAY, MISSING, Entries, Holder, Names, alike
+from unbatch.capture.holders import (
+    LARGEST_ARRAY,
+    MISSING,
+    Entries,
+    Holder,
+    Items,
+    Names,
+    alike,
+    contents,
+    restore,
+)
 
 # What all numbers, structures, arrays and pointers of ``ctypes`` are.
 CDATA: type = ctypes.c_int.__mro__[2]
@@ -136,7 +146,12 @@ class Variable(Names):
 
 
 class Level(Names):
-    """The level of a logger, which keeps what it has decided by it."""
+    """The level of a logger, which programs ask for; all else that it has is put back as well.
+
+    ``logged``: whether there was anything else to put back.
+    """
+
+    logged = False
 
     def __init__(self, space: logging.Logger) -> None:
         super().__init__(space, ("level",))
@@ -145,8 +160,115 @@ class Level(Names):
         look_up: Callable[[str, Any], Any] = vars(self.space).get
         return look_up
 
+    def content(self) -> Any:
+        return super().content(), _LoggerState(self.space)
+
+    def mark(self) -> list[Any]:
+        return super().content()
+
+    def mark_of(self, content: Any) -> Any:
+        return content[0]
+
+    def changed(self, mark: list[Any]) -> Iterator[Hashable]:
+        if not self.same(mark):
+            yield "level"
+
+    def restore(self, content: Any) -> None:
+        self.logged |= content[1].restore()
+
+    def values(self) -> Iterable[tuple[Hashable, Any]]:
+        return ()
+
     def put(self, name: Any, value: Any) -> None:
         self.space.setLevel(value)
+
+
+class Loggers(Holder):
+    """All loggers that have a name: what they have decides nothing, and is put back all the same.
+
+    A logger that is made meanwhile stays, as others may have it by then. ``logged``: whether there
+    was anything to put back.
+    """
+
+    logged = False
+
+    def content(self) -> list[_LoggerState]:
+        states = [_LoggerState(logging.root)]
+        for logger in list(logging.root.manager.loggerDict.values()):
+            if isinstance(logger, logging.Logger):
+                states.append(_LoggerState(logger))
+        return states
+
+    def mark(self) -> None:
+        return None
+
+    def mark_of(self, content: list[_LoggerState]) -> None:
+        return None
+
+    def same(self, mark: None) -> bool:
+        return True
+
+    def restore(self, content: list[_LoggerState]) -> None:
+        for state in content:
+            self.logged |= state.restore()
+
+
+class _LoggerState:
+    """What a logger has, and what its handlers keep."""
+
+    __slots__ = ("attributes", "handlers", "lists", "logger")
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self.logger = logger
+        self.attributes = vars(logger).copy()
+        self.lists = logger.handlers.copy(), logger.filters.copy()
+        self.handlers = [_HandlerState(handler) for handler in logger.handlers]
+
+    def restore(self) -> bool:
+        """Put all back; return whether anything had changed."""
+        changed = _put_attributes_back(self.logger, self.attributes)
+        if changed:
+            # Loggers keep what they have decided by their levels.
+            self.logger.manager._clear_cache()  # type: ignore[attr-defined]
+        spaces = self.logger.handlers, self.logger.filters
+        for space, before in zip(spaces, self.lists, strict=True):
+            if space != before:
+                space[:] = before  # type: ignore[index]
+                changed = True
+        for handler in self.handlers:
+            changed |= handler.restore()
+        return changed
+
+
+class _HandlerState:
+    """What a handler has, and what it has written to memory."""
+
+    __slots__ = ("attributes", "contents", "handler", "holders")
+
+    def __init__(self, handler: logging.Handler) -> None:
+        self.handler = handler
+        self.attributes = vars(handler).copy()
+        self.holders: list[Holder] = []
+        for value in self.attributes.values():
+            if isinstance(value, io.StringIO | io.BytesIO):
+                self.holders.append(InMemory(value))
+            elif type(value) is list:
+                self.holders.append(Items(value))
+        self.contents = contents(self.holders)
+
+    def restore(self) -> bool:
+        """Put all back; return whether anything had changed."""
+        changed = _put_attributes_back(self.handler, self.attributes)
+        return bool(restore(self.holders, self.contents, [])) or changed
+
+
+def _put_attributes_back(value: Any, attributes: dict[str, Any]) -> bool:
+    now = vars(value)
+    if now == attributes:
+        return False
+    now.clear()
+    now.update(attributes)
+    return True
 
 
 class Referent(Holder):

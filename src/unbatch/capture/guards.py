@@ -78,7 +78,7 @@ class Guard:
         """Return what stays equal as long as the same is computed."""
         kinds = list(map(_kind_of, self._tensors()))
         # A constant in another memory is another constant: recordings refer to the old one.
-        addresses = [t.data_ptr() for t in _in_parts(self.constants)]
+        addresses = [(t.data_ptr(), t.stride()) for t in _in_parts(self.constants)]
         return self.changes(), kinds, addresses, settings()
 
     def changes(self) -> list[tuple[int, Hashable]]:
@@ -159,12 +159,15 @@ def identity(*trees: Any) -> tuple[Any, ...]:
 
 
 def signature(*trees: Any) -> tuple[Any, ...]:
-    """Return what is equal for data of the same shapes and types, and equal in all else."""
+    """Return what is equal for data of the same shapes, strides and types, and equal in all else.
+
+    Strides decide which views there are, and programs may ask for them.
+    """
     leaves, structure = tree_flatten(trees)
     kinds: list[Any] = [structure]
     for leaf in leaves:
         if isinstance(leaf, Tensor):
-            kinds.append((leaf.shape, leaf.dtype, leaf.device))
+            kinds.append((leaf.shape, leaf.dtype, leaf.device, _strides_of(leaf)))
         else:
             kinds.append(_identity_of(leaf))
     return tuple(kinds)
@@ -176,7 +179,12 @@ def signature(*trees: Any) -> tuple[Any, ...]:
 def _kind_of(t: Tensor) -> tuple[Any, ...]:
     """Return what decides what is computed with a tensor, but its contents."""
     hooks = tuple(t._backward_hooks.values()) if t._backward_hooks else ()
-    return id(t), t.requires_grad, t.dtype, t.device, t.shape, hooks
+    return id(t), t.requires_grad, t.dtype, t.device, t.shape, _strides_of(t), hooks
+
+
+def _strides_of(t: Tensor) -> tuple[int, ...]:
+    """Return the strides of a tensor, none of a sparse one."""
+    return t.stride() if is_strided(t) else ()
 
 
 def _views_of(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -2,18 +2,19 @@
 
 Such things change with every step of a training loop, and a recording stays valid all the same.
 That is tried out, and only for programs that are seen to write. The program runs again where it
-left off, and what it keeps is exchanged in several ways (emptied, repeated), which must change no
-bit of its results. Of numbers it is noted what the program asks (``counters.py``). What escapes
-that, the spot checks are for.
+left off, with stand-ins that see whether it looks at what it keeps, or only writes it
+(``watched.py``). Numbers that it looks at are followed (``counters.py``); tensors, arrays and flags
+are exchanged, which must change no bit of its results. Anything else that it looks at matters.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
-from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from types import FunctionType
 from typing import Any
 
@@ -38,18 +39,18 @@ from unbatch.capture.holders import (
     alike,
     attributes_of,
 )
-from unbatch.capture.isolation import contents_untouched, set_random_state
+from unbatch.capture.isolation import contents_untouched, set_random_state, untouched
 from unbatch.capture.iterators import Position
 from unbatch.capture.program import Program
 from unbatch.capture.reachable import Reachable
 from unbatch.capture.trees import copied
+from unbatch.capture.watched import Unreadable, WasReadError, watched
 
-# How often what a program keeps is repeated, and how far numbers are moved.
-OFTEN = 8
+# How far numbers are moved.
 FAR = (1, 2, 3, 97, 10**7)
 
-# How deep in objects numbers are moved.
-DEEPEST = 3
+# So many places are tried one by one, if not all of them can be at once.
+MOST_TRIED = 8
 
 # Places where nothing else is tried, so that whatever is written there may matter.
 UNTRIED = (Memory, Bytes, Queue, Scripted)
@@ -85,6 +86,21 @@ class Count(Place):
     def put(self, value: Any) -> None:
         _, (_, *step) = self.iterator.__reduce__()
         self.holder.put(self.name, itertools.count(value, *step))
+
+
+@dataclass(frozen=True)
+class Attribute(Place):
+    """A number in an object that the program exchanges as a whole: it is given copies."""
+
+    attribute: str
+
+    def value(self) -> Any:
+        return (attributes_of(super().value()) or {}).get(self.attribute, MISSING)
+
+    def put(self, value: Any) -> None:
+        other = copy.copy(super().value())
+        vars(other)[self.attribute] = value
+        super().put(other)
 
 
 @dataclass(frozen=True)
@@ -133,14 +149,22 @@ def _idle(
     written: Written, holders: Sequence[Holder], counts: Sequence[Place], trial: _Trial
 ) -> Idle:
     with trial.program.untouched(trial.rng), torch.enable_grad():
-        if not (trial.begins() and trial.agrees()):
-            return Idle()
-        places = list(_places(holders, written))
+        with trial.aside():
+            if not (trial.begins() and trial.agrees()):
+                return Idle()
+            places = list(_places(holders, written))  # some are there only once it has run
+        written = _but_read(written, holders, trial)
+        places = [place for place in places if place.key in written[place.index]]
         numbers = [place for place in places if _is_number(place.value())]
         others = [place for place in places if place not in numbers]
         numbers += counts
-        if not _may_be_exchanged(others, trial):
-            written = _without(written, others)
+        read = _read(others, trial)
+        exchanged = list(filter(_has_another, read))
+        written = _without(written, [place for place in read if place not in exchanged])
+        inner = _numbers_inside(exchanged)
+        if not _may_be_exchanged(exchanged, trial):
+            written, inner = _without(written, exchanged), []
+        numbers += inner
         uses = _uses_of(numbers, trial)
     if uses is not None and uses.printed and not _may_be_moved(numbers, trial):
         uses = None
@@ -158,6 +182,7 @@ class _Trial:
 
     def __init__(self, program: Program, inputs: Any, targets: Any, rng: tuple[Any, ...]) -> None:
         self.program, self.inputs, self.targets, self.rng = program, inputs, targets, rng
+        self.reached = program.reachable
         self.first: list[Any] | None = None
 
     def begins(self) -> bool:
@@ -175,16 +200,119 @@ class _Trial:
         set_random_state(self.rng)
         try:
             return _run(self.program, self.inputs, self.targets)
-        except Exception:
+        except (Exception, WasReadError):
             return None  # it depends on what it keeps so much that it does not run
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Put back whatever is exchanged and run inside."""
+        with untouched(self.reached, self.rng):
+            yield
+
+
+# --- what is only written -------------------------------------------------------------------------
+
+
+def _but_read(written: Written, holders: Sequence[Holder], trial: _Trial) -> Written:
+    """Return what is written, but for containers whose length, keys or order the program reads."""
+    containers = list(_containers(written, holders))
+    read: set[int] = set()
+    stand_ins: dict[int, Any] = {}
+    for n, (_, space, fixed) in enumerate(containers):
+        stand_in = watched(space, partial(read.add, n), fixed)
+        if stand_in is not None:
+            stand_ins[id(space)] = stand_in
+    with trial.aside():
+        replaced = _put_everywhere(holders, stand_ins)
+        if replaced and not trial.agrees():
+            read.update(range(len(containers)))
+    matter = []
+    for n, (place, space, _) in enumerate(containers):
+        is_unseen = id(space) not in replaced and not _is_namespace(holders, space)
+        if n in read or is_unseen:
+            matter.append(place)
+    return _without_containers(written, holders, matter)
+
+
+def _containers(
+    written: Written, holders: Sequence[Holder]
+) -> Iterator[tuple[tuple[int, Hashable], Any, bool]]:
+    """Yield containers that are written to: where each is, and whether it keeps its length."""
+    for i, names in written.items():
+        holder = holders[i]
+        if isinstance(holder, Empty):
+            for key in names:
+                assert isinstance(key, int)
+                yield (i, key), holder.spaces[key], False
+        elif isinstance(holder, Items | Elements) or type(holder) is Entries:
+            yield (i, WHOLE), holder.space, WHOLE not in names
+
+
+def _put_everywhere(holders: Sequence[Holder], stand_ins: Mapping[int, Any]) -> set[int]:
+    """Put others in place of containers, by their ids; return those of which there is a place."""
+    replaced = set()
+    for holder in holders:
+        if type(holder).put is Holder.put:
+            continue
+        for name, value in holder.values():
+            if id(value) in stand_ins:
+                holder.put(name, stand_ins[id(value)])
+                replaced.add(id(value))
+    return replaced
+
+
+def _is_namespace(holders: Sequence[Holder], space: Any) -> bool:
+    """Return whether a dict has the attributes of an object, and is no container of its own."""
+    if not isinstance(space, dict):
+        return False
+    for holder in holders:
+        if any(value is space for _, value in holder.values()):
+            return False
+    return True
+
+
+def _without_containers(
+    written: Written, holders: Sequence[Holder], matter: Sequence[tuple[int, Hashable]]
+) -> Written:
+    rest: dict[int, set[Hashable]] = {i: set(names) for i, names in written.items()}
+    for i, key in matter:
+        if isinstance(holders[i], Empty):
+            rest[i].discard(key)
+        else:
+            rest[i].clear()
+    return rest
+
+
+def _read(places: Sequence[Place], trial: _Trial) -> list[Place]:
+    """Return the places at which the program looks before it writes to them."""
+    if _runs_without(places, trial):
+        return []
+    if len(places) > MOST_TRIED:
+        return list(places)
+    return [place for place in places if not _runs_without([place], trial)]
+
+
+def _runs_without(places: Sequence[Place], trial: _Trial) -> bool:
+    """Return whether the program does the same where nothing in some places can be read."""
+    if not places:
+        return True
+    if any(isinstance(place.holder, Array) for place in places):
+        return False  # it is written to where it lies
+    asked: list[bool] = []
+    with trial.aside():
+        for place in places:
+            place.put(Unreadable(partial(asked.append, True)))
+        return trial.agrees() and not asked
 
 
 def _may_be_exchanged(places: Sequence[Place], trial: _Trial) -> bool:
     """Return whether other values in places lead to the same results."""
-    for exchange in (_raised, _lowered, _emptied):
-        exchanged = [_exchange(place, exchange) for place in places]
-        if any(exchanged) and not trial.agrees():
-            return False
+    for exchange in (_raised, _lowered, _nudged, _emptied):
+        with trial.aside():
+            for place in places:
+                _exchange(place, exchange)
+            if places and not trial.agrees():
+                return False
     return True
 
 
@@ -230,7 +358,7 @@ def _places(holders: Sequence[Holder], written: Written) -> Iterator[Place]:
             continue
         there = dict(holder.values())
         for name in names:
-            if name in there or isinstance(holder, Items | Elements | Array):
+            if name in there or isinstance(holder, Array):
                 yield Place(i, name, holder, name)
 
 
@@ -257,78 +385,86 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float)
 
 
+def _numbers_inside(places: Sequence[Place]) -> list[Place]:
+    """Return the numbers among the attributes of objects in some places."""
+    numbers: list[Place] = []
+    for place in places:
+        value = place.value()
+        if not _can_be_copied(value):
+            continue
+        for attribute, part in vars(value).items():
+            if _is_number(part):
+                numbers.append(
+                    Attribute(place.index, place.key, place.holder, place.name, attribute)
+                )
+    return numbers
+
+
 # --- other values ---------------------------------------------------------------------------------
 
 
-def _exchange(place: Place, exchange: Callable[[Any], Any]) -> bool:
-    """Put another value in a place; return whether there is one."""
+def _has_another(place: Place) -> bool:
+    """Return whether there is another value of the same kind."""
+    value = place.value()
+    if value is MISSING:
+        return isinstance(place.holder, Array)
+    return _flipped(value) is not value or _can_be_copied(value)
+
+
+def _exchange(place: Place, exchange: Callable[[Any], Any]) -> None:
+    """Put another value in a place."""
     holder = place.holder
     value = place.value()
-    is_whole = value is MISSING  # a list or an array has no name for all that is in it
-    if is_whole:
-        value = holder.content()
-    other = exchange(value)
-    if other is value:
-        return False
-    if is_whole:
-        holder.restore(other)
+    if value is MISSING:
+        # An array has no name for all that is in it.
+        holder.restore(exchange(holder.content()))
+    elif _flipped(value) is value:
+        place.put(_with_other_attributes(value, exchange))
     else:
-        place.put(other)
-    return True
+        place.put(exchange(value))
 
 
 def _raised(value: Any) -> Any:
-    """Return more of the same kind, and larger numbers."""
+    """Return larger numbers."""
     return _moved(value, 1)
 
 
 def _lowered(value: Any) -> Any:
-    """Return more of the same kind, and smaller numbers."""
+    """Return smaller numbers."""
     return _moved(value, -1)
 
 
-def _moved(value: Any, sign: int, depth: int = 0) -> Any:
-    kind = type(value)
-
-    def moved(part: Any) -> Any:
-        return _moved(part, sign, depth + 1)
-
-    if depth > DEEPEST or isinstance(value, nn.Module):
-        return value
-    if kind is bool:
-        return not value
-    if _is_number(value):
-        return value + sign * FAR[-1]
-    if kind in (str, bytes):
-        return value * OFTEN
-    if kind in (list, tuple, deque):
-        return kind(map(moved, value)) * OFTEN
-    if kind is dict:
-        return dict(zip(value, map(moved, value.values()), strict=True))
-    if _is_changeable(value):
-        return value + sign * FAR[2]
-    if type(attributes_of(value)) is dict and not isinstance(value, Tensor):
-        return _with_moved_attributes(value, moved)
-    return value
-
-
-def _with_moved_attributes(value: Any, moved: Callable[[Any], Any]) -> Any:
-    """Return a copy of an object with other numbers in its attributes."""
-    if isinstance(value, type | FunctionType) or not vars(value):
-        return value
-    other = copy.copy(value)
-    vars(other).update(zip(vars(value), map(moved, vars(value).values()), strict=True))
-    return other
+def _nudged(value: Any) -> Any:
+    """Return numbers that are about as large."""
+    return value + FAR[2] if _is_changeable(value) else _flipped(value)
 
 
 def _emptied(value: Any) -> Any:
-    """Return nothing of the same kind."""
+    """Return zeros."""
+    return _flipped(value)
+
+
+def _moved(value: Any, sign: int) -> Any:
+    if not _is_changeable(value):
+        return _flipped(value)
+    # Small numbers that are whole have no room for more.
+    return value + sign * (FAR[3] if _is_whole(value) else FAR[-1])
+
+
+def _is_whole(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return not (value.is_floating_point() or value.is_complex())
+    return bool(value.dtype.kind in "iu")
+
+
+def _flipped(value: Any) -> Any:
+    """Return the opposite of what is true or false, zeros of numbers; anything else as it is."""
     if type(value) is bool:
         return not value
-    if type(value) in (str, bytes, list, tuple, deque, set, dict):
-        return type(value)()
     if _is_changeable(value):
         return value * 0
+    if type(value) in (np.ndarray, Tensor):
+        return ~value
     return value
 
 
@@ -337,6 +473,38 @@ def _is_changeable(value: Any) -> bool:
     if type(value) is np.ndarray:
         return value.dtype.kind in "iuf"
     return type(value) is Tensor and value.dtype != torch.bool
+
+
+def _can_be_copied(value: Any) -> bool:
+    """Return whether there can be another object with other attributes."""
+    if isinstance(value, type | FunctionType | nn.Module | Tensor):
+        return False
+    space = attributes_of(value)
+    if type(space) is not dict or not space:
+        return False
+    # Some have a say in that, as loggers: there is one of each name.
+    other = copy.copy(value)
+    return type(other) is type(value) and attributes_of(other) is not space
+
+
+def _with_other_attributes(value: Any, exchange: Callable[[Any], Any]) -> Any:
+    """Return a copy of an object: tensors are others in it, and numbers the same.
+
+    All else there cannot be read.
+    """
+    other = copy.copy(value)
+    for name, part in vars(value).items():
+        if _is_number(part):
+            continue
+        if _flipped(part) is part:
+            vars(other)[name] = Unreadable(_pass)
+        else:
+            vars(other)[name] = exchange(part)
+    return other
+
+
+def _pass() -> None:
+    """Note nothing: it raises."""
 
 
 # --- running --------------------------------------------------------------------------------------
@@ -357,6 +525,8 @@ def _equal(first: list[Any], second: list[Any]) -> bool:
     if len(first) != len(second):
         return False
     for a, b in zip(first, second, strict=True):
+        if type(a) is not type(b):
+            return False
         if not isinstance(a, Tensor) or not isinstance(b, Tensor):
             # Of objects nobody knows what is in them.
             if type(a) in PLAIN_TYPES and not alike(a, b):

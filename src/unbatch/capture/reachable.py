@@ -50,6 +50,8 @@ from unbatch.capture.foreign import (
     FOREIGN,
     Cache,
     Environment,
+    Level,
+    Loggers,
     Memory,
     Namespace,
     Referent,
@@ -209,6 +211,7 @@ class Reachable:
         self.generators: list[Any] = []
         self.iterators: list[tuple[Holder, Hashable, Any]] = []
         self.kept: list[Kept] = []
+        self.logs: list[Level | Loggers] = []
         # What the program itself was seen to change: the number of the holder, and names in it;
         # and whether it drew random numbers that are not PyTorch's.
         self.written: dict[int, set[Hashable]] = {}
@@ -230,7 +233,7 @@ class Reachable:
     @property
     def leaves_traces(self) -> bool:
         """Return whether the program was seen to change anything, or to draw numbers in Python."""
-        return bool(self.written) or self.draws
+        return bool(self.written) or self.draws or any(log.logged for log in self.logs)
 
     def is_of(self, roots: Sequence[Any]) -> bool:
         """Return whether the walk began at these very objects."""
@@ -298,9 +301,11 @@ class _Walk:
         reached = self.reached
         reached.holders, reached.tensors, reached.modules = [], [], []
         reached.generators, reached.iterators, reached.kept = [], [], []
+        reached.logs = []
         for hooks in GLOBAL_HOOKS:
             self.follow(hooks)
         self.hold(Weights())
+        self.hold(Loggers())
         self.functions_of(nn.functional)
         for root in reached.roots:
             self.follow(root)
@@ -331,6 +336,8 @@ class _Walk:
     def hold(self, holder: Holder, depth: int = 0) -> None:
         """Note a place, and follow what is in it."""
         self.reached.holders.append(holder)
+        if isinstance(holder, Level | Loggers):
+            self.reached.logs.append(holder)
         for name, value in holder.values():
             if type(value) in LEAVES:
                 continue

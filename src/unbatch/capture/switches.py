@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]
 import gc
 import logging
+import os
+import signal
 import sys
+import tracemalloc
 import warnings
 from collections.abc import Callable
 from decimal import getcontext
@@ -14,7 +18,7 @@ import numpy as np
 import torch
 import torch.utils._device
 from torch import _tensor_str
-from torch.backends import cuda, mha
+from torch.backends import cuda, mha, opt_einsum
 from torch.distributions import Distribution
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -54,6 +58,19 @@ SWITCHES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "cudnn": (C._get_cudnn_enabled, C._set_cudnn_enabled),
     "cudnn benchmark": (C._get_cudnn_benchmark, C._set_cudnn_benchmark),
     "cudnn deterministic": (C._get_cudnn_deterministic, C._set_cudnn_deterministic),
+    "cudnn in TF32": (lambda: _cudnn_in_tf32(), C._set_cudnn_allow_tf32),
+    "bfloat16 summed in less": (
+        C._get_cublas_allow_bf16_reduced_precision_reduction,
+        lambda old: _set(C._set_cublas_allow_bf16_reduced_precision_reduction, old),
+    ),
+    "float16 summed in less": (
+        C._get_cublas_allow_fp16_reduced_precision_reduction,
+        lambda old: _set(C._set_cublas_allow_fp16_reduced_precision_reduction, old),
+    ),
+    "float16 accumulated in float16": (
+        C._get_cublas_allow_fp16_accumulation,
+        C._set_cublas_allow_fp16_accumulation,
+    ),
     "mkldnn": (C._get_mkldnn_enabled, C._set_mkldnn_enabled),
     "flash attention": (cuda.flash_sdp_enabled, cuda.enable_flash_sdp),
     "lean attention": (cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp),
@@ -105,6 +122,24 @@ TRACES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "collector of garbage": (gc.isenabled, lambda old: _set_collector(old)),
     "thresholds of the collector": (gc.get_threshold, lambda old: gc.set_threshold(*old)),
     "silent loggers": (lambda: logging.root.manager.disable, logging.disable),
+    "logged warnings": (
+        lambda: logging._warnings_showwarning is not None,  # type: ignore[attr-defined]
+        logging.captureWarnings,
+    ),
+    "cache of autocast": (torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
+    "paths of products": (
+        lambda: opt_einsum.strategy,
+        lambda old: setattr(opt_einsum, "strategy", old),
+    ),
+    "each warning of PyTorch": (torch.is_warn_always_enabled, torch.set_warn_always),
+    "folder": (lambda: _folder(), lambda old: _set_folder(old)),
+    "traces of memory": (tracemalloc.is_tracing, lambda old: _set_tracing(old)),
+    "handlers of signals": (lambda: _signals(), lambda old: _set_handlers(old)),
+    "plots": (
+        # As Python's own dict, whose methods check nothing.
+        lambda: list(dict.items(_of_plots())),
+        lambda old: dict.update(_of_plots(), old),
+    ),
     "signals of decimals": (
         lambda: getcontext().__reduce__()[1][6:],
         lambda old: _set_signals(old),
@@ -142,6 +177,62 @@ def _set_collector(enabled: bool) -> None:
         gc.disable()
 
 
+def _set(write: Callable[..., Any], old: Any) -> None:
+    """Set one value, or several that belong together, as some versions of PyTorch have."""
+    write(*(old if isinstance(old, tuple) else (old,)))
+
+
+def _cudnn_in_tf32() -> bool | None:
+    """Return the setting; None where its parts have been set apart."""
+    try:
+        return bool(C._get_cudnn_allow_tf32())
+    except RuntimeError:
+        return None
+
+
+def _folder() -> str | None:
+    """Return the folder of the process; None where that is gone."""
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return None
+
+
+def _set_folder(old: str | None) -> None:
+    if old is not None:
+        os.chdir(old)
+
+
+def _set_tracing(traced: bool) -> None:
+    if traced:
+        tracemalloc.start()
+    else:
+        tracemalloc.stop()
+
+
+# Those that may have a handler.
+SIGNALS = sorted(map(int, signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}))
+
+
+def _signals() -> list[Any]:
+    # Python's own function makes enums of all that it returns, which takes a hundred times as long.
+    return list(map(_signal.getsignal, SIGNALS))
+
+
+def _set_handlers(old: list[Any]) -> None:
+    for number, before in zip(SIGNALS, old, strict=True):
+        now = _signal.getsignal(number)
+        # Python cannot set what is none of its own, and none but the main thread sets any.
+        if now is not before and before is not None:
+            signal.signal(number, before)
+
+
+def _of_plots() -> dict[str, Any]:
+    """Return the settings of plots, if anybody plots."""
+    matplotlib = sys.modules.get("matplotlib")
+    return getattr(matplotlib, "rcParams", {})
+
+
 # What of the arithmetic of decimals decides a result, in the order in which a context is copied;
 # there follows what has happened, and what raises. One by one they take 20 times as long to read.
 OF_DECIMALS = ("prec", "rounding", "Emin", "Emax", "capitals", "clamp")
@@ -155,8 +246,8 @@ def _set_decimals(old: tuple[Any, ...]) -> None:
 def _set_signals(old: tuple[Any, ...]) -> None:
     context = getcontext()
     for now, before in zip((context.flags, context.traps), old, strict=True):
-        for signal in now:
-            now[signal] = signal in before
+        for flag in now:
+            now[flag] = flag in before
 
 
 def _set_filters(old: list[Any]) -> None:
