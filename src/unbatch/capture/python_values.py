@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from unbatch.capture import recurrences
+
 # Functions that make a tensor of numbers, by name: they would read each ``Number``.
 CONSTRUCTORS = {"tensor", "as_tensor", "asarray", "new_tensor"}
 
@@ -240,6 +242,9 @@ class Functions(TorchFunctionMode):
                     self.recorder.escape(place, "read as places to split at")
         if name == "__deepcopy__":
             return _deep_copy(*args, **kwargs)
+        layers = recurrences.layers_of(func, args, kwargs)
+        if layers is not None:
+            return self._recurrent(layers)
         if name in CONSTRUCTORS:
             assembled = self._constructed(args, kwargs)
             if assembled is not None:
@@ -252,6 +257,13 @@ class Functions(TorchFunctionMode):
         except TypeError:  # it takes a number, and no tensor
             bare, named = self._bare(name, (args, kwargs))
             return func(*bare, **named)
+
+    def _recurrent(self, layers: recurrences.Layers) -> Any:
+        """Run the layers of a recurrence by ops that are taken apart."""
+        # PyTorch reads in memory how many sequences run at each step, which dispatches nothing.
+        if layers.batch_sizes is not None:
+            self.recorder.escape(layers.batch_sizes, "read as sizes of the steps of a recurrence")
+        return recurrences.run(layers)
 
     def _unchecked(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run a function that reads values only to validate them, and report none of that."""

@@ -93,7 +93,8 @@ def device_recurrence(call: RuleContext) -> Any:
         # Dropout between layers: noise of every sample's own, which one scalar stands for.
         weights.append(noise(replace(call, shapes=[()])))
     if call["batch_sizes"]:
-        last, steps = _packed(call, states, weights)
+        rows = summary(call, "features", call["input"], [1], True)
+        last, steps = _packed(call, rows, call["batch_sizes"], states, weights)
     elif call["batch_first"]:
         sequences = permute(summary(call, "time", call["input"], [1, 2], True), [1, 0, 2])
         last = call.algebra.pointwise(call.title, sequences, *states, *weights)
@@ -110,16 +111,43 @@ def device_recurrence(call: RuleContext) -> Any:
     return numbered([expand_plain(steps, out), expand_plain(last, hy), cell, *workspace])
 
 
+@rule("unbatch::recurrent_states unbatch::recurrent_cells", counted="sizes")
+def recurrent_layer(call: RuleContext) -> Any:
+    """One layer, of gates that are [t, n, i] or packed; states are [n, o]."""
+    weights = whole(call, [*(call["weights"] or []), *call.named("hidden_weight", "projection")])
+    states = _states(call, call.named("h", "c"))
+    gates = call.named("x", "input_gates", "hidden_gates", "projected", "previous", "unprojected")
+    if call["sizes"]:
+        rows = [summary(call, "features", x, [1], True) for x in gates]
+        joined = call.algebra.pointwise("gates", *rows)
+        last, steps = _packed(call, joined, call["sizes"], states, weights)
+    else:
+        sequences = [summary(call, "time", x, [0, 2], True) for x in gates]
+        last = steps = call.algebra.pointwise(call.title, *sequences, *states, *weights)
+    results = []
+    for shape in call.shapes:
+        if shape == call.shapes[0] or len(shape) == 3:
+            results.append(expand_plain(steps, shape))
+        elif len(shape) == 2:
+            results.append(expand_plain(squeeze(last, [0]), shape))
+        else:
+            results.append(shared(shape, "no cell"))
+    return numbered(results)
+
+
 def _packed(
-    call: RuleContext, states: Sequence[Ownership], weights: Sequence[Ownership]
+    call: RuleContext,
+    rows: Ownership,
+    sizes: Sequence[int],
+    states: Sequence[Ownership],
+    weights: Sequence[Ownership],
 ) -> tuple[Ownership, Ownership]:
-    """Return the last states [1, n, 1] of packed sequences, and their rows.
+    """Return the last states [1, n, 1] of packed sequences, and their rows, from ``rows`` [.., 1].
 
     Step t holds one row of each of the first ``batch_sizes[t]`` sequences: lengths 3 and 1 are
     packed as the rows (n=0, t=0), (n=1, t=0), (n=0, t=1), (n=0, t=2), with batch sizes 2, 1, 1.
     """
-    a, sizes = call.algebra, call["batch_sizes"]
-    rows = spell_out(summary(call, "features", call["input"], [1], True))
+    a, rows = call.algebra, spell_out(rows)
     # For sizes 2, 1, 1: n_of_row = [0, 1, 0, 0] and t_of_row = [0, 0, 1, 2].
     n_of_row = np.concatenate([np.arange(size) for size in sizes])
     t_of_row = np.repeat(np.arange(len(sizes)), sizes)
