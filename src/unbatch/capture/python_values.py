@@ -231,15 +231,7 @@ class Functions(TorchFunctionMode):
         """Call a function of PyTorch with tensors in place of numbers, if it takes them."""
         if name == "one_hot" and _has_classes(*args, **kwargs) and not self.recorder.catches():
             return self._unchecked(func, args, kwargs)
-        # The size of what comes out is that of another tensor, which is no operand of any op.
-        if name in AS_ANOTHER:
-            for tensor in tree_leaves((args[1:], kwargs)):
-                self.recorder.shape_read(tensor)
-        # PyTorch reads in memory where to split, which dispatches nothing.
-        if name == "tensor_split":
-            for place in tree_leaves((args[1:], kwargs)):
-                if isinstance(place, Tensor):
-                    self.recorder.escape(place, "read as places to split at")
+        self._note_reads(name, args[1:], kwargs)
         if name == "__deepcopy__":
             return _deep_copy(*args, **kwargs)
         layers = recurrences.layers_of(func, args, kwargs)
@@ -257,6 +249,18 @@ class Functions(TorchFunctionMode):
         except TypeError:  # it takes a number, and no tensor
             bare, named = self._bare(name, (args, kwargs))
             return func(*bare, **named)
+
+    def _note_reads(self, name: str, others: Any, kwargs: Any) -> None:
+        """Note what a function reads of its other arguments that dispatches nothing."""
+        # The size of what comes out is that of another tensor, which is no operand of any op.
+        if name in AS_ANOTHER:
+            for tensor in tree_leaves((others, kwargs)):
+                self.recorder.shape_read(tensor)
+        # PyTorch reads in memory where to split.
+        if name == "tensor_split":
+            for place in tree_leaves((others, kwargs)):
+                if isinstance(place, Tensor):
+                    self.recorder.escape(place, "read as places to split at")
 
     def _recurrent(self, layers: recurrences.Layers) -> Any:
         """Run the layers of a recurrence by ops that are taken apart."""

@@ -7,7 +7,7 @@ same numbers but for rounding, which the check of the recording compares with th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,16 +24,14 @@ from unbatch.capture.recurrent_ops import (
     recurrent_cells,
     recurrent_states,
 )
-from unbatch.capture.trees import tensors_in
 
 # Functions of PyTorch that run all layers, and the recurrence that they run.
 MODES = {torch.rnn_relu: RELU, torch.rnn_tanh: TANH, torch.lstm: LSTM, torch.gru: GRU}
 
-# Their arguments, for tensors and for packed sequences.
-ARGUMENTS = (
-    "input hx params has_biases num_layers dropout train bidirectional batch_first".split(),
-    "data batch_sizes hx params has_biases num_layers dropout train bidirectional".split(),
-)
+SETTINGS = ("params", "has_biases", "num_layers", "dropout", "train", "bidirectional")
+
+# Their arguments for tensors, and for packed sequences.
+ARGUMENTS = ("input", "hx", *SETTINGS, "batch_first"), ("data", "batch_sizes", "hx", *SETTINGS)
 
 DTYPES = (torch.float32, torch.float64)
 
@@ -181,7 +179,5 @@ def _direction(
         projected = F.linear(unprojected, projection)
         constant = projection.detach()
     products = hidden_gates, projected, previous, unprojected, by_state.detach(), constant
-    results: tuple[Tensor, Tensor, Tensor] = recurrent_cells(
-        input_gates, *products, h, c, *order
-    )
+    results: tuple[Tensor, Tensor, Tensor] = recurrent_cells(input_gates, *products, h, c, *order)
     return results

@@ -95,7 +95,6 @@ class Time:
             return torch.cat(in_order)
         return torch.stack(in_order)
 
-
     def turned(self, t: Tensor) -> Tensor:
         """Return a value with the steps of every sequence the other way round, if they are."""
         if not self.reverse:
@@ -236,7 +235,8 @@ def unrolled(cells: Cells) -> tuple[Tensor, Tensor, Tensor]:
         moved = (h[:running] - constants[t]) @ cells.hidden_weight.T
         state, new_cell = cell(a[t], b[t] + moved, h[:running], c[:running], cells.mode)
         if cells.projection is not None:
-            assert cells.projected is not None and cells.unprojected is not None
+            assert cells.projected is not None
+            assert cells.unprojected is not None
             moved = (state - time.cut(cells.unprojected)[t]) @ cells.projection.T
             state = time.cut(cells.projected)[t] + moved
         outputs[t] = state
@@ -537,7 +537,7 @@ def _pulled_twice(
             outs.append(out)
             gs.append(g)
     places = [k for k in range(9) if needed[k]]
-    ends = [cells[k] for k in places]
+    ends: list[Any] = [cells[k] for k in places]
     pulled = torch.autograd.grad(outs, ends, gs, create_graph=True, allow_unused=True)
     results: list[Tensor | None] = [None] * len(cells)
     for k, g in zip(places, pulled, strict=True):
