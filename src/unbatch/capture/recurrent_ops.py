@@ -180,7 +180,7 @@ def _states(
     a, b = biases or (None, None)
     gates = F.linear(x, by_input, a), F.linear(previous, by_state, b)
     cells = Cells(*gates, None, previous, None, by_state, None, h, c, mode, reverse, sizes)
-    return previous, LSTMCells(cells).values()[0]
+    return previous, LSTMCells(cells).states
 
 
 def _by_pytorch(
@@ -257,10 +257,9 @@ def _last(time: Time, outputs: Sequence[Tensor], h: Tensor) -> Tensor:
 
 def _cells(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return outputs, last states and last cells."""
-    cells = Cells(*arguments)
-    if cells.mode == LSTM:
-        return LSTMCells(cells).values()
-    return PlainCells(cells).values()
+    outputs, states, cells = linearised(Cells(*arguments)).values()
+    # Step by step, as PyTorch has it: the noise of a dropout is drawn in that order.
+    return outputs.contiguous(), states, cells
 
 
 # What a state moves is linear, so that every step has numbers that derivatives are made of: by them
@@ -300,10 +299,15 @@ class LSTMCells:
         self.before, self.tanh = time.joined(before), time.joined(after).tanh()
         self.last = c
 
+    @property
+    def states(self) -> Tensor:
+        """The states before any projection."""
+        return self.out * self.tanh
+
     def values(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return outputs, last states and last cells."""
         outputs = self.cells.projected
-        outputs = self.out * self.tanh if outputs is None else outputs.clone()
+        outputs = self.states if outputs is None else outputs.clone()
         return outputs, _last(self.time, self.time.cut(outputs), self.cells.h), self.last.clone()
 
     @cached_property

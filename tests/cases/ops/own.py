@@ -134,9 +134,9 @@ OWN = (
     ),
     Own(
         "gru",
-        lambda x, *w: aten.gru.input(
-            x, x.new_zeros(1, 3, 2), w, True, 1, 0.0, False, False, False
-        )[0],
+        lambda x, *w: aten.gru.input(x, x.new_zeros(1, 3, 2), w, True, 1, 0.0, False, False, False)[
+            0
+        ],
         floats((4, 3, 5), (6, 5), (6, 2), (6,), (6,)),
     ),
     Own(

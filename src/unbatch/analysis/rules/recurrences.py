@@ -111,28 +111,43 @@ def device_recurrence(call: RuleContext) -> Any:
     return numbered([expand_plain(steps, out), expand_plain(last, hy), cell, *workspace])
 
 
-@rule("unbatch::recurrent_states unbatch::recurrent_cells", counted="sizes")
-def recurrent_layer(call: RuleContext) -> Any:
-    """One layer, of gates that are [t, n, i] or packed; states are [n, o]."""
-    weights = whole(call, [*(call["weights"] or []), *call.named("hidden_weight", "projection")])
-    states = _states(call, call.named("h", "c"))
-    gates = call.named("x", "input_gates", "hidden_gates", "projected", "previous", "unprojected")
+@rule("unbatch::recurrent_states", counted="sizes")
+def states_of_layer(call: RuleContext) -> Any:
+    """The state before each step, and perhaps after it; of inputs [t, n, i], or packed."""
+    steps, _ = _layer(call, call.named("x"), call["weights"])
+    before, after = call.shapes
+    if not after[0]:
+        return numbered([expand_plain(steps, before), shared(after, "no projection")])
+    return numbered([expand_plain(steps, before), expand_plain(steps, after)])
+
+
+@rule("unbatch::recurrent_cells", counted="sizes")
+def cells_of_layer(call: RuleContext) -> Any:
+    """Outputs, last states and last cells; of gates [t, n, o], or packed."""
+    gates = call.named("input_gates", "hidden_gates", "projected", "previous", "unprojected")
+    steps, last = _layer(call, gates, call.named("hidden_weight", "projection"))
+    outputs, state, cell = call.shapes
+    results = [expand_plain(steps, outputs), expand_plain(last, state)]
+    if call["c"] is None:
+        results.append(shared(cell, "no cell"))
+    else:
+        results.append(expand_plain(last, cell))
+    return numbered(results)
+
+
+def _layer(
+    call: RuleContext, values: Sequence[Ownership], weights: Sequence[Ownership]
+) -> tuple[Ownership, Ownership]:
+    """Return the steps of a layer [1, n, 1], or [rows, 1] if packed, and its last state [n, 1]."""
+    weights, states = whole(call, weights), _states(call, call.named("h", "c"))
     if call["sizes"]:
-        rows = [summary(call, "features", x, [1], True) for x in gates]
+        rows = [summary(call, "features", x, [1], True) for x in values]
         joined = call.algebra.pointwise("gates", *rows)
         last, steps = _packed(call, joined, call["sizes"], states, weights)
     else:
-        sequences = [summary(call, "time", x, [0, 2], True) for x in gates]
+        sequences = [summary(call, "time", x, [0, 2], True) for x in values]
         last = steps = call.algebra.pointwise(call.title, *sequences, *states, *weights)
-    results = []
-    for shape in call.shapes:
-        if shape == call.shapes[0] or len(shape) == 3:
-            results.append(expand_plain(steps, shape))
-        elif len(shape) == 2:
-            results.append(expand_plain(squeeze(last, [0]), shape))
-        else:
-            results.append(shared(shape, "no cell"))
-    return numbered(results)
+    return steps, squeeze(last, [0])
 
 
 def _packed(
