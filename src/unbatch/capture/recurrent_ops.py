@@ -123,6 +123,12 @@ def _beside(new: Tensor, carried: Tensor) -> Tensor:
     return torch.cat([new, carried[len(new) :]])
 
 
+def _side_by_side(gates: Tensor) -> Tensor:
+    """Return gates ``[.., gate, o]`` one after the other."""
+    # Not by ``flatten``, which cannot be batched in a backward pass for many cotangents.
+    return gates.reshape(*gates.shape[:-2], -1)
+
+
 # --- one step -------------------------------------------------------------------------------------
 
 
@@ -342,7 +348,7 @@ class LSTMCells:
                 d = d @ projection
             d_cell = torch.addcmul(dc[:running], d, by_cell[t])
             moved = torch.stack([d_cell, d_cell, d_cell, d], -2)
-            gates[t] = (moved * by_gates[t]).flatten(-2)
+            gates[t] = _side_by_side(moved * by_gates[t])
             dh = _beside(gates[t] @ self.cells.hidden_weight, dh)
             dc = _beside(d_cell * forget[t], dc)
         of_gates = time.joined(gates)
@@ -433,14 +439,14 @@ class PlainCells:
             if of_outputs is not None:
                 d = d + of_outputs[t]
             states[t] = d
-            gates[t] = (d.unsqueeze(-2) * by_state[t]).flatten(-2)
+            gates[t] = _side_by_side(d.unsqueeze(-2) * by_state[t])
             before = gates[t] @ self.cells.hidden_weight
             if kept is not None:
                 before = torch.addcmul(before, d, kept[t])
             dh = _beside(before, dh)
         of_hidden = of_input = time.joined(gates)
         if kept is not None:
-            of_input = (time.joined(states).unsqueeze(-2) * self.by_input).flatten(-2)
+            of_input = _side_by_side(time.joined(states).unsqueeze(-2) * self.by_input)
         return Pulled(of_input, of_hidden, None, dh, dc)
 
     def push(self, tangents: Tangents) -> tuple[Tensor, Tensor, Tensor]:
