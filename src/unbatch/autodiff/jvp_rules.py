@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from unbatch.autodiff.autograd import or_zeros
 from unbatch.autodiff.forward_mode import Tangents, through_op
 from unbatch.capture import ops
-from unbatch.capture.recurrent_ops import Cells, linearised, tangents_of
+from unbatch.capture.recurrent_ops import Cells, Ran, slopes, tangents_of
 from unbatch.capture.steps import ExecutedOp, Ref, Step, is_ref
 from unbatch.capture.substitutes import moments
 from unbatch.capture.trees import flat
@@ -311,11 +311,12 @@ def batch_norm(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents | None:
     return [total, *[None] * (len(call.outputs) - 1)]
 
 
-@rule("unbatch::recurrent_cells")
+@rule("unbatch::recurrent_cells", outputs=True)
 def recurrent_cells(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
     """One layer of a recurrence; what moves beside the gates and first states adds nothing."""
     cells = Cells(*(call.arguments[name] for name in Cells._fields))
-    return list(linearised(cells).push(tangents_of(cells, moving)))
+    ran = Ran(*call.outputs)
+    return list(slopes(cells, ran).push(tangents_of(cells, moving)))
 
 
 # --- sums of tangents, of which any may be missing ------------------------------------------------

@@ -179,5 +179,5 @@ def _direction(
         projected = F.linear(unprojected, projection)
         constant = projection.detach()
     products = hidden_gates, projected, previous, unprojected, by_state.detach(), constant
-    results: tuple[Tensor, Tensor, Tensor] = recurrent_cells(input_gates, *products, h, c, *order)
-    return results
+    y, last, cell, *_ = recurrent_cells(input_gates, *products, h, c, *order)
+    return y, last, cell

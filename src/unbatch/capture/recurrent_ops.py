@@ -22,7 +22,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -51,7 +50,7 @@ LIBRARY.define(
 LIBRARY.define(
     "recurrent_cells(Tensor input_gates, Tensor hidden_gates, Tensor? projected, Tensor previous, "
     "Tensor? unprojected, Tensor hidden_weight, Tensor? projection, Tensor h, Tensor? c, int mode, "
-    "bool reverse, int[] sizes) -> (Tensor, Tensor, Tensor)"
+    "bool reverse, int[] sizes) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 recurrent_states = torch.ops.unbatch.recurrent_states.default
@@ -95,6 +94,18 @@ class Time:
             return torch.cat(in_order)
         return torch.stack(in_order)
 
+    def running(self, carried: Tensor, t: int) -> Tensor:
+        """Return the part of the sequences that run at a step."""
+        if not self.sizes or self.sizes[t] == self.sizes[0]:
+            return carried
+        return carried[: self.sizes[t]]
+
+    def carried(self, new: Tensor, before: Tensor, t: int) -> Tensor:
+        """Return what is carried on from a step: new for the sequences that run, or as before."""
+        if not self.sizes or self.sizes[t] == self.sizes[0]:
+            return new
+        return torch.cat([new, before[self.sizes[t] :]])
+
     def turned(self, t: Tensor) -> Tensor:
         """Return a value with the steps of every sequence the other way round, if they are."""
         if not self.reverse:
@@ -114,13 +125,6 @@ class Time:
 def time_of(gates: Tensor, reverse: bool, sizes: Sequence[int]) -> Time:
     """Return how the time of gates runs."""
     return Time(len(sizes) or len(gates), reverse, sizes)
-
-
-def _beside(new: Tensor, carried: Tensor) -> Tensor:
-    """Return what is carried on: new for the sequences that run, the others as they are."""
-    if len(new) == len(carried):
-        return new
-    return torch.cat([new, carried[len(new) :]])
 
 
 def _side_by_side(gates: Tensor) -> Tensor:
@@ -173,20 +177,29 @@ def _states(
     ``weights``: as of PyTorch's functions, with the projection at the end if there is one.
     """
     time = Time(len(sizes) or len(x), reverse, sizes)
-    before: dict[int, Tensor] = {}
-    after = time.cut(_by_pytorch(x, weights, h, c, mode, time))
-    state = h
-    for t in time.forth:
-        before[t] = state[: len(after[t])]
-        state = _beside(after[t], state)
-    previous = time.joined(before)
+    previous = _before(time, _by_pytorch(x, weights, h, c, mode, time), h)
     if len(weights) % 2 == 0:
         return previous, x.new_empty(0)
     by_input, by_state, *biases, _ = weights
     a, b = biases or (None, None)
     gates = F.linear(x, by_input, a), F.linear(previous, by_state, b)
     cells = Cells(*gates, None, previous, None, by_state, None, h, c, mode, reverse, sizes)
-    return previous, LSTMCells(cells).states
+    _, of_lstm, _, tanh = _cells_of_lstm(cells)
+    return previous, of_lstm.chunk(4, -1)[3] * tanh
+
+
+def _before(time: Time, outputs: Tensor, h: Tensor) -> Tensor:
+    """Return the state before every step, from that after it."""
+    if not time.sizes:
+        if time.reverse:
+            return torch.cat([outputs[1:], h[None]])
+        return torch.cat([h[None], outputs[:-1]])
+    before: dict[int, Tensor] = {}
+    after = time.cut(outputs)
+    for t in time.forth:
+        before[t] = time.running(h, t)
+        h = time.carried(after[t], h, t)
+    return time.joined(before)
 
 
 def _by_pytorch(
@@ -237,16 +250,16 @@ def unrolled(cells: Cells) -> tuple[Tensor, Tensor, Tensor]:
     a, b, constants = map(time.cut, (cells.input_gates, cells.hidden_gates, cells.previous))
     outputs: dict[int, Tensor] = {}
     for t in time.forth:
-        running = len(a[t])
-        moved = (h[:running] - constants[t]) @ cells.hidden_weight.T
-        state, new_cell = cell(a[t], b[t] + moved, h[:running], c[:running], cells.mode)
+        state, old_cell = time.running(h, t), time.running(c, t)
+        moved = (state - constants[t]) @ cells.hidden_weight.T
+        state, new_cell = cell(a[t], b[t] + moved, state, old_cell, cells.mode)
         if cells.projection is not None:
             assert cells.projected is not None
             assert cells.unprojected is not None
             moved = (state - time.cut(cells.unprojected)[t]) @ cells.projection.T
             state = time.cut(cells.projected)[t] + moved
         outputs[t] = state
-        h, c = _beside(state, h), _beside(new_cell, c)
+        h, c = time.carried(state, h, t), time.carried(new_cell, c, t)
     if cells.c is None:
         c = h.new_empty(0)
     return time.joined(outputs), h, c
@@ -257,23 +270,101 @@ def _last(time: Time, outputs: Sequence[Tensor], h: Tensor) -> Tensor:
     if not time.sizes:
         return outputs[0 if time.reverse else -1].clone()
     for t in time.forth:
-        h = _beside(outputs[t], h)
+        h = time.carried(outputs[t], h, t)
     return h.clone()
 
 
-def _cells(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Return outputs, last states and last cells."""
-    outputs, states, cells = linearised(Cells(*arguments)).values()
-    # Step by step, as PyTorch has it: the noise of a dropout is drawn in that order.
-    return outputs.contiguous(), states, cells
+class Ran(NamedTuple):
+    """The results of ``recurrent_cells``: what the layer returns, and what its derivatives need.
+
+    That is, as far as the kind of layer has it: its gates after their nonlinearities, and the cell
+    before every step and, after a tanh, behind it.
+    """
+
+    outputs: Tensor
+    h: Tensor
+    c: Tensor
+    gates: Tensor
+    before: Tensor
+    tanh: Tensor
+
+
+def _cells(*arguments: Any) -> tuple[Tensor, ...]:
+    """Run a layer, from the gates of all steps."""
+    cells = Cells(*arguments)
+    if cells.mode == LSTM:
+        return tuple(_run_lstm(cells))
+    if cells.mode == GRU:
+        return tuple(_run_gru(cells))
+    return tuple(_run_plain(cells))
+
+
+def _like_steps(gates: Tensor) -> Tensor:
+    """Return memory for gates, step by step as PyTorch's functions have it.
+
+    That order counts: in it the noise of a dropout is drawn.
+    """
+    return torch.empty(gates.shape, dtype=gates.dtype, device=gates.device)
+
+
+def _run_lstm(cells: Cells) -> Ran:
+    c, gates, before, tanh = _cells_of_lstm(cells)
+    if cells.projected is None:
+        outputs = gates.chunk(4, -1)[3] * tanh
+    else:
+        outputs = cells.projected.clone()
+    last = _last(cells.time, cells.time.cut(outputs), cells.h)
+    return Ran(outputs, last, c, gates, before, tanh)
+
+
+def _cells_of_lstm(cells: Cells) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the last cell, the gates, and the cell before every step and, by its tanh, behind."""
+    assert cells.c is not None
+    time, c = cells.time, cells.c
+    gates = torch.add(cells.input_gates, cells.hidden_gates, out=_like_steps(cells.input_gates))
+    enter, forget, new, out = gates.chunk(4, -1)
+    for gate in (enter, forget, out):
+        gate.sigmoid_()
+    new.tanh_()
+    entering, kept = time.cut(enter * new), time.cut(forget)
+    before: dict[int, Tensor] = {}
+    after: dict[int, Tensor] = {}
+    for t in time.forth:
+        before[t] = time.running(c, t)
+        after[t] = torch.addcmul(entering[t], kept[t], before[t])
+        c = time.carried(after[t], c, t)
+    return c.clone(), gates, time.joined(before), time.joined(after).tanh_()
+
+
+def _run_gru(cells: Cells) -> Ran:
+    a, b = cells.input_gates.chunk(3, -1), cells.hidden_gates.chunk(3, -1)
+    gates = _like_steps(cells.input_gates)
+    r, z, n = gates.chunk(3, -1)
+    torch.add(a[0], b[0], out=r).sigmoid_()
+    torch.add(a[1], b[1], out=z).sigmoid_()
+    torch.addcmul(a[2], r, b[2], out=n).tanh_()
+    outputs = torch.addcmul(n, z, cells.previous - n)
+    return _without_cell(cells, outputs, gates)
+
+
+def _run_plain(cells: Cells) -> Ran:
+    outputs = torch.add(cells.input_gates, cells.hidden_gates, out=_like_steps(cells.input_gates))
+    outputs = outputs.relu_() if cells.mode == RELU else outputs.tanh_()
+    return _without_cell(cells, outputs, outputs.new_empty(0))
+
+
+def _without_cell(cells: Cells, outputs: Tensor, gates: Tensor) -> Ran:
+    last = _last(cells.time, cells.time.cut(outputs), cells.h)
+    nothing = [outputs.new_empty(0) for _ in range(3)]
+    return Ran(outputs, last, nothing[0], gates, *nothing[1:])
 
 
 # What a state moves is linear, so that every step has numbers that derivatives are made of: by them
 # cotangents are pulled back through time, and tangents pushed.
 
 
-class LSTMCells:
-    """All steps of a layer of an LSTM, and their derivatives.
+class LSTMSlopes:
+    """The derivatives of all steps of a layer of an LSTM.
 
     With ``i``, ``f``, ``g``, ``o`` the gates after their nonlinearities,
 
@@ -284,73 +375,40 @@ class LSTMCells:
     are the cotangents of the cell and of the gates before their nonlinearities.
     """
 
-    def __init__(self, cells: Cells) -> None:
-        assert cells.c is not None
-        self.cells, self.time, self.c = cells, cells.time, cells.c
-        gates = cells.input_gates + cells.hidden_gates
-        enter, forget, new, out = gates.chunk(4, -1)
-        self.enter, self.forget, self.out = enter.sigmoid(), forget.sigmoid(), out.sigmoid()
-        self.new = new.tanh()
-        self._run()
-
-    def _run(self) -> None:
-        time, c = self.time, self.c
-        entering, forget = time.cut(self.enter * self.new), time.cut(self.forget)
-        before: dict[int, Tensor] = {}
-        after: dict[int, Tensor] = {}
-        for t in time.forth:
-            before[t] = c[: len(forget[t])]
-            after[t] = torch.addcmul(entering[t], forget[t], before[t])
-            c = _beside(after[t], c)
-        self.before, self.tanh = time.joined(before), time.joined(after).tanh()
-        self.last = c
-
-    @property
-    def states(self) -> Tensor:
-        """The states before any projection."""
-        return self.out * self.tanh
-
-    def values(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return outputs, last states and last cells."""
-        outputs = self.cells.projected
-        outputs = self.states if outputs is None else outputs.clone()
-        return outputs, _last(self.time, self.time.cut(outputs), self.cells.h), self.last.clone()
-
-    @cached_property
-    def _by_gates(self) -> Sequence[Tensor]:
-        """What the gates move, three of them in the cell and one in the state: ``[.., 4, o]``."""
-        enter, forget, new, out = self.enter, self.forget, self.new, self.out
-        by_enter = new * enter * (1 - enter)
-        by_forget = self.before * forget * (1 - forget)
-        by_new = enter * (1 - new.square())
-        by_out = self.tanh * out * (1 - out)
-        return self.time.cut(torch.stack([by_enter, by_forget, by_new, by_out], -2))
-
-    @cached_property
-    def _by_cell(self) -> Sequence[Tensor]:
-        """What the cell moves in the state, step by step."""
-        return self.time.cut(self.out * (1 - self.tanh.square()))
+    def __init__(self, cells: Cells, ran: Ran) -> None:
+        self.cells, self.time = cells, cells.time
+        enter, self.forget, new, out = ran.gates.chunk(4, -1)
+        # Of sigmoids, σ − σ²; for the gate that is a tanh another one stands there afterwards.
+        slopes = torch.addcmul(ran.gates, ran.gates, ran.gates, value=-1)
+        by_enter, by_forget, by_new, by_out = slopes.chunk(4, -1)
+        by_enter.mul_(new)
+        by_forget.mul_(ran.before)
+        torch.addcmul(enter, enter * new, new, value=-1, out=by_new)
+        by_out.mul_(ran.tanh)
+        # What the gates move, three of them in the cell and one in the state: ``[.., 4, o]``.
+        self.by_gates = self.time.cut(slopes.unflatten(-1, (4, -1)))
+        by_cell = torch.addcmul(out, out * ran.tanh, ran.tanh, value=-1)
+        self.by_cell = self.time.cut(by_cell)
 
     def pull(self, dy: Tensor | None, dh: Tensor, dc: Tensor) -> Pulled:
         """Return the cotangents of the arguments."""
         time, projection = self.time, self.cells.projection
-        by_gates, by_cell, forget = self._by_gates, self._by_cell, time.cut(self.forget)
+        by_gates, by_cell, forget = self.by_gates, self.by_cell, time.cut(self.forget)
         of_outputs = None if dy is None else time.cut(dy)
         gates: dict[int, Tensor] = {}
         projected: dict[int, Tensor] = {}
         for t in time.back:
-            running = len(forget[t])
-            d = dh[:running]
+            d = time.running(dh, t)
             if of_outputs is not None:
                 d = d + of_outputs[t]
             if projection is not None:
                 projected[t] = d
                 d = d @ projection
-            d_cell = torch.addcmul(dc[:running], d, by_cell[t])
+            d_cell = torch.addcmul(time.running(dc, t), d, by_cell[t])
             moved = torch.stack([d_cell, d_cell, d_cell, d], -2)
             gates[t] = _side_by_side(moved * by_gates[t])
-            dh = _beside(gates[t] @ self.cells.hidden_weight, dh)
-            dc = _beside(d_cell * forget[t], dc)
+            dh = time.carried(gates[t] @ self.cells.hidden_weight, dh, t)
+            dc = time.carried(d_cell * forget[t], dc, t)
         of_gates = time.joined(gates)
         of_projected = None if projection is None else time.joined(projected)
         return Pulled(of_gates, of_gates, of_projected, dh, dc)
@@ -358,29 +416,28 @@ class LSTMCells:
     def push(self, tangents: Tangents) -> tuple[Tensor, Tensor, Tensor]:
         """Return the tangents of the results."""
         time, cells, h, c = self.time, self.cells, tangents.h, tangents.c
-        by_gates, by_cell, forget = self._by_gates, self._by_cell, time.cut(self.forget)
+        by_gates, by_cell, forget = self.by_gates, self.by_cell, time.cut(self.forget)
         of_gates, by_projected = time.cut(tangents.input_gates + tangents.hidden_gates), None
         if tangents.projected is not None:
             by_projected = time.cut(tangents.projected)
         outputs: dict[int, Tensor] = {}
         assert c is not None
         for t in time.forth:
-            running = len(forget[t])
-            gates = of_gates[t] + h[:running] @ cells.hidden_weight.T
+            gates = of_gates[t] + time.running(h, t) @ cells.hidden_weight.T
             moved = gates.unflatten(-1, (4, -1)) * by_gates[t]
-            j_cell = torch.addcmul(moved[..., :3, :].sum(-2), forget[t], c[:running])
+            j_cell = torch.addcmul(moved[..., :3, :].sum(-2), forget[t], time.running(c, t))
             j = torch.addcmul(moved[..., 3, :], by_cell[t], j_cell)
             if cells.projection is not None:
                 j = j @ cells.projection.T
                 if by_projected is not None:
                     j = j + by_projected[t]
             outputs[t] = j
-            h, c = _beside(j, h), _beside(j_cell, c)
+            h, c = time.carried(j, h, t), time.carried(j_cell, c, t)
         return time.joined(outputs), h, c
 
 
-class PlainCells:
-    """All steps of a layer of a GRU, or of a plain recurrence, and their derivatives.
+class PlainSlopes:
+    """The derivatives of all steps of a layer of a GRU, or of a plain recurrence.
 
     For a GRU with ``r``, ``z``, ``n`` the gates after their nonlinearities,
 
@@ -390,42 +447,29 @@ class PlainCells:
     are the cotangents of the gates of the input; that of ``new_b`` is ``r dn``.
     """
 
-    def __init__(self, cells: Cells) -> None:
+    def __init__(self, cells: Cells, ran: Ran) -> None:
         self.cells, self.time = cells, cells.time
+        self.kept: Tensor | None = None
         if cells.mode == GRU:
-            self._run_gru()
+            self._of_gru(ran)
+            return
+        if cells.mode == RELU:
+            slope = (ran.outputs > 0).to(ran.outputs.dtype)
         else:
-            self._run_plain()
-
-    def _run_gru(self) -> None:
-        cells = self.cells
-        reset, update, new = cells.input_gates.chunk(3, -1)
-        by_reset, by_update, by_new = cells.hidden_gates.chunk(3, -1)
-        r, z = (reset + by_reset).sigmoid(), (update + by_update).sigmoid()
-        n = torch.addcmul(new, r, by_new).tanh()
-        difference = cells.previous - n
-        self.outputs = torch.addcmul(n, z, difference)
-        self.kept: Tensor | None = z
-        of_new = (1 - z) * (1 - n.square())
-        of_reset, of_update = of_new * by_new * r * (1 - r), difference * z * (1 - z)
-        self.by_input = torch.stack([of_reset, of_update, of_new], -2)
-        self.by_state = torch.stack([of_reset, of_update, of_new * r], -2)
-
-    def _run_plain(self) -> None:
-        gates = self.cells.input_gates + self.cells.hidden_gates
-        if self.cells.mode == RELU:
-            self.outputs = gates.relu()
-            slope = (gates > 0).to(gates.dtype)
-        else:
-            self.outputs = gates.tanh()
-            slope = 1 - self.outputs.square()
-        self.kept = None
+            slope = 1 - ran.outputs.square()
         self.by_input = self.by_state = slope.unsqueeze(-2)
 
-    def values(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return outputs and last states, and nothing for the cells."""
-        last = _last(self.time, self.time.cut(self.outputs), self.cells.h)
-        return self.outputs, last, last.new_empty(0)
+    def _of_gru(self, ran: Ran) -> None:
+        r, self.kept, n = ran.gates.chunk(3, -1)
+        slopes = torch.addcmul(ran.gates, ran.gates, ran.gates, value=-1)
+        by_reset, by_update, by_new = slopes.chunk(3, -1)
+        torch.mul(1 - self.kept, 1 - n.square(), out=by_new)
+        by_reset.mul_(by_new).mul_(self.cells.hidden_gates.chunk(3, -1)[2])
+        by_update.mul_(self.cells.previous - n)
+        self.by_input = slopes.unflatten(-1, (3, -1))
+        of_state = slopes.clone()
+        of_state.chunk(3, -1)[2].mul_(r)
+        self.by_state = of_state.unflatten(-1, (3, -1))
 
     def pull(self, dy: Tensor | None, dh: Tensor, dc: Tensor) -> Pulled:
         """Return the cotangents of the arguments."""
@@ -435,7 +479,7 @@ class PlainCells:
         states: dict[int, Tensor] = {}
         gates: dict[int, Tensor] = {}
         for t in time.back:
-            d = dh[: len(by_state[t])]
+            d = time.running(dh, t)
             if of_outputs is not None:
                 d = d + of_outputs[t]
             states[t] = d
@@ -443,7 +487,7 @@ class PlainCells:
             before = gates[t] @ self.cells.hidden_weight
             if kept is not None:
                 before = torch.addcmul(before, d, kept[t])
-            dh = _beside(before, dh)
+            dh = time.carried(before, dh, t)
         of_hidden = of_input = time.joined(gates)
         if kept is not None:
             of_input = _side_by_side(time.joined(states).unsqueeze(-2) * self.by_input)
@@ -459,13 +503,13 @@ class PlainCells:
         by_gates = time.cut(parts.sum(-2))
         outputs: dict[int, Tensor] = {}
         for t in time.forth:
-            before = h[: len(by_state[t])]
+            before = time.running(h, t)
             gates = (before @ self.cells.hidden_weight.T).unflatten(-1, (count, -1))
             j = by_gates[t] + (gates * by_state[t]).sum(-2)
             if kept is not None:
                 j = torch.addcmul(j, before, kept[t])
             outputs[t] = j
-            h = _beside(j, h)
+            h = time.carried(j, h, t)
         return time.joined(outputs), h, h.new_empty(0)
 
 
@@ -500,12 +544,15 @@ def tangents_of(cells: Cells, moving: Mapping[str, Tensor | None]) -> Tangents:
     return Tangents(*tangents)
 
 
-def linearised(cells: Cells) -> LSTMCells | PlainCells:
-    """Return all steps of a layer, ready to be differentiated."""
-    return LSTMCells(cells) if cells.mode == LSTM else PlainCells(cells)
+def slopes(cells: Cells, ran: Ran) -> LSTMSlopes | PlainSlopes:
+    """Return the derivatives of a layer at what it has run on."""
+    return LSTMSlopes(cells, ran) if cells.mode == LSTM else PlainSlopes(cells, ran)
 
 
 # --- as ops of autograd ---------------------------------------------------------------------------
+
+
+TENSORS = 9  # among the arguments of ``recurrent_cells``, which come first
 
 
 class _Differentiated(torch.autograd.Function):
@@ -514,23 +561,26 @@ class _Differentiated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
         ctx.set_materialize_grads(False)
-        ctx.numbers = arguments[9:]
-        ctx.save_for_backward(*arguments[:9])
+        ctx.numbers = arguments[TENSORS:]
         # A recording asks whether gradients are enabled for the program, not in here.
         with torch.enable_grad():
-            return _below_autograd(recurrent_cells, arguments)
+            ran = Ran(*_below_autograd(recurrent_cells, arguments))
+        ctx.mark_non_differentiable(ran.gates, ran.before, ran.tanh)
+        ctx.save_for_backward(*arguments[:TENSORS], *ran)
+        return tuple(ran)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
-        cells = Cells(*ctx.saved_tensors, *ctx.numbers)
-        dy, dh, dc = cotangents
+        saved = ctx.saved_tensors
+        cells, ran = Cells(*saved[:TENSORS], *ctx.numbers), Ran(*saved[TENSORS:])
+        dy, dh, dc, *_ = cotangents
         if torch.is_grad_enabled():  # there will be a derivative of this one
-            return _pulled_twice(cells, cotangents, ctx.needs_input_grad)
+            return _pulled_twice(cells, [dy, dh, dc], ctx.needs_input_grad)
         if dh is None:
             dh = torch.zeros_like(cells.h)
         if dc is None:
             dc = torch.zeros_like(cells.h if cells.c is None else cells.c)
-        pulled = linearised(cells).pull(dy, dh, dc)
+        pulled = slopes(cells, ran).pull(dy, dh, dc)
         of_cells = None if cells.c is None else pulled.c
         gates = pulled.input_gates, pulled.hidden_gates, pulled.projected
         return *gates, *[None] * 4, pulled.h, of_cells, None, None, None
@@ -546,7 +596,7 @@ def _pulled_twice(
         if g is not None and out.requires_grad:
             outs.append(out)
             gs.append(g)
-    places = [k for k in range(9) if needed[k]]
+    places = [k for k in range(TENSORS) if needed[k]]
     ends: list[Any] = [cells[k] for k in places]
     pulled = torch.autograd.grad(outs, ends, gs, create_graph=True, allow_unused=True)
     results: list[Tensor | None] = [None] * len(cells)

@@ -126,12 +126,14 @@ def cells_of_layer(call: RuleContext) -> Any:
     """Outputs, last states and last cells; of gates [t, n, o], or packed."""
     gates = call.named("input_gates", "hidden_gates", "projected", "previous", "unprojected")
     steps, last = _layer(call, gates, call.named("hidden_weight", "projection"))
-    outputs, state, cell = call.shapes
+    outputs, state, cell, *rest = call.shapes
     results = [expand_plain(steps, outputs), expand_plain(last, state)]
     if call["c"] is None:
         results.append(shared(cell, "no cell"))
     else:
         results.append(expand_plain(last, cell))
+    # What derivatives need, which no model reads.
+    results += [shared(shape, "workspace", ["parameters"]) for shape in rest]
     return numbered(results)
 
 
