@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from unbatch.capture import ops
-from unbatch.capture.device_ops import recurrent_step
+from unbatch.capture.recurrent_ops import Cells, cell, unrolled
 
 aten = torch.ops.aten
 
@@ -143,15 +143,21 @@ def _direction(
         running = len(x)
         gates = torch.nn.functional.linear(x, by_input, biases[0])
         recurrent = torch.nn.functional.linear(h[:running], by_hidden, biases[1])
-        state, cell = recurrent_step(gates, recurrent, h[:running], c[:running], mode)
+        state, new_cell = cell(gates, recurrent, h[:running], c[:running], mode)
         if projection is not None:
             state = state @ projection.T
         # The sequences that do not run at this step are the last ones.
-        h, c = torch.cat([state, h[running:]]), torch.cat([cell, c[running:]])
+        h, c = torch.cat([state, h[running:]]), torch.cat([new_cell, c[running:]])
         outputs.append(state)
     if backward:
         outputs.reverse()
     return outputs, h, c
+
+
+@composition("unbatch::recurrent_cells")
+def recurrent_cells(arguments: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs, last state and last cell of one layer."""
+    return unrolled(Cells(**arguments))
 
 
 @composition("_pack_padded_sequence")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from unbatch.capture import ops
+from unbatch.capture.recurrent_ops import GRU, LSTM, cell
 from unbatch.capture.steps import Step
 from unbatch.capture.trees import tensors_in
 from unbatch.errors import MSG_RECURRENT_DROPOUT, MSG_RECURRENT_EVAL, StructureError
@@ -267,39 +268,6 @@ def _efficient_attention(
 # --- one step of a recurrence ---------------------------------------------------------------------
 
 
-RELU, LSTM, GRU = 0, 2, 3  # the modes of cuDNN and of MIOpen; 1 is tanh
-
-# One step of each kind, with the gates of input and state added up unless they are named x and h:
-#
-#     LSTM   c′ = σ(forget) c + σ(enter) tanh(cell)            h′ = σ(out) tanh(c′)
-#     GRU    n = tanh(new_x + σ(reset) new_h)                  h′ = n + σ(update) (h − n)
-#     plain                                                    h′ = tanh(gates), or relu(gates)
-
-
-def recurrent_step(
-    gates: Tensor, recurrent: Tensor, h: Tensor, c: Tensor, mode: int
-) -> tuple[Tensor, Tensor]:
-    """Return state and cell after one step, before any projection.
-
-    Where there is no cell, it is the state. A *gate* is what a weight makes of input or state
-    before the nonlinearity.
-    """
-    if mode == LSTM:
-        enter, forget, cell, out = (gates + recurrent).chunk(4, -1)
-        c = forget.sigmoid() * c + enter.sigmoid() * cell.tanh()
-        return out.sigmoid() * c.tanh(), c
-    if mode == GRU:
-        reset, update, new = gates.chunk(3, -1)
-        by_reset, by_update, by_new = recurrent.chunk(3, -1)
-        update = (update + by_update).sigmoid()
-        new = (new + (reset + by_reset).sigmoid() * by_new).tanh()
-        h = new + update * (h - new)
-        return h, h
-    h = gates + recurrent
-    h = h.relu() if mode == RELU else h.tanh()
-    return h, h
-
-
 @same_as("_thnn_fused_lstm_cell")
 def _lstm_cell(
     input_gates: Tensor,
@@ -309,7 +277,7 @@ def _lstm_cell(
     hidden_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     gates, recurrent = _biased(input_gates, input_bias), _biased(hidden_gates, hidden_bias)
-    return recurrent_step(gates, recurrent, cx, cx, LSTM)
+    return cell(gates, recurrent, cx, cx, LSTM)
 
 
 @same_as("_thnn_fused_gru_cell")
@@ -321,7 +289,7 @@ def _gru_cell(
     hidden_bias: Tensor | None,
 ) -> Tensor:
     gates, recurrent = _biased(input_gates, input_bias), _biased(hidden_gates, hidden_bias)
-    return recurrent_step(gates, recurrent, hx, hx, GRU)[0]
+    return cell(gates, recurrent, hx, hx, GRU)[0]
 
 
 def _biased(gates: Tensor, bias: Tensor | None) -> Tensor:

@@ -245,6 +245,9 @@ register("_cudnn_rnn", Traits(dropout=IN_LAYERS, recurrence=Recurrence(packed="w
 
 register("miopen_rnn", Traits(dropout=IN_LAYERS, recurrence=Recurrence()))
 
+# What recurrences are recorded as (``recurrent_ops.py``).
+register("unbatch::recurrent_states", Traits(cuts=True))
+
 # The kernels of attention that PyTorch may pick, which compute the same up to rounding.
 register(
     "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_efficient_attention",
