@@ -515,6 +515,18 @@ def writes_results(op: Any) -> bool:
     return bool(set(declared_writes(op)) - set(RUNNING))
 
 
+# --- what a backward pass does --------------------------------------------------------------------
+
+# Arguments by which the derivative of an op, and not the op, takes all samples together: it divides
+# by how often an index occurs in the batch.
+JOINS_BACKWARD = ("scale_grad_by_freq",)
+
+
+def joins_backward(op: Any, arguments: Mapping[str, Any]) -> bool:
+    """Tell whether a sample's derivative depends on the others, though its result does not."""
+    return any(arguments.get(name) for name in JOINS_BACKWARD)
+
+
 # --- batch norm -----------------------------------------------------------------------------------
 
 

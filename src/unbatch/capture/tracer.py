@@ -32,6 +32,7 @@ from unbatch.capture.device_ops import (
 )
 from unbatch.capture.distributed import check_alone
 from unbatch.capture.graph import SIZE_READ, Graph, HostRead, ModuleCall
+from unbatch.capture.hooks import place_of
 from unbatch.capture.isolation import SKIPS_COMPILER, is_strided, mutated, storage_of
 from unbatch.capture.steps import Ref, Step, Value, indices, is_ref
 from unbatch.capture.trees import flat, tensors_in
@@ -106,6 +107,8 @@ class Recorder(TorchDispatchMode):
         self.function = ""
         # Tensors that came up in the middle of the run, and values whose shape depends on others.
         self.foreign: list[int] = []
+        # What the model hooked into backward passes.
+        self.hooks: list[str] = []
         self.dynamic: set[int] = set()
 
     # -- values --
@@ -387,6 +390,11 @@ class Recorder(TorchDispatchMode):
         ref = self.find(tensor)
         if ref is not None and ref.index in self.dynamic:
             self.escape(tensor, SIZE_READ)
+
+    def hooked(self, hook: Any) -> None:
+        """Note that the model has hooked into backward passes."""
+        if not self.in_loss:
+            self.hooks.append(place_of(hook, users_line()))
 
     # -- around the run --
 

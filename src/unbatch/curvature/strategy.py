@@ -44,7 +44,13 @@ from unbatch.errors import (
     VanishingCurvatureWarning,
     warn,
 )
-from unbatch.gradients.request import Request, check_recurrences_of, is_planned, source_of
+from unbatch.gradients.request import (
+    Request,
+    check_linear,
+    check_recurrences_of,
+    is_planned,
+    source_of,
+)
 from unbatch.gradients.sources import Chunking, Source
 from unbatch.linalg.space import Space
 
@@ -117,6 +123,7 @@ def linearised_of(request: Request) -> Linearised:
     """
     context, frozen = request.context, request.by == "frozen"
     check_recurrences_of(request)
+    check_linear(request)
     if context.faithful:
         return LinearisedGraph(context, request.parameters, frozen)
     if frozen and not request.structure.independent_forward:
@@ -209,6 +216,7 @@ class Curvature:
         Raises ``StructureError`` where H is too large to be decomposed, or has negative eigenvalues
         and draws are asked for.
         """
+        check_linear(self.request)
         if draws not in self._roots:
             self._roots[draws] = self._exact() if draws is None else self._drawn(*draws)
         return self._roots[draws]
