@@ -79,6 +79,10 @@ class Linearised(ABC):
     ) -> dict[str, Tensor]:
         """Return ``Jᵀ u``, by parameter (some of them, by name)."""
 
+    def _typed(self, tangents: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return tangents in the types of the parameters, of which there may be several."""
+        return {name: t.to(self.leaves[name].dtype) for name, t in tangents.items()}
+
     def _pulled(
         self, cotangents: Mapping[int, Tensor], names: Iterable[str] | None
     ) -> dict[str, Tensor]:
@@ -103,6 +107,17 @@ def moves(step: Step, plan: BackwardPlan) -> bool:
     for _, new in step.writes:
         results.append(new.index)
     return not plan.flowing.isdisjoint(results)
+
+
+def written_tangents(step: Step, outs: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Return the tangents of what a step has written to, from those of its results.
+
+    None of what it writes to beside its results: no derivative goes through that.
+    """
+    if not step.outs:
+        return list(outs)
+    of_results = dict(zip(step.outs, outs, strict=False))
+    return [of_results.get(new) for _, new in step.written_results]
 
 
 def differentiated(graph: Graph, schedule: Schedule) -> list[Step]:
@@ -224,7 +239,7 @@ class LinearisedGraph(Linearised):
 
         Raises ``StructureError`` where the backward pass is not finite on any batch.
         """
-        return self._push(self.way, tangents, at)
+        return self._push(self.way, self._typed(tangents), at)
 
     def _push(
         self, way: str, tangents: Mapping[str, Tensor], at: Sequence[int] = ()
@@ -317,8 +332,9 @@ class LinearisedGraph(Linearised):
                 # Rules may leave out outputs at the end that never move.
                 for ref, tangent in zip(step.outs, outs, strict=False):
                     moving.put(ref, ref, tangent)
-                for old, new in step.written_results:
-                    moving.put(new, old, outs[0])
+                written = written_tangents(step, outs)
+                for (old, new), tangent in zip(step.written_results, written, strict=False):
+                    moving.put(new, old, tangent)
         pushed: dict[int, Tensor] = {}
         for i in at or self.outputs:
             tangent = moving.get(i)
@@ -440,9 +456,10 @@ class LinearisedModel(Linearised):
 
         Raises ``StructureError`` where the backward pass is not finite on any batch.
         """
+        typed = self._typed(tangents)
         if self.way == COLUMNS:
-            return self._columns.push(tangents)
-        return self._push_twice(tangents)
+            return self._columns.push(typed)
+        return self._push_twice(typed)
 
     # -- which way --
 

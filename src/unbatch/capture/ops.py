@@ -509,6 +509,13 @@ def written(op: Any, arguments: Mapping[str, Any]) -> tuple[str, ...]:
     return declared_writes(op) + hidden.arguments
 
 
+def results(op: Any, arguments: Mapping[str, Any], out: Any) -> Any:
+    """Return what an op has returned or, if it returns nothing, what it has written to."""
+    if op._schema.returns:
+        return out
+    return [arguments[name] for name in declared_writes(op) if name in arguments]
+
+
 @cache
 def writes_results(op: Any) -> bool:
     """Tell whether derivatives go through what an op writes: not so running statistics."""

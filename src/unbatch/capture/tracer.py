@@ -31,6 +31,7 @@ from unbatch.capture.device_ops import (
     without_packed_weights,
 )
 from unbatch.capture.distributed import check_alone
+from unbatch.capture.foreach import parts_of
 from unbatch.capture.graph import SIZE_READ, Graph, HostRead, ModuleCall
 from unbatch.capture.hooks import place_of
 from unbatch.capture.isolation import SKIPS_COMPILER, is_strided, mutated, storage_of
@@ -272,6 +273,10 @@ class Recorder(TorchDispatchMode):
         plain = same_as(func, args, kwargs)
         if plain is not None:
             return self._note_as(plain.op, self._in_one_place(plain.args), func(*args, **kwargs))
+        parts = parts_of(func, args, kwargs)
+        if parts is not None:
+            results = [self._note(*part) for part in parts]
+            return results if func._schema.returns else None
         return self._note(func, without_packed_weights(func, args), kwargs)
 
     def _note(self, func: Any, args: Any, kwargs: Any) -> Any:
