@@ -1,4 +1,4 @@
-"""`python tests/gradients/op_derivatives.py` writes the table ``tests/cases/ops/derivatives.md``."""
+"""Writes ``tests/cases/ops/derivatives.md``: `python tests/gradients/op_derivatives.py`."""
 
 from __future__ import annotations
 

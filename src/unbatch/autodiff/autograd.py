@@ -168,15 +168,17 @@ def batched_grad(
     inputs: Sequence[GradientEdge | Tensor],
     gs: Sequence[Tensor],
     count: int,
+    together: bool = True,
 ) -> list[Any]:
     """Return ``[count, *shape]`` for each input: gradients for stacked cotangents, or None.
 
-    They are pulled back in one call or, where an op cannot be batched, one after the other.
+    They are pulled back ``together`` in one call or, where an op cannot be batched, one after the
+    other.
     """
     ends, cotangents = _connected(outputs, gs)
     if not ends or not inputs:
         return [None] * len(inputs)
-    if count > 1:
+    if together and count > 1:
         # It fails where vmap has no rule for an op on the way, and warns where it has a slow one.
         with suppress(RuntimeError), warnings.catch_warnings():
             warnings.simplefilter("ignore")

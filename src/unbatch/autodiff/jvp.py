@@ -46,6 +46,7 @@ from unbatch.autodiff.schedule import Schedule
 from unbatch.autodiff.tangent_store import TangentStore
 from unbatch.capture.aliasing import Window, seen_through_older_windows
 from unbatch.capture.graph import Graph
+from unbatch.capture.isolation import random_state, set_random_state
 from unbatch.capture.steps import ExecutedOp, Step
 from unbatch.capture.substitutes import held, laid_out, norm_with_constant_statistics, unmoved
 from unbatch.capture.trees import flat
@@ -53,7 +54,8 @@ from unbatch.errors import MSG_NO_TANGENT, MSG_TANGENT_NOT_FINITE, StructureErro
 
 # How tangents are pushed: through one op after the other, by forward mode of the whole graph, by
 # double backward, or by the rows of J.
-BY_STEPS, AT_ONCE, TWICE, COLUMNS = "by steps", "at once", "twice", "columns"
+BY_STEPS, AT_ONCE, TWICE = "by steps", "at once", "twice"
+COLUMNS, ONE_BY_ONE = "columns", "columns, one by one"
 
 
 class Linearised(ABC):
@@ -158,7 +160,7 @@ class LinearisedGraph(Linearised):
         self.windows: dict[int, Window] = {}
         self.sizes: dict[int, int] = {}
         # J by its rows, by the values that these are of.
-        self._columns_of: dict[tuple[int, ...], Columns] = {}
+        self._columns_of: dict[tuple[tuple[int, ...], bool], Columns] = {}
         self._run()
 
     def _run(self) -> None:
@@ -244,11 +246,18 @@ class LinearisedGraph(Linearised):
     def _push(
         self, way: str, tangents: Mapping[str, Tensor], at: Sequence[int] = ()
     ) -> dict[int, Tensor]:
-        if way == COLUMNS:
-            return self._columns(tuple(at)).push(tangents)
+        if way in (COLUMNS, ONE_BY_ONE):
+            return self._columns(tuple(at), way == COLUMNS).push(tangents)
         if way == AT_ONCE:
             return self._push_at_once(tangents, at)
-        return self._push_by_steps(tangents, at)
+        if not any(call.step.noise for call in self.steps):
+            return self._push_by_steps(tangents, at)
+        # An op that draws is run again on tangents, and draws again.
+        before = random_state()
+        try:
+            return self._push_by_steps(tangents, at)
+        finally:
+            set_random_state(before)
 
     @property
     def way(self) -> str:
@@ -281,7 +290,7 @@ class LinearisedGraph(Linearised):
             return None
         compared = False
         # By steps first: it computes no value again.
-        for way in (BY_STEPS, AT_ONCE):
+        for way in (BY_STEPS, AT_ONCE, COLUMNS):
             try:
                 agrees = test.agrees(self._push(way, test.v))
             except StructureError:
@@ -289,12 +298,15 @@ class LinearisedGraph(Linearised):
             if agrees:
                 return way
             compared |= agrees is not None
-        # What the backward pass says of every entry belongs to it, whatever the rules say.
-        return COLUMNS if compared else None
+        # What the backward pass says of every entry alone belongs to it, whatever rules say.
+        return ONE_BY_ONE if compared else None
 
-    def _columns(self, at: tuple[int, ...]) -> Columns:
-        """Return ``J`` by its rows; or the derivatives of the values ``at``, which are watched."""
-        if at not in self._columns_of:
+    def _columns(self, at: tuple[int, ...], together: bool) -> Columns:
+        """Return ``J`` by its rows; or the derivatives of the values ``at``, which are watched.
+
+        ``together``: several rows are pulled back in one call.
+        """
+        if (at, together) not in self._columns_of:
             ends: dict[int, Any] = {i: self.edges[i] for i in at if i in self.edges}
             if not at:
                 ends = dict(self.outputs)
@@ -304,12 +316,12 @@ class LinearisedGraph(Linearised):
                 if i not in ends:
                     return {}
                 leaves = list(self.leaves.values())
-                rows = batched_grad([ends[i]], leaves, [units], len(units))
+                rows = batched_grad([ends[i]], leaves, [units], len(units), together)
                 by_name = zip(self.leaves, rows, strict=True)
                 return {name: r.detach() for name, r in by_name if r is not None}
 
-            self._columns_of[at] = Columns(like, pull, bytes_of(self.leaves))
-        return self._columns_of[at]
+            self._columns_of[at, together] = Columns(like, pull, bytes_of(self.leaves))
+        return self._columns_of[at, together]
 
     def _push_by_steps(
         self, tangents: Mapping[str, Tensor], at: Sequence[int] = ()

@@ -185,6 +185,7 @@ class Trial:
             self.found.append((RAISED, f"{what}: {type(error).__name__}: {error}"))
         if not torch.equal(torch.get_rng_state(), self.rng):
             self.found.append((CHANGED, f"{what}: the random state"))
+            torch.set_rng_state(self.rng)
         for name, t in self.net.state_dict().items():
             if not torch.allclose(t, self.before[name], 0, 0, equal_nan=True):
                 self.found.append((CHANGED, f"{what}: {name}"))

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import unbatch as ub
-from cases.ops.aten import SHAPES, Attempt, attempt_of, tensor
 from cases.ops.apart import CRASHED, RAISED, apart
+from cases.ops.aten import SHAPES, Attempt, attempt_of, tensor
 
 RIGHT, REFUSED, CHANGED, UNREACHED = "right", "refused", "changed", "not called"
 
