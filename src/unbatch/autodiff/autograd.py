@@ -185,7 +185,8 @@ def batched_grad(
             return list(_grad(ends, inputs, cotangents, batched=True))
     single = []
     for k in range(count):
-        of_sample = [g[k] for g in cotangents]
+        # In memory of their own: some backward passes look at where theirs begins.
+        of_sample = [g[k].clone() for g in cotangents]
         single.append(_grad(ends, inputs, of_sample))
     return [_stacked(of_input) for of_input in zip(*single, strict=True)]
 

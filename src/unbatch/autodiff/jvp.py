@@ -290,7 +290,7 @@ class LinearisedGraph(Linearised):
             return None
         compared = False
         # By steps first: it computes no value again.
-        for way in (BY_STEPS, AT_ONCE, COLUMNS):
+        for way in (BY_STEPS, AT_ONCE, COLUMNS, ONE_BY_ONE):
             try:
                 agrees = test.agrees(self._push(way, test.v))
             except StructureError:
@@ -298,8 +298,10 @@ class LinearisedGraph(Linearised):
             if agrees:
                 return way
             compared |= agrees is not None
-        # What the backward pass says of every entry alone belongs to it, whatever rules say.
-        return ONE_BY_ONE if compared else None
+        if not compared:
+            return None
+        contradiction = "no way of pushing tangents belongs to its backward pass"
+        raise StructureError(MSG_NO_TANGENT.format(place="the model", error=contradiction))
 
     def _columns(self, at: tuple[int, ...], together: bool) -> Columns:
         """Return ``J`` by its rows; or the derivatives of the values ``at``, which are watched.
@@ -502,9 +504,14 @@ class LinearisedModel(Linearised):
             agrees = test.agrees(self._push_twice(test.v))
         except (NotImplementedError, RuntimeError):
             agrees = False  # not differentiable twice
+        if agrees:
+            return TWICE
+        if test.agrees(self._columns.push(test.v)):
+            return COLUMNS
         if agrees is None:
             return None
-        return TWICE if agrees else COLUMNS
+        contradiction = "no way of pushing tangents belongs to its backward pass"
+        raise StructureError(MSG_NO_TANGENT.format(place="the model", error=contradiction))
 
     # -- by double backward --
 
@@ -535,7 +542,7 @@ class LinearisedModel(Linearised):
     @cached_property
     def _columns(self) -> Columns:
         def pull(i: int, units: Tensor) -> dict[str, Tensor]:
-            rows = [self.pull({i: unit}) for unit in units]
+            rows = [self.pull({i: unit.clone()}) for unit in units]
             return {name: torch.stack([row[name] for row in rows]) for name in self.leaves}
 
         return Columns(self.predictions, pull, bytes_of(self.leaves))
