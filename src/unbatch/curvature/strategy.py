@@ -16,8 +16,9 @@ from functools import cached_property
 from torch import Tensor
 
 from unbatch.analysis.structure import Structure
-from unbatch.autodiff.jvp import Linearised, LinearisedGraph, LinearisedModel
+from unbatch.autodiff.jvp import Linearised, LinearisedGraph
 from unbatch.autodiff.loss import LossAt
+from unbatch.autodiff.model_jvp import LinearisedModel
 from unbatch.curvature.batch_statistics import Statistics, StatisticsCost
 from unbatch.curvature.hessian_root import Factor, HessianRoot
 from unbatch.curvature.loss_hessian import factor, joint
