@@ -1,4 +1,4 @@
-"""Products through ops that have no forward mode: a tangent is needed only where something flows."""
+"""Products through ops without forward mode: a tangent is needed only where something flows."""
 
 import pytest
 import torch

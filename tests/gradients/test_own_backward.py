@@ -96,3 +96,11 @@ def test_a_clip_is_said_in_the_report():
 def test_hooks_that_only_look_cost_no_plan():
     net, loss, x, y = CASES["a hook that looks"].build()
     assert ub.Problem(net, loss, (x, y)).plan().pullbacks == 1
+
+
+def test_samples_that_are_joined_are_not_private():
+    from unbatch.integrations import opacus
+
+    net, loss, x, y = CASES["words by frequency"].build()
+    (error,) = opacus.validate(ub.Problem(net, loss, (x, y)))
+    assert "lets other samples into" in str(error)
