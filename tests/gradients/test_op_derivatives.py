@@ -61,7 +61,8 @@ def test_a_write_is_caught():
     sample = derivatives.samples_of(derivatives.op_table()["tanh"])[0]
     net = derivatives.Net(torch.tanh, sample, False)
     trial = derivatives.Trial(net, torch.ones(2), torch.zeros(()), None)
-    trial.before, trial.rng = {"t0": net.t0.clone()}, torch.get_rng_state()
+    trial.before = {name: t.clone() for name, t in net.state_dict().items()}
+    trial.rng = torch.get_rng_state()
     with torch.no_grad():
         trial.asked("rows", lambda: net.t0.add_(1))
     assert trial.found[0][0] == derivatives.CHANGED
