@@ -48,6 +48,8 @@ FULL = {
 # Neither quick nor in the rest: half an hour, of which `make test-all` is the place.
 SWEEPS = {
     "test_op_sweep::test_every_op_is_as_the_page_says": "seconds for each of 700 ops",
+    "test_op_derivatives::test_every_op_is_as_the_table_says": "a second for each of 600 ops",
+    "test_op_writes::test_every_op_that_writes_is_as_the_table_says": "1500 ops that write",
 }
 
 

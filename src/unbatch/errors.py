@@ -492,6 +492,20 @@ MSG_NO_TANGENT = (
 )
 
 
+MSG_NOT_LINEAR = (
+    "What {places} does to gradients is not linear (it clips or normalises them, say). Rows of "
+    "samples would not sum to the gradient, and there is no Jacobian to make a Gauss-Newton matrix "
+    "of. Leave it out while you ask, and treat what comes back; `problem.gradient()` has the "
+    "gradient as PyTorch does."
+)
+
+
+MSG_JOINED = (
+    "the backward pass through {places} lets other samples into a sample's gradient, though no "
+    "prediction depends on them: rows are per component, and not per sample"
+)
+
+
 MSG_TANGENT_NOT_FINITE = (
     "Products with the Gauss-Newton matrix are not finite (not a number, or infinite), whatever "
     "the batch: look for parameters that are not finite."

@@ -343,7 +343,7 @@ NOT_TWICE = "no second derivative"
 
 def attention_kernel(op: str, arises: str = "`scaled_dot_product_attention`") -> Decorator:
     """Register a kernel of attention."""
-    refused = "test_products_through_attention_that_drops_are_refused"
+    refused = "test_products_through_attention_that_drops_go_by_its_backward_pass"
     note = "with dropout, products with the GGN are refused"
     return ATTENTION.kernel(op, arises, RULE, (op, refused), note)
 

@@ -659,7 +659,7 @@ def test_a_wrong_tangent_is_caught(monkeypatch):
     near(
         G.to_dense(), G.to_dense().T, "symmetric"
     )  # the rule was not believed, and forward mode took over
-    assert G.linearised.at_once
+    assert G.linearised.way == "at once"
 
 
 def test_a_guess_that_does_not_hold_is_caught(monkeypatch):

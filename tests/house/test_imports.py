@@ -56,6 +56,7 @@ OWNERS = {
     "torch.utils._python_dispatch": ("capture.tracer", "capture.isolation", "capture.switches"),
     "torch.overrides": (
         "capture.python_values",
+        "capture.hooks",
         "capture.switches",
         "autodiff.eager",
         "reference.isolated_samples",

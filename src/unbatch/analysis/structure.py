@@ -51,7 +51,8 @@ class Structure:
 
     ``predictions``: their shapes. ``assumptions``: modules and ops that the user declared to act on
     each sample alone. ``custom_rules``: ops whose rule was registered from outside.
-    ``unknown_ops``: ops without a rule.
+    ``unknown_ops``: ops without a rule. ``joined_backward``: what lets other samples into the
+    derivatives of a sample, though no prediction depends on them; empty where nothing does.
     """
 
     canonical_split: Verdict
@@ -67,6 +68,7 @@ class Structure:
     custom_rules: tuple[str, ...] = ()
     unknown_ops: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    joined_backward: str = ""
 
     @property
     def verdicts(self) -> tuple[Verdict, ...]:
@@ -87,7 +89,8 @@ class Structure:
         statuses = {v.name: v.status for v in self.verdicts}
         # The one fact of the table that is no verdict: what of other samples enters weights or
         # terms.
-        depends = self.reduction.weights_depend_on or self.simd_loss.weights_depend_on
+        weights = self.reduction.weights_depend_on or self.simd_loss.weights_depend_on
+        depends = bool(weights) or bool(self.joined_backward)
         statuses["own_weights"] = "fails" if depends else "holds"
         return statuses
 
@@ -171,6 +174,7 @@ class Structure:
             "custom_rules": list(self.custom_rules),
             "unknown_ops": list(self.unknown_ops),
             "notes": list(self.notes),
+            "joined_backward": self.joined_backward,
             "follows": [_consequence_dict(c) for c in self.follows()],
         }
 

@@ -9,6 +9,9 @@ In reading order:
   ``contractions/``: what is made of them there
 - ``jvp.py``, ``tangent_store.py``: the model as a linear map of its parameters;
   ``jvp_rules.py``, ``forward_mode.py``, ``compositions.py``: how a tangent passes through an op
+- ``model_jvp.py``: the same of the model itself; ``adjoint.py``: whether a way of pushing belongs
+  to the backward pass
+- ``own_backward.py``, ``own_nodes.py``: backward passes that PyTorch did not write, on trial
 - ``other_batches.py``: batches to try a pass on where the own one is not finite
 - ``loss.py``: the loss as a function of the predictions
 - ``eager.py``: the model itself, where its graph has other derivatives

@@ -171,22 +171,25 @@ def batched_grad(
     inputs: Sequence[GradientEdge | Tensor],
     gs: Sequence[Tensor],
     count: int,
+    together: bool = True,
 ) -> list[Any]:
     """Return ``[count, *shape]`` for each input: gradients for stacked cotangents, or None.
 
-    They are pulled back in one call or, where an op cannot be batched, one after the other.
+    They are pulled back ``together`` in one call or, where an op cannot be batched, one after the
+    other.
     """
     ends, cotangents = _connected(outputs, gs)
     if not ends or not inputs:
         return [None] * len(inputs)
-    if count > 1:
+    if together and count > 1:
         # It fails where vmap has no rule for an op on the way, and warns where it has a slow one.
         with suppress(RuntimeError), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return list(_grad(ends, inputs, cotangents, batched=True))
     single = []
     for k in range(count):
-        of_sample = [g[k] for g in cotangents]
+        # In memory of their own: some backward passes look at where theirs begins.
+        of_sample = [g[k].clone() for g in cotangents]
         single.append(_grad(ends, inputs, of_sample))
     return [_stacked(of_input) for of_input in zip(*single, strict=True)]
 

@@ -53,11 +53,14 @@ class Context:
     skeleton: Any  # what the model returned, with references in place of tensors
     faithful: bool
     split: bool
+    # What is in the way of derivatives, in words: a backward pass that is not linear, or one that
+    # lets other samples into a sample's row. Empty where nothing is.
+    not_linear: str = ""
+    joined: str = ""
     # Found out by questions, and kept for the next one.
     schedules: dict[Key, Schedule] = field(default_factory=dict)
     trust: dict[Key, bool] = field(default_factory=dict)  # whether a plan passed its self-check
-    # Whether tangents go by the whole graph.
-    forward_modes: dict[Any, bool] = field(default_factory=dict)
+    ways: dict[Any, str] = field(default_factory=dict)  # how tangents are pushed
     last_form: Any = None  # of the second derivative of the loss: the guess that is tried first
     # On which plans rely, beside those of the interpretation.
     facts: list[Fact] = field(default_factory=list)
@@ -89,7 +92,7 @@ class Context:
             inputs=in_double(self.inputs),
             schedules=schedules,
             trust={},
-            forward_modes={},
+            ways={},
             buffer=None,
         )
 

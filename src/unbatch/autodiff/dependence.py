@@ -158,6 +158,11 @@ class Dependence:
         """Tell whether all of the values are separate."""
         return all(self.is_separate(i) for i in values)
 
+    @property
+    def flowing(self) -> frozenset[int]:
+        """Values that depend on the parameters, and that the predictions depend on."""
+        return frozenset(i for i in self.theta if self.owned.nodes[i] in self.separate)
+
     def reads(self, step: Step) -> list[int]:
         """Return the values that a step reads and that depend on the parameters."""
         return within(self.owned.reads(step), self.theta)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_map
 
 from unbatch.autodiff.autograd import forward_mode, solid, zero_leaves
 from unbatch.autodiff.compositions import COMPOSITIONS, Composition
@@ -50,7 +51,8 @@ def through_op(call: ExecutedOp, op: Any, tangents: Mapping[int, Tensor]) -> Tan
 def _by_forward_mode(call: ExecutedOp, op: Any, tangents: Mapping[int, Tensor]) -> Tangents:
     """Return the tangents of the outputs; raises where some op has no forward mode."""
     with forward_mode():
-        outs = flat(op(**_with_tangents(call, tangents, _dual)))
+        arguments = _with_tangents(call, tangents, _dual)
+        outs = flat(ops.results(call.op, arguments, op(**arguments)))
         return [_tangent(out) for out in outs]
 
 
@@ -83,7 +85,8 @@ def _by_double_backward(call: ExecutedOp, op: Any, tangents: Mapping[int, Tensor
 
     # Rules are called where no gradients are recorded; here the op has to have some.
     with torch.enable_grad():
-        outs = flat(op(**_with_tangents(call, tangents, leaf)))
+        arguments = _with_tangents(call, tangents, leaf)
+        outs = flat(ops.results(call.op, arguments, op(**arguments)))
         moving = [k for k, y in enumerate(outs) if isinstance(y, Tensor) and y.requires_grad]
         ys = [outs[k] for k in moving]
         ws = zero_leaves(ys)
@@ -103,6 +106,12 @@ def _by_double_backward(call: ExecutedOp, op: Any, tangents: Mapping[int, Tensor
     return pushed
 
 
+def _cloned(t: Any) -> Any:
+    if isinstance(t, Tensor):
+        return t.clone()
+    return t
+
+
 def _with_tangents(
     call: ExecutedOp, tangents: Mapping[int, Tensor], combine: Callable[[Tensor, Tensor], Tensor]
 ) -> dict[str, Any]:
@@ -120,7 +129,7 @@ def _with_tangents(
         return values
 
     arguments = dict(call.arguments)
-    if ops.writes_in_place(call.op):
-        first = call.step.parameters[0]
-        arguments[first] = arguments[first].clone()
+    for name in ops.written(call.op, arguments):
+        if arguments.get(name) is not None:
+            arguments[name] = tree_map(_cloned, arguments[name])
     return {name: combined(refs, arguments[name]) for name, refs in call.step.named.items()}

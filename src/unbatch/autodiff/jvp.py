@@ -3,17 +3,15 @@
 One forward pass is kept, and used as often as one likes. A tangent goes through the recorded steps
 with what each op had as its arguments, so that no value is computed again but those of elementwise
 ops; how it passes through one op is in ``jvp_rules.py``. Where the recording has other derivatives
-than the model, the model itself is linearised.
+than the model, the model itself is linearised (``model_jvp.py``).
 
 Legend: ``v`` a tangent of the parameters, ``u`` a cotangent of the predictions.
 """
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from functools import cached_property, partial
 from typing import Any, final
 
@@ -23,9 +21,9 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_map
 
-from unbatch.autodiff import eager
+from unbatch.autodiff.adjoint import AdjointTest, Columns
 from unbatch.autodiff.autograd import (
-    Key,
+    batched_grad,
     detached,
     forward_mode,
     gradients,
@@ -33,24 +31,28 @@ from unbatch.autodiff.autograd import (
     or_zeros,
     pick,
     subset,
-    zero_leaves,
 )
 from unbatch.autodiff.compositions import COMPOSITIONS
 from unbatch.autodiff.context import Context
-from unbatch.autodiff.dependence import values_read, values_returned, within
+from unbatch.autodiff.dependence import values_read, values_returned
 from unbatch.autodiff.forward_mode import through_op
 from unbatch.autodiff.jvp_rules import NEED_OUTPUTS, push_through
-from unbatch.autodiff.other_batches import finite_batches, is_finite
+from unbatch.autodiff.other_batches import finite_batches
 from unbatch.autodiff.planner import BackwardPlan
 from unbatch.autodiff.schedule import Schedule
 from unbatch.autodiff.tangent_store import TangentStore
 from unbatch.capture.aliasing import Window, seen_through_older_windows
 from unbatch.capture.graph import Graph
+from unbatch.capture.isolation import random_state, set_random_state
 from unbatch.capture.steps import ExecutedOp, Step
 from unbatch.capture.substitutes import held, laid_out, norm_with_constant_statistics, unmoved
 from unbatch.capture.trees import flat
 from unbatch.errors import MSG_NO_TANGENT, MSG_TANGENT_NOT_FINITE, StructureError
-from unbatch.linalg.probes import gaussians_like, seeded
+
+# How tangents are pushed: through one op after the other, by forward mode of the whole graph, by
+# double backward, or by the rows of J.
+BY_STEPS, AT_ONCE, TWICE = "by steps", "at once", "twice"
+COLUMNS, ONE_BY_ONE = "columns", "columns, one by one"
 
 
 class Linearised(ABC):
@@ -76,6 +78,10 @@ class Linearised(ABC):
     ) -> dict[str, Tensor]:
         """Return ``Jᵀ u``, by parameter (some of them, by name)."""
 
+    def _typed(self, tangents: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return tangents in the types of the parameters, of which there may be several."""
+        return {name: t.to(self.leaves[name].dtype) for name, t in tangents.items()}
+
     def _pulled(
         self, cotangents: Mapping[int, Tensor], names: Iterable[str] | None
     ) -> dict[str, Tensor]:
@@ -90,13 +96,27 @@ class Linearised(ABC):
 
 
 def moves(step: Step, plan: BackwardPlan) -> bool:
-    """Tell whether a step makes something that depends on the parameters of something that does."""
+    """Tell whether a tangent passes through a step on its way to the predictions.
+
+    What only decides (distances that a nearest neighbour is found by) needs none.
+    """
     if plan.theta.isdisjoint(values_read(step)):
         return False
     results = values_returned(step)
     for _, new in step.writes:
         results.append(new.index)
-    return not plan.theta.isdisjoint(results)
+    return not plan.flowing.isdisjoint(results)
+
+
+def written_tangents(step: Step, outs: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Return the tangents of what a step has written to, from those of its results.
+
+    None of what it writes to beside its results: no derivative goes through that.
+    """
+    if not step.outs:
+        return list(outs)
+    of_results = dict(zip(step.outs, outs, strict=False))
+    return [of_results.get(new) for _, new in step.written_results]
 
 
 def differentiated(graph: Graph, schedule: Schedule) -> list[Step]:
@@ -136,6 +156,8 @@ class LinearisedGraph(Linearised):
         # Of values whose memory is written to through others, and of these memories, in entries.
         self.windows: dict[int, Window] = {}
         self.sizes: dict[int, int] = {}
+        # J by its rows, by the values that these are of.
+        self._columns_of: dict[tuple[tuple[int, ...], bool], Columns] = {}
         self._run()
 
     def _run(self) -> None:
@@ -214,69 +236,91 @@ class LinearisedGraph(Linearised):
     def push(self, tangents: Mapping[str, Tensor], at: Sequence[int] = ()) -> dict[int, Tensor]:
         """Return ``J v``, by prediction; or the tangents of the values ``at``, all of them watched.
 
-        Raises ``StructureError`` where an op has neither a forward mode nor a second derivative.
+        Raises ``StructureError`` where the backward pass is not finite on any batch.
         """
-        if self.at_once:
+        return self._push(self.way, self._typed(tangents), at)
+
+    def _push(
+        self, way: str, tangents: Mapping[str, Tensor], at: Sequence[int] = ()
+    ) -> dict[int, Tensor]:
+        if way in (COLUMNS, ONE_BY_ONE):
+            return self._columns(tuple(at), way == COLUMNS).push(tangents)
+        if way == AT_ONCE:
             return self._push_at_once(tangents, at)
-        return self._push_by_steps(tangents, at)
+        if not any(call.step.noise for call in self.steps):
+            return self._push_by_steps(tangents, at)
+        # An op that draws is run again on tangents, and draws again.
+        before = random_state()
+        try:
+            return self._push_by_steps(tangents, at)
+        finally:
+            set_random_state(before)
 
     @property
-    def at_once(self) -> bool:
-        """Whether tangents go by forward mode of the whole graph; tried out once for each plan.
+    def way(self) -> str:
+        """How tangents are pushed: the first way that belongs to the backward pass.
 
-        ``⟨u, J v⟩ = ⟨Jᵀu, v⟩`` has to hold for random ``u`` and ``v``, or the rules for single ops
-        are not believed.
+        Tried out once for each plan.
         """
         key = tuple(self.parameters), self.frozen
-        if key not in self.context.forward_modes:
-            self.context.forward_modes[key] = self._find_mode()
-        return self.context.forward_modes[key]
+        if key not in self.context.ways:
+            self.context.ways[key] = self._find_way()
+        return self.context.ways[key]
 
-    def _find_mode(self) -> bool:
-        """Return whether forward mode of the whole graph is needed; raise if that is wrong, too."""
-        mode = self._mode()
-        if mode is not None:
-            return mode
+    def _find_way(self) -> str:
+        """Return the first way that belongs to the backward pass."""
+        way = self._way()
+        if way is not None:
+            return way
         # A sample that is not finite is in every product: the rules are tried without it.
         for other in finite_batches(self.context, self.predictions):
-            mode = LinearisedGraph(other, self.parameters, self.frozen)._mode()
-            if mode is not None:
-                return mode
+            way = LinearisedGraph(other, self.parameters, self.frozen)._way()
+            if way is not None:
+                return way
         raise StructureError(MSG_TANGENT_NOT_FINITE)
 
-    def _mode(self) -> bool | None:
+    def _way(self) -> str | None:
         """Return the same on this batch; None where nothing can be compared."""
-        generator = seeded(0)
-        v = gaussians_like(self.parameters, generator)
         moving = {i: t for i, t in self.outputs.items() if t.requires_grad}
-        u = gaussians_like(moving, generator)
-        pulled = self.pull(u)
-        if not is_finite(pulled):
+        test = AdjointTest.of(self.pull, self.parameters, moving, self.context.rounding)
+        if test is None:
             return None
-        expected = _inner_product(v, pulled)
-        # Where J is zero (a bias below a batch norm), both are what rounding leaves of larger
-        # numbers.
-        least = 0.0
-        for i, t in self.predictions.items():
-            if i in u:
-                least += 1e3 * torch.finfo(t.dtype).eps * float(u[i].norm() * t.norm())
-        if not math.isfinite(least):
-            return None
-        # By steps first: it computes no value again.
         compared = False
-        for at_once in (False, True):
-            push = self._push_at_once if at_once else self._push_by_steps
-            pushed = push(v)
-            if not is_finite(pushed):
-                continue
-            compared = True
-            size = sum(float(u[i].norm() * pushed[i].norm()) for i in u)
-            if abs(_inner_product(u, pushed) - expected) <= self.context.rounding * size + least:
-                return at_once
+        # By steps first: it computes no value again.
+        for way in (BY_STEPS, AT_ONCE, COLUMNS, ONE_BY_ONE):
+            try:
+                agrees = test.agrees(self._push(way, test.v))
+            except StructureError:
+                agrees = False  # some op has no tangent
+            if agrees:
+                return way
+            compared |= agrees is not None
         if not compared:
             return None
-        contradiction = "its rules contradict its backward pass"
+        contradiction = "no way of pushing tangents belongs to its backward pass"
         raise StructureError(MSG_NO_TANGENT.format(place="the model", error=contradiction))
+
+    def _columns(self, at: tuple[int, ...], together: bool) -> Columns:
+        """Return ``J`` by its rows; or the derivatives of the values ``at``, which are watched.
+
+        ``together``: several rows are pulled back in one call.
+        """
+        if (at, together) not in self._columns_of:
+            ends: dict[int, Any] = {i: self.edges[i] for i in at if i in self.edges}
+            if not at:
+                ends = dict(self.outputs)
+            like = {i: self._zero(i) for i in at or self.outputs}
+
+            def pull(i: int, units: Tensor) -> dict[str, Tensor]:
+                if i not in ends:
+                    return {}
+                leaves = list(self.leaves.values())
+                rows = batched_grad([ends[i]], leaves, [units], len(units), together)
+                by_name = zip(self.leaves, rows, strict=True)
+                return {name: r.detach() for name, r in by_name if r is not None}
+
+            self._columns_of[at, together] = Columns(like, pull, bytes_of(self.leaves))
+        return self._columns_of[at, together]
 
     def _push_by_steps(
         self, tangents: Mapping[str, Tensor], at: Sequence[int] = ()
@@ -299,8 +343,9 @@ class LinearisedGraph(Linearised):
                 # Rules may leave out outputs at the end that never move.
                 for ref, tangent in zip(step.outs, outs, strict=False):
                     moving.put(ref, ref, tangent)
-                for old, new in step.written_results:
-                    moving.put(new, old, outs[0])
+                written = written_tangents(step, outs)
+                for (old, new), tangent in zip(step.written_results, written, strict=False):
+                    moving.put(new, old, tangent)
         pushed: dict[int, Tensor] = {}
         for i in at or self.outputs:
             tangent = moving.get(i)
@@ -344,10 +389,11 @@ class LinearisedGraph(Linearised):
         graph = self.context.graph
         instead: dict[int, Callable[..., Any]] = {}
         for step in graph.forward_steps:
-            if step.name in COMPOSITIONS:
-                instead[step.index] = self._composition(step)
-            elif not step.grad:
+            depends = not self.plan.theta.isdisjoint(values_read(step))
+            if not step.grad or (depends and not moves(step, self.plan)):
                 instead[step.index] = unmoved(step.op)
+            elif step.name in COMPOSITIONS:
+                instead[step.index] = self._composition(step)
         for step in self.schedule.cut_off:
             instead[step.index] = held(step.op)
         for i in self.plan.frozen_norms:
@@ -370,8 +416,9 @@ class LinearisedGraph(Linearised):
         return run
 
 
-def _inner_product(a: Mapping[Key, Tensor], b: Mapping[Key, Tensor]) -> float:
-    return sum(float((a[key] * b[key]).sum()) for key in a)
+def bytes_of(tensors: Mapping[str, Tensor]) -> int:
+    """Return the bytes that some tensors take."""
+    return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def _detached(t: Any) -> Any:
@@ -384,58 +431,3 @@ def _copied(t: Any) -> Any:
     if isinstance(t, Tensor):
         return t.detach().clone()
     return t
-
-
-# --- of the model ---------------------------------------------------------------------------------
-
-
-@final
-class LinearisedModel(Linearised):
-    """The model itself, run when this is made; tangents are pushed by double backward."""
-
-    def __init__(self, context: Context, parameters: Mapping[str, Tensor]) -> None:
-        ran = eager.run(context, parameters, twice=True)
-        self.context = context
-        self.leaves, self.outputs, self.inner = dict(parameters), ran.predictions, ran.inner
-        self.all_outputs = detached(ran.values)
-        self._random_state = ran.state
-
-    def _untouched(self) -> AbstractContextManager[object]:
-        """Hooks in the model may do anything, and backward passes may draw random numbers."""
-        return self.context.program.untouched(self._random_state)
-
-    def pull(
-        self, cotangents: Mapping[int, Tensor], names: Iterable[str] | None = None
-    ) -> dict[str, Tensor]:
-        """Return ``Jᵀ u``, by parameter (some of them, by name)."""
-        with self._untouched():
-            return self._pulled(cotangents, names)
-
-    @cached_property
-    def _transposed(self) -> tuple[dict[str, Tensor], list[Tensor]]:
-        """``Jᵀ w`` by parameter, as a function of ``w`` (which is the second), at zero."""
-        ends, leaves = list(self.outputs.values()), list(self.leaves.values())
-        ws = zero_leaves(ends)
-        with self._untouched(), torch.enable_grad():
-            grads = torch.autograd.grad(ends, leaves, ws, create_graph=True, allow_unused=True)
-        by_name = zip(self.leaves, grads, strict=True)
-        return {n: g for n, g in by_name if g is not None and g.requires_grad}, ws
-
-    def push(self, tangents: Mapping[str, Tensor]) -> dict[int, Tensor]:
-        """Return ``J v``, by prediction: the derivative of ``⟨Jᵀw, v⟩`` by ``w``.
-
-        Raises ``StructureError`` where the model has no second derivative.
-        """
-        try:
-            pulled, ws = self._transposed
-            names = within(pulled, tangents)
-            ends, vs = pick(pulled, names), pick(tangents, names)
-            grads: Sequence[Tensor | None] = [None] * len(ws)
-            if ends:
-                with self._untouched():
-                    grads = torch.autograd.grad(ends, ws, vs, retain_graph=True, allow_unused=True)
-        except (NotImplementedError, RuntimeError) as error:
-            message = MSG_NO_TANGENT.format(place="the model", error=error)
-            raise StructureError(message) from error
-        like = detached(self.outputs).values()
-        return dict(zip(self.outputs, or_zeros(grads, like), strict=True))

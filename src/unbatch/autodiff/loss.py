@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 
 from unbatch.autodiff.autograd import detached, or_zeros, pick, solid
 from unbatch.autodiff.context import Context
+from unbatch.autodiff.own_nodes import own_derivatives
 from unbatch.capture.graph import Graph
 from unbatch.capture.steps import Ref, Step, is_ref
 from unbatch.capture.trees import copied
@@ -37,10 +38,6 @@ from unbatch.linalg.precision import (
 from unbatch.linalg.probes import gaussians_like, seeded
 
 Named = Mapping[int, Tensor]  # tensors by the number of a value in the graph
-
-
-# Kernels that work out the gradient with the value: PyTorch takes it for a constant.
-WITHOUT_GRAPH = ("CudnnCtcLossBackward", "MiopenCtcLossBackward")
 
 
 @dataclass
@@ -233,29 +230,6 @@ def nonzero_gradients(
     grads = torch.autograd.grad(value, wanted, retain_graph=retain, allow_unused=True)
     by_name = zip(leaves, grads, strict=True)
     return {n: g for n, g in by_name if g is not None and bool((g != 0).any())}
-
-
-def own_derivatives(value: Tensor) -> list[str]:
-    """Return the functions behind a value whose derivative may have none itself.
-
-    They were written in Python, or by a library.
-    """
-    visited, queue, names = set[Any](), [value.grad_fn], list[str]()
-    while queue:
-        node: Any = queue.pop()
-        if node is None or node in visited:
-            continue
-        visited.add(node)
-        for before, _ in node.next_functions:
-            queue.append(before)
-        name = type(node).__name__
-        numbered = name.rstrip("0123456789")
-        if numbered in WITHOUT_GRAPH:
-            names.append(numbered.removesuffix("Backward"))
-        elif isinstance(node, torch.autograd.function.BackwardCFunction):
-            name = name.removeprefix("GeneratedBackwardFor_")
-            names.append(name.removesuffix("Backward"))
-    return names
 
 
 def _finite_entries(slope: Named, leaves: Named) -> dict[int, Tensor]:

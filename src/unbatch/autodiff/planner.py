@@ -81,6 +81,7 @@ class BackwardPlan:
     predictions: Mapping[int, int]  # prediction -> its sample axis
     # What depends on the parameters, and how (``dependence.py``).
     theta: frozenset[int]
+    flowing: frozenset[int]  # of these, what the predictions depend on
     frozen: frozenset[int]
     frozen_norms: frozenset[int]
     direct: frozenset[int]  # made from parameters, with no sample on the way
@@ -182,6 +183,7 @@ class _Planner:
             parameters=self.parameters,
             predictions=self.predictions,
             theta=self.dependence.theta,
+            flowing=self.dependence.flowing,
             frozen=self.dependence.frozen,
             frozen_norms=self.dependence.frozen_norms,
             direct=frozenset(self.direct),

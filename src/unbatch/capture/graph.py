@@ -102,6 +102,8 @@ class Graph:
     stopped: Exception | None = None
     # Whether the program was seen to keep something in a place of its own.
     keeps: bool = False
+    # What the run hooked into backward passes, with file and line.
+    hooks: tuple[str, ...] = ()
     # Prediction -> the value that it is in the model, where samples were flattened behind that.
     folded: dict[int, int] = field(default_factory=dict)
 

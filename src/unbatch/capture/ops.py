@@ -509,10 +509,29 @@ def written(op: Any, arguments: Mapping[str, Any]) -> tuple[str, ...]:
     return declared_writes(op) + hidden.arguments
 
 
+def results(op: Any, arguments: Mapping[str, Any], out: Any) -> Any:
+    """Return what an op has returned or, if it returns nothing, what it has written to."""
+    if op._schema.returns:
+        return out
+    return [arguments[name] for name in declared_writes(op) if name in arguments]
+
+
 @cache
 def writes_results(op: Any) -> bool:
     """Tell whether derivatives go through what an op writes: not so running statistics."""
     return bool(set(declared_writes(op)) - set(RUNNING))
+
+
+# --- what a backward pass does --------------------------------------------------------------------
+
+# Arguments by which the derivative of an op, and not the op, takes all samples together: it divides
+# by how often an index occurs in the batch.
+JOINS_BACKWARD = ("scale_grad_by_freq",)
+
+
+def joins_backward(op: Any, arguments: Mapping[str, Any]) -> bool:
+    """Tell whether a sample's derivative depends on the others, though its result does not."""
+    return any(arguments.get(name) for name in JOINS_BACKWARD)
 
 
 # --- batch norm -----------------------------------------------------------------------------------

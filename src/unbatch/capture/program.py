@@ -305,6 +305,7 @@ def _run(
             graph.after_cut = frozenset(range(graph.model_steps, len(graph.steps)))
         graph.dynamic = frozenset(recorder.dynamic)
         graph.foreign = tuple(v for v in recorder.foreign if not _made_from_numbers(graph, v))
+    graph.hooks = tuple(dict.fromkeys(recorder.hooks))
     graph.keeps = bool(program.reachable.written)
     return graph, (output, loss)
 

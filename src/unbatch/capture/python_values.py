@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from unbatch.capture import recurrences
+from unbatch.capture.hooks import REGISTERS
 
 # Functions that make a tensor of numbers, by name: they would read each ``Number``.
 CONSTRUCTORS = {"tensor", "as_tensor", "asarray", "new_tensor"}
@@ -66,6 +67,7 @@ class Listener(Protocol):
     def branch(self, tensor: Tensor, how: str, value: Any) -> Any: ...
     def shape_read(self, tensor: Any) -> None: ...
     def catches(self) -> bool: ...
+    def hooked(self, hook: Any) -> None: ...
     def paused(self) -> Any: ...
 
 
@@ -183,6 +185,8 @@ class Functions(TorchFunctionMode):
             return self._followed(args[0], name)
         if name in ESCAPES and args and isinstance(args[0], Tensor):
             self.recorder.escape(args[0], f".{name}()")
+        if name in REGISTERS:
+            self.recorder.hooked(args[-1])
         if name in PRINTS or (name == "tolist" and not self.follow):
             self.recorder.escape(args[0], f"{name.strip('_')}()")
             with self.recorder.paused():

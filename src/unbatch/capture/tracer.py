@@ -32,7 +32,9 @@ from unbatch.capture.device_ops import (
     without_packed_weights,
 )
 from unbatch.capture.distributed import check_alone
+from unbatch.capture.foreach import parts_of
 from unbatch.capture.graph import SIZE_READ, Graph, HostRead, ModuleCall
+from unbatch.capture.hooks import place_of
 from unbatch.capture.isolation import SKIPS_COMPILER, is_strided, mutated, storage_of
 from unbatch.capture.steps import Ref, Step, Value, indices, is_ref
 from unbatch.capture.substitutes import laid_out
@@ -110,6 +112,8 @@ class Recorder(TorchDispatchMode):
         self.function = ""
         # Tensors that came up in the middle of the run, and values whose shape depends on others.
         self.foreign: list[int] = []
+        # What the model hooked into backward passes.
+        self.hooks: list[str] = []
         self.dynamic: set[int] = set()
 
     # -- values --
@@ -278,6 +282,10 @@ class Recorder(TorchDispatchMode):
         if self.inside_fused_op and ops.is_composite(func):
             with self:
                 return func.decompose(*args, **kwargs)
+        parts = parts_of(func, args, kwargs)
+        if parts is not None:
+            results = [self._note(*part) for part in parts]
+            return results if func._schema.returns else None
         return self._note(func, without_packed_weights(func, args), kwargs)
 
     def _note(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -427,6 +435,11 @@ class Recorder(TorchDispatchMode):
         ref = self.find(tensor)
         if ref is not None and ref.index in self.dynamic:
             self.escape(tensor, SIZE_READ)
+
+    def hooked(self, hook: Any) -> None:
+        """Note that the model has hooked into backward passes."""
+        if not self.in_loss:
+            self.hooks.append(place_of(hook, users_line()))
 
     # -- around the run --
 

@@ -16,8 +16,9 @@ from functools import cached_property
 from torch import Tensor
 
 from unbatch.analysis.structure import Structure
-from unbatch.autodiff.jvp import Linearised, LinearisedGraph, LinearisedModel
+from unbatch.autodiff.jvp import Linearised, LinearisedGraph
 from unbatch.autodiff.loss import LossAt
+from unbatch.autodiff.model_jvp import LinearisedModel
 from unbatch.curvature.batch_statistics import Statistics, StatisticsCost
 from unbatch.curvature.hessian_root import Factor, HessianRoot
 from unbatch.curvature.loss_hessian import factor, joint
@@ -44,7 +45,13 @@ from unbatch.errors import (
     VanishingCurvatureWarning,
     warn,
 )
-from unbatch.gradients.request import Request, check_recurrences_of, is_planned, source_of
+from unbatch.gradients.request import (
+    Request,
+    check_linear,
+    check_recurrences_of,
+    is_planned,
+    source_of,
+)
 from unbatch.gradients.sources import Chunking, Source
 from unbatch.linalg.space import Space
 
@@ -117,6 +124,7 @@ def linearised_of(request: Request) -> Linearised:
     """
     context, frozen = request.context, request.by == "frozen"
     check_recurrences_of(request)
+    check_linear(request)
     if context.faithful:
         return LinearisedGraph(context, request.parameters, frozen)
     if frozen and not request.structure.independent_forward:
@@ -209,6 +217,7 @@ class Curvature:
         Raises ``StructureError`` where H is too large to be decomposed, or has negative eigenvalues
         and draws are asked for.
         """
+        check_linear(self.request)
         if draws not in self._roots:
             self._roots[draws] = self._exact() if draws is None else self._drawn(*draws)
         return self._roots[draws]

@@ -38,7 +38,7 @@ class TrialRun:
 
     ``weighted``: a weighted sum of all rows; ``of_sample``: one sample's row, as the sum in which
     all others weigh nothing; ``row``, ``squares``, ``norm``: the same row from its block, by
-    methods that may do without rows.
+    methods that may do without rows; ``beside``: the same row, pulled back with another one.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
@@ -47,6 +47,7 @@ class TrialRun:
         self.row: dict[str, Tensor] = {}
         self.squares: dict[str, Tensor] = {}
         self.norm: dict[str, Tensor] = {}
+        self.beside: dict[str, Tensor] = {}
         # Parameters that no prediction depends on get no block: all of theirs is zero.
         for name, parameter in parameters.items():
             for tensors in (self.weighted, self.of_sample, self.row, self.squares):
@@ -314,6 +315,7 @@ class ReplayedRows(Source):
         """
         sweep, where = self.sweep, slice(n, n + 1)
         # The same sweep throughout: groups are taken while its cotangents are there.
+        pair = self._pair_with(n)
         trial = TrialRun(self.parameters)
         only_n = torch.zeros_like(weights)
         only_n[n] = 1
@@ -323,6 +325,9 @@ class ReplayedRows(Source):
             if not group.members.reached_by_columns:
                 for name, block in sweep.blocks(group, where, None):
                     trial.add_block(name, block)
+                if group.single is None:
+                    for name, rows in sweep.rows(group, pair).items():
+                        trial.beside[name] = rows[n - pair.start]
 
         # Groups above the mixing frontier are taken on the way, the others afterwards, as in
         # ``feed``.
@@ -337,7 +342,16 @@ class ReplayedRows(Source):
             trial.add(sweep.sum_of_columns(weights), sweep.sum_of_columns(only_n))
         for name, block in self._columns_and_local(where, local, {}):
             trial.add_block(name, block)
+        # PyTorch pulls several cotangents back by ``vmap``, whose rules may be wrong.
+        local = self._local_rows(tied, pair)
+        for name, block in self._columns_and_local(pair, local, {}):
+            trial.beside[name] = block.rows()[n - pair.start]
         return trial
+
+    def _pair_with(self, n: int) -> slice:
+        """Return sample n with the one before or behind it."""
+        first = max(0, min(n, self.context.samples - 2))
+        return slice(first, min(first + 2, self.context.samples))
 
     # -- sums, and what a plan prints --
 

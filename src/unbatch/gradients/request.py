@@ -17,7 +17,7 @@ from torch import Tensor
 from unbatch.analysis.structure import Structure
 from unbatch.autodiff.context import Context
 from unbatch.capture.device_ops import check_recurrences
-from unbatch.errors import MSG_NO_ROWS, MSG_NOT_REPLAYED, StructureError
+from unbatch.errors import MSG_NO_ROWS, MSG_NOT_LINEAR, MSG_NOT_REPLAYED, StructureError
 from unbatch.gradients.eager_rows import EagerRows
 from unbatch.gradients.replayed_rows import ReplayedRows
 from unbatch.gradients.self_check import trusted
@@ -56,6 +56,8 @@ class Request:
     @property
     def samples_are_independent(self) -> bool:
         """Return whether all decompositions are one, because no sample depends on another."""
+        if self.context.joined:
+            return False
         return self.samples == 1 or bool(self.structure.independent_forward)
 
     @property
@@ -102,6 +104,9 @@ def source_of(request: Request) -> Source:
     """
     context, by = request.context, request.by
     check_recurrences_of(request)
+    # One sample's row is the gradient, whatever that is made by.
+    if request.samples > 1:
+        check_linear(request)
     if not context.axes:
         shapes = list(request.structure.predictions)
         raise StructureError(MSG_NO_ROWS.format(shapes=shapes, n=request.samples))
@@ -116,6 +121,12 @@ def source_of(request: Request) -> Source:
         raise StructureError(MSG_NOT_REPLAYED.format(by=by, why=why))
     independent = request.samples_are_independent
     return EagerRows(context, request.parameters, context.faithful, why, independent)
+
+
+def check_linear(request: Request) -> None:
+    """Raise ``StructureError`` where what PyTorch pulls back is not linear in the cotangents."""
+    if request.context.not_linear:
+        raise StructureError(MSG_NOT_LINEAR.format(places=request.context.not_linear))
 
 
 def check_recurrences_of(request: Request) -> None:

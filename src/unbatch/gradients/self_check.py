@@ -123,6 +123,7 @@ class _Trial:
             and _close(trial.row, trial.of_sample, bound, scale)
             and _close(trial.norm, norms, bound, scale)
             and _close(roots, magnitudes, bound, scale)
+            and _close({**trial.of_sample, **trial.beside}, trial.of_sample, bound, scale)
         )
 
 

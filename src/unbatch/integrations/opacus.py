@@ -110,6 +110,8 @@ def _errors(structure: Structure) -> Iterator[UnsuitableLossError]:
         what = " and ".join(sorted(reduction.weights_depend_on))
         message = MSG_WEIGHTS.format(title=TITLES["reduction"], what=what)
         yield UnsuitableLossError(message, reduction)
+    if structure.joined_backward:
+        yield UnsuitableLossError(structure.joined_backward, structure.independent_forward)
 
 
 def _line(culprit: Culprit) -> str:

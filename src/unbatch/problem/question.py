@@ -104,6 +104,8 @@ def label_of(s: Structure, by: str, ownership: Mapping[int, Ownership] | None = 
     Without cross-sample dependence the three decompositions are one; they are per-sample if the
     loss has the same form for every sample, or is a sum of a term for each.
     """
+    if s.joined_backward:
+        return Label(by, KINDS[by], s.joined_backward, ownership)
     own_terms = s.reduction and not s.reduction.weights_depend_on
     if not (s.independent_forward and (s.simd_loss or own_terms)):
         return Label(by, KINDS[by], "", ownership)
@@ -135,6 +137,8 @@ def _lost_for_moments(s: Structure) -> list[str]:
     """Return in words the properties that a statistic over samples needs and the loss lacks."""
     needed = (s.simd_forward, s.reduction, s.simd_loss)
     lost = [f"{TITLES[v.name]} ({STATUS[v.status]})" for v in needed if not v]
+    if s.joined_backward:
+        lost.append("a backward pass that keeps samples apart (it joins them)")
     # Verdicts that hold may still let other samples in by way of the weights.
     if s.reduction and s.reduction.weights_depend_on:
         lost.append("weights that depend on no other sample (they do)")

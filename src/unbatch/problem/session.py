@@ -23,6 +23,7 @@ from unbatch.analysis.initial import initial_ownership
 from unbatch.analysis.rules import registry
 from unbatch.analysis.structure import Structure
 from unbatch.autodiff.context import Context
+from unbatch.autodiff.own_backward import joining, tried
 from unbatch.capture import control_flow
 from unbatch.capture import program as capture
 from unbatch.capture.effort import metered
@@ -145,6 +146,7 @@ def analyse(recording: Recording) -> Analysis:
     if meter.stopped:
         structure = replace(structure, notes=(*structure.notes, meter.stopped))
     context = _context(inference, structure, faithful=not fidelity.replay_difference)
+    structure, context = with_backward(structure, context)
     return Analysis(inference, structure, fidelity, context)
 
 
@@ -243,6 +245,28 @@ def _context(inference: Inference, structure: Structure, faithful: bool) -> Cont
         faithful,
         bool(structure.canonical_split),
     )
+
+
+def with_backward(structure: Structure, context: Context) -> tuple[Structure, Context]:
+    """Return both with what the backward pass does beyond the derivatives of the recording."""
+    joined = " and ".join(joining(context.graph.forward_steps))
+    if not context.faithful:
+        independent = bool(structure.independent_forward)
+        try:
+            trial = tried(context, independent)
+        except Exception:  # a question that needs it raises the same, with a reason
+            return structure, context
+        if not trial.linear:
+            note = f"what {trial.named} does to gradients is not linear: rows do not exist"
+            structure = replace(structure, notes=(*structure.notes, note))
+            return structure, replace(context, not_linear=trial.named)
+        if not trial.separate:
+            joined = trial.named
+    if not joined or not structure.independent_forward:
+        return structure, context
+    note = errors.MSG_JOINED.format(places=joined)
+    structure = replace(structure, joined_backward=note, notes=(*structure.notes, note))
+    return structure, replace(context, joined=joined)
 
 
 # --- what is kept between questions ---------------------------------------------------------------

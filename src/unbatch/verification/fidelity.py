@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from unbatch.capture.hooks import HookWatch
 from unbatch.linalg.precision import largest
 from unbatch.linalg.probes import gaussian_like, seeded
 from unbatch.verification.experiment import Experiment
@@ -49,10 +51,15 @@ def replay_difference(experiment: Experiment, on_recorded_batch: bool = False) -
         inputs = experiment.changed(keep, "noisy")
     own = _trained_parameters(experiment)
     parameters = list(own.values())
+    watch = HookWatch()
+    hooked = bool(experiment.graph.hooks) or any(p._backward_hooks for p in parameters)
     try:
         with experiment.backward():
-            outputs = experiment.eager(inputs)
-            eager = _outputs(outputs, parameters, retain=experiment.graph.has_history)
+            # A mode keeps PyTorch from its fast paths.
+            with watch if hooked else nullcontext():
+                outputs = experiment.eager(inputs)
+            with watch.on(parameters):
+                eager = _outputs(outputs, parameters, retain=experiment.graph.has_history)
     except Exception:
         # The model refuses this batch (an index out of range, say): nothing can be compared.
         return "", ""
@@ -68,6 +75,8 @@ def replay_difference(experiment: Experiment, on_recorded_batch: bool = False) -
         difference = _difference(model, replay, experiment)
         if difference:
             return difference, ""
+    if watch.changing:
+        return "", f"{watch.changing[0]} changes them"
     return "", _gradient_difference(eager, replayed, parameters, experiment)
 
 

@@ -96,8 +96,11 @@ def number_of(argument: Any, ndim: int) -> Any:
         count = argument.N or {"dim": 1, "dims": 1}.get(name, ndim)
         return [1] * count
     values = {"int": 1, "SymInt": 1, "number": 0.7, "Scalar": 0.7, "float": 0.7, "bool": True}
+    values |= {"List[number]": [0.7, 0.7], "Optional[int]": None}
     if name == "dim":
         return 0
+    if kind == "List[bool]":
+        return [True] * (argument.N or 3)
     return values[kind]
 
 
@@ -106,7 +109,7 @@ def attempts(op: Any, most: int = 3) -> Iterator[Attempt]:
     found = 0
     for shape in SHAPES:
         for kinds in product(("float", "int", "definite", "complex"), repeat=2):
-            attempt = _attempt(op, shape, kinds)
+            attempt = attempt_of(op, shape, kinds)
             if attempt is not None and attempt.runs:
                 yield attempt
                 found += 1
@@ -115,7 +118,8 @@ def attempts(op: Any, most: int = 3) -> Iterator[Attempt]:
             return
 
 
-def _attempt(op: Any, shape: Sequence[int], kinds: Sequence[str]) -> Attempt | None:
+def attempt_of(op: Any, shape: Sequence[int], kinds: Sequence[str]) -> Attempt | None:
+    """Return a call of an op with tensors of one shape; None where an argument is unknown."""
     arguments: dict[str, Any] = {}
     made: list[tuple[str, str]] = []
     for argument in op._schema.arguments:

@@ -1,0 +1,132 @@
+"""The predictions as a linear map of the parameters, by the model itself.
+
+Where the recording has other derivatives than the model (``jvp.py`` has the same of the recording).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property
+from typing import final
+
+import torch
+from torch import Tensor
+
+from unbatch.autodiff import eager
+from unbatch.autodiff.adjoint import AdjointTest, Columns
+from unbatch.autodiff.autograd import detached, or_zeros, pick, zero_leaves
+from unbatch.autodiff.context import Context
+from unbatch.autodiff.dependence import within
+from unbatch.autodiff.jvp import COLUMNS, TWICE, Linearised, bytes_of
+from unbatch.autodiff.other_batches import finite_batches
+from unbatch.errors import MSG_NO_TANGENT, MSG_TANGENT_NOT_FINITE, StructureError
+
+
+@final
+class LinearisedModel(Linearised):
+    """The model itself, run when this is made.
+
+    Tangents are pushed by double backward where that belongs to its backward pass: a function may
+    leave no graph for it. Else, by the rows of J.
+    """
+
+    def __init__(self, context: Context, parameters: Mapping[str, Tensor]) -> None:
+        ran = eager.run(context, parameters, twice=True)
+        self.context = context
+        self.leaves, self.outputs, self.inner = dict(parameters), ran.predictions, ran.inner
+        self.all_outputs = detached(ran.values)
+        self._random_state = ran.state
+
+    def _untouched(self) -> AbstractContextManager[object]:
+        """Hooks in the model may do anything, and backward passes may draw random numbers."""
+        return self.context.program.untouched(self._random_state)
+
+    def pull(
+        self, cotangents: Mapping[int, Tensor], names: Iterable[str] | None = None
+    ) -> dict[str, Tensor]:
+        """Return ``Jᵀ u``, by parameter (some of them, by name)."""
+        with self._untouched():
+            return self._pulled(cotangents, names)
+
+    def push(self, tangents: Mapping[str, Tensor]) -> dict[int, Tensor]:
+        """Return ``J v``, by prediction.
+
+        Raises ``StructureError`` where the backward pass is not finite on any batch.
+        """
+        typed = self._typed(tangents)
+        if self.way == COLUMNS:
+            return self._columns.push(typed)
+        return self._push_twice(typed)
+
+    # -- which way --
+
+    @property
+    def way(self) -> str:
+        """How tangents are pushed; tried out once for each choice of parameters."""
+        key = tuple(self.leaves), "model"
+        if key not in self.context.ways:
+            self.context.ways[key] = self._find_way()
+        return self.context.ways[key]
+
+    def _find_way(self) -> str:
+        way = self._way()
+        if way is not None:
+            return way
+        for other in finite_batches(self.context, self.predictions):
+            way = LinearisedModel(other, self.leaves)._way()
+            if way is not None:
+                return way
+        raise StructureError(MSG_TANGENT_NOT_FINITE)
+
+    def _way(self) -> str | None:
+        """Return the same on this batch; None where nothing can be compared."""
+        test = AdjointTest.of(self.pull, self.leaves, self.outputs, self.context.rounding)
+        if test is None:
+            return None
+        try:
+            agrees = test.agrees(self._push_twice(test.v))
+        except (NotImplementedError, RuntimeError):
+            agrees = False  # not differentiable twice
+        if agrees:
+            return TWICE
+        if test.agrees(self._columns.push(test.v)):
+            return COLUMNS
+        if agrees is None:
+            return None
+        contradiction = "no way of pushing tangents belongs to its backward pass"
+        raise StructureError(MSG_NO_TANGENT.format(place="the model", error=contradiction))
+
+    # -- by double backward --
+
+    @cached_property
+    def _transposed(self) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """``Jᵀ w`` by parameter, as a function of ``w`` (which is the second), at zero."""
+        ends, leaves = list(self.outputs.values()), list(self.leaves.values())
+        ws = zero_leaves(ends)
+        with self._untouched(), torch.enable_grad():
+            grads = torch.autograd.grad(ends, leaves, ws, create_graph=True, allow_unused=True)
+        by_name = zip(self.leaves, grads, strict=True)
+        return {n: g for n, g in by_name if g is not None and g.requires_grad}, ws
+
+    def _push_twice(self, tangents: Mapping[str, Tensor]) -> dict[int, Tensor]:
+        """Return ``J v`` as the derivative of ``⟨Jᵀw, v⟩`` by ``w``."""
+        pulled, ws = self._transposed
+        names = within(pulled, tangents)
+        ends, vs = pick(pulled, names), pick(tangents, names)
+        grads: Sequence[Tensor | None] = [None] * len(ws)
+        if ends:
+            with self._untouched():
+                grads = torch.autograd.grad(ends, ws, vs, retain_graph=True, allow_unused=True)
+        like = detached(self.outputs).values()
+        return dict(zip(self.outputs, or_zeros(grads, like), strict=True))
+
+    # -- by the rows of J --
+
+    @cached_property
+    def _columns(self) -> Columns:
+        def pull(i: int, units: Tensor) -> dict[str, Tensor]:
+            rows = [self.pull({i: unit.clone()}) for unit in units]
+            return {name: torch.stack([row[name] for row in rows]) for name in self.leaves}
+
+        return Columns(self.predictions, pull, bytes_of(self.leaves))
