@@ -173,6 +173,22 @@ class Graph:
             makers.update(dict.fromkeys(indices(step.made()), step))
         return makers
 
+    def last_reads(self) -> dict[int, int]:
+        """Return the last step that reads each value; what the program returns is read at the end.
+
+        Python reads before the step of its read, and sees what the steps before that have written.
+        """
+        last: dict[int, int] = {}
+        for step in self.steps:
+            for ref in step.refs():
+                last[ref.index] = step.index
+        for read in self.host_reads:
+            last[read.ref.index] = max(last.get(read.ref.index, -1), read.step)
+        for end in (*self.predictions, self.loss):
+            if end is not None:
+                last[end.index] = len(self.steps)
+        return last
+
     def written(self, value: int) -> bool:
         """Tell whether a step writes to the memory of a value."""
         return self.values[value].storage in self._overwritten

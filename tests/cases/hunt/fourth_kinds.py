@@ -1,0 +1,87 @@
+"""More models of the kinds that the fourth hunt found, each with a cause that has been mended."""
+
+import torch
+
+from cases.hunt.table import table
+from cases.models.table import INDEXED, MIXED, SIMD, STATISTICS
+
+D = N = 6
+
+
+# ---------------------------------------------------------------- what Python reads, by a view
+
+
+def read_after_two_writes(net, x):
+    totals = torch.zeros(2, 2)
+    corner = totals[1:, 1:]
+    totals[1] = (x.abs() > 3.5).sum()
+    totals.t()[1] += 1
+    return net.linear(x) * corner.item()
+
+
+def branch_by_an_older_view(net, x):
+    flags = torch.zeros(2, dtype=torch.bool)
+    second = flags[1]
+    flags.logical_or_((x.abs() > 3.5).any())
+    return net.linear(x).relu() if bool(second) else net.linear(x)
+
+
+table(
+    STATISTICS,
+    {
+        "read after two writes": read_after_two_writes,
+        "a branch by an older view": branch_by_an_older_view,
+    },
+    accept_unknown=True,
+)
+
+
+# ---------------------------------------------------------------- the last one stays
+
+
+def last_stays(net, x):
+    place = (x[:, 0].abs() * 300).long().clamp(max=996)
+    row = torch.zeros(N, dtype=torch.int64)
+    board = torch.zeros(2, 997).index_put((row, place), x[:, 4])
+    return net.linear(x) + board.sum()
+
+
+def written_in_turn(x, values):
+    """Two numbers of each sample, at one or two places of its row."""
+    rows = torch.arange(N).repeat_interleave(2)
+    places = x[:, :2].gt(0).long().flatten()
+    return torch.zeros(N, D).index_put((rows, places), values.flatten())
+
+
+def two_in_turn(net, x):
+    return written_in_turn(x, net.linear(x)[:, :2])
+
+
+def two_in_turns_of_their_own(net, x):
+    turns = torch.tensor([[0, 1], [1, 0]] * 3)
+    return written_in_turn(x, net.linear(x)[:, :2].gather(1, turns))
+
+
+table(MIXED, {"the last stays": last_stays}, accept_unknown=True)
+table(SIMD, {"two written in turn": two_in_turn}, accept_unknown=True)
+table(INDEXED, {"two in turns of their own": two_in_turns_of_their_own}, accept_unknown=True)
+
+
+# ---------------------------------------------------------------- the largest, in any order
+
+
+table(
+    MIXED,
+    {
+        "one of the smallest, unsorted": lambda n, x: (
+            n.linear(x) - x.topk(3, 0, False, sorted=False).values[-1]
+        ),
+    },
+    (12, D),
+    accept_unknown=True,
+)
+table(
+    SIMD,
+    {"largest of each, unsorted": lambda n, x: n.linear(x).topk(2, 1, sorted=False).values},
+    accept_unknown=True,
+)
