@@ -71,13 +71,8 @@ WRONG_FOURTH = frozenset(
         "model: spread around each",
         "model: ridge of many features",
         # Views that only Python reads, after a write through another view.
-        "model: a number read through an older view",
-        "model: an answer read through an older view",
         # Whoever is written last wins, and is taken for a sum.
-        "model: last of all wins on a large board",
         # Factors that an op takes as its weight, or divisor.
-        "loss: over the positives, as a weight",
-        "loss: over the positives, as a divisor",
         # Attributes that an object of the user's has not got yet, and that no text names.
         "change: an attribute asked forgiveness for",
         "change: an attribute of the model asked forgiveness for",
