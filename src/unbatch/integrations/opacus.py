@@ -43,9 +43,9 @@ MSG_WEIGHTS = (
 
 
 MSG_TERMS = (
-    "{title} holds, but only given statistics of the {what} of all samples, which each sample's "
-    "loss is computed with, so one sample changes the gradients of the others. Take such statistics "
-    "(a mean, counts of classes) of the training set, and keep them fixed."
+    "{title} holds, but only given statistics of the {what} of all samples, with which the loss of "
+    "each is computed, so one sample changes the gradients of the others. Take such statistics (a "
+    "mean, counts of classes) of the training set, and keep them fixed."
 )
 
 

@@ -14,7 +14,7 @@ from torch import distributions, nn
 from torch.nn import functional as F
 
 import unbatch as ub
-from cases.hunt.fourth_models_library import along
+from cases.hunt.fourth_models_library import along, positive
 from cases.hunt.third_losses import OWN, OwnLossCase
 from cases.models.table import MIXED, SIMD, STATISTICS, Net, linear
 from cases.verdicts import FORWARD
@@ -80,6 +80,22 @@ returned(
         "own: a sparse tensor is returned": (
             lambda n, x: n.linear(x).relu().to_sparse(),
             lambda p, y: F.mse_loss(p.to_dense(), y),
+        ),
+        "own: rows of a sparse tensor are returned": (
+            lambda n, x: n.linear(x).relu().to_sparse_csr(),
+            lambda p, y: F.mse_loss(p.to_dense(), y),
+        ),
+        "own: a nested tensor is returned": (
+            lambda n, x: torch.nested.as_nested_tensor([*n.linear(x)], layout=torch.jagged),
+            lambda p, y: F.mse_loss(p.to_padded_tensor(0.0), y),
+        ),
+        "own: a nested tensor is returned, strided": (
+            lambda n, x: torch.nested.as_nested_tensor([*n.linear(x)]),
+            lambda p, y: F.mse_loss(p.to_padded_tensor(0.0), y),
+        ),
+        "own: a masked tensor is returned": (
+            lambda n, x: positive(n.linear(x)),
+            lambda p, y: (p.to_tensor(0.0) - y).square().mean(),
         ),
         "own: a pair is returned": (
             lambda n, x: (n.linear(x), "words"),

@@ -48,13 +48,6 @@ WRONG_FOURTH = frozenset(
         "own: own: a dataclass is returned, of others",
         "model: data in an array beside",
         "model: data in a dataclass beside",
-        # Tensors that are wrappers of others: raw errors.
-        "model: rows of a nested tensor",
-        "model: rows of a nested tensor, by offsets",
-        "model: a layer on a nested tensor",
-        "model: the sum of a masked tensor",
-        "model: mean of a masked tensor",
-        "own: own: a sparse tensor is returned",
         # Groups that the analysis does not see, refuted by an order that changes them.
         "model: means of pairs by a matrix",
         "model: means of pairs by a sparse matrix",

@@ -264,9 +264,10 @@ def _put_anywhere(
     landing = expand(a.pointwise("place", *operands, values), (len(rows),))
     # Of several values that land at one place the last stays, unless they are added up or all one.
     if not accumulate and math.prod(values.shape) > 1:
-        landing = _in_turn(landing, rows)
-        if landing is None:
+        in_turn = _in_turn(landing, rows)
+        if in_turn is None:
             return mixed(call, call.shape, "scattered")
+        landing = in_turn
     by_row = scattered(a, shared((x.shape[dim],), "nothing"), rows, landing, accumulate=True)
     # By row, and plain along the loose dims: each entry there may be hit, by its index.
     column = [1] * len(x.shape)
