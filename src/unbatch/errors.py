@@ -396,6 +396,20 @@ MSG_NO_ROWS = (
 )
 
 
+MSG_HIDDEN = (
+    "The loss reads what is in an object that the model returns ({what}), and PyTorch does not "
+    "open it: which of its tensors are predictions is not known. Return tensors, in a tuple, list "
+    "or dict, and make the object of them in the loss; or register its class "
+    "(`torch.utils._pytree.register_dataclass`)."
+)
+
+
+MSG_NO_ARRAY = (
+    "A prediction of shape {shape} is sparse or nested, and has no rows. Return a dense tensor: "
+    "`x.to_dense()`, or `x.to_padded_tensor(0.0)`."
+)
+
+
 MSG_NOT_REPLAYED = (
     "by={by!r} is not available: the derivatives of the recorded computation do not agree with the "
     "model's ({why}), and where samples mix, running the model itself cannot give these rows. Use "

@@ -71,7 +71,49 @@ class Bad:
 
 P = ub.Problem
 
+
+class Answer(nn.Module):
+    """Puts its predictions where `kind` says."""
+
+    def __init__(self, kind: Callable[[Tensor], Any]):
+        super().__init__()
+        self.linear = nn.Linear(D, C)
+        self.kind = kind
+
+    def forward(self, x):
+        return self.kind(self.linear(x))
+
+
+def likelihood(law: Any, y: Tensor) -> Tensor:
+    return -law.log_prob(y).mean()
+
+
 BAD = [
+    Bad(
+        "rows of a law",
+        lambda: P(
+            Answer(lambda h: torch.distributions.Categorical(None, h)), likelihood, (x(), y())
+        ),
+        ("Categorical", "Return tensors", "register"),
+        ub.StructureError,
+        lambda p: p.gradients(),
+    ),
+    Bad(
+        "crosstalk of a law",
+        lambda: P(
+            Answer(lambda h: torch.distributions.Categorical(None, h)), likelihood, (x(), y())
+        ),
+        ("Categorical", "Return tensors", "register"),
+        ub.StructureError,
+        lambda p: p.crosstalk(),
+    ),
+    Bad(
+        "rows of sparse predictions",
+        lambda: P(Answer(Tensor.to_sparse), lambda p, y: loss(p.to_dense(), y), (x(), y())),
+        ("(5, 3)", "sparse", "to_dense()"),
+        ub.StructureError,
+        lambda p: p.gradients(),
+    ),
     Bad(
         "loss without reduction",
         lambda: P(model(), nn.CrossEntropyLoss(reduction="none"), (x(), y())),

@@ -48,6 +48,19 @@ def _alias(leaf: Any) -> Any:
     return leaf.detach()
 
 
+def closed_in(tree: Any) -> tuple[str, ...]:
+    """Return the types of what may hold tensors in a tree, and is not opened for them."""
+    types = []
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, Tensor):
+            is_closed = type(leaf).__torch_dispatch__ is not Tensor.__torch_dispatch__
+        else:
+            is_closed = type(leaf) not in LEAVES
+        if is_closed:
+            types.append(type(leaf).__name__)
+    return tuple(dict.fromkeys(types))
+
+
 def objects_in(tree: Any) -> list[Any]:
     """Return what there is in data besides tensors, numbers and words."""
     objects = []

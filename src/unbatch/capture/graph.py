@@ -102,6 +102,8 @@ class Graph:
     stopped: Exception | None = None
     # Whether the program was seen to keep something in a place of its own.
     keeps: bool = False
+    # The types of what the model returned that PyTorch does not open: tensors may be in it.
+    closed: tuple[str, ...] = ()
     # Prediction -> the value that it is in the model, where samples were flattened behind that.
     folded: dict[int, int] = field(default_factory=dict)
 
@@ -128,6 +130,21 @@ class Graph:
             read.update(indices(step.refs()))
         used = [p for p in self.predictions if p.index in read]
         return used or self.predictions
+
+    @property
+    def hides_predictions(self) -> bool:
+        """Whether the loss gets values of the model by way of an object that nobody opens."""
+        if not self.closed or self.own_loss:
+            return False
+        returned = {p.index for p in self.predictions}
+        for step in self.loss_steps:
+            for ref in step.refs():
+                value = self.values[ref.index]
+                if value.step in self.after_cut or value.kind in ("targets", "constants"):
+                    continue
+                if ref.index not in returned:
+                    return True
+        return False
 
     @property
     def unregistered(self) -> list[tuple[Value, Step]]:

@@ -44,7 +44,13 @@ from unbatch.errors import (
     VanishingCurvatureWarning,
     warn,
 )
-from unbatch.gradients.request import Request, check_recurrences_of, is_planned, source_of
+from unbatch.gradients.request import (
+    Request,
+    check_predictions_of,
+    check_recurrences_of,
+    is_planned,
+    source_of,
+)
 from unbatch.gradients.sources import Chunking, Source
 from unbatch.linalg.space import Space
 
@@ -116,6 +122,7 @@ def linearised_of(request: Request) -> Linearised:
     replayed.
     """
     context, frozen = request.context, request.by == "frozen"
+    check_predictions_of(request)
     check_recurrences_of(request)
     if context.faithful:
         return LinearisedGraph(context, request.parameters, frozen)

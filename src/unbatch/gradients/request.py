@@ -17,7 +17,13 @@ from torch import Tensor
 from unbatch.analysis.structure import Structure
 from unbatch.autodiff.context import Context
 from unbatch.capture.device_ops import check_recurrences
-from unbatch.errors import MSG_NO_ROWS, MSG_NOT_REPLAYED, StructureError
+from unbatch.errors import (
+    MSG_HIDDEN,
+    MSG_NO_ARRAY,
+    MSG_NO_ROWS,
+    MSG_NOT_REPLAYED,
+    StructureError,
+)
 from unbatch.gradients.eager_rows import EagerRows
 from unbatch.gradients.replayed_rows import ReplayedRows
 from unbatch.gradients.self_check import trusted
@@ -101,6 +107,7 @@ def source_of(request: Request) -> Source:
     decomposition need the recording and cannot have it.
     """
     context, by = request.context, request.by
+    check_predictions_of(request)
     check_recurrences_of(request)
     if not context.axes:
         shapes = list(request.structure.predictions)
@@ -116,6 +123,18 @@ def source_of(request: Request) -> Source:
         raise StructureError(MSG_NOT_REPLAYED.format(by=by, why=why))
     independent = request.samples_are_independent
     return EagerRows(context, request.parameters, context.faithful, why, independent)
+
+
+def check_predictions_of(request: Request) -> None:
+    """Raise ``StructureError`` where predictions are no tensors of numbers, or are not known."""
+    graph = request.context.graph
+    if graph.hides_predictions:
+        raise StructureError(MSG_HIDDEN.format(what=", ".join(graph.closed)))
+    for ref in graph.used_predictions:
+        value = graph.values[ref.index]
+        # What is sparse or nested has no strides.
+        if len(value.stride) != len(value.shape):
+            raise StructureError(MSG_NO_ARRAY.format(shape=tuple(value.shape)))
 
 
 def check_recurrences_of(request: Request) -> None:

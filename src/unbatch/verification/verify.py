@@ -86,6 +86,9 @@ def settle(
     another batch; what was proved about the forward pass is unknown then, as another computation
     may run there.
     """
+    # With objects that hold other tensors than those of the batch, a loss says nothing.
+    if experiment.graph.hides_predictions:
+        return structure
     if difference:
         structure = _withdrawn(structure, difference)
     # Noise that other samples would change is replayed; a replay that differs from the model says

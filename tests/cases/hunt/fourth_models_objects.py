@@ -89,13 +89,13 @@ returned(
             lambda n, x: torch.nested.as_nested_tensor([*n.linear(x)], layout=torch.jagged),
             lambda p, y: F.mse_loss(p.to_padded_tensor(0.0), y),
         ),
-        "own: a nested tensor is returned, strided": (
-            lambda n, x: torch.nested.as_nested_tensor([*n.linear(x)]),
-            lambda p, y: F.mse_loss(p.to_padded_tensor(0.0), y),
-        ),
         "own: a masked tensor is returned": (
             lambda n, x: positive(n.linear(x)),
             lambda p, y: (p.to_tensor(0.0) - y).square().mean(),
+        ),
+        "own: an object is returned beside, that nobody reads": (
+            lambda n, x: (n.linear(x), Output(n.norm(x))),
+            lambda p, y: F.mse_loss(p[0], y),
         ),
         "own: a pair is returned": (
             lambda n, x: (n.linear(x), "words"),
@@ -117,6 +117,18 @@ returned(
         "own: a dataclass is returned, with batch norm": (
             lambda n, x: Output(n.norm(n.linear(x))),
             of_logits,
+        ),
+        "own: a dataclass is returned beside, with batch norm": (
+            lambda n, x: (n.linear(x), Output(n.norm(n.linear(x)))),
+            lambda p, y: F.mse_loss(p[0], y) + F.mse_loss(p[1].logits, y),
+        ),
+        "own: a function is returned, with batch norm": (
+            lambda n, x: lambda: n.norm(n.linear(x)),
+            lambda p, y: F.mse_loss(p(), y),
+        ),
+        "own: an iterator is returned, with batch norm": (
+            lambda n, x: iter([n.norm(n.linear(x))]),
+            lambda p, y: F.mse_loss(next(p), y),
         ),
         "own: a namespace is returned, with batch norm": (
             lambda n, x: SimpleNamespace(logits=n.norm(n.linear(x))),

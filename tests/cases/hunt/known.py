@@ -40,12 +40,6 @@ WRONG_FOURTH = frozenset(
     [
         # What a model returns, or gets, in objects that PyTorch does not open: there are no
         # predictions then, of which all holds, and data that are never exchanged.
-        "own: own: a law is returned, with batch norm",
-        "own: own: a joint law is returned, with batch norm",
-        "own: own: a dataclass is returned, with batch norm",
-        "own: own: a namespace is returned, with batch norm",
-        "own: own: a law is returned, of others",
-        "own: own: a dataclass is returned, of others",
         "model: data in an array beside",
         "model: data in a dataclass beside",
         # Groups that the analysis does not see, refuted by an order that changes them.
