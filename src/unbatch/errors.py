@@ -106,6 +106,14 @@ MSG_NOT_TENSOR = (
 )
 
 
+MSG_CLOSED_DATA = (
+    "{what} is a {value} that holds an array or tensors, and its samples cannot be exchanged for "
+    "others. Pass tensors, in a tuple, list or dict, and make the object of them in the model (in "
+    "the loss, for y). If it is not per-sample, put None in its place: in_dims=((0, None), 0) for "
+    "the second of two inputs."
+)
+
+
 MSG_SIZES = (
     "Every per-sample input and target needs the same number of samples; {first} has {n} along "
     "axis {axis}, {other} has {m} along axis {other_axis}. If one of them is not per-sample, put "

@@ -7,6 +7,7 @@ changes nothing.
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -72,6 +73,15 @@ class Bad:
 P = ub.Problem
 
 
+class Slots:
+    """A mutable object without a dict."""
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+
+
 class Answer(nn.Module):
     """Puts its predictions where `kind` says."""
 
@@ -89,6 +99,26 @@ def likelihood(law: Any, y: Tensor) -> Tensor:
 
 
 BAD = [
+    Bad(
+        "an array beside",
+        lambda: P(Pair(), loss, ((x(), x().numpy()), y())),
+        ("X[1]", "ndarray", "in_dims=((0, None), 0)"),
+    ),
+    Bad(
+        "tensors in an object beside",
+        lambda: P(Pair(), loss, ((x(), SimpleNamespace(parts=[x()])), y())),
+        ("X[1]", "SimpleNamespace", "in_dims=((0, None), 0)"),
+    ),
+    Bad(
+        "tensors in slots beside",
+        lambda: P(Pair(), loss, ((x(), Slots(x())), y())),
+        ("X[1]", "Slots", "in_dims=((0, None), 0)"),
+    ),
+    Bad(
+        "targets in an array",
+        lambda: P(model(), loss, (x(), y().numpy())),
+        ("y[0]", "ndarray", "Pass tensors"),
+    ),
     Bad(
         "rows of a law",
         lambda: P(

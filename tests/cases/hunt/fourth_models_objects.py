@@ -152,20 +152,20 @@ returned(
 
 
 along(
-    "data in an array beside",
-    STATISTICS,
+    "an array beside, the same for all",
+    SIMD,
     lambda n, x, z: n.linear(x) + torch.as_tensor(z).mean(0),
     (N, D),
     lambda: torch.randn(N, D).numpy(),
-    in_dims=0,
+    in_dims=(0, None),
 )
 along(
-    "data in a dataclass beside",
-    STATISTICS,
+    "a dataclass beside, the same for all",
+    SIMD,
     lambda n, x, z: n.linear(x) + z.logits.mean(0),
     (N, D),
     lambda: Output(torch.randn(N, D)),
-    in_dims=0,
+    in_dims=(0, None),
 )
 along(
     "data in a dict beside",

@@ -38,10 +38,6 @@ WRONG_TODAY = frozenset(
 # The fourth hunt.
 WRONG_FOURTH = frozenset(
     [
-        # What a model returns, or gets, in objects that PyTorch does not open: there are no
-        # predictions then, of which all holds, and data that are never exchanged.
-        "model: data in an array beside",
-        "model: data in a dataclass beside",
         # Groups that the analysis does not see, refuted by an order that changes them.
         "model: means of pairs by a matrix",
         "model: means of pairs by a sparse matrix",
@@ -57,9 +53,6 @@ WRONG_FOURTH = frozenset(
         "model: whitened by the Gram matrix",
         "model: spread around each",
         "model: ridge of many features",
-        # Views that only Python reads, after a write through another view.
-        # Whoever is written last wins, and is taken for a sum.
-        # Factors that an op takes as its weight, or divisor.
         # Attributes that an object of the user's has not got yet, and that no text names.
         "change: an attribute asked forgiveness for",
         "change: an attribute of the model asked forgiveness for",
