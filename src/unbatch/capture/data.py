@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 from unbatch.capture.iterators import holds_iterator, with_copies
 from unbatch.capture.reachable import LEAVES
 
-
 # How far inside of an object data is looked for.
 DEPTH = 4
 

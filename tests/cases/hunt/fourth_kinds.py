@@ -1,9 +1,10 @@
 """More models of the kinds that the fourth hunt found, each with a cause that has been mended."""
 
 import torch
+from torch.nn import functional as F
 
 from cases.hunt.table import table
-from cases.models.table import INDEXED, MIXED, SIMD, STATISTICS
+from cases.models.table import INDEXED, MIXED, SIMD, STATISTICS, weight
 
 D = N = 6
 
@@ -84,4 +85,52 @@ table(
     SIMD,
     {"largest of each, unsorted": lambda n, x: n.linear(x).topk(2, 1, sorted=False).values},
     accept_unknown=True,
+)
+
+
+# ---------------------------------------------------------------- how many statistics
+
+
+def curved_after_products(net, x):
+    """A kernel that is a polynomial: moments of fourth order, and a function of what comes out."""
+    return ((x @ x.T).square() @ x.tanh()).relu() + net.linear(x)
+
+
+def whitened_features(net, x):
+    """More numbers than an input has: products of hidden features."""
+    h = net.linear(x) @ net.wide
+    gram = h @ h.T
+    return net.linear(x) + gram @ torch.linalg.solve(gram + torch.eye(len(x)), h.tanh()[:, :D])
+
+
+table(
+    STATISTICS,
+    {"curved after products of products": curved_after_products},
+    (N, 8),
+    accept_unknown=True,
+)
+table(
+    STATISTICS,
+    {"a Gram matrix of hidden features": whitened_features},
+    accept_unknown=True,
+    wide=weight(D, 96),
+)
+table(
+    STATISTICS,
+    {
+        "cosines of many differences": lambda n, x: n.linear((x[:, None] - x).cos().mean(1)),
+        "many curved products": lambda n, x: (x @ x.T @ x.tanh()).relu() + n.linear(x),
+    },
+    (N, 64),
+    accept_unknown=True,
+)
+table(
+    MIXED,
+    {
+        "attention of many features": lambda n, x: (n.linear(x) @ x.T / 8).softmax(1) @ x,
+        "attention of many features, fused": lambda n, x: F.scaled_dot_product_attention(
+            n.linear(x)[None], x[None], x[None]
+        )[0],
+    },
+    (N, 64),
 )

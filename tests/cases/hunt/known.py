@@ -48,11 +48,6 @@ WRONG_FOURTH = frozenset(
         "model: means of segments",
         "model: means by running sums",
         "model: groups beside",
-        # As many statistics as the ranks that are compared, and no more with a larger batch.
-        "model: ridge regression by the Gram matrix",
-        "model: whitened by the Gram matrix",
-        "model: spread around each",
-        "model: ridge of many features",
         # Attributes that an object of the user's has not got yet, and that no text names.
         "change: an attribute asked forgiveness for",
         "change: an attribute of the model asked forgiveness for",
