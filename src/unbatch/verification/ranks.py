@@ -10,7 +10,7 @@ is a product of ``[N/2, R]`` and ``[R, N/2]``, so its rank is at most R whatever
 grows with the batch speaks against such an ``s``. Alone it says nothing, as no number of samples is
 larger than every R: a Gram matrix of k features is ``k²`` numbers. So there also has to be what no
 number of statistics carries: a function such as exp, of every pair of samples, that has a matrix
-over the pairs whose rank grows as well. In ``exp(a_n + b_m)`` the samples come apart; its rank is 1.
+over the pairs whose rank grows as well. (That of ``exp(a_n + b_m)`` has the rank 1.)
 """
 
 from __future__ import annotations
@@ -36,11 +36,13 @@ MANY, FEW, GROWTH = 128, 32, 3
 NEGLIGIBLE = 1e-9
 
 # Functions of one number that are no polynomials, nor quotients of them.
-CURVED = frozenset(
-    "abs sqrt rsqrt exp exp2 expm1 log log1p log2 log10 sin cos tan sinh cosh tanh atan asin acos "
-    "sigmoid log_sigmoid_forward softplus relu relu6 gelu silu mish elu leaky_relu hardtanh "
-    "hardswish hardsigmoid erf erfc erfinv threshold clamp clamp_min sign gt ge lt le _softmax "
-    "_log_softmax _safe_softmax _cdist_forward _euclidean_dist".split()
+CURVED = (
+    *("abs", "sign", "sqrt", "rsqrt", "exp", "exp2", "expm1", "log", "log1p", "log2", "log10"),
+    *("sin", "cos", "tan", "sinh", "cosh", "tanh", "asin", "acos", "atan", "erf", "erfc", "erfinv"),
+    *("sigmoid", "log_sigmoid_forward", "softplus", "gelu", "silu", "mish", "elu"),
+    *("relu", "relu6", "leaky_relu", "hardtanh", "hardswish", "hardsigmoid", "threshold"),
+    *("clamp", "clamp_min", "gt", "ge", "lt", "le"),
+    *("_softmax", "_log_softmax", "_safe_softmax", "_cdist_forward", "_euclidean_dist"),
 )
 
 # In these a softmax of the products of all queries and keys is out of sight.
