@@ -4,7 +4,7 @@ import torch
 from torch.nn import functional as F
 
 from cases.hunt.table import table
-from cases.models.table import INDEXED, MIXED, SIMD, STATISTICS, weight
+from cases.models.table import GROUPS, INDEXED, MIXED, SIMD, STATISTICS, weight
 
 D = N = 6
 
@@ -133,4 +133,67 @@ table(
         )[0],
     },
     (N, 64),
+)
+
+
+# ---------------------------------------------------------------- groups that no rule sees
+
+
+def pooled(x):
+    return F.avg_pool1d(x.T[None], 2)[0].T.repeat_interleave(2, 0)
+
+
+def in_windows_of_two(x, stride):
+    """Of two samples beside each other, weighed by which is first."""
+    weights = torch.tensor([[[0.3, 0.7]]])
+    return F.conv1d(x.T[:, None], weights, stride=stride)[:, 0].T
+
+
+def first_and_last(net, x):
+    """A pair in the middle of samples that are alone."""
+    mix = torch.eye(N)
+    mix[2:4, 2:4] = 0.5
+    return net.linear(x) + mix @ x.tanh()
+
+
+table(
+    GROUPS,
+    {
+        "a pair among others": first_and_last,
+        "smallest of threes by pooling": lambda n, x: (
+            n.linear(x) + F.max_pool1d(-x.T[None], 3)[0].T.repeat_interleave(3, 0)
+        ),
+    },
+    accept_unknown=True,
+)
+table(
+    GROUPS,
+    {
+        "pairs of a large batch by pooling": lambda n, x: n.linear(x) - pooled(x),
+        "halves of a large batch by pooling": lambda n, x: (
+            n.linear(x) - F.avg_pool1d(x.T[None], 65)[0].T.repeat_interleave(65, 0)
+        ),
+    },
+    (130, D),
+    accept_unknown=True,
+)
+table(
+    MIXED,
+    {
+        "pairs weighed by their places": lambda n, x: (
+            n.linear(x) - in_windows_of_two(x, 2).repeat_interleave(2, 0)
+        ),
+        "sums so far in threes": lambda n, x: n.linear(x) + x.view(2, 3, D).cumsum(1).view(N, D),
+        "sums from here on": lambda n, x: n.linear(x) + x.flip(0).cumsum(0).flip(0),
+    },
+)
+table(
+    MIXED,
+    {
+        "windows in a large batch": lambda n, x: (
+            n.linear(x) + F.pad(in_windows_of_two(x, 1), (0, 0, 0, 1))
+        ),
+        "a large batch, rolled": lambda n, x: n.linear(x) + x.roll(1, 0),
+    },
+    (130, D),
 )

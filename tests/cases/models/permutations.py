@@ -78,7 +78,13 @@ def _(net, x):
     return net.form(x, net.linear(x))
 
 
-@forward("bilinear form of a sample with its mirror", MIXED, form=lambda: nn.Bilinear(D, D, 3))
+# Or statistics of pairs: the sum of both says what the mirror is.
+@forward(
+    "bilinear form of a sample with its mirror",
+    MIXED,
+    accept_unknown=True,
+    form=lambda: nn.Bilinear(D, D, 3),
+)
 def _(net, x):
     return net.form(x, x.flip(0))
 
