@@ -106,6 +106,14 @@ MSG_NOT_TENSOR = (
 )
 
 
+MSG_CLOSED_DATA = (
+    "{what} is a {value} that holds an array or tensors, and its samples cannot be exchanged for "
+    "others. Pass tensors, in a tuple, list or dict, and make the object of them in the model (in "
+    "the loss, for y). If it is not per-sample, put None in its place: in_dims=((0, None), 0) for "
+    "the second of two inputs."
+)
+
+
 MSG_SIZES = (
     "Every per-sample input and target needs the same number of samples; {first} has {n} along "
     "axis {axis}, {other} has {m} along axis {other_axis}. If one of them is not per-sample, put "
@@ -393,6 +401,20 @@ MSG_NOT_FROZEN = (
 MSG_NO_ROWS = (
     "No prediction has a sample axis, so there are no rows: the predictions have shapes {shapes} "
     "for {n} samples. Return one prediction per sample; `problem.gradient()` gives the sum."
+)
+
+
+MSG_HIDDEN = (
+    "The loss reads what is in an object that the model returns ({what}), and PyTorch does not "
+    "open it: which of its tensors are predictions is not known. Return tensors, in a tuple, list "
+    "or dict, and make the object of them in the loss; or register its class "
+    "(`torch.utils._pytree.register_dataclass`)."
+)
+
+
+MSG_NO_ARRAY = (
+    "A prediction of shape {shape} is sparse or nested, and has no rows. Return a dense tensor: "
+    "`x.to_dense()`, or `x.to_padded_tensor(0.0)`."
 )
 
 

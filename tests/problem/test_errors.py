@@ -7,6 +7,7 @@ changes nothing.
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -71,7 +72,78 @@ class Bad:
 
 P = ub.Problem
 
+
+class Slots:
+    """A mutable object without a dict."""
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+
+
+class Answer(nn.Module):
+    """Puts its predictions where `kind` says."""
+
+    def __init__(self, kind: Callable[[Tensor], Any]):
+        super().__init__()
+        self.linear = nn.Linear(D, C)
+        self.kind = kind
+
+    def forward(self, x):
+        return self.kind(self.linear(x))
+
+
+def likelihood(law: Any, y: Tensor) -> Tensor:
+    return -law.log_prob(y).mean()
+
+
 BAD = [
+    Bad(
+        "an array beside",
+        lambda: P(Pair(), loss, ((x(), x().numpy()), y())),
+        ("X[1]", "ndarray", "in_dims=((0, None), 0)"),
+    ),
+    Bad(
+        "tensors in an object beside",
+        lambda: P(Pair(), loss, ((x(), SimpleNamespace(parts=[x()])), y())),
+        ("X[1]", "SimpleNamespace", "in_dims=((0, None), 0)"),
+    ),
+    Bad(
+        "tensors in slots beside",
+        lambda: P(Pair(), loss, ((x(), Slots(x())), y())),
+        ("X[1]", "Slots", "in_dims=((0, None), 0)"),
+    ),
+    Bad(
+        "targets in an array",
+        lambda: P(model(), loss, (x(), y().numpy())),
+        ("y[0]", "ndarray", "Pass tensors"),
+    ),
+    Bad(
+        "rows of a law",
+        lambda: P(
+            Answer(lambda h: torch.distributions.Categorical(None, h)), likelihood, (x(), y())
+        ),
+        ("Categorical", "Return tensors", "register"),
+        ub.StructureError,
+        lambda p: p.gradients(),
+    ),
+    Bad(
+        "crosstalk of a law",
+        lambda: P(
+            Answer(lambda h: torch.distributions.Categorical(None, h)), likelihood, (x(), y())
+        ),
+        ("Categorical", "Return tensors", "register"),
+        ub.StructureError,
+        lambda p: p.crosstalk(),
+    ),
+    Bad(
+        "rows of sparse predictions",
+        lambda: P(Answer(Tensor.to_sparse), lambda p, y: loss(p.to_dense(), y), (x(), y())),
+        ("(5, 3)", "sparse", "to_dense()"),
+        ub.StructureError,
+        lambda p: p.gradients(),
+    ),
     Bad(
         "loss without reduction",
         lambda: P(model(), nn.CrossEntropyLoss(reduction="none"), (x(), y())),

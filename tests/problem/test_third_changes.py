@@ -90,7 +90,8 @@ def of_data(name: str) -> str:
     beside = fourth.BESIDE.get(name, lambda model: None)
     model, loss = make()
     data = make_data()
-    return outcome(model, loss, data, [lambda: (change(*data), beside(model))])
+    changes = [lambda: (change(*data), beside(model))]
+    return outcome(model, loss, data, changes, in_dims=third.in_dims(data))
 
 
 def of_function(name: str) -> str:

@@ -15,6 +15,7 @@ from cases.hunt import fourth_settings, kinds_of_place, third_settings
 from cases.hunt import third_messy as third
 from cases.hunt.known import WRONG_TODAY
 from cases.hunt.messy import MESSY
+from cases.hunt.third_changes import in_dims
 from unbatch.errors import UnbatchError
 
 PROGRAMS = {**third.MESSY, **kinds_of_place.MESSY, **fourth.MESSY}
@@ -75,7 +76,7 @@ def of_data(name: str) -> str:
     torch.manual_seed(0)
     model, data = make(), make_data()
     try:
-        problem = ub.Problem(model, loss, data)
+        problem = ub.Problem(model, loss, data, in_dims=in_dims(data))
     except ub.InputError:
         return "refused"
     return outcome(problem, lambda: keeps(*data))

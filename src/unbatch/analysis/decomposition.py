@@ -23,9 +23,15 @@ def recorded_body(
     """Record the definition of an op.
 
     Returns the graph, its inputs (number there -> number outside) and its outputs; None where the
-    definition fails on tensors without contents, or calls the op itself.
+    definition fails on tensors without contents, or calls the op itself, and of tensors that are
+    not strided.
     """
     recorder = Recorder({})
+    # What is sparse or nested has no strides.
+    for ref in step.refs():
+        value = outer.values[ref.index]
+        if len(value.stride) != len(value.shape):
+            return None
     stand_ins = {r.index: stand_in(outer.values[r.index]) for r in step.refs()}
 
     def without_contents(leaf: Any) -> Any:

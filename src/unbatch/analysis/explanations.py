@@ -12,8 +12,9 @@ from unbatch.capture.graph import HostRead
 from unbatch.capture.steps import Step
 
 # The keys are the words with which rules say how samples became mixed, and a few kinds that only
-# the verdicts know: "statistic", "group", "long", "broadcast", "uneven", "place", "escape" and
-# "unfaithful". A rule from outside may use words of its own; they are shown as they are.
+# the verdicts know: "statistic", "group", "long", "broadcast", "uneven", "place", "nothing",
+# "hidden", "escape" and "unfaithful". A rule from outside may use words of its own; they are shown
+# as they are.
 WHY = {
     "statistic": "a statistic over all samples ({size} numbers) flows back into every sample",
     "group": "statistics over groups of {samples} samples ({size} numbers) flow back into the "
@@ -40,6 +41,9 @@ WHY = {
     "own terms": "the loss is a sum with one term for each sample, and these are not one function: "
     "something in them goes by the index in the batch",
     "place": "slice n of the prediction belongs to another sample than n",
+    "nothing": "the model returns no tensor that the loss could read",
+    "hidden": "the loss reads what is in an object that the model returns ({what}), and PyTorch "
+    "does not open it: which of its tensors are predictions is not known",
     "escape": "Python reads a value that depends on the batch ({how}); what follows may depend on "
     "it",
     "unfaithful": "on another batch the recorded computation gives other values than the model: "
@@ -53,6 +57,9 @@ REMEDY = {
     "(GroupNorm, LayerNorm); sums and the GGN stay exact as they are.",
     "group": "Same as for batch norm: `.eval()` or a norm within the sample; within a group sums "
     "stay exact.",
+    "nothing": "Return the predictions as tensors.",
+    "hidden": "Return tensors, in a tuple, list or dict, and make the object of them in the loss; "
+    "or register its class (`torch.utils._pytree.register_dataclass`).",
     "escape": "Keep it a tensor (`torch.where` in place of `if`), or declare that the module which "
     "reads it is harmless: `unbatch.assume_independent(module)`.",
     NO_RULE: "Register a rule (`unbatch.register_rule(op, rule)`) or declare it: "

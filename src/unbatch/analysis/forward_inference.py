@@ -22,7 +22,7 @@ from unbatch.analysis.explanations import (
 )
 from unbatch.analysis.interpreter import Interpretation
 from unbatch.analysis.structure import BatchStatistic, Structure
-from unbatch.analysis.verdict import Culprit, Verdict
+from unbatch.analysis.verdict import TITLES, Culprit, Verdict
 from unbatch.capture.graph import Graph, HostRead
 from unbatch.capture.steps import Step
 
@@ -76,7 +76,8 @@ def forward_evidence(
     steps = forward.ancestors(graph.used_predictions)
     # A read that may steer the program proves nothing of the other paths: no structure holds then,
     # not even given the statistics.
-    in_place, alike = not reads, True
+    # Nor does anything hold of no predictions at all.
+    in_place, alike = bool(predictions) and not reads, True
     for marks in predictions:
         in_place = in_place and in_its_place(marks, samples, leading)
         alike = alike and uniform(marks, samples, leading)
@@ -197,6 +198,13 @@ def _size_note(statistics: Iterable[BatchStatistic]) -> str:
     return note
 
 
+def hidden(graph: Graph) -> list[Verdict]:
+    """Return the verdicts where the loss reads what nobody has seen the model return: all open."""
+    why = WHY["hidden"].format(what=", ".join(graph.closed))
+    culprit_of_all = Culprit("", "return", "", why, REMEDY["hidden"])
+    return [Verdict(name, "unknown", culprits=(culprit_of_all,)) for name in TITLES]
+
+
 # --- the culprits ---------------------------------------------------------------------------------
 
 
@@ -271,6 +279,8 @@ def _other_culprits(
     for marks in evidence.marks:
         mixers |= marks.mixers
         in_place = in_place and in_its_place(marks, algebra.samples, leading)
+    if not evidence.marks:
+        return (_last_step_culprit(graph, "nothing"),)
     culprits: list[Culprit] = []
     # By index, which is the order of the program: the first culprit is where it begins.
     for index in sorted(mixers & evidence.steps & algebra.record.mixing.keys()):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from unbatch.analysis.domain.ownership import Ownership
-from unbatch.analysis.forward_inference import forward_evidence, judge_forward
+from unbatch.analysis.forward_inference import forward_evidence, hidden, judge_forward
 from unbatch.analysis.initial import initial_ownership, loss_marks, scrambled
 from unbatch.analysis.interpreter import Interpretation, interpret
 from unbatch.analysis.loss_boundary import folded, placed, split
@@ -105,6 +105,8 @@ def infer_structure(
         structure = structure.with_verdicts(parameters_in_own_loss(parameter_steps))
     if own_loss and loss is not None:
         structure = replace(structure, notes=structure.notes + _cut_notes(graph))
+    if graph.hides_predictions:
+        structure = structure.with_verdicts(*hidden(graph))
     state = AnalysisState(
         forward, loss, leading, evidence.nonlinear, evidence.ranks, evidence.reads
     )

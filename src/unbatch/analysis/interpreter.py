@@ -102,13 +102,16 @@ class Interpretation:
     def made_at(self, step: Step, value: int) -> frozenset[int]:
         """Return the statistics that a step makes, as far as one of its results rests on them.
 
-        A window on memory that samples were written to makes none, even if it shows what belongs to
-        nobody: what the step read had its statistics already.
+        A window on memory makes none, though it shows statistics: those that were written to the
+        memory, by another step before or after it.
         """
-        read: set[int] = set()
+        made: set[int] = set()
+        for root in self.ownership[value].statistics:
+            if self.algebra.record.definitions[root].step == step.index:
+                made.add(root)
         for ref in step.refs():
-            read |= self[ref].statistics
-        return self.ownership[value].statistics - read
+            made -= self[ref].statistics
+        return frozenset(made)
 
     def ancestors(self, refs: Iterable[Ref]) -> set[int]:
         """Return the steps that these values depend on, through data and through memory."""
@@ -168,13 +171,13 @@ def interpret(
     # Buffers and constants may have other numbers in another recording.
     _rely_on_constants(interpretation, start)
     calls = _assumed_calls(graph, assumed)
-    last_uses = _last_uses(graph)
+    last_reads = graph.last_reads()
     waiting = sorted(graph.host_reads, key=lambda read: read.step)
     for step in steps:
         # Before the step: it may write to the memory of what was read.
         waiting = _note_host_reads(interpretation, waiting, step.index)
         algebra.step = step.index
-        _step(interpretation, step, last_uses)
+        _step(interpretation, step, last_reads)
         # After the last step of a module: what its inner steps did to samples is overruled as a
         # whole. Their mixing stays in the record, where no prediction refers to it any more.
         for call in calls.get(step.index + 1, ()):
@@ -227,24 +230,10 @@ def _assume_independent(interpretation: Interpretation, call: ModuleCall) -> Non
         )
 
 
-def _last_uses(graph: Graph) -> dict[int, int]:
-    """Return for each value the last step that reads it; outputs are read after the last step."""
-    # Of all steps, not of those that are interpreted alone: the loss reads values of the model.
-    last: dict[int, int] = {}
-    for step in graph.steps:
-        for ref in step.refs():
-            last[ref.index] = step.index
-    for ref in graph.predictions:
-        last[ref.index] = len(graph.steps)
-    if graph.loss is not None:
-        last[graph.loss.index] = len(graph.steps)
-    return last
-
-
 # --- one step -------------------------------------------------------------------------------------
 
 
-def _step(interpretation: Interpretation, step: Step, last_uses: Mapping[int, int]) -> None:
+def _step(interpretation: Interpretation, step: Step, last_reads: Mapping[int, int]) -> None:
     """Work out the ownership of what a step returns, and of what it writes."""
     call = _rule_context(interpretation, step)
     results = _apply(interpretation, call, step)
@@ -265,7 +254,7 @@ def _step(interpretation: Interpretation, step: Step, last_uses: Mapping[int, in
             interpretation.ownership[new.index] = _written(call, hidden, shape)
         if new.index in interpretation.policy.held:
             interpretation.ownership[new.index] = interpretation.policy.held[new.index]
-        _through_views(interpretation, old, new, step.index, last_uses)
+        _through_views(interpretation, old, new, step.index, last_reads)
 
 
 def _rule_context(interpretation: Interpretation, step: Step) -> registry.RuleContext:
@@ -502,9 +491,9 @@ def _decompose(
             part.ownership[index] = shared(value.shape, ("constant", step.index, index))
     # The same algebra at the same ``step``: what happens inside is noted at the op of the user.
     # What it returns is read after the last step, which may write to it.
-    last_uses = _last_uses(graph) | dict.fromkeys(_indices(outputs), len(graph.steps))
+    last_reads = graph.last_reads() | dict.fromkeys(_indices(outputs), len(graph.steps))
     for inner_step in graph.steps:
-        _step(part, inner_step, last_uses)
+        _step(part, inner_step, last_reads)
         if part.unknown:
             return None
     return [None if ref is None else part[ref] for ref in outputs]
@@ -572,7 +561,7 @@ def _note_order(interpretation: Interpretation, ref: Ref, outcome: OutputRows) -
 
 
 def _through_views(
-    interpretation: Interpretation, old: Ref, new: Ref, step: int, last_uses: Mapping[int, int]
+    interpretation: Interpretation, old: Ref, new: Ref, step: int, last_reads: Mapping[int, int]
 ) -> None:
     """Bring what was written to ``old`` (``new`` from there on) to views that are read later."""
     values, marks = interpretation.graph.values, interpretation.ownership
@@ -582,7 +571,7 @@ def _through_views(
     views = []
     for index, value in enumerate(values[: new.index]):
         same_memory = value.storage == written.storage and index != old.index
-        if same_memory and index in marks and last_uses.get(index, -1) > step:
+        if same_memory and index in marks and last_reads.get(index, -1) > step:
             views.append(index)
     if not views:
         return

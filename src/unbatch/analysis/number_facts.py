@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from unbatch.capture.graph import Graph
 from unbatch.capture.steps import Ref, is_ref
+from unbatch.capture.trees import is_plain
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Numbers(Mapping[str, Any]):
 def exact_numbers(t: Tensor | None) -> Any:
     """Return integers and booleans as an array; None for other numbers, or where not known."""
     # An index or a mask decides whose an element is, and both are integers or booleans.
-    if t is None or t.device.type == "meta":
+    if t is None or t.device.type == "meta" or not is_plain(t):
         return None
     if t.is_floating_point() or t.is_complex():
         return None
@@ -90,10 +90,9 @@ def exact_numbers(t: Tensor | None) -> Any:
 
 def alike(t: Tensor | None) -> tuple[int, ...]:
     """Return the dims along which all entries are equal; none where the numbers are not known."""
-    if t is None or t.device.type == "meta" or not t.numel():
+    # Nobody looks into tensors of other kinds.
+    if t is None or t.device.type == "meta" or not is_plain(t) or not t.numel():
         return ()
-    if t.is_nested or t.layout != torch.strided:
-        return ()  # nobody looks into these
     dims = []
     for dim, size in enumerate(t.shape):
         # Along a dim of one entry there is nothing to be alike.

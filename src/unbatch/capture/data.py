@@ -6,14 +6,20 @@ Every run gets containers and tensors of its own, so that all that ends with the
 
 from __future__ import annotations
 
+import inspect
+from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 from torch.utils._pytree import tree_leaves, tree_map
 
 from unbatch.capture.iterators import holds_iterator, with_copies
 from unbatch.capture.reachable import LEAVES
+
+# How far inside of an object data is looked for.
+DEPTH = 4
 
 
 def handed_out(tree: Any) -> Any:
@@ -46,6 +52,46 @@ def _alias(leaf: Any) -> Any:
     if leaf.is_inference():
         return leaf.clone()  # autograd keeps nothing that was made there
     return leaf.detach()
+
+
+def holds_data(value: Any, depth: int = DEPTH) -> bool:
+    """Tell whether an object is an array, or holds one, or a tensor, in what one can see of it.
+
+    Modules and functions have parameters and settings, and no data.
+    """
+    if type(value) in LEAVES or isinstance(value, type | Module) or inspect.isroutine(value):
+        return False
+    if isinstance(value, Tensor) or hasattr(value, "__array__"):
+        return getattr(value, "shape", None) != ()  # a number is no data
+    parts = _parts(value)
+    return depth > 0 and any(holds_data(part, depth - 1) for part in parts)
+
+
+def _parts(value: Any) -> list[Any]:
+    """Return what is in a container, or in the attributes of an object."""
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, list | tuple | set | frozenset | deque):
+        return list(value)
+    parts = list(getattr(value, "__dict__", {}).values())
+    for owner in type(value).__mro__:
+        slots = owner.__dict__.get("__slots__", ())
+        for name in [slots] if isinstance(slots, str) else slots:
+            parts.append(getattr(value, name, None))
+    return parts
+
+
+def closed_in(tree: Any) -> tuple[str, ...]:
+    """Return the types of what may hold tensors in a tree, and is not opened for them."""
+    types = []
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, Tensor):
+            is_closed = type(leaf).__torch_dispatch__ is not Tensor.__torch_dispatch__
+        else:
+            is_closed = type(leaf) not in LEAVES
+        if is_closed:
+            types.append(type(leaf).__name__)
+    return tuple(dict.fromkeys(types))
 
 
 def objects_in(tree: Any) -> list[Any]:

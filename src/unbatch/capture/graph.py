@@ -104,6 +104,8 @@ class Graph:
     keeps: bool = False
     # What the run hooked into backward passes, with file and line.
     hooks: tuple[str, ...] = ()
+    # The types of what the model returned that PyTorch does not open: tensors may be in it.
+    closed: tuple[str, ...] = ()
     # Prediction -> the value that it is in the model, where samples were flattened behind that.
     folded: dict[int, int] = field(default_factory=dict)
 
@@ -130,6 +132,21 @@ class Graph:
             read.update(indices(step.refs()))
         used = [p for p in self.predictions if p.index in read]
         return used or self.predictions
+
+    @property
+    def hides_predictions(self) -> bool:
+        """Whether the loss gets values of the model by way of an object that nobody opens."""
+        if not self.closed or self.own_loss:
+            return False
+        returned = {p.index for p in self.predictions}
+        for step in self.loss_steps:
+            for ref in step.refs():
+                value = self.values[ref.index]
+                if value.step in self.after_cut or value.kind in ("targets", "constants"):
+                    continue
+                if ref.index not in returned:
+                    return True
+        return False
 
     @property
     def unregistered(self) -> list[tuple[Value, Step]]:
@@ -174,6 +191,22 @@ class Graph:
         for step in self.steps:
             makers.update(dict.fromkeys(indices(step.made()), step))
         return makers
+
+    def last_reads(self) -> dict[int, int]:
+        """Return the last step that reads each value; what the program returns is read at the end.
+
+        Python reads before the step of its read, and sees what the steps before that have written.
+        """
+        last: dict[int, int] = {}
+        for step in self.steps:
+            for ref in step.refs():
+                last[ref.index] = step.index
+        for read in self.host_reads:
+            last[read.ref.index] = max(last.get(read.ref.index, -1), read.step)
+        for end in (*self.predictions, self.loss):
+            if end is not None:
+                last[end.index] = len(self.steps)
+        return last
 
     def written(self, value: int) -> bool:
         """Tell whether a step writes to the memory of a value."""

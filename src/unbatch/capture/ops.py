@@ -365,6 +365,9 @@ def is_view(op: Any) -> bool:
 @cache
 def is_composite(op: Any) -> bool:
     """Tell whether PyTorch itself takes an op apart where it is differentiated."""
+    # Some have no kernel at all: what asks a tensor of another kind for its size.
+    if not torch._C._dispatch_has_kernel(op.name()):
+        return False
     return torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from unbatch.capture.data import handed_out, repacked
+from unbatch.capture.data import closed_in, handed_out, repacked
 from unbatch.capture.effort import PLAIN_STEPS
 from unbatch.capture.graph import Graph, HostRead
 from unbatch.capture.isolation import storage_of, untouched
@@ -291,6 +291,7 @@ def _run(
                 # was given another memory (``x.data = y``) enters as a step, which is the model's.
                 with recorder.paused():
                     graph.predictions = _refs(recorder, output, None)
+                graph.closed = closed_in(output)
             graph.model_steps, recorder.in_loss = len(graph.steps), True
             if program.loss is not None:
                 loss = program.loss_at(output, targets)

@@ -41,7 +41,7 @@ class SymbolicRun:
         self.history = 0  # of the draws so far
         self.host_reads: list[Expr] = []
         self.windows: dict[int, list[int]] = {}  # memory -> the values that show it
-        self.read_until = _last_reads(graph)
+        self.read_until = graph.last_reads()
         for i, value in enumerate(graph.values):
             if value.kind != "step":
                 self._enter(i, self._outside(i, value))
@@ -255,18 +255,6 @@ class SymbolicRun:
         both = {"was": was, "written": content}
         operation = Operation("through a window", both, values[i].shape, values[i].dtype)
         return result_of(table, operation, (shown, written))
-
-
-def _last_reads(graph: Graph) -> dict[int, int]:
-    """Return the last step that reads each value; what the program returns is read at the end."""
-    last: dict[int, int] = {}
-    for step in graph.steps:
-        for ref in step.refs():
-            last[ref.index] = step.index
-    for end in (*graph.predictions, graph.loss):
-        if end is not None:
-            last[end.index] = len(graph.steps)
-    return last
 
 
 def _results(step: Step) -> Iterator[tuple[Any, Ref]]:

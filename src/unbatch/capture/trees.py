@@ -33,6 +33,20 @@ def parts_of(tensor: Any) -> list[Tensor]:
     return []
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Tell whether a tensor is a window on one memory, of a class that does no op by itself."""
+    if tensor.layout != torch.strided or tensor.is_nested:
+        return False
+    return type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """Return a tensor with all its entries, of which a sparse one leaves out zeros."""
+    if tensor.layout == torch.strided or tensor.is_nested:
+        return tensor
+    return tensor.to_dense()
+
+
 def version_of(tensor: Tensor) -> int:
     """Return how often PyTorch saw a tensor written to; it does not count in inference mode."""
     return 0 if tensor.is_inference() else tensor._version

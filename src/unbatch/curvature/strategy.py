@@ -48,6 +48,7 @@ from unbatch.errors import (
 from unbatch.gradients.request import (
     Request,
     check_linear,
+    check_predictions_of,
     check_recurrences_of,
     is_planned,
     source_of,
@@ -123,6 +124,7 @@ def linearised_of(request: Request) -> Linearised:
     replayed.
     """
     context, frozen = request.context, request.by == "frozen"
+    check_predictions_of(request)
     check_recurrences_of(request)
     check_linear(request)
     if context.faithful:

@@ -17,7 +17,14 @@ from torch import Tensor
 from unbatch.analysis.structure import Structure
 from unbatch.autodiff.context import Context
 from unbatch.capture.device_ops import check_recurrences
-from unbatch.errors import MSG_NO_ROWS, MSG_NOT_LINEAR, MSG_NOT_REPLAYED, StructureError
+from unbatch.errors import (
+    MSG_HIDDEN,
+    MSG_NO_ARRAY,
+    MSG_NO_ROWS,
+    MSG_NOT_LINEAR,
+    MSG_NOT_REPLAYED,
+    StructureError,
+)
 from unbatch.gradients.eager_rows import EagerRows
 from unbatch.gradients.replayed_rows import ReplayedRows
 from unbatch.gradients.self_check import trusted
@@ -103,6 +110,7 @@ def source_of(request: Request) -> Source:
     decomposition need the recording and cannot have it.
     """
     context, by = request.context, request.by
+    check_predictions_of(request)
     check_recurrences_of(request)
     # One sample's row is the gradient, whatever that is made by.
     if request.samples > 1:
@@ -127,6 +135,18 @@ def check_linear(request: Request) -> None:
     """Raise ``StructureError`` where what PyTorch pulls back is not linear in the cotangents."""
     if request.context.not_linear:
         raise StructureError(MSG_NOT_LINEAR.format(places=request.context.not_linear))
+
+
+def check_predictions_of(request: Request) -> None:
+    """Raise ``StructureError`` where predictions are no tensors of numbers, or are not known."""
+    graph = request.context.graph
+    if graph.hides_predictions:
+        raise StructureError(MSG_HIDDEN.format(what=", ".join(graph.closed)))
+    for ref in graph.used_predictions:
+        value = graph.values[ref.index]
+        # What is sparse or nested has no strides.
+        if len(value.stride) != len(value.shape):
+            raise StructureError(MSG_NO_ARRAY.format(shape=tuple(value.shape)))
 
 
 def check_recurrences_of(request: Request) -> None:

@@ -42,6 +42,13 @@ MSG_WEIGHTS = (
 )
 
 
+MSG_TERMS = (
+    "{title} holds, but only given statistics of the {what} of all samples, with which the loss of "
+    "each is computed, so one sample changes the gradients of the others. Take such statistics (a "
+    "mean, counts of classes) of the training set, and keep them fixed."
+)
+
+
 MSG_UNSUITABLE = "{title} {status}: {why}"
 
 
@@ -104,12 +111,12 @@ def _errors(structure: Structure) -> Iterator[UnsuitableLossError]:
         lines = [MSG_UNSUITABLE.format(title=TITLES[name], status=status, why=why)]
         lines += [_line(culprit) for culprit in verdict.culprits]
         yield UnsuitableLossError("\n  ".join(lines), verdict)
-    # A sum of losses is not enough: its weights must not depend on other samples.
-    reduction = structure.reduction
-    if reduction and reduction.weights_depend_on:
-        what = " and ".join(sorted(reduction.weights_depend_on))
-        message = MSG_WEIGHTS.format(title=TITLES["reduction"], what=what)
-        yield UnsuitableLossError(message, reduction)
+    # A sum of losses is not enough: other samples must not set its weights, nor enter its terms.
+    for name, text in (("reduction", MSG_WEIGHTS), ("simd_loss", MSG_TERMS)):
+        verdict = getattr(structure, name)
+        if verdict and verdict.weights_depend_on:
+            what = " and ".join(sorted(verdict.weights_depend_on))
+            yield UnsuitableLossError(text.format(title=TITLES[name], what=what), verdict)
     if structure.joined_backward:
         yield UnsuitableLossError(structure.joined_backward, structure.independent_forward)
 

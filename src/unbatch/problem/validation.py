@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from unbatch import errors
+from unbatch.capture.data import holds_data
 from unbatch.capture.program import Program
 from unbatch.capture.sample_axes import SampleAxes
 from unbatch.capture.trees import tensors_in
@@ -111,7 +112,8 @@ def parse_sample_axes(dims: Any, in_dims: Any, inputs: Any, targets: Any) -> Sam
 def parse_dims(what: str, tree: Any, dims: Any) -> list[int | None]:
     """Return the axis of the samples for each leaf, counted from the front.
 
-    None for a leaf that has none: it is no tensor, or is not per-sample.
+    None for a leaf that has none: it is no tensor, or is not per-sample. Raises ``InputError`` for
+    an object with data in it that nobody could exchange.
     """
     leaves, spec = tree_flatten(tree)
     for d in tree_leaves(dims, is_leaf=_is_none):
@@ -126,8 +128,12 @@ def parse_dims(what: str, tree: Any, dims: Any) -> list[int | None]:
     else:
         axes = _broadcast_dims(what, dims, spec)
     for i, leaf in enumerate(leaves):
-        if not isinstance(leaf, Tensor):
-            axes[i] = None  # a number among tensors has no axes, whatever its neighbours have
+        if isinstance(leaf, Tensor):
+            continue
+        if axes[i] is not None and holds_data(leaf):
+            text = errors.MSG_CLOSED_DATA.format(what=f"{what}[{i}]", value=type(leaf).__name__)
+            raise InputError(text)
+        axes[i] = None  # a number among tensors has no axes, whatever its neighbours have
     check_dims(what, tree, axes)
     for i, (axis, leaf) in enumerate(zip(axes, leaves, strict=True)):
         if axis is not None:

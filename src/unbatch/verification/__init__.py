@@ -7,6 +7,7 @@ An experiment can refute a verdict or support it; it never proves one. In readin
 - ``forward_tests.py``: does a prediction depend on other samples, or on its place in the batch
 - ``noise_use.py``, ``noise_owners.py``: which noise belongs to which sample
 - ``permutations.py``: predictions for a permuted batch, the noise of each sample included
+- ``groups.py``: do samples depend on each other in groups that are apart
 - ``ranks.py``: can a number of statistics that does not grow with the batch carry the dependence
 - ``frozen_statistics.py``: predictions for other samples, every batch statistic held constant
 - ``loss_experiment.py``, ``loss_tests.py``: the loss as a function of the predictions

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from unbatch.errors import MSG_HIDDEN, StructureError
 from unbatch.verification.experiment import Experiment
 
 SHADES = " ░▒▓█"
@@ -65,8 +66,11 @@ def crosstalk(
     """Return the ``[N, N]`` matrix by derivatives; by replacement where inputs are integers.
 
     ``probes``: random directions of the predictions; by default every entry. ``samples``: the rows
-    to compute.
+    to compute. Raises ``StructureError`` where the predictions are not known.
     """
+    graph = experiment.graph
+    if graph.hides_predictions:
+        raise StructureError(MSG_HIDDEN.format(what=", ".join(graph.closed)))
     rows = list(range(experiment.samples)) if samples is None else list(samples)
     smooth = _smooth_inputs(experiment)
     if not smooth:

@@ -22,6 +22,7 @@ from unbatch.analysis.domain.sample_layout import contiguous_blocks, prediction_
 from unbatch.analysis.inference import AnalysisState
 from unbatch.capture.graph import Graph
 from unbatch.capture.program import Program, own_loss
+from unbatch.capture.trees import dense
 from unbatch.linalg.precision import FORWARD, FORWARD_IN_DOUBLE, in_double, tolerance
 from unbatch.verification.noise import draws, recorded_noise, stream_depends_on_data
 from unbatch.verification.variants import variant_of
@@ -187,7 +188,8 @@ class Experiment:
         """
         rows = []
         # In double, so that differences of predictions are not rounded once more.
-        for t, dim, in_blocks in zip(predictions, self.out_dims, self.blocks, strict=True):
+        for p, dim, in_blocks in zip(predictions, self.out_dims, self.blocks, strict=True):
+            t = dense(p)
             if dim is not None:
                 rows.append(_in_double_rows(t.movedim(dim, 0), self.samples))
             elif in_blocks:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from unbatch.capture.hooks import HookWatch
+from unbatch.capture.trees import dense, is_plain
 from unbatch.linalg.precision import largest
 from unbatch.linalg.probes import gaussian_like, seeded
 from unbatch.verification.experiment import Experiment
@@ -24,6 +25,8 @@ TOLERANCES = 10
 
 # A gradient that is small beside the others is compared with this share of the largest.
 NEGLIGIBLE = 1e-3
+
+OF_ANOTHER_KIND = "it returns a tensor that is no array of numbers, and cannot be compared"
 
 NOT_FINITE = "its gradients are not finite, so nothing can be compared"
 
@@ -63,6 +66,8 @@ def replay_difference(experiment: Experiment, on_recorded_batch: bool = False) -
     except Exception:
         # The model refuses this batch (an index out of range, say): nothing can be compared.
         return "", ""
+    if not all(map(is_plain, eager.values)):
+        return OF_ANOTHER_KIND, ""
     # Only now, when the model's graph is gone: both keep what their backward pass needs.
     fresh = {ref: p.detach().clone().requires_grad_() for ref, p in own.items()}
     try:
@@ -117,6 +122,7 @@ def _outputs(
     sides have to count the same ones, as each draws a part of the cotangent. ``retain``: another
     backward pass may follow.
     """
+    tensors = list(map(dense, tensors))
     smooth = [t.requires_grad and t.is_floating_point() for t in tensors]
     if counted is None:
         counted = smooth
@@ -143,9 +149,7 @@ def _outputs(
 
 def _dense(gradient: Tensor | None) -> Tensor | None:
     """Return a gradient with all its entries, as an embedding may leave out those that are zero."""
-    if gradient is None or gradient.layout == torch.strided:
-        return gradient
-    return gradient.to_dense()
+    return None if gradient is None else dense(gradient)
 
 
 def _gradient_difference(

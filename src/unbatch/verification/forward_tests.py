@@ -300,15 +300,20 @@ def _narrowed(
 # --- equivariance ---------------------------------------------------------------------------------
 
 
-def not_equivariant(experiment: Experiment) -> Counterexample | None:
-    """Return that permuting the samples does more than permute the predictions."""
+def not_equivariant(
+    experiment: Experiment, orders: Sequence[Tensor] | None = None
+) -> Counterexample | None:
+    """Return that permuting the samples does more than permute the predictions.
+
+    ``orders``: the permutations to try; by default some of all samples.
+    """
     if not experiment.repeatable:
         return None
     base = experiment.rows(experiment.base)
     if not base.shape[1]:
         return None
     size = _largest(base) + 1e-37
-    for order in _orders(experiment.samples):
+    for order in orders or _orders(experiment.samples):
         try:
             new = experiment.rows(predict_permuted(experiment, order))
         except Exception:

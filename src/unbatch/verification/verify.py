@@ -19,6 +19,7 @@ from unbatch.verification.counterexample import Counterexample
 from unbatch.verification.experiment import Experiment, Untestable
 from unbatch.verification.forward_tests import cross_sample_dependence, not_equivariant
 from unbatch.verification.frozen_statistics import change_with_frozen_statistics
+from unbatch.verification.groups import not_by_statistics
 from unbatch.verification.loss_experiment import LossExperiment, loss_experiment
 from unbatch.verification.loss_tests import (
     direction_depends_on_index,
@@ -83,6 +84,9 @@ def settle(
     another batch; what was proved about the forward pass is unknown then, as another computation
     may run there.
     """
+    # With objects that hold other tensors than those of the batch, a loss says nothing.
+    if experiment.graph.hides_predictions:
+        return structure
     if difference:
         structure = _withdrawn(structure, difference)
     # Noise that other samples would change is replayed; a replay that differs from the model says
@@ -143,10 +147,9 @@ def _settle_forward(structure: Structure, experiment: Experiment) -> Structure:
     if given_statistics and simd.status != "unknown":
         # Nothing that permuting the samples could refute is open.
         return structure.with_verdicts(independent, simd, given_statistics)
-    difference = not_equivariant(experiment)
-    simd = _refuted(simd, difference)
-    if not _is_grouped(structure, experiment):
-        given_statistics = _refuted(given_statistics, difference)
+    simd = _refuted(simd, not_equivariant(experiment))
+    if not given_statistics and not _is_grouped(structure, experiment):
+        given_statistics = _refuted(given_statistics, not_by_statistics(experiment))
     # Ranks say something only about dependence that is known to be there.
     is_open = given_statistics.status == "unknown" and independent.status == "fails"
     if is_open and _mixing_is_understood(structure, experiment):
@@ -316,7 +319,7 @@ def _check_given_statistics(structure: Structure, experiment: Experiment) -> Che
     verdict = structure.simd_given_statistics
     difference = None
     if not _is_grouped(structure, experiment):
-        difference = not_equivariant(experiment)
+        difference = not_by_statistics(experiment)
     if not verdict or difference is not None:
         return _check(verdict, "permute samples", difference)
     test = "replace all other samples, statistics frozen"

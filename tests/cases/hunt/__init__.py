@@ -18,6 +18,7 @@ FOURTH = (
     "fourth_models_source",
     "fourth_models_library",
     "fourth_models_objects",
+    "fourth_kinds",
     "fourth_losses",
     "fourth_state",
 )

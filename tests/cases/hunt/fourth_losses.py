@@ -223,6 +223,45 @@ table(
 )
 table(
     SUM,
+    BITS,
+    {
+        "over the positives, as a factor": lambda p, y: torch.addcmul(
+            torch.zeros(N), squares(p, y), 1 / y.sum()
+        ).sum(),
+    },
+    True,
+    accept_unknown=True,
+)
+table(
+    SUM,
+    CLASSES,
+    {
+        "classes in balance, summed": lambda p, y: F.cross_entropy(
+            p, y, weight=1 / (1 + F.one_hot(y, D).sum(0)), reduction="sum"
+        ),
+        "margins in balance, summed": lambda p, y: F.multi_margin_loss(
+            p, y, weight=1 / (1 + F.one_hot(y, D).sum(0)), reduction="sum"
+        ),
+    },
+    True,
+    accept_unknown=True,
+)
+table(
+    SUM,
+    BITS,
+    {
+        "a weight each, of the op": lambda p, y: F.binary_cross_entropy(
+            p.sigmoid(), y, weight=torch.arange(1.0, N + 1)[:, None]
+        ),
+        "over each one's own size": lambda p, y: torch.addcdiv(
+            torch.zeros(N), squares(p, y), 1 + p.square().sum(1)
+        ).sum(),
+    },
+    False,
+    accept_unknown=True,
+)
+table(
+    SUM,
     VALUES,
     {
         "error over the size of all targets": weighted_error,

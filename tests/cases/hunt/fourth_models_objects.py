@@ -14,7 +14,7 @@ from torch import distributions, nn
 from torch.nn import functional as F
 
 import unbatch as ub
-from cases.hunt.fourth_models_library import along
+from cases.hunt.fourth_models_library import along, positive
 from cases.hunt.third_losses import OWN, OwnLossCase
 from cases.models.table import MIXED, SIMD, STATISTICS, Net, linear
 from cases.verdicts import FORWARD
@@ -81,6 +81,22 @@ returned(
             lambda n, x: n.linear(x).relu().to_sparse(),
             lambda p, y: F.mse_loss(p.to_dense(), y),
         ),
+        "own: rows of a sparse tensor are returned": (
+            lambda n, x: n.linear(x).relu().to_sparse_csr(),
+            lambda p, y: F.mse_loss(p.to_dense(), y),
+        ),
+        "own: a nested tensor is returned": (
+            lambda n, x: torch.nested.as_nested_tensor([*n.linear(x)], layout=torch.jagged),
+            lambda p, y: F.mse_loss(p.to_padded_tensor(0.0), y),
+        ),
+        "own: a masked tensor is returned": (
+            lambda n, x: positive(n.linear(x)),
+            lambda p, y: (p.to_tensor(0.0) - y).square().mean(),
+        ),
+        "own: an object is returned beside, that nobody reads": (
+            lambda n, x: (n.linear(x), Output(n.norm(x))),
+            lambda p, y: F.mse_loss(p[0], y),
+        ),
         "own: a pair is returned": (
             lambda n, x: (n.linear(x), "words"),
             lambda p, y: F.mse_loss(p[0], y),
@@ -101,6 +117,18 @@ returned(
         "own: a dataclass is returned, with batch norm": (
             lambda n, x: Output(n.norm(n.linear(x))),
             of_logits,
+        ),
+        "own: a dataclass is returned beside, with batch norm": (
+            lambda n, x: (n.linear(x), Output(n.norm(n.linear(x)))),
+            lambda p, y: F.mse_loss(p[0], y) + F.mse_loss(p[1].logits, y),
+        ),
+        "own: a function is returned, with batch norm": (
+            lambda n, x: lambda: n.norm(n.linear(x)),
+            lambda p, y: F.mse_loss(p(), y),
+        ),
+        "own: an iterator is returned, with batch norm": (
+            lambda n, x: iter([n.norm(n.linear(x))]),
+            lambda p, y: F.mse_loss(next(p), y),
         ),
         "own: a namespace is returned, with batch norm": (
             lambda n, x: SimpleNamespace(logits=n.norm(n.linear(x))),
@@ -124,20 +152,20 @@ returned(
 
 
 along(
-    "data in an array beside",
-    STATISTICS,
+    "an array beside, the same for all",
+    SIMD,
     lambda n, x, z: n.linear(x) + torch.as_tensor(z).mean(0),
     (N, D),
     lambda: torch.randn(N, D).numpy(),
-    in_dims=0,
+    in_dims=(0, None),
 )
 along(
-    "data in a dataclass beside",
-    STATISTICS,
+    "a dataclass beside, the same for all",
+    SIMD,
     lambda n, x, z: n.linear(x) + z.logits.mean(0),
     (N, D),
     lambda: Output(torch.randn(N, D)),
-    in_dims=0,
+    in_dims=(0, None),
 )
 along(
     "data in a dict beside",

@@ -38,46 +38,6 @@ WRONG_TODAY = frozenset(
 # The fourth hunt.
 WRONG_FOURTH = frozenset(
     [
-        # What a model returns, or gets, in objects that PyTorch does not open: there are no
-        # predictions then, of which all holds, and data that are never exchanged.
-        "own: own: a law is returned, with batch norm",
-        "own: own: a joint law is returned, with batch norm",
-        "own: own: a dataclass is returned, with batch norm",
-        "own: own: a namespace is returned, with batch norm",
-        "own: own: a law is returned, of others",
-        "own: own: a dataclass is returned, of others",
-        "model: data in an array beside",
-        "model: data in a dataclass beside",
-        # Tensors that are wrappers of others: raw errors.
-        "model: rows of a nested tensor",
-        "model: rows of a nested tensor, by offsets",
-        "model: a layer on a nested tensor",
-        "model: the sum of a masked tensor",
-        "model: mean of a masked tensor",
-        "own: own: a sparse tensor is returned",
-        # Groups that the analysis does not see, refuted by an order that changes them.
-        "model: means of pairs by a matrix",
-        "model: means of pairs by a sparse matrix",
-        "model: means of pairs by pooling",
-        "model: means of pairs, pooled and spread",
-        "model: means of pairs by a convolution",
-        "model: largest of threes by pooling",
-        "model: means of segments",
-        "model: means by running sums",
-        "model: groups beside",
-        # As many statistics as the ranks that are compared, and no more with a larger batch.
-        "model: ridge regression by the Gram matrix",
-        "model: whitened by the Gram matrix",
-        "model: spread around each",
-        "model: ridge of many features",
-        # Views that only Python reads, after a write through another view.
-        "model: a number read through an older view",
-        "model: an answer read through an older view",
-        # Whoever is written last wins, and is taken for a sum.
-        "model: last of all wins on a large board",
-        # Factors that an op takes as its weight, or divisor.
-        "loss: over the positives, as a weight",
-        "loss: over the positives, as a divisor",
         # Attributes that an object of the user's has not got yet, and that no text names.
         "change: an attribute asked forgiveness for",
         "change: an attribute of the model asked forgiveness for",

@@ -950,6 +950,14 @@ def beside(value: Any) -> Callable[[], Data]:
     return lambda: ((torch.randn(N, D), value()), torch.randn(N, D))
 
 
+def in_dims(data):
+    """Of an array, or an object, beside the inputs, which is no sample's."""
+    x, _ = data
+    if isinstance(x, tuple) and len(x) == 2 and isinstance(x[1], np.ndarray | SimpleNamespace):
+        return (0, None), 0
+    return 0
+
+
 def with_scale(n: Any, x: Tensor, other: Any) -> Tensor:
     return n.linear(x) * other.scale
 

@@ -28,7 +28,7 @@ def _(net, x):
     return net.head(torch.cat([x, close], 1))
 
 
-@forward("nearest neighbour in the batch", MIXED)
+@forward("nearest neighbour in the batch", MIXED, accept_unknown=True)
 def _(net, x):
     h = net.linear(x)
     nearest = (torch.cdist(h, h) + 1e3 * torch.eye(N)).argmin(1)
@@ -78,7 +78,13 @@ def _(net, x):
     return net.form(x, net.linear(x))
 
 
-@forward("bilinear form of a sample with its mirror", MIXED, form=lambda: nn.Bilinear(D, D, 3))
+# Or statistics of pairs: the sum of both says what the mirror is.
+@forward(
+    "bilinear form of a sample with its mirror",
+    MIXED,
+    accept_unknown=True,
+    form=lambda: nn.Bilinear(D, D, 3),
+)
 def _(net, x):
     return net.form(x, x.flip(0))
 

@@ -172,6 +172,17 @@ def scaling(call: RuleContext) -> Ownership:
     return tensors[0]
 
 
+@rule("addcmul", "addcdiv", counted="value")
+def added_product(call: RuleContext) -> Ownership:
+    """A sum of one tensor and a product (or a quotient) of two others, times a number."""
+    a, first, second = call.algebra, call["tensor1"], call["tensor2"]
+    kind = "scale"
+    if call.name == "addcdiv" and "predictions" in second.sources:
+        kind = ""  # not linear
+    product = a.pointwise((call.name, repr(call["value"])), first, second, kind=kind)
+    return a.pointwise("add", call["self"], product, kind="add")
+
+
 def cast(call: RuleContext, x: Ownership) -> Ownership:
     """Return ``x`` in another type: in a floating-point one it is still the same number."""
     dtype = call["dtype"]

@@ -60,8 +60,15 @@ def reduced(call: RuleContext, loss: Ownership, reduction: int) -> Ownership:
 def elementwise_loss(call: RuleContext) -> Ownership:
     """One loss per entry of the predictions."""
     name = (call.name, repr(call["beta"] or call["delta"]))
-    loss = call.algebra.pointwise(name, *call.named("self", "input", "target", "weight"))
-    return reduced(call, loss, call["reduction"])
+    loss = call.algebra.pointwise(name, *call.named("self", "input", "target"))
+    return reduced(call, _weighted(call, loss, call.named("weight")), call["reduction"])
+
+
+def _weighted(call: RuleContext, loss: Ownership, weights: Sequence[Ownership]) -> Ownership:
+    """Return losses times their weight, if there is one: a factor, as one outside of the op is."""
+    for weight in weights:
+        loss = call.algebra.pointwise((call.name, "weight"), loss, weight, kind="scale")
+    return loss
 
 
 @rule(
@@ -86,8 +93,11 @@ def nll_loss(call: RuleContext) -> Any:
     if weight is not None:
         weights.append(summary(call, "classes", weight, [0]))
     ignored = call["ignore_index"]
-    loss = a.pointwise(("nll", ignored), picked, y, *weights)
+    loss = a.pointwise(("nll", ignored), picked, y)
+    # The weight of the target's class, and none for a label that is ignored.
     amounts = a.pointwise(("weight", ignored), y, *weights)
+    if weights:
+        loss = _weighted(call, loss, [amounts])
     depends = weight is not None or ignored >= 0 or _ignored_unevenly(call, ignored)
     # PyTorch's default label to ignore is negative: it is no class, and may not occur at all.
     amount = shared((), "count")
@@ -135,10 +145,11 @@ def margin_loss(call: RuleContext) -> Any:
     if len(y.shape) != len(classes.shape):
         y = summary(call, "classes", y, last)
     name = (call.name, repr(call["p"]), repr(call["margin"]))
-    weights = []
+    loss = call.algebra.pointwise(name, classes, y)
     if call["weight"] is not None:
-        weights.append(summary(call, "classes", call["weight"], [0]))
-    loss = call.algebra.pointwise(name, classes, y, *weights)
+        # Of the target's class.
+        weight = summary(call, "classes", call["weight"], [0])
+        loss = _weighted(call, loss, [call.algebra.pointwise("weight", y, weight)])
     # Which classes are targets, of the forms that return it.
     is_target = [with_new_dims(y, shape, len(y.shape), "target") for shape in call.shapes[1:]]
     return [reduced(call, loss, call["reduction"]), *is_target]

@@ -14,6 +14,7 @@ from unbatch.analysis.rules.elementwise import cast
 from unbatch.analysis.rules.registry import (
     EVERY,
     RuleContext,
+    all_mixed,
     numbered,
     pointwise,
     rule,
@@ -104,6 +105,9 @@ def ordering(call: RuleContext) -> Any:
     if not x.owner_varies(dim):
         # Within a sample the order is the sample's own affair.
         return _scanned(call, [dim])
+    if call["sorted"] is False:
+        # In an order that depends on that of the samples.
+        return all_mixed(call, "order")
     # All samples as one statistic: as many numbers as entries for ``sort``, k of them for ``topk``.
     name = (call.name, repr(call["descending"] or call["largest"]))
     # Each rank has a key of its own, so that those that are used can be counted.

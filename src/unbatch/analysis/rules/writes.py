@@ -21,6 +21,7 @@ from unbatch.analysis.domain.ownership import (
     Ownership,
     compress,
     expand,
+    mix,
     reshape,
     shared,
     spell_out,
@@ -219,7 +220,7 @@ def _index_put(call: RuleContext, x: Ownership, accumulate: bool) -> Ownership:
         mask = reshape(mask, (*mask.shape, *[1] * (len(x.shape) - len(mask.shape))))
         return call.algebra.pointwise("where", x, mask, values)
     if len(fixed) == 1 and _are_vectors(call, numbers, [*fixed, *loose]):
-        return _put_anywhere(call, fixed[0], numbers[fixed[0]].reshape(-1), loose)
+        return _put_anywhere(call, fixed[0], numbers[fixed[0]].reshape(-1), loose, accumulate)
     return mixed(call, call.shape, "scattered")
 
 
@@ -247,7 +248,9 @@ def _are_vectors(call: RuleContext, numbers: list[Any], dims: list[int]) -> bool
     return rank == 1
 
 
-def _put_anywhere(call: RuleContext, dim: int, rows: Array, loose: list[int]) -> Ownership:
+def _put_anywhere(
+    call: RuleContext, dim: int, rows: Array, loose: list[int], accumulate: bool
+) -> Ownership:
     """A vector of values, at ``rows`` along ``dim``, and anywhere along the dims in ``loose``.
 
     An example, ``x[arange(n), y] = 1`` for labels ``y``: row n depends on label n, as a whole.
@@ -259,6 +262,12 @@ def _put_anywhere(call: RuleContext, dim: int, rows: Array, loose: list[int]) ->
         a.pointwise("place", *operands)
         return mixed(call, call.shape, "scattered")
     landing = expand(a.pointwise("place", *operands, values), (len(rows),))
+    # Of several values that land at one place the last stays, unless they are added up or all one.
+    if not accumulate and math.prod(values.shape) > 1:
+        in_turn = _in_turn(landing, rows)
+        if in_turn is None:
+            return mixed(call, call.shape, "scattered")
+        landing = in_turn
     by_row = scattered(a, shared((x.shape[dim],), "nothing"), rows, landing, accumulate=True)
     # By row, and plain along the loose dims: each entry there may be hit, by its index.
     column = [1] * len(x.shape)
@@ -268,3 +277,17 @@ def _put_anywhere(call: RuleContext, dim: int, rows: Array, loose: list[int]) ->
     for d in loose:
         shape[d] = x.shape[d]
     return a.pointwise(call.title, x, replace(by_row, shape=tuple(shape)))
+
+
+def _in_turn(landing: Ownership, rows: Array) -> Ownership | None:
+    """What is written to ``rows``, one after the other, by its turn among those of the same row.
+
+    None where values of several samples are written to one row.
+    """
+    landing = spell_out(landing)
+    turns = np.zeros(len(rows), dtype=np.uint64)
+    for run in _equal_runs(rows):
+        if len(run) > 1 and len(np.unique(landing.owner[run])) > 1:
+            return None
+        turns[run] = np.arange(len(run))
+    return replace(landing, key=mix(landing.key, turns))
