@@ -520,6 +520,12 @@ MSG_MATRIX_NOT_FINITE = (
 )
 
 
+MSG_JOINED = (
+    "{what} would need a sample axis in all outputs: {outputs} has none, and the loss is not linear "
+    "in it, so the Gauss-Newton matrix is no sum over samples. Quantities of the whole batch exist."
+)
+
+
 MSG_NO_COMPONENTS = (
     "{what} would need a loss that is a sum over the samples (reduction: {why}, see "
     "problem.structure): the second derivative of this loss has no parts that belong to samples. "

@@ -19,6 +19,7 @@ from unbatch.analysis.structure_tables import (
     culprit_part,
     follows_part,
     heading,
+    joined_part,
     remarks,
     verdict_table,
 )
@@ -49,7 +50,8 @@ class BatchStatistic:
 class Structure:
     """The structure of one loss on one batch.
 
-    ``predictions``: their shapes. ``assumptions``: modules and ops that the user declared to act on
+    ``predictions``: their shapes. ``joined``: in words, those that parameters move and that have no
+    axis of samples. ``assumptions``: modules and ops that the user declared to act on
     each sample alone. ``custom_rules``: ops whose rule was registered from outside.
     ``unknown_ops``: ops without a rule.
     """
@@ -63,6 +65,7 @@ class Structure:
     samples: int
     predictions: tuple[tuple[int, ...], ...]
     statistics: tuple[BatchStatistic, ...] = ()
+    joined: tuple[str, ...] = ()
     assumptions: tuple[str, ...] = ()
     custom_rules: tuple[str, ...] = ()
     unknown_ops: tuple[str, ...] = ()
@@ -80,6 +83,11 @@ class Structure:
         for statistic in self.statistics:
             size += statistic.size
         return size
+
+    @property
+    def joined_in_words(self) -> str:
+        """The outputs without an axis of samples, one after the other."""
+        return " and ".join(self.joined)
 
     @property
     def statuses(self) -> dict[str, str]:
@@ -142,6 +150,7 @@ class Structure:
             heading(self.samples, self.predictions),
             verdict_table(self.verdicts),
             *culprit_part(self.verdicts),
+            *joined_part(self.joined),
             *remarks(self.assumptions, self.custom_rules, self.unknown_ops, self.notes),
             follows_part(self.follows()),
         )
@@ -164,6 +173,7 @@ class Structure:
         return {
             "samples": self.samples,
             "predictions": [list(shape) for shape in self.predictions],
+            "joined": list(self.joined),
             "verdicts": {v.name: v.to_dict() for v in self.verdicts},
             "statistics": [vars(s) for s in self.statistics],
             "statistics_size": self.statistics_size,

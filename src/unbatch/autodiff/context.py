@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from unbatch.analysis.domain.ownership import Ownership
-from unbatch.analysis.domain.sample_layout import prediction_dim
 from unbatch.analysis.interpreter import Interpretation, interpret
 from unbatch.analysis.number_facts import Fact
+from unbatch.analysis.outputs import is_number, joined_outputs, sample_axes
 from unbatch.analysis.policy import Mixed, Policy
 from unbatch.autodiff.planner import BackwardPlan, plan_backward, spread
 from unbatch.autodiff.schedule import Operands, Schedule
@@ -98,12 +98,26 @@ class Context:
     @cached_property
     def axes(self) -> dict[int, int]:
         """Prediction -> the axis along which its samples lie."""
-        axes: dict[int, int] = {}
+        ownership = self.interpretation.ownership
+        return sample_axes(self.graph, ownership, self.samples, self.leading)
+
+    @cached_property
+    def joined(self) -> tuple[int, ...]:
+        """Outputs that the loss reads and parameters move, and that have no axis of samples."""
+        return joined_outputs(self.graph, self.interpretation.ownership, self.axes)
+
+    @cached_property
+    def outputs(self) -> tuple[int, ...]:
+        """All outputs by which the loss is differentiated: what the Gauss-Newton matrix is about.
+
+        In the order of the model.
+        """
+        outputs: dict[int, None] = {}
         for ref in self.graph.used_predictions:
-            dim = prediction_dim(self.interpretation[ref], self.samples, self.leading)
-            if dim is not None:
-                axes[ref.index] = dim
-        return axes
+            with_axis = ref.index in self.axes and is_number(self.graph, ref.index)
+            if with_axis or ref.index in self.joined:
+                outputs[ref.index] = None
+        return tuple(outputs)
 
     @property
     def own_loss(self) -> bool:

@@ -57,13 +57,13 @@ class Linearised(ABC):
     """``J`` at the parameters of this moment, after one forward pass that is kept."""
 
     leaves: dict[str, Tensor]  # parameters, by name
-    outputs: dict[int, Tensor]  # predictions, connected to the leaves
-    inner: dict[int, Tensor]  # values beside the predictions that the loss reads
+    outputs: dict[int, Tensor]  # those that the loss reads, connected to the leaves
+    inner: dict[int, Tensor]  # values beside the outputs that the loss reads
     all_outputs: dict[int, Tensor]  # all that the model returned, detached
 
     @property
     def predictions(self) -> dict[int, Tensor]:
-        """Return values by number in the graph."""
+        """Return the values of the outputs, by number in the graph."""
         return detached(self.outputs)
 
     @abstractmethod
@@ -149,7 +149,7 @@ class LinearisedGraph(Linearised):
                 steps=graph.forward_steps,
             )
         values = dict(zip(self.schedule.read_afterwards, tensors, strict=True))
-        self.outputs = subset(values, self.plan.predictions)
+        self.outputs = subset(values, self.context.outputs)
         self.inner = detached(subset(values, self.schedule.inner))
         self.all_outputs = {}
         for ref in graph.predictions:
@@ -168,7 +168,7 @@ class LinearisedGraph(Linearised):
     @cached_property
     def _shared(self) -> frozenset[int]:
         """Memories that are written to and seen through several windows."""
-        return seen_through_older_windows(self.context.graph, self.plan.predictions)
+        return seen_through_older_windows(self.context.graph, self.context.outputs)
 
     def _recording_substitutes(self) -> dict[int, Callable[..., Any]]:
         """Return what keeps the arguments of every step that derivatives go through."""
@@ -396,7 +396,7 @@ class LinearisedModel(Linearised):
     def __init__(self, context: Context, parameters: Mapping[str, Tensor]) -> None:
         ran = eager.run(context, parameters, twice=True)
         self.context = context
-        self.leaves, self.outputs, self.inner = dict(parameters), ran.predictions, ran.inner
+        self.leaves, self.outputs, self.inner = dict(parameters), ran.outputs, ran.inner
         self.all_outputs = detached(ran.values)
         self._random_state = ran.state
 

@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from unbatch.analysis.domain.ownership import Ownership
-from unbatch.analysis.domain.sample_layout import Layout, Scattered, layout_of, prediction_dim
+from unbatch.analysis.domain.sample_layout import Layout, Scattered, layout_of
 from unbatch.analysis.interpreter import Interpretation
+from unbatch.analysis.outputs import joined_outputs, sample_axes
 from unbatch.autodiff.dependence import (
     Dependence,
     OwnedGraph,
@@ -74,6 +75,7 @@ class BackwardPlan:
     samples: int
     parameters: Mapping[int, str]
     predictions: Mapping[int, int]  # prediction -> its sample axis
+    joined: tuple[int, ...]  # outputs without such an axis
     # What depends on the parameters, and how (``dependence.py``).
     theta: frozenset[int]
     frozen: frozenset[int]
@@ -130,14 +132,11 @@ def plan_backward(
     for i, value in enumerate(graph.values):
         if value.kind == "parameters" and value.name in chosen:
             parameters[i] = value.name
-    predictions: dict[int, int] = {}
-    for ref in graph.used_predictions:
-        dim = prediction_dim(interpretation[ref], samples, leading)
-        if dim is not None:
-            predictions[ref.index] = dim
+    predictions = sample_axes(graph, interpretation.ownership, samples, leading)
     owned = OwnedGraph(graph, interpretation, samples, leading)
     dependence = find_dependence(owned, parameters, predictions, freeze=by == "frozen")
-    return _Planner(owned, dependence, by, parameters, predictions).plan()
+    joined = joined_outputs(graph, interpretation.ownership, predictions)
+    return _Planner(owned, dependence, by, parameters, predictions, joined).plan()
 
 
 @dataclass
@@ -149,6 +148,7 @@ class _Planner:
     by: str
     parameters: dict[int, str]
     predictions: dict[int, int]
+    joined: tuple[int, ...]
     sites: list[Site] = field(default_factory=list)
     chain: dict[int, bool] = field(default_factory=dict)
     projections: dict[int, int] = field(default_factory=dict)
@@ -176,6 +176,7 @@ class _Planner:
             samples=self.owned.samples,
             parameters=self.parameters,
             predictions=self.predictions,
+            joined=self.joined,
             theta=self.dependence.theta,
             frozen=self.dependence.frozen,
             frozen_norms=self.dependence.frozen_norms,

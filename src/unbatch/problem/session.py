@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import keystr, tree_leaves_with_path
 
 from unbatch import errors
 from unbatch.analysis.domain.ownership import Ownership
 from unbatch.analysis.inference import AnalysisState, infer_structure
 from unbatch.analysis.initial import initial_ownership
+from unbatch.analysis.outputs import joined_outputs, sample_axes
 from unbatch.analysis.rules import registry
 from unbatch.analysis.structure import Structure
 from unbatch.autodiff.context import Context
@@ -28,6 +30,7 @@ from unbatch.capture import program as capture
 from unbatch.capture.graph import Graph, HostRead
 from unbatch.capture.isolation import generators_in, random_state
 from unbatch.capture.program import Program
+from unbatch.capture.steps import is_ref
 from unbatch.errors import StructureError
 from unbatch.gradients.request import recorded_precision
 from unbatch.problem.recording import Batch, Recording, numbers_of, state_of
@@ -190,7 +193,29 @@ def infer(recording: Recording) -> Inference:
     # Where no verdict depended on a host read, the other paths were not searched and do not matter.
     if paths.graph is not None and paths.graph is not recording.graph:
         structure = structure.no_more_than(inferred(paths.graph)[0])
+    structure = replace(structure, joined=_joined_in_words(recording, findings))
     return Inference(recording, findings.forward.graph, structure, findings)
+
+
+def _joined_in_words(recording: Recording, findings: AnalysisState) -> tuple[str, ...]:
+    """Return the outputs without an axis of samples, by their place in what the model returns."""
+    graph, ownership = findings.forward.graph, findings.forward.ownership
+    axes = sample_axes(graph, ownership, recording.batch.samples, findings.leading)
+    joined = joined_outputs(graph, ownership, axes)
+    if not joined:
+        return ()
+    places: dict[int, str] = {}
+    for path, leaf in tree_leaves_with_path(recording.skeleton, is_leaf=is_ref):
+        if is_ref(leaf):
+            places[leaf.index] = f"output{keystr(path)}"
+    words = []
+    for i in joined:
+        value = graph.values[i]
+        place = places.get(i)
+        if place is None:  # the loss of the model's own is cut there
+            place = f"the value made in {graph.steps[value.step].place}"
+        words.append(f"{place} of shape {list(value.shape)}")
+    return tuple(words)
 
 
 def fidelity_of(experiment: Experiment) -> Fidelity:
@@ -309,8 +334,9 @@ class Session:
     def at_the_cut(self) -> Any:
         """Return the values that the loss of a model with its own loss is cut at."""
         context = self.analysis.context
-        # In the order of their axes of samples, which is that of the structure.
-        values = list(context.numbers(list(context.axes)).values())
+        # In the order of the structure, which shows them.
+        cut = list(dict.fromkeys(ref.index for ref in context.graph.used_predictions))
+        values = list(context.numbers(cut).values())
         return values[0] if len(values) == 1 else tuple(values)
 
     def check_connected(self) -> None:
