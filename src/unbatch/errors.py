@@ -521,7 +521,7 @@ MSG_MATRIX_NOT_FINITE = (
 
 
 MSG_JOINED = (
-    "{what} would need a sample axis in all outputs: {outputs} has none, and the loss is not linear "
+    "{what} would need outputs with a sample axis: {outputs} has none, and the loss is not linear "
     "in it, so the Gauss-Newton matrix is no sum over samples. Quantities of the whole batch exist."
 )
 

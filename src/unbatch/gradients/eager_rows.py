@@ -154,7 +154,7 @@ class EagerRows(Source):
         return rest
 
     def _with_constant_outputs(self) -> Any:
-        """Return the model's output with all outputs detached by which the loss is differentiated."""
+        """Return the model's output with all detached by which the loss is differentiated."""
         # The loss sees the same structure; what is no such output stays connected.
         leaves, spec = tree_flatten(self.output)
         # The graph lists the predictions in the order of the tensors among the leaves.
