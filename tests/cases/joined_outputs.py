@@ -227,6 +227,17 @@ def _() -> Any:
     return Net(lambda net, x: (net.layers(x), net.scale)), points(N)
 
 
+@case("a parameter as an output, and noise in the loss", lambda o: _with_noise(*o))
+def _() -> Any:
+    return Net(lambda net, x: (net.layers(x), net.scale)), points(N)
+
+
+def _with_noise(z: Tensor, scale: Tensor) -> Tensor:
+    # The noise is drawn with a seed of its own, and recorded all the same.
+    noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).double()
+    return ((z + noise) * scale).square().mean()
+
+
 @case("the mean of the predictions", lambda o: labelled(o[0]) + o[1].square().sum())
 def _() -> Any:
     def returned(net: Net, x: Tensor) -> Any:

@@ -51,9 +51,9 @@ class Structure:
     """The structure of one loss on one batch.
 
     ``predictions``: their shapes. ``joined``: in words, those that parameters move and that have no
-    axis of samples. ``assumptions``: modules and ops that the user declared to act on
-    each sample alone. ``custom_rules``: ops whose rule was registered from outside.
-    ``unknown_ops``: ops without a rule.
+    axis of samples; ``divides``: some output has one. ``assumptions``: modules and ops that the
+    user declared to act on each sample alone. ``custom_rules``: ops whose rule was registered from
+    outside. ``unknown_ops``: ops without a rule.
     """
 
     canonical_split: Verdict
@@ -66,6 +66,7 @@ class Structure:
     predictions: tuple[tuple[int, ...], ...]
     statistics: tuple[BatchStatistic, ...] = ()
     joined: tuple[str, ...] = ()
+    divides: bool = True
     assumptions: tuple[str, ...] = ()
     custom_rules: tuple[str, ...] = ()
     unknown_ops: tuple[str, ...] = ()
@@ -113,12 +114,18 @@ class Structure:
         """
         # Worked out anew each time: the table is small, and a structure stays plain data.
         if quantity is None:
-            return consequences.follows(self.statuses)
+            return tuple(map(self._beside_joined, consequences.follows(self.statuses)))
         try:
-            return consequences.consequence(quantity, self.statuses)
+            return self._beside_joined(consequences.consequence(quantity, self.statuses))
         except KeyError as error:
             # ``str`` of a KeyError is the repr of its message: quotation marks around a sentence.
             raise InputError(error.args[0]) from None
+
+    def _beside_joined(self, consequence: Consequence) -> Consequence:
+        if not self.joined:
+            return consequence
+        words = self.joined_in_words
+        return consequences.beside_joined_outputs(consequence, words, self.divides)
 
     def with_verdicts(self, *verdicts: Verdict) -> Structure:
         """Return the structure with these verdicts in place of those of the same name."""

@@ -8,7 +8,7 @@ plans, and nothing is recorded again. The recording itself is in ``recording.py`
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -193,23 +193,23 @@ def infer(recording: Recording) -> Inference:
     # Where no verdict depended on a host read, the other paths were not searched and do not matter.
     if paths.graph is not None and paths.graph is not recording.graph:
         structure = structure.no_more_than(inferred(paths.graph)[0])
-    structure = replace(structure, joined=_joined_in_words(recording, findings))
-    return Inference(recording, findings.forward.graph, structure, findings)
-
-
-def _joined_in_words(recording: Recording, findings: AnalysisState) -> tuple[str, ...]:
-    """Return the outputs without an axis of samples, by their place in what the model returns."""
     graph, ownership = findings.forward.graph, findings.forward.ownership
-    axes = sample_axes(graph, ownership, recording.batch.samples, findings.leading)
+    axes = sample_axes(graph, ownership, batch.samples, findings.leading)
     joined = joined_outputs(graph, ownership, axes)
-    if not joined:
-        return ()
+    if joined:
+        words = _in_words(joined, recording.skeleton, graph)
+        structure = replace(structure, joined=words, divides=bool(axes))
+    return Inference(recording, graph, structure, findings)
+
+
+def _in_words(outputs: Sequence[int], skeleton: Any, graph: Graph) -> tuple[str, ...]:
+    """Return outputs by their place in what the model returns, or in a model with its own loss."""
     places: dict[int, str] = {}
-    for path, leaf in tree_leaves_with_path(recording.skeleton, is_leaf=is_ref):
+    for path, leaf in tree_leaves_with_path(skeleton, is_leaf=is_ref):
         if is_ref(leaf):
             places[leaf.index] = f"output{keystr(path)}"
     words = []
-    for i in joined:
+    for i in outputs:
         value = graph.values[i]
         place = places.get(i)
         if place is None:  # the loss of the model's own is cut there
