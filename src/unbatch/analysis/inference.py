@@ -22,7 +22,7 @@ from unbatch.analysis.rules import registry
 from unbatch.analysis.structure import Structure
 from unbatch.analysis.verdict import Verdict
 from unbatch.capture.graph import SIZE_READ, Graph, HostRead
-from unbatch.capture.sample_axes import SampleAxes
+from unbatch.capture.sample_axes import Fold
 from unbatch.capture.steps import Ref, Step
 
 # What the loss may depend on without depending on a prediction.
@@ -72,7 +72,7 @@ def infer_structure(
     target_dims: Sequence[int | None],
     assumed: Sequence[str] = (),
     harmless: Callable[[HostRead], bool] = lambda read: False,
-    fold: SampleAxes | None = None,
+    fold: Fold | None = None,
 ) -> tuple[Structure, AnalysisState]:
     """Interpret model and loss and return what is proved about them.
 
@@ -122,7 +122,7 @@ def _cut_own_loss(
     forward: Interpretation,
     dims: Sequence[int | None],
     assumed: Sequence[str],
-    fold: SampleAxes | None,
+    fold: Fold | None,
 ) -> tuple[Interpretation, list[Step]]:
     """Return the forward pass of a model that computes its own loss, cut where the loss begins.
 
@@ -130,7 +130,7 @@ def _cut_own_loss(
     """
     graph, parameter_steps = split(forward.graph, forward)
     forward = replace(forward, graph=graph)
-    if fold is None:
+    if fold is None or not fold.of_outputs:
         return forward, parameter_steps
     # Folding inserts steps, so the numbers of all values change with it.
     graph = folded(graph, forward, fold)

@@ -22,7 +22,7 @@ from unbatch.capture.graph import Graph, HostRead
 from unbatch.capture.isolation import storage_of, untouched
 from unbatch.capture.python_values import Functions
 from unbatch.capture.reachable import Reachable
-from unbatch.capture.sample_axes import SampleAxes
+from unbatch.capture.sample_axes import Fold
 from unbatch.capture.steps import Ref, Step
 from unbatch.capture.tracer import Recorder, entry
 from unbatch.capture.trees import apart, tensors_in
@@ -42,7 +42,7 @@ class Program:
     loss: Callable[..., Any] | None
     parameters: Mapping[str, Tensor]
     functional: bool = False
-    fold: SampleAxes | None = None
+    fold: Fold | None = None
     data: Sequence[Any] = ()
     # The last walks from here, by how many objects each began at: kept, as a look whether one is
     # still right costs less than another.

@@ -33,6 +33,7 @@ from unbatch.curvature.low_rank import (
 from unbatch.curvature.sampled_root import likelihood, sampled
 from unbatch.curvature.truncation import DiagonalResidual, GramResidual, truncated_basis
 from unbatch.errors import (
+    MSG_COMPLEX_OUTPUT,
     MSG_JOINED,
     MSG_MATRIX_NOT_FINITE,
     MSG_NO_BLOCKS,
@@ -176,6 +177,7 @@ class Curvature:
         """Return the loss at the predictions."""
         if self._loss is None:
             lin = self.linearised
+            _check_real(lin.predictions)
             self._loss = LossAt(self.request.context, lin.predictions, lin.inner, lin.all_outputs)
         return self._loss
 
@@ -190,7 +192,9 @@ class Curvature:
             return
         statistics = None if rows else self._statistics_ahead(compressed)
         if statistics is None:
-            self._loss = source.loss
+            loss = source.loss
+            _check_real(loss.predictions)
+            self._loss = loss
         elif self._linearised is None:
             self._linearised = statistics.free
 
@@ -338,6 +342,12 @@ class Curvature:
         if cost and self._route.statistics is not None:
             return cost.statistics + 2 * columns, cost.reason
         return columns * passes, cost.reason
+
+
+def _check_real(outputs: Mapping[int, Tensor]) -> None:
+    for t in outputs.values():
+        if t.is_complex():
+            raise StructureError(MSG_COMPLEX_OUTPUT.format(dtype=t.dtype))
 
 
 # --- columns that run through all samples ---------------------------------------------------------
