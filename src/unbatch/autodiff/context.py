@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from unbatch.analysis.domain.ownership import Ownership
 from unbatch.analysis.interpreter import Interpretation, interpret
 from unbatch.analysis.number_facts import Fact
-from unbatch.analysis.outputs import is_number, joined_outputs, sample_axes
+from unbatch.analysis.outputs import Outputs
 from unbatch.analysis.policy import Mixed, Policy
 from unbatch.autodiff.planner import BackwardPlan, plan_backward, spread
 from unbatch.autodiff.schedule import Operands, Schedule
@@ -38,8 +38,9 @@ class Context:
     """A recording with its interpretation and its batch, and what is known of its derivatives.
 
     ``owners``: those of the values that the recording starts from; ``leading``: samples lie
-    along the first axis of the inputs. ``faithful``: the recording has the derivatives of the
-    model; ``split``: parameters reach the loss through the predictions only.
+    along the first axis of the inputs; ``outputs``: those that the loss reads. ``faithful``: the
+    recording has the derivatives of the model; ``split``: parameters reach the loss through the
+    predictions only.
     """
 
     program: Program
@@ -48,6 +49,7 @@ class Context:
     owners: Mapping[int, Ownership]
     samples: int
     leading: bool
+    outputs: Outputs
     inputs: Any
     targets: Any
     skeleton: Any  # what the model returned, with references in place of tensors
@@ -95,29 +97,10 @@ class Context:
 
     # -- the recording --
 
-    @cached_property
-    def axes(self) -> dict[int, int]:
+    @property
+    def axes(self) -> Mapping[int, int]:
         """Prediction -> the axis along which its samples lie."""
-        ownership = self.interpretation.ownership
-        return sample_axes(self.graph, ownership, self.samples, self.leading)
-
-    @cached_property
-    def joined(self) -> tuple[int, ...]:
-        """Outputs that the loss reads and parameters move, and that have no axis of samples."""
-        return joined_outputs(self.graph, self.interpretation.ownership, self.axes)
-
-    @cached_property
-    def outputs(self) -> tuple[int, ...]:
-        """All outputs by which the loss is differentiated: what the Gauss-Newton matrix is about.
-
-        In the order of the model.
-        """
-        outputs: dict[int, None] = {}
-        for ref in self.graph.used_predictions:
-            with_axis = ref.index in self.axes and is_number(self.graph, ref.index)
-            if with_axis or ref.index in self.joined:
-                outputs[ref.index] = None
-        return tuple(outputs)
+        return self.outputs.axes
 
     @property
     def own_loss(self) -> bool:

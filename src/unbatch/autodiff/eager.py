@@ -49,7 +49,9 @@ class EagerModel:
     @property
     def outputs(self) -> dict[int, Tensor]:
         """Those that the loss reads, as far as they are connected to the parameters."""
-        return {i: self.values[i] for i in self.context.outputs if self.values[i].requires_grad}
+        return {
+            i: self.values[i] for i in self.context.outputs.smooth if self.values[i].requires_grad
+        }
 
     @property
     def predictions(self) -> dict[int, Tensor]:
@@ -104,9 +106,9 @@ def _run_with_loss(context: Context, parameters: Mapping[str, Tensor]) -> EagerM
         raise StructureError(
             MSG_INNER_LOSS.format(why="parameters reach the loss beside them as well")
         )
-    inner = graph.read_by_loss(context.outputs)
+    inner = graph.read_by_loss(context.outputs.smooth)
     # Predictions whose sample axes were flattened lie in the model as they were before.
-    in_model = {i: graph.folded.get(i, i) for i in context.outputs}
+    in_model = {i: graph.folded.get(i, i) for i in context.outputs.smooth}
     numbers = context.numbers([*in_model.values(), *inner])
     finder = ValueFinder(subset(numbers, in_model.values()))
     # Nothing is known of where in the model they are: every result is compared.
@@ -117,7 +119,7 @@ def _run_with_loss(context: Context, parameters: Mapping[str, Tensor]) -> EagerM
         if original in finder.tensors:
             predictions[i] = _as_predicted(context, i, finder.tensors[original])
     model = EagerModel(context, output, predictions, subset(numbers, inner), state)
-    if len(predictions) < len(context.outputs):
+    if len(predictions) < len(context.outputs.smooth):
         raise StructureError(
             MSG_INNER_LOSS.format(why="no tensor in the model has their recorded values")
         )

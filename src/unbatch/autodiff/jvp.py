@@ -149,7 +149,7 @@ class LinearisedGraph(Linearised):
                 steps=graph.forward_steps,
             )
         values = dict(zip(self.schedule.read_afterwards, tensors, strict=True))
-        self.outputs = subset(values, self.context.outputs)
+        self.outputs = subset(values, self.context.outputs.smooth)
         self.inner = detached(subset(values, self.schedule.inner))
         self.all_outputs = {}
         for ref in graph.predictions:
@@ -168,7 +168,7 @@ class LinearisedGraph(Linearised):
     @cached_property
     def _shared(self) -> frozenset[int]:
         """Memories that are written to and seen through several windows."""
-        return seen_through_older_windows(self.context.graph, self.context.outputs)
+        return seen_through_older_windows(self.context.graph, self.context.outputs.smooth)
 
     def _recording_substitutes(self) -> dict[int, Callable[..., Any]]:
         """Return what keeps the arguments of every step that derivatives go through."""

@@ -73,7 +73,7 @@ class LossAt:
     @property
     def slope_of_joined(self) -> dict[int, Tensor]:
         """The part by outputs without an axis of samples, which rows leave to the rest."""
-        return {i: g for i, g in self.slope.items() if i in self.context.joined}
+        return {i: g for i, g in self.slope.items() if i in self.context.outputs.joined}
 
     def _value(self) -> tuple[Tensor, dict[int, Tensor]]:
         return loss_value(self.context, self.predictions, self.inner, self.outputs, self.replayed)

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from unbatch.analysis.domain.ownership import Ownership
 from unbatch.analysis.domain.sample_layout import Layout, Scattered, layout_of
 from unbatch.analysis.interpreter import Interpretation
-from unbatch.analysis.outputs import joined_outputs, sample_axes
+from unbatch.analysis.outputs import Outputs
 from unbatch.autodiff.dependence import (
     Dependence,
     OwnedGraph,
@@ -132,11 +132,10 @@ def plan_backward(
     for i, value in enumerate(graph.values):
         if value.kind == "parameters" and value.name in chosen:
             parameters[i] = value.name
-    predictions = sample_axes(graph, interpretation.ownership, samples, leading)
+    outputs = Outputs.of(graph, interpretation.ownership, samples, leading)
     owned = OwnedGraph(graph, interpretation, samples, leading)
-    dependence = find_dependence(owned, parameters, predictions, freeze=by == "frozen")
-    joined = joined_outputs(graph, interpretation.ownership, predictions)
-    return _Planner(owned, dependence, by, parameters, predictions, joined).plan()
+    dependence = find_dependence(owned, parameters, outputs.axes, freeze=by == "frozen")
+    return _Planner(owned, dependence, by, parameters, outputs).plan()
 
 
 @dataclass
@@ -147,8 +146,7 @@ class _Planner:
     dependence: Dependence
     by: str
     parameters: dict[int, str]
-    predictions: dict[int, int]
-    joined: tuple[int, ...]
+    outputs: Outputs
     sites: list[Site] = field(default_factory=list)
     chain: dict[int, bool] = field(default_factory=dict)
     projections: dict[int, int] = field(default_factory=dict)
@@ -169,14 +167,14 @@ class _Planner:
                 self._place(step, outs, reads)
         unsplit: list[int] = []
         if self.by == "component":
-            unsplit += [p for p in self.predictions if not self.dependence.is_separate(p)]
+            unsplit += [p for p in self.outputs.axes if not self.dependence.is_separate(p)]
         return BackwardPlan(
             by=self.by,
             by_place=self.owned.interpretation.by_place,
             samples=self.owned.samples,
             parameters=self.parameters,
-            predictions=self.predictions,
-            joined=self.joined,
+            predictions=self.outputs.axes,
+            joined=self.outputs.joined,
             theta=self.dependence.theta,
             frozen=self.dependence.frozen,
             frozen_norms=self.dependence.frozen_norms,
@@ -302,7 +300,7 @@ class _Planner:
         if is_bias and not fits:
             return None
         users = [s for s in self.owned.graph.steps if out in values_read(s)]
-        if out in self.predictions or len(users) != 1:
+        if out in self.outputs.axes or len(users) != 1:
             return None
         (norm,) = users
         reads_it_first = norm.refs()[0].index == out

@@ -229,8 +229,10 @@ class _Search:
         A saturated softmax has next to no curvature, and PyTorch has it as the difference of terms
         as large as where it is not: at predictions of zero.
         """
-        zeros = {i: torch.zeros_like(t) for i, t in self.loss.predictions.items()}
         v, product = self.probes[1]
+        if self.dims is None:  # what joins samples need not exist elsewhere, as a determinant
+            return torch.zeros_like(self._sizes(product))
+        zeros = {i: torch.zeros_like(t) for i, t in self.loss.predictions.items()}
         elsewhere = self._sizes(replace(self.loss, predictions=zeros).hessian_times(v))
         terms = torch.maximum(self._sizes(product), elsewhere.nan_to_num(0, 0, 0))
         return CANCELLED * torch.finfo(terms.dtype).eps * terms
@@ -306,8 +308,8 @@ class _Search:
         # What joins everything has one block, of any symmetric matrix: there is nothing to guess.
         is_whole = self.dims is None and axis is None
         # One block has to be decomposed, and all of them kept: half a gigabyte.
-        largest = LARGEST_JOINT if is_whole else LARGEST_BLOCK
-        if c > largest or n * t * c * c > LARGEST_BLOCK**2 * 64:
+        most = LARGEST_JOINT if is_whole else LARGEST_BLOCK
+        if c > most or n * t * c * c > LARGEST_BLOCK**2 * 64:
             return None
         block = self.probes[0][0][next(iter(self.shapes))].new_zeros(n, t, c, c)
         for j in range(c):
@@ -320,8 +322,10 @@ class _Search:
         block[lost] = 0  # there are no eigenvalues of what is not finite
         values, vectors = _largest_first(*torch.linalg.eigh((block + block.mT) / 2))
         # Relative to each block: a sample with a small loss has small eigenvalues.
-        size = values.abs()
-        nonzero = size > c * torch.finfo(values.dtype).eps * size.amax(-1, keepdim=True)
+        size, entries, largest = values.abs(), c, values.abs().amax(-1, keepdim=True)
+        if self.dims is None:  # blocks of one sample, the batch
+            entries, largest = t * c, size.amax()
+        nonzero = size > entries * torch.finfo(values.dtype).eps * largest
         values = values * nonzero
         # Blocks of lower rank than the others are filled up with columns of zeros.
         rank = 0

@@ -161,7 +161,7 @@ class Curvature:
         context = self.request.context
         if not self.structure.reduction or not context.axes:
             return False
-        return not context.joined or is_linear_in(self.loss, context.joined)
+        return not context.outputs.joined or is_linear_in(self.loss, context.outputs.joined)
 
     # -- forward passes --
 

@@ -161,7 +161,7 @@ class EagerRows(Source):
         indices = iter(ref.index for ref in self.context.graph.predictions)
         detached = []
         for leaf in leaves:
-            if isinstance(leaf, Tensor) and next(indices) in self.context.outputs:
+            if isinstance(leaf, Tensor) and next(indices) in self.context.outputs.smooth:
                 leaf = leaf.detach()
             detached.append(leaf)
         return tree_unflatten(detached, spec)
@@ -175,9 +175,9 @@ def _replay(context: Context, leaves: Mapping[str, Tensor]) -> eager.EagerModel:
         if value.kind == "parameters" and value.name in leaves:
             feed[i] = leaves[value.name]
     # The outputs of the loss, what it reads beside them, and all that is returned.
-    read = graph.read_by_loss(context.outputs)
+    read = graph.read_by_loss(context.outputs.smooth)
     predictions = [ref.index for ref in graph.predictions]
-    indices = list(dict.fromkeys([*context.outputs, *read, *predictions]))
+    indices = list(dict.fromkeys([*context.outputs.smooth, *read, *predictions]))
     with torch.enable_grad():
         outputs = graph.run(feed, indices, steps=graph.forward_steps)
     values = dict(zip(indices, outputs, strict=True))

@@ -175,7 +175,7 @@ class ReplayedRows(Source):
 
     def _fixed_outputs(self) -> dict[int, Tensor]:
         """Return the outputs by which the loss is differentiated, as constants."""
-        return subset(self.sweep.outputs, self.context.outputs)
+        return subset(self.sweep.outputs, self.context.outputs.smooth)
 
     def _ones(self) -> Tensor:
         """Return weights that count every sample once, ``[N]``."""
@@ -398,7 +398,7 @@ class ReplayedRows(Source):
 
     def _through_joined_outputs(self) -> dict[str, Tensor]:
         # Nothing is evaluated where there are none, as is usual.
-        cotangents = self.loss.slope_of_joined if self.context.joined else {}
+        cotangents = self.loss.slope_of_joined if self.context.outputs.joined else {}
         if not cotangents:
             return {}
         return without_zeros(LinearisedGraph(self.context, self.parameters).pull(cotangents))

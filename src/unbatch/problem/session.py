@@ -21,7 +21,7 @@ from unbatch import errors
 from unbatch.analysis.domain.ownership import Ownership
 from unbatch.analysis.inference import AnalysisState, infer_structure
 from unbatch.analysis.initial import initial_ownership
-from unbatch.analysis.outputs import joined_outputs, sample_axes
+from unbatch.analysis.outputs import Outputs
 from unbatch.analysis.rules import registry
 from unbatch.analysis.structure import Structure
 from unbatch.autodiff.context import Context
@@ -48,6 +48,7 @@ class Inference:
     graph: Graph
     structure: Structure
     findings: AnalysisState
+    outputs: Outputs
 
     @cached_property
     def experiment(self) -> Experiment:
@@ -193,13 +194,12 @@ def infer(recording: Recording) -> Inference:
     # Where no verdict depended on a host read, the other paths were not searched and do not matter.
     if paths.graph is not None and paths.graph is not recording.graph:
         structure = structure.no_more_than(inferred(paths.graph)[0])
-    graph, ownership = findings.forward.graph, findings.forward.ownership
-    axes = sample_axes(graph, ownership, batch.samples, findings.leading)
-    joined = joined_outputs(graph, ownership, axes)
-    if joined:
-        words = _in_words(joined, recording.skeleton, graph)
-        structure = replace(structure, joined=words, divides=bool(axes))
-    return Inference(recording, graph, structure, findings)
+    graph = findings.forward.graph
+    outputs = Outputs.of(graph, findings.forward.ownership, batch.samples, findings.leading)
+    if outputs.joined:
+        words = _in_words(outputs.joined, recording.skeleton, graph)
+        structure = replace(structure, joined=words, divides=bool(outputs.axes))
+    return Inference(recording, graph, structure, findings, outputs)
 
 
 def _in_words(outputs: Sequence[int], skeleton: Any, graph: Graph) -> tuple[str, ...]:
@@ -258,6 +258,7 @@ def _context(inference: Inference, structure: Structure, faithful: bool) -> Cont
         initial_ownership(graph, batch.dims),
         batch.samples,
         findings.leading,
+        inference.outputs,
         batch.inputs,
         batch.targets,
         recording.skeleton,
