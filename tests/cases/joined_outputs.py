@@ -296,6 +296,34 @@ def _() -> Any:
     return Net(returned), points(N)
 
 
+# --- models that are run themselves, as their recording has other derivatives ---------------------
+
+
+class Twice(torch.autograd.Function):
+    """Has another derivative than its recording."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 2 * g
+
+
+@case("two views, by a derivative of its own", nt_xent, rows=False)
+def _() -> Any:
+    return Net(lambda net, *views: Twice.apply(stacked(net, *views)), outputs=3), points(N, N)
+
+
+@case("inside and on the edge, by a derivative of its own", squares, options=EDGE)
+def _() -> Any:
+    def returned(net: Net, inside: Tensor, edge: Tensor) -> Any:
+        return Twice.apply(net.layers(inside)), Twice.apply(net.layers(edge)), net.scale
+
+    return Net(returned), points(N, M)
+
+
 # --- models that compute their loss ---------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ import unbatch as ub
 from cases.comparison import near
 from cases.joined_outputs import CASES, JoinedCase, dense_ggn
 from unbatch.analysis.outputs import Outputs
+from unbatch.curvature import loss_hessian
 
 pytestmark = pytest.mark.filterwarnings("ignore::unbatch.VanishingCurvatureWarning")
 
@@ -180,6 +181,36 @@ def test_other_numbers_and_narrow_types(case):
     single = problem_of(case, model.float(), tree_map(Tensor.float, X))
     size = float(expected.abs().max())
     assert float((single.ggn().diag() - expected).abs().max()) <= 1e-3 * size
+
+
+def test_the_rest_has_what_the_loss_keeps_of_the_model():
+    """An inner value that is made of predictions carries their part of the gradient."""
+
+    class Keeping(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            z = super().forward(x)
+            self.mean = z.mean()
+            return z
+
+    net = Keeping(3, 2).double()
+    problem = ub.Problem(
+        net, lambda z: z.square().mean() + net.mean**2, (torch.randn(4, 3).double(), None)
+    )
+    rows = problem.gradients()
+    for name, g in problem.gradient().items():
+        near(rows[name].sum(0) + rows.rest[name], g, name)
+
+
+def test_sparse_forms_serve_outputs_of_any_size(monkeypatch):
+    monkeypatch.setattr(loss_hessian, "LARGEST_JOINT", 2)
+    for name in ("inside and on the edge", "three views, classes", "a penalty, squared"):
+        problem, expected = made(next(c for c in CASES if c.name == name), "eval")
+        if name == "a penalty, squared":
+            with pytest.raises(ub.StructureError, match="too large"):
+                problem.ggn().diag()
+            near(problem.ggn().to_dense(), expected, "by products")
+        else:
+            near(problem.ggn().diag(), expected.diagonal(), name)
 
 
 def test_a_planted_bug_is_caught(monkeypatch):

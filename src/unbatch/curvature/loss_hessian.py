@@ -311,6 +311,8 @@ class _Search:
         most = LARGEST_JOINT if is_whole else LARGEST_BLOCK
         if c > most or n * t * c * c > LARGEST_BLOCK**2 * 64:
             return None
+        if self.dims is None and axis is not None and self._couples_positions(grid):
+            return None
         block = self.probes[0][0][next(iter(self.shapes))].new_zeros(n, t, c, c)
         for j in range(c):
             # One product gives the j-th column of all blocks: they do not overlap.
@@ -335,6 +337,16 @@ class _Search:
         S[lost] = torch.nan
         root = Factor(grid, S, _sign(values)[..., :rank], self._blocks_in_words(axis))
         return root if is_whole else self._holds(root)
+
+    def _couples_positions(self, grid: Grid) -> bool:
+        """Tell by one product whether positions are coupled: blocks take one for each entry."""
+        alone = torch.zeros_like(grid.split(self.probes[0][0]))
+        alone[:, 0] = grid.split(self.probes[0][0])[:, 0]
+        product = grid.split(self.loss.hessian_times(grid.join(alone))).abs()
+        if product.shape[1] == 1 or not product.numel():
+            return False
+        # Far above rounding: what is doubtful is decided by the blocks.
+        return bool(product[:, 1:].amax() > SINGLE * product[:, 0].amax())
 
     def _blocks_in_words(self, axis: int | None) -> str:
         if axis is None and self.dims is None:
