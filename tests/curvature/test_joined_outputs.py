@@ -129,6 +129,7 @@ def test_what_is_of_samples_is_a_part_or_refused(case, mode):
             problem.gradients()
     else:
         rows = problem.gradients()
+        assert ("no sample axis" in rows.note) == bool(problem.structure.joined)
         for name, g in gradient.items():
             total = rows[name].sum(0) + rows.rest.get(name, 0)
             near(total, g, f"rows and rest of {name}", 1e-14)

@@ -104,9 +104,11 @@ def label_of(s: Structure, by: str, ownership: Mapping[int, Ownership] | None = 
     Without cross-sample dependence the three decompositions are one; they are per-sample if the
     loss has the same form for every sample, too.
     """
-    if not (s.independent_forward and s.simd_loss):
-        return Label(by, KINDS[by], "", ownership)
     notes = []
+    if s.joined:
+        notes.append(f"{s.joined_in_words} has no sample axis: its part is in `rest`")
+    if not (s.independent_forward and s.simd_loss):
+        return Label(by, KINDS[by], ", ".join(notes), ownership)
     # The loss is no sum of losses of samples, or their weights depend on other samples: a row is
     # right up to that factor.
     if not s.reduction or s.reduction.weights_depend_on:
