@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map
 
@@ -171,11 +172,11 @@ def entries_of(what: str, dims: Any, tree: Any) -> list[Entry]:
 
 
 def _broadcast(dims: Any, spec: TreeSpec) -> list[Entry] | None:
-    from torch.utils import _pytree
-
     if dims is None or isinstance(dims, int | Views):
         return [dims] * spec.num_leaves
-    return _pytree._broadcast_to_and_flatten(dims, spec, is_leaf=lambda entry: entry is None)
+    return torch.utils._pytree._broadcast_to_and_flatten(
+        dims, spec, is_leaf=lambda entry: entry is None
+    )
 
 
 def _samples(entries: list[Entry], leaves: list[Any]) -> int:
