@@ -187,6 +187,36 @@ MSG_FOLD_CUT = (
 MSG_FOLD_BOTH = "sample_dims={dims} already names all sample axes; leave out in_dims={in_dims!r}."
 
 
+# `views`: several entries of each sample along one axis.
+
+MSG_VIEWS = (
+    "Views takes how many views of each sample there are, at least 1, and the axis along which "
+    "they are stacked: Views(2) or Views(2, dim=1); got {value!r}."
+)
+
+
+MSG_VIEWS_SIZE = (
+    "{what} was declared to have its samples along {entry}, and there are {n} of them, but its "
+    "shape is {shape}. Declare the axis that has them; None leaves that to the analysis."
+)
+
+
+MSG_VIEWS_BOTH = "sample_dims={dims} already names all sample axes; leave out out_dims and Views."
+
+
+MSG_OUT_DIMS = (
+    "The model computes its own loss, which is cut at values of shapes {shapes}; none of them has "
+    "the {n} samples along {entry}, or not in a known order. Let the model return its predictions "
+    "and pass the loss: Problem(model, loss, (X, y), out_dims=..)."
+)
+
+
+MSG_OUT_DIMS_TREE = (
+    "A model that computes its own loss takes a single entry for out_dims, an int or Views, as the "
+    "values that its loss is cut at have no names; got {value!r}."
+)
+
+
 # --- model and loss -------------------------------------------------------------------------------
 
 
@@ -400,7 +430,9 @@ MSG_NOT_FROZEN = (
 
 MSG_NO_ROWS = (
     "No prediction has a sample axis, so there are no rows: the predictions have shapes {shapes} "
-    "for {n} samples. Return one prediction per sample; `problem.gradient()` gives the sum."
+    "for {n} samples. Return one prediction per sample, or declare where the samples lie, as by "
+    "out_dims=unbatch.Views(2) in [2N, ..]; `problem.gradient()` gives the sum, and "
+    "`problem.ggn()` is the matrix of the whole loss."
 )
 
 
@@ -577,6 +609,18 @@ MSG_HESSIAN_NOT_FINITE = (
 MSG_MATRIX_NOT_FINITE = (
     "{what} of the Gauss-Newton matrix do not exist on this batch: some of its entries are not "
     "finite. `ggn().diag(per_component=True)` shows which samples they come from."
+)
+
+
+MSG_COMPLEX_OUTPUT = (
+    "An output has the type {dtype}: the Gauss-Newton matrix is one of real outputs. Return "
+    "torch.view_as_real(output), and take it apart in the loss."
+)
+
+
+MSG_JOINED = (
+    "{what} would need outputs with a sample axis: {outputs} has none, and the loss is not linear "
+    "in it, so the Gauss-Newton matrix is no sum over samples. Quantities of the whole batch exist."
 )
 
 

@@ -7,6 +7,7 @@ defined here.
 from unbatch.analysis.rules.registry import assume_independent, register_rule
 from unbatch.analysis.structure import Structure
 from unbatch.analysis.verdict import Culprit, Verdict
+from unbatch.capture.stacked_views import Views
 from unbatch.curvature.ggn import GGN
 from unbatch.curvature.ggn_quantities import DiagGGN
 from unbatch.curvature.low_rank import Compression
@@ -85,6 +86,7 @@ __all__ = [
     "Variance",
     "Verdict",
     "Verification",
+    "Views",
     "assume_independent",
     "register_rule",
     "write_report",

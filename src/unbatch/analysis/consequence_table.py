@@ -483,3 +483,47 @@ SITUATIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "parameters in the loss": (SPLIT,),
     }
 )
+
+
+# What becomes of quantities where an output has no axis of samples. Of the whole batch, nothing is
+# lost: G is a function of all outputs.
+OF_WHOLE_BATCH = frozenset(
+    {
+        "gradient",
+        "crosstalk",
+        "prediction Jacobian",
+        "GGN product",
+        "block-diagonal GGN product",
+        "GGN diagonal",
+        "GGN trace",
+        "GGN log-determinant",
+        "GGN solve",
+        "GGN eigenvalues",
+        "GGN eigenpairs",
+        "damped Newton step",
+        "GGN rank bound",
+        "random-sign GGN factor",
+        "Hessian product",
+        "block-diagonal Hessian product",
+        "Hessian diagonal",
+        "data-set sum",
+    }
+)
+
+
+# What needs G to be a sum over samples, as it is where the loss is linear in that output.
+OF_PARTS = frozenset(
+    {
+        "GGN factor",
+        "GGN Gram matrix",
+        "per-sample GGN",
+        "per-sample GGN diagonals",
+        "directional curvatures",
+        "sampled GGN factor",
+        "sampled per-sample GGN diagonals",
+        "sampled GGN diagonal",
+        "KFAC",
+        "KFLR",
+        "KFRA",
+    }
+)

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from functools import cache
 from itertools import combinations
@@ -42,7 +43,13 @@ from unbatch.analysis.consequence_facts import (
     World,
 )
 from unbatch.analysis.consequence_rules import REST
-from unbatch.analysis.consequence_table import OUTCOMES, SITUATIONS, TABLE
+from unbatch.analysis.consequence_table import (
+    OF_PARTS,
+    OF_WHOLE_BATCH,
+    OUTCOMES,
+    SITUATIONS,
+    TABLE,
+)
 
 Answer = tuple[Outcome, str]  # what becomes of a quantity, and its name then
 
@@ -73,6 +80,27 @@ def consequence(quantity: str, statuses: Mapping[str, str]) -> Consequence:
     names = [entry.name for entry in TABLE]
     close = get_close_matches(quantity, names) or names
     raise KeyError(f"no quantity is called {quantity!r}; do you mean one of: {', '.join(close)}?")
+
+
+def beside_joined_outputs(entry: Consequence, outputs: str, rows_exist: bool) -> Consequence:
+    """Return what follows where ``outputs`` (in words) have no axis of samples.
+
+    ``rows_exist``: some other output has one.
+    """
+    if entry.quantity in OF_WHOLE_BATCH or entry.outcome in ("none", "unknown"):
+        return entry
+    if not rows_exist:
+        reason = f"No output belongs to samples: {outputs} has no sample axis."
+        return replace(entry, outcome="none", name="", reason=reason)
+    if entry.quantity in OF_PARTS:
+        reason = f"{entry.reason} So where the loss is linear in {outputs}, without a sample axis."
+        depends_on = (f"linear in {outputs}",)
+        return replace(entry, outcome="unknown", name="", reason=reason, depends_on=depends_on)
+    if entry.name.endswith(PART):
+        return entry
+    outcome: Outcome = "renamed" if entry.outcome == "exact" else entry.outcome
+    reason = f"{entry.reason} {outputs} has no sample axis, and its part is carried as `rest`."
+    return replace(entry, outcome=outcome, name=entry.name + PART, reason=reason)
 
 
 def _unknown_facts(statuses: Mapping[str, str]) -> list[str]:

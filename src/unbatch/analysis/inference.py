@@ -20,12 +20,16 @@ from unbatch.analysis.loss_boundary import folded, placed, split
 from unbatch.analysis.loss_inference import LossEvidence, judge_loss, parameters_in_own_loss
 from unbatch.analysis.rules import registry
 from unbatch.analysis.structure import Structure
+from unbatch.analysis.verdict import Verdict
 from unbatch.capture.graph import SIZE_READ, Graph, HostRead
-from unbatch.capture.sample_axes import SampleAxes
+from unbatch.capture.sample_axes import Fold
 from unbatch.capture.steps import Ref, Step
 
 # What the loss may depend on without depending on a prediction.
 CONSTANTS = frozenset({"targets", "inputs"})
+
+
+NO_SAMPLE = "no output of the model has a sample axis"
 
 
 # Sources through which a value says something about the batch.
@@ -68,7 +72,7 @@ def infer_structure(
     target_dims: Sequence[int | None],
     assumed: Sequence[str] = (),
     harmless: Callable[[HostRead], bool] = lambda read: False,
-    fold: SampleAxes | None = None,
+    fold: Fold | None = None,
 ) -> tuple[Structure, AnalysisState]:
     """Interpret model and loss and return what is proved about them.
 
@@ -100,6 +104,9 @@ def infer_structure(
         reads_after = _steering(graph, after, loss, assumptions)
         verdicts = judge_loss(_loss_evidence(graph, graph.loss, forward, loss, reads_after))
         structure = structure.with_verdicts(*verdicts)
+        outputs = [start[ref.index] for ref in graph.used_predictions]
+        if outputs and not any(marks.owned for marks in outputs):
+            structure = structure.with_verdicts(*map(_of_no_sample, verdicts[1:]))
     # Whatever the verdict on the loss: these parameters enter it past the cut.
     if parameter_steps:
         structure = structure.with_verdicts(parameters_in_own_loss(parameter_steps))
@@ -117,7 +124,7 @@ def _cut_own_loss(
     forward: Interpretation,
     dims: Sequence[int | None],
     assumed: Sequence[str],
-    fold: SampleAxes | None,
+    fold: Fold | None,
 ) -> tuple[Interpretation, list[Step]]:
     """Return the forward pass of a model that computes its own loss, cut where the loss begins.
 
@@ -125,13 +132,20 @@ def _cut_own_loss(
     """
     graph, parameter_steps = split(forward.graph, forward)
     forward = replace(forward, graph=graph)
-    if fold is None:
+    if fold is None or not fold.of_outputs:
         return forward, parameter_steps
     # Folding inserts steps, so the numbers of all values change with it.
     graph = folded(graph, forward, fold)
     start = initial_ownership(graph, dims)
     samples = forward.algebra.samples
     return interpret(graph, samples, start, graph.forward_steps, assumed), parameter_steps
+
+
+def _of_no_sample(verdict: Verdict) -> Verdict:
+    """Return a verdict on the loss of samples where no output that it reads belongs to samples."""
+    if not verdict:
+        return verdict
+    return replace(verdict, status="unknown", basis="", note=NO_SAMPLE)
 
 
 def _interpret_loss(

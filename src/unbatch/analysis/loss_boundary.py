@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -24,10 +25,9 @@ from unbatch.analysis.interpreter import Interpretation
 from unbatch.analysis.rules.registry import stand_in
 from unbatch.capture import ops
 from unbatch.capture.graph import Graph
-from unbatch.capture.sample_axes import SampleAxes
+from unbatch.capture.sample_axes import Fold
 from unbatch.capture.steps import Ref, Step
 from unbatch.capture.tracer import Recorder
-from unbatch.errors import MSG_FOLD_CUT, InputError
 
 # --- the cut --------------------------------------------------------------------------------------
 
@@ -54,10 +54,11 @@ def split(graph: Graph, forward: Interpretation) -> tuple[Graph, list[Step]]:
             if _can_be_prediction(ref, forward):
                 cut.append(_unflattened(ref, graph))
                 continue
-            parameter_steps.append(step)
-        # Only what carries samples is followed: a regulariser of parameters alone is no way to a
+            if any(_is_of_parameters_alone(forward[operand]) for operand in step.refs()):
+                parameter_steps.append(step)
+        # Only what carries data is followed: a regulariser of parameters alone is no way to a
         # prediction.
-        queue += [operand for operand in step.refs() if forward[operand].depends_on_batch]
+        queue += [operand for operand in step.refs() if _carries_data(forward[operand])]
     if not cut:
         return graph, parameter_steps
     predictions = sorted(cut, key=lambda ref: ref.index)
@@ -68,25 +69,34 @@ def split(graph: Graph, forward: Interpretation) -> tuple[Graph, list[Step]]:
 
 
 def _takes_parameters(step: Step, forward: Interpretation) -> bool:
-    """Tell whether values of samples are combined with what is made of parameters only."""
-    takes_samples, takes_parameters = False, False
-    for ref in step.refs():
-        marks = forward[ref]
-        # A value of both, as every inner value of a model is, counts as one of samples.
-        if marks.depends_on_batch:
-            takes_samples = True
-        elif "parameters" in marks.sources:
-            takes_parameters = True
-    return takes_samples and takes_parameters
+    """Tell whether values of samples are combined with what parameters make without samples.
+
+    Or, where there are none of samples, data that belong to no sample with parameters alone.
+    """
+    operands = [forward[ref] for ref in step.refs()]
+    # A value of both, as every inner value of a model is, counts as one of samples.
+    if any(marks.depends_on_batch for marks in operands):
+        return any("parameters" in m.sources for m in operands if not m.depends_on_batch)
+    takes_data = any("inputs" in marks.sources for marks in operands)
+    return takes_data and any(map(_is_of_parameters_alone, operands))
+
+
+def _is_of_parameters_alone(marks: Ownership) -> bool:
+    return "parameters" in marks.sources and not _carries_data(marks)
+
+
+def _carries_data(marks: Ownership) -> bool:
+    """Tell whether a value depends on samples, or on inputs that belong to none."""
+    return marks.depends_on_batch or "inputs" in marks.sources
 
 
 def _can_be_prediction(ref: Ref, forward: Interpretation) -> bool:
-    """Tell whether a value belongs to samples, or is mixed and has room for all of them.
+    """Tell whether a value belongs to samples, is mixed and has room for all, or has none in it.
 
     One number for several samples is no prediction: where they are mixed, it is the loss itself.
     """
     marks = forward[ref]
-    if marks.owned:
+    if marks.owned or not marks.depends_on_batch:
         return True
     has_room = forward.algebra.samples == 1 or math.prod(marks.shape) > 1
     return marks.mixed and has_room
@@ -151,7 +161,7 @@ def _upstream(graph: Graph, values: Iterable[int]) -> set[int]:
 # --- several sample axes --------------------------------------------------------------------------
 
 
-def folded(graph: Graph, forward: Interpretation, fold: SampleAxes) -> Graph:
+def folded(graph: Graph, forward: Interpretation, fold: Fold) -> Graph:
     """Return the graph with one axis of samples in front of its predictions.
 
     The loss reads them as the model made them. Which sample a prediction belongs to is known by its
@@ -166,7 +176,7 @@ def folded(graph: Graph, forward: Interpretation, fold: SampleAxes) -> Graph:
             graph = _folded_prediction(graph, ref, fold, axes)
         # A first axis that has their number by chance would be taken for that of the samples.
         elif value.shape[:1] == (samples,) and forward[ref].sample_dim() != 0:
-            raise _no_fold(fold, [tuple(value.shape)])
+            raise fold.misfit([tuple(value.shape)])
     shapes = []
     folds_one = False
     for ref in graph.predictions:
@@ -175,15 +185,11 @@ def folded(graph: Graph, forward: Interpretation, fold: SampleAxes) -> Graph:
         folds_one = folds_one or shape[:1] == (samples,)
     # Without a cut there is no prediction to fold.
     if not graph.after_cut or not folds_one:
-        raise _no_fold(fold, shapes)
+        raise fold.misfit(shapes)
     return graph
 
 
-def _no_fold(fold: SampleAxes, shapes: list[tuple[int, ...]]) -> InputError:
-    return InputError(MSG_FOLD_CUT.format(shapes=shapes, dims=fold.dims, sizes=fold.sizes))
-
-
-def _folded_prediction(graph: Graph, ref: Ref, fold: SampleAxes, axes: tuple[int, ...]) -> Graph:
+def _folded_prediction(graph: Graph, ref: Ref, fold: Fold, axes: Any) -> Graph:
     """Return the graph with steps behind a prediction that fold its axes, and unfold them again.
 
     The cut lies between the two.

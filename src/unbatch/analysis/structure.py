@@ -19,6 +19,7 @@ from unbatch.analysis.structure_tables import (
     culprit_part,
     follows_part,
     heading,
+    joined_part,
     remarks,
     verdict_table,
 )
@@ -49,10 +50,11 @@ class BatchStatistic:
 class Structure:
     """The structure of one loss on one batch.
 
-    ``predictions``: their shapes. ``assumptions``: modules and ops that the user declared to act on
-    each sample alone. ``custom_rules``: ops whose rule was registered from outside.
-    ``unknown_ops``: ops without a rule. ``joined_backward``: what lets other samples into the
-    derivatives of a sample, though no prediction depends on them; empty where nothing does.
+    ``predictions``: their shapes. ``joined``: in words, those that parameters move and that have no
+    axis of samples; ``divides``: some output has one. ``assumptions``: modules and ops that the
+    user declared to act on each sample alone. ``custom_rules``: ops whose rule was registered from
+    outside. ``unknown_ops``: ops without a rule. ``joined_backward``: what lets other samples into
+    the derivatives of a sample, though no prediction depends on them; empty where nothing does.
     """
 
     canonical_split: Verdict
@@ -64,6 +66,8 @@ class Structure:
     samples: int
     predictions: tuple[tuple[int, ...], ...]
     statistics: tuple[BatchStatistic, ...] = ()
+    joined: tuple[str, ...] = ()
+    divides: bool = True
     assumptions: tuple[str, ...] = ()
     custom_rules: tuple[str, ...] = ()
     unknown_ops: tuple[str, ...] = ()
@@ -82,6 +86,11 @@ class Structure:
         for statistic in self.statistics:
             size += statistic.size
         return size
+
+    @property
+    def joined_in_words(self) -> str:
+        """The outputs without an axis of samples, one after the other."""
+        return " and ".join(self.joined)
 
     @property
     def statuses(self) -> dict[str, str]:
@@ -108,12 +117,18 @@ class Structure:
         """
         # Worked out anew each time: the table is small, and a structure stays plain data.
         if quantity is None:
-            return consequences.follows(self.statuses)
+            return tuple(map(self._beside_joined, consequences.follows(self.statuses)))
         try:
-            return consequences.consequence(quantity, self.statuses)
+            return self._beside_joined(consequences.consequence(quantity, self.statuses))
         except KeyError as error:
             # ``str`` of a KeyError is the repr of its message: quotation marks around a sentence.
             raise InputError(error.args[0]) from None
+
+    def _beside_joined(self, consequence: Consequence) -> Consequence:
+        if not self.joined:
+            return consequence
+        words = self.joined_in_words
+        return consequences.beside_joined_outputs(consequence, words, self.divides)
 
     def with_verdicts(self, *verdicts: Verdict) -> Structure:
         """Return the structure with these verdicts in place of those of the same name."""
@@ -145,6 +160,7 @@ class Structure:
             heading(self.samples, self.predictions),
             verdict_table(self.verdicts),
             *culprit_part(self.verdicts),
+            *joined_part(self.joined),
             *remarks(self.assumptions, self.custom_rules, self.unknown_ops, self.notes),
             follows_part(self.follows()),
         )
@@ -167,6 +183,7 @@ class Structure:
         return {
             "samples": self.samples,
             "predictions": [list(shape) for shape in self.predictions],
+            "joined": list(self.joined),
             "verdicts": {v.name: v.to_dict() for v in self.verdicts},
             "statistics": [vars(s) for s in self.statistics],
             "statistics_size": self.statistics_size,

@@ -29,6 +29,11 @@ STYLES = {
 
 NAMED = 4  # modules in a row of culprits; more are counted
 
+JOINED = (
+    "The Gauss-Newton matrix of the whole loss includes them: H joins what has no sample axis. "
+    "Rows of the gradient leave their part to `rest`."
+)
+
 MARKS = {"holds": "✓", "fails": "✗", "unknown": "?"}
 
 
@@ -108,6 +113,13 @@ def _module_names(culprits: Sequence[Culprit]) -> str:
     if more:
         modules.append(f"+{more} more")
     return "\n".join(modules)
+
+
+def joined_part(joined: Sequence[str]) -> list[Text]:
+    """Return which outputs have no axis of samples, and what that means; nothing for none."""
+    if not joined:
+        return []
+    return [Text(f"without a sample axis: {', '.join(joined)}. {JOINED}")]
 
 
 def remarks(

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from unbatch.analysis.domain.ownership import Ownership
-from unbatch.analysis.domain.sample_layout import prediction_dim
 from unbatch.analysis.interpreter import Interpretation, interpret
 from unbatch.analysis.number_facts import Fact
+from unbatch.analysis.outputs import Outputs
 from unbatch.analysis.policy import Mixed, Policy
 from unbatch.autodiff.planner import BackwardPlan, plan_backward, spread
 from unbatch.autodiff.schedule import Operands, Schedule
@@ -38,8 +38,9 @@ class Context:
     """A recording with its interpretation and its batch, and what is known of its derivatives.
 
     ``owners``: those of the values that the recording starts from; ``leading``: samples lie
-    along the first axis of the inputs. ``faithful``: the recording has the derivatives of the
-    model; ``split``: parameters reach the loss through the predictions only.
+    along the first axis of the inputs; ``outputs``: those that the loss reads. ``faithful``: the
+    recording has the derivatives of the model; ``split``: parameters reach the loss through the
+    predictions only.
     """
 
     program: Program
@@ -48,6 +49,7 @@ class Context:
     owners: Mapping[int, Ownership]
     samples: int
     leading: bool
+    outputs: Outputs
     inputs: Any
     targets: Any
     skeleton: Any  # what the model returned, with references in place of tensors
@@ -98,15 +100,10 @@ class Context:
 
     # -- the recording --
 
-    @cached_property
-    def axes(self) -> dict[int, int]:
+    @property
+    def axes(self) -> Mapping[int, int]:
         """Prediction -> the axis along which its samples lie."""
-        axes: dict[int, int] = {}
-        for ref in self.graph.used_predictions:
-            dim = prediction_dim(self.interpretation[ref], self.samples, self.leading)
-            if dim is not None:
-                axes[ref.index] = dim
-        return axes
+        return self.outputs.axes
 
     @property
     def own_loss(self) -> bool:

@@ -47,14 +47,21 @@ class EagerModel:
     state: tuple[Any, ...] | None
 
     @property
+    def outputs(self) -> dict[int, Tensor]:
+        """Those that the loss reads, as far as they are connected to the parameters."""
+        return {
+            i: self.values[i] for i in self.context.outputs.smooth if self.values[i].requires_grad
+        }
+
+    @property
     def predictions(self) -> dict[int, Tensor]:
-        """Those with an axis of samples, connected to the parameters."""
-        return {i: self.values[i] for i in self.context.axes if self.values[i].requires_grad}
+        """Those of them that have an axis of samples."""
+        return {i: t for i, t in self.outputs.items() if i in self.context.axes}
 
     @property
     def loss(self) -> LossAt:
-        """The loss at these predictions."""
-        return LossAt(self.context, detached(self.predictions), self.inner, detached(self.values))
+        """The loss at these outputs."""
+        return LossAt(self.context, detached(self.outputs), self.inner, detached(self.values))
 
 
 def run(context: Context, parameters: Mapping[str, Tensor], twice: bool = False) -> EagerModel:
@@ -99,9 +106,9 @@ def _run_with_loss(context: Context, parameters: Mapping[str, Tensor]) -> EagerM
         raise StructureError(
             MSG_INNER_LOSS.format(why="parameters reach the loss beside them as well")
         )
-    inner = graph.read_by_loss(context.axes)
+    inner = graph.read_by_loss(context.outputs.smooth)
     # Predictions whose sample axes were flattened lie in the model as they were before.
-    in_model = {i: graph.folded.get(i, i) for i in context.axes}
+    in_model = {i: graph.folded.get(i, i) for i in context.outputs.smooth}
     numbers = context.numbers([*in_model.values(), *inner])
     finder = ValueFinder(subset(numbers, in_model.values()))
     # Nothing is known of where in the model they are: every result is compared.
@@ -112,7 +119,7 @@ def _run_with_loss(context: Context, parameters: Mapping[str, Tensor]) -> EagerM
         if original in finder.tensors:
             predictions[i] = _as_predicted(context, i, finder.tensors[original])
     model = EagerModel(context, output, predictions, subset(numbers, inner), state)
-    if len(predictions) < len(context.axes):
+    if len(predictions) < len(context.outputs.smooth):
         raise StructureError(
             MSG_INNER_LOSS.format(why="no tensor in the model has their recorded values")
         )
@@ -142,8 +149,8 @@ def _carries_the_gradient(
     """Tell whether ``Jᵀ ∂L/∂F`` is the gradient of the loss that the model returns."""
     assert loss is not None
     slope = model.loss.slope
-    connected = within(slope, model.predictions)
-    ends, cotangents = pick(model.predictions, connected), pick(slope, connected)
+    connected = within(slope, model.outputs)
+    ends, cotangents = pick(model.outputs, connected), pick(slope, connected)
     program = model.context.program
     # From the same random state, so that both passes draw what the other one draws.
     with program.untouched(model.state):

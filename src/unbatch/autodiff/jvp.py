@@ -59,13 +59,13 @@ class Linearised(ABC):
     """``J`` at the parameters of this moment, after one forward pass that is kept."""
 
     leaves: dict[str, Tensor]  # parameters, by name
-    outputs: dict[int, Tensor]  # predictions, connected to the leaves
-    inner: dict[int, Tensor]  # values beside the predictions that the loss reads
+    outputs: dict[int, Tensor]  # those that the loss reads, connected to the leaves
+    inner: dict[int, Tensor]  # values beside the outputs that the loss reads
     all_outputs: dict[int, Tensor]  # all that the model returned, detached
 
     @property
     def predictions(self) -> dict[int, Tensor]:
-        """Return values by number in the graph."""
+        """Return the values of the outputs, by number in the graph."""
         return detached(self.outputs)
 
     @abstractmethod
@@ -171,7 +171,7 @@ class LinearisedGraph(Linearised):
                 steps=graph.forward_steps,
             )
         values = dict(zip(self.schedule.read_afterwards, tensors, strict=True))
-        self.outputs = subset(values, self.plan.predictions)
+        self.outputs = subset(values, self.context.outputs.smooth)
         self.inner = detached(subset(values, self.schedule.inner))
         self.all_outputs = {}
         for ref in graph.predictions:
@@ -190,7 +190,7 @@ class LinearisedGraph(Linearised):
     @cached_property
     def _shared(self) -> frozenset[int]:
         """Memories that are written to and seen through several windows."""
-        return seen_through_older_windows(self.context.graph, self.plan.predictions)
+        return seen_through_older_windows(self.context.graph, self.context.outputs.smooth)
 
     def _recording_substitutes(self) -> dict[int, Callable[..., Any]]:
         """Return what keeps the arguments of every step that derivatives go through."""

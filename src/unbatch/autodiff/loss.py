@@ -42,9 +42,10 @@ Named = Mapping[int, Tensor]  # tensors by the number of a value in the graph
 
 @dataclass
 class LossAt:
-    """The loss as a function of the predictions, at a point.
+    """The loss as a function of the outputs that it reads, at a point.
 
-    ``inner``: what else of the model the loss reads; ``outputs``: all that the model returned.
+    ``predictions``: these, with an axis of samples or without. ``inner``: what else of the model
+    the loss reads; ``outputs``: all that the model returned.
     ``replayed``: from the recording, although the loss could be called.
     """
 
@@ -58,8 +59,18 @@ class LossAt:
 
     @cached_property
     def slope(self) -> dict[int, Tensor]:
-        """``∂L/∂F``, for every prediction that the loss depends on."""
+        """``∂L/∂F``, for every output that the loss depends on."""
         return _gradient(*self._value(), create_graph=False)
+
+    @property
+    def slope_of_samples(self) -> dict[int, Tensor]:
+        """The part of the slope that can be divided into those of samples."""
+        return {i: g for i, g in self.slope.items() if i in self.context.axes}
+
+    @property
+    def slope_of_joined(self) -> dict[int, Tensor]:
+        """The part by outputs without an axis of samples, which rows leave to the rest."""
+        return {i: g for i, g in self.slope.items() if i in self.context.outputs.joined}
 
     def _value(self) -> tuple[Tensor, dict[int, Tensor]]:
         return loss_value(self.context, self.predictions, self.inner, self.outputs, self.replayed)
@@ -229,7 +240,12 @@ def nonzero_gradients(
     wanted = list(leaves.values())
     grads = torch.autograd.grad(value, wanted, retain_graph=retain, allow_unused=True)
     by_name = zip(leaves, grads, strict=True)
-    return {n: g for n, g in by_name if g is not None and bool((g != 0).any())}
+    return without_zeros({n: g for n, g in by_name if g is not None})
+
+
+def without_zeros(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors that have an entry other than zero, or not a number."""
+    return {name: t for name, t in named.items() if bool((t != 0).any())}
 
 
 def _finite_entries(slope: Named, leaves: Named) -> dict[int, Tensor]:

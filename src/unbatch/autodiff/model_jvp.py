@@ -34,7 +34,7 @@ class LinearisedModel(Linearised):
     def __init__(self, context: Context, parameters: Mapping[str, Tensor]) -> None:
         ran = eager.run(context, parameters, twice=True)
         self.context = context
-        self.leaves, self.outputs, self.inner = dict(parameters), ran.predictions, ran.inner
+        self.leaves, self.outputs, self.inner = dict(parameters), ran.outputs, ran.inner
         self.all_outputs = detached(ran.values)
         self._random_state = ran.state
 

@@ -23,9 +23,9 @@ from unbatch.analysis.domain.sample_layout import (
     AnyLayout,
     Layout,
     layout_of,
-    prediction_dim,
 )
 from unbatch.analysis.interpreter import Interpretation
+from unbatch.analysis.outputs import Outputs
 from unbatch.autodiff.dependence import (
     Dependence,
     OwnedGraph,
@@ -79,6 +79,7 @@ class BackwardPlan:
     samples: int
     parameters: Mapping[int, str]
     predictions: Mapping[int, int]  # prediction -> its sample axis
+    joined: tuple[int, ...]  # outputs without such an axis
     # What depends on the parameters, and how (``dependence.py``).
     theta: frozenset[int]
     flowing: frozenset[int]  # of these, what the predictions depend on
@@ -136,14 +137,10 @@ def plan_backward(
     for i, value in enumerate(graph.values):
         if value.kind == "parameters" and value.name in chosen:
             parameters[i] = value.name
-    predictions: dict[int, int] = {}
-    for ref in graph.used_predictions:
-        dim = prediction_dim(interpretation[ref], samples, leading)
-        if dim is not None:
-            predictions[ref.index] = dim
+    outputs = Outputs.of(graph, interpretation.ownership, samples, leading)
     owned = OwnedGraph(graph, interpretation, samples, leading)
-    dependence = find_dependence(owned, parameters, predictions, freeze=by == "frozen")
-    return _Planner(owned, dependence, by, parameters, predictions).plan()
+    dependence = find_dependence(owned, parameters, outputs.axes, freeze=by == "frozen")
+    return _Planner(owned, dependence, by, parameters, outputs).plan()
 
 
 @dataclass
@@ -154,7 +151,7 @@ class _Planner:
     dependence: Dependence
     by: str
     parameters: dict[int, str]
-    predictions: dict[int, int]
+    outputs: Outputs
     sites: list[Site] = field(default_factory=list)
     chain: dict[int, bool] = field(default_factory=dict)
     projections: dict[int, int] = field(default_factory=dict)
@@ -175,13 +172,14 @@ class _Planner:
                 self._place(step, outs, reads)
         unsplit: list[int] = []
         if self.by == "component":
-            unsplit += [p for p in self.predictions if not self.dependence.is_separate(p)]
+            unsplit += [p for p in self.outputs.axes if not self.dependence.is_separate(p)]
         return BackwardPlan(
             by=self.by,
             by_place=self.owned.interpretation.by_place,
             samples=self.owned.samples,
             parameters=self.parameters,
-            predictions=self.predictions,
+            predictions=self.outputs.axes,
+            joined=self.outputs.joined,
             theta=self.dependence.theta,
             flowing=self.dependence.flowing,
             frozen=self.dependence.frozen,
@@ -308,7 +306,7 @@ class _Planner:
         if is_bias and not fits:
             return None
         users = [s for s in self.owned.graph.steps if out in values_read(s)]
-        if out in self.predictions or len(users) != 1:
+        if out in self.outputs.axes or len(users) != 1:
             return None
         (norm,) = users
         reads_it_first = norm.refs()[0].index == out

@@ -198,8 +198,8 @@ class Schedule:
 
     @cached_property
     def inner(self) -> list[int]:
-        """Values beside the predictions that the loss reads."""
-        return self.graph.read_by_loss(self.plan.predictions)
+        """Values beside the outputs that the loss reads."""
+        return self.graph.read_by_loss([*self.plan.predictions, *self.plan.joined])
 
     @cached_property
     def read_afterwards(self) -> list[int]:

@@ -13,7 +13,8 @@ In reading order:
 - ``foreach.py``, ``hooks.py``: ops on lists as loops; hooks on backward passes
 - ``program.py``: the model with its loss, and the ways to record them
 - ``data.py``: what the program is given, each time it runs
-- ``sample_axes.py``, ``wrappers.py``: samples along several axes; what stands around a model
+- ``sample_axes.py``, ``stacked_views.py``: samples along several axes, or several views along one
+- ``wrappers.py``: what stands around a model
 - ``effort.py``: how much experiments with it may cost
 - ``isolation.py``, ``distributed.py``: no trace is left, and no other process is kept waiting
 - ``holders.py``, ``foreign.py``, ``iterators.py``: places where a program keeps something

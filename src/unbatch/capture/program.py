@@ -23,10 +23,10 @@ from unbatch.capture.graph import Graph, HostRead
 from unbatch.capture.isolation import storage_of, untouched
 from unbatch.capture.python_values import Functions
 from unbatch.capture.reachable import Reachable
-from unbatch.capture.sample_axes import SampleAxes
+from unbatch.capture.sample_axes import Fold
 from unbatch.capture.steps import Ref, Step
 from unbatch.capture.tracer import Recorder, entry
-from unbatch.capture.trees import tensors_in
+from unbatch.capture.trees import apart, tensors_in
 from unbatch.capture.wrappers import inside, plainly
 from unbatch.errors import MSG_SCRIPTED, CaptureError
 
@@ -44,7 +44,7 @@ class Program:
     loss: Callable[..., Any] | None
     parameters: Mapping[str, Tensor]
     functional: bool = False
-    fold: SampleAxes | None = None
+    fold: Fold | None = None
     data: Sequence[Any] = ()
     effort: float = PLAIN_STEPS
     # The last walks from here, by how many objects each began at: kept, as a look whether one is
@@ -144,11 +144,11 @@ class Program:
         """Return the same on tensors that are our own: the model may change them."""
         inputs = repacked(inputs)
         if self.fold is None:
-            return self._called(inputs)
+            return apart(self._called(inputs))
         output = self._called(self.fold.unfolded(inputs, self.fold.inputs))
         if self.loss is None:
             return output  # a loss of its own is cut further up
-        return self.fold.returned(output)
+        return self.fold.returned(apart(output))
 
     def _called(self, inputs: Any) -> Any:
         # A tuple holds positional arguments, a mapping those by name; all else is one argument.

@@ -6,6 +6,7 @@ here knows about graphs.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,13 +15,60 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from unbatch.capture.trees import tensors_in
-from unbatch.errors import MSG_FOLD, MSG_FOLD_OUTPUT, MSG_FOLD_SHAPE, InputError
+from unbatch.errors import (
+    MSG_FOLD,
+    MSG_FOLD_CUT,
+    MSG_FOLD_OUTPUT,
+    MSG_FOLD_SHAPE,
+    InputError,
+)
 
 Axes = tuple[int, ...]
 
 
+class Fold(ABC):
+    """What brings the samples of data and outputs to the first axis, and back.
+
+    ``inputs``, ``targets``, ``outputs``: where they lie in every leaf, None if a leaf is left as it
+    is. Those of outputs are those of the latest run of the model: ``returned`` fills them in.
+    """
+
+    inputs: list[Any]
+    targets: list[Any]
+    outputs: list[Any]
+
+    @property
+    def of_outputs(self) -> bool:
+        """Whether outputs are folded, too."""
+        return True
+
+    @abstractmethod
+    def renewed(self, inputs: Any, targets: Any) -> Fold:
+        """Return the same for other data, which may be of other sizes."""
+
+    @abstractmethod
+    def axes(self, leaf: Any) -> Any:
+        """Return where the samples lie in an output, or None."""
+
+    @abstractmethod
+    def folded(self, tree: Any, axes: Sequence[Any]) -> Any:
+        """Return tensors with the samples along the first axis."""
+
+    @abstractmethod
+    def unfolded(self, tree: Any, axes: Sequence[Any]) -> Any:
+        """Return tensors with the samples where the model has them."""
+
+    @abstractmethod
+    def returned(self, output: Any) -> Any:
+        """Return what the model returned, folded; leaves without samples stay as they are."""
+
+    @abstractmethod
+    def misfit(self, shapes: list[tuple[int, ...]]) -> InputError:
+        """Return the error where a loss inside a model is cut at values without these axes."""
+
+
 @dataclass(frozen=True)
-class SampleAxes:
+class SampleAxes(Fold):
     """The axes ``dims`` that together tell samples apart, of ``sizes``.
 
     A tensor with too few axes for ``dims`` has them in front. ``inputs``, ``targets``, ``outputs``:
@@ -44,6 +92,12 @@ class SampleAxes:
         return SampleAxes(
             dims, sizes, bare._checked_axes("X", inputs), bare._checked_axes("y", targets)
         )
+
+    def renewed(self, inputs: Any, targets: Any) -> SampleAxes:
+        return SampleAxes.of(self.dims, inputs, targets)
+
+    def misfit(self, shapes: list[tuple[int, ...]]) -> InputError:
+        return InputError(MSG_FOLD_CUT.format(shapes=shapes, dims=self.dims, sizes=self.sizes))
 
     def axes(self, leaf: Any) -> Axes | None:
         """Return where the samples lie in a tensor, or None."""
@@ -70,7 +124,7 @@ class SampleAxes:
         def flattened(t: Tensor, at: Axes) -> Tensor:
             return t.movedim(at, tuple(range(len(at)))).flatten(0, len(at) - 1)
 
-        return _mapped(tree, axes, flattened)
+        return mapped(tree, axes, flattened)
 
     def unfolded(self, tree: Any, axes: Sequence[Axes | None]) -> Any:
         """Return tensors with the sample axes where the model has them."""
@@ -78,7 +132,7 @@ class SampleAxes:
         def unflattened(t: Tensor, at: Axes) -> Tensor:
             return t.unflatten(0, self.sizes).movedim(tuple(range(len(at))), at)
 
-        return _mapped(tree, axes, unflattened)
+        return mapped(tree, axes, unflattened)
 
     def returned(self, output: Any) -> Any:
         """Return what the model returned, flattened; leaves without samples stay as they are."""
@@ -137,7 +191,7 @@ def _has(dims: Axes, t: Tensor) -> bool:
     return -t.ndim <= min(dims) and max(dims) < t.ndim
 
 
-def _mapped(tree: Any, axes: Sequence[Axes | None], move: Callable[[Tensor, Axes], Tensor]) -> Any:
+def mapped(tree: Any, axes: Sequence[Any], move: Callable[[Tensor, Any], Tensor]) -> Any:
     """Return a tree with ``move`` applied to the leaves that have samples."""
     leaves, spec = tree_flatten(tree)
     moved = []

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
@@ -55,6 +55,22 @@ def version_of(tensor: Tensor) -> int:
 def copied(leaf: Any) -> Any:
     """Return a tensor as one of its own, cut off from its derivatives; anything else as it is."""
     return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+
+
+def apart(output: Any) -> Any:
+    """Return an output with a value of its own in place of every parameter that it holds.
+
+    A loss may read a parameter as an output of the model, and also by itself.
+    """
+    if not any(map(_is_parameter, tree_leaves(output))):
+        return output
+    return tree_map(lambda leaf: leaf.view_as(leaf) if _is_parameter(leaf) else leaf, output)
+
+
+def _is_parameter(leaf: Any) -> bool:
+    if not isinstance(leaf, Tensor):
+        return False
+    return isinstance(leaf, torch.nn.Parameter) or (leaf.is_leaf and leaf.requires_grad)
 
 
 def flat(out: Any) -> list[Any]:

@@ -343,11 +343,12 @@ class GGN(Operator):
         curvature = self.point.curvature
         curvature.components("Slopes and curvatures of components")
         pairs = self.eigh(k)
+        slope = curvature.loss.slope_of_samples
         slopes, curvatures = [], []
         for direction in pairs.vectors.T:
             tangents = self.linearised.push(self.space.named(direction))
             products = self.root.hessian_times(tangents)
-            slopes.append(spectrum.inner_products(curvature.loss.slope, tangents, curvature.dims))
+            slopes.append(spectrum.inner_products(slope, tangents, curvature.dims))
             curvatures.append(spectrum.inner_products(products, tangents, curvature.dims))
         return Directions(*pairs, torch.stack(slopes, 1), torch.stack(curvatures, 1), self.space)
 

@@ -10,7 +10,7 @@ entry.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from unbatch.autodiff.contractions.contraction import Gathering
 from unbatch.autodiff.contractions.row_block import RowBlock
-from unbatch.curvature.hessian_root import HessianRoot
+from unbatch.curvature.hessian_root import Column, HessianRoot
 from unbatch.curvature.low_rank import Basis, CorrectedSource
 from unbatch.curvature.strategy import Curvature, Draws, Rtol
 from unbatch.gradients.quantities import About, Basic, Collector, Label, about_of
@@ -104,23 +104,25 @@ def feed_columns(
         for collector in collectors:
             collector.take(name, column)
 
-    if root.separate:
-        # The last one is known beforehand: after it the source lets go of its graph.
-        columns = list(root.column_batches())
-        for at, (j, sign, cotangents) in enumerate(columns):
-            last = at == len(columns) - 1
-            source.feed(chunks, partial(take, j, sign), {}, cotangents, last=last)
-        samples = len(next(iter(curvature.loss.predictions.values())))
-    else:
-        # A column runs through all samples: it is one vector, and so one row.
-        for j, sign, cotangents in root.column_batches():
-            for name, v in curvature.linearised.pull(cotangents, parameters).items():
-                take(j, sign, name, RowBlock(slice(0, 1), v[None]))
-        samples = 1
+    # The last one is known beforehand: after it the source lets go of its graph.
+    for (j, sign, cotangents), last in _with_last(root.column_batches()):
+        source.feed(chunks, partial(take, j, sign), {}, cotangents, last=last)
+    samples, _ = root.layout
     for name, p in parameters.items():
         if name not in fed:  # no prediction depends on it
             zeros = p.detach().new_zeros(1, *p.shape).expand(samples, *p.shape)
             take(0, 1.0, name, RowBlock(slice(0, samples), zeros))
+
+
+def _with_last(columns: Iterator[Column]) -> Iterator[tuple[Column, bool]]:
+    """Yield every column with whether it is the last; no more than two are there at a time."""
+    before = next(columns, None)
+    for column in columns:
+        assert before is not None
+        yield before, False
+        before = column
+    if before is not None:
+        yield before, True
 
 
 # --- the diagonal ---------------------------------------------------------------------------------

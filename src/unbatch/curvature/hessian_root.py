@@ -17,8 +17,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from unbatch.linalg.rows import sum_of
-
 Named = Mapping[int, Tensor]  # by prediction
 
 SINGLE_ENTRIES = -1  # as the axis of a grid
@@ -30,17 +28,19 @@ Column = tuple[int, float, dict[int, Tensor]]  # number, sign, cotangents of the
 class Grid:
     """How the entries of the predictions are laid out as ``[n, t, c]``.
 
-    ``axis``: of the only prediction, along which H couples entries; -1: every entry is a position
-    of its own, and H is diagonal; None: one position, H may couple all entries of a sample.
+    ``dims``: the axes of the samples; None: the whole batch counts as one sample, because H joins
+    samples or there is an output without such an axis. ``axis``: of the only prediction, with the
+    samples moved to the front, along which H couples entries; -1: every entry is a position of its
+    own, and H is diagonal; None: one position, H may couple all entries of a sample.
     """
 
     shapes: Mapping[int, tuple[int, ...]]
-    dims: Mapping[int, int]  # the axes of the samples
+    dims: Mapping[int, int] | None
     axis: int | None
 
     def split(self, v: Named) -> Tensor:
         """Return ``[n, t, c]``."""
-        rows = [v[i].movedim(self.dims[i], 0) for i in self.shapes]
+        rows = [samples_first(v[i], i, self.dims) for i in self.shapes]
         if self.axis is not None and self.axis >= 0:
             (only,) = rows
             if only.ndim == 2:
@@ -54,18 +54,29 @@ class Grid:
         """Return the predictions of ``[n, t, c]``: the inverse of ``split``."""
         if self.axis is not None and self.axis >= 0:
             ((i, shape),) = self.shapes.items()
-            samples_first = _without_memory(shape).movedim(self.dims[i], 0)
-            moved = samples_first.movedim(self.axis, -1).shape
-            return {i: t.reshape(moved).movedim(-1, self.axis).movedim(0, self.dims[i])}
+            moved = self._moved(i, shape).movedim(self.axis, -1).shape
+            return {i: self._back(i, t.reshape(moved).movedim(-1, self.axis))}
         flat, start = t.reshape(len(t), -1), 0
         predictions = {}
         for i, shape in self.shapes.items():
-            moved = _without_memory(shape).movedim(self.dims[i], 0).shape
+            moved = self._moved(i, shape).shape
             size = moved[1:].numel()
             entries = flat[:, start : start + size]
-            predictions[i] = entries.reshape(moved).movedim(0, self.dims[i])
+            predictions[i] = self._back(i, entries.reshape(moved))
             start += size
         return predictions
+
+    def _moved(self, i: int, shape: tuple[int, ...]) -> Tensor:
+        return samples_first(_without_memory(shape), i, self.dims)
+
+    def _back(self, i: int, moved: Tensor) -> Tensor:
+        """Return a prediction whose samples come first in the shape that it has."""
+        return moved[0] if self.dims is None else moved.movedim(0, self.dims[i])
+
+
+def samples_first(t: Tensor, i: int, dims: Mapping[int, int] | None) -> Tensor:
+    """Return prediction ``i`` as ``[n, ..]``; ``dims`` as for a grid."""
+    return t[None] if dims is None else t.movedim(dims[i], 0)
 
 
 def _without_memory(shape: tuple[int, ...]) -> Tensor:
@@ -123,7 +134,7 @@ class HessianRoot(ABC):
 
 @dataclass(frozen=True, eq=False)
 class Factor(HessianRoot):
-    """The root of an H that is block diagonal by samples.
+    """The root of an H that is block diagonal by samples; or of any H, of one sample that is all.
 
     ``root`` is S, ``[n, t, c, k]``, ``signs`` the diagonal of Σ, ``[n, t, k]``. ``to_entries``:
     ``[n, t, c, k]`` such that ``S to_entriesᵀ`` is the symmetric root, which has as many columns as
@@ -136,6 +147,10 @@ class Factor(HessianRoot):
     form: str
     to_entries: Tensor | None = None
     sampled: str = ""
+
+    @property
+    def separate(self) -> bool:  # type: ignore[override]
+        return self.grid.dims is not None
 
     @property
     def columns(self) -> int:
@@ -232,42 +247,3 @@ class Factor(HessianRoot):
         return replace(
             self, root=self.root.to(dtype), signs=self.signs.to(dtype), to_entries=to_entries
         )
-
-
-@dataclass(frozen=True, eq=False)
-class Joint(HessianRoot):
-    """The root of any H: its columns run through all samples.
-
-    ``vectors`` is S, ``[size, *prediction]`` for every prediction.
-    """
-
-    vectors: Named
-    sigma: Tensor
-    form: str = "of all predictions together"
-    separate = False
-
-    @property
-    def size(self) -> int:  # type: ignore[override]
-        return len(self.sigma)
-
-    def column_batches(self) -> Iterator[Column]:
-        for j in range(self.size):
-            yield j, float(self.sigma[j]), {i: t[j] for i, t in self.vectors.items()}
-
-    def times(self, a: Tensor) -> dict[int, Tensor]:
-        return {i: torch.tensordot(a, t, 1) for i, t in self.vectors.items()}
-
-    def transposed_times(self, v: Named) -> Tensor:
-        return sum_of([t.flatten(1) @ v[i].flatten() for i, t in self.vectors.items()])
-
-    @property
-    def rank(self) -> int:
-        return self.size
-
-    @property
-    def lowest(self) -> float:
-        if not self.size:
-            return 0.0
-        # The columns are orthogonal eigenvectors, so an eigenvalue is the square of its length.
-        squares = sum_of([t.flatten(1).square().sum(1) for t in self.vectors.values()])
-        return min(float((squares * self.sigma).min()), 0.0)

@@ -6,13 +6,13 @@ sparsest on, and each guess is validated with fresh random Hessian-vector produc
 matrices apart with probability one.
 
 Whether H is block diagonal by samples is not decided here: that is a verdict of the structure.
+Where it is not, the same forms are tried of the whole batch as if it were one sample.
 Columns that are drawn at random are made in ``sampled_root.py``. Legend as in ``hessian_root.py``.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from unbatch.autodiff.loss import LossAt
-from unbatch.curvature.hessian_root import SINGLE_ENTRIES, Factor, Grid, Joint, Named
+from unbatch.curvature.hessian_root import SINGLE_ENTRIES, Factor, Grid, Named, samples_first
 from unbatch.errors import MSG_HESSIAN_NOT_FINITE, StructureError
 from unbatch.linalg.precision import DOUBLE, SINGLE, largest
 from unbatch.linalg.probes import gaussian_like, seeded
@@ -42,81 +42,37 @@ CANCELLED = 100  # units in the last place that are left over where large terms 
 # stays as it is, and what is left over by rounding comes out otherwise.
 SCALINGS = range(3, 33, 2)
 
-# --- the whole Hessian ----------------------------------------------------------------------------
+# --- a root --------------------------------------------------------------------------------------
 
 
-def joint(loss: LossAt, dims: Mapping[int, int]) -> Joint | None:
-    """Return a root from the whole Hessian, ``[M, M]`` with M entries of all predictions.
-
-    None where that is too large.
-    """
-    # In float64 where the loss allows it: small eigenvalues differ from rounding there.
-    at = loss.in_double() or loss
-    shapes = {i: at.predictions[i].shape for i in dims}
-    total = sum(math.prod(s) for s in shapes.values())
-    if total > LARGEST_JOINT:
-        return None
-    _check_finite(at, dims)
-    like = next(iter(at.predictions.values()))
-    rows = []
-    for unit in torch.eye(total, dtype=like.dtype, device=like.device):
-        product = at.hessian_times(_cut(unit, shapes))
-        rows.append(torch.cat([product[i].reshape(-1) for i in shapes]))
-    hessian = torch.stack(rows)  # symmetric, up to rounding
-    values, vectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
-    size = values.abs()
-    nonzero = size > total * torch.finfo(values.dtype).eps * size.max()
-    columns = (vectors[:, nonzero] * values[nonzero].abs().sqrt()).T
-    dtype = next(iter(loss.predictions.values())).dtype
-    return Joint(_by_prediction(columns.to(dtype), shapes), _sign(values[nonzero]).to(dtype))
-
-
-def _check_finite(loss: LossAt, dims: Mapping[int, int]) -> None:
-    """Raise ``StructureError`` where the loss joins all samples, and one of them is not finite."""
-    slope = {i: g for i, g in loss.slope.items() if i in dims}
-    if not all(bool(g.isfinite().all()) for g in slope.values()):
-        raise StructureError(MSG_HESSIAN_NOT_FINITE.format(which="of the predictions"))
-
-
-def _cut(flat: Tensor, shapes: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
-    """Return the predictions of a flat vector ``[M]``."""
-    predictions, start = {}, 0
-    for i, shape in shapes.items():
-        stop = start + math.prod(shape)
-        predictions[i] = flat[start:stop].view(*shape)
-        start = stop
-    return predictions
-
-
-def _by_prediction(columns: Tensor, shapes: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
-    """Return ``[size, *prediction]`` of each prediction from ``[size, M]``."""
-    predictions, start = {}, 0
-    for i, shape in shapes.items():
-        stop = start + math.prod(shape)
-        predictions[i] = columns[:, start:stop].reshape(len(columns), *shape).contiguous()
-        start = stop
-    return predictions
-
-
-# --- blocks by samples ----------------------------------------------------------------------------
-
-
-def factor(loss: LossAt, dims: Mapping[int, int]) -> Factor | None:
+def factor(loss: LossAt, outputs: Sequence[int], dims: Mapping[int, int] | None) -> Factor | None:
     """Return a root by the sparsest form that stands the test.
 
-    ``dims``: the sample axis of each prediction. None where blocks are too large to be decomposed.
-    The form is kept with the context of the loss, and is tried first on the next batch. Where the
-    second derivative is not finite for some samples, their columns are not either, and it is the
-    others that a form has to stand the test of. Raises ``StructureError`` where it is for none.
+    ``outputs``: by which the loss is differentiated. ``dims``: the sample axis of each of them, by
+    which H is block diagonal; None where it may be any: the whole batch is then one sample. The
+    result is None where blocks are too large to be decomposed. The form is kept with the context of
+    the loss, and is tried first on the next batch. Where the second derivative is not finite for
+    some samples, their columns are not either, and it is the others that a form has to stand the
+    test of. Raises ``StructureError`` where it is for none.
     """
-    search = _Search(loss.in_double() or loss, dims)
+    # In float64 where the loss allows it: small eigenvalues differ from rounding there.
+    search = _Search(loss.in_double() or loss, outputs, dims)
     if not len(search.finite):
-        raise StructureError(MSG_HESSIAN_NOT_FINITE.format(which="of any sample"))
+        which = "of the predictions" if dims is None else "of any sample"
+        raise StructureError(MSG_HESSIAN_NOT_FINITE.format(which=which))
     form, root = search.run(loss.context.last_form)
     loss.context.last_form = form
     if root is None:
         return None
     return root.to(next(iter(loss.predictions.values())).dtype)
+
+
+def is_linear_in(loss: LossAt, outputs: Sequence[int]) -> bool:
+    """Tell whether no second derivative of the loss involves these outputs."""
+    generator = seeded(0)
+    v = {i: gaussian_like(loss.predictions[i], generator) for i in outputs if i in loss.predictions}
+    # Exactly: where terms cancel up to rounding, nothing is left out.
+    return not any(bool((h != 0).any()) for h in loss.hessian_times(v).values())
 
 
 Form = tuple[str, int | None]  # name of a guess, and the axis along which entries are coupled
@@ -127,9 +83,11 @@ Probe = tuple[dict[int, Tensor], dict[int, Tensor]]  # a random vector, and its 
 class _Search:
     """Guesses of the form of H at one point, and the products that validate them."""
 
-    def __init__(self, loss: LossAt, dims: Mapping[int, int]) -> None:
+    def __init__(
+        self, loss: LossAt, outputs: Sequence[int], dims: Mapping[int, int] | None
+    ) -> None:
         self.loss, self.dims = loss, dims
-        self.shapes = {i: tuple(loss.predictions[i].shape) for i in dims}
+        self.shapes = {i: tuple(loss.predictions[i].shape) for i in outputs}
         self.generator = seeded(0)
         # Guesses are made from the first probe and validated by the second, which is drawn late:
         # a vanishing H needs one only.
@@ -151,23 +109,26 @@ class _Search:
 
     def _forms(self, last: Form | None) -> list[Form]:
         """Return the forms to try, each once: zero costs nothing, then the last, then by size."""
-        forms: list[Form] = [("zero", None)]
-        if last is not None:
-            forms.append(last)
-        forms.append(("entries", None))
+        forms: list[Form] = [("entries", None)]
         for axis in self._axes():
             forms += [("softmax", axis), ("blocks", axis)]
         forms.append(("blocks", None))
-        return list(dict.fromkeys(forms))
+        first: list[Form] = [("zero", None)]
+        if last in forms:  # on another batch there may be other axes
+            first.append(last)
+        return list(dict.fromkeys([*first, *forms]))
 
     def _axes(self) -> list[int]:
         """Return the axes along which entries may be coupled: classes come second or last."""
         if len(self.shapes) > 1:
             return []  # a grid along an axis is one of a single prediction
-        ((i, shape),) = self.shapes.items()
+        (shape,) = self.shapes.values()
+        first, last = 1, len(shape) - 1
+        if self.dims is None:  # the one sample has an axis of its own, in front
+            first, last = 2, len(shape)
         axes: list[int] = []
-        for axis in (1, len(shape) - 1, 0):
-            if axis < len(shape) and axis != self.dims[i] and axis not in axes:
+        for axis in (first, last, 1):
+            if 0 < axis <= last and axis not in axes:
                 axes.append(axis)
         return axes[:AXES_TRIED]
 
@@ -177,40 +138,43 @@ class _Search:
     # -- validation --
 
     def _probe(self) -> Probe:
-        v = {i: gaussian_like(self.loss.predictions[i], self.generator) for i in self.dims}
+        v = {i: gaussian_like(self.loss.predictions[i], self.generator) for i in self.shapes}
         return v, self.loss.hessian_times(v)
 
     @cached_property
     def finite(self) -> Tensor:
         """The samples whose second derivative is finite; each has one of its own."""
         product = self.probes[0][1]
-        finite: Tensor | None = None
-        for i, t in product.items():
-            of_samples = t.movedim(self.dims[i], 0).flatten(1) if t.ndim > 1 else t[:, None]
-            here = of_samples.isfinite().all(1)
-            finite = here if finite is None else finite & here
-        assert finite is not None
-        return finite.nonzero()[:, 0]
+        finite: list[Tensor] = []
+        for i in self.shapes:
+            rows = samples_first(product[i], i, self.dims)
+            finite.append(rows.reshape(len(rows), -1).isfinite().all(1))
+        # A loss that joins all samples has no part of which it matters that another is not finite.
+        if self.dims is None and not _is_finite(self.loss.slope, self.shapes):
+            finite.append(torch.zeros_like(finite[0]))
+        return torch.stack(finite).all(0).nonzero()[:, 0]
 
     @cached_property
     def _all_finite(self) -> bool:
-        product = next(iter(self.probes[0][1].items()))
-        return len(self.finite) == product[1].shape[self.dims[product[0]]]
+        i = next(iter(self.shapes))
+        return len(self.finite) == len(samples_first(self.probes[0][1][i], i, self.dims))
 
     def _sizes(self, named: Named) -> Tensor:
-        """Return the largest entry in size of each sample that is finite, ``[n]``."""
-        sizes: Tensor | None = None
-        for i in self.dims:
-            t = named[i].abs().movedim(self.dims[i], 0)
-            if not t.numel():  # predictions without entries
-                here = t.new_zeros(len(t))
-            elif t.ndim == 1:
-                here = t
-            else:
-                here = t.flatten(1).amax(1)
-            sizes = here if sizes is None else torch.maximum(sizes, here)
-        assert sizes is not None
-        return sizes if self._all_finite else sizes[self.finite]
+        """Return the largest entry in size of each sample that is finite, ``[n]``.
+
+        Where the batch is one sample: of each row of the outputs, as they may differ in scale.
+        """
+        sizes: list[Tensor] = []
+        for i in self.shapes:
+            t = named[i].abs()
+            rows = samples_first(t, i, self.dims)
+            if self.dims is None and t.ndim:
+                rows = t
+            sizes.append(_largest_of_rows(rows))
+        if self.dims is None:
+            return torch.cat(sizes)
+        largest = torch.stack(sizes).amax(0)
+        return largest if self._all_finite else largest[self.finite]
 
     def _holds(self, guess: Factor) -> Factor | None:
         """Return a guess that agrees with the loss on a probe that it was not made from."""
@@ -265,8 +229,10 @@ class _Search:
         A saturated softmax has next to no curvature, and PyTorch has it as the difference of terms
         as large as where it is not: at predictions of zero.
         """
-        zeros = {i: torch.zeros_like(t) for i, t in self.loss.predictions.items()}
         v, product = self.probes[1]
+        if self.dims is None:  # what joins samples need not exist elsewhere, as a determinant
+            return torch.zeros_like(self._sizes(product))
+        zeros = {i: torch.zeros_like(t) for i, t in self.loss.predictions.items()}
         elsewhere = self._sizes(replace(self.loss, predictions=zeros).hessian_times(v))
         terms = torch.maximum(self._sizes(product), elsewhere.nan_to_num(0, 0, 0))
         return CANCELLED * torch.finfo(terms.dtype).eps * terms
@@ -347,8 +313,13 @@ class _Search:
         """Take any symmetric block at each position, by its eigenvectors."""
         grid = self._grid(axis)
         n, t, c = grid.split(self.loss.predictions).shape
+        # What joins everything has one block, of any symmetric matrix: there is nothing to guess.
+        is_whole = self.dims is None and axis is None
         # One block has to be decomposed, and all of them kept: half a gigabyte.
-        if c > LARGEST_BLOCK or n * t * c * c > LARGEST_BLOCK**2 * 64:
+        most = LARGEST_JOINT if is_whole else LARGEST_BLOCK
+        if c > most or n * t * c * c > LARGEST_BLOCK**2 * 64:
+            return None
+        if self.dims is None and axis is not None and self._couples_positions(grid):
             return None
         block = self.probes[0][0][next(iter(self.shapes))].new_zeros(n, t, c, c)
         for j in range(c):
@@ -361,8 +332,10 @@ class _Search:
         block[lost] = 0  # there are no eigenvalues of what is not finite
         values, vectors = _largest_first(*torch.linalg.eigh((block + block.mT) / 2))
         # Relative to each block: a sample with a small loss has small eigenvalues.
-        size = values.abs()
-        nonzero = size > c * torch.finfo(values.dtype).eps * size.amax(-1, keepdim=True)
+        size, entries, largest = values.abs(), c, values.abs().amax(-1, keepdim=True)
+        if self.dims is None:  # blocks of one sample, the batch
+            entries, largest = t * c, size.amax()
+        nonzero = size > entries * torch.finfo(values.dtype).eps * largest
         # One of the other sign than the largest may be what is left over where terms cancel.
         other_sign = values.sign() != values[..., :1].sign()
         if (nonzero & other_sign).any():
@@ -374,10 +347,25 @@ class _Search:
             rank = int(nonzero.sum(-1).max())
         S = (vectors * values.abs().sqrt()[..., None, :])[..., :rank]
         S[lost] = torch.nan
-        form = "of blocks of all entries of a sample"
-        if axis is not None:
-            form = f"of blocks along axis {axis}"
-        return self._holds(Factor(grid, S, _sign(values)[..., :rank], form))
+        root = Factor(grid, S, _sign(values)[..., :rank], self._blocks_in_words(axis))
+        return root if is_whole else self._holds(root)
+
+    def _couples_positions(self, grid: Grid) -> bool:
+        """Tell by one product whether positions are coupled: blocks take one for each entry."""
+        alone = torch.zeros_like(grid.split(self.probes[0][0]))
+        alone[:, 0] = grid.split(self.probes[0][0])[:, 0]
+        product = grid.split(self.loss.hessian_times(grid.join(alone))).abs()
+        if product.shape[1] == 1 or not product.numel():
+            return False
+        # Far above rounding: what is doubtful is decided by the blocks.
+        return bool(product[:, 1:].amax() > SINGLE * product[:, 0].amax())
+
+    def _blocks_in_words(self, axis: int | None) -> str:
+        if axis is None and self.dims is None:
+            return "of all predictions together"
+        if axis is None:
+            return "of blocks of all entries of a sample"
+        return f"of blocks along axis {axis - (self.dims is None)}"
 
 
 def _largest_first(values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
@@ -389,6 +377,17 @@ def _largest_first(values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
 def _plus(v: Named, a: float, w: Named) -> dict[int, Tensor]:
     """Return ``v + a w``."""
     return {i: t + a * w[i] for i, t in v.items()}
+
+
+def _largest_of_rows(rows: Tensor) -> Tensor:
+    """Return the largest entry of each row, ``[n]``; zero where rows have none."""
+    if not rows.numel():
+        return rows.new_zeros(len(rows))
+    return rows.reshape(len(rows), -1).amax(1)
+
+
+def _is_finite(slope: Named, outputs: Iterable[int]) -> bool:
+    return all(bool(slope[i].isfinite().all()) for i in outputs if i in slope)
 
 
 def _within(error: Tensor, allowed: Tensor) -> bool:

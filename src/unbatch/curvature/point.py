@@ -16,7 +16,7 @@ from unbatch.curvature.ggn_quantities import ColumnQuantity, evaluate
 from unbatch.curvature.gram import Gram, groups_in_memory
 from unbatch.curvature.strategy import Curvature
 from unbatch.errors import MSG_GGN_STALE, StaleError
-from unbatch.gradients.request import Request, recorded_precision, source_of
+from unbatch.gradients.request import Request, recorded_precision
 from unbatch.gradients.sources import Source
 from unbatch.linalg.rows import sum_of
 
@@ -42,8 +42,8 @@ class Point:
 
     @property
     def entries(self) -> int:
-        """Return ``NC``: entries of all predictions."""
-        return sum(p.numel() for p in self.curvature.loss.predictions.values())
+        """Return ``NC``: entries of all outputs that the second derivative of the loss is of."""
+        return self.curvature.entries
 
     def restricted(self, names: Sequence[str]) -> Point:
         """Return the same for some of the parameters."""
@@ -64,7 +64,7 @@ class Point:
         """
         self.check_fresh()
         with torch.no_grad(), recorded_precision():
-            source = source_of(self.request)
+            source = self.curvature.source(self.request)
             # H belongs to the whole question: a pass of all parameters knows it, too.
             if self.parameters.keys() == self.curvature.request.parameters.keys():
                 self.curvature.share_forward(source, False, compressed)
@@ -89,6 +89,6 @@ class Point:
         for group in groups:
             # A sweep for each group: in time what is saved in memory.
             with torch.no_grad(), recorded_precision():
-                rows_of_group = source_of(self.request.of(group))
+                rows_of_group = self.curvature.source(self.request.of(group))
                 shares.append(evaluate(self.curvature, rows_of_group, quantity, group))
         return sum_of(shares).double()

@@ -16,12 +16,13 @@ from functools import cached_property
 from torch import Tensor
 
 from unbatch.analysis.structure import Structure
+from unbatch.autodiff.contractions.row_block import RowBlock
 from unbatch.autodiff.jvp import Linearised, LinearisedGraph
 from unbatch.autodiff.loss import LossAt
 from unbatch.autodiff.model_jvp import LinearisedModel
 from unbatch.curvature.batch_statistics import Statistics, StatisticsCost
 from unbatch.curvature.hessian_root import Factor, HessianRoot
-from unbatch.curvature.loss_hessian import factor, joint
+from unbatch.curvature.loss_hessian import factor, is_linear_in
 from unbatch.curvature.low_rank import (
     Basis,
     CoefficientSVD,
@@ -33,6 +34,8 @@ from unbatch.curvature.low_rank import (
 from unbatch.curvature.sampled_root import likelihood, sampled
 from unbatch.curvature.truncation import DiagonalResidual, GramResidual, truncated_basis
 from unbatch.errors import (
+    MSG_COMPLEX_OUTPUT,
+    MSG_JOINED,
     MSG_MATRIX_NOT_FINITE,
     MSG_NO_BLOCKS,
     MSG_NO_COMPONENTS,
@@ -45,6 +48,7 @@ from unbatch.errors import (
     VanishingCurvatureWarning,
     warn,
 )
+from unbatch.gradients.plan import SitePlan
 from unbatch.gradients.request import (
     Request,
     check_linear,
@@ -53,7 +57,7 @@ from unbatch.gradients.request import (
     is_planned,
     source_of,
 )
-from unbatch.gradients.sources import Chunking, Source
+from unbatch.gradients.sources import Chunking, Source, Take
 from unbatch.linalg.space import Space
 
 # How many columns are drawn for each sample, and the seed; None: H itself.
@@ -158,10 +162,16 @@ class Curvature:
     def structure(self) -> Structure:
         return self.request.structure
 
-    @property
+    @cached_property
     def separable(self) -> bool:
-        """Return whether H is block diagonal by samples, as that of a sum over samples is."""
-        return bool(self.structure.reduction)
+        """Return whether H is block diagonal by samples, as that of a sum over samples is.
+
+        An output without an axis of samples may enter it linearly: then H says nothing of it.
+        """
+        context = self.request.context
+        if not self.structure.reduction or not context.axes:
+            return False
+        return not context.outputs.joined or is_linear_in(self.loss, context.outputs.joined)
 
     # -- forward passes --
 
@@ -177,6 +187,7 @@ class Curvature:
         """Return the loss at the predictions."""
         if self._loss is None:
             lin = self.linearised
+            _check_real(lin.predictions)
             self._loss = LossAt(self.request.context, lin.predictions, lin.inner, lin.all_outputs)
         return self._loss
 
@@ -191,7 +202,9 @@ class Curvature:
             return
         statistics = None if rows else self._statistics_ahead(compressed)
         if statistics is None:
-            self._loss = source.loss
+            loss = source.loss
+            _check_real(loss.predictions)
+            self._loss = loss
         elif self._linearised is None:
             self._linearised = statistics.free
 
@@ -207,9 +220,23 @@ class Curvature:
 
     @cached_property
     def dims(self) -> dict[int, int]:
-        """The axis of the samples of every prediction."""
+        """The axis of the samples of every output that has one."""
         axes = self.request.context.axes
-        return {i: dim for i, dim in axes.items() if i in self.loss.predictions}
+        return {i: axes[i] for i in self.loss.predictions if i in axes}
+
+    @property
+    def entries(self) -> int:
+        """Return how many entries the outputs have by which H is taken."""
+        outputs = self.dims if self.separable else self.loss.predictions
+        return sum(self.loss.predictions[i].numel() for i in outputs)
+
+    # -- where columns come from --
+
+    def source(self, request: Request) -> Source:
+        """Return what pulls columns back to the parameters of ``request``."""
+        if self.separable:
+            return source_of(request)
+        return JointColumns(self, request.parameters)
 
     # -- roots of H --
 
@@ -225,8 +252,10 @@ class Curvature:
         return self._roots[draws]
 
     def _exact(self) -> HessianRoot:
-        form = factor if self.separable else joint
-        root = form(self.loss, self.dims)
+        if self.separable:
+            root = factor(self.loss, list(self.dims), self.dims)
+        else:
+            root = factor(self.loss, list(self.loss.predictions), None)
         shapes = [tuple(t.shape) for t in self.loss.predictions.values()]
         if root is None:
             raise StructureError(MSG_NO_BLOCKS.format(shapes=shapes))
@@ -251,12 +280,16 @@ class Curvature:
 
         ``what``: is asked for, in words. Raises ``StructureError`` where the loss is no such sum.
         """
-        root = self.root()
-        if not isinstance(root, Factor):
-            reduction = self.structure.reduction
-            why = "it fails" if reduction.status == "fails" else "it is unknown"
-            raise StructureError(MSG_NO_COMPONENTS.format(what=what, why=why))
-        return root
+        if self.separable:
+            root = self.root()
+            assert isinstance(root, Factor)
+            return root
+        reduction = self.structure.reduction
+        if reduction:
+            shapes = self.structure.joined_in_words
+            raise StructureError(MSG_JOINED.format(what=what, outputs=shapes))
+        why = "it fails" if reduction.status == "fails" else "it is unknown"
+        raise StructureError(MSG_NO_COMPONENTS.format(what=what, why=why))
 
     # -- the route of columns --
 
@@ -275,7 +308,7 @@ class Curvature:
 
     def _basis(self, root: HessianRoot, rtol: Rtol | None) -> Basis | None:
         route = self._route
-        if not isinstance(root, Factor) or not root.size or route is None:
+        if not isinstance(root, Factor) or not root.separate or not root.size or route is None:
             return None
         # Estimates of an error assume that all signs are positive: otherwise nothing is left out.
         takes_all = rtol is None or root.lowest < 0
@@ -299,6 +332,8 @@ class Curvature:
         self, source: Source, basis: Basis | None, parameters: Mapping[str, Tensor]
     ) -> Source | CorrectedSource:
         """Return the source that feeds columns of these parameters."""
+        if not self.separable:
+            return JointColumns(self, parameters)
         route = self._route
         if basis is None or route is None or route.statistics is None:
             return source
@@ -307,13 +342,10 @@ class Curvature:
 
     def plan(self, root: HessianRoot, source: Source, chunks: Chunking) -> tuple[int, str]:
         """Return how many backward passes all columns take, and why that many."""
+        if not root.separate:  # through the linear map, whatever the source does
+            return root.rank, JointColumns.reason
         samples, columns = root.layout
         passes, _ = source.pullbacks(chunks)
-        if not root.separate:  # through the linear map, whatever the source does
-            return root.rank, (
-                "The second derivative of the loss joins all samples: "
-                "each of its columns is pulled back."
-            )
         if self._route is None:
             return columns * passes, f"{columns} columns a sample. {source.reason}"
         cost = self._route.cost(samples * columns)
@@ -321,3 +353,56 @@ class Curvature:
         if cost and self._route.statistics is not None:
             return cost.statistics + 2 * columns, cost.reason
         return columns * passes, cost.reason
+
+
+def _check_real(outputs: Mapping[int, Tensor]) -> None:
+    for t in outputs.values():
+        if t.is_complex():
+            raise StructureError(MSG_COMPLEX_OUTPUT.format(dtype=t.dtype))
+
+
+# --- columns that run through all samples ---------------------------------------------------------
+
+
+class JointColumns(Source):
+    """Columns of an H that joins all samples: each is pulled back as one vector, and is one row."""
+
+    reason = (
+        "The second derivative of the loss joins all samples: each of its columns is pulled back."
+    )
+
+    def __init__(self, curvature: Curvature, parameters: Mapping[str, Tensor]) -> None:
+        self.curvature, self.parameters = curvature, parameters
+        self.context = curvature.request.context
+
+    @property
+    def loss(self) -> LossAt:
+        return self.curvature.loss
+
+    def feed(
+        self,
+        chunks: Chunking,
+        take: Take,
+        outs: Mapping[str, Tensor],
+        cotangents: Mapping[int, Tensor] | None = None,
+        last: bool = True,
+    ) -> None:
+        if cotangents is None:
+            cotangents = self.loss.slope
+        for name, v in self._pulled(cotangents).items():
+            take(name, RowBlock(slice(0, 1), v[None]))
+
+    def _pulled(self, cotangents: Mapping[int, Tensor]) -> dict[str, Tensor]:
+        return self.curvature.linearised.pull(cotangents, self.parameters)
+
+    def weighted_sum(self, weights: Tensor) -> dict[str, Tensor]:
+        return {name: weights[0] * g for name, g in self._pulled(self.loss.slope).items()}
+
+    def sites(self) -> list[SitePlan]:
+        return [SitePlan((name,), "", "", "by autograd", "model") for name in self.parameters]
+
+    def pullbacks(self, chunks: Chunking) -> tuple[int, int]:
+        return 1, 1
+
+    def rest(self) -> dict[str, Tensor]:
+        return {}

@@ -18,10 +18,10 @@ from unbatch.autodiff import eager
 from unbatch.autodiff.autograd import gradients, leaves_of
 from unbatch.autodiff.context import Context
 from unbatch.autodiff.contractions.row_block import RowBlock
-from unbatch.autodiff.loss import LossAt, loss_of, nonzero_gradients
+from unbatch.autodiff.loss import LossAt, loss_of, nonzero_gradients, without_zeros
 from unbatch.autodiff.other_batches import filled_with, is_finite
 from unbatch.gradients.plan import SitePlan
-from unbatch.gradients.replayed_rows import ReplayedRows
+from unbatch.gradients.replayed_rows import ReplayedRows, add_into
 from unbatch.gradients.sources import Chunking, Source, Take
 from unbatch.linalg.rows import real
 
@@ -50,9 +50,9 @@ class EagerRows(Source):
             # The replay is connected to leaves of its own, by which it is differentiated.
             self.parameters = leaves_of(parameters)
         ran = self._run(context)
-        self.output, self.predictions = ran.output, ran.predictions
+        self.output, self.predictions, self.outputs = ran.output, ran.predictions, ran.outputs
         self.at, self._random_state = ran.loss, ran.state
-        self.cotangents = self.at.slope
+        self.cotangents = self.at.slope_of_samples
 
     def _run(self, context: Context) -> eager.EagerModel:
         if self.replayed:
@@ -110,12 +110,12 @@ class EagerRows(Source):
         return Layout(self.context.axes[i], self.context.samples)
 
     def _pull(
-        self, cotangents: Mapping[int, Tensor], predictions: Mapping[int, Tensor]
+        self, cotangents: Mapping[int, Tensor], outputs: Mapping[int, Tensor]
     ) -> dict[str, Tensor]:
-        """Return the gradient by parameter for cotangents of the predictions."""
-        outputs = [predictions[i] for i in cotangents]
+        """Return the gradient by parameter for cotangents of the outputs."""
+        ends = [outputs[i] for i in cotangents]
         with self._same_draws():
-            return gradients(outputs, self.parameters, list(cotangents.values()), retain=True)
+            return gradients(ends, self.parameters, list(cotangents.values()), retain=True)
 
     def _same_draws(self) -> AbstractContextManager[Any]:
         """Return a context in which a backward pass that draws random numbers draws the same each
@@ -138,25 +138,30 @@ class EagerRows(Source):
         return self.context.samples, 1
 
     def rest(self) -> dict[str, Tensor]:
-        if self.context.split:
-            return {}
         # The rest does not depend on the plan, so that a replay gives it where one is faithful.
         if self.replayed:
             return ReplayedRows(self.context, self.parameters, "component").rest()
-        output = self._with_constant_predictions()
-        with self.context.program.untouched():
-            value = loss_of(self.context, output)
-            return nonzero_gradients(value, self.parameters, self.context.graph.has_history)
+        rest: dict[str, Tensor] = {}
+        joined = self.at.slope_of_joined
+        if joined:
+            rest = without_zeros(self._pull(joined, self.outputs))
+        if not self.context.split:
+            output = self._with_constant_outputs()
+            with self.context.program.untouched():
+                value = loss_of(self.context, output)
+                history = self.context.graph.has_history
+                add_into(rest, nonzero_gradients(value, self.parameters, history))
+        return rest
 
-    def _with_constant_predictions(self) -> Any:
-        """Return the model's output with every prediction of samples detached."""
-        # The loss sees the same structure; what is no prediction of samples stays connected.
+    def _with_constant_outputs(self) -> Any:
+        """Return the model's output with all detached by which the loss is differentiated."""
+        # The loss sees the same structure; what is no such output stays connected.
         leaves, spec = tree_flatten(self.output)
         # The graph lists the predictions in the order of the tensors among the leaves.
         indices = iter(ref.index for ref in self.context.graph.predictions)
         detached = []
         for leaf in leaves:
-            if isinstance(leaf, Tensor) and next(indices) in self.context.axes:
+            if isinstance(leaf, Tensor) and next(indices) in self.context.outputs.smooth:
                 leaf = leaf.detach()
             detached.append(leaf)
         return tree_unflatten(detached, spec)
@@ -169,10 +174,10 @@ def _replay(context: Context, leaves: Mapping[str, Tensor]) -> eager.EagerModel:
     for i, value in enumerate(graph.values):
         if value.kind == "parameters" and value.name in leaves:
             feed[i] = leaves[value.name]
-    # Predictions with a sample axis, what the loss reads beside them, and all that is returned.
-    read = graph.read_by_loss(context.axes)
+    # The outputs of the loss, what it reads beside them, and all that is returned.
+    read = graph.read_by_loss(context.outputs.smooth)
     predictions = [ref.index for ref in graph.predictions]
-    indices = list(dict.fromkeys([*context.axes, *read, *predictions]))
+    indices = list(dict.fromkeys([*context.outputs.smooth, *read, *predictions]))
     with torch.enable_grad():
         outputs = graph.run(feed, indices, steps=graph.forward_steps)
     values = dict(zip(indices, outputs, strict=True))

@@ -14,10 +14,18 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from unbatch.autodiff.autograd import detached, leaves_of
+from unbatch.autodiff.autograd import leaves_of, subset
 from unbatch.autodiff.context import Context
 from unbatch.autodiff.contractions.row_block import RowBlock
-from unbatch.autodiff.loss import LossAt, by_graph, noise, nonzero_gradients, rest_of_loss
+from unbatch.autodiff.jvp import LinearisedGraph
+from unbatch.autodiff.loss import (
+    LossAt,
+    by_graph,
+    noise,
+    nonzero_gradients,
+    rest_of_loss,
+    without_zeros,
+)
 from unbatch.autodiff.planner import Site
 from unbatch.autodiff.vjp import Group, Sweep
 from unbatch.gradients.plan import SitePlan
@@ -160,12 +168,15 @@ class ReplayedRows(Source):
         # The loss is evaluated only if its cotangents are used: a self-check has random ones.
         if self._chosen_cotangents is not None:
             return self._chosen_cotangents
-        return self.loss.slope
+        return self.loss.slope_of_samples
 
     @property
     def loss(self) -> LossAt:
-        sweep = self.sweep
-        return LossAt(self.context, _fixed_predictions(sweep), sweep.inner, sweep.outputs)
+        return LossAt(self.context, self._fixed_outputs(), self.sweep.inner, self.sweep.outputs)
+
+    def _fixed_outputs(self) -> dict[int, Tensor]:
+        """Return the outputs by which the loss is differentiated, as constants."""
+        return subset(self.sweep.outputs, self.context.outputs.smooth)
 
     def _ones(self) -> Tensor:
         """Return weights that count every sample once, ``[N]``."""
@@ -261,8 +272,8 @@ class ReplayedRows(Source):
         """Return the sum of all rows of every parameter that has columns or is tied to one."""
         sums: dict[str, Tensor] = {}
         for group in tied:
-            _add_into(sums, self._sum_of_group(group))
-        _add_into(sums, self.sweep.sum_of_columns(self._ones()))
+            add_into(sums, self._sum_of_group(group))
+        add_into(sums, self.sweep.sum_of_columns(self._ones()))
         return sums
 
     def _local_rows(self, groups: Sequence[Group], where: slice) -> dict[str, Tensor]:
@@ -389,55 +400,52 @@ class ReplayedRows(Source):
     # -- the rest of the gradient --
 
     def rest(self) -> dict[str, Tensor]:
-        """Return the gradient of the loss with the predictions held constant.
+        """Return what of ``∇L`` does not go through predictions of samples.
 
-        Parameters that stand in the loss itself, and what else it reads of the model.
+        That is the part through outputs without an axis of samples, and, of parameters that stand
+        in the loss itself and what else it reads of the model, the part with all outputs constant.
         """
-        context = self.context
-        # With the split, and every prediction among those that are pulled back, nothing is left.
-        if context.split and self._splits_all_predictions():
+        rest = self._through_joined_outputs()
+        if not self.context.split:
+            add_into(rest, self._beside_outputs())
+        return rest
+
+    def _through_joined_outputs(self) -> dict[str, Tensor]:
+        # Nothing is evaluated where there are none, as is usual.
+        cotangents = self.loss.slope_of_joined if self.context.outputs.joined else {}
+        if not cotangents:
             return {}
-        # The loss is called if predictions are all that it needs, and replayed otherwise.
+        return without_zeros(LinearisedGraph(self.context, self.parameters).pull(cotangents))
+
+    def _beside_outputs(self) -> dict[str, Tensor]:
+        context = self.context
+        # The loss is called if outputs are all that it needs, and replayed otherwise.
         if not by_graph(context, self.sweep.inner):
             return rest_of_loss(context, self.sweep.outputs, self.parameters)
         leaves = leaves_of(self.parameters)
         with torch.enable_grad():
-            value = self._loss_with_fixed_predictions(leaves)
+            value = self._loss_with_fixed_outputs(leaves)
         return nonzero_gradients(value, leaves)
 
-    def _splits_all_predictions(self) -> bool:
-        used = self.context.graph.used_predictions
-        return all(ref.index in self.plan.predictions for ref in used)
-
-    def _loss_with_fixed_predictions(self, leaves: Mapping[str, Tensor]) -> Tensor:
+    def _loss_with_fixed_outputs(self, leaves: Mapping[str, Tensor]) -> Tensor:
         """Return the loss as a function of ``leaves`` alone; there has to be one in the graph."""
         context, graph, sweep = self.context, self.context.graph, self.sweep
         if graph.loss is None:
             raise ValueError("The recorded graph has no loss.")
         feed = context.data | self.plan.by_number(leaves)
-        fixed = _fixed_predictions(sweep)
+        # What the loss reads beside outputs depends on parameters, also by way of outputs: only
+        # what it reads of these themselves is constant.
         inner = list(sweep.inner)
-        read: list[Tensor] = []
-        if inner:
-            # What the loss reads beside predictions depends on parameters, but not through
-            # predictions. Those that are written to later are not pinned: a write would change what
-            # is kept.
-            pinned = {i: t for i, t in fixed.items() if not graph.written(i)}
-            read = graph.run(feed, inner, keep=pinned, steps=graph.forward_steps)
-        feed = feed | dict(zip(inner, read, strict=True)) | fixed
+        read = graph.run(feed, inner, steps=graph.forward_steps) if inner else []
+        feed = feed | dict(zip(inner, read, strict=True)) | self._fixed_outputs()
         (value,) = graph.run(feed, [graph.loss.index], keep=noise(graph), steps=graph.loss_steps)
         return value
 
 
-def _add_into(sums: dict[str, Tensor], share: Mapping[str, Tensor]) -> None:
+def add_into(sums: dict[str, Tensor], share: Mapping[str, Tensor]) -> None:
     """Add a share by name; not in place, as a first share may belong to somebody else."""
     for name, t in share.items():
         if name in sums:
             sums[name] = sums[name] + t
         else:
             sums[name] = t
-
-
-def _fixed_predictions(sweep: Sweep) -> dict[int, Tensor]:
-    """Return the predictions as constants."""
-    return detached(sweep.predictions)

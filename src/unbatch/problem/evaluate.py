@@ -27,7 +27,7 @@ from unbatch.gradients.quantities import (
     about_of,
 )
 from unbatch.gradients.request import Request, source_of
-from unbatch.gradients.sources import CHUNK, Chunking
+from unbatch.gradients.sources import CHUNK, Chunking, Source
 
 FLOAT32 = 4  # bytes
 
@@ -38,11 +38,11 @@ def answer(
     request: Request, quantities: Sequence[Quantity], label: Label, out: Mapping[str, Tensor]
 ) -> list[Any]:
     """Feed all quantities from one source; return the results in their order."""
-    # Nothing has run yet but the self-check of a plan: both are lazy, and the forward pass shared.
-    source, curvature = source_of(request), Curvature(request)
-    about = about_of(request, source, label, out)
-    demand = Demand.of(quantities)
+    curvature, demand = Curvature(request), Demand.of(quantities)
     columns = demand.of_columns
+    # Nothing has run yet but the self-check of a plan: both are lazy, and the forward pass shared.
+    source = _source(request, curvature, demand)
+    about = about_of(request, source, label, out)
     if columns:
         # Before any check: what a check needs of H comes from the forward pass shared here.
         compressed = any(quantity.tolerance is not None for quantity in columns)
@@ -66,6 +66,13 @@ def answer(
     for basic, collector in collectors.items():
         results[basic] = collector.finish()
     return [tree.value(results, about) for tree in demand.trees]
+
+
+def _source(request: Request, curvature: Curvature, demand: Demand) -> Source:
+    """Return where rows come from; columns alone need them only where they are of samples."""
+    if demand.of_columns and not demand.of_rows:
+        return curvature.source(request)
+    return source_of(request)
 
 
 def _feed_rows(
@@ -186,8 +193,8 @@ class Demand:
 
 def planned(request: Request, quantities: Sequence[Quantity]) -> Plan:
     """Return what ``answer`` would do, in numbers and words."""
-    source, curvature = source_of(request), Curvature(request)
-    demand = Demand.of(quantities)
+    curvature, demand = Curvature(request), Demand.of(quantities)
+    source = _source(request, curvature, demand)
     chunks, columns = demand.chunking(request.memory), demand.of_columns
     if columns:
         curvature.share_forward(source, rows=True)  # the plan needs the sites of the source

@@ -28,7 +28,8 @@ from unbatch.capture.effort import PLAIN_STEPS, metered
 from unbatch.capture.guards import signature
 from unbatch.capture.isolation import outside_inference_mode
 from unbatch.capture.program import Program
-from unbatch.capture.sample_axes import SampleAxes
+from unbatch.capture.sample_axes import Fold
+from unbatch.capture.stacked_views import without_views
 from unbatch.capture.trees import copied
 from unbatch.curvature.block_ggn import BlockGGN
 from unbatch.curvature.ggn import GGN
@@ -90,12 +91,17 @@ class Problem:
     loss takes ``batch=inputs`` in place of loss and data.
 
     ``in_dims`` says where the samples lie, as in ``torch.func.vmap``: an int, None (not
-    per-sample), or a pair for X and y whose parts may be pytrees of them. ``sample_dims``: several
-    axes that together tell samples apart, of X, y and the predictions, such as ``(0, 1)`` for the
-    tokens of sentences or ``(0, 2, 3)`` for the pixels of images; samples are then counted in this
-    order, ``N = B·T``. Of a model that has its own loss these are axes of the values that the loss
-    is cut at, and the labels in it are constants: ``y_n`` is what the loss compares prediction n
-    with.
+    per-sample), or a pair for X and y whose parts may be pytrees of them. ``out_dims`` says it of
+    what the model returns: an int, None (the analysis finds it, the default), or a nesting like
+    that of the output. Both also take ``Views(2)`` for an axis along which each sample has several
+    entries: ``[2N, d]`` are N pairs then. What has no axis of samples belongs to the batch as a
+    whole: ``ggn()`` joins such outputs, and rows of the gradient leave them to their ``rest``.
+
+    ``sample_dims``: several axes that together tell samples apart, of X, y and the predictions,
+    such as ``(0, 1)`` for the tokens of sentences or ``(0, 2, 3)`` for the pixels of images;
+    samples are then counted in this order, ``N = B·T``. Of a model that has its own loss these, and
+    ``out_dims``, are axes of the values that the loss is cut at, and the labels in it are
+    constants: ``y_n`` is what the loss compares prediction n with.
 
     Constructing computes nothing; questions do, with the parameters of that moment. No question
     changes anything: parameters, buffers, gradients, flags and random states are afterwards as they
@@ -112,7 +118,7 @@ class Problem:
     targets: Any
     samples: int
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (by name, all but three)
         self,
         model: Callable[..., Any],
         loss: Callable[..., Any] | None = None,
@@ -121,6 +127,7 @@ class Problem:
         batch: Any = None,
         parameters: Mapping[str, Tensor] | None = None,
         in_dims: Any = 0,
+        out_dims: Any = None,
         sample_dims: Sequence[int] | None = None,
         effort: float = PLAIN_STEPS,
     ) -> None:
@@ -129,7 +136,11 @@ class Problem:
         check_callable("model", model)
         if loss is not None:
             check_callable("loss", loss)
-        fold = parse_sample_axes(sample_dims, in_dims, inputs, targets)
+        # A pair is one for X and one for y; of a model with its own loss it is one for X.
+        x_dims, y_dims = in_dims, in_dims
+        if data is not None and isinstance(in_dims, tuple) and len(in_dims) == 2:
+            x_dims, y_dims = in_dims
+        fold = parse_sample_axes(sample_dims, (x_dims, y_dims), out_dims, inputs, targets)
         named = parameters_of(model, loss, parameters)
         self.program = Program(
             model, loss, named, parameters is not None, fold, effort=parse_effort(effort)
@@ -137,13 +148,10 @@ class Problem:
         # As they were passed: containers may have other entries when a question is asked.
         self._given, self._passed = given, parameters
         inputs, targets = _folded(fold, inputs, targets)
-        # A pair is one for X and one for y; of a model with its own loss it is one for X.
-        x_dims, y_dims = in_dims, in_dims
-        if data is not None and isinstance(in_dims, tuple) and len(in_dims) == 2:
-            x_dims, y_dims = in_dims
         # Where there are no targets, nothing is said of them.
         if targets is None:
             y_dims = None
+        x_dims, y_dims = without_views(x_dims), without_views(y_dims)
         self._in_dims = x_dims, y_dims
         self._dims = parse_dims("X", inputs, x_dims)
         self._target_dims = parse_dims("y", targets, y_dims)
@@ -474,7 +482,7 @@ class Problem:
         """Return data with several axes of samples as one; their sizes belong to the data."""
         fold = self.program.fold
         if fold is not None:
-            fold = SampleAxes.of(fold.dims, inputs, targets)
+            fold = fold.renewed(inputs, targets)
             self.program = replace(self.program, fold=fold)
         return _folded(fold, inputs, targets)
 
@@ -493,7 +501,7 @@ class Problem:
         return f"{model} on inputs {capture.shown(inputs)}"
 
 
-def _folded(fold: SampleAxes | None, inputs: Any, targets: Any) -> tuple[Any, Any]:
+def _folded(fold: Fold | None, inputs: Any, targets: Any) -> tuple[Any, Any]:
     """Return data with their several axes of samples as one in front."""
     if fold is None:
         return inputs, targets

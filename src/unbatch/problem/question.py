@@ -106,10 +106,12 @@ def label_of(s: Structure, by: str, ownership: Mapping[int, Ownership] | None = 
     """
     if s.joined_backward:
         return Label(by, KINDS[by], s.joined_backward, ownership)
+    notes = []
+    if s.joined:
+        notes.append(f"{s.joined_in_words} has no sample axis: its part is in `rest`")
     own_terms = s.reduction and not s.reduction.weights_depend_on
     if not (s.independent_forward and (s.simd_loss or own_terms)):
-        return Label(by, KINDS[by], "", ownership)
-    notes = []
+        return Label(by, KINDS[by], ", ".join(notes), ownership)
     if not s.simd_loss:
         notes.append("of losses of their own")
     # The loss is no sum of losses of samples, or their weights depend on other samples: a row is

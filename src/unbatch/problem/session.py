@@ -8,18 +8,20 @@ plans, and nothing is recorded again. The recording itself is in ``recording.py`
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import keystr, tree_leaves_with_path
 
 from unbatch import errors
 from unbatch.analysis.domain.ownership import Ownership
 from unbatch.analysis.inference import AnalysisState, infer_structure
 from unbatch.analysis.initial import initial_ownership
+from unbatch.analysis.outputs import Outputs
 from unbatch.analysis.rules import registry
 from unbatch.analysis.structure import Structure
 from unbatch.autodiff.context import Context
@@ -30,6 +32,7 @@ from unbatch.capture.effort import metered
 from unbatch.capture.graph import Graph, HostRead
 from unbatch.capture.isolation import generators_in, random_state
 from unbatch.capture.program import Program
+from unbatch.capture.steps import is_ref
 from unbatch.errors import StructureError
 from unbatch.gradients.request import recorded_precision
 from unbatch.problem.recording import Batch, Recording, numbers_of, state_of
@@ -47,6 +50,7 @@ class Inference:
     graph: Graph
     structure: Structure
     findings: AnalysisState
+    outputs: Outputs
 
     @cached_property
     def experiment(self) -> Experiment:
@@ -196,7 +200,28 @@ def infer(recording: Recording) -> Inference:
     # Where no verdict depended on a host read, the other paths were not searched and do not matter.
     if paths.graph is not None and paths.graph is not recording.graph:
         structure = structure.no_more_than(inferred(paths.graph)[0])
-    return Inference(recording, findings.forward.graph, structure, findings)
+    graph = findings.forward.graph
+    outputs = Outputs.of(graph, findings.forward.ownership, batch.samples, findings.leading)
+    if outputs.joined:
+        words = _in_words(outputs.joined, recording.skeleton, graph)
+        structure = replace(structure, joined=words, divides=bool(outputs.axes))
+    return Inference(recording, graph, structure, findings, outputs)
+
+
+def _in_words(outputs: Sequence[int], skeleton: Any, graph: Graph) -> tuple[str, ...]:
+    """Return outputs by their place in what the model returns, or in a model with its own loss."""
+    places: dict[int, str] = {}
+    for path, leaf in tree_leaves_with_path(skeleton, is_leaf=is_ref):
+        if is_ref(leaf):
+            places[leaf.index] = f"output{keystr(path)}"
+    words = []
+    for i in outputs:
+        value = graph.values[i]
+        place = places.get(i)
+        if place is None:  # the loss of the model's own is cut there
+            place = f"the value made in {graph.steps[value.step].place}"
+        words.append(f"{place} of shape {list(value.shape)}")
+    return tuple(words)
 
 
 def fidelity_of(experiment: Experiment) -> Fidelity:
@@ -239,6 +264,7 @@ def _context(inference: Inference, structure: Structure, faithful: bool) -> Cont
         initial_ownership(graph, batch.dims),
         batch.samples,
         findings.leading,
+        inference.outputs,
         batch.inputs,
         batch.targets,
         recording.skeleton,
@@ -337,8 +363,9 @@ class Session:
     def at_the_cut(self) -> Any:
         """Return the values that the loss of a model with its own loss is cut at."""
         context = self.analysis.context
-        # In the order of their axes of samples, which is that of the structure.
-        values = list(context.numbers(list(context.axes)).values())
+        # In the order of the structure, which shows them.
+        cut = list(dict.fromkeys(ref.index for ref in context.graph.used_predictions))
+        values = list(context.numbers(cut).values())
         return values[0] if len(values) == 1 else tuple(values)
 
     def check_third_derivatives(self) -> None:

@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 from unbatch import errors
 from unbatch.capture.data import holds_data
 from unbatch.capture.program import Program
-from unbatch.capture.sample_axes import SampleAxes
+from unbatch.capture.sample_axes import Fold, SampleAxes
+from unbatch.capture.stacked_views import StackedViews, has_views
 from unbatch.capture.trees import tensors_in
 from unbatch.errors import InputError
 from unbatch.gradients.quantities import Quantity
@@ -99,13 +100,23 @@ def check_values(inputs: Any, dims: Sequence[int | None]) -> None:
 # --- the axes of the samples ----------------------------------------------------------------------
 
 
-def parse_sample_axes(dims: Any, in_dims: Any, inputs: Any, targets: Any) -> SampleAxes | None:
-    """Return the several axes that together tell samples apart; None where there is one."""
-    if dims is None:
+def parse_sample_axes(
+    dims: Any, in_dims: tuple[Any, Any], out_dims: Any, inputs: Any, targets: Any
+) -> Fold | None:
+    """Return what brings samples to the first axis; None where they lie along one axis each.
+
+    ``dims``: several axes that together tell samples apart; ``in_dims``: those of X and of y.
+    """
+    views = out_dims is not None or has_views(in_dims)
+    if dims is None and not views:
         return None
+    if dims is None:
+        return StackedViews.of(in_dims, out_dims, inputs, targets)
     # Both say where the samples lie.
-    if in_dims != 0:
-        raise InputError(errors.MSG_FOLD_BOTH.format(dims=dims, in_dims=in_dims))
+    if views:
+        raise InputError(errors.MSG_VIEWS_BOTH.format(dims=dims))
+    if in_dims != (0, 0):
+        raise InputError(errors.MSG_FOLD_BOTH.format(dims=dims, in_dims=in_dims[0]))
     return SampleAxes.of(dims, inputs, targets)
 
 

@@ -288,13 +288,14 @@ def _loss_before(loss: LossExperiment) -> Tensor:
 def _loss_after(loss: LossExperiment, factor: float, offset: float) -> Tensor:
     """Return the loss at the batch's predictions, after a run with other parameters."""
     program, experiment = loss.experiment.program, loss.experiment
+    # Before parameters change: an output may be a view of one.
+    output = tree_unflatten([copied(leaf) for leaf in loss.leaves], loss.spec)
     with program.untouched(experiment.graph.rng):
         with torch.no_grad():
             for p in program.parameters.values():
                 if p.is_floating_point() and factor != 1.0:
                     p.mul_(factor).add_(offset)
         program.predict(experiment.inputs)
-        output = tree_unflatten([copied(leaf) for leaf in loss.leaves], loss.spec)
         value: Tensor = program.evaluate(output, experiment.targets)
     return value.detach()
 

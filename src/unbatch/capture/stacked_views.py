@@ -1,0 +1,197 @@
+"""Several entries of each sample along one axis, as of views that were stacked; declared by users.
+
+Outside, samples are one axis, the first, and their views another. The model and the loss get
+tensors as they know them. Nothing here knows about graphs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map
+
+from unbatch.capture.sample_axes import Fold, mapped
+from unbatch.errors import MSG_OUT_DIMS, MSG_OUT_DIMS_TREE, MSG_VIEWS, MSG_VIEWS_SIZE, InputError
+
+
+@dataclass(frozen=True)
+class Views:
+    """``count`` views of each of N samples, stacked along axis ``dim`` as ``torch.cat`` does it.
+
+    An entry of ``in_dims`` or ``out_dims``, as an axis is: entries n, N + n, 2N + n, .. along the
+    axis are sample n's, so that ``[2N, d]`` are N pairs. ``adjacent``: its entries are next to each
+    other instead, as ``repeat_interleave`` or ``flatten`` puts them. Raises ``InputError`` for a
+    count that is no whole number of at least 1, or an axis that is none.
+    """
+
+    count: int
+    dim: int = 0
+    adjacent: bool = False
+
+    def __post_init__(self) -> None:
+        numbers = isinstance(self.count, int) and isinstance(self.dim, int)
+        if not numbers or isinstance(self.count, bool) or self.count < 1:
+            raise InputError(MSG_VIEWS.format(value=self))
+
+
+Entry = int | Views | None  # where the samples lie in a leaf
+
+
+def has_views(dims: Any) -> bool:
+    """Tell whether any entry of a tree of axes is ``Views``."""
+    return any(isinstance(entry, Views) for entry in leaves_of_dims(dims))
+
+
+def leaves_of_dims(dims: Any) -> list[Any]:
+    return tree_leaves(dims, is_leaf=lambda entry: entry is None)
+
+
+def without_views(dims: Any) -> Any:
+    """Return a tree of axes as they are once the views have been moved behind the samples."""
+
+    def plain(entry: Any) -> Any:
+        return 0 if isinstance(entry, Views) else entry
+
+    return tree_map(plain, dims, is_leaf=lambda entry: entry is None)
+
+
+@dataclass(frozen=True)
+class StackedViews(Fold):
+    """Where the samples lie by ``in_dims`` (of X, and of y) and ``out_dims``, as users declared it.
+
+    ``samples``: N. Only entries of ``in_dims`` that are views are moved: axes are known as they
+    are. Entries of ``out_dims`` are all moved to the front; None is left to the analysis.
+    """
+
+    dims: tuple[Any, Any]
+    out_dims: Any
+    samples: int
+    inputs: list[Entry] = field(default_factory=list)
+    targets: list[Entry] = field(default_factory=list)
+    outputs: list[Entry] = field(default_factory=list, compare=False)
+
+    @staticmethod
+    def of(dims: tuple[Any, Any], out_dims: Any, inputs: Any, targets: Any) -> StackedViews:
+        """Raise ``InputError`` where an entry does not fit a tensor, or N is not told."""
+        x_entries, y_entries = entries_of("in_dims", dims[0], inputs), []
+        if has_views(dims[1]):
+            y_entries = entries_of("in_dims", dims[1], targets)
+        samples = _samples(x_entries, tree_leaves(inputs))
+        bare = StackedViews(dims, out_dims, samples)
+        return replace(
+            bare,
+            inputs=bare._only_views("X", x_entries, tree_leaves(inputs)),
+            targets=bare._only_views("y", y_entries, tree_leaves(targets)),
+        )
+
+    def renewed(self, inputs: Any, targets: Any) -> StackedViews:
+        return StackedViews.of(self.dims, self.out_dims, inputs, targets)
+
+    def _only_views(self, what: str, entries: list[Entry], leaves: list[Any]) -> list[Entry]:
+        """Return the entries of leaves that are moved; all of these have to fit."""
+        moved: list[Entry] = [None] * len(leaves)
+        for i, (entry, leaf) in enumerate(zip(entries, leaves, strict=False)):
+            if isinstance(entry, Views):
+                self._check(f"{what}[{i}]", entry, leaf)
+                moved[i] = entry
+        return moved
+
+    def _check(self, what: str, entry: int | Views, leaf: Any) -> None:
+        if not _fits(entry, leaf, self.samples):
+            shape = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
+            raise InputError(
+                MSG_VIEWS_SIZE.format(what=what, entry=entry, n=self.samples, shape=shape)
+            )
+
+    # -- moving --
+
+    def folded(self, tree: Any, axes: Any) -> Any:
+        return mapped(tree, axes, self._fold)
+
+    def unfolded(self, tree: Any, axes: Any) -> Any:
+        return mapped(tree, axes, self._unfold)
+
+    def _fold(self, t: Tensor, entry: int | Views) -> Tensor:
+        if isinstance(entry, int):
+            return t.movedim(entry, 0)
+        dim = entry.dim % t.ndim
+        sizes, at = (entry.count, self.samples), dim + 1
+        if entry.adjacent:
+            sizes, at = (self.samples, entry.count), dim
+        # In memory as other batches are: otherwise the way back is a view on this one alone.
+        return t.unflatten(dim, sizes).movedim(at, 0).contiguous()
+
+    def _unfold(self, t: Tensor, entry: int | Views) -> Tensor:
+        if isinstance(entry, int):
+            return t.movedim(0, entry)
+        dim = entry.dim % (t.ndim - 1)  # views and samples are one axis there
+        at = dim if entry.adjacent else dim + 1
+        return t.movedim(0, at).contiguous().flatten(dim, dim + 1)
+
+    # -- outputs --
+
+    @property
+    def of_outputs(self) -> bool:
+        return self.out_dims is not None
+
+    def returned(self, output: Any) -> Any:
+        entries = entries_of("out_dims", self.out_dims, output)
+        for i, (entry, leaf) in enumerate(zip(entries, tree_leaves(output), strict=True)):
+            if entry is not None:
+                self._check(f"output[{i}]", entry, leaf)
+        # In place, as ``Program`` is frozen: the loss needs the axes that are gone here.
+        self.outputs[:] = entries
+        return self.folded(output, entries)
+
+    def axes(self, leaf: Any) -> Entry:
+        entry = self.out_dims
+        if not isinstance(entry, int | Views):
+            raise InputError(MSG_OUT_DIMS_TREE.format(value=entry))
+        return entry if _fits(entry, leaf, self.samples) else None
+
+    def misfit(self, shapes: list[tuple[int, ...]]) -> InputError:
+        return InputError(MSG_OUT_DIMS.format(shapes=shapes, entry=self.out_dims, n=self.samples))
+
+
+def entries_of(what: str, dims: Any, tree: Any) -> list[Entry]:
+    """Return an entry for each leaf, from a tree of entries that may end above the leaves."""
+    leaves, spec = tree_flatten(tree)
+    entries = _broadcast(dims, spec)
+    bad = [e for e in leaves_of_dims(dims) if e is not None and not isinstance(e, int | Views)]
+    if entries is None or bad:
+        raise InputError(
+            f"{what} is {dims!r}; it takes an int, None, Views, or a nesting of them like {spec}."
+        )
+    for i, leaf in enumerate(leaves):
+        if not isinstance(leaf, Tensor):
+            entries[i] = None  # a number among tensors has no axes, whatever its neighbours have
+    return entries
+
+
+def _broadcast(dims: Any, spec: TreeSpec) -> list[Entry] | None:
+    if dims is None or isinstance(dims, int | Views):
+        return [dims] * spec.num_leaves
+    return torch.utils._pytree._broadcast_to_and_flatten(
+        dims, spec, is_leaf=lambda entry: entry is None
+    )
+
+
+def _samples(entries: list[Entry], leaves: list[Any]) -> int:
+    """Return N, from the first input that has samples."""
+    for entry, leaf in zip(entries, leaves, strict=True):
+        if isinstance(entry, Views) and -leaf.ndim <= entry.dim < leaf.ndim:
+            return int(leaf.shape[entry.dim]) // entry.count
+        if isinstance(entry, int) and -leaf.ndim <= entry < leaf.ndim:
+            return int(leaf.shape[entry])
+    return 0  # what is wrong with the data is said where they are counted
+
+
+def _fits(entry: int | Views, leaf: Any, samples: int) -> bool:
+    """Tell whether a tensor has the samples where an entry says."""
+    if not isinstance(leaf, Tensor):
+        return False
+    dim, count = (entry, 1) if isinstance(entry, int) else (entry.dim, entry.count)
+    return -leaf.ndim <= dim < leaf.ndim and leaf.shape[dim] == count * samples
