@@ -187,7 +187,8 @@ def _rely_on_constants(interpretation: Interpretation, start: Mapping[int, Owner
     """Note along which axes constants are all alike, which their ownership rests on."""
     graph = interpretation.graph
     for value in start:
-        if graph.values[value].kind in ("buffers", "constants"):
+        is_read = graph.values[value].storage in graph.memories_read
+        if is_read and graph.values[value].kind in ("buffers", "constants"):
             dims = alike(graph.values[value].concrete)
             if dims:
                 interpretation.facts.append(Fact(value, alike, dims))

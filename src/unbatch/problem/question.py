@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from unbatch.gradients.quantities import Label, Quantity, is_moment
 from unbatch.gradients.request import Request, recorded_precision
 from unbatch.problem.evaluate import answer, planned
 from unbatch.problem.session import Session
+from unbatch.problem.staleness import is_stale
 
 
 @outside_inference_mode()
@@ -87,7 +89,7 @@ class Question:
         request = self.request
         # One curvature for all blocks: H and the linear map belong to the whole question.
         with recorded_precision():
-            point = Point(request, Curvature(request), self.session.recording.is_stale)
+            point = Point(request, Curvature(request), partial(is_stale, self.session))
             return matrix_of(point, blocks, draws, samples)
 
 

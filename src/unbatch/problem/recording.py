@@ -111,12 +111,6 @@ class Recording:
             outcome=_outcome(output, own_loss, scalar),
         )
 
-    def is_stale(self) -> bool:
-        """Return whether the program, its numbers or the data have changed since."""
-        if state_of(self.guard, self.batch) != self.state:
-            return True
-        return numbers_of(self.guard, self.batch) != self.numbers
-
     @cached_property
     def predictions(self) -> Any:
         """What the model returns, with the noise of the recording."""

@@ -325,6 +325,12 @@ class Session:
                 place = f", such as at {os.path.basename(step.where)}"
         raise StructureError(errors.MSG_DETACHED.format(place=place))
 
+    def watched_by(self, again: Recording) -> None:
+        """Be compared with another recording of the same computation from here on."""
+        self.recording = replace(
+            self.recording, guard=again.guard, state=again.state, numbers=again.numbers
+        )
+
     def at(self, program: Program, batch: Batch) -> Session | None:
         """Return this session, or the same moved to other numbers.
 

@@ -68,7 +68,7 @@ class SpotChecks:
         begin, first, thorough = self.clock(), not self.count, self._has_time()
         agreed = _agree(session)
         if agreed and thorough:  # it takes several times as long
-            agreed = _derivatives_agree(session)
+            agreed = derivatives_agree(session)
         self.spent += self.clock() - begin
         self.count += 1
         if agreed:
@@ -101,10 +101,10 @@ def _agree(session: Session) -> bool:
     # The loss comes last.
     if values and values[-1].requires_grad != recording.connected:
         return False
-    return all(map(_close, values, expected))
+    return all(map(close, values, expected))
 
 
-def _derivatives_agree(session: Session) -> bool:
+def derivatives_agree(session: Session) -> bool:
     """Return whether the program has the derivatives of its recording, where these are used."""
     if not session.is_judged or session.analysis.replay_difference:
         return True
@@ -112,7 +112,7 @@ def _derivatives_agree(session: Session) -> bool:
     return not values and gradients in ("", NOT_FINITE)
 
 
-def _close(value: Tensor, expected: Tensor) -> bool:
+def close(value: Tensor, expected: Tensor) -> bool:
     """Return whether two tensors differ by no more than rounding."""
     if value.shape != expected.shape or value.dtype != expected.dtype:
         return False
