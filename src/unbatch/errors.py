@@ -535,8 +535,18 @@ MSG_NOT_POSITIVE = (
 
 MSG_GGN_STALE = (
     "Parameters, buffers or data have changed since this matrix was made from them, and products "
-    "would mix the two. Make it again: `problem.ggn()`."
+    "would mix the two. Make it again: `problem.ggn()`; or take `G.snapshot()` before they change, "
+    "for the matrix as it was."
 )
+
+
+MSG_NO_SNAPSHOT = (
+    "A snapshot is computed from the recording alone, and here the program itself has to be run "
+    "({why}). Ask `problem.ggn()` while the parameters are those that it is wanted at, or keep "
+    "results: `G.to_dense()`, `G.eigh()`, `G.diag()`."
+)
+
+NO_SNAPSHOT_OF_LOSS = "the recorded loss has other derivatives than the loss"
 
 
 MSG_BY_OF_COLUMNS = (

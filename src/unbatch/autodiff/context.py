@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from unbatch.analysis.domain.ownership import Ownership
 from unbatch.analysis.domain.sample_layout import prediction_dim
@@ -27,6 +27,7 @@ from unbatch.autodiff.schedule import Operands, Schedule
 from unbatch.capture.graph import Graph
 from unbatch.capture.program import Program
 from unbatch.capture.steps import Value
+from unbatch.capture.trees import copied
 from unbatch.linalg.precision import BACKWARD, in_double, tolerance
 
 # Of a plan: the names of the parameters, and by which decomposition.
@@ -39,7 +40,8 @@ class Context:
 
     ``owners``: those of the values that the recording starts from; ``leading``: samples lie
     along the first axis of the inputs. ``faithful``: the recording has the derivatives of the
-    model; ``split``: parameters reach the loss through the predictions only.
+    model; ``split``: parameters reach the loss through the predictions only. ``alone``: the program
+    may be another one by now, and is not run.
     """
 
     program: Program
@@ -53,6 +55,7 @@ class Context:
     skeleton: Any  # what the model returned, with references in place of tensors
     faithful: bool
     split: bool
+    alone: bool = False
     # Found out by questions, and kept for the next one.
     schedules: dict[Key, Schedule] = field(default_factory=dict)
     trust: dict[Key, bool] = field(default_factory=dict)  # whether a plan passed its self-check
@@ -90,6 +93,37 @@ class Context:
             schedules=schedules,
             trust={},
             forward_modes={},
+            buffer=None,
+        )
+
+    def on_copies(self) -> Context:
+        """Return the same problem and plans on copies of all that the recording starts from.
+
+        The program is not run any more.
+        """
+        inputs, targets = tree_map(copied, (self.inputs, self.targets))
+        parameters = {}
+        for name, p in self.program.parameters.items():
+            parameters[name] = p.detach().clone().requires_grad_(p.requires_grad)
+        numbers = dict(replace(self, inputs=inputs, targets=targets).data)
+        for i, value in enumerate(self.graph.values):
+            if value.kind == "parameters":
+                numbers[i] = parameters[value.name]
+            elif value.kind in ("buffers", "constants") and value.concrete is not None:
+                numbers[i] = value.concrete.clone()
+        graph = self.graph.moved(numbers, self.graph.rng)
+        schedules = {key: Schedule(graph, s.plan, s.operands) for key, s in self.schedules.items()}
+        return replace(
+            self,
+            program=replace(self.program, parameters=parameters),
+            graph=graph,
+            inputs=inputs,
+            targets=targets,
+            alone=True,
+            schedules=schedules,
+            trust=dict(self.trust),
+            forward_modes=dict(self.forward_modes),
+            facts=[],
             buffer=None,
         )
 
