@@ -540,6 +540,31 @@ MSG_GGN_STALE = (
 )
 
 
+MSG_EMPTY_UNKNOWN = (
+    "The structure of an empty batch is that of others, and none of these has been asked about, or "
+    "what the program does with it is something else. Ask `problem.structure` on a batch with "
+    "samples first, and then `problem.with_batch(..)` of the empty one."
+)
+
+
+MSG_EMPTY_JOINT = (
+    "An empty batch has answers where the loss is a sum over samples, and here the reduction is "
+    "{status} (see `problem.structure`)."
+)
+
+
+MSG_EMPTY_MOMENT = (
+    "{what}: a statistic over samples, of which this batch has none (0/0). Sums, norms and rows "
+    "are there for an empty batch."
+)
+
+
+MSG_EMPTY_NO_SUM = (
+    "The loss of an empty batch is {value}: a mean over no samples is 0/0. With a loss that is a "
+    "sum over samples (reduction='sum') the answers are zero, and have no rows."
+)
+
+
 MSG_NO_SNAPSHOT = (
     "A snapshot is computed from the recording alone, and here the program itself has to be run "
     "({why}). Ask `problem.ggn()` while the parameters are those that it is wanted at, or keep "

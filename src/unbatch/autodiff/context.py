@@ -35,6 +35,18 @@ Key = tuple[tuple[str, ...], str]
 
 
 @dataclass
+class Tested:
+    """What was tested of the derivatives of recordings of one form, whatever their sizes.
+
+    ``plans``: whether plans passed their self-check, by what they are without sizes.
+    ``forward_modes``: whether tangents go by the whole graph, for parameters and decomposition.
+    """
+
+    plans: dict[Any, bool] = field(default_factory=dict)
+    forward_modes: dict[Any, bool] = field(default_factory=dict)
+
+
+@dataclass
 class Context:
     """A recording with its interpretation and its batch, and what is known of its derivatives.
 
@@ -59,8 +71,7 @@ class Context:
     # Found out by questions, and kept for the next one.
     schedules: dict[Key, Schedule] = field(default_factory=dict)
     trust: dict[Key, bool] = field(default_factory=dict)  # whether a plan passed its self-check
-    # Whether tangents go by the whole graph.
-    forward_modes: dict[Any, bool] = field(default_factory=dict)
+    tested: Tested = field(default_factory=Tested)  # on batches of other sizes, too
     last_form: Any = None  # of the second derivative of the loss: the guess that is tried first
     # On which plans rely, beside those of the interpretation.
     facts: list[Fact] = field(default_factory=list)
@@ -92,7 +103,7 @@ class Context:
             inputs=in_double(self.inputs),
             schedules=schedules,
             trust={},
-            forward_modes={},
+            tested=Tested(),
             buffer=None,
         )
 
@@ -122,7 +133,6 @@ class Context:
             alone=True,
             schedules=schedules,
             trust=dict(self.trust),
-            forward_modes=dict(self.forward_modes),
             facts=[],
             buffer=None,
         )

@@ -228,9 +228,10 @@ class LinearisedGraph(Linearised):
         are not believed.
         """
         key = tuple(self.parameters), self.frozen
-        if key not in self.context.forward_modes:
-            self.context.forward_modes[key] = self._find_mode()
-        return self.context.forward_modes[key]
+        modes = self.context.tested.forward_modes
+        if key not in modes:
+            modes[key] = self._find_mode()
+        return modes[key]
 
     def _find_mode(self) -> bool:
         """Return whether forward mode of the whole graph is needed; raise if that is wrong, too."""

@@ -449,4 +449,5 @@ class GGN(Operator):
 
 def _rows(components: Mapping[str, Tensor]) -> Tensor:
     """Return ``[N, D]`` from ``[N, *param]`` for each parameter."""
-    return torch.cat([t.reshape(len(t), -1) for t in components.values()], 1)
+    rows = [t.reshape(len(t), t.shape[1:].numel()) for t in components.values()]
+    return torch.cat(rows, 1)

@@ -47,7 +47,7 @@ class Grid:
                 return only[:, None, :]  # [n, c]: one position
             return only.movedim(self.axis, -1).flatten(1, -2)
         # All entries of a sample, over all predictions, one after the other.
-        flat = torch.cat([row.reshape(len(row), -1) for row in rows], 1)
+        flat = torch.cat([_entries_of(row) for row in rows], 1)
         return flat[:, :, None] if self.axis == SINGLE_ENTRIES else flat[:, None, :]
 
     def join(self, t: Tensor) -> dict[int, Tensor]:
@@ -57,7 +57,7 @@ class Grid:
             samples_first = _without_memory(shape).movedim(self.dims[i], 0)
             moved = samples_first.movedim(self.axis, -1).shape
             return {i: t.reshape(moved).movedim(-1, self.axis).movedim(0, self.dims[i])}
-        flat, start = t.reshape(len(t), -1), 0
+        flat, start = _entries_of(t), 0
         predictions = {}
         for i, shape in self.shapes.items():
             moved = _without_memory(shape).movedim(self.dims[i], 0).shape
@@ -66,6 +66,11 @@ class Grid:
             predictions[i] = entries.reshape(moved).movedim(0, self.dims[i])
             start += size
         return predictions
+
+
+def _entries_of(rows: Tensor) -> Tensor:
+    """Return ``[n, entries]``, also of no rows."""
+    return rows.flatten(1) if rows.ndim > 1 else rows[:, None]
 
 
 def _without_memory(shape: tuple[int, ...]) -> Tensor:

@@ -26,6 +26,7 @@ from unbatch.linalg.precision import DOUBLE, SINGLE, largest
 from unbatch.linalg.probes import gaussian_like, seeded
 
 SOFTMAX = "of a softmax"
+NO_SAMPLES = "of no samples"
 
 LARGEST_BLOCK = 1024  # entries of a block that is decomposed
 
@@ -109,6 +110,8 @@ def factor(loss: LossAt, dims: Mapping[int, int]) -> Factor | None:
     second derivative is not finite for some samples, their columns are not either, and it is the
     others that a form has to stand the test of. Raises ``StructureError`` where it is for none.
     """
+    if not any(loss.predictions[i].shape[dim] for i, dim in dims.items()):
+        return _of_no_samples(loss, dims)
     search = _Search(loss.in_double() or loss, dims)
     if not len(search.finite):
         raise StructureError(MSG_HESSIAN_NOT_FINITE.format(which="of any sample"))
@@ -117,6 +120,14 @@ def factor(loss: LossAt, dims: Mapping[int, int]) -> Factor | None:
     if root is None:
         return None
     return root.to(next(iter(loss.predictions.values())).dtype)
+
+
+def _of_no_samples(loss: LossAt, dims: Mapping[int, int]) -> Factor:
+    """Return the root of an empty batch, which has no columns."""
+    grid = Grid({i: tuple(loss.predictions[i].shape) for i in dims}, dims, None)
+    like = next(iter(loss.predictions.values()))
+    entries = grid.split({i: loss.predictions[i] for i in dims}).shape[2]
+    return Factor(grid, like.new_zeros(0, 1, entries, 0), like.new_zeros(0, 1, 0), NO_SAMPLES)
 
 
 Form = tuple[str, int | None]  # name of a guess, and the axis along which entries are coupled

@@ -17,7 +17,7 @@ from torch import Tensor
 from unbatch.analysis.structure import Structure
 from unbatch.autodiff.context import Context
 from unbatch.capture.device_ops import check_recurrences
-from unbatch.errors import MSG_NO_ROWS, MSG_NO_SNAPSHOT, MSG_NOT_REPLAYED, StructureError
+from unbatch.errors import MSG_NO_ROWS, MSG_NOT_REPLAYED, StructureError
 from unbatch.gradients.eager_rows import EagerRows
 from unbatch.gradients.replayed_rows import ReplayedRows
 from unbatch.gradients.self_check import trusted
@@ -56,7 +56,7 @@ class Request:
     @property
     def samples_are_independent(self) -> bool:
         """Return whether all decompositions are one, because no sample depends on another."""
-        return self.samples == 1 or bool(self.structure.independent_forward)
+        return self.samples < 2 or bool(self.structure.independent_forward)
 
     @property
     def planned_by(self) -> str:
@@ -94,7 +94,7 @@ def _trust(request: Request) -> bool | None:
     """Return whether there is a plan that passes its self-check; None where it cannot be tried."""
     # One sample's rows are the gradient, and a recording with other derivatives cannot be pulled
     # back.
-    if not request.context.faithful or (request.samples == 1 and not request.context.alone):
+    if request.samples < 2 or not request.context.faithful:
         return False
     with recorded_precision():
         return trusted(request.context, request.parameters, request.planned_by, request.memory)
@@ -116,10 +116,8 @@ def source_of(request: Request) -> Source:
         return ReplayedRows(context, request.parameters, request.planned_by)
     # No plan: say why, and refuse decompositions that only a plan can give.
     why = request.replay_difference
-    if context.faithful and (request.samples > 1 or context.alone):
+    if request.samples > 1 and context.faithful:
         why = UNTESTED if trust is None else REFUTED
-    if context.alone:
-        raise StructureError(MSG_NO_SNAPSHOT.format(why=why))
     if by != "component" and not request.samples_are_independent:
         raise StructureError(MSG_NOT_REPLAYED.format(by=by, why=why))
     independent = request.samples_are_independent

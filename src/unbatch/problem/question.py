@@ -23,7 +23,7 @@ from unbatch.curvature.block_ggn import BlockGGN, matrix_of
 from unbatch.curvature.ggn import GGN
 from unbatch.curvature.point import Point
 from unbatch.curvature.strategy import Curvature
-from unbatch.errors import MixedSamplesWarning
+from unbatch.errors import InputError, MixedSamplesWarning
 from unbatch.gradients.plan import Plan
 from unbatch.gradients.quantities import Label, Quantity, is_moment
 from unbatch.gradients.request import Request, recorded_precision
@@ -119,9 +119,14 @@ def label_of(s: Structure, by: str, ownership: Mapping[int, Ownership] | None = 
 
 
 def _warn_of_moments(s: Structure, quantities: Sequence[Quantity], label: Label) -> None:
-    """Warn where a statistic over samples is asked for and rows are no samples of anything."""
+    """Warn where a statistic over samples is asked for and rows are no samples of anything.
+
+    Raises ``InputError`` where there are none.
+    """
     # Sums and norms of rows are exact whatever samples depend on: only moments are affected.
     moments = [type(quantity).__name__ for quantity in quantities if is_moment(quantity)]
+    if moments and not s.samples:
+        raise InputError(errors.MSG_EMPTY_MOMENT.format(what=", ".join(moments)))
     lost = _lost_for_moments(s)
     if moments and lost:
         text = errors.MSG_MIXED_MOMENT.format(

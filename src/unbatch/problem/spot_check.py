@@ -106,7 +106,7 @@ def _agree(session: Session) -> bool:
 
 def derivatives_agree(session: Session) -> bool:
     """Return whether the program has the derivatives of its recording, where these are used."""
-    if not session.is_judged or session.analysis.replay_difference:
+    if not session.is_judged or session.analysis.replay_difference or not session.batch.samples:
         return True
     values, gradients = replay_difference(session.experiment, on_recorded_batch=True)
     return not values and gradients in ("", NOT_FINITE)
