@@ -462,7 +462,8 @@ def _by_rule(
             return as_list(rule(call))
         results, forgotten = completed(call, rule, step.defaults)
     except Exception as error:
-        if errors.STRICT:
+        # Of no samples there is nothing to be wrong about.
+        if errors.STRICT and interpretation.algebra.samples:
             raise
         reason = f"{step.name} (its rule raised {type(error).__name__})"
         interpretation.unknown[step.index] = reason

@@ -151,7 +151,8 @@ def analyse(recording: Recording, known: KnownForms) -> Analysis:
         judged = None  # another computation may run on other batches
     settled = _settled(inference, fidelity, judged)
     tested = Tested() if judged is None else judged.tested
-    if judged is None and fidelity == NO_DIFFERENCE:
+    if fidelity == NO_DIFFERENCE:
+        # As good as tried, and nearer to what comes next.
         state = state_of_program(recording.guard)
         proved = inference.structure
         known.add(Judged(form, recording.guard, state, proved, settled, tested))
