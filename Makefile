@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.stamp
 PIP    := $(BIN)/pip --disable-pip-version-check install -q -c constraints.txt
 
-.PHONY: demo test test-rest test-all check bench bench-gradients bench-ggn bench-accuracy bench-monitor zoo figures format clean
+.PHONY: demo test test-rest test-all check bench bench-gradients bench-shapes bench-ggn bench-accuracy bench-monitor zoo figures format clean
 
 demo: $(STAMP)
 	$(BIN)/unbatch demo
@@ -40,6 +40,9 @@ bench: $(STAMP)
 bench-gradients: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gradients_cost.py --memory --write
 	$(BIN)/python benchmarks/overview.py
+
+bench-shapes: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/shapes_cost.py --write
 
 bench-ggn: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/ggn_cost.py --write
