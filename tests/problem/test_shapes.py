@@ -200,6 +200,36 @@ def test_sizes_that_coincide_are_tried_by_themselves(name, counts):
     assert counts.tried == 2
 
 
+def test_axes_are_no_sizes(counts):
+    """Chosen by the length, at one line: other steps, though the numbers look like sizes."""
+
+    class Pooled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            h = super().forward(x)[:, :, None, None].expand(-1, -1, 5, 5)
+            return h.mean(2 if x.shape[0] > 8 else 3).mean(2)
+
+    problem = ub.Problem(Pooled(4, C).double(), F.cross_entropy, vectors(11))
+    for samples in (11, 13, 6, 13, 7):
+        assert problem.with_batch(*vectors(samples)).structure.independent_forward
+    assert counts.tried == 2
+
+
+def test_a_shape_that_comes_again_is_held_against_the_model(monkeypatch):
+    monkeypatch.setattr(spot_check.SpotChecks, "_has_time", lambda self: False)
+    agree = spot_check._agree
+    lengths: list[int] = []
+
+    def noted(session: Any) -> bool:
+        lengths.append(session.batch.inputs.shape[1])
+        return agree(session)
+
+    monkeypatch.setattr(spot_check, "_agree", noted)
+    problem = ub.Problem(Sentences().double(), F.cross_entropy, sentences(11))
+    for length in (11, 13) * 6:
+        assert problem.with_batch(*sentences(length)).predictions() is not None
+    assert lengths == [11, 13] * spot_check.FIRST
+
+
 def hooked_between_lengths() -> ub.Problem:
     """Ask about one length, hook the backward pass, and return the problem of another length."""
     torch.manual_seed(0)

@@ -19,6 +19,10 @@ from unbatch.capture.steps import Ref, Step, Value
 SPECIAL = (-1, 0, 1)
 
 
+# Arguments of these names say along which axis, or how a loss is reduced.
+PLACES = ("dim", "axis", "start_dim", "end_dim", "reduction")
+
+
 class Sizes:
     """How sizes and numbers of one recording may differ from those of another: not at all."""
 
@@ -33,6 +37,9 @@ class Sizes:
     def takes_layout(self, one: Value, other: Value) -> bool:
         """Return whether a value may lie in memory as the other one does."""
         return one.stride == other.stride and one.offset == other.offset
+
+
+EXACT = Sizes()
 
 
 @dataclass
@@ -142,9 +149,14 @@ def _steps_alike(one: Step, other: Step, sizes: Sizes) -> bool:
         return False
     if one.grad != other.grad or one.noise != other.noise:
         return False
-    return _arguments_alike(one.args, other.args, sizes) and _arguments_alike(
-        one.kwargs, other.kwargs, sizes
-    )
+    if one.named.keys() != other.named.keys():
+        return False
+    for name, argument in one.named.items():
+        # A number that is no size, whatever its value.
+        exact = name.startswith(PLACES)
+        if not _arguments_alike(argument, other.named[name], EXACT if exact else sizes):
+            return False
+    return True
 
 
 def _arguments_alike(one: Any, other: Any, sizes: Sizes) -> bool:

@@ -424,7 +424,8 @@ class Problem:
             last = recordings.get(signature)
         if last is not None:
             session = last.at(program, batch)
-        if session is not None and self._checks.are_due() and not self._checks.agrees(session):
+        is_due = session is not None and self._checks.are_due(session)
+        if session is not None and is_due and not self._checks.agrees(session):
             recordings.clear()  # something has changed that nobody watches
             session = None
         if session is None:  # never recorded on such a batch, or another computation than then

@@ -40,6 +40,7 @@ class Session:
     ) -> None:
         self.recording, self.known = recording, known
         self._analysis = analysis
+        self.checks = 0  # how often the recording was held against the model
 
     @property
     def analysis(self) -> Analysis:
@@ -164,4 +165,6 @@ class Session:
         analysis = None
         if self._analysis is not None:
             analysis = self._analysis.moved(recording, graph)
-        return Session(recording, self.known, analysis)
+        session = Session(recording, self.known, analysis)
+        session.checks = self.checks
+        return session

@@ -49,11 +49,12 @@ class SpotChecks:
         """Note that there is a new recording."""
         self.recorded, self.spent, self.count = self.clock(), 0.0, 0
 
-    def are_due(self) -> bool:
-        """Return whether there is time for a check."""
+    def are_due(self, session: Session | None = None) -> bool:
+        """Return whether there is time for a check, or a recording has not been checked often."""
         if not self._share or self.failures >= MOST_FAILURES:
             return False
-        return self.count < FIRST or self._has_time()
+        count = self.count if session is None else session.checks
+        return count < FIRST or self._has_time()
 
     @property
     def _share(self) -> float:
@@ -65,12 +66,13 @@ class SpotChecks:
 
     def agrees(self, session: Session) -> bool:
         """Return whether the model does what its recording says; note what that took."""
-        begin, first, thorough = self.clock(), not self.count, self._has_time()
+        begin, first, thorough = self.clock(), not session.checks, self._has_time()
         agreed = _agree(session)
         if agreed and thorough:  # it takes several times as long
             agreed = derivatives_agree(session)
         self.spent += self.clock() - begin
         self.count += 1
+        session.checks += 1
         if agreed:
             self.failures = 0
         elif first:
