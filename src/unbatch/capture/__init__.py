@@ -19,7 +19,7 @@ In reading order:
 - ``switches.py``: settings of the process that decide what is computed
 - ``own_writes.py``, ``counters.py``: what a program writes without depending on it
 - ``guards.py``, ``uses.py``: how long a recording is valid; which numbers it depends on
-- ``forms.py``: whether two recordings are one computation, but for sizes
+- ``same_form.py``: whether two recordings are one computation, but for sizes
 - ``expressions.py``, ``simplifications.py``, ``symbolic.py``, ``control_flow.py``: proofs that all
   execution paths compute the same
 """

@@ -21,7 +21,7 @@ from unbatch.analysis.rules import registry
 from unbatch.analysis.structure import Structure
 from unbatch.autodiff.context import Context, Tested
 from unbatch.capture import control_flow
-from unbatch.capture.forms import Form
+from unbatch.capture.same_form import Form
 from unbatch.capture.graph import Graph, HostRead
 from unbatch.errors import MSG_EMPTY_JOINT, MSG_EMPTY_UNKNOWN, InputError, StructureError
 from unbatch.problem.known_forms import FEW, Judged, KnownForms

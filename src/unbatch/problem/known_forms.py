@@ -15,7 +15,7 @@ from typing import Any
 from unbatch.analysis.structure import Structure
 from unbatch.analysis.verdict import Verdict
 from unbatch.autodiff.context import Tested
-from unbatch.capture.forms import Counted, Form, Renamed
+from unbatch.capture.same_form import Counted, Form, Renamed
 from unbatch.capture.guards import Guard
 from unbatch.problem.recording import state_of_program
 from unbatch.verification.trial_result import PASSED

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from unbatch.autodiff.autograd import gradients
-from unbatch.capture.forms import Form, Sizes
+from unbatch.capture.same_form import Form, Sizes
 from unbatch.capture.graph import Graph
 from unbatch.capture.isolation import (
     generators_in,
