@@ -42,6 +42,7 @@ FULL = {
     "test_properties::test_loss_programs": "150 random programs; those found wrong are quick",
     "test_hard::test_rows_are_the_definition": "the planted bugs run the cases once found wrong",
     "test_hard::test_the_matrix_is_the_definition": "as the definition of rows, likewise",
+    "test_shapes_of_cases": "all models and losses at three sizes; the kinds are in test_shapes",
     "test_fuzz::test_random_nets": "random nets; those found wrong are quick",
 }
 

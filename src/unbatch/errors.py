@@ -639,8 +639,43 @@ MSG_NOT_POSITIVE = (
 
 MSG_GGN_STALE = (
     "Parameters, buffers or data have changed since this matrix was made from them, and products "
-    "would mix the two. Make it again: `problem.ggn()`."
+    "would mix the two. Make it again: `problem.ggn()`; or take `G.snapshot()` before they change, "
+    "for the matrix as it was."
 )
+
+
+MSG_EMPTY_UNKNOWN = (
+    "The structure of an empty batch is that of others, and none of these has been asked about, or "
+    "what the program does with it is something else. Ask `problem.structure` on a batch with "
+    "samples first, and then `problem.with_batch(..)` of the empty one."
+)
+
+
+MSG_EMPTY_JOINT = (
+    "An empty batch has answers where the loss is a sum over samples, and here the reduction is "
+    "{status} (see `problem.structure`)."
+)
+
+
+MSG_EMPTY_MOMENT = (
+    "{what}: a statistic over samples, of which this batch has none (0/0). Sums, norms and rows "
+    "are there for an empty batch."
+)
+
+
+MSG_EMPTY_NO_SUM = (
+    "The loss of an empty batch is {value}: a mean over no samples is 0/0. With a loss that is a "
+    "sum over samples (reduction='sum') the answers are zero, and have no rows."
+)
+
+
+MSG_NO_SNAPSHOT = (
+    "A snapshot is computed from the recording alone, and here the program itself has to be run "
+    "({why}). Ask `problem.ggn()` while the parameters are those that it is wanted at, or keep "
+    "results: `G.to_dense()`, `G.eigh()`, `G.diag()`."
+)
+
+NO_SNAPSHOT_OF_LOSS = "the recorded loss has other derivatives than the loss"
 
 
 MSG_BY_OF_COLUMNS = (

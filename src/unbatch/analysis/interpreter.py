@@ -190,7 +190,8 @@ def _rely_on_constants(interpretation: Interpretation, start: Mapping[int, Owner
     """Note along which axes constants are all alike, which their ownership rests on."""
     graph = interpretation.graph
     for value in start:
-        if graph.values[value].kind in ("buffers", "constants"):
+        is_read = graph.values[value].storage in graph.memories_read
+        if is_read and graph.values[value].kind in ("buffers", "constants"):
             dims = alike(graph.values[value].concrete)
             if dims:
                 interpretation.facts.append(Fact(value, alike, dims))
@@ -450,7 +451,8 @@ def _by_rule(
             return as_list(rule(call))
         results, forgotten = completed(call, rule, step.defaults)
     except Exception as error:
-        if errors.STRICT:
+        # Of no samples there is nothing to be wrong about.
+        if errors.STRICT and interpretation.algebra.samples:
             raise
         reason = f"{step.name} (its rule raised {type(error).__name__})"
         interpretation.unknown[step.index] = reason

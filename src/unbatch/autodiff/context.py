@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from unbatch.analysis.domain.ownership import Ownership
 from unbatch.analysis.interpreter import Interpretation, interpret
@@ -27,10 +27,23 @@ from unbatch.autodiff.schedule import Operands, Schedule
 from unbatch.capture.graph import Graph
 from unbatch.capture.program import Program
 from unbatch.capture.steps import Value
+from unbatch.capture.trees import copied
 from unbatch.linalg.precision import BACKWARD, in_double, tolerance
 
 # Of a plan: the names of the parameters, and by which decomposition.
 Key = tuple[tuple[str, ...], str]
+
+
+@dataclass
+class Tested:
+    """What was tested of the derivatives of recordings of one form, whatever their sizes.
+
+    ``plans``: whether plans passed their self-check, by what they are without sizes.
+    ``ways``: how tangents are pushed, for parameters and decomposition.
+    """
+
+    plans: dict[Any, bool] = field(default_factory=dict)
+    ways: dict[Any, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -40,7 +53,7 @@ class Context:
     ``owners``: those of the values that the recording starts from; ``leading``: samples lie
     along the first axis of the inputs; ``outputs``: those that the loss reads. ``faithful``: the
     recording has the derivatives of the model; ``split``: parameters reach the loss through the
-    predictions only.
+    predictions only. ``alone``: the program may be another one by now, and is not run.
     """
 
     program: Program
@@ -59,10 +72,11 @@ class Context:
     # lets other samples into a sample's row. Empty where nothing is.
     not_linear: str = ""
     joined: str = ""
+    alone: bool = False
     # Found out by questions, and kept for the next one.
     schedules: dict[Key, Schedule] = field(default_factory=dict)
     trust: dict[Key, bool] = field(default_factory=dict)  # whether a plan passed its self-check
-    ways: dict[Any, str] = field(default_factory=dict)  # how tangents are pushed
+    tested: Tested = field(default_factory=Tested)  # on batches of other sizes, too
     last_form: Any = None  # of the second derivative of the loss: the guess that is tried first
     # On which plans rely, beside those of the interpretation.
     facts: list[Fact] = field(default_factory=list)
@@ -94,7 +108,37 @@ class Context:
             inputs=in_double(self.inputs),
             schedules=schedules,
             trust={},
-            ways={},
+            tested=Tested(),
+            buffer=None,
+        )
+
+    def on_copies(self) -> Context:
+        """Return the same problem and plans on copies of all that the recording starts from.
+
+        The program is not run any more.
+        """
+        inputs, targets = tree_map(copied, (self.inputs, self.targets))
+        parameters = {}
+        for name, p in self.program.parameters.items():
+            parameters[name] = p.detach().clone().requires_grad_(p.requires_grad)
+        numbers = dict(replace(self, inputs=inputs, targets=targets).data)
+        for i, value in enumerate(self.graph.values):
+            if value.kind == "parameters":
+                numbers[i] = parameters[value.name]
+            elif value.kind in ("buffers", "constants") and value.concrete is not None:
+                numbers[i] = value.concrete.clone()
+        graph = self.graph.moved(numbers, self.graph.rng)
+        schedules = {key: Schedule(graph, s.plan, s.operands) for key, s in self.schedules.items()}
+        return replace(
+            self,
+            program=replace(self.program, parameters=parameters),
+            graph=graph,
+            inputs=inputs,
+            targets=targets,
+            alone=True,
+            schedules=schedules,
+            trust=dict(self.trust),
+            facts=[],
             buffer=None,
         )
 

@@ -263,9 +263,9 @@ class LinearisedGraph(Linearised):
         Tried out once for each plan.
         """
         key = tuple(self.parameters), self.frozen
-        if key not in self.context.ways:
-            self.context.ways[key] = self._find_way()
-        return self.context.ways[key]
+        if key not in self.context.tested.ways:
+            self.context.tested.ways[key] = self._find_way()
+        return self.context.tested.ways[key]
 
     def _find_way(self) -> str:
         """Return the first way that belongs to the backward pass."""

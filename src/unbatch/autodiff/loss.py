@@ -137,6 +137,22 @@ class LossAt:
         slope = replace(self, predictions={**self.predictions, **moved}).slope
         return dict(zip(moved, or_zeros(map(slope.get, moved), moved.values()), strict=True))
 
+    def is_as_replayed(self) -> bool:
+        """Return whether a replay has these derivatives, first and second.
+
+        Not so where some were written by hand. Raises as ``hessian_times`` does.
+        """
+        if by_graph(self.context, self.inner):
+            return True
+        other = replace(self, replayed=True)
+        if not other._agrees(self.slope):
+            return False
+        # One random direction: a product that is wrong is wrong along almost all of them.
+        v = gaussians_like(self._differentiable_slope[1], seeded(0))
+        product, replayed = self.hessian_times(v), other.hessian_times(v)
+        allowed = self.context.rounding * largest(product.values())
+        return largest(replayed[i] - product[i] for i in product) <= allowed
+
     # -- in float64 --
 
     def in_double(self) -> LossAt | None:
@@ -303,7 +319,7 @@ def by_graph(context: Context, inner: Mapping[int, Tensor]) -> bool:
     would not give its derivatives: a backward pass, once recorded, takes for constants what it was
     handed by the forward pass. (Of a model with its own loss, the whole recording is tested.)
     """
-    replayed = context.own_loss or bool(inner) or _loss_draws(context)
+    replayed = context.own_loss or context.alone or bool(inner) or _loss_draws(context)
     inside = _backward_inside(context)
     if replayed and inside is not None and not context.own_loss:
         raise StructureError(MSG_BACKWARD_INSIDE.format(op=inside.name, where=inside.where))

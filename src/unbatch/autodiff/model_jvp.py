@@ -65,9 +65,9 @@ class LinearisedModel(Linearised):
     def way(self) -> str:
         """How tangents are pushed; tried out once for each choice of parameters."""
         key = tuple(self.leaves), "model"
-        if key not in self.context.ways:
-            self.context.ways[key] = self._find_way()
-        return self.context.ways[key]
+        if key not in self.context.tested.ways:
+            self.context.tested.ways[key] = self._find_way()
+        return self.context.tested.ways[key]
 
     def _find_way(self) -> str:
         way = self._way()

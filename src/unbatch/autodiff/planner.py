@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -112,6 +113,23 @@ class BackwardPlan:
     def by_number(self, named: Mapping[str, Tensor]) -> dict[int, Tensor]:
         """Return tensors that are named as the parameters by their number in the graph."""
         return {i: named[name] for i, name in self.parameters.items()}
+
+    @property
+    def form(self) -> Any:
+        """What is left of the plan without sizes, to compare; None where samples lie unevenly."""
+        layouts = []
+        for i, layout in sorted(self.layouts.items()):
+            if not isinstance(layout, Layout) or not isinstance(layout.order, str):
+                return None
+            layouts.append((i, layout.dim, layout.order, min(layout.block, 2)))
+        sets = (self.theta, self.frozen, self.frozen_norms, self.direct, self.spanning)
+        mappings = (self.parameters, self.predictions, self.chain, self.projections, self.gates)
+        return (
+            (self.by, self.by_place, self.sites, self.seeds, self.unsplit),
+            sets,
+            tuple(tuple(sorted(mapping.items())) for mapping in mappings),
+            tuple(layouts),
+        )
 
     @property
     def divisible(self) -> bool:

@@ -22,7 +22,8 @@ In reading order:
 - ``code_names.py``, ``reachable.py``: what its code names, and the walk that finds the places
 - ``switches.py``: settings of the process that decide what is computed
 - ``own_writes.py``, ``counters.py``: what a program writes without depending on it
-- ``guards.py``: how long a recording is valid
+- ``guards.py``, ``uses.py``: how long a recording is valid; which numbers it depends on
+- ``same_form.py``: whether two recordings are one computation, but for sizes
 - ``expressions.py``, ``simplifications.py``, ``symbolic.py``, ``control_flow.py``: proofs that all
   execution paths compute the same
 """

@@ -16,6 +16,7 @@ from torch import Tensor
 from unbatch.capture.isolation import generators_in, random_state, set_random_state
 from unbatch.capture.replay import Replay, Visit
 from unbatch.capture.steps import Ref, Step, Value, filled, indices
+from unbatch.capture.uses import read_memories
 from unbatch.linalg.precision import double_dtype, in_double
 
 # The grammar of a recording; ``check_graph`` in ``check.py`` holds it.
@@ -207,6 +208,16 @@ class Graph:
             if end is not None:
                 last[end.index] = len(self.steps)
         return last
+
+    @cached_property
+    def memories_read(self) -> frozenset[int]:
+        """The memories that the predictions, the loss or Python depend on."""
+        if any(read.blind for read in self.host_reads):
+            return frozenset(value.storage for value in self.values)  # whatever was read
+        results = [*self.predictions, *[read.ref for read in self.host_reads]]
+        if self.loss is not None:
+            results.append(self.loss)
+        return read_memories(self.values, self.steps, results)
 
     def written(self, value: int) -> bool:
         """Tell whether a step writes to the memory of a value."""

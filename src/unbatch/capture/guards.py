@@ -38,7 +38,8 @@ class Guard:
     """Where to look; ``state`` and ``numbers`` are to be compared with what they were.
 
     ``marks``: how each place was. ``idle``: what the program writes itself and does not depend on.
-    ``constants``: tensors that the recording took for constants.
+    ``constants``: tensors that the recording took for constants. ``unread``: tensors whose numbers
+    no result depends on, by ``id``.
     """
 
     program: Program
@@ -46,6 +47,7 @@ class Guard:
     marks: list[Any] = field(default_factory=list)
     idle: Idle = field(default_factory=Idle)
     constants: list[Tensor] = field(default_factory=list)
+    unread: dict[int, Tensor] = field(default_factory=dict)
     # Views of some entries, and the tensors that they were made for.
     _views: tuple[Any, list[Tensor]] = (None, [])
 
@@ -59,7 +61,7 @@ class Guard:
         return Guard(program, reached, [holder.mark() for holder in reached.holders])
 
     def watch(self, graph: Graph) -> None:
-        """Watch the contents of tensors that a recording took for constants."""
+        """Watch the contents of tensors that a recording has read, constants among them."""
         constants = {v.storage for v in graph.values if v.kind == "constants"}
         memories = set()
         for value in graph.values:
@@ -71,6 +73,11 @@ class Guard:
             # What a sparse one is made of, is no value of a graph.
             if storage_of(tensor) in memories or not is_strided(tensor):
                 self.constants.append(tensor)
+        unread = _unread_memories(graph)
+        self.unread = {}
+        for tensor in (*self._tensors(), *self.constants):
+            if storage_of(tensor) in unread:
+                self.unread[id(tensor)] = tensor
 
     # -- what there is --
 
@@ -93,11 +100,13 @@ class Guard:
         return self.idle.without(differing)
 
     def numbers(self, data: Sequence[Tensor] = ()) -> tuple[Any, ...]:
-        """Return what stays equal as long as nothing writes to parameters, buffers or constants.
+        """Return what stays equal as long as nothing writes to what was read.
 
-        Of tensors in ``data`` some entries are among it.
+        Parameters, buffers and constants; of tensors in ``data`` some entries are among it.
         """
-        tensors = _in_parts([*self._tensors(), *self.constants])
+        unread = self.unread
+        tensors = [t for t in (*self._tensors(), *self.constants) if id(t) not in unread]
+        tensors = _in_parts(tensors)
         versions, addresses = [], []
         for t in tensors:
             versions.append(version_of(t))
@@ -128,6 +137,23 @@ class Guard:
         for view in (*self._views[1], *_views_of(data)):
             by_kind.setdefault((view.dtype, view.device), []).append(view)
         return [_bits(torch.cat([v.reshape(-1) for v in views])) for views in by_kind.values()]
+
+
+def _unread_memories(graph: Graph) -> set[int]:
+    """Return the memories that a recording starts from and that no result depends on.
+
+    Running statistics that a batch norm in training only updates, say.
+    """
+    read: set[int] = set()
+    unread: set[int] = set()
+    for value in graph.values:
+        if value.concrete is None or value.kind not in ("parameters", "buffers", "constants"):
+            continue
+        memories = unread
+        if value.storage in graph.memories_read:
+            memories = read
+        memories.add(storage_of(value.concrete))
+    return unread - read
 
 
 class TensorMark:

@@ -563,6 +563,19 @@ def is_training_batch_norm(step: Any) -> bool:
     return normalises_by_batch(step.op, step.named)
 
 
+def only_updated(op: Any, arguments: Mapping[str, Any], results: Sequence[int]) -> tuple[str, ...]:
+    """Return the arguments that an op updates, and that none of these ``results`` depends on.
+
+    The running statistics of a batch norm in training. ``arguments``: what it is given, by name.
+    """
+    norm = traits(op).batch_norm
+    if norm is None or not normalises_by_batch(op, arguments):
+        return ()
+    if not set(norm.running).isdisjoint(results):
+        return ()
+    return RUNNING
+
+
 class BatchNormArguments(NamedTuple):
     """The arguments of a batch norm, under the same names for all forms: tensors or labels."""
 

@@ -33,7 +33,17 @@ class BlockGGN(Operator):
 
     def __repr__(self) -> str:
         count = len(self.blocks)
-        return f"<block diagonal of a Gauss-Newton matrix {tuple(self.shape)}, {count} blocks>"
+        of = "a snapshot of a" if self.whole.point.is_snapshot else "a"
+        return f"<block diagonal of {of} Gauss-Newton matrix {tuple(self.shape)}, {count} blocks>"
+
+    def snapshot(self) -> BlockGGN:
+        """Return the matrix as it is now, never stale; as ``GGN.snapshot``, one copy for all."""
+        whole = self.whole.snapshot()
+        blocks = []
+        for block in self.blocks:
+            point = whole.point.restricted(list(block.space.shapes))
+            blocks.append(GGN(point, block.draws, block.subset))
+        return BlockGGN(whole, blocks)
 
     def _indexed(self) -> Iterator[tuple[GGN, Tensor]]:
         """Yield every block with the places of its entries in a vector of all."""

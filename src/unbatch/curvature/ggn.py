@@ -92,7 +92,19 @@ class GGN(Operator):
             note = self.note
         except UnbatchError as error:  # printing never fails
             note = str(error)
-        return f"<Gauss-Newton matrix {tuple(self.shape)}, {note}>"
+        kind = "Snapshot of a Gauss-Newton" if self.point.is_snapshot else "Gauss-Newton"
+        return f"<{kind} matrix {tuple(self.shape)}, {note}>"
+
+    def snapshot(self) -> GGN:
+        """Return the matrix as it is now, to be used on after parameters or data have changed.
+
+        It answers what this one answers, is never stale, and says in its ``repr`` that it is a
+        snapshot. Memory: copies of all parameters, buffers and data of the batch; beside these, as
+        this matrix, what is kept between questions (the activations of a forward pass; the Gram
+        matrix). Cost: a forward pass, and some evaluations of the loss. Raises ``StaleError``, and
+        ``StructureError`` where only the model itself has the derivatives, and not its recording.
+        """
+        return GGN(self.point.snapshot(), self.draws, self.subset)
 
     # -- what it is made of --
 
@@ -438,4 +450,5 @@ class GGN(Operator):
 
 def _rows(components: Mapping[str, Tensor]) -> Tensor:
     """Return ``[N, D]`` from ``[N, *param]`` for each parameter."""
-    return torch.cat([t.reshape(len(t), -1) for t in components.values()], 1)
+    rows = [t.reshape(len(t), t.shape[1:].numel()) for t in components.values()]
+    return torch.cat(rows, 1)

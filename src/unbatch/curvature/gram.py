@@ -190,7 +190,8 @@ def entrywise(gram: Tensor, root: HessianRoot, entries: int) -> Tensor:
     # Without ``whole`` it is S itself, filled up with columns of zeros.
     W = torch.eye(c, k).expand(n, t, c, k) if root.to_entries is None else root.to_entries
     W, size = W.to(gram), n * t * c
-    half = torch.einsum("ntck,ntkx->ntcx", W, gram.view(n, t, k, root.size)).reshape(size, -1)
+    half = torch.einsum("ntck,ntkx->ntcx", W, gram.view(n, t, k, root.size))
+    half = half.reshape(size, root.size)
     return torch.einsum("ntck,xntk->xntc", W, half.view(size, n, t, k)).reshape(size, size)
 
 

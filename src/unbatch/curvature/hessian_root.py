@@ -47,7 +47,7 @@ class Grid:
                 return only[:, None, :]  # [n, c]: one position
             return only.movedim(self.axis, -1).flatten(1, -2)
         # All entries of a sample, over all predictions, one after the other.
-        flat = torch.cat([row.reshape(len(row), -1) for row in rows], 1)
+        flat = torch.cat([_entries_of(row) for row in rows], 1)
         return flat[:, :, None] if self.axis == SINGLE_ENTRIES else flat[:, None, :]
 
     def join(self, t: Tensor) -> dict[int, Tensor]:
@@ -56,7 +56,7 @@ class Grid:
             ((i, shape),) = self.shapes.items()
             moved = self._moved(i, shape).movedim(self.axis, -1).shape
             return {i: self._back(i, t.reshape(moved).movedim(-1, self.axis))}
-        flat, start = t.reshape(len(t), -1), 0
+        flat, start = _entries_of(t), 0
         predictions = {}
         for i, shape in self.shapes.items():
             moved = self._moved(i, shape).shape
@@ -77,6 +77,11 @@ class Grid:
 def samples_first(t: Tensor, i: int, dims: Mapping[int, int] | None) -> Tensor:
     """Return prediction ``i`` as ``[n, ..]``; ``dims`` as for a grid."""
     return t[None] if dims is None else t.movedim(dims[i], 0)
+
+
+def _entries_of(rows: Tensor) -> Tensor:
+    """Return ``[n, entries]``, also of no rows."""
+    return rows.flatten(1) if rows.ndim > 1 else rows[:, None]
 
 
 def _without_memory(shape: tuple[int, ...]) -> Tensor:

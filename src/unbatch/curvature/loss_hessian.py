@@ -26,6 +26,7 @@ from unbatch.linalg.precision import DOUBLE, SINGLE, largest
 from unbatch.linalg.probes import gaussian_like, seeded
 
 SOFTMAX = "of a softmax"
+NO_SAMPLES = "of no samples"
 
 LARGEST_BLOCK = 1024  # entries of a block that is decomposed
 
@@ -55,6 +56,8 @@ def factor(loss: LossAt, outputs: Sequence[int], dims: Mapping[int, int] | None)
     some samples, their columns are not either, and it is the others that a form has to stand the
     test of. Raises ``StructureError`` where it is for none.
     """
+    if dims is not None and not any(loss.predictions[i].shape[dim] for i, dim in dims.items()):
+        return _of_no_samples(loss, dims)
     # In float64 where the loss allows it: small eigenvalues differ from rounding there.
     search = _Search(loss.in_double() or loss, outputs, dims)
     if not len(search.finite):
@@ -73,6 +76,14 @@ def is_linear_in(loss: LossAt, outputs: Sequence[int]) -> bool:
     v = {i: gaussian_like(loss.predictions[i], generator) for i in outputs if i in loss.predictions}
     # Exactly: where terms cancel up to rounding, nothing is left out.
     return not any(bool((h != 0).any()) for h in loss.hessian_times(v).values())
+
+
+def _of_no_samples(loss: LossAt, dims: Mapping[int, int]) -> Factor:
+    """Return the root of an empty batch, which has no columns."""
+    grid = Grid({i: tuple(loss.predictions[i].shape) for i in dims}, dims, None)
+    like = next(iter(loss.predictions.values()))
+    entries = grid.split({i: loss.predictions[i] for i in dims}).shape[2]
+    return Factor(grid, like.new_zeros(0, 1, entries, 0), like.new_zeros(0, 1, 0), NO_SAMPLES)
 
 
 Form = tuple[str, int | None]  # name of a guess, and the axis along which entries are coupled

@@ -15,7 +15,13 @@ from torch import Tensor
 from unbatch.curvature.ggn_quantities import ColumnQuantity, evaluate
 from unbatch.curvature.gram import Gram, groups_in_memory
 from unbatch.curvature.strategy import Curvature
-from unbatch.errors import MSG_GGN_STALE, StaleError
+from unbatch.errors import (
+    MSG_GGN_STALE,
+    MSG_NO_SNAPSHOT,
+    NO_SNAPSHOT_OF_LOSS,
+    StaleError,
+    StructureError,
+)
 from unbatch.gradients.request import Request, recorded_precision
 from unbatch.gradients.sources import Source
 from unbatch.linalg.rows import sum_of
@@ -49,6 +55,26 @@ class Point:
         """Return the same for some of the parameters."""
         parameters = {name: p for name, p in self.parameters.items() if name in names}
         return replace(self, request=self.request.of(parameters))
+
+    @property
+    def is_snapshot(self) -> bool:
+        """Return whether it has copies of all that it is computed from."""
+        return self.request.context.alone
+
+    def snapshot(self) -> Point:
+        """Return the same on copies of parameters, buffers and data, which is never stale.
+
+        Raises ``StaleError``, and ``StructureError`` where the program itself would have to be run.
+        """
+        self.check_fresh()
+        difference = self.request.replay_difference
+        with recorded_precision():
+            if not difference and not self.curvature.loss.is_as_replayed():
+                difference = NO_SNAPSHOT_OF_LOSS
+            if difference:
+                raise StructureError(MSG_NO_SNAPSHOT.format(why=difference))
+            request = self.request.on_copies()
+            return Point(request, Curvature(request), lambda: False)
 
     def check_fresh(self) -> None:
         """Raise ``StaleError`` where parameters or data have changed."""

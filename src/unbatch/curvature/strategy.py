@@ -259,7 +259,7 @@ class Curvature:
         shapes = [tuple(t.shape) for t in self.loss.predictions.values()]
         if root is None:
             raise StructureError(MSG_NO_BLOCKS.format(shapes=shapes))
-        if not root.rank:
+        if not root.rank and self.request.samples:
             # No error: a matrix of zeros is the right answer, if hardly the expected one.
             cut, remedy = VANISHING_INSIDE if self.loss.context.own_loss else VANISHING
             text = MSG_VANISHING.format(cut=cut, shapes=shapes, remedy=remedy)

@@ -65,7 +65,7 @@ class Request:
         """Return whether all decompositions are one, because no sample depends on another."""
         if self.context.joined:
             return False
-        return self.samples == 1 or bool(self.structure.independent_forward)
+        return self.samples < 2 or bool(self.structure.independent_forward)
 
     @property
     def planned_by(self) -> str:
@@ -83,6 +83,12 @@ class Request:
         """Return the same question about these parameters."""
         return replace(self, parameters=parameters)
 
+    def on_copies(self) -> Request:
+        """Return the same question on copies of parameters, buffers and data."""
+        context = self.context.on_copies()
+        parameters = {name: context.program.parameters[name] for name in self.parameters}
+        return replace(self, context=context, parameters=parameters)
+
     def frozen(self) -> Request:
         """Return the same question with batch statistics held constant."""
         return replace(self, by="frozen")
@@ -97,7 +103,7 @@ def _trust(request: Request) -> bool | None:
     """Return whether there is a plan that passes its self-check; None where it cannot be tried."""
     # One sample's rows are the gradient, and a recording with other derivatives cannot be pulled
     # back.
-    if request.samples == 1 or not request.context.faithful:
+    if request.samples < 2 or not request.context.faithful:
         return False
     with recorded_precision():
         return trusted(request.context, request.parameters, request.planned_by, request.memory)

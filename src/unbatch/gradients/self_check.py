@@ -48,10 +48,15 @@ def trusted(
     key = (tuple(parameters), by)
     if key not in context.trust:
         plan = context.schedule(parameters, by).plan
-        passes = plan.divisible and _passes(context, parameters, by, memory)
+        form = plan.form
+        passes = context.tested.plans.get((key, form))
+        if passes is None:
+            passes = plan.divisible and _passes(context, parameters, by, memory)
         if passes is None:
             return None  # on another batch it may be found out
         context.trust[key] = passes
+        if form is not None and passes:
+            context.tested.plans[key, form] = True
     return context.trust[key]
 
 

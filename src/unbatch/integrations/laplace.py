@@ -9,7 +9,7 @@ Legend: N samples, C entries of a prediction, P parameters that require a gradie
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from unbatch.analysis.consequences import consequence
 from unbatch.capture.isolation import untouched
 from unbatch.curvature.ggn import GGN
 from unbatch.curvature.ggn_quantities import DiagGGN
-from unbatch.errors import StructureError
+from unbatch.errors import InputError, StructureError
 from unbatch.integrations import needed
 from unbatch.linalg import spectra
 from unbatch.linalg.operators import Operator
@@ -45,6 +45,13 @@ MSG_PREDICTIONS = (
 _curvature: Any = needed("laplace.curvature", "laplace", "laplace-torch")
 
 
+class _Problems(dict[Any, Problem]):
+    """The problem of the last batch for each loss; none in copies of a backend."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Problems, ()
+
+
 class _Backend:
     """What both backends share; the attributes are set by laplace's own classes."""
 
@@ -64,7 +71,24 @@ class _Backend:
         return loss
 
     def _problem(self, x: Any, y: Tensor) -> Problem:
-        return Problem(self.model, self._loss, (_arguments(x), y))
+        return self._problem_of(self._loss, x, y)
+
+    def _problem_of(self, loss: Callable[..., Tensor], x: Any, y: Tensor) -> Problem:
+        """Return the problem on a batch.
+
+        Made from that of the batch before, whose recordings may serve: a fit goes through many.
+        """
+        key = loss.__name__, self.model, self.lossfunc, self.likelihood
+        last = vars(self).setdefault("_problems", _Problems())
+        inputs = _arguments(x)
+        if key in last:
+            try:
+                last[key] = last[key].with_batch(inputs, y)
+                return last[key]
+            except InputError:
+                pass  # data of another structure
+        last[key] = Problem(self.model, loss, (inputs, y))
+        return last[key]
 
     def _chosen(self, t: Tensor) -> Tensor:
         """Return the entries of the subnetwork, along the last axis."""
@@ -105,7 +129,7 @@ class UnbatchGGN(_Backend, _curvature.GGNInterface):
             return own
         # The entry is a target, so that the model is recorded once for all of them.
         entry = torch.zeros(_samples(x), 1, dtype=torch.long, device=self.params[0].device)
-        problem = Problem(self.model, _sum_of_entry, (_arguments(x), entry))
+        problem = self._problem_of(_sum_of_entry, x, entry)
         f: Tensor = problem.predictions()
         if f.ndim != 2:
             raise StructureError(MSG_PREDICTIONS.format(shape=tuple(f.shape)))

@@ -41,7 +41,7 @@ def same_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def vectors(rows: Tensor) -> Tensor:
     """Return ``[n, p]``, real, in float32 at least; a complex entry becomes two real ones."""
-    flat = wide(rows).reshape(len(rows), rows[0].numel())
+    flat = wide(rows).reshape(len(rows), rows.shape[1:].numel())
     if not flat.is_complex():
         return flat
     return torch.view_as_real(flat.resolve_conj()).flatten(1)
@@ -62,7 +62,7 @@ def total_of_squares(rows: Tensor, mean: Tensor | None = None) -> Tensor:
     Large rows are taken one by one, so that nothing of the size of all of them is made.
     """
     rows = wide(rows)
-    if rows.is_complex() or rows[0].numel() < LARGE_ROW:
+    if rows.is_complex() or rows.shape[1:].numel() < LARGE_ROW or not len(rows):
         return _total_of_squares_at_once(rows, mean)
     # Accumulated in place; without a mean there is not even a temporary of a row.
     total = torch.zeros_like(rows[0])

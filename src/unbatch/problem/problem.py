@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import html
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from operator import is_
@@ -43,12 +42,14 @@ from unbatch.gradients.results import Rows
 from unbatch.problem.parameters import Selection, parameters_of, select
 from unbatch.problem.question import Question
 from unbatch.problem.recording import Batch, Recording
+from unbatch.problem.recordings import MOST, Recordings
 from unbatch.problem.session import Session
 from unbatch.problem.spot_check import SpotChecks
 from unbatch.problem.validation import (
     check_by,
     check_by_of_columns,
     check_callable,
+    check_count,
     check_devices,
     check_dims,
     check_real,
@@ -103,6 +104,9 @@ class Problem:
     ``out_dims``, are axes of the values that the loss is cut at, and the labels in it are
     constants: ``y_n`` is what the loss compares prediction n with.
 
+    ``shapes``: recordings are kept of so many shapes of batches that ``with_batch`` was called
+    with, the least recently used given up. Each holds its batch, its predictions and what it drew.
+
     Constructing computes nothing; questions do, with the parameters of that moment. No question
     changes anything: parameters, buffers, gradients, flags and random states are afterwards as they
     were.
@@ -130,7 +134,9 @@ class Problem:
         out_dims: Any = None,
         sample_dims: Sequence[int] | None = None,
         effort: float = PLAIN_STEPS,
+        shapes: int = MOST,
     ) -> None:
+        check_count("shapes", shapes)
         given = parse_data(data, batch)
         inputs, targets = map(parse_tree, given)
         check_callable("model", model)
@@ -155,16 +161,19 @@ class Problem:
         self._in_dims = x_dims, y_dims
         self._dims = parse_dims("X", inputs, x_dims)
         self._target_dims = parse_dims("y", targets, y_dims)
+        self._may_be_empty = False
         self._use(inputs, targets)
         self._session: Session | None = None
         self._checks = SpotChecks()
-        self._origin: Callable[[], Problem | None] = lambda: None  # the same on the data before
+        self._recordings = Recordings(shapes)
         self._compared: Session | None = None  # whose inputs were found free of NaN
         self._where = tracer.users_line()  # for verdicts that belong to no line of the model
 
     def _use(self, inputs: Any, targets: Any) -> None:
         """Ask questions about these data; raise ``InputError`` where they do not fit together."""
-        self.samples = count_samples(inputs, self._dims, targets, self._target_dims)
+        self.samples = count_samples(
+            inputs, self._dims, targets, self._target_dims, self._may_be_empty
+        )
         check_devices(self.program, inputs, targets)
         self.inputs, self.targets = inputs, targets
         self._kind = signature(*map(parse_tree, self._given))
@@ -175,18 +184,20 @@ class Problem:
     def with_batch(self, inputs: Any, targets: Any = None) -> Problem:
         """Return the same problem on other data, without recording it again where that is possible.
 
-        Where shapes differ, or Python reads values of tensors, it records afresh when asked. Raises
-        ``InputError`` where the data have another structure.
+        Where there is no recording for these shapes, or Python reads values of tensors, it records
+        afresh when asked; what holds for all sizes is then not tried again. A batch may have one
+        sample, or none where the loss is a sum over samples. Raises ``InputError`` where the data
+        have another structure.
         """
         given = inputs, targets
         inputs, targets = map(parse_tree, given)
-        other = copy.copy(self)  # with the recording, which the first question moves or drops
+        other = copy.copy(self)  # with the recordings, one of which the first question may move
         inputs, targets = other._with_own_sizes(inputs, targets)
-        other._given = given
+        other._given, other._session, other._compared = given, None, None
+        other._may_be_empty = True
         check_dims("X", inputs, self._dims)
         check_dims("y", targets, self._target_dims)
         other._use(inputs, targets)
-        other._origin = weakref.ref(self)  # of many in a row none is kept
         return other
 
     def __repr__(self) -> str:
@@ -428,20 +439,23 @@ class Problem:
         batch = Batch(
             self._given, self.inputs, self.targets, self._dims, self._target_dims, self.samples
         )
+        recordings, signature = self._recordings, batch.signature
         session = None
-        origin = self._origin()
         last = self._session
-        if last is None and origin is not None:
-            last = origin._session  # of a batch that was asked about since
+        if last is None or last.batch.signature != signature:
+            last = recordings.get(signature)
         if last is not None:
             session = last.at(program, batch)
-        if session is not None and self._checks.are_due() and not self._checks.agrees(session):
-            session = None  # something has changed that nobody watches
-        if session is None:  # never recorded, or another computation than then
-            session = Session(Recording.of(program, batch, self._where, self._call_text()))
-            self._checks.begin()
-        if origin is not None and origin._session is last and not session.is_judged:
-            origin._session = session  # so that the next batch need not be judged, too
+        is_due = session is not None and self._checks.are_due(session)
+        if session is not None and is_due and not self._checks.agrees(session):
+            recordings.clear()  # something has changed that nobody watches
+            session = None
+        if session is None:  # never recorded on such a batch, or another computation than then
+            if last is not None or not recordings:
+                self._checks.begin()
+            recording = Recording.of(program, batch, self._where, self._call_text())
+            session = Session(recording, recordings.known)
+        recordings.put(signature, session)
         self._session = session
         return session
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,12 +23,13 @@ from unbatch.curvature.block_ggn import BlockGGN, matrix_of
 from unbatch.curvature.ggn import GGN
 from unbatch.curvature.point import Point
 from unbatch.curvature.strategy import Curvature
-from unbatch.errors import MixedSamplesWarning
+from unbatch.errors import InputError, MixedSamplesWarning
 from unbatch.gradients.plan import Plan
 from unbatch.gradients.quantities import Label, Quantity, is_moment
 from unbatch.gradients.request import Request, recorded_precision
 from unbatch.problem.evaluate import answer, planned
 from unbatch.problem.session import Session
+from unbatch.problem.staleness import is_stale
 
 
 @outside_inference_mode()
@@ -87,7 +89,7 @@ class Question:
         request = self.request
         # One curvature for all blocks: H and the linear map belong to the whole question.
         with recorded_precision():
-            point = Point(request, Curvature(request), self.session.recording.is_stale)
+            point = Point(request, Curvature(request), partial(is_stale, self.session))
             return matrix_of(point, blocks, draws, samples)
 
 
@@ -124,9 +126,14 @@ def label_of(s: Structure, by: str, ownership: Mapping[int, Ownership] | None = 
 
 
 def _warn_of_moments(s: Structure, quantities: Sequence[Quantity], label: Label) -> None:
-    """Warn where a statistic over samples is asked for and rows are no samples of anything."""
+    """Warn where a statistic over samples is asked for and rows are no samples of anything.
+
+    Raises ``InputError`` where there are none.
+    """
     # Sums and norms of rows are exact whatever samples depend on: only moments are affected.
     moments = [type(quantity).__name__ for quantity in quantities if is_moment(quantity)]
+    if moments and not s.samples:
+        raise InputError(errors.MSG_EMPTY_MOMENT.format(what=", ".join(moments)))
     lost = _lost_for_moments(s)
     if moments and lost:
         text = errors.MSG_MIXED_MOMENT.format(

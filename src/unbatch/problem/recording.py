@@ -6,6 +6,7 @@ is done by ``capture/program.py``.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -98,6 +99,8 @@ class Recording:
         loss: Any = scalar
         if program.loss is None:
             own_loss = loss = capture.own_loss(output)
+        if not batch.samples:
+            _check_sum(loss)
         return Recording(
             program=program,
             batch=batch,
@@ -112,12 +115,6 @@ class Recording:
             output=_detached(output),
             outcome=_outcome(output, own_loss, scalar),
         )
-
-    def is_stale(self) -> bool:
-        """Return whether the program, its numbers or the data have changed since."""
-        if state_of(self.guard, self.batch) != self.state:
-            return True
-        return numbers_of(self.guard, self.batch) != self.numbers
 
     @cached_property
     def norm_without_gradient(self) -> Step | None:
@@ -139,6 +136,11 @@ class Recording:
 
 def state_of(guard: Guard, batch: Batch) -> tuple[Any, ...]:
     """Return what decides which computation runs; with another state it is recorded again."""
+    return *state_of_program(guard), batch.signature
+
+
+def state_of_program(guard: Guard) -> tuple[Any, ...]:
+    """Return the same of the program alone, whatever the batch."""
     # Rules and assumptions of the user change the verdicts, although the program is the same.
     declared = (
         tuple(sorted(registry.ASSUMED_MODULES)),
@@ -146,7 +148,7 @@ def state_of(guard: Guard, batch: Batch) -> tuple[Any, ...]:
         tuple(registry.ASSUMED),
     )
     # A wrapper that has got a hook does more than it passes on.
-    return guard.state(), id(guard.program.inside), batch.signature, declared
+    return guard.state(), id(guard.program.inside), declared
 
 
 def numbers_of(guard: Guard, batch: Batch) -> tuple[Any, ...]:
@@ -201,6 +203,13 @@ def _check_scalar(program: Program, graph: Graph, output: Any, scalar: Any) -> N
     if scalar.numel() != 1:
         value = f"a tensor of shape {tuple(scalar.shape)}"
         raise InputError(errors.MSG_NOT_SCALAR.format(value=value))
+
+
+def _check_sum(loss: Tensor) -> None:
+    """Raise ``InputError`` where the loss of no samples is no number."""
+    value = float(loss.detach().real)
+    if not math.isfinite(value):
+        raise InputError(errors.MSG_EMPTY_NO_SUM.format(value=value))
 
 
 def _raise_failure(program: Program, error: Exception, call: str) -> NoReturn:

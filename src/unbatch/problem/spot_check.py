@@ -49,11 +49,12 @@ class SpotChecks:
         """Note that there is a new recording."""
         self.recorded, self.spent, self.count = self.clock(), 0.0, 0
 
-    def are_due(self) -> bool:
-        """Return whether there is time for a check."""
+    def are_due(self, session: Session | None = None) -> bool:
+        """Return whether there is time for a check, or a recording has not been checked often."""
         if not self._share or self.failures >= MOST_FAILURES:
             return False
-        return self.count < FIRST or self._has_time()
+        count = self.count if session is None else session.checks
+        return count < FIRST or self._has_time()
 
     @property
     def _share(self) -> float:
@@ -65,12 +66,13 @@ class SpotChecks:
 
     def agrees(self, session: Session) -> bool:
         """Return whether the model does what its recording says; note what that took."""
-        begin, first, thorough = self.clock(), not self.count, self._has_time()
+        begin, first, thorough = self.clock(), not session.checks, self._has_time()
         agreed = _agree(session)
         if agreed and thorough:  # it takes several times as long
-            agreed = _derivatives_agree(session)
+            agreed = derivatives_agree(session)
         self.spent += self.clock() - begin
         self.count += 1
+        session.checks += 1
         if agreed:
             self.failures = 0
         elif first:
@@ -101,18 +103,18 @@ def _agree(session: Session) -> bool:
     # The loss comes last.
     if values and values[-1].requires_grad != recording.connected:
         return False
-    return all(map(_close, values, expected))
+    return all(map(close, values, expected))
 
 
-def _derivatives_agree(session: Session) -> bool:
+def derivatives_agree(session: Session) -> bool:
     """Return whether the program has the derivatives of its recording, where these are used."""
-    if not session.is_judged or session.analysis.replay_difference:
+    if not session.is_judged or session.analysis.replay_difference or not session.batch.samples:
         return True
     values, gradients = replay_difference(session.experiment, on_recorded_batch=True)
     return not values and gradients in ("", NOT_FINITE)
 
 
-def _close(value: Tensor, expected: Tensor) -> bool:
+def close(value: Tensor, expected: Tensor) -> bool:
     """Return whether two tensors differ by no more than rounding."""
     if value.shape != expected.shape or value.dtype != expected.dtype:
         return False

@@ -194,6 +194,7 @@ def count_samples(
     dims: Sequence[int | None],
     targets: Any,
     target_dims: Sequence[int | None],
+    may_be_empty: bool = False,
 ) -> int:
     """Return N. Raises ``InputError`` where leaves differ in it, or there are no samples."""
     # Of targets alone there is no batch to predict on.
@@ -210,7 +211,7 @@ def count_samples(
                 first=first, n=n, axis=axis, other=name, m=other.shape[d], other_axis=d
             )
             raise InputError(text)
-    if n == 0:
+    if n == 0 and not may_be_empty:
         raise InputError(errors.MSG_EMPTY.format(what=first, shape=tuple(leaf.shape)))
     return int(n)
 
@@ -233,6 +234,12 @@ def _sized(what: str, tree: Any, dims: Sequence[int | None]) -> list[tuple[str, 
 
 
 # --- what a question is about ---------------------------------------------------------------------
+
+
+def check_count(what: str, value: Any) -> None:
+    """Raise ``InputError`` for what is no whole number above zero."""
+    if not isinstance(value, int) or value < 1:
+        raise InputError(errors.MSG_DRAWS.format(what=what, least=1, value=value))
 
 
 def check_by(by: str) -> None:

@@ -73,6 +73,8 @@ def crosstalk(
         raise StructureError(MSG_HIDDEN.format(what=", ".join(graph.closed)))
     rows = list(range(experiment.samples)) if samples is None else list(samples)
     smooth = _smooth_inputs(experiment)
+    if not experiment.samples:
+        return Crosstalk(torch.zeros(0, 0, dtype=torch.float64), "derivative", True)
     if not smooth:
         # Tokens have no derivatives.
         return Crosstalk(_by_replacement(experiment, rows), "replacement", True)

@@ -55,6 +55,8 @@ def without_nan(inputs: Any, dims: Sequence[int | None], samples: int) -> Any:
     the sample axis of each leaf.
     """
     leaves, spec = tree_flatten(inputs)
+    if not samples:
+        return inputs
     bad = torch.zeros(samples, dtype=torch.bool)
     for leaf, dim in zip(leaves, dims, strict=True):
         if dim is not None and isinstance(leaf, Tensor) and leaf.is_floating_point():

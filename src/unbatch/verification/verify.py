@@ -30,7 +30,7 @@ from unbatch.verification.loss_tests import (
 )
 from unbatch.verification.noise import stream_depends_on_data
 from unbatch.verification.ranks import growing_rank
-from unbatch.verification.trial import tried
+from unbatch.verification.trial import FORWARD, LOSS, tried
 
 # Reasons for mixing that do not say how samples are combined.
 VAGUE = {"no rule", "data-dependent shape", "scattered", "resized", "position"}
@@ -101,6 +101,46 @@ def settle(
         structure = _settle_loss(structure, loss)
     # What is proved is not handed out untried.
     return tried(structure, experiment, loss)
+
+
+def settle_as(
+    settled: Structure, structure: Structure, experiment: Experiment, output: Any
+) -> Structure:
+    """Return the structure with what came of the same proofs on a batch of other sizes.
+
+    ``settled``: that. Counterexamples belong to a batch, and are looked for anew; where there is
+    none on this one, the verdict is open.
+    """
+    taken = []
+    for mine, theirs in zip(structure.verdicts, settled.verdicts, strict=True):
+        if theirs.basis == "witness":
+            taken.append(mine)
+            continue
+        # Where they were taken from the recording, they may name its sizes.
+        taken.append(replace(theirs, culprits=mine.culprits or theirs.culprits))
+    structure = structure.with_verdicts(*taken)
+    if any(_was_refuted(settled, name) for name in FORWARD):
+        structure = _refuted_forward(settled, structure, experiment)
+    if any(_was_refuted(settled, name) for name in ("canonical_split", *LOSS)):
+        structure = _settle_loss(structure, loss_experiment(experiment, output))
+    return structure
+
+
+def _was_refuted(settled: Structure, name: str) -> bool:
+    return bool(getattr(settled, name).basis == "witness")
+
+
+def _refuted_forward(settled: Structure, structure: Structure, experiment: Experiment) -> Structure:
+    """Return the structure with counterexamples to what ``settled`` has some against."""
+    independent, simd = structure.independent_forward, structure.simd_forward
+    if _was_refuted(settled, "independent_forward"):
+        dependence = cross_sample_dependence(experiment)
+        independent, simd = _refuted(independent, dependence), _refuted(simd, dependence)
+    structure = structure.with_verdicts(independent, simd)
+    refuted = [name for name in FORWARD if _was_refuted(settled, name)]
+    if all(getattr(structure, name).status == "fails" for name in refuted):
+        return structure
+    return _settle_forward(structure, experiment)
 
 
 def _has_loss(experiment: Experiment) -> bool:

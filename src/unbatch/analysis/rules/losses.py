@@ -125,7 +125,7 @@ def _ignored_unevenly(call: RuleContext, number: int) -> bool:
         owners = np.broadcast_to(y.owner, y.shape)[np.asarray(values) == number]
         if not ((owners >= 0) & (owners < samples)).all():
             return True  # not each of one sample
-        return bool(np.ptp(np.bincount(owners, minlength=samples)))
+        return np.unique(np.bincount(owners, minlength=samples)).size > 1
 
     return call.sees("target", uneven)
 
