@@ -147,6 +147,9 @@ EXPORTING = frozenset(
     }
 )
 
+# Code that names one of these may set up loggers that it does not hold.
+LOGGING = frozenset(["getLogger", "logger", "logging", "log"])
+
 # Methods that make, copy or print objects: a program that runs does not call them unnamed.
 NOT_CALLED = ("__repr__", "__str__", "__format__", "__reduce__", "__deepcopy__")
 MAKING = ("__init__", "__post_init__")
@@ -305,7 +308,8 @@ class _Walk:
         for hooks in GLOBAL_HOOKS:
             self.follow(hooks)
         self.hold(Weights())
-        self.hold(Loggers())
+        if not LOGGING.isdisjoint(self.names.attributes | self.names.globals):
+            self.hold(Loggers())
         self.functions_of(nn.functional)
         for root in reached.roots:
             self.follow(root)

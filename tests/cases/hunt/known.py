@@ -106,7 +106,6 @@ WRONG_FOURTH = frozenset(
         "change: a neuron switched off",
         "change: the vector of a word",
         "change: one pixel of the data of the inputs",
-        # Loggers, but for their levels, and what their handlers keep; those that nobody holds.
         # Copies of a model, outside of what puts back, with what they do when they are gone.
         "messy: a folder that goes with an object",
         "messy: numbers of nodes",
