@@ -137,6 +137,7 @@ EXPORTING = frozenset(
         "asarray",
         "ascontiguousarray",
         "copyto",
+        "data_ptr",
         "frombuffer",
         "from_dlpack",
         "getattr",
@@ -186,6 +187,9 @@ TRANSPARENT = (
     CDATA,
 )
 PRIVATE = (dict, list, set)
+
+# Containers of Python's own.
+KINDS = (dict, list, deque, tuple, set, frozenset)
 
 # What looks up attributes by names that it was made with.
 GETTERS = (operator.attrgetter, operator.methodcaller)
@@ -407,6 +411,8 @@ class _Walk:
 
     def container(self, value: Any, depth: int) -> bool:
         """Look into a container; return whether it is one."""
+        if isinstance(value, KINDS) and not issubclass(type(value), KINDS):
+            return False  # it only says so, as what is made when it is needed does
         if isinstance(value, dict):
             self.dictionary(value, depth)
         elif isinstance(value, list | deque):
