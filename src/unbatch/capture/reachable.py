@@ -379,6 +379,9 @@ class _Walk:
             pass  # by the names that functions read of it
         elif is_iterator(value):
             self.iterator(value, depth)
+        elif isinstance(value, KINDS) and not issubclass(type(value), KINDS):
+            # It only says so, as what is made when it is needed does.
+            self.plain_object(value, depth)
         elif not self.function(value, depth) and not self.container(value, depth):
             self.plain_object(value, depth)
 
@@ -411,8 +414,6 @@ class _Walk:
 
     def container(self, value: Any, depth: int) -> bool:
         """Look into a container; return whether it is one."""
-        if isinstance(value, KINDS) and not issubclass(type(value), KINDS):
-            return False  # it only says so, as what is made when it is needed does
         if isinstance(value, dict):
             self.dictionary(value, depth)
         elif isinstance(value, list | deque):
