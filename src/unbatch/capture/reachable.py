@@ -379,10 +379,7 @@ class _Walk:
             pass  # by the names that functions read of it
         elif is_iterator(value):
             self.iterator(value, depth)
-        elif isinstance(value, KINDS) and not issubclass(type(value), KINDS):
-            # It only says so, as what is made when it is needed does.
-            self.plain_object(value, depth)
-        elif not self.function(value, depth) and not self.container(value, depth):
+        elif not self.function(value, depth) and not self.real_container(value, depth):
             self.plain_object(value, depth)
 
     def generator(self, value: Any, depth: int) -> None:
@@ -411,6 +408,12 @@ class _Walk:
         return bool(self.queue)
 
     # -- containers --
+
+    def real_container(self, value: Any, depth: int) -> bool:
+        """Look into a container, and not what only says so, as what is made when needed does."""
+        if isinstance(value, KINDS) and not issubclass(type(value), KINDS):
+            return False
+        return self.container(value, depth)
 
     def container(self, value: Any, depth: int) -> bool:
         """Look into a container; return whether it is one."""
