@@ -92,7 +92,7 @@ PLANTED = {
     "a variable of the environment": foreign.Environment,
     "an attribute of a parameter": holders.OfTensors,
     "a cache of results that has some": foreign.Cache,
-    "the level of a logger": foreign._LoggerState,
+    "the level of a logger": foreign._LoggerStates,
 }
 
 

@@ -12,6 +12,7 @@ import gc
 import io
 import itertools
 import logging
+import operator
 import os
 import queue
 import threading
@@ -161,7 +162,7 @@ class Level(Names):
         return look_up
 
     def content(self) -> Any:
-        return super().content(), _LoggerState(self.space)
+        return super().content(), _LoggerStates([self.space])
 
     def mark(self) -> list[Any]:
         return super().content()
@@ -192,52 +193,60 @@ class Loggers(Holder):
 
     logged = False
 
-    def content(self) -> list[_LoggerState]:
-        states = [_LoggerState(logging.root)]
-        for logger in list(logging.root.manager.loggerDict.values()):
-            if isinstance(logger, logging.Logger):
-                states.append(_LoggerState(logger))
-        return states
+    def content(self) -> _LoggerStates:
+        named = logging.root.manager.loggerDict.values()
+        loggers = [logger for logger in list(named) if isinstance(logger, logging.Logger)]
+        return _LoggerStates([logging.root, *loggers])
 
     def mark(self) -> None:
         return None
 
-    def mark_of(self, content: list[_LoggerState]) -> None:
+    def mark_of(self, content: _LoggerStates) -> None:
         return None
 
     def same(self, mark: None) -> bool:
         return True
 
-    def restore(self, content: list[_LoggerState]) -> None:
-        for state in content:
-            self.logged |= state.restore()
+    def restore(self, content: _LoggerStates) -> None:
+        self.logged |= content.restore()
 
 
-class _LoggerState:
-    """What a logger has, and what its handlers keep."""
+# What decides what a logger lets pass, and where to.
+OF_LOGGERS = operator.attrgetter("level", "propagate", "disabled")
 
-    __slots__ = ("attributes", "handlers", "lists", "logger")
 
-    def __init__(self, logger: logging.Logger) -> None:
-        self.logger = logger
-        self.attributes = vars(logger).copy()
-        self.lists = logger.handlers.copy(), logger.filters.copy()
-        self.handlers = [_HandlerState(handler) for handler in logger.handlers]
+class _LoggerStates:
+    """What loggers have, and what their handlers keep."""
+
+    def __init__(self, loggers: list[logging.Logger]) -> None:
+        self.loggers = loggers
+        self.attributes, self.lists = self._looked_at()
+        self.handlers = []
+        for handlers, _ in filter(any, self.lists):
+            self.handlers += list(map(_HandlerState, handlers))
+
+    def _looked_at(self) -> tuple[list[Any], list[tuple[list[Any], list[Any]]]]:
+        # There are hundreds of loggers, which most programs leave alone.
+        lists = [(logger.handlers[:], logger.filters[:]) for logger in self.loggers]
+        return list(map(OF_LOGGERS, self.loggers)), lists
 
     def restore(self) -> bool:
         """Put all back; return whether anything had changed."""
-        changed = _put_attributes_back(self.logger, self.attributes)
+        changed = self._looked_at() != (self.attributes, self.lists)
         if changed:
-            # Loggers keep what they have decided by their levels.
-            self.logger.manager._clear_cache()  # type: ignore[attr-defined]
-        spaces = self.logger.handlers, self.logger.filters
-        for space, before in zip(spaces, self.lists, strict=True):
-            if space != before:
-                space[:] = before  # type: ignore[index]
-                changed = True
+            self._restore_loggers()
         for handler in self.handlers:
             changed |= handler.restore()
         return changed
+
+    def _restore_loggers(self) -> None:
+        parts = zip(self.loggers, self.attributes, self.lists, strict=True)
+        for logger, (level, propagate, disabled), (handlers, filters) in parts:
+            logger.handlers[:], logger.filters[:] = handlers, filters
+            logger.propagate, logger.disabled = propagate, disabled
+            # Loggers keep what they have decided by their levels.
+            if logger.level != level:
+                logger.setLevel(level)
 
 
 class _HandlerState:
@@ -258,17 +267,12 @@ class _HandlerState:
 
     def restore(self) -> bool:
         """Put all back; return whether anything had changed."""
-        changed = _put_attributes_back(self.handler, self.attributes)
+        now = vars(self.handler)
+        changed = now != self.attributes
+        if changed:
+            now.clear()
+            now.update(self.attributes)
         return bool(restore(self.holders, self.contents, [])) or changed
-
-
-def _put_attributes_back(value: Any, attributes: dict[str, Any]) -> bool:
-    now = vars(value)
-    if now == attributes:
-        return False
-    now.clear()
-    now.update(attributes)
-    return True
 
 
 class Referent(Holder):

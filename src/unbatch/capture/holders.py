@@ -656,11 +656,31 @@ def alike(a: Any, b: Any) -> bool:
         return repr(a) == repr(b)  # tells zeros of either sign apart, and nan is nan
     if kind in VALUE_TYPES:
         return bool(a == b)
-    if isinstance(a, tuple) and not hasattr(a, "__dict__"):
-        return len(a) == len(b) and all(map(alike, a, b))
+    if _is_plain_tuple(a):
+        return _alike_inside(a, b)
     if isinstance(a, MethodType):
         return a.__func__ is b.__func__ and a.__self__ is b.__self__
     return False
+
+
+def _is_plain_tuple(value: Any) -> bool:
+    return isinstance(value, tuple) and not hasattr(value, "__dict__")
+
+
+def _alike_inside(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    """Return whether tuples have the same in them, however deep they lie in one another."""
+    pairs: list[tuple[Any, Any]] = [(a, b)]
+    while pairs:
+        first, second = pairs.pop()
+        if first is second:
+            continue
+        if _is_plain_tuple(first) and type(first) is type(second):
+            if len(first) != len(second):
+                return False
+            pairs.extend(zip(first, second, strict=True))
+        elif not alike(first, second):
+            return False
+    return True
 
 
 def contents(holders: Sequence[Holder]) -> list[Any]:

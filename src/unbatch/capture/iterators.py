@@ -113,7 +113,13 @@ def is_used_up(value: Any) -> bool:
 
 def holds_iterator(value: Any) -> bool:
     """Return whether a value is an iterator, or has one inside that cannot be exchanged there."""
-    return is_used_up(value) or any(map(holds_iterator, _parts(value)))
+    parts = [value]
+    while parts:
+        part = parts.pop()
+        if is_used_up(part):
+            return True
+        parts.extend(_parts(part))
+    return False
 
 
 def _parts(value: Any) -> tuple[Any, ...]:

@@ -44,7 +44,7 @@ from unbatch.capture.iterators import Position
 from unbatch.capture.program import Program
 from unbatch.capture.reachable import Reachable
 from unbatch.capture.trees import copied
-from unbatch.capture.watched import Unreadable, WasReadError, watched
+from unbatch.capture.watched import Unreadable, watched
 
 # How far numbers are moved.
 FAR = (1, 2, 3, 97, 10**7)
@@ -184,6 +184,7 @@ class _Trial:
         self.program, self.inputs, self.targets, self.rng = program, inputs, targets, rng
         self.reached = program.reachable
         self.first: list[Any] | None = None
+        self.asked: list[bool] = []
 
     def begins(self) -> bool:
         """Run where nothing has been exchanged; return whether that works."""
@@ -191,8 +192,11 @@ class _Trial:
         return self.first is not None
 
     def agrees(self) -> bool:
-        """Return whether another run has the same results, bit by bit."""
+        """Return whether another run has the same results, and asks nothing unreadable."""
+        self.asked.clear()
         results = self.results()
+        if self.asked:
+            return False
         return results is not None and self.first is not None and _equal(self.first, results)
 
     def results(self) -> list[Any] | None:
@@ -200,14 +204,25 @@ class _Trial:
         set_random_state(self.rng)
         try:
             return _run(self.program, self.inputs, self.targets)
-        except (Exception, WasReadError):
+        except Exception:
             return None  # it depends on what it keeps so much that it does not run
 
+    def unreadable(self) -> Unreadable:
+        """Return what stands for a value that is only written."""
+        return Unreadable(partial(self.asked.append, True))
+
     @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Put back whatever is exchanged and run inside."""
+    def aside(self, places: Sequence[Place] = ()) -> Iterator[None]:
+        """Put back whatever is run inside, and what is exchanged in some places."""
         with untouched(self.reached, self.rng):
-            yield
+            values = [place.value() for place in places]
+            try:
+                yield
+            finally:
+                # At once: nobody else may look at what is unreadable.
+                for place, value in zip(places, values, strict=True):
+                    if value is not MISSING:
+                        place.put(value)
 
 
 # --- what is only written -------------------------------------------------------------------------
@@ -298,19 +313,18 @@ def _runs_without(places: Sequence[Place], trial: _Trial) -> bool:
         return True
     if any(isinstance(place.holder, Array) for place in places):
         return False  # it is written to where it lies
-    asked: list[bool] = []
-    with trial.aside():
+    with trial.aside(places):
         for place in places:
-            place.put(Unreadable(partial(asked.append, True)))
-        return trial.agrees() and not asked
+            place.put(trial.unreadable())
+        return trial.agrees()
 
 
 def _may_be_exchanged(places: Sequence[Place], trial: _Trial) -> bool:
     """Return whether other values in places lead to the same results."""
     for exchange in (_raised, _lowered, _nudged, _emptied):
-        with trial.aside():
+        with trial.aside(places):
             for place in places:
-                _exchange(place, exchange)
+                _exchange(place, exchange, trial)
             if places and not trial.agrees():
                 return False
     return True
@@ -411,7 +425,7 @@ def _has_another(place: Place) -> bool:
     return _flipped(value) is not value or _can_be_copied(value)
 
 
-def _exchange(place: Place, exchange: Callable[[Any], Any]) -> None:
+def _exchange(place: Place, exchange: Callable[[Any], Any], trial: _Trial) -> None:
     """Put another value in a place."""
     holder = place.holder
     value = place.value()
@@ -419,7 +433,7 @@ def _exchange(place: Place, exchange: Callable[[Any], Any]) -> None:
         # An array has no name for all that is in it.
         holder.restore(exchange(holder.content()))
     elif _flipped(value) is value:
-        place.put(_with_other_attributes(value, exchange))
+        place.put(_with_other_attributes(value, exchange, trial))
     else:
         place.put(exchange(value))
 
@@ -487,7 +501,7 @@ def _can_be_copied(value: Any) -> bool:
     return type(other) is type(value) and attributes_of(other) is not space
 
 
-def _with_other_attributes(value: Any, exchange: Callable[[Any], Any]) -> Any:
+def _with_other_attributes(value: Any, exchange: Callable[[Any], Any], trial: _Trial) -> Any:
     """Return a copy of an object: tensors are others in it, and numbers the same.
 
     All else there cannot be read.
@@ -497,14 +511,10 @@ def _with_other_attributes(value: Any, exchange: Callable[[Any], Any]) -> Any:
         if _is_number(part):
             continue
         if _flipped(part) is part:
-            vars(other)[name] = Unreadable(_pass)
+            vars(other)[name] = trial.unreadable()
         else:
             vars(other)[name] = exchange(part)
     return other
-
-
-def _pass() -> None:
-    """Note nothing: it raises."""
 
 
 # --- running --------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import types
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -107,13 +109,14 @@ class Program:
     def in_double(self) -> Program:
         """Return the same program with a copy of its model in float64.
 
-        What is no module stays as it is.
+        What is no module stays as it is, also what modules have: objects may not be copied
+        without a trace.
         """
         # Without what is wrapped around it, which runs this very model and no copy.
         model = self.inside
         if not isinstance(model, nn.Module):
             return self
-        return replace(self, model=copy.deepcopy(model).double(), _walks={})
+        return replace(self, model=copy.deepcopy(model, _as_they_are(model)).double(), _walks={})
 
     def on_copies(self) -> Program:
         """Return the same program on copies of its parameters (connected to them) and buffers.
@@ -185,6 +188,27 @@ class Program:
                     f"and y {shown(targets)}."
                 )
                 raise
+
+
+def _as_they_are(model: nn.Module) -> dict[int, Any]:
+    """Return what a copy of a model shares with it: all but modules, tensors and containers."""
+    shared: dict[int, Any] = {}
+    seen: set[int] = set()
+    parts: list[Any] = []
+    for module in model.modules():
+        parts.extend(vars(module).values())
+    while parts:
+        part = parts.pop()
+        if id(part) in seen or isinstance(part, nn.Module | Tensor):
+            continue
+        seen.add(id(part))
+        if type(part) in (dict, OrderedDict):
+            parts.extend(part.values())
+        elif type(part) in (list, tuple, set, deque):
+            parts.extend(part)
+        elif not isinstance(part, types.MethodType):
+            shared[id(part)] = part  # a method is bound to the copy instead
+    return shared
 
 
 def name_of(called: Callable[..., Any]) -> str:

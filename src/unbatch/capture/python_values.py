@@ -41,6 +41,7 @@ EXPORTS = frozenset(
         Tensor.numpy,
         Tensor.__array__,
         Tensor.__dlpack__,
+        Tensor.data_ptr,
         Tensor.storage,
         Tensor.untyped_storage,
         Tensor._typed_storage,

@@ -137,6 +137,7 @@ EXPORTING = frozenset(
         "asarray",
         "ascontiguousarray",
         "copyto",
+        "data_ptr",
         "frombuffer",
         "from_dlpack",
         "getattr",
@@ -146,6 +147,9 @@ EXPORTING = frozenset(
         "untyped_storage",
     }
 )
+
+# Code that names one of these may set up loggers that it does not hold.
+LOGGING = frozenset(["getLogger", "logger", "logging", "log"])
 
 # Methods that make, copy or print objects: a program that runs does not call them unnamed.
 NOT_CALLED = ("__repr__", "__str__", "__format__", "__reduce__", "__deepcopy__")
@@ -183,6 +187,9 @@ TRANSPARENT = (
     CDATA,
 )
 PRIVATE = (dict, list, set)
+
+# Containers of Python's own.
+KINDS = (dict, list, deque, tuple, set, frozenset)
 
 # What looks up attributes by names that it was made with.
 GETTERS = (operator.attrgetter, operator.methodcaller)
@@ -305,7 +312,8 @@ class _Walk:
         for hooks in GLOBAL_HOOKS:
             self.follow(hooks)
         self.hold(Weights())
-        self.hold(Loggers())
+        if not LOGGING.isdisjoint(self.names.attributes | self.names.globals):
+            self.hold(Loggers())
         self.functions_of(nn.functional)
         for root in reached.roots:
             self.follow(root)
@@ -371,7 +379,7 @@ class _Walk:
             pass  # by the names that functions read of it
         elif is_iterator(value):
             self.iterator(value, depth)
-        elif not self.function(value, depth) and not self.container(value, depth):
+        elif not self.function(value, depth) and not self.real_container(value, depth):
             self.plain_object(value, depth)
 
     def generator(self, value: Any, depth: int) -> None:
@@ -400,6 +408,12 @@ class _Walk:
         return bool(self.queue)
 
     # -- containers --
+
+    def real_container(self, value: Any, depth: int) -> bool:
+        """Look into a container, and not what only says so, as what is made when needed does."""
+        if isinstance(value, KINDS) and not issubclass(type(value), KINDS):
+            return False
+        return self.container(value, depth)
 
     def container(self, value: Any, depth: int) -> bool:
         """Look into a container; return whether it is one."""

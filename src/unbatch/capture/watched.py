@@ -86,8 +86,8 @@ def _has_item(kind: Any, space: Any, key: Any) -> bool:
     return type(key) is int and bool(-size <= key < size)
 
 
-class WasReadError(BaseException):
-    """Somebody has asked for something that is only written; not for programs to catch."""
+class WasReadError(Exception):
+    """Somebody has asked for something that is only written."""
 
 
 class Unreadable:

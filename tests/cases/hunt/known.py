@@ -66,14 +66,7 @@ WRONG_FOURTH = frozenset(
         "change: a neuron switched off",
         "change: the vector of a word",
         "change: one pixel of the data of the inputs",
-        # Loggers, but for their levels, and what their handlers keep; those that nobody holds.
-        # Copies of a model, outside of what puts back, with what they do when they are gone.
-        "messy: a folder that goes with an object",
-        "messy: numbers of nodes",
-        "messy: how often a list is copied",
-        # Memory that is written to at its address, or that is moved.
-        "messy: a buffer by a function of C",
-        "messy: a buffer by its address",
+        # Memory that is moved.
         "messy: a buffer that processes share",
         # Objects of C without a holder, closed books, caches that are full.
         "messy: rows of a database in memory",
@@ -98,9 +91,6 @@ WRONG_FOURTH = frozenset(
         "messy: steps by parameter, under a surrogate",
         "messy: whether it is a parameter, under a surrogate",
         "messy: whether it is a leaf, under a surrogate",
-        # Errors of the walk itself.
-        "messy: pairs of pairs",
-        "messy: a dict that is made when it is needed",
     ]
 )
 
