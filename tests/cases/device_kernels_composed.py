@@ -96,6 +96,7 @@ def _(net, x, op):
 UNKNOWN_ROWS = (
     Row("_flash_attention_forward_no_dropout_inplace", "called by name", UNKNOWN),
     Row("_cudnn_attention_forward", "called by name, nested tensors", UNKNOWN),
+    Row("_cudnn_attention_forward_no_dropout_inplace", "called by name, from 2.15 on", UNKNOWN),
     Row("_triton_multi_head_attention", "called by name", UNKNOWN),
     Row("_triton_scaled_dot_attention", "called by name", UNKNOWN),
     Row(
