@@ -14,11 +14,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple, TypeVar
 
-import numpy as np
-import torch
-
 from unbatch.analysis.domain.ownership import Ownership
-from unbatch.analysis.domain.sample_layout import Layout, Scattered, in_its_place, layout_of
+from unbatch.analysis.domain.sample_layout import AnyLayout, any_layout_of, in_its_place
 from unbatch.analysis.interpreter import Interpretation
 from unbatch.capture import ops
 from unbatch.capture.graph import Graph
@@ -84,17 +81,12 @@ class OwnedGraph:
         """Return who owns the elements of a value."""
         return self.interpretation.ownership[value]
 
-    def layout(self, value: int) -> Layout | Scattered | None:
+    def layout(self, value: int) -> AnyLayout | None:
         """Return where the samples lie in a value.
 
         None where some element belongs to no single sample.
         """
-        owners = self.owners(value)
-        layout = layout_of(owners, self.samples)
-        if layout is None and owners.owned and owners.all_owned:
-            owner = np.broadcast_to(owners.owner, owners.shape).astype(np.int64)
-            return Scattered(torch.from_numpy(owner.copy()), self.samples)
-        return layout
+        return any_layout_of(self.owners(value), self.samples)
 
     def is_differentiable(self, value: int) -> bool:
         """Tell whether a value can have a cotangent: integers and booleans have none."""

@@ -19,7 +19,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from unbatch.analysis.domain.ownership import Ownership
-from unbatch.analysis.domain.sample_layout import Layout, Scattered, layout_of, prediction_dim
+from unbatch.analysis.domain.sample_layout import (
+    AnyLayout,
+    Layout,
+    layout_of,
+    prediction_dim,
+)
 from unbatch.analysis.interpreter import Interpretation
 from unbatch.autodiff.dependence import (
     Dependence,
@@ -88,7 +93,7 @@ class BackwardPlan:
     unsplit: tuple[int, ...]  # predictions that are not separate: columns start there, too
     gates: Mapping[int, tuple[int, ...]]  # step -> inputs that columns of other seeds do not enter
     # Where the samples lie in the values at sites and seeds.
-    layouts: Mapping[int, Layout | Scattered]
+    layouts: Mapping[int, AnyLayout]
     spanning: frozenset[int]  # shared values, in part or whole, with an entry for every sample
     refusal: StructureError | None
 
@@ -191,11 +196,11 @@ class _Planner:
             refusal=self.refusal,
         )
 
-    def _layouts(self) -> dict[int, Layout | Scattered]:
+    def _layouts(self) -> dict[int, AnyLayout]:
         values: list[int] = []
         for site in self.sites:
             values += self.owned.results(self.owned.graph.steps[site.step])
-        layouts: dict[int, Layout | Scattered] = {}
+        layouts: dict[int, AnyLayout] = {}
         for i in dict.fromkeys([*values, *self.seeds]):
             layout = self.owned.layout(i)
             if layout is not None:
@@ -309,7 +314,7 @@ class _Planner:
             return None
         return norm.index if self._is_projecting(norm, self.owned.layout(out)) else None
 
-    def _is_projecting(self, norm: Step, layout: Layout | Scattered | None) -> bool:
+    def _is_projecting(self, norm: Step, layout: AnyLayout | None) -> bool:
         """Tell whether a step is a batch norm over rows of samples whose result is separate."""
         if layout != Layout(0, self.owned.samples) or not ops.is_training_batch_norm(norm):
             return False
@@ -352,7 +357,7 @@ class _Planner:
                 return True
         return False
 
-    def _note_spanning(self, operand: int, out: int, layout: Layout | Scattered) -> None:
+    def _note_spanning(self, operand: int, out: int, layout: AnyLayout) -> None:
         """Note an operand that has an entry for every sample.
 
         It is not broadcast along the samples at this site, so it was spread over them further up.

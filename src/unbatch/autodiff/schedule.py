@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from unbatch.analysis.domain.sample_layout import Layout, Scattered
+from unbatch.analysis.domain.sample_layout import AnyLayout
 from unbatch.autodiff.contractions.row_block import RowBlockView
 from unbatch.autodiff.dependence import values_read, values_returned, within
 from unbatch.autodiff.planner import BackwardPlan, Site
@@ -131,7 +131,7 @@ class Use:
 
     site: Site
     at: int
-    layouts: tuple[Layout | Scattered | None, ...]  # where the samples lie in the outputs
+    layouts: tuple[AnyLayout | None, ...]  # where the samples lie in the outputs
     group: int  # in which the operand is contracted, -1 for none
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from unbatch.analysis.domain.sample_layout import Layout, Scattered
+from unbatch.analysis.domain.sample_layout import AnyLayout, Layout
 from unbatch.autodiff.autograd import Gate, batched_grad, pick, solid
 from unbatch.autodiff.contractions.batch_norm import PooledRows
 from unbatch.autodiff.contractions.contraction import Contraction
@@ -94,7 +94,7 @@ class Seed(NamedTuple):
     """A value from which columns start, and the cotangents of all samples there."""
 
     edge: GradientEdge | Tensor
-    layout: Layout | Scattered
+    layout: AnyLayout
     cotangent: Tensor
 
 

@@ -4,8 +4,8 @@ Read off the owners of a value's elements (``ownership.py``); knows nothing abou
 derivatives. The questions, from the narrowest to the widest: ``Ownership.sample_dim`` (an axis
 whose slice n belongs to sample n), ``prediction_dim`` (the same by the conventions for
 predictions), ``contiguous_blocks`` (samples one after the other along the first axis),
-``layout_of`` (one axis, in any even pattern) and ``in_order`` (samples follow on each other, in
-whatever number).
+``layout_of`` (one axis, in any even pattern), ``any_layout_of`` (in any pattern) and ``in_order``
+(samples follow on each other, in whatever number).
 
 Index letters: n sample, t position inside a sample.
 """
@@ -92,6 +92,87 @@ class Scattered:
         """Return ``[k, *t.shape]``: copy k has the entries of sample ``first + k``, and zeros."""
         owner = self.owner.to(t.device)
         return torch.stack([torch.where(owner == n, t, 0) for n in range(first, last)])
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Along axis ``dim`` lie ``samples`` samples of different lengths.
+
+    ``places`` ``[n, t]``: where entry t of sample n lies; behind the last entry of the axis where
+    the sample is over.
+    """
+
+    dim: int
+    samples: int
+    places: Tensor
+
+    def split(self, t: Tensor) -> Tensor:
+        """Return ``[n, *shape]``, where ``dim`` of ``shape`` is as long as the longest sample.
+
+        Zero where a sample is over.
+        """
+        nothing = t.new_zeros([*t.shape[: self.dim], 1, *t.shape[self.dim + 1 :]])
+        places = self.places.to(t.device)
+        entries = torch.cat([t, nothing], self.dim).index_select(self.dim, places.flatten())
+        return entries.unflatten(self.dim, places.shape).movedim(self.dim, 0)
+
+    def scaled(self, t: Tensor, weights: Tensor) -> Tensor:
+        """Return ``t`` with the entries of sample n multiplied by ``weights[n]``."""
+        by_entry = weights.to(t)[self._owner(t)]
+        return t * by_entry.reshape([-1] + [1] * (t.ndim - 1 - self.dim))
+
+    def only(self, t: Tensor, first: int, last: int) -> Tensor:
+        """Return ``[k, *t.shape]``: copy k has the entries of sample ``first + k``, and zeros."""
+        samples = torch.arange(first, last, device=t.device)
+        own = self._owner(t) == samples[:, None]
+        after = [1] * (t.ndim - 1 - self.dim)
+        return torch.where(own.reshape(len(own), *[1] * self.dim, -1, *after), t, 0)
+
+    def _owner(self, t: Tensor) -> Tensor:
+        """Return the sample of every entry of the axis."""
+        places = self.places.to(t.device)
+        owner = torch.zeros(t.shape[self.dim] + 1, dtype=torch.long, device=t.device)
+        samples = torch.arange(self.samples, device=t.device)
+        owner[places.flatten()] = samples.repeat_interleave(places.shape[1])
+        return owner[:-1]
+
+
+# Where the samples lie in a value that belongs to them alone.
+AnyLayout = Layout | Ragged | Scattered
+
+# The longest sample times their number may be so many times what there is, as all are padded.
+PADDED = 8
+
+
+def any_layout_of(value: Ownership, samples: int) -> AnyLayout | None:
+    """Return where the samples lie in a value; None where an element belongs to no single one."""
+    layout = layout_of(value, samples)
+    if layout is not None or not value.owned or not value.all_owned:
+        return layout
+    ragged = _ragged_layout(value, samples)
+    if ragged is not None:
+        return ragged
+    owner = np.broadcast_to(value.owner, value.shape).astype(np.int64)
+    return Scattered(torch.from_numpy(owner.copy()), samples)
+
+
+def _ragged_layout(value: Ownership, samples: int) -> Ragged | None:
+    """Return where the samples lie along one axis in different numbers; None if they do not."""
+    dims = _sample_dims(value, samples)
+    if not value.separate or len(dims) != 1:
+        return None
+    (dim,) = dims
+    lines = np.moveaxis(value.owner, dim, 0).reshape(value.owner.shape[dim], -1)
+    owner, size = lines[:, 0], value.shape[dim]
+    if (lines != owner[:, None]).any() or not is_sample(owner).all():
+        return None
+    lengths = np.bincount(owner.astype(np.int64), minlength=samples)
+    longest = int(lengths.max())
+    if longest * samples > PADDED * size:
+        return None
+    places = np.full((samples, longest), size)
+    places[np.arange(longest) < lengths[:, None]] = np.argsort(owner, kind="stable")
+    return Ragged(dim, samples, torch.from_numpy(places))
 
 
 def layout_of(value: Ownership, samples: int) -> Layout | None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from unbatch.analysis.domain.sample_layout import Scattered
+from unbatch.analysis.domain.sample_layout import Ragged, Scattered
 from unbatch.autodiff.contractions.batch_norm import Projected, ProjectedRows
 from unbatch.autodiff.contractions.broadcast import Pointwise, Scale, Shift
 from unbatch.autodiff.contractions.contraction import Contraction, GenericContraction, OperandUse
@@ -175,6 +175,9 @@ def _expand(call: OperandUse) -> Contraction | None:
 def _embedding(call: OperandUse) -> Contraction | None:
     # A sample axis behind those of the indices is one of the table's own dims.
     if call.name != "weight" or call["indices"].ndim <= call.layout.dim:
+        return None
+    # What shorter samples are filled up with would be counted.
+    if isinstance(call.layout, Ragged) and call["scale_grad_by_freq"]:
         return None
     return Embedding(call)
 
