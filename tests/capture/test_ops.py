@@ -19,8 +19,10 @@ aten = torch.ops.aten
 def overloads(name):
     """The overloads of an op, in place or not, but for those that write into an ``out``."""
     out = []
-    for spelled in (name, f"{name}_"):
-        packet = getattr(aten, spelled, None)
+    space, _, plain = name.rpartition("::")
+    library = getattr(torch.ops, space or "aten")
+    for spelled in (plain, f"{plain}_"):
+        packet = getattr(library, spelled, None)
         for overload in packet.overloads() if packet is not None else ():
             op = getattr(packet, overload)
             if not any(a.is_out for a in op._schema.arguments):

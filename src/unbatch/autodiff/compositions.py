@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from unbatch.capture import ops
+from unbatch.capture.recurrent_ops import GRU, LSTM, Cells, cell, unrolled
 
 aten = torch.ops.aten
 
@@ -36,9 +37,6 @@ NO_MASK = (
 
 
 NO_BAGS = "bags by their largest entries, scaled by frequency, or with padding"
-
-
-RELU, LSTM, GRU = 0, 2, 3  # the modes of cuDNN and of MIOpen; 1 is tanh
 
 
 def composition(*names: str) -> Callable[[Composition], Composition]:
@@ -145,59 +143,35 @@ def _direction(
         running = len(x)
         gates = torch.nn.functional.linear(x, by_input, biases[0])
         recurrent = torch.nn.functional.linear(h[:running], by_hidden, biases[1])
-        state, cell = _cell(gates, recurrent, h[:running], c[:running], mode)
+        state, new_cell = cell(gates, recurrent, h[:running], c[:running], mode)
         if projection is not None:
             state = state @ projection.T
         # The sequences that do not run at this step are the last ones.
-        h, c = torch.cat([state, h[running:]]), torch.cat([cell, c[running:]])
+        h, c = torch.cat([state, h[running:]]), torch.cat([new_cell, c[running:]])
         outputs.append(state)
     if backward:
         outputs.reverse()
     return outputs, h, c
 
 
-# One step of each kind, with the gates of input and state added up unless they are named x and h:
-#
-#     LSTM   c′ = σ(forget) c + σ(enter) tanh(cell)            h′ = σ(out) tanh(c′)
-#     GRU    n = tanh(new_x + σ(reset) new_h)                  h′ = n + σ(update) (h − n)
-#     plain                                                    h′ = tanh(gates), or relu(gates)
-
-
-def _cell(
-    gates: Tensor, recurrent: Tensor, h: Tensor, c: Tensor, mode: int
-) -> tuple[Tensor, Tensor]:
-    """Return state and cell after one step, before any projection.
-
-    Where there is no cell, it is the state.
-    """
-    if mode == LSTM:
-        enter, forget, cell, out = (gates + recurrent).chunk(4, -1)
-        c = forget.sigmoid() * c + enter.sigmoid() * cell.tanh()
-        return out.sigmoid() * c.tanh(), c
-    if mode == GRU:
-        reset, update, new = gates.chunk(3, -1)
-        by_reset, by_update, by_new = recurrent.chunk(3, -1)
-        update = (update + by_update).sigmoid()
-        new = (new + (reset + by_reset).sigmoid() * by_new).tanh()
-        h = new + update * (h - new)
-        return h, h
-    h = gates + recurrent
-    h = h.relu() if mode == RELU else h.tanh()
-    return h, h
+@composition("unbatch::recurrent_cells")
+def recurrent_cells(arguments: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs, last state and last cell of one layer."""
+    return unrolled(Cells(**arguments))
 
 
 @composition(*ops.names(lambda row: row.cell == "LSTM"))
 def lstm_cell(arguments: Arguments) -> tuple[Tensor, Tensor]:
     """State and cell after one step."""
     gates, recurrent = _gates(arguments)
-    return _cell(gates, recurrent, arguments["cx"], arguments["cx"], LSTM)
+    return cell(gates, recurrent, arguments["cx"], arguments["cx"], LSTM)
 
 
 @composition(*ops.names(lambda row: row.cell == "GRU"))
 def gru_cell(arguments: Arguments) -> Tensor:
     """State after one step."""
     gates, recurrent = _gates(arguments)
-    return _cell(gates, recurrent, arguments["hx"], arguments["hx"], GRU)[0]
+    return cell(gates, recurrent, arguments["hx"], arguments["hx"], GRU)[0]
 
 
 def _gates(arguments: Arguments) -> tuple[Tensor, Tensor]:

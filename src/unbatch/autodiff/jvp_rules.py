@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from unbatch.autodiff.autograd import or_zeros
 from unbatch.autodiff.forward_mode import Tangents, through_op
 from unbatch.capture import ops
+from unbatch.capture.recurrent_ops import Cells, Ran, slopes, tangents_of
 from unbatch.capture.steps import ExecutedOp, Ref, Step, is_ref
 from unbatch.capture.substitutes import moments
 from unbatch.capture.trees import flat
@@ -308,6 +309,14 @@ def batch_norm(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents | None:
         db = db.view(per_channel)
     total = _shifted(_sum(by_input, by_weight), db, x.shape)
     return [total, *[None] * (len(call.outputs) - 1)]
+
+
+@rule("unbatch::recurrent_cells", outputs=True)
+def recurrent_cells(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
+    """One layer of a recurrence; what moves beside the gates and first states adds nothing."""
+    cells = Cells(*(call.arguments[name] for name in Cells._fields))
+    ran = Ran(*call.outputs)
+    return list(slopes(cells, ran).push(tangents_of(cells, moving)))
 
 
 # --- sums of tangents, of which any may be missing ------------------------------------------------

@@ -244,6 +244,9 @@ register("_cudnn_rnn", Traits(dropout=IN_LAYERS, recurrence=Recurrence(packed="w
 
 register("miopen_rnn", Traits(dropout=IN_LAYERS, recurrence=Recurrence()))
 
+# What recurrences are recorded as (``recurrent_ops.py``).
+register("unbatch::recurrent_states", Traits(cuts=True))
+
 register("_thnn_fused_lstm_cell", Traits(cell="LSTM"))
 
 register("_thnn_fused_gru_cell", Traits(cell="GRU"))

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from unbatch.capture import recurrences
+
 # Functions that make a tensor of numbers, by name: they would read each ``Number``.
 CONSTRUCTORS = {"tensor", "as_tensor", "asarray", "new_tensor"}
 
@@ -229,17 +231,12 @@ class Functions(TorchFunctionMode):
         """Call a function of PyTorch with tensors in place of numbers, if it takes them."""
         if name == "one_hot" and _has_classes(*args, **kwargs) and not self.recorder.catches():
             return self._unchecked(func, args, kwargs)
-        # The size of what comes out is that of another tensor, which is no operand of any op.
-        if name in AS_ANOTHER:
-            for tensor in tree_leaves((args[1:], kwargs)):
-                self.recorder.shape_read(tensor)
-        # PyTorch reads in memory where to split, which dispatches nothing.
-        if name == "tensor_split":
-            for place in tree_leaves((args[1:], kwargs)):
-                if isinstance(place, Tensor):
-                    self.recorder.escape(place, "read as places to split at")
+        self._note_reads(name, args[1:], kwargs)
         if name == "__deepcopy__":
             return _deep_copy(*args, **kwargs)
+        layers = recurrences.layers_of(func, args, kwargs)
+        if layers is not None:
+            return self._recurrent(layers)
         if name in CONSTRUCTORS:
             assembled = self._constructed(args, kwargs)
             if assembled is not None:
@@ -252,6 +249,25 @@ class Functions(TorchFunctionMode):
         except TypeError:  # it takes a number, and no tensor
             bare, named = self._bare(name, (args, kwargs))
             return func(*bare, **named)
+
+    def _note_reads(self, name: str, others: Any, kwargs: Any) -> None:
+        """Note what a function reads of its other arguments that dispatches nothing."""
+        # The size of what comes out is that of another tensor, which is no operand of any op.
+        if name in AS_ANOTHER:
+            for tensor in tree_leaves((others, kwargs)):
+                self.recorder.shape_read(tensor)
+        # PyTorch reads in memory where to split.
+        if name == "tensor_split":
+            for place in tree_leaves((others, kwargs)):
+                if isinstance(place, Tensor):
+                    self.recorder.escape(place, "read as places to split at")
+
+    def _recurrent(self, layers: recurrences.Layers) -> Any:
+        """Run the layers of a recurrence by ops that are taken apart."""
+        # PyTorch reads in memory how many sequences run at each step, which dispatches nothing.
+        if layers.batch_sizes is not None:
+            self.recorder.escape(layers.batch_sizes, "read as sizes of the steps of a recurrence")
+        return recurrences.run(layers)
 
     def _unchecked(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run a function that reads values only to validate them, and report none of that."""

@@ -127,19 +127,21 @@ OWN = (
     ),
     Own(
         "lstm",
-        lambda x, *w: torch.lstm(
+        lambda x, *w: aten.lstm.input(
             x, [x.new_zeros(1, 3, 2), x.new_zeros(1, 3, 2)], w, True, 1, 0.0, False, False, False
         )[0],
         floats((4, 3, 5), (8, 5), (8, 2), (8,), (8,)),
     ),
     Own(
         "gru",
-        lambda x, *w: torch.gru(x, x.new_zeros(1, 3, 2), w, True, 1, 0.0, False, False, False)[0],
+        lambda x, *w: aten.gru.input(x, x.new_zeros(1, 3, 2), w, True, 1, 0.0, False, False, False)[
+            0
+        ],
         floats((4, 3, 5), (6, 5), (6, 2), (6,), (6,)),
     ),
     Own(
         "mkldnn_rnn_layer",
-        lambda x, *w: torch.lstm(
+        lambda x, *w: aten.lstm.input(
             x.float(),
             [torch.zeros(1, 3, 2), torch.zeros(1, 3, 2)],
             [v.float() for v in w],

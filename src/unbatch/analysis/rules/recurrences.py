@@ -93,7 +93,8 @@ def device_recurrence(call: RuleContext) -> Any:
         # Dropout between layers: noise of every sample's own, which one scalar stands for.
         weights.append(noise(replace(call, shapes=[()])))
     if call["batch_sizes"]:
-        last, steps = _packed(call, states, weights)
+        rows = summary(call, "features", call["input"], [1], True)
+        last, steps = _packed(call, rows, call["batch_sizes"], states, weights)
     elif call["batch_first"]:
         sequences = permute(summary(call, "time", call["input"], [1, 2], True), [1, 0, 2])
         last = call.algebra.pointwise(call.title, sequences, *states, *weights)
@@ -110,16 +111,60 @@ def device_recurrence(call: RuleContext) -> Any:
     return numbered([expand_plain(steps, out), expand_plain(last, hy), cell, *workspace])
 
 
-def _packed(
-    call: RuleContext, states: Sequence[Ownership], weights: Sequence[Ownership]
+@rule("unbatch::recurrent_states", counted="sizes")
+def states_of_layer(call: RuleContext) -> Any:
+    """The state before each step, and perhaps after it; of inputs [t, n, i], or packed."""
+    steps, _ = _layer(call, call.named("x"), call["weights"])
+    before, after = call.shapes
+    if not after[0]:
+        return numbered([expand_plain(steps, before), shared(after, "no projection")])
+    return numbered([expand_plain(steps, before), expand_plain(steps, after)])
+
+
+@rule("unbatch::recurrent_cells", counted="sizes")
+def cells_of_layer(call: RuleContext) -> Any:
+    """Outputs, last states and last cells; of gates [t, n, o], or packed."""
+    gates = call.named("input_gates", "hidden_gates", "projected", "previous", "unprojected")
+    steps, last = _layer(call, gates, call.named("hidden_weight", "projection"))
+    outputs, state, cell, *rest = call.shapes
+    results = [expand_plain(steps, outputs), expand_plain(last, state)]
+    if call["c"] is None:
+        results.append(shared(cell, "no cell"))
+    else:
+        results.append(expand_plain(last, cell))
+    # What derivatives need, which no model reads.
+    results += [shared(shape, "workspace", ["parameters"]) for shape in rest]
+    return numbered(results)
+
+
+def _layer(
+    call: RuleContext, values: Sequence[Ownership], weights: Sequence[Ownership]
 ) -> tuple[Ownership, Ownership]:
-    """Return the last states [1, n, 1] of packed sequences, and their rows.
+    """Return the steps of a layer [1, n, 1], or [rows, 1] if packed, and its last state [n, 1]."""
+    weights, states = whole(call, weights), _states(call, call.named("h", "c"))
+    if call["sizes"]:
+        rows = [summary(call, "features", x, [1], True) for x in values]
+        joined = call.algebra.pointwise("gates", *rows)
+        last, steps = _packed(call, joined, call["sizes"], states, weights)
+    else:
+        sequences = [summary(call, "time", x, [0, 2], True) for x in values]
+        last = steps = call.algebra.pointwise(call.title, *sequences, *states, *weights)
+    return steps, squeeze(last, [0])
+
+
+def _packed(
+    call: RuleContext,
+    rows: Ownership,
+    sizes: Sequence[int],
+    states: Sequence[Ownership],
+    weights: Sequence[Ownership],
+) -> tuple[Ownership, Ownership]:
+    """Return the last states [1, n, 1] of packed sequences, and their rows, from ``rows`` [.., 1].
 
     Step t holds one row of each of the first ``batch_sizes[t]`` sequences: lengths 3 and 1 are
     packed as the rows (n=0, t=0), (n=1, t=0), (n=0, t=1), (n=0, t=2), with batch sizes 2, 1, 1.
     """
-    a, sizes = call.algebra, call["batch_sizes"]
-    rows = spell_out(summary(call, "features", call["input"], [1], True))
+    a, rows = call.algebra, spell_out(rows)
     # For sizes 2, 1, 1: n_of_row = [0, 1, 0, 0] and t_of_row = [0, 0, 1, 2].
     n_of_row = np.concatenate([np.arange(size) for size in sizes])
     t_of_row = np.repeat(np.arange(len(sizes)), sizes)
