@@ -14,7 +14,11 @@ from unbatch.analysis.domain.ownership import (
     shared,
 )
 from unbatch.analysis.domain.sample_layout import (
+    PADDED,
     Layout,
+    Ragged,
+    Scattered,
+    any_layout_of,
     contiguous_blocks,
     in_its_group,
     in_its_place,
@@ -110,3 +114,47 @@ def test_samples_out_of_order_do_not_pass_for_their_own_slices():
     owner = np.array([1, 0, 2], dtype=np.int32)
     assert set(owner) == set(range(N))
     assert not follow_samples(owner, 0, N)
+
+
+# --- samples of different lengths -----------------------------------------------------------------
+
+
+def uneven(dim):
+    """Sample 0 has three entries along ``dim``, sample 1 one and sample 2 two."""
+    owner = np.array([0, 2, 0, 1, 2, 0], dtype=np.int32)
+    owner = np.moveaxis(np.broadcast_to(owner[:, None], (6, 2)), 0, dim).copy()
+    return Ownership(owner.shape, owner, np.zeros(owner.shape, dtype=np.uint64))
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_samples_of_different_lengths_are_filled_up_with_zeros(dim):
+    layout = any_layout_of(uneven(dim), N)
+    assert isinstance(layout, Ragged)
+    assert layout.dim == dim
+    t = torch.arange(1.0, 13).reshape(6, 2).movedim(0, dim)
+    split = layout.split(t).movedim(1 + dim, 1)  # [n, entry, 2]
+    expected = [[0, 2, 5], [3], [1, 4]]
+    for n, places in enumerate(expected):
+        assert torch.equal(split[n, : len(places)], t.movedim(dim, 0)[places])
+        assert not split[n, len(places) :].any()
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_samples_of_different_lengths_alone_and_scaled(dim):
+    layout = any_layout_of(uneven(dim), N)
+    t = torch.randn(6, 2).movedim(0, dim)
+    alone = layout.only(t, 0, N)
+    assert torch.equal(alone.sum(0), t)
+    for n in range(N):
+        assert torch.equal(layout.split(alone[n])[n], layout.split(t)[n])
+    weights = torch.tensor([2.0, 3.0, 5.0])
+    expected = (alone * weights[:, None, None]).sum(0)
+    assert torch.equal(layout.scaled(t, weights), expected)
+    assert torch.equal(layout.only(t, 1, 2)[0], alone[1])
+
+
+def test_one_long_sample_among_many_is_not_filled_up_to():
+    samples = 10 * PADDED
+    owner = np.concatenate([np.zeros(samples), np.arange(1, samples)]).astype(np.int32)
+    value = Ownership(owner.shape, owner, np.zeros(owner.shape, dtype=np.uint64))
+    assert isinstance(any_layout_of(value, samples), Scattered)

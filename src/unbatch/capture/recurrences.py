@@ -115,10 +115,17 @@ def _is_usual(layers: Layers) -> bool:
         plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
         if not plain or (tensor.dtype, tensor.device) != (x.dtype, x.device):
             return False
-    # The library of a GPU keeps the random state of its dropout to itself.
-    if layers.drops and x.is_cuda and torch.backends.cudnn.enabled:
+    return not _rounds_otherwise(layers) and not _transformed(x)
+
+
+def _rounds_otherwise(layers: Layers) -> bool:
+    """Return whether the library of a GPU runs the call, with other numbers than plain products.
+
+    It may round what it multiplies, and keeps the random state of its dropout to itself.
+    """
+    if not layers.x.is_cuda or not torch.backends.cudnn.enabled:
         return False
-    return not _transformed(x)
+    return layers.drops or layers.x.dtype == torch.float32
 
 
 def _transformed(x: Tensor) -> bool:

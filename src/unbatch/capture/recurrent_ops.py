@@ -21,6 +21,7 @@ for step ``t``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -210,11 +211,13 @@ def _by_pytorch(
     if c is not None:
         states = [h[None], c[None]]
     settings = list(weights), len(weights) > 3, 1, 0.0, False, False
-    x = time.turned(x)
-    if not time.sizes:
-        return time.turned(FUNCTIONS[mode](x, states, *settings, False)[0])
-    sizes = torch.tensor(time.sizes)
-    return time.turned(FUNCTIONS[mode](x, sizes, states, *settings)[0])
+    batch: tuple[Any, ...] = time.turned(x), states, *settings, False
+    if time.sizes:
+        batch = time.turned(x), torch.tensor(time.sizes), states, *settings
+    # The library of a GPU warns where weights do not lie in one block of memory.
+    with torch.backends.cudnn.flags(enabled=False) if x.is_cuda else nullcontext():
+        outputs: Tensor = FUNCTIONS[mode](*batch)[0]
+    return time.turned(outputs)
 
 
 # --- all steps ------------------------------------------------------------------------------------

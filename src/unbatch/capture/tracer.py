@@ -430,6 +430,28 @@ class Recorder(TorchDispatchMode):
         self.escape(tensor, how, answer)
         return answer
 
+    def depends_on_data(self, tensor: Tensor) -> bool:
+        """Tell whether a tensor is made of data or parameters, and not of constants alone."""
+        ref = self.find(tensor)
+        if ref is None:
+            return False
+        queue, visited = [ref.index], set[int]()
+        while queue:
+            index = queue.pop()
+            value = self.graph.values[index]
+            if value.kind in ("inputs", "targets", "parameters") or index in self.dynamic:
+                return True
+            if index in visited or value.kind != "step":
+                continue
+            visited.add(index)
+            step = self.graph.steps[value.step]
+            read = step.refs()
+            # How many sequences run at each step follows from their lengths alone.
+            if step.name == "_pack_padded_sequence":
+                read = [step.named["lengths"]]
+            queue += indices(read)
+        return False
+
     def shape_read(self, tensor: Any) -> None:
         """Note that Python read the size of a tensor, if that depends on data."""
         ref = self.find(tensor)

@@ -121,7 +121,7 @@ def states_of_layer(call: RuleContext) -> Any:
     return numbered([expand_plain(steps, before), expand_plain(steps, after)])
 
 
-@rule("unbatch::recurrent_cells", counted="sizes")
+@rule("unbatch::recurrent_cells", counted="sizes", apart={3: EVERY, 4: EVERY, 5: EVERY})
 def cells_of_layer(call: RuleContext) -> Any:
     """Outputs, last states and last cells; of gates [t, n, o], or packed."""
     gates = call.named("input_gates", "hidden_gates", "projected", "previous", "unprojected")
