@@ -21,7 +21,11 @@ from torch.utils import checkpoint
 # Not loaded before somebody compiles something, and not by this package.
 COMPILER = "torch._dynamo.eval_frame"
 
-WITHOUT_REENTRANCE = "_checkpoint_without_reentrant_generator"
+# The function behind a checkpoint that is not reentrant: since PyTorch 2.14, and before.
+WITHOUT_REENTRANCE = (
+    "_checkpoint_without_reentrant_generator_impl",
+    "_checkpoint_without_reentrant_generator",
+)
 
 
 def inside(model: Callable[..., Any]) -> Callable[..., Any]:
@@ -82,7 +86,8 @@ class _Plain:
     def _turn(self) -> None:
         # PyTorch offers no switch for checkpoints, so its functions are replaced.
         reentrant = mock.patch.object(checkpoint, "CheckpointFunction", _Kept)
-        other = mock.patch.object(checkpoint, WITHOUT_REENTRANCE, _kept)
+        name = next(name for name in WITHOUT_REENTRANCE if hasattr(checkpoint, name))
+        other = mock.patch.object(checkpoint, name, _kept)
         self.turned.enter_context(reentrant)
         self.turned.enter_context(other)
         # What was never loaded has compiled nothing.
@@ -116,6 +121,6 @@ class _Kept:
             return function(*args)
 
 
-def _kept(*_: Any) -> Iterator[None]:
+def _kept(*_: Any, **settings: Any) -> Iterator[None]:
     """Do nothing before and after, in place of what the other variant does there."""
     yield
