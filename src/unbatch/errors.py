@@ -554,7 +554,7 @@ MSG_NOT_LINEAR = (
 )
 
 
-MSG_JOINED = (
+MSG_JOINED_BACKWARD = (
     "the backward pass through {places} lets other samples into a sample's gradient, though no "
     "prediction depends on them: rows are per component, and not per sample"
 )

@@ -102,11 +102,9 @@ def infer_structure(
         start = loss_marks(graph, forward, target_dims, samples, leading)
         loss = _interpret_loss(graph, forward, start, assumed, own_loss)
         reads_after = _steering(graph, after, loss, assumptions)
-        verdicts = judge_loss(_loss_evidence(graph, graph.loss, forward, loss, reads_after))
-        structure = structure.with_verdicts(*verdicts)
+        found = _loss_evidence(graph, graph.loss, forward, loss, reads_after)
         outputs = [start[ref.index] for ref in graph.used_predictions]
-        if outputs and not any(marks.owned for marks in outputs):
-            structure = structure.with_verdicts(*map(_of_no_sample, verdicts[1:]))
+        structure = structure.with_verdicts(*_judged_loss(found, outputs))
     # Whatever the verdict on the loss: these parameters enter it past the cut.
     if parameter_steps:
         structure = structure.with_verdicts(parameters_in_own_loss(parameter_steps))
@@ -118,6 +116,14 @@ def infer_structure(
         forward, loss, leading, evidence.nonlinear, evidence.ranks, evidence.reads
     )
     return _with_premises(structure, state), state
+
+
+def _judged_loss(evidence: LossEvidence, outputs: Sequence[Ownership]) -> list[Verdict]:
+    """Return the verdicts on the loss, which are open where no output belongs to a sample."""
+    split, *of_samples = judge_loss(evidence)
+    if outputs and not any(marks.owned for marks in outputs):
+        of_samples = [_of_no_sample(verdict) for verdict in of_samples]
+    return [split, *of_samples]
 
 
 def _cut_own_loss(

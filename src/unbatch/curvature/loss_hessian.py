@@ -250,9 +250,11 @@ class _Search:
 
     def _left_over(self, samples: int) -> Tensor:
         """Return ``_cancelled`` for every sample, and zero for those that are not finite."""
+        left_over = self._sizes(self.probes[0][1]).new_zeros(samples)
+        if self.dims is None:
+            return left_over
         if len(self.probes) == 1:
             self.probes.append(self._probe())
-        left_over = self._cancelled.new_zeros(samples)
         left_over[self.finite] = self._cancelled
         return left_over
 

@@ -30,7 +30,7 @@ from unbatch.capture.steps import is_ref
 from unbatch.errors import (
     MSG_EMPTY_JOINT,
     MSG_EMPTY_UNKNOWN,
-    MSG_JOINED,
+    MSG_JOINED_BACKWARD,
     InputError,
     StructureError,
 )
@@ -204,7 +204,8 @@ def _of_more_samples(recording: Recording, form: Form, known: KnownForms) -> Jud
     """Return what is known of the same computation on more samples."""
     samples = recording.batch.samples
     judged = known.of_more_samples(form, samples)
-    if judged is not None:
+    # One sample alone shows nothing, and nobody has asked about more of them.
+    if judged is not None or (samples and not known.judged):
         return judged
     others = several(recording)
     if others is not None:
@@ -342,7 +343,7 @@ def with_backward(structure: Structure, context: Context) -> tuple[Structure, Co
             joined = trial.named
     if not joined or not structure.independent_forward:
         return structure, context
-    note = MSG_JOINED.format(places=joined)
+    note = MSG_JOINED_BACKWARD.format(places=joined)
     structure = replace(structure, joined_backward=note, notes=(*structure.notes, note))
     return structure, replace(context, joined=joined)
 
