@@ -350,6 +350,7 @@ attending = lambda: Sentences(attention=True)  # noqa: E731
 token = (0, 1), (B, T)
 pixel = (0, 2, 3), (2, 3, 2)
 SUM, NEITHER, OPEN = ("holds", "holds"), ("fails", "fails"), ("unknown", "unknown")
+OWN_TERMS = ("holds", "unknown")  # a sum, of terms that go by the place
 
 # net, data, loss, axes, sizes; whether samples are independent, and the loss a sum over samples of
 # one loss
@@ -378,7 +379,7 @@ OWN = {
         SUM,
     ),
     "next values": (attending, words, next_values, *token, "fails", SUM),
-    "next values, weighed by place": (attending, words, by_place, *token, "fails", OPEN),
+    "next values, weighed by place": (attending, words, by_place, *token, "fails", OWN_TERMS),
     "next values, labels changed by place": (
         attending,
         words,
@@ -387,7 +388,7 @@ OWN = {
         "fails",
         OPEN,
     ),
-    "the next two tokens": (attending, words, twice, *token, "fails", OPEN),
+    "the next two tokens": (attending, words, twice, *token, "fails", OWN_TERMS),
     "differences of neighbours": (Sentences, words, differences, *token, "holds", NEITHER),
     "pixels": (Pixels, pixels, F.cross_entropy, *pixel, "holds", SUM),
     "pixels under batch norm": (Normed, pixels, F.cross_entropy, *pixel, "fails", SUM),

@@ -19,7 +19,7 @@ from unbatch.diagram import mixing as meetings
 from unbatch.diagram.diagram import Diagram
 from unbatch.diagram.stage import Stage, shown
 from unbatch.diagram.stages import MOST
-from unbatch.problem import session as recording
+from unbatch.problem import analysis as recording
 
 N = 8
 

@@ -199,7 +199,9 @@ def test_messy_models_do_get_an_answer(make):
     gradient = problem.gradient()
     assert list(rows) == list(gradient)
     for name, g in gradient.items():
-        torch.testing.assert_close(rows[name].sum(0), g, rtol=1e-4, atol=1e-6)
+        # A batch norm makes rounding larger; the gradient itself is off by a third of this.
+        size = float(g.abs().max())
+        torch.testing.assert_close(rows[name].sum(0), g, rtol=1e-4, atol=1e-6 + 1e-4 * size)
 
 
 @pytest.mark.parametrize("make", [MESSY[k] for k in ANSWERED], ids=ANSWERED)
