@@ -441,6 +441,12 @@ def _apply(
     return [None if ref is None else next(results, None) for ref in step.outs]
 
 
+def _has_symbolic_sizes(call: registry.RuleContext) -> bool:
+    """Tell whether a tensor is read that has a size which is no number."""
+    sizes = [size for marks in call.tensors for size in marks.shape]
+    return any(not isinstance(size, int) for size in sizes)
+
+
 def _by_rule(
     interpretation: Interpretation, call: registry.RuleContext, step: Step, rule: registry.Rule
 ) -> Sequence[Ownership | None]:
@@ -451,8 +457,9 @@ def _by_rule(
             return as_list(rule(call))
         results, forgotten = completed(call, rule, step.defaults)
     except Exception as error:
-        # Of no samples there is nothing to be wrong about.
-        if errors.STRICT and interpretation.algebra.samples:
+        # Of no samples there is nothing to be wrong about; of sizes that are no numbers, as those of
+        # nested tensors, no rule was made to know.
+        if errors.STRICT and interpretation.algebra.samples and not _has_symbolic_sizes(call):
             raise
         reason = f"{step.name} (its rule raised {type(error).__name__})"
         interpretation.unknown[step.index] = reason

@@ -246,8 +246,8 @@ def _settle_loss(structure: Structure, loss: LossExperiment) -> Structure:
             # A row that turns with the predictions of others is that of no sum over samples.
             reduction = _no_reduction(reduction, simd_loss)
         # Targets can be changed only where they are arguments of the loss.
-        if simd_loss.status == "unknown" and loss.experiment.program.loss is not None:
-            simd_loss = _refuted(simd_loss, _difference_between_samples(loss))
+        if loss.experiment.program.loss is not None:
+            reduction, simd_loss = _settle_by_targets(reduction, simd_loss, loss)
     except Exception as error:
         note = NOTE_UNTESTED.format(error=type(error).__name__, text=error)
         reduction = _noted(reduction, note)
@@ -255,9 +255,23 @@ def _settle_loss(structure: Structure, loss: LossExperiment) -> Structure:
     return structure.with_verdicts(split, reduction, simd_loss)
 
 
-def _difference_between_samples(loss: LossExperiment) -> Counterexample | None:
-    """Return that samples enter by different functions, or through each other's targets."""
-    return direction_depends_on_index(loss) or direction_depends_on_targets(loss)
+def _settle_by_targets(
+    reduction: Verdict, simd_loss: Verdict, loss: LossExperiment
+) -> tuple[Verdict, Verdict]:
+    """Return both with what samples with equal or other targets show.
+
+    Where samples enter by different functions it is a sum all the same. One that reads targets of
+    other samples is no term of its sample alone.
+    """
+    if simd_loss.status == "unknown":
+        simd_loss = _refuted(simd_loss, direction_depends_on_index(loss))
+    if "unknown" in (reduction.status, simd_loss.status):
+        by_targets = direction_depends_on_targets(loss)
+        if simd_loss.status == "unknown":
+            simd_loss = _refuted(simd_loss, by_targets)
+        if reduction.status == "unknown":
+            reduction = _refuted(reduction, by_targets)
+    return reduction, simd_loss
 
 
 def _noted(verdict: Verdict, note: str) -> Verdict:

@@ -235,7 +235,7 @@ sizes(
             lambda n, x: torch.cdist(x, torch.stack([x.mean(0), x.amax(0)])),
             2 * D,
         ),
-        "weights of classes": (labels_of_one_class, D),
+        "weights of classes": (labels_of_one_class, 1),
         "quartiles looked up": (
             lambda n, x: n.linear(x) * x[:, 0].quantile(QUARTILES)[(x > 0).long()],
             3,
