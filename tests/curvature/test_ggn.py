@@ -27,8 +27,10 @@ EACH = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
 def entries_of(problem: ub.Problem) -> int:
-    """How many entries of the predictions depend on parameters."""
-    return sum(t.numel() for t in problem.ggn().linearised.outputs.values())
+    """How many entries of what belongs to samples depend on parameters."""
+    linearised = problem.ggn().linearised
+    outputs = linearised.outputs.items()
+    return sum(t.numel() for i, t in outputs if i in linearised.context.axes)
 
 
 def damping_of(G: Tensor) -> float:

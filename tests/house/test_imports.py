@@ -53,7 +53,12 @@ WINGS = {
 
 # Whatever starts with the key is known to these modules only.
 OWNERS = {
-    "torch.utils._python_dispatch": ("capture.tracer", "capture.isolation", "capture.switches"),
+    "torch.utils._python_dispatch": (
+        "capture.tracer",
+        "capture.isolation",
+        "capture.switches",
+        "verification.ranks",
+    ),
     "torch.overrides": (
         "capture.python_values",
         "capture.hooks",

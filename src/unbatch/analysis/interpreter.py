@@ -457,7 +457,7 @@ def _by_rule(
             return as_list(rule(call))
         results, forgotten = completed(call, rule, step.defaults)
     except Exception as error:
-        # Of no samples there is nothing to be wrong about; of sizes that are no numbers, as those of
+        # Of no samples there is nothing to be wrong about. Sizes that are no numbers, as those of
         # nested tensors, no rule was made to know.
         if errors.STRICT and interpretation.algebra.samples and not _has_symbolic_sizes(call):
             raise

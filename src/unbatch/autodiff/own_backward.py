@@ -17,7 +17,7 @@ from unbatch.analysis.domain.sample_layout import Layout
 from unbatch.autodiff import eager
 from unbatch.autodiff.autograd import gradients
 from unbatch.autodiff.context import Context
-from unbatch.autodiff.other_batches import filled_with
+from unbatch.autodiff.other_batches import filled_with, finite_batches, is_finite
 from unbatch.autodiff.own_nodes import own_nodes, with_place
 from unbatch.capture import ops
 from unbatch.capture.hooks import hooks_of
@@ -76,7 +76,7 @@ def tried(context: Context, independent: bool) -> BackwardTrial:
     ``independent``: no prediction depends on another sample, so that a row should not, either.
     """
     parameters = {n: p for n, p in context.program.parameters.items() if p.requires_grad}
-    model = eager.run(context, parameters)
+    context, model = _finite_run(context, parameters)
     places = [with_place(node) for node in own_nodes(model.predictions.values())]
     places += context.graph.hooks
     program = context.program
@@ -89,6 +89,20 @@ def tried(context: Context, independent: bool) -> BackwardTrial:
         return BackwardTrial(False, False, named)
     separate = not independent or context.samples == 1 or _is_separate(context, model, parameters)
     return BackwardTrial(True, separate, named)
+
+
+def _finite_run(context: Context, parameters: Named) -> tuple[Context, eager.EagerModel]:
+    """Run the model, on other samples where some predictions are not finite.
+
+    What is pulled back of the others would not be, either, and says nothing of them.
+    """
+    model = eager.run(context, parameters)
+    if not is_finite(model.predictions):
+        for other in finite_batches(context, model.predictions):
+            another = eager.run(other, parameters)
+            if is_finite(another.predictions):
+                return other, another
+    return context, model
 
 
 def _pull(model: eager.EagerModel, parameters: Named) -> Pull:
