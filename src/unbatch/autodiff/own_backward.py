@@ -22,6 +22,7 @@ from unbatch.autodiff.own_nodes import own_nodes, with_place
 from unbatch.capture import ops
 from unbatch.capture.hooks import hooks_of
 from unbatch.capture.steps import Step
+from unbatch.capture.trees import tensors_in
 from unbatch.linalg.precision import largest
 from unbatch.linalg.probes import gaussians_like, seeded
 
@@ -97,7 +98,8 @@ def _finite_run(context: Context, parameters: Named) -> tuple[Context, eager.Eag
     What is pulled back of the others would not be, either, and says nothing of them.
     """
     model = eager.run(context, parameters)
-    if not is_finite(model.predictions):
+    inputs = dict(enumerate(tensors_in(context.inputs)))
+    if not is_finite(model.predictions) or not is_finite(inputs):
         for other in finite_batches(context, model.predictions):
             another = eager.run(other, parameters)
             if is_finite(another.predictions):

@@ -37,6 +37,8 @@ AXES_TRIED = 2  # along which entries of a sample may be coupled
 # Relative to the gradient: a smaller second derivative may be rounding alone, which is then tried.
 DOUBTFUL = 1e-12
 
+OTHER_SIGN = 1e-11  # relative to the largest eigenvalue of a block: rounding, if of another sign
+
 CANCELLED = 100  # units in the last place that are left over where large terms cancel
 
 # Odd numbers, by which a vector is divided and its product multiplied again: what is a derivative
@@ -248,16 +250,6 @@ class _Search:
         terms = torch.maximum(self._sizes(product), elsewhere.nan_to_num(0, 0, 0))
         return CANCELLED * torch.finfo(terms.dtype).eps * terms
 
-    def _left_over(self, samples: int) -> Tensor:
-        """Return ``_cancelled`` for every sample, and zero for those that are not finite."""
-        left_over = self._sizes(self.probes[0][1]).new_zeros(samples)
-        if self.dims is None:
-            return left_over
-        if len(self.probes) == 1:
-            self.probes.append(self._probe())
-        left_over[self.finite] = self._cancelled
-        return left_over
-
     # -- the guesses, from the sparsest on --
 
     def _zero(self, _: int | None) -> Factor | None:
@@ -349,10 +341,9 @@ class _Search:
         if self.dims is None:  # blocks of one sample, the batch
             entries, largest = t * c, size.amax()
         nonzero = size > entries * torch.finfo(values.dtype).eps * largest
-        # One of the other sign than the largest may be what is left over where terms cancel.
+        # Those of the other sign than the largest are what is left over where terms cancel, sooner.
         other_sign = values.sign() != values[..., :1].sign()
-        if (nonzero & other_sign).any():
-            nonzero &= ~other_sign | (size > self._left_over(n)[:, None, None])
+        nonzero &= ~other_sign | (size > OTHER_SIGN * largest)
         values = values * nonzero
         # Blocks of lower rank than the others are filled up with columns of zeros.
         rank = 0
