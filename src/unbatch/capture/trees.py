@@ -62,7 +62,10 @@ def apart(output: Any) -> Any:
 
     A loss may read a parameter as an output of the model, and also by itself.
     """
-    if not any(map(_is_parameter, tree_leaves(output))):
+    # What is asked of the output here, the program has not asked.
+    with torch._C.DisableTorchFunction():
+        holds_parameters = any(map(_is_parameter, tree_leaves(output)))
+    if not holds_parameters:
         return output
     return tree_map(lambda leaf: leaf.view_as(leaf) if _is_parameter(leaf) else leaf, output)
 
