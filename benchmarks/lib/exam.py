@@ -219,11 +219,9 @@ class Plain:
     def off_rows(self, rows: Mapping[str, Tensor]) -> float:
         """Return the error of rows; the reference pulls back the cotangent of one sample alone."""
         off = size = 0.0
-        for n in range(len(self.outputs[0])):
-            alone = [
-                torch.zeros_like(g).index_copy(0, torch.tensor([n]), g.detach()[n : n + 1])
-                for g in self.slope
-            ]
+        samples = len(self.outputs[0])
+        for n in range(samples):
+            alone = [_of_sample(g.detach(), n, samples) for g in self.slope]
             for name, row in zip(self.parameters, self._pulled(alone), strict=True):
                 off = max(off, float((rows[name][n] - row).abs().max()))
                 size = max(size, float(row.abs().max()))
@@ -320,3 +318,11 @@ def _apart(
     )
     used = [t for t, g in zip(ends, slopes, strict=True) if g is not None]
     return used, [fresh[id(t)] for t in used], value
+
+
+def _of_sample(slope: Tensor, n: int, samples: int) -> Tensor:
+    """Return a slope with the entries of one sample alone; of none, where it has no such axis."""
+    alone = torch.zeros_like(slope)
+    if slope.shape[:1] == (samples,):
+        alone[n] = slope[n]
+    return alone
