@@ -219,7 +219,7 @@ class Plain:
     def off_rows(self, rows: Mapping[str, Tensor]) -> float:
         """Return the error of rows; the reference pulls back the cotangent of one sample alone."""
         off = size = 0.0
-        samples = len(self.outputs[0])
+        samples = len(next(iter(rows.values())))
         for n in range(samples):
             alone = [_of_sample(g.detach(), n, samples) for g in self.slope]
             for name, row in zip(self.parameters, self._pulled(alone), strict=True):
