@@ -11,7 +11,7 @@ Legend: ``v`` a tangent of the parameters, ``u`` a cotangent of the predictions.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any, final
 
@@ -54,10 +54,13 @@ from unbatch.errors import MSG_NO_TANGENT, MSG_TANGENT_NOT_FINITE, StructureErro
 BY_STEPS, AT_ONCE, TWICE = "by steps", "at once", "twice"
 COLUMNS, ONE_BY_ONE = "columns", "columns, one by one"
 
+NO_WAY = "no way of pushing tangents belongs to its backward pass"
+
 
 class Linearised(ABC):
     """``J`` at the parameters of this moment, after one forward pass that is kept."""
 
+    context: Context
     leaves: dict[str, Tensor]  # parameters, by name
     outputs: dict[int, Tensor]  # those that the loss reads, connected to the leaves
     inner: dict[int, Tensor]  # values beside the outputs that the loss reads
@@ -77,6 +80,46 @@ class Linearised(ABC):
         self, cotangents: Mapping[int, Tensor], names: Iterable[str] | None = None
     ) -> dict[str, Tensor]:
         """Return ``Jᵀ u``, by parameter (some of them, by name)."""
+
+    # -- which way --
+
+    @property
+    def way(self) -> str:
+        """How tangents are pushed: the first way that belongs to the backward pass.
+
+        Tried out once for each choice of parameters.
+        """
+        ways = self.context.tested.ways
+        if self._key not in ways:
+            ways[self._key] = self._find_way()
+        return ways[self._key]
+
+    def _find_way(self) -> str:
+        way = self._way()
+        if way is not None:
+            return way
+        # A sample that is not finite is in every product: the ways are tried without it.
+        for other in finite_batches(self.context, self.predictions):
+            way = self._on(other)._way()
+            if way is not None:
+                return way
+        raise StructureError(MSG_TANGENT_NOT_FINITE)
+
+    @property
+    @abstractmethod
+    def _key(self) -> Hashable:
+        """What the way depends on."""
+
+    @abstractmethod
+    def _on(self, other: Context) -> Linearised:
+        """Return the same on another batch."""
+
+    @abstractmethod
+    def _way(self) -> str | None:
+        """Return the first way that belongs to the backward pass on this batch.
+
+        None where nothing can be compared; raises ``StructureError`` where none does.
+        """
 
     def _typed(self, tangents: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return tangents in the types of the parameters, of which there may be several."""
@@ -257,30 +300,13 @@ class LinearisedGraph(Linearised):
             set_random_state(before)
 
     @property
-    def way(self) -> str:
-        """How tangents are pushed: the first way that belongs to the backward pass.
+    def _key(self) -> Hashable:
+        return tuple(self.parameters), self.frozen
 
-        Tried out once for each plan.
-        """
-        key = tuple(self.parameters), self.frozen
-        if key not in self.context.tested.ways:
-            self.context.tested.ways[key] = self._find_way()
-        return self.context.tested.ways[key]
-
-    def _find_way(self) -> str:
-        """Return the first way that belongs to the backward pass."""
-        way = self._way()
-        if way is not None:
-            return way
-        # A sample that is not finite is in every product: the rules are tried without it.
-        for other in finite_batches(self.context, self.predictions):
-            way = LinearisedGraph(other, self.parameters, self.frozen)._way()
-            if way is not None:
-                return way
-        raise StructureError(MSG_TANGENT_NOT_FINITE)
+    def _on(self, other: Context) -> LinearisedGraph:
+        return LinearisedGraph(other, self.parameters, self.frozen)
 
     def _way(self) -> str | None:
-        """Return the same on this batch; None where nothing can be compared."""
         moving = {i: t for i, t in self.outputs.items() if t.requires_grad}
         test = AdjointTest.of(self.pull, self.parameters, moving, self.context.rounding)
         if test is None:
@@ -297,8 +323,7 @@ class LinearisedGraph(Linearised):
             compared |= agrees is not None
         if not compared:
             return None
-        contradiction = "no way of pushing tangents belongs to its backward pass"
-        raise StructureError(MSG_NO_TANGENT.format(place="the model", error=contradiction))
+        raise StructureError(MSG_NO_TANGENT.format(place="the model", error=NO_WAY))
 
     def _columns(self, at: tuple[int, ...], together: bool) -> Columns:
         """Return ``J`` by its rows; or the derivatives of the values ``at``, which are watched.

@@ -5,7 +5,7 @@ Where the recording has other derivatives than the model (``jvp.py`` has the sam
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import final
@@ -18,9 +18,8 @@ from unbatch.autodiff.adjoint import AdjointTest, Columns
 from unbatch.autodiff.autograd import detached, or_zeros, pick, zero_leaves
 from unbatch.autodiff.context import Context
 from unbatch.autodiff.dependence import within
-from unbatch.autodiff.jvp import COLUMNS, TWICE, Linearised, bytes_of
-from unbatch.autodiff.other_batches import finite_batches
-from unbatch.errors import MSG_NO_TANGENT, MSG_TANGENT_NOT_FINITE, StructureError
+from unbatch.autodiff.jvp import COLUMNS, NO_WAY, TWICE, Linearised, bytes_of
+from unbatch.errors import MSG_NO_TANGENT, StructureError
 
 
 @final
@@ -62,25 +61,13 @@ class LinearisedModel(Linearised):
     # -- which way --
 
     @property
-    def way(self) -> str:
-        """How tangents are pushed; tried out once for each choice of parameters."""
-        key = tuple(self.leaves), "model"
-        if key not in self.context.tested.ways:
-            self.context.tested.ways[key] = self._find_way()
-        return self.context.tested.ways[key]
+    def _key(self) -> Hashable:
+        return tuple(self.leaves), "model"
 
-    def _find_way(self) -> str:
-        way = self._way()
-        if way is not None:
-            return way
-        for other in finite_batches(self.context, self.predictions):
-            way = LinearisedModel(other, self.leaves)._way()
-            if way is not None:
-                return way
-        raise StructureError(MSG_TANGENT_NOT_FINITE)
+    def _on(self, other: Context) -> LinearisedModel:
+        return LinearisedModel(other, self.leaves)
 
     def _way(self) -> str | None:
-        """Return the same on this batch; None where nothing can be compared."""
         test = AdjointTest.of(self.pull, self.leaves, self.outputs, self.context.rounding)
         if test is None:
             return None
@@ -94,8 +81,7 @@ class LinearisedModel(Linearised):
             return COLUMNS
         if agrees is None:
             return None
-        contradiction = "no way of pushing tangents belongs to its backward pass"
-        raise StructureError(MSG_NO_TANGENT.format(place="the model", error=contradiction))
+        raise StructureError(MSG_NO_TANGENT.format(place="the model", error=NO_WAY))
 
     # -- by double backward --
 
