@@ -168,6 +168,12 @@ class Program:
         """Return the loss of what the model returned and of targets of the user."""
         return self.loss_at(output, handed_out(targets))
 
+    def loss_of(self, output: Any, targets: Any) -> Any:
+        """Return the loss of what the model returned: its own, or that of targets of the user."""
+        if self.loss is None:
+            return own_loss(output)
+        return self.evaluate(output, targets)
+
     def loss_at(self, output: Any, targets: Any) -> Any:
         """Return the same for tensors that are our own: the loss may change them."""
         if self.loss is None:

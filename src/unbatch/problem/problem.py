@@ -287,7 +287,9 @@ class Problem:
         session, trained, _ = self._asked(None)
         # Plain autograd with the recorded noise, so that rows of a question sum to this.
         with self.program.untouched(session.graph.rng), torch.enable_grad():
-            loss = self._loss_of(self.program.predict(self.inputs))
+            # That it is a scalar tensor was checked when the program was recorded.
+            output = self.program.predict(self.inputs)
+            loss: Tensor = self.program.loss_of(output, self.targets)
             return gradients([loss], trained, retain=session.graph.has_history)
 
     def gradients(
@@ -499,12 +501,6 @@ class Problem:
             fold = fold.renewed(inputs, targets)
             self.program = replace(self.program, fold=fold)
         return _folded(fold, inputs, targets)
-
-    def _loss_of(self, output: Any) -> Tensor:
-        """Return the loss; that it is a scalar tensor was checked when the program was recorded."""
-        if self.program.loss is None:
-            return cast(Tensor, capture.own_loss(output))
-        return cast(Tensor, self.program.evaluate(output, self.targets))
 
     def _call_text(self) -> str:
         """Return the call of the model in words, with inputs as the user passed them."""

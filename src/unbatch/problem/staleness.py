@@ -8,10 +8,9 @@ same results and gradients, nothing is stale.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from unbatch.autodiff.autograd import gradients
 from unbatch.capture.graph import Graph
@@ -21,7 +20,6 @@ from unbatch.capture.isolation import (
     set_random_state,
     storage_of,
 )
-from unbatch.capture.program import own_loss
 from unbatch.capture.same_form import Form, Sizes
 from unbatch.linalg.precision import largest
 from unbatch.problem.recording import Recording, numbers_of, state_of
@@ -96,7 +94,7 @@ def _begin_alike(one: Graph, other: Graph) -> bool:
 def _gradients_agree(session: Session) -> bool:
     """Return whether the gradient of the loss is that of its recording, hooks and all."""
     recording, context = session.recording, session.analysis.context
-    program, graph = recording.program, session.graph
+    program, batch, graph = recording.program, recording.batch, session.graph
     trained = {name: p for name, p in program.parameters.items() if p.requires_grad}
     fresh = {name: p.detach().clone().requires_grad_() for name, p in trained.items()}
     feed = context.data | context.constants
@@ -105,7 +103,7 @@ def _gradients_agree(session: Session) -> bool:
             feed[i] = fresh[value.name]
     try:
         with program.untouched(graph.rng), torch.enable_grad():
-            loss = _loss(recording)
+            loss = program.loss_of(program.predict(batch.inputs), batch.targets)
             expected = gradients([loss], trained, retain=graph.has_history)
         with torch.enable_grad():
             assert graph.loss is not None
@@ -116,12 +114,3 @@ def _gradients_agree(session: Session) -> bool:
     size = largest(expected.values())
     error = largest(expected[name] - replayed[name] for name in expected)
     return error <= context.rounding * size  # false for what is not a number
-
-
-def _loss(recording: Recording) -> Tensor:
-    """Return the loss of the program as it is now."""
-    program, batch = recording.program, recording.batch
-    output = program.predict(batch.inputs)
-    if program.loss is None:
-        return cast(Tensor, own_loss(output))
-    return cast(Tensor, program.evaluate(output, batch.targets))
