@@ -18,12 +18,12 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 
 from unbatch.capture.graph import Graph
 from unbatch.capture.holders import PLAIN
-from unbatch.capture.isolation import is_strided, storage_of
+from unbatch.capture.isolation import storage_of
 from unbatch.capture.own_writes import Idle
 from unbatch.capture.program import Program
 from unbatch.capture.reachable import Reachable
 from unbatch.capture.switches import settings
-from unbatch.capture.trees import parts_of, version_of
+from unbatch.capture.trees import is_strided, parts_of, version_of
 
 # Of a tensor with at most so many entries all are looked at; of a larger one, about some.
 SMALL = 4096

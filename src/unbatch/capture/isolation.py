@@ -36,7 +36,7 @@ from unbatch.capture.missing_derivatives import refused_if_missing
 from unbatch.capture.python_values import Exports
 from unbatch.capture.reachable import Reachable
 from unbatch.capture.switches import all_settings, set_back
-from unbatch.capture.trees import parts_of, tensors_in, version_of
+from unbatch.capture.trees import is_strided, parts_of, tensors_in, version_of
 from unbatch.errors import MSG_LAYOUT, MSG_NOT_PUT_BACK, CaptureError
 
 C = TypeVar("C")
@@ -380,7 +380,7 @@ class _Writes(TorchDispatchMode):
 
     def save(self, tensor: Tensor) -> None:
         """Copy the memory of a tensor from outside, unless it has been copied."""
-        if tensor.layout != torch.strided or tensor.is_nested:
+        if not is_strided(tensor):
             self._save_parts(tensor)
             return
         storage = tensor.untyped_storage()
@@ -439,11 +439,6 @@ def _memories(tensor: Tensor) -> list[int]:
     if is_strided(tensor):
         return [tensor.untyped_storage()._cdata]
     return [part.untyped_storage()._cdata for part in parts_of(tensor)] or [-id(tensor)]
-
-
-def is_strided(tensor: Tensor) -> bool:
-    """Tell whether a tensor is a window on one memory: neither sparse nor nested."""
-    return tensor.layout == torch.strided and not tensor.is_nested
 
 
 def storage_of(tensor: Tensor) -> int:

@@ -35,10 +35,10 @@ from unbatch.capture.distributed import check_alone
 from unbatch.capture.foreach import parts_of
 from unbatch.capture.graph import SIZE_READ, Graph, HostRead, ModuleCall
 from unbatch.capture.hooks import place_of
-from unbatch.capture.isolation import SKIPS_COMPILER, is_strided, mutated, storage_of
+from unbatch.capture.isolation import SKIPS_COMPILER, mutated, storage_of
 from unbatch.capture.steps import Ref, Step, Value, indices, is_ref
 from unbatch.capture.substitutes import laid_out
-from unbatch.capture.trees import flat, tensors_in
+from unbatch.capture.trees import flat, is_strided, tensors_in
 from unbatch.errors import HERE, MSG_COMPOSITION
 
 aten = torch.ops.aten

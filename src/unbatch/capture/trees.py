@@ -33,9 +33,14 @@ def parts_of(tensor: Any) -> list[Tensor]:
     return []
 
 
+def is_strided(tensor: Tensor) -> bool:
+    """Tell whether a tensor is a window on one memory: neither sparse nor nested."""
+    return tensor.layout == torch.strided and not tensor.is_nested
+
+
 def is_plain(tensor: Tensor) -> bool:
     """Tell whether a tensor is a window on one memory, of a class that does no op by itself."""
-    if tensor.layout != torch.strided or tensor.is_nested:
+    if not is_strided(tensor):
         return False
     return type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
 
