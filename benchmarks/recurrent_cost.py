@@ -17,7 +17,7 @@ import argparse
 import importlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -262,13 +262,7 @@ def measure(name: str, quantities: Sequence[str], rounds: int) -> dict[str, Any]
     exact = loop(model.double(), X.double(), y)
     truths = {q: interleaved.single(exact[q]()) for q in quantities}
     offered = {contestant: offers(contestant, workload) for contestant in CONTESTANTS}
-    asks = {(q, c): offered[c].get(q) for q in quantities for c in CONTESTANTS}
-    entries = {(q, c): interleaved.judged(ask, truths[q], unit) for (q, c), ask in asks.items()}
-    del truths
-    running = {key: asks[key] for key, entry in entries.items() if entry.first is not None}
-    for key, ratio in interleaved.medians(step, running, rounds).items():
-        entries[key].ratio = ratio
-    found = {q: {c: asdict(entries[q, c]) for c in CONTESTANTS} for q in quantities}
+    found = interleaved.contest(step, unit, offered, truths, rounds)
     return {
         "title": workload.title,
         "samples": N,

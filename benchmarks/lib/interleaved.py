@@ -16,7 +16,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -209,6 +209,21 @@ def medians(step: Ask, asks: Mapping[Key, Ask], rounds: int) -> dict[Key, float]
     """Return the median time of each question in plain steps, measured by turns."""
     found = [one_round(step, asks) for _ in range(rounds)]
     return {key: statistics.median(ratios[key] for ratios in found) for key in asks}
+
+
+def contest(
+    step: Ask, unit: float, offered: Mapping[str, Offer], truths: Mapping[str, Any], rounds: int
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Ask every contestant for every quantity, by turns; the entries by quantity and contestant."""
+    asks = {(q, c): offer.get(q) for q in truths for c, offer in offered.items()}
+    entries = {(q, c): judged(ask, truths[q], unit) for (q, c), ask in asks.items()}
+    running: dict[tuple[str, str], Ask] = {}
+    for key, ask in asks.items():
+        if ask is not None and entries[key].first is not None:
+            running[key] = ask
+    for key, ratio in medians(step, running, rounds).items():
+        entries[key].ratio = ratio
+    return {q: {c: asdict(entries[q, c]) for c in offered} for q in truths}
 
 
 # --- the page -------------------------------------------------------------------------------------

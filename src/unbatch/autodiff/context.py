@@ -71,7 +71,7 @@ class Context:
     # What is in the way of derivatives, in words: a backward pass that is not linear, or one that
     # lets other samples into a sample's row. Empty where nothing is.
     not_linear: str = ""
-    joined: str = ""
+    joined_backward: str = ""
     alone: bool = False
     # Found out by questions, and kept for the next one.
     schedules: dict[Key, Schedule] = field(default_factory=dict)

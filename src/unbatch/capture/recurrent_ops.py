@@ -251,16 +251,19 @@ def unrolled(cells: Cells) -> tuple[Tensor, Tensor, Tensor]:
     if c is None:
         c = h
     a, b, constants = map(time.cut, (cells.input_gates, cells.hidden_gates, cells.previous))
+    projected: Sequence[Tensor] = ()
+    unprojected: Sequence[Tensor] = ()
+    if cells.projection is not None:
+        assert cells.projected is not None
+        assert cells.unprojected is not None
+        projected, unprojected = time.cut(cells.projected), time.cut(cells.unprojected)
     outputs: dict[int, Tensor] = {}
     for t in time.forth:
         state, old_cell = time.running(h, t), time.running(c, t)
         moved = (state - constants[t]) @ cells.hidden_weight.T
         state, new_cell = cell(a[t], b[t] + moved, state, old_cell, cells.mode)
         if cells.projection is not None:
-            assert cells.projected is not None
-            assert cells.unprojected is not None
-            moved = (state - time.cut(cells.unprojected)[t]) @ cells.projection.T
-            state = time.cut(cells.projected)[t] + moved
+            state = projected[t] + (state - unprojected[t]) @ cells.projection.T
         outputs[t] = state
         h, c = time.carried(state, h, t), time.carried(new_cell, c, t)
     if cells.c is None:

@@ -63,7 +63,7 @@ class Request:
     @property
     def samples_are_independent(self) -> bool:
         """Return whether all decompositions are one, because no sample depends on another."""
-        if self.context.joined:
+        if self.context.joined_backward:
             return False
         return self.samples < 2 or bool(self.structure.independent_forward)
 

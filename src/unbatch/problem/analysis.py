@@ -345,7 +345,7 @@ def with_backward(structure: Structure, context: Context) -> tuple[Structure, Co
         return structure, context
     note = MSG_JOINED_BACKWARD.format(places=joined)
     structure = replace(structure, joined_backward=note, notes=(*structure.notes, note))
-    return structure, replace(context, joined=joined)
+    return structure, replace(context, joined_backward=joined)
 
 
 # --- several samples in place of one --------------------------------------------------------------
