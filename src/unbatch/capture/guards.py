@@ -7,7 +7,6 @@ other tensors that it uses: other ones leave a recording valid, but not what was
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
@@ -26,12 +25,9 @@ from unbatch.capture.reachable import Reachable
 from unbatch.capture.switches import settings
 from unbatch.capture.trees import is_strided, parts_of, version_of
 
-# Of a tensor with at most so many entries all are looked at; of a larger one, some.
+# Of a tensor with at most so many entries all are looked at; of a larger one, about some.
 SMALL = 4096
 SOME = 256
-
-# In these, the bits of data are summed up.
-WORD = torch.int64
 
 # How many items of a container in the data are compared one by one.
 FEW = 8
@@ -127,7 +123,7 @@ class Guard:
     def _some_entries(
         self, tensors: list[Tensor], addresses: list[int], data: Sequence[Tensor]
     ) -> list[Any]:
-        """Return some entries of each tensor, all of a small one, and sums of the bits of ``data``.
+        """Return some entries of each tensor, all of a small one.
 
         They show changes that leave no trace in the version (``.data.mul_(2)``, or an array of
         numpy that is filled again).
@@ -135,11 +131,10 @@ class Guard:
         places = list(zip(map(id, tensors), addresses, strict=True))
         # Views are made once, and show later contents until a tensor gets another memory.
         if self._views[0] != places:
-            self._views = places, list(map(_some, _with_entries(tensors)))
+            self._views = places, _views_of(tensors)
         # One read for all of a kind: each read of a GPU waits for what runs there.
         by_kind: dict[Any, list[Tensor]] = {}
-        sums = map(_sum_of_bits, _with_entries(data))
-        for view in (*self._views[1], *sums):
+        for view in (*self._views[1], *_views_of(data)):
             by_kind.setdefault((view.dtype, view.device), []).append(view)
         return [_bits(torch.cat([v.reshape(-1) for v in views])) for views in by_kind.values()]
 
@@ -218,9 +213,13 @@ def _strides_of(t: Tensor) -> tuple[int, ...]:
     return t.stride() if is_strided(t) else ()
 
 
-def _with_entries(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return the tensors that have entries, with what they are made of in place of sparse ones."""
-    return [t for t in _in_parts(tensors) if t.numel() and t.device.type != "meta"]
+def _views_of(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return views of some entries of the tensors that have any."""
+    views = []
+    for t in _in_parts(tensors):
+        if t.numel() and t.device.type != "meta":
+            views.append(_some(t))
+    return views
 
 
 def _in_parts(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -235,7 +234,7 @@ def _in_parts(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _some(t: Tensor) -> Tensor:
-    """Return a view of some entries: of a matrix in each row and in each column, or all of few."""
+    """Return a view of some entries, spread evenly if they lie in order."""
     t = t.detach()
     if t.is_complex():
         # Numbers that are marked as conjugated lie in memory as they were before.
@@ -243,37 +242,11 @@ def _some(t: Tensor) -> Tensor:
     if t.numel() <= SMALL:
         return t
     if t.is_contiguous():
-        return t.view(-1)[:: _stride_through(t.shape[0], t.numel() // t.shape[0])]
+        return t.view(-1)[:: max(1, t.numel() // SOME)]
     sizes = list(t.shape)
     longest = sizes.index(max(sizes))
     along = t.as_strided((sizes[longest],), (t.stride(longest),), t.storage_offset())
     return along[:SOME]
-
-
-def _stride_through(rows: int, columns: int) -> int:
-    """Return how far to go on through a matrix, row after row, to meet all rows and all columns.
-
-    No row is passed over by steps shorter than a row, and no column by steps that have no divisor
-    in common with its length.
-    """
-    if min(rows, columns) <= 2:
-        return max(1, rows * columns // SOME)
-    step = min(rows, columns - 1)
-    while math.gcd(step, columns) > 1:
-        step -= 1
-    return step
-
-
-def _sum_of_bits(t: Tensor) -> Tensor:
-    """Return a number that no change of a single entry leaves as it is, or some of the entries."""
-    t = t.detach()
-    words = t.numel() * t.element_size() // WORD.itemsize
-    if not words or not t.is_contiguous() or t.is_conj():
-        return _some(t)
-    try:
-        return t.view(-1).view(torch.uint8)[: words * WORD.itemsize].view(WORD).sum()
-    except RuntimeError:
-        return _some(t)  # its memory does not begin at a word
 
 
 def _bits(t: Tensor) -> bytes:

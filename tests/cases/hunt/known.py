@@ -28,6 +28,10 @@ WRONG_TODAY = frozenset(
         "loss: over a count in a LongTensor",
         # What a program keeps, and goes on with, as a text.
         "change: a step by its name",
+        # Few entries of a large tensor, by way of its data.
+        "change: a neuron switched off",
+        "change: the vector of a word",
+        "change: one pixel of the data of the inputs",
         # Memory that is moved.
         "messy: a buffer that processes share",
         # Objects of C without a holder, caches that are full.
