@@ -262,21 +262,31 @@ class Names(Holder):
 
 
 class Attributes(Names):
-    """The attributes of an object: some are looked at, and all are put back."""
+    """The attributes of an object: some are looked at, all are put back, and a new one is noticed.
+
+    Code may ask for an attribute that is not there yet, and no text need name it.
+    """
 
     def content(self) -> Any:
         return dict(self.space)
 
     def mark(self) -> list[Any]:
-        return list(map(self.space.get, self.names, repeat(MISSING)))
+        return self.mark_of(self.space)
 
     def mark_of(self, content: Any) -> list[Any]:
-        return list(map(content.get, self.names, repeat(MISSING)))
+        return [*map(content.get, self.names, repeat(MISSING)), list(content)]
+
+    def same(self, mark: list[Any]) -> bool:
+        if len(self.space) != len(mark[-1]):
+            return False
+        return all(map(is_, map(self.space.get, self.names, repeat(MISSING)), mark))
 
     def changed(self, mark: list[Any]) -> Iterator[Hashable]:
-        for name, before, now in zip(self.names, mark, self.mark(), strict=True):
-            if not alike(before, now):
+        for name, before in zip(self.names, mark, strict=False):
+            if not alike(before, self.space.get(name, MISSING)):
                 yield name
+        if len(self.space) != len(mark[-1]):
+            yield from set(self.space).symmetric_difference(mark[-1]).difference(self.names)
 
     def restore(self, content: Any) -> None:
         Entries(self.space).restore(content)
@@ -424,7 +434,7 @@ class Cell(Names):
 
 
 class Classes(Holder):
-    """The classes of objects."""
+    """The classes of objects, and what these are derived from."""
 
     def __init__(self, objects: list[Any]) -> None:
         self.objects = objects
@@ -432,8 +442,17 @@ class Classes(Holder):
     def content(self) -> list[type]:
         return list(map(type, self.objects))
 
-    def same(self, mark: list[type]) -> bool:
-        return all(map(is_, map(type, self.objects), mark))
+    def mark(self) -> tuple[list[type], dict[type, tuple[type, ...]]]:
+        return self.mark_of(self.content())
+
+    def mark_of(self, content: list[type]) -> tuple[list[type], dict[type, tuple[type, ...]]]:
+        return content, {kind: kind.__mro__ for kind in content}
+
+    def same(self, mark: tuple[list[type], dict[type, tuple[type, ...]]]) -> bool:
+        kinds, bases = mark
+        if not all(map(is_, map(type, self.objects), kinds)):
+            return False
+        return all(kind.__mro__ is order for kind, order in bases.items())
 
     def restore(self, content: list[type]) -> None:
         for value, kind in zip(self.objects, content, strict=True):

@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._library.custom_ops import OPDEFS
+from torch.distributions import kl
 
 from unbatch.capture.code_names import (
     DYNAMIC,
@@ -99,7 +100,8 @@ CLOSED_BOOKS = (
     "pytorch_lightning",
     "wandb",
     "torch.optim",
-    "torch.utils.data",
+    "torch.utils.data.dataloader",
+    "torch.utils.data.datapipes",
     "torch.utils.tensorboard",
     "torch.distributed",
     "torch._dynamo",
@@ -111,16 +113,19 @@ CLOSED_BOOKS = (
     "torch.utils.hooks",
 )
 
-# Attributes of objects of these packages that code may read all the same.
+# Attributes of objects of these packages that code may read all the same; and those that decide
+# something where code names them.
 OPEN_PAGES = ("_flag", "_value", "_obj", "_mmap")
+NAMED_PAGES = ("param_groups", "defaults")
 
 # How many objects of installed classes may lie inside one another, but those that are mere data.
 DEEPEST = 3
 DATA_MODULES = ("builtins", "types", "argparse", "collections")
+LAWS = ("torch.distributions",)  # made of one another
 DATA_KINDS = (dict, list, tuple, set, deque, Tensor, np.ndarray)
 
 # Values of modules of Python's own that are followed: by them, others are looked up.
-LOOKED_UP = (sys.modules, os.environ, os.getenv, importlib.import_module)
+LOOKED_UP = (sys.modules, sys.argv, os.environ, os.getenv, importlib.import_module)
 
 # Bases whose code reads no attribute but those that every module has.
 PLAIN_BASES = {"builtins", "abc", "typing", "enum", "torch.nn.modules.module"}
@@ -563,10 +568,11 @@ class _Walk:
                 continue
             self.hold(Names(space, fresh))
         if self.by_table:
-            for space in self.own_spaces.values():
-                self.follow(sys.modules.get(space.get("__name__", "")))
+            self.follow_all(_own_modules())
         if "ops" in self.found.attributes:
             self.own_ops()
+        if "kl_divergence" in self.found.attributes | self.found.globals:
+            self.follow_all(kl._KL_REGISTRY.values())
         # Attributes of Python modules are read by name, and any of the code may do so.
         modules = [m for m in self.visited.values() if isinstance(m, types.ModuleType)]
         for module in modules:
@@ -609,20 +615,28 @@ class _Walk:
         if not is_installed_module(module):
             self.follow(space.get("__getattr__"))
         known = self.visited.setdefault(-id(space), (space, set()))[1]
-        named = self.found.attributes | self.found.stored
-        fresh = [name for name in named if name in space and name not in known]
+        # What code writes need not be there yet.
+        named = self.found.attributes.intersection(space) | self.found.stored
+        fresh = [name for name in named if name not in known]
         known.update(fresh)
         if not fresh:
             return
         holder = Names(space, fresh)
         if not is_installed_module(module):
             self.hold(holder)
-            return
-        # Functions of a library are watched, as they may be exchanged; they are not read.
+        else:
+            self.names_of_library(holder)
+
+    def names_of_library(self, holder: Names) -> None:
+        """Note names of an installed module: functions may be exchanged, and are not read."""
         self.reached.holders.append(holder)
         for _, value in holder.values():
             if isinstance(value, types.ModuleType) or any(map(is_, LOOKED_UP, repeat(value))):
                 self.follow(value)
+            elif isinstance(value, type) and issubclass(value, nn.Module):
+                self.user_class(value)  # the program may make one
+            elif isinstance(value, types.FunctionType) and self.found.stored:
+                self.reached.holders.append(Attributes(vars(value), ()))
 
     def any_name_of(self, space: dict[str, Any]) -> None:
         """Note all names of a module of the user's, and follow those that stand for data."""
@@ -670,7 +684,7 @@ class _Walk:
             return
         if not is_installed_class(kind):
             self.user_class(kind)
-        elif kind.__module__ not in DATA_MODULES:
+        elif kind.__module__ not in DATA_MODULES and not lies_in(kind.__module__, LAWS):
             depth += 1
         if depth <= DEEPEST:
             self.attributes(value, (), depth)
@@ -680,7 +694,8 @@ class _Walk:
     def closed_book(self, value: Any) -> None:
         """Note the few attributes that decide something."""
         space = attributes_of(value) or {}
-        names = [name for name in OPEN_PAGES if name in space]
+        open_pages = (*OPEN_PAGES, *filter(self.is_named, NAMED_PAGES))
+        names = [name for name in open_pages if name in space]
         if names:
             self.hold(Names(space, names))
 
@@ -812,6 +827,12 @@ def _inside(container: Any) -> list[Any]:
     if isinstance(container, dict):
         return list(container.values())
     return list(container)
+
+
+def _own_modules() -> list[types.ModuleType]:
+    """Return the modules of Python that are the user's: code may import any by its name."""
+    loaded = [m for m in list(sys.modules.values()) if isinstance(m, types.ModuleType)]
+    return [module for module in loaded if not is_installed_module(module)]
 
 
 def _imported(name: str, space: dict[str, Any]) -> list[types.ModuleType]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]
+import abc
 import gc
 import logging
 import os
@@ -36,6 +37,9 @@ def _modes() -> list[Any]:
         modes.append((type(mode), attributes))
     return modes
 
+
+# In a list, since a product of constants is taken beforehand.
+TINY = [sys.float_info.min]
 
 SIMPLE = (int, float, bool, str, type(None), torch.device, torch.dtype)
 
@@ -96,6 +100,9 @@ SWITCHES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "decimals": (lambda: getcontext().__reduce__()[1][:6], lambda old: _set_decimals(old)),
     # What a program enters it leaves itself: nothing is set back.
     "modes": (_modes, lambda _: None),
+    # It counts the classes that are registered with abstract ones, which nothing takes back.
+    "abstract classes": (abc.get_cache_token, lambda _: None),
+    "smallest numbers": (lambda: TINY[0] * 0.5 == 0.0, torch.set_flush_denormal),
     "floating point errors": (np.geterr, lambda old: np.seterr(**old)),
 }
 
