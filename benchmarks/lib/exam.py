@@ -187,7 +187,7 @@ class Plain:
             value = output["loss"]
         else:
             outputs, leaves, value = _apart(output, loss, targets)
-        slope = torch.autograd.grad(value, leaves, create_graph=True)
+        slope = _partial([value], leaves, None, create_graph=True)
         torch.autograd.grad(
             outputs,
             list(parameters.values()),
@@ -259,7 +259,7 @@ class Plain:
         ]
         Jv = _grads([a for a, _ in live], w, [b for _, b in live])
         curved = [(g, t) for g, t in zip(self.slope, Jv, strict=True) if g.requires_grad]
-        HJv = _grads([g for g, _ in curved], self.leaves, [t for _, t in curved])
+        HJv = _partial([g for g, _ in curved], self.leaves, [t for _, t in curved])
         return torch.cat([t.reshape(-1) for t in self._pulled(HJv)]).detach()
 
 
@@ -270,6 +270,32 @@ def _grads(
     if ends:
         found = torch.autograd.grad(ends, by, cotangents, retain_graph=True, allow_unused=True)
     return [torch.zeros_like(p) if t is None else t for t, p in zip(found, by, strict=True)]
+
+
+def _partial(
+    ends: Sequence[Tensor],
+    by: Sequence[Tensor],
+    cotangents: Sequence[Tensor] | None,
+    create_graph: bool = False,
+) -> list[Tensor]:
+    """Return the derivative by each tensor with the others held fixed.
+
+    One of them may be computed from another: nothing is pulled back through the others.
+    """
+    found = []
+    for t in by:
+        hooks = [other.register_hook(torch.zeros_like) for other in by if other is not t]
+        (grad,) = (
+            torch.autograd.grad(
+                ends, t, cotangents, retain_graph=True, create_graph=create_graph, allow_unused=True
+            )
+            if ends
+            else (None,)
+        )
+        for hook in hooks:
+            hook.remove()
+        found.append(torch.zeros_like(t) if grad is None else grad)
+    return found
 
 
 class _put_out:
