@@ -5,6 +5,7 @@ They are holders like those of ``holders.py``: each knows what is there, and how
 
 from __future__ import annotations
 
+import _abc  # type: ignore[import-not-found]
 import contextlib
 import contextvars
 import ctypes
@@ -482,6 +483,23 @@ class Cache(Holder):
             return
         for key in [key for key in self.table if key not in table]:
             del self.table[key]
+
+
+class Registered(Holder):
+    """The classes that are registered with an abstract one; none can be taken back."""
+
+    def __init__(self, kind: type) -> None:
+        self.kind = kind
+
+    def content(self) -> set[Any]:
+        registry: set[Any] = _abc._get_dump(self.kind)[0]
+        return registry
+
+    def same(self, mark: set[Any]) -> bool:
+        return self.content() == mark
+
+    def restore(self, content: set[Any]) -> None:
+        pass
 
 
 # --- which is whose -------------------------------------------------------------------------------

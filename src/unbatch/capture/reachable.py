@@ -9,6 +9,7 @@ what the program changed in them (``isolation.py``).
 
 from __future__ import annotations
 
+import abc
 import array
 import concurrent.futures
 import functools
@@ -56,6 +57,7 @@ from unbatch.capture.foreign import (
     Memory,
     Namespace,
     Referent,
+    Registered,
     Scripted,
     referent,
 )
@@ -738,6 +740,8 @@ class _Walk:
         for base in kind.__mro__:
             if not is_installed_class(base):
                 self.hold(Members(base, [n for n in vars(base) if self.is_asked_for(kind, n)]))
+                if isinstance(base, abc.ABCMeta):
+                    self.reached.holders.append(Registered(base))
                 if self.is_named("__match_args__"):
                     self.found.add_words(vars(base).get("__match_args__", ()))
             elif id(base) not in self.patchable and issubclass(base, (nn.Module, Tensor)):

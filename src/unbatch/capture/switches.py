@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]
-import abc
 import gc
 import logging
 import os
@@ -100,8 +99,6 @@ SWITCHES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "decimals": (lambda: getcontext().__reduce__()[1][:6], lambda old: _set_decimals(old)),
     # What a program enters it leaves itself: nothing is set back.
     "modes": (_modes, lambda _: None),
-    # It counts the classes that are registered with abstract ones, which nothing takes back.
-    "abstract classes": (abc.get_cache_token, lambda _: None),
     "smallest numbers": (lambda: TINY[0] * 0.5 == 0.0, torch.set_flush_denormal),
     "floating point errors": (np.geterr, lambda old: np.seterr(**old)),
 }
