@@ -470,9 +470,15 @@ def raises_by(op: Any) -> tuple[str, ...]:
 
 
 @cache
+def is_mutable(op: Any) -> bool:
+    """Tell whether the schema of an op says that it writes."""
+    return bool(op._schema.is_mutable)
+
+
+@cache
 def may_write(op: Any) -> bool:
     """Tell whether an op writes to an argument, for some arguments."""
-    return bool(op._schema.is_mutable) or traits(op).hidden_writes is not None
+    return is_mutable(op) or traits(op).hidden_writes is not None
 
 
 @cache

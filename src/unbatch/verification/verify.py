@@ -131,13 +131,23 @@ def _was_refuted(settled: Structure, name: str) -> bool:
 
 
 def _refuted_forward(settled: Structure, structure: Structure, experiment: Experiment) -> Structure:
-    """Return the structure with counterexamples to what ``settled`` has some against."""
+    """Return the structure with counterexamples to what ``settled`` has some against.
+
+    By the tests that have found them there, and by all where these find none here.
+    """
     independent, simd = structure.independent_forward, structure.simd_forward
+    given_statistics = structure.simd_given_statistics
     if _was_refuted(settled, "independent_forward"):
         dependence = cross_sample_dependence(experiment)
         independent, simd = _refuted(independent, dependence), _refuted(simd, dependence)
-    structure = structure.with_verdicts(independent, simd)
     refuted = [name for name in FORWARD if _was_refuted(settled, name)]
+    if simd.status == "unknown" and simd.name in refuted:
+        difference = not_equivariant(experiment)
+        simd = _refuted(simd, difference)
+        if settled.simd_given_statistics.note == settled.simd_forward.note:
+            # One counterexample to both, as there are no groups of samples.
+            given_statistics = _refuted(given_statistics, difference)
+    structure = structure.with_verdicts(independent, simd, given_statistics)
     if all(getattr(structure, name).status == "fails" for name in refuted):
         return structure
     return _settle_forward(structure, experiment)
@@ -187,9 +197,11 @@ def _settle_forward(structure: Structure, experiment: Experiment) -> Structure:
     if given_statistics and simd.status != "unknown":
         # Nothing that permuting the samples could refute is open.
         return structure.with_verdicts(independent, simd, given_statistics)
-    simd = _refuted(simd, not_equivariant(experiment))
+    difference = not_equivariant(experiment)
+    simd = _refuted(simd, difference)
     if not given_statistics and not _is_grouped(structure, experiment):
-        given_statistics = _refuted(given_statistics, not_by_statistics(experiment))
+        beyond = not_by_statistics(experiment, difference, bool(independent))
+        given_statistics = _refuted(given_statistics, beyond)
     # Ranks say something only about dependence that is known to be there.
     is_open = given_statistics.status == "unknown" and independent.status == "fails"
     if is_open and _mixing_is_understood(structure, experiment):
@@ -373,7 +385,9 @@ def _check_given_statistics(structure: Structure, experiment: Experiment) -> Che
     verdict = structure.simd_given_statistics
     difference = None
     if not _is_grouped(structure, experiment):
-        difference = not_by_statistics(experiment)
+        difference = not_equivariant(experiment)
+        independent = bool(structure.independent_forward)
+        difference = not_by_statistics(experiment, difference, independent)
     if not verdict or difference is not None:
         return _check(verdict, "permute samples", difference)
     test = "replace all other samples, statistics frozen"
