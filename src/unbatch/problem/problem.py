@@ -246,7 +246,7 @@ class Problem:
         Cost: some dozens of forward passes, no more than ``effort`` allows.
         """
         session = self._comparable()
-        with metered(len(session.graph.steps), self.program.effort):
+        with metered(session.graph.ops, self.program.effort):
             return verify(session.structure, session.experiment, session.predictions)
 
     def crosstalk(
