@@ -16,6 +16,7 @@ from unbatch.analysis.explanations import REMEDY, WHY
 from unbatch.analysis.structure import Structure
 from unbatch.analysis.verdict import Culprit, Verdict
 from unbatch.verification.counterexample import Counterexample
+from unbatch.verification.draw import ALL, Draw
 from unbatch.verification.experiment import Experiment, Untestable
 from unbatch.verification.forward_tests import cross_sample_dependence, not_equivariant
 from unbatch.verification.frozen_statistics import change_with_frozen_statistics
@@ -36,6 +37,7 @@ from unbatch.verification.trial import FORWARD, LOSS, tried
 VAGUE = {"no rule", "data-dependent shape", "scattered", "resized", "position"}
 
 NOTE_PAIRS = "each sample is compared with every other: a rank needs the whole batch"
+NOTE_DRAWN = "drawn with a seed, as predictions are large: {drawn}; give `effort=` for more"
 NOTE_UNTESTED = "the loss could not be tested: {error}: {text}"
 
 LossTest = Callable[[LossExperiment], Counterexample | None]
@@ -58,18 +60,29 @@ class Check:
 
 @dataclass(frozen=True)
 class Verification:
-    """The checks of all verdicts. True in a boolean context when none contradicts its verdict."""
+    """The checks of all verdicts. True in a boolean context when none contradicts its verdict.
+
+    ``drawn``: how much was tried where predictions are so large that not all is. ``stopped``: why
+    experiments were stopped before their end, if they were.
+    """
 
     checks: tuple[Check, ...]
+    drawn: str = ""
+    stopped: str = ""
 
     def __bool__(self) -> bool:
         return all(check.passed is not False for check in self.checks)
 
     def __str__(self) -> str:
         words = {True: "passed", None: "not tested", False: "CONTRADICTED"}
-        return "\n".join(
-            f"{c.name} {c.status}: {words[c.passed]} ({c.test}: {c.detail})" for c in self.checks
-        )
+        lines = []
+        for c in self.checks:
+            lines.append(f"{c.name} {c.status}: {words[c.passed]} ({c.test}: {c.detail})")
+        if self.drawn:
+            lines.append(NOTE_DRAWN.format(drawn=self.drawn))
+        if self.stopped:
+            lines.append(self.stopped)
+        return "\n".join(lines)
 
 
 # --- what is open is settled ----------------------------------------------------------------------
@@ -310,13 +323,19 @@ def _no_reduction(reduction: Verdict, simd_loss: Verdict) -> Verdict:
 
 
 def verify(structure: Structure, experiment: Experiment, output: Any) -> Verification:
-    """Return a numerical test of every verdict; ``output``: what the model returns."""
+    """Return a numerical test of every verdict; ``output``: what the model returns.
+
+    Of large predictions a sample is tried, which the effort of the program is the size of.
+    """
+    draw = Draw.of(experiment.size, experiment.program.effort)
+    if draw is not ALL:
+        experiment = replace(experiment, draw=draw)
     checks = []
     if structure.samples > 1:
         checks += _forward_checks(structure, experiment)
     if _has_loss(experiment):
         checks += _loss_checks(structure, loss_experiment(experiment, output))
-    return Verification(tuple(checks))
+    return Verification(tuple(checks), str(draw))
 
 
 def _forward_checks(structure: Structure, experiment: Experiment) -> list[Check]:
