@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from unbatch.capture import ops
 from unbatch.capture.catching import errors_are_caught
@@ -36,7 +36,7 @@ from unbatch.capture.foreach import parts_of
 from unbatch.capture.graph import SIZE_READ, Graph, HostRead, ModuleCall
 from unbatch.capture.hooks import place_of
 from unbatch.capture.isolation import SKIPS_COMPILER, mutated, storage_of
-from unbatch.capture.steps import Ref, Step, Value, indices, is_ref
+from unbatch.capture.steps import Ref, Step, Value, filled, indices, is_ref
 from unbatch.capture.substitutes import laid_out
 from unbatch.capture.trees import flat, is_plain, is_strided, tensors_in
 from unbatch.errors import HERE, MSG_COMPOSITION
@@ -309,7 +309,7 @@ class Recorder(TorchDispatchMode):
 
     def _note(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an op, enter it, and return its result."""
-        refs, named = tree_map(self._ref_of, (args, kwargs))
+        refs, named = filled((args, kwargs), self.ref, Tensor)
         if func is aten.lift_fresh.default and refs[0].index in self.foreign:
             self._copy_constant(refs[0], args[0])
         # Before it runs: afterwards they are other versions. Each once, however often it is given.
@@ -352,9 +352,6 @@ class Recorder(TorchDispatchMode):
     def catches(self) -> bool:
         """Tell whether the program would catch an error and go on."""
         return errors_are_caught(_is_users, ENTRIES)
-
-    def _ref_of(self, a: Any) -> Any:
-        return self.ref(a) if isinstance(a, Tensor) else a
 
     def _copy_constant(self, ref: Ref, tensor: Tensor) -> None:
         """Keep a copy of the numbers: the memory is numpy's, which may write to it again."""
