@@ -15,7 +15,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.stamp
 PIP    := $(BIN)/pip --disable-pip-version-check install -q -c $(PINS)
 
-.PHONY: demo test test-rest test-all versions check bench bench-gradients bench-shapes bench-ggn bench-accuracy bench-monitor zoo figures format clean
+.PHONY: demo test test-rest test-all versions check bench bench-gradients bench-recurrent bench-shapes bench-loops bench-ggn bench-accuracy bench-monitor zoo figures format clean
 
 demo: $(STAMP)
 	$(BIN)/unbatch demo
@@ -55,8 +55,14 @@ bench-gradients: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gradients_cost.py --memory --write
 	$(BIN)/python benchmarks/overview.py
 
+bench-recurrent: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/recurrent_cost.py --write
+
 bench-shapes: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/shapes_cost.py --write
+
+bench-loops: $(STAMP)
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python benchmarks/loops_cost.py --write
 
 bench-ggn: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/ggn_cost.py --write

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -305,6 +306,14 @@ def page(data: Mapping[str, Any]) -> str:
     return interleaved.header(HEADER, data) + "\n" + speeds(data["results"])
 
 
+def before() -> dict[str, Any]:
+    """Return what was measured earlier: workloads that are not measured again stay on the page."""
+    if not RESULTS.exists():
+        return {}
+    found: dict[str, Any] = json.loads(RESULTS.read_text())["results"]
+    return found
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     made = interleaved.parser(__doc__, WORKLOADS, QUANTITIES)
     return interleaved.parsed(made, arguments)
@@ -316,11 +325,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.simplefilter("ignore")  # the tools' own deprecations, and torch's remarks about them
     data = interleaved.facts(options.rounds, PACKAGES) | {"results": {}}
     interleaved.keep_memory()
+    measured = before() if options.write else {}
     for name in options.workloads:
-        data["results"][name] = measure(name, options.quantities, options.rounds)
-        print(speeds({name: data["results"][name]}), flush=True)
-    if options.write:
-        interleaved.save(page(data), data, DOCS, RESULTS)
+        measured[name] = measure(name, options.quantities, options.rounds)
+        print(speeds({name: measured[name]}), flush=True)
+        data["results"] = {key: measured[key] for key in WORKLOADS if key in measured}
+        if options.write:
+            interleaved.save(page(data), data, DOCS, RESULTS)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,12 @@ would wait any longer.
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import unbatch as ub
 from unbatch.capture import effort
 from unbatch.capture.effort import OutOfEffort, metered, spend
+from unbatch.verification.trial import NO_EFFORT
 
 ROUNDS = 20_000  # of a loop: more than a run may take, and few enough for a test
 
@@ -160,6 +162,32 @@ def test_what_was_not_found_out_is_unknown(monkeypatch):
     assert structure.reduction.status == "unknown"
     assert any("experiments were stopped" in note for note in structure.notes)
     assert ub.Problem(nn.Linear(3, 2), loss, data).structure.reduction.status == "fails"
+
+
+def test_a_trial_for_which_no_effort_is_left_says_so(monkeypatch):
+    monkeypatch.setattr(effort, "SECONDS", 0.0)
+    data = torch.randn(8, 3), torch.zeros(8, 2)
+    structure = ub.Problem(nn.Linear(3, 2), nn.MSELoss(), data, effort=0.001).structure
+    assert structure.independent_forward.trial == NO_EFFORT
+    assert structure.reduction.trial == NO_EFFORT
+    assert ub.Problem(nn.Linear(3, 2), nn.MSELoss(), data).structure.reduction.trial == "passed"
+
+
+@pytest.mark.parametrize("rnn", [nn.LSTM, nn.GRU, nn.RNN])
+def test_long_sequences_are_no_loop_that_does_not_end(rnn):
+    class Packed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.lengths = rnn(3, 3, 2, batch_first=True), torch.tensor([150, 90, 20])
+
+        def forward(self, x):
+            rows = pack_padded_sequence(x, self.lengths, batch_first=True)
+            return self.rnn(rows)[0].data[:3]
+
+    data = torch.randn(3, 150, 3), torch.zeros(3, 3)
+    structure = ub.Problem(Packed(), nn.MSELoss(), data).structure
+    assert structure.independent_forward.trial == "passed"
+    assert not any("stopped" in note for note in structure.notes)
 
 
 @pytest.mark.parametrize("value", [0, -1, True, "much"])

@@ -9,6 +9,7 @@ from torch import nn
 from unbatch.capture.isolation import random_state
 from unbatch.capture.program import Program
 from unbatch.linalg.precision import LOSS_IN_DOUBLE, LOSS_WITH_CASTS
+from unbatch.verification.draw import ALL
 from unbatch.verification.loss_experiment import loss_experiment
 
 N, C = 4, 3
@@ -51,6 +52,7 @@ def test_a_loss_is_tested_in_float64_where_it_takes_it(loss):
         out_dims=[0],
         samples=N,
         targets=torch.ones(N, C),
+        draw=ALL,
         graph=graph,
         target_dims=[0],
     )
@@ -76,6 +78,7 @@ def test_slopes_are_those_of_the_gradient_wherever_the_samples_lie(dim):
         out_dims=[dim],
         samples=N,
         targets=torch.ones(shape, dtype=torch.float64),
+        draw=ALL,
         graph=graph,
         target_dims=[0],
     )

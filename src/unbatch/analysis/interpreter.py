@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from unbatch import errors
 from unbatch.analysis.completeness import as_list, completed
@@ -39,7 +38,7 @@ from unbatch.analysis.rules.reductions import running_statistics
 from unbatch.capture import ops
 from unbatch.capture.aliasing import Window, places
 from unbatch.capture.graph import Graph, HostRead, ModuleCall
-from unbatch.capture.steps import Ref, Step, is_ref
+from unbatch.capture.steps import Ref, Step, filled, is_ref, refs_in
 from unbatch.capture.tracer import sizes_itself
 
 # --- the interpretation ---------------------------------------------------------------------------
@@ -267,16 +266,14 @@ def _rule_context(interpretation: Interpretation, step: Step) -> registry.RuleCo
     for name in ops.results_given(step.op):
         del arguments[name]
 
-    def marks(leaf: Any) -> Any:
-        if isinstance(leaf, Ref):
-            return interpretation.ownership[leaf.index]
-        return leaf
+    def marks(ref: Ref) -> Ownership:
+        return interpretation.ownership[ref.index]
 
     owned: dict[str, Any] = {}
     tensors: dict[str, Any] = {}
     for name, argument in arguments.items():
-        owned[name] = tree_map(marks, argument, is_leaf=is_ref)
-        if _has_refs(argument):
+        owned[name] = filled(argument, marks)
+        if refs_in(argument):
             tensors[name] = argument
     shapes = [interpretation.graph.values[index].shape for index in _indices(step.outs)]
     numbers = Numbers(interpretation.rely, tensors)
@@ -298,12 +295,8 @@ def _types(graph: Graph, step: Step, tensors: Mapping[str, Any]) -> registry.Typ
     def of(refs: Iterable[Any]) -> list[torch.dtype]:
         return [graph.values[r.index].dtype for r in refs if is_ref(r)]
 
-    arguments = {name: frozenset(of(tree_leaves(a, is_leaf=is_ref))) for name, a in tensors.items()}
+    arguments = {name: frozenset(of(refs_in(a))) for name, a in tensors.items()}
     return registry.Types(arguments, of(step.outs))
-
-
-def _has_refs(argument: Any) -> bool:
-    return any(is_ref(leaf) for leaf in tree_leaves(argument, is_leaf=is_ref))
 
 
 def _settled(

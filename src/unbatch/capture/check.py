@@ -115,7 +115,7 @@ def _check_host_reads(graph: Graph, makers: Mapping[int, int]) -> None:
 
     A read before step ``s`` comes after step ``s - 1``; after the last step ``s`` is their number.
     """
-    for read in graph.host_reads:
+    for read in (*graph.host_reads, *graph.sizings):
         if not makers.get(read.ref.index, -1) < read.step <= len(graph.steps):
             raise GraphError(
                 f"Value {read.ref.index} was read by Python before step {read.step} has made it."

@@ -52,10 +52,14 @@ class Meter:
         self.spent += ops
         if in_this_run > LONGER * self.plain + BESIDES:
             self._stop(MSG_RUN.format(ops=in_this_run, plain=self.plain))
-        if self.spent <= self.most * PASSES * self.plain:
-            return
-        if time.process_time() - self.began > SECONDS:
+        if self.is_spent():
             self._stop(MSG_SPENT.format(most=self.most, seconds=SECONDS))
+
+    def is_spent(self) -> bool:
+        """Tell whether all experiments together have taken what they may."""
+        if self.spent <= self.most * PASSES * self.plain:
+            return False
+        return time.process_time() - self.began > SECONDS
 
     def _stop(self, why: str) -> None:
         self.stopped = why
@@ -81,3 +85,8 @@ def spend(ops: int, in_this_run: int = 0) -> None:
     """Count ops for the experiments that are going on, if there are any."""
     if _current:
         _current[-1].spend(ops, in_this_run)
+
+
+def is_spent() -> bool:
+    """Tell whether the experiments that are going on may take no more."""
+    return bool(_current) and _current[-1].is_spent()

@@ -48,7 +48,7 @@ class HostRead:
     """A tensor value that Python read in a way that cannot be followed, before step ``step``.
 
     ``answer``: the value, if it is a boolean. ``blind``: whatever was read is not known, so that
-    anything may follow from it.
+    anything may follow from it. ``seen``: a copy of what was read, unless it is large.
     """
 
     ref: Ref
@@ -59,6 +59,8 @@ class HostRead:
     answer: bool | None = None
     in_loss: bool = False
     blind: bool = False
+    # Two reads are one whatever they have seen.
+    seen: Tensor | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -76,14 +78,16 @@ class ModuleCall:
 class Graph:
     """A recorded computation.
 
-    ``host_reads``: what Python read. ``after_cut``: the steps of the loss; all others are the
-    model's. ``own_loss``: whether the model computes the loss itself. ``model_steps``: how many
-    steps there were when the model returned. ``rng``: the random state at the beginning.
+    ``host_reads``: what Python read. ``sizings``: what ops took sizes from. ``after_cut``: the
+    steps of the loss; all others are the model's. ``own_loss``: whether the model computes the loss
+    itself. ``model_steps``: how many steps there were when the model returned. ``rng``: the random
+    state at the beginning.
     """
 
     values: list[Value] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     host_reads: list[HostRead] = field(default_factory=list)
+    sizings: list[HostRead] = field(default_factory=list)
     calls: list[ModuleCall] = field(default_factory=list)
     inputs: list[Ref | None] = field(default_factory=list)
     targets: list[Ref | None] = field(default_factory=list)
@@ -121,6 +125,11 @@ class Graph:
     def loss_steps(self) -> list[Step]:
         """The steps of the loss."""
         return [s for s in self.steps if s.index in self.after_cut]
+
+    @property
+    def ops(self) -> int:
+        """How many ops the program runs, about."""
+        return sum(step.ops for step in self.steps)
 
     @property
     def used_predictions(self) -> list[Ref]:
@@ -351,6 +360,7 @@ class Graph:
             values=insertion.values(),
             steps=steps,
             host_reads=[replace(e, step=insertion.later(e.step)) for e in self.host_reads],
+            sizings=[replace(e, step=insertion.later(e.step)) for e in self.sizings],
             calls=[insertion.shifted(call) for call in self.calls],
             model_steps=insertion.later(self.model_steps),
             after_cut=frozenset(after_cut),

@@ -369,8 +369,8 @@ class _Writes(TorchDispatchMode):
             self.save(tensor)
         out = func(*args, **kwargs)
         # What an op in place returns is what it was given.
-        if not func._schema.is_mutable:
-            self._note_new(out, (args, kwargs))
+        if not ops.is_mutable(func):
+            self._note_new(out, args, kwargs)
         return out
 
     def save_unseen(self, tensor: Tensor) -> None:
@@ -401,12 +401,18 @@ class _Writes(TorchDispatchMode):
         for part in parts:
             self.save(part)
 
-    def _note_new(self, out: Any, arguments: Any) -> None:
+    def _note_new(self, out: Any, args: Any, kwargs: Any) -> None:
         """Note the memories of results that are not those of arguments: views are not new."""
+        # By hand, as each op of a program comes here: trees are slow for what holds no other one.
         memories: set[int] = set()
-        for argument in tensors_in(arguments):
-            memories.update(_memories(argument))
-        for result in tensors_in(out):
+        for argument in (*args, *kwargs.values()):
+            if isinstance(argument, Tensor):
+                memories.update(_memories(argument))
+            elif isinstance(argument, list | tuple | dict):
+                for part in tensors_in(argument):
+                    memories.update(_memories(part))
+        results = [out] if isinstance(out, Tensor) else tensors_in(out)
+        for result in results:
             if not is_strided(result):
                 if memories.isdisjoint(_memories(result)):
                     self.own[-id(result)] = weakref.ref(result)

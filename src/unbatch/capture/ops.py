@@ -129,6 +129,8 @@ class Traits:
     batch_norm: BatchNorm | None = None
     dropout: Dropout | None = None
     recurrence: Recurrence | None = None
+    # PyTorch runs it step by step along the first axis of this argument.
+    time: str = ""
 
 
 PLAIN = Traits()
@@ -246,7 +248,7 @@ register("_cudnn_rnn", Traits(dropout=IN_LAYERS, recurrence=Recurrence(packed="w
 register("miopen_rnn", Traits(dropout=IN_LAYERS, recurrence=Recurrence()))
 
 # What recurrences are recorded as (``recurrent_ops.py``).
-register("unbatch::recurrent_states", Traits(cuts=True))
+register("unbatch::recurrent_states", Traits(cuts=True, time="x"))
 
 # The kernels of attention that PyTorch may pick, which compute the same up to rounding.
 register(
@@ -470,9 +472,15 @@ def raises_by(op: Any) -> tuple[str, ...]:
 
 
 @cache
+def is_mutable(op: Any) -> bool:
+    """Tell whether the schema of an op says that it writes."""
+    return bool(op._schema.is_mutable)
+
+
+@cache
 def may_write(op: Any) -> bool:
     """Tell whether an op writes to an argument, for some arguments."""
-    return bool(op._schema.is_mutable) or traits(op).hidden_writes is not None
+    return is_mutable(op) or traits(op).hidden_writes is not None
 
 
 @cache

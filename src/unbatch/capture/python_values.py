@@ -65,6 +65,7 @@ class Listener(Protocol):
     function: str
 
     def escape(self, tensor: Tensor, how: str, answer: bool | None = None) -> None: ...
+    def sizing(self, tensor: Tensor, how: str) -> None: ...
     def branch(self, tensor: Tensor, how: str, value: Any) -> Any: ...
     def shape_read(self, tensor: Any) -> None: ...
     def depends_on_data(self, tensor: Tensor) -> bool: ...
@@ -271,9 +272,11 @@ class Functions(TorchFunctionMode):
     def _recurrent(self, layers: recurrences.Layers) -> Any:
         """Run the layers of a recurrence by ops that are taken apart."""
         # PyTorch reads in memory how many sequences run at each step, which dispatches nothing.
-        sizes = layers.batch_sizes
+        sizes, how = layers.batch_sizes, "read as sizes of the steps of a recurrence"
         if sizes is not None and self.recorder.depends_on_data(sizes):
-            self.recorder.escape(sizes, "read as sizes of the steps of a recurrence")
+            self.recorder.escape(sizes, how)
+        elif sizes is not None:
+            self.recorder.sizing(sizes, how)
         return recurrences.run(layers)
 
     def _unchecked(self, func: Any, args: Any, kwargs: Any) -> Any:

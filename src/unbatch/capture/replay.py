@@ -53,7 +53,7 @@ class Replay:
 
         ``last_uses``: step -> the values that no later one reads, whose memory is free then.
         """
-        spend(len(steps))
+        spend(sum(step.ops for step in steps))
         tensors, needed = self.tensors, set(wanted)
         for step in steps:
             self._store(step, self._call(step))

@@ -53,7 +53,8 @@ class Step:
     ``writes`` pairs each value that the op writes to with the version of it that it leaves.
     ``grad``: whether gradients were enabled; ``module`` and ``where``: the module that was running,
     and file and line of the user's program; ``noise``: whether it drew random numbers;
-    ``function``: the function of PyTorch that was called, of which the op is a part.
+    ``function``: the function of PyTorch that was called, of which the op is a part. ``ops``: how
+    many ops PyTorch may run for it.
     """
 
     index: int
@@ -67,6 +68,7 @@ class Step:
     where: str
     noise: bool = False
     function: str = ""
+    ops: int = 1
 
     @property
     def name(self) -> str:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from unbatch.capture import ops
 from unbatch.capture.catching import errors_are_caught
@@ -36,9 +36,9 @@ from unbatch.capture.foreach import parts_of
 from unbatch.capture.graph import SIZE_READ, Graph, HostRead, ModuleCall
 from unbatch.capture.hooks import place_of
 from unbatch.capture.isolation import SKIPS_COMPILER, mutated, storage_of
-from unbatch.capture.steps import Ref, Step, Value, indices, is_ref
+from unbatch.capture.steps import Ref, Step, Value, filled, indices, is_ref
 from unbatch.capture.substitutes import laid_out
-from unbatch.capture.trees import flat, is_strided, tensors_in
+from unbatch.capture.trees import flat, is_plain, is_strided, tensors_in
 from unbatch.errors import HERE, MSG_COMPOSITION
 
 aten = torch.ops.aten
@@ -64,6 +64,15 @@ MOVES_MEMORY = frozenset([aten.set_.source_Storage, aten.set_.source_Storage_sto
 # Tagged as having a shape that depends on values, which it does only if they say so by their type.
 SIZED_BY_MASKS = ("index", "repeat_interleave")
 
+
+# Their argument that says how large the result is, as no tag says: by its numbers.
+SIZED_BY = {"_pack_padded_sequence": "lengths", "_pad_packed_sequence": "batch_sizes"}
+
+# Of one time step of a recurrence, about.
+OPS_OF_A_CELL = 16
+
+# Of a tensor that Python reads so many entries are kept.
+MOST_KEPT = 4096
 
 # How many entries they keep depends on values, as no tag says.
 SPARSE = (
@@ -231,11 +240,21 @@ class Recorder(TorchDispatchMode):
             where=users_line(),
             noise=noise,
             function=self.function,
+            ops=self._ops_of(op, args, kwargs),
         )
         self.graph.steps.append(step)
         if sizes_itself(op, args, self.graph) or self._reads_dynamic(step):
             self.dynamic.update(indices(step.made()))
         return outs[0] if outs else None
+
+    def _ops_of(self, op: Any, args: Any, kwargs: Any) -> int:
+        """Return how many ops PyTorch may run for a step."""
+        time = ops.traits(op).time
+        if not time:
+            return 1
+        arguments = ops.by_argument(op, args, kwargs)
+        steps = len(arguments["sizes"]) or self.graph.values[arguments[time].index].shape[0]
+        return OPS_OF_A_CELL * steps
 
     def _reads_dynamic(self, step: Step) -> bool:
         return not self.dynamic.isdisjoint(indices(step.refs()))
@@ -290,13 +309,14 @@ class Recorder(TorchDispatchMode):
 
     def _note(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an op, enter it, and return its result."""
-        refs, named = tree_map(self._ref_of, (args, kwargs))
+        refs, named = filled((args, kwargs), self.ref, Tensor)
         if func is aten.lift_fresh.default and refs[0].index in self.foreign:
             self._copy_constant(refs[0], args[0])
         # Before it runs: afterwards they are other versions. Each once, however often it is given.
         writes = list({id(t): t for t in mutated(func, args, kwargs)}.values())
         olds = [self.ref(t) for t in writes]
         self._note_chance_of_error(func, args, kwargs)
+        self._note_sizing(func, args, kwargs)
         try:
             out = func(*args, **kwargs)
         except Exception:  # which a ``try`` of the program may turn into another path
@@ -314,6 +334,12 @@ class Recorder(TorchDispatchMode):
             self._step(func, refs, named, out, writes, olds)
         return out
 
+    def _note_sizing(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Note what an op takes the size of its result from, where no tag says that it does."""
+        name = ops.full_name(func)
+        if name in SIZED_BY:
+            self.sizing(ops.by_argument(func, args, kwargs)[SIZED_BY[name]], f"sizes of {name}")
+
     def _note_chance_of_error(self, func: Any, args: Any, kwargs: Any) -> None:
         """Note what decides whether an op raises, where the program would catch that and go on."""
         tensors = decisive_for_errors(func, args, kwargs)
@@ -326,9 +352,6 @@ class Recorder(TorchDispatchMode):
     def catches(self) -> bool:
         """Tell whether the program would catch an error and go on."""
         return errors_are_caught(_is_users, ENTRIES)
-
-    def _ref_of(self, a: Any) -> Any:
-        return self.ref(a) if isinstance(a, Tensor) else a
 
     def _copy_constant(self, ref: Ref, tensor: Tensor) -> None:
         """Keep a copy of the numbers: the memory is numpy's, which may write to it again."""
@@ -409,9 +432,21 @@ class Recorder(TorchDispatchMode):
         # Also called outside of the dispatcher, where entering a tensor would be recorded.
         with self.paused():
             ref = self.ref(tensor)
-        step = len(self.graph.steps)
-        read = HostRead(ref, how, step, self._module(), users_line(), answer, self.in_loss)
-        self.graph.host_reads.append(read)
+        self.graph.host_reads.append(self._read_of(tensor, ref, how, answer))
+
+    def sizing(self, tensor: Tensor, how: str) -> None:
+        """Note that an op takes sizes from the numbers of a tensor, and nothing else."""
+        if self.off:
+            return
+        with self.paused():
+            ref = self.ref(tensor)
+        self.graph.sizings.append(self._read_of(tensor, ref, how))
+
+    def _read_of(self, tensor: Tensor, ref: Ref, how: str, answer: bool | None = None) -> HostRead:
+        step, module, where = len(self.graph.steps), self._module(), users_line()
+        with self.paused():
+            seen = _kept(tensor)
+        return HostRead(ref, how, step, module, where, answer, self.in_loss, seen=seen)
 
     def branch(self, tensor: Tensor, how: str, value: Any) -> Any:
         """Note that Python read ``value`` of a tensor, and return what to give it.
@@ -566,6 +601,13 @@ def _geometry(t: Tensor) -> tuple[Any, ...]:
     if not is_strided(t):
         return tuple(t.shape), (), 0, t.dtype
     return *_window(t), t.dtype
+
+
+def _kept(tensor: Tensor) -> Tensor | None:
+    """Return a copy of a tensor, to compare it with what is read later; None of a large one."""
+    if not is_plain(tensor) or tensor.device.type == "meta" or tensor.numel() > MOST_KEPT:
+        return None
+    return tensor.detach().clone()
 
 
 def _is_exact(tensor: Tensor) -> bool:

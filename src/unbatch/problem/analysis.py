@@ -149,7 +149,7 @@ def analyse(recording: Recording, known: KnownForms) -> Analysis:
 
     What ``known`` recordings of other sizes have shown is not asked again.
     """
-    with metered(len(recording.graph.steps), recording.program.effort) as meter:
+    with metered(recording.graph.ops, recording.program.effort) as meter:
         inference, form = infer(recording), Form.of(recording.graph)
         judged = _known_of(recording, form, inference, known)
         fidelity = NO_DIFFERENCE

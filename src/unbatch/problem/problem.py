@@ -246,8 +246,10 @@ class Problem:
         Cost: some dozens of forward passes, no more than ``effort`` allows.
         """
         session = self._comparable()
-        with metered(len(session.graph.steps), self.program.effort):
-            return verify(session.structure, session.experiment, session.predictions)
+        structure, predictions = session.structure, session.predictions
+        with metered(session.graph.ops, self.program.effort) as meter:
+            verification = verify(structure, session.experiment, predictions)
+        return replace(verification, stopped=meter.stopped)
 
     def crosstalk(
         self, probes: int | None = None, *, samples: Sequence[int] | Tensor | None = None

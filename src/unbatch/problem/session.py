@@ -1,7 +1,7 @@
 """A recording with what is found out about it, and for how long that is valid.
 
-Other numbers in parameters, buffers and data leave a recording valid where nothing that Python or
-a rule has looked at is among them. It is then moved to the new numbers, with its structure and its
+Other numbers in parameters, buffers and data leave a recording valid where what Python or a rule
+has looked at is the same. It is then moved to the new numbers, with its structure and its
 plans, and nothing is recorded again. The recording itself is in ``recording.py``, what is found out
 about it in ``analysis.py``.
 """
@@ -18,6 +18,7 @@ from torch import Tensor
 from unbatch import errors
 from unbatch.analysis.structure import Structure
 from unbatch.capture import program as capture
+from unbatch.capture.decisions import Decisions
 from unbatch.capture.graph import Graph
 from unbatch.capture.isolation import generators_in, random_state
 from unbatch.capture.program import Program
@@ -41,6 +42,7 @@ class Session:
         self.recording, self.known = recording, known
         self._analysis = analysis
         self.checks = 0  # how often the recording was held against the model
+        self.decisions: Decisions | None = None
 
     @property
     def analysis(self) -> Analysis:
@@ -153,14 +155,17 @@ class Session:
 
     def _moved(self, program: Program, batch: Batch, numbers: tuple[Any, ...]) -> Session | None:
         graph = self.graph  # cut, if it has been judged: the cut does not depend on numbers
-        # Python may take another path, or sizes may change, with the new numbers.
-        if graph.host_reads or graph.dynamic or self.recording.guard.reached.draws:
+        if self.recording.guard.reached.draws:
             return None
         rng = graph.rng
         if any(step.noise for step in graph.steps):
             # Fresh noise, as another run of the model would have.
             rng = random_state(generators_in(graph.rng))
         graph = capture.moved(graph, program, batch.inputs, batch.targets, rng)
+        # Python may take another path, or sizes may change, with the new numbers.
+        decisions = self._decisions_of(graph)
+        if not decisions.are_same(graph):
+            return None
         recording = replace(
             self.recording,
             program=program,
@@ -175,5 +180,11 @@ class Session:
         if self._analysis is not None:
             analysis = self._analysis.moved(recording, graph)
         session = Session(recording, self.known, analysis)
-        session.checks = self.checks
+        session.checks, session.decisions = self.checks, decisions
         return session
+
+    def _decisions_of(self, graph: Graph) -> Decisions:
+        """Return what decided the way of the recording; found out once."""
+        if self.decisions is None or self.decisions.steps is not graph.steps:
+            self.decisions = Decisions.of(graph)
+        return self.decisions

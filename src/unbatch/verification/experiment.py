@@ -8,6 +8,7 @@ verdicts, or what a change of the predictions means.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,7 @@ from unbatch.capture.graph import Graph
 from unbatch.capture.program import Program, own_loss
 from unbatch.capture.trees import dense
 from unbatch.linalg.precision import FORWARD, FORWARD_IN_DOUBLE, in_double, tolerance
+from unbatch.verification.draw import ALL, Draw
 from unbatch.verification.noise import draws, recorded_noise, stream_depends_on_data
 from unbatch.verification.variants import variant_of
 
@@ -46,7 +48,8 @@ class Experiment:
     ``originals``: the modules of which ``program`` runs copies; a hook on a copy may reach them, so
     they are restored as well. ``by_replay``: the recording is run in place of the model.
     ``least_tolerance`` bounds the tolerance from below, ``fixed_tolerance`` takes its place.
-    ``noise_owners``: whose the noise is, once that has been asked (``noise_owners.py``).
+    ``noise_owners``: whose the noise is, once that has been asked (``noise_owners.py``). ``draw``:
+    how much is tried.
     """
 
     program: Program
@@ -64,6 +67,7 @@ class Experiment:
     fixed_tolerance: float | None = None
     # One for all experiments that are made of this one: they have the same steps.
     noise_owners: dict[str, Any] = field(default_factory=dict)
+    draw: Draw = ALL
 
     # -- where the samples lie in the predictions --
 
@@ -191,12 +195,26 @@ class Experiment:
         for p, dim, in_blocks in zip(predictions, self.out_dims, self.blocks, strict=True):
             t = dense(p)
             if dim is not None:
-                rows.append(_in_double_rows(t.movedim(dim, 0), self.samples))
+                rows.append(self._in_double_rows(t.movedim(dim, 0)))
             elif in_blocks:
-                rows.append(_in_double_rows(t, self.samples))
+                rows.append(self._in_double_rows(t))
         if not rows:
             return torch.zeros(self.samples, 0, dtype=torch.float64)
         return torch.cat(rows, 1)
+
+    def _in_double_rows(self, t: Tensor) -> Tensor:
+        """Return ``[N, entries]`` of a tensor whose first axis has the samples, one or several."""
+        t = t.reshape(self.samples, -1)
+        columns = self.draw.columns(t.shape[1], self.samples)
+        if columns is not None:
+            t = t[:, columns.to(t.device)]
+        return t.to(torch.promote_types(t.dtype, torch.float64))
+
+    @property
+    def size(self) -> int:
+        """How many entries the recorded predictions have together."""
+        values = self.graph.values
+        return sum(math.prod(values[i].shape) for i in self.prediction_refs)
 
     # -- changed batches --
 
@@ -460,8 +478,3 @@ def _cloned(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
         return leaf.clone()
     return leaf
-
-
-def _in_double_rows(t: Tensor, samples: int) -> Tensor:
-    """Return ``[N, entries]`` of a tensor whose first axis has the samples, one or several each."""
-    return t.reshape(samples, -1).to(torch.promote_types(t.dtype, torch.float64))

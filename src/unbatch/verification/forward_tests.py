@@ -114,17 +114,24 @@ def partitions(samples: int) -> Iterator[Tensor]:
 
 def _moved_prediction(experiment: Experiment) -> Counterexample | None:
     """Return the first confirmed change of a prediction, over variants and sets of samples."""
-    sets = list(partitions(experiment.samples))
+    replacements = experiment.draw.some(_replacements(experiment.samples), 8, "replacements")
+    for replacement in replacements:
+        witness = witness_of(experiment, replacement)
+        if witness is not None:
+            return witness
+    return None
+
+
+def _replacements(samples: int) -> Iterator[Replacement]:
+    """Yield what is tried, over variants and sets of samples."""
+    sets = list(partitions(samples))
     for variant in VARIANTS:
         tried = sets
         if variant not in CLOSE_TO_DATA:
             # Far from the data one set and its complement have to do.
             tried = sets[:2]
         for seed, keep in enumerate(tried):
-            witness = witness_of(experiment, Replacement(variant, seed, keep))
-            if witness is not None:
-                return witness
-    return None
+            yield Replacement(variant, seed, keep)
 
 
 def witness_of(experiment: Experiment, replacement: Replacement) -> Counterexample | None:

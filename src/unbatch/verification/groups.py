@@ -27,11 +27,16 @@ MEMBERS = 8
 VARIANTS = ("noisy", "large", "huge")
 
 
-def not_by_statistics(experiment: Experiment) -> Counterexample | None:
-    """Return that permuting samples does more than statistics, of all or of groups, explain."""
-    difference = not_equivariant(experiment)
-    if difference is None:
-        return None
+def not_by_statistics(
+    experiment: Experiment, difference: Counterexample | None, independent: bool
+) -> Counterexample | None:
+    """Return that permuting samples does more than statistics, of all or of groups, explain.
+
+    ``difference``: what permuting all samples does. ``independent``: no sample depends on others,
+    so that there are no statistics.
+    """
+    if difference is None or independent:
+        return difference
     group = _some_group(experiment)
     if not group:
         return difference

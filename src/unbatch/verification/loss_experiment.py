@@ -25,6 +25,7 @@ from unbatch.linalg.precision import (
     LossTolerances,
     in_double,
 )
+from unbatch.verification.draw import Draw
 from unbatch.verification.experiment import Experiment
 
 # The step of the central differences of ``slope``: values in float64 lose six digits to it.
@@ -54,6 +55,11 @@ class LossExperiment:
     boundary: Mapping[int, Tensor]
     double: bool
 
+    @property
+    def draw(self) -> Draw:
+        """How much is tried."""
+        return self.experiment.draw
+
     # -- values --
 
     def value(self, predictions: Sequence[Tensor]) -> Tensor:
@@ -62,7 +68,7 @@ class LossExperiment:
         if program.loss is None:
             return self._value_inside_model(predictions)
         # All that the model returned, as a loss may read more than the predictions.
-        leaves = [self._cast(leaf) for leaf in self.leaves]
+        leaves = list(self._cast_leaves)
         for i, p in zip(self.at, predictions, strict=True):
             leaves[i] = p
             if self.double and p.is_floating_point():
@@ -88,6 +94,11 @@ class LossExperiment:
             return in_double(leaf.detach())
         return leaf
 
+    @cached_property
+    def _cast_leaves(self) -> list[Any]:
+        """What the model returned, in the precision of the test."""
+        return [self._cast(leaf) for leaf in self.leaves]
+
     # -- other predictions and targets --
 
     def predictions(self) -> list[Tensor]:
@@ -98,14 +109,13 @@ class LossExperiment:
         """Return the predictions with row n taken from sample ``rows[n]``."""
         predictions = []
         for i, dim in zip(self.at, self.experiment.out_dims, strict=True):
-            leaf = self._cast(self.leaves[i]).detach()
+            leaf = self._cast_leaves[i].detach()
             # Rows are written to in place, and the model may return an expanded tensor.
             t = leaf.clone(memory_format=torch.contiguous_format)
             if dim is not None:
-                # Read from a copy: samples may be swapped in a circle.
-                source = t.clone()
+                # Read from the original: samples may be swapped in a circle.
                 for n, m in rows.items():
-                    t.select(dim, n).copy_(source.select(dim, m))
+                    t.select(dim, n).copy_(leaf.select(dim, m))
             predictions.append(t)
         return predictions
 
@@ -173,7 +183,8 @@ class LossExperiment:
             if dim is None or not predictions[i].is_floating_point():
                 continue
             row = predictions[i].select(dim, n)
-            for entry in range(min(entries, row.numel())):
+            first = range(min(entries, row.numel()))
+            for entry in self.draw.some(first, 1, "first entries of a row"):
                 place = np.unravel_index(entry, row.shape)
                 above = self._value_beside(predictions, i, (dim, n), place, STEP)
                 below = self._value_beside(predictions, i, (dim, n), place, -STEP)
@@ -204,7 +215,7 @@ class LossExperiment:
         value = self.value(predictions).detach()
         size = float(value.abs()) + TINY
         worst = 0.0
-        for _ in range(3):
+        for _ in self.draw.some(range(3), 1, "trials of rounding"):
             nudged_value = self.value([_nudged(p, generator) for p in predictions]).detach()
             worst = max(worst, float((nudged_value - value).abs()) / size)
         return worst

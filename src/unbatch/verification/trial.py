@@ -14,6 +14,7 @@ from dataclasses import replace
 from unbatch import errors
 from unbatch.analysis.structure import Structure
 from unbatch.analysis.verdict import TITLES, Verdict
+from unbatch.capture.effort import is_spent
 from unbatch.errors import ContradictedProofWarning
 from unbatch.verification.experiment import Experiment
 from unbatch.verification.forward_trial import try_independent, try_statistics
@@ -26,6 +27,7 @@ LOSS = ("reduction", "simd_loss")
 
 NOTE = "it was proved, and a trial on another batch contradicts that ({detail})"
 ALONE = "a single sample"
+NO_EFFORT = "experiments had taken all of their effort before"
 
 
 def tried(structure: Structure, experiment: Experiment, loss: LossExperiment | None) -> Structure:
@@ -87,6 +89,8 @@ def _with_outcome(structure: Structure, names: Iterable[str], outcome: Outcome) 
 def _after_trial(verdict: Verdict, outcome: Outcome) -> Verdict:
     """Return a proved verdict with its trial: passed, not possible, or contradicted."""
     if isinstance(outcome, str):
+        if is_spent():
+            outcome = NO_EFFORT
         return replace(verdict, trial=outcome)
     contradiction = outcome.get(verdict.name)
     if contradiction is None:

@@ -16,6 +16,7 @@ from unbatch.analysis.explanations import REMEDY, WHY
 from unbatch.analysis.structure import Structure
 from unbatch.analysis.verdict import Culprit, Verdict
 from unbatch.verification.counterexample import Counterexample
+from unbatch.verification.draw import ALL, Draw
 from unbatch.verification.experiment import Experiment, Untestable
 from unbatch.verification.forward_tests import cross_sample_dependence, not_equivariant
 from unbatch.verification.frozen_statistics import change_with_frozen_statistics
@@ -36,6 +37,7 @@ from unbatch.verification.trial import FORWARD, LOSS, tried
 VAGUE = {"no rule", "data-dependent shape", "scattered", "resized", "position"}
 
 NOTE_PAIRS = "each sample is compared with every other: a rank needs the whole batch"
+NOTE_DRAWN = "drawn with a seed, as predictions are large: {drawn}; give `effort=` for more"
 NOTE_UNTESTED = "the loss could not be tested: {error}: {text}"
 
 LossTest = Callable[[LossExperiment], Counterexample | None]
@@ -58,18 +60,29 @@ class Check:
 
 @dataclass(frozen=True)
 class Verification:
-    """The checks of all verdicts. True in a boolean context when none contradicts its verdict."""
+    """The checks of all verdicts. True in a boolean context when none contradicts its verdict.
+
+    ``drawn``: how much was tried where predictions are so large that not all is. ``stopped``: why
+    experiments were stopped before their end, if they were.
+    """
 
     checks: tuple[Check, ...]
+    drawn: str = ""
+    stopped: str = ""
 
     def __bool__(self) -> bool:
         return all(check.passed is not False for check in self.checks)
 
     def __str__(self) -> str:
         words = {True: "passed", None: "not tested", False: "CONTRADICTED"}
-        return "\n".join(
-            f"{c.name} {c.status}: {words[c.passed]} ({c.test}: {c.detail})" for c in self.checks
-        )
+        lines = []
+        for c in self.checks:
+            lines.append(f"{c.name} {c.status}: {words[c.passed]} ({c.test}: {c.detail})")
+        if self.drawn:
+            lines.append(NOTE_DRAWN.format(drawn=self.drawn))
+        if self.stopped:
+            lines.append(self.stopped)
+        return "\n".join(lines)
 
 
 # --- what is open is settled ----------------------------------------------------------------------
@@ -131,13 +144,23 @@ def _was_refuted(settled: Structure, name: str) -> bool:
 
 
 def _refuted_forward(settled: Structure, structure: Structure, experiment: Experiment) -> Structure:
-    """Return the structure with counterexamples to what ``settled`` has some against."""
+    """Return the structure with counterexamples to what ``settled`` has some against.
+
+    By the tests that have found them there, and by all where these find none here.
+    """
     independent, simd = structure.independent_forward, structure.simd_forward
+    given_statistics = structure.simd_given_statistics
     if _was_refuted(settled, "independent_forward"):
         dependence = cross_sample_dependence(experiment)
         independent, simd = _refuted(independent, dependence), _refuted(simd, dependence)
-    structure = structure.with_verdicts(independent, simd)
     refuted = [name for name in FORWARD if _was_refuted(settled, name)]
+    if simd.status == "unknown" and simd.name in refuted:
+        difference = not_equivariant(experiment)
+        simd = _refuted(simd, difference)
+        if settled.simd_given_statistics.note == settled.simd_forward.note:
+            # One counterexample to both, as there are no groups of samples.
+            given_statistics = _refuted(given_statistics, difference)
+    structure = structure.with_verdicts(independent, simd, given_statistics)
     if all(getattr(structure, name).status == "fails" for name in refuted):
         return structure
     return _settle_forward(structure, experiment)
@@ -187,9 +210,11 @@ def _settle_forward(structure: Structure, experiment: Experiment) -> Structure:
     if given_statistics and simd.status != "unknown":
         # Nothing that permuting the samples could refute is open.
         return structure.with_verdicts(independent, simd, given_statistics)
-    simd = _refuted(simd, not_equivariant(experiment))
+    difference = not_equivariant(experiment)
+    simd = _refuted(simd, difference)
     if not given_statistics and not _is_grouped(structure, experiment):
-        given_statistics = _refuted(given_statistics, not_by_statistics(experiment))
+        beyond = not_by_statistics(experiment, difference, bool(independent))
+        given_statistics = _refuted(given_statistics, beyond)
     # Ranks say something only about dependence that is known to be there.
     is_open = given_statistics.status == "unknown" and independent.status == "fails"
     if is_open and _mixing_is_understood(structure, experiment):
@@ -298,13 +323,19 @@ def _no_reduction(reduction: Verdict, simd_loss: Verdict) -> Verdict:
 
 
 def verify(structure: Structure, experiment: Experiment, output: Any) -> Verification:
-    """Return a numerical test of every verdict; ``output``: what the model returns."""
+    """Return a numerical test of every verdict; ``output``: what the model returns.
+
+    Of large predictions a sample is tried, which the effort of the program is the size of.
+    """
+    draw = Draw.of(experiment.size, experiment.program.effort)
+    if draw is not ALL:
+        experiment = replace(experiment, draw=draw)
     checks = []
     if structure.samples > 1:
         checks += _forward_checks(structure, experiment)
     if _has_loss(experiment):
         checks += _loss_checks(structure, loss_experiment(experiment, output))
-    return Verification(tuple(checks))
+    return Verification(tuple(checks), str(draw))
 
 
 def _forward_checks(structure: Structure, experiment: Experiment) -> list[Check]:
@@ -373,7 +404,9 @@ def _check_given_statistics(structure: Structure, experiment: Experiment) -> Che
     verdict = structure.simd_given_statistics
     difference = None
     if not _is_grouped(structure, experiment):
-        difference = not_by_statistics(experiment)
+        difference = not_equivariant(experiment)
+        independent = bool(structure.independent_forward)
+        difference = not_by_statistics(experiment, difference, independent)
     if not verdict or difference is not None:
         return _check(verdict, "permute samples", difference)
     test = "replace all other samples, statistics frozen"

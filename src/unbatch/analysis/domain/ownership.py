@@ -36,6 +36,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -113,19 +114,31 @@ def _along(size: int, dim: int, ndim: int) -> list[int]:
 
 def code(*things: object) -> Array:
     """Return a 64-bit hash of the printed form of ``things``."""
+    return _code_of(repr(things))
+
+
+@lru_cache(maxsize=4096)
+def _code_of(printed: str) -> Array:
     # Not Python's own hash, which differs from run to run.
-    digest = hashlib.blake2b(repr(things).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(printed.encode(), digest_size=8).digest()
     return np.frombuffer(digest, dtype=np.uint64).reshape(())
+
+
+# The multipliers and shifts of splitmix64, which spreads every bit over the word.
+_OF_A, _OF_B = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9)
+
+_OF_BOTH = np.uint64(0x94D049BB133111EB)
+
+_29, _32 = np.uint64(29), np.uint64(32)
 
 
 def mix(a: Array, b: Array) -> Array:
     """Hash pairs, elementwise and in order: ``mix(a, b)`` is not ``mix(b, a)``."""
-    # The multipliers and shifts are those of splitmix64, which spreads every bit over the word.
     with np.errstate(over="ignore"):
-        folded = b ^ (b >> np.uint64(29))
-        x = a * np.uint64(0x9E3779B97F4A7C15) + folded * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(32))) * np.uint64(0x94D049BB133111EB)
-        return np.asarray(x ^ (x >> np.uint64(29)))
+        folded = b ^ (b >> _29)
+        x = a * _OF_A + folded * _OF_B
+        x = (x ^ (x >> _32)) * _OF_BOTH
+        return np.asarray(x ^ (x >> _29))
 
 
 def total(keys: Array, axis: int | tuple[int, ...], keepdims: bool = False) -> Array:
