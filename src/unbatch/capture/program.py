@@ -27,10 +27,10 @@ from unbatch.capture.python_values import Functions
 from unbatch.capture.reachable import Reachable
 from unbatch.capture.sample_axes import Fold
 from unbatch.capture.steps import Ref, Step
+from unbatch.capture.tensor_states import AfterRun
 from unbatch.capture.tracer import Recorder, entry
 from unbatch.capture.trees import apart, tensors_in
 from unbatch.capture.wrappers import inside, plainly
-from unbatch.errors import MSG_SCRIPTED, CaptureError
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,17 @@ class Program:
         return last
 
     def untouched(
-        self, seed: tuple[Any, ...] | None = None, others: Sequence[nn.Module] = ()
+        self,
+        seed: tuple[Any, ...] | None = None,
+        others: Sequence[nn.Module] = (),
+        after: AfterRun | None = None,
     ) -> AbstractContextManager[tuple[Any, ...]]:
         """Return a context that leaves all as it was that the program can reach.
 
         ``seed``: the random state inside. ``others``: modules that it reaches in other ways.
+        ``after``: what a run has left, for its backward passes; a new one for the run itself.
         """
-        return untouched(self._reached(others), seed)
+        return untouched(self._reached(others), seed, after)
 
     @property
     def names(self) -> tuple[str, str]:
@@ -117,27 +121,6 @@ class Program:
         if not isinstance(model, nn.Module):
             return self
         return replace(self, model=copy.deepcopy(model, _as_they_are(model)).double(), _walks={})
-
-    def on_copies(self) -> Program:
-        """Return the same program on copies of its parameters (connected to them) and buffers.
-
-        What the model writes to them then stays as it is until derivatives have been taken.
-        Raises ``CaptureError`` for a scripted model, whose parameters cannot be exchanged.
-        """
-        if isinstance(self.inside, torch.jit.ScriptModule):
-            raise CaptureError(MSG_SCRIPTED)
-        copies = {name: p.clone() for name, p in self.parameters.items()}
-        model = self.inside
-        if self.functional or not isinstance(model, nn.Module):
-            return replace(self, parameters=copies)
-        state: dict[str, Tensor] = {}
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            state[name] = tensor.clone()
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            return torch.func.functional_call(model, state, args, kwargs)
-
-        return replace(self, model=run)
 
     def predict(self, inputs: Any) -> Any:
         """Return what the model returns on data of the user, with the samples along one axis."""
