@@ -22,9 +22,9 @@ from unbatch.autodiff.autograd import detached, gradients, subset
 from unbatch.autodiff.context import Context
 from unbatch.autodiff.dependence import within
 from unbatch.autodiff.loss import LossAt
+from unbatch.capture.after_run import AfterRun
 from unbatch.capture.isolation import random_state
 from unbatch.capture.program import own_loss
-from unbatch.capture.tensor_states import AfterRun
 from unbatch.capture.trees import copied
 from unbatch.errors import MSG_INNER_LOSS, StructureError
 
@@ -38,7 +38,7 @@ class EagerModel:
 
     ``values``: what it returns, by number in the graph, or where the loss is cut; ``inner``: what
     else of the model the loss reads. ``state``: the random state from which backward passes draw,
-    the same each time; None if they draw none. ``after``: what the run has left in tensors.
+    the same each time; None if they draw none. ``after``: what the run has left.
     """
 
     context: Context
@@ -104,7 +104,7 @@ def _run(context: Context) -> EagerModel:
 
 
 def _predict(context: Context) -> tuple[Any, tuple[Any, ...], AfterRun]:
-    """Return the model's output, the random state after it, and what is left in tensors."""
+    """Return the model's output, the random state after it, and what is left by the run."""
     after = AfterRun()
     with context.program.untouched(context.graph.rng, after=after), torch.enable_grad():
         # Copies of data that the model may write to, which have to last for the derivatives. Its

@@ -17,6 +17,7 @@ In reading order:
 - ``wrappers.py``: what stands around a model
 - ``effort.py``: how much experiments with it may cost
 - ``isolation.py``, ``distributed.py``: no trace is left, and no other process is kept waiting
+- ``tensor_states.py``, ``after_run.py``: what is put back of tensors; what backward passes find
 - ``holders.py``, ``foreign.py``, ``iterators.py``: places where a program keeps something
 - ``histories.py``: tensors that it keeps with what autograd knows of them
 - ``code_names.py``, ``reachable.py``: what its code names, and the walk that finds the places

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_map
 
 from unbatch.capture import ops
+from unbatch.capture.after_run import AfterRun
 from unbatch.capture.distributed import check_alone
 from unbatch.capture.effort import spend
 from unbatch.capture.histories import WithHistory, put_back_histories, replace_histories
@@ -35,7 +36,7 @@ from unbatch.capture.missing_derivatives import refused_if_missing
 from unbatch.capture.python_values import Exports
 from unbatch.capture.reachable import Reachable
 from unbatch.capture.switches import all_settings, set_back
-from unbatch.capture.tensor_states import AfterRun, Saved, TensorState, put_content, set_version
+from unbatch.capture.tensor_states import Saved, TensorState, put_content, set_version
 from unbatch.capture.trees import is_strided, parts_of, tensors_in, version_of
 from unbatch.errors import MSG_LAYOUT, MSG_NOT_PUT_BACK, CaptureError
 
@@ -58,8 +59,8 @@ def untouched(
     """Leave as it was all that can be reached, and random states, whatever happens inside.
 
     ``where``: what is reached, or objects to begin a walk at. Yields the random state; with
-    ``seed`` the inside starts from that one instead. ``after``: takes what the inside has left in
-    tensors, if it is new; else that is in place inside.
+    ``seed`` the inside starts from that one instead. ``after``: notes what the inside
+    leaves, if it is new; else that is in place inside.
     """
     reached = where
     if not isinstance(reached, Reachable):
@@ -88,7 +89,8 @@ def untouched(
         with writes, exports:
             yield seed or before
         if after is not None and not after.noted:
-            after.note(writes.saved.values(), tensors)
+            after.note_tensors(writes.saved.values(), tensors)
+            after.note_places(reached, kept)
     finally:
         _put_all_back(
             # Contents first, while tensors still lie where they were written to.

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from unbatch.capture.after_run import AfterRun
 from unbatch.capture.data import closed_in, handed_out, repacked
 from unbatch.capture.effort import PLAIN_STEPS
 from unbatch.capture.graph import Graph, HostRead
@@ -27,7 +28,6 @@ from unbatch.capture.python_values import Functions
 from unbatch.capture.reachable import Reachable
 from unbatch.capture.sample_axes import Fold
 from unbatch.capture.steps import Ref, Step
-from unbatch.capture.tensor_states import AfterRun
 from unbatch.capture.tracer import Recorder, entry
 from unbatch.capture.trees import apart, tensors_in
 from unbatch.capture.wrappers import inside, plainly

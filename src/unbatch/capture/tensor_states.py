@@ -1,21 +1,16 @@
-"""What tensors from outside have besides their contents, and what a run has left of them.
-
-All that a run changes is put back when it ends (``isolation.py``); its backward passes come later,
-and are those of what it had left.
-"""
+"""What tensors from outside have besides their contents, and how both are put back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from unbatch.capture.trees import is_strided, parts_of, version_of
+from unbatch.capture.trees import is_strided, parts_of
 
-# A tensor on a memory from outside, all of the memory, what was there, and the tensor's version.
+# A tensor, all of the memory that it lies in, a copy of what was there, and the tensor's version.
 Saved = tuple[Tensor, Tensor, Tensor, int]
 
 
@@ -81,51 +76,6 @@ def _geometry(t: Tensor) -> tuple[Any, ...]:
         return ()  # its data cannot be exchanged
     parts = parts_of(t)
     return t.shape, [part.data_ptr() for part in parts], [part.shape for part in parts]
-
-
-# --- what a run has left --------------------------------------------------------------------------
-
-
-@dataclass
-class AfterRun:
-    """Tensors from outside as a run has left them, as far as it has changed them.
-
-    ``contents``: of the memories that it has written to. ``states``: of the tensors that it has
-    given another memory, or hooks. ``noted``: there has been a run.
-    """
-
-    contents: list[Saved] = field(default_factory=list)
-    states: list[TensorState] = field(default_factory=list)
-    noted: bool = False
-
-    def note(self, saved: Iterable[Saved], before: Iterable[TensorState]) -> None:
-        """Note what a run leaves, by the contents before its first writes and earlier states."""
-        self.noted = True
-        for tensor, whole, content, version in saved:
-            if whole.untyped_storage().nbytes() < content.nbytes:
-                continue  # it has been freed: a backward pass cannot need it
-            if version_of(tensor) != version or not torch.equal(whole, content):
-                self.contents.append((tensor, whole, whole.clone(), version_of(tensor)))
-        for state in before:
-            now = TensorState.of(state.tensor)
-            hooks, later_hooks = now.hooks, now.later_hooks
-            same_hooks = hooks == state.hooks and later_hooks == state.later_hooks
-            if not (same_hooks and state.lies_as(state.tensor)):
-                self.states.append(now)
-
-    def put_in_place(self, save: Callable[[Tensor], None]) -> None:
-        """Let all be as the run left it, for a pass through what autograd has kept of it.
-
-        ``save``: is called before a tensor is written to.
-        """
-        for state in self.states:
-            state.restore_memory()
-            state.restore_hooks()
-        with torch.no_grad():
-            for tensor, whole, content, version in self.contents:
-                save(tensor)
-                put_content(whole, content)
-                set_version(tensor, version)
 
 
 def put_content(whole: Tensor, content: Tensor) -> None:

@@ -82,15 +82,6 @@ WRONG_FOURTH = frozenset(
         "messy: a count on a library",
         "messy: a count on a function of a library",
         "messy: a count on a class of layers",
-        # Runs on copies of parameters, which are no parameters and have no attributes.
-        "messy: a model made private",
-        "messy: a mask by parameter, under a surrogate",
-        "messy: an attribute of a parameter, under a surrogate",
-        "messy: an attribute asked for, under a surrogate",
-        "messy: a number by parameter, under a surrogate",
-        "messy: steps by parameter, under a surrogate",
-        "messy: whether it is a parameter, under a surrogate",
-        "messy: whether it is a leaf, under a surrogate",
     ]
 )
 
