@@ -62,10 +62,6 @@ WRONG_FOURTH = frozenset(
         "messy: a count in an op of a library of one's own",
         # What a program keeps, and goes on with, as a text.
         "change: a step by its name",
-        # Few entries of a large tensor, by way of its data.
-        "change: a neuron switched off",
-        "change: the vector of a word",
-        "change: one pixel of the data of the inputs",
         # Memory that is moved.
         "messy: a buffer that processes share",
         # Objects of C without a holder, closed books, caches that are full.
