@@ -25,13 +25,6 @@ WRONG_TODAY = frozenset(
         "messy: norms that a loss notes",
         # All draws of one law have one key: which of them it is does not count.
         "model: noise drawn once, or twice",
-        # Old constructors read tensors in a list unseen.
-        "model: a count in a LongTensor",
-        "model: a count in an IntTensor",
-        "model: a count in a new tensor of its kind",
-        "model: outliers counted in a LongTensor",
-        "model: outliers in a BoolTensor",
-        "loss: over a count in a LongTensor",
     ]
 )
 
