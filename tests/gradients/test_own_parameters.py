@@ -93,7 +93,7 @@ LEFT = [
 
 @pytest.mark.parametrize("name", LEFT)
 def test_what_is_not_put_in_place_is_caught(name, monkeypatch):
-    monkeypatch.setattr(AfterRun, "put_in_place", lambda self, save: None)
+    monkeypatch.setattr(AfterRun, "put_in_place", lambda self, save, failures: None)
     with pytest.raises((AssertionError, AttributeError, RuntimeError)):
         test_rows_are_those_of_a_plain_loop(name, own_parameters.Step, monkeypatch)
 

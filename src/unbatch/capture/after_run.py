@@ -7,6 +7,7 @@ what the run has noted in Python. So a backward pass is made in the state that t
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,8 +36,24 @@ class AfterRun:
     contents: list[Any] = field(default_factory=list)
     noted: bool = False
 
-    def note_tensors(self, saved: Iterable[Saved], before: Iterable[TensorState]) -> None:
-        """Note what is left in tensors, by what was there before the first write to each."""
+    @property
+    def changed(self) -> list[Tensor]:
+        """Return the tensors that have another memory, or other hooks."""
+        return [state.tensor for state in self.states]
+
+    def note(
+        self,
+        reached: Reachable,
+        contents_before: Sequence[Any],
+        saved: Iterable[Saved],
+        states_before: Iterable[TensorState],
+    ) -> None:
+        """Note what is left, by what was there before in places, memories and tensors."""
+        self._note_tensors(saved, states_before)
+        self._note_places(reached, contents_before)
+        self.noted = True
+
+    def _note_tensors(self, saved: Iterable[Saved], before: Iterable[TensorState]) -> None:
         for tensor, whole, content, version in saved:
             if whole.untyped_storage().nbytes() < content.nbytes:
                 continue  # it has been freed: a backward pass cannot need it
@@ -47,24 +64,34 @@ class AfterRun:
             has_hooks = now.hooks != state.hooks or now.later_hooks != state.later_hooks
             if has_hooks or not state.lies_as(state.tensor):
                 self.states.append(now)
-        self.noted = True
 
-    def note_places(self, reached: Reachable, before: Sequence[Any]) -> None:
-        """Note what is left in Python, by what was there before."""
+    def _note_places(self, reached: Reachable, before: Sequence[Any]) -> None:
         for holder, content in zip(reached.holders, before, strict=True):
-            if not holder.same(holder.mark_of(content)):
+            if not _is_as_it_was(holder, content):
                 self.places = Reachable(reached.roots).holders
                 self.contents = contents(self.places)
                 return
 
-    def put_in_place(self, save: Callable[[Tensor], None]) -> None:
-        """Let all be as the run left it; ``save`` is called before a tensor is written to."""
-        restore(self.places, self.contents, [])
+    def put_in_place(self, save: Callable[[Tensor], None], failures: list[Exception]) -> None:
+        """Let all be as the run left it, and note what cannot be among the ``failures``.
+
+        ``save`` is called before a tensor is written to.
+        """
+        restore(self.places, self.contents, failures)
         for state in self.states:
             state.restore_memory()
             state.restore_hooks()
+        # All before the first write: two may be one memory, as another library hands it out.
+        for tensor, *_ in self.tensors:
+            save(tensor)
         with torch.no_grad():
             for tensor, whole, content, version in self.tensors:
-                save(tensor)
                 put_content(whole, content)
                 set_version(tensor, version)
+
+
+def _is_as_it_was(holder: Holder, content: Any) -> bool:
+    """Return whether a place has that content; not where it cannot be looked at."""
+    with contextlib.suppress(Exception):
+        return holder.same(holder.mark_of(content))
+    return False

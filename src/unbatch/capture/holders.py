@@ -334,6 +334,47 @@ class Absent(Holder):
         setattr(self.owner, name, value)
 
 
+class Awaited(Holder):
+    """Names that code reads and that objects do not have, and may come to have.
+
+    ``spaces``: their dicts; ``names``: those of each.
+    """
+
+    def __init__(self, spaces: list[dict[str, Any]], names: list[frozenset[str]]) -> None:
+        self.spaces, self.names = spaces, names
+
+    def content(self) -> dict[tuple[int, str], Any]:
+        content = {}
+        for i, (space, names) in enumerate(zip(self.spaces, self.names, strict=True)):
+            for name in names.intersection(space):
+                content[i, name] = space[name]
+        return content
+
+    def same(self, mark: dict[tuple[int, str], Any]) -> bool:
+        if all(map(frozenset.isdisjoint, self.names, self.spaces)):
+            return not mark
+        return Entries(self.content()).same(mark)
+
+    def changed(self, mark: dict[tuple[int, str], Any]) -> Iterator[Hashable]:
+        if self.same(mark):
+            return iter(())
+        return Entries(self.content()).changed(mark)
+
+    def restore(self, content: dict[tuple[int, str], Any]) -> None:
+        for i, name in self.content():
+            if (i, name) not in content:
+                del self.spaces[i][name]
+        for place, value in content.items():
+            self.put(place, value)
+
+    def values(self) -> Iterable[tuple[Hashable, Any]]:
+        return list(self.content().items())
+
+    def put(self, name: Any, value: Any) -> None:
+        i, attribute = name
+        self.spaces[i][attribute] = value
+
+
 class Patchable(Holder):
     """All names of an installed class or module, in which others may exchange functions."""
 

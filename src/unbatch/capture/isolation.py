@@ -59,17 +59,17 @@ def untouched(
     """Leave as it was all that can be reached, and random states, whatever happens inside.
 
     ``where``: what is reached, or objects to begin a walk at. Yields the random state; with
-    ``seed`` the inside starts from that one instead. ``after``: notes what the inside
-    leaves, if it is new; else that is in place inside.
+    ``seed`` the inside starts from that one instead. ``after``: notes what the inside leaves, if
+    it is new; else that is in place inside.
     """
     reached = where
     if not isinstance(reached, Reachable):
         reached = Reachable(reached)
     before, settings = random_state(reached.generators), all_settings()
     kept = contents(reached.holders)
-    tensors = [TensorState.of(t) for t in reached.tensors]
-    if after is not None:
-        tensors += [TensorState.of(state.tensor) for state in after.states]
+    is_asked_for = after is not None and not after.noted
+    after = after or AfterRun()
+    tensors = [TensorState.of(t) for t in (*reached.tensors, *after.changed)]
     writes = _Writes()
     replaced: list[Replaced] = []
     histories: list[WithHistory] = []
@@ -82,15 +82,13 @@ def untouched(
                 writes.save(tensor)
         replace_iterators(reached.iterators, replaced)
         replace_histories(reached.kept, histories)
-        if after is not None:
-            after.put_in_place(writes.save)
+        _put_all_back(lambda failures: after.put_in_place(writes.save, failures))
         # Not always: PyTorch takes no fast path (of transformers, say) where such a mode is on.
         exports = Exports(writes.save_unseen) if reached.exports else nullcontext()
         with writes, exports:
             yield seed or before
-        if after is not None and not after.noted:
-            after.note_tensors(writes.saved.values(), tensors)
-            after.note_places(reached, kept)
+        if is_asked_for:
+            after.note(reached, kept, writes.saved.values(), tensors)
     finally:
         _put_all_back(
             # Contents first, while tensors still lie where they were written to.
@@ -374,7 +372,8 @@ class _Writes(TorchDispatchMode):
     def undo(self) -> None:
         """Put the contents back, with the versions that tell autograd of no write."""
         with torch.no_grad():
-            for tensor, whole, content, version in self.saved.values():
+            # The last first: two may be one memory, as another library hands it out.
+            for tensor, whole, content, version in reversed(self.saved.values()):
                 put_content(whole, content)
                 set_version(tensor, version)
         self.saved.clear()

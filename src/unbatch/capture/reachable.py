@@ -66,6 +66,7 @@ from unbatch.capture.holders import (
     Absent,
     Array,
     Attributes,
+    Awaited,
     Bytes,
     Cell,
     Classes,
@@ -267,7 +268,7 @@ def _values_at(holder: Holder, mark: Any) -> Iterator[Any]:
             yield name  # a key of a dict may be an object
         elif name is WHOLE and now:
             yield from now.values()
-        elif isinstance(holder, Empty | Classes | Absent):
+        elif isinstance(holder, Empty | Classes | Absent | Awaited):
             yield holder  # there is something new in it
 
 
@@ -288,6 +289,9 @@ class _Walk:
         self.globals: dict[int, tuple[Any, dict[str, None]]] = {}
         self.empty: list[dict[Any, Any]] = []
         self.of_tensors: list[dict[str, Any]] = []
+        # Dicts of objects of the user's classes, and names that code reads and they do not have.
+        self.awaiting: list[dict[str, Any]] = []
+        self.awaited: list[frozenset[str]] = []
         self.objects: list[Any] = []
         # Weak references, and what is reached by them alone: but for tensors, it does not live on.
         self.weak: list[Any] = []
@@ -325,6 +329,7 @@ class _Walk:
                 break
         self.hold(OfTensors(self.of_tensors, self.named))
         self.watch_missing_names()
+        reached.holders.append(Awaited(self.awaiting, self.awaited))
         reached.holders.append(Empty(self.empty))
         reached.holders.append(Classes(self.objects))
 
@@ -697,6 +702,9 @@ class _Walk:
             else:
                 names = [n for n in self.names.attributes if self.may_have(kind, space, n)]
                 self.hold(Attributes(space, dict.fromkeys((*always, *names))), depth)
+                if not is_installed_class(kind):
+                    self.awaiting.append(space)
+                    self.awaited.append(frozenset(self.names.attributes).difference(names, space))
         slots = [n for n in _slots(kind) if everything or self.is_named(n)]
         if slots:
             self.hold(Slots(value, slots), depth)

@@ -31,12 +31,6 @@ WRONG_TODAY = frozenset(
 # The fourth hunt.
 WRONG_FOURTH = frozenset(
     [
-        # Attributes that an object of the user's has not got yet, and that no text names.
-        "change: an attribute asked forgiveness for",
-        "change: an attribute of the model asked forgiveness for",
-        "change: a setting that had a default",
-        "change: an attribute that a protocol asks for",
-        "change: a factor that is kept from now on",
         # Attributes by names that are data, or that a library reads of an object of the user's.
         "change: an attribute by a name that is made",
         "change: a flag whose name is data",
