@@ -175,3 +175,57 @@ def test_a_loss_that_knows_the_parameters_beside_the_predictions():
     for expected, (name, g) in zip(plain, gradient.items(), strict=True):
         assert_close(g, expected)
         assert_close(rows[name].sum(0) + rows.rest.get(name, 0), expected)
+
+
+class Noting(nn.Module):
+    """Notes the size of what it is given, which its backward pass scales by; and how often."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size, self.calls = 0.0, 0
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        self.size = 3.0
+        return ByLoss.apply((output - target).square(), self).sum()
+
+
+class ByLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Noting) -> Tensor:
+        ctx.loss = loss
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        ctx.loss.calls += 1
+        return g * ctx.loss.size, None
+
+
+class Hooking:
+    """Is called with the gradient, which it notes and scales by what it has noted before."""
+
+    def __init__(self) -> None:
+        self.norms: list[float] = []
+        self.scale = 1.0
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        self.scale = 3.0
+        output = output * 1
+        output.register_hook(self.scaled)
+        return squares(output, target)
+
+    def scaled(self, g: Tensor) -> Tensor:
+        self.norms.append(float(g.norm()))
+        return g * self.scale
+
+
+@pytest.mark.parametrize("make", [Noting, Hooking])
+def test_a_loss_whose_backward_pass_reads_what_it_has_noted(make):
+    net, (x, y) = nn.Linear(FEATURES, FEATURES).double(), data()
+    loss = make()
+    before = {k: repr(v) for k, v in vars(loss).items()}
+    problem = ub.Problem(net, loss, (x, y))
+    assert_close(problem.gradients().flat(), 3 * rows_of(net, list(net.parameters()), x, y))
+    gradient = torch.cat([g.flatten() for g in problem.gradient().values()])
+    assert_close(gradient, problem.gradients().flat().sum(0))
+    assert {k: repr(v) for k, v in vars(loss).items()} == before

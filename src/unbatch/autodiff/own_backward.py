@@ -18,9 +18,9 @@ from unbatch.analysis.domain.sample_layout import Layout
 from unbatch.autodiff import eager
 from unbatch.autodiff.context import Context
 from unbatch.autodiff.other_batches import filled_with, finite_batches, is_finite
-from unbatch.autodiff.own_nodes import own_nodes, with_place
 from unbatch.capture import ops
 from unbatch.capture.hooks import hooks_of
+from unbatch.capture.own_nodes import own_nodes, with_place
 from unbatch.capture.steps import Step
 from unbatch.capture.trees import tensors_in
 from unbatch.linalg.precision import largest

@@ -10,7 +10,8 @@ In reading order:
 - ``catching.py``: whether the program goes on where an op raises an error
 - ``device_ops.py``: fused ops of a GPU, as they are recorded
 - ``missing_derivatives.py``, ``third_order.py``: derivatives that PyTorch does not have
-- ``foreach.py``, ``hooks.py``: ops on lists as loops; hooks on backward passes
+- ``foreach.py``: ops on lists as loops
+- ``hooks.py``, ``own_nodes.py``: what of a backward pass is not PyTorch's: hooks, and functions
 - ``program.py``: the model with its loss, and the ways to record them
 - ``data.py``: what the program is given, each time it runs
 - ``sample_axes.py``, ``stacked_views.py``: samples along several axes, or several views along one

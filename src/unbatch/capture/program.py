@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from unbatch.capture.after_run import AfterRun
+from unbatch.capture.code_names import is_installed, is_installed_class
 from unbatch.capture.data import closed_in, handed_out, repacked
 from unbatch.capture.effort import PLAIN_STEPS
 from unbatch.capture.graph import Graph, HostRead
@@ -62,6 +63,13 @@ class Program:
     def inside(self) -> Callable[..., Any]:
         """The model without what is wrapped around it for training."""
         return inside(self.model)
+
+    @property
+    def loss_is_of_library(self) -> bool:
+        """Whether no code of the loss is the user's."""
+        if isinstance(self.loss, types.FunctionType):
+            return is_installed(self.loss.__code__.co_filename)
+        return isinstance(self.loss, nn.Module) and is_installed_class(type(self.loss))
 
     @property
     def reachable(self) -> Reachable:
