@@ -29,7 +29,6 @@ WRONG_FOURTH = frozenset(
     [
         # Attributes by names that are data, or that a library reads of an object of the user's.
         "change: an attribute by a name that is made",
-        "change: a flag whose name is data",
         "change: an attribute that is pickled",
         "change: settings by their hash",
         # What the order of classes and abstract bases say.
