@@ -279,13 +279,6 @@ MSG_SPARSE = (
 )
 
 
-MSG_SCRIPTED = (
-    "The model is compiled by TorchScript, the recording of it does not stand for it, and its "
-    "parameters cannot be exchanged for copies to run it by itself. Pass the module as it was "
-    "before torch.jit.script or torch.jit.trace."
-)
-
-
 MSG_SWAPPED = (
     "Are model and loss swapped? Problem takes the model first; "
     "here it is the loss that has parameters."

@@ -134,6 +134,7 @@ CASES = {
 
 @pytest.mark.filterwarnings(
     "ignore:this layer is old",
+    "ignore:Full backward hook is firing",
     "ignore:Sparse CSR tensor support",
     "ignore:.* take part without being parameters",
     "ignore:torch.quantize_per_tensor",

@@ -11,7 +11,7 @@ In reading order:
   ``jvp_rules.py``, ``forward_mode.py``, ``compositions.py``: how a tangent passes through an op
 - ``model_jvp.py``: the same of the model itself; ``adjoint.py``: whether a way of pushing belongs
   to the backward pass
-- ``own_backward.py``, ``own_nodes.py``: backward passes that PyTorch did not write, on trial
+- ``own_backward.py``: backward passes that PyTorch did not write, on trial
 - ``other_batches.py``: batches to try a pass on where the own one is not finite
 - ``loss.py``: the loss as a function of the predictions
 - ``eager.py``: the model itself, where its graph has other derivatives

@@ -8,7 +8,7 @@ nothing else, is then tried out.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,10 +18,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from unbatch.autodiff.autograd import detached, gradients, pick, subset
+from unbatch.autodiff.autograd import detached, gradients, subset
 from unbatch.autodiff.context import Context
 from unbatch.autodiff.dependence import within
 from unbatch.autodiff.loss import LossAt
+from unbatch.capture.after_run import AfterRun
 from unbatch.capture.isolation import random_state
 from unbatch.capture.program import own_loss
 from unbatch.capture.trees import copied
@@ -37,7 +38,7 @@ class EagerModel:
 
     ``values``: what it returns, by number in the graph, or where the loss is cut; ``inner``: what
     else of the model the loss reads. ``state``: the random state from which backward passes draw,
-    the same each time; None if they draw none.
+    the same each time; None if they draw none. ``after``: what the run has left.
     """
 
     context: Context
@@ -45,6 +46,23 @@ class EagerModel:
     values: dict[int, Tensor]
     inner: dict[int, Tensor]
     state: tuple[Any, ...] | None
+    after: AfterRun | None = None
+
+    def differentiated(self) -> AbstractContextManager[Any]:
+        """Return a context for backward passes: each is as one right after the run, and leaves no
+        trace.
+        """
+        if self.state is None:
+            return nullcontext()
+        return self.context.program.untouched(self.state, after=self.after)
+
+    def pull(
+        self, cotangents: Mapping[int, Tensor], parameters: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return the gradient by parameter for cotangents of outputs; another may follow."""
+        ends = [self.values[i] for i in cotangents]
+        with self.differentiated():
+            return gradients(ends, parameters, list(cotangents.values()), retain=True)
 
     @property
     def outputs(self) -> dict[int, Tensor]:
@@ -79,18 +97,26 @@ def run(context: Context, parameters: Mapping[str, Tensor], twice: bool = False)
 
 def _run(context: Context) -> EagerModel:
     """Run a model that returns its predictions."""
-    output, state = _predict(context)
+    output, state, after = _predict(context)
     tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
     numbers = [ref.index for ref in context.graph.predictions]
-    return EagerModel(context, output, dict(zip(numbers, tensors, strict=True)), {}, state)
+    return EagerModel(context, output, dict(zip(numbers, tensors, strict=True)), {}, state, after)
 
 
-def _predict(context: Context) -> tuple[Any, tuple[Any, ...]]:
-    """Return the model's output, and the random state after it."""
-    with context.program.untouched(context.graph.rng), torch.enable_grad():
-        # Copies of all that the model may write to, which have to last for the derivatives.
+def _predict(context: Context) -> tuple[Any, tuple[Any, ...], AfterRun]:
+    """Return the model's output, the random state after it, and what is left by the run."""
+    after = AfterRun()
+    with context.program.untouched(context.graph.rng, after=after), torch.enable_grad():
+        # Copies of data that the model may write to, which have to last for the derivatives. Its
+        # parameters and buffers are its own: it may know them by more than their numbers.
         inputs = tree_map(copied, context.inputs)
-        return context.program.on_copies().forward(inputs), random_state()
+        output = context.program.forward(inputs)
+        # What lies in a buffer is put back with it.
+        return tree_map(_cloned, output), random_state(), after
+
+
+def _cloned(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
 # --- models with their own loss -------------------------------------------------------------------
@@ -113,12 +139,12 @@ def _run_with_loss(context: Context, parameters: Mapping[str, Tensor]) -> EagerM
     finder = ValueFinder(subset(numbers, in_model.values()))
     # Nothing is known of where in the model they are: every result is compared.
     with finder:
-        output, state = _predict(context)
+        output, state, after = _predict(context)
     predictions: dict[int, Tensor] = {}
     for i, original in in_model.items():
         if original in finder.tensors:
             predictions[i] = _as_predicted(context, i, finder.tensors[original])
-    model = EagerModel(context, output, predictions, subset(numbers, inner), state)
+    model = EagerModel(context, output, predictions, subset(numbers, inner), state, after)
     if len(predictions) < len(context.outputs.smooth):
         raise StructureError(
             MSG_INNER_LOSS.format(why="no tensor in the model has their recorded values")
@@ -150,12 +176,8 @@ def _carries_the_gradient(
     assert loss is not None
     slope = model.loss.slope
     connected = within(slope, model.outputs)
-    ends, cotangents = pick(model.outputs, connected), pick(slope, connected)
-    program = model.context.program
-    # From the same random state, so that both passes draw what the other one draws.
-    with program.untouched(model.state):
-        through = gradients(ends, parameters, cotangents, retain=True)
-    with program.untouched(model.state):
+    through = model.pull(subset(slope, connected), parameters)
+    with model.differentiated():
         at_once = gradients([loss], parameters, retain=True)
     size, errors = 0.0, []
     for name, g in at_once.items():

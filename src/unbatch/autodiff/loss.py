@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,8 +18,9 @@ from torch.utils._pytree import tree_map
 
 from unbatch.autodiff.autograd import detached, or_zeros, pick, solid
 from unbatch.autodiff.context import Context
-from unbatch.autodiff.own_nodes import own_derivatives
+from unbatch.capture.after_run import AfterRun
 from unbatch.capture.graph import Graph
+from unbatch.capture.own_nodes import own_derivatives, own_nodes
 from unbatch.capture.steps import Ref, Step, is_ref
 from unbatch.capture.trees import copied
 from unbatch.errors import (
@@ -54,13 +55,18 @@ class LossAt:
     inner: Named
     outputs: Named
     replayed: bool = False
+    # What the run has left that can be differentiated twice.
+    _after: AfterRun = field(default_factory=AfterRun, init=False, repr=False, compare=False)
 
     # -- first derivative --
 
     @cached_property
     def slope(self) -> dict[int, Tensor]:
         """``∂L/∂F``, for every output that the loss depends on."""
-        return _gradient(*self._value(), create_graph=False)
+        after = AfterRun()
+        value, leaves = self._value(after)
+        with self._differentiated([value], after):
+            return _gradient(value, leaves, create_graph=False)
 
     @property
     def slope_of_samples(self) -> dict[int, Tensor]:
@@ -72,8 +78,21 @@ class LossAt:
         """The part by outputs without an axis of samples, which rows leave to the rest."""
         return {i: g for i, g in self.slope.items() if i in self.context.outputs.joined}
 
-    def _value(self) -> tuple[Tensor, dict[int, Tensor]]:
-        return loss_value(self.context, self.predictions, self.inner, self.outputs, self.replayed)
+    def _value(self, after: AfterRun | None = None) -> tuple[Tensor, dict[int, Tensor]]:
+        return loss_value(
+            self.context, self.predictions, self.inner, self.outputs, self.replayed, after
+        )
+
+    def _differentiated(
+        self, values: Iterable[Tensor], after: AfterRun
+    ) -> AbstractContextManager[object]:
+        """Return a context for a backward pass through the loss: as one right after its run.
+
+        Nothing, where all of it is PyTorch's: the guard costs more than most losses.
+        """
+        if self.context.graph.hooks_loss or own_nodes(values):
+            return self.context.program.untouched(after=after)
+        return nullcontext()
 
     # -- second derivative --
 
@@ -83,7 +102,9 @@ class LossAt:
         Raises ``StructureError`` where that does not exist.
         """
         try:
-            return _derivative_along(*self._differentiable_slope, v)
+            slope, leaves = self._differentiable_slope
+            with self._differentiated(slope.values(), self._after):
+                return _derivative_along(slope, leaves, v)
         except StructureError:
             raise
         except NotImplementedError as error:
@@ -97,8 +118,9 @@ class LossAt:
     @cached_property
     def _differentiable_slope(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """The gradient, connected to the leaves in place of the predictions, and these."""
-        value, leaves = self._value()
-        slope = _gradient(value, leaves, create_graph=True)
+        value, leaves = self._value(self._after)
+        with self._differentiated([value], self._after):
+            slope = _gradient(value, leaves, create_graph=True)
         names = own_derivatives(value)
         if names:
             self._check_against_differences(slope, leaves, " and ".join(sorted(set(names))))
@@ -285,9 +307,17 @@ def _all_double(tensors: Iterable[Tensor]) -> bool:
 
 
 def loss_value(
-    context: Context, predictions: Named, inner: Named, outputs: Named, replayed: bool = False
+    context: Context,
+    predictions: Named,
+    inner: Named,
+    outputs: Named,
+    replayed: bool = False,
+    after: AfterRun | None = None,
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """Return the loss at these predictions, and the leaves in their place that it depends on."""
+    """Return the loss at these predictions, and the leaves in their place that it depends on.
+
+    ``after``: notes what a run of the loss leaves.
+    """
     leaves: dict[int, Tensor] = {}
     for i, t in predictions.items():
         if t.is_floating_point() or t.is_complex():
@@ -300,7 +330,7 @@ def loss_value(
         ends = leaves
         if _loss_writes(context):
             ends = _cloned(leaves)
-        return loss_of(context, output_of(context, {**outputs, **ends})), leaves
+        return loss_of(context, output_of(context, {**outputs, **ends}), after), leaves
 
 
 def _replayed(context: Context, predictions: Named, inner: Named) -> Tensor:
@@ -345,10 +375,10 @@ def output_of(context: Context, values: Mapping[int, Tensor]) -> Any:
     return tree_map(filled, context.skeleton, is_leaf=is_ref)
 
 
-def loss_of(context: Context, output: Any) -> Tensor:
+def loss_of(context: Context, output: Any, after: AfterRun | None = None) -> Tensor:
     """Return the loss of an output, with everything else left as it is."""
     targets = context.targets
-    with _protected(context), torch.enable_grad():
+    with _protected(context, after), torch.enable_grad():
         if _loss_writes(context):
             targets = tree_map(copied, targets)  # what it writes has to last for the derivatives
         value = context.program.evaluate(output, targets)
@@ -356,16 +386,19 @@ def loss_of(context: Context, output: Any) -> Tensor:
     return value
 
 
-def _protected(context: Context) -> AbstractContextManager[object]:
+def _protected(context: Context, after: AfterRun | None) -> AbstractContextManager[object]:
     """Return what keeps a loss from changing itself and random states.
 
     Nothing, where it can change neither: the guard costs more than most losses.
     """
-    loss = context.program.loss
-    if isinstance(loss, torch.nn.Module) or _loss_draws(context) or _loss_writes(context):
-        return context.program.untouched()
+    # To note what is left takes time, and no backward pass of a library's reads it.
+    if context.program.loss_is_of_library:
+        after = None
+    is_module = isinstance(context.program.loss, torch.nn.Module)
+    if is_module or _loss_draws(context) or _loss_writes(context):
+        return context.program.untouched(after=after)
     if context.program.reachable.leaves_traces:
-        return context.program.untouched()
+        return context.program.untouched(after=after)
     return nullcontext()
 
 

@@ -6,7 +6,6 @@ Where the recording has other derivatives than the model (``jvp.py`` has the sam
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import final
 
@@ -35,17 +34,13 @@ class LinearisedModel(Linearised):
         self.context = context
         self.leaves, self.outputs, self.inner = dict(parameters), ran.outputs, ran.inner
         self.all_outputs = detached(ran.values)
-        self._random_state = ran.state
-
-    def _untouched(self) -> AbstractContextManager[object]:
-        """Hooks in the model may do anything, and backward passes may draw random numbers."""
-        return self.context.program.untouched(self._random_state)
+        self._differentiated = ran.differentiated
 
     def pull(
         self, cotangents: Mapping[int, Tensor], names: Iterable[str] | None = None
     ) -> dict[str, Tensor]:
         """Return ``Jᵀ u``, by parameter (some of them, by name)."""
-        with self._untouched():
+        with self._differentiated():
             return self._pulled(cotangents, names)
 
     def push(self, tangents: Mapping[str, Tensor]) -> dict[int, Tensor]:
@@ -90,7 +85,7 @@ class LinearisedModel(Linearised):
         """``Jᵀ w`` by parameter, as a function of ``w`` (which is the second), at zero."""
         ends, leaves = list(self.outputs.values()), list(self.leaves.values())
         ws = zero_leaves(ends)
-        with self._untouched(), torch.enable_grad():
+        with self._differentiated(), torch.enable_grad():
             grads = torch.autograd.grad(ends, leaves, ws, create_graph=True, allow_unused=True)
         by_name = zip(self.leaves, grads, strict=True)
         return {n: g for n, g in by_name if g is not None and g.requires_grad}, ws
@@ -102,7 +97,7 @@ class LinearisedModel(Linearised):
         ends, vs = pick(pulled, names), pick(tangents, names)
         grads: Sequence[Tensor | None] = [None] * len(ws)
         if ends:
-            with self._untouched():
+            with self._differentiated():
                 grads = torch.autograd.grad(ends, ws, vs, retain_graph=True, allow_unused=True)
         like = detached(self.outputs).values()
         return dict(zip(self.outputs, or_zeros(grads, like), strict=True))

@@ -10,17 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
 from unbatch.analysis.domain.sample_layout import Layout
 from unbatch.autodiff import eager
-from unbatch.autodiff.autograd import gradients
 from unbatch.autodiff.context import Context
 from unbatch.autodiff.other_batches import filled_with, finite_batches, is_finite
-from unbatch.autodiff.own_nodes import own_nodes, with_place
 from unbatch.capture import ops
 from unbatch.capture.hooks import hooks_of
+from unbatch.capture.own_nodes import own_nodes, with_place
 from unbatch.capture.steps import Step
 from unbatch.capture.trees import tensors_in
 from unbatch.linalg.precision import largest
@@ -85,7 +85,7 @@ def tried(context: Context, independent: bool) -> BackwardTrial:
     named = tuple(dict.fromkeys(places))
     if not named:
         return BackwardTrial(True, True, ())
-    pull = _pull(model, parameters)
+    pull = partial(model.pull, parameters=parameters)
     if not _is_linear(context, model, pull):
         return BackwardTrial(False, False, named)
     separate = not independent or context.samples == 1 or _is_separate(context, model, parameters)
@@ -105,18 +105,6 @@ def _finite_run(context: Context, parameters: Named) -> tuple[Context, eager.Eag
             if is_finite(another.predictions):
                 return other, another
     return context, model
-
-
-def _pull(model: eager.EagerModel, parameters: Named) -> Pull:
-    """Return the backward pass of a model that has been run."""
-
-    def pull(cotangents: Mapping[int, Tensor]) -> dict[str, Tensor]:
-        ends = [model.predictions[i] for i in cotangents]
-        # From the same random state, so that all passes draw the same.
-        with model.context.program.untouched(model.state):
-            return gradients(ends, parameters, list(cotangents.values()), retain=True)
-
-    return pull
 
 
 def _is_linear(context: Context, model: eager.EagerModel, pull: Pull) -> bool:
@@ -150,7 +138,6 @@ def _scales(model: eager.EagerModel) -> list[float]:
 def _is_separate(context: Context, model: eager.EagerModel, parameters: Named) -> bool:
     """Tell whether rows of samples stay what they are with others in place of the other samples."""
     cotangents = gaussians_like(model.predictions, seeded(3))
-    pull = _pull(model, parameters)
     for n in dict.fromkeys((0, context.samples // 2)):
         other = filled_with(context, n)
         if other is None:
@@ -159,10 +146,10 @@ def _is_separate(context: Context, model: eager.EagerModel, parameters: Named) -
         for i, g in cotangents.items():
             alone[i] = Layout(context.axes[i], context.samples).only(g, n, n + 1)[0]
         try:
-            again = _pull(eager.run(other, parameters), parameters)(alone)
+            again = eager.run(other, parameters).pull(alone, parameters)
         except Exception:  # it does not take such a batch
             return False
-        row = pull(alone)
+        row = model.pull(alone, parameters)
         if not _finite_alike(again, row) or not _close(again, row, context.rounding):
             return False
     return True

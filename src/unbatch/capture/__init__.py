@@ -10,13 +10,15 @@ In reading order:
 - ``catching.py``: whether the program goes on where an op raises an error
 - ``device_ops.py``: fused ops of a GPU, as they are recorded
 - ``missing_derivatives.py``, ``third_order.py``: derivatives that PyTorch does not have
-- ``foreach.py``, ``hooks.py``: ops on lists as loops; hooks on backward passes
+- ``foreach.py``: ops on lists as loops
+- ``hooks.py``, ``own_nodes.py``: what of a backward pass is not PyTorch's: hooks, and functions
 - ``program.py``: the model with its loss, and the ways to record them
 - ``data.py``: what the program is given, each time it runs
 - ``sample_axes.py``, ``stacked_views.py``: samples along several axes, or several views along one
 - ``wrappers.py``: what stands around a model
 - ``effort.py``: how much experiments with it may cost
 - ``isolation.py``, ``distributed.py``: no trace is left, and no other process is kept waiting
+- ``tensor_states.py``, ``after_run.py``: what is put back of tensors; what backward passes find
 - ``holders.py``, ``foreign.py``, ``iterators.py``: places where a program keeps something
 - ``histories.py``: tensors that it keeps with what autograd knows of them
 - ``code_names.py``, ``reachable.py``: what its code names, and the walk that finds the places

@@ -109,6 +109,8 @@ class Graph:
     keeps: bool = False
     # What the run hooked into backward passes, with file and line.
     hooks: tuple[str, ...] = ()
+    # Whether the loss did.
+    hooks_loss: bool = False
     # The types of what the model returned that PyTorch does not open: tensors may be in it.
     closed: tuple[str, ...] = ()
     # Prediction -> the value that it is in the model, where samples were flattened behind that.

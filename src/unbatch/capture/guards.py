@@ -29,8 +29,14 @@ from unbatch.capture.trees import is_strided, parts_of, version_of
 SMALL = 4096
 SOME = 256
 
+# In how many rows at a time, and in rows of how many entries, all of a tensor are added up.
+ROWS, COLUMNS = 64, 4096
+
 # How many items of a container in the data are compared one by one.
 FEW = 8
+
+# Whole numbers by the bytes of an entry.
+WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass
@@ -112,6 +118,19 @@ class Guard:
             versions.append(version_of(t))
             addresses.append(t.data_ptr())
         return versions, addresses, self._some_entries(tensors, addresses, data)
+
+    def contents(self, data: Sequence[Tensor] = ()) -> bytes:
+        """Return what stays equal as long as every entry does that ``numbers`` does not look at.
+
+        It costs more: all of the memory is read.
+        """
+        sums = []
+        for t in _in_parts([*self._tensors(), *self.constants, *data]):
+            if t.numel() > SMALL and t.device.type != "meta":
+                sums.append(_weighted_sums(t).cpu())
+        if not sums:
+            return b""
+        return _bits(torch.cat(sums))
 
     def _tensors(self) -> list[Tensor]:
         """Return parameters and buffers."""
@@ -247,6 +266,29 @@ def _some(t: Tensor) -> Tensor:
     longest = sizes.index(max(sizes))
     along = t.as_strided((sizes[longest],), (t.stride(longest),), t.storage_offset())
     return along[:SOME]
+
+
+def _weighted_sums(t: Tensor) -> Tensor:
+    """Return sums over parts of a tensor, of its bits as whole numbers with weights of their own.
+
+    The weights are odd, so that no change of a single entry is lost where numbers overflow.
+    """
+    t = t.detach()
+    if t.is_quantized:
+        t = t.int_repr()
+    if t.is_complex():
+        t = torch.view_as_real(t.resolve_conj())
+    words = t.resolve_neg().contiguous().view(-1).view(WORDS[t.element_size()])
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randint(-(2**62), 2**62, (COLUMNS,), generator=generator) * 2 + 1
+    weights = weights.to(t.device)
+    sums = []
+    for part in words.split(ROWS * COLUMNS):
+        whole = part.numel() // COLUMNS * COLUMNS
+        rows, last = part[:whole].view(-1, COLUMNS), part[whole:]
+        sums.append((rows * weights).sum(1))
+        sums.append((last * weights[: last.numel()]).sum(0, keepdim=True))
+    return torch.cat(sums)
 
 
 def _bits(t: Tensor) -> bytes:

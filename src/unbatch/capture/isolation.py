@@ -15,7 +15,6 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, TypeVar
 
@@ -27,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_map
 
 from unbatch.capture import ops
+from unbatch.capture.after_run import AfterRun
 from unbatch.capture.distributed import check_alone
 from unbatch.capture.effort import spend
 from unbatch.capture.histories import WithHistory, put_back_histories, replace_histories
@@ -36,6 +36,7 @@ from unbatch.capture.missing_derivatives import refused_if_missing
 from unbatch.capture.python_values import Exports
 from unbatch.capture.reachable import Reachable
 from unbatch.capture.switches import all_settings, set_back
+from unbatch.capture.tensor_states import Saved, TensorState, put_content, set_version
 from unbatch.capture.trees import is_strided, parts_of, tensors_in, version_of
 from unbatch.errors import MSG_LAYOUT, MSG_NOT_PUT_BACK, CaptureError
 
@@ -51,19 +52,24 @@ TURN = threading.RLock()
 
 @contextmanager
 def untouched(
-    where: Reachable | Sequence[Any], seed: tuple[Any, ...] | None = None
+    where: Reachable | Sequence[Any],
+    seed: tuple[Any, ...] | None = None,
+    after: AfterRun | None = None,
 ) -> Iterator[tuple[Any, ...]]:
     """Leave as it was all that can be reached, and random states, whatever happens inside.
 
     ``where``: what is reached, or objects to begin a walk at. Yields the random state; with
-    ``seed`` the inside starts from that one instead.
+    ``seed`` the inside starts from that one instead. ``after``: notes what the inside leaves, if
+    it is new; else that is in place inside.
     """
     reached = where
     if not isinstance(reached, Reachable):
         reached = Reachable(reached)
     before, settings = random_state(reached.generators), all_settings()
     kept = contents(reached.holders)
-    tensors = [_TensorState.of(t) for t in reached.tensors]
+    is_asked_for = after is not None and not after.noted
+    after = after or AfterRun()
+    tensors = [TensorState.of(t) for t in (*reached.tensors, *after.changed)]
     writes = _Writes()
     replaced: list[Replaced] = []
     histories: list[WithHistory] = []
@@ -76,10 +82,13 @@ def untouched(
                 writes.save(tensor)
         replace_iterators(reached.iterators, replaced)
         replace_histories(reached.kept, histories)
+        _put_all_back(lambda failures: after.put_in_place(writes.save, failures))
         # Not always: PyTorch takes no fast path (of transformers, say) where such a mode is on.
         exports = Exports(writes.save_unseen) if reached.exports else nullcontext()
         with writes, exports:
             yield seed or before
+        if is_asked_for:
+            after.note(reached, kept, writes.saved.values(), tensors)
     finally:
         _put_all_back(
             # Contents first, while tensors still lie where they were written to.
@@ -133,7 +142,7 @@ def _put_places_back(reached: Reachable, kept: list[Any], failures: list[Excepti
         reached.written.setdefault(i, set()).update(names)
 
 
-def _put_tensors_back(tensors: list[_TensorState]) -> None:
+def _put_tensors_back(tensors: list[TensorState]) -> None:
     for state in tensors:
         state.restore()
 
@@ -142,61 +151,6 @@ def _put_random_state_back(reached: Reachable, before: Any, start: Any) -> None:
     """Put random states back; note whether the program drew numbers in Python."""
     reached.draws |= _draws_in_python(start, random_state(reached.generators))
     set_random_state(before)
-
-
-# --- tensors --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _TensorState:
-    """What a tensor has besides its contents."""
-
-    tensor: Tensor
-    requires_grad: bool
-    grad: Tensor | None
-    data: Tensor
-    hooks: dict[int, Any]
-    later_hooks: dict[int, Any]
-    is_leaf: bool
-
-    @staticmethod
-    def of(t: Tensor) -> _TensorState:
-        grad = t.grad if t.is_leaf else None
-        hooks, later_hooks = t._backward_hooks, t._post_accumulate_grad_hooks
-        return _TensorState(
-            t, t.requires_grad, grad, t.data, dict(hooks or {}), dict(later_hooks or {}), t.is_leaf
-        )
-
-    def restore(self) -> None:
-        """Put all of it back; only what has changed is written to, which others may see."""
-        t = self.tensor
-        if _geometry(t) != _geometry(self.data):
-            t.data = self.data
-        if self.is_leaf and not t.is_leaf and not t._is_view():
-            t.detach_()  # something was added to it that has a history
-        if t.is_leaf:
-            if t.requires_grad != self.requires_grad:
-                t.requires_grad_(self.requires_grad)
-            if t.grad is not self.grad:
-                t.grad = self.grad
-        _put_back_hooks(t._backward_hooks, self.hooks)
-        _put_back_hooks(t._post_accumulate_grad_hooks, self.later_hooks)
-
-
-def _put_back_hooks(hooks: dict[int, Any] | None, before: dict[int, Any]) -> None:
-    if hooks is not None and dict(hooks) != before:
-        hooks.clear()
-        hooks.update(before)
-
-
-def _geometry(t: Tensor) -> tuple[Any, ...]:
-    """Return where in memory a tensor lies, and how."""
-    if is_strided(t):
-        return t.data_ptr(), t.shape, t.stride()
-    if t.is_nested:
-        return ()  # its data cannot be exchanged
-    parts = parts_of(t)
-    return t.shape, [part.data_ptr() for part in parts], [part.shape for part in parts]
 
 
 # --- random states --------------------------------------------------------------------------------
@@ -355,7 +309,7 @@ class _Writes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.saved: dict[int, tuple[Tensor, Tensor, Tensor, int]] = {}
+        self.saved: dict[int, Saved] = {}
         self.own: dict[int, StorageWeakRef | weakref.ref[Tensor]] = {}
         self.count = 0  # of ops
 
@@ -424,20 +378,12 @@ class _Writes(TorchDispatchMode):
     def undo(self) -> None:
         """Put the contents back, with the versions that tell autograd of no write."""
         with torch.no_grad():
-            for tensor, whole, content, version in self.saved.values():
-                _put_content_back(whole, content)
-                if not tensor.is_inference():
-                    torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
+            # The last first: two may be one memory, as another library hands it out.
+            for tensor, whole, content, version in reversed(self.saved.values()):
+                put_content(whole, content)
+                set_version(tensor, version)
         self.saved.clear()
         self.own.clear()
-
-
-def _put_content_back(whole: Tensor, content: Tensor) -> None:
-    storage = whole.untyped_storage()
-    if storage.nbytes() < content.nbytes:
-        storage.resize_(content.nbytes)  # it has been freed
-    with torch.inference_mode(whole.is_inference()):
-        whole.copy_(content)
 
 
 def _memories(tensor: Tensor) -> list[int]:

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from unbatch.capture.after_run import AfterRun
+from unbatch.capture.code_names import is_installed, is_installed_class
 from unbatch.capture.data import closed_in, handed_out, repacked
 from unbatch.capture.effort import PLAIN_STEPS
 from unbatch.capture.graph import Graph, HostRead
@@ -30,7 +32,6 @@ from unbatch.capture.steps import Ref, Step
 from unbatch.capture.tracer import Recorder, entry
 from unbatch.capture.trees import apart, tensors_in
 from unbatch.capture.wrappers import inside, plainly
-from unbatch.errors import MSG_SCRIPTED, CaptureError
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,13 @@ class Program:
         return inside(self.model)
 
     @property
+    def loss_is_of_library(self) -> bool:
+        """Whether no code of the loss is the user's."""
+        if isinstance(self.loss, types.FunctionType):
+            return is_installed(self.loss.__code__.co_filename)
+        return isinstance(self.loss, nn.Module) and is_installed_class(type(self.loss))
+
+    @property
     def reachable(self) -> Reachable:
         """What the program can reach at this moment."""
         return self._reached()
@@ -82,13 +90,17 @@ class Program:
         return last
 
     def untouched(
-        self, seed: tuple[Any, ...] | None = None, others: Sequence[nn.Module] = ()
+        self,
+        seed: tuple[Any, ...] | None = None,
+        others: Sequence[nn.Module] = (),
+        after: AfterRun | None = None,
     ) -> AbstractContextManager[tuple[Any, ...]]:
         """Return a context that leaves all as it was that the program can reach.
 
         ``seed``: the random state inside. ``others``: modules that it reaches in other ways.
+        ``after``: what a run has left, for its backward passes; a new one for the run itself.
         """
-        return untouched(self._reached(others), seed)
+        return untouched(self._reached(others), seed, after)
 
     @property
     def names(self) -> tuple[str, str]:
@@ -117,27 +129,6 @@ class Program:
         if not isinstance(model, nn.Module):
             return self
         return replace(self, model=copy.deepcopy(model, _as_they_are(model)).double(), _walks={})
-
-    def on_copies(self) -> Program:
-        """Return the same program on copies of its parameters (connected to them) and buffers.
-
-        What the model writes to them then stays as it is until derivatives have been taken.
-        Raises ``CaptureError`` for a scripted model, whose parameters cannot be exchanged.
-        """
-        if isinstance(self.inside, torch.jit.ScriptModule):
-            raise CaptureError(MSG_SCRIPTED)
-        copies = {name: p.clone() for name, p in self.parameters.items()}
-        model = self.inside
-        if self.functional or not isinstance(model, nn.Module):
-            return replace(self, parameters=copies)
-        state: dict[str, Tensor] = {}
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            state[name] = tensor.clone()
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            return torch.func.functional_call(model, state, args, kwargs)
-
-        return replace(self, model=run)
 
     def predict(self, inputs: Any) -> Any:
         """Return what the model returns on data of the user, with the samples along one axis."""

@@ -19,7 +19,13 @@ from unbatch.capture import recurrences
 from unbatch.capture.hooks import REGISTERS
 
 # Functions that make a tensor of numbers, by name: they would read each ``Number``.
-CONSTRUCTORS = {"tensor", "as_tensor", "asarray", "new_tensor"}
+CONSTRUCTORS = {"tensor", "as_tensor", "asarray", "new", "new_tensor"}
+
+# Those of a tensor, whose type theirs has; the first takes sizes as well.
+OF_ITS_KIND = {"new", "new_tensor"}
+
+# Methods that read a tensor as a number. Old constructors call them out of sight of the recorder.
+READS = {"__index__", "__int__", "__float__", "__bool__", "__complex__"}
 
 # Functions whose result has the size of another tensor.
 AS_ANOTHER = {"expand_as", "view_as", "reshape_as", "resize_as_", "resize_as_sparse_"}
@@ -186,6 +192,8 @@ class Functions(TorchFunctionMode):
         reads_values = name in ("item", "tolist")
         if reads_values and self.follow and isinstance(args[0], Tensor):
             return self._followed(args[0], name)
+        if name in READS:
+            return self._read(func, *args)
         if name in ESCAPES and args and isinstance(args[0], Tensor):
             self.recorder.escape(args[0], f".{name}()")
         if name in REGISTERS:
@@ -204,6 +212,13 @@ class Functions(TorchFunctionMode):
         if sized_by_data and name != "__set__":
             self._report_sizes(out, args, kwargs)
         return out
+
+    def _read(self, func: Any, tensor: Tensor) -> Any:
+        """Return the number that a method reads, and report that, whoever has called it."""
+        with self.recorder.paused():
+            value = func(tensor)
+        how = "read by Python (bool(), int(), float() or if)"
+        return type(value)(self.recorder.branch(tensor, how, value))
 
     def _followed(self, tensor: Tensor, name: str) -> Any:
         """Return the result of ``item`` or ``tolist`` with a ``Number`` in place of each number."""
@@ -245,9 +260,12 @@ class Functions(TorchFunctionMode):
         if layers is not None:
             return self._recurrent(layers)
         if name in CONSTRUCTORS:
-            assembled = self._constructed(args, kwargs)
+            assembled = self._constructed(name, args, kwargs)
             if assembled is not None:
                 return assembled
+            if name == "new":
+                sizes, named = self._bare(name, (args, kwargs))
+                return func(*sizes, **named)
         if not _holds(Number, (args, kwargs)):
             return func(*args, **kwargs)
         tensors, named = tree_map(_tensor_of, (args, kwargs), is_leaf=_is_number)
@@ -297,15 +315,19 @@ class Functions(TorchFunctionMode):
 
     # -- tensors of numbers --
 
-    def _constructed(self, args: Any, kwargs: Any) -> Tensor | None:
+    def _constructed(self, name: str, args: Any, kwargs: Any) -> Tensor | None:
         """Return what a constructor makes of numbers and tensors, kept connected to them.
 
         None if there are none among its data.
         """
-        # ``new_tensor`` has the tensor that it belongs to in front.
+        # Those of a tensor have it in front.
         data = kwargs.get("data", args[-1] if args else None)
         if isinstance(data, Tensor | int | float):
             return None
+        if name == "new" and (len(args) != 2 or not isinstance(data, list | tuple)):
+            return None
+        if name in OF_ITS_KIND:
+            kwargs = {"dtype": args[0].dtype, **kwargs}
         return self._assemble(data, kwargs)
 
     def _assemble(self, data: Any, kwargs: Mapping[str, Any]) -> Tensor | None:

@@ -37,9 +37,6 @@ def _modes() -> list[Any]:
     return modes
 
 
-# In a list, since a product of constants is taken beforehand.
-TINY = [sys.float_info.min]
-
 SIMPLE = (int, float, bool, str, type(None), torch.device, torch.dtype)
 
 # Name -> how to read, and how to set what was read.
@@ -99,7 +96,7 @@ SWITCHES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "decimals": (lambda: getcontext().__reduce__()[1][:6], lambda old: _set_decimals(old)),
     # What a program enters it leaves itself: nothing is set back.
     "modes": (_modes, lambda _: None),
-    "smallest numbers": (lambda: TINY[0] * 0.5 == 0.0, torch.set_flush_denormal),
+    "small numbers flushed": (lambda: _flushes(), torch.set_flush_denormal),
     "floating point errors": (np.geterr, lambda old: np.seterr(**old)),
 }
 
@@ -150,6 +147,9 @@ TRACES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     ),
 }
 
+# The smallest number of full precision.
+SMALLEST = sys.float_info.min
+
 ALL = (*SWITCHES.values(), *TRACES.values())
 
 
@@ -184,6 +184,11 @@ def _set_collector(enabled: bool) -> None:
 def _set(write: Callable[..., Any], old: Any) -> None:
     """Set one value, or several that belong together, as some versions of PyTorch have."""
     write(*(old if isinstance(old, tuple) else (old,)))
+
+
+def _flushes() -> bool:
+    """Return whether processors take numbers without full precision for zero; nothing says so."""
+    return SMALLEST / 2 == 0.0
 
 
 def _cudnn_in_tf32() -> bool | None:

@@ -494,8 +494,10 @@ class Recorder(TorchDispatchMode):
             self.escape(tensor, SIZE_READ)
 
     def hooked(self, hook: Any) -> None:
-        """Note that the model has hooked into backward passes."""
-        if not self.in_loss:
+        """Note that the model or the loss has hooked into backward passes."""
+        if self.in_loss:
+            self.graph.hooks_loss = True
+        else:
             self.hooks.append(place_of(hook, users_line()))
 
     # -- around the run --

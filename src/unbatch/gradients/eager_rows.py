@@ -5,7 +5,6 @@ trusted.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from unbatch.analysis.domain.sample_layout import Layout
 from unbatch.autodiff import eager
-from unbatch.autodiff.autograd import gradients, leaves_of
+from unbatch.autodiff.autograd import leaves_of
 from unbatch.autodiff.context import Context
 from unbatch.autodiff.contractions.row_block import RowBlock
 from unbatch.autodiff.loss import LossAt, loss_of, nonzero_gradients, without_zeros
@@ -49,9 +48,9 @@ class EagerRows(Source):
         if replayed:
             # The replay is connected to leaves of its own, by which it is differentiated.
             self.parameters = leaves_of(parameters)
-        ran = self._run(context)
-        self.output, self.predictions, self.outputs = ran.output, ran.predictions, ran.outputs
-        self.at, self._random_state = ran.loss, ran.state
+        self.ran = self._run(context)
+        self.predictions = self.ran.predictions
+        self.at = self.ran.loss
         self.cotangents = self.at.slope_of_samples
 
     def _run(self, context: Context) -> eager.EagerModel:
@@ -85,13 +84,13 @@ class EagerRows(Source):
 
     def _row(self, n: int, of_sample: Mapping[int, Tensor]) -> dict[str, Tensor]:
         """Return the row of sample n, for cotangents that are zero for all others."""
-        row = self._pull(of_sample, self.predictions)
+        row = self._pull(of_sample)
         # Zero times what is not finite is not a number: another sample may be in this row. Where
         # it has no part in it, there is a batch without it.
         if self.independent and not is_finite(row):
             alone = filled_with(self.context, n)
             if alone is not None:
-                row = self._pull(of_sample, self._run(alone).predictions)
+                row = self._run(alone).pull(of_sample, self.parameters)
         return row
 
     def _total(self, name: str) -> Tensor:
@@ -109,27 +108,14 @@ class EagerRows(Source):
         """Return where the samples lie in prediction ``i``."""
         return Layout(self.context.axes[i], self.context.samples)
 
-    def _pull(
-        self, cotangents: Mapping[int, Tensor], outputs: Mapping[int, Tensor]
-    ) -> dict[str, Tensor]:
-        """Return the gradient by parameter for cotangents of the outputs."""
-        ends = [outputs[i] for i in cotangents]
-        with self._same_draws():
-            return gradients(ends, self.parameters, list(cotangents.values()), retain=True)
-
-    def _same_draws(self) -> AbstractContextManager[Any]:
-        """Return a context in which a backward pass that draws random numbers draws the same each
-        time.
-        """
-        if self._random_state is None:
-            return nullcontext()
-        return self.context.program.untouched(self._random_state)
+    def _pull(self, cotangents: Mapping[int, Tensor]) -> dict[str, Tensor]:
+        return self.ran.pull(cotangents, self.parameters)
 
     def weighted_sum(self, weights: Tensor) -> dict[str, Tensor]:
         scaled = {}
         for i, g in self.cotangents.items():
             scaled[i] = self._layout(i).scaled(g, weights)
-        return self._pull(scaled, self.predictions)
+        return self._pull(scaled)
 
     def sites(self) -> list[SitePlan]:
         return [SitePlan((name,), "", "", "by autograd", "model") for name in self.parameters]
@@ -144,10 +130,10 @@ class EagerRows(Source):
         rest: dict[str, Tensor] = {}
         joined = self.at.slope_of_joined
         if joined:
-            rest = without_zeros(self._pull(joined, self.outputs))
+            rest = without_zeros(self._pull(joined))
         if not self.context.split:
             output = self._with_constant_outputs()
-            with self.context.program.untouched():
+            with self.context.program.untouched(after=self.ran.after):
                 value = loss_of(self.context, output)
                 history = self.context.graph.has_history
                 add_into(rest, nonzero_gradients(value, self.parameters, history))
@@ -156,7 +142,7 @@ class EagerRows(Source):
     def _with_constant_outputs(self) -> Any:
         """Return the model's output with all detached by which the loss is differentiated."""
         # The loss sees the same structure; what is no such output stays connected.
-        leaves, spec = tree_flatten(self.output)
+        leaves, spec = tree_flatten(self.ran.output)
         # The graph lists the predictions in the order of the tensors among the leaves.
         indices = iter(ref.index for ref in self.context.graph.predictions)
         detached = []

@@ -17,6 +17,7 @@ from torch.utils._pytree import keystr, tree_flatten, tree_leaves_with_path, tre
 from unbatch.analysis.domain.ownership import Ownership
 from unbatch.analysis.inference import AnalysisState, infer_structure
 from unbatch.analysis.initial import initial_ownership
+from unbatch.analysis.number_facts import Fact
 from unbatch.analysis.outputs import Outputs
 from unbatch.analysis.rules import registry
 from unbatch.analysis.structure import Structure
@@ -133,12 +134,16 @@ class Analysis:
 
     def _holds_for(self, graph: Graph) -> bool:
         """Return whether every fact about values that a rule or a plan used holds in ``graph``."""
+        return all(fact.holds(graph) for fact in self.facts)
+
+    @property
+    def facts(self) -> list[Fact]:
+        """Return the facts about values that a rule or a plan has used."""
         # Fresh lists: those of the interpretations are not to grow.
         facts = [*self.findings.forward.facts]
         if self.findings.loss is not None:
             facts += self.findings.loss.facts
-        facts += self.context.facts
-        return all(fact.holds(graph) for fact in facts)
+        return facts + self.context.facts
 
 
 # --- analysing a recording ------------------------------------------------------------------------

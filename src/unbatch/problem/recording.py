@@ -62,7 +62,8 @@ class Recording:
     """A program as it ran on a batch.
 
     ``guard``, ``state``, ``numbers``: what is compared to decide whether the recording is still
-    valid. ``skeleton``: what the model returned, with references in place of tensors.
+    valid; ``contents``: the same where something of the numbers themselves was kept. ``skeleton``:
+    what the model returned, with references in place of tensors.
     """
 
     program: Program
@@ -75,6 +76,7 @@ class Recording:
     where: str  # the line of the user to whom verdicts belong
     connected: bool  # the loss, with what requires a gradient
     unregistered: str  # tensors whose gradients are overlooked, in words
+    contents: bytes | None = None  # None where nothing was kept
     output: Any = None  # what the model returned, where it has run on these numbers
     outcome: list[Tensor] | None = None  # its tensors, and the loss; or a loss of its own alone
 
@@ -112,6 +114,7 @@ class Recording:
             where=where,
             connected=loss.requires_grad,
             unregistered=_unregistered(graph, where),
+            contents=contents_of(guard, batch),
             output=_detached(output),
             outcome=_outcome(output, own_loss, scalar),
         )
@@ -121,14 +124,18 @@ class Recording:
         """The norm whose third derivative the gradient would be; None without one."""
         return norm_without_gradient(self.graph)
 
-    @cached_property
+    @property
     def predictions(self) -> Any:
         """What the model returns, with the noise of the recording."""
-        if self.output is not None:
+        if self.output is not None and self.has_its_contents():
             return self.output
         # Moved to other numbers, a recording has no output of its own.
         with self.program.untouched(self.graph.rng), torch.enable_grad():
             return _detached(self.program.predict(self.batch.inputs))
+
+    def has_its_contents(self) -> bool:
+        """Return whether every entry of what was read is what it was."""
+        return self.contents is None or self.contents == contents_of(self.guard, self.batch)
 
 
 # --- what decides whether a recording is valid ----------------------------------------------------
@@ -155,6 +162,11 @@ def numbers_of(guard: Guard, batch: Batch) -> tuple[Any, ...]:
     """Return what identifies the values of parameters, buffers and data."""
     data = batch.read()
     return guard.numbers(tensors_in(data)), identity(*data)
+
+
+def contents_of(guard: Guard, batch: Batch) -> bytes:
+    """Return what identifies them down to the last entry of a large tensor."""
+    return guard.contents(tensors_in(batch.read()))
 
 
 # --- recording ------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ about it in ``analysis.py``.
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import replace
 from typing import Any
@@ -20,13 +21,14 @@ from unbatch.analysis.structure import Structure
 from unbatch.capture import program as capture
 from unbatch.capture.decisions import Decisions
 from unbatch.capture.graph import Graph
+from unbatch.capture.guards import SMALL
 from unbatch.capture.isolation import generators_in, random_state
 from unbatch.capture.program import Program
 from unbatch.errors import StructureError
 from unbatch.gradients.request import recorded_precision
 from unbatch.problem.analysis import Analysis, analyse
 from unbatch.problem.known_forms import KnownForms
-from unbatch.problem.recording import Batch, Recording, numbers_of, state_of
+from unbatch.problem.recording import Batch, Recording, contents_of, numbers_of, state_of
 from unbatch.verification.experiment import Experiment
 
 
@@ -49,6 +51,7 @@ class Session:
         """Return the analysis. Cost: a few forward passes, the first time."""
         if self._analysis is None:
             self._analysis = analyse(self.recording, self.known)
+            self._note_contents()
         return self._analysis
 
     def put_aside(self) -> None:
@@ -135,7 +138,11 @@ class Session:
     def watched_by(self, again: Recording) -> None:
         """Be compared with another recording of the same computation from here on."""
         self.recording = replace(
-            self.recording, guard=again.guard, state=again.state, numbers=again.numbers
+            self.recording,
+            guard=again.guard,
+            state=again.state,
+            numbers=again.numbers,
+            contents=again.contents,
         )
 
     def at(self, program: Program, batch: Batch) -> Session | None:
@@ -149,9 +156,30 @@ class Session:
         if state_of(recording.guard, batch) != recording.state:
             return None
         numbers = numbers_of(recording.guard, batch)
-        if numbers == recording.numbers:
-            return self  # the same in every bit
+        if numbers == recording.numbers and self._has_kept_numbers():
+            return self
         return self._moved(program, batch, numbers)
+
+    def _has_kept_numbers(self) -> bool:
+        """Return whether all numbers are there still that something known rests on."""
+        return not self._keeps_numbers or self.recording.has_its_contents()
+
+    def _note_contents(self) -> None:
+        """Note all numbers of a recording that was moved, where something known rests on them."""
+        recording = self.recording
+        if recording.contents is None and self._keeps_numbers:
+            contents = contents_of(recording.guard, recording.batch)
+            self.recording = replace(recording, contents=contents)
+
+    @property
+    def _keeps_numbers(self) -> bool:
+        """Return whether numbers that Python or a rule has looked at are part of what is known."""
+        graph = self.graph
+        if graph.host_reads or graph.dynamic:
+            return True
+        if self._analysis is None:
+            return False
+        return any(math.prod(graph.values[f.value].shape) > SMALL for f in self._analysis.facts)
 
     def _moved(self, program: Program, batch: Batch, numbers: tuple[Any, ...]) -> Session | None:
         graph = self.graph  # cut, if it has been judged: the cut does not depend on numbers
@@ -171,6 +199,7 @@ class Session:
             program=program,
             batch=batch,
             numbers=numbers,
+            contents=None,
             graph=graph,
             output=None,
             outcome=None,
@@ -181,6 +210,7 @@ class Session:
             analysis = self._analysis.moved(recording, graph)
         session = Session(recording, self.known, analysis)
         session.checks, session.decisions = self.checks, decisions
+        session._note_contents()
         return session
 
     def _decisions_of(self, graph: Graph) -> Decisions:

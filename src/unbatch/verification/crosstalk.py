@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from unbatch.capture.after_run import AfterRun
 from unbatch.errors import MSG_HIDDEN, StructureError
 from unbatch.verification.experiment import Experiment
 
@@ -79,7 +80,8 @@ def crosstalk(
         # Tokens have no derivatives.
         return Crosstalk(_by_replacement(experiment, rows), "replacement", True)
     squares = torch.zeros(experiment.samples, experiment.samples, dtype=torch.float64)
-    predictions = _predictions_at(experiment, smooth)
+    after = AfterRun()
+    predictions = _predictions_at(experiment, smooth, after)
     if not predictions.requires_grad:
         # No input has an effect that autograd knows.
         return Crosstalk(squares, "derivative", True)
@@ -88,7 +90,7 @@ def crosstalk(
     # ‖∂F_n/∂x_m‖² = Σ_u ‖∂(uᵀF_n)/∂x_m‖²: one backward pass for each u and all samples m.
     for n in rows:
         for u in directions:
-            with experiment.backward():
+            with experiment.backward(after):
                 grads = torch.autograd.grad(
                     predictions[n] @ u, leaves, retain_graph=True, allow_unused=True
                 )
@@ -108,12 +110,14 @@ def _smooth_inputs(experiment: Experiment) -> dict[int, Tensor]:
     return smooth
 
 
-def _predictions_at(experiment: Experiment, smooth: Mapping[int, Tensor]) -> Tensor:
+def _predictions_at(
+    experiment: Experiment, smooth: Mapping[int, Tensor], after: AfterRun
+) -> Tensor:
     """Return the predictions as ``[N, entries]``, connected to the inputs in ``smooth``."""
     leaves, spec = tree_flatten(experiment.inputs)
     for i, leaf in smooth.items():
         leaves[i] = leaf
-    predictions = experiment.forward(tree_unflatten(leaves, spec))
+    predictions = experiment.forward(tree_unflatten(leaves, spec), after)
     rows = []
     for p, dim in zip(predictions, experiment.out_dims, strict=True):
         if dim is not None and p.is_floating_point():

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from unbatch.analysis.domain.sample_layout import contiguous_blocks, prediction_dim
 from unbatch.analysis.inference import AnalysisState
+from unbatch.capture.after_run import AfterRun
 from unbatch.capture.graph import Graph
 from unbatch.capture.program import Program, own_loss
 from unbatch.capture.trees import dense
@@ -122,14 +123,17 @@ class Experiment:
         """Return the predictions for other inputs, detached."""
         return [t.detach().clone() for t in self.forward(inputs)]
 
-    def forward(self, inputs: Any) -> list[Tensor]:
-        """Return the predictions, connected to ``inputs`` and to the parameters."""
+    def forward(self, inputs: Any, after: AfterRun | None = None) -> list[Tensor]:
+        """Return the predictions, connected to ``inputs`` and to the parameters.
+
+        ``after``: notes what the run leaves, for ``backward``.
+        """
         if self.by_replay or self._noise_would_change:
             # The noise of the recording by its values: drawn anew, it would be another one.
             return self.replayed(inputs, self._noise)
         if self.cut_inside_model:
             return self.replay(inputs)
-        return self.eager(inputs)
+        return self.eager(inputs, after)
 
     @cached_property
     def _noise_would_change(self) -> bool:
@@ -140,9 +144,9 @@ class Experiment:
     def _noise(self) -> dict[int, Tensor]:
         return recorded_noise(self.graph)
 
-    def eager(self, inputs: Any) -> list[Tensor]:
+    def eager(self, inputs: Any, after: AfterRun | None = None) -> list[Tensor]:
         """Return what the model itself computes: predictions, or the loss where it computes one."""
-        with self._isolated(self.graph.rng), torch.enable_grad():
+        with self._isolated(self.graph.rng, after), torch.enable_grad():
             # The model may write to its inputs, and that has to last for the derivatives.
             output = self.program.forward(tree_map(_cloned, inputs))
             if not self.cut_inside_model:
@@ -177,13 +181,15 @@ class Experiment:
                 values[ref.index] = leaf
         return values
 
-    def backward(self) -> AbstractContextManager[Any]:
+    def backward(self, after: AfterRun) -> AbstractContextManager[Any]:
         """Return a context for backward passes through the model: hooks in it may do anything."""
-        return self._isolated()
+        return self._isolated(after=after)
 
-    def _isolated(self, seed: tuple[Any, ...] | None = None) -> AbstractContextManager[Any]:
+    def _isolated(
+        self, seed: tuple[Any, ...] | None = None, after: AfterRun | None = None
+    ) -> AbstractContextManager[Any]:
         """Return a context that leaves nothing changed; ``seed``: the random state inside."""
-        return self.program.untouched(seed, self.originals)
+        return self.program.untouched(seed, self.originals, after)
 
     def rows(self, predictions: Sequence[Tensor]) -> Tensor:
         """Return predictions as ``[N, entries]`` in float64 (complex128).

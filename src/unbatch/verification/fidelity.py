@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from unbatch.capture.after_run import AfterRun
 from unbatch.capture.hooks import HookWatch
 from unbatch.capture.trees import dense, is_plain
 from unbatch.linalg.precision import largest
@@ -57,12 +58,12 @@ def replay_difference(experiment: Experiment, on_recorded_batch: bool = False) -
     watch = HookWatch()
     hooked = bool(experiment.graph.hooks) or any(p._backward_hooks for p in parameters)
     try:
-        with experiment.backward():
-            # A mode keeps PyTorch from its fast paths.
-            with watch if hooked else nullcontext():
-                outputs = experiment.eager(inputs)
-            with watch.on(parameters):
-                eager = _outputs(outputs, parameters, retain=experiment.graph.has_history)
+        after = AfterRun()
+        # A mode keeps PyTorch from its fast paths.
+        with watch if hooked else nullcontext():
+            outputs = experiment.eager(inputs, after)
+        with experiment.backward(after), watch.on(parameters):
+            eager = _outputs(outputs, parameters, retain=experiment.graph.has_history)
     except Exception:
         # The model refuses this batch (an index out of range, say): nothing can be compared.
         return "", ""

@@ -7,6 +7,7 @@ too; what follows from a difference is decided by the tests.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from unbatch.capture.after_run import AfterRun
+from unbatch.capture.own_nodes import own_nodes
 from unbatch.capture.steps import Ref
 from unbatch.capture.trees import copied
 from unbatch.linalg.precision import (
@@ -62,8 +65,11 @@ class LossExperiment:
 
     # -- values --
 
-    def value(self, predictions: Sequence[Tensor]) -> Tensor:
-        """Return the loss at other predictions, connected to them."""
+    def value(self, predictions: Sequence[Tensor], after: AfterRun | None = None) -> Tensor:
+        """Return the loss at other predictions, connected to them.
+
+        ``after``: notes what the run leaves.
+        """
         program = self.experiment.program
         if program.loss is None:
             return self._value_inside_model(predictions)
@@ -75,7 +81,9 @@ class LossExperiment:
                 leaves[i] = p.to(torch.float64)
         output = tree_unflatten(leaves, self.spec)
         targets = tree_map(self._cast, self.targets)
-        with program.untouched(self.experiment.graph.rng), torch.enable_grad():
+        if program.loss_is_of_library:
+            after = None  # no backward pass of a library's reads it
+        with program.untouched(self.experiment.graph.rng, after=after), torch.enable_grad():
             if self.experiment.graph.loss_writes:
                 targets = tree_map(copied, targets)  # what it writes lasts for the derivatives
             value: Tensor = program.evaluate(output, targets)
@@ -154,7 +162,8 @@ class LossExperiment:
         """Return the gradient by the predictions, ``[N, entries]``; zero where nothing flows."""
         samples = self.experiment.samples
         leaves = [_as_leaf(p) for p in predictions]
-        value = self.value(leaves)
+        after = AfterRun()
+        value = self.value(leaves, after)
         smooth, dims = [], []
         for p, dim in zip(leaves, self.experiment.out_dims, strict=True):
             if p.requires_grad:
@@ -162,7 +171,8 @@ class LossExperiment:
                 dims.append(dim)
         grads: Sequence[Tensor | None] = [None] * len(smooth)
         if value.requires_grad:
-            grads = torch.autograd.grad(value, smooth, allow_unused=True)
+            with self._differentiated(value, after):
+                grads = torch.autograd.grad(value, smooth, allow_unused=True)
         rows = []
         for p, grad, dim in zip(smooth, grads, dims, strict=True):
             if dim is None:
@@ -171,6 +181,13 @@ class LossExperiment:
                 grad = torch.zeros_like(p)
             rows.append(grad.movedim(dim, 0).reshape(samples, -1))
         return torch.cat(rows, 1) if rows else torch.zeros(samples, 0)
+
+    def _differentiated(self, value: Tensor, after: AfterRun) -> AbstractContextManager[object]:
+        """Return a context for a backward pass through the loss: as one right after its run."""
+        # Where all of it is PyTorch's, nothing can be changed.
+        if self.experiment.graph.hooks_loss or own_nodes([value]):
+            return self.experiment.program.untouched(after=after)
+        return nullcontext()
 
     def slope(self, predictions: Sequence[Tensor], n: int, entries: int = 6) -> Tensor:
         """Return the first entries of the gradient by prediction n, by central differences.

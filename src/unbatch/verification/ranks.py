@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from unbatch.capture.after_run import AfterRun
 from unbatch.capture.ops import base_name
 from unbatch.capture.trees import flat
 from unbatch.linalg.precision import in_double
@@ -143,7 +144,7 @@ def _ranks(experiment: Experiment, samples: int) -> Ranks:
     """
     watch = _Pairs(samples)
     with watch:
-        rows, inputs = _redrawn(experiment, samples)
+        rows, inputs, after = _redrawn(experiment, samples)
     generator = torch.Generator().manual_seed(2)
     u = torch.randn(rows.shape[1], generator=generator, dtype=torch.float64)
     # The sample axes of the inputs that can be differentiated by, in their order.
@@ -159,7 +160,7 @@ def _ranks(experiment: Experiment, samples: int) -> Ranks:
     # One backward pass gives a whole row: the derivatives by all samples of the other half.
     D = torch.zeros(half, half, dtype=torch.float64)
     for n in range(half):
-        with experiment.backward():
+        with experiment.backward(after):
             grads = torch.autograd.grad(rows[n] @ u, inputs, retain_graph=True, allow_unused=True)
         for grad, dim, v in zip(grads, dims, directions, strict=True):
             if grad is not None:
@@ -169,8 +170,9 @@ def _ranks(experiment: Experiment, samples: int) -> Ranks:
     return Ranks(_rank(D), watch.rank)
 
 
-def _redrawn(experiment: Experiment, samples: int) -> tuple[Tensor, list[Tensor]]:
-    """Return predictions for another number of samples, and the inputs that they come from.
+def _redrawn(experiment: Experiment, samples: int) -> tuple[Tensor, list[Tensor], AfterRun]:
+    """Return predictions for another number of samples, the inputs that they come from, and what
+    the run has left.
 
     ``[samples, entries]``, in float64. The samples are drawn from the batch and get noise, so that
     no two of them are equal: that would bound the rank.
@@ -197,11 +199,12 @@ def _redrawn(experiment: Experiment, samples: int) -> tuple[Tensor, list[Tensor]
     inputs = experiment.with_leaves(redrawn)
     program = experiment.program.in_double()
     originals = [*experiment.program.modules, *experiment.originals]
-    with program.untouched(experiment.graph.rng, originals), torch.enable_grad():
+    after = AfterRun()
+    with program.untouched(experiment.graph.rng, originals, after), torch.enable_grad():
         outputs = program.forward(inputs)
     leaves = tensor_leaves(outputs)
     rows = []
     for i, dim in zip(experiment.places, experiment.out_dims, strict=True):
         if dim is not None and leaves[i].is_floating_point():
             rows.append(leaves[i].movedim(dim, 0).reshape(samples, -1))
-    return torch.cat(rows, 1), smooth
+    return torch.cat(rows, 1), smooth, after

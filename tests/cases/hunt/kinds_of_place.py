@@ -4,11 +4,13 @@
 """
 
 import concurrent.futures
+import contextlib
 import csv
 import random
 import threading
 from collections import Counter, OrderedDict, deque
 from multiprocessing.pool import ThreadPool
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -68,6 +70,42 @@ class Parent(Grandparent):
 
 class Child(Parent):
     pass
+
+
+class Bare:
+    """Has what it is given."""
+
+
+class Rows(list):
+    """A list that may be given attributes."""
+
+
+class Defaulting(nn.Linear):
+    """A layer with a default for settings that it has not got."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith(("_", "weight", "bias")):
+            return super().__getattr__(name)
+        return 1.0
+
+
+def forgiving(read: Any) -> Any:
+    """Read what may not be there, without any text that names it."""
+
+    def factor(n: Any) -> Any:
+        try:
+            return read(n)
+        except AttributeError:
+            return 1.0
+
+    return times(factor)
+
+
+def suppressing(n: Any, x: Tensor) -> Tensor:
+    h = n.linear(x)
+    with contextlib.suppress(AttributeError):
+        h = h * n.config.scale
+    return h
 
 
 class Late:
@@ -302,6 +340,42 @@ CHANGES: dict[str, Change] = {
     "a flag given to a file": (
         net(times(lambda n: 3.0 if hasattr(third_settings, "FAST") else 1.0)),
         patched(third_settings, "FAST", True),
+    ),
+    "an attribute of an item, asked forgiveness for": (
+        net(forgiving(lambda n: n.kept[0].scale), kept=lambda: [Bare()]),
+        lambda model: setattr(model.kept[0], "scale", 3.0),
+    ),
+    "an attribute asked for where errors are suppressed": (
+        net(suppressing, config=Bare),
+        put("config.scale", 3.0),
+    ),
+    "an attribute that a layer has a default for": (
+        net(times(lambda n: n.layer.warmth), layer=lambda: Defaulting(D, D)),
+        put("layer.warmth", 3.0),
+    ),
+    "an attribute of a list of one's own": (
+        net(forgiving(lambda n: n.kept.scale), kept=Rows),
+        put("kept.scale", 3.0),
+    ),
+    "a method that an object is given": (
+        net(forgiving(lambda n: n.config.factor()), config=Bare),
+        put("config.factor", lambda: 3.0),
+    ),
+    "an attribute of a namespace, asked forgiveness for": (
+        net(forgiving(lambda n: n.config.scale), config=SimpleNamespace),
+        put("config.scale", 3.0),
+    ),
+    "an attribute of a layer, asked forgiveness for": (
+        net(forgiving(lambda n: n.linear.gain)),
+        put("linear.gain", 3.0),
+    ),
+    "an attribute of a parameter, asked forgiveness for": (
+        net(forgiving(lambda n: n.linear.weight.gain)),
+        put("linear.weight.gain", 3.0),
+    ),
+    "an attribute of a function, asked forgiveness for": (
+        net(forgiving(lambda n: n.call.scale), call=lambda: lambda: None),
+        put("call.scale", 3.0),
     ),
     "a slot that is filled later": (
         net(times(lambda n: 3.0 if n.filled() else 1.0), late=Late, filled=lambda: lambda: False),

@@ -1,6 +1,7 @@
 """Models that make numbers, sizes and types of the batch where it is easily overlooked."""
 
 import math
+import operator
 from collections import Counter
 
 import numpy as np
@@ -41,6 +42,28 @@ table(
         "outliers in a BoolTensor": lambda n, x: (
             n.linear(x) * (1 + torch.BoolTensor([(x.abs() > 10).any()]).float())
         ),
+        "a count in a ByteTensor": lambda n, x: n.linear(x) * torch.ByteTensor([count(x)]),
+        "a count in a ShortTensor, in a list": lambda n, x: (
+            n.linear(x) * torch.ShortTensor([[1, count(x)], [1, 1]]).sum()
+        ),
+        "a count as an index": lambda n, x: n.linear(x) * operator.index(count(x)),
+        "a count as a complex number": lambda n, x: n.linear(x) * complex(count(x)).real,
+        "how often a range is gone through": lambda n, x: sum(
+            (n.linear(x) for _ in range(count(x))), n.linear(x)
+        ),
+        "a mean in a DoubleTensor": lambda n, x: (
+            n.linear(x) * torch.DoubleTensor([x.mean()]).float()
+        ),
+        "a mean in a HalfTensor": lambda n, x: n.linear(x) * torch.HalfTensor([x.mean()]).float(),
+        "a mean in a new tensor": lambda n, x: n.linear(x) * x.new([x.mean(), x.std()])[0],
+        "an item in a new tensor": lambda n, x: n.linear(x) * x.new([x.mean().item()]),
+        "a count in a new_tensor": lambda n, x: n.linear(x) * x.new_tensor([count(x), 1])[0],
+        "a new tensor of as many entries": lambda n, x: (
+            n.linear(x) * x.new(int(count(x)) + 1).fill_(1.0).sum()
+        ),
+        "a new tensor of as many entries, by an item": lambda n, x: (
+            n.linear(x) * x.new(count(x).item() + 1).fill_(1.0).sum()
+        ),
         "a mean in a FloatTensor": lambda n, x: n.linear(x) * torch.FloatTensor([x.mean()]),
         "rows of moments in a FloatTensor": lambda n, x: (
             n.linear(x)
@@ -55,6 +78,21 @@ table(
         ),
     },
     accept_unknown=True,
+)
+
+
+table(
+    SIMD,
+    {
+        "numbers in a LongTensor": lambda n, x: n.linear(x) * torch.LongTensor([2, x.shape[1]])[0],
+        "numbers in a new tensor": lambda n, x: n.linear(x) * x.new([2.0, 1.0])[0],
+        "numbers of parameters in a new tensor": lambda n, x: (
+            n.linear(x) * x.new([n.linear.bias[0], n.linear.bias.sum().item()])[1]
+        ),
+        "a new tensor of the size of features": lambda n, x: (
+            n.linear(x) + x.new(x.shape[1]).fill_(2.0)
+        ),
+    },
 )
 
 

@@ -1,6 +1,6 @@
 """Nodes of an autograd graph that PyTorch did not write: their names, and where they stand.
 
-What is done about them is for ``loss.py`` (second derivatives) and ``own_backward.py`` (first).
+What is done about them is for others, as for ``autodiff/own_backward.py``.
 """
 
 from __future__ import annotations
