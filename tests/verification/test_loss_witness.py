@@ -44,7 +44,7 @@ LOSSES = {
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_loss_is_tested_in_float64_where_it_takes_it(loss):
     """And believed to 16 digits only where its value comes out in float64, too."""
-    graph = SimpleNamespace(rng=random_state(), loss_steps=[], loss_writes=False)
+    graph = SimpleNamespace(rng=random_state(), loss_steps=[], loss_writes=False, hooks_loss=False)
     program = Program(nn.Identity(), loss, {})
     experiment = SimpleNamespace(
         program=program,
@@ -71,7 +71,7 @@ def test_slopes_are_those_of_the_gradient_wherever_the_samples_lie(dim):
     shape = [2, 2, 2]
     shape[dim] = N
     predictions = torch.randn(shape, dtype=torch.float64)
-    graph = SimpleNamespace(rng=random_state(), loss_steps=[], loss_writes=False)
+    graph = SimpleNamespace(rng=random_state(), loss_steps=[], loss_writes=False, hooks_loss=False)
     experiment = SimpleNamespace(
         program=Program(nn.Identity(), lambda p, y: (p - y).pow(3).sum(), {}),
         places=[0],

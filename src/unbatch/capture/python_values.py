@@ -63,11 +63,15 @@ class Listener(Protocol):
 
     ``dynamic``: the values with a size that depends on data. ``checks`` is above zero inside
     functions that read values only to validate them. ``function``: the function of PyTorch that
-    the program has called, by name, while it runs.
+    the program has called, by name, while it runs. ``reads``: how many reads were reported.
     """
 
     dynamic: set[int]
     checks: int
+
+    @property
+    def reads(self) -> int: ...
+
     function: str
 
     def escape(self, tensor: Tensor, how: str, answer: bool | None = None) -> None: ...
@@ -192,8 +196,6 @@ class Functions(TorchFunctionMode):
         reads_values = name in ("item", "tolist")
         if reads_values and self.follow and isinstance(args[0], Tensor):
             return self._followed(args[0], name)
-        if name in READS:
-            return self._read(func, *args)
         if name in ESCAPES and args and isinstance(args[0], Tensor):
             self.recorder.escape(args[0], f".{name}()")
         if name in REGISTERS:
@@ -206,19 +208,21 @@ class Functions(TorchFunctionMode):
         sized_by_data = bool(self.recorder.dynamic)
         outer, self.recorder.function = self.recorder.function, name
         try:
-            out = self._called(func, name, args, kwargs)
+            out = self._watched(func, name, args, kwargs)
         finally:
             self.recorder.function = outer
         if sized_by_data and name != "__set__":
             self._report_sizes(out, args, kwargs)
         return out
 
-    def _read(self, func: Any, tensor: Tensor) -> Any:
-        """Return the number that a method reads, and report that, whoever has called it."""
-        with self.recorder.paused():
-            value = func(tensor)
+    def _watched(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        """Call a function of PyTorch, and report a number that it reads where nobody sees that."""
+        seen = self.recorder.reads
+        out = self._called(func, name, args, kwargs)
+        if name not in READS or self.recorder.reads > seen:
+            return out
         how = "read by Python (bool(), int(), float() or if)"
-        return type(value)(self.recorder.branch(tensor, how, value))
+        return type(out)(self.recorder.branch(args[0], how, out))
 
     def _followed(self, tensor: Tensor, name: str) -> Any:
         """Return the result of ``item`` or ``tolist`` with a ``Number`` in place of each number."""
@@ -263,7 +267,7 @@ class Functions(TorchFunctionMode):
             assembled = self._constructed(name, args, kwargs)
             if assembled is not None:
                 return assembled
-            if name == "new":
+            if name == "new" and _holds(Number, (args, kwargs)):
                 sizes, named = self._bare(name, (args, kwargs))
                 return func(*sizes, **named)
         if not _holds(Number, (args, kwargs)):

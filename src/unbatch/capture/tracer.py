@@ -425,6 +425,11 @@ class Recorder(TorchDispatchMode):
         for tensor in tensors_in((args, kwargs)):
             self.escape(tensor, how)
 
+    @property
+    def reads(self) -> int:
+        """How often Python has read a value."""
+        return len(self.graph.host_reads)
+
     def escape(self, tensor: Tensor, how: str, answer: bool | None = None) -> None:
         """Note that Python read a value in a way that cannot be followed."""
         if self.off or self.checks:
