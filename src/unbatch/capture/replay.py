@@ -110,6 +110,8 @@ class Replay:
         """Enter what a step returned, and new versions of what it wrote to."""
         tensors = self.tensors
         for ref, out in zip(step.outs, outs, strict=False):
+            if ref is not None and isinstance(out, bool):
+                out = torch.tensor(out)  # an answer is a value like others
             if ref is not None and isinstance(out, Tensor):
                 tensors[ref.index] = out
         if self.pinned:

@@ -611,8 +611,13 @@ def _geometry(t: Tensor) -> tuple[Any, ...]:
 
 
 def _kept(tensor: Tensor) -> Tensor | None:
-    """Return a copy of a tensor, to compare it with what is read later; None of a large one."""
+    """Return a copy of a tensor, to compare it with what is read later.
+
+    None of a large one, and of one whose memory has been freed.
+    """
     if not is_plain(tensor) or tensor.device.type == "meta" or tensor.numel() > MOST_KEPT:
+        return None
+    if tensor.numel() and not tensor.untyped_storage().nbytes():
         return None
     return tensor.detach().clone()
 
