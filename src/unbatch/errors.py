@@ -106,6 +106,13 @@ MSG_NOT_TENSOR = (
 )
 
 
+MSG_NO_INPUT = (
+    "There is no tensor in X, so that nothing says how many samples there are; got {value}. For a "
+    "model that draws its input, pass a tensor with a row for each sample, which may be of any "
+    "numbers, and draw noise like it: `torch.randn(len(x), 8)`."
+)
+
+
 MSG_CLOSED_DATA = (
     "{what} is a {value} that holds an array or tensors, and its samples cannot be exchanged for "
     "others. Pass tensors, in a tuple, list or dict, and make the object of them in the model (in "
@@ -372,6 +379,19 @@ MSG_NESTED = (
 )
 
 
+MSG_NESTED_INSIDE = (
+    "The program makes a nested tensor of strided layout, which has no sizes and cannot be "
+    "recorded. Make it jagged (`layout=torch.jagged`), or use a padded tensor and a mask."
+)
+
+
+MSG_NO_KERNEL = (
+    "The answer needs {op} of a tensor of kind {backend}, for which PyTorch does not have it. Make "
+    "such tensors dense where the program makes them: `x.to_dense()`, `x.to_padded_tensor(0.0)` or "
+    "`x.dequantize()`."
+)
+
+
 MSG_NO_SUCH_PARAMETER = (
     "{value} matches no parameter of this problem. parameters= takes names, globs such as "
     "'layers.*.weight', or the tensors themselves; there are {names}."
@@ -433,6 +453,12 @@ MSG_NO_ROWS = (
     "for {n} samples. Return one prediction per sample, or declare where the samples lie, as by "
     "out_dims=unbatch.Views(2) in [2N, ..]; `problem.gradient()` gives the sum, and "
     "`problem.ggn()` is the matrix of the whole loss."
+)
+
+
+MSG_NO_OUTPUT = (
+    "The model returns no tensor, so there are no predictions at which to take the loss apart. "
+    "Return them, and let the loss read them from there; `problem.gradient()` needs none."
 )
 
 

@@ -174,6 +174,8 @@ def check_dims(what: str, tree: Any, dims: Sequence[int | None]) -> None:
     # Targets may be anything that the loss takes, inputs have to have samples.
     leaves = tree_leaves(tree)
     if what == "X" and not any(isinstance(leaf, Tensor) for leaf in leaves):
+        if isinstance(tree, tuple) and all(isinstance(leaf, int) for leaf in leaves):
+            raise InputError(errors.MSG_NO_INPUT.format(value=tree))
         raise InputError(errors.MSG_NOT_TENSOR.format(what=what, value=type(tree).__name__))
     if len(leaves) != len(dims):
         raise InputError(
