@@ -208,6 +208,20 @@ MSG_VIEWS_SIZE = (
 )
 
 
+MSG_ROWS_OF = (
+    "rows_of takes the sample of each row, a vector of whole numbers from 0 on (below samples=, if "
+    "that is stated), a PackedSequence, or ptr=, the [N + 1] places where the rows of samples "
+    "begin and the last ones end; got {value}."
+)
+
+
+MSG_ROWS_SIZE = (
+    "{what} was declared as {entry} of {n} samples, but its shape is {shape}. An index has an "
+    "entry for each row, and belongs to one batch: make a problem for each batch. X and y may have "
+    "entries of their own: in_dims=(for X, for y)."
+)
+
+
 MSG_VIEWS_BOTH = "sample_dims={dims} already names all sample axes; leave out out_dims and Views."
 
 

@@ -36,6 +36,7 @@ from unbatch.verification.trial import FORWARD, LOSS, tried
 VAGUE = {"no rule", "data-dependent shape", "scattered", "resized", "position"}
 
 NOTE_PAIRS = "each sample is compared with every other: a rank needs the whole batch"
+NOTE_RAGGED = "samples have rows of their own number: that one function treats them is not tried"
 NOTE_UNTESTED = "the loss could not be tested: {error}: {text}"
 
 LossTest = Callable[[LossExperiment], Counterexample | None]
@@ -187,6 +188,10 @@ def _settle_forward(structure: Structure, experiment: Experiment) -> Structure:
     if given_statistics and simd.status != "unknown":
         # Nothing that permuting the samples could refute is open.
         return structure.with_verdicts(independent, simd, given_statistics)
+    if not experiment.samples_are_alike:
+        simd = _noted(simd, NOTE_RAGGED)
+        given_statistics = _noted(given_statistics, NOTE_RAGGED)
+        return structure.with_verdicts(independent, simd, given_statistics)
     simd = _refuted(simd, not_equivariant(experiment))
     if not given_statistics and not _is_grouped(structure, experiment):
         given_statistics = _refuted(given_statistics, not_by_statistics(experiment))
@@ -265,6 +270,8 @@ def _settle_by_targets(
     """
     if simd_loss.status == "unknown":
         simd_loss = _refuted(simd_loss, direction_depends_on_index(loss))
+    if not loss.experiment.samples_are_alike:
+        simd_loss = _noted(simd_loss, NOTE_RAGGED)
     if "unknown" in (reduction.status, simd_loss.status):
         by_targets = direction_depends_on_targets(loss)
         if simd_loss.status == "unknown":
