@@ -222,6 +222,13 @@ MSG_ROWS_SIZE = (
 )
 
 
+MSG_ROW_NUMBERS = (
+    "{what} was declared as {entry}, and its entries are numbers of rows (of nodes, as the ends of "
+    "edges are), each of its own sample. Others in their place would join samples: put None in "
+    "its place, and they are constants of this batch."
+)
+
+
 MSG_VIEWS_BOTH = "sample_dims={dims} already names all sample axes; leave out out_dims and Views."
 
 

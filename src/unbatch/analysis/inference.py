@@ -82,12 +82,13 @@ def infer_structure(
     its predictions. Raises ``InputError`` where ``fold`` fits no prediction.
     """
     assumptions = _Assumptions(assumed, harmless)
+    fixed = fold is not None and fold.is_ragged
     leading = all(d in (0, None) for d in dims)
     # A model that computes its own loss is interpreted as a whole, cut, and from then on treated as
     # any other. One that has been cut already (``after_cut``) is two parts from the start.
     own_loss = graph.own_loss and not graph.after_cut
     steps = graph.steps if own_loss else graph.forward_steps
-    forward = interpret(graph, samples, initial_ownership(graph, dims), steps, assumed)
+    forward = interpret(graph, samples, initial_ownership(graph, dims, fixed), steps, assumed)
     parameter_steps: list[Step] = []
     if own_loss:
         forward, parameter_steps = _cut_own_loss(forward, dims, assumed, fold)
@@ -99,7 +100,7 @@ def infer_structure(
     structure = judge_forward(graph, forward, evidence, leading)
     loss: Interpretation | None = None
     if graph.loss is not None:
-        start = loss_marks(graph, forward, target_dims, samples, leading)
+        start = loss_marks(graph, forward, target_dims, samples, leading, fixed)
         loss = _interpret_loss(graph, forward, start, assumed, own_loss)
         reads_after = _steering(graph, after, loss, assumptions)
         found = _loss_evidence(graph, graph.loss, forward, loss, reads_after)
@@ -142,7 +143,7 @@ def _cut_own_loss(
         return forward, parameter_steps
     # Folding inserts steps, so the numbers of all values change with it.
     graph = folded(graph, forward, fold)
-    start = initial_ownership(graph, dims)
+    start = initial_ownership(graph, dims, fold.is_ragged)
     samples = forward.algebra.samples
     return interpret(graph, samples, start, graph.forward_steps, assumed), parameter_steps
 

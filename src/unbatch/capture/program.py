@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
 from unbatch.capture.data import closed_in, handed_out, repacked
@@ -154,11 +155,12 @@ class Program:
         return self.fold.returned(apart(output))
 
     def _called(self, inputs: Any) -> Any:
-        # A tuple holds positional arguments, a mapping those by name; all else is one argument.
+        # A tuple holds positional arguments, a mapping those by name; all else is one argument,
+        # packed sequences too, though they are a tuple.
         with plainly():
             if self.functional:
                 return self.model(dict(self.parameters), inputs)
-            if isinstance(inputs, tuple):
+            if isinstance(inputs, tuple) and not isinstance(inputs, PackedSequence):
                 return self.inside(*inputs)
             if isinstance(inputs, Mapping):
                 return self.inside(**inputs)

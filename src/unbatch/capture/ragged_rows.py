@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_leaves
 
 from unbatch.errors import MSG_ROWS_OF, InputError
 
@@ -58,18 +59,28 @@ class RowsOf:
             return False
         return self.samples in (None, samples) and self.least <= samples
 
+    def names_rows_of(self, rows: RowsOf, t: Tensor) -> bool:
+        """Tell whether entries are numbers of rows of the same sample, for two samples at least."""
+        if t.dtype not in (torch.int64, torch.int32) or len(self.owners.unique()) < 2:
+            return False
+        numbers = t.detach().cpu().long().movedim(self.dim, 0)
+        numbers = numbers.reshape(len(numbers), -1)
+        if not numbers.numel() or int(numbers.min()) < 0 or int(numbers.max()) >= len(rows.owners):
+            return False
+        return bool((rows.owners[numbers] == self.owners[:, None]).all())
+
     def folded(self, t: Tensor, samples: int) -> Tensor:
         """Return rows as ``[N, length, ..]``, those of each sample in their order, then zeros."""
         places = self._placed(samples)
         rows = t.movedim(self.dim, 0)
         filled = torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])
-        chosen = filled.index_select(0, places.sources.to(t.device))
+        chosen = filled.index_select(0, _beside(places.sources, t))
         return chosen.unflatten(0, (samples, places.length))
 
     def unfolded(self, t: Tensor, samples: int) -> Tensor:
         """Return ``[N, length, ..]`` as rows again, in the order in which they came."""
         places = self._placed(samples)
-        rows = t.flatten(0, 1).index_select(0, places.of_rows.to(t.device))
+        rows = t.flatten(0, 1).index_select(0, _beside(places.of_rows, t))
         # In memory as other batches are, wherever the axis is.
         return rows.movedim(0, self.dim).contiguous()
 
@@ -78,6 +89,11 @@ class RowsOf:
         if samples not in self._places:
             self._places[samples] = _places(self.owners, samples)
         return self._places[samples]
+
+
+def _beside(index: Tensor, t: Tensor) -> Tensor:
+    """Return an index on the device of a tensor; its numbers are wanted beside one without, too."""
+    return index if t.is_meta else index.to(t.device)
 
 
 def _places(owners: Tensor, samples: int) -> Places:
@@ -127,6 +143,22 @@ def rows_of(
     if not fits or bool((owners < 0).any()):
         raise InputError(MSG_ROWS_OF.format(value=_shown(given)))
     return entry
+
+
+def of_data(entries: list[Any], tree: Any) -> list[Any]:
+    """Return entries of the leaves of a tree, None for how sequences are packed: only data is."""
+    entries, i = list(entries), 0
+    for part in tree_leaves(tree, is_leaf=_is_packed):
+        if _is_packed(part):
+            entries[i + 1 : i + len(part)] = [None] * (len(part) - 1)
+            i += len(part)
+        else:
+            i += 1
+    return entries
+
+
+def _is_packed(value: Any) -> bool:
+    return isinstance(value, PackedSequence)
 
 
 def _numbers(index: Any) -> Tensor:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map
 
-from unbatch.capture.ragged_rows import RowsOf
+from unbatch.capture.ragged_rows import RowsOf, of_data
 from unbatch.capture.sample_axes import Fold, mapped
 from unbatch.errors import (
     MSG_OUT_DIMS,
     MSG_OUT_DIMS_TREE,
+    MSG_ROW_NUMBERS,
     MSG_ROWS_SIZE,
     MSG_VIEWS,
     MSG_VIEWS_SIZE,
@@ -87,7 +88,8 @@ class StackedViews(Fold):
     def of(dims: tuple[Any, Any], out_dims: Any, inputs: Any, targets: Any) -> StackedViews:
         """Raise ``InputError`` where an entry does not fit a tensor, or N is not told."""
         x_entries, y_entries = entries_of("in_dims", dims[0], inputs), []
-        if has_views(dims[0]) or has_views(dims[1]):
+        # A model with a loss of its own has no targets, and nothing is said of them.
+        if targets is not None and (has_views(dims[0]) or has_views(dims[1])):
             y_entries = entries_of("in_dims", dims[1], targets)
         samples = _samples(x_entries, tree_leaves(inputs))
         if samples is None:
@@ -95,11 +97,13 @@ class StackedViews(Fold):
         if samples is None:  # what is wrong with the data is said where they are counted
             samples = _stated(x_entries, y_entries)
         bare = StackedViews(dims, out_dims, samples)
-        return replace(
+        moved = replace(
             bare,
             inputs=bare._only_views("X", x_entries, tree_leaves(inputs)),
             targets=bare._only_views("y", y_entries, tree_leaves(targets)),
         )
+        moved._check_names(moved.inputs, tree_leaves(inputs))
+        return moved
 
     def renewed(self, inputs: Any, targets: Any) -> StackedViews:
         return StackedViews.of(self.dims, self.out_dims, inputs, targets)
@@ -112,6 +116,16 @@ class StackedViews(Fold):
                 self._check(f"{what}[{i}]", entry, leaf)
                 moved[i] = entry
         return moved
+
+    def _check_names(self, entries: list[Entry], leaves: list[Any]) -> None:
+        """Raise ``InputError`` for whole numbers that are those of rows: they have no other ones.
+
+        The ends of an edge belong to a graph, and with other numbers they would be in another one.
+        """
+        ragged = [entry for entry in entries if isinstance(entry, RowsOf)]
+        for i, (entry, leaf) in enumerate(zip(entries, leaves, strict=True)):
+            if isinstance(entry, RowsOf) and any(entry.names_rows_of(rows, leaf) for rows in ragged):
+                raise InputError(MSG_ROW_NUMBERS.format(what=f"X[{i}]", entry=entry))
 
     def _check(self, what: str, entry: int | Moved, leaf: Any) -> None:
         if not _fits(entry, leaf, self.samples):
@@ -156,10 +170,23 @@ class StackedViews(Fold):
 
     @property
     def of_outputs(self) -> bool:
-        return self.out_dims is not None
+        return self.out_dims is not None or any(isinstance(e, RowsOf) for e in self.inputs)
+
+    def _entries_of_output(self, output: Any) -> list[Entry]:
+        if self.out_dims is not None:
+            return entries_of("out_dims", self.out_dims, output)
+        return [self._as_an_input(leaf) for leaf in tree_leaves(output)]
+
+    def _as_an_input(self, leaf: Any) -> Entry:
+        """Return the rows of an input that an output has as well, as predictions of nodes do."""
+        for entry in self.inputs:
+            is_ragged = isinstance(entry, RowsOf) and len(entry.owners) != self.samples
+            if is_ragged and _fits(entry, leaf, self.samples):
+                return entry
+        return None
 
     def returned(self, output: Any) -> Any:
-        entries = entries_of("out_dims", self.out_dims, output)
+        entries = self._entries_of_output(output)
         for i, (entry, leaf) in enumerate(zip(entries, tree_leaves(output), strict=True)):
             if entry is not None:
                 self._check(f"output[{i}]", entry, leaf)
@@ -169,6 +196,8 @@ class StackedViews(Fold):
 
     def axes(self, leaf: Any) -> Entry:
         entry = self.out_dims
+        if entry is None:
+            return self._as_an_input(leaf)
         if not isinstance(entry, int | Moved):
             raise InputError(MSG_OUT_DIMS_TREE.format(value=entry))
         return entry if _fits(entry, leaf, self.samples) else None
@@ -190,7 +219,7 @@ def entries_of(what: str, dims: Any, tree: Any) -> list[Entry]:
     for i, leaf in enumerate(leaves):
         if not isinstance(leaf, Tensor):
             entries[i] = None  # a number among tensors has no axes, whatever its neighbours have
-    return entries
+    return of_data(entries, tree)
 
 
 def _broadcast(dims: Any, spec: TreeSpec) -> list[Entry] | None:

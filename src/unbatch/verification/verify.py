@@ -240,6 +240,8 @@ def _settle_loss(structure: Structure, loss: LossExperiment) -> Structure:
     split = structure.canonical_split
     reduction = structure.reduction
     simd_loss = structure.simd_loss
+    if not loss.experiment.samples_are_alike:
+        simd_loss = _noted(simd_loss, NOTE_RAGGED)
     # One after the other, so that what was found before a test fails to run is kept.
     try:
         if split.status == "unknown":
@@ -251,7 +253,9 @@ def _settle_loss(structure: Structure, loss: LossExperiment) -> Structure:
             # A row that turns with the predictions of others is that of no sum over samples.
             reduction = _no_reduction(reduction, simd_loss)
         # Targets can be changed only where they are arguments of the loss.
-        if loss.experiment.program.loss is not None:
+        # Rows of others may name their sample, and would then be nobody's.
+        is_apart = loss.experiment.program.loss is not None
+        if is_apart and loss.experiment.samples_are_alike:
             reduction, simd_loss = _settle_by_targets(reduction, simd_loss, loss)
     except Exception as error:
         note = NOTE_UNTESTED.format(error=type(error).__name__, text=error)
@@ -270,8 +274,6 @@ def _settle_by_targets(
     """
     if simd_loss.status == "unknown":
         simd_loss = _refuted(simd_loss, direction_depends_on_index(loss))
-    if not loss.experiment.samples_are_alike:
-        simd_loss = _noted(simd_loss, NOTE_RAGGED)
     if "unknown" in (reduction.status, simd_loss.status):
         by_targets = direction_depends_on_targets(loss)
         if simd_loss.status == "unknown":
