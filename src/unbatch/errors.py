@@ -125,7 +125,7 @@ MSG_SIZES = (
     "Every per-sample input and target needs the same number of samples; {first} has {n} along "
     "axis {axis}, {other} has {m} along axis {other_axis}. If one of them is not per-sample, put "
     "None in its place: in_dims=(0, None) for y, in_dims=((0, None), 0) for the second of two "
-    "inputs."
+    "inputs; and unbatch.rows_of(index) if an index says whose its rows are."
 )
 
 

@@ -138,11 +138,16 @@ def rows_of(
         owners = _numbers(index)
     if ptr is not None and samples is None:
         samples = len(ptr) - 1
-    entry = RowsOf(owners, samples, dim)
-    fits = samples is None or (isinstance(samples, int) and RowsOf(owners, None, 0).least <= samples)
-    if not fits or bool((owners < 0).any()):
+    if bool((owners < 0).any()) or not _is_count(samples, owners):
         raise InputError(MSG_ROWS_OF.format(value=_shown(given)))
-    return entry
+    return RowsOf(owners, samples, dim)
+
+
+def _is_count(samples: Any, owners: Tensor) -> bool:
+    """Tell whether there may be so many samples; None where that is left open."""
+    if samples is None:
+        return True
+    return isinstance(samples, int) and bool((owners < samples).all())
 
 
 def of_data(entries: list[Any], tree: Any) -> list[Any]:

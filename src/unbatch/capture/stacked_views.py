@@ -124,7 +124,9 @@ class StackedViews(Fold):
         """
         ragged = [entry for entry in entries if isinstance(entry, RowsOf)]
         for i, (entry, leaf) in enumerate(zip(entries, leaves, strict=True)):
-            if isinstance(entry, RowsOf) and any(entry.names_rows_of(rows, leaf) for rows in ragged):
+            if isinstance(entry, RowsOf) and any(
+                entry.names_rows_of(rows, leaf) for rows in ragged
+            ):
                 raise InputError(MSG_ROW_NUMBERS.format(what=f"X[{i}]", entry=entry))
 
     def _check(self, what: str, entry: int | Moved, leaf: Any) -> None:
@@ -135,7 +137,9 @@ class StackedViews(Fold):
 
     @property
     def is_ragged(self) -> bool:
-        return any(isinstance(entry, RowsOf) for entry in leaves_of_dims((self.dims, self.out_dims)))
+        return any(
+            isinstance(entry, RowsOf) for entry in leaves_of_dims((self.dims, self.out_dims))
+        )
 
     # -- moving --
 
@@ -180,8 +184,9 @@ class StackedViews(Fold):
     def _as_an_input(self, leaf: Any) -> Entry:
         """Return the rows of an input that an output has as well, as predictions of nodes do."""
         for entry in self.inputs:
-            is_ragged = isinstance(entry, RowsOf) and len(entry.owners) != self.samples
-            if is_ragged and _fits(entry, leaf, self.samples):
+            if not isinstance(entry, RowsOf) or len(entry.owners) == self.samples:
+                continue
+            if _fits(entry, leaf, self.samples):
                 return entry
         return None
 

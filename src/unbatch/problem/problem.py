@@ -95,8 +95,10 @@ class Problem:
     per-sample), or a pair for X and y whose parts may be pytrees of them. ``out_dims`` says it of
     what the model returns: an int, None (the analysis finds it, the default), or a nesting like
     that of the output. Both also take ``Views(2)`` for an axis along which each sample has several
-    entries: ``[2N, d]`` are N pairs then. What has no axis of samples belongs to the batch as a
-    whole: ``ggn()`` joins such outputs, and rows of the gradient leave them to their ``rest``.
+    entries: ``[2N, d]`` are N pairs then; and ``rows_of(index)`` for rows that an index gives to
+    samples, as those of stacked graphs, packed sequences and boxes of images. What has no axis of
+    samples belongs to the batch as a whole: ``ggn()`` joins such outputs, and rows of the gradient
+    leave them to their ``rest``.
 
     ``sample_dims``: several axes that together tell samples apart, of X, y and the predictions,
     such as ``(0, 1)`` for the tokens of sentences or ``(0, 2, 3)`` for the pixels of images;
