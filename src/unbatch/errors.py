@@ -396,7 +396,8 @@ MSG_LAZY = (
 
 MSG_NESTED = (
     "{what} is a nested tensor, whose samples lie along no axis. Pass a padded tensor and a mask: "
-    "`x.to_padded_tensor(0.0)`."
+    "`x.to_padded_tensor(0.0)`; or the rows of all samples, `x.values()`, and in in_dims to whom "
+    "they belong: `unbatch.rows_of(ptr=x.offsets())`."
 )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import unbatch as ub
-from cases.own_masks import ONE_FUNCTION, OTHERS, C, D, data
+from cases.own_masks import ONE_FUNCTION, OPEN, OTHERS, C, D, data
 from unbatch.analysis import inference
 from unbatch.analysis.domain.choices import ANONYMOUS, ORDERED, Choices
 
@@ -43,6 +43,12 @@ def test_rows_are_the_parts_of_the_gradient(name: str) -> None:
         )
         for (parameter, _), row in zip(model.named_parameters(), expected, strict=True):
             assert torch.allclose(rows[parameter][n], row, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", OPEN)
+def test_what_is_open_is_not_denied(name: str) -> None:
+    structure = problem_of(OPEN[name]).structure
+    assert "fails" not in (structure.reduction.status, structure.simd_loss.status)
 
 
 @pytest.mark.parametrize("name", OTHERS)
