@@ -478,6 +478,13 @@ MSG_NO_ROWS = (
 )
 
 
+MSG_NOT_REPLACED = (
+    "Crosstalk replaces one sample after the other, as these inputs have no derivatives, and the "
+    "program does not take another one in the place of sample {sample}: {error}. What places or "
+    "counts samples belongs to the whole batch: put None in its place in in_dims."
+)
+
+
 MSG_NO_OUTPUT = (
     "The model returns no tensor, so there are no predictions at which to take the loss apart. "
     "Return them, and let the loss read them from there; `problem.gradient()` needs none."

@@ -101,6 +101,14 @@ def _():
     return nn.Sequential(table, linear(D, C)), F.cross_entropy, words(N, T), labels()
 
 
+@case("bags of words whose places are data")
+def _():
+    table = nn.EmbeddingBag(WORDS, D, sparse=True).double()
+    net = Net(lambda net, x, o: net.out(net.table(x, o)), table=table, out=linear(D, C))
+    X = words(12), torch.tensor([0, 3, 4, 8, 10])
+    return net, F.cross_entropy, X, labels(), {"in_dims": ((None, 0), 0)}
+
+
 @case("a functional embedding with sparse gradients")
 def _():
     def run(net, x):

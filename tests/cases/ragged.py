@@ -316,6 +316,16 @@ def _() -> Case:
     )
 
 
+@case("bags of words, all in one row")
+def _() -> Case:
+    bags = nn.EmbeddingBag(WORDS, H, sparse=True)
+    net = Net(lambda net, words, offsets: net.b(net.bags(words, offsets)), bags=bags)
+    offsets = SIZES.cumsum(0) - SIZES
+    X = torch.randint(WORDS, (R,)), offsets
+    dims = ((ub.rows_of(BATCH), None), 0)
+    return Case(net, F.cross_entropy, X, classes(N), dims)
+
+
 # ---------------------------------------------------------------- sequences that are packed
 
 

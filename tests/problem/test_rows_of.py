@@ -11,6 +11,7 @@ from torch import Tensor
 import unbatch as ub
 from cases.ragged import BATCH, CASES, EDGES, C, D, N, Net, R, by_edges, by_node, reals
 from unbatch.capture import ragged_rows
+from unbatch.capture.trees import dense
 
 pytestmark = pytest.mark.filterwarnings("ignore::unbatch.MixedSamplesWarning")
 
@@ -33,7 +34,7 @@ def rows_by_a_loop(case) -> dict[str, Tensor]:
         )
     named = {}
     for i, (name, p) in enumerate(net.named_parameters()):
-        of_samples = [torch.zeros_like(p) if row[i] is None else row[i] for row in rows]
+        of_samples = [torch.zeros_like(p) if row[i] is None else dense(row[i]) for row in rows]
         named[name] = torch.stack(of_samples)
     return named
 
@@ -46,7 +47,7 @@ def matrix(case) -> Tensor:
         grads = torch.autograd.grad(
             entry, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
         )
-        columns.append(torch.cat([grad.flatten() for grad in grads]))
+        columns.append(torch.cat([dense(grad).flatten() for grad in grads]))
     J = torch.stack(columns)
 
     def loss(z: Tensor) -> Tensor:
