@@ -430,6 +430,25 @@ class WithLoss:
     logits: Tensor
 
 
+@dataclasses.dataclass(frozen=True)
+class Both:
+    first: Output
+    others: dict[str, Tensor]
+
+    @property
+    def total(self) -> Tensor:
+        return self.first.logits + self.others["second"]
+
+
+@case("a frozen dataclass with another in it, and a property")
+def _():
+    def run(net, x):
+        return Both(Output(net.a(x)), {"second": net.b(x)})
+
+    net = Net(run, a=mlp(), b=mlp())
+    return net, lambda o, y: F.cross_entropy(o.total, y), reals(N, D), labels()
+
+
 @case("a dataclass with the model's own loss")
 def _():
     def run(net, x, y):
@@ -1099,9 +1118,7 @@ REFUSED = {
     "a nested tensor inside": ALL,
     "a scripted model that has run": ROWS | CURVATURE,
     "a frozen scripted model": DERIVATIVES,
-    "a dataclass that the loss opens": ROWS | CURVATURE,
     "a plain object with a tensor": ROWS | CURVATURE,
-    "a namespace": ROWS | CURVATURE,
     "a distribution": ROWS | CURVATURE,
     "nothing": DERIVATIVES,
     "a word": DERIVATIVES,

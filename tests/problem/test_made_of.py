@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import unbatch as ub
 from cases.made_of import CASES, REFUSED, ROUNDED
+from unbatch.capture.opened import closed, opened
 from unbatch.capture.trees import dense
 
 pytestmark = pytest.mark.filterwarnings(
@@ -78,8 +79,9 @@ def predictions_and_slopes(case) -> tuple[list[Tensor], list[Tensor]]:
     if loss is None:
         outputs = [output.logits]
         return outputs, list(torch.autograd.grad(output.loss, outputs, retain_graph=True))
+    output = opened(output)
     cut = tree_map_only(Tensor, lambda t: t.detach().requires_grad_(), output)
-    value = loss(cut) if y is None else loss(cut, y)
+    value = loss(closed(cut)) if y is None else loss(closed(cut), y)
     slopes = torch.autograd.grad(value, tree_leaves_of(cut), materialize_grads=True)
     return tree_leaves_of(output), list(slopes)
 

@@ -24,6 +24,7 @@ from unbatch.capture.data import closed_in, handed_out, repacked
 from unbatch.capture.effort import PLAIN_STEPS
 from unbatch.capture.graph import Graph, HostRead
 from unbatch.capture.isolation import storage_of, untouched
+from unbatch.capture.opened import closed, opened
 from unbatch.capture.python_values import Functions
 from unbatch.capture.reachable import Reachable
 from unbatch.capture.sample_axes import Fold
@@ -147,12 +148,14 @@ class Program:
     def forward(self, inputs: Any) -> Any:
         """Return the same on tensors that are our own: the model may change them."""
         inputs = repacked(inputs)
-        if self.fold is None:
-            return apart(self._called(inputs))
-        output = self._called(self.fold.unfolded(inputs, self.fold.inputs))
+        if self.fold is not None:
+            inputs = self.fold.unfolded(inputs, self.fold.inputs)
+        output = self._called(inputs)
         if self.loss is None:
-            return output  # a loss of its own is cut further up
-        return self.fold.returned(apart(output))
+            # A loss of its own is cut further up, and folded there.
+            return apart(output) if self.fold is None else output
+        output = apart(opened(output))
+        return output if self.fold is None else self.fold.returned(output)
 
     def _called(self, inputs: Any) -> Any:
         # A tuple holds positional arguments, a mapping those by name; all else is one argument,
@@ -185,6 +188,7 @@ class Program:
         if self.fold is not None:
             output = self.fold.unfolded(output, self.fold.outputs)
             targets = self.fold.unfolded(targets, self.fold.targets)
+        output = closed(output)
         with plainly():
             try:
                 if targets is None:

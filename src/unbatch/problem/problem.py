@@ -26,6 +26,7 @@ from unbatch.capture.data import objects_in
 from unbatch.capture.effort import PLAIN_STEPS, metered
 from unbatch.capture.guards import signature
 from unbatch.capture.isolation import outside_inference_mode
+from unbatch.capture.opened import closed
 from unbatch.capture.program import Program
 from unbatch.capture.sample_axes import Fold
 from unbatch.capture.stacked_views import without_views
@@ -276,7 +277,7 @@ class Problem:
         session = self._recorded()
         output = session.at_the_cut if self.program.loss is None else session.predictions
         # Copied: what the session keeps must not change when the user writes to the result.
-        return tree_map(copied, output)
+        return closed(tree_map(copied, output))
 
     # -- gradients --
 
