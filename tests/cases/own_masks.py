@@ -65,6 +65,11 @@ def selected(p: Tensor, y: dict[str, Tensor]) -> Tensor:
     return (first - torch.masked_select(y["numbers"][..., 0], y["mask"])).square().mean()
 
 
+def selected_whole(p: Tensor, y: dict[str, Tensor]) -> Tensor:
+    mask = y["mask"][..., None]
+    return (p.masked_select(mask) - y["numbers"].masked_select(mask)).square().mean()
+
+
 def focal(p: Tensor, labels: Tensor) -> Tensor:
     losses = each(p, labels)
     return ((1 - (-losses).exp()) ** 2 * losses).mean()
@@ -94,6 +99,7 @@ ONE_FUNCTION: dict[str, Loss] = {
     "shares": of("shares", lambda p, s: F.kl_div(p.log_softmax(1), s, reduction="batchmean")),
     "bits": of("shares", F.binary_cross_entropy_with_logits),
     "masked select": selected,
+    "masked select of all entries": selected_whole,
     "beside a penalty of all": with_penalty,
 }
 

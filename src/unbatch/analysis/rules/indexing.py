@@ -21,6 +21,7 @@ from unbatch.analysis.domain.ownership import (
     code,
     compress,
     digest,
+    expand,
     follow_samples,
     is_sample,
     mix,
@@ -476,6 +477,19 @@ def _places_of_chosen(call: RuleContext) -> Ownership | None:
     return replace(spelled, shape=call.shape, owner=owners, key=keys)
 
 
+def _masked_select(call: RuleContext) -> Ownership | None:
+    """Return what a mask chooses of a value, flat; None where it is not known."""
+    x, mask, numbers = call["self"], call["mask"], as_mask(call.values.get("mask"))
+    if is_mask(numbers) and np.broadcast_shapes(x.shape, mask.shape) == x.shape:
+        mask, numbers = expand(mask, x.shape), np.broadcast_to(numbers, x.shape)
+    chosen = _chosen_by_samples(call, x, mask, numbers)
+    if chosen is None:
+        chosen = _chosen_constants(call, x, mask, numbers)
+    if chosen is None and x.shape == mask.shape and exact(call, mask, numbers):
+        return indexed(call, x, [mask], [numbers])
+    return chosen
+
+
 # --- shapes that depend on data -------------------------------------------------------------------
 
 
@@ -500,16 +514,9 @@ def data_dependent(call: RuleContext) -> Any:
         name = (call.title, digest(call.tensors[0]))
         return shared_outputs(call, name)
     if call.name == "masked_select":
-        numbers = as_mask(call.values.get("mask"))
-        own = _chosen_by_samples(call, call["self"], call["mask"], numbers)
-        if own is not None:
-            return own
-        chosen = _chosen_constants(call, call["self"], call["mask"], numbers)
+        chosen = _masked_select(call)
         if chosen is not None:
             return chosen
-        x, mask = call["self"], call["mask"]
-        if x.shape == mask.shape and exact(call, mask, numbers):
-            return indexed(call, x, [mask], [numbers])
     if call.name == "nonzero":
         places = _places_of_chosen(call)
         if places is not None:
