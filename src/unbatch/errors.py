@@ -106,6 +106,13 @@ MSG_NOT_TENSOR = (
 )
 
 
+MSG_NO_INPUT = (
+    "There is no tensor in X, so that nothing says how many samples there are; got {value}. For a "
+    "model that draws its input, pass a tensor with a row for each sample, which may be of any "
+    "numbers, and draw noise like it: `torch.randn(len(x), 8)`."
+)
+
+
 MSG_CLOSED_DATA = (
     "{what} is a {value} that holds an array or tensors, and its samples cannot be exchanged for "
     "others. Pass tensors, in a tuple, list or dict, and make the object of them in the model (in "
@@ -118,7 +125,7 @@ MSG_SIZES = (
     "Every per-sample input and target needs the same number of samples; {first} has {n} along "
     "axis {axis}, {other} has {m} along axis {other_axis}. If one of them is not per-sample, put "
     "None in its place: in_dims=(0, None) for y, in_dims=((0, None), 0) for the second of two "
-    "inputs."
+    "inputs; and unbatch.rows_of(index) if an index says whose its rows are."
 )
 
 
@@ -198,6 +205,27 @@ MSG_VIEWS = (
 MSG_VIEWS_SIZE = (
     "{what} was declared to have its samples along {entry}, and there are {n} of them, but its "
     "shape is {shape}. Declare the axis that has them; None leaves that to the analysis."
+)
+
+
+MSG_ROWS_OF = (
+    "rows_of takes the sample of each row, a vector of whole numbers from 0 on (below samples=, if "
+    "that is stated), a PackedSequence, or ptr=, the [N + 1] places where the rows of samples "
+    "begin and the last ones end; got {value}."
+)
+
+
+MSG_ROWS_SIZE = (
+    "{what} was declared as {entry} of {n} samples, but its shape is {shape}. An index has an "
+    "entry for each row, and belongs to one batch: make a problem for each batch. X and y may have "
+    "entries of their own: in_dims=(for X, for y)."
+)
+
+
+MSG_ROW_NUMBERS = (
+    "{what} was declared as {entry}, and its entries are numbers of rows (of nodes, as the ends of "
+    "edges are), each of its own sample. Others in their place would join samples: put None in "
+    "its place, and they are constants of this batch."
 )
 
 
@@ -361,7 +389,21 @@ MSG_LAZY = (
 
 MSG_NESTED = (
     "{what} is a nested tensor, whose samples lie along no axis. Pass a padded tensor and a mask: "
-    "`x.to_padded_tensor(0.0)`."
+    "`x.to_padded_tensor(0.0)`; or the rows of all samples, `x.values()`, and in in_dims to whom "
+    "they belong: `unbatch.rows_of(ptr=x.offsets())`."
+)
+
+
+MSG_NESTED_INSIDE = (
+    "The program makes a nested tensor of strided layout, which has no sizes and cannot be "
+    "recorded. Make it jagged (`layout=torch.jagged`), or use a padded tensor and a mask."
+)
+
+
+MSG_NO_KERNEL = (
+    "The answer needs {op} of a tensor of kind {backend}, for which PyTorch does not have it. Make "
+    "such tensors dense where the program makes them: `x.to_dense()`, `x.to_padded_tensor(0.0)` or "
+    "`x.dequantize()`."
 )
 
 
@@ -426,6 +468,19 @@ MSG_NO_ROWS = (
     "for {n} samples. Return one prediction per sample, or declare where the samples lie, as by "
     "out_dims=unbatch.Views(2) in [2N, ..]; `problem.gradient()` gives the sum, and "
     "`problem.ggn()` is the matrix of the whole loss."
+)
+
+
+MSG_NOT_REPLACED = (
+    "Crosstalk replaces one sample after the other, as these inputs have no derivatives, and the "
+    "program does not take another one in the place of sample {sample}: {error}. What places or "
+    "counts samples belongs to the whole batch: put None in its place in in_dims."
+)
+
+
+MSG_NO_OUTPUT = (
+    "The model returns no tensor, so there are no predictions at which to take the loss apart. "
+    "Return them, and let the loss read them from there; `problem.gradient()` needs none."
 )
 
 

@@ -7,6 +7,7 @@ defined here.
 from unbatch.analysis.rules.registry import assume_independent, register_rule
 from unbatch.analysis.structure import Structure
 from unbatch.analysis.verdict import Culprit, Verdict
+from unbatch.capture.ragged_rows import rows_of
 from unbatch.capture.stacked_views import Views
 from unbatch.curvature.ggn import GGN
 from unbatch.curvature.ggn_quantities import DiagGGN
@@ -89,5 +90,6 @@ __all__ = [
     "Views",
     "assume_independent",
     "register_rule",
+    "rows_of",
     "write_report",
 ]

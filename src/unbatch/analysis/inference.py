@@ -12,6 +12,9 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
+from unbatch.analysis.domain.choices import ANONYMOUS, ORDERED, Choices
 from unbatch.analysis.domain.ownership import Ownership
 from unbatch.analysis.forward_inference import forward_evidence, hidden, judge_forward
 from unbatch.analysis.initial import initial_ownership, loss_marks, scrambled
@@ -82,12 +85,13 @@ def infer_structure(
     its predictions. Raises ``InputError`` where ``fold`` fits no prediction.
     """
     assumptions = _Assumptions(assumed, harmless)
+    fixed = fold is not None and fold.is_ragged
     leading = all(d in (0, None) for d in dims)
     # A model that computes its own loss is interpreted as a whole, cut, and from then on treated as
     # any other. One that has been cut already (``after_cut``) is two parts from the start.
     own_loss = graph.own_loss and not graph.after_cut
     steps = graph.steps if own_loss else graph.forward_steps
-    forward = interpret(graph, samples, initial_ownership(graph, dims), steps, assumed)
+    forward = interpret(graph, samples, initial_ownership(graph, dims, fixed), steps, assumed)
     parameter_steps: list[Step] = []
     if own_loss:
         forward, parameter_steps = _cut_own_loss(forward, dims, assumed, fold)
@@ -99,12 +103,13 @@ def infer_structure(
     structure = judge_forward(graph, forward, evidence, leading)
     loss: Interpretation | None = None
     if graph.loss is not None:
-        start = loss_marks(graph, forward, target_dims, samples, leading)
+        start = loss_marks(graph, forward, target_dims, samples, leading, fixed)
         loss = _interpret_loss(graph, forward, start, assumed, own_loss)
         reads_after = _steering(graph, after, loss, assumptions)
         found = _loss_evidence(graph, graph.loss, forward, loss, reads_after)
         outputs = [start[ref.index] for ref in graph.used_predictions]
-        structure = structure.with_verdicts(*_judged_loss(found, outputs))
+        verdicts = _through_choices(_judged_loss(found, outputs), found, start)
+        structure = structure.with_verdicts(*verdicts)
     # Whatever the verdict on the loss: these parameters enter it past the cut.
     if parameter_steps:
         structure = structure.with_verdicts(parameters_in_own_loss(parameter_steps))
@@ -126,6 +131,41 @@ def _judged_loss(evidence: LossEvidence, outputs: Sequence[Ownership]) -> list[V
     return [split, *of_samples]
 
 
+def _selects(graph: Graph) -> bool:
+    """Tell whether the loss selects by masks, which samples may have each their own."""
+    masks = (torch.bool, torch.uint8)
+    for step in graph.loss_steps:
+        if step.name not in ("index", "masked_select"):
+            continue
+        if any(graph.values[ref.index].dtype in masks for ref in step.refs()[1:]):
+            return True
+    return False
+
+
+def _through_choices(
+    verdicts: list[Verdict], found: LossEvidence, start: dict[int, Ownership]
+) -> list[Verdict]:
+    """Return verdicts with an open SIMD loss settled, if it is one of what each chooses."""
+    split, reduction, simd_loss = verdicts
+    graph, loss, samples = found.graph, found.loss, found.algebra.samples
+    is_open = bool(reduction) and simd_loss.status == "unknown" and not loss.assumed
+    if graph.loss is None or not is_open or not _selects(graph):
+        return verdicts
+    steps = list(graph.loss_steps)
+    if graph.own_loss:
+        steps = [*statistics_of_data(graph, found.forward), *steps]
+    # With the labels where the first interpretation has placed them.
+    begin = {i: loss.ownership.get(i, marks) for i, marks in start.items()}
+    for mode in (ORDERED, ANONYMOUS):
+        choices = Choices(samples, mode)
+        followed = interpret(graph, samples, begin, steps, (), CONSTANTS, choices=choices)
+        evidence = replace(found, loss=followed, marks=followed[graph.loss])
+        *_, simd_loss = judge_loss(evidence)
+        if not choices.counts or not simd_loss:
+            return verdicts
+    return [split, reduction, simd_loss]
+
+
 def _cut_own_loss(
     forward: Interpretation,
     dims: Sequence[int | None],
@@ -142,7 +182,7 @@ def _cut_own_loss(
         return forward, parameter_steps
     # Folding inserts steps, so the numbers of all values change with it.
     graph = folded(graph, forward, fold)
-    start = initial_ownership(graph, dims)
+    start = initial_ownership(graph, dims, fold.is_ragged)
     samples = forward.algebra.samples
     return interpret(graph, samples, start, graph.forward_steps, assumed), parameter_steps
 

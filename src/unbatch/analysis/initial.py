@@ -15,22 +15,25 @@ import numpy as np
 from unbatch.analysis.domain.ownership import Ownership, batched, code, shared
 from unbatch.analysis.domain.sample_layout import prediction_dim
 from unbatch.analysis.interpreter import Interpretation
-from unbatch.analysis.number_facts import alike
+from unbatch.analysis.number_facts import alike, exact_numbers
 from unbatch.capture.graph import Graph
 from unbatch.capture.steps import Ref, Value
 
 OUTSIDE = ("parameters", "buffers", "constants", "inputs", "targets")
 
 
-def initial_ownership(graph: Graph, dims: Sequence[int | None]) -> dict[int, Ownership]:
+def initial_ownership(
+    graph: Graph, dims: Sequence[int | None], fixed: bool = False
+) -> dict[int, Ownership]:
     """Return what the forward pass starts from.
 
     Inputs belong to their samples along ``dims`` (None: to none); everything else that exists
-    before the model runs is shared.
+    before the model runs is shared. ``fixed``: whole numbers that belong to no sample are constants
+    of the program, as the ends of edges are where rows belong to samples by an index.
     """
     # Inputs are among what is there before the model runs: these marks replace the shared ones.
     marks = _outside(graph)
-    marks.update(_data(graph, graph.inputs, dims, "inputs"))
+    marks.update(_data(graph, graph.inputs, dims, "inputs", fixed))
     return marks
 
 
@@ -40,15 +43,16 @@ def loss_marks(
     targets: Sequence[int | None],
     samples: int,
     leading: bool = True,
+    fixed: bool = False,
 ) -> dict[int, Ownership]:
-    """Return what the loss starts from; ``targets``: their sample axes.
+    """Return what the loss starts from; ``targets``: their sample axes, ``fixed``: as for inputs.
 
     Predictions are fresh: each belongs to its sample and depends on nothing else. Targets belong to
     their samples as constants, inner values of the model are shared, and what the model makes of
     its inputs alone stays what it is.
     """
     marks = _outside(graph)
-    marks.update(_data(graph, graph.targets, targets, "targets"))
+    marks.update(_data(graph, graph.targets, targets, "targets", fixed))
     # Predictions come last, and overrule what the forward pass has proved of them: however the
     # model mixes samples, the loss is judged as a function of predictions that are there.
     numbers = set(scrambled(graph, forward))
@@ -141,7 +145,7 @@ def _constant(value: Value, index: int) -> Ownership:
 
 
 def _data(
-    graph: Graph, refs: Sequence[Ref | None], dims: Sequence[int | None], kind: str
+    graph: Graph, refs: Sequence[Ref | None], dims: Sequence[int | None], kind: str, fixed: bool
 ) -> dict[int, Ownership]:
     """Return the ownership of inputs or targets with these sample axes; None: shared."""
     marks = {}
@@ -149,7 +153,9 @@ def _data(
         if ref is None:
             continue
         shape = graph.values[ref.index].shape
-        if dim is None:
+        if dim is None and fixed and exact_numbers(graph.known(ref.index)) is not None:
+            marks[ref.index] = shared(shape, (kind, i))
+        elif dim is None:
             marks[ref.index] = shared(shape, (kind, i), [kind])
         else:
             axis = dim % max(len(shape), 1)

@@ -19,6 +19,7 @@ from torch import Tensor
 from unbatch import errors
 from unbatch.analysis.completeness import as_list, completed
 from unbatch.analysis.decomposition import recorded_body
+from unbatch.analysis.domain.choices import Choices
 from unbatch.analysis.domain.ownership import (
     Ownership,
     batched,
@@ -159,13 +160,15 @@ def interpret(
     assumed: Sequence[str] = (),
     constant: Iterable[str] = (),
     policy: Policy = PROVED_ONLY,
+    choices: Choices | None = None,
 ) -> Interpretation:
     """Propagate ownership through ``steps``; ``start``: that of the values they begin with.
 
     ``assumed``: paths of modules whose outputs are declared to depend, slice by slice, on their
     inputs. ``constant``: sources that count as known ("targets", "inputs" in a loss).
+    ``choices``: those of samples, where a loss is followed through them.
     """
-    algebra = Propagation(samples, constant=frozenset(constant))
+    algebra = Propagation(samples, constant=frozenset(constant), choices=choices)
     interpretation = Interpretation(graph, algebra, dict(start), policy=policy)
     # Buffers and constants may have other numbers in another recording.
     _rely_on_constants(interpretation, start)
@@ -374,6 +377,10 @@ def _of_size(
 ) -> Ownership:
     """Return what is made of a size alone (ones, noise): it depends on what the size depends on."""
     for operand in _sized_operands(interpretation, step):
+        if operand.all_owned and operand.shape == marks.shape:
+            # There are as many as samples have chosen, each where a sample's own is.
+            marks = call.algebra.pointwise("of a size", operand, marks)
+            continue
         if not operand.statistics or operand.coupled or operand.owned:
             return registry.mixed(call, marks.shape, "data-dependent shape")
         statistics = marks.statistics | operand.statistics

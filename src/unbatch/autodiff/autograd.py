@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import GradientEdge
 
+from unbatch.capture.trees import dense
+
 Key = TypeVar("Key", str, int)  # the name of a parameter, or the number of a value in a graph
 
 Value = TypeVar("Value")
@@ -198,7 +200,7 @@ def _stacked(rows: tuple[Any, ...]) -> Tensor | None:
     """Return rows as one tensor; an input without a gradient has none in any of them."""
     if rows[0] is None:
         return None
-    return torch.stack(rows)
+    return torch.stack(list(map(dense, rows)))
 
 
 def _grad(

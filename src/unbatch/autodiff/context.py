@@ -168,7 +168,7 @@ class Context:
         entries = 0
         for value in self._computed():
             if value.dtype.is_floating_point:
-                entries += math.prod(value.shape)
+                entries += value.entries
         return 8 * entries
 
     def _computed(self) -> Iterator[Value]:

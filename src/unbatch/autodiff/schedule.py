@@ -7,7 +7,6 @@ kept with it. No tensor is touched here; ``vjp.py`` follows the schedule.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -428,5 +427,5 @@ class Schedule:
         for i in self.plan.theta:
             value = self.graph.values[i]
             if value.step >= self._lowest:
-                largest = max(largest, math.prod(value.shape) * value.dtype.itemsize)
+                largest = max(largest, value.entries * value.dtype.itemsize)
         return 4 * largest

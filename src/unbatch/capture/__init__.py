@@ -9,12 +9,13 @@ In reading order:
 - ``tracer.py``, ``python_values.py``: the recorder, and what Python reads of tensors
 - ``catching.py``: whether the program goes on where an op raises an error
 - ``device_ops.py``: fused ops of a GPU, as they are recorded
-- ``missing_derivatives.py``, ``third_order.py``: derivatives that PyTorch does not have
+- ``missing_derivatives.py``, ``third_order.py``: derivatives and kernels that PyTorch does not have
 - ``foreach.py``: ops on lists as loops
 - ``hooks.py``, ``own_nodes.py``: what of a backward pass is not PyTorch's: hooks, and functions
 - ``program.py``: the model with its loss, and the ways to record them
-- ``data.py``: what the program is given, each time it runs
-- ``sample_axes.py``, ``stacked_views.py``: samples along several axes, or several views along one
+- ``data.py``, ``opened.py``: what the program is given, each time it runs, and what it returns
+- ``sample_axes.py``, ``stacked_views.py``, ``ragged_rows.py``: samples along several axes, several
+  views along one, or rows that an index gives to samples
 - ``wrappers.py``: what stands around a model
 - ``effort.py``: how much experiments with it may cost
 - ``isolation.py``, ``distributed.py``: no trace is left, and no other process is kept waiting

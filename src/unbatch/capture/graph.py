@@ -442,5 +442,7 @@ class _Insertion:
             memory = fresh + v.storage
             if v.storage == shared:
                 memory = old[self.at.index].storage
-            values.append(replace(v, step=self.place + v.step, storage=memory))
+            # Constants are there from the start.
+            step = self.place + v.step if v.kind == "step" else -1
+            values.append(replace(v, step=step, storage=memory))
         return values

@@ -178,6 +178,9 @@ register("sign round floor ceil", Traits(cuts=True))
 
 register("floor_divide _prelu_kernel", Traits(pointwise=True))  # which lack the tag
 
+# What forward mode takes functions apart into.
+register("prims::add prims::sub prims::mul prims::div prims::neg", Traits(pointwise=True))
+
 register(
     "fill copy normal uniform exponential random geometric cauchy log_normal",
     Traits(overwrites=True),
@@ -267,6 +270,9 @@ register(
     "_cudnn_attention_forward _efficient_attention_forward _fused_sdp_choice",
     Traits(answers_from=()),
 )
+
+# Of tensors whose sizes fit each other, as forward mode asks of a tangent.
+register("is_same_size _has_same_storage_numel", Traits(answers_from=()))
 
 register(
     "_use_cudnn_ctc_loss _use_miopen_ctc_loss",
@@ -375,6 +381,9 @@ def is_composite(op: Any) -> bool:
 
 def is_pointwise(op: Any) -> bool:
     """Tell whether an entry of the result depends on one entry of each (broadcast) operand."""
+    # What gives Python a boolean has no entries, whatever its tags are (``torch.equal``).
+    if torch.Tag.data_dependent_output in op.tags:
+        return False
     return torch.Tag.pointwise in op.tags or traits(op).pointwise
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
 from unbatch.capture.after_run import AfterRun
@@ -25,6 +26,7 @@ from unbatch.capture.data import closed_in, handed_out, repacked
 from unbatch.capture.effort import PLAIN_STEPS
 from unbatch.capture.graph import Graph, HostRead
 from unbatch.capture.isolation import storage_of, untouched
+from unbatch.capture.opened import closed, opened
 from unbatch.capture.python_values import Functions
 from unbatch.capture.reachable import Reachable
 from unbatch.capture.sample_axes import Fold
@@ -137,19 +139,22 @@ class Program:
     def forward(self, inputs: Any) -> Any:
         """Return the same on tensors that are our own: the model may change them."""
         inputs = repacked(inputs)
-        if self.fold is None:
-            return apart(self._called(inputs))
-        output = self._called(self.fold.unfolded(inputs, self.fold.inputs))
+        if self.fold is not None:
+            inputs = self.fold.unfolded(inputs, self.fold.inputs)
+        output = self._called(inputs)
         if self.loss is None:
-            return output  # a loss of its own is cut further up
-        return self.fold.returned(apart(output))
+            # A loss of its own is cut further up, and folded there.
+            return apart(output) if self.fold is None else output
+        output = apart(opened(output))
+        return output if self.fold is None else self.fold.returned(output)
 
     def _called(self, inputs: Any) -> Any:
-        # A tuple holds positional arguments, a mapping those by name; all else is one argument.
+        # A tuple holds positional arguments, a mapping those by name; all else is one argument,
+        # packed sequences too, though they are a tuple.
         with plainly():
             if self.functional:
                 return self.model(dict(self.parameters), inputs)
-            if isinstance(inputs, tuple):
+            if isinstance(inputs, tuple) and not isinstance(inputs, PackedSequence):
                 return self.inside(*inputs)
             if isinstance(inputs, Mapping):
                 return self.inside(**inputs)
@@ -174,6 +179,7 @@ class Program:
         if self.fold is not None:
             output = self.fold.unfolded(output, self.fold.outputs)
             targets = self.fold.unfolded(targets, self.fold.targets)
+        output = closed(output)
         with plainly():
             try:
                 if targets is None:

@@ -42,6 +42,11 @@ class Fold(ABC):
         """Whether outputs are folded, too."""
         return True
 
+    @property
+    def is_ragged(self) -> bool:
+        """Whether samples have different numbers of rows, so that they cannot change places."""
+        return False
+
     @abstractmethod
     def renewed(self, inputs: Any, targets: Any) -> Fold:
         """Return the same for other data, which may be of other sizes."""

@@ -13,8 +13,17 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map
 
+from unbatch.capture.ragged_rows import RowsOf, of_data
 from unbatch.capture.sample_axes import Fold, mapped
-from unbatch.errors import MSG_OUT_DIMS, MSG_OUT_DIMS_TREE, MSG_VIEWS, MSG_VIEWS_SIZE, InputError
+from unbatch.errors import (
+    MSG_OUT_DIMS,
+    MSG_OUT_DIMS_TREE,
+    MSG_ROW_NUMBERS,
+    MSG_ROWS_SIZE,
+    MSG_VIEWS,
+    MSG_VIEWS_SIZE,
+    InputError,
+)
 
 
 @dataclass(frozen=True)
@@ -37,12 +46,14 @@ class Views:
             raise InputError(MSG_VIEWS.format(value=self))
 
 
-Entry = int | Views | None  # where the samples lie in a leaf
+Moved = Views | RowsOf  # what is no axis of samples before it is moved
+
+Entry = int | Views | RowsOf | None  # where the samples lie in a leaf
 
 
 def has_views(dims: Any) -> bool:
-    """Tell whether any entry of a tree of axes is ``Views``."""
-    return any(isinstance(entry, Views) for entry in leaves_of_dims(dims))
+    """Tell whether any entry of a tree of axes is more than an axis."""
+    return any(isinstance(entry, Moved) for entry in leaves_of_dims(dims))
 
 
 def leaves_of_dims(dims: Any) -> list[Any]:
@@ -50,10 +61,10 @@ def leaves_of_dims(dims: Any) -> list[Any]:
 
 
 def without_views(dims: Any) -> Any:
-    """Return a tree of axes as they are once the views have been moved behind the samples."""
+    """Return a tree of axes as they are once the samples have been moved to the front."""
 
     def plain(entry: Any) -> Any:
-        return 0 if isinstance(entry, Views) else entry
+        return 0 if isinstance(entry, Moved) else entry
 
     return tree_map(plain, dims, is_leaf=lambda entry: entry is None)
 
@@ -77,15 +88,22 @@ class StackedViews(Fold):
     def of(dims: tuple[Any, Any], out_dims: Any, inputs: Any, targets: Any) -> StackedViews:
         """Raise ``InputError`` where an entry does not fit a tensor, or N is not told."""
         x_entries, y_entries = entries_of("in_dims", dims[0], inputs), []
-        if has_views(dims[1]):
+        # A model with a loss of its own has no targets, and nothing is said of them.
+        if targets is not None and (has_views(dims[0]) or has_views(dims[1])):
             y_entries = entries_of("in_dims", dims[1], targets)
         samples = _samples(x_entries, tree_leaves(inputs))
+        if samples is None:
+            samples = _samples(y_entries, tree_leaves(targets))
+        if samples is None:  # what is wrong with the data is said where they are counted
+            samples = _stated(x_entries, y_entries)
         bare = StackedViews(dims, out_dims, samples)
-        return replace(
+        moved = replace(
             bare,
             inputs=bare._only_views("X", x_entries, tree_leaves(inputs)),
             targets=bare._only_views("y", y_entries, tree_leaves(targets)),
         )
+        moved._check_names(moved.inputs, tree_leaves(inputs))
+        return moved
 
     def renewed(self, inputs: Any, targets: Any) -> StackedViews:
         return StackedViews.of(self.dims, self.out_dims, inputs, targets)
@@ -94,17 +112,34 @@ class StackedViews(Fold):
         """Return the entries of leaves that are moved; all of these have to fit."""
         moved: list[Entry] = [None] * len(leaves)
         for i, (entry, leaf) in enumerate(zip(entries, leaves, strict=False)):
-            if isinstance(entry, Views):
+            if isinstance(entry, Moved):
                 self._check(f"{what}[{i}]", entry, leaf)
                 moved[i] = entry
         return moved
 
-    def _check(self, what: str, entry: int | Views, leaf: Any) -> None:
+    def _check_names(self, entries: list[Entry], leaves: list[Any]) -> None:
+        """Raise ``InputError`` for whole numbers that are those of rows: they have no other ones.
+
+        The ends of an edge belong to a graph, and with other numbers they would be in another one.
+        """
+        ragged = [entry for entry in entries if isinstance(entry, RowsOf)]
+        for i, (entry, leaf) in enumerate(zip(entries, leaves, strict=True)):
+            if isinstance(entry, RowsOf) and any(
+                entry.names_rows_of(rows, leaf) for rows in ragged
+            ):
+                raise InputError(MSG_ROW_NUMBERS.format(what=f"X[{i}]", entry=entry))
+
+    def _check(self, what: str, entry: int | Moved, leaf: Any) -> None:
         if not _fits(entry, leaf, self.samples):
             shape = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
-            raise InputError(
-                MSG_VIEWS_SIZE.format(what=what, entry=entry, n=self.samples, shape=shape)
-            )
+            text = MSG_ROWS_SIZE if isinstance(entry, RowsOf) else MSG_VIEWS_SIZE
+            raise InputError(text.format(what=what, entry=entry, n=self.samples, shape=shape))
+
+    @property
+    def is_ragged(self) -> bool:
+        return any(
+            isinstance(entry, RowsOf) for entry in leaves_of_dims((self.dims, self.out_dims))
+        )
 
     # -- moving --
 
@@ -114,7 +149,9 @@ class StackedViews(Fold):
     def unfolded(self, tree: Any, axes: Any) -> Any:
         return mapped(tree, axes, self._unfold)
 
-    def _fold(self, t: Tensor, entry: int | Views) -> Tensor:
+    def _fold(self, t: Tensor, entry: int | Moved) -> Tensor:
+        if isinstance(entry, RowsOf):
+            return entry.folded(t, self.samples)
         if isinstance(entry, int):
             return t.movedim(entry, 0)
         dim = entry.dim % t.ndim
@@ -124,7 +161,9 @@ class StackedViews(Fold):
         # In memory as other batches are: otherwise the way back is a view on this one alone.
         return t.unflatten(dim, sizes).movedim(at, 0).contiguous()
 
-    def _unfold(self, t: Tensor, entry: int | Views) -> Tensor:
+    def _unfold(self, t: Tensor, entry: int | Moved) -> Tensor:
+        if isinstance(entry, RowsOf):
+            return entry.unfolded(t, self.samples)
         if isinstance(entry, int):
             return t.movedim(0, entry)
         dim = entry.dim % (t.ndim - 1)  # views and samples are one axis there
@@ -135,10 +174,24 @@ class StackedViews(Fold):
 
     @property
     def of_outputs(self) -> bool:
-        return self.out_dims is not None
+        return self.out_dims is not None or any(isinstance(e, RowsOf) for e in self.inputs)
+
+    def _entries_of_output(self, output: Any) -> list[Entry]:
+        if self.out_dims is not None:
+            return entries_of("out_dims", self.out_dims, output)
+        return [self._as_an_input(leaf) for leaf in tree_leaves(output)]
+
+    def _as_an_input(self, leaf: Any) -> Entry:
+        """Return the rows of an input that an output has as well, as predictions of nodes do."""
+        for entry in self.inputs:
+            if not isinstance(entry, RowsOf) or len(entry.owners) == self.samples:
+                continue
+            if _fits(entry, leaf, self.samples):
+                return entry
+        return None
 
     def returned(self, output: Any) -> Any:
-        entries = entries_of("out_dims", self.out_dims, output)
+        entries = self._entries_of_output(output)
         for i, (entry, leaf) in enumerate(zip(entries, tree_leaves(output), strict=True)):
             if entry is not None:
                 self._check(f"output[{i}]", entry, leaf)
@@ -148,7 +201,9 @@ class StackedViews(Fold):
 
     def axes(self, leaf: Any) -> Entry:
         entry = self.out_dims
-        if not isinstance(entry, int | Views):
+        if entry is None:
+            return self._as_an_input(leaf)
+        if not isinstance(entry, int | Moved):
             raise InputError(MSG_OUT_DIMS_TREE.format(value=entry))
         return entry if _fits(entry, leaf, self.samples) else None
 
@@ -160,38 +215,47 @@ def entries_of(what: str, dims: Any, tree: Any) -> list[Entry]:
     """Return an entry for each leaf, from a tree of entries that may end above the leaves."""
     leaves, spec = tree_flatten(tree)
     entries = _broadcast(dims, spec)
-    bad = [e for e in leaves_of_dims(dims) if e is not None and not isinstance(e, int | Views)]
+    bad = [e for e in leaves_of_dims(dims) if e is not None and not isinstance(e, int | Moved)]
     if entries is None or bad:
         raise InputError(
-            f"{what} is {dims!r}; it takes an int, None, Views, or a nesting of them like {spec}."
+            f"{what} is {dims!r}; it takes an int, None, Views, rows_of(..), or a nesting of them "
+            f"like {spec}."
         )
     for i, leaf in enumerate(leaves):
         if not isinstance(leaf, Tensor):
             entries[i] = None  # a number among tensors has no axes, whatever its neighbours have
-    return entries
+    return of_data(entries, tree)
 
 
 def _broadcast(dims: Any, spec: TreeSpec) -> list[Entry] | None:
-    if dims is None or isinstance(dims, int | Views):
+    if dims is None or isinstance(dims, int | Moved):
         return [dims] * spec.num_leaves
     return torch.utils._pytree._broadcast_to_and_flatten(
         dims, spec, is_leaf=lambda entry: entry is None
     )
 
 
-def _samples(entries: list[Entry], leaves: list[Any]) -> int:
-    """Return N, from the first input that has samples."""
-    for entry, leaf in zip(entries, leaves, strict=True):
+def _samples(entries: list[Entry], leaves: list[Any]) -> int | None:
+    """Return N, from the first tensor that has samples along an axis; None where none has."""
+    for entry, leaf in zip(entries, leaves, strict=False):
         if isinstance(entry, Views) and -leaf.ndim <= entry.dim < leaf.ndim:
             return int(leaf.shape[entry.dim]) // entry.count
         if isinstance(entry, int) and -leaf.ndim <= entry < leaf.ndim:
             return int(leaf.shape[entry])
-    return 0  # what is wrong with the data is said where they are counted
+    return None
 
 
-def _fits(entry: int | Views, leaf: Any, samples: int) -> bool:
+def _stated(*entries: list[Entry]) -> int:
+    """Return N where it is told by indices of rows alone: the most that any of them knows of."""
+    ragged = [entry for of_leaves in entries for entry in of_leaves if isinstance(entry, RowsOf)]
+    return max((entry.least for entry in ragged), default=0)
+
+
+def _fits(entry: int | Moved, leaf: Any, samples: int) -> bool:
     """Tell whether a tensor has the samples where an entry says."""
     if not isinstance(leaf, Tensor):
         return False
+    if isinstance(entry, RowsOf):
+        return entry.fits(leaf, samples)
     dim, count = (entry, 1) if isinstance(entry, int) else (entry.dim, entry.count)
     return -leaf.ndim <= dim < leaf.ndim and leaf.shape[dim] == count * samples

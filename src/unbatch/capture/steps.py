@@ -6,6 +6,7 @@ where the grammar is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -44,6 +45,18 @@ class Value:
     step: int = -1
     requires_grad: bool = False
     concrete: Tensor | None = None
+
+    @property
+    def is_strided(self) -> bool:
+        """Whether it is a window on one memory: neither sparse nor nested."""
+        return len(self.stride) == len(self.shape)
+
+    @property
+    def entries(self) -> int:
+        """How many numbers it holds; zero where a length is not one of them, as in jagged ones."""
+        if not all(isinstance(length, int) for length in self.shape):
+            return 0
+        return math.prod(self.shape)
 
 
 @dataclass

@@ -39,7 +39,7 @@ from unbatch.capture.isolation import SKIPS_COMPILER, mutated, storage_of
 from unbatch.capture.steps import Ref, Step, Value, filled, indices, is_ref
 from unbatch.capture.substitutes import laid_out
 from unbatch.capture.trees import flat, is_plain, is_strided, tensors_in
-from unbatch.errors import HERE, MSG_COMPOSITION
+from unbatch.errors import HERE, MSG_COMPOSITION, MSG_NESTED_INSIDE, CaptureError
 
 aten = torch.ops.aten
 
@@ -605,6 +605,8 @@ def _window(t: Tensor) -> tuple[Any, ...]:
 
 def _geometry(t: Tensor) -> tuple[Any, ...]:
     """Return which entries of its memory a tensor shows, and their type; no window if sparse."""
+    if t.is_nested and t.layout == torch.strided:
+        raise CaptureError(MSG_NESTED_INSIDE)
     if not is_strided(t):
         return tuple(t.shape), (), 0, t.dtype
     return *_window(t), t.dtype

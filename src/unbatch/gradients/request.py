@@ -20,6 +20,7 @@ from unbatch.capture.device_ops import check_recurrences
 from unbatch.errors import (
     MSG_HIDDEN,
     MSG_NO_ARRAY,
+    MSG_NO_OUTPUT,
     MSG_NO_ROWS,
     MSG_NOT_LINEAR,
     MSG_NOT_REPLAYED,
@@ -148,10 +149,11 @@ def check_predictions_of(request: Request) -> None:
     graph = request.context.graph
     if graph.hides_predictions:
         raise StructureError(MSG_HIDDEN.format(what=", ".join(graph.closed)))
+    if not graph.used_predictions:
+        raise StructureError(MSG_NO_OUTPUT)
     for ref in graph.used_predictions:
         value = graph.values[ref.index]
-        # What is sparse or nested has no strides.
-        if len(value.stride) != len(value.shape):
+        if not value.is_strided:
             raise StructureError(MSG_NO_ARRAY.format(shape=tuple(value.shape)))
 
 

@@ -19,6 +19,7 @@ from unbatch.analysis.domain.sample_layout import Layout
 from unbatch.autodiff.autograd import detached, gradients, leaves_of
 from unbatch.autodiff.context import Context
 from unbatch.autodiff.other_batches import finite_batches, is_finite
+from unbatch.autodiff.planner import BackwardPlan
 from unbatch.autodiff.schedule import Schedule
 from unbatch.capture.substitutes import held, norm_with_constant_statistics
 from unbatch.gradients.replayed_rows import ReplayedRows
@@ -51,13 +52,21 @@ def trusted(
         form = plan.form
         passes = context.tested.plans.get((key, form))
         if passes is None:
-            passes = plan.divisible and _passes(context, parameters, by, memory)
+            passes = _is_possible(context, plan) and _passes(context, parameters, by, memory)
         if passes is None:
             return None  # on another batch it may be found out
         context.trust[key] = passes
         if form is not None and passes:
             context.tested.plans[key, form] = True
     return context.trust[key]
+
+
+def _is_possible(context: Context, plan: BackwardPlan) -> bool:
+    """Return whether cotangents can be cut into those of samples, and contracted at all sites."""
+    if not plan.divisible:
+        return False
+    # No contraction knows sparse or nested operands.
+    return all(context.graph.values[site.operand].is_strided for site in plan.sites)
 
 
 def _passes(

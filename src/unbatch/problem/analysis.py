@@ -314,12 +314,12 @@ def _with_notes(structure: Structure, recording: Recording, fidelity: Fidelity) 
 def _context(inference: Inference, structure: Structure, faithful: bool) -> Context:
     """Return the recording as the engine sees it."""
     recording, graph = inference.recording, inference.graph
-    batch, findings = recording.batch, inference.findings
+    batch, findings, program = recording.batch, inference.findings, recording.program
     return Context(
-        recording.program,
+        program,
         graph,
         findings.forward,
-        initial_ownership(graph, batch.dims),
+        initial_ownership(graph, batch.dims, program.fold is not None and program.fold.is_ragged),
         batch.samples,
         findings.leading,
         inference.outputs,

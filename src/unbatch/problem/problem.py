@@ -26,6 +26,7 @@ from unbatch.capture.data import objects_in
 from unbatch.capture.effort import PLAIN_STEPS, metered
 from unbatch.capture.guards import signature
 from unbatch.capture.isolation import outside_inference_mode
+from unbatch.capture.opened import closed
 from unbatch.capture.program import Program
 from unbatch.capture.sample_axes import Fold
 from unbatch.capture.stacked_views import without_views
@@ -95,8 +96,10 @@ class Problem:
     per-sample), or a pair for X and y whose parts may be pytrees of them. ``out_dims`` says it of
     what the model returns: an int, None (the analysis finds it, the default), or a nesting like
     that of the output. Both also take ``Views(2)`` for an axis along which each sample has several
-    entries: ``[2N, d]`` are N pairs then. What has no axis of samples belongs to the batch as a
-    whole: ``ggn()`` joins such outputs, and rows of the gradient leave them to their ``rest``.
+    entries: ``[2N, d]`` are N pairs then; and ``rows_of(index)`` for rows that an index gives to
+    samples, as those of stacked graphs, packed sequences and boxes of images. What has no axis of
+    samples belongs to the batch as a whole: ``ggn()`` joins such outputs, and rows of the gradient
+    leave them to their ``rest``.
 
     ``sample_dims``: several axes that together tell samples apart, of X, y and the predictions,
     such as ``(0, 1)`` for the tokens of sentences or ``(0, 2, 3)`` for the pixels of images;
@@ -276,7 +279,7 @@ class Problem:
         session = self._recorded()
         output = session.at_the_cut if self.program.loss is None else session.predictions
         # Copied: what the session keeps must not change when the user writes to the result.
-        return tree_map(copied, output)
+        return closed(tree_map(copied, output))
 
     # -- gradients --
 

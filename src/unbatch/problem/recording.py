@@ -22,6 +22,7 @@ from unbatch.analysis.rules import registry
 from unbatch.capture import program as capture
 from unbatch.capture.graph import Graph
 from unbatch.capture.guards import Guard, identity, signature
+from unbatch.capture.missing_derivatives import without_kernel
 from unbatch.capture.own_writes import idle
 from unbatch.capture.program import Program
 from unbatch.capture.steps import Step
@@ -226,8 +227,9 @@ def _check_sum(loss: Tensor) -> None:
 
 def _raise_failure(program: Program, error: Exception, call: str) -> NoReturn:
     """Raise what the program raised as a ``CaptureError``, with the call and a likely cause."""
+    text = without_kernel(str(error)) or str(error)
     message = errors.MSG_MODEL_FAILED.format(
-        kind=type(error).__name__, value=str(error).rstrip().removesuffix("."), call=call
+        kind=type(error).__name__, value=text.rstrip().removesuffix("."), call=call
     )
     # Notes were added where the exception passed: by which call, with what.
     sentences = [message, *getattr(error, "__notes__", ())]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from unbatch.capture.program import own_loss
-from unbatch.capture.trees import tensors_in
+from unbatch.capture.trees import dense, tensors_in
 from unbatch.linalg.precision import FORWARD, tolerance
 from unbatch.problem.session import Session
 from unbatch.verification.fidelity import NOT_FINITE, replay_difference
@@ -118,6 +118,7 @@ def close(value: Tensor, expected: Tensor) -> bool:
     """Return whether two tensors differ by no more than rounding."""
     if value.shape != expected.shape or value.dtype != expected.dtype:
         return False
+    value, expected = dense(value), dense(expected)
     if not value.numel() or not (value.is_floating_point() or value.is_complex()):
         return torch.equal(value, expected)
     value = value.detach()

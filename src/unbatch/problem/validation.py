@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 from unbatch import errors
 from unbatch.capture.data import holds_data
 from unbatch.capture.program import Program
+from unbatch.capture.ragged_rows import of_data
 from unbatch.capture.sample_axes import Fold, SampleAxes
 from unbatch.capture.stacked_views import StackedViews, has_views
 from unbatch.capture.trees import tensors_in
@@ -145,6 +146,7 @@ def parse_dims(what: str, tree: Any, dims: Any) -> list[int | None]:
             text = errors.MSG_CLOSED_DATA.format(what=f"{what}[{i}]", value=type(leaf).__name__)
             raise InputError(text)
         axes[i] = None  # a number among tensors has no axes, whatever its neighbours have
+    axes = of_data(axes, tree)
     check_dims(what, tree, axes)
     for i, (axis, leaf) in enumerate(zip(axes, leaves, strict=True)):
         if axis is not None:
@@ -174,6 +176,8 @@ def check_dims(what: str, tree: Any, dims: Sequence[int | None]) -> None:
     # Targets may be anything that the loss takes, inputs have to have samples.
     leaves = tree_leaves(tree)
     if what == "X" and not any(isinstance(leaf, Tensor) for leaf in leaves):
+        if isinstance(tree, tuple) and all(isinstance(leaf, int) for leaf in leaves):
+            raise InputError(errors.MSG_NO_INPUT.format(value=tree))
         raise InputError(errors.MSG_NOT_TENSOR.format(what=what, value=type(tree).__name__))
     if len(leaves) != len(dims):
         raise InputError(

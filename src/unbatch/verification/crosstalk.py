@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from unbatch.capture.after_run import AfterRun
-from unbatch.errors import MSG_HIDDEN, StructureError
+from unbatch.capture.trees import dense
+from unbatch.errors import MSG_HIDDEN, MSG_NOT_REPLACED, StructureError
 from unbatch.verification.experiment import Experiment
 
 SHADES = " ░▒▓█"
@@ -121,7 +122,7 @@ def _predictions_at(
     rows = []
     for p, dim in zip(predictions, experiment.out_dims, strict=True):
         if dim is not None and p.is_floating_point():
-            rows.append(p.movedim(dim, 0).reshape(experiment.samples, -1))
+            rows.append(dense(p).movedim(dim, 0).reshape(experiment.samples, -1))
     if not rows:
         return torch.zeros(experiment.samples, 0)
     return torch.cat(rows, 1)
@@ -147,6 +148,10 @@ def _by_replacement(experiment: Experiment, rows: Sequence[int]) -> Tensor:
     matrix = torch.zeros(experiment.samples, experiment.samples, dtype=torch.float64)
     for m in range(experiment.samples):
         others = torch.arange(experiment.samples) != m
-        new = experiment.rows(experiment.predict(experiment.changed(others, "rolled", m)))
+        try:
+            new = experiment.rows(experiment.predict(experiment.changed(others, "rolled", m)))
+        except Exception as error:
+            reason = str(error).partition("\n")[0]
+            raise StructureError(MSG_NOT_REPLACED.format(sample=m, error=reason)) from error
         matrix[rows, m] = (new - base)[rows].norm(dim=1).to(matrix)
     return matrix

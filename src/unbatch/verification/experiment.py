@@ -99,6 +99,12 @@ class Experiment:
         return in_blocks
 
     @property
+    def samples_are_alike(self) -> bool:
+        """Whether the data of one sample may stand in the place of another's."""
+        fold = self.program.fold
+        return fold is None or not fold.is_ragged
+
+    @property
     def cut_inside_model(self) -> bool:
         """Whether the model computes its own loss, so that its predictions are not its output."""
         return self.program.loss is None and bool(self.graph.after_cut)

@@ -314,7 +314,7 @@ def not_equivariant(
 
     ``orders``: the permutations to try; by default some of all samples.
     """
-    if not experiment.repeatable:
+    if not experiment.repeatable or not experiment.samples_are_alike:
         return None
     base = experiment.rows(experiment.base)
     if not base.shape[1]:

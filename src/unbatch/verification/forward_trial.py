@@ -199,7 +199,7 @@ def _order(samples: int) -> Tensor:
 def _shuffles(experiment: Experiment, keep: Tensor, seed: int, permute: bool) -> Iterator[Shuffle]:
     """Yield changed batches, the most telling first: a program may not take all of them."""
     orders = [torch.arange(experiment.samples)]
-    if permute:
+    if permute and experiment.samples_are_alike:
         orders.insert(0, _order(experiment.samples))
     changes: list[tuple[str, int | None]] = [("noisy", None), ("rolled", None)]
     for marker in markers(experiment.graph, experiment.graph.forward_steps)[:1]:

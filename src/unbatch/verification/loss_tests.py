@@ -199,7 +199,7 @@ def mixed_derivatives(loss: LossExperiment) -> Counterexample | None:
 def direction_depends_on_index(loss: LossExperiment) -> Counterexample | None:
     """Return that samples with equal predictions and targets have rows of other directions."""
     samples = loss.experiment.samples
-    if samples < 2:
+    if samples < 2 or not loss.experiment.samples_are_alike:
         return None
     floor = loss.floor(loss.gradient(loss.predictions()))
     # All samples get the target of the first, and then the prediction of sample k.

@@ -214,6 +214,8 @@ def _with_other_targets(loss: LossExperiment) -> Iterator[tuple[bool, LossExperi
     """
     if loss.experiment.program.loss is None:
         return  # labels are inputs there
+    if not loss.experiment.samples_are_alike:
+        return  # rows may name their sample, and others would then be nobody's
     order = torch.tensor(_sources(loss))
     yield False, loss.with_targets(lambda t: t[order.to(t.device)])
     # What PyTorch's own losses ignore is theirs to divide by: of one without ignored labels the

@@ -91,7 +91,7 @@ def _is_proved(experiment: Experiment, owners: Mapping[int, Owners | None]) -> b
     again = interpret(
         graph,
         samples,
-        initial_ownership(graph, experiment.dims),
+        initial_ownership(graph, experiment.dims, not experiment.samples_are_alike),
         graph.forward_steps,
         tuple(forward.assumed),
         policy=replace(forward.policy, held=_as_data(forward, owners, samples)),

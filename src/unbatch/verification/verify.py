@@ -38,6 +38,7 @@ VAGUE = {"no rule", "data-dependent shape", "scattered", "resized", "position"}
 
 NOTE_PAIRS = "each sample is compared with every other: a rank needs the whole batch"
 NOTE_DRAWN = "drawn with a seed, as predictions are large: {drawn}; give `effort=` for more"
+NOTE_RAGGED = "samples have rows of their own number: that one function treats them is not tried"
 NOTE_UNTESTED = "the loss could not be tested: {error}: {text}"
 
 LossTest = Callable[[LossExperiment], Counterexample | None]
@@ -210,6 +211,10 @@ def _settle_forward(structure: Structure, experiment: Experiment) -> Structure:
     if given_statistics and simd.status != "unknown":
         # Nothing that permuting the samples could refute is open.
         return structure.with_verdicts(independent, simd, given_statistics)
+    if not experiment.samples_are_alike:
+        simd = _noted(simd, NOTE_RAGGED)
+        given_statistics = _noted(given_statistics, NOTE_RAGGED)
+        return structure.with_verdicts(independent, simd, given_statistics)
     difference = not_equivariant(experiment)
     simd = _refuted(simd, difference)
     if not given_statistics and not _is_grouped(structure, experiment):
@@ -260,6 +265,8 @@ def _settle_loss(structure: Structure, loss: LossExperiment) -> Structure:
     split = structure.canonical_split
     reduction = structure.reduction
     simd_loss = structure.simd_loss
+    if not loss.experiment.samples_are_alike:
+        simd_loss = _noted(simd_loss, NOTE_RAGGED)
     # One after the other, so that what was found before a test fails to run is kept.
     try:
         if split.status == "unknown":
@@ -271,7 +278,9 @@ def _settle_loss(structure: Structure, loss: LossExperiment) -> Structure:
             # A row that turns with the predictions of others is that of no sum over samples.
             reduction = _no_reduction(reduction, simd_loss)
         # Targets can be changed only where they are arguments of the loss.
-        if loss.experiment.program.loss is not None:
+        # Rows of others may name their sample, and would then be nobody's.
+        is_apart = loss.experiment.program.loss is not None
+        if is_apart and loss.experiment.samples_are_alike:
             reduction, simd_loss = _settle_by_targets(reduction, simd_loss, loss)
     except Exception as error:
         note = NOTE_UNTESTED.format(error=type(error).__name__, text=error)

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from unbatch.analysis.domain import folds
+from unbatch.analysis.domain.choices import Choices
 from unbatch.analysis.domain.dependence import DependenceRecord, StatisticDef
 from unbatch.analysis.domain.folds import LINEAR
 from unbatch.analysis.domain.linearity import (
@@ -71,18 +72,19 @@ class Propagation:
     """How ownership passes through operations, for a batch of ``samples`` samples.
 
     ``step``: the operation at work, set by whoever interprets. ``record``: the statistics and the
-    mixing so far. Values from the sources in ``constant`` count as known: for the loss, targets
-    are what they are.
+    mixing so far. ``choices``: those of samples, where a loss is followed through them. Values from
+    the sources in ``constant`` count as known: for the loss, targets are what they are.
     """
 
     samples: int
     step: int = -1
     constant: frozenset[str] = frozenset()
     record: DependenceRecord = field(default_factory=DependenceRecord)
+    choices: Choices | None = None
     sets: SampleSets = field(init=False)
 
     def __post_init__(self) -> None:
-        self.sets = SampleSets(self.samples)
+        self.sets = SampleSets(self.samples, self.choices)
 
     def is_constant(self, x: Ownership) -> bool:
         """Tell whether a value is made of what counts as known alone."""

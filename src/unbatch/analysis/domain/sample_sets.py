@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from unbatch.analysis.domain.choices import Choices
 from unbatch.analysis.domain.ownership import (
     MIXED,
     SHARED,
@@ -29,11 +30,13 @@ from unbatch.analysis.domain.ownership import (
 class SampleSets:
     """The sets of samples that statistics were taken over, numbered as they come up.
 
-    ``membership``: ``[set, n]``, whether sample n belongs to the set. The whole batch is not
+    ``choices``: what samples chose of their own, where that is followed. ``membership``: ``[set,
+    n]``, whether sample n belongs to the set. The whole batch is not
     among them: what is a function of all samples has the owner ``SHARED``.
     """
 
     samples: int
+    choices: Choices | None = None
     membership: Array = field(init=False)
 
     def __post_init__(self) -> None:
@@ -129,6 +132,10 @@ class SampleSets:
         with np.errstate(over="ignore"):
             np.add.at(contributions, inverse, mix(key, code("element")))
         owned = names != SHARED
+        if self.choices is not None:
+            of_terms = self.choices.of_terms(owner, key)
+            if of_terms is not None:
+                return SHARED, of_terms
         if MIXED in names or len(np.unique(contributions[owned])) > 1:
             return MIXED, 0
         if is_group(names).any() and not of_sets:

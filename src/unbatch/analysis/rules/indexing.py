@@ -21,6 +21,7 @@ from unbatch.analysis.domain.ownership import (
     code,
     compress,
     digest,
+    expand,
     follow_samples,
     is_sample,
     mix,
@@ -206,6 +207,10 @@ def lookup(call: RuleContext) -> Ownership:
 
 def indexed(call: RuleContext, x: Ownership, indices: list[Any], values: list[Any]) -> Ownership:
     """Return ``x[indices]``, with the numbers of the indices in ``values`` where known."""
+    if len(indices) == 1:
+        own = _chosen_by_samples(call, x, indices[0], values[0])
+        if own is not None:
+            return own
     # First all indices are sorted, since where the dims of the result go depends on all of them.
     selection = _sorted_by_knowledge(call, x, indices, values)
     if selection is not None:
@@ -345,6 +350,36 @@ def _constant_along(array: Array, dim: int) -> bool:
     return bool((array == array.take([0], axis=dim)).all())
 
 
+def _chosen_by_samples(
+    call: RuleContext, x: Ownership, mask: Ownership | None, numbers: Any
+) -> Ownership | None:
+    """Return what samples choose of their own by masks of their own, where that is followed.
+
+    The mask is a constant of the loss, and has the first dims of ``x``.
+    """
+    a, choices = call.algebra, call.algebra.choices
+    numbers = as_mask(numbers)
+    if choices is None or mask is None or not is_mask(numbers) or not a.is_constant(mask):
+        return None
+    rank = len(mask.shape)
+    if not mask.owned or x.shape[:rank] != mask.shape:
+        return None
+    # With a mask of as many dims as it has.
+    beside = reshape(mask, (*mask.shape, *[1] * (len(x.shape) - rank)))
+    candidates = spell_out(a.pointwise("chosen", x, beside), range(rank))
+    if candidates.explicit(range(rank, len(x.shape))):
+        return None
+    owner = np.broadcast_to(candidates.owner, candidates.key.shape).reshape(numbers.shape)
+    if not is_sample(owner).all():
+        return None
+    key = candidates.key.reshape(numbers.shape)
+    owners, keys = choices.chosen(owner, key, numbers)
+    stored = (len(owners), *[1] * (len(x.shape) - rank))
+    return replace(
+        candidates, shape=call.shape, owner=owners.reshape(stored), key=keys.reshape(stored)
+    )
+
+
 def _chosen_constants(
     call: RuleContext, x: Ownership, mask: Ownership | None, numbers: Any
 ) -> Ownership | None:
@@ -354,20 +389,22 @@ def _chosen_constants(
     of what belongs to its owner. None where it is not so.
     """
     a = call.algebra
-    if mask is None or not is_mask(numbers) or len(call.shape) != 1:
+    if mask is None or not is_mask(numbers) or x.shape[: len(mask.shape)] != mask.shape:
         return None
     if not a.constant or not (a.is_constant(x) and a.is_constant(mask)):
         return None
-    candidates = spell_out(a.pointwise("chosen", x, mask))
+    rank = len(mask.shape)
+    beside = reshape(mask, (*mask.shape, *[1] * (len(x.shape) - rank)))
+    candidates = spell_out(a.pointwise("chosen", x, beside))
     owner = np.broadcast_to(candidates.owner, candidates.shape)
     key = np.broadcast_to(candidates.key, candidates.shape)
-    chosen = np.broadcast_to(numbers, candidates.shape)
-    keys = np.zeros(call.shape, dtype=np.uint64)
-    for one in np.unique(owner[chosen]).tolist():
-        places = np.flatnonzero(owner[chosen] == one)
-        order = np.arange(len(places), dtype=np.uint64)
-        keys[places] = mix(total(key[owner == one], 0), order)
-    return replace(candidates, shape=call.shape, owner=owner[chosen], key=keys)
+    owners = owner[numbers]
+    keys = np.zeros(owners.shape, dtype=np.uint64)
+    for one in np.unique(owners).tolist():
+        own = owners == one
+        order = np.arange(np.count_nonzero(own), dtype=np.uint64)
+        keys[own] = mix(total(key[owner == one], 0), order)
+    return replace(candidates, shape=call.shape, owner=owners, key=keys)
 
 
 # --- lookups along one dim ------------------------------------------------------------------------
@@ -428,7 +465,7 @@ def _places_of_chosen(call: RuleContext) -> Ownership | None:
         return None
     keys = np.zeros(call.shape, dtype=np.uint64)
     for d in range(call.shape[1]):
-        if follow_samples(owner, d, a.samples):
+        if owner.shape[d] == a.samples and follow_samples(owner, d, a.samples):
             keys[:, d] = PLACE
             continue
         for one in np.unique(owner[chosen]).tolist():
@@ -438,6 +475,19 @@ def _places_of_chosen(call: RuleContext) -> Ownership | None:
             keys[rows, d] = mix(of_mask, order)
     owners = np.broadcast_to(owner[chosen][:, None], call.shape)
     return replace(spelled, shape=call.shape, owner=owners, key=keys)
+
+
+def _masked_select(call: RuleContext) -> Ownership | None:
+    """Return what a mask chooses of a value, flat; None where it is not known."""
+    x, mask, numbers = call["self"], call["mask"], as_mask(call.values.get("mask"))
+    if is_mask(numbers) and np.broadcast_shapes(x.shape, mask.shape) == x.shape:
+        mask, numbers = expand(mask, x.shape), np.broadcast_to(numbers, x.shape)
+    chosen = _chosen_by_samples(call, x, mask, numbers)
+    if chosen is None:
+        chosen = _chosen_constants(call, x, mask, numbers)
+    if chosen is None and x.shape == mask.shape and exact(call, mask, numbers):
+        return indexed(call, x, [mask], [numbers])
+    return chosen
 
 
 # --- shapes that depend on data -------------------------------------------------------------------
@@ -464,13 +514,9 @@ def data_dependent(call: RuleContext) -> Any:
         name = (call.title, digest(call.tensors[0]))
         return shared_outputs(call, name)
     if call.name == "masked_select":
-        numbers = as_mask(call.values.get("mask"))
-        chosen = _chosen_constants(call, call["self"], call["mask"], numbers)
+        chosen = _masked_select(call)
         if chosen is not None:
             return chosen
-        x, mask = call["self"], call["mask"]
-        if x.shape == mask.shape and exact(call, mask, numbers):
-            return indexed(call, x, [mask], [numbers])
     if call.name == "nonzero":
         places = _places_of_chosen(call)
         if places is not None:

@@ -46,7 +46,7 @@ from unbatch.capture import ops
 
 
 PRODUCTS = {
-    ("ni", "io", "no"): "mm addmm _addmm_activation",
+    ("ni", "io", "no"): "mm addmm _addmm_activation _sparse_addmm",
     ("bni", "bio", "bno"): "bmm baddbmm",
     ("bni", "bio", "no"): "addbmm",
     ("ni", "i", "n"): "mv addmv",

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_map
 
 from unbatch.capture import ops
 from unbatch.capture.steps import ExecutedOp
+from unbatch.capture.trees import dense
 from unbatch.linalg.rows import fill, squares, total_of_squares, vectors, wide
 
 
@@ -182,7 +183,8 @@ class GenericContraction(Contraction):
         rows: list[Tensor] = []
         for n in range(first, last):
             of_sample = [layout.only(g, n, n + 1)[0] for layout, g in cotangents]
-            rows += torch.autograd.grad(outputs, u, of_sample, retain_graph=True)
+            grads = torch.autograd.grad(outputs, u, of_sample, retain_graph=True)
+            rows += map(dense, grads)
         return fill(torch.stack(rows), out)
 
     def _run_with(self, u: Tensor) -> list[Tensor]:
