@@ -640,6 +640,13 @@ VANISHING = (
 )
 
 
+MSG_MANY_PASSES = (
+    "The second derivative of the loss has {columns:,} columns for each sample, and each takes at "
+    "least one backward pass: more than {most:,} passes are not begun. Products (`G @ v`), "
+    "`G.eigh(k)` and `G.solve(b, damping)` take few; `G.estimate_diag(draws)` and "
+    "`ub.DiagGGN(mc_samples=1)` estimate the diagonal."
+)
+
 MSG_NO_BLOCKS = (
     "The second derivative of the loss by predictions of the shapes {shapes} is too large to be "
     "factored, or the loss rounds it too coarsely (bfloat16) to recognise its form, so its columns "

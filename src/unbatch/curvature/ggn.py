@@ -25,7 +25,7 @@ from unbatch.curvature import spectrum
 from unbatch.curvature.column_map import ColumnMap, stacked
 from unbatch.curvature.ggn_quantities import ColumnNorms, DiagGGN
 from unbatch.curvature.gram import Gram, entrywise
-from unbatch.curvature.hessian_root import Factor, HessianRoot
+from unbatch.curvature.hessian_root import HessianRoot, SampleRoot
 from unbatch.curvature.low_rank import Compression
 from unbatch.curvature.point import Point
 from unbatch.curvature.spectrum import Directions, Factored
@@ -40,6 +40,7 @@ from unbatch.errors import (
     UnbatchError,
 )
 from unbatch.gradients.sources import Source
+from unbatch.linalg import spectra
 from unbatch.linalg.estimates import Control, DiagonalEstimate, estimate_diagonal
 from unbatch.linalg.operators import Operator
 from unbatch.linalg.solvers import Solved
@@ -47,6 +48,8 @@ from unbatch.linalg.space import Space
 from unbatch.linalg.spectra import Eigenpairs
 
 HessianTimes = Callable[[Mapping[int, Tensor]], dict[int, Tensor]]
+
+LARGEST_SPECTRUM = 2**14  # columns of V up to which a few eigenpairs go by way of it
 
 LARGEST_GRAM = 4096  # columns of V up to which a solve goes by way of their Gram matrix
 
@@ -123,7 +126,7 @@ class GGN(Operator):
         if self.subset is None:
             return root
         # Some samples of H exist only where it is block diagonal by samples.
-        if self.draws is None or not isinstance(root, Factor):
+        if self.draws is None or not isinstance(root, SampleRoot):
             root = curvature.components("A choice of samples")
         weight = self.point.samples / max(len(self.subset), 1)
         return root.restricted(self.subset, weight)
@@ -341,10 +344,14 @@ class GGN(Operator):
         """Return the ``k`` eigenpairs with the largest eigenvalues, values ascending.
 
         By default all that are not zero. Builds the Gram matrix of all N·C columns first; each
-        eigenvector then costs one pullback.
+        eigenvector then costs one pullback. Where there are more than 16,384 columns, the ``k``
+        largest are found by products alone, as ``unbatch.spectra.eigh`` finds them.
         """
         if k is not None and (not isinstance(k, int) or k < 1):
             raise InputError(MSG_DRAWS.format(what="k", least=1, value=k))
+        if k is not None and self.root.size > LARGEST_SPECTRUM:
+            pairs: Eigenpairs = spectra.eigh(self, k)
+            return pairs
         return spectrum.eigenpairs(self.columns, *self._spectrum, k)
 
     def directions(self, k: int) -> Directions:

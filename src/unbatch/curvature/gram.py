@@ -16,7 +16,7 @@ from torch import Tensor
 from unbatch.autodiff.contractions.contraction import Contraction
 from unbatch.autodiff.contractions.row_block import RowBlock
 from unbatch.curvature.ggn_quantities import ColumnQuantity
-from unbatch.curvature.hessian_root import Factor, HessianRoot
+from unbatch.curvature.hessian_root import HessianRoot, SampleRoot
 from unbatch.curvature.strategy import Curvature, Rtol
 from unbatch.gradients.quantities import About, Collector
 from unbatch.linalg.rows import vectors, wide
@@ -184,12 +184,14 @@ def entrywise(gram: Tensor, root: HessianRoot, entries: int) -> Tensor:
     """
     if not root.separate:
         return torch.nn.functional.pad(gram, (0, entries - root.size, 0, entries - root.size))
-    if not isinstance(root, Factor) or root.sampled:
+    if not isinstance(root, SampleRoot) or root.sampled:
         return gram
-    n, t, c, k = root.root.shape
+    n, t, c, k = root.shape
     # Without ``whole`` it is S itself, filled up with columns of zeros.
-    W = torch.eye(c, k).expand(n, t, c, k) if root.to_entries is None else root.to_entries
-    W, size = W.to(gram), n * t * c
+    to_entries = root.to_entries
+    if to_entries is None:
+        to_entries = torch.eye(c, k).expand(n, t, c, k)
+    W, size = to_entries.to(gram), n * t * c
     half = torch.einsum("ntck,ntkx->ntcx", W, gram.view(n, t, k, root.size))
     half = half.reshape(size, root.size)
     return torch.einsum("ntck,xntk->xntc", W, half.view(size, n, t, k)).reshape(size, size)

@@ -137,21 +137,44 @@ class HessianRoot(ABC):
         """Return the lowest eigenvalue of H, or zero where none is below."""
 
 
-@dataclass(frozen=True, eq=False)
-class Factor(HessianRoot):
+class SampleRoot(HessianRoot):
     """The root of an H that is block diagonal by samples; or of any H, of one sample that is all.
 
-    ``root`` is S, ``[n, t, c, k]``, ``signs`` the diagonal of Σ, ``[n, t, k]``. ``to_entries``:
-    ``[n, t, c, k]`` such that ``S to_entriesᵀ`` is the symmetric root, which has as many columns as
-    entries; None where none is known beside S.
+    ``signs``: the diagonal of Σ, ``[n, t, k]``. ``to_entries``: ``[n, t, c, k]`` such that
+    ``S to_entriesᵀ`` is the symmetric root, which has as many columns as entries; None where none
+    is known beside S. ``like``: a tensor of its type, on its device.
     """
 
     grid: Grid
-    root: Tensor
     signs: Tensor
-    form: str
-    to_entries: Tensor | None = None
-    sampled: str = ""
+    to_entries: Tensor | None
+    like: Tensor
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int, int, int]:
+        """Return how many samples, positions, entries and columns at a position there are."""
+
+    @property
+    @abstractmethod
+    def nonzero(self) -> Tensor:
+        """Return which columns are not zero, ``[n, t, k]``; what is not a number is not zero."""
+
+    @property
+    @abstractmethod
+    def is_finite(self) -> bool: ...
+
+    @abstractmethod
+    def column(self, j: int) -> dict[int, Tensor]:
+        """Return the ``j``-th column of all samples: cotangents of the predictions."""
+
+    @abstractmethod
+    def restricted(self, samples: Tensor, weight: float) -> SampleRoot:
+        """Return the columns of some samples, times ``√weight``; all others are zero."""
+
+    @abstractmethod
+    def to(self, dtype: torch.dtype) -> SampleRoot:
+        """Return the same in another floating-point type."""
 
     @property
     def separate(self) -> bool:  # type: ignore[override]
@@ -160,15 +183,16 @@ class Factor(HessianRoot):
     @property
     def columns(self) -> int:
         """Return how many columns a sample has: ``t·k``."""
-        return self.root.shape[1] * self.root.shape[3]
+        _, t, _, k = self.shape
+        return t * k
 
     @property
     def layout(self) -> tuple[int, int]:
-        return len(self.root), self.columns
+        return self.shape[0], self.columns
 
     @property
     def size(self) -> int:  # type: ignore[override]
-        return len(self.root) * self.columns
+        return self.shape[0] * self.columns
 
     @property
     def sigma(self) -> Tensor:  # type: ignore[override]
@@ -177,45 +201,23 @@ class Factor(HessianRoot):
     @property
     def entries(self) -> int:
         """Return ``C``: entries of the prediction of one sample."""
-        return self.root.shape[1] * self.root.shape[2]
+        _, t, c, _ = self.shape
+        return t * c
 
     @property
     def rank(self) -> int:
-        if not self.root.numel():
-            return 0
-        return int(self.root.ne(0).any(2).sum())  # what is not a number is not zero
-
-    @cached_property
-    def lowest(self) -> float:
-        if not (self.signs < 0).any():
-            return 0.0
-        root, signs = self.root.double(), self.signs.double()
-        # The eigenvalues of H are those of its blocks.
-        blocks = torch.einsum("ntck,ntk,ntdk->ntcd", root, signs, root)
-        # A block that is not finite has no eigenvalues.
-        blocks = blocks[blocks.flatten(1).isfinite().all(1)]
-        if not blocks.numel():
-            return 0.0
-        return min(float(torch.linalg.eigvalsh(blocks).min()), 0.0)
-
-    def column(self, j: int) -> dict[int, Tensor]:
-        """Return the ``j``-th column of all samples: cotangents of the predictions."""
-        # Zero at all positions but one: j counts positions, and columns within them.
-        t, k = divmod(j, self.root.shape[3])
-        entries = self.root.new_zeros(self.root.shape[:3])
-        entries[:, t] = self.root[:, t, :, k]
-        return self.grid.join(entries)
+        return int(self.nonzero.sum())
 
     def sign(self, j: int) -> Tensor:
         """Return the signs of the ``j``-th column, ``[n]``."""
-        t, k = divmod(j, self.root.shape[3])
+        t, k = divmod(j, self.shape[3])
         return self.signs[:, t, k]
 
     def column_batches(self) -> Iterator[Column]:
         """Yield columns as above; one with both signs comes twice, zero in samples of the other."""
-        nonzero = self.root.ne(0).any(2)
+        nonzero, signs = self.nonzero, self.signs
         for sign in (1.0, -1.0):
-            has_sign = self.signs == sign
+            has_sign = signs == sign
             # One transfer from the device for all columns, [t·k] each.
             in_some = (nonzero & has_sign).any(0).flatten().tolist()
             in_all = has_sign.all(0).flatten().tolist()
@@ -233,6 +235,55 @@ class Factor(HessianRoot):
         split = self.grid.split(column)
         return self.grid.join(split * samples.to(split.dtype)[:, None, None])
 
+
+@dataclass(frozen=True, eq=False)
+class Factor(SampleRoot):
+    """A root that is formed: ``root`` is S, ``[n, t, c, k]``."""
+
+    grid: Grid
+    root: Tensor
+    signs: Tensor
+    form: str
+    sampled: str = ""
+    to_entries: Tensor | None = None
+
+    @property
+    def like(self) -> Tensor:  # type: ignore[override]
+        return self.root
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        n, t, c, k = self.root.shape
+        return n, t, c, k
+
+    @property
+    def nonzero(self) -> Tensor:
+        return self.root.ne(0).any(2)
+
+    @property
+    def is_finite(self) -> bool:
+        return bool(self.root.isfinite().all())
+
+    @cached_property
+    def lowest(self) -> float:
+        if not (self.signs < 0).any():
+            return 0.0
+        root, signs = self.root.double(), self.signs.double()
+        # The eigenvalues of H are those of its blocks.
+        blocks = torch.einsum("ntck,ntk,ntdk->ntcd", root, signs, root)
+        # A block that is not finite has no eigenvalues.
+        blocks = blocks[blocks.flatten(1).isfinite().all(1)]
+        if not blocks.numel():
+            return 0.0
+        return min(float(torch.linalg.eigvalsh(blocks).min()), 0.0)
+
+    def column(self, j: int) -> dict[int, Tensor]:
+        # Zero at all positions but one: j counts positions, and columns within them.
+        t, k = divmod(j, self.root.shape[3])
+        entries = self.root.new_zeros(self.root.shape[:3])
+        entries[:, t] = self.root[:, t, :, k]
+        return self.grid.join(entries)
+
     def transposed_times(self, v: Named) -> Tensor:
         return torch.einsum("ntck,ntc->ntk", self.root, self.grid.split(v)).flatten()
 
@@ -240,15 +291,108 @@ class Factor(HessianRoot):
         return self.grid.join(torch.einsum("ntck,ntk->ntc", self.root, a.view(self.signs.shape)))
 
     def restricted(self, samples: Tensor, weight: float) -> Factor:
-        """Return the columns of some samples, times ``√weight``; all others are zero."""
         # Zero columns keep their numbers, and take no pullback: ``column_batches`` leaves them out.
         factors = torch.zeros(len(self.root), dtype=self.root.dtype, device=self.root.device)
         factors[samples] = weight**0.5
         return replace(self, root=self.root * factors[:, None, None, None])
 
     def to(self, dtype: torch.dtype) -> Factor:
-        """Return the same in another floating-point type."""
         to_entries = None if self.to_entries is None else self.to_entries.to(dtype)
         return replace(
             self, root=self.root.to(dtype), signs=self.signs.to(dtype), to_entries=to_entries
         )
+
+
+@dataclass(frozen=True, eq=False)
+class SoftmaxRoot(SampleRoot):
+    """The root of ``Q (diag p − ppᵀ)`` at each position, which is never formed.
+
+    With ``u = √p`` the projector ``I − uuᵀ`` is ``BBᵀ``, B the columns of the reflection that takes
+    the last unit vector to u; so ``S = √|Q| diag(u) B`` has a column less than there are classes.
+    The reflection is ``I − w wᵀ / w_c`` with ``w = u + e_c``, of which the last column is left out.
+    ``u``: ``[n, t, c]``; ``Q``: ``[n, t]``.
+    """
+
+    grid: Grid
+    u: Tensor
+    Q: Tensor
+    form: str
+
+    @property
+    def like(self) -> Tensor:  # type: ignore[override]
+        return self.u
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        n, t, c = self.u.shape
+        return n, t, c, c - 1
+
+    @property
+    def signs(self) -> Tensor:  # type: ignore[override]
+        signs = torch.where(self.Q < 0, -1.0, 1.0).to(self.Q)
+        return signs[..., None].expand(*self.Q.shape, self.shape[3])
+
+    @property
+    def nonzero(self) -> Tensor:
+        # Of a column all is zero with its entry of u.
+        return self.u[..., :-1].ne(0) & self.Q.ne(0)[..., None]
+
+    @property
+    def is_finite(self) -> bool:
+        return bool(self.u.isfinite().all() and self.Q.isfinite().all())
+
+    @cached_property
+    def lowest(self) -> float:
+        if not (self.Q < 0).any():
+            return 0.0
+        signs, to_entries = self.signs, self.to_entries
+        root = self._scale[..., None] * to_entries
+        return Factor(self.grid, root, signs, self.form).lowest
+
+    @cached_property
+    def _scale(self) -> Tensor:
+        """``√|Q| u``, ``[n, t, c]``."""
+        return self.Q.abs().sqrt()[..., None] * self.u
+
+    @cached_property
+    def _shares(self) -> Tensor:
+        """The entries of u but the last, by that of w, ``[n, t, k]``."""
+        return self.u[..., :-1] / (self.u[..., -1:] + 1)
+
+    @property
+    def _w(self) -> Tensor:
+        return torch.cat([self.u[..., :-1], self.u[..., -1:] + 1], -1)
+
+    @property
+    def to_entries(self) -> Tensor:  # type: ignore[override]
+        c = self.shape[2]
+        unit = torch.eye(c, dtype=self.u.dtype, device=self.u.device)[:, :-1]
+        return unit - self._w[..., :, None] * self._shares[..., None, :]
+
+    def column(self, j: int) -> dict[int, Tensor]:
+        t, k = divmod(j, self.shape[3])
+        of_position = -self._w[:, t] * self._shares[:, t, k, None]
+        of_position[:, k] += 1
+        entries = torch.zeros_like(self.u)
+        entries[:, t] = self._scale[:, t] * of_position
+        return self.grid.join(entries)
+
+    def times(self, a: Tensor) -> dict[int, Tensor]:
+        a = a.view(*self.Q.shape, self.shape[3])
+        # The last entry of a vector that has one less is zero.
+        padded = torch.nn.functional.pad(a, (0, 1))
+        along = (self._shares * a).sum(-1, keepdim=True)
+        return self.grid.join(self._scale * (padded - self._w * along))
+
+    def transposed_times(self, v: Named) -> Tensor:
+        scaled = self._scale * self.grid.split(v)
+        along = (self._w * scaled).sum(-1, keepdim=True)
+        return (scaled[..., :-1] - self._shares * along).flatten()
+
+    def restricted(self, samples: Tensor, weight: float) -> SoftmaxRoot:
+        factors = torch.zeros(len(self.Q), dtype=self.Q.dtype, device=self.Q.device)
+        factors[samples] = weight
+        return replace(self, Q=self.Q * factors[:, None])
+
+    def to(self, dtype: torch.dtype) -> SoftmaxRoot:
+        return replace(self, u=self.u.to(dtype), Q=self.Q.to(dtype))

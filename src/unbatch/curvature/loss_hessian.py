@@ -15,12 +15,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from unbatch.autodiff.loss import LossAt
-from unbatch.curvature.hessian_root import SINGLE_ENTRIES, Factor, Grid, Named, samples_first
+from unbatch.curvature.hessian_root import (
+    SINGLE_ENTRIES,
+    Factor,
+    Grid,
+    Named,
+    SampleRoot,
+    SoftmaxRoot,
+    samples_first,
+)
 from unbatch.errors import MSG_HESSIAN_NOT_FINITE, StructureError
 from unbatch.linalg.precision import DOUBLE, SINGLE, largest
 from unbatch.linalg.probes import gaussian_like, seeded
@@ -48,7 +57,9 @@ SCALINGS = range(3, 33, 2)
 # --- a root --------------------------------------------------------------------------------------
 
 
-def factor(loss: LossAt, outputs: Sequence[int], dims: Mapping[int, int] | None) -> Factor | None:
+def factor(
+    loss: LossAt, outputs: Sequence[int], dims: Mapping[int, int] | None
+) -> SampleRoot | None:
     """Return a root by the sparsest form that stands the test.
 
     ``outputs``: by which the loss is differentiated. ``dims``: the sample axis of each of them, by
@@ -88,6 +99,8 @@ def _of_no_samples(loss: LossAt, dims: Mapping[int, int]) -> Factor:
     return Factor(grid, like.new_zeros(0, 1, entries, 0), like.new_zeros(0, 1, 0), NO_SAMPLES)
 
 
+Root = TypeVar("Root", bound=SampleRoot)
+
 Form = tuple[str, int | None]  # name of a guess, and the axis along which entries are coupled
 
 Probe = tuple[dict[int, Tensor], dict[int, Tensor]]  # a random vector, and its product with H
@@ -106,9 +119,9 @@ class _Search:
         # a vanishing H needs one only.
         self.probes = [self._probe()]
 
-    def run(self, last: Form | None) -> tuple[Form | None, Factor | None]:
+    def run(self, last: Form | None) -> tuple[Form | None, SampleRoot | None]:
         """Return the first guess that holds, with its name; ``last``: what held the last time."""
-        guesses: Mapping[str, Callable[[int | None], Factor | None]] = {
+        guesses: Mapping[str, Callable[[int | None], SampleRoot | None]] = {
             "zero": self._zero,
             "entries": self._of_entries,
             "softmax": self._softmax,
@@ -189,7 +202,7 @@ class _Search:
         largest = torch.stack(sizes).amax(0)
         return largest if self._all_finite else largest[self.finite]
 
-    def _holds(self, guess: Factor) -> Factor | None:
+    def _holds(self, guess: Root) -> Root | None:
         """Return a guess that agrees with the loss on a probe that it was not made from."""
         if len(self.probes) == 1:
             self.probes.append(self._probe())
@@ -290,29 +303,19 @@ class _Search:
         h = grid.split(self.loss.hessian_times(ones))
         return self._holds(Factor(grid, h.abs().sqrt()[..., None], _sign(h), "of single entries"))
 
-    def _softmax(self, axis: int | None) -> Factor | None:
+    def _softmax(self, axis: int | None) -> SoftmaxRoot | None:
         """Guess ``Q (diag p − ppᵀ)`` at each position, with ``p`` the softmax: any cross-entropy.
 
-        With ``u = √p`` the projector ``I − uuᵀ`` is ``BBᵀ``, B the columns of the reflection that
-        takes the last unit vector to u; so ``S = √Q diag(u) B`` has a column less than there are
-        classes. ``Q`` follows from one product, as ``vᵀHv = Q (Σ p v² − (Σ p v)²)``.
+        ``Q`` follows from one product, as ``vᵀHv = Q (Σ p v² − (Σ p v)²)``.
         """
         grid = self._grid(axis)
         p = grid.split(self.loss.predictions).softmax(-1)
         v, product = grid.split(self.probes[0][0]), grid.split(self.probes[0][1])
         variance = (p * v * v).sum(-1) - (p * v).sum(-1).square()
         Q = (v * product).sum(-1) / variance.clamp_min(torch.finfo(p.dtype).tiny)
-        u, classes = p.sqrt(), p.shape[-1]
-        if classes < 2 or not Q[self.finite].isfinite().all():
+        if p.shape[-1] < 2 or not Q[self.finite].isfinite().all():
             return None
-        # The reflection is I − w wᵀ / w_c with w = u + e_c, of which the last column is left out.
-        w = u.clone()
-        w[..., -1] += 1
-        reflected = w[..., :, None] * (u[..., :-1] / w[..., -1:])[..., None, :]
-        B = torch.eye(classes, dtype=p.dtype, device=p.device)[:, :-1] - reflected
-        S = Q.abs().sqrt()[..., None, None] * u[..., None] * B
-        signs = _sign(Q)[..., None].expand(*S.shape[:2], S.shape[3])
-        return self._holds(Factor(grid, S, signs, SOFTMAX, to_entries=B))
+        return self._holds(SoftmaxRoot(grid, p.sqrt(), Q, SOFTMAX))
 
     def _blocks(self, axis: int | None) -> Factor | None:
         """Take any symmetric block at each position, by its eigenvectors."""

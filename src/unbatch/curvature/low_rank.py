@@ -29,7 +29,7 @@ from torch import Tensor
 from unbatch.autodiff.contractions.row_block import RowBlock
 from unbatch.autodiff.jvp import Linearised
 from unbatch.curvature.batch_statistics import Statistics, StatisticsCost
-from unbatch.curvature.hessian_root import Factor, HessianRoot
+from unbatch.curvature.hessian_root import HessianRoot, SampleRoot
 from unbatch.gradients.sources import Chunking, Source, Take
 from unbatch.linalg.rows import wide
 from unbatch.linalg.space import Space
@@ -118,9 +118,9 @@ class CoefficientSVD:
     ``[size, q]``.
     """
 
-    def __init__(self, statistics: Statistics, root: Factor, space: Space) -> None:
+    def __init__(self, statistics: Statistics, root: SampleRoot, space: Space) -> None:
         self.statistics, self.root, self.space = statistics, root, space
-        self._rows = root.root.new_empty(0, space.size)  # ``Bᵀ u_j``, of which the first
+        self._rows = root.like.new_empty(0, space.size)  # ``Bᵀ u_j``, of which the first
         self._count = 0  # are computed
 
     @cached_property
@@ -128,7 +128,7 @@ class CoefficientSVD:
         a = self.coefficients().double()
         u, values, wh = torch.linalg.svd(a, full_matrices=False)
         # a was computed in the type of the root, whatever the decomposition is taken in.
-        rounding = max(a.shape) * torch.finfo(self.root.root.dtype).eps
+        rounding = max(a.shape) * torch.finfo(self.root.like.dtype).eps
         above = values > rounding * values[:1]
         return u[:, above], values[above], wh[above].T
 
@@ -147,7 +147,7 @@ class CoefficientSVD:
     def coefficients(self) -> Tensor:
         """Return ``A``, ``[R, size]``: columns in the order of the root."""
         samples, columns = self.root.layout
-        a = self.root.root.new_zeros(self.statistics.size, samples, columns)
+        a = self.root.like.new_zeros(self.statistics.size, samples, columns)
         for j in range(columns):
             # One pullback gives the j-th column of all samples.
             a[:, :, j] = self.statistics.coefficients(self.root.column(j)).T
@@ -167,7 +167,7 @@ class CoefficientSVD:
 
     def statistics_pull(self, u: Tensor) -> Tensor:
         """Return ``Bᵀ u``, ``[D]``."""
-        return self.space.flat(self.statistics.pull(u.to(self.root.root)))
+        return self.space.flat(self.statistics.pull(u.to(self.root.like)))
 
     def times(self, a: Tensor) -> Tensor:
         """Return ``V a`` for ``a`` ``[size]``, in float64."""
@@ -186,11 +186,11 @@ class CoefficientSVD:
         return self._push(self.statistics.frozen, v)
 
     def _pull(self, linearised: Linearised, a: Tensor) -> Tensor:
-        cotangents = self.root.times(a.to(self.root.root))
+        cotangents = self.root.times(a.to(self.root.like))
         return self.space.flat(linearised.pull(cotangents)).double()
 
     def _push(self, linearised: Linearised, v: Tensor) -> Tensor:
-        tangents = linearised.push(self.space.named(v.to(self.root.root)))
+        tangents = linearised.push(self.space.named(v.to(self.root.like)))
         return self.root.transposed_times(tangents).double()
 
     def diagonal_residual(self, r: int, signs: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from unbatch.autodiff.jvp import Linearised, LinearisedGraph
 from unbatch.autodiff.loss import LossAt
 from unbatch.autodiff.model_jvp import LinearisedModel
 from unbatch.curvature.batch_statistics import Statistics, StatisticsCost
-from unbatch.curvature.hessian_root import Factor, HessianRoot
+from unbatch.curvature.hessian_root import HessianRoot, SampleRoot
 from unbatch.curvature.loss_hessian import factor, is_linear_in
 from unbatch.curvature.low_rank import (
     Basis,
@@ -268,21 +268,21 @@ class Curvature:
 
     def _drawn(self, count: int, seed: int) -> HessianRoot:
         exact = self.components("Columns drawn for each sample")
-        if not exact.root.isfinite().all():
+        if not exact.is_finite:
             raise StructureError(MSG_MATRIX_NOT_FINITE.format(what="Columns drawn at random"))
         if exact.lowest < 0:
             text = MSG_NOT_POSITIVE.format(what="Columns drawn at random", lowest=exact.lowest)
             raise StructureError(text)
         return sampled(exact, likelihood(exact, self.loss), count, seed)
 
-    def components(self, what: str) -> Factor:
+    def components(self, what: str) -> SampleRoot:
         """Return the root of a sum over samples.
 
         ``what``: is asked for, in words. Raises ``StructureError`` where the loss is no such sum.
         """
         if self.separable:
             root = self.root()
-            assert isinstance(root, Factor)
+            assert isinstance(root, SampleRoot)
             return root
         reduction = self.structure.reduction
         if reduction:
@@ -308,7 +308,7 @@ class Curvature:
 
     def _basis(self, root: HessianRoot, rtol: Rtol | None) -> Basis | None:
         route = self._route
-        if not isinstance(root, Factor) or not root.separate or not root.size or route is None:
+        if not isinstance(root, SampleRoot) or not root.separate or not root.size or route is None:
             return None
         # Estimates of an error assume that all signs are positive: otherwise nothing is left out.
         takes_all = rtol is None or root.lowest < 0
@@ -325,7 +325,7 @@ class Curvature:
         residual = GramResidual if rtol.gram else DiagonalResidual
         estimator = residual(svd, DRAWS, rtol.seed)
         # Rows of the basis may take half of the memory.
-        most_rows = self.memory // (2 * space.size * root.root.element_size())
+        most_rows = self.memory // (2 * space.size * root.like.element_size())
         return truncated_basis(svd, estimator, rtol.value, rtol.seed, most_rows)
 
     def columns_of(

@@ -67,7 +67,7 @@ def _basis(
     """Return the first r directions, with what was spent on finding that many."""
     exact = r == len(svd.values)
     return Basis(
-        directions=svd.u[:, :r].to(svd.root.root),
+        directions=svd.u[:, :r].to(svd.root.like),
         rows=svd.leading_rows(r),
         exact=exact,
         estimate=error,

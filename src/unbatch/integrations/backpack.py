@@ -21,7 +21,7 @@ from torch import Tensor
 from unbatch.analysis.consequences import consequence
 from unbatch.autodiff.contractions.row_block import RowBlock
 from unbatch.curvature.ggn_quantities import ColumnQuantity, DiagGGN
-from unbatch.curvature.hessian_root import Factor, HessianRoot
+from unbatch.curvature.hessian_root import HessianRoot, SampleRoot
 from unbatch.curvature.strategy import Curvature
 from unbatch.errors import MSG_NOT_POSITIVE, InputError, StructureError
 from unbatch.gradients import quantities
@@ -341,14 +341,14 @@ class _Columns(ColumnQuantity):
         curvature.components("A square root with columns for every sample")
 
     def start(self, about: About) -> Collector:
-        assert isinstance(self.root, Factor)
+        assert isinstance(self.root, SampleRoot)
         return _ColumnCollector(about, self.root)
 
 
 class _ColumnCollector(Collector):
     """Writes the blocks of columns into one tensor for each parameter."""
 
-    def __init__(self, about: About, root: Factor) -> None:
+    def __init__(self, about: About, root: SampleRoot) -> None:
         super().__init__(about)
         self.root = root
         samples, columns = root.layout
@@ -375,7 +375,7 @@ class _ColumnCollector(Collector):
         if to_entries is None or root.sampled:
             return columns
         # Legend of the einsum: t position inside a sample, c entry, k column of the root.
-        _, t, _, k = root.root.shape
+        _, t, _, k = root.shape
         split = columns.unflatten(0, (t, k))
         return torch.einsum("ntck,tkn...->tcn...", to_entries.to(split), split).flatten(0, 1)
 
