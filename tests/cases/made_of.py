@@ -1116,7 +1116,6 @@ REFUSED = {
     "a jagged input": ALL,
     "a nested input": ALL,
     "a nested tensor inside": ALL,
-    "a scripted model that has run": ROWS | CURVATURE,
     "a frozen scripted model": DERIVATIVES,
     "a plain object with a tensor": ROWS | CURVATURE,
     "a distribution": ROWS | CURVATURE,

@@ -570,7 +570,8 @@ class _Walk:
                 continue
             self.hold(Names(space, fresh))
         if self.by_table:
-            self.follow_all(_own_modules())
+            for space in self.own_spaces.values():
+                self.follow(sys.modules.get(space.get("__name__", "")))
         if "ops" in self.found.attributes:
             self.own_ops()
         if "kl_divergence" in self.found.attributes | self.found.globals:
@@ -831,12 +832,6 @@ def _inside(container: Any) -> list[Any]:
     if isinstance(container, dict):
         return list(container.values())
     return list(container)
-
-
-def _own_modules() -> list[types.ModuleType]:
-    """Return the modules of Python that are the user's: code may import any by its name."""
-    loaded = [m for m in list(sys.modules.values()) if isinstance(m, types.ModuleType)]
-    return [module for module in loaded if not is_installed_module(module)]
 
 
 def _imported(name: str, space: dict[str, Any]) -> list[types.ModuleType]:
