@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pack_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils._pytree import tree_map
 
 import unbatch as ub
@@ -120,6 +120,23 @@ def test_another_batch_of_the_same_rows() -> None:
     afresh = ub.Problem(case.model, case.loss, (X, y), in_dims=case.in_dims).gradients()
     for parameter in afresh:
         near(rows[parameter], afresh[parameter], parameter)
+
+
+def test_predictions_may_be_packed() -> None:
+    case = CASES["words of sentences that are packed, in a GRU"]()
+
+    def packed(net: Net, x: PackedSequence) -> PackedSequence:
+        words = net.layer(x)[0]
+        return words._replace(data=net.b(words.data))
+
+    def loss(p: PackedSequence, y: Tensor) -> Tensor:
+        return case.loss(p.data, y)
+
+    expected = case.problem.gradients()
+    case.model.run = packed
+    rows = replace(case, loss=loss).problem.gradients()
+    for parameter in expected:
+        near(rows[parameter], expected[parameter], parameter)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "its own loss" not in name])

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
+from unbatch.capture.opened import is_packed
 from unbatch.errors import MSG_ROWS_CHANGED, MSG_ROWS_OF, InputError
 
 
@@ -170,10 +171,11 @@ def _is_count(samples: Any, owners: Tensor) -> bool:
 def of_data(entries: list[Any], tree: Any) -> list[Any]:
     """Return entries of the leaves of a tree, None for how sequences are packed: only data is."""
     entries, i = list(entries), 0
-    for part in tree_leaves(tree, is_leaf=_is_packed):
-        if _is_packed(part):
-            entries[i + 1 : i + len(part)] = [None] * (len(part) - 1)
-            i += len(part)
+    for part in tree_leaves(tree, is_leaf=is_packed):
+        if is_packed(part):
+            count = len(PackedSequence._fields)
+            entries[i + 1 : i + count] = [None] * (count - 1)
+            i += count
         else:
             i += 1
     return entries
@@ -182,18 +184,14 @@ def of_data(entries: list[Any], tree: Any) -> list[Any]:
 def check_packed(what: str, entries: list[Any], tree: Any) -> None:
     """Raise ``InputError`` where sequences that are packed have other rows than was declared."""
     i = 0
-    for part in tree_leaves(tree, is_leaf=_is_packed):
-        if not _is_packed(part):
+    for part in tree_leaves(tree, is_leaf=is_packed):
+        if not is_packed(part):
             i += 1
             continue
         entry = entries[i]
         if isinstance(entry, RowsOf) and not torch.equal(entry.owners, _of_packed(part)):
             raise InputError(MSG_ROWS_CHANGED.format(what=f"{what}[{i}]", entry=entry))
         i += len(part)
-
-
-def _is_packed(value: Any) -> bool:
-    return isinstance(value, PackedSequence)
 
 
 def _numbers(index: Any) -> Tensor:

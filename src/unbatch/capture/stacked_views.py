@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map
 
+from unbatch.capture.opened import open_packed
 from unbatch.capture.ragged_rows import RowsOf, check_packed, of_data
 from unbatch.capture.sample_axes import Fold, mapped
 from unbatch.errors import (
@@ -256,7 +257,7 @@ class StackedViews(Fold):
 
 def entries_of(what: str, dims: Any, tree: Any) -> list[Entry]:
     """Return an entry for each leaf, from a tree of entries that may end above the leaves."""
-    leaves, spec = tree_flatten(tree)
+    leaves, spec = tree_flatten(open_packed(tree))
     entries = _broadcast(dims, spec)
     bad = [e for e in leaves_of_dims(dims) if e is not None and not isinstance(e, int | Moved)]
     if entries is None or bad:
