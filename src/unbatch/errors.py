@@ -222,6 +222,18 @@ MSG_ROWS_SIZE = (
 )
 
 
+MSG_ROWS_CHANGED = (
+    "{what} gives rows to other samples than {entry}, which is declared for its rows. An index "
+    "belongs to one batch: make a problem for each batch, with rows_of of its own index."
+)
+
+
+MSG_ROWS_UNCLEAR = (
+    "The model returns {rows}, as many as an input has, but {why}. Say to which samples they "
+    "belong: out_dims=unbatch.rows_of(..)."
+)
+
+
 MSG_ROW_NUMBERS = (
     "{what} was declared as {entry}, and its entries are numbers of rows (of nodes, as the ends of "
     "edges are), each of its own sample. Others in their place would join samples: put None in "

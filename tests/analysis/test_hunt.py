@@ -76,6 +76,11 @@ def test_verdicts_on_the_loss(case):
     check_case(case, "loss")
 
 
+@pytest.mark.parametrize("case", named([c for c in MODELS + LOSSES if "written: " in c.name]))
+def test_indices_are_read_as_they_were_written(case):
+    assert not judge(case), "only a trial has found it"
+
+
 @pytest.mark.parametrize("case", named(OWN))
 def test_verdicts_on_a_loss_of_the_models_own(case):
     check_case(case, "own")

@@ -108,8 +108,41 @@ ONE_FUNCTION: dict[str, Loss] = {
 OPEN: dict[str, Loss] = {"places of what counts": by_places}
 
 
+def by_position(p: Tensor, y: dict[str, Tensor]) -> Tensor:
+    weights = torch.arange(T).double().expand(N, T)[y["mask"]]
+    return (each(p[y["mask"]], y["labels"][y["mask"]]) * weights).mean()
+
+
+def by_rank(p: Tensor, y: dict[str, Tensor]) -> Tensor:
+    mask = y["mask"]
+    return (each(p[mask], y["labels"][mask]) / mask.cumsum(1)[mask]).mean()
+
+
+def with_the_others(p: Tensor, y: dict[str, Tensor]) -> Tensor:
+    return of_labels(F.cross_entropy)(p, y) + p[~y["mask"]].square().mean()
+
+
+def next_words(p: Tensor, y: dict[str, Tensor]) -> Tensor:
+    mask = y["mask"][:, 1:]
+    return F.cross_entropy(p[:, :-1][mask], y["labels"][:, 1:][mask])
+
+
+ONE_FUNCTION |= {
+    "weights by position": by_position,
+    "weights by rank": by_rank,
+    "beside the others": with_the_others,
+    "next words": next_words,
+}
+
+
 def special(p: Tensor, row: int) -> Tensor:
     return torch.cat([p[:row], 2 * p[row : row + 1], p[row + 1 :]])
+
+
+def put_in(p: Tensor, t: Tensor) -> Tensor:
+    rows = torch.arange(COUNTED)
+    rows[0] = 1
+    return F.cross_entropy(p[rows], t[rows])
 
 
 # For each row that counts, a number by its sample; and an order that exchanges two of sample 1.
@@ -130,6 +163,13 @@ OTHERS: dict[str, Loss] = {
     "one row twice": of_labels(lambda p, t: F.cross_entropy(special(p, 2), t)),
     "the last row of the longest twice": of_labels(
         lambda p, t: F.cross_entropy(special(p, LAST), t)
+    ),
+    "a row in the place of another": of_labels(put_in),
+    "signs in turn": of_labels(
+        lambda p, t: (each(p, t) * torch.tensor([1.0, -1]).repeat(COUNTED)[:COUNTED]).mean()
+    ),
+    "a row without weight": of_labels(
+        lambda p, t: (each(p, t) * (torch.arange(COUNTED) != 3)).sum()
     ),
     "a constant mask": lambda p, y: F.cross_entropy(p[MASK], y["labels"][MASK]),
     "the mask of the next sample": lambda p, y: F.cross_entropy(

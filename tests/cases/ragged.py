@@ -326,6 +326,49 @@ def _() -> Case:
     return Case(net, F.cross_entropy, X, classes(N), dims)
 
 
+def by_graph_norm(net: Net, x: Tensor, edges: Tensor, batch: Tensor) -> Tensor:
+    h, counts = net.a(x), torch.bincount(batch)[:, None]
+    h = h - (summed(h, batch) / counts)[batch]
+    spread = (summed(h.square(), batch) / counts)[batch]
+    return net.b(summed((h / (spread + 1e-3).sqrt()).tanh(), batch))
+
+
+def by_self_loops(net: Net, x: Tensor, edges: Tensor, batch: Tensor) -> Tensor:
+    loops = torch.arange(len(x)).expand(2, -1)
+    start, end = torch.cat([edges, loops], 1)
+    h = net.a(x)
+    degrees = torch.zeros(len(x)).double().index_add(0, end, torch.ones(len(end)).double())
+    weights = (degrees[start] * degrees[end]).rsqrt()[:, None]
+    return net.b(summed(torch.zeros_like(h).index_add(0, end, h[start] * weights).relu(), batch))
+
+
+def by_dense_batch(net: Net, x: Tensor, edges: Tensor, batch: Tensor) -> Tensor:
+    h, counts = net.a(x), torch.bincount(batch)
+    place = torch.arange(len(x)) - (counts.cumsum(0) - counts)[batch]
+    dense = h.new_zeros(len(counts), int(counts.max()), H)
+    is_there = torch.zeros(dense.shape[:2], dtype=torch.bool)
+    dense[batch, place], is_there[batch, place] = h, True
+    scores = (dense @ dense.mT).masked_fill(~is_there[:, None], -1e9)
+    return net.b((scores.softmax(2) @ dense * is_there[..., None]).sum(1))
+
+
+readout("graph norm", by_graph_norm)
+readout("self loops and degrees", by_self_loops)
+readout("a dense batch", by_dense_batch)
+
+
+@case("nodes that hear of their graph")
+def _() -> Case:
+    def run(net: Net, x: Tensor, batch: Tensor) -> Tensor:
+        h = net.a(x).tanh()
+        return net.b((h + (net.whole + summed(h, batch))[batch]).tanh())
+
+    rows, X = ub.rows_of(BATCH), (reals(R, D), BATCH)
+    net = Net(run)
+    net.whole = nn.Parameter(reals(1, H))
+    return Case(net, F.cross_entropy, X, classes(R), ((rows, None), rows), rows, BATCH)
+
+
 # ---------------------------------------------------------------- sequences that are packed
 
 
@@ -355,6 +398,17 @@ for kind in ("RNN", "LSTM", "GRU"):
         return Case(net, F.cross_entropy, X, classes(R), rows, rows, owners)
 
 
+@case("two sentences in each sample, both packed")
+def _() -> Case:
+    def run(net: Net, x: PackedSequence, z: PackedSequence) -> Tensor:
+        return net.b(net.first(x)[1][0] * net.second(z)[1][0])
+
+    X, Z = packed(), pack_sequence([reals(k, D) for k in (1, 2, 2, 4)], enforce_sorted=False)
+    net = Net(run, first=nn.GRU(D, H), second=nn.GRU(D, H))
+    dims = ((ub.rows_of(X), ub.rows_of(Z)), 0)
+    return Case(net, F.cross_entropy, (X, Z), classes(N), dims)
+
+
 # ---------------------------------------------------------------- targets in their own number
 
 
@@ -365,6 +419,15 @@ def _() -> Case:
 
     dims = (0, ub.rows_of(BATCH))
     return Case(Net(by_node), loss, reals(N, D), reals(R, C), dims)
+
+
+@case("a set of labels for each image")
+def _() -> Case:
+    def loss(p: Tensor, labels: Tensor) -> Tensor:
+        chosen = p.log_softmax(1)[BATCH, labels]
+        return -(torch.zeros(N).double().index_add(0, BATCH, chosen) / SIZES).mean()
+
+    return Case(Net(by_node), loss, reals(N, D), classes(R), (0, ub.rows_of(BATCH)))
 
 
 @case("boxes of images beside their numbers")

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from torch.utils._pytree import tree_map
 
 import unbatch as ub
 from cases.ragged import BATCH, CASES, EDGES, C, D, N, Net, R, by_edges, by_node, reals
 from unbatch.capture import ragged_rows
 from unbatch.capture.trees import dense
+from unbatch.problem import spot_check
 
 pytestmark = pytest.mark.filterwarnings("ignore::unbatch.MixedSamplesWarning")
 
@@ -118,6 +122,57 @@ def test_another_batch_of_the_same_rows() -> None:
         near(rows[parameter], afresh[parameter], parameter)
 
 
+def test_predictions_may_be_packed() -> None:
+    case = CASES["words of sentences that are packed, in a GRU"]()
+
+    def packed(net: Net, x: PackedSequence) -> PackedSequence:
+        words = net.layer(x)[0]
+        return words._replace(data=net.b(words.data))
+
+    def loss(p: PackedSequence, y: Tensor) -> Tensor:
+        return case.loss(p.data, y)
+
+    expected = case.problem.gradients()
+    case.model.run = packed
+    rows = replace(case, loss=loss).problem.gradients()
+    for parameter in expected:
+        near(rows[parameter], expected[parameter], parameter)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "its own loss" not in name])
+def test_a_recording_is_moved_to_other_numbers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES[name]()
+    problem = case.problem
+    # Without the model itself, which is run now and then beside its recording.
+    monkeypatch.setattr(spot_check, "SHARE", 0)
+    assert problem.gradients()
+    other = replace(case, X=other_numbers(case.X), y=other_numbers(case.y))
+    rows = problem.with_batch(other.X, other.y).gradients()
+    for parameter, row in rows_by_a_loop(other).items():
+        near(rows[parameter], row, parameter)
+
+
+def other_numbers(tree):
+    """Other real numbers; whole ones stay, as they may say whose a row is."""
+    return tree_map(lambda t: t.flip(-1) * 0.7 if t.is_floating_point() else t, tree)
+
+
+def test_several_axes_of_samples_are_moved_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spot_check, "SHARE", 0)
+    net = Net(by_node)
+    X, y = reals(2, 3, D), torch.randint(C, (2, 3))
+
+    def loss(p: Tensor, y: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(p.flatten(0, 1), y.flatten())
+
+    problem = ub.Problem(net, loss, (X, y), sample_dims=(0, 1))
+    assert problem.gradients()
+    rows = problem.with_batch(X * 0.7, y).gradients()
+    afresh = ub.Problem(net, loss, (X * 0.7, y), sample_dims=(0, 1)).gradients()
+    for parameter in afresh:
+        near(rows[parameter], afresh[parameter], parameter)
+
+
 def test_other_edges_are_another_computation() -> None:
     case = CASES["messages"]()
     problem = case.problem
@@ -127,6 +182,51 @@ def test_other_edges_are_another_computation() -> None:
     other = problem.with_batch((X, edges), case.y)
     assert other.structure.independent_forward.status == "fails"
     assert other.gradients().kind == "per-component"
+
+
+OTHER_BATCH = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 3, 3])
+
+
+def other_sentences() -> ub.Problem:
+    name = "words of sentences that are packed, in a GRU"
+    X = pack_sequence([reals(length, D) for length in (2, 2, 3, 3)], enforce_sorted=False)
+    return CASES[name]().problem.with_batch(X, torch.zeros(R).long())
+
+
+def other_graphs() -> ub.Problem:
+    case = CASES["graphs read out by a sum"]()
+    return case.problem.with_batch((*case.X[:2], OTHER_BATCH), case.y)
+
+
+def other_pointers() -> ub.Problem:
+    def run(net: Net, x: Tensor, ptr: Tensor) -> Tensor:
+        return by_node(net, x)
+
+    ptr = torch.tensor([0, 3, 4, 8, 10])
+    rows, X, y = ub.rows_of(ptr=ptr), reals(R, D), reals(R, C)
+    loss = torch.nn.functional.mse_loss
+    problem = ub.Problem(Net(run), loss, ((X, ptr), y), in_dims=((rows, None), rows))
+    return problem.with_batch((X, torch.tensor([0, 2, 4, 8, 10])), y)
+
+
+def as_many_edges_as_nodes() -> ub.Problem:
+    ends = EDGES[0][:R]
+    rows, of_ends = ub.rows_of(BATCH), ub.rows_of(BATCH[ends])
+    net = Net(lambda net, x: by_node(net, x)[ends])
+    loss = torch.nn.functional.cross_entropy
+    problem = ub.Problem(net, loss, (reals(R, D), torch.zeros(R).long()), in_dims=(rows, of_ends))
+    problem.gradients()
+    return problem
+
+
+def nodes_in_another_order() -> ub.Problem:
+    order = torch.arange(R).flip(0)
+    net = Net(lambda net, x: by_node(net, x)[order])
+    dims = (ub.rows_of(BATCH), None)
+    loss = torch.nn.functional.cross_entropy
+    problem = ub.Problem(net, loss, (reals(R, D), torch.zeros(R).long()), in_dims=dims)
+    problem.gradients()
+    return problem
 
 
 REFUSED: dict[str, tuple[Callable, str]] = {
@@ -145,6 +245,11 @@ REFUSED: dict[str, tuple[Callable, str]] = {
         lambda: CASES["nodes"]().problem.with_batch(reals(R + 1, D), torch.zeros(R + 1).long()),
         "make a problem for each",
     ),
+    "a batch of other sentences": (other_sentences, "make a problem for each"),
+    "a batch of other graphs": (other_graphs, "make a problem for each"),
+    "a batch of other pointers": (other_pointers, "make a problem for each"),
+    "as many edges as nodes": (as_many_edges_as_nodes, "out_dims"),
+    "nodes in another order": (nodes_in_another_order, "out_dims"),
     "several sample axes": (
         lambda: ub.Problem(
             Net(by_node),

@@ -37,7 +37,7 @@ from unbatch.analysis.rules import registry
 from unbatch.analysis.rules.permutations import OutputRows, PermutedRows, RowCounts, follow
 from unbatch.analysis.rules.reductions import running_statistics
 from unbatch.capture import ops
-from unbatch.capture.aliasing import Window, places
+from unbatch.capture.aliasing import Window, known_at, places
 from unbatch.capture.graph import Graph, HostRead, ModuleCall
 from unbatch.capture.steps import Ref, Step, filled, is_ref, refs_in
 from unbatch.capture.tracer import sizes_itself
@@ -54,7 +54,7 @@ class Interpretation:
     rows the batch has put into an order of its own. ``host_reads``: what Python read, as it was at
     that moment. ``sized``: values whose size depends on the batch. ``above``: for the body of an op
     that is taken apart, the interpretation that it is part of, and the number there of each of its
-    inputs.
+    inputs. ``step``: the number of the step that is being interpreted.
     """
 
     graph: Graph
@@ -69,6 +69,7 @@ class Interpretation:
     host_reads: dict[HostRead, Ownership] = field(default_factory=dict)
     sized: set[int] = field(default_factory=set)
     above: tuple[Interpretation, Mapping[int, int]] | None = None
+    step: int = -1
 
     def __getitem__(self, ref: Ref) -> Ownership:
         return self.ownership[ref.index]
@@ -94,9 +95,9 @@ class Interpretation:
 
         # Only the answer becomes a fact. A rule that asks whether -100 occurs among the labels
         # holds another batch to the answer, and not to the labels.
-        seen = look(self.graph.known(value))
+        seen = look(known_at(self.graph, value, self.step))
         if self.above is None:  # the numbers inside of an op do not change with the batch
-            self.facts.append(Fact(value, look, _copied(seen)))
+            self.facts.append(Fact(value, look, _copied(seen), self.step))
         return seen
 
     def made_at(self, step: Step, value: int) -> frozenset[int]:
@@ -238,6 +239,7 @@ def _assume_independent(interpretation: Interpretation, call: ModuleCall) -> Non
 
 def _step(interpretation: Interpretation, step: Step, last_reads: Mapping[int, int]) -> None:
     """Work out the ownership of what a step returns, and of what it writes."""
+    interpretation.step = step.index
     call = _rule_context(interpretation, step)
     results = _apply(interpretation, call, step)
     _note_sizes(interpretation, call, step)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from unbatch.analysis.domain.ownership import Ownership
 from unbatch.capture import ops
+from unbatch.capture.aliasing import known_at
 from unbatch.capture.graph import Graph
 from unbatch.capture.steps import Ref, Step
 
@@ -129,7 +130,7 @@ def _share(step: Step, graph: Graph) -> float | None:
     if ops.traits(step.op).entrywise_loss and arguments["reduction"] in (MEAN, SUM):
         return 1.0 if arguments["reduction"] == SUM else 1 / entries
     if step.name in ("nll_loss_forward", "nll_loss2d_forward"):
-        return _share_of_likelihood(arguments, graph)
+        return _share_of_likelihood(arguments, graph, step.index)
     return None
 
 
@@ -138,7 +139,7 @@ def _returns_scalar(step: Step, graph: Graph) -> bool:
     return out is not None and math.prod(graph.values[out.index].shape) == 1
 
 
-def _share_of_likelihood(arguments: dict[str, Any], graph: Graph) -> float | None:
+def _share_of_likelihood(arguments: dict[str, Any], graph: Graph, step: int) -> float | None:
     """Return one over the number of labels that count, or over their class weights.
 
     Both are numbers of the targets: where these are not known, None.
@@ -147,14 +148,14 @@ def _share_of_likelihood(arguments: dict[str, Any], graph: Graph) -> float | Non
         return 1.0
     if arguments["reduction"] != MEAN:
         return None
-    labels = _known(arguments["target"], graph)
+    labels = _known(arguments["target"], graph, step)
     if labels is None:
         return None
     # PyTorch's mean divides by the weights of the labels that count, and not by N.
     counted = labels[labels != arguments["ignore_index"]]
     total = float(counted.numel())
     if arguments["weight"] is not None:
-        table = _known(arguments["weight"], graph)
+        table = _known(arguments["weight"], graph, step)
         if table is None:
             return None
         total = float(table.double()[counted].sum())
@@ -164,8 +165,8 @@ def _share_of_likelihood(arguments: dict[str, Any], graph: Graph) -> float | Non
     return 1 / total
 
 
-def _known(argument: Any, graph: Graph) -> Tensor | None:
+def _known(argument: Any, graph: Graph, step: int) -> Tensor | None:
     """Return the numbers of an argument where they are known."""
     if isinstance(argument, Ref):
-        return graph.known(argument.index)
+        return known_at(graph, argument.index, step)
     return None

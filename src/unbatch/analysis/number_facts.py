@@ -15,6 +15,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from unbatch.capture.aliasing import known_at
 from unbatch.capture.graph import Graph
 from unbatch.capture.steps import Ref, is_ref
 from unbatch.capture.trees import is_plain
@@ -22,15 +23,19 @@ from unbatch.capture.trees import is_plain
 
 @dataclass(frozen=True)
 class Fact:
-    """``look`` at the numbers of ``value`` (None where they are not known) returned ``seen``."""
+    """``look`` at the numbers of ``value`` (None where they are not known) returned ``seen``.
+
+    ``step``: the one before which they were looked at, as views of the value may be written to.
+    """
 
     value: int
     look: Callable[[Tensor | None], Any]
     seen: Any
+    step: int = -1
 
     def holds(self, graph: Graph) -> bool:
         """Tell whether the numbers in another graph show the same."""
-        return _equal(self.look(graph.known(self.value)), self.seen)
+        return _equal(self.look(known_at(graph, self.value, self.step)), self.seen)
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -96,6 +96,34 @@ def overwritten(was: Tensor, seen: Window, new: Tensor, written: Window) -> Tens
     return seen(memory).clone()
 
 
+def known_at(graph: Graph, i: int, step: int) -> Tensor | None:
+    """Return the numbers of a value at a step, as far as they are known.
+
+    They are others than ``graph.known`` says where a view of the same memory was written to.
+    """
+    value, numbers = graph.values[i], graph.known(i)
+    for at, new in graph.writes_to(i):
+        if numbers is None or at >= step:
+            break
+        if at > value.step and new != i:
+            numbers = _after_write(graph, numbers, value, new)
+    return numbers
+
+
+def _after_write(graph: Graph, numbers: Tensor, value: Value, new: int) -> Tensor | None:
+    """Return the numbers of a value after another was written; None where they are not known."""
+    written, update = graph.values[new], graph.known(new)
+    if not value.is_strided or not written.is_strided or value.dtype != written.dtype:
+        return None
+    windows = Window.of(value), Window.of(written)
+    (hit,) = places(windows[1], windows[:1])
+    if not (hit >= 0).any():
+        return numbers
+    if update is None or numbers.is_meta:
+        return None
+    return overwritten(numbers, windows[0], update, windows[1])
+
+
 def by_memory(graph: Graph) -> dict[int, list[int]]:
     """Return the values that show each memory, in the order in which they are made."""
     values: dict[int, list[int]] = {}

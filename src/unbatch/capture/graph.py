@@ -234,6 +234,10 @@ class Graph:
         """Tell whether a step writes to the memory of a value."""
         return self.values[value].storage in self._overwritten
 
+    def writes_to(self, value: int) -> Sequence[tuple[int, int]]:
+        """Return the writes to the memory of a value, in order: the step, and what it has made."""
+        return self._overwritten.get(self.values[value].storage, ())
+
     # -- other data --
 
     def moved(self, numbers: Mapping[int, Tensor], rng: tuple[Any, ...]) -> Graph:
@@ -320,13 +324,14 @@ class Graph:
         return self.forward_steps
 
     @cached_property
-    def _overwritten(self) -> frozenset[int]:
-        """The memories that are written to."""
-        memories: set[int] = set()
+    def _overwritten(self) -> dict[int, list[tuple[int, int]]]:
+        """The memories that are written to, with the writes: the step, and what it has made."""
+        writes: dict[int, list[tuple[int, int]]] = {}
         for step in self.steps:
-            for old, _ in step.writes:
-                memories.add(self.values[old.index].storage)
-        return frozenset(memories)
+            for old, new in step.writes:
+                memory = self.values[old.index].storage
+                writes.setdefault(memory, []).append((step.index, new.index))
+        return writes
 
     @cached_property
     def _last_uses(self) -> dict[int, list[int]]:

@@ -11,6 +11,7 @@ import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree
 from torch.utils._pytree import tree_map
 
@@ -44,7 +45,25 @@ def opened(output: Any) -> Any:
             return leaf
         return Opened(type(leaf), {name: opened(part) for name, part in vars(leaf).items()})
 
-    return tree_map(open_leaf, output)
+    return tree_map(open_leaf, open_packed(output))
+
+
+def open_packed(tree: Any) -> Any:
+    """Return a tree with its packed sequences taken apart, which consist of tensors alone."""
+
+    def open_part(part: Any) -> Any:
+        if not isinstance(part, PackedSequence):
+            return part
+        return Opened(PackedSequence, part._asdict())
+
+    return tree_map(open_part, tree, is_leaf=is_packed)
+
+
+def is_packed(part: Any) -> bool:
+    """Tell whether a part of a tree is a packed sequence, taken apart or not."""
+    if isinstance(part, Opened):
+        return part.kind is PackedSequence
+    return isinstance(part, PackedSequence)
 
 
 def closed(output: Any) -> Any:
@@ -54,6 +73,8 @@ def closed(output: Any) -> Any:
         if not isinstance(part, Opened):
             return part
         kind: Any = part.kind
+        if kind is PackedSequence:
+            return tuple.__new__(kind, part.attributes.values())
         record = kind.__new__(kind)
         for name, value in part.attributes.items():
             object.__setattr__(record, name, closed(value))  # it may be frozen

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
-from unbatch.errors import MSG_ROWS_OF, InputError
+from unbatch.capture.opened import is_packed
+from unbatch.errors import MSG_ROWS_CHANGED, MSG_ROWS_OF, InputError
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,23 @@ class RowsOf:
         if not numbers.numel() or int(numbers.min()) < 0 or int(numbers.max()) >= len(rows.owners):
             return False
         return bool((rows.owners[numbers] == self.owners[:, None]).all())
+
+    def shape(self, samples: int) -> tuple[int, int]:
+        """Return N, and how many rows the longest sample has."""
+        return samples, self._placed(samples).length
+
+    def is_told_by(self, leaf: Any) -> bool:
+        """Tell whether a tensor says which rows a sample has: the index, its ends, or counts."""
+        is_index = isinstance(leaf, Tensor) and leaf.ndim == 1
+        if not is_index or leaf.dtype not in (torch.int64, torch.int32):
+            return False
+        counts = torch.bincount(self.owners, minlength=self.least)
+        ends = counts.cumsum(0)
+        pointers = torch.cat([ends.new_zeros(1), ends])
+        numbers = leaf.detach().cpu().long()
+        return any(
+            torch.equal(numbers, known) for known in (self.owners, counts, ends - counts, pointers)
+        )
 
     def folded(self, t: Tensor, samples: int) -> Tensor:
         """Return rows as ``[N, length, ..]``, those of each sample in their order, then zeros."""
@@ -153,17 +171,27 @@ def _is_count(samples: Any, owners: Tensor) -> bool:
 def of_data(entries: list[Any], tree: Any) -> list[Any]:
     """Return entries of the leaves of a tree, None for how sequences are packed: only data is."""
     entries, i = list(entries), 0
-    for part in tree_leaves(tree, is_leaf=_is_packed):
-        if _is_packed(part):
-            entries[i + 1 : i + len(part)] = [None] * (len(part) - 1)
-            i += len(part)
+    for part in tree_leaves(tree, is_leaf=is_packed):
+        if is_packed(part):
+            count = len(PackedSequence._fields)
+            entries[i + 1 : i + count] = [None] * (count - 1)
+            i += count
         else:
             i += 1
     return entries
 
 
-def _is_packed(value: Any) -> bool:
-    return isinstance(value, PackedSequence)
+def check_packed(what: str, entries: list[Any], tree: Any) -> None:
+    """Raise ``InputError`` where sequences that are packed have other rows than was declared."""
+    i = 0
+    for part in tree_leaves(tree, is_leaf=is_packed):
+        if not is_packed(part):
+            i += 1
+            continue
+        entry = entries[i]
+        if isinstance(entry, RowsOf) and not torch.equal(entry.owners, _of_packed(part)):
+            raise InputError(MSG_ROWS_CHANGED.format(what=f"{what}[{i}]", entry=entry))
+        i += len(part)
 
 
 def _numbers(index: Any) -> Tensor:

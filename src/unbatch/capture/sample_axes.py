@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -46,6 +46,11 @@ class Fold(ABC):
     def is_ragged(self) -> bool:
         """Whether samples have different numbers of rows, so that they cannot change places."""
         return False
+
+    @property
+    def guessed(self) -> list[tuple[int, ...]]:
+        """How the shapes of outputs begin whose samples are guessed to be those of an input."""
+        return []
 
     @abstractmethod
     def renewed(self, inputs: Any, targets: Any) -> Fold:
@@ -99,7 +104,9 @@ class SampleAxes(Fold):
         )
 
     def renewed(self, inputs: Any, targets: Any) -> SampleAxes:
-        return SampleAxes.of(self.dims, inputs, targets)
+        fold = SampleAxes.of(self.dims, inputs, targets)
+        # A recording may be moved to the new data, and then no model is run that says these anew.
+        return replace(fold, outputs=list(self.outputs))
 
     def misfit(self, shapes: list[tuple[int, ...]]) -> InputError:
         return InputError(MSG_FOLD_CUT.format(shapes=shapes, dims=self.dims, sizes=self.sizes))

@@ -7,19 +7,22 @@ tensors as they know them. Nothing here knows about graphs.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map
 
-from unbatch.capture.ragged_rows import RowsOf, of_data
+from unbatch.capture.opened import open_packed
+from unbatch.capture.ragged_rows import RowsOf, check_packed, of_data
 from unbatch.capture.sample_axes import Fold, mapped
 from unbatch.errors import (
     MSG_OUT_DIMS,
     MSG_OUT_DIMS_TREE,
     MSG_ROW_NUMBERS,
+    MSG_ROWS_CHANGED,
     MSG_ROWS_SIZE,
+    MSG_ROWS_UNCLEAR,
     MSG_VIEWS,
     MSG_VIEWS_SIZE,
     InputError,
@@ -83,6 +86,8 @@ class StackedViews(Fold):
     inputs: list[Entry] = field(default_factory=list)
     targets: list[Entry] = field(default_factory=list)
     outputs: list[Entry] = field(default_factory=list, compare=False)
+    # Rows, and a leaf of the data (all of X, then of y) that said the same when they were declared.
+    told: list[tuple[RowsOf, int]] = field(default_factory=list, compare=False)
 
     @staticmethod
     def of(dims: tuple[Any, Any], out_dims: Any, inputs: Any, targets: Any) -> StackedViews:
@@ -103,10 +108,31 @@ class StackedViews(Fold):
             targets=bare._only_views("y", y_entries, tree_leaves(targets)),
         )
         moved._check_names(moved.inputs, tree_leaves(inputs))
-        return moved
+        check_packed("X", x_entries, inputs)
+        check_packed("y", y_entries, targets)
+        without_samples = [e is None for e in (*x_entries, *y_entries)]
+        return replace(moved, told=moved._told_by(without_samples, tree_leaves((inputs, targets))))
+
+    def _told_by(self, without_samples: list[bool], leaves: list[Any]) -> list[tuple[RowsOf, int]]:
+        """Return the rows of data with the leaves that say the same, of those without samples."""
+        told = []
+        for rows in {id(e): e for e in (*self.inputs, *self.targets)}.values():
+            if not isinstance(rows, RowsOf):
+                continue
+            for i, (is_plain, leaf) in enumerate(zip(without_samples, leaves, strict=False)):
+                if is_plain and rows.is_told_by(leaf):
+                    told.append((rows, i))
+        return told
 
     def renewed(self, inputs: Any, targets: Any) -> StackedViews:
-        return StackedViews.of(self.dims, self.out_dims, inputs, targets)
+        leaves = tree_leaves((inputs, targets))
+        for rows, i in self.told:
+            # Data of another structure are refused elsewhere.
+            if i < len(leaves) and not rows.is_told_by(leaves[i]):
+                raise InputError(MSG_ROWS_CHANGED.format(what=f"Leaf {i} of the data", entry=rows))
+        fold = StackedViews.of(self.dims, self.out_dims, inputs, targets)
+        # A recording may be moved to the new data, and then no model is run that says these anew.
+        return replace(fold, outputs=list(self.outputs), told=self.told)
 
     def _only_views(self, what: str, entries: list[Entry], leaves: list[Any]) -> list[Entry]:
         """Return the entries of leaves that are moved; all of these have to fit."""
@@ -182,13 +208,31 @@ class StackedViews(Fold):
         return [self._as_an_input(leaf) for leaf in tree_leaves(output)]
 
     def _as_an_input(self, leaf: Any) -> Entry:
-        """Return the rows of an input that an output has as well, as predictions of nodes do."""
-        for entry in self.inputs:
-            if not isinstance(entry, RowsOf) or len(entry.owners) == self.samples:
-                continue
-            if _fits(entry, leaf, self.samples):
-                return entry
-        return None
+        """Return the rows of an input that an output has as well, as predictions of nodes do.
+
+        Raises ``InputError`` where rows of other data have as many and other samples.
+        """
+        fitting = [entry for entry in self.inputs if self._has_rows(entry, leaf)]
+        if not fitting:
+            return None
+        rows = fitting[0]
+        for other in (*fitting, *self.targets):
+            if self._has_rows(other, leaf) and not torch.equal(other.owners, rows.owners):
+                why = "other data have as many rows, of other samples"
+                raise InputError(MSG_ROWS_UNCLEAR.format(rows=f"{len(rows.owners)} rows", why=why))
+        return rows
+
+    @property
+    def guessed(self) -> list[tuple[int, ...]]:
+        if self.out_dims is not None:
+            return []
+        return [e.shape(self.samples) for e in self.inputs if isinstance(e, RowsOf)]
+
+    def _has_rows(self, entry: Entry, leaf: Any) -> TypeGuard[RowsOf]:
+        """Tell whether an output has the rows of an entry, and no row for each sample."""
+        if not isinstance(entry, RowsOf) or len(entry.owners) == self.samples:
+            return False
+        return _fits(entry, leaf, self.samples)
 
     def returned(self, output: Any) -> Any:
         entries = self._entries_of_output(output)
@@ -213,7 +257,7 @@ class StackedViews(Fold):
 
 def entries_of(what: str, dims: Any, tree: Any) -> list[Entry]:
     """Return an entry for each leaf, from a tree of entries that may end above the leaves."""
-    leaves, spec = tree_flatten(tree)
+    leaves, spec = tree_flatten(open_packed(tree))
     entries = _broadcast(dims, spec)
     bad = [e for e in leaves_of_dims(dims) if e is not None and not isinstance(e, int | Moved)]
     if entries is None or bad:

@@ -10,13 +10,15 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten, tree_leaves_with_path, tree_unflatten
 
-from unbatch.analysis.domain.ownership import Ownership
+from unbatch.analysis.domain.ownership import Ownership, is_sample
 from unbatch.analysis.inference import AnalysisState, infer_structure
 from unbatch.analysis.initial import initial_ownership
+from unbatch.analysis.interpreter import Interpretation
 from unbatch.analysis.number_facts import Fact
 from unbatch.analysis.outputs import Outputs
 from unbatch.analysis.rules import registry
@@ -27,11 +29,13 @@ from unbatch.capture import control_flow
 from unbatch.capture.effort import metered
 from unbatch.capture.graph import Graph, HostRead
 from unbatch.capture.same_form import Form
+from unbatch.capture.sample_axes import Fold
 from unbatch.capture.steps import is_ref
 from unbatch.errors import (
     MSG_EMPTY_JOINT,
     MSG_EMPTY_UNKNOWN,
     MSG_JOINED_BACKWARD,
+    MSG_ROWS_UNCLEAR,
     InputError,
     StructureError,
 )
@@ -265,11 +269,28 @@ def infer(recording: Recording) -> Inference:
     if paths.graph is not None and paths.graph is not recording.graph:
         structure = structure.no_more_than(inferred(paths.graph)[0])
     graph = findings.forward.graph
+    if program.fold is not None:
+        _check_guess(program.fold, findings.forward)
     outputs = Outputs.of(graph, findings.forward.ownership, batch.samples, findings.leading)
     if outputs.joined:
         words = _in_words(outputs.joined, recording.skeleton, graph)
         structure = replace(structure, joined=words, divides=bool(outputs.axes))
     return Inference(recording, graph, structure, findings, outputs)
+
+
+def _check_guess(fold: Fold, forward: Interpretation) -> None:
+    """Raise ``InputError`` where predictions were taken for rows of an input, and are not in order.
+
+    They belong to single samples, and to others than those of the input.
+    """
+    for ref in forward.graph.predictions:
+        marks = forward[ref]
+        if marks.mixed or marks.shape[:2] not in fold.guessed:
+            continue
+        samples = np.arange(marks.shape[0]).reshape(-1, *[1] * (len(marks.shape) - 1))
+        if (is_sample(marks.owner) & (marks.owner != samples)).any():
+            why = "the model has put them into another order"
+            raise InputError(MSG_ROWS_UNCLEAR.format(rows="rows", why=why))
 
 
 def _in_words(outputs: Sequence[int], skeleton: Any, graph: Graph) -> tuple[str, ...]:

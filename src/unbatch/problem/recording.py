@@ -23,6 +23,7 @@ from unbatch.capture import program as capture
 from unbatch.capture.graph import Graph
 from unbatch.capture.guards import Guard, identity, signature
 from unbatch.capture.missing_derivatives import without_kernel
+from unbatch.capture.opened import open_packed
 from unbatch.capture.own_writes import idle
 from unbatch.capture.program import Program
 from unbatch.capture.steps import Step
@@ -184,7 +185,7 @@ def _skeleton(graph: Graph, output: Any, own_loss: Tensor | None) -> Any:
             return leaf
         return next(refs)
 
-    return tree_map(reference, output)
+    return tree_map(reference, open_packed(output))
 
 
 def _outcome(output: Any, own_loss: Tensor | None, scalar: Any) -> list[Tensor]:

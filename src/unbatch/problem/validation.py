@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 
 from unbatch import errors
 from unbatch.capture.data import holds_data
+from unbatch.capture.opened import open_packed
 from unbatch.capture.program import Program
 from unbatch.capture.ragged_rows import of_data
 from unbatch.capture.sample_axes import Fold, SampleAxes
@@ -127,7 +128,7 @@ def parse_dims(what: str, tree: Any, dims: Any) -> list[int | None]:
     None for a leaf that has none: it is no tensor, or is not per-sample. Raises ``InputError`` for
     an object with data in it that nobody could exchange.
     """
-    leaves, spec = tree_flatten(tree)
+    leaves, spec = tree_flatten(open_packed(tree))
     for d in tree_leaves(dims, is_leaf=_is_none):
         if d is not None and not isinstance(d, int):
             raise InputError(

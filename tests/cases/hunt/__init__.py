@@ -22,6 +22,7 @@ FOURTH = (
     "fourth_losses",
     "fourth_state",
 )
+FIFTH = ("fifth_models", "fifth_losses")
 
-for part in (*SECOND, *THIRD, *FOURTH):
+for part in (*SECOND, *THIRD, *FOURTH, *FIFTH):
     import_module(f"cases.hunt.{part}")
