@@ -235,6 +235,8 @@ class Hooks(Holder):
 
     def content(self) -> dict[Hashable, Any]:
         hooks: dict[Hashable, Any] = {}
+        if not self._has_any():
+            return hooks
         for i, tables in enumerate(map(self.tables, self.tensors)):
             for which, table in enumerate(tables):
                 for key, hook in (table or {}).items():
@@ -242,9 +244,12 @@ class Hooks(Holder):
         return hooks
 
     def same(self, mark: dict[Hashable, Any]) -> bool:
-        if not any(map(any, map(self.tables, self.tensors))):
+        if not self._has_any():
             return not mark
         return Entries(self.content()).same(mark)
+
+    def _has_any(self) -> bool:
+        return any(map(any, map(self.tables, self.tensors)))
 
     def changed(self, mark: dict[Hashable, Any]) -> Iterator[Hashable]:
         return Entries(self.content()).changed(mark)
