@@ -4,6 +4,7 @@ The names are those of `public.py`, which is imported when the first of them is 
 takes seconds to import, and `unbatch --help`, `--version` and completion in a shell do without it.
 """
 
+import random
 import sys
 from importlib import import_module
 from importlib.util import find_spec
@@ -29,8 +30,8 @@ else:  # a type checker takes a module that has `__getattr__` to have every attr
         if name.startswith("__") and name != "__all__":
             raise AttributeError(name)  # what Python itself looks for is no reason to import torch
         if find_spec(f"{__name__}.{name}"):
-            return import_module(f"{__name__}.{name}")
-        public = import_module(f"{__name__}.public")
+            return _imported(name)
+        public = _imported("public")
         name = RENAMED.get(name, name)
         if name not in ("__all__", *public.__all__):
             here = sys.modules[__name__]
@@ -41,4 +42,11 @@ else:  # a type checker takes a module that has `__getattr__` to have every attr
         return globals()[name]
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *import_module(f"{__name__}.public").__all__})
+        return sorted({*globals(), *_imported("public").__all__})
+
+    def _imported(name: str) -> Any:
+        state = random.getstate()
+        try:
+            return import_module(f"{__name__}.{name}")
+        finally:
+            random.setstate(state)  # rich draws a number when it is imported

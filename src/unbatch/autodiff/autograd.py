@@ -138,6 +138,9 @@ def gradients(
         cotangents = gs
     ends, of_ends = _connected(outputs, cotangents)
     grads: Sequence[Tensor | None] = [None] * len(leaves)
+    for leaf in leaves.values():
+        if not leaf.requires_grad:
+            leaf.requires_grad_()  # the program has frozen it, before or after it was used
     if ends:
         grads = torch.autograd.grad(
             ends, list(leaves.values()), of_ends, retain_graph=retain, allow_unused=True

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves
 
+from unbatch.capture.code_names import is_installed_class
 from unbatch.capture.graph import Graph
 from unbatch.capture.holders import PLAIN
 from unbatch.capture.isolation import storage_of
@@ -66,8 +67,11 @@ class Guard:
         reached.draws = False
         return Guard(program, reached, [holder.mark() for holder in reached.holders])
 
-    def watch(self, graph: Graph) -> None:
-        """Watch the contents of tensors that a recording has read, constants among them."""
+    def watch(self, graph: Graph, own_backward: bool = False) -> None:
+        """Watch the contents of tensors that a recording has read, constants among them.
+
+        ``own_backward``: there is code of backward passes, which may read any that is reached.
+        """
         constants = {v.storage for v in graph.values if v.kind == "constants"}
         memories = set()
         for value in graph.values:
@@ -75,13 +79,15 @@ class Guard:
             if value.storage in constants and value.concrete is not None:
                 memories.add(storage_of(value.concrete))
         self.constants = []
+        known = set(map(id, self._tensors()))
         for tensor in self.reached.tensors:
             # What a sparse one is made of, is no value of a graph.
-            if storage_of(tensor) in memories or not is_strided(tensor):
+            is_read = storage_of(tensor) in memories or not is_strided(tensor)
+            if is_read or (own_backward and id(tensor) not in known):
                 self.constants.append(tensor)
         unread = _unread_memories(graph)
         self.unread = {}
-        for tensor in (*self._tensors(), *self.constants):
+        for tensor in self._tensors_of_library() if own_backward else self._all_tensors():
             if storage_of(tensor) in unread:
                 self.unread[id(tensor)] = tensor
 
@@ -111,7 +117,7 @@ class Guard:
         Parameters, buffers and constants; of tensors in ``data`` some entries are among it.
         """
         unread = self.unread
-        tensors = [t for t in (*self._tensors(), *self.constants) if id(t) not in unread]
+        tensors = [t for t in self._all_tensors() if id(t) not in unread]
         tensors = _in_parts(tensors)
         versions, addresses = [], []
         for t in tensors:
@@ -131,6 +137,17 @@ class Guard:
         if not sums:
             return b""
         return _bits(torch.cat(sums))
+
+    def _all_tensors(self) -> list[Tensor]:
+        return [*self._tensors(), *self.constants]
+
+    def _tensors_of_library(self) -> list[Tensor]:
+        """Return the buffers of installed modules, which code of the user does not read."""
+        tensors: list[Tensor] = []
+        for module in self.reached.modules:
+            if is_installed_class(type(module)):
+                tensors.extend(b for b in module._buffers.values() if b is not None)
+        return tensors
 
     def _tensors(self) -> list[Tensor]:
         """Return parameters and buffers."""

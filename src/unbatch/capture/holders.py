@@ -12,12 +12,13 @@ import warnings
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from itertools import islice, repeat
-from operator import is_
+from operator import attrgetter, is_
 from types import CellType, FunctionType, MemberDescriptorType, MethodType
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from unbatch import errors
 from unbatch.errors import CaptureError
@@ -36,6 +37,9 @@ VALUE_TYPES = frozenset(
 MISSING: Any = type("Missing", (), {"__repr__": lambda self: "nothing"})()
 ORDER: Any = "(order)"
 WHOLE: Any = "(content)"
+
+# What Python keeps in a class, of which an object is copied or saved for the first time.
+OF_COPIES = "__slotnames__"
 
 # Items of a container of which all are looked at; of more, so many.
 MANY = 2**14
@@ -218,6 +222,45 @@ class OfTensors(Holder):
         self.spaces[i][name] = value
 
 
+class Hooks(Holder):
+    """What is called with the gradients of tensors; ``TensorState`` puts it back.
+
+    Few tensors have any: one look for all.
+    """
+
+    tables = staticmethod(attrgetter("_backward_hooks", "_post_accumulate_grad_hooks"))
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self.tensors = tensors
+
+    def content(self) -> dict[Hashable, Any]:
+        hooks: dict[Hashable, Any] = {}
+        if not self._has_any():
+            return hooks
+        for i, tables in enumerate(map(self.tables, self.tensors)):
+            for which, table in enumerate(tables):
+                for key, hook in (table or {}).items():
+                    hooks[i, which, key] = hook
+        return hooks
+
+    def same(self, mark: dict[Hashable, Any]) -> bool:
+        if not self._has_any():
+            return not mark
+        return Entries(self.content()).same(mark)
+
+    def _has_any(self) -> bool:
+        return any(map(any, map(self.tables, self.tensors)))
+
+    def changed(self, mark: dict[Hashable, Any]) -> Iterator[Hashable]:
+        return Entries(self.content()).changed(mark)
+
+    def restore(self, content: dict[Hashable, Any]) -> None:
+        return
+
+    def values(self) -> Iterable[tuple[Hashable, Any]]:
+        return list(self.content().items())
+
+
 class Names(Holder):
     """Some names of a namespace, which need not be there."""
 
@@ -370,6 +413,8 @@ class Patchable(Holder):
         if self.same(mark):
             return
         for name in {**before, **now}:
+            if name == OF_COPIES:
+                continue
             if not alike(before.get(name, MISSING), now.get(name, MISSING)):
                 yield name
 

@@ -76,6 +76,7 @@ from unbatch.capture.holders import (
     Empty,
     Entries,
     Holder,
+    Hooks,
     Items,
     Members,
     Names,
@@ -118,7 +119,8 @@ CLOSED_BOOKS = (
 # Attributes of objects of these packages that code may read all the same; and those that decide
 # something where code names them.
 OPEN_PAGES = ("_flag", "_value", "_obj", "_mmap")
-NAMED_PAGES = ("param_groups", "defaults")
+NAMED_PAGES = ("param_groups", "defaults", "base_lrs", "last_epoch", "_last_lr")
+PAGES_OF_METHODS = {"get_last_lr": "_last_lr"}
 
 # How many objects of installed classes may lie inside one another, but those that are mere data.
 DEEPEST = 3
@@ -331,6 +333,7 @@ class _Walk:
             if not (self.follow_globals() or self.follow_spaces() or self.follow_weak()):
                 break
         self.hold(OfTensors(self.of_tensors, self.named))
+        reached.holders.append(Hooks(reached.tensors))
         self.watch_missing_names()
         reached.holders.append(Empty(self.empty))
         reached.holders.append(Classes(self.objects))
@@ -655,9 +658,11 @@ class _Walk:
     # -- objects --
 
     def tensor(self, value: Tensor, depth: int) -> None:
-        """Note a tensor, and its attributes where it has any."""
+        """Note a tensor, its hooks, and its attributes where it has any."""
         self.reached.tensors.append(value)
         self.user_class(type(value))
+        for hooks in filter(None, Hooks.tables(value)):
+            self.follow_all(hooks.values(), depth)
         space = attributes_of(value)
         if space is None:
             return
@@ -697,8 +702,9 @@ class _Walk:
     def closed_book(self, value: Any) -> None:
         """Note the few attributes that decide something."""
         space = attributes_of(value) or {}
-        open_pages = (*OPEN_PAGES, *filter(self.is_named, NAMED_PAGES))
-        names = [name for name in open_pages if name in space]
+        open_pages = {*OPEN_PAGES, *filter(self.is_named, NAMED_PAGES)}
+        open_pages.update(PAGES_OF_METHODS[n] for n in PAGES_OF_METHODS if self.is_named(n))
+        names = [name for name in sorted(open_pages) if name in space]
         if names:
             self.hold(Names(space, names))
 

@@ -161,9 +161,10 @@ def analyse(recording: Recording, known: KnownForms) -> Analysis:
     with metered(recording.graph.ops, recording.program.effort) as meter:
         inference, form = infer(recording), Form.of(recording.graph)
         judged = _known_of(recording, form, inference, known)
-        fidelity = NO_DIFFERENCE
-        if recording.batch.samples and (judged is None or not judged.is_current()):
-            fidelity = fidelity_of(inference.experiment)
+        fidelity, own_backward = NO_DIFFERENCE, recording.own_backward
+        is_known = judged is not None and judged.is_current() and not own_backward
+        if recording.batch.samples and not is_known:
+            fidelity = fidelity_of(inference.experiment, own_backward)
         if fidelity != NO_DIFFERENCE:
             judged = None  # another computation may run on other batches
         settled = _settled(inference, fidelity, judged)
@@ -309,10 +310,15 @@ def _in_words(outputs: Sequence[int], skeleton: Any, graph: Graph) -> tuple[str,
     return tuple(words)
 
 
-def fidelity_of(experiment: Experiment) -> Fidelity:
-    """Return how far replays agree with the model, in values and in gradients."""
+def fidelity_of(experiment: Experiment, own_backward: bool = False) -> Fidelity:
+    """Return how far replays agree with the model, in values and in gradients.
+
+    ``own_backward``: code of backward passes may decide by numbers what it does.
+    """
     # Compared on another batch than the recorded one, where constants of that batch would show.
     values, gradients = replay_difference(experiment)
+    if own_backward and not values and not gradients:
+        values, gradients = replay_difference(experiment, on_recorded_batch=True)
     if not values:
         return Fidelity(values, gradients, "")
     values_on_batch, gradients_on_batch = replay_difference(experiment, on_recorded_batch=True)

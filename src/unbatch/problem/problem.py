@@ -45,7 +45,7 @@ from unbatch.problem.question import Question
 from unbatch.problem.recording import Batch, Recording
 from unbatch.problem.recordings import MOST, Recordings
 from unbatch.problem.session import Session
-from unbatch.problem.spot_check import SpotChecks
+from unbatch.problem.spot_check import SpotChecks, may_be_moved
 from unbatch.problem.validation import (
     check_by,
     check_by_of_columns,
@@ -453,6 +453,8 @@ class Problem:
             last = recordings.get(signature)
         if last is not None:
             session = last.at(program, batch)
+        if session is not None and session is not last and not may_be_moved(session):
+            session = None
         is_due = session is not None and self._checks.are_due(session)
         if session is not None and is_due and not self._checks.agrees(session):
             recordings.clear()  # something has changed that nobody watches

@@ -22,8 +22,10 @@ from unbatch.analysis.rules import registry
 from unbatch.capture import program as capture
 from unbatch.capture.graph import Graph
 from unbatch.capture.guards import Guard, identity, signature
+from unbatch.capture.hooks import hooks_of
 from unbatch.capture.missing_derivatives import without_kernel
 from unbatch.capture.opened import open_packed
+from unbatch.capture.own_nodes import own_nodes
 from unbatch.capture.own_writes import idle
 from unbatch.capture.program import Program
 from unbatch.capture.steps import Step
@@ -78,6 +80,7 @@ class Recording:
     where: str  # the line of the user to whom verdicts belong
     connected: bool  # the loss, with what requires a gradient
     unregistered: str  # tensors whose gradients are overlooked, in words
+    own_backward: bool  # code that PyTorch did not write takes part in backward passes
     contents: bytes | None = None  # None where nothing was kept
     output: Any = None  # what the model returned, where it has run on these numbers
     outcome: list[Tensor] | None = None  # its tensors, and the loss; or a loss of its own alone
@@ -97,7 +100,8 @@ class Recording:
             _raise_failure(program, error, call)
         _check_scalar(program, graph, output, scalar)
         # The guard watches constants of the graph, so its state is read only after that.
-        guard.watch(graph)
+        own_backward = _has_own_backward(program, graph, output, scalar)
+        guard.watch(graph, own_backward)
         guard.idle = idle(program, batch.inputs, batch.targets, graph.rng)
         own_loss: Tensor | None = None
         loss: Any = scalar
@@ -116,6 +120,7 @@ class Recording:
             where=where,
             connected=loss.requires_grad,
             unregistered=_unregistered(graph, where),
+            own_backward=own_backward,
             contents=contents_of(guard, batch),
             output=_detached(output),
             outcome=_outcome(output, own_loss, scalar),
@@ -194,6 +199,13 @@ def _outcome(output: Any, own_loss: Tensor | None, scalar: Any) -> list[Tensor]:
     if own_loss is not None:
         outcome = [own_loss.detach()]
     return outcome
+
+
+def _has_own_backward(program: Program, graph: Graph, output: Any, scalar: Any) -> bool:
+    """Return whether code that PyTorch did not write takes part in backward passes."""
+    if graph.hooks or hooks_of(program.modules, program.parameters.values()):
+        return True
+    return bool(own_nodes(tensors_in((output, scalar))))
 
 
 def _detached(output: Any) -> Any:

@@ -31,6 +31,8 @@ WRONG_TODAY = frozenset(
         "messy: a cache of one result",
         # What runs on when a question has been answered.
         "messy: a note by a pool that nobody waits for",
+        # Whether a gradient is there: each step of a training makes one, and takes it away.
+        "change: a gradient that is there",
         # Settings of the process that no module has under their names.
         "messy: a setting of the compiler",
     ]
