@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils._pytree import tree_map
 
@@ -120,6 +121,27 @@ def test_another_batch_of_the_same_rows() -> None:
     afresh = ub.Problem(case.model, case.loss, (X, y), in_dims=case.in_dims).gradients()
     for parameter in afresh:
         near(rows[parameter], afresh[parameter], parameter)
+
+
+def test_an_index_that_is_written_to_is_refused() -> None:
+    index = BATCH.clone()
+
+    class Readout(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(D, C).double()
+
+        def forward(self, x: Tensor, index: Tensor) -> Tensor:
+            return x.new_zeros(N, C).index_add(0, index, self.linear(x))
+
+    X = reals(R, D), index
+    problem = ub.Problem(
+        Readout(), F.mse_loss, (X, reals(N, C)), in_dims=((ub.rows_of(index.clone()), None), 0)
+    )
+    problem.gradients()
+    index[0] = int(index[-1])
+    with pytest.raises(ub.InputError, match="other samples"):
+        problem.gradients()
 
 
 def test_predictions_may_be_packed() -> None:

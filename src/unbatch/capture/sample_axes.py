@@ -52,6 +52,9 @@ class Fold(ABC):
         """How the shapes of outputs begin whose samples are guessed to be those of an input."""
         return []
 
+    def check(self, inputs: Any, targets: Any) -> None:  # noqa: B027
+        """Raise ``InputError`` where the data say otherwise whose rows these are."""
+
     @abstractmethod
     def renewed(self, inputs: Any, targets: Any) -> Fold:
         """Return the same for other data, which may be of other sizes."""

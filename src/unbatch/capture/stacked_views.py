@@ -124,12 +124,17 @@ class StackedViews(Fold):
                     told.append((rows, i))
         return told
 
-    def renewed(self, inputs: Any, targets: Any) -> StackedViews:
+    def check(self, inputs: Any, targets: Any) -> None:
+        if not self.told:
+            return
         leaves = tree_leaves((inputs, targets))
         for rows, i in self.told:
             # Data of another structure are refused elsewhere.
             if i < len(leaves) and not rows.is_told_by(leaves[i]):
                 raise InputError(MSG_ROWS_CHANGED.format(what=f"Leaf {i} of the data", entry=rows))
+
+    def renewed(self, inputs: Any, targets: Any) -> StackedViews:
+        self.check(inputs, targets)
         fold = StackedViews.of(self.dims, self.out_dims, inputs, targets)
         # A recording may be moved to the new data, and then no model is run that says these anew.
         return replace(fold, outputs=list(self.outputs), told=self.told)
