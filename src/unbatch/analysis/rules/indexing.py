@@ -485,7 +485,9 @@ def _masked_select(call: RuleContext) -> Ownership | None:
     chosen = _chosen_by_samples(call, x, mask, numbers)
     if chosen is None:
         chosen = _chosen_constants(call, x, mask, numbers)
-    if chosen is None and x.shape == mask.shape and exact(call, mask, numbers):
+    # Of nothing chosen there are no owners.
+    is_whole = x.shape == mask.shape and 0 not in call.shape
+    if chosen is None and is_whole and exact(call, mask, numbers):
         return indexed(call, x, [mask], [numbers])
     return chosen
 
