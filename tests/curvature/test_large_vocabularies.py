@@ -37,7 +37,7 @@ def root(c: int = 5) -> SoftmaxRoot:
     logits = torch.randn(3, 2, c, generator=generator, dtype=torch.float64)
     Q = torch.tensor([[1.0, 2.0], [0.5, -1.5], [0.0, 3.0]], dtype=torch.float64)
     grid = Grid({0: (3, c, 2)}, {0: 0}, 1)
-    return SoftmaxRoot(grid, logits.softmax(-1).sqrt(), Q, "of a softmax")
+    return SoftmaxRoot(grid, logits.softmax(-1).sqrt(), Q)
 
 
 def formed(of: SoftmaxRoot) -> tuple[Tensor, Tensor]:

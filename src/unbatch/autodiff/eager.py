@@ -25,7 +25,7 @@ from unbatch.autodiff.loss import LossAt
 from unbatch.capture.after_run import AfterRun
 from unbatch.capture.isolation import random_state
 from unbatch.capture.program import own_loss
-from unbatch.capture.trees import copied
+from unbatch.capture.trees import cloned, copied
 from unbatch.errors import MSG_INNER_LOSS, StructureError
 
 # Of the largest entry, in units of rounding: two implementations of attention differ by less.
@@ -112,11 +112,7 @@ def _predict(context: Context) -> tuple[Any, tuple[Any, ...], AfterRun]:
         inputs = tree_map(copied, context.inputs)
         output = context.program.forward(inputs)
         # What lies in a buffer is put back with it.
-        return tree_map(_cloned, output), random_state(), after
-
-
-def _cloned(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+        return tree_map(cloned, output), random_state(), after
 
 
 # --- models with their own loss -------------------------------------------------------------------

@@ -19,7 +19,7 @@ from unbatch.autodiff.autograd import forward_mode, solid, zero_leaves
 from unbatch.autodiff.compositions import COMPOSITIONS, Composition
 from unbatch.capture import ops
 from unbatch.capture.steps import ExecutedOp, Ref
-from unbatch.capture.trees import flat
+from unbatch.capture.trees import cloned, flat
 from unbatch.errors import MSG_NO_TANGENT, StructureError
 
 Tangents = list[Tensor | None]  # of the outputs of an op; None for what does not move
@@ -106,12 +106,6 @@ def _by_double_backward(call: ExecutedOp, op: Any, tangents: Mapping[int, Tensor
     return pushed
 
 
-def _cloned(t: Any) -> Any:
-    if isinstance(t, Tensor):
-        return t.clone()
-    return t
-
-
 def _with_tangents(
     call: ExecutedOp, tangents: Mapping[int, Tensor], combine: Callable[[Tensor, Tensor], Tensor]
 ) -> dict[str, Any]:
@@ -131,5 +125,5 @@ def _with_tangents(
     arguments = dict(call.arguments)
     for name in ops.written(call.op, arguments):
         if arguments.get(name) is not None:
-            arguments[name] = tree_map(_cloned, arguments[name])
+            arguments[name] = tree_map(cloned, arguments[name])
     return {name: combined(refs, arguments[name]) for name, refs in call.step.named.items()}

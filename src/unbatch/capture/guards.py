@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -296,16 +297,19 @@ def _weighted_sums(t: Tensor) -> Tensor:
     if t.is_complex():
         t = torch.view_as_real(t.resolve_conj())
     words = t.resolve_neg().contiguous().view(-1).view(WORDS[t.element_size()])
-    generator = torch.Generator().manual_seed(0)
-    weights = torch.randint(-(2**62), 2**62, (COLUMNS,), generator=generator) * 2 + 1
-    weights = weights.to(t.device)
-    sums = []
+    weights, sums = _weights().to(t.device), []
     for part in words.split(ROWS * COLUMNS):
         whole = part.numel() // COLUMNS * COLUMNS
         rows, last = part[:whole].view(-1, COLUMNS), part[whole:]
         sums.append((rows * weights).sum(1))
         sums.append((last * weights[: last.numel()]).sum(0, keepdim=True))
     return torch.cat(sums)
+
+
+@cache
+def _weights() -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(-(2**62), 2**62, (COLUMNS,), generator=generator) * 2 + 1
 
 
 def _bits(t: Tensor) -> bytes:

@@ -434,23 +434,18 @@ class Recorder(TorchDispatchMode):
         """Note that Python read a value in a way that cannot be followed."""
         if self.off or self.checks:
             return
-        # Also called outside of the dispatcher, where entering a tensor would be recorded.
-        with self.paused():
-            ref = self.ref(tensor)
-        self.graph.host_reads.append(self._read_of(tensor, ref, how, answer))
+        self.graph.host_reads.append(self._read_of(tensor, how, answer))
 
     def sizing(self, tensor: Tensor, how: str) -> None:
         """Note that an op takes sizes from the numbers of a tensor, and nothing else."""
-        if self.off:
-            return
-        with self.paused():
-            ref = self.ref(tensor)
-        self.graph.sizings.append(self._read_of(tensor, ref, how))
+        if not self.off:
+            self.graph.sizings.append(self._read_of(tensor, how))
 
-    def _read_of(self, tensor: Tensor, ref: Ref, how: str, answer: bool | None = None) -> HostRead:
-        step, module, where = len(self.graph.steps), self._module(), users_line()
+    def _read_of(self, tensor: Tensor, how: str, answer: bool | None = None) -> HostRead:
+        # Also called outside of the dispatcher, where entering a tensor would be recorded.
         with self.paused():
-            seen = _kept(tensor)
+            ref, seen = self.ref(tensor), _kept(tensor)
+        step, module, where = len(self.graph.steps), self._module(), users_line()
         return HostRead(ref, how, step, module, where, answer, self.in_loss, seen=seen)
 
     def branch(self, tensor: Tensor, how: str, value: Any) -> Any:

@@ -62,6 +62,11 @@ def copied(leaf: Any) -> Any:
     return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
 
 
+def cloned(leaf: Any) -> Any:
+    """Return a tensor as one of its own, connected to it; anything else as it is."""
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
+
 def apart(output: Any) -> Any:
     """Return an output with a value of its own in place of every parameter that it holds.
 

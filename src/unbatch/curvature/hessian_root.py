@@ -74,6 +74,11 @@ class Grid:
         return moved[0] if self.dims is None else moved.movedim(0, self.dims[i])
 
 
+def sign_of(t: Tensor) -> Tensor:
+    """Return −1 where entries are negative, and 1 elsewhere."""
+    return torch.where(t < 0, -1.0, 1.0).to(t)
+
+
 def samples_first(t: Tensor, i: int, dims: Mapping[int, int] | None) -> Tensor:
     """Return prediction ``i`` as ``[n, ..]``; ``dims`` as for a grid."""
     return t[None] if dims is None else t.movedim(dims[i], 0)
@@ -316,7 +321,8 @@ class SoftmaxRoot(SampleRoot):
     grid: Grid
     u: Tensor
     Q: Tensor
-    form: str
+
+    form = "of a softmax"
 
     @property
     def like(self) -> Tensor:  # type: ignore[override]
@@ -329,8 +335,7 @@ class SoftmaxRoot(SampleRoot):
 
     @property
     def signs(self) -> Tensor:  # type: ignore[override]
-        signs = torch.where(self.Q < 0, -1.0, 1.0).to(self.Q)
-        return signs[..., None].expand(*self.Q.shape, self.shape[3])
+        return sign_of(self.Q)[..., None].expand(*self.Q.shape, self.shape[3])
 
     @property
     def nonzero(self) -> Tensor:
@@ -345,9 +350,8 @@ class SoftmaxRoot(SampleRoot):
     def lowest(self) -> float:
         if not (self.Q < 0).any():
             return 0.0
-        signs, to_entries = self.signs, self.to_entries
-        root = self._scale[..., None] * to_entries
-        return Factor(self.grid, root, signs, self.form).lowest
+        root = self._scale[..., None] * self.to_entries
+        return Factor(self.grid, root, self.signs, self.form).lowest
 
     @cached_property
     def _scale(self) -> Tensor:

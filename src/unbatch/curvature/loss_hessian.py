@@ -29,12 +29,12 @@ from unbatch.curvature.hessian_root import (
     SampleRoot,
     SoftmaxRoot,
     samples_first,
+    sign_of,
 )
 from unbatch.errors import MSG_HESSIAN_NOT_FINITE, StructureError
 from unbatch.linalg.precision import DOUBLE, SINGLE, largest
 from unbatch.linalg.probes import gaussian_like, seeded
 
-SOFTMAX = "of a softmax"
 NO_SAMPLES = "of no samples"
 
 LARGEST_BLOCK = 1024  # entries of a block that is decomposed
@@ -301,7 +301,7 @@ class _Search:
         ones = {i: torch.ones_like(self.loss.predictions[i]) for i in self.shapes}
         # A diagonal only if the guess is right, which the second probe tells.
         h = grid.split(self.loss.hessian_times(ones))
-        return self._holds(Factor(grid, h.abs().sqrt()[..., None], _sign(h), "of single entries"))
+        return self._holds(Factor(grid, h.abs().sqrt()[..., None], sign_of(h), "of single entries"))
 
     def _softmax(self, axis: int | None) -> SoftmaxRoot | None:
         """Guess ``Q (diag p − ppᵀ)`` at each position, with ``p`` the softmax: any cross-entropy.
@@ -315,7 +315,7 @@ class _Search:
         Q = (v * product).sum(-1) / variance.clamp_min(torch.finfo(p.dtype).tiny)
         if p.shape[-1] < 2 or not Q[self.finite].isfinite().all():
             return None
-        return self._holds(SoftmaxRoot(grid, p.sqrt(), Q, SOFTMAX))
+        return self._holds(SoftmaxRoot(grid, p.sqrt(), Q))
 
     def _blocks(self, axis: int | None) -> Factor | None:
         """Take any symmetric block at each position, by its eigenvectors."""
@@ -354,7 +354,7 @@ class _Search:
             rank = int(nonzero.sum(-1).max())
         S = (vectors * values.abs().sqrt()[..., None, :])[..., :rank]
         S[lost] = torch.nan
-        root = Factor(grid, S, _sign(values)[..., :rank], self._blocks_in_words(axis))
+        root = Factor(grid, S, sign_of(values)[..., :rank], self._blocks_in_words(axis))
         return root if is_whole else self._holds(root)
 
     def _couples_positions(self, grid: Grid) -> bool:
@@ -405,7 +405,3 @@ def _within(error: Tensor, allowed: Tensor) -> bool:
 def _largest(named: Named) -> float:
     """Return the largest entry in size; not a number where an entry is not."""
     return largest(named.values())
-
-
-def _sign(t: Tensor) -> Tensor:
-    return torch.where(t < 0, -1.0, 1.0).to(t)

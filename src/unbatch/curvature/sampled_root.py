@@ -14,26 +14,17 @@ from unbatch.autodiff.loss import LossAt
 from unbatch.curvature.hessian_root import Factor, SampleRoot, SoftmaxRoot
 
 
-def likelihood(exact: SampleRoot, loss: LossAt) -> Tensor | None:
-    """Return ``p``, ``[n, t, c]``, of which H is ``Q (diag p − ppᵀ)``: labels can be drawn.
-
-    None for any other form.
-    """
-    if not isinstance(exact, SoftmaxRoot):
-        return None
-    return exact.grid.split(loss.predictions).double().softmax(-1).to(exact.like)
-
-
-def sampled(exact: SampleRoot, probabilities: Tensor | None, count: int, seed: int) -> Factor:
+def sampled(exact: SampleRoot, loss: LossAt, count: int, seed: int) -> Factor:
     """Return ``count`` columns for each sample whose mean square is H: unbiased.
 
-    For H that is positive semi-definite. For a softmax (``probabilities`` ``[n, t, c]``) labels are
+    For H that is positive semi-definite. For a softmax labels are
     drawn, so the columns are gradients of the likelihood (Kunstner, Balles, Hennig 2019); otherwise
     they are Gaussian, which for squared errors is the same.
     """
     generator = torch.Generator(exact.like.device).manual_seed(seed)
-    if isinstance(exact, SoftmaxRoot) and probabilities is not None:
-        columns = _likelihood_columns(exact, probabilities, count, generator)
+    if isinstance(exact, SoftmaxRoot):
+        p = exact.grid.split(loss.predictions).double().softmax(-1).to(exact.like)
+        columns = _likelihood_columns(exact, p, count, generator)
     else:
         columns = _gaussian_columns(exact, count, generator)
     columns = columns / count**0.5

@@ -31,7 +31,7 @@ from unbatch.curvature.low_rank import (
     estimate_cost,
     full_basis,
 )
-from unbatch.curvature.sampled_root import likelihood, sampled
+from unbatch.curvature.sampled_root import sampled
 from unbatch.curvature.truncation import DiagonalResidual, GramResidual, truncated_basis
 from unbatch.errors import (
     MSG_COMPLEX_OUTPUT,
@@ -273,7 +273,7 @@ class Curvature:
         if exact.lowest < 0:
             text = MSG_NOT_POSITIVE.format(what="Columns drawn at random", lowest=exact.lowest)
             raise StructureError(text)
-        return sampled(exact, likelihood(exact, self.loss), count, seed)
+        return sampled(exact, self.loss, count, seed)
 
     def components(self, what: str) -> SampleRoot:
         """Return the root of a sum over samples.

@@ -493,9 +493,9 @@ class Problem:
         """Read the containers of the data again, which may have got other entries."""
         inputs, targets = map(parse_tree, self._given)
         fold = self.program.fold
-        if fold is not None:
-            fold.check(inputs, targets)  # an index among them may have been written to
         if signature(inputs, targets) == self._kind:
+            if fold is not None:
+                fold.check(inputs, targets)  # an index among them may have been written to
             self.inputs, self.targets = _folded(fold, inputs, targets)
             return
         inputs, targets = self._with_own_sizes(inputs, targets)

@@ -8,7 +8,6 @@ about it in ``analysis.py``.
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import replace
 from typing import Any
@@ -179,7 +178,7 @@ class Session:
             return True
         if self._analysis is None:
             return False
-        return any(math.prod(graph.values[f.value].shape) > SMALL for f in self._analysis.facts)
+        return any(graph.values[f.value].entries > SMALL for f in self._analysis.facts)
 
     def _moved(self, program: Program, batch: Batch, numbers: tuple[Any, ...]) -> Session | None:
         graph = self.graph  # cut, if it has been judged: the cut does not depend on numbers

@@ -8,7 +8,6 @@ verdicts, or what a change of the predictions means.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -24,7 +23,7 @@ from unbatch.analysis.inference import AnalysisState
 from unbatch.capture.after_run import AfterRun
 from unbatch.capture.graph import Graph
 from unbatch.capture.program import Program, own_loss
-from unbatch.capture.trees import dense
+from unbatch.capture.trees import cloned, dense
 from unbatch.linalg.precision import FORWARD, FORWARD_IN_DOUBLE, in_double, tolerance
 from unbatch.verification.draw import ALL, Draw
 from unbatch.verification.noise import draws, recorded_noise, stream_depends_on_data
@@ -154,7 +153,7 @@ class Experiment:
         """Return what the model itself computes: predictions, or the loss where it computes one."""
         with self._isolated(self.graph.rng, after), torch.enable_grad():
             # The model may write to its inputs, and that has to last for the derivatives.
-            output = self.program.forward(tree_map(_cloned, inputs))
+            output = self.program.forward(tree_map(cloned, inputs))
             if not self.cut_inside_model:
                 leaves = tensor_leaves(output)
                 return [leaves[i] for i in self.places if i < len(leaves)]
@@ -226,7 +225,7 @@ class Experiment:
     def size(self) -> int:
         """How many entries the recorded predictions have together."""
         values = self.graph.values
-        return sum(math.prod(values[i].shape) for i in self.prediction_refs)
+        return sum(values[i].entries for i in self.prediction_refs)
 
     # -- changed batches --
 
@@ -484,9 +483,3 @@ def relative_change(base: Tensor, new: Tensor) -> Tensor:
 def tensor_leaves(tree: Any) -> list[Tensor]:
     """Return the tensors in a tree: what else a model returns is no prediction."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def _cloned(leaf: Any) -> Any:
-    if isinstance(leaf, Tensor):
-        return leaf.clone()
-    return leaf

@@ -53,6 +53,7 @@ from cases.changes import D, N, squares
 from cases.hunt import fourth_settings
 from cases.hunt.third_changes import UNDO
 from cases.messy import Case, net, own, part
+from cases.own_parameters import Step
 
 COUNTS = {"calls": 0}
 POOL = ThreadPoolExecutor(1)
@@ -1258,26 +1259,14 @@ VERIFIED: dict[str, Case] = {
 # --- models that are run on copies of their parameters --------------------------------------------
 
 
-class Surrogate(torch.autograd.Function):
-    """A step with the derivative of something else, so that a recording does not do."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return torch.round(x * 4) / 4
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return g * 0.5
-
-
 def surrogate(factor: Callable[[Any], Any], **parts: Callable[[], Any]) -> Callable[[], nn.Module]:
     """A net with a surrogate gradient, and a factor read from it."""
-    return own(lambda n, x: Surrogate.apply(n.linear(x)) * factor(n), **parts)
+    return own(lambda n, x: Step.apply(n.linear(x)) * factor(n), **parts)
 
 
 def masked() -> nn.Module:
     """A mask for each parameter, as in pruning and continual learning."""
-    model = own(lambda n, x: Surrogate.apply(x @ (n.linear.weight * n.masks[n.linear.weight]).T))()
+    model = own(lambda n, x: Step.apply(x @ (n.linear.weight * n.masks[n.linear.weight]).T))()
     model.masks = {p: torch.ones_like(p) for p in model.parameters()}
     return model
 
@@ -1305,21 +1294,21 @@ def by_optimizer() -> nn.Module:
 
 
 def in_list() -> nn.Module:
-    model = own(lambda n, x: Surrogate.apply(F.linear(x, *n.weights)))()
+    model = own(lambda n, x: Step.apply(F.linear(x, *n.weights)))()
     model.weights = [model.linear.weight, model.linear.bias]
     return model
 
 
 def in_closure() -> nn.Module:
     layer = nn.Linear(D, D)
-    model = own(lambda n, x: Surrogate.apply(layer(n.linear(x))))()
+    model = own(lambda n, x: Step.apply(layer(n.linear(x))))()
     model.layer = layer
     return model
 
 
 def follows(n: Any, x: Tensor) -> Tensor:
     ema(n)
-    return Surrogate.apply(n.linear(x)) - n.teacher(x)
+    return Step.apply(n.linear(x)) - n.teacher(x)
 
 
 def private() -> nn.Module:

@@ -364,9 +364,7 @@ def _chosen_by_samples(
     rank = len(mask.shape)
     if not mask.owned or x.shape[:rank] != mask.shape:
         return None
-    # With a mask of as many dims as it has.
-    beside = reshape(mask, (*mask.shape, *[1] * (len(x.shape) - rank)))
-    candidates = spell_out(a.pointwise("chosen", x, beside), range(rank))
+    candidates = spell_out(_beside_mask(call, x, mask), range(rank))
     if candidates.explicit(range(rank, len(x.shape))):
         return None
     owner = np.broadcast_to(candidates.owner, candidates.key.shape).reshape(numbers.shape)
@@ -378,6 +376,12 @@ def _chosen_by_samples(
     return replace(
         candidates, shape=call.shape, owner=owners.reshape(stored), key=keys.reshape(stored)
     )
+
+
+def _beside_mask(call: RuleContext, x: Ownership, mask: Ownership) -> Ownership:
+    """Return each entry of a value with that of the mask of its first dims."""
+    beside = reshape(mask, (*mask.shape, *[1] * (len(x.shape) - len(mask.shape))))
+    return call.algebra.pointwise("chosen", x, beside)
 
 
 def _chosen_constants(
@@ -393,9 +397,7 @@ def _chosen_constants(
         return None
     if not a.constant or not (a.is_constant(x) and a.is_constant(mask)):
         return None
-    rank = len(mask.shape)
-    beside = reshape(mask, (*mask.shape, *[1] * (len(x.shape) - rank)))
-    candidates = spell_out(a.pointwise("chosen", x, beside))
+    candidates = spell_out(_beside_mask(call, x, mask))
     owner = np.broadcast_to(candidates.owner, candidates.shape)
     key = np.broadcast_to(candidates.key, candidates.shape)
     owners = owner[numbers]
