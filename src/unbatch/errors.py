@@ -38,6 +38,10 @@ class CaptureError(UnbatchError, RuntimeError):
     """The computation could not be recorded."""
 
 
+class BudgetError(UnbatchError, RuntimeError):
+    """A question would take more memory or time than it may, or more memory than there is."""
+
+
 class StaleError(UnbatchError, RuntimeError):
     """Parameters or data have changed since an object was made from them."""
 
@@ -526,6 +530,8 @@ MSG_OUT = (
 MSG_EFFORT = "effort= is a number of plain steps greater than zero; got {value!r}."
 
 
+MSG_SECONDS = "seconds= is a number greater than zero, infinity included; got {value!r}."
+
 MSG_MEMORY = "memory= is a number of bytes greater than zero; got {value!r}."
 
 
@@ -555,6 +561,8 @@ MSG_SAMPLES = "samples= takes sample numbers from 0 to {last}, at least one; got
 
 MSG_DRAWS = "{what} is a whole number of at least {least}; got {value!r}."
 
+
+MSG_START = "start is [{size}], or [{size}, K] of vectors; got a tensor of shape {shape}."
 
 MSG_POSITIVE = "{what} is a finite number greater than zero; got {value!r}."
 
@@ -652,11 +660,29 @@ VANISHING = (
 )
 
 
-MSG_MANY_PASSES = (
-    "The second derivative of the loss has {columns:,} columns for each sample, and each takes at "
-    "least one backward pass: more than {most:,} passes are not begun. Products (`G @ v`), "
-    "`G.eigh(k)` and `G.solve(b, damping)` take few; `G.estimate_diag(draws)` and "
-    "`ub.DiagGGN(mc_samples=1)` estimate the diagonal."
+MSG_NO_WAY_IN_MEMORY = (
+    "`{question}` has no exact way that fits into the memory budget of {budget}; they need: "
+    "{needs}. "
+    "`memory=` of `problem.ggn` raises the budget. {estimates}"
+)
+
+MSG_NO_WAY_IN_TIME = (
+    "`{question}` by {why} takes {passes:,} passes and some {time} ({one} measured for one), more "
+    "than the budget of {budget}; `seconds=` of `problem.ggn` raises it. {estimates}"
+)
+
+MSG_MANY_COLUMNS = (
+    "The second derivative of the loss has {columns:,} columns for each sample, which take some "
+    "{time} ({one} measured for one), more than the budget of {budget}: `seconds=` of "
+    "`problem.ggn` raises it. Products (`G @ v`), `G.eigh(k)` and `G.solve(b, damping)` take few "
+    "passes; `G.estimate_diag(draws)` and `ub.DiagGGN(mc_samples=1)` estimate the diagonal."
+)
+
+MSG_METHODS = "method of `{question}` is one of {known}, or left out; got {value!r}."
+
+MSG_NO_MEMORY = (
+    "The memory of {device} did not hold what this question needs: {why}. Nothing was changed. "
+    "Fewer samples, fewer parameters (`parameters=`) or a smaller budget (`memory=`) need less."
 )
 
 MSG_NO_BLOCKS = (
@@ -800,7 +826,7 @@ MSG_SINGULAR = (
 )
 
 
-MSG_METHOD = "method is 'woodbury' or 'cg', or left out; got {value!r}."
+MSG_QUESTION = "A plan of a matrix is of one of {known}; got {value!r}."
 
 
 MSG_NOT_DEFINITE = (

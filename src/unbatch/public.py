@@ -13,6 +13,7 @@ from unbatch.curvature.ggn import GGN
 from unbatch.curvature.ggn_quantities import DiagGGN
 from unbatch.curvature.low_rank import Compression
 from unbatch.errors import (
+    BudgetError,
     CaptureError,
     ContradictedProofWarning,
     ConvergenceError,
@@ -51,6 +52,7 @@ from unbatch.verification.crosstalk import Crosstalk
 from unbatch.verification.verify import Verification
 
 __all__ = [
+    "BudgetError",
     "CaptureError",
     "ClippedSum",
     "Compression",

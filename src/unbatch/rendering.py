@@ -29,6 +29,31 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
     return shown
 
 
+def in_bytes(count: float) -> str:
+    """Return a number of bytes in the largest unit of which there is one, up to GiB."""
+    if count < 1024:
+        return f"{count:.0f} B"
+    size = float(count)
+    for unit in ("KiB", "MiB"):
+        size /= 1024
+        if size < 1024:
+            return f"{size:.1f} {unit}"
+    return f"{size / 1024:,.1f} GiB"
+
+
+UNITS_OF_TIME = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "s"), (1e-3, "ms"))
+
+
+def in_time(seconds: float) -> str:
+    """Return a time in the largest unit of which there are two, or in milliseconds."""
+    if seconds == float("inf"):
+        return "any time"
+    for size, unit in UNITS_OF_TIME:
+        if seconds >= 2 * size or size == 1e-3:
+            return f"{seconds / size:,.3g} {unit}"
+    return ""
+
+
 def as_text(renderable: Any, width: int = WIDTH) -> str:
     """Return plain text, without colours and without spaces at the ends of lines."""
     console = Console(width=width, color_system=None, force_terminal=False, highlight=False)

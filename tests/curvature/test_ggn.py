@@ -132,7 +132,7 @@ def test_gram_matrix_and_factor(case, recorded):
     V = torch.cat([t.flatten(1) if t.ndim > 1 else t[:, None] for t in G.factor().values()], 1).T
     floor = 1e-14 * float(reference.output_hessian(*args).abs().max())
     near((V * sigma) @ V.T, expected, "V Σ Vᵀ", floor)
-    near(G._columns_gram, V.T @ V, "VᵀV", floor)
+    near(G._answers.gram_matrix, V.T @ V, "VᵀV", floor)
     entries = entries_of(problem)
     assert G.gram().shape == (entries, entries)
     if G.positive_semidefinite:

@@ -26,11 +26,11 @@ WINGS = {
     "rendering": "",
     "reference": "",
     "linalg": "errors",
-    "capture": "linalg",
+    "capture": "linalg rendering",
     # the floors
     "analysis.domain": "capture",
     "analysis.rules": "analysis.domain",
-    "analysis": "analysis.rules rendering",
+    "analysis": "analysis.rules",
     "verification": "analysis linalg",
     "diagram": "analysis",
     "autodiff.contractions": "analysis linalg",

@@ -156,7 +156,7 @@ class StatisticsCost:
             return None
         graph = context.graph
         steps = differentiated(graph, context.schedule(parameters, "component"))
-        works = {step.index: _multiplications(graph, step) for step in steps}
+        works = {step.index: multiplications(graph, step) for step in steps}
         work = sum(works.values())
         shares, channels = [], []
         for norm in norms:
@@ -176,7 +176,7 @@ def _is_full_precision(dtypes: set[torch.dtype]) -> bool:
     return len(dtypes) == 1 and dtypes <= {torch.float32, torch.float64}
 
 
-def _multiplications(graph: Graph, step: Step) -> int:
+def multiplications(graph: Graph, step: Step) -> int:
     """Return about how many multiplications an op takes."""
     output = step.outs[0]
     if output is None:

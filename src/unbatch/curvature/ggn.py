@@ -12,6 +12,7 @@ back is chosen in ``strategy.py``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -22,36 +23,30 @@ from unbatch.analysis.verdict import Verdict
 from unbatch.autodiff.jvp import Linearised
 from unbatch.capture.isolation import outside_inference_mode
 from unbatch.curvature import spectrum
+from unbatch.curvature.answers import Answers, Factored, Spent
 from unbatch.curvature.column_map import ColumnMap, stacked
-from unbatch.curvature.ggn_quantities import ColumnNorms, DiagGGN
+from unbatch.curvature.ggn_quantities import DiagGGN
 from unbatch.curvature.gram import Gram, entrywise
 from unbatch.curvature.hessian_root import HessianRoot, SampleRoot
 from unbatch.curvature.low_rank import Compression
 from unbatch.curvature.point import Point
-from unbatch.curvature.spectrum import Directions, Factored
+from unbatch.curvature.spectrum import Directions
 from unbatch.curvature.strategy import Draws
+from unbatch.curvature.ways import Ways
 from unbatch.errors import (
     MSG_DRAWS,
-    MSG_METHOD,
     MSG_NOT_POSITIVE,
+    MSG_QUESTION,
     MSG_UNBIASED,
     InputError,
     StructureError,
     UnbatchError,
 )
 from unbatch.gradients.sources import Source
-from unbatch.linalg import spectra
 from unbatch.linalg.estimates import Control, DiagonalEstimate, estimate_diagonal
-from unbatch.linalg.operators import Operator
 from unbatch.linalg.solvers import Solved
-from unbatch.linalg.space import Space
-from unbatch.linalg.spectra import Eigenpairs
 
 HessianTimes = Callable[[Mapping[int, Tensor]], dict[int, Tensor]]
-
-LARGEST_SPECTRUM = 2**14  # columns of V up to which a few eigenpairs go by way of it
-
-LARGEST_GRAM = 4096  # columns of V up to which a solve goes by way of their Gram matrix
 
 # Residuals of a solve, relative, by default.
 RTOL_IN_DOUBLE, RTOL_IN_SINGLE = 1e-8, 1e-3
@@ -70,7 +65,7 @@ def ggn_product(
 
 
 @outside_inference_mode("_apply")
-class GGN(Operator):
+class GGN(Factored):
     """G at the parameters and the batch of the moment it was made.
 
     A symmetric operator on flat vectors and dicts. ``G @ v`` costs a jvp and a vjp through one
@@ -78,17 +73,13 @@ class GGN(Operator):
     changed.
     """
 
-    symmetric = True
-    space: Space
-
     def __init__(self, point: Point, draws: Draws = None, samples: Tensor | None = None) -> None:
         self.point, self.draws, self.subset = point, draws, samples
         self.space = point.request.space
         like = next(iter(point.parameters.values()))
         self.shape = (self.space.size, self.space.size)
         self.dtype, self.device = like.dtype, like.device
-        # Those that are not zero, ascending, by the type that they were computed in.
-        self._eigenvalues: dict[torch.dtype, Tensor] = {}
+        self._answers = Answers(self)
 
     def __repr__(self) -> str:
         try:
@@ -186,6 +177,7 @@ class GGN(Operator):
         rtol: float | None = None,
         unbiased: bool = False,
         seed: int = 0,
+        method: str | None = None,
         info: bool = False,
     ) -> Any:
         """Return the diagonal, ``[D]``.
@@ -194,31 +186,41 @@ class GGN(Operator):
         several batch norms in train mode, by as few directions of their statistics as leave out no
         more than that (relative, Frobenius norm), by an estimate from random signs; ``unbiased``
         adds what they say is missing, so that the result is right on average and may be negative in
-        an entry. ``info``: also a ``Compression`` that says what was spent and what is missing.
-        Raises ``InputError`` for ``unbiased`` components.
+        an entry. ``method``: "columns" or "forward", as for ``trace``. ``info``: also a
+        ``Compression`` that says what was spent and what is missing. Raises ``InputError`` for
+        ``unbiased`` components.
         """
         if unbiased and per_component:
             raise InputError(MSG_UNBIASED)
+        ways = self._answers.diagonal_ways("diag")
+        if per_component or rtol is not None:
+            ways = ways.by_hand("columns")  # of samples, or through the statistics of a batch
+        if self._answers.choose(ways, method).method == "forward":
+            forward = self._answers.forward_squares()
+            spent = Compression(0, 0, True, 0.0, 0, self.shape[0], seed)
+            return (forward, spent) if info else forward
+        quantity = DiagGGN(per_component, rtol=rtol, seed=seed)
+        diagonal, report = self._by_columns(quantity, unbiased)
+        return (diagonal, report) if info else diagonal
+
+    def _by_columns(self, quantity: DiagGGN, unbiased: bool) -> tuple[Tensor, Compression]:
+        """Return the diagonal, or those of components, from columns; and what is missing."""
         # The source before the root, which is then known from the same forward pass.
-        source = self.point.source(compressed=rtol is not None)
-        quantity = DiagGGN(per_component, rtol=rtol, seed=seed, root=self.root)
+        source = self.point.source(compressed=quantity.rtol is not None)
+        quantity = replace(quantity, root=self.root)
         diagonal = self.point.evaluate(quantity, source)
-        flat = _rows(diagonal) if per_component else diagonal.flat()
+        flat = _rows(diagonal) if quantity.per_component else diagonal.flat()
         basis = quantity.basis_in(self.point.curvature)
         missing = None
         if basis is not None:
             missing = basis.remainder
-        result = flat
-        if unbiased and missing is not None:
-            result = flat + missing.to(flat)
-        if not info:
-            return result
-        estimate = None
-        if missing is not None:
-            # Relative to what is in the diagonal: the basis has estimated its norm, too.
-            diagonal = flat.sum(0) if per_component else flat
-            estimate = float(missing.norm() / diagonal.double().norm())
-        return result, Compression.of(basis, self.root, estimate)
+        if missing is None:
+            return flat, Compression.of(basis, self.root)
+        # Relative to what is in the diagonal: the basis has estimated its norm, too.
+        whole = flat.sum(0) if quantity.per_component else flat
+        report = Compression.of(basis, self.root, float(missing.norm() / whole.double().norm()))
+        # What is missing was estimated without bias, and so is the sum.
+        return (flat + missing.to(flat) if unbiased else flat), report
 
     def estimate_diag(
         self, draws: int, *, seed: int = 0, control: GGN | None = None
@@ -245,11 +247,16 @@ class GGN(Operator):
             lambda z: columns @ z, self.root.size, draws, seed, self.space.slices, variate
         )
 
-    def trace(self) -> Tensor:
-        """Return ``tr G = Σ σ ‖v‖²``, a number."""
-        source = self.point.source()  # before the root, as in ``diag``
-        norms = self.point.evaluate(ColumnNorms(self.root), source)
-        return (norms * self.root.sigma.to(norms.dtype)).sum()
+    def trace(self, *, method: str | None = None, info: bool = False) -> Any:
+        """Return ``tr G = Σ σ ‖v‖²``, a number.
+
+        ``method``: "columns" (a pullback for each) or "forward" (a unit vector of each parameter
+        entry pushed forward), by default the cheaper one. ``info``: also a ``Spent``. Raises
+        ``BudgetError``, as all questions below, where no way fits the budgets of the matrix.
+        """
+        way = self._answers.choose(self._answers.diagonal_ways("trace"), method)
+        trace = self._answers.trace(way)
+        return (trace, Spent(way.method, way.pulls, way.pushes)) if info else trace
 
     # -- columns and their inner products --
 
@@ -262,27 +269,32 @@ class GGN(Operator):
         V = self.columns @ torch.eye(size, dtype=self.dtype, device=self.device)
         return {name: t.movedim(-1, 0) for name, t in self.space.named(V).items()}
 
-    def gram(self, *, rtol: float | None = None, seed: int = 0, info: bool = False) -> Any:
+    def gram(
+        self,
+        *,
+        rtol: float | None = None,
+        seed: int = 0,
+        method: str | None = None,
+        info: bool = False,
+    ) -> Any:
         """Return ``VᵀV``, ``[NC, NC]``, with a column for every entry of the predictions.
 
         Sample by sample. With the symmetric root of H for a cross-entropy, ``√p`` in BackPACK's
-        terms; in all cases a root of H. ``rtol``, ``info``: as for ``diag``, with the relative
-        error of this matrix.
+        terms; in all cases a root of H. ``rtol``, ``method``, ``info``: as for ``diag``, with the
+        relative error of this matrix.
         """
-        if rtol is None:
-            gram, report = self._columns_gram, None
-        else:
+        gram, report = None, None
+        if rtol is not None:
             gram, report = self._compressed_gram(rtol, seed, self.point.source(compressed=True))
+        elif self._answers.choose(self._answers.gram_ways(), method).method == "columns":
+            gram = self._answers.gram_matrix
+        else:
+            gram = self._answers.forward_gram()
+            report = Compression(0, 0, True, 0.0, 0, self.shape[0], seed)
         matrix = entrywise(gram, self.root, self.point.entries).to(self.dtype)
         if not info:
             return matrix
         return matrix, report or self._report()
-
-    @cached_property
-    def _columns_gram(self) -> Tensor:
-        """``VᵀV`` of the columns of ``root``, in float64."""
-        source = self.point.source()  # before the root, which is then known from the same pass
-        return self.point.gram(Gram(self.root), source)
 
     def _compressed_gram(
         self, rtol: float, seed: int, source: Source
@@ -298,30 +310,18 @@ class GGN(Operator):
 
     # -- spectrum --
 
-    @cached_property
-    def _spectrum(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues that are not zero, ascending, and ``A`` of eigenvectors ``V A``; float64."""
-        gram = spectrum.checked(self._columns_gram, "Eigenvalues and eigenvectors")
-        return spectrum.spectrum(gram, self.root.sigma.double(), self.dtype)
-
-    def _values(self, working: torch.dtype) -> Tensor:
-        """Return the eigenvalues that are not zero, ascending, computed in ``working``.
-
-        Determinants need float64, where eigenvalues are shown in the type of the matrix.
-        """
-        gram = spectrum.checked(self._columns_gram, "Eigenvalues")
-        if (self.root.sigma < 0).any():
-            return self._spectrum[0]  # always in float64
-        if working not in self._eigenvalues:
-            values = spectrum.positive_eigenvalues(gram.to(working), self.dtype)
-            self._eigenvalues[working] = values
-        return self._eigenvalues[working]
-
-    def eigvalsh(self, *, rtol: float | None = None, seed: int = 0, info: bool = False) -> Any:
+    def eigvalsh(
+        self,
+        *,
+        rtol: float | None = None,
+        seed: int = 0,
+        method: str | None = None,
+        info: bool = False,
+    ) -> Any:
         """Return eigenvalues, ascending: ``min(D, NC)`` of them; all others are zero.
 
         ``rtol``, ``info``: as for ``gram``, whose error bounds that of each eigenvalue beside the
-        norm of them all.
+        norm of them all. ``method``: "gram" or "dense", by default the cheaper one.
         """
         working = torch.promote_types(self.dtype, torch.float32)
         values, report = None, None
@@ -333,35 +333,52 @@ class GGN(Operator):
                 gram = spectrum.checked(gram, "Eigenvalues")
                 values = torch.linalg.eigvalsh(gram.to(working))
         if values is None:
-            values = self._values(working)
+            way = self._answers.choose(self._answers.eigenvalue_ways(), method)
+            values = self._answers.decomposition(way).eigenvalues(working)
+            if way.method == "dense":
+                report = Compression(0, 0, True, 0.0, self.shape[0], self.shape[0], seed)
         count = min(self.shape[0], max(self.point.entries, len(values)))
         eigenvalues = spectrum.padded(values, count).to(self.dtype)
         if not info:
             return eigenvalues
         return eigenvalues, report or self._report()
 
-    def eigh(self, k: int | None = None) -> Eigenpairs:
+    def eigh(
+        self,
+        k: int | None = None,
+        *,
+        method: str | None = None,
+        rtol: float | None = None,
+        start: Tensor | None = None,
+        seed: int = 0,
+        info: bool = False,
+    ) -> Any:
         """Return the ``k`` eigenpairs with the largest eigenvalues, values ascending.
 
-        By default all that are not zero. Builds the Gram matrix of all N·C columns first; each
-        eigenvector then costs one pullback. Where there are more than 16,384 columns, the ``k``
-        largest are found by products alone, as ``unbatch.spectra.eigh`` finds them.
+        By default all that are not zero. ``method``: "gram" (the Gram matrix of all columns, and a
+        pullback for each eigenvector), "dense" (G itself, where parameters are few), or "lanczos"
+        (products alone, for a ``k``); by default the cheapest, which ``plan("eigh", k)`` shows. By
+        products pairs converge to residuals of ``rtol``, relative to the norm of G, from ``start``
+        (``[D]`` or ``[D, K]``: eigenvectors of an earlier matrix, say) or a random vector.
+        ``info``: also a ``Spent``. Raises ``ConvergenceError`` where they do not, and ``info`` is
+        not asked for.
         """
-        if k is not None and (not isinstance(k, int) or k < 1):
-            raise InputError(MSG_DRAWS.format(what="k", least=1, value=k))
-        if k is not None and self.root.size > LARGEST_SPECTRUM:
-            pairs: Eigenpairs = spectra.eigh(self, k)
-            return pairs
-        return spectrum.eigenpairs(self.columns, *self._spectrum, k)
+        _check_k(k)
+        answers = self._answers
+        way = answers.choose(answers.eigenpair_ways(k), method)
+        search = {"rtol": rtol, "start": start, "seed": seed}
+        pairs, spent = answers.eigenpairs(way, k, search, checked=not info)
+        return (pairs, spent) if info else pairs
 
-    def directions(self, k: int) -> Directions:
+    def directions(self, k: int, *, method: str | None = None) -> Directions:
         """Return the top k eigenvectors with slope and curvature of every component along them.
 
-        Raises ``StructureError`` where the loss is no sum over samples.
+        ``method``: as for ``eigh``. Raises ``StructureError`` where the loss is no sum over
+        samples.
         """
         curvature = self.point.curvature
         curvature.components("Slopes and curvatures of components")
-        pairs = self.eigh(k)
+        pairs = self.eigh(k, method=method)
         slope = curvature.loss.slope_of_samples
         slopes, curvatures = [], []
         for direction in pairs.vectors.T:
@@ -369,29 +386,43 @@ class GGN(Operator):
             products = self.root.hessian_times(tangents)
             slopes.append(spectrum.inner_products(slope, tangents, curvature.dims))
             curvatures.append(spectrum.inner_products(products, tangents, curvature.dims))
-        return Directions(*pairs, torch.stack(slopes, 1), torch.stack(curvatures, 1), self.space)
+        of_samples = torch.stack(slopes, 1), torch.stack(curvatures, 1)
+        return Directions(pairs.values, pairs.vectors, *of_samples, self.space)
 
-    def newton_step(self, damping: float | Tensor, k: int | None = None) -> dict[str, Tensor]:
+    def newton_step(
+        self,
+        damping: float | Tensor,
+        k: int | None = None,
+        *,
+        method: str | None = None,
+        info: bool = False,
+    ) -> Any:
         """Return ``−Σ_i γ_i / (λ_i + δ_i) e_i`` over the top k eigenvectors, by parameter.
 
         ``damping``: a number, or ``[k]``. ViViT's damped Newton step: along what is not among these
-        eigenvectors it is zero; ``solve`` has it everywhere.
+        eigenvectors it is zero; ``solve`` has it everywhere. ``method``: as for ``eigh``. ``info``:
+        also a ``Spent``.
         """
-        pairs = self.eigh(k)
-        gradient = self.linearised.pull(self.point.curvature.loss.slope, self.space.shapes)
-        step = spectrum.newton_step(pairs, self.space.flat(gradient), damping)
-        return self.space.named(step)
+        _check_k(k)
+        answers = self._answers
+        way = answers.choose(answers.newton_ways(k), method)
+        slope = self.linearised.pull(self.point.curvature.loss.slope, self.space.shapes)
+        step, spent = answers.newton_step(way, self.space.flat(slope), damping, k)
+        named = self.space.named(step)
+        return (named, spent) if info else named
 
     # -- determinants and solves --
 
-    def slogdet(self, damping: float) -> tuple[Tensor, Tensor]:
-        """Return sign and logarithm of ``|det(G + δI)|``."""
-        sign, log = spectrum.slogdet(self._values(torch.float64), self.shape[0], damping)
+    def slogdet(self, damping: float, *, method: str | None = None) -> tuple[Tensor, Tensor]:
+        """Return sign and logarithm of ``|det(G + δI)|``; ``method`` as for ``eigvalsh``."""
+        way = self._answers.choose(self._answers.determinant_ways(), method)
+        values = self._answers.decomposition(way).eigenvalues(torch.float64)
+        sign, log = spectrum.slogdet(values, self.shape[0], damping)
         return sign.to(self.dtype), log.to(self.dtype)
 
-    def logdet(self, damping: float) -> Tensor:
+    def logdet(self, damping: float, *, method: str | None = None) -> Tensor:
         """Return ``log det(G + δI)``; not a number where the determinant is negative."""
-        sign, log = self.slogdet(damping)
+        sign, log = self.slogdet(damping, method=method)
         return torch.where(sign < 0, torch.nan, log)
 
     def solve(
@@ -406,28 +437,26 @@ class GGN(Operator):
     ) -> Any:
         """Return ``(G + δI)⁻¹ b`` for ``[D]``, a dict, or the columns of ``[D, K]``.
 
-        ``info``: also the worst ``Solved``. ``method``: "woodbury" (through the Gram matrix; the
-        default where that is small), or "cg" (products only; needs a positive definite matrix).
+        ``info``: also the worst ``Solved``. ``method``: "woodbury" (through the Gram matrix, with
+        damping), "dense" (through G itself), or "cg" (products only; needs a positive definite
+        matrix); by default the cheapest, and the next one where products do not converge.
         ``rtol``: of the residual, by default 1e-8 in float64 and 1e-3 in float32. Raises
         ``ConvergenceError`` where that is not reached and ``info`` is not asked for, ``InputError``
         for other shapes.
         """
-        if method not in (None, "woodbury", "cg"):
-            raise InputError(MSG_METHOD.format(value=method))
         if not rtol:
             rtol = RTOL_IN_DOUBLE if self.dtype == torch.float64 else RTOL_IN_SINGLE
         reports: list[Solved] = []
 
         def solved(right: Tensor) -> Tensor:
-            columns = []
+            columns: list[Tensor] = []
+            # With no column to solve for, no matrix is formed.
             for column in right.unbind(1):
-                # Chosen for each column: with none to solve for, no Gram matrix is built.
-                if self._is_by_woodbury(method, damping):
-                    gram = spectrum.checked(self._columns_gram, "Solutions")
-                    factored = Factored(self.columns, gram, self.root.sigma)
-                    x, report = spectrum.woodbury(self, factored, column, damping, rtol)
+                if method is None:
+                    ways = self._answers.solve_ways(damping, right.shape[1] - len(columns))
                 else:
-                    x, report = self._by_products(column, damping, rtol, max_iterations)
+                    ways = self._answers.solve_way_by_hand(method)
+                x, report = self._solved(ways, column, damping, rtol, max_iterations)
                 columns.append(x)
                 reports.append(report)
             return stacked(columns, right, len(right))
@@ -439,20 +468,49 @@ class GGN(Operator):
             report.check()
         return x
 
-    def _is_by_woodbury(self, method: str | None, damping: float) -> bool:
-        """Return whether a solve goes through the Gram matrix, which needs a damping."""
-        if method is not None:
-            return method == "woodbury"
-        return damping != 0 and self.root.size <= LARGEST_GRAM
-
-    def _by_products(
-        self, b: Tensor, damping: float, rtol: float, max_iterations: int
+    def _solved(
+        self, ways: Ways, b: Tensor, damping: float, rtol: float, limit: int
     ) -> tuple[Tensor, Solved]:
-        """Solve by conjugate gradients; say where G is singular and not damped."""
-        x, report = spectrum.by_products(self, b, damping, rtol, max_iterations)
-        if damping == 0:
-            report = spectrum.explained(report, self.rank_bound, self.shape[0])
-        return x, report
+        """Solve by the cheapest way; by the next where that does not converge."""
+        answers = self._answers
+        while True:
+            way = answers.choose(ways, None)
+            x, report = answers.solve(way, b, damping, rtol, limit)
+            rest = ways.without(way.method)
+            if report.converged or not rest.in_memory:
+                return x, report
+            ways = rest
+
+    # -- which way --
+
+    def plan(self, question: str, k: int | None = None, *, damping: float = 1.0) -> Ways:
+        """Return the ways to answer a question, what each takes, and the one taken; printable.
+
+        ``question``: "diag", "trace", "gram", "eigvalsh", "eigh", "directions", "newton_step",
+        "logdet" or "solve". Cost: six passes, which are timed. Raises ``InputError`` for others.
+        """
+        _check_k(k)
+        answers = self._answers
+        known: dict[str, Callable[[], Ways]] = {
+            "diag": lambda: answers.diagonal_ways("diag"),
+            "trace": lambda: answers.diagonal_ways("trace"),
+            "gram": answers.gram_ways,
+            "eigvalsh": answers.eigenvalue_ways,
+            "eigh": lambda: answers.eigenpair_ways(k),
+            "directions": lambda: answers.eigenpair_ways(k, "directions"),
+            "newton_step": lambda: answers.newton_ways(k),
+            "logdet": answers.determinant_ways,
+            "solve": lambda: answers.solve_ways(damping),
+        }
+        if question not in known:
+            raise InputError(MSG_QUESTION.format(known=", ".join(known), value=question))
+        return replace(known[question](), measured=answers.pace)
+
+
+def _check_k(k: int | None) -> None:
+    if k is None or (isinstance(k, int) and not isinstance(k, bool) and k >= 1):
+        return
+    raise InputError(MSG_DRAWS.format(what="k", least=1, value=k))
 
 
 def _rows(components: Mapping[str, Tensor]) -> Tensor:

@@ -22,14 +22,12 @@ from unbatch.autodiff.contractions.contraction import Gathering
 from unbatch.autodiff.contractions.row_block import RowBlock
 from unbatch.curvature.hessian_root import Column, HessianRoot
 from unbatch.curvature.low_rank import Basis, CorrectedSource
+from unbatch.curvature.pace import Deadline
 from unbatch.curvature.strategy import Curvature, Draws, Rtol
-from unbatch.errors import MSG_MANY_PASSES, StructureError
 from unbatch.gradients.quantities import About, Basic, Collector, Label, about_of
 from unbatch.gradients.results import ByParameter
 from unbatch.gradients.sources import Chunking, Source
 from unbatch.linalg.rows import wide
-
-MOST_COLUMNS = 20_000  # of a sample, each at least a backward pass: hours on most machines
 
 # --- feeding --------------------------------------------------------------------------------------
 
@@ -100,11 +98,10 @@ def feed_columns(
 ) -> None:
     """Feed collectors with all columns: row blocks carry the number and the sign of theirs.
 
-    Raises ``StructureError`` where there are too many.
+    Raises ``BudgetError`` where they would take longer than the question may.
     """
     samples, columns = root.layout
-    if columns > MOST_COLUMNS:
-        raise StructureError(MSG_MANY_PASSES.format(columns=columns, most=MOST_COLUMNS))
+    deadline = Deadline(columns, curvature.request.seconds)
     fed: set[str] = set()
 
     def take(j: int, sign: float, name: str, block: RowBlock) -> None:
@@ -115,6 +112,7 @@ def feed_columns(
 
     # The last one is known beforehand: after it the source lets go of its graph.
     for (j, sign, cotangents), last in _with_last(root.column_batches()):
+        deadline.check(j)
         source.feed(chunks, partial(take, j, sign), {}, cotangents, last=last)
     for name, p in parameters.items():
         if name not in fed:  # no prediction depends on it

@@ -280,6 +280,11 @@ class CostEstimate:
         return self.fits and self.by_statistics < self.by_columns
 
     @property
+    def least(self) -> float:
+        """Return what the way that is taken takes."""
+        return self.by_statistics if self else self.by_columns
+
+    @property
     def reason(self) -> str:
         """Return the comparison in words."""
         ratio = self.by_statistics / self.by_columns

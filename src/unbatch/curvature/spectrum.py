@@ -1,14 +1,17 @@
-"""What follows from ``G = V Σ Vᵀ`` of low rank: eigenpairs, determinants, Newton steps and solves.
+"""What follows from a small matrix that has the spectrum of G: eigenpairs, determinants, solves.
 
-All of it from the Gram matrix ``VᵀV`` of the columns of V, which is small where there are fewer
-columns than parameters (Dangel, Tatzel, Hennig 2021, "ViViT"). No networks here: V is an operator
-that is known by its products. Spectra of operators without such a factor: ``linalg/spectra.py``.
+The small matrix is the Gram matrix ``VᵀV`` of the columns of V where these are fewer than the
+parameters (Dangel, Tatzel, Hennig 2021, "ViViT"), or G itself where the parameters are fewer. No
+networks here: V is an operator that is known by its products. Spectra of operators without a small
+matrix: ``linalg/spectra.py``. Which is taken is decided in ``ways.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -22,20 +25,19 @@ from unbatch.errors import (
     InputError,
     StructureError,
 )
+from unbatch.linalg import spectra
 from unbatch.linalg.operators import Operator
 from unbatch.linalg.rows import sum_of
 from unbatch.linalg.solvers import Solved, conjugate_gradients
 from unbatch.linalg.space import Space
 from unbatch.linalg.spectra import Eigenpairs
 
+# Of the residuals of a few eigenpairs of a formed matrix, found by products with it: what a
+# decomposition of the whole matrix would leave, about.
+FORMED_RTOL = 1e-12
 
-@dataclass(frozen=True)
-class Factored:
-    """``G = V Σ Vᵀ``: ``factor`` is V, ``gram`` ``VᵀV`` in float64, ``signs`` the diagonal of Σ."""
-
-    factor: Operator
-    gram: Tensor
-    signs: Tensor
+# A few: as many times fewer than the matrix has rows.
+FEW = 20
 
 
 @dataclass(frozen=True)
@@ -78,33 +80,188 @@ def above_rounding(values: Tensor, dtype: torch.dtype) -> Tensor:
     return values > len(values) * torch.finfo(dtype).eps * values[-1:]
 
 
-def spectrum(gram: Tensor, signs: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return eigenvalues that are not zero, ascending, and ``A`` of the eigenvectors ``V A``.
+class Decomposition(ABC):
+    """A small matrix with the eigenvalues of G, in float64, and what is made of it.
 
-    In float64. Where all signs are positive, ``VᵀV`` and ``VVᵀ`` have the same eigenvalues, and an
-    eigenvector ``a`` of the first gives ``V a / √λ`` of the second. With other signs, those of G
-    are those of ``(VᵀV)^½ Σ (VᵀV)^½``, which is symmetric.
+    ``size``: D. Kept between questions: each part is computed when it is first asked for.
     """
-    # VᵀV = Q Λ Qᵀ
-    values, vectors = torch.linalg.eigh(gram)
-    nonzero = above_rounding(values, dtype)
-    values, vectors = values[nonzero], vectors[:, nonzero]
-    if (signs > 0).all():
-        return values, vectors / values.sqrt()
-    # With Λ^½ Qᵀ Σ Q Λ^½ = P Θ Pᵀ, the columns of V Q Λ^-½ P are eigenvectors of G: as V = V Q Qᵀ,
-    # V Σ Vᵀ (V Q Λ^-½ P) = V Q Qᵀ Σ Q Λ^½ P = V Q Λ^-½ P Θ.
-    half = vectors * values.sqrt()
-    signed, rotation = torch.linalg.eigh(half.T @ (signs[:, None] * half))
-    return signed, (vectors / values.sqrt()) @ rotation
+
+    size: int
+
+    @abstractmethod
+    def eigenvalues(self, working: torch.dtype) -> Tensor:
+        """Return those that are not zero, ascending, computed in ``working``."""
+
+    @abstractmethod
+    def largest(self, k: int | None) -> tuple[Tensor, Tensor]:
+        """Return the ``k`` largest eigenvalues that are not zero, ascending; all of them for None.
+
+        And their eigenvectors in the coordinates of the small matrix, as columns, in float64.
+        """
+
+    @abstractmethod
+    def vectors(self, coordinates: Tensor) -> Tensor:
+        """Return vectors ``[D, K]`` of their coordinates."""
+
+    @abstractmethod
+    def coordinates(self, v: Tensor) -> Tensor:
+        """Return the inner products of ``v`` ``[D]`` with what the coordinates belong to."""
+
+    @abstractmethod
+    def solve(self, b: Tensor, damping: float) -> Tensor:
+        """Return ``(G + δI)⁻¹ b`` up to rounding."""
+
+    def pairs(self, k: int | None) -> Eigenpairs:
+        """Return the ``k`` eigenpairs with the largest eigenvalues, values ascending."""
+        values, coefficients = self.largest(k)
+        # Of unit length up to rounding, which is large for small eigenvalues.
+        vectors = torch.nn.functional.normalize(self.vectors(coefficients), dim=0)
+        return Eigenpairs(values.to(vectors.dtype), vectors)
+
+    def newton_step(self, gradient: Tensor, damping: float | Tensor, k: int | None) -> Tensor:
+        """Return ``−Σ_i γ_i / (λ_i + δ_i) e_i`` with ``γ_i = e_iᵀ g``, ``[D]``."""
+        values, coefficients = self.largest(k)
+        shifts = checked_damping(damping, values)
+        slopes = coefficients.T @ self.coordinates(gradient).double()
+        along = coefficients @ (slopes / (values + shifts))
+        return -self.vectors(along[:, None])[:, 0]
 
 
-def positive_eigenvalues(gram: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return those of G that are not zero, ascending, where all signs are positive.
+class GramDecomposition(Decomposition):
+    """By ``gram = VᵀV``, in float64, for ``G = V Σ Vᵀ``; ``signs``: the diagonal of Σ.
 
-    In the type of ``gram``; ``dtype`` says what is rounding. No eigenvectors are needed for them.
+    Where all signs are positive, ``VᵀV`` and ``VVᵀ`` have the same eigenvalues, and an eigenvector
+    ``a`` of the first gives ``V a / √λ`` of the second. With other signs, those of G are those of
+    ``(VᵀV)^½ Σ (VᵀV)^½``, which is symmetric.
     """
-    values = torch.linalg.eigvalsh(gram)
-    return values[above_rounding(values, dtype)]
+
+    def __init__(self, V: Operator, gram: Tensor, signs: Tensor) -> None:
+        self.V, self.gram, self.signs = V, gram, signs.double()
+        self.size = V.shape[0]
+        self._eigenvalues: dict[torch.dtype, Tensor] = {}
+        self._largest: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @cached_property
+    def _is_positive(self) -> bool:
+        return bool((self.signs > 0).all())
+
+    @cached_property
+    def _spectrum(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues that are not zero, ascending, and ``A`` of eigenvectors ``V A``."""
+        # VᵀV = Q Λ Qᵀ
+        values, vectors = torch.linalg.eigh(checked(self.gram, "Eigenvalues and eigenvectors"))
+        nonzero = above_rounding(values, self.V.dtype)
+        values, vectors = values[nonzero], vectors[:, nonzero]
+        if self._is_positive:
+            return values, vectors / values.sqrt()
+        # With Λ^½ Qᵀ Σ Q Λ^½ = P Θ Pᵀ, the columns of V Q Λ^-½ P are eigenvectors of G: as
+        # V = V Q Qᵀ, V Σ Vᵀ (V Q Λ^-½ P) = V Q Qᵀ Σ Q Λ^½ P = V Q Λ^-½ P Θ.
+        half = vectors * values.sqrt()
+        signed, rotation = torch.linalg.eigh(half.T @ (self.signs[:, None] * half))
+        return signed, (vectors / values.sqrt()) @ rotation
+
+    def eigenvalues(self, working: torch.dtype) -> Tensor:
+        gram = checked(self.gram, "Eigenvalues")
+        if not self._is_positive:
+            return self._spectrum[0]  # always in float64
+        if working not in self._eigenvalues:
+            # No eigenvectors are needed for them.
+            values = torch.linalg.eigvalsh(gram.to(working))
+            self._eigenvalues[working] = values[above_rounding(values, self.V.dtype)]
+        return self._eigenvalues[working]
+
+    def largest(self, k: int | None) -> tuple[Tensor, Tensor]:
+        if k is not None and self._is_positive and "_spectrum" not in self.__dict__:
+            few = self._few(k)
+            if few is not None:
+                return few
+        return last(*self._spectrum, k)
+
+    def _few(self, k: int) -> tuple[Tensor, Tensor] | None:
+        """Return the same by products with the small matrix; None where that is no cheaper."""
+        if k not in self._largest:
+            found = few_eigenpairs(checked(self.gram, "Eigenvalues and eigenvectors"), k)
+            if found is None:
+                return None
+            values, vectors = found
+            rounding = len(self.gram) * torch.finfo(self.V.dtype).eps
+            nonzero = values > rounding * values[-1:]
+            values = values[nonzero]
+            self._largest[k] = values, vectors[:, nonzero] / values.sqrt()
+        return self._largest[k]
+
+    def vectors(self, coordinates: Tensor) -> Tensor:
+        vectors: Tensor = self.V @ coordinates
+        return vectors
+
+    def coordinates(self, v: Tensor) -> Tensor:
+        products: Tensor = self.V.T @ v
+        return products
+
+    def solve(self, b: Tensor, damping: float) -> Tensor:
+        """Return ``(b − V (δΣ + VᵀV)⁻¹ Vᵀ b) / δ`` (Woodbury)."""
+        if damping == 0:
+            raise InputError(MSG_NO_DAMPING)
+        inner = checked(self.gram, "Solutions") + damping * torch.diag(self.signs)
+        a = torch.linalg.solve(inner, self.coordinates(b).double())
+        return (b - self.vectors(a[:, None])[:, 0]) / damping
+
+
+class DenseDecomposition(Decomposition):
+    """By G itself, ``matrix`` ``[D, D]`` in float64; ``dtype``: in which it was computed."""
+
+    def __init__(self, matrix: Tensor, dtype: torch.dtype) -> None:
+        self.matrix, self.dtype = (matrix + matrix.T) / 2, dtype
+        self.size = len(matrix)
+
+    @cached_property
+    def _spectrum(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues that are not zero, ascending, and eigenvectors."""
+        matrix = checked(self.matrix, "Eigenvalues and eigenvectors")
+        values, vectors = torch.linalg.eigh(matrix)
+        rounding = len(values) * torch.finfo(self.dtype).eps
+        nonzero = values.abs() > rounding * values.abs().max()
+        return values[nonzero], vectors[:, nonzero]
+
+    def eigenvalues(self, working: torch.dtype) -> Tensor:
+        return self._spectrum[0]
+
+    def largest(self, k: int | None) -> tuple[Tensor, Tensor]:
+        return last(*self._spectrum, k)
+
+    def vectors(self, coordinates: Tensor) -> Tensor:
+        return coordinates.to(self.dtype)
+
+    def coordinates(self, v: Tensor) -> Tensor:
+        return v
+
+    def solve(self, b: Tensor, damping: float) -> Tensor:
+        if damping == 0:  # along what is not zero; the residual tells whether that is all of b
+            values, vectors = self._spectrum
+            return (vectors @ ((vectors.T @ b.double()) / values)).to(b.dtype)
+        shifted = checked(self.matrix, "Solutions").clone()
+        shifted.diagonal().add_(damping)
+        return torch.linalg.solve(shifted, b.double()).to(b.dtype)
+
+
+def last(values: Tensor, vectors: Tensor, k: int | None) -> tuple[Tensor, Tensor]:
+    """Return the ``k`` that come last, or all."""
+    if k is None or k >= len(values):
+        return values, vectors
+    return values[-k:], vectors[:, -k:]
+
+
+def few_eigenpairs(matrix: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
+    """Return the ``k`` largest eigenpairs of a formed matrix, ascending, by products with it.
+
+    None where a decomposition of the whole takes no more, or the residuals did not come down.
+    """
+    if k * FEW > len(matrix):
+        return None
+    found, search = spectra.eigh(matrix, k, rtol=FORMED_RTOL, info=True)
+    if not search.converged:
+        return None
+    return found.values, found.vectors
 
 
 def padded(values: Tensor, count: int) -> Tensor:
@@ -113,17 +270,6 @@ def padded(values: Tensor, count: int) -> Tensor:
     largest = values[values.abs().argsort(descending=True)][:count]
     zeros = values.new_zeros(count - len(largest))
     return torch.cat([largest, zeros]).sort().values
-
-
-def eigenpairs(factor: Operator, values: Tensor, coefficients: Tensor, k: int | None) -> Eigenpairs:
-    """Return the ``k`` largest as vectors ``V a``, by one product for each."""
-    start = 0  # the largest come last
-    if k is not None:
-        start = max(0, len(values) - k)
-    vectors = factor @ coefficients[:, start:]
-    # Of unit length up to rounding, which is large for small eigenvalues.
-    normalised = torch.nn.functional.normalize(vectors, dim=0)
-    return Eigenpairs(values[start:].to(factor.dtype), normalised)
 
 
 def inner_products(
@@ -144,22 +290,24 @@ def inner_products(
 # --- Newton steps, determinants and solves --------------------------------------------------------
 
 
-def newton_step(pairs: Eigenpairs, gradient: Tensor, damping: float | Tensor) -> Tensor:
-    """Return ``−Σ_i γ_i / (λ_i + δ_i) e_i`` with ``γ_i = e_iᵀ g``, ``[D]``."""
-    values, vectors = pairs
+def checked_damping(damping: float | Tensor, values: Tensor) -> Tensor:
+    """Return a number, or ``[k]``, as a tensor; raise ``InputError`` for what is neither.
+
+    And where ``λ + δ`` is not positive for one of the eigenvalues.
+    """
     try:
-        damping = torch.as_tensor(damping, dtype=values.dtype, device=values.device)
+        shifts = torch.as_tensor(damping, dtype=values.dtype, device=values.device)
     except (TypeError, ValueError):
         raise InputError(
             MSG_DAMPING.format(value=repr(damping), count=len(values), lowest=0.0)
         ) from None
-    fits = not damping.ndim or damping.shape == values.shape
-    if not fits or not (values + damping > 0).all():
-        lowest = float(values.min())
+    fits = not shifts.ndim or shifts.shape == values.shape
+    if not fits or not (values + shifts > 0).all():
+        lowest = float(values.min()) if len(values) else 0.0
         raise InputError(
-            MSG_DAMPING.format(value=damping.tolist(), count=len(values), lowest=lowest)
+            MSG_DAMPING.format(value=shifts.tolist(), count=len(values), lowest=lowest)
         )
-    return -vectors @ ((vectors.T @ gradient) / (values + damping))
+    return shifts
 
 
 def slogdet(values: Tensor, size: int, damping: float) -> tuple[Tensor, Tensor]:
@@ -175,24 +323,19 @@ def slogdet(values: Tensor, size: int, damping: float) -> tuple[Tensor, Tensor]:
     return sign, shifted.abs().log().sum() + zeros * shift.abs().log()
 
 
-def woodbury(
-    G: Operator, factored: Factored, b: Tensor, damping: float, rtol: float
-) -> tuple[Tensor, Solved]:
-    """Return ``(G + δI)⁻¹ b = (b − V (δΣ + VᵀV)⁻¹ Vᵀ b) / δ``.
+def refined(
+    G: Operator, solve: Callable[[Tensor], Tensor], b: Tensor, damping: float
+) -> tuple[Tensor, float]:
+    """Return ``(G + δI)⁻¹ b`` and the relative residual, ``solve`` being right up to rounding.
 
-    And the same once more for the residual, which takes the rounding away.
+    Solved once more for the residual, which takes the rounding away.
     """
-    if damping == 0:
-        raise InputError(MSG_NO_DAMPING)
-    V = factored.factor
-    inner = factored.gram + damping * torch.diag(factored.signs.double())
     x, residual = torch.zeros_like(b), b
     for _ in range(2):
-        a = torch.linalg.solve(inner, (V.T @ residual).double())
-        x = x + (residual - V @ a) / damping
+        x = x + solve(residual)
         residual = b - (G @ x + damping * x)
     size = b.norm().clamp_min(torch.finfo(b.dtype).tiny)
-    return x, Solved("woodbury", 2, float(residual.norm() / size), rtol)
+    return x, float(residual.norm() / size)
 
 
 def by_products(

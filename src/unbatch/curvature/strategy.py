@@ -210,12 +210,12 @@ class Curvature:
 
     def _statistics_ahead(self, compressed: bool) -> Statistics | None:
         """Return the statistics if columns will go by way of them, guessed before H is known."""
-        if self._route is None:
+        if self.route is None:
             return None
         # A root has no more columns than the predictions have entries.
         entries = sum(math.prod(shape) for shape in self.structure.predictions)
-        if compressed or self._route.cost(entries):
-            return self._route.statistics
+        if compressed or self.route.cost(entries):
+            return self.route.statistics
         return None
 
     @cached_property
@@ -250,6 +250,10 @@ class Curvature:
         if draws not in self._roots:
             self._roots[draws] = self._exact() if draws is None else self._drawn(*draws)
         return self._roots[draws]
+
+    def known_root(self, draws: Draws) -> HessianRoot | None:
+        """Return a root that is there from an earlier question."""
+        return self._roots.get(draws)
 
     def _exact(self) -> HessianRoot:
         if self.separable:
@@ -294,7 +298,8 @@ class Curvature:
     # -- the route of columns --
 
     @cached_property
-    def _route(self) -> StatisticsRoute | None:
+    def route(self) -> StatisticsRoute | None:
+        """The route through batch statistics; None where there is none."""
         return StatisticsRoute.of(self.request)
 
     def basis(self, root: HessianRoot, rtol: Rtol | None = None) -> Basis | None:
@@ -307,7 +312,7 @@ class Curvature:
         return self._bases[root, rtol]
 
     def _basis(self, root: HessianRoot, rtol: Rtol | None) -> Basis | None:
-        route = self._route
+        route = self.route
         if not isinstance(root, SampleRoot) or not root.separate or not root.size or route is None:
             return None
         # Estimates of an error assume that all signs are positive: otherwise nothing is left out.
@@ -334,7 +339,7 @@ class Curvature:
         """Return the source that feeds columns of these parameters."""
         if not self.separable:
             return JointColumns(self, parameters)
-        route = self._route
+        route = self.route
         if basis is None or route is None or route.statistics is None:
             return source
         frozen = route.source(parameters)
@@ -346,11 +351,11 @@ class Curvature:
             return root.rank, JointColumns.reason
         samples, columns = root.layout
         passes, _ = source.pullbacks(chunks)
-        if self._route is None:
+        if self.route is None:
             return columns * passes, f"{columns} columns a sample. {source.reason}"
-        cost = self._route.cost(samples * columns)
+        cost = self.route.cost(samples * columns)
         # Of each column two pullbacks: with statistics constant, and by these.
-        if cost and self._route.statistics is not None:
+        if cost and self.route.statistics is not None:
             return cost.statistics + 2 * columns, cost.reason
         return columns * passes, cost.reason
 

@@ -11,7 +11,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from unbatch.rendering import as_text
+from unbatch.rendering import as_text, in_bytes
 
 # Where a site can stand, and what that costs.
 WAYS = {
@@ -84,20 +84,8 @@ class Plan:
         return table
 
     def _memory_line(self) -> str:
-        results, temporary = _size(self.results), _size(self.temporary)
-        return f"memory: {results} results, {temporary} temporary, budget {_size(self.budget)}"
+        results, temporary = in_bytes(self.results), in_bytes(self.temporary)
+        return f"memory: {results} results, {temporary} temporary, budget {in_bytes(self.budget)}"
 
     def __str__(self) -> str:
         return as_text(self.__rich__())
-
-
-def _size(count: int) -> str:
-    """Return a number of bytes in the largest unit of which there is one, up to GiB."""
-    if count < 1024:
-        return f"{count:.0f} B"
-    size = float(count)
-    for unit in ("KiB", "MiB"):
-        size /= 1024
-        if size < 1024:
-            return f"{size:.1f} {unit}"
-    return f"{size / 1024:.1f} GiB"

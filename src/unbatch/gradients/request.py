@@ -37,12 +37,15 @@ REFUTED = "the backward plan for it does not reproduce its gradient"
 UNTESTED = "its gradient is not finite, so that a backward plan for it cannot be tested"
 
 
+HOUR = 3600.0
+
+
 @dataclass(frozen=True)
 class Request:
     """What is asked: ``by`` which decomposition, with ``memory`` bytes for temporaries.
 
     ``replay_difference``: why the recording cannot stand for the model's derivatives, empty where
-    it can.
+    it can. ``seconds``: for what can be counted beforehand.
     """
 
     context: Context
@@ -51,6 +54,7 @@ class Request:
     by: str
     memory: int
     replay_difference: str
+    seconds: float = HOUR
 
     @property
     def samples(self) -> int:

@@ -145,10 +145,10 @@ def split_off(rows: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def search_eigenpairs(
-    basis: Basis, k: int, key: Key, rtol: float, allowed: int
+    basis: Basis, k: int, key: Key, rtol: float, allowed: int, start: Tensor | None = None
 ) -> tuple[Ritz, bool]:
     """Return the first k Ritz pairs and whether nothing was overlooked, after ``allowed`` products
-    at most.
+    at most. ``start``: of unit length, in place of a random vector.
 
     A Krylov space holds one vector of each eigenspace. So once the pairs have converged, they are
     locked, and a new random vector orthogonal to them starts the space that would hold their
@@ -158,8 +158,8 @@ def search_eigenpairs(
     # Eigenvalues of the projection cost as much as some steps, and are not looked at after each.
     stride = max(1, (most - k) // 10)
     locked = -math.inf  # the sum of the keys of pairs from which a new search has started
-    steps = 0  # since the last random start
-    v = basis.draw()
+    steps = 0  # since the last start
+    v = basis.draw() if start is None else start
     while True:
         v, length = basis.grow(v)
         steps += 1

@@ -157,6 +157,30 @@ def eigh(
     the precision of its dtype. Raises ``ConvergenceError`` where ``max_products`` (by default
     ``50 · basis``) do not get there, unless ``info``, which adds a ``Search``.
     """
+    pairs, search = searched(
+        A, k, which=which, rtol=rtol, max_products=max_products, basis=basis, seed=seed
+    )
+    if info:
+        return pairs, search
+    search.check()
+    return pairs
+
+
+def searched(
+    A: Any,
+    k: int,
+    *,
+    which: str = "largest",
+    rtol: float | None = None,
+    max_products: int | None = None,
+    basis: int | None = None,
+    seed: int = 0,
+    start: Tensor | None = None,
+) -> tuple[Eigenpairs, Search]:
+    """Return the pairs of ``eigh``, and how well they were found.
+
+    ``start``: ``[D]``, or ``[D, K]`` of which the sum is taken, in place of a random vector.
+    """
     D, key = _size(A), _choice(which, WHICH)
     k = min(_at_least("k", k, 1), D)
     rtol = torch.finfo(A.dtype).eps ** 0.5 if rtol is None else _positive("rtol", rtol)
@@ -169,13 +193,25 @@ def eigh(
     allowed = _at_least("max_products", max_products, 2 * k) - k
     space = Basis(A, most, _generator(seed))
     # ``complete`` is about what may have been overlooked, the residuals about what was found.
-    ritz, complete = search_eigenpairs(space, k, key, rtol, allowed)
+    ritz, complete = search_eigenpairs(space, k, key, rtol, allowed, _start(A, start))
     pairs, residuals = _ascending(space, ritz, k)
-    search = Search(residuals, ritz.norm, rtol, complete, space.products, most, seed)
-    if info:
-        return pairs, search
-    search.check()
-    return pairs
+    return pairs, Search(residuals, ritz.norm, rtol, complete, space.products, most, seed)
+
+
+def _start(A: Any, start: Tensor | None) -> Tensor | None:
+    """Return the direction to start from; None for a random one."""
+    if start is None:
+        return None
+    if start.ndim not in (1, 2) or start.shape[0] != A.shape[0]:
+        text = errors.MSG_START.format(size=A.shape[0], shape=tuple(start.shape))
+        raise InputError(text)
+    v = start.detach().to(A.device, long_dtype(A))
+    if v.ndim == 2:
+        v = v.sum(1)
+    length = v.norm()
+    if not length.isfinite() or not length:
+        return None
+    return v / length
 
 
 def _ascending(space: Basis, ritz: Ritz, k: int) -> tuple[Eigenpairs, Tensor]:

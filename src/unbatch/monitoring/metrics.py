@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from unbatch.analysis.structure import Structure
-from unbatch.curvature.ggn import GGN, LARGEST_GRAM
+from unbatch.curvature.ggn import GGN
 from unbatch.curvature.ggn_quantities import ColumnQuantity
 from unbatch.errors import MSG_MONITOR_QUANTITY, InputError
 from unbatch.gradients import diagnostics, quantities
@@ -31,6 +31,9 @@ TOP = 3  # eigenvalues
 
 
 CROSSTALK_SAMPLES = 8  # rows of the crosstalk, unless samples= says otherwise
+
+
+LARGEST_GRAM = 4096  # columns up to which trace and eigenvalues are those of the Gram matrix
 
 
 # Of a matrix whose Gram matrix is too large: products for its trace, and the relative residual at

@@ -39,6 +39,7 @@ from unbatch.diagram.stages import stages
 from unbatch.errors import UnregisteredParameterWarning
 from unbatch.gradients.plan import Plan
 from unbatch.gradients.quantities import Gradients, Quantity
+from unbatch.gradients.request import HOUR
 from unbatch.gradients.results import Rows
 from unbatch.problem.parameters import Selection, parameters_of, select
 from unbatch.problem.question import Question
@@ -66,6 +67,7 @@ from unbatch.problem.validation import (
     parse_quantities,
     parse_sample_axes,
     parse_samples,
+    parse_seconds,
     parse_tree,
 )
 from unbatch.verification.crosstalk import Crosstalk, crosstalk
@@ -80,6 +82,7 @@ class MatrixOptions(TypedDict, total=False):
     seed: int
     samples: Sequence[int] | Tensor | None
     memory: int | None
+    seconds: float
 
 
 @outside_inference_mode()
@@ -385,6 +388,7 @@ class Problem:
         seed: int = 0,
         samples: Sequence[int] | Tensor | None = None,
         memory: int | None = None,
+        seconds: float = HOUR,
     ) -> GGN | BlockGGN:
         """Return the generalized Gauss-Newton matrix ``G = Jᵀ (∇²_F L) J`` on this batch.
 
@@ -395,12 +399,15 @@ class Problem:
         ``blocks``: "parameter", "module", or groups of parameters, for the block diagonal.
         ``mc_samples``: with so many columns for each sample, drawn from the likelihood with
         ``seed``, instead of the second derivative. ``samples``: the components of these samples
-        only, times N over their number.
+        only, times N over their number. ``memory``: bytes for temporaries, by default a quarter of
+        what is free; ``seconds``: for what can be counted beforehand, an hour by default. A
+        question of which no exact way fits into both raises ``BudgetError``.
 
         Raises ``InputError`` for what does not fit, ``StructureError`` where the loss has no second
         derivative.
         """
         question = self._question(by, parameters, memory, of_columns=True)
+        question = replace(question, seconds=parse_seconds(seconds))
         draws = parse_draws(mc_samples, seed)
         groups = parse_blocks(blocks, question.parameters)
         return question.ggn(groups, draws, parse_samples(samples, self.samples))

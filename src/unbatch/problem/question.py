@@ -26,7 +26,7 @@ from unbatch.curvature.strategy import Curvature
 from unbatch.errors import InputError, MixedSamplesWarning
 from unbatch.gradients.plan import Plan
 from unbatch.gradients.quantities import Label, Quantity, is_moment
-from unbatch.gradients.request import Request, recorded_precision
+from unbatch.gradients.request import HOUR, Request, recorded_precision
 from unbatch.problem.evaluate import answer, planned
 from unbatch.problem.session import Session
 from unbatch.problem.staleness import is_stale
@@ -35,12 +35,13 @@ from unbatch.problem.staleness import is_stale
 @outside_inference_mode()
 @dataclass(frozen=True)
 class Question:
-    """``by``: the decomposition; ``memory``: bytes for temporaries."""
+    """``by``: the decomposition; ``memory``: bytes for temporaries; ``seconds``: of time."""
 
     session: Session
     parameters: Mapping[str, Tensor]
     by: str
     memory: int
+    seconds: float = HOUR
 
     @property
     def samples(self) -> int:
@@ -57,6 +58,7 @@ class Question:
             self.by,
             self.memory,
             analysis.replay_difference,
+            self.seconds,
         )
 
     def answer(

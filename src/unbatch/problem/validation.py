@@ -371,6 +371,13 @@ def parse_memory(memory: int | None, device: torch.device) -> int:
     return int(min(memory, sys.maxsize))  # infinity is a budget, too
 
 
+def parse_seconds(seconds: float) -> float:
+    """Return a budget of time; raise ``InputError`` for no number greater than zero."""
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds > 0:
+        raise InputError(errors.MSG_SECONDS.format(value=seconds))
+    return float(seconds)
+
+
 def available_memory(device: torch.device) -> int:
     """Return a quarter of the memory that is free, in bytes."""
     if device.type == "cuda":
