@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import unbatch as ub
-from cases.tangents import BY_COLUMNS, CASES, FEATURES, SAMPLES
+from cases.tangents import BAGS, BY_COLUMNS, CASES, FEATURES, SAMPLES
 from unbatch.autodiff.adjoint import AdjointTest, Columns
 from unbatch.errors import StructureError
 
@@ -49,8 +49,8 @@ def test_rows_are_kept_only_where_they_fit(name, monkeypatch):
 
 def test_wrong_rows_are_not_believed(monkeypatch):
     """Of a batched backward pass that is wrong, one by one is right; of both, nothing is said."""
-    _, _, G = asked("codes by their distances")
-    _, _, other = asked("codes by their distances")
+    _, _, G = asked(BAGS[0])
+    _, _, other = asked(BAGS[0])
     v = torch.ones(G.shape[0], dtype=torch.float64)
     right = other @ v
     push = Columns.push
@@ -62,5 +62,5 @@ def test_wrong_rows_are_not_believed(monkeypatch):
     with pytest.raises(StructureError, match="belongs to its backward pass"):
         G @ v
     monkeypatch.setattr(AdjointTest, "agrees", lambda self, pushed: True)
-    _, _, believed = asked("codes by their distances")
+    _, _, believed = asked(BAGS[0])
     assert not torch.allclose(believed @ v, right), "the test is what refuses them"

@@ -231,6 +231,41 @@ def test_a_search_that_starts_nearby_takes_less():
         G.eigh(1, method="lanczos", start=torch.ones(3))
 
 
+LOSSES = {"softmax": F.cross_entropy, "squares": lambda p, y: (p[:, 0] - y).square().mean()}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_step_along_all_eigenvectors_is_a_solution(name):
+    problem = net()
+    problem = ub.Problem(problem.program.model, LOSSES[name], (problem.inputs, problem.targets))
+    G = problem.ggn()
+    by_gram = G.space.flat(G.newton_step(0.1, method="gram"))
+    step, spent = G.newton_step(0.1, method="cg", info=True)
+    assert spent.residual <= 1e-8
+    near(G.space.flat(step), by_gram, "step", 1e-6)
+
+
+def test_a_step_is_no_solution_where_the_gradient_leaves_the_range():
+    """A loss that is linear in one prediction: the gradient has a part that G takes to zero."""
+    torch.manual_seed(0)
+    X, y = torch.randn(5, 4).double(), torch.randn(5).double()
+    model = nn.Linear(4, 2).double()
+    problem = ub.Problem(model, lambda p, y: ((p[:, 0] - y) ** 2 + p[:, 1]).mean(), (X, y))
+    G = problem.ggn()
+    methods = [way.method for way in G.plan("newton_step").ways]
+    assert "cg" not in methods
+    with pytest.raises(ub.InputError, match="'cg'"):
+        G.newton_step(0.1, method="cg")
+    some = problem.ggn(samples=[0, 1])
+    assert "cg" not in [way.method for way in some.plan("newton_step").ways]
+    solved = G.space.flat(G.newton_step(0.1))
+    values, vectors = torch.linalg.eigh(G.to_dense())
+    kept = values > 1e-9
+    gradient = G.space.flat(problem.gradient())
+    along = vectors[:, kept].T @ gradient
+    near(solved, -vectors[:, kept] @ (along / (values[kept] + 0.1)), "step")
+
+
 # ---------------------------------------------------------------- what is said
 
 

@@ -11,7 +11,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 from op_derivatives import PAGE
 
 from cases.ops import derivatives
-from cases.ops.derivatives import REFUSED, RIGHT, SKIPPED, line_of, names_of_ops, outcomes_of
+from cases.ops.derivatives import (
+    REFUSED,
+    RIGHT,
+    SKIPPED,
+    WRITTEN_UNDER,
+    line_of,
+    names_of_ops,
+    outcomes_of,
+)
+from unbatch.versions import minor
 
 EVERY = 32  # of the ops of the table, one in so many is quick
 ALLOWED = (RIGHT, REFUSED, SKIPPED)
@@ -44,6 +53,9 @@ def test_every_op_is_as_the_table_says(name):
     assert line_of(name, outcomes) == LINES[name], "the table is out of date"
 
 
+@pytest.mark.skipif(
+    minor(torch.__version__) != WRITTEN_UNDER, reason="another version has other ops"
+)
 def test_the_table_leaves_no_op_out():
     assert list(LINES) == names_of_ops()
 

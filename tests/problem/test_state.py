@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import unbatch as ub
+from cases.ways import by_statistics
 from unbatch.capture.graph import Graph
 from unbatch.capture.program import Program
 from unbatch.curvature.ggn import GGN
@@ -143,7 +144,7 @@ def test_by_way_of_statistics_the_batch_runs_with_and_without_them(monkeypatch):
     """Once as it is, and once with statistics held constant for each of what goes on there: vjps
     and rows.
     """
-    monkeypatch.setattr("unbatch.curvature.strategy.estimate_cost", lambda *_: True)
+    monkeypatch.setattr("unbatch.curvature.strategy.estimate_cost", by_statistics)
     problem = problem_of(2)
     assert problem.structure
     passes = Passes(monkeypatch, problem)

@@ -29,7 +29,7 @@ from unbatch.curvature.strategy import Draws
 from unbatch.curvature.ways import Counting, Way, Ways
 from unbatch.linalg import spectra
 from unbatch.linalg.operators import Operator
-from unbatch.linalg.solvers import Solved
+from unbatch.linalg.solvers import Solved, conjugate_gradients
 from unbatch.linalg.space import Space
 from unbatch.linalg.spectra import Eigenpairs
 
@@ -38,6 +38,18 @@ ESTIMATED_TRACE = "`unbatch.spectra.trace(G, 100)` takes 100 products"
 ESTIMATED_SPECTRUM = "`unbatch.spectra.density(G, probes=10, steps=30)` takes 300 products"
 LARGEST_ONLY = "`G.eigh(k)` finds the k largest by products"
 ESTIMATED_DETERMINANT = f"{ESTIMATED_SPECTRUM}, of which `.moment(f)` is the trace of f(G)"
+
+
+# Residuals of a solve, relative, by default; and the most products for one.
+RTOL_IN_DOUBLE, RTOL_IN_SINGLE = 1e-8, 1e-3
+LIMIT = 1000
+
+
+def is_single(damping: Any) -> bool:
+    """Return whether a damping is one number greater than zero, for all eigenvectors."""
+    if isinstance(damping, Tensor):
+        return damping.ndim == 0 and bool(damping > 0)
+    return isinstance(damping, int | float) and damping > 0
 
 
 @dataclass(frozen=True)
@@ -59,13 +71,15 @@ class Factored(Operator):
     """A matrix ``G = V Σ Vᵀ`` that is known by its products, and by the columns of V.
 
     ``point``: where it is taken; ``draws``: how many columns are drawn for each sample, if any;
-    ``root``: of the second derivative of the loss, with the signs Σ.
+    ``subset``: of which samples it is, if not of all; ``root``: of the second derivative of the
+    loss, with the signs Σ.
     """
 
     symmetric = True
     space: Space
     point: Point
     draws: Draws
+    subset: Tensor | None
 
     @property
     @abstractmethod
@@ -126,10 +140,16 @@ class Answers:
         shown = "" if k is None else str(k)
         return self._ways(f"G.{question}({shown})", self._counting.eigenpairs(k), estimates)
 
-    def newton_ways(self, k: int | None) -> Ways:
-        """Return the ways to a Newton step along k eigenvectors, or all."""
+    def newton_ways(self, k: int | None, damping: Any) -> Ways:
+        """Return the ways to a Newton step along k eigenvectors, or all.
+
+        Along all, it is the solution of a system where the gradient lies in the range of G.
+        """
         shown = "G.newton_step(..)" if k is None else f"G.newton_step(.., {k})"
-        return self._ways(shown, self._counting.newton_step(k, self._is_double))
+        ways = self._ways(shown, self._counting.newton_step(k, self._is_double))
+        if k is not None or (is_single(damping) and self._is_a_solution):
+            return ways
+        return ways.without("cg")
 
     def solve_ways(self, damping: float, columns: int = 1) -> Ways:
         """Return the ways to solve for so many right-hand sides.
@@ -178,7 +198,8 @@ class Answers:
     def gram(self) -> GramDecomposition:
         """The decomposition by the Gram matrix."""
         matrix, gram = self.matrix, self.gram_matrix
-        return GramDecomposition(matrix.columns, gram, matrix.root.sigma)
+        # The linear map takes a forward pass of its own: for what needs V, and not before.
+        return GramDecomposition(lambda: matrix.columns, gram, matrix.root.sigma, matrix.dtype)
 
     @cached_property
     def dense(self) -> DenseDecomposition:
@@ -285,12 +306,53 @@ class Answers:
         self, way: Way, gradient: Tensor, damping: Any, k: int | None
     ) -> tuple[Tensor, Spent]:
         """Return ``−Σ_i γ_i / (λ_i + δ_i) e_i`` over the k largest, ``[D]``."""
+        if way.method == "cg":
+            return self._step_by_products(gradient, damping)
         if way.method == "lanczos":
             (values, vectors), spent = self.eigenpairs(way, k, {})
             shifts = spectrum.checked_damping(damping, values)
             return -vectors @ ((vectors.T @ gradient) / (values + shifts)), spent
         step = self.decomposition(way).newton_step(gradient, damping, k)
         return step, Spent(way.method, way.pulls, way.pushes)
+
+    def _step_by_products(self, gradient: Tensor, damping: Any) -> tuple[Tensor, Spent]:
+        """Return the step along all eigenvectors that are not zero, as a solution."""
+        matrix = self.matrix
+        rtol = RTOL_IN_DOUBLE if self._is_double else RTOL_IN_SINGLE
+        step, report = spectrum.by_products(matrix, -gradient, damping, rtol, LIMIT)
+        report.check()
+        products = report.iterations + 1
+        return step, Spent("cg", products, products, report.residual)
+
+    @property
+    def _is_a_solution(self) -> bool:
+        matrix = self.matrix
+        # Of drawn columns, and of some samples, the gradient is no combination.
+        if matrix.draws is not None or matrix.subset is not None:
+            return False
+        return matrix.root.lowest >= 0 and self._slope_is_in_range
+
+    @cached_property
+    def _slope_is_in_range(self) -> bool:
+        """Whether the slope of the loss at the predictions is ``H u`` for some u.
+
+        The gradient lies in the range of G then, and a solution has no part along what G takes to
+        zero, as a Newton step has none.
+        """
+        loss = self.matrix.point.curvature.loss
+        slope = loss.slope
+        zeros = {i: torch.zeros_like(t) for i, t in slope.items()}
+        shapes = {i: tuple(t.shape) for i, t in slope.items()}
+        space = Space({str(i): shape for i, shape in shapes.items()})
+
+        def times(v: Tensor) -> Tensor:
+            product = loss.hessian_times({int(i): t for i, t in space.named(v).items()})
+            return space.flat({str(i): product.get(i, zeros[i]) for i in shapes})
+
+        right = space.flat({str(i): t for i, t in slope.items()})
+        rtol = RTOL_IN_DOUBLE if self._is_double else RTOL_IN_SINGLE
+        _, report = conjugate_gradients(times, right, rtol, LIMIT)
+        return report.converged
 
     def solve(
         self, way: Way, b: Tensor, damping: float, rtol: float, limit: int

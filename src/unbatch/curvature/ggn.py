@@ -23,7 +23,7 @@ from unbatch.analysis.verdict import Verdict
 from unbatch.autodiff.jvp import Linearised
 from unbatch.capture.isolation import outside_inference_mode
 from unbatch.curvature import spectrum
-from unbatch.curvature.answers import Answers, Factored, Spent
+from unbatch.curvature.answers import RTOL_IN_DOUBLE, RTOL_IN_SINGLE, Answers, Factored, Spent
 from unbatch.curvature.column_map import ColumnMap, stacked
 from unbatch.curvature.ggn_quantities import DiagGGN
 from unbatch.curvature.gram import Gram, entrywise
@@ -47,9 +47,6 @@ from unbatch.linalg.estimates import Control, DiagonalEstimate, estimate_diagona
 from unbatch.linalg.solvers import Solved
 
 HessianTimes = Callable[[Mapping[int, Tensor]], dict[int, Tensor]]
-
-# Residuals of a solve, relative, by default.
-RTOL_IN_DOUBLE, RTOL_IN_SINGLE = 1e-8, 1e-3
 
 
 def ggn_product(
@@ -405,7 +402,7 @@ class GGN(Factored):
         """
         _check_k(k)
         answers = self._answers
-        way = answers.choose(answers.newton_ways(k), method)
+        way = answers.choose(answers.newton_ways(k, damping), method)
         slope = self.linearised.pull(self.point.curvature.loss.slope, self.space.shapes)
         step, spent = answers.newton_step(way, self.space.flat(slope), damping, k)
         named = self.space.named(step)
@@ -498,7 +495,7 @@ class GGN(Factored):
             "eigvalsh": answers.eigenvalue_ways,
             "eigh": lambda: answers.eigenpair_ways(k),
             "directions": lambda: answers.eigenpair_ways(k, "directions"),
-            "newton_step": lambda: answers.newton_ways(k),
+            "newton_step": lambda: answers.newton_ways(k, damping),
             "logdet": answers.determinant_ways,
             "solve": lambda: answers.solve_ways(damping),
         }

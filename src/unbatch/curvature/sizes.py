@@ -100,8 +100,7 @@ def _pulls(curvature: Curvature, request: Request, columns: int) -> float:
         return of_sample
     route = curvature.route
     if route is not None:
-        cost = route.cost(columns)
-        return cost.least / (2 * route.statistics_cost.work)
+        return route.passes(columns)
     lowest = max(site.step for site in plan.columns)
     return of_sample + columns * _share_until(request, lowest)
 

@@ -83,10 +83,8 @@ def above_rounding(values: Tensor, dtype: torch.dtype) -> Tensor:
 class Decomposition(ABC):
     """A small matrix with the eigenvalues of G, in float64, and what is made of it.
 
-    ``size``: D. Kept between questions: each part is computed when it is first asked for.
+    Kept between questions: each part is computed when it is first asked for.
     """
-
-    size: int
 
     @abstractmethod
     def eigenvalues(self, working: torch.dtype) -> Tensor:
@@ -130,14 +128,17 @@ class Decomposition(ABC):
 class GramDecomposition(Decomposition):
     """By ``gram = VᵀV``, in float64, for ``G = V Σ Vᵀ``; ``signs``: the diagonal of Σ.
 
+    ``factor`` returns V, which eigenvalues do not need; ``dtype``: in which it was computed.
     Where all signs are positive, ``VᵀV`` and ``VVᵀ`` have the same eigenvalues, and an eigenvector
     ``a`` of the first gives ``V a / √λ`` of the second. With other signs, those of G are those of
     ``(VᵀV)^½ Σ (VᵀV)^½``, which is symmetric.
     """
 
-    def __init__(self, V: Operator, gram: Tensor, signs: Tensor) -> None:
-        self.V, self.gram, self.signs = V, gram, signs.double()
-        self.size = V.shape[0]
+    def __init__(
+        self, factor: Callable[[], Operator], gram: Tensor, signs: Tensor, dtype: torch.dtype
+    ) -> None:
+        self.factor, self.dtype = factor, dtype
+        self.gram, self.signs = gram, signs.double()
         self._eigenvalues: dict[torch.dtype, Tensor] = {}
         self._largest: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -150,7 +151,7 @@ class GramDecomposition(Decomposition):
         """Eigenvalues that are not zero, ascending, and ``A`` of eigenvectors ``V A``."""
         # VᵀV = Q Λ Qᵀ
         values, vectors = torch.linalg.eigh(checked(self.gram, "Eigenvalues and eigenvectors"))
-        nonzero = above_rounding(values, self.V.dtype)
+        nonzero = above_rounding(values, self.dtype)
         values, vectors = values[nonzero], vectors[:, nonzero]
         if self._is_positive:
             return values, vectors / values.sqrt()
@@ -167,7 +168,7 @@ class GramDecomposition(Decomposition):
         if working not in self._eigenvalues:
             # No eigenvectors are needed for them.
             values = torch.linalg.eigvalsh(gram.to(working))
-            self._eigenvalues[working] = values[above_rounding(values, self.V.dtype)]
+            self._eigenvalues[working] = values[above_rounding(values, self.dtype)]
         return self._eigenvalues[working]
 
     def largest(self, k: int | None) -> tuple[Tensor, Tensor]:
@@ -184,18 +185,18 @@ class GramDecomposition(Decomposition):
             if found is None:
                 return None
             values, vectors = found
-            rounding = len(self.gram) * torch.finfo(self.V.dtype).eps
+            rounding = len(self.gram) * torch.finfo(self.dtype).eps
             nonzero = values > rounding * values[-1:]
             values = values[nonzero]
             self._largest[k] = values, vectors[:, nonzero] / values.sqrt()
         return self._largest[k]
 
     def vectors(self, coordinates: Tensor) -> Tensor:
-        vectors: Tensor = self.V @ coordinates
+        vectors: Tensor = self.factor() @ coordinates
         return vectors
 
     def coordinates(self, v: Tensor) -> Tensor:
-        products: Tensor = self.V.T @ v
+        products: Tensor = self.factor().T @ v
         return products
 
     def solve(self, b: Tensor, damping: float) -> Tensor:
@@ -212,7 +213,6 @@ class DenseDecomposition(Decomposition):
 
     def __init__(self, matrix: Tensor, dtype: torch.dtype) -> None:
         self.matrix, self.dtype = (matrix + matrix.T) / 2, dtype
-        self.size = len(matrix)
 
     @cached_property
     def _spectrum(self) -> tuple[Tensor, Tensor]:

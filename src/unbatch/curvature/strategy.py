@@ -120,6 +120,12 @@ class StatisticsRoute:
         """Return whether it takes less than to pull back so many columns."""
         return estimate_cost(self.statistics_cost, columns, self.space.size, self.request.memory)
 
+    def passes(self, columns: int) -> float:
+        """Return how many whole backward passes the cheaper of both takes."""
+        cost = self.statistics_cost
+        estimate = estimate_cost(cost, columns, self.space.size, self.request.memory)
+        return estimate.least / (2 * cost.work)
+
 
 def linearised_of(request: Request) -> Linearised:
     """Return the predictions as a linear map of the parameters, after one forward pass.

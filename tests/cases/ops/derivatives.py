@@ -229,6 +229,10 @@ def judged(op: Callable[..., Any], sample: Sample, batched: bool) -> list[tuple[
 # --- all trials of an op --------------------------------------------------------------------------
 
 
+# The version of PyTorch whose table of ops the page is of; another has other ops.
+WRITTEN_UNDER = "2.13"
+
+
 def names_of_ops() -> list[str]:
     """Return the ops of PyTorch's table that take float64."""
     found = []
