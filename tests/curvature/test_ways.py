@@ -266,6 +266,16 @@ def test_a_step_is_no_solution_where_the_gradient_leaves_the_range():
     near(solved, -vectors[:, kept] @ (along / (values[kept] + 0.1)), "step")
 
 
+def test_a_few_pairs_of_a_formed_matrix_are_those_of_its_decomposition(monkeypatch):
+    whole = net(samples=60).ggn().eigh(3, method="gram")
+    monkeypatch.setattr("unbatch.curvature.spectrum.LEAST_ROWS", 0)
+    G = net(samples=60).ggn()
+    few = G.eigh(3, method="gram")
+    assert "_spectrum" not in vars(G._answers.gram), "the whole was decomposed"
+    near(few.values, whole.values, "values")
+    near((few.vectors * whole.vectors).sum(0).abs(), torch.ones(3).double(), "vectors")
+
+
 # ---------------------------------------------------------------- what is said
 
 

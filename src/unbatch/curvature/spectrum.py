@@ -36,8 +36,9 @@ from unbatch.linalg.spectra import Eigenpairs
 # decomposition of the whole matrix would leave, about.
 FORMED_RTOL = 1e-12
 
-# A few: as many times fewer than the matrix has rows.
-FEW = 20
+# A few: as many times fewer than the matrix has rows; which are so many at least, as smaller ones
+# are decomposed in no time.
+FEW, LEAST_ROWS = 20, 800
 
 
 @dataclass(frozen=True)
@@ -256,7 +257,7 @@ def few_eigenpairs(matrix: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
 
     None where a decomposition of the whole takes no more, or the residuals did not come down.
     """
-    if k * FEW > len(matrix):
+    if len(matrix) < max(k * FEW, LEAST_ROWS):
         return None
     found, search = spectra.eigh(matrix, k, rtol=FORMED_RTOL, info=True)
     if not search.converged:
