@@ -252,12 +252,17 @@ def last(values: Tensor, vectors: Tensor, k: int | None) -> tuple[Tensor, Tensor
     return values[-k:], vectors[:, -k:]
 
 
+def is_few(k: int, rows: int) -> bool:
+    """Return whether products find k eigenpairs of a formed matrix sooner than a decomposition."""
+    return rows >= max(k * FEW, LEAST_ROWS)
+
+
 def few_eigenpairs(matrix: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
     """Return the ``k`` largest eigenpairs of a formed matrix, ascending, by products with it.
 
     None where a decomposition of the whole takes no more, or the residuals did not come down.
     """
-    if len(matrix) < max(k * FEW, LEAST_ROWS):
+    if not is_few(k, len(matrix)):
         return None
     found, search = spectra.eigh(matrix, k, rtol=FORMED_RTOL, info=True)
     if not search.converged:

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from unbatch.curvature.pace import Pace
 from unbatch.curvature.sizes import Sizes
+from unbatch.curvature.spectrum import is_few
 from unbatch.errors import (
     MSG_METHODS,
     MSG_NO_WAY_IN_MEMORY,
@@ -35,6 +36,13 @@ EIGH, EIGVALSH, SOLVE = 7.0, 2.0, 0.6
 
 # A multiplication of these in those of the engine, which mostly runs in float32.
 DOUBLE = 3.0
+
+# What it takes to keep an entry of a column until all are there, in multiplications of the engine.
+STORED = 400
+
+# Products with a formed matrix that find a few eigenpairs of it, and what each takes besides
+# n² multiplications.
+FORMED_PRODUCTS, OF_PRODUCT = 300, 3e6
 
 # Products with G in a search for k eigenpairs, and in a solve by conjugate gradients: what was seen
 # on networks of many kinds. The result says how many it were.
@@ -92,7 +100,7 @@ class Counting:
         way = Way("gram", f"the Gram matrix of {M:,} columns", 0, 0, 0, _square(M, matrices))
         if self.has_gram:
             return replace(way, why=way.why + ", which is there")
-        dots = M * M / 2 * self.sizes.dots / DOUBLE
+        dots = (M / 2 + STORED) * M * self.sizes.dots / DOUBLE
         return replace(way, pulls=self.sizes.column_pulls, algebra=dots)
 
     def dense(self, matrices: float) -> Way:
@@ -141,8 +149,10 @@ class Counting:
         if k is not None:
             count = min(k, count)
         gram = _with(self.gram(3), EIGH, self.sizes.columns)
-        if k is not None:  # the largest of a formed matrix by products with it
-            gram = _with(self.gram(2), 0, self.sizes.columns)
+        if k is not None and is_few(k, self.sizes.columns):
+            gram = self.gram(2)
+            products = FORMED_PRODUCTS * (float(self.sizes.columns) ** 2 + OF_PRODUCT)
+            gram = replace(gram, algebra=gram.algebra + products)
         # A sum of eigenvectors is one vector, whatever it is a sum of.
         more = count if vectors else 1
         gram = replace(gram, pulls=gram.pulls + more)
