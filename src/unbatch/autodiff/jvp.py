@@ -355,10 +355,14 @@ class LinearisedGraph(Linearised):
         for i, name in self.plan.parameters.items():
             if name in tangents:
                 moving.values[i] = tangents[name]
+        wanted = set(at or self.outputs)
         with torch.no_grad():
-            for call in self.steps:
+            for call, read in zip(self.steps, self._last_reads, strict=True):
                 step = call.step
                 of_arguments = moving.of_arguments(step)
+                # Memory that is let go of is used again, which is quicker than new memory.
+                for value in read - wanted:
+                    moving.values.pop(value, None)
                 if not of_arguments:
                     continue
                 if step.index in self.plan.frozen_norms:
@@ -376,6 +380,18 @@ class LinearisedGraph(Linearised):
             tangent = moving.get(i)
             pushed[i] = self._zero(i) if tangent is None else tangent
         return pushed
+
+    @cached_property
+    def _last_reads(self) -> list[set[int]]:
+        """The values that each step is the last to read."""
+        last: dict[int, int] = {}
+        for place, call in enumerate(self.steps):
+            for value in values_read(call.step):
+                last[value] = place
+        reads: list[set[int]] = [set() for _ in self.steps]
+        for value, place in last.items():
+            reads[place].add(value)
+        return reads
 
     def _zero(self, i: int) -> Tensor:
         """Return the tangent of a prediction that does not move."""

@@ -285,30 +285,58 @@ def layer_norm(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
 
 @rule(" ".join(ops.names(lambda row: row.batch_norm)), outputs=True)
 def batch_norm(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents | None:
-    """``w x̂ + b`` with ``x̂ = (x − μ)/σ`` over the batch, channel by channel."""
+    """``w x̂ + b`` with ``x̂ = (x − μ)/σ`` over the batch or constant, channel by channel."""
     norm = ops.batch_norm_arguments(call.op, call.arguments)
-    # With constant statistics, and in mixed precision, the op's own forward mode serves.
-    if not norm.training:
-        return None
     mean, rstd = moments(call.op, norm, call.outputs)
     x, dx, dw, db = norm.input, moving["input"], moving["weight"], moving["bias"]
-    if x.dtype != mean.dtype:
+    # In mixed precision, and where constant statistics move, the op's own forward mode serves.
+    running = moving.get("running_mean"), moving.get("running_var")
+    if x.dtype != mean.dtype or (not norm.training and running != (None, None)):
         return None
     per_channel = [1, -1, *[1] * (x.ndim - 2)]
-    by_input = by_weight = None
-    if dx is not None:
-        saved = (None, None, None, mean, rstd, True, norm.eps)
-        by_input = aten.native_batch_norm_backward(dx, x, *saved, (True, False, False))[0]
-        if norm.weight is not None:
-            by_input = by_input.mul_(norm.weight.view(per_channel))
+    # As few passes through memory as there can be: the sums of three products are fused.
+    beside = db
     if dw is not None:
         gain = dw * rstd
-        shift = -(gain * mean).view(per_channel)
-        by_weight = torch.addcmul(shift, x, gain.view(per_channel))  # x̂ dw, and no x̂ in memory
-    if db is not None:
-        db = db.view(per_channel)
-    total = _shifted(_sum(by_input, by_weight), db, x.shape)
+        shift = -gain * mean if db is None else db - gain * mean
+        beside = torch.addcmul(shift.view(per_channel), x, gain.view(per_channel))
+    elif db is not None:
+        beside = db.view(per_channel)
+    if dx is None:
+        return [_expanded(beside, x.shape), *[None] * (len(call.outputs) - 1)]
+    factor = norm.weight
+    if norm.training:
+        saved = (None, None, None, mean, rstd, True, norm.eps)
+        dx = aten.native_batch_norm_backward(dx, x, *saved, (True, False, False))[0]
+    else:
+        factor = rstd if factor is None else rstd * factor
+    total = dx
+    if factor is not None and beside is not None:
+        total = torch.addcmul(beside, dx, factor.view(per_channel))
+    elif factor is not None:
+        total = dx * factor.view(per_channel)
+    elif beside is not None:
+        total = dx + beside
     return [total, *[None] * (len(call.outputs) - 1)]
+
+
+def _expanded(t: Tensor | None, shape: torch.Size) -> Tensor | None:
+    return None if t is None else t.expand(shape)
+
+
+# The largest entry of a window is where it is while inputs move a little.
+
+
+@rule(
+    "max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool2d adaptive_max_pool3d",
+    outputs=True,
+)
+def largest(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
+    """Entries of the last axes, by numbers that count through them all."""
+    dx, indices = moving["self"], call.outputs[1]
+    axes = 3 if "3d" in call.step.name else 2
+    picked = dx.flatten(-axes).gather(-1, indices.flatten(-axes))
+    return [picked.view(indices.shape), None]
 
 
 @rule("unbatch::recurrent_cells", outputs=True)
