@@ -114,7 +114,10 @@ class Answers:
     @property
     def _counting(self) -> Counting:
         # A matrix that an earlier question has left behind costs nothing.
-        return Counting(self._sizes, "gram" in self.__dict__, "dense" in self.__dict__)
+        there = {name: vars(self).get(name) for name in ("gram", "dense")}
+        decomposed = {name for name, matrix in there.items() if matrix and matrix.is_decomposed}
+        known = bool(there["gram"]), bool(there["dense"])
+        return Counting(self._sizes, *known, frozenset(decomposed))
 
     def diagonal_ways(self, question: str) -> Ways:
         """Return the ways to the diagonal or the trace."""

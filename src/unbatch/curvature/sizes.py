@@ -14,7 +14,7 @@ from unbatch.capture.steps import Step
 from unbatch.curvature.batch_statistics import multiplications
 from unbatch.curvature.strategy import Curvature, Draws
 from unbatch.errors import StructureError
-from unbatch.gradients.request import Request, is_planned
+from unbatch.gradients.request import Request
 
 # What it takes to start an op, in multiplications: some microseconds.
 CALL = 3e5
@@ -91,16 +91,19 @@ def _pulls(curvature: Curvature, request: Request, columns: int) -> float:
     if not structure.reduction or not context.axes or context.outputs.joined:
         return columns  # each is pulled back on its own, as one vector
     of_sample = columns / max(request.samples, 1)
-    if not is_planned(request):
+    try:
+        plan = context.schedule(request.parameters, request.by).plan
+    except StructureError:
+        plan = None
+    if plan is None or not context.faithful:
         # By the model: a pass for each sample, unless samples are independent.
         return of_sample if request.samples_are_independent else columns
-    plan = context.schedule(request.parameters, request.by).plan
     # With no site below the mixing, one pass carries a column of every sample.
     if not plan.columns:
         return of_sample
-    route = curvature.route
-    if route is not None:
-        return route.passes(columns)
+    passes = curvature.counted_passes(columns)
+    if passes is not None:
+        return passes
     lowest = max(site.step for site in plan.columns)
     return of_sample + columns * _share_until(request, lowest)
 

@@ -87,6 +87,11 @@ class Decomposition(ABC):
     Kept between questions: each part is computed when it is first asked for.
     """
 
+    @property
+    def is_decomposed(self) -> bool:
+        """Return whether eigenvalues and eigenvectors are there from an earlier question."""
+        return "_spectrum" in vars(self)
+
     @abstractmethod
     def eigenvalues(self, working: torch.dtype) -> Tensor:
         """Return those that are not zero, ascending, computed in ``working``."""
@@ -173,7 +178,7 @@ class GramDecomposition(Decomposition):
         return self._eigenvalues[working]
 
     def largest(self, k: int | None) -> tuple[Tensor, Tensor]:
-        if k is not None and self._is_positive and "_spectrum" not in self.__dict__:
+        if k is not None and self._is_positive and not self.is_decomposed:
             few = self._few(k)
             if few is not None:
                 return few

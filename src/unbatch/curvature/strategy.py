@@ -120,12 +120,6 @@ class StatisticsRoute:
         """Return whether it takes less than to pull back so many columns."""
         return estimate_cost(self.statistics_cost, columns, self.space.size, self.request.memory)
 
-    def passes(self, columns: int) -> float:
-        """Return how many whole backward passes the cheaper of both takes."""
-        cost = self.statistics_cost
-        estimate = estimate_cost(cost, columns, self.space.size, self.request.memory)
-        return estimate.least / (2 * cost.work)
-
 
 def linearised_of(request: Request) -> Linearised:
     """Return the predictions as a linear map of the parameters, after one forward pass.
@@ -307,6 +301,20 @@ class Curvature:
     def route(self) -> StatisticsRoute | None:
         """The route through batch statistics; None where there is none."""
         return StatisticsRoute.of(self.request)
+
+    def counted_passes(self, columns: int) -> float | None:
+        """Return how many whole backward passes columns below batch norms take, the cheaper way.
+
+        None where no statistics are between them. Counted from shapes: nothing is tried out.
+        """
+        request = self.request
+        cost = None
+        if request.by == "component":
+            cost = StatisticsCost.of(request.context, request.parameters)
+        if cost is None:
+            return None
+        estimate = estimate_cost(cost, columns, request.space.size, request.memory)
+        return estimate.least / (2 * cost.work)
 
     def basis(self, root: HessianRoot, rtol: Rtol | None = None) -> Basis | None:
         """Return how columns go by way of statistics; None: each is pulled back on its own.

@@ -86,11 +86,16 @@ class Way:
 
 @dataclass(frozen=True)
 class Counting:
-    """Counts what ways take. ``has_gram``, ``has_dense``: a matrix is there from before."""
+    """Counts what ways take.
+
+    ``has_gram``, ``has_dense``: a matrix is there from before; ``decomposed``: the methods whose
+    matrix has been decomposed, too.
+    """
 
     sizes: Sizes
     has_gram: bool = False
     has_dense: bool = False
+    decomposed: frozenset[str] = frozenset()
 
     # -- the small matrices --
 
@@ -137,7 +142,7 @@ class Counting:
     def eigenvalues(self) -> list[Way]:
         """Return the ways to all eigenvalues, and to determinants."""
         gram, dense = self.gram(2), self.dense(3)
-        return [_with(gram, EIGVALSH, self.sizes.columns), _with(dense, EIGH, self.sizes.entries)]
+        return [self._eigen(gram, EIGVALSH), self._eigen(dense, EIGH)]
 
     def eigenpairs(self, k: int | None, vectors: bool = True) -> list[Way]:
         """Return the ways to the k largest eigenpairs, or to all for None.
@@ -148,18 +153,26 @@ class Counting:
         count = self.sizes.smaller
         if k is not None:
             count = min(k, count)
-        gram = _with(self.gram(3), EIGH, self.sizes.columns)
-        if k is not None and is_few(k, self.sizes.columns):
+        gram = self._eigen(self.gram(3), EIGH)
+        few = k is not None and is_few(k, self.sizes.columns)
+        if few and "gram" not in self.decomposed:
             gram = self.gram(2)
             products = FORMED_PRODUCTS * (float(self.sizes.columns) ** 2 + OF_PRODUCT)
             gram = replace(gram, algebra=gram.algebra + products)
         # A sum of eigenvectors is one vector, whatever it is a sum of.
         more = count if vectors else 1
         gram = replace(gram, pulls=gram.pulls + more)
-        ways = [gram, _with(self.dense(3), EIGH, self.sizes.entries)]
+        ways = [gram, self._eigen(self.dense(3), EIGH)]
         if k is not None:
             ways.append(self._lanczos(count, more))
         return ways
+
+    def _eigen(self, way: Way, factor: float) -> Way:
+        """Return a way with a decomposition of its matrix."""
+        if way.method in self.decomposed:
+            return way
+        size = self.sizes.entries if way.method == "dense" else self.sizes.columns
+        return _with(way, factor, size)
 
     def _lanczos(self, k: int, vectors: int) -> Way:
         products = FIRST_PRODUCTS + PRODUCTS_A_PAIR * k
