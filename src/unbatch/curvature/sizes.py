@@ -58,7 +58,7 @@ def sizes_of(curvature: Curvature, request: Request, draws: Draws) -> Sizes:
     return Sizes(
         columns,
         request.space.size,
-        _pulls(curvature, request, columns),
+        pulls_of(curvature, request, columns),
         _dots(request),
         sum(multiplications(request.context.graph, step) for step in steps),
         len(steps),
@@ -85,7 +85,7 @@ def _moving(request: Request) -> list[Step]:
         return list(graph.forward_steps)
 
 
-def _pulls(curvature: Curvature, request: Request, columns: int) -> float:
+def pulls_of(curvature: Curvature, request: Request, columns: int) -> float:
     """Return how many whole backward passes so many columns take."""
     context, structure = request.context, request.structure
     if not structure.reduction or not context.axes or context.outputs.joined:

@@ -11,7 +11,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from unbatch.rendering import as_text, in_bytes
+from unbatch.rendering import as_text, in_bytes, in_time
 
 # Where a site can stand, and what that costs.
 WAYS = {
@@ -40,6 +40,7 @@ class Plan:
 
     ``results``, ``temporary``, ``budget``: bytes, predicted, of what is returned, of rows and
     columns beside it, and of what these may take. ``reason``: why this plan, in words.
+    ``seconds``: that all backward passes take, by one that was timed; None where none could be.
     """
 
     by: str
@@ -52,6 +53,7 @@ class Plan:
     budget: int
     reason: str
     what: str = "Rows"
+    seconds: float | None = None
 
     @property
     def memory(self) -> int:
@@ -66,6 +68,10 @@ class Plan:
             if way in ways:
                 parts.append(Text(f"{way}: {meaning}"))
         parts.append(Text(self._memory_line()))
+        if self.seconds is not None:
+            parts.append(
+                Text(f"time: some {in_time(self.seconds)}, by a backward pass that was timed")
+            )
         return Group(*parts)
 
     def _headline(self) -> str:

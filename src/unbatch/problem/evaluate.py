@@ -14,7 +14,10 @@ from torch import Tensor
 
 from unbatch.autodiff.contractions.row_block import RowBlock
 from unbatch.curvature.ggn_quantities import ColumnQuantity, feed_quantities
+from unbatch.curvature.pace import Pace
+from unbatch.curvature.sizes import pulls_of
 from unbatch.curvature.strategy import Curvature
+from unbatch.errors import UnbatchError
 from unbatch.gradients.plan import Plan
 from unbatch.gradients.quantities import (
     About,
@@ -204,8 +207,10 @@ def planned(request: Request, quantities: Sequence[Quantity]) -> Plan:
         passes, at_once = source.pullbacks(chunks)
     if passes:
         reasons.append(source.reason)
+    pulls = pulls_of(curvature, request, request.samples) if demand.of_rows else 0.0
     # Quantities of the same root share their columns, so each root counts once.
     for root in dict.fromkeys(quantity.root_in(curvature) for quantity in columns):
+        pulls += pulls_of(curvature, request, root.size)
         more, reason = curvature.plan(root, source, chunks)
         passes += more
         reasons.append(reason)
@@ -221,7 +226,17 @@ def planned(request: Request, quantities: Sequence[Quantity]) -> Plan:
         request.memory,
         " ".join(reasons),
         what,
+        _seconds_of(pulls, curvature, request),
     )
+
+
+def _seconds_of(pulls: float, curvature: Curvature, request: Request) -> float | None:
+    """Return how long so many whole backward passes take, by one of them."""
+    try:
+        pace = Pace.measured(curvature.linearised, request.parameters)
+    except UnbatchError:  # a plan is shown all the same
+        return None
+    return pulls * pace.pull
 
 
 def _parameter_bytes(request: Request) -> list[int]:

@@ -354,8 +354,8 @@ class Problem:
     ) -> Plan:
         """Return what ``compute`` of the same arguments would do, and why; printable.
 
-        By default of the rows themselves, as ``gradients``. Cost: one forward and one backward
-        pass.
+        By default of the rows themselves, as ``gradients``. Cost: two forward passes and some six
+        more, of which the time is taken.
         """
         asked = parse_quantities(quantities or [Gradients()])
         return self._question(by, parameters, memory).plan(asked)

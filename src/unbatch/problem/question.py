@@ -79,7 +79,8 @@ class Question:
 
     def plan(self, quantities: Sequence[Quantity]) -> Plan:
         """Return what ``answer`` would do."""
-        return planned(self.request, quantities)
+        with torch.no_grad(), recorded_precision():
+            return planned(self.request, quantities)
 
     def ggn(
         self,
