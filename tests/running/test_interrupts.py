@@ -4,6 +4,7 @@ Moments are counted in calls and returns of Python functions, so that a test sto
 before; the signals are real ones.
 """
 
+import os
 import random
 import signal
 import subprocess
@@ -344,6 +345,30 @@ def test_other_threads_are_left_alone():
     thread.start()
     thread.join()
     assert held == [False, False]
+
+
+FORKING = """
+import os, signal
+from unbatch.running.interrupts import Held
+
+with Held(), Held(sealed=True):
+    child = os.fork()
+    if not child:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            os._exit(0)
+        os._exit(3)  # it was held back
+    _, status = os.waitpid(child, 0)
+print(os.waitstatus_to_exitcode(status))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system forks no processes")
+def test_a_process_that_is_forked_inside_stops_at_once():
+    command = [sys.executable, "-c", FORKING]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "0\n"
 
 
 # ---------------------------------------------------------------- in an import

@@ -70,6 +70,15 @@ def check_counts(asked: Asked) -> None:
         assert last.done < last.total or last.left == 0.0, where
 
 
+def block_by_block(problem: ub.Problem) -> None:
+    blocks = problem.ggn(blocks="module")
+    ones = torch.ones(blocks.shape[0])
+    blocks.eigvalsh()
+    blocks.logdet(0.1)
+    blocks.solve(ones, 0.1)
+    blocks @ ones
+
+
 QUESTIONS: dict[str, Callable[[ub.Problem], Any]] = {
     "structure": lambda p: p.structure,
     "gradients": lambda p: p.gradients(),
@@ -90,6 +99,7 @@ QUESTIONS: dict[str, Callable[[ub.Problem], Any]] = {
     "solve": lambda p: p.ggn().solve(torch.ones(p.ggn().shape[0]), 0.1, method="cg"),
     "estimate": lambda p: p.ggn().estimate_diag(5),
     "estimate with a control": lambda p: p.ggn().estimate_diag(5, control=p.ggn(by="frozen")),
+    "block by block": block_by_block,
     "Lanczos": lambda p: ub.spectra.eigh(p.ggn(), 3),
     "density": lambda p: ub.spectra.density(p.ggn(), probes=3, steps=5),
     "trace": lambda p: ub.spectra.trace(p.ggn(), 8, method="hutchinson"),

@@ -11,6 +11,7 @@ handled at once, but neither in an import nor where something is put back.
 from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]
+import os
 import signal
 import sys
 import threading
@@ -73,10 +74,13 @@ class _Signals:
         if now - self.asked < PATIENCE or self.sealed or _is_importing(frame):
             return
         before = self.before
-        self.depth = 0  # those who hold it are left in any order from here on
-        self.end()
-        self.asked = None
+        self.let_go()
         before(number, frame)
+
+    def let_go(self) -> None:
+        """Hold nothing any more, whoever does; they are left in any order from here on."""
+        self.depth, self.sealed, self.asked = 0, 0, None
+        self.end()
 
     def stop(self) -> None:
         """Handle the signal that waits."""
@@ -87,6 +91,10 @@ class _Signals:
 
 
 _signals = _Signals()
+
+if hasattr(os, "register_at_fork"):
+    # A process that is forked inside is one of the program's, and stops when it is told to.
+    os.register_at_fork(after_in_child=_signals.let_go)
 
 
 class Held:
@@ -113,9 +121,9 @@ class Held:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if not self.entered:
             return
-        _signals.sealed -= self.sealed
         if not _signals.depth:  # a second signal has ended it all
             return
+        _signals.sealed -= self.sealed
         _signals.depth -= 1
         if _signals.depth:
             return
