@@ -88,6 +88,8 @@ QUESTIONS: dict[str, Callable[[ub.Problem], Any]] = {
     "crosstalk of some": lambda p: p.crosstalk(2, samples=[1, 4]),
     "diag": lambda p: p.ggn().diag(),
     "diag with a tolerance": lambda p: p.ggn().diag(rtol=0.1),
+    "diag, forward": lambda p: p.ggn().diag(method="forward"),
+    "solve, many right-hand sides": lambda p: p.ggn().solve(torch.ones(p.ggn().shape[0], 3), 0.1),
     "diag, drawn": lambda p: p.ggn(mc_samples=2).diag(),
     "gram": lambda p: p.ggn().gram(),
     "gram with a tolerance": lambda p: p.ggn().gram(rtol=0.1),

@@ -452,14 +452,15 @@ class GGN(Factored):
         def solved(right: Tensor) -> Tensor:
             columns: list[Tensor] = []
             # With no column to solve for, no matrix is formed.
-            for column in right.unbind(1):
-                if method is None:
-                    ways = self._answers.solve_ways(damping, right.shape[1] - len(columns))
-                else:
-                    ways = self._answers.solve_way_by_hand(method)
-                x, report = self._solved(ways, column, damping, rtol, max_iterations)
-                columns.append(x)
-                reports.append(report)
+            with task("Solving", right.shape[1], "right-hand sides") as sides:
+                for column in sides.over(right.unbind(1)):
+                    if method is None:
+                        ways = self._answers.solve_ways(damping, right.shape[1] - len(columns))
+                    else:
+                        ways = self._answers.solve_way_by_hand(method)
+                    x, report = self._solved(ways, column, damping, rtol, max_iterations)
+                    columns.append(x)
+                    reports.append(report)
             return stacked(columns, right, len(right))
 
         x = self._times(b, self.shape[1], solved)
