@@ -219,7 +219,7 @@ def inspect(  # noqa: PLR0913
     try:
         with _spinner("reading the model"):
             problem, facts = problem_of(call)
-        # Questions have bars of their own.
+        # Questions have bars of their own, and two live displays would overwrite each other.
         structure = problem.structure
         if verify:
             verification = problem.verify()

@@ -37,6 +37,7 @@ from unbatch.running.tasks import task
 # decomposition of the whole matrix would leave, about.
 FORMED_RTOL = 1e-12
 
+# One call, of which nobody knows how far it is.
 DECOMPOSED = "Decomposing a matrix of {rows:,} rows"
 
 # A few: as many times fewer than the matrix has rows; which are so many at least, as smaller ones

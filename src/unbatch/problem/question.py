@@ -75,6 +75,7 @@ class Question:
         label = label_of(structure, self.by, ownership)
         _warn_of_moments(structure, quantities, label)
         # The engine switches gradients on where it needs them, and only there.
+        # By the names that the user has typed.
         names = [type(quantity).__name__ for quantity in quantities]
         with task(", ".join(names)), torch.no_grad(), recorded_precision():
             return answer(self.request, quantities, label, out or {})

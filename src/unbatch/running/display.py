@@ -54,6 +54,7 @@ def is_possible() -> bool:
 
 
 def _is_notebook() -> bool:
+    # Looked up and not imported: where nobody has imported it, this is no notebook.
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return hasattr(shell, "kernel")
 
@@ -134,6 +135,7 @@ class _Watcher:
         if not shown:
             self._clear()
             return
+        # What is between them changes too fast to be read, or too slowly to be missed.
         outer = shown[0]
         if self.bars is None and outer.done == outer.total:
             return  # nothing more is to come
@@ -171,6 +173,7 @@ class Bars(ABC):
 
     def draw(self, records: Sequence[Progress]) -> None:
         """Show these, and nothing else."""
+        # Lines are used again, so that they do not jump where tasks come and go.
         for number in list(self.progress.task_ids)[len(records) :]:
             self.progress.remove_task(number)
         while len(self.progress.task_ids) < len(records):

@@ -54,7 +54,9 @@ class _Signals:
         # Python's own functions make enums of all that they return, which takes ten times as long.
         before = _signal.getsignal(NUMBER)
         self.asked, self.before = None, None
+        # One that is ignored, or handled in C, is none of ours.
         if callable(before):
+            # Kept first: once ours is set, a signal may come at any instruction.
             self.before = before
             _signal.signal(NUMBER, self.note)
 
@@ -71,6 +73,7 @@ class _Signals:
         if self.asked is None:
             self.asked = now
             return
+        # The keys are often pressed twice: the second counts where the first had its time.
         if now - self.asked < PATIENCE or self.sealed or _is_importing(frame):
             return
         before = self.before
@@ -86,6 +89,7 @@ class _Signals:
         """Handle the signal that waits."""
         if self.before is None or not _is_main():
             return
+        # Before it is called, as it raises; one that only notes (of asyncio, say) lets us go on.
         self.asked = None
         self.before(NUMBER, sys._getframe())
 
@@ -127,6 +131,7 @@ class Held:
         _signals.depth -= 1
         if _signals.depth:
             return
+        # The handler of before is set first: what comes meanwhile is noted, what comes then raises.
         before, asked = _signals.before, _signals.asked
         _signals.asked = None
         _signals.end()
@@ -150,6 +155,7 @@ def stop_if_asked() -> None:
 
 def leave_behind(error: KeyboardInterrupt, *reached: Any) -> None:
     """Leave with an interrupt what was reached, as ``reached``, where it is looked for."""
+    # A subclass with an attribute would end a process with another exit status.
     vars(error)["reached"] = reached
     error.add_note(REACHED)
 
@@ -170,6 +176,7 @@ def _is_main() -> bool:
 
 def _is_importing(frame: FrameType | None) -> bool:
     """Tell whether a frame belongs to an import that something below us does."""
+    # Up to our own frames: all of it may be run by the import of a user's script.
     while frame is not None and not frame.f_code.co_filename.startswith(HERE):
         if frame.f_code.co_filename.startswith(IMPORTS):
             return True

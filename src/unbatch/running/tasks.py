@@ -98,6 +98,7 @@ class Task:
 
     def __enter__(self) -> Self:
         is_first = not is_held()
+        # Held first: from here on nothing comes between what follows.
         self.held.__enter__()
         tasks = self.tasks = _running.tasks
         if is_first and tasks and threading.current_thread() is threading.main_thread():
@@ -125,11 +126,13 @@ class Task:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         tasks = self.tasks
+        # With any that were left inside without their exit.
         del tasks[self.level :]
         if self.is_watched and not any(other.is_watched for other in tasks):
             display.close()
         if isinstance(error, KeyboardInterrupt) and not self.is_single:
             error.add_note(self.record().interrupted)
+        # The callback may raise, and interrupts are let go all the same.
         try:
             if self.callback is not None:
                 self._tell(ended=True)
@@ -144,6 +147,7 @@ class Task:
     def advance(self, count: int = 1) -> None:
         """Count so many more as done. Raises ``KeyboardInterrupt`` where Ctrl-C was pressed."""
         self.done += count
+        # Nothing but this where nobody is told: what draws looks at the count by itself.
         if self.callback is not None:
             self._tell()
         stop_if_asked()
