@@ -10,6 +10,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from unbatch.running.interrupts import Held
 from unbatch.versions import warn_of_untested
 
 __version__ = "0.1.0"
@@ -47,6 +48,7 @@ else:  # a type checker takes a module that has `__getattr__` to have every attr
     def _imported(name: str) -> Any:
         state = random.getstate()
         try:
-            return import_module(f"{__name__}.{name}")
+            with Held(sealed=True):  # half an import would be there for ever
+                return import_module(f"{__name__}.{name}")
         finally:
             random.setstate(state)  # rich draws a number when it is imported

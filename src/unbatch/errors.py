@@ -564,6 +564,10 @@ MSG_DRAWS = "{what} is a whole number of at least {least}; got {value!r}."
 
 MSG_START = "start is [{size}], or [{size}, K] of vectors; got a tensor of shape {shape}."
 
+
+MSG_PROGRESS = "progress is switched by True, by False or by a function; got {value}."
+
+
 MSG_POSITIVE = "{what} is a finite number greater than zero; got {value!r}."
 
 

@@ -48,6 +48,8 @@ from unbatch.gradients.results import Rows
 from unbatch.monitoring.monitor import Monitor
 from unbatch.problem.problem import Problem
 from unbatch.report.page import write_report
+from unbatch.running.records import Progress
+from unbatch.running.tasks import progress
 from unbatch.verification.crosstalk import Crosstalk
 from unbatch.verification.verify import Verification
 
@@ -76,6 +78,7 @@ __all__ = [
     "SquaredNorms",
     "OrthogonalityTest",
     "Problem",
+    "Progress",
     "Rows",
     "SecondMoment",
     "SignalToNoise",
@@ -91,6 +94,7 @@ __all__ = [
     "Verification",
     "Views",
     "assume_independent",
+    "progress",
     "register_rule",
     "rows_of",
     "write_report",

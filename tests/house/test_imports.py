@@ -24,8 +24,9 @@ WINGS = {
     "errors": "",
     "versions": "errors",
     "rendering": "",
+    "running": "errors",
     "reference": "",
-    "linalg": "errors",
+    "linalg": "errors running",
     "capture": "linalg rendering",
     # the floors
     "analysis.domain": "capture",
@@ -46,7 +47,7 @@ WINGS = {
     "plot": "report",
     "extend": "problem",
     "integrations": "monitoring",
-    "__init__": "versions public spectra plot extend integrations",
+    "__init__": "versions running public spectra plot extend integrations",
     "cli": "report __init__",
     "__main__": "cli",
 }

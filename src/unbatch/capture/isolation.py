@@ -39,6 +39,7 @@ from unbatch.capture.switches import all_settings, set_back
 from unbatch.capture.tensor_states import Saved, TensorState, put_content, set_version
 from unbatch.capture.trees import is_strided, parts_of, tensors_in, version_of
 from unbatch.errors import MSG_LAYOUT, MSG_NOT_PUT_BACK, CaptureError
+from unbatch.running.interrupts import Held, stop_if_asked
 
 C = TypeVar("C")
 
@@ -110,7 +111,7 @@ def contents_untouched() -> Iterator[None]:
         with writes, Exports(writes.save_unseen):
             yield
     finally:
-        writes.undo()
+        _put_all_back(lambda _: writes.undo())
 
 
 def _put_all_back(*acts: Callable[[list[Exception]], None]) -> None:
@@ -119,11 +120,13 @@ def _put_all_back(*acts: Callable[[list[Exception]], None]) -> None:
     An act raises, or notes among the failures that it is given, what went wrong.
     """
     failures: list[Exception] = []
-    for act in acts:
-        try:
-            act(failures)
-        except Exception as error:
-            failures.append(error)
+    # A second Ctrl-C, which does not wait for long elsewhere, waits here.
+    with Held(sealed=True):
+        for act in acts:
+            try:
+                act(failures)
+            except Exception as error:
+                failures.append(error)
     if not failures:
         return
     first = failures[0]
@@ -267,11 +270,14 @@ def outside_inference_mode(*others: str) -> Callable[[type[C]], type[C]]:
 
 
 def _outside(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that leaves inference mode, and copies arguments made there."""
+    """Return a function that leaves inference mode, and copies arguments made there.
+
+    Ctrl-C waits inside for the next pass.
+    """
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        with TURN, torch.inference_mode(False), refused_if_missing():
+        with TURN, Held(), torch.inference_mode(False), refused_if_missing():
             return function(*tree_map(_ordinary, args), **kwargs)
 
     return run
@@ -318,6 +324,7 @@ class _Writes(TorchDispatchMode):
         check_alone(func, types)
         self.count += 1
         spend(1, self.count)
+        stop_if_asked()
         # Before it runs: afterwards the old contents are gone.
         for tensor in mutated(func, args, kwargs):
             self.save(tensor)

@@ -15,6 +15,7 @@ from torch import Tensor
 from unbatch.capture.effort import spend
 from unbatch.capture.steps import Ref, Step, Value, filled
 from unbatch.capture.trees import flat
+from unbatch.running.interrupts import stop_if_asked
 
 Visit = Callable[[int, Tensor], None]
 
@@ -56,6 +57,7 @@ class Replay:
         spend(sum(step.ops for step in steps))
         tensors, needed = self.tensors, set(wanted)
         for step in steps:
+            stop_if_asked()
             self._store(step, self._call(step))
             # By the whole recording: of a part of the steps no value goes too early.
             for index in last_uses.get(step.index, ()):

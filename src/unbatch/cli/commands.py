@@ -217,12 +217,12 @@ def inspect(  # noqa: PLR0913
     call = Call(target, inputs, loss, targets, own_loss, eval_mode, seed)
     verification = None
     try:
-        with _spinner("reading the computation"):
+        with _spinner("reading the model"):
             problem, facts = problem_of(call)
-            structure = problem.structure
+        # Questions have bars of their own, and two live displays would overwrite each other.
+        structure = problem.structure
         if verify:
-            with _spinner("testing the verdicts"):
-                verification = problem.verify()
+            verification = problem.verify()
     except (InputError, CaptureError) as error:
         _complain(str(error))
     if as_json:
@@ -251,11 +251,11 @@ def write_report(
 
     call = Call(target, inputs, loss, targets, own_loss, eval_mode, seed)
     try:
-        with _spinner("computing the report"):
-            # Before the model is even imported: a report takes a while, and a typo does not.
-            check_writable(output)
+        # Before the model is even imported: a report takes a while, and a typo does not.
+        check_writable(output)
+        with _spinner("reading the model"):
             problem, facts = problem_of(call)
-            path = unbatch.write_report(problem, output, said=facts)
+        path = unbatch.write_report(problem, output, said=facts)
     except (InputError, CaptureError, ImportError, OSError) as error:
         _complain(_message(error))
     typer.echo(f"The report is {path.resolve()}")

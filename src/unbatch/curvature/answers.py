@@ -32,6 +32,7 @@ from unbatch.linalg.operators import Operator
 from unbatch.linalg.solvers import Solved, conjugate_gradients
 from unbatch.linalg.space import Space
 from unbatch.linalg.spectra import Eigenpairs
+from unbatch.running.tasks import task
 
 ESTIMATED_DIAGONAL = "`G.estimate_diag(100)` takes 100 backward passes"
 ESTIMATED_TRACE = "`unbatch.spectra.trace(G, 100)` takes 100 products"
@@ -39,6 +40,7 @@ ESTIMATED_SPECTRUM = "`unbatch.spectra.density(G, probes=10, steps=30)` takes 30
 LARGEST_ONLY = "`G.eigh(k)` finds the k largest by products"
 ESTIMATED_DETERMINANT = f"{ESTIMATED_SPECTRUM}, of which `.moment(f)` is the trace of f(G)"
 
+ROWS = "Rows of the Gauss-Newton factor pushed forward"
 
 # Residuals of a solve, relative, by default; and the most products for one.
 RTOL_IN_DOUBLE, RTOL_IN_SINGLE = 1e-8, 1e-3
@@ -220,16 +222,18 @@ class Answers:
         matrix = self.matrix
         signs = matrix.root.sigma
         diagonal = torch.zeros(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
-        for i, row in self._rows_of_factor():
-            diagonal[i] = (signs * row.square()).sum()
+        with task(ROWS, len(diagonal)) as passes:
+            for i, row in passes.over(self._rows_of_factor()):
+                diagonal[i] = (signs * row.square()).sum()
         return diagonal
 
     def forward_gram(self) -> Tensor:
         """Return ``VᵀV`` from the rows of V, in float64."""
         matrix = self.matrix
         V = torch.zeros(*matrix.columns.shape, dtype=matrix.dtype, device=matrix.device)
-        for i, row in self._rows_of_factor():
-            V[i] = row
+        with task(ROWS, len(V)) as passes:
+            for i, row in passes.over(self._rows_of_factor()):
+                V[i] = row
         V = V.double()
         return V.T @ V
 

@@ -14,6 +14,7 @@ from unbatch.curvature.strategy import Draws
 from unbatch.linalg.operators import Operator
 from unbatch.linalg.solvers import Solved
 from unbatch.linalg.space import Space
+from unbatch.running.tasks import task
 
 
 class BlockGGN(Operator):
@@ -57,8 +58,9 @@ class BlockGGN(Operator):
 
     def _apply(self, v: Tensor) -> Tensor:
         product = torch.zeros_like(v)
-        for block, index in self._indexed():
-            product[index] = block._apply(v[index])
+        with task("Products block by block", len(self.blocks), "blocks") as blocks:
+            for block, index in blocks.over(self._indexed()):
+                product[index] = block._apply(v[index])
         return product
 
     def diag(self) -> Tensor:
@@ -72,11 +74,19 @@ class BlockGGN(Operator):
 
     def eigvalsh(self) -> Tensor:
         """Return the eigenvalues of all blocks, ascending."""
-        return torch.cat([block.eigvalsh() for block in self.blocks]).sort().values
+        values = []
+        with task("Eigenvalues block by block", len(self.blocks), "blocks") as blocks:
+            for block in blocks.over(self.blocks):
+                values.append(block.eigvalsh())
+        return torch.cat(values).sort().values
 
     def logdet(self, damping: float) -> Tensor:
         """Return ``log det(G + δI)``, the sum over blocks."""
-        return torch.stack([block.logdet(damping) for block in self.blocks]).sum()
+        logarithms = []
+        with task("Determinants block by block", len(self.blocks), "blocks") as blocks:
+            for block in blocks.over(self.blocks):
+                logarithms.append(block.logdet(damping))
+        return torch.stack(logarithms).sum()
 
     def solve(self, b: Any, damping: float, *, info: bool = False, **options: Any) -> Any:
         """Return ``(G + δI)⁻¹ b``, block by block; arguments as for ``GGN.solve``.
@@ -96,11 +106,12 @@ class BlockGGN(Operator):
     ) -> tuple[Tensor, list[Solved]]:
         """Return the solution for a flat vector; ``checked``: raise where a block fails."""
         solution, reports = torch.zeros_like(right), []
-        for block, index in self._indexed():
-            solution[index], report = block.solve(right[index], damping, info=True, **options)
-            if checked:
-                report.check()  # before the next block, which would be solved for nothing
-            reports.append(report)
+        with task("Solving block by block", len(self.blocks), "blocks") as blocks:
+            for block, index in blocks.over(self._indexed()):
+                solution[index], report = block.solve(right[index], damping, info=True, **options)
+                if checked:
+                    report.check()  # before the next block, which would be solved for nothing
+                reports.append(report)
         return solution, reports
 
 

@@ -10,6 +10,7 @@ from unbatch.capture.isolation import outside_inference_mode
 from unbatch.curvature.hessian_root import HessianRoot
 from unbatch.linalg.operators import Operator
 from unbatch.linalg.space import Space
+from unbatch.running.tasks import task
 
 
 @outside_inference_mode("_apply", "_apply_transposed")
@@ -28,7 +29,11 @@ class ColumnMap(Operator):
         self.dtype, self.device = like.dtype, like.device
 
     def _apply(self, v: Tensor) -> Tensor:
-        return stacked([self._pull(a) for a in v.T], v, self.shape[0])
+        columns = []
+        with task("Columns of a matrix pulled back", v.shape[1]) as passes:
+            for a in passes.over(v.T):
+                columns.append(self._pull(a))
+        return stacked(columns, v, self.shape[0])
 
     def _pull(self, a: Tensor) -> Tensor:
         """Return ``V a = Jᵀ (S a)``, ``[D]``."""
@@ -36,7 +41,11 @@ class ColumnMap(Operator):
         return self.parameters.flat(self.linearised.pull(cotangents, self.parameters.shapes))
 
     def _apply_transposed(self, v: Tensor) -> Tensor:
-        return stacked([self._push(column) for column in v.T], v, self.shape[1])
+        columns = []
+        with task("Columns of a matrix pushed forward", v.shape[1]) as passes:
+            for column in passes.over(v.T):
+                columns.append(self._push(column))
+        return stacked(columns, v, self.shape[1])
 
     def _push(self, v: Tensor) -> Tensor:
         """Return ``Vᵀ v = Sᵀ (J v)``, ``[size]``."""

@@ -45,6 +45,7 @@ from unbatch.errors import (
 from unbatch.gradients.sources import Source
 from unbatch.linalg.estimates import Control, DiagonalEstimate, estimate_diagonal
 from unbatch.linalg.solvers import Solved
+from unbatch.running.tasks import task
 
 HessianTimes = Callable[[Mapping[int, Tensor]], dict[int, Tensor]]
 
@@ -153,9 +154,10 @@ class GGN(Factored):
     def _apply(self, v: Tensor) -> Tensor:
         linearised, space = self.linearised, self.space
         products = []
-        for column in v.T:
-            product = ggn_product(linearised, self._hessian_times, space.named(column))
-            products.append(space.flat(product))
+        with task("Products with the Gauss-Newton matrix", v.shape[1], "products") as passes:
+            for column in passes.over(v.T):
+                product = ggn_product(linearised, self._hessian_times, space.named(column))
+                products.append(space.flat(product))
         return stacked(products, v, len(v))
 
     @property
@@ -378,11 +380,12 @@ class GGN(Factored):
         pairs = self.eigh(k, method=method)
         slope = curvature.loss.slope_of_samples
         slopes, curvatures = [], []
-        for direction in pairs.vectors.T:
-            tangents = self.linearised.push(self.space.named(direction))
-            products = self.root.hessian_times(tangents)
-            slopes.append(spectrum.inner_products(slope, tangents, curvature.dims))
-            curvatures.append(spectrum.inner_products(products, tangents, curvature.dims))
+        with task("Slopes and curvatures along eigenvectors", pairs.vectors.shape[1]) as passes:
+            for direction in passes.over(pairs.vectors.T):
+                tangents = self.linearised.push(self.space.named(direction))
+                products = self.root.hessian_times(tangents)
+                slopes.append(spectrum.inner_products(slope, tangents, curvature.dims))
+                curvatures.append(spectrum.inner_products(products, tangents, curvature.dims))
         of_samples = torch.stack(slopes, 1), torch.stack(curvatures, 1)
         return Directions(pairs.values, pairs.vectors, *of_samples, self.space)
 
@@ -437,7 +440,8 @@ class GGN(Factored):
         ``info``: also the worst ``Solved``. ``method``: "woodbury" (through the Gram matrix, with
         damping), "dense" (through G itself), or "cg" (products only; needs a positive definite
         matrix); by default the cheapest, and the next one where products do not converge.
-        ``rtol``: of the residual, by default 1e-8 in float64 and 1e-3 in float32. Raises
+        ``rtol``: of the residual, by default 1e-8 in float64 and 1e-3 in float32. Ctrl-C in "cg"
+        leaves ``x``, flat, and its ``Solved`` in ``reached`` of the ``KeyboardInterrupt``. Raises
         ``ConvergenceError`` where that is not reached and ``info`` is not asked for, ``InputError``
         for other shapes.
         """
@@ -448,14 +452,15 @@ class GGN(Factored):
         def solved(right: Tensor) -> Tensor:
             columns: list[Tensor] = []
             # With no column to solve for, no matrix is formed.
-            for column in right.unbind(1):
-                if method is None:
-                    ways = self._answers.solve_ways(damping, right.shape[1] - len(columns))
-                else:
-                    ways = self._answers.solve_way_by_hand(method)
-                x, report = self._solved(ways, column, damping, rtol, max_iterations)
-                columns.append(x)
-                reports.append(report)
+            with task("Solving", right.shape[1], "right-hand sides") as sides:
+                for column in sides.over(right.unbind(1)):
+                    if method is None:
+                        ways = self._answers.solve_ways(damping, right.shape[1] - len(columns))
+                    else:
+                        ways = self._answers.solve_way_by_hand(method)
+                    x, report = self._solved(ways, column, damping, rtol, max_iterations)
+                    columns.append(x)
+                    reports.append(report)
             return stacked(columns, right, len(right))
 
         x = self._times(b, self.shape[1], solved)

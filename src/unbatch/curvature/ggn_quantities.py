@@ -28,6 +28,7 @@ from unbatch.gradients.quantities import About, Basic, Collector, Label, about_o
 from unbatch.gradients.results import ByParameter
 from unbatch.gradients.sources import Chunking, Source
 from unbatch.linalg.rows import wide
+from unbatch.running.tasks import task
 
 # --- feeding --------------------------------------------------------------------------------------
 
@@ -111,13 +112,20 @@ def feed_columns(
             collector.take(name, column)
 
     # The last one is known beforehand: after it the source lets go of its graph.
-    for (j, sign, cotangents), last in _with_last(root.column_batches()):
-        deadline.check(j)
-        source.feed(chunks, partial(take, j, sign), {}, cotangents, last=last)
+    batches = _with_last(root.column_batches())
+    with task("Columns of the Gauss-Newton factor", root.batches, unit_of(root)) as passes:
+        for (j, sign, cotangents), last in passes.over(batches):
+            deadline.check(j)
+            source.feed(chunks, partial(take, j, sign), {}, cotangents, last=last)
     for name, p in parameters.items():
         if name not in fed:  # no prediction depends on it
             zeros = p.detach().new_zeros(1, *p.shape).expand(samples, *p.shape)
             take(0, 1.0, name, RowBlock(slice(0, samples), zeros))
+
+
+def unit_of(root: HessianRoot) -> str:
+    """Return what comes at a time, in words: a column, or one of every sample."""
+    return "columns a sample" if root.separate else "columns"
 
 
 def _with_last(columns: Iterator[Column]) -> Iterator[tuple[Column, bool]]:

@@ -20,6 +20,7 @@ from unbatch.curvature.hessian_root import HessianRoot, SampleRoot
 from unbatch.curvature.strategy import Curvature, Rtol
 from unbatch.gradients.quantities import About, Collector
 from unbatch.linalg.rows import vectors, wide
+from unbatch.running.tasks import task
 
 FLOAT32 = 4  # bytes
 
@@ -96,13 +97,15 @@ class _Gram(Collector):
 
     def finish(self) -> Tensor:
         total = wide(self.about.like.new_zeros(self.root.size, self.root.size))
-        for name in list(self.columns):
-            columns = self.columns.pop(name)  # freed before the next parameter
-            products = _without_rows(columns)
-            if products is None:
-                self._add_products(total, list(self._in_memory(columns)))
-            else:
-                self._add(_numbers(columns), products)
+        names = list(self.columns)
+        with task("Inner products of the columns", len(names), "parameters") as parameters:
+            for name in parameters.over(names):
+                columns = self.columns.pop(name)  # freed before the next parameter
+                products = _without_rows(columns)
+                if products is None:
+                    self._add_products(total, list(self._in_memory(columns)))
+                else:
+                    self._add(_numbers(columns), products)
         for key, block in self.blocks.items():
             numbers = torch.tensor(key)
             # Accumulated: a number may come twice, where a column has both signs.
@@ -111,14 +114,17 @@ class _Gram(Collector):
 
     def _add_products(self, total: Tensor, groups: list[list[Columns]]) -> None:
         """Add inner products within groups and between them; two groups are in memory at a time."""
-        for k, group in enumerate(groups):
-            numbers, rows = _numbers(group), _rows(group)
-            self._add(numbers, symmetric_product(rows))
-            for other in groups[k + 1 :]:
-                other_numbers = _numbers(other)
-                block = rows @ _rows(other).T
-                total.index_put_((numbers[:, None], other_numbers), block, accumulate=True)
-                total.index_put_((other_numbers[:, None], numbers), block.T, accumulate=True)
+        count = len(groups)
+        with task("Blocks of inner products", count * (count + 1) // 2, "blocks") as blocks:
+            for k, group in enumerate(groups):
+                numbers, rows = _numbers(group), _rows(group)
+                self._add(numbers, symmetric_product(rows))
+                blocks.advance()
+                for other in blocks.over(groups[k + 1 :]):
+                    other_numbers = _numbers(other)
+                    block = rows @ _rows(other).T
+                    total.index_put_((numbers[:, None], other_numbers), block, accumulate=True)
+                    total.index_put_((other_numbers[:, None], numbers), block.T, accumulate=True)
 
     def _add(self, numbers: Tensor, block: Tensor) -> None:
         """Add ``block``, whose rows and columns are in the order of ``numbers``."""

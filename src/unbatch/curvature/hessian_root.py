@@ -119,6 +119,11 @@ class HessianRoot(ABC):
         Where columns are separate, the j-th of all samples come together.
         """
 
+    @property
+    @abstractmethod
+    def batches(self) -> int:
+        """Return how many ``column_batches`` there are."""
+
     @abstractmethod
     def times(self, a: Tensor) -> dict[int, Tensor]:
         """Return ``S a`` for ``a`` ``[size]``: cotangents of the predictions."""
@@ -234,6 +239,13 @@ class SampleRoot(HessianRoot):
                 if not in_all[j]:
                     column = self._only(column, self.sign(j) == sign)
                 yield j, sign, column
+
+    @property
+    def batches(self) -> int:
+        count = 0
+        for sign in (1.0, -1.0):
+            count += int((self.nonzero & (self.signs == sign)).any(0).sum())
+        return count
 
     def _only(self, column: Named, samples: Tensor) -> dict[int, Tensor]:
         """Return a column with zeros in all but these samples, ``[n]`` booleans."""

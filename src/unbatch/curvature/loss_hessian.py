@@ -34,6 +34,7 @@ from unbatch.curvature.hessian_root import (
 from unbatch.errors import MSG_HESSIAN_NOT_FINITE, StructureError
 from unbatch.linalg.precision import DOUBLE, SINGLE, largest
 from unbatch.linalg.probes import gaussian_like, seeded
+from unbatch.running.tasks import task
 
 NO_SAMPLES = "of no samples"
 
@@ -330,11 +331,12 @@ class _Search:
         if self.dims is None and axis is not None and self._couples_positions(grid):
             return None
         block = self.probes[0][0][next(iter(self.shapes))].new_zeros(n, t, c, c)
-        for j in range(c):
-            # One product gives the j-th column of all blocks: they do not overlap.
-            unit = block.new_zeros(n, t, c)
-            unit[..., j] = 1
-            block[..., j] = grid.split(self.loss.hessian_times(grid.join(unit)))
+        with task("Second derivative of the loss", c, "products") as products:
+            for j in products.over(range(c)):
+                # One product gives the j-th column of all blocks: they do not overlap.
+                unit = block.new_zeros(n, t, c)
+                unit[..., j] = 1
+                block[..., j] = grid.split(self.loss.hessian_times(grid.join(unit)))
         lost = torch.ones(n, dtype=torch.bool, device=block.device)
         lost[self.finite] = False
         block[lost] = 0  # there are no eigenvalues of what is not finite

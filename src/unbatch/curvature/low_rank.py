@@ -33,6 +33,7 @@ from unbatch.curvature.hessian_root import HessianRoot, SampleRoot
 from unbatch.gradients.sources import Chunking, Source, Take
 from unbatch.linalg.rows import wide
 from unbatch.linalg.space import Space
+from unbatch.running.tasks import task
 
 # --- directions of the statistics -----------------------------------------------------------------
 
@@ -66,9 +67,10 @@ def full_basis(statistics: Statistics, space: Space) -> Basis:
     like = statistics.norms[0].moments[0]
     units = torch.eye(statistics.size, dtype=like.dtype, device=like.device)
     rows = units.new_empty(statistics.size, space.size)
-    for row, unit in zip(rows, units, strict=True):
-        # Copied into place: a list of rows and their stack would take twice the memory.
-        row.copy_(space.flat(statistics.pull(unit)))
+    with task("Batch statistics pulled back", statistics.size) as passes:
+        for row, unit in passes.over(zip(rows, units, strict=True)):
+            # Copied into place: a list of rows and their stack would take twice the memory.
+            row.copy_(space.flat(statistics.pull(unit)))
     return Basis(units, rows, True, 0.0, statistics.size)
 
 
@@ -148,9 +150,10 @@ class CoefficientSVD:
         """Return ``A``, ``[R, size]``: columns in the order of the root."""
         samples, columns = self.root.layout
         a = self.root.like.new_zeros(self.statistics.size, samples, columns)
-        for j in range(columns):
-            # One pullback gives the j-th column of all samples.
-            a[:, :, j] = self.statistics.coefficients(self.root.column(j)).T
+        with task("Columns pulled back to the batch statistics", columns) as passes:
+            for j in passes.over(range(columns)):
+                # One pullback gives the j-th column of all samples.
+                a[:, :, j] = self.statistics.coefficients(self.root.column(j)).T
         return a.flatten(1)
 
     def leading_rows(self, r: int) -> Tensor:
@@ -160,9 +163,11 @@ class CoefficientSVD:
             larger = self._rows.new_empty(r, self.space.size)
             larger[: self._count] = self._rows[: self._count]
             self._rows = larger
-        for j in range(self._count, r):
-            self._rows[j] = self.statistics_pull(self.u[:, j])
-        self._count = max(self._count, r)
+        more = range(self._count, r)
+        with task("Directions of the batch statistics pulled back", len(more)) as passes:
+            for j in passes.over(more):
+                self._rows[j] = self.statistics_pull(self.u[:, j])
+                self._count = j + 1
         return self._rows[:r]
 
     def statistics_pull(self, u: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from unbatch.errors import (
 from unbatch.gradients.request import Request, recorded_precision
 from unbatch.gradients.sources import Source
 from unbatch.linalg.rows import sum_of
+from unbatch.running.tasks import task
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,10 @@ class Point:
             result: Tensor = self.evaluate(quantity, source)
             return result.double()
         shares = []
-        for group in groups:
-            # A sweep for each group: in time what is saved in memory.
-            with torch.no_grad(), recorded_precision():
-                rows_of_group = self.curvature.source(self.request.of(group))
-                shares.append(evaluate(self.curvature, rows_of_group, quantity, group))
+        with task("Gram matrix of some parameters at a time", len(groups), "groups") as parts:
+            for group in parts.over(groups):
+                # A sweep for each group: in time what is saved in memory.
+                with torch.no_grad(), recorded_precision():
+                    rows_of_group = self.curvature.source(self.request.of(group))
+                    shares.append(evaluate(self.curvature, rows_of_group, quantity, group))
         return sum_of(shares).double()

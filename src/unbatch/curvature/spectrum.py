@@ -31,10 +31,14 @@ from unbatch.linalg.rows import sum_of
 from unbatch.linalg.solvers import Solved, conjugate_gradients
 from unbatch.linalg.space import Space
 from unbatch.linalg.spectra import Eigenpairs
+from unbatch.running.tasks import task
 
 # Of the residuals of a few eigenpairs of a formed matrix, found by products with it: what a
 # decomposition of the whole matrix would leave, about.
 FORMED_RTOL = 1e-12
+
+# One call, of which nobody knows how far it is.
+DECOMPOSED = "Decomposing a matrix of {rows:,} rows"
 
 # A few: as many times fewer than the matrix has rows; which are so many at least, as smaller ones
 # are decomposed in no time.
@@ -156,7 +160,9 @@ class GramDecomposition(Decomposition):
     def _spectrum(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues that are not zero, ascending, and ``A`` of eigenvectors ``V A``."""
         # VᵀV = Q Λ Qᵀ
-        values, vectors = torch.linalg.eigh(checked(self.gram, "Eigenvalues and eigenvectors"))
+        gram = checked(self.gram, "Eigenvalues and eigenvectors")
+        with task(DECOMPOSED.format(rows=len(gram))):
+            values, vectors = torch.linalg.eigh(gram)
         nonzero = above_rounding(values, self.dtype)
         values, vectors = values[nonzero], vectors[:, nonzero]
         if self._is_positive:
@@ -173,7 +179,8 @@ class GramDecomposition(Decomposition):
             return self._spectrum[0]  # always in float64
         if working not in self._eigenvalues:
             # No eigenvectors are needed for them.
-            values = torch.linalg.eigvalsh(gram.to(working))
+            with task(DECOMPOSED.format(rows=len(gram))):
+                values = torch.linalg.eigvalsh(gram.to(working))
             self._eigenvalues[working] = values[above_rounding(values, self.dtype)]
         return self._eigenvalues[working]
 
@@ -224,7 +231,8 @@ class DenseDecomposition(Decomposition):
     def _spectrum(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues that are not zero, ascending, and eigenvectors."""
         matrix = checked(self.matrix, "Eigenvalues and eigenvectors")
-        values, vectors = torch.linalg.eigh(matrix)
+        with task(DECOMPOSED.format(rows=len(matrix))):
+            values, vectors = torch.linalg.eigh(matrix)
         rounding = len(values) * torch.finfo(self.dtype).eps
         nonzero = values.abs() > rounding * values.abs().max()
         return values[nonzero], vectors[:, nonzero]

@@ -14,10 +14,13 @@ from torch import Tensor
 
 from unbatch.curvature.low_rank import Basis, CoefficientSVD
 from unbatch.linalg.probes import random_signs, seeded
+from unbatch.running.tasks import task
 
 START = 8  # directions that are tried first
 
 SAFETY = 0.7  # of the tolerance, which the next rank aims at
+
+WHAT_IS_MISSING = "What is missing with {rank} directions"
 
 TINY = torch.finfo(torch.float64).tiny
 
@@ -97,9 +100,10 @@ class DiagonalResidual(ResidualEstimator):
         come out as negative or too small, so it is bounded by the square of the mean.
         """
         draws = []
-        for _ in range(self.draws):
-            z = self._signs(len(self.svd.w))
-            draws.append(self.svd.times(z).square())
+        with task("Size of the diagonal, by random signs", self.draws) as passes:
+            for _ in passes.over(range(self.draws)):
+                z = self._signs(len(self.svd.w))
+                draws.append(self.svd.times(z).square())
         diagonals = torch.stack(draws)
         products = diagonals.sum(0).square().sum() - diagonals.square().sum()
         unbiased = products / (self.draws * (self.draws - 1))
@@ -112,9 +116,10 @@ class DiagonalResidual(ResidualEstimator):
     def relative_error(self, r: int) -> float:
         tail = len(self.svd.values) - r
         residuals = []
-        for _ in range(self.draws):
-            z = self._signs(tail)
-            residuals.append(self.svd.diagonal_residual(r, z))
+        with task(WHAT_IS_MISSING.format(rank=r), self.draws, "draws") as draws:
+            for _ in draws.over(range(self.draws)):
+                z = self._signs(tail)
+                residuals.append(self.svd.diagonal_residual(r, z))
         self.remainder = torch.stack(residuals).mean(0)
         self.pullbacks += 2 * self.draws  # through the statistics, and beside them
         return float(self.remainder.norm()) / max(self.size, TINY)
@@ -132,11 +137,12 @@ class GramResidual(ResidualEstimator):
         self.signs: list[Tensor] = []
         self.exact: list[Tensor] = []  # ``VᵀV z``
         self.frozen: list[Tensor] = []  # ``P z``
-        for _ in range(draws):
-            z = random_signs(len(svd.w), generator).double()
-            self.signs.append(z)
-            self.exact.append(svd.transposed_times(svd.times(z)))
-            self.frozen.append(svd.frozen_times(z))
+        with task("Products of random signs", draws, "draws") as drawn:
+            for _ in drawn.over(range(draws)):
+                z = random_signs(len(svd.w), generator).double()
+                self.signs.append(z)
+                self.exact.append(svd.transposed_times(svd.times(z)))
+                self.frozen.append(svd.frozen_times(z))
         self.pullbacks, self.pushes = 2 * draws, draws
 
     def relative_error(self, r: int) -> float:
@@ -145,10 +151,12 @@ class GramResidual(ResidualEstimator):
         w = svd.w[:, :r] * svd.values[:r]
         self.pushes += len(self.signs)
         error, size = 0.0, 0.0
-        for z, exact, frozen in zip(self.signs, self.exact, self.frozen, strict=True):
-            # V_r z = P z + rowsᵀ (σ wᵀ z), and V_rᵀ v = Pᵀ v + w σ (rows v)
-            v = frozen + rows.T @ (w.T @ z.to(w))
-            residual = exact - svd.frozen_transposed_times(v) - w @ (rows @ v)
-            error += float(residual.square().sum())
-            size += float(exact.square().sum())
+        products = zip(self.signs, self.exact, self.frozen, strict=True)
+        with task(WHAT_IS_MISSING.format(rank=r), len(self.signs), "draws") as draws:
+            for z, exact, frozen in draws.over(products):
+                # V_r z = P z + rowsᵀ (σ wᵀ z), and V_rᵀ v = Pᵀ v + w σ (rows v)
+                v = frozen + rows.T @ (w.T @ z.to(w))
+                residual = exact - svd.frozen_transposed_times(v) - w @ (rows @ v)
+                error += float(residual.square().sum())
+                size += float(exact.square().sum())
         return math.sqrt(error / max(size, TINY))

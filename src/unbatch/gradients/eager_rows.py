@@ -23,6 +23,7 @@ from unbatch.gradients.plan import SitePlan
 from unbatch.gradients.replayed_rows import ReplayedRows, add_into
 from unbatch.gradients.sources import Chunking, Source, Take
 from unbatch.linalg.rows import real
+from unbatch.running.tasks import task
 
 
 class EagerRows(Source):
@@ -73,14 +74,15 @@ class EagerRows(Source):
         if cotangents is None:
             cotangents = self.cotangents
         # The cotangents of all other samples are zero: exact, at the price of N backward passes.
-        for n in range(self.context.samples):
-            of_sample = {}
-            for i, g in cotangents.items():
-                if i in self.predictions:  # it depends on parameters
-                    of_sample[i] = self._layout(i).only(g, n, n + 1)[0]
-            for name, g in self._row(n, of_sample).items():
-                block = RowBlock(slice(n, n + 1), g[None])
-                take(name, block.with_total(partial(self._total, name)))
+        with task("Rows by the whole model, one by one", self.context.samples) as passes:
+            for n in passes.over(range(self.context.samples)):
+                of_sample = {}
+                for i, g in cotangents.items():
+                    if i in self.predictions:  # it depends on parameters
+                        of_sample[i] = self._layout(i).only(g, n, n + 1)[0]
+                for name, g in self._row(n, of_sample).items():
+                    block = RowBlock(slice(n, n + 1), g[None])
+                    take(name, block.with_total(partial(self._total, name)))
 
     def _row(self, n: int, of_sample: Mapping[int, Tensor]) -> dict[str, Tensor]:
         """Return the row of sample n, for cotangents that are zero for all others."""

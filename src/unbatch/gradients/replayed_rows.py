@@ -31,6 +31,7 @@ from unbatch.autodiff.vjp import Group, Sweep
 from unbatch.gradients.plan import SitePlan
 from unbatch.gradients.sources import CHUNK, Chunking, Source, Take, slices_of
 from unbatch.linalg.rows import real
+from unbatch.running.tasks import task
 
 BY_PLACE = (
     "where samples depend on each other in no symmetric way, slice n of the result counts as "
@@ -134,10 +135,9 @@ class ReplayedRows(Source):
     def sweep(self) -> Sweep:
         """Return the last sweep, after its forward pass at least."""
         if self._sweep is None:
-            self._sweep = Sweep(
-                self.schedule, self.context.graph, self.parameters, self.context.data
-            )
-            self._sweep.forward()
+            sweep = Sweep(self.schedule, self.context.graph, self.parameters, self.context.data)
+            sweep.forward()
+            self._sweep = sweep  # not before: half a forward pass would be kept
         return self._sweep
 
     @cached_property
@@ -262,11 +262,13 @@ class ReplayedRows(Source):
         """Hand out the blocks of parameters below the mixing frontier, some samples at a time."""
         at_once = self.columns_at_once(delivery.chunks)
         totals = _Totals(partial(self._sum_with_columns, tied))
-        for where in slices_of(self.context.samples, at_once):
-            outs = {name: out[where] for name, out in delivery.outs.items()}
-            local = self._local_rows(tied, where)
-            for name, block in self._columns_and_local(where, local, outs):
-                delivery.hand_out(name, block, totals)
+        slices = slices_of(self.context.samples, at_once)
+        with task("Samples pulled back below the mixing frontier", len(slices)) as passes:
+            for where in passes.over(slices):
+                outs = {name: out[where] for name, out in delivery.outs.items()}
+                local = self._local_rows(tied, where)
+                for name, block in self._columns_and_local(where, local, outs):
+                    delivery.hand_out(name, block, totals)
 
     def _sum_with_columns(self, tied: Sequence[Group]) -> dict[str, Tensor]:
         """Return the sum of all rows of every parameter that has columns or is tied to one."""

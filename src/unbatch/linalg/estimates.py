@@ -17,6 +17,7 @@ from torch import Tensor
 
 from unbatch.linalg.probes import random_signs, seeded
 from unbatch.linalg.rows import Moments
+from unbatch.running.tasks import task
 
 PILOTS = 8  # draws on which coefficients are fitted
 
@@ -66,20 +67,22 @@ def estimate_diagonal(
     generator = seeded(seed)
     if control is None:
         moments = Moments()
-        for _ in range(draws):
-            moments.add(_squared(pull, _signs(size, generator))[None])
+        with task("Diagonal by random signs", draws, "draws") as drawn:
+            for _ in drawn.over(range(draws)):
+                moments.add(_squared(pull, _signs(size, generator))[None])
         return _estimate(moments, draws, seed, 1.0, {}, draws)
     coefficients = _fitted(*_pilots(pull, control.pull, size, generator), slices)
     plain, controlled = Moments(), Moments()
     expected = control.exact.double()
-    for _ in range(draws):
-        z = _signs(size, generator)
-        square = _squared(pull, z)
-        plain.add(square[None])
-        deviation = _squared(control.pull, z) - expected
-        for name, where in slices.items():
-            square[where] -= coefficients[name] * deviation[where]
-        controlled.add(square[None])
+    with task("Diagonal by random signs, with a control", draws, "draws") as drawn:
+        for _ in drawn.over(range(draws)):
+            z = _signs(size, generator)
+            square = _squared(pull, z)
+            plain.add(square[None])
+            deviation = _squared(control.pull, z) - expected
+            for name, where in slices.items():
+                square[where] -= coefficients[name] * deviation[where]
+            controlled.add(square[None])
     # Both were fed with the same draws, so that the ratio is that of the control alone.
     gain = float(plain.variance.sum() / controlled.variance.sum())
     pullbacks = 2 * (draws + PILOTS) + control.pullbacks
@@ -112,10 +115,11 @@ def _pilots(
 ) -> tuple[Tensor, Tensor]:
     """Return ``[PILOTS, D]`` of both matrices, for the same signs."""
     first, second = [], []
-    for _ in range(PILOTS):
-        z = _signs(size, generator)
-        first.append(_squared(pull, z))
-        second.append(_squared(control, z))
+    with task("Pilot draws for the control", PILOTS, "draws") as drawn:
+        for _ in drawn.over(range(PILOTS)):
+            z = _signs(size, generator)
+            first.append(_squared(pull, z))
+            second.append(_squared(control, z))
     return torch.stack(first), torch.stack(second)
 
 

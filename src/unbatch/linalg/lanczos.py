@@ -20,6 +20,7 @@ from torch import Tensor
 from unbatch import errors
 from unbatch.errors import InputError
 from unbatch.linalg.products import gaussian_vectors, long_dtype, small, times
+from unbatch.running.tasks import Task, task
 
 # The probability with which a search for overlooked eigenvalues may miss one.
 CHANCE = 1e-6
@@ -87,9 +88,11 @@ class Basis:
         random. Raises ``InputError`` where products are not finite, or A proves not to be
         symmetric.
         """
+        # The product first: an interrupt in it leaves a basis that is whole.
+        product = self.times(v)
         self.rows[self.size] = v
         self.size += 1
-        h, rest = split_off(self.rows[: self.size], self.times(v))
+        h, rest = split_off(self.rows[: self.size], product)
         h = small(h)
         self.projected[self.size - 1, : self.size] = h
         self.projected[: self.size, self.size - 1] = h
@@ -162,6 +165,15 @@ def search_eigenpairs(
 ) -> tuple[Ritz, bool]:
     """Return the first k Ritz pairs and whether nothing was overlooked, after ``allowed`` products
     at most. ``start``: of unit length, in place of a random vector.
+    """
+    with task("Eigenpairs by Lanczos", allowed, "products", at_most=True) as products:
+        return _search(basis, k, key, rtol, products, start)
+
+
+def _search(
+    basis: Basis, k: int, key: Key, rtol: float, products: Task, start: Tensor | None
+) -> tuple[Ritz, bool]:
+    """Search, with no more products than the task has in all.
 
     A Krylov space holds one vector of each eigenspace. So once the pairs have converged, they are
     locked, and a new random vector orthogonal to them starts the space that would hold their
@@ -175,11 +187,13 @@ def search_eigenpairs(
     v = basis.draw() if start is None else start
     while True:
         v, length = basis.grow(v)
+        products.advance()
         steps += 1
-        spent = basis.products >= allowed
+        spent = products.done == products.total
         if steps % stride and basis.size < most and not spent:
             continue
         ritz = basis.ritz(key, length)
+        products.say(_in_words(ritz, k, rtol))
         # A basis of the whole space has all there is; without products the best so far is returned.
         if basis.size == D or spent:
             return ritz, basis.size == D
@@ -193,6 +207,14 @@ def search_eigenpairs(
                 return ritz, True
         if basis.size == most:  # full: half of what is not asked for is thrown away
             basis.keep(ritz, k + (most - k) // 2)
+
+
+def _in_words(ritz: Ritz, k: int, rtol: float) -> str:
+    """Return how near the first k pairs are."""
+    near = int(_near(ritz, rtol)[:k].sum())
+    size = ritz.norm or 1.0
+    worst = float(ritz.residuals[:k].max()) / size
+    return f"{near} of {k} pairs, residual {worst:.1g}, wanted {0.5 * rtol:.1g}"
 
 
 def _near(ritz: Ritz, rtol: float) -> Tensor:
@@ -235,8 +257,10 @@ def quadrature_rule(basis: Basis, steps: int) -> tuple[Tensor, Tensor]:
     """
     basis.restart()
     v, length = basis.draw(), math.inf
-    while length and basis.size < steps:
-        v, length = basis.grow(v)
+    with task("Lanczos from one vector", steps, "products", at_most=True) as products:
+        while length and basis.size < steps:
+            v, length = basis.grow(v)
+            products.advance()
     values, vectors = torch.linalg.eigh(basis.projected[: basis.size, : basis.size])
     missing = steps - basis.size
     nodes = torch.cat([values, values[-1:].expand(missing)])

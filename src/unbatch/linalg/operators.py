@@ -17,6 +17,7 @@ from torch import Tensor
 from unbatch.errors import MSG_OPERATOR_SHAPES, MSG_OPERATOR_VECTOR, InputError
 from unbatch.linalg.rows import sum_of
 from unbatch.linalg.space import Space
+from unbatch.running.tasks import task
 
 # ``[n, K]`` to ``[m, K]``.
 Apply = Callable[[Tensor], Tensor]
@@ -131,7 +132,11 @@ class Operator(ABC):
         """Return the matrix, ``[m, n]``, by products with unit vectors."""
         # Some unit vectors at a time, as an operator may need memory for every column.
         identity = torch.eye(self.shape[1], dtype=self.dtype, device=self.device)
-        columns = [self._apply(vectors) for vectors in identity.split(UNIT_VECTORS, 1)]
+        columns = []
+        with task("Columns of the matrix", self.shape[1], "columns") as done:
+            for vectors in identity.split(UNIT_VECTORS, 1):
+                columns.append(self._apply(vectors))
+                done.advance(vectors.shape[1])
         if not columns:
             return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
         return torch.cat(columns, 1)

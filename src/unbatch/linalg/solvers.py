@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 
 from unbatch.errors import MSG_NOT_CONVERGED, ConvergenceError
+from unbatch.running.interrupts import left_behind
+from unbatch.running.tasks import Task, task
+
+INTERRUPTED = " It was interrupted."
 
 
 @dataclass(frozen=True)
@@ -47,12 +51,24 @@ def conjugate_gradients(
 
     Conjugate gradients (Hestenes and Stiefel 1952), with at most ``limit`` products ``times``.
     """
+    with task("Conjugate gradients", limit, "products", at_most=True) as products:
+        return _conjugate_gradients(times, b, rtol, products)
+
+
+def _conjugate_gradients(
+    times: Callable[[Tensor], Tensor], b: Tensor, rtol: float, products: Task
+) -> tuple[Tensor, Solved]:
+    """Iterate, with no more products than the task has in all, but for one at the end."""
     x, r = torch.zeros_like(b), b.clone()
     direction, size = r.clone(), b.norm()
     squared, iterations = r @ r, 0
     # The recursion's residual drifts from the true one: it is brought to half of what is allowed.
-    while iterations < limit and squared.sqrt() > 0.5 * rtol * size:
-        forward = times(direction)
+    while products.done != products.total and squared.sqrt() > 0.5 * rtol * size:
+        relative = float(squared.sqrt() / size)
+        products.say(f"residual {relative:.1g}, wanted {0.5 * rtol:.1g}")
+        with left_behind(x, Solved("cg", iterations, relative, rtol, INTERRUPTED)):
+            forward = times(direction)
+            products.advance()
         curvature = direction @ forward
         if not curvature > 0:  # rounding, or A is not positive definite
             break

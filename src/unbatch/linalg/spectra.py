@@ -24,6 +24,8 @@ from unbatch.linalg.probes import seeded
 from unbatch.linalg.products import long_dtype, sign_vectors, times
 from unbatch.linalg.rows import Moments
 from unbatch.linalg.traces import METHODS
+from unbatch.running.interrupts import leave_behind
+from unbatch.running.tasks import task
 
 
 def _identity(values: Tensor) -> Tensor:
@@ -155,7 +157,8 @@ def eigh(
     Woźniakowski (1992, theorem 4.2) none is left but for a chance of 1e-6, or the next pair has
     converged as well. ``rtol``: of the residuals, relative to the norm of A; by default the root of
     the precision of its dtype. Raises ``ConvergenceError`` where ``max_products`` (by default
-    ``50 · basis``) do not get there, unless ``info``, which adds a ``Search``.
+    ``50 · basis``) do not get there, unless ``info``, which adds a ``Search``. Ctrl-C leaves pairs
+    and ``Search`` as far as it got in ``reached`` of the ``KeyboardInterrupt``.
     """
     pairs, search = searched(
         A, k, which=which, rtol=rtol, max_products=max_products, basis=basis, seed=seed
@@ -193,8 +196,15 @@ def searched(
     allowed = _at_least("max_products", max_products, 2 * k) - k
     space = Basis(A, most, _generator(seed))
     # ``complete`` is about what may have been overlooked, the residuals about what was found.
-    ritz, complete = search_eigenpairs(space, k, key, rtol, allowed, _start(A, start))
-    pairs, residuals = _ascending(space, ritz, k)
+    begin = _start(A, start)
+    try:
+        ritz, complete = search_eigenpairs(space, k, key, rtol, allowed, begin)
+    except KeyboardInterrupt as error:
+        if space.link is not None:
+            leave_behind(error, *_so_far(space, k, key, rtol, seed))
+        raise
+    pairs = _ascending(space, ritz, k)
+    residuals = _residuals(space, pairs)
     return pairs, Search(residuals, ritz.norm, rtol, complete, space.products, most, seed)
 
 
@@ -214,17 +224,35 @@ def _start(A: Any, start: Tensor | None) -> Tensor | None:
     return v / length
 
 
-def _ascending(space: Basis, ritz: Ritz, k: int) -> tuple[Eigenpairs, Tensor]:
-    """Return the first k Ritz pairs as eigenpairs, and their residuals from k products."""
+def _so_far(space: Basis, k: int, key: Key, rtol: float, seed: int) -> tuple[Eigenpairs, Search]:
+    """Return the pairs that an interrupted search has, k at most, with estimates of residuals."""
+    assert space.link is not None
+    ritz = space.ritz(key, space.link)
+    k = min(k, space.size)
+    order = ritz.values[:k].argsort()
+    residuals = ritz.residuals[:k][order]
+    pairs = _ascending(space, ritz, k)
+    search = Search(residuals, ritz.norm, rtol, False, space.products, len(space.rows), seed)
+    return pairs, search
+
+
+def _ascending(space: Basis, ritz: Ritz, k: int) -> Eigenpairs:
+    """Return the first k Ritz pairs as eigenpairs."""
     # The order of the key is descending, and by magnitude not even that of the values.
     space.keep(ritz, k)
     values, order = ritz.values[:k].sort()
     vectors = space.rows[:k][order.to(space.rows.device)].T
+    return Eigenpairs(values.to(space.rows.device, space.rows.dtype), vectors)
+
+
+def _residuals(space: Basis, pairs: Eigenpairs) -> Tensor:
+    """Return the residuals of eigenpairs, by a product for each."""
+    values, vectors = pairs
     residuals = []
-    for value, v in zip(values.tolist(), vectors.T, strict=True):
-        residuals.append(float((space.times(v) - value * v).norm()))
-    pairs = Eigenpairs(values.to(space.rows.device, space.rows.dtype), vectors)
-    return pairs, torch.tensor(residuals, dtype=torch.float64)
+    with task("Residuals of the eigenpairs", len(values), "products") as products:
+        for value, v in products.over(zip(values, vectors.T, strict=True)):
+            residuals.append(float((space.times(v) - value * v).norm()))
+    return torch.tensor(residuals, dtype=torch.float64)
 
 
 # -- trace and diagonal --
@@ -266,9 +294,10 @@ def diagonal(A: Any, samples: int, *, seed: int = 0) -> Estimate:
     if samples >= D:
         return _exactly(_diagonal_of(A), D, seed)
     moments = Moments()
-    for _ in range(samples):
-        z = sign_vectors(generator, A, 1)[:, 0]
-        moments.add((z * times(A, z))[None])
+    with task("Diagonal by random signs", samples, "products") as products:
+        for _ in products.over(range(samples)):
+            z = sign_vectors(generator, A, 1)[:, 0]
+            moments.add((z * times(A, z))[None])
     standard_errors = (moments.variance / samples).sqrt()
     return Estimate(moments.mean, standard_errors, "random signs", samples, seed)
 
@@ -298,7 +327,10 @@ def density(
     _at_least("probes", probes, 2)
     steps = min(_at_least("steps", steps, 1), D)
     basis = Basis(A, steps, _generator(seed))
-    rules = [quadrature_rule(basis, steps) for _ in range(probes)]
+    rules = []
+    with task("Spectral density by Lanczos", probes, "probes") as drawn:
+        for _ in drawn.over(range(probes)):
+            rules.append(quadrature_rule(basis, steps))
     nodes = torch.stack([of_probe for of_probe, _ in rules])
     weights = torch.stack([of_probe for _, of_probe in rules])
     # A multiple of the identity has one node, and the zero matrix none but zero.

@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 
 from unbatch.linalg.products import gaussian_vectors, sign_vectors, small, times
+from unbatch.running.tasks import task
 
 
 def hutchinson(A: Any, samples: int, generator: torch.Generator) -> tuple[Tensor, int]:
     """Return ``zᵀAz`` for random signs z, one vector at a time (Hutchinson 1989)."""
     terms = []
-    for _ in range(samples):
-        z = sign_vectors(generator, A, 1)[:, 0]
-        terms.append(z @ times(A, z))
+    with task("Trace by random signs", samples, "products") as products:
+        for _ in products.over(range(samples)):
+            z = sign_vectors(generator, A, 1)[:, 0]
+            terms.append(z @ times(A, z))
     return torch.stack(terms), samples
 
 

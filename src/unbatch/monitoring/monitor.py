@@ -38,6 +38,8 @@ from unbatch.monitoring.metrics import (
 from unbatch.problem.parameters import Selection, select
 from unbatch.problem.problem import Problem
 from unbatch.problem.validation import check_by, check_callable
+from unbatch.running.interrupts import Held
+from unbatch.running.tasks import Muted
 
 # What is written for one measurement. JSON all the way down: the file, the board and the caller of
 # ``step`` get the same one.
@@ -315,7 +317,12 @@ class Monitor:
         # Replays and probes draw random numbers, which training must not miss. Inference mode is
         # switched off because a loop in it may still measure, which takes derivatives.
         before = random_state()
-        with warnings.catch_warnings(record=True) as caught, torch.inference_mode(False):
+        with (
+            Held(),
+            Muted(),
+            warnings.catch_warnings(record=True) as caught,
+            torch.inference_mode(False),
+        ):
             warnings.simplefilter("always")
             try:
                 line = self._results(problem, inputs, targets)

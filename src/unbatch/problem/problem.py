@@ -70,6 +70,7 @@ from unbatch.problem.validation import (
     parse_seconds,
     parse_tree,
 )
+from unbatch.running.tasks import task
 from unbatch.verification.crosstalk import Crosstalk, crosstalk
 from unbatch.verification.verify import Verification, verify
 
@@ -469,7 +470,8 @@ class Problem:
         if session is None:  # never recorded on such a batch, or another computation than then
             if last is not None or not recordings:
                 self._checks.begin()
-            recording = Recording.of(program, batch, self._where, self._call_text())
+            with task("Recording the model"):
+                recording = Recording.of(program, batch, self._where, self._call_text())
             session = Session(recording, recordings.known)
         recordings.put(signature, session)
         self._session = session

@@ -30,6 +30,7 @@ from unbatch.gradients.request import HOUR, Request, recorded_precision
 from unbatch.problem.evaluate import answer, planned
 from unbatch.problem.session import Session
 from unbatch.problem.staleness import is_stale
+from unbatch.running.tasks import task
 
 
 @outside_inference_mode()
@@ -74,7 +75,9 @@ class Question:
         label = label_of(structure, self.by, ownership)
         _warn_of_moments(structure, quantities, label)
         # The engine switches gradients on where it needs them, and only there.
-        with torch.no_grad(), recorded_precision():
+        # By the names that the user has typed.
+        names = [type(quantity).__name__ for quantity in quantities]
+        with task(", ".join(names)), torch.no_grad(), recorded_precision():
             return answer(self.request, quantities, label, out or {})
 
     def plan(self, quantities: Sequence[Quantity]) -> Plan:

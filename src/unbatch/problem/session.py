@@ -28,6 +28,7 @@ from unbatch.gradients.request import recorded_precision
 from unbatch.problem.analysis import Analysis, analyse
 from unbatch.problem.known_forms import KnownForms
 from unbatch.problem.recording import Batch, Recording, contents_of, numbers_of, state_of
+from unbatch.running.tasks import task
 from unbatch.verification.experiment import Experiment
 
 
@@ -49,7 +50,8 @@ class Session:
     def analysis(self) -> Analysis:
         """Return the analysis. Cost: a few forward passes, the first time."""
         if self._analysis is None:
-            self._analysis = analyse(self.recording, self.known)
+            with task("Analysing the structure"):
+                self._analysis = analyse(self.recording, self.known)
             self._note_contents()
         return self._analysis
 

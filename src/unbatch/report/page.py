@@ -22,6 +22,7 @@ from unbatch.errors import MSG_REPORT_FILE, UnbatchError
 from unbatch.problem.problem import Problem
 from unbatch.problem.validation import check_shown
 from unbatch.report.parts import PARTS, Block, Part, Picture, Status, Table, dtypes
+from unbatch.running.tasks import task
 
 FILE = Path("unbatch-report.html")
 
@@ -70,7 +71,10 @@ def check_writable(path: Path) -> None:
 def page(problem: Problem, title: str, said: Mapping[str, str]) -> str:
     """Return the page as HTML; without a title it is that of the model."""
     # The parts first: they compute, and the facts then come from the same recording.
-    parts = [(part, list(_blocks(part, problem))) for part in PARTS]
+    parts = []
+    with task("Computing the report", len(PARTS), "parts") as done:
+        for part in done.over(PARTS):
+            parts.append((part, list(_blocks(part, problem))))
     return _template().render(
         title=title or name_of(problem.program.inside),
         facts=_facts(problem) | dict(said),

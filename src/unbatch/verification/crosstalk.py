@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from unbatch.capture.after_run import AfterRun
 from unbatch.capture.trees import dense
 from unbatch.errors import MSG_HIDDEN, MSG_NOT_REPLACED, StructureError
+from unbatch.running.tasks import task
 from unbatch.verification.experiment import Experiment
 
 SHADES = " ░▒▓█"
@@ -89,8 +90,9 @@ def crosstalk(
     directions = _directions(predictions.shape[1], probes).to(predictions)
     leaves = list(smooth.values())
     # ‖∂F_n/∂x_m‖² = Σ_u ‖∂(uᵀF_n)/∂x_m‖²: one backward pass for each u and all samples m.
-    for n in rows:
-        for u in directions:
+    pulled = [(n, u) for n in rows for u in directions]
+    with task("Derivatives of the predictions by the inputs", len(pulled)) as passes:
+        for n, u in passes.over(pulled):
             with experiment.backward(after):
                 grads = torch.autograd.grad(
                     predictions[n] @ u, leaves, retain_graph=True, allow_unused=True
@@ -146,12 +148,13 @@ def _by_replacement(experiment: Experiment, rows: Sequence[int]) -> Tensor:
     """Return how far each prediction moves when one sample after the other is replaced."""
     base = experiment.rows(experiment.base)
     matrix = torch.zeros(experiment.samples, experiment.samples, dtype=torch.float64)
-    for m in range(experiment.samples):
-        others = torch.arange(experiment.samples) != m
-        try:
-            new = experiment.rows(experiment.predict(experiment.changed(others, "rolled", m)))
-        except Exception as error:
-            reason = str(error).partition("\n")[0]
-            raise StructureError(MSG_NOT_REPLACED.format(sample=m, error=reason)) from error
-        matrix[rows, m] = (new - base)[rows].norm(dim=1).to(matrix)
+    with task("Replacing sample after sample", experiment.samples) as passes:
+        for m in passes.over(range(experiment.samples)):
+            others = torch.arange(experiment.samples) != m
+            try:
+                new = experiment.rows(experiment.predict(experiment.changed(others, "rolled", m)))
+            except Exception as error:
+                reason = str(error).partition("\n")[0]
+                raise StructureError(MSG_NOT_REPLACED.format(sample=m, error=reason)) from error
+            matrix[rows, m] = (new - base)[rows].norm(dim=1).to(matrix)
     return matrix

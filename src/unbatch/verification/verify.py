@@ -15,6 +15,7 @@ from unbatch.analysis.domain.sample_layout import in_its_group
 from unbatch.analysis.explanations import REMEDY, WHY
 from unbatch.analysis.structure import Structure
 from unbatch.analysis.verdict import Culprit, Verdict
+from unbatch.running.tasks import Task, task
 from unbatch.verification.counterexample import Counterexample
 from unbatch.verification.draw import ALL, Draw
 from unbatch.verification.experiment import Experiment, Untestable
@@ -40,6 +41,8 @@ NOTE_PAIRS = "each sample is compared with every other: a rank needs the whole b
 NOTE_DRAWN = "drawn with a seed, as predictions are large: {drawn}; give `effort=` for more"
 NOTE_RAGGED = "samples have rows of their own number: that one function treats them is not tried"
 NOTE_UNTESTED = "the loss could not be tested: {error}: {text}"
+
+OF_MODEL, OF_LOSS = 3, 3  # verdicts that are tested
 
 LossTest = Callable[[LossExperiment], Counterexample | None]
 
@@ -340,24 +343,31 @@ def verify(structure: Structure, experiment: Experiment, output: Any) -> Verific
     if draw is not ALL:
         experiment = replace(experiment, draw=draw)
     checks = []
-    if structure.samples > 1:
-        checks += _forward_checks(structure, experiment)
-    if _has_loss(experiment):
-        checks += _loss_checks(structure, loss_experiment(experiment, output))
+    of_model, of_loss = structure.samples > 1, _has_loss(experiment)
+    total = OF_MODEL * of_model + OF_LOSS * of_loss
+    with task("Testing the verdicts", total, "verdicts") as verdicts:
+        if of_model:
+            checks += _forward_checks(structure, experiment, verdicts)
+        if of_loss:
+            checks += _loss_checks(structure, loss_experiment(experiment, output), verdicts)
     return Verification(tuple(checks), str(draw))
 
 
-def _forward_checks(structure: Structure, experiment: Experiment) -> list[Check]:
+def _forward_checks(structure: Structure, experiment: Experiment, verdicts: Task) -> list[Check]:
     """Return the checks of the verdicts on the model; of a single sample there are none."""
     dependence = cross_sample_dependence(experiment)
     independent = _check(structure.independent_forward, "replace all other samples", dependence)
+    verdicts.advance()
     # The second test is run only if the first has not refuted the verdict already.
     witness = dependence or not_equivariant(experiment)
     simd = _check(structure.simd_forward, "replace and permute samples", witness)
-    return [independent, simd, _check_given_statistics(structure, experiment)]
+    verdicts.advance()
+    given_statistics = _check_given_statistics(structure, experiment)
+    verdicts.advance()
+    return [independent, simd, given_statistics]
 
 
-def _loss_checks(structure: Structure, loss: LossExperiment) -> list[Check]:
+def _loss_checks(structure: Structure, loss: LossExperiment, verdicts: Task) -> list[Check]:
     """Return the checks of the verdicts on the loss; one that cannot be run says why."""
     tests: list[tuple[Verdict, str, LossTest]] = [
         (
@@ -377,7 +387,7 @@ def _loss_checks(structure: Structure, loss: LossExperiment) -> list[Check]:
         ),
     ]
     checks = []
-    for verdict, words, test in tests:
+    for verdict, words, test in verdicts.over(tests):
         try:
             checks.append(_check(verdict, words, test(loss)))
         except Exception as error:
