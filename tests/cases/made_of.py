@@ -651,6 +651,40 @@ def _():
     return Net(run, inner=mlp(D, D), out=linear(D, C)), F.cross_entropy, reals(N, D), labels()
 
 
+@case("a derivative by an input that requires a gradient")
+def _():
+    def run(net, x):
+        u = net.inner(x)
+        (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+        return slope[:, :1] + u
+
+    X = reals(N, D).requires_grad_()
+    return Net(run, inner=mlp(D, C)), F.mse_loss, X, reals(N, C)
+
+
+@case("a derivative by an input that was made of such")
+def _():
+    def run(net, x, t):
+        z = torch.cat([x, t], 1)
+        u = net.inner(z)
+        (slope,) = torch.autograd.grad(u.square().sum(), x, create_graph=True)
+        return slope[:, :C] * u
+
+    X = reals(N, D).requires_grad_() * 2, reals(N, 1)
+    return Net(run, inner=mlp(D + 1, C)), F.mse_loss, X, reals(N, C)
+
+
+@case("a derivative by the data in the loss")
+def _():
+    X = reals(N, D).requires_grad_()
+
+    def loss(u, x):
+        (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+        return (slope[:, :C] + u).square().mean()
+
+    return mlp(D, C), loss, X, X
+
+
 @case("models in an ensemble by functions")
 def _():
     def run(net, x):
@@ -1117,6 +1151,7 @@ REFUSED = {
     "a nested input": ALL,
     "a nested tensor inside": ALL,
     "a frozen scripted model": DERIVATIVES,
+    "a derivative by the data in the loss": ALL,
     "a plain object with a tensor": ROWS | CURVATURE,
     "a distribution": ROWS | CURVATURE,
     "nothing": DERIVATIVES,
