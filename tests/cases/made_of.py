@@ -243,6 +243,17 @@ def _():
     return Net(run, inner=linear(D, D), out=linear(D, C)), F.cross_entropy, reals(N, T, D), labels()
 
 
+@case("a layer on the rows of a jagged tensor")
+def _():
+    def run(net, x):
+        rows = torch.nested.as_nested_tensor(
+            [row[: i % T + 1] for i, row in enumerate(x)], layout=torch.jagged
+        )
+        return net.out(torch.stack([row.mean(0) for row in net.inner(rows).unbind()]))
+
+    return Net(run, inner=linear(D, D), out=linear(D, C)), F.cross_entropy, reals(N, T, D), labels()
+
+
 @case("a nested tensor inside")
 def _():
     def run(net, x):

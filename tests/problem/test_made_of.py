@@ -144,6 +144,19 @@ def test_answers_are_those_of_plain_autograd(name: str) -> None:
         assert found["verification"]
 
 
+@pytest.mark.parametrize("name", [n for n in CASES if "jagged" in n or "sparse" in n])
+def test_rows_by_copy_are_given_or_refused(name: str) -> None:
+    model, loss, X, y, options = CASES[name]()
+    try:
+        problem = _problem(model, loss, X, y, options)
+        rows = problem.gradients(by="copy")
+    except ub.UnbatchError as refusal:
+        _check_refusal(refusal)
+        return
+    for parameter, gradient in problem.gradient().items():
+        near(rows[parameter].sum(0), gradient, parameter, 1e-9)
+
+
 def _checkpointed(net, x):
     return net.out(checkpoint(net.inner, x, use_reentrant=True))
 
