@@ -58,7 +58,7 @@ class BlockGGN(Operator):
     def _apply(self, v: Tensor) -> Tensor:
         product = torch.zeros_like(v)
         for block, index in self._indexed():
-            product[index] = block._apply(v[index])
+            product[index] = (block @ v[index]).to(v.dtype)
         return product
 
     def diag(self) -> Tensor:
@@ -97,7 +97,8 @@ class BlockGGN(Operator):
         """Return the solution for a flat vector; ``checked``: raise where a block fails."""
         solution, reports = torch.zeros_like(right), []
         for block, index in self._indexed():
-            solution[index], report = block.solve(right[index], damping, info=True, **options)
+            x, report = block.solve(right[index], damping, info=True, **options)
+            solution[index] = x.to(solution.dtype)
             if checked:
                 report.check()  # before the next block, which would be solved for nothing
             reports.append(report)

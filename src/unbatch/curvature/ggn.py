@@ -43,6 +43,7 @@ from unbatch.gradients.sources import Source
 from unbatch.linalg import spectra
 from unbatch.linalg.estimates import Control, DiagonalEstimate, estimate_diagonal
 from unbatch.linalg.operators import Operator
+from unbatch.linalg.rows import widest
 from unbatch.linalg.solvers import Solved
 from unbatch.linalg.space import Space
 from unbatch.linalg.spectra import Eigenpairs
@@ -84,9 +85,12 @@ class GGN(Operator):
     def __init__(self, point: Point, draws: Draws = None, samples: Tensor | None = None) -> None:
         self.point, self.draws, self.subset = point, draws, samples
         self.space = point.request.space
-        like = next(iter(point.parameters.values()))
+        parameters = list(point.parameters.values())
         self.shape = (self.space.size, self.space.size)
-        self.dtype, self.device = like.dtype, like.device
+        self.dtype, self.device = widest(parameters), parameters[0].device
+        # The type that rounds most among all parameters, whose layers its columns pass.
+        types = [*point.request.context.types_of_parameters, self.dtype]
+        self._rounded = max(types, key=lambda dtype: torch.finfo(dtype).eps)
         # Those that are not zero, ascending, by the type that they were computed in.
         self._eigenvalues: dict[torch.dtype, Tensor] = {}
 
@@ -302,7 +306,7 @@ class GGN(Operator):
     def _spectrum(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues that are not zero, ascending, and ``A`` of eigenvectors ``V A``; float64."""
         gram = spectrum.checked(self._columns_gram, "Eigenvalues and eigenvectors")
-        return spectrum.spectrum(gram, self.root.sigma.double(), self.dtype)
+        return spectrum.spectrum(gram, self.root.sigma.double(), self._rounded)
 
     def _values(self, working: torch.dtype) -> Tensor:
         """Return the eigenvalues that are not zero, ascending, computed in ``working``.
@@ -313,7 +317,7 @@ class GGN(Operator):
         if (self.root.sigma < 0).any():
             return self._spectrum[0]  # always in float64
         if working not in self._eigenvalues:
-            values = spectrum.positive_eigenvalues(gram.to(working), self.dtype)
+            values = spectrum.positive_eigenvalues(gram.to(working), self._rounded)
             self._eigenvalues[working] = values
         return self._eigenvalues[working]
 
@@ -408,14 +412,14 @@ class GGN(Operator):
 
         ``info``: also the worst ``Solved``. ``method``: "woodbury" (through the Gram matrix; the
         default where that is small), or "cg" (products only; needs a positive definite matrix).
-        ``rtol``: of the residual, by default 1e-8 in float64 and 1e-3 in float32. Raises
-        ``ConvergenceError`` where that is not reached and ``info`` is not asked for, ``InputError``
-        for other shapes.
+        ``rtol``: of the residual, by default 1e-8 in float64, and 1e-3 if any parameter is in
+        float32. Raises ``ConvergenceError`` where that is not reached and ``info`` is not asked
+        for, ``InputError`` for other shapes.
         """
         if method not in (None, "woodbury", "cg"):
             raise InputError(MSG_METHOD.format(value=method))
         if not rtol:
-            rtol = RTOL_IN_DOUBLE if self.dtype == torch.float64 else RTOL_IN_SINGLE
+            rtol = RTOL_IN_DOUBLE if self._rounded == torch.float64 else RTOL_IN_SINGLE
         reports: list[Solved] = []
 
         def solved(right: Tensor) -> Tensor:
