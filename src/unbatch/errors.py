@@ -284,6 +284,13 @@ MSG_MODEL_FAILED = (
 )
 
 
+MSG_INNER_DERIVATIVE = (
+    "Model and loss are given tensors of their own, and none of a closure. A derivative by the "
+    "data is taken in the model, by the input that it was called with: `x = x.requires_grad_()`, "
+    "then `torch.autograd.grad(u.sum(), x, create_graph=True)`; return it beside the predictions."
+)
+
+
 MSG_ITERATOR = (
     "The program takes the next item of {name!r}, an iterator of type {kind}, which cannot be put "
     "back afterwards. Keep what it yields in a list and step through that by index, or pass the "

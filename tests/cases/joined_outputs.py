@@ -227,6 +227,29 @@ def _() -> Any:
     return Net(lambda net, x: (net.layers(x), net.scale)), points(N)
 
 
+@case("two towers, and a temperature made of a parameter", lambda o: _contrasted(*o))
+def _() -> Any:
+    def returned(net: Net, x: Tensor, z: Tensor) -> Any:
+        return net.layers(x), net.layers(z), net.scale[0].exp()
+
+    return Net(returned, outputs=3), points(N, N)
+
+
+def _contrasted(a: Tensor, b: Tensor, temperature: Tensor) -> Tensor:
+    return F.cross_entropy(temperature * a @ b.T, torch.arange(len(a)))
+
+
+@case("an equation with a coefficient that is learned", lambda o: _with_coefficient(*o))
+def _() -> Any:
+    net = Net(lambda net, x: (net.layers(x), net.coefficient), norm=False)
+    net.coefficient = nn.Parameter(torch.tensor(0.7).double())
+    return net, points(N)
+
+
+def _with_coefficient(z: Tensor, coefficient: Tensor) -> Tensor:
+    return (z * coefficient).square().mean() + (coefficient - 1) ** 4
+
+
 @case("a parameter as an output, and noise in the loss", lambda o: _with_noise(*o))
 def _() -> Any:
     return Net(lambda net, x: (net.layers(x), net.scale)), points(N)

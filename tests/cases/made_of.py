@@ -243,6 +243,17 @@ def _():
     return Net(run, inner=linear(D, D), out=linear(D, C)), F.cross_entropy, reals(N, T, D), labels()
 
 
+@case("a layer on the rows of a jagged tensor")
+def _():
+    def run(net, x):
+        rows = torch.nested.as_nested_tensor(
+            [row[: i % T + 1] for i, row in enumerate(x)], layout=torch.jagged
+        )
+        return net.out(torch.stack([row.mean(0) for row in net.inner(rows).unbind()]))
+
+    return Net(run, inner=linear(D, D), out=linear(D, C)), F.cross_entropy, reals(N, T, D), labels()
+
+
 @case("a nested tensor inside")
 def _():
     def run(net, x):
@@ -649,6 +660,40 @@ def _():
         return net.out(value + tangent)
 
     return Net(run, inner=mlp(D, D), out=linear(D, C)), F.cross_entropy, reals(N, D), labels()
+
+
+@case("a derivative by an input that requires a gradient")
+def _():
+    def run(net, x):
+        u = net.inner(x)
+        (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+        return slope[:, :1] + u
+
+    X = reals(N, D).requires_grad_()
+    return Net(run, inner=mlp(D, C)), F.mse_loss, X, reals(N, C)
+
+
+@case("a derivative by an input that was made of such")
+def _():
+    def run(net, x, t):
+        z = torch.cat([x, t], 1)
+        u = net.inner(z)
+        (slope,) = torch.autograd.grad(u.square().sum(), x, create_graph=True)
+        return slope[:, :C] * u
+
+    X = reals(N, D).requires_grad_() * 2, reals(N, 1)
+    return Net(run, inner=mlp(D + 1, C)), F.mse_loss, X, reals(N, C)
+
+
+@case("a derivative by the data in the loss")
+def _():
+    X = reals(N, D).requires_grad_()
+
+    def loss(u, x):
+        (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+        return (slope[:, :C] + u).square().mean()
+
+    return mlp(D, C), loss, X, X
 
 
 @case("models in an ensemble by functions")
@@ -1117,6 +1162,7 @@ REFUSED = {
     "a nested input": ALL,
     "a nested tensor inside": ALL,
     "a frozen scripted model": DERIVATIVES,
+    "a derivative by the data in the loss": ALL,
     "a plain object with a tensor": ROWS | CURVATURE,
     "a distribution": ROWS | CURVATURE,
     "nothing": DERIVATIVES,

@@ -303,6 +303,14 @@ readout("attention", by_attention)
 readout("splitting", by_splitting)
 
 
+def by_a_loop(net: Net, x: Tensor, edges: Tensor, batch: Tensor) -> Tensor:
+    h = passed(net.a(x), edges).tanh()
+    return net.b(torch.stack([h[batch == n].sum(0) for n in range(count_of(batch))]))
+
+
+readout("a loop over graphs", by_a_loop)
+
+
 @case("graphs of a model with its own loss")
 def _() -> Case:
     def run(net: Net, x: Tensor, batch: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -396,6 +404,19 @@ for kind in ("RNN", "LSTM", "GRU"):
         rows = ub.rows_of(X)
         net, owners = Net(run, layer=layer), rows.owners
         return Case(net, F.cross_entropy, X, classes(R), rows, rows, owners)
+
+
+@case("words and tags of sentences that are packed, each with rows of its own")
+def _() -> Case:
+    X = packed()
+    tags = pack_sequence([classes(k) for k in SIZES.tolist()], enforce_sorted=False)
+    net = Net(lambda net, x: net.b(net.layer(x)[0].data), layer=nn.GRU(D, H))
+    dims = (ub.rows_of(X), ub.rows_of(tags))
+
+    def loss(p: Tensor, y: PackedSequence) -> Tensor:
+        return F.cross_entropy(p, y.data)
+
+    return Case(net, loss, X, tags, dims, ub.rows_of(X), ub.rows_of(X).owners)
 
 
 @case("two sentences in each sample, both packed")

@@ -689,3 +689,65 @@ def _quiet():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ub.MixedSamplesWarning)
         yield
+
+
+# ---------------------------------------------------------------- layers of several types
+
+
+class OfTwoTypes(nn.Module):
+    """Layers of two types, as a net has of which a part is in another precision."""
+
+    def __init__(self, first: torch.dtype, second: torch.dtype) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 5).to(first), nn.Linear(5, 3).to(second)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.a(x.to(self.a.weight.dtype)).tanh()
+        return self.b(hidden.to(self.b.weight.dtype))
+
+
+TYPES = [(torch.float32, torch.float64), (torch.float64, torch.float32)]
+
+
+def problems_of_types(types) -> tuple[ub.Problem, ub.Problem]:
+    """A net with layers of two types, and the same net in float64."""
+    torch.manual_seed(0)
+    net, exact = OfTwoTypes(*types), OfTwoTypes(torch.float64, torch.float64)
+    exact.load_state_dict(net.state_dict())
+    X, y = torch.randn(6, 4).double(), torch.arange(6) % 3
+    return ub.Problem(net, F.cross_entropy, (X, y)), ub.Problem(exact, F.cross_entropy, (X, y))
+
+
+OF_TYPES = {
+    "product": lambda G, v: G @ v,
+    "diagonal": lambda G, v: G.diag(),
+    "matrix": lambda G, v: G.to_dense(),
+    "Gram matrix": lambda G, v: G.gram(),
+    "eigenvalues": lambda G, v: G.eigvalsh(),
+    "largest eigenvalues": lambda G, v: G.eigh(2).values,
+    "directions": lambda G, v: G.directions(1).values,
+    "determinant": lambda G, v: G.logdet(0.1),
+    "solution": lambda G, v: G.solve(v, damping=0.1),
+    "solution by products": lambda G, v: G.solve(v, damping=0.1, method="cg", rtol=1e-5),
+}
+
+
+@pytest.mark.parametrize("types", TYPES)
+@pytest.mark.parametrize("question", OF_TYPES)
+def test_layers_of_two_types_have_answers_in_the_wider_one(types, question):
+    problem, exact = problems_of_types(types)
+    v = torch.linspace(-1, 1, 43).double()
+    found = OF_TYPES[question](problem.ggn(), v)
+    assert found.dtype == torch.float64
+    near(found, OF_TYPES[question](exact.ggn(), v), question, floor=1e-4)
+
+
+@pytest.mark.parametrize("types", TYPES)
+def test_blocks_of_two_types(types):
+    problem, exact = problems_of_types(types)
+    v = torch.linspace(-1, 1, 43).double()
+    G, right = (p.ggn(blocks="module") for p in (problem, exact))
+    near(G @ v, right @ v, "product", floor=1e-4)
+    near(G.solve(v, damping=0.1), right.solve(v, damping=0.1), "solution", floor=1e-4)
+    near(G.eigvalsh(), right.eigvalsh(), "eigenvalues", floor=1e-4)
+    near(problem.compute(ub.Dots()), exact.compute(ub.Dots()), "dots", floor=1e-4)

@@ -52,7 +52,7 @@ def check_products(problem: ub.Problem, expected: Tensor) -> None:
     near(v[:, 0] @ G, v[:, 0] @ expected, "v @ G")
     named = G @ G.space.named(v[:, 0])
     near(torch.cat([t.flatten() for t in named.values()]), expected @ v[:, 0], "G @ dict")
-    V = torch.cat([t.flatten(1) for t in G.factor().values()], 1).T
+    V = torch.cat([t.reshape(len(t), -1) for t in G.factor().values()], 1).T
     near((V * G.root.sigma) @ V.T, expected, "V Σ Vᵀ")
 
 

@@ -231,6 +231,39 @@ def test_the_grad_mode_of_the_caller_is_kept_and_does_not_matter(enabled):
 # ---------------------------------------------------------------- what stops in the middle
 
 
+class ByRunningLoss(nn.Module):
+    """The loss relative to a running one, which it writes to before it reads it."""
+
+    def __init__(self, after=lambda loss: loss) -> None:
+        super().__init__()
+        self.register_buffer("running", torch.ones((), dtype=torch.float64))
+        self.after = after
+
+    def forward(self, p: Tensor, y: Tensor) -> Tensor:
+        loss = nn.functional.cross_entropy(p, y)
+        with torch.no_grad():
+            self.running.mul_(0.9).add_(loss, alpha=0.1)
+        return self.after(loss / self.running)
+
+
+@pytest.mark.parametrize("after", [lambda loss: loss, lambda loss: loss**2])
+def test_what_a_loss_writes_lasts_for_its_derivatives(after):
+    net = nn.Linear(3, 2).double()
+    X, y = torch.randn(5, 3).double(), torch.tensor([0, 1, 1, 0, 1])
+    problem = ub.Problem(net, ByRunningLoss(after), (X, y))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ub.MixedSamplesWarning)
+        rows, gradient, G = problem.gradients(), problem.gradient(), problem.ggn()
+    ByRunningLoss(after)(net(X), y).backward()
+    for name, p in net.named_parameters():
+        assert torch.allclose(gradient[name], p.grad, rtol=0, atol=1e-15)
+        assert torch.allclose(rows[name].sum(0), p.grad, rtol=0, atol=1e-15)
+    assert problem.program.loss.running == 1
+    assert not problem.structure.reduction
+    assert problem.structure.simd_loss
+    assert torch.allclose(G @ torch.ones(8).double(), G.to_dense().sum(1))
+
+
 class Stop(Exception):
     pass
 

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.checkpoint import checkpoint
 
 import unbatch as ub
-from cases.made_of import CASES, REFUSED, ROUNDED
+from cases.made_of import CASES, REFUSED, ROUNDED, C, D, N, Net, labels, linear, mlp, reals
 from unbatch.capture.opened import closed, opened
 from unbatch.capture.trees import dense
 
@@ -140,3 +142,73 @@ def test_answers_are_those_of_plain_autograd(name: str) -> None:
         near(found["diagonal"], matrix.diagonal(), "diagonal", exact)
     if "verification" not in refused:
         assert found["verification"]
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if "jagged" in n or "sparse" in n])
+def test_rows_by_copy_are_given_or_refused(name: str) -> None:
+    model, loss, X, y, options = CASES[name]()
+    try:
+        problem = _problem(model, loss, X, y, options)
+        rows = problem.gradients(by="copy")
+    except ub.UnbatchError as refusal:
+        _check_refusal(refusal)
+        return
+    for parameter, gradient in problem.gradient().items():
+        near(rows[parameter].sum(0), gradient, parameter, 1e-9)
+
+
+def _checkpointed(net, x):
+    return net.out(checkpoint(net.inner, x, use_reentrant=True))
+
+
+def _written_and_checkpointed(net, x):
+    return _checkpointed(net, x.mul_(0.5))
+
+
+def _leaf() -> Tensor:
+    return reals(N, D).requires_grad_()
+
+
+# Into what is made of a leaf a program may write.
+CHECKPOINTS = {
+    "of a leaf": (_checkpointed, _leaf),
+    "of what is made of a leaf": (_written_and_checkpointed, lambda: _leaf() * 2),
+}
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_a_reentrant_checkpoint_has_derivatives_where_its_input_requires_a_gradient(kind) -> None:
+    run, inputs = CHECKPOINTS[kind]
+    net, X, y = Net(run, inner=mlp(D, D), out=linear(D, C)), inputs(), labels()
+    before = X.detach().clone()
+    F.cross_entropy(net(X if X.is_leaf else X.clone()), y).backward()
+    X.grad = None
+    problem = ub.Problem(net, F.cross_entropy, (X, y))
+    gradient, rows = problem.gradient(), problem.gradients()
+    for name, p in net.named_parameters():
+        assert p.grad.abs().max() > 0
+        near(gradient[name], p.grad, name, 1e-12)
+        near(rows[name].sum(0), p.grad, name, 1e-12)
+    assert problem.verify()
+    assert torch.equal(X, before)
+    assert X.requires_grad
+    assert X.grad is None
+
+
+def test_whether_an_input_requires_a_gradient_is_read_at_each_question() -> None:
+    net, X, y = Net(_slope_of, inner=mlp(D, 1)), reals(N, D), reals(N, D)
+    problem = ub.Problem(net, F.mse_loss, (X, y))
+    with pytest.raises(ub.CaptureError, match="taken in the model"):
+        problem.gradient()
+    X.requires_grad_()
+    rows = problem.gradients()
+    assert rows.kind == "per-sample"
+    with pytest.raises(ub.CaptureError, match="taken in the model"):
+        problem.with_batch(X.detach(), y).gradients()
+    again = problem.with_batch(X.detach().requires_grad_(), y).gradients()
+    near(again.flat(), rows.flat(), "rows of the same batch", 1e-12)
+
+
+def _slope_of(net, x):
+    (slope,) = torch.autograd.grad(net.inner(x).sum(), x, create_graph=True)
+    return slope

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from unbatch import errors
 from unbatch.analysis.completeness import as_list, completed
@@ -40,7 +41,7 @@ from unbatch.capture import ops
 from unbatch.capture.aliasing import Window, known_at, places
 from unbatch.capture.graph import Graph, HostRead, ModuleCall
 from unbatch.capture.steps import Ref, Step, filled, is_ref, refs_in
-from unbatch.capture.tracer import sizes_itself
+from unbatch.capture.tracer import SIZING_ARGUMENT, sizes_itself
 
 # --- the interpretation ---------------------------------------------------------------------------
 
@@ -357,10 +358,18 @@ def _note_sizes(interpretation: Interpretation, call: registry.RuleContext, step
     # The recorder knows where sizes depend on values; whether these depend on the batch is said by
     # their ownership.
     selects = sizes_itself(step.op, step.args, graph) and not all(
-        registry.known_for_every_batch(m) for m in call.tensors
+        registry.known_for_every_batch(m) for m in _sizing_operands(call)
     )
     if selects or _sized_operands(interpretation, step):
         interpretation.sized.update(i for i in made if graph.values[i].shape)
+
+
+def _sizing_operands(call: registry.RuleContext) -> list[Ownership]:
+    """Return the ownership of what says how large a result is: of a selection, the index alone."""
+    name = SIZING_ARGUMENT.get(call.name)
+    if name is None:
+        return call.tensors
+    return [m for m in tree_leaves(call[name]) if m is not None]
 
 
 def _sized_operands(interpretation: Interpretation, step: Step) -> list[Ownership]:

@@ -162,6 +162,6 @@ def _times(rows: Mapping[str, Tensor], v: Mapping[str, Tensor]) -> Tensor | None
     total: Tensor | None = None
     for name, of_parameter in rows.items():
         if name in v:
-            product = of_parameter.flatten(1) @ v[name].flatten()
+            product = of_parameter.reshape(len(of_parameter), v[name].numel()) @ v[name].flatten()
             total = product if total is None else total + product
     return total

@@ -163,6 +163,12 @@ class Context:
         return tolerance({value.dtype for value in self._computed()}, BACKWARD)
 
     @property
+    def types_of_parameters(self) -> set[torch.dtype]:
+        """The floating-point types of all parameters, also of those that are not asked about."""
+        types = {value.dtype for value in self.graph.values if value.kind == "parameters"}
+        return {dtype for dtype in types if dtype.is_floating_point or dtype.is_complex}
+
+    @property
     def values_in_double(self) -> int:
         """Bytes of all that the forward pass computes, in float64."""
         entries = 0

@@ -158,10 +158,18 @@ class Dependence:
         """Tell whether all of the values are separate."""
         return all(self.is_separate(i) for i in values)
 
-    @property
-    def flowing(self) -> frozenset[int]:
-        """Values that depend on the parameters, and that the predictions depend on."""
-        return frozenset(i for i in self.theta if self.owned.nodes[i] in self.separate)
+    def flowing_to(self, outputs: Iterable[int]) -> frozenset[int]:
+        """Return what depends on the parameters, and what some outputs depend on.
+
+        Outputs without an axis of samples count as well, to which ``separate`` says nothing.
+        """
+        owned = self.owned
+        passed = owned.nodes_of(outputs)
+        for step in reversed(owned.graph.forward_steps):
+            if not has_derivatives(step) or passed.isdisjoint(owned.nodes_of(owned.results(step))):
+                continue
+            passed |= owned.nodes_of(self.reads(step))
+        return frozenset(i for i in self.theta if owned.nodes[i] in passed)
 
     def reads(self, step: Step) -> list[int]:
         """Return the values that a step reads and that depend on the parameters."""

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 from unbatch.autodiff.autograd import detached, or_zeros, pick, solid
 from unbatch.autodiff.context import Context
-from unbatch.capture.after_run import AfterRun
+from unbatch.capture.after_run import AfterRun, lasting
 from unbatch.capture.graph import Graph
 from unbatch.capture.own_nodes import own_derivatives, own_nodes
 from unbatch.capture.steps import Ref, Step, is_ref
@@ -377,11 +377,12 @@ def output_of(context: Context, values: Mapping[int, Tensor]) -> Any:
 
 def loss_of(context: Context, output: Any, after: AfterRun | None = None) -> Tensor:
     """Return the loss of an output, with everything else left as it is."""
-    targets = context.targets
+    targets, writes = context.targets, _loss_writes(context)
     with _protected(context, after), torch.enable_grad():
-        if _loss_writes(context):
+        if writes:
             targets = tree_map(copied, targets)  # what it writes has to last for the derivatives
-        value = context.program.evaluate(output, targets)
+        with lasting() if writes else nullcontext():
+            value = context.program.evaluate(output, targets)
     assert isinstance(value, Tensor)
     return value
 

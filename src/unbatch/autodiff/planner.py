@@ -83,7 +83,7 @@ class BackwardPlan:
     joined: tuple[int, ...]  # outputs without such an axis
     # What depends on the parameters, and how (``dependence.py``).
     theta: frozenset[int]
-    flowing: frozenset[int]  # of these, what the predictions depend on
+    flowing: frozenset[int]  # of these, what some output depends on
     frozen: frozenset[int]
     frozen_norms: frozenset[int]
     direct: frozenset[int]  # made from parameters, with no sample on the way
@@ -199,7 +199,7 @@ class _Planner:
             predictions=self.outputs.axes,
             joined=self.outputs.joined,
             theta=self.dependence.theta,
-            flowing=self.dependence.flowing,
+            flowing=self.dependence.flowing_to(self.outputs.smooth),
             frozen=self.dependence.frozen,
             frozen_norms=self.dependence.frozen_norms,
             direct=frozenset(self.direct),

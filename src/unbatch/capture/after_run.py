@@ -14,11 +14,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from unbatch.capture.holders import Holder, contents, restore
 from unbatch.capture.reachable import Reachable
 from unbatch.capture.tensor_states import Saved, TensorState, put_content, set_version
 from unbatch.capture.trees import version_of
+
+
+def lasting() -> contextlib.AbstractContextManager[None]:
+    """Return a context in which autograd keeps copies of what has no derivatives.
+
+    A run may write to buffers that are put back, and read them before or after.
+    """
+    return saved_tensors_hooks(_lasting, lambda t: t)
+
+
+def _lasting(saved: Tensor) -> Tensor:
+    # Of what has derivatives autograd knows the history, which would be kept in a circle.
+    return saved.detach() if saved.requires_grad else saved.clone()
 
 
 @dataclass

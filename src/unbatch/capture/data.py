@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import inspect
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from unbatch.capture.histories import connected
 from unbatch.capture.iterators import holds_iterator, with_copies
 from unbatch.capture.reachable import LEAVES
+from unbatch.capture.trees import tensors_in
+
+# What requires a gradient: by itself, or made of others that do.
+LEAF, MADE = "leaf", "made"
 
 # How far inside of an object data is looked for.
 DEPTH = 4
@@ -52,6 +58,42 @@ def _alias(leaf: Any) -> Any:
     if leaf.is_inference():
         return leaf.clone()  # autograd keeps nothing that was made there
     return leaf.detach()
+
+
+def tracked_in(tree: Any) -> tuple[str, ...]:
+    """Return for each tensor of the inputs what autograd knows of it.
+
+    Programs take derivatives by inputs that require a gradient, or skip what needs none.
+    """
+    kinds = []
+    for t in tensors_in(tree):
+        kind = ""
+        if t.requires_grad:
+            kind = LEAF if t.is_leaf else MADE
+        kinds.append(kind)
+    return tuple(kinds)
+
+
+def with_tracking(tree: Any, tracked: Sequence[str]) -> Any:
+    """Return inputs of our own of which autograd knows what it knows of the user's."""
+    if not any(tracked):
+        return tree
+    leaves, spec = tree_flatten(tree)
+    kinds = iter(tracked)
+    # What is asked of the inputs here, the program has not asked.
+    with torch._C.DisableTorchFunction(), torch.enable_grad():
+        for i, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor):
+                leaves[i] = _with_tracking(leaf, next(kinds, ""))
+    return tree_unflatten(leaves, spec)
+
+
+def _with_tracking(t: Tensor, kind: str) -> Tensor:
+    if not kind or t.requires_grad:
+        return t
+    leaf = t.detach().requires_grad_()
+    # Into what was made from others a program may write, into a leaf it may not.
+    return connected(leaf) if kind == MADE else leaf
 
 
 def holds_data(value: Any, depth: int = DEPTH) -> bool:

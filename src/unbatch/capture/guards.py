@@ -224,13 +224,15 @@ def identity(*trees: Any) -> tuple[Any, ...]:
 def signature(*trees: Any) -> tuple[Any, ...]:
     """Return what is equal for data of the same shapes, strides and types, and equal in all else.
 
-    Strides decide which views there are, and programs may ask for them.
+    Strides decide which views there are, and programs may ask for them; and whether they require a
+    gradient decides what has derivatives.
     """
     leaves, structure = tree_flatten(trees)
     kinds: list[Any] = [structure]
     for leaf in leaves:
         if isinstance(leaf, Tensor):
-            kinds.append((leaf.shape, leaf.dtype, leaf.device, _strides_of(leaf)))
+            kind = (leaf.shape, leaf.dtype, leaf.device, _strides_of(leaf), leaf.requires_grad)
+            kinds.append(kind)
         else:
             kinds.append(_identity_of(leaf))
     return tuple(kinds)

@@ -47,6 +47,13 @@ class _Connected(torch.autograd.Function):
         return g
 
 
+def connected(t: Tensor) -> Tensor:
+    """Return another tensor on the same memory, made of the first and no view of it."""
+    with torch.enable_grad():
+        other: Tensor = _Connected.apply(t)
+    return other
+
+
 def replace_histories(places: Iterable[Kept], replaced: list[WithHistory]) -> None:
     """Put others in place of tensors that have a history; note which in ``replaced``."""
     others: dict[int, Tensor] = {}
@@ -54,8 +61,7 @@ def replace_histories(places: Iterable[Kept], replaced: list[WithHistory]) -> No
         if t.grad_fn is None:
             continue
         if id(t) not in others:
-            with torch.enable_grad():
-                others[id(t)] = _Connected.apply(t)
+            others[id(t)] = connected(t)
         holder.put(name, others[id(t)])
         replaced.append((holder, name, t, others[id(t)]))
 

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from unbatch.capture.after_run import AfterRun
 from unbatch.capture.code_names import is_installed, is_installed_class
-from unbatch.capture.data import closed_in, handed_out, repacked
+from unbatch.capture.data import closed_in, handed_out, repacked, with_tracking
 from unbatch.capture.effort import PLAIN_STEPS
 from unbatch.capture.graph import Graph, HostRead
 from unbatch.capture.isolation import storage_of, untouched
@@ -42,7 +42,8 @@ class Program:
 
     ``functional``: the model is called as ``model(parameters, inputs)``. ``fold``: the axes of the
     samples if there are several. ``data``: the objects among the data that are no tensors.
-    ``effort``: how many plain steps the experiments of a question may take.
+    ``effort``: how many plain steps the experiments of a question may take. ``tracked``: what
+    autograd knows of each tensor among the inputs.
     """
 
     model: Callable[..., Any]
@@ -52,6 +53,7 @@ class Program:
     fold: Fold | None = None
     data: Sequence[Any] = ()
     effort: float = PLAIN_STEPS
+    tracked: Sequence[str] = ()
     # The last walks from here, by how many objects each began at: kept, as a look whether one is
     # still right costs less than another.
     _walks: dict[int, Reachable] = field(default_factory=dict, repr=False, compare=False)
@@ -138,7 +140,7 @@ class Program:
 
     def forward(self, inputs: Any) -> Any:
         """Return the same on tensors that are our own: the model may change them."""
-        inputs = repacked(inputs)
+        inputs = with_tracking(repacked(inputs), self.tracked)
         if self.fold is not None:
             inputs = self.fold.unfolded(inputs, self.fold.inputs)
         output = self._called(inputs)
@@ -306,6 +308,7 @@ def _run(
         graph.rng = state
         # What the program does to containers and tensors themselves ends with the recording.
         inputs, targets = handed_out((inputs, targets))
+        inputs = with_tracking(inputs, program.tracked)
         graph.inputs = _declared(recorder, inputs, "inputs")
         graph.targets = _declared(recorder, targets, "targets")
         for kind, name, tensor in outside(program):

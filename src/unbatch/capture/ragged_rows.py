@@ -7,6 +7,7 @@ loss get the rows as they know them. Nothing here knows about graphs of ops.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ class RowsOf:
     def __repr__(self) -> str:
         return f"rows_of({len(self.owners)} rows, dim={self.dim})"
 
-    @property
+    @cached_property
     def least(self) -> int:
         """How many samples there are at least."""
         if self.samples is not None:
@@ -101,6 +102,11 @@ class RowsOf:
         rows = t.flatten(0, 1).index_select(0, _beside(places.of_rows, t))
         # In memory as other batches are, wherever the axis is.
         return rows.movedim(0, self.dim).contiguous()
+
+    def place(self, samples: int) -> None:
+        """Find the places of the rows before a run does, in which that would be recorded."""
+        if self.least <= samples:
+            self._placed(samples)
 
     def _placed(self, samples: int) -> Places:
         # Kept, so that each run of the program reads the same constants.

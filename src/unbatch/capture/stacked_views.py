@@ -101,6 +101,9 @@ class StackedViews(Fold):
             samples = _samples(y_entries, tree_leaves(targets))
         if samples is None:  # what is wrong with the data is said where they are counted
             samples = _stated(x_entries, y_entries)
+        for entry in leaves_of_dims((dims, out_dims)):
+            if isinstance(entry, RowsOf):
+                entry.place(samples)
         bare = StackedViews(dims, out_dims, samples)
         moved = replace(
             bare,

@@ -64,6 +64,8 @@ MOVES_MEMORY = frozenset([aten.set_.source_Storage, aten.set_.source_Storage_sto
 # Tagged as having a shape that depends on values, which it does only if they say so by their type.
 SIZED_BY_MASKS = ("index", "repeat_interleave")
 
+# Of ops so tagged, the argument whose values say how large the result is; of others all of them.
+SIZING_ARGUMENT = {"index": "indices", "masked_select": "mask", "repeat_interleave": "repeats"}
 
 # Their argument that says how large the result is, as no tag says: by its numbers.
 SIZED_BY = {"_pack_padded_sequence": "lengths", "_pad_packed_sequence": "batch_sizes"}

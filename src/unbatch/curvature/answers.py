@@ -73,8 +73,8 @@ class Factored(Operator):
     """A matrix ``G = V Σ Vᵀ`` that is known by its products, and by the columns of V.
 
     ``point``: where it is taken; ``draws``: how many columns are drawn for each sample, if any;
-    ``subset``: of which samples it is, if not of all; ``root``: of the second derivative of the
-    loss, with the signs Σ.
+    ``subset``: of which samples it is, if not of all; ``rounded``: the type that rounds most among
+    those of the layers; ``root``: of the second derivative of the loss, with the signs Σ.
     """
 
     symmetric = True
@@ -82,6 +82,7 @@ class Factored(Operator):
     point: Point
     draws: Draws
     subset: Tensor | None
+    rounded: torch.dtype
 
     @property
     @abstractmethod
@@ -143,7 +144,8 @@ class Answers:
         """Return the ways to the k largest eigenpairs, or to all."""
         estimates = "" if k is not None else f"{LARGEST_ONLY}; {ESTIMATED_SPECTRUM}"
         shown = "" if k is None else str(k)
-        return self._ways(f"G.{question}({shown})", self._counting.eigenpairs(k), estimates)
+        ways = self._ways(f"G.{question}({shown})", self._counting.eigenpairs(k), estimates)
+        return self._searchable(ways)
 
     def newton_ways(self, k: int | None, damping: Any) -> Ways:
         """Return the ways to a Newton step along k eigenvectors, or all.
@@ -152,6 +154,7 @@ class Answers:
         """
         shown = "G.newton_step(..)" if k is None else f"G.newton_step(.., {k})"
         ways = self._ways(shown, self._counting.newton_step(k, self._is_double))
+        ways = self._searchable(ways)
         if k is not None or (is_single(damping) and self._is_a_solution):
             return ways
         return ways.without("cg")
@@ -173,13 +176,17 @@ class Answers:
         ways = self._ways("G.solve(..)", self._counting.solution(1, self._is_double))
         return ways.by_hand(method)
 
+    def _searchable(self, ways: Ways) -> Ways:
+        """Leave out searches by products that round more coarsely than their type says."""
+        return ways if self.matrix.rounded == self.matrix.dtype else ways.without("lanczos")
+
     def _ways(self, question: str, ways: list[Way], estimates: str = "") -> Ways:
         request = self.matrix.point.request
         return Ways(question, ways, self._sizes, request.memory, request.seconds, estimates)
 
     @property
     def _is_double(self) -> bool:
-        return self.matrix.dtype == torch.float64
+        return self.matrix.rounded == torch.float64
 
     @cached_property
     def pace(self) -> Pace:
@@ -204,12 +211,13 @@ class Answers:
         """The decomposition by the Gram matrix."""
         matrix, gram = self.matrix, self.gram_matrix
         # The linear map takes a forward pass of its own: for what needs V, and not before.
-        return GramDecomposition(lambda: matrix.columns, gram, matrix.root.sigma, matrix.dtype)
+        return GramDecomposition(lambda: matrix.columns, gram, matrix.root.sigma, matrix.rounded)
 
     @cached_property
     def dense(self) -> DenseDecomposition:
         """The decomposition by G itself."""
-        return DenseDecomposition(self.matrix.to_dense().double(), self.matrix.dtype)
+        matrix = self.matrix
+        return DenseDecomposition(matrix.to_dense().double(), matrix.dtype, matrix.rounded)
 
     def decomposition(self, way: Way) -> Decomposition:
         """Return the one of a way that has one."""
@@ -303,7 +311,7 @@ class Answers:
         values, vectors = pairs
         if not len(values):
             return pairs
-        rounding = min(self.matrix.shape) * torch.finfo(self.matrix.dtype).eps
+        rounding = min(self.matrix.shape) * torch.finfo(self.matrix.rounded).eps
         nonzero = values.abs() > rounding * values.abs().max()
         return Eigenpairs(values[nonzero], vectors[:, nonzero])
 

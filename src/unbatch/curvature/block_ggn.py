@@ -60,7 +60,7 @@ class BlockGGN(Operator):
         product = torch.zeros_like(v)
         with task("Products block by block", len(self.blocks), "blocks") as blocks:
             for block, index in blocks.over(self._indexed()):
-                product[index] = block._apply(v[index])
+                product[index] = (block @ v[index]).to(v.dtype)
         return product
 
     def diag(self) -> Tensor:
@@ -108,7 +108,8 @@ class BlockGGN(Operator):
         solution, reports = torch.zeros_like(right), []
         with task("Solving block by block", len(self.blocks), "blocks") as blocks:
             for block, index in blocks.over(self._indexed()):
-                solution[index], report = block.solve(right[index], damping, info=True, **options)
+                x, report = block.solve(right[index], damping, info=True, **options)
+                solution[index] = x.to(solution.dtype)
                 if checked:
                     report.check()  # before the next block, which would be solved for nothing
                 reports.append(report)

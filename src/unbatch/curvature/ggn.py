@@ -44,6 +44,7 @@ from unbatch.errors import (
 )
 from unbatch.gradients.sources import Source
 from unbatch.linalg.estimates import Control, DiagonalEstimate, estimate_diagonal
+from unbatch.linalg.rows import widest
 from unbatch.linalg.solvers import Solved
 from unbatch.running.tasks import task
 
@@ -74,9 +75,12 @@ class GGN(Factored):
     def __init__(self, point: Point, draws: Draws = None, samples: Tensor | None = None) -> None:
         self.point, self.draws, self.subset = point, draws, samples
         self.space = point.request.space
-        like = next(iter(point.parameters.values()))
+        parameters = list(point.parameters.values())
         self.shape = (self.space.size, self.space.size)
-        self.dtype, self.device = like.dtype, like.device
+        self.dtype, self.device = widest(parameters), parameters[0].device
+        # The type that rounds most among all parameters, whose layers its columns pass.
+        types = [*point.request.context.types_of_parameters, self.dtype]
+        self.rounded = max(types, key=lambda dtype: torch.finfo(dtype).eps)
         self._answers = Answers(self)
 
     def __repr__(self) -> str:
@@ -440,13 +444,13 @@ class GGN(Factored):
         ``info``: also the worst ``Solved``. ``method``: "woodbury" (through the Gram matrix, with
         damping), "dense" (through G itself), or "cg" (products only; needs a positive definite
         matrix); by default the cheapest, and the next one where products do not converge.
-        ``rtol``: of the residual, by default 1e-8 in float64 and 1e-3 in float32. Ctrl-C in "cg"
-        leaves ``x``, flat, and its ``Solved`` in ``reached`` of the ``KeyboardInterrupt``. Raises
+        ``rtol``: of the residual, by default 1e-8 in float64, and 1e-3 if any parameter is in
+        float32. Ctrl-C in "cg" leaves ``x``, flat, and its ``Solved`` in ``reached`` of the ``KeyboardInterrupt``. Raises
         ``ConvergenceError`` where that is not reached and ``info`` is not asked for, ``InputError``
         for other shapes.
         """
         if not rtol:
-            rtol = RTOL_IN_DOUBLE if self.dtype == torch.float64 else RTOL_IN_SINGLE
+            rtol = RTOL_IN_DOUBLE if self.rounded == torch.float64 else RTOL_IN_SINGLE
         reports: list[Solved] = []
 
         def solved(right: Tensor) -> Tensor:

@@ -83,6 +83,7 @@ class _Gram(Collector):
     def __init__(self, about: About, root: HessianRoot) -> None:
         super().__init__(about)
         self.root = root
+        self.like = wide(about.like)
         self.columns: dict[str, list[Columns]] = {}
         # Sums of blocks by the order of their columns; they are brought into place together.
         self.blocks: dict[tuple[int, ...], Tensor] = {}
@@ -96,7 +97,7 @@ class _Gram(Collector):
         self.columns.setdefault(name, []).append(Columns(numbers, block.stored()))
 
     def finish(self) -> Tensor:
-        total = wide(self.about.like.new_zeros(self.root.size, self.root.size))
+        total = self.like.new_zeros(self.root.size, self.root.size)
         names = list(self.columns)
         with task("Inner products of the columns", len(names), "parameters") as parameters:
             for name in parameters.over(names):
@@ -122,7 +123,7 @@ class _Gram(Collector):
                 blocks.advance()
                 for other in blocks.over(groups[k + 1 :]):
                     other_numbers = _numbers(other)
-                    block = rows @ _rows(other).T
+                    block = (rows @ _rows(other).T).to(total.dtype)
                     total.index_put_((numbers[:, None], other_numbers), block, accumulate=True)
                     total.index_put_((other_numbers[:, None], numbers), block.T, accumulate=True)
 
@@ -133,7 +134,7 @@ class _Gram(Collector):
         if key in self.blocks:
             self.blocks[key].add_(block)
         else:
-            self.blocks[key] = block
+            self.blocks[key] = block.to(self.like.dtype)
 
     def _in_memory(self, columns: Sequence[Columns]) -> Iterator[list[Columns]]:
         """Yield groups, as many at a time as memory holds the rows of twice."""

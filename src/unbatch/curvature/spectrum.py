@@ -138,16 +138,17 @@ class Decomposition(ABC):
 class GramDecomposition(Decomposition):
     """By ``gram = VᵀV``, in float64, for ``G = V Σ Vᵀ``; ``signs``: the diagonal of Σ.
 
-    ``factor`` returns V, which eigenvalues do not need; ``dtype``: in which it was computed.
+    ``factor`` returns V, which eigenvalues do not need; ``rounded``: the type that has rounded
+    most where that was computed.
     Where all signs are positive, ``VᵀV`` and ``VVᵀ`` have the same eigenvalues, and an eigenvector
     ``a`` of the first gives ``V a / √λ`` of the second. With other signs, those of G are those of
     ``(VᵀV)^½ Σ (VᵀV)^½``, which is symmetric.
     """
 
     def __init__(
-        self, factor: Callable[[], Operator], gram: Tensor, signs: Tensor, dtype: torch.dtype
+        self, factor: Callable[[], Operator], gram: Tensor, signs: Tensor, rounded: torch.dtype
     ) -> None:
-        self.factor, self.dtype = factor, dtype
+        self.factor, self.rounded = factor, rounded
         self.gram, self.signs = gram, signs.double()
         self._eigenvalues: dict[torch.dtype, Tensor] = {}
         self._largest: dict[int, tuple[Tensor, Tensor]] = {}
@@ -163,7 +164,7 @@ class GramDecomposition(Decomposition):
         gram = checked(self.gram, "Eigenvalues and eigenvectors")
         with task(DECOMPOSED.format(rows=len(gram))):
             values, vectors = torch.linalg.eigh(gram)
-        nonzero = above_rounding(values, self.dtype)
+        nonzero = above_rounding(values, self.rounded)
         values, vectors = values[nonzero], vectors[:, nonzero]
         if self._is_positive:
             return values, vectors / values.sqrt()
@@ -181,7 +182,7 @@ class GramDecomposition(Decomposition):
             # No eigenvectors are needed for them.
             with task(DECOMPOSED.format(rows=len(gram))):
                 values = torch.linalg.eigvalsh(gram.to(working))
-            self._eigenvalues[working] = values[above_rounding(values, self.dtype)]
+            self._eigenvalues[working] = values[above_rounding(values, self.rounded)]
         return self._eigenvalues[working]
 
     def largest(self, k: int | None) -> tuple[Tensor, Tensor]:
@@ -198,7 +199,7 @@ class GramDecomposition(Decomposition):
             if found is None:
                 return None
             values, vectors = found
-            rounding = len(self.gram) * torch.finfo(self.dtype).eps
+            rounding = len(self.gram) * torch.finfo(self.rounded).eps
             nonzero = values > rounding * values[-1:]
             values = values[nonzero]
             self._largest[k] = values, vectors[:, nonzero] / values.sqrt()
@@ -222,10 +223,13 @@ class GramDecomposition(Decomposition):
 
 
 class DenseDecomposition(Decomposition):
-    """By G itself, ``matrix`` ``[D, D]`` in float64; ``dtype``: in which it was computed."""
+    """By G itself, ``matrix`` ``[D, D]`` in float64.
 
-    def __init__(self, matrix: Tensor, dtype: torch.dtype) -> None:
-        self.matrix, self.dtype = (matrix + matrix.T) / 2, dtype
+    ``dtype``: of its vectors; ``rounded``: the type that has rounded most.
+    """
+
+    def __init__(self, matrix: Tensor, dtype: torch.dtype, rounded: torch.dtype) -> None:
+        self.matrix, self.dtype, self.rounded = (matrix + matrix.T) / 2, dtype, rounded
 
     @cached_property
     def _spectrum(self) -> tuple[Tensor, Tensor]:
@@ -233,7 +237,7 @@ class DenseDecomposition(Decomposition):
         matrix = checked(self.matrix, "Eigenvalues and eigenvectors")
         with task(DECOMPOSED.format(rows=len(matrix))):
             values, vectors = torch.linalg.eigh(matrix)
-        rounding = len(values) * torch.finfo(self.dtype).eps
+        rounding = len(values) * torch.finfo(self.rounded).eps
         nonzero = values.abs() > rounding * values.abs().max()
         return values[nonzero], vectors[:, nonzero]
 

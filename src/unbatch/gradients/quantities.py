@@ -28,7 +28,7 @@ from unbatch.errors import MSG_HISTOGRAM, InputError
 from unbatch.gradients.request import Request
 from unbatch.gradients.results import ByParameter, Histograms, Rows, SquaredNormsByParameter
 from unbatch.gradients.sources import Source
-from unbatch.linalg.rows import Moments, real, vectors
+from unbatch.linalg.rows import Moments, real, vectors, widest
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,8 @@ class About:
 
 def about_of(request: Request, source: Source, label: Label, out: Mapping[str, Tensor]) -> About:
     """Return what quantities may know of a request that is answered from ``source``."""
-    like = next(iter(request.parameters.values())).detach()
+    parameters = list(request.parameters.values())
+    like = parameters[0].detach().new_empty(0, dtype=widest(parameters))
     shapes = request.space.shapes
     return About(request.samples, shapes, label, source, like, out, request.memory)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from unbatch.analysis.domain.sample_layout import Layout
 from unbatch.autodiff.autograd import detached, gradients, leaves_of
 from unbatch.autodiff.context import Context
+from unbatch.autodiff.dependence import values_returned
 from unbatch.autodiff.other_batches import finite_batches, is_finite
 from unbatch.autodiff.planner import BackwardPlan
 from unbatch.autodiff.schedule import Schedule
@@ -65,8 +66,12 @@ def _is_possible(context: Context, plan: BackwardPlan) -> bool:
     """Return whether cotangents can be cut into those of samples, and contracted at all sites."""
     if not plan.divisible:
         return False
-    # No contraction knows sparse or nested operands.
-    return all(context.graph.values[site.operand].is_strided for site in plan.sites)
+    graph = context.graph
+    # No contraction knows sparse or nested operands, or cotangents.
+    at_sites: set[int] = set()
+    for site in plan.sites:
+        at_sites.update([site.operand, *values_returned(graph.steps[site.step])])
+    return all(graph.values[i].is_strided for i in at_sites)
 
 
 def _passes(

@@ -5,7 +5,8 @@ Legend: ``n`` row (a sample), ``p`` entry of a flattened row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +23,14 @@ def wide(t: Tensor) -> Tensor:
     if t.dtype in HALF:
         return t.float()
     return t
+
+
+def widest(tensors: Iterable[Tensor]) -> torch.dtype:
+    """Return the type that holds the entries of all tensors, of which there is one at least.
+
+    A net may have layers of several types; what is summed over them is of this one.
+    """
+    return functools.reduce(torch.promote_types, [t.dtype for t in tensors])
 
 
 def real(dtype: torch.dtype) -> torch.dtype:

@@ -22,7 +22,7 @@ from unbatch.analysis.structure import Structure
 from unbatch.autodiff.autograd import gradients
 from unbatch.capture import program as capture
 from unbatch.capture import tracer
-from unbatch.capture.data import objects_in
+from unbatch.capture.data import objects_in, tracked_in
 from unbatch.capture.effort import PLAIN_STEPS, metered
 from unbatch.capture.guards import signature
 from unbatch.capture.isolation import outside_inference_mode
@@ -184,9 +184,9 @@ class Problem:
         check_devices(self.program, inputs, targets)
         self.inputs, self.targets = inputs, targets
         self._kind = signature(*map(parse_tree, self._given))
-        objects = objects_in((inputs, targets))
-        if objects or self.program.data:
-            self.program = replace(self.program, data=objects)
+        objects, tracked = objects_in((inputs, targets)), tracked_in(inputs)
+        if objects or self.program.data or tracked != self.program.tracked:
+            self.program = replace(self.program, data=objects, tracked=tracked)
 
     def with_batch(self, inputs: Any, targets: Any = None) -> Problem:
         """Return the same problem on other data, without recording it again where that is possible.

@@ -36,6 +36,9 @@ from unbatch.problem.validation import parse_tree
 
 MOST_NAMED = 4  # places in a message
 
+# Words of autograd's errors about a tensor by which a derivative is asked that does not have it.
+DIFFERENTIATED = "differentiated Tensor"
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -246,6 +249,8 @@ def _raise_failure(program: Program, error: Exception, call: str) -> NoReturn:
     )
     # Notes were added where the exception passed: by which call, with what.
     sentences = [message, *getattr(error, "__notes__", ())]
+    if DIFFERENTIATED in text:
+        sentences.append(errors.MSG_INNER_DERIVATIVE)
     if _looks_swapped(program):
         sentences.append(errors.MSG_SWAPPED)
     raise CaptureError(" ".join(sentences)) from error

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from unbatch.capture.after_run import AfterRun
+from unbatch.capture.after_run import AfterRun, lasting
 from unbatch.capture.own_nodes import own_nodes
 from unbatch.capture.steps import Ref
 from unbatch.capture.trees import copied
@@ -84,9 +84,11 @@ class LossExperiment:
         if program.loss_is_of_library:
             after = None  # no backward pass of a library's reads it
         with program.untouched(self.experiment.graph.rng, after=after), torch.enable_grad():
-            if self.experiment.graph.loss_writes:
+            writes = self.experiment.graph.loss_writes
+            if writes:
                 targets = tree_map(copied, targets)  # what it writes lasts for the derivatives
-            value: Tensor = program.evaluate(output, targets)
+            with lasting() if writes else nullcontext():
+                value: Tensor = program.evaluate(output, targets)
         return value
 
     def _value_inside_model(self, predictions: Sequence[Tensor]) -> Tensor:
