@@ -445,9 +445,9 @@ class GGN(Factored):
         damping), "dense" (through G itself), or "cg" (products only; needs a positive definite
         matrix); by default the cheapest, and the next one where products do not converge.
         ``rtol``: of the residual, by default 1e-8 in float64, and 1e-3 if any parameter is in
-        float32. Ctrl-C in "cg" leaves ``x``, flat, and its ``Solved`` in ``reached`` of the ``KeyboardInterrupt``. Raises
-        ``ConvergenceError`` where that is not reached and ``info`` is not asked for, ``InputError``
-        for other shapes.
+        float32. Ctrl-C in "cg" leaves ``x``, flat, and its ``Solved`` in ``reached`` of the
+        ``KeyboardInterrupt``. Raises ``ConvergenceError`` where that is not reached and ``info`` is
+        not asked for, ``InputError`` for other shapes.
         """
         if not rtol:
             rtol = RTOL_IN_DOUBLE if self.rounded == torch.float64 else RTOL_IN_SINGLE
