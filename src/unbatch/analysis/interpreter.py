@@ -54,7 +54,8 @@ class Interpretation:
     rows the batch has put into an order of its own. ``host_reads``: what Python read, as it was at
     that moment. ``sized``: values whose size depends on the batch. ``above``: for the body of an op
     that is taken apart, the interpretation that it is part of, and the number there of each of its
-    inputs. ``step``: the number of the step that is being interpreted.
+    inputs. ``fresh``: values that count to the samples by the policy's ``read_by``, and not by what
+    they are made of. ``step``: the number of the step that is being interpreted.
     """
 
     graph: Graph
@@ -69,6 +70,7 @@ class Interpretation:
     host_reads: dict[HostRead, Ownership] = field(default_factory=dict)
     sized: set[int] = field(default_factory=set)
     above: tuple[Interpretation, Mapping[int, int]] | None = None
+    fresh: set[int] = field(default_factory=set)
     step: int = -1
 
     def __getitem__(self, ref: Ref) -> Ownership:
@@ -323,6 +325,10 @@ def _settled(
         marks = _of_size(interpretation, call, step, marks)
     if policy.counted and not marks.depends_on_batch:
         marks = _counted(interpretation, ref, marks, step)
+    if ref.index in policy.read_by and (marks.mixed or not marks.owned):
+        marks = policy.read_by[ref.index]
+        if marks.owned:
+            interpretation.fresh.add(ref.index)
     if marks.mixed:
         marks = policy.of_mixed(call, marks, ref)
     return marks
