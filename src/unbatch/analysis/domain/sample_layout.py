@@ -239,7 +239,8 @@ class SeveralAxes:
         """Return what ``_together`` was given, behind ``before`` further axes."""
         places = tuple(range(before, before + len(self.dims)))
         dims = tuple(before + d for d in self.dims)
-        return t.unflatten(before, self.sizes).movedim(places, dims)
+        # As a cotangent usually lies in memory: kernels for images are tried with few other ways.
+        return t.unflatten(before, self.sizes).movedim(places, dims).contiguous()
 
 
 # Where the samples lie in a value that belongs to them alone.

@@ -26,13 +26,16 @@ from unbatch.linalg.rows import fill, same_dtype
 
 
 class ConvolutionByPixel(Contraction):
-    """The weight of a convolution, not transposed: a matrix product for each group of channels."""
+    """The weight of a convolution, transposed or not: a product for each group of channels."""
 
     def __init__(self, call: OperandUse) -> None:
         super().__init__(call)
         self.x: Tensor = call["input"]
-        self.stride, self.padding = call["stride"], call["padding"]
-        self.dilation, self.groups = call["dilation"], call["groups"]
+        axes = self.operand.ndim - 2
+        self.stride = _each(call["stride"], axes)
+        self.padding = _each(call["padding"], axes)
+        self.dilation = _each(call["dilation"], axes)
+        self.transposed, self.groups = bool(call["transposed"]), call["groups"]
         self.products: list[Linear] = []  # by group of channels
 
     @property
@@ -43,40 +46,62 @@ class ConvolutionByPixel(Contraction):
         g, x = same_dtype(only_cotangent(cotangents), self.x)
         outputs = self._positions(g).chunk(self.groups, 2)
         inputs = self._positions(self._unfolded(x, g)).chunk(self.groups, 2)
-        weights = self.operand.flatten(1).chunk(self.groups)
         self.products = []
-        for weight, of_outputs, of_inputs in zip(weights, outputs, inputs, strict=True):
-            self.products.append(Linear.of_sides(weight, of_outputs, of_inputs))
+        for of_outputs, of_inputs in zip(outputs, inputs, strict=True):
+            shape = of_outputs.shape[2], of_inputs.shape[2]
+            operand = torch.empty(shape, device="meta")
+            self.products.append(Linear.of_sides(operand, of_outputs, of_inputs))
 
     def _positions(self, t: Tensor) -> Tensor:
         """Return ``[n, t, channels]`` from a value of the shape of the output."""
         return self.layout.split(t).movedim(2, -1).flatten(1, -2)
 
+    # -- what the kernel sees --
+
     def _unfolded(self, x: Tensor, g: Tensor) -> Tensor:
         """Return what the kernel sees at each output pixel: ``[images, i·kernel, *pixels]``."""
-        kernel = self.operand.shape[2:]
-        pixels = g.shape[2:]
-        padding: list[int] = []
-        for width in reversed(self._each(self.padding, len(kernel))):
-            padding += [width, width]
-        if any(padding):
-            x = F.pad(x, padding)
+        kernel, pixels = self.operand.shape[2:], g.shape[2:]
+        if self.transposed:
+            x, steps = self._spread_out(x, pixels), [1] * len(kernel)
+        else:
+            x, steps = _padded(x, [(width, width) for width in self.padding]), self.stride
         images, channels, *strides = x.stride()
-        steps = self._each(self.stride, len(kernel))
-        gaps = self._each(self.dilation, len(kernel))
-        taps = [stride * gap for stride, gap in zip(strides, gaps, strict=True)]
+        taps = [stride * gap for stride, gap in zip(strides, self.dilation, strict=True)]
         moves = [stride * step for stride, step in zip(strides, steps, strict=True)]
         windows = x.as_strided(
             (*x.shape[:2], *kernel, *pixels), (images, channels, *taps, *moves), x.storage_offset()
         )
         return windows.flatten(1, 1 + len(kernel))
 
-    @staticmethod
-    def _each(sizes: Sequence[int], count: int) -> list[int]:
-        """Return a number for each axis where one may stand for all."""
-        if len(sizes) == count:
-            return list(sizes)
-        return [sizes[0]] * count
+    def _spread_out(self, x: Tensor, pixels: Sequence[int]) -> Tensor:
+        """Return an input on which a plain convolution with the kernel turned round does the same.
+
+        Its pixels are ``stride`` apart, with zeros between them and around.
+        """
+        sizes = []
+        for size, step in zip(x.shape[2:], self.stride, strict=True):
+            sizes.append((size - 1) * step + 1)
+        spread = x.new_zeros(*x.shape[:2], *sizes)
+        places = [slice(None, None, step) for step in (1, 1, *self.stride)]
+        spread[tuple(places)] = x
+        widths = []
+        for axis, size in enumerate(sizes):
+            reach = self.dilation[axis] * (self.operand.shape[2 + axis] - 1)
+            before = reach - self.padding[axis]
+            widths.append((before, pixels[axis] + reach - before - size))
+        return _padded(spread, widths)
+
+    def _as_operand(self, parts: Sequence[Tensor]) -> Tensor:
+        """Return ``[*, *operand]`` from ``[*, o, i·kernel]`` of each group."""
+        kernel = self.operand.shape[2:]
+        if not self.transposed:
+            whole = torch.cat(list(parts), -2)
+            return whole.reshape(*whole.shape[:-2], *self.operand.shape)
+        # The weight is ``[i, o, *kernel]``, and was turned round.
+        turned = [part.unflatten(-1, (-1, *kernel)) for part in parts]
+        along = -1 - len(kernel)
+        whole = torch.cat([part.transpose(along - 1, along) for part in turned], along - 1)
+        return whole.flip(list(range(-len(kernel), 0)))
 
     # -- by group: one after the other along the output channels --
 
@@ -89,8 +114,7 @@ class ConvolutionByPixel(Contraction):
         return self.products[0].compact
 
     def rows(self, where: slice, out: Tensor | None = None) -> Tensor:
-        rows = torch.cat([product.rows(where) for product in self.products], 1)
-        return fill(rows.reshape(len(rows), *self.operand.shape), out)
+        return fill(self._as_operand([product.rows(where) for product in self.products]), out)
 
     def squared_norms(self, where: slice) -> Tensor:
         return self._sum(lambda product: product.squared_norms(where))
@@ -121,7 +145,7 @@ class ConvolutionByPixel(Contraction):
         gatherings = [part for part in parts if part is not None]
         if len(gatherings) < len(parts):
             return None
-        return _ByGroup(gatherings, self.operand)
+        return _ByGroup(gatherings, self)
 
     def _sum(self, of: Callable[[Linear], Tensor]) -> Tensor:
         total = of(self.products[0])
@@ -130,18 +154,35 @@ class ConvolutionByPixel(Contraction):
         return total
 
     def _stacked(self, of: Callable[[Linear], Tensor]) -> Tensor:
-        return torch.cat([of(product) for product in self.products]).reshape(self.operand.shape)
+        return self._as_operand([of(product) for product in self.products])
 
 
 class _ByGroup(Gathering):
     """What sums the squares of many cotangents, for each group of channels."""
 
-    def __init__(self, parts: Sequence[Gathering], operand: Tensor) -> None:
-        self.parts, self.operand = parts, operand
+    def __init__(self, parts: Sequence[Gathering], first: ConvolutionByPixel) -> None:
+        self.parts, self.first = parts, first
 
     def add(self, contraction: ConvolutionByPixel, where: slice, sign: float) -> None:
         for part, product in zip(self.parts, contraction.products, strict=True):
             part.add(product, where, sign)
 
     def total(self) -> Tensor:
-        return torch.cat([part.total() for part in self.parts]).reshape(self.operand.shape)
+        return self.first._as_operand([part.total() for part in self.parts])
+
+
+def _each(sizes: Sequence[int], axes: int) -> list[int]:
+    """Return a number for each axis where one may stand for all."""
+    if len(sizes) == axes:
+        return list(sizes)
+    return [sizes[0]] * axes
+
+
+def _padded(x: Tensor, widths: Sequence[tuple[int, int]]) -> Tensor:
+    """Return a value with zeros before and after each axis of pixels; cut off where negative."""
+    padding: list[int] = []
+    for before, after in reversed(widths):
+        padding += [before, after]
+    if not any(padding):
+        return x
+    return F.pad(x, padding)

@@ -159,8 +159,6 @@ def _convolution(call: OperandUse) -> Contraction | None:
     if call.layout.dims == (0,):
         return Convolution(call)
     # Samples are pixels, or rows of pixels.
-    if call["transposed"]:
-        return None
     return ConvolutionByPixel(call)
 
 
