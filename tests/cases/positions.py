@@ -60,8 +60,8 @@ def case(name: str, data: Any, dims: tuple[int, ...], alone: str, **options: Any
     return register
 
 
-def image(height: int = H, width: int = W) -> tuple[Tensor, Tensor]:
-    return torch.randn(B, 2, height, width), torch.randint(C, (B, height, width))
+def image(height: int = H, width: int = W, images: int = B) -> tuple[Tensor, Tensor]:
+    return torch.randn(images, 2, height, width), torch.randint(C, (images, height, width))
 
 
 def words() -> tuple[Tensor, Tensor]:
@@ -130,6 +130,15 @@ def neighbours() -> nn.Module:
     return nn.Sequential(conv(2, 4), nn.Tanh(), last, nn.Tanh(), nn.Conv2d(6, C, 1))
 
 
+@case("a last transposed convolution", lambda: image(6, 9), PIXELS, "2* 4*")
+def enlarged() -> nn.Module:
+    """Every pixel sees one, two or four of a smaller image."""
+    options = {"padding": (1, 2), "output_padding": (1, 0), "dilation": (1, 2)}
+    last = nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2, **options)
+    small = nn.Conv2d(2, 4, 3, stride=2, padding=1)
+    return nn.Sequential(small, nn.Tanh(), last, nn.Tanh(), nn.Conv2d(6, C, 1))
+
+
 @case("activations in place", image, PIXELS, "1* 3* 5*", below="0*")
 def in_place() -> nn.Module:
     return nn.Sequential(
@@ -142,6 +151,7 @@ def in_place() -> nn.Module:
     )
 
 
+@case("pixels of a single image", lambda: image(images=1), PIXELS, "4* 6*", below="3*")
 @case("batch norm of each pixel", image, PIXELS, "4* 6*", below="3*")
 def normed() -> nn.Module:
     """Pixels depend on each other through the statistics alone."""
@@ -346,6 +356,22 @@ class LateTable(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.attention(self.table(x)) + self.words(x) + self.places(torch.arange(T))
         return self.head(h.tanh())
+
+
+@case("tokens in an order of their own", words, TOKENS, "head*", classes=2)
+class Sorted(nn.Module):
+    """Experts see tokens in the order of the experts, which is undone afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.attention = nn.Embedding(WORDS, D), Attention(causal=False)
+        self.router, self.expert, self.head = nn.Linear(D, 2), nn.Linear(D, D), nn.Linear(D, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.attention(self.table(x)).flatten(0, 1)
+        order = self.router(h)[:, 0].argsort()
+        h = self.expert(h[order])[order.argsort()]
+        return self.head(h.tanh()).unflatten(0, (B, T))
 
 
 @case("tokens of parts", words, TOKENS, "mixed* head*", classes=2)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import unbatch as ub
 from cases.positions import CASES, PositionCase, image
+from unbatch.analysis.rules import registry
 from unbatch.autodiff import context, dependence, readers
 from unbatch.gradients.self_check import trusted
 from unbatch.reference import definitions as reference
@@ -220,6 +221,31 @@ def test_batch_statistics_of_pixels_stand_for_all_columns():
     near(problem.ggn().diag(per_component=True), of_each.diagonal(dim1=1, dim2=2))
     pullbacks = problem.plan(ub.DiagGGN()).pullbacks
     assert pullbacks < problem.samples, pullbacks
+
+
+class Detour(nn.Module):
+    """Sums over pixels and takes differences again: each is alone, which no rule can see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Conv2d(4, 4, 1)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.inner(h).cumsum(3).diff(dim=3, prepend=torch.zeros_like(h[..., :1]))
+
+
+def test_what_is_declared_independent_is_started_afresh_nowhere(monkeypatch):
+    detour = Detour()
+    net = nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1), detour, nn.Tanh(), nn.Conv2d(4, 3, 1)
+    ).double()
+    monkeypatch.setattr(registry, "ASSUMED_MODULES", {id(detour): detour})
+    case = replace(CASES[0], build=lambda: net, data=image)
+    problem, expected, _ = asked(case)
+    for names in (None, ["1*"], ["3*"], ["0*", "3*"]):
+        near_by_name(problem.gradients(parameters=names), expected, size(expected))
+        assert "model" not in {site.way for site in problem.plan(parameters=names).sites}
+    assert problem.plan(parameters=["3*"]).pullbacks == 1
 
 
 # What is wrong is seen: owners that were guessed wrongly, and a guess that is taken for a proof.

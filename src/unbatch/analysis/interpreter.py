@@ -325,13 +325,25 @@ def _settled(
         marks = _of_size(interpretation, call, step, marks)
     if policy.counted and not marks.depends_on_batch:
         marks = _counted(interpretation, ref, marks, step)
-    if ref.index in policy.read_by and (marks.mixed or not marks.owned):
-        marks = policy.read_by[ref.index]
-        if marks.owned:
-            interpretation.fresh.add(ref.index)
+    if ref.index in policy.read_by:
+        marks = _as_read(interpretation, ref, marks)
     if marks.mixed:
         marks = policy.of_mixed(call, marks, ref)
     return marks
+
+
+def _as_read(interpretation: Interpretation, ref: Ref, marks: Ownership) -> Ownership:
+    """Return the ownership of a result that counts as what reads it, where its own says less.
+
+    What counts to no sample is a constant, whatever it is made of.
+    """
+    read = interpretation.policy.read_by[ref.index]
+    if not read.owned:
+        return read
+    if marks.owned and not marks.coupled:
+        return marks
+    interpretation.fresh.add(ref.index)
+    return read
 
 
 def _counted(interpretation: Interpretation, ref: Ref, marks: Ownership, step: Step) -> Ownership:
@@ -532,10 +544,11 @@ def _follow_order(interpretation: Interpretation, call: registry.RuleContext, st
     # What an op without a rule does to rows may be known all the same (a grouped product, say).
     if outcomes:
         interpretation.unknown.pop(step.index, None)
-    refs = [ref for ref in step.outs if ref is not None]
+    refs, policy = [ref for ref in step.outs if ref is not None], interpretation.policy
     # Slots count the results that exist, as the shapes do that a rule gets.
     for outcome in outcomes:
-        if outcome.slot < len(refs):
+        # An order among what counts as read is none that the batch is known to be in.
+        if outcome.slot < len(refs) and refs[outcome.slot].index not in policy.read_by:
             _note_order(interpretation, refs[outcome.slot], outcome)
 
 

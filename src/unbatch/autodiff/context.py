@@ -270,13 +270,19 @@ def _as_read(context: Context, names: tuple[str, ...]) -> Interpretation | None:
 
     None where nothing is gained by it.
     """
-    if not any(owners.mixed for owners in context.interpretation.ownership.values()):
-        return None
     plan = _planned(context, context.interpretation, (names, "component"))
+    if not plan.unsplit:
+        return None
     counted = read_by(context.graph, context.interpretation, plan)
     if not counted:
         return None
-    return _interpreted(context, replace(context.interpretation.policy, read_by=counted))
+    as_read = _interpreted(context, replace(context.interpretation.policy, read_by=counted))
+    # What moves with the samples must not have become a constant on the way to the predictions.
+    for i in plan.flowing:
+        moves = context.interpretation.ownership[i].depends_on_batch
+        if moves and not as_read.ownership[i].depends_on_batch:
+            return None
+    return as_read
 
 
 def _without_columns(context: Context, as_read: Interpretation, key: Key) -> bool:

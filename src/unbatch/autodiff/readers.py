@@ -47,7 +47,8 @@ def read_by(
     """Return what mixed values count as, by their number; none where no site gains by it.
 
     Those that depend on the parameters count to the samples that read them, as far as one can be
-    guessed. All others are constants here, from wherever they come.
+    guessed. All others are constants here, from wherever they come. Where rows are followed through
+    an order of their own, or a module is declared independent, nothing is started afresh.
     """
     readers = _Readers(graph, interpretation, plan)
     readers.find()
@@ -57,14 +58,24 @@ def read_by(
     if at_sites.isdisjoint(readers.owners):
         return {}
     counted: dict[int, Ownership] = {}
+    declared = _declared(graph, interpretation)
     for i, owners in interpretation.ownership.items():
-        if not owners.mixed:
+        if not owners.coupled or i in interpretation.permuted or graph.values[i].step in declared:
             continue
         if i not in plan.theta:
             counted[i] = shared(owners.shape, ("constant here", i), owners.sources)
         elif i in readers.owners:
             counted[i] = _ownership(owners, i, readers.owners[i])
     return counted
+
+
+def _declared(graph: Graph, interpretation: Interpretation) -> set[int]:
+    """Return the steps of modules that were declared independent."""
+    steps: set[int] = set()
+    for call in graph.calls:
+        if call.module in interpretation.assumed:
+            steps.update(range(call.start, call.stop))
+    return steps
 
 
 def _ownership(value: Ownership, number: int, owner: Array) -> Ownership:
@@ -95,7 +106,7 @@ class _Readers:
         """Fill in ``owners``."""
         samples = np.arange(self.plan.samples, dtype=np.int32)
         for i, dim in self.plan.predictions.items():
-            if self._is_mixed(i):
+            if self._is_coupled(i):
                 axes = [1] * len(self._shape(i))
                 axes[dim] = -1
                 self.owners[i] = samples.reshape(axes)
@@ -106,7 +117,7 @@ class _Readers:
 
     def _pass(self, step: Step, outs: Sequence[int]) -> None:
         """Guess who reads what a step reads, given who reads its results."""
-        reads = [i for i in dict.fromkeys(values_read(step)) if self._is_mixed(i)]
+        reads = [i for i in dict.fromkeys(values_read(step)) if self._is_coupled(i)]
         # What two steps read differently is not separate anyway: the first guess stays.
         reads = [i for i in reads if i not in self.owners]
         if not reads:
@@ -121,9 +132,9 @@ class _Readers:
             if owner is not None:
                 self.owners[i] = owner
 
-    def _is_mixed(self, value: int) -> bool:
+    def _is_coupled(self, value: int) -> bool:
         owners = self.interpretation.ownership.get(value)
-        return owners is not None and owners.mixed
+        return owners is not None and owners.coupled
 
     def _shape(self, value: int) -> tuple[int, ...]:
         return self.graph.values[value].shape
