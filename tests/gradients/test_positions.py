@@ -100,6 +100,19 @@ def size(rows: Rows) -> float:
 def test_rows(case):
     problem, expected, _ = asked(case)
     near_by_name(problem.gradients(), expected, size(expected))
+    # By the plan, and not because it was refused and the model run for each position.
+    for names in (None, last_layers_below(case, problem.program.model)):
+        assert "model" not in {site.way for site in problem.plan(parameters=names).sites}
+
+
+def last_layers_below(case: PositionCase, model: nn.Module) -> list[str]:
+    """The last layer, in order of parameters, of those above which positions are mixed."""
+    alone = case.names(model)
+    others = [name for name, _ in model.named_parameters() if name not in alone]
+    if not others:
+        return alone
+    layer = others[-1].rpartition(".")[0]
+    return [name for name in others if name.rpartition(".")[0] == layer]
 
 
 @EACH
