@@ -18,6 +18,7 @@ from unbatch.analysis.domain.sample_layout import (
     Layout,
     Ragged,
     Scattered,
+    SeveralAxes,
     any_layout_of,
     contiguous_blocks,
     in_its_group,
@@ -158,3 +159,59 @@ def test_one_long_sample_among_many_is_not_filled_up_to():
     owner = np.concatenate([np.zeros(samples), np.arange(1, samples)]).astype(np.int32)
     value = Ownership(owner.shape, owner, np.zeros(owner.shape, dtype=np.uint64))
     assert isinstance(any_layout_of(value, samples), Scattered)
+
+
+# --- samples along several axes -------------------------------------------------------------------
+
+# The shape of a value, the axes of samples in the order in which these are counted, and how many
+# entries follow on each other that belong to one sample.
+SEVERAL = {
+    "tokens": ((2, 3, 5), (0, 1), 1),
+    "tokens, time first": ((3, 2, 5), (1, 0), 1),
+    "pixels": ((2, 4, 3, 2), (0, 2, 3), 1),
+    "pixels of one image": ((1, 4, 3, 2), (2, 3), 1),
+    "pairs of columns": ((2, 3, 4), (0, 2), 2),
+}
+
+
+def along(shape, dims, block):
+    """Entries along ``dims`` counted through, ``block`` of which belong to a sample."""
+    sizes = [shape[d] for d in dims]
+    others = [d for d in range(len(shape)) if d not in dims]
+    owner = (np.arange(np.prod(sizes), dtype=np.int32) // block).reshape(*sizes, *[1] * len(others))
+    owner = np.moveaxis(owner, range(len(shape)), (*dims, *others))
+    owner = np.broadcast_to(owner, shape).copy()
+    return Ownership(owner.shape, owner, np.zeros(owner.shape, dtype=np.uint64))
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_samples_along_several_axes(name):
+    shape, dims, block = SEVERAL[name]
+    value = along(shape, dims, block)
+    samples = int(value.owner.max()) + 1
+    layout = any_layout_of(value, samples)
+    assert isinstance(layout, SeveralAxes)
+    assert layout.dims == dims
+    # Owner by owner, whatever their pattern is.
+    plain = Scattered(torch.from_numpy(value.owner).long(), samples)
+    t, weights = torch.randn(shape), torch.rand(samples)
+    assert torch.equal(layout.only(t, 1, samples), plain.only(t, 1, samples))
+    assert torch.equal(layout.scaled(t, weights), plain.scaled(t, weights))
+    rows = layout.split(t)
+    assert rows.ndim == 1 + t.ndim
+    for n in range(samples):
+        assert torch.equal(rows[n].flatten().sort()[0], t[plain.owner == n].sort()[0])
+    places = layout.places(dims)
+    assert (places is None) == (block > 1)
+    if places is not None:
+        at = [places.get(d, torch.zeros(samples, dtype=torch.long)) for d in range(t.ndim)]
+        assert plain.owner[tuple(at)].tolist() == list(range(samples))
+
+
+def test_samples_along_several_axes_in_no_even_pattern():
+    owner = np.array([[0, 1], [1, 1]], dtype=np.int32)
+    value = Ownership(owner.shape, owner, np.zeros(owner.shape, dtype=np.uint64))
+    layout = any_layout_of(value, 2)
+    t = torch.arange(1.0, 5).reshape(2, 2)
+    assert layout.only(t, 0, 2).tolist() == [[[1, 0], [0, 0]], [[0, 2], [3, 4]]]
+    assert layout.split(t).flatten(1).tolist() == [[1, 0, 0], [2, 3, 4]]

@@ -171,6 +171,26 @@ def test_other_data_of_other_sizes():
         near(moved.gradients()[name].sum(0), g, 1e-9)
 
 
+class Flat(Pixels):
+    """Asks for views that exist of contiguous tensors alone."""
+
+    def forward(self, x):
+        assert x.is_contiguous()
+        return super().forward(x.view(len(x), -1).view(x.shape))
+
+
+def test_models_and_losses_get_contiguous_tensors():
+    def loss(p, y):
+        return F.cross_entropy(p.view(len(p), C, -1), y.view(len(y), -1))
+
+    torch.manual_seed(0)
+    net, (x, y) = Flat().double(), pixels()
+    problem = ub.Problem(net, loss, (x.double(), y), sample_dims=(0, 2, 3))
+    gradient = problem.gradient()
+    for name, rows in problem.gradients().items():
+        near(rows.sum(0), gradient[name])
+
+
 def test_a_sentence_is_a_sample_without_them():
     _, args = problem_of("tokens under attention")
     net = args[0].net

@@ -55,7 +55,8 @@ class Interpretation:
     rows the batch has put into an order of its own. ``host_reads``: what Python read, as it was at
     that moment. ``sized``: values whose size depends on the batch. ``above``: for the body of an op
     that is taken apart, the interpretation that it is part of, and the number there of each of its
-    inputs. ``step``: the number of the step that is being interpreted.
+    inputs. ``fresh``: values that count to the samples by the policy's ``read_by``, and not by what
+    they are made of. ``step``: the number of the step that is being interpreted.
     """
 
     graph: Graph
@@ -70,6 +71,7 @@ class Interpretation:
     host_reads: dict[HostRead, Ownership] = field(default_factory=dict)
     sized: set[int] = field(default_factory=set)
     above: tuple[Interpretation, Mapping[int, int]] | None = None
+    fresh: set[int] = field(default_factory=set)
     step: int = -1
 
     def __getitem__(self, ref: Ref) -> Ownership:
@@ -324,9 +326,25 @@ def _settled(
         marks = _of_size(interpretation, call, step, marks)
     if policy.counted and not marks.depends_on_batch:
         marks = _counted(interpretation, ref, marks, step)
+    if ref.index in policy.read_by:
+        marks = _as_read(interpretation, ref, marks)
     if marks.mixed:
         marks = policy.of_mixed(call, marks, ref)
     return marks
+
+
+def _as_read(interpretation: Interpretation, ref: Ref, marks: Ownership) -> Ownership:
+    """Return the ownership of a result that counts as what reads it, where its own says less.
+
+    What counts to no sample is a constant, whatever it is made of.
+    """
+    read = interpretation.policy.read_by[ref.index]
+    if not read.owned:
+        return read
+    if marks.owned and not marks.coupled:
+        return marks
+    interpretation.fresh.add(ref.index)
+    return read
 
 
 def _counted(interpretation: Interpretation, ref: Ref, marks: Ownership, step: Step) -> Ownership:
@@ -535,10 +553,11 @@ def _follow_order(interpretation: Interpretation, call: registry.RuleContext, st
     # What an op without a rule does to rows may be known all the same (a grouped product, say).
     if outcomes:
         interpretation.unknown.pop(step.index, None)
-    refs = [ref for ref in step.outs if ref is not None]
+    refs, policy = [ref for ref in step.outs if ref is not None], interpretation.policy
     # Slots count the results that exist, as the shapes do that a rule gets.
     for outcome in outcomes:
-        if outcome.slot < len(refs):
+        # An order among what counts as read is none that the batch is known to be in.
+        if outcome.slot < len(refs) and refs[outcome.slot].index not in policy.read_by:
             _note_order(interpretation, refs[outcome.slot], outcome)
 
 

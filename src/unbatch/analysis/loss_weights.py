@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unbatch.analysis.domain.ownership import Ownership
+from unbatch.analysis.domain.ownership import Ownership, is_sample
 from unbatch.capture import ops
 from unbatch.capture.aliasing import known_at
 from unbatch.capture.graph import Graph
@@ -91,10 +91,15 @@ def _even(marks: Ownership, samples: int) -> bool:
     """
     if marks.weighted or marks.statistics:
         return False
-    # Sorted, as the order of a sample's elements makes no difference to what they add up to.
     owner = np.broadcast_to(marks.owner, marks.key.shape)
-    of_first, *of_others = [np.sort(marks.key[owner == n]) for n in range(samples)]
-    return all(np.array_equal(of_first, keys) for keys in of_others)
+    own = is_sample(owner)
+    owner, key = owner[own], marks.key[own]
+    counts = np.bincount(owner, minlength=samples)
+    if (counts != counts[0]).any():
+        return False
+    # Sorted, as the order of a sample's elements makes no difference to what they add up to.
+    by_sample = key[np.lexsort((key, owner))].reshape(samples, -1)
+    return bool((by_sample == by_sample[:1]).all())
 
 
 def _scale(step: Step) -> float | None:

@@ -35,12 +35,14 @@ class Policy:
     """``counted``: shared values whose entries along this axis count as those of the samples.
 
     ``held``: values that have this ownership, whatever the rules say: noise that belongs to samples
-    from the moment on when it is drawn.
+    from the moment on when it is drawn. ``read_by``: what results count as that no rule can count
+    to single samples; where they do, the interpretation notes it as a fresh start.
     """
 
     mixed: Mixed = Mixed.KEEP
     counted: Mapping[int, int] = field(default_factory=dict)
     held: Mapping[int, Ownership] = field(default_factory=dict)
+    read_by: Mapping[int, Ownership] = field(default_factory=dict)
 
     def of_mixed(self, call: RuleContext, marks: Ownership, ref: Ref) -> Ownership:
         """Return the ownership of a mixed result of an op under this policy."""

@@ -4,6 +4,7 @@ In reading order:
 
 - ``dependence.py``: what depends on the parameters, and where samples are still separate
 - ``planner.py``, ``schedule.py``: the parameter use sites, and what the passes do at which step
+- ``readers.py``: which sample reads a value in which samples are mixed
 - ``context.py``: the recorded problem as the passes below see it
 - ``forward.py``, ``vjp.py``: one forward pass, and cotangents pulled back to the sites;
   ``contractions/``: what is made of them there

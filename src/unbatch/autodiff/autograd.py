@@ -193,8 +193,9 @@ def batched_grad(
             return list(_grad(ends, inputs, cotangents, batched=True))
     single = []
     for k in range(count):
-        # In memory of their own: some backward passes look at where theirs begins.
-        of_sample = [g[k].clone() for g in cotangents]
+        # In memory of their own, in order: some backward passes look at where theirs begins, and
+        # that of a batch norm gives other numbers for some strides of a single image.
+        of_sample = [g[k].clone(memory_format=torch.contiguous_format) for g in cotangents]
         single.append(_grad(ends, inputs, of_sample))
     return [_stacked(of_input) for of_input in zip(*single, strict=True)]
 

@@ -23,6 +23,7 @@ from unbatch.analysis.number_facts import Fact
 from unbatch.analysis.outputs import Outputs
 from unbatch.analysis.policy import Mixed, Policy
 from unbatch.autodiff.planner import BackwardPlan, plan_backward, spread
+from unbatch.autodiff.readers import read_by
 from unbatch.autodiff.schedule import Operands, Schedule
 from unbatch.capture.graph import Graph
 from unbatch.capture.program import Program
@@ -233,28 +234,70 @@ def _plan(context: Context, key: Key) -> tuple[BackwardPlan, list[Fact]]:
     """
     names, by = key
     interpretation, facts = context.interpretation, list[Fact]()
-    if by == "copy" and _mixed(interpretation):
+    as_read = _as_read(context, names)
+    if as_read is not None and (by == "component" or _without_columns(context, as_read, key)):
+        interpretation = as_read
+        facts += interpretation.facts
+    elif by == "copy" and _mixed(interpretation):
         # In a copy of the model for sample n, slice n of whatever the samples were mixed into is
         # sample n's own.
-        interpretation = interpret(
-            context.graph,
-            context.samples,
-            context.owners,
-            context.graph.forward_steps,
-            policy=Policy(Mixed.BY_PLACE),
-        )
+        interpretation = _interpreted(context, Policy(Mixed.BY_PLACE))
         facts += interpretation.facts
-    plan = plan_backward(context.graph, interpretation, context.samples, context.leading, names, by)
+    plan = _planned(context, interpretation, key)
     if plan.spanning:
         origins = spread(context.graph, interpretation, plan)
         interpretation, more = _with_spanning_owned(context, interpretation, origins)
         facts += more
-        plan = plan_backward(
-            context.graph, interpretation, context.samples, context.leading, names, by
-        )
+        plan = _planned(context, interpretation, key)
     if plan.refusal is not None:
         raise plan.refusal
     return plan, facts
+
+
+def _interpreted(context: Context, policy: Policy) -> Interpretation:
+    """Return another interpretation of the forward pass, by a policy."""
+    return interpret(
+        context.graph,
+        context.samples,
+        context.owners,
+        context.graph.forward_steps,
+        tuple(context.interpretation.assumed),
+        policy=policy,
+    )
+
+
+def _planned(context: Context, interpretation: Interpretation, key: Key) -> BackwardPlan:
+    names, by = key
+    return plan_backward(context.graph, interpretation, context.samples, context.leading, names, by)
+
+
+def _as_read(context: Context, names: tuple[str, ...]) -> Interpretation | None:
+    """Return an interpretation in which mixed values count to the samples that read them.
+
+    None where nothing is gained by it.
+    """
+    plan = _planned(context, context.interpretation, (names, "component"))
+    if not plan.unsplit:
+        return None
+    counted = read_by(context.graph, context.interpretation, plan)
+    if not counted:
+        return None
+    as_read = _interpreted(context, replace(context.interpretation.policy, read_by=counted))
+    # What moves with the samples must not have become a constant on the way to the predictions.
+    for i in plan.flowing:
+        moves = context.interpretation.ownership[i].depends_on_batch
+        if moves and not as_read.ownership[i].depends_on_batch:
+            return None
+    return as_read
+
+
+def _without_columns(context: Context, as_read: Interpretation, key: Key) -> bool:
+    """Tell whether it is proved at all sites which sample's own the entries are.
+
+    What mixes the samples is below them then, and in the way of no decomposition.
+    """
+    names, _ = key
+    return not _planned(context, as_read, (names, "component")).columns
 
 
 def _with_spanning_owned(
@@ -271,13 +314,8 @@ def _with_spanning_owned(
     owned: dict[int, int] = {}
     for value, axes in origins:
         for axis in axes:
-            trial = interpret(
-                context.graph,
-                context.samples,
-                context.owners,
-                context.graph.forward_steps,
-                policy=replace(interpretation.policy, counted={**owned, value: axis}),
-            )
+            policy = replace(interpretation.policy, counted={**owned, value: axis})
+            trial = _interpreted(context, policy)
             if _mixed(trial) <= mixed_before:
                 owned[value] = axis
                 best = trial

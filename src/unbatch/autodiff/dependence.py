@@ -322,6 +322,10 @@ class _Separation:
         owned = self.owned
         if not all(owned.owners(o).separate for o in outs):
             return False
+        # Whose these are was read off what comes after them, and says nothing of what they are
+        # made of.
+        if not owned.interpretation.fresh.isdisjoint(outs):
+            return False
         if step.index in self.frozen_norms:
             return True
         moving = owned.moving(reads)

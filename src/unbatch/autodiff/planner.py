@@ -23,7 +23,7 @@ from unbatch.analysis.domain.ownership import Ownership
 from unbatch.analysis.domain.sample_layout import (
     AnyLayout,
     Layout,
-    layout_of,
+    SeveralAxes,
 )
 from unbatch.analysis.interpreter import Interpretation
 from unbatch.analysis.outputs import Outputs
@@ -119,9 +119,9 @@ class BackwardPlan:
         """What is left of the plan without sizes, to compare; None where samples lie unevenly."""
         layouts = []
         for i, layout in sorted(self.layouts.items()):
-            if not isinstance(layout, Layout) or not isinstance(layout.order, str):
+            if layout.form is None:
                 return None
-            layouts.append((i, layout.dim, layout.order, min(layout.block, 2)))
+            layouts.append((i, layout.form))
         sets = (self.theta, self.frozen, self.frozen_norms, self.direct, self.spanning)
         mappings = (self.parameters, self.predictions, self.chain, self.projections, self.gates)
         return (
@@ -333,14 +333,20 @@ class _Planner:
         return norm.index if self._is_projecting(norm, self.owned.layout(out)) else None
 
     def _is_projecting(self, norm: Step, layout: AnyLayout | None) -> bool:
-        """Tell whether a step is a batch norm over rows of samples whose result is separate."""
-        if layout != Layout(0, self.owned.samples) or not ops.is_training_batch_norm(norm):
+        """Tell whether a step is a batch norm, and its result separate, as its input is laid out.
+
+        Samples lie along the first axis, or several of which none is that of the channels.
+        """
+        if not ops.is_training_batch_norm(norm):
+            return False
+        rows = layout == Layout(0, self.owned.samples)
+        if not rows and (not isinstance(layout, SeveralAxes) or 1 in layout.dims):
             return False
         above = self.owned.results(norm)
         if not above:
             return False
         separate = self.dependence.separate.get(self.owned.nodes[above[0]], False)
-        return separate and layout_of(self.owned.owners(above[0]), self.owned.samples) == layout
+        return separate and self.owned.layout(above[0]) == layout
 
     # -- seeds --
 

@@ -145,7 +145,9 @@ class SampleAxes(Fold):
         """Return tensors with the sample axes where the model has them."""
 
         def unflattened(t: Tensor, at: Axes) -> Tensor:
-            return t.unflatten(0, self.sizes).movedim(tuple(range(len(at))), at)
+            # Laid out as a tensor of this shape usually is: a view of it may be asked for, and
+            # PyTorch crashes where a group norm gets channels last.
+            return t.unflatten(0, self.sizes).movedim(tuple(range(len(at))), at).contiguous()
 
         return mapped(tree, axes, unflattened)
 

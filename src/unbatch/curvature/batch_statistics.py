@@ -26,7 +26,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from unbatch.analysis.domain.sample_layout import Layout, layout_of
+from unbatch.analysis.domain.sample_layout import Layout, SeveralAxes, any_layout_of
 from unbatch.autodiff.context import Context
 from unbatch.autodiff.jvp import LinearisedGraph, differentiated
 from unbatch.capture import ops
@@ -54,7 +54,7 @@ class BatchNormStatistics:
     call: ExecutedOp
     source: int
     result: int
-    layout: Layout
+    layout: Layout | SeveralAxes
     at: int
 
     @cached_property
@@ -302,7 +302,7 @@ class _BatchNorm:
     step: int
     source: int
     result: int
-    layout: Layout
+    layout: Layout | SeveralAxes
 
 
 def _batch_norms(context: Context, parameters: Mapping[str, Tensor]) -> Sequence[_BatchNorm]:
@@ -328,8 +328,9 @@ def _batch_norms(context: Context, parameters: Mapping[str, Tensor]) -> Sequence
             continue  # its statistics do not depend on the parameters
         if result is None:
             return []
-        layout = layout_of(context.interpretation.ownership[result.index], context.samples)
-        if not isinstance(layout, Layout) or layout.dim == 1:  # 1 is the axis of the channels
+        layout = any_layout_of(context.interpretation.ownership[result.index], context.samples)
+        # 1 is the axis of the channels.
+        if not isinstance(layout, Layout | SeveralAxes) or 1 in layout.dims:
             return []
         norms.append(_BatchNorm(step.index, source, result.index, layout))
     return norms

@@ -305,21 +305,26 @@ def _all_but(n: int, samples: int) -> Tensor:
 
 def _largest_turn(rows: Tensor, others: Tensor, floor: float) -> float:
     """Return the largest angle between a row and its counterpart, by its sine."""
-    return max(sine(a, b, floor) for a, b in zip(rows, others, strict=True))
+    return float(sines(rows, others, floor).max())
 
 
 def sine(a: Tensor, b: Tensor, floor: float) -> float:
-    """Return how far two gradients are from multiples of each other; 0 where one of them vanishes.
+    """Return ``sines`` of two single gradients."""
+    return float(sines(a[None], b[None], floor))
 
-    For small angles it is their sine.
+
+def sines(a: Tensor, b: Tensor, floor: float) -> Tensor:
+    """Return how far gradients are from multiples of each other, row by row: ``[n]``.
+
+    For small angles it is their sine; 0 where one of them vanishes or is not finite.
     """
-    if not len(a) or float(min(a.norm(), b.norm())) < floor:
-        return 0.0
-    if not torch.isfinite(a).all() or not torch.isfinite(b).all():
-        return 0.0
-    a, b = a / a.norm(), b / b.norm()
+    of_a, of_b = a.norm(dim=1), b.norm(dim=1)
+    sized = (of_a >= floor) & (of_b >= floor) & (of_a > 0) & (of_b > 0)
+    sized &= torch.isfinite(a).all(1) & torch.isfinite(b).all(1)
+    a, b = a / of_a[:, None], b / of_b[:, None]
     # Up to sign: the factor ∂ρ/∂ℓ_n may be negative.
-    return float((a - b * torch.sign((a * b).sum())).norm())
+    turns = (a - b * torch.sign((a * b).sum(1, keepdim=True))).norm(dim=1)
+    return torch.where(sized, turns, 0)
 
 
 # --- do parameters enter? -------------------------------------------------------------------------

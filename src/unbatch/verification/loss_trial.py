@@ -30,7 +30,7 @@ from unbatch.verification.loss_tests import (
     direction_depends_on_predictions,
     not_a_sum,
     parameter_enters,
-    sine,
+    sines,
 )
 from unbatch.verification.trial_result import Contradiction, Outcome
 
@@ -166,19 +166,15 @@ def _are_equal_by_arguments(loss: LossExperiment) -> bool:
 
 def _turned(loss: LossExperiment, rows: Tensor, others: Tensor, watched: Tensor) -> float:
     """Return how far a watched row turns at most, by its sine; 0 where it may be rounding."""
-    floor = 0.0
-    worst = 0.0
-    for n in watched.nonzero().flatten().tolist():
-        turn = sine(rows[n], others[n], floor)
-        if turn <= max(worst, loss.tolerances.direction):
-            continue
-        if not floor:
-            # A few evaluations of the loss, for what looks like a turn alone.
-            floor = loss.floor(rows)
-            turn = sine(rows[n], others[n], floor)
-        if turn > loss.tolerances.direction:
-            worst = max(worst, turn)
-    return worst
+    watched = watched.to(rows.device)
+    rows_watched, others_watched = rows[watched], others[watched]
+    if not len(rows_watched):
+        return 0.0
+    worst = float(sines(rows_watched, others_watched, 0.0).max())
+    if worst > loss.tolerances.direction:
+        # A few evaluations of the loss, for what looks like a turn alone.
+        worst = float(sines(rows_watched, others_watched, loss.floor(rows)).max())
+    return worst if worst > loss.tolerances.direction else 0.0
 
 
 # --- other predictions and targets ----------------------------------------------------------------

@@ -12,7 +12,11 @@ Index letters: n sample, t position inside a sample.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import permutations
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +38,19 @@ class Layout:
     samples: int
     block: int = 1
     order: str | tuple[int, ...] = "nt"
+    padded = False  # whether ``split`` fills up shorter samples
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """The axes along which samples lie."""
+        return (self.dim,)
+
+    @property
+    def form(self) -> Any:
+        """What is left of it without sizes, to compare; None where that does not say all."""
+        if not isinstance(self.order, str):
+            return None
+        return (self.dim, self.order, min(self.block, 2))
 
     def split(self, t: Tensor) -> Tensor:
         """Return ``[n, *shape]``, where ``dim`` of ``shape`` has the entries of one sample."""
@@ -82,7 +99,12 @@ class Scattered:
 
     owner: Tensor
     samples: int
-    dim: int = -1
+    form = None
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """The axes along which samples lie: all."""
+        return tuple(range(self.owner.ndim))
 
     def scaled(self, t: Tensor, weights: Tensor) -> Tensor:
         """Return ``t`` with the entries of sample n multiplied by ``weights[n]``."""
@@ -105,6 +127,13 @@ class Ragged:
     dim: int
     samples: int
     places: Tensor
+    form = None
+    padded = True
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """The axes along which samples lie."""
+        return (self.dim,)
 
     def split(self, t: Tensor) -> Tensor:
         """Return ``[n, *shape]``, where ``dim`` of ``shape`` is as long as the longest sample.
@@ -137,8 +166,85 @@ class Ragged:
         return owner[:-1]
 
 
+@dataclass(frozen=True)
+class SeveralAxes:
+    """Samples lie along the axes ``dims`` together, as pixels do.
+
+    Taken as one axis in this order, in front of all others, they lie along it as ``line`` says.
+    ``sizes``: of these axes.
+    """
+
+    dims: tuple[int, ...]
+    sizes: tuple[int, ...]
+    line: Layout | Ragged
+
+    @property
+    def samples(self) -> int:
+        """How many samples there are."""
+        return self.line.samples
+
+    @property
+    def padded(self) -> bool:
+        """Whether ``split`` fills up shorter samples."""
+        return self.line.padded
+
+    @property
+    def form(self) -> Any:
+        """What is left of it without sizes, to compare; None where that does not say all."""
+        if self.line.form is None:
+            return None
+        return (self.dims, self.line.form)
+
+    def split(self, t: Tensor) -> Tensor:
+        """Return ``[n, *shape]``, where the first of ``dims`` has the entries of one sample.
+
+        The others have one entry.
+        """
+        rows = self.line.split(self._together(t))
+        first, *others = sorted(self.dims)
+        rows = rows.movedim(1, 1 + first)
+        for dim in others:
+            rows = rows.unsqueeze(1 + dim)
+        return rows
+
+    def scaled(self, t: Tensor, weights: Tensor) -> Tensor:
+        """Return ``t`` with the entries of sample n multiplied by ``weights[n]``."""
+        return self._apart(self.line.scaled(self._together(t), weights))
+
+    def only(self, t: Tensor, first: int, last: int) -> Tensor:
+        """Return ``[k, *t.shape]``: copy k has the entries of sample ``first + k``, and zeros."""
+        copies = self.line.only(self._together(t), first, last)
+        # Each copy is taken apart by itself: behind the axis of copies every axis is one further
+        # on.
+        return self._apart(copies, 1)
+
+    def places(self, dims: Iterable[int]) -> dict[int, Tensor] | None:
+        """Return for some of the axes where along them each sample lies: ``[n]``.
+
+        None where a sample has several entries.
+        """
+        numbers = torch.arange(math.prod(self.sizes))
+        numbers = self.line.split(numbers)
+        if numbers.shape[1] != 1:
+            return None
+        along = torch.unravel_index(numbers[:, 0], self.sizes)
+        by_dim = dict(zip(self.dims, along, strict=True))
+        return {dim: by_dim[dim] for dim in dims}
+
+    def _together(self, t: Tensor) -> Tensor:
+        """Return a tensor with the axes of samples as one, in front."""
+        return t.movedim(self.dims, tuple(range(len(self.dims)))).flatten(0, len(self.dims) - 1)
+
+    def _apart(self, t: Tensor, before: int = 0) -> Tensor:
+        """Return what ``_together`` was given, behind ``before`` further axes."""
+        places = tuple(range(before, before + len(self.dims)))
+        dims = tuple(before + d for d in self.dims)
+        # As a cotangent usually lies in memory: kernels for images are tried with few other ways.
+        return t.unflatten(before, self.sizes).movedim(places, dims).contiguous()
+
+
 # Where the samples lie in a value that belongs to them alone.
-AnyLayout = Layout | Ragged | Scattered
+AnyLayout = Layout | Ragged | SeveralAxes | Scattered
 
 # The longest sample times their number may be so many times what there is, as all are padded.
 PADDED = 8
@@ -149,9 +255,9 @@ def any_layout_of(value: Ownership, samples: int) -> AnyLayout | None:
     layout = layout_of(value, samples)
     if layout is not None or not value.owned or not value.all_owned:
         return layout
-    ragged = _ragged_layout(value, samples)
-    if ragged is not None:
-        return ragged
+    uneven = _ragged_layout(value, samples) or _several_axes(value, samples)
+    if uneven is not None:
+        return uneven
     owner = np.broadcast_to(value.owner, value.shape).astype(np.int64)
     return Scattered(torch.from_numpy(owner.copy()), samples)
 
@@ -173,6 +279,34 @@ def _ragged_layout(value: Ownership, samples: int) -> Ragged | None:
     places = np.full((samples, longest), size)
     places[np.arange(longest) < lengths[:, None]] = np.argsort(owner, kind="stable")
     return Ragged(dim, samples, torch.from_numpy(places))
+
+
+def _several_axes(value: Ownership, samples: int) -> SeveralAxes | None:
+    """Return where the samples lie along several axes; None if something else matters, too."""
+    dims = _sample_dims(value, samples)
+    if not value.separate or len(dims) < 2:
+        return None
+    sizes = [value.shape[d] for d in dims]
+    others = [d for d in range(len(value.shape)) if d not in dims]
+    owner = value.owner.transpose(*dims, *others)
+    owner = owner.reshape(*sizes, -1)[..., 0]
+    # Pixels may be numbered along columns: then another order of the axes is the regular one.
+    best: SeveralAxes | None = None
+    for order in permutations(range(len(dims))):
+        line = _along_a_line(owner.transpose(order).reshape(-1), samples)
+        if line is None:
+            return None
+        layout = SeveralAxes(tuple(dims[k] for k in order), tuple(sizes[k] for k in order), line)
+        if layout.form is not None:
+            return layout
+        best = best or layout
+    return best
+
+
+def _along_a_line(owner: Array, samples: int) -> Layout | Ragged | None:
+    """Return how the entries of a single axis belong to the samples."""
+    value = Ownership(owner.shape, owner, np.zeros(owner.shape, dtype=np.uint64))
+    return layout_of(value, samples) or _ragged_layout(value, samples)
 
 
 def layout_of(value: Ownership, samples: int) -> Layout | None:

@@ -19,7 +19,7 @@ from unbatch.autodiff.contractions.contraction import (
     detached,
     only_cotangent,
 )
-from unbatch.linalg.rows import fill, wide
+from unbatch.linalg.rows import fill, squares, vectors, wide
 
 
 class Shift(Contraction):
@@ -34,7 +34,8 @@ class Shift(Contraction):
         self.shape = _broadcast_shape(self.operand.shape, call.outputs[0].ndim, axis)
         # The operand may have entries of its own for every sample (a table of positions, say, added
         # along the sample axis). Then an entry belongs to one sample, and nothing is summed over.
-        self.spans_samples = self.shape[self.layout.dim] != 1
+        self.spanned = [d for d in self.layout.dims if self.shape[d] != 1]
+        self.spans_samples = bool(self.spanned)
         self.g: Tensor
 
     def receive(self, cotangents: Sequence[Tensor | None]) -> None:
@@ -137,6 +138,76 @@ class Pointwise(Shift):
             y = call.op(**arguments)
             (pulled,) = torch.autograd.grad(y, u, g)
         return pulled
+
+
+class ByEntry(Contraction):
+    """A broadcast operand with entries of its own along some axes of samples, not along others.
+
+    As a table of positions that is added to the tokens of all sentences: the row of a token is zero
+    but at its position.
+    """
+
+    lean = frozenset({"squared_norms", "sum_of_squares", "weighted_sum", "dots"})
+
+    def __init__(self, shift: Shift, places: dict[int, Tensor]) -> None:
+        """``places``: by axis along which the operand has entries, that of each sample."""
+        self.layout, self.operand, self.samples = shift.layout, shift.operand, shift.samples
+        self.shift, self.places = shift, places
+        self.g: Tensor  # ``[n, *]``, what a row has at the place of its sample
+
+    @property
+    def kind(self) -> str:
+        return f"{self.shift.kind}, by entry"
+
+    def receive(self, cotangents: Sequence[Tensor | None]) -> None:
+        pulled = self.shift._pulled_back(only_cotangent(cotangents))
+        shape = list(self.shift.shape)
+        for dim in self.places:
+            shape[dim] = 1
+        g = reduce_to(self.layout.split(pulled), shape)
+        if self.shift.factor is not None:
+            g = g * self.shift.factor
+        self.g = g.squeeze([1 + dim for dim in self.places])
+
+    def rows(self, where: slice, out: Tensor | None = None) -> Tensor:
+        g = self.g[where]
+        rows = g.new_zeros(len(g), *self.shift.shape)
+        k = torch.arange(len(g), device=g.device)
+        at = [place[where] for place in self._at(g)]
+        self._in_front(rows, 1)[k, *at] = g
+        return fill(rows.reshape(len(rows), *self.operand.shape), out)
+
+    def squared_norms(self, where: slice) -> Tensor:
+        return squares(self.g[where])
+
+    def sum_of_squares(self, where: slice) -> Tensor:
+        return self._summed(wide(self.g[where]).square(), where)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        scale = weights.to(self.g.dtype).reshape(-1, *[1] * (self.g.ndim - 1))
+        return self._summed(self.g * scale, slice(0, self.samples))
+
+    def dots(self) -> Tensor:
+        flat = vectors(self.g)
+        dots = flat @ flat.T
+        for place in self._at(dots):
+            dots = dots.where(place[:, None] == place, 0)
+        return dots
+
+    def _summed(self, g: Tensor, where: slice) -> Tensor:
+        """Return ``[*operand]`` with every ``g`` added at the place of its sample."""
+        total = g.new_zeros(self.shift.shape)
+        at = [place[where] for place in self._at(g)]
+        self._in_front(total, 0).index_put_(tuple(at), g, accumulate=True)
+        return total.reshape(self.operand.shape)
+
+    def _at(self, like: Tensor) -> list[Tensor]:
+        return [place.to(like.device) for place in self.places.values()]
+
+    def _in_front(self, t: Tensor, before: int) -> Tensor:
+        """Return a view with the axes of ``places`` behind the first ``before``."""
+        dims = [before + dim for dim in self.places]
+        return t.movedim(dims, list(range(before, before + len(dims))))
 
 
 def reduce_to(t: Tensor, shape: Sequence[int]) -> Tensor:

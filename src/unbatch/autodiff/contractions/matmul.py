@@ -71,6 +71,15 @@ class Linear(Contraction):
             self.g = self.g * self.factor
 
     @classmethod
+    def of_sides(cls, operand: Tensor, g: Tensor, x: Tensor) -> Linear:
+        """Return ``u xᵀ`` that has received ``g``, for sides ``[n, t, o]`` and ``[n, t, i]``."""
+        product = object.__new__(cls)
+        product.operand, product.samples = operand, len(g)
+        product.features_first, product.batched, product.factor = True, False, 1
+        product.g, product.x = g, x
+        return product
+
+    @classmethod
     def joined(cls, contractions: Sequence[Linear]) -> Linear:
         """Return several uses of one operand as one, with the positions of all.
 

@@ -11,11 +11,12 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from unbatch.analysis.domain.sample_layout import Ragged, Scattered
+from unbatch.analysis.domain.sample_layout import Scattered, SeveralAxes
 from unbatch.autodiff.contractions.batch_norm import Projected, ProjectedRows
-from unbatch.autodiff.contractions.broadcast import Pointwise, Scale, Shift
+from unbatch.autodiff.contractions.broadcast import ByEntry, Pointwise, Scale, Shift
 from unbatch.autodiff.contractions.contraction import Contraction, GenericContraction, OperandUse
 from unbatch.autodiff.contractions.convolution import Convolution
+from unbatch.autodiff.contractions.convolution_by_pixel import ConvolutionByPixel
 from unbatch.autodiff.contractions.embedding import Embedding
 from unbatch.autodiff.contractions.matmul import Linear
 from unbatch.capture import ops
@@ -41,6 +42,24 @@ def contraction_for(call: OperandUse) -> Contraction:
     """Return the contraction of the kind that fits, or the generic one."""
     if not _is_regular(call):
         return GenericContraction(call)
+    contraction = _of_kind(call)
+    if isinstance(contraction, Shift) and isinstance(call.layout, SeveralAxes):
+        contraction = _by_entry(contraction, call.layout)
+    return contraction or GenericContraction(call)
+
+
+def _by_entry(shift: Shift, layout: SeveralAxes) -> Contraction | None:
+    """Return the contraction of an operand with entries along some of the axes of samples."""
+    if len(shift.spanned) in (0, len(layout.dims)):
+        return shift
+    places = layout.places(shift.spanned)
+    if places is None:
+        return None
+    return ByEntry(shift, places)
+
+
+def _of_kind(call: OperandUse) -> Contraction | None:
+    """Return the contraction of the kind that fits, if there is one."""
     make = KINDS.get(ops.base_name(call.op))
     if make is not None:
         contraction = make(call)
@@ -48,7 +67,7 @@ def contraction_for(call: OperandUse) -> Contraction:
             return contraction
     if _is_pointwise_argument(call):
         return Pointwise(call)
-    return GenericContraction(call)
+    return None
 
 
 def _is_regular(call: OperandUse) -> bool:
@@ -101,13 +120,14 @@ def _matmul(call: OperandUse) -> Contraction | None:
     a, b = call[left], call["mat2"]
     if a.ndim == 3:
         # A stack of one matrix is that matrix, as long as the stack is not over samples.
-        if a.shape[0] != 1 or call.layout.dim == 0:
+        if a.shape[0] != 1 or 0 in call.layout.dims:
             return None
         a, b = a[0], b[0]
     # Samples have to lie along the dim of the output that the operand has no part in.
-    if call.name == "mat2" and call.layout.dim == call.outputs[0].ndim - 2:
+    ndim = call.outputs[0].ndim
+    if call.name == "mat2" and call.layout.dims == (ndim - 2,):
         return Linear(call, a, features_first=False)
-    if call.name == left and call.layout.dim == call.outputs[0].ndim - 1:
+    if call.name == left and call.layout.dims == (ndim - 1,):
         return Linear(call, b.T, features_first=True)
     return None
 
@@ -129,14 +149,17 @@ def _addmm(call: OperandUse) -> Contraction | None:
 
 @contraction_kind("convolution")
 def _convolution(call: OperandUse) -> Contraction | None:
-    # Samples among channels or pixels are for the generic contraction.
-    if call.layout.dim != 0:
+    # Samples among channels are for the generic contraction.
+    if 1 in call.layout.dims:
         return None
-    if call.name == "weight":
-        return Convolution(call)
     if call.name == "bias":
         return Shift(call, axis=1)
-    return None
+    if call.name != "weight":
+        return None
+    if call.layout.dims == (0,):
+        return Convolution(call)
+    # Samples are pixels, or rows of pixels.
+    return ConvolutionByPixel(call)
 
 
 @contraction_kind("add")
@@ -174,10 +197,10 @@ def _expand(call: OperandUse) -> Contraction | None:
 @contraction_kind("embedding")
 def _embedding(call: OperandUse) -> Contraction | None:
     # A sample axis behind those of the indices is one of the table's own dims.
-    if call.name != "weight" or call["indices"].ndim <= call.layout.dim:
+    if call.name != "weight" or call["indices"].ndim <= max(call.layout.dims):
         return None
     # What shorter samples are filled up with would be counted.
-    if isinstance(call.layout, Ragged) and call["scale_grad_by_freq"]:
+    if call.layout.padded and call["scale_grad_by_freq"]:
         return None
     return Embedding(call)
 
@@ -185,7 +208,7 @@ def _embedding(call: OperandUse) -> Contraction | None:
 @contraction_kind("native_layer_norm")
 def _layer_norm(call: OperandUse) -> Contraction | None:
     # Samples must not lie along a dim that is normalised over.
-    if call.layout.dim >= call.outputs[0].ndim - len(call["normalized_shape"]):
+    if max(call.layout.dims) >= call.outputs[0].ndim - len(call["normalized_shape"]):
         return None
     if call.name == "bias":
         return Shift(call)
@@ -195,7 +218,7 @@ def _layer_norm(call: OperandUse) -> Contraction | None:
 
 @contraction_kind("native_group_norm")
 def _group_norm(call: OperandUse) -> Contraction | None:
-    if call.layout.dim != 0:
+    if 1 in call.layout.dims:
         return None
     if call.name == "bias":
         return Shift(call, axis=1)
