@@ -384,6 +384,7 @@ class LinearisedGraph(Linearised):
     @cached_property
     def _last_reads(self) -> list[set[int]]:
         """The values that each step is the last to read."""
+        # Later steps overwrite the places of earlier ones.
         last: dict[int, int] = {}
         for place, call in enumerate(self.steps):
             for value in values_read(call.step):

@@ -294,9 +294,9 @@ def batch_norm(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents | None:
     if x.dtype != mean.dtype or (not norm.training and running != (None, None)):
         return None
     per_channel = [1, -1, *[1] * (x.ndim - 2)]
-    # As few passes through memory as there can be: the sums of three products are fused.
     beside = db
     if dw is not None:
+        # x̂ dw + db, without x̂ in memory
         gain = dw * rstd
         shift = -gain * mean if db is None else db - gain * mean
         beside = torch.addcmul(shift.view(per_channel), x, gain.view(per_channel))
@@ -310,14 +310,18 @@ def batch_norm(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents | None:
         dx = aten.native_batch_norm_backward(dx, x, *saved, (True, False, False))[0]
     else:
         factor = rstd if factor is None else rstd * factor
-    total = dx
-    if factor is not None and beside is not None:
-        total = torch.addcmul(beside, dx, factor.view(per_channel))
-    elif factor is not None:
-        total = dx * factor.view(per_channel)
-    elif beside is not None:
-        total = dx + beside
-    return [total, *[None] * (len(call.outputs) - 1)]
+    if factor is not None:
+        factor = factor.view(per_channel)
+    return [_scaled_sum(dx, factor, beside), *[None] * (len(call.outputs) - 1)]
+
+
+def _scaled_sum(dx: Tensor, factor: Tensor | None, beside: Tensor | None) -> Tensor:
+    """Return ``dx factor + beside``, in one pass through memory where both are there."""
+    if factor is None:
+        return dx if beside is None else dx + beside
+    if beside is None:
+        return dx * factor
+    return torch.addcmul(beside, dx, factor)
 
 
 def _expanded(t: Tensor | None, shape: torch.Size) -> Tensor | None:
@@ -335,6 +339,7 @@ def largest(call: ExecutedOp, moving: Mapping[str, Any]) -> Tangents:
     """Entries of the last axes, by numbers that count through them all."""
     dx, indices = moving["self"], call.outputs[1]
     axes = 3 if "3d" in call.step.name else 2
+    # The numbers count through all of a plane, or of a volume.
     picked = dx.flatten(-axes).gather(-1, indices.flatten(-axes))
     return [picked.view(indices.shape), None]
 

@@ -294,6 +294,7 @@ class Answers:
         if root.size >= matrix.shape[0] or not root.size or (root.sigma < 0).any():
             pairs, found = spectra.searched(matrix, k, **search)
             return self._without_zeros(pairs), found, 0
+        # A vector of parameters starts a search among columns by what it has in common with these.
         if search.get("start") is not None:
             search = search | {"start": V.T @ search["start"]}
         small, found = spectra.searched(V.T @ V, min(k, root.size), **search)

@@ -53,6 +53,7 @@ class Sizes:
 def sizes_of(curvature: Curvature, request: Request, draws: Draws) -> Sizes:
     """Return the sizes for a matrix of the parameters of ``request``."""
     columns = columns_of(curvature, request, draws)
+    # Where only a part of the model is asked about, tangents begin there.
     steps = _moving(request)
     like = next(iter(request.parameters.values()))
     return Sizes(
@@ -101,6 +102,7 @@ def pulls_of(curvature: Curvature, request: Request, columns: int) -> float:
     # With no site below the mixing, one pass carries a column of every sample.
     if not plan.columns:
         return of_sample
+    # Under batch norms, columns or statistics, whichever takes less.
     passes = curvature.counted_passes(columns)
     if passes is not None:
         return passes
@@ -128,6 +130,7 @@ def _dots(request: Request) -> float:
         schedule = request.context.schedule(request.parameters, request.by)
     except StructureError:
         return total
+    # An inner product of outer products needs neither of them.
     for site in schedule.plan.sites:
         output = graph.steps[site.step].outs[0]
         if output is None or graph.steps[site.step].name not in ONE_VECTOR:

@@ -217,6 +217,7 @@ class GramDecomposition(Decomposition):
         """Return ``(b − V (δΣ + VᵀV)⁻¹ Vᵀ b) / δ`` (Woodbury)."""
         if damping == 0:
             raise InputError(MSG_NO_DAMPING)
+        # As many equations as there are columns.
         inner = checked(self.gram, "Solutions") + damping * torch.diag(self.signs)
         a = torch.linalg.solve(inner, self.coordinates(b).double())
         return (b - self.vectors(a[:, None])[:, 0]) / damping
@@ -281,6 +282,7 @@ def few_eigenpairs(matrix: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
     """
     if not is_few(k, len(matrix)):
         return None
+    # Eigenvalues close to each other may take more products than a decomposition is worth.
     found, search = spectra.eigh(matrix, k, rtol=FORMED_RTOL, info=True)
     if not search.converged:
         return None

@@ -133,6 +133,7 @@ class Counting:
         """Return the ways to the Gram matrix itself."""
         D, M = self.sizes.entries, self.sizes.columns
         forward = f"{D:,} unit vectors, each pushed forward"
+        # All rows of V are kept until they are multiplied.
         rows = self.sizes.element_size * D * M
         return [
             replace(self.gram(1), method="columns"),
@@ -199,6 +200,7 @@ class Counting:
         gram = replace(_with(self.gram(2), SOLVE, self.sizes.columns), method="woodbury")
         # Each is solved twice: a product with V and its transpose, and one with G.
         gram = replace(gram, pulls=gram.pulls + 4 * columns, pushes=gram.pushes + 4 * columns)
+        # Of G itself, which has all: a product for each time.
         dense = _with(self.dense(2), SOLVE, self.sizes.entries)
         dense = replace(dense, pulls=dense.pulls + 2 * columns, pushes=dense.pushes + 2 * columns)
         return [gram, dense, self._cg(columns, double)]
@@ -301,7 +303,8 @@ class Ways:
         ``BudgetError``.
         """
         way = self.taken
-        # What an iteration takes is a guess, and it says how far it came.
+        # What is done in seconds by any count is not timed before; what an iteration takes is a
+        # guess, and it says how far it came.
         if way.guessed or self.multiplications(way) < LONG:
             return way
         timed = replace(self, measured=pace())
