@@ -117,6 +117,9 @@ class _Readers:
 
     def _pass(self, step: Step, outs: Sequence[int]) -> None:
         """Guess who reads what a step reads, given who reads its results."""
+        # Lengths of a jagged tensor are no numbers that could be counted through.
+        if not all(self.graph.values[i].is_strided for i in [*values_read(step), *outs]):
+            return
         reads = [i for i in dict.fromkeys(values_read(step)) if self._is_coupled(i)]
         # What two steps read differently is not separate anyway: the first guess stays.
         reads = [i for i in reads if i not in self.owners]

@@ -57,6 +57,7 @@ def _lack_of_memory(error: RuntimeError) -> str | None:
     if isinstance(error, torch.OutOfMemoryError):
         why = ". ".join(text.split(". ")[:2])  # the first two sentences, of many
         return MSG_NO_MEMORY.format(device="the device", why=why)
+    # A CPU says it in an error of any kind.
     asked = NO_MEMORY.search(text)
     if asked is None:
         return None

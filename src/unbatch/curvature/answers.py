@@ -238,6 +238,7 @@ class Answers:
     def forward_gram(self) -> Tensor:
         """Return ``VᵀV`` from the rows of V, in float64."""
         matrix = self.matrix
+        # Kept whole: the budget of memory was held against it.
         V = torch.zeros(*matrix.columns.shape, dtype=matrix.dtype, device=matrix.device)
         with task(ROWS, len(V)) as passes:
             for i, row in passes.over(self._rows_of_factor()):
@@ -276,6 +277,7 @@ class Answers:
         if way.method != "lanczos" or k is None:
             pairs = self.decomposition(way).pairs(k)
             return pairs, Spent(way.method, way.pulls, way.pushes)
+        # What was found is judged by the caller where it asks how well.
         pairs, found, more = self._searched(k, search)
         if checked:
             found.check()
@@ -337,6 +339,7 @@ class Answers:
         rtol = RTOL_IN_DOUBLE if self._is_double else RTOL_IN_SINGLE
         step, report = spectrum.by_products(matrix, -gradient, damping, rtol, LIMIT)
         report.check()
+        # The residual that is told takes a product of its own.
         products = report.iterations + 1
         return step, Spent("cg", products, products, report.residual)
 
@@ -357,6 +360,7 @@ class Answers:
         """
         loss = self.matrix.point.curvature.loss
         slope = loss.slope
+        # What has a slope and no second derivative is in no range.
         zeros = {i: torch.zeros_like(t) for i, t in slope.items()}
         shapes = {i: tuple(t.shape) for i, t in slope.items()}
         space = Space({str(i): shape for i, shape in shapes.items()})

@@ -181,8 +181,12 @@ def multiplications(graph: Graph, step: Step) -> int:
     output = step.outs[0]
     if output is None:
         return 0
-    entries = math.prod(graph.values[output.index].shape)
-    shapes = [graph.values[ref.index].shape for ref in step.refs()]
+    read = [graph.values[ref.index] for ref in step.refs()]
+    entries = graph.values[output.index].entries
+    # A jagged tensor has none that could be counted, and a length that is no number.
+    if not all(value.entries for value in read):
+        return entries
+    shapes = [value.shape for value in read]
     if step.name == "convolution":
         # Of every output entry: the input channels of a group times the entries of the kernel.
         return entries * math.prod(shapes[1][1:])

@@ -74,6 +74,7 @@ class Deadline:
         passed = time.perf_counter() - self.began
         if not done or passed < PATIENCE:
             return
+        # Columns of a sample take all the same.
         needed = passed / done * self.total
         if needed > self.seconds:
             raise BudgetError(
