@@ -622,42 +622,6 @@ def _(p, y):
     return F.cross_entropy(p, CLOSED_OVER)
 
 
-# One entry has no direction: equal predictions show it by the ratio of their slopes.
-ONE = values(N, 1)
-HALVES = (torch.arange(N) < N // 2).double()[:, None]
-
-
-@case("numbers in a closure, squares", INDEXED, ONE)
-def _(p, y):
-    return F.mse_loss(p[:, 0], RISING.to(p))
-
-
-@case("bits in a closure, one entry", INDEXED, ONE)
-def _(p, y):
-    return F.binary_cross_entropy_with_logits(p, (CLOSED_OVER > 1).to(p)[:, None])
-
-
-@case("half real and half fake", INDEXED, ONE)
-def _(p, y):
-    return F.binary_cross_entropy_with_logits(p, HALVES.to(p))
-
-
-@case("half real and half fake, with squared hinges", INDEXED, ONE)
-def _(p, y):
-    real, fake = p.chunk(2)
-    return F.relu(1 - real).square().mean() + F.relu(1 + fake).square().mean()
-
-
-@case("weights in a closure, one entry", SUM, ONE)
-def _(p, y):
-    return (HALVES.to(p) + 1).mul((p - y).square()).mean()
-
-
-@case("a discount by the place in the batch, one entry", SUM, ONE)
-def _(p, y):
-    return (0.9 ** RISING.to(p)[:, None] * F.softplus(p) * y.abs()).sum()
-
-
 @case("a loop over samples, of two functions in turns", INDEXED, VALUES)
 def _(p, y):
     total = p.new_zeros(())

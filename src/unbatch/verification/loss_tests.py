@@ -215,35 +215,6 @@ def direction_depends_on_index(loss: LossExperiment) -> Counterexample | None:
     return None
 
 
-def factor_depends_on_prediction(loss: LossExperiment) -> Counterexample | None:
-    """Return that equal samples of a sum have rows that differ by more than one factor.
-
-    Of ``Σ w_n ℓ(F_n, y_n)`` the rows of two samples are in the ratio of their weights, whatever the
-    prediction is that both have. Says so of single entries as well, which have no direction.
-    """
-    samples, graph = loss.experiment.samples, loss.experiment.graph
-    if samples < 2 or not loss.experiment.samples_are_alike:
-        return None
-    if any(step.noise for step in graph.loss_steps):
-        return None  # noise is part of its sample, and samples are not equal in it
-    equal = loss.with_targets(lambda t: t[:1].expand(samples, *t.shape[1:]).contiguous())
-    rows = []
-    for k in range(min(samples, 3)):
-        alike = equal.swapped(dict.fromkeys(range(samples), k))
-        for factor in (1.0, *FAR):
-            slopes = equal.gradient(scaled_by(alike, factor))
-            if torch.isfinite(slopes).all():
-                rows.append(slopes)
-    if not rows:
-        return None
-    side_by_side = torch.cat(rows, 1)
-    first = side_by_side[:1].expand_as(side_by_side)
-    worst = _largest_turn(first, side_by_side, loss.floor(side_by_side))
-    if worst <= equal.tolerances.direction:
-        return None
-    return Counterexample("ratio of the gradient rows of equal samples", worst)
-
-
 # --- through its own target? ----------------------------------------------------------------------
 
 

@@ -27,7 +27,6 @@ from unbatch.verification.loss_tests import (
     direction_depends_on_index,
     direction_depends_on_predictions,
     direction_depends_on_targets,
-    factor_depends_on_prediction,
     not_a_sum,
     parameter_enters,
 )
@@ -303,8 +302,6 @@ def _settle_by_targets(
     """
     if simd_loss.status == "unknown":
         simd_loss = _refuted(simd_loss, direction_depends_on_index(loss))
-    if simd_loss.status == "unknown" and reduction:
-        simd_loss = _refuted(simd_loss, factor_depends_on_prediction(loss))
     if "unknown" in (reduction.status, simd_loss.status):
         by_targets = direction_depends_on_targets(loss)
         if simd_loss.status == "unknown":
