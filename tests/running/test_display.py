@@ -262,8 +262,8 @@ def test_a_thread_that_looks_ends_when_nothing_runs(monkeypatch):
     watcher = display._Watcher()
     watcher.watch([])
     thread = watcher.thread
-    assert thread is not None
-    thread.join(60)
+    if thread is not None:  # it may have ended already
+        thread.join(60)
     assert watcher.thread is None
 
 

@@ -28,6 +28,15 @@ from unbatch.running import interrupts
 from unbatch.running.interrupts import Held, is_held, stop_if_asked
 from unbatch.running.tasks import task
 
+
+@pytest.fixture(autouse=True)
+def raising():
+    """Let Ctrl-C raise: a shell that starts tests in the background has them ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 # ---------------------------------------------------------------- at random moments
 
 
