@@ -178,6 +178,9 @@ class _Readers:
         for ref, result in zip(step.outs, results, strict=False):
             if ref is None or ref.index not in self.owners or not isinstance(result, Tensor):
                 continue
+            # Numbers that were cast or pooled on the way count nothing any more.
+            if result.dtype != torch.int64:
+                continue
             if tuple(result.shape) == self._shape(ref.index):
                 owner = np.broadcast_to(self.owners[ref.index], result.shape)
                 yield result.numpy().reshape(-1), owner.reshape(-1)
