@@ -34,7 +34,8 @@ def excesses(density: Density) -> Iterator[str]:
         yield f"{density.long_lines} lines are longer than 100 columns"
     comments = density.per_hundred(density.comments)
     if comments < LEAST_COMMENTS:
-        yield f"comments: {comments:.1f} for 100 lines of code, not at least {LEAST_COMMENTS}"
+        short = LEAST_COMMENTS * density.code / 100 - density.comments
+        yield f"comments: {comments:.2f} for 100 lines of code: {short:.0f} lines more are due"
 
 
 def test_the_package_stays_within_its_budget():
